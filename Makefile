@@ -1,0 +1,58 @@
+# Everything a person runs from a clone. Each target installs what it needs into .venv, again only
+# when the requirements change. `make PYTHON=python3.12 test` picks the interpreter .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
+ARGS ?=
+
+# Benchmarks that make or find their own data
+BENCHMARKS := preprocess
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo 'make demo    run the whole pipeline on text this machine has: preprocess to report'
+	@echo 'make test    run the tests (ARGS="-k store" picks some)'
+	@echo 'make lint    check style, formatting and docstrings'
+	@echo 'make bench   run the benchmarks that need no extra data'
+	@echo 'make clean   remove .venv and caches; runs and their store stay'
+
+demo: $(VENV)/runtime.stamp
+	$(RUN) -m pipeline run --config config/demo.yaml $(ARGS)
+
+test: $(VENV)/development.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/development.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) scripts/check_docstrings.py
+
+bench: $(VENV)/runtime.stamp
+	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(RUN) -m benchmarks.$$name $(ARGS); done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is touched last: an installation that was interrupted is done again.
+$(VENV)/created.stamp:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name one: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "MoleForge needs Python 3.11 or" \
+	  "later, and $(PYTHON) is `$(PYTHON) --version`; name another: make PYTHON=python3.11"; exit 1; }
+	@echo 'making $(VENV) with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/runtime.stamp: requirements.txt $(VENV)/created.stamp
+	@echo 'installing requirements.txt into $(VENV) (minutes the first time: torch is large)'
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/development.stamp: requirements-dev.txt $(VENV)/runtime.stamp
+	@echo 'installing requirements-dev.txt into $(VENV)'
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

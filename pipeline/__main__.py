@@ -1,0 +1,168 @@
+"""The command line: `python -m pipeline STAGE --config FILE [--override a.b=value]... [--store DIR]`."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .config import load
+from .errors import Interrupted, PipelineError
+from .stages import STAGES, address
+from .store import Manifest, Store
+
+ABOUT = {
+    "preprocess": "read documents, train the tokenizer, make domains and token shards",
+    "train_shared": "train the shared trunk with its temporary feed-forward network, the dummy",
+    "train_experts": "train each expert on its own domain over the frozen trunk",
+    "train_router": "join the experts: fit the gates in closed form, then train them alone",
+    "train_dense": "train the dense baselines the stack is compared with",
+    "evaluate": "measure the stack, write report.json and report.html, print the tables",
+    "run": "all stages in order; what is already in the store is not done again",
+    "plan": "show what would run, what is already there, and an estimate of time and memory",
+    "prune": "list artifacts that no configuration reaches; --yes removes them",
+}
+EXAMPLES = """examples:
+  python -m pipeline run --config config/demo.yaml
+  python -m pipeline plan --config config/wikitext103.yaml
+  python -m pipeline train_experts --config config/demo.yaml --parallel 2
+  python -m pipeline train_router --config config/demo.yaml --override router.top_k=1 --override router.steps=0
+
+Results live under addresses computed from the configuration, so a stage that is already done is
+skipped, changing router.* keeps trunk and experts, and an interrupted command goes on when typed again."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Train a mixture of experts in parts and put it together as one model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in ABOUT.items():
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        _add_common(sub, several=name == "prune")
+        if name in ("run", "train_experts", "train_dense"):
+            sub.add_argument(
+                "--parallel", type=_positive, default=1, metavar="N", help="jobs side by side, cores shared (default 1)"
+            )
+        if name == "prune":
+            sub.add_argument("--yes", action="store_true", help="remove what is listed")
+    return top
+
+
+def _add_common(sub: argparse.ArgumentParser, several: bool) -> None:
+    if several:
+        sub.add_argument(
+            "--config", nargs="+", type=Path, default=sorted(Path("config").glob("*.yaml")), metavar="FILE",
+            help="configurations whose artifacts are kept (default: all in config/)",
+        )  # fmt: skip
+    else:
+        sub.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/")
+    sub.add_argument(
+        "--override", action="append", default=[], metavar="a.b=value",
+        help="change one setting, may be repeated; the README lists them all",
+    )  # fmt: skip
+    default = os.environ.get("MOLEFORGE_STORE", "store")
+    sub.add_argument(
+        "--store", type=Path, default=Path(default), metavar="DIR",
+        help="where results are kept (default: $MOLEFORGE_STORE, else ./store)",
+    )  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
+    args = parser().parse_args(arguments)
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        _dispatch(args)
+    except PipelineError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        errors.print(escape(str(stopped) or "stopped"), highlight=False)
+        return 130
+    return 0
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    if args.command == "prune":
+        from .plan import prune
+
+        prune([load(path, tuple(args.override)) for path in args.config], Store(args.store).open(), args.yes, _out())
+        return
+    cfg, store = load(args.config, tuple(args.override)), Store(args.store)
+    if args.command == "plan":
+        from .plan import show_plan
+
+        show_plan(cfg, store, _out())
+        return
+    _run(args, cfg, store.open())
+
+
+def _run(args: argparse.Namespace, cfg, store: Store) -> None:
+    from .backend import Local, run_stage
+
+    command = f"python -m pipeline {shlex.join(sys.argv[1:])}"
+    backend = Local(store, parallel=getattr(args, "parallel", 1), command=command)
+    for stage in STAGES if args.command == "run" else (args.command,):
+        manifests = run_stage(stage, cfg, backend)
+        if stage == "evaluate":
+            _show_report(store, address(cfg, "evaluate"))
+        else:
+            _show_jobs(manifests)
+
+
+def _out() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _show_jobs(manifests: list[Manifest]) -> None:
+    """Print what a stage left: one row per job."""
+    table = Table(title=manifests[0].stage, title_justify="left", title_style="bold")
+    for name, style in (("artifact", "cyan"), ("MB", ""), ("seconds", ""), ("what came out", "")):
+        table.add_column(name, style=style, justify="left" if name[0] in "aw" else "right", overflow="fold")
+    for m in manifests:
+        table.add_row(m.address, f"{m.bytes / 1e6:.1f}", f"{m.made['seconds']:.0f}", _outcome(m.metrics))
+    _out().print(table)
+
+
+def _outcome(metrics: dict) -> str:
+    if "train_nats" not in metrics:
+        return ", ".join(f"{k} {v:,}" for k, v in metrics.items() if isinstance(v, int))
+    if not metrics["steps"]:
+        return f"no training, valid {metrics['valid_nats']:.3f} nats"
+    early = f" (stopped early of {metrics['planned_steps']})" if metrics["steps"] < metrics["planned_steps"] else ""
+    return (
+        f"{metrics['steps']} steps{early}, train {metrics['train_nats']:.3f}, valid {metrics['valid_nats']:.3f} nats, "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s, peak {metrics['peak_mb']:.0f} MB"
+    )
+
+
+def _show_report(store: Store, here: str) -> None:
+    import json
+
+    from . import report
+
+    folder = store.folder(here)
+    console = _out()
+    report.show(json.loads((folder / "report.json").read_text("utf-8")), console)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Where stages run. Local is this machine, one fresh process per job; modal_app.py holds the other.
+
+A job's memory goes back to the system when its process ends, by construction.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Protocol
+
+from rich.console import Console
+
+from . import stages
+from .budget import cores
+from .config import Config
+from .errors import Interrupted, JobsFailed, PipelineError
+from .store import Manifest, Store
+
+PRELOAD = ["pipeline.families.ffn_moe", "transformers.models.qwen3.modeling_qwen3"]
+STOPPED = 130
+
+
+class Backend(Protocol):
+    """Where stages run."""
+
+    def one(self, stage: str, cfg: Config) -> Manifest:
+        """Do a stage that is one job."""
+
+    def each(self, stage: str, cfg: Config, items: list[str]) -> list[Manifest]:
+        """Do the jobs of a stage that has several. Raises JobsFailed after all of them have had their turn."""
+
+
+@dataclass
+class Local:
+    """This machine: `parallel` processes at once, each with its share of the cores."""
+
+    store: Store
+    parallel: int = 1
+    command: str = ""  # what to type to finish what is missing
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def one(self, stage: str, cfg: Config) -> Manifest:
+        """Do a stage that is one job, in a process of its own. Raises its error."""
+        if not self._done(stage, cfg, None):
+            failed = self._work(stage, cfg, [None])
+            if failed:
+                raise failed[None]
+        return self.store.need(stages.address(cfg, stage), stage)
+
+    def each(self, stage: str, cfg: Config, items: list[str]) -> list[Manifest]:
+        """Do the missing jobs, `parallel` at a time. Raises JobsFailed with a line per failure."""
+        missing = [item for item in items if not self._done(stage, cfg, item)]
+        failed = self._work(stage, cfg, missing) if missing else {}
+        if failed:
+            raise JobsFailed(self._account(stage, items, failed))
+        return [self.store.need(stages.address(cfg, stage, item), stage) for item in items]
+
+    def _done(self, stage: str, cfg: Config, item: str | None) -> bool:
+        return self.store.has(stages.address(cfg, stage, item))
+
+    def _work(self, stage: str, cfg: Config, items: list) -> dict:
+        """Run items in processes; return the error of each that failed."""
+        waiting, running, failed = list(items), {}, {}
+        threads = cfg.runtime.threads or max(1, cores() // min(self.parallel, len(items)))
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.parallel:
+                    process, pipe = _start(stage, cfg, self.store, waiting[0], threads, self.parallel > 1)
+                    running[process.sentinel] = (process, pipe, waiting.pop(0))
+                for sentinel in wait(list(running)):
+                    process, pipe, item = running.pop(sentinel)
+                    error = _result(process, pipe, stages.label(stage, item))
+                    if isinstance(error, Interrupted):
+                        raise error
+                    if error:
+                        failed[item] = error
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            _stop([process for process, _, _ in running.values()])
+            text = str(stopped) or f"{stage} stopped"
+            raise Interrupted(f"{text}; the same command goes on from there") from None
+        return failed
+
+    def _account(self, stage: str, items: list, failed: dict) -> str:
+        lines = [f"{len(items) - len(failed)} of {len(items)} jobs of {stage} are finished and kept:"]
+        for item in items:
+            lines.append(f"  {item}: {f'failed: {failed[item]}' if item in failed else 'finished'}")
+        return "\n".join([*lines, f"To do the missing ones, mend the cause and run again: {self.command}"])
+
+
+def run_all(cfg: Config, backend: Backend) -> Manifest:
+    """Do every stage in order; return the last one's manifest."""
+    last = None
+    for stage in stages.STAGES:
+        last = run_stage(stage, cfg, backend)[-1:] or last
+    return last[0]
+
+
+def run_stage(stage: str, cfg: Config, backend: Backend) -> list[Manifest]:
+    """Do one stage, however many jobs it has."""
+    items = stages.STAGES[stage].items(cfg)
+    return [backend.one(stage, cfg)] if items == (None,) else backend.each(stage, cfg, list(items))
+
+
+def _start(stage, cfg, store, item, threads, plain):
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(PRELOAD)
+    receive, send = context.Pipe(duplex=False)
+    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain, os.getpid())
+    process = context.Process(target=job, args=args, name=stages.label(stage, item))
+    process.start()
+    send.close()
+    return process, receive
+
+
+def _result(process, pipe, name: str) -> BaseException | None:
+    """Return the error a finished process left, or one that tells how it died; None when it went well."""
+    try:
+        error = pipe.recv() if pipe.poll() else None
+    except EOFError:
+        error = None
+    process.join()
+    if error is None and process.exitcode:
+        how = f"was killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "ended with"
+        hint = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
+        code = "" if process.exitcode < 0 else f" exit code {process.exitcode}; its error is above"
+        error = PipelineError(f"{name} {how}{code}{hint}")
+    return error
+
+
+def _stop(processes: list) -> None:
+    """Ask processes to save and end, and wait until they have."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+
+
+def job(pipe, stage: str, raw: dict, root: str, item: str | None, threads: int, plain: bool, parent: int) -> None:
+    """Run one job in this fresh process and send its error, if any, up the pipe."""
+    from pathlib import Path
+
+    import torch
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    console = Console(stderr=True, force_terminal=False if plain else None)
+    store = Store(Path(root))
+    try:
+        stages.run(stage, Config.model_validate(raw), store, item, say=teller(console), console=console)
+    except (PipelineError, Interrupted) as error:
+        pipe.send(error)
+        sys.exit(STOPPED if isinstance(error, Interrupted) else 2)
+    except KeyboardInterrupt:
+        pipe.send(Interrupted(f"{stages.label(stage, item)}: stopped"))
+        sys.exit(STOPPED)
+
+
+def _end_with(parent: int) -> None:
+    """Ask this process to save and end when the one that started the run is gone."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def teller(console: Console) -> stages.Say:
+    """Return a `say` that prints each new text once, and its share done at most every few seconds."""
+    last = {"text": "", "at": 0.0}
+
+    def say(text: str, share: float | None) -> None:
+        if text == last["text"] and time.monotonic() - last["at"] < 5:
+            return
+        last.update(text=text, at=time.monotonic())
+        console.print(text if share is None else f"{text} {share:4.0%}", highlight=False, markup=False)
+
+    return say

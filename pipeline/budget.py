@@ -1,0 +1,186 @@
+"""What a job needs: parameters, floating-point operations, memory and time, and which arithmetic the machine has.
+
+L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
+"""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that decide cost."""
+
+    layers: int
+    d_model: int
+    heads_width: int  # heads * head_dim
+    kv_width: int  # kv_heads * head_dim
+    d_ff: int
+    vocab_size: int
+    context_tokens: int
+    tied: bool = True
+
+    @classmethod
+    def of(cls, trunk, vocab_size: int) -> "Shape":
+        """Return the shape of a new trunk from its configuration section."""
+        head = trunk.head_dim or trunk.d_model // trunk.heads
+        kv = (trunk.kv_heads or trunk.heads) * head
+        sizes = (trunk.layers, trunk.d_model, trunk.heads * head, kv, trunk.d_ff, vocab_size, trunk.context_tokens)
+        return cls(*sizes, trunk.tie_embeddings)
+
+    @classmethod
+    def of_settings(cls, hf: dict, context_tokens: int) -> "Shape":
+        """Return the shape of a trunk from its Hugging Face config fields."""
+        heads, width = hf["num_attention_heads"], hf["hidden_size"]
+        head = hf.get("head_dim") or width // heads
+        sizes = (hf["num_hidden_layers"], width, heads * head, hf["num_key_value_heads"] * head)
+        return cls(*sizes, hf["intermediate_size"], hf["vocab_size"], context_tokens, hf["tie_word_embeddings"])
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Parameters of one SwiGLU network in every layer."""
+        return self.layers * 3 * self.d_model * self.d_ff
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of the attention projections."""
+        return self.layers * 2 * self.d_model * (self.heads_width + self.kv_width)
+
+    @property
+    def trunk_parameters(self) -> int:
+        """Parameters of the trunk: embedding, attention, norms (approximately), LM head."""
+        tables = self.vocab_size * self.d_model * (1 if self.tied else 2)
+        return tables + self.attention_parameters + (2 * self.layers + 1) * self.d_model
+
+    def forward_flops_per_token(self, ffn_active: float = 1.0) -> float:
+        """Matrix-product operations of one forward pass, causal attention counted at half."""
+        weights = self.attention_parameters + ffn_active * self.ffn_parameters + self.vocab_size * self.d_model
+        return 2 * weights + 2 * self.layers * self.context_tokens * self.heads_width
+
+    def train_flops_per_token(self, trains: str) -> float:
+        """Operations of forward and backward; `trains` is all, ffn or gates (frozen weights need no gradient)."""
+        forward = self.forward_flops_per_token(2.0 if trains == "gates" else 1.0)
+        own = {"all": forward, "ffn": 2 * self.ffn_parameters, "gates": 0}[trains]
+        return 2 * forward + own
+
+    def peak_bytes(self, trains: str, sequences: int, bf16: bool, experts: int = 1) -> int:
+        """Predicted peak above imports of a training job on `sequences` per forward pass."""
+        trained = {"all": self.trunk_parameters + self.ffn_parameters, "ffn": self.ffn_parameters, "gates": 0}[trains]
+        held = self.trunk_parameters + experts * self.ffn_parameters
+        tokens, unit = sequences * self.context_tokens, 2 if bf16 else 4
+        per_token = self.layers * (10 * self.d_model + 2 * self.heads_width + 2 * self.kv_width + 4 * self.d_ff)
+        workspace = min(tokens, 1024) * self.vocab_size * 10
+        return 4 * held + 12 * trained + (2 * held if bf16 else 0) + tokens * per_token * (unit + 2) + workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one job of a plan will need."""
+
+    stage: str
+    item: str | None
+    tokens: int | None
+    parameters: int
+    flops: float | None
+    peak_bytes: int
+
+
+class Peak:
+    """Peak memory above the level at which it was made: resident set here, allocator on a GPU."""
+
+    def __init__(self):
+        self.start_bytes = _status("VmRSS")
+        self.clear()
+
+    def clear(self) -> None:
+        """Start the kernel's high-water mark again, where it lets us."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def bytes(self) -> int:
+        """Return the peak so far above the start, in bytes; 0 where the system does not tell."""
+        return max(0, _status("VmHWM") - self.start_bytes)
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+
+
+def device() -> str:
+    """Return cuda when a GPU is there, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether bf16 products are native: a GPU that has them, or AVX512-BF16, AMX or Arm's BF16 here."""
+    import torch
+
+    if device() == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    names = ("flags", "Features")
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith(names)), "").split())
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Return the processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def product_flops_per_s(bf16: bool) -> float:
+    """Return the rate of large matrix products on this machine, measured in about 0.2 s: what MFU is relative to."""
+    import torch
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    size = 4096 if device() == "cuda" else 768
+    a = torch.ones(size, size, dtype=dtype, device=device())
+    rates = []
+    stop = time.perf_counter() + 0.2
+    while time.perf_counter() < stop or len(rates) < 3:
+        start = time.perf_counter()
+        a @ a
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def machine(threads: int, bf16: bool) -> dict:
+    """Return what a result must be read with: hardware, threads, arithmetic, versions."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if device() == "cuda" else None
+    return {
+        "cpu": cpu_name(), "cores": cores(), "threads": threads, "gpu": gpu, "dtype": "bf16" if bf16 else "fp32",
+        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+    }  # fmt: skip

@@ -1,0 +1,6 @@
+"""Documents to token shards, and training rows from shards."""
+
+from .prepare import prepare
+from .shards import Mixture, Shards
+
+__all__ = ["Mixture", "Shards", "prepare"]

@@ -1,0 +1,63 @@
+"""The kinds of experts. A family is a module with the functions of the Family protocol.
+
+No stage asks which family it runs.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+    from ..store import Manifest
+    from ..train import Task
+
+MODULES = {"ffn_moe": "ffn_moe"}
+
+
+class Parts(Protocol):
+    """What earlier stages of a run left behind, loaded on asking."""
+
+    cfg: "Config"
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Where an artifact is. Raises MissingArtifact."""
+
+    def manifest(self, stage: str, item: str | None = None) -> "Manifest":
+        """An artifact's manifest. Raises MissingArtifact."""
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
+        """A file's tensors after a check of their hash. Raises MissingArtifact or DamagedArtifact."""
+
+
+class Family(Protocol):
+    """What a kind of experts has to say."""
+
+    def prepare(self, cfg: "Config", folder: Path, say: Callable[[str, float | None], None]) -> dict:
+        """Write tokenizer and data to folder; return metrics."""
+
+    def shared(self, cfg: "Config", parts: Parts) -> "Task":
+        """The trunk's training."""
+
+    def expert(self, cfg: "Config", parts: Parts, item: str) -> "Task":
+        """One expert's training."""
+
+    def router(self, cfg: "Config", parts: Parts) -> "Task":
+        """The gates' training."""
+
+    def dense(self, cfg: "Config", parts: Parts, item: str) -> "Task":
+        """One dense baseline's training."""
+
+    def assemble(self, cfg: "Config", parts: Parts) -> Any:
+        """The finished stack; what is measured is what is served."""
+
+    def measure(self, cfg: "Config", parts: Parts, say: Callable[[str, float | None], None]) -> dict:
+        """The report's tables."""
+
+
+def family(name: str) -> Family:
+    """Return the family's module; importing it brings torch."""
+    return import_module(f".{MODULES[name]}", __name__)

@@ -1,0 +1,259 @@
+"""FFN experts of a language model: what each of the trainings is, and how the stack is put together.
+
+B sequences, T tokens, D model width, E experts, L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..budget import Shape, device
+from ..config import Config
+from ..data import Mixture as Rows
+from ..data import Shards, prepare
+from ..errors import MismatchError
+from ..model.experts import clone, fresh
+from ..model.loss import cross_entropy
+from ..model.router import Gating, Mixture, Pair, Router, gate_name
+from ..model.statistics import Statistics
+from ..model.trunk import Trunk, settings_of
+from ..train import Task
+from .ffn_cost import FROM_ZERO, cost, dense_options, dense_width
+from .ffn_parts import (
+    EVALUATION_SEQUENCES,
+    initial_gates,
+    mixture_of,
+    nats,
+    new_trunk,
+    seed_of,
+    stored_experts,
+    stored_trunk,
+    sum_up,
+    training_rows,
+    uses_bf16,
+)
+
+__all__ = ["Stack", "assemble", "cost", "dense", "expert", "measure", "prepare", "router", "shared"]
+
+
+def shared(cfg: Config, parts) -> Task:
+    """Return the trunk's training: trunk and dummy on all of the trunk's domains.
+
+    Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
+    """
+    shards = Shards(parts.folder("preprocess"))
+    torch.manual_seed(seed_of(cfg, "shared"))
+    trunk, dummy = new_trunk(cfg, shards)
+    rows = training_rows(cfg, shards, "shared", cfg.trunk.domains or shards.domains, how=cfg.trunk.mixture)
+
+    def export(_kept_step: int) -> dict:
+        sums = sum_up(cfg, trunk, dummy, training_rows(cfg, shards, "statistics", rows.domains, how="equal"))
+        return {
+            "trunk.safetensors": trunk.named(),
+            "dummy.safetensors": dummy.named(),
+            "statistics.safetensors": sums.tensors(),
+            "trunk.json": settings_of(trunk),
+        }
+
+    network = {**trunk.named(), **dummy.named()}
+    return _task(cfg, cfg.trunk, trunk, dummy, network, rows, rows.domains, export, trains="all")
+
+
+def expert(cfg: Config, parts, item: str) -> Task:
+    """Return one expert's training: its own feed-forward networks on its own domain, the trunk frozen."""
+    shards = Shards(parts.folder("preprocess"))
+    trunk, dummy = stored_trunk(cfg, parts)
+    torch.manual_seed(seed_of(cfg, "expert", item))
+    own = (clone(dummy) if cfg.expert.init == "trunk" else fresh(dummy)).to(device())
+    general = {"general": cfg.trunk.domains or shards.domains, "general_share": cfg.partition.overlap}
+    rows = training_rows(cfg, shards, f"expert {item}", (item,), **general)
+    only_own = training_rows(cfg, shards, f"statistics {item}", (item,))
+    fill = _pair(cfg, parts, trunk, dummy, own, only_own) if cfg.expert.coordinate else own
+    extra = {"row": fill.row_LD, "bias": fill.bias_L} if cfg.expert.coordinate else {}
+
+    def export(_kept_step: int) -> dict:
+        files = {"expert.safetensors": own.named()}
+        files["statistics.safetensors"] = sum_up(cfg, trunk, fill, only_own).tensors()
+        return files | ({"gate.safetensors": extra} if extra else {})
+
+    network = {**own.named(), **extra}
+    task = _task(cfg, cfg.expert, trunk, fill, network, rows, (item,), export, trains="ffn")
+    if not extra:
+        return task
+    return _with_penalty(task, lambda: cfg.expert.z_weight * torch.stack(list(fill.z.values())).mean())
+
+
+def router(cfg: Config, parts) -> Task:
+    """Return the gates' training: everything else frozen, on all domains mixed."""
+    shards = Shards(parts.folder("preprocess"))
+    torch.manual_seed(seed_of(cfg, "router"))
+    trunk, _ = stored_trunk(cfg, parts)
+    opts = cfg.router
+    gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
+    gates = Router(initial_gates(cfg, parts, opts.init), gating).to(device())
+    stack = Mixture([e for _, e in stored_experts(cfg, parts)], gates)
+    rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
+    steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
+    temperature = partial(_temperature, cfg, steps, rows.tokens())
+
+    def before_step(step: int) -> None:
+        gates.train()
+        gates.temperature = temperature(step)
+
+    def after_step() -> dict:
+        share_LE = gates.end_step(opts.balance_weight)
+        mean_E = share_LE.mean(0)
+        return {
+            "load": [round(x, 4) for x in mean_E.tolist()],
+            "entropy": -(mean_E * mean_E.clamp(min=1e-9).log()).sum().item(),
+            "temperature": gates.temperature, "balance": gates.balance_loss().item(), "z": gates.z_loss().item(),
+            "dropped": sum(a.dropped for a in gates.loads.values()) / len(gates.loads),
+        }  # fmt: skip
+
+    def penalty() -> torch.Tensor:
+        balance = opts.balance_weight * gates.balance_loss() if opts.balance == "aux" else 0.0
+        return balance + opts.z_weight * gates.z_loss()
+
+    def export(kept_step: int) -> dict:
+        gates.temperature = temperature(max(0, kept_step - 1))
+        return {"router.safetensors": gates.exported()}
+
+    network = {gate_name(i): gate for i, gate in enumerate(gates.gates)}
+    task = _task(cfg, opts, trunk, stack, network, rows, cfg.experts, export, trains="gates")
+    hooks = {"before_step": before_step, "after_step": after_step, "state": {"bias": gates.bias_LE}}
+    return _with_penalty(task, penalty, **hooks)
+
+
+def dense(cfg: Config, parts, item: str) -> Task:
+    """Return one dense baseline's training; see Dense.baselines for what each has in common with the stack."""
+    shards = Shards(parts.folder("preprocess"))
+    torch.manual_seed(seed_of(cfg, "dense", item))
+    seen = cfg.experts
+    if item in FROM_ZERO:
+        trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
+        seen = tuple(dict.fromkeys((*(cfg.trunk.domains or shards.domains), *seen)))
+    else:
+        trunk, dummy = stored_trunk(cfg, parts)
+        ffn = clone(dummy).to(device())
+        trunk.requires_grad_(item != "ffn")
+    opts = dense_options(cfg, item, {d: shards.tokens("train", d) for d in shards.domains})
+    rows = training_rows(cfg, shards, f"dense {item}", seen, how=cfg.trunk.mixture)
+    network = {**({} if item == "ffn" else trunk.named()), **ffn.named()}
+
+    def export(_kept_step: int) -> dict:
+        return {"model.safetensors": {**trunk.named(), **ffn.named()}, "trunk.json": settings_of(trunk)}
+
+    return _task(cfg, opts, trunk, ffn, network, rows, seen, export, trains="ffn" if item == "ffn" else "all")
+
+
+@dataclass
+class Stack:
+    """Trunk, experts and router, assembled and frozen."""
+
+    trunk: Trunk
+    mixture: Mixture
+    names: tuple[str, ...]  # of the experts, in order
+
+    def nats(self, ids_BT: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+        """Return nats_BT of every token after the first."""
+        return nats(self.trunk, self.mixture, ids_BT, bf16)
+
+
+def assemble(cfg: Config, parts) -> Stack:
+    """Build the finished stack from its parts.
+
+    Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another trunk.
+    """
+    trunk, _ = stored_trunk(cfg, parts)
+    named = stored_experts(cfg, parts)
+    stored = parts.tensors("train_router", "router.safetensors")
+    weight_LED = torch.stack([stored[gate_name(i)] for i in range(len(stored))])
+    if weight_LED.shape[1] != len(named):
+        raise MismatchError(f"the router has {weight_LED.shape[1]} rows for {len(named)} experts; run train_router")
+    mixture = mixture_of([e for _, e in named], weight_LED, cfg.router.top_k)
+    return Stack(trunk, mixture, tuple(n for n, _ in named))
+
+
+def measure(cfg: Config, parts, say: Callable[[str, float | None], None]) -> dict:
+    """Return the report's tables; see ffn_tables."""
+    from .ffn_tables import tables
+
+    return tables(cfg, parts, say)
+
+
+def _task(cfg, opts, trunk, fill, network, rows, judged_on, export, trains) -> Task:
+    """Return the Task that all of this family's trainings are, up to what moves and on which text."""
+    bf16 = uses_bf16(cfg)
+    held_out = _validation(cfg, rows.shards, opts, judged_on)
+
+    def batch(first: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(rows.rows(first, count)).to(device())
+
+    def loss(ids_BT: torch.Tensor) -> torch.Tensor:
+        return _mean_nats(trunk, fill, ids_BT, bf16)
+
+    def validate() -> float:
+        with _evaluating(fill):
+            return torch.cat([nats(trunk, fill, ids, bf16).flatten() for ids in held_out]).mean().item()
+
+    return Task(
+        options=opts, parameters=network, batch=batch, loss=loss, export=export, validate=validate,
+        steps=opts.resolve_steps(rows.context_tokens, rows.tokens()), tokens_per_row=rows.context_tokens, bf16=bf16,
+        flops_per_token=Shape.of_settings(trunk.config.to_dict(), rows.context_tokens).train_flops_per_token(trains),
+    )  # fmt: skip
+
+
+def _with_penalty(task: Task, penalty: Callable[[], torch.Tensor], **changes) -> Task:
+    return replace(task, loss=lambda ids_BT: task.loss(ids_BT) + penalty(), **changes)
+
+
+def _mean_nats(trunk, fill, ids_BT, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
+        h_BTD = trunk.hidden(ids_BT[:, :-1], fill)
+    target_N = ids_BT[:, 1:].flatten()
+    return cross_entropy(h_BTD.flatten(0, 1), trunk.head, target_N, dtype) / len(target_N)
+
+
+class _evaluating:
+    """Evaluation mode for a fill, back to training afterwards."""
+
+    def __init__(self, fill):
+        self.fill = fill
+
+    def __enter__(self):
+        self.before = self.fill.training
+        self.fill.eval()
+
+    def __exit__(self, *_):
+        self.fill.train(self.before)
+
+
+def _validation(cfg, shards, opts, domains) -> list[torch.Tensor]:
+    """Return batches of ids_BT from the shared validation split, equal shares of the domains judged on."""
+    context = cfg.trunk.context_tokens
+    share = max(1, opts.eval_tokens // context // len(domains))
+    parts = []
+    for name in domains:
+        rows = Rows(shards, "valid", (name,), context, seed=0)
+        parts.append(rows.rows(0, min(share, max(1, shards.tokens("valid", name) // context - 1))))
+    return list(torch.from_numpy(np.concatenate(parts)).to(device()).split(EVALUATION_SEQUENCES))
+
+
+def _pair(cfg, parts, trunk, dummy, own, rows) -> Pair:
+    """Return the expert beside the frozen dummy; its gate row starts at the domain's mean input less the mixture's."""
+    mixed = Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))
+    domain = sum_up(cfg, trunk, dummy, rows)
+    row_LD = torch.nn.functional.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
+    return Pair(dummy, own, row_LD, cfg.expert.coordinate_bias).to(device())
+
+
+def _temperature(cfg: Config, steps: int, epoch_tokens: int, step: int) -> float:
+    """Return the gates' temperature at a step: linear from start to end, then constant."""
+    ramp = cfg.router.temperature
+    per_epoch = epoch_tokens / (cfg.router.batch_sequences * cfg.trunk.context_tokens)
+    length = steps if ramp.epochs is None else ramp.epochs * per_epoch
+    return ramp.start + (ramp.end - ramp.start) * min(1.0, step / max(1.0, length))

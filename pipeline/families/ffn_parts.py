@@ -1,0 +1,155 @@
+"""Pieces of an ffn_moe run as its trainings, its tables and its server need them: opened, frozen, on the device.
+
+B sequences, T tokens, D model width, E experts, L layers.
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from ..budget import device, has_bf16
+from ..config import Config
+from ..data import Mixture as Rows
+from ..data import Shards
+from ..errors import MismatchError
+from ..model import statistics
+from ..model.experts import Expert, clone
+from ..model.loss import token_nats
+from ..model.router import Gating, Mixture, Router
+from ..model.statistics import Statistics
+from ..model.trunk import SUPPORTED, Fill, Trunk, build, fill_in, load, pretrained
+
+ANCHOR = "anchor"
+EVALUATION_SEQUENCES = 16
+
+
+def uses_bf16(cfg: Config) -> bool:
+    """Whether this machine trains this configuration under bf16 autocast."""
+    return cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16())
+
+
+def mixture_of(experts: Sequence[Expert], weight_LED: torch.Tensor, top_k: int) -> Mixture:
+    """Return frozen experts joined by fixed gates."""
+    return Mixture(experts, Router(weight_LED, Gating(top_k))).to(device()).requires_grad_(False).eval()
+
+
+def nats(trunk: Trunk, fill: Fill, ids_BT: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Return nats_BT of every token after the first, without gradients."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with torch.no_grad(), torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
+        h_BTD = trunk.hidden(ids_BT[:, :-1], fill)
+    return token_nats(h_BTD.flatten(0, 1), trunk.head, ids_BT[:, 1:].flatten(), dtype).view(len(ids_BT), -1)
+
+
+def initial_gates(cfg: Config, parts, init: str, anchor: bool | None = None) -> torch.Tensor:
+    """Return weight_LED of untrained gates by the name of their initialisation."""
+    sums = stored_statistics(cfg, parts, cfg.trunk.anchor == "keep" if anchor is None else anchor)
+    if init == "rows":
+        return _own_rows(cfg, parts)
+    makers = {
+        "uniform": statistics.uniform,
+        "random": statistics.random,
+        "centroid": partial(statistics.centroid, margin=cfg.router.margin),
+        "ridge": partial(statistics.ridge, penalty=cfg.router.ridge_lambda, margin=cfg.router.margin),
+    }
+    return makers[init](sums)
+
+
+def training_rows(cfg, shards, purpose, domains, **how) -> Rows:
+    return Rows(shards, "train", tuple(domains), cfg.trunk.context_tokens, seed=seed_of(cfg, "rows", purpose), **how)
+
+
+def seed_of(cfg: Config, *names: str) -> int:
+    """Return a seed of its own for each purpose, whatever the others drew."""
+    return zlib.crc32("/".join((str(cfg.seed), *names)).encode())
+
+
+def new_trunk(cfg: Config, shards: Shards, d_ff: int | None = None) -> tuple[Trunk, Expert]:
+    """Return trunk and dummy to train: from trunk.init, or drawn from torch's generator, optionally of width d_ff.
+
+    Raises MismatchError when the tokenizer has entries that a pretrained trunk has not.
+    """
+    t = cfg.trunk
+    if not t.init:
+        trunk, dummy = build(_settings(cfg, shards, d_ff or t.d_ff))
+        return trunk.to(device()), dummy.to(device())
+    trunk, dummy = _pretrained(cfg)
+    if shards.vocab_size > trunk.head.shape[0]:
+        raise MismatchError(
+            f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk {t.init} has "
+            f"{trunk.head.shape[0]}: name the trunk's own tokenizer in tokenizer.pretrained"
+        )
+    return trunk.to(device()), dummy.to(device())
+
+
+def _settings(cfg: Config, shards: Shards, d_ff: int) -> dict:
+    t = cfg.trunk
+    return {
+        "model_type": "qwen3", "vocab_size": shards.vocab_size, "hidden_size": t.d_model,
+        "num_hidden_layers": t.layers, "num_attention_heads": t.heads, "num_key_value_heads": t.kv_heads or t.heads,
+        "head_dim": t.head_dim or t.d_model // t.heads, "intermediate_size": d_ff,
+        "max_position_embeddings": t.context_tokens, "tie_word_embeddings": t.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},
+        "bos_token_id": shards.end_id, "eos_token_id": shards.end_id,
+    }  # fmt: skip
+
+
+def _pretrained(cfg: Config) -> tuple[Trunk, Expert]:
+    try:
+        return pretrained(cfg.trunk.init, cfg.trunk.revision)
+    except (OSError, ValueError) as error:
+        raise MismatchError(
+            f"trunk.init {cfg.trunk.init} cannot be loaded ({error}); give a folder or Hub name of a "
+            f"{', '.join(SUPPORTED)} model with safetensors weights"
+        ) from None
+
+
+def stored_trunk(cfg: Config, parts) -> tuple[Trunk, Expert]:
+    """Return the run's trunk and dummy, frozen."""
+    settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text("utf-8"))
+    trunk, dummy = build(settings)
+    load(trunk, parts.tensors("train_shared", "trunk.safetensors"))
+    fill_in(dummy.named(), parts.tensors("train_shared", "dummy.safetensors"))
+    return trunk.to(device()), dummy.to(device()).requires_grad_(False)
+
+
+def stored_experts(cfg: Config, parts) -> list[tuple[str, Expert]]:
+    """Return the stack's experts by name, the anchor first when it is kept, all frozen."""
+    _, dummy = stored_trunk(cfg, parts)
+    out = [(ANCHOR, dummy)] if cfg.trunk.anchor == "keep" else []
+    for name in cfg.experts:
+        own = clone(dummy)
+        fill_in(own.named(), parts.tensors("train_experts", "expert.safetensors", name))
+        out.append((name, own.requires_grad_(False)))
+    return out
+
+
+def stored_statistics(cfg: Config, parts, anchor: bool) -> list[Statistics]:
+    first = [Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))] if anchor else []
+    stored = (parts.tensors("train_experts", "statistics.safetensors", name) for name in cfg.experts)
+    return [*first, *(Statistics.of(s) for s in stored)]
+
+
+def _own_rows(cfg: Config, parts) -> torch.Tensor:
+    """Return weight_LED of the rows coordinated experts learned; an anchor's row is zero, the bias is dropped."""
+    rows = [parts.tensors("train_experts", "gate.safetensors", name)["row"] for name in cfg.experts]
+    anchor = [torch.zeros_like(rows[0])] if cfg.trunk.anchor == "keep" else []
+    return torch.stack([*anchor, *rows], 1)
+
+
+def sum_up(cfg, trunk, fill, rows: Rows) -> Statistics:
+    """Return statistics of the feed-forward inputs over expert.statistics_tokens of rows, in evaluation mode."""
+    layers, d_model = len(trunk.network.model.layers), trunk.config.hidden_size
+    sums, context = Statistics.empty(layers, d_model), rows.context_tokens
+    wanted = max(1, min(cfg.expert.statistics_tokens, rows.tokens()) // context)
+    with torch.no_grad():
+        for at in range(0, wanted, EVALUATION_SEQUENCES):
+            ids_BT = torch.from_numpy(rows.rows(at, min(EVALUATION_SEQUENCES, wanted - at))).to(device())
+            with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg)):
+                trunk.hidden(ids_BT[:, :-1], sums.watch(fill))
+    return sums
+
+

@@ -1,0 +1,120 @@
+"""The shared trunk: a Hugging Face causal LM whose feed-forward networks have been taken out.
+
+What fills the open slot of each layer is passed in with every call, so one trunk serves the dummy,
+an expert, a dense baseline and the whole stack. Tensors keep their Hugging Face names.
+
+B sequences, T tokens, D model width.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .experts import Expert
+
+Fill = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, x_BTD) -> y_BTD
+SUPPORTED = ("qwen3", "llama", "mistral")
+
+
+class Trunk(nn.Module):
+    """Embedding, attention, norms and LM head, with an open slot per layer."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.config = network.config
+
+    def hidden(self, ids_BT: torch.Tensor, fill: Fill) -> torch.Tensor:
+        """Return h_BTD after the final norm, with `fill` as each layer's feed-forward network."""
+        for layer in self.network.model.layers:
+            layer.mlp.fill = fill
+        return self.network.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+    @property
+    def head(self) -> nn.Parameter:
+        """LM head weight_VD (the embedding itself when tied)."""
+        return self.network.lm_head.weight
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return parameters by Hugging Face name; a tied head appears once, as the embedding."""
+        return dict(self.network.named_parameters())
+
+
+class _Slot(nn.Module):
+    """Stands where a feed-forward network stood and hands its input to whatever fills it."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.fill: list | Fill | None = None
+
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name, value) if name == "fill" else super().__setattr__(name, value)
+
+    def forward(self, x_BTD):
+        return self.fill(self.layer, x_BTD)
+
+
+def build(settings: Mapping) -> tuple[Trunk, Expert]:
+    """Return a new trunk and its dummy from Hugging Face config fields, drawn from torch's generator."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**settings)
+    return split(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32))
+
+
+def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Expert]:
+    """Load a Qwen3, Llama or Mistral checkpoint (folder or Hub name) as trunk and dummy.
+
+    Raises ValueError for another architecture and OSError when nothing can be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(name), revision=revision)
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"{name} is a {config.model_type} model; a trunk can be one of {', '.join(SUPPORTED)}")
+    return split(
+        AutoModelForCausalLM.from_pretrained(
+            str(name), revision=revision, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
+    )
+
+
+def split(network: nn.Module) -> tuple[Trunk, Expert]:
+    """Take the feed-forward networks out of a causal LM; return it as a trunk, and them as the dummy."""
+    taken = []
+    for number, layer in enumerate(network.model.layers):
+        taken.append(layer.mlp)
+        layer.mlp = _Slot(number)
+    return Trunk(network), Expert(taken)
+
+
+def settings_of(trunk: Trunk) -> dict:
+    """Return the Hugging Face config fields that `build` takes to make this trunk again."""
+    return trunk.config.to_dict()
+
+
+def load(trunk: Trunk, tensors: Mapping[str, torch.Tensor]) -> Trunk:
+    """Fill a trunk with stored tensors and freeze it.
+
+    Raises KeyError when names are missing or strange, ValueError when a shape differs.
+    """
+    fill_in(trunk.named(), tensors)
+    return trunk.requires_grad_(False).eval()
+
+
+def fill_in(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into parameters of the same names, all of them.
+
+    Raises KeyError when names are missing or strange, ValueError when a shape differs.
+    """
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise KeyError(f"{len(odd)} tensors missing or strange, first {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name])

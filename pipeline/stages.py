@@ -1,0 +1,268 @@
+"""The stages, what each reads, and where its result lives.
+
+An address is a hash of the configuration a stage reads and of its inputs' addresses, so runs that share a
+prefix of work share its artifacts. Stages do not know the families.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import Config, Section
+from .errors import MismatchError
+from .families import family
+from .history import Recorder, read
+from .store import Manifest, Store, inventory, now, room, save_tensors, write_text
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
+BASELINE_READS = {  # what each dense baseline's budget and size depend on
+    "path": (),
+    "total": ROUTER_TOKENS,
+    "ffn": ROUTER_TOKENS,
+    "scratch": (*ROUTER_TOKENS, "trunk"),
+    "wide": (*ROUTER_TOKENS, "trunk", "router.top_k"),
+}
+Say = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table: how a stage is done, and what its address is made of."""
+
+    make: Callable[["Work"], dict]  # writes files into work.folder, returns metrics
+    reads: tuple[str, ...]  # sections, or dotted fields
+    needs: tuple[str, ...] = ()
+    items: Callable[[Config], tuple[str | None, ...]] = lambda _cfg: (None,)
+    version: int = 1  # raised when the stage comes to mean something else
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What earlier stages of this run left behind, loaded on asking and checked to belong together."""
+
+    cfg: Config
+    store: Store
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Where an artifact is. Raises MissingArtifact or DamagedArtifact."""
+        self.manifest(stage, item)
+        return self.store.folder(address(self.cfg, stage, item))
+
+    def manifest(self, stage: str, item: str | None = None) -> Manifest:
+        """An artifact's manifest, its own inputs checked. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        manifest = self.store.need(address(self.cfg, stage, item), stage)
+        for source, digest in manifest.inputs.items():
+            found = self.store.need(source, source.split("-")[0]).digest
+            if found != digest:
+                raise MismatchError(
+                    f"{manifest.address} was made on another {source} than the one in {self.store.root} "
+                    f"(digest {digest[:12]}, found {found[:12]}): remove {self.store.folder(manifest.address)} "
+                    f"and run `python -m pipeline {stage}` again"
+                )
+        return manifest
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> dict:
+        """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        self.manifest(stage, item)
+        return self.store.tensors(address(self.cfg, stage, item), name, stage)
+
+    def history(self, stage: str, item: str | None = None) -> list[dict]:
+        """The history rows of a training job."""
+        return read(self.store.history(address(self.cfg, stage, item)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage of one run, about to be done."""
+
+    stage: str
+    item: str | None
+    cfg: Config
+    store: Store
+    address: str
+    say: Say
+    console: object = None
+
+    @property
+    def folder(self) -> Path:
+        """The artifact's folder."""
+        return self.store.folder(self.address)
+
+    @property
+    def name(self) -> str:
+        """The stage and the item, for people."""
+        return label(self.stage, self.item)
+
+    @property
+    def parts(self) -> Parts:
+        """The inputs."""
+        return Parts(self.cfg, self.store)
+
+
+def label(stage: str, item: str | None) -> str:
+    """Return a job's name for people."""
+    return stage if item is None else f"{stage} {item}"
+
+
+def address(cfg: Config, stage: str, item: str | None = None) -> str:
+    """Return where the result of a stage lives; the same configuration always gives the same address."""
+    row = STAGES[stage]
+    reads = row.reads + (BASELINE_READS[item] if stage == "train_dense" else ())
+    needs = [address(cfg, need, i) for need in row.needs for i in STAGES[need].items(cfg)]
+    content = [stage, item, row.version, {key: _read(cfg, key) for key in reads}, needs]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return "-".join(x for x in (stage, item, digest[:12]) if x)
+
+
+def jobs(cfg: Config, stage: str) -> list[tuple[str, str | None, str]]:
+    """Return (stage, item, address) of every job of a stage."""
+    return [(stage, item, address(cfg, stage, item)) for item in STAGES[stage].items(cfg)]
+
+
+def reachable(cfg: Config) -> Iterator[str]:
+    """Yield every address a configuration can lead to."""
+    for stage in STAGES:
+        yield from (here for _, _, here in jobs(cfg, stage))
+
+
+def run(stage: str, cfg: Config, store: Store, item: str | None = None, *, say: Say, console=None) -> Manifest:
+    """Do one stage, or return its manifest when its result is already there.
+
+    Raises MissingArtifact when an input is not there; waits when another process is doing the same.
+    """
+    store.refresh()
+    here = address(cfg, stage, item)
+    if store.has(here):
+        return store.need(here, stage)
+    work = Work(stage, item, cfg, store, here, say, console)
+    inputs = {a: store.need(a, need).digest for need in STAGES[stage].needs for _, _, a in jobs(cfg, need)}
+    with store.alone(here, lambda: say(f"{work.name}: another process is making {here}; waiting for it", None)):
+        return store.need(here, stage) if store.has(here) else _make(work, inputs)
+
+
+def _make(work: Work, inputs: dict[str, str]) -> Manifest:
+    started = time.monotonic()
+    with room(work.folder):
+        folder = work.store.begin(work.address)
+        metrics = STAGES[work.stage].make(work)
+        write_text(folder / "run.json", json.dumps(_kept(work), indent=1, sort_keys=True))
+        made = {"at": now(), "seconds": time.monotonic() - started, "packages": _packages(), **metrics.pop("made", {})}
+        manifest = Manifest(work.address, work.stage, work.item, inputs, inventory(folder), metrics, made)
+        return work.store.finish(manifest)
+
+
+def _preprocess(work: Work) -> dict:
+    return family(work.cfg.family).prepare(work.cfg, work.folder, work.say)
+
+
+def _train(work: Work) -> dict:
+    """Make the family's task for this stage and fit it."""
+    from .budget import machine
+    from .train import Place, fit
+
+    make, section, args = {
+        "train_shared": ("shared", "trunk", ()),
+        "train_experts": ("expert", "expert", (work.item,)),
+        "train_router": ("router", "router", ()),
+        "train_dense": ("dense", "expert", (work.item,)),
+    }[work.stage]
+    import torch
+
+    task = getattr(family(work.cfg.family), make)(work.cfg, work.parts, *args)
+    runtime = work.cfg.runtime
+    recorder = _recorder(work, task.steps)
+    place = Place(
+        work.store.resume(work.address), recorder, work.store.publish, work.name, section,
+        runtime.save_every_s, runtime.log_every_steps,
+    )  # fmt: skip
+    try:
+        metrics = fit(task, place)
+    except BaseException:
+        recorder.close(ok=False)
+        raise
+    recorder.close()
+    for name, content in task.export(metrics["kept_step"]).items():
+        _write(work.folder / name, content)
+    return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
+
+
+def _recorder(work: Work, steps: int) -> Recorder:
+    return Recorder(
+        work.store.history(work.address), job=work.name, total_steps=steps, wandb_mode=work.cfg.runtime.wandb,
+        project=work.cfg.runtime.wandb_project, run_id=work.address, folder=work.store.root / "wandb",
+        settings=work.cfg.model_dump(mode="json"), console=work.console,
+    )  # fmt: skip
+
+
+def _evaluate(work: Work) -> dict:
+    from . import report
+
+    tables = family(work.cfg.family).measure(work.cfg, work.parts, work.say)
+    rows = {label(s, i): work.parts.history(s, i) for s in TRAINING for i in STAGES[s].items(work.cfg)}
+    write_text(work.folder / "report.json", json.dumps(tables, indent=1))
+    write_text(work.folder / "report.html", report.page(tables, rows))
+    return {"criteria": {c["name"]: c["passed"] for c in tables["criteria"]}}
+
+
+def _write(path: Path, content: dict) -> None:
+    if path.suffix == ".safetensors":
+        save_tensors(path, content)
+    else:
+        write_text(path, json.dumps(content, indent=1, sort_keys=True))
+
+
+def _read(cfg: Config, key: str):
+    """Return what a stage's address holds of a section (without its later fields) or of a dotted field."""
+    section, _, name = key.partition(".")
+    value = getattr(cfg, section)
+    if name:
+        value = getattr(value, name)
+        return value.model_dump(mode="json") if isinstance(value, Section) else value
+    if not isinstance(value, Section):
+        return value
+    later = {n for n, f in type(value).model_fields.items() if (f.json_schema_extra or {}).get("later")}
+    return value.model_dump(mode="json", exclude=later)
+
+
+def _kept(work: Work) -> dict:
+    """Return the resolved configuration less what no result depends on, so equal runs leave equal bytes."""
+    return work.cfg.model_dump(mode="json", exclude={"runtime", "name"})
+
+
+def _packages() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+TRAINING = ("train_shared", "train_experts", "train_router", "train_dense")
+_TRAINED = ("family", "seed", "dtype")
+STAGES = {
+    "preprocess": Stage(_preprocess, reads=("family", "data", "partition", "tokenizer")),
+    "train_shared": Stage(_train, reads=(*_TRAINED, "trunk"), needs=("preprocess",)),
+    "train_experts": Stage(
+        _train,
+        reads=(*_TRAINED, "expert", "partition.overlap"),
+        needs=("preprocess", "train_shared"),
+        items=lambda cfg: cfg.experts,
+    ),
+    "train_router": Stage(
+        _train,
+        reads=(*_TRAINED, "router", "trunk.anchor"),
+        needs=("preprocess", "train_shared", "train_experts"),
+    ),
+    "train_dense": Stage(
+        _train,
+        reads=(*_TRAINED, "dense", "expert", "expert.domains"),
+        needs=("preprocess", "train_shared"),
+        items=lambda cfg: cfg.dense.baselines,
+    ),
+    "evaluate": Stage(
+        _evaluate,
+        reads=("name", "evaluate"),
+        needs=("preprocess", *TRAINING),
+    ),
+}

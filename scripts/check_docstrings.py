@@ -1,0 +1,231 @@
+"""Check docstrings against the house style, from the syntax tree alone: nothing is imported or run.
+
+Every public module, class, function and method has one whose first line is a whole sentence that says more than
+the name; it names the pipeline errors the body raises, and the shapes of arrays and tensors that go in and out.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKED = ("pipeline", "scripts", "routing-generator", "benchmarks", "modal_app.py")
+LINE = 120
+ARRAYS = {"Tensor", "ndarray", "NDArray"}
+SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)")
+SHAPE = re.compile(
+    r"\[[^\]]*\b[A-Z][A-Z0-9]*\b[^\]]*\]"  # [B, T, D]
+    r"|\([A-Z][A-Z0-9]*,[^)]*\)|\(\w[^()\s]*,\)"  # (B, T, D), (n+1,)
+    r"|\w_[A-Z][A-Z0-9]*\b|\b(scalars?|shapes?)\b"  # x_BTD, or in words
+)
+THIRD_PERSON = re.compile(
+    r"(This|Add|Apply|Appl|Build|Call|Check|Compute|Copy|Create|Find|Get|Give|Load|Make|Print|Read|Return|Run|Save|"
+    r"Set|Start|Take|Tell|Test|Train|Write|Yield)(s|ies)\b"
+)
+EMPTY = {
+    *("a", "an", "and", "at", "be", "by", "do", "does", "for", "from", "in", "into", "is", "it", "its", "of", "on"),
+    *("one", "or", "our", "some", "that", "the", "their", "them", "this", "to", "use", "used", "using", "with"),
+    *("class", "function", "method", "module", "object", "return", "returns"),
+}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Problem = tuple[int, str]
+
+
+def check(source: str, name: str, errors: dict[str, set[str]]) -> list[Problem]:
+    """Return (line, problem) pairs of one module.
+
+    name is the module's own, for example `store`; errors maps each pipeline error to itself and the classes above it.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        return [(error.lineno or 1, f"does not parse: {error.msg}")]
+    problems = list(_sentence(tree, name, [name]))
+    problems += _legend(tree, source)
+    for owners, node in _public(tree, ()):
+        problems += _sentence(node, node.name, [*owners, node.name])
+        if isinstance(node, Function):
+            problems += _raises(node, node, errors)
+            problems += _shapes(node)
+        else:
+            made = [item for item in node.body if isinstance(item, Function) and item.name == "__init__"]
+            problems += [problem for item in made for problem in _raises(item, node, errors)]
+    return sorted(problems)
+
+
+def error_tree(source: str) -> dict[str, set[str]]:
+    """Return each class of errors.py with the names that say it: its own and those of the classes above it."""
+    tree = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            bases = (base.id for base in node.bases if isinstance(base, ast.Name))
+            tree[node.name] = {node.name}.union(*(tree.get(base, set()) for base in bases))
+    return tree
+
+
+def _public(node: ast.AST, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], ast.ClassDef | Function]]:
+    """Yield public classes and functions; what stands inside a function is its own affair."""
+    for item in ast.iter_child_nodes(node):
+        if isinstance(item, ast.If | ast.Try | ast.With):
+            yield from _public(item, owners)
+        elif isinstance(item, ast.ClassDef | Function) and not item.name.startswith("_") and not _is_stub(item, node):
+            yield owners, item
+            if isinstance(item, ast.ClassDef):
+                yield from _public(item, (*owners, item.name))
+
+
+def _is_stub(item: ast.ClassDef | Function, owner: ast.AST) -> bool:
+    """Tell overloads, property setters, and a Protocol's `...` methods, which are described elsewhere."""
+    marks = {ast.unparse(mark).rpartition(".")[2] for mark in item.decorator_list}
+    protocol = isinstance(owner, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in owner.bases)
+    body = item.body[0]
+    dots = isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and body.value.value is ...
+    return bool(marks & {"overload", "setter", "deleter"}) or (protocol and dots)
+
+
+def _sentence(node: ast.Module | ast.ClassDef | Function, name: str, names: list[str]) -> Iterator[Problem]:
+    line = getattr(node, "lineno", 1)
+    kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+    text = ast.get_docstring(node, clean=False)
+    if not text or not text.strip():
+        yield line, f"{kind} {name} has no docstring"
+        return
+    first = text.split("\n")[0]
+    if not first.rstrip().endswith("."):
+        yield line, f"{kind} {name}: the docstring's first line must be a whole sentence that ends with a period"
+    start = node.body[0]
+    if start.col_offset + 3 + len(first) + 3 * ("\n" not in text) > LINE:
+        yield start.lineno, f"{kind} {name}: the docstring's first line is over {LINE} characters"
+    if "\n" not in text and _words(first) <= _words(" ".join(names)):
+        yield line, f"{kind} {name}: the docstring only repeats the name; say what the name does not"
+    if kind == "function" and THIRD_PERSON.match(first):
+        yield line, f"function {name}: write an imperative ({first.split()[0]!r} is not one)"
+
+
+def _words(text: str) -> set[str]:
+    """Return the words that carry meaning, without endings, also those inside a name."""
+    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", text)
+    stems = (re.sub(r"(ing|ed|es|s|e)$", "", word.lower()) for word in words if word.lower() not in EMPTY)
+    return set(stems)
+
+
+def _raises(function: Function, described: ast.ClassDef | Function, errors: dict[str, set[str]]) -> Iterator[Problem]:
+    said = f"{ast.get_docstring(function)} {ast.get_docstring(described)}".partition("aise")[2]  # Raises, raise
+    lines = dict(reversed([(error, line) for line, error in _raised(function, errors)]))  # the first of each
+    for error, line in lines.items():
+        if not any(re.search(rf"\b{name}\b", said) for name in errors[error]):
+            yield line, f'function {function.name} raises {error}, and its docstring does not: add "Raises {error} ..."'
+
+
+def _raised(function: Function, errors: dict[str, set[str]]) -> Iterator[tuple[int, str]]:
+    for node in _own(function):
+        if isinstance(node, ast.Raise) and node.exc:
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            error = ast.unparse(raised).rpartition(".")[2]
+            if error in errors:
+                yield node.lineno, error
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below a function that run when it is called, so not those of functions it defines."""
+    for item in ast.iter_child_nodes(node):
+        if not isinstance(item, Function | ast.Lambda | ast.ClassDef):
+            yield item
+            yield from _own(item)
+
+
+def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
+    """Check that the lines above the first statement explain every letter of the module's shape suffixes."""
+    rest = [node for node in tree.body if not _is_text(node)]
+    head = "\n".join(source.split("\n")[: rest[0].lineno - 1 if rest else None])
+    seen = set()
+    for line, name in sorted(_names(tree)):
+        for letter in _letters(name):
+            if letter not in seen and not re.search(rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]", head):
+                yield line, f'{name}: the top of the module has no legend for {letter} (for example "D model width")'
+            seen.add(letter)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+
+
+def _letters(name: str) -> str:
+    suffix = SUFFIXED.fullmatch(name)
+    return "".join(letter for letter in suffix[1] if letter.isalpha()) if suffix else ""
+
+
+def _shapes(function: Function) -> Iterator[Problem]:
+    given = function.args
+    arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    arrays = [each.arg for each in arguments if _is_array(each.annotation)]
+    bare = [name for name in arrays if not SUFFIXED.fullmatch(name)]
+    named = SUFFIXED.fullmatch(function.name) or _returns_suffixed(function)
+    returns = _is_array(function.returns) and not arrays and not named
+    if (bare or returns) and not SHAPE.search(ast.get_docstring(function) or ""):
+        what = ", ".join(bare) or "what it returns"
+        yield (
+            function.lineno,
+            f"function {function.name}: name the shape of {what}: x_BTD, or [B, T, D] in the docstring",
+        )
+
+
+def _is_array(annotation: ast.expr | None) -> bool:
+    """Tell an array, one that may be absent, and a tuple of arrays; containers of many have no one shape."""
+    match annotation:
+        case ast.Constant(value=str() as text):
+            return text.rpartition(".")[2] in ARRAYS
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name in ARRAYS
+        case ast.BinOp(left=left, right=right):
+            return _is_array(left) or _is_array(right)
+        case ast.Subscript(value=ast.Name(id="tuple" | "Optional"), slice=ast.Tuple(elts=parts)):
+            return any(map(_is_array, parts))
+        case ast.Subscript(value=ast.Name(id="tuple" | "Optional" | "NDArray") as kind, slice=part):
+            return kind.id == "NDArray" or _is_array(part)
+        case ast.Subscript(value=ast.Attribute(attr=name)):
+            return name in ARRAYS
+    return False
+
+
+def _returns_suffixed(function: Function) -> bool:
+    values = [node.value for node in _own(function) if isinstance(node, ast.Return)]
+    return bool(values) and all(isinstance(value, ast.Name) and SUFFIXED.fullmatch(value.id) for value in values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print `file:line: problem` for every problem below the given paths; return 1 when there is one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help=f"files or folders (without: {', '.join(CHECKED)})")
+    paths = parser.parse_args(arguments).paths
+    if absent := [str(path) for path in paths if not path.exists()]:
+        parser.error(f"no such file or folder: {', '.join(absent)}")
+    errors = error_tree((ROOT / "pipeline" / "errors.py").read_text("utf-8"))
+    found = 0
+    for file in _files(paths or [ROOT / name for name in CHECKED]):
+        name = file.parent.name if file.stem in ("__init__", "__main__") else file.stem
+        for line, problem in check(file.read_text("utf-8"), name, errors):
+            print(f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}:{line}: {problem}")
+            found += 1
+    return int(found > 0)
+
+
+def _files(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path] * path.exists()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
