@@ -1,11 +1,12 @@
 """Arithmetic of the report: bits per byte with intervals, routing figures, criteria. No model is run here.
 
-n documents, R rows of a table, S resamples, E experts, L layers.
+n documents, T tokens of a stream, S resamples, E experts, L layers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,9 +50,7 @@ class Scores:
 
     def bits_per_byte(self, row: str) -> dict[str, float]:
         """Return bits per byte of a row, by domain."""
-        return {
-            name: float(self.nats[row][name].sum() / d.bytes_n.sum() / LN2) for name, d in self.documents.items()
-        }
+        return {name: float(self.nats[row][name].sum() / d.bytes_n.sum() / LN2) for name, d in self.documents.items()}
 
     def perplexity(self, row: str) -> dict[str, float]:
         """Return perplexity per token of a row, by domain."""
@@ -89,7 +88,7 @@ def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
     Within a document the weight of an expert is its likelihood of the tokens so far, from an even prior.
     """
     out_T = np.empty(nats_ET.shape[1])
-    for start, end in zip(starts_n[:-1], starts_n[1:], strict=True):
+    for start, end in pairwise(starts_n):
         own_ET = nats_ET[:, start:end].astype(np.float64)
         before_ET = np.cumsum(own_ET, axis=1) - own_ET
         log_ET = -before_ET - _logsumexp(-before_ET)
@@ -119,9 +118,7 @@ def max_violation(share_E: Sequence[float]) -> float:
     return max(share_E) * len(share_E) - 1
 
 
-def routing(
-    counts: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray], experts: Sequence[str]
-) -> dict:
+def routing(counts: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray], experts: Sequence[str]) -> dict:
     """Return table T5 from counts_LE per domain: all assignments, and first choices for the agreement.
 
     Domains weigh the same. Agreement is the share of tokens whose first choice is their own domain's expert.

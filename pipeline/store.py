@@ -180,9 +180,7 @@ def _again(folder: Path) -> str:
 def inventory(folder: Path) -> dict[str, dict]:
     """Return {relative path: {"sha256", "bytes"}} of every file below an artifact's folder."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {
-        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths
-    }
+    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
 
 
 def sha256(path: Path) -> str:

@@ -145,7 +145,9 @@ def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
     seen = set()
     for line, name in sorted(_names(tree)):
         for letter in _letters(name):
-            if letter not in seen and not re.search(rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]", head):
+            if letter not in seen and not re.search(
+                rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]|\b{letter} ?= ?\w", head
+            ):
                 yield line, f'{name}: the top of the module has no legend for {letter} (for example "D model width")'
             seen.add(letter)
 

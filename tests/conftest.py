@@ -3,8 +3,11 @@
 The variables are set before any test module is imported, because libraries read them once, at import.
 """
 
+import json
 import os
+import random
 import sys
+from pathlib import Path
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "MODAL_", "HF_TOKEN"))]:
     del os.environ[name]  # the tests' own account, or none, never the developer's
@@ -18,6 +21,8 @@ os.environ |= {
 }
 
 import pytest  # noqa: E402 (after the variables)
+import yaml  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +36,91 @@ def _one_thread():
 def store_path(tmp_path):
     """Path of a store that does not exist yet."""
     return tmp_path / "store"
+
+
+WORDS = {
+    "sea": "tide reef gull mast kelp brine swell anchor heave salt drift shoal".split(),
+    "shop": "lathe gear bolt chuck vise rivet clamp bench shim torque gauge file".split(),
+    "hall": "oboe chord waltz reed fugue tempo viola score cadence bass trill rest".split(),
+}
+
+
+def documents(domain: str, count: int = 120) -> list[str]:
+    """Return short texts of one domain: its own words in its own order, with a few that all domains share."""
+    draw, words = random.Random(domain), WORDS[domain]
+    out = []
+    for i in range(count):
+        at, said = draw.randrange(len(words)), [f"{i}:"]
+        for _ in range(draw.randrange(24, 48)):
+            at = (at + draw.choice((1, 1, 1, 2, 5))) % len(words)
+            said.append(draw.choice(("the", "and", "of")) if draw.random() < 0.2 else words[at])
+        out.append(" ".join(said))
+    return out
+
+
+def tiny_config(folder: Path, **sections) -> Path:
+    """Write three small domains and a configuration whose whole run takes seconds; return the configuration's path.
+
+    Keywords replace fields: tiny_config(folder, trunk={"lr": 1e-3}, dtype="bf16").
+    """
+    base = {
+        "name": "tiny",
+        "dtype": "fp32",
+        "data": {
+            "source": "files",
+            "files": [{"paths": [f"{domain}.jsonl"], "domain": domain} for domain in WORDS],
+            "valid_share": 0.1,
+            "test_share": 0.1,
+        },
+        "partition": {"domains": list(WORDS), "min_tokens": 100},
+        "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
+        "trunk": {
+            **{"steps": 40, "layers": 2, "d_model": 32, "heads": 2, "d_ff": 64, "context_tokens": 32, "lr": 3e-3},
+            **{"batch_sequences": 8, "warmup_steps": 5, "eval_every_steps": 10, "eval_tokens": 768},
+        },
+        "expert": {
+            **{"steps": 20, "batch_sequences": 8, "warmup_steps": 3, "eval_every_steps": 5, "eval_tokens": 768},
+            **{"lr": 3e-3, "statistics_tokens": 2048},
+        },
+        "router": {"steps": 16, "batch_sequences": 8, "warmup_steps": 2, "eval_every_steps": 5, "eval_tokens": 768},
+        "dense": {"baselines": ["total", "path"]},
+        "evaluate": {"tokens_per_domain": 512, "bootstrap": 20},
+        "runtime": {"threads": 1, "save_every_s": 0.05, "log_every_steps": 5},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in WORDS:
+        rows = (json.dumps({"text": text}) + "\n" for text in documents(domain))
+        (folder / f"{domain}.jsonl").write_text("".join(rows), "utf-8")
+    for key, value in sections.items():
+        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(base, sort_keys=False), "utf-8")
+    return path
+
+
+def make_all(path: Path, store_path: Path, *overrides: str) -> None:
+    """Do every stage of a configuration in this process, without what the command line prints."""
+    from pipeline import stages
+    from pipeline.config import load
+    from pipeline.store import Store
+
+    cfg, store = load(path, overrides), Store(store_path).open()
+    with open(os.devnull, "w") as nowhere:
+        for stage in stages.STAGES:
+            for _, item, _ in stages.jobs(cfg, stage):
+                stages.run(stage, cfg, store, item, say=lambda _text, _share: None, console=Console(file=nowhere))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Path of a tiny configuration of this test's own."""
+    return tiny_config(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(configuration, store) paths of one complete run; read it, never change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = tiny_config(folder / "tiny")
+    make_all(path, folder / "store")
+    return path, folder / "store"

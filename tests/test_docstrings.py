@@ -129,7 +129,7 @@ def test_a_kept_rule_is_no_problem(source):
 
 
 def test_a_legend_may_stand_in_comments_at_the_top():
-    assert problems("def _go(x_QZ): ...\n", '"""Whole sentences."""\n\n# Q queries, Z zeros\n') == []
+    assert problems("def _go(x_QZ): ...\n", '"""Whole sentences."""\n\n# Q queries, Z = Q*Q zeros\n') == []
     assert len(problems("def _go(x_QZ): ...\n", '"""Whole sentences, Q and Z."""\n')) == 2
 
 

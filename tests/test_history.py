@@ -294,7 +294,7 @@ def logged(path):
 
 
 def test_online_wandb_without_a_key_says_what_to_set(wandb_home, capfd):
-    with pytest.raises(ConfigError, match=r"runtime\.wandb is online, but .* WANDB_API_KEY"):
+    with pytest.raises(ConfigError, match=r"runtime\.wandb is online, but no .* key was found: set WANDB_API_KEY"):
         record(wandb_home / "rows.jsonl", 0, [], wandb_mode="online")
     assert capfd.readouterr() == ("", "")
 
@@ -315,4 +315,4 @@ def test_online_wandb_without_a_key_never_asks_on_the_terminal(wandb_home):
         os.close(person)
         os.close(terminal)
     assert ran.returncode == 1
-    assert "ConfigError: runtime.wandb is online" in shown
+    assert "ConfigError: runtime.wandb is online, but no Weights & Biases key was found" in shown

@@ -22,7 +22,7 @@ LAYERS = (
     ("train", "evaluate", "report", "bundle"),
     ("families",),
     ("stages",),
-    ("backend", "serve"),
+    ("backend", "serve", "plan"),
     ("experiments",),
     ("__main__",),
 )

@@ -165,7 +165,9 @@ class Trunk(Fit):
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary embedding (new trunk)")
     tie_embeddings: bool = Field(True, description="LM head shares the embedding's weights (new trunk)")
     domains: tuple[Name, ...] | None = Field(None, description="Domains the trunk sees; none: all")
-    mixture: Literal["natural", "equal"] = Field("natural", description="Share of domains in a batch: by size, or equal")
+    mixture: Literal["natural", "equal"] = Field(
+        "natural", description="Share of domains in a batch: by size, or equal"
+    )
     anchor: Literal["discard", "keep"] = later(
         "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
     )
@@ -219,7 +221,8 @@ class Router(Fit):
     top_k: int = Field(2, ge=1, description="Experts that run per token")
     temperature: Temperature = Field(Temperature(), description="Softmax temperature while training")
     balance: Literal["none", "aux", "bias"] = Field(
-        "none", description="Load balance: none, auxiliary loss (Switch, divided by k), or selection bias (aux-loss-free)"
+        "none",
+        description="Load balance: none, auxiliary loss (Switch, divided by k), or selection bias (aux-loss-free)",
     )
     balance_weight: float = Field(1e-2, ge=0, description="Weight of the auxiliary loss, or step of the bias")
     z_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE)")

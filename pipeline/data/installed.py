@@ -31,7 +31,10 @@ def python() -> Iterator[tuple[str, str]]:
 
 
 def headers() -> Iterator[tuple[str, str]]:
-    """Yield (path, source) of the C and C++ headers that ship with torch, without the thousands of generated ones."""
+    """Yield (path, source) of the C and C++ headers that ship with torch, without the thousands of generated ones.
+
+    Raises DataError when torch is not installed.
+    """
     spec = importlib.util.find_spec("torch")  # finds the package and does not import it
     folders = spec.submodule_search_locations if spec else None
     root = Path(folders[0]) / "include" if folders else None

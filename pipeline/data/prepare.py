@@ -25,6 +25,7 @@ from .tokenizer import Tokenizer
 BATCH_BYTES = 2 << 20  # enough documents to keep every core encoding
 FIT_BYTES = 64 << 20  # text that clusters and difficulty are fitted on, at most
 _AHEAD = 2  # batches waiting between two steps
+_SPARE = 1.2  # sampled over what is wanted, because chance may hold out more than its share
 Say = Callable[[str, float | None], None]
 
 
@@ -103,7 +104,8 @@ class _Survey:
         data, wanted = self.cfg.data, self.cfg.tokenizer.sample_megabytes * 1e6
         wanted = 0 if self.cfg.tokenizer.pretrained else wanted
         if self.by_label:  # held-out documents are sampled too, and left out once splits are decided
-            return wanted / len(self.cfg.partition.names) / (1 - data.valid_share - data.test_share)
+            train_share = 1 - data.valid_share - data.test_share
+            return _SPARE * wanted / len(self.cfg.partition.names) / train_share
         return max(FIT_BYTES, 2 * wanted)
 
     def _check(self) -> None:
@@ -203,9 +205,10 @@ def _ahead(items: Generator) -> Iterator:
     def put(kind: str, value) -> None:
         while not closed.is_set():
             try:
-                return waiting.put((kind, value), timeout=0.1)
+                waiting.put((kind, value), timeout=0.1)
             except queue.Full:
                 continue
+            return
 
     def work() -> None:
         try:
@@ -213,7 +216,7 @@ def _ahead(items: Generator) -> Iterator:
                 put("item", item)
                 if closed.is_set():
                     break
-        except BaseException as error:  # noqa: BLE001 (raised again in the thread that reads)
+        except BaseException as error:
             put("error", error)
         else:
             put("end", None)

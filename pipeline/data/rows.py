@@ -70,7 +70,7 @@ def _matches(entry: Files) -> list[tuple[object, str]]:
         if not hits:
             why = f"is a folder; write {pattern.rstrip('/')}/*.txt or the like" if folder else "matches no file"
             raise DataError(f"data.files: {pattern} {why}. Paths start at the configuration file's folder")
-        found |= {hit: fs for hit in hits}
+        found |= dict.fromkeys(hits, fs)
     return [(fs, path) for path, fs in found.items()]
 
 

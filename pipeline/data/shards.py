@@ -1,7 +1,7 @@
 """Token shards: one flat little-endian stream per split and domain, its document index, and batches drawn from them.
 
 Invariant: row g of a Mixture is a pure function of (shards, settings, seed, g); a reader has no state to save.
-Legend: G rows asked for, N windows of an epoch, C context tokens.
+Legend: G rows asked for, D domains, R rounds of the permutation, N windows of an epoch, C context tokens.
 """
 
 import json
@@ -122,7 +122,7 @@ class ShardWriter:
                 open(self._path(name, suffix), "wb").close()
 
     def add(self, split: str, domain: str, ids: list[int], document_bytes: int) -> None:
-        """Append one document, end_id first."""
+        """Append one document, end_id first. Raises DataError for an id the vocabulary has not."""
         name = split, domain
         count, tokens = self.counts[name], self._tokens[name]
         if ids and max(ids) >= self.vocab_size:

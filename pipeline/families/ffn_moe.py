@@ -1,6 +1,6 @@
 """FFN experts of a language model: what each of the trainings is, and how the stack is put together.
 
-B sequences, T tokens, D model width, E experts, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
 from collections.abc import Callable

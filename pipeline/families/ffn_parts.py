@@ -59,6 +59,7 @@ def initial_gates(cfg: Config, parts, init: str, anchor: bool | None = None) -> 
 
 
 def training_rows(cfg, shards, purpose, domains, **how) -> Rows:
+    """Return the training rows of some domains, in an order of their own for each purpose."""
     return Rows(shards, "train", tuple(domains), cfg.trunk.context_tokens, seed=seed_of(cfg, "rows", purpose), **how)
 
 
@@ -128,6 +129,7 @@ def stored_experts(cfg: Config, parts) -> list[tuple[str, Expert]]:
 
 
 def stored_statistics(cfg: Config, parts, anchor: bool) -> list[Statistics]:
+    """Return the router statistics of the stack\'s experts in order, the dummy\'s first when `anchor`."""
     first = [Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))] if anchor else []
     stored = (parts.tensors("train_experts", "statistics.safetensors", name) for name in cfg.experts)
     return [*first, *(Statistics.of(s) for s in stored)]
@@ -151,5 +153,3 @@ def sum_up(cfg, trunk, fill, rows: Rows) -> Statistics:
             with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg)):
                 trunk.hidden(ids_BT[:, :-1], sums.watch(fill))
     return sums
-
-

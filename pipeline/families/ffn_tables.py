@@ -1,8 +1,9 @@
 """The report of an ffn_moe run: every row of T1, and T3, T5, T6, on the same held-out tokens.
 
-B sequences, T tokens, E experts, L layers, D model width.
+B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D model width.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -13,7 +14,7 @@ import torch
 from ..budget import Shape, device, machine
 from ..config import Config
 from ..data import Shards
-from ..evaluate import Documents, Scores, oracle_gain, posterior_mix, routing, verdict
+from ..evaluate import Documents, Scores, oracle_gain, posterior_mix, routing
 from ..model.experts import Expert, average
 from ..model.router import Mixture, Uniform
 from ..model.statistics import random as random_gates
@@ -27,19 +28,19 @@ from .ffn_parts import (
     nats,
     seed_of,
     stored_experts,
+    stored_statistics,
     stored_trunk,
-    training_rows,
     uses_bf16,
 )
+from .ffn_verdicts import criteria, notes, speed, wins
 
 AXES = {
     "total": "same total tokens",
-    "path": "same tokens as one expert's path, so same wall-clock with a worker per expert",
-    "ffn": "same total tokens, FFN only on the frozen trunk",
-    "wide": "same active parameters and same total tokens, from zero",
+    "path": "same tokens as one expert's path (same wall-clock)",
+    "ffn": "same total tokens, FFN only",
+    "wide": "same active parameters, same total tokens",
     "scratch": "same total tokens, from zero",
 }
-TRAIN_SAMPLE_SEQUENCES = 128
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ def tables(cfg: Config, parts, say: Callable[[str, float | None], None]) -> dict
         "domains": list(shards.domains), "metric": "bits per byte on held-out text", "model": _model(cfg, trunk, stack),
         "data": _data(bench), "T1": rows, "T3": _t3(cfg, bench, stack), "T5": _t5(bench, stack),
         "T6": _t6(cfg, bench, stack, _shape(cfg, trunk)), "matrix": _matrix(bench, contenders),
-        "wins": _wins(bench, rows), "speed": _speed(cfg, parts),
-        "machine": machine(torch.get_num_threads(), bench.bf16), "notes": _notes(cfg),
+        "wins": wins(rows), "speed": speed(cfg, parts),
+        "machine": machine(torch.get_num_threads(), bench.bf16), "notes": notes(cfg),
     }  # fmt: skip
-    report["criteria"] = _criteria(cfg, parts, bench, report, contenders, shards)
+    report["criteria"] = criteria(cfg, bench, report, contenders)
     return report
 
 
@@ -136,7 +137,7 @@ def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[Contender]:
     yield Contender("weight soup", "merge", trunk, average(only_own), train_tokens=joined)
     yield Contender("uniform mixture", "merge", trunk, Uniform(only_own), len(own), len(own), train_tokens=joined)
     torch.manual_seed(seed_of(cfg, "random router"))
-    random_LED = random_gates(_like(cfg, parts))
+    random_LED = random_gates(stored_statistics(cfg, parts, cfg.trunk.anchor == "keep"))
     yield Contender(f"random router top-{k}", "router", trunk, mixture_of(experts, random_LED, k), k, n,
                     train_tokens=joined)  # fmt: skip
     for init in ("centroid", "ridge"):
@@ -165,7 +166,7 @@ def _other_anchor(cfg, parts, trunk, dummy, own: list[Expert], joined: int) -> C
 def _dense(cfg, parts, budget, on_trunk) -> Iterator[Contender]:
     """Yield the dense baselines, each with the axis it shares with the stack."""
     for item in cfg.dense.baselines:
-        trunk, ffn = build(_json(parts.folder("train_dense", item) / "trunk.json"))
+        trunk, ffn = build(json.loads((parts.folder("train_dense", item) / "trunk.json").read_text("utf-8")))
         fill_in({**trunk.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", item))
         wide = cfg.router.top_k if item == "wide" else 1.0
         spent = stage_tokens(cfg, "train_dense", item, budget) + (on_trunk if item in ("total", "path", "ffn") else 0)
@@ -278,92 +279,11 @@ def _matrix(bench: Bench, contenders: Sequence[Contender]) -> dict:
     return {"rows": [*rows[:-1], "stack"], "bits_per_byte": values}
 
 
-def _wins(bench: Bench, rows: list[dict]) -> list[dict]:
-    """Return the stack against every dense row, best single expert and random routing, each with its axis."""
-    single = min((r for r in rows if r["kind"] == "expert"), key=lambda r: r["mean"])["row"]
-    out = []
-    for row in rows:
-        best = row["row"] == single
-        if row["kind"] == "dense" or best or row["row"] == "trunk + dummy" or row["row"].startswith("random"):
-            against = row["versus_stack"]
-            axis = row["axis"] or ("best single expert, half the active FFNs" if best else "same trunk")
-            out.append({"against": row["row"], "axis": axis, **against, "verdict": verdict(**against)})
-    return out
-
-
-def _criteria(cfg: Config, parts, bench: Bench, report: dict, contenders, shards: Shards) -> list[dict]:
-    """Return the success criteria of the run, each passed or not and why."""
-    out = []
-    gaps = {c.row: _gap(cfg, bench, shards, c) for c in contenders if c.kind == "dense" or c is contenders[-1]}
-    mine = gaps.pop(contenders[-1].row)
-    for row, theirs in gaps.items():
-        wins = mine["test"] < theirs["test"]
-        closed = 1 - mine["gap"] / theirs["gap"] if theirs["gap"] > 0 else 0.0
-        axis = next(c.axis for c in contenders if c.row == row)
-        out.append({
-            "name": f"primary, {row}", "passed": wins or closed >= cfg.evaluate.gap_share,
-            "text": f"beats {row} ({axis}) or closes {cfg.evaluate.gap_share:.0%} of its train-test gap",
-            "detail": f"{mine['test']:.4f} against {theirs['test']:.4f} nats; train-test gap {mine['gap']:.4f} "
-            f"against {theirs['gap']:.4f} ({closed:+.0%} closed)",
-        })  # fmt: skip
-    jobs = report["speed"]["jobs"]
-    slow = min(jobs, key=lambda j: j["tokens_per_s"] or float("inf"))
-    out.append({
-        "name": "secondary", "text": "throughput and timing of every job are on record", "passed": bool(jobs),
-        "detail": f"slowest {slow['job']}: {slow['tokens_per_s']:,.0f} tokens/s",
-    })  # fmt: skip
-    t5, least = report["T5"], cfg.evaluate.min_expert_share
-    out.append({
-        "name": "tertiary", "text": f"every expert is used by at least {least:.0%} of tokens",
-        "passed": t5["least"][1] >= least,
-        "detail": f"least {t5['least'][0]} {t5['least'][1]:.1%}, entropy {t5['entropy']:.3f} of {t5['max_entropy']:.3f}",
-    })  # fmt: skip
-    return out
-
-
-def _gap(cfg: Config, bench: Bench, shards: Shards, c: Contender) -> dict:
-    """Return test loss and its distance from the loss on training text, nats per token, mean over domains."""
-    bench.say(f"train-test gap of {c.row}", None)
-    per_domain = []
-    for domain in shards.domains:
-        rows = training_rows(cfg, shards, "gap", (domain,))
-        count = max(1, min(TRAIN_SAMPLE_SEQUENCES // len(shards.domains), rows.tokens() // rows.context_tokens - 1))
-        ids = torch.from_numpy(rows.rows(0, count)).to(device())
-        per_domain.append(nats(c.trunk, c.fill, ids, bench.bf16).mean().item())
-    test = bench.scores.nats_per_token(c.row)
-    return {"test": test, "gap": test - float(np.mean(per_domain))}
-
-
-def _speed(cfg: Config, parts) -> dict:
-    """Return throughput, time by phase and peak memory of every training job, from the manifests."""
-    jobs = [("train_shared", None), *(("train_experts", e) for e in cfg.experts), ("train_router", None)]
-    jobs += [("train_dense", b) for b in cfg.dense.baselines]
-    out = []
-    for stage, item in jobs:
-        m = parts.manifest(stage, item).metrics
-        phases = {f"{p}_s": m.get(f"{p}_s", 0.0) for p in ("data", "forward", "backward", "optimizer")}
-        out.append({"job": f"{stage} {item}" if item else stage, "seconds": m["seconds"], "tokens": m["tokens"],
-                    "tokens_per_s": m["tokens_per_s"], "peak_mb": m["peak_mb"], "mfu": m["mfu"], **phases})  # fmt: skip
-    return {"jobs": out}
-
-
 def _documents(cfg: Config, shards: Shards, domain: str) -> Documents:
     """Return the first whole test documents of a domain, up to evaluate.tokens_per_domain, at least one."""
     starts, sizes = shards.documents("test", domain)
     count = max(1, int(np.searchsorted(starts, cfg.evaluate.tokens_per_domain, side="right")) - 1)
     return Documents(domain, starts[: count + 1].copy(), sizes[:count].copy())
-
-
-def _like(cfg: Config, parts) -> list:
-    from .ffn_parts import stored_statistics
-
-    return stored_statistics(cfg, parts, cfg.trunk.anchor == "keep")
-
-
-def _json(path) -> dict:
-    import json
-
-    return json.loads(path.read_text("utf-8"))
 
 
 def _shape(cfg: Config, trunk: Trunk) -> Shape:
@@ -387,10 +307,3 @@ def _data(bench: Bench) -> dict:
         "test_documents": {d: len(x.bytes_n) for d, x in bench.documents.items()},
         "train_tokens": train,
     }
-
-
-def _notes(cfg: Config) -> list[str]:
-    notes = ["Intervals resample documents within each domain (paired across rows); they do not cover training seeds."]
-    if cfg.router.balance == "bias":
-        notes.append("The selection bias shaped training only: Qwen3-MoE has no place for it, so it is not used here.")
-    return notes

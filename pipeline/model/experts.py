@@ -1,6 +1,7 @@
 """Experts: a feed-forward network per layer, and the sparse mixture of several.
 
-N tokens (B*T), D model width, F feed-forward width, E experts, K experts per token, R = N*K routed rows.
+B sequences, T tokens, N = B*T, D model width, F feed-forward width, E experts, K experts per token,
+R = N*K routed rows.
 """
 
 import copy

@@ -3,7 +3,7 @@
 Weights of the picked experts are a softmax over their logits alone (top-k, then renormalised), the
 convention of Mixtral and of Qwen3-MoE with norm_topk_prob, so an expert trained alone keeps weight 1.
 
-N tokens, D model width, E experts, K experts per token, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, K experts per token, R = N*K, L layers.
 """
 
 from collections.abc import Sequence
@@ -80,17 +80,19 @@ class Router(nn.Module):
         return kept_NK
 
     def balance_loss(self) -> torch.Tensor:
-        """Return mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1 is an even load)."""
+        """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1 is an even load)."""
         terms = [len(a.share_E) * (a.share_E * a.probability_E).sum() for a in self.loads.values()]
         return torch.stack(terms).mean()
 
     def z_loss(self) -> torch.Tensor:
-        """Return mean over layers of the router z-loss (ST-MoE, equation 5)."""
+        """Return the scalar mean over layers of the router z-loss (ST-MoE, equation 5)."""
         return torch.stack([a.z for a in self.loads.values()]).mean()
 
     def end_step(self, nudge: float) -> torch.Tensor:
-        """Return share_LE of assignments since the last call; moves the selection bias by `nudge` towards
-        underused experts when that is how load is balanced (aux-loss-free, 2408.15664)."""
+        """Return share_LE of assignments since the last call.
+
+        Moves the selection bias by `nudge` towards underused experts when balance is bias (2408.15664).
+        """
         share_LE = self.count_LE / self.count_LE.sum(1, keepdim=True).clamp(min=1)
         self.count_LE.zero_()
         if self.gating.balance == "bias":

@@ -2,7 +2,7 @@
 
 They are sums, so an expert can be added or removed, and its router fitted, without anyone's data.
 
-N tokens, D model width, E experts, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
 from collections.abc import Sequence

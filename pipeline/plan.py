@@ -1,0 +1,137 @@
+"""What a command would do before it does it, and what no configuration needs any more."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from . import stages
+from .budget import Job, cores, cpu_name, has_bf16, product_flops_per_s
+from .config import Config
+from .families import family
+from .store import Store
+
+ASSUMED_MFU = 0.3  # of a small model before this machine has trained one; afterwards its own jobs are the measure
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One job of a plan."""
+
+    address: str
+    state: str  # done, at step n, to do
+    job: Job | None  # None: no training
+    seconds: float | None
+
+
+def plan(cfg: Config, store: Store) -> list[Entry]:
+    """Return every job of a run in order, with what is there already and an estimate of the rest."""
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16())
+    tokens, rate = _domain_tokens(cfg, store), _flops_per_s(store, bf16)
+    return [
+        _entry(cfg, store, stage, item, address, tokens, rate, bf16)
+        for stage in stages.STAGES
+        for _, item, address in stages.jobs(cfg, stage)
+    ]
+
+
+def _entry(cfg, store, stage, item, address, tokens, rate, bf16) -> Entry:
+    if stage not in stages.TRAINING:
+        return Entry(address, _state(store, address), None, None)
+    job = family(cfg.family).cost(cfg, stage, item, tokens, bf16)
+    state = _state(store, address)
+    left = 0.0 if state == "done" else 1.0
+    return Entry(address, state, job, None if job.flops is None else left * job.flops / rate)
+
+
+def _state(store: Store, address: str) -> str:
+    if store.has(address):
+        return "done"
+    steps = [_saved_step(path) for path in store.resume(address).glob("*/state.json")]
+    return f"at step {max(steps)}" if steps else "to do"
+
+
+def _saved_step(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text("utf-8"))["run"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _domain_tokens(cfg: Config, store: Store) -> dict[str, int] | None:
+    """Return training tokens per domain once preprocess has counted them."""
+    here = stages.address(cfg, "preprocess")
+    return store.manifest(here).metrics["tokens"]["train"] if store.has(here) else None
+
+
+def _flops_per_s(store: Store, bf16: bool) -> float:
+    """Return the rate this machine's finished jobs reached, else a share of its matrix-product rate."""
+    rates = []
+    for address in store.addresses():
+        manifest = store.manifest(address) if store.has(address) else None
+        machine = manifest.made.get("machine", {}) if manifest else {}
+        if manifest and machine.get("cpu") == cpu_name() and manifest.metrics.get("tokens_per_s"):
+            rates.append(manifest.metrics["tokens_per_s"] * manifest.metrics["flops_per_token"])
+    if rates:
+        return sorted(rates)[len(rates) // 2]
+    return ASSUMED_MFU * product_flops_per_s(bf16)
+
+
+def show_plan(cfg: Config, store: Store, console: Console) -> None:
+    """Print a plan as a table."""
+    entries = plan(cfg, store)
+    table = Table(title=f"plan of {cfg.name} in {store.root}", title_justify="left", title_style="bold")
+    table.add_column("job", style="cyan", overflow="fold")
+    table.add_column("state")
+    for name in ("tokens", "parameters", "time", "peak memory"):
+        table.add_column(name, justify="right")
+    for e in entries:
+        table.add_row(e.address, e.state, *(_cells(e) if e.job else ("", "", "", "")))
+    console.print(table)
+    known = [e.seconds for e in entries if e.seconds is not None]
+    unknown = any(e.job and e.seconds is None for e in entries)
+    least = "at least " if unknown else ""
+    console.print(f"to train: {least}{_duration(sum(known))} on {cpu_name()}, {cores()} cores, one job after another")
+    console.print(
+        "Time is an estimate from jobs this machine has finished, or from a short probe; memory is predicted,"
+    )
+    console.print("above the level after imports. Both are measured while a job runs (its manifest.json tells).")
+    if unknown:
+        console.print("Durations in epochs are known after preprocess has counted the tokens.")
+
+
+def _cells(e: Entry) -> tuple[str, str, str, str]:
+    tokens = "after preprocess" if e.job.tokens is None else f"{e.job.tokens:,}"
+    time = "?" if e.seconds is None else _duration(e.seconds)
+    return tokens, f"{e.job.parameters:,}", "" if e.state == "done" else time, f"{e.job.peak_bytes / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def prune(configs: list[Config], store: Store, remove: bool, console: Console) -> None:
+    """List artifacts and checkpoints that none of the configurations reaches; remove them when asked to."""
+    kept = {address for cfg in configs for address in stages.reachable(cfg)}
+    folders = [p for kind in ("artifacts", "resume") for p in _below(store.root / kind) if p.name not in kept]
+    if not folders:
+        console.print(
+            f"nothing to prune in {store.root}: every artifact belongs to one of {len(configs)} configurations"
+        )
+        return
+    for folder in folders:
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        console.print(f"{size / 1e6:10.1f} MB  {folder}", highlight=False, soft_wrap=True)
+        if remove:
+            shutil.rmtree(folder)
+    done = "removed" if remove else "not removed: runs made with --override are listed too; add --yes to remove"
+    console.print(f"{len(folders)} folders that no configuration reaches, {done}")
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.exists() else []

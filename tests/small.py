@@ -1,0 +1,139 @@
+"""A whole ffn_moe run at the smallest sizes, without preprocess, store or processes: what the tests of one family need.
+
+Text is drawn so that each domain has its own favourite tokens; Parts keeps each training's files in a folder.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from pipeline.config import Config, merge
+from pipeline.data.shards import ShardWriter
+from pipeline.errors import MissingArtifact
+from pipeline.families import ffn_moe
+from pipeline.store import load_tensors, save_tensors
+from pipeline.train import Place, fit
+
+DOMAINS = ("alpha", "beta", "gamma")
+VOCAB, CONTEXT = 48, 8
+FITTED = {
+    "steps": 4, "batch_sequences": 4, "lr": 1e-2, "warmup_steps": 1, "eval_every_steps": 0, "eval_tokens": 96,
+    "keep": "last",
+}  # fmt: skip
+SETTINGS = {
+    "seed": 3,
+    "dtype": "fp32",
+    "partition": {"domains": DOMAINS},
+    "tokenizer": {"vocab_size": 300},
+    "trunk": FITTED | {"layers": 2, "d_model": 16, "heads": 2, "kv_heads": 1, "d_ff": 24, "context_tokens": CONTEXT},
+    "expert": FITTED | {"statistics_tokens": 256},
+    "router": FITTED,
+    "dense": {"baselines": ()},
+    "evaluate": {"tokens_per_domain": 200, "bootstrap": 50},
+}
+
+
+def config(**changes) -> Config:
+    """Return a small configuration; changes are sections or dotted names with __ (trunk__lr=1.0)."""
+    raw = SETTINGS
+    for name, value in changes.items():
+        for part in reversed(name.split("__")):
+            value = {part: value}
+        raw = merge(raw, value)
+    return Config.model_validate(raw)
+
+
+def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> Path:
+    """Write token shards in which domain i prefers the i-th part of the vocabulary; documents have 12 to 30 tokens."""
+    folder.mkdir(parents=True)
+    writer, draw = ShardWriter(folder, domains, vocab_size, end_id=0), np.random.default_rng(0)
+    part = (vocab_size - 1) // len(domains)
+    for i, domain in enumerate(domains):
+        for split, count in (("train", documents), ("valid", 8), ("test", 8)):
+            for _ in range(count):
+                length = int(draw.integers(12, 30))
+                own = 1 + i * part + draw.zipf(1.5, length) % part
+                ids = np.where(draw.random(length) < 0.8, own, draw.integers(1, vocab_size, length))
+                writer.add(split, domain, ids.tolist(), document_bytes=3 * length)
+    writer.finish()
+    return folder
+
+
+@dataclass
+class Parts:
+    """What a family sees of earlier stages: folders and tensors, from a plain directory."""
+
+    cfg: Config
+    root: Path
+    metrics: dict = field(default_factory=dict)
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Return the folder of a stage's files. Raises MissingArtifact."""
+        path = self.root / "-".join(filter(None, (stage, item)))
+        if not path.is_dir():
+            raise MissingArtifact(f"{path} does not exist; run {stage}")
+        return path
+
+    def manifest(self, stage: str, item: str | None = None):
+        """Return the metrics of a training as a manifest has them."""
+        return SimpleNamespace(metrics=self.metrics[stage, item], files={})
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file."""
+        return load_tensors(self.folder(stage, item) / name)
+
+
+class Rows:
+    """A recorder that keeps history rows."""
+
+    def __init__(self):
+        self.rows, self.notes = [], []
+
+    def start(self, step: int) -> None:
+        """Take note of nothing."""
+
+    def row(self, row: dict) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+
+    def note(self, text: str) -> None:
+        """Keep a note."""
+        self.notes.append(text)
+
+
+MAKERS = {
+    "train_shared": ffn_moe.shared, "train_experts": ffn_moe.expert, "train_router": ffn_moe.router,
+    "train_dense": ffn_moe.dense,
+}  # fmt: skip
+
+
+def train(cfg: Config, parts: Parts, stage: str, item: str | None = None) -> SimpleNamespace:
+    """Fit one of the family's trainings and keep its files in parts; returns task, metrics, rows, folder."""
+    task = MAKERS[stage](cfg, parts, *(() if item is None else (item,)))
+    recorder, folder = Rows(), parts.root / "-".join(filter(None, (stage, item)))
+    place = Place(parts.root / "slots" / folder.name, recorder, lambda: None, folder.name, "expert", 1e9, 1)
+    parts.metrics[stage, item] = fit(task, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in task.export(parts.metrics[stage, item]["kept_step"]).items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content))
+        else:
+            save_tensors(folder / name, content)
+    return SimpleNamespace(task=task, metrics=parts.metrics[stage, item], rows=recorder.rows, folder=folder)
+
+
+def run(cfg: Config, root: Path, baselines: bool = True) -> Parts:
+    """Train everything a configuration asks for, in order, on new shards below root."""
+    parts = Parts(cfg, root)
+    write_shards(root / "preprocess", cfg.partition.names)
+    train(cfg, parts, "train_shared")
+    for name in cfg.experts:
+        train(cfg, parts, "train_experts", name)
+    train(cfg, parts, "train_router")
+    for item in cfg.dense.baselines if baselines else ():
+        train(cfg, parts, "train_dense", item)
+    return parts
