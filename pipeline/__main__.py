@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
     args = parser().parse_args(arguments)
     errors = Console(stderr=True, soft_wrap=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # jobs save at either, so stop at either
     try:
         _dispatch(args)
     except PipelineError as error:
@@ -95,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stopped:
         errors.print(escape(str(stopped) or "stopped"), highlight=False)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

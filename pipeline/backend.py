@@ -3,6 +3,7 @@
 A job's memory goes back to the system when its process ends, by construction.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -71,17 +72,19 @@ class Local:
             while waiting or running:
                 while waiting and len(running) < self.parallel:
                     process, pipe = _start(stage, cfg, self.store, waiting[0], threads, self.parallel > 1)
-                    running[process.sentinel] = (process, pipe, waiting.pop(0))
-                for sentinel in wait(list(running)):
-                    process, pipe, item = running.pop(sentinel)
+                    running[pipe] = (process, waiting.pop(0))
+                for pipe in wait(list(running)):
+                    process, item = running.pop(pipe)
                     error = _result(process, pipe, stages.label(stage, item))
                     if isinstance(error, Interrupted):
                         raise error
                     if error:
                         failed[item] = error
         except (KeyboardInterrupt, Interrupted) as stopped:
-            _stop([process for process, _, _ in running.values()])
-            text = str(stopped) or f"{stage} stopped"
+            for process in multiprocessing.active_children():
+                process.terminate()
+            texts = [str(stopped), *(_stop(process, pipe) for pipe, (process, _) in running.items())]
+            text = "\n".join(filter(None, texts)) or f"{stage} stopped"
             raise Interrupted(f"{text}; the same command goes on from there") from None
         return failed
 
@@ -111,7 +114,7 @@ def _start(stage, cfg, store, item, threads, plain):
     if sys.platform == "linux":
         context.set_forkserver_preload(PRELOAD)
     receive, send = context.Pipe(duplex=False)
-    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain, os.getpid())
+    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain)
     process = context.Process(target=job, args=args, name=stages.label(stage, item))
     process.start()
     send.close()
@@ -119,57 +122,60 @@ def _start(stage, cfg, store, item, threads, plain):
 
 
 def _result(process, pipe, name: str) -> BaseException | None:
-    """Return the error a finished process left, or one that tells how it died; None when it went well."""
+    """Wait for a process; return the error it sent, None when it went well, or one that tells how it died."""
     try:
-        error = pipe.recv() if pipe.poll() else None
-    except EOFError:
-        error = None
-    process.join()
-    if error is None and process.exitcode:
-        how = f"was killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "ended with"
-        hint = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
-        code = "" if process.exitcode < 0 else f" exit code {process.exitcode}; its error is above"
-        error = PipelineError(f"{name} {how}{code}{hint}")
-    return error
-
-
-def _stop(processes: list) -> None:
-    """Ask processes to save and end, and wait until they have."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
+        error = pipe.recv()
         process.join()
+        return error
+    except EOFError:  # it ended without a word
+        process.join()
+    if process.exitcode < 0:
+        hint = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
+        return PipelineError(f"{name} was killed by {signal.Signals(-process.exitcode).name}{hint}")
+    return PipelineError(f"{name} ended with exit code {process.exitcode}; its error is above")
 
 
-def job(pipe, stage: str, raw: dict, root: str, item: str | None, threads: int, plain: bool, parent: int) -> None:
+def _stop(process, pipe) -> str:
+    """Wait until a process that was asked to stop has saved and ended; return where it stopped, if it told."""
+    error = _result(process, pipe, process.name)
+    return str(error) if isinstance(error, Interrupted) else ""
+
+
+def job(pipe, stage: str, raw: dict, root: str, item: str | None, threads: int, plain: bool) -> None:
     """Run one job in this fresh process and send its error, if any, up the pipe."""
     from pathlib import Path
 
     import torch
 
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what fit does not catch ends the job here
+        signal.signal(number, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     console = Console(stderr=True, force_terminal=False if plain else None)
     store = Store(Path(root))
     try:
         stages.run(stage, Config.model_validate(raw), store, item, say=teller(console), console=console)
+        _tell(pipe, None)
     except (PipelineError, Interrupted) as error:
-        pipe.send(error)
+        _tell(pipe, error)
         sys.exit(STOPPED if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
-        pipe.send(Interrupted(f"{stages.label(stage, item)}: stopped"))
+        _tell(pipe, Interrupted(f"{stages.label(stage, item)}: stopped"))
         sys.exit(STOPPED)
 
 
-def _end_with(parent: int) -> None:
-    """Ask this process to save and end when the one that started the run is gone."""
-    while True:
-        time.sleep(1)
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+def _tell(pipe, error: BaseException | None) -> None:
+    """Send how the job went, once, undisturbed; nobody may be there any more to hear it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(BrokenPipeError):
+        pipe.send(error)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to save and end when the one that started the run is gone, reaped or not."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def teller(console: Console) -> stages.Say:

@@ -1,11 +1,14 @@
 """Two slots per run in progress: a torn or damaged write never costs the last good state.
 
-A slot is state.safetensors, then state.json with its sha256; without a matching state.json it is absent.
+A slot is state.safetensors, then state.json with its sha256 and a seal over itself; a slot that does not match is
+removed when it is found, so that the good one is never the one that the next save writes over.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -53,8 +56,9 @@ class Progress:
 def save(folder: Path, task, optimizer: torch.optim.Optimizer, run: Progress) -> None:
     """Write the older slot: part file, flush, rename, then its state.json. Raises DiskFull or OSError."""
     slot = folder / SLOTS[0 if _step_of(folder / SLOTS[0]) <= _step_of(folder / SLOTS[1]) else 1]
+    (slot / "state.json").unlink(missing_ok=True)  # first: without it the rest is no checkpoint
+    shutil.rmtree(slot, ignore_errors=True)  # with it go the temporary files of a save that was killed
     slot.mkdir(parents=True, exist_ok=True)
-    (slot / "state.json").unlink(missing_ok=True)
     part = slot / "state.safetensors.part"
     try:
         save_tensors(part, _gather(task, optimizer, run))
@@ -65,41 +69,70 @@ def save(folder: Path, task, optimizer: torch.optim.Optimizer, run: Progress) ->
     part.replace(slot / "state.safetensors")
     run.saved_step = run.step
     numbers = {k: v for k, v in asdict(_without_best(run)).items() if k != "best"}
-    write_text(slot / "state.json", json.dumps({"sha256": sha256(slot / "state.safetensors"), "run": numbers}))
+    raw = {"sha256": sha256(slot / "state.safetensors"), "run": numbers}
+    write_text(slot / "state.json", json.dumps(raw | {"seal": _seal(raw)}))
 
 
 def restore(folder: Path, task, optimizer: torch.optim.Optimizer, note: Callable[[str], None]) -> Progress | None:
-    """Load the newest good slot into task and optimizer; says so by `note` when one is damaged."""
-    for slot in sorted((folder / s for s in SLOTS), key=_step_of, reverse=True):
-        if not (slot / "state.json").exists():
-            continue
+    """Load the newest good slot into task and optimizer; removes damaged ones and tells by `note` what that costs."""
+    slots = [folder / name for name in SLOTS if (folder / name).exists()]
+    run, damage = None, []
+    for slot in sorted(slots, key=lambda s: (_step_of(s) >= 0, -_step_of(s))):  # unreadable ones first
+        if run:
+            break
         try:
-            raw, tensors = _read(slot)
+            raw, tensors = _read(slot, task)
         except DamagedArtifact as error:
-            note(f"{error}; going on from the older checkpoint")
+            damage.append(error)
+            shutil.rmtree(slot)
             continue
         run = Progress(**raw["run"])
         _scatter(tensors, task, optimizer, run)
-        return run
-    return None
+    for error in damage:
+        note(f"{error}; going on from the other one, step {run.step}" if run else f"{error}; starting over at step 0")
+    return run
 
 
-def _read(slot: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    path = slot / "state.safetensors"
+def _read(slot: Path, task) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return a slot's numbers and tensors. Raises DamagedArtifact."""
+    raw, path = _state(slot), slot / "state.safetensors"
     try:
-        raw = json.loads((slot / "state.json").read_text("utf-8"))
-        if sha256(path) != raw["sha256"]:
-            raise DamagedArtifact(f"checkpoint {path} is torn or its bytes have changed (sha256 differs)")
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedArtifact(f"checkpoint {slot} cannot be read ({error})") from None
-    return raw, load_tensors(path)
+        whole = sha256(path) == raw["sha256"]
+    except OSError as error:
+        raise DamagedArtifact(f"checkpoint {path} cannot be read ({error.strerror})") from None
+    if not whole:
+        raise DamagedArtifact(f"checkpoint {path} is torn or its bytes have changed (sha256 differs)")
+    tensors = load_tensors(path)
+    wanted = {**{f"parameter/{n}": p for n, p in task.parameters.items()}, **_named_state(task)}
+    same = all(key in tensors and tensors[key].shape == t.shape for key, t in wanted.items())
+    if not same or raw["run"].keys() != {f.name for f in fields(Progress)} - {"best"}:
+        raise DamagedArtifact(f"checkpoint {slot} was written by another version of this program")
+    return raw, tensors
+
+
+def _state(slot: Path) -> dict:
+    """Return what state.json holds after a check of its seal. Raises DamagedArtifact."""
+    path = slot / "state.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if raw.pop("seal") == _seal(raw):
+            return raw
+    except FileNotFoundError:
+        raise DamagedArtifact(f"checkpoint {slot} was not finished: it has no state.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifact(f"checkpoint {path} cannot be read ({error})") from None
+    raise DamagedArtifact(f"checkpoint {path} is torn or its bytes have changed (its seal differs)")
+
+
+def _seal(raw: dict) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def _step_of(slot: Path) -> int:
-    """Return the step a slot claims; -1 when it is absent or unreadable (then it is the one to write over)."""
+    """Return the step of a slot; -1 when it is absent or unreadable (then it is the one to write over)."""
     try:
-        return json.loads((slot / "state.json").read_text("utf-8"))["run"]["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _state(slot)["run"]["step"]
+    except DamagedArtifact:
         return -1
 
 
@@ -114,11 +147,15 @@ def _gather(task, optimizer, run: Progress) -> dict[str, torch.Tensor]:
         moments = optimizer.state.get(parameter, {})
         out |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
     out |= {f"best/{n}": t for n, t in run.best.items() if run.best_step != run.step}
-    out |= {f"state/{n}": t for n, t in task.state.items()}
+    out |= _named_state(task)
     out["generator/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         out["generator/cuda"] = torch.cuda.get_rng_state()
     return out
+
+
+def _named_state(task) -> dict[str, torch.Tensor]:
+    return {f"state/{n}": t for n, t in task.state.items()}
 
 
 def _scatter(tensors: dict[str, torch.Tensor], task, optimizer, run: Progress) -> None:

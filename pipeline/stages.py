@@ -141,19 +141,19 @@ def run(stage: str, cfg: Config, store: Store, item: str | None = None, *, say: 
         return store.need(here, stage)
     work = Work(stage, item, cfg, store, here, say, console)
     inputs = {a: store.need(a, need).digest for need in STAGES[stage].needs for _, _, a in jobs(cfg, need)}
-    with store.alone(here, lambda: say(f"{work.name}: another process is making {here}; waiting for it", None)):
+    waiting = f"{work.name}: another process is making {here}; waiting for it"
+    with room(work.folder), store.alone(here, lambda: say(waiting, None)):
         return store.need(here, stage) if store.has(here) else _make(work, inputs)
 
 
 def _make(work: Work, inputs: dict[str, str]) -> Manifest:
     started = time.monotonic()
-    with room(work.folder):
-        folder = work.store.begin(work.address)
-        metrics = STAGES[work.stage].make(work)
-        write_text(folder / "run.json", json.dumps(_kept(work), indent=1, sort_keys=True))
-        made = {"at": now(), "seconds": time.monotonic() - started, "packages": _packages(), **metrics.pop("made", {})}
-        manifest = Manifest(work.address, work.stage, work.item, inputs, inventory(folder), metrics, made)
-        return work.store.finish(manifest)
+    folder = work.store.begin(work.address)
+    metrics = STAGES[work.stage].make(work)
+    write_text(folder / "run.json", json.dumps(_kept(work), indent=1, sort_keys=True))
+    made = {"at": now(), "seconds": time.monotonic() - started, "packages": _packages(), **metrics.pop("made", {})}
+    manifest = Manifest(work.address, work.stage, work.item, inputs, inventory(folder), metrics, made)
+    return work.store.finish(manifest)
 
 
 def _preprocess(work: Work) -> dict:

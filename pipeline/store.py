@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # raised when the layout of the store changes
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _nothing() -> None: ...
@@ -82,8 +83,10 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not mark.exists():
-                write_text(mark, json.dumps({"format": FORMAT}))
-            found = json.loads(mark.read_text("utf-8"))["format"]
+                with self.alone("store"):  # two commands may be the first at once
+                    if not mark.exists():
+                        write_text(mark, json.dumps({"format": FORMAT}))
+            found = int(json.loads(mark.read_text("utf-8"))["format"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.root} cannot be used as a store: {error}; choose another with --store") from None
         if found > FORMAT:
@@ -133,6 +136,7 @@ class Store:
         folder = self.folder(manifest.address)
         for name in manifest.files:
             flush(folder / name)
+        flush(folder)
         write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
         self.publish()
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
@@ -218,7 +222,8 @@ def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     try:
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, path)
     except SafetensorError as error:
-        raise _no_room(path, str(error)) if "os error 28" in str(error).lower() else error from None
+        full = any(f"(os error {number})" in str(error) for number in NO_ROOM)
+        raise _no_room(path, str(error)) if full else error from None
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -234,13 +239,22 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
 
 @contextlib.contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space left" into DiskFull, which says where and how much is free."""
+    """Turn the system's "no space left" into DiskFull and its "not allowed" into StoreError.
+
+    The folder is an artifact's, or that of its checkpoints; what other files refuse is not the store's affair.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno in NO_ROOM:
+            raise _no_room(folder, error.strerror) from None
+        root = folder.parents[1]
+        if error.errno not in NOT_ALLOWED or not Path(str(error.filename)).is_relative_to(root):
             raise
-        raise _no_room(folder, error.strerror) from None
+        raise StoreError(
+            f"{error.filename} cannot be written: {error.strerror}; give this user the right to write to {root}, "
+            "or choose another directory with --store, then run the same command again"
+        ) from None
 
 
 def _no_room(path: Path, reason: str) -> DiskFull:

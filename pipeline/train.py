@@ -103,7 +103,10 @@ def fit(task: Task, place: Place) -> dict:
     with _asked_to_stop() as stop:
         while True:
             if _due(run.step, task.steps, opts.eval_every_steps) and run.evaluated_step < run.step and task.validate:
-                run.evaluated(task.validate(), {n: p.detach() for n, p in task.parameters.items()}, opts.keep)
+                valid_nats = task.validate()
+                if not math.isfinite(valid_nats):
+                    raise NotFiniteError(_not_finite(place, run, f"the validation loss at step {run.step} is {valid_nats}"))
+                run.evaluated(valid_nats, {n: p.detach() for n, p in task.parameters.items()}, opts.keep)
                 clock.lap("evaluate")
                 place.recorder.row({"step": run.step, "valid_nats": run.valid_nats, "time": time.time()})
             done = run.step >= task.steps or (opts.patience and run.waits >= opts.patience)
@@ -136,7 +139,8 @@ def fit(task: Task, place: Place) -> dict:
                 clock.lap("backward")
             norm = nn.utils.clip_grad_norm_(task.parameters.values(), opts.clip_norm or math.inf).item()
             if not math.isfinite(nats + norm):
-                raise NotFiniteError(_not_finite(place, run, nats, norm, lr))
+                what = f"the loss at step {run.step} is {nats} (gradient norm {norm}, learning rate {lr:.2g})"
+                raise NotFiniteError(_not_finite(place, run, what))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             numbers = task.after_step()
@@ -209,10 +213,10 @@ def _check_moved(task: Task, run: Progress, place: Place) -> None:
         )
 
 
-def _not_finite(place: Place, run: Progress, nats: float, norm: float, lr: float) -> str:
+def _not_finite(place: Place, run: Progress, what: str) -> str:
     last = f"the last good checkpoint is step {run.saved_step} in {place.slots}" if run.saved_step else "none was saved"
     return (
-        f"{place.name}: the loss at step {run.step} is {nats} (gradient norm {norm}, learning rate {lr:.2g}); {last}. "
+        f"{place.name}: {what}; {last}. "
         f"Try a lower {place.settings}.lr, a longer {place.settings}.warmup_steps, a smaller "
         f"{place.settings}.clip_norm, or dtype: fp32"
     )

@@ -36,8 +36,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     path = Path(path)
     raw = _resolve(path, ())
     for item in overrides:
-        raw = merge(raw, _override(item))
-    raw = _anchored(raw, path.parent)
+        raw = merge(raw, _anchored(_override(item), path.parent))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -56,7 +55,7 @@ def merge(base: dict, over: dict) -> dict:
 def _resolve(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
-    raw = _read(path)
+    raw = _anchored(_read(path), path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -95,7 +94,7 @@ def _override(item: str) -> dict:
 
 
 def _anchored(raw: dict, here: Path) -> dict:
-    """Make relative data.files paths start at the configuration's folder, so the working directory does not matter."""
+    """Make relative data.files paths start at the folder of the file that names them, whoever extends it."""
     data = raw.get("data")
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, list):
@@ -111,15 +110,26 @@ def _anchored_entry(entry, here: Path):
 
 
 def _across(raw: dict, error: ValidationError) -> list[dict]:
-    """Return what is wrong between sections, which pydantic leaves unchecked while any one section is wrong."""
-    bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
-    if not bad or "partition" in bad:
-        return []
+    """Return what is wrong between sections, which pydantic leaves unchecked while any one setting is wrong."""
+    bad = [problem["loc"] for problem in error.errors() if problem["loc"]]
+    if not bad or any(len(loc) == 1 or loc[0] == "partition" for loc in bad):
+        return []  # a section that is wrong as a whole says nothing about the others
+    for loc in bad:
+        raw = _without(raw, loc)
     try:
-        Config.model_validate({key: value for key, value in raw.items() if key not in bad})
+        Config.model_validate(raw)
     except ValidationError as second:
         return [problem for problem in second.errors() if not problem["loc"]]
     return []
+
+
+def _without(raw: dict, loc: tuple) -> dict:
+    """Return raw less the setting at loc, or less the list or value that holds it."""
+    head, *rest = loc
+    inner = raw.get(head)
+    if rest and isinstance(inner, dict):
+        return raw | {head: _without(inner, tuple(rest))}
+    return {key: value for key, value in raw.items() if key != head}
 
 
 def _explain(problems: list[dict], path: Path, overrides: tuple[str, ...]) -> str:

@@ -47,6 +47,7 @@ def _fresh(net: nn.Module, d_ff: int | None) -> nn.Module:
     return new
 
 
+@torch.no_grad()
 def average(experts: Sequence[Expert]) -> Expert:
     """Return the weight soup: the mean of the experts' parameters."""
     soup = clone(experts[0]).requires_grad_(False)

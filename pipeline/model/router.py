@@ -61,7 +61,7 @@ class Router(nn.Module):
         weight_NK = logits_NE.gather(1, index_NK).softmax(-1)
         if self.gating.top_k == 1:  # a lone weight is a constant 1: pass the probability's gradient straight through
             p_NK = logits_NE.softmax(-1).gather(1, index_NK)
-            weight_NK = weight_NK + p_NK - p_NK.detach()
+            weight_NK = weight_NK + (p_NK - p_NK.detach())
         if self.training:
             index_NK = self._record(layer, logits_NE, index_NK)
         return index_NK, weight_NK
@@ -149,8 +149,9 @@ class Pair(nn.Module):
 
     def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return y_BTD of one layer and keep its z-loss term."""
-        logit_BT = x_BTD.float() @ self.row_LD[layer] + self.bias_L[layer].clamp(max=0)
-        self.z[layer] = F.softplus(logit_BT).square().mean()  # logsumexp of (0, logit)
+        with torch.autocast(x_BTD.device.type, enabled=False):  # fp32, as the gates it may become
+            logit_BT = x_BTD.float() @ self.row_LD[layer] + self.bias_L[layer].clamp(max=0)
+            self.z[layer] = F.softplus(logit_BT).square().mean()  # logsumexp of (0, logit)
         share_BT1 = logit_BT.sigmoid().unsqueeze(-1)
         return share_BT1 * self.expert(layer, x_BTD) + (1 - share_BT1) * self.anchor(layer, x_BTD)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+SAME_SHARE = 1e-4  # of the mean input's length: domains that differ by less are one to a gate
+
 
 @dataclass
 class Statistics:
@@ -30,8 +32,9 @@ class Statistics:
 
         def watched(layer, x_BTD):
             x_ND = x_BTD.detach().flatten(0, -2).float()
-            self.sum_LD[layer] += x_ND.sum(0).cpu()
-            self.gram_LDD[layer] += (x_ND.T @ x_ND).cpu()
+            with torch.autocast(x_ND.device.type, enabled=False):  # it would round the products to bf16
+                self.sum_LD[layer] += x_ND.sum(0).cpu()
+                self.gram_LDD[layer] += (x_ND.T @ x_ND).cpu()
             self.tokens += x_ND.shape[0] if layer == 0 else 0
             return fill(layer, x_BTD)
 
@@ -86,10 +89,15 @@ def ridge(parts: Sequence[Statistics], penalty: float, margin: float) -> torch.T
 
 
 def _scaled(weight_LED: torch.Tensor, mean_LED: torch.Tensor, margin: float) -> torch.Tensor:
-    """Scale each layer so that a domain's mean input gives its own expert `margin` nats more than the others."""
+    """Scale each layer so that a domain's mean input gives its own expert `margin` nats more than the others.
+
+    A layer that cannot tell the domains apart is left as it is.
+    """
     score_LEE = mean_LED @ weight_LED.mT  # domain x expert
     experts = score_LEE.shape[1]
     own_L = score_LEE.diagonal(dim1=1, dim2=2).mean(1)
     others_L = (score_LEE.sum((1, 2)) / experts - own_L) / max(1, experts - 1)
-    gap_L = (own_L - others_L).clamp(min=1e-6) if experts > 1 else torch.ones_like(own_L)
-    return (weight_LED * (margin / gap_L)[:, None, None]).float()
+    gap_L = own_L - others_L
+    distinct_L = gap_L > SAME_SHARE * mean_LED.norm(dim=-1).mean(1)  # below it, scaling would amplify rounding
+    scale_L = torch.where(distinct_L & (experts > 1), margin / gap_L, 1.0)
+    return (weight_LED * scale_L[:, None, None]).float()

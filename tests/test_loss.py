@@ -1,0 +1,96 @@
+"""The chunked loss against torch's own cross-entropy over full logits.
+
+N tokens, D model width, V vocabulary.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.model.loss import CHUNK_TOKENS, cross_entropy, token_nats
+
+D, V = 16, 37
+
+
+def drawn(tokens: int, seed: int = 0):
+    """Return h_ND, head_VD that ask for gradients, and target_N."""
+    generator = torch.Generator().manual_seed(seed)
+    h_ND = torch.randn(tokens, D, generator=generator).requires_grad_()
+    head_VD = torch.randn(V, D, generator=generator).requires_grad_()
+    return h_ND, head_VD, torch.randint(V, (tokens,), generator=generator)
+
+
+def full(h_ND, head_VD, target_N):
+    """Return the summed nats from full logits."""
+    return F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="sum")
+
+
+@pytest.mark.parametrize("tokens, chunk", [(10, 1024), (10, 3), (10, 1), (12, 4), (1, 7), (50, 49)])
+def test_value_and_both_gradients_are_those_of_full_logits(tokens, chunk):
+    h_ND, head_VD, target_N = drawn(tokens)
+    ours = cross_entropy(h_ND, head_VD, target_N, chunk_tokens=chunk) / tokens
+    reference = full(h_ND, head_VD, target_N) / tokens
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+    got = torch.autograd.grad(3 * ours, (h_ND, head_VD))  # an upstream factor other than 1
+    wanted = torch.autograd.grad(3 * reference, (h_ND, head_VD))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_agree_with_finite_differences_in_double():
+    h_ND, head_VD, target_N = drawn(5)
+    inputs = [t.detach().double().requires_grad_() for t in (h_ND, head_VD)]
+    # the sum itself is kept in fp32, so only a coarse step is above its rounding
+    assert torch.autograd.gradcheck(
+        lambda h, w: cross_entropy(h, w, target_N, torch.float64, 2), inputs, eps=1e-2, atol=2e-2, rtol=1e-2
+    )
+
+
+def test_bf16_products_stay_within_bf16_of_the_exact_loss():
+    h_ND, head_VD, target_N = drawn(300)
+    exact, rounded = full(h_ND, head_VD, target_N), cross_entropy(h_ND, head_VD, target_N, torch.bfloat16, 64)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded - exact) / exact < 2e-3
+    got, wanted = (torch.autograd.grad(loss, (h_ND, head_VD)) for loss in (rounded, exact))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() / b.norm() < 2e-2
+
+
+@pytest.mark.parametrize("trained", ["hidden", "head", "neither"])
+def test_only_what_asks_for_a_gradient_gets_one(trained):
+    h_ND, head_VD, target_N = drawn(6)
+    h_ND.requires_grad_(trained == "hidden")
+    head_VD.requires_grad_(trained == "head")
+    loss = cross_entropy(h_ND, head_VD, target_N, chunk_tokens=4)
+    assert loss.requires_grad == (trained != "neither")
+    if trained != "neither":
+        loss.backward()
+    assert (h_ND.grad is not None) == (trained == "hidden")
+    assert (head_VD.grad is not None) == (trained == "head")
+
+
+def test_a_tied_head_adds_its_gradient_to_the_embeddings():
+    _, table_VD, target_N = drawn(9)
+    ids_N = torch.randint(V, (9,))
+    got, wanted = (
+        torch.autograd.grad(loss(F.embedding(ids_N, table_VD).tanh(), table_VD, target_N), table_VD)[0]
+        for loss in (cross_entropy, full)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    h_ND, head_VD, target_N = drawn(8)
+    ours = cross_entropy(h_ND * 1e3, head_VD, target_N, chunk_tokens=3)
+    torch.testing.assert_close(ours, full(h_ND * 1e3, head_VD, target_N))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(ours, (h_ND, head_VD)))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 5])
+def test_token_nats_are_each_tokens_loss(tokens):
+    h_ND, head_VD, target_N = drawn(tokens)
+    found = token_nats(h_ND, head_VD, target_N)
+    torch.testing.assert_close(found, F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="none"))
+    assert not found.requires_grad
+    torch.testing.assert_close(found.sum(), cross_entropy(h_ND, head_VD, target_N, chunk_tokens=5))

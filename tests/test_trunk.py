@@ -1,0 +1,142 @@
+"""The trunk: a transformers model whose feed-forward networks were taken out and can be put back.
+
+B sequences, T tokens.
+"""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from pipeline.model.experts import clone
+from pipeline.model.loss import cross_entropy
+from pipeline.model.trunk import build, fill_in, load, pretrained, settings_of, split
+
+IDS_BT = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def settings(kind: str = "qwen3", **changes) -> dict:
+    """Return Hugging Face config fields of a small model."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    return {
+        "model_type": kind, "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "max_position_embeddings": 32,
+        "tie_word_embeddings": False, "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0,
+    } | changes  # fmt: skip
+
+
+def whole(kind: str = "qwen3", **changes):
+    """Return a random transformers model; the same each time."""
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings(kind, **changes)), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def logits(trunk, fill):
+    """Return logits_BTV."""
+    return trunk.hidden(IDS_BT, fill) @ trunk.head.T
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral"])
+def test_trunk_and_dummy_are_the_model_they_came_from(kind, tied, tmp_path):
+    model = whole(kind, tie_word_embeddings=tied)
+    wanted = model(IDS_BT).logits.detach()
+    model.save_pretrained(tmp_path)
+    for trunk, dummy in (split(model), pretrained(tmp_path)):
+        torch.testing.assert_close(logits(trunk, dummy), wanted, rtol=0, atol=1e-5)
+        assert ("lm_head.weight" in trunk.named()) is not tied
+        assert not any(".mlp." in name for name in trunk.named()) and all(".mlp." in name for name in dummy.named())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trunk_is_made_again_from_its_settings_and_tensors(tied):
+    trunk, dummy = split(whole(tie_word_embeddings=tied))
+    stored = json.loads(json.dumps(settings_of(trunk)))
+    again, other = build(stored)
+    load(again, {n: p.detach() for n, p in trunk.named().items()})
+    fill_in(other.named(), dict(dummy.named()))
+    assert torch.equal(logits(again, other), logits(trunk, dummy))
+    assert not any(p.requires_grad for p in again.parameters()) and not again.training
+    assert (again.head is again.network.model.embed_tokens.weight) is tied
+
+
+def test_settings_name_no_path_of_this_machine(tmp_path):
+    whole().save_pretrained(tmp_path / "secret-place")
+    trunk, _ = pretrained(tmp_path / "secret-place")
+    assert "secret-place" not in json.dumps(settings_of(trunk))
+
+
+def test_one_trunk_serves_several_fills():
+    trunk, dummy = split(whole())
+    other = clone(dummy)
+    with torch.no_grad():
+        other.layers[1].down_proj.weight.mul_(-1)
+    first = logits(trunk, dummy)
+    assert not torch.allclose(logits(trunk, other), first)
+    assert torch.equal(logits(trunk, dummy), first)
+    seen = []
+    trunk.hidden(IDS_BT, lambda layer, x: seen.append((layer, tuple(x.shape))) or torch.zeros_like(x))
+    assert seen == [(0, (2, 9, 16)), (1, (2, 9, 16))]
+    assert not any("fill" in name for name in trunk.state_dict())
+
+
+def test_later_tokens_do_not_change_earlier_ones():
+    trunk, dummy = split(whole())
+    changed = IDS_BT.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 40
+    h_BTD, other_BTD = trunk.hidden(IDS_BT, dummy), trunk.hidden(changed, dummy)
+    assert torch.equal(h_BTD[:, :6], other_BTD[:, :6]) and not torch.allclose(h_BTD[:, 6:], other_BTD[:, 6:])
+
+
+def test_a_frozen_trunk_gets_no_gradient_and_passes_one_on():
+    trunk, dummy = split(whole())
+    load(trunk, {n: p.detach().clone() for n, p in trunk.named().items()})
+    own = clone(dummy)
+    h_BTD = trunk.hidden(IDS_BT[:, :-1], own)
+    cross_entropy(h_BTD.flatten(0, 1), trunk.head, IDS_BT[:, 1:].flatten()).backward()
+    assert all(p.grad is None for p in trunk.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in own.parameters())
+    assert all(p.grad is None for p in dummy.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_and_every_gradient_are_those_of_the_whole_model(tied):
+    model = whole(tie_word_embeddings=tied)
+    model(IDS_BT, labels=IDS_BT).loss.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    trunk, dummy = split(model)
+    h_BTD = trunk.hidden(IDS_BT[:, :-1], dummy)
+    (cross_entropy(h_BTD.flatten(0, 1), trunk.head, IDS_BT[:, 1:].flatten(), chunk_tokens=5) / 16).backward()
+    found = {n: p.grad for n, p in {**trunk.named(), **dummy.named()}.items()}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name():
+    trunk, dummy = split(whole())
+    tensors = {n: p.detach() for n, p in trunk.named().items()}
+    with pytest.raises(KeyError, match=r"1 tensors missing or strange, first model\.norm\.weight"):
+        load(trunk, {n: t for n, t in tensors.items() if n != "model.norm.weight"})
+    with pytest.raises(KeyError, match="first extra"):
+        load(trunk, tensors | {"extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is \(3,\), not \(16,\)"):
+        load(trunk, tensors | {"model.norm.weight": torch.zeros(3)})
+    with pytest.raises(KeyError, match="mlp"):
+        fill_in(dummy.named(), tensors)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2 model; a trunk can be one of qwen3, llama, mistral"):
+        pretrained(tmp_path)
+    with pytest.raises(OSError):  # noqa: PT011 (transformers' own text)
+        pretrained(tmp_path / "nowhere")
