@@ -11,13 +11,14 @@ ARGS ?=
 BENCHMARKS := preprocess
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench modal-local clean
 
 help:
 	@echo 'make demo    run the whole pipeline on text this machine has: preprocess to report'
 	@echo 'make test    run the tests (ARGS="-k store" picks some)'
 	@echo 'make lint    check style, formatting and docstrings'
 	@echo 'make bench   run the benchmarks that need no extra data'
+	@echo 'make modal-local ARGS="modal run modal_app.py::run_all"   rehearse a Modal command here, without an account'
 	@echo 'make clean   remove .venv and caches; runs and their store stay'
 
 demo: $(VENV)/runtime.stamp
@@ -33,6 +34,10 @@ lint: $(VENV)/development.stamp
 
 bench: $(VENV)/runtime.stamp
 	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(RUN) -m benchmarks.$$name $(ARGS); done
+
+# Volumes and secrets stay in .modal-local from one rehearsal to the next; without ARGS it serves until Ctrl-C.
+modal-local: $(VENV)/runtime.stamp
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m tests.loopback_modal --state .modal-local -- $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

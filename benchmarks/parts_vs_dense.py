@@ -90,7 +90,7 @@ def main() -> None:
     cfg = runner.config()
     report = json.loads((runner.parts(cfg).folder("evaluate") / "report.json").read_text("utf-8"))
     ablations = _ablations(runner, cfg)
-    added = _added(runner, cfg, args.added)
+    added = _added(runner, cfg, args.added, tuple(args.added_override))
     text = _page(args, cfg, report, ablations, added, time.monotonic() - started)
     path = args.out / f"parts_vs_dense_{cpu_name().split()[-1].lower()}_{time.strftime('%Y-%m-%d')}.md"
     path.write_text(text, encoding="utf-8")
@@ -107,6 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="processor threads per job")
     parser.add_argument("--parallel", type=int, default=2, help="jobs side by side")
     parser.add_argument("--override", action="append", default=[], help="a.b=value, for a shorter or a longer run")
+    parser.add_argument("--added-override", action="append", default=[], help="a.b=value, for the runs of T4 alone")
     return parser.parse_args()
 
 
@@ -127,17 +128,16 @@ def _ablations(runner: Runner, cfg: Config) -> list[dict]:
     return out
 
 
-def _added(runner: Runner, cfg: Config, added: str) -> dict:
+def _added(runner: Runner, cfg: Config, added: str, changes: tuple[str, ...]) -> dict:
     """Return T4: an expert added to a stack whose trunk never saw its domain, against a dense model trained on."""
     before = [d for d in cfg.partition.names if d != added]
-    trunk_of = f"trunk.domains={json.dumps(before)}"
-    five, six = (trunk_of, f"expert.domains={json.dumps(before)}"), (trunk_of,)
-    dense = (trunk_of, f"expert.domains={json.dumps([added])}", "dense.baselines=[path]")
+    common = (*changes, f"trunk.domains={json.dumps(before)}")
+    five, six = (*common, f"expert.domains={json.dumps(before)}"), common
+    dense = (*common, f"expert.domains={json.dumps([added])}", "dense.baselines=[path]")
     for overrides in (five, six):
         for stage in ("train_shared", "train_experts", "train_router"):
             runner.run(stage, *overrides)
-    for item in ("router.steps=0",):
-        runner.run("train_router", *six, item)
+    runner.run("train_router", *six, "router.steps=0")
     runner.run("train_dense", *dense)
     bench = Bench(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     trunk, dummy = stored_trunk(runner.config(*six), runner.parts(runner.config(*six)))
@@ -159,7 +159,7 @@ def _added(runner: Runner, cfg: Config, added: str) -> dict:
         difference, interval = bench.scores.difference(row, "stack before")
         rows.append({"row": row, "bits_per_byte": bench.scores.bits_per_byte(row), "mean": bench.scores.mean(row),
                      "difference": difference, "difference_interval": interval})  # fmt: skip
-    return {"added": added, "rows": rows}
+    return {"added": added, "rows": rows, "changes": changes}
 
 
 def _say(text: str, _share: float | None) -> None:
@@ -221,7 +221,8 @@ def _t4(added: dict) -> list[str]:
              _against({"difference": r["difference"], "interval": r["difference_interval"]})]
             for r in added["rows"]]  # fmt: skip
     head = ["row", *domains, "mean", "row - stack before"]
-    return [f"## T4 {added['added']} is added; the trunk never saw it", "", *_table(head, rows)]
+    changed = [f"These runs alone: {', '.join(added['changes'])}.", ""] if added["changes"] else []
+    return [f"## T4 {added['added']} is added; the trunk never saw it", "", *changed, *_table(head, rows)]
 
 
 def _t5(report: dict) -> list[str]:

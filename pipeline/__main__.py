@@ -13,9 +13,10 @@ from rich.table import Table
 
 from .config import load
 from .errors import Interrupted, PipelineError
-from .stages import STAGES, address
+from .stages import RUN, address
 from .store import Manifest, Store
 
+KEY = "MOLEFORGE_API_KEY"
 ABOUT = {
     "preprocess": "read documents, train the tokenizer, make domains and token shards",
     "train_shared": "train the shared trunk with its temporary feed-forward network, the dummy",
@@ -23,10 +24,13 @@ ABOUT = {
     "train_router": "join the experts: fit the gates in closed form, then train them alone",
     "train_dense": "train the dense baselines the stack is compared with",
     "evaluate": "measure the stack, write report.json and report.html, print the tables",
-    "run": "all stages in order; what is already in the store is not done again",
+    "deploy": "write the stack as a bundle: a folder that stock tools load; upload it where deploy.upload says",
+    "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
+    "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "prune": "list artifacts that no configuration reaches; --yes removes them",
 }
+TABLES = ("prices.yaml",)  # in config/, and no run
 EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
   python -m pipeline plan --config config/wikitext103.yaml
@@ -48,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in ABOUT.items():
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        _add_common(sub, several=name == "prune")
+        _add_serve(sub) if name == "serve" else _add_common(sub, several=name == "prune")
         if name in ("run", "train_experts", "train_dense"):
             sub.add_argument(
                 "--parallel", type=_positive, default=1, metavar="N", help="jobs side by side, cores shared (default 1)"
@@ -58,14 +62,35 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def runs(folder: Path) -> list[Path]:
+    """Return the files of a folder that describe runs; the tables that runs refer to do not."""
+    return sorted(path for path in folder.glob("*.yaml") if path.name not in TABLES)
+
+
 def _add_common(sub: argparse.ArgumentParser, several: bool) -> None:
     if several:
         sub.add_argument(
-            "--config", nargs="+", type=Path, default=sorted(Path("config").glob("*.yaml")), metavar="FILE",
+            "--config", nargs="+", type=Path, default=runs(Path("config")), metavar="FILE",
             help="configurations whose artifacts are kept (default: all in config/)",
         )  # fmt: skip
     else:
         sub.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/")
+    _add_store(sub)
+
+
+def _add_serve(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--config", type=Path, metavar="FILE", help="serve the bundle that deploy made of this YAML file"
+    )
+    which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
+    sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default 127.0.0.1)")
+    sub.add_argument("--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)")
+    sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
+    _add_store(sub)
+
+
+def _add_store(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--override", action="append", default=[], metavar="a.b=value",
         help="change one setting, may be repeated; the README lists them all",
@@ -81,6 +106,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
     return number
 
 
@@ -108,6 +140,9 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         prune([load(path, tuple(args.override)) for path in args.config], Store(args.store).open(), args.yes, _out())
         return
+    if args.command == "serve":
+        _serve(args)
+        return
     cfg, store = load(args.config, tuple(args.override)), Store(args.store)
     if args.command == "plan":
         from .plan import show_plan
@@ -122,12 +157,30 @@ def _run(args: argparse.Namespace, cfg, store: Store) -> None:
 
     command = f"python -m pipeline {shlex.join(sys.argv[1:])}"
     backend = Local(store, parallel=getattr(args, "parallel", 1), command=command)
-    for stage in STAGES if args.command == "run" else (args.command,):
+    for stage in RUN if args.command == "run" else (args.command,):
         manifests = run_stage(stage, cfg, backend)
         if stage == "evaluate":
             _show_report(store, address(cfg, "evaluate"))
         else:
             _show_jobs(manifests)
+        if stage == "deploy":
+            _out().print(f"bundle: {store.folder(manifests[0].address)}", highlight=False, soft_wrap=True)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    folder = args.bundle
+    if args.config:
+        cfg, store = load(args.config, tuple(args.override)), Store(args.store)
+        folder = store.folder(store.need(address(cfg, "deploy"), "deploy").address)
+    errors = Console(stderr=True, soft_wrap=True)
+    key = os.environ.get(KEY) or None
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        errors.print(
+            f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that", highlight=False
+        )
+    from .serve.app import create, listen
+
+    listen(create(folder, key), args.host, args.port, lambda text: errors.print(text, highlight=False))
 
 
 def _out() -> Console:
@@ -146,8 +199,10 @@ def _show_jobs(manifests: list[Manifest]) -> None:
 
 
 def _outcome(metrics: dict) -> str:
+    if "files" in metrics:
+        return f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, {metrics['files']} files"
     if "train_nats" not in metrics:
-        return ", ".join(f"{k} {v:,}" for k, v in metrics.items() if isinstance(v, int))
+        return _text_outcome(metrics)
     if not metrics["steps"]:
         return f"no training, valid {metrics['valid_nats']:.3f} nats"
     early = f" (stopped early of {metrics['planned_steps']})" if metrics["steps"] < metrics["planned_steps"] else ""
@@ -155,6 +210,13 @@ def _outcome(metrics: dict) -> str:
         f"{metrics['steps']} steps{early}, train {metrics['train_nats']:.3f}, valid {metrics['valid_nats']:.3f} nats, "
         f"{metrics['tokens_per_s']:,.0f} tokens/s, peak {metrics['peak_mb']:.0f} MB"
     )
+
+
+def _text_outcome(metrics: dict) -> str:
+    domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
+    text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
+    return f"{text}; dropped: {dropped}" if dropped else text
 
 
 def _show_report(store: Store, here: str) -> None:

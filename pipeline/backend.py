@@ -62,7 +62,7 @@ class Local:
         return [self.store.need(stages.address(cfg, stage, item), stage) for item in items]
 
     def _done(self, stage: str, cfg: Config, item: str | None) -> bool:
-        return self.store.has(stages.address(cfg, stage, item))
+        return stages.done(cfg, stage, item, self.store)
 
     def _work(self, stage: str, cfg: Config, items: list) -> dict:
         """Run items in processes; return the error of each that failed."""
@@ -96,9 +96,9 @@ class Local:
 
 
 def run_all(cfg: Config, backend: Backend) -> Manifest:
-    """Do every stage in order; return the last one's manifest."""
+    """Do every stage of a run in order; return the last one's manifest."""
     last = None
-    for stage in stages.STAGES:
+    for stage in stages.RUN:
         last = run_stage(stage, cfg, backend)[-1:] or last
     return last[0]
 

@@ -154,7 +154,12 @@ def routing(counts: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray], e
 
 
 def verdict(difference: float, interval: Sequence[float]) -> str:
-    """Return better, worse or tie for the stack, from another row minus the stack and its 95 % interval."""
+    """Return better, worse or tie for the stack, from another row minus the stack and its 95 % interval.
+
+    An interval without width comes from one document per domain, which decides nothing.
+    """
+    if interval[0] == interval[1]:
+        return "tie"
     if interval[0] > 0:
         return "better"
     return "worse" if interval[1] < 0 else "tie"

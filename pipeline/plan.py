@@ -33,7 +33,7 @@ def plan(cfg: Config, store: Store) -> list[Entry]:
     tokens, rate = _domain_tokens(cfg, store), _flops_per_s(store, bf16)
     return [
         _entry(cfg, store, stage, item, address, tokens, rate, bf16)
-        for stage in stages.STAGES
+        for stage in stages.RUN
         for _, item, address in stages.jobs(cfg, stage)
     ]
 
@@ -94,7 +94,7 @@ def show_plan(cfg: Config, store: Store, console: Console) -> None:
     known = [e.seconds for e in entries if e.seconds is not None]
     unknown = any(e.job and e.seconds is None for e in entries)
     least = "at least " if unknown else ""
-    console.print(f"to train: {least}{_duration(sum(known))} on {cpu_name()}, {cores()} cores, one job after another")
+    console.print(f"to train: {least}{duration(sum(known))} on {cpu_name()}, {cores()} cores, one job after another")
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is predicted,"
     )
@@ -105,11 +105,12 @@ def show_plan(cfg: Config, store: Store, console: Console) -> None:
 
 def _cells(e: Entry) -> tuple[str, str, str, str]:
     tokens = "after preprocess" if e.job.tokens is None else f"{e.job.tokens:,}"
-    time = "?" if e.seconds is None else _duration(e.seconds)
+    time = "?" if e.seconds is None else duration(e.seconds)
     return tokens, f"{e.job.parameters:,}", "" if e.state == "done" else time, f"{e.job.peak_bytes / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a length of time as people say it: 42 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -128,7 +129,9 @@ def prune(configs: list[Config], store: Store, remove: bool, console: Console) -
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         console.print(f"{size / 1e6:10.1f} MB  {folder}", highlight=False, soft_wrap=True)
         if remove:
-            shutil.rmtree(folder)
+            with store.alone(folder.name):
+                (folder / "manifest.json").unlink(missing_ok=True)  # first: without it the rest is no artifact
+                shutil.rmtree(folder)
     done = "removed" if remove else "not removed: runs made with --override are listed too; add --yes to remove"
     console.print(f"{len(folders)} folders that no configuration reaches, {done}")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import bundle
 from .config import Config, Section
 from .errors import MismatchError
 from .families import family
@@ -39,6 +40,8 @@ class Stage:
     needs: tuple[str, ...] = ()
     items: Callable[[Config], tuple[str | None, ...]] = lambda _cfg: (None,)
     version: int = 1  # raised when the stage comes to mean something else
+    in_run: bool = True  # False: only when asked for by name
+    after: Callable[["Work"], None] | None = None  # each time it is asked for, also when the artifact was there
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Parts:
     store: Store
 
     def folder(self, stage: str, item: str | None = None) -> Path:
-        """Where an artifact is. Raises MissingArtifact or DamagedArtifact."""
+        """Where an artifact is, its files checked. Raises MissingArtifact, DamagedArtifact, MismatchError."""
         self.manifest(stage, item)
-        return self.store.folder(address(self.cfg, stage, item))
+        return self.store.whole(address(self.cfg, stage, item), stage)
 
     def manifest(self, stage: str, item: str | None = None) -> Manifest:
         """An artifact's manifest, its own inputs checked. Raises MissingArtifact, DamagedArtifact, MismatchError."""
@@ -137,10 +140,22 @@ def run(stage: str, cfg: Config, store: Store, item: str | None = None, *, say: 
     """
     store.refresh()
     here = address(cfg, stage, item)
-    if store.has(here):
-        return store.need(here, stage)
     work = Work(stage, item, cfg, store, here, say, console)
-    inputs = {a: store.need(a, need).digest for need in STAGES[stage].needs for _, _, a in jobs(cfg, need)}
+    manifest = store.need(here, stage) if store.has(here) else _made(work)
+    if STAGES[stage].after:
+        STAGES[stage].after(work)
+    return manifest
+
+
+def done(cfg: Config, stage: str, item: str | None, store: Store) -> bool:
+    """Whether a job has nothing left to do."""
+    return store.has(address(cfg, stage, item)) and not (STAGES[stage].after and cfg.deploy.upload)
+
+
+def _made(work: Work) -> Manifest:
+    """Make the artifact, unless another process makes it meanwhile."""
+    store, stage, here, say = work.store, work.stage, work.address, work.say
+    inputs = {a: store.need(a, need).digest for need in STAGES[stage].needs for _, _, a in jobs(work.cfg, need)}
     waiting = f"{work.name}: another process is making {here}; waiting for it"
     with room(work.folder), store.alone(here, lambda: say(waiting, None)):
         return store.need(here, stage) if store.has(here) else _make(work, inputs)
@@ -169,7 +184,7 @@ def _train(work: Work) -> dict:
         "train_shared": ("shared", "trunk", ()),
         "train_experts": ("expert", "expert", (work.item,)),
         "train_router": ("router", "router", ()),
-        "train_dense": ("dense", "expert", (work.item,)),
+        "train_dense": ("dense", "trunk" if "trunk" in BASELINE_READS.get(work.item, ()) else "expert", (work.item,)),
     }[work.stage]
     import torch
 
@@ -209,6 +224,15 @@ def _evaluate(work: Work) -> dict:
     return {"criteria": {c["name"]: c["passed"] for c in tables["criteria"]}}
 
 
+def _bundle(work: Work) -> dict:
+    return family(work.cfg.family).bundle(work.cfg, work.parts, work.folder, work.say)
+
+
+def _upload(work: Work) -> None:
+    if work.cfg.deploy.upload:
+        bundle.upload(work.folder, work.cfg.deploy.upload, work.say)
+
+
 def _write(path: Path, content: dict) -> None:
     if path.suffix == ".safetensors":
         save_tensors(path, content)
@@ -231,7 +255,7 @@ def _read(cfg: Config, key: str):
 
 def _kept(work: Work) -> dict:
     """Return the resolved configuration less what no result depends on, so equal runs leave equal bytes."""
-    return work.cfg.model_dump(mode="json", exclude={"runtime", "name"})
+    return work.cfg.model_dump(mode="json", exclude={"runtime", "modal", "deploy", "name"})
 
 
 def _packages() -> dict[str, str]:
@@ -265,4 +289,12 @@ STAGES = {
         reads=("name", "evaluate"),
         needs=("preprocess", *TRAINING),
     ),
+    "deploy": Stage(
+        _bundle,
+        reads=("family", "name"),
+        needs=("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
+        in_run=False,
+        after=_upload,
+    ),
 }
+RUN = tuple(name for name, row in STAGES.items() if row.in_run)

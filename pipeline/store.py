@@ -21,6 +21,7 @@ from .errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, Stor
 if TYPE_CHECKING:
     import torch
 
+SMALL_BYTES = 16_000_000  # files up to this are hashed when an artifact is opened; larger ones by tensors()
 FORMAT = 1  # raised when the layout of the store changes
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -123,6 +124,17 @@ class Store:
                 raise DamagedArtifact(f"{path} {size}, not {entry['bytes']}; {_again(path.parent)}")
         return manifest
 
+    def whole(self, address: str, stage: str) -> Path:
+        """Return an artifact's folder after a check of its files' sha256, mapped ones over SMALL_BYTES left out.
+
+        Raises MissingArtifact or DamagedArtifact.
+        """
+        folder = self.folder(address)
+        for name, entry in self.need(address, stage).files.items():
+            if entry["bytes"] <= SMALL_BYTES and sha256(folder / name) != entry["sha256"]:
+                raise DamagedArtifact(f"{folder / name} is not what was written (sha256 differs); {_again(folder)}")
+        return folder
+
     def begin(self, address: str) -> Path:
         """Return the artifact's folder, emptied of what a killed writer left."""
         folder = self.folder(address)
@@ -220,7 +232,9 @@ def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, path)
+        plain = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
+        save_file(plain, path, metadata={"format": "pt"})  # which transformers before 5 insists on
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but this user read it
     except SafetensorError as error:
         full = any(f"(os error {number})" in str(error) for number in NO_ROOM)
         raise _no_room(path, str(error)) if full else error from None
@@ -242,6 +256,7 @@ def room(folder: Path) -> Iterator[None]:
     """Turn the system's "no space left" into DiskFull and its "not allowed" into StoreError.
 
     The folder is an artifact's, or that of its checkpoints; what other files refuse is not the store's affair.
+    Raises DiskFull or StoreError.
     """
     try:
         yield

@@ -29,6 +29,10 @@ TAIL_STEPS = 50  # training loss in the manifest is the mean over the last so ma
 def _nothing(_step: int) -> None: ...
 
 
+def _no_penalty() -> float:
+    return 0.0
+
+
 def _no_numbers() -> dict:
     return {}
 
@@ -46,6 +50,7 @@ class Task:
     tokens_per_row: int
     validate: Callable[[], float] | None = None  # mean nats on the shared validation set
     before_step: Callable[[int], None] = _nothing
+    penalty: Callable[[], torch.Tensor | float] = _no_penalty  # balance and z-loss of the forward pass just made
     after_step: Callable[[], dict] = _no_numbers  # numbers for the history row
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # other tensors that must survive
     flops_per_token: float = 0.0
@@ -105,10 +110,14 @@ def fit(task: Task, place: Place) -> dict:
             if _due(run.step, task.steps, opts.eval_every_steps) and run.evaluated_step < run.step and task.validate:
                 valid_nats = task.validate()
                 if not math.isfinite(valid_nats):
-                    raise NotFiniteError(_not_finite(place, run, f"the validation loss at step {run.step} is {valid_nats}"))
+                    what = f"the validation loss at step {run.step} is {valid_nats}"
+                    raise NotFiniteError(_not_finite(place, run, what))
                 run.evaluated(valid_nats, {n: p.detach() for n, p in task.parameters.items()}, opts.keep)
                 clock.lap("evaluate")
-                place.recorder.row({"step": run.step, "valid_nats": run.valid_nats, "time": time.time()})
+                tokens = run.step * opts.batch_sequences * task.tokens_per_row
+                place.recorder.row(
+                    {"step": run.step, "tokens": tokens, "valid_nats": run.valid_nats, "time": time.time()}
+                )
             done = run.step >= task.steps or (opts.patience and run.waits >= opts.patience)
             if done or stop.is_set() or time.monotonic() - saved_at >= place.save_every_s:
                 with room(place.slots):
@@ -132,10 +141,12 @@ def fit(task: Task, place: Place) -> dict:
             clock.lap("data")
             nats = 0.0
             for size, batch in zip(sizes, batches, strict=True):
-                loss = task.loss(batch) * (size / opts.batch_sequences)
+                share = size / opts.batch_sequences
+                loss = task.loss(batch)
+                total = (loss + task.penalty()) * share
                 clock.lap("forward")
-                loss.backward()
-                nats += loss.item()
+                total.backward()
+                nats += loss.item() * share
                 clock.lap("backward")
             norm = nn.utils.clip_grad_norm_(task.parameters.values(), opts.clip_norm or math.inf).item()
             if not math.isfinite(nats + norm):
@@ -214,7 +225,8 @@ def _check_moved(task: Task, run: Progress, place: Place) -> None:
 
 
 def _not_finite(place: Place, run: Progress, what: str) -> str:
-    last = f"the last good checkpoint is step {run.saved_step} in {place.slots}" if run.saved_step else "none was saved"
+    kept = f"the last good checkpoint is step {run.saved_step} in {place.slots}"
+    last = kept if run.saved_step else "no checkpoint was saved yet"
     return (
         f"{place.name}: {what}; {last}. "
         f"Try a lower {place.settings}.lr, a longer {place.settings}.warmup_steps, a smaller "

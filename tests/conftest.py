@@ -6,6 +6,7 @@ The variables are set before any test module is imported, because libraries read
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def store_path(tmp_path):
 
 
 WORDS = {
-    "sea": "tide reef gull mast kelp brine swell anchor heave salt drift shoal".split(),
-    "shop": "lathe gear bolt chuck vise rivet clamp bench shim torque gauge file".split(),
-    "hall": "oboe chord waltz reed fugue tempo viola score cadence bass trill rest".split(),
+    "sea": ["tide", "reef", "gull", "mast", "kelp", "brine", "swell", "anchor", "heave", "salt", "drift", "shoal"],
+    "shop": ["lathe", "gear", "bolt", "chuck", "vise", "rivet", "clamp", "bench", "shim", "torque", "gauge", "file"],
+    "hall": ["oboe", "chord", "waltz", "reed", "fugue", "tempo", "viola", "score", "cadence", "bass", "trill", "rest"],
 }
 
 
@@ -75,12 +76,26 @@ def tiny_config(folder: Path, **sections) -> Path:
         "partition": {"domains": list(WORDS), "min_tokens": 100},
         "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
         "trunk": {
-            **{"steps": 40, "layers": 2, "d_model": 32, "heads": 2, "d_ff": 64, "context_tokens": 32, "lr": 3e-3},
-            **{"batch_sequences": 8, "warmup_steps": 5, "eval_every_steps": 10, "eval_tokens": 768},
+            "steps": 40,
+            "layers": 2,
+            "d_model": 32,
+            "heads": 2,
+            "d_ff": 64,
+            "context_tokens": 32,
+            "lr": 3e-3,
+            "batch_sequences": 8,
+            "warmup_steps": 5,
+            "eval_every_steps": 10,
+            "eval_tokens": 768,
         },
         "expert": {
-            **{"steps": 20, "batch_sequences": 8, "warmup_steps": 3, "eval_every_steps": 5, "eval_tokens": 768},
-            **{"lr": 3e-3, "statistics_tokens": 2048},
+            "steps": 20,
+            "batch_sequences": 8,
+            "warmup_steps": 3,
+            "eval_every_steps": 5,
+            "eval_tokens": 768,
+            "lr": 3e-3,
+            "statistics_tokens": 2048,
         },
         "router": {"steps": 16, "batch_sequences": 8, "warmup_steps": 2, "eval_every_steps": 5, "eval_tokens": 768},
         "dense": {"baselines": ["total", "path"]},
@@ -106,7 +121,7 @@ def make_all(path: Path, store_path: Path, *overrides: str) -> None:
 
     cfg, store = load(path, overrides), Store(store_path).open()
     with open(os.devnull, "w") as nowhere:
-        for stage in stages.STAGES:
+        for stage in stages.RUN:
             for _, item, _ in stages.jobs(cfg, stage):
                 stages.run(stage, cfg, store, item, say=lambda _text, _share: None, console=Console(file=nowhere))
 
@@ -115,6 +130,19 @@ def make_all(path: Path, store_path: Path, *overrides: str) -> None:
 def tiny(tmp_path):
     """Path of a tiny configuration of this test's own."""
     return tiny_config(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bundled(finished, tmp_path_factory):
+    """(configuration, store, bundle) paths of that run deployed, in a store of its own; read it, never change it."""
+    from pipeline import stages
+    from pipeline.config import load
+    from pipeline.store import Store
+
+    path, store_path = finished
+    copy = shutil.copytree(store_path, tmp_path_factory.mktemp("bundled") / "store")
+    made = stages.run("deploy", load(path), Store(copy).open(), say=lambda _text, _share: None)
+    return path, copy, copy / "artifacts" / made.address
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_a_wrong_column_stops_before_the_whole_corpus_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, raw, match",
+    ("name", "raw", "match"),
     [
         ("none*.txt", None, "matches no file"),
         ("sub", "folder", "is a folder; write .*sub/"),

@@ -1,4 +1,4 @@
-"""What the documents say is true: references are generated, commands parse, links lead somewhere, configurations load."""
+"""What the documents say is true: references, commands, links and configurations."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import ABOUT, parser
+from pipeline.__main__ import ABOUT, parser, runs
 from pipeline.config import load
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_the_readme_is_short_enough_to_read():
     assert len(README.splitlines()) < 250
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", runs(ROOT / "config"), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path):
     assert load(path).experts
 

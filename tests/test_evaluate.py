@@ -3,6 +3,7 @@
 T tokens, E experts, L layers.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_the_posterior_ensemble_is_bayes_rule_token_by_token():
     starts_n, nats_ET = np.array([0, 4, 5, 12]), draw.gamma(2.0, 1.5, (3, 12))
     nats_ET[:, starts_n[:-1]] = 0.0
     wanted = np.zeros(12)
-    for start, end in zip(starts_n[:-1], starts_n[1:], strict=True):
+    for start, end in itertools.pairwise(starts_n):
         belief = [1 / 3] * 3
         for t in range(start + 1, end):
             likelihood = [math.exp(-nats_ET[e, t]) for e in range(3)]
@@ -98,9 +99,7 @@ def test_the_posterior_ensemble_survives_long_documents():
     assert np.isfinite(found).all() and found.sum() == pytest.approx(5000 + math.log(2))
 
 
-@pytest.mark.parametrize(
-    "nats, gain", [(3.0, 0.0), (2.0, 1.0), (2.5, 0.5), (3.5, -0.5), (1.5, 1.5)]
-)
+@pytest.mark.parametrize(("nats", "gain"), [(3.0, 0.0), (2.0, 1.0), (2.5, 0.5), (3.5, -0.5), (1.5, 1.5)])
 def test_oracle_gain_is_a_share_of_the_way(nats, gain):
     assert oracle_gain(nats, trunk=3.0, oracle=2.0) == pytest.approx(gain)
     assert oracle_gain(nats, trunk=2.0, oracle=2.0) is None and oracle_gain(nats, trunk=2.0, oracle=2.5) is None
@@ -148,8 +147,15 @@ def test_routing_without_any_own_expert_has_no_agreement():
 
 
 @pytest.mark.parametrize(
-    "interval, word",
-    [((0.01, 0.2), "better"), ((-0.2, -0.01), "worse"), ((-0.1, 0.1), "tie"), ((0.0, 0.1), "tie"), ((-0.1, 0.0), "tie")],
+    ("interval", "word"),
+    [
+        ((0.01, 0.2), "better"),
+        ((-0.2, -0.01), "worse"),
+        ((-0.1, 0.1), "tie"),
+        ((0.0, 0.1), "tie"),
+        ((-0.1, 0.0), "tie"),
+        ((0.1, 0.1), "tie"),
+    ],
 )
 def test_a_verdict_needs_an_interval_that_leaves_out_zero(interval, word):
     """Another row minus the stack, in bits per byte: above zero the stack is the better one."""

@@ -23,7 +23,7 @@ LAYERS = (
     ("families",),
     ("stages",),
     ("backend", "serve", "plan"),
-    ("experiments",),
+    ("experiments", "cloud"),
     ("__main__",),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

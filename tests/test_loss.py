@@ -25,7 +25,7 @@ def full(h_ND, head_VD, target_N):
     return F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="sum")
 
 
-@pytest.mark.parametrize("tokens, chunk", [(10, 1024), (10, 3), (10, 1), (12, 4), (1, 7), (50, 49)])
+@pytest.mark.parametrize(("tokens", "chunk"), [(10, 1024), (10, 3), (10, 1), (12, 4), (1, 7), (50, 49)])
 def test_value_and_both_gradients_are_those_of_full_logits(tokens, chunk):
     h_ND, head_VD, target_N = drawn(tokens)
     ours = cross_entropy(h_ND, head_VD, target_N, chunk_tokens=chunk) / tokens

@@ -17,9 +17,9 @@ from pipeline.errors import DataError
 
 MODULE = import_module("pipeline.data.prepare")  # the package exports a function of the same name
 WORDS = {
-    "sea": "tide reef gull mast kelp brine".split(),
-    "shop": "lathe gear bolt chuck vise rivet".split(),
-    "hall": "oboe chord waltz reed fugue tempo".split(),
+    "sea": ["tide", "reef", "gull", "mast", "kelp", "brine"],
+    "shop": ["lathe", "gear", "bolt", "chuck", "vise", "rivet"],
+    "hall": ["oboe", "chord", "waltz", "reed", "fugue", "tempo"],
 }
 
 
@@ -78,7 +78,9 @@ def test_every_document_comes_back_once_in_its_domain(tmp_path):
     metrics = run(config(tmp_path / "rows.jsonl", found), out)
     for domain in WORDS:
         back = {split: texts(out, split, domain) for split in ("train", "valid", "test")}
-        assert sorted(sum(back.values(), [])) == sorted(r["text"] for r in found if r["domain"] == domain)
+        assert sorted(text for found in back.values() for text in found) == sorted(
+            r["text"] for r in found if r["domain"] == domain
+        )
         assert {split: len(t) for split, t in back.items()} == {"train": 36, "valid": 2, "test": 2}
         assert metrics["bytes"]["train"][domain] == sum(len(t.encode()) for t in back["train"])
         assert metrics["tokens"]["train"][domain] == Shards(out).tokens("train", domain)
@@ -103,7 +105,7 @@ def test_batches_and_threads_change_nothing(tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-@pytest.mark.parametrize("by, extra", [("clusters", {}), ("random", {}), ("curriculum", {"difficulty": "rarity"})])
+@pytest.mark.parametrize(("by", "extra"), [("clusters", {}), ("random", {}), ("curriculum", {"difficulty": "rarity"})])
 def test_a_new_document_finds_its_domain(tmp_path, by, extra):
     out = tmp_path / "out"
     run(config(tmp_path / "rows.jsonl", rows(), partition={"by": by, "count": 3} | extra), out)
@@ -176,7 +178,7 @@ def test_progress_is_told_and_ends_at_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "found, sections, match",
+    ("found", "sections", "match"),
     [
         ([], {}, "no usable document"),
         (rows()[:2], {}, "partition.domains names hall, and no document has that label.*sea, shop"),

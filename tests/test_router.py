@@ -107,7 +107,9 @@ def test_balance_loss_is_transformers_divided_by_k_and_1_at_an_even_load():
 
 def test_following_the_balance_gradient_evens_the_load():
     x_ND = tokens(count=400) + 1.0
-    router = Router(torch.randn(1, E, D, generator=torch.Generator().manual_seed(3)) + torch.eye(E, D), Gating(2)).train()
+    router = Router(
+        torch.randn(1, E, D, generator=torch.Generator().manual_seed(3)) + torch.eye(E, D), Gating(2)
+    ).train()
     shares = []
     for _ in range(60):
         router.choose(0, x_ND)

@@ -1,7 +1,7 @@
 """Shards read back against plain numpy, and the arithmetic of a Mixture's rows."""
 
+import copy
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def targets(rows):
     return sorted(rows[:, 1:].ravel().tolist())
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(65_536, "<u2"), (65_537, "<u4")])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_streams_are_flat_files_any_program_can_read(tmp_path, vocab_size, dtype):
     shards = write(tmp_path, {"a": 95, "b": 40}, vocab_size)
     raw = np.fromfile(tmp_path / "train/a.bin", dtype)
@@ -61,9 +61,9 @@ def test_close_lets_go_of_the_maps(tmp_path):
     with write(tmp_path, {"a": 95}) as shards:
         shards.stream("train", "a")
         assert mapped()
-        copy = pickle.loads(pickle.dumps(shards))
+        other = copy.copy(shards)  # by way of what a pickle holds
     assert not mapped()
-    assert len(copy.stream("train", "a")) == 95
+    assert len(other.stream("train", "a")) == 95
 
 
 def test_damage_is_found_before_it_is_read(tmp_path):

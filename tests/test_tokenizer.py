@@ -81,7 +81,7 @@ def test_holes_in_the_vocabulary_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, match",
+    ("config", "match"),
     [("{}", "names none"), ('{"eos_token": "<gone>"}', "'<gone>', which is not in its vocabulary"), ("{", "not JSON")],
 )
 def test_an_end_of_text_token_is_required(trained, tmp_path, config, match):

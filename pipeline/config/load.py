@@ -16,6 +16,17 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML whose numbers are those of YAML 1.2: 3e-4 is a number, `on` and `no` are words."""
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    """Build a mapping; a key that is given twice would silently lose one of its values."""
+    seen: set = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -111,11 +122,12 @@ def _anchored_entry(entry, here: Path):
 
 def _across(raw: dict, error: ValidationError) -> list[dict]:
     """Return what is wrong between sections, which pydantic leaves unchecked while any one setting is wrong."""
-    bad = [problem["loc"] for problem in error.errors() if problem["loc"]]
-    if not bad or any(len(loc) == 1 or loc[0] == "partition" for loc in bad):
-        return []  # a section that is wrong as a whole says nothing about the others
-    for loc in bad:
-        raw = _without(raw, loc)
+    bad = [problem for problem in error.errors() if problem["loc"]]
+    whole = [p for p in bad if len(p["loc"]) == 1 and p["type"] == "value_error"]
+    if not bad or whole or any(p["loc"][0] == "partition" for p in bad):
+        return []  # a section that contradicts itself says nothing about the others
+    for problem in bad:
+        raw = _without(raw, problem["loc"])
     try:
         Config.model_validate(raw)
     except ValidationError as second:

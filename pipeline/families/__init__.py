@@ -57,6 +57,12 @@ class Family(Protocol):
     def measure(self, cfg: "Config", parts: Parts, say: Callable[[str, float | None], None]) -> dict:
         """The report's tables."""
 
+    def bundle(self, cfg: "Config", parts: Parts, folder: Path, say: Callable[[str, float | None], None]) -> dict:
+        """Write the stack to a folder that stock tools load; return metrics."""
+
+    def reassemble(self, folder: Path) -> Any:
+        """The finished stack again, from a bundle alone."""
+
 
 def family(name: str) -> Family:
     """Return the family's module; importing it brings torch."""

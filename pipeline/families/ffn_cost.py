@@ -16,8 +16,11 @@ def stage_tokens(cfg: Config, stage: str, item: str | None, domain_tokens: Mappi
     opts = {"train_shared": cfg.trunk, "train_experts": cfg.expert, "train_router": cfg.router}[stage]
     trunk_domains = cfg.trunk.domains or cfg.partition.names
     read = {"train_shared": trunk_domains, "train_experts": (item,), "train_router": cfg.experts}[stage]
-    row_tokens = opts.batch_sequences * cfg.trunk.context_tokens
-    return opts.resolve_steps(cfg.trunk.context_tokens, sum(domain_tokens[d] for d in read)) * row_tokens
+    context = cfg.trunk.context_tokens
+    row_tokens = opts.batch_sequences * context
+    windows = (domain_tokens[d] - 1 for d in read) if opts.epochs is not None else ()  # else nobody need have counted
+    epoch_tokens = sum(count // context * context for count in windows)  # whole windows, as Mixture counts
+    return opts.resolve_steps(context, epoch_tokens) * row_tokens
 
 
 def _dense_tokens(cfg: Config, item: str, domain_tokens: Mapping[str, int]) -> int:

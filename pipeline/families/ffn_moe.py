@@ -21,8 +21,10 @@ from ..model.router import Gating, Mixture, Pair, Router, gate_name
 from ..model.statistics import Statistics
 from ..model.trunk import Trunk, settings_of
 from ..train import Task
+from .ffn_bundle import bundle, reassemble
 from .ffn_cost import FROM_ZERO, cost, dense_options, dense_width
 from .ffn_parts import (
+    ANCHOR_STATISTICS_TOKENS,
     EVALUATION_SEQUENCES,
     initial_gates,
     mixture_of,
@@ -36,7 +38,9 @@ from .ffn_parts import (
     uses_bf16,
 )
 
-__all__ = ["Stack", "assemble", "cost", "dense", "expert", "measure", "prepare", "router", "shared"]
+__all__ = [
+    "Stack", "assemble", "bundle", "cost", "dense", "expert", "measure", "prepare", "reassemble", "router", "shared",
+]  # fmt: skip
 
 
 def shared(cfg: Config, parts) -> Task:
@@ -50,7 +54,8 @@ def shared(cfg: Config, parts) -> Task:
     rows = training_rows(cfg, shards, "shared", cfg.trunk.domains or shards.domains, how=cfg.trunk.mixture)
 
     def export(_kept_step: int) -> dict:
-        sums = sum_up(cfg, trunk, dummy, training_rows(cfg, shards, "statistics", rows.domains, how="equal"))
+        mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
+        sums = sum_up(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
         return {
             "trunk.safetensors": trunk.named(),
             "dummy.safetensors": dummy.named(),
@@ -76,14 +81,14 @@ def expert(cfg: Config, parts, item: str) -> Task:
 
     def export(_kept_step: int) -> dict:
         files = {"expert.safetensors": own.named()}
-        files["statistics.safetensors"] = sum_up(cfg, trunk, fill, only_own).tensors()
+        files["statistics.safetensors"] = sum_up(cfg, trunk, fill, only_own, cfg.expert.statistics_tokens).tensors()
         return files | ({"gate.safetensors": extra} if extra else {})
 
     network = {**own.named(), **extra}
     task = _task(cfg, cfg.expert, trunk, fill, network, rows, (item,), export, trains="ffn")
     if not extra:
         return task
-    return _with_penalty(task, lambda: cfg.expert.z_weight * torch.stack(list(fill.z.values())).mean())
+    return replace(task, penalty=lambda: cfg.expert.z_weight * torch.stack(list(fill.z.values())).mean())
 
 
 def router(cfg: Config, parts) -> Task:
@@ -98,6 +103,7 @@ def router(cfg: Config, parts) -> Task:
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
     temperature = partial(_temperature, cfg, steps, rows.tokens())
+    gates.temperature = temperature(0)
 
     def before_step(step: int) -> None:
         gates.train()
@@ -124,7 +130,7 @@ def router(cfg: Config, parts) -> Task:
     network = {gate_name(i): gate for i, gate in enumerate(gates.gates)}
     task = _task(cfg, opts, trunk, stack, network, rows, cfg.experts, export, trains="gates")
     hooks = {"before_step": before_step, "after_step": after_step, "state": {"bias": gates.bias_LE}}
-    return _with_penalty(task, penalty, **hooks)
+    return replace(task, penalty=penalty, **hooks)
 
 
 def dense(cfg: Config, parts, item: str) -> Task:
@@ -206,10 +212,6 @@ def _task(cfg, opts, trunk, fill, network, rows, judged_on, export, trains) -> T
     )  # fmt: skip
 
 
-def _with_penalty(task: Task, penalty: Callable[[], torch.Tensor], **changes) -> Task:
-    return replace(task, loss=lambda ids_BT: task.loss(ids_BT) + penalty(), **changes)
-
-
 def _mean_nats(trunk, fill, ids_BT, bf16):
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
@@ -246,7 +248,7 @@ def _validation(cfg, shards, opts, domains) -> list[torch.Tensor]:
 def _pair(cfg, parts, trunk, dummy, own, rows) -> Pair:
     """Return the expert beside the frozen dummy; its gate row starts at the domain's mean input less the mixture's."""
     mixed = Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))
-    domain = sum_up(cfg, trunk, dummy, rows)
+    domain = sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
     row_LD = torch.nn.functional.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
     return Pair(dummy, own, row_LD, cfg.expert.coordinate_bias).to(device())
 
@@ -255,5 +257,5 @@ def _temperature(cfg: Config, steps: int, epoch_tokens: int, step: int) -> float
     """Return the gates' temperature at a step: linear from start to end, then constant."""
     ramp = cfg.router.temperature
     per_epoch = epoch_tokens / (cfg.router.batch_sequences * cfg.trunk.context_tokens)
-    length = steps if ramp.epochs is None else ramp.epochs * per_epoch
+    length = steps - 1 if ramp.epochs is None else ramp.epochs * per_epoch  # the last step is step steps - 1
     return ramp.start + (ramp.end - ramp.start) * min(1.0, step / max(1.0, length))

@@ -24,6 +24,7 @@ from ..model.trunk import SUPPORTED, Fill, Trunk, build, fill_in, load, pretrain
 
 ANCHOR = "anchor"
 EVALUATION_SEQUENCES = 16
+ANCHOR_STATISTICS_TOKENS = 65_536  # no setting of expert.*, as the trunk's address does not hold those
 
 
 def uses_bf16(cfg: Config) -> bool:
@@ -142,11 +143,11 @@ def _own_rows(cfg: Config, parts) -> torch.Tensor:
     return torch.stack([*anchor, *rows], 1)
 
 
-def sum_up(cfg, trunk, fill, rows: Rows) -> Statistics:
-    """Return statistics of the feed-forward inputs over expert.statistics_tokens of rows, in evaluation mode."""
+def sum_up(cfg, trunk, fill, rows: Rows, tokens: int) -> Statistics:
+    """Return statistics of the feed-forward inputs over the first tokens of rows, in evaluation mode."""
     layers, d_model = len(trunk.network.model.layers), trunk.config.hidden_size
     sums, context = Statistics.empty(layers, d_model), rows.context_tokens
-    wanted = max(1, min(cfg.expert.statistics_tokens, rows.tokens()) // context)
+    wanted = max(1, min(tokens, rows.tokens()) // context)
     with torch.no_grad():
         for at in range(0, wanted, EVALUATION_SEQUENCES):
             ids_BT = torch.from_numpy(rows.rows(at, min(EVALUATION_SEQUENCES, wanted - at))).to(device())

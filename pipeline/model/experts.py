@@ -8,7 +8,10 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+BLOCK_ROWS = 64
 
 
 class Expert(nn.Module):
@@ -68,6 +71,15 @@ def mix(
     counts = (flat_R + 1).bincount(minlength=len(experts) + 1).tolist()  # first bin: dropped
     top_k = index_NK.shape[1]
     blocks = x_ND[order_R // top_k].split(counts)
-    parts = [torch.zeros_like(blocks[0])] + [e(layer, b) for e, b in zip(experts, blocks[1:], strict=True)]
+    parts = [torch.zeros_like(blocks[0])] + [_padded(e, layer, b) for e, b in zip(experts, blocks[1:], strict=True)]
     y_RD = torch.cat([p.to(parts[-1].dtype) for p in parts])[order_R.argsort()]
     return (y_RD.view(-1, top_k, x_ND.shape[1]) * weight_NK.unsqueeze(-1)).sum(1)
+
+
+def _padded(expert: Expert, layer: int, x_RD: torch.Tensor) -> torch.Tensor:
+    """Run an expert on a block filled up with zero rows to a multiple of BLOCK_ROWS.
+
+    oneDNN compiles and keeps a kernel for every shape it meets: with blocks of any length that cost 25 MB a step.
+    """
+    rows = x_RD.shape[0]
+    return expert(layer, F.pad(x_RD, (0, 0, 0, -rows % BLOCK_ROWS)))[:rows]

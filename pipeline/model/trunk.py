@@ -92,8 +92,8 @@ def split(network: nn.Module) -> tuple[Trunk, Expert]:
 
 
 def settings_of(trunk: Trunk) -> dict:
-    """Return the Hugging Face config fields that `build` takes to make this trunk again."""
-    return trunk.config.to_dict()
+    """Return the Hugging Face config fields that `build` takes to make this trunk again, without where it came from."""
+    return {key: value for key, value in trunk.config.to_dict().items() if key != "_name_or_path"}
 
 
 def load(trunk: Trunk, tensors: Mapping[str, torch.Tensor]) -> Trunk:

@@ -1,0 +1,150 @@
+"""A training small enough to run a hundred times, what tests compare stores by, and a volume without Modal.
+
+B rows, D inputs, H hidden units.
+"""
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from loopback_modal.volumes import View, Volume, open_below
+from torch import nn
+
+from pipeline.config.sections import Fit
+from pipeline.train import Place, Task
+
+TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing but the system sees it."""
+
+
+class Notes:
+    """A recorder that remembers."""
+
+    def __init__(self):
+        self.starts, self.rows, self.notes = [], [], []
+
+    def start(self, step):
+        self.starts.append(step)
+
+    def row(self, row):
+        self.rows.append(row)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def small_task(steps=10, noisy=True, **options):
+    """Return a Task that fits a two-layer network to a fixed function; a noisy one draws random numbers in its loss."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 8), nn.Linear(8, 1, bias=False)
+    network = nn.Sequential(first, nn.Tanh(), second)
+
+    def batch(at, count):
+        x_BD = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(at + i)) for i in range(count)])
+        return x_BD, (x_BD.sum(1, keepdim=True)).sin()
+
+    def loss(rows):
+        x_BD, wanted_B1 = rows
+        x_BD = x_BD + 0.1 * torch.randn_like(x_BD) if noisy else x_BD
+        return (network(x_BD) - wanted_B1).square().mean()
+
+    held_out = batch(10_000, 32)
+
+    def validate():
+        with torch.no_grad():
+            return (network(held_out[0]) - held_out[1]).square().mean().item()
+
+    settings = {"steps": steps, "batch_sequences": 8, "lr": 1e-2, "warmup_steps": 2, "eval_every_steps": 3} | options
+    named = {"first": first.weight, "bias": first.bias, "second": second.weight}
+    return Task(
+        options=Fit(**settings), parameters=named, batch=batch, loss=loss, export=lambda _step: {}, steps=steps,
+        tokens_per_row=4, validate=validate, state={"seen": torch.zeros(1)},
+    )  # fmt: skip
+
+
+def place(folder, **changes):
+    """Return where a small task keeps its checkpoints: one after every step."""
+    settings = {"save_every_s": 1e-9, "log_every_steps": 1} | changes
+    return Place(Path(folder), Notes(), lambda: None, "train_shared", "trunk", **settings)
+
+
+def dying(task, step, how=Killed):
+    """Return task, to be ended when it comes to a step."""
+
+    def before_step(at):
+        if at == step:
+            raise how
+
+    return replace(task, before_step=before_step)
+
+
+def values(task):
+    """Return a copy of a task's parameters by name."""
+    return {name: p.detach().clone() for name, p in task.parameters.items()}
+
+
+def equal(one, other):
+    """Whether two dicts of tensors are the same bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def contents(store_path):
+    """Return {artifact/file: sha256} of every file of every artifact, less those that hold seconds."""
+    root = Path(store_path) / "artifacts"
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in TIMED)
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def traces(store_path):
+    """Return {file: (modified, inode)} of everything in a store."""
+    files = sorted(p for p in Path(store_path).rglob("*") if p.is_file())
+    return {p.as_posix(): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
+
+
+def flip(path, at=None):
+    """Change one bit of a file, in the middle unless told where."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+
+
+class StubbedVolume:
+    """A Modal volume without Modal: `view` gives what one container sees of it."""
+
+    def __init__(self, folder):
+        self._volume, self._views = Volume("vo-1", "stub", Path(folder) / "volume", version=2), 0
+
+    @property
+    def path(self):
+        """Where what was committed is."""
+        return self._volume.path
+
+    def view(self):
+        """Return a container's view: all that is committed now, nothing that comes later before a reload."""
+        self._views += 1
+        return StubbedView(View(self._volume, self.path.parent / f"view{self._views}"))
+
+
+class StubbedView:
+    """A container's side of a stubbed volume: commit publishes, reload takes over and refuses open or mapped files."""
+
+    def __init__(self, view):
+        self._view, self.path, self.commits, self.reloads = view, view.path, 0, 0
+
+    def commit(self):
+        """Let others see what was written here."""
+        self.commits += 1
+        self._view.commit()
+
+    def reload(self):
+        """See what others have committed. Raises RuntimeError, as Modal does, when this process has a file open."""
+        held = open_below(self.path, [os.getpid()])
+        if held:
+            raise RuntimeError(f"there are open files preventing the operation: {', '.join(held)}")
+        self.reloads += 1
+        self._view.reload()

@@ -1,0 +1,280 @@
+"""Jobs as processes of this machine: killed, stopped, failing, side by side, and the command line around them.
+
+Jobs are started from this process, so that their imports are paid once; commands are whole processes in a
+session of their own, and what ends them ends all of it.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fakes import contents, flip, traces
+
+from pipeline import backend, stages
+from pipeline.backend import Local, run_stage
+from pipeline.config import load
+from pipeline.errors import Interrupted, JobsFailed, PipelineError
+from pipeline.store import Store
+
+ROOT = Path(__file__).parents[1]
+STOPS = [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)]  # and whether all processes get it
+PATIENCE_S = 120  # longer than anything here takes; then a test fails instead of hanging
+
+
+def store_with(store_path, finished, *kept):
+    """Return a store that holds copies of the finished artifacts of some stages."""
+    store = Store(store_path).open()
+    for here in Store(finished[1]).addresses():
+        if here.split("-")[0] in kept:
+            shutil.copytree(Store(finished[1]).folder(here), store.folder(here))
+    return store
+
+
+def until(condition):
+    """Wait until condition returns something true; return that."""
+    end = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+    return found
+
+
+class Killer:
+    """Kills the next processes that the backend starts, each after its delay."""
+
+    def __init__(self, monkeypatch):
+        self.start, self.delay_s, self.killed = backend._start, None, 0
+        monkeypatch.setattr(backend, "_start", self)
+
+    def __call__(self, *args):
+        process, pipe = self.start(*args)
+        if self.delay_s is not None:
+            threading.Timer(self.delay_s, process.kill).start()
+        return process, pipe
+
+
+def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path, monkeypatch):
+    cfg, store, draw = load(finished[0]), Store(store_path).open(), random.Random(7)
+    killer, kills = Killer(monkeypatch), {}
+    for stage in stages.RUN:
+        for _, item, here in stages.jobs(cfg, stage):
+            seconds = Store(finished[1]).manifest(here).made["seconds"]
+            for attempt in range(4):
+                killer.delay_s = draw.uniform(0.0, 0.6 * max(seconds, 0.05)) if attempt < 3 else None
+                if not store.has(here):
+                    failed = Local(store)._work(stage, cfg, [item])
+                    assert attempt < 3 or not failed
+                    assert "SIGKILL" in str(failed[item]) if failed else store.has(here)
+                    kills[stage] = kills.get(stage, 0) + bool(failed)
+    assert sum(kills.values()) >= 20 and min(kills.values()) >= 1, kills
+    assert contents(store_path) == contents(finished[1])
+
+
+def command(path, store_path, *more, stage="run"):
+    """Start the command line in a session of its own."""
+    arguments = [sys.executable, "-m", "pipeline", stage, "--config", path, "--store", store_path, *more]
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **both)
+
+
+def ended(process, code=None):
+    """Wait for a command; return what it printed on one line, after a check of its exit code."""
+    try:
+        text, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert code is None or process.returncode == code, text
+    assert "Traceback" not in text, text
+    return " ".join(text.split())
+
+
+def checkpoints(store):
+    return lambda: list((store.root / "resume").glob("*/*/state.json"))
+
+
+def test_a_command_killed_with_all_its_processes(finished, store_path):
+    store, draw, kills = Store(store_path), random.Random(3), 0
+    for stage in ("train_shared", "train_experts", "train_router", "train_dense", "evaluate"):
+        process = command(finished[0], store_path)
+        began = f"artifacts/{stage}-*"
+        until(lambda began=began, process=process: list(store.root.glob(began)) or process.poll() is not None)
+        time.sleep(draw.uniform(0, 0.2))
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    ended(command(finished[0], store_path), 0)
+    assert kills >= 4 and contents(store_path) == contents(finished[1])
+
+
+@pytest.mark.parametrize(("number", "whole_group"), STOPS)
+def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, number, whole_group):
+    store = store_with(store_path, finished, "preprocess")
+    process = command(finished[0], store_path, "--override", "runtime.save_every_s=0.02", stage="train_shared")
+    until(checkpoints(store))
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    text = ended(process)
+    here = stages.address(load(finished[0]), "train_shared")
+    if process.returncode == 0:
+        pytest.skip("it had ended before the signal came")
+    assert process.returncode == 130
+    if not store.has(here):  # else the last step was done when it came
+        assert "train_shared: stopped and saved at step" in text and "the same command goes on from there" in text
+    ended(command(finished[0], store_path, stage="train_shared"), 0)
+    name = f"{here}/trunk.safetensors"
+    assert contents(store_path)[name] == contents(finished[1])[name]
+
+
+def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
+    store = store_with(store_path, finished, "preprocess")
+    long = ("--override", "trunk.steps=5000", "--override", "runtime.save_every_s=1e6")
+    process = command(finished[0], store_path, *long, stage="train_shared")
+    until(lambda: list(store.root.glob("history/train_shared-*.jsonl")))
+    os.kill(process.pid, signal.SIGKILL)  # not reaped: the job must not take a zombie for a parent
+    until(checkpoints(store))
+    cfg = load(finished[0], ("trunk.steps=5000",))
+    with store.alone(stages.address(cfg, "train_shared")):
+        assert not store.has(stages.address(cfg, "train_shared"))
+    process.communicate(timeout=PATIENCE_S)
+
+
+def test_two_commands_at_once_make_one_artifact(finished, store_path):
+    store = store_with(store_path, finished, "preprocess", "train_shared")
+    both = [command(finished[0], store_path, stage="train_experts") for _ in range(2)]
+    texts = [ended(process, 0) for process in both]
+    assert sum("another process is making" in text for text in texts) >= 1
+    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
+    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")}
+    assert len(found) > 5
+    assert not list(store.root.glob("resume/*"))
+
+
+def test_a_second_run_starts_no_process_and_changes_no_file(finished, monkeypatch):
+    monkeypatch.setattr(backend, "_start", lambda *_: pytest.fail("started a process"))
+    before = traces(finished[1])
+    cfg = load(finished[0])
+    for stage in stages.RUN:
+        run_stage(stage, cfg, Local(Store(finished[1]).open()))
+    assert traces(finished[1]) == before
+
+
+def test_one_failing_expert_costs_only_itself(finished, store_path):
+    cfg, store = load(finished[0]), store_with(store_path, finished, "preprocess", "train_shared")
+    here = {item: stages.address(cfg, "train_experts", item) for item in cfg.experts}
+    store.history(here["shop"]).mkdir(parents=True)  # a folder where a file belongs
+    with pytest.raises(JobsFailed) as error:
+        run_stage("train_experts", cfg, Local(store, command="the command"))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "2 of 3 jobs of train_experts are finished and kept:"
+    assert [line.split(":")[0].strip() for line in lines[1:4]] == ["sea", "shop", "hall"]
+    assert "finished" in lines[1] and "failed: history" in lines[2] and "finished" in lines[3]
+    assert lines[4].endswith("run again: the command")
+    before = {f: m for f, m in traces(store_path).items() if "/artifacts/" in f}
+    store.history(here["shop"]).rmdir()
+    run_stage("train_experts", cfg, Local(store))
+    after = traces(store_path)
+    assert {f: after[f] for f in before} == before
+    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
+    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")}
+
+
+def test_side_by_side_leaves_the_same_bytes(finished, store_path):
+    cfg, store = load(finished[0]), store_with(store_path, finished, "preprocess", "train_shared")
+    run_stage("train_experts", cfg, Local(store, parallel=3))
+    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
+    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")} and found
+
+
+def test_a_killed_job_is_told_apart(finished, store_path, monkeypatch):
+    store = store_with(store_path, finished, "preprocess")
+    Killer(monkeypatch).delay_s = 0.05
+    with pytest.raises(PipelineError, match=r"train_shared was killed by SIGKILL \(out of memory\?\)"):
+        run_stage("train_shared", load(finished[0], ("trunk.steps=5000",)), Local(store))
+
+
+def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatch):
+    store, start, found = store_with(store_path, finished, "preprocess", "train_shared"), backend._start, []
+    cfg = load(finished[0], ("expert.steps=5000", "runtime.save_every_s=1e6"))
+
+    def watched(*args):
+        found.append(start(*args))
+        return found[-1]
+
+    monkeypatch.setattr(backend, "_start", watched)
+
+    def stop_one():
+        until(lambda: len(list(store.root.glob("history/*.jsonl"))) == 2)
+        os.kill(found[0][0].pid, signal.SIGINT)
+
+    thread = threading.Thread(target=stop_one)
+    thread.start()
+    with pytest.raises(Interrupted) as error:
+        run_stage("train_experts", cfg, Local(store, parallel=2))
+    thread.join()
+    text = str(error.value)
+    assert "train_experts sea: stopped and saved" in text and "train_experts shop: stopped and saved" in text
+    assert len(checkpoints(store)()) == 2
+
+
+@pytest.mark.parametrize("how", ["bit", "manifest", "newer", "file"])
+def test_what_a_person_must_mend_ends_with_2(finished, store_path, how):
+    cfg = load(finished[0])
+    store = store_with(store_path, finished, "preprocess", "train_shared")
+    folder = store.folder(stages.address(cfg, "train_shared"))
+    if how == "bit":
+        flip(folder / "trunk.safetensors", -5)
+    elif how == "manifest":
+        (folder / "manifest.json").write_text("{")
+    elif how == "newer":
+        (store_path / "store.json").write_text('{"format": 99}')
+    else:
+        shutil.rmtree(store_path)
+        store_path.write_text("mine")
+    text = ended(command(finished[0], store_path, stage="train_experts"), 2)
+    wanted = {"bit": f"remove {folder}", "manifest": f"remove {folder}", "newer": "format 99", "file": "--store"}
+    assert "error:" in text.lower() or "failed:" in text
+    assert wanted[how] in text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own of 256 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode
+    ):
+        pytest.skip("mounting a small file system needs root and a system that allows it")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_keeps_what_is_finished_and_goes_on_after(finished, small_disk):
+    store_path, seen = small_disk / "store", set()
+    for size_kb in (40, 170, 256):
+        subprocess.run(["mount", "-o", f"remount,size={size_kb}k", str(small_disk)], check=True)
+        text = ended(command(finished[0], store_path), 2)
+        assert ("no room" in text and "MB free" in text) or "cannot be used as a store" in text, text
+        kept = {n: s for n, s in contents(store_path).items() if Store(store_path).has(n.split("/")[0])}
+        assert kept.items() <= contents(finished[1]).items() and seen <= kept.keys()
+        seen = set(kept)
+    assert seen
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    ended(command(finished[0], store_path), 0)
+    assert contents(store_path) == contents(finished[1])
+
+
+def test_a_store_that_cannot_be_written(finished, small_disk):
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    store_with(small_disk / "store", finished, "preprocess")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    text = ended(command(finished[0], small_disk / "store", stage="train_shared"), 2)
+    assert "Read-only file system" in text and "--store" in text

@@ -1,0 +1,60 @@
+"""The report's rows against stock transformers, and against each other."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.data import Shards
+from pipeline.families.ffn_tables import tables
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One whole small run with every dense baseline."""
+    with pytest.MonkeyPatch.context() as patch:
+        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_report_measures_what_the_settings_say(trained):
+    cfg = small.config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))
+    report = tables(cfg, trained, lambda *_: None)
+    rows = {r["row"]: r for r in report["T1"]}
+    for item in cfg.dense.baselines:
+        assert f"dense {item}" in rows
+    stack = next(r for r in report["T1"] if r["is_stack"])
+    assert rows["dense wide"]["active_parameters"] == stack["active_parameters"]
+    assert rows["oracle expert"]["oracle_gain"] == pytest.approx(1.0) and rows["trunk + dummy"]["oracle_gain"] == 0
+    assert [r["top_k"] for r in report["T6"]] == [1, 2, 3]
+    assert report["T6"][1]["mean"] == pytest.approx(stack["mean"], abs=1e-9)
+    assert stack["train_tokens"] == rows["dense total"]["train_tokens"] == rows["dense scratch"]["train_tokens"]
+    shares = report["T5"]["share"]
+    assert all(sum(s) == pytest.approx(1) for s in shares.values()) and set(shares) == set(small.DOMAINS)
+
+
+def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(trained):
+    """Bits per byte of one expert from AutoModel, whole held-out rows, windows as the report cuts them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    report = tables(small.config(), trained, lambda *_: None)
+    settings = json.loads((trained.folder("train_shared") / "trunk.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
+    tensors = {**trained.tensors("train_shared", "trunk.safetensors"),
+               **trained.tensors("train_experts", "expert.safetensors", "beta")}  # fmt: skip
+    model.load_state_dict(tensors, strict=False)
+    shards = Shards(trained.folder("preprocess"))
+    starts, sizes = shards.documents("test", "gamma")
+    starts = starts[: np.searchsorted(starts, 200, side="right")]
+    stream = shards.stream("test", "gamma")[: starts[-1]].astype(np.int64)
+    nats = 0.0
+    for at in range(0, len(stream) - 1, small.CONTEXT):
+        window = torch.from_numpy(stream[at : at + small.CONTEXT + 1])[None]
+        with torch.no_grad():
+            each = F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:], reduction="none")
+        nats += each[window[0, 1:] != shards.end_id].sum().item()
+    wanted = nats / sizes[: len(starts) - 1].sum() / np.log(2)
+    row = next(r for r in report["T1"] if r["row"] == "beta")
+    assert row["bits_per_byte"]["gamma"] == pytest.approx(wanted, rel=1e-5)

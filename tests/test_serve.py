@@ -1,0 +1,444 @@
+"""A bundle behind a real uvicorn on a real socket: answers, experts, errors, keys, and whatever a client may send.
+
+B sequences, T tokens, D model width, E experts, K experts per token.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import stages
+from pipeline.__main__ import main
+from pipeline.config import load
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.families import ffn_moe
+from pipeline.serve import app as app_module
+from pipeline.serve.app import Limits, create, listen
+from pipeline.serve.engine import Sampling
+from pipeline.store import Store
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["sea", "shop", "hall"]
+PROMPT = "3: tide reef"
+
+
+@contextmanager
+def running(app):
+    """Serve an application in a thread; yields a client of it."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def application(bundled):
+    """The bundle's application."""
+    torch.set_num_threads(1)
+    return create(bundled[2])
+
+
+@pytest.fixture(scope="module")
+def engine(application):
+    """What runs behind it."""
+    return application.state.service.engine
+
+
+@pytest.fixture(scope="module")
+def client(application):
+    """A client of it, over a socket."""
+    with running(application) as client:
+        yield client
+
+
+def complete(client, **fields) -> dict:
+    """Return the answer to a completion."""
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def refused(answer, status: int, said: str, param: str | None = None, code: str | None = None) -> dict:
+    """Check an error's status and its form, which is OpenAI's; return it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert re.search(said, error["message"]) and (error["param"], error["code"]) == (param, code), error
+    return error
+
+
+def test_health_and_models_name_the_experts(client):
+    assert client.get("/healthz").json() == {"status": "ok", "model": "tiny", "experts": NAMES}
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["tiny"]
+    assert listed["data"][0] == client.get("/v1/models/tiny").json()
+    assert listed["data"][0] | {"created": 0} == {
+        "id": "tiny", "object": "model", "created": 0, "owned_by": "moleforge", "experts": NAMES, "top_k": 2,
+        "context_tokens": 32,
+    }  # fmt: skip
+
+
+def test_a_greedy_completion_is_what_transformers_generates(client, bundled):
+    """The same text as plain transformers code on the bundle's files, the start token in front as in training."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled[2])
+    model = AutoModelForCausalLM.from_pretrained(bundled[2], dtype=torch.float32)
+    ids_BT = torch.tensor([[tokenizer.eos_token_id, *tokenizer(PROMPT).input_ids]])
+    out_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=12)
+    answer = complete(client, max_tokens=12)
+    assert answer["choices"][0]["text"] == tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)
+    assert answer["usage"]["prompt_tokens"] == ids_BT.shape[1]
+
+
+def test_an_answer_has_openais_form(client):
+    answer = complete(client, max_tokens=5, user="someone", n=1, stream=False, logprobs=None, stop=None)
+    assert answer.keys() == {"id", "object", "created", "model", "choices", "usage"}
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
+    (choice,) = answer["choices"]
+    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"} and choice["finish_reason"] == "length"
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 5 and usage["total_tokens"] == 5 + usage["prompt_tokens"]
+    assert complete(client, max_tokens=5)["id"] != answer["id"]
+
+
+def test_a_seed_repeats_a_text_and_none_does_not(client):
+    def text(**fields) -> str:
+        return complete(client, temperature=1.5, max_tokens=16, **fields)["choices"][0]["text"]
+
+    assert text(seed=1) == text(seed=1) == text(seed=1, top_p=1.0)
+    assert len({text(seed=s) for s in range(5)}) > 2
+    assert len({text() for _ in range(5)}) > 2
+    state = torch.random.get_rng_state()
+    text(seed=9)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_narrow_share_or_a_cold_draw_is_the_likeliest_token(client):
+    greedy = complete(client, max_tokens=8)["choices"][0]["text"]
+    assert complete(client, max_tokens=8, temperature=1.0, top_p=1e-9)["choices"][0]["text"] == greedy
+    for coldest in (1e-3, 1e-30):
+        assert complete(client, max_tokens=8, temperature=coldest)["choices"][0]["text"] == greedy
+
+
+def test_a_stop_string_ends_the_text_and_is_not_in_it(client, engine):
+    whole = complete(client, max_tokens=16)["choices"][0]["text"]
+    tokens = [t.text for t in engine.complete(engine.encode(PROMPT), Sampling(16, 0.0)).tokens]
+    stop = whole[3:6]  # across tokens
+    answer = complete(client, max_tokens=16, stop=[stop, "never"], return_experts=True)
+    assert answer["choices"][0] | {"index": 0} == {
+        "index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    needed = next(n for n in range(1, 17) if stop in "".join(tokens[:n]))
+    assert answer["usage"]["completion_tokens"] == needed, "no token is drawn after it"
+    assert "".join(t["text"] for t in answer["experts"]["tokens"]) == answer["choices"][0]["text"]
+    assert complete(client, max_tokens=16, stop=stop)["choices"] == answer["choices"]
+
+
+def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
+    """The HTTP answer against pipeline code on the store's parts: every layer's choice and weight for every token."""
+    cfg, text = load(bundled[0]), "7: lathe gear of oboe chord"
+    stack = ffn_moe.assemble(cfg, stages.Parts(cfg, Store(bundled[1])))
+    chosen = {}
+
+    def watched(layer, x_BTD):
+        chosen[layer] = stack.mixture.router.choose(layer, x_BTD.flatten(0, 1))
+        return stack.mixture(layer, x_BTD)
+
+    ids = engine.encode(text)
+    with torch.no_grad():
+        stack.trunk.hidden(torch.tensor([ids]), watched)
+    answer = client.post("/v1/route", json={"text": text}).json()
+    assert answer["object"] == "route" and answer["model"] == "tiny"
+    assert [t["id"] for t in answer["tokens"]] == ids[1:] and "".join(t["text"] for t in answer["tokens"]) == text
+    for at, token in enumerate(answer["tokens"], start=1):
+        for layer, (index_TK, weight_TK) in chosen.items():
+            assert token["experts"][layer] == index_TK[at].tolist()
+            assert token["weights"][layer] == pytest.approx(weight_TK[at].tolist(), abs=1e-4)
+    flat = torch.cat([index_TK[1:].flatten() for index_TK, _ in chosen.values()])
+    wanted = (flat.bincount(minlength=3) / len(flat)).tolist()
+    assert [e["name"] for e in answer["experts"]] == NAMES
+    assert [e["share"] for e in answer["experts"]] == pytest.approx(wanted, abs=1e-4)
+    assert sum(e["weight"] for e in answer["experts"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_completion_names_its_experts_on_request(client):
+    answer = complete(client, max_tokens=6, return_experts=True)
+    told = answer["experts"]
+    assert "".join(t["text"] for t in told["tokens"]) == answer["choices"][0]["text"] and len(told["tokens"]) == 6
+    for token in told["tokens"]:
+        assert token.keys() == {"id", "text", "experts", "weights", "top"} and token["top"] in NAMES
+        assert [len(k) for k in token["experts"]] == [2, 2] and all(
+            sum(w) == pytest.approx(1, abs=1e-3) for w in token["weights"]
+        )
+    assert sum(e["share"] for e in told["experts"]) == pytest.approx(1, abs=1e-3)
+
+
+WRONG = {
+    "stream": ({"prompt": "x", "stream": True}, "stream: not supported yet.*false", "stream"),
+    "n": ({"prompt": "x", "n": 2}, "n: not supported yet.*1", "n"),
+    "echo": ({"prompt": "x", "echo": True}, "echo: not supported", "echo"),
+    "logprobs": ({"prompt": "x", "logprobs": 3}, "logprobs: not supported yet.*null", "logprobs"),
+    "no prompt": ({}, "prompt: field required", "prompt"),
+    "null prompt": ({"prompt": None}, "prompt: field required", "prompt"),
+    "list prompt": ({"prompt": ["x"]}, "prompt: input should be a valid string", "prompt"),
+    "strange field": ({"prompt": "x", "min_tokens": 1}, "min_tokens: no such field", "min_tokens"),
+    "text for a number": (
+        {"prompt": "x", "max_tokens": "5"},
+        "max_tokens: input should be a valid integer",
+        "max_tokens",
+    ),
+    "no tokens": ({"prompt": "x", "max_tokens": 0}, "max_tokens: .*greater than or equal to 1", "max_tokens"),
+    "too many tokens": ({"prompt": "x", "max_tokens": 10**9}, "max_tokens: at most 1024", "max_tokens"),
+    "hot": ({"prompt": "x", "temperature": 2.1}, "temperature: .*less than or equal to 2", "temperature"),
+    "no share": ({"prompt": "x", "top_p": 0}, "top_p: .*greater than 0", "top_p"),
+    "large seed": ({"prompt": "x", "seed": 2**63}, "seed: ", "seed"),
+    "empty stop": ({"prompt": "x", "stop": ""}, "stop: ", "stop"),
+    "many stops": ({"prompt": "x", "stop": list("abcde")}, "stop: .*at most 4", "stop"),
+    "two at once": ({"prompt": 1, "top_p": 2}, "prompt: .*; top_p: ", "prompt"),
+}
+
+
+@pytest.mark.parametrize(("body", "said", "param"), WRONG.values(), ids=WRONG)
+def test_a_wrong_field_is_named(client, body, said, param):
+    error = refused(client.post("/v1/completions", json=body), 400, said, param)
+    assert error["type"] == "invalid_request_error"
+
+
+BODIES = {
+    "empty": b"",
+    "no JSON": b"{prompt: x}",
+    "a list": b"[1, 2]",
+    "no UTF-8": b'{"prompt": "\xff"}',
+    "half a character": b'{"prompt": "\\ud800"}',
+    "not a number": b'{"prompt": "x", "temperature": NaN}',
+    "deep": b'{"prompt": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/route"])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_body_that_is_no_request_is_refused(client, path, body):
+    answer = client.post(path, content=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["prompt", "text", "max_tokens", "temperature", "top_p", "seed", "stop", "model", "stream"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    body=st.binary(max_size=60)
+    | st.dictionaries(FIELDS, JSON, max_size=6).map(lambda d: json.dumps(d).encode())
+    | JSON.map(lambda j: json.dumps(j).encode()),
+    path=st.sampled_from(["/v1/completions", "/v1/route"]),
+)
+def test_whatever_is_sent_the_answer_is_json_and_never_a_failure(client, path, body):
+    answer = client.post(path, content=body)
+    assert answer.status_code in (200, 400, 404), answer.text
+    assert ("error" in answer.json()) is (answer.status_code != 200)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    stop=st.lists(st.text("aet ", min_size=1, max_size=3), max_size=4),
+)
+def test_every_request_within_the_limits_is_answered(client, prompt, temperature, top_p, seed, stop):
+    body = {"prompt": prompt, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop, "max_tokens": 3}
+    answer = client.post("/v1/completions", json=body)
+    if answer.status_code == 400:
+        refused(answer, 400, "context is 32 tokens", "prompt", "context_length_exceeded")
+    else:
+        assert answer.status_code == 200 and not any(s in answer.json()["choices"][0]["text"] for s in stop)
+
+
+def test_a_text_over_the_context_is_refused_with_both_numbers(client, engine):
+    text = "tide " * 40
+    count = len(engine.encode(text))
+    answer = client.post("/v1/completions", json={"prompt": text, "max_tokens": 3})
+    said = f"prompt: {count} tokens and 3 are to be drawn, but this model's context is 32 tokens"
+    refused(answer, 400, said, "prompt", "context_length_exceeded")
+    answer = client.post("/v1/route", json={"text": text})
+    refused(answer, 400, f"text: {count} tokens, but", "text", "context_length_exceeded")
+    room = 32 - len(engine.encode(PROMPT))
+    assert complete(client, max_tokens=room)["usage"]["total_tokens"] == 32
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": room + 1})
+    refused(answer, 400, "lower max_tokens", "prompt", "context_length_exceeded")
+
+
+def test_a_body_over_the_limit_is_not_read_to_its_end(client):
+    large = json.dumps({"prompt": "x" * (1 << 20)}).encode()
+    refused(client.post("/v1/completions", content=large), 413, "over 1,048,576 bytes", None, "too_large")
+
+    def blocks():
+        for _ in range(17):  # without a length in the header
+            yield large[: 1 << 16]
+
+    refused(client.post("/v1/completions", content=blocks()), 413, "over 1,048,576 bytes", None, "too_large")
+    assert client.get("/healthz").status_code == 200
+
+
+def test_another_model_and_another_address_are_not_found(client):
+    body = {"prompt": "x", "model": "gpt-4"}
+    error = refused(client.post("/v1/completions", json=body), 404, "'gpt-4' is not served here; 'tiny' is", "model",
+                    "model_not_found")  # fmt: skip
+    assert error["type"] == "not_found_error"
+    refused(client.get("/v1/models/gpt-4"), 404, "is not served here", "model", "model_not_found")
+    assert complete(client, model="tiny", max_tokens=1)["model"] == "tiny"
+    refused(client.get("/v2"), 404, "GET /v2 is not served here; GET /healthz")
+    refused(client.get("/v1/completions"), 405, "GET /v1/completions is not served here")
+
+
+def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(bundled, monkeypatch):
+    app = create(bundled[2])
+
+    def fail(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app.state.service.engine, "route", fail)
+    with running(app) as client:
+        error = refused(client.post("/v1/route", json={"text": "x"}), 500, "its log tells more")
+        assert error["type"] == "server_error" and client.get("/healthz").status_code == 200
+
+
+def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled):
+    with running(create(bundled[2], key="sésame")) as client:
+        assert client.get("/healthz").status_code == 200
+        for wrong in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sésame".encode()},
+                      {"Authorization": "Bearer"}, {"Authorization": "Bearer sésame2".encode()}):  # fmt: skip
+            for answer in (
+                client.get("/v1/models", headers=wrong),
+                client.get("/v1/models/x", headers=wrong),
+                client.post("/v1/completions", content=b"garbage", headers=wrong),
+                client.post("/v1/route", json={"text": "x"}, headers=wrong),
+            ):
+                error = refused(answer, 401, "the API key", None, "invalid_api_key")
+                assert error["type"] == "authentication_error" and answer.headers["www-authenticate"] == "Bearer"
+        right = {"Authorization": "Bearer sésame".encode()}
+        assert client.post("/v1/route", json={"text": "x"}, headers=right).status_code == 200
+    with pytest.raises(ConfigError, match="API key is empty"):
+        create(bundled[2], key="")
+
+
+def test_requests_at_once_get_what_they_get_alone(client):
+    wanted = [complete(client, temperature=1.0, seed=s, max_tokens=12)["choices"] for s in range(8)]
+    found = [None] * 8
+
+    def ask(s):
+        found[s] = complete(client, temperature=1.0, seed=s, max_tokens=12)["choices"]
+
+    threads = [threading.Thread(target=ask, args=(s,)) for s in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == wanted
+
+
+def test_past_the_queue_a_request_is_sent_away_and_may_come_back(bundled):
+    app = create(bundled[2], limits=Limits(waiting=1))
+    service, answers = app.state.service, []
+    with running(app) as client:
+        threads = [
+            threading.Thread(target=lambda: answers.append(client.post("/v1/route", json={"text": "x"}).status_code))
+            for _ in range(2)
+        ]
+        with service.engine._alone:
+            for count, thread in enumerate(threads, start=1):
+                thread.start()
+                while service.inside < count:
+                    time.sleep(0.01)
+            answer = client.post("/v1/route", json={"text": "x"})
+            refused(answer, 503, "2 requests are waiting", None, "overloaded")
+            assert answer.headers["retry-after"] == "1" and client.get("/healthz").status_code == 200
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200] and client.post("/v1/route", json={"text": "x"}).status_code == 200
+
+
+def test_the_interface_describes_its_bodies(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["prompt"] and "return_experts" in schema["properties"]
+    assert {"/healthz", "/v1/models", "/v1/completions", "/v1/route"} <= paths.keys()
+
+
+def test_an_address_that_cannot_be_had_is_an_error_with_a_way_out(application):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PipelineError, match=r"cannot listen on 127\.0\.0\.1 port \d+: .*--port"):
+            listen(application, "127.0.0.1", taken.getsockname()[1], lambda _text: None)
+    with pytest.raises(PipelineError, match="cannot listen on no such host"):
+        listen(application, "no such host", 0, lambda _text: None)
+
+
+def test_the_command_serves_a_folder_until_it_is_told_to_stop(bundled):
+    command = [sys.executable, "-m", "pipeline", "serve", "--bundle", str(bundled[2]), "--port", "0"]
+    environment = os.environ | {"MOLEFORGE_API_KEY": "k"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    with process:
+        lines = iter(process.stderr.readline, "")
+        address = next(found[1] for line in lines if (found := re.search(r"serving tiny at (http://\S+);", line)))
+        with httpx.Client(base_url=address, headers={"Authorization": "Bearer k"}, timeout=30) as client:
+            assert complete(client, max_tokens=2)["usage"]["completion_tokens"] == 2
+            assert client.get("/v1/models", headers={"Authorization": "Bearer l"}).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+
+
+def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monkeypatch, capsys):
+    path, store_path, folder = bundled
+    opened = []
+    monkeypatch.setattr(app_module, "create", lambda *args: opened.append(args))
+    monkeypatch.setattr(app_module, "listen", lambda _app, host, port, _say: opened.append((host, port)))
+    monkeypatch.delenv("MOLEFORGE_API_KEY", raising=False)
+    assert main(["serve", "--config", str(path), "--store", str(store_path), "--host", "0.0.0.0"]) == 0  # noqa: S104
+    assert opened == [(folder, None), ("0.0.0.0", 8000)]  # noqa: S104
+    assert "whoever reaches 0.0.0.0 can use it" in capsys.readouterr().err
+    assert main(["serve", "--config", str(path), "--store", str(tmp_path / "none")]) == 2
+    assert "run `python -m pipeline deploy`" in capsys.readouterr().err
+    for wrong in (
+        ["serve"],
+        ["serve", "--bundle", "x", "--config", "y"],
+        ["serve", "--bundle", "x", "--port", "99999"],
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)

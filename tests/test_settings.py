@@ -1,0 +1,315 @@
+"""Every setting of every section does something: changing it changes what a stage leaves behind.
+
+EFFECTS lists all of them, and a setting that is not listed fails. A stage's product is compared byte for byte
+with that of the same configuration before the change; the same configuration twice gives the same product.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline import train
+from pipeline.config import Config
+from pipeline.config.sections import Section
+from pipeline.data import prepare
+from pipeline.errors import PipelineError
+from pipeline.families import ffn_tables
+from tests import small, test_wiring
+from tests.test_trunk import whole
+
+LABELS = ("a", "b")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One whole small run, and beside it a checkpoint, a tokenizer and documents."""
+    root = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+        parts = small.run(small.config(expert__coordinate=True, dense__baselines=("path",)), root / "run")
+    whole(vocab_size=small.VOCAB).save_pretrained(root / "checkpoint")
+    _write_tokenizer(root / "tokenizer")
+    for name in ("documents", "others"):
+        _write_documents(root / f"{name}.jsonl", seed=len(name))
+    return parts
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+
+
+def _write_tokenizer(folder) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<end>"])}, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(folder)
+
+
+def _write_documents(path, seed: int) -> None:
+    """Write documents of two labels under two names for each field, some short, one too long, two unreadable."""
+    draw, lines = np.random.default_rng(seed), []
+    for i in range(160):
+        label = LABELS[i % 2]
+        words = draw.choice([f"{label}{w}" for w in range(40)], int(draw.integers(3, 60)))
+        text = " ".join(words) + ("" if i % 40 else " long" * 400)
+        split = ("train", "valid", "test")[min(2, max(0, i - 140) // 10)]
+        row = {"text": text, "body": text[::-1], "domain": label, "topic": LABELS[i % 4 // 2], "split": split}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join([*lines, "{torn", "{torn too"]) + "\n")
+
+
+FILES = {"paths": ["documents.jsonl"]}
+PREPARED = {
+    "data": {"source": "files", "files": [FILES], "max_document_bytes": 1500},
+    "partition": {"domains": LABELS, "min_tokens": 50},
+    "tokenizer": {"vocab_size": 300, "sample_megabytes": 1.0},
+    "dense": {"baselines": ()},
+}
+CLUSTERS = {"partition__by": "clusters", "partition__count": 2}
+
+
+def resolved(trained, changes: dict) -> dict:
+    """Return changes with names of files made paths below the fixture's folder."""
+    beside = trained.root.parent
+
+    def walk(value):
+        if isinstance(value, str) and (beside / value).exists() and value:
+            return str(beside / value)
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        return [walk(v) for v in value] if isinstance(value, list) else value
+
+    return {k: walk(v) for k, v in changes.items()}
+
+
+def product(trained, stage: str, changes: dict, folder) -> str:
+    """Return what a stage leaves behind: a digest of every byte, or the text of its error."""
+    base = PREPARED if stage == "preprocess" else {}
+    cfg = small.config(**resolved(trained, base | changes))
+    folder.mkdir()
+    try:
+        return PRODUCTS.get(stage.split()[0], _trained)(cfg, trained, stage, folder)
+    except PipelineError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _preprocessed(cfg, _trained_parts, _stage, folder) -> str:
+    (folder / "out").mkdir()
+    prepare(cfg, folder / "out")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return _digest([(p.relative_to(folder).as_posix(), p.read_bytes()) for p in files])
+
+
+def _trained(cfg, parts, stage, folder) -> str:
+    name, _, item = stage.partition(" ")
+    task = small.MAKERS[name](cfg, parts, *([item] if item else []))
+    if task.options.eval_every_steps == 1:
+        worse = itertools.count(1.0)
+        task = replace(task, validate=lambda: next(worse))
+    recorder = small.Rows()
+    metrics = train.fit(task, train.Place(folder, recorder, lambda: None, name, "trunk", 1e9, 1))
+    numbers = [{k: v for k, v in row.items() if k in ("step", "valid_nats")} for row in recorder.rows]
+    files = task.export(metrics["kept_step"])
+    tensors = [
+        (file, key, value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
+        for file, content in files.items()
+        for key, value in content.items()
+    ]
+    return _digest([str(numbers).encode(), *(b for _, _, b in tensors), str(sorted(files)).encode()])
+
+
+def _reported(cfg, parts, _stage, _folder) -> str:
+    report = ffn_tables.tables(cfg, parts, lambda *_: None)
+    return json.dumps({k: v for k, v in report.items() if k not in ("made", "machine", "speed")}, sort_keys=True)
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+PRODUCTS = {"preprocess": _preprocessed, "evaluate": _reported}
+ALPHA = "train_experts alpha"
+PATH = "train_dense path"
+WORSE = {"eval_every_steps": 1}  # _trained lets every evaluation be worse than the last
+
+
+def _fit(section: str, stage: str) -> dict:
+    """Return the effects of one training's settings."""
+    worse = {f"{section}__{k}": v for k, v in WORSE.items()}
+    return {
+        f"{section}.{name}": (stage, value, base)
+        for name, value, base in (
+            ("steps", 3, {}),
+            ("epochs", 0.3, {f"{section}__steps": 1}),
+            ("tokens", 64, {}),
+            ("batch_sequences", 3, {}),
+            ("micro_batch_sequences", 1, {}),
+            ("lr", 2e-2, {}),
+            ("min_lr_share", 0.9, {}),
+            ("warmup_steps", 3, {}),
+            ("schedule", "constant", {}),
+            ("weight_decay", 0.9, {}),
+            ("beta2", 0.5, {}),
+            ("clip_norm", 1e-9, {}),
+            ("eval_every_steps", 2, {}),
+            ("eval_tokens", 48, {}),
+            ("patience", 1, worse),
+            ("keep", "best", worse),
+        )
+    }
+
+
+# setting: (stage whose product changes, another value, changes that both sides have)
+EFFECTS = {
+    "name": ("evaluate", "other", {}),
+    "seed": ("train_shared", 4, {}),
+    "dtype": ("train_shared", "bf16", {}),
+    "data.files": ("preprocess", [{"paths": ["others.jsonl"]}], {}),
+    "files.paths": ("preprocess", [{"paths": ["documents.jsonl", "others.jsonl"]}], {}),
+    "files.domain": ("preprocess", [FILES | {"domain": "a"}], {}),
+    "data.text_field": ("preprocess", "body", {}),
+    "data.label_field": ("preprocess", "topic", {}),
+    "data.split_field": ("preprocess", "split", {}),
+    "data.megabytes_per_domain": ("preprocess", 0.005, {}),
+    "data.min_document_bytes": ("preprocess", 60, {}),
+    "data.max_document_bytes": ("preprocess", 1024, {}),
+    "data.max_bad_share": ("preprocess", 0.001, {}),
+    "data.valid_share": ("preprocess", 0.3, {}),
+    "data.test_share": ("preprocess", 0.3, {}),
+    "data.seed": ("preprocess", 1, {}),
+    "partition.by": ("preprocess", "random", {"partition__count": 2}),
+    "partition.domains": ("preprocess", ("b", "a"), {}),
+    "partition.count": ("preprocess", 3, CLUSTERS),
+    "partition.difficulty": ("preprocess", "rarity", {"partition__by": "curriculum", "partition__count": 2}),
+    "partition.sample_documents": ("preprocess", 10, CLUSTERS),
+    "partition.min_tokens": ("preprocess", 10**6, {}),
+    "partition.overlap": (ALPHA, 0.9, {}),
+    "tokenizer.pretrained": ("preprocess", "tokenizer", {}),
+    "tokenizer.vocab_size": ("preprocess", 290, {}),
+    "tokenizer.sample_megabytes": ("preprocess", 0.001, {}),
+    **_fit("trunk", "train_shared"),
+    "trunk.init": ("train_shared", "checkpoint", {"tokenizer__pretrained": "tokenizer"}),
+    "trunk.layers": ("train_shared", 1, {}),
+    "trunk.d_model": ("train_shared", 24, {}),
+    "trunk.heads": ("train_shared", 4, {}),
+    "trunk.kv_heads": ("train_shared", 2, {}),
+    "trunk.head_dim": ("train_shared", 4, {}),
+    "trunk.d_ff": ("train_shared", 16, {}),
+    "trunk.context_tokens": ("train_shared", 16, {}),
+    "trunk.rope_theta": ("train_shared", 100.0, {}),
+    "trunk.tie_embeddings": ("train_shared", False, {}),
+    "trunk.domains": ("train_shared", ("alpha",), {}),
+    "trunk.mixture": ("train_shared", "equal", {}),
+    "trunk.anchor": ("train_router", "keep", {}),
+    **_fit("expert", ALPHA),
+    "expert.init": (ALPHA, "fresh", {}),
+    "expert.coordinate": (ALPHA, True, {}),
+    "expert.coordinate_bias": (ALPHA, -2.0, {"expert__coordinate": True}),
+    "expert.z_weight": (ALPHA, 1.0, {"expert__coordinate": True}),
+    "expert.statistics_tokens": (ALPHA, 64, {}),
+    "expert.domains": ("train_router", ("gamma", "alpha"), {}),
+    **_fit("router", "train_router"),
+    "router.init": ("train_router", "centroid", {}),
+    "router.ridge_lambda": ("train_router", 5.0, {}),
+    "router.margin": ("train_router", 1.0, {}),
+    "router.top_k": ("train_router", 1, {}),
+    "router.temperature": ("train_router", {"start": 3.0}, {}),
+    "temperature.start": ("train_router", {"start": 3.0, "end": 0.5}, {"router__temperature": {"end": 0.5}}),
+    "temperature.end": ("train_router", {"start": 3.0, "end": 0.5}, {"router__temperature": {"start": 3.0}}),
+    "temperature.epochs": ("train_router", {"epochs": 0.01}, {"router__temperature": {"start": 3.0}}),
+    "router.balance": ("train_router", "aux", {}),
+    "router.balance_weight": ("train_router", 9.0, {"router__balance": "aux"}),
+    "router.z_weight": ("train_router", 1.0, {}),
+    "router.noise": ("train_router", 1.0, {}),
+    "router.capacity_factor": ("train_router", 0.5, {}),
+    "dense.baselines": ("evaluate", ("path",), {}),
+    "dense.lr": (PATH, 0.5, {}),
+    "evaluate.tokens_per_domain": ("evaluate", 64, {}),
+    "evaluate.bootstrap": ("evaluate", 500, {}),
+    "evaluate.min_expert_share": ("evaluate", 1.0, {}),
+    "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
+}
+BY_NAME = {  # settings whose effect is not in a product: the test in test_wiring that shows it
+    "family": "test_the_family_is_looked_up",
+    "data.source": "test_source_and_hub_decide_what_is_opened",
+    "data.hub": "test_source_and_hub_decide_what_is_opened",
+    "hub.dataset": "test_source_and_hub_decide_what_is_opened",
+    "hub.subset": "test_source_and_hub_decide_what_is_opened",
+    "hub.split": "test_source_and_hub_decide_what_is_opened",
+    "hub.revision": "test_source_and_hub_decide_what_is_opened",
+    "hub.domain": "test_source_and_hub_decide_what_is_opened",
+    "tokenizer.revision": "test_revisions_reach_the_hub",
+    "trunk.revision": "test_revisions_reach_the_hub",
+    "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
+    "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
+    "runtime.threads": "test_threads_reach_the_job",
+    "runtime.save_every_s": "test_runtime_reaches_the_training_loop",
+    "runtime.log_every_steps": "test_runtime_reaches_the_training_loop",
+    "runtime.wandb": "test_runtime_reaches_the_training_loop",
+    "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
+}
+ON_MODAL = ("modal", "machine", "cpumachine", "endpoint")  # their effects need Modal's own client: test_modal*.py
+
+
+def settings() -> set[str]:
+    """Return every setting as section.field; fields of Fit under each section that has them, sections left out."""
+    found, waiting = set(), [("", Config)]
+    while waiting:
+        name, section = waiting.pop()
+        for key, field in section.model_fields.items():
+            inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(t)]
+            waiting += [(kind.__name__.lower(), kind) for kind in inner]
+            if not inner or name:
+                found.add(f"{name}.{key}" if name else key)
+    return found
+
+
+def _is_section(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def test_every_setting_is_listed_with_its_effect():
+    own = {name for name in settings() if name.partition(".")[0] not in ON_MODAL}
+    assert own == EFFECTS.keys() | BY_NAME.keys()
+    assert not EFFECTS.keys() & BY_NAME.keys()
+    assert all(callable(getattr(test_wiring, test)) for test in BY_NAME.values())
+
+
+def test_every_setting_of_modal_is_in_the_tests_of_modal():
+    text = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_modal*.py"))
+    names = {name.partition(".")[2] for name in settings() if name.partition(".")[0] in ON_MODAL}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
+
+
+PRODUCED: dict[tuple, str] = {}  # the unchanged side, once per stage and base
+
+
+def _changes(dotted: str, value) -> dict:
+    section, _, name = dotted.rpartition(".")
+    prefix = {"files": "data__files", "temperature": "router__temperature"}.get(section)
+    return {prefix: value} if prefix else {f"{section}__{name}" if section else name: value}
+
+
+@pytest.mark.parametrize("dotted", EFFECTS)
+def test_changing_a_setting_changes_the_product(dotted, trained, tmp_path):
+    stage, value, base = EFFECTS[dotted]
+    key = (stage, repr(base))
+    if key not in PRODUCED:
+        PRODUCED[key] = product(trained, stage, base, tmp_path / "unchanged")
+        assert ": " not in PRODUCED[key][:40] or stage == "evaluate", PRODUCED[key]
+    assert product(trained, stage, base | _changes(dotted, value), tmp_path / "changed") != PRODUCED[key]
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train_shared", ALPHA, "train_router", PATH, "evaluate"])
+def test_the_same_configuration_gives_the_same_product(stage, trained, tmp_path):
+    assert product(trained, stage, {}, tmp_path / "one") == product(trained, stage, {}, tmp_path / "two")

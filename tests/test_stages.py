@@ -1,0 +1,217 @@
+"""Addresses, what is reused, and inputs that do not belong together. Runs in this process on the tiny configuration."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+from conftest import make_all
+from fakes import Killed, contents, flip, traces
+from rich.console import Console
+
+from pipeline import stages, train
+from pipeline.config import load
+from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, PipelineError
+from pipeline.store import Store
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Configuration, and a copy of the finished store to change."""
+    path, store_path = finished
+    shutil.copytree(store_path, tmp_path / "copy")
+    return path, tmp_path / "copy"
+
+
+def run(stage, cfg, store, item=None):
+    return stages.run(stage, cfg, store, item, say=lambda *_: None, console=Console(file=io.StringIO()))
+
+
+def addresses(path, *overrides):
+    cfg = load(path, overrides)
+    return {stages.label(s, i): here for stage in stages.RUN for s, i, here in stages.jobs(cfg, stage)}
+
+
+def changed(path, *overrides):
+    """Return the jobs whose address an override changes."""
+    before, after = addresses(path), addresses(path, *overrides)
+    return {job for job in before if before[job] != after.get(job)}
+
+
+EXPERTS = {"train_experts sea", "train_experts shop", "train_experts hall"}
+DENSE = {"train_dense total", "train_dense path"}
+END = {"train_router", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("runtime.threads=7", set()),
+        ("runtime.save_every_s=9", set()),
+        ("runtime.wandb=offline", set()),
+        ("evaluate.bootstrap=11", {"evaluate"}),
+        ("router.top_k=1", END),
+        ("router.balance=aux", END),
+        ("router.steps=17", {*END, "train_dense total"}),
+        ("expert.lr=1e-2", {*EXPERTS, *END, *DENSE}),
+        ("expert.init=fresh", {*EXPERTS, *END, *DENSE}),
+        ("partition.overlap=0.2", {*EXPERTS, *END}),
+        ("trunk.lr=1e-2", {"train_shared", *EXPERTS, *END, *DENSE}),
+        ("trunk.anchor=keep", END),
+        ("seed=1", {"train_shared", *EXPERTS, *END, *DENSE}),
+        ("tokenizer.vocab_size=310", {"preprocess", "train_shared", *EXPERTS, *END, *DENSE}),
+    ],
+)
+def test_a_setting_changes_the_addresses_of_what_reads_it(finished, override, wanted):
+    assert changed(finished[0], override) == wanted
+
+
+def test_a_name_does_not_make_a_training_another(finished):
+    assert changed(finished[0], "name=other") <= {"evaluate"}
+
+
+def test_addresses_tell_stage_and_item(finished):
+    found = addresses(finished[0])
+    assert list(found) == [
+        *("preprocess", "train_shared", "train_experts sea", "train_experts shop", "train_experts hall"),
+        *("train_router", "train_dense total", "train_dense path", "evaluate"),
+    ]
+    for job, here in found.items():
+        assert re.fullmatch(job.replace(" ", "-") + "-[0-9a-f]{12}", here)
+    assert len(set(found.values())) == len(found) and found == addresses(finished[0])
+    assert sorted(found.values()) == Store(finished[1]).addresses()
+
+
+def test_manifests_tie_every_artifact_to_its_inputs(finished):
+    path, store_path = finished
+    cfg, store = load(path), Store(store_path)
+    for stage in stages.RUN:
+        row = stages.STAGES[stage]
+        for _, _, here in stages.jobs(cfg, stage):
+            wanted = {a: store.manifest(a).digest for need in row.needs for _, _, a in stages.jobs(cfg, need)}
+            assert store.manifest(here).inputs == wanted
+
+
+def test_a_second_run_changes_no_file(finished):
+    before = traces(finished[1])
+    make_all(*finished)
+    assert traces(finished[1]) == before
+
+
+def test_two_runs_leave_the_same_bytes(finished, tmp_path):
+    make_all(finished[0], tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(finished[1])
+
+
+def test_only_the_router_is_trained_again(copied):
+    path, store_path = copied
+    before = traces(store_path)
+    make_all(path, store_path, "router.top_k=1")
+    after = traces(store_path)
+    assert {f: after[f] for f in before if "/locks/" not in f} == {
+        f: m for f, m in before.items() if "/locks/" not in f
+    }
+    fresh = {f.split("/artifacts/")[1].split("-")[0] for f in after.keys() - before.keys() if "/artifacts/" in f}
+    assert fresh == {"train_router", "evaluate"}
+
+
+def test_a_missing_input_names_the_command(tmp_path, finished):
+    cfg, store = load(finished[0]), Store(tmp_path / "empty").open()
+    with pytest.raises(MissingArtifact, match="run `python -m pipeline preprocess`"):
+        run("train_shared", cfg, store)
+
+
+def forget(cfg, store, stage, item=None):
+    """Remove an artifact, so that the stage is done again."""
+    here = stages.address(cfg, stage, item)
+    shutil.rmtree(store.folder(here))
+    return here
+
+
+def test_an_expert_of_another_trunk_is_refused(copied):
+    path, store_path = copied
+    cfg, store = load(path), Store(store_path)
+    here = stages.address(cfg, "train_experts", "sea")
+    trunk = stages.address(cfg, "train_shared")
+    manifest = store.folder(here) / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["inputs"][trunk] = "f" * 64
+    manifest.write_text(json.dumps(raw))
+    forget(cfg, store, "train_router")
+    with pytest.raises(MismatchError) as error:
+        run("train_router", cfg, store)
+    text = str(error.value)
+    assert text.startswith(f"{here} was made on another {trunk} than the one in {store_path}")
+    assert f"remove {store.folder(here)} and run `python -m pipeline train_experts` again" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "name", "user"),
+    [
+        ("train_shared", None, "trunk.safetensors", ("train_experts", "sea")),
+        ("train_experts", "hall", "expert.safetensors", ("evaluate", None)),
+        ("train_experts", "hall", "statistics.safetensors", ("train_router", None)),
+        ("train_router", None, "router.safetensors", ("evaluate", None)),
+    ],
+)
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_input_is_named_with_the_way_out(copied, stage, item, name, user, how):
+    path, store_path = copied
+    cfg, store = load(path), Store(store_path)
+    forget(cfg, store, *user)
+    file = store.folder(stages.address(cfg, stage, item)) / name
+    {"flip": lambda: flip(file, -9), "truncate": lambda: file.write_bytes(b""), "remove": file.unlink}[how]()
+    with pytest.raises(DamagedArtifact) as error:
+        run(*user[:1], cfg, store, user[1])
+    assert str(file) in str(error.value) and f"remove {file.parent} and run the same command" in str(error.value)
+    shutil.rmtree(file.parent)
+    wanted = contents(path.parent.parent / "store")
+    make_all(path, store_path)
+    assert contents(store_path) == wanted
+
+
+def test_a_run_that_diverges_says_what_to_try(copied):
+    path, store_path = copied
+    cfg = load(path, ("trunk.lr=1e30", "trunk.warmup_steps=0", "trunk.clip_norm=0"))
+    with pytest.raises(PipelineError) as error:
+        run("train_shared", cfg, Store(store_path))
+    for word in ("train_shared", "loss at step", "checkpoint", "trunk.lr", "trunk.warmup_steps"):
+        assert word in str(error.value)
+    assert not Store(store_path).has(stages.address(cfg, "train_shared"))
+
+
+NOISY = ("router.noise=0.5", "router.balance=bias", "router.temperature.start=2")
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def noisy(request, finished, tmp_path_factory):
+    """Path, settings and store of a run up to a router that draws random numbers, in both arithmetics."""
+    settings = (*NOISY, f"dtype={request.param}", "runtime.save_every_s=1e-9")
+    cfg, store = load(finished[0], settings), Store(tmp_path_factory.mktemp("noisy") / "store").open()
+    for stage in ("preprocess", "train_shared", "train_experts", "train_router"):
+        for _, item, _ in stages.jobs(cfg, stage):
+            run(stage, cfg, store, item)
+    return cfg, store
+
+
+@pytest.mark.parametrize(("stage", "item"), [("train_shared", None), ("train_experts", "sea"), ("train_router", None)])
+def test_stopped_and_resumed_is_undisturbed(noisy, tmp_path, stage, item, monkeypatch):
+    cfg, whole = noisy
+    shutil.copytree(whole.root, tmp_path / "copy")
+    store, steps, save = Store(tmp_path / "copy"), [], train.save
+    forget(cfg, store, stage, item)
+
+    def stop(folder, task, optimizer, progress):
+        save(folder, task, optimizer, progress)
+        steps.append(progress.step)
+        if progress.step in (3, 7, 11) and steps.count(progress.step) == 1:
+            raise Killed
+
+    monkeypatch.setattr(train, "save", stop)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            run(stage, cfg, store, item)
+    run(stage, cfg, store, item)
+    assert {3, 7, 11} <= set(steps)
+    assert contents(store.root) == contents(whole.root)

@@ -1,0 +1,168 @@
+"""An upload is the bundle or says that it is not: folders, memory, a real S3 server, and one that tears files."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fakes import flip
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline import bundle
+from pipeline.errors import DamagedArtifact, DiskFull, StoreError
+from pipeline.store import inventory
+
+
+def quiet(_text, _share):
+    """Say nothing."""
+
+
+class Torn(MemoryFileSystem):
+    """A filesystem that loses the end of the files named in `tears`, and counts what it is sent."""
+
+    protocol = "torn"
+    store, pseudo_dirs, tears, sent = {}, [""], set(), []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.replace("torn://", "memory://"))
+
+    def put_file(self, lpath, rpath, callback=None, mode="overwrite", **kwargs):
+        """Keep a file, or its first half."""
+        name = Path(lpath).name
+        Torn.sent.append(name)
+        data = Path(lpath).read_bytes()
+        self.pipe_file(rpath, data[: len(data) // 2] if name in Torn.tears else data)
+
+
+@pytest.fixture
+def torn():
+    """The filesystem above under torn://, empty."""
+    import fsspec
+
+    fsspec.register_implementation("torn", Torn, clobber=True)
+    Torn.store, Torn.tears, Torn.sent = {}, set(), []
+    return Torn
+
+
+def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
+    folder, url = bundled[2], "torn://somewhere/bundle"
+    torn.tears = {"tokenizer.json"}
+    with pytest.raises(StoreError, match=r"tokenizer\.json came back with other bytes.*Run the same command again"):
+        bundle.upload(folder, url, quiet)
+    assert "/somewhere/bundle/tokenizer.json" in torn.store
+    assert "/somewhere/bundle/SHA256SUMS" not in torn.store, "an unfinished copy is no bundle"
+    sent, torn.sent, torn.tears = torn.sent, [], set()
+    said = []
+    bundle.upload(folder, url, lambda text, _share: said.append(text))
+    assert torn.sent[0] == "tokenizer.json" and torn.sent[-1] == "SHA256SUMS", "the list goes last"
+    assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), "SHA256SUMS"]), "nothing goes twice"
+    assert said[-1] == "uploaded 16 files to torn://somewhere/bundle, each read back and compared"
+    assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), "SHA256SUMS"}
+    torn.tears, torn.sent = {"SHA256SUMS"}, []
+    bundle.upload(folder, url, quiet)
+    assert torn.sent == []
+
+
+def test_a_file_that_changed_at_the_target_is_sent_again(bundled, torn):
+    bundle.upload(bundled[2], "torn://b", quiet)
+    fs, torn.sent = torn(), []
+    data = fs.cat_file("/b/model-trunk.safetensors")
+    fs.pipe_file("/b/model-trunk.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
+    bundle.upload(bundled[2], "torn://b", quiet)
+    assert torn.sent == ["model-trunk.safetensors"] and fs.cat_file("/b/model-trunk.safetensors") == data
+
+
+def test_an_earlier_bundle_at_the_target_is_replaced_whole(bundled, tmp_path):
+    older = shutil.copytree(bundled[2], tmp_path / "older")
+    extra, target = older / "model-expert-009-gone.safetensors", tmp_path / "deep" / "target"
+    extra.write_bytes(b"x")
+    sums = bundle.read_sums(older) | {extra.name: inventory(older)[extra.name]["sha256"]}
+    (older / "SHA256SUMS").write_text("".join(f"{d}  {n}\n" for n, d in sums.items()))
+    bundle.upload(older, str(target), quiet)
+    (target / "notes.txt").write_text("not ours")
+    assert (target / extra.name).exists()
+    bundle.upload(bundled[2], f"file://{target}", quiet)
+    assert not (target / extra.name).exists() and (target / "notes.txt").exists()
+    bundle.verify(target)
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=False).returncode == 0
+
+
+def test_a_damaged_bundle_is_not_uploaded(bundled, tmp_path, torn):
+    folder = shutil.copytree(bundled[2], tmp_path / "copy")
+    flip(folder / "report.html")
+    with pytest.raises(DamagedArtifact, match=r"report\.html"):
+        bundle.upload(folder, "torn://b", quiet)
+    assert torn.store == {}
+
+
+def test_an_upload_that_cannot_work_names_the_target_and_not_its_password(bundled, tmp_path, monkeypatch, torn):
+    with pytest.raises(StoreError, match="s4://bucket/x is no folder and no URL"):
+        bundle.upload(bundled[2], "s4://bucket/x", quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file/below cannot be written"):
+        bundle.upload(bundled[2], str(tmp_path / "file" / "below"), quiet)
+
+    def refuse(*_, **__):
+        raise PermissionError("no such key")
+
+    monkeypatch.setattr(torn, "put_file", refuse)
+    with pytest.raises(StoreError, match=r"torn://\*\*\*@host/.* PermissionError: no such key"):
+        bundle.upload(bundled[2], "torn://me:secret@host/x", quiet)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torn, "put_file", full)
+    with pytest.raises(DiskFull, match="no room at torn://b"):
+        bundle.upload(bundled[2], "torn://b", quiet)
+
+
+def test_upload_to_memory(bundled):
+    import fsspec
+
+    bundle.upload(bundled[2], "memory://some/bundle/", quiet)
+    fs = fsspec.filesystem("memory")
+    for name in [*bundle.read_sums(bundled[2]), "SHA256SUMS"]:
+        assert fs.cat_file(f"/some/bundle/{name}") == (bundled[2] / name).read_bytes()
+    fs.rm("/some", recursive=True)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """The address of an S3 server of our own with one bucket, shelf; requests go over a socket."""
+    server = pytest.importorskip("moto.server")
+    import boto3
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="shelf")
+    yield client
+    running.stop()
+
+
+def test_upload_to_an_s3_server(bundled, s3, tmp_path):
+    folder = bundled[2]
+    bundle.upload(folder, "s3://shelf/models/tiny", quiet)
+    listed = {o["Key"]: o for o in s3.list_objects_v2(Bucket="shelf")["Contents"]}
+    assert listed.keys() == {f"models/tiny/{n}" for n in [*bundle.read_sums(folder), "SHA256SUMS"]}
+    for key in listed:
+        body = s3.get_object(Bucket="shelf", Key=key)["Body"].read()
+        assert body == (folder / Path(key).name).read_bytes()
+    before = {key: o["LastModified"] for key, o in listed.items()}
+    s3.put_object(Bucket="shelf", Key="models/tiny/README.md", Body=b"other")
+    bundle.upload(folder, "s3://shelf/models/tiny", quiet)
+    after = s3.get_object(Bucket="shelf", Key="models/tiny/README.md")["Body"].read()
+    assert after == (folder / "README.md").read_bytes() and len(before) == 16
+    with pytest.raises(StoreError, match="s3://nowhere/x"):
+        bundle.upload(folder, "s3://nowhere/x", quiet)
+    assert [b["Name"] for b in s3.list_buckets()["Buckets"]] == ["shelf"], "a misspelt bucket is not made"

@@ -1,0 +1,127 @@
+"""Settings that no product shows: that they reach the Hub, the processes, the recorder and the loop."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline import backend, stages, train
+from pipeline.data import Shards, rows, tokenizer
+from pipeline.errors import Interrupted, PipelineError
+from pipeline.families import ffn_moe, ffn_tables
+from pipeline.store import Store
+from tests import small
+
+LABELS = ("a", "b")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One whole small run with every dense baseline."""
+    with pytest.MonkeyPatch.context() as patch:
+        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+
+
+def test_the_family_is_looked_up(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(stages, "family", lambda name: asked.append(name) or SimpleNamespace(prepare=lambda *_: {}))
+    cfg = small.config()
+    stages._preprocess(stages.Work("preprocess", None, cfg, Store(tmp_path), "x", print))
+    assert asked == [cfg.family]
+
+
+def test_source_and_hub_decide_what_is_opened(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "x" * 20, "domain": "b"}]
+    )
+    entry = {"dataset": "some/set", "subset": "small", "split": "valid", "revision": "abc", "domain": "a"}
+    cfg = small.config(data={"source": "hub", "hub": [entry]}, partition__domains=LABELS)
+    assert [(domain, [row["text"] for _, row in found]) for domain, found in rows.sources(cfg)] == [("a", ["x" * 20])]
+    assert asked == [(("some/set", "small"), {"split": "valid", "revision": "abc", "streaming": True})]
+    installed = small.config(data={"source": "installed", "hub": [entry]}, partition__domains=("manual", "python"))
+    assert {domain for domain, _ in rows.sources(installed)} == {"manual", "python"}
+
+
+def test_revisions_reach_the_hub(monkeypatch, trained):
+    import huggingface_hub
+    import transformers
+
+    seen = []
+
+    def refuse(*args, revision=None, **_):
+        seen.append((args[0], revision))
+        raise OSError("nothing is there")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    cfg = small.config(trunk__init="some/model", trunk__revision="abc",
+                       tokenizer={"pretrained": "some/tokens", "revision": "def"})  # fmt: skip
+    for ask in (lambda: ffn_moe.shared(cfg, trained), lambda: tokenizer.pretrained(cfg.tokenizer)):
+        with pytest.raises(PipelineError, match="nothing is there"):
+            ask()
+    assert seen == [("some/model", "abc"), ("some/tokens", "def")]
+
+
+def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkeypatch):
+    sizes, scores, real = {}, {}, ffn_tables.nats
+    for batch in (2, 16):
+        cfg = small.config(evaluate__batch_sequences=batch)
+        sizes[batch] = []
+        monkeypatch.setattr(ffn_tables, "nats", lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a))
+        bench = ffn_tables.Bench(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
+        trunk, dummy = ffn_tables.stored_trunk(cfg, trained)
+        scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
+    assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
+    np.testing.assert_allclose(scores[2], scores[16], rtol=1e-4, atol=1e-5)
+
+
+def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
+    kept = {}
+
+    def fit(_task, place):
+        kept["place"] = place
+        return {"kept_step": 0}
+
+    class Recorder:
+        def __init__(self, *_args, **named):
+            kept["recorder"] = named
+
+        def close(self, ok=True):
+            """Do nothing."""
+
+    task = SimpleNamespace(steps=1, bf16=False, export=lambda _step: {})
+    monkeypatch.setattr(stages, "family", lambda _name: SimpleNamespace(shared=lambda *_: task))
+    monkeypatch.setattr(stages, "Recorder", Recorder)
+    monkeypatch.setattr(train, "fit", fit)
+    runtime = {"save_every_s": 7.5, "log_every_steps": 3, "wandb": "offline", "wandb_project": "mine"}
+    stages._train(stages.Work("train_shared", None, small.config(runtime=runtime), Store(tmp_path), "x", print))
+    assert (kept["place"].save_every_s, kept["place"].log_every_steps) == (7.5, 3)
+    assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(3, 3), (0, 4)])
+def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
+    given = []
+
+    def start(_stage, _cfg, _store, _item, threads, _beside):
+        given.append(threads)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "_start", start)
+    monkeypatch.setattr(backend, "cores", lambda: 8)
+    jobs = backend.Local(Store(tmp_path), parallel=2)
+    with pytest.raises(Interrupted, match="goes on from there"):
+        jobs._work("train_experts", small.config(runtime__threads=threads), ["alpha", "beta"])
+    assert given == [wanted]
+
+
+@pytest.mark.parametrize("target", [None, "s3://bucket/path"])
+def test_a_bundle_is_uploaded_where_it_is_asked_to_go(monkeypatch, tmp_path, target):
+    asked = []
+    monkeypatch.setattr(stages.bundle, "upload", lambda folder, where, _say: asked.append((folder, where)))
+    work = stages.Work("bundle", None, small.config(deploy={"upload": target}), Store(tmp_path), "x", print)
+    stages._upload(work)
+    assert asked == ([(work.folder, target)] if target else [])
