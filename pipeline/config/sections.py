@@ -4,24 +4,14 @@ Defaults live in the classes; files state only what differs. A field marked `lat
 the stage its section is named after, so changing it leaves that stage's artifacts alone.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+from .base import Name, Section, Share, later
+from .machines import Modal
+
 INSTALLED_DOMAINS = ("python", "headers", "manual", "licences")
-
-
-def later(default, description: str, **rules):
-    """Return a field that only later stages read (see the module's docstring)."""
-    return Field(default, description=description, json_schema_extra={"later": True}, **rules)
-
-
-class Section(BaseModel):
-    """One part of the configuration: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Files(Section):
@@ -269,65 +259,6 @@ class Runtime(Section):
     log_every_steps: int = Field(10, ge=1, description="Steps between history rows")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Also log to Weights & Biases")
     wandb_project: str = Field("moleforge", description="Project name there")
-
-
-class Machine(Section):
-    """A container on Modal."""
-
-    gpu: tuple[str, ...] = Field(
-        (), description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; []: none"
-    )
-    cpu: float = Field(4.0, gt=0, le=64, description="Physical cores reserved; threads too when runtime.threads is 0")
-    memory_mb: int = Field(16_384, ge=128, le=344_064, description="Memory reserved, MiB")
-    timeout_s: int = Field(86_400, ge=1, le=86_400, description="Longest attempt, seconds; the next goes on from there")
-
-
-class Trainer(Machine):
-    """The container of a stage that trains or measures."""
-
-    gpu: tuple[str, ...] = Field(
-        ("L40S", "A100-40GB"), description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none"
-    )
-    retries: int = Field(3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)")
-
-
-class Worker(Machine):
-    """The container of a stage that needs no GPU."""
-
-    cpu: float = Field(8.0, gt=0, le=64, description="Physical cores reserved; threads too when runtime.threads is 0")
-    memory_mb: int = Field(32_768, ge=128, le=344_064, description="Memory reserved, MiB")
-    retries: int = Field(3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)")
-
-
-class Endpoint(Machine):
-    """The containers that serve a bundle."""
-
-    timeout_s: int = Field(150, ge=1, le=86_400, description="Longest request, seconds")
-    max_containers: int = Field(1, ge=1, le=100, description="Most containers at once")
-    idle_s: int = Field(300, ge=2, le=3600, description="Seconds without a request after which a container ends")
-
-
-class Modal(Section):
-    """What stages get on Modal, and what they may cost; no result depends on it, so no address does."""
-
-    max_gpus: int = Field(8, ge=1, description="Most GPUs at once over the jobs of a stage")
-    max_cost_usd: float | None = Field(
-        None, gt=0, description="Refuse a command whose estimate is above this, US dollars; none: no limit"
-    )
-    wandb_secret: Name | None = Field(None, description="Secret with WANDB_API_KEY, for runtime.wandb: online")
-    hub_secret: Name | None = Field(None, description="Secret with HF_TOKEN, for data or trunks that are not public")
-    storage_secret: Name | None = Field(
-        None, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or deploy.upload on S3"
-    )
-    endpoint_secret: Name | None = Field(None, description="Secret with MOLEFORGE_API_KEY, which requests must bring")
-    preprocess: Worker = Field(Worker(), description="Container of preprocess")
-    train_shared: Trainer = Field(Trainer(), description="Container of train_shared")
-    train_experts: Trainer = Field(Trainer(), description="Container of each expert")
-    train_router: Trainer = Field(Trainer(), description="Container of train_router")
-    train_dense: Trainer = Field(Trainer(), description="Container of each dense baseline")
-    evaluate: Trainer = Field(Trainer(), description="Container of evaluate")
-    deploy: Worker = Field(Worker(), description="Container of deploy")
-    endpoint: Endpoint = Field(Endpoint(), description="Containers that serve")
 
 
 class Config(Section):
