@@ -36,7 +36,7 @@ from .ffn_verdicts import criteria, notes, speed, wins
 
 AXES = {
     "total": "same total tokens",
-    "path": "same tokens as one expert's path (same wall-clock)",
+    "path": "tokens and wall-clock of one expert's path",
     "ffn": "same total tokens, FFN only",
     "wide": "same active parameters, same total tokens",
     "scratch": "same total tokens, from zero",

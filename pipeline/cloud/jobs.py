@@ -1,0 +1,154 @@
+"""The far side of a run: jobs in containers, and the one that hands them out.
+
+A container refreshes its view of the store once, before any file is open. What a person has to mend comes back as an
+Outcome and is not tried again; a crash, a timeout or a preemption is, from the last published checkpoint.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import stages
+from ..backend import teller
+from ..config import Config
+from ..errors import Interrupted, MissingArtifact, PipelineError
+from ..store import Manifest, Store, write_text
+
+SERVED = "served.json"
+Items = list[str | None]
+Do = Callable[[str, Items], "Iterable[tuple[Items, list[Outcome] | BaseException]]"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended; small enough to travel."""
+
+    stage: str
+    item: str | None
+    address: str
+    state: str  # made, found, failed
+    error: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    metrics: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The stage and the item, for people."""
+        return stages.label(self.stage, self.item)
+
+    @classmethod
+    def of(cls, manifest: Manifest, state: str) -> "Outcome":
+        """Return the outcome of a job whose artifact is whole."""
+        m = manifest
+        return cls(m.stage, m.item, m.address, state, "", m.bytes, m.made["seconds"], m.metrics)
+
+
+def work(
+    stage: str,
+    raw: dict,
+    items: Items,
+    root: Path,
+    publish: Callable[[], None],
+    refresh: Callable[[], None],
+) -> list[Outcome]:
+    """Do jobs of a stage in this container, one after another; return how each ended.
+
+    Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run again.
+    """
+    import torch
+
+    cfg = Config.model_validate(raw)
+    torch.set_num_threads(cfg.runtime.threads or max(1, int(getattr(cfg.modal, stage).cpu)))
+    refresh()
+    store, console = Store(root, publish=publish).open(), Console(stderr=True)
+    return [_one(stage, cfg, store, item, console) for item in items]
+
+
+def _one(stage: str, cfg: Config, store: Store, item: str | None, console: Console) -> Outcome:
+    address = stages.address(cfg, stage, item)
+    try:
+        return Outcome.of(stages.run(stage, cfg, store, item, say=teller(console), console=console), "made")
+    except PipelineError as error:
+        store.publish()  # checkpoints and history up to here
+        return Outcome(stage, item, address, "failed", str(error))
+    except Interrupted as stopped:
+        store.publish()
+        raise KeyboardInterrupt(str(stopped)) from None
+
+
+def serve_next(outcomes: list[Outcome], root: Path, publish: Callable[[], None]) -> None:
+    """Note a bundle among the outcomes, new or found, as the one to serve, and publish the note."""
+    made = [each.address for each in outcomes if each.stage == "deploy" and not each.error]
+    if made:
+        write_text(root / SERVED, json.dumps({"address": made[-1]}))
+        publish()
+
+
+def served(root: Path) -> Path:
+    """Return the folder of the bundle to serve. Raises MissingArtifact when none was made."""
+    try:
+        return Store(root).folder(json.loads((root / SERVED).read_text("utf-8"))["address"])
+    except FileNotFoundError:
+        raise MissingArtifact(
+            "there is no bundle to serve yet: run `modal run modal_app.py::deploy --config FILE` first"
+        ) from None
+
+
+def conduct(
+    cfg: Config,
+    wanted: tuple[str, ...],
+    store: Store,
+    do: Do,
+    command: str,
+    say: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Do stages in order, each job that has something left to do; stop after a stage with a failure.
+
+    `do` hands items of a stage out and gives back, container by container, the items with their outcomes or the
+    exception that took the container; `command` is what finishes the rest.
+    """
+    outcomes: list[Outcome] = []
+    for stage in wanted:
+        store.refresh()
+        items = stages.STAGES[stage].items(cfg)
+        missing = [item for item in items if not stages.done(cfg, stage, item, store)]
+        made: dict[str | None, Outcome] = {}
+        for outcome in _handed_out(cfg, stage, missing, store, do):
+            made[outcome.item] = outcome
+            say(f"{outcome.name}: {outcome.error or outcome.state}")
+        found = [item for item in items if item not in made]
+        whole = {item: Outcome.of(store.need(stages.address(cfg, stage, item), stage), "found") for item in found}
+        outcomes += [(made | whole)[item] for item in items]
+        failed = [each for each in made.values() if each.error]
+        if failed:
+            say(_account(stage, list(items), failed, command))
+            return outcomes
+    return outcomes
+
+
+def _handed_out(cfg: Config, stage: str, missing: Items, store: Store, do: Do) -> Iterable[Outcome]:
+    for items, result in do(stage, missing) if missing else ():
+        if isinstance(result, BaseException):
+            store.refresh()
+            yield from (_left_by(cfg, stage, item, store, result) for item in items)
+        else:
+            yield from result
+
+
+def _left_by(cfg: Config, stage: str, item: str | None, store: Store, error: BaseException) -> Outcome:
+    """Return what a container that was lost for good had made of a job before."""
+    address = stages.address(cfg, stage, item)
+    if stages.done(cfg, stage, item, store):
+        return Outcome.of(store.need(address, stage), "made")
+    return Outcome(stage, item, address, "failed", f"{type(error).__name__}: {error}")
+
+
+def _account(stage: str, items: Items, failed: list[Outcome], command: str) -> str:
+    lines = [f"{len(items) - len(failed)} of {len(items)} jobs of {stage} are finished and kept:"]
+    errors = {each.item: each.error for each in failed}
+    lines += [f"  {stages.label(stage, item)}: {errors.get(item, 'finished')}" for item in items]
+    return "\n".join([*lines, f"To do the missing ones, mend the cause and run again: {command}"])

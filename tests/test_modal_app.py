@@ -1,0 +1,135 @@
+"""What modal_app.py asks Modal for, read from its functions without a server, and that it imports cleanly."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cloud, stages
+from pipeline.config import load
+
+ROOT = Path(__file__).parent.parent
+CLEAN = "import modal_app; print(modal_app.modal.__file__)"
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The app as a laptop imports it, with the default configuration."""
+    import modal_app
+
+    return modal_app
+
+
+def python(code: str, cwd: Path = ROOT, **variables) -> subprocess.CompletedProcess:
+    """Run Python with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=cwd, env=os.environ | variables, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_imports_without_a_warning_and_modal_is_the_installed_one():
+    done = python(CLEAN)
+    assert done.returncode == 0, done.stderr
+    assert "site-packages" in done.stdout
+
+
+def test_there_is_no_folder_that_would_hide_the_package():
+    assert not (ROOT / "modal").exists()
+
+
+def test_every_stage_has_a_function_and_a_command(app):
+    assert app.JOBS.keys() == stages.STAGES.keys()
+    tree = ast.parse((ROOT / "modal_app.py").read_text("utf-8"))
+    marked = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    commands = {f.name for f in marked if "app.local_entrypoint()" in map(ast.unparse, f.decorator_list)}
+    assert commands == {*stages.STAGES, "run_all"}
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_what_each_stage_asks_for(app, stage):
+    info, machine = app.JOBS[stage].info(), getattr(app.CFG.modal, stage)
+    assert [f"{kind}" for kind, _ in info.gpus or ()] == list(machine.gpu)
+    assert (info.cpu, info.memory_mib, info.timeout) == (machine.cpu, machine.memory_mb, machine.timeout_s)
+    assert info.max_retries == machine.retries
+    assert info.single_use_containers
+    assert list(info.volumes) == ["/store"]
+
+
+def test_what_the_conductor_asks_for(app):
+    info = app.conduct.info()
+    assert not info.gpus
+    assert info.timeout == 86_400
+    assert not info.max_retries
+
+
+def test_a_configuration_from_the_environment_decides(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"extends: {ROOT}/config/demo.yaml\nruntime: {{wandb: online}}\n"
+        "modal:\n  wandb_secret: my-wandb\n  max_gpus: 4\n  train_experts: {gpu: ['H100:2', H200], retries: 1}\n"
+    )
+    code = (
+        "import modal_app as m; i = m.train_experts_job.info(); "
+        "print(i.gpus, i.max_retries, m.NAMES, len(i.secrets), m.CFG.name)"
+    )
+    done = python(code, MOLEFORGE_CONFIG=str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[('H100', 2), ('H200', 1)] 1 {'wandb': 'my-wandb'} 2 demo"
+
+
+def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration_s(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"extends: {ROOT}/config/demo.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
+        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
+    )
+    code = (
+        "import modal; seen = {}; real = modal.App.cls\n"
+        "def cls(self, **how): seen.update(how); return real(self, **how)\n"
+        "modal.App.cls = cls\n"
+        "import modal_app as m; dense = m.train_dense_job.info()\n"
+        "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, dense.memory_mib)\n"
+        "print([len(f.info().secrets) for f in (m.preprocess_job, m.train_shared_job, m.train_router_job)])"
+    )
+    done = python(code, MOLEFORGE_CONFIG=str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "[2, 2, 1]"]
+
+
+def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {ROOT}/config/demo.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n")
+    done = python("import modal_app", MOLEFORGE_CONFIG=str(tmp_path / "mine.yaml"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this configuration cannot run on Modal")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_requirement_is_pinned_and_what_is_installed_here():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", line) for line in lines]
+    assert all(pins)
+    for name, version in (pin.groups() for pin in pins):
+        assert importlib.metadata.version(name).partition("+")[0] == version, name
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+TYPED = re.findall(
+    r"modal run (?:--detach )?modal_app\.py::(\w+)(?: --config (\S+))?(?: --override \"(.*?)\")?", README
+)
+
+
+@pytest.mark.parametrize(("command", "config", "override"), TYPED)
+def test_every_command_of_the_readme_exists_and_its_configuration_can_run(app, command, config, override):
+    assert command in (*stages.STAGES, "run_all")
+    cfg = load(ROOT / (config.rstrip('`"') or cloud.DEFAULT), cloud.overrides(override))
+    cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), app.VOLUME)
+
+
+def test_the_readme_shows_the_commands_people_need():
+    assert {"train_shared", "train_experts", "run_all", "deploy"} <= {command for command, _, _ in TYPED}

@@ -1,0 +1,284 @@
+"""The commands a user types, through the real client and the real container entrypoint, against the loopback server.
+
+One run is carried through all stages, with what happens to runs: a closed laptop, preemptions, an expert that fails.
+Everything it makes is compared with a local run of the same configuration, byte for byte.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_all
+from fakes import contents
+from rehearsal import LINUX, ROOT, rehearsal
+
+from pipeline import stages
+from pipeline.config import load
+from pipeline.store import Store
+
+EXPERTS = ("python", "headers", "manual", "licences")
+BROKEN = "licences"  # the expert that fails until its cause is gone
+FIT = {"batch_sequences": 4, "warmup_steps": 2, "eval_every_steps": 20, "eval_tokens": 256, "lr": 3e-3}
+TINY = {
+    "name": "tiny",
+    "dtype": "fp32",
+    "data": {"source": "installed", "megabytes_per_domain": 0.04},
+    "partition": {"min_tokens": 100},
+    "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
+    "trunk": FIT | {"steps": 150, "layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "context_tokens": 16},
+    "expert": FIT | {"steps": 10, "statistics_tokens": 512},
+    "router": FIT | {"steps": 6},
+    "dense": {"baselines": []},
+    "evaluate": {"tokens_per_domain": 256, "bootstrap": 10},
+    "runtime": {"threads": 1, "save_every_s": 0.01, "log_every_steps": 5},
+    "modal": {
+        "endpoint_secret": "moleforge-endpoint",
+        "train_experts": {"gpu": ["H100", "A100-80GB:2"], "timeout_s": 7200, "retries": 2},
+    },
+}
+
+pytestmark = LINUX
+
+
+@pytest.fixture(scope="module")
+def modal(tmp_path_factory):
+    """The client, with a server that lives as long as this module's tests."""
+    folder = tmp_path_factory.mktemp("modal")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    with rehearsal(folder, ROOT, "--max-tasks", "2", MOLEFORGE_VOLUME_PATH=str(folder / "store")) as client:
+        client("secret", "create", "moleforge-endpoint", "MOLEFORGE_API_KEY=open-sesame")
+        yield Rehearsed(client, folder / "tiny.yaml")
+
+
+class Rehearsed:
+    """The client with what this module's tests ask of it."""
+
+    def __init__(self, client, config: Path) -> None:
+        self.client, self.config, self.volume = client, config, client.volume("moleforge")
+
+    def __call__(self, *args: str, **options) -> str:
+        """Run a command."""
+        return self.client(*args, **options)
+
+    def run(self, name: str, *options: str, override: str = "", code: int = 0) -> str:
+        """Run an entrypoint of the app with the tiny configuration."""
+        extra = ("--override", override) if override else ()
+        return self.client("run", f"modal_app.py::{name}", "--config", str(self.config), *options, *extra, code=code)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, modal):
+    """A local run of the same configuration."""
+    store = tmp_path_factory.mktemp("local") / "store"
+    make_all(modal.config, store)
+    return store
+
+
+def made(store: Path, stage: str) -> dict[str, str]:
+    """Return what the artifacts of a stage hold."""
+    return {name: digest for name, digest in contents(store).items() if name.startswith(stage)}
+
+
+def wait_for(true, seconds: float = 300.0) -> None:
+    """Wait until something has come true."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def prepared(modal):
+    """What preprocess printed."""
+    return modal.run("preprocess")
+
+
+@pytest.fixture(scope="module")
+def trunk(modal, prepared):
+    """How often the trunk's container was taken away while it trained, its laptop closed at the start."""
+    address = stages.address(load(modal.config), "train_shared")
+    command = modal.client.start("run", "--detach", "modal_app.py::train_shared", "--config", str(modal.config))
+    saved = modal.volume / "resume" / address
+    try:
+        wait_for(saved.exists)
+    finally:
+        os.killpg(command.pid, signal.SIGINT)
+        command.communicate()
+    draw, preempted, whole = random.Random(0), [], modal.volume / "artifacts" / address / "manifest.json"
+    for grace_s in (0, 20, 0, 0, 20):
+        before = {path: path.read_text() for path in saved.glob("*/state.json")}
+        wait_for(lambda before=before: whole.exists() or _moved(saved, before))
+        time.sleep(draw.uniform(0, 0.2))
+        preempted.append(modal.client.preempt("train_shared_job", grace_s))
+    wait_for(whole.exists)
+    return preempted
+
+
+def _moved(saved: Path, before: dict[Path, str]) -> bool:
+    """Whether a container has published a checkpoint since."""
+    try:
+        return {path: path.read_text() for path in saved.glob("*/state.json")} != before
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def experts(modal, trunk):
+    """What train_experts printed while one of them could not write, and when it could."""
+    cause = f"history/{stages.address(load(modal.config), 'train_experts', BROKEN)}.jsonl"
+    (modal.config.parent / "empty").write_text("")
+    modal("volume", "put", "moleforge", str(modal.config.parent / "empty"), f"{cause}/in-the-way")
+    broken = modal.run("train_experts", code=1)
+    modal("volume", "rm", "-r", "moleforge", cause)
+    return broken, modal.run("train_experts")
+
+
+@pytest.fixture(scope="module")
+def whole(modal, experts):
+    """What run_all printed, which had the router and the report to make."""
+    return modal.run("run_all")
+
+
+def test_preprocess_makes_what_it_makes_locally(modal, prepared, local):
+    assert "plan of tiny on Modal" in prepared
+    assert "tokens" in prepared
+    assert made(modal.volume, "preprocess") == made(local, "preprocess") != {}
+
+
+def test_a_closed_laptop_and_five_preemptions_change_nothing(modal, trunk, local):
+    assert trunk == [True] * 5
+    assert made(modal.volume, "train_shared") == made(local, "train_shared") != {}
+
+
+def test_one_expert_fails_and_the_others_are_kept(modal, experts):
+    broken, again = experts
+    assert "3 of 4 jobs of train_experts are finished and kept" in broken
+    assert re.search(rf"train_experts {BROKEN}: history .* cannot be written: Is a directory", broken)
+    assert "run again: modal run modal_app.py::train_experts --config" in broken
+    assert [name for name in EXPERTS if f"train_experts {name}: made" in again] == [BROKEN]
+    assert again.count("found") == 3
+
+
+def test_experts_side_by_side_are_those_of_a_local_run(modal, experts, local):
+    assert made(modal.volume, "train_experts") == made(local, "train_experts") != {}
+
+
+def test_experts_one_after_another_are_too(modal, experts, local, tmp_path):
+    settings = ("expert.steps=7", "expert.domains=[python,manual]")
+    text = modal.run("train_experts", "--sequential", override=" ".join(settings))
+    assert text.count(": made") == 2
+    shutil.copytree(local, tmp_path / "store")
+    cfg, store = load(modal.config, settings), Store(tmp_path / "store")
+    for item in cfg.experts:
+        stages.run("train_experts", cfg, store, item, say=lambda _text, _share: None)
+        name = f"{stages.address(cfg, 'train_experts', item)}/expert.safetensors"
+        assert contents(store.root)[name] == contents(modal.volume)[name]
+
+
+def test_the_whole_run_is_that_of_a_local_run(modal, whole, local):
+    assert "oracle expert" in whole  # the report's tables
+    assert contents(local).items() <= contents(modal.volume).items()
+    report = f"artifacts/{stages.address(load(modal.config), 'evaluate')}/report.json"
+    ours, theirs = (json.loads((root / report).read_text()) for root in (modal.volume, local))
+    assert ours["T1"] == theirs["T1"]
+
+
+def test_results_are_fetched_with_the_client(modal, whole, tmp_path):
+    address = stages.address(load(modal.config), "train_router")
+    assert address in modal("volume", "ls", "moleforge", "artifacts")
+    modal("volume", "get", "moleforge", f"artifacts/{address}/router.safetensors", str(tmp_path / "router"))
+    assert (tmp_path / "router").read_bytes() == (modal.volume / f"artifacts/{address}/router.safetensors").read_bytes()
+
+
+def test_what_each_function_was_created_with(modal, prepared):
+    first, second = modal.client.recorded("train_experts_job")
+    assert [f["resources"]["gpu_config"] for f in (first, second)] == [
+        {"gpu_type": "H100", "count": 1}, {"gpu_type": "A100-80GB", "count": 2}
+    ]  # fmt: skip
+    assert (first["timeout_secs"], first["retry_policy"]["retries"]) == (7200, 2)
+    place = modal.client.env["MOLEFORGE_VOLUME_PATH"]
+    for stage in stages.STAGES:
+        function = modal.client.recorded(f"{stage}_job")[0]
+        assert function["single_use_containers"]
+        assert [mount["mount_path"] for mount in function["volume_mounts"]] == [place]
+        assert len(function["secret_ids"]) == 1  # the variables of its own
+    conductor, endpoint = modal.client.recorded("conduct")[0], modal.client.recorded("Endpoint.*")[0]
+    assert conductor["scheduler_placement"]["nonpreemptible"]
+    assert "gpu_config" not in conductor["resources"] or not conductor["resources"]["gpu_config"]
+    assert len(endpoint["secret_ids"]) == 2
+
+
+def test_the_image_is_built_from_the_pinned_requirements_alone(modal, prepared):
+    recipes = [path.read_text() for path in (modal.client.state / "images").glob("*.txt")]
+    assert any("uv pip install" in recipe and "requirements" in recipe for recipe in recipes)
+    assert not any("pipeline" in recipe for recipe in recipes)
+
+
+@pytest.fixture(scope="module")
+def endpoint(modal, whole):
+    """The address of the deployed endpoint."""
+    modal.run("deploy")
+    text = modal("deploy", "modal_app.py", MOLEFORGE_CONFIG=str(modal.config))
+    yield re.search(r"Endpoint\.web -> (http://\S+)", text.replace("\n", " "))[1]
+    modal("app", "stop", "-y", "moleforge")
+
+
+def ask(url: str, body: dict | None = None, key: str = "open-sesame") -> dict:
+    """Return the endpoint's answer."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def test_the_endpoint_writes_and_names_its_experts(endpoint):
+    assert ask(f"{endpoint}/healthz")["experts"] == list(EXPERTS)
+    answer = ask(f"{endpoint}/v1/completions", {"prompt": "import os", "max_tokens": 4, "temperature": 0})
+    assert answer["usage"]["completion_tokens"] == 4
+    route = ask(f"{endpoint}/v1/route", {"text": "import os"})
+    assert set(EXPERTS) & set(re.findall(r"\w+", json.dumps(route)))
+
+
+def test_the_endpoint_wants_its_key(endpoint):
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        ask(f"{endpoint}/v1/models", key="wrong")
+    refused.value.close()
+
+
+def test_flags_are_shown_without_a_token(modal):
+    env = {name: value for name, value in modal.client.env.items() if not name.startswith("MODAL_")}
+    env |= {"MODAL_CONFIG_PATH": modal.client.env["MODAL_CONFIG_PATH"]}
+    done = subprocess.run(
+        ["modal", "run", "modal_app.py::train_experts", "--help"], cwd=ROOT, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"--config TEXT.*", done.stdout) and "--sequential / --no-sequential" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trunk.layerz=3", "trunk.layerz: no such setting"),
+        ("modal.train_shared.gpu=[H1OO]", "no such GPU H1OO"),
+        ("modal.wandb_secret=absent", "modal secret create absent WANDB_API_KEY=..."),
+        ("modal.storage_secret=moleforge-endpoint", "AWS_ACCESS_KEY_ID"),
+        ("modal.max_cost_usd=0.01 trunk.steps=30000", "above modal.max_cost_usd 0.01"),
+    ],
+)
+def test_mistakes_end_on_the_laptop(modal, override, said):
+    before = len(list((modal.client.state / "tasks").iterdir())) if (modal.client.state / "tasks").exists() else 0
+    text = modal.run("train_shared", override=override, code=1)
+    assert said in re.sub(r"\s+", " ", text)
+    assert "Traceback" not in text
+    assert len(list((modal.client.state / "tasks").glob("*"))) == before

@@ -1,0 +1,237 @@
+"""Jobs on a volume that hides what is not committed or reloaded, and what each deliberate mistake leads to."""
+
+import json
+import mmap
+
+import pytest
+from conftest import tiny_config
+from fakes import StubbedVolume, contents
+
+from pipeline import cloud, stages, store
+from pipeline.config import load
+from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact
+from pipeline.store import Store
+
+
+def nothing():
+    """Stand for a commit or a reload that somebody forgot."""
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """A volume of this test's own."""
+    return StubbedVolume(tmp_path)
+
+
+def work(view, cfg, stage, items=(None,), publish=None, refresh=None):
+    """Do jobs in a container of their own."""
+    raw = cfg.model_dump(mode="json")
+    return cloud.work(stage, raw, list(items), view.path, publish or view.commit, refresh or view.reload)
+
+
+def test_uncommitted_writes_are_seen_by_nobody(volume):
+    here, there = volume.view(), volume.view()
+    (here.path / "a").write_text("1")
+    there.reload()
+    assert not (there.path / "a").exists()
+    here.commit()
+    assert not (there.path / "a").exists()
+    there.reload()
+    assert (there.path / "a").read_text() == "1"
+    assert (here.commits, there.reloads) == (1, 2)
+
+
+def test_a_removal_is_committed_too_and_the_last_writer_wins(volume):
+    one, other = volume.view(), volume.view()
+    (one.path / "a").write_text("one")
+    (one.path / "b").write_text("one")
+    one.commit()
+    (other.path / "a").write_text("other")
+    other.commit()
+    one.reload()
+    assert (one.path / "a").read_text() == "other"
+    (one.path / "b").unlink()
+    one.commit()
+    assert not (volume.path / "b").exists()
+
+
+def test_a_reload_is_refused_while_a_file_is_open_or_mapped(volume):
+    view = volume.view()
+    (view.path / "a").write_text("1")
+    with (view.path / "a").open("rb") as file, pytest.raises(RuntimeError, match=r"open files.*: a"):
+        view.reload()
+    with (view.path / "a").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with pytest.raises(RuntimeError, match="open files"):
+        view.reload()
+    mapped.close()
+    view.reload()
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """(volume, view) with nothing on it: a container that was started before anything was committed."""
+    volume = StubbedVolume(tmp_path_factory.mktemp("prepared"))
+    return volume, volume.view()
+
+
+@pytest.fixture(scope="module")
+def prepared(early):
+    """(volume, configuration) after preprocess was done by one container; later ones only add to it."""
+    volume, _ = early
+    cfg = load(tiny_config(volume.path.parent / "tiny"))
+    assert [outcome.state for outcome in work(volume.view(), cfg, "preprocess")] == ["made"]
+    return volume, cfg
+
+
+def test_stages_find_each_others_artifacts_across_containers(prepared, tmp_path):
+    volume, cfg = prepared
+    trunk, expert = volume.view(), volume.view()
+    assert work(trunk, cfg, "train_shared")[0].state == "made"
+    assert trunk.reloads == 1
+    assert trunk.commits >= 3  # checkpoints and the artifact
+    made = work(expert, cfg, "train_experts", cfg.experts)
+    assert [(each.item, each.error) for each in made] == [(name, "") for name in cfg.experts]
+    assert expert.reloads == 1
+    router = volume.view()
+    assert work(router, cfg, "train_router")[0].metrics["steps"] == 16
+    store_path = tmp_path / "store"
+    local = Store(store_path).open()
+    for stage in ("preprocess", "train_shared", "train_experts", "train_router"):
+        for item in stages.STAGES[stage].items(cfg):
+            stages.run(stage, cfg, local, item, say=lambda _text, _share: None)
+    assert contents(volume.path) == contents(store_path)
+
+
+def test_a_missing_refresh_shows(early, prepared):
+    _, cfg = prepared
+    [outcome] = work(early[1], cfg, "train_shared", refresh=nothing)
+    assert "is not in" in outcome.error
+
+
+def test_a_missing_commit_shows(prepared):
+    volume, cfg = prepared
+    changed = cfg.model_copy(update={"trunk": cfg.trunk.model_copy(update={"steps": 3})})
+    first, second = volume.view(), volume.view()
+    assert work(first, changed, "train_shared", publish=nothing)[0].state == "made"
+    [outcome] = work(second, changed, "train_experts", cfg.experts[:1])
+    assert "train_shared" in outcome.error and "is not in" in outcome.error
+
+
+def test_a_file_left_open_before_the_refresh_shows(prepared):
+    volume, cfg = prepared
+    view = volume.view()
+    with (view.path / "store.json").open("rb"), pytest.raises(RuntimeError, match=r"open files.*store\.json"):
+        work(view, cfg, "train_shared")
+
+
+def seen_halfway(volume, finish):
+    """Finish an artifact while the volume is committed at every flush; return what another container made of it."""
+    view, verdicts = volume.view(), []
+
+    def look():
+        view.commit()
+        other = Store(volume.view().path)
+        if other.has("thing-1"):
+            try:
+                other.need("thing-1", "thing")
+                verdicts.append("whole")
+            except DamagedArtifact:
+                verdicts.append("damaged")
+
+    finish(Store(view.path, publish=look), look)
+    look()
+    return verdicts
+
+
+def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeypatch):
+    flush = store.flush
+
+    def manifest_of(home):
+        folder = home.begin("thing-1")
+        (folder / "tensors").write_bytes(b"0" * 1000)
+        return store.Manifest("thing-1", "thing", None, {}, store.inventory(folder))
+
+    def ours(home, look):
+        monkeypatch.setattr(store, "flush", lambda path: (look(), flush(path)))
+        home.finish(manifest_of(home))
+        monkeypatch.setattr(store, "flush", flush)
+
+    def hasty(home, look):
+        manifest = manifest_of(home)
+        (home.folder("thing-1") / "tensors").unlink()
+        store.write_text(home.folder("thing-1") / "manifest.json", json.dumps(vars(manifest)))
+        look()  # Modal commits in the background, whenever it likes
+        (home.folder("thing-1") / "tensors").write_bytes(b"0" * 1000)
+
+    assert set(seen_halfway(volume, ours)) == {"whole"}
+    assert seen_halfway(volume, hasty) == ["damaged", "whole"]
+
+
+def test_a_stop_is_published_and_becomes_what_modal_runs_again(prepared, monkeypatch):
+    volume, cfg = prepared
+    view = volume.view()
+
+    def stopped(*_args, **_options):
+        (view.path / "resume").mkdir(exist_ok=True)
+        (view.path / "resume/half").write_text("way")
+        raise Interrupted("stopped and saved at step 3")
+
+    monkeypatch.setattr(stages, "run", stopped)
+    with pytest.raises(KeyboardInterrupt, match="step 3"):
+        work(view, cfg, "train_shared")
+    assert (volume.path / "resume/half").exists()
+
+
+class Hands:
+    """What hands out jobs in a conductor's place: each container's items run here, some are lost."""
+
+    def __init__(self, volume, cfg, lost=(), together=False):
+        self.volume, self.cfg, self.lost, self.together, self.given = volume, cfg, lost, together, []
+
+    def __call__(self, stage, items):
+        for batch in [items] if self.together else [[item] for item in items]:
+            self.given += [(stage, item) for item in batch]
+            lost = [item for item in batch if item in self.lost]
+            kept = [item for item in batch if item not in self.lost]
+            result = work(self.volume.view(), self.cfg, stage, kept) if kept else []
+            yield batch, TimeoutError("hit its timeout of 5s") if lost else result
+
+
+def conduct(volume, cfg, wanted, hands, lines=None):
+    """Hand out jobs as modal_app.py does."""
+    view = volume.view()
+    store = Store(view.path, refresh=view.reload)
+    said = (lambda _text: None) if lines is None else lines.append
+    return cloud.conduct(cfg, wanted, store, hands, "modal run x::y", said)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_again(prepared, together):
+    volume, cfg = prepared
+    steps = 3 + together
+    cfg = cfg.model_copy(update={"expert": cfg.expert.model_copy(update={"steps": steps})})
+    hands, lines = Hands(volume, cfg, lost=["shop"], together=together), []
+    outcomes = conduct(volume, cfg, ("preprocess", "train_shared", "train_experts", "train_router"), hands, lines)
+    states = {each.name: each.state for each in outcomes}
+    assert states["preprocess"] == "found"
+    assert [states[f"train_experts {name}"] for name in cfg.experts] == ["made", "failed", "made"]
+    assert not any(each.stage == "train_router" for each in outcomes)
+    assert "2 of 3 jobs of train_experts are finished and kept" in lines[-1]
+    assert "train_experts shop: TimeoutError: hit its timeout" in lines[-1]
+    assert "run again: modal run x::y" in lines[-1]
+    again = Hands(volume, cfg)
+    assert [each.state for each in conduct(volume, cfg, ("train_experts",), again)] == ["found", "made", "found"]
+    assert again.given == [("train_experts", "shop")]
+
+
+def test_the_bundle_made_last_is_served(volume):
+    view = volume.view()
+    with pytest.raises(MissingArtifact, match="::deploy"):
+        cloud.served(view.path)
+    outcome = cloud.Outcome("deploy", None, "deploy-1", "found")
+    cloud.serve_next([outcome], view.path, view.commit)
+    cloud.serve_next([cloud.Outcome("deploy", None, "deploy-2", "failed", "why")], view.path, view.commit)
+    cloud.serve_next([cloud.Outcome("evaluate", None, "evaluate-1", "made")], view.path, view.commit)
+    assert view.commits == 1
+    assert cloud.served(volume.path) == volume.path / "artifacts/deploy-1"
