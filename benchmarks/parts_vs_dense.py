@@ -133,7 +133,7 @@ def _added(runner: Runner, cfg: Config, added: str, changes: tuple[str, ...]) ->
     before = [d for d in cfg.partition.names if d != added]
     common = (*changes, f"trunk.domains={json.dumps(before)}")
     five, six = (*common, f"expert.domains={json.dumps(before)}"), common
-    dense = (*common, f"expert.domains={json.dumps([added])}", "dense.baselines=[path]")
+    dense = (*common, f"expert.domains={json.dumps([added])}", "dense.baselines=[path]", "router.top_k=1")
     for overrides in (five, six):
         for stage in ("train_shared", "train_experts", "train_router"):
             runner.run(stage, *overrides)
