@@ -115,6 +115,18 @@ def preprocess_job(items: list, raw: dict) -> list[cloud.Outcome]:
     return _work("preprocess", raw, items)
 
 
+@app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
+def preprocess_survey_job(items: list, raw: dict) -> list[cloud.Outcome]:
+    """Read documents, make the tokenizer and domains, divide what is left of preprocess among containers."""
+    return _work("preprocess_survey", raw, items)
+
+
+@app.function(**_job(CFG.modal.preprocess, "hub", "storage") | {"max_containers": CFG.modal.preprocess_jobs})
+def preprocess_part_job(items: list, raw: dict) -> list[cloud.Outcome]:
+    """Make the token shards of one part of the documents, which preprocess then puts together."""
+    return _work("preprocess_part", raw, items)
+
+
 @app.function(**_job(CFG.modal.train_shared, "wandb", "hub"))
 def train_shared_job(items: list, raw: dict) -> list[cloud.Outcome]:
     """Train the trunk."""
@@ -153,6 +165,8 @@ def deploy_job(items: list, raw: dict) -> list[cloud.Outcome]:
 
 JOBS = {
     "preprocess": preprocess_job,
+    "preprocess_survey": preprocess_survey_job,
+    "preprocess_part": preprocess_part_job,
     "train_shared": train_shared_job,
     "train_experts": train_experts_job,
     "train_router": train_router_job,

@@ -119,7 +119,7 @@ def duration(seconds: float) -> str:
 def prune(configs: list[Config], store: Store, remove: bool, console: Console) -> None:
     """List artifacts and checkpoints that none of the configurations reaches; remove them when asked to."""
     kept = {address for cfg in configs for address in stages.reachable(cfg)}
-    folders = [p for kind in ("artifacts", "resume") for p in _below(store.root / kind) if p.name not in kept]
+    folders = [p for kind in ("artifacts", "resume", "parts") for p in _below(store.root / kind) if p.name not in kept]
     if not folders:
         console.print(
             f"nothing to prune in {store.root}: every artifact belongs to one of {len(configs)} configurations"

@@ -172,7 +172,7 @@ def _make(work: Work, inputs: dict[str, str]) -> Manifest:
 
 
 def _preprocess(work: Work) -> dict:
-    return family(work.cfg.family).prepare(work.cfg, work.folder, work.say)
+    return family(work.cfg.family).prepare(work.cfg, work.folder, work.say, work.store.parts(work.address))
 
 
 def _train(work: Work) -> dict:

@@ -71,6 +71,10 @@ class Store:
         """Where the checkpoints of a run in progress are."""
         return self.root / "resume" / address
 
+    def parts(self, address: str) -> Path:
+        """Where what several containers make of one artifact waits for its merge; one folder and writer per part."""
+        return self.root / "parts" / address
+
     def history(self, address: str) -> Path:
         """The history file of the job that makes an address; one writer."""
         return self.root / "history" / f"{address}.jsonl"
@@ -144,12 +148,13 @@ class Store:
         return folder
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Flush every file, write the manifest last, publish, and drop the checkpoints."""
+        """Flush every file, write the manifest last, drop the parts, publish, and drop the checkpoints."""
         folder = self.folder(manifest.address)
         for name in manifest.files:
             flush(folder / name)
         flush(folder)
         write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+        shutil.rmtree(self.parts(manifest.address), ignore_errors=True)
         self.publish()
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
         return manifest

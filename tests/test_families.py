@@ -304,5 +304,5 @@ def test_training_twice_gives_the_same_bytes(trained):
 def test_the_family_is_found_by_name():
     module = family("ffn_moe")
     assert module is ffn_moe
-    for name in ("prepare", "shared", "expert", "router", "dense", "assemble", "measure"):
+    for name in ("survey", "encode", "prepare", "shared", "expert", "router", "dense", "assemble", "measure"):
         assert callable(getattr(module, name))

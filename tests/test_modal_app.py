@@ -44,7 +44,7 @@ def test_there_is_no_folder_that_would_hide_the_package():
 
 
 def test_every_stage_has_a_function_and_a_command(app):
-    assert app.JOBS.keys() == stages.STAGES.keys()
+    assert app.JOBS.keys() == {*stages.STAGES, *cloud.STEPS}
     tree = ast.parse((ROOT / "modal_app.py").read_text("utf-8"))
     marked = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     commands = {f.name for f in marked if "app.local_entrypoint()" in map(ast.unparse, f.decorator_list)}
@@ -59,6 +59,14 @@ def test_what_each_stage_asks_for(app, stage):
     assert info.max_retries == machine.retries
     assert info.single_use_containers
     assert list(info.volumes) == ["/store"]
+
+
+@pytest.mark.parametrize("step", cloud.STEPS)
+def test_what_the_steps_of_a_divided_preprocess_ask_for(app, step):
+    asked, stage = (job.info() for job in (app.JOBS[step], app.JOBS["preprocess"]))
+    for name in ("cpu", "memory_mib", "timeout", "max_retries", "single_use_containers"):
+        assert getattr(asked, name) == getattr(stage, name)
+    assert list(asked.volumes) == ["/store"]
 
 
 def test_what_the_conductor_asks_for(app):
@@ -87,7 +95,8 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"extends: {ROOT}/config/demo.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
-        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
+        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n"
+        "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
     )
     code = (
         "import modal; seen = {}; real = modal.App.cls\n"

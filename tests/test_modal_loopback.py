@@ -155,6 +155,25 @@ def test_preprocess_makes_what_it_makes_locally(modal, prepared, local):
     assert made(modal.volume, "preprocess") == made(local, "preprocess") != {}
 
 
+def test_a_preprocess_among_three_containers_one_of_them_taken_away_is_that_of_a_local_run(modal, prepared, tmp_path):
+    settings = ("modal.preprocess_jobs=3", "data.megabytes_per_domain=1.5")
+    cfg, override = load(modal.config, settings), ("--override", " ".join(settings))
+    address = stages.address(cfg, "preprocess")
+    parts = modal.volume / "parts" / address
+    command = modal.client.start("run", "modal_app.py::preprocess", "--config", str(modal.config), *override)
+    try:
+        wait_for((parts / "survey/manifest.json").exists)
+        assert len(json.loads((parts / "survey/manifest.json").read_text())["pieces"]) == 3
+        wait_for(lambda: modal.client.preempt("preprocess_part_job", 0))
+    finally:
+        said, _ = command.communicate(timeout=300)
+    assert command.returncode == 0, said
+    assert "up to 3 x 8 cores" in re.sub(r"\s+", " ", said)
+    stages.run("preprocess", cfg, Store(tmp_path / "store").open(), say=lambda _text, _share: None)
+    assert made(tmp_path / "store", address) == made(modal.volume, address) != {}
+    assert not parts.exists()
+
+
 def test_a_closed_laptop_and_five_preemptions_change_nothing(modal, trunk, local):
     assert trunk == [True] * 5
     assert made(modal.volume, "train_shared") == made(local, "train_shared") != {}

@@ -225,6 +225,61 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     assert again.given == [("train_experts", "shop")]
 
 
+@pytest.fixture
+def divided(tmp_path, monkeypatch):
+    """A configuration whose preprocess goes to three containers, with small batches."""
+    from pipeline.data import encoding
+
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 5000)
+    return load(tiny_config(tmp_path / "tiny", modal={"preprocess_jobs": 3}))
+
+
+GIVEN = [("preprocess_survey", None), *(("preprocess_part", str(n)) for n in range(3)), ("preprocess", None)]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(volume, divided, tmp_path, together):
+    hands = Hands(volume, divided, together=together)
+    [outcome] = conduct(volume, divided, ("preprocess",), hands)
+    assert (outcome.state, hands.given) == ("made", GIVEN)
+    local = Store(tmp_path / "store").open()
+    stages.run("preprocess", divided, local, say=lambda _text, _share: None)
+    assert contents(volume.path) == contents(local.root) != {}
+    assert not list((volume.path / "parts").glob("*"))
+    assert [each.state for each in conduct(volume, divided, ("preprocess",), hands)] == ["found"]
+    assert hands.given == GIVEN
+
+
+def test_a_lost_part_is_named_and_the_next_command_makes_it(volume, divided):
+    lines = []
+    [failed] = conduct(volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines)
+    assert (failed.stage, failed.item, failed.state) == ("preprocess_part", "1", "failed")
+    assert "2 of 3 jobs of preprocess_part are finished and kept" in lines[-1]
+    assert "preprocess_part 1: TimeoutError: hit its timeout" in lines[-1]
+    [kept] = (volume.path / "parts").glob("*/2/manifest.json")
+    made = kept.stat().st_mtime_ns
+    lines.clear()
+    [outcome] = conduct(volume, divided, ("preprocess",), Hands(volume, divided), lines)
+    assert outcome.state == "made"
+    assert not kept.exists() and made
+    assert "preprocess_part 1: made" in lines
+
+
+def test_a_survey_that_cannot_be_is_an_answer(volume, divided):
+    wrong = divided.model_copy(update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})})
+    lines = []
+    [failed] = conduct(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
+    assert failed.stage == "preprocess_survey" and "names moon" in failed.error
+    assert "run again: modal run x::y" in lines[-1]
+
+
+def test_a_part_without_the_survey_s_commit_shows(volume, divided):
+    late = volume.view()
+    assert work(volume.view(), divided, "preprocess_survey")[0].metrics == {"parts": 3}
+    [outcome] = work(late, divided, "preprocess_part", ["0"], refresh=nothing)
+    assert "has no survey" in outcome.error
+
+
 def test_the_bundle_made_last_is_served(volume):
     view = volume.view()
     with pytest.raises(MissingArtifact, match="::deploy"):

@@ -5,17 +5,15 @@ import json
 import os
 import random
 import threading
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.config import Config
-from pipeline.data import Mixture, Shards, partition, prepare
+from pipeline.data import Mixture, Shards, encoding, partition, prepare, tokenizer
 from pipeline.errors import DataError
 
-MODULE = import_module("pipeline.data.prepare")  # the package exports a function of the same name
 WORDS = {
     "sea": ["tide", "reef", "gull", "mast", "kelp", "brine"],
     "shop": ["lathe", "gear", "bolt", "chuck", "vise", "rivet"],
@@ -100,7 +98,7 @@ def test_the_same_run_leaves_the_same_bytes(tmp_path):
 def test_batches_and_threads_change_nothing(tmp_path, monkeypatch):
     cfg = config(tmp_path / "rows.jsonl", rows())
     run(cfg, tmp_path / "one")
-    monkeypatch.setattr(MODULE, "BATCH_BYTES", 300)
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 300)
     run(cfg, tmp_path / "two")
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
@@ -158,7 +156,7 @@ def test_pieces_of_a_long_document_stay_in_one_split(tmp_path):
 
 def test_the_tokenizer_hears_every_domain_equally_and_no_held_out_text(tmp_path, monkeypatch):
     heard = []
-    real = MODULE.tokenizer.train
+    real = tokenizer.train
     monkeypatch.setattr("pipeline.data.tokenizer.train", lambda s, texts: heard.extend(texts) or real(s, texts))
     found = rows(3000) + [r for r in rows(3000, seed=1) if r["domain"] == "sea"]
     out = tmp_path / "out"
@@ -208,8 +206,8 @@ def test_a_full_disk_passes_through_and_ends_every_thread(tmp_path, monkeypatch)
         def add(self, *_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(MODULE, "ShardWriter", lambda *_: Full())
-    monkeypatch.setattr(MODULE, "BATCH_BYTES", 300)
+    monkeypatch.setattr(encoding, "ShardWriter", lambda *_: Full())
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 300)
     with pytest.raises(OSError, match="No space left"):
         run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "out")
     assert not [t for t in threading.enumerate() if t.name == "prepare"]

@@ -4,13 +4,14 @@ The laptop's side reads and checks a command before anything starts, and plans i
 jobs in containers and says of each how it went.
 """
 
-from .jobs import Outcome, conduct, serve_next, served, work
+from .jobs import STEPS, Outcome, conduct, serve_next, served, work
 from .laptop import DEFAULT, announced, check, mirror, overrides, show_outcomes, show_report, typed
 from .outlook import outlook, refuse_above, show_outlook
 from .prices import Prices, most_gpus
 
 __all__ = [
     "DEFAULT",
+    "STEPS",
     "Outcome",
     "Prices",
     "announced",

@@ -15,9 +15,11 @@ from .. import stages
 from ..backend import teller
 from ..config import Config
 from ..errors import Interrupted, MissingArtifact, PipelineError
-from ..store import Manifest, Store, write_text
+from ..families import family
+from ..store import Manifest, Store, room, write_text
 
 SERVED = "served.json"
+SURVEY, PART = STEPS = "preprocess_survey", "preprocess_part"  # before preprocess, when several containers share it
 Items = list[str | None]
 Do = Callable[[str, Items], "Iterable[tuple[Items, list[Outcome] | BaseException]]"]
 
@@ -55,17 +57,18 @@ def work(
     publish: Callable[[], None],
     refresh: Callable[[], None],
 ) -> list[Outcome]:
-    """Do jobs of a stage in this container, one after another; return how each ended.
+    """Do jobs of a stage, or steps before it, in this container, one after another; return how each ended.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run again.
     """
     import torch
 
     cfg = Config.model_validate(raw)
-    torch.set_num_threads(cfg.runtime.threads or max(1, int(getattr(cfg.modal, stage).cpu)))
+    machine, do = (cfg.modal.preprocess, _step) if stage in STEPS else (getattr(cfg.modal, stage), _one)
+    torch.set_num_threads(cfg.runtime.threads or max(1, int(machine.cpu)))
     refresh()
     store, console = Store(root, publish=publish).open(), Console(stderr=True)
-    return [_one(stage, cfg, store, item, console) for item in items]
+    return [do(stage, cfg, store, item, console) for item in items]
 
 
 def _one(stage: str, cfg: Config, store: Store, item: str | None, console: Console) -> Outcome:
@@ -78,6 +81,22 @@ def _one(stage: str, cfg: Config, store: Store, item: str | None, console: Conso
     except Interrupted as stopped:
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
+
+
+def _step(step: str, cfg: Config, store: Store, item: str | None, console: Console) -> Outcome:
+    """Do the survey, which says how many parts there are, or make the part whose number is item."""
+    address, metrics = stages.address(cfg, "preprocess"), {}
+    parts, kind, say = store.parts(address), family(cfg.family), teller(console)
+    try:
+        with room(parts):
+            if step == SURVEY:
+                metrics["parts"] = kind.survey(cfg, parts, cfg.modal.preprocess_jobs, say)
+            else:
+                kind.encode(cfg, parts, int(item), say)
+    except PipelineError as error:
+        return Outcome(step, item, address, "failed", str(error))
+    store.publish()
+    return Outcome(step, item, address, "made", metrics=metrics)
 
 
 def serve_next(outcomes: list[Outcome], root: Path, publish: Callable[[], None]) -> None:
@@ -116,6 +135,10 @@ def conduct(
         store.refresh()
         items = stages.STAGES[stage].items(cfg)
         missing = [item for item in items if not stages.done(cfg, stage, item, store)]
+        if stage == "preprocess" and missing and cfg.modal.preprocess_jobs > 1:
+            failed = _divided(cfg, do, command, say)
+            if failed:
+                return outcomes + failed
         made: dict[str | None, Outcome] = {}
         for outcome in _handed_out(cfg, stage, missing, store, do):
             made[outcome.item] = outcome
@@ -128,6 +151,26 @@ def conduct(
             say(_account(stage, list(items), failed, command))
             return outcomes
     return outcomes
+
+
+def _divided(cfg: Config, do: Do, command: str, say: Callable[[str], None]) -> list[Outcome]:
+    """Have preprocess surveyed, then its parts made side by side, for its job to merge; return what failed."""
+    address, count = stages.address(cfg, "preprocess"), 0
+    for step in STEPS:
+        items = [None] if step == SURVEY else [str(number) for number in range(count)]
+        failed = []
+        for given, result in do(step, items):
+            if isinstance(result, BaseException):
+                lost = f"{type(result).__name__}: {result}"
+                result = [Outcome(step, item, address, "failed", lost) for item in given]
+            for outcome in result:
+                say(f"{outcome.name}: {outcome.error or outcome.state}")
+                count = outcome.metrics.get("parts", count)
+            failed += [outcome for outcome in result if outcome.error]
+        if failed:
+            say(_account(step, items, failed, command))
+            return failed
+    return []
 
 
 def _handed_out(cfg: Config, stage: str, missing: Items, store: Store, do: Do) -> Iterable[Outcome]:

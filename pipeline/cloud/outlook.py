@@ -93,7 +93,7 @@ def show_outlook(cfg: Config, lines: list[Line], prices: Prices, sequential: boo
     for name in ("job", "state", "where", "tokens", "time", "US$"):
         table.add_column(name, justify="right" if name in ("tokens", "time", "US$") else "left", overflow="fold")
     for line in lines:
-        table.add_row(line.address, line.state, _where(line.machine), *_cells(line))
+        table.add_row(line.address, line.state, _where(cfg, line), *_cells(line))
     console.print(table)
     if not any(line.trains for line in lines):
         console.print("nothing to train, so no estimate of time and cost", highlight=False)
@@ -116,9 +116,10 @@ def _wall_s(cfg: Config, stage: str, lines: list[Line], sequential: bool) -> flo
     return max(max(seconds), math.fsum(seconds) / at_once)
 
 
-def _where(machine: Machine) -> str:
-    gpu = " or ".join(machine.gpu)
-    return gpu or f"{machine.cpu:g} cores"
+def _where(cfg: Config, line: Line) -> str:
+    several = line.stage == "preprocess" and cfg.modal.preprocess_jobs > 1
+    shared = f"up to {cfg.modal.preprocess_jobs} x " if several else ""
+    return shared + (" or ".join(line.machine.gpu) or f"{line.machine.cpu:g} cores")
 
 
 def _cells(line: Line) -> tuple[str, str, str]:

@@ -54,7 +54,10 @@ class Modal(Section):
         None, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or deploy.upload on S3"
     )
     endpoint_secret: Name | None = Field(None, description="Secret with MOLEFORGE_API_KEY, which requests must bring")
-    preprocess: Worker = Field(Worker(), description="Container of preprocess")
+    preprocess_jobs: int = Field(
+        1, ge=1, le=1000, description="Containers among which preprocess divides its documents, once it has seen them"
+    )
+    preprocess: Worker = Field(Worker(), description="Container of preprocess, of each when there are several")
     train_shared: Trainer = Field(Trainer(), description="Container of train_shared")
     train_experts: Trainer = Field(Trainer(), description="Container of each expert")
     train_router: Trainer = Field(Trainer(), description="Container of train_router")

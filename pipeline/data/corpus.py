@@ -9,10 +9,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from ..config import Config
 from ..errors import DataError
-from .rows import Bad, Long, sources
+from .rows import Bad, Long, Rows, sources
 
 EXAMPLES = 3  # kept per reason
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
@@ -35,6 +36,17 @@ class Document:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in the stream of documents from which it can be read on as if it had been read up to there."""
+
+    source: int = 0
+    file: int = 0  # of the source
+    row: int = 0  # of the file
+    piece: int = 0  # of the row's document
+    read: tuple[tuple[str, str | None, int], ...] = ()  # label, split and bytes before the row; only under a limit
+
+
 @dataclass
 class Tally:
     """What was seen and what was dropped, with examples of each reason."""
@@ -50,6 +62,12 @@ class Tally:
         kept = self.examples.setdefault(reason, [])
         if len(kept) < EXAMPLES:
             kept.append(f"{where}: {detail}" if detail else where)
+
+    def take(self, later: "Tally") -> None:
+        """Add what another tally has dropped after this one."""
+        self.dropped.update(later.dropped)
+        for reason, found in later.examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *found][:EXAMPLES]
 
     @property
     def unreadable(self) -> int:
@@ -76,13 +94,44 @@ def documents(cfg: Config, tally: Tally) -> Iterator[Document]:
 
     Raises DataError for a source that cannot be read, or whose documents mostly cannot.
     """
-    reader = _Reader(cfg, tally)
-    for label, rows in sources(cfg):
-        for where, row in rows:
-            yield from reader.accept(where, row, label)
-            if reader.done(label):
-                break
-    tally.check(cfg.data.max_bad_share)
+    return iter(Stream(cfg, tally))
+
+
+class Stream:
+    """The documents of a configuration, to be read once: all of them, or those from a mark on.
+
+    Only one that starts at the beginning judges how many could not be read. What lies before a mark is skipped: whole
+    files unopened, the rows of its own file read and not looked at.
+    """
+
+    def __init__(self, cfg: Config, tally: Tally, start: Mark | None = None):
+        self.cfg, self.tally, self.start = cfg, tally, start or Mark()
+        self._whole, self._at = start is None, (0, 0, 0)
+        self._reader = _Reader(cfg, tally, self.start.read, judging=self._whole)
+
+    def mark(self, document: Document) -> Mark:
+        """Return where the stream starts with this document, the last one it has given."""
+        return Mark(*self._at, document.piece, self._reader.read_before())
+
+    def __iter__(self) -> Iterator[Document]:
+        for source, (label, files) in enumerate(sources(self.cfg)):
+            if source >= self.start.source:
+                yield from self._source(source, label, files)
+        if self._whole:
+            self.tally.check(self.cfg.data.max_bad_share)
+
+    def _source(self, source: int, label: str | None, files: Iterable[Rows]) -> Iterator[Document]:
+        first = self.start.source, self.start.file, self.start.row
+        for file, rows in enumerate(files):
+            if (source, file) < first[:2]:
+                continue
+            skipped = self.start.row if (source, file) == first[:2] else 0
+            for row, (where, found) in enumerate(islice(rows(), skipped, None), skipped):
+                self._at = source, file, row
+                pieces = self._reader.accept(where, found, label)
+                yield from islice(pieces, self.start.piece if self._at == first else 0, None)
+                if self._reader.done(label):
+                    return
 
 
 def key_of(text: bytes, seed: int, purpose: bytes = b"") -> int:
@@ -124,14 +173,21 @@ def _boundary(text: bytes, start: int, end: int) -> int:
 class _Reader:
     """Turns rows into documents under one run's rules."""
 
-    def __init__(self, cfg: Config, tally: Tally):
-        self.data, self.tally = cfg.data, tally
+    def __init__(self, cfg: Config, tally: Tally, read: Iterable[tuple[str, str | None, int]], judging: bool):
+        self.data, self.tally, self.judging = cfg.data, tally, judging
         self.keep = frozenset(cfg.partition.domains) if cfg.partition.by == "labels" else None
-        self.bytes: Counter = Counter()  # read so far, by (label, split)
+        self.bytes = Counter({(label, split): size for label, split, size in read})  # read so far
+        self._before = {}  # what the row at hand has changed of that, as it was
+
+    def read_before(self) -> tuple[tuple[str, str | None, int], ...]:
+        """Return the bytes by label and split before the row at hand; none where no limit asks for them."""
+        if not self.data.megabytes_per_domain:
+            return ()
+        return tuple((label, split, size) for (label, split), size in (dict(self.bytes) | self._before).items())
 
     def accept(self, where: str, row, label: str | None) -> Iterator[Document]:
         """Yield the row's pieces, or count why there are none."""
-        if self.tally.seen == EARLY and self.tally.unreadable > EARLY / 2:
+        if self.judging and self.tally.seen == EARLY and self.tally.unreadable > EARLY / 2:
             self.tally.check(self.data.max_bad_share)
         self.tally.seen += 1
         found = row if isinstance(row, Bad) else self._fields(row, label)
@@ -144,6 +200,7 @@ class _Reader:
             return self.tally.drop("other label", where, label)
         if self._full(label, split):
             return self.tally.drop("over the limit", where)
+        self._before = {(label, split): self.bytes[label, split]}
         yield from self._pieces(where, text, label, split)
 
     def done(self, label: str | None) -> bool:

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ..config import Config
 from ..config.sections import Data, Files, Hub
@@ -16,6 +17,7 @@ from ..errors import DataError, PipelineError
 from . import installed
 
 STREAM_BYTES = 8 << 20  # text files above this are read twice, block by block
+Rows = Callable[[], Iterator[tuple[str, object]]]  # opens nothing before it is called
 
 
 @dataclass(frozen=True)
@@ -33,30 +35,34 @@ class Long:
     blocks: Callable[[], Iterator[bytes]]
 
 
-def sources(cfg: Config) -> Iterator[tuple[str | None, Iterator[tuple[str, object]]]]:
-    """Yield (fixed label or None, rows), each row a dict of fields or a Bad."""
+def sources(cfg: Config) -> Iterator[tuple[str | None, Iterator[Rows]]]:
+    """Yield (fixed label or None, the rows of each of its files in order), each row a dict of fields or a Bad."""
     data = cfg.data
     if data.source == "installed":
         wanted = cfg.partition.domains if cfg.partition.by == "labels" else installed.DOMAINS
         for domain in (d for d in installed.DOMAINS if d in wanted):
-            yield domain, ((where, {data.text_field: text}) for where, text in installed.READERS[domain]())
+            yield domain, iter([partial(_installed_rows, domain, data)])
     for entry in data.files if data.source == "files" else ():
-        yield entry.domain, _file_rows(entry, data)
+        yield entry.domain, (partial(_file_rows, fs, path, data) for fs, path in _matches(entry))
     for entry in data.hub if data.source == "hub" else ():
-        yield entry.domain, _hub_rows(entry, data)
+        yield entry.domain, iter([partial(_hub_rows, entry, data)])
 
 
-def _file_rows(entry: Files, data: Data) -> Iterator[tuple[str, object]]:
-    for fs, path in _matches(entry):
-        try:
-            yield from _format(path)(fs, path, data)
-        except PipelineError:
-            raise
-        except Exception as error:  # a filesystem or a decoder raises what it likes
-            raise DataError(f"data.files: {path} cannot be read: {type(error).__name__}: {error}") from error
+def _installed_rows(domain: str, data: Data) -> Iterator[tuple[str, object]]:
+    for where, text in installed.READERS[domain]():
+        yield where, {data.text_field: text}
 
 
-def _matches(entry: Files) -> list[tuple[object, str]]:
+def _file_rows(fs, path: str, data: Data) -> Iterator[tuple[str, object]]:
+    try:
+        yield from _format(path)(fs, path, data)
+    except PipelineError:
+        raise
+    except Exception as error:  # a filesystem or a decoder raises what it likes
+        raise DataError(f"data.files: {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _matches(entry: Files) -> Iterator[tuple[object, str]]:
     from fsspec.core import url_to_fs
 
     found = {}
@@ -71,7 +77,7 @@ def _matches(entry: Files) -> list[tuple[object, str]]:
             why = f"is a folder; write {pattern.rstrip('/')}/*.txt or the like" if folder else "matches no file"
             raise DataError(f"data.files: {pattern} {why}. Paths start at the configuration file's folder")
         found |= dict.fromkeys(hits, fs)
-    return [(fs, path) for path, fs in found.items()]
+    yield from ((fs, path) for path, fs in found.items())
 
 
 def _format(path: str) -> Callable:

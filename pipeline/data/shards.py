@@ -5,6 +5,7 @@ Legend: G rows asked for, D domains, R rounds of the permutation, N windows of a
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ FORMAT = 1
 _INDEX = np.dtype("<i8")  # rows of (start in tokens, UTF-8 bytes), then one of (all tokens, all bytes)
 _BUFFER_BYTES = 32 << 20  # all streams together
 _LEAST_BYTES = 1 << 16  # of one stream
+_COPY_BYTES = 1 << 24
 _ROUNDS = 4
 
 
@@ -36,7 +38,7 @@ class Shards:
 
     def tokens(self, split: str, domain: str) -> int:
         """Return the length of a stream, end-of-text tokens included."""
-        return self._count(split, domain)["tokens"]
+        return self.count(split, domain)["tokens"]
 
     def stream(self, split: str, domain: str) -> np.memmap:
         """Return the flat tokens of a domain, every document led by end_id. Raises DamagedArtifact if torn."""
@@ -46,7 +48,7 @@ class Shards:
 
     def documents(self, split: str, domain: str) -> tuple[np.ndarray, np.ndarray]:
         """Return starts (n+1,), token offsets of each document's end_id, and bytes (n,), its UTF-8 length."""
-        count, path = self._count(split, domain), self._path(split, domain, ".idx")
+        count, path = self.count(split, domain), self._path(split, domain, ".idx")
         self._check_bytes(path, 2 * _INDEX.itemsize * (count["documents"] + 1))
         rows = np.fromfile(path, _INDEX).reshape(-1, 2)
         return rows[:, 0].astype(np.int64), rows[:-1, 1].astype(np.int64)
@@ -64,7 +66,8 @@ class Shards:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_maps": {}}  # a map must not be pickled into another process
 
-    def _count(self, split: str, domain: str) -> dict:
+    def count(self, split: str, domain: str) -> dict[str, int]:
+        """Return how many tokens, documents and bytes of text a shard has. Raises DataError when there is none."""
         try:
             return self._about["splits"][split][domain]
         except KeyError:
@@ -137,6 +140,21 @@ class ShardWriter:
         count["bytes"] += document_bytes
         if len(tokens) + 128 * len(self._index[name]) > self._flush_bytes:
             self._flush(name)
+
+    def append(self, part: Shards) -> None:
+        """Append every document of other shards with the same domains and tokenizer, copied block by block."""
+        for name, count in self.counts.items():
+            self._flush(name)
+            with (
+                open(self._path(name, ".bin"), "ab") as file,
+                open(part.folder / name[0] / f"{name[1]}.bin", "rb") as of,
+            ):
+                shutil.copyfileobj(of, file, _COPY_BYTES)
+            starts, sizes = part.documents(*name)
+            with open(self._path(name, ".idx"), "ab") as file:
+                file.write(np.stack([starts[:-1] + count["tokens"], sizes], 1).astype(_INDEX).tobytes())
+            for what, found in part.count(*name).items():
+                count[what] += found
 
     def finish(self) -> None:
         """Write what is buffered, the closing index rows, and shards.json last."""

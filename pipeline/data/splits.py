@@ -8,6 +8,7 @@ import heapq
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -56,6 +57,25 @@ class Splits:
             chosen, left = (left[:count], left[count:]) if count > 0 else ([], left)
             self._decided |= dict.fromkeys(chosen, split)
         self._decided |= dict.fromkeys(left, "train")
+
+    def save(self, path: Path) -> None:
+        """Write what was seen and decided to a safetensors file."""
+        from safetensors.numpy import save
+
+        tensors = {f"held_{name}": np.array(keys, np.uint64) for name, keys in self._held.items()}
+        tensors["decided"] = np.array(list(self._decided), np.uint64)
+        tensors["splits"] = np.array([SPLITS.index(split) for split in self._decided.values()], np.uint8)
+        path.write_bytes(save(tensors))
+
+    def load(self, path: Path) -> "Splits":
+        """Take over what save wrote; returns itself."""
+        from safetensors.numpy import load
+
+        tensors = load(path.read_bytes())
+        self._held = {name: array("Q", tensors[f"held_{name}"].tobytes()) for name in self._held}
+        decided = zip(tensors["decided"].tolist(), tensors["splits"].tolist(), strict=True)
+        self._decided, self._sorted = {key: SPLITS[i] for key, i in decided}, None
+        return self
 
     def of(self, document: Document) -> str | None:
         """Return the split; None for one that equals a document held out elsewhere, which must be dropped."""

@@ -87,6 +87,14 @@ def pretrained(settings: Settings) -> Tokenizer:
     return _ready(model, end, {key: value for key, value in config.items() if key != "auto_map"})
 
 
+def load(folder: Path) -> Tokenizer:
+    """Load what Tokenizer.save wrote."""
+    from tokenizers import Tokenizer as Model
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    return _ready(Model.from_file(str(folder / "tokenizer.json")), settings["eos_token"], settings)
+
+
 def _ready(model, end: str, settings: dict) -> Tokenizer:
     model.no_truncation()
     model.no_padding()

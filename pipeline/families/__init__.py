@@ -36,8 +36,14 @@ class Parts(Protocol):
 class Family(Protocol):
     """What a kind of experts has to say."""
 
-    def prepare(self, cfg: "Config", folder: Path, say: Callable[[str, float | None], None]) -> dict:
-        """Write tokenizer and data to folder; return metrics."""
+    def survey(self, cfg: "Config", parts: Path, jobs: int, say: Callable[[str, float | None], None]) -> int:
+        """Split preprocess into at most that many jobs and note in parts what they need; return how many there are."""
+
+    def encode(self, cfg: "Config", parts: Path, number: int, say: Callable[[str, float | None], None]) -> None:
+        """Do one of those jobs, unless it is done; only this writes to its folder in parts."""
+
+    def prepare(self, cfg: "Config", folder: Path, say: Callable[[str, float | None], None], parts: Path) -> dict:
+        """Write tokenizer and data to folder, from parts where there was a survey; return metrics."""
 
     def shared(self, cfg: "Config", parts: Parts) -> "Task":
         """The trunk's training."""

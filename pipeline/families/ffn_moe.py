@@ -13,7 +13,7 @@ import torch
 from ..budget import Shape, device
 from ..config import Config
 from ..data import Mixture as Rows
-from ..data import Shards, prepare
+from ..data import Shards, encode, prepare, survey
 from ..errors import MismatchError
 from ..model.experts import clone, fresh
 from ..model.loss import cross_entropy
@@ -39,7 +39,8 @@ from .ffn_parts import (
 )
 
 __all__ = [
-    "Stack", "assemble", "bundle", "cost", "dense", "expert", "measure", "prepare", "reassemble", "router", "shared",
+    "Stack", "assemble", "bundle", "cost", "dense", "encode", "expert", "measure", "prepare", "reassemble", "router",
+    "shared", "survey",
 ]  # fmt: skip
 
 

@@ -1,0 +1,269 @@
+"""Preprocess in parts: the bytes of one run whatever their number, and what is done about parts that are not whole.
+
+BATCH_BYTES is small here, so that small text has many batches; one run has the same ones.
+"""
+
+import csv
+import gzip
+import json
+import shutil
+
+import pytest
+from fakes import flip
+from test_prepare import WORDS, bytes_of, config, rows, run
+
+from pipeline.config import Config
+from pipeline.data import corpus, encode, encoding, parts, prepare, survey
+from pipeline.data import rows as sources
+from pipeline.errors import DataError, MissingArtifact
+
+
+def quiet(_text, _share):
+    """Report nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 3000)
+
+
+def in_parts(cfg, folder, jobs, say=quiet):
+    """Prepare cfg in folder/out by way of parts, the last of them first; return the metrics."""
+    home = folder / "parts"
+    for number in reversed(range(survey(cfg, home, jobs, quiet))):
+        encode(cfg, home, number, quiet)
+    (folder / "out").mkdir()
+    return prepare(cfg, folder / "out", say, home)
+
+
+def assert_equal(cfg, folder, counts=(1, 2, 5)):
+    """Compare one run with runs in so many parts, by their bytes and by what they counted."""
+    wanted = run(cfg, folder / "whole")
+    for jobs in counts:
+        found = in_parts(cfg, folder / str(jobs), jobs)
+        assert bytes_of(folder / str(jobs) / "out") == bytes_of(folder / "whole")
+        for timed in ("seconds", "megabytes_per_s"):
+            found.pop(timed)
+        assert found == {name: value for name, value in wanted.items() if name in found}
+        assert len([p for p in (folder / str(jobs) / "parts").iterdir() if p.name != "survey"]) == jobs
+
+
+def write(path, found):
+    """Write rows in the format of the path's name."""
+    lines = "".join(json.dumps(row) + "\n" for row in found)
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(found[0]))
+            table.writeheader()
+            table.writerows(found)
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(found), path, row_group_size=20)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+KINDS = [
+    {},
+    {"by": "clusters", "count": 3},
+    {"by": "random", "count": 3},
+    *({"by": "curriculum", "count": 3, "difficulty": how} for how in ("length", "rarity", "compression")),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "labels")
+def test_every_kind_of_partition_has_the_bytes_of_one_run(tmp_path, kind):
+    assert_equal(config(tmp_path / "rows.jsonl", rows(240), partition=kind), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv", "rows.parquet"])
+def test_every_format_has_the_bytes_of_one_run(tmp_path, name):
+    assert_equal(config(write(tmp_path / name, rows(150))), tmp_path, (2, 5))
+
+
+def test_many_text_files_of_fixed_labels_have_too(tmp_path):
+    for i, row in enumerate(rows(90)):
+        (tmp_path / f"{row['domain']}{i}.{('txt', 'md')[i % 2]}").write_text(row["text"])
+    entries = [{"paths": [str(tmp_path / f"{d}*.{s}") for s in ("md", "txt")], "domain": d} for d in WORDS]
+    assert_equal(config(tmp_path, data={"files": entries}), tmp_path, (2, 5))
+
+
+@pytest.mark.parametrize("kind", [{}, {"partition": {"by": "clusters", "count": 3}}], ids=["labels", "clusters"])
+def test_installed_text_has_too(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 40_000)
+    raw = {"data": {"megabytes_per_domain": 0.1}, "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1}}
+    assert_equal(Config.model_validate(raw | kind), tmp_path, (5,))
+
+
+def test_the_hub_has_too(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_how: rows(150))
+    entry = {"dataset": "some/set", "revision": "abc"}
+    assert_equal(config(tmp_path, data={"source": "hub", "hub": [entry, entry], "files": []}), tmp_path, (2, 5))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_limits_per_domain_stop_the_parts_where_they_stop_one_run(tmp_path, given):
+    found = [r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]} for i, r in enumerate(rows(300))]
+    found += [found[9] | {"split": "train"}, found[12] | {"split": "train", "domain": "shop"}]
+    data = {"megabytes_per_domain": 0.012, "max_document_bytes": 1024, "split_field": "split" if given else None}
+    found.sort(key=lambda row: row["domain"])  # so that the first label is full long before the last
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[::-1]))
+    files = [{"paths": [str(tmp_path / "*.jsonl")]}]
+    cfg = config(tmp_path / "rows.jsonl", found, data=data | {"files": files})
+    assert_equal(cfg, tmp_path, (2, 5))
+    assert json.loads((tmp_path / "whole/dropped.json").read_text())["dropped"]["over the limit"]
+
+
+def test_leaks_are_counted_and_named_as_in_one_run(tmp_path):
+    found = [r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]} for i, r in enumerate(rows(150))]
+    found += [row | {"split": "train"} for row in found[9:15] + found[24:30]]
+    assert_equal(config(tmp_path / "rows.jsonl", found, data={"split_field": "split"}), tmp_path)
+    about = json.loads((tmp_path / "5/out/dropped.json").read_text())
+    assert about["dropped"] == {"equals a held-out document": 12}
+    assert len(about["examples"]["equals a held-out document"]) == corpus.EXAMPLES
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["in memory", "in blocks"])
+def test_a_part_may_begin_within_a_document(tmp_path, monkeypatch, long):
+    if long:
+        monkeypatch.setattr(sources, "STREAM_BYTES", 2000)
+    for i, domain in enumerate(WORDS):
+        for number in range(4):
+            text = " ".join(f"{domain}{number}w{(j * (i + 3)) % 71}" for j in range(1200))
+            (tmp_path / f"{domain}{number}.txt").write_text(text)
+    entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
+    data = {"files": entries, "max_document_bytes": 1024, "megabytes_per_domain": 0.03}
+    cfg = config(tmp_path, data=data)
+    assert_equal(cfg, tmp_path, (2, 5))
+    assert any(piece.start.piece for piece in parts.planned(tmp_path / "5/parts").pieces)
+
+
+def test_a_pretrained_tokenizer_is_the_same_in_every_part(tmp_path):
+    run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "first")
+    found = rows()
+    found[7]["text"] += " <|endoftext|> é漢🙂"
+    cfg = config(tmp_path / "rows.jsonl", found, tokenizer={"pretrained": str(tmp_path / "first")})
+    assert_equal(cfg, tmp_path, (2,))
+
+
+def test_a_part_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "EARLY", 10)
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row) for row in rows(120)]
+    for at in (119, 90, 60, 30):
+        lines[at:at] = ["{torn"] * 12
+    path.write_text("\n".join(lines) + "\n")
+    assert_equal(config(path, data={"max_bad_share": 0.4}), tmp_path, (2, 5))
+
+
+def test_more_jobs_than_batches_are_as_many_parts_as_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 20)
+    assert survey(config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts", 7, quiet) == 1
+
+
+def test_what_lies_before_a_part_is_not_opened(tmp_path, monkeypatch):
+    for i, row in enumerate(rows(90)):
+        (tmp_path / f"{row['domain']}{i:02}.txt").write_text(row["text"])
+    entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
+    cfg, opened, real = config(tmp_path, data={"files": entries}), [], sources._open
+    count = survey(cfg, tmp_path / "parts", 4, quiet)
+    monkeypatch.setattr(sources, "_open", lambda fs, path: opened.append(path) or real(fs, path))
+    for number in range(count):
+        encode(cfg, tmp_path / "parts", number, quiet)
+    assert count == 4 and 90 <= len(opened) <= 90 + count  # a part reads on to where its last document ends
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """(configuration, folder of one run, folder of its three parts)."""
+    cfg = config(tmp_path / "rows.jsonl", rows())
+    run(cfg, tmp_path / "whole")
+    for number in range(survey(cfg, tmp_path / "parts", 3, quiet)):
+        encode(cfg, tmp_path / "parts", number, quiet)
+    return cfg, tmp_path / "whole", tmp_path / "parts"
+
+
+def torn(path):
+    """Cut a file's end off."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+HARMS = {
+    "missing": lambda part: shutil.rmtree(part),
+    "no manifest": lambda part: (part / "manifest.json").unlink(),
+    "half a manifest": lambda part: torn(part / "manifest.json"),
+    "a manifest of nothing": lambda part: (part / "manifest.json").write_text("[]"),
+    "a torn stream": lambda part: torn(part / "train/sea.bin"),
+    "a flipped bit": lambda part: flip(part / "train/sea.bin"),
+    "a lost index": lambda part: (part / "valid/hall.idx").unlink(),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["by the merge", "by its own job"])
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
+def test_a_part_that_is_not_whole_is_made_again(whole, tmp_path, harm, again):
+    cfg, wanted, home = whole
+    kept = [(home / name / "manifest.json").stat().st_mtime_ns for name in ("0", "2")]
+    harm(home / "1")
+    told = []
+    if again:
+        encode(cfg, home, 1, quiet)
+    (tmp_path / "out").mkdir()
+    prepare(cfg, tmp_path / "out", lambda text, _share: told.append(text), home)
+    assert bytes_of(tmp_path / "out") == bytes_of(wanted)
+    assert ("part 2 of 3 is missing or torn: making it" in told) != again
+    assert [(home / name / "manifest.json").stat().st_mtime_ns for name in ("0", "2")] == kept
+
+
+def test_what_is_whole_is_not_made_again(whole):
+    cfg, _, home = whole
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    assert survey(cfg, home, 3, quiet) == 3
+    encode(cfg, home, 1, quiet)
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+
+
+def test_parts_of_another_survey_do_not_count(whole, tmp_path):
+    cfg, wanted, home = whole
+    shutil.copytree(home / "1", tmp_path / "stale")
+    assert survey(cfg, home, 2, quiet) == 2
+    assert not (home / "1").exists()
+    shutil.copytree(tmp_path / "stale", home / "1")
+    (tmp_path / "out").mkdir()
+    prepare(cfg, tmp_path / "out", quiet, home)
+    assert bytes_of(tmp_path / "out") == bytes_of(wanted)
+
+
+def test_a_torn_survey_leads_to_one_run_and_to_a_new_survey(whole, tmp_path):
+    cfg, wanted, home = whole
+    flip(home / "survey/splits.safetensors")
+    with pytest.raises(MissingArtifact, match="has no survey"):
+        encode(cfg, home, 0, quiet)
+    (tmp_path / "out").mkdir()
+    prepare(cfg, tmp_path / "out", quiet, home)
+    assert bytes_of(tmp_path / "out") == bytes_of(wanted)
+    assert survey(cfg, home, 3, quiet) == 3 and not (home / "0").exists()
+
+
+@pytest.mark.parametrize("change", [lambda t: t.replace("tide", "edit"), lambda t: t[: t.rindex("\n", 0, -1) + 1]])
+def test_a_source_that_changes_after_the_survey_is_refused(tmp_path, change):
+    cfg, home = config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts"
+    last = survey(cfg, home, 2, quiet) - 1
+    (tmp_path / "rows.jsonl").write_text(change((tmp_path / "rows.jsonl").read_text()))
+    with pytest.raises(DataError, match="has changed since it was surveyed: part 2 of 2 .* run preprocess again"):
+        encode(cfg, home, last, quiet)
+    assert not (home / str(last) / "manifest.json").exists()
+
+
+def test_a_merge_refuses_what_one_run_refuses(tmp_path):
+    cfg = config(tmp_path / "rows.jsonl", rows(), partition={"min_tokens": 10**6})
+    with pytest.raises(DataError, match="fewer than partition.min_tokens"):
+        in_parts(cfg, tmp_path, 2)
+    assert not (tmp_path / "out/shards.json").exists()
