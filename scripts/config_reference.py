@@ -96,10 +96,12 @@ def short() -> str:
     lines = ["| section | settings and their defaults |", "| --- | --- |"]
     shared = set(Fit.model_fields)
     lines.append(f"| `trunk` `expert` `router` (training) | {_names(Fit, None, set())} |")
+    alike: dict[str, list[str]] = {}
     for dotted, kind in sections().items():
         default = getattr(Config.model_fields.get(dotted), "default", None)
         skip = shared if issubclass(kind, Fit) else set()
-        lines.append(f"| {f'`{dotted}`' if dotted else 'top level'} | {_names(kind, default, skip)} |")
+        alike.setdefault(_names(kind, default, skip), []).append(f"`{dotted}`" if dotted else "top level")
+    lines += [f"| {' '.join(names)} | {settings} |" for settings, names in alike.items()]
     return "\n".join(lines)
 
 

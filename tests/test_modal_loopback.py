@@ -35,7 +35,7 @@ TINY = {
     "data": {"source": "installed", "megabytes_per_domain": 0.04},
     "partition": {"min_tokens": 100},
     "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
-    "trunk": FIT | {"steps": 150, "layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "context_tokens": 16},
+    "trunk": FIT | {"steps": 400, "layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "context_tokens": 16},
     "expert": FIT | {"steps": 10, "statistics_tokens": 512},
     "router": FIT | {"steps": 6},
     "dense": {"baselines": []},
@@ -111,10 +111,17 @@ def trunk(modal, prepared):
     saved = modal.volume / "resume" / address
     try:
         wait_for(saved.exists)
+        os.killpg(command.pid, signal.SIGINT)  # the laptop closes; nothing here waits for it to have closed
+        preempted = _preempted(modal, saved, modal.volume / "artifacts" / address / "manifest.json")
     finally:
         os.killpg(command.pid, signal.SIGINT)
         command.communicate()
-    draw, preempted, whole = random.Random(0), [], modal.volume / "artifacts" / address / "manifest.json"
+    return preempted
+
+
+def _preempted(modal, saved: Path, whole: Path) -> list[bool]:
+    """Take the trunk's container away five times, each after a checkpoint of its own; return which ones were there."""
+    draw, preempted = random.Random(0), []
     for grace_s in (0, 20, 0, 0, 20):
         before = {path: path.read_text() for path in saved.glob("*/state.json")}
         wait_for(lambda before=before: whole.exists() or _moved(saved, before))
