@@ -37,7 +37,7 @@ def test_every_command_of_the_readme_parses_and_its_configuration_loads(command)
     args = parser().parse_args(shlex.split(command))
     configs = args.config if isinstance(args.config, list) else [args.config]
     for path in configs:
-        load(ROOT / path, tuple(args.override))
+        assert load(ROOT / path, tuple(args.override)).experts
 
 
 def test_the_readme_shows_the_commands_people_need():

@@ -126,7 +126,11 @@ def _preempted(modal, saved: Path, whole: Path) -> list[bool]:
         before = {path: path.read_text() for path in saved.glob("*/state.json")}
         wait_for(lambda before=before: whole.exists() or _moved(saved, before))
         time.sleep(draw.uniform(0, 0.2))
-        preempted.append(modal.client.preempt("train_shared_job", grace_s))
+        taken = modal.client.preempt("train_shared_job", grace_s)
+        while not (taken or whole.exists()):  # a killed container's last commit may land before the next one is there
+            time.sleep(0.05)
+            taken = modal.client.preempt("train_shared_job", grace_s)
+        preempted.append(taken)
     wait_for(whole.exists)
     return preempted
 
