@@ -20,7 +20,7 @@ def wins(rows: list[dict]) -> list[dict]:
         best = row["row"] == single
         if row["kind"] == "dense" or best or row["row"] == "trunk + dummy" or row["row"].startswith("random"):
             against = row["versus_stack"]
-            axis = row["axis"] or ("best single expert, half the active FFNs" if best else "same trunk")
+            axis = row["axis"] or ("best single expert, which runs one FFN a token" if best else "same trunk")
             out.append({"against": row["row"], "axis": axis, **against, "verdict": verdict(**against)})
     return out
 
