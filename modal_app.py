@@ -15,7 +15,7 @@ import modal
 from rich.console import Console
 
 from pipeline import cloud
-from pipeline.config import Config, load
+from pipeline.config import Config, Run, load, parse
 from pipeline.config.machines import Machine, Trainer, Worker
 from pipeline.errors import PipelineError
 from pipeline.stages import RUN
@@ -24,6 +24,7 @@ from pipeline.store import Store
 HERE = Path(__file__).parent
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
 DAY_S = 86_400
+LOADING_S = 900  # until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
 SECRETS = {  # purpose -> what it has to hold
     "wandb": ["WANDB_API_KEY"],
     "hub": ["HF_TOKEN"],
@@ -32,10 +33,11 @@ SECRETS = {  # purpose -> what it has to hold
 }
 
 
-def _asked_for() -> Config:
+def _asked_for() -> Run:
     """Return the configuration that the command is about; inside a container what it says is settled already."""
     if not modal.is_local():
         return Config()
+    sys.stdout.write(cloud.explain(sys.argv))
     try:
         cfg = cloud.announced(sys.argv, os.environ)
         cloud.check(cfg, cloud.Prices.load(HERE / "config/prices.yaml"), VOLUME)
@@ -68,6 +70,7 @@ def _secret(purpose: str, name: str) -> modal.Secret:
 CFG = _asked_for()
 NAMES = _secret_names()
 ENV = {
+    "HF_HOME": f"{VOLUME}/hub",  # what one container has fetched from the Hub, the next ones find
     "MOLEFORGE_VOLUME_PATH": VOLUME,
     "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
 }
@@ -111,7 +114,7 @@ def _work(stage: str, raw: dict, items: list) -> list[cloud.Outcome]:
 
 @app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
 def preprocess_job(items: list, raw: dict) -> list[cloud.Outcome]:
-    """Read documents, make the tokenizer, domains and token shards."""
+    """Read the data and make what trainings read: token shards, or rows and pictures of the tasks named in items."""
     return _work("preprocess", raw, items)
 
 
@@ -129,19 +132,25 @@ def preprocess_part_job(items: list, raw: dict) -> list[cloud.Outcome]:
 
 @app.function(**_job(CFG.modal.train_shared, "wandb", "hub"))
 def train_shared_job(items: list, raw: dict) -> list[cloud.Outcome]:
-    """Train the trunk."""
+    """Train the trunk, or pin the base."""
     return _work("train_shared", raw, items)
 
 
-@app.function(**_job(CFG.modal.train_experts, "wandb"))
+@app.function(**_job(CFG.modal.train_experts, "wandb", "hub"))
 def train_experts_job(items: list, raw: dict) -> list[cloud.Outcome]:
     """Train the experts named in items, one after another."""
     return _work("train_experts", raw, items)
 
 
-@app.function(**_job(CFG.modal.train_router, "wandb"))
+@app.function(**_job(CFG.modal.routing, "hub", "storage"))
+def routing_job(items: list, raw: dict) -> list[cloud.Outcome]:
+    """Make the routing set."""
+    return _work("routing", raw, items)
+
+
+@app.function(**_job(CFG.modal.train_router, "wandb", "hub"))
 def train_router_job(items: list, raw: dict) -> list[cloud.Outcome]:
-    """Fit and train the gates."""
+    """Fit and train the router."""
     return _work("train_router", raw, items)
 
 
@@ -151,13 +160,13 @@ def train_dense_job(items: list, raw: dict) -> list[cloud.Outcome]:
     return _work("train_dense", raw, items)
 
 
-@app.function(**_job(CFG.modal.evaluate))
+@app.function(**_job(CFG.modal.evaluate, "hub"))
 def evaluate_job(items: list, raw: dict) -> list[cloud.Outcome]:
     """Measure the stack and write the report."""
     return _work("evaluate", raw, items)
 
 
-@app.function(**_job(CFG.modal.deploy, "storage"))
+@app.function(**_job(CFG.modal.deploy, "hub", "storage"))
 def deploy_job(items: list, raw: dict) -> list[cloud.Outcome]:
     """Make the bundle."""
     return _work("deploy", raw, items)
@@ -169,6 +178,7 @@ JOBS = {
     "preprocess_part": preprocess_part_job,
     "train_shared": train_shared_job,
     "train_experts": train_experts_job,
+    "routing": routing_job,
     "train_router": train_router_job,
     "train_dense": train_dense_job,
     "evaluate": evaluate_job,
@@ -186,13 +196,14 @@ def conduct(raw: dict, stages: list[str], sequential: bool, command: str) -> lis
         return zip(batches, JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True), strict=True)
 
     store = Store(Path(VOLUME), refresh=volume.reload)
-    outcomes = cloud.conduct(Config.model_validate(raw), tuple(stages), store, do, command)
+    outcomes = cloud.conduct(parse(raw), tuple(stages), store, do, command)
     cloud.serve_next(outcomes, Path(VOLUME), volume.commit)
     return outcomes
 
 
 @app.cls(
     **_container(CFG.modal.endpoint, "endpoint"),
+    startup_timeout=LOADING_S,
     max_containers=CFG.modal.endpoint.max_containers,
     scaledown_window=CFG.modal.endpoint.idle_s,
 )
@@ -239,13 +250,18 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     try:
         cfg = load(config, cloud.overrides(override))
         with tempfile.TemporaryDirectory() as folder:
-            lines = cloud.outlook(cfg, stages, cloud.mirror(cfg, Path(folder), _names, _read), prices)
-        cloud.show_outlook(cfg, lines, prices, sequential, console)
-        cloud.refuse_above(cfg, lines)
+            mirror = cloud.mirror(cfg, Path(folder), _names, _read)
+            lines = cloud.outlook(cfg, stages, mirror, prices)
+            cloud.show_outlook(cfg, lines, prices, sequential, console)
+            cloud.refuse_without_inputs(cfg, stages, mirror)
+            cloud.refuse_above(cfg, lines)
     except PipelineError as error:
         sys.exit(f"error: {error}")
     typed = f"modal {shlex.join(sys.argv[1:])}"
-    outcomes = conduct.spawn(cfg.model_dump(mode="json"), list(stages), sequential, typed).get()
+    try:
+        outcomes = conduct.spawn(cfg.model_dump(mode="json"), list(stages), sequential, typed).get()
+    except modal.exception.Error as error:  # a day is over, or the line is down
+        sys.exit(f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done by: {typed}")
     cloud.show_outcomes(outcomes, console)
     cloud.show_report(outcomes, _read, console)
     if any(outcome.error for outcome in outcomes):
@@ -253,9 +269,9 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
 
 
 @app.local_entrypoint()
-def preprocess(config: str = cloud.DEFAULT, override: str = ""):
-    """Do preprocess on Modal."""
-    _command(("preprocess",), config, override)
+def preprocess(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
+    """Do preprocess on Modal; tasks side by side, or one after another in one container."""
+    _command(("preprocess",), config, override, sequential)
 
 
 @app.local_entrypoint()
@@ -268,6 +284,12 @@ def train_shared(config: str = cloud.DEFAULT, override: str = ""):
 def train_experts(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
     """Do train_experts on Modal, side by side, or one after another in one container."""
     _command(("train_experts",), config, override, sequential)
+
+
+@app.local_entrypoint()
+def routing(config: str = cloud.DEFAULT, override: str = ""):
+    """Do routing on Modal."""
+    _command(("routing",), config, override)
 
 
 @app.local_entrypoint()

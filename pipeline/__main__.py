@@ -11,17 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import load
+from .config import Run, describes_run, load
 from .errors import Interrupted, PipelineError
-from .stages import RUN, address
+from .stages import RUN, STAGES, address, without_jobs
 from .store import Manifest, Store
 
 KEY = "MOLEFORGE_API_KEY"
 ABOUT = {
-    "preprocess": "read documents, train the tokenizer, make domains and token shards",
-    "train_shared": "train the shared trunk with its temporary feed-forward network, the dummy",
-    "train_experts": "train each expert on its own domain over the frozen trunk",
-    "train_router": "join the experts: fit the gates in closed form, then train them alone",
+    "preprocess": "read the data: documents to tokenizer, domains and token shards, or each task to rows and pictures",
+    "train_shared": "train the shared trunk with its temporary feed-forward network, the dummy; or pin the base",
+    "train_experts": "train each expert on its own domain over the frozen trunk, or task over the frozen base",
+    "routing": "make the routing set: requests from the tasks' own rows, with the expert each belongs to",
+    "train_router": "join the experts: train the router alone (gates start from a closed form)",
     "train_dense": "train the dense baselines the stack is compared with",
     "evaluate": "measure the stack, write report.json and report.html, print the tables",
     "deploy": "write the stack as a bundle: a folder that stock tools load; upload it where deploy.upload says",
@@ -30,7 +31,6 @@ ABOUT = {
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "prune": "list artifacts that no configuration reaches; --yes removes them",
 }
-TABLES = ("prices.yaml",)  # in config/, and no run
 EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
   python -m pipeline plan --config config/wikitext103.yaml
@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     for name, about in ABOUT.items():
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         _add_serve(sub) if name == "serve" else _add_common(sub, several=name == "prune")
-        if name in ("run", "train_experts", "train_dense"):
+        if name in ("run", "evaluate"):
+            sub.add_argument("--smoke", action="store_true", help="evaluate a few rows of everything: does it work")
+        if name in ("run", "preprocess", "train_experts", "train_dense"):
             sub.add_argument(
                 "--parallel", type=_positive, default=1, metavar="N", help="jobs side by side, cores shared (default 1)"
             )
@@ -63,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def runs(folder: Path) -> list[Path]:
-    """Return the files of a folder that describe runs; the tables that runs refer to do not."""
-    return sorted(path for path in folder.glob("*.yaml") if path.name not in TABLES)
+    """Return the files of a folder that describe runs; prices and what runs refer to do not."""
+    return sorted(filter(describes_run, folder.glob("*.yaml")))
 
 
 def _add_common(sub: argparse.ArgumentParser, several: bool) -> None:
@@ -143,7 +145,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "serve":
         _serve(args)
         return
-    cfg, store = load(args.config, tuple(args.override)), Store(args.store)
+    overrides = (*args.override, *(["evaluate.smoke=true"] if getattr(args, "smoke", False) else []))
+    cfg, store = load(args.config, overrides), Store(args.store)
     if args.command == "plan":
         from .plan import show_plan
 
@@ -152,12 +155,15 @@ def _dispatch(args: argparse.Namespace) -> None:
     _run(args, cfg, store.open())
 
 
-def _run(args: argparse.Namespace, cfg, store: Store) -> None:
+def _run(args: argparse.Namespace, cfg: Run, store: Store) -> None:
     from .backend import Local, run_stage
 
     command = f"python -m pipeline {shlex.join(sys.argv[1:])}"
     backend = Local(store, parallel=getattr(args, "parallel", 1), command=command)
-    for stage in RUN if args.command == "run" else (args.command,):
+    if args.command in STAGES and not cfg.items(args.command):
+        _out().print(without_jobs(args.command, cfg), highlight=False)
+        return
+    for stage in [s for s in RUN if cfg.items(s)] if args.command == "run" else [args.command]:
         manifests = run_stage(stage, cfg, backend)
         if stage == "evaluate":
             _show_report(store, address(cfg, "evaluate"))
@@ -199,17 +205,11 @@ def _show_jobs(manifests: list[Manifest]) -> None:
 
 
 def _outcome(metrics: dict) -> str:
-    if "files" in metrics:
+    from .plan import figures
+
+    if {"files", "experts", "parameters"} <= metrics.keys():
         return f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, {metrics['files']} files"
-    if "train_nats" not in metrics:
-        return _text_outcome(metrics)
-    if not metrics["steps"]:
-        return f"no training, valid {metrics['valid_nats']:.3f} nats"
-    early = f" (stopped early of {metrics['planned_steps']})" if metrics["steps"] < metrics["planned_steps"] else ""
-    return (
-        f"{metrics['steps']} steps{early}, train {metrics['train_nats']:.3f}, valid {metrics['valid_nats']:.3f} nats, "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s, peak {metrics['peak_mb']:.0f} MB"
-    )
+    return _text_outcome(metrics) if "vocab_size" in metrics else figures(metrics)
 
 
 def _text_outcome(metrics: dict) -> str:

@@ -18,21 +18,21 @@ from rich.console import Console
 
 from . import stages
 from .budget import cores
-from .config import Config
+from .config import Run, parse
 from .errors import Interrupted, JobsFailed, PipelineError
+from .families import PRELOAD
 from .store import Manifest, Store
 
-PRELOAD = ["pipeline.families.ffn_moe", "transformers.models.qwen3.modeling_qwen3"]
 STOPPED = 130
 
 
 class Backend(Protocol):
     """Where stages run."""
 
-    def one(self, stage: str, cfg: Config) -> Manifest:
+    def one(self, stage: str, cfg: Run) -> Manifest:
         """Do a stage that is one job."""
 
-    def each(self, stage: str, cfg: Config, items: list[str]) -> list[Manifest]:
+    def each(self, stage: str, cfg: Run, items: list[str]) -> list[Manifest]:
         """Do the jobs of a stage that has several. Raises JobsFailed after all of them have had their turn."""
 
 
@@ -45,7 +45,7 @@ class Local:
     command: str = ""  # what to type to finish what is missing
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
-    def one(self, stage: str, cfg: Config) -> Manifest:
+    def one(self, stage: str, cfg: Run) -> Manifest:
         """Do a stage that is one job, in a process of its own. Raises its error."""
         if not self._done(stage, cfg, None):
             failed = self._work(stage, cfg, [None])
@@ -53,7 +53,7 @@ class Local:
                 raise failed[None]
         return self.store.need(stages.address(cfg, stage), stage)
 
-    def each(self, stage: str, cfg: Config, items: list[str]) -> list[Manifest]:
+    def each(self, stage: str, cfg: Run, items: list[str]) -> list[Manifest]:
         """Do the missing jobs, `parallel` at a time. Raises JobsFailed with a line per failure."""
         missing = [item for item in items if not self._done(stage, cfg, item)]
         failed = self._work(stage, cfg, missing) if missing else {}
@@ -61,13 +61,13 @@ class Local:
             raise JobsFailed(self._account(stage, items, failed))
         return [self.store.need(stages.address(cfg, stage, item), stage) for item in items]
 
-    def _done(self, stage: str, cfg: Config, item: str | None) -> bool:
+    def _done(self, stage: str, cfg: Run, item: str | None) -> bool:
         return stages.done(cfg, stage, item, self.store)
 
-    def _work(self, stage: str, cfg: Config, items: list) -> dict:
+    def _work(self, stage: str, cfg: Run, items: list) -> dict:
         """Run items in processes; return the error of each that failed."""
         waiting, running, failed = list(items), {}, {}
-        threads = cfg.runtime.threads or max(1, cores() // min(self.parallel, len(items)))
+        threads = cfg.runtime.most_threads(cores() // min(self.parallel, len(items)))
         try:
             while waiting or running:
                 while waiting and len(running) < self.parallel:
@@ -95,7 +95,7 @@ class Local:
         return "\n".join([*lines, f"To do the missing ones, mend the cause and run again: {self.command}"])
 
 
-def run_all(cfg: Config, backend: Backend) -> Manifest:
+def run_all(cfg: Run, backend: Backend) -> Manifest:
     """Do every stage of a run in order; return the last one's manifest."""
     last = None
     for stage in stages.RUN:
@@ -103,16 +103,16 @@ def run_all(cfg: Config, backend: Backend) -> Manifest:
     return last[0]
 
 
-def run_stage(stage: str, cfg: Config, backend: Backend) -> list[Manifest]:
+def run_stage(stage: str, cfg: Run, backend: Backend) -> list[Manifest]:
     """Do one stage, however many jobs it has."""
-    items = stages.STAGES[stage].items(cfg)
+    items = cfg.items(stage)
     return [backend.one(stage, cfg)] if items == (None,) else backend.each(stage, cfg, list(items))
 
 
 def _start(stage, cfg, store, item, threads, plain):
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload(PRELOAD[cfg.family])
     receive, send = context.Pipe(duplex=False)
     args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain)
     process = context.Process(target=job, args=args, name=stages.label(stage, item))
@@ -154,7 +154,7 @@ def job(pipe, stage: str, raw: dict, root: str, item: str | None, threads: int, 
     console = Console(stderr=True, force_terminal=False if plain else None)
     store = Store(Path(root))
     try:
-        stages.run(stage, Config.model_validate(raw), store, item, say=teller(console), console=console)
+        stages.run(stage, parse(raw), store, item, say=teller(console), console=console)
         _tell(pipe, None)
     except (PipelineError, Interrupted) as error:
         _tell(pipe, error)

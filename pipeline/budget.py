@@ -3,15 +3,17 @@
 L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
 """
 
+import ctypes
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-KERNEL_BYTES = 60_000_000  # compiled kernels and the allocator's first arenas, measured at the demo's sizes
-SLACK = 1.35  # freed blocks the allocator keeps, measured at the demo's sizes
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+LEAST_REUSED_BYTES = 200_000
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,10 @@ class Shape:
         own = {"all": forward, "ffn": 2 * self.ffn_parameters, "gates": 0}[trains]
         return 2 * forward + own
 
-    def peak_bytes(self, trains: str, sequences: int, bf16: bool, experts: int = 1) -> int:
-        """Predicted peak above imports of a training job on `sequences` per forward pass."""
-        trained = {"all": self.trunk_parameters + self.ffn_parameters, "ffn": self.ffn_parameters, "gates": 0}[trains]
-        held = self.trunk_parameters + experts * self.ffn_parameters
-        tokens, unit = sequences * self.context_tokens, 2 if bf16 else 4
-        per_token = self.layers * (10 * self.d_model + 2 * self.heads_width + 2 * self.kv_width + 4 * self.d_ff)
-        workspace = min(tokens, 1024) * self.vocab_size * 10
-        counted = 4 * held + 12 * trained + (2 * held if bf16 else 0) + tokens * per_token * (unit + 2) + workspace
-        return int(KERNEL_BYTES + SLACK * counted)
+    @property
+    def layer_activations(self) -> int:
+        """Numbers per token that a layer keeps for its backward pass."""
+        return 5 * self.d_model + 3 * self.heads_width + 3 * self.kv_width + 2 * self.d_ff
 
 
 @dataclass(frozen=True)
@@ -91,30 +88,80 @@ class Job:
     parameters: int
     flops: float | None
     peak_bytes: int
+    words: str = ""  # how it will run
 
 
 class Peak:
-    """Peak memory above the level at which it was made: resident set here, allocator on a GPU."""
+    """Peak memory above the level at which it was made: resident set here, what was allocated on a GPU."""
 
     def __init__(self):
-        self.start_bytes = _status("VmRSS")
-        self.clear()
+        self.start_bytes, self.start_mapped_bytes = _status("VmRSS"), _status("RssFile")
+        self.start_share_bytes = _status("Pss_File", "smaps_rollup")
+        self.highest_bytes = self.highest_host_bytes = 0
+        self.gpu = device() == "cuda"
+        self._restart()  # what this process reached before is not the job's
 
     def clear(self) -> None:
-        """Start the kernel's high-water mark again, where it lets us."""
-        try:
+        """Start the high-water mark again, where the system lets us; what was reached before stays in the report."""
+        self.highest_bytes = max(self.highest_bytes, self.bytes())
+        self.highest_host_bytes = max(self.highest_host_bytes, self._above())
+        self._restart()
+
+    def _restart(self) -> None:
+        if self.gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
 
     def bytes(self) -> int:
-        """Return the peak so far above the start, in bytes; 0 where the system does not tell."""
+        """Return the peak above the start since the last clear, in bytes; 0 where the system does not tell."""
+        if self.gpu:
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return self._above()
+
+    def _above(self) -> int:
         return max(0, _status("VmHWM") - self.start_bytes)
 
+    def report(self) -> dict[str, float]:
+        """Return MB for a manifest: the peak, and how much of what is resident now is mapped files, shared or not."""
+        mapped = max(0, _status("RssFile") - self.start_mapped_bytes)
+        share = max(0, _status("Pss_File", "smaps_rollup") - self.start_share_bytes)
+        return {
+            "peak_mb": max(self.highest_bytes, self.bytes()) / 1e6, "mapped_mb": mapped / 1e6,
+            "mapped_share_mb": share / 1e6, "host_peak_mb": max(self.highest_host_bytes, self._above()) / 1e6,
+        }  # fmt: skip
 
-def _status(key: str) -> int:
+
+def give_back_at_once() -> None:
+    """Let every larger block go back to the system when it is freed, and use one arena (glibc; nothing elsewhere)."""
+    _malloc("mallopt", M_ARENA_MAX, 1)
+    _malloc("mallopt", M_MMAP_THRESHOLD, LEAST_REUSED_BYTES)
+
+
+def reuse_blocks(most_bytes: int) -> None:
+    """Give back what is free now, then reuse blocks of up to that size: faster, and the heap holds more."""
+    give_back()
+    _malloc("mallopt", M_MMAP_THRESHOLD, most_bytes)
+
+
+def give_back() -> None:
+    """Give what is free in the heap back to the system (glibc; nothing elsewhere)."""
+    _malloc("malloc_trim", 0)
+
+
+def _malloc(function: str, *numbers: int) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, function):
+        getattr(libc, function)(*numbers)
+
+
+def _status(key: str, file: str = "status") -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self", file).read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
@@ -176,6 +223,35 @@ def product_flops_per_s(bf16: bool) -> float:
             torch.cuda.synchronize()
         rates.append(2 * size**3 / (time.perf_counter() - start))
     return max(rates)
+
+
+def fastest_threads(most: int) -> int:
+    """Return how many threads, of 1, 2, 4... up to most, do matrix products fastest just now; takes about 0.3 s.
+
+    On cores that others use too, waiting for the slowest thread makes several slower than one.
+    """
+    import torch
+
+    if most <= 1 or device() == "cuda":
+        return max(1, most)
+    counts, before = sorted({most, *(2**i for i in range(most.bit_length()))}), torch.get_num_threads()
+    seconds = {count: _product_seconds(count) for count in counts}
+    torch.set_num_threads(before)
+    return min(counts, key=lambda count: seconds[count])
+
+
+def _product_seconds(threads: int) -> float:
+    """Return the median time of a product with some elementwise work after it, as layers do."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a, times = torch.ones(512, 512), []
+    stop = time.perf_counter() + 0.1
+    while time.perf_counter() < stop or len(times) < 5:
+        start = time.perf_counter()
+        (a @ a).tanh_()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
 
 
 def machine(threads: int, bf16: bool) -> dict:

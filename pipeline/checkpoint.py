@@ -1,23 +1,25 @@
 """Two slots per run in progress: a torn or damaged write never costs the last good state.
 
 A slot is state.safetensors, then state.json with its sha256 and a seal over itself; a slot that does not match is
-removed when it is found, so that the good one is never the one that the next save writes over.
+removed when it is found, so that the good one is never the one that the next save writes over. The best state is a
+file beside them that a slot names, so that it takes no memory; it goes when no slot names it any more.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from .errors import DamagedArtifact
-from .store import flush, load_tensors, save_tensors, sha256, write_text
+from .optimizer import AdamW, joined
+from .store import flush, load_tensors, room, save_tensors, sha256, write_text
 
 SLOTS = ("a", "b")
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass
@@ -32,48 +34,88 @@ class Progress:
     waits: int = 0
     tail: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    start: dict[str, float] = field(default_factory=dict)
+    start: dict[str, int] = field(default_factory=dict)
     saved_step: int = 0
-    best: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    micro: int = 0  # rows of a forward pass; 0: none was made yet
+    most: int = 0  # what micro may still grow to
+    best_sha256: str = ""  # of the file that holds the best state; empty: none is kept
 
-    def evaluated(self, nats: float, parameters: dict[str, torch.Tensor], keep: str) -> None:
-        """Take note of a validation loss; keeps a copy of the parameters when it is the best so far."""
+    def evaluated(self, nats: float) -> bool:
+        """Take note of a validation loss; return whether it is the best so far."""
         self.evaluated_step, self.valid_nats = self.step, nats
-        if self.best_nats is None or nats < self.best_nats:
+        better = self.best_nats is None or nats < self.best_nats
+        if better:
             self.best_nats, self.best_step, self.waits = nats, self.step, 0
-            self.best = {n: p.clone() for n, p in parameters.items()} if keep == "best" else {}
         else:
             self.waits += 1
-
-    def restore_best(self, task) -> None:
-        """Put the best state back into the task's parameters, when one is kept and it is not the current one."""
-        if self.best and self.best_step != self.step:
-            with torch.no_grad():
-                for name, tensor in self.best.items():
-                    task.parameters[name].copy_(tensor)
+        return better
 
 
-def save(folder: Path, task, optimizer: torch.optim.Optimizer, run: Progress) -> None:
+def keep_best(folder: Path, task, optimizer: AdamW, run: Progress) -> None:
+    """Write the parameters as the run's best state. Raises DiskFull or StoreError."""
+    path = _best(folder, run)
+    with room(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, _parameters(task, optimizer))
+    run.best_sha256 = sha256(path)
+
+
+def put_back_best(folder: Path, task, run: Progress) -> None:
+    """Put the best state back into the task's fp32 parameters, when one is kept and it is not the current one.
+
+    Raises DamagedArtifact.
+    """
+    if not run.best_sha256 or run.best_step == run.step:
+        return
+    kinds = _by_kind(_whole(_best(folder, run), run.best_sha256))
+    with torch.no_grad():
+        for name, high in kinds["parameter"].items():
+            low = kinds.get("low", {}).get(name)
+            best = high if low is None else joined(high.view(-1), low.view(-1)).view_as(high)
+            task.parameters[name].copy_(best)
+
+
+def _best(folder: Path, run: Progress) -> Path:
+    return folder / f"best-{run.best_step}.safetensors"
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a part file, flush it, then rename it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_tensors(part, tensors)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    flush(part)
+    part.replace(path)
+
+
+def save(folder: Path, task, optimizer: AdamW, run: Progress) -> None:
     """Write the older slot: part file, flush, rename, then its state.json. Raises DiskFull or OSError."""
     slot = folder / SLOTS[0 if _step_of(folder / SLOTS[0]) <= _step_of(folder / SLOTS[1]) else 1]
     (slot / "state.json").unlink(missing_ok=True)  # first: without it the rest is no checkpoint
     shutil.rmtree(slot, ignore_errors=True)  # with it go the temporary files of a save that was killed
     slot.mkdir(parents=True, exist_ok=True)
-    part = slot / "state.safetensors.part"
-    try:
-        save_tensors(part, _gather(task, optimizer, run))
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    flush(part)
-    part.replace(slot / "state.safetensors")
+    _write(slot / "state.safetensors", _gather(task, optimizer))
     run.saved_step = run.step
-    numbers = {k: v for k, v in asdict(_without_best(run)).items() if k != "best"}
-    raw = {"sha256": sha256(slot / "state.safetensors"), "run": numbers}
+    raw = {"sha256": sha256(slot / "state.safetensors"), "run": asdict(run)}
     write_text(slot / "state.json", json.dumps(raw | {"seal": _seal(raw)}))
+    _forget(folder, run)
 
 
-def restore(folder: Path, task, optimizer: torch.optim.Optimizer, note: Callable[[str], None]) -> Progress | None:
+def _forget(folder: Path, run: Progress) -> None:
+    """Remove best states that neither a slot nor the run in hand names."""
+    named = {_best(folder, run).name}
+    for name in SLOTS:
+        with suppress(DamagedArtifact):
+            named.add(f"best-{_state(folder / name)['run']['best_step']}.safetensors")
+    for path in folder.glob("best-*"):
+        if path.name not in named:
+            path.unlink()
+
+
+def restore(folder: Path, task, optimizer: AdamW, note: Callable[[str], None]) -> Progress | None:
     """Load the newest good slot into task and optimizer; removes damaged ones and tells by `note` what that costs."""
     slots = [folder / name for name in SLOTS if (folder / name).exists()]
     run, damage = None, []
@@ -81,7 +123,7 @@ def restore(folder: Path, task, optimizer: torch.optim.Optimizer, note: Callable
         if run:
             break
         try:
-            raw, tensors = _read(slot, task)
+            raw, tensors = _read(slot, task, optimizer)
         except DamagedArtifact as error:
             damage.append(error)
             shutil.rmtree(slot)
@@ -93,21 +135,33 @@ def restore(folder: Path, task, optimizer: torch.optim.Optimizer, note: Callable
     return run
 
 
-def _read(slot: Path, task) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read(slot: Path, task, optimizer: AdamW) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return a slot's numbers and tensors. Raises DamagedArtifact."""
-    raw, path = _state(slot), slot / "state.safetensors"
+    raw = _state(slot)
+    tensors = _whole(slot / "state.safetensors", raw["sha256"])
+    same = _shapes(tensors) == _shapes(_gather(task, optimizer))
+    if not same or raw["run"].keys() != {f.name for f in fields(Progress)}:
+        raise DamagedArtifact(f"checkpoint {slot} was written by another version of this program")
+    run = Progress(**raw["run"])
+    if run.best_sha256:
+        _whole(_best(slot.parent, run), run.best_sha256)
+    return raw, tensors
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Return what a checkpoint must have in common with the task that it is for."""
+    return {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("generator/")}
+
+
+def _whole(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Return a file's tensors after a check of its bytes. Raises DamagedArtifact."""
     try:
-        whole = sha256(path) == raw["sha256"]
+        whole = sha256(path) == digest
     except OSError as error:
         raise DamagedArtifact(f"checkpoint {path} cannot be read ({error.strerror})") from None
     if not whole:
         raise DamagedArtifact(f"checkpoint {path} is torn or its bytes have changed (sha256 differs)")
-    tensors = load_tensors(path)
-    wanted = {**{f"parameter/{n}": p for n, p in task.parameters.items()}, **_named_state(task)}
-    same = all(key in tensors and tensors[key].shape == t.shape for key, t in wanted.items())
-    if not same or raw["run"].keys() != {f.name for f in fields(Progress)} - {"best"}:
-        raise DamagedArtifact(f"checkpoint {slot} was written by another version of this program")
-    return raw, tensors
+    return load_tensors(path)
 
 
 def _state(slot: Path) -> dict:
@@ -136,18 +190,15 @@ def _step_of(slot: Path) -> int:
         return -1
 
 
-def _without_best(run: Progress) -> Progress:
-    return Progress(**{k: v for k, v in vars(run).items() if k != "best"})
+def _parameters(task, optimizer: AdamW) -> dict[str, torch.Tensor]:
+    """Return the masters by name, those that compute in bf16 in two halves."""
+    low = {f"low/{name}": tensor for name, tensor in optimizer.low.items()}
+    return {f"parameter/{n}": p.detach() for n, p in task.parameters.items()} | low
 
 
-def _gather(task, optimizer, run: Progress) -> dict[str, torch.Tensor]:
+def _gather(task, optimizer: AdamW) -> dict[str, torch.Tensor]:
     """Collect at save time everything the next step depends on, by name."""
-    out = {f"parameter/{n}": p.detach() for n, p in task.parameters.items()}
-    for name, parameter in task.parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        out |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
-    out |= {f"best/{n}": t for n, t in run.best.items() if run.best_step != run.step}
-    out |= _named_state(task)
+    out = _parameters(task, optimizer) | optimizer.tensors() | _named_state(task)
     out["generator/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         out["generator/cuda"] = torch.cuda.get_rng_state()
@@ -158,24 +209,22 @@ def _named_state(task) -> dict[str, torch.Tensor]:
     return {f"state/{n}": t for n, t in task.state.items()}
 
 
-def _scatter(tensors: dict[str, torch.Tensor], task, optimizer, run: Progress) -> None:
-    kinds: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        kinds.setdefault(kind, {})[name] = tensor
+def _scatter(tensors: dict[str, torch.Tensor], task, optimizer: AdamW, run: Progress) -> None:
+    kinds = _by_kind(tensors)
     with torch.no_grad():
         for name, parameter in task.parameters.items():
             parameter.copy_(kinds["parameter"][name])
-            if name in kinds.get("exp_avg", {}):
-                optimizer.state[parameter] = {k: _like(kinds[k][name], parameter, k) for k in MOMENTS}
         for name, tensor in task.state.items():
             tensor.copy_(kinds["state"][name])
-    current = {n: p.detach().clone() for n, p in task.parameters.items()} if run.best_step == run.step else {}
-    run.best = kinds.get("best", current)
+        optimizer.load(kinds, run.step)
     torch.set_rng_state(kinds["generator"]["cpu"])
     if "cuda" in kinds["generator"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(kinds["generator"]["cuda"])
 
 
-def _like(tensor: torch.Tensor, parameter: torch.Tensor, key: str) -> torch.Tensor:
-    return tensor if key == "step" and parameter.device.type == "cpu" else tensor.to(parameter.device)
+def _by_kind(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        kinds.setdefault(kind, {})[name] = tensor
+    return kinds

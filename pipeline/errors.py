@@ -10,6 +10,7 @@ PipelineError                what a person can act on; the command line prints i
 │   └── DiskFull             no room for what is being written
 ├── MismatchError            parts that were not made for each other
 ├── NotFiniteError           the loss became NaN or infinite
+├── BudgetError              no way of running a job fits into the memory budget
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
 Interrupted                  asked to stop; state is saved; the command line exits with 130
 """
@@ -53,6 +54,10 @@ class MismatchError(PipelineError):
 
 class NotFiniteError(PipelineError):
     """The loss became NaN or infinite."""
+
+
+class BudgetError(PipelineError):
+    """No way of running a job fits into the memory budget."""
 
 
 class JobsFailed(PipelineError):

@@ -1,7 +1,7 @@
-"""The stages, what each reads, and where its result lives.
+"""The stages, how each is done, and where its result lives.
 
-An address is a hash of the configuration a stage reads and of its inputs' addresses, so runs that share a
-prefix of work share its artifacts. Stages do not know the families.
+An address is a hash of the configuration a job reads and of its inputs' addresses, so runs that share a
+prefix of work share its artifacts. Jobs, inputs and what is read are the run's to say; stages know no family.
 """
 
 import hashlib
@@ -13,32 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import bundle
-from .config import Config, Section
+from .config import Run
 from .errors import MismatchError
 from .families import family
 from .history import Recorder, read
 from .store import Manifest, Store, inventory, now, room, save_tensors, write_text
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
-BASELINE_READS = {  # what each dense baseline's budget and size depend on
-    "path": (),
-    "total": ROUTER_TOKENS,
-    "ffn": ROUTER_TOKENS,
-    "scratch": (*ROUTER_TOKENS, "trunk"),
-    "wide": (*ROUTER_TOKENS, "trunk", "router.top_k"),
-}
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "peft", "pillow")
 Say = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table: how a stage is done, and what its address is made of."""
+    """A row of the table: how a stage is done."""
 
     make: Callable[["Work"], dict]  # writes files into work.folder, returns metrics
-    reads: tuple[str, ...]  # sections, or dotted fields
-    needs: tuple[str, ...] = ()
-    items: Callable[[Config], tuple[str | None, ...]] = lambda _cfg: (None,)
     version: int = 1  # raised when the stage comes to mean something else
     in_run: bool = True  # False: only when asked for by name
     after: Callable[["Work"], None] | None = None  # each time it is asked for, also when the artifact was there
@@ -48,7 +37,7 @@ class Stage:
 class Parts:
     """What earlier stages of this run left behind, loaded on asking and checked to belong together."""
 
-    cfg: Config
+    cfg: Run
     store: Store
 
     def folder(self, stage: str, item: str | None = None) -> Path:
@@ -85,7 +74,7 @@ class Work:
 
     stage: str
     item: str | None
-    cfg: Config
+    cfg: Run
     store: Store
     address: str
     say: Say
@@ -112,28 +101,31 @@ def label(stage: str, item: str | None) -> str:
     return stage if item is None else f"{stage} {item}"
 
 
-def address(cfg: Config, stage: str, item: str | None = None) -> str:
+def address(cfg: Run, stage: str, item: str | None = None) -> str:
     """Return where the result of a stage lives; the same configuration always gives the same address."""
-    row = STAGES[stage]
-    reads = row.reads + (BASELINE_READS[item] if stage == "train_dense" else ())
-    needs = [address(cfg, need, i) for need in row.needs for i in STAGES[need].items(cfg)]
-    content = [stage, item, row.version, {key: _read(cfg, key) for key in reads}, needs]
+    needs = [address(cfg, *need) for need in cfg.needs(stage, item)]
+    content = [stage, item, STAGES[stage].version, cfg.content(stage, item), needs]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return "-".join(x for x in (stage, item, digest[:12]) if x)
 
 
-def jobs(cfg: Config, stage: str) -> list[tuple[str, str | None, str]]:
+def jobs(cfg: Run, stage: str) -> list[tuple[str, str | None, str]]:
     """Return (stage, item, address) of every job of a stage."""
-    return [(stage, item, address(cfg, stage, item)) for item in STAGES[stage].items(cfg)]
+    return [(stage, item, address(cfg, stage, item)) for item in cfg.items(stage)]
 
 
-def reachable(cfg: Config) -> Iterator[str]:
+def without_jobs(stage: str, cfg: Run) -> str:
+    """Return what to tell somebody who asks for a stage that has no jobs in this run."""
+    return f"{stage}: nothing to do, a run of {cfg.family} with this configuration has no such jobs"
+
+
+def reachable(cfg: Run) -> Iterator[str]:
     """Yield every address a configuration can lead to."""
     for stage in STAGES:
         yield from (here for _, _, here in jobs(cfg, stage))
 
 
-def run(stage: str, cfg: Config, store: Store, item: str | None = None, *, say: Say, console=None) -> Manifest:
+def run(stage: str, cfg: Run, store: Store, item: str | None = None, *, say: Say, console=None) -> Manifest:
     """Do one stage, or return its manifest when its result is already there.
 
     Raises MissingArtifact when an input is not there; waits when another process is doing the same.
@@ -147,7 +139,7 @@ def run(stage: str, cfg: Config, store: Store, item: str | None = None, *, say: 
     return manifest
 
 
-def done(cfg: Config, stage: str, item: str | None, store: Store) -> bool:
+def done(cfg: Run, stage: str, item: str | None, store: Store) -> bool:
     """Whether a job has nothing left to do."""
     return store.has(address(cfg, stage, item)) and not (STAGES[stage].after and cfg.deploy.upload)
 
@@ -155,7 +147,8 @@ def done(cfg: Config, stage: str, item: str | None, store: Store) -> bool:
 def _made(work: Work) -> Manifest:
     """Make the artifact, unless another process makes it meanwhile."""
     store, stage, here, say = work.store, work.stage, work.address, work.say
-    inputs = {a: store.need(a, need).digest for need in STAGES[stage].needs for _, _, a in jobs(work.cfg, need)}
+    needs = [(need, address(work.cfg, need, item)) for need, item in work.cfg.needs(stage, work.item)]
+    inputs = {there: store.need(there, need).digest for need, there in needs}
     waiting = f"{work.name}: another process is making {here}; waiting for it"
     with room(work.folder), store.alone(here, lambda: say(waiting, None)):
         return store.need(here, stage) if store.has(here) else _make(work, inputs)
@@ -172,28 +165,59 @@ def _make(work: Work, inputs: dict[str, str]) -> Manifest:
 
 
 def _preprocess(work: Work) -> dict:
-    return family(work.cfg.family).prepare(work.cfg, work.folder, work.say, work.store.parts(work.address))
+    parts = work.store.parts(work.address)
+    return family(work.cfg.family).prepare(work.cfg, work.folder, work.say, parts, work.item)
+
+
+def _route(work: Work) -> dict:
+    return family(work.cfg.family).route_data(work.cfg, work.parts, work.folder, work.say)
 
 
 def _train(work: Work) -> dict:
-    """Make the family's task for this stage and fit it."""
+    """Make the family's task for this stage and fit it, or write what needs no training."""
+    from .budget import Peak, give_back_at_once
+    from .moments import import_int8
+    from .train import Given
+
+    kind = family(work.cfg.family)
+    if work.cfg.runtime.memory_budget:
+        import_int8()  # as much an import as the rest
+    peak = Peak()  # after imports, before anything is loaded
+    give_back_at_once()
+    _settle_threads(work)
+    make = {"train_shared": "shared", "train_experts": "expert", "train_router": "router", "train_dense": "dense"}
+    args = () if work.item is None else (work.item,)
+    task = getattr(kind, make[work.stage])(work.cfg, work.parts, *args)
+    return task.write(work.folder) if isinstance(task, Given) else _fit(work, task, peak)
+
+
+def _settle_threads(work: Work) -> None:
+    """Choose the threads of a job when they are to be measured; a job that goes on keeps those it began with."""
+    import torch
+
+    from .budget import fastest_threads
+
+    if work.cfg.runtime.threads != "auto":
+        return
+    note = work.store.resume(work.address) / "threads.json"
+    threads = json.loads(note.read_text("utf-8")) if note.exists() else fastest_threads(torch.get_num_threads())
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps(threads))
+    torch.set_num_threads(threads)
+
+
+def _fit(work: Work, task, peak) -> dict:
+    import torch
+
     from .budget import machine
     from .train import Place, fit
 
-    make, section, args = {
-        "train_shared": ("shared", "trunk", ()),
-        "train_experts": ("expert", "expert", (work.item,)),
-        "train_router": ("router", "router", ()),
-        "train_dense": ("dense", "trunk" if "trunk" in BASELINE_READS.get(work.item, ()) else "expert", (work.item,)),
-    }[work.stage]
-    import torch
-
-    task = getattr(family(work.cfg.family), make)(work.cfg, work.parts, *args)
-    runtime = work.cfg.runtime
+    runtime, section = work.cfg.runtime, work.cfg.section(work.stage, work.item)
     recorder = _recorder(work, task.steps)
     place = Place(
         work.store.resume(work.address), recorder, work.store.publish, work.name, section,
-        runtime.save_every_s, runtime.log_every_steps,
+        runtime.save_every_s, runtime.log_every_steps, peak,
     )  # fmt: skip
     try:
         metrics = fit(task, place)
@@ -218,7 +242,9 @@ def _evaluate(work: Work) -> dict:
     from . import report
 
     tables = family(work.cfg.family).measure(work.cfg, work.parts, work.say)
-    rows = {label(s, i): work.parts.history(s, i) for s in TRAINING for i in STAGES[s].items(work.cfg)}
+    done_jobs = [(s, i) for s in TRAINING for i in work.cfg.items(s)]
+    fitted = [job for job in done_jobs if "planned_steps" in work.parts.manifest(*job).metrics]
+    rows = {label(*job): work.parts.history(*job) for job in fitted}
     write_text(work.folder / "report.json", json.dumps(tables, indent=1))
     write_text(work.folder / "report.html", report.page(tables, rows))
     return {"criteria": {c["name"]: c["passed"] for c in tables["criteria"]}}
@@ -234,23 +260,11 @@ def _upload(work: Work) -> None:
 
 
 def _write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_tensors(path, content)
     else:
         write_text(path, json.dumps(content, indent=1, sort_keys=True))
-
-
-def _read(cfg: Config, key: str):
-    """Return what a stage's address holds of a section (without its later fields) or of a dotted field."""
-    section, _, name = key.partition(".")
-    value = getattr(cfg, section)
-    if name:
-        value = getattr(value, name)
-        return value.model_dump(mode="json") if isinstance(value, Section) else value
-    if not isinstance(value, Section):
-        return value
-    later = {n for n, f in type(value).model_fields.items() if (f.json_schema_extra or {}).get("later")}
-    return value.model_dump(mode="json", exclude=later)
 
 
 def _kept(work: Work) -> dict:
@@ -263,38 +277,14 @@ def _packages() -> dict[str, str]:
 
 
 TRAINING = ("train_shared", "train_experts", "train_router", "train_dense")
-_TRAINED = ("family", "seed", "dtype")
 STAGES = {
-    "preprocess": Stage(_preprocess, reads=("family", "data", "partition", "tokenizer")),
-    "train_shared": Stage(_train, reads=(*_TRAINED, "trunk"), needs=("preprocess",)),
-    "train_experts": Stage(
-        _train,
-        reads=(*_TRAINED, "expert", "partition.overlap"),
-        needs=("preprocess", "train_shared"),
-        items=lambda cfg: cfg.experts,
-    ),
-    "train_router": Stage(
-        _train,
-        reads=(*_TRAINED, "router", "trunk.anchor"),
-        needs=("preprocess", "train_shared", "train_experts"),
-    ),
-    "train_dense": Stage(
-        _train,
-        reads=(*_TRAINED, "dense", "expert", "expert.domains"),
-        needs=("preprocess", "train_shared"),
-        items=lambda cfg: cfg.dense.baselines,
-    ),
-    "evaluate": Stage(
-        _evaluate,
-        reads=("name", "evaluate"),
-        needs=("preprocess", *TRAINING),
-    ),
-    "deploy": Stage(
-        _bundle,
-        reads=("family", "name"),
-        needs=("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
-        in_run=False,
-        after=_upload,
-    ),
+    "preprocess": Stage(_preprocess),
+    "train_shared": Stage(_train),
+    "train_experts": Stage(_train),
+    "routing": Stage(_route),
+    "train_router": Stage(_train),
+    "train_dense": Stage(_train),
+    "evaluate": Stage(_evaluate),
+    "deploy": Stage(_bundle, in_run=False, after=_upload),
 }
 RUN = tuple(name for name, row in STAGES.items() if row.in_run)

@@ -9,21 +9,24 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .budget import Peak, product_flops_per_s
-from .checkpoint import Progress, restore, save
+from .budget import Peak, give_back, product_flops_per_s, reuse_blocks
+from .checkpoint import Progress, keep_best, put_back_best, restore, save
 from .config import Fit
 from .errors import Interrupted, NotFiniteError, PipelineError
+from .means import Guard, Means, unbounded
+from .optimizer import AdamW, gradients_in
 from .store import room
 
 TAIL_STEPS = 50  # training loss in the manifest is the mean over the last so many steps
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _nothing(_step: int) -> None: ...
@@ -55,6 +58,15 @@ class Task:
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # other tensors that must survive
     flops_per_token: float = 0.0
     bf16: bool = False
+    halved: tuple[str, ...] = ()  # parameters that compute in bf16 while they train; fit leaves them fp32
+    means: Means | None = None  # None: what the options say, nothing chosen
+
+
+@dataclass(frozen=True)
+class Given:
+    """A part that needs no training: what is written instead."""
+
+    write: Callable[[Path], dict]  # folder -> metrics, its files written
 
 
 class Recorder(Protocol):
@@ -78,6 +90,7 @@ class Place:
     settings: str  # for messages: the configuration section
     save_every_s: float = 60.0
     log_every_steps: int = 10
+    peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
 
 
 def lr_at(step: int, steps: int, opts) -> float:
@@ -91,7 +104,7 @@ def lr_at(step: int, steps: int, opts) -> float:
 
 
 def fit(task: Task, place: Place) -> dict:
-    """Train task for its steps from the last good checkpoint; leave the kept state in its parameters.
+    """Train task for its steps from the last good checkpoint; leave the kept state in its parameters, in fp32.
 
     Returns metrics: steps, tokens, train_nats, valid_nats, best_step, seconds and their breakdown,
     tokens_per_s, peak_mb. Raises NotFiniteError, Interrupted after saving, DiskFull, and PipelineError
@@ -100,19 +113,25 @@ def fit(task: Task, place: Place) -> dict:
     if not task.parameters or not all(p.requires_grad for p in task.parameters.values()):
         raise PipelineError(f"{place.name} has no parameters to train: this is a fault of the family, please report it")
     opts = task.options
-    peak, clock = Peak(), _Clock(next(iter(task.parameters.values())).device)
-    optimizer = _optimizer(task, opts)
-    run = restore(place.slots, task, optimizer, place.recorder.note) or Progress(start=_fingerprint(task))
+    means = task.means or unbounded(opts, task.tokens_per_row, False, False)
+    peak, clock = place.peak, _Clock(next(iter(task.parameters.values())).device)
+    optimizer = AdamW(task.parameters, opts, task.halved, means.moments)
+    run = restore(place.slots, task, optimizer, place.recorder.note) or Progress(start=_fingerprint(task, optimizer))
+    guard = Guard(means, peak, run, place.recorder.note)
     place.recorder.start(run.step)
     saved_at, logged_step = time.monotonic(), run.step
-    with _asked_to_stop() as stop:
+    buffers = gradients_in(task.parameters.values(), KINDS[means.gradients], means.fuse_optimizer)
+    stepping = closing(_Fused(optimizer)) if means.fuse_optimizer else nullcontext()
+    with _asked_to_stop() as stop, buffers, stepping as fused:
+        reuse_blocks(means.reuse_bytes)
         while True:
             if _due(run.step, task.steps, opts.eval_every_steps) and run.evaluated_step < run.step and task.validate:
                 valid_nats = task.validate()
                 if not math.isfinite(valid_nats):
                     what = f"the validation loss at step {run.step} is {valid_nats}"
                     raise NotFiniteError(_not_finite(place, run, what))
-                run.evaluated(valid_nats, {n: p.detach() for n, p in task.parameters.items()}, opts.keep)
+                if run.evaluated(valid_nats) and opts.keep == "best":
+                    keep_best(place.slots, task, optimizer, run)
                 clock.lap("evaluate")
                 tokens = run.step * opts.batch_sequences * task.tokens_per_row
                 place.recorder.row(
@@ -132,28 +151,28 @@ def fit(task: Task, place: Place) -> dict:
 
             task.before_step(run.step)
             lr = lr_at(run.step, task.steps, opts)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            micro = opts.micro_batch_sequences or opts.batch_sequences
-            first = run.step * opts.batch_sequences
-            sizes = [min(micro, opts.batch_sequences - at) for at in range(0, opts.batch_sequences, micro)]
-            batches = [task.batch(first + i * micro, size) for i, size in enumerate(sizes)]
-            clock.lap("data")
-            nats = 0.0
-            for size, batch in zip(sizes, batches, strict=True):
-                share = size / opts.batch_sequences
+            optimizer.lr = lr
+            nats, first = 0.0, run.step * opts.batch_sequences
+            for size in guard.sizes(opts.batch_sequences):
+                batch = task.batch(first, size)
+                first += size
+                clock.lap("data")
                 loss = task.loss(batch)
-                total = (loss + task.penalty()) * share
+                total = (loss + task.penalty()) * (size / opts.batch_sequences)
+                if means.trim:
+                    give_back()
                 clock.lap("forward")
                 total.backward()
-                nats += loss.item() * share
+                nats += loss.item() * size / opts.batch_sequences
+                if means.trim:
+                    give_back()
                 clock.lap("backward")
-            norm = nn.utils.clip_grad_norm_(task.parameters.values(), opts.clip_norm or math.inf).item()
+            norm = fused.norm() if fused else optimizer.norm()
             if not math.isfinite(nats + norm):
                 what = f"the loss at step {run.step} is {nats} (gradient norm {norm}, learning rate {lr:.2g})"
                 raise NotFiniteError(_not_finite(place, run, what))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if not fused:
+                optimizer.step(min(1.0, opts.clip_norm / (norm + 1e-6)) if opts.clip_norm else 1.0)
             numbers = task.after_step()
             clock.lap("optimizer")
             run.step += 1
@@ -163,11 +182,39 @@ def fit(task: Task, place: Place) -> dict:
                 tokens = (run.step - logged_step) * opts.batch_sequences * task.tokens_per_row
                 logged_step = run.step
                 place.recorder.row(_row(run, task, opts, lr, norm, numbers, clock.since(run), tokens, peak))
-    _check_moved(task, run, place)
+    _check_moved(task, optimizer, run, place)
+    optimizer.whole()
     if opts.keep == "best":
-        run.restore_best(task)
+        put_back_best(place.slots, task, run)
     clock.since(run)
-    return _metrics(run, task, opts, peak)
+    return _metrics(run, task, means, peak)
+
+
+class _Fused:
+    """Steps each parameter as soon as its gradient is there, and adds up the norm on the way."""
+
+    def __init__(self, optimizer: AdamW):
+        self.optimizer, self.square = optimizer, 0.0
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _p, name=name: self._move(name))
+            for name, parameter in optimizer.parameters.items()
+        ]
+
+    def close(self) -> None:
+        """Let the parameters be as they were."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _move(self, name: str) -> None:
+        self.square += self.optimizer.norm([name]) ** 2
+        self.optimizer.move(name)
+        self.optimizer.parameters[name].grad = None
+
+    def norm(self) -> float:
+        """Return the gradient norm of the step just taken, and count it."""
+        square, self.square = self.square, 0.0
+        self.optimizer.steps += 1
+        return math.sqrt(square)
 
 
 def _row(run, task, opts, lr, norm, numbers, laps, tokens, peak) -> dict:
@@ -179,7 +226,8 @@ def _row(run, task, opts, lr, norm, numbers, laps, tokens, peak) -> dict:
     }  # fmt: skip
 
 
-def _metrics(run: Progress, task: Task, opts, peak: Peak) -> dict:
+def _metrics(run: Progress, task: Task, means: Means, peak: Peak) -> dict:
+    opts = task.options
     tokens = run.step * opts.batch_sequences * task.tokens_per_row
     training_s = sum(run.seconds.get(k, 0.0) for k in ("data", "forward", "backward", "optimizer"))
     rate = tokens / training_s if training_s else 0.0
@@ -192,7 +240,8 @@ def _metrics(run: Progress, task: Task, opts, peak: Peak) -> dict:
         "seconds": sum(run.seconds.values()), "training_s": training_s,
         **{f"{k}_s": v for k, v in sorted(run.seconds.items())}, "tokens_per_s": rate,
         "flops_per_token": task.flops_per_token, "mfu": rate * task.flops_per_token / rate_flops,
-        "peak_mb": peak.bytes() / 1e6, "parameters": sum(p.numel() for p in task.parameters.values()),
+        "parameters": sum(p.numel() for p in task.parameters.values()),
+        "means": asdict(means) | {"micro_batch_sequences": run.micro}, **peak.report(),
     }  # fmt: skip
 
 
@@ -200,23 +249,14 @@ def _due(step: int, steps: int, every: int) -> bool:
     return step == steps or bool(every and step and step % every == 0)
 
 
-def _optimizer(task: Task, opts) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay, as usual for transformers."""
-    matrices = [p for p in task.parameters.values() if p.ndim >= 2]
-    vectors = [p for p in task.parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": opts.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=opts.lr, betas=(0.9, opts.beta2), fused=True)
+def _fingerprint(task: Task, optimizer: AdamW) -> dict[str, int]:
+    """Return a checksum per parameter that training changes; how _check_moved knows."""
+    return {name: optimizer.checksum(name) for name in task.parameters}
 
 
-def _fingerprint(task: Task) -> dict[str, float]:
-    """Return a sum per parameter that training changes; how _check_moved knows."""
-    weigh = {n: torch.linspace(1, 2, p.numel(), dtype=torch.float64) for n, p in task.parameters.items()}
-    return {n: float(p.detach().cpu().double().flatten() @ weigh[n]) for n, p in task.parameters.items()}
-
-
-def _check_moved(task: Task, run: Progress, place: Place) -> None:
+def _check_moved(task: Task, optimizer: AdamW, run: Progress, place: Place) -> None:
     """Raise PipelineError when a parameter never changed: a run that trains nothing must not pass for one that did."""
-    still = [n for n, now in _fingerprint(task).items() if run.step and now == run.start[n]]
+    still = [n for n, now in _fingerprint(task, optimizer).items() if run.step and now == run.start[n]]
     if still:
         raise PipelineError(
             f"{place.name}: {len(still)} of {len(task.parameters)} tensors did not change in {run.step} steps, "

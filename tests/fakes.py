@@ -67,6 +67,19 @@ def small_task(steps=10, noisy=True, **options):
     )  # fmt: skip
 
 
+def in_bf16(task):
+    """Return task with matrices that compute in bf16, as a bf16 training has them."""
+
+    def under(compute):
+        def computed(*args):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                return compute(*args)
+
+        return computed
+
+    return replace(task, loss=under(task.loss), validate=under(task.validate), halved=("first", "second"))
+
+
 def place(folder, **changes):
     """Return where a small task keeps its checkpoints: one after every step."""
     settings = {"save_every_s": 1e-9, "log_every_steps": 1} | changes

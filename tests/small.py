@@ -82,7 +82,8 @@ class Parts:
 
     def manifest(self, stage: str, item: str | None = None):
         """Return the metrics of a training as a manifest has them."""
-        return SimpleNamespace(metrics=self.metrics[stage, item], files={})
+        files = {path.name: path.stat().st_size for path in self.folder(stage, item).iterdir()}
+        return SimpleNamespace(metrics=self.metrics[stage, item], files=files)
 
     def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
         """Return the tensors of a file."""

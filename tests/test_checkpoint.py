@@ -1,15 +1,17 @@
 """Two slots: what a save leaves, and what happens when a slot is not what was written."""
 
+import gc
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, flip, place, small_task, values
+from fakes import Killed, dying, equal, flip, in_bf16, place, small_task, values
 
-from pipeline import checkpoint
+from pipeline import checkpoint, train
+from pipeline.checkpoint import Progress
 from pipeline.errors import DiskFull
 from pipeline.train import fit
 
@@ -44,7 +46,8 @@ def stopped(tmp_path):
 
 def slots(folder):
     """Return {step: slot}."""
-    return {json.loads((s / "state.json").read_text())["run"]["step"]: s for s in sorted(folder.iterdir())}
+    found = sorted(folder.glob("*/state.json"))
+    return {json.loads(path.read_text())["run"]["step"]: path.parent for path in found}
 
 
 def resume(folder, reseed=True):
@@ -156,3 +159,190 @@ def test_tensors_are_on_disk_before_the_numbers_that_vouch_for_them(tmp_path, mo
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(Path(f"/proc/self/fd/{handle}").readlink().name))
     fit(small_task(steps=1), place(tmp_path))
     assert flushed.index("state.safetensors.part") < flushed.index("state.json.part") < flushed.index("state.json")
+
+
+def falling(task=None, **changes):
+    """Return a task each of whose evaluations, at steps 3, 6, 9 and 10, is better than the last."""
+    task = task or small_task(**changes)
+    now = [0]
+    return replace(task, before_step=lambda at: now.__setitem__(0, at + 1), validate=lambda: 1 / (1 + now[0])), now
+
+
+def killed(folder, step, task=None):
+    """Leave what a run with falling losses leaves that ends before a step."""
+    first, now = falling(task)
+
+    def before_step(at):
+        now[0] = at + 1
+        if at == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(replace(first, before_step=before_step), place(folder))
+
+
+def went_on(folder, task=None):
+    """Finish that run; return its parameters and recorder."""
+    again, now = falling(task)
+    torch.manual_seed(5)
+    here = place(folder)
+    here.recorder.start = lambda step: (now.__setitem__(0, step), here.recorder.starts.append(step))
+    fit(again, here)
+    return values(again), here.recorder
+
+
+def best_files(folder):
+    return sorted(path.name for path in folder.glob("best-*"))
+
+
+@pytest.fixture
+def better(tmp_path):
+    """Folder of a run with falling losses that was killed before step 6; and what it leads to."""
+    task, _ = falling()
+    fit(task, place(tmp_path / "whole"))
+    killed(tmp_path / "better", 6)
+    return tmp_path / "better", values(task)
+
+
+def test_the_best_state_is_a_file_beside_the_slots_that_both_name(better):
+    folder, _ = better
+    found = slots(folder)
+    assert sorted(found) == [5, 6] and best_files(folder) == ["best-3.safetensors", "best-6.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "b", *best_files(folder)]
+    named = {step: json.loads((slot / "state.json").read_text())["run"] for step, slot in found.items()}
+    for step, best in {5: 3, 6: 6}.items():
+        path = folder / f"best-{best}.safetensors"
+        assert named[step]["best_step"] == best and named[step]["best_sha256"] == checkpoint.sha256(path)
+
+
+def test_best_states_that_nothing_names_are_removed(better):
+    folder, wanted = better
+    (folder / "best-1.safetensors").write_bytes(b"old")
+    (folder / "best-4.safetensors.part").write_bytes(b"torn")
+    got, _ = went_on(folder)
+    assert equal(got, wanted) and best_files(folder) == ["best-10.safetensors", "best-9.safetensors"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_best_state_costs_the_slots_that_name_it(better, how):
+    folder, wanted = better
+    DAMAGE[how](folder / "best-6.safetensors")
+    got, recorder = went_on(folder)
+    assert recorder.starts == [5] and equal(got, wanted)
+    assert len(recorder.notes) == 1 and "best-6.safetensors" in recorder.notes[0]
+    assert recorder.notes[0].endswith("; going on from the other one, step 5")
+
+
+def test_two_damaged_best_states_start_over(better):
+    folder, _ = better
+    for name in best_files(folder):
+        flip(folder / name)
+    _, recorder = went_on(folder)
+    assert recorder.starts == [0] and len(recorder.notes) == 2
+
+
+def test_a_run_killed_between_its_best_state_and_its_slot_ends_the_same(better, monkeypatch):
+    folder, wanted = better
+    calls, real = [], train.save
+
+    def save(folder, task, optimizer, run):
+        calls.append(run.step)
+        if run.step == 9:
+            raise Killed
+        real(folder, task, optimizer, run)
+
+    monkeypatch.setattr(train, "save", save)
+    with pytest.raises(Killed):
+        went_on(folder)
+    monkeypatch.undo()
+    assert calls[-1] == 9 and "best-9.safetensors" in best_files(folder)
+    got, recorder = went_on(folder)
+    assert recorder.starts == [8] and recorder.notes == [] and equal(got, wanted)
+
+
+def test_a_run_killed_while_it_writes_its_best_state_ends_the_same(better, monkeypatch):
+    folder, wanted = better
+
+    def half(path, tensors):
+        real(path, tensors)
+        if path.name.startswith("best-9"):
+            path.write_bytes(path.read_bytes()[:100])
+            raise Killed
+
+    real = checkpoint.save_tensors
+    monkeypatch.setattr(checkpoint, "save_tensors", half)
+    with pytest.raises(Killed):
+        went_on(folder)
+    monkeypatch.undo()
+    assert "best-9.safetensors" not in best_files(folder)
+    got, recorder = went_on(folder)
+    assert recorder.starts == [8] and equal(got, wanted)
+
+
+def test_the_kept_state_is_the_best_one_in_both_arithmetics(tmp_path):
+    for name, kind in (("fp32", lambda task: task), ("bf16", in_bf16)):
+        losses, seen = iter([3.0, 1.0, 2.0, 2.0]), []
+        task = kind(small_task())
+
+        def validate(losses=losses, seen=seen, task=task):
+            seen.append(values(task))
+            return next(losses)
+
+        metrics = fit(replace(task, validate=validate), place(tmp_path / name))
+        kept = values(task)
+        assert metrics["kept_step"] == 6 and {p.dtype for p in kept.values()} == {torch.float32}
+        assert equal({n: p.to(seen[1][n].dtype) for n, p in kept.items()}, seen[1])
+        fine = [not torch.equal(kept[n], kept[n].bfloat16().float()) for n in ("first", "second")]
+        assert fine == [True, True]  # the masters, not what computed
+
+
+def alive() -> int:
+    """Return how many tensors Python holds."""
+    gc.collect()
+    return sum(type(thing) in (torch.Tensor, torch.nn.Parameter) for thing in gc.get_objects())
+
+
+def test_no_copy_of_the_best_state_is_held(tmp_path):
+    counts = {}
+    for keep in ("best", "last"):
+        task, _ = falling(keep=keep, noisy=False)
+        counts[keep] = []
+        seen = replace(task, after_step=lambda keep=keep: counts[keep].append(alive()) or {})
+        fit(seen, place(tmp_path / keep, save_every_s=1e9))
+        del task, seen
+    assert counts["best"] == counts["last"] and len(counts["best"]) == 10
+    assert json.loads(json.dumps(asdict(Progress()))) == asdict(Progress())
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path, step):
+    whole = in_bf16(small_task())
+    fit(whole, place(tmp_path / "whole"))
+    with pytest.raises(Killed):
+        fit(dying(in_bf16(small_task()), step), place(tmp_path / "killed"))
+    task, here = in_bf16(small_task()), place(tmp_path / "killed")
+    torch.manual_seed(9)
+    with torch.no_grad():
+        task.parameters["first"].fill_(7.0)
+    fit(task, here)
+    assert here.recorder.starts == [step] and equal(values(task), values(whole))
+
+
+def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):
+    with pytest.raises(Killed):
+        fit(dying(in_bf16(small_task()), 5), place(tmp_path))
+    stored = checkpoint.load_tensors(slots(tmp_path)[5] / "state.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in stored.items()}
+    assert kinds["parameter/first"] == torch.bfloat16 and kinds["low/first"] == torch.int16
+    assert kinds["parameter/bias"] == torch.float32 and "low/bias" not in kinds
+    assert stored["low/first"].any()
+
+
+@pytest.mark.parametrize("kinds", [(in_bf16, lambda task: task), (lambda task: task, in_bf16)])
+def test_a_checkpoint_of_the_other_arithmetic_is_not_mistaken(tmp_path, kinds):
+    before, after = kinds
+    with pytest.raises(Killed):
+        fit(dying(before(small_task()), 5), place(tmp_path))
+    here, task = place(tmp_path), after(small_task())
+    fit(task, here)
+    assert here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, Fit, load, merge
+from pipeline.config import Config, Fit, describes_run, load, merge
 from pipeline.config.sections import Section
 from pipeline.errors import ConfigError
 from pipeline.stages import address
 
-OTHERS = {"prices", "dataset"}  # read by other programs
-SHIPPED = sorted(p for p in (Path(__file__).parent.parent / "config").glob("*.yaml") if p.stem not in OTHERS)
+SHIPPED = sorted(filter(describes_run, (Path(__file__).parent.parent / "config").glob("*.yaml")))
 
 
 def write(path: Path, text: str) -> Path:
@@ -220,6 +219,14 @@ def test_merge_changes_neither_side():
     kept = yaml.safe_dump([base, over])
     assert merge(base, over) == {"a": {"tokens": 3, "x": [1]}, "b": {"c": 4}}
     assert yaml.safe_dump([base, over]) == kept
+
+
+def test_a_mapping_over_a_list_is_laid_on_the_entries_it_names():
+    base = {"a": [{"name": "x", "steps": 1}, {"name": "y"}]}
+    assert merge(base, {"a": {"x": {"tokens": 2}}}) == {"a": [{"name": "x", "tokens": 2}, {"name": "y"}]}
+    assert merge(base, {"a": [{"name": "z"}]}) == {"a": [{"name": "z"}]}
+    with pytest.raises(ConfigError, match="a: no entry is named z; there are x, y"):
+        merge(base, {"a": {"z": {}}})
 
 
 def test_names_of_domains_follow_the_partition():

@@ -212,7 +212,7 @@ def test_zero_steps_assemble_the_stack_without_training(trained, init):
     assert found.metrics["steps"] == 0
     stack = ffn_moe.assemble(cfg, trained)
     judged = torch.cat([stack.nats(ids).flatten() for ids in ffn_moe._validation(
-        cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts)]).mean().item()  # fmt: skip
+        cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4)]).mean().item()  # fmt: skip
     assert found.metrics["valid_nats"] == pytest.approx(judged, abs=1e-5)  # what is measured is what is exported
     small.train(trained.cfg, trained, "train_router")
 
@@ -221,7 +221,7 @@ def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(
     cfg = small.config(router__temperature={"start": 5.0, "end": 2.0}, router__keep="best", router__eval_every_steps=1)
     found = small.train(cfg, trained, "train_router")
     stack = ffn_moe.assemble(cfg, trained)
-    held_out = ffn_moe._validation(cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts)
+    held_out = ffn_moe._validation(cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4)
     judged = torch.cat([stack.nats(ids).flatten() for ids in held_out]).mean().item()
     assert found.metrics["valid_nats"] == pytest.approx(judged, abs=1e-5)
     small.train(trained.cfg, trained, "train_router")

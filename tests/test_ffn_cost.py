@@ -1,12 +1,18 @@
 """Budgets of an ffn_moe run: what each job promises to spend is what its training does, and its address holds it."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
-from pipeline.config.sections import Config, Section
+from pipeline.budget import Shape
+from pipeline.config import Config, Section
+from pipeline.config.ffn_moe import BASELINE_READS, NEEDS, READS
 from pipeline.data import Shards
+from pipeline.errors import BudgetError
 from pipeline.families import ffn_cost, ffn_moe
-from pipeline.stages import BASELINE_READS, STAGES
+from pipeline.means import LEAST_REUSED_BYTES, Means
 from tests import small
 
 
@@ -83,11 +89,10 @@ class _Watched:
 
 def _held(stage: str, item: str | None) -> set[str]:
     """Return the sections and fields in a stage's address, those of its inputs included."""
-    row = STAGES[stage]
-    out = set(row.reads) | set(BASELINE_READS[item] if stage == "train_dense" else ())
-    for need in row.needs:
+    out = set(READS[stage]) | set(BASELINE_READS[item] if stage == "train_dense" else ())
+    for need in NEEDS[stage]:
         out |= _held(need, None if need != "train_dense" else "total")
-    if "train_experts" in row.needs:
+    if "train_experts" in NEEDS[stage]:
         out.add("expert.domains")  # by the addresses of the experts
     return out
 
@@ -115,3 +120,40 @@ def test_a_stage_reads_no_setting_that_its_address_does_not_hold(trained, stage,
     task.export(1)
     assert len(watched.read) > 5
     assert not {name for name in watched.read if not _in_address(name, _held(stage, item))}
+
+
+LARGE = {"layers": 4, "d_model": 512, "heads": 8, "d_ff": 1365, "context_tokens": 512}
+
+
+def peak(plan: Means, trains: str = "ffn", bf16: bool = True, experts: int = 4) -> int:
+    """Return the predicted peak of a training of some size."""
+    cfg = small.config(trunk=LARGE | {"kv_heads": None}, tokenizer__vocab_size=16_384)
+    return ffn_cost.peak_bytes(Shape.of(cfg.trunk, cfg.tokenizer.vocab_size), trains, plan, bf16, experts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"micro_batch_sequences": 4}, {"moments": "bf16"}, {"moments": "int8"}, {"gradients": "bf16"},
+     {"checkpointing": True}, {"reuse_bytes": LEAST_REUSED_BYTES}, {"chunk_logits": 2**20}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+@pytest.mark.parametrize("trains", ["all", "ffn"])
+def test_every_means_lowers_the_predicted_peak(trains, changes):
+    plain = Means(8)
+    assert peak(replace(plain, **changes), trains) < peak(plain, trains) < peak(plain, trains, bf16=False)
+
+
+def test_only_gates_need_more_memory_for_more_experts():
+    for trains, grows in (("all", False), ("ffn", False), ("gates", True)):
+        assert (peak(Means(1), trains, experts=64) > peak(Means(1), trains, experts=2)) == grows
+
+
+def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
+    def cost(budget):
+        cfg = small.config(runtime__memory_budget=budget)
+        return ffn_cost.cost(cfg, "train_experts", "alpha", None, bf16=True)
+
+    with pytest.raises(BudgetError, match="^train_experts-alpha does not fit into runtime.memory_budget 1MB") as error:
+        cost("1MB")
+    least = re.search("smallest that works is ([0-9]+)MB", str(error.value))[1]
+    assert cost(f"{least}MB").peak_bytes <= int(least) * 10**6 < 300 * 10**6

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.model.loss import CHUNK_TOKENS, cross_entropy, token_nats
+from pipeline.model.loss import LEAST_CHUNK_TOKENS, cross_entropy, token_nats
 
 D, V = 16, 37
 
@@ -87,7 +87,7 @@ def test_large_logits_do_not_overflow():
     assert all(g.isfinite().all() for g in torch.autograd.grad(ours, (h_ND, head_VD)))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, CHUNK_TOKENS + 5])
+@pytest.mark.parametrize("tokens", [1, 7, LEAST_CHUNK_TOKENS + 5])
 def test_token_nats_are_each_tokens_loss(tokens):
     h_ND, head_VD, target_N = drawn(tokens)
     found = token_nats(h_ND, head_VD, target_N)

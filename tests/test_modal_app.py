@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import cloud, stages
 from pipeline.config import load
+from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
 CLEAN = "import modal_app; print(modal_app.modal.__file__)"
@@ -69,6 +70,49 @@ def test_what_the_steps_of_a_divided_preprocess_ask_for(app, step):
     assert list(asked.volumes) == ["/store"]
 
 
+def test_the_routing_set_is_made_without_a_gpu(app):
+    info = app.JOBS["routing"].info()
+    assert not info.gpus and info.memory_mib == app.CFG.modal.preprocess.memory_mb
+
+
+def test_what_comes_from_the_hub_stays_on_the_volume(app):
+    assert app.ENV["HF_HOME"].startswith(app.VOLUME)
+
+
+def test_a_stage_that_has_no_jobs_starts_no_container(tmp_path):
+    cfg, said = load(ROOT / "config/demo.yaml"), []
+    assert cloud.conduct(cfg, ("routing",), Store(tmp_path), None, "again", said.append) == []
+    assert said == [stages.without_jobs("routing", cfg)]
+
+
+def test_tasks_have_a_container_each_and_are_not_divided(tmp_path):
+    cfg = load(ROOT / "config/tiny_vlm.yaml", ("modal.preprocess_jobs=5",))
+    asked = []
+
+    def do(stage, items):
+        asked.append((stage, items))
+        return [([item], [cloud.Outcome(stage, item, "x", "failed", "no")]) for item in items]
+
+    cloud.conduct(cfg, ("preprocess", "routing"), Store(tmp_path), do, "again", lambda _text: None)
+    assert asked == [("preprocess", ["color", "ocr", "count", "detect", "none"])]
+
+
+def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, capsys):
+    class Lost:
+        def spawn(self, *_given):
+            return self
+
+        def get(self):
+            raise app.modal.exception.FunctionTimeoutError("hit its timeout of 86400s")
+
+    monkeypatch.setattr(app, "conduct", Lost())
+    monkeypatch.setattr(app, "_names", lambda _folder: [])
+    monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::preprocess"])
+    with pytest.raises(SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"):
+        app._command(("preprocess",), str(ROOT / "config/demo.yaml"), "")
+    assert "plan of demo on Modal" in capsys.readouterr().out
+
+
 def test_what_the_conductor_asks_for(app):
     info = app.conduct.info()
     assert not info.gpus
@@ -104,11 +148,12 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "modal.App.cls = cls\n"
         "import modal_app as m; dense = m.train_dense_job.info()\n"
         "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, dense.memory_mib)\n"
-        "print([len(f.info().secrets) for f in (m.preprocess_job, m.train_shared_job, m.train_router_job)])"
+        "print(seen['startup_timeout'] > 600)\n"
+        "print([len(f.info().secrets) for f in (m.preprocess_job, m.train_router_job, m.train_dense_job)])"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "[2, 2, 1]"]
+    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "True", "[2, 2, 1]"]
 
 
 def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):

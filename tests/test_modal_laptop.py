@@ -11,9 +11,9 @@ from rich.console import Console
 
 from pipeline import cloud, stages
 from pipeline.cloud.outlook import STARTUP_S
-from pipeline.config import Config, load
+from pipeline.config import Config, describes_run, load
 from pipeline.config.machines import Machine, Trainer, Worker
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MissingArtifact
 from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_help_needs_no_configuration(here):
 
 
 def test_every_shipped_configuration_can_run(here):
-    for path in [p for p in (ROOT / "config").glob("*.yaml") if p.name != "prices.yaml"]:
+    for path in filter(describes_run, (ROOT / "config").glob("*.yaml")):
         cloud.check(load(path), PRICES, "/store")
 
 
@@ -207,6 +207,17 @@ def test_finished_jobs_on_the_same_kind_of_machine_are_the_measure(finished, tmp
     assert (line.seconds - STARTUP_S) / (other.seconds - STARTUP_S) == pytest.approx(0.3 * 989)
 
 
+def test_a_command_whose_inputs_are_not_there_is_refused_before_anything_is_rented(finished, tmp_path):
+    path, store = finished
+    cfg, other = load(path), load(path, ("trunk.steps=41",))
+    cloud.refuse_without_inputs(cfg, ("train_experts",), Store(store))
+    cloud.refuse_without_inputs(other, stages.RUN, Store(tmp_path / "none"))
+    with pytest.raises(MissingArtifact, match=r"needs train_shared of.*`modal run modal_app.py::train_shared` first"):
+        cloud.refuse_without_inputs(other, ("train_experts",), Store(store))
+    with pytest.raises(MissingArtifact, match=r"train_router needs preprocess, train_shared, train_experts sea, "):
+        cloud.refuse_without_inputs(cfg, ("train_router",), Store(tmp_path / "none"))
+
+
 def test_a_command_above_the_limit_is_refused(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=10000000000", "modal.max_cost_usd=1"))
     lines = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
@@ -239,6 +250,8 @@ def test_the_plan_says_where_and_what_it_costs(tmp_path):
     assert "H100 or A100" in text and "8 cores" in text
     assert "after preprocess" in text and "at least $" in text
     assert "prices of 2026" in text
+    [line] = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    assert f" {line.peak_bytes / 1e6:,.0f} MB " in text and line.peak_bytes > 0
 
 
 def test_a_command_that_trains_nothing_has_no_estimate(tmp_path):

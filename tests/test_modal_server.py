@@ -122,7 +122,7 @@ def small(tmp_path_factory):
     """The client in a folder with the small app."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "app.py").write_text(APP)
-    with rehearsal(folder, folder, PLACE=str(folder / "place")) as client:
+    with rehearsal(folder, folder, "--commits", "3600", PLACE=str(folder / "place")) as client:
         yield client
 
 

@@ -98,7 +98,7 @@ def test_stages_find_each_others_artifacts_across_containers(prepared, tmp_path)
     store_path = tmp_path / "store"
     local = Store(store_path).open()
     for stage in ("preprocess", "train_shared", "train_experts", "train_router"):
-        for item in stages.STAGES[stage].items(cfg):
+        for item in cfg.items(stage):
             stages.run(stage, cfg, local, item, say=lambda _text, _share: None)
     assert contents(volume.path) == contents(store_path)
 
@@ -106,7 +106,7 @@ def test_stages_find_each_others_artifacts_across_containers(prepared, tmp_path)
 def test_a_missing_refresh_shows(early, prepared):
     _, cfg = prepared
     [outcome] = work(early[1], cfg, "train_shared", refresh=nothing)
-    assert "is not in" in outcome.error
+    assert "is not in" in outcome.error and "modal run modal_app.py::preprocess" in outcome.error
 
 
 def test_a_missing_commit_shows(prepared):
@@ -152,8 +152,15 @@ def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeyp
         (folder / "tensors").write_bytes(b"0" * 1000)
         return store.Manifest("thing-1", "thing", None, {}, store.inventory(folder))
 
+    early = []  # files flushed when the manifest was there already: a machine that dies then leaves it alone
+
+    def flushed(home, look, path):
+        look()
+        early.extend([path.name] if home.has("thing-1") else [])
+        flush(path)
+
     def ours(home, look):
-        monkeypatch.setattr(store, "flush", lambda path: (look(), flush(path)))
+        monkeypatch.setattr(store, "flush", lambda path: flushed(home, look, path))
         home.finish(manifest_of(home))
         monkeypatch.setattr(store, "flush", flush)
 
@@ -165,6 +172,7 @@ def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeyp
         (home.folder("thing-1") / "tensors").write_bytes(b"0" * 1000)
 
     assert set(seen_halfway(volume, ours)) == {"whole"}
+    assert "tensors" not in early
     assert seen_halfway(volume, hasty) == ["damaged", "whole"]
 
 
@@ -223,6 +231,19 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     again = Hands(volume, cfg)
     assert [each.state for each in conduct(volume, cfg, ("train_experts",), again)] == ["found", "made", "found"]
     assert again.given == [("train_experts", "shop")]
+
+
+def test_a_damaged_artifact_is_a_failure_told_in_commands_of_modal(prepared):
+    volume, cfg = prepared
+    changed = cfg.model_copy(update={"trunk": cfg.trunk.model_copy(update={"steps": 2})})
+    address, lines = stages.address(changed, "train_shared"), []
+    [made] = conduct(volume, changed, ("train_shared",), Hands(volume, changed))
+    (volume.path / f"artifacts/{address}/trunk.safetensors").unlink()
+    [found] = conduct(volume, changed, ("train_shared",), Hands(volume, changed), lines)
+    assert (made.state, found.state) == ("made", "failed")
+    assert "trunk.safetensors is gone" in found.error
+    assert f"`modal volume rm -r moleforge artifacts/{address}` and run the same command" in found.error
+    assert "0 of 1 jobs of train_shared" in lines[-1]
 
 
 @pytest.fixture

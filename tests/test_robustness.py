@@ -110,7 +110,7 @@ def disk(_audited, monkeypatch):
 
 def make(stage, cfg, store_path):
     """Do one job of a stage as the job's process does it."""
-    item = stages.STAGES[stage].items(cfg)[0]
+    item = cfg.items(stage)[0]
     store, nowhere = Store(store_path).open(), Console(file=io.StringIO())
     return stages.run(stage, cfg, store, item, say=lambda *_: None, console=nowhere)
 
@@ -138,7 +138,7 @@ def crash_points(disk, stage, prepared, tmp_path, how, ends_with, first=0, strid
     if stage == "preprocess":
         before = tmp_path / "empty"
         before.mkdir()
-    address = stages.address(cfg, stage, stages.STAGES[stage].items(cfg)[0])
+    address = stages.address(cfg, stage, cfg.items(stage)[0])
     whole, here = tmp_path / "whole", tmp_path / "one"
     shutil.copytree(before, whole)
     disk.watch(whole, how=how)

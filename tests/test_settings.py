@@ -18,8 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import train
-from pipeline.config import Config
-from pipeline.config.sections import Section
+from pipeline.config import Config, Run, Section
 from pipeline.data import prepare
 from pipeline.errors import PipelineError
 from pipeline.families import ffn_tables
@@ -121,11 +120,15 @@ def _trained(cfg, parts, stage, folder) -> str:
     numbers = [{k: v for k, v in row.items() if k in ("step", "valid_nats")} for row in recorder.rows]
     files = task.export(metrics["kept_step"])
     tensors = [
-        (file, key, value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
+        (file, key, _raw(value) if isinstance(value, torch.Tensor) else str(value).encode())
         for file, content in files.items()
         for key, value in content.items()
     ]
     return _digest([str(numbers).encode(), *(b for _, _, b in tensors), str(sorted(files)).encode()])
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _reported(cfg, parts, _stage, _folder) -> str:
@@ -154,6 +157,8 @@ def _fit(section: str, stage: str) -> dict:
             ("tokens", 64, {}),
             ("batch_sequences", 3, {}),
             ("micro_batch_sequences", 1, {}),
+            ("moments", "bf16", {}),
+            ("gradients", "bf16", {}),
             ("lr", 2e-2, {}),
             ("min_lr_share", 0.9, {}),
             ("warmup_steps", 3, {}),
@@ -252,6 +257,12 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "trunk.revision": "test_revisions_reach_the_hub",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
+    **{
+        f"{section}.{name}": "test_means_reach_their_training"
+        for section in ("trunk", "expert", "router")
+        for name in ("checkpointing", "fuse_optimizer", "compile")
+    },
+    "runtime.memory_budget": "test_means_reach_their_training",
     "runtime.threads": "test_threads_reach_the_job",
     "runtime.save_every_s": "test_runtime_reaches_the_training_loop",
     "runtime.log_every_steps": "test_runtime_reaches_the_training_loop",
@@ -261,9 +272,9 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")  # their effects need Modal's own client: test_modal*.py
 
 
-def settings() -> set[str]:
+def settings(run: type[Run] = Config) -> set[str]:
     """Return every setting as section.field; fields of Fit under each section that has them, sections left out."""
-    found, waiting = set(), [("", Config)]
+    found, waiting = set(), [("", run)]
     while waiting:
         name, section = waiting.pop()
         for key, field in section.model_fields.items():

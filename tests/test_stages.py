@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_all
@@ -87,9 +88,9 @@ def test_manifests_tie_every_artifact_to_its_inputs(finished):
     path, store_path = finished
     cfg, store = load(path), Store(store_path)
     for stage in stages.RUN:
-        row = stages.STAGES[stage]
-        for _, _, here in stages.jobs(cfg, stage):
-            wanted = {a: store.manifest(a).digest for need in row.needs for _, _, a in stages.jobs(cfg, need)}
+        for _, item, here in stages.jobs(cfg, stage):
+            needed = [stages.address(cfg, *need) for need in cfg.needs(stage, item)]
+            wanted = {a: store.manifest(a).digest for a in needed}
             assert store.manifest(here).inputs == wanted
 
 
@@ -120,6 +121,27 @@ def test_a_missing_input_names_the_command(tmp_path, finished):
     cfg, store = load(finished[0]), Store(tmp_path / "empty").open()
     with pytest.raises(MissingArtifact, match="run `python -m pipeline preprocess`"):
         run("train_shared", cfg, store)
+
+
+def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, monkeypatch):
+    def write(folder):
+        (folder / "pin.json").write_text("{}")
+        return {"files": 1}
+
+    given = SimpleNamespace(shared=lambda _cfg, _parts: train.Given(write))
+    monkeypatch.setattr(stages, "family", lambda _name: given)
+    cfg, store = load(finished[0]), Store(tmp_path / "copy").open()
+    read = stages.address(cfg, "preprocess")
+    shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
+    manifest = run("train_shared", cfg, store)
+    assert manifest.metrics == {"files": 1} and "pin.json" in manifest.files
+    assert not store.history(manifest.address).exists()
+
+
+def test_a_stage_without_jobs_has_no_address_and_says_so(finished):
+    cfg = load(finished[0])
+    assert stages.jobs(cfg, "routing") == [] and "routing" in stages.RUN
+    assert stages.without_jobs("routing", cfg).startswith("routing: nothing to do, a run of ffn_moe")
 
 
 def forget(cfg, store, stage, item=None):

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, place, small_task, values
+from fakes import Killed, dying, equal, in_bf16, place, small_task, values
 from torch import nn
 
 from pipeline.config.sections import Fit
 from pipeline.errors import Interrupted, NotFiniteError, PipelineError
+from pipeline.optimizer import AdamW
 from pipeline.train import fit, lr_at
 
 
@@ -79,14 +80,13 @@ def test_gradients_are_clipped_and_the_norm_before_is_recorded(tmp_path):
 
 def test_clipping_bounds_the_step(tmp_path, monkeypatch):
     norms = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def watched(self, *args, **kwargs):
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(math.sqrt(sum(g.square().sum().item() for g in grads)))
-        return step(self, *args, **kwargs)
+    def watched(self, scale=1.0):
+        norms.append(self.norm() * scale)
+        return step(self, scale)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(AdamW, "step", watched)
     trained(tmp_path / "on", steps=4, clip_norm=1e-3)
     assert max(norms) <= 1e-3 * 1.0001
     norms.clear()
@@ -291,6 +291,32 @@ def test_rows_tell_where_the_time_went(tmp_path):
     assert [row["step"] for row in here.recorder.rows if "valid_nats" in row] == [3, 6, 9, 10]
     parts = sum(metrics[f"{k}_s"] for k in ("data", "forward", "backward", "optimizer", "evaluate", "save"))
     assert metrics["seconds"] == pytest.approx(parts) and metrics["tokens"] == 10 * 8 * 4
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_a_bf16_training_ends_in_fp32_near_the_fp32_one(tmp_path, micro):
+    start = values(small_task())
+    plain, wanted = trained(tmp_path / "plain", noisy=False, micro_batch_sequences=micro)
+    task = in_bf16(small_task(noisy=False, micro_batch_sequences=micro))
+    rounded, metrics = trained(tmp_path / "bf16", task)
+    for name, value in rounded.items():
+        assert value.dtype == torch.float32 and task.parameters[name].grad is None
+        assert 0 < (value - plain[name]).norm() < 0.05 * (plain[name] - start[name]).norm()
+    assert metrics["valid_nats"] == pytest.approx(wanted["valid_nats"], rel=0.02)
+
+
+def test_a_parameter_that_moves_by_less_than_bf16_holds_has_moved(tmp_path):
+    task = in_bf16(small_task(steps=2, noisy=False, lr=1e-6, weight_decay=0.0))
+    start = values(task)
+    trained(tmp_path, task)
+    for name, value in values(task).items():
+        assert 0 < (value - start[name]).abs().max() < 1e-5
+
+
+def test_the_means_and_the_peak_are_in_the_metrics(tmp_path):
+    _, metrics = trained(tmp_path, micro_batch_sequences=3)
+    assert metrics["means"]["micro_batch_sequences"] == 3 and metrics["means"]["moments"] == "fp32"
+    assert {"peak_mb", "host_peak_mb", "mapped_mb", "mapped_share_mb"} <= metrics.keys()
 
 
 def test_a_penalty_moves_the_parameters_and_stays_out_of_the_recorded_loss(tmp_path):

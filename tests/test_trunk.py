@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.model.experts import clone
 from pipeline.model.loss import cross_entropy
-from pipeline.model.trunk import build, fill_in, load, pretrained, settings_of, split
+from pipeline.model.trunk import build, fill_in, load, opened, pretrained, settings_of, split
 
 IDS_BT = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -65,6 +65,73 @@ def test_a_trunk_is_made_again_from_its_settings_and_tensors(tied):
     assert torch.equal(logits(again, other), logits(trunk, dummy))
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
     assert (again.head is again.network.model.embed_tokens.weight) is tied
+
+
+def stored(model) -> tuple[dict, dict, dict]:
+    """Return settings, trunk tensors and dummy tensors of a model, as an artifact holds them."""
+    trunk, dummy = split(model)
+    tensors = ({n: p.detach().clone() for n, p in part.named().items()} for part in (trunk, dummy))
+    return json.loads(json.dumps(settings_of(trunk))), *tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral"])
+def test_an_opened_trunk_is_a_built_and_filled_one_bit_for_bit_and_copies_nothing(kind, tied, dtype):
+    settings, *parts = stored(whole(kind, tie_word_embeddings=tied))
+    tensors, ffn = ({n: t.to(dtype) for n, t in part.items()} for part in parts)
+    built, dummy = (part.to(dtype) for part in build(settings))
+    fill_in(dummy.named(), ffn)
+    built.network.model.rotary_emb = opened(settings, tensors, ffn)[0].network.model.rotary_emb  # stays fp32
+    wanted = logits(load(built, tensors), dummy)
+    trunk, own = opened(settings, tensors, ffn)
+    assert torch.equal(logits(trunk, own), wanted) and wanted.dtype == dtype
+    for found, given in ((trunk.named(), tensors), (own.named(), ffn)):
+        assert {n: p.data_ptr() for n, p in found.items()} == {n: t.data_ptr() for n, t in given.items()}
+        assert not any(p.requires_grad for p in found.values())
+    assert (trunk.head is trunk.network.model.embed_tokens.weight) is tied
+    assert not trunk.training and not any(b.is_meta for b in trunk.buffers())
+
+
+@pytest.mark.parametrize("theta", [100.0, 10_000.0])
+def test_an_opened_trunk_has_the_rotary_embedding_of_its_settings(theta):
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = whole(rope_parameters=rope)
+    wanted = model(IDS_BT).logits.detach()
+    settings, tensors, ffn = stored(model)
+    torch.testing.assert_close(logits(*opened(settings, tensors, ffn)), wanted, rtol=0, atol=1e-5)
+
+
+def test_without_its_tensors_an_opened_dummy_is_a_pattern_only():
+    settings, tensors, _ = stored(whole())
+    trunk, dummy = opened(settings, tensors)
+    assert all(p.is_meta for p in dummy.parameters()) and not any(p.is_meta for p in trunk.parameters())
+
+
+def test_opened_parts_that_do_not_fit_are_refused_by_name():
+    settings, tensors, ffn = stored(whole())
+    with pytest.raises(KeyError, match=r"1 tensors missing or strange, first model\.norm\.weight"):
+        opened(settings, {n: t for n, t in tensors.items() if n != "model.norm.weight"}, ffn)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is \(3,\), not \(16,\)"):
+        opened(settings, tensors | {"model.norm.weight": torch.zeros(3)}, ffn)
+    with pytest.raises(KeyError, match="tensors missing or strange"):
+        opened(settings, tensors, tensors)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trunk_of_its_own_trains_and_leaves_what_it_was_opened_from(tied):
+    settings, tensors, ffn = stored(whole(tie_word_embeddings=tied))
+    before = {n: t.clone() for n, t in tensors.items()}
+    trunk, dummy = opened(settings, tensors, ffn)
+    wanted = logits(trunk, dummy)
+    trunk.own()
+    assert torch.equal(logits(trunk, dummy), wanted) and all(p.requires_grad for p in trunk.parameters())
+    assert (trunk.head is trunk.network.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(t, before[n]) for n, t in tensors.items())
+    assert not torch.allclose(logits(trunk, dummy), wanted)
 
 
 def test_settings_name_no_path_of_this_machine(tmp_path):

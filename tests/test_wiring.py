@@ -9,6 +9,7 @@ from pipeline import backend, stages, train
 from pipeline.data import Shards, rows, tokenizer
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.families import ffn_moe, ffn_tables
+from pipeline.model.trunk import Trunk
 from pipeline.store import Store
 from tests import small
 
@@ -103,7 +104,26 @@ def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
     assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
 
 
-@pytest.mark.parametrize(("threads", "wanted"), [(3, 3), (0, 4)])
+@pytest.mark.parametrize(
+    ("section", "stage"),
+    [("trunk", "train_shared"), ("expert", "train_experts alpha"), ("router", "train_router"),
+     ("expert", "train_dense path"), ("trunk", "train_dense wide")],
+)  # fmt: skip
+def test_means_reach_their_training(trained, section, stage, monkeypatch):
+    compiled, (name, _, item) = [], stage.partition(" ")
+    monkeypatch.setattr(ffn_moe.torch, "compile", lambda loss: compiled.append(loss) or loss)
+    settings = {"fuse_optimizer": True, "clip_norm": 0, "compile": True, "checkpointing": section != "router"}
+    for changes in ({}, {section: settings, "runtime": {"memory_budget": "8GB"}}):
+        task = small.MAKERS[name](small.config(**changes), trained, *([item] if item else []))
+        means, given = task.means, bool(changes)
+        assert (means.fuse_optimizer, means.compile, bool(compiled)) == (given, given, given)
+        assert means.checkpointing == (given and section != "router")
+        assert means.budget_bytes == (8 * 10**9 if given else None)
+        trunks = [c.cell_contents for c in (task.loss.__closure__ or ()) if isinstance(c.cell_contents, Trunk)]
+        assert [trunk.network.is_activation_checkpointing for trunk in trunks] == [means.checkpointing]
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(3, 3), (0, 4), ("auto", 4)])
 def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
     given = []
 

@@ -5,8 +5,8 @@ jobs in containers and says of each how it went.
 """
 
 from .jobs import STEPS, Outcome, conduct, serve_next, served, work
-from .laptop import DEFAULT, announced, check, mirror, overrides, show_outcomes, show_report, typed
-from .outlook import outlook, refuse_above, show_outlook
+from .laptop import DEFAULT, announced, check, explain, mirror, overrides, show_outcomes, show_report, typed
+from .outlook import outlook, refuse_above, refuse_without_inputs, show_outlook
 from .prices import Prices, most_gpus
 
 __all__ = [
@@ -17,11 +17,13 @@ __all__ = [
     "announced",
     "check",
     "conduct",
+    "explain",
     "mirror",
     "most_gpus",
     "outlook",
     "overrides",
     "refuse_above",
+    "refuse_without_inputs",
     "serve_next",
     "served",
     "show_outcomes",

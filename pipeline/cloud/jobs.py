@@ -4,7 +4,9 @@ A container refreshes its view of the store once, before any file is open. What 
 Outcome and is not tried again; a crash, a timeout or a preemption is, from the last published checkpoint.
 """
 
+import gc
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,8 @@ from rich.console import Console
 
 from .. import stages
 from ..backend import teller
-from ..config import Config
+from ..budget import give_back
+from ..config import Run, parse
 from ..errors import Interrupted, MissingArtifact, PipelineError
 from ..families import family
 from ..store import Manifest, Store, room, write_text
@@ -63,27 +66,36 @@ def work(
     """
     import torch
 
-    cfg = Config.model_validate(raw)
+    cfg = parse(raw)
     machine, do = (cfg.modal.preprocess, _step) if stage in STEPS else (getattr(cfg.modal, stage), _one)
-    torch.set_num_threads(cfg.runtime.threads or max(1, int(machine.cpu)))
+    torch.set_num_threads(cfg.runtime.most_threads(int(machine.cpu)))
     refresh()
     store, console = Store(root, publish=publish).open(), Console(stderr=True)
-    return [do(stage, cfg, store, item, console) for item in items]
+    return [_alone(do, stage, cfg, store, item, console) for item in items]
 
 
-def _one(stage: str, cfg: Config, store: Store, item: str | None, console: Console) -> Outcome:
+def _alone(do, stage: str, cfg: Run, store: Store, item: str | None, console: Console) -> Outcome:
+    """Do one of several jobs of this container and give its memory back before the next."""
+    try:
+        return do(stage, cfg, store, item, console)
+    finally:
+        gc.collect()
+        give_back()
+
+
+def _one(stage: str, cfg: Run, store: Store, item: str | None, console: Console) -> Outcome:
     address = stages.address(cfg, stage, item)
     try:
         return Outcome.of(stages.run(stage, cfg, store, item, say=teller(console), console=console), "made")
     except PipelineError as error:
         store.publish()  # checkpoints and history up to here
-        return Outcome(stage, item, address, "failed", str(error))
+        return Outcome(stage, item, address, "failed", _told(error, root=store.root))
     except Interrupted as stopped:
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
 
 
-def _step(step: str, cfg: Config, store: Store, item: str | None, console: Console) -> Outcome:
+def _step(step: str, cfg: Run, store: Store, item: str | None, console: Console) -> Outcome:
     """Do the survey, which says how many parts there are, or make the part whose number is item."""
     address, metrics = stages.address(cfg, "preprocess"), {}
     parts, kind, say = store.parts(address), family(cfg.family), teller(console)
@@ -94,7 +106,7 @@ def _step(step: str, cfg: Config, store: Store, item: str | None, console: Conso
             else:
                 kind.encode(cfg, parts, int(item), say)
     except PipelineError as error:
-        return Outcome(step, item, address, "failed", str(error))
+        return Outcome(step, item, address, "failed", _told(error, root=store.root))
     store.publish()
     return Outcome(step, item, address, "made", metrics=metrics)
 
@@ -118,7 +130,7 @@ def served(root: Path) -> Path:
 
 
 def conduct(
-    cfg: Config,
+    cfg: Run,
     wanted: tuple[str, ...],
     store: Store,
     do: Do,
@@ -133,9 +145,11 @@ def conduct(
     outcomes: list[Outcome] = []
     for stage in wanted:
         store.refresh()
-        items = stages.STAGES[stage].items(cfg)
+        items = cfg.items(stage)
+        if not items and len(wanted) == 1:
+            say(stages.without_jobs(stage, cfg))
         missing = [item for item in items if not stages.done(cfg, stage, item, store)]
-        if stage == "preprocess" and missing and cfg.modal.preprocess_jobs > 1:
+        if stage == "preprocess" and missing == [None] and cfg.modal.preprocess_jobs > 1:
             failed = _divided(cfg, do, command, say)
             if failed:
                 return outcomes + failed
@@ -143,9 +157,8 @@ def conduct(
         for outcome in _handed_out(cfg, stage, missing, store, do):
             made[outcome.item] = outcome
             say(f"{outcome.name}: {outcome.error or outcome.state}")
-        found = [item for item in items if item not in made]
-        whole = {item: Outcome.of(store.need(stages.address(cfg, stage, item), stage), "found") for item in found}
-        outcomes += [(made | whole)[item] for item in items]
+        made |= {item: _whole(cfg, stage, item, store, "found") for item in items if item not in made}
+        outcomes += [made[item] for item in items]
         failed = [each for each in made.values() if each.error]
         if failed:
             say(_account(stage, list(items), failed, command))
@@ -153,7 +166,7 @@ def conduct(
     return outcomes
 
 
-def _divided(cfg: Config, do: Do, command: str, say: Callable[[str], None]) -> list[Outcome]:
+def _divided(cfg: Run, do: Do, command: str, say: Callable[[str], None]) -> list[Outcome]:
     """Have preprocess surveyed, then its parts made side by side, for its job to merge; return what failed."""
     address, count = stages.address(cfg, "preprocess"), 0
     for step in STEPS:
@@ -173,7 +186,7 @@ def _divided(cfg: Config, do: Do, command: str, say: Callable[[str], None]) -> l
     return []
 
 
-def _handed_out(cfg: Config, stage: str, missing: Items, store: Store, do: Do) -> Iterable[Outcome]:
+def _handed_out(cfg: Run, stage: str, missing: Items, store: Store, do: Do) -> Iterable[Outcome]:
     for items, result in do(stage, missing) if missing else ():
         if isinstance(result, BaseException):
             store.refresh()
@@ -182,12 +195,26 @@ def _handed_out(cfg: Config, stage: str, missing: Items, store: Store, do: Do) -
             yield from result
 
 
-def _left_by(cfg: Config, stage: str, item: str | None, store: Store, error: BaseException) -> Outcome:
+def _left_by(cfg: Run, stage: str, item: str | None, store: Store, error: BaseException) -> Outcome:
     """Return what a container that was lost for good had made of a job before."""
-    address = stages.address(cfg, stage, item)
     if stages.done(cfg, stage, item, store):
-        return Outcome.of(store.need(address, stage), "made")
-    return Outcome(stage, item, address, "failed", f"{type(error).__name__}: {error}")
+        return _whole(cfg, stage, item, store, "made")
+    return Outcome(stage, item, stages.address(cfg, stage, item), "failed", f"{type(error).__name__}: {error}")
+
+
+def _whole(cfg: Run, stage: str, item: str | None, store: Store, state: str) -> Outcome:
+    """Return the outcome of a job whose artifact is there; it has failed when the artifact is damaged."""
+    address = stages.address(cfg, stage, item)
+    try:
+        return Outcome.of(store.need(address, stage), state)
+    except PipelineError as error:
+        return Outcome(stage, item, address, "failed", _told(error, root=store.root))
+
+
+def _told(error: PipelineError, root: Path) -> str:
+    """Return an error in commands that mend a run elsewhere: other entrypoints, and files on the volume at root."""
+    text = re.sub(rf"python -m pipeline ({'|'.join(stages.STAGES)})\b", r"modal run modal_app.py::\1", str(error))
+    return re.sub(rf"remove {re.escape(str(root))}/(\S+)", r"type `modal volume rm -r moleforge \1`", text)
 
 
 def _account(stage: str, items: Items, failed: list[Outcome], command: str) -> str:

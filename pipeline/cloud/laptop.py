@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import stages
-from ..config import Config, load
+from ..config import Config, Run, load
 from ..errors import ConfigError
+from ..plan import figures
 from ..store import Store
 from .jobs import Outcome
 from .prices import Prices, most_gpus
@@ -22,9 +23,15 @@ from .prices import Prices, most_gpus
 DEFAULT = "config/demo.yaml"
 ENDPOINT = "endpoint"
 MOST_BETWEEN_SAVES_S = 300
+FLAGS = {
+    "--config FILE": f"the run, a YAML file on this machine (default {DEFAULT}); see config/",
+    "--override TEXT": 'changes to it, one text: --override "expert.steps=200 router.top_k=1"',
+    "--sequential": "the jobs of a stage one after another in one container, each within runtime.memory_budget;",
+    "": "without it each has a container of its own, as many at once as modal.max_gpus allows",
+}
 
 
-def announced(argv: list[str], environ: Mapping[str, str]) -> Config:
+def announced(argv: list[str], environ: Mapping[str, str]) -> Run:
     """Return the configuration that a command line of `modal` is about: its own, $MOLEFORGE_CONFIG, or the defaults.
 
     Raises ConfigError, so that a mistake ends here and not after images have been built.
@@ -44,6 +51,13 @@ def announced(argv: list[str], environ: Mapping[str, str]) -> Config:
     return load(path) if path and not runs else Config()
 
 
+def explain(argv: list[str]) -> str:
+    """Return what the flags of an entrypoint mean when help is asked for, which Modal itself does not say; else ""."""
+    if "run" not in argv or not {"--help", "-h"} & set(argv):
+        return ""
+    return "\n".join(["What the flags below mean:", *(f"  {flag:24} {text}" for flag, text in FLAGS.items()), ""])
+
+
 def typed(argv: list[str]) -> bool:
     """Whether this is a command of `modal` that will do something: not an import by another program, not --help."""
     command = Path(argv[0])
@@ -58,14 +72,14 @@ def overrides(text: str = "") -> tuple[str, ...]:
         raise ConfigError(f'--override {text}: {error}; write --override "section.field=value other=value"') from None
 
 
-def check(cfg: Config, prices: Prices, mount: str) -> None:
+def check(cfg: Run, prices: Prices, mount: str) -> None:
     """Raise ConfigError with everything that cannot work on a machine elsewhere; mount is where its store is."""
     machines = {name: getattr(cfg.modal, name) for name in (*stages.STAGES, ENDPOINT)}
     problems = [problem for name, machine in machines.items() for problem in prices.problems(name, machine)]
     for name, machine in machines.items():
         if most_gpus(machine) > cfg.modal.max_gpus:
             problems.append(f"modal.{name}.gpu: {most_gpus(machine)} GPUs, but modal.max_gpus is {cfg.modal.max_gpus}")
-    problems += [_not_there(name, path, mount) for name, path in _paths(cfg) if _is_here(path, mount)]
+    problems += [_not_there(name, path, mount) for name, path in cfg.paths() if _is_here(path, mount)]
     if cfg.runtime.save_every_s > MOST_BETWEEN_SAVES_S:
         problems.append(
             f"runtime.save_every_s: {cfg.runtime.save_every_s:g} s is what a preemption may cost; "
@@ -78,16 +92,6 @@ def check(cfg: Config, prices: Prices, mount: str) -> None:
         )
     if problems:
         raise ConfigError("this configuration cannot run on Modal:\n" + "\n".join(f"  {line}" for line in problems))
-
-
-def _paths(cfg: Config) -> Iterable[tuple[str, str]]:
-    if cfg.data.source == "files":
-        yield from (("data.files", path) for entry in cfg.data.files for path in entry.paths)
-    if cfg.deploy.upload:
-        yield "deploy.upload", cfg.deploy.upload
-    for name, value in (("tokenizer.pretrained", cfg.tokenizer.pretrained), ("trunk.init", cfg.trunk.init)):
-        if value and (Path(value).exists() or value.startswith(("/", "."))):  # else a name on the Hub
-            yield name, value
 
 
 def _is_here(path: str, mount: str) -> bool:
@@ -103,9 +107,7 @@ def _not_there(name: str, path: str, mount: str) -> str:
     )
 
 
-def mirror(
-    cfg: Config, root: Path, names: Callable[[str], Iterable[str]], read: Callable[[str], bytes | None]
-) -> Store:
+def mirror(cfg: Run, root: Path, names: Callable[[str], Iterable[str]], read: Callable[[str], bytes | None]) -> Store:
     """Return a store below root with what a plan needs of the far one: manifests and states of checkpoints.
 
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and None.
@@ -128,7 +130,7 @@ def show_outcomes(outcomes: list[Outcome], console: Console) -> None:
         table.add_column(name, justify="right" if name in ("MB", "seconds") else "left", overflow="fold")
     for each in outcomes:
         size, seconds = (f"{each.bytes / 1e6:.1f}", f"{each.seconds:.0f}") if not each.error else ("", "")
-        table.add_row(each.address, each.state, size, seconds, each.error or _figures(each.metrics))
+        table.add_row(each.address, each.state, size, seconds, each.error or figures(each.metrics))
     console.print(table)
 
 
@@ -140,13 +142,3 @@ def show_report(outcomes: list[Outcome], read: Callable[[str], bytes | None], co
         content = read(f"artifacts/{each.address}/report.json") if each.stage == "evaluate" and not each.error else None
         if content:
             report.show(json.loads(content), console)
-
-
-def _figures(metrics: dict) -> str:
-    if "valid_nats" in metrics:
-        return (
-            f"{metrics['steps']} steps, valid {metrics['valid_nats']:.3f} nats, {metrics['tokens_per_s']:,.0f} tokens/s"
-        )
-    if "tokens" in metrics:
-        return ", ".join(f"{domain} {count:,} tokens" for domain, count in metrics["tokens"]["train"].items())
-    return ", ".join(f"{key} {value}" for key, value in metrics.items() if isinstance(value, int | str))

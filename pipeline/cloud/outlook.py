@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import stages
-from ..config import Config
+from ..config import Run
 from ..config.machines import Machine
-from ..errors import ConfigError
+from ..errors import BudgetError, ConfigError, MissingArtifact
 from ..plan import ASSUMED_MFU, duration, plan
 from ..store import Manifest, Store
 from .prices import Prices, most_gpus, split
@@ -33,22 +33,29 @@ class Line:
     seconds: float | None  # None: not training, or not known before preprocess has counted the tokens
     usd: float | None
     trains: bool
+    peak_bytes: int | None = None  # predicted, above the level after imports
 
 
-def outlook(cfg: Config, wanted: tuple[str, ...], store: Store, prices: Prices) -> list[Line]:
-    """Return the jobs of the wanted stages in order; store may be a mirror."""
+def outlook(cfg: Run, wanted: tuple[str, ...], store: Store, prices: Prices) -> list[Line]:
+    """Return the jobs of the wanted stages in order; store may be a mirror.
+
+    Raises BudgetError when a job cannot run within runtime.memory_budget.
+    """
     planned = {entry.address: entry for entry in plan(cfg, store)}
     lines = []
     for stage in wanted:
         machine = getattr(cfg.modal, stage)
         for _, item, address in stages.jobs(cfg, stage):
             entry, done = planned.get(address), stages.done(cfg, stage, item, store)
+            if entry and entry.refused and not machine.gpu:  # a prediction of main memory says nothing about a GPU
+                raise BudgetError(entry.refused)
             job, state = (entry.job, entry.state) if entry else (None, "done" if done else "to do")
             seconds = None
             if job and job.flops is not None:
                 seconds = 0.0 if done else STARTUP_S + job.flops / _flops_per_s(machine, store, prices)
             usd = None if seconds is None else seconds * prices.usd_per_s(machine)
-            lines.append(Line(stage, address, state, machine, job and job.tokens, seconds, usd, job is not None))
+            tokens, peak = (job.tokens, job.peak_bytes) if job else (None, None)
+            lines.append(Line(stage, address, state, machine, tokens, seconds, usd, job is not None, peak))
     return lines
 
 
@@ -69,7 +76,7 @@ def _rate(manifest: Manifest, machine: Machine) -> float | None:
     return None if found.get("gpu") else speed / found.get("threads", 1) * machine.cpu
 
 
-def refuse_above(cfg: Config, lines: list[Line]) -> None:
+def refuse_above(cfg: Run, lines: list[Line]) -> None:
     """Raise ConfigError when the estimate is above modal.max_cost_usd, or unknown while there is such a limit."""
     limit_usd = cfg.modal.max_cost_usd
     if limit_usd is None:
@@ -87,11 +94,25 @@ def refuse_above(cfg: Config, lines: list[Line]) -> None:
         )
 
 
-def show_outlook(cfg: Config, lines: list[Line], prices: Prices, sequential: bool, console: Console) -> None:
+def refuse_without_inputs(cfg: Run, wanted: tuple[str, ...], store: Store) -> None:
+    """Raise MissingArtifact when a job reads what is not there and what this command does not make; no cost so far."""
+    for stage in wanted:
+        missing = [item for item in cfg.items(stage) if not stages.done(cfg, stage, item, store)]
+        needs = dict.fromkeys(need for item in missing for need in cfg.needs(stage, item) if need[0] not in wanted)
+        absent = [need for need in needs if not store.has(stages.address(cfg, *need))]
+        if absent:
+            first = " and ".join(f"`modal run modal_app.py::{each}`" for each in dict(absent))
+            raise MissingArtifact(
+                f"{stage} needs {', '.join(stages.label(*need) for need in absent)} of this configuration, not on the "
+                f"volume yet: do {first} first, or all with `modal run modal_app.py::run_all`; nothing was started"
+            )
+
+
+def show_outlook(cfg: Run, lines: list[Line], prices: Prices, sequential: bool, console: Console) -> None:
     """Print the jobs as a table, then time and cost together."""
     table = Table(title=f"plan of {cfg.name} on Modal", title_justify="left", title_style="bold")
-    for name in ("job", "state", "where", "tokens", "time", "US$"):
-        table.add_column(name, justify="right" if name in ("tokens", "time", "US$") else "left", overflow="fold")
+    for name in ("job", "state", "where", "tokens", "memory", "time", "US$"):
+        table.add_column(name, justify="left" if name in ("job", "state", "where") else "right", overflow="fold")
     for line in lines:
         table.add_row(line.address, line.state, _where(cfg, line), *_cells(line))
     console.print(table)
@@ -103,11 +124,11 @@ def show_outlook(cfg: Config, lines: list[Line], prices: Prices, sequential: boo
     total_usd = sum(line.usd or 0.0 for line in lines)
     console.print(
         f"to train: {least}{duration(wall_s)}, {least}${total_usd:.2f} (estimates, with prices of {prices.checked}; "
-        "preprocess, evaluate and deploy come on top: minutes, and cents)", highlight=False,
+        "what does not train comes on top)", highlight=False,
     )  # fmt: skip
 
 
-def _wall_s(cfg: Config, stage: str, lines: list[Line], sequential: bool) -> float:
+def _wall_s(cfg: Run, stage: str, lines: list[Line], sequential: bool) -> float:
     """Return how long a stage takes: side by side as far as modal.max_gpus allows, or one job after another."""
     seconds = [line.seconds for line in lines if line.stage == stage and line.seconds]
     if not seconds:
@@ -116,15 +137,17 @@ def _wall_s(cfg: Config, stage: str, lines: list[Line], sequential: bool) -> flo
     return max(max(seconds), math.fsum(seconds) / at_once)
 
 
-def _where(cfg: Config, line: Line) -> str:
-    several = line.stage == "preprocess" and cfg.modal.preprocess_jobs > 1
+def _where(cfg: Run, line: Line) -> str:
+    several = line.stage == "preprocess" and cfg.modal.preprocess_jobs > 1 and cfg.items("preprocess") == (None,)
     shared = f"up to {cfg.modal.preprocess_jobs} x " if several else ""
     return shared + (" or ".join(line.machine.gpu) or f"{line.machine.cpu:g} cores")
 
 
-def _cells(line: Line) -> tuple[str, str, str]:
+def _cells(line: Line) -> tuple[str, str, str, str]:
+    """Return tokens, memory, time and price of a job that trains."""
     if not line.trains or line.state == "done":
-        return "", "", ""
+        return "", "", "", ""
+    memory = f"{line.peak_bytes / 1e6:,.0f} MB"
     if line.seconds is None:
-        return "after preprocess", "?", "?"
-    return f"{line.tokens:,}", duration(line.seconds), f"{line.usd:.2f}"
+        return "after preprocess", memory, "?", "?"
+    return f"{line.tokens:,}", memory, duration(line.seconds), f"{line.usd:.2f}"

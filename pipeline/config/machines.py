@@ -55,11 +55,12 @@ class Modal(Section):
     )
     endpoint_secret: Name | None = Field(None, description="Secret with MOLEFORGE_API_KEY, which requests must bring")
     preprocess_jobs: int = Field(
-        1, ge=1, le=1000, description="Containers among which preprocess divides its documents, once it has seen them"
+        1, ge=1, le=1000, description="Most containers of a preprocess of documents (ffn_moe), once it has seen them"
     )
     preprocess: Worker = Field(Worker(), description="Container of preprocess, of each when there are several")
     train_shared: Trainer = Field(Trainer(), description="Container of train_shared")
     train_experts: Trainer = Field(Trainer(), description="Container of each expert")
+    routing: Worker = Field(Worker(), description="Container of routing")
     train_router: Trainer = Field(Trainer(), description="Container of train_router")
     train_dense: Trainer = Field(Trainer(), description="Container of each dense baseline")
     evaluate: Trainer = Field(Trainer(), description="Container of evaluate")

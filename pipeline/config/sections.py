@@ -1,15 +1,14 @@
-"""What a run is: read once from YAML, checked as a whole, then never changed.
+"""The sections of an ffn_moe run, and those that every run has (Fit, Deploy, Runtime).
 
 Defaults live in the classes; files state only what differs. A field marked `later` is not read by
 the stage its section is named after, so changing it leaves that stage's artifacts alone.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Name, Section, Share, later
-from .machines import Modal
+from .base import Bytes, Name, Section, Share, later
 
 INSTALLED_DOMAINS = ("python", "headers", "manual", "licences")
 
@@ -112,8 +111,24 @@ class Fit(Section):
     tokens: int | None = Field(None, gt=0, description="Training tokens")
     batch_sequences: int = Field(16, ge=1, description="Sequences per optimizer step")
     micro_batch_sequences: int | None = Field(
-        None, ge=1, description="Sequences per forward pass, the rest is accumulated; none: all at once"
+        None, ge=1, description="Sequences per forward pass, the rest is accumulated; none: chosen by the plan"
     )
+    moments: Literal["fp32", "bf16", "int8"] | None = Field(
+        None,
+        description="Adam's two moments (int8 needs bitsandbytes); none: fp32, or less where memory_budget asks for it",
+    )
+    gradients: Literal["fp32", "bf16"] | None = Field(
+        None, description="Sums of gradients over micro-batches; none: fp32, or bf16 where memory_budget asks for it"
+    )
+    checkpointing: bool | None = Field(
+        None, description="Make each layer's activations again in the backward pass; none: where memory_budget asks"
+    )
+    fuse_optimizer: bool = Field(
+        False,
+        description="Step inside the backward pass, so that gradients never add up; needs one micro-batch and "
+        "clip_norm 0",
+    )
+    compile: bool = Field(False, description="torch.compile the forward pass (needs a C++ compiler; about a minute)")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate")
     min_lr_share: Share = Field(0.1, description="Learning rate at the end as a share of the peak")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up")
@@ -137,6 +152,17 @@ class Fit(Section):
     def _one_duration(self) -> Self:
         if sum(x is not None for x in (self.steps, self.epochs, self.tokens)) > 1:
             raise ValueError("give only one of steps, epochs, tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _fused_steps_are_whole(self) -> Self:
+        if self.fuse_optimizer and self.clip_norm:
+            raise ValueError(f"fuse_optimizer needs clip_norm 0, not {self.clip_norm:g}: it knows no norm in time")
+        if self.fuse_optimizer and self.micro_batch_sequences not in (None, self.batch_sequences):
+            raise ValueError(
+                f"fuse_optimizer steps in every backward pass, so micro_batch_sequences can only be "
+                f"batch_sequences {self.batch_sequences}, not {self.micro_batch_sequences}"
+            )
         return self
 
 
@@ -221,6 +247,12 @@ class Router(Fit):
         None, gt=0, description="Slots per expert relative to an even load while training; none: dropless"
     )
 
+    @model_validator(mode="after")
+    def _one_forward_pass(self) -> Self:
+        if self.checkpointing:
+            raise ValueError("checkpointing: the gates count the tokens of every forward pass, so none is made twice")
+        return self
+
 
 class Dense(Section):
     """Dense baselines, each named by what it has in common with the stack."""
@@ -254,77 +286,19 @@ class Deploy(Section):
 class Runtime(Section):
     """How a run is carried out; no result depends on it, so no address does."""
 
-    threads: int = Field(0, ge=0, description="Processor threads per job; 0: all cores over the parallel jobs")
+    threads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Processor threads per job; auto: measured as a job starts, 0: all cores over the "
+        "parallel jobs (give a number where two runs must agree bit for bit)",
+    )
+    memory_budget: Bytes | None = Field(
+        None, description="Most memory of a job above the level after imports, such as 350MB or 8GB; none: no limit"
+    )
     save_every_s: float = Field(60.0, gt=0, description="Seconds between checkpoints")
     log_every_steps: int = Field(10, ge=1, description="Steps between history rows")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Also log to Weights & Biases")
     wandb_project: str = Field("moleforge", description="Project name there")
 
-
-class Config(Section):
-    """A whole run."""
-
-    name: Name = Field("run", description="Name of the run in reports")
-    family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")
-    seed: int = Field(0, ge=0, description="Seed of weights and batch order")
-    dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic of training: auto is bf16 autocast where the processor has it, else fp32"
-    )
-    data: Data = Field(Data(), description="Where documents come from")
-    partition: Partition = Field(Partition(), description="How documents become domains")
-    tokenizer: Tokenizer = Field(Tokenizer(), description="How text becomes tokens")
-    trunk: Trunk = Field(Trunk(steps=1000), description="The shared trunk")
-    expert: Expert = Field(Expert(steps=200), description="Each expert")
-    router: Router = Field(Router(steps=50), description="The gates")
-    dense: Dense = Field(Dense(), description="Baselines")
-    evaluate: Evaluate = Field(Evaluate(), description="The report")
-    deploy: Deploy = Field(Deploy(), description="Where the bundle goes")
-    runtime: Runtime = Field(Runtime(), description="How it runs")
-    modal: Modal = Field(Modal(), description="Where it runs when that is Modal")
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Domains that get an expert, in stack order."""
-        return self.expert.domains or self.partition.names
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        problems = [*_unknown_domains(self), *_durations(self), *_pretrained(self)]
-        if self.router.init == "rows" and not self.expert.coordinate:
-            problems.append("router.init: rows are learned by coordinated experts; set expert.coordinate: true")
-        slots = len(self.experts) + (self.trunk.anchor == "keep")
-        if self.router.top_k > slots:
-            problems.append(f"router.top_k: {self.router.top_k} experts per token, but the stack has {slots}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-
-def _unknown_domains(cfg: Config) -> list[str]:
-    known, out = cfg.partition.names, []
-    for key in ("trunk", "expert"):
-        wanted = getattr(cfg, key).domains or ()
-        strange = [d for d in wanted if d not in known]
-        if strange:
-            out.append(f"{key}.domains: no such domain {', '.join(strange)}; partition has {', '.join(known)}")
-        if len(set(wanted)) < len(wanted):
-            out.append(f"{key}.domains: a domain is named twice")
-    if len(cfg.experts) > len(known):
-        out.append(f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} domains")
-    return out
-
-
-def _durations(cfg: Config) -> list[str]:
-    sections = {key: getattr(cfg, key) for key in ("trunk", "expert", "router")}
-    return [
-        f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens"
-        for key, fit in sections.items()
-        if fit.steps is fit.epochs is fit.tokens is None
-    ]
-
-
-def _pretrained(cfg: Config) -> list[str]:
-    if cfg.trunk.init and not cfg.tokenizer.pretrained:
-        return ["tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own tokenizer; name it here"]
-    fresh = sorted({"wide", "scratch"} & set(cfg.dense.baselines)) if cfg.trunk.init else []
-    return [f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out" for name in fresh]
+    def most_threads(self, share: int) -> int:
+        """Return the threads of a job whose share of the cores is that many; auto may settle for fewer."""
+        return max(1, share) if self.threads in (0, "auto") else self.threads

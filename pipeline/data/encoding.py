@@ -145,9 +145,10 @@ def _ahead(items: Generator) -> Iterator:
 
 
 @contextmanager
-def all_cores(threads: int) -> Iterator[None]:
+def all_cores(threads: int | str) -> Iterator[None]:
     """Let tokenizers use its threads even after a fork, unless the environment already says otherwise."""
-    wanted = {"TOKENIZERS_PARALLELISM": "true"} | ({"RAYON_NUM_THREADS": str(threads)} if threads else {})
+    given = {} if threads in (0, "auto") else {"RAYON_NUM_THREADS": str(threads)}
+    wanted = {"TOKENIZERS_PARALLELISM": "true"} | given
     added = wanted.keys() - os.environ.keys()
     os.environ.update({name: wanted[name] for name in added})
     try:

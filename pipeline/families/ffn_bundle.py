@@ -17,9 +17,9 @@ from ..bundle import ABOUT, FORMAT, Piece, about, write
 from ..config import Config
 from ..data import Shards
 from ..errors import DamagedArtifact, MismatchError
-from ..model.experts import clone
+from ..model.experts import around
 from ..model.router import gate_name
-from ..model.trunk import build, fill_in, load
+from ..model.trunk import opened
 from ..store import load_tensors
 from .ffn_parts import ANCHOR, mixture_of
 
@@ -57,15 +57,12 @@ def reassemble(folder: Path):
 
     described = about(folder)
     try:
-        trunk, like = build(json.loads((folder / "trunk.json").read_text("utf-8")))
-        load(trunk, load_tensors(folder / TRUNK))
+        trunk, like = opened(json.loads((folder / "trunk.json").read_text("utf-8")), load_tensors(folder / TRUNK))
         expert_name, name_of_gate = NAMES[described["architecture"]]
         experts = []
         for number, entry in enumerate(described["experts"]):
-            own = clone(like).requires_grad_(False)
-            named = {expert_name(name, number): parameter for name, parameter in own.named().items()}
-            fill_in(named, load_tensors(folder / entry["file"]))
-            experts.append(own)
+            stored = load_tensors(folder / entry["file"])
+            experts.append(around(like, {name: stored[expert_name(name, number)] for name in like.named()}))
         gates = load_tensors(folder / ROUTER)
         weight_LED = torch.stack([gates[name_of_gate(gate_name(i))] for i in range(len(gates))])
         mixture = mixture_of(experts, weight_LED, described["top_k"])

@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from math import ceil
 
-from ..budget import Job, Shape
+from ..budget import Job, Shape, device
 from ..config import Config, Fit
+from ..means import Means, choose
+from ..model.loss import LEAST_CHUNK_TOKENS
 
+KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
+HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
+MOST_FRAGMENTS_BYTES = 135_000_000  # and as much as there are activations, up to this
 FROM_ZERO = ("wide", "scratch")  # dense baselines that do not continue the trunk
 
 
@@ -53,8 +58,6 @@ def cost(cfg: Config, stage: str, item: str | None, domain_tokens: Mapping[str, 
     opts = {"train_shared": cfg.trunk, "train_router": cfg.router}.get(stage, cfg.expert)
     if item in FROM_ZERO:
         opts = cfg.trunk
-    held = len(cfg.experts) if stage == "train_router" else 1
-    sequences = opts.micro_batch_sequences or opts.batch_sequences
     gates = cfg.trunk.layers * cfg.trunk.d_model * (len(cfg.experts) + (cfg.trunk.anchor == "keep"))
     parameters = {
         "all": shape.trunk_parameters + shape.ffn_parameters, "ffn": shape.ffn_parameters, "gates": gates,
@@ -64,4 +67,47 @@ def cost(cfg: Config, stage: str, item: str | None, domain_tokens: Mapping[str, 
     except KeyError:  # a duration in epochs, before preprocess has counted the text
         tokens = None
     flops = None if tokens is None else tokens * shape.train_flops_per_token(trains)
-    return Job(stage, item, tokens, parameters, flops, shape.peak_bytes(trains, sequences, bf16, held))
+    plan = means(cfg, opts, shape, trains, bf16, "-".join(filter(None, (stage, item))))
+    peak = peak_bytes(shape, trains, plan, bf16, len(cfg.experts))
+    return Job(stage, item, tokens, parameters, flops, peak, plan.words)
+
+
+def means(cfg: Config, opts: Fit, shape: Shape, trains: str, bf16: bool, name: str = "this training") -> Means:
+    """Return how a training runs under cfg.runtime.memory_budget. Raises BudgetError when nothing fits."""
+    gates = trains == "gates"
+    whole = gates and (cfg.router.balance == "aux" or cfg.router.capacity_factor or cfg.router.noise)
+    return choose(
+        opts, shape.context_tokens, cfg.runtime.memory_budget,
+        lambda tried: peak_bytes(shape, trains, tried, bf16, len(cfg.experts)),
+        row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4), divisible=not whole,
+        can_checkpoint=not gates, gpu=device() == "cuda", name=name,
+    )  # fmt: skip
+
+
+def peak_bytes(shape: Shape, trains: str, plan: Means, bf16: bool, experts: int) -> int:
+    """Return the predicted peak above imports of a training: of `all`, of an `ffn`, or of the `gates` over experts.
+
+    Weights, moments and gradients are counted, activations estimated; the constants are fitted to
+    benchmarks/memory.py, which compares this with what is measured.
+    """
+    unit, width = (2 if bf16 else 4), {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}
+    tables = shape.vocab_size * shape.d_model
+    trained = {"all": shape.trunk_parameters + shape.ffn_parameters, "ffn": shape.ffn_parameters, "gates": 0}[trains]
+    frozen = {"all": 0, "ffn": shape.trunk_parameters, "gates": shape.trunk_parameters + experts * shape.ffn_parameters}
+    kept = trained * (4 + width[plan.gradients] + 2 * width[plan.moments]) + frozen[trains] * unit
+    kept += 14 * tables if trains == "all" else 0  # gradients of head and embedding until they are added up
+    return int(KERNEL_BYTES + kept + _passing(shape, plan, unit))
+
+
+def _passing(shape: Shape, plan: Means, unit: int) -> float:
+    """Return what one forward and backward pass holds, with what the allocator holds beside it."""
+    tokens = plan.micro_batch_sequences * shape.context_tokens
+    layer = tokens * shape.layer_activations * unit
+    chunk = max(LEAST_CHUNK_TOKENS, plan.chunk_logits // shape.vocab_size)
+    logits = min(tokens, chunk) * shape.vocab_size * (4 + unit)
+    inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
+    if plan.checkpointing:
+        held = shape.layers * tokens * shape.d_model * unit + layer + inner + logits
+        return held + (layer + inner) * plan.trim if plan.tidy else 2 * held + HEAP_BYTES
+    held = shape.layers * layer + max(logits, inner)
+    return held if plan.tidy else held + HEAP_BYTES + min(shape.layers * layer, MOST_FRAGMENTS_BYTES)

@@ -3,29 +3,34 @@
 B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..budget import Shape, device
+from .. import data
+from ..budget import Job, Shape, device
 from ..config import Config
 from ..data import Mixture as Rows
-from ..data import Shards, encode, prepare, survey
-from ..errors import MismatchError
+from ..data import Shards, encode, survey
+from ..errors import MismatchError, PipelineError
 from ..model.experts import clone, fresh
-from ..model.loss import cross_entropy
+from ..model.loss import chunk_of, cross_entropy
 from ..model.router import Gating, Mixture, Pair, Router, gate_name
 from ..model.statistics import Statistics
 from ..model.trunk import Trunk, settings_of
 from ..train import Task
+from . import ffn_cost
 from .ffn_bundle import bundle, reassemble
-from .ffn_cost import FROM_ZERO, cost, dense_options, dense_width
+from .ffn_cost import FROM_ZERO, dense_options, dense_width
 from .ffn_parts import (
     ANCHOR_STATISTICS_TOKENS,
-    EVALUATION_SEQUENCES,
+    FROZEN,
+    computing,
+    in_bf16,
     initial_gates,
     mixture_of,
     nats,
@@ -35,13 +40,30 @@ from .ffn_parts import (
     stored_trunk,
     sum_up,
     training_rows,
+    training_trunk,
     uses_bf16,
 )
 
 __all__ = [
-    "Stack", "assemble", "bundle", "cost", "dense", "encode", "expert", "measure", "prepare", "reassemble", "router",
-    "shared", "survey",
+    "Stack", "assemble", "bundle", "cost", "dense", "encode", "expert", "measure", "prepare", "reassemble",
+    "route_data", "router", "shared", "survey",
 ]  # fmt: skip
+
+
+def prepare(cfg: Config, folder: Path, say, parts: Path, _item: None = None) -> dict:
+    """Write tokenizer, domains and shards to folder; return metrics. Raises DataError."""
+    return data.prepare(cfg, folder, say, parts)
+
+
+def route_data(_cfg: Config, _parts, _folder: Path, _say) -> dict:
+    """Raise PipelineError: these gates learn from the domains' own text, and `routing` has no job."""
+    raise PipelineError("ffn_moe makes no routing set: this is a fault of the stages, please report it")
+
+
+def cost(cfg: Config, stage: str, item: str | None, made: Mapping[tuple, dict], bf16: bool) -> Job:
+    """Return what a training job will spend; tokens are None for a duration in epochs until preprocess is done."""
+    prepared = made.get(("preprocess", None))
+    return ffn_cost.cost(cfg, stage, item, prepared and prepared["tokens"]["train"], bf16)
 
 
 def shared(cfg: Config, parts) -> Task:
@@ -57,7 +79,8 @@ def shared(cfg: Config, parts) -> Task:
     def export(_kept_step: int) -> dict:
         mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
         sums = sum_up(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
-        return {
+        frozen = {FROZEN: in_bf16(trunk.named())} if uses_bf16(cfg) else {}
+        return frozen | {
             "trunk.safetensors": trunk.named(),
             "dummy.safetensors": dummy.named(),
             "statistics.safetensors": sums.tensors(),
@@ -71,7 +94,7 @@ def shared(cfg: Config, parts) -> Task:
 def expert(cfg: Config, parts, item: str) -> Task:
     """Return one expert's training: its own feed-forward networks on its own domain, the trunk frozen."""
     shards = Shards(parts.folder("preprocess"))
-    trunk, dummy = stored_trunk(cfg, parts)
+    trunk, dummy = training_trunk(cfg, parts)
     torch.manual_seed(seed_of(cfg, "expert", item))
     own = (clone(dummy) if cfg.expert.init == "trunk" else fresh(dummy)).to(device())
     general = {"general": cfg.trunk.domains or shards.domains, "general_share": cfg.partition.overlap}
@@ -86,7 +109,7 @@ def expert(cfg: Config, parts, item: str) -> Task:
         return files | ({"gate.safetensors": extra} if extra else {})
 
     network = {**own.named(), **extra}
-    task = _task(cfg, cfg.expert, trunk, fill, network, rows, (item,), export, trains="ffn")
+    task = _task(cfg, cfg.expert, trunk, fill, network, rows, (item,), export, trains="ffn", fp32=tuple(extra))
     if not extra:
         return task
     return replace(task, penalty=lambda: cfg.expert.z_weight * torch.stack(list(fill.z.values())).mean())
@@ -96,11 +119,11 @@ def router(cfg: Config, parts) -> Task:
     """Return the gates' training: everything else frozen, on all domains mixed."""
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(seed_of(cfg, "router"))
-    trunk, _ = stored_trunk(cfg, parts)
+    trunk, _ = training_trunk(cfg, parts)
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
     gates = Router(initial_gates(cfg, parts, opts.init), gating).to(device())
-    stack = Mixture([e for _, e in stored_experts(cfg, parts)], gates)
+    stack = Mixture([computing(cfg, e) for _, e in stored_experts(cfg, parts)], gates)
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
     temperature = partial(_temperature, cfg, steps, rows.tokens())
@@ -129,7 +152,7 @@ def router(cfg: Config, parts) -> Task:
         return {"router.safetensors": gates.exported()}
 
     network = {gate_name(i): gate for i, gate in enumerate(gates.gates)}
-    task = _task(cfg, opts, trunk, stack, network, rows, cfg.experts, export, trains="gates")
+    task = _task(cfg, opts, trunk, stack, network, rows, cfg.experts, export, trains="gates", fp32=tuple(network))
     hooks = {"before_step": before_step, "after_step": after_step, "state": {"bias": gates.bias_LE}}
     return replace(task, penalty=penalty, **hooks)
 
@@ -143,15 +166,17 @@ def dense(cfg: Config, parts, item: str) -> Task:
         trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
         seen = tuple(dict.fromkeys((*(cfg.trunk.domains or shards.domains), *seen)))
     else:
-        trunk, dummy = stored_trunk(cfg, parts)
+        trunk, dummy = training_trunk(cfg, parts) if item == "ffn" else stored_trunk(cfg, parts)
         ffn = clone(dummy).to(device())
-        trunk.requires_grad_(item != "ffn")
+        if item != "ffn":
+            trunk.own()
     opts = dense_options(cfg, item, {d: shards.tokens("train", d) for d in shards.domains})
     rows = training_rows(cfg, shards, f"dense {item}", seen, how=cfg.trunk.mixture)
     network = {**({} if item == "ffn" else trunk.named()), **ffn.named()}
 
     def export(_kept_step: int) -> dict:
-        return {"model.safetensors": {**trunk.named(), **ffn.named()}, "trunk.json": settings_of(trunk)}
+        exact = stored_trunk(cfg, parts)[0] if item == "ffn" else trunk  # ffn may have trained on a rounded one
+        return {"model.safetensors": {**exact.named(), **ffn.named()}, "trunk.json": settings_of(trunk)}
 
     return _task(cfg, opts, trunk, ffn, network, rows, seen, export, trains="ffn" if item == "ffn" else "all")
 
@@ -191,34 +216,45 @@ def measure(cfg: Config, parts, say: Callable[[str, float | None], None]) -> dic
     return tables(cfg, parts, say)
 
 
-def _task(cfg, opts, trunk, fill, network, rows, judged_on, export, trains) -> Task:
-    """Return the Task that all of this family's trainings are, up to what moves and on which text."""
+def _task(cfg, opts, trunk, fill, network, rows, judged_on, export, trains, fp32=()) -> Task:
+    """Return the Task that all of this family's trainings are, up to what moves and on which text.
+
+    `fp32` names the parameters that stay so in a bf16 training.
+    """
     bf16 = uses_bf16(cfg)
-    held_out = _validation(cfg, rows.shards, opts, judged_on)
+    shape = Shape.of_settings(trunk.config.to_dict(), rows.context_tokens)
+    means = ffn_cost.means(cfg, opts, shape, trains, bf16)
+    if means.checkpointing:
+        trunk.checkpoint()
+    held_out = _validation(cfg, rows.shards, opts, judged_on, means.micro_batch_sequences)
 
     def batch(first: int, count: int) -> torch.Tensor:
         return torch.from_numpy(rows.rows(first, count)).to(device())
 
     def loss(ids_BT: torch.Tensor) -> torch.Tensor:
-        return _mean_nats(trunk, fill, ids_BT, bf16)
+        return _mean_nats(trunk, fill, ids_BT, bf16, means.chunk_logits)
 
     def validate() -> float:
         with _evaluating(fill):
-            return torch.cat([nats(trunk, fill, ids, bf16).flatten() for ids in held_out]).mean().item()
+            parts = [nats(trunk, fill, ids, bf16, means.chunk_logits).flatten() for ids in held_out]
+            return torch.cat(parts).mean().item()
 
     return Task(
-        options=opts, parameters=network, batch=batch, loss=loss, export=export, validate=validate,
+        options=opts, parameters=network, batch=batch, export=export, validate=validate, means=means,
+        loss=torch.compile(loss) if means.compile else loss,
         steps=opts.resolve_steps(rows.context_tokens, rows.tokens()), tokens_per_row=rows.context_tokens, bf16=bf16,
-        flops_per_token=Shape.of_settings(trunk.config.to_dict(), rows.context_tokens).train_flops_per_token(trains),
+        flops_per_token=shape.train_flops_per_token(trains),
+        halved=tuple(n for n in network if n not in fp32) if bf16 else (),
     )  # fmt: skip
 
 
-def _mean_nats(trunk, fill, ids_BT, bf16):
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
-        h_BTD = trunk.hidden(ids_BT[:, :-1], fill)
+def _mean_nats(trunk, fill, ids_BT, bf16, chunk_logits):
+    """Return mean nats; in a bf16 training every weight on the way is bf16, so nothing is left to autocast."""
+    h_BTD = trunk.hidden(ids_BT[:, :-1], fill)
     target_N = ids_BT[:, 1:].flatten()
-    return cross_entropy(h_BTD.flatten(0, 1), trunk.head, target_N, dtype) / len(target_N)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    chunk = chunk_of(len(trunk.head), chunk_logits)
+    return cross_entropy(h_BTD.flatten(0, 1), trunk.head, target_N, dtype, chunk) / len(target_N)
 
 
 class _evaluating:
@@ -235,7 +271,7 @@ class _evaluating:
         self.fill.train(self.before)
 
 
-def _validation(cfg, shards, opts, domains) -> list[torch.Tensor]:
+def _validation(cfg, shards, opts, domains, sequences) -> list[torch.Tensor]:
     """Return batches of ids_BT from the shared validation split, equal shares of the domains judged on."""
     context = cfg.trunk.context_tokens
     share = max(1, opts.eval_tokens // context // len(domains))
@@ -243,7 +279,7 @@ def _validation(cfg, shards, opts, domains) -> list[torch.Tensor]:
     for name in domains:
         rows = Rows(shards, "valid", (name,), context, seed=0)
         parts.append(rows.rows(0, min(share, max(1, shards.tokens("valid", name) // context - 1))))
-    return list(torch.from_numpy(np.concatenate(parts)).to(device()).split(EVALUATION_SEQUENCES))
+    return list(torch.from_numpy(np.concatenate(parts)).to(device()).split(sequences))
 
 
 def _pair(cfg, parts, trunk, dummy, own, rows) -> Pair:
@@ -251,7 +287,7 @@ def _pair(cfg, parts, trunk, dummy, own, rows) -> Pair:
     mixed = Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))
     domain = sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
     row_LD = torch.nn.functional.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
-    return Pair(dummy, own, row_LD, cfg.expert.coordinate_bias).to(device())
+    return Pair(computing(cfg, dummy), own, row_LD, cfg.expert.coordinate_bias).to(device())
 
 
 def _temperature(cfg: Config, steps: int, epoch_tokens: int, step: int) -> float:

@@ -1,6 +1,6 @@
 """Pieces of an ffn_moe run as its trainings, its tables and its server need them: opened, frozen, on the device.
 
-B sequences, T tokens, D model width, E experts, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
 import json
@@ -16,13 +16,14 @@ from ..data import Mixture as Rows
 from ..data import Shards
 from ..errors import MismatchError
 from ..model import statistics
-from ..model.experts import Expert, clone
-from ..model.loss import token_nats
+from ..model.experts import Expert, around
+from ..model.loss import CHUNK_LOGITS, chunk_of, token_nats
 from ..model.router import Gating, Mixture, Router
 from ..model.statistics import Statistics
-from ..model.trunk import SUPPORTED, Fill, Trunk, build, fill_in, load, pretrained
+from ..model.trunk import SUPPORTED, Fill, Trunk, build, opened, pretrained
 
 ANCHOR = "anchor"
+FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
 ANCHOR_STATISTICS_TOKENS = 65_536  # no setting of expert.*, as the trunk's address does not hold those
 
@@ -37,12 +38,13 @@ def mixture_of(experts: Sequence[Expert], weight_LED: torch.Tensor, top_k: int) 
     return Mixture(experts, Router(weight_LED, Gating(top_k))).to(device()).requires_grad_(False).eval()
 
 
-def nats(trunk: Trunk, fill: Fill, ids_BT: torch.Tensor, bf16: bool) -> torch.Tensor:
+def nats(trunk: Trunk, fill: Fill, ids_BT: torch.Tensor, bf16: bool, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
     """Return nats_BT of every token after the first, without gradients."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.no_grad(), torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
         h_BTD = trunk.hidden(ids_BT[:, :-1], fill)
-    return token_nats(h_BTD.flatten(0, 1), trunk.head, ids_BT[:, 1:].flatten(), dtype).view(len(ids_BT), -1)
+    h_ND, chunk = h_BTD.flatten(0, 1), chunk_of(len(trunk.head), chunk_logits)
+    return token_nats(h_ND, trunk.head, ids_BT[:, 1:].flatten(), dtype, chunk).view(len(ids_BT), -1)
 
 
 def initial_gates(cfg: Config, parts, init: str, anchor: bool | None = None) -> torch.Tensor:
@@ -110,22 +112,42 @@ def _pretrained(cfg: Config) -> tuple[Trunk, Expert]:
 
 
 def stored_trunk(cfg: Config, parts) -> tuple[Trunk, Expert]:
-    """Return the run's trunk and dummy, frozen."""
+    """Return the run's trunk and dummy in fp32, frozen, memory-mapped where they are in main memory."""
+    return _opened(parts, parts.tensors("train_shared", "trunk.safetensors"))
+
+
+def training_trunk(cfg: Config, parts) -> tuple[Trunk, Expert]:
+    """Return the trunk as trainings on top of it need it, and the dummy, frozen: mapped bf16 where they are bf16."""
+    if not uses_bf16(cfg):
+        return stored_trunk(cfg, parts)
+    if FROZEN in parts.manifest("train_shared").files:
+        return _opened(parts, parts.tensors("train_shared", FROZEN))
+    return _opened(parts, in_bf16(parts.tensors("train_shared", "trunk.safetensors")))
+
+
+def _opened(parts, tensors: dict[str, torch.Tensor]) -> tuple[Trunk, Expert]:
     settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text("utf-8"))
-    trunk, dummy = build(settings)
-    load(trunk, parts.tensors("train_shared", "trunk.safetensors"))
-    fill_in(dummy.named(), parts.tensors("train_shared", "dummy.safetensors"))
-    return trunk.to(device()), dummy.to(device()).requires_grad_(False)
+    trunk, dummy = opened(settings, tensors, parts.tensors("train_shared", "dummy.safetensors"))
+    return trunk.to(device()), dummy.to(device())
+
+
+def in_bf16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors rounded to bf16."""
+    return {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
+def computing(cfg: Config, expert: Expert) -> Expert:
+    """Return a frozen expert as a training computes with it: rounded once where trainings are bf16."""
+    return around(expert, in_bf16(expert.named())) if uses_bf16(cfg) else expert
 
 
 def stored_experts(cfg: Config, parts) -> list[tuple[str, Expert]]:
-    """Return the stack's experts by name, the anchor first when it is kept, all frozen."""
+    """Return the stack's experts by name, the anchor first when it is kept, all frozen and mapped."""
     _, dummy = stored_trunk(cfg, parts)
     out = [(ANCHOR, dummy)] if cfg.trunk.anchor == "keep" else []
     for name in cfg.experts:
-        own = clone(dummy)
-        fill_in(own.named(), parts.tensors("train_experts", "expert.safetensors", name))
-        out.append((name, own.requires_grad_(False)))
+        own = around(dummy, parts.tensors("train_experts", "expert.safetensors", name))
+        out.append((name, own.to(device())))
     return out
 
 
@@ -148,9 +170,10 @@ def sum_up(cfg, trunk, fill, rows: Rows, tokens: int) -> Statistics:
     layers, d_model = len(trunk.network.model.layers), trunk.config.hidden_size
     sums, context = Statistics.empty(layers, d_model), rows.context_tokens
     wanted = max(1, min(tokens, rows.tokens()) // context)
+    sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     with torch.no_grad():
-        for at in range(0, wanted, EVALUATION_SEQUENCES):
-            ids_BT = torch.from_numpy(rows.rows(at, min(EVALUATION_SEQUENCES, wanted - at))).to(device())
+        for at in range(0, wanted, sequences):
+            ids_BT = torch.from_numpy(rows.rows(at, min(sequences, wanted - at))).to(device())
             with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg)):
                 trunk.hidden(ids_BT[:, :-1], sums.watch(fill))
     return sums

@@ -5,11 +5,14 @@ R = N*K routed rows.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .swiglu import is_swiglu, swiglu
+from .tensors import put
 
 BLOCK_ROWS = 64
 
@@ -23,7 +26,8 @@ class Expert(nn.Module):
 
     def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return y_BTD of one layer's network; fits the trunk's `fill`."""
-        return self.layers[layer](x_BTD)
+        net = self.layers[layer]
+        return swiglu(net, x_BTD) if is_swiglu(net) else net(x_BTD)
 
     def named(self) -> dict[str, nn.Parameter]:
         """Return parameters under the names they have in a dense Hugging Face model."""
@@ -33,6 +37,17 @@ class Expert(nn.Module):
 def clone(expert: Expert) -> Expert:
     """Return a trainable copy, whatever was frozen in the original."""
     return copy.deepcopy(expert).requires_grad_(True)
+
+
+def around(like: Expert, tensors: Mapping[str, torch.Tensor]) -> Expert:
+    """Return a frozen expert of the same architecture around stored tensors, which are neither copied nor cast.
+
+    Raises KeyError when names are missing or strange, ValueError when a shape differs.
+    """
+    with torch.device("meta"):
+        expert = Expert([type(net)(net.config) for net in like.layers])
+    put(expert, expert.named(), tensors)
+    return expert.requires_grad_(False).eval()
 
 
 def fresh(like: Expert, d_ff: int | None = None) -> Expert:
@@ -73,7 +88,7 @@ def mix(
     blocks = x_ND[order_R // top_k].split(counts)
     parts = [torch.zeros_like(blocks[0])] + [_padded(e, layer, b) for e, b in zip(experts, blocks[1:], strict=True)]
     y_RD = torch.cat([p.to(parts[-1].dtype) for p in parts])[order_R.argsort()]
-    return (y_RD.view(-1, top_k, x_ND.shape[1]) * weight_NK.unsqueeze(-1)).sum(1)
+    return (y_RD.view(-1, top_k, x_ND.shape[1]) * weight_NK.unsqueeze(-1)).sum(1).to(x_ND.dtype)
 
 
 def _padded(expert: Expert, layer: int, x_RD: torch.Tensor) -> torch.Tensor:

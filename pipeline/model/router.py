@@ -153,7 +153,8 @@ class Pair(nn.Module):
             logit_BT = x_BTD.float() @ self.row_LD[layer] + self.bias_L[layer].clamp(max=0)
             self.z[layer] = F.softplus(logit_BT).square().mean()  # logsumexp of (0, logit)
         share_BT1 = logit_BT.sigmoid().unsqueeze(-1)
-        return share_BT1 * self.expert(layer, x_BTD) + (1 - share_BT1) * self.anchor(layer, x_BTD)
+        y_BTD = share_BT1 * self.expert(layer, x_BTD) + (1 - share_BT1) * self.anchor(layer, x_BTD)
+        return y_BTD.to(x_BTD.dtype)
 
 
 def within_capacity(index_NK: torch.Tensor, n_experts: int, factor: float | None) -> torch.Tensor:

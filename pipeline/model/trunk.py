@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .experts import Expert
+from .tensors import fill_in, put
 
 Fill = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, x_BTD) -> y_BTD
 SUPPORTED = ("qwen3", "llama", "mistral")
@@ -31,6 +32,17 @@ class Trunk(nn.Module):
         for layer in self.network.model.layers:
             layer.mlp.fill = fill
         return self.network.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+
+    def own(self) -> None:
+        """Make every parameter trainable, in memory of its own."""
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+
+    def checkpoint(self) -> None:
+        """Keep only what enters each layer and make the rest again in the backward pass (1604.06174)."""
+        self.network.activation_checkpointing_enable({"use_reentrant": False})
+        self.network.train()  # without it Hugging Face models do not checkpoint; a trunk has no dropout
 
     @property
     def head(self) -> nn.Parameter:
@@ -63,6 +75,26 @@ def build(settings: Mapping) -> tuple[Trunk, Expert]:
 
     config = AutoConfig.for_model(**settings)
     return split(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32))
+
+
+def opened(
+    settings: Mapping, trunk: Mapping[str, torch.Tensor], ffn: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Trunk, Expert]:
+    """Return trunk and dummy around stored tensors, which are neither copied nor cast, both frozen.
+
+    Without `ffn` the dummy stays on the meta device: only a pattern for experts. Raises KeyError when names are
+    missing or strange, ValueError when a shape differs.
+    """
+    with torch.device("meta"):
+        made, dummy = build(settings)
+    rotary = made.network.model.rotary_emb
+    made.network.model.rotary_emb = type(rotary)(config=made.config)  # its buffers are computed, not stored
+    put(made.network, made.named(), trunk)
+    if made.config.tie_word_embeddings:
+        made.network.lm_head.weight = made.network.model.embed_tokens.weight
+    if ffn is not None:
+        put(dummy, dummy.named(), ffn)
+    return made.requires_grad_(False).eval(), dummy.requires_grad_(False).eval()
 
 
 def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Expert]:
@@ -103,18 +135,3 @@ def load(trunk: Trunk, tensors: Mapping[str, torch.Tensor]) -> Trunk:
     """
     fill_in(trunk.named(), tensors)
     return trunk.requires_grad_(False).eval()
-
-
-def fill_in(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors into parameters of the same names, all of them.
-
-    Raises KeyError when names are missing or strange, ValueError when a shape differs.
-    """
-    if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())
-        raise KeyError(f"{len(odd)} tensors missing or strange, first {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(tensors[name])

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--isolation", choices=["auto", *MODES], default="auto", help="view of the file system")
     top.add_argument("--max-tasks", type=int, default=4, metavar="N", help="most containers of one function at once")
     top.add_argument("--idle", type=float, default=3.0, metavar="S", help="seconds an idle container is kept")
+    top.add_argument("--commits", type=float, default=5.0, metavar="S", help="seconds between background commits")
     top.add_argument("--secrets", type=Path, metavar="FILE", help="JSON file: {name: {KEY: value}}")
     top.add_argument("--env-file", type=Path, metavar="FILE", help="write the variables here once serving")
     top.add_argument("command", nargs="*", metavar="-- COMMAND", help="what to run")
@@ -72,7 +73,7 @@ async def _serve(args: argparse.Namespace, folder: Path) -> int:
     isolation = args.isolation
     if isolation == "auto":
         isolation = next(mode for mode in MODES if usable(mode, folder))
-    plane = Plane(folder, isolation=isolation, idle_s=args.idle, max_tasks=args.max_tasks)
+    plane = Plane(folder, isolation=isolation, idle_s=args.idle, max_tasks=args.max_tasks, commit_s=args.commits)
     for name, content in (json.loads(args.secrets.read_text("utf-8")) if args.secrets else {}).items():
         plane.add_secret(name, content)
     url, containers = await start(plane)
@@ -106,9 +107,11 @@ async def _work(plane: Plane, command: list[str], shown: dict[str, str]) -> int:
     return code
 
 
-def main() -> int:
-    """Serve with a directory that is kept, or one that goes away; return the exit code."""
+def main() -> int | str:
+    """Serve with a directory that is kept, or one that goes away; return the exit code, or why it cannot be."""
     args = parser().parse_args()
+    if sys.platform != "linux":
+        return f"error: a rehearsal of Modal needs Linux, whose containers it builds; this is {sys.platform}"
     if args.state:
         args.state.mkdir(parents=True, exist_ok=True)
         return asyncio.run(_serve(args, args.state))

@@ -22,7 +22,6 @@ from .plane import Plane, Result
 from .records import App, Function, Task, wake
 from .volumes import View, open_below
 
-COMMIT_S = 5.0  # between background commits
 WATCH_S = 0.2
 STOP_S = 3.0  # for containers of a stopped app to end by themselves
 PASSED_ON = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MODAL_LOGLEVEL", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
@@ -134,7 +133,7 @@ class Containers:
 
     async def _commits(self, task: Task) -> None:
         while True:
-            await asyncio.sleep(COMMIT_S)
+            await asyncio.sleep(self.plane.commit_s)
             for view in task.views.values():
                 await asyncio.to_thread(view.commit)
 

@@ -30,8 +30,11 @@ class Plane:
     launch: Callable[[Task], Awaitable[None]]
     start_web: Callable[[Function, str], Awaitable[str]]
 
-    def __init__(self, folder: Path, *, isolation: str, idle_s: float = 3.0, max_tasks: int = 4) -> None:
+    def __init__(
+        self, folder: Path, *, isolation: str, idle_s: float = 3.0, max_tasks: int = 4, commit_s: float = 5.0
+    ) -> None:
         self.folder, self.isolation, self.idle_s, self.max_tasks = folder.resolve(), isolation, idle_s, max_tasks
+        self.commit_s = commit_s  # between background commits
         self.apps: dict[str, App] = {}
         self.deployed: dict[str, App] = {}
         self.functions: dict[str, Function] = {}

@@ -1,0 +1,209 @@
+"""This project: pipeline.train.fit on the family's own tasks, and its bundle, with parts from a plain folder.
+
+`prepare` writes what earlier stages would have left: shards of drawn text, an untrained trunk, random experts.
+E experts, D model width.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401 (imports count before)
+
+from pipeline import report  # noqa: F401 (a bundle has a model card, made by what this imports)
+from pipeline.budget import Peak, give_back_at_once
+from pipeline.config import Config, load
+from pipeline.data.shards import ShardWriter
+from pipeline.families import ffn_bundle, ffn_cost, ffn_moe
+from pipeline.families.ffn_parts import uses_bf16
+from pipeline.model.router import gate_name
+from pipeline.store import inventory, load_tensors, save_tensors
+from pipeline.train import Place, fit
+
+from ..measuring import MB, Job, Watch
+from .tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
+
+STAGES = {"trunk": "train_shared", "expert": "train_experts", "router": "train_router"}
+
+
+class Parts:
+    """What a family sees of earlier stages, from the work folder of a benchmark."""
+
+    def __init__(self, root: Path, experts: int):
+        self.root, self.experts = root, experts
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Return the folder of a stage's files; routers are kept for each number of experts."""
+        number = f"{self.experts}" if stage == "train_router" else None
+        return self.root / "-".join(filter(None, (stage, item, number)))
+
+    def manifest(self, stage: str, item: str | None = None) -> SimpleNamespace:
+        """Return address, files and metrics as the store's manifest has them."""
+        folder = self.folder(stage, item)
+        files = json.loads((folder.with_suffix(".files.json")).read_text("utf-8"))
+        return SimpleNamespace(address=f"{folder.name}-0123456789ab", files=files, metrics={})
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file."""
+        return load_tensors(self.folder(stage, item) / name)
+
+
+class Rows:
+    """A recorder that passes steps on to the watch."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def start(self, step: int) -> None:
+        """Take note of nothing."""
+
+    def row(self, row: dict) -> None:
+        """Tell the watch of a step."""
+        if "train_nats" in row:
+            self.watch.step(row["train_nats"])
+
+    def note(self, text: str) -> None:
+        """Keep a note in the result."""
+        self.watch.extra.setdefault("notes", []).append(text)
+
+
+def train(job: Job, watch: Watch) -> None:
+    """Train trunk, expert or router as a stage does it, statistics at the end included."""
+    peak = Peak()
+    watch.clears(peak)
+    give_back_at_once()
+    cfg, parts = config(job), Parts(Path(job.work), job.experts)
+    item = domain(job.item) if job.task == "expert" else None
+    watch.extra["predicted_mb"] = predicted(cfg, job.task, item) / MB
+    make = {"trunk": ffn_moe.shared, "expert": ffn_moe.expert, "router": ffn_moe.router}[job.task]
+    task = make(cfg, parts, *([item] if item else []))
+    with TemporaryDirectory(dir=job.work) as slots:
+        place = Place(Path(slots), Rows(watch), lambda: None, job.task, job.task, 1e9, 1, peak)
+        metrics = fit(task, place)
+    watch.mark("fit")
+    watch.extra["fit_mb"] = max(watch.extra["fit_mb"], metrics["host_peak_mb"])
+    watch.extra["means"] = metrics["means"]
+    task.export(metrics["kept_step"])
+
+
+def predicted(cfg: Config, task: str, item: str | None) -> int:
+    """Return the peak that the plan promises for a task, in bytes."""
+    return ffn_cost.cost(cfg, STAGES[task], item, None, uses_bf16(cfg)).peak_bytes
+
+
+def config(job: Job) -> Config:
+    """Return the configuration of a job. Raises ConfigError for an override that does not fit."""
+    s, names = job.sizes, [domain(i) for i in range(job.experts)]
+    fitted = {
+        "steps": job.steps, "batch_sequences": s.batch_sequences, "warmup_steps": 1, "lr": 3e-4,
+        "eval_every_steps": 0, "eval_tokens": s.step_tokens, "keep": "last",
+    } | ({"micro_batch_sequences": job.micro} if job.micro else {})  # fmt: skip
+    trunk = {
+        "layers": s.layers, "d_model": s.d_model, "heads": s.heads, "d_ff": s.d_ff, "context_tokens": s.context_tokens,
+        "domains": names,
+    }  # fmt: skip
+    raw = {
+        "dtype": "auto", "partition": {"domains": names}, "tokenizer": {"vocab_size": s.vocab_size},
+        "trunk": fitted | trunk, "expert": fitted | {"statistics_tokens": s.step_tokens},
+        "router": fitted | {"top_k": min(2, job.experts)}, "dense": {"baselines": []},
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(json.dumps(raw))
+        return load(path, job.overrides)
+
+
+def prepare(job: Job) -> int:
+    """Write text of all domains, the trunk and the experts that are not there yet; return how many experts are."""
+    root = Path(job.work)
+    parts, cfg = Parts(root, job.experts), config(job)
+    with _whole(root / "preprocess") as folder:
+        if folder:
+            _write_text(job, folder)
+    with _whole(parts.folder("train_shared")) as folder:
+        if folder:
+            _write_all(folder, ffn_moe.shared(cfg, parts).export(0))
+    like = parts.tensors("train_shared", "dummy.safetensors")
+    for number in range(job.experts):
+        with _whole(parts.folder("train_experts", domain(number))) as folder:
+            if folder:
+                _write_expert(parts, folder, like, number)
+    gates = {gate_name(i): torch.randn(job.experts, job.sizes.d_model) for i in range(job.sizes.layers)}
+    for stage, files in (("train_router", {"router.safetensors": gates}), ("evaluate", _EVALUATED)):
+        with _whole(parts.folder(stage)) as folder:
+            if folder:
+                _write_all(folder, files)
+    return len(list(root.glob("train_experts-d??")))
+
+
+_EVALUATED = {"report.json": {"run": "benchmark"}, "report.html": {}}
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path | None]:
+    """Give a new folder to fill unless it is there already; it gets its name and a list of its files when full."""
+    if folder.exists():
+        yield None
+        return
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    folder.with_suffix(".files.json").write_text(json.dumps(inventory(part)))
+    part.rename(folder)
+
+
+def _write_all(folder: Path, files: dict[str, dict]) -> None:
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            save_tensors(folder / name, content)
+        else:
+            (folder / name).write_text(json.dumps(content))
+
+
+def _write_expert(parts: Parts, folder: Path, like: dict[str, torch.Tensor], number: int) -> None:
+    torch.manual_seed(number)
+    own = {
+        name: torch.randn_like(tensor, dtype=torch.float32).mul_(0.02).to(tensor.dtype) for name, tensor in like.items()
+    }
+    save_tensors(folder / "expert.safetensors", own)
+    shutil.copyfile(parts.folder("train_shared") / "statistics.safetensors", folder / "statistics.safetensors")
+
+
+def _write_text(job: Job, folder: Path) -> None:
+    """Write shards and, for bundles, the files of a tokenizer."""
+    s, names = job.sizes, tuple(domain(i) for i in range(job.domains))
+    writer = ShardWriter(folder, names, s.vocab_size, END_ID)
+    for number, name in enumerate(names):
+        for split, count in (("train", windows(s)), ("valid", 2 * s.batch_sequences), ("test", 4)):
+            ids = draw(s.vocab_size, count * s.context_tokens + 1, number).tolist()
+            for at in range(0, len(ids), DOCUMENT_TOKENS):
+                writer.add(split, name, ids[at : at + DOCUMENT_TOKENS], document_bytes=3 * DOCUMENT_TOKENS)
+    writer.finish()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+
+
+def bundle(job: Job, watch: Watch) -> None:
+    """Write the bundle of the first experts."""
+    folder = _bundle(job)
+    folder.mkdir(parents=True)
+    found = ffn_bundle.bundle(config(job), Parts(Path(job.work), job.experts), folder, lambda *_: None)
+    watch.extra["bytes"] = found["bytes"]
+
+
+def open_bundle(job: Job, watch: Watch) -> None:
+    """Open the bundle, then ask it once: one context of tokens through the whole stack."""
+    stack = ffn_bundle.reassemble(_bundle(job))
+    watch.mark("opened")
+    watch.extra["bytes"] = sum(path.stat().st_size for path in _bundle(job).iterdir())
+    stack.nats(torch.ones(1, job.sizes.context_tokens, dtype=torch.long))
+
+
+def _bundle(job: Job) -> Path:
+    return Path(job.work) / "bundles" / f"ours-{job.experts}"

@@ -1,0 +1,135 @@
+"""The routing set of a lora_vlm run: what dataset.yaml says about requests and whom they belong to.
+
+Splits are train, valid, test and test_held; the last one is asked with held-out wording, of other pictures than test.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
+
+from .base import Section, Share
+from .loras import NONE, AdapterName, Drawn, TaskData
+
+
+def _balance(value):
+    if value in ("equal", "natural"):
+        return value
+    numbers = isinstance(value, dict) and all(isinstance(x, int | float) and 0 < x <= 1 for x in value.values())
+    if not numbers or not value or abs(sum(value.values()) - 1) > 1e-6:
+        raise ValueError("write equal, natural, or a share of every expert, above 0 and together 1")
+    return {str(name): float(share) for name, share in value.items()}
+
+
+Balance = Annotated[Literal["equal", "natural"] | dict[str, float], PlainValidator(_balance)]
+
+
+class SplitShares(Section):
+    """Shares of the groups of a source that has no splits of its own."""
+
+    train: float = Field(0.8, gt=0, lt=1, description="Share to train the router on")
+    valid: float = Field(0.1, gt=0, lt=1, description="Share for early stopping and calibration")
+    test: float = Field(0.1, gt=0, lt=1, description="Share for the report")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if abs(self.train + self.valid + self.test - 1) > 1e-6:
+            raise ValueError(f"train, valid and test are {self.train + self.valid + self.test:g} together, not 1")
+        return self
+
+
+class SplitRows(Section):
+    """Rows by split; test_held has as many as test, and of other pictures, so a source needs twice as many for test."""
+
+    train: int = Field(2000, ge=1, description="Rows to train the router on")
+    valid: int = Field(200, ge=1, description="Rows for early stopping and calibration")
+    test: int = Field(200, ge=1, description="Rows for the report")
+
+
+class RoutingSource(Section):
+    """One source of requests for one expert."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    expert: AdapterName = Field(description="Whose requests these are; none: nobody's")
+    origin: Literal["loras", "jsonl", "drawn"] = Field(
+        "loras", alias="from", description="loras (the expert's own rows), jsonl, or drawn"
+    )
+    path: str | None = Field(None, description="File or folder of jsonl rows when from is jsonl")
+    image_root: str | None = Field(None, description="Folder that image paths start at; none: the folder of path")
+    image_field: str = Field("image", description="Column of the picture in jsonl rows")
+    fields: dict[str, str] = Field({}, description="Columns of jsonl rows by the names used here: prompt")
+    drawn: Drawn | None = Field(None, description="What to draw when from is drawn")
+    weight: float = Field(1.0, gt=0, description="Share of the expert's rows, relative to its other sources")
+    per_split: SplitRows | None = Field(None, description="Rows wanted of this expert; none: per_expert")
+
+    @model_validator(mode="after")
+    def _source_is_given(self) -> Self:
+        wanted = {"jsonl": "path", "drawn": "drawn"}.get(self.origin)
+        if wanted and not getattr(self, wanted):
+            raise ValueError(f"from is {self.origin}, so {wanted} must be given")
+        if self.expert == NONE and self.origin == "loras":
+            raise ValueError("none has no rows among the experts'; from must be jsonl or drawn")
+        return self
+
+    def data(self) -> TaskData:
+        """Return the same as the data of a task, which preprocess reads. Only for from jsonl or drawn."""
+        return TaskData(
+            source=self.origin, path=self.path, image_root=self.image_root, image_field=self.image_field,
+            fields=self.fields, drawn=self.drawn,
+        )  # fmt: skip
+
+
+class Wording(Section):
+    """Ways to ask for the same thing."""
+
+    seen: tuple[str, ...] = Field((), description="Prompts in train, valid and test")
+    held: tuple[str, ...] = Field((), description="Prompts in test_held alone")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        both = sorted(set(self.seen) & set(self.held))
+        if both:
+            raise ValueError(f"held-out wording is seen too: {', '.join(both)}")
+        return self
+
+
+class Dedupe(Section):
+    """What counts as the same request; the second of two is dropped and counted."""
+
+    image: Literal["sha256", "off"] = Field("sha256", description="By the pictures' bytes, or not at all")
+    prompt: Literal["normalized", "exact", "off"] = Field(
+        "normalized", description="By prompts less case, spaces and punctuation, as they are, or not at all"
+    )
+
+
+class RoutingLimits(Section):
+    """What a request may hold; others are dropped and counted."""
+
+    max_images: int = Field(4, ge=1, description="Most pictures of a request")
+    max_prompt_chars: int = Field(2000, ge=1, description="Longest prompt, characters")
+
+
+class RoutingSet(Section):
+    """Requests with the expert they belong to, taken from the experts' own rows."""
+
+    seed: int = Field(0, ge=0, description="Seed of samples, splits and wording")
+    splits: SplitShares = Field(SplitShares(), description="Shares of sources without splits")
+    split_by: Literal["group", "id"] = Field(
+        "group", description="What stays in one split: all rows of a picture, or a row"
+    )
+    per_expert: SplitRows = Field(SplitRows(), description="Rows of each expert when balance is equal")
+    balance: Balance = Field("equal", description="Rows by expert: equal, natural, or a share of each")
+    short: Literal["error", "upsample", "accept"] = Field(
+        "error", description="When an expert has too few rows: stop, repeat some, or take what there is"
+    )
+    sources: tuple[RoutingSource, ...] = Field(description="Where requests come from, at least one per expert")
+    paraphrases: dict[str, Wording] = Field({}, description="Ways to ask for each expert's task, by expert")
+    neutral: Wording = Field(Wording(), description="Prompts that fit any expert, so that the picture decides")
+    ambiguous_share: Share = Field(0.3, description="Share of requests with a neutral prompt")
+    dedupe: Dedupe = Field(Dedupe(), description="What counts as the same request")
+    limits: RoutingLimits = Field(RoutingLimits(), description="What a request may hold")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Everybody whom a request may belong to, none included, in the order of sources."""
+        return tuple(dict.fromkeys(source.expert for source in self.sources))

@@ -1,0 +1,176 @@
+"""The means by which a training keeps its memory promise, and their choice: predict, then take the fastest that fits.
+
+Every one of them leaves the mathematics as it is; moments and gradients in bf16 round differently.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
+
+from .errors import BudgetError
+
+FAST_TOKENS = 2048  # of a forward pass: more is slower on a processor, as activations leave its caches
+SMALL_CHUNK_LOGITS = 2**20  # of the loss, under a budget
+MOST_REUSED_BYTES, LEAST_REUSED_BYTES = 2**22, 200_000
+CLOSE = 0.97  # share of the budget at which the micro-batch is halved
+
+
+@dataclass(frozen=True)
+class Means:
+    """How one training runs."""
+
+    micro_batch_sequences: int
+    moments: str = "fp32"
+    gradients: str = "fp32"
+    checkpointing: bool = False
+    chunk_logits: int = 2**22
+    fuse_optimizer: bool = False
+    compile: bool = False
+    reuse_bytes: int = MOST_REUSED_BYTES  # larger blocks go back to the system at once, which costs page faults
+    trim: bool = False  # after each forward and backward pass smaller ones do
+    whole: bool = False  # a batch must run in one piece
+    budget_bytes: int | None = None
+
+    @property
+    def tidy(self) -> bool:
+        """Whether the allocator keeps next to nothing for itself."""
+        return self.reuse_bytes < MOST_REUSED_BYTES
+
+    @property
+    def words(self) -> str:
+        """The means for people."""
+        parts = [f"{self.micro_batch_sequences} sequences at a time"]
+        parts += [f"{self.moments} moments"] if self.moments != "fp32" else []
+        parts += [f"{self.gradients} gradients"] if self.gradients != "fp32" else []
+        parts += ["checkpointing"] if self.checkpointing else []
+        parts += ["fused optimizer"] if self.fuse_optimizer else []
+        parts += [f"lean heap ({self.reuse_bytes / 1e6:.1f} MB)"] if self.tidy else []
+        parts += ["compiled"] if self.compile else []
+        return ", ".join(parts)
+
+
+def unbounded(opts, tokens_per_row: int, divisible: bool, gpu: bool) -> Means:
+    """Return the means without a budget: what the settings say, and the micro-batch that runs fastest."""
+    whole = opts.fuse_optimizer or not divisible
+    fast = opts.batch_sequences if gpu or whole else max(1, FAST_TOKENS // tokens_per_row)
+    return Means(
+        micro_batch_sequences=min(opts.micro_batch_sequences or fast, opts.batch_sequences),
+        moments=opts.moments or "fp32",
+        gradients=opts.gradients or "fp32",
+        checkpointing=bool(opts.checkpointing),
+        fuse_optimizer=opts.fuse_optimizer,
+        compile=opts.compile,
+        whole=whole,
+    )
+
+
+def choose(
+    opts,
+    tokens_per_row: int,
+    budget_bytes: int | None,
+    predict: Callable[[Means], int],
+    *,
+    row_bytes: int = 0,
+    divisible: bool = True,
+    can_checkpoint: bool = True,
+    gpu: bool = False,
+    name: str = "this job",
+) -> Means:
+    """Return the fastest means whose predicted peak fits; settings that were given stay as they are.
+
+    row_bytes: of the residual stream of a row. `divisible`: a batch may be run in pieces. `can_checkpoint`: a forward
+    pass may be made twice. Raises BudgetError with the smallest budget that works.
+    """
+    first = unbounded(opts, tokens_per_row, divisible, gpu)
+    first = replace(first, checkpointing=first.checkpointing and can_checkpoint)
+    if budget_bytes is None:
+        return first
+    free = not first.whole and not opts.micro_batch_sequences
+    sizes = _halves(first.micro_batch_sequences) if free else [first.micro_batch_sequences]
+    again = [False, True] if can_checkpoint and opts.checkpointing is None else [first.checkpointing]
+    start = replace(first, budget_bytes=budget_bytes)
+    tried = list(_thriftier(opts, start, sizes, again, row_bytes))
+    for means in tried:
+        if predict(means) <= budget_bytes:
+            return means
+    least = min(map(predict, tried))
+    raise BudgetError(
+        f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest that works is "
+        f"{ceil(least / 1e6)}MB ({min(tried, key=predict).words})"
+    )
+
+
+def _halves(size: int) -> list[int]:
+    return [size] + (_halves(size // 2) if size > 1 else [])
+
+
+def _thriftier(opts, first: Means, sizes: list[int], again: list[bool], row_bytes: int) -> Iterator[Means]:
+    """Yield means from the fastest to the most thrifty: each rung costs a little more time than the one before."""
+    kinds = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")] + [("int8", "bf16")] * has_int8()
+    small = int(1.2 * row_bytes)
+    rungs = [(False, MOST_REUSED_BYTES, False), (False, LEAST_REUSED_BYTES, False), (True, small, True)]
+    rungs += [(True, LEAST_REUSED_BYTES, False)]
+    usable = [rung for rung in rungs if rung[0] in again]
+    for (checkpointing, reuse_bytes, trim), (moments, gradients), size in product(usable, kinds, sizes):
+        yield replace(
+            first,
+            micro_batch_sequences=size,
+            moments=opts.moments or moments,
+            gradients=opts.gradients or gradients,
+            checkpointing=checkpointing,
+            reuse_bytes=max(LEAST_REUSED_BYTES, min(MOST_REUSED_BYTES, reuse_bytes * (size if trim else 1))),
+            trim=trim,
+            chunk_logits=SMALL_CHUNK_LOGITS if size == 1 else first.chunk_logits,
+        )
+
+
+def has_int8() -> bool:
+    """Whether the library for 8-bit moments is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+class Guard:
+    """Rows of a forward pass: as many as the means say, fewer where the measured peak comes near the budget.
+
+    Under a budget the first passes start with one row and grow, so that a wrong prediction is seen before it costs
+    anything; where it ended is kept with the run's progress, so that a resumed run splits its batches alike.
+    """
+
+    def __init__(self, means: Means, peak, run, note: Callable[[str], None]):
+        self.means, self.peak, self.run, self.note = means, peak, run, note
+        peak.clear()  # what loading reached says nothing of a row
+        self.before_bytes, self.halved_bytes = peak.bytes(), 0  # a peak that cannot be cleared counts once
+        rows = means.micro_batch_sequences
+        run.most = min(run.most or rows, rows)
+        run.micro = min(run.micro or (1 if self._watched else rows), run.most)
+
+    @property
+    def _watched(self) -> bool:
+        return self.means.budget_bytes is not None and not self.means.whole
+
+    def sizes(self, total: int) -> Iterator[int]:
+        """Yield rows until there are `total`; looks at the peak after each."""
+        while total > 0:
+            size = min(self.run.micro, total)
+            yield size
+            total -= size
+            if self._watched:
+                self._adapt(size)
+
+    def _adapt(self, size: int) -> None:
+        run, budget_bytes, now = self.run, self.means.budget_bytes, self.peak.bytes()
+        if run.micro > 1 and now > max(CLOSE * budget_bytes, self.halved_bytes):
+            run.micro = run.most = run.micro // 2
+            self.note(
+                f"{now / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used: going on with {run.micro} sequences at a "
+                "time, same batches"
+            )
+            self.peak.clear()
+            self.halved_bytes = self.peak.bytes()
+        elif size == run.micro < run.most:
+            grown = min(2 * size, run.most)
+            per_row = max(0, now - self.before_bytes) / size
+            if now + (grown - size) * per_row <= CLOSE * budget_bytes:
+                run.micro = grown

@@ -1,0 +1,255 @@
+"""How ffn_moe's trainings run: in bf16 over a mapped trunk, and by the means that are chosen for them.
+
+Nothing here needs a processor with bf16: without one the same arithmetic is slower.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import Killed, dying, equal, place, values
+
+from pipeline import train
+from pipeline.families import ffn_cost, ffn_moe, ffn_parts
+from pipeline.means import FAST_TOKENS
+from pipeline.store import load_tensors
+from pipeline.train import fit
+from tests import small
+
+STAGES = ("train_shared", "train_experts alpha", "train_router", "train_dense total", "train_dense ffn")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the process's map of its memory")
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """One whole small run in bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+        cfg = small.config(dtype="bf16", dense__baselines=("total", "ffn"))
+        return small.run(cfg, tmp_path_factory.mktemp("bf16") / "run")
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+
+
+def made(parts, stage: str):
+    """Return the task of a stage and its item."""
+    name, _, item = stage.partition(" ")
+    return small.MAKERS[name](parts.cfg, parts, *([item] if item else []))
+
+
+def mapped(tensor: torch.Tensor) -> str:
+    """Return the file in which a tensor lies, empty when it lies in none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        places, *rest = line.split(maxsplit=5)
+        first, last = (int(place, 16) for place in places.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return rest[-1] if rest[-1].startswith("/") else ""
+    return ""
+
+
+def test_what_a_bf16_run_leaves_is_fp32_and_finer_than_bf16(rounded):
+    files = [p for p in rounded.root.rglob("*.safetensors") if p.name != ffn_parts.FROZEN]
+    assert len(files) >= 3 + 2 * 3 + 1 + 2
+    fine = set()
+    for path in files:
+        for name, tensor in load_tensors(path).items():
+            assert tensor.dtype in (torch.float32, torch.float64, torch.int64), (path, name)
+            if tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float()):
+                fine.add(path)
+    assert fine == set(files)
+
+
+def test_the_frozen_trunk_is_the_trunk_rounded(rounded, tmp_path):
+    frozen = load_tensors(rounded.root / "train_shared" / ffn_parts.FROZEN)
+    exact = load_tensors(rounded.root / "train_shared" / "trunk.safetensors")
+    assert equal(frozen, {n: t.bfloat16() for n, t in exact.items()})
+    cfg = small.config(trunk__steps=1)
+    parts = small.Parts(cfg, tmp_path)
+    small.write_shards(tmp_path / "preprocess")
+    assert not (small.train(cfg, parts, "train_shared").folder / ffn_parts.FROZEN).exists()
+
+
+@needs_linux
+def test_trainings_map_the_trunk_and_share_its_pages(rounded):
+    own = str(rounded.root / "train_shared")
+    trunk, dummy = ffn_parts.training_trunk(rounded.cfg, rounded)
+    assert {mapped(p) for p in trunk.parameters()} == {f"{own}/{ffn_parts.FROZEN}"}
+    assert {mapped(p) for p in dummy.parameters()} == {f"{own}/dummy.safetensors"}
+    exact, _ = ffn_parts.stored_trunk(rounded.cfg, rounded)
+    assert {mapped(p) for p in exact.parameters()} == {f"{own}/trunk.safetensors"}
+    experts = ffn_parts.stored_experts(rounded.cfg, rounded)
+    for name, expert in experts:
+        assert {mapped(p) for p in expert.parameters()} == {f"{rounded.root}/train_experts-{name}/expert.safetensors"}
+    assert not any(p.requires_grad for p in (*trunk.parameters(), *dummy.parameters()))
+    assert mapped(torch.ones(3)) == ""
+
+
+def test_an_artifact_without_the_frozen_trunk_trains_the_same(rounded, monkeypatch, tmp_path):
+    ends = {}
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(small.Parts, "manifest", lambda *_: SimpleNamespace(files={}))
+        task = made(rounded, "train_experts alpha")
+        fit(task, place(tmp_path / name))
+        ends[name] = values(task)
+    assert equal(ends["with"], ends["without"])
+
+
+@needs_linux
+@pytest.mark.parametrize("stage", ["train_experts alpha", "train_dense total", "train_dense ffn"])
+def test_what_trains_never_lies_in_an_artifacts_file(rounded, stage):
+    before = {p: p.read_bytes() for p in rounded.root.rglob("*.safetensors")}
+    task = made(rounded, stage)
+    assert {mapped(p) for p in task.parameters.values()} == {""}
+    with torch.no_grad():
+        for parameter in task.parameters.values():
+            parameter.add_(1)
+    assert before == {p: p.read_bytes() for p in before}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bf16_training_computes_in_bf16_but_for_its_gates(rounded, stage, tmp_path):
+    task, seen = made(rounded, stage), {}
+    gates = set(task.parameters) if stage == "train_router" else set()
+    assert task.bf16 and set(task.halved) == task.parameters.keys() - gates
+    watched = replace(task, before_step=lambda _: seen.update({n: p.dtype for n, p in task.parameters.items()}))
+    start = values(task)
+    fit(replace(watched, after_step=task.after_step), place(tmp_path))
+    assert seen == {n: torch.float32 if n in gates else torch.bfloat16 for n in task.parameters}
+    assert not any(torch.equal(value, start[n]) for n, value in values(task).items())
+
+
+@pytest.mark.parametrize("stage", STAGES[:4])
+def test_a_bf16_training_that_was_killed_ends_the_same_bit_for_bit(rounded, stage, tmp_path):
+    whole = made(rounded, stage)
+    fit(whole, place(tmp_path / "whole"))
+    for step in (1, 3):
+        folder = tmp_path / str(step)
+        with pytest.raises(Killed):
+            fit(dying(made(rounded, stage), step), place(folder))
+        task, here = made(rounded, stage), place(folder)
+        torch.manual_seed(77)
+        fit(task, here)
+        assert here.recorder.starts == [step] and equal(values(task), values(whole))
+
+
+def test_a_bf16_run_ends_near_the_fp32_one(rounded, tmp_path):
+    exact = small.config()
+    parts = small.Parts(exact, tmp_path)
+    small.write_shards(tmp_path / "preprocess")
+    small.train(exact, parts, "train_shared")
+    small.train(exact, parts, "train_experts", "alpha")
+    for job in (("train_shared", None), ("train_experts", "alpha")):
+        assert rounded.metrics[job]["valid_nats"] == pytest.approx(parts.metrics[job]["valid_nats"], rel=5e-3)
+        assert rounded.metrics[job]["valid_nats"] != parts.metrics[job]["valid_nats"]
+
+
+def test_a_gate_beside_an_expert_stays_fp32(rounded):
+    cfg = small.config(dtype="bf16", expert__coordinate=True)
+    task = ffn_moe.expert(cfg, small.Parts(cfg, rounded.root, rounded.metrics), "alpha")
+    assert set(task.parameters) - set(task.halved) == {"row", "bias"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One whole small run in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [({}, False), ({"balance": "bias"}, False), ({"balance": "aux"}, True), ({"capacity_factor": 1.5}, True),
+     ({"noise": 0.1}, True)],
+)  # fmt: skip
+def test_gates_keep_their_batch_where_its_pieces_would_count_otherwise(trained, changes, whole):
+    cfg = small.config(router=changes | {"batch_sequences": 600}, runtime__memory_budget="8GB")
+    task = ffn_moe.router(cfg, trained)
+    assert task.means.whole == whole and not task.means.checkpointing
+    assert task.means.micro_batch_sequences == (600 if whole else FAST_TOKENS // small.CONTEXT)
+    assert not ffn_moe.expert(cfg, trained, "alpha").means.whole
+
+
+def test_a_plan_and_its_training_choose_the_same(trained):
+    cfg = small.config(runtime__memory_budget="60.3MB", expert__batch_sequences=300)
+    task = ffn_moe.expert(cfg, trained, "alpha")
+    words = ffn_cost.cost(cfg, "train_experts", "alpha", None, bf16=False).words
+    assert task.means.budget_bytes == 60_300_000 and words == task.means.words
+    assert task.means != ffn_moe.expert(small.config(expert__batch_sequences=300), trained, "alpha").means
+
+
+def gradients(task, pieces: int = 1) -> dict[str, torch.Tensor]:
+    """Return the gradients of a batch of 4 rows in so many passes."""
+    rows = 4 // pieces
+    for at in range(0, 4, rows):
+        ((task.loss(task.batch(at, rows)) + task.penalty()) / pieces).backward()
+    return {n: p.grad for n, p in task.parameters.items()}
+
+
+@pytest.mark.parametrize("coordinate", [False, True])
+@pytest.mark.parametrize("stage", ["train_shared", "train_experts alpha"])
+def test_checkpointing_gives_the_same_gradients_bit_for_bit(trained, stage, coordinate):
+    name, _, item = stage.partition(" ")
+    found = {}
+    for again in (False, True):
+        cfg = small.config(
+            expert={"coordinate": coordinate, "init": "fresh", "z_weight": 3.0, "checkpointing": again},
+            trunk__checkpointing=again,
+        )
+        task = small.MAKERS[name](cfg, trained, *([item] if item else []))
+        assert task.means.checkpointing == again
+        found[again] = gradients(task)
+    assert all(g.any() for g in found[True].values()) and equal(found[True], found[False])
+
+
+def kept_bytes(task) -> int:
+    """Return the bytes a forward pass keeps for its backward pass, each storage once."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss(task.batch(0, 4))
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_checkpointing_makes_layers_again(trained):
+    sizes = [
+        kept_bytes(ffn_moe.expert(small.config(expert__checkpointing=again), trained, "alpha")) for again in (0, 1)
+    ]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+@pytest.mark.parametrize("stage", ["train_shared", "train_experts alpha", "train_router"])
+def test_micro_batches_give_the_same_gradients(trained, stage):
+    name, _, item = stage.partition(" ")
+    found = []
+    for pieces in (1, 2, 4):
+        task = small.MAKERS[name](trained.cfg, trained, *([item] if item else []))
+        task.before_step(0)
+        found.append(gradients(task, pieces))
+    for other in found[1:]:
+        for key, gradient in other.items():
+            torch.testing.assert_close(gradient, found[0][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_under_a_budget_ends_as_without_one(trained, tmp_path):
+    """Another micro-batch, growing from one row: 1e-5 of fp32 sums in another order."""
+    ends = []
+    for runtime in ({}, {"memory_budget": "8GB"}):
+        cfg = small.config(runtime=runtime)
+        parts = small.Parts(cfg, trained.root)
+        task = ffn_moe.expert(cfg, parts, "alpha")
+        fit(task, place(tmp_path / str(len(ends))))
+        ends.append(values(task))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)

@@ -1,0 +1,349 @@
+"""What a job measures and does: its peak of memory (tens of MB, as the system tells), allocator, threads, guard."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import Killed, dying, equal, place, small_task, values
+
+from pipeline import budget
+from pipeline.budget import Peak, fastest_threads
+from pipeline.checkpoint import Progress
+from pipeline.means import Guard, Means
+from pipeline.train import fit
+
+ROOT = Path(__file__).parent.parent
+MB = 10**6
+needs_linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks the Linux kernel")
+needs_glibc = pytest.mark.skipif(os.confstr_names.get("CS_GNU_LIBC_VERSION") is None, reason="glibc's allocator")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Leave out what costs time and decides nothing here, and what would stay in this process."""
+    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda _most: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def filled(size_mb: int) -> bytearray:
+    """Return so much resident memory."""
+    return bytearray(b"x") * (size_mb * MB)
+
+
+@needs_linux
+def test_a_peak_is_what_was_reached_above_its_start_and_is_over():
+    held, peak = filled(30), Peak()
+    more = filled(50)
+    del more
+    assert 48 * MB < peak.bytes() < 60 * MB
+    assert peak.report()["peak_mb"] == peak.report()["host_peak_mb"] == pytest.approx(peak.bytes() / 1e6)
+    del held
+
+
+@needs_linux
+def test_what_was_reached_before_is_not_the_jobs():
+    before = filled(80)
+    del before
+    assert Peak().report()["peak_mb"] < 8
+
+
+@needs_linux
+def test_a_cleared_peak_starts_again_and_stays_in_the_report():
+    peak = Peak()
+    more = filled(50)
+    del more
+    peak.clear()
+    assert peak.bytes() < 8 * MB
+    assert 48 < peak.report()["peak_mb"] < 60
+
+
+@needs_linux
+def test_mapped_files_are_told_apart_and_shared_ones_by_their_share(tmp_path):
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 32 * MB)
+    program = (
+        "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
+        "print(len(m[:]), flush=True); sys.stdin.read()"
+    )
+    peak, mapped = Peak(), torch.from_file(str(path), size=32 * MB, dtype=torch.uint8)
+    mapped.sum()
+    alone = peak.report()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        together = peak.report()
+        other.communicate()
+    assert 31 < alone["mapped_mb"] < 38 and 31 < alone["mapped_share_mb"] < 38  # a little code is mapped as it runs
+    assert 31 < together["mapped_mb"] < 38 and 15 < together["mapped_share_mb"] < 22
+
+
+def test_a_system_that_tells_nothing_stops_nothing(monkeypatch):
+    for name in ("read_text", "write_text"):
+        monkeypatch.setattr(Path, name, lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    peak = Peak()
+    peak.clear()
+    assert peak.bytes() == 0 and set(peak.report().values()) == {0.0}
+
+
+def test_on_a_gpu_the_peak_is_what_was_allocated_there(monkeypatch):
+    allocated = [700 * MB]
+    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.__setitem__(0, 100 * MB))
+    peak = Peak()
+    assert peak.bytes() == 100 * MB
+    allocated[0] = 300 * MB
+    assert peak.bytes() == 300 * MB and peak.report()["peak_mb"] == 300 and peak.report()["host_peak_mb"] < 100
+    peak.clear()
+    assert peak.bytes() == 100 * MB and peak.report()["peak_mb"] == 300
+
+
+ALLOCATOR = """
+from pipeline import budget
+def rss(): return budget._status("VmRSS")
+bytearray(b"x") * 1_000_000  # freed: from now on glibc takes blocks of this size from its heap
+{}
+start, blocks = rss(), [bytearray(b"x") * 1_000_000 for _ in range(60)]
+full = rss()
+del blocks[::2]
+print(full - rss())
+budget.give_back()
+print(rss() - start)
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("calls", "given_back"),
+    [
+        ("", False),
+        ("budget.give_back_at_once()", True),
+        ("budget.give_back_at_once(); budget.reuse_blocks(2**22)", False),
+        ("budget.reuse_blocks(900_000)", True),
+    ],
+)
+def test_freed_blocks_go_back_where_that_was_asked_for(calls, given_back):
+    run = subprocess.run([sys.executable, "-c", ALLOCATOR.format(calls)], cwd=ROOT, capture_output=True, check=True)
+    freed, held = (int(line) for line in run.stdout.split())
+    assert (28 * MB < freed < 34 * MB) if given_back else freed < 4 * MB
+    assert 26 * MB < held < 34 * MB  # after all was asked for
+
+
+def test_another_allocator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda _name: object())
+    budget.give_back_at_once()
+    budget.reuse_blocks(2**22)
+
+
+@pytest.mark.parametrize(
+    ("most", "tried"), [(1, []), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+)
+def test_threads_are_the_fastest_of_the_powers_of_two_and_the_most(monkeypatch, most, tried):
+    seen, before = [], torch.get_num_threads()
+
+    def seconds(count):
+        torch.set_num_threads(count)
+        seen.append(count)
+        return abs(count - 2.1)
+
+    monkeypatch.setattr(budget, "_product_seconds", seconds)
+    assert fastest_threads(most) == min(most, 2)
+    assert sorted(seen) == tried and torch.get_num_threads() == before
+
+
+def test_threads_are_really_measured_and_put_back(monkeypatch):
+    before, set_to, real = torch.get_num_threads(), [], torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: set_to.append(count) or real(count))
+    assert fastest_threads(2) in (1, 2)
+    assert set_to == [1, 2, before] and torch.get_num_threads() == before
+
+
+def test_on_a_gpu_threads_are_not_measured(monkeypatch):
+    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    monkeypatch.setattr(budget, "_product_seconds", lambda _count: pytest.fail("measured"))
+    assert fastest_threads(7) == 7
+
+
+def settled(folder, monkeypatch, measured, threads="auto") -> int:
+    """Return the threads of a job that starts, or goes on, in a store."""
+    from pipeline import stages
+    from pipeline.store import Store
+    from tests import small
+
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(budget, "fastest_threads", measured)
+    cfg = small.config(runtime={"threads": threads})
+    stages._settle_threads(stages.Work("train_shared", None, cfg, Store(folder), "here", print))
+    return set_to[-1] if set_to else 0
+
+
+def test_a_job_that_goes_on_keeps_its_threads(tmp_path, monkeypatch):
+    asked = []
+    assert settled(tmp_path, monkeypatch, lambda most: asked.append(most) or 4) == 4
+    assert asked == [8]
+    assert [json.loads(p.read_text()) for p in tmp_path.rglob("threads.json")] == [4]
+    assert settled(tmp_path, monkeypatch, lambda _most: pytest.fail("measured again")) == 4
+
+
+def test_given_threads_are_not_measured(tmp_path, monkeypatch):
+    assert settled(tmp_path, monkeypatch, lambda _most: pytest.fail("measured"), threads=2) == 0
+    assert not list(tmp_path.rglob("threads.json"))
+
+
+class Modelled:
+    """A peak that follows a rule: so much for a start and so much per row of the largest pass since the last clear."""
+
+    def __init__(self, per_row, start=10 * MB, clears=True):
+        self.per_row, self.start, self.clears, self.rows = per_row, start, clears, 0
+
+    def passed(self, rows):
+        self.rows = max(self.rows, rows)
+
+    def clear(self):
+        self.rows = 0 if self.clears else self.rows
+
+    def bytes(self):
+        return self.start + self.per_row * self.rows
+
+    def report(self):
+        return {"peak_mb": self.bytes() / 1e6}
+
+
+def steps(guard, peak, total=16, count=2) -> list[list[int]]:
+    """Return the rows of each pass of some steps."""
+    out = []
+    for _ in range(count):
+        out.append([])
+        for size in guard.sizes(total):
+            peak.passed(size)
+            out[-1].append(size)
+    return out
+
+
+def guarded(per_row, run=None, notes=None, rows=8, clears=True, **means):
+    """Return a guard that may use 100 MB, and its peak."""
+    peak = Modelled(per_row, clears=clears)
+    plan = Means(rows, **{"budget_bytes": 100 * MB} | means)
+    return Guard(plan, peak, run or Progress(), ([] if notes is None else notes).append), peak
+
+
+def test_without_a_budget_every_pass_is_as_planned():
+    assert steps(*guarded(10**12, budget_bytes=None)) == [[8, 8], [8, 8]]
+    assert steps(*guarded(10**12, budget_bytes=None), total=11) == [[8, 3], [8, 3]]
+
+
+def test_under_a_budget_the_first_step_grows_from_one_row():
+    assert steps(*guarded(10 * MB)) == [[1, 2, 4, 8, 1], [8, 8]]
+    assert steps(*guarded(10 * MB), total=4, count=3) == [[1, 2, 1], [4], [4]]
+    assert steps(*guarded(10 * MB), total=2, count=3) == [[1, 1], [2], [2]]
+
+
+def test_rows_grow_no_further_than_the_budget_by_what_was_measured():
+    notes = []
+    assert steps(*guarded(20 * MB, notes=notes)) == [[1, 2, 4, 4, 4, 1], [4] * 4]
+    assert steps(*guarded(80 * MB, notes=notes)) == [[1] * 16, [1] * 16]
+    assert steps(*guarded(500 * MB, notes=notes)) == [[1] * 16, [1] * 16]  # one row is the least
+    assert notes == []
+
+
+def test_what_loading_reached_says_nothing_of_a_row():
+    peak = Modelled(10 * MB)
+    peak.passed(50)
+    assert steps(Guard(Means(8, budget_bytes=100 * MB), peak, Progress(), print), peak) == [[1, 2, 4, 8, 1], [8, 8]]
+
+
+def test_too_high_a_peak_halves_the_rows_and_says_so():
+    notes = []
+    guard, peak = guarded(10 * MB, notes=notes)
+    steps(guard, peak)
+    peak.per_row = 11 * MB + MB // 4
+    assert steps(guard, peak, count=3) == [[8, 4, 4], [4] * 4, [4] * 4]
+    assert notes == ["100 MB of 100 MB used: going on with 4 sequences at a time, same batches"]
+    peak.per_row = 60 * MB
+    assert steps(guard, peak, total=4, count=2) == [[4], [2, 1, 1]]
+    assert len(notes) == 3
+
+
+def test_a_peak_that_cannot_be_cleared_halves_once_for_each_new_height():
+    notes = []
+    guard, peak = guarded(10 * MB, notes=notes, clears=False)
+    steps(guard, peak)
+    peak.per_row = 12 * MB
+    assert steps(guard, peak, count=3) == [[8, 4, 4], [4] * 4, [4] * 4]
+    assert len(notes) == 1
+
+
+def test_a_batch_that_must_run_whole_runs_whole():
+    assert steps(*guarded(10**12, rows=16, whole=True)) == [[16], [16]]
+
+
+def test_rows_go_on_from_the_checkpoint_and_are_never_more_than_planned_now():
+    run = Progress()
+    guard, peak = guarded(10 * MB, run)
+    steps(guard, peak, total=2, count=1)
+    assert (run.micro, run.most) == (2, 8)
+    assert steps(*guarded(10 * MB, run)) == [[2, 4, 8, 2], [8, 8]]
+    assert steps(*guarded(10 * MB, Progress(micro=4, most=4))) == [[4] * 4, [4] * 4]
+    assert steps(*guarded(10 * MB, Progress(micro=4, most=4), rows=2)) == [[2] * 8, [2] * 8]
+    assert steps(*guarded(10 * MB, Progress(micro=4, most=4), budget_bytes=None)) == [[4] * 4, [4] * 4]
+
+
+def disturbed(at: int | None = 5, **options):
+    """Return a task under a budget, its peak, and (first row, rows) of its passes; from step `at` it needs more."""
+    task, peak, passes = small_task(noisy=False, **options), Modelled(10 * MB), []
+
+    def batch(first, count):
+        peak.per_row = (10 if at is None or first < at * 8 else 30) * MB
+        peak.passed(count)
+        passes.append((first, count))
+        return task.batch(first, count)
+
+    means = Means(task.options.micro_batch_sequences or 8, budget_bytes=100 * MB)
+    return replace(task, batch=batch, means=means), peak, passes
+
+
+def test_a_run_that_was_disturbed_sees_the_same_rows_and_ends_the_same(tmp_path):
+    plain = small_task(noisy=False)
+    fit(plain, place(tmp_path / "plain"))
+    task, peak, passes = disturbed()
+    here = place(tmp_path / "disturbed", peak=peak)
+    metrics = fit(task, here)
+    assert [r for first, count in passes for r in range(first, first + count)] == list(range(10 * 8))
+    assert {first // 8: count for first, count in passes} == {0: 1} | dict.fromkeys(range(1, 5), 8) | {5: 8} | (
+        dict.fromkeys(range(6, 10), 2)
+    )
+    assert len(here.recorder.notes) == 2 and metrics["means"]["micro_batch_sequences"] == 2
+    for name, value in values(plain).items():
+        torch.testing.assert_close(values(task)[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [None, 3])
+def test_a_run_that_was_killed_splits_its_batches_as_the_undisturbed_one(tmp_path, at):
+    task, peak, passes = disturbed(at)
+    fit(task, place(tmp_path / "whole", peak=peak))
+    for step in range(1, 10):
+        first, peak, seen = disturbed(at)
+        with pytest.raises(Killed):
+            fit(dying(first, step), place(tmp_path / str(step), peak=peak))
+        again, peak, rest = disturbed(at)
+        fit(again, place(tmp_path / str(step), peak=peak))
+        assert seen + rest == passes, step
+        assert equal(values(again), values(task)), step
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_the_allocator_is_told_what_the_means_say(tmp_path, monkeypatch, trim):
+    reused, given = [], []
+    monkeypatch.setattr("pipeline.train.reuse_blocks", reused.append)
+    monkeypatch.setattr("pipeline.train.give_back", lambda: given.append(1))
+    fit(replace(small_task(steps=2), means=Means(2, reuse_bytes=300_000, trim=trim)), place(tmp_path))
+    assert reused == [300_000] and len(given) == (2 * 4 * 2 if trim else 0)  # forward and backward
