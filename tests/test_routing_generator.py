@@ -1,0 +1,207 @@
+"""routing-generator/generate.py: from JSONL alone, or the experts' rows, in a store or prepared here."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.config import parse
+from pipeline.data import routing, tasks
+from pipeline.stages import address
+from pipeline.store import Manifest, Store, inventory
+
+PROGRAM = Path(__file__).parent.parent / "routing-generator" / "generate.py"
+SIZES = {"train": 8, "valid": 2, "test": 2}
+LORAS = {
+    "base": {"build": {}, "image": {"min_pixels": 1024, "max_pixels": 4096}},
+    "defaults": {"steps": 1},
+    "experts": [
+        {"name": name, "label": label, "dataset": {"source": "drawn", "drawn": {"kind": kind, "train": 10, "valid": 2,
+                                                                            "test": 4, "size_px": 32}}}
+        for name, label, kind in (("color", "A", "color"), ("ocr", "B", "digits"))
+    ],
+    "router": {"steps": 1},
+}  # fmt: skip
+SET = {
+    "per_expert": SIZES,
+    "sources": [{"expert": "color", "from": "loras"}, {"expert": "ocr", "from": "loras"}],
+    "paraphrases": "words.yaml",
+    "neutral": {"seen": ["Look."], "held": ["See?"]},
+}
+WORDS = {"color": {"held": ["Its color?"]}, "ocr": {"held": ["Its digit?"]}}
+
+
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("generate", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with configurations of two drawn experts, and of text alone; it is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOLEFORGE_STORE", raising=False)
+    Path("loras.json").write_text(json.dumps(LORAS))
+    Path("words.yaml").write_text(yaml.safe_dump(WORDS))
+    Path("dataset.yaml").write_text(yaml.safe_dump(SET | {"loras": "loras.json"}))
+    Path("bare.yaml").write_text(yaml.safe_dump(SET))
+    Path("run.yaml").write_text(yaml.safe_dump({"family": "lora_vlm", "loras": "loras.json", "dataset": "bare.yaml"}))
+    for name in ("banking", "travel"):
+        lines = (json.dumps({"text": f"{name} {i}", "kind": "odd" if i % 2 else "even"}) for i in range(30))
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [
+        {"expert": name, "from": "jsonl", "path": f"{name}.jsonl", "fields": {"prompt": "text"}}
+        for name in ("banking", "travel")
+    ]
+    Path("text.yaml").write_text(yaml.safe_dump({"per_expert": SIZES, "sources": sources}))
+    return tmp_path
+
+
+def rows(file: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(file).read_text("utf-8").splitlines()]
+
+
+def test_text_from_jsonl_needs_nothing_else(program, here, capsys):
+    assert program.main(["--config", "text.yaml", "--output", "out/routes.jsonl", "--preview", "3"]) == 0
+    found = rows("out/routes.jsonl")
+    assert len(found) == 24 and {row["expert"] for row in found} == {"banking", "travel"}
+    assert sorted(path.name for path in Path("out").iterdir()) == ["routes.jsonl", "routes.manifest.json"]
+    said = capsys.readouterr().out
+    assert re.search(r"banking +│ +8 │ +2 │ +2 │ +0", said)
+    assert len(re.findall(r"│ banking-\d+ +│", said)) == 3
+
+
+def test_rows_of_drawn_experts_are_prepared_once(program, here, monkeypatch, capsys):
+    assert program.main(["--config", "dataset.yaml"]) == 0
+    first = Path("routing.jsonl").read_bytes()
+    found = rows("routing.jsonl")
+    assert len(found) == 2 * 14
+    assert all((here / row["images"][0]).is_file() for row in found)
+    assert all(row["images"][0].startswith("routing-work/preprocess-") for row in found)
+    assert "color (A)" in capsys.readouterr().out
+    monkeypatch.setattr(tasks, "prepare", None)
+    assert program.main(["--config", "dataset.yaml"]) == 0
+    assert Path("routing.jsonl").read_bytes() == first
+
+
+def test_none_may_be_text_alone_beside_pictures(program, here):
+    lines = (json.dumps({"id": f"n{i}", "prompt": f"Book table {i}"}) for i in range(20))
+    Path("none.jsonl").write_text("\n".join(lines))
+    source = {"expert": "none", "from": "jsonl", "path": "none.jsonl", "per_split": SIZES | {"test": 1}}
+    loras = LORAS | {"router": {"steps": 1, "none_label": "Z"}}
+    Path("none.yaml").write_text(
+        yaml.safe_dump(SET | {"loras": "none.json", "sources": [*SET["sources"], source], "paraphrases": WORDS})
+    )
+    Path("none.json").write_text(json.dumps(loras))
+    assert program.main(["--config", "none.yaml"]) == 0
+    none = [row for row in rows("routing.jsonl") if row["expert"] == "none"]
+    assert len(none) == 12 and not any(row["images"] or row["ambiguous"] for row in none)
+
+
+def test_half_prepared_rows_are_prepared_again(program, here):
+    assert program.main(["--config", "dataset.yaml"]) == 0
+    first = Path("routing.jsonl").read_bytes()
+    for mark in Path("routing-work").glob("*/done"):
+        mark.unlink()
+        (mark.parent / "rows.jsonl").write_text("torn")
+    assert program.main(["--config", "dataset.yaml"]) == 0
+    assert Path("routing.jsonl").read_bytes() == first
+
+
+def test_experts_may_be_named_by_the_file_a_run_or_the_command(program, here):
+    for i, where in enumerate((["dataset.yaml"], ["run.yaml"], ["bare.yaml", "--loras", "loras.json"])):
+        assert program.main(["--config", *where, "--output", f"{i}.jsonl", "--preview", "0"]) == 0
+    assert Path("0.jsonl").read_bytes() == Path("1.jsonl").read_bytes() == Path("2.jsonl").read_bytes()
+    manifests = [Path(f"{i}.manifest.json").read_bytes() for i in range(3)]
+    assert len(set(manifests)) == 1
+
+
+def in_store(store: Store) -> dict[str, Path]:
+    """Leave the two tasks' rows in a store, as the stage preprocess does."""
+    cfg = parse({"family": "lora_vlm", "loras": LORAS, "dataset": SET | {"paraphrases": WORDS}})
+    found = {}
+    for name in cfg.tasks:
+        here = address(cfg, "preprocess", name)
+        found[name] = store.begin(here)
+        tasks.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, found[name])
+        store.finish(Manifest(here, "preprocess", name, {}, inventory(found[name])))
+    return found
+
+
+def test_rows_in_the_store_are_used_and_the_bytes_are_those_of_the_stage(program, here, monkeypatch):
+    store = Store(here / "kept").open()
+    found = in_store(store)
+    monkeypatch.setattr(tasks, "prepare", None)
+    beside = store.root / "artifacts" / "routing-x"
+    assert program.main(["--config", "run.yaml", "--store", "kept", "--output", str(beside / "routing.jsonl")]) == 0
+    assert not Path("routing-work").exists() and not (beside / "routing-work").exists()
+    cfg = parse({"family": "lora_vlm", "loras": LORAS, "dataset": SET | {"paraphrases": WORDS}})
+    stage = store.root / "artifacts" / "routing-y"
+    stage.mkdir()
+    routing.generate(cfg.dataset, found, cfg.loras.labels, stage)
+    for name in ("routing.jsonl", "routing.manifest.json"):
+        assert (beside / name).read_bytes() == (stage / name).read_bytes()
+
+
+def test_seed_and_overrides_change_the_set(program, here):
+    for i, more in enumerate(
+        ([], ["--seed", "7"], ["--override", "per_expert.train=5"], ["--override", "dataset.seed=7"])
+    ):
+        assert program.main(["--config", "text.yaml", "--output", f"{i}.jsonl", *more]) == 0
+    assert len(rows("2.jsonl")) == 18
+    assert Path("1.jsonl").read_bytes() == Path("3.jsonl").read_bytes() != Path("0.jsonl").read_bytes()
+    assert program.main(["--config", "run.yaml", "--seed", "7", "--output", "4.jsonl"]) == 0
+    assert json.loads(Path("4.manifest.json").read_text())["seed"] == 7
+
+
+def test_the_contact_sheet_has_a_line_of_pictures_for_each_expert(program, here, capsys):
+    assert program.main(["--config", "dataset.yaml", "--contact-sheet", "look/sheet.png"]) == 0
+    with Image.open("look/sheet.png") as sheet:
+        colors = {color for _, color in sheet.convert("RGB").getcolors(1 << 24)}
+    assert len(colors) > 50
+    assert program.main(["--config", "text.yaml", "--contact-sheet", "none.png"]) == 2
+    assert "no row has a picture" in capsys.readouterr().err
+
+
+WRONG = {
+    "no file": ["gone.yaml", "gone.yaml does not exist"],
+    "no source": ["empty.yaml", "sources: Field required"],
+    "a typo": ["typo.yaml", "per_exprt: no such setting"],
+    "another family": ["ffn.yaml", "which has no routing set"],
+    "experts not named": ["bare.yaml", "loras: loras.json"],
+    "short": ["text.yaml", "banking, train: ", "--override", "per_expert.train=99"],
+    "bad override": ["text.yaml", "write it as section.field=value", "--override", "seed"],
+    "bad seed": ["text.yaml", "seed: Input should be greater than or equal to 0", "--seed", "-1"],
+    "no such place": ["text.yaml", "loras.json", "--output", "loras.json/routing.jsonl"],
+    "strange experts": ["strange.yaml", "no such expert color"],
+}
+
+
+@pytest.mark.parametrize(("config", "expected", "more"), [(w[0], w[1], w[2:]) for w in WRONG.values()], ids=WRONG)
+def test_what_is_wrong_is_said_without_a_traceback(program, here, capsys, config, expected, more):
+    Path("empty.yaml").write_text("seed: 1")
+    Path("typo.yaml").write_text(Path("text.yaml").read_text() + "per_exprt: {}")
+    Path("ffn.yaml").write_text("family: ffn_moe")
+    Path("other.json").write_text(json.dumps(LORAS | {"experts": LORAS["experts"][1:]}).replace("ocr", "reader"))
+    Path("strange.yaml").write_text(yaml.safe_dump(SET | {"loras": "other.json"}))
+    assert program.main(["--config", config, *more]) == 2
+    said = capsys.readouterr()
+    assert expected in said.err.replace("\n", " ") and "Traceback" not in said.err
+    assert not Path("routing.jsonl").exists()
+
+
+def test_help_teaches(program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "python routing-generator/generate.py --config config/dataset.yaml --output routing.jsonl" in said
+    for option in ("--seed", "--preview", "--contact-sheet", "--store", "--work", "--override", "--loras"):
+        assert option in said

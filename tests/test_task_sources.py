@@ -1,0 +1,201 @@
+"""Every kind of source of task rows, the columns templates name, and what a source may not do."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from small_tasks import SPLITS, Source, entry, jsonl, picture, prepared, simple, write_rows
+
+from pipeline.config.loras import ImageLimits
+from pipeline.data import task_sources
+from pipeline.data.task_rows import TaskRows
+from pipeline.data.task_shaping import template_parts
+from pipeline.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Source(tmp_path / "data")
+
+
+def test_columns_go_by_other_names_and_templates_take_any(tmp_path, source):
+    rows = [{"pic": r["image"], "qa": {"q": r["prompt"], "a": i}, "split": r["split"], "sure": True, "n": 0.5}
+            for i, r in enumerate(simple())]  # fmt: skip
+    for row in rows:
+        source([{"image": row["pic"]}], "unused.jsonl")
+    path = write_rows(tmp_path / "data/rows.jsonl", rows)
+    task = entry(
+        jsonl(path, image_field="pic", fields={"question": "qa.q", "answer": "qa.a"}),
+        prompt="Q: {question} {{as JSON}}", answer='{{"answer": {answer}, "sure": {sure}, "n": {n}}}',
+    )  # fmt: skip
+    _, found, _ = prepared(tmp_path, task)
+    row = found["look-3"]
+    assert row.prompt == "Q: what is 3? {as JSON}" and json.loads(row.answer) == {"answer": 3, "sure": True, "n": 0.5}
+
+
+def test_a_missing_column_is_named_beside_those_there_are(tmp_path, source):
+    with pytest.raises(
+        DataError, match=r"12 no field question .*names \{question\}, and the row has answer, boxes_json, id"
+    ):
+        prepared(tmp_path, entry(jsonl(source(simple())), prompt="{question}"))
+
+
+@pytest.mark.parametrize("template", ["{prompt", "{a.b}", "{a[0]}", "{a!r}", "{a:>5}", "{}", "{a} }"])
+def test_a_template_that_is_more_than_columns_is_a_configuration_error(tmp_path, source, template):
+    with pytest.raises(ConfigError, match="the prompt template"):
+        template_parts(template, "prompt")
+    with pytest.raises(ConfigError):
+        prepared(tmp_path, entry(jsonl(source(simple())), prompt=template))
+
+
+def test_files_give_splits_and_missing_ones_are_cut_from_training(tmp_path, source):
+    rows = [row | {"split": "whatever"} for row in simple(80)]
+    source(rows[:60], "a.jsonl")
+    source(rows[60:], "b.jsonl")
+    data = jsonl(tmp_path / "data", train="a.jsonl", test="b.jsonl")
+    metrics, found, report = prepared(tmp_path, entry(data))
+    assert metrics["rows"]["test"] == 20 and report["carved"] == ["valid"]
+    assert {row.id for row in found.values() if row.split == "test"} == {f"r{i}" for i in range(60, 80)}
+    assert 1 <= metrics["rows"]["valid"] <= 15
+
+
+def test_drawn_rows_are_task_rows(tmp_path):
+    given = {"source": "drawn", "drawn": {"kind": "locate", "train": 30, "valid": 5, "test": 7, "size_px": 96}}
+    metrics, rows, _ = prepared(tmp_path, entry(given), image=ImageLimits(min_pixels=4096, max_pixels=16384))
+    assert metrics["rows"] == {"train": 30, "valid": 5, "test": 7} and metrics["rows_resized"] == 0
+    row = rows["locate-0-test-3"]
+    assert row.source["dataset"] == "drawn/locate"
+    assert row.extra["boxes"] == [{"bbox_2d": json.loads(row.answer), "label": "square"}]
+    assert TaskRows(tmp_path / "out").picture(row).size == (96, 96)
+
+
+def test_a_limit_is_one_of_each_split(tmp_path, source):
+    metrics, rows, _ = prepared(tmp_path, entry(jsonl(source(simple(30)), limit=3)))
+    assert metrics["rows"] == dict.fromkeys(SPLITS, 3) and list(rows)[:4] == ["r0", "r1", "r2", "r10"]
+    unsplit = jsonl(source([row | {"split": None} for row in simple(30)], "unsplit.jsonl"), limit=20)
+    assert prepared(tmp_path, entry(unsplit), "unsplit")[2]["seen"] == 20
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (dict(path="nowhere.jsonl"), r"look\.dataset: .*nowhere\.jsonl does not exist"),
+        (dict(path="data", train="a.jsonl"), r"a\.jsonl does not exist; correct path, or the name under train"),
+        (dict(path="data"), "should hold one .jsonl file, found one.jsonl, two.jsonl"),
+        (dict(path="data/one.jsonl", train="a.jsonl"), r"one\.jsonl must be the folder of a\.jsonl"),
+        (dict(path="data/one.jsonl"), "the source has no rows"),
+        (dict(source="folder", path="nowhere"), "is not a folder of images"),
+        (dict(source="folder", path="data", train="training"), "training is not a folder of images"),
+    ],
+)
+def test_a_source_that_is_not_there_names_its_setting(tmp_path, source, data, message):
+    for name in ("one", "two"):
+        source([], f"{name}.jsonl")
+    data["path"] = str(tmp_path / data["path"])
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path, entry({"source": "jsonl"} | data))
+
+
+def test_a_folder_of_images_with_text_or_json_beside_them(tmp_path):
+    base = tmp_path / "scans"
+    for split, count in (("train", 30), ("validation", 4), ("test", 4)):
+        (base / split / "a").mkdir(parents=True)
+        for i in range(count):
+            path = base / split / "a" / f"{i}.png"
+            picture(hash((split, i)) % 2**32).save(path)
+            path.with_suffix(".txt").write_text(f"text {i}")
+    (base / "train/a/3.txt").unlink()
+    (base / "train/a/3.json").write_text('{"answer": "from json", "prompt": "ignored", "image": "/etc/hostname"}')
+    (base / "train/a/4.txt").unlink()
+    task = entry({"source": "folder", "path": str(base)}, prompt="Read it.")
+    metrics, rows, report = prepared(tmp_path, task)
+    assert metrics["rows"] == {"train": 29, "valid": 4, "test": 4} and report["dropped"] == {"no annotation": 1}
+    assert rows["train/a/3.png"].answer == "from json" and rows["test/a/2.png"].answer == "text 2"
+
+
+def test_a_folder_with_a_table_is_read_as_the_hub_writes_them(tmp_path, source):
+    rows = [{"file_name": r["image"], "text": r["answer"], "split": r["split"]} for r in simple()]
+    source([{"image": r["file_name"]} for r in rows], "metadata.jsonl")
+    write_rows(tmp_path / "data/metadata.jsonl", rows)
+    task = entry({"source": "folder", "path": str(tmp_path / "data")}, prompt="Read it.", answer="{text}")
+    assert prepared(tmp_path, task)[0]["rows"] == dict.fromkeys(SPLITS, 4)
+
+
+def hub_table(path, rows, seed=0):
+    """Write parquet as `datasets` does: images as bytes, classes as numbers."""
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    def content(i):
+        out = io.BytesIO()
+        picture((seed, i)).save(out, "PNG")
+        return {"bytes": out.getvalue(), "path": None}
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"]), "n": Value("int32")})
+    table = {"image": [content(i) for i in range(rows)], "label": [i % 2 for i in range(rows)], "n": [*range(rows)]}
+    Dataset.from_dict(table, features=features).to_parquet(path)
+
+
+def hub(path, **more):
+    return {"source": "hub", "id": str(path), "revision": "main"} | more
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+
+
+def test_the_hubs_code_streams_a_local_data_set(tmp_path, offline):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    hub_table(folder / "train-00000.parquet", 40)
+    hub_table(folder / "test-00000.parquet", 5, seed=1)
+    task = entry(hub(folder, train="train", test="test"), prompt="Which animal is number {n}?", answer="a {label}")
+    metrics, rows, _ = prepared(tmp_path, task)
+    assert metrics["rows"]["test"] == 5 and sum(metrics["rows"].values()) == 45
+    row = rows["look-3"]
+    assert (row.prompt, row.answer) == ("Which animal is number 3?", "a dog") and row.source["revision"] == "main"
+    found = np.asarray(TaskRows(tmp_path / "out").picture(row))
+    np.testing.assert_array_equal(found, np.asarray(picture((0, 3))))
+    limited, _, _ = prepared(tmp_path, entry(hub(folder, limit=8), prompt="?", answer="{label}"), "limited")
+    assert sum(limited["rows"].values()) == 8
+
+
+def test_a_folder_of_images_as_the_hub_has_them(tmp_path, offline, source):
+    rows = simple(9)
+    source(rows)
+    write_rows(tmp_path / "data/images/metadata.jsonl", [
+        {"file_name": r["image"].removeprefix("images/"), "prompt": r["prompt"], "answer": r["answer"]} for r in rows
+    ])  # fmt: skip
+    metrics, found, _ = prepared(tmp_path, entry(hub(tmp_path / "data/images")))
+    assert sum(metrics["rows"].values()) == 9 and {row.answer for row in found.values()} == {
+        f"it is {i}" for i in range(9)
+    }
+
+
+@pytest.mark.parametrize("url", ["https://host/x.png", "hf://datasets/other/set@main/x.png", "file:///etc/hostname",
+                                 "zip://x.png::hf://datasets/some/settle/x.zip"])  # fmt: skip
+def test_a_picture_from_elsewhere_is_not_fetched(url):
+    with pytest.raises(ValueError, match="is not in the data set some/set"):
+        task_sources._fetched(url, "some/set")
+
+
+def test_a_data_set_may_not_point_out_of_itself(tmp_path, offline):
+    from datasets import Dataset, Features, Image, Value
+    from pyarrow.parquet import write_table
+
+    (tmp_path / "sly").mkdir()
+    picture(0).save(tmp_path / "secret.png")
+    table = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "answer": ["got it"]}
+    features = Features({"image": Image(decode=False), "answer": Value("string")})
+    write_table(Dataset.from_dict(table, features=features).data.table, tmp_path / "sly/train.parquet")
+    with pytest.raises(DataError, match="1 path outside its root"):
+        prepared(tmp_path, entry(hub(tmp_path / "sly"), prompt="?"))
+
+
+def test_a_data_set_that_cannot_be_reached_says_what_to_check(tmp_path, offline):
+    with pytest.raises(
+        DataError, match=r"look\.dataset: .*nowhere\[train\] at revision main cannot be streamed.*HF_TOKEN"
+    ):
+        prepared(tmp_path, entry(hub(tmp_path / "nowhere")))
