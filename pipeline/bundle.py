@@ -23,7 +23,7 @@ SUMS, ABOUT, INDEX = "SHA256SUMS", "experts.json", "model.safetensors.index.json
 BLOCK_BYTES = 4 << 20
 HEADER_BYTES = 100_000_000  # what safetensors itself takes for a header at most
 FOLDERS = {"file", "local", "sftp", "ssh", "smb", "ftp"}  # filesystems where a folder must exist before its files
-_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\n]+)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\\\n]+)")
 
 Say = Callable[[str, float | None], None]
 
@@ -32,23 +32,26 @@ Say = Callable[[str, float | None], None]
 class Piece:
     """A file of the bundle that comes from the store; rename gives its tensors other names, None leaves it as it is."""
 
-    name: str
+    name: str  # a path with / below the bundle's folder
     source: Path
     sha256: str  # of the source, from its manifest
     rename: Callable[[str], str] | None = None
 
 
 def write(folder: Path, pieces: Iterable[Piece], texts: Mapping[str, str | dict], say: Say) -> dict:
-    """Fill an empty folder with pieces, texts (a dict becomes JSON), the index over the weights and SHA256SUMS.
+    """Fill an empty folder with pieces, texts (a dict becomes JSON), the index over its own weights and SHA256SUMS.
 
+    Weights in folders of the bundle are complete in themselves: no index names them.
     Returns files, bytes and parameters. Raises DamagedArtifact when a source is not what its manifest says.
     """
     pieces, sums = list(pieces), {}
     for done, piece in enumerate(pieces):
         say(f"bundling {len(pieces)} files", done / len(pieces))
         sums[piece.name] = _place(piece, folder / piece.name)
-    index, parameters = _index(folder, [p.name for p in pieces if p.name.endswith(".safetensors")])
-    for name, content in {**texts, INDEX: index}.items():
+    weights = [p.name for p in pieces if p.name.endswith(".safetensors")]
+    index, parameters = _index(folder, [name for name in weights if "/" not in name])
+    parameters += sum(_index(folder, [name])[1] for name in weights if "/" in name)
+    for name, content in {**texts, **({INDEX: index} if index["weight_map"] else {})}.items():
         write_text(folder / name, content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
         sums[name] = sha256(folder / name)
     write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
@@ -120,6 +123,7 @@ _AGAIN = "remove the bundle's folder and run `python -m pipeline deploy` again, 
 
 def _place(piece: Piece, target: Path) -> str:
     """Bring a piece to its place; return the sha256 of what is there now."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     if piece.rename:
         found, placed = _renamed(piece.source, target, piece.rename)
     else:
@@ -205,9 +209,14 @@ def _product(shape: list[int]) -> int:
 
 def _parsed(text: str, where: str) -> dict[str, str]:
     found = [_LINE.fullmatch(line) for line in text.splitlines()]
-    if not found or None in found:
+    if not found or None in found or not all(_inside(match[2]) for match in found):
         raise DamagedArtifact(f"{where} is not a list of sha256 sums; {_AGAIN}")
     return {match[2]: match[1] for match in found}
+
+
+def _inside(name: str) -> bool:
+    """Whether a name leads nowhere but below the folder that lists it."""
+    return all(part not in ("", ".", "..") and ":" not in part for part in name.split("/"))
 
 
 def _opened(url: str):
@@ -228,7 +237,7 @@ def _opened(url: str):
 
 def _clear(fs, root: str, folder: Path) -> None:
     """Make an earlier bundle at the target incomplete before it is changed, and remove what the new one has not."""
-    if FOLDERS & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+    if _has_folders(fs):
         fs.makedirs(root, exist_ok=True)
     there = f"{root}/{SUMS}"
     if not fs.exists(there) or _digest(fs, there) == sha256(folder / SUMS):
@@ -240,10 +249,16 @@ def _clear(fs, root: str, folder: Path) -> None:
     fs.rm_file(there)
 
 
+def _has_folders(fs) -> bool:
+    return bool(FOLDERS & set([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
+
+
 def _put(fs, source: Path, target: str, digest: str) -> None:
     """Send a file unless it is there already. Raises StoreError when other bytes come back."""
     if fs.exists(target) and _digest(fs, target) == digest:
         return
+    if _has_folders(fs):
+        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
     fs.put_file(str(source), target)
     found = _digest(fs, target)
     if found != digest:

@@ -241,7 +241,7 @@ def test_a_part_that_is_not_what_was_written_is_not_bundled(stage, bundled, tmp_
     shutil.rmtree(store.folder(folder.name))
     names = {"train_shared": "trunk.safetensors", "train_experts": "expert.safetensors", "preprocess": "tokenizer.json",
              "train_router": "router.safetensors", "evaluate": "report.html"}  # fmt: skip
-    part = store.folder(stages.address(cfg, stage, stages.STAGES[stage].items(cfg)[-1])) / names[stage]
+    part = store.folder(stages.address(cfg, stage, cfg.items(stage)[-1])) / names[stage]
     flip(part)
     with pytest.raises(DamagedArtifact, match=f"{part.name} is not what was written"):
         stages.run("deploy", cfg, store, say=quiet)

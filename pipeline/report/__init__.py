@@ -4,8 +4,8 @@ A report is the plain dictionary that evaluate makes. Nothing here computes a re
 report may be missing: what is absent, NaN or infinite is shown as a dash.
 """
 
-from .card import card
+from .card import adapters_card, card
 from .page import page
 from .terminal import show
 
-__all__ = ["card", "page", "show"]
+__all__ = ["adapters_card", "card", "page", "show"]

@@ -3,7 +3,7 @@
 Every number comes from the report through the same tables as page and terminal, so no two of them disagree.
 """
 
-from . import tables
+from . import requests, tables
 from .cells import Cell, Table, part
 from .digits import count
 
@@ -11,6 +11,12 @@ HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [mixture-of-experts, moleforge]
+---
+"""
+ADAPTERS_HEAD = """---
+library_name: peft
+pipeline_tag: image-text-to-text
+tags: [mixture-of-experts, lora, moleforge]
 ---
 """
 
@@ -28,6 +34,79 @@ def card(report: dict, about: dict) -> str:
         _notes(report, about),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def adapters_card(report: dict, about: dict) -> str:
+    """Return README.md of a bundle of adapters; about is its experts.json."""
+    run = str(about.get("run") or "run")
+    shown = (requests.routes, requests.answers, requests.adapters, requests.calibration, tables.criteria)
+    sections = [
+        f"{ADAPTERS_HEAD}\n# {_plain(run)}\n",
+        _what_adapters(about),
+        _adapters(about),
+        _load_adapters(about),
+        "## How good it is\n\nOn held-out requests; report.html has it in full.\n",
+        *(_table(table(report)) for table in shown),
+        "\n".join(["## To know", "", *(f"- {_plain(str(note))}" for note in report.get("notes") or ()), ""]),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _what_adapters(about: dict) -> str:
+    base = about["base"]
+    where = f"revision `{base['revision']}`" if base["revision"] else "in the folder `base`"
+    return (
+        f"{len(about['experts'])} experts, each a LoRA adapter for one task on the frozen vision-language model "
+        f"{_plain(str(base['model']))} ({where}), and a router that is one more adapter: it answers a request with an "
+        f"expert's label, a single token. Made with MoleForge. The adapters never met while they trained.\n"
+    )
+
+
+def _adapters(about: dict) -> str:
+    head = "| expert | label | task | what it does | judged by | trained as | folder |"
+    lines = ["## Experts", "", head, "| --- | --- | --- | --- | --- | --- | --- |"]
+    for e in about["experts"]:
+        cells = [
+            e["name"],
+            e["label"],
+            e["task"],
+            e["description"],
+            e["metric"],
+            f"`{e['address']}`",
+            f"`{e['folder']}`",
+        ]
+        lines.append(_line([_plain(str(cell)) for cell in cells]))
+    router, policy = about["router"], about["policy"]
+    lines += [
+        "",
+        f"Router `{router['address']}` in `{router['folder']}`; its temperature is in calibration.json there. Below a "
+        f"confidence of {policy['threshold']:g} the likeliest {policy['top_k']} experts answer and the best answer is "
+        f"taken; a request that is nobody's goes to {policy['fallback']}. Weights are never averaged.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _load_adapters(about: dict) -> str:
+    base, first = about["base"], about["experts"][0]
+    name = base["model"] if base["revision"] else "base"
+    more = f', revision="{base["revision"]}"' if base["revision"] else ""
+    return f"""## Use
+
+```
+from peft import PeftModel
+from transformers import Qwen3VLForConditionalGeneration
+
+base = Qwen3VLForConditionalGeneration.from_pretrained("{name}"{more})
+{first["name"]} = PeftModel.from_pretrained(base, "{first["folder"]}/adapter")
+```
+
+```
+sha256sum --check --quiet SHA256SUMS       # every file is what was bundled
+python -m pipeline serve --bundle .        # /v1/chat/completions and /v1/route, with the router in front
+```
+
+Pictures were trained on with {base["image"]["min_pixels"]:,} to {base["image"]["max_pixels"]:,} px; keep them so.
+"""
 
 
 def _what(report: dict, about: dict) -> str:

@@ -3,7 +3,7 @@
 All text from the report is escaped by markup; the same report and histories always give the same bytes.
 """
 
-from . import routing, tables
+from . import requests, routing, tables
 from .cells import Cell, Table, less
 from .curves import curves, shares
 from .digits import DASH, count, fixed, interval, share
@@ -22,6 +22,9 @@ def page(report: dict, histories: dict[str, list[dict]]) -> str:
         ("quality", "T1", "The stack and everything it should beat", _quality(report)),
         ("map", "", "Who is good at what", _heat(tables.matrix(report), "turn")),
         ("routing", "T5", "Where tokens go", _routing(report, shares(histories, experts))),
+        ("routes", "", "Where requests go", _routes(report)),
+        ("adapters", "", "Who can do what", _adapters(report)),
+        ("answers", "", "What the answers are worth", _table(requests.answers(report))),
         ("leaving", "T3", "When one expert leaves", _heat(tables.opt_out(report), "turn")),
         ("active", "T6", "Active experts", _active(report)),
         ("curves", "", "Training curves", _curves(curves(histories))),
@@ -71,7 +74,7 @@ def _lead(report: dict) -> Markup:
     """Return the result in two sentences: what the stack reached, and how it compares on each axis."""
     stack = _stack(report)
     if stack is None:
-        return Markup("")
+        return tag("p", requests.lead(report), class_="lead") if requests.lead(report) else Markup("")
     text = f"The stack reaches {fixed(stack.get('mean'))} bits per byte {interval(stack.get('interval'))}".rstrip()
     verdicts = [win for win in report.get("wins") or () if win.get("verdict") in ("better", "worse", "tie")]
     groups = []
@@ -96,6 +99,7 @@ def _tiles(report: dict) -> Markup:
         ("of the oracle's gain", share(stack.get("oracle_gain")), "reached by the stack"),
         ("parameters per token", count(model.get("active_parameters")), f"of {count(model.get('total_parameters'))}"),
         ("routing agreement", share(found.get("agreement")), f"{len(report.get('experts') or ())} experts"),
+        *requests.tiles(report),
         ("criteria passed", f"{sum(p is True for p in passed)} of {len(passed)}" if passed else DASH, ""),
     ]
     shown = [(name, value, more) for name, value, more in tiles if value != DASH]
@@ -178,6 +182,22 @@ def _routing(report: dict, charts: Markup) -> Markup:
         _table(routing.by_layer(report)),
         join(tag("h3", "While the router trained"), charts) if charts else "",
     )
+
+
+def _routes(report: dict) -> Markup:
+    maps = [tag("div", tag("h3", table.title), _heat(table, "up")) for table in requests.confusions(report)]
+    others = (requests.calibration, requests.coverage, requests.strangers, requests.consistency)
+    tables_of = [table for table in (make(report) for make in others) if table.rows]
+    return join(
+        _table(requests.routes(report)),
+        _table(requests.margins(report)),
+        tag("div", *maps, class_="layers") if maps else "",
+        *(join(tag("h3", table.title), _table(table)) for table in tables_of),
+    )
+
+
+def _adapters(report: dict) -> Markup:
+    return join(_heat(requests.adapters(report), "up"), _table(requests.figures(report)))
 
 
 def _active(report: dict) -> Markup:

@@ -13,25 +13,30 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import routing, tables
+from . import requests, routing, tables
 from .cells import Cell, Row, Table
 
 WIDTH = 120
 NAME, WORDS, HEAD, GAP = 26, 40, 12, 2  # most characters of a name, of a cell of words, of a heading; blanks between
 EDGES = 2  # blanks that the frame adds left and right
+ROUTES = (requests.routes, requests.margins)
+ASKED = (requests.calibration, requests.coverage, requests.strangers, requests.consistency, requests.adapters,
+         requests.figures, requests.answers)  # fmt: skip
 SWAPS = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
 
 
 def show(report: dict, console: Console) -> None:
-    """Print criteria, wins, T1, T3, T5 in short and T6."""
+    """Print what there is of T1, T3, T5 in short, the tables of whole requests, T6, wins and criteria."""
     with _plain(console):
         _line(console, _title(report), "bold")
-        for table in (tables.quality, tables.cost, tables.opt_out, routing.mean):
+        for table in (tables.quality, tables.cost, tables.opt_out, routing.mean, *ROUTES):
             _print(console, table(report))
+        for table in requests.confusions(report):
+            _print(console, table)
         facts = routing.facts(report)
         if facts:
             _line(console, "; ".join(f"{name} {value}" for name, value in facts))
-        for table in (tables.active, tables.wins, tables.criteria):
+        for table in (*ASKED, tables.active, tables.wins, tables.criteria):
             _print(console, table(report))
         for note in report.get("notes") or ():
             _line(console, f"note: {note}")

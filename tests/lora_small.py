@@ -1,0 +1,145 @@
+"""A lora_vlm run at the smallest sizes, without store or processes: what the tests of its training side need.
+
+Tasks are drawn, the base is random; everything before the trainings is made once per process and copied.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from fakes import place
+
+from pipeline import config as configuration
+from pipeline.config import LoraConfig, merge
+from pipeline.errors import MissingArtifact
+from pipeline.families import lora_vlm
+from pipeline.store import load_tensors, save_tensors
+from pipeline.train import fit
+
+INSTRUCTION = "Which expert should handle this request? Answer with one letter."
+SETTINGS = {
+    "name": "small",
+    "family": "lora_vlm",
+    "seed": 3,
+    "dtype": "fp32",
+    "runtime": {"threads": 1},
+    "loras": {
+        "base": {
+            "build": {
+                "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 96,
+                "vision_hidden": 32, "vision_layers": 2, "vision_heads": 2, "vision_intermediate": 64,
+                "initializer_range": 0.125, "text": [INSTRUCTION],
+            },
+            "dtype": "float32",
+            "image": {"min_pixels": 4096, "max_pixels": 16384},
+        },
+        "defaults": {
+            "steps": 6, "batch_sequences": 4, "lr": 5e-3, "min_lr_share": 0.05, "warmup_steps": 2, "dropout": 0.0,
+            "r": 8, "alpha": 16, "max_tokens": 128, "checkpointing": False, "eval_every_steps": 3,
+            "eval_tokens": 300, "neutral_share": 0.3,
+        },
+        "experts": [
+            {
+                "name": name, "label": label, "max_new_tokens": 8,
+                "dataset": {"source": "drawn", "drawn": {"kind": kind, "train": 24, "valid": 8, "test": 8}},
+            }
+            for name, label, kind in (("color", "A", "color"), ("dots", "B", "count"))
+        ],
+        "router": {"instruction": INSTRUCTION, "neutral_share": 0.0, "r": 8},
+    },
+    "dataset": {
+        "per_expert": {"train": 16, "valid": 8, "test": 4},
+        "sources": [{"expert": "color", "from": "loras"}, {"expert": "dots", "from": "loras"}],
+        "neutral": {"seen": ["What do you see?", "Look at the picture."], "held": ["What is it?"]},
+        "short": "accept",
+    },
+}  # fmt: skip
+
+
+def config(**changes) -> LoraConfig:
+    """Return a small configuration; changes are dotted names with __ (loras__defaults__lr=1.0)."""
+    raw = SETTINGS
+    for name, value in changes.items():
+        for part in reversed(name.split("__")):
+            value = {part: value}
+        raw = merge(raw, value)
+    return configuration.parse(raw)
+
+
+@dataclass
+class Parts:
+    """What a family sees of earlier stages, from a plain directory."""
+
+    cfg: LoraConfig
+    root: Path
+
+    def path(self, stage: str, item: str | None = None) -> Path:
+        """Return where a job's files are or will be."""
+        return self.root / "-".join(filter(None, (stage, item)))
+
+    def new(self, stage: str, item: str | None = None) -> Path:
+        """Make a job's folder."""
+        self.path(stage, item).mkdir(parents=True)
+        return self.path(stage, item)
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Return the folder of a stage's files. Raises MissingArtifact."""
+        if not self.path(stage, item).is_dir():
+            raise MissingArtifact(f"{self.path(stage, item)} does not exist; run {stage}")
+        return self.path(stage, item)
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file."""
+        return load_tensors(self.folder(stage, item) / name)
+
+
+def quiet(_text: str, _share: float | None = None) -> None:
+    """Say nothing."""
+
+
+_PREPARED: list[Path] = []  # the folder that others copy
+
+
+def prepared(root: Path, **changes) -> Parts:
+    """Return a run whose data and base are made below root; changes may not touch those."""
+    if not _PREPARED:
+        cfg, first = config(), Path(tempfile.mkdtemp())
+        parts = Parts(cfg, first)
+        for name in cfg.tasks:
+            lora_vlm.prepare(cfg, parts.new("preprocess", name), quiet, first, name)
+        lora_vlm.shared(cfg, parts).write(parts.new("train_shared"))
+        lora_vlm.route_data(cfg, parts, parts.new("routing"), quiet)
+        _PREPARED.append(first)
+    shutil.copytree(_PREPARED[0], root, dirs_exist_ok=True)
+    return Parts(config(**changes), root)
+
+
+def task_of(parts: Parts, item: str):
+    """Return the training of an expert, or of the router."""
+    return lora_vlm.router(parts.cfg, parts) if item == "router" else lora_vlm.expert(parts.cfg, parts, item)
+
+
+def train(parts: Parts, item: str, task=None, slots: Path | None = None) -> SimpleNamespace:
+    """Fit one adapter and keep its files in parts; returns task, metrics, files, folder and history rows."""
+    task = task or task_of(parts, item)
+    here = place(slots or parts.root / "slots" / item, save_every_s=1e9)
+    metrics = fit(task, here)
+    files = task.export(metrics["kept_step"])
+    stage = ("train_router",) if item == "router" else ("train_experts", item)
+    folder = write(files, parts.path(*stage))
+    return SimpleNamespace(task=task, metrics=metrics, files=files, folder=folder, rows=here.recorder.rows)
+
+
+def write(files: dict, folder: Path) -> Path:
+    """Write what a task exports, as the stages do; returns the folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content, sort_keys=True))
+        else:
+            save_tensors(folder / name, content)
+    return folder

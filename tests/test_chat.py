@@ -1,0 +1,164 @@
+"""A bundle of adapters behind a real uvicorn: answers with pictures, routes, and what a client may get wrong."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from pipeline.families import lora_bundle
+from pipeline.families.lora_generate import Request
+from pipeline.serve.app import create
+from pipeline.serve.protocol import Limits
+from tests import small_stack
+from tests.small_stack import EXPERTS
+from tests.test_serve import refused, running
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory):
+    """The application on the bundle of a small run."""
+    root = tmp_path_factory.mktemp("run")
+    cfg, parts = small_stack.run(root / "parts")
+    (parts.root / "evaluate").mkdir()
+    (parts.root / "evaluate" / "report.json").write_text("{}")
+    (parts.root / "evaluate" / "report.html").write_text("")
+    (root / "bundle").mkdir()
+    lora_bundle.bundle(cfg, parts, root / "bundle", small_stack.quiet)
+    return create(root / "bundle")
+
+
+@pytest.fixture(scope="module")
+def client(application):
+    """A client of it, over a socket."""
+    with running(application) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stack(application):
+    """What runs behind it."""
+    return application.state.service.engine.stack
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    """Return a picture as a data: URI."""
+    held = io.BytesIO()
+    image.save(held, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def asking(*urls: str, text: str = "what color?") -> dict:
+    """Return a request's body with pictures."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+PICTURE = small_stack.pictures(1)[0]
+
+
+def test_an_answer_is_the_stacks_own(client, stack):
+    answer = client.post(CHAT, json=asking(encoded(PICTURE)))
+    assert answer.status_code == 200, answer.text
+    found, wanted = answer.json(), stack.answer([Request("what color?", (PICTURE,))])[0]
+    assert found["object"] == "chat.completion" and found["model"] == "small"
+    choice = found["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
+    assert choice["finish_reason"] == wanted.finish and found["expert"] == wanted.expert
+    assert found["confidence"] == pytest.approx(wanted.confidence, abs=1e-4)
+    assert [each["expert"] for each in found["alternatives"]] == [name for name, _ in wanted.alternatives]
+    usage = found["usage"]
+    assert usage["completion_tokens"] == wanted.drawn and usage["total_tokens"] == wanted.given + wanted.drawn
+
+
+def test_the_picture_counts(client):
+    seen = {
+        client.post("/v1/route", json=asking(encoded(image))).json()["confidence"] for image in small_stack.pictures(4)
+    }
+    assert len(seen) > 1
+
+
+def test_a_route_is_the_stacks_own(client, stack):
+    found = client.post("/v1/route", json=asking(encoded(PICTURE))).json()
+    wanted = stack.route([Request("what color?", (PICTURE,))])[0]
+    assert (found["object"], found["expert"]) == ("route", wanted.expert)
+    assert found["answered_by"] == list(wanted.runs)
+    assert sum(each["probability"] for each in found["alternatives"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [*EXPERTS, "base"])
+def test_an_expert_can_be_asked_by_name(client, stack, name):
+    found = client.post(CHAT, json=asking(encoded(PICTURE)) | {"expert": name}).json()
+    assert found["expert"] == name
+    said = stack.trial([Request("what color?", (PICTURE,))], [[name]])[0][name]
+    assert found["choices"][0]["message"]["content"] == said.text
+
+
+def test_text_alone_and_fewer_tokens(client):
+    body = {"messages": [{"role": "user", "content": "what color?"}], "expert": "locate"}
+    long, short = (client.post(CHAT, json=body | more).json() for more in ({}, {"max_tokens": 2}))
+    assert short["usage"]["completion_tokens"] == 2 and short["choices"][0]["finish_reason"] == "length"
+    assert long["usage"]["completion_tokens"] == 8
+
+
+def test_a_large_picture_is_made_as_large_as_in_training(client):
+    """16,384 px are 16 tokens; the picture has 400 times as many."""
+    small = client.post(CHAT, json=asking(encoded(PICTURE.resize((128, 128))))).json()
+    large = client.post(CHAT, json=asking(encoded(PICTURE.resize((2560, 2560)), "JPEG"))).json()
+    assert large["usage"]["prompt_tokens"] == small["usage"]["prompt_tokens"]
+
+
+def test_health_and_models(client):
+    assert client.get("/healthz").json() == {"status": "ok", "model": "small", "experts": list(EXPERTS)}
+    listed = client.get("/v1/models").json()["data"]
+    assert [each["id"] for each in listed] == ["small"] and listed[0]["experts"] == list(EXPERTS)
+
+
+BOMB = f"data:image/png;base64,{base64.b64encode(bytes.fromhex('89504e470d0a1a0a0000000d49484452') + (60_000).to_bytes(4, 'big') * 2 + bytes.fromhex('0802000000')).decode()}"  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "param"),
+    [
+        (asking("https://example.org/a.png"), "this server fetches nothing", "messages"),
+        (asking("file:///etc/passwd"), "this server fetches nothing", "messages"),
+        (asking("data:image/png;base64,@@@@"), "is not base64", "messages"),
+        (asking("data:image/png;base64,AAAA"), "messages: ", "messages"),
+        (asking(BOMB), "messages: ", "messages"),
+        (asking(*[encoded(PICTURE)] * 5), "5 images; at most 4 are taken", "messages"),
+        (asking(text="word " * 4000), "characters; at most", "messages"),
+        (asking() | {"expert": "poet"}, "there is no 'poet'; there are color, count, locate and base", "expert"),
+        (asking() | {"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
+        (asking() | {"temperature": 0.7}, "not supported yet; leave it out or set it to 0", "temperature"),
+        (asking() | {"stream": True}, "not supported yet", "stream"),
+        (asking() | {"best_of": 2}, "best_of: no such field", "best_of"),
+        ({"messages": []}, "messages: ", "messages"),
+        ({"messages": [{"role": "system", "content": "be nice"}]}, "messages: ", "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, "messages: ", "messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages: ", "messages"),
+        ({}, "messages: field required", "messages"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_the_next_is_answered(client, body, said, param):
+    refused(client.post(CHAT, json=body), 400, said, param)
+    assert client.post(CHAT, json=asking(encoded(PICTURE)) | {"max_tokens": 1}).status_code == 200
+
+
+def test_what_is_no_json_or_too_long_or_elsewhere(client, application):
+    refused(client.post(CHAT, content=b"{"), 400, "the request is not a JSON object")
+    refused(client.get("/v1/completions"), 404, f"is not served here; .*POST {CHAT}")
+    refused(client.post(CHAT, json=asking() | {"model": "gpt-4"}), 404, "'small' is", "model", "model_not_found")
+    service = application.state.service
+    before, service.limits = service.limits, Limits(body_bytes=100)
+    try:
+        refused(client.post(CHAT, json=asking(encoded(PICTURE))), 413, "over 100 bytes", None, "too_large")
+    finally:
+        service.limits = before
+
+
+def test_the_interface_describes_itself(client):
+    schema = client.get("/openapi.json").json()
+    assert json.dumps(schema["paths"][CHAT]["post"]["requestBody"]).count("image_url") > 1

@@ -1,0 +1,535 @@
+"""Every setting of a lora_vlm run does something: changing it changes what a stage leaves behind, or it is refused.
+
+EFFECTS and SHOWN list all of them, and a setting that is not listed fails. Products are compared without the places
+that only repeat settings (the options in adapter.json, the digest in a manifest).
+"""
+
+import hashlib
+import itertools
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import lora_small
+import pytest
+import small_routing
+import small_tasks
+from fakes import place
+from pydantic import ValidationError
+
+from pipeline import config as configuration
+from pipeline import train
+from pipeline.config import Config, LoraConfig, LoraOptions, merge
+from pipeline.errors import PipelineError
+from pipeline.families import lora_bundle, lora_tables, lora_vlm
+from pipeline.families.lora_bench import Bench
+from pipeline.families.lora_routes import routed_sets, routing
+from pipeline.families.lora_stack import ROUTER, assemble
+from pipeline.store import load_tensors, save_tensors
+from tests import small_stack
+from tests.test_settings import ON_MODAL, settings
+
+TESTS = Path(__file__).parent
+PLACES = {  # where a section is changed, in the runs below
+    "base": "loras.base", "imagelimits": "loras.base.image", "build": "loras.base.build",
+    "loraoptions": "loras.defaults", "routerentry": "loras.router", "expertentry": "loras.experts.color",
+    "taskdata": "loras.experts.color.dataset", "drawn": "loras.experts.color.dataset.drawn", "routingset": "dataset",
+    "splitshares": "dataset.splits", "splitrows": "dataset.per_expert", "wording": "dataset.neutral",
+    "dedupe": "dataset.dedupe", "routinglimits": "dataset.limits", "loraevaluate": "evaluate",
+}  # fmt: skip
+OTHERS = [{"expert": "dots"}, {"expert": "color"}]  # sources beside the one that is changed
+JSONL = {"expert": "color", "from": "jsonl", "path": "routed/rows.jsonl"}
+NOBODY = {"expert": "none", "from": "drawn", "drawn": {"kind": "pattern", "train": 9, "valid": 3, "test": 4}}
+
+WORSE = {"loras.defaults.eval_every_steps": 1}  # _fitted lets every evaluation be worse than the last
+READ = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl"}}
+FOLDER = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "train": "rows.jsonl"}}
+DIVIDED = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "split": "rows.jsonl"}}
+OCR = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl", "ocr": True}}
+CUT = {"loras.experts.color.dataset": OCR["loras.experts.color.dataset"] | {"regions": True}}
+SIGHTED = {"loras.defaults.targets": r".*\.(q_proj|qkv)", "loras.defaults.allow_vision": True}
+UNSURE = {"loras.router.threshold": 1.0}
+
+# setting: (stage whose product changes, another value, changes that both sides have)
+EFFECTS = {
+    "name": ("deploy", "other", {}),
+    "seed": ("train_experts", 4, {}),
+    "dtype": ("train_experts", "bf16", {}),
+    "base.dtype": ("train_shared", "bfloat16", {}),
+    "base.attn": ("train_experts", "eager", {}),
+    "base.image": ("train_shared", {"max_pixels": 8192}, {}),
+    "base.build": ("train_shared", {"layers": 1}, {}),
+    "imagelimits.min_pixels": ("preprocess", 9216, {}),
+    "imagelimits.max_pixels": ("preprocess", 2048, {"loras.base.image.min_pixels": 1024}),
+    **{
+        f"build.{name}": ("train_shared", value, {})
+        for name, value in (
+            ("hidden", 32), ("layers", 1), ("heads", 2), ("kv_heads", 1), ("head_dim", 8), ("intermediate", 64),
+            ("vision_hidden", 16), ("vision_layers", 1), ("vision_heads", 1), ("vision_intermediate", 32),
+            ("vocab_size", 320), ("initializer_range", 0.5), ("text", ["Quite another text"] * 9), ("seed", 1),
+        )
+    },
+    **{
+        f"loraoptions.{name}": ("train_experts", value, base)
+        for name, value, base in (
+            ("steps", 2, {}),
+            ("epochs", 0.5, {}),
+            ("tokens", 300, {}),
+            ("batch_sequences", 3, {}),
+            ("micro_batch_sequences", 1, {}),
+            ("moments", "bf16", {}),
+            ("gradients", "bf16", {}),
+            ("lr", 2e-2, {}),
+            ("min_lr_share", 0.9, {}),
+            ("warmup_steps", 3, {}),
+            ("schedule", "constant", {}),
+            ("weight_decay", 0.9, {}),
+            ("beta2", 0.5, {}),
+            ("clip_norm", 1e-9, {}),
+            ("eval_every_steps", 1, {}),
+            ("eval_tokens", 60, {}),
+            ("patience", 1, WORSE),
+            ("keep", "last", WORSE),
+            ("r", 1, {}),
+            ("alpha", 99.0, {}),
+            ("dropout", 0.5, {}),
+            ("targets", r".*language_model.*\.q_proj", {}),
+            ("allow_vision", False, SIGHTED),
+            ("max_tokens", 31, {"loras.defaults.neutral_share": 0.0}),
+            ("neutral_share", 1.0, {}),
+        )
+    },
+    "routerentry.none_label": ("train_router of nobody's", "Y", {}),
+    "routerentry.instruction": ("train_router", "Who?", {}),
+    "routerentry.top_k": ("answers", 1, UNSURE),
+    "routerentry.threshold": ("answers", 1.0, {}),
+    "routerentry.fallback": ("answers", "color", {}),
+    "expertentry.label": ("train_experts", "C", {}),
+    "expertentry.task": ("deploy", "naming", {}),
+    "expertentry.description": ("deploy", "Names a color", {}),
+    "expertentry.dataset": ("preprocess", READ["loras.experts.color.dataset"], {}),
+    "expertentry.prompt": ("preprocess", "Say: {prompt}", {}),
+    "expertentry.answer": ("preprocess", "It is {answer}", {}),
+    "expertentry.metric": ("evaluate", "cer", {}),
+    "expertentry.max_new_tokens": ("answers", 1, UNSURE),
+    "taskdata.source": ("preprocess", "folder", DIVIDED),
+    "taskdata.path": ("preprocess", "rows/more.jsonl", READ),
+    "taskdata.split": ("preprocess", "more.jsonl", DIVIDED),
+    "taskdata.train": ("preprocess", "more.jsonl", FOLDER),
+    "taskdata.valid": ("preprocess", "held.jsonl", FOLDER),
+    "taskdata.test": ("preprocess", "held.jsonl", FOLDER),
+    "taskdata.valid_share": ("preprocess", 0.4, READ),
+    "taskdata.test_share": ("preprocess", 0.4, READ),
+    "taskdata.image_root": ("preprocess", "elsewhere", READ),
+    "taskdata.image_field": ("preprocess", "other", READ),
+    "taskdata.fields": ("preprocess", {"prompt": "ask"}, READ),
+    "taskdata.drawn": ("preprocess", {"kind": "shape"}, {}),
+    "taskdata.ocr": ("preprocess", True, READ),
+    "taskdata.regions": ("preprocess", True, OCR),
+    "taskdata.region_padding": ("preprocess", 1.0, CUT),
+    "taskdata.box_format": ("preprocess", "xywh", READ),
+    "taskdata.max_answer_chars": ("preprocess", 40, READ),
+    "taskdata.max_bad_share": ("preprocess", 0.01, READ),
+    "taskdata.limit": ("preprocess", 20, READ),
+    "drawn.kind": ("preprocess", "count", {}),
+    "drawn.train": ("preprocess", 20, {}),
+    "drawn.valid": ("preprocess", 4, {}),
+    "drawn.test": ("preprocess", 4, {}),
+    "drawn.size_px": ("preprocess", 96, {}),
+    "drawn.seed": ("preprocess", 1, {}),
+    "routingset.seed": ("routing", 1, {}),
+    "routingset.splits": ("routing", {"train": 0.6, "valid": 0.2, "test": 0.2}, {}),
+    "routingset.split_by": ("routing", "id", {}),
+    "routingset.per_expert": ("routing", {"train": 9}, {}),
+    "routingset.balance": ("routing", "natural", {}),
+    "routingset.short": ("routing", "upsample", {"dataset.per_expert.train": 90}),
+    "routingset.sources": ("routing", OTHERS, {}),
+    "routingset.paraphrases": ("routing", {"dots": {"seen": ["How many?"]}}, {}),
+    "routingset.neutral": ("routing", {"seen": ["Well?"]}, {}),
+    "routingset.ambiguous_share": ("routing", 0.9, {}),
+    "routingset.dedupe": ("routing", {"prompt": "off"}, {}),
+    "routingset.limits": ("routing", {"max_images": 1}, {}),
+    "routingsource.expert": ("routing", "dots", {}),
+    "routingsource.origin": ("routing", "loras", {"dataset.sources": [OTHERS[0], JSONL]}),
+    "routingsource.path": ("routing", "routed/more.jsonl", {}),
+    "routingsource.image_root": ("routing", "elsewhere", {}),
+    "routingsource.image_field": ("routing", "other", {}),
+    "routingsource.fields": ("routing", {"prompt": "ask"}, {}),
+    "routingsource.weight": ("routing", 5.0, {}),
+    "routingsource.per_split": ("routing", {"train": 3, "valid": 1, "test": 1}, {}),
+    "routingsource.drawn": ("preprocess of nobody's", NOBODY["drawn"] | {"seed": 1}, {}),
+    "splitshares.train": ("routing", {"train": 0.6, "valid": 0.3}, {}),
+    "splitshares.valid": ("routing", {"valid": 0.3, "test": 0.1, "train": 0.6}, {}),
+    "splitshares.test": ("routing", {"test": 0.3, "train": 0.6}, {}),
+    "splitrows.train": ("routing", 9, {}),
+    "splitrows.valid": ("routing", 2, {}),
+    "splitrows.test": ("routing", 2, {}),
+    "wording.seen": ("routing", ["Well?"], {}),
+    "wording.held": ("routing", ["Well?"], {"dataset.paraphrases": {"dots": {"held": ["How many?"]}}}),
+    "dedupe.image": ("routing", "off", {}),
+    "dedupe.prompt": ("routing", "exact", {}),
+    "routinglimits.max_images": ("routing", 1, {}),
+    "routinglimits.max_prompt_chars": ("routing", 30, {}),
+    "loraevaluate.bootstrap": ("evaluate", 10, {}),
+    "loraevaluate.rows_per_task": ("rows of the report", 9, {"evaluate.smoke": False}),
+    "loraevaluate.baseline_rows": ("rows of the report", 8, {"evaluate.smoke_rows": 3}),
+    "loraevaluate.smoke": ("rows of the report", False, {}),
+    "loraevaluate.smoke_rows": ("rows of the report", 3, {}),
+    "loraevaluate.consistency_rows": ("routes of the report", 1, {}),
+    "loraevaluate.thresholds": ("routes of the report", [0.5], {}),
+    "loraevaluate.min_expert_score": ("verdicts of the report", 0.5, {}),
+    "loraevaluate.min_router_accuracy": ("verdicts of the report", 0.5, {}),
+    "loraevaluate.oracle_gap": ("verdicts of the report", 0.5, {}),
+}  # fmt: skip
+SHOWN = {  # settings whose effect is not in a product: the test that shows it
+    "family": "test_lora_config.py::test_a_family_that_there_is_not",
+    "loras.base": "test_lora_config.py::test_the_real_configuration_is_of_seven_experts_over_a_pinned_base",
+    "loras.defaults": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
+    "loras.experts": "test_lora_config.py::test_jobs_and_what_they_read",
+    "loras.router": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
+    "expertentry.overrides": "test_lora_config.py::test_an_override_reaches_an_expert_by_its_name",
+    "expertentry.name": "test_lora_config.py::test_jobs_and_what_they_read",
+    "base.model": "test_lora_base.py::test_a_folder_is_pinned_by_its_files_wherever_it_lies",
+    "base.revision": "test_lora_base.py::test_a_hub_model_is_fetched_at_its_commit_without_pickles",
+    "taskdata.id": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "taskdata.revision": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "taskdata.subset": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "loraoptions.checkpointing": "test_lora_settings.py::test_means_reach_their_training",
+    "loraoptions.fuse_optimizer": "test_lora_settings.py::test_means_reach_their_training",
+    "loraoptions.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "routerentry.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "routerentry.name": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    **{
+        f"routerentry.{name}": "test_lora_settings.py::test_the_routers_options_are_those_of_its_training"
+        for name in LoraOptions.model_fields
+        if name != "compile"
+    },
+    "loraevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
+}
+SMALL = {"loras.defaults.steps": 4, "loras.defaults.eval_every_steps": 2, "dataset.per_expert": {"train": 16}}
+QUICK = {"evaluate.smoke": True, "evaluate.smoke_rows": 2, "loras.router.threshold": 0.0}
+ROUTED = {
+    "dataset.per_expert": {"train": 16, "valid": 4, "test": 4}, "dataset.sources": [*OTHERS, JSONL],
+    "dataset.paraphrases": {"color": {"seen": ["Name it."], "held": ["Tell it."]}},
+}  # fmt: skip
+
+
+def own_settings() -> set[str]:
+    """Return the settings that only this family has, and those at the top, which mean something in every family."""
+    found = {name for name in settings(LoraConfig) if name.partition(".")[0] not in ON_MODAL}
+    return {name for name in found if "." not in name or name not in settings(Config)}
+
+
+def test_every_setting_is_listed_once():
+    assert sorted(own_settings()) == sorted([*EFFECTS, *SHOWN])
+
+
+def test_the_tests_that_show_a_setting_exist():
+    for place_ in SHOWN.values():
+        file, test = place_.split("::")
+        assert f"def {test}(" in (TESTS / file).read_text("utf-8"), place_
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of what stages read: a run before its trainings, a whole one, rows to prepare, rows to route."""
+    root = tmp_path_factory.mktemp("settings")
+    lora_small.prepared(root / "small")
+    small_stack.run(root / "stack")
+    (root / "stack/evaluate").mkdir()
+    (root / "stack/evaluate/report.json").write_text(json.dumps({"run": "small", "notes": []}))
+    (root / "stack/evaluate/report.html").write_text("<p>report</p>")
+    _write_rows(root / "rows", root / "elsewhere")
+    _write_requests(root)
+    return root
+
+
+def _write_rows(folder: Path, elsewhere: Path) -> None:
+    """Write rows whose every column matters to some setting, their pictures, and others of the same names."""
+    source, rows = small_tasks.Source(folder), []
+    (elsewhere / "images").mkdir(parents=True)
+    for i in range(40):
+        rows.append({
+            "id": f"r{i}", "image": f"images/{i}.png", "other": f"images/{(i + 1) % 40}.png", "prompt": f"what is {i}?",
+            "ask": f"who is {i}?", "answer": f"it  is\t{i}" + " indeed" * (9 if i == 3 else 0),
+            "boxes": [{"bbox": [4, 4, 20, 12], "text": f"ab{i}"}, {"bbox": [4, 14, 16, 20], "text": f"cd{i}"}],
+        })  # fmt: skip
+        small_tasks.picture(1000 + i).save(elsewhere / f"images/{i}.png")
+        for name in (f"{i}", f"held-{i}"):
+            (folder / f"images/{name}.json").write_text(json.dumps({"prompt": "beside", "answer": name}))
+    path = source(rows)
+    source([row | {"answer": "more"} for row in rows], "more.jsonl")
+    source([row | {"image": f"images/held-{i}.png"} for i, row in enumerate(rows[:8])], "held.jsonl")
+    path.write_text(path.read_text() + "{torn\n")
+
+
+def _write_requests(root: Path) -> None:
+    """Write prepared rows of two experts, some alike, of several pictures or long, and requests in JSONL."""
+    for expert, several in (("color", 2), ("dots", 1)):
+        rows = [
+            {
+                "pictures": [f"{expert}-{i // several}", *([f"{expert}-b{i // several}"] if i % 10 < 2 else [])],
+                "prompt": ("Do it", "do  it", "Do another", "Do that" + " please" * 5)[(i + i // 8) % 4],
+                "split": None if several > 1 else ("train", "train", "valid", "test")[i % 4],
+            }
+            for i in range(80)
+        ]
+        small_routing.task(root / "routed", expert, rows)
+    (root / "routed/images").mkdir()
+    rows = []
+    for i in range(30):
+        small_tasks.picture(2000 + i).save(root / f"routed/images/{i}.png")
+        rows.append({"id": f"j{i}", "image": f"images/{i}.png", "other": f"images/{29 - i}.png",
+                     "prompt": f"Ask {i}", "ask": f"Beg {i}"})  # fmt: skip
+    small_tasks.write_rows(root / "routed/rows.jsonl", rows)
+    small_tasks.write_rows(root / "routed/more.jsonl", rows[:20])
+
+
+def run_of(root: Path, raw: dict, *changes: dict) -> LoraConfig:
+    """Return a run with changes by dotted names; paths of what is in root are made whole."""
+    for name, value in itertools.chain.from_iterable(change.items() for change in changes):
+        value = _whole(root, value)
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        raw = merge(raw, value)
+    return configuration.parse(raw)
+
+
+def _whole(root: Path, value):
+    if isinstance(value, str) and value.startswith(("rows", "routed", "elsewhere")) and (root / value).exists():
+        return str(root / value)
+    if isinstance(value, dict):
+        return {key: each if key in ("train", "split") else _whole(root, each) for key, each in value.items()}
+    return [_whole(root, each) for each in value] if isinstance(value, list) else value
+
+
+def product(root: Path, stage: str, folder: Path, *changes: dict) -> str:
+    """Return what a stage leaves behind: a digest of what matters, or the text of its error."""
+    raw, first, make = PRODUCTS[stage]
+    folder.mkdir()
+    try:
+        return hashlib.sha256(repr(make(run_of(root, raw, first, *changes), root, folder)).encode()).hexdigest()
+    except PipelineError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _files(folder: Path) -> list:
+    return [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def _prepared(cfg, root, folder):
+    lora_vlm.prepare(cfg, folder, lora_small.quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color")
+    return _files(folder)
+
+
+def _shared(cfg, _root, folder):
+    lora_vlm.shared(cfg, None).write(folder)
+    return _files(folder)
+
+
+def _fitted(cfg, parts, folder, item):
+    task = lora_small.task_of(SimpleNamespace(cfg=cfg, folder=parts.folder), item)
+    if task.options.eval_every_steps == 1 and task.options.steps == 4:
+        worse = itertools.count(1.0)
+        task = replace(task, validate=lambda: next(worse))
+    here = place(folder, save_every_s=1e9)
+    files = task.export(train.fit(task, here)["kept_step"])
+    about = {key: value for key, value in files["adapter.json"].items() if key not in ("options", "instruction")}
+    told = [(row["step"], row.get("valid_nats")) for row in here.recorder.rows if "valid_nats" in row]
+    save_tensors(folder / "tensors", files["adapter/adapter_model.safetensors"])
+    tensors = load_tensors(folder / "tensors")
+    return about, told, [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
+
+
+def _expert(cfg, root, folder):
+    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, "color")
+
+
+def _router(cfg, root, folder):
+    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, ROUTER)
+
+
+def _router_with_none(cfg, root, folder):
+    return _fitted(cfg, small_stack.Parts(cfg, root / "stack"), folder, ROUTER)[1:]
+
+
+def _routed(cfg, root, folder):
+    parts = lora_small.Parts(cfg, root / "routed")
+    lora_vlm.route_data(cfg, parts, folder, lora_small.quiet)
+    text = (folder / "routing.jsonl").read_text()
+    return text.replace(str(root), "")
+
+
+def _answered(cfg, root, _folder):
+    said = assemble(cfg, small_stack.Parts(cfg, root / "stack")).answer(small_stack.requests(12))
+    return [(each.text, each.expert, each.others) for each in said]
+
+
+def _reported(cfg, root, _folder):
+    found = lora_tables.tables(cfg, small_stack.Parts(cfg, root / "stack"), small_stack.quiet)
+    return json.dumps({key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")})
+
+
+@cache
+def _measured(root) -> SimpleNamespace:
+    """Return what the report is drawn from, measured once: settings of what is drawn do not enter it."""
+    cfg = run_of(root, small_stack.RUN, QUICK)
+    parts = small_stack.Parts(cfg, root / "stack")
+    bench = Bench(cfg, parts, assemble(cfg, parts), small_stack.quiet)
+    report = lora_tables.tables(cfg, parts, small_stack.quiet)
+    return SimpleNamespace(bench=bench, sets=routed_sets(bench), report=report)
+
+
+def _asked(cfg, root, _folder):
+    bench = replace(_measured(root).bench, cfg=cfg)
+    asked = [*bench.task("color"), *bench.routed("test"), *bench.for_baselines()]
+    return [(each.prompt, each.expert, each.group) for each in asked]
+
+
+def _routes(cfg, root, _folder):
+    found = _measured(root)
+    return routing(replace(found.bench, cfg=cfg), found.sets)
+
+
+def _verdicts(cfg, root, _folder):
+    found = _measured(root)
+    return lora_tables.criteria(cfg, found.sets, found.report["adapters"], found.report["answers"])
+
+
+def _bundled(cfg, root, folder):
+    lora_bundle.bundle(cfg, small_stack.Parts(cfg, root / "stack"), folder, small_stack.quiet)
+    return (folder / "experts.json").read_bytes()
+
+
+LEARNING = {"loras.defaults.steps": 3, "loras.defaults.warmup_steps": 1}
+NONE = {"dataset.sources": [*OTHERS, NOBODY], "loras.router.none_label": "Z"}
+PRODUCTS = {  # stage: (its run, changes of it that both sides have, what it makes)
+    "preprocess": (lora_small.SETTINGS, {}, _prepared),
+    "preprocess of nobody's": (lora_small.SETTINGS, NONE, _prepared),
+    "train_shared": (lora_small.SETTINGS, {}, _shared),
+    "train_experts": (lora_small.SETTINGS, SMALL, _expert),
+    "train_router": (lora_small.SETTINGS, SMALL, _router),
+    "train_router of nobody's": (small_stack.RUN, LEARNING, _router_with_none),
+    "routing": (lora_small.SETTINGS, ROUTED, _routed),
+    "answers": (small_stack.RUN, QUICK, _answered),
+    "evaluate": (small_stack.RUN, QUICK, _reported),
+    "rows of the report": (small_stack.RUN, QUICK, _asked),
+    "routes of the report": (small_stack.RUN, QUICK, _routes),
+    "verdicts of the report": (small_stack.RUN, QUICK, _verdicts),
+    "deploy": (small_stack.RUN, {}, _bundled),
+}
+PRODUCED: dict[tuple, str] = {}  # the unchanged side, once per stage and base
+
+
+def _change(dotted: str, value) -> dict:
+    section, _, name = dotted.rpartition(".")
+    if section == "routingsource":
+        changed = (NOBODY if name == "drawn" else JSONL) | {{"origin": "from"}.get(name, name): value}
+        return {"dataset.sources": [*(OTHERS[:1] if name == "origin" else OTHERS), changed]}
+    if section == "splitshares":
+        return {PLACES[section]: value}
+    return {f"{PLACES[section]}.{name}" if section else name: value}
+
+
+@pytest.mark.parametrize("dotted", EFFECTS)
+def test_changing_a_setting_changes_the_product(dotted, made, tmp_path):
+    stage, value, base = EFFECTS[dotted]
+    key = (stage, repr(base))
+    if key not in PRODUCED:
+        PRODUCED[key] = product(made, stage, tmp_path / "unchanged", base)
+        assert ": " not in PRODUCED[key], PRODUCED[key]
+    changed = product(made, stage, tmp_path / "changed", base, _change(dotted, value))
+    assert changed != PRODUCED[key]
+    assert (": " in changed) == (dotted in REFUSED), changed
+
+
+REFUSED = {"taskdata.max_bad_share", "loraoptions.allow_vision"}  # whose other value is an error
+
+
+@pytest.mark.parametrize("stage", PRODUCTS)
+def test_the_same_configuration_gives_the_same_product(stage, made, tmp_path):
+    key = (stage, repr({}))
+    one = PRODUCED[key] if key in PRODUCED else product(made, stage, tmp_path / "one")
+    assert product(made, stage, tmp_path / "two") == one
+
+
+def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+
+    class Rows(list):
+        features = None
+
+    def load(*given, **named):
+        asked.append((given, named))
+        return Rows({"image": small_tasks.picture(i), "prompt": f"what is {i}?", "answer": "it"} for i in range(20))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = {"source": "hub", "id": "some/set", "subset": "large", "revision": "abc", "split": "validation"}
+    for split, more in (("validation", {}), ("train", {"split": None})):
+        cfg = run_of(tmp_path, lora_small.SETTINGS, {"loras.experts.color.dataset": data | more})
+        lora_vlm.prepare(cfg, tmp_path / split, lora_small.quiet, tmp_path, "color")
+        assert asked.pop() == (("some/set", "large"), {"split": split, "revision": "abc", "streaming": True})
+
+
+def test_means_reach_their_training(made):
+    given = {"checkpointing": True, "fuse_optimizer": True, "clip_norm": 0}
+    for changes in ({}, {"loras.defaults": given}):
+        cfg = run_of(made, lora_small.SETTINGS, changes)
+        for item in ("color", ROUTER):
+            means = lora_small.task_of(lora_small.Parts(cfg, made / "small"), item).means
+            assert means.checkpointing == means.fuse_optimizer == bool(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"loras.defaults.compile": True}, r"loras\.defaults\s.*compile: rows differ in length"),
+        ({"loras.router.compile": True}, r"loras\.router\s.*compile: rows differ in length"),
+        ({"loras.router.name": "guide"}, r"loras\.router\.name\s.*Input should be 'router'"),
+    ],
+)
+def test_what_an_adapter_cannot_have_is_refused(change, said, tmp_path):
+    with pytest.raises(ValidationError, match=said):
+        run_of(tmp_path, lora_small.SETTINGS, change)
+
+
+def test_the_routers_options_are_those_of_its_training(made):
+    """Experts' trainings show what each option does; the router's is the same, with options of its own."""
+    other = {
+        name.partition(".")[2]: value for name, (_, value, _) in EFFECTS.items() if name.startswith("loraoptions.")
+    }
+    durations = {name: other.pop(name) for name in ("steps", "epochs", "tokens")}
+    other |= {"checkpointing": True, "max_tokens": 99}
+    fused = {"fuse_optimizer": True, "clip_norm": 0.0, "micro_batch_sequences": None}
+    steps = []
+    for (name, value), more in zip(durations.items(), ({}, fused, {}), strict=True):
+        values = other | more | {name: value}
+        cfg = run_of(made, lora_small.SETTINGS, {"loras.router": values})
+        task = lora_small.task_of(lora_small.Parts(cfg, made / "small"), ROUTER)
+        assert {key: getattr(task.options, key) for key in values} == values
+        assert {p.shape[0] for key, p in task.parameters.items() if "lora_A" in key} == {other["r"]}
+        assert all("q_proj" in key for key in task.parameters)
+        steps.append(task.steps)
+    assert steps[0] == 2 and len(set(steps)) == 3
+    assert {*other, *durations, *fused, "compile"} == {*LoraOptions.model_fields}
+
+
+def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):
+    sizes = {}
+    for most in (2, 5):
+        cfg = run_of(made, small_stack.RUN, {"evaluate.batch_rows": most})
+        stack, sizes[most] = assemble(cfg, small_stack.Parts(cfg, made / "stack")), []
+        stack.mixed.core.model.register_forward_pre_hook(
+            lambda _module, _given, named, most=most: sizes[most].append(len(named["attention_mask"])), with_kwargs=True
+        )
+        stack.logits(small_stack.requests(12))
+    assert max(sizes[2]) == 2 and max(sizes[5]) == 5
