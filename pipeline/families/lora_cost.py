@@ -157,7 +157,7 @@ def means(
 
 def peak_bytes(base: Base, sizes: Sizes, options: LoraOptions, plan: Means, longest: int) -> int:
     """Return the predicted peak above imports of one adapter's training; the base's mapped pages are counted."""
-    unit, width = (2 if base.dtype == "bfloat16" else 4), {"fp32": 4, "bf16": 2}
+    unit, width = (2 if base.dtype == "bfloat16" else 4), {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}
     own = sizes.adapter_parameters(options) * (4 + width[plan.gradients] + 2 * width[plan.moments])
     tokens = plan.micro_batch_sequences * longest
     per_token = sizes.activation_bytes(options, unit, plan.checkpointing)
