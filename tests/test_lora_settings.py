@@ -1,34 +1,22 @@
 """Every setting of a lora_vlm run does something: changing it changes what a stage leaves behind, or it is refused.
 
-EFFECTS and SHOWN list all of them, and a setting that is not listed fails. Products are compared without the places
-that only repeat settings (the options in adapter.json, the digest in a manifest).
+EFFECTS and SHOWN list all of them, and a setting that is not listed fails. A stage's product is compared with
+that of the same configuration before the change; the same configuration twice gives the same product.
 """
 
-import hashlib
-import itertools
-import json
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import lora_small
 import pytest
-import small_routing
 import small_tasks
-from fakes import place
 from pydantic import ValidationError
 
-from pipeline import config as configuration
 from pipeline import train
-from pipeline.config import Config, LoraConfig, LoraOptions, merge
-from pipeline.errors import PipelineError
-from pipeline.families import lora_bundle, lora_tables, lora_vlm
-from pipeline.families.lora_bench import Bench
-from pipeline.families.lora_routes import routed_sets, routing
+from pipeline.config import Config, LoraConfig, LoraOptions
+from pipeline.families import lora_vlm
 from pipeline.families.lora_stack import ROUTER, assemble
-from pipeline.store import load_tensors, save_tensors
 from tests import small_stack
+from tests.small_settings import JSONL, NOBODY, OTHERS, PRODUCTS, product, run_of, written
 from tests.test_settings import ON_MODAL, settings
 
 TESTS = Path(__file__).parent
@@ -39,11 +27,7 @@ PLACES = {  # where a section is changed, in the runs below
     "splitshares": "dataset.splits", "splitrows": "dataset.per_expert", "wording": "dataset.neutral",
     "dedupe": "dataset.dedupe", "routinglimits": "dataset.limits", "loraevaluate": "evaluate",
 }  # fmt: skip
-OTHERS = [{"expert": "dots"}, {"expert": "color"}]  # sources beside the one that is changed
-JSONL = {"expert": "color", "from": "jsonl", "path": "routed/rows.jsonl"}
-NOBODY = {"expert": "none", "from": "drawn", "drawn": {"kind": "pattern", "train": 9, "valid": 3, "test": 4}}
-
-WORSE = {"loras.defaults.eval_every_steps": 1}  # _fitted lets every evaluation be worse than the last
+WORSE = {"loras.defaults.eval_every_steps": 1}  # the training lets every evaluation be worse than the last
 READ = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl"}}
 FOLDER = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "train": "rows.jsonl"}}
 DIVIDED = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "split": "rows.jsonl"}}
@@ -88,7 +72,7 @@ EFFECTS = {
             ("weight_decay", 0.9, {}),
             ("beta2", 0.5, {}),
             ("clip_norm", 1e-9, {}),
-            ("eval_every_steps", 1, {}),
+            ("eval_every_steps", 3, {}),
             ("eval_tokens", 60, {}),
             ("patience", 1, WORSE),
             ("keep", "last", WORSE),
@@ -208,12 +192,6 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     },
     "loraevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
 }
-SMALL = {"loras.defaults.steps": 4, "loras.defaults.eval_every_steps": 2, "dataset.per_expert": {"train": 16}}
-QUICK = {"evaluate.smoke": True, "evaluate.smoke_rows": 2, "loras.router.threshold": 0.0}
-ROUTED = {
-    "dataset.per_expert": {"train": 16, "valid": 4, "test": 4}, "dataset.sources": [*OTHERS, JSONL],
-    "dataset.paraphrases": {"color": {"seen": ["Name it."], "held": ["Tell it."]}},
-}  # fmt: skip
 
 
 def own_settings() -> set[str]:
@@ -239,192 +217,10 @@ def _no_measuring(monkeypatch):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder of what stages read: a run before its trainings, a whole one, rows to prepare, rows to route."""
-    root = tmp_path_factory.mktemp("settings")
-    lora_small.prepared(root / "small")
-    small_stack.run(root / "stack")
-    (root / "stack/evaluate").mkdir()
-    (root / "stack/evaluate/report.json").write_text(json.dumps({"run": "small", "notes": []}))
-    (root / "stack/evaluate/report.html").write_text("<p>report</p>")
-    _write_rows(root / "rows", root / "elsewhere")
-    _write_requests(root)
-    return root
+    """A folder of what stages read."""
+    return written(tmp_path_factory.mktemp("settings"))
 
 
-def _write_rows(folder: Path, elsewhere: Path) -> None:
-    """Write rows whose every column matters to some setting, their pictures, and others of the same names."""
-    source, rows = small_tasks.Source(folder), []
-    (elsewhere / "images").mkdir(parents=True)
-    for i in range(40):
-        rows.append({
-            "id": f"r{i}", "image": f"images/{i}.png", "other": f"images/{(i + 1) % 40}.png", "prompt": f"what is {i}?",
-            "ask": f"who is {i}?", "answer": f"it  is\t{i}" + " indeed" * (9 if i == 3 else 0),
-            "boxes": [{"bbox": [4, 4, 20, 12], "text": f"ab{i}"}, {"bbox": [4, 14, 16, 20], "text": f"cd{i}"}],
-        })  # fmt: skip
-        small_tasks.picture(1000 + i).save(elsewhere / f"images/{i}.png")
-        for name in (f"{i}", f"held-{i}"):
-            (folder / f"images/{name}.json").write_text(json.dumps({"prompt": "beside", "answer": name}))
-    path = source(rows)
-    source([row | {"answer": "more"} for row in rows], "more.jsonl")
-    source([row | {"image": f"images/held-{i}.png"} for i, row in enumerate(rows[:8])], "held.jsonl")
-    path.write_text(path.read_text() + "{torn\n")
-
-
-def _write_requests(root: Path) -> None:
-    """Write prepared rows of two experts, some alike, of several pictures or long, and requests in JSONL."""
-    for expert, several in (("color", 2), ("dots", 1)):
-        rows = [
-            {
-                "pictures": [f"{expert}-{i // several}", *([f"{expert}-b{i // several}"] if i % 10 < 2 else [])],
-                "prompt": ("Do it", "do  it", "Do another", "Do that" + " please" * 5)[(i + i // 8) % 4],
-                "split": None if several > 1 else ("train", "train", "valid", "test")[i % 4],
-            }
-            for i in range(80)
-        ]
-        small_routing.task(root / "routed", expert, rows)
-    (root / "routed/images").mkdir()
-    rows = []
-    for i in range(30):
-        small_tasks.picture(2000 + i).save(root / f"routed/images/{i}.png")
-        rows.append({"id": f"j{i}", "image": f"images/{i}.png", "other": f"images/{29 - i}.png",
-                     "prompt": f"Ask {i}", "ask": f"Beg {i}"})  # fmt: skip
-    small_tasks.write_rows(root / "routed/rows.jsonl", rows)
-    small_tasks.write_rows(root / "routed/more.jsonl", rows[:20])
-
-
-def run_of(root: Path, raw: dict, *changes: dict) -> LoraConfig:
-    """Return a run with changes by dotted names; paths of what is in root are made whole."""
-    for name, value in itertools.chain.from_iterable(change.items() for change in changes):
-        value = _whole(root, value)
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        raw = merge(raw, value)
-    return configuration.parse(raw)
-
-
-def _whole(root: Path, value):
-    if isinstance(value, str) and value.startswith(("rows", "routed", "elsewhere")) and (root / value).exists():
-        return str(root / value)
-    if isinstance(value, dict):
-        return {key: each if key in ("train", "split") else _whole(root, each) for key, each in value.items()}
-    return [_whole(root, each) for each in value] if isinstance(value, list) else value
-
-
-def product(root: Path, stage: str, folder: Path, *changes: dict) -> str:
-    """Return what a stage leaves behind: a digest of what matters, or the text of its error."""
-    raw, first, make = PRODUCTS[stage]
-    folder.mkdir()
-    try:
-        return hashlib.sha256(repr(make(run_of(root, raw, first, *changes), root, folder)).encode()).hexdigest()
-    except PipelineError as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _files(folder: Path) -> list:
-    return [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
-
-
-def _prepared(cfg, root, folder):
-    lora_vlm.prepare(cfg, folder, lora_small.quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color")
-    return _files(folder)
-
-
-def _shared(cfg, _root, folder):
-    lora_vlm.shared(cfg, None).write(folder)
-    return _files(folder)
-
-
-def _fitted(cfg, parts, folder, item):
-    task = lora_small.task_of(SimpleNamespace(cfg=cfg, folder=parts.folder), item)
-    if task.options.eval_every_steps == 1 and task.options.steps == 4:
-        worse = itertools.count(1.0)
-        task = replace(task, validate=lambda: next(worse))
-    here = place(folder, save_every_s=1e9)
-    files = task.export(train.fit(task, here)["kept_step"])
-    about = {key: value for key, value in files["adapter.json"].items() if key not in ("options", "instruction")}
-    told = [(row["step"], row.get("valid_nats")) for row in here.recorder.rows if "valid_nats" in row]
-    save_tensors(folder / "tensors", files["adapter/adapter_model.safetensors"])
-    tensors = load_tensors(folder / "tensors")
-    return about, told, [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
-
-
-def _expert(cfg, root, folder):
-    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, "color")
-
-
-def _router(cfg, root, folder):
-    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, ROUTER)
-
-
-def _router_with_none(cfg, root, folder):
-    return _fitted(cfg, small_stack.Parts(cfg, root / "stack"), folder, ROUTER)[1:]
-
-
-def _routed(cfg, root, folder):
-    parts = lora_small.Parts(cfg, root / "routed")
-    lora_vlm.route_data(cfg, parts, folder, lora_small.quiet)
-    text = (folder / "routing.jsonl").read_text()
-    return text.replace(str(root), "")
-
-
-def _answered(cfg, root, _folder):
-    said = assemble(cfg, small_stack.Parts(cfg, root / "stack")).answer(small_stack.requests(12))
-    return [(each.text, each.expert, each.others) for each in said]
-
-
-def _reported(cfg, root, _folder):
-    found = lora_tables.tables(cfg, small_stack.Parts(cfg, root / "stack"), small_stack.quiet)
-    return json.dumps({key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")})
-
-
-@cache
-def _measured(root) -> SimpleNamespace:
-    """Return what the report is drawn from, measured once: settings of what is drawn do not enter it."""
-    cfg = run_of(root, small_stack.RUN, QUICK)
-    parts = small_stack.Parts(cfg, root / "stack")
-    bench = Bench(cfg, parts, assemble(cfg, parts), small_stack.quiet)
-    report = lora_tables.tables(cfg, parts, small_stack.quiet)
-    return SimpleNamespace(bench=bench, sets=routed_sets(bench), report=report)
-
-
-def _asked(cfg, root, _folder):
-    bench = replace(_measured(root).bench, cfg=cfg)
-    asked = [*bench.task("color"), *bench.routed("test"), *bench.for_baselines()]
-    return [(each.prompt, each.expert, each.group) for each in asked]
-
-
-def _routes(cfg, root, _folder):
-    found = _measured(root)
-    return routing(replace(found.bench, cfg=cfg), found.sets)
-
-
-def _verdicts(cfg, root, _folder):
-    found = _measured(root)
-    return lora_tables.criteria(cfg, found.sets, found.report["adapters"], found.report["answers"])
-
-
-def _bundled(cfg, root, folder):
-    lora_bundle.bundle(cfg, small_stack.Parts(cfg, root / "stack"), folder, small_stack.quiet)
-    return (folder / "experts.json").read_bytes()
-
-
-LEARNING = {"loras.defaults.steps": 3, "loras.defaults.warmup_steps": 1}
-NONE = {"dataset.sources": [*OTHERS, NOBODY], "loras.router.none_label": "Z"}
-PRODUCTS = {  # stage: (its run, changes of it that both sides have, what it makes)
-    "preprocess": (lora_small.SETTINGS, {}, _prepared),
-    "preprocess of nobody's": (lora_small.SETTINGS, NONE, _prepared),
-    "train_shared": (lora_small.SETTINGS, {}, _shared),
-    "train_experts": (lora_small.SETTINGS, SMALL, _expert),
-    "train_router": (lora_small.SETTINGS, SMALL, _router),
-    "train_router of nobody's": (small_stack.RUN, LEARNING, _router_with_none),
-    "routing": (lora_small.SETTINGS, ROUTED, _routed),
-    "answers": (small_stack.RUN, QUICK, _answered),
-    "evaluate": (small_stack.RUN, QUICK, _reported),
-    "rows of the report": (small_stack.RUN, QUICK, _asked),
-    "routes of the report": (small_stack.RUN, QUICK, _routes),
-    "verdicts of the report": (small_stack.RUN, QUICK, _verdicts),
-    "deploy": (small_stack.RUN, {}, _bundled),
-}
 PRODUCED: dict[tuple, str] = {}  # the unchanged side, once per stage and base
 
 
@@ -507,7 +303,8 @@ def test_the_routers_options_are_those_of_its_training(made):
     other = {
         name.partition(".")[2]: value for name, (_, value, _) in EFFECTS.items() if name.startswith("loraoptions.")
     }
-    durations = {name: other.pop(name) for name in ("steps", "epochs", "tokens")}
+    durations = {"steps": 2, "epochs": 0.5, "tokens": 900}
+    other = {name: value for name, value in other.items() if name not in durations}
     other |= {"checkpointing": True, "max_tokens": 99}
     fused = {"fuse_optimizer": True, "clip_norm": 0.0, "micro_batch_sequences": None}
     steps = []
