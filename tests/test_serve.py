@@ -415,13 +415,16 @@ def test_the_command_serves_a_folder_until_it_is_told_to_stop(bundled):
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     with process:
-        lines = iter(process.stderr.readline, "")
-        address = next(found[1] for line in lines if (found := re.search(r"serving tiny at (http://\S+);", line)))
-        with httpx.Client(base_url=address, headers={"Authorization": "Bearer k"}, timeout=30) as client:
-            assert complete(client, max_tokens=2)["usage"]["completion_tokens"] == 2
-            assert client.get("/v1/models", headers={"Authorization": "Bearer l"}).status_code == 401
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 130
+        try:
+            lines = iter(process.stderr.readline, "")
+            address = next(found[1] for line in lines if (found := re.search(r"serving tiny at (http://\S+);", line)))
+            with httpx.Client(base_url=address, headers={"Authorization": "Bearer k"}, timeout=120) as client:
+                assert complete(client, max_tokens=2)["usage"]["completion_tokens"] == 2
+                assert client.get("/v1/models", headers={"Authorization": "Bearer l"}).status_code == 401
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()  # else a failure above would wait for it for ever
 
 
 def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monkeypatch, capsys):
