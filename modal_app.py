@@ -276,8 +276,8 @@ def preprocess(config: str = cloud.DEFAULT, override: str = "", sequential: bool
 
 @app.local_entrypoint()
 def train_shared(config: str = cloud.DEFAULT, override: str = ""):
-    """Do train_shared on Modal."""
-    _command(("train_shared",), config, override)
+    """Do train_shared on Modal, and preprocess before it where it is missing: the first command of a run works."""
+    _command(("preprocess", "train_shared"), config, override)
 
 
 @app.local_entrypoint()
