@@ -180,6 +180,18 @@ class Contender:
         return run(Job(**vars(self.job) | changes))
 
 
+def write_files(files: dict[str, dict], folder: Path) -> None:
+    """Write what a training exports, as the stages do."""
+    from pipeline.store import save_tensors
+
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_tensors(folder / name, content)
+        else:
+            (folder / name).write_text(json.dumps(content), "utf-8")
+
+
 def say(text: str) -> None:
     """Write a line of progress."""
     print(text, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .measuring import finish, hardware, say, table
+from .measuring import finish, hardware, say, table, write_files
 
 PACKAGES = ("torch", "transformers", "peft", "scikit-learn", "numpy")
 OUTSIDE = "out_of_scope"  # of every domain: only for what confidence tells
@@ -136,7 +136,6 @@ def _trained(cfg, parts: Parts) -> dict:
     """Fit the router as its job does and keep its files; return metrics."""
     from pipeline.families import lora_vlm
     from pipeline.history import Recorder
-    from pipeline.store import save_tensors
     from pipeline.train import Place, fit
 
     start = time.perf_counter()
@@ -144,10 +143,7 @@ def _trained(cfg, parts: Parts) -> dict:
     recorder = Recorder(parts.root / "history.jsonl", job="router", total_steps=task.steps)
     metrics = fit(task, Place(parts.root / "slots", recorder, lambda: None, "router", "loras.router"))
     recorder.close()
-    for name, content in task.export(metrics["kept_step"]).items():
-        file = parts.folder("train_router") / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, content) if file.suffix == ".safetensors" else file.write_text(json.dumps(content))
+    write_files(task.export(metrics["kept_step"]), parts.folder("train_router"))
     return metrics | {"all_s": time.perf_counter() - start, "rank": task.options.r}
 
 

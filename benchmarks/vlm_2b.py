@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pipeline.budget import Peak
 
-from .measuring import MB, ROOT, finish, hardware, say, table
+from .measuring import MB, ROOT, finish, hardware, say, table, write_files
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 EXPERT, NAMES, PICTURE_PX = "read", ("read", "other"), 256
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         ready = [process.stdout.readline() for process in running]  # each has looked at all of its weights
         held = [_result("hold", process, "now\n") for process in running] if all(ready) else []
         text = _report(found, held, made)
-        finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", text, "", f"{_ending(args)}")
+        finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", text, "", _ending(args))
     return int(sum(each["pss_mb"] for each in held) > sum(each["rss_mb"] for each in held) * 0.75)
 
 
@@ -182,12 +182,16 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
         return {}
     parts, memory, start = stages.Parts(cfg, store), Memory(), time.perf_counter()
     with memory.watched():
-        out = _step(cfg, parts, work, memory.peak) if task in TASKS[:2] else _answer(cfg, parts, args.tokens)
+        if task in TASKS[:2]:
+            out = _step(cfg, parts, work, memory.peak)
+        else:
+            stack = _stack(cfg, parts, args.tokens)
+            out = _answer(stack, parts)
         out["seconds"] = time.perf_counter() - start
         if task == "hold":
             print("ready", flush=True)
             sys.stdin.readline()  # until the others hold it too
-    return out | memory.report()
+        return out | memory.report()
 
 
 class Memory:
@@ -244,7 +248,7 @@ def _step(cfg, parts, work: Path, peak: Peak) -> dict:
     recorder = Recorder(slots / "history", job=EXPERT, total_steps=STEPS, settings={})
     metrics = fit(task, Place(slots, recorder, parts.store.publish, EXPERT, "loras", 1e9, 1, peak))
     recorder.close()
-    _write(work / "adapter", task.export(metrics["kept_step"]))
+    write_files(task.export(metrics["kept_step"]), work / "adapter")
     planned = lora_cost.cost(cfg, "train_experts", EXPERT, {}, True).peak_bytes
     exact = lora_cost.peak_bytes(
         cfg.loras.base, lora_cost.sizes_of(cfg.loras.base), task.options, task.means, task.tokens_per_row
@@ -253,9 +257,8 @@ def _step(cfg, parts, work: Path, peak: Peak) -> dict:
     return {"planned_mb": planned / MB, "predicted_mb": exact / MB, "tokens": task.tokens_per_row, **phases}
 
 
-def _answer(cfg, parts, tokens: int) -> dict:
-    """Let the stack answer one request about the picture: the router, then the expert, both untrained or nearly so."""
-    from pipeline.data.tasks import TaskRows
+def _stack(cfg, parts, tokens: int):
+    """Return a stack whose experts and router are all the adapter that a step has left."""
     from pipeline.families.lora_base import open_base
     from pipeline.families.lora_router import Calibration
     from pipeline.families.lora_stack import ROUTER, Member, Policy, limits_of, put_together
@@ -265,22 +268,17 @@ def _answer(cfg, parts, tokens: int) -> dict:
     calibration = Calibration(1.0, cfg.loras.labels, cfg.loras.router.instruction)
     opened = open_base(parts.folder("train_shared"), cfg.loras.base)
     folders = dict.fromkeys((*cfg.experts, ROUTER), adapter)
-    stack = put_together(opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg))
+    return put_together(opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg))
+
+
+def _answer(stack, parts) -> dict:
+    """Let the stack answer one request about the picture: the router, then the expert."""
+    from pipeline.data.tasks import TaskRows
+
     rows = TaskRows(parts.folder("preprocess", EXPERT))
     request = stack.request("Read.", rows.pictures(rows.rows("test")[0]))
     said = stack.answer([request])[0]
     return {"tokens": said.given, "new_tokens": said.drawn, "route_s": said.route_s, "generate_s": said.generate_s}
-
-
-def _write(folder: Path, files: dict) -> None:
-    from pipeline.store import save_tensors
-
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".safetensors"):
-            save_tensors(folder / name, content)
-        else:
-            (folder / name).write_text(json.dumps(content), "utf-8")
 
 
 def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:

@@ -144,7 +144,7 @@ def _routing(routing: Mapping) -> str:
             ahead = row.get("router_ahead")
             shown = f"{ahead['difference']:+.3f} {_interval(ahead['interval'], '+')}" if ahead else ""
             rows.append([row["row"], f"{row['accuracy']:.3f} {_interval(row['interval'])}", f"{row['top_k']:.3f}",
-                         f"{row['nats']:.3f}", f"{row['ece']:.3f}", shown])  # fmt: skip
+                         f"{abs(row['nats']):.3f}", f"{row['ece']:.3f}", shown])  # fmt: skip
         head = ["row", "accuracy [95 %]", f"top-{routing['top_k']}", "nats", "ECE", "router ahead by [95 %]"]
         out.append(f"{each['set']}: {each['requests']} requests.\n\n{table(head, rows)}")
     for name, count in routing["confusion"].items():
@@ -217,9 +217,10 @@ def _cannot() -> str:
         "tokens. Such a model cannot learn to read print, to count cells, to describe a photograph or to check a "
         "sentence against shapes; where an expert is no better than the constant, it has learnt the answers' form and "
         "frequencies and nothing of the picture. The router's task is easier, as the five kinds of pictures look "
-        "nothing alike, and its numbers say nothing of tasks that share a kind of picture. Receipts and lines come "
-        "from the same shops, and shops are not kept apart. What it does show: real files go through the whole chain "
-        "as they are, and every number comes with its baseline.\n"
+        "nothing alike (see how far a regression on the frozen random base's features comes), and its numbers say "
+        "nothing of tasks that share a kind of picture. Receipts and lines come from the same shops, and shops are not "
+        "kept apart. What it does show: real files go through the whole chain as they are, and every number comes with "
+        "its baseline.\n"
     )
 
 
