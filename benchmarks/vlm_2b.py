@@ -58,12 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     with _folder(args) as work:
         made, found = _made(work, args), {}
         for task in TASKS:
-            found[task] = _result(task, _started(task, work, args), None)
+            found[task] = _result(task, _started(task, work, args))
             say(f"{task}: " + ", ".join(f"{key} {value:,.0f}" for key, value in found[task].items()))
         say(f"{args.together} processes at once")
-        running = [_started("hold", work, args) for _ in range(args.together)]
-        ready = [process.stdout.readline() for process in running]  # each has looked at all of its weights
-        held = [_result("hold", process, "now\n") for process in running] if all(ready) else []
+        held = _together(work, args)
         text = _report(found, held, made)
         finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", text, "", _ending(args))
     return int(sum(each["pss_mb"] for each in held) > sum(each["rss_mb"] for each in held) * 0.75)
@@ -126,7 +124,7 @@ def _made(work: Path, args: argparse.Namespace) -> dict:
         parameters = write_model(work / "model", SIZES[args.size])
         say(f"{parameters:,} parameters in {time.perf_counter() - start:.0f} s; preparing data, base and adapters")
         _write_rows(work / "data")
-        _result("prepare", _started("prepare", work, args), None)
+        _result("prepare", _started("prepare", work, args))
         file_bytes = (work / "model" / "model.safetensors").stat().st_size
         note.write_text(json.dumps({"parameters": parameters, "file_bytes": file_bytes}), "utf-8")
     return json.loads(note.read_text("utf-8"))
@@ -157,9 +155,23 @@ def _started(task: str, work: Path, args: argparse.Namespace) -> subprocess.Pope
     )  # fmt: skip
 
 
-def _result(task: str, process: subprocess.Popen, word: str | None) -> dict:
-    """Return what a process measured, once it was told to; raises SystemExit when it failed."""
-    out, err = process.communicate(word)
+def _together(work: Path, args: argparse.Namespace) -> list[dict]:
+    """Return what each of several processes holds while all of them do. Raises SystemExit when one fails."""
+    running, out = [_started("hold", work, args) for _ in range(args.together)], []
+    ready = [process.stdout.readline() for process in running]  # each has looked at all of its weights
+    if all(ready):
+        for process in running:
+            process.stdin.write("now\n")
+            process.stdin.flush()
+        out = [json.loads(process.stdout.readline()) for process in running]
+    for process in running:
+        _result("hold", process)
+    return out
+
+
+def _result(task: str, process: subprocess.Popen) -> dict:
+    """Let a process end and return what it measured; raises SystemExit when it failed."""
+    out, err = process.communicate()
     if process.returncode:
         raise SystemExit(f"{task} failed (exit status {process.returncode}):\n{err[-3000:]}")
     return json.loads(out.splitlines()[-1])
@@ -191,6 +203,8 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
         if task == "hold":
             print("ready", flush=True)
             sys.stdin.readline()  # until the others hold it too
+            print(json.dumps(out | memory.report()), flush=True)
+            sys.stdin.readline()  # until the others have measured
         return out | memory.report()
 
 
