@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{task}: " + ", ".join(f"{key} {value:,.0f}" for key, value in found[task].items()))
         say(f"{args.together} processes at once")
         held = _together(work, args)
-        text = _report(found, held, made)
-        finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", text, "", _ending(args))
+        finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", _report(found, held, made), "", _ending(args))
     return int(sum(each["pss_mb"] for each in held) > sum(each["rss_mb"] for each in held) * 0.75)
 
 
@@ -306,10 +305,9 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
         ]
         for task, x in found.items()
     ]  # fmt: skip
-    step, answer = found[TASKS[0]], found[TASKS[2]]
-    together = [[f"process {i + 1}", *(f"{x[k]:,.0f}" for k in ("rss_mb", "pss_mb", "private_mb"))]
-                for i, x in enumerate(held)]  # fmt: skip
-    total = [f"{sum(x[k] for x in held):,.0f}" for k in ("rss_mb", "pss_mb", "private_mb")]
+    step, answer, kinds = found[TASKS[0]], found[TASKS[2]], ("rss_mb", "pss_mb", "private_mb")
+    together = [[f"process {i}", *(f"{x[k]:,.0f}" for k in kinds)] for i, x in enumerate(held, 1)]
+    together.append(["together", *(f"{sum(x[k] for x in held):,.0f}" for k in kinds)])
     return (
         f"{made['parameters']:,} random parameters, {made['file_bytes'] / 1e6:,.0f} MB of bfloat16 in one file; "
         f"adapters of rank 16 on all projections of the language model; picture {PICTURE_PX} x {PICTURE_PX} px.\n\n"
@@ -318,7 +316,7 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
         f"{answer['new_tokens']} (router {answer['route_s']:.0f} s, expert {answer['generate_s']:.0f} s). Predicted: "
         "the plan's formula with the row's real length; planned: what `plan` says when no row is prepared yet.\n\n"
         f"{len(held)} processes at once, each after a forward pass through router and expert:\n\n"
-        f"{table(['', 'resident MB', 'share (Pss)', 'private'], [*together, ['together', *total]])}"
+        f"{table(['', 'resident MB', 'share (Pss)', 'private'], together)}"
     )
 
 

@@ -214,13 +214,13 @@ def _interval(ends, sign: str = "") -> str:
 def _cannot() -> str:
     return (
         "What this cannot show: the base is random, its vision tower never trained, and pictures are shrunk to a few "
-        "tokens. Such a model cannot learn to read print, to count cells, to describe a photograph or to check a "
-        "sentence against shapes; where an expert is no better than the constant, it has learnt the answers' form and "
-        "frequencies and nothing of the picture. The router's task is easier, as the five kinds of pictures look "
-        "nothing alike (see how far a regression on the frozen random base's features comes), and its numbers say "
-        "nothing of tasks that share a kind of picture. Receipts and lines come from the same shops, and shops are not "
-        "kept apart. What it does show: real files go through the whole chain as they are, and every number comes with "
-        "its baseline.\n"
+        "tokens. Such a model cannot learn to read print, to describe a photograph or to check a sentence against "
+        "shapes. An expert above the constant has learnt something crude (how full of cells a picture looks, how long "
+        "a line is); one that is no better has learnt the answers' form and frequencies and nothing of the picture. "
+        "The router's task is easier, as the five kinds of pictures look nothing alike (see how far a regression on "
+        "the frozen random base's features comes), and its numbers say nothing of tasks that share a kind of picture. "
+        "Receipts and lines come from the same shops, and shops are not kept apart. What it does show: real files go "
+        "through the whole chain as they are, and every number comes with its baseline.\n"
     )
 
 
