@@ -12,13 +12,15 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.budget import cores, cpu_name
+from pipeline.budget import Peak, cores, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
@@ -142,6 +144,47 @@ def memory() -> dict[str, int]:
         elif counts and words[0] in ("Rss:", "Pss:"):
             out["data" if words[0] == "Rss:" else "data_share"] += int(words[1]) * 1024
     return out
+
+
+class Pages:
+    """Peaks of this process above the level at which it was made: whole, anonymous and of mapped files."""
+
+    def __init__(self):
+        self.peak, self.before = Peak(), _resident()
+        self.most = dict(self.before)
+        self._over = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look every 20 ms; what is allocated and freed between two looks is missed, but in peak_mb."""
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            self.most = {key: max(value, self.most[key]) for key, value in _resident().items()}
+
+    def report(self) -> dict[str, float]:
+        """Return MB: peaks above the start, and what this process holds now."""
+        smaps = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        now = {line.split()[0][:-1]: int(line.split()[1]) * 1024 for line in smaps if line.endswith("kB")}
+        return {
+            "peak_mb": self.peak.report()["host_peak_mb"],
+            "anonymous_mb": (self.most["RssAnon"] - self.before["RssAnon"]) / MB,
+            "mapped_mb": (self.most["RssFile"] - self.before["RssFile"]) / MB,
+            "imports_mb": self.before["VmRSS"] / MB, "rss_mb": now["Rss"] / MB, "pss_mb": now["Pss"] / MB,
+            "private_mb": (now["Private_Clean"] + now["Private_Dirty"]) / MB,
+        }  # fmt: skip
+
+
+def _resident() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {w[0][:-1]: int(w[1]) * 1024 for w in lines if w[0][:-1] in ("VmRSS", "RssAnon", "RssFile")}
 
 
 def clear_peak() -> None:

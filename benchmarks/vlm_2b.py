@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from pipeline.budget import Peak
 
-from .measuring import MB, ROOT, finish, hardware, say, table, write_files
+from .measuring import MB, ROOT, Pages, finish, hardware, say, table, write_files
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 EXPERT, NAMES, PICTURE_PX = "read", ("read", "other"), 256
@@ -191,7 +190,7 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
             for item in items:
                 stages.run(stage, cfg, store, item, say=lambda *_: None)
         return {}
-    parts, memory, start = stages.Parts(cfg, store), Memory(), time.perf_counter()
+    parts, memory, start = stages.Parts(cfg, store), Pages(), time.perf_counter()
     with memory.watched():
         if task in TASKS[:2]:
             out = _step(cfg, parts, work, memory.peak)
@@ -205,47 +204,6 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
             print(json.dumps(out | memory.report()), flush=True)
             sys.stdin.readline()  # until the others have measured
         return out | memory.report()
-
-
-class Memory:
-    """Peaks of this process above the level at which it was made: whole, anonymous and of mapped files."""
-
-    def __init__(self):
-        self.peak, self.before = Peak(), _status()
-        self.most = dict(self.before)
-        self._over = threading.Event()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look every 20 ms; what is allocated and freed between two looks is missed, but in peak_mb."""
-        thread = threading.Thread(target=self._look)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.02):
-            self.most = {key: max(value, self.most[key]) for key, value in _status().items()}
-
-    def report(self) -> dict[str, float]:
-        """Return MB: peaks above the start, and what this process holds now."""
-        smaps = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        now = {line.split()[0][:-1]: int(line.split()[1]) * 1024 for line in smaps if line.endswith("kB")}
-        return {
-            "peak_mb": self.peak.report()["host_peak_mb"],
-            "anonymous_mb": (self.most["RssAnon"] - self.before["RssAnon"]) / MB,
-            "mapped_mb": (self.most["RssFile"] - self.before["RssFile"]) / MB,
-            "imports_mb": self.before["VmRSS"] / MB, "rss_mb": now["Rss"] / MB, "pss_mb": now["Pss"] / MB,
-            "private_mb": (now["Private_Clean"] + now["Private_Dirty"]) / MB,
-        }  # fmt: skip
-
-
-def _status() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {w[0][:-1]: int(w[1]) * 1024 for w in lines if w[0][:-1] in ("VmRSS", "RssAnon", "RssFile")}
 
 
 def _step(cfg, parts, work: Path, peak: Peak) -> dict:
