@@ -107,8 +107,8 @@ def write_model(folder: Path, sizes: dict, seed: int = 0) -> int:
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, shape in ((n, p.shape) for n, p in model.named_parameters()):  # tied ones come once
         made = torch.empty(shape, dtype=torch.bfloat16)
-        matrix = made.normal_(0.0, 0.02, generator=generator) if made.dim() > 1 else made.fill_(0.0)
-        tensors[name] = matrix + 1.0 if name.endswith("norm.weight") else matrix
+        is_norm = float(name.endswith("weight"))  # of vectors, those that are no bias
+        tensors[name] = made.normal_(0.0, 0.02, generator=generator) if made.dim() > 1 else made.fill_(is_norm)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
 
