@@ -72,10 +72,13 @@ class Shape:
         own = {"all": forward, "ffn": 2 * self.ffn_parameters, "gates": 0}[trains]
         return 2 * forward + own
 
-    @property
-    def layer_activations(self) -> int:
-        """Numbers per token that a layer keeps for its backward pass."""
-        return 5 * self.d_model + 3 * self.heads_width + 3 * self.kv_width + 2 * self.d_ff
+    def layer_activations(self, trains: str) -> int:
+        """Numbers per token that a layer keeps for its backward pass; frozen weights do not need what they multiply.
+
+        What enters the norms and the feed-forward network, queries and keys before and after, values, W_gate x, W_up x.
+        """
+        inputs = self.d_model + self.heads_width if trains == "all" else 0
+        return inputs + 3 * self.d_model + 4 * self.heads_width + self.kv_width + 2 * self.d_ff
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..model.loss import LEAST_CHUNK_TOKENS
 
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
-MOST_FRAGMENTS_BYTES = 135_000_000  # and as much as there are activations, up to this
+MOST_FRAGMENTS_BYTES = 155_000_000  # and as much as there are activations, up to this
 FROM_ZERO = ("wide", "scratch")  # dense baselines that do not continue the trunk
 
 
@@ -95,19 +95,21 @@ def peak_bytes(shape: Shape, trains: str, plan: Means, bf16: bool, experts: int)
     trained = {"all": shape.trunk_parameters + shape.ffn_parameters, "ffn": shape.ffn_parameters, "gates": 0}[trains]
     frozen = {"all": 0, "ffn": shape.trunk_parameters, "gates": shape.trunk_parameters + experts * shape.ffn_parameters}
     kept = trained * (4 + width[plan.gradients] + 2 * width[plan.moments]) + frozen[trains] * unit
-    kept += 14 * tables if trains == "all" else 0  # gradients of head and embedding until they are added up
-    return int(KERNEL_BYTES + kept + _passing(shape, plan, unit))
+    kept += 2 * unit * tables if trains == "all" else 0  # gradients of head and embedding until they are added up
+    return int(KERNEL_BYTES + kept + _passing(shape, plan, unit, trains))
 
 
-def _passing(shape: Shape, plan: Means, unit: int) -> float:
+def _passing(shape: Shape, plan: Means, unit: int, trains: str) -> float:
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
-    layer = tokens * shape.layer_activations * unit
+    layer = tokens * shape.layer_activations(trains) * unit
     chunk = max(LEAST_CHUNK_TOKENS, plan.chunk_logits // shape.vocab_size)
     logits = min(tokens, chunk) * shape.vocab_size * (4 + unit)
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
     if plan.checkpointing:
-        held = shape.layers * tokens * shape.d_model * unit + layer + inner + logits
-        return held + (layer + inner) * plan.trim if plan.tidy else 2 * held + HEAP_BYTES
+        held = shape.layers * tokens * shape.d_model * unit
+        if plan.tidy and plan.micro_batch_sequences == 1:
+            return held + max(logits, layer + inner) + (layer + inner) * plan.trim
+        return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES  # the first rows' blocks do not fit the later ones
     held = shape.layers * layer + max(logits, inner)
     return held if plan.tidy else held + HEAP_BYTES + min(shape.layers * layer, MOST_FRAGMENTS_BYTES)

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .attention import use_blocks
 from .experts import Expert
+from .norm import lighten
 from .tensors import fill_in, put
 
 Fill = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, x_BTD) -> y_BTD
@@ -120,6 +122,8 @@ def split(network: nn.Module) -> tuple[Trunk, Expert]:
     for number, layer in enumerate(network.model.layers):
         taken.append(layer.mlp)
         layer.mlp = _Slot(number)
+    use_blocks(network)
+    lighten(network)
     return Trunk(network), Expert(taken)
 
 
