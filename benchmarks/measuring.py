@@ -1,26 +1,23 @@
-"""How the benchmarks measure: contenders in fresh processes that take turns, their memory, medians and ratios.
+"""How the benchmarks measure: contenders in fresh processes that take turns, medians and ratios.
 
-Invariant: a contender's numbers come from a process that did nothing else, and count from after its imports.
+Invariant: a contender's numbers come from a process that did nothing else.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.budget import Peak, cores, cpu_name
+from pipeline.budget import Shape, cores, cpu_name
+from pipeline.budget import device as found_device
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
@@ -44,10 +41,19 @@ class Sizes:
         """Tokens of one optimizer step."""
         return self.batch_sequences * self.context_tokens
 
+    def flops_per_token(self, task: str) -> float:
+        """Operations that training a trunk or an expert needs per token, the same for every contender."""
+        width = self.d_model  # of all heads together, for keys and values too
+        shape = Shape(self.layers, width, width, width, self.d_ff, self.vocab_size, self.context_tokens)
+        return shape.train_flops_per_token({"trunk": "all", "expert": "ffn"}[task])
+
 
 SIZES = {
     "prior-art": Sizes(),
     "toy": Sizes(512, 32, 32, 2, 2, 88, 128, 4),
+    "100m": Sizes(32_768, 1024, 768, 12, 12, 2048, 3072, 32),  # 110 M parameters
+    "350m": Sizes(32_768, 1024, 1024, 24, 16, 2816, 4224, 32),  # 342 M
+    "1b": Sizes(32_768, 1024, 2048, 18, 16, 5632, 8448, 16),  # 992 M
 }
 
 
@@ -56,7 +62,7 @@ class Job:
     """What one fresh process does."""
 
     peer: str  # a module of benchmarks.peers
-    task: str  # trunk, expert, router, bundle, open, and prepare before all of them
+    task: str  # trunk, expert, router, bundle, open; prepare before all of them; product: the machine's own rate
     sizes: Sizes
     work: str  # folder with the data and parts that `prepare` made
     steps: int = 5
@@ -69,133 +75,15 @@ class Job:
     domains: int = 2  # in the data that `prepare` makes
     overrides: tuple[str, ...] = ()  # of our configuration
     modularforge: str | None = None  # path of its repository
-
-
-@dataclass
-class Watch:
-    """What a contender reports to while it works; made when its imports are done."""
-
-    skip: int = 0
-    start_s: float = 0.0
-    reading_s: float = 0.0  # spent on reading memory while the clock ran
-    ends_s: list[float] = field(default_factory=list)
-    nats: list[float] = field(default_factory=list)
-    extra: dict = field(default_factory=dict)
-    peaks: list = field(default_factory=list)
-
-    def __post_init__(self):
-        gc.collect()
-        self.before = memory()
-        clear_peak()
-        self.start_s = time.perf_counter()
-
-    def step(self, nats: float | None = None) -> None:
-        """Take note of the end of an optimizer step and of its loss."""
-        self.ends_s.append(time.perf_counter())
-        if nats is not None:
-            self.nats.append(nats)
-
-    def mark(self, name: str) -> None:
-        """Keep the peak up to here under a name of its own, and what is mapped while it still is."""
-        start_s = time.perf_counter()
-        now = memory()
-        self.extra[f"{name}_mb"] = (now["VmHWM"] - self.before["VmRSS"]) / MB
-        self._keep_mapped(now)
-        self.reading_s += time.perf_counter() - start_s
-
-    def clears(self, peak) -> None:
-        """Hear of a Peak of the pipeline that may start the same high-water mark again, and remembers what was."""
-        self.peaks.append(peak)
-
-    def _keep_mapped(self, now: dict[str, int]) -> None:
-        for name, key in (("file_mb", "RssFile"), ("data_mb", "data"), ("data_share_mb", "data_share")):
-            self.extra[name] = max(self.extra.get(name, 0.0), (now[key] - self.before[key]) / MB)
-
-    def result(self, step_tokens: int) -> dict:
-        """Return seconds, rate over the steps that count, last loss, and memory above imports in MB."""
-        seconds = time.perf_counter() - self.start_s - self.reading_s
-        after, steps = memory(), self.ends_s
-        self._keep_mapped(after)
-        out = {"seconds": seconds, "imports_mb": self.before["VmRSS"] / MB} | self.extra
-        remembered = [peak.report()["host_peak_mb"] for peak in self.peaks]
-        out["peak_mb"] = max((after["VmHWM"] - self.before["VmRSS"]) / MB, *remembered, 0.0)
-        if len(steps) > self.skip:
-            start = steps[self.skip - 1] if self.skip else self.start_s
-            out["step_s"] = (steps[-1] - start) / (len(steps) - self.skip)
-            out["tokens_per_s"] = step_tokens / out["step_s"]
-            out["first_step_s"] = steps[0] - self.start_s
-        return out | {"steps": len(steps), "nats": self.nats[-1] if self.nats else None}
-
-
-def memory() -> dict[str, int]:
-    """Return this process's resident set, its peak, its file pages, and those of mapped data files, in bytes.
-
-    data_share counts a page that n processes map as 1/n; libraries are left out of both, as anyone may map them.
-    """
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    out = {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0][:-1] in ("VmRSS", "VmHWM", "RssFile")}
-    out |= {"data": 0, "data_share": 0}
-    counts = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        words = line.split()
-        if not words[0].endswith(":"):  # a mapping begins; its path, if any, comes sixth
-            path = words[5] if len(words) > 5 else ""
-            counts = path.startswith("/") and not re.search(r"\.so(\.|$)|/python[0-9.]*$|/locale/", path)
-        elif counts and words[0] in ("Rss:", "Pss:"):
-            out["data" if words[0] == "Rss:" else "data_share"] += int(words[1]) * 1024
-    return out
-
-
-class Pages:
-    """Peaks of this process above the level at which it was made: whole, anonymous and of mapped files."""
-
-    def __init__(self):
-        self.peak, self.before = Peak(), _resident()
-        self.most = dict(self.before)
-        self._over = threading.Event()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look every 20 ms; what is allocated and freed between two looks is missed, but in peak_mb."""
-        thread = threading.Thread(target=self._look)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(0.02):
-            self.most = {key: max(value, self.most[key]) for key, value in _resident().items()}
-
-    def report(self) -> dict[str, float]:
-        """Return MB: peaks above the start, and what this process holds now."""
-        smaps = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        now = {line.split()[0][:-1]: int(line.split()[1]) * 1024 for line in smaps if line.endswith("kB")}
-        return {
-            "peak_mb": self.peak.report()["host_peak_mb"],
-            "anonymous_mb": (self.most["RssAnon"] - self.before["RssAnon"]) / MB,
-            "mapped_mb": (self.most["RssFile"] - self.before["RssFile"]) / MB,
-            "imports_mb": self.before["VmRSS"] / MB, "rss_mb": now["Rss"] / MB, "pss_mb": now["Pss"] / MB,
-            "private_mb": (now["Private_Clean"] + now["Private_Dirty"]) / MB,
-        }  # fmt: skip
-
-
-def _resident() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {w[0][:-1]: int(w[1]) * 1024 for w in lines if w[0][:-1] in ("VmRSS", "RssAnon", "RssFile")}
-
-
-def clear_peak() -> None:
-    """Start the kernel's high-water mark of this process again."""
-    Path("/proc/self/clear_refs").write_text("5")
+    device: str = "cpu"  # or cuda: the first GPU
 
 
 def run(job: Job) -> dict:
     """Do a job in a fresh process; return what it measured, or {"refused": why} when our program declines it."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, str(job.threads)) | {"TOKENIZERS_PARALLELISM": "false"}
+    gpu = env.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    env["CUDA_VISIBLE_DEVICES"] = gpu if job.device == "cuda" else ""  # ours and Trainer take any that they see
     command = [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -274,10 +162,24 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_device(made: argparse.ArgumentParser) -> None:
+    """Let a program's contenders run on a GPU."""
+    made.add_argument("--device", type=device_here, choices=("cpu", "cuda"), default="cpu",
+                      help="where to train (default: %(default)s)")  # fmt: skip
+
+
+def device_here(name: str) -> str:
+    """Return the name of a device that is here. Raises argparse.ArgumentTypeError for a GPU that is not."""
+    if name == "cuda" and found_device() != "cuda":
+        raise argparse.ArgumentTypeError(f"cuda needs a GPU that PyTorch sees; torch {_version('torch')} sees none")
+    return name
+
+
 def job_of(args: argparse.Namespace, work: Path, **more) -> Job:
     """Return the job that the common arguments describe, to be varied by contender and task."""
     path = str(args.modularforge.resolve()) if args.modularforge else None
     common = dict(threads=args.threads, overrides=tuple(args.override), modularforge=path)
+    common["device"] = getattr(args, "device", "cpu")  # not every program has the choice
     first = dict(peer="ours", task="prepare", sizes=SIZES[args.size], work=str(work.resolve()))
     return Job(**first | common | more)
 
@@ -303,20 +205,28 @@ def conditions(args: argparse.Namespace) -> str:
     """Return the sentence that says on what and with what a result was measured."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
     size = ", ".join(f"{k} {v}" for k, v in asdict(SIZES[args.size]).items())
+    gpu = getattr(args, "device", "cpu") == "cuda"
+    peak = "resident set above the level after imports (VmHWM, cleared then)"
     return (
-        f"{hardware(args.threads, packages)}. Sizes: {size}. Each contender ran in a fresh process; memory is the "
-        "peak resident set above the level after imports (VmHWM, cleared then), in MB of 10^6 bytes."
+        f"{hardware(args.threads, packages, gpu)}. Sizes: {size}. Each contender ran in a fresh process; memory is the "
+        f"peak {'that PyTorch allocated on the GPU (max_memory_allocated)' if gpu else peak}, in MB of 10^6 bytes."
     )
 
 
-def hardware(threads: int, packages: Iterable[str]) -> str:
-    """Return machine, load and versions, for a sentence."""
+def hardware(threads: int, packages: Iterable[str], gpu: bool = False) -> str:
+    """Return machine, load and versions, for a sentence; names the GPU where one was used."""
     found = ", ".join(f"{name} {_version(name)}" for name in packages)
     return (
-        f"{cpu_name()}, {cores()} of {os.cpu_count()} cores usable, {threads} threads per contender, load "
-        f"{os.getloadavg()[0]:.1f} at the end; {platform.system()} {platform.release()}, Python "
+        f"{_gpu_name() if gpu else ''}{cpu_name()}, {cores()} of {os.cpu_count()} cores usable, {threads} threads per "
+        f"contender, load {os.getloadavg()[0]:.1f} at the end; {platform.system()} {platform.release()}, Python "
         f"{platform.python_version()}, {found}"
     )
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name(0)} (CUDA {torch.version.cuda}), "
 
 
 def _version(name: str) -> str:

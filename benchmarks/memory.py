@@ -5,6 +5,10 @@
 Three tables: `budgets` (one expert trained under each of --budgets, and by the peers), `experts` (peak against the
 number of experts: training in sequence, a fresh process each, and making a bundle), `prediction` (what the plan
 promises against what was taken, over the configurations of GRID). The exit status is 1 when a target is missed.
+
+On a GPU a peak is what PyTorch allocated there (this path has not been run yet); bundles are made without it:
+
+    python -m benchmarks.memory --device cuda --size 350m --budgets none 12GB 8GB
 """
 
 import argparse
@@ -16,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import assemble
-from .measuring import SIZES, Contender, finish, job_of, parser, ratios, run, say, spread, table
+from .measuring import SIZES, Contender, add_device, finish, job_of, parser, ratios, run, say, spread, table
 
 PEERS = ("plain", "trainer", "nanogpt", "modularforge")
 FLAT, NEAR = 0.03, 0.10
@@ -63,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], EPILOG)
+    add_device(made)
     made.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     made.add_argument("--budgets", nargs="+", default=["none", "350MB", "172MB"], metavar="BUDGET",
                       help="values of runtime.memory_budget; none: unbounded (default: none 350MB 172MB)")  # fmt: skip
@@ -70,7 +75,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="(default: 2 to 64)")
     made.add_argument("--steps", type=int, default=5, help="optimizer steps of a training, 2 of them skipped")
     args = made.parse_args(argv)
-    args.peers = [p for p in args.peers if args.modularforge or not p.startswith("modularforge")]
+    usable = args.modularforge and args.device == "cpu"
+    args.peers = [p for p in args.peers if usable or not p.startswith("modularforge")]
     if args.rounds < 1 or args.steps < 3 or min(args.experts) < 2:
         made.error("--rounds must be at least 1, --experts at least 2, --steps at least 3")
     return args
@@ -156,7 +162,7 @@ def _by_experts(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     """Return peaks against the number of experts, and whether ours are flat."""
     folder = work / f"{args.size}-{max(args.experts)}"
     names = ["ours", *(["modularforge"] if args.modularforge else [])]
-    made = assemble.measure(argparse.Namespace(**vars(args) | {"rounds": 1}), folder, names)[0]
+    made = assemble.measure(argparse.Namespace(**vars(args) | {"rounds": 1, "device": "cpu"}), folder, names)[0]
     base = job_of(args, folder, task="expert", steps=1, skip=0, domains=max(args.experts))
     trained = {}
     for count in args.experts:
@@ -182,7 +188,7 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     """Return predicted against measured peaks over GRID, and whether all are near."""
     rows, ratio = [], []
     for number, (task, micro, changes, overrides) in enumerate(GRID):
-        sizes = replace(SIZES[args.size], **changes if args.size == "prior-art" else {})
+        sizes = replace(SIZES[args.size], **changes if args.size != "toy" else {})
         place = work / f"{args.size}-{'-'.join(f'{k}{v}' for k, v in changes.items()) or 'plain'}"
         base = job_of(args, place, task=task, micro=min(micro, sizes.batch_sequences), steps=2, skip=1)
         job = replace(base, sizes=sizes, overrides=(*args.override, *overrides))

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from pipeline.budget import Peak
 
-from .measuring import MB, ROOT, Pages, finish, hardware, say, table, write_files
+from .measuring import MB, ROOT, finish, hardware, say, table, write_files
+from .watching import Pages
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 EXPERT, NAMES, PICTURE_PX = "read", ("read", "other"), 256

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import assemble, measuring, memory, train_speed
-from benchmarks.measuring import SIZES, Contender, Job, Watch
+from benchmarks.measuring import SIZES, Contender, Job
 from benchmarks.peers import nanogpt, ours, plain, tokens
 from benchmarks.peers.__main__ import work
+from benchmarks.watching import Watch
 from pipeline import train
 
 TOY = SIZES["toy"]
@@ -153,7 +154,7 @@ def pretend(job: Job) -> dict:
     """Return what a job might have measured."""
     both = {"seconds": 2.0, "bytes": 10**7, "steps": 3, "nats": 5.0, "first_step_s": 1.0, "step_s": 0.1}
     sizes = {"peak_mb": 160.0, "fit_mb": 150.0, "file_mb": 20.0, "data_mb": 10.0, "data_share_mb": 5.0}
-    return both | sizes | {"predicted_mb": 150.0, "tokens_per_s": rate(job.peer, job.task)}
+    return both | sizes | {"predicted_mb": 150.0, "flops_per_s": 1e12, "tokens_per_s": rate(job.peer, job.task)}
 
 
 PROGRAMS = {
@@ -182,6 +183,76 @@ def test_programs_write_a_dated_result_and_fail_when_a_target_is_missed(program,
 
 def _poor(job: Job) -> dict:
     return {"tokens_per_s": 100.0, "peak_mb": 100.0 * job.experts}
+
+
+def test_mfu_is_the_share_of_the_rate_of_products_in_the_same_round(job, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "run", pretend)
+    assert train_speed.main(["--rounds", "1", "--work", job.work]) == 0
+    trunk_mflop = 6 * (8.405 + 4.194 + 8.389 + 4 * 512 * 512 / 1e6)  # 6 per weight; attention of half the context
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ours |"))
+    mfu = float(row.split("|")[4])
+    assert mfu == pytest.approx(1000 * trunk_mflop * 1e6 / 1e12, abs=0.01)
+    monkeypatch.setattr("benchmarks.peers.__main__.product_flops_per_s", lambda bf16: 7.0)
+    assert work(ours, replace(job, task="product")) == {"flops_per_s": 7.0}
+
+
+@pytest.mark.parametrize(("size", "millions"), [("100m", 110), ("350m", 342), ("1b", 992)])
+def test_larger_sizes_have_the_parameters_of_their_names(size, millions):
+    pytest.importorskip("accelerate")
+    from benchmarks.peers import gpt, trainer
+
+    with torch.device("meta"):
+        networks = trainer.network(SIZES[size]), gpt.GPT(SIZES[size], bias=False)
+    for network in networks:
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert SIZES[size].vocab_size < 2**16  # which tokens.stream reads
+    trunk, expert = (SIZES[size].flops_per_token(task) for task in ("trunk", "expert"))
+    assert 6e6 * millions < trunk < 7.5e6 * millions and 0.6 < expert / trunk < 0.9
+
+
+def test_a_gpu_is_asked_for_its_peak_and_waited_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: asked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000)
+    watch = Watch(skip=0, device="cuda")
+    watch.step(1.0)
+    watch.mark("here")
+    found = watch.result(8)
+    assert asked == ["reset", "wait"] and found["here_mb"] == found["peak_mb"] == 3.0
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda", "3")])
+def test_contenders_see_one_gpu_or_none(job, device, seen, monkeypatch):
+    def started(command, env, **_):
+        assert env["CUDA_VISIBLE_DEVICES"] == seen and json.loads(command[-1])["device"] == device
+        return SimpleNamespace(returncode=0, stdout="{}", stderr="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setattr(measuring.subprocess, "run", started)
+    assert measuring.run(replace(job, device=device)) == {}
+
+
+@pytest.mark.parametrize("program", [train_speed, memory], ids=["train_speed", "memory"])
+def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_there_is_named(program, monkeypatch, tmp_path, capsys):
+    command = ["--device", "cuda", "--rounds", "1", "--work", str(tmp_path), "--out", str(tmp_path / "out.md")]
+    monkeypatch.setattr(measuring, "found_device", lambda: "cpu")
+    with pytest.raises(SystemExit):
+        program.main(command)
+    assert "--device: cuda needs a GPU that PyTorch sees" in capsys.readouterr().err
+
+    jobs = []
+    monkeypatch.setattr(measuring, "found_device", lambda: "cuda")
+    monkeypatch.setattr(measuring, "run", lambda job: jobs.append(job) or pretend(job))
+    monkeypatch.setattr(memory, "run", measuring.run)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _number: "Test GPU")
+    assert program.main([*command, *PROGRAMS[program], "--modularforge", "/nowhere"]) == 0
+    assert {job.device for job in jobs if job.task not in ("prepare", "bundle", "open")} == {"cuda"}
+    assert {job.device for job in jobs if job.task in ("bundle", "open")} <= {"cpu"}
+    assert "modularforge" not in {job.peer for job in jobs if job.task == "expert"}
+    written = (tmp_path / "out.md").read_text()
+    assert "Test GPU" in written and "max_memory_allocated" in written and "VmHWM" not in written
+    capsys.readouterr()
 
 
 def test_options_that_make_no_sense_are_refused(capsys):

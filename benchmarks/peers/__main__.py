@@ -7,9 +7,11 @@ from importlib import import_module
 import torch
 import torch._dynamo
 
+from pipeline.budget import has_bf16, product_flops_per_s
 from pipeline.errors import PipelineError
 
-from ..measuring import Job, Sizes, Watch
+from ..measuring import Job, Sizes
+from ..watching import Watch
 
 
 def main(text: str) -> None:
@@ -27,7 +29,9 @@ def work(module, job: Job) -> dict:
     """Do a job with the module of its peer; return what was measured."""
     if job.task == "prepare":
         return {"made": module.prepare(job)}
-    watch = Watch(job.skip)
+    if job.task == "product":
+        return {"flops_per_s": product_flops_per_s(has_bf16())}
+    watch = Watch(job.skip, job.device)
     does = {"bundle": "bundle", "open": "open_bundle"}.get(job.task, "train")
     try:
         getattr(module, does)(job, watch)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..measuring import Job, Sizes, Watch
+from ..measuring import Job, Sizes
+from ..watching import Watch
 from .tokens import batches
 
 
@@ -50,7 +51,7 @@ class GPT(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return logits of shape (B, T, vocabulary)."""
-        x_BTD = self.tokens(ids_BT) + self.places(torch.arange(ids_BT.shape[1]))
+        x_BTD = self.tokens(ids_BT) + self.places(torch.arange(ids_BT.shape[1], device=ids_BT.device))
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD) @ self.tokens.weight.T
@@ -73,8 +74,8 @@ def loop(job: Job, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimi
     for _ in range(job.steps):
         nats = 0.0
         for at in range(0, sequences, micro):
-            ids_BT = batch(min(micro, sequences - at))
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            ids_BT = batch(min(micro, sequences - at)).to(job.device)
+            with torch.autocast(job.device, torch.bfloat16) if bf16 else nullcontext():
                 logits = model(ids_BT[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()) * (len(ids_BT) / sequences)
             loss.backward()

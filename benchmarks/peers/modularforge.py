@@ -20,7 +20,8 @@ from modularforge.training.shared_trainer import SharedTrainer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from ..measuring import Job, Watch
+from ..measuring import Job
+from ..watching import Watch
 from .tokens import stream
 
 

@@ -6,16 +6,18 @@ What it publishes: no biases, tied head, weight decay 0.1 on matrices only, beta
 
 import torch
 
-from ..measuring import Job, Watch
+from ..measuring import Job
+from ..watching import Watch
 from .gpt import GPT, loop, trainable
 
 
 def train(job: Job, watch: Watch) -> None:
     """Train the whole network, or only its feed-forward networks; compiled when the job says so."""
     torch.manual_seed(0)
-    model = GPT(job.sizes, bias=False)
+    model = GPT(job.sizes, bias=False).to(job.device)
     moves = trainable(model, job.task)
     matrices, vectors = [p for p in moves if p.ndim >= 2], [p for p in moves if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=6e-4, betas=(0.9, 0.95))
+    fused = True if job.device == "cuda" else None  # as it does
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=6e-4, betas=(0.9, 0.95), fused=fused)
     loop(job, watch, torch.compile(model) if job.compiled else model, optimizer, bf16=True)

@@ -25,7 +25,8 @@ from pipeline.model.router import gate_name
 from pipeline.store import inventory, load_tensors, save_tensors
 from pipeline.train import Place, fit
 
-from ..measuring import MB, Job, Watch
+from ..measuring import MB, Job
+from ..watching import Watch
 from .tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
 
 STAGES = {"trunk": "train_shared", "expert": "train_experts", "router": "train_router"}
@@ -86,7 +87,7 @@ def train(job: Job, watch: Watch) -> None:
         place = Place(Path(slots), Rows(watch), lambda: None, job.task, job.task, 1e9, 1, peak)
         metrics = fit(task, place)
     watch.mark("fit")
-    watch.extra["fit_mb"] = max(watch.extra["fit_mb"], metrics["host_peak_mb"])
+    watch.extra["fit_mb"] = max(watch.extra["fit_mb"], metrics["peak_mb"])
     watch.extra["means"] = metrics["means"]
     task.export(metrics["kept_step"])
 

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import torch
 
-from ..measuring import Job, Watch
+from ..measuring import Job
+from ..watching import Watch
 from .gpt import GPT, loop, trainable
 
 
 def train(job: Job, watch: Watch) -> None:
     """Train the whole network, or only its feed-forward networks."""
     torch.manual_seed(0)
-    model = GPT(job.sizes, bias=True)
+    model = GPT(job.sizes, bias=True).to(job.device)
     loop(job, watch, model, torch.optim.AdamW(trainable(model, job.task), lr=3e-4), bf16=False)
 
 

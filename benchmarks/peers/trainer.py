@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..measuring import Job, Sizes, Watch
+from ..measuring import Job, Sizes
+from ..watching import Watch
 from .tokens import batches
 
 
@@ -65,8 +66,9 @@ def train(job: Job, watch: Watch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, max_steps=job.steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=sequences // micro, learning_rate=3e-4, bf16=True, use_cpu=True,
-            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+            gradient_accumulation_steps=sequences // micro, learning_rate=3e-4, bf16=True,
+            use_cpu=job.device == "cpu", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Trainer(model=model, args=args, train_dataset=Windows(job), callbacks=[Steps(watch)])
         trainer.remove_callback(PrinterCallback)
