@@ -1,7 +1,7 @@
 """The one training loop. A Task says what to train; fit trains it and can be killed anywhere.
 
 Batch k is a function of (seed, k), so a resumed run is bit-identical to an undisturbed one on the same
-hardware with the same thread count.
+processor with the same thread count. On a GPU only as far as torch's kernels add up in a fixed order.
 """
 
 import math
@@ -59,7 +59,9 @@ class Task:
     flops_per_token: float = 0.0
     bf16: bool = False
     halved: tuple[str, ...] = ()  # parameters that compute in bf16 while they train; fit leaves them fp32
+    second: tuple[str, ...] = ()  # parameters without a gradient in the first step, as others are still zero
     means: Means | None = None  # None: what the options say, nothing chosen
+    notes: tuple[str, ...] = ()  # what a person should know before it starts
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def fit(task: Task, place: Place) -> dict:
     run = restore(place.slots, task, optimizer, place.recorder.note) or Progress(start=_fingerprint(task, optimizer))
     guard = Guard(means, peak, run, place.recorder.note)
     place.recorder.start(run.step)
+    for note in task.notes:
+        place.recorder.note(note)
     saved_at, logged_step = time.monotonic(), run.step
     buffers = gradients_in(task.parameters.values(), KINDS[means.gradients], means.fuse_optimizer)
     stepping = closing(_Fused(optimizer)) if means.fuse_optimizer else nullcontext()
@@ -256,7 +260,9 @@ def _fingerprint(task: Task, optimizer: AdamW) -> dict[str, int]:
 
 def _check_moved(task: Task, optimizer: AdamW, run: Progress, place: Place) -> None:
     """Raise PipelineError when a parameter never changed: a run that trains nothing must not pass for one that did."""
-    still = [n for n, now in _fingerprint(task, optimizer).items() if run.step and now == run.start[n]]
+    excused = task.second if run.step == 1 else ()
+    same = [name for name, now in _fingerprint(task, optimizer).items() if now == run.start[name]]
+    still = [name for name in same if run.step and name not in excused]
     if still:
         raise PipelineError(
             f"{place.name}: {len(still)} of {len(task.parameters)} tensors did not change in {run.step} steps, "

@@ -22,6 +22,7 @@ from rich.table import Table  # noqa: E402
 
 from pipeline.config import LoraConfig, RoutingSet, load, parse  # noqa: E402
 from pipeline.config.files import anchored, laid, override, read, routing_anchored  # noqa: E402
+from pipeline.config.loras import NONE  # noqa: E402
 from pipeline.config.problems import explain  # noqa: E402
 from pipeline.data import routing, tasks  # noqa: E402
 from pipeline.data.routing_rows import SPLITS  # noqa: E402
@@ -154,7 +155,7 @@ def prepared(cfg: LoraConfig, store: Store, work: Path, say: routing.Say) -> Ite
     """Yield the folders of prepared rows that sources need: the store's, or one made in work. Raises DataError."""
     from pipeline.stages import address
 
-    needed = {source.expert for source in cfg.dataset.sources if source.origin != "jsonl"}
+    needed = {source.expert for source in cfg.dataset.sources if source.origin != "jsonl" or source.expert == NONE}
     for name in sorted(needed & set(cfg.tasks)):
         here = address(cfg, "preprocess", name)
         if store.has(here):

@@ -189,3 +189,19 @@ def test_importing_what_every_command_needs_loads_nothing_heavy(names):
 
 def test_what_is_loaded_is_seen():
     assert loaded("import email, matplotlib") == {"matplotlib", "PIL"}  # which it brings
+
+
+OF_OTHERS = ("error", "hook")  # what getattr with a default may be asked of
+
+
+def test_nothing_is_read_of_settings_that_they_do_not_have():
+    """getattr with a default hides a setting that nobody can set; of others' objects it is fine."""
+    found = []
+    for folder in ("data", "families", "config"):
+        for file in (ROOT / "pipeline" / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) == 3:
+                    asked, name = node.args[:2]
+                    if isinstance(name, ast.Constant) and ast.unparse(asked) not in OF_OTHERS:
+                        found.append(f"{file.name}: {ast.unparse(node)}")
+    assert not found

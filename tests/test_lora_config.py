@@ -272,6 +272,8 @@ CHANGES = {
     "an expert's prompt": (("loras.experts.0.prompt", "Say."), {"preprocess color"} | COLOR | JOINED),
     "how answers are judged": (("loras.experts.0.metric", "cer"), REPORT),
     "how long answers are": (("loras.experts.0.max_new_tokens", 9), REPORT),
+    "what an expert does": (("loras.experts.0.description", "in other words"), {"deploy"}),
+    "the kind of a task": (("loras.experts.0.task", "another kind"), {"deploy"}),
     "the defaults": (("loras.defaults.lr", 0.1), COLOR | OCR | {"train_router"} | REPORT),
     "the router's options": (("loras.router.r", 8), {"train_router"} | REPORT),
     "the router's question": (("loras.router.instruction", "Who?"), {"train_router"} | REPORT),

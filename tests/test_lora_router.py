@@ -26,10 +26,21 @@ def drawn(temperature, count=4000, labels=4, seed=0):
     return logits_BK, target_B
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("temperature", [1.2, 2.0, 5.0])
 def test_the_temperature_is_found_again(temperature):
     logits_BK, target_B = drawn(temperature)
     assert fit_temperature(logits_BK, target_B) == pytest.approx(temperature, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [5, 4000])
+def test_confidence_is_never_sharpened(count):
+    """A few requests without a mistake are fitted best by no doubt at all, and then no threshold means anything."""
+    logits_BK, target_B = drawn(0.2, count=count)
+    target_B = logits_BK.argmax(-1) if count < 10 else target_B
+    assert fit_temperature(logits_BK, target_B) == pytest.approx(1.0)
+    labels = {"a": "A", "b": "B", "c": "C", "none": "Z"}
+    found = calibrate(logits_BK, target_B.tolist(), "Which?", labels)
+    torch.testing.assert_close(found.probabilities(logits_BK), logits_BK.softmax(-1))
 
 
 @pytest.mark.parametrize("seed", range(4))

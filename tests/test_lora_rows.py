@@ -163,3 +163,14 @@ def test_neutral_prompts_come_with_their_share_by_place_alone():
     assert drawn[500:600] == swaps(["a", "b"], 0.3, 7, 500, 100)
     assert {text for text in drawn if text} == {"a", "b"}
     assert swaps(["a"], 0.0, 7, 0, 3) == swaps([], 0.5, 7, 0, 3) == [None] * 3
+
+
+def test_a_neutral_prompt_is_not_asked_without_a_picture(chat, examples):
+    """Nothing would be left of the request, nor does its length count."""
+    neutral = "What do you see? " * 40
+    lines = encode(chat, examples, 100, (neutral,))
+    assert len(lines) == 1 and lines.dropped == {"over max_tokens": 2}
+    lines = encode(chat, examples, 500, (neutral,))
+    asked, own = lines.batch([0, 2], [neutral, neutral]), lines.batch([0, 2])
+    rows = [[batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist() for i in (0, 1)] for batch in (asked, own)]
+    assert rows[0][1] == rows[1][1] and rows[0][0] != rows[1][0]

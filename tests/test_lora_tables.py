@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from rich.console import Console
 
 from pipeline import config
-from pipeline.families import lora_bench
+from pipeline.families import lora_bench, lora_tables
 from pipeline.families.lora_bench import Asked, Bench
 from pipeline.families.lora_changes import PICTURES, cropped, recompressed, reordered, resized, reworded, with_pictures
 from pipeline.families.lora_stack import assemble
@@ -151,6 +151,16 @@ def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
     kept = again.task("count")
     assert kept and len(kept) + again.left_out["task count"] == 8
     assert max(len(each.prompt) for each in kept) < longest
+
+
+def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
+    cfg, parts, report = made
+    assert not any("trained without" in note for note in report["notes"])
+    rows = {"train": {"kept": 3, "dropped": {"over max_tokens": 2}}, "valid": {"kept": 1, "dropped": {}}}
+    of_count = parts.folder("train_experts", "count") / "adapter.json"
+    monkeypatch.setattr(lora_tables, "read_json", lambda path: {"rows": rows} if path == of_count else {})
+    found = lora_tables._untrained(cfg, Bench(cfg, parts, None, quiet))
+    assert found == ["count was trained without 2 of its 5 train rows, which are over max_tokens."]
 
 
 def test_the_report_is_shown_whole_on_terminal_and_page(made):

@@ -127,6 +127,13 @@ def test_text_alone_trains_too(shared):
     assert "image_grid_thw" not in inputs and run.nats(inputs).item() > 0
 
 
+def test_a_batch_of_both_is_its_rows_one_by_one(shared):
+    run, rows = training(shared), [*examples(shared)[:3], Example((), "Say nothing but blue, please.", "blue")]
+    with torch.no_grad():
+        one_by_one = sum(run.nats(batch_of(run, [row])).item() for row in rows)
+        assert run.nats(batch_of(run, [rows[3], *rows[:3]])).item() == pytest.approx(one_by_one, rel=1e-4)
+
+
 @pytest.mark.parametrize(("base", "dtype"), [("bfloat16", "fp32"), ("bfloat16", "bf16"), ("float32", "bf16")])
 def test_half_precision_trains_the_adapter_in_fp32(parts, base, dtype):
     settings = {"loras__base__dtype": base, "dtype": dtype, "loras__defaults__steps": 24}
@@ -176,6 +183,26 @@ def test_training_one_adapter_leaves_the_base_and_the_others_as_they_were(shared
     after = hashes(run.model)
     assert {name for name in after if after[name] != before[name]} == set(task.parameters)
     assert all(".color." in name and "lora_" in name for name in task.parameters)
+
+
+@pytest.mark.parametrize("name", ["color", "router"])
+def test_one_step_is_a_training_and_none_is_not(shared, tmp_path, name):
+    """In the first step lora_B is zero, so only lora_B moves; later all of it has to."""
+    run = of(shared, loras__defaults__steps=1)
+    task = lora_small.task_of(run, name)
+    before = {key: tensor.clone() for key, tensor in values(task).items()}
+    assert fit(task, place(tmp_path / "one"))["steps"] == 1
+    assert {key for key, tensor in values(task).items() if not torch.equal(tensor, before[key])} == {
+        key for key in before if "lora_B" in key
+    }
+    for steps, stuck in ((1, "lora_B"), (2, "lora_A")):
+        task = lora_small.task_of(of(shared, loras__defaults__steps=steps), name)
+        for key, parameter in task.parameters.items():
+            if stuck in key:
+                parameter.register_hook(torch.zeros_like)
+        said = rf"{len(task.parameters) // 2} of {len(task.parameters)} tensors did not change in {steps} step.*{stuck}"
+        with pytest.raises(PipelineError, match=said):
+            fit(task, place(tmp_path / stuck))
 
 
 @pytest.mark.parametrize("name", ["color", "router"])
@@ -236,7 +263,7 @@ def test_what_is_kept_says_what_it_is(parts):
     assert run.metrics["parameters"] == sum(t.numel() for t in run.files["adapter/adapter_model.safetensors"].values())
 
 
-def test_rows_over_max_tokens_are_counted_and_without_any_left_it_ends(shared):
+def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(shared, tmp_path):
     lengths = sorted(line.tokens for line in encode(training(shared).chat, examples(shared), 500).lines)
     run = of(shared, loras__defaults__max_tokens=lengths[12], loras__defaults__neutral_share=0.0)
     task = lora_vlm.expert(run.cfg, run, "color")
@@ -246,6 +273,11 @@ def test_rows_over_max_tokens_are_counted_and_without_any_left_it_ends(shared):
         "kept": 24 - dropped,
         "dropped": {"over max_tokens": dropped},
     }
+    said = f"{dropped} of 24 rows of train are over loras.experts.color.overrides.max_tokens = {lengths[12]} and were"
+    assert task.notes[0].startswith(said)
+    slot = place(tmp_path)
+    fit(task, slot)
+    assert slot.recorder.notes[: len(task.notes)] == list(task.notes)
     run = of(shared, loras__defaults__max_tokens=16)
     with pytest.raises(DataError, match=r"all 24 are over loras.experts.color.overrides.max_tokens = 16"):
         lora_vlm.expert(run.cfg, run, "color")

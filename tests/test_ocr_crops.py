@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config.loras import ExpertEntry, ImageLimits
-from pipeline.data import pictures, regions, tasks
+from pipeline.data import contact_sheet, pictures, regions, tasks
 from scripts.generate_ocr_crops import main
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate_ocr_crops.py"
@@ -217,3 +217,10 @@ def test_a_contact_sheet_shows_crops_and_captions(tmp_path, pages):
     assert sheet.shape == (2 * 140, 4 * 320)
     assert (sheet[:110, :320] < 100).sum() > 200 and (sheet[125:140, :320] < 100).sum() > 40
     assert (sheet[145:, 330:] < 255).sum() == 0  # five crops: the second row has one
+
+
+@pytest.mark.parametrize("text", ["W" * 60, "i" * 200, "short", "WW\nii " * 50])
+def test_a_caption_stays_in_its_cell(tmp_path, text):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    sheet = np.asarray(contact_sheet.draw([(tmp_path / "a.png", text, text)] * 2).convert("L"))
+    assert (sheet[112:138, 316:320] > 200).all() and (sheet[112:138, 4:300] < 100).any()

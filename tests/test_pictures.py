@@ -117,7 +117,7 @@ def test_what_is_no_picture_is_named(tmp_path, content):
 # over our own limit; over the one that Pillow warns at; over the one that it raises at
 @pytest.mark.parametrize("side", [8_100, 10_000, 60_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
-    with pytest.raises(BadPicture, match=r"px|pixels") as caught:
+    with pytest.raises(BadPicture, match="at most 64000000 square px are decoded. Make it") as caught:
         open_checked(png_header(side, side))
     assert caught.value.reason == "too large a picture"
 
@@ -229,3 +229,36 @@ def test_storing_twice_writes_the_same_one_file(tmp_path):
     second = pictures.store(encoded(image, "BMP"), tmp_path, 1024, 10_000)
     assert first == second and [file.name for file in tmp_path.iterdir()] == [first.name]
     assert (tmp_path / first.name).read_bytes() == content == pictures.png(image)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_a_decoded_picture_is_stored_as_its_file_would_be(tmp_path, mode):
+    pixels = Image.fromarray(grain(50, 40))
+    image = pixels.convert(mode) if mode != "I;16" else pixels.convert("I").convert(mode)
+    if mode == "RGBA":
+        image.putalpha(100)
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    stored = [pictures.store(each, tmp_path / name, 1024, 1200) for name, each in stores(tmp_path, image, form)]
+    assert stored[0] == stored[1] and stored[0].resized
+    assert (tmp_path / "a" / stored[0].name).read_bytes() == (tmp_path / "b" / stored[0].name).read_bytes()
+
+
+def stores(folder, image, form):
+    for name, each in (("a", encoded(image, form)), ("b", image)):
+        (folder / name).mkdir()
+        yield name, each
+
+
+def test_a_decoded_picture_is_turned_and_checked_and_left_as_it_was(tmp_path):
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(grain(7, 4)), "JPEG", exif=turned())))
+    found = open_checked(image)
+    assert found.size == (4, 7) and found is not image and image.size == (7, 4)
+    with pytest.raises(BadPicture, match="7 x 4 px; at most 20 square px") as caught:
+        open_checked(image, max_pixels=20)
+    assert caught.value.reason == "too large a picture"
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif

@@ -149,6 +149,12 @@ def test_a_shortage_names_expert_wanted_found_and_what_mends_it(tmp_path):
     assert list((tmp_path / "routing-1").iterdir()) == []
 
 
+def test_a_shortage_that_is_of_duplicates_says_so(tmp_path):
+    tasks = {name: task(tmp_path, name, [{"prompt": "Same?"}] * 60) for name in ("ocr", "count")}
+    with pytest.raises(DataError, match=r"(?s)ocr, train: 0 of 20.*dropped before: 118 same request twice\nGive these"):
+        generate(settings(dedupe={"image": "off"}, short="accept"), tasks, tmp_path)
+
+
 def test_accepting_a_shortage_takes_what_there_is_and_says_so(tmp_path):
     tasks = {"ocr": task(tmp_path, "ocr"), "count": task(tmp_path, "count", 12)}
     rows, manifest = generate(settings(short="accept"), tasks, tmp_path)

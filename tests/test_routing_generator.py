@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.config import parse
+from pipeline.config import LoraConfig, parse
 from pipeline.data import routing, tasks
 from pipeline.stages import address
 from pipeline.store import Manifest, Store, inventory
@@ -32,6 +32,7 @@ SET = {
     "paraphrases": "words.yaml",
     "neutral": {"seen": ["Look."], "held": ["See?"]},
 }
+HALVES = {"train": 0.5, "valid": 0.25, "test": 0.25}
 WORDS = {"color": {"held": ["Its color?"]}, "ocr": {"held": ["Its digit?"]}}
 
 
@@ -92,7 +93,7 @@ def test_rows_of_drawn_experts_are_prepared_once(program, here, monkeypatch, cap
 
 
 def test_none_may_be_text_alone_beside_pictures(program, here):
-    lines = (json.dumps({"id": f"n{i}", "prompt": f"Book table {i}"}) for i in range(20))
+    lines = (json.dumps({"id": f"n{i}", "prompt": f"Book table {i}"}) for i in range(60))
     Path("none.jsonl").write_text("\n".join(lines))
     source = {"expert": "none", "from": "jsonl", "path": "none.jsonl", "per_split": SIZES | {"test": 1}}
     loras = LORAS | {"router": {"steps": 1, "none_label": "Z"}}
@@ -103,6 +104,37 @@ def test_none_may_be_text_alone_beside_pictures(program, here):
     assert program.main(["--config", "none.yaml"]) == 0
     none = [row for row in rows("routing.jsonl") if row["expert"] == "none"]
     assert len(none) == 12 and not any(row["images"] or row["ambiguous"] for row in none)
+
+
+def test_requests_of_nobody_from_jsonl_are_prepared_as_in_a_run(program, here):
+    """Some are text alone; the pictures of others are resized. With a store or alone, the stage's bytes."""
+    Path("none").mkdir()
+    for i in range(40):
+        Image.effect_noise((90, 90 + i), 50).save(f"none/{i}.png")
+    lines = (json.dumps({"id": f"n{i}", "prompt": f"Book {i}"} | ({"image": f"{i}.png"} if i % 2 else {}))
+             for i in range(40))  # fmt: skip
+    Path("none/rows.jsonl").write_text("\n".join(lines))
+    source = {"expert": "none", "from": "jsonl", "path": str(here / "none"), "per_split": SIZES | {"test": 1}}
+    raw = SET | {"sources": [*SET["sources"], source], "paraphrases": WORDS, "seed": 5, "splits": HALVES}
+    loras = LORAS | {"router": {"steps": 1, "none_label": "Z"}}
+    Path("whole.yaml").write_text(yaml.safe_dump({"family": "lora_vlm", "loras": loras, "dataset": raw}))
+    cfg = parse({"family": "lora_vlm", "loras": loras, "dataset": raw})
+    store = Store(here / "kept").open()
+    found = in_store(store, cfg)
+    stage = store.root / "artifacts" / "routing-y"
+    stage.mkdir()
+    routing.generate(cfg.dataset, found, cfg.loras.labels, stage)
+    beside = store.root / "artifacts" / "routing-x"
+    assert program.main(["--config", "whole.yaml", "--store", "kept", "--output", str(beside / "routing.jsonl")]) == 0
+    assert (beside / "routing.jsonl").read_bytes() == (stage / "routing.jsonl").read_bytes()
+    assert program.main(["--config", "whole.yaml", "--output", "routing.jsonl"]) == 0
+    alone = [row | {"images": [Path(image).name for image in row["images"]]} for row in rows("routing.jsonl")]
+    staged = [row | {"images": [Path(image).name for image in row["images"]]} for row in rows(stage / "routing.jsonl")]
+    assert alone == staged
+    none = [row for row in staged if row["expert"] == "none"]
+    assert len(none) == 12 and {len(row["images"]) for row in none} == {0, 1}
+    splits = [row.split for split in ("train", "valid", "test") for row in tasks.TaskRows(found["none"]).rows(split)]
+    assert splits.count("train") < 28  # dataset.splits divides them, which has .5 for train
 
 
 def test_half_prepared_rows_are_prepared_again(program, here):
@@ -123,9 +155,8 @@ def test_experts_may_be_named_by_the_file_a_run_or_the_command(program, here):
     assert len(set(manifests)) == 1
 
 
-def in_store(store: Store) -> dict[str, Path]:
-    """Leave the two tasks' rows in a store, as the stage preprocess does."""
-    cfg = parse({"family": "lora_vlm", "loras": LORAS, "dataset": SET | {"paraphrases": WORDS}})
+def in_store(store: Store, cfg: LoraConfig) -> dict[str, Path]:
+    """Leave the tasks' rows in a store, as the stage preprocess does."""
     found = {}
     for name in cfg.tasks:
         here = address(cfg, "preprocess", name)
@@ -136,13 +167,13 @@ def in_store(store: Store) -> dict[str, Path]:
 
 
 def test_rows_in_the_store_are_used_and_the_bytes_are_those_of_the_stage(program, here, monkeypatch):
+    cfg = parse({"family": "lora_vlm", "loras": LORAS, "dataset": SET | {"paraphrases": WORDS}})
     store = Store(here / "kept").open()
-    found = in_store(store)
+    found = in_store(store, cfg)
     monkeypatch.setattr(tasks, "prepare", None)
     beside = store.root / "artifacts" / "routing-x"
     assert program.main(["--config", "run.yaml", "--store", "kept", "--output", str(beside / "routing.jsonl")]) == 0
     assert not Path("routing-work").exists() and not (beside / "routing-work").exists()
-    cfg = parse({"family": "lora_vlm", "loras": LORAS, "dataset": SET | {"paraphrases": WORDS}})
     stage = store.root / "artifacts" / "routing-y"
     stage.mkdir()
     routing.generate(cfg.dataset, found, cfg.loras.labels, stage)

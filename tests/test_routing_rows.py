@@ -85,6 +85,17 @@ def test_pictures_of_a_jsonl_are_known_by_their_pixels(two, tmp_path):
     assert pictures.digest(found.pictures(row)[0])[:16] == row.group.removeprefix("sha256:")
 
 
+def test_pictures_are_found_under_the_names_that_task_rows_have(tmp_path):
+    rows = [{"prompt": f"Sing {i}", ("image", "images", "file_name")[i % 3]: [drawn(tmp_path / f"{i}.png", i)]}
+            for i in range(30)]  # fmt: skip
+    wanted = settings(("chat",), sources=[source(jsonl(tmp_path / "n.jsonl", rows), "chat")], short="accept")
+    out, _ = generate(wanted, {}, tmp_path)
+    assert len(out) >= 20 and all(len(row["images"]) == 1 for row in out)
+    named = settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat", image_field="file_name")], short="accept")
+    out, _ = generate(named, {}, tmp_path)
+    assert {len(row["images"]) for row in out} == {0, 1}
+
+
 def test_files_of_a_folder_named_for_splits_are_those_splits(tmp_path):
     for name, count in {"train": 10, "val": 3, "test": 3}.items():
         jsonl(

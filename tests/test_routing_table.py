@@ -113,6 +113,33 @@ def test_the_same_request_twice_is_taken_once(tmp_path):
     assert counts(generate(exact, tasks, tmp_path)[0], "expert")["ocr",] == 60
 
 
+@pytest.mark.parametrize(
+    ("dedupe", "left"),
+    [({}, 36), ({"prompt": "exact"}, 48), ({"prompt": "off"}, 12), ({"image": "off"}, 3),
+     ({"image": "off", "prompt": "exact"}, 4), ({"image": "off", "prompt": "off"}, 60)],
+)  # fmt: skip
+def test_each_part_of_a_request_is_compared_or_not(tmp_path, dedupe, left):
+    """12 pictures, each asked Read, READ, Tell, Name, and Name once more; `off` is what YAML calls false."""
+    asked = ("Read this.", "READ  this", "Tell this", "Name this", "Name this")
+    rows = [{"pictures": [f"p{i % 12}"], "split": "train", "prompt": asked[i // 12]} for i in range(60)]
+    dedupe = {key: False if value == "off" else value for key, value in dedupe.items()}
+    sizes = {"train": 60, "valid": 1, "test": 1}
+    wanted = settings(("ocr",), short="accept", paraphrases={}, ambiguous_share=0, per_expert=sizes, dedupe=dedupe)
+    out, manifest = generate(wanted, {"ocr": task(tmp_path, "ocr", rows)}, tmp_path)
+    assert len(out) == left and manifest["dropped"].get("same request twice", 0) == 60 - left
+
+
+def test_text_alone_is_one_request_by_its_prompt_or_not_at_all(tmp_path):
+    rows = [{"pictures": [], "prompt": f"Say {i // 2}", "group": f"{i // 2}"} for i in range(60)]
+    rows = [row | {"split": "train"} for row in rows]
+    for prompt, left in (("normalized", 30), ("off", 60)):
+        root = tmp_path / prompt
+        tasks = {"ocr": task(root, "ocr", rows)}
+        sizes = {"train": 60, "valid": 1, "test": 1}
+        wanted = settings(("ocr",), short="accept", per_expert=sizes, dedupe={"prompt": prompt}, paraphrases={})
+        assert len(generate(wanted, tasks, root)[0]) == left
+
+
 def test_paraphrases_do_not_make_duplicates(tmp_path):
     rows = [{"pictures": [f"p{i // 10}"], "split": "train", "prompt": f"Question {i}"} for i in range(60)]
     tasks = {"ocr": task(tmp_path, "ocr", rows), "count": task(tmp_path, "count")}
@@ -126,6 +153,8 @@ def test_a_request_of_two_experts_teaches_neither(tmp_path):
     rows, manifest = generate(settings(), tasks, tmp_path)
     assert manifest["dropped"] == {"same request in two experts": 6}
     assert not {"0000", "0001", "0002"} & {row["source"]["row"] for row in rows}
+    off = settings(dedupe={"image": "off", "prompt": "off"})
+    assert generate(off, tasks, tmp_path)[1]["dropped"] == manifest["dropped"]
 
 
 def test_a_neutral_prompt_never_stands_with_a_picture_of_two_experts(tmp_path):

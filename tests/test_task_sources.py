@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from small_tasks import SPLITS, Source, entry, jsonl, picture, prepared, simple, write_rows
 
 from pipeline.config.loras import ImageLimits
-from pipeline.data import task_sources
+from pipeline.data import pictures, task_sources
 from pipeline.data.task_rows import TaskRows
 from pipeline.data.task_shaping import template_parts
 from pipeline.errors import ConfigError, DataError
@@ -68,6 +69,83 @@ def test_drawn_rows_are_task_rows(tmp_path):
     assert row.source["dataset"] == "drawn/locate"
     assert row.extra["boxes"] == [{"bbox_2d": json.loads(row.answer), "label": "square"}]
     assert TaskRows(tmp_path / "out").picture(row).size == (96, 96)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_decoded_picture_is_encoded_once(tmp_path, monkeypatch, regions):
+    count = []
+    monkeypatch.setattr(pictures, "png", lambda image, png=pictures.png: count.append(image.size) or png(image))
+    rows = [{"id": f"r{i}", "image": picture(i), "prompt": "p", "answer": f"a{i}"} for i in range(20)]
+    rows = [row | {"boxes": [{"bbox": [4, 4, 30, 20], "text": "a"}]} for row in rows] if regions else rows
+    monkeypatch.setitem(task_sources._STREAMS, "hub", lambda *_: [(None, ((row["id"], row) for row in rows))])
+    given = {"source": "hub", "id": "some/set", "revision": "abc", "ocr": regions, "regions": regions}
+    _, found, report = prepared(tmp_path, entry(given))
+    assert report["kept"] == len(count) == 20 and (regions or set(count) == {(40, 40)})
+    if not regions:
+        monkeypatch.undo()
+        path = Source(tmp_path / "data")([row | {"image": f"images/{i}.png"} for i, row in enumerate(rows)])
+        for i in range(20):
+            picture(i).save(tmp_path / f"data/images/{i}.png")
+        of_files = prepared(tmp_path, entry(jsonl(path)), "files")[1]
+        assert [row.images for row in of_files.values()] == [row.images for row in found.values()]
+
+
+def test_rows_of_text_alone_are_kept_where_they_are_meant(tmp_path, source):
+    """Every, some or no rows have pictures; what is asked twice is in one split, and everything is counted."""
+    text = [{"id": f"t{i}", "prompt": f"Say {i // 2}!", "answer": f"{i}", "image": ("", None, [])[i % 3]}
+            for i in range(60)]  # fmt: skip
+    path = source(simple(40) + text)
+    with pytest.raises(
+        DataError, match=r"60 no picture \(rows.jsonl:41: none in column 'image' of id, .*text alone set"
+    ):
+        prepared(tmp_path, entry(jsonl(path)), "refused")
+    lenient = prepared(tmp_path, entry(jsonl(path, max_bad_share=1)), "dropped")
+    assert lenient[2]["dropped"] == {"no picture": 60} and lenient[0]["rows_without_picture"] == 0
+    metrics, rows, report = prepared(tmp_path, entry(jsonl(path, pictures="some")), "some")
+    assert report["kept"] == 100 and report["dropped"] == {}
+    assert report["rows_without_picture"] == metrics["rows_without_picture"] == 60
+    assert [len(rows[name].images) for name in ("r7", "t7")] == [1, 0]
+    assert rows["t6"].group == rows["t7"].group != rows["t8"].group and rows["t6"].group.startswith("text:")
+    groups = {}
+    for row in rows.values():
+        groups.setdefault(row.group, set()).add(row.split)
+    assert len(groups) == metrics["groups"] == 70 and all(len(splits) == 1 for splits in groups.values())
+    none = prepared(tmp_path, entry(jsonl(path, pictures="none")), "none")
+    assert none[0]["rows_without_picture"] == 100 and none[0]["pictures"] == 0
+    told = TaskRows(tmp_path / "none")
+    assert sum(len(told.rows(split)) for split in SPLITS) == 100 and told.pictures(told.rows("train")[0]) == []
+
+
+def test_a_text_in_two_splits_stays_in_the_stricter(tmp_path, source):
+    rows = [{"id": f"t{i}", "prompt": f"Say {i % 20}", "answer": f"{i}", "split": "train" if i < 30 else "test"}
+            for i in range(40)]  # fmt: skip
+    _, _, report = prepared(tmp_path, entry(jsonl(source(rows), pictures="none")))
+    assert report["dropped"] == {"text also in test": 10} and report["bad"] == 0
+    assert report["examples"]["text also in test"][0] == "t10: the prompt of its train rows"
+
+
+def test_boxes_and_regions_need_a_picture(tmp_path, source):
+    rows = [*simple(12), {"id": "t", "prompt": "p", "answer": "a", "boxes": [[1, 2, 3, 4]]}]
+    path = source(rows)
+    metrics, found, _ = prepared(tmp_path, entry(jsonl(path, pictures="some")), "unboxed")
+    assert metrics["rows_without_boxes"] == 1 and found["t"].extra == {}
+    needed = entry(jsonl(path, pictures="some", max_bad_share=1), answer="{boxes_json}")
+    assert prepared(tmp_path, needed, "needed")[2]["examples"]["bad box"] == [
+        "rows.jsonl:13: the row has boxes and no picture that they lie on"
+    ]
+    for more in ({"source": "folder"}, {"ocr": True}):
+        with pytest.raises(ValidationError, match="pictures is some, but .* picture; leave it at every"):
+            entry(jsonl(path, pictures="some") | more)
+
+
+def test_files_named_for_splits_are_those_splits(tmp_path, source):
+    for name, some in (("train", simple(12)[:8]), ("val", simple(12)[8:10]), ("test", simple(12)[10:])):
+        source([row | {"split": None} for row in some], f"{name}.jsonl")
+    _, rows, report = prepared(tmp_path, entry(jsonl(tmp_path / "data")))
+    assert report["splits"] == {"train": 8, "valid": 2, "test": 2} and rows["r9"].split == "valid"
+    source(simple(3), "more.jsonl")
+    with pytest.raises(DataError, match="should hold one .jsonl file"):
+        prepared(tmp_path, entry(jsonl(tmp_path / "data")), "unclear")
 
 
 def test_a_limit_is_one_of_each_split(tmp_path, source):

@@ -66,7 +66,8 @@ class LoraConfig(Run):
         if name != NONE:
             return self.loras.entry(name)
         source = next(each for each in self.dataset.sources if each.expert == NONE)
-        return ExpertEntry(name=NONE, label=self.loras.router.none_label, dataset=source.data(), answer="-")
+        data = source.data(self.dataset.splits)
+        return ExpertEntry(name=NONE, label=self.loras.router.none_label, dataset=data, answer="-")
 
     def items(self, stage: str) -> tuple[str | None, ...]:
         """Return the jobs of a stage by their items: a task's name, an expert's, None for the only job."""
@@ -105,12 +106,14 @@ class LoraConfig(Run):
 
     def _evaluate(self, _item: None) -> dict:
         router = self.loras.router.model_dump(mode="json", include={"top_k", "threshold", "fallback"})
-        said = {"name", "task", "description", "metric", "max_new_tokens"}
-        experts = [entry.model_dump(mode="json", include=said) for entry in self.loras.experts]
+        experts = self._said_of_experts("name", "metric", "max_new_tokens")
         return {"name": self.name, "evaluate": addressed(self.evaluate), "router": router, "experts": experts}
 
     def _deploy(self, _item: None) -> dict:
-        return {"name": self.name}
+        return {"name": self.name, "experts": self._said_of_experts("name", "task", "description")}
+
+    def _said_of_experts(self, *keys: str) -> list[dict]:
+        return [entry.model_dump(mode="json", include={*keys}) for entry in self.loras.experts]
 
     def _trained(self) -> dict:
         return {"seed": self.seed, "dtype": self.dtype}
@@ -174,7 +177,8 @@ def _answers(loras: Loras) -> list[str]:
     if router.fallback != "base" and router.fallback not in names:
         out.append(f"loras.router.fallback: {router.fallback} is neither base nor an expert ({', '.join(names)})")
     if router.top_k > len(names):
-        out.append(f"loras.router.top_k: {router.top_k} experts per answer, but there are {len(names)}")
+        few = f"but there are {len(names)}" if len(names) > 1 else "but there is 1; set it to 1"
+        out.append(f"loras.router.top_k: {router.top_k} experts per answer, {few}")
     return out
 
 
@@ -199,7 +203,8 @@ def _sources(cfg: LoraConfig) -> list[str]:
 def _wording(cfg: LoraConfig) -> list[str]:
     out, neutral = [], cfg.dataset.neutral
     strange = [name for name in cfg.dataset.paraphrases if name not in (*cfg.experts, NONE)]
-    out += [f"dataset.paraphrases: no such expert {name}" for name in strange]
+    known = ", ".join(cfg.experts)
+    out += [f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it" for name in strange]
     if cfg.dataset.ambiguous_share and not (neutral.seen and neutral.held):
         out.append("dataset.neutral: ambiguous_share is above 0, so give prompts under seen and under held")
     for name in dict.fromkeys(cfg.experts):

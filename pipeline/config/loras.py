@@ -172,6 +172,9 @@ class TaskData(Section):
     test_share: float = Field(0.1, gt=0, lt=0.5, description="Share of groups held out when test is none")
     image_root: str | None = Field(None, description="Folder that image paths start at and stay in; none: path")
     image_field: str = Field("image", description="Column of the picture: a path, bytes, or an image feature")
+    pictures: Literal["every", "some", "none"] = Field(
+        "every", description="Rows that have one: every (others are dropped and counted), some, or none: text alone"
+    )
     fields: dict[str, str] = Field({}, description="Columns by the names that templates and metrics use")
     drawn: Drawn | None = Field(None, description="What to draw when source is drawn")
     ocr: bool = Field(False, description="Answers are transcripts: text cleaned, boxes put in reading order")
@@ -190,6 +193,9 @@ class TaskData(Section):
         missing = [name for name in wanted if not getattr(self, name)]
         if missing:
             raise ValueError(f"source is {self.source}, so {' and '.join(missing)} must be given")
+        if self.pictures != "every" and (self.source not in ("hub", "jsonl") or self.ocr):
+            what = "ocr reads" if self.ocr else f"rows of the source {self.source} have"
+            raise ValueError(f"pictures is {self.pictures}, but {what} a picture; leave it at every")
         return self
 
 

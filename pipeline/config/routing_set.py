@@ -5,7 +5,7 @@ Splits are train, valid, test and test_held; the last one is asked with held-out
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from .base import Section, Share
 from .loras import NONE, AdapterName, Drawn, TaskData
@@ -71,12 +71,15 @@ class RoutingSource(Section):
             raise ValueError("none has no rows among the experts'; from must be jsonl or drawn")
         return self
 
-    def data(self) -> TaskData:
+    def data(self, splits: SplitShares) -> TaskData:
         """Return the same as the data of a task, which preprocess reads. Only for from jsonl or drawn."""
-        return TaskData(
-            source=self.origin, path=self.path, image_root=self.image_root, image_field=self.image_field,
-            fields=self.fields, drawn=self.drawn,
+        if self.origin == "drawn":
+            return TaskData(source="drawn", drawn=self.drawn)
+        data = TaskData(
+            source="jsonl", path=self.path, image_root=self.image_root, image_field=self.image_field,
+            fields=self.fields, pictures="some",
         )  # fmt: skip
+        return data.model_copy(update={"valid_share": splits.valid, "test_share": splits.test})
 
 
 class Wording(Section):
@@ -93,12 +96,22 @@ class Wording(Section):
         return self
 
 
-class Dedupe(Section):
-    """What counts as the same request; the second of two is dropped and counted."""
+def _off(value):
+    return "off" if value is False else value  # as YAML reads it
 
-    image: Literal["sha256", "off"] = Field("sha256", description="By the pictures' bytes, or not at all")
-    prompt: Literal["normalized", "exact", "off"] = Field(
-        "normalized", description="By prompts less case, spaces and punctuation, as they are, or not at all"
+
+class Dedupe(Section):
+    """What of an expert's rows is compared: rows alike in all of it are one request, and the others are counted.
+
+    With prompt off one row of each picture is left, with image off one of each prompt; with both off all are left.
+    A request of two experts, with the same pictures and prompt, is dropped in any case.
+    """
+
+    image: Annotated[Literal["sha256", "off"], BeforeValidator(_off)] = Field(
+        "sha256", description="Compare the pictures' pixels, or not at all"
+    )
+    prompt: Annotated[Literal["normalized", "exact", "off"], BeforeValidator(_off)] = Field(
+        "normalized", description="Compare prompts less case, spaces and closing marks, as they are, or not at all"
     )
 
 
@@ -126,7 +139,7 @@ class RoutingSet(Section):
     paraphrases: dict[str, Wording] = Field({}, description="Ways to ask for each expert's task, by expert")
     neutral: Wording = Field(Wording(), description="Prompts that fit any expert, so that the picture decides")
     ambiguous_share: Share = Field(0.3, description="Share of requests with a neutral prompt")
-    dedupe: Dedupe = Field(Dedupe(), description="What counts as the same request")
+    dedupe: Dedupe = Field(Dedupe(), description="What rows with the same request have in common")
     limits: RoutingLimits = Field(RoutingLimits(), description="What a request may hold")
 
     @property

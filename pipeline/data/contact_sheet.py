@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 _CELL_PX = (320, 110)
 _CAPTION_PX = 30
 _COLUMNS = 4
-_CHARS = 54  # of a caption
+_CHARS = 200  # of a caption that are looked at
 Cell = tuple[Path, str, str]  # picture, title, caption
 
 
@@ -36,5 +36,9 @@ def _fill(sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int],
         picture.thumbnail((wide - 8, high - 8))
         sheet.paste(picture, (x + 4, y + 4))
     said = caption.replace("\n", " / ")[:_CHARS]
-    pen.text((x + 4, y + high), title[-_CHARS:], font=font, fill="grey")
+    while font.getlength(said) > wide - 8:
+        said = said.removesuffix("…")[:-1] + "…"
+    while font.getlength(title) > wide - 8:
+        title = title[1:]
+    pen.text((x + 4, y + high), title, font=font, fill="grey")
     pen.text((x + 4, y + high + 13), said or "(no transcript)", font=font, fill="black" if said else "red")

@@ -23,6 +23,7 @@ MAX_FILE_BYTES = 256 << 20
 MAX_ASPECT = 200  # Qwen3-VL's processor refuses more
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+Picture = Path | str | bytes | Image.Image  # a path, the bytes of a file, or decoded already
 
 # open_checked has its own limit and words; without this a refused picture also prints Pillow's
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -48,13 +49,13 @@ class Stored:
     file_bytes: int
 
 
-def open_checked(source: Path | str | bytes, root: Path | None = None, max_pixels: int = MAX_DECODED_PX) -> Image.Image:
-    """Return a path's (inside root, when given) or bytes' picture: whole, upright, RGB, transparency over white.
+def open_checked(source: Picture, root: Path | None = None, max_pixels: int = MAX_DECODED_PX) -> Image.Image:
+    """Return the picture of a path (inside root, when given) or bytes: whole, upright, RGB, transparency over white.
 
     Raises BadPicture, a DataError, for what is missing, corrupt, too large, of another format, or outside root.
     """
-    name = _named(source if root is None or isinstance(source, bytes) else Path(root, source))
-    return _decoded(_bytes(source, root, name), name, max_pixels)[0]
+    name = _named(Path(root, source) if root and isinstance(source, Path | str) else source)
+    return _decoded(_content(source, root, name), name, max_pixels)[0]
 
 
 def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -80,7 +81,7 @@ def digest(image: Image.Image) -> str:
 
 
 def store(
-    source: Path | str | bytes,
+    source: Picture,
     folder: Path,
     min_pixels: int,
     max_pixels: int,
@@ -92,7 +93,7 @@ def store(
     A PNG, or the original bytes of a JPEG that needs no change.
     """
     name = _named(source)  # no more of a path than the source says: the report of a task is the same on any machine
-    data = _bytes(source, root, name)
+    data = _content(source, root, name)
     image, as_is = _decoded(data, name, max_decoded)
     try:
         fitted = resized(image, min_pixels, max_pixels)
@@ -113,13 +114,15 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _named(source: Path | str | bytes) -> str:
+def _named(source: Picture) -> str:
     """Return what messages call a picture."""
+    if isinstance(source, Image.Image):
+        return f"a picture of {source.width} x {source.height} px"
     return f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
-def _bytes(source: Path | str | bytes, root: Path | None, name: str) -> bytes:
-    if isinstance(source, bytes):
+def _content(source: Picture, root: Path | None, name: str) -> bytes | Image.Image:
+    if isinstance(source, bytes | Image.Image):
         return source
     try:
         path = Path(source) if root is None else _inside(source, Path(root).resolve(), name)
@@ -147,22 +150,26 @@ def _inside(path: Path | str, root: Path, name: str) -> Path:
     return found
 
 
-def _decoded(data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
+def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
     """Return the upright RGB picture, and whether data is a JPEG that already says just that."""
     try:
+        if isinstance(data, Image.Image):
+            _check_size(data.size, name, max_pixels)
+            return _upright(data), False
         with Image.open(io.BytesIO(data), formats=FORMATS) as first:
             _check_size(first.size, name, max_pixels)
             first.verify()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves nothing to read
             image.load()
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-            as_is = image.format == "JPEG" and image.mode in ("RGB", "L") and upright
-            out = _rgb(image if upright else ImageOps.exif_transpose(image))
-        return out, as_is
+            as_is = image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image)
+            return _upright(image), as_is
     except BadPicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadPicture("too large a picture", f"{name}: {error}") from None
+        told = str(error).partition(",")[0]  # what follows guesses at an attack
+        raise BadPicture(
+            "too large a picture", f"{name}: {told}; at most {max_pixels} square px are decoded. Make it smaller"
+        ) from None
     except Exception as error:  # decoders raise what they like on damaged data
         what = str(error) or type(error).__name__
         raise BadPicture(
@@ -176,6 +183,15 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
             "too large a picture",
             f"{name} says it has {size[0]} x {size[1]} px; at most {max_pixels} square px are decoded. Make it smaller",
         )
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) != 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a copy of a picture, turned as its EXIF data say, as RGB."""
+    return _rgb(ImageOps.exif_transpose(image) if _is_turned(image) else image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -169,7 +169,7 @@ def _feeds(unit: int, source: RoutingSource, tasks: Mapping[str, Path]) -> Itera
     fields = {"images": source.image_field} | source.fields
     for file in files:
         stated = split_named(file.stem) if path.is_dir() else None
-        yield Feed(unit, name, source.expert, file, root, False, fields, getattr(source, "where", {}), stated)
+        yield Feed(unit, name, source.expert, file, root, False, fields, stated)
 
 
 def _told(feeds: list[Feed], say: Say) -> Iterator[Feed]:

@@ -1,7 +1,7 @@
 """Rows taken from the table in balance: how many of each source and split, in whose turn, with which wording.
 
-Invariant: a request (pictures and wording) is taken once, copies under `short: upsample` aside; those are made in train
-alone, as a copied test row would only make an interval look narrower than it is.
+Invariant: a request (pictures and wording) is taken once, rows that `dedupe` never compares and copies under
+`short: upsample` aside; those are made in train alone, as a copied test row only makes an interval look narrower.
 """
 
 from collections.abc import Callable, Mapping
@@ -132,7 +132,7 @@ class Draw:
         turn = self.table.turn(expert, name, copy)
         for text, neutral in options:
             said = blob(normalised(text))
-            values = (n, copy, unit, split, turn, neutral, text, said, self.table.request(n, pics, text))
+            values = (n, copy, unit, split, turn, neutral, text, said, self.table.once(n, pics, text))
             if self.table.pick(values) or (copy and self.table.pick((*values[:-1], None))):
                 done.taken += 1
                 done.neutral += neutral
@@ -145,6 +145,8 @@ class Draw:
         if not bad:
             return
         lines = [f"  {x.expert}, {x.split}: {x.found} of {x.wanted} wanted by {x.setting}{self._why(x)}" for x in bad]
+        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.table.dropped.items()))
+        lines += [f"  rows that were dropped before: {dropped}"] if dropped else []
         mend = "Give these experts more rows, or lower the numbers"
         if self.settings.short == "error":
             mend += ", or set dataset.short to upsample (repeat training rows) or accept (take what there is)"

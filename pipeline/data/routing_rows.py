@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from . import pictures
+from .task_sources import image_columns
 
 SPLITS = ("train", "valid", "test", "test_held")
 FIELDS = ("id", "images", "prompt", "split", "group", "source")
@@ -51,14 +52,12 @@ class Feed:
     root: Path  # of relative pictures, none of which may lie outside
     artifact: bool
     fields: Mapping[str, str] = field(default_factory=dict)  # name here -> column there; "": none
-    where: Mapping[str, str] = field(default_factory=dict)  # column -> value; other rows are not for this expert
     stated: str | None = None  # split of rows that state none
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield the feed's candidates in the order of its file. Raises DataError for a file or row that is unusable."""
         for where, row in _lines(self.file, self.name):
-            if all(str(row.get(column)) == value for column, value in self.where.items()):
-                yield self._candidate(where, row)
+            yield self._candidate(where, row)
 
     def _candidate(self, where: str, row: dict) -> Candidate:
         value = {ours: row.get(theirs) for ours in FIELDS if (theirs := self.fields.get(ours, ours))}
@@ -68,12 +67,17 @@ class Feed:
                 f"{where}: no prompt in column {self.fields.get('prompt', 'prompt')!r} (found {prompt!r}); its columns "
                 f"are {', '.join(row)}. Set fields.prompt of this source to the one that holds the request"
             )
-        paths, keys = self._pictures(where, value.get("images"))
+        paths, keys = self._pictures(where, self._images(row))
         plain = where.rpartition(":")[2] if name in (None, "") else str(name)
         return Candidate(
             plain, self.expert, paths, keys, prompt, _split(where, value.get("split") or self.stated),
             str(value.get("group") or _group(keys, prompt)), _origin(value.get("source"), self, plain),
         )  # fmt: skip
+
+    def _images(self, row: dict) -> object:
+        """Return what a row says of its pictures, in the column that is set or one that is called so by default."""
+        names = image_columns(self.fields.get("images", "images"))
+        return next((row[name] for name in names if row.get(name)), None)
 
     def _pictures(self, where: str, found) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names = [found] if isinstance(found, str) else found or []

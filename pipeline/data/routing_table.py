@@ -24,8 +24,8 @@ TEST = SPLITS.index("test")
 _CACHE_KIB = 65_536
 _SCHEMA = """
 CREATE TABLE text (n INTEGER PRIMARY KEY, id TEXT, grp TEXT, prompt TEXT, images TEXT, origin TEXT);
-CREATE TABLE rows (n INTEGER PRIMARY KEY, unit INT, expert INT, stated INT, grp BLOB, pics BLOB, one BLOB, said BLOB,
-                   turn INT, split INT, alone INT);
+CREATE TABLE rows (n INTEGER PRIMARY KEY, unit INT, expert INT, stated INT, grp BLOB, pics BLOB, one BLOB, same BLOB,
+                   said BLOB, turn INT, split INT, alone INT);
 CREATE TABLE links (grp BLOB, pic BLOB);
 CREATE TABLE picked (n INT, copy INT, unit INT, split INT, turn INT, neutral INT, prompt TEXT, said BLOB,
                      one BLOB UNIQUE);
@@ -38,7 +38,7 @@ class Table:
     def __init__(self, file: Path, settings: RoutingSet):
         self.experts, self.seed = settings.experts, settings.seed
         self._apart = settings.split_by == "id"
-        self._same, self._limits = settings.dedupe, settings.limits
+        self._compared, self._limits = settings.dedupe, settings.limits
         self.dropped: Counter = Counter()
         self._number = {name: i for i, name in enumerate(self.experts)}
         self.sql = sqlite3.connect(file, isolation_level=None)
@@ -60,10 +60,11 @@ class Table:
             group = f"{row.expert}/{row.id}" if self._apart else row.group
             grp, pics = blob(group), blob(*sorted(row.pictures)) if row.pictures else b""
             stated = None if row.split is None else SPLITS.index(row.split)
-            one, said = self.request(n, pics, row.prompt), blob(normalised(row.prompt))
-            values = n, unit, self._number[row.expert], stated, grp, pics, one, said, self.turn(row.expert, row.id)
+            one, same = self.request(pics, row.prompt), self._alike(n, pics, row.prompt)
+            said, turn = blob(normalised(row.prompt)), self.turn(row.expert, row.id)
+            values = n, unit, self._number[row.expert], stated, grp, pics, one, same, said, turn
             told = (json.dumps(each, ensure_ascii=False) for each in (row.images, row.origin))
-            self.sql.execute("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,NULL,0)", values)
+            self.sql.execute("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,NULL,0)", values)
             self.sql.execute("INSERT INTO text VALUES (?,?,?,?,?,?)", (n, row.id, group, row.prompt, *told))
             if row.pictures and not self._apart:
                 self.sql.executemany("INSERT INTO links VALUES (?,?)", [(grp, blob(pic)) for pic in row.pictures])
@@ -78,11 +79,25 @@ class Table:
             else:
                 yield row
 
-    def request(self, n: int, pics: bytes, prompt: str) -> bytes:
-        """Return what two requests that count as the same have in common."""
-        if "off" in (self._same.image, self._same.prompt):
-            return blob("row", str(n), prompt)
-        return blob(pics.hex(), normalised(prompt) if self._same.prompt == "normalized" else prompt)
+    def request(self, pics: bytes, prompt: str) -> bytes:
+        """Return what a request is, whoever it belongs to: its pictures and its wording."""
+        return blob(pics.hex(), prompt if self._compared.prompt == "exact" else normalised(prompt))
+
+    def _alike(self, n: int, pics: bytes, prompt: str) -> bytes:
+        """Return what rows of one expert that count as the same have in common; nothing compared: the row itself."""
+        if self._alone(pics):
+            return blob("row", str(n))
+        if self._compared.prompt == "off":
+            return blob("pictures", pics.hex())
+        return self.request(b"" if self._compared.image == "off" else pics, prompt)
+
+    def once(self, n: int, pics: bytes, text: str) -> bytes:
+        """Return what may be taken once: a request, or the wording of a row that is never like another."""
+        return blob("row", str(n), text) if self._alone(pics) else self.request(pics, text)
+
+    def _alone(self, pics: bytes) -> bool:
+        """Tell whether nothing of a row is compared."""
+        return self._compared.prompt == "off" and (self._compared.image == "off" or not pics)
 
     def turn(self, expert: str, name: str, copy: int = 0) -> int:
         """Return a row's place among the others, the same whatever their order."""
@@ -202,16 +217,17 @@ class Table:
         return self.sql.execute(query, (grp, expert, stated)).fetchone()
 
     def _drop_duplicates(self) -> None:
-        """Keep one of an expert's rows with the same pictures and wording; none where two experts have them."""
-        self.sql.execute(
-            "CREATE TABLE twins AS SELECT n, least < most AS both FROM (SELECT n, "
-            "MIN(expert) OVER same AS least, MAX(expert) OVER same AS most, "
-            "ROW_NUMBER() OVER (PARTITION BY one ORDER BY stated DESC, turn) AS place FROM rows "
-            "WINDOW same AS (PARTITION BY one)) WHERE place > 1 OR least < most"
+        """Drop a request that two experts have; keep one of an expert's rows that count as the same."""
+        found = self.sql.execute(
+            "DELETE FROM rows WHERE one IN (SELECT one FROM rows GROUP BY one HAVING MIN(expert) < MAX(expert))"
         )
-        for reason, both in (("same request twice", 0), ("same request in two experts", 1)):
-            self._drop(reason, self.sql.execute("SELECT COUNT(*) FROM twins WHERE both = ?", (both,)).fetchone()[0])
-        self.sql.execute("DELETE FROM rows WHERE n IN (SELECT n FROM twins)")
+        self._drop("same request in two experts", found.rowcount)
+        found = self.sql.execute(
+            "DELETE FROM rows WHERE n IN (SELECT n FROM (SELECT n, "
+            "ROW_NUMBER() OVER (PARTITION BY expert, same ORDER BY stated DESC, turn) AS place FROM rows) "
+            "WHERE place > 1)"
+        )
+        self._drop("same request twice", found.rowcount)
 
     def _give_splits(self, drawn: "_Turns", tests: "_Turns") -> None:
         self.sql.create_function("turn", 1, lambda name: keyed(self.seed, "group", name), deterministic=True)

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .corpus import SPLITS
+from .routing_rows import normalised
 
+TEXT = "text:"  # begins the key of a row without a picture; sorts behind every digest
 _STRICTEST = ("test", "valid", "train")  # a group that a source puts in several goes to the first of these
 
 
@@ -38,6 +40,16 @@ class Groups:
         while key != top:  # the next search is shorter
             self._above[key], key = top, self._above[key]
         return top
+
+
+def text_key(prompt: str) -> str:
+    """Return the key of a row of text alone: rows that ask the same stay together."""
+    return TEXT + hashlib.sha256(normalised(prompt).encode()).hexdigest()[:16]
+
+
+def group_name(key: str) -> str:
+    """Return what a row says of its group, by the key that stands for it."""
+    return key if key.startswith(TEXT) else f"sha256:{key}"
 
 
 @dataclass

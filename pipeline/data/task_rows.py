@@ -24,7 +24,7 @@ _EXTRA = ("boxes", "answers")
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One question about one or more pictures, and its answer."""
+    """One question, about pictures or of text alone, and its answer."""
 
     id: str
     images: tuple[str, ...]  # relative to the folder of rows.jsonl
@@ -32,7 +32,7 @@ class TaskRow:
     answer: str
     split: str  # one of train, valid, test
     source: dict  # {"dataset", "id", "revision"}
-    group: str  # sha256:...; rows that share a picture share it
+    group: str  # sha256:..., of text alone text:...; rows that share a picture share it
     extra: dict = field(default_factory=dict)  # boxes (0..1000) and answers (every reference), where there are any
 
     def line(self) -> str:
@@ -65,7 +65,7 @@ class TaskRows:
         return self._rows[split]
 
     def picture(self, row: TaskRow) -> "Image":
-        """Return a row's first picture. Raises DataError."""
+        """Return a row's first picture; it has one. Raises DataError."""
         return self.pictures(row)[0]
 
     def pictures(self, row: TaskRow) -> "list[Image]":
@@ -84,8 +84,8 @@ def read_rows(folder: Path) -> Iterator[TaskRow]:
         for number, line in enumerate(file, 1):
             try:
                 row = TaskRow.read(json.loads(line))
-                if row.split not in SPLITS or not row.images:
-                    raise ValueError(f"split {row.split!r}, images {row.images}")
+                if row.split not in SPLITS:
+                    raise ValueError(f"split {row.split!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise DamagedArtifact(
                     f"{path}:{number} is no task row ({type(error).__name__}: {error}); delete the artifact and run "

@@ -13,8 +13,9 @@ from ..config.loras import ExpertEntry, ImageLimits
 from ..errors import ConfigError
 from . import boxes, pictures
 from .boxes import BadBox, Box
-from .pictures import BadPicture, Stored
+from .pictures import BadPicture, Picture, Stored
 from .rows import Bad
+from .task_groups import text_key
 from .task_rows import IMAGES, TaskRow
 from .task_sources import Record, column, dataset_name, root
 
@@ -81,7 +82,7 @@ class Shaper:
 
     def _row(self, record: Record) -> Made:
         stored = [self._stored(image) for image in record.images]
-        size = stored[0].width_px, stored[0].height_px
+        size = (stored[0].width_px, stored[0].height_px) if stored else None
         found, unboxed = [], 0
         try:
             found = self._boxes(record, size)
@@ -89,7 +90,7 @@ class Shaper:
             if self.boxed:
                 raise
             unboxed = 1
-        described = boxes.described(found, *size)
+        described = boxes.described(found, *size) if found else []
         values = self._values(record, found) | {"boxes_json": boxes.as_json(described)}
         return replace(self._made(record, self._id(record), stored, values, described), unboxed=unboxed)
 
@@ -101,7 +102,7 @@ class Shaper:
         for number, box in enumerate(each for line in lines for each in line if each.text.strip()):
             name = f"{self._id(record)}/{number}"
             try:
-                cut = pictures.png(boxes.cut(image, box, self.entry.dataset.region_padding))
+                cut = boxes.cut(image, box, self.entry.dataset.region_padding)
                 values = self._values(record, [box]) | {"boxes_json": "[]", "answer": box.text, "answers": None}
                 out.append(self._made(record, name, [self._stored(cut)], values, [], document))
             except (_Unusable, BadPicture) as error:
@@ -131,15 +132,16 @@ class Shaper:
         group = column(record.found, "group", data)
         keys = [each.digest for each in stored] + ([document] if document else [])
         keys += [f"~{group}"] if group not in (None, "") else []  # ~ sorts behind every digest
+        keys += [] if stored else [text_key(prompt)]
         return Made(row, tuple(keys), int(any(each.resized for each in stored)))
 
     def _id(self, record: Record) -> str:
         found = column(record.found, "id", self.entry.dataset)
         return f"{self.entry.name}-{record.number}" if found in (None, "") else str(found)
 
-    def _stored(self, image: str | bytes) -> Stored:
+    def _stored(self, image: Picture) -> Stored:
         """Store a picture, or remember that it has just been stored."""
-        if image in self.seen:
+        if isinstance(image, str) and image in self.seen:
             self.seen.move_to_end(image)
             return self.seen[image]
         limits = self.limits.min_pixels, self.limits.max_pixels
@@ -150,15 +152,17 @@ class Shaper:
                 self.seen.popitem(last=False)
         return stored
 
-    def _start(self, image: str | bytes) -> Path | None:
+    def _start(self, image: Picture) -> Path | None:
         if isinstance(image, str) and self.root is None:
             raise _Unusable("no picture", f"{image!r} is a path; set dataset.image_root to the folder it starts at")
         return self.root
 
-    def _boxes(self, record: Record, size_px: tuple[int, int]) -> list[Box]:
-        """Return a record's boxes in the pixels of its upright picture."""
+    def _boxes(self, record: Record, size_px: tuple[int, int] | None) -> list[Box]:
+        """Return a record's boxes in the pixels of its upright picture. Raises BadBox, as for boxes without one."""
         data = self.entry.dataset
         raw, *frame = (column(record.found, name, data) for name in ("boxes", "width", "height"))
+        if raw and size_px is None:
+            raise BadBox("the row has boxes and no picture that they lie on")
         return boxes.read(raw, boxes.frame(*frame, size_px), size_px, data.box_format) if raw else []
 
     def _values(self, record: Record, found: list[Box]) -> dict:

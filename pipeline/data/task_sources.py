@@ -1,6 +1,6 @@
 """Records of one vision task from its source: JSON lines, a folder of images, the Hub, or drawn here.
 
-Invariant: records come in a fixed order, one at a time, with pictures still as they were found (a path or bytes);
+Invariant: records come in a fixed order, one at a time, with pictures still as they were found (path, bytes, decoded);
 a record that cannot be read is a Bad and never stops the stream, a source that cannot be read is a DataError.
 """
 
@@ -16,6 +16,7 @@ from ..config.loras import TaskData
 from ..errors import DataError
 from . import drawn, pictures
 from .corpus import SPLITS
+from .pictures import Picture
 from .rows import Bad
 
 SIDECARS = (".json", ".txt")
@@ -32,7 +33,7 @@ class Record:
     where: str  # for messages
     number: int  # in the stream, from 0
     found: dict | Bad  # its columns
-    images: tuple[str | bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     split: str | None = None  # train, valid, test; None: to be divided
 
 
@@ -102,16 +103,26 @@ def _own_split(found: dict | Bad, data: TaskData) -> object:
     return None if isinstance(found, Bad) else column(found, "split", data)
 
 
-def _images(found: dict, data: TaskData) -> Iterator[str | bytes]:
-    names = (data.image_field, *(IMAGE_COLUMNS if data.image_field == "image" else ()))
-    value = next((found[name] for name in names if found.get(name) is not None), None)
+def image_columns(field: str) -> tuple[str, ...]:
+    """Return the columns that may hold a row's pictures: the one that is set, and for the default its other names."""
+    return (field, *(IMAGE_COLUMNS if field == "image" else ()))
+
+
+def _images(found: dict, data: TaskData) -> Iterator[Picture]:
+    if data.pictures == "none":
+        return
+    names = image_columns(data.image_field)
+    value = next((found[name] for name in names if found.get(name) not in (None, "", [], ())), None)
     listed = value if isinstance(value, list | tuple) else [value]
-    if value is None or not listed:
-        raise ValueError(f"no column {data.image_field!r}; the row has {', '.join(map(str, found))}")
+    if value is None:
+        if data.pictures == "some":
+            return
+        known = ", ".join(map(str, found))
+        raise ValueError(f"none in column {data.image_field!r} of {known}; for rows of text alone set dataset.pictures")
     yield from (_image(each, data) for each in listed)
 
 
-def _image(value: object, data: TaskData) -> str | bytes:
+def _image(value: object, data: TaskData) -> Picture:
     if isinstance(value, dict):  # an undecoded image feature
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and data.source == "hub" and "://" in value:
@@ -119,7 +130,7 @@ def _image(value: object, data: TaskData) -> str | bytes:
     if isinstance(value, str | bytes) and value:
         return value
     if hasattr(value, "tobytes") and hasattr(value, "getbands"):  # a decoded one, or drawn here
-        return pictures.png(value)
+        return value
     raise ValueError(f"a path or an image was wanted, found {type(value).__name__}")
 
 
@@ -138,8 +149,8 @@ Stream = Iterator[tuple[str, dict | Bad]]
 
 
 def _jsonl(name: str, data: TaskData) -> Iterator[tuple[str | None, Stream]]:
-    given = _given(data)
     base = Path(data.path)
+    given = _given(data) or ({} if data.split else _named(base))
     if given and not base.is_dir():
         raise DataError(f"{_setting(name)}.path: {base} must be the folder of {', '.join(given.values())}")
     files = {split: base / file for split, file in given.items()} or {None: _table(name, data, base)}
@@ -152,6 +163,13 @@ def _jsonl(name: str, data: TaskData) -> Iterator[tuple[str | None, Stream]]:
 def _given(data: TaskData) -> dict[str, str]:
     """Return the files or Hub splits that are named, by split."""
     return {split: getattr(data, split) for split in SPLITS if getattr(data, split)}
+
+
+def _named(base: Path) -> dict[str, str]:
+    """Return the files of a folder by the split that they are named for; nothing when one file is all there is."""
+    files = [file.name for file in sorted(base.glob("*.jsonl"))] if base.is_dir() else []
+    named = {_NAMES[stem]: name for name in files if (stem := Path(name).stem.lower()) in _NAMES}
+    return named if len(files) > 1 and len(named) == len(files) else {}
 
 
 def _table(name: str, data: TaskData, base: Path) -> Path:

@@ -21,7 +21,7 @@ from ..errors import DataError
 from ..store import write_text
 from .corpus import SPLITS
 from .prepare import quiet
-from .task_groups import Division, Groups
+from .task_groups import Division, Groups, group_name
 from .task_rows import DROPPED, IMAGES, ROWS, TaskRow, TaskRows, read_rows
 from .task_shaping import Lost, Made, Shaper
 from .task_sources import Record, records
@@ -33,7 +33,7 @@ EARLY = 1000  # records after which a source of which nothing fits is given up
 _CHUNK = 16  # records that one process does at a time
 _AHEAD = 4  # chunks per process that wait to be read
 _SAY_EVERY_S = 0.5
-_HARMLESS = ("duplicate", "picture also in test", "picture also in valid")  # dropped, and no fault of the source
+_HARMLESS = ("duplicate", *(f"{what} also in {split}" for what in ("picture", "text") for split in ("test", "valid")))
 Say = Callable[[str, float | None], None]
 
 
@@ -109,6 +109,7 @@ def _kept(shaped: Iterable[Made | Lost], losses: Losses, counts: Counter) -> Ite
         ids.add(_hashed(name))
         renamed = name != each.row.id
         counts.update(rows_resized=each.resized, rows_without_boxes=each.unboxed, ids_changed=renamed)
+        counts.update(rows_without_picture=not each.row.images)
         yield replace(each, row=replace(each.row, id=name)) if renamed else each
 
 
@@ -186,14 +187,15 @@ def _write(spool: Path, folder: Path, groups: Groups, division: Division, losses
             split = division.splits[group]
             said = _hashed(f"{group}\0{' '.join(row.images)}\0{row.prompt}\0{row.answer}")
             if row.split and row.split != split and split not in division.carved:
-                losses.drop(Lost(f"picture also in {split}", row.id, f"{row.images[0]} of its {row.split} rows"))
+                what, which = ("picture", row.images[0]) if row.images else ("text", "the prompt")
+                losses.drop(Lost(f"{what} also in {split}", row.id, f"{which} of its {row.split} rows"))
             elif said in seen:
                 losses.drop(Lost("duplicate", row.id, "same pictures, prompt and answer as an earlier row"))
             else:
                 seen.add(said)
                 used.update(row.images)
                 counts[split] += 1
-                file.write(replace(row, split=split, group=f"sha256:{group}").line())
+                file.write(replace(row, split=split, group=group_name(group)).line())
     for file in (folder / IMAGES).iterdir():
         if f"{IMAGES}/{file.name}" in used:
             counts.update(pictures=1, jpegs_as_they_were=file.suffix == ".jpg", picture_bytes=file.stat().st_size)
@@ -220,12 +222,14 @@ def _report(folder: Path, losses: Losses, counts: Counter, division: Division) -
         "seen": losses.seen, "kept": sum(counts[split] for split in SPLITS), "bad": losses.bad,
         "dropped": dict(sorted(losses.reasons.items())), "examples": dict(sorted(losses.examples.items())),
         "splits": {split: counts[split] for split in SPLITS}, "carved": list(division.carved),
+        "rows_without_picture": counts["rows_without_picture"],
     }  # fmt: skip
     write_text(folder / DROPPED, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _metrics(folder: Path, losses: Losses, counts: Counter, division: Division, spent_s: float) -> dict:
-    names = ("pictures", "jpegs_as_they_were", "picture_bytes", "rows_resized", "rows_without_boxes", "ids_changed")
+    names = ("pictures", "jpegs_as_they_were", "picture_bytes", "rows_resized", "rows_without_boxes",
+             "rows_without_picture", "ids_changed")  # fmt: skip
     return {
         "rows": {split: counts[split] for split in SPLITS},
         "groups": len(division.splits),

@@ -19,7 +19,9 @@ from .lora_adapters import read_json
 from .lora_rows import Chat
 
 CALIBRATION = "calibration.json"
-LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are sought between
+# Temperatures that are sought between. Never below 1: where validation has no mistake every smaller one fits better,
+# down to any end, and says only that none was drawn. Too much confidence undoes thresholds, too little asks once more.
+LOWEST, HIGHEST = 1.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def ask(chat: Chat, instruction: str, requests: Iterable[tuple[str, Sequence]]) 
 
 
 def fit_temperature(logits_BK: torch.Tensor, target_B: torch.Tensor) -> float:
-    """Return the temperature with the least nats on these requests, by golden section over its logarithm.
+    """Return the temperature, at least 1, with the least nats on these requests, by golden section over its logarithm.
 
     The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the end is returned.
     """

@@ -141,12 +141,16 @@ class Lines:
     def batch(self, at: Sequence[int], neutral: Sequence[str | None] | None = None) -> dict:
         """Return input_ids, attention_mask, mm_token_type_ids, labels [B, T] of some lines, padded on the right.
 
-        neutral gives a prompt to ask instead of a line's own, or None.
+        neutral gives a prompt to ask instead of a line's own, or None; a line without a picture is asked in its own.
         """
         ids, labels = [], []
         for i, asked in zip(at, neutral or [None] * len(at), strict=True):
             line = self.lines[i]
-            own = line.prompt.tolist() if asked is None else self.chat.prompt_ids(asked, len(line.images))
+            own = (
+                line.prompt.tolist()
+                if asked is None or not line.images
+                else self.chat.prompt_ids(asked, len(line.images))
+            )
             prompt, answer = self.chat.expand(own, line.image_tokens), line.answer.tolist()
             ids.append([*prompt, *answer])
             labels.append([IGNORED] * len(prompt) + answer)
@@ -167,7 +171,7 @@ def encode(chat: Chat, examples: Iterable[Example], max_tokens: int, neutral: Se
     known: dict[Path, tuple[int, int]] = {}  # path -> place, tokens
     for example in examples:
         line = _line(chat, example, out, known)
-        others = [len(chat.prompt_ids(text, len(line.images))) for text in neutral]
+        others = [len(chat.prompt_ids(text, len(line.images))) for text in neutral if line.images]
         if line.tokens + max(0, *others, len(line.prompt)) - len(line.prompt) > max_tokens:
             out.dropped["over max_tokens"] = out.dropped.get("over max_tokens", 0) + 1
         else:

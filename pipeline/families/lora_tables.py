@@ -17,10 +17,11 @@ from ..config import LoraConfig
 from ..config.loras import NONE
 from ..measures import Resamples
 from ..store import now
+from .lora_adapters import ABOUT, read_json
 from .lora_bench import Asked, Bench, Say
 from .lora_generate import BASE
 from .lora_routes import NEUTRAL, TEXT, Routed, routed_sets, routing
-from .lora_stack import assemble
+from .lora_stack import ROUTER, assemble
 
 PHASES = ("data", "forward", "backward", "optimizer")
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
@@ -215,4 +216,18 @@ def _notes(cfg: LoraConfig, bench: Bench, routes: dict) -> list[str]:
         out.append("dataset.paraphrases and dataset.neutral hold no other words, so rewording was not tried.")
     for name, count in bench.left_out.items():
         out.append(f"{count} rows of {name} are over the limits of a request and were left out.")
+    return out + _untrained(cfg, bench)
+
+
+def _untrained(cfg: LoraConfig, bench: Bench) -> list[str]:
+    """Return which trainings left rows out as too long, from what their adapters say."""
+    out = []
+    for name, stage in (*((name, "train_experts") for name in cfg.experts), (ROUTER, "train_router")):
+        folder = bench.parts.folder(stage, name if stage == "train_experts" else None)
+        for split, rows in read_json(folder / ABOUT).get("rows", {}).items():
+            if count := sum(rows["dropped"].values()):
+                whole = count + rows["kept"]
+                out.append(
+                    f"{name} was trained without {count} of its {whole} {split} rows, which are over max_tokens."
+                )
     return out

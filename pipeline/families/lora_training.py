@@ -85,12 +85,14 @@ class Training:
             with self._answering():
                 return files(self.model, self.name, self.pin, {**about, "rows": counts}) | also()
 
-        row_tokens = train.mean_tokens
+        row_tokens, parameters = train.mean_tokens, own(self.model, self.name)
         return Task(
-            options=options, parameters=own(self.model, self.name), batch=batch, loss=loss, export=export,
+            options=options, parameters=parameters, batch=batch, loss=loss, export=export,
+            second=tuple(name for name in parameters if "lora_A" in name),  # lora_B is zero in the first step
             validate=validate if held else None, tokens_per_row=row_tokens, bf16=self.dtype == torch.bfloat16,
             steps=options.resolve_steps(row_tokens, row_tokens * len(train)), means=plan,
             flops_per_token=self.sizes.train_flops_per_token(options, vision=not seen["train"].keep),
+            notes=tuple(self._left_out(split, some) for split, some in lines.items() if some.dropped),
         )  # fmt: skip
 
     def inputs(self, lines: Lines, seen: Features, at: Sequence[int], asked: Sequence[str | None]) -> dict:
@@ -152,6 +154,11 @@ class Training:
                 + (f"{why}loras.base.image.max_pixels" if rows else "its preprocess left none in the split train")
             )
         return lines
+
+    def _left_out(self, split: str, lines: Lines) -> str:
+        count = sum(lines.dropped.values())
+        limit = f"{self.where}.max_tokens = {self.options.max_tokens}"
+        return f"{count} of {count + len(lines)} rows of {split} are over {limit} and were left out"
 
     def _positions(self, text: Mapping[str, torch.Tensor], grids: Sequence[tuple]) -> torch.Tensor:
         """Return position_ids [3, B, T]: the model's own, looked up by what they depend on, as it is slow at them."""
