@@ -24,6 +24,7 @@ from .measuring import SIZES, Contender, add_device, finish, job_of, parser, rat
 
 PEERS = ("plain", "trainer", "nanogpt", "modularforge")
 FLAT, NEAR = 0.03, 0.10
+TRAINED = 5  # experts of each number, from the first to the last
 SLOWEST = 0.5  # share of the unbounded rate that the tightest budget must keep
 GRID = (  # task, micro-batch, changes of the sizes, overrides
     ("expert", 16, {}, ()),
@@ -34,6 +35,8 @@ GRID = (  # task, micro-batch, changes of the sizes, overrides
     ("expert", 8, {"context_tokens": 256}, ()),
     ("expert", 2, {"layers": 8}, ()),
     ("expert", 2, {"d_ff": 2736}, ()),
+    ("expert", 8, {}, ("expert.checkpointing=true",)),
+    ("expert", 1, {}, ("expert.checkpointing=true", "expert.moments=int8", "expert.gradients=bf16")),
     ("trunk", 16, {}, ()),
     ("trunk", 4, {}, ()),
     ("trunk", 1, {}, ()),
@@ -45,8 +48,8 @@ GRID = (  # task, micro-batch, changes of the sizes, overrides
 NOTES = """Budgets: the same expert, text and steps in every row; a loss is the last step's. "Mapped" is the part of the
 peak that is pages of files: kernels of the libraries first used after the imports, and data files; "data" is the part
 of those, and "data by share" counts a page that n processes map as 1/n. Peaks of ours include validation, a checkpoint
-and the router statistics at the end. Experts: of each number the first, middle and last are trained, each alone in its
-process, and the most counts.
+and the router statistics at the end. Experts: of each number five are trained, from the first to the last, each alone
+in its process; their median counts.
 """
 EPILOG = "Example, two minutes: --size toy --rounds 1 --budgets none --experts 2 4 --tables budgets experts"
 
@@ -166,19 +169,19 @@ def _by_experts(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     base = job_of(args, folder, task="expert", steps=1, skip=0, domains=max(args.experts))
     trained = {}
     for count in args.experts:
-        found = [run(replace(base, experts=count, item=i)) for i in sorted({0, count // 2, count - 1})]
-        trained[count] = max(f["peak_mb"] for f in found)
-        say(f"{count} experts in sequence: peak {trained[count]:,.0f} MB")
+        items = [round(i * (count - 1) / (TRAINED - 1)) for i in range(TRAINED)]
+        trained[count] = [run(replace(base, experts=count, item=i))["peak_mb"] for i in items]
+        say(f"{count} experts in sequence: peak {spread(trained[count])} MB")
     head = ["experts", "ours, training", *(f"{n}, {w}" for n in names for w in ("making a bundle", "opening it"))]
     rows = [
         [
             str(n),
-            f"{trained[n]:,.0f}",
+            spread(trained[n]),
             *(f"{made[name, does, n]['peak_mb']:,.0f}" for name in names for does in assemble.TASKS),
         ]
         for n in args.experts
     ]
-    flat = [assemble.flatness([list(trained.values())])]
+    flat = [assemble.flatness([[statistics.median(peaks) for peaks in trained.values()]])]
     flat.append(assemble.flatness([[made["ours", "bundle", n]["peak_mb"] for n in args.experts]]))
     verdict = f"- ours grow by {flat[0]:.1%} (training) and {flat[1]:.1%} (making a bundle); target {FLAT:.0%}\n"
     return f"## Peak MB by number of experts\n\n{table(head, rows)}\n{verdict}", max(flat) <= FLAT

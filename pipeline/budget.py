@@ -72,13 +72,14 @@ class Shape:
         own = {"all": forward, "ffn": 2 * self.ffn_parameters, "gates": 0}[trains]
         return 2 * forward + own
 
-    def layer_activations(self, trains: str) -> int:
+    def layer_activations(self, trains: str, active: int = 1) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need what they multiply.
 
-        What enters the norms and the feed-forward network, queries and keys before and after, values, W_gate x, W_up x.
+        What enters the norms and the feed-forward networks (`active` a token), queries and keys before and after,
+        values, W_gate x, W_up x; of gates also what each network gives.
         """
-        inputs = self.d_model + self.heads_width if trains == "all" else 0
-        return inputs + 3 * self.d_model + 4 * self.heads_width + self.kv_width + 2 * self.d_ff
+        inputs = {"all": self.d_model + self.heads_width, "ffn": 0, "gates": (2 * active - 1) * self.d_model}[trains]
+        return inputs + 3 * self.d_model + 4 * self.heads_width + self.kv_width + 2 * active * self.d_ff
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def has_bf16() -> bool:
     import torch
 
     if device() == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
 
 
@@ -203,6 +204,21 @@ def cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """Return the name of the GPU that jobs here run on, or None."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if device() == "cuda" else None
+
+
+def free_bytes() -> int:
+    """Return the memory that is free for jobs here: the GPU's where there is one."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if device() == "cuda" else psutil.virtual_memory().available
 
 
 def cores() -> int:
@@ -261,9 +277,8 @@ def machine(threads: int, bf16: bool) -> dict:
     """Return what a result must be read with: hardware, threads, arithmetic, versions."""
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if device() == "cuda" else None
     return {
-        "cpu": cpu_name(), "cores": cores(), "threads": threads, "gpu": gpu, "dtype": "bf16" if bf16 else "fp32",
+        "cpu": cpu_name(), "cores": cores(), "threads": threads, "gpu": gpu_name(), "dtype": "bf16" if bf16 else "fp32",
         "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
     }  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .errors import DamagedArtifact
+from .moments import SCALE
 from .optimizer import AdamW, joined
 from .store import flush, load_tensors, room, save_tensors, sha256, write_text
 
@@ -141,7 +142,7 @@ def _read(slot: Path, task, optimizer: AdamW) -> tuple[dict, dict[str, torch.Ten
     tensors = _whole(slot / "state.safetensors", raw["sha256"])
     same = _shapes(tensors) == _shapes(_gather(task, optimizer))
     if not same or raw["run"].keys() != {f.name for f in fields(Progress)}:
-        raise DamagedArtifact(f"checkpoint {slot} was written by another version of this program")
+        raise DamagedArtifact(f"checkpoint {slot} was written in another dtype or by another version of this program")
     run = Progress(**raw["run"])
     if run.best_sha256:
         _whole(_best(slot.parent, run), run.best_sha256)
@@ -149,8 +150,9 @@ def _read(slot: Path, task, optimizer: AdamW) -> tuple[dict, dict[str, torch.Ten
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    """Return what a checkpoint must have in common with the task that it is for."""
-    return {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("generator/")}
+    """Return what a checkpoint must have in common with the task that it is for; moments may be of another kind."""
+    kinds = {name: name.partition("/")[0] for name in tensors}
+    return {n: t.shape for n, t in tensors.items() if kinds[n] != "generator" and not kinds[n].endswith(SCALE)}
 
 
 def _whole(path: Path, digest: str) -> dict[str, torch.Tensor]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
-from .errors import BudgetError
+from .errors import BudgetError, ConfigError
 
 FAST_TOKENS = 2048  # of a forward pass: more is slower on a processor, as activations leave its caches
 SMALL_CHUNK_LOGITS = 2**20  # of the loss, under a budget
 MOST_REUSED_BYTES, LEAST_REUSED_BYTES = 2**22, 200_000
 CLOSE = 0.97  # share of the budget at which the micro-batch is halved
+MOST_BETA2 = 0.99  # for moments in bf16: beyond it a step changes the second one by less than bf16 can hold
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,15 @@ class Means:
 
 
 def unbounded(opts, tokens_per_row: int, divisible: bool, gpu: bool) -> Means:
-    """Return the means without a budget: what the settings say, and the micro-batch that runs fastest."""
+    """Return the means without a budget: what the settings say, and the micro-batch that runs fastest.
+
+    Raises ConfigError for moments that cannot be kept as they were asked for.
+    """
+    if opts.moments == "bf16" and opts.beta2 > MOST_BETA2:
+        raise ConfigError(
+            f"moments: bf16 with beta2 {opts.beta2:g} would never forget, as a bf16 number changes by 0.4 % or not at "
+            f"all; set beta2 to {MOST_BETA2:g} or less, or moments to fp32 or int8"
+        )
     whole = opts.fuse_optimizer or not divisible
     fast = opts.batch_sequences if gpu or whole else max(1, FAST_TOKENS // tokens_per_row)
     return Means(
@@ -81,7 +90,7 @@ def choose(
     """Return the fastest means whose predicted peak fits; settings that were given stay as they are.
 
     row_bytes: of the residual stream of a row. `divisible`: a batch may be run in pieces. `can_checkpoint`: a forward
-    pass may be made twice. Raises BudgetError with the smallest budget that works.
+    pass may be made twice. Raises BudgetError with the smallest budget that works, or ConfigError.
     """
     first = unbounded(opts, tokens_per_row, divisible, gpu)
     first = replace(first, checkpointing=first.checkpointing and can_checkpoint)
@@ -108,7 +117,8 @@ def _halves(size: int) -> list[int]:
 
 def _thriftier(opts, first: Means, sizes: list[int], again: list[bool], row_bytes: int) -> Iterator[Means]:
     """Yield means from the fastest to the most thrifty: each rung costs a little more time than the one before."""
-    kinds = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")] + [("int8", "bf16")] * has_int8()
+    half = "bf16" if opts.beta2 <= MOST_BETA2 else "fp32"
+    kinds = [("fp32", "fp32"), (half, "fp32"), (half, "bf16")] + [("int8", "bf16")] * has_int8()
     small = int(1.2 * row_bytes)
     rungs = [(False, MOST_REUSED_BYTES, False), (False, LEAST_REUSED_BYTES, False), (True, small, True)]
     rungs += [(True, LEAST_REUSED_BYTES, False)]
@@ -142,6 +152,7 @@ class Guard:
         self.means, self.peak, self.run, self.note = means, peak, run, note
         peak.clear()  # what loading reached says nothing of a row
         self.before_bytes, self.halved_bytes = peak.bytes(), 0  # a peak that cannot be cleared counts once
+        self.told = False
         rows = means.micro_batch_sequences
         run.most = min(run.most or rows, rows)
         run.micro = min(run.micro or (1 if self._watched else rows), run.most)
@@ -156,12 +167,13 @@ class Guard:
             size = min(self.run.micro, total)
             yield size
             total -= size
-            if self._watched:
+            if self.means.budget_bytes is not None:
                 self._adapt(size)
 
     def _adapt(self, size: int) -> None:
         run, budget_bytes, now = self.run, self.means.budget_bytes, self.peak.bytes()
-        if run.micro > 1 and now > max(CLOSE * budget_bytes, self.halved_bytes):
+        least = run.micro == 1 or self.means.whole
+        if not least and now > max(CLOSE * budget_bytes, self.halved_bytes):
             run.micro = run.most = run.micro // 2
             self.note(
                 f"{now / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used: going on with {run.micro} sequences at a "
@@ -169,6 +181,12 @@ class Guard:
             )
             self.peak.clear()
             self.halved_bytes = self.peak.bytes()
+        elif least and now > budget_bytes and not self.told:
+            self.told = True
+            self.note(
+                f"{now / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used with {size} sequences at a time, and fewer "
+                f"cannot be: the budget is not kept; raise runtime.memory_budget to {ceil(now / 1e6)}MB"
+            )
         elif size == run.micro < run.most:
             grown = min(2 * size, run.most)
             per_row = max(0, now - self.before_bytes) / size

@@ -12,6 +12,7 @@ import torch
 from .errors import ConfigError
 
 BLOCK = 256  # elements that share a scale, as in 8-bit Adam (2110.02861)
+SCALE = "_scale"  # suffix of the name under which scales are stored
 
 
 class Plain:
@@ -26,8 +27,9 @@ class Plain:
 
     def write(self, piece: slice, moment_P: torch.Tensor) -> None:
         """Keep moment_P."""
-        if self.kept.dtype != torch.float32:
-            self.kept[piece].copy_(moment_P)
+        kept = self.kept[piece]
+        if kept.data_ptr() != moment_P.data_ptr():
+            kept.copy_(moment_P)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what is kept, by a suffix of its name."""
@@ -55,7 +57,7 @@ class Blockwise:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what is kept, by a suffix of its name."""
-        return {"": self.kept, "_scale": self.scale}
+        return {"": self.kept, SCALE: self.scale}
 
 
 KINDS: dict[str, Callable[[torch.Tensor, bool], Plain | Blockwise]] = {

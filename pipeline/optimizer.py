@@ -7,13 +7,13 @@ P elements of a piece.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from .moments import KINDS
+from .moments import KINDS, SCALE
 
 PIECE = 2**18  # elements whose master and moments are fp32 at a time: 4 MB of workspace
 BETA1, EPSILON = 0.9, 1e-8
@@ -81,11 +81,12 @@ class AdamW:
         }
 
     def load(self, kinds: dict[str, dict[str, torch.Tensor]], steps: int) -> None:
-        """Take what `tensors` yielded, as {kind: {name: tensor}}, after that many steps."""
+        """Take what `tensors` yielded, as {kind: {name: tensor}}, after that many steps, however moments were kept."""
         self.steps = steps
-        for key, tensor in self.tensors().items():
-            kind, _, name = key.partition("/")
-            tensor.copy_(kinds[kind][name])
+        for name, state in self.state.items():
+            for key, moment in state.items():
+                found = {end: kinds[key + end][name] for end in ("", SCALE) if name in kinds.get(key + end, {})}
+                _take(moment, found, signed=key == "exp_avg")
         for name, low in self.low.items():
             low.copy_(kinds["low"][name])
 
@@ -117,6 +118,20 @@ def _split(master_P: torch.Tensor, high_P: torch.Tensor, low_P: torch.Tensor) ->
     half_P = (bits_P + 0x8000) >> 16
     high_P.view(torch.int16).copy_(half_P)
     low_P.copy_(bits_P - (half_P << 16))
+
+
+def _take(moment, stored: Mapping[str, torch.Tensor], signed: bool) -> None:
+    """Fill a moment with what `tensors` of one gave; of another kind it is rounded once."""
+    own = moment.tensors()
+    if own.keys() == stored.keys():
+        for suffix, tensor in own.items():
+            tensor.copy_(stored[suffix])
+        return
+    other = KINDS["int8" if SCALE in stored else "fp32"](moment.kept, signed)
+    _take(other, stored, signed)
+    for at in range(0, other.kept.numel(), PIECE):
+        piece = slice(at, min(at + PIECE, other.kept.numel()))
+        moment.write(piece, other.read(piece))
 
 
 def _raw(tensor: torch.Tensor):

@@ -5,13 +5,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import stages
-from .budget import Job, cores, cpu_name, has_bf16, product_flops_per_s
+from .budget import Job, cores, cpu_name, free_bytes, gpu_name, has_bf16, product_flops_per_s
 from .config import Run
 from .errors import BudgetError
 from .families import family
@@ -76,11 +75,11 @@ def _made(cfg: Run, store: Store) -> dict[tuple[str, str | None], dict]:
 
 def _flops_per_s(store: Store, bf16: bool) -> float:
     """Return the rate this machine's finished jobs reached, else a share of its matrix-product rate."""
-    rates = []
+    rates, here = [], (cpu_name(), gpu_name())
     for address in store.addresses():
         manifest = store.manifest(address) if store.has(address) else None
         machine = manifest.made.get("machine", {}) if manifest else {}
-        if manifest and machine.get("cpu") == cpu_name() and manifest.metrics.get("tokens_per_s"):
+        if manifest and (machine.get("cpu"), machine.get("gpu")) == here and manifest.metrics.get("tokens_per_s"):
             rates.append(manifest.metrics["tokens_per_s"] * manifest.metrics["flops_per_token"])
     if rates:
         return sorted(rates)[len(rates) // 2]
@@ -102,7 +101,8 @@ def show_plan(cfg: Run, store: Store, console: Console, total_bytes: int | None 
     known = [e.seconds for e in entries if e.seconds is not None]
     unknown = any(e.job and e.seconds is None for e in entries)
     least = "at least " if unknown else ""
-    console.print(f"to train: {least}{duration(sum(known))} on {cpu_name()}, {cores()} cores, one job after another")
+    where = gpu_name() or f"{cpu_name()}, {cores()} cores"
+    console.print(f"to train: {least}{duration(sum(known))} on {where}, one job after another")
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is predicted,"
     )
@@ -118,8 +118,8 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
     """Return how many experts fit side by side; what they import is shared, as they are forked with it."""
     needed = max((e.job.peak_bytes for e in entries if e.job and e.job.stage == "train_experts"), default=0)
     if not needed:
-        return "no experts to train"
-    total = total_bytes or psutil.virtual_memory().available
+        return "how many experts fit side by side cannot be told: none is planned, or the model is not here yet"
+    total = total_bytes or free_bytes()
     where = "" if total_bytes else " that are free here"
     return (
         f"side by side: {total // needed} experts of {needed / 1e6:,.0f} MB fit into the {total / 1e9:,.1f} GB{where} "

@@ -227,6 +227,7 @@ def _fit(work: Work, task, peak) -> dict:
     recorder.close()
     for name, content in task.export(metrics["kept_step"]).items():
         _write(work.folder / name, content)
+    metrics |= peak.report()  # the export needs memory too
     return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
 
 

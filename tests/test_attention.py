@@ -135,3 +135,12 @@ def test_a_token_beside_its_cache_is_left_to_torch(network, calls):
     logits = ours(ids_BT[:, 12:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1]
     assert calls == [12, 12]  # the prompt, in both layers
     assert distance(logits, theirs(ids_BT).logits[:, -1]) < 0.03
+
+
+def test_many_blocks_add_up_as_exactly_as_few(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 8)
+    q, k, v, dout = drawn(1024, BF16, batch=1, heads=1)
+    given = (q, k, v, dout + 1)  # all to one side, so that sums grow
+    exact = result(torchs, *[x.double() for x in given])
+    for mine, true in zip(result(causal_attention, *given), exact, strict=True):
+        assert mine.dtype == BF16 and distance(mine, true) < 0.01

@@ -13,6 +13,7 @@ from fakes import Killed, dying, equal, flip, in_bf16, place, small_task, values
 from pipeline import checkpoint, train
 from pipeline.checkpoint import Progress
 from pipeline.errors import DiskFull
+from pipeline.means import Means
 from pipeline.train import fit
 
 FILES = ("state.safetensors", "state.json")
@@ -346,3 +347,18 @@ def test_a_checkpoint_of_the_other_arithmetic_is_not_mistaken(tmp_path, kinds):
     here, task = place(tmp_path), after(small_task())
     fit(task, here)
     assert here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
+
+
+@pytest.mark.parametrize(("before", "after"), [("int8", "bf16"), ("bf16", "int8"), ("fp32", "bf16"), ("int8", "fp32")])
+def test_a_run_whose_moments_are_kept_otherwise_from_now_on_goes_on(tmp_path, before, after):
+    if "int8" in (before, after):
+        pytest.importorskip("bitsandbytes")
+    start, plain = values(small_task()), small_task()
+    fit(plain, place(tmp_path / "plain"))
+    with pytest.raises(Killed):
+        fit(dying(replace(small_task(), means=Means(8, moments=before)), 5), place(tmp_path / "run"))
+    task, here = replace(small_task(), means=Means(8, moments=after)), place(tmp_path / "run")
+    fit(task, here)
+    assert here.recorder.starts == [5] and here.recorder.notes == []
+    for name, value in values(plain).items():
+        assert (values(task)[name] - value).norm() < 0.1 * (value - start[name]).norm()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from pipeline.budget import Shape
 from pipeline.config import Config, Section
@@ -13,6 +14,7 @@ from pipeline.data import Shards
 from pipeline.errors import BudgetError
 from pipeline.families import ffn_cost, ffn_moe
 from pipeline.means import LEAST_REUSED_BYTES, Means
+from pipeline.model.loss import MOST_SUMS
 from tests import small
 
 
@@ -133,13 +135,13 @@ def peak(plan: Means, trains: str = "ffn", bf16: bool = True, experts: int = 4) 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"micro_batch_sequences": 4}, {"moments": "bf16"}, {"moments": "int8"}, {"gradients": "bf16"},
+    [{"micro_batch_sequences": 1}, {"moments": "bf16"}, {"moments": "int8"}, {"gradients": "bf16"},
      {"checkpointing": True}, {"reuse_bytes": LEAST_REUSED_BYTES}, {"chunk_logits": 2**20}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 @pytest.mark.parametrize("trains", ["all", "ffn"])
 def test_every_means_lowers_the_predicted_peak(trains, changes):
-    plain = Means(8)
+    plain = Means(2)
     assert peak(replace(plain, **changes), trains) < peak(plain, trains) < peak(plain, trains, bf16=False)
 
 
@@ -157,3 +159,44 @@ def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
         cost("1MB")
     least = re.search("smallest that works is ([0-9]+)MB", str(error.value))[1]
     assert cost(f"{least}MB").peak_bytes <= int(least) * 10**6 < 300 * 10**6
+
+
+@pytest.mark.parametrize("trains", ["all", "ffn", "gates"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointing):
+    plans = [Means(2, checkpointing=checkpointing), Means(2, checkpointing=checkpointing, budget_bytes=10**9)]
+    plans += [replace(plan, reuse_bytes=LEAST_REUSED_BYTES, trim=True) for plan in plans]
+    here = [peak(plan, trains) for plan in plans]
+    monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
+    there = {peak(plan, trains) for plan in plans}
+    assert len(there) == 1 and there.pop() + ffn_cost.KERNEL_BYTES <= min(here)
+    monkeypatch.setattr(ffn_cost, "device", lambda: "cpu")
+    assert [peak(plan, trains) for plan in plans] == here
+
+
+def test_an_anchor_in_the_stack_needs_memory_too():
+    sizes = LARGE | {"kv_heads": None}
+    jobs = [
+        ffn_cost.cost(small.config(trunk=sizes | {"anchor": anchor}), "train_router", None, None, bf16=True)
+        for anchor in ("discard", "keep")
+    ]
+    assert jobs[1].peak_bytes - jobs[0].peak_bytes == 2 * 4 * 3 * 512 * 1365
+
+
+def test_a_long_pass_through_the_head_needs_its_sum_in_fp32(monkeypatch):
+    assert MOST_SUMS == ffn_cost.MOST_SUMS > 2048 // 256 > 1  # chunks of a pass
+    few = [peak(Means(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
+    monkeypatch.setattr(ffn_cost, "MOST_SUMS", 1)
+    many = [peak(Means(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
+    assert [b - a for a, b in zip(few, many, strict=True)] == [4 * 16_384 * 512, 0, 0, 0]
+
+
+def test_the_plan_of_a_pretrained_trunk_has_that_trunks_sizes(tmp_path):
+    def cost(init):
+        cfg = small.config(trunk__init=str(init), tokenizer__pretrained="own", dense__baselines=())
+        return ffn_cost.cost(cfg, "train_experts", "alpha", None, bf16=True)
+
+    config = Qwen3Config(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    config.save_pretrained(tmp_path / "model")
+    assert cost(tmp_path / "model").parameters == 3 * 3 * 64 * 96
+    assert cost(tmp_path / "elsewhere") is None

@@ -83,7 +83,7 @@ def test_trainings_map_the_trunk_and_share_its_pages(rounded):
     assert {mapped(p) for p in dummy.parameters()} == {f"{own}/dummy.safetensors"}
     exact, _ = ffn_parts.stored_trunk(rounded.cfg, rounded)
     assert {mapped(p) for p in exact.parameters()} == {f"{own}/trunk.safetensors"}
-    experts = ffn_parts.stored_experts(rounded.cfg, rounded)
+    experts = list(ffn_parts.stored_experts(rounded.cfg, rounded))
     for name, expert in experts:
         assert {mapped(p) for p in expert.parameters()} == {f"{rounded.root}/train_experts-{name}/expert.safetensors"}
     assert not any(p.requires_grad for p in (*trunk.parameters(), *dummy.parameters()))
@@ -254,3 +254,17 @@ def test_a_training_under_a_budget_ends_as_without_one(trained, tmp_path):
         ends.append(values(task))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)
+
+
+@needs_linux
+def test_the_gates_training_maps_no_two_experts_at_once(rounded, monkeypatch):
+    counts, real = [], ffn_parts.computing
+
+    def computing(cfg, expert):
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        counts.append(len({line.split()[-1] for line in maps if "/train_experts-" in line}))
+        return real(cfg, expert)
+
+    monkeypatch.setattr(ffn_moe, "computing", computing)
+    ffn_moe.router(rounded.cfg, rounded)
+    assert counts == [1, 1, 1]

@@ -94,3 +94,15 @@ def test_token_nats_are_each_tokens_loss(tokens):
     torch.testing.assert_close(found, F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="none"))
     assert not found.requires_grad
     torch.testing.assert_close(found.sum(), cross_entropy(h_ND, head_VD, target_N, chunk_tokens=5))
+
+
+def test_a_long_sum_of_bf16_gradients_does_not_stop_growing():
+    h_ND, head_VD, _ = drawn(3000)
+    h_ND, head_VD = (h_ND.detach() + 1).bfloat16(), head_VD.detach().bfloat16()
+    target_N = torch.randint(3, (3000,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        head = head_VD.to(dtype).requires_grad_()
+        loss = cross_entropy(h_ND, head, target_N, torch.bfloat16, 1)
+        found.append(torch.autograd.grad(loss, head)[0].double())
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()

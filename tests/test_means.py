@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from pipeline import train
 from pipeline.config.sections import Fit, Router, Runtime
-from pipeline.errors import BudgetError
-from pipeline.means import FAST_TOKENS, LEAST_REUSED_BYTES, Means, choose, unbounded
+from pipeline.errors import BudgetError, ConfigError
+from pipeline.means import FAST_TOKENS, LEAST_REUSED_BYTES, MOST_BETA2, Means, choose, unbounded
 from pipeline.train import fit
 
 MB = 10**6
@@ -261,3 +261,13 @@ def test_a_fused_step_leaves_no_gradients_and_no_hooks(tmp_path):
 
 
 # compile is left out: its first pass takes inductor about a minute here; benchmarks/train_speed.py compares losses.
+
+
+def test_moments_in_bf16_are_not_for_a_beta2_that_they_cannot_follow():
+    assert chosen(1400, options(beta2=MOST_BETA2), divisible=False).moments == "bf16"
+    with pytest.raises(BudgetError) as error:
+        chosen(300, options(beta2=0.999))
+    assert "bf16 moments" not in str(error.value) and "bf16 gradients" in str(error.value)
+    with pytest.raises(ConfigError, match="moments: bf16 with beta2 0.999 .* set beta2 to 0.99 or less"):
+        chosen(None, options(moments="bf16", beta2=0.999))
+    assert chosen(None, options(moments="int8", beta2=0.999)).moments == "int8"

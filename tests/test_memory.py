@@ -1,5 +1,6 @@
 """What a job measures and does: its peak of memory (tens of MB, as the system tells), allocator, threads, guard."""
 
+import io
 import json
 import os
 import subprocess
@@ -251,8 +252,8 @@ def test_rows_grow_no_further_than_the_budget_by_what_was_measured():
     notes = []
     assert steps(*guarded(20 * MB, notes=notes)) == [[1, 2, 4, 4, 4, 1], [4] * 4]
     assert steps(*guarded(80 * MB, notes=notes)) == [[1] * 16, [1] * 16]
-    assert steps(*guarded(500 * MB, notes=notes)) == [[1] * 16, [1] * 16]  # one row is the least
     assert notes == []
+    assert steps(*guarded(500 * MB, notes=notes)) == [[1] * 16, [1] * 16]  # one row is the least
 
 
 def test_what_loading_reached_says_nothing_of_a_row():
@@ -347,3 +348,46 @@ def test_the_allocator_is_told_what_the_means_say(tmp_path, monkeypatch, trim):
     monkeypatch.setattr("pipeline.train.give_back", lambda: given.append(1))
     fit(replace(small_task(steps=2), means=Means(2, reuse_bytes=300_000, trim=trim)), place(tmp_path))
     assert reused == [300_000] and len(given) == (2 * 4 * 2 if trim else 0)  # forward and backward
+
+
+@pytest.mark.parametrize(("per_row", "rows", "means"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole": True})])
+def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, means):
+    notes = []
+    guard, peak = guarded(per_row, notes=notes, rows=rows, **means)
+    steps(guard, peak, count=3)
+    assert len(notes) == 1
+    used, size = (202, 16) if means else (105, 1)
+    assert notes[0] == (
+        f"{used} MB of 100 MB used with {size} sequences at a time, and fewer cannot be: the budget is not kept; "
+        f"raise runtime.memory_budget to {used}MB"
+    )
+
+
+def test_what_is_written_at_the_end_counts_too(tmp_path):
+    from rich.console import Console
+
+    from pipeline import stages
+    from pipeline.store import Store
+    from tests import small
+
+    peak, nowhere = Modelled(MB), Console(file=io.StringIO())
+    work = stages.Work("train_shared", None, small.config(), Store(tmp_path).open(), "here", print, nowhere)
+    work.folder.mkdir(parents=True)
+    task = replace(small_task(steps=1), export=lambda _step: peak.passed(500) or {})
+    assert stages._fit(work, task, peak)["peak_mb"] == 510
+
+
+def test_bf16_that_a_gpu_only_imitates_is_none(monkeypatch):
+    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: (
+            n or including_emulation
+        ))  # fmt: skip
+        assert budget.has_bf16() == native
+
+
+def test_what_is_free_is_the_gpus_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * MB, 9 * MB))
+    assert budget.free_bytes() > 50 * MB
+    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    assert budget.free_bytes() == 7 * MB

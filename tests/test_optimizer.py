@@ -14,6 +14,7 @@ from pipeline import moments
 from pipeline import optimizer as optimizers
 from pipeline.config.sections import Fit
 from pipeline.errors import ConfigError
+from pipeline.means import MOST_BETA2
 from pipeline.optimizer import AdamW, gradients_in, joined
 
 OPTIONS = Fit(steps=1, lr=3e-3, weight_decay=0.3, beta2=0.9)
@@ -272,3 +273,43 @@ def test_gradient_buffers_are_of_the_dtype_stay_in_place_and_go():
         assert all(p.grad is None for p in parameters.values())
     matrix.sum().backward()
     assert matrix.grad.dtype == torch.bfloat16
+
+
+def second_moment(kind: str, beta2: float) -> float:
+    """Return the mean of Adam's second moment after gradients of size 1 and then many of size 0.1."""
+    ours = AdamW({"x": nn.Parameter(torch.zeros(2000))}, changed(beta2=beta2), moments=kind)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1500):
+        ours.parameters["x"].grad = torch.randn(2000, generator=generator) * (1.0 if step < 300 else 0.1)
+        ours.step()
+    return ours.state["x"]["exp_avg_sq"].read(slice(0, 2000)).mean().item()
+
+
+@pytest.mark.parametrize(("beta2", "follows"), [(MOST_BETA2, True), (0.999, False)])
+def test_up_to_the_allowed_beta2_moments_in_bf16_forget_as_those_in_fp32_do(beta2, follows):
+    exact = second_moment("fp32", beta2)
+    assert (second_moment("bf16", beta2) == pytest.approx(exact, rel=0.02)) == follows
+
+
+@pytest.mark.parametrize("after", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("before", ["fp32", "bf16", "int8"])
+def test_moments_of_one_kind_are_taken_up_in_another(monkeypatch, before, after):
+    if "int8" in (before, after):
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(optimizers, "PIECE", 512)
+    first, again = AdamW(drawn(), OPTIONS, moments=before), AdamW(drawn(), OPTIONS, moments=after)
+    for step in range(3):
+        for name, gradient in gradients(step).items():
+            first.parameters[name].grad = gradient
+        first.step()
+    kept = {}
+    for key, tensor in first.tensors().items():
+        kind, _, name = key.partition("/")
+        kept.setdefault(kind, {})[name] = tensor
+    again.load(kept, first.steps)
+    for name, moments_of in first.state.items():
+        for kind, moment in moments_of.items():
+            whole = slice(0, moment.kept.numel())
+            value_P, taken_P = moment.read(whole), again.state[name][kind].read(whole)
+            assert (taken_P - value_P).norm() <= 0.06 * value_P.norm() and value_P.any()
+            assert before != after or torch.equal(taken_P, value_P)

@@ -31,6 +31,8 @@ def work(module, job: Job) -> dict:
         return {"made": module.prepare(job)}
     if job.task == "product":
         return {"flops_per_s": product_flops_per_s(has_bf16())}
+    if hasattr(module, "ready"):
+        module.ready(job)
     watch = Watch(job.skip, job.device)
     does = {"bundle": "bundle", "open": "open_bundle"}.get(job.task, "train")
     try:

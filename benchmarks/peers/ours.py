@@ -22,6 +22,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.families import ffn_bundle, ffn_cost, ffn_moe
 from pipeline.families.ffn_parts import uses_bf16
 from pipeline.model.router import gate_name
+from pipeline.moments import import_int8
 from pipeline.store import inventory, load_tensors, save_tensors
 from pipeline.train import Place, fit
 
@@ -71,6 +72,12 @@ class Rows:
     def note(self, text: str) -> None:
         """Keep a note in the result."""
         self.watch.extra.setdefault("notes", []).append(text)
+
+
+def ready(job: Job) -> None:
+    """Import what a stage would import before it looks at its memory."""
+    if config(job).runtime.memory_budget:
+        import_int8()
 
 
 def train(job: Job, watch: Watch) -> None:

@@ -6,9 +6,11 @@ from math import ceil
 from ..budget import Job, Shape, device
 from ..config import Config, Fit
 from ..means import Means, choose
-from ..model.loss import LEAST_CHUNK_TOKENS
+from ..model.loss import LEAST_CHUNK_TOKENS, MOST_SUMS
 
+# of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
+INT8_BYTES = 5_000_000  # code of the library that keeps 8-bit moments
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 MOST_FRAGMENTS_BYTES = 155_000_000  # and as much as there are activations, up to this
 FROM_ZERO = ("wide", "scratch")  # dense baselines that do not continue the trunk
@@ -49,16 +51,20 @@ def dense_width(cfg: Config, item: str) -> int:
     return cfg.trunk.d_ff * (cfg.router.top_k if item == "wide" else 1)
 
 
-def cost(cfg: Config, stage: str, item: str | None, domain_tokens: Mapping[str, int] | None, bf16: bool) -> Job:
-    """Return what a training job will spend; tokens and operations are None while the token counts are unknown."""
-    shape = Shape.of(cfg.trunk, cfg.tokenizer.vocab_size)
+def cost(cfg: Config, stage: str, item: str | None, domain_tokens: Mapping[str, int] | None, bf16: bool) -> Job | None:
+    """Return what a training job will spend; tokens and operations are None while the token counts are unknown.
+
+    None for a pretrained trunk that is not on this machine yet.
+    """
+    if (shape := _shape(cfg)) is None:
+        return None
     if item in FROM_ZERO and stage == "train_dense":
         shape = Shape.of(cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)}), cfg.tokenizer.vocab_size)
     trains = {"train_experts": "ffn", "train_router": "gates"}.get(stage, "ffn" if item == "ffn" else "all")
     opts = {"train_shared": cfg.trunk, "train_router": cfg.router}.get(stage, cfg.expert)
     if item in FROM_ZERO:
         opts = cfg.trunk
-    gates = cfg.trunk.layers * cfg.trunk.d_model * (len(cfg.experts) + (cfg.trunk.anchor == "keep"))
+    gates = shape.layers * shape.d_model * _stacked(cfg)
     parameters = {
         "all": shape.trunk_parameters + shape.ffn_parameters, "ffn": shape.ffn_parameters, "gates": gates,
     }[trains]  # fmt: skip
@@ -68,7 +74,7 @@ def cost(cfg: Config, stage: str, item: str | None, domain_tokens: Mapping[str, 
         tokens = None
     flops = None if tokens is None else tokens * shape.train_flops_per_token(trains)
     plan = means(cfg, opts, shape, trains, bf16, "-".join(filter(None, (stage, item))))
-    peak = peak_bytes(shape, trains, plan, bf16, len(cfg.experts))
+    peak = peak_bytes(shape, trains, plan, bf16, _stacked(cfg), cfg.router.top_k)
     return Job(stage, item, tokens, parameters, flops, peak, plan.words)
 
 
@@ -78,13 +84,31 @@ def means(cfg: Config, opts: Fit, shape: Shape, trains: str, bf16: bool, name: s
     whole = gates and (cfg.router.balance == "aux" or cfg.router.capacity_factor or cfg.router.noise)
     return choose(
         opts, shape.context_tokens, cfg.runtime.memory_budget,
-        lambda tried: peak_bytes(shape, trains, tried, bf16, len(cfg.experts)),
+        lambda tried: peak_bytes(shape, trains, tried, bf16, _stacked(cfg), cfg.router.top_k),
         row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4), divisible=not whole,
         can_checkpoint=not gates, gpu=device() == "cuda", name=name,
     )  # fmt: skip
 
 
-def peak_bytes(shape: Shape, trains: str, plan: Means, bf16: bool, experts: int) -> int:
+def _shape(cfg: Config) -> Shape | None:
+    """Return the trunk's shape; None when it is a pretrained one of which no settings are here."""
+    if not cfg.trunk.init:
+        return Shape.of(cfg.trunk, cfg.tokenizer.vocab_size)
+    from transformers import AutoConfig
+
+    try:
+        stored = AutoConfig.from_pretrained(cfg.trunk.init, revision=cfg.trunk.revision, local_files_only=True)
+        return Shape.of_settings(stored.to_dict(), cfg.trunk.context_tokens)
+    except (OSError, ValueError, KeyError):
+        return None  # the plan is made without it, and train_shared will say what is wrong
+
+
+def _stacked(cfg: Config) -> int:
+    """Return how many feed-forward networks the stack has."""
+    return len(cfg.experts) + (cfg.trunk.anchor == "keep")
+
+
+def peak_bytes(shape: Shape, trains: str, plan: Means, bf16: bool, experts: int, top_k: int = 2) -> int:
     """Return the predicted peak above imports of a training: of `all`, of an `ffn`, or of the `gates` over experts.
 
     Weights, moments and gradients are counted, activations estimated; the constants are fitted to
@@ -96,20 +120,28 @@ def peak_bytes(shape: Shape, trains: str, plan: Means, bf16: bool, experts: int)
     frozen = {"all": 0, "ffn": shape.trunk_parameters, "gates": shape.trunk_parameters + experts * shape.ffn_parameters}
     kept = trained * (4 + width[plan.gradients] + 2 * width[plan.moments]) + frozen[trains] * unit
     kept += 2 * unit * tables if trains == "all" else 0  # gradients of head and embedding until they are added up
-    return int(KERNEL_BYTES + kept + _passing(shape, plan, unit, trains))
+    active = top_k if trains == "gates" else 1
+    code = 0 if device() == "cuda" else KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
+    return int(kept + _passing(shape, plan, unit, trains, active) + code)
 
 
-def _passing(shape: Shape, plan: Means, unit: int, trains: str) -> float:
+def _passing(shape: Shape, plan: Means, unit: int, trains: str, active: int) -> float:
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
-    layer = tokens * shape.layer_activations(trains) * unit
+    layer = tokens * shape.layer_activations(trains, active) * unit
     chunk = max(LEAST_CHUNK_TOKENS, plan.chunk_logits // shape.vocab_size)
     logits = min(tokens, chunk) * shape.vocab_size * (4 + unit)
+    if trains == "all" and unit == 2 and tokens > MOST_SUMS * chunk:
+        logits += 4 * shape.vocab_size * shape.d_model  # the head's gradient is added up in fp32
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
-    if plan.checkpointing:
-        held = shape.layers * tokens * shape.d_model * unit
-        if plan.tidy and plan.micro_batch_sequences == 1:
-            return held + max(logits, layer + inner) + (layer + inner) * plan.trim
-        return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES  # the first rows' blocks do not fit the later ones
-    held = shape.layers * layer + max(logits, inner)
-    return held if plan.tidy else held + HEAP_BYTES + min(shape.layers * layer, MOST_FRAGMENTS_BYTES)
+    held = shape.layers * (tokens * shape.d_model * unit if plan.checkpointing else layer)
+    in_use = held + max(logits, layer + inner if plan.checkpointing else inner)
+    if device() == "cuda":
+        return in_use
+    grown = plan.budget_bytes is not None and plan.micro_batch_sequences > 1  # the first rows' blocks were smaller
+    in_heap = grown or tokens * shape.d_model * unit < plan.reuse_bytes
+    if plan.checkpointing and in_heap and (grown or not plan.tidy):
+        return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES
+    if plan.tidy:
+        return in_use + (layer + inner) * plan.trim
+    return in_use + HEAP_BYTES + in_heap * min(held, MOST_FRAGMENTS_BYTES)

@@ -60,8 +60,11 @@ def route_data(_cfg: Config, _parts, _folder: Path, _say) -> dict:
     raise PipelineError("ffn_moe makes no routing set: this is a fault of the stages, please report it")
 
 
-def cost(cfg: Config, stage: str, item: str | None, made: Mapping[tuple, dict], bf16: bool) -> Job:
-    """Return what a training job will spend; tokens are None for a duration in epochs until preprocess is done."""
+def cost(cfg: Config, stage: str, item: str | None, made: Mapping[tuple, dict], bf16: bool) -> Job | None:
+    """Return what a training job will spend; tokens are None for a duration in epochs until preprocess is done.
+
+    None for a pretrained trunk that is not on this machine yet.
+    """
     prepared = made.get(("preprocess", None))
     return ffn_cost.cost(cfg, stage, item, prepared and prepared["tokens"]["train"], bf16)
 
@@ -200,7 +203,7 @@ def assemble(cfg: Config, parts) -> Stack:
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another trunk.
     """
     trunk, _ = stored_trunk(cfg, parts)
-    named = stored_experts(cfg, parts)
+    named = list(stored_experts(cfg, parts))
     stored = parts.tensors("train_router", "router.safetensors")
     weight_LED = torch.stack([stored[gate_name(i)] for i in range(len(stored))])
     if weight_LED.shape[1] != len(named):

@@ -5,7 +5,7 @@ B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -141,14 +141,13 @@ def computing(cfg: Config, expert: Expert) -> Expert:
     return around(expert, in_bf16(expert.named())) if uses_bf16(cfg) else expert
 
 
-def stored_experts(cfg: Config, parts) -> list[tuple[str, Expert]]:
-    """Return the stack's experts by name, the anchor first when it is kept, all frozen and mapped."""
+def stored_experts(cfg: Config, parts) -> Iterator[tuple[str, Expert]]:
+    """Yield the stack's experts by name, the anchor first when it is kept, all frozen and mapped, one after another."""
     _, dummy = stored_trunk(cfg, parts)
-    out = [(ANCHOR, dummy)] if cfg.trunk.anchor == "keep" else []
+    if cfg.trunk.anchor == "keep":
+        yield ANCHOR, dummy
     for name in cfg.experts:
-        own = around(dummy, parts.tensors("train_experts", "expert.safetensors", name))
-        out.append((name, own.to(device())))
-    return out
+        yield name, around(dummy, parts.tensors("train_experts", "expert.safetensors", name)).to(device())
 
 
 def stored_statistics(cfg: Config, parts, anchor: bool) -> list[Statistics]:

@@ -122,7 +122,7 @@ def stack_row(cfg: Config) -> str:
 
 def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[Contender]:
     """Yield the rows of T1 that a network can be run for."""
-    named = stored_experts(cfg, parts)
+    named = list(stored_experts(cfg, parts))
     own = [(n, e) for n, e in named if n != ANCHOR]
     experts, only_own = [e for _, e in named], [e for _, e in own]
     budget = {d: shards.tokens("train", d) for d in shards.domains}

@@ -10,6 +10,7 @@ import torch
 
 NAME = "moleforge_blocks"
 BLOCK_TOKENS = 128  # of 64 to 512 the fastest where it was measured
+MOST_SUMS = 16  # blocks whose gradients are added up in bf16; more of them in fp32, or what comes is rounded away
 
 
 def use_blocks(network: torch.nn.Module) -> None:
@@ -76,7 +77,10 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_BHTK):
         (q_BHTK, k_BHTK, v_BHTK), dout_BHTK = ctx.saved_tensors, dout_BHTK.contiguous()
-        dq_BHTK, dk_BHTK, dv_BHTK = torch.empty_like(q_BHTK), torch.zeros_like(k_BHTK), torch.zeros_like(v_BHTK)
+        dtype, long = q_BHTK.dtype, q_BHTK.shape[2] > MOST_SUMS * BLOCK_TOKENS
+        sums = torch.promote_types(dtype, torch.float32) if long else dtype
+        dq_BHTK = torch.empty_like(q_BHTK)
+        dk_BHTK, dv_BHTK = torch.zeros_like(k_BHTK, dtype=sums), torch.zeros_like(v_BHTK, dtype=sums)
         for block, seen in _blocks(q_BHTK.shape[2]):
             q_BHCK, dout_BHCK = q_BHTK[:, :, block], dout_BHTK[:, :, block]
             p_BHCS = _weights(q_BHCK, k_BHTK[:, :, seen])
@@ -85,7 +89,7 @@ class _Blocks(torch.autograd.Function):
             ds_BHCS = torch._softmax_backward_data(dp_BHCS, p_BHCS, -1, p_BHCS.dtype)
             dq_BHTK[:, :, block] = ds_BHCS @ k_BHTK[:, :, seen]
             dk_BHTK[:, :, seen] += ds_BHCS.mT @ q_BHCK
-        return dq_BHTK.mul_(ctx.scale), dk_BHTK, dv_BHTK, None
+        return dq_BHTK.mul_(ctx.scale), dk_BHTK.to(dtype), dv_BHTK.to(dtype), None
 
 
 def _blocks(tokens: int):

@@ -7,6 +7,7 @@ import torch
 
 CHUNK_LOGITS = 2**22  # of a chunk: with 16,384 entries 256 tokens, the fastest on the processor it was measured on
 LEAST_CHUNK_TOKENS = 64  # below it the products slow down
+MOST_SUMS = 32  # gradients that are added up in bf16: a longer sum stops growing, as what comes is rounded away
 
 
 def chunk_of(vocab_size: int, chunk_logits: int = CHUNK_LOGITS) -> int:
@@ -21,21 +22,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_ND, head_VD, target_N, dtype, chunk_tokens):
         cast_VD = head_VD.to(dtype)
         grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        grad_VD = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
+        sums = _Sum(head_VD, long=len(h_ND) > MOST_SUMS * chunk_tokens) if ctx.needs_input_grad[1] else None
         work = _Workspace(min(chunk_tokens, len(h_ND)), cast_VD)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         for at in range(0, len(h_ND), chunk_tokens):
             part = slice(at, at + chunk_tokens)
             h_CD = h_ND[part].to(dtype)
             total += work.nats(h_CD, target_N[part]).sum()
-            if grad_ND is None and grad_VD is None:
+            if grad_ND is None and sums is None:
                 continue
             slope_CV = work.slope(target_N[part])
             if grad_ND is not None:
                 grad_ND[part] = slope_CV @ cast_VD
-            if grad_VD is not None:
-                _add_product(grad_VD, slope_CV.T, h_CD)
-        ctx.save_for_backward(grad_ND, grad_VD)
+            if sums is not None:
+                sums.add(slope_CV.T, h_CD)
+        ctx.save_for_backward(grad_ND, sums and sums.total())
         ctx.head_VD = head_VD
         return total
 
@@ -82,11 +83,28 @@ def _scaled(head_VD: torch.Tensor, grad_VD: torch.Tensor | None, upstream: torch
     return grad_VD * upstream.to(grad_VD.dtype)
 
 
-def _add_product(sum_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
-    if sum_VD.dtype == b_CD.dtype:
-        sum_VD.addmm_(a_VC, b_CD)
-    else:
-        sum_VD += a_VC @ b_CD
+class _Sum:
+    """The head's gradient in the head's dtype; a long sum in bf16 goes over to fp32 every MOST_SUMS products."""
+
+    def __init__(self, head_VD: torch.Tensor, long: bool):
+        self.sum_VD, self.count = torch.zeros_like(head_VD), 0
+        coarse = long and head_VD.dtype.itemsize < 4
+        self.exact_VD = torch.zeros_like(head_VD, dtype=torch.float32) if coarse else None
+
+    def add(self, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
+        """Add a @ b."""
+        if self.sum_VD.dtype == b_CD.dtype:
+            self.sum_VD.addmm_(a_VC, b_CD)
+        else:
+            self.sum_VD += a_VC @ b_CD
+        self.count += 1
+        if self.exact_VD is not None and self.count % MOST_SUMS == 0:
+            self.exact_VD += self.sum_VD
+            self.sum_VD.zero_()
+
+    def total(self) -> torch.Tensor:
+        """Return all that was added."""
+        return self.sum_VD if self.exact_VD is None else self.exact_VD.add_(self.sum_VD)
 
 
 def cross_entropy(
