@@ -280,9 +280,9 @@ def _packages() -> dict[str, str]:
 TRAINING = ("train_shared", "train_experts", "train_router", "train_dense")
 STAGES = {
     "preprocess": Stage(_preprocess),
+    "routing": Stage(_route),  # before hours of training: what it may find missing is found now
     "train_shared": Stage(_train),
     "train_experts": Stage(_train),
-    "routing": Stage(_route),
     "train_router": Stage(_train),
     "train_dense": Stage(_train),
     "evaluate": Stage(_evaluate),

@@ -200,3 +200,19 @@ def test_the_plan_of_a_pretrained_trunk_has_that_trunks_sizes(tmp_path):
     config.save_pretrained(tmp_path / "model")
     assert cost(tmp_path / "model").parameters == 3 * 3 * 64 * 96
     assert cost(tmp_path / "elsewhere") is None
+
+
+def test_weights_gradients_and_moments_are_counted_to_the_byte(monkeypatch):
+    """With a GPU there is no slack, and a row of 8 tokens holds next to nothing."""
+    monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
+    cfg = small.config(trunk=LARGE | {"kv_heads": None, "context_tokens": 8}, tokenizer__vocab_size=16_384)
+    shape = Shape.of(cfg.trunk, 16_384)
+    own, trunk, table = 4 * 3 * 512 * 1365, 4 * 4 * 512 * 512 + 16_384 * 512, 16_384 * 512
+    wanted = {
+        ("ffn", "fp32", "fp32"): own * (4 + 4 + 8) + 2 * trunk, ("ffn", "bf16", "bf16"): own * (4 + 2 + 4) + 2 * trunk,
+        ("ffn", "int8", "bf16"): own * (4 + 2 + 2) + 2 * trunk, ("gates", "fp32", "fp32"): 2 * (trunk + 5 * own),
+        ("all", "fp32", "fp32"): (own + trunk) * (4 + 4 + 8) + 4 * table,
+    }  # fmt: skip
+    for (trains, moments, gradients), count in wanted.items():
+        plan = Means(1, moments=moments, gradients=gradients, chunk_logits=2**20)
+        assert ffn_cost.peak_bytes(shape, trains, plan, True, 5) == pytest.approx(count, rel=0.03), (trains, moments)

@@ -268,3 +268,12 @@ def test_the_gates_training_maps_no_two_experts_at_once(rounded, monkeypatch):
     monkeypatch.setattr(ffn_moe, "computing", computing)
     ffn_moe.router(rounded.cfg, rounded)
     assert counts == [1, 1, 1]
+
+
+def test_a_validation_of_gates_draws_and_counts_nothing(trained):
+    task = ffn_moe.router(small.config(router={"noise": 1.0, "balance": "bias"}), trained)
+    task.before_step(0)
+    before = torch.get_rng_state()
+    assert task.validate() == task.validate() and torch.equal(torch.get_rng_state(), before)
+    task.loss(task.batch(0, 4))
+    assert not torch.equal(torch.get_rng_state(), before)  # the gates train again
