@@ -180,7 +180,7 @@ def _train(work: Work) -> dict:
     from .train import Given
 
     kind = family(work.cfg.family)
-    if work.cfg.runtime.memory_budget:
+    if work.cfg.may_keep_int8:
         import_int8()  # as much an import as the rest
     peak = Peak()  # after imports, before anything is loaded
     give_back_at_once()

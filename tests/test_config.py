@@ -9,6 +9,7 @@ from pipeline.config import Config, Fit, describes_run, load, merge
 from pipeline.config.sections import Section
 from pipeline.errors import ConfigError
 from pipeline.stages import address
+from tests import small
 
 SHIPPED = sorted(filter(describes_run, (Path(__file__).parent.parent / "config").glob("*.yaml")))
 
@@ -300,3 +301,12 @@ def test_a_key_given_twice_is_an_error_with_its_line(tmp_path):
     path.write_text("trunk:\n  lr: 1e-3\n  lr: 2e-3\n")
     with pytest.raises(ConfigError, match=r"lr is given twice[\s\S]*line 3"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "may"),
+    [({}, False), ({"expert__moments": "bf16"}, False), ({"expert__moments": "int8"}, True),
+     ({"runtime__memory_budget": "8GB"}, True)],
+)  # fmt: skip
+def test_a_run_knows_whether_it_may_keep_8_bit_moments(changes, may):
+    assert small.config(**changes).may_keep_int8 == may

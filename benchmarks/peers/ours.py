@@ -76,7 +76,7 @@ class Rows:
 
 def ready(job: Job) -> None:
     """Import what a stage would import before it looks at its memory."""
-    if config(job).runtime.memory_budget:
+    if config(job).may_keep_int8:
         import_int8()
 
 

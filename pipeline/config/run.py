@@ -33,6 +33,11 @@ class Run(Section):
         """Names of the experts, in stack order."""
         raise NotImplementedError
 
+    @property
+    def may_keep_int8(self) -> bool:
+        """Whether a training may keep 8-bit moments: asked for somewhere, or chosen under a budget."""
+        return self.runtime.memory_budget is not None or '"moments":"int8"' in self.model_dump_json()
+
     def items(self, stage: str) -> tuple[str | None, ...]:
         """Return the jobs of a stage by their items: (None,) when it is one job, () when this family has none."""
         raise NotImplementedError
