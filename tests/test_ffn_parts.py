@@ -5,6 +5,7 @@ Nothing here needs a processor with bf16: without one the same arithmetic is slo
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,6 +208,23 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(trained, stage, coor
         assert task.means.checkpointing == again
         found[again] = gradients(task)
     assert all(g.any() for g in found[True].values()) and equal(found[True], found[False])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("stage", ["train_shared", "train_experts alpha"])
+def test_a_compiled_loss_has_the_same_gradients(trained, stage, monkeypatch):
+    """Traced and differentiated as inductor's would be; its own first pass takes a minute (docs/decisions.md)."""
+    compiling = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(ffn_moe.torch, "compile", compiling)
+    name, _, item = stage.partition(" ")
+    found = {}
+    for compiled in (False, True):
+        cfg = small.config(trunk__compile=compiled, expert={"compile": compiled, "init": "fresh"})
+        task = small.MAKERS[name](cfg, trained, *([item] if item else []))
+        assert task.means.compile == compiled
+        found[compiled] = gradients(task)
+    for parameter, plain in found[False].items():
+        torch.testing.assert_close(found[True][parameter], plain, rtol=1e-4, atol=1e-6)
 
 
 def kept_bytes(task) -> int:

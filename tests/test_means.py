@@ -260,7 +260,7 @@ def test_a_fused_step_leaves_no_gradients_and_no_hooks(tmp_path):
     assert equal(values(task), before)
 
 
-# compile is left out: its first pass takes inductor about a minute here; benchmarks/train_speed.py compares losses.
+# compile is in test_ffn_parts.py.
 
 
 def test_moments_in_bf16_are_not_for_a_beta2_that_they_cannot_follow():
