@@ -31,11 +31,11 @@ def work(module, job: Job) -> dict:
         return {"made": module.prepare(job)}
     if job.task == "product":
         return {"flops_per_s": product_flops_per_s(has_bf16())}
-    if hasattr(module, "ready"):
-        module.ready(job)
-    watch = Watch(job.skip, job.device)
     does = {"bundle": "bundle", "open": "open_bundle"}.get(job.task, "train")
     try:
+        if hasattr(module, "ready"):
+            module.ready(job)
+        watch = Watch(job.skip, job.device)
         getattr(module, does)(job, watch)
     except PipelineError as error:  # ours declines what it cannot do within its budget
         return {"refused": str(error)}
