@@ -25,7 +25,7 @@ demo: $(VENV)/runtime.stamp
 	$(RUN) -m pipeline run --config config/demo.yaml $(ARGS)
 
 test: $(VENV)/development.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/development.stamp
 	$(RUN) -m ruff check .

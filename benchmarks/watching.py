@@ -31,6 +31,7 @@ class Watch:
     nats: list[float] = field(default_factory=list)
     extra: dict = field(default_factory=dict)
     peaks: list = field(default_factory=list)
+    highest: int = 0  # bytes; the highest mark any reading found
 
     def __post_init__(self):
         gc.collect()
@@ -57,10 +58,14 @@ class Watch:
         self.reading_s += time.perf_counter() - start_s
 
     def _peak_mb(self, now: dict[str, int]) -> float:
-        """Return the peak: what was allocated on a GPU, else the resident set above the start."""
+        """Return the peak: what was allocated on a GPU, else the resident set above the start.
+
+        The kernel adds up pages per processor and may report a mark somewhat below one it reported before.
+        """
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() / MB
-        return (now["VmHWM"] - self.before["VmRSS"]) / MB
+        self.highest = max(self.highest, now["VmHWM"], now["VmRSS"])
+        return (self.highest - self.before["VmRSS"]) / MB
 
     def clears(self, peak) -> None:
         """Hear of a Peak of the pipeline that may start the same high-water mark again, and remembers what was."""

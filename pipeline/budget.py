@@ -112,6 +112,7 @@ class Peak:
         self._restart()
 
     def _restart(self) -> None:
+        self.since_bytes = 0
         if self.gpu:
             import torch
 
@@ -128,7 +129,9 @@ class Peak:
         return self._above()
 
     def _above(self) -> int:
-        return max(0, _status("VmHWM") - self.start_bytes)
+        """Return the peak here since the last clear; the kernel may report a mark below one it reported before."""
+        self.since_bytes = max(self.since_bytes, _status("VmHWM") - self.start_bytes)
+        return self.since_bytes
 
     def report(self) -> dict[str, float]:
         """Return MB for a manifest: the peak, and how much of what is resident now is mapped files, shared or not."""

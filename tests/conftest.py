@@ -12,7 +12,12 @@ from pathlib import Path
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "MODAL_", "HF_TOKEN"))]:
     del os.environ[name]  # the tests' own account, or none, never the developer's
+for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # what is printed here is compared
+os.umask(0o022)  # so are the modes of files
 os.environ |= {
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -24,6 +29,13 @@ os.environ |= {
 import pytest  # noqa: E402 (after the variables)
 import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
+
+LONGEST = ("test_modal_loopback", "test_backend", "test_modal_vlm", "test_robustness", "test_stages")
+
+
+def pytest_collection_modifyitems(items):
+    """Start the files that take minutes first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import pytest
 from fakes import contents, flip, traces
 
 from pipeline import backend, stages
+from pipeline.__main__ import main
 from pipeline.backend import Local, run_stage
 from pipeline.config import load
 from pipeline.errors import Interrupted, JobsFailed, PipelineError
@@ -61,20 +62,26 @@ class Killer:
 
 
 def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path, monkeypatch):
-    cfg, store, draw = load(finished[0]), Store(store_path).open(), random.Random(7)
-    killer, kills = Killer(monkeypatch), {}
-    for stage in stages.RUN:
-        for _, item, here in stages.jobs(cfg, stage):
-            seconds = Store(finished[1]).manifest(here).made["seconds"]
-            for attempt in range(4):
-                killer.delay_s = draw.uniform(0.0, 0.6 * max(seconds, 0.05)) if attempt < 3 else None
-                if not store.has(here):
-                    failed = Local(store)._work(stage, cfg, [item])
-                    assert attempt < 3 or not failed
-                    assert "SIGKILL" in str(failed[item]) if failed else store.has(here)
-                    kills[stage] = kills.get(stage, 0) + bool(failed)
-    assert sum(kills.values()) >= 20 and min(kills.values()) >= 1, kills
-    assert contents(store_path) == contents(finished[1])
+    cfg, store, draw, killer = load(finished[0]), Store(store_path).open(), random.Random(7), Killer(monkeypatch)
+    jobs = [job for stage in stages.RUN for job in stages.jobs(cfg, stage)]
+    for stage, item, here in jobs:
+        most_s = 0.6 * max(Store(finished[1]).manifest(here).made["seconds"], 0.05)
+        for _ in range(3):
+            most_s = killed(killer, Local(store), cfg, (stage, item, here), draw, most_s)
+        killer.delay_s = None
+        assert not Local(store)._work(stage, cfg, [item])
+    assert len(jobs) == 9 and contents(store_path) == contents(finished[1])
+
+
+def killed(killer, local, cfg, job, draw, most_s: float) -> float:
+    """Kill a job at a random moment; return the latest moment to try, sooner each time that it was done before."""
+    stage, item, here = job
+    killer.delay_s = draw.uniform(0.0, most_s)
+    while not (failed := local._work(stage, cfg, [item])):
+        shutil.rmtree(local.store.folder(here))
+        most_s = killer.delay_s = killer.delay_s / 2
+    assert "SIGKILL" in str(failed[item])
+    return most_s
 
 
 def command(path, store_path, *more, stage="run"):
@@ -82,6 +89,12 @@ def command(path, store_path, *more, stage="run"):
     arguments = [sys.executable, "-m", "pipeline", stage, "--config", path, "--store", store_path, *more]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **both)
+
+
+def typed(capfd, code, *arguments):
+    """Do a command in this process; return what it printed on one line, after a check of its exit code."""
+    assert main([str(argument) for argument in arguments]) == code
+    return " ".join("".join(capfd.readouterr()).split())
 
 
 def ended(process, code=None):
@@ -102,24 +115,26 @@ def checkpoints(store):
 
 def test_a_command_killed_with_all_its_processes(finished, store_path):
     store, draw, kills = Store(store_path), random.Random(3), 0
-    for stage in ("train_shared", "train_experts", "train_router", "train_dense", "evaluate"):
+    for stage in ("train_shared", "train_experts", "evaluate"):
         process = command(finished[0], store_path)
         began = f"artifacts/{stage}-*"
         until(lambda began=began, process=process: list(store.root.glob(began)) or process.poll() is not None)
         time.sleep(draw.uniform(0, 0.2))
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:  # else its number may be another's
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
         process.communicate()
     ended(command(finished[0], store_path), 0)
-    assert kills >= 4 and contents(store_path) == contents(finished[1])
+    assert kills >= 2 and contents(store_path) == contents(finished[1])
 
 
 @pytest.mark.parametrize(("number", "whole_group"), STOPS)
 def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, number, whole_group):
     store = store_with(store_path, finished, "preprocess")
-    process = command(finished[0], store_path, "--override", "runtime.save_every_s=0.02", stage="train_shared")
-    until(checkpoints(store))
-    (os.killpg if whole_group else os.kill)(process.pid, number)
+    process = command(finished[0], store_path, "--override", "runtime.save_every_s=1e-9", stage="train_shared")
+    until(lambda: checkpoints(store)() or process.poll() is not None)
+    if process.poll() is None:
+        (os.killpg if whole_group else os.kill)(process.pid, number)
     text = ended(process)
     here = stages.address(load(finished[0]), "train_shared")
     if process.returncode == 0:
@@ -127,7 +142,7 @@ def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, n
     assert process.returncode == 130
     if not store.has(here):  # else the last step was done when it came
         assert "train_shared: stopped and saved at step" in text and "the same command goes on from there" in text
-    ended(command(finished[0], store_path, stage="train_shared"), 0)
+    run_stage("train_shared", load(finished[0]), Local(store))
     name = f"{here}/trunk.safetensors"
     assert contents(store_path)[name] == contents(finished[1])[name]
 
@@ -224,7 +239,7 @@ def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", ["bit", "manifest", "newer", "file"])
-def test_what_a_person_must_mend_ends_with_2(finished, store_path, how):
+def test_what_a_person_must_mend_ends_with_2(finished, store_path, how, capfd):
     cfg = load(finished[0])
     store = store_with(store_path, finished, "preprocess", "train_shared")
     folder = store.folder(stages.address(cfg, "train_shared"))
@@ -237,7 +252,11 @@ def test_what_a_person_must_mend_ends_with_2(finished, store_path, how):
     else:
         shutil.rmtree(store_path)
         store_path.write_text("mine")
-    text = ended(command(finished[0], store_path, stage="train_experts"), 2)
+    arguments = ["train_experts", "--config", finished[0], "--store", store_path]
+    if how in ("bit", "manifest"):  # found when everything is imported, which costs seconds in a process of its own
+        text = typed(capfd, 2, *arguments)
+    else:
+        text = ended(command(finished[0], store_path, stage="train_experts"), 2)
     wanted = {"bit": f"remove {folder}", "manifest": f"remove {folder}", "newer": "format 99", "file": "--store"}
     assert "error:" in text.lower() or "failed:" in text
     assert wanted[how] in text
@@ -257,24 +276,25 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_keeps_what_is_finished_and_goes_on_after(finished, small_disk):
+def test_a_full_disk_keeps_what_is_finished_and_goes_on_after(finished, small_disk, capfd):
     store_path, seen = small_disk / "store", set()
+    arguments = ["run", "--config", finished[0], "--store", store_path]
     for size_kb in (40, 170, 256):
         subprocess.run(["mount", "-o", f"remount,size={size_kb}k", str(small_disk)], check=True)
-        text = ended(command(finished[0], store_path), 2)
+        text = typed(capfd, 2, *arguments) if size_kb < 256 else ended(command(finished[0], store_path), 2)
         assert ("no room" in text and "MB free" in text) or "cannot be used as a store" in text, text
         kept = {n: s for n, s in contents(store_path).items() if Store(store_path).has(n.split("/")[0])}
         assert kept.items() <= contents(finished[1]).items() and seen <= kept.keys()
         seen = set(kept)
     assert seen
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    ended(command(finished[0], store_path), 0)
+    typed(capfd, 0, *arguments)
     assert contents(store_path) == contents(finished[1])
 
 
-def test_a_store_that_cannot_be_written(finished, small_disk):
+def test_a_store_that_cannot_be_written(finished, small_disk, capfd):
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     store_with(small_disk / "store", finished, "preprocess")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    text = ended(command(finished[0], small_disk / "store", stage="train_shared"), 2)
+    text = typed(capfd, 2, "train_shared", "--config", finished[0], "--store", small_disk / "store")
     assert "Read-only file system" in text and "--store" in text

@@ -308,8 +308,9 @@ def test_online_wandb_without_a_key_never_asks_on_the_terminal(wandb_home):
     try:
         command = [sys.executable, "-c", program, str(wandb_home / "rows")]
         ran = subprocess.run(
-            command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, timeout=30, check=False
-        )
+            command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, stdin=terminal, stdout=terminal, stderr=terminal,
+            timeout=120, check=False,
+        )  # fmt: skip
         shown = os.read(person, 100_000).decode()
     finally:
         os.close(person)

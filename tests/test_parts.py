@@ -13,7 +13,7 @@ from fakes import flip
 from test_prepare import WORDS, bytes_of, config, rows, run
 
 from pipeline.config import Config
-from pipeline.data import corpus, encode, encoding, parts, prepare, survey
+from pipeline.data import corpus, encode, encoding, installed, parts, prepare, survey
 from pipeline.data import rows as sources
 from pipeline.errors import DataError, MissingArtifact
 
@@ -93,10 +93,17 @@ def test_many_text_files_of_fixed_labels_have_too(tmp_path):
     assert_equal(config(tmp_path, data={"files": entries}), tmp_path, (2, 5))
 
 
-@pytest.mark.parametrize("kind", [{}, {"partition": {"by": "clusters", "count": 3}}], ids=["labels", "clusters"])
+KINDS_INSTALLED = {
+    "labels": {"partition": {"domains": ["manual", "licences"]}},
+    "clusters": {"partition": {"by": "clusters", "count": 3}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_INSTALLED.values(), ids=KINDS_INSTALLED)
 def test_installed_text_has_too(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 40_000)
-    raw = {"data": {"megabytes_per_domain": 0.1}, "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1}}
+    monkeypatch.setattr(installed, "DOMAINS", ("manual", "licences"))  # the others walk thousands of files
+    raw = {"data": {"megabytes_per_domain": 0.2}, "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1}}
     assert_equal(Config.model_validate(raw | kind), tmp_path, (5,))
 
 

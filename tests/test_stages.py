@@ -211,7 +211,9 @@ def noisy(request, finished, tmp_path_factory):
     """Path, settings and store of a run up to a router that draws random numbers, in both arithmetics."""
     settings = (*NOISY, f"dtype={request.param}", "runtime.save_every_s=1e-9")
     cfg, store = load(finished[0], settings), Store(tmp_path_factory.mktemp("noisy") / "store").open()
-    for stage in ("preprocess", "train_shared", "train_experts", "train_router"):
+    read = stages.address(cfg, "preprocess")
+    shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
+    for stage in ("train_shared", "train_experts", "train_router"):
         for _, item, _ in stages.jobs(cfg, stage):
             run(stage, cfg, store, item)
     return cfg, store
