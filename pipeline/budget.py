@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LEAST_REUSED_BYTES = 200_000
 
 
@@ -149,10 +149,14 @@ def give_back_at_once() -> None:
     _malloc("mallopt", M_MMAP_THRESHOLD, LEAST_REUSED_BYTES)
 
 
-def reuse_blocks(most_bytes: int) -> None:
-    """Give back what is free now, then reuse blocks of up to that size: faster, and the heap holds more."""
+def reuse_blocks(most_bytes: int, free_end_bytes: int) -> None:
+    """Give back what is free now, then reuse blocks of up to that size: faster, and the heap holds more.
+
+    free_end_bytes: what may be free at the heap's end before it is given back.
+    """
     give_back()
     _malloc("mallopt", M_MMAP_THRESHOLD, most_bytes)
+    _malloc("mallopt", M_TRIM_THRESHOLD, free_end_bytes)
 
 
 def give_back() -> None:

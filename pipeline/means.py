@@ -5,16 +5,18 @@ Every one of them leaves the mathematics as it is; moments and gradients in bf16
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil
 
 from .errors import BudgetError, ConfigError
 
 FAST_TOKENS = 2048  # of a forward pass: more is slower on a processor, as activations leave its caches
-SMALL_CHUNK_LOGITS = 2**20  # of the loss, under a budget
+SMALL_CHUNK_LOGITS = (2**21, 2**20)  # of the loss with one row at a time: 15 and 50 MB less than the usual 2**22
 MOST_REUSED_BYTES, LEAST_REUSED_BYTES = 2**22, 200_000
+FREE_END_BYTES, LEAST_FREE_END_BYTES = 48_000_000, 128_000  # of the heap: what goes back is asked for again soon
 CLOSE = 0.97  # share of the budget at which the micro-batch is halved
+DOUBT = 1.25  # times what a row is predicted to take
 MOST_BETA2 = 0.99  # for moments in bf16: beyond it a step changes the second one by less than bf16 can hold
 
 
@@ -33,11 +35,17 @@ class Means:
     trim: bool = False  # after each forward and backward pass smaller ones do
     whole: bool = False  # a batch must run in one piece
     budget_bytes: int | None = None
+    more_bytes: int = field(default=0, compare=False)  # predicted for one more row
 
     @property
     def tidy(self) -> bool:
         """Whether the allocator keeps next to nothing for itself."""
         return self.reuse_bytes < MOST_REUSED_BYTES
+
+    @property
+    def free_end_bytes(self) -> int:
+        """How much may be free at the heap's end before it goes back to the system."""
+        return LEAST_FREE_END_BYTES if self.tidy else FREE_END_BYTES
 
     @property
     def words(self) -> str:
@@ -103,12 +111,17 @@ def choose(
     tried = list(_thriftier(opts, start, sizes, again, row_bytes))
     for means in tried:
         if predict(means) <= budget_bytes:
-            return means
+            return replace(means, more_bytes=_more_bytes(means, predict))
     least = min(map(predict, tried))
     raise BudgetError(
         f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest that works is "
         f"{ceil(least / 1e6)}MB ({min(tried, key=predict).words})"
     )
+
+
+def _more_bytes(means: Means, predict: Callable[[Means], int]) -> int:
+    more = means.micro_batch_sequences - 1
+    return max(0, predict(means) - predict(replace(means, micro_batch_sequences=1))) // more if more else 0
 
 
 def _halves(size: int) -> list[int]:
@@ -123,17 +136,25 @@ def _thriftier(opts, first: Means, sizes: list[int], again: list[bool], row_byte
     rungs = [(False, MOST_REUSED_BYTES, False), (False, LEAST_REUSED_BYTES, False), (True, small, True)]
     rungs += [(True, LEAST_REUSED_BYTES, False)]
     usable = [rung for rung in rungs if rung[0] in again]
-    for (checkpointing, reuse_bytes, trim), (moments, gradients), size in product(usable, kinds, sizes):
-        yield replace(
-            first,
-            micro_batch_sequences=size,
-            moments=opts.moments or moments,
-            gradients=opts.gradients or gradients,
-            checkpointing=checkpointing,
-            reuse_bytes=max(LEAST_REUSED_BYTES, min(MOST_REUSED_BYTES, reuse_bytes * (size if trim else 1))),
-            trim=trim,
-            chunk_logits=SMALL_CHUNK_LOGITS if size == 1 else first.chunk_logits,
-        )
+    for (checkpointing, reuse_bytes, trim), (moments, gradients) in product(usable, kinds):
+        for size, chunk_logits in _pieces(sizes, first.chunk_logits, lean=reuse_bytes < MOST_REUSED_BYTES):
+            yield replace(
+                first,
+                micro_batch_sequences=size,
+                moments=opts.moments or moments,
+                gradients=opts.gradients or gradients,
+                checkpointing=checkpointing,
+                reuse_bytes=max(LEAST_REUSED_BYTES, min(MOST_REUSED_BYTES, reuse_bytes * (size if trim else 1))),
+                trim=trim,
+                chunk_logits=chunk_logits,
+            )
+
+
+def _pieces(sizes: list[int], chunk_logits: int, lean: bool) -> Iterator[tuple[int, int]]:
+    """Yield rows of a pass with logits of a chunk; a lean heap has no room for more than the smallest chunk."""
+    for size in sizes:
+        chunks = [chunk_logits] if size > 1 else SMALL_CHUNK_LOGITS[-1:] if lean else SMALL_CHUNK_LOGITS
+        yield from ((size, chunk) for chunk in chunks)
 
 
 def has_int8() -> bool:
@@ -189,6 +210,8 @@ class Guard:
             )
         elif size == run.micro < run.most:
             grown = min(2 * size, run.most)
-            per_row = max(0, now - self.before_bytes) / size
+            per_row = max(0, now - self.before_bytes) / size  # at most: gradients and moments came with the first row
+            if self.means.more_bytes:
+                per_row = min(per_row, DOUBT * self.means.more_bytes)
             if now + (grown - size) * per_row <= CLOSE * budget_bytes:
                 run.micro = grown

@@ -127,7 +127,7 @@ def fit(task: Task, place: Place) -> dict:
     buffers = gradients_in(task.parameters.values(), KINDS[means.gradients], means.fuse_optimizer)
     stepping = closing(_Fused(optimizer)) if means.fuse_optimizer else nullcontext()
     with _asked_to_stop() as stop, buffers, stepping as fused:
-        reuse_blocks(means.reuse_bytes)
+        reuse_blocks(means.reuse_bytes, means.free_end_bytes)
         while True:
             if _due(run.step, task.steps, opts.eval_every_steps) and run.evaluated_step < run.step and task.validate:
                 valid_nats = task.validate()

@@ -16,7 +16,7 @@ from fakes import Killed, dying, equal, place, small_task, values
 from pipeline import budget
 from pipeline.budget import Peak, fastest_threads
 from pipeline.checkpoint import Progress
-from pipeline.means import Guard, Means
+from pipeline.means import LEAST_FREE_END_BYTES, Guard, Means
 from pipeline.train import fit
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ needs_glibc = pytest.mark.skipif(os.confstr_names.get("CS_GNU_LIBC_VERSION") is 
 def _quick(monkeypatch):
     """Leave out what costs time and decides nothing here, and what would stay in this process."""
     monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
-    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda _most: None)
+    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda *_bytes: None)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -171,8 +171,8 @@ print(rss() - start)
     [
         ("", False),
         ("budget.give_back_at_once()", True),
-        ("budget.give_back_at_once(); budget.reuse_blocks(2**22)", False),
-        ("budget.reuse_blocks(900_000)", True),
+        ("budget.give_back_at_once(); budget.reuse_blocks(2**22, 10**8)", False),
+        ("budget.reuse_blocks(900_000, 128_000)", True),
     ],
 )
 def test_freed_blocks_go_back_where_that_was_asked_for(calls, given_back):
@@ -182,10 +182,28 @@ def test_freed_blocks_go_back_where_that_was_asked_for(calls, given_back):
     assert 26 * MB < held < 34 * MB  # after all was asked for
 
 
+HEAP_END = """
+from pipeline import budget
+budget.reuse_blocks(2**22, {})
+blocks = [bytearray(b"x") * 1_000_000 for _ in range(60)]
+full = budget._status("VmRSS")
+del blocks
+print(full - budget._status("VmRSS"))
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize(("free_end_bytes", "kept"), [(128_000, False), (100_000_000, True)])
+def test_the_end_of_the_heap_is_kept_up_to_what_was_asked_for(free_end_bytes, kept):
+    program = HEAP_END.format(free_end_bytes)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
+    assert int(run.stdout) < 4 * MB if kept else int(run.stdout) > 50 * MB
+
+
 def test_another_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(budget.ctypes, "CDLL", lambda _name: object())
     budget.give_back_at_once()
-    budget.reuse_blocks(2**22)
+    budget.reuse_blocks(2**22, 10**8)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +319,15 @@ def test_rows_grow_no_further_than_the_budget_by_what_was_measured():
     assert steps(*guarded(500 * MB, notes=notes)) == [[1] * 16, [1] * 16]  # one row is the least
 
 
+def test_moments_that_came_with_the_first_row_do_not_come_with_the_next():
+    for more_bytes, first in ((0, [1] * 16), (5 * MB, [1, 2, 4, 4, 4, 1])):
+        guard, peak = guarded(5 * MB, more_bytes=more_bytes)
+        peak.start += 50 * MB
+        assert steps(guard, peak)[0] == first
+    guard, peak = guarded(5 * MB, more_bytes=100 * MB)
+    assert steps(guard, peak) == [[1, 2, 4, 8, 1], [8, 8]]  # measured to be less
+
+
 def test_what_loading_reached_says_nothing_of_a_row():
     peak = Modelled(10 * MB)
     peak.passed(50)
@@ -389,10 +416,12 @@ def test_a_run_that_was_killed_splits_its_batches_as_the_undisturbed_one(tmp_pat
 @pytest.mark.parametrize("trim", [True, False])
 def test_the_allocator_is_told_what_the_means_say(tmp_path, monkeypatch, trim):
     reused, given = [], []
-    monkeypatch.setattr("pipeline.train.reuse_blocks", reused.append)
+    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda *bytes_: reused.append(bytes_))
     monkeypatch.setattr("pipeline.train.give_back", lambda: given.append(1))
     fit(replace(small_task(steps=2), means=Means(2, reuse_bytes=300_000, trim=trim)), place(tmp_path))
-    assert reused == [300_000] and len(given) == (2 * 4 * 2 if trim else 0)  # forward and backward
+    assert reused == [(300_000, LEAST_FREE_END_BYTES)] and len(given) == (
+        2 * 4 * 2 if trim else 0
+    )  # forward and backward
 
 
 @pytest.mark.parametrize(("per_row", "rows", "means"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole": True})])
