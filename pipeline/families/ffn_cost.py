@@ -144,4 +144,5 @@ def _passing(shape: Shape, plan: Means, unit: int, trains: str, active: int) -> 
         return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES
     if plan.tidy:
         return in_use + (layer + inner) * plan.trim
-    return in_use + HEAP_BYTES + in_heap * min(held, MOST_FRAGMENTS_BYTES)
+    again = layer / 2 if plan.checkpointing else 0  # holes where a layer was computed again
+    return in_use + HEAP_BYTES + again + in_heap * min(held, MOST_FRAGMENTS_BYTES)
