@@ -147,5 +147,5 @@ async def no_such_address(request: Request, error: HTTPException) -> JSONRespons
 
 
 async def failed(_request: Request, _cause: Exception) -> JSONResponse:
-    """Return the answer to a request at which the server itself failed."""
-    return _error(500, "the server failed at this request; its log tells more")
+    """Return the answer to a request at which the server itself failed; the connection ends, as uvicorn closes it."""
+    return _error(500, "the server failed at this request; its log tells more", headers={"Connection": "close"})
