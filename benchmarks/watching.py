@@ -31,7 +31,7 @@ class Watch:
     nats: list[float] = field(default_factory=list)
     extra: dict = field(default_factory=dict)
     peaks: list = field(default_factory=list)
-    highest: int = 0  # bytes; the highest mark any reading found
+    highest_bytes: int = 0  # mark that any reading found
 
     def __post_init__(self):
         gc.collect()
@@ -64,8 +64,8 @@ class Watch:
         """
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() / MB
-        self.highest = max(self.highest, now["VmHWM"], now["VmRSS"])
-        return (self.highest - self.before["VmRSS"]) / MB
+        self.highest_bytes = max(self.highest_bytes, now["VmHWM"], now["VmRSS"])
+        return (self.highest_bytes - self.before["VmRSS"]) / MB
 
     def clears(self, peak) -> None:
         """Hear of a Peak of the pipeline that may start the same high-water mark again, and remembers what was."""
