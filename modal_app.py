@@ -1,8 +1,10 @@
-"""The pipeline on Modal: image, volume, secrets, a function per stage, the endpoint; what they do is in pipeline/.
+"""The pipeline on Modal: image, volume, secrets, a function per stage, the endpoint; what they do
+is in pipeline/.
 
-`modal run modal_app.py::train_experts --config config/demo.yaml` does a stage, `::run_all` all of them, `modal deploy
-modal_app.py` serves the bundle that `::deploy` made last. What is typed is checked on this machine first; the rest is
-in the hands of `conduct`, so that with `modal run --detach` a closed laptop stops nothing.
+`modal run modal_app.py::train_experts --config config/demo.yaml` does a stage, `::run_all` all of
+them, `modal deploy modal_app.py` serves the bundle that `::deploy` made last. What is typed is
+checked on this machine first; the rest is in the hands of `conduct`, so that with `modal run
+--detach` a closed laptop stops nothing.
 """
 
 import os
@@ -15,16 +17,19 @@ import modal
 from rich.console import Console
 
 from pipeline import cloud
-from pipeline.config import Config, Run, load, parse
-from pipeline.config.machines import Machine, Trainer, Worker
+from pipeline.config.machines import MachineConfig, TrainerConfig, WorkerConfig
+from pipeline.config.run import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.stages import RUN
-from pipeline.store import Store
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.load import load, parse
+from pipeline.run.stages import RUN
+from pipeline.store.artifacts import Store
 
 HERE = Path(__file__).parent
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
 DAY_S = 86_400
-LOADING_S = 900  # until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
+# until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
+LOADING_S = 900
 SECRETS = {  # purpose -> what it has to hold
     "wandb": ["WANDB_API_KEY"],
     "hub": ["HF_TOKEN"],
@@ -33,10 +38,11 @@ SECRETS = {  # purpose -> what it has to hold
 }
 
 
-def _asked_for() -> Run:
-    """Return the configuration that the command is about; inside a container what it says is settled already."""
+def _asked_for() -> RunConfig:
+    """Return the configuration that the command is about; inside a container what it says is
+    settled already."""
     if not modal.is_local():
-        return Config()
+        return FfnMoeConfig()
     sys.stdout.write(cloud.explain(sys.argv))
     try:
         cfg = cloud.announced(sys.argv, os.environ)
@@ -47,7 +53,8 @@ def _asked_for() -> Run:
 
 
 def _secret_names() -> dict[str, str]:
-    """Return {purpose: name} of the secrets to use; a container is told by a variable, to build the same objects."""
+    """Return {purpose: name} of the secrets to use; a container is told by a variable, to build the
+    same objects."""
     if not modal.is_local():
         return dict(pair.split("=") for pair in os.environ.get("MOLEFORGE_SECRETS", "").split())
     named = {purpose: getattr(CFG.modal, f"{purpose}_secret") for purpose in SECRETS}
@@ -62,8 +69,10 @@ def _secret(purpose: str, name: str) -> modal.Secret:
             secret.hydrate()
         except modal.exception.Error as error:
             pairs = " ".join(f"{key}=..." for key in SECRETS[purpose])
-            sys.exit(f"error: modal.{purpose}_secret: {error}; make it with `modal secret create {name} {pairs}`, or "
-                     f"set modal.{purpose}_secret to null")  # fmt: skip
+            sys.exit(
+                f"error: modal.{purpose}_secret: {error}; make it with `modal secret create {name} {pairs}`, or "
+                f"set modal.{purpose}_secret to null"
+            )
     return secret
 
 
@@ -76,7 +85,9 @@ ENV = {
 }
 
 app = modal.App("moleforge")
-volume = modal.Volume.from_name("moleforge", create_if_missing=True, version=2)  # 2: many containers write at once
+volume = modal.Volume.from_name(
+    "moleforge", create_if_missing=True, version=2
+)  # 2: many containers write at once
 secrets = {purpose: _secret(purpose, name) for purpose, name in NAMES.items()}
 image = (
     modal.Image.debian_slim(python_version="3.12")
@@ -85,8 +96,9 @@ image = (
 )
 
 
-def _container(machine: Machine, *purposes: str) -> dict:
-    """Return what a decorator needs for a container of that machine with the secrets for those purposes."""
+def _container(machine: MachineConfig, *purposes: str) -> dict:
+    """Return what a decorator needs for a container of that machine with the secrets for those
+    purposes."""
     return {
         "image": image,
         "volumes": {VOLUME: volume},
@@ -99,75 +111,82 @@ def _container(machine: Machine, *purposes: str) -> dict:
     }
 
 
-def _job(machine: Trainer | Worker, *purposes: str) -> dict:
-    """Return what a decorator needs for a job: a container of its own, tried again after a crash or a timeout."""
+def _job(machine: TrainerConfig | WorkerConfig, *purposes: str) -> dict:
+    """Return what a decorator needs for a job: a container of its own, tried again after a crash or
+    a timeout."""
     return _container(machine, *purposes) | {
-        "retries": modal.Retries(max_retries=machine.retries, initial_delay=1.0, backoff_coefficient=2.0),
+        "retries": modal.Retries(
+            max_retries=machine.retries, initial_delay=1.0, backoff_coefficient=2.0
+        ),
         "single_use_containers": True,
         "max_containers": max(1, CFG.modal.max_gpus // cloud.most_gpus(machine)),
     }
 
 
-def _work(stage: str, raw: dict, items: list) -> list[cloud.Outcome]:
+def _work(stage: str, raw: dict, items: list) -> list[cloud.JobResult]:
     return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload)
 
 
 @app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
-def preprocess_job(items: list, raw: dict) -> list[cloud.Outcome]:
-    """Read the data and make what trainings read: token shards, or rows and pictures of the tasks named in items."""
+def preprocess_job(items: list, raw: dict) -> list[cloud.JobResult]:
+    """Read the data and make what trainings read: token shards, or rows and pictures of the tasks
+    named in items."""
     return _work("preprocess", raw, items)
 
 
 @app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
-def preprocess_survey_job(items: list, raw: dict) -> list[cloud.Outcome]:
-    """Read documents, make the tokenizer and domains, divide what is left of preprocess among containers."""
+def preprocess_survey_job(items: list, raw: dict) -> list[cloud.JobResult]:
+    """Read documents, make the tokenizer and domains, divide what is left of preprocess among
+    containers."""
     return _work("preprocess_survey", raw, items)
 
 
-@app.function(**_job(CFG.modal.preprocess, "hub", "storage") | {"max_containers": CFG.modal.preprocess_jobs})
-def preprocess_part_job(items: list, raw: dict) -> list[cloud.Outcome]:
+@app.function(
+    **_job(CFG.modal.preprocess, "hub", "storage") | {"max_containers": CFG.modal.preprocess_jobs}
+)
+def preprocess_part_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Make the token shards of one part of the documents, which preprocess then puts together."""
     return _work("preprocess_part", raw, items)
 
 
 @app.function(**_job(CFG.modal.train_shared, "wandb", "hub"))
-def train_shared_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def train_shared_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Train the trunk, or pin the base."""
     return _work("train_shared", raw, items)
 
 
 @app.function(**_job(CFG.modal.train_experts, "wandb", "hub"))
-def train_experts_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def train_experts_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Train the experts named in items, one after another."""
     return _work("train_experts", raw, items)
 
 
 @app.function(**_job(CFG.modal.routing, "hub", "storage"))
-def routing_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def routing_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Make the routing set."""
     return _work("routing", raw, items)
 
 
 @app.function(**_job(CFG.modal.train_router, "wandb", "hub"))
-def train_router_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def train_router_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Fit and train the router."""
     return _work("train_router", raw, items)
 
 
 @app.function(**_job(CFG.modal.train_dense, "wandb"))
-def train_dense_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def train_dense_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Train the dense baselines named in items, one after another."""
     return _work("train_dense", raw, items)
 
 
 @app.function(**_job(CFG.modal.evaluate, "hub"))
-def evaluate_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def evaluate_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Measure the stack and write the report."""
     return _work("evaluate", raw, items)
 
 
 @app.function(**_job(CFG.modal.deploy, "hub", "storage"))
-def deploy_job(items: list, raw: dict) -> list[cloud.Outcome]:
+def deploy_job(items: list, raw: dict) -> list[cloud.JobResult]:
     """Make the bundle."""
     return _work("deploy", raw, items)
 
@@ -187,16 +206,28 @@ JOBS = {
 
 
 # A conductor that was preempted would hand out again what its containers are still doing.
-@app.function(image=image, volumes={VOLUME: volume}, env=ENV, cpu=0.5, memory=1024, timeout=DAY_S, nonpreemptible=True)
-def conduct(raw: dict, stages: list[str], sequential: bool, command: str) -> list[cloud.Outcome]:
+@app.function(
+    image=image,
+    volumes={VOLUME: volume},
+    env=ENV,
+    cpu=0.5,
+    memory=1024,
+    timeout=DAY_S,
+    nonpreemptible=True,
+)
+def conduct(raw: dict, stages: list[str], sequential: bool, command: str) -> list[cloud.JobResult]:
     """Hand out the jobs of stages in order; runs to its end whether or not anybody listens."""
 
     def do(stage: str, items: list):
         batches = [items] if sequential else [[item] for item in items]
-        return zip(batches, JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True), strict=True)
+        return zip(
+            batches,
+            JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True),
+            strict=True,
+        )
 
     store = Store(Path(VOLUME), refresh=volume.reload)
-    outcomes = cloud.conduct(parse(raw), tuple(stages), store, do, command)
+    outcomes = cloud.orchestrate(parse(raw), tuple(stages), store, do, command)
     cloud.serve_next(outcomes, Path(VOLUME), volume.commit)
     return outcomes
 
@@ -217,7 +248,9 @@ class Endpoint:
         from pipeline.serve import app as serving
 
         volume.reload()
-        self.served = serving.create(cloud.served(Path(VOLUME)), os.environ.get("MOLEFORGE_API_KEY"))
+        self.served = serving.create(
+            cloud.served(Path(VOLUME)), os.environ.get("MOLEFORGE_API_KEY")
+        )
 
     @modal.asgi_app()
     def web(self):
@@ -251,8 +284,8 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
         cfg = load(config, cloud.overrides(override))
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)
-            lines = cloud.outlook(cfg, stages, mirror, prices)
-            cloud.show_outlook(cfg, lines, prices, sequential, console)
+            lines = cloud.estimate(cfg, stages, mirror, prices)
+            cloud.show_estimate(cfg, lines, prices, sequential, console)
             cloud.refuse_without_inputs(cfg, stages, mirror)
             cloud.refuse_above(cfg, lines)
     except PipelineError as error:
@@ -261,8 +294,10 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     try:
         outcomes = conduct.spawn(cfg.model_dump(mode="json"), list(stages), sequential, typed).get()
     except modal.exception.Error as error:  # a day is over, or the line is down
-        sys.exit(f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done by: {typed}")
-    cloud.show_outcomes(outcomes, console)
+        sys.exit(
+            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done by: {typed}"
+        )
+    cloud.show_results(outcomes, console)
     cloud.show_report(outcomes, _read, console)
     if any(outcome.error for outcome in outcomes):
         sys.exit(1)
@@ -276,7 +311,8 @@ def preprocess(config: str = cloud.DEFAULT, override: str = "", sequential: bool
 
 @app.local_entrypoint()
 def train_shared(config: str = cloud.DEFAULT, override: str = ""):
-    """Do train_shared on Modal, and preprocess before it where it is missing: the first command of a run works."""
+    """Do train_shared on Modal, and preprocess before it where it is missing: the first command of
+    a run works."""
     _command(("preprocess", "train_shared"), config, override)
 
 

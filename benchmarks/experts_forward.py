@@ -1,10 +1,11 @@
-"""Compare top-k of several experts with one dense network of as many active parameters, and with transformers' own.
+"""Compare top-k of several experts with one dense network of as many active parameters, and with
+transformers' own.
 
-    python -m benchmarks.experts_forward --out benchmarks/experts_forward_epyc_2026-11-20.md
+python -m benchmarks.experts_forward --out benchmarks/experts_forward_epyc_2026-11-20.md
 
-One layer's forward pass without gradients. All experts' products must be equal; then contenders take turns, each round
-in another order, and the claim is the median of the rounds' ratios. The exit status is 1 when one is above the target.
-The CUDA path has not been run yet.
+One layer's forward pass without gradients. All experts' products must be equal; then contenders
+take turns, each round in another order, and the claim is the median of the rounds' ratios. The exit
+status is 1 when one is above the target. The CUDA path has not been run yet.
 
 N tokens, D model width, F feed-forward width, E experts, K experts per token.
 """
@@ -24,9 +25,8 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from pipeline.model.experts import Expert, fresh, mix
-
-from .measuring import device_here, finish, hardware, say, spread, table
+from benchmarks.measuring import device_here, finish, hardware, progress, spread, table
+from pipeline.model.experts import Expert, mix, reinit_like
 
 TARGET = 1.25  # times the dense network's time
 OURS, DENSE = "ours", "dense"
@@ -36,7 +36,10 @@ PLACES = {"cpu": "CPU", "cuda": "GPU"}
 KINDS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NEAR = {"bf16": 0.02, "fp32": 1e-5}  # of the norm, between two ways to compute the same
 LOADS = ("even", "skewed")
-SHAPES = {"cpu": ["512x1368", "1024x2816"], "cuda": ["512x1368", "1024x2816", "2048x5632", "4096x14336"]}
+SHAPES = {
+    "cpu": ["512x1368", "1024x2816"],
+    "cuda": ["512x1368", "1024x2816", "2048x5632", "4096x14336"],
+}
 LEAST_S = 0.05  # of a turn: shorter passes are repeated
 
 
@@ -75,14 +78,23 @@ def main(argv: list[str] | None = None) -> int:
             common = (args.tokens, args.experts, args.top_k, device, args.dtype)
             part, kept = compared([Case(*sizes, load, *common) for load in LOADS], args.rounds)
             text, reached = text + part, reached and kept
-    clock = "the time of the process on the core" if args.threads == 1 else "by the clock on the wall"
+    clock = (
+        "the time of the process on the core" if args.threads == 1 else "by the clock on the wall"
+    )
     ending = (
         f"{hardware(args.threads, ('torch', 'transformers'), gpu='cuda' in args.devices)}. Weights and x in "
         f"{args.dtype}, weights of the choices in fp32 for ours and in {args.dtype} for the peers, as their routers "
         f"give them. CPU milliseconds are {clock}. A load above the number of threads means that other programs used "
         "the cores and their caches meanwhile: it slows all contenders of a round, so read ratios and their spread."
     )
-    finish(args, "experts_forward", "Experts forward beside one dense network", text.rstrip() + "\n", NOTES, ending)
+    finish(
+        args,
+        "experts_forward",
+        "Experts forward beside one dense network",
+        text.rstrip() + "\n",
+        NOTES,
+        ending,
+    )
     return int(not reached)
 
 
@@ -93,7 +105,8 @@ and get the same choices; they are called without their gate, as ours is. GFLOP/
 
 
 def compared(cases: Sequence[Case], rounds: int) -> tuple[str, bool]:
-    """Return a table and a verdict per case, and whether ours is near the dense network in all of them."""
+    """Return a table and a verdict per case, and whether ours is near the dense network in all of
+    them."""
     text, reached = "", True
     for case in cases:
         index_NK = choices(case)
@@ -115,7 +128,9 @@ def compared(cases: Sequence[Case], rounds: int) -> tuple[str, bool]:
 def choices(case: Case) -> torch.Tensor:
     """Return index_NK, K different experts for each token."""
     torch.manual_seed(0)
-    chance_E = torch.ones(case.experts) if case.load == "even" else 1 / torch.arange(1.0, case.experts + 1)
+    chance_E = (
+        torch.ones(case.experts) if case.load == "even" else 1 / torch.arange(1.0, case.experts + 1)
+    )
     return torch.multinomial(chance_E.expand(case.tokens, -1), case.top_k).to(case.device)
 
 
@@ -127,7 +142,7 @@ def contenders(case: Case, index_NK: torch.Tensor) -> dict[str, Callable[[], tor
     torch.manual_seed(1)
     dtype = KINDS[case.dtype]
     experts = drawn(case)
-    wide = fresh(experts[0], case.d_ff * case.top_k).to(case.device, dtype)
+    wide = reinit_like(experts[0], case.d_ff * case.top_k).to(case.device, dtype)
     x_ND = torch.randn(case.tokens, case.d_model).to(case.device, dtype)
     weight_NK = torch.rand(case.tokens, case.top_k).softmax(-1).to(case.device)
     ways = {DENSE: lambda: wide(0, x_ND), OURS: lambda: mix(experts, 0, x_ND, index_NK, weight_NK)}
@@ -139,7 +154,9 @@ def contenders(case: Case, index_NK: torch.Tensor) -> dict[str, Callable[[], tor
         for name in (OURS, *PEERS):
             far = ((ways[name]().float() - wanted_ND).norm() / wanted_ND.norm()).item()
             if not far <= NEAR[case.dtype]:
-                raise SystemExit(f"{case.words}: {name} is {far:.2g} of the norm away from a loop over the experts")
+                raise SystemExit(
+                    f"{case.words}: {name} is {far:.2g} of the norm away from a loop over the experts"
+                )
     return ways
 
 
@@ -148,7 +165,7 @@ def drawn(case: Case) -> list[Expert]:
     config = Qwen3Config(hidden_size=case.d_model, intermediate_size=case.d_ff)
     with torch.device("meta"):
         like = Expert([Qwen3MLP(config)])
-    return [fresh(like).to(case.device, KINDS[case.dtype]) for _ in range(case.experts)]
+    return [reinit_like(like).to(case.device, KINDS[case.dtype]) for _ in range(case.experts)]
 
 
 def stacked(experts: Sequence[Expert], implementation: str) -> Qwen3MoeExperts:
@@ -156,14 +173,18 @@ def stacked(experts: Sequence[Expert], implementation: str) -> Qwen3MoeExperts:
     nets = [expert.layers[0] for expert in experts]
     like = nets[0].config
     config = Qwen3MoeConfig(
-        hidden_size=like.hidden_size, moe_intermediate_size=like.intermediate_size, num_experts=len(experts)
+        hidden_size=like.hidden_size,
+        moe_intermediate_size=like.intermediate_size,
+        num_experts=len(experts),
     )
     config._experts_implementation = implementation
     with torch.device("meta"):
         made = Qwen3MoeExperts(config)
     both = [torch.cat([net.gate_proj.weight, net.up_proj.weight]).detach() for net in nets]
     made.gate_up_proj = torch.nn.Parameter(torch.stack(both))
-    made.down_proj = torch.nn.Parameter(torch.stack([net.down_proj.weight.detach() for net in nets]))
+    made.down_proj = torch.nn.Parameter(
+        torch.stack([net.down_proj.weight.detach() for net in nets])
+    )
     return made
 
 
@@ -178,23 +199,31 @@ def looped(
     return y_ND
 
 
-def measured(case: Case, ways: dict[str, Callable[[], torch.Tensor]], rounds: int) -> list[dict[str, float]]:
+def measured(
+    case: Case, ways: dict[str, Callable[[], torch.Tensor]], rounds: int
+) -> list[dict[str, float]]:
     """Return seconds of a pass by contender and round, after a round that is thrown away."""
     out, order, calls = [], list(ways), 1
     for turn in range(rounds + 1):
         turns = order[turn % len(order) :] + order[: turn % len(order)]
         found = {name: _seconds(ways[name], calls, case.device) for name in turns}
         calls = calls if turn else ceil(LEAST_S / min(found.values()))
-        say(f"{case.words}, round {turn} of {rounds}: " + ", ".join(f"{n} {found[n] * 1e3:.2f} ms" for n in order))
+        progress(
+            f"{case.words}, round {turn} of {rounds}: "
+            + ", ".join(f"{n} {found[n] * 1e3:.2f} ms" for n in order)
+        )
         out.append(found)
     return out[1:]
 
 
 @torch.no_grad()
 def _seconds(way: Callable[[], torch.Tensor], calls: int, device: str) -> float:
-    """Return seconds of a pass: of one processor thread its own time, which others on the core do not add to."""
+    """Return seconds of a pass: of one processor thread its own time, which others on the core do
+    not add to."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    )
     wait()
     start = clock()
     for _ in range(calls):
@@ -206,33 +235,55 @@ def _seconds(way: Callable[[], torch.Tensor], calls: int, device: str) -> float:
 def _table(case: Case, rounds: list[dict[str, float]]) -> str:
     rows = [
         [
-            WORDS.get(name, name), spread([r[name] * 1e3 for r in rounds], 2),
+            WORDS.get(name, name),
+            spread([r[name] * 1e3 for r in rounds], 2),
             spread([r[name] / r[DENSE] for r in rounds], 2),
             f"{case.flops / statistics.median(r[name] for r in rounds) / 1e9:,.0f}",
         ]
         for name in (DENSE, OURS, *PEERS)
-    ]  # fmt: skip
+    ]
     return table(["contender", "ms", "times the dense network's", "GFLOP/s"], rows)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Example, seconds: --shapes 64x128 --tokens 256 --rounds 3"
+        description=__doc__.splitlines()[0],
+        epilog="Example, seconds: --shapes 64x128 --tokens 256 --rounds 3",
     )
-    made.add_argument("--devices", type=device_here, nargs="+", choices=SHAPES,
-                      help="(default: the processor, and a GPU that is there)")  # fmt: skip
-    made.add_argument("--shapes", nargs="+", metavar="DxF", help="model and feed-forward width (default: "
-                      f"{', '.join(SHAPES['cpu'])}; on a GPU also {', '.join(SHAPES['cuda'][2:])})")  # fmt: skip
+    made.add_argument(
+        "--devices",
+        type=device_here,
+        nargs="+",
+        choices=SHAPES,
+        help="(default: the processor, and a GPU that is there)",
+    )
+    made.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="DxF",
+        help="model and feed-forward width (default: "
+        f"{', '.join(SHAPES['cpu'])}; on a GPU also {', '.join(SHAPES['cuda'][2:])})",
+    )
     made.add_argument("--tokens", type=int, default=4096, help="in the pass (default: %(default)s)")
     made.add_argument("--experts", type=int, default=8, help="of the layer (default: %(default)s)")
-    made.add_argument("--top-k", type=int, default=2, help="experts per token (default: %(default)s)")
-    made.add_argument("--dtype", choices=KINDS, default="bf16", help="of weights and input (default: %(default)s)")
+    made.add_argument(
+        "--top-k", type=int, default=2, help="experts per token (default: %(default)s)"
+    )
+    made.add_argument(
+        "--dtype", choices=KINDS, default="bf16", help="of weights and input (default: %(default)s)"
+    )
     made.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
-    made.add_argument("--threads", type=int, default=1, help="of the processor (default: %(default)s)")
-    made.add_argument("--out", type=Path, metavar="FILE.md", help="also write the dated result here")
+    made.add_argument(
+        "--threads", type=int, default=1, help="of the processor (default: %(default)s)"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="also write the dated result here"
+    )
     args = made.parse_args(argv)
     args.devices = args.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    strange = [shape for shape in args.shapes or [] if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)]
+    strange = [
+        shape for shape in args.shapes or [] if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)
+    ]
     if strange:
         made.error(f"--shapes takes two numbers, as 512x1368, not {strange[0]}")
     if min(args.tokens, args.rounds, args.threads) < 1 or not 1 <= args.top_k <= args.experts:

@@ -1,11 +1,12 @@
-"""Kills a whole run with SIGKILL, all of its processes at once, at random moments, and compares what it leaves.
+"""Kills a whole run with SIGKILL, all of its processes at once, at random moments, and compares
+what it leaves.
 
-    python -m benchmarks.kill --config config/demo.yaml --kills 20
+python -m benchmarks.kill --config config/demo.yaml --kills 20
 
-The run is done once undisturbed; then again in a new store, killed, and started again by the same command
-until the kills, spread over all its jobs, are spent. Every file of every artifact must have the same sha256,
-less those that hold seconds.
-Prints where the kills fell and writes benchmarks/kill_<cpu>_<date>.md. Fails when one byte differs.
+The run is done once undisturbed; then again in a new store, killed, and started again by the same
+command until the kills, spread over all its jobs, are spent. Every file of every artifact must have
+the same sha256, less those that hold seconds. Prints where the kills fell and writes
+benchmarks/kill_<cpu>_<date>.md. Fails when one byte differs.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline.budget import cores, cpu_name
-from pipeline.stages import STAGES
+from pipeline.hardware import cores, cpu_name
+from pipeline.run.stages import STAGES
 
 TIMED = {"manifest.json", "report.json", "report.html"}
 LIMIT_S = 3600  # for one command
@@ -30,9 +31,13 @@ LIMIT_S = 3600  # for one command
 
 def main() -> None:
     """Do both runs and write the table."""
-    parser = argparse.ArgumentParser(description="Kill a run at random moments and compare the result.")
+    parser = argparse.ArgumentParser(
+        description="Kill a run at random moments and compare the result."
+    )
     parser.add_argument("--config", type=Path, default=Path("config/demo.yaml"))
-    parser.add_argument("--override", action="append", default=["runtime.save_every_s=1"], metavar="A.B=VALUE")
+    parser.add_argument(
+        "--override", action="append", default=["runtime.save_every_s=1"], metavar="A.B=VALUE"
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
@@ -40,7 +45,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         finish(start(args, whole))
-        seconds = sum(json.loads(p.read_text("utf-8"))["made"]["seconds"] for p in whole.glob("*/*/manifest.json"))
+        seconds = sum(
+            json.loads(p.read_text("utf-8"))["made"]["seconds"]
+            for p in whole.glob("*/*/manifest.json")
+        )
         fell = kill(args, killed, aim(whole, args.kills))
         finish(start(args, killed))
         same, files = compare(whole, killed)
@@ -54,9 +62,23 @@ def main() -> None:
 def start(args: argparse.Namespace, store: Path) -> subprocess.Popen:
     """Start the command in a session of its own."""
     overrides = [part for item in args.override for part in ("--override", item)]
-    command = [sys.executable, "-m", "pipeline", "run", "--config", args.config, "--store", store, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "run",
+        "--config",
+        args.config,
+        "--store",
+        store,
+        *overrides,
+    ]
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -67,7 +89,8 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def kill(args: argparse.Namespace, store: Path, aims: list[tuple[str, float]]) -> list[str]:
-    """Start, wait for the job aimed at to begin, and kill everything at a random moment of it; return where each fell.
+    """Start, wait for the job aimed at to begin, and kill everything at a random moment of it;
+    return where each fell.
 
     Delays count from when the job began or went on, so that none is spent on imports.
     """
@@ -85,11 +108,16 @@ def kill(args: argparse.Namespace, store: Path, aims: list[tuple[str, float]]) -
 
 
 def aim(whole: Path, kills: int) -> list[tuple[str, float]]:
-    """Return (address, seconds) of the jobs to kill in, in the order they are done: every job, then round again."""
+    """Return (address, seconds) of the jobs to kill in, in the order they are done: every job, then
+    round again."""
     manifests = [json.loads(p.read_text("utf-8")) for p in whole.glob("artifacts/*/manifest.json")]
     jobs = sorted(manifests, key=lambda m: (list(STAGES).index(m["stage"]), m["made"]["at"]))
     counts = [kills // len(jobs) + (i < kills % len(jobs)) for i in range(len(jobs))]
-    return [(m["address"], m["made"]["seconds"]) for m, n in zip(jobs, counts, strict=True) for _ in range(n)]
+    return [
+        (m["address"], m["made"]["seconds"])
+        for m, n in zip(jobs, counts, strict=True)
+        for _ in range(n)
+    ]
 
 
 def begun(store: Path, address: str, since_ns: int) -> bool:
@@ -102,7 +130,9 @@ def begun(store: Path, address: str, since_ns: int) -> bool:
 
 def under_way(store: Path) -> str:
     """Return the job that a killed run was doing: the one whose artifact has no manifest yet."""
-    unfinished = [p.name for p in (store / "artifacts").glob("*") if not (p / "manifest.json").exists()]
+    unfinished = [
+        p.name for p in (store / "artifacts").glob("*") if not (p / "manifest.json").exists()
+    ]
     return " ".join(sorted(name.rpartition("-")[0] for name in unfinished)) or "between two jobs"
 
 
@@ -115,17 +145,23 @@ def compare(one: Path, other: Path) -> tuple[list[str], int]:
 def hashes(root: Path) -> dict[str, str]:
     """Return {artifact/file: sha256} less the files that hold seconds."""
     files = (p for p in root.rglob("*") if p.is_file() and p.name not in TIMED)
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
-def table(args: argparse.Namespace, fell: list[str], seconds: float, differ: list[str], files: int) -> str:
+def table(
+    args: argparse.Namespace, fell: list[str], seconds: float, differ: list[str], files: int
+) -> str:
     """Return the result as Markdown."""
     counts = Counter(fell)
     rows = "\n".join(f"| {job} | {count} |" for job, count in counts.items())
-    verdict = f"all {files} files have the same sha256" if not differ else f"{len(differ)} of {files} files differ"
-    where = (
-        f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cores()} cores, {args.config.name} with {' '.join(args.override)}"
+    verdict = (
+        f"all {files} files have the same sha256"
+        if not differ
+        else f"{len(differ)} of {files} files differ"
     )
+    where = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cores()} cores, {args.config.name} with {' '.join(args.override)}"
     head = f"# {len(fell)} kills of one run\n\n{where}; {seconds:.0f} s in jobs undisturbed.\n\n"
     return f"{head}| killed while doing | kills |\n|---|---:|\n{rows}\n\nIn the end {verdict}.\n"
 

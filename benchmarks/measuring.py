@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.budget import Shape, cores, cpu_name
-from pipeline.budget import device as found_device
+from pipeline.hardware import cores, cpu_name
+from pipeline.hardware import device as found_device
+from pipeline.train.flops import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
@@ -25,7 +26,8 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Sizes:
-    """The network that every contender trains; two-matrix networks get gelu_d_ff, so that parameters are equal."""
+    """The network that every contender trains; two-matrix networks get gelu_d_ff, so that
+    parameters are equal."""
 
     vocab_size: int = 16_384
     context_tokens: int = 512
@@ -42,9 +44,12 @@ class Sizes:
         return self.batch_sequences * self.context_tokens
 
     def flops_per_token(self, task: str) -> float:
-        """Operations that training a trunk or an expert needs per token, the same for every contender."""
+        """Operations that training a trunk or an expert needs per token, the same for every
+        contender."""
         width = self.d_model  # of all heads together, for keys and values too
-        shape = Shape(self.layers, width, width, width, self.d_ff, self.vocab_size, self.context_tokens)
+        shape = Shape(
+            self.layers, width, width, width, self.d_ff, self.vocab_size, self.context_tokens
+        )
         return shape.train_flops_per_token({"trunk": "all", "expert": "ffn"}[task])
 
 
@@ -62,7 +67,9 @@ class Job:
     """What one fresh process does."""
 
     peer: str  # a module of benchmarks.peers
-    task: str  # trunk, expert, router, bundle, open; prepare before all of them; product: the machine's own rate
+    # trunk, expert, router, bundle, open; prepare before all of them; product: the machine's own
+    # rate
+    task: str
     sizes: Sizes
     work: str  # folder with the data and parts that `prepare` made
     steps: int = 5
@@ -79,16 +86,21 @@ class Job:
 
 
 def run(job: Job) -> dict:
-    """Do a job in a fresh process; return what it measured, or {"refused": why} when our program declines it."""
+    """Do a job in a fresh process; return what it measured, or {"refused": why} when our program
+    declines it."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, str(job.threads)) | {"TOKENIZERS_PARALLELISM": "false"}
     gpu = env.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    env["CUDA_VISIBLE_DEVICES"] = gpu if job.device == "cuda" else ""  # ours and Trainer take any that they see
+    env["CUDA_VISIBLE_DEVICES"] = (
+        gpu if job.device == "cuda" else ""
+    )  # ours and Trainer take any that they see
     command = [sys.executable, "-m", "benchmarks.peers", json.dumps(asdict(job))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        raise SystemExit(f"{job.peer} failed at {job.task} (exit status {done.returncode}):\n{done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{job.peer} failed at {job.task} (exit status {done.returncode}):\n{done.stderr[-3000:]}"
+        )
     return json.loads(lines[-1])
 
 
@@ -100,11 +112,15 @@ class Contender:
     job: Job
 
     @classmethod
-    def of(cls, text: str, base: Job, compiled: Iterable[str] = ("nanogpt-compiled",)) -> "Contender":
+    def of(
+        cls, text: str, base: Job, compiled: Iterable[str] = ("nanogpt-compiled",)
+    ) -> "Contender":
         """Return the contender that a name stands for; MICRO is sequences per forward pass."""
         name, _, micro = text.partition(":")
         raw = asdict(base) | {"peer": name.removesuffix("-compiled"), "compiled": name in compiled}
-        return cls(text, Job(**raw | {"sizes": base.sizes, "micro": int(micro) if micro else base.micro}))
+        return cls(
+            text, Job(**raw | {"sizes": base.sizes, "micro": int(micro) if micro else base.micro})
+        )
 
     def measure(self, **changes) -> dict:
         """Run once with some of the job's fields changed."""
@@ -113,7 +129,7 @@ class Contender:
 
 def write_files(files: dict[str, dict], folder: Path) -> None:
     """Write what a training exports, as the stages do."""
-    from pipeline.store import save_tensors
+    from pipeline.store.artifacts import save_tensors
 
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +139,7 @@ def write_files(files: dict[str, dict], folder: Path) -> None:
             (folder / name).write_text(json.dumps(content), "utf-8")
 
 
-def say(text: str) -> None:
+def progress(text: str) -> None:
     """Write a line of progress."""
     print(text, file=sys.stderr, flush=True)
 
@@ -131,10 +147,16 @@ def say(text: str) -> None:
 def spread(values: Sequence[float], digits: int = 0) -> str:
     """Return the median, and least to most when there are several."""
     median = f"{statistics.median(values):,.{digits}f}"
-    return median if len(values) == 1 else f"{median} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+    return (
+        median
+        if len(values) == 1
+        else f"{median} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+    )
 
 
-def ratios(rounds: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[dict], float]) -> list[float]:
+def ratios(
+    rounds: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[dict], float]
+) -> list[float]:
     """Return top over bottom of each round, so that a slow minute of the machine counts for both."""
     return [top(r) / bottom(r) for r in rounds]
 
@@ -152,26 +174,52 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--size", choices=SIZES, default="prior-art", help="network to train (default: %(default)s)")
-    made.add_argument("--threads", type=int, default=1, help="processor threads of each contender (default: 1)")
-    made.add_argument("--rounds", type=int, default=5, help="times that every contender has its turn (default: 5)")
-    made.add_argument("--override", action="append", default=[], metavar="A.B=VALUE", help="setting of ours; repeat")
-    made.add_argument("--modularforge", type=Path, metavar="PATH", help="its repository; none: it is left out")
-    made.add_argument("--work", type=Path, metavar="FOLDER", help="keep the prepared data here for the next time")
-    made.add_argument("--out", type=Path, metavar="FILE.md", help="also write the dated result here")
+    made.add_argument(
+        "--size", choices=SIZES, default="prior-art", help="network to train (default: %(default)s)"
+    )
+    made.add_argument(
+        "--threads", type=int, default=1, help="processor threads of each contender (default: 1)"
+    )
+    made.add_argument(
+        "--rounds", type=int, default=5, help="times that every contender has its turn (default: 5)"
+    )
+    made.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="setting of ours; repeat",
+    )
+    made.add_argument(
+        "--modularforge", type=Path, metavar="PATH", help="its repository; none: it is left out"
+    )
+    made.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep the prepared data here for the next time"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="also write the dated result here"
+    )
     return made
 
 
 def add_device(made: argparse.ArgumentParser) -> None:
     """Let a program's contenders run on a GPU."""
-    made.add_argument("--device", type=device_here, choices=("cpu", "cuda"), default="cpu",
-                      help="where to train (default: %(default)s)")  # fmt: skip
+    made.add_argument(
+        "--device",
+        type=device_here,
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to train (default: %(default)s)",
+    )
 
 
 def device_here(name: str) -> str:
-    """Return the name of a device that is here. Raises argparse.ArgumentTypeError for a GPU that is not."""
+    """Return the name of a device that is here. Raises argparse.ArgumentTypeError for a GPU that is
+    not."""
     if name == "cuda" and found_device() != "cuda":
-        raise argparse.ArgumentTypeError(f"cuda needs a GPU that PyTorch sees; torch {_version('torch')} sees none")
+        raise argparse.ArgumentTypeError(
+            f"cuda needs a GPU that PyTorch sees; torch {_version('torch')} sees none"
+        )
     return name
 
 
@@ -185,9 +233,15 @@ def job_of(args: argparse.Namespace, work: Path, **more) -> Job:
 
 
 def finish(
-    args: argparse.Namespace, program: str, title: str, text: str, notes: str = "", ending: str | None = None
+    args: argparse.Namespace,
+    program: str,
+    title: str,
+    text: str,
+    notes: str = "",
+    ending: str | None = None,
 ) -> None:
-    """Print a result, and write it with date, command, hardware, versions and conditions when a file was named.
+    """Print a result, and write it with date, command, hardware, versions and conditions when a
+    file was named.
 
     `ending` stands in place of the conditions of programs that compare the contenders of SIZES.
     """

@@ -1,14 +1,18 @@
-"""Measures what training takes of memory: under a budget, beside its peers, by number of experts, as predicted.
+"""Measures what training takes of memory: under a budget, beside its peers, by number of experts,
+as predicted.
 
-    python -m benchmarks.memory --modularforge ../ModularForge --out benchmarks/memory_epyc_2026-11-20.md
+python -m benchmarks.memory --modularforge ../ModularForge --out
+benchmarks/memory_epyc_2026-11-20.md
 
-Three tables: `budgets` (one expert trained under each of --budgets, and by the peers), `experts` (peak against the
-number of experts: training in sequence, a fresh process each, and making a bundle), `prediction` (what the plan
-promises against what was taken, over the configurations of GRID). The exit status is 1 when a target is missed.
+Three tables: `budgets` (one expert trained under each of --budgets, and by the peers), `experts`
+(peak against the number of experts: training in sequence, a fresh process each, and making a
+bundle), `prediction` (what the plan promises against what was taken, over the configurations of
+GRID). The exit status is 1 when a target is missed.
 
-On a GPU a peak is what PyTorch allocated there (this path has not been run yet); bundles are made without it:
+On a GPU a peak is what PyTorch allocated there (this path has not been run yet); bundles are made
+without it:
 
-    python -m benchmarks.memory --device cuda --size 350m --budgets none 12GB 8GB
+python -m benchmarks.memory --device cuda --size 350m --budgets none 12GB 8GB
 """
 
 import argparse
@@ -19,8 +23,21 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.measuring import (
+    SIZES,
+    Contender,
+    add_device,
+    finish,
+    job_of,
+    parser,
+    progress,
+    ratios,
+    run,
+    spread,
+    table,
+)
+
 from . import assemble
-from .measuring import SIZES, Contender, add_device, finish, job_of, parser, ratios, run, say, spread, table
 
 PEERS = ("plain", "trainer", "nanogpt", "modularforge")
 FLAT, NEAR = 0.03, 0.10
@@ -72,12 +89,25 @@ def main(argv: list[str] | None = None) -> int:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     made = parser(__doc__.splitlines()[0], EPILOG)
     add_device(made)
-    made.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
-    made.add_argument("--budgets", nargs="+", default=["none", "350MB", "172MB"], metavar="BUDGET",
-                      help="values of runtime.memory_budget; none: unbounded (default: none 350MB 172MB)")  # fmt: skip
-    made.add_argument("--peers", nargs="*", default=list(PEERS), metavar="NAME", help="NAME or NAME:MICRO")
-    made.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="(default: 2 to 64)")
-    made.add_argument("--steps", type=int, default=5, help="optimizer steps of a training, 2 of them skipped")
+    made.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)"
+    )
+    made.add_argument(
+        "--budgets",
+        nargs="+",
+        default=["none", "350MB", "172MB"],
+        metavar="BUDGET",
+        help="values of runtime.memory_budget; none: unbounded (default: none 350MB 172MB)",
+    )
+    made.add_argument(
+        "--peers", nargs="*", default=list(PEERS), metavar="NAME", help="NAME or NAME:MICRO"
+    )
+    made.add_argument(
+        "--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], help="(default: 2 to 64)"
+    )
+    made.add_argument(
+        "--steps", type=int, default=5, help="optimizer steps of a training, 2 of them skipped"
+    )
     args = made.parse_args(argv)
     usable = args.modularforge and args.device == "cpu"
     args.peers = [p for p in args.peers if usable or not p.startswith("modularforge")]
@@ -87,20 +117,30 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _budgets(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
-    """Return the table of one expert trained by everyone, and whether every budget was kept fast enough."""
+    """Return the table of one expert trained by everyone, and whether every budget was kept fast
+    enough."""
     base = job_of(args, work / args.size, task="expert", steps=args.steps, skip=2)
-    entries = {_ours(b): Contender.of("ours", replace(base, overrides=_under(args, b))) for b in args.budgets}
+    entries = {
+        _ours(b): Contender.of("ours", replace(base, overrides=_under(args, b)))
+        for b in args.budgets
+    }
     entries |= {name: Contender.of(name, base) for name in args.peers}
-    for name in dict.fromkeys(c.job.peer for c in entries.values() if c.job.peer in ("ours", "modularforge")):
-        say(f"preparing text and parts for {name}")
+    for name in dict.fromkeys(
+        c.job.peer for c in entries.values() if c.job.peer in ("ours", "modularforge")
+    ):
+        progress(f"preparing text and parts for {name}")
         Contender.of(name, replace(base, overrides=tuple(args.override))).measure(task="prepare")
     rounds = []
     for number in range(1, args.rounds + 1):
         rounds.append({})
         for name, contender in entries.items():
             found = rounds[-1][name] = contender.measure()
-            say(f"round {number} of {args.rounds}: {name}: {found.get('refused') or _short(found)}")
-    return "## One expert\n\n" + _budget_table(rounds, entries) + _kept(rounds, args), _all_kept(rounds, args)
+            progress(
+                f"round {number} of {args.rounds}: {name}: {found.get('refused') or _short(found)}"
+            )
+    return "## One expert\n\n" + _budget_table(rounds, entries) + _kept(rounds, args), _all_kept(
+        rounds, args
+    )
 
 
 def _ours(budget: str) -> str:
@@ -117,16 +157,36 @@ def _short(found: dict) -> str:
 
 def _budget_table(rounds: list[dict], entries: dict[str, Contender]) -> str:
     head = [
-        "contender", "peak MB", "of it until trained", "of it mapped", "of that data", "data by share", "predicted MB",
-        "tokens/s", "last loss",
-    ]  # fmt: skip
+        "contender",
+        "peak MB",
+        "of it until trained",
+        "of it mapped",
+        "of that data",
+        "data by share",
+        "predicted MB",
+        "tokens/s",
+        "last loss",
+    ]
     rows = []
     for name in entries:
         found = [r[name] for r in rounds]
         if "refused" in found[0]:
-            rows.append([f"{name}: declined: {' '.join(found[0]['refused'].split())}", *[""] * (len(head) - 1)])
+            rows.append(
+                [
+                    f"{name}: declined: {' '.join(found[0]['refused'].split())}",
+                    *[""] * (len(head) - 1),
+                ]
+            )
             continue
-        keys = ("peak_mb", "fit_mb", "file_mb", "data_mb", "data_share_mb", "predicted_mb", "tokens_per_s")
+        keys = (
+            "peak_mb",
+            "fit_mb",
+            "file_mb",
+            "data_mb",
+            "data_share_mb",
+            "predicted_mb",
+            "tokens_per_s",
+        )
         cells = [spread([f[key] for f in found]) if key in found[0] else "" for key in keys]
         rows.append([name, *cells, f"{found[0]['nats']:.3f}"])
     return table(head, rows) + "\n"
@@ -141,10 +201,17 @@ def _verdicts(rounds: list[dict], args: argparse.Namespace):
             continue
         peak = max(f["peak_mb"] for f in found)
         yield f"{budget}: most ever taken {peak:,.0f} MB", peak <= megabytes(budget)
-    if "none" in args.budgets and len(args.budgets) > 1 and "refused" not in rounds[0][_ours(args.budgets[-1])]:
+    if (
+        "none" in args.budgets
+        and len(args.budgets) > 1
+        and "refused" not in rounds[0][_ours(args.budgets[-1])]
+    ):
         last, free = _ours(args.budgets[-1]), _ours("none")
         share = ratios(rounds, lambda r: r[last]["tokens_per_s"], lambda r: r[free]["tokens_per_s"])
-        yield f"{last} keeps {spread(share, 2)} of the unbounded rate", statistics.median(share) >= SLOWEST
+        yield (
+            f"{last} keeps {spread(share, 2)} of the unbounded rate",
+            statistics.median(share) >= SLOWEST,
+        )
 
 
 def megabytes(text: str) -> float:
@@ -155,7 +222,9 @@ def megabytes(text: str) -> float:
 
 
 def _kept(rounds: list[dict], args: argparse.Namespace) -> str:
-    return "".join(f"- {text}: {'kept' if kept else 'missed'}\n" for text, kept in _verdicts(rounds, args))
+    return "".join(
+        f"- {text}: {'kept' if kept else 'missed'}\n" for text, kept in _verdicts(rounds, args)
+    )
 
 
 def _all_kept(rounds: list[dict], args: argparse.Namespace) -> bool:
@@ -166,19 +235,29 @@ def _by_experts(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     """Return peaks against the number of experts, and whether ours are flat."""
     folder = work / f"{args.size}-{max(args.experts)}"
     names = ["ours", *(["modularforge"] if args.modularforge else [])]
-    made = assemble.measure(argparse.Namespace(**vars(args) | {"rounds": 1, "device": "cpu"}), folder, names)[0]
+    made = assemble.measure(
+        argparse.Namespace(**vars(args) | {"rounds": 1, "device": "cpu"}), folder, names
+    )[0]
     base = job_of(args, folder, task="expert", steps=1, skip=0, domains=max(args.experts))
     trained = {}
     for count in args.experts:
         items = [round(i * (count - 1) / (TRAINED - 1)) for i in range(TRAINED)]
         trained[count] = [run(replace(base, experts=count, item=i))["peak_mb"] for i in items]
-        say(f"{count} experts in sequence: peak {spread(trained[count])} MB")
-    head = ["experts", "ours, training", *(f"{n}, {w}" for n in names for w in ("making a bundle", "opening it"))]
+        progress(f"{count} experts in sequence: peak {spread(trained[count])} MB")
+    head = [
+        "experts",
+        "ours, training",
+        *(f"{n}, {w}" for n in names for w in ("making a bundle", "opening it")),
+    ]
     rows = [
         [
             str(n),
             spread(trained[n]),
-            *(f"{made[name, does, n]['peak_mb']:,.0f}" for name in names for does in assemble.TASKS),
+            *(
+                f"{made[name, does, n]['peak_mb']:,.0f}"
+                for name in names
+                for does in assemble.TASKS
+            ),
         ]
         for n in args.experts
     ]
@@ -194,22 +273,35 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     for number, (task, micro, changes, overrides) in enumerate(GRID):
         sizes = replace(SIZES[args.size], **changes if args.size != "toy" else {})
         place = work / f"{args.size}-{'-'.join(f'{k}{v}' for k, v in changes.items()) or 'plain'}"
-        base = job_of(args, place, task=task, micro=min(micro, sizes.batch_sequences), steps=2, skip=1)
+        base = job_of(
+            args, place, task=task, micro=min(micro, sizes.batch_sequences), steps=2, skip=1
+        )
         job = replace(base, sizes=sizes, overrides=(*args.override, *overrides))
         run(replace(job, task="prepare"))
         found = run(job)
         ratio.append(found["predicted_mb"] / found["peak_mb"])
         what = ", ".join([f"{k} {v}" for k, v in changes.items()] + list(overrides))
-        rows.append([
-            f"{task}, {job.micro} sequences per pass{', ' if what else ''}{what}", f"{found['predicted_mb']:,.0f}",
-            f"{found['peak_mb']:,.0f}", f"{found['fit_mb']:,.0f}", f"{ratio[-1]:.2f}",
-        ])  # fmt: skip
-        say(f"prediction {number + 1} of {len(GRID)}: {rows[-1][0]}: {rows[-1][1]} of {rows[-1][2]} MB")
-    head = ["configuration", "predicted MB", "measured MB", "of it until trained", "predicted over measured"]
+        rows.append(
+            [
+                f"{task}, {job.micro} sequences per pass{', ' if what else ''}{what}",
+                f"{found['predicted_mb']:,.0f}",
+                f"{found['peak_mb']:,.0f}",
+                f"{found['fit_mb']:,.0f}",
+                f"{ratio[-1]:.2f}",
+            ]
+        )
+        progress(
+            f"prediction {number + 1} of {len(GRID)}: {rows[-1][0]}: {rows[-1][1]} of {rows[-1][2]} MB"
+        )
+    head = [
+        "configuration",
+        "predicted MB",
+        "measured MB",
+        "of it until trained",
+        "predicted over measured",
+    ]
     far = [r for r in ratio if abs(r - 1) > NEAR]
-    verdict = (
-        f"- {len(ratio) - len(far)} of {len(ratio)} within {NEAR:.0%}, from {min(ratio):.2f} to {max(ratio):.2f}\n"
-    )
+    verdict = f"- {len(ratio) - len(far)} of {len(ratio)} within {NEAR:.0%}, from {min(ratio):.2f} to {max(ratio):.2f}\n"
     return f"## Predicted and measured\n\n{table(head, rows)}\n{verdict}", not far
 
 

@@ -1,7 +1,8 @@
-"""Where does training in parts beat the dense model, and where not? T1-T6 of one longer run on labelled text.
+"""Where does training in parts beat the dense model, and where not? T1-T6 of one longer run on
+labelled text.
 
-Every number is measured by this program through the pipeline's own command line and code; nothing is typed in.
-Run: python -m benchmarks.parts_vs_dense 'texts/*.jsonl' --added drama --out benchmarks
+Every number is measured by this program through the pipeline's own command line and code; nothing
+is typed in. Run: python -m benchmarks.parts_vs_dense 'texts/*.jsonl' --added drama --out benchmarks
 The documents need the fields text, domain and split (train, valid, test).
 """
 
@@ -15,28 +16,36 @@ from pathlib import Path
 
 import torch
 
-from pipeline import stages
-from pipeline.budget import cores, cpu_name, has_bf16
-from pipeline.config import Config, load
-from pipeline.data import Shards
-from pipeline.families import ffn_moe
-from pipeline.families.ffn_parts import stored_trunk
-from pipeline.families.ffn_tables import Bench
-from pipeline.model.trunk import build, fill_in
-from pipeline.store import Store
+from pipeline.data.text.shards import Shards
+from pipeline.families.ffn_moe import train
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.evaluate import Evaluator
+from pipeline.families.ffn_moe.parts import stored_trunk
+from pipeline.families.load import load
+from pipeline.hardware import cores, cpu_name, has_bf16
+from pipeline.model.trunk import build, copy_into
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 ABLATIONS = {  # T2: name -> what differs from the run
     "as shipped (from the dummy, alone, ridge then trained, top-2)": (),
     "fresh experts, router as shipped (dummy discarded)": ("expert.init=fresh",),
     "fresh experts, random router, untrained (the prior art)": (
-        "expert.init=fresh", "router.init=random", "router.steps=0",
+        "expert.init=fresh",
+        "router.init=random",
+        "router.steps=0",
     ),
     "coordinated, own rows, anchor kept, untrained (FlexOlmo)": (
-        "expert.coordinate=true", "router.init=rows", "trunk.anchor=keep", "router.steps=0",
+        "expert.coordinate=true",
+        "router.init=rows",
+        "trunk.anchor=keep",
+        "router.steps=0",
     ),
     "coordinated, own rows, anchor kept, trained": (
-        "expert.coordinate=true", "router.init=rows", "trunk.anchor=keep",
+        "expert.coordinate=true",
+        "router.init=rows",
+        "trunk.anchor=keep",
     ),
     "coordinated, ridge, anchor kept, trained": ("expert.coordinate=true", "trunk.anchor=keep"),
     "anchor kept": ("trunk.anchor=keep",),
@@ -50,7 +59,7 @@ ABLATIONS = {  # T2: name -> what differs from the run
     "top-3": ("router.top_k=3",),
     "margin 1": ("router.margin=1",),
     "margin 8": ("router.margin=8",),
-}  # fmt: skip
+}
 
 
 class Runner:
@@ -64,27 +73,42 @@ class Runner:
 
     def run(self, stage: str, *overrides: str) -> None:
         """Run one stage as a user would; raises CalledProcessError when it fails."""
-        side_by_side = ["--parallel", str(self.parallel)] if stage in ("run", "train_experts", "train_dense") else []
+        side_by_side = (
+            ["--parallel", str(self.parallel)]
+            if stage in ("run", "train_experts", "train_dense")
+            else []
+        )
         pairs = [x for item in (*self.common, *overrides) for x in ("--override", item)]
-        command = [sys.executable, "-m", "pipeline", stage, "--config", str(CONFIG), "--store", str(self.store.root)]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline",
+            stage,
+            "--config",
+            str(CONFIG),
+            "--store",
+            str(self.store.root),
+        ]
         started = time.monotonic()
         subprocess.run([*command, *side_by_side, *pairs], check=True, stdout=subprocess.DEVNULL)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
 
-    def config(self, *overrides: str) -> Config:
+    def config(self, *overrides: str) -> FfnMoeConfig:
         """Return the configuration the command line would use."""
         return load(CONFIG, (*self.common, *overrides))
 
-    def parts(self, cfg: Config) -> stages.Parts:
+    def parts(self, cfg: FfnMoeConfig) -> stages.StoredParts:
         """Return what the stages of a configuration left."""
-        return stages.Parts(cfg, self.store)
+        return stages.StoredParts(cfg, self.store)
 
 
 def main() -> None:
     """Run everything and write the dated result."""
     args = _arguments()
     torch.set_num_threads(args.threads)
-    runner = Runner(args.files, args.store, [f"runtime.threads={args.threads}", *args.override], args.parallel)
+    runner = Runner(
+        args.files, args.store, [f"runtime.threads={args.threads}", *args.override], args.parallel
+    )
     started = time.monotonic()
     runner.run("run")
     cfg = runner.config()
@@ -92,73 +116,116 @@ def main() -> None:
     ablations = _ablations(runner, cfg)
     added = _added(runner, cfg, args.added, tuple(args.added_override))
     text = _page(args, cfg, report, ablations, added, time.monotonic() - started)
-    path = args.out / f"parts_vs_dense_{cpu_name().split()[-1].lower()}_{time.strftime('%Y-%m-%d')}.md"
+    path = (
+        args.out / f"parts_vs_dense_{cpu_name().split()[-1].lower()}_{time.strftime('%Y-%m-%d')}.md"
+    )
     path.write_text(text, encoding="utf-8")
     print(text)
-    print(f"written to {path}; the report with curves: {runner.parts(cfg).folder('evaluate') / 'report.html'}")
+    print(
+        f"written to {path}; the report with curves: {runner.parts(cfg).folder('evaluate') / 'report.html'}"
+    )
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", help="JSONL files with text, domain, split")
-    parser.add_argument("--added", default="drama", help="the domain that the trunk of T4 never sees")
-    parser.add_argument("--store", type=Path, default=Path("store"), help="where artifacts are kept")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="where the dated result goes")
+    parser.add_argument(
+        "--added", default="drama", help="the domain that the trunk of T4 never sees"
+    )
+    parser.add_argument(
+        "--store", type=Path, default=Path("store"), help="where artifacts are kept"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks"), help="where the dated result goes"
+    )
     parser.add_argument("--threads", type=int, default=1, help="processor threads per job")
     parser.add_argument("--parallel", type=int, default=2, help="jobs side by side")
-    parser.add_argument("--override", action="append", default=[], help="a.b=value, for a shorter or a longer run")
-    parser.add_argument("--added-override", action="append", default=[], help="a.b=value, for the runs of T4 alone")
+    parser.add_argument(
+        "--override", action="append", default=[], help="a.b=value, for a shorter or a longer run"
+    )
+    parser.add_argument(
+        "--added-override", action="append", default=[], help="a.b=value, for the runs of T4 alone"
+    )
     return parser.parse_args()
 
 
-def _ablations(runner: Runner, cfg: Config) -> list[dict]:
+def _ablations(runner: Runner, cfg: FfnMoeConfig) -> list[dict]:
     """Return T2: the stack of every variant on the same documents, against the run's own."""
-    bench = Bench(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    bench = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     first = next(iter(ABLATIONS))
     out = []
     for name, overrides in ABLATIONS.items():
         runner.run("train_experts", *overrides)
         runner.run("train_router", *overrides)
         variant = runner.config(*overrides)
-        stack = ffn_moe.assemble(variant, runner.parts(variant))
+        stack = train.assemble(variant, runner.parts(variant))
         bench.score(name, stack.trunk, stack.mixture)
         difference, interval = bench.scores.difference(name, first)
-        out.append({"row": name, "mean": bench.scores.mean(name), "interval": bench.scores.interval(name),
-                    "difference": difference, "difference_interval": interval})  # fmt: skip
+        out.append(
+            {
+                "row": name,
+                "mean": bench.scores.mean(name),
+                "interval": bench.scores.interval(name),
+                "difference": difference,
+                "difference_interval": interval,
+            }
+        )
     return out
 
 
-def _added(runner: Runner, cfg: Config, added: str, changes: tuple[str, ...]) -> dict:
-    """Return T4: an expert added to a stack whose trunk never saw its domain, against a dense model trained on."""
+def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ...]) -> dict:
+    """Return T4: an expert added to a stack whose trunk never saw its domain, against a dense model
+    trained on."""
     before = [d for d in cfg.partition.names if d != added]
     common = (*changes, f"trunk.domains={json.dumps(before)}")
     five, six = (*common, f"expert.domains={json.dumps(before)}"), common
-    dense = (*common, f"expert.domains={json.dumps([added])}", "dense.baselines=[path]", "router.top_k=1")
+    dense = (
+        *common,
+        f"expert.domains={json.dumps([added])}",
+        "dense.baselines=[path]",
+        "router.top_k=1",
+    )
     for overrides in (five, six):
         for stage in ("train_shared", "train_experts", "train_router"):
             runner.run(stage, *overrides)
     runner.run("train_router", *six, "router.steps=0")
     runner.run("train_dense", *dense)
-    bench = Bench(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    bench = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     trunk, dummy = stored_trunk(runner.config(*six), runner.parts(runner.config(*six)))
     bench.score("trunk + dummy, never saw it", trunk, dummy)
     for row, overrides in (
-        ("stack before", five), ("stack with the added expert, router retrained", six),
+        ("stack before", five),
+        ("stack with the added expert, router retrained", six),
         ("stack with the added expert, ridge only (nobody's data)", (*six, "router.steps=0")),
-    ):  # fmt: skip
+    ):
         variant = runner.config(*overrides)
-        stack = ffn_moe.assemble(variant, runner.parts(variant))
+        stack = train.assemble(variant, runner.parts(variant))
         bench.score(row, stack.trunk, stack.mixture)
     variant = runner.config(*dense)
     parts = runner.parts(variant)
-    model, ffn = build(json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8")))
-    fill_in({**model.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", "path"))
-    bench.score("dense: trunk trained on with the added domain, same tokens", model.eval(), ffn.eval())
+    model, ffn = build(
+        json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8"))
+    )
+    copy_into(
+        {**model.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", "path")
+    )
+    bench.score(
+        "dense: trunk trained on with the added domain, same tokens", model.eval(), ffn.eval()
+    )
     rows = []
     for row in bench.scores.nats:
         difference, interval = bench.scores.difference(row, "stack before")
-        rows.append({"row": row, "bits_per_byte": bench.scores.bits_per_byte(row), "mean": bench.scores.mean(row),
-                     "difference": difference, "difference_interval": interval})  # fmt: skip
+        rows.append(
+            {
+                "row": row,
+                "bits_per_byte": bench.scores.bits_per_byte(row),
+                "mean": bench.scores.mean(row),
+                "difference": difference,
+                "difference_interval": interval,
+            }
+        )
     return {"added": added, "rows": rows, "changes": changes}
 
 
@@ -166,78 +233,141 @@ def _say(text: str, _share: float | None) -> None:
     print(text, file=sys.stderr)
 
 
-def _page(args, cfg: Config, report: dict, ablations: list[dict], added: dict, seconds: float) -> str:
+def _page(
+    args, cfg: FfnMoeConfig, report: dict, ablations: list[dict], added: dict, seconds: float
+) -> str:
     model, data = report["model"], report["data"]
     arithmetic = "bf16" if has_bf16() and cfg.dtype != "fp32" else "fp32"
     head = [
-        f"# Parts against dense, {time.strftime('%Y-%m-%d')}", "",
+        f"# Parts against dense, {time.strftime('%Y-%m-%d')}",
+        "",
         f"`python -m benchmarks.parts_vs_dense ... --threads {args.threads} --parallel {args.parallel}`, "
-        f"{seconds / 60:.0f} minutes for what was not in the store already.", "",
+        f"{seconds / 60:.0f} minutes for what was not in the store already.",
+        "",
         f"{cpu_name()}, {cores()} cores, {args.threads} thread(s) a job, torch {torch.__version__.split('+')[0]}, "
-        f"{arithmetic}. Other work ran on the machine: read no speed from this page.", "",
+        f"{arithmetic}. Other work ran on the machine: read no speed from this page.",
+        "",
         f"d {model['d_model']}, {model['layers']} layers, FFN {model['d_ff']}, vocabulary {model['vocab_size']}, "
         f"context {model['context_tokens']}; {model['active_parameters']:,} of {model['total_parameters']:,} "
         f"parameters run per token. Trunk {cfg.trunk.tokens:,} tokens, each expert {cfg.expert.tokens:,}, router "
         f"{cfg.router.tokens:,}. One training seed; intervals (95 %) resample documents, paired between rows; "
-        "bits per byte, lower is better.", "",
+        "bits per byte, lower is better.",
+        "",
         "Held-out documents per domain: "
-        + ", ".join(f"{d} {n} ({data['test_tokens'][d]:,} tokens)" for d, n in data["test_documents"].items()), "",
-    ]  # fmt: skip
+        + ", ".join(
+            f"{d} {n} ({data['test_tokens'][d]:,} tokens)"
+            for d, n in data["test_documents"].items()
+        ),
+        "",
+    ]
     return (
-        "\n".join([*head, *_t1(report), *_t2(ablations), *_t3(report), *_t4(added), *_t5(report), *_t6(report)]) + "\n"
+        "\n".join(
+            [
+                *head,
+                *_t1(report),
+                *_t2(ablations),
+                *_t3(report),
+                *_t4(added),
+                *_t5(report),
+                *_t6(report),
+            ]
+        )
+        + "\n"
     )
 
 
 def _t1(report: dict) -> list[str]:
     domains = report["domains"]
     rows = [
-        [r["row"] + (f" ({r['axis']})" if r["axis"] else ""), *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
-         _spread(r["mean"], r["interval"]), _against(r["versus_stack"]), _share(r["oracle_gain"]),
-         f"{r['active_parameters'] / 1e6:.2f} M", f"{(r['train_tokens'] or 0) / 1e6:.2f} M"]
+        [
+            r["row"] + (f" ({r['axis']})" if r["axis"] else ""),
+            *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
+            _spread(r["mean"], r["interval"]),
+            _against(r["versus_stack"]),
+            _share(r["oracle_gain"]),
+            f"{r['active_parameters'] / 1e6:.2f} M",
+            f"{(r['train_tokens'] or 0) / 1e6:.2f} M",
+        ]
         for r in report["T1"]
-    ]  # fmt: skip
+    ]
     head = ["row", *domains, "mean", "row - stack", "oracle gain", "active", "tokens seen"]
     return ["## T1 one model for all domains", "", *_table(head, rows)]
 
 
 def _t2(ablations: list[dict]) -> list[str]:
     rows = [
-        [a["row"], _spread(a["mean"], a["interval"]),
-         _against({"difference": a["difference"], "interval": a["difference_interval"]})] for a in ablations
-    ]  # fmt: skip
+        [
+            a["row"],
+            _spread(a["mean"], a["interval"]),
+            _against({"difference": a["difference"], "interval": a["difference_interval"]}),
+        ]
+        for a in ablations
+    ]
     return ["## T2 ablations", "", *_table(["variant", "mean", "variant - shipped"], rows)]
 
 
 def _t3(report: dict) -> list[str]:
     domains = report["domains"]
-    rows = [[r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["T3"]["rows"]]
-    return ["## T3 opt-out: perplexity without an expert over perplexity with it", "",
-            *_table(["removed", *domains], rows)]  # fmt: skip
+    rows = [
+        [r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["T3"]["rows"]
+    ]
+    return [
+        "## T3 opt-out: perplexity without an expert over perplexity with it",
+        "",
+        *_table(["removed", *domains], rows),
+    ]
 
 
 def _t4(added: dict) -> list[str]:
     domains = list(added["rows"][0]["bits_per_byte"])
-    rows = [[r["row"], *(f"{r['bits_per_byte'][d]:.3f}" for d in domains), f"{r['mean']:.3f}",
-             _against({"difference": r["difference"], "interval": r["difference_interval"]})]
-            for r in added["rows"]]  # fmt: skip
+    rows = [
+        [
+            r["row"],
+            *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
+            f"{r['mean']:.3f}",
+            _against({"difference": r["difference"], "interval": r["difference_interval"]}),
+        ]
+        for r in added["rows"]
+    ]
     head = ["row", *domains, "mean", "row - stack before"]
     changed = [f"These runs alone: {', '.join(added['changes'])}.", ""] if added["changes"] else []
-    return [f"## T4 {added['added']} is added; the trunk never saw it", "", *changed, *_table(head, rows)]
+    return [
+        f"## T4 {added['added']} is added; the trunk never saw it",
+        "",
+        *changed,
+        *_table(head, rows),
+    ]
 
 
 def _t5(report: dict) -> list[str]:
     t5 = report["T5"]
-    rows = [[d, *(f"{x:.0%}" for x in share), _share(t5["agreement_by_domain"].get(d))]
-            for d, share in t5["share"].items()]  # fmt: skip
-    line = (f"Agreement {t5['agreement']:.1%}; entropy {t5['entropy']:.3f} of {t5['max_entropy']:.3f} nats; MaxVio "
-            f"{t5['max_violation']:.3f}; least {t5['least'][0]} {t5['least'][1]:.1%}, most {t5['most'][0]} "
-            f"{t5['most'][1]:.1%}; dead: {', '.join(t5['dead']) or 'none'}.")  # fmt: skip
-    return ["## T5 where tokens go", "", *_table(["domain", *report["experts"], "agreement"], rows), line, ""]
+    rows = [
+        [d, *(f"{x:.0%}" for x in share), _share(t5["agreement_by_domain"].get(d))]
+        for d, share in t5["share"].items()
+    ]
+    line = (
+        f"Agreement {t5['agreement']:.1%}; entropy {t5['entropy']:.3f} of {t5['max_entropy']:.3f} nats; MaxVio "
+        f"{t5['max_violation']:.3f}; least {t5['least'][0]} {t5['least'][1]:.1%}, most {t5['most'][0]} "
+        f"{t5['most'][1]:.1%}; dead: {', '.join(t5['dead']) or 'none'}."
+    )
+    return [
+        "## T5 where tokens go",
+        "",
+        *_table(["domain", *report["experts"], "agreement"], rows),
+        line,
+        "",
+    ]
 
 
 def _t6(report: dict) -> list[str]:
-    rows = [[str(r["top_k"]), _spread(r["mean"], r["interval"]), f"{r['active_parameters'] / 1e6:.2f} M"]
-            for r in report["T6"]]  # fmt: skip
+    rows = [
+        [
+            str(r["top_k"]),
+            _spread(r["mean"], r["interval"]),
+            f"{r['active_parameters'] / 1e6:.2f} M",
+        ]
+        for r in report["T6"]
+    ]
     return ["## T6 active experts, no retraining", "", *_table(["k", "mean", "active"], rows)]
 
 
@@ -251,7 +381,11 @@ def _spread(mean: float, interval: Sequence[float]) -> str:
 
 
 def _against(pair: dict | None) -> str:
-    return "" if pair is None else f"{pair['difference']:+.4f} [{pair['interval'][0]:+.4f}, {pair['interval'][1]:+.4f}]"
+    return (
+        ""
+        if pair is None
+        else f"{pair['difference']:+.4f} [{pair['interval'][0]:+.4f}, {pair['interval'][1]:+.4f}]"
+    )
 
 
 def _share(value: float | None) -> str:

@@ -1,4 +1,5 @@
-"""Measure preprocess against encode_batch_fast alone and against datasets.map, on the same text and tokenizer.
+"""Measure preprocess against encode_batch_fast alone and against datasets.map, on the same text and
+tokenizer.
 
 Rounds alternate the three, so that a busy machine slows all of them; the claim is the median ratio.
 Run: python benchmarks/preprocess.py [files ...] [--label domain] [--split split] [--out file.md]
@@ -17,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.config import Config
-from pipeline.data import prepare
-from pipeline.data.corpus import Document, Tally, documents
+from pipeline.data.text.documents import Document, Tally, documents
+from pipeline.data.text.prepare import prepare
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 TARGET = 0.8  # of the rate of encode_batch_fast alone
 ROWS = ("ours: whole preprocess", "ours: write pass", "encode_batch_fast alone", "datasets.map")
@@ -32,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = _pinned(_config(args), Path(scratch))
         found = list(documents(cfg, Tally()))
         megabytes = sum(d.bytes for d in found) / 1e6
-        rounds = [_round(cfg, found, Path(scratch) / str(i), args.map) for i in range(args.rounds + 1)][1:]
+        rounds = [
+            _round(cfg, found, Path(scratch) / str(i), args.map) for i in range(args.rounds + 1)
+        ][1:]
     table = _table(rounds, megabytes, len(found))
     print(table)
     if args.out:
@@ -43,12 +46,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="globs as in data.files; none: the installed corpus")
+    parser.add_argument(
+        "files", nargs="*", help="globs as in data.files; none: the installed corpus"
+    )
     parser.add_argument("--label", default="domain", help="data.label_field")
     parser.add_argument("--split", help="data.split_field; none: by hash")
     parser.add_argument("--megabytes", type=float, help="data.megabytes_per_domain")
-    parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained first")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds after one that is thrown away")
+    parser.add_argument(
+        "--vocab", type=int, default=4096, help="entries of the tokenizer trained first"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measured rounds after one that is thrown away"
+    )
     parser.add_argument("--no-map", dest="map", action="store_false", help="leave datasets.map out")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args(argv)
@@ -57,34 +66,47 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: argparse.Namespace) -> FfnMoeConfig:
     data = {"megabytes_per_domain": args.megabytes}
     partition = {}
     if args.files:
         files = [{"paths": [str(Path(f).resolve()) for f in args.files]}]
-        data |= {"source": "files", "files": files, "label_field": args.label, "split_field": args.split}
+        data |= {
+            "source": "files",
+            "files": files,
+            "label_field": args.label,
+            "split_field": args.split,
+        }
         partition = {"domains": _labels(data), "min_tokens": 1}
-    return Config.model_validate({"data": data, "partition": partition, "tokenizer": {"vocab_size": args.vocab}})
+    return FfnMoeConfig.model_validate(
+        {"data": data, "partition": partition, "tokenizer": {"vocab_size": args.vocab}}
+    )
 
 
 def _labels(data: dict) -> list[str]:
     """Return every label in the files."""
     tally = Tally()
-    probe = Config.model_validate({"data": data, "partition": {"domains": ["none", "of-these"]}})
+    probe = FfnMoeConfig.model_validate(
+        {"data": data, "partition": {"domains": ["none", "of-these"]}}
+    )
     for _ in documents(probe, tally):
         pass
     return sorted(tally.other_labels)
 
 
-def _pinned(cfg: Config, scratch: Path) -> Config:
+def _pinned(cfg: FfnMoeConfig, scratch: Path) -> FfnMoeConfig:
     """Return cfg with the tokenizer it trains taken as given, so that every contender only encodes."""
     folder = scratch / "tokenizer"
     folder.mkdir()
     prepare(cfg, folder)
-    return cfg.model_copy(update={"tokenizer": cfg.tokenizer.model_copy(update={"pretrained": str(folder)})})
+    return cfg.model_copy(
+        update={"tokenizer": cfg.tokenizer.model_copy(update={"pretrained": str(folder)})}
+    )
 
 
-def _round(cfg: Config, found: list[Document], folder: Path, with_map: bool) -> dict[str, float]:
+def _round(
+    cfg: FfnMoeConfig, found: list[Document], folder: Path, with_map: bool
+) -> dict[str, float]:
     """Return seconds of each contender."""
     folder.mkdir()
     start = time.perf_counter()
@@ -96,8 +118,8 @@ def _round(cfg: Config, found: list[Document], folder: Path, with_map: bool) -> 
     return seconds
 
 
-def _bare(cfg: Config, found: list[Document]) -> float:
-    from pipeline.data import tokenizer
+def _bare(cfg: FfnMoeConfig, found: list[Document]) -> float:
+    from pipeline.data.text import tokenizer
 
     model, texts = tokenizer.pretrained(cfg.tokenizer), [d.text for d in found]
     start = time.perf_counter()
@@ -105,12 +127,15 @@ def _bare(cfg: Config, found: list[Document]) -> float:
     return time.perf_counter() - start
 
 
-def _mapped(cfg: Config, found: list[Document], folder: Path) -> float:
-    """Time the usual recipe: a datasets.Dataset in memory, mapped in batches by a fast tokenizer, saved as Arrow."""
+def _mapped(cfg: FfnMoeConfig, found: list[Document], folder: Path) -> float:
+    """Time the usual recipe: a datasets.Dataset in memory, mapped in batches by a fast tokenizer,
+    saved as Arrow."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of texts over model_max_length
+    logging.getLogger("transformers").setLevel(
+        logging.ERROR
+    )  # it warns of texts over model_max_length
     datasets.disable_progress_bars()
     encode = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer.pretrained)
     rows = datasets.Dataset.from_dict({"text": [d.text for d in found]})
@@ -146,8 +171,12 @@ def _table(rounds: list[dict[str, float]], megabytes: float, pieces: int) -> str
 
 def _report(table: str, args: argparse.Namespace) -> str:
     command = " ".join(["python benchmarks/preprocess.py", *(Path(f).name for f in args.files)])
-    options = [f"--{name} {value}" for name in ("split", "megabytes") if (value := getattr(args, name))]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "numpy", "datasets", "transformers"))
+    options = [
+        f"--{name} {value}" for name in ("split", "megabytes") if (value := getattr(args, name))
+    ]
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("tokenizers", "numpy", "datasets", "transformers")
+    )
     return (
         f"# Preprocess, {time.strftime('%Y-%m-%d')}\n\n"
         f"`{' '.join([command, *options])} --rounds {args.rounds} --vocab {args.vocab}`\n\n{table}\n"

@@ -1,11 +1,13 @@
-"""Measure the memory of one training step and of one stacked answer at the sizes of Qwen3-VL-2B, beside the plan's.
+"""Measure the memory of one training step and of one stacked answer at the sizes of Qwen3-VL-2B,
+beside the plan's.
 
-    python -m benchmarks.vlm_2b --work FOLDER
+python -m benchmarks.vlm_2b --work FOLDER
 
-Writes a Qwen3-VL-2B of random weights (bf16, 4.3 GB) to the work folder as the Hub lays one out, prepares one picture
-by the pipeline's own preprocess, and measures in fresh processes: a step of an expert with and without checkpointing,
-a stacked answer (router, then the expert), and several processes at once that hold the same base. The model is
-removed at the end unless --keep is given. Nothing here says how good such a model is: its weights are noise.
+Writes a Qwen3-VL-2B of random weights (bf16, 4.3 GB) to the work folder as the Hub lays one out,
+prepares one picture by the pipeline's own preprocess, and measures in fresh processes: a step of an
+expert with and without checkpointing, a stacked answer (router, then the expert), and several
+processes at once that hold the same base. The model is removed at the end unless --keep is given.
+Nothing here says how good such a model is: its weights are noise.
 """
 
 import argparse
@@ -20,10 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.budget import Peak
-
-from .measuring import MB, ROOT, finish, hardware, say, table, write_files
-from .watching import Pages
+from benchmarks.measuring import MB, ROOT, finish, hardware, progress, table, write_files
+from benchmarks.watching import Pages
+from pipeline.train.memory_meter import Peak
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
 EXPERT, NAMES, PICTURE_PX = "read", ("read", "other"), 256
@@ -31,12 +32,24 @@ STEPS = 2  # in the first one half of an adapter has no gradient, as the other h
 SIZES = {  # of the published configuration, as far as it is not what the tiny one has too
     "real": {
         "text_config": {
-            "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "initializer_range": 0.02,
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "initializer_range": 0.02,
         },
         "vision_config": {
-            "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "out_hidden_size": 2048,
-            "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17], "initializer_range": 0.02,
+            "depth": 24,
+            "hidden_size": 1024,
+            "num_heads": 16,
+            "intermediate_size": 4096,
+            "out_hidden_size": 2048,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+            "initializer_range": 0.02,
         },
         "mrope_section": [24, 20, 20],
     },
@@ -45,12 +58,13 @@ SIZES = {  # of the published configuration, as far as it is not what the tiny o
         "vision_config": {"depth": 3, "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1]},
         "mrope_section": [6, 5, 5],
     },
-}  # fmt: skip
+}
 TASKS = ("steps, no checkpointing", "steps, checkpointing", "stacked answer")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark, or one of its processes; the exit status is 1 when processes do not share the base."""
+    """Run the benchmark, or one of its processes; the exit status is 1 when processes do not share
+    the base."""
     args = _arguments(argv)
     if args.task:
         print(json.dumps(_measured(args.task, args.work, args)))
@@ -59,45 +73,73 @@ def main(argv: list[str] | None = None) -> int:
         made, found = _made(work, args), {}
         for task in TASKS:
             found[task] = _result(task, _started(task, work, args))
-            say(f"{task}: " + ", ".join(f"{key} {value:,.0f}" for key, value in found[task].items()))
-        say(f"{args.together} processes at once")
+            progress(
+                f"{task}: " + ", ".join(f"{key} {value:,.0f}" for key, value in found[task].items())
+            )
+        progress(f"{args.together} processes at once")
         held = _together(work, args)
-        finish(args, "vlm_2b", "The sizes of Qwen3-VL-2B in memory", _report(found, held, made), "", _ending(args))
+        finish(
+            args,
+            "vlm_2b",
+            "The sizes of Qwen3-VL-2B in memory",
+            _report(found, held, made),
+            "",
+            _ending(args),
+        )
     return int(sum(each["pss_mb"] for each in held) > sum(each["rss_mb"] for each in held) * 0.75)
 
 
 def settings(work: Path, checkpointing: bool = False) -> dict:
     """Return the run that the pipeline's own stages and plan are asked about."""
-    from pipeline.config.loras import TARGETS
+    from pipeline.families.adapters.config import TARGETS
 
     data = {"source": "jsonl", "path": str(work / "data" / "rows.jsonl")}
     fit = {
-        "steps": STEPS, "batch_sequences": 1, "r": 16, "alpha": 32, "dropout": 0.0, "targets": TARGETS,
-        "max_tokens": 512, "checkpointing": checkpointing, "eval_tokens": 1,
-    }  # fmt: skip
+        "steps": STEPS,
+        "batch_sequences": 1,
+        "r": 16,
+        "alpha": 32,
+        "dropout": 0.0,
+        "targets": TARGETS,
+        "max_tokens": 512,
+        "checkpointing": checkpointing,
+        "eval_tokens": 1,
+    }
     area = {"min_pixels": PICTURE_PX**2, "max_pixels": PICTURE_PX**2}
     return {
-        "name": "vlm-2b", "family": "lora_vlm", "dtype": "bf16", "runtime": {"threads": 1},
+        "name": "vlm-2b",
+        "family": "lora_vlm",
+        "dtype": "bf16",
+        "runtime": {"threads": 1},
         "loras": {
-            "base": {"model": str(work / "model"), "dtype": "bfloat16", "image": area}, "defaults": fit,
-            "experts": [{"name": name, "label": name[0].upper(), "dataset": data} for name in NAMES],
+            "base": {"model": str(work / "model"), "dtype": "bfloat16", "image": area},
+            "defaults": fit,
+            "experts": [
+                {"name": name, "label": name[0].upper(), "dataset": data} for name in NAMES
+            ],
             "router": {"instruction": "Answer with one letter."},
         },
-        "dataset": {"ambiguous_share": 0.0, "sources": [{"expert": n, "from": "loras"} for n in NAMES]},
-    }  # fmt: skip
+        "dataset": {
+            "ambiguous_share": 0.0,
+            "sources": [{"expert": n, "from": "loras"} for n in NAMES],
+        },
+    }
 
 
 def write_model(folder: Path, sizes: dict, seed: int = 0) -> int:
-    """Write a random Qwen3-VL of other sizes than a tiny one, with the tiny one's tokenizer; return its parameters."""
+    """Write a random Qwen3-VL of other sizes than a tiny one, with the tiny one's tokenizer; return
+    its parameters."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    from pipeline.config.loras import Base, Build
-    from pipeline.data import drawn
-    from pipeline.families import lora_base
+    from pipeline.data.sources import synthetic
+    from pipeline.families.adapters.config import BaseConfig, BuildConfig
+    from pipeline.families.lora_vlm import base
 
-    lora_base.build(Base(dtype="bfloat16", build=Build()), folder, [*drawn.corpus(), "A B C D"])
+    base.build(
+        BaseConfig(dtype="bfloat16", build=BuildConfig()), folder, [*synthetic.corpus(), "A B C D"]
+    )
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     for part in ("text_config", "vision_config"):
         raw[part] |= sizes[part]
@@ -109,19 +151,24 @@ def write_model(folder: Path, sizes: dict, seed: int = 0) -> int:
     for name, shape in ((n, p.shape) for n, p in model.named_parameters()):  # tied ones come once
         made = torch.empty(shape, dtype=torch.bfloat16)
         is_norm = float(name.endswith("weight"))  # of vectors, those that are no bias
-        tensors[name] = made.normal_(0.0, 0.02, generator=generator) if made.dim() > 1 else made.fill_(is_norm)
+        tensors[name] = (
+            made.normal_(0.0, 0.02, generator=generator) if made.dim() > 1 else made.fill_(is_norm)
+        )
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _made(work: Path, args: argparse.Namespace) -> dict:
-    """Write model, picture and adapters, unless they are there; return what the tables need to know of them."""
+    """Write model, picture and adapters, unless they are there; return what the tables need to know
+    of them."""
     note = work / "made.json"
     if not note.exists():
-        say("writing the model")
+        progress("writing the model")
         start = time.perf_counter()
         parameters = write_model(work / "model", SIZES[args.size])
-        say(f"{parameters:,} parameters in {time.perf_counter() - start:.0f} s; preparing data, base and adapters")
+        progress(
+            f"{parameters:,} parameters in {time.perf_counter() - start:.0f} s; preparing data, base and adapters"
+        )
         _write_rows(work / "data")
         _result("prepare", _started("prepare", work, args))
         file_bytes = (work / "model" / "model.safetensors").stat().st_size
@@ -140,24 +187,48 @@ def _write_rows(folder: Path) -> None:
         for number, split in enumerate(("train", "valid", "test")):
             noise = random.Random(number).randbytes(3 * PICTURE_PX**2)
             Image.frombytes("RGB", (PICTURE_PX, PICTURE_PX), noise).save(folder / f"{split}.png")
-            row = {"id": split, "image": f"{split}.png", "prompt": "Read.", "answer": "red", "split": split}
+            row = {
+                "id": split,
+                "image": f"{split}.png",
+                "prompt": "Read.",
+                "answer": "red",
+                "split": split,
+            }
             file.write(json.dumps(row) + "\n")
 
 
 def _started(task: str, work: Path, args: argparse.Namespace) -> subprocess.Popen:
     """Start one of this program's own processes."""
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "benchmarks.vlm_2b", "--task", task, "--work", str(work), "--size", args.size]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.vlm_2b",
+        "--task",
+        task,
+        "--work",
+        str(work),
+        "--size",
+        args.size,
+    ]
     return subprocess.Popen(
-        [*command, "--threads", str(args.threads), "--tokens", str(args.tokens)], cwd=ROOT, env=env, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*command, "--threads", str(args.threads), "--tokens", str(args.tokens)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _together(work: Path, args: argparse.Namespace) -> list[dict]:
-    """Return what each of several processes holds while all of them do. Raises SystemExit when one fails."""
+    """Return what each of several processes holds while all of them do. Raises SystemExit when one
+    fails."""
     running, out = [_started("hold", work, args) for _ in range(args.together)], []
-    ready = [process.stdout.readline() for process in running]  # each has looked at all of its weights
+    ready = [
+        process.stdout.readline() for process in running
+    ]  # each has looked at all of its weights
     if all(ready):
         for process in running:
             process.stdin.write("now\n")
@@ -180,18 +251,19 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
     """Do a task in this process and return what it took."""
     import torch
 
-    from pipeline import config, stages
-    from pipeline.families import lora_stack, lora_vlm  # noqa: F401 (imports are no part of what is measured)
-    from pipeline.store import Store
+    from pipeline.families.load import parse
+    from pipeline.families.lora_vlm import family  # noqa: F401 (imports are no part of what is measured)
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
 
     torch.set_num_threads(args.threads)
-    cfg, store = config.parse(settings(work, task == TASKS[1])), Store(work / "store").open()
+    cfg, store = parse(settings(work, task == TASKS[1])), Store(work / "store").open()
     if task == "prepare":
         for stage, items in (("preprocess", cfg.tasks), ("train_shared", (None,))):
             for item in items:
-                stages.run(stage, cfg, store, item, say=lambda *_: None)
+                stages.run(stage, cfg, store, item, progress=lambda *_: None)
         return {}
-    parts, memory, start = stages.Parts(cfg, store), Pages(), time.perf_counter()
+    parts, memory, start = stages.StoredParts(cfg, store), Pages(), time.perf_counter()
     with memory.watched():
         if task in TASKS[:2]:
             out = _step(cfg, parts, work, memory.peak)
@@ -208,62 +280,102 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
 
 
 def _step(cfg, parts, work: Path, peak: Peak) -> dict:
-    """Train the expert as its job does, and keep its adapter for the answer; return the plan's peak."""
-    from pipeline.budget import give_back_at_once
-    from pipeline.families import lora_cost, lora_vlm
-    from pipeline.history import Recorder
-    from pipeline.train import Place, fit
+    """Train the expert as its job does, and keep its adapter for the answer; return the plan's
+    peak."""
+    from pipeline.families.lora_vlm import cost, family
+    from pipeline.store.history import Recorder
+    from pipeline.train.loop import TrainIO, fit
+    from pipeline.train.memory_meter import lower_mmap_threshold
 
-    give_back_at_once()
-    task = lora_vlm.expert(cfg, parts, EXPERT)
+    lower_mmap_threshold()
+    task = family.expert(cfg, parts, EXPERT)
     slots = Path(tempfile.mkdtemp(dir=work))
     recorder = Recorder(slots / "history", job=EXPERT, total_steps=STEPS, settings={})
-    metrics = fit(task, Place(slots, recorder, parts.store.publish, EXPERT, "loras", 1e9, 1, peak))
+    metrics = fit(
+        task, TrainIO(slots, recorder, parts.store.publish, EXPERT, "loras", 1e9, 1, peak)
+    )
     recorder.close()
     write_files(task.export(metrics["kept_step"]), work / "adapter")
-    planned = lora_cost.cost(cfg, "train_experts", EXPERT, {}, True).peak_bytes
-    exact = lora_cost.peak_bytes(
-        cfg.loras.base, lora_cost.sizes_of(cfg.loras.base), task.options, task.means, task.tokens_per_row
+    planned = cost.cost(cfg, "train_experts", EXPERT, {}, True).peak_bytes
+    exact = cost.peak_bytes(
+        cfg.loras.base,
+        cost.sizes_of(cfg.loras.base),
+        task.options,
+        task.memory_plan,
+        task.tokens_per_row,
     )
-    phases = {f"{name}_s": metrics.get(f"{name}_s") for name in ("forward", "backward", "optimizer")}
-    return {"planned_mb": planned / MB, "predicted_mb": exact / MB, "tokens": task.tokens_per_row, **phases}
+    phases = {
+        f"{name}_s": metrics.get(f"{name}_s") for name in ("forward", "backward", "optimizer")
+    }
+    return {
+        "planned_mb": planned / MB,
+        "predicted_mb": exact / MB,
+        "tokens": task.tokens_per_row,
+        **phases,
+    }
 
 
 def _stack(cfg, parts, tokens: int):
     """Return a stack whose experts and router are all the adapter that a step has left."""
-    from pipeline.families.lora_base import open_base
-    from pipeline.families.lora_router import Calibration
-    from pipeline.families.lora_stack import ROUTER, Member, Policy, limits_of, put_together
+    from pipeline.families.adapters.router import Calibration
+    from pipeline.families.adapters.stack import ROUTER, ExpertInfo, Policy, limits_of, put_together
+    from pipeline.families.lora_vlm.base import open_base
 
     adapter = Path(parts.store.root).parent / "adapter"
-    members = [Member(e.name, e.label, e.name, "", e.metric, tokens) for e in cfg.loras.experts]
+    members = [ExpertInfo(e.name, e.label, e.name, "", e.metric, tokens) for e in cfg.loras.experts]
     calibration = Calibration(1.0, cfg.loras.labels, cfg.loras.router.instruction)
     opened = open_base(parts.folder("train_shared"), cfg.loras.base)
     folders = dict.fromkeys((*cfg.experts, ROUTER), adapter)
-    return put_together(opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg))
+    return put_together(
+        opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg)
+    )
 
 
 def _answer(stack, parts) -> dict:
     """Let the stack answer one request about the picture: the router, then the expert."""
-    from pipeline.data.tasks import TaskRows
+    from pipeline.data.tasks.prepare import TaskRows
 
     rows = TaskRows(parts.folder("preprocess", EXPERT))
     request = stack.request("Read.", rows.pictures(rows.rows("test")[0]))
     said = stack.answer([request])[0]
-    return {"tokens": said.given, "new_tokens": said.drawn, "route_s": said.route_s, "generate_s": said.generate_s}
+    return {
+        "tokens": said.given,
+        "new_tokens": said.drawn,
+        "route_s": said.route_s,
+        "generate_s": said.generate_s,
+    }
 
 
 def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
-    head = ["process", "peak MB", "anonymous", "mapped files", "predicted", "peak over predicted", "planned", "s"]
+    head = [
+        "process",
+        "peak MB",
+        "anonymous",
+        "mapped files",
+        "predicted",
+        "peak over predicted",
+        "planned",
+        "s",
+    ]
     rows = [
         [
-            task, f"{x['peak_mb']:,.0f}", f"{x['anonymous_mb']:,.0f}", f"{x['mapped_mb']:,.0f}",
-            *([f"{x['predicted_mb']:,.0f}", f"{x['peak_mb'] / x['predicted_mb']:.2f}", f"{x['planned_mb']:,.0f}"]
-              if "predicted_mb" in x else ["", "", ""]),
+            task,
+            f"{x['peak_mb']:,.0f}",
+            f"{x['anonymous_mb']:,.0f}",
+            f"{x['mapped_mb']:,.0f}",
+            *(
+                [
+                    f"{x['predicted_mb']:,.0f}",
+                    f"{x['peak_mb'] / x['predicted_mb']:.2f}",
+                    f"{x['planned_mb']:,.0f}",
+                ]
+                if "predicted_mb" in x
+                else ["", "", ""]
+            ),
             f"{x['seconds']:.0f}",
         ]
         for task, x in found.items()
-    ]  # fmt: skip
+    ]
     step, answer, kinds = found[TASKS[0]], found[TASKS[2]], ("rss_mb", "pss_mb", "private_mb")
     together = [[f"process {i}", *(f"{x[k]:,.0f}" for k in kinds)] for i, x in enumerate(held, 1)]
     together.append(["together", *(f"{sum(x[k] for x in held):,.0f}" for k in kinds)])
@@ -301,16 +413,29 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where 5 GB may be written (default: a new one)")
-    parser.add_argument("--keep", action="store_true", help="leave the model there for the next time")
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="where 5 GB may be written (default: a new one)"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the model there for the next time"
+    )
     parser.add_argument("--size", choices=SIZES, default="real", help="toy: to try the program out")
-    parser.add_argument("--tokens", type=int, default=4, help="of the answer at most (default: %(default)s)")
-    parser.add_argument("--together", type=int, default=3, help="processes at once (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the dated result here")
+    parser.add_argument(
+        "--tokens", type=int, default=4, help="of the answer at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--together", type=int, default=3, help="processes at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="also write the dated result here"
+    )
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -1,11 +1,12 @@
-"""Run the whole chain on real pictures with a small random model: five tasks, their experts, the router, the report.
+"""Run the whole chain on real pictures with a small random model: five tasks, their experts, the
+router, the report.
 
-    python -m benchmarks.vlm_real --data FOLDER
+python -m benchmarks.vlm_real --data FOLDER
 
-FOLDER has a folder per task (ocr_receipts, ocr_lines, blood_cells, caption, visual_reasoning), each with an
-annotations.jsonl of {"image", "prompt", "answer"} and the pictures. The program writes a configuration and runs
-`python -m pipeline run`; nothing else touches the data. Rows are divided by picture, not as the files propose, as
-their own test splits are small.
+FOLDER has a folder per task (ocr_receipts, ocr_lines, blood_cells, caption, visual_reasoning), each
+with an annotations.jsonl of {"image", "prompt", "answer"} and the pictures. The program writes a
+configuration and runs `python -m pipeline run`; nothing else touches the data. Rows are divided by
+picture, not as the files propose, as their own test splits are small.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .measuring import ROOT, finish, hardware, say, table
+from benchmarks.measuring import ROOT, finish, hardware, progress, table
 
 PACKAGES = ("torch", "transformers", "peft", "pillow")
 TASKS = {  # name -> metric, longest answer in tokens, what it is
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         (work / "run.yaml").write_text(json.dumps(raw, indent=1), "utf-8")  # JSON is YAML
         command = [sys.executable, "-m", "pipeline", "run", "--config", str(work / "run.yaml")]
         start = time.perf_counter()
-        say("python -m pipeline run --config run.yaml --store store")
+        progress("python -m pipeline run --config run.yaml --store store")
         done = subprocess.run([*command, "--store", str(work / "store")], cwd=ROOT)
         if done.returncode:
             raise SystemExit(f"the run failed (exit status {done.returncode}); its error is above")
@@ -59,47 +60,88 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """Return the run: a random base, an expert per task on its own rows, half of the router's requests neutral."""
+    """Return the run: a random base, an expert per task on its own rows, half of the router's
+    requests neutral."""
     build = {
-        "hidden": args.hidden, "layers": 3, "heads": args.hidden // 32, "kv_heads": args.hidden // 64, "head_dim": 32,
-        "intermediate": 2 * args.hidden, "vision_hidden": 96, "vision_layers": 2, "vision_heads": 4,
-        "vision_intermediate": 192, "vocab_size": 1200, "initializer_range": args.hidden**-0.5,
+        "hidden": args.hidden,
+        "layers": 3,
+        "heads": args.hidden // 32,
+        "kv_heads": args.hidden // 64,
+        "head_dim": 32,
+        "intermediate": 2 * args.hidden,
+        "vision_hidden": 96,
+        "vision_layers": 2,
+        "vision_heads": 4,
+        "vision_intermediate": 192,
+        "vocab_size": 1200,
+        "initializer_range": args.hidden**-0.5,
         "text": _text(args.data),
-    }  # fmt: skip
+    }
     fit = {
-        "steps": args.steps, "batch_sequences": 8, "lr": 2e-3, "warmup_steps": min(20, args.steps // 2), "r": 16,
-        "alpha": 32, "dropout": 0.0, "max_tokens": 256, "checkpointing": False,
-        "eval_every_steps": max(1, args.steps // 2), "eval_tokens": 4096, "neutral_share": 0.3,
-    }  # fmt: skip
+        "steps": args.steps,
+        "batch_sequences": 8,
+        "lr": 2e-3,
+        "warmup_steps": min(20, args.steps // 2),
+        "r": 16,
+        "alpha": 32,
+        "dropout": 0.0,
+        "max_tokens": 256,
+        "checkpointing": False,
+        "eval_every_steps": max(1, args.steps // 2),
+        "eval_tokens": 4096,
+        "neutral_share": 0.3,
+    }
     experts = [
         {
-            "name": name, "label": chr(ord("A") + i), "metric": metric, "max_new_tokens": longest, "description": words,
+            "name": name,
+            "label": chr(ord("A") + i),
+            "metric": metric,
+            "max_new_tokens": longest,
+            "description": words,
             "dataset": {
-                "source": "jsonl", "path": str((args.data / name / "annotations.jsonl").resolve()),
-                "fields": {"split": ""}, "ocr": metric == "cer", "test_share": 0.25,
+                "source": "jsonl",
+                "path": str((args.data / name / "annotations.jsonl").resolve()),
+                "fields": {"split": ""},
+                "ocr": metric == "cer",
+                "test_share": 0.25,
             },
         }
         for i, (name, (metric, longest, words)) in enumerate(TASKS.items())
-    ]  # fmt: skip
+    ]
     return {
-        "name": "real-pictures", "family": "lora_vlm", "dtype": "fp32", "runtime": {"threads": args.threads},
+        "name": "real-pictures",
+        "family": "lora_vlm",
+        "dtype": "fp32",
+        "runtime": {"threads": args.threads},
         "loras": {
-            "base": {"build": build, "dtype": "float32", "image": {"min_pixels": 4096, "max_pixels": args.pixels}},
-            "defaults": fit, "experts": experts,
-            "router": {"steps": 2 * args.steps, "neutral_share": 0.0, "threshold": 0.6,
-                       "instruction": "Which expert should handle this? Answer with one letter."},
+            "base": {
+                "build": build,
+                "dtype": "float32",
+                "image": {"min_pixels": 4096, "max_pixels": args.pixels},
+            },
+            "defaults": fit,
+            "experts": experts,
+            "router": {
+                "steps": 2 * args.steps,
+                "neutral_share": 0.0,
+                "threshold": 0.6,
+                "instruction": "Which expert should handle this? Answer with one letter.",
+            },
         },
         "dataset": {
-            "per_expert": {"train": 240, "valid": 24, "test": args.rows}, "short": "upsample", "ambiguous_share": 0.5,
+            "per_expert": {"train": 240, "valid": 24, "test": args.rows},
+            "short": "upsample",
+            "ambiguous_share": 0.5,
             "sources": [{"expert": name, "from": "loras"} for name in TASKS],
             "neutral": {"seen": NEUTRAL, "held": HELD},
         },
         "evaluate": {"rows_per_task": args.rows, "consistency_rows": 40},
-    }  # fmt: skip
+    }
 
 
 def _text(folder: Path) -> list[str]:
-    """Return what the tokenizer is trained on: the tasks' words, as a real base knows the language it is asked in."""
+    """Return what the tokenizer is trained on: the tasks' words, as a real base knows the language
+    it is asked in."""
     out = []
     for name in TASKS:
         lines = (folder / name / "annotations.jsonl").read_text("utf-8").splitlines()[::3]
@@ -109,22 +151,30 @@ def _text(folder: Path) -> list[str]:
 
 def reported(raw: Mapping, folder: Path, seconds: float) -> str:
     """Return the tables of a finished run in a store."""
-    from pipeline import config, stages
-    from pipeline.store import Store
+    from pipeline.families.load import parse
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
 
-    cfg = config.parse(dict(raw))
-    parts = stages.Parts(cfg, Store(folder))
+    cfg = parse(dict(raw))
+    parts = stages.StoredParts(cfg, Store(folder))
     report = json.loads((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     dropped = {name: parts.manifest("preprocess", name).metrics for name in cfg.experts}
     left_out = {
-        name: json.loads((parts.folder("train_experts", name) / "adapter.json").read_text("utf-8"))["rows"]["train"]
+        name: json.loads((parts.folder("train_experts", name) / "adapter.json").read_text("utf-8"))[
+            "rows"
+        ]["train"]
         for name in cfg.experts
     }
     made = [
-        [name, *(f"{m['rows'][split]:,}" for split in ("train", "valid", "test")), f"{m['pictures']:,}",
-         f"{sum(m['dropped'].values()):,}", f"{sum(left_out[name]['dropped'].values()):,}"]
+        [
+            name,
+            *(f"{m['rows'][split]:,}" for split in ("train", "valid", "test")),
+            f"{m['pictures']:,}",
+            f"{sum(m['dropped'].values()):,}",
+            f"{sum(left_out[name]['dropped'].values()):,}",
+        ]
         for name, m in dropped.items()
-    ]  # fmt: skip
+    ]
     model, image = report["model"], cfg.loras.base.image
     return (
         f"A random Qwen3-VL of {model['base_parameters'] / 1e6:.1f} M parameters, pictures of at most "
@@ -142,36 +192,82 @@ def _routing(routing: Mapping) -> str:
         rows = []
         for row in each["rows"]:
             ahead = row.get("router_ahead")
-            shown = f"{ahead['difference']:+.3f} {_interval(ahead['interval'], '+')}" if ahead else ""
-            rows.append([row["row"], f"{row['accuracy']:.3f} {_interval(row['interval'])}", f"{row['top_k']:.3f}",
-                         f"{abs(row['nats']):.3f}", f"{row['ece']:.3f}", shown])  # fmt: skip
-        head = ["row", "accuracy [95 %]", f"top-{routing['top_k']}", "nats", "ECE", "router ahead by [95 %]"]
+            shown = (
+                f"{ahead['difference']:+.3f} {_interval(ahead['interval'], '+')}" if ahead else ""
+            )
+            rows.append(
+                [
+                    row["row"],
+                    f"{row['accuracy']:.3f} {_interval(row['interval'])}",
+                    f"{row['top_k']:.3f}",
+                    f"{abs(row['nats']):.3f}",
+                    f"{row['ece']:.3f}",
+                    shown,
+                ]
+            )
+        head = [
+            "row",
+            "accuracy [95 %]",
+            f"top-{routing['top_k']}",
+            "nats",
+            "ECE",
+            "router ahead by [95 %]",
+        ]
         out.append(f"{each['set']}: {each['requests']} requests.\n\n{table(head, rows)}")
     for name, count in routing["confusion"].items():
-        rows = [[own, *map(str, counts)] for own, counts in zip(routing["choices"], count, strict=True)]
-        out.append(f"Confusion of {name} (rows: whose request it is):\n\n{table(['', *routing['choices']], rows)}")
-    same = [[r["change"], str(r["requests"]), "" if r["same"] is None else f"{r['same']:.2f}"]
-            for r in routing["consistency"]]  # fmt: skip
+        rows = [
+            [own, *map(str, counts)] for own, counts in zip(routing["choices"], count, strict=True)
+        ]
+        out.append(
+            f"Confusion of {name} (rows: whose request it is):\n\n{table(['', *routing['choices']], rows)}"
+        )
+    same = [
+        [r["change"], str(r["requests"]), "" if r["same"] is None else f"{r['same']:.2f}"]
+        for r in routing["consistency"]
+    ]
     calibrated = ", ".join(
-        f"{c['set']}: ECE {c['ece_before']:.3f} before, {c['ece_after']:.3f} after" for c in routing["calibration"]
+        f"{c['set']}: ECE {c['ece_before']:.3f} before, {c['ece_after']:.3f} after"
+        for c in routing["calibration"]
     )
-    out.append(f"Calibration (temperature {routing['temperature']:.2f}): {calibrated}. Same expert after a change:\n")
+    out.append(
+        f"Calibration (temperature {routing['temperature']:.2f}): {calibrated}. Same expert after a change:\n"
+    )
     return "\n".join([*out, table(["change", "requests", "same"], same)])
 
 
 def _tasks(adapters: Mapping, cfg, parts) -> str:
-    """Return how each expert answers its own task, beside the base and the answer that needs no picture."""
+    """Return how each expert answers its own task, beside the base and the answer that needs no
+    picture."""
     rows = []
     for task in adapters["tasks"]:
         name, scores = task["task"], task["scores"]
         others = [value or 0.0 for other, value in scores.items() if other not in (name, "base")]
         constant, count = _constant(cfg, parts, name)
-        figures = ", ".join(f"{key} {value:.2f}" for key, value in task["figures"].items() if value is not None)
-        rows.append([
-            name, task["metric"], str(task["requests"]), f"{scores[name]:.3f} {_interval(task['intervals'][name])}",
-            f"{constant:.3f} ({count})", f"{scores['base']:.3f}", f"{max(others):.3f}", figures,
-        ])  # fmt: skip
-    head = ["task", "metric", "rows", "its expert [95 %]", "constant (rows)", "base", "best other", "figures"]
+        figures = ", ".join(
+            f"{key} {value:.2f}" for key, value in task["figures"].items() if value is not None
+        )
+        rows.append(
+            [
+                name,
+                task["metric"],
+                str(task["requests"]),
+                f"{scores[name]:.3f} {_interval(task['intervals'][name])}",
+                f"{constant:.3f} ({count})",
+                f"{scores['base']:.3f}",
+                f"{max(others):.3f}",
+                figures,
+            ]
+        )
+    head = [
+        "task",
+        "metric",
+        "rows",
+        "its expert [95 %]",
+        "constant (rows)",
+        "base",
+        "best other",
+        "figures",
+    ]
     return (
         f"## Experts\n\n{table(head, rows)}\nConstant: always the commonest training answer to the same prompt (to "
         "any, where the prompt is new), over all test rows; it looks at no picture.\n"
@@ -180,8 +276,8 @@ def _tasks(adapters: Mapping, cfg, parts) -> str:
 
 def _constant(cfg, parts, name: str) -> tuple[float, int]:
     """Return the score of always giving the commonest training answer, and over how many rows."""
-    from pipeline.answers import judge
-    from pipeline.data.tasks import TaskRows
+    from pipeline.data.tasks.prepare import TaskRows
+    from pipeline.metrics.answers import judge
 
     rows = TaskRows(parts.folder("preprocess", name))
     train, test = rows.rows("train"), rows.rows("test")
@@ -189,20 +285,27 @@ def _constant(cfg, parts, name: str) -> tuple[float, int]:
     every = Counter(row.answer for row in train)
     scores = [
         judge(
-            cfg.loras.entry(name).metric, (asked[row.prompt] or every).most_common(1)[0][0],
+            cfg.loras.entry(name).metric,
+            (asked[row.prompt] or every).most_common(1)[0][0],
             [row.answer, *map(str, row.extra.get("answers") or ())],
         )["score"]
         for row in test
-    ]  # fmt: skip
+    ]
     return statistics.mean(scores), len(scores)
 
 
 def _answers(answers: list[Mapping]) -> str:
     rows = [
-        [each["set"], str(each["all"]["requests"]), *(f"{each['all'][way]['score']:.3f} "
-         f"{_interval(each['all'][way]['interval'])}" for way in ("stack", "oracle", "base"))]
+        [
+            each["set"],
+            str(each["all"]["requests"]),
+            *(
+                f"{each['all'][way]['score']:.3f} {_interval(each['all'][way]['interval'])}"
+                for way in ("stack", "oracle", "base")
+            ),
+        ]
         for each in answers
-    ]  # fmt: skip
+    ]
     head = ["set", "requests", "stack [95 %]", "right expert [95 %]", "base [95 %]"]
     return f"## Stack\n\n{table(head, rows)}"
 
@@ -237,19 +340,40 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help=f"with {', '.join(TASKS)}")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep configuration and store here")
-    parser.add_argument(
-        "--steps", type=int, default=150, help="per expert, twice for the router (default: %(default)s)"
     )
-    parser.add_argument("--rows", type=int, default=40, help="judged of each task and split (default: %(default)s)")
-    parser.add_argument("--pixels", type=int, default=32_768, help="largest area of a picture (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=192, help="width of the base, times 64 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the dated result here")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help=f"with {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep configuration and store here"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=150,
+        help="per expert, twice for the router (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=40, help="judged of each task and split (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        default=32_768,
+        help="largest area of a picture (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=192, help="width of the base, times 64 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the processor (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="also write the dated result here"
+    )
     args = parser.parse_args(argv)
     if args.hidden < 64 or args.hidden % 64:
         parser.error("--hidden must be a multiple of 64")

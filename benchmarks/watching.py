@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.budget import Peak
-
-from .measuring import MB
+from benchmarks.measuring import MB
+from pipeline.train.memory_meter import Peak
 
 
 @dataclass
@@ -60,7 +59,8 @@ class Watch:
     def _peak_mb(self, now: dict[str, int]) -> float:
         """Return the peak: what was allocated on a GPU, else the resident set above the start.
 
-        The kernel adds up pages per processor and may report a mark somewhat below one it reported before.
+        The kernel adds up pages per processor and may report a mark somewhat below one it reported
+        before.
         """
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() / MB
@@ -68,11 +68,16 @@ class Watch:
         return (self.highest_bytes - self.before["VmRSS"]) / MB
 
     def clears(self, peak) -> None:
-        """Hear of a Peak of the pipeline that may start the same high-water mark again, and remembers what was."""
+        """Hear of a Peak of the pipeline that may start the same high-water mark again, and
+        remembers what was."""
         self.peaks.append(peak)
 
     def _keep_mapped(self, now: dict[str, int]) -> None:
-        for name, key in (("file_mb", "RssFile"), ("data_mb", "data"), ("data_share_mb", "data_share")):
+        for name, key in (
+            ("file_mb", "RssFile"),
+            ("data_mb", "data"),
+            ("data_share_mb", "data_share"),
+        ):
             self.extra[name] = max(self.extra.get(name, 0.0), (now[key] - self.before[key]) / MB)
 
     def result(self, step_tokens: int) -> dict:
@@ -92,26 +97,35 @@ class Watch:
 
 
 def memory() -> dict[str, int]:
-    """Return this process's resident set, its peak, its file pages, and those of mapped data files, in bytes.
+    """Return this process's resident set, its peak, its file pages, and those of mapped data files,
+    in bytes.
 
-    data_share counts a page that n processes map as 1/n; libraries are left out of both, as anyone may map them.
+    data_share counts a page that n processes map as 1/n; libraries are left out of both, as anyone
+    may map them.
     """
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    out = {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0][:-1] in ("VmRSS", "VmHWM", "RssFile")}
+    out = {
+        words[0][:-1]: int(words[1]) * 1024
+        for words in lines
+        if words[0][:-1] in ("VmRSS", "VmHWM", "RssFile")
+    }
     out |= {"data": 0, "data_share": 0}
     counts = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):  # a mapping begins; its path, if any, comes sixth
             path = words[5] if len(words) > 5 else ""
-            counts = path.startswith("/") and not re.search(r"\.so(\.|$)|/python[0-9.]*$|/locale/", path)
+            counts = path.startswith("/") and not re.search(
+                r"\.so(\.|$)|/python[0-9.]*$|/locale/", path
+            )
         elif counts and words[0] in ("Rss:", "Pss:"):
             out["data" if words[0] == "Rss:" else "data_share"] += int(words[1]) * 1024
     return out
 
 
 class Pages:
-    """Peaks of this process above the level at which it was made: whole, anonymous and of mapped files."""
+    """Peaks of this process above the level at which it was made: whole, anonymous and of mapped
+    files."""
 
     def __init__(self):
         self.peak, self.before = Peak(), _resident()
@@ -120,7 +134,8 @@ class Pages:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look every 20 ms; what is allocated and freed between two looks is missed, but in peak_mb."""
+        """Look every 20 ms; what is allocated and freed between two looks is missed, but in
+        peak_mb."""
         thread = threading.Thread(target=self._look)
         thread.start()
         try:
@@ -136,19 +151,27 @@ class Pages:
     def report(self) -> dict[str, float]:
         """Return MB: peaks above the start, and what this process holds now."""
         smaps = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        now = {line.split()[0][:-1]: int(line.split()[1]) * 1024 for line in smaps if line.endswith("kB")}
+        now = {
+            line.split()[0][:-1]: int(line.split()[1]) * 1024
+            for line in smaps
+            if line.endswith("kB")
+        }
         return {
             "peak_mb": self.peak.report()["host_peak_mb"],
             "anonymous_mb": (self.most["RssAnon"] - self.before["RssAnon"]) / MB,
             "mapped_mb": (self.most["RssFile"] - self.before["RssFile"]) / MB,
-            "imports_mb": self.before["VmRSS"] / MB, "rss_mb": now["Rss"] / MB, "pss_mb": now["Pss"] / MB,
+            "imports_mb": self.before["VmRSS"] / MB,
+            "rss_mb": now["Rss"] / MB,
+            "pss_mb": now["Pss"] / MB,
             "private_mb": (now["Private_Clean"] + now["Private_Dirty"]) / MB,
-        }  # fmt: skip
+        }
 
 
 def _resident() -> dict[str, int]:
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {w[0][:-1]: int(w[1]) * 1024 for w in lines if w[0][:-1] in ("VmRSS", "RssAnon", "RssFile")}
+    return {
+        w[0][:-1]: int(w[1]) * 1024 for w in lines if w[0][:-1] in ("VmRSS", "RssAnon", "RssFile")
+    }
 
 
 def clear_peak() -> None:

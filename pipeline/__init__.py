@@ -4,4 +4,6 @@ import logging
 
 __version__ = "0.1.0"
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it remarks on kernels nobody asked for
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # peft imports it, and it remarks on kernels nobody asked for

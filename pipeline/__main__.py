@@ -1,4 +1,5 @@
-"""The command line: `python -m pipeline STAGE --config FILE [--override a.b=value]... [--store DIR]`."""
+"""The command line: `python -m pipeline STAGE --config FILE [--override a.b=value]... [--store
+DIR]`."""
 
 import argparse
 import os
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import Run, describes_run, load
+from .config.run import RunConfig
 from .errors import Interrupted, PipelineError
-from .stages import RUN, STAGES, address, without_jobs
-from .store import Manifest, Store
+from .families.load import describes_run, load
+from .run.stages import RUN, STAGES, address, without_jobs
+from .store.artifacts import Manifest, Store
 
 KEY = "MOLEFORGE_API_KEY"
 ABOUT = {
@@ -54,10 +56,18 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         _add_serve(sub) if name == "serve" else _add_common(sub, several=name == "prune")
         if name in ("run", "evaluate"):
-            sub.add_argument("--smoke", action="store_true", help="evaluate a few rows of everything: does it work")
+            sub.add_argument(
+                "--smoke",
+                action="store_true",
+                help="evaluate a few rows of everything: does it work",
+            )
         if name in ("run", "preprocess", "train_experts", "train_dense"):
             sub.add_argument(
-                "--parallel", type=_positive, default=1, metavar="N", help="jobs side by side, cores shared (default 1)"
+                "--parallel",
+                type=_positive,
+                default=1,
+                metavar="N",
+                help="jobs side by side, cores shared (default 1)",
             )
         if name == "prune":
             sub.add_argument("--yes", action="store_true", help="remove what is listed")
@@ -72,36 +82,58 @@ def runs(folder: Path) -> list[Path]:
 def _add_common(sub: argparse.ArgumentParser, several: bool) -> None:
     if several:
         sub.add_argument(
-            "--config", nargs="+", type=Path, default=runs(Path("config")), metavar="FILE",
+            "--config",
+            nargs="+",
+            type=Path,
+            default=runs(Path("config")),
+            metavar="FILE",
             help="configurations whose artifacts are kept (default: all in config/)",
-        )  # fmt: skip
+        )
     else:
-        sub.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/")
+        sub.add_argument(
+            "--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/"
+        )
     _add_store(sub)
 
 
 def _add_serve(sub: argparse.ArgumentParser) -> None:
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--config", type=Path, metavar="FILE", help="serve the bundle that deploy made of this YAML file"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="serve the bundle that deploy made of this YAML file",
     )
     which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
-    sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default 127.0.0.1)")
-    sub.add_argument("--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default 127.0.0.1)",
+    )
+    sub.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)"
+    )
     sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
     _add_store(sub)
 
 
 def _add_store(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--override", action="append", default=[], metavar="a.b=value",
+        "--override",
+        action="append",
+        default=[],
+        metavar="a.b=value",
         help="change one setting, may be repeated; the README lists them all",
-    )  # fmt: skip
+    )
     default = os.environ.get("MOLEFORGE_STORE", "store")
     sub.add_argument(
-        "--store", type=Path, default=Path(default), metavar="DIR",
+        "--store",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
         help="where results are kept (default: $MOLEFORGE_STORE, else ./store)",
-    )  # fmt: skip
+    )
 
 
 def _positive(text: str) -> int:
@@ -122,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
     args = parser().parse_args(arguments)
     errors = Console(stderr=True, soft_wrap=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # jobs save at either, so stop at either
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # jobs save at either, so stop at either
     try:
         _dispatch(args)
     except PipelineError as error:
@@ -138,25 +172,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "prune":
-        from .plan import prune
+        from .run.dry_run import prune
 
-        prune([load(path, tuple(args.override)) for path in args.config], Store(args.store).open(), args.yes, _out())
+        prune(
+            [load(path, tuple(args.override)) for path in args.config],
+            Store(args.store).open(),
+            args.yes,
+            _out(),
+        )
         return
     if args.command == "serve":
         _serve(args)
         return
-    overrides = (*args.override, *(["evaluate.smoke=true"] if getattr(args, "smoke", False) else []))
+    overrides = (
+        *args.override,
+        *(["evaluate.smoke=true"] if getattr(args, "smoke", False) else []),
+    )
     cfg, store = load(args.config, overrides), Store(args.store)
     if args.command == "plan":
-        from .plan import show_plan
+        from .run.dry_run import show_plan
 
         show_plan(cfg, store, _out())
         return
     _run(args, cfg, store.open())
 
 
-def _run(args: argparse.Namespace, cfg: Run, store: Store) -> None:
-    from .backend import Local, run_stage
+def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
+    from .run.backend import Local, run_stage
 
     command = f"python -m pipeline {shlex.join(sys.argv[1:])}"
     backend = Local(store, parallel=getattr(args, "parallel", 1), command=command)
@@ -170,23 +212,28 @@ def _run(args: argparse.Namespace, cfg: Run, store: Store) -> None:
         else:
             _show_jobs(manifests)
         if stage == "deploy":
-            _out().print(f"bundle: {store.folder(manifests[0].address)}", highlight=False, soft_wrap=True)
+            _out().print(
+                f"bundle: {store.folder(manifests[0].address)}", highlight=False, soft_wrap=True
+            )
 
 
 def _serve(args: argparse.Namespace) -> None:
     folder = args.bundle
     if args.config:
         cfg, store = load(args.config, tuple(args.override)), Store(args.store)
-        folder = store.folder(store.need(address(cfg, "deploy"), "deploy").address)
+        folder = store.folder(store.require(address(cfg, "deploy"), "deploy").address)
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         errors.print(
-            f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that", highlight=False
+            f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that",
+            highlight=False,
         )
     from .serve.app import create, listen
 
-    listen(create(folder, key), args.host, args.port, lambda text: errors.print(text, highlight=False))
+    listen(
+        create(folder, key), args.host, args.port, lambda text: errors.print(text, highlight=False)
+    )
 
 
 def _out() -> Console:
@@ -198,14 +245,18 @@ def _show_jobs(manifests: list[Manifest]) -> None:
     """Print what a stage left: one row per job."""
     table = Table(title=manifests[0].stage, title_justify="left", title_style="bold")
     for name, style in (("artifact", "cyan"), ("MB", ""), ("seconds", ""), ("what came out", "")):
-        table.add_column(name, style=style, justify="left" if name[0] in "aw" else "right", overflow="fold")
+        table.add_column(
+            name, style=style, justify="left" if name[0] in "aw" else "right", overflow="fold"
+        )
     for m in manifests:
-        table.add_row(m.address, f"{m.bytes / 1e6:.1f}", f"{m.made['seconds']:.0f}", _outcome(m.metrics))
+        table.add_row(
+            m.address, f"{m.bytes / 1e6:.1f}", f"{m.made['seconds']:.0f}", _outcome(m.metrics)
+        )
     _out().print(table)
 
 
 def _outcome(metrics: dict) -> str:
-    from .plan import figures
+    from .run.dry_run import figures
 
     if {"files", "experts", "parameters"} <= metrics.keys():
         return f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, {metrics['files']} files"

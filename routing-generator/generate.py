@@ -1,6 +1,8 @@
-"""Makes the routing set of a lora_vlm run by itself: what teaches the router which expert a request belongs to.
+"""Makes the routing set of a lora_vlm run by itself: what teaches the router which expert a request
+belongs to.
 
-It goes through pipeline.data.routing, as the stage `routing` does, so both write the same bytes. See the README beside.
+It goes through pipeline.data.routing, as the stage `routing` does, so both write the same bytes.
+See the README beside.
 """
 
 import argparse
@@ -14,20 +16,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydantic import ValidationError  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from rich.table import Table  # noqa: E402
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
 
-from pipeline.config import LoraConfig, RoutingSet, load, parse  # noqa: E402
-from pipeline.config.files import anchored, laid, override, read, routing_anchored  # noqa: E402
-from pipeline.config.loras import NONE  # noqa: E402
-from pipeline.config.problems import explain  # noqa: E402
-from pipeline.data import routing, tasks  # noqa: E402
-from pipeline.data.routing_rows import SPLITS  # noqa: E402
-from pipeline.errors import ConfigError, DataError, PipelineError  # noqa: E402
-from pipeline.store import Store  # noqa: E402
+from pipeline.config.base import NONE
+from pipeline.config.files import anchored, laid, override, read, routing_anchored
+from pipeline.config.problems import explain
+from pipeline.config.routing_set import RoutingSetConfig
+from pipeline.data.routing import dataset
+from pipeline.data.routing.rows import SPLITS
+from pipeline.data.tasks import prepare
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.families.load import load, parse
+from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.store.artifacts import Store
 
 PER_EXPERT_PICTURES = 4  # a row of the contact sheet
 EPILOG = """the configuration is one of
@@ -48,26 +53,63 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     out = argparse.ArgumentParser(
-        prog="generate.py", description="Merge the experts' own rows into a balanced routing set.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    store = os.environ.get("MOLEFORGE_STORE", "store")
-    out.add_argument("--config", required=True, type=Path, metavar="FILE", help="routing set or run, YAML")
-    out.add_argument("--output", type=Path, default=Path(routing.NAME), metavar="FILE",
-                     help="JSON lines; the manifest goes beside them (default routing.jsonl)")  # fmt: skip
-    out.add_argument(
-        "--loras", type=Path, metavar="FILE", help="the experts, when the configuration does not name them"
+        prog="generate.py",
+        description="Merge the experts' own rows into a balanced routing set.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("--store", type=Path, default=Path(store), metavar="DIR",
-                     help="where preprocess left rows (default: $MOLEFORGE_STORE, else ./store)")  # fmt: skip
-    out.add_argument("--work", type=Path, metavar="DIR",
-                     help="where other rows are prepared (default: routing-work beside the output)")  # fmt: skip
-    out.add_argument("--seed", type=int, metavar="N", help="another seed of samples, splits and wording")
-    out.add_argument("--override", action="append", default=[], metavar="a.b=value",
-                     help="change one setting of the routing set, may be repeated")  # fmt: skip
-    out.add_argument("--preview", type=_count, default=1, metavar="N", help="rows of each expert to print (default 1)")
+    store = os.environ.get("MOLEFORGE_STORE", "store")
     out.add_argument(
-        "--contact-sheet", type=Path, metavar="PNG", help="a picture of some rows of each expert, to look at"
+        "--config", required=True, type=Path, metavar="FILE", help="routing set or run, YAML"
+    )
+    out.add_argument(
+        "--output",
+        type=Path,
+        default=Path(dataset.NAME),
+        metavar="FILE",
+        help="JSON lines; the manifest goes beside them (default routing.jsonl)",
+    )
+    out.add_argument(
+        "--loras",
+        type=Path,
+        metavar="FILE",
+        help="the experts, when the configuration does not name them",
+    )
+    out.add_argument(
+        "--store",
+        type=Path,
+        default=Path(store),
+        metavar="DIR",
+        help="where preprocess left rows (default: $MOLEFORGE_STORE, else ./store)",
+    )
+    out.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where other rows are prepared (default: routing-work beside the output)",
+    )
+    out.add_argument(
+        "--seed", type=int, metavar="N", help="another seed of samples, splits and wording"
+    )
+    out.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change one setting of the routing set, may be repeated",
+    )
+    out.add_argument(
+        "--preview",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="rows of each expert to print (default 1)",
+    )
+    out.add_argument(
+        "--contact-sheet",
+        type=Path,
+        metavar="PNG",
+        help="a picture of some rows of each expert, to look at",
     )
     return out
 
@@ -80,12 +122,17 @@ def _count(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make a routing set; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
-    args, out, errors = parser().parse_args(arguments), Console(), Console(stderr=True, soft_wrap=True)
+    """Make a routing set; return the exit code: 0 done, 2 a person has to mend something, 130
+    stopped."""
+    args, out, errors = (
+        parser().parse_args(arguments),
+        Console(),
+        Console(stderr=True, soft_wrap=True),
+    )
     out = out if out.is_terminal else Console(width=120)
     try:
         generate(args, errors)
-        show(routing.RoutingRows(args.output.parent, args.output.name), args, out)
+        show(dataset.RoutingRows(args.output.parent, args.output.name), args, out)
     except PipelineError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
@@ -104,24 +151,29 @@ def generate(args: argparse.Namespace, console: Console) -> None:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             shown = bar.add_task("", total=1.0)
 
-            def say(text: str, share: float | None) -> None:
+            def progress(text: str, share: float | None) -> None:
                 bar.update(shown, description=escape(text), completed=share)
 
-            folders = {} if cfg is None else dict(prepared(cfg, Store(args.store), work, say))
+            folders = {} if cfg is None else dict(prepared(cfg, Store(args.store), work, progress))
             labels = {} if cfg is None else cfg.loras.labels
-            routing.generate(settings, folders, labels, args.output.parent, say, args.output.name)
+            dataset.generate(
+                settings, folders, labels, args.output.parent, progress, args.output.name
+            )
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; choose another --output or --work") from None
+        raise DataError(
+            f"{error.filename}: {error.strerror}; choose another --output or --work"
+        ) from None
 
 
-def configured(args: argparse.Namespace) -> tuple[RoutingSet, LoraConfig | None]:
-    """Return the settings, and the run that the experts come from if one is named. Raises ConfigError."""
+def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfig | None]:
+    """Return the settings, and the run that the experts come from if one is named. Raises
+    ConfigError."""
     changes = tuple(f"dataset.{each.removeprefix('dataset.')}" for each in args.override)
     changes += (f"dataset.seed={args.seed}",) if args.seed is not None else ()
     raw = read(args.config)
     if "family" in raw or "extends" in raw:
         cfg = load(args.config, changes)
-        if not isinstance(cfg, LoraConfig):
+        if not isinstance(cfg, LoraVlmConfig):
             raise ConfigError(
                 f"{args.config} is a run of {cfg.family}, which has no routing set; only lora_vlm has one"
             )
@@ -134,14 +186,14 @@ def configured(args: argparse.Namespace) -> tuple[RoutingSet, LoraConfig | None]
         whole = laid(whole, *override(change, here))
     try:
         if loras is None:
-            return _alone(RoutingSet.model_validate(whole["dataset"]), args.config), None
+            return _alone(RoutingSetConfig.model_validate(whole["dataset"]), args.config), None
         cfg = parse(anchored({"family": "lora_vlm", "loras": loras, **whole}, here))
     except ValidationError as error:
         raise ConfigError(explain(error.errors(), whole, args.config)) from None
     return cfg.dataset, cfg
 
 
-def _alone(settings: RoutingSet, file: Path) -> RoutingSet:
+def _alone(settings: RoutingSetConfig, file: Path) -> RoutingSetConfig:
     """Return settings that name no experts. Raises ConfigError when some source needs them."""
     if needy := [source.expert for source in settings.sources if source.origin != "jsonl"]:
         raise ConfigError(
@@ -151,33 +203,42 @@ def _alone(settings: RoutingSet, file: Path) -> RoutingSet:
     return settings
 
 
-def prepared(cfg: LoraConfig, store: Store, work: Path, say: routing.Say) -> Iterator[tuple[str, Path]]:
-    """Yield the folders of prepared rows that sources need: the store's, or one made in work. Raises DataError."""
-    from pipeline.stages import address
+def prepared(
+    cfg: LoraVlmConfig, store: Store, work: Path, progress: Progress
+) -> Iterator[tuple[str, Path]]:
+    """Yield the folders of prepared rows that sources need: the store's, or one made in work.
+    Raises DataError."""
+    from pipeline.run.stages import address
 
-    needed = {source.expert for source in cfg.dataset.sources if source.origin != "jsonl" or source.expert == NONE}
+    needed = {
+        source.expert
+        for source in cfg.dataset.sources
+        if source.origin != "jsonl" or source.expert == NONE
+    }
     for name in sorted(needed & set(cfg.tasks)):
         here = address(cfg, "preprocess", name)
         if store.has(here):
-            yield name, store.whole(here, "preprocess")
+            yield name, store.verified(here, "preprocess")
             continue
         folder = work / here
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            tasks.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, folder, say)
+            prepare.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, folder, progress)
             (folder / "done").touch()
         yield name, folder
 
 
-def show(rows: routing.RoutingRows, args: argparse.Namespace, console: Console) -> None:
+def show(rows: dataset.RoutingRows, args: argparse.Namespace, console: Console) -> None:
     """Print the counts and some rows; draw the contact sheet where one is wanted. Raises DataError."""
     manifest = rows.manifest
     console.print(_counts(manifest))
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
     console.print(f"dropped: {dropped or 'nothing'}", highlight=False)
     for lack in manifest["short"]:
-        console.print(f"short: {lack['expert']}, {lack['split']}: {lack['found']:,} of {lack['wanted']:,} rows")
+        console.print(
+            f"short: {lack['expert']}, {lack['split']}: {lack['found']:,} of {lack['wanted']:,} rows"
+        )
     told = f"{len(rows):,} rows of {manifest['groups']:,} groups, sha256 {manifest['sha256'][:16]}"
     console.print(f"{args.output}: {told}", highlight=False, soft_wrap=True)
     if args.preview:
@@ -188,30 +249,45 @@ def show(rows: routing.RoutingRows, args: argparse.Namespace, console: Console) 
 
 
 def _counts(manifest: dict) -> Table:
-    table = Table(title="rows (of them with a neutral prompt)", title_justify="left", title_style="bold")
+    table = Table(
+        title="rows (of them with a neutral prompt)", title_justify="left", title_style="bold"
+    )
     table.add_column("expert", style="cyan")
     for split in SPLITS:
         table.add_column(split, justify="right")
     for name in manifest["experts"]:
-        cells = ((manifest["rows"][split][name], manifest["ambiguous"][split][name]) for split in SPLITS)
+        cells = (
+            (manifest["rows"][split][name], manifest["ambiguous"][split][name]) for split in SPLITS
+        )
         label = manifest["labels"].get(name)
-        table.add_row(f"{name} ({label})" if label else name, *(f"{n:,} ({a:,})" if a else f"{n:,}" for n, a in cells))
+        table.add_row(
+            f"{name} ({label})" if label else name,
+            *(f"{n:,} ({a:,})" if a else f"{n:,}" for n, a in cells),
+        )
     return table
 
 
-def _preview(rows: routing.RoutingRows, count: int) -> Table:
+def _preview(rows: dataset.RoutingRows, count: int) -> Table:
     table = Table(title="some rows", title_justify="left", title_style="bold")
     for name in ("id", "split", "prompt", "images"):
         table.add_column(name, overflow="fold", max_width=48)
     for row in _some(rows, count):
         prompt = f"{row.prompt[:200]}{' (neutral)' if row.ambiguous else ''}"
-        table.add_row(*map(escape, (row.id, row.split, prompt, " ".join(Path(image).name for image in row.images))))
+        table.add_row(
+            *map(
+                escape,
+                (row.id, row.split, prompt, " ".join(Path(image).name for image in row.images)),
+            )
+        )
     return table
 
 
-def _some(rows: routing.RoutingRows, count: int, pictured: bool = False) -> Iterator[routing.RoutingRow]:
-    """Yield up to count rows of each expert, the splits and kinds of prompt by turns; pictured: only with a picture."""
-    pools: dict[tuple, list[routing.RoutingRow]] = {}
+def _some(
+    rows: dataset.RoutingRows, count: int, pictured: bool = False
+) -> Iterator[dataset.RoutingRow]:
+    """Yield up to count rows of each expert, the splits and kinds of prompt by turns; pictured:
+    only with a picture."""
+    pools: dict[tuple, list[dataset.RoutingRow]] = {}
     for row in rows:
         pool = pools.setdefault((row.expert, row.split, row.ambiguous), [])
         if len(pool) < count and (row.images or not pictured):
@@ -220,19 +296,23 @@ def _some(rows: routing.RoutingRows, count: int, pictured: bool = False) -> Iter
         yield from islice(_by_turns(name, pools, count), count)
 
 
-def _by_turns(name: str, pools: dict[tuple, list[routing.RoutingRow]], count: int) -> Iterator[routing.RoutingRow]:
+def _by_turns(
+    name: str, pools: dict[tuple, list[dataset.RoutingRow]], count: int
+) -> Iterator[dataset.RoutingRow]:
     for i, split in enumerate(SPLITS * count):
         plain, neutral = (pools.get((name, split, kind), []) for kind in (False, True))
         if pool := (neutral or plain) if i % 2 else (plain or neutral):
             yield pool.pop(0)
 
 
-def _draw(rows: routing.RoutingRows, file: Path) -> None:
-    from pipeline.data import contact_sheet
+def _draw(rows: dataset.RoutingRows, file: Path) -> None:
+    from pipeline.data.images import contact_sheet
 
     chosen = list(_some(rows, PER_EXPERT_PICTURES, pictured=True))
     if not chosen:
-        raise DataError(f"{file}: no row has a picture, so there is nothing to show; leave --contact-sheet away")
+        raise DataError(
+            f"{file}: no row has a picture, so there is nothing to show; leave --contact-sheet away"
+        )
     cells = [(rows.paths(row)[0], f"{row.expert} | {row.split}", row.prompt) for row in chosen]
     file.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet.draw(cells, most=len(cells)).save(file)

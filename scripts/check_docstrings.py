@@ -1,7 +1,8 @@
 """Check docstrings against the house style, from the syntax tree alone: nothing is imported or run.
 
-Every public module, class, function and method has one whose first line is a whole sentence that says more than
-the name; it names the pipeline errors the body raises, and the shapes of arrays and tensors that go in and out.
+Every public module, class, function and method has one whose first line is a whole sentence that
+says more than the name; it names the pipeline errors the body raises, and the shapes of arrays and
+tensors that go in and out.
 """
 
 import argparse
@@ -26,8 +27,41 @@ THIRD_PERSON = re.compile(
     r"Set|Start|Take|Tell|Test|Train|Write|Yield)(s|ies)\b"
 )
 EMPTY = {
-    *("a", "an", "and", "at", "be", "by", "do", "does", "for", "from", "in", "into", "is", "it", "its", "of", "on"),
-    *("one", "or", "our", "some", "that", "the", "their", "them", "this", "to", "use", "used", "using", "with"),
+    *(
+        "a",
+        "an",
+        "and",
+        "at",
+        "be",
+        "by",
+        "do",
+        "does",
+        "for",
+        "from",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+    ),
+    *(
+        "one",
+        "or",
+        "our",
+        "some",
+        "that",
+        "the",
+        "their",
+        "them",
+        "this",
+        "to",
+        "use",
+        "used",
+        "using",
+        "with",
+    ),
     *("class", "function", "method", "module", "object", "return", "returns"),
 }
 
@@ -38,7 +72,8 @@ Problem = tuple[int, str]
 def check(source: str, name: str, errors: dict[str, set[str]]) -> list[Problem]:
     """Return (line, problem) pairs of one module.
 
-    name is the module's own, for example `store`; errors maps each pipeline error to itself and the classes above it.
+    name is the module's own, for example `store`; errors maps each pipeline error to itself and the
+    classes above it.
     """
     try:
         tree = ast.parse(source)
@@ -52,13 +87,16 @@ def check(source: str, name: str, errors: dict[str, set[str]]) -> list[Problem]:
             problems += _raises(node, node, errors)
             problems += _shapes(node)
         else:
-            made = [item for item in node.body if isinstance(item, Function) and item.name == "__init__"]
+            made = [
+                item for item in node.body if isinstance(item, Function) and item.name == "__init__"
+            ]
             problems += [problem for item in made for problem in _raises(item, node, errors)]
     return sorted(problems)
 
 
 def error_tree(source: str) -> dict[str, set[str]]:
-    """Return each class of errors.py with the names that say it: its own and those of the classes above it."""
+    """Return each class of errors.py with the names that say it: its own and those of the classes
+    above it."""
     tree = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
@@ -67,27 +105,42 @@ def error_tree(source: str) -> dict[str, set[str]]:
     return tree
 
 
-def _public(node: ast.AST, owners: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], ast.ClassDef | Function]]:
+def _public(
+    node: ast.AST, owners: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], ast.ClassDef | Function]]:
     """Yield public classes and functions; what stands inside a function is its own affair."""
     for item in ast.iter_child_nodes(node):
         if isinstance(item, ast.If | ast.Try | ast.With):
             yield from _public(item, owners)
-        elif isinstance(item, ast.ClassDef | Function) and not item.name.startswith("_") and not _is_stub(item, node):
+        elif (
+            isinstance(item, ast.ClassDef | Function)
+            and not item.name.startswith("_")
+            and not _is_stub(item, node)
+        ):
             yield owners, item
             if isinstance(item, ast.ClassDef):
                 yield from _public(item, (*owners, item.name))
 
 
 def _is_stub(item: ast.ClassDef | Function, owner: ast.AST) -> bool:
-    """Tell overloads, property setters, and a Protocol's `...` methods, which are described elsewhere."""
+    """Tell overloads, property setters, and a Protocol's `...` methods, which are described
+    elsewhere."""
     marks = {ast.unparse(mark).rpartition(".")[2] for mark in item.decorator_list}
-    protocol = isinstance(owner, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in owner.bases)
+    protocol = isinstance(owner, ast.ClassDef) and any(
+        "Protocol" in ast.unparse(base) for base in owner.bases
+    )
     body = item.body[0]
-    dots = isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and body.value.value is ...
+    dots = (
+        isinstance(body, ast.Expr)
+        and isinstance(body.value, ast.Constant)
+        and body.value.value is ...
+    )
     return bool(marks & {"overload", "setter", "deleter"}) or (protocol and dots)
 
 
-def _sentence(node: ast.Module | ast.ClassDef | Function, name: str, names: list[str]) -> Iterator[Problem]:
+def _sentence(
+    node: ast.Module | ast.ClassDef | Function, name: str, names: list[str]
+) -> Iterator[Problem]:
     line = getattr(node, "lineno", 1)
     kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
     text = ast.get_docstring(node, clean=False)
@@ -96,12 +149,18 @@ def _sentence(node: ast.Module | ast.ClassDef | Function, name: str, names: list
         return
     first = text.split("\n")[0]
     if not first.rstrip().endswith("."):
-        yield line, f"{kind} {name}: the docstring's first line must be a whole sentence that ends with a period"
+        yield (
+            line,
+            f"{kind} {name}: the docstring's first line must be a whole sentence that ends with a period",
+        )
     start = node.body[0]
     if start.col_offset + 3 + len(first) + 3 * ("\n" not in text) > LINE:
         yield start.lineno, f"{kind} {name}: the docstring's first line is over {LINE} characters"
     if "\n" not in text and _words(first) <= _words(" ".join(names)):
-        yield line, f"{kind} {name}: the docstring only repeats the name; say what the name does not"
+        yield (
+            line,
+            f"{kind} {name}: the docstring only repeats the name; say what the name does not",
+        )
     if kind == "function" and THIRD_PERSON.match(first):
         yield line, f"function {name}: write an imperative ({first.split()[0]!r} is not one)"
 
@@ -109,16 +168,27 @@ def _sentence(node: ast.Module | ast.ClassDef | Function, name: str, names: list
 def _words(text: str) -> set[str]:
     """Return the words that carry meaning, without endings, also those inside a name."""
     words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", text)
-    stems = (re.sub(r"(ing|ed|es|s|e)$", "", word.lower()) for word in words if word.lower() not in EMPTY)
+    stems = (
+        re.sub(r"(ing|ed|es|s|e)$", "", word.lower()) for word in words if word.lower() not in EMPTY
+    )
     return set(stems)
 
 
-def _raises(function: Function, described: ast.ClassDef | Function, errors: dict[str, set[str]]) -> Iterator[Problem]:
-    said = f"{ast.get_docstring(function)} {ast.get_docstring(described)}".partition("aise")[2]  # Raises, raise
-    lines = dict(reversed([(error, line) for line, error in _raised(function, errors)]))  # the first of each
+def _raises(
+    function: Function, described: ast.ClassDef | Function, errors: dict[str, set[str]]
+) -> Iterator[Problem]:
+    said = f"{ast.get_docstring(function)} {ast.get_docstring(described)}".partition("aise")[
+        2
+    ]  # Raises, raise
+    lines = dict(
+        reversed([(error, line) for line, error in _raised(function, errors)])
+    )  # the first of each
     for error, line in lines.items():
         if not any(re.search(rf"\b{name}\b", said) for name in errors[error]):
-            yield line, f'function {function.name} raises {error}, and its docstring does not: add "Raises {error} ..."'
+            yield (
+                line,
+                f'function {function.name} raises {error}, and its docstring does not: add "Raises {error} ..."',
+            )
 
 
 def _raised(function: Function, errors: dict[str, set[str]]) -> Iterator[tuple[int, str]]:
@@ -131,7 +201,8 @@ def _raised(function: Function, errors: dict[str, set[str]]) -> Iterator[tuple[i
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes below a function that run when it is called, so not those of functions it defines."""
+    """Yield the nodes below a function that run when it is called, so not those of functions it
+    defines."""
     for item in ast.iter_child_nodes(node):
         if not isinstance(item, Function | ast.Lambda | ast.ClassDef):
             yield item
@@ -139,7 +210,8 @@ def _own(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
-    """Check that the lines above the first statement explain every letter of the module's shape suffixes."""
+    """Check that the lines above the first statement explain every letter of the module's shape
+    suffixes."""
     rest = [node for node in tree.body if not _is_text(node)]
     head = "\n".join(source.split("\n")[: rest[0].lineno - 1 if rest else None])
     seen = set()
@@ -148,12 +220,19 @@ def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
             if letter not in seen and not re.search(
                 rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]|\b{letter} ?= ?\w", head
             ):
-                yield line, f'{name}: the top of the module has no legend for {letter} (for example "D model width")'
+                yield (
+                    line,
+                    f'{name}: the top of the module has no legend for {letter} (for example "D model width")',
+                )
             seen.add(letter)
 
 
 def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -185,7 +264,8 @@ def _shapes(function: Function) -> Iterator[Problem]:
 
 
 def _is_array(annotation: ast.expr | None) -> bool:
-    """Tell an array, one that may be absent, and a tuple of arrays; containers of many have no one shape."""
+    """Tell an array, one that may be absent, and a tuple of arrays; containers of many have no one
+    shape."""
     match annotation:
         case ast.Constant(value=str() as text):
             return text.rpartition(".")[2] in ARRAYS
@@ -204,13 +284,20 @@ def _is_array(annotation: ast.expr | None) -> bool:
 
 def _returns_suffixed(function: Function) -> bool:
     values = [node.value for node in _own(function) if isinstance(node, ast.Return)]
-    return bool(values) and all(isinstance(value, ast.Name) and SUFFIXED.fullmatch(value.id) for value in values)
+    return bool(values) and all(
+        isinstance(value, ast.Name) and SUFFIXED.fullmatch(value.id) for value in values
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print `file:line: problem` for every problem below the given paths; return 1 when there is one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", type=Path, help=f"files or folders (without: {', '.join(CHECKED)})")
+    """Print `file:line: problem` for every problem below the given paths; return 1 when there is
+    one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, help=f"files or folders (without: {', '.join(CHECKED)})"
+    )
     paths = parser.parse_args(arguments).paths
     if absent := [str(path) for path in paths if not path.exists()]:
         parser.error(f"no such file or folder: {', '.join(absent)}")
@@ -219,7 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
     for file in _files(paths or [ROOT / name for name in CHECKED]):
         name = file.parent.name if file.stem in ("__init__", "__main__") else file.stem
         for line, problem in check(file.read_text("utf-8"), name, errors):
-            print(f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}:{line}: {problem}")
+            print(
+                f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}:{line}: {problem}"
+            )
             found += 1
     return int(found > 0)
 

@@ -1,7 +1,8 @@
-"""Cuts text-heavy regions out of images into OCR examples: a folder that `source: jsonl, ocr: true` reads as it is.
+"""Cuts text-heavy regions out of images into OCR examples: a folder that `source: jsonl, ocr: true`
+reads as it is.
 
-Invariant: the same images and settings give the same bytes, whatever the number of workers; all crops of an image
-carry its group, so preprocess never spreads them over two splits.
+Invariant: the same images and settings give the same bytes, whatever the number of workers; all
+crops of an image carry its group, so preprocess never spreads them over two splits.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from pipeline.data import boxes, contact_sheet, pictures, regions  # noqa: E402
-from pipeline.data.boxes import Box  # noqa: E402
-from pipeline.errors import ConfigError, DataError, PipelineError  # noqa: E402
+from pipeline.data.images import boxes, contact_sheet, images, text_regions
+from pipeline.data.images.boxes import Box
+from pipeline.errors import ConfigError, DataError, PipelineError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 CROPS, BARE, IMAGES = "crops.jsonl", "untranscribed.jsonl", "images"
@@ -99,18 +100,29 @@ def main(words: list[str] | None = None) -> int:
 
 
 def generate(asked: argparse.Namespace) -> int:
-    """Cut the crops of every image, write rows, report and contact sheet. Raises ConfigError, DataError."""
+    """Cut the crops of every image, write rows, report and contact sheet. Raises ConfigError,
+    DataError."""
     settings = Settings(**{name: getattr(asked, name) for name in Settings.__dataclass_fields__})
     output = Path(asked.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} is not an empty folder; give another output, or remove it first")
-    pages, root = list(_pages(Path(asked.input), asked.image_field)), _root(Path(asked.input), asked.image_root)
+        raise ConfigError(
+            f"{output} is not an empty folder; give another output, or remove it first"
+        )
+    pages, root = (
+        list(_pages(Path(asked.input), asked.image_field)),
+        _root(Path(asked.input), asked.image_root),
+    )
     if not pages:
-        raise DataError(f"{asked.input} has no image; a JSON lines file or a folder of images was wanted")
+        raise DataError(
+            f"{asked.input} has no image; a JSON lines file or a folder of images was wanted"
+        )
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
     cut = partial(_cut, settings=settings, root=root, output=output)
     dropped, examples, rows = Counter(), {}, []
-    with open(output / CROPS, "w", encoding="utf-8") as crops, open(output / BARE, "w", encoding="utf-8") as bare:
+    with (
+        open(output / CROPS, "w", encoding="utf-8") as crops,
+        open(output / BARE, "w", encoding="utf-8") as bare,
+    ):
         for page, (made, problems) in zip(pages, _among(cut, pages, asked.workers), strict=True):
             for row in made:
                 (crops if row["answer"] else bare).write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -123,15 +135,28 @@ def generate(asked: argparse.Namespace) -> int:
 
 
 def _conclude(
-    asked: argparse.Namespace, settings: Settings, output: Path, pages: int, rows: list[dict], dropped: Counter,
+    asked: argparse.Namespace,
+    settings: Settings,
+    output: Path,
+    pages: int,
+    rows: list[dict],
+    dropped: Counter,
     examples: dict,
-) -> None:  # fmt: skip
+) -> None:
     bare = sum(not row["answer"] for row in rows)
     if not bare:
         (output / BARE).unlink()
-    about = {"settings": asdict(settings), "images": pages, "crops": len(rows), "untranscribed": bare,
-             "dropped": dict(sorted(dropped.items())), "examples": dict(sorted(examples.items()))}  # fmt: skip
-    (output / "report.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    about = {
+        "settings": asdict(settings),
+        "images": pages,
+        "crops": len(rows),
+        "untranscribed": bare,
+        "dropped": dict(sorted(dropped.items())),
+        "examples": dict(sorted(examples.items())),
+    }
+    (output / "report.json").write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8"
+    )
     if asked.contact_sheet and rows:
         cells = [(output / row["image"], row["id"], row["answer"]) for row in rows]
         contact_sheet.draw(cells, asked.sheet_crops).save(asked.contact_sheet)
@@ -139,7 +164,9 @@ def _conclude(
     for reason, count in dropped.most_common():
         print(f"  dropped: {count} {reason} ({examples[reason]})")
     if not rows:
-        raise DataError(f"no region of {asked.input} was kept; loosen --min-height, --min-chars, or try --by detector")
+        raise DataError(
+            f"no region of {asked.input} was kept; loosen --min-height, --min-chars, or try --by detector"
+        )
 
 
 def _pages(source: Path, image_field: str) -> Iterator[Page]:
@@ -159,9 +186,13 @@ def _pages(source: Path, image_field: str) -> Iterator[Page]:
         row = _parsed(line, f"{source}:{line_number}")
         image = row.get(image_field)
         if not isinstance(image, str):
-            raise DataError(f"{source}:{line_number} has no path under {image_field!r}; set --image-field")
+            raise DataError(
+                f"{source}:{line_number} has no path under {image_field!r}; set --image-field"
+            )
         if image not in seen or (row.get("boxes") and not seen[image].row.get("boxes")):
-            number = seen[image].number if image in seen else len(seen)  # several questions about one image
+            number = (
+                seen[image].number if image in seen else len(seen)
+            )  # several questions about one image
             seen[image] = Page(number, f"{source.name}:{line_number}", image, row)
     yield from seen.values()
 
@@ -188,11 +219,13 @@ def _among(cut: partial, pages: list[Page], workers: int) -> Iterator:
         yield from pool.map(cut, pages, chunksize=4)
 
 
-def _cut(page: Page, settings: Settings, root: Path, output: Path) -> tuple[list[dict], list[tuple[str, str]]]:
+def _cut(
+    page: Page, settings: Settings, root: Path, output: Path
+) -> tuple[list[dict], list[tuple[str, str]]]:
     """Write the crops of one image; return their rows and (reason, detail) of what was dropped."""
     try:
-        image = pictures.open_checked(page.image, root)
-    except pictures.BadPicture as error:
+        image = images.open_checked(page.image, root)
+    except images.BadPicture as error:
         return [], [(error.reason, str(error))]
     try:
         given = _given(page, image)
@@ -200,11 +233,18 @@ def _cut(page: Page, settings: Settings, root: Path, output: Path) -> tuple[list
         return [], [("bad box", str(error))]
     if settings.by == "boxes" and not given:
         return [], [("no boxes", "use --by detector for such images")]
-    found = _from_boxes(given, settings) if settings.by == "boxes" else _detected(image, given, settings)
+    found = (
+        _from_boxes(given, settings)
+        if settings.by == "boxes"
+        else _detected(image, given, settings)
+    )
     kept, dropped = _filtered(found, settings)
     chosen = _chosen(kept, settings, page)
-    group = f"sha256:{pictures.digest(image)}"
-    return [_write(page, number, each, image, group, settings, output) for number, each in enumerate(chosen)], dropped
+    group = f"sha256:{images.digest(image)}"
+    return [
+        _write(page, number, each, image, group, settings, output)
+        for number, each in enumerate(chosen)
+    ], dropped
 
 
 def _given(page: Page, image: Image.Image) -> list[Box]:
@@ -218,17 +258,23 @@ def _from_boxes(given: list[Box], settings: Settings) -> list[Region]:
     lines = boxes.lines(given)
     if not settings.lines:
         return [_region([[box]]) for line in lines for box in line]
-    return [_region(lines[first : first + settings.lines]) for first in range(0, len(lines), settings.lines)]
+    return [
+        _region(lines[first : first + settings.lines])
+        for first in range(0, len(lines), settings.lines)
+    ]
 
 
 def _detected(image: Image.Image, given: list[Box], settings: Settings) -> list[Region]:
-    """Return regions that ink and strokes show, widened to the given boxes that they hold the middle of."""
-    strokes = {each.box: each.strokes for each in regions.find(image, settings.min_height_px)}
+    """Return regions that ink and strokes show, widened to the given boxes that they hold the
+    middle of."""
+    strokes = {each.box: each.strokes for each in text_regions.find(image, settings.min_height_px)}
     out = []
     for each in _from_boxes(list(strokes), settings):
         held = boxes.inside(given, each.box)
         weight = sum(strokes[box] for box in boxes.inside(strokes, each.box))
-        out.append(Region(boxes.hull([each.box, *held]), each.lines, boxes.transcript(held), weight))
+        out.append(
+            Region(boxes.hull([each.box, *held]), each.lines, boxes.transcript(held), weight)
+        )
     return out
 
 
@@ -237,16 +283,28 @@ def _region(lines: list[list[Box]]) -> Region:
     return Region(boxes.hull([box for line in lines for box in line]), len(lines), text, len(text))
 
 
-def _filtered(found: list[Region], settings: Settings) -> tuple[list[Region], list[tuple[str, str]]]:
+def _filtered(
+    found: list[Region], settings: Settings
+) -> tuple[list[Region], list[tuple[str, str]]]:
     kept, dropped = [], []
     for each in found:
         chars, height_px = len(each.text), each.box.height_px / each.lines
         if height_px < settings.min_height_px:
-            dropped.append(("too low", f"{height_px:.0f} px a line, --min-height is {settings.min_height_px:g}"))
+            dropped.append(
+                (
+                    "too low",
+                    f"{height_px:.0f} px a line, --min-height is {settings.min_height_px:g}",
+                )
+            )
         elif settings.by == "boxes" and not chars:
             dropped.append(("no text", "its boxes have none"))
         elif chars and not settings.min_chars <= chars <= settings.max_chars:
-            dropped.append(("wrong length", f"{chars} characters, {settings.min_chars} to {settings.max_chars} wanted"))
+            dropped.append(
+                (
+                    "wrong length",
+                    f"{chars} characters, {settings.min_chars} to {settings.max_chars} wanted",
+                )
+            )
         else:
             kept.append(each)
     return kept, dropped
@@ -265,43 +323,100 @@ def _chosen(kept: list[Region], settings: Settings, page: Page) -> list[Region]:
 
 
 def _write(
-    page: Page, number: int, region: Region, image: Image.Image, group: str, settings: Settings, output: Path
+    page: Page,
+    number: int,
+    region: Region,
+    image: Image.Image,
+    group: str,
+    settings: Settings,
+    output: Path,
 ) -> dict:
     crop = boxes.cut(image, region.box, settings.padding / region.lines)
     if settings.size_px:
         high = settings.size_px * region.lines
-        crop = crop.resize((max(1, round(crop.width * high / crop.height)), high), Image.Resampling.LANCZOS)
+        crop = crop.resize(
+            (max(1, round(crop.width * high / crop.height)), high), Image.Resampling.LANCZOS
+        )
     name = f"{IMAGES}/{page.number:06d}-{number:03d}.png"
-    (output / name).write_bytes(pictures.png(crop))
-    row = {"id": f"{page.row.get('id', page.image)}/{number}", "image": name, "prompt": settings.prompt,
-           "answer": region.text, "width": crop.width, "height": crop.height, "group": group}  # fmt: skip
+    (output / name).write_bytes(images.png(crop))
+    row = {
+        "id": f"{page.row.get('id', page.image)}/{number}",
+        "image": name,
+        "prompt": settings.prompt,
+        "answer": region.text,
+        "width": crop.width,
+        "height": crop.height,
+        "group": group,
+    }
     if page.row.get("split"):
         row["split"] = page.row["split"]
-    box = [round(x, 1) for x in (region.box.x0_px, region.box.y0_px, region.box.x1_px, region.box.y1_px)]
+    box = [
+        round(x, 1)
+        for x in (region.box.x0_px, region.box.y0_px, region.box.x1_px, region.box.y1_px)
+    ]
     return row | {"from": {"image": page.image, "bbox": box}}
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Cut text-heavy regions out of images into OCR examples.",
-        epilog=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        epilog=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("input", help="JSON lines with images and, for --by boxes, their boxes; or a folder of images")
+    add(
+        "input",
+        help="JSON lines with images and, for --by boxes, their boxes; or a folder of images",
+    )
     add("output", help="new folder for crops.jsonl, images/ and report.json")
-    add("--by", choices=("boxes", "detector"), default="boxes", help="what finds the regions (default boxes)")
-    add("--lines", type=_whole, default=1, help="text lines per crop; 0: each box by itself (default 1)")
-    add("--size", dest="size_px", type=_whole, default=0, help="height of a line in px; 0: as it is (default)")
-    add("--padding", type=_amount, default=0.15, help="what is kept around it, share of a line's height (.15)")
+    add(
+        "--by",
+        choices=("boxes", "detector"),
+        default="boxes",
+        help="what finds the regions (default boxes)",
+    )
+    add(
+        "--lines",
+        type=_whole,
+        default=1,
+        help="text lines per crop; 0: each box by itself (default 1)",
+    )
+    add(
+        "--size",
+        dest="size_px",
+        type=_whole,
+        default=0,
+        help="height of a line in px; 0: as it is (default)",
+    )
+    add(
+        "--padding",
+        type=_amount,
+        default=0.15,
+        help="what is kept around it, share of a line's height (.15)",
+    )
     add("--count", type=_whole, default=0, help="most crops of an image; 0: all (default)")
-    add("--pick", choices=("most", "random"), default="most", help="which of them: those with most text (default)")
+    add(
+        "--pick",
+        choices=("most", "random"),
+        default="most",
+        help="which of them: those with most text (default)",
+    )
     add("--seed", type=int, default=0, help="seed of --pick random (default 0)")
-    add("--min-height", dest="min_height_px", type=_amount, default=8, help="least height of a line, px (default 8)")
+    add(
+        "--min-height",
+        dest="min_height_px",
+        type=_amount,
+        default=8,
+        help="least height of a line, px (default 8)",
+    )
     add("--min-chars", type=_whole, default=1, help="shortest transcript (default 1)")
     add("--max-chars", type=_whole, default=4000, help="longest transcript (default 4000)")
     add("--prompt", default="Read the text in the image.", help="prompt of every row")
     add("--image-field", default="image", help="key of the image's path (default image)")
-    add("--image-root", help="folder that image paths start at and stay in (default: that of the input)")
+    add(
+        "--image-root",
+        help="folder that image paths start at and stay in (default: that of the input)",
+    )
     add("--contact-sheet", help="also write this PNG, to look at")
     add("--sheet-crops", type=_whole, default=60, help="crops on it (default 60)")
     add("--workers", type=_whole, default=1, help="processes; the result is the same (default 1)")

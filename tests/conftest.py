@@ -1,6 +1,7 @@
 """What every test starts from: one thread, no network, no account, a store of its own.
 
-The variables are set before any test module is imported, because libraries read them once, at import.
+The variables are set before any test module is imported, because libraries read them once, at
+import.
 """
 
 import json
@@ -26,16 +27,27 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
-import pytest  # noqa: E402 (after the variables)
+import pytest  # noqa: E402
 import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-LONGEST = ("test_modal_loopback", "test_backend", "test_modal_vlm", "test_robustness", "test_stages")
+LONGEST = (
+    "test_modal_loopback",
+    "test_backend",
+    "test_modal_vlm",
+    "test_robustness",
+    "test_stages",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Start the files that take minutes first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Start the files that take minutes first, so that no worker is left alone with one of them at
+    the end."""
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +64,54 @@ def store_path(tmp_path):
 
 
 WORDS = {
-    "sea": ["tide", "reef", "gull", "mast", "kelp", "brine", "swell", "anchor", "heave", "salt", "drift", "shoal"],
-    "shop": ["lathe", "gear", "bolt", "chuck", "vise", "rivet", "clamp", "bench", "shim", "torque", "gauge", "file"],
-    "hall": ["oboe", "chord", "waltz", "reed", "fugue", "tempo", "viola", "score", "cadence", "bass", "trill", "rest"],
+    "sea": [
+        "tide",
+        "reef",
+        "gull",
+        "mast",
+        "kelp",
+        "brine",
+        "swell",
+        "anchor",
+        "heave",
+        "salt",
+        "drift",
+        "shoal",
+    ],
+    "shop": [
+        "lathe",
+        "gear",
+        "bolt",
+        "chuck",
+        "vise",
+        "rivet",
+        "clamp",
+        "bench",
+        "shim",
+        "torque",
+        "gauge",
+        "file",
+    ],
+    "hall": [
+        "oboe",
+        "chord",
+        "waltz",
+        "reed",
+        "fugue",
+        "tempo",
+        "viola",
+        "score",
+        "cadence",
+        "bass",
+        "trill",
+        "rest",
+    ],
 }
 
 
 def documents(domain: str, count: int = 120) -> list[str]:
-    """Return short texts of one domain: its own words in its own order, with a few that all domains share."""
+    """Return short texts of one domain: its own words in its own order, with a few that all domains
+    share."""
     draw, words = random.Random(domain), WORDS[domain]
     out = []
     for i in range(count):
@@ -72,7 +124,8 @@ def documents(domain: str, count: int = 120) -> list[str]:
 
 
 def tiny_config(folder: Path, **sections) -> Path:
-    """Write three small domains and a configuration whose whole run takes seconds; return the configuration's path.
+    """Write three small domains and a configuration whose whole run takes seconds; return the
+    configuration's path.
 
     Keywords replace fields: tiny_config(folder, trunk={"lr": 1e-3}, dtype="bf16").
     """
@@ -109,7 +162,13 @@ def tiny_config(folder: Path, **sections) -> Path:
             "lr": 3e-3,
             "statistics_tokens": 2048,
         },
-        "router": {"steps": 16, "batch_sequences": 8, "warmup_steps": 2, "eval_every_steps": 5, "eval_tokens": 768},
+        "router": {
+            "steps": 16,
+            "batch_sequences": 8,
+            "warmup_steps": 2,
+            "eval_every_steps": 5,
+            "eval_tokens": 768,
+        },
         "dense": {"baselines": ["total", "path"]},
         "evaluate": {"tokens_per_domain": 512, "bootstrap": 20},
         "runtime": {"threads": 1, "save_every_s": 0.05, "log_every_steps": 5},
@@ -127,15 +186,22 @@ def tiny_config(folder: Path, **sections) -> Path:
 
 def make_all(path: Path, store_path: Path, *overrides: str) -> None:
     """Do every stage of a configuration in this process, without what the command line prints."""
-    from pipeline import stages
-    from pipeline.config import load
-    from pipeline.store import Store
+    from pipeline.families.load import load
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
 
     cfg, store = load(path, overrides), Store(store_path).open()
     with open(os.devnull, "w") as nowhere:
         for stage in stages.RUN:
             for _, item, _ in stages.jobs(cfg, stage):
-                stages.run(stage, cfg, store, item, say=lambda _text, _share: None, console=Console(file=nowhere))
+                stages.run(
+                    stage,
+                    cfg,
+                    store,
+                    item,
+                    progress=lambda _text, _share: None,
+                    console=Console(file=nowhere),
+                )
 
 
 @pytest.fixture
@@ -146,14 +212,15 @@ def tiny(tmp_path):
 
 @pytest.fixture(scope="session")
 def bundled(finished, tmp_path_factory):
-    """(configuration, store, bundle) paths of that run deployed, in a store of its own; read it, never change it."""
-    from pipeline import stages
-    from pipeline.config import load
-    from pipeline.store import Store
+    """(configuration, store, bundle) paths of that run deployed, in a store of its own; read it,
+    never change it."""
+    from pipeline.families.load import load
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
 
     path, store_path = finished
     copy = shutil.copytree(store_path, tmp_path_factory.mktemp("bundled") / "store")
-    made = stages.run("deploy", load(path), Store(copy).open(), say=lambda _text, _share: None)
+    made = stages.run("deploy", load(path), Store(copy).open(), progress=lambda _text, _share: None)
     return path, copy, copy / "artifacts" / made.address
 
 

@@ -1,4 +1,5 @@
-"""A training small enough to run a hundred times, what tests compare stores by, and a volume without Modal.
+"""A training small enough to run a hundred times, what tests compare stores by, and a volume
+without Modal.
 
 B rows, D inputs, H hidden units.
 """
@@ -12,8 +13,8 @@ import torch
 from loopback_modal.volumes import View, Volume, open_below
 from torch import nn
 
-from pipeline.config.sections import Fit
-from pipeline.train import Place, Task
+from pipeline.config.fit import FitConfig
+from pipeline.train.loop import Task, TrainIO
 
 TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
 
@@ -39,13 +40,16 @@ class Notes:
 
 
 def small_task(steps=10, noisy=True, **options):
-    """Return a Task that fits a two-layer network to a fixed function; a noisy one draws random numbers in its loss."""
+    """Return a Task that fits a two-layer network to a fixed function; a noisy one draws random
+    numbers in its loss."""
     torch.manual_seed(0)
     first, second = nn.Linear(4, 8), nn.Linear(8, 1, bias=False)
     network = nn.Sequential(first, nn.Tanh(), second)
 
     def batch(at, count):
-        x_BD = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(at + i)) for i in range(count)])
+        x_BD = torch.stack(
+            [torch.randn(4, generator=torch.Generator().manual_seed(at + i)) for i in range(count)]
+        )
         return x_BD, (x_BD.sum(1, keepdim=True)).sin()
 
     def loss(rows):
@@ -59,12 +63,25 @@ def small_task(steps=10, noisy=True, **options):
         with torch.no_grad():
             return (network(held_out[0]) - held_out[1]).square().mean().item()
 
-    settings = {"steps": steps, "batch_sequences": 8, "lr": 1e-2, "warmup_steps": 2, "eval_every_steps": 3} | options
+    settings = {
+        "steps": steps,
+        "batch_sequences": 8,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+        "eval_every_steps": 3,
+    } | options
     named = {"first": first.weight, "bias": first.bias, "second": second.weight}
     return Task(
-        options=Fit(**settings), parameters=named, batch=batch, loss=loss, export=lambda _step: {}, steps=steps,
-        tokens_per_row=4, validate=validate, state={"seen": torch.zeros(1)},
-    )  # fmt: skip
+        options=FitConfig(**settings),
+        parameters=named,
+        batch=batch,
+        loss=loss,
+        export=lambda _step: {},
+        steps=steps,
+        tokens_per_row=4,
+        validate=validate,
+        state={"seen": torch.zeros(1)},
+    )
 
 
 def in_bf16(task):
@@ -77,13 +94,15 @@ def in_bf16(task):
 
         return computed
 
-    return replace(task, loss=under(task.loss), validate=under(task.validate), halved=("first", "second"))
+    return replace(
+        task, loss=under(task.loss), validate=under(task.validate), bf16_params=("first", "second")
+    )
 
 
 def place(folder, **changes):
     """Return where a small task keeps its checkpoints: one after every step."""
     settings = {"save_every_s": 1e-9, "log_every_steps": 1} | changes
-    return Place(Path(folder), Notes(), lambda: None, "train_shared", "trunk", **settings)
+    return TrainIO(Path(folder), Notes(), lambda: None, "train_shared", "trunk", **settings)
 
 
 def dying(task, step, how=Killed):
@@ -110,7 +129,9 @@ def contents(store_path):
     """Return {artifact/file: sha256} of every file of every artifact, less those that hold seconds."""
     root = Path(store_path) / "artifacts"
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in TIMED)
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def traces(store_path):
@@ -138,13 +159,15 @@ class StubbedVolume:
         return self._volume.path
 
     def view(self):
-        """Return a container's view: all that is committed now, nothing that comes later before a reload."""
+        """Return a container's view: all that is committed now, nothing that comes later before a
+        reload."""
         self._views += 1
         return StubbedView(View(self._volume, self.path.parent / f"view{self._views}"))
 
 
 class StubbedView:
-    """A container's side of a stubbed volume: commit publishes, reload takes over and refuses open or mapped files."""
+    """A container's side of a stubbed volume: commit publishes, reload takes over and refuses open
+    or mapped files."""
 
     def __init__(self, view):
         self._view, self.path, self.commits, self.reloads = view, view.path, 0, 0
@@ -155,7 +178,8 @@ class StubbedView:
         self._view.commit()
 
     def reload(self):
-        """See what others have committed. Raises RuntimeError, as Modal does, when this process has a file open."""
+        """See what others have committed. Raises RuntimeError, as Modal does, when this process has
+        a file open."""
         held = open_below(self.path, [os.getpid()])
         if held:
             raise RuntimeError(f"there are open files preventing the operation: {', '.join(held)}")

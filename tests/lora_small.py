@@ -1,6 +1,8 @@
-"""A lora_vlm run at the smallest sizes, without store or processes: what the tests of its training side need.
+"""A lora_vlm run at the smallest sizes, without store or processes: what the tests of its training
+side need.
 
-Tasks are drawn, the base is random; everything before the trainings is made once per process and copied.
+Tasks are drawn, the base is random; everything before the trainings is made once per process and
+copied.
 """
 
 import json
@@ -13,12 +15,13 @@ from types import SimpleNamespace
 import torch
 from fakes import place
 
-from pipeline import config as configuration
-from pipeline.config import LoraConfig, merge
+from pipeline.config.base import merge
 from pipeline.errors import MissingArtifact
-from pipeline.families import lora_vlm
-from pipeline.store import load_tensors, save_tensors
-from pipeline.train import fit
+from pipeline.families.load import parse
+from pipeline.families.lora_vlm import family
+from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.store.artifacts import load_tensors, save_tensors
+from pipeline.train.loop import fit
 
 INSTRUCTION = "Which expert should handle this request? Answer with one letter."
 SETTINGS = {
@@ -30,22 +33,46 @@ SETTINGS = {
     "loras": {
         "base": {
             "build": {
-                "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 96,
-                "vision_hidden": 32, "vision_layers": 2, "vision_heads": 2, "vision_intermediate": 64,
-                "initializer_range": 0.125, "text": [INSTRUCTION],
+                "hidden": 64,
+                "layers": 2,
+                "heads": 4,
+                "kv_heads": 2,
+                "head_dim": 16,
+                "intermediate": 96,
+                "vision_hidden": 32,
+                "vision_layers": 2,
+                "vision_heads": 2,
+                "vision_intermediate": 64,
+                "initializer_range": 0.125,
+                "text": [INSTRUCTION],
             },
             "dtype": "float32",
             "image": {"min_pixels": 4096, "max_pixels": 16384},
         },
         "defaults": {
-            "steps": 6, "batch_sequences": 4, "lr": 5e-3, "min_lr_share": 0.05, "warmup_steps": 2, "dropout": 0.0,
-            "r": 8, "alpha": 16, "max_tokens": 128, "checkpointing": False, "eval_every_steps": 3,
-            "eval_tokens": 300, "neutral_share": 0.3,
+            "steps": 6,
+            "batch_sequences": 4,
+            "lr": 5e-3,
+            "min_lr_share": 0.05,
+            "warmup_steps": 2,
+            "dropout": 0.0,
+            "r": 8,
+            "alpha": 16,
+            "max_tokens": 128,
+            "checkpointing": False,
+            "eval_every_steps": 3,
+            "eval_tokens": 300,
+            "neutral_share": 0.3,
         },
         "experts": [
             {
-                "name": name, "label": label, "max_new_tokens": 8,
-                "dataset": {"source": "drawn", "drawn": {"kind": kind, "train": 24, "valid": 8, "test": 8}},
+                "name": name,
+                "label": label,
+                "max_new_tokens": 8,
+                "dataset": {
+                    "source": "drawn",
+                    "drawn": {"kind": kind, "train": 24, "valid": 8, "test": 8},
+                },
             }
             for name, label, kind in (("color", "A", "color"), ("dots", "B", "count"))
         ],
@@ -57,24 +84,24 @@ SETTINGS = {
         "neutral": {"seen": ["What do you see?", "Look at the picture."], "held": ["What is it?"]},
         "short": "accept",
     },
-}  # fmt: skip
+}
 
 
-def config(**changes) -> LoraConfig:
+def config(**changes) -> LoraVlmConfig:
     """Return a small configuration; changes are dotted names with __ (loras__defaults__lr=1.0)."""
     raw = SETTINGS
     for name, value in changes.items():
         for part in reversed(name.split("__")):
             value = {part: value}
         raw = merge(raw, value)
-    return configuration.parse(raw)
+    return parse(raw)
 
 
 @dataclass
 class Parts:
     """What a family sees of earlier stages, from a plain directory."""
 
-    cfg: LoraConfig
+    cfg: LoraVlmConfig
     root: Path
 
     def path(self, stage: str, item: str | None = None) -> Path:
@@ -110,9 +137,9 @@ def prepared(root: Path, **changes) -> Parts:
         cfg, first = config(), Path(tempfile.mkdtemp())
         parts = Parts(cfg, first)
         for name in cfg.tasks:
-            lora_vlm.prepare(cfg, parts.new("preprocess", name), quiet, first, name)
-        lora_vlm.shared(cfg, parts).write(parts.new("train_shared"))
-        lora_vlm.route_data(cfg, parts, parts.new("routing"), quiet)
+            family.prepare(cfg, parts.new("preprocess", name), quiet, first, name)
+        family.shared(cfg, parts).write(parts.new("train_shared"))
+        family.route_data(cfg, parts, parts.new("routing"), quiet)
         _PREPARED.append(first)
     shutil.copytree(_PREPARED[0], root, dirs_exist_ok=True)
     return Parts(config(**changes), root)
@@ -120,18 +147,25 @@ def prepared(root: Path, **changes) -> Parts:
 
 def task_of(parts: Parts, item: str):
     """Return the training of an expert, or of the router."""
-    return lora_vlm.router(parts.cfg, parts) if item == "router" else lora_vlm.expert(parts.cfg, parts, item)
+    return (
+        family.router(parts.cfg, parts)
+        if item == "router"
+        else family.expert(parts.cfg, parts, item)
+    )
 
 
 def train(parts: Parts, item: str, task=None, slots: Path | None = None) -> SimpleNamespace:
-    """Fit one adapter and keep its files in parts; returns task, metrics, files, folder and history rows."""
+    """Fit one adapter and keep its files in parts; returns task, metrics, files, folder and history
+    rows."""
     task = task or task_of(parts, item)
     here = place(slots or parts.root / "slots" / item, save_every_s=1e9)
     metrics = fit(task, here)
     files = task.export(metrics["kept_step"])
     stage = ("train_router",) if item == "router" else ("train_experts", item)
     folder = write(files, parts.path(*stage))
-    return SimpleNamespace(task=task, metrics=metrics, files=files, folder=folder, rows=here.recorder.rows)
+    return SimpleNamespace(
+        task=task, metrics=metrics, files=files, folder=folder, rows=here.recorder.rows
+    )
 
 
 def write(files: dict, folder: Path) -> Path:

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the loopback server starts containers as Linux does")
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="the loopback server starts containers as Linux does"
+)
 
 
 class Client:
@@ -30,14 +32,21 @@ class Client:
     def start(self, *args: str) -> subprocess.Popen:
         """Start a command in a process group of its own."""
         return subprocess.Popen(
-            ["modal", *args], cwd=self.cwd, env=self.env, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["modal", *args],
+            cwd=self.cwd,
+            env=self.env,
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def __call__(self, *args: str, code: int = 0, **env: str) -> str:
         """Run a command, which has to end with that code; return what it printed."""
         command = ["modal", *args]
-        done = subprocess.run(command, cwd=self.cwd, env=self.env | env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.cwd, env=self.env | env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -66,8 +75,20 @@ def rehearsal(folder: Path, cwd: Path = ROOT, *options: str, **env: str) -> Iter
     """Serve below folder while the block runs."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     variables = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | env
-    command = [sys.executable, "-m", "tests.loopback_modal", "--state", str(folder / "state"), *options]
-    command += ["--env-file", str(folder / "env"), "--isolation", os.environ.get("LOOPBACK_ISOLATION", "auto")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.loopback_modal",
+        "--state",
+        str(folder / "state"),
+        *options,
+    ]
+    command += [
+        "--env-file",
+        str(folder / "env"),
+        "--isolation",
+        os.environ.get("LOOPBACK_ISOLATION", "auto"),
+    ]
     server = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
     try:
         while not (folder / "env").exists():

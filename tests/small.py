@@ -1,6 +1,8 @@
-"""A whole ffn_moe run at the smallest sizes, without preprocess, store or processes: what the tests of one family need.
+"""A whole ffn_moe run at the smallest sizes, without preprocess, store or processes: what the tests
+of one family need.
 
-Text is drawn so that each domain has its own favourite tokens; Parts keeps each training's files in a folder.
+Text is drawn so that each domain has its own favourite tokens; Parts keeps each training's files in
+a folder.
 """
 
 import json
@@ -12,26 +14,40 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pipeline import train as training
-from pipeline.config import Config, merge
-from pipeline.data.shards import ShardWriter
+from pipeline.config.base import merge
+from pipeline.data.text.shards import ShardWriter
 from pipeline.errors import MissingArtifact
-from pipeline.families import ffn_moe
-from pipeline.store import load_tensors, save_tensors
-from pipeline.train import Place, fit
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.store.artifacts import load_tensors, save_tensors
+from pipeline.train import loop as training
+from pipeline.train.loop import TrainIO, fit
 
 DOMAINS = ("alpha", "beta", "gamma")
 VOCAB, CONTEXT = 48, 8
 FITTED = {
-    "steps": 4, "batch_sequences": 4, "lr": 1e-2, "warmup_steps": 1, "eval_every_steps": 0, "eval_tokens": 96,
+    "steps": 4,
+    "batch_sequences": 4,
+    "lr": 1e-2,
+    "warmup_steps": 1,
+    "eval_every_steps": 0,
+    "eval_tokens": 96,
     "keep": "last",
-}  # fmt: skip
+}
 SETTINGS = {
     "seed": 3,
     "dtype": "fp32",
     "partition": {"domains": DOMAINS},
     "tokenizer": {"vocab_size": 300},
-    "trunk": FITTED | {"layers": 2, "d_model": 16, "heads": 2, "kv_heads": 1, "d_ff": 24, "context_tokens": CONTEXT},
+    "trunk": FITTED
+    | {
+        "layers": 2,
+        "d_model": 16,
+        "heads": 2,
+        "kv_heads": 1,
+        "d_ff": 24,
+        "context_tokens": CONTEXT,
+    },
     "expert": FITTED | {"statistics_tokens": 256},
     "router": FITTED,
     "dense": {"baselines": ()},
@@ -39,18 +55,19 @@ SETTINGS = {
 }
 
 
-def config(**changes) -> Config:
+def config(**changes) -> FfnMoeConfig:
     """Return a small configuration; changes are sections or dotted names with __ (trunk__lr=1.0)."""
     raw = SETTINGS
     for name, value in changes.items():
         for part in reversed(name.split("__")):
             value = {part: value}
         raw = merge(raw, value)
-    return Config.model_validate(raw)
+    return FfnMoeConfig.model_validate(raw)
 
 
 def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> Path:
-    """Write token shards in which domain i prefers the i-th part of the vocabulary; documents have 12 to 30 tokens."""
+    """Write token shards in which domain i prefers the i-th part of the vocabulary; documents have
+    12 to 30 tokens."""
     folder.mkdir(parents=True)
     writer, draw = ShardWriter(folder, domains, vocab_size, end_id=0), np.random.default_rng(0)
     part = (vocab_size - 1) // len(domains)
@@ -69,7 +86,7 @@ def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) 
 class Parts:
     """What a family sees of earlier stages: folders and tensors, from a plain directory."""
 
-    cfg: Config
+    cfg: FfnMoeConfig
     root: Path
     metrics: dict = field(default_factory=dict)
 
@@ -109,16 +126,21 @@ class Rows:
 
 
 MAKERS = {
-    "train_shared": ffn_moe.shared, "train_experts": ffn_moe.expert, "train_router": ffn_moe.router,
+    "train_shared": ffn_moe.shared,
+    "train_experts": ffn_moe.expert,
+    "train_router": ffn_moe.router,
     "train_dense": ffn_moe.dense,
-}  # fmt: skip
+}
 
 
-def train(cfg: Config, parts: Parts, stage: str, item: str | None = None) -> SimpleNamespace:
-    """Fit one of the family's trainings and keep its files in parts; returns task, metrics, rows, folder."""
+def train(cfg: FfnMoeConfig, parts: Parts, stage: str, item: str | None = None) -> SimpleNamespace:
+    """Fit one of the family's trainings and keep its files in parts; returns task, metrics, rows,
+    folder."""
     task = MAKERS[stage](cfg, parts, *(() if item is None else (item,)))
     recorder, folder = Rows(), parts.root / "-".join(filter(None, (stage, item)))
-    place = Place(parts.root / "slots" / folder.name, recorder, lambda: None, folder.name, "expert", 1e9, 1)
+    place = TrainIO(
+        parts.root / "slots" / folder.name, recorder, lambda: None, folder.name, "expert", 1e9, 1
+    )
     parts.metrics[stage, item] = fit(task, place)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in task.export(parts.metrics[stage, item]["kept_step"]).items():
@@ -127,10 +149,12 @@ def train(cfg: Config, parts: Parts, stage: str, item: str | None = None) -> Sim
         else:
             save_tensors(folder / name, content)
     shutil.rmtree(place.slots)  # as the store does when an artifact is whole
-    return SimpleNamespace(task=task, metrics=parts.metrics[stage, item], rows=recorder.rows, folder=folder)
+    return SimpleNamespace(
+        task=task, metrics=parts.metrics[stage, item], rows=recorder.rows, folder=folder
+    )
 
 
-def run(cfg: Config, root: Path, baselines: bool = True) -> Parts:
+def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> Parts:
     """Train everything a configuration asks for, in order, on new shards below root."""
     parts = Parts(cfg, root)
     write_shards(root / "preprocess", cfg.partition.names)
@@ -143,11 +167,14 @@ def run(cfg: Config, root: Path, baselines: bool = True) -> Parts:
     return parts
 
 
-_TRAINED: list[Parts] = []  # the first run of this process; later ones are copies, which a test may change
+_TRAINED: list[
+    Parts
+] = []  # the first run of this process; later ones are copies, which a test may change
 
 
 def trained(patch, root: Path) -> Parts:
-    """Return a whole run with every dense baseline, without the measuring of the machine that fit ends with."""
+    """Return a whole run with every dense baseline, without the measuring of the machine that fit
+    ends with."""
     patch.setattr(training, "product_flops_per_s", lambda _bf16: 1e9)
     if not _TRAINED:
         cfg = config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))

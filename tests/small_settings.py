@@ -1,6 +1,8 @@
-"""What each stage of a lora_vlm run leaves behind, made small and quickly, to compare two settings by.
+"""What each stage of a lora_vlm run leaves behind, made small and quickly, to compare two settings
+by.
 
-Left out of a product is what only repeats settings: the options in adapter.json, the digest in a manifest.
+Left out of a product is what only repeats settings: the options in adapter.json, the digest in a
+manifest.
 """
 
 import hashlib
@@ -16,30 +18,42 @@ import small_routing
 import small_tasks
 from fakes import place
 
-from pipeline import config as configuration
-from pipeline import train
-from pipeline.config import LoraConfig, merge
+from pipeline.config.base import merge
 from pipeline.errors import PipelineError
-from pipeline.families import lora_bundle, lora_tables, lora_vlm
-from pipeline.families.lora_bench import Bench
-from pipeline.families.lora_routes import routed_sets, routing
-from pipeline.families.lora_stack import ROUTER, assemble
-from pipeline.store import load_tensors, save_tensors
+from pipeline.families.adapters import bundle, evaluate
+from pipeline.families.adapters.eval_data import AdapterEvaluator
+from pipeline.families.adapters.routing_eval import routed_sets, routing
+from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.families.load import parse
+from pipeline.families.lora_vlm import family
+from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.store.artifacts import load_tensors, save_tensors
+from pipeline.train import loop
 from tests import small_stack
 
 OTHERS = [{"expert": "dots"}, {"expert": "color"}]  # sources beside the one that is changed
 JSONL = {"expert": "color", "from": "jsonl", "path": "routed/rows.jsonl"}
-NOBODY = {"expert": "none", "from": "drawn", "drawn": {"kind": "pattern", "train": 9, "valid": 3, "test": 4}}
-SMALL = {"loras.defaults.steps": 4, "loras.defaults.eval_every_steps": 2, "dataset.per_expert": {"train": 16}}
+NOBODY = {
+    "expert": "none",
+    "from": "drawn",
+    "drawn": {"kind": "pattern", "train": 9, "valid": 3, "test": 4},
+}
+SMALL = {
+    "loras.defaults.steps": 4,
+    "loras.defaults.eval_every_steps": 2,
+    "dataset.per_expert": {"train": 16},
+}
 QUICK = {"evaluate.smoke": True, "evaluate.smoke_rows": 2, "loras.router.threshold": 0.0}
 ROUTED = {
-    "dataset.per_expert": {"train": 16, "valid": 4, "test": 4}, "dataset.sources": [*OTHERS, JSONL],
+    "dataset.per_expert": {"train": 16, "valid": 4, "test": 4},
+    "dataset.sources": [*OTHERS, JSONL],
     "dataset.paraphrases": {"color": {"seen": ["Name it."], "held": ["Tell it."]}},
-}  # fmt: skip
+}
 
 
 def written(root: Path) -> Path:
-    """Write to a folder what stages read: a run before its trainings, a whole one, rows to prepare, rows to route."""
+    """Write to a folder what stages read: a run before its trainings, a whole one, rows to prepare,
+    rows to route."""
     lora_small.prepared(root / "small")
     small_stack.run(root / "stack")
     (root / "stack/evaluate").mkdir()
@@ -51,31 +65,51 @@ def written(root: Path) -> Path:
 
 
 def _write_rows(folder: Path, elsewhere: Path) -> None:
-    """Write rows whose every column matters to some setting, their pictures, and others of the same names."""
+    """Write rows whose every column matters to some setting, their pictures, and others of the same
+    names."""
     source, rows = small_tasks.Source(folder), []
     (elsewhere / "images").mkdir(parents=True)
     for i in range(40):
-        rows.append({
-            "id": f"r{i}", "image": f"images/{i}.png", "other": f"images/{(i + 1) % 40}.png", "prompt": f"what is {i}?",
-            "ask": f"who is {i}?", "answer": f"it  is\t{i}" + " indeed" * (9 if i == 3 else 0),
-            "boxes": [{"bbox": [4, 4, 20, 12], "text": f"ab{i}"}, {"bbox": [4, 14, 16, 20], "text": f"cd{i}"}],
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"r{i}",
+                "image": f"images/{i}.png",
+                "other": f"images/{(i + 1) % 40}.png",
+                "prompt": f"what is {i}?",
+                "ask": f"who is {i}?",
+                "answer": f"it  is\t{i}" + " indeed" * (9 if i == 3 else 0),
+                "boxes": [
+                    {"bbox": [4, 4, 20, 12], "text": f"ab{i}"},
+                    {"bbox": [4, 14, 16, 20], "text": f"cd{i}"},
+                ],
+            }
+        )
         small_tasks.picture(1000 + i).save(elsewhere / f"images/{i}.png")
         for name in (f"{i}", f"held-{i}"):
-            (folder / f"images/{name}.json").write_text(json.dumps({"prompt": "beside", "answer": name}))
+            (folder / f"images/{name}.json").write_text(
+                json.dumps({"prompt": "beside", "answer": name})
+            )
     path = source(rows)
     source([row | {"answer": "more"} for row in rows], "more.jsonl")
-    source([row | {"image": f"images/held-{i}.png"} for i, row in enumerate(rows[:8])], "held.jsonl")
+    source(
+        [row | {"image": f"images/held-{i}.png"} for i, row in enumerate(rows[:8])], "held.jsonl"
+    )
     path.write_text(path.read_text() + "{torn\n")
 
 
 def _write_requests(root: Path) -> None:
-    """Write prepared rows of two experts, some alike, of several pictures or long, and requests in JSONL."""
+    """Write prepared rows of two experts, some alike, of several pictures or long, and requests in
+    JSONL."""
     for expert, several in (("color", 2), ("dots", 1)):
         rows = [
             {
-                "pictures": [f"{expert}-{i // several}", *([f"{expert}-b{i // several}"] if i % 10 < 2 else [])],
-                "prompt": ("Do it", "do  it", "Do another", "Do that" + " please" * 5)[(i + i // 8) % 4],
+                "pictures": [
+                    f"{expert}-{i // several}",
+                    *([f"{expert}-b{i // several}"] if i % 10 < 2 else []),
+                ],
+                "prompt": ("Do it", "do  it", "Do another", "Do that" + " please" * 5)[
+                    (i + i // 8) % 4
+                ],
                 "split": None if several > 1 else ("train", "train", "valid", "test")[i % 4],
             }
             for i in range(80)
@@ -85,27 +119,41 @@ def _write_requests(root: Path) -> None:
     rows = []
     for i in range(30):
         small_tasks.picture(2000 + i).save(root / f"routed/images/{i}.png")
-        rows.append({"id": f"j{i}", "image": f"images/{i}.png", "other": f"images/{29 - i}.png",
-                     "prompt": f"Ask {i}", "ask": f"Beg {i}"})  # fmt: skip
+        rows.append(
+            {
+                "id": f"j{i}",
+                "image": f"images/{i}.png",
+                "other": f"images/{29 - i}.png",
+                "prompt": f"Ask {i}",
+                "ask": f"Beg {i}",
+            }
+        )
     small_tasks.write_rows(root / "routed/rows.jsonl", rows)
     small_tasks.write_rows(root / "routed/more.jsonl", rows[:20])
 
 
-def run_of(root: Path, raw: dict, *changes: dict) -> LoraConfig:
+def run_of(root: Path, raw: dict, *changes: dict) -> LoraVlmConfig:
     """Return a run with changes by dotted names; paths of what is in root are made whole."""
     for name, value in itertools.chain.from_iterable(change.items() for change in changes):
         value = _whole(root, value)
         for part in reversed(name.split(".")):
             value = {part: value}
         raw = merge(raw, value)
-    return configuration.parse(raw)
+    return parse(raw)
 
 
 def _whole(root: Path, value):
-    if isinstance(value, str) and value.startswith(("rows", "routed", "elsewhere")) and (root / value).exists():
+    if (
+        isinstance(value, str)
+        and value.startswith(("rows", "routed", "elsewhere"))
+        and (root / value).exists()
+    ):
         return str(root / value)
     if isinstance(value, dict):
-        return {key: each if key in ("train", "split") else _whole(root, each) for key, each in value.items()}
+        return {
+            key: each if key in ("train", "split") else _whole(root, each)
+            for key, each in value.items()
+        }
     return [_whole(root, each) for each in value] if isinstance(value, list) else value
 
 
@@ -114,22 +162,30 @@ def product(root: Path, stage: str, folder: Path, *changes: dict) -> str:
     raw, first, make = PRODUCTS[stage]
     folder.mkdir()
     try:
-        return hashlib.sha256(repr(make(run_of(root, raw, first, *changes), root, folder)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr(make(run_of(root, raw, first, *changes), root, folder)).encode()
+        ).hexdigest()
     except PipelineError as error:
         return f"{type(error).__name__}: {error}"
 
 
 def _files(folder: Path) -> list:
-    return [(p.relative_to(folder).as_posix(), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [
+        (p.relative_to(folder).as_posix(), p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    ]
 
 
 def _prepared(cfg, root, folder):
-    lora_vlm.prepare(cfg, folder, lora_small.quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color")
+    family.prepare(
+        cfg, folder, lora_small.quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color"
+    )
     return _files(folder)
 
 
 def _shared(cfg, _root, folder):
-    lora_vlm.shared(cfg, None).write(folder)
+    family.shared(cfg, None).write(folder)
     return _files(folder)
 
 
@@ -139,9 +195,15 @@ def _fitted(cfg, parts, folder, item):
         worse = itertools.count(1.0)
         task = replace(task, validate=lambda: next(worse))
     here = place(folder, save_every_s=1e9)
-    files = task.export(train.fit(task, here)["kept_step"])
-    about = {key: value for key, value in files["adapter.json"].items() if key not in ("options", "instruction")}
-    told = [(row["step"], row.get("valid_nats")) for row in here.recorder.rows if "valid_nats" in row]
+    files = task.export(loop.fit(task, here)["kept_step"])
+    about = {
+        key: value
+        for key, value in files["adapter.json"].items()
+        if key not in ("options", "instruction")
+    }
+    told = [
+        (row["step"], row.get("valid_nats")) for row in here.recorder.rows if "valid_nats" in row
+    ]
     save_tensors(folder / "tensors", files["adapter/adapter_model.safetensors"])
     tensors = load_tensors(folder / "tensors")
     return about, told, [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
@@ -161,7 +223,7 @@ def _router_with_none(cfg, root, folder):
 
 def _routed(cfg, root, folder):
     parts = lora_small.Parts(cfg, root / "routed")
-    lora_vlm.route_data(cfg, parts, folder, lora_small.quiet)
+    family.route_data(cfg, parts, folder, lora_small.quiet)
     text = (folder / "routing.jsonl").read_text()
     return text.replace(str(root), "")
 
@@ -172,17 +234,20 @@ def _answered(cfg, root, _folder):
 
 
 def _reported(cfg, root, _folder):
-    found = lora_tables.tables(cfg, small_stack.Parts(cfg, root / "stack"), small_stack.quiet)
-    return json.dumps({key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")})
+    found = evaluate.tables(cfg, small_stack.Parts(cfg, root / "stack"), small_stack.quiet)
+    return json.dumps(
+        {key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")}
+    )
 
 
 @cache
 def _measured(root) -> SimpleNamespace:
-    """Return what the report is drawn from, measured once: settings of what is drawn do not enter it."""
+    """Return what the report is drawn from, measured once: settings of what is drawn do not enter
+    it."""
     cfg = run_of(root, small_stack.RUN, QUICK)
     parts = small_stack.Parts(cfg, root / "stack")
-    bench = Bench(cfg, parts, assemble(cfg, parts), small_stack.quiet)
-    report = lora_tables.tables(cfg, parts, small_stack.quiet)
+    bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), small_stack.quiet)
+    report = evaluate.tables(cfg, parts, small_stack.quiet)
     return SimpleNamespace(bench=bench, sets=routed_sets(bench), report=report)
 
 
@@ -199,11 +264,11 @@ def _routes(cfg, root, _folder):
 
 def _verdicts(cfg, root, _folder):
     found = _measured(root)
-    return lora_tables.criteria(cfg, found.sets, found.report["adapters"], found.report["answers"])
+    return evaluate.criteria(cfg, found.sets, found.report["adapters"], found.report["answers"])
 
 
 def _bundled(cfg, root, folder):
-    lora_bundle.bundle(cfg, small_stack.Parts(cfg, root / "stack"), folder, small_stack.quiet)
+    bundle.bundle(cfg, small_stack.Parts(cfg, root / "stack"), folder, small_stack.quiet)
     return (folder / "experts.json").read_bytes()
 
 

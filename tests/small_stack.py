@@ -1,4 +1,5 @@
-"""A tiny random Qwen3-VL with random adapters: what the tests of stacked inference need, made in a second.
+"""A tiny random Qwen3-VL with random adapters: what the tests of stacked inference need, made in a
+second.
 
 Nothing is trained: random adapters already answer differently from each other and from the base.
 """
@@ -15,27 +16,50 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 
-from pipeline import config
-from pipeline.data import routing, tasks
+from pipeline.data.routing import dataset
+from pipeline.data.tasks import prepare
 from pipeline.errors import MissingArtifact
-from pipeline.families import lora_adapters, lora_base
-from pipeline.families.lora_generate import Limits, Mixed, Request
-from pipeline.families.lora_router import Calibration
-from pipeline.families.lora_rows import Chat
-from pipeline.families.lora_stack import ROUTER, Member, Policy, Stack
-from pipeline.store import inventory, save_tensors
+from pipeline.families.adapters import peft_io
+from pipeline.families.adapters.chat import Chat
+from pipeline.families.adapters.inference import GenerationLimits, MultiAdapterModel, Request
+from pipeline.families.adapters.router import Calibration
+from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
+from pipeline.families.load import parse
+from pipeline.families.lora_vlm import base as lora_base
+from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.store.artifacts import inventory, save_tensors
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 EXPERTS = ("color", "count", "locate")
-CORPUS = ["what color is the shape", "how many dots are there", "locate the square", "red green blue A B C Z"] * 3
+CORPUS = [
+    "what color is the shape",
+    "how many dots are there",
+    "locate the square",
+    "red green blue A B C Z",
+] * 3
 SIZES = SimpleNamespace(
-    hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=96, vision_hidden=32, vision_layers=2,
-    vision_heads=2, vision_intermediate=48, vocab_size=320, initializer_range=0.125, seed=1,
-)  # fmt: skip
+    hidden=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=96,
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_intermediate=48,
+    vocab_size=320,
+    initializer_range=0.125,
+    seed=1,
+)
 BASE = SimpleNamespace(
-    build=SIZES, dtype="float32", attn="sdpa", model=None, revision=None,
+    build=SIZES,
+    dtype="float32",
+    attn="sdpa",
+    model=None,
+    revision=None,
     image=SimpleNamespace(min_pixels=64 * 64, max_pixels=128 * 128),
-)  # fmt: skip
+)
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
@@ -54,9 +78,15 @@ def pictures(count: int, seed: int = 0) -> list[Image.Image]:
 def requests(count: int, seed: int = 0) -> list[Request]:
     """Return requests with no, one or two pictures and prompts of different lengths."""
     draw, made = random.Random(seed), iter(pictures(2 * count, seed))
-    prompts = ("what color?", "how many dots are there in this picture, please?", "locate the square", "red or blue?")
+    prompts = (
+        "what color?",
+        "how many dots are there in this picture, please?",
+        "locate the square",
+        "red or blue?",
+    )
     return [
-        Request(draw.choice(prompts), tuple(next(made) for _ in range(draw.choice((0, 1, 1, 2))))) for _ in range(count)
+        Request(draw.choice(prompts), tuple(next(made) for _ in range(draw.choice((0, 1, 1, 2)))))
+        for _ in range(count)
     ]
 
 
@@ -67,87 +97,118 @@ def built(folder: Path) -> Path:
     return folder
 
 
-def opened(folder: Path) -> lora_base.Opened:
+def opened(folder: Path) -> lora_base.LoadedBase:
     """Open a built base."""
     return lora_base.open_base(folder, BASE)
 
 
-def on(base: lora_base.Opened, targets: dict | None = None, limits: Limits | None = None) -> Mixed:
-    """Put random adapters of different ranks on a base: one per expert and the router's; targets by name."""
+def on(
+    base: lora_base.LoadedBase, targets: dict | None = None, limits: GenerationLimits | None = None
+) -> MultiAdapterModel:
+    """Put random adapters of different ranks on a base: one per expert and the router's; targets by
+    name."""
     torch.manual_seed(0)
     model = None
     for i, name in enumerate((*EXPERTS, ROUTER)):
         shape = LoraConfig(
-            r=2 + 2 * i, lora_alpha=16, target_modules=(targets or {}).get(name, TARGETS), task_type="CAUSAL_LM",
+            r=2 + 2 * i,
+            lora_alpha=16,
+            target_modules=(targets or {}).get(name, TARGETS),
+            task_type="CAUSAL_LM",
             init_lora_weights=False,
-        )  # fmt: skip
+        )
         with warnings.catch_warnings():  # peft asks transformers in a way that it is leaving
             warnings.simplefilter("ignore", FutureWarning)
             if model is None:
                 model = get_peft_model(base.model, shape, adapter_name=name)
             else:
                 model.add_adapter(name, shape)
-    return Mixed(model, Chat(base.processor), limits or Limits(batch_rows=6))
+    return MultiAdapterModel(model, Chat(base.processor), limits or GenerationLimits(batch_rows=6))
 
 
-def mixed(folder: Path) -> Mixed:
+def mixed(folder: Path) -> MultiAdapterModel:
     """Open a built base with random adapters."""
     return on(opened(folder))
 
 
-def stack(mixed: Mixed, threshold=0.0, top_k=2, fallback="base", temperature=1.0, none=True) -> Stack:
+def stack(
+    mixed: MultiAdapterModel, threshold=0.0, top_k=2, fallback="base", temperature=1.0, none=True
+) -> AdapterStack:
     """Return a stack on loaded adapters, with a choice for requests that are nobody's or without."""
     members = [
-        Member(name, "ABC"[i], name, f"answers about {name}", "exact", 4 + 2 * i) for i, name in enumerate(EXPERTS)
+        ExpertInfo(name, "ABC"[i], name, f"answers about {name}", "exact", 4 + 2 * i)
+        for i, name in enumerate(EXPERTS)
     ]
     labels = {member.name: member.label for member in members} | ({"none": "Z"} if none else {})
     calibration = Calibration(temperature, labels, "Which expert? Answer with one letter.")
-    return Stack(mixed, members, calibration, Policy(threshold, top_k, fallback))
+    return AdapterStack(mixed, members, calibration, Policy(threshold, top_k, fallback))
 
 
 DRAWN = {"color": "color", "count": "count", "locate": "locate"}
 RUN = {
-    "name": "small", "family": "lora_vlm", "seed": 3, "dtype": "fp32",
+    "name": "small",
+    "family": "lora_vlm",
+    "seed": 3,
+    "dtype": "fp32",
     "loras": {
         "base": {
-            "build": vars(SIZES) | {"text": CORPUS}, "dtype": "float32",
+            "build": vars(SIZES) | {"text": CORPUS},
+            "dtype": "float32",
             "image": {"min_pixels": 4096, "max_pixels": 16384},
         },
         "defaults": {"steps": 1, "max_tokens": 256, "checkpointing": False},
         "experts": [
             {
-                "name": name, "label": "ABC"[i], "metric": {"count": "count", "locate": "iou"}.get(name, "exact"),
+                "name": name,
+                "label": "ABC"[i],
+                "metric": {"count": "count", "locate": "iou"}.get(name, "exact"),
                 "dataset": {
-                    "source": "drawn", "drawn": {"kind": kind, "train": 24, "valid": 6, "test": 14, "size_px": 64},
+                    "source": "drawn",
+                    "drawn": {"kind": kind, "train": 24, "valid": 6, "test": 14, "size_px": 64},
                 },
                 "max_new_tokens": 4 + 2 * i,
             }
             for i, (name, kind) in enumerate(DRAWN.items())
         ],
-        "router": {"none_label": "Z", "threshold": 0.4, "instruction": "Which expert? Answer with one letter."},
+        "router": {
+            "none_label": "Z",
+            "threshold": 0.4,
+            "instruction": "Which expert? Answer with one letter.",
+        },
     },
     "dataset": {
-        "per_expert": {"train": 16, "valid": 4, "test": 6}, "ambiguous_share": 0.5,
+        "per_expert": {"train": 16, "valid": 4, "test": 6},
+        "ambiguous_share": 0.5,
         "sources": [
             *({"expert": name, "from": "loras"} for name in EXPERTS),
-            {"expert": "none", "from": "drawn", "drawn": {"kind": "pattern", "train": 24, "valid": 8, "test": 20}},
+            {
+                "expert": "none",
+                "from": "drawn",
+                "drawn": {"kind": "pattern", "train": 24, "valid": 8, "test": 20},
+            },
         ],
         "paraphrases": {
-            name: {"seen": [f"{name} please", f"do {name}"], "held": [f"tell me the {name}"]} for name in EXPERTS
-        } | {"none": {"seen": ["which pattern"], "held": ["what stripes"]}},
+            name: {"seen": [f"{name} please", f"do {name}"], "held": [f"tell me the {name}"]}
+            for name in EXPERTS
+        }
+        | {"none": {"seen": ["which pattern"], "held": ["what stripes"]}},
         "neutral": {"seen": ["what is it?", "look"], "held": ["what do you see?", "tell me"]},
     },
     "evaluate": {
-        "rows_per_task": 8, "consistency_rows": 12, "baseline_rows": 32, "bootstrap": 50, "thresholds": [0.3, 0.6],
+        "rows_per_task": 8,
+        "consistency_rows": 12,
+        "baseline_rows": 32,
+        "bootstrap": 50,
+        "thresholds": [0.3, 0.6],
     },
-}  # fmt: skip
+}
 
 
 @dataclass
 class Parts:
     """What earlier stages left behind, from a plain directory."""
 
-    cfg: config.LoraConfig
+    cfg: LoraVlmConfig
     root: Path
 
     def folder(self, stage: str, item: str | None = None) -> Path:
@@ -160,19 +221,23 @@ class Parts:
     def manifest(self, stage: str, item: str | None = None):
         """Return what a manifest tells of a stage's files."""
         folder = self.folder(stage, item)
-        return SimpleNamespace(metrics={"seconds": 1.5}, files=inventory(folder), address=folder.name)
+        return SimpleNamespace(
+            metrics={"seconds": 1.5}, files=inventory(folder), address=folder.name
+        )
 
 
 def quiet(_text: str, _share: float | None) -> None:
     """Say nothing."""
 
 
-_MADE: list[Path] = []  # the first run of this process; later ones are copies, which a test may change
+_MADE: list[
+    Path
+] = []  # the first run of this process; later ones are copies, which a test may change
 
 
-def run(root: Path) -> tuple[config.LoraConfig, Parts]:
+def run(root: Path) -> tuple[LoraVlmConfig, Parts]:
     """Make every part of a small run in root, its adapters random."""
-    cfg = config.parse(RUN)
+    cfg = parse(RUN)
     if _MADE:
         shutil.copytree(_MADE[0], root)
     else:
@@ -181,20 +246,20 @@ def run(root: Path) -> tuple[config.LoraConfig, Parts]:
     return cfg, Parts(cfg, root)
 
 
-def _make(cfg: config.LoraConfig, root: Path) -> None:
+def _make(cfg: LoraVlmConfig, root: Path) -> None:
     for name in cfg.tasks:
         (root / f"preprocess-{name}").mkdir(parents=True)
-        tasks.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, root / f"preprocess-{name}")
+        prepare.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, root / f"preprocess-{name}")
     (root / "routing").mkdir()
     folders = {name: root / f"preprocess-{name}" for name in cfg.tasks}
-    routing.generate(cfg.dataset, folders, cfg.loras.labels, root / "routing")
+    dataset.generate(cfg.dataset, folders, cfg.loras.labels, root / "routing")
     (root / "train_shared").mkdir()
     lora_base.write(cfg.loras.base, CORPUS, root / "train_shared")
     base = lora_base.open_base(root / "train_shared", cfg.loras.base)
     loaded = on(base)
     for name in (*EXPERTS, ROUTER):
         folder = root / ("train_router" if name == ROUTER else f"train_experts-{name}")
-        for file, content in lora_adapters.files(loaded.model, name, base.pin, {}).items():
+        for file, content in peft_io.files(loaded.model, name, base.pin, {}).items():
             _write(folder / file, content)
     calibration = Calibration(1.5, cfg.loras.labels, cfg.loras.router.instruction)
     _write(root / "train_router" / "calibration.json", calibration.values())

@@ -1,4 +1,5 @@
-"""Small sources of task rows for the tests of preprocess: pictures like no other, rows about them, what came out."""
+"""Small sources of task rows for the tests of preprocess: pictures like no other, rows about them,
+what came out."""
 
 import json
 from zlib import crc32
@@ -6,17 +7,20 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from pipeline.config.loras import ExpertEntry, ImageLimits
-from pipeline.data import tasks
-from pipeline.data.task_rows import read_rows
+from pipeline.config.task_data import ImageLimitsConfig
+from pipeline.data.tasks import prepare
+from pipeline.data.tasks.rows import read_rows
+from pipeline.families.adapters.config import AdapterExpertConfig
 
-LIMITS = ImageLimits(min_pixels=1024, max_pixels=4096)
+LIMITS = ImageLimitsConfig(min_pixels=1024, max_pixels=4096)
 SPLITS = ("train", "valid", "test")
 
 
 def picture(seed, size=(40, 40)):
     """Return a picture like no other."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    )
 
 
 def write_rows(path, rows):
@@ -44,20 +48,30 @@ class Source:
 def simple(count=12, **more):
     """Return rows with a picture each, all splits among them."""
     return [
-        {"id": f"r{i}", "image": f"images/{i}.png", "prompt": f"what is {i}?", "answer": f"it is {i}",
-         "split": SPLITS[min(2, i * 3 // count)]} | more
+        {
+            "id": f"r{i}",
+            "image": f"images/{i}.png",
+            "prompt": f"what is {i}?",
+            "answer": f"it is {i}",
+            "split": SPLITS[min(2, i * 3 // count)],
+        }
+        | more
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def entry(data=None, prompt="{prompt}", answer="{answer}", **given):
-    return ExpertEntry(name="look", label="A", dataset=data or given, prompt=prompt, answer=answer)
+    return AdapterExpertConfig(
+        name="look", label="A", dataset=data or given, prompt=prompt, answer=answer
+    )
 
 
 def prepared(tmp_path, task, out="out", **options):
     """Return (metrics, every row by its id, the report of what was dropped)."""
     folder = tmp_path / out
-    metrics = tasks.prepare(task, options.pop("image", LIMITS), options.pop("seed", 0), folder, **options)
+    metrics = prepare.prepare(
+        task, options.pop("image", LIMITS), options.pop("seed", 0), folder, **options
+    )
     rows = {row.id: row for row in read_rows(folder)}
     return metrics, rows, json.loads((folder / "dropped.json").read_text())
 

@@ -1,4 +1,5 @@
-"""Metrics of answers against numbers worked out by hand, slow definitions, and whatever a model may say."""
+"""Metrics of answers against numbers worked out by hand, slow definitions, and whatever a model may
+say."""
 
 import random
 from functools import cache
@@ -7,7 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.answers import METRICS, boxes, characters, count, distance, exact, iou, judge, mean, overlap, read_boxes
+from pipeline.metrics.answers import (
+    METRICS,
+    boxes,
+    characters,
+    count,
+    distance,
+    exact,
+    iou,
+    judge,
+    mean,
+    overlap,
+    read_boxes,
+)
 
 
 def test_edit_distance_is_its_recursive_definition():
@@ -17,7 +30,9 @@ def test_edit_distance_is_its_recursive_definition():
     def wanted(a: str, b: str) -> int:
         if not a or not b:
             return len(a) + len(b)
-        return min(wanted(a[1:], b) + 1, wanted(a, b[1:]) + 1, wanted(a[1:], b[1:]) + (a[0] != b[0]))
+        return min(
+            wanted(a[1:], b) + 1, wanted(a, b[1:]) + 1, wanted(a[1:], b[1:]) + (a[0] != b[0])
+        )
 
     for _ in range(200):
         a, b = ("".join(draw.choices("abc", k=draw.randrange(7))) for _ in range(2))
@@ -26,8 +41,10 @@ def test_edit_distance_is_its_recursive_definition():
 
 def test_character_errors_are_relative_to_what_was_wanted():
     assert characters("hallo welt", "hello world") == {
-        "score": pytest.approx(1 - 4 / 11), "character error rate": pytest.approx(4 / 11), "exact match": 0.0,
-    }  # fmt: skip
+        "score": pytest.approx(1 - 4 / 11),
+        "character error rate": pytest.approx(4 / 11),
+        "exact match": 0.0,
+    }
     assert characters(" A7 ", "A7")["score"] == 1.0
     long = characters("x" * 50, "ab")
     assert long["score"] == 0.0 and long["character error rate"] == 25.0
@@ -40,7 +57,14 @@ def test_exact_match_forgives_blanks_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("found", "score", "off"),
-    [("3", 1, 0), ("There are 3 dots.", 1, 0), ("4", 0, 1), ("-3", 0, 6), ("three", 0, None), ("", 0, None)],
+    [
+        ("3", 1, 0),
+        ("There are 3 dots.", 1, 0),
+        ("4", 0, 1),
+        ("-3", 0, 6),
+        ("three", 0, None),
+        ("", 0, None),
+    ],
 )
 def test_a_count_is_the_first_number(found, score, off):
     figures = count(found, "3")
@@ -73,9 +97,23 @@ def test_every_way_to_write_a_box_is_read(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no box", "[0,0,500]", "[0,0,500,1001]", "[-1,0,5,5]", '["a",0,1,2]', "[true,0,1,2]", "5", '{"box": []}',
-     "[0,0,500,500", "[[0,0,1,1], 3]", "NaN", "[NaN,0,1,1]", "[" * 100_000],
-)  # fmt: skip
+    [
+        "",
+        "no box",
+        "[0,0,500]",
+        "[0,0,500,1001]",
+        "[-1,0,5,5]",
+        '["a",0,1,2]',
+        "[true,0,1,2]",
+        "5",
+        '{"box": []}',
+        "[0,0,500,500",
+        "[[0,0,1,1], 3]",
+        "NaN",
+        "[NaN,0,1,1]",
+        "[" * 100_000,
+    ],
+)
 def test_what_is_no_box_is_wrong_and_no_error(text):
     assert read_boxes(text) is None
     assert boxes(text, "[0,0,500,500]") == {"score": 0.0, "mean IoU": 0.0, "readable": 0.0}
@@ -97,7 +135,8 @@ def test_a_box_half_off_does_not_count():
 
 
 def test_captions_by_hand():
-    """The example of the ROUGE paper (Lin 2004): 'police kill the gunman' against 'police killed the gunman'."""
+    """The example of the ROUGE paper (Lin 2004): 'police kill the gunman' against 'police killed
+    the gunman'."""
     figures = overlap("Police kill the gunman", "police killed the gunman")
     assert figures["score"] == pytest.approx(0.75)
     turned = overlap("the gunman kill police", "police killed the gunman")
@@ -113,10 +152,18 @@ def test_the_best_of_several_right_answers_counts():
 
 def test_means_leave_out_what_is_not_there():
     judged = [{"score": 1.0, "absolute error": None}, {"score": 0.0, "absolute error": 2.0}]
-    assert mean(judged, "score") == 0.5 and mean(judged, "absolute error") == 2.0 and mean(judged, "other") is None
+    assert (
+        mean(judged, "score") == 0.5
+        and mean(judged, "absolute error") == 2.0
+        and mean(judged, "other") is None
+    )
 
 
-@given(metric=st.sampled_from(sorted(METRICS)), found=st.text(max_size=40), wanted=st.text(min_size=1, max_size=20))
+@given(
+    metric=st.sampled_from(sorted(METRICS)),
+    found=st.text(max_size=40),
+    wanted=st.text(min_size=1, max_size=20),
+)
 def test_whatever_is_said_has_a_score_between_0_and_1(metric, found, wanted):
     wanted = {"count": "3", "iou": "[0,0,1,1]"}.get(metric, wanted)
     assert 0 <= judge(metric, found, [wanted])["score"] <= 1

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from pipeline.model import attention
-from pipeline.model.attention import BLOCK_TOKENS, causal_attention, use_blocks
+from pipeline.model.kernels import attention
+from pipeline.model.kernels.attention import BLOCK_TOKENS, causal_attention, patch_attention
 
 BF16, FP64 = torch.bfloat16, torch.float64
 
@@ -50,7 +50,9 @@ def test_it_is_torchs_attention_with_its_gradients(tokens):
 def test_a_scale_may_be_given():
     q, k, v, dout = drawn(BLOCK_TOKENS + 3, FP64)
     ours = result(lambda *x: causal_attention(*x, scale=0.7), q, k, v, dout)
-    theirs = result(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, scale=0.7), q, k, v, dout)
+    theirs = result(
+        lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, scale=0.7), q, k, v, dout
+    )
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
@@ -61,7 +63,9 @@ def test_bf16_is_about_as_near_to_the_exact_result_as_torchs_kernel():
     ours, theirs = result(causal_attention, *given), result(torchs, *given)
     for mine, other, true in zip(ours, theirs, exact, strict=True):
         assert mine.dtype == BF16
-        assert distance(mine, true) < 2 * distance(other, true)  # scores are rounded to bf16 on the way
+        assert distance(mine, true) < 2 * distance(
+            other, true
+        )  # scores are rounded to bf16 on the way
 
 
 def test_autocast_decides_the_dtype_of_the_products():
@@ -74,7 +78,9 @@ def test_autocast_decides_the_dtype_of_the_products():
 def test_nothing_as_large_as_all_pairs_of_tokens_is_kept():
     q, k, v, _ = drawn(4 * BLOCK_TOKENS, BF16, batch=1, heads=1)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         causal_attention(*(x.requires_grad_() for x in (q, k, v)))
     assert kept and max(kept) == q.numel()
 
@@ -84,9 +90,16 @@ def network():
     """Return a small Qwen3 in bf16 with two query heads to a key head."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=BF16).eval()
 
 
@@ -101,7 +114,7 @@ def calls(monkeypatch):
 
 def blocked(network):
     other = copy.deepcopy(network)
-    use_blocks(other)
+    patch_attention(other)
     return other
 
 
@@ -123,7 +136,10 @@ def test_fp32_is_left_to_torch_bit_for_bit(network, calls):
 def test_padding_is_left_to_torch_bit_for_bit(network, calls):
     ids_BT, mask_BT = torch.arange(40).view(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask_BT[1, :7] = 0
-    ours, theirs = blocked(network)(ids_BT, attention_mask=mask_BT), network(ids_BT, attention_mask=mask_BT)
+    ours, theirs = (
+        blocked(network)(ids_BT, attention_mask=mask_BT),
+        network(ids_BT, attention_mask=mask_BT),
+    )
     assert torch.equal(ours.logits, theirs.logits)
     assert not calls
 
@@ -132,7 +148,9 @@ def test_a_token_beside_its_cache_is_left_to_torch(network, calls):
     ids_BT = torch.arange(13)[None]
     ours, theirs = blocked(network), network
     first = ours(ids_BT[:, :12], use_cache=True)
-    logits = ours(ids_BT[:, 12:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1]
+    logits = ours(ids_BT[:, 12:], past_key_values=first.past_key_values, use_cache=True).logits[
+        :, -1
+    ]
     assert calls == [12, 12]  # the prompt, in both layers
     assert distance(logits, theirs(ids_BT).logits[:, -1]) < 0.03
 

@@ -1,7 +1,8 @@
-"""Jobs as processes of this machine: killed, stopped, failing, side by side, and the command line around them.
+"""Jobs as processes of this machine: killed, stopped, failing, side by side, and the command line
+around them.
 
-Jobs are started from this process, so that their imports are paid once; commands are whole processes in a
-session of their own, and what ends them ends all of it.
+Jobs are started from this process, so that their imports are paid once; commands are whole
+processes in a session of their own, and what ends them ends all of it.
 """
 
 import os
@@ -17,15 +18,19 @@ from pathlib import Path
 import pytest
 from fakes import contents, flip, traces
 
-from pipeline import backend, stages
 from pipeline.__main__ import main
-from pipeline.backend import Local, run_stage
-from pipeline.config import load
 from pipeline.errors import Interrupted, JobsFailed, PipelineError
-from pipeline.store import Store
+from pipeline.families.load import load
+from pipeline.run import backend, stages
+from pipeline.run.backend import Local, run_stage
+from pipeline.store.artifacts import Store
 
 ROOT = Path(__file__).parents[1]
-STOPS = [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)]  # and whether all processes get it
+STOPS = [
+    (signal.SIGTERM, False),
+    (signal.SIGINT, True),
+    (signal.SIGTERM, True),
+]  # and whether all processes get it
 PATIENCE_S = 120  # longer than anything here takes; then a test fails instead of hanging
 
 
@@ -62,7 +67,12 @@ class Killer:
 
 
 def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path, monkeypatch):
-    cfg, store, draw, killer = load(finished[0]), Store(store_path).open(), random.Random(7), Killer(monkeypatch)
+    cfg, store, draw, killer = (
+        load(finished[0]),
+        Store(store_path).open(),
+        random.Random(7),
+        Killer(monkeypatch),
+    )
     jobs = [job for stage in stages.RUN for job in stages.jobs(cfg, stage)]
     for stage, item, here in jobs:
         most_s = 0.6 * max(Store(finished[1]).manifest(here).made["seconds"], 0.05)
@@ -74,7 +84,8 @@ def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path
 
 
 def killed(killer, local, cfg, job, draw, most_s: float) -> float:
-    """Kill a job at a random moment; return the latest moment to try, sooner each time that it was done before."""
+    """Kill a job at a random moment; return the latest moment to try, sooner each time that it was
+    done before."""
     stage, item, here = job
     killer.delay_s = draw.uniform(0.0, most_s)
     while not (failed := local._work(stage, cfg, [item])):
@@ -86,13 +97,24 @@ def killed(killer, local, cfg, job, draw, most_s: float) -> float:
 
 def command(path, store_path, *more, stage="run"):
     """Start the command line in a session of its own."""
-    arguments = [sys.executable, "-m", "pipeline", stage, "--config", path, "--store", store_path, *more]
+    arguments = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        stage,
+        "--config",
+        path,
+        "--store",
+        store_path,
+        *more,
+    ]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **both)
 
 
 def typed(capfd, code, *arguments):
-    """Do a command in this process; return what it printed on one line, after a check of its exit code."""
+    """Do a command in this process; return what it printed on one line, after a check of its exit
+    code."""
     assert main([str(argument) for argument in arguments]) == code
     return " ".join("".join(capfd.readouterr()).split())
 
@@ -118,7 +140,11 @@ def test_a_command_killed_with_all_its_processes(finished, store_path):
     for stage in ("train_shared", "train_experts", "evaluate"):
         process = command(finished[0], store_path)
         began = f"artifacts/{stage}-*"
-        until(lambda began=began, process=process: list(store.root.glob(began)) or process.poll() is not None)
+        until(
+            lambda began=began, process=process: (
+                list(store.root.glob(began)) or process.poll() is not None
+            )
+        )
         time.sleep(draw.uniform(0, 0.2))
         if process.poll() is None:  # else its number may be another's
             os.killpg(process.pid, signal.SIGKILL)
@@ -131,7 +157,9 @@ def test_a_command_killed_with_all_its_processes(finished, store_path):
 @pytest.mark.parametrize(("number", "whole_group"), STOPS)
 def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, number, whole_group):
     store = store_with(store_path, finished, "preprocess")
-    process = command(finished[0], store_path, "--override", "runtime.save_every_s=1e-9", stage="train_shared")
+    process = command(
+        finished[0], store_path, "--override", "runtime.save_every_s=1e-9", stage="train_shared"
+    )
     until(lambda: checkpoints(store)() or process.poll() is not None)
     if process.poll() is None:
         (os.killpg if whole_group else os.kill)(process.pid, number)
@@ -141,7 +169,10 @@ def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, n
         pytest.skip("it had ended before the signal came")
     assert process.returncode == 130
     if not store.has(here):  # else the last step was done when it came
-        assert "train_shared: stopped and saved at step" in text and "the same command goes on from there" in text
+        assert (
+            "train_shared: stopped and saved at step" in text
+            and "the same command goes on from there" in text
+        )
     run_stage("train_shared", load(finished[0]), Local(store))
     name = f"{here}/trunk.safetensors"
     assert contents(store_path)[name] == contents(finished[1])[name]
@@ -155,7 +186,7 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
     os.kill(process.pid, signal.SIGKILL)  # not reaped: the job must not take a zombie for a parent
     until(checkpoints(store))
     cfg = load(finished[0], ("trunk.steps=5000",))
-    with store.alone(stages.address(cfg, "train_shared")):
+    with store.lock(stages.address(cfg, "train_shared")):
         assert not store.has(stages.address(cfg, "train_shared"))
     process.communicate(timeout=PATIENCE_S)
 
@@ -165,8 +196,12 @@ def test_two_commands_at_once_make_one_artifact(finished, store_path):
     both = [command(finished[0], store_path, stage="train_experts") for _ in range(2)]
     texts = [ended(process, 0) for process in both]
     assert sum("another process is making" in text for text in texts) >= 1
-    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
-    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")}
+    found = {
+        name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")
+    }
+    assert found == {
+        n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")
+    }
     assert len(found) > 5
     assert not list(store.root.glob("resume/*"))
 
@@ -196,26 +231,41 @@ def test_one_failing_expert_costs_only_itself(finished, store_path):
     run_stage("train_experts", cfg, Local(store))
     after = traces(store_path)
     assert {f: after[f] for f in before} == before
-    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
-    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")}
+    found = {
+        name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")
+    }
+    assert found == {
+        n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")
+    }
 
 
 def test_side_by_side_leaves_the_same_bytes(finished, store_path):
     cfg, store = load(finished[0]), store_with(store_path, finished, "preprocess", "train_shared")
     run_stage("train_experts", cfg, Local(store, parallel=3))
-    found = {name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")}
-    assert found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")} and found
+    found = {
+        name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")
+    }
+    assert (
+        found == {n: s for n, s in contents(finished[1]).items() if n.startswith("train_experts-")}
+        and found
+    )
 
 
 def test_a_killed_job_is_told_apart(finished, store_path, monkeypatch):
     store = store_with(store_path, finished, "preprocess")
     Killer(monkeypatch).delay_s = 0.05
-    with pytest.raises(PipelineError, match=r"train_shared was killed by SIGKILL \(out of memory\?\)"):
+    with pytest.raises(
+        PipelineError, match=r"train_shared was killed by SIGKILL \(out of memory\?\)"
+    ):
         run_stage("train_shared", load(finished[0], ("trunk.steps=5000",)), Local(store))
 
 
 def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatch):
-    store, start, found = store_with(store_path, finished, "preprocess", "train_shared"), backend._start, []
+    store, start, found = (
+        store_with(store_path, finished, "preprocess", "train_shared"),
+        backend._start,
+        [],
+    )
     cfg = load(finished[0], ("expert.steps=5000", "runtime.save_every_s=1e6"))
 
     def watched(*args):
@@ -234,7 +284,10 @@ def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatc
         run_stage("train_experts", cfg, Local(store, parallel=2))
     thread.join()
     text = str(error.value)
-    assert "train_experts sea: stopped and saved" in text and "train_experts shop: stopped and saved" in text
+    assert (
+        "train_experts sea: stopped and saved" in text
+        and "train_experts shop: stopped and saved" in text
+    )
     assert len(checkpoints(store)()) == 2
 
 
@@ -253,11 +306,19 @@ def test_what_a_person_must_mend_ends_with_2(finished, store_path, how, capfd):
         shutil.rmtree(store_path)
         store_path.write_text("mine")
     arguments = ["train_experts", "--config", finished[0], "--store", store_path]
-    if how in ("bit", "manifest"):  # found when everything is imported, which costs seconds in a process of its own
+    if how in (
+        "bit",
+        "manifest",
+    ):  # found when everything is imported, which costs seconds in a process of its own
         text = typed(capfd, 2, *arguments)
     else:
         text = ended(command(finished[0], store_path, stage="train_experts"), 2)
-    wanted = {"bit": f"remove {folder}", "manifest": f"remove {folder}", "newer": "format 99", "file": "--store"}
+    wanted = {
+        "bit": f"remove {folder}",
+        "manifest": f"remove {folder}",
+        "newer": "format 99",
+        "file": "--store",
+    }
     assert "error:" in text.lower() or "failed:" in text
     assert wanted[how] in text
 
@@ -269,7 +330,9 @@ def small_disk(tmp_path):
     disk.mkdir()
     if (
         os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False
+        ).returncode
     ):
         pytest.skip("mounting a small file system needs root and a system that allows it")
     yield disk
@@ -281,9 +344,17 @@ def test_a_full_disk_keeps_what_is_finished_and_goes_on_after(finished, small_di
     arguments = ["run", "--config", finished[0], "--store", store_path]
     for size_kb in (40, 170, 256):
         subprocess.run(["mount", "-o", f"remount,size={size_kb}k", str(small_disk)], check=True)
-        text = typed(capfd, 2, *arguments) if size_kb < 256 else ended(command(finished[0], store_path), 2)
-        assert ("no room" in text and "MB free" in text) or "cannot be used as a store" in text, text
-        kept = {n: s for n, s in contents(store_path).items() if Store(store_path).has(n.split("/")[0])}
+        text = (
+            typed(capfd, 2, *arguments)
+            if size_kb < 256
+            else ended(command(finished[0], store_path), 2)
+        )
+        assert ("no room" in text and "MB free" in text) or "cannot be used as a store" in text, (
+            text
+        )
+        kept = {
+            n: s for n, s in contents(store_path).items() if Store(store_path).has(n.split("/")[0])
+        }
         assert kept.items() <= contents(finished[1]).items() and seen <= kept.keys()
         seen = set(kept)
     assert seen

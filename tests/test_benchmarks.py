@@ -1,4 +1,5 @@
-"""The benchmarks' pieces at a toy size: every contender trains and assembles, and the tables say what was measured."""
+"""The benchmarks' pieces at a toy size: every contender trains and assembles, and the tables say
+what was measured."""
 
 import json
 import sys
@@ -14,7 +15,7 @@ from benchmarks.measuring import SIZES, Contender, Job
 from benchmarks.peers import nanogpt, ours, plain, tokens
 from benchmarks.peers.__main__ import work
 from benchmarks.watching import Watch
-from pipeline import train
+from pipeline.train import loop as train
 
 TOY = SIZES["toy"]
 
@@ -22,7 +23,16 @@ TOY = SIZES["toy"]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """A job on prepared text, trunk and three experts."""
-    made = Job("ours", "prepare", TOY, str(tmp_path_factory.mktemp("work")), steps=3, skip=1, experts=3, domains=3)
+    made = Job(
+        "ours",
+        "prepare",
+        TOY,
+        str(tmp_path_factory.mktemp("work")),
+        steps=3,
+        skip=1,
+        experts=3,
+        domains=3,
+    )
     assert ours.prepare(made) == 3
     return made
 
@@ -54,7 +64,9 @@ def test_loops_of_our_own_learn_and_freeze_what_they_should(job, peer, task, mon
     watch = Watch()
     peer.train(replace(job, task=task, micro=3, steps=12), watch)  # 3 + 1 sequences
     assert watch.nats[-1] < watch.nats[0] and len(watch.nats) == 12
-    assert {n for n, m in moved.items() if m} == {n for n in moved if task == "trunk" or ".mlp." in n}
+    assert {n for n, m in moved.items() if m} == {
+        n for n in moved if task == "trunk" or ".mlp." in n
+    }
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(job):
@@ -86,9 +98,14 @@ def test_bundles_are_made_and_opened_by_ours_and_the_plain_loop(job):
     assert plain.prepare(here) == 2
     for peer, name in ((ours, "ours-2"), (plain, "plain-2.pt")):
         (Path(job.work) / "bundles").mkdir(exist_ok=True)
-        made, opened = work(peer, replace(here, task="bundle")), work(peer, replace(here, task="open"))
+        made, opened = (
+            work(peer, replace(here, task="bundle")),
+            work(peer, replace(here, task="open")),
+        )
         assert (Path(job.work) / "bundles" / name).exists()
-        assert made["bytes"] > 2 * 4 * 3 * TOY.d_model * TOY.d_ff and opened["bytes"] >= made["bytes"]
+        assert (
+            made["bytes"] > 2 * 4 * 3 * TOY.d_model * TOY.d_ff and opened["bytes"] >= made["bytes"]
+        )
 
 
 def test_what_does_not_fit_is_declined_with_its_reason(job):
@@ -121,7 +138,9 @@ def test_rates_leave_the_first_steps_out():
     watch = Watch(skip=2)
     watch.start_s, watch.ends_s = 0.0, [10.0, 20.0, 21.0, 22.0]
     found = watch.result(100)
-    assert found["step_s"] == 1.0 and found["tokens_per_s"] == 100.0 and found["first_step_s"] == 10.0
+    assert (
+        found["step_s"] == 1.0 and found["tokens_per_s"] == 100.0 and found["first_step_s"] == 10.0
+    )
 
 
 def test_text_can_be_learned_and_is_the_same_every_time():
@@ -135,26 +154,48 @@ def test_text_can_be_learned_and_is_the_same_every_time():
 def test_contenders_are_read_from_their_names(job):
     found = [Contender.of(n, job).job for n in ("ours", "trainer:4", "nanogpt-compiled")]
     assert [(j.peer, j.micro, j.compiled) for j in found] == [
-        ("ours", None, False), ("trainer", 4, False), ("nanogpt", None, True),
-    ]  # fmt: skip
+        ("ours", None, False),
+        ("trainer", 4, False),
+        ("nanogpt", None, True),
+    ]
     assert found[1].sizes == TOY
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("172MB", 172), ("1GB", 1000), ("512MiB", 536.870912)])
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("172MB", 172), ("1GB", 1000), ("512MiB", 536.870912)]
+)
 def test_budgets_are_read_in_their_units(text, wanted):
     assert memory.megabytes(text) == pytest.approx(wanted)
 
 
 def rate(peer: str, task: str) -> float:
-    """Return a made-up rate: ours is 10 times as fast as anyone, and an expert twice as fast as a trunk."""
+    """Return a made-up rate: ours is 10 times as fast as anyone, and an expert twice as fast as a
+    trunk."""
     return (1000.0 if peer == "ours" else 100.0) * (2 if task == "expert" else 1)
 
 
 def pretend(job: Job) -> dict:
     """Return what a job might have measured."""
-    both = {"seconds": 2.0, "bytes": 10**7, "steps": 3, "nats": 5.0, "first_step_s": 1.0, "step_s": 0.1}
-    sizes = {"peak_mb": 160.0, "fit_mb": 150.0, "file_mb": 20.0, "data_mb": 10.0, "data_share_mb": 5.0}
-    return both | sizes | {"predicted_mb": 150.0, "flops_per_s": 1e12, "tokens_per_s": rate(job.peer, job.task)}
+    both = {
+        "seconds": 2.0,
+        "bytes": 10**7,
+        "steps": 3,
+        "nats": 5.0,
+        "first_step_s": 1.0,
+        "step_s": 0.1,
+    }
+    sizes = {
+        "peak_mb": 160.0,
+        "fit_mb": 150.0,
+        "file_mb": 20.0,
+        "data_mb": 10.0,
+        "data_share_mb": 5.0,
+    }
+    return (
+        both
+        | sizes
+        | {"predicted_mb": 150.0, "flops_per_s": 1e12, "tokens_per_s": rate(job.peer, job.task)}
+    )
 
 
 PROGRAMS = {
@@ -165,11 +206,21 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__.rpartition(".")[2])
-def test_programs_write_a_dated_result_and_fail_when_a_target_is_missed(program, monkeypatch, tmp_path, capsys):
+def test_programs_write_a_dated_result_and_fail_when_a_target_is_missed(
+    program, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(measuring, "run", pretend)
     monkeypatch.setattr(memory, "run", pretend)
     monkeypatch.setattr(sys, "argv", ["x", "--work", "/secret/place"])
-    command = ["--rounds", "2", "--work", str(tmp_path), "--out", str(tmp_path / "out.md"), *PROGRAMS[program]]
+    command = [
+        "--rounds",
+        "2",
+        "--work",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out.md"),
+        *PROGRAMS[program],
+    ]
     assert program.main(command) == 0
     shown, written = capsys.readouterr().out, (tmp_path / "out.md").read_text()
     assert shown.strip() in written and "/secret" not in written and "torch" in written
@@ -188,7 +239,9 @@ def _poor(job: Job) -> dict:
 def test_mfu_is_the_share_of_the_rate_of_products_in_the_same_round(job, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "run", pretend)
     assert train_speed.main(["--rounds", "1", "--work", job.work]) == 0
-    trunk_mflop = 6 * (8.405 + 4.194 + 8.389 + 4 * 512 * 512 / 1e6)  # 6 per weight; attention of half the context
+    trunk_mflop = 6 * (
+        8.405 + 4.194 + 8.389 + 4 * 512 * 512 / 1e6
+    )  # 6 per weight; attention of half the context
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| ours |"))
     mfu = float(row.split("|")[4])
     assert mfu == pytest.approx(1000 * trunk_mflop * 1e6 / 1e12, abs=0.01)
@@ -204,7 +257,9 @@ def test_larger_sizes_have_the_parameters_of_their_names(size, millions):
     with torch.device("meta"):
         networks = trainer.network(SIZES[size]), gpt.GPT(SIZES[size], bias=False)
     for network in networks:
-        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(
+            millions, rel=0.01
+        )
     assert SIZES[size].vocab_size < 2**16  # which tokens.stream reads
     trunk, expert = (SIZES[size].flops_per_token(task) for task in ("trunk", "expert"))
     assert 6e6 * millions < trunk < 7.5e6 * millions and 0.6 < expert / trunk < 0.9
@@ -234,8 +289,19 @@ def test_contenders_see_one_gpu_or_none(job, device, seen, monkeypatch):
 
 
 @pytest.mark.parametrize("program", [train_speed, memory], ids=["train_speed", "memory"])
-def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_there_is_named(program, monkeypatch, tmp_path, capsys):
-    command = ["--device", "cuda", "--rounds", "1", "--work", str(tmp_path), "--out", str(tmp_path / "out.md")]
+def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_there_is_named(
+    program, monkeypatch, tmp_path, capsys
+):
+    command = [
+        "--device",
+        "cuda",
+        "--rounds",
+        "1",
+        "--work",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out.md"),
+    ]
     monkeypatch.setattr(measuring, "found_device", lambda: "cpu")
     with pytest.raises(SystemExit):
         program.main(command)
@@ -256,7 +322,11 @@ def test_a_gpu_that_is_not_there_is_refused_and_one_that_is_there_is_named(progr
 
 
 def test_options_that_make_no_sense_are_refused(capsys):
-    for command in (["--contenders", "nobody"], ["--contenders", "modularforge"], ["--rounds", "0"]):
+    for command in (
+        ["--contenders", "nobody"],
+        ["--contenders", "modularforge"],
+        ["--rounds", "0"],
+    ):
         with pytest.raises(SystemExit):
             train_speed.main(command)
     assert "there are ours, plain" in capsys.readouterr().err
@@ -296,7 +366,9 @@ def test_modularforge_is_driven_through_its_own_interface(job, tmp_path):
         path = tmp_path / "modularforge" / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    found = measuring.run(replace(job, peer="modularforge", task="trunk", modularforge=str(tmp_path)))
+    found = measuring.run(
+        replace(job, peer="modularforge", task="trunk", modularforge=str(tmp_path))
+    )
     assert (found["steps"], found["nats"], found["own_memory_claim_mb"]) == (3, 7.0, 0.9)
 
 
@@ -309,4 +381,10 @@ def test_a_job_survives_its_way_into_a_process(job, monkeypatch):
 
     monkeypatch.setattr(measuring.subprocess, "run", started)
     assert measuring.run(job) == {"made": 1}
-    assert Job(**sent | {"sizes": measuring.Sizes(**sent["sizes"]), "overrides": tuple(sent["overrides"])}) == job
+    assert (
+        Job(
+            **sent
+            | {"sizes": measuring.Sizes(**sent["sizes"]), "overrides": tuple(sent["overrides"])}
+        )
+        == job
+    )

@@ -1,4 +1,5 @@
-"""The benchmark of the experts' forward pass at a toy size: all ways compute the same, and the table says how fast.
+"""The benchmark of the experts' forward pass at a toy size: all ways compute the same, and the
+table says how fast.
 
 N tokens, D model width, E experts, K experts per token.
 """
@@ -9,7 +10,17 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from benchmarks import experts_forward
-from benchmarks.experts_forward import DENSE, OURS, PEERS, Case, choices, contenders, drawn, looped, stacked
+from benchmarks.experts_forward import (
+    DENSE,
+    OURS,
+    PEERS,
+    Case,
+    choices,
+    contenders,
+    drawn,
+    looped,
+    stacked,
+)
 from pipeline.model.experts import mix
 
 TOY = Case(16, 24, tokens=96, dtype="fp32")
@@ -21,7 +32,11 @@ def test_ours_is_transformers_block_with_the_same_weights_and_a_plain_loop(imple
     torch.manual_seed(0)
     experts = drawn(TOY)
     config = Qwen3MoeConfig(
-        hidden_size=16, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+        hidden_size=16,
+        moe_intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
     )
     config._experts_implementation = implementation
     block, x_ND = Qwen3MoeSparseMoeBlock(config), torch.randn(TOY.tokens, TOY.d_model)
@@ -47,7 +62,11 @@ def test_choices_are_different_experts_and_as_uneven_as_asked():
 
 def test_the_dense_network_has_the_active_parameters(monkeypatch):
     made = []
-    monkeypatch.setattr(experts_forward, "fresh", lambda *a, f=experts_forward.fresh: made.append(f(*a)) or made[-1])
+    monkeypatch.setattr(
+        experts_forward,
+        "reinit_like",
+        lambda *a, f=experts_forward.reinit_like: made.append(f(*a)) or made[-1],
+    )
     contenders(TOY, choices(TOY))
     dense, expert = made[-1], made[0]
     count = [sum(p.numel() for p in each.parameters()) for each in (dense, expert)]
@@ -79,14 +98,31 @@ def test_a_result_is_dated_and_a_missed_target_fails(times, status, monkeypatch,
 
     def timed(case, ways, rounds):
         assert set(measured(case, ways, 1)[0]) == {DENSE, OURS, *PEERS}
-        return [{name: 0.1 * (times if name == OURS else 1) for name in ways} for _ in range(rounds)]
+        return [
+            {name: 0.1 * (times if name == OURS else 1) for name in ways} for _ in range(rounds)
+        ]
 
     monkeypatch.setattr(experts_forward, "measured", timed)
     out = tmp_path / "out.md"
-    command = ["--shapes", "16x24", "--tokens", "64", "--devices", "cpu", "--rounds", "2", "--out", str(out)]
+    command = [
+        "--shapes",
+        "16x24",
+        "--tokens",
+        "64",
+        "--devices",
+        "cpu",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert experts_forward.main(command) == status
     written = out.read_text()
-    assert capsys.readouterr().out.strip() in written and "torch 2" in written and str(tmp_path) not in written
+    assert (
+        capsys.readouterr().out.strip() in written
+        and "torch 2" in written
+        and str(tmp_path) not in written
+    )
     assert f"| ours, sorted blocks (`experts.mix`) | {100 * times:.2f} (" in written
     verdict = f"- CPU, D 16, F 24, skewed load: ours takes {times:.2f} ({times:.2f}-{times:.2f}) times the dense"
     assert verdict in written and written.count("missed" if status else "reached") == 2

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from small_tasks import Source, entry, jsonl, picture, prepared, simple, write_rows
 
-from pipeline.data import boxes
-from pipeline.data.task_rows import TaskRows
+from pipeline.data.images import boxes
+from pipeline.data.tasks.rows import TaskRows
 from pipeline.errors import DataError
 
 
@@ -19,7 +19,12 @@ def source(tmp_path):
 
 
 def test_pictures_are_fitted_and_boxes_do_not_notice(tmp_path, source):
-    rows = simple(boxes=[{"bbox": [10.2, 0, 160, 50], "label": "sign"}, {"bbox": [40, 20, 60, 40], "text": "stop"}])
+    rows = simple(
+        boxes=[
+            {"bbox": [10.2, 0, 160, 50], "label": "sign"},
+            {"bbox": [40, 20, 60, 40], "text": "stop"},
+        ]
+    )
     for i, row in enumerate(rows):
         picture(i, (200, 100)).save(tmp_path / "data" / row["image"])
     _, found, _ = prepared(tmp_path, entry(jsonl(source(rows)), answer="{boxes_json}"))
@@ -32,7 +37,9 @@ def test_pictures_are_fitted_and_boxes_do_not_notice(tmp_path, source):
 
 
 def test_boxes_of_another_scale_are_scaled_and_of_another_shape_refused(tmp_path, source):
-    made_smaller = simple(6, boxes=[[100, 0, 200, 400]], width=400, height=400)  # of pictures of 40 x 40
+    made_smaller = simple(
+        6, boxes=[[100, 0, 200, 400]], width=400, height=400
+    )  # of pictures of 40 x 40
     turned = made_smaller[0] | {"id": "turned", "image": "images/t.png", "height": 300}
     path = source([*made_smaller, turned])
     with pytest.raises(DataError, match=r"1 of 7 rows .* bad box .*width and height say 400 x 300"):
@@ -58,39 +65,62 @@ def test_corners_of_every_form(raw, form, expected):
     assert boxes.units(box, 100, 200) == expected
 
 
-@pytest.mark.parametrize("raw", [
-    [[1, 2, 3]], [[5, 5, 5, 9]], [[9, 0, 1, 5]], [[200, 0, 300, 5]], [["a", 0, 1, 2]], [{"label": "x"}],
-    [[0, 0, float("nan"), 5]], {"bbox": [0, 0, 1, 1]}, [None],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [[1, 2, 3]],
+        [[5, 5, 5, 9]],
+        [[9, 0, 1, 5]],
+        [[200, 0, 300, 5]],
+        [["a", 0, 1, 2]],
+        [{"label": "x"}],
+        [[0, 0, float("nan"), 5]],
+        {"bbox": [0, 0, 1, 1]},
+        [None],
+    ],
+)
 def test_what_is_no_box_says_why(raw):
     with pytest.raises(boxes.BadBox):
         boxes.read(raw, (100, 200))
 
 
 LINES = [
-    ("TOTAL", [10, 102, 60, 118]), ("12.00", [150, 100, 190, 117]), ("SHOP", [12, 10, 80, 30]),
-    ("Ltd", [90, 14, 120, 31]), ("THANK YOU", [40, 200, 160, 220]),
-]  # fmt: skip
+    ("TOTAL", [10, 102, 60, 118]),
+    ("12.00", [150, 100, 190, 117]),
+    ("SHOP", [12, 10, 80, 30]),
+    ("Ltd", [90, 14, 120, 31]),
+    ("THANK YOU", [40, 200, 160, 220]),
+]
 
 
 def test_text_is_read_from_top_to_bottom_and_from_left_to_right():
     found = boxes.read([{"bbox": box, "text": text} for text, box in LINES], (200, 240))
     assert boxes.transcript(found) == "SHOP Ltd\nTOTAL 12.00\nTHANK YOU"
     for seed in range(5):
-        assert boxes.transcript(np.random.default_rng(seed).permutation(np.array(found, object))) == boxes.transcript(
-            found
-        )
+        assert boxes.transcript(
+            np.random.default_rng(seed).permutation(np.array(found, object))
+        ) == boxes.transcript(found)
 
 
 def test_lines_that_lean_and_lines_that_touch_stay_lines():
-    leaning = [{"bbox": [x, 50 + x / 8, x + 40, 70 + x / 8], "text": f"w{x // 50}"} for x in range(0, 400, 50)]
-    tight = [{"bbox": [0, y, 100, y + 22], "text": f"l{y // 20}"} for y in range(100, 200, 20)]  # 2 px of overlap
+    leaning = [
+        {"bbox": [x, 50 + x / 8, x + 40, 70 + x / 8], "text": f"w{x // 50}"}
+        for x in range(0, 400, 50)
+    ]
+    tight = [
+        {"bbox": [0, y, 100, y + 22], "text": f"l{y // 20}"} for y in range(100, 200, 20)
+    ]  # 2 px of overlap
     assert boxes.transcript(boxes.read(leaning, (500, 500))) == " ".join(f"w{i}" for i in range(8))
-    assert boxes.transcript(boxes.read(tight, (500, 500))) == "\n".join(f"l{i}" for i in range(5, 10))
+    assert boxes.transcript(boxes.read(tight, (500, 500))) == "\n".join(
+        f"l{i}" for i in range(5, 10)
+    )
 
 
 def test_transcripts_are_cleaned_and_nothing_is_lost():
-    assert boxes.clean("\ufeffCafe\u0301\u00a0 au  lait\t\r\n  1\u200b2\u00ad3 \n\n") == "Café au lait\n123"
+    assert (
+        boxes.clean("\ufeffCafe\u0301\u00a0 au  lait\t\r\n  1\u200b2\u00ad3 \n\n")
+        == "Café au lait\n123"
+    )
     joined = "می\u200cخواهم 👩\u200d💻"  # these joiners are spelling
     assert boxes.clean(joined) == unicodedata.normalize("NFC", joined)
 
@@ -114,7 +144,19 @@ def test_ocr_by_region_has_a_row_for_each_box_and_a_receipt_in_one_split(tmp_pat
     data = jsonl(receipts(tmp_path), ocr=True, regions=True, region_padding=0)
     metrics, rows, _ = prepared(tmp_path, entry(data, prompt="Read it."))
     assert len(rows) == 45 and metrics["pictures"] == 45
-    assert [rows[f"r4/{n}"].answer for n in range(5)] == ["SHOP 4", "Ltd 4", "TOTAL 4", "12.00 4", "THANK YOU 4"]
-    assert len({rows[f"r4/{n}"].split for n in range(5)}) == len({rows[f"r4/{n}"].group for n in range(5)}) == 1
+    assert [rows[f"r4/{n}"].answer for n in range(5)] == [
+        "SHOP 4",
+        "Ltd 4",
+        "TOTAL 4",
+        "12.00 4",
+        "THANK YOU 4",
+    ]
+    assert (
+        len({rows[f"r4/{n}"].split for n in range(5)})
+        == len({rows[f"r4/{n}"].group for n in range(5)})
+        == 1
+    )
     found = np.asarray(TaskRows(tmp_path / "out").picture(rows["r4/4"]))
-    np.testing.assert_array_equal(found, np.asarray(picture(4, (200, 240)).crop((40, 200, 160, 220))))
+    np.testing.assert_array_equal(
+        found, np.asarray(picture(4, (200, 240)).crop((40, 200, 160, 220)))
+    )

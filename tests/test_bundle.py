@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pipeline import backend, bundle, plan, stages, train
-from pipeline.config import load
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, NewerStore
-from pipeline.families import ffn_moe
-from pipeline.families.ffn_bundle import stock_settings
-from pipeline.store import Store, inventory
+from pipeline.families.ffn_moe.bundle import bundle as ffn_bundle
+from pipeline.families.ffn_moe.bundle import reassemble, stock_settings
+from pipeline.families.ffn_moe.stack import assemble
+from pipeline.families.load import load
+from pipeline.run import backend, dry_run, stages
+from pipeline.store import bundle
+from pipeline.store.artifacts import Store, inventory
+from pipeline.train import loop
 from tests import small
 from tests.test_parity import made
 
@@ -34,7 +37,7 @@ IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manua
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def quiet(_text, _share):
@@ -62,7 +65,7 @@ def bundle_of(cfg, parts, folder: Path) -> Path:
     (parts.root / "evaluate" / "report.json").write_text(json.dumps({"run": cfg.name}))
     (parts.root / "evaluate" / "report.html").write_text("<!doctype html>")
     folder.mkdir()
-    ffn_moe.bundle(cfg, parts, folder, quiet)
+    ffn_bundle(cfg, parts, folder, quiet)
     return folder
 
 
@@ -80,7 +83,11 @@ VARIANTS = {
     "all active": ("qwen3", True, {"router__top_k": 3}),
     "temperature": ("qwen3", True, {"router__temperature": {"start": 4.0, "end": 2.0}}),
     "gates alike": ("qwen3", True, {"router__init": "uniform", "router__steps": 0}),
-    "coordinated": ("qwen3", True, {"expert__coordinate": True, "router__init": "rows", "trunk__anchor": "keep"}),
+    "coordinated": (
+        "qwen3",
+        True,
+        {"expert__coordinate": True, "router__init": "rows", "trunk__anchor": "keep"},
+    ),
     "llama": ("llama", False, {"trunk__anchor": "keep"}),
     "mistral": ("mistral", True, {"router__top_k": 1}),
 }
@@ -90,14 +97,18 @@ VARIANTS = {
 def test_transformers_loads_it_and_computes_what_the_stack_computes(kind, tied, changes, tmp_path):
     cfg, parts = made(tmp_path, kind, tied, **changes)
     folder = bundle_of(cfg, parts, tmp_path / "bundle")
-    wanted = logits_of(ffn_moe.assemble(cfg, parts))
+    wanted = logits_of(assemble(cfg, parts))
     shutil.rmtree(parts.root)  # a bundle needs nobody
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == ("Qwen3MoeForCausalLM" if kind == "qwen3" else "MixtralForCausalLM")
+    assert type(model).__name__ == (
+        "Qwen3MoeForCausalLM" if kind == "qwen3" else "MixtralForCausalLM"
+    )
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(IDS_BT).logits, wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits_of(ffn_moe.reassemble(folder)), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(folder)("w3 w1 w4").input_ids == [3, 1, 4]
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 0
     assert wanted.std() > 0.1
@@ -107,15 +118,21 @@ def test_a_misnamed_expert_would_show(tmp_path):
     """The comparison above is no formality: two experts that change places change the logits."""
     cfg, parts = made(tmp_path, "qwen3", True)
     folder = bundle_of(cfg, parts, tmp_path / "bundle")
-    wanted = logits_of(ffn_moe.reassemble(folder))
+    wanted = logits_of(reassemble(folder))
     described = bundle.about(folder)
     described["experts"] = described["experts"][::-1]
     (folder / bundle.ABOUT).write_text(json.dumps(described))
-    with pytest.raises(DamagedArtifact, match=r"does not hold the stack that its experts\.json describes"):
-        ffn_moe.reassemble(folder)  # the tensors' names say which expert they are
+    with pytest.raises(
+        DamagedArtifact, match=r"does not hold the stack that its experts\.json describes"
+    ):
+        reassemble(folder)  # the tensors' names say which expert they are
     index = folder / "model.safetensors.index.json"
     gates = load_file(folder / "model-router.safetensors")
-    save_file({n: g.flip(0) for n, g in gates.items()}, folder / "model-router.safetensors", {"format": "pt"})
+    save_file(
+        {n: g.flip(0) for n, g in gates.items()},
+        folder / "model-router.safetensors",
+        {"format": "pt"},
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         assert (model(IDS_BT).logits - wanted).abs().max() > 1e-3
@@ -125,9 +142,18 @@ def test_a_misnamed_expert_would_show(tmp_path):
 def test_what_other_readers_look_for_is_there(bundled):
     cfg, folder = load(bundled[0]), bundled[2]
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3MoeForCausalLM"] and config["model_type"] == "qwen3_moe"
-    assert config["num_experts"] == config["num_local_experts"] == 3 and config["num_experts_per_tok"] == 2
-    assert config["norm_topk_prob"] is True and config["decoder_sparse_step"] == 1 and config["mlp_only_layers"] == []
+    assert (
+        config["architectures"] == ["Qwen3MoeForCausalLM"] and config["model_type"] == "qwen3_moe"
+    )
+    assert (
+        config["num_experts"] == config["num_local_experts"] == 3
+        and config["num_experts_per_tok"] == 2
+    )
+    assert (
+        config["norm_topk_prob"] is True
+        and config["decoder_sparse_step"] == 1
+        and config["mlp_only_layers"] == []
+    )
     assert config["moe_intermediate_size"] == cfg.trunk.d_ff and config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == cfg.trunk.rope_theta
     assert "_name_or_path" not in config
@@ -137,13 +163,21 @@ def test_what_other_readers_look_for_is_there(bundled):
         held |= {name: (path.name, tensor) for name, tensor in load_file(path).items()}
     assert index["weight_map"] == {name: file for name, (file, _) in held.items()}
     assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in held.values())
-    assert all(file.startswith("model") for file in index["weight_map"].values())  # llama.cpp sees no others
+    assert all(
+        file.startswith("model") for file in index["weight_map"].values()
+    )  # llama.cpp sees no others
     assert len(held) == 2 * 3 * 3 + 2 + len(load_file(folder / "model-trunk.safetensors"))
 
 
 def test_a_stretched_context_is_told_to_old_readers_too():
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
     from tests.test_trunk import settings as sizes
 
     written = stock_settings(sizes("llama", rope_parameters=rope, eos_token_id=[0, 1]), 4, 2)
@@ -151,7 +185,9 @@ def test_a_stretched_context_is_told_to_old_readers_too():
     from transformers import AutoConfig
 
     again = AutoConfig.for_model(**written)
-    assert again.rope_parameters["factor"] == 8.0 and again.num_local_experts == again.num_experts == 4
+    assert (
+        again.rope_parameters["factor"] == 8.0 and again.num_local_experts == again.num_experts == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +195,11 @@ def test_a_stretched_context_is_told_to_old_readers_too():
     [
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers that differ in attention"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layers that differ in attention",
+        ),
     ],
 )
 def test_a_trunk_that_no_stock_mixture_fits_is_refused_by_what_is_in_the_way(kind, changes, named):
@@ -173,11 +213,17 @@ def test_sha256sum_agrees_and_sees_every_change(bundled, tmp_path):
     folder = shutil.copytree(bundled[2], tmp_path / "copy")
 
     def checked() -> int:
-        return subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False).returncode
+        return subprocess.run(
+            ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False
+        ).returncode
 
     assert checked() == 0
     listed = set(bundle.read_sums(folder))
-    assert listed == {p.name for p in folder.iterdir()} - {"SHA256SUMS", "run.json", "manifest.json"}
+    assert listed == {p.name for p in folder.iterdir()} - {
+        "SHA256SUMS",
+        "run.json",
+        "manifest.json",
+    }
     bundle.verify(folder)
     for name in sorted(listed):
         before = (folder / name).read_bytes()
@@ -215,10 +261,16 @@ def test_weights_share_the_disk_with_the_store_and_what_people_edit_does_not(bun
     def stored(stage, name):
         return (store.folder(stages.address(cfg, stage)) / name).stat().st_ino
 
-    assert (folder / "model-trunk.safetensors").stat().st_ino == stored("train_shared", "trunk.safetensors")
-    assert (folder / "model-router.safetensors").stat().st_ino == stored("train_router", "router.safetensors")
+    assert (folder / "model-trunk.safetensors").stat().st_ino == stored(
+        "train_shared", "trunk.safetensors"
+    )
+    assert (folder / "model-router.safetensors").stat().st_ino == stored(
+        "train_router", "router.safetensors"
+    )
     assert (folder / "tokenizer.json").stat().st_ino != stored("preprocess", "tokenizer.json")
-    assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.glob("*.safetensors")), "others may read it"
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.glob("*.safetensors")), (
+        "others may read it"
+    )
 
 
 def test_without_hard_links_it_is_copied_to_the_same_bytes(bundled, tmp_path, monkeypatch):
@@ -229,37 +281,56 @@ def test_without_hard_links_it_is_copied_to_the_same_bytes(bundled, tmp_path, mo
     path, store_path, folder = bundled
     store = Store(shutil.copytree(store_path, tmp_path / "store"))
     shutil.rmtree(store.folder(folder.name))
-    again = stages.run("deploy", load(path), store, say=quiet)
+    again = stages.run("deploy", load(path), store, progress=quiet)
     assert again.digest == Store(store_path).manifest(folder.name).digest
     assert (store.folder(again.address) / "model-trunk.safetensors").stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("stage", ["train_shared", "train_experts", "train_router", "preprocess", "evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["train_shared", "train_experts", "train_router", "preprocess", "evaluate"]
+)
 def test_a_part_that_is_not_what_was_written_is_not_bundled(stage, bundled, tmp_path):
     path, store_path, folder = bundled
     cfg, store = load(path), Store(shutil.copytree(store_path, tmp_path / "store"))
     shutil.rmtree(store.folder(folder.name))
-    names = {"train_shared": "trunk.safetensors", "train_experts": "expert.safetensors", "preprocess": "tokenizer.json",
-             "train_router": "router.safetensors", "evaluate": "report.html"}  # fmt: skip
+    names = {
+        "train_shared": "trunk.safetensors",
+        "train_experts": "expert.safetensors",
+        "preprocess": "tokenizer.json",
+        "train_router": "router.safetensors",
+        "evaluate": "report.html",
+    }
     part = store.folder(stages.address(cfg, stage, cfg.items(stage)[-1])) / names[stage]
     flip(part)
     with pytest.raises(DamagedArtifact, match=f"{part.name} is not what was written"):
-        stages.run("deploy", cfg, store, say=quiet)
+        stages.run("deploy", cfg, store, progress=quiet)
     assert not store.has(folder.name)
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda n: n != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda n: n != "__metadata__"
+)
 TENSORS = st.dictionaries(NAMES, st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=6)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shapes=TENSORS, half=st.booleans())
-def test_a_rewritten_header_leaves_every_tensor_as_safetensors_wrote_it(shapes, half, tmp_path_factory):
+def test_a_rewritten_header_leaves_every_tensor_as_safetensors_wrote_it(
+    shapes, half, tmp_path_factory
+):
     folder = tmp_path_factory.mktemp("renamed")
-    tensors = {n: torch.randn(s, dtype=torch.bfloat16 if half else torch.float32) for n, s in shapes.items()}
+    tensors = {
+        n: torch.randn(s, dtype=torch.bfloat16 if half else torch.float32)
+        for n, s in shapes.items()
+    }
     save_file(tensors, folder / "old.safetensors", {"format": "pt"})
     sums = inventory(folder)
-    piece = bundle.Piece("new.safetensors", folder / "old.safetensors", sums["old.safetensors"]["sha256"], "é{}".format)
+    piece = bundle.BundleFile(
+        "new.safetensors",
+        folder / "old.safetensors",
+        sums["old.safetensors"]["sha256"],
+        "é{}".format,
+    )
     placed = bundle._place(piece, folder / piece.name)
     found = load_file(folder / "new.safetensors")
     assert found.keys() == {f"é{n}" for n in tensors}
@@ -267,10 +338,12 @@ def test_a_rewritten_header_leaves_every_tensor_as_safetensors_wrote_it(shapes, 
     assert placed == inventory(folder)["new.safetensors"]["sha256"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x05", (1 << 60).to_bytes(8, "little"), b"\x02" + 7 * b"\0" + b"{}"[:1]])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", (1 << 60).to_bytes(8, "little"), b"\x02" + 7 * b"\0" + b"{}"[:1]]
+)
 def test_what_has_no_safetensors_header_is_said_to_have_none(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
-    piece = bundle.Piece("y.safetensors", tmp_path / "x.safetensors", "", str.upper)
+    piece = bundle.BundleFile("y.safetensors", tmp_path / "x.safetensors", "", str.upper)
     with pytest.raises(DamagedArtifact, match="no safetensors header"):
         bundle._place(piece, tmp_path / "y.safetensors")
 
@@ -278,8 +351,9 @@ def test_what_has_no_safetensors_header_is_said_to_have_none(content, tmp_path):
 GROWTH = """
 import hashlib, json, sys
 from pathlib import Path
-from pipeline import budget, bundle
-from pipeline.bundle import Piece, write
+from pipeline.store import bundle
+from pipeline.store.bundle import BundleFile, write
+from pipeline.train import memory_meter
 
 bundle.BLOCK_BYTES = 1 << 20
 folder, experts, size = Path(sys.argv[1]), int(sys.argv[2]), 8 << 20
@@ -290,13 +364,13 @@ with source.open("wb") as file:
     file.truncate(8 + len(header) + size)
 with source.open("rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-pieces = [Piece(f"e{i}.safetensors", source, digest, f"e{i}.{{}}".format) for i in range(experts)]
+pieces = [BundleFile(f"e{i}.safetensors", source, digest, f"e{i}.{{}}".format) for i in range(experts)]
 (folder / "bundle").mkdir()
 Path("/proc/self/clear_refs").write_text("5")  # the mark would be the parent's else: it outlives exec
-before = budget._status("VmRSS")
+before = memory_meter._status("VmRSS")
 made = write(folder / "bundle", pieces, {}, lambda *_: None)
 assert made["bytes"] > experts * size
-print(budget._status("VmHWM") - before)
+print(memory_meter._status("VmHWM") - before)
 """
 
 
@@ -305,7 +379,9 @@ def test_memory_does_not_grow_with_experts_nor_with_their_size(tmp_path):
     def growth_mb(experts: int) -> float:
         (tmp_path / str(experts)).mkdir()
         program = [sys.executable, "-c", GROWTH, tmp_path / str(experts), str(experts)]
-        done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+        done = subprocess.run(
+            program, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+        )
         return int(done.stdout) / 1e6
 
     few, many = growth_mb(1), growth_mb(6)
@@ -320,7 +396,7 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
     assert stages.address(sent, "deploy") == stages.address(cfg, "deploy") == folder.name
     assert stages.address(load(path, ("router.top_k=1",)), "deploy") != folder.name
     assert "deploy" not in stages.RUN and folder.name in set(stages.reachable(cfg))
-    assert all("deploy" not in e.address for e in plan.plan(cfg, Store(store_path)))
+    assert all("deploy" not in e.address for e in dry_run.plan(cfg, Store(store_path)))
     before = traces(store_path)
     local = backend.Local(Store(store_path).open())
     assert not target.exists()
@@ -334,30 +410,56 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
 
 def test_deploy_without_a_run_names_the_stage_to_run(tiny, store_path):
     with pytest.raises(MissingArtifact, match="python -m pipeline preprocess"):
-        stages.run("deploy", load(tiny), Store(store_path).open(), say=quiet)
+        stages.run("deploy", load(tiny), Store(store_path).open(), progress=quiet)
 
 
 def test_the_card_has_every_row_of_t1_and_an_axis_for_every_win(bundled):
     folder = bundled[2]
-    card, report = (folder / "README.md").read_text(), json.loads((folder / "report.json").read_text())
+    card, report = (
+        (folder / "README.md").read_text(),
+        json.loads((folder / "report.json").read_text()),
+    )
     lines = [line for line in card.splitlines() if line.startswith("|")]
     for row in report["T1"]:
-        (line,) = [x for x in lines if x.replace("**", "").startswith(f"| {row['row']} ") and f"{row['mean']:.3f}" in x]
+        (line,) = [
+            x
+            for x in lines
+            if x.replace("**", "").startswith(f"| {row['row']} ") and f"{row['mean']:.3f}" in x
+        ]
         assert all(f"{bits:.3f}" in line for bits in row["bits_per_byte"].values())
     assert len(report["wins"]) >= 4
     for win in report["wins"]:
         assert any(f"| {win['against']} | {win['axis']} | {win['verdict']} |" in x for x in lines)
-    for name, text in (("sea", "model-expert-000-sea.safetensors"), ("hall", "train_experts-hall-")):
+    for name, text in (
+        ("sea", "model-expert-000-sea.safetensors"),
+        ("hall", "train_experts-hall-"),
+    ):
         assert any(f"| {name} | {name} |" in x and text in x for x in lines)
-    assert card.startswith("---\nlibrary_name: transformers\n") and "pipeline serve --bundle" in card
+    assert (
+        card.startswith("---\nlibrary_name: transformers\n") and "pipeline serve --bundle" in card
+    )
 
 
 def test_a_report_cannot_break_the_cards_tables():
     from pipeline import report
 
-    about = {"run": "a|b", "experts": [], "top_k": 1, "architecture": "X", "trunk": {"address": "t"},
-             "router": {"address": "r"}, "start_id": 0, "context_tokens": 8}  # fmt: skip
-    row = {"row": "x|y\n<script>", "kind": "dense", "mean": 1.0, "bits_per_byte": {}, "is_stack": False}
+    about = {
+        "run": "a|b",
+        "experts": [],
+        "top_k": 1,
+        "architecture": "X",
+        "trunk": {"address": "t"},
+        "router": {"address": "r"},
+        "start_id": 0,
+        "context_tokens": 8,
+    }
+    row = {
+        "row": "x|y\n<script>",
+        "kind": "dense",
+        "mean": 1.0,
+        "bits_per_byte": {},
+        "is_stack": False,
+    }
     text = report.card({"T1": [row], "domains": [], "notes": ["a\nb"]}, about)
     (line,) = [x for x in text.splitlines() if "script" in x]
     assert line.startswith("| x\\|y &lt;script> |") and "# a\\|b" in text and "- a b" in text

@@ -1,4 +1,5 @@
-"""A bundle of adapters behind a real uvicorn: answers with pictures, routes, and what a client may get wrong."""
+"""A bundle of adapters behind a real uvicorn: answers with pictures, routes, and what a client may
+get wrong."""
 
 import base64
 import io
@@ -7,10 +8,10 @@ import json
 import pytest
 from PIL import Image
 
-from pipeline.families import lora_bundle
-from pipeline.families.lora_generate import Request
+from pipeline.families.adapters import bundle
+from pipeline.families.adapters.inference import Request
 from pipeline.serve.app import create
-from pipeline.serve.protocol import Limits
+from pipeline.serve.protocol import RequestLimits
 from tests import small_stack
 from tests.small_stack import EXPERTS
 from tests.test_serve import refused, running
@@ -27,7 +28,7 @@ def application(tmp_path_factory):
     (parts.root / "evaluate" / "report.json").write_text("{}")
     (parts.root / "evaluate" / "report.html").write_text("")
     (root / "bundle").mkdir()
-    lora_bundle.bundle(cfg, parts, root / "bundle", small_stack.quiet)
+    bundle.bundle(cfg, parts, root / "bundle", small_stack.quiet)
     return create(root / "bundle")
 
 
@@ -69,14 +70,20 @@ def test_an_answer_is_the_stacks_own(client, stack):
     assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
     assert choice["finish_reason"] == wanted.finish and found["expert"] == wanted.expert
     assert found["confidence"] == pytest.approx(wanted.confidence, abs=1e-4)
-    assert [each["expert"] for each in found["alternatives"]] == [name for name, _ in wanted.alternatives]
+    assert [each["expert"] for each in found["alternatives"]] == [
+        name for name, _ in wanted.alternatives
+    ]
     usage = found["usage"]
-    assert usage["completion_tokens"] == wanted.drawn and usage["total_tokens"] == wanted.given + wanted.drawn
+    assert (
+        usage["completion_tokens"] == wanted.drawn
+        and usage["total_tokens"] == wanted.given + wanted.drawn
+    )
 
 
 def test_the_picture_counts(client):
     seen = {
-        client.post("/v1/route", json=asking(encoded(image))).json()["confidence"] for image in small_stack.pictures(4)
+        client.post("/v1/route", json=asking(encoded(image))).json()["confidence"]
+        for image in small_stack.pictures(4)
     }
     assert len(seen) > 1
 
@@ -100,7 +107,10 @@ def test_an_expert_can_be_asked_by_name(client, stack, name):
 def test_text_alone_and_fewer_tokens(client):
     body = {"messages": [{"role": "user", "content": "what color?"}], "expert": "locate"}
     long, short = (client.post(CHAT, json=body | more).json() for more in ({}, {"max_tokens": 2}))
-    assert short["usage"]["completion_tokens"] == 2 and short["choices"][0]["finish_reason"] == "length"
+    assert (
+        short["usage"]["completion_tokens"] == 2
+        and short["choices"][0]["finish_reason"] == "length"
+    )
     assert long["usage"]["completion_tokens"] == 8
 
 
@@ -112,12 +122,16 @@ def test_a_large_picture_is_made_as_large_as_in_training(client):
 
 
 def test_health_and_models(client):
-    assert client.get("/healthz").json() == {"status": "ok", "model": "small", "experts": list(EXPERTS)}
+    assert client.get("/healthz").json() == {
+        "status": "ok",
+        "model": "small",
+        "experts": list(EXPERTS),
+    }
     listed = client.get("/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["small"] and listed[0]["experts"] == list(EXPERTS)
 
 
-BOMB = f"data:image/png;base64,{base64.b64encode(bytes.fromhex('89504e470d0a1a0a0000000d49484452') + (60_000).to_bytes(4, 'big') * 2 + bytes.fromhex('0802000000')).decode()}"  # noqa: E501
+BOMB = f"data:image/png;base64,{base64.b64encode(bytes.fromhex('89504e470d0a1a0a0000000d49484452') + (60_000).to_bytes(4, 'big') * 2 + bytes.fromhex('0802000000')).decode()}"
 
 
 @pytest.mark.parametrize(
@@ -130,14 +144,26 @@ BOMB = f"data:image/png;base64,{base64.b64encode(bytes.fromhex('89504e470d0a1a0a
         (asking(BOMB), "messages: ", "messages"),
         (asking(*[encoded(PICTURE)] * 5), "5 images; at most 4 are taken", "messages"),
         (asking(text="word " * 4000), "characters; at most", "messages"),
-        (asking() | {"expert": "poet"}, "there is no 'poet'; there are color, count, locate and base", "expert"),
+        (
+            asking() | {"expert": "poet"},
+            "there is no 'poet'; there are color, count, locate and base",
+            "expert",
+        ),
         (asking() | {"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
-        (asking() | {"temperature": 0.7}, "not supported yet; leave it out or set it to 0", "temperature"),
+        (
+            asking() | {"temperature": 0.7},
+            "not supported yet; leave it out or set it to 0",
+            "temperature",
+        ),
         (asking() | {"stream": True}, "not supported yet", "stream"),
         (asking() | {"best_of": 2}, "best_of: no such field", "best_of"),
         ({"messages": []}, "messages: ", "messages"),
         ({"messages": [{"role": "system", "content": "be nice"}]}, "messages: ", "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, "messages: ", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]},
+            "messages: ",
+            "messages",
+        ),
         ({"messages": [{"role": "user", "content": 3}]}, "messages: ", "messages"),
         ({}, "messages: field required", "messages"),
     ],
@@ -150,11 +176,23 @@ def test_a_wrong_request_is_refused_and_the_next_is_answered(client, body, said,
 def test_what_is_no_json_or_too_long_or_elsewhere(client, application):
     refused(client.post(CHAT, content=b"{"), 400, "the request is not a JSON object")
     refused(client.get("/v1/completions"), 404, f"is not served here; .*POST {CHAT}")
-    refused(client.post(CHAT, json=asking() | {"model": "gpt-4"}), 404, "'small' is", "model", "model_not_found")
+    refused(
+        client.post(CHAT, json=asking() | {"model": "gpt-4"}),
+        404,
+        "'small' is",
+        "model",
+        "model_not_found",
+    )
     service = application.state.service
-    before, service.limits = service.limits, Limits(body_bytes=100)
+    before, service.limits = service.limits, RequestLimits(body_bytes=100)
     try:
-        refused(client.post(CHAT, json=asking(encoded(PICTURE))), 413, "over 100 bytes", None, "too_large")
+        refused(
+            client.post(CHAT, json=asking(encoded(PICTURE))),
+            413,
+            "over 100 bytes",
+            None,
+            "too_large",
+        )
     finally:
         service.limits = before
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from fakes import Killed, dying, equal, flip, in_bf16, place, small_task, values
 
-from pipeline import checkpoint, train
-from pipeline.checkpoint import Progress
 from pipeline.errors import DiskFull
-from pipeline.means import Means
-from pipeline.train import fit
+from pipeline.train import checkpoint, loop
+from pipeline.train.checkpoint import TrainState
+from pipeline.train.loop import fit
+from pipeline.train.memory_plan import MemoryPlan
 
 FILES = ("state.safetensors", "state.json")
 DAMAGE = {
@@ -30,14 +30,16 @@ DAMAGE = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the disk."""
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the
+    disk."""
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def stopped(tmp_path):
-    """Folder of a run that was killed before step 7: one slot holds step 6, the other 7; and what it leads to."""
+    """Folder of a run that was killed before step 7: one slot holds step 6, the other 7; and what
+    it leads to."""
     task = small_task()
     fit(task, place(tmp_path / "whole"))
     with pytest.raises(Killed):
@@ -95,7 +97,9 @@ def test_two_damaged_slots_start_over_and_say_so(stopped, name, how):
         DAMAGE[how](slot / name)
     got, recorder = resume(folder, reseed=False)
     assert recorder.starts == [0] and equal(got, wanted)
-    assert len(recorder.notes) == 2 and all(n.endswith("; starting over at step 0") for n in recorder.notes)
+    assert len(recorder.notes) == 2 and all(
+        n.endswith("; starting over at step 0") for n in recorder.notes
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -129,7 +133,9 @@ def test_a_checkpoint_of_other_parameters_is_not_used(stopped):
     renamed = {f"new {name}": p for name, p in task.parameters.items()}
     here = place(folder)
     fit(replace(task, parameters=renamed), here)
-    assert here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
+    assert (
+        here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
+    )
 
 
 def test_leftovers_of_a_killed_save_do_not_pile_up(stopped):
@@ -157,16 +163,24 @@ def test_a_save_that_fails_leaves_the_newest_slot(stopped, monkeypatch):
 
 def test_tensors_are_on_disk_before_the_numbers_that_vouch_for_them(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(Path(f"/proc/self/fd/{handle}").readlink().name))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: flushed.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+    )
     fit(small_task(steps=1), place(tmp_path))
-    assert flushed.index("state.safetensors.part") < flushed.index("state.json.part") < flushed.index("state.json")
+    assert (
+        flushed.index("state.safetensors.part")
+        < flushed.index("state.json.part")
+        < flushed.index("state.json")
+    )
 
 
 def falling(task=None, **changes):
     """Return a task each of whose evaluations, at steps 3, 6, 9 and 10, is better than the last."""
     task = task or small_task(**changes)
     now = [0]
-    return replace(task, before_step=lambda at: now.__setitem__(0, at + 1), validate=lambda: 1 / (1 + now[0])), now
+    return replace(
+        task, before_step=lambda at: now.__setitem__(0, at + 1), validate=lambda: 1 / (1 + now[0])
+    ), now
 
 
 def killed(folder, step, task=None):
@@ -208,12 +222,19 @@ def better(tmp_path):
 def test_the_best_state_is_a_file_beside_the_slots_that_both_name(better):
     folder, _ = better
     found = slots(folder)
-    assert sorted(found) == [5, 6] and best_files(folder) == ["best-3.safetensors", "best-6.safetensors"]
+    assert sorted(found) == [5, 6] and best_files(folder) == [
+        "best-3.safetensors",
+        "best-6.safetensors",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == ["a", "b", *best_files(folder)]
-    named = {step: json.loads((slot / "state.json").read_text())["run"] for step, slot in found.items()}
+    named = {
+        step: json.loads((slot / "state.json").read_text())["run"] for step, slot in found.items()
+    }
     for step, best in {5: 3, 6: 6}.items():
         path = folder / f"best-{best}.safetensors"
-        assert named[step]["best_step"] == best and named[step]["best_sha256"] == checkpoint.sha256(path)
+        assert named[step]["best_step"] == best and named[step]["best_sha256"] == checkpoint.sha256(
+            path
+        )
 
 
 def test_best_states_that_nothing_names_are_removed(better):
@@ -221,7 +242,10 @@ def test_best_states_that_nothing_names_are_removed(better):
     (folder / "best-1.safetensors").write_bytes(b"old")
     (folder / "best-4.safetensors.part").write_bytes(b"torn")
     got, _ = went_on(folder)
-    assert equal(got, wanted) and best_files(folder) == ["best-10.safetensors", "best-9.safetensors"]
+    assert equal(got, wanted) and best_files(folder) == [
+        "best-10.safetensors",
+        "best-9.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -244,7 +268,7 @@ def test_two_damaged_best_states_start_over(better):
 
 def test_a_run_killed_between_its_best_state_and_its_slot_ends_the_same(better, monkeypatch):
     folder, wanted = better
-    calls, real = [], train.save
+    calls, real = [], loop.save
 
     def save(folder, task, optimizer, run):
         calls.append(run.step)
@@ -252,7 +276,7 @@ def test_a_run_killed_between_its_best_state_and_its_slot_ends_the_same(better, 
             raise Killed
         real(folder, task, optimizer, run)
 
-    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(loop, "save", save)
     with pytest.raises(Killed):
         went_on(folder)
     monkeypatch.undo()
@@ -306,7 +330,8 @@ def alive() -> int:
 def test_no_copy_of_the_best_state_is_held(tmp_path):
     counts = {}
     gc.collect()
-    gc.freeze()  # what other tests left behind may go at any time, and looking through it takes seconds
+    # what other tests left behind may go at any time, and looking through it takes seconds
+    gc.freeze()
     try:
         for keep in ("best", "last"):
             task, _ = falling(keep=keep, noisy=False)
@@ -317,7 +342,7 @@ def test_no_copy_of_the_best_state_is_held(tmp_path):
     finally:
         gc.unfreeze()
     assert counts["best"] == counts["last"] and len(counts["best"]) == 10
-    assert json.loads(json.dumps(asdict(Progress()))) == asdict(Progress())
+    assert json.loads(json.dumps(asdict(TrainState()))) == asdict(TrainState())
 
 
 @pytest.mark.parametrize("step", range(1, 10))
@@ -351,18 +376,28 @@ def test_a_checkpoint_of_the_other_arithmetic_is_not_mistaken(tmp_path, kinds):
         fit(dying(before(small_task()), 5), place(tmp_path))
     here, task = place(tmp_path), after(small_task())
     fit(task, here)
-    assert here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
+    assert (
+        here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
+    )
 
 
-@pytest.mark.parametrize(("before", "after"), [("int8", "bf16"), ("bf16", "int8"), ("fp32", "bf16"), ("int8", "fp32")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("int8", "bf16"), ("bf16", "int8"), ("fp32", "bf16"), ("int8", "fp32")]
+)
 def test_a_run_whose_moments_are_kept_otherwise_from_now_on_goes_on(tmp_path, before, after):
     if "int8" in (before, after):
         pytest.importorskip("bitsandbytes")
     start, plain = values(small_task()), small_task()
     fit(plain, place(tmp_path / "plain"))
     with pytest.raises(Killed):
-        fit(dying(replace(small_task(), means=Means(8, moments=before)), 5), place(tmp_path / "run"))
-    task, here = replace(small_task(), means=Means(8, moments=after)), place(tmp_path / "run")
+        fit(
+            dying(replace(small_task(), memory_plan=MemoryPlan(8, moments=before)), 5),
+            place(tmp_path / "run"),
+        )
+    task, here = (
+        replace(small_task(), memory_plan=MemoryPlan(8, moments=after)),
+        place(tmp_path / "run"),
+    )
     fit(task, here)
     assert here.recorder.starts == [5] and here.recorder.notes == []
     for name, value in values(plain).items():

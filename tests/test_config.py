@@ -1,14 +1,17 @@
-"""Configuration files: how they are put together, and that every problem is named at once with its place."""
+"""Configuration files: how they are put together, and that every problem is named at once with its
+place."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.config import Config, Fit, describes_run, load, merge
-from pipeline.config.sections import Section
+from pipeline.config.base import merge
+from pipeline.config.fit import FitConfig, Section
 from pipeline.errors import ConfigError
-from pipeline.stages import address
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.load import describes_run, load
+from pipeline.run.stages import address
 from tests import small
 
 SHIPPED = sorted(filter(describes_run, (Path(__file__).parent.parent / "config").glob("*.yaml")))
@@ -34,7 +37,7 @@ def test_every_shipped_configuration_loads(path):
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):
-    assert load(write(tmp_path / "a.yaml", "")) == Config()
+    assert load(write(tmp_path / "a.yaml", "")) == FfnMoeConfig()
 
 
 def test_all_problems_at_once_each_with_name_and_line(tmp_path):
@@ -69,7 +72,9 @@ def test_a_wrong_setting_invents_no_problem_between_sections(tmp_path):
 
 
 def test_lines_are_of_lists_too(tmp_path):
-    text = problems(write(tmp_path / "a.yaml", "name: x\ndata:\n  source: files\n  files:\n    - domain: a\n"))
+    text = problems(
+        write(tmp_path / "a.yaml", "name: x\ndata:\n  source: files\n  files:\n    - domain: a\n")
+    )
     assert "data.files.0.paths: Field required [a.yaml line 4]" in text
 
 
@@ -100,10 +105,19 @@ def test_a_file_that_is_not_there_points_at_those_that_are(tmp_path):
 
 
 def test_a_chain_of_files_is_laid_on_top_of_each_other(tmp_path):
-    write(tmp_path / "base" / "deep.yaml", "seed: 1\ntrunk: {steps: 100, lr: 0.5, layers: 3}\nrouter: {steps: 7}")
+    write(
+        tmp_path / "base" / "deep.yaml",
+        "seed: 1\ntrunk: {steps: 100, lr: 0.5, layers: 3}\nrouter: {steps: 7}",
+    )
     write(tmp_path / "base" / "middle.yaml", "extends: deep.yaml\nseed: 2\ntrunk: {layers: 5}")
     cfg = load(write(tmp_path / "top.yaml", "extends: base/middle.yaml\ntrunk: {d_model: 96}"))
-    assert (cfg.seed, cfg.trunk.steps, cfg.trunk.lr, cfg.trunk.layers, cfg.trunk.d_model) == (2, 100, 0.5, 5, 96)
+    assert (cfg.seed, cfg.trunk.steps, cfg.trunk.lr, cfg.trunk.layers, cfg.trunk.d_model) == (
+        2,
+        100,
+        0.5,
+        5,
+        96,
+    )
     assert cfg.router.steps == 7
 
 
@@ -115,31 +129,56 @@ def test_one_duration_replaces_another(tmp_path, key):
     found = load(path).trunk
     assert [n for n in ("steps", "epochs", "tokens") if getattr(found, n) is not None] == [name]
     assert getattr(found, name) == float(value) and load(path).expert.tokens == 5
-    assert load(path, ("trunk.epochs=3",)).trunk.epochs == 3 and load(path, ("trunk.epochs=3",)).trunk.steps is None
+    assert (
+        load(path, ("trunk.epochs=3",)).trunk.epochs == 3
+        and load(path, ("trunk.epochs=3",)).trunk.steps is None
+    )
 
 
 def test_durations(tmp_path):
     assert "give only one of steps, epochs, tokens" in problems(
         write(tmp_path / "two.yaml", "trunk: {steps: 1, tokens: 5}")
     )
-    text = problems(write(tmp_path / "none.yaml", "trunk: {layers: 1}\nexpert: {lr: 1}\nrouter: {top_k: 1}"))
-    assert all(f"{s}: give one of {s}.steps, {s}.epochs, {s}.tokens" in text for s in ("trunk", "expert", "router"))
-    fit = Fit(epochs=2.5, batch_sequences=4)
-    assert fit.resolve_steps(10, 160) == 10 and Fit(tokens=400, batch_sequences=4).resolve_steps(10, 0) == 10
-    assert Fit(tokens=1).resolve_steps(100, 0) == 1 and Fit(steps=0).resolve_steps(1, 1) == 0
+    text = problems(
+        write(tmp_path / "none.yaml", "trunk: {layers: 1}\nexpert: {lr: 1}\nrouter: {top_k: 1}")
+    )
+    assert all(
+        f"{s}: give one of {s}.steps, {s}.epochs, {s}.tokens" in text
+        for s in ("trunk", "expert", "router")
+    )
+    fit = FitConfig(epochs=2.5, batch_sequences=4)
+    assert (
+        fit.resolve_steps(10, 160) == 10
+        and FitConfig(tokens=400, batch_sequences=4).resolve_steps(10, 0) == 10
+    )
+    assert (
+        FitConfig(tokens=1).resolve_steps(100, 0) == 1
+        and FitConfig(steps=0).resolve_steps(1, 1) == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("trunk.lr=3e-4", 3e-4), ("trunk.lr=1E2", 100.0), ("trunk.lr=.5", 0.5), ("trunk.layers=1_2", 12),
-        ("trunk.domains=[python, manual]", ("python", "manual")), ("trunk.domains=null", None),
-        ("trunk.init=~", None), ("trunk.init=no", "no"), ("trunk.init=on", "on"), ("trunk.init=a=b.c", "a=b.c"),
-        ("trunk.tie_embeddings=false", False), ("trunk.tie_embeddings=True", True), ("trunk.init='1e3'", "1e3"),
+        ("trunk.lr=3e-4", 3e-4),
+        ("trunk.lr=1E2", 100.0),
+        ("trunk.lr=.5", 0.5),
+        ("trunk.layers=1_2", 12),
+        ("trunk.domains=[python, manual]", ("python", "manual")),
+        ("trunk.domains=null", None),
+        ("trunk.init=~", None),
+        ("trunk.init=no", "no"),
+        ("trunk.init=on", "on"),
+        ("trunk.init=a=b.c", "a=b.c"),
+        ("trunk.tie_embeddings=false", False),
+        ("trunk.tie_embeddings=True", True),
+        ("trunk.init='1e3'", "1e3"),
     ],
-)  # fmt: skip
+)
 def test_overrides_are_yaml_1_2(tmp_path, override, wanted):
-    path = write(tmp_path / "a.yaml", "trunk: {steps: 1}\ntokenizer: {pretrained: x}\ndense: {baselines: []}")
+    path = write(
+        tmp_path / "a.yaml", "trunk: {steps: 1}\ntokenizer: {pretrained: x}\ndense: {baselines: []}"
+    )
     value = getattr(load(path, (override,)).trunk, override.partition("=")[0].partition(".")[2])
     assert value == wanted and type(value) is type(wanted)
 
@@ -159,18 +198,27 @@ def test_an_override_that_is_not_one_is_refused(tmp_path, override):
 def test_an_override_may_be_wrong_in_every_other_way(tmp_path):
     path = write(tmp_path / "a.yaml", "")
     assert "is not YAML" in problems(path, "seed=[1")
-    assert "trunk.lrr: no such setting (found 1) [--override]" in problems(path, "trunk.steps=1", "trunk.lrr=1")
+    assert "trunk.lrr: no such setting (found 1) [--override]" in problems(
+        path, "trunk.steps=1", "trunk.lrr=1"
+    )
     assert "extends: no such setting" in problems(path, "extends=b.yaml")
     assert "seed: " in problems(path, "seed.deep=1")
 
 
 def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
     files = "data: {source: files, files: [{paths: [text/*.txt, /abs/*.txt, 's3://bucket/*.txt'], domain: python}]}\n"
-    write(tmp_path / "base" / "base.yaml", files + "partition: {domains: [python]}\nrouter: {steps: 1, top_k: 1}")
+    write(
+        tmp_path / "base" / "base.yaml",
+        files + "partition: {domains: [python]}\nrouter: {steps: 1, top_k: 1}",
+    )
     top = write(tmp_path / "elsewhere" / "top.yaml", "extends: ../base/base.yaml")
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "base" / "base.yaml", top, Path("elsewhere/top.yaml")):
-        assert load(path).data.files[0].paths == (f"{tmp_path}/base/text/*.txt", "/abs/*.txt", "s3://bucket/*.txt")
+        assert load(path).data.files[0].paths == (
+            f"{tmp_path}/base/text/*.txt",
+            "/abs/*.txt",
+            "s3://bucket/*.txt",
+        )
     override = "data.files=[{paths: [mine.txt], domain: python}]"
     assert load(top, (override,)).data.files[0].paths == (f"{tmp_path}/elsewhere/mine.txt",)
 
@@ -179,37 +227,56 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
     ("text", "wanted"),
     [
         ("router: {steps: 1, top_k: 5}", "router.top_k: 5 experts per token, but the stack has 4"),
-        ("expert: {steps: 1, domains: [python]}", "router.top_k: 2 experts per token, but the stack has 1"),
-        ("expert: {steps: 1, domains: [python, cobol]}", "expert.domains: no such domain cobol; partition has python"),
+        (
+            "expert: {steps: 1, domains: [python]}",
+            "router.top_k: 2 experts per token, but the stack has 1",
+        ),
+        (
+            "expert: {steps: 1, domains: [python, cobol]}",
+            "expert.domains: no such domain cobol; partition has python",
+        ),
         ("trunk: {steps: 1, domains: [cobol]}", "trunk.domains: no such domain cobol"),
         ("trunk: {steps: 1, domains: [python, python]}", "trunk.domains: a domain is named twice"),
         ("partition: {domains: [a, a]}", "domains must name at least one label, each once"),
         ("partition: {domains: []}", "domains must name at least one label"),
-        ("partition: {by: random, count: 2}\nexpert: {steps: 1, domains: [random-0, random-1, random-2]}",
-         "expert.domains: 3 experts, but the partition has 2 domains"),
+        (
+            "partition: {by: random, count: 2}\nexpert: {steps: 1, domains: [random-0, random-1, random-2]}",
+            "expert.domains: 3 experts, but the partition has 2 domains",
+        ),
         ("router: {steps: 1, init: rows}", "set expert.coordinate: true"),
-        ("trunk: {steps: 1, init: some/model}", "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own"),
-        ("trunk: {steps: 1, init: m}\ntokenizer: {pretrained: m}", "dense.baselines: wide trains from zero"),
-        ("trunk: {steps: 1, d_model: 100, heads: 3}", "d_model 100 is not a multiple of heads 3; set head_dim"),
+        (
+            "trunk: {steps: 1, init: some/model}",
+            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own",
+        ),
+        (
+            "trunk: {steps: 1, init: m}\ntokenizer: {pretrained: m}",
+            "dense.baselines: wide trains from zero",
+        ),
+        (
+            "trunk: {steps: 1, d_model: 100, heads: 3}",
+            "d_model 100 is not a multiple of heads 3; set head_dim",
+        ),
         ("trunk: {steps: 1, heads: 4, kv_heads: 3}", "heads 4 is not a multiple of kv_heads 3"),
         ("trunk: {steps: 1, d_model: 90, heads: 10}", "must be even"),
         ("data: {source: files}", "data.files needs at least one entry"),
         ("data: {source: hub}", "data.hub needs at least one entry"),
         ("name: 'a/b'", "name: String should match pattern"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_together_is_named(tmp_path, text, wanted):
     assert wanted in problems(write(tmp_path / "a.yaml", text))
 
 
 def test_an_anchor_makes_room_for_one_more(tmp_path):
-    path = write(tmp_path / "a.yaml", "trunk: {steps: 1, anchor: keep}\nrouter: {steps: 1, top_k: 5}")
+    path = write(
+        tmp_path / "a.yaml", "trunk: {steps: 1, anchor: keep}\nrouter: {steps: 1, top_k: 5}"
+    )
     assert load(path).router.top_k == 5
     assert "the stack has 5" in problems(path, "router.top_k=6")
 
 
 def test_a_configuration_never_changes():
-    cfg = Config()
+    cfg = FfnMoeConfig()
     for section, name in ((cfg, "seed"), (cfg.trunk, "lr"), (cfg.router.temperature, "start")):
         with pytest.raises(ValueError, match="frozen"):
             setattr(section, name, 1)
@@ -224,17 +291,25 @@ def test_merge_changes_neither_side():
 
 def test_a_mapping_over_a_list_is_laid_on_the_entries_it_names():
     base = {"a": [{"name": "x", "steps": 1}, {"name": "y"}]}
-    assert merge(base, {"a": {"x": {"tokens": 2}}}) == {"a": [{"name": "x", "tokens": 2}, {"name": "y"}]}
+    assert merge(base, {"a": {"x": {"tokens": 2}}}) == {
+        "a": [{"name": "x", "tokens": 2}, {"name": "y"}]
+    }
     assert merge(base, {"a": [{"name": "z"}]}) == {"a": [{"name": "z"}]}
     with pytest.raises(ConfigError, match="a: no entry is named z; there are x, y"):
         merge(base, {"a": {"z": {}}})
 
 
 def test_names_of_domains_follow_the_partition():
-    for by, names in (("clusters", ("cluster-0", "cluster-1")), ("random", ("random-0", "random-1")),
-                      ("curriculum", ("level-0", "level-1"))):  # fmt: skip
-        assert Config(partition={"by": by, "count": 2}).experts == names
-    assert Config(expert={"steps": 1, "domains": ["manual", "python"]}).experts == ("manual", "python")
+    for by, names in (
+        ("clusters", ("cluster-0", "cluster-1")),
+        ("random", ("random-0", "random-1")),
+        ("curriculum", ("level-0", "level-1")),
+    ):
+        assert FfnMoeConfig(partition={"by": by, "count": 2}).experts == names
+    assert FfnMoeConfig(expert={"steps": 1, "domains": ["manual", "python"]}).experts == (
+        "manual",
+        "python",
+    )
 
 
 ELSEWHERE = {  # a `later` field leaves its own stage alone and moves the stages that read it
@@ -245,29 +320,39 @@ ELSEWHERE = {  # a `later` field leaves its own stage alone and moves the stages
 }
 
 
-def changed(dotted: str, value) -> Config:
+def changed(dotted: str, value) -> FfnMoeConfig:
     """Return the default configuration with one setting changed."""
-    raw = Config().model_dump()
+    raw = FfnMoeConfig().model_dump()
     *above, name = dotted.split(".")
     place = raw
     for key in above:
         place = place[key]
     place[name] = value
-    return Config.model_validate(raw)
+    return FfnMoeConfig.model_validate(raw)
 
 
 def moved(dotted: str, value) -> set[tuple[str, str | None]]:
     """Return the jobs whose address is another after one setting has changed."""
-    old, new = Config(), changed(dotted, value)
-    jobs = [("preprocess", None), ("train_shared", None), ("train_experts", "python"), ("train_router", None),
-            ("train_dense", "path"), ("evaluate", None)]  # fmt: skip
-    return {(stage, item) for stage, item in jobs if address(old, stage, item) != address(new, stage, item)}
+    old, new = FfnMoeConfig(), changed(dotted, value)
+    jobs = [
+        ("preprocess", None),
+        ("train_shared", None),
+        ("train_experts", "python"),
+        ("train_router", None),
+        ("train_dense", "path"),
+        ("evaluate", None),
+    ]
+    return {
+        (stage, item)
+        for stage, item in jobs
+        if address(old, stage, item) != address(new, stage, item)
+    }
 
 
 def test_later_fields_are_not_in_the_address_of_their_own_stage():
     marked = {
         f"{key}.{name}"
-        for key, section in Config.model_fields.items()
+        for key, section in FfnMoeConfig.model_fields.items()
         if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
         for name, field in section.annotation.model_fields.items()
         if (field.json_schema_extra or {}).get("later")
@@ -305,8 +390,12 @@ def test_a_key_given_twice_is_an_error_with_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "may"),
-    [({}, False), ({"expert__moments": "bf16"}, False), ({"expert__moments": "int8"}, True),
-     ({"runtime__memory_budget": "8GB"}, True)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"expert__moments": "bf16"}, False),
+        ({"expert__moments": "int8"}, True),
+        ({"runtime__memory_budget": "8GB"}, True),
+    ],
+)
 def test_a_run_knows_whether_it_may_keep_8_bit_moments(changes, may):
     assert small.config(**changes).may_keep_int8 == may

@@ -11,19 +11,23 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pipeline.config import Config
-from pipeline.data import corpus, installed, rows
-from pipeline.data.corpus import Tally, cut, documents, key_of
+from pipeline.data.sources import installed
+from pipeline.data.sources import text as rows
+from pipeline.data.text import documents as corpus
+from pipeline.data.text.documents import Tally, cut, documents, key_of
 from pipeline.errors import DataError
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 ROWS = [{"text": f"text number {i} is é long enough\n", "domain": "ab"[i % 2]} for i in range(6)]
 
 
 def config(*paths, domain=None, domains=("a", "b"), hub=(), partition=None, **data):
-    """Return a Config that reads paths."""
+    """Return a FfnMoeConfig that reads paths."""
     files = [{"paths": [str(p) for p in paths], "domain": domain}] if paths else []
     source = {"source": "hub" if hub else "files", "files": files, "hub": hub}
-    return Config.model_validate({"data": source | data, "partition": partition or {"domains": domains}})
+    return FfnMoeConfig.model_validate(
+        {"data": source | data, "partition": partition or {"domains": domains}}
+    )
 
 
 def read(cfg):
@@ -37,10 +41,17 @@ def write_jsonl(path, found):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "csv", "parquet"]
+)
 def test_every_format_gives_the_same_documents(tmp_path, suffix):
     path, raw = tmp_path / f"rows.{suffix}", "".join(json.dumps(r) + "\n" for r in ROWS).encode()
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    pack = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+    }
     if suffix == "csv":
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, ROWS[0])
@@ -75,14 +86,29 @@ def test_globs_are_sorted_and_read_once(tmp_path):
 
 def test_unreadable_rows_are_counted_with_file_and_line(tmp_path):
     path = tmp_path / "bad.jsonl"
-    lines = [b'{"text": "\xff\xfe broken bytes", "domain": "a"}', b"{not json", b"[1]", b'{"domain": "a"}']
-    lines += [b'{"text": "this one has no label"}', b'{"text": "\\ud800 lone surrogate text", "domain": "a"}']
+    lines = [
+        b'{"text": "\xff\xfe broken bytes", "domain": "a"}',
+        b"{not json",
+        b"[1]",
+        b'{"domain": "a"}',
+    ]
+    lines += [
+        b'{"text": "this one has no label"}',
+        b'{"text": "\\ud800 lone surrogate text", "domain": "a"}',
+    ]
     lines += [b'{"text": "   ", "domain": "a"}', b'{"text": "short", "domain": "b"}']
     good = [json.dumps(ROWS[0]).encode()] * 6
     path.write_bytes(b"\n".join([*lines, *good]))
     found, tally = read(config(path, max_bad_share=0.5))
     assert len(found) == 6 and tally.seen == 14
-    wanted = {"not UTF-8": 2, "not JSON": 2, "no text": 1, "no label": 1, "empty": 1, "too short": 1}
+    wanted = {
+        "not UTF-8": 2,
+        "not JSON": 2,
+        "no text": 1,
+        "no label": 1,
+        "empty": 1,
+        "too short": 1,
+    }
     assert dict(tally.dropped) == wanted
     assert tally.examples["no text"] == [f"{path}:4: text is missing"]
     with pytest.raises(DataError, match=r"6 of 14 .*max_bad_share \(0\.4\).*bad\.jsonl:2"):
@@ -108,7 +134,11 @@ def test_a_wrong_column_stops_before_the_whole_corpus_is_read(tmp_path):
         ("sub", "folder", "is a folder; write .*sub/"),
         ("x.pdf", b"x", "none of .txt .md .jsonl .parquet .csv"),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}' * 999, mtime=0)[:-12], "x.jsonl.gz cannot be read"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"text": "a"}' * 999, mtime=0)[:-12],
+            "x.jsonl.gz cannot be read",
+        ),
         ("x.parquet", b"not parquet", "x.parquet cannot be read"),
         ("x.jsonl.zst", b"not zstandard", "x.jsonl.zst cannot be read"),
     ],
@@ -161,7 +191,10 @@ def test_the_limit_holds_per_label_and_stops_reading(tmp_path):
     found = [{"text": "x" * 1000, "domain": "a"}] * 50 + [{"text": "y" * 1000, "domain": "b"}] * 50
     path = write_jsonl(tmp_path / "rows.jsonl", found + [{"never": "read"}] * 100)
     kept, tally = read(config(path, megabytes_per_domain=0.01))
-    assert {d.label: sum(e.bytes for e in kept if e.label == d.label) for d in kept} == {"a": 10_000, "b": 10_000}
+    assert {d.label: sum(e.bytes for e in kept if e.label == d.label) for d in kept} == {
+        "a": 10_000,
+        "b": 10_000,
+    }
     assert tally.seen == 60
 
 
@@ -182,7 +215,9 @@ def test_labels_play_no_part_unless_they_make_the_domains(tmp_path):
 
 
 def test_installed_text_is_four_domains_in_a_fixed_order():
-    for domain in installed.DOMAINS[2:]:  # the other two walk thousands of files; the whole chain reads them
+    for domain in installed.DOMAINS[
+        2:
+    ]:  # the other two walk thousands of files; the whole chain reads them
         found = list(installed.READERS[domain]())
         assert sum(len(text) for _, text in found) > 200_000
         assert found == list(installed.READERS[domain]())
@@ -207,4 +242,8 @@ def test_examples_are_few(tmp_path):
     tally = corpus.Tally()
     for number in range(10):
         tally.drop("not JSON", f"file:{number}")
-    assert tally.dropped["not JSON"] == 10 and tally.examples["not JSON"] == ["file:0", "file:1", "file:2"]
+    assert tally.dropped["not JSON"] == 10 and tally.examples["not JSON"] == [
+        "file:0",
+        "file:1",
+        "file:2",
+    ]

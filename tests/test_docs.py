@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import ABOUT, parser, runs
-from pipeline.config import load
+from pipeline.families.load import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -19,7 +19,10 @@ COMMANDS = re.findall(r"^\s*(?:\.venv/bin/)?python -m pipeline ([^#\n]+)", READM
 
 def test_the_configuration_reference_is_what_the_code_says():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/config_reference.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "scripts/config_reference.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
 
@@ -61,7 +64,9 @@ def test_links_lead_to_files_that_exist(path):
 
 
 def test_every_module_is_in_the_readme_or_its_folder_is():
-    modules = {p.relative_to(ROOT / "pipeline").parts[0] for p in (ROOT / "pipeline").rglob("*.py")} - {"__init__.py"}
+    modules = {
+        p.relative_to(ROOT / "pipeline").parts[0] for p in (ROOT / "pipeline").rglob("*.py")
+    } - {"__init__.py"}
     missing = [m for m in modules if m not in README and f"{m}/" not in README]
     assert missing == []
 

@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.config.loras import KINDS as KNOWN
-from pipeline.data import drawn
+from pipeline.config.task_data import KINDS as KNOWN
+from pipeline.data.sources import synthetic
 from pipeline.errors import DataError
 
 
 def made(kind, count=60, split="train", seed=0, size=64):
-    return list(drawn.rows(kind, seed, {split: count}, size))
+    return list(synthetic.rows(kind, seed, {split: count}, size))
 
 
 def grey(row):
@@ -27,7 +27,9 @@ def dark(row):
 def see_color(row):
     pixels = np.asarray(row["image"], float)
     vivid = pixels[np.ptp(pixels, axis=2) > 90].mean(0)
-    return min(drawn.COLORS, key=lambda name: np.abs(np.array(drawn.COLORS[name]) - vivid).sum())
+    return min(
+        synthetic.COLORS, key=lambda name: np.abs(np.array(synthetic.COLORS[name]) - vivid).sum()
+    )
 
 
 def see_count(row):
@@ -36,7 +38,10 @@ def see_count(row):
 
 
 def see_locate(row):
-    y, x = (middle > side / 2 for middle, side in zip(ndimage.center_of_mass(dark(row)), (64, 64), strict=True))
+    y, x = (
+        middle > side / 2
+        for middle, side in zip(ndimage.center_of_mass(dark(row)), (64, 64), strict=True)
+    )
     return f"[{500 * x},{500 * y},{500 * x + 500},{500 * y + 500}]"
 
 
@@ -60,7 +65,9 @@ def see_shape(row):
     if filled.sum() == light.sum():
         return "cross"
     (rows, columns) = ndimage.find_objects(filled.astype(int))[0]
-    full = filled[rows, columns].mean()  # pi / 4 of a square's for a circle, half of it for a triangle
+    full = filled[
+        rows, columns
+    ].mean()  # pi / 4 of a square's for a circle, half of it for a triangle
     return "square" if full > 0.9 else "circle" if full > 0.7 else "triangle"
 
 
@@ -76,7 +83,11 @@ SEEN = {
 
 @pytest.mark.parametrize("kind", SEEN)
 def test_the_answer_is_what_is_to_be_seen(kind):
-    wrong = [(row["id"], row["answer"], SEEN[kind](row)) for row in made(kind) if SEEN[kind](row) != row["answer"]]
+    wrong = [
+        (row["id"], row["answer"], SEEN[kind](row))
+        for row in made(kind)
+        if SEEN[kind](row) != row["answer"]
+    ]
     assert wrong == []
 
 
@@ -94,20 +105,22 @@ def test_digits_of_one_answer_look_alike():
             assert min(means, key=lambda name: np.abs(means[name] - one).sum()) == digit
 
 
-@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize("kind", synthetic.KINDS)
 def test_a_row_is_whole_and_every_answer_occurs(kind):
     rows = made(kind, 150)
-    assert {row["answer"] for row in rows} == set(drawn.KINDS[kind].answers)
-    assert {row["prompt"] for row in rows} == set(drawn.KINDS[kind].prompts.seen)
+    assert {row["answer"] for row in rows} == set(synthetic.KINDS[kind].answers)
+    assert {row["prompt"] for row in rows} == set(synthetic.KINDS[kind].prompts.seen)
     assert len({row["id"] for row in rows}) == 150
     assert all(row["image"].size == (64, 64) and row["image"].mode == "RGB" for row in rows)
     assert len({row["image"].tobytes() for row in rows}) == 150
 
 
-@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize("kind", synthetic.KINDS)
 def test_a_picture_is_a_function_of_seed_split_and_number(kind):
     first = made(kind, 5, "test")
-    again = [row for row in drawn.rows(kind, 0, {"train": 3, "test": 9}) if row["split"] == "test"][:5]
+    again = [
+        row for row in synthetic.rows(kind, 0, {"train": 3, "test": 9}) if row["split"] == "test"
+    ][:5]
     assert [(r["id"], r["answer"], r["image"].tobytes()) for r in first] == [
         (r["id"], r["answer"], r["image"].tobytes()) for r in again
     ]
@@ -116,7 +129,7 @@ def test_a_picture_is_a_function_of_seed_split_and_number(kind):
 
 
 @pytest.mark.parametrize("size", [32, 96])
-@pytest.mark.parametrize("kind", drawn.KINDS)
+@pytest.mark.parametrize("kind", synthetic.KINDS)
 def test_other_sizes_are_drawn_too(kind, size):
     assert all(row["image"].size == (size, size) for row in made(kind, 10, size=size))
 
@@ -126,28 +139,37 @@ def test_a_box_to_locate_is_in_pixels():
         (box,) = row["boxes"]
         (rows, columns) = ndimage.find_objects(dark(row).astype(int))[0]
         x0, y0, x1, y1 = box["bbox"]
-        assert x0 <= columns.start < columns.stop <= x1 <= 128 and y0 <= rows.start < rows.stop <= y1 <= 128
+        assert (
+            x0 <= columns.start < columns.stop <= x1 <= 128
+            and y0 <= rows.start < rows.stop <= y1 <= 128
+        )
         assert row["answer"] == f"[{','.join(str(round(n * 1000 / 128)) for n in box['bbox'])}]"
 
 
 def test_no_answer_and_no_prompt_belongs_to_two_kinds():
-    answers = [answer for kind in drawn.KINDS.values() for answer in kind.answers]
+    answers = [answer for kind in synthetic.KINDS.values() for answer in kind.answers]
     assert len(answers) == len(set(answers))
-    wordings = [drawn.NEUTRAL, *(kind.prompts for kind in drawn.KINDS.values())]
+    wordings = [synthetic.NEUTRAL, *(kind.prompts for kind in synthetic.KINDS.values())]
     prompts = [text for wording in wordings for text in (*wording.seen, *wording.held)]
     assert len(prompts) == len(set(prompts))
     assert all(len(wording.seen) >= 3 and len(wording.held) >= 2 for wording in wordings)
-    assert set(drawn.corpus()) == set(answers) | set(prompts)
+    assert set(synthetic.corpus()) == set(answers) | set(prompts)
 
 
 def test_the_picture_alone_tells_its_kind():
     from sklearn.ensemble import ExtraTreesClassifier
 
     def features(split, count):
-        rows = [row for kind in drawn.KINDS for row in made(kind, count, split)]
+        rows = [row for kind in synthetic.KINDS for row in made(kind, count, split)]
         small = [np.asarray(row["image"].resize((16, 16)), float) / 255 for row in rows]
         tone = [
-            [*s.std((0, 1)), *s.mean((0, 1)), np.ptp(s, axis=2).max(), np.abs(np.diff(s, axis=0)).mean()] for s in small
+            [
+                *s.std((0, 1)),
+                *s.mean((0, 1)),
+                np.ptp(s, axis=2).max(),
+                np.abs(np.diff(s, axis=0)).mean(),
+            ]
+            for s in small
         ]
         return np.array([[*s.ravel(), *t] for s, t in zip(small, tone, strict=True)]), [
             r["id"].split("-")[0] for r in rows
@@ -158,11 +180,13 @@ def test_the_picture_alone_tells_its_kind():
 
 
 def test_the_configuration_knows_these_kinds():
-    assert set(KNOWN) == set(drawn.KINDS)
+    assert set(KNOWN) == set(synthetic.KINDS)
 
 
 def test_an_unknown_kind_is_refused():
     import random
 
-    with pytest.raises(DataError, match=r"no drawn kind 'poem'; dataset\.drawn\.kind is one of color, digits"):
-        drawn.draw("poem", random.Random(0))
+    with pytest.raises(
+        DataError, match=r"no drawn kind 'poem'; dataset\.drawn\.kind is one of color, digits"
+    ):
+        synthetic.draw("poem", random.Random(0))

@@ -1,4 +1,5 @@
-"""Behind the endpoint: drawing, stopping, the experts of every token, and bundles that must not be opened."""
+"""Behind the endpoint: drawing, stopping, the experts of every token, and bundles that must not be
+opened."""
 
 import json
 import shutil
@@ -9,11 +10,11 @@ from fakes import flip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import train
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.serve.app import create
 from pipeline.serve.engine import HELD_TOKENS, Engine, Sampling, Token, share, strongest
-from pipeline.store import sha256
+from pipeline.store.artifacts import sha256
+from pipeline.train import loop
 from tests import small
 from tests.test_bundle import bundle_of
 from tests.test_parity import made
@@ -59,7 +60,9 @@ def test_a_tokens_experts_are_those_that_spoke_it(engine):
     places = read[len(ids) - 2 : len(ids) - 2 + 8]
     assert [t.experts for t in done.tokens] == [t.experts for t in places]
     for spoke, place in zip(done.tokens, places, strict=True):
-        torch.testing.assert_close(torch.tensor(spoke.weights), torch.tensor(place.weights), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(spoke.weights), torch.tensor(place.weights), rtol=0, atol=1e-4
+        )
 
 
 def test_share_and_strongest_by_hand():
@@ -101,9 +104,18 @@ def test_a_bundle_that_is_damaged_or_none_is_not_served(bundled, tmp_path):
         create(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"norm_topk_prob": False}, {"num_experts_per_tok": 1}, {"rope_theta": 100.0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}], ids=str)  # fmt: skip
-def test_a_checkpoint_that_computes_something_else_than_its_stack_is_not_served(change, bundled, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_topk_prob": False},
+        {"num_experts_per_tok": 1},
+        {"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_computes_something_else_than_its_stack_is_not_served(
+    change, bundled, tmp_path
+):
     folder = shutil.copytree(bundled[2], tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text()) | change
     before = sha256(folder / "config.json")
@@ -123,13 +135,17 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "changes"), KINDS.values(), ids=KINDS)
 def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     cfg, parts = made(tmp_path, kind, False, **changes)
     engine = Engine(bundle_of(cfg, parts, tmp_path / "bundle"))
     kept = ("anchor",) if cfg.trunk.anchor == "keep" else ()
     assert engine.experts == (*kept, *small.DOMAINS)
     tokens = engine.route(engine.encode("w3 w20 w40"))
     assert [t.id for t in tokens] == [3, 20, 40]
-    assert all(len(k) == cfg.router.top_k and max(k) < len(engine.experts) for t in tokens for k in t.experts)
+    assert all(
+        len(k) == cfg.router.top_k and max(k) < len(engine.experts)
+        for t in tokens
+        for k in t.experts
+    )
     assert sum(s["share"] for s in share(tokens, len(engine.experts))) == pytest.approx(1)
     assert engine.complete(engine.encode("w3"), Sampling(4, 0.0)).drawn >= 1

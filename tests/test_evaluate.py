@@ -9,7 +9,16 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.evaluate import Documents, Scores, entropy, max_violation, oracle_gain, posterior_mix, routing, verdict
+from pipeline.metrics.language import (
+    Documents,
+    Scores,
+    entropy,
+    max_violation,
+    oracle_gain,
+    posterior_mix,
+    routing,
+    verdict,
+)
 
 A = Documents("a", np.array([0, 3, 7]), np.array([10, 20]))
 B = Documents("b", np.array([0, 2, 4, 9]), np.array([5, 6, 9]))
@@ -40,7 +49,10 @@ def test_bits_per_byte_and_perplexity_by_hand():
 def test_intervals_are_those_of_a_loop_over_resamples():
     """Documents are drawn within each domain, by the same generator in the same order."""
     draw, means = np.random.default_rng(1), []
-    picked = {d.domain: draw.multinomial(len(d.bytes_n), [1 / len(d.bytes_n)] * len(d.bytes_n), 300) for d in (A, B)}
+    picked = {
+        d.domain: draw.multinomial(len(d.bytes_n), [1 / len(d.bytes_n)] * len(d.bytes_n), 300)
+        for d in (A, B)
+    }
     table = scores()
     for row in ("one", "two"):
         resampled = []
@@ -48,19 +60,24 @@ def test_intervals_are_those_of_a_loop_over_resamples():
             each = []
             for d in (A, B):
                 chosen = np.repeat(np.arange(len(d.bytes_n)), picked[d.domain][s])
-                each.append(table.nats[row][d.domain][chosen].sum() / d.bytes_n[chosen].sum() / math.log(2))
+                each.append(
+                    table.nats[row][d.domain][chosen].sum() / d.bytes_n[chosen].sum() / math.log(2)
+                )
             resampled.append(np.mean(each))
         means.append(np.array(resampled))
         assert table.interval(row) == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist())
     difference, interval = table.difference("two", "one")
     assert difference == pytest.approx(table.mean("two") - table.mean("one"))
-    assert interval == pytest.approx(np.percentile(means[1] - means[0], [2.5, 97.5]).tolist())  # paired
+    assert interval == pytest.approx(
+        np.percentile(means[1] - means[0], [2.5, 97.5]).tolist()
+    )  # paired
     unpaired = np.percentile(np.random.default_rng(5).permutation(means[1]) - means[0], [2.5, 97.5])
     assert interval[1] - interval[0] < 0.6 * (unpaired[1] - unpaired[0])
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
-    """200 made-up test sets of 60 documents: a 95 % interval misses the mean they were drawn from about 10 times."""
+    """200 made-up test sets of 60 documents: a 95 % interval misses the mean they were drawn from
+    about 10 times."""
     draw, hits = np.random.default_rng(0), 0
     for trial in range(200):
         documents = Documents("a", np.arange(61), np.full(60, 100))
@@ -99,10 +116,15 @@ def test_the_posterior_ensemble_survives_long_documents():
     assert np.isfinite(found).all() and found.sum() == pytest.approx(5000 + math.log(2))
 
 
-@pytest.mark.parametrize(("nats", "gain"), [(3.0, 0.0), (2.0, 1.0), (2.5, 0.5), (3.5, -0.5), (1.5, 1.5)])
+@pytest.mark.parametrize(
+    ("nats", "gain"), [(3.0, 0.0), (2.0, 1.0), (2.5, 0.5), (3.5, -0.5), (1.5, 1.5)]
+)
 def test_oracle_gain_is_a_share_of_the_way(nats, gain):
     assert oracle_gain(nats, trunk=3.0, oracle=2.0) == pytest.approx(gain)
-    assert oracle_gain(nats, trunk=2.0, oracle=2.0) is None and oracle_gain(nats, trunk=2.0, oracle=2.5) is None
+    assert (
+        oracle_gain(nats, trunk=2.0, oracle=2.0) is None
+        and oracle_gain(nats, trunk=2.0, oracle=2.5) is None
+    )
 
 
 def test_entropy_and_violation():
@@ -128,7 +150,9 @@ def test_the_routing_table_by_hand():
     share = {"a": [0.05, 0.65, 0.3, 0], "b": [0.25, 0.25, 0.5, 0], "stranger": [0.5, 0.25, 0.25, 0]}
     assert {d: pytest.approx(s) for d, s in found["share"].items()} == share
     mean = [0.8 / 3, 1.15 / 3, 1.05 / 3, 0]
-    assert found["agreement_by_domain"] == pytest.approx({"a": 0.7, "b": 0.775})  # nobody is the stranger's own
+    assert found["agreement_by_domain"] == pytest.approx(
+        {"a": 0.7, "b": 0.775}
+    )  # nobody is the stranger's own
     assert found["agreement"] == pytest.approx(0.7375)
     assert found["entropy"] == pytest.approx(-sum(p * math.log(p) for p in mean[:3]))
     assert found["max_entropy"] == pytest.approx(math.log(4))
@@ -138,7 +162,9 @@ def test_the_routing_table_by_hand():
     layer = found["layers"][1]
     assert layer["layer"] == 1 and layer["agreement"] == pytest.approx((0.5 + 0.8) / 2)
     assert layer["share"]["b"] == [0.5, 0.0, 0.5, 0.0]
-    assert layer["max_violation"] == pytest.approx(max(0.0 + 0.5 + 0.5, 0.75, 0.5 + 0.5 + 0.25) / 3 * 4 - 1)
+    assert layer["max_violation"] == pytest.approx(
+        max(0.0 + 0.5 + 0.5, 0.75, 0.5 + 0.5 + 0.25) / 3 * 4 - 1
+    )
 
 
 def test_routing_without_any_own_expert_has_no_agreement():

@@ -10,7 +10,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from pipeline.model.experts import BLOCK_ROWS, Expert, around, average, clone, fresh, mix
+from pipeline.model.experts import (
+    BLOCK_ROWS,
+    Expert,
+    average,
+    clone,
+    from_tensors,
+    mix,
+    reinit_like,
+)
 
 D, F, LAYERS = 12, 20, 2
 KINDS = ((Qwen3Config, Qwen3MLP), (LlamaConfig, LlamaMLP), (MistralConfig, MistralMLP))
@@ -20,7 +28,12 @@ def an_expert(seed: int = 0, kind=KINDS[0]) -> Expert:
     """Return a random expert with weights large enough that outputs differ clearly."""
     torch.manual_seed(seed)
     config, network = kind
-    expert = Expert([network(config(hidden_size=D, intermediate_size=F, num_attention_heads=2)) for _ in range(LAYERS)])
+    expert = Expert(
+        [
+            network(config(hidden_size=D, intermediate_size=F, num_attention_heads=2))
+            for _ in range(LAYERS)
+        ]
+    )
     for parameter in expert.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return expert
@@ -80,7 +93,7 @@ def test_mix_under_bf16_autocast_stays_within_its_rounding():
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[1].__name__)
 def test_copies_of_a_frozen_expert_are_trainable_and_independent(kind):
     frozen = an_expert(kind=kind).requires_grad_(False)
-    for copy in (clone(frozen), fresh(frozen)):
+    for copy in (clone(frozen), reinit_like(frozen)):
         assert all(p.requires_grad for p in copy.parameters())
         copy(0, torch.randn(3, D)).square().sum().backward()
         assert all(p.grad.abs().sum() > 0 for p in copy.layers[0].parameters())
@@ -97,45 +110,61 @@ def test_clone_copies_weights_and_fresh_draws_them_at_the_models_own_scale():
     x_ND = torch.randn(4, D)
     assert torch.equal(clone(original)(1, x_ND), original(1, x_ND))
     torch.manual_seed(1)
-    new, wide = fresh(original), fresh(original, d_ff=4096)
-    assert {n: p.shape for n, p in new.named().items()} == {n: p.shape for n, p in original.named().items()}
+    new, wide = reinit_like(original), reinit_like(original, d_ff=4096)
+    assert {n: p.shape for n, p in new.named().items()} == {
+        n: p.shape for n, p in original.named().items()
+    }
     assert not torch.equal(new(1, x_ND), original(1, x_ND))
-    assert wide.layers[0].up_proj.weight.shape == (4096, D) and wide.layers[0].down_proj.weight.shape == (D, 4096)
-    assert wide.layers[1].up_proj.weight.std().item() == pytest.approx(0.02, rel=0.03)  # Qwen3's initializer_range
+    assert wide.layers[0].up_proj.weight.shape == (4096, D) and wide.layers[
+        0
+    ].down_proj.weight.shape == (D, 4096)
+    assert wide.layers[1].up_proj.weight.std().item() == pytest.approx(
+        0.02, rel=0.03
+    )  # Qwen3's initializer_range
     assert original.layers[0].config.intermediate_size == F
     torch.manual_seed(1)
-    assert torch.equal(fresh(original)(0, x_ND), new(0, x_ND))
+    assert torch.equal(reinit_like(original)(0, x_ND), new(0, x_ND))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[1].__name__)
 def test_an_expert_around_stored_tensors_copies_nothing_and_is_frozen(kind):
     original = an_expert(kind=kind)
     tensors = {n: p.detach().clone() for n, p in original.named().items()}
-    expert, x_ND = around(an_expert(7, kind), tensors), torch.randn(4, D)
+    expert, x_ND = from_tensors(an_expert(7, kind), tensors), torch.randn(4, D)
     assert all(torch.equal(expert(i, x_ND), original(i, x_ND)) for i in range(LAYERS))
-    assert {n: p.data_ptr() for n, p in expert.named().items()} == {n: t.data_ptr() for n, t in tensors.items()}
+    assert {n: p.data_ptr() for n, p in expert.named().items()} == {
+        n: t.data_ptr() for n, t in tensors.items()
+    }
     assert not any(p.requires_grad for p in expert.parameters()) and not expert.training
     copy = clone(expert)
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.add_(1)
     assert all(torch.equal(tensors[n], p) for n, p in original.named().items())
-    rounded = around(original, {n: t.bfloat16() for n, t in tensors.items()})
+    rounded = from_tensors(original, {n: t.bfloat16() for n, t in tensors.items()})
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
     with pytest.raises(KeyError, match="1 tensors missing or strange, first extra"):
-        around(original, tensors | {"extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is \(2,\), not \(20, 12\)"):
-        around(original, tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(2)})
+        from_tensors(original, tensors | {"extra": torch.zeros(1)})
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is \(2,\), not \(20, 12\)"
+    ):
+        from_tensors(original, tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("tokens", [1, BLOCK_ROWS - 1, BLOCK_ROWS, 3 * BLOCK_ROWS + 1])
 def test_blocks_of_any_length_reach_the_networks_as_whole_blocks(tokens):
     experts, seen = [an_expert(i) for i in range(2)], []
-    index_NK, weight_NK, x_ND = torch.randint(2, (tokens, 1)), torch.ones(tokens, 1), torch.randn(tokens, D)
+    index_NK, weight_NK, x_ND = (
+        torch.randint(2, (tokens, 1)),
+        torch.ones(tokens, 1),
+        torch.randn(tokens, D),
+    )
     wanted = dense(experts, 0, x_ND, index_NK, weight_NK)
     for expert in experts:
         expert.register_forward_pre_hook(lambda _module, args: seen.append(len(args[1])))
-    torch.testing.assert_close(mix(experts, 0, x_ND, index_NK, weight_NK), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        mix(experts, 0, x_ND, index_NK, weight_NK), wanted, rtol=1e-5, atol=1e-5
+    )
     assert len(seen) == 2 and all(rows % BLOCK_ROWS == 0 for rows in seen)
 
 
@@ -151,5 +180,7 @@ def test_average_is_the_mean_of_the_weights_and_leaves_the_experts_alone():
 
 def test_names_are_those_of_a_dense_checkpoint():
     assert sorted(an_expert().named()) == sorted(
-        f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(LAYERS) for p in ("gate", "up", "down")
+        f"model.layers.{i}.mlp.{p}_proj.weight"
+        for i in range(LAYERS)
+        for p in ("gate", "up", "down")
     )

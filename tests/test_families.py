@@ -10,19 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import budget, train
-from pipeline.data import Shards
+from pipeline import hardware
+from pipeline.data.text.shards import Shards
 from pipeline.errors import MismatchError
-from pipeline.families import family, ffn_moe, ffn_parts
+from pipeline.families import family
+from pipeline.families.ffn_moe import parts as ffn_parts
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.router import gate_name
-from pipeline.model.statistics import Statistics
+from pipeline.model.router_init import Statistics
+from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
 
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +65,29 @@ def test_an_expert_trains_every_tensor_of_its_own_and_nothing_else(trained, init
 def test_frozen_parameters_get_no_gradient(trained):
     for stage, item in (("train_experts", "alpha"), ("train_router", None), ("train_dense", "ffn")):
         task = small.MAKERS[stage](trained.cfg, trained, *([item] if item else []))
-        cells = dict(zip(task.loss.__code__.co_freevars, (c.cell_contents for c in task.loss.__closure__), strict=True))
+        cells = dict(
+            zip(
+                task.loss.__code__.co_freevars,
+                (c.cell_contents for c in task.loss.__closure__),
+                strict=True,
+            )
+        )
         inner = cells.get("task", task).loss
-        inside = dict(zip(inner.__code__.co_freevars, (c.cell_contents for c in inner.__closure__), strict=True))
-        everything = [*inside["trunk"].parameters(), *inside["fill"].parameters()]
+        inside = dict(
+            zip(
+                inner.__code__.co_freevars,
+                (c.cell_contents for c in inner.__closure__),
+                strict=True,
+            )
+        )
+        everything = [*inside["trunk"].parameters(), *inside["ffn"].parameters()]
         task.before_step(0)
         task.loss(ids_of(task)).backward()
         own = {id(p) for p in task.parameters.values()}
-        assert all((p.grad is not None and p.grad.any()) if id(p) in own else p.grad is None for p in everything)
+        assert all(
+            (p.grad is not None and p.grad.any()) if id(p) in own else p.grad is None
+            for p in everything
+        )
         assert all(p.requires_grad == (id(p) in own) for p in everything)
 
 
@@ -89,18 +108,28 @@ def test_a_coordinated_expert_starts_at_its_domain_less_the_mixture(trained, mon
     task = ffn_moe.expert(cfg, trained, "alpha")
     assert task.parameters["bias"].tolist() == [-0.25, -0.25]
     trunk, dummy = ffn_parts.stored_trunk(cfg, trained)
-    rows = ffn_parts.training_rows(cfg, Shards(trained.folder("preprocess")), "statistics alpha", ("alpha",))
+    rows = ffn_parts.training_rows(
+        cfg, Shards(trained.folder("preprocess")), "statistics alpha", ("alpha",)
+    )
     own = ffn_parts.sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens).mean_LD
     mixed = Statistics.of(trained.tensors("train_shared", "statistics.safetensors")).mean_LD
-    torch.testing.assert_close(task.parameters["row"].detach(), F.normalize(own - mixed, dim=-1).float())
-    pairs, real = [], ffn_moe.Pair
-    monkeypatch.setattr(ffn_moe, "Pair", lambda *parts: pairs.append(real(*parts)) or pairs[0])
-    heavy = ffn_moe.expert(small.config(expert__coordinate=True, expert__coordinate_bias=-0.25, expert__z_weight=2.0),
-                           trained, "alpha")  # fmt: skip
+    torch.testing.assert_close(
+        task.parameters["row"].detach(), F.normalize(own - mixed, dim=-1).float()
+    )
+    pairs, real = [], ffn_moe.CoordinatedExpert
+    monkeypatch.setattr(
+        ffn_moe, "CoordinatedExpert", lambda *parts: pairs.append(real(*parts)) or pairs[0]
+    )
+    heavy = ffn_moe.expert(
+        small.config(expert__coordinate=True, expert__coordinate_bias=-0.25, expert__z_weight=2.0),
+        trained,
+        "alpha",
+    )
     assert heavy.loss(ids_of(heavy)).item() == pytest.approx(task.loss(ids_of(task)).item())
     difference = (heavy.penalty() - task.penalty()).item()
     assert (
-        difference == pytest.approx(2 * np.mean([z.item() for z in pairs[0].z.values()]), rel=1e-4) and difference > 1
+        difference == pytest.approx(2 * np.mean([z.item() for z in pairs[0].z.values()]), rel=1e-4)
+        and difference > 1
     )
 
 
@@ -136,13 +165,17 @@ def share_of(cfg, trained, item: str, monkeypatch) -> float:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.75])
 def test_overlap_is_the_share_of_general_rows(trained, overlap, monkeypatch):
-    assert share_of(small.config(partition__overlap=overlap), trained, "alpha", monkeypatch) == overlap
+    assert (
+        share_of(small.config(partition__overlap=overlap), trained, "alpha", monkeypatch) == overlap
+    )
 
 
 def test_the_trunks_domains_and_mixture_decide_what_it_reads(trained, monkeypatch):
     seen = []
     real = ffn_moe.training_rows
-    monkeypatch.setattr(ffn_moe, "training_rows", lambda *a, **k: seen.append((a[2], a[3], k)) or real(*a, **k))
+    monkeypatch.setattr(
+        ffn_moe, "training_rows", lambda *a, **k: seen.append((a[2], a[3], k)) or real(*a, **k)
+    )
     ffn_moe.shared(small.config(trunk__domains=("gamma", "alpha"), trunk__mixture="equal"), trained)
     ffn_moe.expert(small.config(trunk__domains=("gamma", "alpha")), trained, "beta")
     assert seen[0][1:] == (("gamma", "alpha"), {"how": "equal"})
@@ -151,7 +184,7 @@ def test_the_trunks_domains_and_mixture_decide_what_it_reads(trained, monkeypatc
 
 def test_experts_follow_expert_domains_in_order(trained):
     cfg = small.config(expert__domains=("gamma", "alpha"))
-    stack = ffn_moe.assemble(cfg, _with_router(cfg, trained))
+    stack = assemble(cfg, _with_router(cfg, trained))
     assert stack.names == ("gamma", "alpha")
     gamma = trained.tensors("train_experts", "expert.safetensors", "gamma")
     assert all(torch.equal(p, gamma[n]) for n, p in stack.mixture.experts[0].named().items())
@@ -170,12 +203,14 @@ class _Replaced:
 
 def _with_router(cfg, parts):
     """Return parts whose router is that of cfg, untrained."""
-    return _Replaced(parts, {("train_router", None): ffn_moe.router(cfg, parts).export(0)["router.safetensors"]})
+    return _Replaced(
+        parts, {("train_router", None): ffn_moe.router(cfg, parts).export(0)["router.safetensors"]}
+    )
 
 
 def test_an_anchor_is_expert_0_when_kept(trained):
     cfg = small.config(trunk__anchor="keep")
-    stack = ffn_moe.assemble(cfg, _with_router(cfg, trained))
+    stack = assemble(cfg, _with_router(cfg, trained))
     assert stack.names == ("anchor", "alpha", "beta", "gamma") and not any(
         p.requires_grad for p in stack.mixture.parameters()
     )
@@ -185,7 +220,7 @@ def test_an_anchor_is_expert_0_when_kept(trained):
 
 def test_a_router_of_another_number_of_experts_is_refused(trained):
     with pytest.raises(MismatchError, match="3 rows for 2 experts; run train_router"):
-        ffn_moe.assemble(small.config(expert__domains=("alpha", "beta")), trained)
+        assemble(small.config(expert__domains=("alpha", "beta")), trained)
 
 
 @pytest.mark.parametrize("anchor", ["keep", "discard"])
@@ -193,7 +228,9 @@ def test_rows_of_coordinated_experts_become_the_gate(trained, anchor):
     cfg = small.config(expert__coordinate=True, router__init="rows", trunk__anchor=anchor)
     rows = {n: torch.randn(2, 16) for n in cfg.experts}
     parts, real = _Replaced(trained, {}), trained.tensors
-    parts.tensors = lambda stage, name, item=None: {"row": rows[item]} if "gate" in name else real(stage, name, item)
+    parts.tensors = lambda stage, name, item=None: (
+        {"row": rows[item]} if "gate" in name else real(stage, name, item)
+    )
     weight_LED = ffn_parts.initial_gates(cfg, parts, "rows")
     wanted = [torch.zeros(2, 16)] * (anchor == "keep") + [rows[n] for n in cfg.experts]
     assert torch.equal(weight_LED, torch.stack(wanted, 1))
@@ -201,7 +238,9 @@ def test_rows_of_coordinated_experts_become_the_gate(trained, anchor):
 
 @pytest.mark.parametrize("init", ["uniform", "random", "centroid", "ridge"])
 def test_zero_steps_assemble_the_stack_without_training(trained, init):
-    cfg = small.config(router__init=init, router__steps=0, router__temperature={"start": 2.0, "end": 1.0})
+    cfg = small.config(
+        router__init=init, router__steps=0, router__temperature={"start": 2.0, "end": 1.0}
+    )
     found = small.train(cfg, trained, "train_router")
     wanted = ffn_parts.initial_gates(cfg, trained, init)
     stored = trained.tensors("train_router", "router.safetensors")
@@ -210,19 +249,37 @@ def test_zero_steps_assemble_the_stack_without_training(trained, init):
             torch.testing.assert_close(stored[gate_name(i)], wanted[i] / 2.0)
         assert stored[gate_name(i)].any() == (init != "uniform")
     assert found.metrics["steps"] == 0
-    stack = ffn_moe.assemble(cfg, trained)
-    judged = torch.cat([stack.nats(ids).flatten() for ids in ffn_moe._validation(
-        cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4)]).mean().item()  # fmt: skip
-    assert found.metrics["valid_nats"] == pytest.approx(judged, abs=1e-5)  # what is measured is what is exported
+    stack = assemble(cfg, trained)
+    judged = (
+        torch.cat(
+            [
+                stack.token_loss(ids).flatten()
+                for ids in ffn_moe._validation(
+                    cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4
+                )
+            ]
+        )
+        .mean()
+        .item()
+    )
+    assert found.metrics["valid_nats"] == pytest.approx(
+        judged, abs=1e-5
+    )  # what is measured is what is exported
     small.train(trained.cfg, trained, "train_router")
 
 
 def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(trained):
-    cfg = small.config(router__temperature={"start": 5.0, "end": 2.0}, router__keep="best", router__eval_every_steps=1)
+    cfg = small.config(
+        router__temperature={"start": 5.0, "end": 2.0},
+        router__keep="best",
+        router__eval_every_steps=1,
+    )
     found = small.train(cfg, trained, "train_router")
-    stack = ffn_moe.assemble(cfg, trained)
-    held_out = ffn_moe._validation(cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4)
-    judged = torch.cat([stack.nats(ids).flatten() for ids in held_out]).mean().item()
+    stack = assemble(cfg, trained)
+    held_out = ffn_moe._validation(
+        cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4
+    )
+    judged = torch.cat([stack.token_loss(ids).flatten() for ids in held_out]).mean().item()
     assert found.metrics["valid_nats"] == pytest.approx(judged, abs=1e-5)
     small.train(trained.cfg, trained, "train_router")
 
@@ -232,7 +289,9 @@ def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(
 )
 def test_temperature_is_linear_then_constant(epochs, wanted):
     cfg = small.config(router__temperature={"start": 4.0, "end": 1.0, "epochs": epochs})
-    found = [ffn_moe._temperature(cfg, 4, 4 * 32, step) for step in range(4)]  # 32 tokens per step, 4 steps an epoch
+    found = [
+        ffn_moe._temperature(cfg, 4, 4 * 32, step) for step in range(4)
+    ]  # 32 tokens per step, 4 steps an epoch
     assert found == pytest.approx(wanted or [4 - 3 * s / 400 for s in range(4)])
 
 
@@ -250,16 +309,24 @@ def test_balance_and_z_loss_are_in_the_routers_loss(trained):
         numbers = task.after_step()
     assert losses["aux"] - losses["none"] == pytest.approx(3 * numbers["balance"], rel=1e-4)
     assert losses["z"] - losses["none"] == pytest.approx(2 * numbers["z"], rel=1e-4)
-    assert sum(numbers["load"]) == pytest.approx(1, abs=1e-3) and 0 < numbers["entropy"] <= np.log(3) + 1e-6
+    assert (
+        sum(numbers["load"]) == pytest.approx(1, abs=1e-3)
+        and 0 < numbers["entropy"] <= np.log(3) + 1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    ("flags", "auto"), [({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"bf16"}, True), ({"avx2", "avx512f"}, False)]
+    ("flags", "auto"),
+    [({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"bf16"}, True), ({"avx2", "avx512f"}, False)],
 )
 def test_auto_is_bf16_where_the_processor_has_it(monkeypatch, flags, auto):
-    monkeypatch.setattr(budget, "device", lambda: "cpu")
-    monkeypatch.setattr(budget, "_cpu_flags", lambda: frozenset(flags))
-    assert [ffn_parts.uses_bf16(small.config(dtype=d)) for d in ("auto", "bf16", "fp32")] == [auto, True, False]
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    monkeypatch.setattr(hardware, "_cpu_flags", lambda: frozenset(flags))
+    assert [ffn_parts.uses_bf16(small.config(dtype=d)) for d in ("auto", "bf16", "fp32")] == [
+        auto,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -280,7 +347,10 @@ def test_dtype_is_the_arithmetic_and_never_the_storage(trained, dtype):
 def test_a_tokenizer_larger_than_the_pretrained_trunk_is_a_mismatch(trained, tmp_path):
     whole("llama", vocab_size=30).save_pretrained(tmp_path / "model")
     cfg = small.config(trunk__init=str(tmp_path / "model"), tokenizer__pretrained="other")
-    with pytest.raises(MismatchError, match=r"tokenizer other has 48 entries, trunk .* has 30: name the trunk's own"):
+    with pytest.raises(
+        MismatchError,
+        match=r"tokenizer other has 48 entries, trunk .* has 30: name the trunk's own",
+    ):
         ffn_moe.shared(cfg, trained)
     cfg = small.config(trunk__init=str(tmp_path / "gone"), tokenizer__pretrained="other")
     with pytest.raises(MismatchError, match="cannot be loaded"):
@@ -295,14 +365,28 @@ def test_seeds_are_apart_and_follow_the_configuration():
 
 
 def test_training_twice_gives_the_same_bytes(trained):
-    first = {p.relative_to(trained.root): p.read_bytes() for p in trained.root.rglob("*.safetensors")}
+    first = {
+        p.relative_to(trained.root): p.read_bytes() for p in trained.root.rglob("*.safetensors")
+    }
     for stage, item in (("train_shared", None), ("train_experts", "gamma"), ("train_router", None)):
         small.train(trained.cfg, trained, stage, item)
-    assert first == {p.relative_to(trained.root): p.read_bytes() for p in trained.root.rglob("*.safetensors")}
+    assert first == {
+        p.relative_to(trained.root): p.read_bytes() for p in trained.root.rglob("*.safetensors")
+    }
 
 
 def test_the_family_is_found_by_name():
     module = family("ffn_moe")
-    assert module is ffn_moe
-    for name in ("survey", "encode", "prepare", "shared", "expert", "router", "dense", "assemble", "measure"):
+    assert module.__name__ == "pipeline.families.ffn_moe.family"
+    for name in (
+        "scan",
+        "encode",
+        "prepare",
+        "shared",
+        "expert",
+        "router",
+        "dense",
+        "assemble",
+        "measure",
+    ):
         assert callable(getattr(module, name))

@@ -1,4 +1,5 @@
-"""Budgets of an ffn_moe run: what each job promises to spend is what its training does, and its address holds it."""
+"""Budgets of an ffn_moe run: what each job promises to spend is what its training does, and its
+address holds it."""
 
 import re
 from dataclasses import replace
@@ -7,14 +8,15 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from pipeline.budget import Shape
-from pipeline.config import Config, Section
-from pipeline.config.ffn_moe import BASELINE_READS, NEEDS, READS
-from pipeline.data import Shards
+from pipeline.config.base import Section
+from pipeline.data.text.shards import Shards
 from pipeline.errors import BudgetError
-from pipeline.families import ffn_cost, ffn_moe
-from pipeline.means import LEAST_REUSED_BYTES, Means
+from pipeline.families.ffn_moe import cost as ffn_cost
+from pipeline.families.ffn_moe import train
+from pipeline.families.ffn_moe.config import BASELINE_READS, NEEDS, READS, FfnMoeConfig
 from pipeline.model.loss import MOST_SUMS
+from pipeline.train.flops import Shape
+from pipeline.train.memory_plan import LEAST_REUSED_BYTES, MemoryPlan
 from tests import small
 
 
@@ -30,8 +32,13 @@ def test_dense_baselines_see_the_tokens_they_promise(trained):
     tokens = {n: m["tokens"] for n, m in trained.metrics.items()}
     experts = [tokens["train_experts", n] for n in cfg.experts]
     total = sum(experts) + tokens["train_router", None]
-    promised = {"total": total, "ffn": total, "path": max(experts), "wide": total + tokens["train_shared", None],
-                "scratch": total + tokens["train_shared", None]}  # fmt: skip
+    promised = {
+        "total": total,
+        "ffn": total,
+        "path": max(experts),
+        "wide": total + tokens["train_shared", None],
+        "scratch": total + tokens["train_shared", None],
+    }
     assert {item: tokens["train_dense", item] for item in promised} == promised
 
 
@@ -42,13 +49,17 @@ def test_budgets_given_in_epochs_are_what_the_trainings_do(trained, batch):
     shards = Shards(trained.folder("preprocess"))
     budgets = {d: shards.tokens("train", d) for d in shards.domains}
     done = {}
-    for stage, item in [("train_shared", None), *(("train_experts", n) for n in cfg.experts), ("train_router", None)]:
+    for stage, item in [
+        ("train_shared", None),
+        *(("train_experts", n) for n in cfg.experts),
+        ("train_router", None),
+    ]:
         task = small.MAKERS[stage](cfg, trained, *([item] if item else []))
         done[stage, item] = task.steps * task.options.batch_sequences * task.tokens_per_row
         assert ffn_cost.stage_tokens(cfg, stage, item, budgets) == done[stage, item], (stage, item)
     total = sum(done.values()) - done["train_shared", None]
     for item, promised in {"total": total, "scratch": total + done["train_shared", None]}.items():
-        task = ffn_moe.dense(cfg, trained, item)
+        task = train.dense(cfg, trained, item)
         seen = task.steps * task.options.batch_sequences * task.tokens_per_row
         assert promised <= seen < promised + task.options.batch_sequences * task.tokens_per_row
 
@@ -68,8 +79,17 @@ def test_dense_baselines_train_what_they_say(trained):
 def test_dense_lr_is_for_the_baselines_that_continue():
     cfg = small.config(dense__lr=0.125)
     tokens = dict.fromkeys(small.DOMAINS, 500)
-    lrs = {i: ffn_cost.dense_options(cfg, i, tokens).lr for i in ("total", "path", "ffn", "wide", "scratch")}
-    assert lrs == {"total": 0.125, "path": 0.125, "ffn": 0.125, "wide": cfg.trunk.lr, "scratch": cfg.trunk.lr}
+    lrs = {
+        i: ffn_cost.dense_options(cfg, i, tokens).lr
+        for i in ("total", "path", "ffn", "wide", "scratch")
+    }
+    assert lrs == {
+        "total": 0.125,
+        "path": 0.125,
+        "ffn": 0.125,
+        "wide": cfg.trunk.lr,
+        "scratch": cfg.trunk.lr,
+    }
     assert ffn_cost.dense_options(small.config(expert__lr=0.5), "total", tokens).lr == 0.5
 
 
@@ -81,7 +101,7 @@ class _Watched:
         names = {"trunk", "expert", "router", "dense", "partition", "data", "tokenizer", "evaluate"}
 
         def getattribute(section, name):
-            kind = type(section).__name__.lower()
+            kind = type(section).__name__.removesuffix("Config").lower()
             if kind in names and name in type(section).model_fields:
                 outer.read.add(f"{kind}.{name}")
             return super(Section, section).__getattribute__(name)
@@ -101,16 +121,20 @@ def _held(stage: str, item: str | None) -> set[str]:
 
 def _in_address(name: str, held: set[str]) -> bool:
     section, _, field_name = name.partition(".")
-    kind = Config.model_fields[section].annotation
+    kind = FfnMoeConfig.model_fields[section].annotation
     later = (kind.model_fields[field_name].json_schema_extra or {}).get("later")
     return name in held or (section in held and not later)
 
 
 @pytest.mark.parametrize(
     ("stage", "item"),
-    [("train_shared", None), ("train_experts", "alpha"), ("train_router", None),
-     *(("train_dense", i) for i in ("total", "path", "ffn", "wide", "scratch"))],
-)  # fmt: skip
+    [
+        ("train_shared", None),
+        ("train_experts", "alpha"),
+        ("train_router", None),
+        *(("train_dense", i) for i in ("total", "path", "ffn", "wide", "scratch")),
+    ],
+)
 def test_a_stage_reads_no_setting_that_its_address_does_not_hold(trained, stage, item, monkeypatch):
     cfg = small.config(expert__coordinate=stage == "train_experts", router__balance="aux")
     watched = _Watched(monkeypatch)
@@ -127,27 +151,42 @@ def test_a_stage_reads_no_setting_that_its_address_does_not_hold(trained, stage,
 LARGE = {"layers": 4, "d_model": 512, "heads": 8, "d_ff": 1365, "context_tokens": 512}
 
 
-def peak(plan: Means, trains: str = "ffn", bf16: bool = True, experts: int = 4) -> int:
+def peak(plan: MemoryPlan, trains: str = "ffn", bf16: bool = True, experts: int = 4) -> int:
     """Return the predicted peak of a training of some size."""
     cfg = small.config(trunk=LARGE | {"kv_heads": None}, tokenizer__vocab_size=16_384)
-    return ffn_cost.peak_bytes(Shape.of(cfg.trunk, cfg.tokenizer.vocab_size), trains, plan, bf16, experts)
+    return ffn_cost.peak_bytes(
+        Shape.of(cfg.trunk, cfg.tokenizer.vocab_size), trains, plan, bf16, experts
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"micro_batch_sequences": 1}, {"moments": "bf16"}, {"moments": "int8"}, {"gradients": "bf16"},
-     {"checkpointing": True}, {"reuse_bytes": LEAST_REUSED_BYTES}, {"chunk_logits": 2**20}],
+    [
+        {"micro_batch_sequences": 1},
+        {"moments": "bf16"},
+        {"moments": "int8"},
+        {"gradients": "bf16"},
+        {"checkpointing": True},
+        {"reuse_bytes": LEAST_REUSED_BYTES},
+        {"chunk_logits": 2**20},
+    ],
     ids=lambda changes: next(iter(changes)),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("trains", ["all", "ffn"])
 def test_every_means_lowers_the_predicted_peak(trains, changes):
-    plain = Means(2)
-    assert peak(replace(plain, **changes), trains) < peak(plain, trains) < peak(plain, trains, bf16=False)
+    plain = MemoryPlan(2)
+    assert (
+        peak(replace(plain, **changes), trains)
+        < peak(plain, trains)
+        < peak(plain, trains, bf16=False)
+    )
 
 
 def test_only_gates_need_more_memory_for_more_experts():
     for trains, grows in (("all", False), ("ffn", False), ("gates", True)):
-        assert (peak(Means(1), trains, experts=64) > peak(Means(1), trains, experts=2)) == grows
+        assert (
+            peak(MemoryPlan(1), trains, experts=64) > peak(MemoryPlan(1), trains, experts=2)
+        ) == grows
 
 
 def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
@@ -155,7 +194,9 @@ def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
         cfg = small.config(runtime__memory_budget=budget)
         return ffn_cost.cost(cfg, "train_experts", "alpha", None, bf16=True)
 
-    with pytest.raises(BudgetError, match="^train_experts-alpha does not fit into runtime.memory_budget 1MB") as error:
+    with pytest.raises(
+        BudgetError, match="^train_experts-alpha does not fit into runtime.memory_budget 1MB"
+    ) as error:
         cost("1MB")
     least = re.search("smallest that works is ([0-9]+)MB", str(error.value))[1]
     assert cost(f"{least}MB").peak_bytes <= int(least) * 10**6 < 300 * 10**6
@@ -164,7 +205,10 @@ def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
 @pytest.mark.parametrize("trains", ["all", "ffn", "gates"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointing):
-    plans = [Means(2, checkpointing=checkpointing), Means(2, checkpointing=checkpointing, budget_bytes=10**9)]
+    plans = [
+        MemoryPlan(2, checkpointing=checkpointing),
+        MemoryPlan(2, checkpointing=checkpointing, budget_bytes=10**9),
+    ]
     plans += [replace(plan, reuse_bytes=LEAST_REUSED_BYTES, trim=True) for plan in plans]
     here = [peak(plan, trains) for plan in plans]
     monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
@@ -177,7 +221,9 @@ def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointi
 def test_an_anchor_in_the_stack_needs_memory_too():
     sizes = LARGE | {"kv_heads": None}
     jobs = [
-        ffn_cost.cost(small.config(trunk=sizes | {"anchor": anchor}), "train_router", None, None, bf16=True)
+        ffn_cost.cost(
+            small.config(trunk=sizes | {"anchor": anchor}), "train_router", None, None, bf16=True
+        )
         for anchor in ("discard", "keep")
     ]
     assert jobs[1].peak_bytes - jobs[0].peak_bytes == 2 * 4 * 3 * 512 * 1365
@@ -185,9 +231,11 @@ def test_an_anchor_in_the_stack_needs_memory_too():
 
 def test_a_long_pass_through_the_head_needs_its_sum_in_fp32(monkeypatch):
     assert MOST_SUMS == ffn_cost.MOST_SUMS > 2048 // 256 > 1  # chunks of a pass
-    few = [peak(Means(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
+    few = [peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
     monkeypatch.setattr(ffn_cost, "MOST_SUMS", 1)
-    many = [peak(Means(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
+    many = [
+        peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)
+    ]
     assert [b - a for a, b in zip(few, many, strict=True)] == [4 * 16_384 * 512, 0, 0, 0]
 
 
@@ -205,14 +253,20 @@ def test_the_plan_of_a_pretrained_trunk_has_that_trunks_sizes(tmp_path):
 def test_weights_gradients_and_moments_are_counted_to_the_byte(monkeypatch):
     """With a GPU there is no slack, and a row of 8 tokens holds next to nothing."""
     monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
-    cfg = small.config(trunk=LARGE | {"kv_heads": None, "context_tokens": 8}, tokenizer__vocab_size=16_384)
+    cfg = small.config(
+        trunk=LARGE | {"kv_heads": None, "context_tokens": 8}, tokenizer__vocab_size=16_384
+    )
     shape = Shape.of(cfg.trunk, 16_384)
     own, trunk, table = 4 * 3 * 512 * 1365, 4 * 4 * 512 * 512 + 16_384 * 512, 16_384 * 512
     wanted = {
-        ("ffn", "fp32", "fp32"): own * (4 + 4 + 8) + 2 * trunk, ("ffn", "bf16", "bf16"): own * (4 + 2 + 4) + 2 * trunk,
-        ("ffn", "int8", "bf16"): own * (4 + 2 + 2) + 2 * trunk, ("gates", "fp32", "fp32"): 2 * (trunk + 5 * own),
+        ("ffn", "fp32", "fp32"): own * (4 + 4 + 8) + 2 * trunk,
+        ("ffn", "bf16", "bf16"): own * (4 + 2 + 4) + 2 * trunk,
+        ("ffn", "int8", "bf16"): own * (4 + 2 + 2) + 2 * trunk,
+        ("gates", "fp32", "fp32"): 2 * (trunk + 5 * own),
         ("all", "fp32", "fp32"): (own + trunk) * (4 + 4 + 8) + 4 * table,
-    }  # fmt: skip
+    }
     for (trains, moments, gradients), count in wanted.items():
-        plan = Means(1, moments=moments, gradients=gradients, chunk_logits=2**20)
-        assert ffn_cost.peak_bytes(shape, trains, plan, True, 5) == pytest.approx(count, rel=0.03), (trains, moments)
+        plan = MemoryPlan(1, moments=moments, gradients=gradients, chunk_logits=2**20)
+        assert ffn_cost.peak_bytes(shape, trains, plan, True, 5) == pytest.approx(
+            count, rel=0.03
+        ), (trains, moments)

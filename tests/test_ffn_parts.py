@@ -1,4 +1,5 @@
-"""How ffn_moe's trainings run: in bf16 over a mapped trunk, and by the means that are chosen for them.
+"""How ffn_moe's trainings run: in bf16 over a mapped trunk, and by the means that are chosen for
+them.
 
 Nothing here needs a processor with bf16: without one the same arithmetic is slower.
 """
@@ -13,29 +14,39 @@ import pytest
 import torch
 from fakes import Killed, dying, equal, place, values
 
-from pipeline import train
-from pipeline.families import ffn_cost, ffn_moe, ffn_parts
-from pipeline.means import FAST_TOKENS
-from pipeline.store import load_tensors
-from pipeline.train import fit
+from pipeline.families.ffn_moe import cost
+from pipeline.families.ffn_moe import parts as ffn_parts
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.store.artifacts import load_tensors
+from pipeline.train import loop
+from pipeline.train.loop import fit
+from pipeline.train.memory_plan import FAST_TOKENS
 from tests import small
 
-STAGES = ("train_shared", "train_experts alpha", "train_router", "train_dense total", "train_dense ffn")
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads the process's map of its memory")
+STAGES = (
+    "train_shared",
+    "train_experts alpha",
+    "train_router",
+    "train_dense total",
+    "train_dense ffn",
+)
+needs_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the process's map of its memory"
+)
 
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
     """One whole small run in bf16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         cfg = small.config(dtype="bf16", dense__baselines=("total", "ffn"))
         return small.run(cfg, tmp_path_factory.mktemp("bf16") / "run")
 
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def made(parts, stage: str):
@@ -86,7 +97,9 @@ def test_trainings_map_the_trunk_and_share_its_pages(rounded):
     assert {mapped(p) for p in exact.parameters()} == {f"{own}/trunk.safetensors"}
     experts = list(ffn_parts.stored_experts(rounded.cfg, rounded))
     for name, expert in experts:
-        assert {mapped(p) for p in expert.parameters()} == {f"{rounded.root}/train_experts-{name}/expert.safetensors"}
+        assert {mapped(p) for p in expert.parameters()} == {
+            f"{rounded.root}/train_experts-{name}/expert.safetensors"
+        }
     assert not any(p.requires_grad for p in (*trunk.parameters(), *dummy.parameters()))
     assert mapped(torch.ones(3)) == ""
 
@@ -118,8 +131,10 @@ def test_what_trains_never_lies_in_an_artifacts_file(rounded, stage):
 def test_a_bf16_training_computes_in_bf16_but_for_its_gates(rounded, stage, tmp_path):
     task, seen = made(rounded, stage), {}
     gates = set(task.parameters) if stage == "train_router" else set()
-    assert task.bf16 and set(task.halved) == task.parameters.keys() - gates
-    watched = replace(task, before_step=lambda _: seen.update({n: p.dtype for n, p in task.parameters.items()}))
+    assert task.bf16 and set(task.bf16_params) == task.parameters.keys() - gates
+    watched = replace(
+        task, before_step=lambda _: seen.update({n: p.dtype for n, p in task.parameters.items()})
+    )
     start = values(task)
     fit(replace(watched, after_step=task.after_step), place(tmp_path))
     assert seen == {n: torch.float32 if n in gates else torch.bfloat16 for n in task.parameters}
@@ -147,14 +162,16 @@ def test_a_bf16_run_ends_near_the_fp32_one(rounded, tmp_path):
     small.train(exact, parts, "train_shared")
     small.train(exact, parts, "train_experts", "alpha")
     for job in (("train_shared", None), ("train_experts", "alpha")):
-        assert rounded.metrics[job]["valid_nats"] == pytest.approx(parts.metrics[job]["valid_nats"], rel=5e-3)
+        assert rounded.metrics[job]["valid_nats"] == pytest.approx(
+            parts.metrics[job]["valid_nats"], rel=5e-3
+        )
         assert rounded.metrics[job]["valid_nats"] != parts.metrics[job]["valid_nats"]
 
 
 def test_a_gate_beside_an_expert_stays_fp32(rounded):
     cfg = small.config(dtype="bf16", expert__coordinate=True)
     task = ffn_moe.expert(cfg, small.Parts(cfg, rounded.root, rounded.metrics), "alpha")
-    assert set(task.parameters) - set(task.halved) == {"row", "bias"}
+    assert set(task.parameters) - set(task.bf16_params) == {"row", "bias"}
 
 
 @pytest.fixture(scope="module")
@@ -166,24 +183,36 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("changes", "whole"),
-    [({}, False), ({"balance": "bias"}, False), ({"balance": "aux"}, True), ({"capacity_factor": 1.5}, True),
-     ({"noise": 0.1}, True)],
-)  # fmt: skip
+    [
+        ({}, False),
+        ({"balance": "bias"}, False),
+        ({"balance": "aux"}, True),
+        ({"capacity_factor": 1.5}, True),
+        ({"noise": 0.1}, True),
+    ],
+)
 def test_gates_keep_their_batch_where_its_pieces_would_count_otherwise(trained, changes, whole):
     cfg = small.config(router=changes | {"batch_sequences": 600}, runtime__memory_budget="8GB")
     task = ffn_moe.router(cfg, trained)
-    assert task.means.whole == whole and not task.means.checkpointing
-    assert task.means.micro_batch_sequences == (600 if whole else FAST_TOKENS // small.CONTEXT)
-    assert not ffn_moe.expert(cfg, trained, "alpha").means.whole
+    assert task.memory_plan.whole == whole and not task.memory_plan.checkpointing
+    assert task.memory_plan.micro_batch_sequences == (
+        600 if whole else FAST_TOKENS // small.CONTEXT
+    )
+    assert not ffn_moe.expert(cfg, trained, "alpha").memory_plan.whole
 
 
 def test_a_plan_and_its_training_choose_the_same(trained):
     cfg = small.config(runtime__memory_budget="59MB", expert__batch_sequences=300)
     task = ffn_moe.expert(cfg, trained, "alpha")
-    as_trained = cfg.model_copy(update={"tokenizer": cfg.tokenizer.model_copy(update={"vocab_size": small.VOCAB})})
-    words = ffn_cost.cost(as_trained, "train_experts", "alpha", None, bf16=False).words
-    assert task.means.budget_bytes == 59_000_000 and words == task.means.words
-    assert task.means != ffn_moe.expert(small.config(expert__batch_sequences=300), trained, "alpha").means
+    as_trained = cfg.model_copy(
+        update={"tokenizer": cfg.tokenizer.model_copy(update={"vocab_size": small.VOCAB})}
+    )
+    words = cost.cost(as_trained, "train_experts", "alpha", None, bf16=False).words
+    assert task.memory_plan.budget_bytes == 59_000_000 and words == task.memory_plan.words
+    assert (
+        task.memory_plan
+        != ffn_moe.expert(small.config(expert__batch_sequences=300), trained, "alpha").memory_plan
+    )
 
 
 def gradients(task, pieces: int = 1) -> dict[str, torch.Tensor]:
@@ -201,19 +230,27 @@ def test_checkpointing_gives_the_same_gradients_bit_for_bit(trained, stage, coor
     found = {}
     for again in (False, True):
         cfg = small.config(
-            expert={"coordinate": coordinate, "init": "fresh", "z_weight": 3.0, "checkpointing": again},
+            expert={
+                "coordinate": coordinate,
+                "init": "fresh",
+                "z_weight": 3.0,
+                "checkpointing": again,
+            },
             trunk__checkpointing=again,
         )
         task = small.MAKERS[name](cfg, trained, *([item] if item else []))
-        assert task.means.checkpointing == again
+        assert task.memory_plan.checkpointing == again
         found[again] = gradients(task)
     assert all(g.any() for g in found[True].values()) and equal(found[True], found[False])
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # dynamo's own doing
 @pytest.mark.parametrize("stage", ["train_shared", "train_experts alpha"])
 def test_a_compiled_loss_has_the_same_gradients(trained, stage, monkeypatch):
-    """Traced and differentiated as inductor's would be; its own first pass takes a minute (docs/decisions.md)."""
+    """Traced and differentiated as inductor's would be; its own first pass takes a minute
+    (docs/decisions.md)."""
     compiling = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(ffn_moe.torch, "compile", compiling)
     name, _, item = stage.partition(" ")
@@ -221,7 +258,7 @@ def test_a_compiled_loss_has_the_same_gradients(trained, stage, monkeypatch):
     for compiled in (False, True):
         cfg = small.config(trunk__compile=compiled, expert={"compile": compiled, "init": "fresh"})
         task = small.MAKERS[name](cfg, trained, *([item] if item else []))
-        assert task.means.compile == compiled
+        assert task.memory_plan.compile == compiled
         found[compiled] = gradients(task)
     for parameter, plain in found[False].items():
         torch.testing.assert_close(found[True][parameter], plain, rtol=1e-4, atol=1e-6)
@@ -243,7 +280,8 @@ def kept_bytes(task) -> int:
 
 def test_checkpointing_makes_layers_again(trained):
     sizes = [
-        kept_bytes(ffn_moe.expert(small.config(expert__checkpointing=again), trained, "alpha")) for again in (0, 1)
+        kept_bytes(ffn_moe.expert(small.config(expert__checkpointing=again), trained, "alpha"))
+        for again in (0, 1)
     ]
     assert sizes[1] < 0.7 * sizes[0]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.data import Shards
-from pipeline.families.ffn_tables import tables
+from pipeline.data.text.shards import Shards
+from pipeline.families.ffn_moe.evaluate import tables
 from tests import small
 
 
@@ -27,23 +27,37 @@ def test_the_report_measures_what_the_settings_say(trained):
         assert f"dense {item}" in rows
     stack = next(r for r in report["T1"] if r["is_stack"])
     assert rows["dense wide"]["active_parameters"] == stack["active_parameters"]
-    assert rows["oracle expert"]["oracle_gain"] == pytest.approx(1.0) and rows["trunk + dummy"]["oracle_gain"] == 0
+    assert (
+        rows["oracle expert"]["oracle_gain"] == pytest.approx(1.0)
+        and rows["trunk + dummy"]["oracle_gain"] == 0
+    )
     assert [r["top_k"] for r in report["T6"]] == [1, 2, 3]
     assert report["T6"][1]["mean"] == pytest.approx(stack["mean"], abs=1e-9)
-    assert stack["train_tokens"] == rows["dense total"]["train_tokens"] == rows["dense scratch"]["train_tokens"]
+    assert (
+        stack["train_tokens"]
+        == rows["dense total"]["train_tokens"]
+        == rows["dense scratch"]["train_tokens"]
+    )
     shares = report["T5"]["share"]
-    assert all(sum(s) == pytest.approx(1) for s in shares.values()) and set(shares) == set(small.DOMAINS)
+    assert all(sum(s) == pytest.approx(1) for s in shares.values()) and set(shares) == set(
+        small.DOMAINS
+    )
 
 
 def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(trained):
-    """Bits per byte of one expert from AutoModel, whole held-out rows, windows as the report cuts them."""
+    """Bits per byte of one expert from AutoModel, whole held-out rows, windows as the report cuts
+    them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     report = tables(small.config(), trained, lambda *_: None)
     settings = json.loads((trained.folder("train_shared") / "trunk.json").read_text())
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
-    tensors = {**trained.tensors("train_shared", "trunk.safetensors"),
-               **trained.tensors("train_experts", "expert.safetensors", "beta")}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings), dtype=torch.float32
+    ).eval()
+    tensors = {
+        **trained.tensors("train_shared", "trunk.safetensors"),
+        **trained.tensors("train_experts", "expert.safetensors", "beta"),
+    }
     model.load_state_dict(tensors, strict=False)
     shards = Shards(trained.folder("preprocess"))
     starts, sizes = shards.documents("test", "gamma")

@@ -1,4 +1,5 @@
-"""History: what a reader gets after kills and restarts, what stands on the screen, what wandb is given."""
+"""History: what a reader gets after kills and restarts, what stands on the screen, what wandb is
+given."""
 
 import io
 import json
@@ -16,15 +17,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline import history
 from pipeline.errors import ConfigError, DiskFull, StoreError
-from pipeline.history import Recorder, read
+from pipeline.store import history
+from pipeline.store.history import Recorder, read
 
 ROOT = Path(__file__).parent.parent
 
 
 def screen(terminal=False):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=120, _environ={"TERM": "xterm"})
+    return Console(
+        file=io.StringIO(), force_terminal=terminal, width=120, _environ={"TERM": "xterm"}
+    )
 
 
 def record(path, start, steps, mark="", **options):
@@ -40,9 +43,14 @@ def marks(path):
 
 
 def test_rows_come_back_as_they_were_given(tmp_path):
-    recorder = Recorder(tmp_path / "new" / "rows.jsonl", job="trunk", total_steps=2, console=screen())
+    recorder = Recorder(
+        tmp_path / "new" / "rows.jsonl", job="trunk", total_steps=2, console=screen()
+    )
     recorder.start(0)
-    rows = [{"step": 1, "loss": 0.1 + 0.2, "load": [0.25, 0.75], "text": "é\n"}, {"step": 2, "deep": {"a": None}}]
+    rows = [
+        {"step": 1, "loss": 0.1 + 0.2, "load": [0.25, 0.75], "text": "é\n"},
+        {"step": 2, "deep": {"a": None}},
+    ]
     for row in rows:
         recorder.row(row)
     recorder.close()
@@ -56,16 +64,22 @@ def test_every_row_is_on_disk_as_one_line_of_strict_json_before_the_next(tmp_pat
         raise AssertionError(name)
 
     for step in range(3):
-        recorder.row({"step": step, "loss": float("nan"), "load": [float("inf"), np.float32("nan"), 1.0]})
+        recorder.row(
+            {"step": step, "loss": float("nan"), "load": [float("inf"), np.float32("nan"), 1.0]}
+        )
         lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-        assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == list(range(step + 1))
+        assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == list(
+            range(step + 1)
+        )
     assert read(tmp_path / "rows.jsonl")[0] == {"step": 0, "loss": None, "load": [None, None, 1.0]}
 
 
 def test_arrays_tensors_and_their_scalars_are_plain_numbers_on_disk(tmp_path):
     torch = pytest.importorskip("torch")
     recorder = record(tmp_path / "rows.jsonl", 0, [])
-    recorder.row({"step": np.int64(3), "a": np.float64(0.5), "b": torch.tensor(2.0), "c": np.array([1, 2])})
+    recorder.row(
+        {"step": np.int64(3), "a": np.float64(0.5), "b": torch.tensor(2.0), "c": np.array([1, 2])}
+    )
     assert read(tmp_path / "rows.jsonl") == [{"step": 3, "a": 0.5, "b": 2.0, "c": [1, 2]}]
 
 
@@ -108,7 +122,9 @@ def test_torn_at_any_byte_the_whole_lines_stay_and_the_next_attempt_goes_on(tmp_
     for size in range(len(data) + 1):
         torn = tmp_path / "torn"
         torn.write_bytes(data[:size])
-        whole = sum(end - 1 <= size for end in ends[1:])  # a row that lacks only its newline is whole
+        whole = sum(
+            end - 1 <= size for end in ends[1:]
+        )  # a row that lacks only its newline is whole
         assert [row["step"] for row in read(torn)] == list(range(1, whole + 1)), size
         record(torn, 9, [9], "next")
         assert [row["step"] for row in read(torn)] == [*range(1, whole + 1), 9], size
@@ -116,12 +132,14 @@ def test_torn_at_any_byte_the_whole_lines_stay_and_the_next_attempt_goes_on(tmp_
 
 def test_killed_while_writing_reads_back_as_a_prefix(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from pipeline.history import Recorder\n"
+        "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
         "r = Recorder(Path(sys.argv[1]), job='j', total_steps=10**9); r.start(0)\n"
         "for step in range(10**9): r.row({'step': step, 'pad': 'x' * 3000}); step or print('on', flush=True)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "rows")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as job:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as job:
         assert job.stdout.readline() == b"on\n"
         while (tmp_path / "rows").stat().st_size < 3000 * random.Random(0).randint(20, 60):
             pass
@@ -160,10 +178,14 @@ def test_a_full_disk_says_so(tmp_path):
 
 def test_without_a_terminal_there_is_a_line_at_start_and_end(tmp_path):
     console = screen()
-    recorder = Recorder(tmp_path / "rows.jsonl", job="expert [0]", total_steps=2000, console=console)
+    recorder = Recorder(
+        tmp_path / "rows.jsonl", job="expert [0]", total_steps=2000, console=console
+    )
     recorder.start(0)
     for step in range(1, 1201):
-        recorder.row({"step": step, "train_nats": 3.25, "tokens_per_s": 12345.6, "rss_mb": 900.0 - step})
+        recorder.row(
+            {"step": step, "train_nats": 3.25, "tokens_per_s": 12345.6, "rss_mb": 900.0 - step}
+        )
     recorder.note("see [this]")
     recorder.close(ok=False)
     recorder.close()
@@ -196,11 +218,13 @@ def test_without_a_terminal_lines_come_now_and_then(tmp_path, monkeypatch):
 @pytest.mark.parametrize("colour", ["FORCE_COLOR", "NO_COLOR"])
 def test_a_pipe_gets_no_control_codes_and_stdout_stays_empty(tmp_path, colour):
     program = (
-        "import sys; from pathlib import Path; from pipeline.history import Recorder\n"
+        "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
         "r = Recorder(Path(sys.argv[1]), job='j', total_steps=3); r.row({'step': 3, 'loss': 1.5}); r.close()"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "rows")]
-    job = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=os.environ | {colour: "1"})
+    job = subprocess.run(
+        command, cwd=ROOT, capture_output=True, check=True, env=os.environ | {colour: "1"}
+    )
     assert job.stdout == b""
     assert len(job.stderr.splitlines()) == 2
     assert b"\x1b" not in job.stderr
@@ -221,7 +245,15 @@ def test_on_a_terminal_there_is_a_bar_that_starts_where_the_job_goes_on(tmp_path
     recorder.close()
     text = console.file.getvalue()
     assert "\x1b[" in text
-    for part in ("expert [0]", "75%", "loss 2.5000", "1,000 tokens/s", "peak 512 MB", "left", "evaluated [fine]"):
+    for part in (
+        "expert [0]",
+        "75%",
+        "loss 2.5000",
+        "1,000 tokens/s",
+        "peak 512 MB",
+        "left",
+        "evaluated [fine]",
+    ):
         assert part in text
 
 
@@ -237,15 +269,19 @@ def wandb_home(tmp_path, monkeypatch):
 
 def test_wandb_is_not_imported_unless_asked_for(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from pipeline.history import Recorder\n"
+        "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
         "r = Recorder(Path(sys.argv[1]), job='j', total_steps=3); r.row({'step': 3}); r.close()\n"
         "print(*{'wandb', 'torch', 'numpy'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "rows")]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout == "\n"
+    assert (
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout == "\n"
+    )
 
 
-def test_offline_wandb_records_the_numbers_under_the_address_and_a_resumed_job_goes_on_with_it(wandb_home, capfd):
+def test_offline_wandb_records_the_numbers_under_the_address_and_a_resumed_job_goes_on_with_it(
+    wandb_home, capfd
+):
     for start, steps in ((0, [1, 2]), (1, [2, 3])):
         recorder = Recorder(
             wandb_home / "rows.jsonl",
@@ -259,7 +295,15 @@ def test_offline_wandb_records_the_numbers_under_the_address_and_a_resumed_job_g
         )
         recorder.start(start)
         for step in steps:
-            recorder.row({"step": step, "loss": 0.5 * step, "load": [0.25, 0.75], "nothing": None, "word": "x"})
+            recorder.row(
+                {
+                    "step": step,
+                    "loss": 0.5 * step,
+                    "load": [0.25, 0.75],
+                    "nothing": None,
+                    "word": "x",
+                }
+            )
         recorder.close()
         ended_s = int(time.time())
         while int(time.time()) == ended_s:  # wandb names its folders by the second
@@ -289,28 +333,41 @@ def logged(path):
         if kind in (1, 4):  # whole, or the last part
             record, parts = Record.FromString(parts), b""
             if record.WhichOneof("record_type") == "history":
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+                rows.append(
+                    {
+                        i.key or "/".join(i.nested_key): json.loads(i.value_json)
+                        for i in record.history.item
+                    }
+                )
     return rows
 
 
 def test_online_wandb_without_a_key_says_what_to_set(wandb_home, capfd):
-    with pytest.raises(ConfigError, match=r"runtime\.wandb is online, but no .* key was found: set WANDB_API_KEY"):
+    with pytest.raises(
+        ConfigError, match=r"runtime\.wandb is online, but no .* key was found: set WANDB_API_KEY"
+    ):
         record(wandb_home / "rows.jsonl", 0, [], wandb_mode="online")
     assert capfd.readouterr() == ("", "")
 
 
 def test_online_wandb_without_a_key_never_asks_on_the_terminal(wandb_home):
     program = (
-        "import sys; from pathlib import Path; from pipeline.history import Recorder\n"
+        "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
         "Recorder(Path(sys.argv[1]), job='j', total_steps=3, wandb_mode='online')"
     )
     person, terminal = pty.openpty()
     try:
         command = [sys.executable, "-c", program, str(wandb_home / "rows")]
         ran = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}, stdin=terminal, stdout=terminal, stderr=terminal,
-            timeout=120, check=False,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=os.environ | {"NO_COLOR": "1"},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            timeout=120,
+            check=False,
+        )
         shown = os.read(person, 100_000).decode()
     finally:
         os.close(person)

@@ -11,9 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
-from pipeline.families import lora_adapters as adapters
-from pipeline.families import lora_base
-from pipeline.families.lora_rows import Chat
+from pipeline.families.adapters import peft_io as adapters
+from pipeline.families.adapters.chat import Chat
+from pipeline.families.lora_vlm import base
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def opened(place):
-    return lora_base.open_base(place[1], place[0])
+    return base.open_base(place[1], place[0])
 
 
 @pytest.fixture
@@ -69,17 +69,21 @@ def test_a_new_adapter_is_the_only_thing_that_moves_and_starts_as_nothing(opened
     model = adapters.add(opened.model, "one", options())
     model = adapters.add(model, "one_more", options())
     moving = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(moving) == 2 * 7 * 2 and all(".one_more." in name and "lora_" in name for name in moving)
+    assert len(moving) == 2 * 7 * 2 and all(
+        ".one_more." in name and "lora_" in name for name in moving
+    )
     assert set(adapters.own(model, "one_more")) == set(moving)
     assert model.active_adapters == ["one_more"]
     assert torch.equal(logits(model.eval(), asked), before)
     adapters.select(model, "one")
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapters.own(model, "one"))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(
+        adapters.own(model, "one")
+    )
 
 
 def test_adapters_of_a_bf16_base_are_fp32(place):
     half = place[0].model_copy(update={"dtype": "bfloat16"})
-    model = adapters.add(lora_base.open_base(place[1], half).model, "one", options())
+    model = adapters.add(base.open_base(place[1], half).model, "one", options())
     assert {p.dtype for p in adapters.own(model, "one").values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
@@ -89,7 +93,10 @@ def test_adapters_of_a_bf16_base_are_fp32(place):
     [
         (r".*\.query", "matches no module of the base; its layers end in"),
         (r"(", "is no regular expression"),
-        (r".*(qkv|q_proj)", r"reaches into the vision tower \(2 modules, first model.visual.blocks.0.attn.qkv\)"),
+        (
+            r".*(qkv|q_proj)",
+            r"reaches into the vision tower \(2 modules, first model.visual.blocks.0.attn.qkv\)",
+        ),
         (r"lm_head", "matches lm_head, which is no projection"),
         (r".*language_model.*self_attn", "which is no projection"),
     ],
@@ -109,16 +116,21 @@ def test_the_vision_tower_gets_an_adapter_when_it_is_allowed(opened):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's affair
 def test_peft_itself_loads_what_was_written(place, kept, asked):
     folder, wanted = kept
-    fresh = lora_base.open_base(place[1], place[0]).model
+    fresh = base.open_base(place[1], place[0]).model
     before = logits(fresh, asked)
     model = PeftModel.from_pretrained(fresh, folder / "adapter")
-    assert torch.equal(logits(model, asked), wanted) and not torch.allclose(wanted, before, atol=1e-3)
+    assert torch.equal(logits(model, asked), wanted) and not torch.allclose(
+        wanted, before, atol=1e-3
+    )
     keys = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert all(key.startswith("base_model.model.model.language_model.layers.") for key in keys) and len(keys) == 28
+    assert (
+        all(key.startswith("base_model.model.model.language_model.layers.") for key in keys)
+        and len(keys) == 28
+    )
 
 
 def test_settings_name_the_base_by_its_pin_and_no_path_of_this_machine(opened, tmp_path):
-    pin = lora_base.Pin("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
+    pin = base.ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
     files = adapters.files(random(opened), "one", pin, {"label": "A"})
     settings, about = files["adapter/adapter_config.json"], files["adapter.json"]
     assert (settings["base_model_name_or_path"], settings["revision"]) == (pin.model, "c0ffee")
@@ -133,12 +145,12 @@ def test_settings_name_the_base_by_its_pin_and_no_path_of_this_machine(opened, t
 
 def test_what_is_loaded_answers_as_it_did_beside_others_and_frozen(place, kept, asked):
     folder, wanted = kept
-    fresh = lora_base.open_base(place[1], place[0])
+    fresh = base.open_base(place[1], place[0])
     model = random(fresh, "another", r=8)
     model = adapters.load(model, folder, "one", fresh.pin)
     model.set_adapter("one")
     assert torch.equal(logits(model, asked), wanted)
-    alone = adapters.load(lora_base.open_base(place[1], place[0]).model, folder, "one", fresh.pin)
+    alone = adapters.load(base.open_base(place[1], place[0]).model, folder, "one", fresh.pin)
     assert torch.equal(logits(alone, asked), wanted)
     assert not any(p.requires_grad for p in alone.parameters()) and not alone.training
 
@@ -158,16 +170,21 @@ WRONG = {
         lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)},
         "0 tensors are missing and 1",
     ),
-    "shape": (lambda t: t | {k: v[:2].clone() for k, v in sorted(t.items())[:1]}, "1 tensors have another shape"),
+    "shape": (
+        lambda t: t | {k: v[:2].clone() for k, v in sorted(t.items())[:1]},
+        "1 tensors have another shape",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
-def test_an_adapter_with_other_keys_is_refused_and_leaves_no_trace(place, kept, asked, change, said):
+def test_an_adapter_with_other_keys_is_refused_and_leaves_no_trace(
+    place, kept, asked, change, said
+):
     folder, wanted = kept
     good = shutil.copytree(folder, folder.with_name("good"))
     renamed(folder, change)
-    fresh = lora_base.open_base(place[1], place[0])
+    fresh = base.open_base(place[1], place[0])
     before = logits(fresh.model, asked)
     with pytest.raises(MismatchError, match=said):
         adapters.load(fresh.model, folder, "one", fresh.pin)
@@ -180,7 +197,7 @@ def test_an_adapter_with_other_keys_is_refused_and_leaves_no_trace(place, kept, 
 
 
 def test_an_adapter_of_another_base_is_refused(opened, kept):
-    other = lora_base.Pin("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
+    other = base.ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
     with pytest.raises(MismatchError, match=r"was made on another base \(base, revision None\)"):
         adapters.load(opened.model, kept[0], "one", other)
 
@@ -188,12 +205,14 @@ def test_an_adapter_of_another_base_is_refused(opened, kept):
 def test_settings_that_fit_no_module_are_a_mismatch(place, kept):
     path = kept[0] / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "nothing"}))
-    fresh = lora_base.open_base(place[1], place[0])
+    fresh = base.open_base(place[1], place[0])
     with pytest.raises(MismatchError, match="fits no module of this base"):
         adapters.load(fresh.model, kept[0], "one", fresh.pin)
 
 
-@pytest.mark.parametrize("name", ["adapter.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+)
 @pytest.mark.parametrize("how", ["torn", "gone", "list"])
 def test_files_that_cannot_be_read_are_damaged(opened, kept, name, how):
     path = kept[0] / name
@@ -205,7 +224,10 @@ def test_files_that_cannot_be_read_are_damaged(opened, kept, name, how):
 def test_labels_are_one_token_each_and_differ(opened):
     tokenizer = opened.processor.tokenizer
     ids = adapters.label_ids(tokenizer, {"color": "A", "none": "Z"})
-    assert [tokenizer.decode([i]) for i in ids.values()] == ["A", "Z"] and list(ids) == ["color", "none"]
+    assert [tokenizer.decode([i]) for i in ids.values()] == ["A", "Z"] and list(ids) == [
+        "color",
+        "none",
+    ]
     with pytest.raises(ConfigError, match="the label 'QXJ' of dots is 3 tokens"):
         adapters.label_ids(tokenizer, {"color": "A", "dots": "QXJ"})
     with pytest.raises(ConfigError, match="two experts have one label"):

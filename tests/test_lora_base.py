@@ -1,4 +1,5 @@
-"""The base: laid out as on the Hub, opened without torchvision, known by its pin, mapped and not copied."""
+"""The base: laid out as on the Hub, opened without torchvision, known by its pin, mapped and not
+copied."""
 
 import json
 import shutil
@@ -13,14 +14,20 @@ from fakes import flip
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from pipeline.config import Base
 from pipeline.errors import DamagedArtifact, DataError, MismatchError
-from pipeline.families import lora_base
+from pipeline.families.adapters.config import BaseConfig
+from pipeline.families.lora_vlm import base as lora_base
 
 HUB_LAYOUT = {
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
-}  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -37,9 +44,11 @@ def own(made, tmp_path):
     return made[0], Path(shutil.copytree(made[1], tmp_path / "shared"))
 
 
-def named(folder: Path) -> Base:
+def named(folder: Path) -> BaseConfig:
     """Return settings of a base that lies in a folder."""
-    return Base(model=str(folder), dtype="float32", image={"min_pixels": 4096, "max_pixels": 16384})
+    return BaseConfig(
+        model=str(folder), dtype="float32", image={"min_pixels": 4096, "max_pixels": 16384}
+    )
 
 
 def test_a_built_base_has_the_hubs_layout_and_stock_classes_load_it(made):
@@ -85,14 +94,18 @@ def test_the_processor_prepares_pictures_as_the_stock_one_and_needs_no_torchvisi
     processor = lora_base.open_base(made[1], made[0]).processor
     image = Image.effect_noise((200, 90), 60).convert("RGB")
     stock = AutoImageProcessor.from_pretrained(made[1] / "base", backend="pil")
-    mine, theirs = (p(images=[image], return_tensors="pt") for p in (processor.image_processor, stock))
+    mine, theirs = (
+        p(images=[image], return_tensors="pt") for p in (processor.image_processor, stock)
+    )
     assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
     assert mine["image_grid_thw"].tolist() == theirs["image_grid_thw"].tolist()
     assert mine["image_grid_thw"].prod().item() * 16 * 16 <= 16384
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>x<|im_end|>"
     out = processor(text=[text], images=[image], return_tensors="pt")
     pads = (out["input_ids"] == processor.image_token_id).sum().item()
-    assert pads == mine["image_grid_thw"].prod().item() // 4 == out["mm_token_type_ids"].sum().item()
+    assert (
+        pads == mine["image_grid_thw"].prod().item() // 4 == out["mm_token_type_ids"].sum().item()
+    )
     assert "torchvision" not in sys.modules
 
 
@@ -100,7 +113,10 @@ def test_the_template_writes_turns_as_the_hubs_does(made):
     processor = lora_base.open_base(made[1], made[0]).processor
     turns = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}, {"type": "image"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "Hi"}, {"type": "image"}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
     ]
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -112,7 +128,9 @@ def test_the_template_writes_turns_as_the_hubs_does(made):
 
 
 def test_image_limits_are_the_settings_and_not_the_folders(made):
-    base = made[0].model_copy(update={"image": SimpleNamespace(min_pixels=65_536, max_pixels=65_536)})
+    base = made[0].model_copy(
+        update={"image": SimpleNamespace(min_pixels=65_536, max_pixels=65_536)}
+    )
     processor = lora_base.open_base(made[1], base).processor
     out = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     assert out["image_grid_thw"].tolist() == [[1, 16, 16]]
@@ -123,8 +141,10 @@ def test_what_is_opened_is_frozen_of_the_wanted_type_and_mapped_from_its_file(ma
     model = lora_base.open_base(folder, base).model
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert str(folder / "base" / "model.safetensors") in Path("/proc/self/maps").read_text()
-    halved = base.model_copy(update={"dtype": "bfloat16"})
-    assert {p.dtype for p in lora_base.open_base(folder, halved).model.parameters()} == {torch.bfloat16}
+    bf16_params = base.model_copy(update={"dtype": "bfloat16"})
+    assert {p.dtype for p in lora_base.open_base(folder, bf16_params).model.parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_metrics_count_the_parameters_of_the_model(made, tmp_path):
@@ -133,7 +153,7 @@ def test_metrics_count_the_parameters_of_the_model(made, tmp_path):
     metrics = lora_base.write(base, ["word"], tmp_path / "pin")
     model = lora_base.open_base(tmp_path / "pin", base).model
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
-    assert metrics["digest"] == lora_base.Pin.read(tmp_path / "pin").digest
+    assert metrics["digest"] == lora_base.ModelRef.read(tmp_path / "pin").digest
 
 
 def test_a_folder_is_pinned_by_its_files_wherever_it_lies(made, tmp_path):
@@ -144,7 +164,7 @@ def test_a_folder_is_pinned_by_its_files_wherever_it_lies(made, tmp_path):
         lora_base.write(named(tmp_path / name), [], tmp_path / f"pin-{name}")
         opened = lora_base.open_base(tmp_path / f"pin-{name}", named(tmp_path / name))
         pins.append(opened.pin)
-    built = lora_base.Pin.read(made[1])
+    built = lora_base.ModelRef.read(made[1])
     assert pins[0].digest == pins[1].digest == built.digest
     assert [pin.source for pin in (*pins, built)] == ["folder", "folder", "built"]
 
@@ -175,7 +195,8 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [({"model_type": "bert"}, "holds a bert"), ([], "what kind"), ({}, "what kind")]
+    ("said", "found"),
+    [({"model_type": "bert"}, "holds a bert"), ([], "what kind"), ({}, "what kind")],
 )
 def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(own, said, found):
     folder = own[1] / "base"
@@ -188,7 +209,7 @@ def test_weights_that_cannot_be_read_are_a_data_error(own):
     folder = own[1] / "base"
     (folder / "model.safetensors").write_bytes(b"torn")
     (own[1] / "pin.json").write_text(
-        json.dumps(lora_base.Pin("built", "base", files=lora_base._hashes(folder)).values())
+        json.dumps(lora_base.ModelRef("built", "base", files=lora_base._hashes(folder)).values())
     )
     with pytest.raises(DataError, match="cannot be loaded as a Qwen3-VL"):
         lora_base.open_base(own[1], own[0])
@@ -199,20 +220,26 @@ def test_a_hub_model_is_fetched_at_its_commit_without_pickles(made, tmp_path, mo
 
     def fetch(model, revision, allow_patterns):
         asked.append((model, revision))
-        assert not any("bin" in pattern or "pkl" in pattern or pattern == "*" for pattern in allow_patterns)
+        assert not any(
+            "bin" in pattern or "pkl" in pattern or pattern == "*" for pattern in allow_patterns
+        )
         return str(made[1] / "base")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    base = Base(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT, dtype="float32")
+    base = BaseConfig(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT, dtype="float32")
     lora_base.write(base, [], tmp_path)
     opened = lora_base.open_base(tmp_path, base)
     assert set(asked) == {("Qwen/Qwen3-VL-2B-Instruct", COMMIT)}
     assert (opened.pin.source, opened.pin.revision, opened.pin.files) == ("hub", COMMIT, {})
-    other = lora_base.Pin("hub", base.model, COMMIT[::-1])
+    other = lora_base.ModelRef("hub", base.model, COMMIT[::-1])
     assert other.digest != opened.pin.digest
 
 
 def test_a_hub_that_cannot_be_reached_is_a_data_error(tmp_path):
-    base = Base(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT)  # the tests have no network
-    with pytest.raises(DataError, match="the Hub did not give it at revision 0123456789.* HF_TOKEN"):
+    base = BaseConfig(
+        model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT
+    )  # the tests have no network
+    with pytest.raises(
+        DataError, match="the Hub did not give it at revision 0123456789.* HF_TOKEN"
+    ):
         lora_base.write(base, [], tmp_path)

@@ -1,4 +1,5 @@
-"""A bundle of adapters: opened alone it answers as the run's own stack, and stock peft and transformers read it."""
+"""A bundle of adapters: opened alone it answers as the run's own stack, and stock peft and
+transformers read it."""
 
 import json
 import shutil
@@ -9,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import Qwen3VLForConditionalGeneration
 
-from pipeline.bundle import read_sums, upload, verify
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
-from pipeline.families import lora_bundle
-from pipeline.families.lora_stack import ROUTER, assemble
+from pipeline.families.adapters import bundle
+from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.store.bundle import read_sums, upload, verify
 from tests import small_stack
 from tests.small_stack import EXPERTS, requests
 
@@ -28,7 +29,7 @@ def made(tmp_path_factory):
     (report / "report.html").write_text("<p>report</p>")
     folder = root / "bundle"
     folder.mkdir()
-    metrics = lora_bundle.bundle(cfg, parts, folder, small_stack.quiet)
+    metrics = bundle.bundle(cfg, parts, folder, small_stack.quiet)
     assert metrics["experts"] == 3 and metrics["parameters"] > 200_000
     return cfg, parts, folder
 
@@ -41,14 +42,25 @@ def copied(made, tmp_path):
 
 def test_the_bundle_alone_answers_as_the_runs_stack(made):
     cfg, parts, folder = made
-    own, again = assemble(cfg, parts), lora_bundle.reassemble(folder)
+    own, again = assemble(cfg, parts), bundle.reassemble(folder)
     asked = requests(8)
-    assert again.members == own.members and again.policy == own.policy and again.calibration == own.calibration
+    assert (
+        again.members == own.members
+        and again.policy == own.policy
+        and again.calibration == own.calibration
+    )
     assert again.mixed.limits == own.mixed.limits
     for mine, theirs in zip(own.answer(asked), again.answer(asked), strict=True):
-        assert (mine.text, mine.expert, mine.alternatives) == (theirs.text, theirs.expert, theirs.alternatives)
+        assert (mine.text, mine.expert, mine.alternatives) == (
+            theirs.text,
+            theirs.expert,
+            theirs.alternatives,
+        )
     said = again.trial(asked[:2], [EXPERTS] * 2)
-    assert said == own.trial(asked[:2], [EXPERTS] * 2) and len({each.text for each in said[0].values()}) > 1
+    assert (
+        said == own.trial(asked[:2], [EXPERTS] * 2)
+        and len({each.text for each in said[0].values()}) > 1
+    )
 
 
 def test_it_is_whole_without_the_run(made, tmp_path):
@@ -57,7 +69,7 @@ def test_it_is_whole_without_the_run(made, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     hidden = parts.root.rename(parts.root.with_name("hidden"))
     try:
-        assert lora_bundle.reassemble(moved).answer(requests(1))[0].text
+        assert bundle.reassemble(moved).answer(requests(1))[0].text
     finally:
         hidden.rename(parts.root)
     links = [path for path in moved.rglob("*") if path.is_symlink()]
@@ -66,11 +78,13 @@ def test_it_is_whole_without_the_run(made, tmp_path):
 
 def test_plain_peft_and_transformers_load_it_and_say_the_same(made):
     _, _, folder = made
-    stack = lora_bundle.reassemble(folder)
+    stack = bundle.reassemble(folder)
     asked = next(request for request in requests(8) if request.images)
     core = Qwen3VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's own
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+        )  # peft's own
         model = PeftModel.from_pretrained(core, str(folder / "adapters" / "locate" / "adapter"))
     processor = stack.mixed.chat.processor
     content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.prompt}]
@@ -79,7 +93,9 @@ def test_plain_peft_and_transformers_load_it_and_say_the_same(made):
     )
     inputs = processor(text=[text], images=list(asked.images), return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    said = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    said = processor.tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert stack.trial([asked], [["locate"]])[0]["locate"].text == said
 
 
@@ -91,17 +107,27 @@ def test_every_file_is_listed_and_weights_are_not_copied(made):
     verify(folder)
     for name in (*EXPERTS, ROUTER):
         assert f"adapters/{name}/adapter/adapter_model.safetensors" in sums
-    assert {"adapters/router/calibration.json", "report.html", "README.md", "base/tokenizer.json"} <= files
+    assert {
+        "adapters/router/calibration.json",
+        "report.html",
+        "README.md",
+        "base/tokenizer.json",
+    } <= files
     stored = parts.folder("train_shared") / "base" / "model.safetensors"
     assert (folder / "base" / "model.safetensors").samefile(stored)
-    assert "model.safetensors.index.json" not in files  # the adapters' tensors have one name each, in every folder
+    assert (
+        "model.safetensors.index.json" not in files
+    )  # the adapters' tensors have one name each, in every folder
 
 
 def test_the_card_names_experts_and_how_to_load_them(made):
     text = (made[2] / "README.md").read_text()
     for name in EXPERTS:
         assert f"`adapters/{name}`" in text
-    assert 'PeftModel.from_pretrained(base, "adapters/color/adapter")' in text and "only a test" in text
+    assert (
+        'PeftModel.from_pretrained(base, "adapters/color/adapter")' in text
+        and "only a test" in text
+    )
 
 
 def test_upload_takes_its_folders_along(made, tmp_path):
@@ -115,14 +141,14 @@ def test_upload_takes_its_folders_along(made, tmp_path):
 
 def test_a_folder_that_is_no_bundle_is_refused(made, tmp_path):
     with pytest.raises(MissingArtifact, match="is not a bundle"):
-        lora_bundle.reassemble(tmp_path)
+        bundle.reassemble(tmp_path)
 
 
 def test_a_changed_base_is_refused(copied):
     weights = copied / "base" / "config.json"
     weights.write_text(weights.read_text() + " ")
     with pytest.raises(MismatchError, match="its files have changed"):
-        lora_bundle.reassemble(copied)
+        bundle.reassemble(copied)
 
 
 @pytest.mark.parametrize("key", ["base", "experts", "policy", "limits"])
@@ -131,10 +157,12 @@ def test_a_description_without_a_part_is_damaged(copied, key):
     del about[key]
     (copied / "experts.json").write_text(json.dumps(about))
     with pytest.raises(DamagedArtifact, match="does not hold the stack"):
-        lora_bundle.reassemble(copied)
+        bundle.reassemble(copied)
 
 
-@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a//b", "a/../../b", "./a", "C:/a", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc/passwd", "a//b", "a/../../b", "./a", "C:/a", "a\\b"]
+)
 def test_a_list_of_files_that_leads_outside_is_damaged(copied, name):
     with (copied / "SHA256SUMS").open("a") as file:
         file.write(f"{'0' * 64}  {name}\n")

@@ -1,4 +1,5 @@
-"""The configuration of LoRA experts: files named by files, what is refused and where, what each address holds."""
+"""The configuration of LoRA experts: files named by files, what is refused and where, what each
+address holds."""
 
 import copy
 import json
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import stages
-from pipeline.config import describes_run, load, loras, parse
-from pipeline.config.loras import RANKS
-from pipeline.data.drawn import KINDS
+from pipeline.config import task_data
+from pipeline.data.sources.synthetic import KINDS
 from pipeline.errors import ConfigError
+from pipeline.families.adapters.config import RANKS
+from pipeline.families.load import describes_run, load, parse
+from pipeline.run import stages
 
 CONFIG = Path(__file__).parent.parent / "config"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -21,7 +23,12 @@ LORAS = {
     "defaults": {"steps": 5, "lr": 0.5, "max_tokens": 99},
     "experts": [
         {"name": "color", "label": "A", "dataset": DRAWN},
-        {"name": "ocr", "label": "B", "dataset": {"source": "jsonl", "path": "rows"}, "overrides": {"r": 8}},
+        {
+            "name": "ocr",
+            "label": "B",
+            "dataset": {"source": "jsonl", "path": "rows"},
+            "overrides": {"r": 8},
+        },
     ],
     "router": {"r": 32, "epochs": 3},
 }
@@ -33,7 +40,8 @@ WHOLE = {"name": "small", "family": "lora_vlm", "loras": LORAS, "dataset": DATAS
 
 
 def changed(*changes: tuple[str, object]) -> dict:
-    """Return the small run with values put at dotted places; numbers are places in lists, + appends, None removes."""
+    """Return the small run with values put at dotted places; numbers are places in lists, +
+    appends, None removes."""
     raw = copy.deepcopy(WHOLE)
     for dotted, value in changes:
         *path, last = dotted.split(".")
@@ -72,16 +80,24 @@ def problems(folder: Path, *changes: tuple[str, object]) -> str:
 def addresses(*changes: tuple[str, object]) -> dict[str, str]:
     """Return every job's address by its name."""
     cfg = parse(changed(*changes))
-    return {stages.label(s, i): here for stage in stages.STAGES for s, i, here in stages.jobs(cfg, stage)}
+    return {
+        stages.label(s, i): here
+        for stage in stages.STAGES
+        for s, i, here in stages.jobs(cfg, stage)
+    }
 
 
-@pytest.mark.parametrize("path", [CONFIG / "tiny_vlm.yaml", CONFIG / "qwen3vl.yaml"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [CONFIG / "tiny_vlm.yaml", CONFIG / "qwen3vl.yaml"], ids=lambda p: p.stem
+)
 def test_a_run_is_the_same_after_it_has_travelled(path):
     cfg = load(path)
     again = parse(json.loads(json.dumps(cfg.model_dump(mode="json"))))
     assert again == cfg
     assert list(stages.reachable(again)) == list(stages.reachable(cfg))
-    assert [again.loras.options(name) for name in again.experts] == [cfg.loras.options(name) for name in cfg.experts]
+    assert [again.loras.options(name) for name in again.experts] == [
+        cfg.loras.options(name) for name in cfg.experts
+    ]
 
 
 def test_the_real_configuration_is_of_seven_experts_over_a_pinned_base():
@@ -93,25 +109,32 @@ def test_the_real_configuration_is_of_seven_experts_over_a_pinned_base():
 
 
 def test_drawn_kinds_are_those_that_can_be_drawn():
-    assert set(loras.KINDS) == set(KINDS)
+    assert set(task_data.KINDS) == set(KINDS)
 
 
 def test_paths_start_at_the_file_that_states_them(tmp_path):
     path = written(
         tmp_path,
-        ("loras.experts.0.dataset", {"source": "folder", "path": "/far/away", "image_root": "../pictures"}),
+        (
+            "loras.experts.0.dataset",
+            {"source": "folder", "path": "/far/away", "image_root": "../pictures"},
+        ),
         ("loras.base", {"model": "./base"}),
         ("dataset.sources.1", {"expert": "ocr", "from": "jsonl", "path": "more.jsonl"}),
     )
     cfg = load(path)
     color, ocr = cfg.loras.experts
-    assert (color.dataset.path, color.dataset.image_root) == ("/far/away", str(tmp_path / "pictures"))
+    assert (color.dataset.path, color.dataset.image_root) == (
+        "/far/away",
+        str(tmp_path / "pictures"),
+    )
     assert ocr.dataset.path == str(tmp_path / "inner/rows")
     assert cfg.dataset.sources[1].path == str(tmp_path / "other/more.jsonl")
     assert cfg.loras.base.model == str(tmp_path / "inner/base")
-    assert {("loras.experts.ocr.dataset.path", ocr.dataset.path), ("loras.base.model", cfg.loras.base.model)} <= set(
-        cfg.paths()
-    )
+    assert {
+        ("loras.experts.ocr.dataset.path", ocr.dataset.path),
+        ("loras.base.model", cfg.loras.base.model),
+    } <= set(cfg.paths())
 
 
 def test_paraphrases_may_be_a_file_of_their_own(tmp_path):
@@ -175,43 +198,110 @@ def test_every_problem_is_named_with_its_file_and_line(tmp_path):
 WRONG = {
     "no experts": (("loras.experts", []), "loras.experts: give at least one expert"),
     "name twice": (("loras.experts.1.name", "color"), "loras.experts: two experts are named color"),
-    "reserved": (("loras.experts.0.name", "default"), "loras.experts: default means something else here"),
-    "reserved too": (("loras.experts.0.name", "router"), "loras.experts: router means something else here"),
-    "no name": (("loras.experts.0.name", "Color"), "loras.experts.Color.name: String should match pattern"),
-    "vLLM's word": (("loras.experts.0.name", "__base__"), "loras.experts.__base__.name: String should match pattern"),
+    "reserved": (
+        ("loras.experts.0.name", "default"),
+        "loras.experts: default means something else here",
+    ),
+    "reserved too": (
+        ("loras.experts.0.name", "router"),
+        "loras.experts: router means something else here",
+    ),
+    "no name": (
+        ("loras.experts.0.name", "Color"),
+        "loras.experts.Color.name: String should match pattern",
+    ),
+    "vLLM's word": (
+        ("loras.experts.0.name", "__base__"),
+        "loras.experts.__base__.name: String should match pattern",
+    ),
     "label twice": (("loras.experts.1.label", "A"), "the label 'A' is given twice"),
     "rank": (("loras.defaults.r", 12), "loras.defaults.r: vLLM serves the ranks"),
-    "threshold": (("loras.router.threshold", 1.5), "loras.router.threshold: Input should be less than or equal to 1"),
+    "threshold": (
+        ("loras.router.threshold", 1.5),
+        "loras.router.threshold: Input should be less than or equal to 1",
+    ),
     "unknown": (("loras.bases", {}), "loras.bases: no such setting"),
-    "no duration": (("loras.defaults.steps", None), "loras.experts.color.overrides: give one of steps, epochs, tokens"),
-    "two durations": (("loras.defaults.epochs", 1), "loras.defaults: give only one of steps, epochs, tokens"),
-    "fallback": (("loras.router.fallback", "nobody"), "loras.router.fallback: nobody is neither base nor an expert"),
-    "top_k": (("loras.router.top_k", 3), "loras.router.top_k: 3 experts per answer, but there are 2"),
-    "no requests": (("dataset.sources.1", None), "dataset.sources: no requests for ocr; add {expert: ocr"),
-    "whose": (("dataset.sources.+", {"expert": "odd"}), "no such expert odd; loras.experts has color, ocr"),
+    "no duration": (
+        ("loras.defaults.steps", None),
+        "loras.experts.color.overrides: give one of steps, epochs, tokens",
+    ),
+    "two durations": (
+        ("loras.defaults.epochs", 1),
+        "loras.defaults: give only one of steps, epochs, tokens",
+    ),
+    "fallback": (
+        ("loras.router.fallback", "nobody"),
+        "loras.router.fallback: nobody is neither base nor an expert",
+    ),
+    "top_k": (
+        ("loras.router.top_k", 3),
+        "loras.router.top_k: 3 experts per answer, but there are 2",
+    ),
+    "no requests": (
+        ("dataset.sources.1", None),
+        "dataset.sources: no requests for ocr; add {expert: ocr",
+    ),
+    "whose": (
+        ("dataset.sources.+", {"expert": "odd"}),
+        "no such expert odd; loras.experts has color, ocr",
+    ),
     "none without label": (
         ("dataset.sources.+", {"expert": "none", "from": "drawn", "drawn": {"kind": "shape"}}),
         "loras.router.none_label: the routing set has requests for none",
     ),
-    "label without none": (("loras.router.none_label", "Z"), "loras.router.none_label: nothing teaches the router"),
-    "none of loras": (("dataset.sources.+", {"expert": "none"}), "none has no rows among the experts'"),
+    "label without none": (
+        ("loras.router.none_label", "Z"),
+        "loras.router.none_label: nothing teaches the router",
+    ),
+    "none of loras": (
+        ("dataset.sources.+", {"expert": "none"}),
+        "none has no rows among the experts'",
+    ),
     "jsonl where": (("dataset.sources.0.from", "jsonl"), "from is jsonl, so path must be given"),
-    "shares": (("dataset.balance", {"color": 1.0}), "dataset.balance: name a share for each of color, ocr"),
-    "splits": (("dataset.splits", {"train": 0.5}), "dataset.splits: train, valid and test are 0.7 together, not 1"),
-    "wording of whom": (("dataset.paraphrases", {"odd": {}}), "dataset.paraphrases: no such expert odd"),
-    "held and seen": (("dataset.neutral.held", ["What is it?"]), "held-out wording is seen too: What is it?"),
+    "shares": (
+        ("dataset.balance", {"color": 1.0}),
+        "dataset.balance: name a share for each of color, ocr",
+    ),
+    "splits": (
+        ("dataset.splits", {"train": 0.5}),
+        "dataset.splits: train, valid and test are 0.7 together, not 1",
+    ),
+    "wording of whom": (
+        ("dataset.paraphrases", {"odd": {}}),
+        "dataset.paraphrases: no such expert odd",
+    ),
+    "held and seen": (
+        ("dataset.neutral.held", ["What is it?"]),
+        "held-out wording is seen too: What is it?",
+    ),
     "no neutral": (("dataset.neutral", {}), "dataset.neutral: ambiguous_share is above 0"),
     "hub unpinned": (
-        ("loras.experts.0.dataset", {"source": "hub", "id": "a/b"}), "source is hub, so revision must be given",
+        ("loras.experts.0.dataset", {"source": "hub", "id": "a/b"}),
+        "source is hub, so revision must be given",
     ),
-    "base unpinned": (("loras.base", {"model": "a/b"}), "revision must be the commit of a/b to pin"),
+    "base unpinned": (
+        ("loras.base", {"model": "a/b"}),
+        "revision must be the commit of a/b to pin",
+    ),
     "base at a branch": (("loras.base", {"model": "a/b", "revision": "main"}), "(found 'main')"),
-    "no base": (("loras.base", {}), "give either model (a pretrained base) or build (a random one)"),
-    "two bases": (("loras.base.model", "/a"), "give either model (a pretrained base) or build (a random one)"),
+    "no base": (
+        ("loras.base", {}),
+        "give either model (a pretrained base) or build (a random one)",
+    ),
+    "two bases": (
+        ("loras.base.model", "/a"),
+        "give either model (a pretrained base) or build (a random one)",
+    ),
     "sizes": (("loras.base.build.kv_heads", 3), "heads 4 is not a multiple of kv_heads 3"),
-    "areas": (("loras.base.image", {"min_pixels": 9999, "max_pixels": 2000}), "min_pixels 9999 is more than"),
-    "drawn what": (("loras.experts.0.dataset.drawn.kind", "cats"), "loras.experts.color.dataset.drawn.kind: "),
-}  # fmt: skip
+    "areas": (
+        ("loras.base.image", {"min_pixels": 9999, "max_pixels": 2000}),
+        "min_pixels 9999 is more than",
+    ),
+    "drawn what": (
+        ("loras.experts.0.dataset.drawn.kind", "cats"),
+        "loras.experts.color.dataset.drawn.kind: ",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "wanted"), WRONG.values(), ids=WRONG)
@@ -221,9 +311,17 @@ def test_what_is_refused(tmp_path, change, wanted):
 
 def test_what_does_not_fit_together_is_told_beside_what_is_wrong_alone(tmp_path):
     text = problems(
-        tmp_path, ("loras.experts.1.label", "A"), ("loras.router.threshold", 7), ("dataset.sources.1", None)
+        tmp_path,
+        ("loras.experts.1.label", "A"),
+        ("loras.router.threshold", 7),
+        ("dataset.sources.1", None),
     )
-    for wanted in ("the label 'A' is given twice", "loras.router.threshold: ", "no requests for ocr", "(3 problems)"):
+    for wanted in (
+        "the label 'A' is given twice",
+        "loras.router.threshold: ",
+        "no requests for ocr",
+        "(3 problems)",
+    ):
         assert wanted in text
 
 
@@ -268,8 +366,14 @@ REPORT = {"evaluate", "deploy"}
 CHANGES = {
     "an expert's options": (("loras.experts.0.overrides", {"lr": 0.1}), COLOR | REPORT),
     "an expert's label": (("loras.experts.0.label", "C"), COLOR | JOINED),
-    "an expert's data": (("loras.experts.0.dataset.limit", 7), {"preprocess color"} | COLOR | JOINED),
-    "an expert's prompt": (("loras.experts.0.prompt", "Say."), {"preprocess color"} | COLOR | JOINED),
+    "an expert's data": (
+        ("loras.experts.0.dataset.limit", 7),
+        {"preprocess color"} | COLOR | JOINED,
+    ),
+    "an expert's prompt": (
+        ("loras.experts.0.prompt", "Say."),
+        {"preprocess color"} | COLOR | JOINED,
+    ),
     "how answers are judged": (("loras.experts.0.metric", "cer"), REPORT),
     "how long answers are": (("loras.experts.0.max_new_tokens", 9), REPORT),
     "what an expert does": (("loras.experts.0.description", "in other words"), {"deploy"}),
@@ -282,7 +386,10 @@ CHANGES = {
     "who answers then": (("loras.router.fallback", "ocr"), REPORT),
     "the routing set": (("dataset.seed", 1), JOINED),
     "neutral prompts": (("dataset.neutral.seen", ["Well?"]), JOINED),
-    "the base": (("loras.base.build.layers", 3), {"train_shared", "train_router"} | COLOR | OCR | REPORT),
+    "the base": (
+        ("loras.base.build.layers", 3),
+        {"train_shared", "train_router"} | COLOR | OCR | REPORT,
+    ),
     "sizes of pictures": (("loras.base.image", {"max_pixels": 70000}), EVERYTHING),
     "the report": (("evaluate", {"bootstrap": 11}), REPORT),
     "the seed": (("seed", 1), EVERYTHING - {"train_shared"}),
@@ -306,12 +413,18 @@ def test_neutral_prompts_are_in_the_address_of_an_expert_that_trains_with_them()
 
 
 def test_one_more_task_remakes_nothing_of_the_others():
-    entry = {"name": "count", "label": "C", "dataset": {"source": "drawn", "drawn": {"kind": "count"}}}
+    entry = {
+        "name": "count",
+        "label": "C",
+        "dataset": {"source": "drawn", "drawn": {"kind": "count"}},
+    }
     before = addresses()
     after = addresses(("loras.experts.+", entry), ("dataset.sources.+", {"expert": "count"}))
     assert {job for job in after if after[job] != before.get(job)} == {
-        "preprocess count", "train_experts count", *JOINED,
-    }  # fmt: skip
+        "preprocess count",
+        "train_experts count",
+        *JOINED,
+    }
 
 
 def test_jobs_and_what_they_read():
@@ -328,10 +441,13 @@ def test_jobs_and_what_they_read():
     for stage in stages.STAGES:  # what a job reads is made before it
         for item in cfg.items(stage):
             assert all(
-                list(stages.STAGES).index(need) < list(stages.STAGES).index(stage) for need, _ in cfg.needs(stage, item)
+                list(stages.STAGES).index(need) < list(stages.STAGES).index(stage)
+                for need, _ in cfg.needs(stage, item)
             )
     assert cfg.loras.labels == {"color": "A", "ocr": "B", "none": "Z"}
-    assert cfg.task("none").dataset.path == "/none.jsonl" and cfg.task("ocr") == cfg.loras.experts[1]
+    assert (
+        cfg.task("none").dataset.path == "/none.jsonl" and cfg.task("ocr") == cfg.loras.experts[1]
+    )
 
 
 def test_messages_name_the_settings_of_a_training():

@@ -1,4 +1,5 @@
-"""The router: K logits of one forward pass, and a temperature fitted on requests it did not train on."""
+"""The router: K logits of one forward pass, and a temperature fitted on requests it did not train
+on."""
 
 import json
 
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.errors import DamagedArtifact, DataError
-from pipeline.families import lora_adapters, lora_base, lora_router, lora_vlm
-from pipeline.families.lora_router import Calibration, calibrate, fit_temperature, nats
-from pipeline.families.lora_rows import Chat
+from pipeline.families.adapters import peft_io, router
+from pipeline.families.adapters.chat import Chat
+from pipeline.families.adapters.router import Calibration, calibrate, fit_temperature, nats
+from pipeline.families.lora_vlm import base, family
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,8 @@ def parts(tmp_path_factory):
 
 
 def drawn(temperature, count=4000, labels=4, seed=0):
-    """Return logits_BK and targets of a router that is right as often as logits over temperature say."""
+    """Return logits_BK and targets of a router that is right as often as logits over temperature
+    say."""
     torch.manual_seed(seed)
     logits_BK = 3 * torch.randn(count, labels)
     target_B = torch.multinomial((logits_BK / temperature).softmax(-1), 1)[:, 0]
@@ -34,7 +37,8 @@ def test_the_temperature_is_found_again(temperature):
 
 @pytest.mark.parametrize("count", [5, 4000])
 def test_confidence_is_never_sharpened(count):
-    """A few requests without a mistake are fitted best by no doubt at all, and then no threshold means anything."""
+    """A few requests without a mistake are fitted best by no doubt at all, and then no threshold
+    means anything."""
     logits_BK, target_B = drawn(0.2, count=count)
     target_B = logits_BK.argmax(-1) if count < 10 else target_B
     assert fit_temperature(logits_BK, target_B) == pytest.approx(1.0)
@@ -47,7 +51,9 @@ def test_confidence_is_never_sharpened(count):
 def test_the_temperature_is_what_torchs_lbfgs_finds(seed):
     logits_BK, target_B = drawn(1.7, count=60, seed=seed)
     log_t = torch.zeros(1, requires_grad=True)
-    solver = torch.optim.LBFGS([log_t], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+    solver = torch.optim.LBFGS(
+        [log_t], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10
+    )
 
     def closure():
         solver.zero_grad()
@@ -61,9 +67,9 @@ def test_the_temperature_is_what_torchs_lbfgs_finds(seed):
 
 def test_a_router_that_is_always_right_or_knows_nothing_ends_at_the_range():
     logits_BK = torch.eye(4).repeat(5, 1)
-    assert fit_temperature(logits_BK, torch.arange(4).repeat(5)) == pytest.approx(lora_router.LOWEST)
+    assert fit_temperature(logits_BK, torch.arange(4).repeat(5)) == pytest.approx(router.LOWEST)
     wrong_B = (torch.arange(4).repeat(5) + 1) % 4
-    assert fit_temperature(logits_BK, wrong_B) == pytest.approx(lora_router.HIGHEST)
+    assert fit_temperature(logits_BK, wrong_B) == pytest.approx(router.HIGHEST)
 
 
 def test_calibration_never_costs_nats_and_keeps_the_order():
@@ -73,7 +79,9 @@ def test_calibration_never_costs_nats_and_keeps_the_order():
     assert found.calibrated_nats < found.valid_nats == pytest.approx(nats(logits_BK, target_B))
     prob_BK = found.probabilities(logits_BK)
     assert torch.equal(prob_BK.argmax(-1), logits_BK.argmax(-1))
-    assert F.nll_loss(prob_BK.log(), target_B).item() == pytest.approx(found.calibrated_nats, abs=1e-5)
+    assert F.nll_loss(prob_BK.log(), target_B).item() == pytest.approx(
+        found.calibrated_nats, abs=1e-5
+    )
     assert found.names == ("color", "dots", "zebra", "none")
 
 
@@ -82,7 +90,13 @@ def test_a_calibration_comes_back_from_its_file_with_its_order(tmp_path):
     (tmp_path / "calibration.json").write_text(json.dumps(wanted.values(), sort_keys=True))
     found = Calibration.read(tmp_path)
     assert found == wanted and list(found.labels) == ["zebra", "color"]
-    for text in ("{", "[]", "{}", json.dumps(wanted.values() | {"labels": 3}), json.dumps({"labels": [], "more": 1})):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps(wanted.values() | {"labels": 3}),
+        json.dumps({"labels": [], "more": 1}),
+    ):
         (tmp_path / "calibration.json").write_text(text)
         with pytest.raises(DamagedArtifact, match="calibration.json"):
             Calibration.read(tmp_path)
@@ -94,12 +108,14 @@ def test_without_requests_to_fit_on_it_says_so():
 
 
 def test_label_logits_are_the_whole_models_last_ones_whatever_the_padding(parts):
-    opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
+    opened = base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     chat = Chat(opened.processor)
-    rows = lora_vlm.routing_set.RoutingRows(parts.folder("routing"))
-    some = [(row.prompt, rows.pictures(row)) for row in rows.rows("test")] + [("No picture, but a longer wording", ())]
-    ids = list(lora_adapters.label_ids(chat.tokenizer, parts.cfg.loras.labels).values())
-    together = lora_router.label_logits(opened.model, lora_router.ask(chat, "Which?", some), ids)
+    rows = family.routing_set.RoutingRows(parts.folder("routing"))
+    some = [(row.prompt, rows.pictures(row)) for row in rows.rows("test")] + [
+        ("No picture, but a longer wording", ())
+    ]
+    ids = list(peft_io.label_ids(chat.tokenizer, parts.cfg.loras.labels).values())
+    together = router.label_logits(opened.model, router.ask(chat, "Which?", some), ids)
     assert together.shape == (len(some), 2) and together.dtype == torch.float32
     for request, row in zip(some, together, strict=True):
         alone = chat.requests([(f"Which? {request[0]}", request[1])])
@@ -109,22 +125,24 @@ def test_label_logits_are_the_whole_models_last_ones_whatever_the_padding(parts)
 
 
 def test_what_the_router_leaves_is_an_adapter_and_its_calibration(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     run = lora_small.train(parts, "router", slots=tmp_path)
     about, raw = run.files["adapter.json"], run.files["calibration.json"]
     assert about["labels"] == raw["labels"] == [["color", "A"], ["dots", "B"]]
     assert about["instruction"] == raw["instruction"] == lora_small.INSTRUCTION
     found = Calibration.read(run.folder)
-    opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
-    model = lora_adapters.load(opened.model, run.folder, "router", opened.pin)
-    chat, rows = Chat(opened.processor), lora_vlm.routing_set.RoutingRows(parts.folder("routing"))
+    opened = base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
+    model = peft_io.load(opened.model, run.folder, "router", opened.pin)
+    chat, rows = Chat(opened.processor), family.routing_set.RoutingRows(parts.folder("routing"))
     valid = rows.rows("valid")
-    asked = lora_router.ask(chat, found.instruction, ((row.prompt, rows.pictures(row)) for row in valid))
-    ids = lora_adapters.label_ids(chat.tokenizer, found.labels)
-    logits_BK = lora_router.label_logits(model, asked, list(ids.values()))
+    asked = router.ask(chat, found.instruction, ((row.prompt, rows.pictures(row)) for row in valid))
+    ids = peft_io.label_ids(chat.tokenizer, found.labels)
+    logits_BK = router.label_logits(model, asked, list(ids.values()))
     target_B = torch.tensor([found.names.index(row.expert) for row in valid])
-    assert nats(logits_BK, target_B, found.temperature) == pytest.approx(found.calibrated_nats, abs=1e-4)
+    assert nats(logits_BK, target_B, found.temperature) == pytest.approx(
+        found.calibrated_nats, abs=1e-4
+    )
 
 
 def test_the_instruction_stands_before_the_request():
-    assert lora_router.routing_prompt("Which?", "Count.") == "Which? Count."
+    assert router.routing_prompt("Which?", "Count.") == "Which? Count."

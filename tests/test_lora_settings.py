@@ -1,7 +1,9 @@
-"""Every setting of a lora_vlm run does something: changing it changes what a stage leaves behind, or it is refused.
+"""Every setting of a lora_vlm run does something: changing it changes what a stage leaves behind,
+or it is refused.
 
-EFFECTS and SHOWN list all of them, and a setting that is not listed fails. A stage's product is compared with
-that of the same configuration before the change; the same configuration twice gives the same product.
+EFFECTS and SHOWN list all of them, and a setting that is not listed fails. A stage's product is
+compared with that of the same configuration before the change; the same configuration twice gives
+the same product.
 """
 
 from pathlib import Path
@@ -11,26 +13,42 @@ import pytest
 import small_tasks
 from pydantic import ValidationError
 
-from pipeline import train
-from pipeline.config import Config, LoraConfig, LoraOptions
-from pipeline.families import lora_vlm
-from pipeline.families.lora_stack import ROUTER, assemble
+from pipeline.families.adapters.config import AdapterConfig
+from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.lora_vlm import family
+from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.train import loop
 from tests import small_stack
 from tests.small_settings import JSONL, NOBODY, OTHERS, PRODUCTS, product, run_of, written
 from tests.test_settings import ON_MODAL, settings
 
 TESTS = Path(__file__).parent
 PLACES = {  # where a section is changed, in the runs below
-    "base": "loras.base", "imagelimits": "loras.base.image", "build": "loras.base.build",
-    "loraoptions": "loras.defaults", "routerentry": "loras.router", "expertentry": "loras.experts.color",
-    "taskdata": "loras.experts.color.dataset", "drawn": "loras.experts.color.dataset.drawn", "routingset": "dataset",
-    "splitshares": "dataset.splits", "splitrows": "dataset.per_expert", "wording": "dataset.neutral",
-    "dedupe": "dataset.dedupe", "routinglimits": "dataset.limits", "loraevaluate": "evaluate",
-}  # fmt: skip
-WORSE = {"loras.defaults.eval_every_steps": 1}  # the training lets every evaluation be worse than the last
+    "base": "loras.base",
+    "imagelimits": "loras.base.image",
+    "build": "loras.base.build",
+    "adapter": "loras.defaults",
+    "adapterrouter": "loras.router",
+    "adapterexpert": "loras.experts.color",
+    "taskdata": "loras.experts.color.dataset",
+    "synthetic": "loras.experts.color.dataset.drawn",
+    "routingset": "dataset",
+    "splitshares": "dataset.splits",
+    "splitrows": "dataset.per_expert",
+    "wording": "dataset.neutral",
+    "dedupe": "dataset.dedupe",
+    "routinglimits": "dataset.limits",
+    "adapterevaluate": "evaluate",
+}
+WORSE = {
+    "loras.defaults.eval_every_steps": 1
+}  # the training lets every evaluation be worse than the last
 READ = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl"}}
 FOLDER = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "train": "rows.jsonl"}}
-DIVIDED = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "split": "rows.jsonl"}}
+DIVIDED = {
+    "loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "split": "rows.jsonl"}
+}
 OCR = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl", "ocr": True}}
 CUT = {"loras.experts.color.dataset": OCR["loras.experts.color.dataset"] | {"regions": True}}
 SIGHTED = {"loras.defaults.targets": r".*\.(q_proj|qkv)", "loras.defaults.allow_vision": True}
@@ -50,13 +68,24 @@ EFFECTS = {
     **{
         f"build.{name}": ("train_shared", value, {})
         for name, value in (
-            ("hidden", 32), ("layers", 1), ("heads", 2), ("kv_heads", 1), ("head_dim", 8), ("intermediate", 64),
-            ("vision_hidden", 16), ("vision_layers", 1), ("vision_heads", 1), ("vision_intermediate", 32),
-            ("vocab_size", 320), ("initializer_range", 0.5), ("text", ["Quite another text"] * 9), ("seed", 1),
+            ("hidden", 32),
+            ("layers", 1),
+            ("heads", 2),
+            ("kv_heads", 1),
+            ("head_dim", 8),
+            ("intermediate", 64),
+            ("vision_hidden", 16),
+            ("vision_layers", 1),
+            ("vision_heads", 1),
+            ("vision_intermediate", 32),
+            ("vocab_size", 320),
+            ("initializer_range", 0.5),
+            ("text", ["Quite another text"] * 9),
+            ("seed", 1),
         )
     },
     **{
-        f"loraoptions.{name}": ("train_experts", value, base)
+        f"adapter.{name}": ("train_experts", value, base)
         for name, value, base in (
             ("steps", 2, {}),
             ("epochs", 0.5, {}),
@@ -85,19 +114,19 @@ EFFECTS = {
             ("neutral_share", 1.0, {}),
         )
     },
-    "routerentry.none_label": ("train_router of nobody's", "Y", {}),
-    "routerentry.instruction": ("train_router", "Who?", {}),
-    "routerentry.top_k": ("answers", 1, UNSURE),
-    "routerentry.threshold": ("answers", 1.0, {}),
-    "routerentry.fallback": ("answers", "color", {}),
-    "expertentry.label": ("train_experts", "C", {}),
-    "expertentry.task": ("deploy", "naming", {}),
-    "expertentry.description": ("deploy", "Names a color", {}),
-    "expertentry.dataset": ("preprocess", READ["loras.experts.color.dataset"], {}),
-    "expertentry.prompt": ("preprocess", "Say: {prompt}", {}),
-    "expertentry.answer": ("preprocess", "It is {answer}", {}),
-    "expertentry.metric": ("evaluate", "cer", {}),
-    "expertentry.max_new_tokens": ("answers", 1, UNSURE),
+    "adapterrouter.none_label": ("train_router of nobody's", "Y", {}),
+    "adapterrouter.instruction": ("train_router", "Who?", {}),
+    "adapterrouter.top_k": ("answers", 1, UNSURE),
+    "adapterrouter.threshold": ("answers", 1.0, {}),
+    "adapterrouter.fallback": ("answers", "color", {}),
+    "adapterexpert.label": ("train_experts", "C", {}),
+    "adapterexpert.task": ("deploy", "naming", {}),
+    "adapterexpert.description": ("deploy", "Names a color", {}),
+    "adapterexpert.dataset": ("preprocess", READ["loras.experts.color.dataset"], {}),
+    "adapterexpert.prompt": ("preprocess", "Say: {prompt}", {}),
+    "adapterexpert.answer": ("preprocess", "It is {answer}", {}),
+    "adapterexpert.metric": ("evaluate", "cer", {}),
+    "adapterexpert.max_new_tokens": ("answers", 1, UNSURE),
     "taskdata.source": ("preprocess", "folder", DIVIDED),
     "taskdata.path": ("preprocess", "rows/more.jsonl", READ),
     "taskdata.split": ("preprocess", "more.jsonl", DIVIDED),
@@ -118,12 +147,12 @@ EFFECTS = {
     "taskdata.max_answer_chars": ("preprocess", 40, READ),
     "taskdata.max_bad_share": ("preprocess", 0.01, READ),
     "taskdata.limit": ("preprocess", 20, READ),
-    "drawn.kind": ("preprocess", "count", {}),
-    "drawn.train": ("preprocess", 20, {}),
-    "drawn.valid": ("preprocess", 4, {}),
-    "drawn.test": ("preprocess", 4, {}),
-    "drawn.size_px": ("preprocess", 96, {}),
-    "drawn.seed": ("preprocess", 1, {}),
+    "synthetic.kind": ("preprocess", "count", {}),
+    "synthetic.train": ("preprocess", 20, {}),
+    "synthetic.valid": ("preprocess", 4, {}),
+    "synthetic.test": ("preprocess", 4, {}),
+    "synthetic.size_px": ("preprocess", 96, {}),
+    "synthetic.seed": ("preprocess", 1, {}),
     "routingset.seed": ("routing", 1, {}),
     "routingset.splits": ("routing", {"train": 0.6, "valid": 0.2, "test": 0.2}, {}),
     "routingset.split_by": ("routing", "id", {}),
@@ -152,53 +181,58 @@ EFFECTS = {
     "splitrows.valid": ("routing", 2, {}),
     "splitrows.test": ("routing", 2, {}),
     "wording.seen": ("routing", ["Well?"], {}),
-    "wording.held": ("routing", ["Well?"], {"dataset.paraphrases": {"dots": {"held": ["How many?"]}}}),
+    "wording.held": (
+        "routing",
+        ["Well?"],
+        {"dataset.paraphrases": {"dots": {"held": ["How many?"]}}},
+    ),
     "dedupe.image": ("routing", "off", {"dataset.dedupe.prompt": "off"}),
     "dedupe.prompt": ("routing", "exact", {}),
     "routinglimits.max_images": ("routing", 1, {}),
     "routinglimits.max_prompt_chars": ("routing", 30, {}),
-    "loraevaluate.bootstrap": ("evaluate", 10, {}),
-    "loraevaluate.rows_per_task": ("rows of the report", 9, {"evaluate.smoke": False}),
-    "loraevaluate.baseline_rows": ("rows of the report", 8, {"evaluate.smoke_rows": 3}),
-    "loraevaluate.smoke": ("rows of the report", False, {}),
-    "loraevaluate.smoke_rows": ("rows of the report", 3, {}),
-    "loraevaluate.consistency_rows": ("routes of the report", 1, {}),
-    "loraevaluate.thresholds": ("routes of the report", [0.5], {}),
-    "loraevaluate.min_expert_score": ("verdicts of the report", 0.5, {}),
-    "loraevaluate.min_router_accuracy": ("verdicts of the report", 0.5, {}),
-    "loraevaluate.oracle_gap": ("verdicts of the report", 0.5, {}),
-}  # fmt: skip
+    "adapterevaluate.bootstrap": ("evaluate", 10, {}),
+    "adapterevaluate.rows_per_task": ("rows of the report", 9, {"evaluate.smoke": False}),
+    "adapterevaluate.baseline_rows": ("rows of the report", 8, {"evaluate.smoke_rows": 3}),
+    "adapterevaluate.smoke": ("rows of the report", False, {}),
+    "adapterevaluate.smoke_rows": ("rows of the report", 3, {}),
+    "adapterevaluate.consistency_rows": ("routes of the report", 1, {}),
+    "adapterevaluate.thresholds": ("routes of the report", [0.5], {}),
+    "adapterevaluate.min_expert_score": ("verdicts of the report", 0.5, {}),
+    "adapterevaluate.min_router_accuracy": ("verdicts of the report", 0.5, {}),
+    "adapterevaluate.oracle_gap": ("verdicts of the report", 0.5, {}),
+}
 SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "family": "test_lora_config.py::test_a_family_that_there_is_not",
     "loras.base": "test_lora_config.py::test_the_real_configuration_is_of_seven_experts_over_a_pinned_base",
     "loras.defaults": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
     "loras.experts": "test_lora_config.py::test_jobs_and_what_they_read",
     "loras.router": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
-    "expertentry.overrides": "test_lora_config.py::test_an_override_reaches_an_expert_by_its_name",
-    "expertentry.name": "test_lora_config.py::test_jobs_and_what_they_read",
+    "adapterexpert.overrides": "test_lora_config.py::test_an_override_reaches_an_expert_by_its_name",
+    "adapterexpert.name": "test_lora_config.py::test_jobs_and_what_they_read",
     "base.model": "test_lora_base.py::test_a_folder_is_pinned_by_its_files_wherever_it_lies",
     "base.revision": "test_lora_base.py::test_a_hub_model_is_fetched_at_its_commit_without_pickles",
     "taskdata.id": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
     "taskdata.revision": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
     "taskdata.subset": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
-    "loraoptions.checkpointing": "test_lora_settings.py::test_means_reach_their_training",
-    "loraoptions.fuse_optimizer": "test_lora_settings.py::test_means_reach_their_training",
-    "loraoptions.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
-    "routerentry.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
-    "routerentry.name": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "adapter.checkpointing": "test_lora_settings.py::test_means_reach_their_training",
+    "adapter.fuse_optimizer": "test_lora_settings.py::test_means_reach_their_training",
+    "adapter.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "adapterrouter.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "adapterrouter.name": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
     **{
-        f"routerentry.{name}": "test_lora_settings.py::test_the_routers_options_are_those_of_its_training"
-        for name in LoraOptions.model_fields
+        f"adapterrouter.{name}": "test_lora_settings.py::test_the_routers_options_are_those_of_its_training"
+        for name in AdapterConfig.model_fields
         if name != "compile"
     },
-    "loraevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
+    "adapterevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
 }
 
 
 def own_settings() -> set[str]:
-    """Return the settings that only this family has, and those at the top, which mean something in every family."""
-    found = {name for name in settings(LoraConfig) if name.partition(".")[0] not in ON_MODAL}
-    return {name for name in found if "." not in name or name not in settings(Config)}
+    """Return the settings that only this family has, and those at the top, which mean something in
+    every family."""
+    found = {name for name in settings(LoraVlmConfig) if name.partition(".")[0] not in ON_MODAL}
+    return {name for name in found if "." not in name or name not in settings(FfnMoeConfig)}
 
 
 def test_every_setting_is_listed_once():
@@ -213,7 +247,7 @@ def test_the_tests_that_show_a_setting_exist():
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +262,9 @@ PRODUCED: dict[tuple, str] = {}  # the unchanged side, once per stage and base
 def _change(dotted: str, value) -> dict:
     section, _, name = dotted.rpartition(".")
     if section == "routingsource":
-        changed = (NOBODY if name == "drawn" else JSONL) | {{"origin": "from"}.get(name, name): value}
+        changed = (NOBODY if name == "synthetic" else JSONL) | {
+            {"origin": "from"}.get(name, name): value
+        }
         return {"dataset.sources": [*(OTHERS[:1] if name == "origin" else OTHERS), changed]}
     if section == "splitshares":
         return {PLACES[section]: value}
@@ -247,7 +283,7 @@ def test_changing_a_setting_changes_the_product(dotted, made, tmp_path):
     assert (": " in changed) == (dotted in REFUSED), changed
 
 
-REFUSED = {"taskdata.max_bad_share", "loraoptions.allow_vision"}  # whose other value is an error
+REFUSED = {"taskdata.max_bad_share", "adapter.allow_vision"}  # whose other value is an error
 
 
 @pytest.mark.parametrize("stage", PRODUCTS)
@@ -267,14 +303,26 @@ def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
 
     def load(*given, **named):
         asked.append((given, named))
-        return Rows({"image": small_tasks.picture(i), "prompt": f"what is {i}?", "answer": "it"} for i in range(20))
+        return Rows(
+            {"image": small_tasks.picture(i), "prompt": f"what is {i}?", "answer": "it"}
+            for i in range(20)
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = {"source": "hub", "id": "some/set", "subset": "large", "revision": "abc", "split": "validation"}
+    data = {
+        "source": "hub",
+        "id": "some/set",
+        "subset": "large",
+        "revision": "abc",
+        "split": "validation",
+    }
     for split, more in (("validation", {}), ("train", {"split": None})):
         cfg = run_of(tmp_path, lora_small.SETTINGS, {"loras.experts.color.dataset": data | more})
-        lora_vlm.prepare(cfg, tmp_path / split, lora_small.quiet, tmp_path, "color")
-        assert asked.pop() == (("some/set", "large"), {"split": split, "revision": "abc", "streaming": True})
+        family.prepare(cfg, tmp_path / split, lora_small.quiet, tmp_path, "color")
+        assert asked.pop() == (
+            ("some/set", "large"),
+            {"split": split, "revision": "abc", "streaming": True},
+        )
 
 
 def test_means_reach_their_training(made):
@@ -282,7 +330,7 @@ def test_means_reach_their_training(made):
     for changes in ({}, {"loras.defaults": given}):
         cfg = run_of(made, lora_small.SETTINGS, changes)
         for item in ("color", ROUTER):
-            means = lora_small.task_of(lora_small.Parts(cfg, made / "small"), item).means
+            means = lora_small.task_of(lora_small.Parts(cfg, made / "small"), item).memory_plan
             assert means.checkpointing == means.fuse_optimizer == bool(changes)
 
 
@@ -300,9 +348,12 @@ def test_what_an_adapter_cannot_have_is_refused(change, said, tmp_path):
 
 
 def test_the_routers_options_are_those_of_its_training(made):
-    """Experts' trainings show what each option does; the router's is the same, with options of its own."""
+    """Experts' trainings show what each option does; the router's is the same, with options of its
+    own."""
     other = {
-        name.partition(".")[2]: value for name, (_, value, _) in EFFECTS.items() if name.startswith("loraoptions.")
+        name.partition(".")[2]: value
+        for name, (_, value, _) in EFFECTS.items()
+        if name.startswith("adapter.")
     }
     durations = {"steps": 2, "epochs": 0.5, "tokens": 900}
     other = {name: value for name, value in other.items() if name not in durations}
@@ -318,7 +369,7 @@ def test_the_routers_options_are_those_of_its_training(made):
         assert all("q_proj" in key for key in task.parameters)
         steps.append(task.steps)
     assert steps[0] == 2 and len(set(steps)) == 3
-    assert {*other, *durations, *fused, "compile"} == {*LoraOptions.model_fields}
+    assert {*other, *durations, *fused, "compile"} == {*AdapterConfig.model_fields}
 
 
 def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):
@@ -327,7 +378,10 @@ def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):
         cfg = run_of(made, small_stack.RUN, {"evaluate.batch_rows": most})
         stack, sizes[most] = assemble(cfg, small_stack.Parts(cfg, made / "stack")), []
         stack.mixed.core.model.register_forward_pre_hook(
-            lambda _module, _given, named, most=most: sizes[most].append(len(named["attention_mask"])), with_kwargs=True
+            lambda _module, _given, named, most=most: sizes[most].append(
+                len(named["attention_mask"])
+            ),
+            with_kwargs=True,
         )
         stack.logits(small_stack.requests(12))
     assert max(sizes[2]) == 2 and max(sizes[5]) == 5

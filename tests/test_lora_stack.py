@@ -1,4 +1,5 @@
-"""The stack against plain transformers and PEFT calls, one request at a time, on a random base with random adapters."""
+"""The stack against plain transformers and PEFT calls, one request at a time, on a random base with
+random adapters."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,10 +9,10 @@ import torch
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 
 from pipeline.errors import ConfigError, DataError, MismatchError
-from pipeline.families import lora_generate
-from pipeline.families.lora_generate import BASE, Limits, Request
-from pipeline.families.lora_router import routing_prompt
-from pipeline.families.lora_stack import ROUTER, Member, Policy, Stack
+from pipeline.families.adapters import inference
+from pipeline.families.adapters.inference import BASE, GenerationLimits, Request
+from pipeline.families.adapters.router import routing_prompt
+from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
 from tests import small_stack
 from tests.small_stack import EXPERTS, requests
 
@@ -28,10 +29,16 @@ def mixed(built):
     return small_stack.mixed(built)
 
 
-def plain(mixed, request, adapter: str, most: int, prompt: str | None = None) -> tuple[str, torch.Tensor]:
-    """Return text and first logits of one request by set_adapter and the model's own processor, pixels and all."""
+def plain(
+    mixed, request, adapter: str, most: int, prompt: str | None = None
+) -> tuple[str, torch.Tensor]:
+    """Return text and first logits of one request by set_adapter and the model's own processor,
+    pixels and all."""
     processor = mixed.chat.processor
-    content = [*({"type": "image"} for _ in request.images), {"type": "text", "text": prompt or request.prompt}]
+    content = [
+        *({"type": "image"} for _ in request.images),
+        {"type": "text", "text": prompt or request.prompt},
+    ]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -46,7 +53,9 @@ def plain(mixed, request, adapter: str, most: int, prompt: str | None = None) ->
             model.set_adapter(adapter)
             out = model.generate(**inputs, max_new_tokens=most, do_sample=False)
             logits = model(**inputs).logits[0, -1]
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), logits
+    return processor.tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ), logits
 
 
 def names(count: int) -> list[str]:
@@ -124,14 +133,15 @@ def test_an_unsure_request_gets_the_answer_with_the_best_product_of_router_and_a
 
 
 def _score(stack, request, name: str, prior: float) -> float:
-    """Return log prior plus mean log-probability of the greedy answer, token by token from full forwards."""
+    """Return log prior plus mean log-probability of the greedy answer, token by token from full
+    forwards."""
     mixed, nats = stack.mixed, []
     sights = mixed.see(request.images)
     ids = list(mixed.encode(request.prompt, sights))
     mixed.model.set_adapter(name)
     most = next(m.new_tokens for m in stack.members if m.name == name)
     for _ in range(most):
-        inputs = mixed._inputs([lora_generate.Row(tuple(ids), tuple(sights), name)])
+        inputs = mixed._inputs([inference.BatchRow(tuple(ids), tuple(sights), name)])
         with torch.no_grad():
             log = mixed.model(**inputs).logits[0, -1].log_softmax(-1)
         nats.append(log.max().item())
@@ -144,7 +154,9 @@ def _score(stack, request, name: str, prior: float) -> float:
 def test_pictures_are_seen_once_for_router_and_all_experts(mixed, monkeypatch):
     seen, tower = [], mixed.core.model.visual.forward
     monkeypatch.setattr(
-        mixed.core.model.visual, "forward", lambda *a, **k: seen.append(len(k["grid_thw"])) or tower(*a, **k)
+        mixed.core.model.visual,
+        "forward",
+        lambda *a, **k: seen.append(len(k["grid_thw"])) or tower(*a, **k),
     )
     asked = [request for request in requests(8, seed=4) if request.images]
     stack = small_stack.stack(mixed, threshold=1.0, top_k=3, none=False)
@@ -167,23 +179,29 @@ def test_an_exception_inside_a_mixed_batch_leaves_the_next_answer_right(mixed, m
         with pytest.raises(kind):
             stack.trial(asked, [["count"]] * 6)
     assert hooks(mixed.model) == 0
-    assert plain(mixed, asked[0], "color", 4)[0] == stack.trial(asked[:1], [["color"]])[0]["color"].text
+    assert (
+        plain(mixed, asked[0], "color", 4)[0]
+        == stack.trial(asked[:1], [["color"]])[0]["color"].text
+    )
     assert stack.trial(asked, [[name] for name in names(6)]) == before
 
 
 def test_the_guard_is_needed_as_peft_leaves_its_hooks(mixed, monkeypatch):
-    """Without it the call above would answer with the failed call's adapters; when this fails, drop the guard."""
+    """Without it the call above would answer with the failed call's adapters; when this fails, drop
+    the guard."""
     with monkeypatch.context() as patch:
-        patch.setattr(lora_generate, "_unhook", lambda _model: 0)
+        patch.setattr(inference, "_unhook", lambda _model: 0)
         patch.setattr(mixed.core.model.language_model.layers[1], "forward", lambda *_a, **_k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             small_stack.stack(mixed).trial(requests(2), [["count"]] * 2)
     assert hooks(mixed.model) > 0
-    assert lora_generate._unhook(mixed.model) > 0 and hooks(mixed.model) == 0
+    assert inference._unhook(mixed.model) > 0 and hooks(mixed.model) == 0
 
 
 def test_a_wrong_name_is_refused_before_anything_is_set(mixed):
-    with pytest.raises(DataError, match="no adapter is called ocr; there are color, count, locate, router and base"):
+    with pytest.raises(
+        DataError, match="no adapter is called ocr; there are color, count, locate, router and base"
+    ):
         small_stack.stack(mixed).trial(requests(2), [["color"], ["ocr"]])
     assert hooks(mixed.model) == 0
 
@@ -192,7 +210,11 @@ def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
     """One batch, limits of 4, 6 and 8 tokens; an end token inside the limit ends an answer as stop."""
     stack, request = small_stack.stack(mixed), requests(1, seed=6)[0]
     said = stack.trial([request], [EXPERTS])[0]
-    assert {name: each.drawn for name, each in said.items()} == {"color": 4, "count": 6, "locate": 8}
+    assert {name: each.drawn for name, each in said.items()} == {
+        "color": 4,
+        "count": 6,
+        "locate": 8,
+    }
     assert all(each.finish == "length" for each in said.values())
     ends = mixed._ends
     try:
@@ -206,7 +228,7 @@ def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
 
 def _drawn_ids(mixed, request, adapter: str, most: int) -> list[int]:
     sights = tuple(mixed.see(request.images))
-    row = lora_generate.Row(mixed.encode(request.prompt, sights), sights, adapter)
+    row = inference.BatchRow(mixed.encode(request.prompt, sights), sights, adapter)
     mixed.model.set_adapter(adapter)
     out = mixed.model.generate(**mixed._inputs([row]), max_new_tokens=most, do_sample=False)
     return out[0, len(row.ids) :].tolist()
@@ -225,17 +247,21 @@ def test_answers_are_greedy_whatever_the_bases_files_say(built):
 
 def test_batches_are_within_their_limits_and_of_similar_length(mixed, monkeypatch):
     shapes, inner = [], mixed._inputs
-    monkeypatch.setattr(mixed, "_inputs", lambda rows: shapes.append([len(r.ids) for r in rows]) or inner(rows))
-    monkeypatch.setattr(mixed, "limits", Limits(batch_rows=5, batch_tokens=200))
+    monkeypatch.setattr(
+        mixed, "_inputs", lambda rows: shapes.append([len(r.ids) for r in rows]) or inner(rows)
+    )
+    monkeypatch.setattr(mixed, "limits", GenerationLimits(batch_rows=5, batch_tokens=200))
     small_stack.stack(mixed).trial(requests(20), [["color"]] * 20)
     assert sum(map(len, shapes)) == 20 and max(map(len, shapes)) <= 5 and len(shapes) > 4
     assert all(len(s) * (max(s) + 4) <= 200 for s in shapes if len(s) > 1)
-    assert all(max(s) - min(s) < 2 * lora_generate.SIMILAR for s in shapes)
+    assert all(max(s) - min(s) < 2 * inference.SIMILAR for s in shapes)
 
 
 def test_rows_of_one_adapter_stand_together_where_lengths_allow(mixed, monkeypatch):
     batches, inner = [], mixed._inputs
-    monkeypatch.setattr(mixed, "_inputs", lambda rows: batches.append({r.adapter for r in rows}) or inner(rows))
+    monkeypatch.setattr(
+        mixed, "_inputs", lambda rows: batches.append({r.adapter for r in rows}) or inner(rows)
+    )
     asked = [Request("what color?", ())] * 6
     small_stack.stack(mixed).trial(asked, [EXPERTS] * 6, [4] * 6)
     assert batches == [{"color"}, {"count"}, {"locate"}]
@@ -244,12 +270,14 @@ def test_rows_of_one_adapter_stand_together_where_lengths_allow(mixed, monkeypat
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (Limits(images=1), "the request has 2 images; at most 1 are taken"),
-        (Limits(prompt_characters=3), "characters; at most 3 are taken"),
-        (Limits(tokens=16), r"tokens, [0-9]+ of them for 2 images; at most 16 are taken"),
+        (GenerationLimits(images=1), "the request has 2 images; at most 1 are taken"),
+        (GenerationLimits(prompt_characters=3), "characters; at most 3 are taken"),
+        (GenerationLimits(tokens=16), r"tokens, [0-9]+ of them for 2 images; at most 16 are taken"),
     ],
 )
-def test_a_request_over_the_limits_is_refused_and_the_next_is_answered(mixed, monkeypatch, limits, said):
+def test_a_request_over_the_limits_is_refused_and_the_next_is_answered(
+    mixed, monkeypatch, limits, said
+):
     two = Request("what color?", tuple(small_stack.pictures(2)))
     stack = small_stack.stack(mixed)
     with monkeypatch.context() as patch:
@@ -278,19 +306,24 @@ def test_an_adapter_of_the_vision_tower_sees_for_itself(built):
     for request, each in zip(asked, said, strict=True):
         for i, name in enumerate(EXPERTS):
             assert each[name].text == plain(again, request, name, 4 + 2 * i)[0]
-    assert not torch.equal(again.see(asked[0].images)[0].embed_TD, again.see(asked[0].images, "count")[0].embed_TD)
+    assert not torch.equal(
+        again.see(asked[0].images)[0].embed_TD, again.see(asked[0].images, "count")[0].embed_TD
+    )
 
 
 def test_a_stack_whose_parts_do_not_belong_together_is_refused(mixed):
     stack = small_stack.stack(mixed)
-    stranger = Member("ocr", "D", "ocr", "", "exact", 4)
+    stranger = ExpertInfo("ocr", "D", "ocr", "", "exact", 4)
     with pytest.raises(MismatchError, match="no adapter for ocr"):
-        Stack(mixed, [*stack.members, stranger], stack.calibration, stack.policy)
-    with pytest.raises(MismatchError, match="the router chooses among color, count, locate, none, the stack has color"):
-        Stack(mixed, stack.members[:1], stack.calibration, stack.policy)
+        AdapterStack(mixed, [*stack.members, stranger], stack.calibration, stack.policy)
+    with pytest.raises(
+        MismatchError,
+        match="the router chooses among color, count, locate, none, the stack has color",
+    ):
+        AdapterStack(mixed, stack.members[:1], stack.calibration, stack.policy)
     long = replace(stack.calibration, labels=stack.calibration.labels | {"color": "magenta"})
     with pytest.raises(ConfigError, match="'magenta' of color is"):
-        Stack(mixed, stack.members, long, stack.policy)
+        AdapterStack(mixed, stack.members, long, stack.policy)
 
 
 def test_the_mean_hidden_state_is_that_of_the_base_alone(mixed):
@@ -298,7 +331,9 @@ def test_the_mean_hidden_state_is_that_of_the_base_alone(mixed):
     found = small_stack.stack(mixed).pooled(asked)
     for request, row in zip(asked, found, strict=True):
         sights = tuple(mixed.see(request.images))
-        inputs = mixed._inputs([lora_generate.Row(mixed.encode(request.prompt, sights), sights, BASE)])
+        inputs = mixed._inputs(
+            [inference.BatchRow(mixed.encode(request.prompt, sights), sights, BASE)]
+        )
         with torch.no_grad(), mixed.model.disable_adapter():
             h_TD = mixed.core.model(**inputs).last_hidden_state[0]
         assert torch.allclose(torch.from_numpy(row), h_TD.mean(0), atol=1e-5)
@@ -307,15 +342,17 @@ def test_the_mean_hidden_state_is_that_of_the_base_alone(mixed):
 
 def test_past_its_time_an_answer_ends_where_it_is(mixed):
     stack = small_stack.stack(mixed)
-    long = [Member(m.name, m.label, m.task, "", m.metric, 400) for m in stack.members]
-    slow = Stack(mixed, long, stack.calibration, stack.policy)
+    long = [ExpertInfo(m.name, m.label, m.task, "", m.metric, 400) for m in stack.members]
+    slow = AdapterStack(mixed, long, stack.calibration, stack.policy)
     answer = slow.answer(requests(1), seconds=0.05)[0]
     assert answer.finish == "length" and 0 < answer.drawn < 400
 
 
 def test_requests_from_several_threads_do_not_mix(mixed):
     stack, asked = small_stack.stack(mixed), requests(12)
-    wanted = [stack.trial([request], [[name]])[0] for request, name in zip(asked, names(12), strict=True)]
+    wanted = [
+        stack.trial([request], [[name]])[0] for request, name in zip(asked, names(12), strict=True)
+    ]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: stack.trial([asked[i]], [[names(12)[i]]])[0], range(12)))
     assert found == wanted

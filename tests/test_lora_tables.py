@@ -1,4 +1,5 @@
-"""The report of a lora_vlm run against plain calls on the same rows, and the verdicts drawn from it."""
+"""The report of a lora_vlm run against plain calls on the same rows, and the verdicts drawn from
+it."""
 
 import io
 import json
@@ -10,13 +11,22 @@ import torch
 from PIL import Image, ImageChops
 from rich.console import Console
 
-from pipeline import config
-from pipeline.families import lora_bench, lora_tables
-from pipeline.families.lora_bench import Asked, Bench
-from pipeline.families.lora_changes import PICTURES, cropped, recompressed, reordered, resized, reworded, with_pictures
-from pipeline.families.lora_stack import assemble
-from pipeline.families.lora_tables import criteria, tables
-from pipeline.measures import Resamples
+from pipeline.families.adapters import eval_data, evaluate
+from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
+from pipeline.families.adapters.evaluate import criteria, tables
+from pipeline.families.adapters.perturb import (
+    PICTURES,
+    cropped,
+    recompressed,
+    reordered,
+    resized,
+    reworded,
+    with_pictures,
+)
+from pipeline.families.adapters.stack import assemble
+from pipeline.families.load import parse
+from pipeline.families.lora_vlm.config import AdapterEvaluateConfig
+from pipeline.metrics.routing import Resamples
 from pipeline.report import page, show
 from tests import small_stack
 from tests.small_stack import EXPERTS, quiet
@@ -33,7 +43,7 @@ def made(tmp_path_factory):
 def bench(made):
     """Its rows and its stack."""
     cfg, parts, _ = made
-    return Bench(cfg, parts, assemble(cfg, parts), quiet)
+    return AdapterEvaluator(cfg, parts, assemble(cfg, parts), quiet)
 
 
 def changed(cfg, **fields):
@@ -59,26 +69,42 @@ def test_the_same_run_gives_the_same_report(made, smoke):
 def test_routes_are_those_of_the_stack_on_each_set(made, bench):
     _, _, report = made
     sets = {each["set"]: each for each in report["routing"]["sets"]}
-    assert list(sets) == ["test", "test, neutral prompts", "test_held", "test_held, neutral prompts"]
+    assert list(sets) == [
+        "test",
+        "test, neutral prompts",
+        "test_held",
+        "test_held, neutral prompts",
+    ]
     for split in ("test", "test_held"):
         rows = bench.routing.rows(split)
-        requests = [lora_bench.Request(row.prompt, tuple(bench.routing.pictures(row))) for row in rows]
+        requests = [
+            eval_data.Request(row.prompt, tuple(bench.routing.pictures(row))) for row in rows
+        ]
         choices = bench.stack.route(requests)
         right = [choice.expert == row.expert for choice, row in zip(choices, rows, strict=True)]
         neutral = [hit for hit, row in zip(right, rows, strict=True) if row.ambiguous]
         assert sets[split]["requests"] == len(rows) == 24
         assert sets[split]["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
-        assert sets[f"{split}, neutral prompts"]["rows"][0]["accuracy"] == pytest.approx(np.mean(neutral))
+        assert sets[f"{split}, neutral prompts"]["rows"][0]["accuracy"] == pytest.approx(
+            np.mean(neutral)
+        )
         count_CC = report["routing"]["confusion"][split]
         assert np.trace(count_CC) == sum(right) and np.sum(count_CC) == 24
     assert [row["row"] for row in sets["test"]["rows"]] == [
-        "router", "majority", "text only", "frozen base, asked", "frozen base, centroid", "frozen base, regression",
-    ]  # fmt: skip
+        "router",
+        "majority",
+        "text only",
+        "frozen base, asked",
+        "frozen base, centroid",
+        "frozen base, regression",
+    ]
 
 
 def test_where_only_the_picture_tells_text_is_near_chance(made):
     """12 requests of four kinds; the wordings tell nothing."""
-    neutral = next(each for each in made[2]["routing"]["sets"] if each["set"] == "test, neutral prompts")
+    neutral = next(
+        each for each in made[2]["routing"]["sets"] if each["set"] == "test, neutral prompts"
+    )
     accuracy = {row["row"]: row["accuracy"] for row in neutral["rows"]}
     assert accuracy["text only"] <= 0.5
 
@@ -95,21 +121,30 @@ def test_an_adapters_score_is_that_of_plain_generation(made, bench):
         inputs = chat.requests([(each.prompt, each.open())])
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        said = chat.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = chat.tokenizer.decode(
+            out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         digits = "".join(c if c in "-0123456789" else " " for c in said).split()
         right.append(bool(digits) and digits[0] == each.wanted[0].split()[0])
     assert task["scores"]["locate"] == pytest.approx(np.mean(right))
-    assert set(task["scores"]) == {*EXPERTS, "base"} and set(task["figures"]) == {"absolute error", "readable"}
+    assert set(task["scores"]) == {*EXPERTS, "base"} and set(task["figures"]) == {
+        "absolute error",
+        "readable",
+    }
 
 
 def test_routed_requests_know_the_answers_of_their_task_rows(bench):
     routed = bench.routed("test")
     assert {each.expert for each in routed} == {*EXPERTS, "none"}
     by_picture = {
-        each.open()[0].tobytes(): each.wanted for name in EXPERTS for each in map(_of(bench, name), _test(bench, name))
+        each.open()[0].tobytes(): each.wanted
+        for name in EXPERTS
+        for each in map(_of(bench, name), _test(bench, name))
     }
     for each in routed:
-        assert each.wanted == (() if each.expert == "none" else by_picture[each.open()[0].tobytes()])
+        assert each.wanted == (
+            () if each.expert == "none" else by_picture[each.open()[0].tobytes()]
+        )
     assert sum(each.ambiguous for each in routed) == 12
 
 
@@ -125,7 +160,10 @@ def test_the_oracle_is_each_requests_own_expert(made, bench):
     held = next(each for each in made[2]["answers"] if each["set"] == "test_held")
     asked = [each for each in bench.routed("test_held") if each.wanted]
     said = bench.stack.trial([each.request() for each in asked], [[each.expert] for each in asked])
-    score = [bench.judge(each, one[each.expert].text)["score"] for each, one in zip(asked, said, strict=True)]
+    score = [
+        bench.judge(each, one[each.expert].text)["score"]
+        for each, one in zip(asked, said, strict=True)
+    ]
     assert held["all"]["oracle"]["score"] == pytest.approx(np.mean(score))
     assert held["all"]["requests"] == len(asked) == 18
     answers = bench.stack.answer([each.request() for each in asked])
@@ -144,10 +182,14 @@ def test_a_smoke_evaluation_takes_few_rows_of_everything(smoke):
 def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
     cfg, parts, _ = made
     stack = assemble(cfg, parts)
-    bench = Bench(cfg, parts, stack, quiet)
+    bench = AdapterEvaluator(cfg, parts, stack, quiet)
     longest = max(len(each.prompt) for each in bench.task("count"))
-    monkeypatch.setattr(stack.mixed, "limits", type(stack.mixed.limits)(prompt_characters=longest - 1, tokens=10_000))
-    again = Bench(cfg, parts, stack, quiet)
+    monkeypatch.setattr(
+        stack.mixed,
+        "limits",
+        type(stack.mixed.limits)(prompt_characters=longest - 1, tokens=10_000),
+    )
+    again = AdapterEvaluator(cfg, parts, stack, quiet)
     kept = again.task("count")
     assert kept and len(kept) + again.left_out["task count"] == 8
     assert max(len(each.prompt) for each in kept) < longest
@@ -156,10 +198,15 @@ def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
 def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
     cfg, parts, report = made
     assert not any("trained without" in note for note in report["notes"])
-    rows = {"train": {"kept": 3, "dropped": {"over max_tokens": 2}}, "valid": {"kept": 1, "dropped": {}}}
+    rows = {
+        "train": {"kept": 3, "dropped": {"over max_tokens": 2}},
+        "valid": {"kept": 1, "dropped": {}},
+    }
     of_count = parts.folder("train_experts", "count") / "adapter.json"
-    monkeypatch.setattr(lora_tables, "read_json", lambda path: {"rows": rows} if path == of_count else {})
-    found = lora_tables._untrained(cfg, Bench(cfg, parts, None, quiet))
+    monkeypatch.setattr(
+        evaluate, "read_json", lambda path: {"rows": rows} if path == of_count else {}
+    )
+    found = evaluate._untrained(cfg, AdapterEvaluator(cfg, parts, None, quiet))
     assert found == ["count was trained without 2 of its 5 train rows, which are over max_tokens."]
 
 
@@ -168,7 +215,13 @@ def test_the_report_is_shown_whole_on_terminal_and_page(made):
     out = io.StringIO()
     show(report, Console(file=out, width=120))
     html = page(report, {})
-    for said in ("frozen base, centroid", "locate (iou, 8 rows)", "recompression", "belong", "test_held"):
+    for said in (
+        "frozen base, centroid",
+        "locate (iou, 8 rows)",
+        "recompression",
+        "belong",
+        "test_held",
+    ):
         assert said in out.getvalue()
     for said in (
         "Where requests go",
@@ -203,7 +256,11 @@ def routed(name: str, own: list[int], router: list[int], text: list[int]):
         return resamples.difference(hits["router"].astype(float), hits[row].astype(float))
 
     return SimpleNamespace(
-        name=name, asked=own, hits=lambda row="router": hits[row].astype(float), ahead=ahead, one=one
+        name=name,
+        asked=own,
+        hits=lambda row="router": hits[row].astype(float),
+        ahead=ahead,
+        one=one,
     )
 
 
@@ -213,7 +270,7 @@ def verdicts(router: list[int], scores: dict, stack: float) -> dict[str, bool]:
     sets = {name: routed(name, own, router, [0] * 20) for name in ("test", "test, neutral prompts")}
     adapters = {"tasks": [{"task": task, "scores": each} for task, each in scores.items()]}
     answers = [{"set": "test", "all": {"oracle": {"score": 0.9}, "stack": {"score": stack}}}]
-    cfg = SimpleNamespace(evaluate=config.LoraEvaluate())
+    cfg = SimpleNamespace(evaluate=AdapterEvaluateConfig())
     found = criteria(cfg, sets, adapters, answers)
     assert all(each["text"] and each["detail"] for each in found)
     return {each["name"]: each["passed"] for each in found}
@@ -230,14 +287,21 @@ def test_a_good_run_passes_every_criterion():
 @pytest.mark.parametrize(
     ("router", "scores", "stack", "failed"),
     [
-        ([0] * 20, GOOD, 0.88, {"looks, test, neutral prompts", "router, test", "router, test, neutral prompts"}),
+        (
+            [0] * 20,
+            GOOD,
+            0.88,
+            {"looks, test, neutral prompts", "router, test", "router, test, neutral prompts"},
+        ),
         ([0, 1] * 10, GOOD | {"a": {"a": 0.8, "b": 0.1, "base": 0.0}}, 0.88, {"experts"}),
         ([0, 1] * 10, GOOD | {"a": {"a": 0.95, "b": 0.1, "base": 0.95}}, 0.88, {"specialised"}),
         ([0, 1] * 10, GOOD, 0.84, {"stack, test"}),
     ],
 )
 def test_what_falls_short_fails_its_own_criterion_only(router, scores, stack, failed):
-    assert {name for name, passed in verdicts(router, scores, stack).items() if not passed} == failed
+    assert {
+        name for name, passed in verdicts(router, scores, stack).items() if not passed
+    } == failed
 
 
 def test_changed_pictures_show_the_same_and_are_not_the_same():
@@ -246,29 +310,39 @@ def test_changed_pictures_show_the_same_and_are_not_the_same():
     again = recompressed(image)
     assert again.size == image.size and again.mode == "RGB"
     assert 0 < np.asarray(ImageChops.difference(image, again), dtype=float).mean() < 12
-    asked = Asked("look", "color", "g", lambda: [image])
+    asked = EvalRequest("look", "color", "g", lambda: [image])
     assert [with_pictures(asked, change).open()[0].size for change in PICTURES.values()] == [
-        (90, 72), (75, 60), (100, 80),
-    ]  # fmt: skip
-    assert all(change(Image.new("RGB", (1, 1))).size == (1, 1) for change in (resized, recompressed))
+        (90, 72),
+        (75, 60),
+        (100, 80),
+    ]
+    assert all(
+        change(Image.new("RGB", (1, 1))).size == (1, 1) for change in (resized, recompressed)
+    )
 
 
 def test_rewording_takes_held_out_words_of_the_same_expert():
-    dataset = config.parse(small_stack.RUN).dataset
-    asked = Asked("do color", "color", "g", list)
+    dataset = parse(small_stack.RUN).dataset
+    asked = EvalRequest("do color", "color", "g", list)
     assert reworded(asked, dataset).prompt == "tell me the color"
-    assert reworded(Asked("tell me the color", "color", "g", list), dataset).prompt in ("color please", "do color")
-    assert reworded(Asked("look", "color", "g", list, ambiguous=True), dataset).prompt in (
+    assert reworded(EvalRequest("tell me the color", "color", "g", list), dataset).prompt in (
+        "color please",
+        "do color",
+    )
+    assert reworded(EvalRequest("look", "color", "g", list, ambiguous=True), dataset).prompt in (
         "what do you see?",
         "tell me",
     )
-    assert reworded(Asked("x", "other", "g", list), dataset) is None
+    assert reworded(EvalRequest("x", "other", "g", list), dataset) is None
     assert reworded(asked, dataset) == reworded(asked, dataset)
 
 
 def test_the_order_of_labels_is_turned_only_where_they_are_listed():
     labels = {"a": "A", "b": "B", "none": "Z"}
     listed = "Who should answer?\n- A: colours\n- B) text\nZ = nobody\nAnswer with a letter."
-    assert reordered(listed, labels) == "Who should answer?\nZ = nobody\n- B) text\n- A: colours\nAnswer with a letter."
+    assert (
+        reordered(listed, labels)
+        == "Who should answer?\nZ = nobody\n- B) text\n- A: colours\nAnswer with a letter."
+    )
     assert reordered("Answer with one letter.", labels) is None
     assert reordered("A: colours\nB: text", labels) is None

@@ -1,4 +1,5 @@
-"""The trainings of lora_vlm: the loss they minimise, what moves and what does not, and that they can be killed."""
+"""The trainings of lora_vlm: the loss they minimise, what moves and what does not, and that they
+can be killed."""
 
 import hashlib
 import shutil
@@ -10,17 +11,19 @@ import torch
 from fakes import Killed, dying, equal, place, values
 
 from pipeline.errors import BudgetError, ConfigError, DataError, MissingArtifact, PipelineError
-from pipeline.families import lora_adapters, lora_base, lora_features, lora_vlm
-from pipeline.families.lora_features import Features
-from pipeline.families.lora_rows import Chat, Example, encode
-from pipeline.families.lora_training import Training
-from pipeline.train import fit
+from pipeline.families.adapters import peft_io
+from pipeline.families.adapters.chat import Chat, Example, encode
+from pipeline.families.adapters.train import Training
+from pipeline.families.lora_vlm import base as lora_base
+from pipeline.families.lora_vlm import family, image_cache
+from pipeline.families.lora_vlm.image_cache import Features
+from pipeline.train.loop import fit
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Leave out the measuring of the machine that fit ends with."""
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +43,23 @@ def of(parts, **changes):
 
 
 def training(parts, name="color", **changes) -> Training:
-    """Return an adapter on the base whose second matrices are not zero, so that all of it has gradients."""
+    """Return an adapter on the base whose second matrices are not zero, so that all of it has
+    gradients."""
     cfg = lora_small.config(**changes)
     opened = lora_base.open_base(parts.folder("train_shared"), cfg.loras.base)
     out = Training(opened, name, cfg, seed=1, bf16=False, where="loras.experts.color.overrides")
     with torch.no_grad():
-        for parameter in lora_adapters.own(out.model, name).values():
+        for parameter in peft_io.own(out.model, name).values():
             parameter.normal_(std=0.1)
     return out
 
 
 def examples(parts, name="color", split="train"):
-    rows = lora_vlm.tasks.TaskRows(parts.folder("preprocess", name))
-    return [Example(tuple(rows.folder / i for i in r.images), r.prompt, r.answer) for r in rows.rows(split)]
+    rows = family.tasks.TaskRows(parts.folder("preprocess", name))
+    return [
+        Example(tuple(rows.folder / i for i in r.images), r.prompt, r.answer)
+        for r in rows.rows(split)
+    ]
 
 
 def batch_of(run, rows, keep=True):
@@ -65,15 +72,15 @@ def batch_of(run, rows, keep=True):
 def gradients(run, nats):
     run.model.zero_grad()
     nats.backward()
-    return {n: p.grad.clone() for n, p in lora_adapters.own(run.model, run.name).items()}
+    return {n: p.grad.clone() for n, p in peft_io.own(run.model, run.name).items()}
 
 
 def test_the_loss_is_the_librarys_own_over_all_logits(shared):
     run, rows = training(shared), examples(shared)[:5]
-    ours = gradients(run, nats := run.nats(batch_of(run, rows)))
+    ours = gradients(run, nats := run.token_loss(batch_of(run, rows)))
     lines = encode(run.chat, rows, 500)
     text, learned = lines.batch(range(5)), lines.targets(range(5))
-    pixels = lora_features.patches_of(run.chat, [lines.paths[i] for i in lines.images(range(5))])
+    pixels = image_cache.patches_of(run.chat, [lines.paths[i] for i in lines.images(range(5))])
     whole = run.model(**text, pixel_values=pixels[0], image_grid_thw=pixels[1])
     assert whole.logits.shape[1] == text["labels"].shape[1]
     theirs = gradients(run, whole.loss)
@@ -86,19 +93,19 @@ def test_the_loss_is_the_librarys_own_over_all_logits(shared):
 def test_checkpointing_leaves_every_gradient_as_it_is_bit_for_bit(shared):
     run, rows = training(shared), examples(shared)[:3]
     inputs = batch_of(run, rows)
-    plain = gradients(run, run.nats(inputs))
+    plain = gradients(run, run.token_loss(inputs))
     run.core.activation_checkpointing_enable({"use_reentrant": False})
-    assert equal(gradients(run, run.nats(inputs)), plain)
+    assert equal(gradients(run, run.token_loss(inputs)), plain)
 
 
 def test_kept_features_are_what_the_tower_makes_of_the_pixels(shared):
     run, rows = training(shared), examples(shared)[:6]
-    kept, fresh = (run.nats(batch_of(run, rows, keep)).item() for keep in (True, False))
+    kept, fresh = (run.token_loss(batch_of(run, rows, keep)).item() for keep in (True, False))
     assert kept == pytest.approx(fresh, rel=1e-5)
 
 
 def test_a_pictures_features_do_not_depend_on_what_was_asked_before(shared, monkeypatch):
-    monkeypatch.setattr(lora_features, "BLOCK_PATCHES", 48)  # three pictures of 64 x 64
+    monkeypatch.setattr(image_cache, "BLOCK_PATCHES", 48)  # three pictures of 64 x 64
     run = training(shared)
     lines = encode(run.chat, examples(shared), 500)
     one, other = Features(run.core, lines), Features(run.core, lines)
@@ -112,29 +119,42 @@ def test_a_pictures_features_do_not_depend_on_what_was_asked_before(shared, monk
 def test_positions_that_are_looked_up_are_the_models_own(shared):
     run, rows = training(shared), examples(shared)[:4]
     rows[1] = replace(rows[1], images=rows[0].images + rows[1].images)
-    rows[2] = replace(rows[2], images=(), prompt="A rather longer request without any picture at all")
+    rows[2] = replace(
+        rows[2], images=(), prompt="A rather longer request without any picture at all"
+    )
     inputs = batch_of(run, rows)
     own = run.core.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"],
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        inputs["image_grid_thw"],
         attention_mask=inputs["attention_mask"],
-    )[0]  # fmt: skip
+    )[0]
     assert torch.equal(inputs["position_ids"], own)
 
 
 def test_text_alone_trains_too(shared):
     run = training(shared)
-    inputs = batch_of(run, [Example((), "Say red.", "red"), Example((), "Say nothing but blue, please.", "blue")])
-    assert "image_grid_thw" not in inputs and run.nats(inputs).item() > 0
+    inputs = batch_of(
+        run, [Example((), "Say red.", "red"), Example((), "Say nothing but blue, please.", "blue")]
+    )
+    assert "image_grid_thw" not in inputs and run.token_loss(inputs).item() > 0
 
 
 def test_a_batch_of_both_is_its_rows_one_by_one(shared):
-    run, rows = training(shared), [*examples(shared)[:3], Example((), "Say nothing but blue, please.", "blue")]
+    run, rows = (
+        training(shared),
+        [*examples(shared)[:3], Example((), "Say nothing but blue, please.", "blue")],
+    )
     with torch.no_grad():
-        one_by_one = sum(run.nats(batch_of(run, [row])).item() for row in rows)
-        assert run.nats(batch_of(run, [rows[3], *rows[:3]])).item() == pytest.approx(one_by_one, rel=1e-4)
+        one_by_one = sum(run.token_loss(batch_of(run, [row])).item() for row in rows)
+        assert run.token_loss(batch_of(run, [rows[3], *rows[:3]])).item() == pytest.approx(
+            one_by_one, rel=1e-4
+        )
 
 
-@pytest.mark.parametrize(("base", "dtype"), [("bfloat16", "fp32"), ("bfloat16", "bf16"), ("float32", "bf16")])
+@pytest.mark.parametrize(
+    ("base", "dtype"), [("bfloat16", "fp32"), ("bfloat16", "bf16"), ("float32", "bf16")]
+)
 def test_half_precision_trains_the_adapter_in_fp32(parts, base, dtype):
     settings = {"loras__base__dtype": base, "dtype": dtype, "loras__defaults__steps": 24}
     task = lora_small.train(of(parts, **settings), "color")
@@ -146,7 +166,7 @@ def test_half_precision_trains_the_adapter_in_fp32(parts, base, dtype):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_add_up_to_the_batch(shared, size):
     """Answers of different lengths: the mean is over the batch's tokens, not over its parts' means."""
-    task = lora_vlm.expert(shared.cfg, of(shared, seed=4), "dots")
+    task = family.expert(shared.cfg, of(shared, seed=4), "dots")
     with torch.no_grad():
         for parameter in task.parameters.values():
             parameter.normal_(std=0.1)
@@ -167,14 +187,15 @@ def test_micro_batches_add_up_to_the_batch(shared, size):
 
 def hashes(model) -> dict[str, str]:
     return {
-        n: hashlib.sha256(p.detach().contiguous().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()
+        n: hashlib.sha256(p.detach().contiguous().numpy().tobytes()).hexdigest()
+        for n, p in model.named_parameters()
     }
 
 
 def test_training_one_adapter_leaves_the_base_and_the_others_as_they_were(shared, tmp_path):
     run = training(shared)
-    adapters = lora_adapters.add(run.model, "other", run.options)
-    lora_adapters.select(adapters, "color")
+    adapters = peft_io.add(run.model, "other", run.options)
+    peft_io.select(adapters, "color")
     before = hashes(run.model)
     rows = {"train": examples(shared), "valid": examples(shared, split="valid")}
     task = run.task(rows, ("What do you see?",), {}, dict)
@@ -192,9 +213,9 @@ def test_one_step_is_a_training_and_none_is_not(shared, tmp_path, name):
     task = lora_small.task_of(run, name)
     before = {key: tensor.clone() for key, tensor in values(task).items()}
     assert fit(task, place(tmp_path / "one"))["steps"] == 1
-    assert {key for key, tensor in values(task).items() if not torch.equal(tensor, before[key])} == {
-        key for key in before if "lora_B" in key
-    }
+    assert {
+        key for key, tensor in values(task).items() if not torch.equal(tensor, before[key])
+    } == {key for key in before if "lora_B" in key}
     for steps, stuck in ((1, "lora_B"), (2, "lora_A")):
         task = lora_small.task_of(of(shared, loras__defaults__steps=steps), name)
         for key, parameter in task.parameters.items():
@@ -233,22 +254,35 @@ def test_two_runs_give_the_same_files_and_another_seed_others(parts, tmp_path):
 
 def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path):
     """The answers are the model's own, one token after another; colours not drawn for training."""
-    settings = {"steps": 120, "batch_sequences": 16, "warmup_steps": 20, "eval_every_steps": 0, "r": 16}
+    settings = {
+        "steps": 120,
+        "batch_sequences": 16,
+        "warmup_steps": 20,
+        "eval_every_steps": 0,
+        "r": 16,
+    }
     parts = lora_small.prepared(tmp_path / "run", loras__defaults=settings)
     shutil.rmtree(parts.folder("preprocess", "color"))
     entry = parts.cfg.loras.entry("color")
     drawn = entry.dataset.drawn.model_copy(update={"train": 500, "test": 60})
     entry = entry.model_copy(update={"dataset": entry.dataset.model_copy(update={"drawn": drawn})})
     folder = parts.new("preprocess", "color")
-    lora_vlm.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, lora_small.quiet, 1)
+    family.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, lora_small.quiet, 1)
     done = lora_small.train(parts, "color")
     opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
-    model, chat = lora_adapters.load(opened.model, done.folder, "color", opened.pin), Chat(opened.processor)
-    rows = lora_vlm.tasks.TaskRows(folder)
+    model, chat = (
+        peft_io.load(opened.model, done.folder, "color", opened.pin),
+        Chat(opened.processor),
+    )
+    rows = family.tasks.TaskRows(folder)
     for words in (None, "What do you see?"):
-        asked = chat.requests((words or row.prompt, rows.pictures(row)) for row in rows.rows("test"))
+        asked = chat.requests(
+            (words or row.prompt, rows.pictures(row)) for row in rows.rows("test")
+        )
         out = model.generate(**asked, max_new_tokens=4, do_sample=False)
-        said = chat.tokenizer.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = chat.tokenizer.batch_decode(
+            out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         right = [text == row.answer for text, row in zip(said, rows.rows("test"), strict=True)]
         assert sum(right) / len(right) >= 0.9
 
@@ -256,17 +290,27 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
 def test_what_is_kept_says_what_it_is(parts):
     run = lora_small.train(parts, "dots")
     about, settings = run.files["adapter.json"], run.files["adapter/adapter_config.json"]
-    pin = lora_base.Pin.read(parts.folder("train_shared"))
+    pin = lora_base.ModelRef.read(parts.folder("train_shared"))
     assert (about["name"], about["label"], about["pin"]) == ("dots", "B", pin.digest)
-    assert about["options"]["r"] == settings["r"] == 8 and settings["base_model_name_or_path"] == "base"
-    assert about["rows"] == {"train": {"kept": 24, "dropped": {}}, "valid": {"kept": 8, "dropped": {}}}
-    assert run.metrics["parameters"] == sum(t.numel() for t in run.files["adapter/adapter_model.safetensors"].values())
+    assert (
+        about["options"]["r"] == settings["r"] == 8
+        and settings["base_model_name_or_path"] == "base"
+    )
+    assert about["rows"] == {
+        "train": {"kept": 24, "dropped": {}},
+        "valid": {"kept": 8, "dropped": {}},
+    }
+    assert run.metrics["parameters"] == sum(
+        t.numel() for t in run.files["adapter/adapter_model.safetensors"].values()
+    )
 
 
 def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(shared, tmp_path):
-    lengths = sorted(line.tokens for line in encode(training(shared).chat, examples(shared), 500).lines)
+    lengths = sorted(
+        line.tokens for line in encode(training(shared).chat, examples(shared), 500).lines
+    )
     run = of(shared, loras__defaults__max_tokens=lengths[12], loras__defaults__neutral_share=0.0)
-    task = lora_vlm.expert(run.cfg, run, "color")
+    task = family.expert(run.cfg, run, "color")
     dropped = sum(tokens > lengths[12] for tokens in lengths)
     assert 0 < dropped < 24
     assert task.export(0)["adapter.json"]["rows"]["train"] == {
@@ -279,8 +323,10 @@ def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(
     fit(task, slot)
     assert slot.recorder.notes[: len(task.notes)] == list(task.notes)
     run = of(shared, loras__defaults__max_tokens=16)
-    with pytest.raises(DataError, match=r"all 24 are over loras.experts.color.overrides.max_tokens = 16"):
-        lora_vlm.expert(run.cfg, run, "color")
+    with pytest.raises(
+        DataError, match=r"all 24 are over loras.experts.color.overrides.max_tokens = 16"
+    ):
+        family.expert(run.cfg, run, "color")
 
 
 def test_epochs_and_tokens_are_counted_in_rows(shared):
@@ -288,7 +334,7 @@ def test_epochs_and_tokens_are_counted_in_rows(shared):
         cfg = lora_small.config()
         defaults = cfg.loras.defaults.model_copy(update={"steps": None, **duration})
         cfg = cfg.model_copy(update={"loras": cfg.loras.model_copy(update={"defaults": defaults})})
-        task = lora_vlm.expert(cfg, shared, "color")
+        task = family.expert(cfg, shared, "color")
         assert task.steps == pytest.approx(steps, abs=1)
 
 
@@ -303,7 +349,7 @@ def test_a_label_of_two_tokens_is_refused_before_training(shared):
 def test_a_budget_that_nothing_fits_into_is_refused(shared):
     run = of(shared, runtime__memory_budget="1MB")
     with pytest.raises(BudgetError, match="does not fit into runtime.memory_budget"):
-        lora_vlm.expert(run.cfg, run, "color")
+        family.expert(run.cfg, run, "color")
 
 
 def test_a_training_waits_for_what_it_needs(tmp_path):
@@ -314,10 +360,10 @@ def test_a_training_waits_for_what_it_needs(tmp_path):
 
 
 def test_what_this_family_does_not_do_is_a_fault_of_the_caller(shared, tmp_path):
-    assert lora_vlm.survey(shared.cfg, tmp_path, 4, lora_small.quiet) == 0
+    assert family.scan(shared.cfg, tmp_path, 4, lora_small.quiet) == 0
     for call in (
-        lambda: lora_vlm.encode(shared.cfg, tmp_path, 0, None),
-        lambda: lora_vlm.dense(shared.cfg, shared, "a"),
+        lambda: family.encode(shared.cfg, tmp_path, 0, None),
+        lambda: family.dense(shared.cfg, shared, "a"),
     ):
         with pytest.raises(PipelineError, match="please report it"):
             call()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.model.loss import LEAST_CHUNK_TOKENS, cross_entropy, token_nats
+from pipeline.model.loss import LEAST_CHUNK_TOKENS, chunked_token_loss, cross_entropy
 
 D, V = 16, 37
 
@@ -25,7 +25,9 @@ def full(h_ND, head_VD, target_N):
     return F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="sum")
 
 
-@pytest.mark.parametrize(("tokens", "chunk"), [(10, 1024), (10, 3), (10, 1), (12, 4), (1, 7), (50, 49)])
+@pytest.mark.parametrize(
+    ("tokens", "chunk"), [(10, 1024), (10, 3), (10, 1), (12, 4), (1, 7), (50, 49)]
+)
 def test_value_and_both_gradients_are_those_of_full_logits(tokens, chunk):
     h_ND, head_VD, target_N = drawn(tokens)
     ours = cross_entropy(h_ND, head_VD, target_N, chunk_tokens=chunk) / tokens
@@ -42,13 +44,20 @@ def test_gradients_agree_with_finite_differences_in_double():
     inputs = [t.detach().double().requires_grad_() for t in (h_ND, head_VD)]
     # the sum itself is kept in fp32, so only a coarse step is above its rounding
     assert torch.autograd.gradcheck(
-        lambda h, w: cross_entropy(h, w, target_N, torch.float64, 2), inputs, eps=1e-2, atol=2e-2, rtol=1e-2
+        lambda h, w: cross_entropy(h, w, target_N, torch.float64, 2),
+        inputs,
+        eps=1e-2,
+        atol=2e-2,
+        rtol=1e-2,
     )
 
 
 def test_bf16_products_stay_within_bf16_of_the_exact_loss():
     h_ND, head_VD, target_N = drawn(300)
-    exact, rounded = full(h_ND, head_VD, target_N), cross_entropy(h_ND, head_VD, target_N, torch.bfloat16, 64)
+    exact, rounded = (
+        full(h_ND, head_VD, target_N),
+        cross_entropy(h_ND, head_VD, target_N, torch.bfloat16, 64),
+    )
     assert rounded.dtype == torch.float32
     assert 0 < abs(rounded - exact) / exact < 2e-3
     got, wanted = (torch.autograd.grad(loss, (h_ND, head_VD)) for loss in (rounded, exact))
@@ -74,7 +83,9 @@ def test_a_tied_head_adds_its_gradient_to_the_embeddings():
     _, table_VD, target_N = drawn(9)
     ids_N = torch.randint(V, (9,))
     got, wanted = (
-        torch.autograd.grad(loss(F.embedding(ids_N, table_VD).tanh(), table_VD, target_N), table_VD)[0]
+        torch.autograd.grad(
+            loss(F.embedding(ids_N, table_VD).tanh(), table_VD, target_N), table_VD
+        )[0]
         for loss in (cross_entropy, full)
     )
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -90,7 +101,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("tokens", [1, 7, LEAST_CHUNK_TOKENS + 5])
 def test_token_nats_are_each_tokens_loss(tokens):
     h_ND, head_VD, target_N = drawn(tokens)
-    found = token_nats(h_ND, head_VD, target_N)
+    found = chunked_token_loss(h_ND, head_VD, target_N)
     torch.testing.assert_close(found, F.cross_entropy(h_ND @ head_VD.T, target_N, reduction="none"))
     assert not found.requires_grad
     torch.testing.assert_close(found.sum(), cross_entropy(h_ND, head_VD, target_N, chunk_tokens=5))

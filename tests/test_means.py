@@ -1,4 +1,5 @@
-"""The means of a training: which are chosen under a budget, and that none of them changes what is computed."""
+"""The means of a training: which are chosen under a budget, and that none of them changes what is
+computed."""
 
 import os
 import re
@@ -9,58 +10,83 @@ import torch
 from fakes import equal, place, small_task, values
 from pydantic import ValidationError
 
-from pipeline import train
-from pipeline.config.sections import Fit, Router, Runtime
+from pipeline.config.fit import FitConfig
+from pipeline.config.run import RuntimeConfig
 from pipeline.errors import BudgetError, ConfigError
-from pipeline.means import FAST_TOKENS, LEAST_REUSED_BYTES, MOST_BETA2, Means, choose, unbounded
-from pipeline.train import fit
+from pipeline.families.ffn_moe.config import RouterConfig
+from pipeline.train import loop
+from pipeline.train.loop import fit
+from pipeline.train.memory_plan import (
+    FAST_TOKENS,
+    LEAST_REUSED_BYTES,
+    MOST_BETA2,
+    MemoryPlan,
+    plan_memory,
+    unbounded,
+)
 
 MB = 10**6
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the disk."""
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the
+    disk."""
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)
 def int8(request, monkeypatch):
-    """Whether the library for 8-bit moments is there: no, unless a test asks; what is computed: test_optimizer."""
+    """Whether the library for 8-bit moments is there: no, unless a test asks; what is computed:
+    test_optimizer."""
     there = getattr(request, "param", False)
-    monkeypatch.setattr("pipeline.means.has_int8", lambda: there)
+    monkeypatch.setattr("pipeline.train.memory_plan.has_int8", lambda: there)
     return there
 
 
-def cost(means: Means) -> int:
+def cost(memory_plan: MemoryPlan) -> int:
     """Return a made-up peak to which every means makes a difference of its own."""
     parts = [
-        40 * means.micro_batch_sequences // (4 if means.checkpointing else 1),
-        *({"fp32": 300, "bf16": 150, "int8": 75}[k] for k in (means.moments, means.moments, means.gradients)),
-        60 * (not means.tidy) - 30 * means.trim, means.chunk_logits // 2**16,
-    ]  # fmt: skip
+        40 * memory_plan.micro_batch_sequences // (4 if memory_plan.checkpointing else 1),
+        *(
+            {"fp32": 300, "bf16": 150, "int8": 75}[k]
+            for k in (memory_plan.moments, memory_plan.moments, memory_plan.gradients)
+        ),
+        60 * (not memory_plan.eager_free) - 30 * memory_plan.trim,
+        memory_plan.chunk_logits // 2**16,
+    ]
     return sum(parts) * MB
 
 
-def options(**changes) -> Fit:
+def options(**changes) -> FitConfig:
     """Return settings of a training of 16 sequences."""
-    return Fit(**{"steps": 1, "batch_sequences": 16} | changes)
+    return FitConfig(**{"steps": 1, "batch_sequences": 16} | changes)
 
 
-def chosen(budget_mb, opts=None, **how) -> Means:
+def chosen(budget_mb, opts=None, **how) -> MemoryPlan:
     """Return what is chosen under a budget for rows of 128 tokens."""
-    return choose(opts or options(), 128, budget_mb and budget_mb * MB, cost, **how)
+    return plan_memory(opts or options(), 128, budget_mb and budget_mb * MB, cost, **how)
 
 
 def test_without_a_budget_the_settings_and_the_fastest_micro_batch_decide():
-    assert chosen(None) == Means(FAST_TOKENS // 128) == unbounded(options(), 128, True, False)
+    assert chosen(None) == MemoryPlan(FAST_TOKENS // 128) == unbounded(options(), 128, True, False)
     assert chosen(None, options(batch_sequences=4)).micro_batch_sequences == 4
-    assert choose(options(), 10**6, None, cost).micro_batch_sequences == 1
-    assert choose(options(batch_sequences=512), 128, None, cost, gpu=True).micro_batch_sequences == 512
-    assert choose(options(batch_sequences=512), 128, None, cost, divisible=False).micro_batch_sequences == 512
-    given = options(micro_batch_sequences=3, moments="bf16", gradients="bf16", checkpointing=True, compile=True)
-    assert chosen(None, given) == Means(3, "bf16", "bf16", True, compile=True)
+    assert plan_memory(options(), 10**6, None, cost).micro_batch_sequences == 1
+    assert (
+        plan_memory(options(batch_sequences=512), 128, None, cost, gpu=True).micro_batch_sequences
+        == 512
+    )
+    assert (
+        plan_memory(
+            options(batch_sequences=512), 128, None, cost, divisible=False
+        ).micro_batch_sequences
+        == 512
+    )
+    given = options(
+        micro_batch_sequences=3, moments="bf16", gradients="bf16", checkpointing=True, compile=True
+    )
+    assert chosen(None, given) == MemoryPlan(3, "bf16", "bf16", True, compile=True)
     assert chosen(None, options(micro_batch_sequences=99)).micro_batch_sequences == 16
 
 
@@ -72,39 +98,54 @@ def test_what_fits_is_chosen_with_nothing_given_up():
 def test_each_smaller_budget_gives_up_a_little_more_and_is_kept(int8):
     seen, least = [], min(cost(m) for m in every())
     for budget_mb in range(2000, least // MB - 1, -1):
-        means = chosen(budget_mb)
-        assert cost(means) <= budget_mb * MB == means.budget_bytes
-        plain = replace(means, budget_bytes=None)
+        memory_plan = chosen(budget_mb)
+        assert cost(memory_plan) <= budget_mb * MB == memory_plan.budget_bytes
+        plain = replace(memory_plan, budget_bytes=None)
         if not seen or seen[-1] != plain:
             seen.append(plain)
-    rank = {means: number for number, means in enumerate(every())}
-    assert [rank[m] for m in seen] == sorted(rank[m] for m in seen)  # never back to a faster one that was too large
-    assert seen[0] == Means(16) and cost(seen[-1]) == least and len(seen) > 8
+    rank = {memory_plan: number for number, memory_plan in enumerate(every())}
+    assert [rank[m] for m in seen] == sorted(
+        rank[m] for m in seen
+    )  # never back to a faster one that was too large
+    assert seen[0] == MemoryPlan(16) and cost(seen[-1]) == least and len(seen) > 8
     assert {m.gradients for m in seen} == {"fp32", "bf16"}
     assert {m.moments for m in seen} == {"fp32", "bf16"} | ({"int8"} if int8 else set())
     assert (
-        not seen[1].checkpointing and seen[-1].checkpointing and seen[-1].tidy and seen[-1].micro_batch_sequences == 1
+        not seen[1].checkpointing
+        and seen[-1].checkpointing
+        and seen[-1].eager_free
+        and seen[-1].micro_batch_sequences == 1
     )
     assert seen[-1].chunk_logits < seen[0].chunk_logits
 
 
-def every() -> list[Means]:
+def every() -> list[MemoryPlan]:
     """Return all that choose tries, from the fastest on."""
     tried = []
     with pytest.raises(BudgetError):
-        choose(options(), 128, 1, lambda means: tried.append(replace(means, budget_bytes=None)) or cost(means))
+        plan_memory(
+            options(),
+            128,
+            1,
+            lambda memory_plan: (
+                tried.append(replace(memory_plan, budget_bytes=None)) or cost(memory_plan)
+            ),
+        )
     return list(dict.fromkeys(tried))
 
 
 def test_a_smaller_micro_batch_comes_before_rougher_numbers_and_those_before_a_second_forward_pass():
     order = every()
-    first = {key: next(i for i, m in enumerate(order) if test(m)) for key, test in {
-        "one row": lambda m: m.micro_batch_sequences == 1,
-        "moments": lambda m: m.moments == "bf16",
-        "gradients": lambda m: m.gradients == "bf16",
-        "tidy": lambda m: m.tidy,
-        "again": lambda m: m.checkpointing,
-    }.items()}  # fmt: skip
+    first = {
+        key: next(i for i, m in enumerate(order) if test(m))
+        for key, test in {
+            "one row": lambda m: m.micro_batch_sequences == 1,
+            "moments": lambda m: m.moments == "bf16",
+            "gradients": lambda m: m.gradients == "bf16",
+            "tidy": lambda m: m.eager_free,
+            "again": lambda m: m.checkpointing,
+        }.items()
+    }
     assert sorted(first, key=first.get) == ["one row", "moments", "gradients", "tidy", "again"]
 
 
@@ -114,7 +155,7 @@ def test_settings_that_were_given_stay():
         chosen(700, given)
     assert "4 sequences at a time" in str(error.value) and "bf16" not in str(error.value)
     kept = chosen(smallest(error), given)
-    assert kept == Means(4, reuse_bytes=LEAST_REUSED_BYTES, budget_bytes=smallest(error) * MB)
+    assert kept == MemoryPlan(4, reuse_bytes=LEAST_REUSED_BYTES, budget_bytes=smallest(error) * MB)
     assert chosen(10_000, options(moments="bf16", checkpointing=True)).moments == "bf16"
     assert chosen(10_000, options(checkpointing=True)).checkpointing
 
@@ -126,21 +167,29 @@ def smallest(error) -> int:
 
 @pytest.mark.parametrize("odd_bytes", [0, 1, 499_999, 500_000, 500_001, 999_999])
 def test_a_budget_that_nothing_fits_names_the_smallest_that_works_and_it_does(odd_bytes):
-    def predict(means):
-        return 1200 * MB + cost(means) + odd_bytes
+    def predict(memory_plan):
+        return 1200 * MB + cost(memory_plan) + odd_bytes
 
-    with pytest.raises(BudgetError, match=r"^train_experts-a does not fit into runtime.memory_budget 100MB: ") as error:
-        choose(options(), 128, 100 * MB, predict, name="train_experts-a")
+    with pytest.raises(
+        BudgetError, match=r"^train_experts-a does not fit into runtime.memory_budget 100MB: "
+    ) as error:
+        plan_memory(options(), 128, 100 * MB, predict, name="train_experts-a")
     least = smallest(error)
-    means = choose(options(), 128, Runtime(memory_budget=f"{least}MB").memory_budget, predict)
-    assert predict(means) <= least * MB and means.words in str(error.value)
+    memory_plan = plan_memory(
+        options(), 128, RuntimeConfig(memory_budget=f"{least}MB").memory_budget, predict
+    )
+    assert predict(memory_plan) <= least * MB and memory_plan.words in str(error.value)
     with pytest.raises(BudgetError):
-        choose(options(), 128, (least - 1) * MB, predict)
+        plan_memory(options(), 128, (least - 1) * MB, predict)
 
 
 def test_a_batch_that_cannot_be_divided_is_not():
-    means = chosen(1400, divisible=False)
-    assert means.micro_batch_sequences == 16 and means.whole and means.moments == "bf16"
+    memory_plan = chosen(1400, divisible=False)
+    assert (
+        memory_plan.micro_batch_sequences == 16
+        and memory_plan.whole
+        and memory_plan.moments == "bf16"
+    )
     with pytest.raises(BudgetError, match="16 sequences at a time"):
         chosen(300, divisible=False)
 
@@ -157,12 +206,16 @@ def test_no_second_forward_pass_where_it_would_count_twice():
         chosen(300, can_checkpoint=False)
     assert "checkpointing" not in str(error.value)
     assert not chosen(smallest(error), can_checkpoint=False).checkpointing
-    assert not choose(options(checkpointing=True), 128, None, cost, can_checkpoint=False).checkpointing
+    assert not plan_memory(
+        options(checkpointing=True), 128, None, cost, can_checkpoint=False
+    ).checkpointing
 
 
 def test_words_tell_what_is_not_plain():
-    assert Means(4).words == "4 sequences at a time"
-    everything = Means(1, "bf16", "bf16", True, fuse_optimizer=True, compile=True, reuse_bytes=300_000)
+    assert MemoryPlan(4).words == "4 sequences at a time"
+    everything = MemoryPlan(
+        1, "bf16", "bf16", True, fuse_optimizer=True, compile=True, reuse_bytes=300_000
+    )
     assert everything.words == (
         "1 sequences at a time, bf16 moments, bf16 gradients, checkpointing, fused optimizer, lean heap (0.3 MB), "
         "compiled"
@@ -171,25 +224,41 @@ def test_words_tell_what_is_not_plain():
 
 @pytest.mark.parametrize(
     ("written", "wanted"),
-    [("172MB", 172 * MB), ("8GB", 8 * 10**9), (" 1.5 GB ", 1_500_000_000), ("64MiB", 2**26), ("2GiB", 2**31),
-     ("900kB", 900_000), ("3KiB", 3072), (172_000_000, 172 * MB), (None, None)],
-)  # fmt: skip
+    [
+        ("172MB", 172 * MB),
+        ("8GB", 8 * 10**9),
+        (" 1.5 GB ", 1_500_000_000),
+        ("64MiB", 2**26),
+        ("2GiB", 2**31),
+        ("900kB", 900_000),
+        ("3KiB", 3072),
+        (172_000_000, 172 * MB),
+        (None, None),
+    ],
+)
 def test_budgets_are_written_as_people_write_them(written, wanted):
-    assert Runtime(memory_budget=written).memory_budget == wanted
+    assert RuntimeConfig(memory_budget=written).memory_budget == wanted
 
 
-@pytest.mark.parametrize("written", ["172", "lots", "8 apples", "172mb", "-8GB", "0MB", 0, -5, "1.2.3MB", "MB", ""])
+@pytest.mark.parametrize(
+    "written", ["172", "lots", "8 apples", "172mb", "-8GB", "0MB", 0, -5, "1.2.3MB", "MB", ""]
+)
 def test_other_budgets_are_refused(written):
     with pytest.raises(ValidationError, match="memory_budget"):
-        Runtime(memory_budget=written)
+        RuntimeConfig(memory_budget=written)
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
-    [({}, ("fuse_optimizer", "clip_norm 0, not 1:")),
-     ({"clip_norm": 0.5}, ("fuse_optimizer", "clip_norm 0, not 0.5:")),
-     ({"clip_norm": 0, "micro_batch_sequences": 4}, ("fuse_optimizer", "micro_batch_sequences", "not 4"))],
-)  # fmt: skip
+    [
+        ({}, ("fuse_optimizer", "clip_norm 0, not 1:")),
+        ({"clip_norm": 0.5}, ("fuse_optimizer", "clip_norm 0, not 0.5:")),
+        (
+            {"clip_norm": 0, "micro_batch_sequences": 4},
+            ("fuse_optimizer", "micro_batch_sequences", "not 4"),
+        ),
+    ],
+)
 def test_a_fused_step_needs_one_pass_and_no_clipping(changes, names):
     with pytest.raises(ValidationError) as error:
         options(fuse_optimizer=True, **changes)
@@ -200,13 +269,13 @@ def test_a_fused_step_needs_one_pass_and_no_clipping(changes, names):
 
 def test_gates_are_not_made_twice():
     with pytest.raises(ValidationError, match="checkpointing: the gates count the tokens"):
-        Router(checkpointing=True)
-    Router(checkpointing=False)
+        RouterConfig(checkpointing=True)
+    RouterConfig(checkpointing=False)
 
 
 def ended(folder, task, **changes) -> dict[str, torch.Tensor]:
     """Return the parameters after a task was fitted with some means."""
-    task = replace(task, means=Means(8, **changes)) if changes else task
+    task = replace(task, memory_plan=MemoryPlan(8, **changes)) if changes else task
     fit(task, place(folder))
     assert all(p.dtype == torch.float32 and p.grad is None for p in task.parameters.values())
     return values(task)
@@ -217,28 +286,39 @@ PLAIN = {"noisy": False, "clip_norm": 0}
 
 @pytest.mark.parametrize(
     ("changes", "close"),
-    [({"moments": "bf16"}, 0.05), ({"gradients": "bf16"}, 0.05), ({"moments": "bf16", "gradients": "bf16"}, 0.05),
-     ({"fuse_optimizer": True}, 0.0), ({"reuse_bytes": LEAST_REUSED_BYTES, "trim": True}, 0.0)],
+    [
+        ({"moments": "bf16"}, 0.05),
+        ({"gradients": "bf16"}, 0.05),
+        ({"moments": "bf16", "gradients": "bf16"}, 0.05),
+        ({"fuse_optimizer": True}, 0.0),
+        ({"reuse_bytes": LEAST_REUSED_BYTES, "trim": True}, 0.0),
+    ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_a_means_leaves_the_result_within_its_rounding(tmp_path, changes, close):
     start = values(small_task(**PLAIN))
-    plain, other = ended(tmp_path / "plain", small_task(**PLAIN)), ended(tmp_path / "o", small_task(**PLAIN), **changes)
+    plain, other = (
+        ended(tmp_path / "plain", small_task(**PLAIN)),
+        ended(tmp_path / "o", small_task(**PLAIN), **changes),
+    )
     apart = {n: ((other[n] - plain[n]).norm() / (plain[n] - start[n]).norm()).item() for n in plain}
     assert max(apart.values()) <= close, apart
     assert (min(apart.values()) > 0) == (close > 0)
 
 
 def test_gradients_in_bf16_are_those_in_fp32_rounded(tmp_path, monkeypatch):
-    seen, real = {}, train.AdamW.step
+    seen, real = {}, loop.AdamW.step
 
     def step(self, scale=1.0):
         seen.setdefault(kind, {n: p.grad.clone() for n, p in self.parameters.items()})
         return real(self, scale)
 
-    monkeypatch.setattr(train.AdamW, "step", step)
+    monkeypatch.setattr(loop.AdamW, "step", step)
     for kind in ("fp32", "bf16"):
-        fit(replace(small_task(steps=1, **PLAIN), means=Means(2, gradients=kind)), place(tmp_path / kind))
+        fit(
+            replace(small_task(steps=1, **PLAIN), memory_plan=MemoryPlan(2, gradients=kind)),
+            place(tmp_path / kind),
+        )
     for name, exact in seen["fp32"].items():
         assert exact.dtype == torch.float32 and seen["bf16"][name].dtype == torch.bfloat16
         apart = (seen["bf16"][name].float() - exact).norm() / exact.norm()
@@ -247,14 +327,18 @@ def test_gradients_in_bf16_are_those_in_fp32_rounded(tmp_path, monkeypatch):
 
 def test_a_fused_step_leaves_no_gradients_and_no_hooks(tmp_path):
     task, grads = small_task(**PLAIN), []
-    seen = replace(task, after_step=lambda: grads.extend(p.grad for p in task.parameters.values()) or {})
+    seen = replace(
+        task, after_step=lambda: grads.extend(p.grad for p in task.parameters.values()) or {}
+    )
     here = place(tmp_path)
-    fit(replace(seen, means=Means(8, fuse_optimizer=True)), here)
+    fit(replace(seen, memory_plan=MemoryPlan(8, fuse_optimizer=True)), here)
     assert len(grads) == 30 and set(grads) == {None}
     norms = [row["grad_norm"] for row in here.recorder.rows if "grad_norm" in row]
     other = place(tmp_path / "plain")
     fit(small_task(**PLAIN), other)
-    assert norms == pytest.approx([row["grad_norm"] for row in other.recorder.rows if "grad_norm" in row], rel=1e-6)
+    assert norms == pytest.approx(
+        [row["grad_norm"] for row in other.recorder.rows if "grad_norm" in row], rel=1e-6
+    )
     before = values(task)
     task.loss(task.batch(0, 8)).backward()
     assert equal(values(task), before)
@@ -268,6 +352,8 @@ def test_moments_in_bf16_are_not_for_a_beta2_that_they_cannot_follow():
     with pytest.raises(BudgetError) as error:
         chosen(300, options(beta2=0.999))
     assert "bf16 moments" not in str(error.value) and "bf16 gradients" in str(error.value)
-    with pytest.raises(ConfigError, match="moments: bf16 with beta2 0.999 .* set beta2 to 0.99 or less"):
+    with pytest.raises(
+        ConfigError, match="moments: bf16 with beta2 0.999 .* set beta2 to 0.99 or less"
+    ):
         chosen(None, options(moments="bf16", beta2=0.999))
     assert chosen(None, options(moments="int8", beta2=0.999)).moments == "int8"

@@ -5,9 +5,15 @@ N requests, C choices.
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix, log_loss, recall_score, roc_auc_score, top_k_accuracy_score
+from sklearn.metrics import (
+    confusion_matrix,
+    log_loss,
+    recall_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
-from pipeline.measures import (
+from pipeline.metrics.routing import (
     Resamples,
     auroc,
     calibration_error,
@@ -21,25 +27,29 @@ from pipeline.measures import (
     recall,
     reliability,
     same,
-    softened,
+    softmax,
     text_only,
 )
 
 DRAW = np.random.default_rng(0)
 OWN_N = DRAW.integers(0, 4, 300)
 LOGIT_NC = DRAW.normal(size=(300, 4)) + 2.0 * np.eye(4)[OWN_N]
-PROB_NC = softened(LOGIT_NC, 1.0)
+PROB_NC = softmax(LOGIT_NC, 1.0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_accuracy_among_the_first_k_is_scikit_learns(k):
-    assert hits(PROB_NC, OWN_N, k).mean() == pytest.approx(top_k_accuracy_score(OWN_N, PROB_NC, k=k))
+    assert hits(PROB_NC, OWN_N, k).mean() == pytest.approx(
+        top_k_accuracy_score(OWN_N, PROB_NC, k=k)
+    )
 
 
 def test_confusion_recall_and_likelihood_are_scikit_learns():
     count_CC = confusion(PROB_NC, OWN_N)
     assert (count_CC == confusion_matrix(OWN_N, PROB_NC.argmax(1), labels=range(4))).all()
-    assert recall(count_CC) == pytest.approx(recall_score(OWN_N, PROB_NC.argmax(1), average=None).tolist())
+    assert recall(count_CC) == pytest.approx(
+        recall_score(OWN_N, PROB_NC.argmax(1), average=None).tolist()
+    )
     assert nats(PROB_NC, OWN_N) == pytest.approx(log_loss(OWN_N, PROB_NC))
 
 
@@ -48,8 +58,8 @@ def test_a_choice_without_requests_has_no_recall():
 
 
 def test_temperature_softens_and_never_overflows():
-    assert softened(np.array([[1000.0, 0.0]]), 1.0).tolist() == [[1.0, 0.0]]
-    warm = softened(LOGIT_NC, 10.0)
+    assert softmax(np.array([[1000.0, 0.0]]), 1.0).tolist() == [[1.0, 0.0]]
+    warm = softmax(LOGIT_NC, 10.0)
     assert (warm.argmax(1) == PROB_NC.argmax(1)).all() and warm.max() < PROB_NC.max()
     assert np.allclose(warm.sum(1), 1)
 
@@ -74,10 +84,10 @@ def test_calibration_error_of_a_sure_and_wrong_router_is_one_and_of_a_right_one_
 def test_probabilities_that_are_true_have_little_calibration_error():
     """Requests drawn from the probabilities themselves; overstated ones have more."""
     draw = np.random.default_rng(1)
-    prob_NC = softened(draw.normal(size=(20_000, 3)) * 2, 1.0)
+    prob_NC = softmax(draw.normal(size=(20_000, 3)) * 2, 1.0)
     own_N = (draw.random(20_000)[:, None] > prob_NC.cumsum(1)).sum(1)
     assert calibration_error(prob_NC, own_N) < 0.015
-    assert calibration_error(softened(np.log(prob_NC), 0.5), own_N) > 0.05
+    assert calibration_error(softmax(np.log(prob_NC), 0.5), own_N) > 0.05
 
 
 def test_coverage_keeps_the_sure_requests():
@@ -114,7 +124,9 @@ def test_requests_on_one_picture_are_drawn_together():
     """Eight copies of each request say no more than one does."""
     score = (np.random.default_rng(4).random(40) < 0.5).astype(float)
     alone = Resamples([str(i) for i in range(40)], 2000, 0).interval(score)
-    copies = Resamples([str(i) for i in range(40) for _ in range(8)], 2000, 0).interval(score.repeat(8))
+    copies = Resamples([str(i) for i in range(40) for _ in range(8)], 2000, 0).interval(
+        score.repeat(8)
+    )
     assert copies == pytest.approx(alone)
     apart = Resamples([str(i) for i in range(320)], 2000, 0).interval(score.repeat(8))
     assert apart[1] - apart[0] < 0.5 * (alone[1] - alone[0])
@@ -124,7 +136,11 @@ def test_the_baselines_learn_what_they_see_and_nothing_else():
     texts = ["read the text", "what does it say", "count the dots", "how many dots"] * 10
     own_N = np.array([0, 0, 1, 1] * 10)
     prob_NC = text_only(texts, own_N, ["read what it says", "how many are there", "look"], 3)
-    assert prob_NC.argmax(1)[:2].tolist() == [0, 1] and np.allclose(prob_NC.sum(1), 1) and (prob_NC[:, 2] == 0).all()
+    assert (
+        prob_NC.argmax(1)[:2].tolist() == [0, 1]
+        and np.allclose(prob_NC.sum(1), 1)
+        and (prob_NC[:, 2] == 0).all()
+    )
     assert abs(prob_NC[2, 0] - 0.5) < 0.05  # a prompt of unknown words tells nothing
     assert majority(own_N[:3], 3, 2).tolist() == [[2 / 3, 1 / 3, 0]] * 2
 

@@ -1,4 +1,5 @@
-"""What a job measures and does: its peak of memory (tens of MB, as the system tells), allocator, threads, guard."""
+"""What a job measures and does: its peak of memory (tens of MB, as the system tells), allocator,
+threads, guard."""
 
 import io
 import json
@@ -13,23 +14,29 @@ import pytest
 import torch
 from fakes import Killed, dying, equal, place, small_task, values
 
-from pipeline import budget
-from pipeline.budget import Peak, fastest_threads
-from pipeline.checkpoint import Progress
-from pipeline.means import LEAST_FREE_END_BYTES, Guard, Means
-from pipeline.train import fit
+from pipeline import hardware
+from pipeline.hardware import fastest_threads
+from pipeline.train import memory_meter
+from pipeline.train.checkpoint import TrainState
+from pipeline.train.loop import fit
+from pipeline.train.memory_meter import Peak
+from pipeline.train.memory_plan import LEAST_FREE_END_BYTES, MemoryGuard, MemoryPlan
 
 ROOT = Path(__file__).parent.parent
 MB = 10**6
-needs_linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="asks the Linux kernel")
-needs_glibc = pytest.mark.skipif(os.confstr_names.get("CS_GNU_LIBC_VERSION") is None, reason="glibc's allocator")
+needs_linux = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="asks the Linux kernel"
+)
+needs_glibc = pytest.mark.skipif(
+    os.confstr_names.get("CS_GNU_LIBC_VERSION") is None, reason="glibc's allocator"
+)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Leave out what costs time and decides nothing here, and what would stay in this process."""
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
-    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda *_bytes: None)
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
+    monkeypatch.setattr("pipeline.train.loop.set_malloc_thresholds", lambda *_bytes: None)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -44,7 +51,11 @@ def test_a_peak_is_what_was_reached_above_its_start_and_is_over():
     more = filled(50)
     del more
     assert 45 * MB < peak.bytes() < 60 * MB
-    assert peak.report()["peak_mb"] == peak.report()["host_peak_mb"] == pytest.approx(peak.bytes() / 1e6)
+    assert (
+        peak.report()["peak_mb"]
+        == peak.report()["host_peak_mb"]
+        == pytest.approx(peak.bytes() / 1e6)
+    )
     del held
 
 
@@ -67,7 +78,9 @@ def test_a_cleared_peak_starts_again_and_stays_in_the_report():
 
 def test_a_mark_that_the_kernel_reports_lower_than_before_lowers_no_peak(monkeypatch):
     mark = {}
-    monkeypatch.setattr(budget, "_status", lambda key, *_file: mark["mb"] * MB if key == "VmHWM" else 0)
+    monkeypatch.setattr(
+        memory_meter, "_status", lambda key, *_file: mark["mb"] * MB if key == "VmHWM" else 0
+    )
     peak, found = Peak(), []
     for mark["mb"] in (9, 7):
         found.append(peak.bytes() // MB)
@@ -79,9 +92,9 @@ def test_a_mark_that_the_kernel_reports_lower_than_before_lowers_no_peak(monkeyp
 
 MAPPER = """
 import json, mmap, sys
-from pipeline import budget
-budget.device = lambda: "cpu"  # torch is hundreds of MB of files that any other process may begin or cease to share
-peak = budget.Peak()
+from pipeline.train import memory_meter
+memory_meter.device = lambda: "cpu"  # torch is hundreds of MB of files that any other process may begin or cease to share
+peak = memory_meter.Peak()
 file = open(sys.argv[1], "rb")
 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 mapped.find(b"y")  # reads every page
@@ -94,7 +107,9 @@ for _ in sys.stdin:
 def mapped_file():
     """A file of 64 MB on a disk: pages of one in memory do not count as a file's."""
     for folder in (Path(tempfile.gettempdir()), Path("/var/tmp"), ROOT):
-        kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False).stdout
+        kind = subprocess.run(
+            ["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=False
+        ).stdout
         if kind.strip() not in ("", "tmpfs", "ramfs") and os.access(folder, os.W_OK):
             with tempfile.NamedTemporaryFile(dir=folder, prefix=".mapped") as file:
                 file.write(b"x" * 64 * MB)
@@ -107,7 +122,9 @@ def mapped_file():
 def mapper(path: str) -> subprocess.Popen:
     """Start a process that maps a file and reports its memory for every line it is sent."""
     command = [sys.executable, "-c", MAPPER, path]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def reported(process: subprocess.Popen) -> dict[str, float]:
@@ -126,7 +143,9 @@ def test_mapped_files_are_told_apart_and_shared_ones_by_their_share(mapped_file)
             together = reported(one)
             other.communicate()
         one.communicate()
-    assert 62 < alone["mapped_mb"] < 68 and 60 < alone["mapped_share_mb"] < 68  # a little code is mapped as it runs
+    assert (
+        62 < alone["mapped_mb"] < 68 and 60 < alone["mapped_share_mb"] < 68
+    )  # a little code is mapped as it runs
     assert 62 < together["mapped_mb"] < 68 and 28 < together["mapped_share_mb"] < 36
 
 
@@ -140,27 +159,33 @@ def test_a_system_that_tells_nothing_stops_nothing(monkeypatch):
 
 def test_on_a_gpu_the_peak_is_what_was_allocated_there(monkeypatch):
     allocated = [700 * MB]
-    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    monkeypatch.setattr(memory_meter, "device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated[0])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.__setitem__(0, 100 * MB))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: allocated.__setitem__(0, 100 * MB)
+    )
     peak = Peak()
     assert peak.bytes() == 100 * MB
     allocated[0] = 300 * MB
-    assert peak.bytes() == 300 * MB and peak.report()["peak_mb"] == 300 and peak.report()["host_peak_mb"] < 100
+    assert (
+        peak.bytes() == 300 * MB
+        and peak.report()["peak_mb"] == 300
+        and peak.report()["host_peak_mb"] < 100
+    )
     peak.clear()
     assert peak.bytes() == 100 * MB and peak.report()["peak_mb"] == 300
 
 
 ALLOCATOR = """
-from pipeline import budget
-def rss(): return budget._status("VmRSS")
+from pipeline.train import memory_meter
+def rss(): return memory_meter._status("VmRSS")
 bytearray(b"x") * 1_000_000  # freed: from now on glibc takes blocks of this size from its heap
 {}
 start, blocks = rss(), [bytearray(b"x") * 1_000_000 for _ in range(60)]
 full = rss()
 del blocks[::2]
 print(full - rss())
-budget.give_back()
+memory_meter.trim_heap()
 print(rss() - start)
 """
 
@@ -170,25 +195,30 @@ print(rss() - start)
     ("calls", "given_back"),
     [
         ("", False),
-        ("budget.give_back_at_once()", True),
-        ("budget.give_back_at_once(); budget.reuse_blocks(2**22, 10**8)", False),
-        ("budget.reuse_blocks(900_000, 128_000)", True),
+        ("memory_meter.lower_mmap_threshold()", True),
+        (
+            "memory_meter.lower_mmap_threshold(); memory_meter.set_malloc_thresholds(2**22, 10**8)",
+            False,
+        ),
+        ("memory_meter.set_malloc_thresholds(900_000, 128_000)", True),
     ],
 )
 def test_freed_blocks_go_back_where_that_was_asked_for(calls, given_back):
-    run = subprocess.run([sys.executable, "-c", ALLOCATOR.format(calls)], cwd=ROOT, capture_output=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR.format(calls)], cwd=ROOT, capture_output=True, check=True
+    )
     freed, held = (int(line) for line in run.stdout.split())
     assert (28 * MB < freed < 34 * MB) if given_back else freed < 4 * MB
     assert 26 * MB < held < 34 * MB  # after all was asked for
 
 
 HEAP_END = """
-from pipeline import budget
-budget.reuse_blocks(2**22, {})
+from pipeline.train import memory_meter
+memory_meter.set_malloc_thresholds(2**22, {})
 blocks = [bytearray(b"x") * 1_000_000 for _ in range(60)]
-full = budget._status("VmRSS")
+full = memory_meter._status("VmRSS")
 del blocks
-print(full - budget._status("VmRSS"))
+print(full - memory_meter._status("VmRSS"))
 """
 
 
@@ -201,13 +231,14 @@ def test_the_end_of_the_heap_is_kept_up_to_what_was_asked_for(free_end_bytes, ke
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
-    monkeypatch.setattr(budget.ctypes, "CDLL", lambda _name: object())
-    budget.give_back_at_once()
-    budget.reuse_blocks(2**22, 10**8)
+    monkeypatch.setattr(memory_meter.ctypes, "CDLL", lambda _name: object())
+    memory_meter.lower_mmap_threshold()
+    memory_meter.set_malloc_thresholds(2**22, 10**8)
 
 
 @pytest.mark.parametrize(
-    ("most", "tried"), [(1, []), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+    ("most", "tried"),
+    [(1, []), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])],
 )
 def test_threads_are_the_fastest_of_the_powers_of_two_and_the_most(monkeypatch, most, tried):
     seen, before = [], torch.get_num_threads()
@@ -217,7 +248,7 @@ def test_threads_are_the_fastest_of_the_powers_of_two_and_the_most(monkeypatch, 
         seen.append(count)
         return abs(count - 2.1)
 
-    monkeypatch.setattr(budget, "_product_seconds", seconds)
+    monkeypatch.setattr(hardware, "_product_seconds", seconds)
     assert fastest_threads(most) == min(most, 2)
     assert sorted(seen) == tried and torch.get_num_threads() == before
 
@@ -230,23 +261,25 @@ def test_threads_are_really_measured_and_put_back(monkeypatch):
 
 
 def test_on_a_gpu_threads_are_not_measured(monkeypatch):
-    monkeypatch.setattr(budget, "device", lambda: "cuda")
-    monkeypatch.setattr(budget, "_product_seconds", lambda _count: pytest.fail("measured"))
+    monkeypatch.setattr(hardware, "device", lambda: "cuda")
+    monkeypatch.setattr(hardware, "_product_seconds", lambda _count: pytest.fail("measured"))
     assert fastest_threads(7) == 7
 
 
 def settled(folder, monkeypatch, measured, threads="auto") -> int:
     """Return the threads of a job that starts, or goes on, in a store."""
-    from pipeline import stages
-    from pipeline.store import Store
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
     from tests import small
 
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(budget, "fastest_threads", measured)
+    monkeypatch.setattr(hardware, "fastest_threads", measured)
     cfg = small.config(runtime={"threads": threads})
-    stages._settle_threads(stages.Work("train_shared", None, cfg, Store(folder), "here", print))
+    stages._settle_threads(
+        stages.JobContext("train_shared", None, cfg, Store(folder), "here", print)
+    )
     return set_to[-1] if set_to else 0
 
 
@@ -264,7 +297,8 @@ def test_given_threads_are_not_measured(tmp_path, monkeypatch):
 
 
 class Modelled:
-    """A peak that follows a rule: so much for a start and so much per row of the largest pass since the last clear."""
+    """A peak that follows a rule: so much for a start and so much per row of the largest pass since
+    the last clear."""
 
     def __init__(self, per_row, start=10 * MB, clears=True):
         self.per_row, self.start, self.clears, self.rows = per_row, start, clears, 0
@@ -293,11 +327,13 @@ def steps(guard, peak, total=16, count=2) -> list[list[int]]:
     return out
 
 
-def guarded(per_row, run=None, notes=None, rows=8, clears=True, **means):
+def guarded(per_row, run=None, notes=None, rows=8, clears=True, **memory_plan):
     """Return a guard that may use 100 MB, and its peak."""
     peak = Modelled(per_row, clears=clears)
-    plan = Means(rows, **{"budget_bytes": 100 * MB} | means)
-    return Guard(plan, peak, run or Progress(), ([] if notes is None else notes).append), peak
+    plan = MemoryPlan(rows, **{"budget_bytes": 100 * MB} | memory_plan)
+    return MemoryGuard(
+        plan, peak, run or TrainState(), ([] if notes is None else notes).append
+    ), peak
 
 
 def test_without_a_budget_every_pass_is_as_planned():
@@ -331,7 +367,12 @@ def test_moments_that_came_with_the_first_row_do_not_come_with_the_next():
 def test_what_loading_reached_says_nothing_of_a_row():
     peak = Modelled(10 * MB)
     peak.passed(50)
-    assert steps(Guard(Means(8, budget_bytes=100 * MB), peak, Progress(), print), peak) == [[1, 2, 4, 8, 1], [8, 8]]
+    assert steps(
+        MemoryGuard(MemoryPlan(8, budget_bytes=100 * MB), peak, TrainState(), print), peak
+    ) == [
+        [1, 2, 4, 8, 1],
+        [8, 8],
+    ]
 
 
 def test_too_high_a_peak_halves_the_rows_and_says_so():
@@ -360,18 +401,22 @@ def test_a_batch_that_must_run_whole_runs_whole():
 
 
 def test_rows_go_on_from_the_checkpoint_and_are_never_more_than_planned_now():
-    run = Progress()
+    run = TrainState()
     guard, peak = guarded(10 * MB, run)
     steps(guard, peak, total=2, count=1)
     assert (run.micro, run.most) == (2, 8)
     assert steps(*guarded(10 * MB, run)) == [[2, 4, 8, 2], [8, 8]]
-    assert steps(*guarded(10 * MB, Progress(micro=4, most=4))) == [[4] * 4, [4] * 4]
-    assert steps(*guarded(10 * MB, Progress(micro=4, most=4), rows=2)) == [[2] * 8, [2] * 8]
-    assert steps(*guarded(10 * MB, Progress(micro=4, most=4), budget_bytes=None)) == [[4] * 4, [4] * 4]
+    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4))) == [[4] * 4, [4] * 4]
+    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4), rows=2)) == [[2] * 8, [2] * 8]
+    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4), budget_bytes=None)) == [
+        [4] * 4,
+        [4] * 4,
+    ]
 
 
 def disturbed(at: int | None = 5, **options):
-    """Return a task under a budget, its peak, and (first row, rows) of its passes; from step `at` it needs more."""
+    """Return a task under a budget, its peak, and (first row, rows) of its passes; from step `at`
+    it needs more."""
     task, peak, passes = small_task(noisy=False, **options), Modelled(10 * MB), []
 
     def batch(first, count):
@@ -380,8 +425,8 @@ def disturbed(at: int | None = 5, **options):
         passes.append((first, count))
         return task.batch(first, count)
 
-    means = Means(task.options.micro_batch_sequences or 8, budget_bytes=100 * MB)
-    return replace(task, batch=batch, means=means), peak, passes
+    memory_plan = MemoryPlan(task.options.micro_batch_sequences or 8, budget_bytes=100 * MB)
+    return replace(task, batch=batch, memory_plan=memory_plan), peak, passes
 
 
 def test_a_run_that_was_disturbed_sees_the_same_rows_and_ends_the_same(tmp_path):
@@ -390,11 +435,13 @@ def test_a_run_that_was_disturbed_sees_the_same_rows_and_ends_the_same(tmp_path)
     task, peak, passes = disturbed()
     here = place(tmp_path / "disturbed", peak=peak)
     metrics = fit(task, here)
-    assert [r for first, count in passes for r in range(first, first + count)] == list(range(10 * 8))
-    assert {first // 8: count for first, count in passes} == {0: 1} | dict.fromkeys(range(1, 5), 8) | {5: 8} | (
-        dict.fromkeys(range(6, 10), 2)
+    assert [r for first, count in passes for r in range(first, first + count)] == list(
+        range(10 * 8)
     )
-    assert len(here.recorder.notes) == 2 and metrics["means"]["micro_batch_sequences"] == 2
+    assert {first // 8: count for first, count in passes} == {0: 1} | dict.fromkeys(
+        range(1, 5), 8
+    ) | {5: 8} | (dict.fromkeys(range(6, 10), 2))
+    assert len(here.recorder.notes) == 2 and metrics["memory_plan"]["micro_batch_sequences"] == 2
     for name, value in values(plain).items():
         torch.testing.assert_close(values(task)[name], value, rtol=0, atol=1e-6)
 
@@ -416,21 +463,28 @@ def test_a_run_that_was_killed_splits_its_batches_as_the_undisturbed_one(tmp_pat
 @pytest.mark.parametrize("trim", [True, False])
 def test_the_allocator_is_told_what_the_means_say(tmp_path, monkeypatch, trim):
     reused, given = [], []
-    monkeypatch.setattr("pipeline.train.reuse_blocks", lambda *bytes_: reused.append(bytes_))
-    monkeypatch.setattr("pipeline.train.give_back", lambda: given.append(1))
-    fit(replace(small_task(steps=2), means=Means(2, reuse_bytes=300_000, trim=trim)), place(tmp_path))
+    monkeypatch.setattr(
+        "pipeline.train.loop.set_malloc_thresholds", lambda *bytes_: reused.append(bytes_)
+    )
+    monkeypatch.setattr("pipeline.train.loop.trim_heap", lambda: given.append(1))
+    fit(
+        replace(small_task(steps=2), memory_plan=MemoryPlan(2, reuse_bytes=300_000, trim=trim)),
+        place(tmp_path),
+    )
     assert reused == [(300_000, LEAST_FREE_END_BYTES)] and len(given) == (
         2 * 4 * 2 if trim else 0
     )  # forward and backward
 
 
-@pytest.mark.parametrize(("per_row", "rows", "means"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole": True})])
-def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, means):
+@pytest.mark.parametrize(
+    ("per_row", "rows", "memory_plan"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole": True})]
+)
+def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, memory_plan):
     notes = []
-    guard, peak = guarded(per_row, notes=notes, rows=rows, **means)
+    guard, peak = guarded(per_row, notes=notes, rows=rows, **memory_plan)
     steps(guard, peak, count=3)
     assert len(notes) == 1
-    used, size = (202, 16) if means else (105, 1)
+    used, size = (202, 16) if memory_plan else (105, 1)
     assert notes[0] == (
         f"{used} MB of 100 MB used with {size} sequences at a time, and fewer cannot be: the budget is not kept; "
         f"raise runtime.memory_budget to {used}MB"
@@ -440,28 +494,32 @@ def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, means):
 def test_what_is_written_at_the_end_counts_too(tmp_path):
     from rich.console import Console
 
-    from pipeline import stages
-    from pipeline.store import Store
+    from pipeline.run import stages
+    from pipeline.store.artifacts import Store
     from tests import small
 
     peak, nowhere = Modelled(MB), Console(file=io.StringIO())
-    work = stages.Work("train_shared", None, small.config(), Store(tmp_path).open(), "here", print, nowhere)
+    work = stages.JobContext(
+        "train_shared", None, small.config(), Store(tmp_path).open(), "here", print, nowhere
+    )
     work.folder.mkdir(parents=True)
     task = replace(small_task(steps=1), export=lambda _step: peak.passed(500) or {})
     assert stages._fit(work, task, peak)["peak_mb"] == 510
 
 
 def test_bf16_that_a_gpu_only_imitates_is_none(monkeypatch):
-    monkeypatch.setattr(budget, "device", lambda: "cuda")
+    monkeypatch.setattr(hardware, "device", lambda: "cuda")
     for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: (
-            n or including_emulation
-        ))  # fmt: skip
-        assert budget.has_bf16() == native
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, n=native: n or including_emulation,
+        )
+        assert hardware.has_bf16() == native
 
 
 def test_what_is_free_is_the_gpus_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * MB, 9 * MB))
-    assert budget.free_bytes() > 50 * MB
-    monkeypatch.setattr(budget, "device", lambda: "cuda")
-    assert budget.free_bytes() == 7 * MB
+    assert hardware.free_bytes() > 50 * MB
+    monkeypatch.setattr(hardware, "device", lambda: "cuda")
+    assert hardware.free_bytes() == 7 * MB

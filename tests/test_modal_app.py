@@ -1,4 +1,5 @@
-"""What modal_app.py asks Modal for, read from its functions without a server, and that it imports cleanly."""
+"""What modal_app.py asks Modal for, read from its functions without a server, and that it imports
+cleanly."""
 
 import ast
 import importlib.metadata
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cloud, stages
-from pipeline.config import load
-from pipeline.store import Store
+from pipeline import cloud
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent
 CLEAN = "import modal_app; print(modal_app.modal.__file__)"
@@ -29,9 +31,13 @@ def app():
 def python(code: str, cwd: Path = ROOT, **variables) -> subprocess.CompletedProcess:
     """Run Python with warnings as errors."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=cwd, env=os.environ | variables, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_it_imports_without_a_warning_and_modal_is_the_installed_one():
@@ -48,7 +54,9 @@ def test_every_stage_has_a_function_and_a_command(app):
     assert app.JOBS.keys() == {*stages.STAGES, *cloud.STEPS}
     tree = ast.parse((ROOT / "modal_app.py").read_text("utf-8"))
     marked = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    commands = {f.name for f in marked if "app.local_entrypoint()" in map(ast.unparse, f.decorator_list)}
+    commands = {
+        f.name for f in marked if "app.local_entrypoint()" in map(ast.unparse, f.decorator_list)
+    }
     assert commands == {*stages.STAGES, "run_all"}
 
 
@@ -56,7 +64,11 @@ def test_every_stage_has_a_function_and_a_command(app):
 def test_what_each_stage_asks_for(app, stage):
     info, machine = app.JOBS[stage].info(), getattr(app.CFG.modal, stage)
     assert [f"{kind}" for kind, _ in info.gpus or ()] == list(machine.gpu)
-    assert (info.cpu, info.memory_mib, info.timeout) == (machine.cpu, machine.memory_mb, machine.timeout_s)
+    assert (info.cpu, info.memory_mib, info.timeout) == (
+        machine.cpu,
+        machine.memory_mb,
+        machine.timeout_s,
+    )
     assert info.max_retries == machine.retries
     assert info.single_use_containers
     assert list(info.volumes) == ["/store"]
@@ -81,7 +93,7 @@ def test_what_comes_from_the_hub_stays_on_the_volume(app):
 
 def test_a_stage_that_has_no_jobs_starts_no_container(tmp_path):
     cfg, said = load(ROOT / "config/demo.yaml"), []
-    assert cloud.conduct(cfg, ("routing",), Store(tmp_path), None, "again", said.append) == []
+    assert cloud.orchestrate(cfg, ("routing",), Store(tmp_path), None, "again", said.append) == []
     assert said == [stages.without_jobs("routing", cfg)]
 
 
@@ -91,9 +103,11 @@ def test_tasks_have_a_container_each_and_are_not_divided(tmp_path):
 
     def do(stage, items):
         asked.append((stage, items))
-        return [([item], [cloud.Outcome(stage, item, "x", "failed", "no")]) for item in items]
+        return [([item], [cloud.JobResult(stage, item, "x", "failed", "no")]) for item in items]
 
-    cloud.conduct(cfg, ("preprocess", "routing"), Store(tmp_path), do, "again", lambda _text: None)
+    cloud.orchestrate(
+        cfg, ("preprocess", "routing"), Store(tmp_path), do, "again", lambda _text: None
+    )
     assert asked == [("preprocess", ["color", "ocr", "count", "detect", "none"])]
 
 
@@ -108,7 +122,9 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
     monkeypatch.setattr(app, "conduct", Lost())
     monkeypatch.setattr(app, "_names", lambda _folder: [])
     monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::preprocess"])
-    with pytest.raises(SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"):
+    with pytest.raises(
+        SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"
+    ):
         app._command(("preprocess",), str(ROOT / "config/demo.yaml"), "")
     assert "plan of demo on Modal" in capsys.readouterr().out
 
@@ -157,7 +173,9 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
 
 
 def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):
-    (tmp_path / "mine.yaml").write_text(f"extends: {ROOT}/config/demo.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"extends: {ROOT}/config/demo.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n"
+    )
     done = python("import modal_app", MOLEFORGE_CONFIG=str(tmp_path / "mine.yaml"))
     assert done.returncode == 1
     assert done.stderr.startswith("error: this configuration cannot run on Modal")
@@ -165,7 +183,11 @@ def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):
 
 
 def test_every_requirement_is_pinned_and_what_is_installed_here():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     pins = [re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", line) for line in lines]
     assert all(pins)
     for name, version in (pin.groups() for pin in pins):
@@ -174,16 +196,21 @@ def test_every_requirement_is_pinned_and_what_is_installed_here():
 
 README = (ROOT / "README.md").read_text("utf-8")
 TYPED = re.findall(
-    r"modal run (?:--detach )?modal_app\.py::(\w+)(?: --config (\S+))?(?: --override \"(.*?)\")?", README
+    r"modal run (?:--detach )?modal_app\.py::(\w+)(?: --config (\S+))?(?: --override \"(.*?)\")?",
+    README,
 )
 
 
 @pytest.mark.parametrize(("command", "config", "override"), TYPED)
-def test_every_command_of_the_readme_exists_and_its_configuration_can_run(app, command, config, override):
+def test_every_command_of_the_readme_exists_and_its_configuration_can_run(
+    app, command, config, override
+):
     assert command in (*stages.STAGES, "run_all")
     cfg = load(ROOT / (config.rstrip('`"') or cloud.DEFAULT), cloud.overrides(override))
     cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), app.VOLUME)
 
 
 def test_the_readme_shows_the_commands_people_need():
-    assert {"train_shared", "train_experts", "run_all", "deploy"} <= {command for command, _, _ in TYPED}
+    assert {"train_shared", "train_experts", "run_all", "deploy"} <= {
+        command for command, _, _ in TYPED
+    }

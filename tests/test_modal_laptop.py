@@ -1,4 +1,5 @@
-"""What happens on the laptop: which configuration a command means, what is refused, what a run is said to cost."""
+"""What happens on the laptop: which configuration a command means, what is refused, what a run is
+said to cost."""
 
 import io
 import json
@@ -9,21 +10,23 @@ import pytest
 from conftest import tiny_config
 from rich.console import Console
 
-from pipeline import cloud, stages
-from pipeline.cloud.outlook import STARTUP_S
-from pipeline.config import Config, describes_run, load
-from pipeline.config.machines import Machine, Trainer, Worker
+from pipeline import cloud
+from pipeline.cloud.estimate import STARTUP_S
+from pipeline.config.machines import MachineConfig, TrainerConfig, WorkerConfig
 from pipeline.errors import ConfigError, MissingArtifact
-from pipeline.store import Store
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.load import describes_run, load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent
 PRICES = cloud.Prices.load(ROOT / "config/prices.yaml")
 RUN = ["modal", "run", "modal_app.py::train_shared"]
 
 
-def changed(**modal) -> Config:
+def changed(**modal) -> FfnMoeConfig:
     """Return the defaults with other settings of the modal section."""
-    return Config.model_validate({"modal": modal})
+    return FfnMoeConfig.model_validate({"modal": modal})
 
 
 @pytest.fixture
@@ -60,7 +63,9 @@ def test_overrides_of_a_command(here):
 
 def test_two_overrides_are_refused_because_modal_drops_the_first(here):
     with pytest.raises(ConfigError, match=r"--override 'seed=1 seed=2'"):
-        cloud.announced([*RUN, "--config", "mine.yaml", "--override", "seed=1", "--override=seed=2"], {})
+        cloud.announced(
+            [*RUN, "--config", "mine.yaml", "--override", "seed=1", "--override=seed=2"], {}
+        )
 
 
 def test_quotes_that_do_not_pair(here):
@@ -69,13 +74,16 @@ def test_quotes_that_do_not_pair(here):
 
 
 def test_a_deployment_takes_its_configuration_from_the_environment(here):
-    assert cloud.announced(["modal", "deploy", "modal_app.py"], {"MOLEFORGE_CONFIG": "mine.yaml"}).name == "mine"
-    assert cloud.announced(["modal", "deploy", "modal_app.py"], {}) == Config()
-    assert cloud.announced(["pytest", "run", "--config", "absent.yaml"], {}) == Config()
+    assert (
+        cloud.announced(["modal", "deploy", "modal_app.py"], {"MOLEFORGE_CONFIG": "mine.yaml"}).name
+        == "mine"
+    )
+    assert cloud.announced(["modal", "deploy", "modal_app.py"], {}) == FfnMoeConfig()
+    assert cloud.announced(["pytest", "run", "--config", "absent.yaml"], {}) == FfnMoeConfig()
 
 
 def test_help_needs_no_configuration(here):
-    assert cloud.announced([*RUN, "--config", "absent.yaml", "--help"], {}) == Config()
+    assert cloud.announced([*RUN, "--config", "absent.yaml", "--help"], {}) == FfnMoeConfig()
     with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
         cloud.announced([*RUN, "--config", "absent.yaml"], {})
 
@@ -87,7 +95,12 @@ def test_every_shipped_configuration_can_run(here):
 
 @pytest.mark.parametrize(
     ("gpu", "problem"),
-    [("H1OO", "no such GPU H1OO"), ("H100:9", "asks for 9 of 1 to 8"), ("L4:0", "asks for 0"), ("L4:x", "asks for 0")],
+    [
+        ("H1OO", "no such GPU H1OO"),
+        ("H100:9", "asks for 9 of 1 to 8"),
+        ("L4:0", "asks for 0"),
+        ("L4:x", "asks for 0"),
+    ],
 )
 def test_gpus_that_modal_does_not_have(gpu, problem):
     with pytest.raises(ConfigError, match=problem):
@@ -99,13 +112,15 @@ def test_gpus_as_people_write_them():
 
 
 def test_more_gpus_than_the_limit():
-    with pytest.raises(ConfigError, match=r"modal.train_shared.gpu: 4 GPUs, but modal.max_gpus is 2"):
+    with pytest.raises(
+        ConfigError, match=r"modal.train_shared.gpu: 4 GPUs, but modal.max_gpus is 2"
+    ):
         cloud.check(changed(train_shared={"gpu": ["H100:4"]}, max_gpus=2), PRICES, "/store")
 
 
 def test_all_problems_are_told_at_once(tmp_path):
     (tmp_path / "model").mkdir()
-    cfg = Config.model_validate(
+    cfg = FfnMoeConfig.model_validate(
         {
             "data": {
                 "source": "files",
@@ -123,17 +138,26 @@ def test_all_problems_are_told_at_once(tmp_path):
         cloud.check(cfg, PRICES, "/store")
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
-        "modal.evaluate.gpu", "data.files", "deploy.upload", "trunk.init", "runtime.save_every_s", "runtime.wandb"
-    ]  # fmt: skip
+        "modal.evaluate.gpu",
+        "data.files",
+        "deploy.upload",
+        "trunk.init",
+        "runtime.save_every_s",
+        "runtime.wandb",
+    ]
     assert "modal volume put moleforge" in lines[1]
     assert "modal secret create NAME WANDB_API_KEY" in lines[-1]
 
 
 def test_the_price_of_a_container():
-    machine = Machine(gpu=("A100-40GB", "H100:2"), cpu=4, memory_mb=2048)
+    machine = MachineConfig(gpu=("A100-40GB", "H100:2"), cpu=4, memory_mb=2048)
     usd_per_h = 3600 * PRICES.usd_per_s(machine)
-    assert usd_per_h == pytest.approx(2 * 3.9492 + 4 * 0.04716 + 2 * 0.007992, rel=1e-4)  # the dearest it may get
-    assert PRICES.usd_per_s(Worker(cpu=1, memory_mb=1024)) == pytest.approx(0.0000131 + 0.00000222)
+    assert usd_per_h == pytest.approx(
+        2 * 3.9492 + 4 * 0.04716 + 2 * 0.007992, rel=1e-4
+    )  # the dearest it may get
+    assert PRICES.usd_per_s(WorkerConfig(cpu=1, memory_mb=1024)) == pytest.approx(
+        0.0000131 + 0.00000222
+    )
 
 
 def test_a_price_table_that_is_none(tmp_path):
@@ -166,8 +190,11 @@ def test_a_mirror_holds_the_manifests_of_this_run_and_no_more(finished, tmp_path
     (tmp_path / f"far/resume/{address}/b/state.json").write_text(json.dumps({"run": {"step": 7}}))
     (tmp_path / "far/artifacts/train_router-of-another-run").mkdir()
     mirror = cloud.mirror(cfg, tmp_path / "near", *far(tmp_path / "far"))
-    assert {p.name for p in mirror.root.rglob("*") if p.is_file()} == {"manifest.json", "state.json"}
-    lines = {line.stage: line for line in cloud.outlook(cfg, stages.RUN, mirror, PRICES)}
+    assert {p.name for p in mirror.root.rglob("*") if p.is_file()} == {
+        "manifest.json",
+        "state.json",
+    }
+    lines = {line.stage: line for line in cloud.estimate(cfg, stages.RUN, mirror, PRICES)}
     assert (lines["train_shared"].state, lines["train_router"].state) == ("done", "at step 7")
     assert lines["train_shared"].usd == 0.0
     assert lines["train_router"].usd > 0
@@ -176,16 +203,22 @@ def test_a_mirror_holds_the_manifests_of_this_run_and_no_more(finished, tmp_path
 def test_nothing_is_there_at_first(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"))
     mirror = cloud.mirror(cfg, tmp_path / "near", *far(tmp_path / "absent"))
-    lines = cloud.outlook(cfg, (*stages.RUN, "deploy"), mirror, PRICES)
+    lines = cloud.estimate(cfg, (*stages.RUN, "deploy"), mirror, PRICES)
     assert {line.state for line in lines} == {"to do"}
-    assert len(lines) == len([1 for stage in (*stages.RUN, "deploy") for _ in stages.jobs(cfg, stage)])
+    assert len(lines) == len(
+        [1 for stage in (*stages.RUN, "deploy") for _ in stages.jobs(cfg, stage)]
+    )
 
 
 def test_time_and_cost_follow_from_operations_and_price(tmp_path):
-    cfg = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=1000000", "modal.train_shared.gpu=[H100]"))
-    [line] = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
-    other = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=1000000", "modal.train_shared.gpu=[T4]"))
-    [slow] = cloud.outlook(other, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    cfg = load(
+        tiny_config(tmp_path / "tiny"), ("trunk.steps=1000000", "modal.train_shared.gpu=[H100]")
+    )
+    [line] = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    other = load(
+        tiny_config(tmp_path / "tiny"), ("trunk.steps=1000000", "modal.train_shared.gpu=[T4]")
+    )
+    [slow] = cloud.estimate(other, ("train_shared",), Store(tmp_path / "none"), PRICES)
     assert line.tokens == 1_000_000 * 8 * 32
     assert (slow.seconds - STARTUP_S) / (line.seconds - STARTUP_S) == pytest.approx(989 / 8)
     assert line.usd == pytest.approx(line.seconds * PRICES.usd_per_s(cfg.modal.train_shared))
@@ -201,38 +234,52 @@ def test_finished_jobs_on_the_same_kind_of_machine_are_the_measure(finished, tmp
             raw["metrics"] |= {"tokens_per_s": 1e6, "flops_per_token": 1e6}
             raw["made"]["machine"] |= {"gpu": "NVIDIA L40S"}
         manifest.write_text(json.dumps(raw))
-    [line] = cloud.outlook(cfg, ("train_router",), Store(tmp_path / "store"), PRICES)
-    on_h100 = cfg.model_copy(update={"modal": cfg.modal.model_copy(update={"train_router": Trainer(gpu=("H100",))})})
-    [other] = cloud.outlook(on_h100, ("train_router",), Store(tmp_path / "store"), PRICES)
+    [line] = cloud.estimate(cfg, ("train_router",), Store(tmp_path / "store"), PRICES)
+    on_h100 = cfg.model_copy(
+        update={
+            "modal": cfg.modal.model_copy(update={"train_router": TrainerConfig(gpu=("H100",))})
+        }
+    )
+    [other] = cloud.estimate(on_h100, ("train_router",), Store(tmp_path / "store"), PRICES)
     assert (line.seconds - STARTUP_S) / (other.seconds - STARTUP_S) == pytest.approx(0.3 * 989)
 
 
-def test_a_command_whose_inputs_are_not_there_is_refused_before_anything_is_rented(finished, tmp_path):
+def test_a_command_whose_inputs_are_not_there_is_refused_before_anything_is_rented(
+    finished, tmp_path
+):
     path, store = finished
     cfg, other = load(path), load(path, ("trunk.steps=41",))
     cloud.refuse_without_inputs(cfg, ("train_experts",), Store(store))
     cloud.refuse_without_inputs(other, stages.RUN, Store(tmp_path / "none"))
-    with pytest.raises(MissingArtifact, match=r"needs train_shared of.*`modal run modal_app.py::train_shared` first"):
+    with pytest.raises(
+        MissingArtifact,
+        match=r"needs train_shared of.*`modal run modal_app.py::train_shared` first",
+    ):
         cloud.refuse_without_inputs(other, ("train_experts",), Store(store))
-    with pytest.raises(MissingArtifact, match=r"train_router needs preprocess, train_shared, train_experts sea, "):
+    with pytest.raises(
+        MissingArtifact, match=r"train_router needs preprocess, train_shared, train_experts sea, "
+    ):
         cloud.refuse_without_inputs(cfg, ("train_router",), Store(tmp_path / "none"))
 
 
 def test_a_command_above_the_limit_is_refused(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=10000000000", "modal.max_cost_usd=1"))
-    lines = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    lines = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
     with pytest.raises(
-        ConfigError, match=r"estimated at \$[0-9.]+, above modal.max_cost_usd 1.00.*nothing was started"
+        ConfigError,
+        match=r"estimated at \$[0-9.]+, above modal.max_cost_usd 1.00.*nothing was started",
     ):
         cloud.refuse_above(cfg, lines)
     cloud.refuse_above(cfg, lines[:0])
     free = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=10000000000",))
-    cloud.refuse_above(free, cloud.outlook(free, ("train_shared",), Store(tmp_path / "none"), PRICES))
+    cloud.refuse_above(
+        free, cloud.estimate(free, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    )
 
 
 def test_under_a_limit_what_cannot_be_priced_is_refused(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("trunk.epochs=2", "modal.max_cost_usd=1000"))
-    lines = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    lines = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
     with pytest.raises(ConfigError, match="run preprocess first"):
         cloud.refuse_above(cfg, lines)
 
@@ -240,17 +287,21 @@ def test_under_a_limit_what_cannot_be_priced_is_refused(tmp_path):
 def shown(cfg, wanted, store, sequential=False) -> str:
     """Return the plan as printed."""
     console = Console(width=160, file=io.StringIO(), record=True)
-    cloud.show_outlook(cfg, cloud.outlook(cfg, wanted, store, PRICES), PRICES, sequential, console)
+    cloud.show_estimate(
+        cfg, cloud.estimate(cfg, wanted, store, PRICES), PRICES, sequential, console
+    )
     return console.export_text()
 
 
 def test_the_plan_says_where_and_what_it_costs(tmp_path):
-    cfg = load(tiny_config(tmp_path / "tiny"), ("expert.epochs=2", "modal.train_shared.gpu=[H100, A100]"))
+    cfg = load(
+        tiny_config(tmp_path / "tiny"), ("expert.epochs=2", "modal.train_shared.gpu=[H100, A100]")
+    )
     text = shown(cfg, stages.RUN, Store(tmp_path / "none"))
     assert "H100 or A100" in text and "8 cores" in text
     assert "after preprocess" in text and "at least $" in text
     assert "prices of 2026" in text
-    [line] = cloud.outlook(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    [line] = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
     assert f" {line.peak_bytes / 1e6:,.0f} MB " in text and line.peak_bytes > 0
 
 
@@ -263,19 +314,29 @@ def test_side_by_side_is_shorter_than_one_after_another(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("expert.steps=10",))
     fanned = shown(cfg, ("train_experts",), Store(tmp_path / "none"))
     assert "to train: 60 s" in fanned
-    assert "to train: 3 min" in shown(cfg, ("train_experts",), Store(tmp_path / "none"), sequential=True)
+    assert "to train: 3 min" in shown(
+        cfg, ("train_experts",), Store(tmp_path / "none"), sequential=True
+    )
     one = load(tiny_config(tmp_path / "tiny"), ("expert.steps=10", "modal.max_gpus=1"))
     assert "to train: 3 min" in shown(one, ("train_experts",), Store(tmp_path / "none"))
 
 
 def test_results_are_shown_with_failures_in_place():
     outcomes = [
-        cloud.Outcome("train_experts", "sea", "train_experts-sea-1", "found", "", 2_500_000, 61.0, {
-            "steps": 9, "valid_nats": 1.25, "tokens_per_s": 1234.5, "tokens": 4}),
-        cloud.Outcome("train_experts", "hall", "train_experts-hall-2", "failed", "loss is nan"),
-    ]  # fmt: skip
+        cloud.JobResult(
+            "train_experts",
+            "sea",
+            "train_experts-sea-1",
+            "found",
+            "",
+            2_500_000,
+            61.0,
+            {"steps": 9, "valid_nats": 1.25, "tokens_per_s": 1234.5, "tokens": 4},
+        ),
+        cloud.JobResult("train_experts", "hall", "train_experts-hall-2", "failed", "loss is nan"),
+    ]
     console = Console(width=160, file=io.StringIO(), record=True)
-    cloud.show_outcomes(outcomes, console)
+    cloud.show_results(outcomes, console)
     text = console.export_text()
     assert "2.5" in text and "9 steps, valid 1.250 nats" in text
     assert "failed" in text and "loss is nan" in text
@@ -284,6 +345,6 @@ def test_results_are_shown_with_failures_in_place():
 def test_the_report_is_printed_from_the_far_store(finished, capsys):
     path, store = finished
     cfg = load(path)
-    outcome = cloud.Outcome("evaluate", None, stages.address(cfg, "evaluate"), "made")
+    outcome = cloud.JobResult("evaluate", None, stages.address(cfg, "evaluate"), "made")
     cloud.show_report([outcome], far(store)[1], Console(width=120))
     assert "oracle expert" in capsys.readouterr().out

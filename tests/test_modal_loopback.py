@@ -1,7 +1,9 @@
-"""The commands a user types, through the real client and the real container entrypoint, against the loopback server.
+"""The commands a user types, through the real client and the real container entrypoint, against the
+loopback server.
 
-One run is carried through all stages, with what happens to runs: a closed laptop, preemptions, an expert that fails.
-Everything it makes is compared with a local run of the same configuration, byte for byte.
+One run is carried through all stages, with what happens to runs: a closed laptop, preemptions, an
+expert that fails. Everything it makes is compared with a local run of the same configuration, byte
+for byte.
 """
 
 import json
@@ -22,20 +24,27 @@ from conftest import make_all
 from fakes import contents
 from rehearsal import LINUX, ROOT, rehearsal
 
-from pipeline import stages
-from pipeline.config import load
-from pipeline.store import Store
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
 
 EXPERTS = ("headers", "manual")
 BROKEN = "manual"  # the expert that fails until its cause is gone
-FIT = {"batch_sequences": 4, "warmup_steps": 2, "eval_every_steps": 20, "eval_tokens": 256, "lr": 3e-3}
+FIT = {
+    "batch_sequences": 4,
+    "warmup_steps": 2,
+    "eval_every_steps": 20,
+    "eval_tokens": 256,
+    "lr": 3e-3,
+}
 TINY = {
     "name": "tiny",
     "dtype": "fp32",
     "data": {"source": "installed", "megabytes_per_domain": 3},  # enough for three parts
     "partition": {"domains": list(EXPERTS), "min_tokens": 100},
     "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
-    "trunk": FIT | {"steps": 400, "layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "context_tokens": 16},
+    "trunk": FIT
+    | {"steps": 400, "layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "context_tokens": 16},
     "expert": FIT | {"steps": 10, "statistics_tokens": 512},
     "router": FIT | {"steps": 6, "top_k": 1},
     "dense": {"baselines": []},
@@ -56,7 +65,9 @@ def modal(tmp_path_factory):
     """The client, with a server that lives as long as this module's tests."""
     folder = tmp_path_factory.mktemp("modal")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    with rehearsal(folder, ROOT, "--max-tasks", "2", MOLEFORGE_VOLUME_PATH=str(folder / "store")) as client:
+    with rehearsal(
+        folder, ROOT, "--max-tasks", "2", MOLEFORGE_VOLUME_PATH=str(folder / "store")
+    ) as client:
         client("secret", "create", "moleforge-endpoint", "MOLEFORGE_API_KEY=open-sesame")
         yield Rehearsed(client, folder / "tiny.yaml")
 
@@ -74,7 +85,15 @@ class Rehearsed:
     def run(self, name: str, *options: str, override: str = "", code: int = 0) -> str:
         """Run an entrypoint of the app with the tiny configuration."""
         extra = ("--override", override) if override else ()
-        return self.client("run", f"modal_app.py::{name}", "--config", str(self.config), *options, *extra, code=code)
+        return self.client(
+            "run",
+            f"modal_app.py::{name}",
+            "--config",
+            str(self.config),
+            *options,
+            *extra,
+            code=code,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +123,8 @@ def prepared(modal):
     parts = modal.volume / "parts" / stages.address(load(modal.config), "preprocess")
     command = modal.client.start("run", "modal_app.py::preprocess", "--config", str(modal.config))
     try:
-        wait_for((parts / "survey/manifest.json").exists)
-        assert len(json.loads((parts / "survey/manifest.json").read_text())["pieces"]) == 3
+        wait_for((parts / "scan/manifest.json").exists)
+        assert len(json.loads((parts / "scan/manifest.json").read_text())["pieces"]) == 3
         wait_for(lambda: modal.client.preempt("preprocess_part_job", 0))
     finally:
         said, _ = command.communicate(timeout=300)
@@ -115,13 +134,18 @@ def prepared(modal):
 
 @pytest.fixture(scope="module")
 def trunk(modal, prepared):
-    """How often the trunk's container was taken away while it trained, its laptop closed at the start."""
+    """How often the trunk's container was taken away while it trained, its laptop closed at the
+    start."""
     address = stages.address(load(modal.config), "train_shared")
-    command = modal.client.start("run", "--detach", "modal_app.py::train_shared", "--config", str(modal.config))
+    command = modal.client.start(
+        "run", "--detach", "modal_app.py::train_shared", "--config", str(modal.config)
+    )
     saved = modal.volume / "resume" / address
     try:
         wait_for(saved.exists)
-        os.killpg(command.pid, signal.SIGINT)  # the laptop closes; nothing here waits for it to have closed
+        os.killpg(
+            command.pid, signal.SIGINT
+        )  # the laptop closes; nothing here waits for it to have closed
         preempted = _preempted(modal, saved, modal.volume / "artifacts" / address / "manifest.json")
     finally:
         os.killpg(command.pid, signal.SIGINT)
@@ -130,14 +154,17 @@ def trunk(modal, prepared):
 
 
 def _preempted(modal, saved: Path, whole: Path) -> list[bool]:
-    """Take the trunk's container away five times, each after a checkpoint of its own; return which ones were there."""
+    """Take the trunk's container away five times, each after a checkpoint of its own; return which
+    ones were there."""
     draw, preempted = random.Random(0), []
     for grace_s in (0, 20, 0, 0, 20):
         before = {path: path.read_text() for path in saved.glob("*/state.json")}
         wait_for(lambda before=before: whole.exists() or _moved(saved, before))
         time.sleep(draw.uniform(0, 0.2))
         taken = modal.client.preempt("train_shared_job", grace_s)
-        while not (taken or whole.exists()):  # a killed container's last commit may land before the next one is there
+        while not (
+            taken or whole.exists()
+        ):  # a killed container's last commit may land before the next one is there
             time.sleep(0.05)
             taken = modal.client.preempt("train_shared_job", grace_s)
         preempted.append(taken)
@@ -170,7 +197,9 @@ def whole(modal, experts):
     return modal.run("run_all")
 
 
-def test_a_preprocess_among_three_containers_one_of_them_taken_away_is_that_of_a_local_run(modal, prepared, local):
+def test_a_preprocess_among_three_containers_one_of_them_taken_away_is_that_of_a_local_run(
+    modal, prepared, local
+):
     assert "plan of tiny on Modal" in prepared
     assert "tokens" in prepared
     assert "up to 3 x 8 cores" in re.sub(r"\s+", " ", prepared)
@@ -186,7 +215,9 @@ def test_a_closed_laptop_and_five_preemptions_change_nothing(modal, trunk, local
 def test_one_expert_fails_and_the_others_are_kept(modal, experts):
     broken, again = experts
     assert "1 of 2 jobs of train_experts are finished and kept" in broken
-    assert re.search(rf"train_experts {BROKEN}: history .* cannot be written: Is a directory", broken)
+    assert re.search(
+        rf"train_experts {BROKEN}: history .* cannot be written: Is a directory", broken
+    )
     assert "run again: modal run modal_app.py::train_experts --config" in broken
     assert [name for name in EXPERTS if f"train_experts {name}: made" in again] == [BROKEN]
     assert again.count("found") == 1
@@ -203,7 +234,7 @@ def test_experts_one_after_another_are_too(modal, experts, local, tmp_path):
     shutil.copytree(local, tmp_path / "store")
     cfg, store = load(modal.config, settings), Store(tmp_path / "store")
     for item in cfg.experts:
-        stages.run("train_experts", cfg, store, item, say=lambda _text, _share: None)
+        stages.run("train_experts", cfg, store, item, progress=lambda _text, _share: None)
         name = f"{stages.address(cfg, 'train_experts', item)}/expert.safetensors"
         assert contents(store.root)[name] == contents(modal.volume)[name]
 
@@ -219,15 +250,24 @@ def test_the_whole_run_is_that_of_a_local_run(modal, whole, local):
 def test_results_are_fetched_with_the_client(modal, whole, tmp_path):
     address = stages.address(load(modal.config), "train_router")
     assert address in modal("volume", "ls", "moleforge", "artifacts")
-    modal("volume", "get", "moleforge", f"artifacts/{address}/router.safetensors", str(tmp_path / "router"))
-    assert (tmp_path / "router").read_bytes() == (modal.volume / f"artifacts/{address}/router.safetensors").read_bytes()
+    modal(
+        "volume",
+        "get",
+        "moleforge",
+        f"artifacts/{address}/router.safetensors",
+        str(tmp_path / "router"),
+    )
+    assert (tmp_path / "router").read_bytes() == (
+        modal.volume / f"artifacts/{address}/router.safetensors"
+    ).read_bytes()
 
 
 def test_what_each_function_was_created_with(modal, prepared):
     first, second = modal.client.recorded("train_experts_job")
     assert [f["resources"]["gpu_config"] for f in (first, second)] == [
-        {"gpu_type": "H100", "count": 1}, {"gpu_type": "A100-80GB", "count": 2}
-    ]  # fmt: skip
+        {"gpu_type": "H100", "count": 1},
+        {"gpu_type": "A100-80GB", "count": 2},
+    ]
     assert (first["timeout_secs"], first["retry_policy"]["retries"]) == (7200, 2)
     place = modal.client.env["MOLEFORGE_VOLUME_PATH"]
     for stage in stages.STAGES:
@@ -235,7 +275,10 @@ def test_what_each_function_was_created_with(modal, prepared):
         assert function["single_use_containers"]
         assert [mount["mount_path"] for mount in function["volume_mounts"]] == [place]
         assert len(function["secret_ids"]) == 1  # the variables of its own
-    conductor, endpoint = modal.client.recorded("conduct")[0], modal.client.recorded("Endpoint.*")[0]
+    conductor, endpoint = (
+        modal.client.recorded("conduct")[0],
+        modal.client.recorded("Endpoint.*")[0],
+    )
     assert conductor["scheduler_placement"]["nonpreemptible"]
     assert "gpu_config" not in conductor["resources"] or not conductor["resources"]["gpu_config"]
     assert len(endpoint["secret_ids"]) == 2
@@ -266,7 +309,9 @@ def ask(url: str, body: dict | None = None, key: str = "open-sesame") -> dict:
 
 def test_the_endpoint_writes_and_names_its_experts(endpoint):
     assert ask(f"{endpoint}/healthz")["experts"] == list(EXPERTS)
-    answer = ask(f"{endpoint}/v1/completions", {"prompt": "import os", "max_tokens": 4, "temperature": 0})
+    answer = ask(
+        f"{endpoint}/v1/completions", {"prompt": "import os", "max_tokens": 4, "temperature": 0}
+    )
     assert answer["usage"]["completion_tokens"] == 4
     route = ask(f"{endpoint}/v1/route", {"text": "import os"})
     assert set(EXPERTS) & set(re.findall(r"\w+", json.dumps(route)))
@@ -282,11 +327,18 @@ def test_flags_are_shown_without_a_token(modal):
     env = {name: value for name, value in modal.client.env.items() if not name.startswith("MODAL_")}
     env |= {"MODAL_CONFIG_PATH": modal.client.env["MODAL_CONFIG_PATH"]}
     done = subprocess.run(
-        ["modal", "run", "modal_app.py::train_experts", "--help"], cwd=ROOT, env=env, capture_output=True, text=True,
+        ["modal", "run", "modal_app.py::train_experts", "--help"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"--config TEXT.*", done.stdout) and "--sequential / --no-sequential" in done.stdout
+    assert (
+        re.search(r"--config TEXT.*", done.stdout)
+        and "--sequential / --no-sequential" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +352,11 @@ def test_flags_are_shown_without_a_token(modal):
     ],
 )
 def test_mistakes_end_on_the_laptop(modal, override, said):
-    before = len(list((modal.client.state / "tasks").iterdir())) if (modal.client.state / "tasks").exists() else 0
+    before = (
+        len(list((modal.client.state / "tasks").iterdir()))
+        if (modal.client.state / "tasks").exists()
+        else 0
+    )
     text = modal.run("train_shared", override=override, code=1)
     assert said in re.sub(r"\s+", " ", text)
     assert "Traceback" not in text

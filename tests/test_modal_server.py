@@ -1,4 +1,5 @@
-"""The loopback server itself: a small app that meets Modal's rules, one after another, in real containers."""
+"""The loopback server itself: a small app that meets Modal's rules, one after another, in real
+containers."""
 
 import pytest
 from rehearsal import LINUX, rehearsal
@@ -189,7 +190,9 @@ def test_files_go_to_a_volume_and_back(small, tmp_path):
 
 def test_an_absent_volume_and_an_absent_secret_are_errors(small):
     assert "not found" in small("volume", "ls", "absent", code=1)
-    (small.cwd / "refused.py").write_text(REFUSED.format("secrets=[modal.Secret.from_name('absent')]"))
+    (small.cwd / "refused.py").write_text(
+        REFUSED.format("secrets=[modal.Secret.from_name('absent')]")
+    )
     assert "absent" in small("run", "refused.py::f", code=1)
 
 
@@ -204,7 +207,9 @@ def test_volumes_of_the_first_version_work_too(small, tmp_path):
 
 
 def test_code_that_cannot_be_imported_in_a_container_is_an_error_and_not_a_wait(small):
-    (small.cwd / "broken.py").write_text(REFUSED.format("") + "if not modal.is_local():\n    import no_such_module\n")
+    (small.cwd / "broken.py").write_text(
+        REFUSED.format("") + "if not modal.is_local():\n    import no_such_module\n"
+    )
     assert "no_such_module" in small("run", "broken.py::f", code=1)
 
 
@@ -223,5 +228,9 @@ def test_a_container_that_dies_runs_its_input_again(small):
 
 
 def test_every_call_of_the_api_that_was_made_has_a_handler(small, printed):
-    calls = [line for line in (small.state / "rpc.jsonl").read_text().splitlines() if '"handled": false' in line]
+    calls = [
+        line
+        for line in (small.state / "rpc.jsonl").read_text().splitlines()
+        if '"handled": false' in line
+    ]
     assert calls == []

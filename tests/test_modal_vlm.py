@@ -1,4 +1,5 @@
-"""A mixture of adapters on Modal, pictures to endpoint: real client and containers, against the loopback server.
+"""A mixture of adapters on Modal, pictures to endpoint: real client and containers, against the
+loopback server.
 
 Everything it makes is compared with a local run of the same configuration, byte for byte.
 """
@@ -19,14 +20,20 @@ from lora_small import SETTINGS
 from PIL import Image
 from rehearsal import LINUX, ROOT, rehearsal
 
-from pipeline import stages
-from pipeline.config import load, merge
-from pipeline.store import Store
+from pipeline.config.base import merge
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
 
 SMALL = merge(
     SETTINGS,
     {
-        "evaluate": {"rows_per_task": 8, "baseline_rows": 16, "consistency_rows": 2, "bootstrap": 10},
+        "evaluate": {
+            "rows_per_task": 8,
+            "baseline_rows": 16,
+            "consistency_rows": 2,
+            "bootstrap": 10,
+        },
         "runtime": {"save_every_s": 0.01, "log_every_steps": 2},
         "modal": {"train_experts": {"gpu": ["H100"], "memory_mb": 4096}},
     },
@@ -50,7 +57,9 @@ def config(tmp_path_factory):
 def client(config):
     """The client, with a server that lives as long as this module's tests."""
     folder = config.parent
-    with rehearsal(folder, ROOT, MOLEFORGE_VOLUME_PATH=str(folder / "store"), HF_HUB_OFFLINE="1") as client:
+    with rehearsal(
+        folder, ROOT, MOLEFORGE_VOLUME_PATH=str(folder / "store"), HF_HUB_OFFLINE="1"
+    ) as client:
         yield client
 
 
@@ -71,16 +80,20 @@ def endpoint(client, config, said):
 
 def artifacts(store: Path) -> dict[str, str]:
     """Return what a store holds, less the sums of a bundle, as its report tells seconds."""
-    return {name: digest for name, digest in contents(store).items() if not name.endswith("SHA256SUMS")}
+    return {
+        name: digest for name, digest in contents(store).items() if not name.endswith("SHA256SUMS")
+    }
 
 
 def test_every_stage_is_done_and_leaves_the_bytes_of_a_local_run(client, config, said, tmp_path):
     cfg = load(config)
     jobs = [job for stage in stages.RUN for job in stages.jobs(cfg, stage)]
-    assert [f"{stages.label(stage, item)}: made" in said[0] for stage, item, _ in jobs] == [True] * 8
+    assert [f"{stages.label(stage, item)}: made" in said[0] for stage, item, _ in jobs] == [
+        True
+    ] * 8
     make_all(config, tmp_path / "store")
     local = Store(tmp_path / "store").open()
-    stages.run("deploy", cfg, local, say=lambda _text, _share: None)
+    stages.run("deploy", cfg, local, progress=lambda _text, _share: None)
     far, near = (artifacts(root) for root in (client.volume("moleforge"), local.root))
     assert far == near
     assert {name.split("-")[0] for name in far} == {*stages.STAGES} - {"train_dense"}

@@ -1,4 +1,5 @@
-"""Jobs on a volume that hides what is not committed or reloaded, and what each deliberate mistake leads to."""
+"""Jobs on a volume that hides what is not committed or reloaded, and what each deliberate mistake
+leads to."""
 
 import json
 import mmap
@@ -7,10 +8,12 @@ import pytest
 from conftest import tiny_config
 from fakes import StubbedVolume, contents
 
-from pipeline import cloud, stages, store
-from pipeline.config import load
+from pipeline import cloud
 from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact
-from pipeline.store import Store
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store import artifacts
+from pipeline.store.artifacts import Store
 
 
 def nothing():
@@ -26,7 +29,9 @@ def volume(tmp_path):
 def work(view, cfg, stage, items=(None,), publish=None, refresh=None):
     """Do jobs in a container of their own."""
     raw = cfg.model_dump(mode="json")
-    return cloud.work(stage, raw, list(items), view.path, publish or view.commit, refresh or view.reload)
+    return cloud.work(
+        stage, raw, list(items), view.path, publish or view.commit, refresh or view.reload
+    )
 
 
 def test_uncommitted_writes_are_seen_by_nobody(volume):
@@ -58,7 +63,10 @@ def test_a_removal_is_committed_too_and_the_last_writer_wins(volume):
 def test_a_reload_is_refused_while_a_file_is_open_or_mapped(volume):
     view = volume.view()
     (view.path / "a").write_text("1")
-    with (view.path / "a").open("rb") as file, pytest.raises(RuntimeError, match=r"open files.*: a"):
+    with (
+        (view.path / "a").open("rb") as file,
+        pytest.raises(RuntimeError, match=r"open files.*: a"),
+    ):
         view.reload()
     with (view.path / "a").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -70,14 +78,16 @@ def test_a_reload_is_refused_while_a_file_is_open_or_mapped(volume):
 
 @pytest.fixture(scope="module")
 def early(tmp_path_factory):
-    """(volume, view) with nothing on it: a container that was started before anything was committed."""
+    """(volume, view) with nothing on it: a container that was started before anything was
+    committed."""
     volume = StubbedVolume(tmp_path_factory.mktemp("prepared"))
     return volume, volume.view()
 
 
 @pytest.fixture(scope="module")
 def prepared(early, finished):
-    """(volume, configuration) after preprocess was done by one container; later ones only add to it."""
+    """(volume, configuration) after preprocess was done by one container; later ones only add to
+    it."""
     volume, _ = early
     cfg = load(finished[0])
     assert [outcome.state for outcome in work(volume.view(), cfg, "preprocess")] == ["made"]
@@ -87,7 +97,9 @@ def prepared(early, finished):
 def test_stages_find_each_others_artifacts_across_containers(prepared, finished):
     volume, cfg = prepared
     trunk, expert = volume.view(), volume.view()
-    often = cfg.model_copy(update={"runtime": cfg.runtime.model_copy(update={"save_every_s": 1e-9})})
+    often = cfg.model_copy(
+        update={"runtime": cfg.runtime.model_copy(update={"save_every_s": 1e-9})}
+    )
     assert work(trunk, often, "train_shared")[0].state == "made"
     assert trunk.reloads == 1
     assert trunk.commits >= 3  # checkpoints and the artifact
@@ -97,7 +109,9 @@ def test_stages_find_each_others_artifacts_across_containers(prepared, finished)
     router = volume.view()
     assert work(router, cfg, "train_router")[0].metrics["steps"] == 16
     done = ("preprocess", "train_shared", "train_experts", "train_router")
-    wanted = {name: sha for name, sha in contents(finished[1]).items() if name.split("-")[0] in done}
+    wanted = {
+        name: sha for name, sha in contents(finished[1]).items() if name.split("-")[0] in done
+    }
     assert contents(volume.path) == wanted and {name.split("-")[0] for name in wanted} == set(done)
 
 
@@ -119,12 +133,16 @@ def test_a_missing_commit_shows(prepared):
 def test_a_file_left_open_before_the_refresh_shows(prepared):
     volume, cfg = prepared
     view = volume.view()
-    with (view.path / "store.json").open("rb"), pytest.raises(RuntimeError, match=r"open files.*store\.json"):
+    with (
+        (view.path / "store.json").open("rb"),
+        pytest.raises(RuntimeError, match=r"open files.*store\.json"),
+    ):
         work(view, cfg, "train_shared")
 
 
 def seen_halfway(volume, finish):
-    """Finish an artifact while the volume is committed at every flush; return what another container made of it."""
+    """Finish an artifact while the volume is committed at every flush; return what another
+    container made of it."""
     view, verdicts = volume.view(), []
 
     def look():
@@ -132,7 +150,7 @@ def seen_halfway(volume, finish):
         other = Store(volume.view().path)
         if other.has("thing-1"):
             try:
-                other.need("thing-1", "thing")
+                other.require("thing-1", "thing")
                 verdicts.append("whole")
             except DamagedArtifact:
                 verdicts.append("damaged")
@@ -143,14 +161,15 @@ def seen_halfway(volume, finish):
 
 
 def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeypatch):
-    flush = store.flush
+    flush = artifacts.flush
 
     def manifest_of(home):
         folder = home.begin("thing-1")
         (folder / "tensors").write_bytes(b"0" * 1000)
-        return store.Manifest("thing-1", "thing", None, {}, store.inventory(folder))
+        return artifacts.Manifest("thing-1", "thing", None, {}, artifacts.inventory(folder))
 
-    early = []  # files flushed when the manifest was there already: a machine that dies then leaves it alone
+    # files flushed when the manifest was there already: a machine that dies then leaves it alone
+    early = []
 
     def flushed(home, look, path):
         look()
@@ -158,14 +177,14 @@ def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeyp
         flush(path)
 
     def ours(home, look):
-        monkeypatch.setattr(store, "flush", lambda path: flushed(home, look, path))
+        monkeypatch.setattr(artifacts, "flush", lambda path: flushed(home, look, path))
         home.finish(manifest_of(home))
-        monkeypatch.setattr(store, "flush", flush)
+        monkeypatch.setattr(artifacts, "flush", flush)
 
     def hasty(home, look):
         manifest = manifest_of(home)
         (home.folder("thing-1") / "tensors").unlink()
-        store.write_text(home.folder("thing-1") / "manifest.json", json.dumps(vars(manifest)))
+        artifacts.write_text(home.folder("thing-1") / "manifest.json", json.dumps(vars(manifest)))
         look()  # Modal commits in the background, whenever it likes
         (home.folder("thing-1") / "tensors").write_bytes(b"0" * 1000)
 
@@ -193,7 +212,13 @@ class Hands:
     """What hands out jobs in a conductor's place: each container's items run here, some are lost."""
 
     def __init__(self, volume, cfg, lost=(), together=False):
-        self.volume, self.cfg, self.lost, self.together, self.given = volume, cfg, lost, together, []
+        self.volume, self.cfg, self.lost, self.together, self.given = (
+            volume,
+            cfg,
+            lost,
+            together,
+            [],
+        )
 
     def __call__(self, stage, items):
         for batch in [items] if self.together else [[item] for item in items]:
@@ -207,18 +232,22 @@ class Hands:
 def conduct(volume, cfg, wanted, hands, lines=None):
     """Hand out jobs as modal_app.py does."""
     view = volume.view()
-    store = Store(view.path, refresh=view.reload)
+    artifacts = Store(view.path, refresh=view.reload)
     said = (lambda _text: None) if lines is None else lines.append
-    return cloud.conduct(cfg, wanted, store, hands, "modal run x::y", said)
+    return cloud.orchestrate(cfg, wanted, artifacts, hands, "modal run x::y", said)
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_again(prepared, together):
+def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_again(
+    prepared, together
+):
     volume, cfg = prepared
     steps = 3 + together
     cfg = cfg.model_copy(update={"expert": cfg.expert.model_copy(update={"steps": steps})})
     hands, lines = Hands(volume, cfg, lost=["shop"], together=together), []
-    outcomes = conduct(volume, cfg, ("preprocess", "train_shared", "train_experts", "train_router"), hands, lines)
+    outcomes = conduct(
+        volume, cfg, ("preprocess", "train_shared", "train_experts", "train_router"), hands, lines
+    )
     states = {each.name: each.state for each in outcomes}
     assert states["preprocess"] == "found"
     assert [states[f"train_experts {name}"] for name in cfg.experts] == ["made", "failed", "made"]
@@ -227,7 +256,11 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     assert "train_experts shop: TimeoutError: hit its timeout" in lines[-1]
     assert "run again: modal run x::y" in lines[-1]
     again = Hands(volume, cfg)
-    assert [each.state for each in conduct(volume, cfg, ("train_experts",), again)] == ["found", "made", "found"]
+    assert [each.state for each in conduct(volume, cfg, ("train_experts",), again)] == [
+        "found",
+        "made",
+        "found",
+    ]
     assert again.given == [("train_experts", "shop")]
 
 
@@ -240,29 +273,38 @@ def test_a_damaged_artifact_is_a_failure_told_in_commands_of_modal(prepared):
     [found] = conduct(volume, changed, ("train_shared",), Hands(volume, changed), lines)
     assert (made.state, found.state) == ("made", "failed")
     assert "trunk.safetensors is gone" in found.error
-    assert f"`modal volume rm -r moleforge artifacts/{address}` and run the same command" in found.error
+    assert (
+        f"`modal volume rm -r moleforge artifacts/{address}` and run the same command"
+        in found.error
+    )
     assert "0 of 1 jobs of train_shared" in lines[-1]
 
 
 @pytest.fixture
 def divided(tmp_path, monkeypatch):
     """A configuration whose preprocess goes to three containers, with small batches."""
-    from pipeline.data import encoding
+    from pipeline.data.text import encode
 
-    monkeypatch.setattr(encoding, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 5000)
     return load(tiny_config(tmp_path / "tiny", modal={"preprocess_jobs": 3}))
 
 
-GIVEN = [("preprocess_survey", None), *(("preprocess_part", str(n)) for n in range(3)), ("preprocess", None)]
+GIVEN = [
+    ("preprocess_survey", None),
+    *(("preprocess_part", str(n)) for n in range(3)),
+    ("preprocess", None),
+]
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(volume, divided, tmp_path, together):
+def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(
+    volume, divided, tmp_path, together
+):
     hands = Hands(volume, divided, together=together)
     [outcome] = conduct(volume, divided, ("preprocess",), hands)
     assert (outcome.state, hands.given) == ("made", GIVEN)
     local = Store(tmp_path / "store").open()
-    stages.run("preprocess", divided, local, say=lambda _text, _share: None)
+    stages.run("preprocess", divided, local, progress=lambda _text, _share: None)
     assert contents(volume.path) == contents(local.root) != {}
     assert not list((volume.path / "parts").glob("*"))
     assert [each.state for each in conduct(volume, divided, ("preprocess",), hands)] == ["found"]
@@ -271,7 +313,9 @@ def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(volume, div
 
 def test_a_lost_part_is_named_and_the_next_command_makes_it(volume, divided):
     lines = []
-    [failed] = conduct(volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines)
+    [failed] = conduct(
+        volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines
+    )
     assert (failed.stage, failed.item, failed.state) == ("preprocess_part", "1", "failed")
     assert "2 of 3 jobs of preprocess_part are finished and kept" in lines[-1]
     assert "preprocess_part 1: TimeoutError: hit its timeout" in lines[-1]
@@ -285,7 +329,9 @@ def test_a_lost_part_is_named_and_the_next_command_makes_it(volume, divided):
 
 
 def test_a_survey_that_cannot_be_is_an_answer(volume, divided):
-    wrong = divided.model_copy(update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})})
+    wrong = divided.model_copy(
+        update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})}
+    )
     lines = []
     [failed] = conduct(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
     assert failed.stage == "preprocess_survey" and "names moon" in failed.error
@@ -303,9 +349,13 @@ def test_the_bundle_made_last_is_served(volume):
     view = volume.view()
     with pytest.raises(MissingArtifact, match="::deploy"):
         cloud.served(view.path)
-    outcome = cloud.Outcome("deploy", None, "deploy-1", "found")
+    outcome = cloud.JobResult("deploy", None, "deploy-1", "found")
     cloud.serve_next([outcome], view.path, view.commit)
-    cloud.serve_next([cloud.Outcome("deploy", None, "deploy-2", "failed", "why")], view.path, view.commit)
-    cloud.serve_next([cloud.Outcome("evaluate", None, "evaluate-1", "made")], view.path, view.commit)
+    cloud.serve_next(
+        [cloud.JobResult("deploy", None, "deploy-2", "failed", "why")], view.path, view.commit
+    )
+    cloud.serve_next(
+        [cloud.JobResult("evaluate", None, "evaluate-1", "made")], view.path, view.commit
+    )
     assert view.commits == 1
     assert cloud.served(volume.path) == volume.path / "artifacts/deploy-1"

@@ -10,7 +10,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pipeline.model import trunk as trunks
-from pipeline.model.norm import RMSNorm, lighten
+from pipeline.model.kernels.norm import RMSNorm, patch_norm
 
 D = 24
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -69,7 +69,9 @@ def test_a_frozen_weight_gets_no_gradient_and_a_frozen_input_none_either():
 
 def test_it_keeps_its_input_and_one_number_a_row():
     kept, x = [], drawn(BF16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, t.numel())) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.dtype, t.numel())) or t, lambda t: t
+    ):
         RMSNorm(norm())(x)
     assert sorted(n for _, n in kept) == [D, x.numel() // D, x.numel()]
     assert (BF16, x.numel()) in kept
@@ -77,9 +79,15 @@ def test_it_keeps_its_input_and_one_number_a_row():
 
 def test_a_trunk_has_it_everywhere_under_the_same_names():
     settings = {
-        "model_type": "qwen3", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-    }  # fmt: skip
+        "model_type": "qwen3",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     trunk, _ = trunks.build(settings)
     norms = [m for m in trunk.modules() if "RMSNorm" in type(m).__name__]
     assert len(norms) == 2 * 4 + 1 and all(isinstance(m, RMSNorm) for m in norms)
@@ -88,5 +96,5 @@ def test_a_trunk_has_it_everywhere_under_the_same_names():
 
 def test_a_norm_of_another_form_is_left_alone():
     net = torch.nn.Sequential(torch.nn.RMSNorm(D), torch.nn.LayerNorm(D))
-    lighten(net)
+    patch_norm(net)
     assert [type(m) for m in net] == [torch.nn.RMSNorm, torch.nn.LayerNorm]

@@ -1,4 +1,5 @@
-"""The crop generator against pages whose text and places are known, and its output against preprocess."""
+"""The crop generator against pages whose text and places are known, and its output against
+preprocess."""
 
 import json
 import subprocess
@@ -9,12 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.config.loras import ExpertEntry, ImageLimits
-from pipeline.data import contact_sheet, pictures, regions, tasks
+from pipeline.config.task_data import ImageLimitsConfig
+from pipeline.data.images import contact_sheet, images, text_regions
+from pipeline.data.tasks import prepare
+from pipeline.families.adapters.config import AdapterExpertConfig
 from scripts.generate_ocr_crops import main
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate_ocr_crops.py"
-WORDS = ["TOTAL  12.00", "Receipt number 42", "thank you", "apples and pears", "cash", "change given", "open until ten"]
+WORDS = [
+    "TOTAL  12.00",
+    "Receipt number 42",
+    "thank you",
+    "apples and pears",
+    "cash",
+    "change given",
+    "open until ten",
+]
 
 
 def page(number, ink=20, ground=235, size=(420, 360)):
@@ -39,8 +50,18 @@ def pages(tmp_path):
     for i in range(9):
         image, boxes = page(i)
         image.save(tmp_path / f"pages/img/{i}.png")
-        rows.append({"id": f"p{i}-total", "image": f"img/{i}.png", "prompt": "total?", "answer": "12.00", "boxes": []})
-        rows.append({"id": f"p{i}", "image": f"img/{i}.png", "boxes": boxes, "width": 420, "height": 360})
+        rows.append(
+            {
+                "id": f"p{i}-total",
+                "image": f"img/{i}.png",
+                "prompt": "total?",
+                "answer": "12.00",
+                "boxes": [],
+            }
+        )
+        rows.append(
+            {"id": f"p{i}", "image": f"img/{i}.png", "boxes": boxes, "width": 420, "height": 360}
+        )
     path = tmp_path / "pages/rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -70,12 +91,16 @@ def test_given_boxes_become_crops_with_their_transcripts(tmp_path, pages, capsys
 def test_preprocess_reads_what_comes_out_and_keeps_a_page_in_one_split(tmp_path, pages):
     run(pages, tmp_path / "out", "--size", 32)
     data = {"source": "jsonl", "path": str(tmp_path / "out/crops.jsonl"), "ocr": True}
-    task = ExpertEntry(name="ocr", label="A", dataset=data, metric="cer")
-    metrics = tasks.prepare(task, ImageLimits(min_pixels=4096, max_pixels=65_536), 0, tmp_path / "rows")
-    assert sum(metrics["rows"].values()) == 45 and metrics["groups"] == 9 and metrics["dropped"] == {}
+    task = AdapterExpertConfig(name="ocr", label="A", dataset=data, metric="cer")
+    metrics = prepare.prepare(
+        task, ImageLimitsConfig(min_pixels=4096, max_pixels=65_536), 0, tmp_path / "rows"
+    )
+    assert (
+        sum(metrics["rows"].values()) == 45 and metrics["groups"] == 9 and metrics["dropped"] == {}
+    )
     splits = {}
     for split in ("train", "valid", "test"):
-        for row in tasks.TaskRows(tmp_path / "rows").rows(split):
+        for row in prepare.TaskRows(tmp_path / "rows").rows(split):
             assert splits.setdefault(row.id.split("/")[0], split) == split
 
 
@@ -84,7 +109,11 @@ def test_lines_are_joined_to_blocks_of_the_wanted_size(tmp_path, pages):
     rows = [row for row in crops(tmp_path / "out") if row["id"].startswith("p0/")]
     _, boxes = page(0)
     text = [" ".join(box["text"].split()) for box in boxes]
-    assert [row["answer"] for row in rows] == [f"{text[0]}\n{text[1]}", f"{text[2]}\n{text[3]}", text[4]]
+    assert [row["answer"] for row in rows] == [
+        f"{text[0]}\n{text[1]}",
+        f"{text[2]}\n{text[3]}",
+        text[4],
+    ]
     assert [row["height"] for row in rows] == [80, 80, 40]
 
 
@@ -103,8 +132,12 @@ def test_count_takes_those_with_most_text_in_reading_order(tmp_path, pages):
     run(pages, tmp_path / "all")
     for i in range(9):
         every = [row["answer"] for row in crops(tmp_path / "all") if row["id"].startswith(f"p{i}/")]
-        taken = [row["answer"] for row in crops(tmp_path / "most") if row["id"].startswith(f"p{i}/")]
-        assert sorted(map(len, taken)) == sorted(map(len, every))[-2:] and taken == [a for a in every if a in taken]
+        taken = [
+            row["answer"] for row in crops(tmp_path / "most") if row["id"].startswith(f"p{i}/")
+        ]
+        assert sorted(map(len, taken)) == sorted(map(len, every))[-2:] and taken == [
+            a for a in every if a in taken
+        ]
 
 
 def test_a_random_choice_is_the_seeds(tmp_path, pages):
@@ -118,17 +151,38 @@ def test_length_and_height_filter_and_say_what_they_dropped(tmp_path, pages):
     run(pages, tmp_path / "out", "--min-chars", 12, "--max-chars", 16)
     assert all(12 <= len(row["answer"]) <= 16 for row in crops(tmp_path / "out"))
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["dropped"]["wrong length"] == 45 - report["crops"] and report["examples"]["wrong length"]
+    assert (
+        report["dropped"]["wrong length"] == 45 - report["crops"]
+        and report["examples"]["wrong length"]
+    )
     assert run(pages, tmp_path / "high", "--min-height", 100) == 2
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, pages):
     for name, workers in (("one", 1), ("two", 2)):
-        command = [sys.executable, SCRIPT, pages, tmp_path / name, "--by", "detector", "--workers", str(workers)]
-        subprocess.run([*map(str, command), "--contact-sheet", str(tmp_path / f"{name}.png")], check=True)
-    files = {p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*.*")}
-    assert len(files) > 40 and (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert files == {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.*")}
+        command = [
+            sys.executable,
+            SCRIPT,
+            pages,
+            tmp_path / name,
+            "--by",
+            "detector",
+            "--workers",
+            str(workers),
+        ]
+        subprocess.run(
+            [*map(str, command), "--contact-sheet", str(tmp_path / f"{name}.png")], check=True
+        )
+    files = {
+        p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*.*")
+    }
+    assert (
+        len(files) > 40
+        and (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    )
+    assert files == {
+        p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.*")
+    }
 
 
 @pytest.mark.parametrize(("ink", "ground"), [(20, 235), (235, 30), (120, 190)])
@@ -136,23 +190,32 @@ def test_the_number_of_workers_changes_nothing(tmp_path, pages):
 def test_the_detector_finds_every_line_and_nothing_else(ink, ground, scale):
     image, boxes = page(1, ink, ground)
     image = image.resize((image.width * scale, image.height * scale))
-    found = [each.box for each in regions.find(image)]
+    found = [each.box for each in text_regions.find(image)]
     for box in boxes:
         x0, y0, x1, y1 = (scale * n for n in box["bbox"])
         over = [f for f in found if f.y0_px < (y0 + y1) / 2 < f.y1_px]
         covered = sum(min(f.x1_px, x1) - max(f.x0_px, x0) for f in over)
         assert covered > 0.9 * (x1 - x0), box
         assert all(f.height_px < 1.4 * (y1 - y0) for f in over)
-    assert all(any(f.y1_px > scale * b["bbox"][1] and f.y0_px < scale * b["bbox"][3] for b in boxes) for f in found)
+    assert all(
+        any(f.y1_px > scale * b["bbox"][1] and f.y0_px < scale * b["bbox"][3] for b in boxes)
+        for f in found
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_detector_finds_no_text_where_there_is_none(seed):
     rng = np.random.default_rng(seed)
-    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((400, 300), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+        (400, 300), Image.Resampling.BICUBIC
+    )
     grain = Image.fromarray(rng.normal(128, 4, (300, 400)).clip(0, 255).astype(np.uint8))
-    assert regions.find(smooth) == [] and regions.find(grain) == []
-    assert regions.find(Image.new("RGB", (300, 200), "white")) == [] == regions.find(Image.new("RGB", (1, 1)))
+    assert text_regions.find(smooth) == [] and text_regions.find(grain) == []
+    assert (
+        text_regions.find(Image.new("RGB", (300, 200), "white"))
+        == []
+        == text_regions.find(Image.new("RGB", (1, 1)))
+    )
 
 
 def test_detected_regions_take_the_text_of_boxes_inside_and_others_wait_for_a_hand(tmp_path, pages):
@@ -162,8 +225,14 @@ def test_detected_regions_take_the_text_of_boxes_inside_and_others_wait_for_a_ha
     assert found == [" ".join(box["text"].split()) for box in boxes]
     run(pages.parent / "img", tmp_path / "bare", "--by", "detector")
     rows = crops(tmp_path / "bare", "untranscribed.jsonl")
-    assert len(rows) >= 45 and not crops(tmp_path / "bare") and all(row["answer"] == "" for row in rows)
-    assert {row["group"] for row in rows} == {f"sha256:{pictures.digest(page(i)[0])}" for i in range(9)}
+    assert (
+        len(rows) >= 45
+        and not crops(tmp_path / "bare")
+        and all(row["answer"] == "" for row in rows)
+    )
+    assert {row["group"] for row in rows} == {
+        f"sha256:{images.digest(page(i)[0])}" for i in range(9)
+    }
 
 
 def test_bad_images_are_counted_and_the_rest_is_cut(tmp_path, pages, capsys):
@@ -175,8 +244,16 @@ def test_bad_images_are_counted_and_the_rest_is_cut(tmp_path, pages, capsys):
     pages.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(pages, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["dropped"] == {"bad box": 2, "corrupt picture": 1, "no boxes": 1, "path outside its root": 1}
-    assert len(crops(tmp_path / "out")) == 25 and "dropped: 2 bad box (rows.jsonl:4" in capsys.readouterr().out
+    assert report["dropped"] == {
+        "bad box": 2,
+        "corrupt picture": 1,
+        "no boxes": 1,
+        "path outside its root": 1,
+    }
+    assert (
+        len(crops(tmp_path / "out")) == 25
+        and "dropped: 2 bad box (rows.jsonl:4" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +274,10 @@ def test_a_wrong_input_is_an_error_of_one_line(tmp_path, capsys, content, messag
 
 def test_an_output_with_something_in_it_is_left_alone(tmp_path, pages, capsys):
     assert run(pages, pages.parent) == 2 and "is not an empty folder" in capsys.readouterr().err
-    assert run(tmp_path / "none.jsonl", tmp_path / "out") == 2 and "cannot be read" in capsys.readouterr().err
+    assert (
+        run(tmp_path / "none.jsonl", tmp_path / "out") == 2
+        and "cannot be read" in capsys.readouterr().err
+    )
 
 
 def test_the_help_teaches(capsys):

@@ -1,4 +1,5 @@
-"""AdamW over masters against torch's own, and the two halves of a master: no bit is lost on the way.
+"""AdamW over masters against torch's own, and the two halves of a master: no bit is lost on the
+way.
 
 P elements.
 """
@@ -10,27 +11,31 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import moments
-from pipeline import optimizer as optimizers
-from pipeline.config.sections import Fit
+from pipeline.config.fit import FitConfig
 from pipeline.errors import ConfigError
-from pipeline.means import MOST_BETA2
-from pipeline.optimizer import AdamW, gradients_in, joined
+from pipeline.train import optimizer as optimizers
+from pipeline.train import optimizer_state
+from pipeline.train.memory_plan import MOST_BETA2
+from pipeline.train.optimizer import AdamW, gradients_in, merge
 
-OPTIONS = Fit(steps=1, lr=3e-3, weight_decay=0.3, beta2=0.9)
+OPTIONS = FitConfig(steps=1, lr=3e-3, weight_decay=0.3, beta2=0.9)
 SIZES = {"matrix": (37, 53), "vector": (61,), "cube": (5, 7, 11)}
 
 
 def drawn(dtype=torch.float32, seed=0) -> dict[str, nn.Parameter]:
     """Return parameters of several shapes; the same each time."""
     generator = torch.Generator().manual_seed(seed)
-    return {n: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SIZES.items()}
+    return {
+        n: nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SIZES.items()
+    }
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
     """Return the gradients of a step, small ones and large ones."""
     generator = torch.Generator().manual_seed(100 + step)
-    return {n: torch.randn(s, generator=generator) * 10.0 ** (step % 5 - 3) for n, s in SIZES.items()}
+    return {
+        n: torch.randn(s, generator=generator) * 10.0 ** (step % 5 - 3) for n, s in SIZES.items()
+    }
 
 
 def moved(ours: AdamW, steps: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -41,15 +46,19 @@ def moved(ours: AdamW, steps: int, scale: float = 1.0) -> dict[str, torch.Tensor
             parameter.grad = gradient.to(parameter.dtype)
         ours.lr = OPTIONS.lr * (1 + step)
         ours.step(scale)
-    ours.whole()
+    ours.restore_fp32()
     return {n: p.detach() for n, p in ours.parameters.items()}
 
 
 def theirs(steps: int, scale: float = 1.0, **options) -> dict[str, torch.Tensor]:
-    """Return the parameters after that many steps of torch's own optimizer, with decay for matrices only."""
+    """Return the parameters after that many steps of torch's own optimizer, with decay for matrices
+    only."""
     parameters = drawn()
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": OPTIONS.weight_decay},
+        {
+            "params": [p for p in parameters.values() if p.ndim >= 2],
+            "weight_decay": OPTIONS.weight_decay,
+        },
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, OPTIONS.beta2), eps=1e-8, **options)
@@ -80,11 +89,15 @@ def test_fp32_is_torchs_plain_adamw_within_rounding():
 
 def patterns() -> torch.Tensor:
     """Return fp32 numbers of every kind, every exponent, both signs: x_P."""
-    bits_P = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits_P = torch.randint(
+        -(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)
+    ).to(torch.int32)
     high_P = torch.arange(2**16, dtype=torch.int32) << 16
     edges_P = torch.cat([high_P + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
     x_P = torch.cat([bits_P, edges_P]).view(torch.float32)
-    named = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.17549435e-38, 3.4028235e38, -3.4028235e38, math.inf])
+    named = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.17549435e-38, 3.4028235e38, -3.4028235e38, math.inf]
+    )
     return torch.cat([x_P[x_P.isfinite()], named])
 
 
@@ -92,9 +105,11 @@ def test_two_halves_are_the_number_bit_for_bit():
     x_P = patterns()
     parameter = nn.Parameter(x_P.clone())
     ours = AdamW({"x": parameter}, OPTIONS, ["x"])
-    assert parameter.dtype == torch.bfloat16 and ours.low["x"].dtype == torch.int16
-    assert torch.equal(joined(parameter.data, ours.low["x"]).view(torch.int32), x_P.view(torch.int32))
-    ours.whole()
+    assert parameter.dtype == torch.bfloat16 and ours.residual_bits["x"].dtype == torch.int16
+    assert torch.equal(
+        merge(parameter.data, ours.residual_bits["x"]).view(torch.int32), x_P.view(torch.int32)
+    )
+    ours.restore_fp32()
     assert parameter.dtype == torch.float32
     assert torch.equal(parameter.data.view(torch.int32), x_P.view(torch.int32))
 
@@ -105,20 +120,22 @@ def test_the_high_half_is_the_nearest_bf16():
     parameter = nn.Parameter(x_P.clone())
     AdamW({"x": parameter}, OPTIONS, ["x"])
     ours_P, torchs_P = parameter.detach().double(), x_P.bfloat16().double()
-    assert torch.equal((ours_P - x_P.double()).abs(), (torchs_P - x_P.double()).abs())  # ties go another way
+    assert torch.equal(
+        (ours_P - x_P.double()).abs(), (torchs_P - x_P.double()).abs()
+    )  # ties go another way
     assert (ours_P != torchs_P).any() and (ours_P == torchs_P).float().mean() > 0.8
 
 
 def test_halved_masters_follow_the_fp32_run_and_are_finer_than_bf16(monkeypatch):
     monkeypatch.setattr(optimizers, "PIECE", 100)  # pieces in the middle of rows
     plain = moved(AdamW(drawn(), OPTIONS), 12)
-    halved = moved(AdamW(drawn(), OPTIONS, SIZES), 12)
-    for name, value in halved.items():
+    bf16_params = moved(AdamW(drawn(), OPTIONS, SIZES), 12)
+    for name, value in bf16_params.items():
         # the one difference is the gradient's rounding to bf16: 2**-9 of each step
         torch.testing.assert_close(value, plain[name], rtol=0, atol=12 * 12 * OPTIONS.lr * 2**-8)
         assert (value - value.bfloat16().float()).abs().max() > 0
-    steps = [(halved[n] - drawn()[n]).norm() for n in SIZES]
-    apart = [(halved[n] - plain[n]).norm() for n in SIZES]
+    steps = [(bf16_params[n] - drawn()[n]).norm() for n in SIZES]
+    apart = [(bf16_params[n] - plain[n]).norm() for n in SIZES]
     assert max(a / s for a, s in zip(apart, steps, strict=True)) < 0.01
 
 
@@ -130,7 +147,7 @@ def test_a_halved_parameter_with_fp32_gradients_is_the_fp32_run_bit_for_bit():
                 ours.parameters[name].grad.copy_(gradient)
             ours.lr = OPTIONS.lr * (1 + step)
             ours.step()
-    ours.whole()
+    ours.restore_fp32()
     assert all(torch.equal(p.detach(), plain[n]) for n, p in ours.parameters.items())
 
 
@@ -140,12 +157,14 @@ def test_steps_smaller_than_bf16_are_not_lost():
     for _ in range(1000):
         parameter.grad = torch.ones_like(parameter)
         ours.step()
-    assert parameter.dtype == torch.bfloat16 and parameter[0].item() == pytest.approx(0.99, abs=0.005)
-    ours.whole()
+    assert parameter.dtype == torch.bfloat16 and parameter[0].item() == pytest.approx(
+        0.99, abs=0.005
+    )
+    ours.restore_fp32()
     assert parameter[0].item() == pytest.approx(0.99, abs=1e-4)  # bf16 alone would still be at 1
 
 
-def changed(**changes) -> Fit:
+def changed(**changes) -> FitConfig:
     """Return the options with some changed."""
     return OPTIONS.model_copy(update=changes)
 
@@ -153,7 +172,9 @@ def changed(**changes) -> Fit:
 def test_moments_in_bf16_are_kept_so_and_follow_the_fp32_run():
     plain, ours = moved(AdamW(drawn(), OPTIONS), 12), AdamW(drawn(), OPTIONS, moments="bf16")
     assert {t.dtype for t in ours.tensors().values()} == {torch.bfloat16}
-    assert ours.tensors().keys() == {f"{kind}/{n}" for kind in ("exp_avg", "exp_avg_sq") for n in SIZES}
+    assert ours.tensors().keys() == {
+        f"{kind}/{n}" for kind in ("exp_avg", "exp_avg_sq") for n in SIZES
+    }
     rounded = moved(ours, 12)
     for name in SIZES:
         apart, step = (rounded[name] - plain[name]).norm(), (plain[name] - drawn()[name]).norm()
@@ -167,7 +188,10 @@ def test_moments_in_8_bits_follow_the_fp32_run():
     assert {k: t.dtype for k, t in kept.items() if "_scale" not in k} == {
         f"{kind}/{n}": torch.uint8 for kind in ("exp_avg", "exp_avg_sq") for n in SIZES
     }
-    assert sum(t.nbytes for t in kept.values()) < 2.2 * sum(p.numel() for p in ours.parameters.values()) + 100
+    assert (
+        sum(t.nbytes for t in kept.values())
+        < 2.2 * sum(p.numel() for p in ours.parameters.values()) + 100
+    )
     rounded = moved(ours, 12)
     for name in SIZES:
         apart, step = (rounded[name] - plain[name]).norm(), (plain[name] - drawn()[name]).norm()
@@ -177,8 +201,10 @@ def test_moments_in_8_bits_follow_the_fp32_run():
 def test_8_bits_without_their_library_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    moments._library.cache_clear()
-    with pytest.raises(ConfigError, match="moments: int8 needs bitsandbytes.*pip install bitsandbytes"):
+    optimizer_state._library.cache_clear()
+    with pytest.raises(
+        ConfigError, match="moments: int8 needs bitsandbytes.*pip install bitsandbytes"
+    ):
         AdamW(drawn(), OPTIONS, moments="int8")
 
 
@@ -186,7 +212,7 @@ def test_8_bits_without_their_library_say_what_to_install(monkeypatch):
 def test_8_bit_moments_of_any_size_in_any_pieces_are_the_same(monkeypatch, size):
     pytest.importorskip("bitsandbytes")
     value_P = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    whole, pieces = (moments.KINDS["int8"](value_P, True) for _ in range(2))
+    whole, pieces = (optimizer_state.KINDS["int8"](value_P, True) for _ in range(2))
     whole.write(slice(0, size), value_P)
     for at in range(0, size, 512):
         piece = slice(at, min(at + 512, size))
@@ -200,7 +226,9 @@ def test_8_bit_moments_of_any_size_in_any_pieces_are_the_same(monkeypatch, size)
 def test_moments_are_those_of_torch():
     ours = AdamW(drawn(), OPTIONS)
     parameters = drawn()
-    adamw = torch.optim.AdamW(parameters.values(), lr=OPTIONS.lr, betas=(0.9, OPTIONS.beta2), fused=True)
+    adamw = torch.optim.AdamW(
+        parameters.values(), lr=OPTIONS.lr, betas=(0.9, OPTIONS.beta2), fused=True
+    )
     for step in range(3):
         for name, gradient in gradients(step).items():
             parameters[name].grad, ours.parameters[name].grad = gradient, gradient.clone()
@@ -208,7 +236,9 @@ def test_moments_are_those_of_torch():
         ours.step()
     for name, parameter in parameters.items():
         for kind in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(ours.tensors()[f"{kind}/{name}"], adamw.state[parameter][kind].flatten())
+            assert torch.equal(
+                ours.tensors()[f"{kind}/{name}"], adamw.state[parameter][kind].flatten()
+            )
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
@@ -224,7 +254,7 @@ def test_what_was_kept_is_taken_up_again_bit_for_bit(kind):
 
     whole = AdamW(drawn(), OPTIONS, ["matrix"], kind)
     some(whole, range(3))
-    kept = {"low": {n: t.clone() for n, t in whole.low.items()}}
+    kept = {"low": {n: t.clone() for n, t in whole.residual_bits.items()}}
     for key, tensor in whole.tensors().items():
         group, _, name = key.partition("/")
         kept.setdefault(group, {})[name] = tensor.clone()
@@ -235,7 +265,7 @@ def test_what_was_kept_is_taken_up_again_bit_for_bit(kind):
     again.load(kept, whole.steps)
     for ours in (whole, again):
         some(ours, range(3, 6))
-        ours.whole()
+        ours.restore_fp32()
     assert all(torch.equal(p, again.parameters[n]) for n, p in whole.parameters.items())
 
 
@@ -243,10 +273,14 @@ def test_a_checksum_sees_low_bits():
     ours = AdamW(drawn(), OPTIONS, ["matrix"])
     before = {n: ours.checksum(n) for n in SIZES}
     assert before == {n: ours.checksum(n) for n in SIZES}
-    ours.low["matrix"][3, 3] ^= 1
+    ours.residual_bits["matrix"][3, 3] ^= 1
     with torch.no_grad():
         ours.parameters["vector"][3] += 1e-6
-    assert [ours.checksum(n) == before[n] for n in ("matrix", "vector", "cube")] == [False, False, True]
+    assert [ours.checksum(n) == before[n] for n in ("matrix", "vector", "cube")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_norm_is_that_of_all_gradients():
@@ -280,7 +314,9 @@ def second_moment(kind: str, beta2: float) -> float:
     ours = AdamW({"x": nn.Parameter(torch.zeros(2000))}, changed(beta2=beta2), moments=kind)
     generator = torch.Generator().manual_seed(0)
     for step in range(1500):
-        ours.parameters["x"].grad = torch.randn(2000, generator=generator) * (1.0 if step < 300 else 0.1)
+        ours.parameters["x"].grad = torch.randn(2000, generator=generator) * (
+            1.0 if step < 300 else 0.1
+        )
         ours.step()
     return ours.state["x"]["exp_avg_sq"].read(slice(0, 2000)).mean().item()
 

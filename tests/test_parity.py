@@ -1,7 +1,7 @@
 """Stock transformers classes load what the store holds and compute the same logits.
 
-Every check writes an ordinary checkpoint folder from the stored files, under Hugging Face names, and lets
-from_pretrained read it. L layers, I number of an expert, B sequences, T tokens.
+Every check writes an ordinary checkpoint folder from the stored files, under Hugging Face names,
+and lets from_pretrained read it. L layers, I number of an expert, B sequences, T tokens.
 """
 
 import json
@@ -20,9 +20,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from pipeline import train
-from pipeline.families import ffn_moe
-from pipeline.families.ffn_parts import stored_experts, stored_trunk
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
+from pipeline.families.ffn_moe.stack import assemble
+from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
 
@@ -32,27 +33,40 @@ MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def made(tmp_path, kind: str, tied: bool, **changes):
-    """Return configuration and parts of a whole run on a trunk of one kind, new (qwen3) or from a checkpoint."""
+    """Return configuration and parts of a whole run on a trunk of one kind, new (qwen3) or from a
+    checkpoint."""
     changes |= {"trunk__tie_embeddings": tied}
     if kind != "qwen3":
         model = whole(kind, tie_word_embeddings=tied, vocab_size=small.VOCAB)
         model.save_pretrained(tmp_path / "checkpoint")
-        vocabulary = Tokenizer(models.WordLevel({f"w{i}": i for i in range(small.VOCAB)}, unk_token="w0"))
-        PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="w0").save_pretrained(tmp_path / "checkpoint")
-        changes |= {"trunk__init": str(tmp_path / "checkpoint"), "tokenizer__pretrained": str(tmp_path / "checkpoint")}
+        vocabulary = Tokenizer(
+            models.WordLevel({f"w{i}": i for i in range(small.VOCAB)}, unk_token="w0")
+        )
+        PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="w0").save_pretrained(
+            tmp_path / "checkpoint"
+        )
+        changes |= {
+            "trunk__init": str(tmp_path / "checkpoint"),
+            "tokenizer__pretrained": str(tmp_path / "checkpoint"),
+        }
     cfg = small.config(**changes)
     return cfg, small.run(cfg, tmp_path / "run")
 
 
 def stock(folder, kind, settings: dict, tensors: dict):
-    """Write a checkpoint folder and let a transformers class load it, with nothing missing and nothing left over."""
+    """Write a checkpoint folder and let a transformers class load it, with nothing missing and
+    nothing left over."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"architectures": [kind.__name__]}))
-    save_file({n: t.detach().clone() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t.detach().clone() for n, t in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     model, report = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -72,7 +86,9 @@ def moe(parts, cfg, folder):
         sources.insert(0, ("train_shared", "dummy.safetensors", None))
     for i, source in enumerate(sources):
         for name, tensor in parts.tensors(*source).items():
-            tensors[_in_mixtral(name, i) if mixtral else name.replace(".mlp.", f".mlp.experts.{i}.")] = tensor
+            tensors[
+                _in_mixtral(name, i) if mixtral else name.replace(".mlp.", f".mlp.experts.{i}.")
+            ] = tensor
     for name, tensor in parts.tensors("train_router", "router.safetensors").items():
         tensors[name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name] = tensor
     settings |= {"num_experts_per_tok": cfg.router.top_k}
@@ -80,10 +96,14 @@ def moe(parts, cfg, folder):
         settings |= {"model_type": "mixtral", "num_local_experts": len(sources)}
         return stock(folder, MixtralForCausalLM, settings, tensors)
     settings |= {
-        "model_type": "qwen3_moe", "num_experts": len(sources), "num_local_experts": len(sources),
-        "moe_intermediate_size": settings["intermediate_size"], "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "model_type": "qwen3_moe",
+        "num_experts": len(sources),
+        "num_local_experts": len(sources),
+        "moe_intermediate_size": settings["intermediate_size"],
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-    }  # fmt: skip
+    }
     return stock(folder, Qwen3MoeForCausalLM, settings, tensors)
 
 
@@ -93,10 +113,10 @@ def _in_mixtral(name: str, expert: int) -> str:
     return f"{head}.block_sparse_moe.experts.{expert}.{MIXTRAL[projection]}.{end}"
 
 
-def ours(trunk, fill) -> torch.Tensor:
+def ours(trunk, ffn) -> torch.Tensor:
     """Return logits_BTV."""
     with torch.no_grad():
-        return trunk.hidden(IDS_BT, fill) @ trunk.head.T
+        return trunk.hidden(IDS_BT, ffn) @ trunk.head.T
 
 
 def same(model, logits_BTV: torch.Tensor) -> None:
@@ -131,10 +151,13 @@ def test_trunk_experts_and_stack_are_what_transformers_computes(case, tmp_path):
     trunk, dummy = stored_trunk(cfg, parts)
     assert ("lm_head.weight" in parts.tensors("train_shared", "trunk.safetensors")) is not tied
     tensors = parts.tensors("train_shared", "trunk.safetensors")
-    for name, fill in [("dummy", dummy), *stored_experts(cfg, parts)]:
-        own = {n: p.detach() for n, p in fill.named().items()}
-        same(stock(tmp_path / name, DENSE[kind], settings_of(parts), tensors | own), ours(trunk, fill))
-    stack = ffn_moe.assemble(cfg, parts)
+    for name, ffn in [("dummy", dummy), *stored_experts(cfg, parts)]:
+        own = {n: p.detach() for n, p in ffn.named().items()}
+        same(
+            stock(tmp_path / name, DENSE[kind], settings_of(parts), tensors | own),
+            ours(trunk, ffn),
+        )
+    stack = assemble(cfg, parts)
     logits = ours(stack.trunk, stack.mixture)
     same(moe(parts, cfg, tmp_path / "moe"), logits)
     assert (logits - ours(trunk, dummy)).abs().max() > 1e-3
@@ -146,18 +169,23 @@ def test_dense_baselines_are_ordinary_models(item, tmp_path):
     parts = small.run(cfg, tmp_path / "run")
     folder = tmp_path / "run" / f"train_dense-{item}"
     (folder / "config.json").write_text((folder / "trunk.json").read_text())
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.config.intermediate_size == cfg.trunk.d_ff * (2 if item == "wide" else 1)
-    from pipeline.model.trunk import build, fill_in
+    from pipeline.model.trunk import build, copy_into
 
     trunk, ffn = build(json.loads((folder / "trunk.json").read_text()))
-    fill_in({**trunk.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", item))
+    copy_into(
+        {**trunk.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", item)
+    )
     same(model.eval(), ours(trunk, ffn))
 
 
 def test_the_exported_gate_is_that_of_the_last_step_of_training(tmp_path):
-    """Temperature, straight from 4 to 2 over two epochs, is in the stored gate; noise and bias are not."""
+    """Temperature, straight from 4 to 2 over two epochs, is in the stored gate; noise and bias are
+    not."""
     ramp = {"start": 4.0, "end": 2.0}
     cfg = small.config(router__temperature=ramp)
     parts = small.run(cfg, tmp_path / "run")

@@ -7,12 +7,12 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from pipeline.config import Config
-from pipeline.data import partition
-from pipeline.data.corpus import Document, key_of
-from pipeline.data.partition import balanced
-from pipeline.data.splits import Sample, SmallDomains, Splits
+from pipeline.data.text import partition
+from pipeline.data.text.documents import Document, key_of
+from pipeline.data.text.partition import balanced
+from pipeline.data.text.splits import Sample, SmallDomains, Splits
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 TOPICS = ("tide reef gull", "lathe gear bolt", "oboe chord waltz")
 
@@ -32,7 +32,7 @@ def corpus(count=240, seed=0):
 
 def config(by, **settings):
     data = settings.pop("data", {})
-    return Config.model_validate({"partition": {"by": by} | settings, "data": data})
+    return FfnMoeConfig.model_validate({"partition": {"by": by} | settings, "data": data})
 
 
 @pytest.mark.parametrize("by", ["labels", "clusters", "random", "curriculum"])
@@ -92,7 +92,9 @@ def test_chance_is_even_and_follows_the_seed():
 
 
 def test_too_few_documents_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"wants 4 domains \(partition.count\) out of 3 training documents"):
+    with pytest.raises(
+        DataError, match=r"wants 4 domains \(partition.count\) out of 3 training documents"
+    ):
         partition.fit(config("clusters"), corpus(3)[0])
     with pytest.raises(MissingArtifact, match="partition.json"):
         partition.load(tmp_path)
@@ -111,7 +113,10 @@ def test_thresholds_hold_out_the_shares_that_were_asked_for():
 def test_small_domains_get_every_split_and_shared_text_stays_together():
     data = config("random").data
     splits, small = Splits(data), SmallDomains(data)
-    docs = {name: [document(f"{name} text {i}") for i in range(n)] for name, n in (("a", 3), ("b", 40), ("c", 400))}
+    docs = {
+        name: [document(f"{name} text {i}") for i in range(n)]
+        for name, n in (("a", 3), ("b", 40), ("c", 400))
+    }
     docs["b"][:3] = docs["a"]
     for name, found in docs.items():
         for d in found * 2:  # copies do not count
@@ -139,7 +144,10 @@ def test_small_means_that_a_threshold_could_hold_out_nothing():
 
 def test_given_splits_drop_what_is_held_out_elsewhere():
     splits = Splits(config("random").data)
-    given = [document(t, split=s) for t, s in (("one", "train"), ("o ne", "valid"), ("two", "valid"), ("two", "test"))]
+    given = [
+        document(t, split=s)
+        for t, s in (("one", "train"), ("o ne", "valid"), ("two", "valid"), ("two", "test"))
+    ]
     given += [document("three", split="train"), document("one", split="train", piece=1)]
     for d in given:
         splits.see(d)

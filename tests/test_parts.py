@@ -1,4 +1,5 @@
-"""Preprocess in parts: the bytes of one run whatever their number, and what is done about parts that are not whole.
+"""Preprocess in parts: the bytes of one run whatever their number, and what is done about parts
+that are not whole.
 
 BATCH_BYTES is small here, so that small text has many batches; one run has the same ones.
 """
@@ -12,10 +13,14 @@ import pytest
 from fakes import flip
 from test_prepare import WORDS, bytes_of, config, rows, run
 
-from pipeline.config import Config
-from pipeline.data import corpus, encode, encoding, installed, parts, prepare, survey
-from pipeline.data import rows as sources
+from pipeline.data.sources import installed
+from pipeline.data.sources import text as sources
+from pipeline.data.text import distributed, documents
+from pipeline.data.text import encode as encoding
+from pipeline.data.text.distributed import encode, scan
+from pipeline.data.text.prepare import prepare
 from pipeline.errors import DataError, MissingArtifact
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 
 def quiet(_text, _share):
@@ -27,13 +32,13 @@ def _small_batches(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 3000)
 
 
-def in_parts(cfg, folder, jobs, say=quiet):
+def in_parts(cfg, folder, jobs, progress=quiet):
     """Prepare cfg in folder/out by way of parts, the last of them first; return the metrics."""
     home = folder / "parts"
-    for number in reversed(range(survey(cfg, home, jobs, quiet))):
+    for number in reversed(range(scan(cfg, home, jobs, quiet))):
         encode(cfg, home, number, quiet)
     (folder / "out").mkdir()
-    return prepare(cfg, folder / "out", say, home)
+    return prepare(cfg, folder / "out", progress, home)
 
 
 def assert_equal(cfg, folder, counts=(1, 2, 5)):
@@ -45,7 +50,9 @@ def assert_equal(cfg, folder, counts=(1, 2, 5)):
         for timed in ("seconds", "megabytes_per_s"):
             found.pop(timed)
         assert found == {name: value for name, value in wanted.items() if name in found}
-        assert len([p for p in (folder / str(jobs) / "parts").iterdir() if p.name != "survey"]) == jobs
+        assert (
+            len([p for p in (folder / str(jobs) / "parts").iterdir() if p.name != "scan"]) == jobs
+        )
 
 
 def write(path, found):
@@ -72,11 +79,16 @@ KINDS = [
     {},
     {"by": "clusters", "count": 3},
     {"by": "random", "count": 3},
-    *({"by": "curriculum", "count": 3, "difficulty": how} for how in ("length", "rarity", "compression")),
+    *(
+        {"by": "curriculum", "count": 3, "difficulty": how}
+        for how in ("length", "rarity", "compression")
+    ),
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "labels")
+@pytest.mark.parametrize(
+    "kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "labels"
+)
 def test_every_kind_of_partition_has_the_bytes_of_one_run(tmp_path, kind):
     assert_equal(config(tmp_path / "rows.jsonl", rows(240), partition=kind), tmp_path)
 
@@ -89,7 +101,9 @@ def test_every_format_has_the_bytes_of_one_run(tmp_path, name):
 def test_many_text_files_of_fixed_labels_have_too(tmp_path):
     for i, row in enumerate(rows(90)):
         (tmp_path / f"{row['domain']}{i}.{('txt', 'md')[i % 2]}").write_text(row["text"])
-    entries = [{"paths": [str(tmp_path / f"{d}*.{s}") for s in ("md", "txt")], "domain": d} for d in WORDS]
+    entries = [
+        {"paths": [str(tmp_path / f"{d}*.{s}") for s in ("md", "txt")], "domain": d} for d in WORDS
+    ]
     assert_equal(config(tmp_path, data={"files": entries}), tmp_path, (2, 5))
 
 
@@ -102,9 +116,14 @@ KINDS_INSTALLED = {
 @pytest.mark.parametrize("kind", KINDS_INSTALLED.values(), ids=KINDS_INSTALLED)
 def test_installed_text_has_too(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 40_000)
-    monkeypatch.setattr(installed, "DOMAINS", ("manual", "licences"))  # the others walk thousands of files
-    raw = {"data": {"megabytes_per_domain": 0.2}, "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1}}
-    assert_equal(Config.model_validate(raw | kind), tmp_path, (5,))
+    monkeypatch.setattr(
+        installed, "DOMAINS", ("manual", "licences")
+    )  # the others walk thousands of files
+    raw = {
+        "data": {"megabytes_per_domain": 0.2},
+        "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
+    }
+    assert_equal(FfnMoeConfig.model_validate(raw | kind), tmp_path, (5,))
 
 
 def test_the_hub_has_too(tmp_path, monkeypatch):
@@ -112,15 +131,28 @@ def test_the_hub_has_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_how: rows(150))
     entry = {"dataset": "some/set", "revision": "abc"}
-    assert_equal(config(tmp_path, data={"source": "hub", "hub": [entry, entry], "files": []}), tmp_path, (2, 5))
+    assert_equal(
+        config(tmp_path, data={"source": "hub", "hub": [entry, entry], "files": []}),
+        tmp_path,
+        (2, 5),
+    )
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_limits_per_domain_stop_the_parts_where_they_stop_one_run(tmp_path, given):
-    found = [r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]} for i, r in enumerate(rows(300))]
+    found = [
+        r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]}
+        for i, r in enumerate(rows(300))
+    ]
     found += [found[9] | {"split": "train"}, found[12] | {"split": "train", "domain": "shop"}]
-    data = {"megabytes_per_domain": 0.012, "max_document_bytes": 1024, "split_field": "split" if given else None}
-    found.sort(key=lambda row: row["domain"])  # so that the first label is full long before the last
+    data = {
+        "megabytes_per_domain": 0.012,
+        "max_document_bytes": 1024,
+        "split_field": "split" if given else None,
+    }
+    found.sort(
+        key=lambda row: row["domain"]
+    )  # so that the first label is full long before the last
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[::-1]))
     files = [{"paths": [str(tmp_path / "*.jsonl")]}]
     cfg = config(tmp_path / "rows.jsonl", found, data=data | {"files": files})
@@ -129,12 +161,15 @@ def test_limits_per_domain_stop_the_parts_where_they_stop_one_run(tmp_path, give
 
 
 def test_leaks_are_counted_and_named_as_in_one_run(tmp_path):
-    found = [r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]} for i, r in enumerate(rows(150))]
+    found = [
+        r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]}
+        for i, r in enumerate(rows(150))
+    ]
     found += [row | {"split": "train"} for row in found[9:15] + found[24:30]]
     assert_equal(config(tmp_path / "rows.jsonl", found, data={"split_field": "split"}), tmp_path)
     about = json.loads((tmp_path / "5/out/dropped.json").read_text())
     assert about["dropped"] == {"equals a held-out document": 12}
-    assert len(about["examples"]["equals a held-out document"]) == corpus.EXAMPLES
+    assert len(about["examples"]["equals a held-out document"]) == documents.EXAMPLES
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["in memory", "in blocks"])
@@ -149,7 +184,7 @@ def test_a_part_may_begin_within_a_document(tmp_path, monkeypatch, long):
     data = {"files": entries, "max_document_bytes": 1024, "megabytes_per_domain": 0.03}
     cfg = config(tmp_path, data=data)
     assert_equal(cfg, tmp_path, (2, 5))
-    assert any(piece.start.piece for piece in parts.planned(tmp_path / "5/parts").pieces)
+    assert any(piece.start.piece for piece in distributed.planned(tmp_path / "5/parts").pieces)
 
 
 def test_a_pretrained_tokenizer_is_the_same_in_every_part(tmp_path):
@@ -161,7 +196,7 @@ def test_a_pretrained_tokenizer_is_the_same_in_every_part(tmp_path):
 
 
 def test_a_part_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "EARLY", 10)
+    monkeypatch.setattr(documents, "EARLY", 10)
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(row) for row in rows(120)]
     for at in (119, 90, 60, 30):
@@ -172,7 +207,7 @@ def test_a_part_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatc
 
 def test_more_jobs_than_batches_are_as_many_parts_as_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 20)
-    assert survey(config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts", 7, quiet) == 1
+    assert scan(config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts", 7, quiet) == 1
 
 
 def test_what_lies_before_a_part_is_not_opened(tmp_path, monkeypatch):
@@ -180,11 +215,13 @@ def test_what_lies_before_a_part_is_not_opened(tmp_path, monkeypatch):
         (tmp_path / f"{row['domain']}{i:02}.txt").write_text(row["text"])
     entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
     cfg, opened, real = config(tmp_path, data={"files": entries}), [], sources._open
-    count = survey(cfg, tmp_path / "parts", 4, quiet)
+    count = scan(cfg, tmp_path / "parts", 4, quiet)
     monkeypatch.setattr(sources, "_open", lambda fs, path: opened.append(path) or real(fs, path))
     for number in range(count):
         encode(cfg, tmp_path / "parts", number, quiet)
-    assert count == 4 and 90 <= len(opened) <= 90 + count  # a part reads on to where its last document ends
+    assert (
+        count == 4 and 90 <= len(opened) <= 90 + count
+    )  # a part reads on to where its last document ends
 
 
 @pytest.fixture
@@ -192,7 +229,7 @@ def whole(tmp_path):
     """(configuration, folder of one run, folder of its three parts)."""
     cfg = config(tmp_path / "rows.jsonl", rows())
     run(cfg, tmp_path / "whole")
-    for number in range(survey(cfg, tmp_path / "parts", 3, quiet)):
+    for number in range(scan(cfg, tmp_path / "parts", 3, quiet)):
         encode(cfg, tmp_path / "parts", number, quiet)
     return cfg, tmp_path / "whole", tmp_path / "parts"
 
@@ -232,7 +269,7 @@ def test_a_part_that_is_not_whole_is_made_again(whole, tmp_path, harm, again):
 def test_what_is_whole_is_not_made_again(whole):
     cfg, _, home = whole
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
-    assert survey(cfg, home, 3, quiet) == 3
+    assert scan(cfg, home, 3, quiet) == 3
     encode(cfg, home, 1, quiet)
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
 
@@ -240,7 +277,7 @@ def test_what_is_whole_is_not_made_again(whole):
 def test_parts_of_another_survey_do_not_count(whole, tmp_path):
     cfg, wanted, home = whole
     shutil.copytree(home / "1", tmp_path / "stale")
-    assert survey(cfg, home, 2, quiet) == 2
+    assert scan(cfg, home, 2, quiet) == 2
     assert not (home / "1").exists()
     shutil.copytree(tmp_path / "stale", home / "1")
     (tmp_path / "out").mkdir()
@@ -250,21 +287,25 @@ def test_parts_of_another_survey_do_not_count(whole, tmp_path):
 
 def test_a_torn_survey_leads_to_one_run_and_to_a_new_survey(whole, tmp_path):
     cfg, wanted, home = whole
-    flip(home / "survey/splits.safetensors")
+    flip(home / "scan/splits.safetensors")
     with pytest.raises(MissingArtifact, match="has no survey"):
         encode(cfg, home, 0, quiet)
     (tmp_path / "out").mkdir()
     prepare(cfg, tmp_path / "out", quiet, home)
     assert bytes_of(tmp_path / "out") == bytes_of(wanted)
-    assert survey(cfg, home, 3, quiet) == 3 and not (home / "0").exists()
+    assert scan(cfg, home, 3, quiet) == 3 and not (home / "0").exists()
 
 
-@pytest.mark.parametrize("change", [lambda t: t.replace("tide", "edit"), lambda t: t[: t.rindex("\n", 0, -1) + 1]])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.replace("tide", "edit"), lambda t: t[: t.rindex("\n", 0, -1) + 1]]
+)
 def test_a_source_that_changes_after_the_survey_is_refused(tmp_path, change):
     cfg, home = config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts"
-    last = survey(cfg, home, 2, quiet) - 1
+    last = scan(cfg, home, 2, quiet) - 1
     (tmp_path / "rows.jsonl").write_text(change((tmp_path / "rows.jsonl").read_text()))
-    with pytest.raises(DataError, match="has changed since it was surveyed: part 2 of 2 .* run preprocess again"):
+    with pytest.raises(
+        DataError, match="has changed since it was surveyed: part 2 of 2 .* run preprocess again"
+    ):
         encode(cfg, home, last, quiet)
     assert not (home / str(last) / "manifest.json").exists()
 

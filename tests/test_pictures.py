@@ -1,4 +1,5 @@
-"""Pictures against numpy, zlib and the EXIF table, and against everything that a hostile file can be."""
+"""Pictures against numpy, zlib and the EXIF table, and against everything that a hostile file can
+be."""
 
 import hashlib
 import io
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import pictures
-from pipeline.data.pictures import BadPicture, open_checked, resized
+from pipeline.data.images import images
+from pipeline.data.images.images import BadPicture, open_checked, resized
 from pipeline.errors import DataError
 
 
@@ -28,9 +29,16 @@ def encoded(image, form="PNG", **options):
 
 def png_header(width, height):
     """Return a PNG that only claims a size: a few bytes."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    chunk = lambda kind, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 # what must be done to the stored rows and columns to see the picture upright: EXIF 2.3, tag 0x0112
@@ -82,9 +90,13 @@ def test_a_transparent_palette_is_seen_over_white():
 def test_one_picture_in_four_formats_has_one_digest_and_another_size_has_not():
     pixels = grain(6, 5)
     image = Image.fromarray(pixels)
-    found = {pictures.digest(open_checked(encoded(image, form))) for form in ("PNG", "BMP", "TIFF", "PPM")}
+    found = {
+        images.digest(open_checked(encoded(image, form))) for form in ("PNG", "BMP", "TIFF", "PPM")
+    }
     assert found == {hashlib.sha256(b"RGB 6x5\n" + pixels.tobytes()).hexdigest()}
-    assert pictures.digest(Image.fromarray(pixels.reshape(6, 5, 3))) not in found  # the same bytes, turned
+    assert (
+        images.digest(Image.fromarray(pixels.reshape(6, 5, 3))) not in found
+    )  # the same bytes, turned
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -106,7 +118,9 @@ def test_changed_bytes_of_a_png_are_noticed():
             open_checked(bytes(changed))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
+)
 def test_what_is_no_picture_is_named(tmp_path, content):
     path = tmp_path / "some.png"
     path.write_bytes(content)
@@ -117,7 +131,9 @@ def test_what_is_no_picture_is_named(tmp_path, content):
 # over our own limit; over the one that Pillow warns at; over the one that it raises at
 @pytest.mark.parametrize("side", [8_100, 10_000, 60_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
-    with pytest.raises(BadPicture, match="at most 64000000 square px are decoded. Make it") as caught:
+    with pytest.raises(
+        BadPicture, match="at most 64000000 square px are decoded. Make it"
+    ) as caught:
         open_checked(png_header(side, side))
     assert caught.value.reason == "too large a picture"
 
@@ -149,14 +165,18 @@ def test_paths_inside_their_root_are_opened(shelf, name):
     assert open_checked(str(shelf / name), shelf).size == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["../out.png", "below/../../out.png", "leads_out.png", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "name", ["../out.png", "below/../../out.png", "leads_out.png", "/etc/hostname"]
+)
 def test_paths_that_leave_their_root_are_refused(shelf, name):
     with pytest.raises(BadPicture, match="leads out of the folder") as caught:
         open_checked(name, shelf)
     assert caught.value.reason == "path outside its root"
 
 
-@pytest.mark.parametrize("name", ["none.png", "below", "pipe.png", "loop.png", "nul\0.png", "x" * 300, ""])
+@pytest.mark.parametrize(
+    "name", ["none.png", "below", "pipe.png", "loop.png", "nul\0.png", "x" * 300, ""]
+)
 def test_what_cannot_be_read_is_a_missing_picture_and_never_waited_for(shelf, name):
     with pytest.raises(BadPicture) as caught:
         open_checked(name, shelf)
@@ -164,12 +184,22 @@ def test_what_cannot_be_read_is_a_missing_picture_and_never_waited_for(shelf, na
 
 
 def test_a_huge_file_is_not_read(shelf, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 20)
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 20)
     with pytest.raises(BadPicture, match="at most 20 are read"):
         open_checked("below/in.png", shelf)
 
 
-SIZES = [(64, 64), (100, 30), (1, 150), (3000, 2000), (4001, 37), (33, 31), (9999, 101), (2, 2), (640, 480)]
+SIZES = [
+    (64, 64),
+    (100, 30),
+    (1, 150),
+    (3000, 2000),
+    (4001, 37),
+    (33, 31),
+    (9999, 101),
+    (2, 2),
+    (640, 480),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -192,7 +222,9 @@ def test_what_the_models_processor_does_afterwards_is_a_rounding():
     for size in SIZES:
         found = resized(Image.new("RGB", size), 65_536, 1_048_576)
         high, wide = smart_resize(found.height, found.width, 32, 65_536, 1_048_576)
-        assert abs(wide - found.width) <= 32 + found.width // 16 and abs(high - found.height) <= 32, size
+        assert (
+            abs(wide - found.width) <= 32 + found.width // 16 and abs(high - found.height) <= 32
+        ), size
 
 
 @pytest.mark.parametrize("size", [(4001, 20), (1, 250), (30_000, 140)])
@@ -204,7 +236,7 @@ def test_a_picture_too_thin_for_the_model_is_refused(size):
 
 def test_a_jpeg_that_needs_no_change_is_stored_byte_for_byte(tmp_path):
     data = encoded(Image.fromarray(grain(80, 60)), "JPEG")
-    stored = pictures.store(data, tmp_path, 1024, 10_000)
+    stored = images.store(data, tmp_path, 1024, 10_000)
     assert (tmp_path / stored.name).read_bytes() == data and stored.name.endswith(".jpg")
     assert (stored.width_px, stored.height_px, stored.resized) == (80, 60, False)
     assert stored.name == f"{stored.digest[:16]}.jpg"
@@ -213,22 +245,28 @@ def test_a_jpeg_that_needs_no_change_is_stored_byte_for_byte(tmp_path):
 def test_a_turned_or_large_jpeg_is_stored_upright_and_fitted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = pictures.store(encoded(Image.fromarray(grain(80, 60)), "JPEG", exif=exif), tmp_path, 1024, 10_000)
+    turned = images.store(
+        encoded(Image.fromarray(grain(80, 60)), "JPEG", exif=exif), tmp_path, 1024, 10_000
+    )
     assert turned.name.endswith(".png") and (turned.width_px, turned.height_px) == (60, 80)
     with Image.open(tmp_path / turned.name) as image:
         assert image.size == (60, 80) and not image.getexif()
-    large = pictures.store(encoded(Image.fromarray(grain(80, 60)), "JPEG"), tmp_path, 1024, 1200)
+    large = images.store(encoded(Image.fromarray(grain(80, 60)), "JPEG"), tmp_path, 1024, 1200)
     with Image.open(tmp_path / large.name) as image:
-        assert image.size == (40, 30) and large.resized and (large.width_px, large.height_px) == (80, 60)
+        assert (
+            image.size == (40, 30)
+            and large.resized
+            and (large.width_px, large.height_px) == (80, 60)
+        )
 
 
 def test_storing_twice_writes_the_same_one_file(tmp_path):
     image = Image.fromarray(grain(50, 50))
-    first = pictures.store(encoded(image), tmp_path, 1024, 10_000)
+    first = images.store(encoded(image), tmp_path, 1024, 10_000)
     content = (tmp_path / first.name).read_bytes()
-    second = pictures.store(encoded(image, "BMP"), tmp_path, 1024, 10_000)
+    second = images.store(encoded(image, "BMP"), tmp_path, 1024, 10_000)
     assert first == second and [file.name for file in tmp_path.iterdir()] == [first.name]
-    assert (tmp_path / first.name).read_bytes() == content == pictures.png(image)
+    assert (tmp_path / first.name).read_bytes() == content == images.png(image)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
@@ -238,9 +276,14 @@ def test_a_decoded_picture_is_stored_as_its_file_would_be(tmp_path, mode):
     if mode == "RGBA":
         image.putalpha(100)
     form = "TIFF" if mode == "CMYK" else "PNG"
-    stored = [pictures.store(each, tmp_path / name, 1024, 1200) for name, each in stores(tmp_path, image, form)]
+    stored = [
+        images.store(each, tmp_path / name, 1024, 1200)
+        for name, each in stores(tmp_path, image, form)
+    ]
     assert stored[0] == stored[1] and stored[0].resized
-    assert (tmp_path / "a" / stored[0].name).read_bytes() == (tmp_path / "b" / stored[0].name).read_bytes()
+    assert (tmp_path / "a" / stored[0].name).read_bytes() == (
+        tmp_path / "b" / stored[0].name
+    ).read_bytes()
 
 
 def stores(folder, image, form):

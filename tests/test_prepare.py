@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Config
-from pipeline.data import Mixture, Shards, encoding, partition, prepare, tokenizer
+from pipeline.data.text import encode, partition, tokenizer
+from pipeline.data.text.prepare import prepare
+from pipeline.data.text.shards import DomainMixture, Shards
 from pipeline.errors import DataError
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 WORDS = {
     "sea": ["tide", "reef", "gull", "mast", "kelp", "brine"],
@@ -32,7 +34,7 @@ def rows(count=120, seed=0, words=40):
 
 
 def config(path, found=None, **sections):
-    """Write found to path and return a Config that reads it."""
+    """Write found to path and return a FfnMoeConfig that reads it."""
     if found is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in found))
     base = {
@@ -42,7 +44,7 @@ def config(path, found=None, **sections):
     }
     for name, section in sections.items():
         base[name] = base.get(name, {}) | section
-    return Config.model_validate(base)
+    return FfnMoeConfig.model_validate(base)
 
 
 def run(cfg, folder):
@@ -59,14 +61,19 @@ def texts(folder, split, domain):
         starts, sizes = shards.documents(split, domain)
         stream = shards.stream(split, domain)
         for start, end, size in zip(starts[:-1], starts[1:], sizes, strict=True):
-            assert stream[start] == shards.end_id and not (stream[start + 1 : end] == shards.end_id).any()
+            assert (
+                stream[start] == shards.end_id
+                and not (stream[start + 1 : end] == shards.end_id).any()
+            )
             out.append(decoder.decode(stream[start + 1 : end].astype(int)))
             assert len(out[-1].encode()) == size
     return out
 
 
 def bytes_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_every_document_comes_back_once_in_its_domain(tmp_path):
@@ -82,8 +89,11 @@ def test_every_document_comes_back_once_in_its_domain(tmp_path):
         assert {split: len(t) for split, t in back.items()} == {"train": 36, "valid": 2, "test": 2}
         assert metrics["bytes"]["train"][domain] == sum(len(t.encode()) for t in back["train"])
         assert metrics["tokens"]["train"][domain] == Shards(out).tokens("train", domain)
-    assert set(metrics["seconds"]) == {"survey", "partition", "tokenizer", "write"} and metrics["dropped"] == {}
-    assert Mixture(Shards(out), "train", tuple(WORDS), 16, 0).rows(0, 4).max() < 300
+    assert (
+        set(metrics["seconds"]) == {"survey", "partition", "tokenizer", "write"}
+        and metrics["dropped"] == {}
+    )
+    assert DomainMixture(Shards(out), "train", tuple(WORDS), 16, 0).rows(0, 4).max() < 300
 
 
 def test_the_same_run_leaves_the_same_bytes(tmp_path):
@@ -98,17 +108,19 @@ def test_the_same_run_leaves_the_same_bytes(tmp_path):
 def test_batches_and_threads_change_nothing(tmp_path, monkeypatch):
     cfg = config(tmp_path / "rows.jsonl", rows())
     run(cfg, tmp_path / "one")
-    monkeypatch.setattr(encoding, "BATCH_BYTES", 300)
+    monkeypatch.setattr(encode, "BATCH_BYTES", 300)
     run(cfg, tmp_path / "two")
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
-@pytest.mark.parametrize(("by", "extra"), [("clusters", {}), ("random", {}), ("curriculum", {"difficulty": "rarity"})])
+@pytest.mark.parametrize(
+    ("by", "extra"), [("clusters", {}), ("random", {}), ("curriculum", {"difficulty": "rarity"})]
+)
 def test_a_new_document_finds_its_domain(tmp_path, by, extra):
     out = tmp_path / "out"
     run(config(tmp_path / "rows.jsonl", rows(), partition={"by": by, "count": 3} | extra), out)
     domains = partition.load(out)
-    from pipeline.data.corpus import Document, key_of
+    from pipeline.data.text.documents import Document, key_of
 
     for name in domains.names:
         for text in texts(out, "train", name)[:5]:
@@ -131,19 +143,30 @@ def test_duplicates_never_cross_splits(tmp_path):
 
 
 def test_given_splits_are_kept_and_leaks_dropped(tmp_path):
-    found = [r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]} for i, r in enumerate(rows(150))]
+    found = [
+        r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]}
+        for i, r in enumerate(rows(150))
+    ]
     found += [found[9] | {"split": "train"}, found[12] | {"split": "train", "domain": "shop"}]
     out = tmp_path / "out"
     metrics = run(config(tmp_path / "rows.jsonl", found, data={"split_field": "split"}), out)
     assert metrics["dropped"] == {"equals a held-out document": 2}
-    assert metrics["documents"] == {s: dict.fromkeys(WORDS, n) for s, n in (("train", 30), ("valid", 10), ("test", 10))}
+    assert metrics["documents"] == {
+        s: dict.fromkeys(WORDS, n) for s, n in (("train", 30), ("valid", 10), ("test", 10))
+    }
     assert (
-        "rows.jsonl:151" in json.loads((out / "dropped.json").read_text())["examples"]["equals a held-out document"][0]
+        "rows.jsonl:151"
+        in json.loads((out / "dropped.json").read_text())["examples"]["equals a held-out document"][
+            0
+        ]
     )
 
 
 def test_pieces_of_a_long_document_stay_in_one_split(tmp_path):
-    found = [r | {"text": f"doc{i} " + " ".join(f"doc{i}" for _ in range(600))} for i, r in enumerate(rows(30))]
+    found = [
+        r | {"text": f"doc{i} " + " ".join(f"doc{i}" for _ in range(600))}
+        for i, r in enumerate(rows(30))
+    ]
     out = tmp_path / "out"
     run(config(tmp_path / "rows.jsonl", found, data={"max_document_bytes": 1024}), out)
     seen = {}
@@ -157,7 +180,9 @@ def test_pieces_of_a_long_document_stay_in_one_split(tmp_path):
 def test_the_tokenizer_hears_every_domain_equally_and_no_held_out_text(tmp_path, monkeypatch):
     heard = []
     real = tokenizer.train
-    monkeypatch.setattr("pipeline.data.tokenizer.train", lambda s, texts: heard.extend(texts) or real(s, texts))
+    monkeypatch.setattr(
+        "pipeline.data.text.tokenizer.train", lambda s, texts: heard.extend(texts) or real(s, texts)
+    )
     found = rows(3000) + [r for r in rows(3000, seed=1) if r["domain"] == "sea"]
     out = tmp_path / "out"
     run(config(tmp_path / "rows.jsonl", found, tokenizer={"sample_megabytes": 0.09}), out)
@@ -171,7 +196,11 @@ def test_the_tokenizer_hears_every_domain_equally_and_no_held_out_text(tmp_path,
 def test_progress_is_told_and_ends_at_one(tmp_path):
     told = []
     (tmp_path / "out").mkdir()
-    prepare(config(tmp_path / "rows.jsonl", rows()), tmp_path / "out", lambda text, share: told.append((text, share)))
+    prepare(
+        config(tmp_path / "rows.jsonl", rows()),
+        tmp_path / "out",
+        lambda text, share: told.append((text, share)),
+    )
     assert told[0][0].startswith("reading") and told[-1][1] == pytest.approx(1.0)
 
 
@@ -192,7 +221,11 @@ def test_progress_is_told_and_ends_at_one(tmp_path):
             {"data": {"split_field": "split"}},
             "sea has no valid document: set val",
         ),
-        ([{"body": "x" * 20}] * 9, {}, "9 of 9 documents cannot be read.*9 no text .*rows.jsonl:1: text is missing"),
+        (
+            [{"body": "x" * 20}] * 9,
+            {},
+            "9 of 9 documents cannot be read.*9 no text .*rows.jsonl:1: text is missing",
+        ),
     ],
 )
 def test_data_that_is_not_as_asked_is_refused(tmp_path, found, sections, match):
@@ -206,8 +239,8 @@ def test_a_full_disk_passes_through_and_ends_every_thread(tmp_path, monkeypatch)
         def add(self, *_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(encoding, "ShardWriter", lambda *_: Full())
-    monkeypatch.setattr(encoding, "BATCH_BYTES", 300)
+    monkeypatch.setattr(encode, "ShardWriter", lambda *_: Full())
+    monkeypatch.setattr(encode, "BATCH_BYTES", 300)
     with pytest.raises(OSError, match="No space left"):
         run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "out")
     assert not [t for t in threading.enumerate() if t.name == "prepare"]
@@ -233,7 +266,9 @@ def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch):
 
 
 def test_installed_text_makes_four_domains(tmp_path):
-    cfg = Config.model_validate({"data": {"megabytes_per_domain": 0.2}, "tokenizer": {"vocab_size": 512}})
+    cfg = FfnMoeConfig.model_validate(
+        {"data": {"megabytes_per_domain": 0.2}, "tokenizer": {"vocab_size": 512}}
+    )
     metrics = run(cfg, tmp_path / "out")
     assert all(metrics["tokens"]["train"][d] >= 10_000 for d in cfg.partition.domains)
     assert np.isfinite(metrics["megabytes_per_s"])

@@ -1,4 +1,5 @@
-"""The report as tables on a terminal and as one HTML file, read back by parsers that we did not write."""
+"""The report as tables on a terminal and as one HTML file, read back by parsers that we did not
+write."""
 
 import copy
 import io
@@ -13,10 +14,20 @@ import pytest
 from rich.console import Console
 
 from pipeline.report import page, show
-from pipeline.report.digits import DASH, count, figures, fixed, megabytes, seconds, share, signed, ticks
+from pipeline.report.format import (
+    DASH,
+    count,
+    figures,
+    fixed,
+    megabytes,
+    seconds,
+    share,
+    signed,
+    ticks,
+)
+from pipeline.report.language import opt_out, quality
 from pipeline.report.markup import VOID, join, tag
 from pipeline.report.style import DARK, LIGHT
-from pipeline.report.tables import opt_out, quality
 
 NASTY = '<script>alert("x")</script>&\x1b[31m\u202e'
 DOMAINS = ("python", "c", "docs")
@@ -27,19 +38,52 @@ def made(domains=DOMAINS) -> dict:
 
     def row(name, kind, mean, **more):
         each = {d: mean + 0.01 * i for i, d in enumerate(domains)}
-        base = {"row": name, "kind": kind, "axis": "", "bits_per_byte": each, "mean": mean, "is_stack": False}
-        base |= {"interval": [mean - 0.01, mean + 0.01], "perplexity": dict.fromkeys(domains, 20 * mean)}
-        base |= {"mean_perplexity": 20 * mean, "active_parameters": 7_400_000, "total_parameters": 30_000_000}
-        base |= {"flops_per_token": 44_000_000, "train_tokens": 12_000_000, "oracle_gain": 0.5, "versus_stack": None}
+        base = {
+            "row": name,
+            "kind": kind,
+            "axis": "",
+            "bits_per_byte": each,
+            "mean": mean,
+            "is_stack": False,
+        }
+        base |= {
+            "interval": [mean - 0.01, mean + 0.01],
+            "perplexity": dict.fromkeys(domains, 20 * mean),
+        }
+        base |= {
+            "mean_perplexity": 20 * mean,
+            "active_parameters": 7_400_000,
+            "total_parameters": 30_000_000,
+        }
+        base |= {
+            "flops_per_token": 44_000_000,
+            "train_tokens": 12_000_000,
+            "oracle_gain": 0.5,
+            "versus_stack": None,
+        }
         return base | more
 
     experts = ["anchor", *domains]
-    shares = {d: [0.1] + [0.7 if e == d else 0.2 / (len(domains) - 1) for e in domains] for d in domains}
+    shares = {
+        d: [0.1] + [0.7 if e == d else 0.2 / (len(domains) - 1) for e in domains] for d in domains
+    }
     versus = {"difference": 0.07, "interval": [0.05, 0.09]}
-    t5 = {"share": shares, "agreement": 0.712, "agreement_by_domain": dict.fromkeys(domains, 0.7), "entropy": 1.31}
-    t5 |= {"max_entropy": math.log(4), "max_violation": 0.25, "least": ["anchor", 0.1], "most": ["c", 0.31], "dead": []}
+    t5 = {
+        "share": shares,
+        "agreement": 0.712,
+        "agreement_by_domain": dict.fromkeys(domains, 0.7),
+        "entropy": 1.31,
+    }
+    t5 |= {
+        "max_entropy": math.log(4),
+        "max_violation": 0.25,
+        "least": ["anchor", 0.1],
+        "most": ["c", 0.31],
+        "dead": [],
+    }
     t5["layers"] = [
-        {"layer": i, "share": shares, "agreement": 0.6, "entropy": 1.3, "max_violation": 0.2} for i in range(3)
+        {"layer": i, "share": shares, "agreement": 0.6, "entropy": 1.3, "max_violation": 0.2}
+        for i in range(3)
     ]
     t3 = [
         {
@@ -51,10 +95,23 @@ def made(domains=DOMAINS) -> dict:
     ]
     flat = dict.fromkeys(domains, 1.2)
     return {
-        "run": "demo", "family": "ffn_moe", "seed": 3, "made": "2026-05-01T10:00:00+00:00",
-        "experts": experts, "domains": list(domains), "metric": "bits per byte on held-out text",
-        "model": {"layers": 3, "d_model": 64, "top_k": 2, "active_parameters": 11_800_000, "total_parameters": 30.1e6},
-        "data": {k: dict.fromkeys(domains, 41) for k in ("test_tokens", "test_documents", "train_tokens")},
+        "run": "demo",
+        "family": "ffn_moe",
+        "seed": 3,
+        "made": "2026-05-01T10:00:00+00:00",
+        "experts": experts,
+        "domains": list(domains),
+        "metric": "bits per byte on held-out text",
+        "model": {
+            "layers": 3,
+            "d_model": 64,
+            "top_k": 2,
+            "active_parameters": 11_800_000,
+            "total_parameters": 30.1e6,
+        },
+        "data": {
+            k: dict.fromkeys(domains, 41) for k in ("test_tokens", "test_documents", "train_tokens")
+        },
         "T1": [
             row("trunk + dummy", "part", 1.5),
             *(row(f"expert {d}", "expert", 1.1) for d in domains),
@@ -65,7 +122,10 @@ def made(domains=DOMAINS) -> dict:
         ],
         "T3": {"rows": t3},
         "T5": t5,
-        "T6": [{"top_k": k, "bits_per_byte": flat, "mean": 1.2 + k / 50, "interval": [1.1, 1.4]} for k in (1, 2)],
+        "T6": [
+            {"top_k": k, "bits_per_byte": flat, "mean": 1.2 + k / 50, "interval": [1.1, 1.4]}
+            for k in (1, 2)
+        ],
         "matrix": {
             "rows": ["trunk + dummy", *experts, "stack"],
             "bits_per_byte": [[1.5] * len(domains)]
@@ -77,22 +137,59 @@ def made(domains=DOMAINS) -> dict:
             {"name": "tertiary", "text": "all used", "passed": False, "detail": "4 %"},
         ],
         "wins": [
-            {"against": "dense continued", "axis": "same total tokens", "difference": 0.1, "interval": [0.05, 0.15],
-             "verdict": "better"},
-            {"against": "dense wide", "axis": "same active parameters", "difference": -0.02, "interval": [-0.03, -0.01],
-             "verdict": "worse"},
+            {
+                "against": "dense continued",
+                "axis": "same total tokens",
+                "difference": 0.1,
+                "interval": [0.05, 0.15],
+                "verdict": "better",
+            },
+            {
+                "against": "dense wide",
+                "axis": "same active parameters",
+                "difference": -0.02,
+                "interval": [-0.03, -0.01],
+                "verdict": "worse",
+            },
         ],
-        "speed": {"jobs": [{"job": "train_shared", "seconds": 372.0, "tokens": 8e6, "tokens_per_s": 22e3, "data_s": 1.0,
-                            "forward_s": 100.0, "backward_s": 200.0, "optimizer_s": 40.0, "peak_mb": 812.0}]},
-        "machine": {"cpu": "some processor", "cores": 2, "threads": 2, "torch": "2.13.0", "dtype": "bf16", "gpu": None},
+        "speed": {
+            "jobs": [
+                {
+                    "job": "train_shared",
+                    "seconds": 372.0,
+                    "tokens": 8e6,
+                    "tokens_per_s": 22e3,
+                    "data_s": 1.0,
+                    "forward_s": 100.0,
+                    "backward_s": 200.0,
+                    "optimizer_s": 40.0,
+                    "peak_mb": 812.0,
+                }
+            ]
+        },
+        "machine": {
+            "cpu": "some processor",
+            "cores": 2,
+            "threads": 2,
+            "torch": "2.13.0",
+            "dtype": "bf16",
+            "gpu": None,
+        },
         "notes": ["one seed only; see https://example.org for more"],
-    }  # fmt: skip
+    }
 
 
 def histories(rows: int = 30) -> dict[str, list[dict]]:
     """Return a trunk's and a router's history."""
     steps = [
-        {"step": s, "tokens": s * 1000, "train_nats": 9 - s / 10, "lr": 1e-3, "tokens_per_s": 2e4, "rss_mb": 800.0 + s}
+        {
+            "step": s,
+            "tokens": s * 1000,
+            "train_nats": 9 - s / 10,
+            "lr": 1e-3,
+            "tokens_per_s": 2e4,
+            "rss_mb": 800.0 + s,
+        }
         for s in range(1, rows + 1)
     ]
     for row in steps[::10]:
@@ -189,7 +286,10 @@ def test_names_are_escaped_everywhere():
     report["T1"][0] |= {"row": NASTY, "axis": NASTY, "kind": NASTY}
     report["speed"]["jobs"][0]["job"] = NASTY
     rows = histories()["train_router"]
-    text = page(report, {f"train_router {NASTY}": rows, f"train_experts {NASTY}": rows, "train_experts b": rows})
+    text = page(
+        report,
+        {f"train_router {NASTY}": rows, f"train_experts {NASTY}": rows, "train_experts b": rows},
+    )
     assert "script" not in Reader(text).tags
     assert "<script" not in text
     assert "\x1b" not in text
@@ -219,7 +319,7 @@ def test_charts_are_xml_and_stay_inside_their_frame():
     svgs = re.findall("<svg.*?</svg>", page(made(), rows), re.S)
     assert len(svgs) > 10
     for svg in svgs:
-        root = ET.fromstring(svg)  # noqa: S314 (our own text)
+        root = ET.fromstring(svg)  # noqa: S314
         _, _, width, height = map(float, root.get("viewBox").split())
         for path in root.iter("path"):
             numbers = [float(n) for n in re.findall(r"-?\d+\.\d+", path.get("d"))]
@@ -246,20 +346,32 @@ def test_a_resumed_job_counts_the_later_row_of_a_step():
 
 def test_rows_without_a_place_are_left_out():
     once = histories()
-    more = {key: [*rows, {"train_nats": 1.0}, {"step": 99, "tokens": None, "lr": 5.0}] for key, rows in once.items()}
+    more = {
+        key: [*rows, {"train_nats": 1.0}, {"step": 99, "tokens": None, "lr": 5.0}]
+        for key, rows in once.items()
+    }
     assert page(made(), more) == page(made(), once)
     assert "<svg" not in page(made(), {"train_shared": [], "train_router": [{}]})
 
 
 def test_best_is_marked_among_rows_that_serve_every_domain():
     rows = {row.name: row for row in quality(made()).rows}
-    assert [cell.best for cell in rows["stack (top-2)"].cells] == [True, False, False, True, True, True]
+    assert [cell.best for cell in rows["stack (top-2)"].cells] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
     for name in ("oracle expert", "expert c", "trunk + dummy"):
         assert not any(cell.best for cell in rows[name].cells)
     assert rows["stack (top-2)"].main
     text = bare(made())
     assert "oracle expert" in text
-    assert len(re.findall('class="best"', text)) == 6  # mean, three domains, perplexity, and k of T6
+    assert (
+        len(re.findall('class="best"', text)) == 6
+    )  # mean, three domains, perplexity, and k of T6
 
 
 def test_a_win_is_always_printed_with_its_axis():
@@ -280,7 +392,9 @@ def test_the_heat_map_frames_each_expert_on_its_own_domain():
 
 
 def test_opting_out_frames_the_domain_of_the_expert_that_left():
-    framed = {row.name: [cell.text for cell in row.cells if cell.own] for row in opt_out(made()).rows}
+    framed = {
+        row.name: [cell.text for cell in row.cells if cell.own] for row in opt_out(made()).rows
+    }
     assert framed == {"anchor": [], "python": ["1.400"], "c": ["1.400"], "docs": ["1.400"]}
 
 
@@ -293,9 +407,26 @@ def test_small_losses_are_not_painted_like_great_gains():
 
 @pytest.mark.parametrize(
     "key",
-    ["experts", "domains", "model", "data", "T1", "T3", "T5", "T6", "matrix", "criteria", "wins", "speed", "machine",
-     "notes", "run", "made", "seed"],
-)  # fmt: skip
+    [
+        "experts",
+        "domains",
+        "model",
+        "data",
+        "T1",
+        "T3",
+        "T5",
+        "T6",
+        "matrix",
+        "criteria",
+        "wins",
+        "speed",
+        "machine",
+        "notes",
+        "run",
+        "made",
+        "seed",
+    ],
+)
 @pytest.mark.parametrize("value", ["absent", None])
 def test_any_part_may_be_missing(key, value):
     report = made()
@@ -359,9 +490,16 @@ def test_a_console_keeps_its_width_afterwards():
 
 def test_a_terminal_gets_colours_and_its_own_width():
     out = io.StringIO()
-    show(made(), Console(file=out, force_terminal=True, width=90, color_system="standard", legacy_windows=False))
+    show(
+        made(),
+        Console(
+            file=out, force_terminal=True, width=90, color_system="standard", legacy_windows=False
+        ),
+    )
     assert "\x1b[" in out.getvalue()
-    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in out.getvalue().splitlines()) <= 90
+    assert (
+        max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in out.getvalue().splitlines()) <= 90
+    )
 
 
 def test_an_ascii_log_is_possible():
@@ -376,20 +514,39 @@ def test_an_ascii_log_is_possible():
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [
-        (fixed(-0.0004), "0.000"), (signed(0.0123), "+0.012"), (signed(-0.0004), "0.000"),
+        (fixed(-0.0004), "0.000"),
+        (signed(0.0123), "+0.012"),
+        (signed(-0.0004), "0.000"),
         (fixed(1234.5, 1), "1,234.5"),
-        (figures(8.412), "8.41"), (figures(52.31), "52.3"), (figures(1234.4), "1,234"), (figures(0), "0.00"),
-        (count(999), "999"), (count(999_600), "1 M"), (count(33_600_000), "33.6 M"), (count(0.25), "0.25"),
-        (share(0.745), "74 %"), (share(-0.4), "−40 %"), (seconds(59.99), "1 min 00 s"), (seconds(7500), "2 h 05 min"),
-        (megabytes(812.4), "812 MB"), (megabytes(12_345), "12.3 GB"), (count(None), DASH), (fixed("1"), DASH),
-        (fixed(True), DASH), (share(math.inf), DASH), (figures(math.nan), DASH), (seconds(None), DASH),
+        (figures(8.412), "8.41"),
+        (figures(52.31), "52.3"),
+        (figures(1234.4), "1,234"),
+        (figures(0), "0.00"),
+        (count(999), "999"),
+        (count(999_600), "1 M"),
+        (count(33_600_000), "33.6 M"),
+        (count(0.25), "0.25"),
+        (share(0.745), "74 %"),
+        (share(-0.4), "−40 %"),
+        (seconds(59.99), "1 min 00 s"),
+        (seconds(7500), "2 h 05 min"),
+        (megabytes(812.4), "812 MB"),
+        (megabytes(12_345), "12.3 GB"),
+        (count(None), DASH),
+        (fixed("1"), DASH),
+        (fixed(True), DASH),
+        (share(math.inf), DASH),
+        (figures(math.nan), DASH),
+        (seconds(None), DASH),
     ],
-)  # fmt: skip
+)
 def test_numbers_have_sensible_digits(written, wanted):
     assert written == wanted
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.9, 9.1), (0, 1e-8), (-3, 4), (5, 5), (0, 0), (1e6, 1.1e6)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.9, 9.1), (0, 1e-8), (-3, 4), (5, 5), (0, 0), (1e6, 1.1e6)]
+)
 def test_ticks_enclose_the_range_in_even_steps(low, high):
     found = ticks(low, high)
     assert found[0] <= low
@@ -421,7 +578,9 @@ def _contrast(one: str, other: str) -> float:
 
     def light(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        red, green, blue = (
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     low, high = sorted((light(one), light(other)))

@@ -1,7 +1,8 @@
-"""A stage that ends between any two file operations, by a kill, a power cut or a full disk, and is run again.
+"""A stage that ends between any two file operations, by a kill, a power cut or a full disk, and is
+run again.
 
-One dead moment is one raised exception after which every further operation on the store raises too, which
-leaves the disk as the end of the process would.
+One dead moment is one raised exception after which every further operation on the store raises too,
+which leaves the disk as the end of the process would.
 """
 
 import errno
@@ -16,15 +17,20 @@ from conftest import tiny_config
 from fakes import Killed, contents
 from rich.console import Console
 
-from pipeline import stages
-from pipeline.config import load
 from pipeline.errors import StoreError
-from pipeline.store import Store, inventory
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store, inventory
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 NEED_ROOM = {"open", "os.mkdir", "fsync", "tensors"}
-QUICK = ("trunk.steps=2", "expert.steps=2", "expert.eval_every_steps=1", "expert.statistics_tokens=64")
+QUICK = (
+    "trunk.steps=2",
+    "expert.steps=2",
+    "expert.eval_every_steps=1",
+    "expert.statistics_tokens=64",
+)
 
 
 class Disk:
@@ -39,7 +45,9 @@ class Disk:
 
     def operation(self, event, path):
         """Count an operation that is about to happen."""
-        inside = self.root and isinstance(path, str | os.PathLike) and str(path).startswith(self.root)
+        inside = (
+            self.root and isinstance(path, str | os.PathLike) and str(path).startswith(self.root)
+        )
         if not inside or (self.how == "full" and event not in NEED_ROOM):
             return
         self.seen += 1
@@ -51,17 +59,23 @@ class Disk:
 
     def audit(self, event, arguments):
         if (event == "open" and arguments[2] & WRITES) or event in CHANGES:
-            self.operation(event, arguments[1] if event in ("os.rename", "os.link") else arguments[0])
+            self.operation(
+                event, arguments[1] if event in ("os.rename", "os.link") else arguments[0]
+            )
 
     def cut_power(self, root, before):
         """Lose every byte that was not flushed and was not there before."""
         for path in root.rglob("*"):
-            if path.is_file() and _mark(path) not in self.flushed and not (before / path.relative_to(root)).exists():
+            if (
+                path.is_file()
+                and _mark(path) not in self.flushed
+                and not (before / path.relative_to(root)).exists()
+            ):
                 os.truncate(path, 0)
 
 
 def _mark(path):
-    found = os.stat(path)  # noqa: PTH116 (a handle too)
+    found = os.stat(path)  # noqa: PTH116
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -102,7 +116,7 @@ def disk(_audited, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(safetensors.torch, "save_file", save)
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     yield _audited
     _audited.root = None
     assert fsync is not os.fsync
@@ -112,7 +126,7 @@ def make(stage, cfg, store_path):
     """Do one job of a stage as the job's process does it."""
     item = cfg.items(stage)[0]
     store, nowhere = Store(store_path).open(), Console(file=io.StringIO())
-    return stages.run(stage, cfg, store, item, say=lambda *_: None, console=nowhere)
+    return stages.run(stage, cfg, store, item, progress=lambda *_: None, console=nowhere)
 
 
 def check_whole_or_absent(store_path, address):
@@ -133,7 +147,8 @@ def prepared(tmp_path_factory):
 
 
 def crash_points(disk, stage, prepared, tmp_path, how, ends_with, first=0, stride=2):
-    """End the stage after `first`, `first` + `stride`, ... file operations and run it again; return how many it has."""
+    """End the stage after `first`, `first` + `stride`, ... file operations and run it again; return
+    how many it has."""
     cfg, before = prepared
     if stage == "preprocess":
         before = tmp_path / "empty"
@@ -163,10 +178,14 @@ def crash_points(disk, stage, prepared, tmp_path, how, ends_with, first=0, strid
     ("how", "ends_with", "first"),
     [("kill", Killed, 0), ("power", Killed, 1), ("full", StoreError, 0), ("full", StoreError, 1)],
 )
-def test_expert_ends_between_any_two_file_operations(disk, prepared, tmp_path, how, ends_with, first):
+def test_expert_ends_between_any_two_file_operations(
+    disk, prepared, tmp_path, how, ends_with, first
+):
     assert crash_points(disk, "train_experts", prepared, tmp_path, how, ends_with, first) > 20
 
 
-@pytest.mark.parametrize(("how", "ends_with"), [("kill", Killed), ("power", Killed), ("full", StoreError)])
+@pytest.mark.parametrize(
+    ("how", "ends_with"), [("kill", Killed), ("power", Killed), ("full", StoreError)]
+)
 def test_preprocess_ends_between_any_two_file_operations(disk, prepared, tmp_path, how, ends_with):
     assert crash_points(disk, "preprocess", prepared, tmp_path, how, ends_with, stride=3) > 20

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from pipeline.model.experts import Expert
-from pipeline.model.router import Gating, Mixture, Pair, Router, Uniform, gate_name, within_capacity
+from pipeline.model.router import (
+    CoordinatedExpert,
+    Gating,
+    Mixture,
+    Router,
+    Uniform,
+    gate_name,
+    within_capacity,
+)
 
 L, D, E, N = 2, 8, 4, 40
 
@@ -69,7 +77,11 @@ def test_temperature_divides_the_logits_and_is_folded_into_the_export(train):
     hot = router.choose(0, x_ND)
     assert torch.equal(hot[0], cold[0]) and (hot[1].max(1).values < cold[1].max(1).values).all()
     exported = router.exported()
-    assert list(exported) == [gate_name(0), gate_name(1)] == [f"model.layers.{i}.mlp.gate.weight" for i in range(L)]
+    assert (
+        list(exported)
+        == [gate_name(0), gate_name(1)]
+        == [f"model.layers.{i}.mlp.gate.weight" for i in range(L)]
+    )
     again = Router(torch.stack(list(exported.values())), Gating(2)).eval().choose(0, x_ND)
     assert torch.equal(again[0], hot[0])
     torch.testing.assert_close(again[1], hot[1])
@@ -108,7 +120,8 @@ def test_balance_loss_is_transformers_divided_by_k_and_1_at_an_even_load():
 def test_following_the_balance_gradient_evens_the_load():
     x_ND = tokens(count=400) + 1.0
     router = Router(
-        torch.randn(1, E, D, generator=torch.Generator().manual_seed(3)) + torch.eye(E, D), Gating(2)
+        torch.randn(1, E, D, generator=torch.Generator().manual_seed(3)) + torch.eye(E, D),
+        Gating(2),
     ).train()
     shares = []
     for _ in range(60):
@@ -126,7 +139,9 @@ def test_z_loss_is_the_mean_squared_logsumexp():
     router = a_router()
     for layer in range(L):
         router.choose(layer, tokens())
-    wanted = torch.stack([(tokens() @ g.T).exp().sum(-1).log().square().mean() for g in router.gates]).mean()
+    wanted = torch.stack(
+        [(tokens() @ g.T).exp().sum(-1).log().square().mean() for g in router.gates]
+    ).mean()
     torch.testing.assert_close(router.z_loss(), wanted)
     router.z_loss().backward()
     assert all(g.grad.abs().sum() > 0 for g in router.gates)
@@ -148,7 +163,9 @@ def test_the_selection_bias_steps_towards_the_underused():
     router = a_router(balance="bias")
     router.choose(0, tokens(count=7))
     router.choose(0, tokens(seed=5, count=13))  # micro-batches of one step
-    chosen = torch.cat([(tokens(s, n) @ router.gates[0].T).topk(2).indices for s, n in ((1, 7), (5, 13))])
+    chosen = torch.cat(
+        [(tokens(s, n) @ router.gates[0].T).topk(2).indices for s, n in ((1, 7), (5, 13))]
+    )
     count_E = chosen.flatten().bincount(minlength=E)
     share_LE = router.end_step(0.01)
     torch.testing.assert_close(share_LE[0], count_E / 40)
@@ -204,7 +221,9 @@ def overflow(index_NK, n_experts, slots):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 1.25, 4.0])
 def test_capacity_drops_the_overflow_first_choices_first(top_k, factor):
-    logits_NE = torch.randn(30, E, generator=torch.Generator().manual_seed(top_k)) + torch.tensor([1.0, 0.5, 0, 0])
+    logits_NE = torch.randn(30, E, generator=torch.Generator().manual_seed(top_k)) + torch.tensor(
+        [1.0, 0.5, 0, 0]
+    )
     index_NK = logits_NE.topk(top_k).indices
     slots = max(1, int(factor * 30 * top_k / E))
     found = within_capacity(index_NK, E, factor)
@@ -240,7 +259,7 @@ def test_uniform_is_the_mean_of_all():
 def test_a_pair_is_a_two_way_softmax_whose_bias_never_favours_the_expert(bias):
     anchor, own = experts(2)
     row_LD = torch.randn(L, D, generator=torch.Generator().manual_seed(0))
-    pair, x_BTD = Pair(anchor, own, row_LD, bias), tokens().view(4, 10, D)
+    pair, x_BTD = CoordinatedExpert(anchor, own, row_LD, bias), tokens().view(4, 10, D)
     with torch.no_grad():
         pair.bias_L[0] -= 1.0
     for layer in range(L):
@@ -248,14 +267,19 @@ def test_a_pair_is_a_two_way_softmax_whose_bias_never_favours_the_expert(bias):
         logit_BT = x_BTD @ row_LD[layer] + min(bias - (layer == 0), 0.0)
         two_BT2 = torch.stack([torch.zeros_like(logit_BT), logit_BT], -1)
         share_BT2 = two_BT2.softmax(-1)
-        torch.testing.assert_close(y_BTD, x_BTD * (share_BT2 @ torch.tensor([1.0, 10.0])).unsqueeze(-1))
+        torch.testing.assert_close(
+            y_BTD, x_BTD * (share_BT2 @ torch.tensor([1.0, 10.0])).unsqueeze(-1)
+        )
         torch.testing.assert_close(pair.z[layer], two_BT2.logsumexp(-1).square().mean())
     assert pair.row_LD.requires_grad and torch.equal(pair.row_LD, row_LD)
 
 
 def test_a_pairs_gate_is_exact_under_autocast():
     anchor, own = experts(2)
-    pair, x_BTD = Pair(anchor, own, torch.full((L, D), 0.123), -0.5), tokens().view(4, 10, D)
+    pair, x_BTD = (
+        CoordinatedExpert(anchor, own, torch.full((L, D), 0.123), -0.5),
+        tokens().view(4, 10, D),
+    )
     pair(0, x_BTD)
     exact = pair.z[0].item()
     with torch.autocast("cpu", torch.bfloat16):

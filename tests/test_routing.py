@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import routing, routing_table
-from pipeline.data.routing import RoutingRows
-from pipeline.data.routing_draw import divided
+from pipeline.data.routing import candidates, dataset
+from pipeline.data.routing.dataset import RoutingRows
+from pipeline.data.routing.sampling import divided
 from pipeline.errors import ConfigError, DataError, DiskFull
 from tests.small_routing import WORDS, counts, generate, settings, task
 
@@ -32,7 +32,16 @@ def test_equal_balance_gives_every_expert_the_same_number_in_every_split(two, tm
     }
     assert manifest["rows"]["train"] == {"ocr": 20, "count": 20}
     assert len({row["id"] for row in rows}) == len(rows)
-    assert set(rows[0]) == {"id", "images", "prompt", "expert", "source", "split", "ambiguous", "group"}
+    assert set(rows[0]) == {
+        "id",
+        "images",
+        "prompt",
+        "expert",
+        "source",
+        "split",
+        "ambiguous",
+        "group",
+    }
 
 
 def test_a_row_says_where_it_comes_from(two, tmp_path):
@@ -78,14 +87,18 @@ def test_seen_wordings_are_all_used_and_may_hold_the_rows_own_prompt(two, tmp_pa
 
 def test_without_held_out_wordings_there_is_no_test_held_and_test_has_all_pictures(two, tmp_path):
     words = {"ocr": {"seen": ["Read it."]}}
-    rows, _ = generate(settings(paraphrases=words, per_expert={"train": 20, "valid": 4, "test": 20}), two, tmp_path)
+    rows, _ = generate(
+        settings(paraphrases=words, per_expert={"train": 20, "valid": 4, "test": 20}), two, tmp_path
+    )
     assert counts(rows, "split") == {("train",): 40, ("valid",): 8, ("test",): 40}
 
 
 def test_a_set_is_shuffled_within_its_splits(two, tmp_path):
     rows, _ = generate(settings(), two, tmp_path)
     train = [row["expert"] for row in rows if row["split"] == "train"]
-    assert [row["split"] for row in rows] == sorted((row["split"] for row in rows), key=routing.SPLITS.index)
+    assert [row["split"] for row in rows] == sorted(
+        (row["split"] for row in rows), key=dataset.SPLITS.index
+    )
     assert len(set(train[:10])) == 2 and train != sorted(train)
 
 
@@ -93,7 +106,8 @@ SHARES = {"ocr": 0.75, "count": 0.25}
 
 
 @pytest.mark.parametrize(
-    ("balance", "expected"), [("natural", {"ocr": 27, "count": 13}), (SHARES, {"ocr": 30, "count": 10})]
+    ("balance", "expected"),
+    [("natural", {"ocr": 27, "count": 13}), (SHARES, {"ocr": 30, "count": 10})],
 )
 def test_other_balances_divide_the_same_total(tmp_path, balance, expected):
     tasks = {"ocr": task(tmp_path, "ocr", 120), "count": task(tmp_path, "count", 60)}
@@ -119,14 +133,18 @@ def test_divided_numbers_add_up_and_are_near_their_shares(total, shares):
 
 def test_weights_divide_an_experts_rows_among_its_sources(two, tmp_path):
     more = tmp_path / "more.jsonl"
-    more.write_text("".join(json.dumps({"id": f"m{i}", "prompt": f"Read line {i}"}) + "\n" for i in range(60)))
+    more.write_text(
+        "".join(json.dumps({"id": f"m{i}", "prompt": f"Read line {i}"}) + "\n" for i in range(60))
+    )
     sources = [
         {"expert": "ocr", "weight": 3},
         {"expert": "ocr", "from": "jsonl", "path": str(more)},
         {"expert": "count"},
     ]
     rows, _ = generate(settings(sources=sources, ambiguous_share=0, short="accept"), two, tmp_path)
-    found = Counter(bool(row["images"]) for row in rows if row["expert"] == "ocr" and row["split"] == "train")
+    found = Counter(
+        bool(row["images"]) for row in rows if row["expert"] == "ocr" and row["split"] == "train"
+    )
     assert found == {True: 15, False: 5}
 
 
@@ -144,14 +162,20 @@ def test_a_shortage_names_expert_wanted_found_and_what_mends_it(tmp_path):
         generate(settings(), tasks, tmp_path)
     said = str(caught.value)
     assert "count, train: 6 of 20 wanted by dataset.per_expert.train" in said
-    assert "count, test: 2 of 5 wanted by dataset.per_expert.test (test and test_held have different" in said
+    assert (
+        "count, test: 2 of 5 wanted by dataset.per_expert.test (test and test_held have different"
+        in said
+    )
     assert "ocr" not in said and "dataset.short" in said
     assert list((tmp_path / "routing-1").iterdir()) == []
 
 
 def test_a_shortage_that_is_of_duplicates_says_so(tmp_path):
     tasks = {name: task(tmp_path, name, [{"prompt": "Same?"}] * 60) for name in ("ocr", "count")}
-    with pytest.raises(DataError, match=r"(?s)ocr, train: 0 of 20.*dropped before: 118 same request twice\nGive these"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)ocr, train: 0 of 20.*dropped before: 118 same request twice\nGive these",
+    ):
         generate(settings(dedupe={"image": "off"}, short="accept"), tasks, tmp_path)
 
 
@@ -159,9 +183,13 @@ def test_accepting_a_shortage_takes_what_there_is_and_says_so(tmp_path):
     tasks = {"ocr": task(tmp_path, "ocr"), "count": task(tmp_path, "count", 12)}
     rows, manifest = generate(settings(short="accept"), tasks, tmp_path)
     assert counts(rows, "split", "expert")["train", "count"] == 6
-    assert {"expert": "count", "split": "train", "wanted": 20, "found": 6, "setting": "dataset.per_expert.train"} in (
-        manifest["short"]
-    )
+    assert {
+        "expert": "count",
+        "split": "train",
+        "wanted": 20,
+        "found": 6,
+        "setting": "dataset.per_expert.train",
+    } in (manifest["short"])
 
 
 def test_upsampling_repeats_training_rows_in_other_words_and_no_test_rows(tmp_path):
@@ -171,20 +199,27 @@ def test_upsampling_repeats_training_rows_in_other_words_and_no_test_rows(tmp_pa
     assert len(here) == 20 and manifest["copies"]["train"] == {"ocr": 0, "count": 14}
     assert max(Counter(row["source"]["row"] for row in here).values()) == 4
     assert len({row["id"] for row in rows}) == len(rows)
-    assert len({(row["source"]["row"], row["prompt"]) for row in here}) > 12  # each in two wordings or more
+    assert (
+        len({(row["source"]["row"], row["prompt"]) for row in here}) > 12
+    )  # each in two wordings or more
     assert counts(rows, "split", "expert")["test", "count"] == 2
 
 
 @pytest.mark.parametrize("short", ["accept", "upsample"])
 def test_an_expert_without_a_training_row_is_an_error_all_the_same(tmp_path, short):
-    tasks = {"ocr": task(tmp_path, "ocr"), "count": task(tmp_path, "count", [{"split": "test"}] * 30)}
+    tasks = {
+        "ocr": task(tmp_path, "ocr"),
+        "count": task(tmp_path, "count", [{"split": "test"}] * 30),
+    }
     with pytest.raises(DataError, match="count, train: 0 of 20"):
         generate(settings(short=short), tasks, tmp_path)
 
 
 def test_an_expert_without_held_out_wording_is_not_tested_on_seen_wording(tmp_path):
     tasks = {"ocr": task(tmp_path, "ocr"), "color": task(tmp_path, "color")}
-    with pytest.raises(DataError, match=r"color, test_held: 0 of 5 .* dataset.paraphrases.color.held"):
+    with pytest.raises(
+        DataError, match=r"color, test_held: 0 of 5 .* dataset.paraphrases.color.held"
+    ):
         generate(settings(("ocr", "color")), tasks, tmp_path)
     free = task(tmp_path / "free", "color", [{"prompt": f"Is thing {i} red?"} for i in range(60)])
     rows, _ = generate(settings(("ocr", "color")), tasks | {"color": free}, tmp_path)
@@ -192,20 +227,28 @@ def test_an_expert_without_held_out_wording_is_not_tested_on_seen_wording(tmp_pa
 
 
 def test_a_wording_that_is_seen_and_held_out_is_an_error(two, tmp_path):
-    words = {"ocr": {"seen": ["Read it."], "held": ["What?"]}, "count": {"seen": ["what"], "held": ["Number?"]}}
+    words = {
+        "ocr": {"seen": ["Read it."], "held": ["What?"]},
+        "count": {"seen": ["what"], "held": ["Number?"]},
+    }
     with pytest.raises(
-        ConfigError, match=r"paraphrases.ocr.held: 'What\?' also stands in dataset.paraphrases.count.seen"
+        ConfigError,
+        match=r"paraphrases.ocr.held: 'What\?' also stands in dataset.paraphrases.count.seen",
     ):
         generate(settings(paraphrases=words), two, tmp_path)
     words["count"]["seen"], words["ocr"]["held"] = [], ["do count!"]  # the other's own prompt
-    with pytest.raises(DataError, match=r"the held-out wording .* is also the prompt of row '\d+' in train"):
+    with pytest.raises(
+        DataError, match=r"the held-out wording .* is also the prompt of row '\d+' in train"
+    ):
         generate(settings(paraphrases=words), two, tmp_path)
 
 
 def test_rows_over_the_limits_are_dropped_and_counted(tmp_path):
     rows = [{}] * 60 + [{"pictures": list("abc")}, {"prompt": "long " * 100}]
     tasks = {"ocr": task(tmp_path, "ocr", rows), "count": task(tmp_path, "count")}
-    _, manifest = generate(settings(limits={"max_images": 2, "max_prompt_chars": 200}), tasks, tmp_path)
+    _, manifest = generate(
+        settings(limits={"max_images": 2, "max_prompt_chars": 200}), tasks, tmp_path
+    )
     assert manifest["dropped"] == {"over 2 pictures": 1, "prompt over 200 characters": 1}
 
 
@@ -223,29 +266,41 @@ def test_two_processes_write_the_same_bytes(two, tmp_path):
     wanted = tmp_path / "settings.json"
     wanted.write_text(settings().model_dump_json(by_alias=True))
     program = (
-        "import sys, json, pathlib; from pipeline.config import RoutingSet; from pipeline.data import routing\n"
+        "import sys, json, pathlib; from pipeline.config.routing_set import RoutingSetConfig; from pipeline.data.routing import dataset as routing\n"
         f"tasks = {{name: pathlib.Path({str(tmp_path)!r}, f'preprocess-{{name}}') for name in ('ocr', 'count')}}\n"
-        f"wanted = RoutingSet.model_validate_json(pathlib.Path({str(wanted)!r}).read_text())\n"
+        f"wanted = RoutingSetConfig.model_validate_json(pathlib.Path({str(wanted)!r}).read_text())\n"
         "routing.generate(wanted, tasks, {'ocr': 'A'}, pathlib.Path(sys.argv[1]))"
     )
     found = []
     for seed in "12":
         folder = tmp_path / f"routing-{seed}"
         folder.mkdir()
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
         subprocess.run([sys.executable, "-c", program, str(folder)], check=True, env=environment)
-        found.append([(folder / name).read_bytes() for name in ("routing.jsonl", "routing.manifest.json")])
+        found.append(
+            [(folder / name).read_bytes() for name in ("routing.jsonl", "routing.manifest.json")]
+        )
     assert found[0] == found[1]
 
 
 def test_the_manifest_tells_what_went_in(two, tmp_path):
     rows, manifest = generate(settings(), two, tmp_path, labels={"ocr": "A", "count": "B"})
     folder = tmp_path / "routing-1"
-    assert sorted(path.name for path in folder.iterdir()) == ["routing.jsonl", "routing.manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "routing.jsonl",
+        "routing.manifest.json",
+    ]
     assert manifest["sha256"] == hashlib.sha256((folder / "routing.jsonl").read_bytes()).hexdigest()
     for read in manifest["read"]:
         content = (two[read["expert"]] / "rows.jsonl").read_bytes()
-        assert read == {"expert": read["expert"], "rows": 60, "sha256": hashlib.sha256(content).hexdigest()}
+        assert read == {
+            "expert": read["expert"],
+            "rows": 60,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     assert manifest["labels"] == {"ocr": "A", "count": "B"} and manifest["seed"] == 0
     assert manifest["groups"] == len({row["group"] for row in rows})
     assert generate(settings(seed=1), two, tmp_path)[1]["config"] != manifest["config"]
@@ -255,15 +310,23 @@ def test_a_set_is_read_back_row_by_row(two, tmp_path):
     rows, manifest = generate(settings(), two, tmp_path)
     found = RoutingRows(tmp_path / "routing-1")
     assert len(found) == len(rows) and found.manifest == manifest
-    assert [row.id for row in found] == [row["id"] for row in rows] == [found[i].id for i in range(len(found))]
+    assert (
+        [row.id for row in found]
+        == [row["id"] for row in rows]
+        == [found[i].id for i in range(len(found))]
+    )
     assert found[-1].id == rows[-1]["id"]
-    assert [row.id for row in found.rows("valid")] == [row["id"] for row in rows if row["split"] == "valid"]
+    assert [row.id for row in found.rows("valid")] == [
+        row["id"] for row in rows if row["split"] == "valid"
+    ]
     with pytest.raises(DataError, match="no routing set"):
         RoutingRows(tmp_path)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(routing_table, "_SCHEMA", f"PRAGMA max_page_count = 8; {routing_table._SCHEMA}")
-    with pytest.raises(DiskFull, match=r"routing.jsonl cannot be written \(database or disk is full\); make room"):
+    monkeypatch.setattr(candidates, "_SCHEMA", f"PRAGMA max_page_count = 8; {candidates._SCHEMA}")
+    with pytest.raises(
+        DiskFull, match=r"routing.jsonl cannot be written \(database or disk is full\); make room"
+    ):
         generate(settings(), two, tmp_path)
     assert list((tmp_path / "routing-1").iterdir()) == []

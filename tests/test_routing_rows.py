@@ -1,4 +1,5 @@
-"""Where a routing set's rows come from: text and pictures in JSONL files, prepared tasks, and what is wrong there."""
+"""Where a routing set's rows come from: text and pictures in JSONL files, prepared tasks, and what
+is wrong there."""
 
 import json
 from collections import defaultdict
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config import RoutingSet
-from pipeline.data import pictures
-from pipeline.data.routing import RoutingRows
+from pipeline.config.routing_set import RoutingSetConfig
+from pipeline.data.images import images
+from pipeline.data.routing.dataset import RoutingRows
 from pipeline.errors import ConfigError, DataError
 from tests.small_routing import counts, generate, settings, task
 
@@ -38,30 +39,49 @@ def drawn(path: Path, color: int) -> str:
 def test_text_alone_is_routed_by_the_same_code(tmp_path):
     """As CLINC150: each file a domain's, columns of other names, no pictures, no wordings."""
     files = {
-        name: jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} question {i}", "label": i} for i in range(40)])
+        name: jsonl(
+            tmp_path / f"{name}.jsonl",
+            [{"text": f"{name} question {i}", "label": i} for i in range(40)],
+        )
         for name in ("banking", "travel")
     }
     sources = [source(file, name, fields={"prompt": "text"}) for name, file in files.items()]
-    wanted = settings(("banking", "travel"), sources=sources, per_expert={"train": 32, "valid": 4, "test": 4})
+    wanted = settings(
+        ("banking", "travel"), sources=sources, per_expert={"train": 32, "valid": 4, "test": 4}
+    )
     rows, manifest = generate(wanted, {}, tmp_path)
     assert counts(rows, "split", "expert")["train", "travel"] == 32
-    assert all(row["images"] == [] and not row["ambiguous"] and row["expert"] in row["prompt"] for row in rows)
+    assert all(
+        row["images"] == [] and not row["ambiguous"] and row["expert"] in row["prompt"]
+        for row in rows
+    )
     assert manifest["groups"] == 80
 
 
-@pytest.mark.parametrize("prompt", ["naïve 你好 🙂", "a\0b", 'quote " and \\ and \u2028', "{prompt} {x}"])
+@pytest.mark.parametrize(
+    "prompt", ["naïve 你好 🙂", "a\0b", 'quote " and \\ and \u2028', "{prompt} {x}"]
+)
 def test_any_text_comes_back_as_it_was(tmp_path, prompt):
     rows = [{"id": f"{i}", "prompt": f"{prompt} {i}"} for i in range(3)]
-    wanted = settings(("chat",), sources=[source(jsonl(tmp_path / "a.jsonl", rows), "chat")], short="accept")
+    wanted = settings(
+        ("chat",), sources=[source(jsonl(tmp_path / "a.jsonl", rows), "chat")], short="accept"
+    )
     out, _ = generate(wanted, {}, tmp_path)
     assert {row["prompt"] for row in out} <= {row["prompt"] for row in rows} and out
-    assert [row.prompt for row in RoutingRows(tmp_path / "routing-1")] == [row["prompt"] for row in out]
+    assert [row.prompt for row in RoutingRows(tmp_path / "routing-1")] == [
+        row["prompt"] for row in out
+    ]
 
 
 def test_text_that_differs_in_case_alone_is_one_request(tmp_path):
-    rows = [{"id": f"{i}", "prompt": ("Pay my bill", "pay  my bill!")[i % 2] + str(i // 2)} for i in range(40)]
+    rows = [
+        {"id": f"{i}", "prompt": ("Pay my bill", "pay  my bill!")[i % 2] + str(i // 2)}
+        for i in range(40)
+    ]
     rows += [{"id": "x", "prompt": "PAY MY BILL0", "split": "test"}]
-    wanted = settings(("banking",), sources=[source(jsonl(tmp_path / "a.jsonl", rows), "banking")], short="accept")
+    wanted = settings(
+        ("banking",), sources=[source(jsonl(tmp_path / "a.jsonl", rows), "banking")], short="accept"
+    )
     _, manifest = generate(wanted, {}, tmp_path)
     assert manifest["dropped"]["same request twice"] == 1
 
@@ -71,8 +91,15 @@ def test_pictures_of_a_jsonl_are_known_by_their_pixels(two, tmp_path):
     rows = []
     for i in range(30):
         drawn(tmp_path / "none" / f"a{i}.png", i), drawn(tmp_path / "none" / f"b{i}.bmp", i)
-        rows += [{"image": f"a{i}.png", "prompt": f"Sing {i}"}, {"image": f"b{i}.bmp", "prompt": f"Dance {i}"}]
-    sources = [{"expert": "ocr"}, {"expert": "count"}, source(jsonl(tmp_path / "none" / "n.jsonl", rows))]
+        rows += [
+            {"image": f"a{i}.png", "prompt": f"Sing {i}"},
+            {"image": f"b{i}.bmp", "prompt": f"Dance {i}"},
+        ]
+    sources = [
+        {"expert": "ocr"},
+        {"expert": "count"},
+        source(jsonl(tmp_path / "none" / "n.jsonl", rows)),
+    ]
     out, _ = generate(settings(sources=sources, short="accept"), two, tmp_path)
     none = [row for row in out if row["expert"] == "none"]
     splits = defaultdict(set)
@@ -82,16 +109,27 @@ def test_pictures_of_a_jsonl_are_known_by_their_pixels(two, tmp_path):
     found = RoutingRows(tmp_path / "routing-1")
     row = next(row for row in found if row.expert == "none" and row.images)
     assert found.pictures(row)[0].size == (40, 40)
-    assert pictures.digest(found.pictures(row)[0])[:16] == row.group.removeprefix("sha256:")
+    assert images.digest(found.pictures(row)[0])[:16] == row.group.removeprefix("sha256:")
 
 
 def test_pictures_are_found_under_the_names_that_task_rows_have(tmp_path):
-    rows = [{"prompt": f"Sing {i}", ("image", "images", "file_name")[i % 3]: [drawn(tmp_path / f"{i}.png", i)]}
-            for i in range(30)]  # fmt: skip
-    wanted = settings(("chat",), sources=[source(jsonl(tmp_path / "n.jsonl", rows), "chat")], short="accept")
+    rows = [
+        {
+            "prompt": f"Sing {i}",
+            ("image", "images", "file_name")[i % 3]: [drawn(tmp_path / f"{i}.png", i)],
+        }
+        for i in range(30)
+    ]
+    wanted = settings(
+        ("chat",), sources=[source(jsonl(tmp_path / "n.jsonl", rows), "chat")], short="accept"
+    )
     out, _ = generate(wanted, {}, tmp_path)
     assert len(out) >= 20 and all(len(row["images"]) == 1 for row in out)
-    named = settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat", image_field="file_name")], short="accept")
+    named = settings(
+        ("chat",),
+        sources=[source(tmp_path / "n.jsonl", "chat", image_field="file_name")],
+        short="accept",
+    )
     out, _ = generate(named, {}, tmp_path)
     assert {len(row["images"]) for row in out} == {0, 1}
 
@@ -99,10 +137,13 @@ def test_pictures_are_found_under_the_names_that_task_rows_have(tmp_path):
 def test_files_of_a_folder_named_for_splits_are_those_splits(tmp_path):
     for name, count in {"train": 10, "val": 3, "test": 3}.items():
         jsonl(
-            tmp_path / "data" / f"{name}.jsonl", [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(count)]
+            tmp_path / "data" / f"{name}.jsonl",
+            [{"id": f"{name}{i}", "prompt": f"{name} {i}"} for i in range(count)],
         )
     wanted = settings(
-        ("chat",), sources=[source(tmp_path / "data", "chat")], per_expert={"train": 10, "valid": 3, "test": 3}
+        ("chat",),
+        sources=[source(tmp_path / "data", "chat")],
+        per_expert={"train": 10, "valid": 3, "test": 3},
     )
     rows, _ = generate(wanted, {}, tmp_path)
     assert all(row["prompt"].startswith(row["split"][:3]) for row in rows)
@@ -113,15 +154,36 @@ BAD = {
         [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}],
         "duplicate id 'a': 2 rows of expert chat",
     ),
-    "no prompt": ([{"id": "a", "text": "x"}], r"n.jsonl:1: no prompt in column 'prompt' .* columns are id, text"),
+    "no prompt": (
+        [{"id": "a", "text": "x"}],
+        r"n.jsonl:1: no prompt in column 'prompt' .* columns are id, text",
+    ),
     "unknown split": ([{"prompt": "x", "split": "dev2"}], r"n.jsonl:1: unknown split 'dev2'"),
-    "missing picture": ([{"prompt": "x", "image": "gone.png"}], r"n.jsonl:1: picture 'gone.png' is missing from"),
-    "a folder": ([{"prompt": "x", "image": "sub"}], r"picture 'sub' is missing from .* \(not a file\)"),
-    "upward": ([{"prompt": "x", "image": "../secret.png"}], r"n.jsonl:1: picture '../secret.png' leads outside"),
-    "upward, gone": ([{"prompt": "x", "image": "../../gone.png"}], r"picture '../../gone.png' leads outside"),
-    "absolute": ([{"prompt": "x", "image": "/etc/hostname"}], r"picture '/etc/hostname' leads outside"),
+    "missing picture": (
+        [{"prompt": "x", "image": "gone.png"}],
+        r"n.jsonl:1: picture 'gone.png' is missing from",
+    ),
+    "a folder": (
+        [{"prompt": "x", "image": "sub"}],
+        r"picture 'sub' is missing from .* \(not a file\)",
+    ),
+    "upward": (
+        [{"prompt": "x", "image": "../secret.png"}],
+        r"n.jsonl:1: picture '../secret.png' leads outside",
+    ),
+    "upward, gone": (
+        [{"prompt": "x", "image": "../../gone.png"}],
+        r"picture '../../gone.png' leads outside",
+    ),
+    "absolute": (
+        [{"prompt": "x", "image": "/etc/hostname"}],
+        r"picture '/etc/hostname' leads outside",
+    ),
     "link": ([{"prompt": "x", "image": "link.png"}], r"picture 'link.png' leads outside"),
-    "linked folder": ([{"prompt": "x", "image": "linked/secret.png"}], r"picture 'linked/secret.png' leads outside"),
+    "linked folder": (
+        [{"prompt": "x", "image": "linked/secret.png"}],
+        r"picture 'linked/secret.png' leads outside",
+    ),
     "NUL": ([{"prompt": "x", "image": "a\0b.png"}], r"picture .* is missing from"),
     "no list": ([{"prompt": "x", "image": {"a": 1}}], r"images must be a list of paths"),
     "corrupt": ([{"prompt": "x", "image": "torn.png"}], r"n.jsonl:1: .*torn.png"),
@@ -148,19 +210,27 @@ def test_a_line_that_is_not_json_and_a_file_that_is_not_there_are_named(tmp_path
     with pytest.raises(DataError, match=r"n.jsonl:2 is not JSON of UTF-8 text"):
         generate(settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat")]), {}, tmp_path)
     with pytest.raises(DataError, match=r"dataset.sources.0 \(chat\): .*gone.jsonl cannot be read"):
-        generate(settings(("chat",), sources=[source(tmp_path / "gone.jsonl", "chat")]), {}, tmp_path)
+        generate(
+            settings(("chat",), sources=[source(tmp_path / "gone.jsonl", "chat")]), {}, tmp_path
+        )
 
 
 def test_an_unknown_expert_is_named_with_those_there_are(two, tmp_path):
     with pytest.raises(DataError, match="unknown expert color; prepared rows are of count, ocr"):
         generate(settings(("ocr", "color")), two, tmp_path)
-    words = RoutingSet.model_validate({"sources": [{"expert": "ocr"}], "paraphrases": {"colour": {"held": ["x"]}}})
-    with pytest.raises(ConfigError, match="paraphrases: unknown expert colour; the sources have ocr"):
+    words = RoutingSetConfig.model_validate(
+        {"sources": [{"expert": "ocr"}], "paraphrases": {"colour": {"held": ["x"]}}}
+    )
+    with pytest.raises(
+        ConfigError, match="paraphrases: unknown expert colour; the sources have ocr"
+    ):
         generate(words, two, tmp_path)
 
 
 def test_a_missing_picture_of_an_artifact_is_an_error(two, tmp_path):
     gone = next((two["ocr"] / "images").iterdir())
     gone.unlink()
-    with pytest.raises(DataError, match=rf"rows.jsonl:\d+: picture 'images/{gone.name}' is missing from"):
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl:\d+: picture 'images/{gone.name}' is missing from"
+    ):
         generate(settings(), two, tmp_path)

@@ -28,7 +28,10 @@ def test_no_picture_is_in_two_splits_however_rows_share_them(tmp_path, seed):
     draw = random.Random(seed)
     shared = [f"p{i}" for i in range(60)]
     rows = {
-        name: [{"pictures": draw.sample(shared, draw.choice((1, 1, 2))), "split": None} for _ in range(40)]
+        name: [
+            {"pictures": draw.sample(shared, draw.choice((1, 1, 2))), "split": None}
+            for _ in range(40)
+        ]
         for name in ("ocr", "count")
     }
     for each in rows.values():
@@ -39,18 +42,31 @@ def test_no_picture_is_in_two_splits_however_rows_share_them(tmp_path, seed):
     out, _ = generate(wanted, tasks, tmp_path)
     assert all(len(splits) == 1 for splits in by_picture(tmp_path, out).values())
     number = {name: i for i, name in enumerate(shared)}
-    pairs = [(number[row["pictures"][0]], number[p]) for each in rows.values() for row in each for p in row["pictures"]]
+    pairs = [
+        (number[row["pictures"][0]], number[p])
+        for each in rows.values()
+        for row in each
+        for p in row["pictures"]
+    ]
     ends = np.array(pairs).T
     graph = coo_array((np.ones(len(pairs)), tuple(ends)), shape=(60, 60))
     _, islands = connected_components(graph, directed=False)
     found = {
-        (row["group"], islands[number[rows[row["expert"]][int(row["source"]["row"])]["pictures"][0]]]) for row in out
+        (
+            row["group"],
+            islands[number[rows[row["expert"]][int(row["source"]["row"])]["pictures"][0]]],
+        )
+        for row in out
     }
-    assert len(found) == len({group for group, _ in found}) == len({island for _, island in found}) > 3
+    assert (
+        len(found) == len({group for group, _ in found}) == len({island for _, island in found}) > 3
+    )
 
 
 def test_rows_of_one_document_stay_together_though_their_pictures_differ(tmp_path):
-    rows = [{"group": f"document-{i // 5}", "split": None, "prompt": f"Page {i}"} for i in range(100)]
+    rows = [
+        {"group": f"document-{i // 5}", "split": None, "prompt": f"Page {i}"} for i in range(100)
+    ]
     tasks = {"ocr": task(tmp_path, "ocr", rows), "count": task(tmp_path, "count")}
     out, _ = generate(settings(short="accept"), tasks, tmp_path)
     splits = defaultdict(set)
@@ -65,7 +81,9 @@ def test_rows_without_splits_are_divided_by_the_shares(tmp_path):
     shares = {"train": 0.6, "valid": 0.2, "test": 0.2}
     sizes = {"train": 60, "valid": 20, "test": 10}
     rows, _ = generate(settings(splits=shares, per_expert=sizes), tasks, tmp_path)
-    assert counts(rows, "split", "expert")["test_held", "ocr"] == 10  # exact, so that no draw of luck falls short
+    assert (
+        counts(rows, "split", "expert")["test_held", "ocr"] == 10
+    )  # exact, so that no draw of luck falls short
 
 
 def test_a_picture_that_another_expert_holds_out_is_not_trained_with(tmp_path):
@@ -76,16 +94,29 @@ def test_a_picture_that_another_expert_holds_out_is_not_trained_with(tmp_path):
     count += [{"split": ("train", "valid")[i % 2]} for i in range(60)]
     tasks = {"ocr": task(tmp_path, "ocr", ocr), "count": task(tmp_path, "count", count)}
     out, manifest = generate(settings(short="accept"), tasks, tmp_path)
-    assert manifest["dropped"] == {"picture that another source holds out": 20}  # 4 of every 6 of the first 30
+    assert manifest["dropped"] == {
+        "picture that another source holds out": 20
+    }  # 4 of every 6 of the first 30
     assert all(len(splits) == 1 for splits in by_picture(tmp_path, out).values())
-    assert max(int(row["source"]["row"]) for row in out if row["expert"] == "ocr" and row["split"] == "train") >= 30
+    assert (
+        max(
+            int(row["source"]["row"])
+            for row in out
+            if row["expert"] == "ocr" and row["split"] == "train"
+        )
+        >= 30
+    )
 
 
 def test_one_expert_with_a_picture_in_two_splits_is_an_error(tmp_path):
-    rows = [{"pictures": ["same"], "split": "train", "prompt": "a"}, {"pictures": ["same"], "split": "test"}]
+    rows = [
+        {"pictures": ["same"], "split": "train", "prompt": "a"},
+        {"pictures": ["same"], "split": "test"},
+    ]
     tasks = {"ocr": task(tmp_path, "ocr", [*rows, *[{}] * 60]), "count": task(tmp_path, "count")}
     with pytest.raises(
-        DataError, match="picture in two splits: of expert ocr, row '0000' is in train and row '0001' in"
+        DataError,
+        match="picture in two splits: of expert ocr, row '0000' is in train and row '0001' in",
     ):
         generate(settings(), tasks, tmp_path)
 
@@ -99,32 +130,52 @@ def test_splitting_by_id_lets_pictures_be_in_two_splits(tmp_path):
 
 def test_the_same_request_twice_is_taken_once(tmp_path):
     rows = [
-        {"pictures": [f"p{i % 30}"], "split": "train", "prompt": ("Read this.", "READ  this")[i // 30]}
+        {
+            "pictures": [f"p{i % 30}"],
+            "split": "train",
+            "prompt": ("Read this.", "READ  this")[i // 30],
+        }
         for i in range(60)
     ]
     tasks = {"ocr": task(tmp_path, "ocr", rows), "count": task(tmp_path, "count")}
     wanted = settings(
-        short="accept", paraphrases={}, ambiguous_share=0, per_expert={"train": 60, "valid": 1, "test": 1}
+        short="accept",
+        paraphrases={},
+        ambiguous_share=0,
+        per_expert={"train": 60, "valid": 1, "test": 1},
     )
     out, manifest = generate(wanted, tasks, tmp_path)
     assert counts(out, "expert")["ocr",] == 30
     assert manifest["dropped"] == {"same request twice": 30}
-    exact = wanted.model_copy(update={"dedupe": wanted.dedupe.model_copy(update={"prompt": "exact"})})
+    exact = wanted.model_copy(
+        update={"dedupe": wanted.dedupe.model_copy(update={"prompt": "exact"})}
+    )
     assert counts(generate(exact, tasks, tmp_path)[0], "expert")["ocr",] == 60
 
 
 @pytest.mark.parametrize(
     ("dedupe", "left"),
-    [({}, 36), ({"prompt": "exact"}, 48), ({"prompt": "off"}, 12), ({"image": "off"}, 3),
-     ({"image": "off", "prompt": "exact"}, 4), ({"image": "off", "prompt": "off"}, 60)],
-)  # fmt: skip
+    [
+        ({}, 36),
+        ({"prompt": "exact"}, 48),
+        ({"prompt": "off"}, 12),
+        ({"image": "off"}, 3),
+        ({"image": "off", "prompt": "exact"}, 4),
+        ({"image": "off", "prompt": "off"}, 60),
+    ],
+)
 def test_each_part_of_a_request_is_compared_or_not(tmp_path, dedupe, left):
-    """12 pictures, each asked Read, READ, Tell, Name, and Name once more; `off` is what YAML calls false."""
+    """12 pictures, each asked Read, READ, Tell, Name, and Name once more; `off` is what YAML calls
+    false."""
     asked = ("Read this.", "READ  this", "Tell this", "Name this", "Name this")
-    rows = [{"pictures": [f"p{i % 12}"], "split": "train", "prompt": asked[i // 12]} for i in range(60)]
+    rows = [
+        {"pictures": [f"p{i % 12}"], "split": "train", "prompt": asked[i // 12]} for i in range(60)
+    ]
     dedupe = {key: False if value == "off" else value for key, value in dedupe.items()}
     sizes = {"train": 60, "valid": 1, "test": 1}
-    wanted = settings(("ocr",), short="accept", paraphrases={}, ambiguous_share=0, per_expert=sizes, dedupe=dedupe)
+    wanted = settings(
+        ("ocr",), short="accept", paraphrases={}, ambiguous_share=0, per_expert=sizes, dedupe=dedupe
+    )
     out, manifest = generate(wanted, {"ocr": task(tmp_path, "ocr", rows)}, tmp_path)
     assert len(out) == left and manifest["dropped"].get("same request twice", 0) == 60 - left
 
@@ -136,14 +187,21 @@ def test_text_alone_is_one_request_by_its_prompt_or_not_at_all(tmp_path):
         root = tmp_path / prompt
         tasks = {"ocr": task(root, "ocr", rows)}
         sizes = {"train": 60, "valid": 1, "test": 1}
-        wanted = settings(("ocr",), short="accept", per_expert=sizes, dedupe={"prompt": prompt}, paraphrases={})
+        wanted = settings(
+            ("ocr",), short="accept", per_expert=sizes, dedupe={"prompt": prompt}, paraphrases={}
+        )
         assert len(generate(wanted, tasks, root)[0]) == left
 
 
 def test_paraphrases_do_not_make_duplicates(tmp_path):
-    rows = [{"pictures": [f"p{i // 10}"], "split": "train", "prompt": f"Question {i}"} for i in range(60)]
+    rows = [
+        {"pictures": [f"p{i // 10}"], "split": "train", "prompt": f"Question {i}"}
+        for i in range(60)
+    ]
     tasks = {"ocr": task(tmp_path, "ocr", rows), "count": task(tmp_path, "count")}
-    out, _ = generate(settings(short="accept", per_expert={"train": 60, "valid": 1, "test": 1}), tasks, tmp_path)
+    out, _ = generate(
+        settings(short="accept", per_expert={"train": 60, "valid": 1, "test": 1}), tasks, tmp_path
+    )
     assert max(Counter((*row["images"], row["prompt"]) for row in out).values()) == 1
 
 

@@ -1,4 +1,5 @@
-"""A bundle behind a real uvicorn on a real socket: answers, experts, errors, keys, and whatever a client may send.
+"""A bundle behind a real uvicorn on a real socket: answers, experts, errors, keys, and whatever a
+client may send.
 
 B sequences, T tokens, D model width, E experts, K experts per token.
 """
@@ -23,15 +24,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import stages
 from pipeline.__main__ import main
-from pipeline.config import load
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.families import ffn_moe
+from pipeline.families.ffn_moe import train
+from pipeline.families.load import load
+from pipeline.run import stages
 from pipeline.serve import app as app_module
-from pipeline.serve.app import Limits, create, listen
+from pipeline.serve.app import RequestLimits, create, listen
 from pipeline.serve.engine import Sampling
-from pipeline.store import Store
+from pipeline.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["sea", "shop", "hall"]
@@ -47,7 +48,9 @@ def running(app):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30
+        ) as client:
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.01)
@@ -85,13 +88,17 @@ def complete(client, **fields) -> dict:
     return answer.json()
 
 
-def refused(answer, status: int, said: str, param: str | None = None, code: str | None = None) -> dict:
+def refused(
+    answer, status: int, said: str, param: str | None = None, code: str | None = None
+) -> dict:
     """Check an error's status and its form, which is OpenAI's; return it."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert re.search(said, error["message"]) and (error["param"], error["code"]) == (param, code), error
+    assert re.search(said, error["message"]) and (error["param"], error["code"]) == (param, code), (
+        error
+    )
     return error
 
 
@@ -101,28 +108,47 @@ def test_health_and_models_name_the_experts(client):
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["tiny"]
     assert listed["data"][0] == client.get("/v1/models/tiny").json()
     assert listed["data"][0] | {"created": 0} == {
-        "id": "tiny", "object": "model", "created": 0, "owned_by": "moleforge", "experts": NAMES, "top_k": 2,
+        "id": "tiny",
+        "object": "model",
+        "created": 0,
+        "owned_by": "moleforge",
+        "experts": NAMES,
+        "top_k": 2,
         "context_tokens": 32,
-    }  # fmt: skip
+    }
 
 
 def test_a_greedy_completion_is_what_transformers_generates(client, bundled):
-    """The same text as plain transformers code on the bundle's files, the start token in front as in training."""
+    """The same text as plain transformers code on the bundle's files, the start token in front as
+    in training."""
     tokenizer = AutoTokenizer.from_pretrained(bundled[2])
     model = AutoModelForCausalLM.from_pretrained(bundled[2], dtype=torch.float32)
     ids_BT = torch.tensor([[tokenizer.eos_token_id, *tokenizer(PROMPT).input_ids]])
-    out_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=12)
+    out_BT = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=12
+    )
     answer = complete(client, max_tokens=12)
-    assert answer["choices"][0]["text"] == tokenizer.decode(out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True)
+    assert answer["choices"][0]["text"] == tokenizer.decode(
+        out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True
+    )
     assert answer["usage"]["prompt_tokens"] == ids_BT.shape[1]
 
 
 def test_an_answer_has_openais_form(client):
-    answer = complete(client, max_tokens=5, user="someone", n=1, stream=False, logprobs=None, stop=None)
+    answer = complete(
+        client, max_tokens=5, user="someone", n=1, stream=False, logprobs=None, stop=None
+    )
     assert answer.keys() == {"id", "object", "created", "model", "choices", "usage"}
-    assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
+    assert (
+        answer["object"] == "text_completion"
+        and answer["model"] == "tiny"
+        and answer["id"].startswith("cmpl-")
+    )
     (choice,) = answer["choices"]
-    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"} and choice["finish_reason"] == "length"
+    assert (
+        choice.keys() == {"index", "text", "logprobs", "finish_reason"}
+        and choice["finish_reason"] == "length"
+    )
     usage = answer["usage"]
     assert usage["completion_tokens"] == 5 and usage["total_tokens"] == 5 + usage["prompt_tokens"]
     assert complete(client, max_tokens=5)["id"] != answer["id"]
@@ -142,7 +168,9 @@ def test_a_seed_repeats_a_text_and_none_does_not(client):
 
 def test_a_narrow_share_or_a_cold_draw_is_the_likeliest_token(client):
     greedy = complete(client, max_tokens=8)["choices"][0]["text"]
-    assert complete(client, max_tokens=8, temperature=1.0, top_p=1e-9)["choices"][0]["text"] == greedy
+    assert (
+        complete(client, max_tokens=8, temperature=1.0, top_p=1e-9)["choices"][0]["text"] == greedy
+    )
     for coldest in (1e-3, 1e-30):
         assert complete(client, max_tokens=8, temperature=coldest)["choices"][0]["text"] == greedy
 
@@ -153,8 +181,11 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(client, engine):
     stop = whole[3:6]  # across tokens
     answer = complete(client, max_tokens=16, stop=[stop, "never"], return_experts=True)
     assert answer["choices"][0] | {"index": 0} == {
-        "index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop",
-    }  # fmt: skip
+        "index": 0,
+        "text": whole[: whole.index(stop)],
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
     needed = next(n for n in range(1, 17) if stop in "".join(tokens[:n]))
     assert answer["usage"]["completion_tokens"] == needed, "no token is drawn after it"
     assert "".join(t["text"] for t in answer["experts"]["tokens"]) == answer["choices"][0]["text"]
@@ -162,9 +193,10 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(client, engine):
 
 
 def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
-    """The HTTP answer against pipeline code on the store's parts: every layer's choice and weight for every token."""
+    """The HTTP answer against pipeline code on the store's parts: every layer's choice and weight
+    for every token."""
     cfg, text = load(bundled[0]), "7: lathe gear of oboe chord"
-    stack = ffn_moe.assemble(cfg, stages.Parts(cfg, Store(bundled[1])))
+    stack = train.assemble(cfg, stages.StoredParts(cfg, Store(bundled[1])))
     chosen = {}
 
     def watched(layer, x_BTD):
@@ -176,7 +208,9 @@ def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
         stack.trunk.hidden(torch.tensor([ids]), watched)
     answer = client.post("/v1/route", json={"text": text}).json()
     assert answer["object"] == "route" and answer["model"] == "tiny"
-    assert [t["id"] for t in answer["tokens"]] == ids[1:] and "".join(t["text"] for t in answer["tokens"]) == text
+    assert [t["id"] for t in answer["tokens"]] == ids[1:] and "".join(
+        t["text"] for t in answer["tokens"]
+    ) == text
     for at, token in enumerate(answer["tokens"], start=1):
         for layer, (index_TK, weight_TK) in chosen.items():
             assert token["experts"][layer] == index_TK[at].tolist()
@@ -191,7 +225,10 @@ def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
 def test_a_completion_names_its_experts_on_request(client):
     answer = complete(client, max_tokens=6, return_experts=True)
     told = answer["experts"]
-    assert "".join(t["text"] for t in told["tokens"]) == answer["choices"][0]["text"] and len(told["tokens"]) == 6
+    assert (
+        "".join(t["text"] for t in told["tokens"]) == answer["choices"][0]["text"]
+        and len(told["tokens"]) == 6
+    )
     for token in told["tokens"]:
         assert token.keys() == {"id", "text", "experts", "weights", "top"} and token["top"] in NAMES
         assert [len(k) for k in token["experts"]] == [2, 2] and all(
@@ -214,9 +251,21 @@ WRONG = {
         "max_tokens: input should be a valid integer",
         "max_tokens",
     ),
-    "no tokens": ({"prompt": "x", "max_tokens": 0}, "max_tokens: .*greater than or equal to 1", "max_tokens"),
-    "too many tokens": ({"prompt": "x", "max_tokens": 10**9}, "max_tokens: at most 1024", "max_tokens"),
-    "hot": ({"prompt": "x", "temperature": 2.1}, "temperature: .*less than or equal to 2", "temperature"),
+    "no tokens": (
+        {"prompt": "x", "max_tokens": 0},
+        "max_tokens: .*greater than or equal to 1",
+        "max_tokens",
+    ),
+    "too many tokens": (
+        {"prompt": "x", "max_tokens": 10**9},
+        "max_tokens: at most 1024",
+        "max_tokens",
+    ),
+    "hot": (
+        {"prompt": "x", "temperature": 2.1},
+        "temperature: .*less than or equal to 2",
+        "temperature",
+    ),
     "no share": ({"prompt": "x", "top_p": 0}, "top_p: .*greater than 0", "top_p"),
     "large seed": ({"prompt": "x", "seed": 2**63}, "seed: ", "seed"),
     "empty stop": ({"prompt": "x", "stop": ""}, "stop: ", "stop"),
@@ -251,10 +300,14 @@ def test_a_body_that_is_no_request_is_refused(client, path, body):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(["prompt", "text", "max_tokens", "temperature", "top_p", "seed", "stop", "model", "stream"])
+FIELDS = st.sampled_from(
+    ["prompt", "text", "max_tokens", "temperature", "top_p", "seed", "stop", "model", "stream"]
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -278,13 +331,24 @@ def test_whatever_is_sent_the_answer_is_json_and_never_a_failure(client, path, b
     seed=st.integers(-(2**63), 2**63 - 1),
     stop=st.lists(st.text("aet ", min_size=1, max_size=3), max_size=4),
 )
-def test_every_request_within_the_limits_is_answered(client, prompt, temperature, top_p, seed, stop):
-    body = {"prompt": prompt, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop, "max_tokens": 3}
+def test_every_request_within_the_limits_is_answered(
+    client, prompt, temperature, top_p, seed, stop
+):
+    body = {
+        "prompt": prompt,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "max_tokens": 3,
+    }
     answer = client.post("/v1/completions", json=body)
     if answer.status_code == 400:
         refused(answer, 400, "context is 32 tokens", "prompt", "context_length_exceeded")
     else:
-        assert answer.status_code == 200 and not any(s in answer.json()["choices"][0]["text"] for s in stop)
+        assert answer.status_code == 200 and not any(
+            s in answer.json()["choices"][0]["text"] for s in stop
+        )
 
 
 def test_a_text_over_the_context_is_refused_with_both_numbers(client, engine):
@@ -303,20 +367,37 @@ def test_a_text_over_the_context_is_refused_with_both_numbers(client, engine):
 
 def test_a_body_over_the_limit_is_not_read_to_its_end(client):
     large = json.dumps({"prompt": "x" * (1 << 20)}).encode()
-    refused(client.post("/v1/completions", content=large), 413, "over 1,048,576 bytes", None, "too_large")
+    refused(
+        client.post("/v1/completions", content=large),
+        413,
+        "over 1,048,576 bytes",
+        None,
+        "too_large",
+    )
 
     def blocks():
         for _ in range(17):  # without a length in the header
             yield large[: 1 << 16]
 
-    refused(client.post("/v1/completions", content=blocks()), 413, "over 1,048,576 bytes", None, "too_large")
+    refused(
+        client.post("/v1/completions", content=blocks()),
+        413,
+        "over 1,048,576 bytes",
+        None,
+        "too_large",
+    )
     assert client.get("/healthz").status_code == 200
 
 
 def test_another_model_and_another_address_are_not_found(client):
     body = {"prompt": "x", "model": "gpt-4"}
-    error = refused(client.post("/v1/completions", json=body), 404, "'gpt-4' is not served here; 'tiny' is", "model",
-                    "model_not_found")  # fmt: skip
+    error = refused(
+        client.post("/v1/completions", json=body),
+        404,
+        "'gpt-4' is not served here; 'tiny' is",
+        "model",
+        "model_not_found",
+    )
     assert error["type"] == "not_found_error"
     refused(client.get("/v1/models/gpt-4"), 404, "is not served here", "model", "model_not_found")
     assert complete(client, model="tiny", max_tokens=1)["model"] == "tiny"
@@ -335,15 +416,22 @@ def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(bundled, monkeypatc
         answer = client.post("/v1/route", json={"text": "x"})
         error = refused(answer, 500, "its log tells more")
         assert error["type"] == "server_error"
-        assert answer.headers["connection"] == "close"  # else the next request may be written to a closed socket
+        assert (
+            answer.headers["connection"] == "close"
+        )  # else the next request may be written to a closed socket
         assert client.get("/healthz").status_code == 200
 
 
 def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled):
     with running(create(bundled[2], key="sésame")) as client:
         assert client.get("/healthz").status_code == 200
-        for wrong in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sésame".encode()},
-                      {"Authorization": "Bearer"}, {"Authorization": "Bearer sésame2".encode()}):  # fmt: skip
+        for wrong in (
+            {},
+            {"Authorization": "Bearer other"},
+            {"Authorization": "Basic sésame".encode()},
+            {"Authorization": "Bearer"},
+            {"Authorization": "Bearer sésame2".encode()},
+        ):
             for answer in (
                 client.get("/v1/models", headers=wrong),
                 client.get("/v1/models/x", headers=wrong),
@@ -351,7 +439,10 @@ def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled):
                 client.post("/v1/route", json={"text": "x"}, headers=wrong),
             ):
                 error = refused(answer, 401, "the API key", None, "invalid_api_key")
-                assert error["type"] == "authentication_error" and answer.headers["www-authenticate"] == "Bearer"
+                assert (
+                    error["type"] == "authentication_error"
+                    and answer.headers["www-authenticate"] == "Bearer"
+                )
         right = {"Authorization": "Bearer sésame".encode()}
         assert client.post("/v1/route", json={"text": "x"}, headers=right).status_code == 200
     with pytest.raises(ConfigError, match="API key is empty"):
@@ -374,11 +465,15 @@ def test_requests_at_once_get_what_they_get_alone(client):
 
 
 def test_past_the_queue_a_request_is_sent_away_and_may_come_back(bundled):
-    app = create(bundled[2], limits=Limits(waiting=1))
+    app = create(bundled[2], limits=RequestLimits(waiting=1))
     service, answers = app.state.service, []
     with running(app) as client:
         threads = [
-            threading.Thread(target=lambda: answers.append(client.post("/v1/route", json={"text": "x"}).status_code))
+            threading.Thread(
+                target=lambda: answers.append(
+                    client.post("/v1/route", json={"text": "x"}).status_code
+                )
+            )
             for _ in range(2)
         ]
         with service.engine._alone:
@@ -388,15 +483,22 @@ def test_past_the_queue_a_request_is_sent_away_and_may_come_back(bundled):
                     time.sleep(0.01)
             answer = client.post("/v1/route", json={"text": "x"})
             refused(answer, 503, "2 requests are waiting", None, "overloaded")
-            assert answer.headers["retry-after"] == "1" and client.get("/healthz").status_code == 200
+            assert (
+                answer.headers["retry-after"] == "1" and client.get("/healthz").status_code == 200
+            )
         for thread in threads:
             thread.join()
-        assert answers == [200, 200] and client.post("/v1/route", json={"text": "x"}).status_code == 200
+        assert (
+            answers == [200, 200]
+            and client.post("/v1/route", json={"text": "x"}).status_code == 200
+        )
 
 
 def test_the_interface_describes_its_bodies(client):
     paths = client.get("/openapi.json").json()["paths"]
-    schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"][
+        "schema"
+    ]
     assert schema["required"] == ["prompt"] and "return_experts" in schema["properties"]
     assert {"/healthz", "/v1/models", "/v1/completions", "/v1/route"} <= paths.keys()
 
@@ -405,25 +507,50 @@ def test_an_address_that_cannot_be_had_is_an_error_with_a_way_out(application):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(PipelineError, match=r"cannot listen on 127\.0\.0\.1 port \d+: .*--port"):
+        with pytest.raises(
+            PipelineError, match=r"cannot listen on 127\.0\.0\.1 port \d+: .*--port"
+        ):
             listen(application, "127.0.0.1", taken.getsockname()[1], lambda _text: None)
     with pytest.raises(PipelineError, match="cannot listen on no such host"):
         listen(application, "no such host", 0, lambda _text: None)
 
 
 def test_the_command_serves_a_folder_until_it_is_told_to_stop(bundled):
-    command = [sys.executable, "-m", "pipeline", "serve", "--bundle", str(bundled[2]), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "serve",
+        "--bundle",
+        str(bundled[2]),
+        "--port",
+        "0",
+    ]
     environment = os.environ | {"MOLEFORGE_API_KEY": "k"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     with process:
         try:
             lines = iter(process.stderr.readline, "")
-            address = next(found[1] for line in lines if (found := re.search(r"serving tiny at (http://\S+);", line)))
-            with httpx.Client(base_url=address, headers={"Authorization": "Bearer k"}, timeout=120) as client:
+            address = next(
+                found[1]
+                for line in lines
+                if (found := re.search(r"serving tiny at (http://\S+);", line))
+            )
+            with httpx.Client(
+                base_url=address, headers={"Authorization": "Bearer k"}, timeout=120
+            ) as client:
                 assert complete(client, max_tokens=2)["usage"]["completion_tokens"] == 2
-                assert client.get("/v1/models", headers={"Authorization": "Bearer l"}).status_code == 401
+                assert (
+                    client.get("/v1/models", headers={"Authorization": "Bearer l"}).status_code
+                    == 401
+                )
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 130
         finally:
@@ -434,9 +561,13 @@ def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monk
     path, store_path, folder = bundled
     opened = []
     monkeypatch.setattr(app_module, "create", lambda *args: opened.append(args))
-    monkeypatch.setattr(app_module, "listen", lambda _app, host, port, _say: opened.append((host, port)))
+    monkeypatch.setattr(
+        app_module, "listen", lambda _app, host, port, _say: opened.append((host, port))
+    )
     monkeypatch.delenv("MOLEFORGE_API_KEY", raising=False)
-    assert main(["serve", "--config", str(path), "--store", str(store_path), "--host", "0.0.0.0"]) == 0  # noqa: S104
+    assert (
+        main(["serve", "--config", str(path), "--store", str(store_path), "--host", "0.0.0.0"]) == 0  # noqa: S104
+    )
     assert opened == [(folder, None), ("0.0.0.0", 8000)]  # noqa: S104
     assert "whoever reaches 0.0.0.0 can use it" in capsys.readouterr().err
     assert main(["serve", "--config", str(path), "--store", str(tmp_path / "none")]) == 2

@@ -1,7 +1,8 @@
 """Every setting of every section does something: changing it changes what a stage leaves behind.
 
-EFFECTS lists all of them, and a setting that is not listed fails. A stage's product is compared byte for byte
-with that of the same configuration before the change; the same configuration twice gives the same product.
+EFFECTS lists all of them, and a setting that is not listed fails. A stage's product is compared
+byte for byte with that of the same configuration before the change; the same configuration twice
+gives the same product.
 """
 
 import hashlib
@@ -17,11 +18,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import train
-from pipeline.config import Config, Run, Section
-from pipeline.data import prepare
+from pipeline.config.base import Section
+from pipeline.config.run import RunConfig
+from pipeline.data.text.prepare import prepare
 from pipeline.errors import PipelineError
-from pipeline.families import ffn_tables
+from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.train import loop
 from tests import small, test_wiring
 from tests.test_trunk import whole
 
@@ -33,8 +36,10 @@ def trained(tmp_path_factory):
     """One whole small run, and beside it a checkpoint, a tokenizer and documents."""
     root = tmp_path_factory.mktemp("settings")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
-        parts = small.run(small.config(expert__coordinate=True, dense__baselines=("path",)), root / "run")
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        parts = small.run(
+            small.config(expert__coordinate=True, dense__baselines=("path",)), root / "run"
+        )
     whole(vocab_size=small.VOCAB).save_pretrained(root / "checkpoint")
     _write_tokenizer(root / "tokenizer")
     for name in ("documents", "others"):
@@ -44,25 +49,37 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def _write_tokenizer(folder) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<end>"])}, merges=[]))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<end>"])}, merges=[])
+    )
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(folder)
 
 
 def _write_documents(path, seed: int) -> None:
-    """Write documents of two labels under two names for each field, some short, one too long, two unreadable."""
+    """Write documents of two labels under two names for each field, some short, one too long, two
+    unreadable."""
     draw, lines = np.random.default_rng(seed), []
     for i in range(160):
         label = LABELS[i % 2]
         words = draw.choice([f"{label}{w}" for w in range(40)], int(draw.integers(3, 60)))
         text = " ".join(words) + ("" if i % 40 else " long" * 400)
         split = ("train", "valid", "test")[min(2, max(0, i - 140) // 10)]
-        row = {"text": text, "body": text[::-1], "domain": label, "topic": LABELS[i % 4 // 2], "split": split}
+        row = {
+            "text": text,
+            "body": text[::-1],
+            "domain": label,
+            "topic": LABELS[i % 4 // 2],
+            "split": split,
+        }
         lines.append(json.dumps(row))
     path.write_text("\n".join([*lines, "{torn", "{torn too"]) + "\n")
 
@@ -116,15 +133,19 @@ def _trained(cfg, parts, stage, folder) -> str:
         worse = itertools.count(1.0)
         task = replace(task, validate=lambda: next(worse))
     recorder = small.Rows()
-    metrics = train.fit(task, train.Place(folder, recorder, lambda: None, name, "trunk", 1e9, 1))
-    numbers = [{k: v for k, v in row.items() if k in ("step", "valid_nats")} for row in recorder.rows]
+    metrics = loop.fit(task, loop.TrainIO(folder, recorder, lambda: None, name, "trunk", 1e9, 1))
+    numbers = [
+        {k: v for k, v in row.items() if k in ("step", "valid_nats")} for row in recorder.rows
+    ]
     files = task.export(metrics["kept_step"])
     tensors = [
         (file, key, _raw(value) if isinstance(value, torch.Tensor) else str(value).encode())
         for file, content in files.items()
         for key, value in content.items()
     ]
-    return _digest([str(numbers).encode(), *(b for _, _, b in tensors), str(sorted(files)).encode()])
+    return _digest(
+        [str(numbers).encode(), *(b for _, _, b in tensors), str(sorted(files)).encode()]
+    )
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
@@ -132,8 +153,10 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 
 def _reported(cfg, parts, _stage, _folder) -> str:
-    report = ffn_tables.tables(cfg, parts, lambda *_: None)
-    return json.dumps({k: v for k, v in report.items() if k not in ("made", "machine", "speed")}, sort_keys=True)
+    report = evaluate.tables(cfg, parts, lambda *_: None)
+    return json.dumps(
+        {k: v for k, v in report.items() if k not in ("made", "machine", "speed")}, sort_keys=True
+    )
 
 
 def _digest(content) -> str:
@@ -195,7 +218,11 @@ EFFECTS = {
     "partition.by": ("preprocess", "random", {"partition__count": 2}),
     "partition.domains": ("preprocess", ("b", "a"), {}),
     "partition.count": ("preprocess", 3, CLUSTERS),
-    "partition.difficulty": ("preprocess", "rarity", {"partition__by": "curriculum", "partition__count": 2}),
+    "partition.difficulty": (
+        "preprocess",
+        "rarity",
+        {"partition__by": "curriculum", "partition__count": 2},
+    ),
     "partition.sample_documents": ("preprocess", 10, CLUSTERS),
     "partition.min_tokens": ("preprocess", 10**6, {}),
     "partition.overlap": (ALPHA, 0.9, {}),
@@ -229,9 +256,21 @@ EFFECTS = {
     "router.margin": ("train_router", 1.0, {}),
     "router.top_k": ("train_router", 1, {}),
     "router.temperature": ("train_router", {"start": 3.0}, {}),
-    "temperature.start": ("train_router", {"start": 3.0, "end": 0.5}, {"router__temperature": {"end": 0.5}}),
-    "temperature.end": ("train_router", {"start": 3.0, "end": 0.5}, {"router__temperature": {"start": 3.0}}),
-    "temperature.epochs": ("train_router", {"epochs": 0.01}, {"router__temperature": {"start": 3.0}}),
+    "temperature.start": (
+        "train_router",
+        {"start": 3.0, "end": 0.5},
+        {"router__temperature": {"end": 0.5}},
+    ),
+    "temperature.end": (
+        "train_router",
+        {"start": 3.0, "end": 0.5},
+        {"router__temperature": {"start": 3.0}},
+    ),
+    "temperature.epochs": (
+        "train_router",
+        {"epochs": 0.01},
+        {"router__temperature": {"start": 3.0}},
+    ),
     "router.balance": ("train_router", "aux", {}),
     "router.balance_weight": ("train_router", 9.0, {"router__balance": "aux"}),
     "router.z_weight": ("train_router", 1.0, {}),
@@ -269,17 +308,27 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
-ON_MODAL = ("modal", "trainer", "worker", "endpoint")  # their effects need Modal's own client: test_modal*.py
+ON_MODAL = (
+    "modal",
+    "trainer",
+    "worker",
+    "endpoint",
+)  # their effects need Modal's own client: test_modal*.py
 
 
-def settings(run: type[Run] = Config) -> set[str]:
-    """Return every setting as section.field; fields of Fit under each section that has them, sections left out."""
+def settings(run: type[RunConfig] = FfnMoeConfig) -> set[str]:
+    """Return every setting as section.field; fields of Fit under each section that has them,
+    sections left out."""
     found, waiting = set(), [("", run)]
     while waiting:
         name, section = waiting.pop()
         for key, field in section.model_fields.items():
-            inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(t)]
-            waiting += [(kind.__name__.lower(), kind) for kind in inner]
+            inner = [
+                t
+                for t in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                if _is_section(t)
+            ]
+            waiting += [(kind.__name__.removesuffix("Config").lower(), kind) for kind in inner]
             if not inner or name:
                 found.add(f"{name}.{key}" if name else key)
     return found
@@ -318,9 +367,16 @@ def test_changing_a_setting_changes_the_product(dotted, trained, tmp_path):
     if key not in PRODUCED:
         PRODUCED[key] = product(trained, stage, base, tmp_path / "unchanged")
         assert ": " not in PRODUCED[key][:40] or stage == "evaluate", PRODUCED[key]
-    assert product(trained, stage, base | _changes(dotted, value), tmp_path / "changed") != PRODUCED[key]
+    assert (
+        product(trained, stage, base | _changes(dotted, value), tmp_path / "changed")
+        != PRODUCED[key]
+    )
 
 
-@pytest.mark.parametrize("stage", ["preprocess", "train_shared", ALPHA, "train_router", PATH, "evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["preprocess", "train_shared", ALPHA, "train_router", PATH, "evaluate"]
+)
 def test_the_same_configuration_gives_the_same_product(stage, trained, tmp_path):
-    assert product(trained, stage, {}, tmp_path / "one") == product(trained, stage, {}, tmp_path / "two")
+    assert product(trained, stage, {}, tmp_path / "one") == product(
+        trained, stage, {}, tmp_path / "two"
+    )

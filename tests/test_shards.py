@@ -6,14 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.shards import Mixture, Shards, ShardWriter, shuffled
+from pipeline.data.text.shards import DomainMixture, Shards, ShardWriter, shuffled
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
 
 C = 8
 
 
 def write(folder, sizes, vocab_size=4096, split="train"):
-    """Write a shard whose tokens are unique numbers, one document of 10 tokens (with end_id) at a time."""
+    """Write a shard whose tokens are unique numbers, one document of 10 tokens (with end_id) at a
+    time."""
     writer = ShardWriter(folder, tuple(sizes), vocab_size, end_id=0)
     for base, (domain, tokens) in enumerate(sizes.items()):
         ids = iter(range(1 + 1000 * base, 1000 * base + 1000))
@@ -47,8 +48,8 @@ def test_buffers_flush_without_changing_a_byte(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write(tmp_path / name, {"a": 900, "b": 40})
-        monkeypatch.setattr("pipeline.data.shards._BUFFER_BYTES", 0)
-        monkeypatch.setattr("pipeline.data.shards._LEAST_BYTES", 64)
+        monkeypatch.setattr("pipeline.data.text.shards._BUFFER_BYTES", 0)
+        monkeypatch.setattr("pipeline.data.text.shards._LEAST_BYTES", 64)
     for file in ("train/a.bin", "train/a.idx", "shards.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -111,7 +112,7 @@ def test_shuffled_sends_a_place_everywhere_equally():
 
 
 def test_an_epoch_sees_every_window_once(tmp_path):
-    mixture = Mixture(write(tmp_path, {"a": 101, "b": 50}), "train", ("a", "b"), C, seed=1)
+    mixture = DomainMixture(write(tmp_path, {"a": 101, "b": 50}), "train", ("a", "b"), C, seed=1)
     windows = 100 // C + 49 // C
     assert mixture.tokens() == windows * C
     stream = {d: mixture.shards.stream("train", d).tolist() * 2 for d in "ab"}
@@ -126,20 +127,35 @@ def test_an_epoch_sees_every_window_once(tmp_path):
         assert len(named) == len(set(named))  # no token is a target twice
         seen.append(rows.tolist())
     assert seen[0] != seen[1] != seen[2]
-    assert sorted(map(tuple, seen[0])) != sorted(map(tuple, seen[1]))  # a fresh grid, not only a fresh order
+    assert sorted(map(tuple, seen[0])) != sorted(
+        map(tuple, seen[1])
+    )  # a fresh grid, not only a fresh order
 
 
 def test_rows_depend_on_seed_and_number_alone(tmp_path):
     shards = write(tmp_path, {"a": 500, "b": 300})
     for how in ("natural", "equal"):
-        make = lambda seed: Mixture(shards, "train", ("a", "b"), C, seed, how, ("a", "b"), 0.3)  # noqa: B023, E731
+        make = lambda seed: DomainMixture(  # noqa: E731
+            shards,
+            "train",
+            ("a", "b"),
+            C,
+            seed,
+            how,
+            ("a", "b"),
+            0.3,  # noqa: B023
+        )
         whole = make(5).rows(1000, 40)
-        np.testing.assert_array_equal(whole, np.concatenate([make(5).rows(1000 + i, 1) for i in range(40)]))
+        np.testing.assert_array_equal(
+            whole, np.concatenate([make(5).rows(1000 + i, 1) for i in range(40)])
+        )
         assert (whole != make(6).rows(1000, 40)).any()
 
 
 def test_equal_takes_turns_and_each_domain_has_its_own_epochs(tmp_path):
-    mixture = Mixture(write(tmp_path, {"a": 801, "b": 41}), "train", ("a", "b"), C, seed=0, how="equal")
+    mixture = DomainMixture(
+        write(tmp_path, {"a": 801, "b": 41}), "train", ("a", "b"), C, seed=0, how="equal"
+    )
     rows = mixture.rows(0, 10)
     assert [int(row.max() > 1000) for row in rows] == [0, 1] * 5
     named = [t for t in targets(rows[1::2]) if t]
@@ -150,20 +166,29 @@ def test_equal_takes_turns_and_each_domain_has_its_own_epochs(tmp_path):
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.3, 0.7])
 def test_general_rows_come_at_their_share_and_leave_no_gap(tmp_path, share):
     shards = write(tmp_path, {"a": 801, "b": 801})
-    mixed = Mixture(shards, "train", ("a",), C, 0, general=("b",), general_share=share)
+    mixed = DomainMixture(shards, "train", ("a",), C, 0, general=("b",), general_share=share)
     rows = np.concatenate([mixed.rows(g, 20) for g in range(0, 100, 20)])
     general = np.array([int((g + 1) * share) > int(g * share) for g in range(100)])
     np.testing.assert_array_equal(rows.max(axis=1) > 1000, general)
-    own = np.concatenate([Mixture(shards, "train", ("a",), C, 0).rows(i, 1) for i in range(int((~general).sum()))])
+    own = np.concatenate(
+        [
+            DomainMixture(shards, "train", ("a",), C, 0).rows(i, 1)
+            for i in range(int((~general).sum()))
+        ]
+    )
     np.testing.assert_array_equal(rows[~general], own)
 
 
 def test_too_little_text_names_domain_tokens_and_setting(tmp_path):
     shards = write(tmp_path, {"a": C, "b": 500})
-    with pytest.raises(DataError, match=r"domain a has 8 train tokens, one window needs 9.*context_tokens"):
-        Mixture(shards, "train", ("b", "a"), C, 0).rows(0, 1)
-    with pytest.raises(DataError, match=r"100 rows .*b \(500 tokens\) has 62 windows.*batch_sequences"):
-        Mixture(shards, "train", ("b",), C, 0).rows(0, 100)
+    with pytest.raises(
+        DataError, match=r"domain a has 8 train tokens, one window needs 9.*context_tokens"
+    ):
+        DomainMixture(shards, "train", ("b", "a"), C, 0).rows(0, 1)
+    with pytest.raises(
+        DataError, match=r"100 rows .*b \(500 tokens\) has 62 windows.*batch_sequences"
+    ):
+        DomainMixture(shards, "train", ("b",), C, 0).rows(0, 100)
     (tmp_path / "exact").mkdir()
     exact = write(tmp_path / "exact", {"a": C + 1})
-    assert Mixture(exact, "train", ("a",), C, 0).rows(0, 1).shape == (1, C + 1)
+    assert DomainMixture(exact, "train", ("a",), C, 0).rows(0, 1).shape == (1, C + 1)

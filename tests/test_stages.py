@@ -1,4 +1,5 @@
-"""Addresses, what is reused, and inputs that do not belong together. Runs in this process on the tiny configuration."""
+"""Addresses, what is reused, and inputs that do not belong together. Runs in this process on the
+tiny configuration."""
 
 import io
 import json
@@ -11,10 +12,11 @@ from conftest import make_all
 from fakes import Killed, contents, flip, traces
 from rich.console import Console
 
-from pipeline import stages, train
-from pipeline.config import load
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, PipelineError
-from pipeline.store import Store
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
+from pipeline.train import loop
 
 
 @pytest.fixture
@@ -26,12 +28,16 @@ def copied(finished, tmp_path):
 
 
 def run(stage, cfg, store, item=None):
-    return stages.run(stage, cfg, store, item, say=lambda *_: None, console=Console(file=io.StringIO()))
+    return stages.run(
+        stage, cfg, store, item, progress=lambda *_: None, console=Console(file=io.StringIO())
+    )
 
 
 def addresses(path, *overrides):
     cfg = load(path, overrides)
-    return {stages.label(s, i): here for stage in stages.RUN for s, i, here in stages.jobs(cfg, stage)}
+    return {
+        stages.label(s, i): here for stage in stages.RUN for s, i, here in stages.jobs(cfg, stage)
+    }
 
 
 def changed(path, *overrides):
@@ -75,7 +81,13 @@ def test_a_name_does_not_make_a_training_another(finished):
 def test_addresses_tell_stage_and_item(finished):
     found = addresses(finished[0])
     assert list(found) == [
-        *("preprocess", "train_shared", "train_experts sea", "train_experts shop", "train_experts hall"),
+        *(
+            "preprocess",
+            "train_shared",
+            "train_experts sea",
+            "train_experts shop",
+            "train_experts hall",
+        ),
         *("train_router", "train_dense total", "train_dense path", "evaluate"),
     ]
     for job, here in found.items():
@@ -113,7 +125,11 @@ def test_only_the_router_is_trained_again(copied):
     assert {f: after[f] for f in before if "/locks/" not in f} == {
         f: m for f, m in before.items() if "/locks/" not in f
     }
-    fresh = {f.split("/artifacts/")[1].split("-")[0] for f in after.keys() - before.keys() if "/artifacts/" in f}
+    fresh = {
+        f.split("/artifacts/")[1].split("-")[0]
+        for f in after.keys() - before.keys()
+        if "/artifacts/" in f
+    }
     assert fresh == {"train_router", "evaluate"}
 
 
@@ -128,7 +144,7 @@ def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, mo
         (folder / "pin.json").write_text("{}")
         return {"files": 1}
 
-    given = SimpleNamespace(shared=lambda _cfg, _parts: train.Given(write))
+    given = SimpleNamespace(shared=lambda _cfg, _parts: loop.NoTraining(write))
     monkeypatch.setattr(stages, "family", lambda _name: given)
     cfg, store = load(finished[0]), Store(tmp_path / "copy").open()
     read = stages.address(cfg, "preprocess")
@@ -141,7 +157,9 @@ def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, mo
 def test_a_stage_without_jobs_has_no_address_and_says_so(finished):
     cfg = load(finished[0])
     assert stages.jobs(cfg, "routing") == [] and "routing" in stages.RUN
-    assert stages.without_jobs("routing", cfg).startswith("routing: nothing to do, a run of ffn_moe")
+    assert stages.without_jobs("routing", cfg).startswith(
+        "routing: nothing to do, a run of ffn_moe"
+    )
 
 
 def forget(cfg, store, stage, item=None):
@@ -183,10 +201,16 @@ def test_a_damaged_input_is_named_with_the_way_out(copied, stage, item, name, us
     cfg, store = load(path), Store(store_path)
     forget(cfg, store, *user)
     file = store.folder(stages.address(cfg, stage, item)) / name
-    {"flip": lambda: flip(file, -9), "truncate": lambda: file.write_bytes(b""), "remove": file.unlink}[how]()
+    {
+        "flip": lambda: flip(file, -9),
+        "truncate": lambda: file.write_bytes(b""),
+        "remove": file.unlink,
+    }[how]()
     with pytest.raises(DamagedArtifact) as error:
         run(*user[:1], cfg, store, user[1])
-    assert str(file) in str(error.value) and f"remove {file.parent} and run the same command" in str(error.value)
+    assert str(file) in str(
+        error.value
+    ) and f"remove {file.parent} and run the same command" in str(error.value)
     shutil.rmtree(file.parent)
     wanted = contents(path.parent.parent / "store")
     make_all(path, store_path)
@@ -208,9 +232,13 @@ NOISY = ("router.noise=0.5", "router.balance=bias", "router.temperature.start=2"
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def noisy(request, finished, tmp_path_factory):
-    """Path, settings and store of a run up to a router that draws random numbers, in both arithmetics."""
+    """Path, settings and store of a run up to a router that draws random numbers, in both
+    arithmetics."""
     settings = (*NOISY, f"dtype={request.param}", "runtime.save_every_s=1e-9")
-    cfg, store = load(finished[0], settings), Store(tmp_path_factory.mktemp("noisy") / "store").open()
+    cfg, store = (
+        load(finished[0], settings),
+        Store(tmp_path_factory.mktemp("noisy") / "store").open(),
+    )
     read = stages.address(cfg, "preprocess")
     shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
     for stage in ("train_shared", "train_experts", "train_router"):
@@ -219,11 +247,13 @@ def noisy(request, finished, tmp_path_factory):
     return cfg, store
 
 
-@pytest.mark.parametrize(("stage", "item"), [("train_shared", None), ("train_experts", "sea"), ("train_router", None)])
+@pytest.mark.parametrize(
+    ("stage", "item"), [("train_shared", None), ("train_experts", "sea"), ("train_router", None)]
+)
 def test_stopped_and_resumed_is_undisturbed(noisy, tmp_path, stage, item, monkeypatch):
     cfg, whole = noisy
     shutil.copytree(whole.root, tmp_path / "copy")
-    store, steps, save = Store(tmp_path / "copy"), [], train.save
+    store, steps, save = Store(tmp_path / "copy"), [], loop.save
     forget(cfg, store, stage, item)
 
     def stop(folder, task, optimizer, progress):
@@ -232,7 +262,7 @@ def test_stopped_and_resumed_is_undisturbed(noisy, tmp_path, stage, item, monkey
         if progress.step in (3, 7, 11) and steps.count(progress.step) == 1:
             raise Killed
 
-    monkeypatch.setattr(train, "save", stop)
+    monkeypatch.setattr(loop, "save", stop)
     for _ in range(3):
         with pytest.raises(Killed):
             run(stage, cfg, store, item)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from pipeline.model.statistics import Statistics, centroid, random, ridge, uniform
+from pipeline.model.router_init import Statistics, centroid, random, ridge, uniform
 
 L, D, E = 2, 6, 3
 
@@ -22,10 +22,10 @@ def inputs(tokens: int, seed: int) -> np.ndarray:
 def summed(x_LND: np.ndarray, batches=(None,)) -> Statistics:
     """Return statistics of x_LND, seen through a watched fill in batches of 2 sequences."""
     sums = Statistics.empty(L, D)
-    fill = sums.watch(lambda layer, x: x)
+    ffn = sums.watch(lambda layer, x: x)
     for rows in np.array_split(np.arange(x_LND.shape[1]), len(batches)):
         for layer in range(L):
-            fill(layer, torch.tensor(x_LND[layer][rows], dtype=torch.float32).view(2, -1, D))
+            ffn(layer, torch.tensor(x_LND[layer][rows], dtype=torch.float32).view(2, -1, D))
     return sums
 
 
@@ -40,7 +40,9 @@ def test_sums_are_those_of_numpy_whatever_the_batches():
         found = summed(x_LND, batches)
         assert found.tokens == 24
         np.testing.assert_allclose(found.sum_LD, x_LND.sum(1), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found.gram_LDD, np.einsum("lni,lnj->lij", x_LND, x_LND), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            found.gram_LDD, np.einsum("lni,lnj->lij", x_LND, x_LND), rtol=1e-4, atol=1e-4
+        )
         np.testing.assert_allclose(found.mean_LD, x_LND.mean(1), rtol=1e-5, atol=1e-5)
 
 
@@ -48,13 +50,15 @@ def test_watching_changes_nothing_and_stays_exact_under_autocast():
     x_LND = inputs(64, 5)
     sums = Statistics.empty(L, D)
     seen = []
-    fill = sums.watch(lambda layer, x: seen.append((layer, x)) or x * 2)
+    ffn = sums.watch(lambda layer, x: seen.append((layer, x)) or x * 2)
     x = torch.tensor(x_LND[0], dtype=torch.float32).view(2, -1, D).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = fill(0, x)
+        y = ffn(0, x)
     assert seen[0][0] == 0 and seen[0][1] is x and torch.equal(y, x * 2)
     exact = x_LND[0].T @ x_LND[0]
-    assert np.abs(sums.gram_LDD[0].numpy() - exact).max() < 1e-5 * np.abs(exact).max()  # bf16 would leave 1e-3
+    assert (
+        np.abs(sums.gram_LDD[0].numpy() - exact).max() < 1e-5 * np.abs(exact).max()
+    )  # bf16 would leave 1e-3
     assert not sums.gram_LDD.requires_grad
 
 
@@ -67,7 +71,8 @@ def test_stored_statistics_come_back():
 
 
 def lead(weight_LED: torch.Tensor) -> np.ndarray:
-    """Return by how much a domain's mean input favours its own expert over the mean of the others, per layer."""
+    """Return by how much a domain's mean input favours its own expert over the mean of the others,
+    per layer."""
     mean_LED = np.stack([x.mean(1) for x in TEXT], 1)
     score_LEE = np.einsum("led,lfd->lef", mean_LED, weight_LED.double().numpy())
     off = ~np.eye(E, dtype=bool)
@@ -95,8 +100,12 @@ def test_ridge_is_scikit_learns_over_all_tokens_each_domain_weighing_the_same(pe
         own_NE = np.repeat(np.eye(E), TOKENS, axis=0)
         weight_N = np.repeat([1 / n / E for n in TOKENS], TOKENS)
         power = (weight_N[:, None] * x_ND**2).sum() / D
-        model = Ridge(alpha=penalty * power, fit_intercept=False).fit(x_ND, own_NE, sample_weight=weight_N)
-        np.testing.assert_allclose(directions(weight_LED)[layer], directions(model.coef_), atol=2e-4)
+        model = Ridge(alpha=penalty * power, fit_intercept=False).fit(
+            x_ND, own_NE, sample_weight=weight_N
+        )
+        np.testing.assert_allclose(
+            directions(weight_LED)[layer], directions(model.coef_), atol=2e-4
+        )
 
 
 def test_rows_of_a_ridge_have_one_length():
@@ -115,7 +124,9 @@ def test_uniform_is_zero_and_random_follows_the_generator():
     torch.manual_seed(0)
     first = random(PARTS, std=0.5)
     torch.manual_seed(0)
-    assert torch.equal(first, random(PARTS, std=0.5)) and not torch.equal(first, random(PARTS, std=0.5))
+    assert torch.equal(first, random(PARTS, std=0.5)) and not torch.equal(
+        first, random(PARTS, std=0.5)
+    )
     assert random([Statistics.empty(L, 4000)] * E).std().item() == pytest.approx(0.02, rel=0.03)
 
 

@@ -15,7 +15,14 @@ import torch
 from fakes import flip
 
 from pipeline.errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
-from pipeline.store import FORMAT, Manifest, Store, inventory, room, save_tensors
+from pipeline.store.artifacts import (
+    FORMAT,
+    Manifest,
+    Store,
+    inventory,
+    save_tensors,
+    translate_disk_errors,
+)
 
 HERE = "train_shared-0123456789ab"
 
@@ -44,13 +51,15 @@ def test_an_artifact_without_manifest_is_absent(store):
     (folder / "trunk.json").write_text("{}")
     assert not store.has(HERE) and store.addresses() == [HERE]
     with pytest.raises(MissingArtifact, match="run `python -m pipeline train_shared`"):
-        store.need(HERE, "train_shared")
+        store.require(HERE, "train_shared")
 
 
 def test_a_finished_artifact_comes_back(made):
     assert made.has(HERE)
-    assert torch.equal(made.tensors(HERE, "trunk.safetensors", "train_shared")["w"], torch.ones(8, 8))
-    assert sorted(made.need(HERE, "train_shared").files) == ["trunk.json", "trunk.safetensors"]
+    assert torch.equal(
+        made.tensors(HERE, "trunk.safetensors", "train_shared")["w"], torch.ones(8, 8)
+    )
+    assert sorted(made.require(HERE, "train_shared").files) == ["trunk.json", "trunk.safetensors"]
 
 
 def test_begin_empties_what_a_killed_writer_left(store):
@@ -75,7 +84,9 @@ def test_the_manifest_comes_last_after_everything_is_flushed(store, monkeypatch)
 
 def test_finishing_publishes_and_then_drops_the_checkpoints(store_path):
     seen = []
-    store = Store(store_path, publish=lambda: seen.append((store.has(HERE), store.resume(HERE).exists()))).open()
+    store = Store(
+        store_path, publish=lambda: seen.append((store.has(HERE), store.resume(HERE).exists()))
+    ).open()
     store.resume(HERE).mkdir(parents=True)
     finish(store)
     assert seen == [(True, True)] and not store.resume(HERE).exists()
@@ -83,11 +94,20 @@ def test_finishing_publishes_and_then_drops_the_checkpoints(store_path):
 
 def test_digest_is_of_contents_only(store):
     one = finish(store).manifest(HERE)
-    again = Manifest(HERE, "train_shared", None, {"other": "1"}, one.files, {"loss": 3}, {"at": "now"})
-    elsewhere = Manifest(HERE, "train_shared", None, {}, one.files | {"run.json": {"sha256": "0", "bytes": 1}})
+    again = Manifest(
+        HERE, "train_shared", None, {"other": "1"}, one.files, {"loss": 3}, {"at": "now"}
+    )
+    elsewhere = Manifest(
+        HERE, "train_shared", None, {}, one.files | {"run.json": {"sha256": "0", "bytes": 1}}
+    )
     assert one.digest == again.digest == elsewhere.digest
-    assert one.digest != Manifest(HERE, "x", None, {}, one.files | {"more": {"sha256": "0", "bytes": 1}}).digest
-    assert one.bytes == sum(p.stat().st_size for p in store.folder(HERE).iterdir() if p.name != "manifest.json")
+    assert (
+        one.digest
+        != Manifest(HERE, "x", None, {}, one.files | {"more": {"sha256": "0", "bytes": 1}}).digest
+    )
+    assert one.bytes == sum(
+        p.stat().st_size for p in store.folder(HERE).iterdir() if p.name != "manifest.json"
+    )
 
 
 def way_out(store):
@@ -99,15 +119,23 @@ def test_a_flipped_bit_is_named(made):
     flip(path, -5)
     with pytest.raises(DamagedArtifact) as error:
         made.tensors(HERE, "trunk.safetensors", "train_shared")
-    assert str(path) in str(error.value) and "sha256" in str(error.value) and way_out(made) in str(error.value)
+    assert (
+        str(path) in str(error.value)
+        and "sha256" in str(error.value)
+        and way_out(made) in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated", "gone", "longer"])
 def test_a_file_of_another_size_is_named(made, how):
     path = made.folder(HERE) / "trunk.json"
-    {"truncated": lambda: path.write_text(""), "gone": path.unlink, "longer": lambda: path.write_text("{} ")}[how]()
+    {
+        "truncated": lambda: path.write_text(""),
+        "gone": path.unlink,
+        "longer": lambda: path.write_text("{} "),
+    }[how]()
     with pytest.raises(DamagedArtifact) as error:
-        made.need(HERE, "train_shared")
+        made.require(HERE, "train_shared")
     assert str(path) in str(error.value) and way_out(made) in str(error.value)
 
 
@@ -116,14 +144,17 @@ def test_a_garbage_manifest_is_named(made, text):
     path = made.folder(HERE) / "manifest.json"
     path.write_text(text)
     with pytest.raises(DamagedArtifact) as error:
-        made.need(HERE, "train_shared")
+        made.require(HERE, "train_shared")
     assert str(path) in str(error.value) and way_out(made) in str(error.value)
 
 
 def test_a_newer_store_is_refused(store_path):
     store_path.mkdir()
     (store_path / "store.json").write_text(json.dumps({"format": FORMAT + 1}))
-    with pytest.raises(NewerStore, match=rf"format {FORMAT + 1}, this version reads up to {FORMAT}: update MoleForge"):
+    with pytest.raises(
+        NewerStore,
+        match=rf"format {FORMAT + 1}, this version reads up to {FORMAT}: update MoleForge",
+    ):
         Store(store_path).open()
 
 
@@ -165,11 +196,13 @@ def test_many_first_openings_at_once(store_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == [] and json.loads((store_path / "store.json").read_text()) == {"format": FORMAT}
+    assert errors == [] and json.loads((store_path / "store.json").read_text()) == {
+        "format": FORMAT
+    }
 
 
 def hold(root, held):
-    with Store(root).alone(HERE):
+    with Store(root).lock(HERE):
         held.set()
         time.sleep(60)
 
@@ -187,7 +220,7 @@ def test_a_lock_ends_with_its_holder(store, number):
         waited.append(True)
         os.kill(holder.pid, number)
 
-    with store.alone(HERE, waiting):
+    with store.lock(HERE, waiting):
         assert waited == [True]
     holder.join()
 
@@ -196,25 +229,33 @@ def test_a_stale_lock_file_does_not_block(store):
     path = store.root / "locks" / f"{HERE}.lock"
     path.parent.mkdir(exist_ok=True)
     path.write_text("4711")
-    with store.alone(HERE, lambda: pytest.fail("waited for nobody")):
+    with store.lock(HERE, lambda: pytest.fail("waited for nobody")):
         pass
 
 
 def test_no_room_is_told_apart_from_other_errors(store):
     folder = store.resume(HERE)
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(DiskFull, match=r"MB free\). What was finished is kept.*prune.*--store"), room(folder):
+        with (
+            pytest.raises(DiskFull, match=r"MB free\). What was finished is kept.*prune.*--store"),
+            translate_disk_errors(folder),
+        ):
             raise OSError(number, os.strerror(number))
-    with pytest.raises(OSError, match="Input/output") as error, room(folder):
+    with pytest.raises(OSError, match="Input/output") as error, translate_disk_errors(folder):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(error.value, StoreError)
 
 
 def test_not_allowed_inside_the_store_only(store, tmp_path):
     folder = store.folder(HERE)
-    with pytest.raises(StoreError, match=r"Read-only file system; give this user the right.*--store"), room(folder):
+    with (
+        pytest.raises(
+            StoreError, match=r"Read-only file system; give this user the right.*--store"
+        ),
+        translate_disk_errors(folder),
+    ):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder / "trunk.json"))
-    with pytest.raises(PermissionError), room(folder):
+    with pytest.raises(PermissionError), translate_disk_errors(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "corpus.txt"))
 
 
@@ -223,8 +264,8 @@ def test_a_small_file_with_a_flipped_bit_is_found_when_its_artifact_is_opened(fi
     shutil.copytree(source, tmp_path / "store")
     store = Store(tmp_path / "store")
     address = next(a for a in store.addresses() if a.startswith("preprocess"))
-    assert store.whole(address, "preprocess") == store.folder(address)
+    assert store.verified(address, "preprocess") == store.folder(address)
     path = next(store.folder(address).rglob("*.bin"))
     flip(path)
     with pytest.raises(DamagedArtifact, match=rf"{path.name} is not what was written"):
-        store.whole(address, "preprocess")
+        store.verified(address, "preprocess")

@@ -1,4 +1,5 @@
-"""The SwiGLU that keeps little against Hugging Face's own module: the same value, the same gradients.
+"""The SwiGLU that keeps little against Hugging Face's own module: the same value, the same
+gradients.
 
 N tokens, D model width, F feed-forward width.
 """
@@ -14,8 +15,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from pipeline.model import experts
 from pipeline.model.experts import Expert
-from pipeline.model.swiglu import is_swiglu, swiglu
-from pipeline.optimizer import gradients_in
+from pipeline.model.kernels.swiglu import is_swiglu, swiglu
+from pipeline.train.optimizer import gradients_in
 
 D, F, N = 24, 40, 30
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -73,7 +74,9 @@ def test_gradients_agree_with_finite_differences_in_double():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "around"), [(BF16, contextlib.nullcontext), (FP32, autocast)], ids=["bf16", "autocast"]
+    ("dtype", "around"),
+    [(BF16, contextlib.nullcontext), (FP32, autocast)],
+    ids=["bf16", "autocast"],
 )
 def test_bf16_is_as_near_to_the_exact_result_as_the_modules_are(dtype, around):
     exact = result(network(dtype).float(), plain, drawn(0, dtype).float())
@@ -93,7 +96,8 @@ def test_any_leading_shape_is_kept_also_an_empty_one(shape):
 
 
 def accumulated(compute, dtype, buffers) -> list[torch.Tensor]:
-    """Return the gradients of three passes, summed in buffers of a dtype as fit sums them; and that they stayed."""
+    """Return the gradients of three passes, summed in buffers of a dtype as fit sums them; and that
+    they stayed."""
     net = network(dtype)
     kept = []
     with gradients_in(net.parameters(), buffers, fused=False):
@@ -107,18 +111,23 @@ def accumulated(compute, dtype, buffers) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "buffers", "close"), [(FP32, FP32, 1e-6), (BF16, BF16, 2**-7), (BF16, FP32, 2**-7), (FP32, BF16, 2**-7)]
+    ("dtype", "buffers", "close"),
+    [(FP32, FP32, 1e-6), (BF16, BF16, 2**-7), (BF16, FP32, 2**-7), (FP32, BF16, 2**-7)],
 )
 def test_gradients_add_up_in_buffers_of_any_dtype(dtype, buffers, close):
     exact = accumulated(plain, FP32, FP32)
-    for a, b, true in zip(accumulated(swiglu, dtype, buffers), accumulated(plain, dtype, buffers), exact, strict=True):
+    for a, b, true in zip(
+        accumulated(swiglu, dtype, buffers), accumulated(plain, dtype, buffers), exact, strict=True
+    ):
         assert distance(a, b) < close and distance(a, true) < 2 * close
 
 
 def test_sums_in_the_products_dtype_need_no_matrix_in_between(monkeypatch):
     seen = []
     real = torch.Tensor.addmm_
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, *a, **k: seen.append(self.data_ptr()) or real(self, *a))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *a, **k: seen.append(self.data_ptr()) or real(self, *a)
+    )
     net = network()
     with gradients_in(net.parameters(), FP32, fused=False):
         swiglu(net, drawn(0)).sum().backward()
@@ -128,7 +137,9 @@ def test_sums_in_the_products_dtype_need_no_matrix_in_between(monkeypatch):
     assert seen == [] and all(p.grad.any() for p in net.parameters())
 
 
-@pytest.mark.parametrize("trained", [(), ("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "trained", [(), ("gate_proj",), ("up_proj",), ("down_proj",), ("gate_proj", "down_proj")]
+)
 @pytest.mark.parametrize("asked", [True, False])
 def test_frozen_weights_get_no_gradient_and_the_others_their_own(trained, asked):
     got = []
@@ -159,7 +170,7 @@ def kept_for_backward(compute) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y_ND = compute(net, x_ND)  # noqa: F841 (keeps what is counted from being made again in the same place)
+        y_ND = compute(net, x_ND)  # noqa: F841
     return sum(kept.values())
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from small_tasks import SPLITS, Source, entry, jsonl, picture, prepared, simple
 
-from pipeline.data import tasks
-from pipeline.data.task_groups import Division, Groups
-from pipeline.data.task_rows import TaskRows
+from pipeline.data.tasks import prepare
+from pipeline.data.tasks.groups import Division, Groups
+from pipeline.data.tasks.rows import TaskRows
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact
 
 
@@ -23,14 +23,18 @@ def source(tmp_path):
 def test_rows_come_out_whole_and_in_order(tmp_path, source):
     path = source(simple(answers=["it", "it is"], license="free"))
     metrics, rows, report = prepared(tmp_path, entry(jsonl(path)))
-    assert list(rows) == [f"r{i}" for i in range(12)] and metrics["rows"] == dict.fromkeys(SPLITS, 4)
+    assert list(rows) == [f"r{i}" for i in range(12)] and metrics["rows"] == dict.fromkeys(
+        SPLITS, 4
+    )
     row = rows["r5"]
     assert (row.prompt, row.answer, row.split) == ("what is 5?", "it is 5", "valid")
     assert row.source == {"dataset": "rows.jsonl", "id": "r5", "revision": None}
     assert row.extra == {"answers": ["it", "it is"]}
     assert report["dropped"] == {} and report["kept"] == report["seen"] == 12
     told = TaskRows(tmp_path / "out")
-    assert [r.id for r in told.rows("valid")] == ["r4", "r5", "r6", "r7"] and told.rows("valid")[1] == row
+    assert [r.id for r in told.rows("valid")] == ["r4", "r5", "r6", "r7"] and told.rows("valid")[
+        1
+    ] == row
     expected = picture(crc32(b"images/5.png"))
     np.testing.assert_array_equal(np.asarray(told.picture(row)), np.asarray(expected))
     assert {f"images/{file.name}" for file in (tmp_path / "out/images").iterdir()} == {
@@ -39,11 +43,15 @@ def test_rows_come_out_whole_and_in_order(tmp_path, source):
 
 
 def test_one_line_of_rows_jsonl_is_as_the_other_stages_read_it(tmp_path, source):
-    prepared(tmp_path, entry(jsonl(source(simple(boxes=[{"bbox": [0, 10, 20, 30], "label": "dot"}])))))
+    prepared(
+        tmp_path, entry(jsonl(source(simple(boxes=[{"bbox": [0, 10, 20, 30], "label": "dot"}]))))
+    )
     line = json.loads((tmp_path / "out/rows.jsonl").read_text().splitlines()[0])
     assert list(line) == ["id", "images", "prompt", "answer", "split", "source", "group", "boxes"]
     assert line["boxes"] == [{"bbox_2d": [0, 250, 500, 750], "label": "dot"}]
-    assert line["group"].startswith("sha256:") and line["images"] == [f"images/{line['group'][7:23]}.png"]
+    assert line["group"].startswith("sha256:") and line["images"] == [
+        f"images/{line['group'][7:23]}.png"
+    ]
 
 
 def bad_rows(folder):
@@ -94,7 +102,8 @@ def test_every_bad_row_is_dropped_with_its_reason_and_the_first_are_shown(tmp_pa
 def test_more_bad_rows_than_allowed_is_an_error_that_shows_them(tmp_path, source, reason):
     rows = [*simple(18), bad_rows(tmp_path / "data")[reason]]
     with pytest.raises(
-        DataError, match=rf"1 of 19 rows of loras\.experts\.look\.dataset .*max_bad_share .*1 {reason} \(rows"
+        DataError,
+        match=rf"1 of 19 rows of loras\.experts\.look\.dataset .*max_bad_share .*1 {reason} \(rows",
     ):
         prepared(tmp_path, entry(jsonl(source(rows))))
     assert prepared(tmp_path, entry(jsonl(source(simple(20) + rows[-1:]))), "fewer")[2]["bad"] == 1
@@ -108,11 +117,16 @@ def test_a_source_of_which_nothing_fits_is_given_up_early(tmp_path, source):
 
 def test_the_same_row_twice_is_kept_once_and_ids_become_unique(tmp_path, source):
     rows = simple(12)
-    path = source([*rows, rows[0], rows[1] | {"id": "other"}, rows[2] | {"answer": "something else"}])
+    path = source(
+        [*rows, rows[0], rows[1] | {"id": "other"}, rows[2] | {"answer": "something else"}]
+    )
     metrics, found, report = prepared(tmp_path, entry(jsonl(path)))
     assert report["dropped"] == {"duplicate": 2} and report["bad"] == 0
     assert len(found) == 13 and metrics["ids_changed"] == 2
-    assert {row.answer for row in found.values() if row.source["id"] == "r2"} == {"it is 2", "something else"}
+    assert {row.answer for row in found.values() if row.source["id"] == "r2"} == {
+        "it is 2",
+        "something else",
+    }
 
 
 def by_pictures(rows):
@@ -129,14 +143,23 @@ def test_a_picture_in_two_files_is_one_group_and_in_one_split(tmp_path, source):
         for name in (f"images/{i}.png", f"images/copy-{i}.bmp"):
             picture(i).save(tmp_path / "data" / name)
             rows.append({"id": name, "image": name, "prompt": "what?", "answer": f"{name}"})
-    metrics, found, _ = prepared(tmp_path, entry(jsonl(source(rows), valid_share=0.2, test_share=0.3)))
+    metrics, found, _ = prepared(
+        tmp_path, entry(jsonl(source(rows), valid_share=0.2, test_share=0.3))
+    )
     groups = by_pictures(found)
-    assert len(groups) == metrics["groups"] == metrics["pictures"] == 60 and all(len(s) == 1 for s in groups.values())
-    assert all(found[f"images/{i}.png"].group == found[f"images/copy-{i}.bmp"].group for i in range(60))
+    assert len(groups) == metrics["groups"] == metrics["pictures"] == 60 and all(
+        len(s) == 1 for s in groups.values()
+    )
+    assert all(
+        found[f"images/{i}.png"].group == found[f"images/copy-{i}.bmp"].group for i in range(60)
+    )
     assert 8 <= metrics["rows"]["valid"] <= 40 and 18 <= metrics["rows"]["test"] <= 54
     other = prepared(tmp_path, entry(jsonl(source(rows)), prompt="{answer}?"), "other task")[1]
     again = {row.group: row.split for row in other.values()}
-    assert {g: s for g, (s,) in by_pictures(prepared(tmp_path, entry(jsonl(source(rows))), "b")[1]).items()} == again
+    assert {
+        g: s
+        for g, (s,) in by_pictures(prepared(tmp_path, entry(jsonl(source(rows))), "b")[1]).items()
+    } == again
     seeded = prepared(tmp_path, entry(jsonl(source(rows))), "seeded", seed=1)[1]
     assert {row.group: row.split for row in seeded.values()} != again
 
@@ -145,23 +168,39 @@ def test_what_a_source_leaks_into_training_is_dropped_and_counted(tmp_path, sour
     rows = simple(12)
     leak = rows[-1] | {"id": "leak", "split": "train", "prompt": "the test picture again"}
     _, found, report = prepared(tmp_path, entry(jsonl(source([*rows, leak]))))
-    assert report["dropped"] == {"picture also in test": 1} and report["bad"] == 0 and "leak" not in found
+    assert (
+        report["dropped"] == {"picture also in test": 1}
+        and report["bad"] == 0
+        and "leak" not in found
+    )
 
 
 def test_a_handful_of_pictures_still_fills_every_split(tmp_path, source):
     for seed in range(5):
         metrics, _, _ = prepared(
-            tmp_path, entry(jsonl(source([r | {"split": None} for r in simple(3)]))), f"{seed}", seed=seed
+            tmp_path,
+            entry(jsonl(source([r | {"split": None} for r in simple(3)]))),
+            f"{seed}",
+            seed=seed,
         )
         assert metrics["rows"] == dict.fromkeys(SPLITS, 1)
     with pytest.raises(DataError, match=r"gives no (valid|test) row, out of 2 seen"):
-        prepared(tmp_path, entry(jsonl(source([r | {"split": None} for r in simple(2)], "two.jsonl"))))
+        prepared(
+            tmp_path, entry(jsonl(source([r | {"split": None} for r in simple(2)], "two.jsonl")))
+        )
 
 
 def test_rows_with_several_pictures_keep_all_of_them_in_one_split(tmp_path, source):
     rng = np.random.default_rng(0)
-    rows = [{"id": f"r{i}", "image": [f"images/{n}.png" for n in rng.integers(0, 60, rng.integers(1, 3))],
-             "prompt": "same?", "answer": str(i)} for i in range(50)]  # fmt: skip
+    rows = [
+        {
+            "id": f"r{i}",
+            "image": [f"images/{n}.png" for n in rng.integers(0, 60, rng.integers(1, 3))],
+            "prompt": "same?",
+            "answer": str(i),
+        }
+        for i in range(50)
+    ]
     for n in range(60):
         picture(n).save(tmp_path / f"data/images/{n}.png")
     _, found, _ = prepared(tmp_path, entry(jsonl(source(rows), valid_share=0.3, test_share=0.3)))
@@ -180,19 +219,26 @@ def test_groups_are_the_connected_components():
     pairs = rng.integers(0, 300, (220, 2))
     for pair in pairs:
         groups.join([f"{n:03d}" for n in pair])
-    _, labels = connected_components(coo_matrix((np.ones(220), pairs.T), shape=(300, 300)), directed=False)
+    _, labels = connected_components(
+        coo_matrix((np.ones(220), pairs.T), shape=(300, 300)), directed=False
+    )
     found = [groups.of(f"{n:03d}") for n in range(300)]
     smallest = [f"{min(np.flatnonzero(labels == label)):03d}" for label in labels]
     assert found == smallest
 
 
 def test_a_division_does_not_depend_on_the_order_of_rows():
-    given = [(f"g{i}", ["", "train", "test"][i % 3]) for i in range(300)] + [("g1", "test"), ("g0", "train")]
+    given = [(f"g{i}", ["", "train", "test"][i % 3]) for i in range(300)] + [
+        ("g1", "test"),
+        ("g0", "train"),
+    ]
     one, other = Division(0, 0.2, 0.2), Division(0, 0.2, 0.2)
     one.divide(given)
     other.divide(given[::-1])
     assert one.splits == other.splits and one.carved == ("valid",)
-    assert one.splits["g1"] == "test" and all(one.splits[f"g{i}"] == "test" for i in range(2, 300, 3))
+    assert one.splits["g1"] == "test" and all(
+        one.splits[f"g{i}"] == "test" for i in range(2, 300, 3)
+    )
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, source):
@@ -202,16 +248,29 @@ def test_the_number_of_processes_changes_nothing(tmp_path, source):
     metrics = prepared(tmp_path, entry(given), "one")[0]
     among = prepared(tmp_path, entry(given), "two", processes=2)[0]
     timed = {"seconds", "rows_per_s"}
-    assert {k: v for k, v in metrics.items() if k not in timed} == {k: v for k, v in among.items() if k not in timed}
-    files = {p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*.*")}
-    assert files == {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.*")}
+    assert {k: v for k, v in metrics.items() if k not in timed} == {
+        k: v for k, v in among.items() if k not in timed
+    }
+    files = {
+        p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*.*")
+    }
+    assert files == {
+        p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*.*")
+    }
 
 
 def test_progress_is_said(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(tasks, "_SAY_EVERY_S", -1)
+    monkeypatch.setattr(prepare, "_SAY_EVERY_S", -1)
     said = []
-    prepared(tmp_path, entry(jsonl(source(simple(40)))), say=lambda text, share: said.append((text, share)))
-    assert said[0] == ("look: 16 rows read, 16 fit", None) and said[-1][0] == "look: 40 rows read, 40 fit"
+    prepared(
+        tmp_path,
+        entry(jsonl(source(simple(40)))),
+        progress=lambda text, share: said.append((text, share)),
+    )
+    assert (
+        said[0] == ("look: 16 rows read, 16 fit", None)
+        and said[-1][0] == "look: 40 rows read, 40 fit"
+    )
 
 
 def test_rows_that_are_not_there_or_torn_say_so(tmp_path, source):

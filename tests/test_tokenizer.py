@@ -4,11 +4,15 @@ import json
 
 import pytest
 
-from pipeline.config.sections import Tokenizer as Settings
-from pipeline.data import tokenizer
+from pipeline.config.text_data import TokenizerConfig as Settings
+from pipeline.data.text import tokenizer
 from pipeline.errors import DataError
 
-TEXTS = ["the quick brown fox jumps over the lazy dog\n", "def f(x):\n    return x + 1\n", "naïve 漢字 🙂 text"] * 20
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog\n",
+    "def f(x):\n    return x + 1\n",
+    "naïve 漢字 🙂 text",
+] * 20
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,9 @@ def test_transformers_loads_what_is_saved_and_encodes_alike(trained, tmp_path):
     for text, ours in zip(TEXTS[:3], trained.encode(TEXTS[:3]), strict=True):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.ids
         assert theirs.decode(ours.ids) == text
-    assert theirs(f"x{tokenizer.END}")["input_ids"][-1] == trained.end_id  # a server may still write it
+    assert (
+        theirs(f"x{tokenizer.END}")["input_ids"][-1] == trained.end_id
+    )  # a server may still write it
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
@@ -54,7 +60,11 @@ def test_pretrained_takes_a_folder_or_its_file(trained, tmp_path, name):
     trained.save(tmp_path)
     found = tokenizer.pretrained(settings(tmp_path / name))
     assert [e.ids for e in found.encode(TEXTS)] == [e.ids for e in trained.encode(TEXTS)]
-    assert (found.end, found.end_id, found.vocab_size) == (trained.end, trained.end_id, trained.vocab_size)
+    assert (found.end, found.end_id, found.vocab_size) == (
+        trained.end,
+        trained.end_id,
+        trained.vocab_size,
+    )
 
 
 def test_pretrained_ignores_truncation_padding_and_bos(trained, tmp_path):
@@ -73,16 +83,25 @@ def test_pretrained_ignores_truncation_padding_and_bos(trained, tmp_path):
 
 
 def test_holes_in_the_vocabulary_count(tmp_path):
-    raw = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "<end>": 70_000}, "unk_token": "a"}}
+    raw = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "<end>": 70_000}, "unk_token": "a"},
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<end>"}})
+    )
     found = tokenizer.pretrained(settings(tmp_path))
     assert (found.end_id, found.vocab_size) == (70_000, 70_001)
 
 
 @pytest.mark.parametrize(
     ("config", "match"),
-    [("{}", "names none"), ('{"eos_token": "<gone>"}', "'<gone>', which is not in its vocabulary"), ("{", "not JSON")],
+    [
+        ("{}", "names none"),
+        ('{"eos_token": "<gone>"}', "'<gone>', which is not in its vocabulary"),
+        ("{", "not JSON"),
+    ],
 )
 def test_an_end_of_text_token_is_required(trained, tmp_path, config, match):
     trained.save(tmp_path)
@@ -106,5 +125,7 @@ def test_a_hub_that_does_not_answer_is_a_data_error(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(DataError, match="no/such is no folder.*ConnectionError: no route.*tokenizer.revision"):
+    with pytest.raises(
+        DataError, match="no/such is no folder.*ConnectionError: no route.*tokenizer.revision"
+    ):
         tokenizer.pretrained(settings("no/such"))

@@ -11,16 +11,17 @@ import torch
 from fakes import Killed, dying, equal, in_bf16, place, small_task, values
 from torch import nn
 
-from pipeline.config.sections import Fit
+from pipeline.config.fit import FitConfig
 from pipeline.errors import Interrupted, NotFiniteError, PipelineError
-from pipeline.optimizer import AdamW
-from pipeline.train import fit, lr_at
+from pipeline.train.loop import fit, lr_at
+from pipeline.train.optimizer import AdamW
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the disk."""
-    monkeypatch.setattr("pipeline.train.product_flops_per_s", lambda bf16: 1e9)
+    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the
+    disk."""
+    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -39,7 +40,9 @@ def test_micro_batches_leave_the_result_alone(tmp_path):
 
 
 def test_one_step_is_torch_s_own_adamw(tmp_path):
-    task = small_task(steps=1, noisy=False, clip_norm=0, warmup_steps=0, weight_decay=0.3, keep="last")
+    task = small_task(
+        steps=1, noisy=False, clip_norm=0, warmup_steps=0, weight_decay=0.3, keep="last"
+    )
     start = values(task)
     ours, _ = trained(tmp_path, task)
     theirs = small_task(noisy=False)
@@ -58,7 +61,9 @@ def test_weight_decay_is_for_matrices(tmp_path):
     plain, _ = trained(tmp_path / "plain", steps=1, weight_decay=0.0, noisy=False)
     heavy, _ = trained(tmp_path / "heavy", steps=1, weight_decay=0.9, noisy=False)
     assert torch.equal(plain["bias"], heavy["bias"])
-    assert not torch.equal(plain["first"], heavy["first"]) and not torch.equal(plain["second"], heavy["second"])
+    assert not torch.equal(plain["first"], heavy["first"]) and not torch.equal(
+        plain["second"], heavy["second"]
+    )
 
 
 def test_gradients_are_clipped_and_the_norm_before_is_recorded(tmp_path):
@@ -66,7 +71,9 @@ def test_gradients_are_clipped_and_the_norm_before_is_recorded(tmp_path):
 
     def run(folder, clip_norm):
         task = small_task(steps=3, noisy=False, clip_norm=clip_norm)
-        big = replace(task, loss=lambda rows: task.loss(rows) * 1000, after_step=lambda: seen.append(1) or {})
+        big = replace(
+            task, loss=lambda rows: task.loss(rows) * 1000, after_step=lambda: seen.append(1) or {}
+        )
         here = place(folder)
         fit(big, here)
         return [row["grad_norm"] for row in here.recorder.rows if "grad_norm" in row]
@@ -95,13 +102,13 @@ def test_clipping_bounds_the_step(tmp_path, monkeypatch):
 
 
 def test_learning_rate_warms_up_and_falls():
-    opts = Fit(steps=110, lr=1.0, warmup_steps=10, min_lr_share=0.1)
+    opts = FitConfig(steps=110, lr=1.0, warmup_steps=10, min_lr_share=0.1)
     assert [lr_at(s, 110, opts) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert lr_at(10, 110, opts) == pytest.approx(1.0)
     assert lr_at(60, 110, opts) == pytest.approx(0.55)
     assert lr_at(110, 110, opts) == pytest.approx(0.1)
     assert lr_at(50, 110, opts.model_copy(update={"schedule": "constant"})) == 1.0
-    assert lr_at(0, 1, Fit(steps=1, lr=1.0, warmup_steps=0)) == 1.0
+    assert lr_at(0, 1, FitConfig(steps=1, lr=1.0, warmup_steps=0)) == 1.0
 
 
 def test_learning_rate_of_every_step_reaches_the_optimizer(tmp_path):
@@ -112,7 +119,8 @@ def test_learning_rate_of_every_step_reaches_the_optimizer(tmp_path):
 
 
 def script(task, losses):
-    """Return task with a validation that reports losses in turn and keeps the parameters of each time."""
+    """Return task with a validation that reports losses in turn and keeps the parameters of each
+    time."""
     turns, seen = iter(losses), []
 
     def validate():
@@ -123,9 +131,16 @@ def script(task, losses):
 
 
 def test_early_stopping_stops_and_keeps_the_best(tmp_path):
-    task, seen = script(small_task(steps=50, eval_every_steps=2, patience=2), [3.0, 1.0, 2.0, 2.5, 0.1])
+    task, seen = script(
+        small_task(steps=50, eval_every_steps=2, patience=2), [3.0, 1.0, 2.0, 2.5, 0.1]
+    )
     got, metrics = trained(tmp_path, task)
-    assert (metrics["steps"], metrics["planned_steps"], metrics["kept_step"], metrics["valid_nats"]) == (8, 50, 4, 1.0)
+    assert (
+        metrics["steps"],
+        metrics["planned_steps"],
+        metrics["kept_step"],
+        metrics["valid_nats"],
+    ) == (8, 50, 4, 1.0)
     assert equal(got, seen[1]) and not equal(got, seen[3])
 
 
@@ -137,7 +152,8 @@ def test_keep_last_keeps_the_last(tmp_path):
 
 
 def told(task, losses, first, dies_at=None):
-    """Return task with the validation loss of its step out of losses, one every 3 steps; begins at first."""
+    """Return task with the validation loss of its step out of losses, one every 3 steps; begins at
+    first."""
     now = [first]
 
     def before_step(at):
@@ -148,7 +164,9 @@ def told(task, losses, first, dies_at=None):
     return replace(task, before_step=before_step, validate=lambda: losses[now[0] // 3 - 1])
 
 
-@pytest.mark.parametrize("losses", [[3.0, 1.0, 2.0, 1.5], [0.5, 1.0, 2.0, 1.5], [4.0, 3.0, 2.0, 1.0]])
+@pytest.mark.parametrize(
+    "losses", [[3.0, 1.0, 2.0, 1.5], [0.5, 1.0, 2.0, 1.5], [4.0, 3.0, 2.0, 1.0]]
+)
 def test_best_state_survives_a_kill_at_every_step(tmp_path, losses):
     task, _ = script(small_task(steps=12), losses)
     whole, wanted = trained(tmp_path / "whole", task)
@@ -227,7 +245,8 @@ def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("saves", "told"), [(1e-9, r"last good checkpoint is step 4 in"), (1e9, "no checkpoint was saved")]
+    ("saves", "told"),
+    [(1e-9, r"last good checkpoint is step 4 in"), (1e9, "no checkpoint was saved")],
 )
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, saves, told):
     task = small_task()
@@ -247,7 +266,9 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, saves, told):
 def test_infinite_gradients_stop_before_they_are_applied(tmp_path):
     task = small_task(steps=3)
     with pytest.raises(NotFiniteError, match=r"step 0 is .*gradient norm inf"):
-        fit(replace(task, loss=lambda rows: (task.loss(rows) * 1e30) * 1e30 / 1e38), place(tmp_path))
+        fit(
+            replace(task, loss=lambda rows: (task.loss(rows) * 1e30) * 1e30 / 1e38), place(tmp_path)
+        )
 
 
 def test_a_validation_loss_that_is_not_finite_stops(tmp_path):
@@ -258,7 +279,10 @@ def test_a_validation_loss_that_is_not_finite_stops(tmp_path):
 def test_parameters_that_do_not_move_are_a_fault(tmp_path):
     task = small_task(weight_decay=0.0)
     idle = nn.Parameter(torch.ones(3, 3))
-    with pytest.raises(PipelineError, match=r"1 of 4 tensors did not change in 10 steps, first idle; raise trunk.lr"):
+    with pytest.raises(
+        PipelineError,
+        match=r"1 of 4 tensors did not change in 10 steps, first idle; raise trunk.lr",
+    ):
         fit(replace(task, parameters=task.parameters | {"idle": idle}), place(tmp_path))
 
 
@@ -285,11 +309,21 @@ def test_rows_tell_where_the_time_went(tmp_path):
     rows = [row for row in here.recorder.rows if "train_nats" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
     for row in rows:
-        assert {"data_s", "forward_s", "backward_s", "optimizer_s", "tokens_per_s", "rss_mb", "lr"} <= row.keys()
+        assert {
+            "data_s",
+            "forward_s",
+            "backward_s",
+            "optimizer_s",
+            "tokens_per_s",
+            "rss_mb",
+            "lr",
+        } <= row.keys()
         assert min(row[k] for k in ("data_s", "forward_s", "backward_s", "optimizer_s")) > 0
         assert row["tokens"] == row["step"] * 8 * 4
     assert [row["step"] for row in here.recorder.rows if "valid_nats" in row] == [3, 6, 9, 10]
-    parts = sum(metrics[f"{k}_s"] for k in ("data", "forward", "backward", "optimizer", "evaluate", "save"))
+    parts = sum(
+        metrics[f"{k}_s"] for k in ("data", "forward", "backward", "optimizer", "evaluate", "save")
+    )
     assert metrics["seconds"] == pytest.approx(parts) and metrics["tokens"] == 10 * 8 * 4
 
 
@@ -315,7 +349,10 @@ def test_a_parameter_that_moves_by_less_than_bf16_holds_has_moved(tmp_path):
 
 def test_the_means_and_the_peak_are_in_the_metrics(tmp_path):
     _, metrics = trained(tmp_path, micro_batch_sequences=3)
-    assert metrics["means"]["micro_batch_sequences"] == 3 and metrics["means"]["moments"] == "fp32"
+    assert (
+        metrics["memory_plan"]["micro_batch_sequences"] == 3
+        and metrics["memory_plan"]["moments"] == "fp32"
+    )
     assert {"peak_mb", "host_peak_mb", "mapped_mb", "mapped_share_mb"} <= metrics.keys()
 
 

@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.model.experts import clone
 from pipeline.model.loss import cross_entropy
-from pipeline.model.trunk import build, fill_in, load, opened, pretrained, settings_of, split
+from pipeline.model.trunk import (
+    build,
+    copy_into,
+    extract_ffn,
+    load,
+    open_tensors,
+    pretrained,
+    settings_of,
+)
 
 IDS_BT = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -20,10 +28,20 @@ def settings(kind: str = "qwen3", **changes) -> dict:
     """Return Hugging Face config fields of a small model."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     return {
-        "model_type": kind, "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "max_position_embeddings": 32,
-        "tie_word_embeddings": False, "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0,
-    } | changes  # fmt: skip
+        "model_type": kind,
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "rope_parameters": rope,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | changes
 
 
 def whole(kind: str = "qwen3", **changes):
@@ -31,16 +49,18 @@ def whole(kind: str = "qwen3", **changes):
     from transformers import AutoConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings(kind, **changes)), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings(kind, **changes)), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def logits(trunk, fill):
+def logits(trunk, ffn):
     """Return logits_BTV."""
-    return trunk.hidden(IDS_BT, fill) @ trunk.head.T
+    return trunk.hidden(IDS_BT, ffn) @ trunk.head.T
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,19 +69,21 @@ def test_trunk_and_dummy_are_the_model_they_came_from(kind, tied, tmp_path):
     model = whole(kind, tie_word_embeddings=tied)
     wanted = model(IDS_BT).logits.detach()
     model.save_pretrained(tmp_path)
-    for trunk, dummy in (split(model), pretrained(tmp_path)):
+    for trunk, dummy in (extract_ffn(model), pretrained(tmp_path)):
         torch.testing.assert_close(logits(trunk, dummy), wanted, rtol=0, atol=1e-5)
         assert ("lm_head.weight" in trunk.named()) is not tied
-        assert not any(".mlp." in name for name in trunk.named()) and all(".mlp." in name for name in dummy.named())
+        assert not any(".mlp." in name for name in trunk.named()) and all(
+            ".mlp." in name for name in dummy.named()
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trunk_is_made_again_from_its_settings_and_tensors(tied):
-    trunk, dummy = split(whole(tie_word_embeddings=tied))
+    trunk, dummy = extract_ffn(whole(tie_word_embeddings=tied))
     stored = json.loads(json.dumps(settings_of(trunk)))
     again, other = build(stored)
     load(again, {n: p.detach() for n, p in trunk.named().items()})
-    fill_in(other.named(), dict(dummy.named()))
+    copy_into(other.named(), dict(dummy.named()))
     assert torch.equal(logits(again, other), logits(trunk, dummy))
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
     assert (again.head is again.network.model.embed_tokens.weight) is tied
@@ -69,7 +91,7 @@ def test_a_trunk_is_made_again_from_its_settings_and_tensors(tied):
 
 def stored(model) -> tuple[dict, dict, dict]:
     """Return settings, trunk tensors and dummy tensors of a model, as an artifact holds them."""
-    trunk, dummy = split(model)
+    trunk, dummy = extract_ffn(model)
     tensors = ({n: p.detach().clone() for n, p in part.named().items()} for part in (trunk, dummy))
     return json.loads(json.dumps(settings_of(trunk))), *tensors
 
@@ -77,17 +99,23 @@ def stored(model) -> tuple[dict, dict, dict]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral"])
-def test_an_opened_trunk_is_a_built_and_filled_one_bit_for_bit_and_copies_nothing(kind, tied, dtype):
+def test_an_opened_trunk_is_a_built_and_filled_one_bit_for_bit_and_copies_nothing(
+    kind, tied, dtype
+):
     settings, *parts = stored(whole(kind, tie_word_embeddings=tied))
     tensors, ffn = ({n: t.to(dtype) for n, t in part.items()} for part in parts)
     built, dummy = (part.to(dtype) for part in build(settings))
-    fill_in(dummy.named(), ffn)
-    built.network.model.rotary_emb = opened(settings, tensors, ffn)[0].network.model.rotary_emb  # stays fp32
+    copy_into(dummy.named(), ffn)
+    built.network.model.rotary_emb = open_tensors(settings, tensors, ffn)[
+        0
+    ].network.model.rotary_emb  # stays fp32
     wanted = logits(load(built, tensors), dummy)
-    trunk, own = opened(settings, tensors, ffn)
+    trunk, own = open_tensors(settings, tensors, ffn)
     assert torch.equal(logits(trunk, own), wanted) and wanted.dtype == dtype
     for found, given in ((trunk.named(), tensors), (own.named(), ffn)):
-        assert {n: p.data_ptr() for n, p in found.items()} == {n: t.data_ptr() for n, t in given.items()}
+        assert {n: p.data_ptr() for n, p in found.items()} == {
+            n: t.data_ptr() for n, t in given.items()
+        }
         assert not any(p.requires_grad for p in found.values())
     assert (trunk.head is trunk.network.model.embed_tokens.weight) is tied
     assert not trunk.training and not any(b.is_meta for b in trunk.buffers())
@@ -99,33 +127,39 @@ def test_an_opened_trunk_has_the_rotary_embedding_of_its_settings(theta):
     model = whole(rope_parameters=rope)
     wanted = model(IDS_BT).logits.detach()
     settings, tensors, ffn = stored(model)
-    torch.testing.assert_close(logits(*opened(settings, tensors, ffn)), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(*open_tensors(settings, tensors, ffn)), wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_without_its_tensors_an_opened_dummy_is_a_pattern_only():
     settings, tensors, _ = stored(whole())
-    trunk, dummy = opened(settings, tensors)
-    assert all(p.is_meta for p in dummy.parameters()) and not any(p.is_meta for p in trunk.parameters())
+    trunk, dummy = open_tensors(settings, tensors)
+    assert all(p.is_meta for p in dummy.parameters()) and not any(
+        p.is_meta for p in trunk.parameters()
+    )
 
 
 def test_opened_parts_that_do_not_fit_are_refused_by_name():
     settings, tensors, ffn = stored(whole())
     with pytest.raises(KeyError, match=r"1 tensors missing or strange, first model\.norm\.weight"):
-        opened(settings, {n: t for n, t in tensors.items() if n != "model.norm.weight"}, ffn)
+        open_tensors(settings, {n: t for n, t in tensors.items() if n != "model.norm.weight"}, ffn)
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \(3,\), not \(16,\)"):
-        opened(settings, tensors | {"model.norm.weight": torch.zeros(3)}, ffn)
+        open_tensors(settings, tensors | {"model.norm.weight": torch.zeros(3)}, ffn)
     with pytest.raises(KeyError, match="tensors missing or strange"):
-        opened(settings, tensors, tensors)
+        open_tensors(settings, tensors, tensors)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trunk_of_its_own_trains_and_leaves_what_it_was_opened_from(tied):
     settings, tensors, ffn = stored(whole(tie_word_embeddings=tied))
     before = {n: t.clone() for n, t in tensors.items()}
-    trunk, dummy = opened(settings, tensors, ffn)
+    trunk, dummy = open_tensors(settings, tensors, ffn)
     wanted = logits(trunk, dummy)
-    trunk.own()
-    assert torch.equal(logits(trunk, dummy), wanted) and all(p.requires_grad for p in trunk.parameters())
+    trunk.unfreeze()
+    assert torch.equal(logits(trunk, dummy), wanted) and all(
+        p.requires_grad for p in trunk.parameters()
+    )
     assert (trunk.head is trunk.network.model.embed_tokens.weight) is tied
     with torch.no_grad():
         for parameter in trunk.parameters():
@@ -141,7 +175,7 @@ def test_settings_name_no_path_of_this_machine(tmp_path):
 
 
 def test_one_trunk_serves_several_fills():
-    trunk, dummy = split(whole())
+    trunk, dummy = extract_ffn(whole())
     other = clone(dummy)
     with torch.no_grad():
         other.layers[1].down_proj.weight.mul_(-1)
@@ -149,21 +183,25 @@ def test_one_trunk_serves_several_fills():
     assert not torch.allclose(logits(trunk, other), first)
     assert torch.equal(logits(trunk, dummy), first)
     seen = []
-    trunk.hidden(IDS_BT, lambda layer, x: seen.append((layer, tuple(x.shape))) or torch.zeros_like(x))
+    trunk.hidden(
+        IDS_BT, lambda layer, x: seen.append((layer, tuple(x.shape))) or torch.zeros_like(x)
+    )
     assert seen == [(0, (2, 9, 16)), (1, (2, 9, 16))]
-    assert not any("fill" in name for name in trunk.state_dict())
+    assert not any("ffn" in name for name in trunk.state_dict())
 
 
 def test_later_tokens_do_not_change_earlier_ones():
-    trunk, dummy = split(whole())
+    trunk, dummy = extract_ffn(whole())
     changed = IDS_BT.clone()
     changed[:, 6:] = (changed[:, 6:] + 1) % 40
     h_BTD, other_BTD = trunk.hidden(IDS_BT, dummy), trunk.hidden(changed, dummy)
-    assert torch.equal(h_BTD[:, :6], other_BTD[:, :6]) and not torch.allclose(h_BTD[:, 6:], other_BTD[:, 6:])
+    assert torch.equal(h_BTD[:, :6], other_BTD[:, :6]) and not torch.allclose(
+        h_BTD[:, 6:], other_BTD[:, 6:]
+    )
 
 
 def test_a_frozen_trunk_gets_no_gradient_and_passes_one_on():
-    trunk, dummy = split(whole())
+    trunk, dummy = extract_ffn(whole())
     load(trunk, {n: p.detach().clone() for n, p in trunk.named().items()})
     own = clone(dummy)
     h_BTD = trunk.hidden(IDS_BT[:, :-1], own)
@@ -179,9 +217,11 @@ def test_the_loss_and_every_gradient_are_those_of_the_whole_model(tied):
     model(IDS_BT, labels=IDS_BT).loss.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    trunk, dummy = split(model)
+    trunk, dummy = extract_ffn(model)
     h_BTD = trunk.hidden(IDS_BT[:, :-1], dummy)
-    (cross_entropy(h_BTD.flatten(0, 1), trunk.head, IDS_BT[:, 1:].flatten(), chunk_tokens=5) / 16).backward()
+    (
+        cross_entropy(h_BTD.flatten(0, 1), trunk.head, IDS_BT[:, 1:].flatten(), chunk_tokens=5) / 16
+    ).backward()
     found = {n: p.grad for n, p in {**trunk.named(), **dummy.named()}.items()}
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
@@ -189,7 +229,7 @@ def test_the_loss_and_every_gradient_are_those_of_the_whole_model(tied):
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name():
-    trunk, dummy = split(whole())
+    trunk, dummy = extract_ffn(whole())
     tensors = {n: p.detach() for n, p in trunk.named().items()}
     with pytest.raises(KeyError, match=r"1 tensors missing or strange, first model\.norm\.weight"):
         load(trunk, {n: t for n, t in tensors.items() if n != "model.norm.weight"})
@@ -198,12 +238,14 @@ def test_tensors_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \(3,\), not \(16,\)"):
         load(trunk, tensors | {"model.norm.weight": torch.zeros(3)})
     with pytest.raises(KeyError, match="tensors missing or strange"):
-        fill_in(dummy.named(), tensors)
+        copy_into(dummy.named(), tensors)
 
 
 def test_another_architecture_is_refused(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gpt2 model; a trunk can be one of qwen3, llama, mistral"):
         pretrained(tmp_path)
-    with pytest.raises(OSError):  # noqa: PT011 (transformers' own text)
+    with pytest.raises(OSError):  # noqa: PT011
         pretrained(tmp_path / "nowhere")

@@ -1,4 +1,5 @@
-"""An upload is the bundle or says that it is not: folders, memory, a real S3 server, and one that tears files."""
+"""An upload is the bundle or says that it is not: folders, memory, a real S3 server, and one that
+tears files."""
 
 import shutil
 import subprocess
@@ -8,9 +9,9 @@ import pytest
 from fakes import flip
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import bundle
 from pipeline.errors import DamagedArtifact, DiskFull, StoreError
-from pipeline.store import inventory
+from pipeline.store import bundle
+from pipeline.store.artifacts import inventory
 
 
 def quiet(_text, _share):
@@ -48,7 +49,9 @@ def torn():
 def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     folder, url = bundled[2], "torn://somewhere/bundle"
     torn.tears = {"tokenizer.json"}
-    with pytest.raises(StoreError, match=r"tokenizer\.json came back with other bytes.*Run the same command again"):
+    with pytest.raises(
+        StoreError, match=r"tokenizer\.json came back with other bytes.*Run the same command again"
+    ):
         bundle.upload(folder, url, quiet)
     assert "/somewhere/bundle/tokenizer.json" in torn.store
     assert "/somewhere/bundle/SHA256SUMS" not in torn.store, "an unfinished copy is no bundle"
@@ -56,7 +59,9 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     said = []
     bundle.upload(folder, url, lambda text, _share: said.append(text))
     assert torn.sent[0] == "tokenizer.json" and torn.sent[-1] == "SHA256SUMS", "the list goes last"
-    assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), "SHA256SUMS"]), "nothing goes twice"
+    assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), "SHA256SUMS"]), (
+        "nothing goes twice"
+    )
     assert said[-1] == "uploaded 16 files to torn://somewhere/bundle, each read back and compared"
     assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), "SHA256SUMS"}
     torn.tears, torn.sent = {"SHA256SUMS"}, []
@@ -70,7 +75,10 @@ def test_a_file_that_changed_at_the_target_is_sent_again(bundled, torn):
     data = fs.cat_file("/b/model-trunk.safetensors")
     fs.pipe_file("/b/model-trunk.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     bundle.upload(bundled[2], "torn://b", quiet)
-    assert torn.sent == ["model-trunk.safetensors"] and fs.cat_file("/b/model-trunk.safetensors") == data
+    assert (
+        torn.sent == ["model-trunk.safetensors"]
+        and fs.cat_file("/b/model-trunk.safetensors") == data
+    )
 
 
 def test_an_earlier_bundle_at_the_target_is_replaced_whole(bundled, tmp_path):
@@ -85,7 +93,12 @@ def test_an_earlier_bundle_at_the_target_is_replaced_whole(bundled, tmp_path):
     bundle.upload(bundled[2], f"file://{target}", quiet)
     assert not (target / extra.name).exists() and (target / "notes.txt").exists()
     bundle.verify(target)
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_a_damaged_bundle_is_not_uploaded(bundled, tmp_path, torn):
@@ -96,7 +109,9 @@ def test_a_damaged_bundle_is_not_uploaded(bundled, tmp_path, torn):
     assert torn.store == {}
 
 
-def test_an_upload_that_cannot_work_names_the_target_and_not_its_password(bundled, tmp_path, monkeypatch, torn):
+def test_an_upload_that_cannot_work_names_the_target_and_not_its_password(
+    bundled, tmp_path, monkeypatch, torn
+):
     with pytest.raises(StoreError, match="s4://bucket/x is no folder and no URL"):
         bundle.upload(bundled[2], "s4://bucket/x", quiet)
     (tmp_path / "file").write_text("")
@@ -165,4 +180,6 @@ def test_upload_to_an_s3_server(bundled, s3, tmp_path):
     assert after == (folder / "README.md").read_bytes() and len(before) == 16
     with pytest.raises(StoreError, match="s3://nowhere/x"):
         bundle.upload(folder, "s3://nowhere/x", quiet)
-    assert [b["Name"] for b in s3.list_buckets()["Buckets"]] == ["shelf"], "a misspelt bucket is not made"
+    assert [b["Name"] for b in s3.list_buckets()["Buckets"]] == ["shelf"], (
+        "a misspelt bucket is not made"
+    )

@@ -1,4 +1,5 @@
-"""The lora_vlm benchmarks at a toy size: they measure what they say, and refuse what makes no sense."""
+"""The lora_vlm benchmarks at a toy size: they measure what they say, and refuse what makes no
+sense."""
 
 import argparse
 import json
@@ -10,15 +11,16 @@ import small_stack
 from PIL import Image
 
 from benchmarks import routing_text, vlm_2b, vlm_mixed, vlm_real
-from pipeline import config, train
-from pipeline.families import lora_base
+from pipeline.families.load import parse
+from pipeline.families.lora_vlm import base
+from pipeline.train import loop
 
 WORDS = {"travel": "flight hotel visa trip", "work": "meeting report payday boss"}
 
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,16 @@ def stack(tmp_path_factory):
 @pytest.fixture
 def asked():
     """Six requests for three experts in turn."""
-    return [(small_stack.EXPERTS[i % 3], request) for i, request in enumerate(small_stack.requests(6))]
+    return [
+        (small_stack.EXPERTS[i % 3], request) for i, request in enumerate(small_stack.requests(6))
+    ]
 
 
 def test_a_mixed_batch_is_timed_against_one_by_one(stack, asked):
     text, reached = vlm_mixed.measured(stack, asked, rounds=1)
-    assert reached > 0 and "one mixed batch" in text and "6 requests, each of one of 3 experts" in text
+    assert (
+        reached > 0 and "one mixed batch" in text and "6 requests, each of one of 3 experts" in text
+    )
 
 
 def test_grouping_by_expert_keeps_the_order_of_the_requests(stack, asked):
@@ -62,7 +68,10 @@ def test_text_is_routed_beside_tf_idf(tmp_path, capsys):
     size = ["--steps", "3", "--hidden", "64", "--vocab", "320"]
     assert routing_text.main(["--data", str(data), "--out", str(out), *size]) == 0
     found = out.read_text()
-    assert "40 test requests of 2 domains" in found and "| TF-IDF, logistic regression | 1.000" in found
+    assert (
+        "40 test requests of 2 domains" in found
+        and "| TF-IDF, logistic regression | 1.000" in found
+    )
     assert "Requests of no domain (1 of them" in found and str(tmp_path) not in found
     with pytest.raises(SystemExit, match="cannot be read"):
         routing_text.main(["--data", str(tmp_path / "none.jsonl")])
@@ -71,11 +80,11 @@ def test_text_is_routed_beside_tf_idf(tmp_path, capsys):
 
 def test_the_large_model_is_the_published_one(tmp_path):
     """Sizes are those that the plan has for the Hub's model, and a model of such a file opens."""
-    from pipeline.families.lora_cost import PUBLISHED, Sizes
+    from pipeline.families.lora_vlm.cost import PUBLISHED, Sizes
 
     folder = tmp_path / "model"
     parameters = vlm_2b.write_model(folder, vlm_2b.SIZES["toy"])
-    assert lora_base.count_parameters(folder) == parameters
+    assert base.count_parameters(folder) == parameters
     raw = json.loads((folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         raw[part] |= vlm_2b.SIZES["real"][part]
@@ -104,35 +113,39 @@ def pictured(tmp_path):
         (tmp_path / name).mkdir()
         lines = []
         for i in range(12):
-            Image.frombytes("RGB", (64, 64), random.Random(f"{name}{i}").randbytes(3 * 64 * 64)).save(
-                tmp_path / name / f"{i}.png"
+            Image.frombytes(
+                "RGB", (64, 64), random.Random(f"{name}{i}").randbytes(3 * 64 * 64)
+            ).save(tmp_path / name / f"{i}.png")
+            lines.append(
+                json.dumps(
+                    {"id": f"{name}{i}", "image": f"{i}.png", "prompt": name, "answer": str(i % 3)}
+                )
             )
-            lines.append(json.dumps({"id": f"{name}{i}", "image": f"{i}.png", "prompt": name, "answer": str(i % 3)}))
         (tmp_path / name / "annotations.jsonl").write_text("\n".join(lines))
     return tmp_path
 
 
 def test_the_run_on_real_pictures_is_a_valid_configuration(pictured):
     args = vlm_real._arguments(["--data", str(pictured), "--steps", "2"])
-    cfg = config.parse(vlm_real.settings(args))
+    cfg = parse(vlm_real.settings(args))
     assert cfg.experts == tuple(vlm_real.TASKS) and cfg.loras.router.steps == 4
     with pytest.raises(SystemExit, match="has no ocr_receipts"):
         vlm_real.main(["--data", str(pictured / "caption")])
 
 
 def test_the_constant_answer_is_the_commonest_for_its_prompt(pictured, tmp_path):
-    from pipeline.families import lora_vlm
+    from pipeline.families.lora_vlm import family
 
     args = vlm_real._arguments(["--data", str(pictured)])
-    cfg, folder = config.parse(vlm_real.settings(args)), tmp_path / "made"
+    cfg, folder = parse(vlm_real.settings(args)), tmp_path / "made"
     folder.mkdir()
-    lora_vlm.prepare(cfg, folder, lambda *_: None, tmp_path, "blood_cells")
+    family.prepare(cfg, folder, lambda *_: None, tmp_path, "blood_cells")
     score, count = vlm_real._constant(cfg, SimpleNamespace(folder=lambda *_: folder), "blood_cells")
-    from pipeline.data.tasks import TaskRows
+    from pipeline.data.tasks.prepare import TaskRows
 
     rows = TaskRows(folder)
-    train = [row.answer for row in rows.rows("train")]
-    best = max(dict.fromkeys(train), key=train.count)
+    loop = [row.answer for row in rows.rows("train")]
+    best = max(dict.fromkeys(loop), key=loop.count)
     wanted = [row.answer == best for row in rows.rows("test")]
     assert (score, count) == (pytest.approx(sum(wanted) / len(wanted)), len(wanted))
 

@@ -1,16 +1,21 @@
-"""Settings that no product shows: that they reach the Hub, the processes, the recorder and the loop."""
+"""Settings that no product shows: that they reach the Hub, the processes, the recorder and the
+loop."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pipeline import backend, stages, train
-from pipeline.data import Shards, rows, tokenizer
+from pipeline.data.sources import text
+from pipeline.data.text import tokenizer
+from pipeline.data.text.shards import Shards
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.families import ffn_moe, ffn_tables
+from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.model.trunk import Trunk
-from pipeline.store import Store
+from pipeline.run import backend, stages
+from pipeline.store.artifacts import Store
+from pipeline.train import loop
 from tests import small
 
 LABELS = ("a", "b")
@@ -25,9 +30,11 @@ def trained(tmp_path_factory):
 
 def test_the_family_is_looked_up(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(stages, "family", lambda name: asked.append(name) or SimpleNamespace(prepare=lambda *_: {}))
+    monkeypatch.setattr(
+        stages, "family", lambda name: asked.append(name) or SimpleNamespace(prepare=lambda *_: {})
+    )
     cfg = small.config()
-    stages._preprocess(stages.Work("preprocess", None, cfg, Store(tmp_path), "x", print))
+    stages._preprocess(stages.JobContext("preprocess", None, cfg, Store(tmp_path), "x", print))
     assert asked == [cfg.family]
 
 
@@ -36,15 +43,32 @@ def test_source_and_hub_decide_what_is_opened(monkeypatch):
 
     asked = []
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "x" * 20, "domain": "b"}]
+        datasets,
+        "load_dataset",
+        lambda *a, **k: asked.append((a, k)) or [{"text": "x" * 20, "domain": "b"}],
     )
-    entry = {"dataset": "some/set", "subset": "small", "split": "valid", "revision": "abc", "domain": "a"}
+    entry = {
+        "dataset": "some/set",
+        "subset": "small",
+        "split": "valid",
+        "revision": "abc",
+        "domain": "a",
+    }
     cfg = small.config(data={"source": "hub", "hub": [entry]}, partition__domains=LABELS)
-    found = [(domain, row["text"]) for domain, files in rows.sources(cfg) for file in files for _, row in file()]
+    found = [
+        (domain, row["text"])
+        for domain, files in text.sources(cfg)
+        for file in files
+        for _, row in file()
+    ]
     assert found == [("a", "x" * 20)]
-    assert asked == [(("some/set", "small"), {"split": "valid", "revision": "abc", "streaming": True})]
-    installed = small.config(data={"source": "installed", "hub": [entry]}, partition__domains=("manual", "python"))
-    assert {domain for domain, _ in rows.sources(installed)} == {"manual", "python"}
+    assert asked == [
+        (("some/set", "small"), {"split": "valid", "revision": "abc", "streaming": True})
+    ]
+    installed = small.config(
+        data={"source": "installed", "hub": [entry]}, partition__domains=("manual", "python")
+    )
+    assert {domain for domain, _ in text.sources(installed)} == {"manual", "python"}
 
 
 def test_revisions_reach_the_hub(monkeypatch, trained):
@@ -59,8 +83,11 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    cfg = small.config(trunk__init="some/model", trunk__revision="abc",
-                       tokenizer={"pretrained": "some/tokens", "revision": "def"})  # fmt: skip
+    cfg = small.config(
+        trunk__init="some/model",
+        trunk__revision="abc",
+        tokenizer={"pretrained": "some/tokens", "revision": "def"},
+    )
     for ask in (lambda: ffn_moe.shared(cfg, trained), lambda: tokenizer.pretrained(cfg.tokenizer)):
         with pytest.raises(PipelineError, match="nothing is there"):
             ask()
@@ -68,13 +95,17 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
 
 
 def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkeypatch):
-    sizes, scores, real = {}, {}, ffn_tables.nats
+    sizes, scores, real = {}, {}, evaluate.token_loss
     for batch in (2, 16):
         cfg = small.config(evaluate__batch_sequences=batch)
         sizes[batch] = []
-        monkeypatch.setattr(ffn_tables, "nats", lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a))
-        bench = ffn_tables.Bench(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
-        trunk, dummy = ffn_tables.stored_trunk(cfg, trained)
+        monkeypatch.setattr(
+            evaluate,
+            "token_loss",
+            lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a),
+        )
+        bench = evaluate.Evaluator(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
+        trunk, dummy = evaluate.stored_trunk(cfg, trained)
         scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
     assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
     np.testing.assert_allclose(scores[2], scores[16], rtol=1e-4, atol=1e-5)
@@ -97,30 +128,59 @@ def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
     task = SimpleNamespace(steps=1, bf16=False, export=lambda _step: {})
     monkeypatch.setattr(stages, "family", lambda _name: SimpleNamespace(shared=lambda *_: task))
     monkeypatch.setattr(stages, "Recorder", Recorder)
-    monkeypatch.setattr(train, "fit", fit)
-    runtime = {"save_every_s": 7.5, "log_every_steps": 3, "wandb": "offline", "wandb_project": "mine"}
-    stages._train(stages.Work("train_shared", None, small.config(runtime=runtime), Store(tmp_path), "x", print))
+    monkeypatch.setattr(loop, "fit", fit)
+    runtime = {
+        "save_every_s": 7.5,
+        "log_every_steps": 3,
+        "wandb": "offline",
+        "wandb_project": "mine",
+    }
+    stages._train(
+        stages.JobContext(
+            "train_shared", None, small.config(runtime=runtime), Store(tmp_path), "x", print
+        )
+    )
     assert (kept["place"].save_every_s, kept["place"].log_every_steps) == (7.5, 3)
     assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
 
 
 @pytest.mark.parametrize(
     ("section", "stage"),
-    [("trunk", "train_shared"), ("expert", "train_experts alpha"), ("router", "train_router"),
-     ("expert", "train_dense path"), ("trunk", "train_dense wide")],
-)  # fmt: skip
+    [
+        ("trunk", "train_shared"),
+        ("expert", "train_experts alpha"),
+        ("router", "train_router"),
+        ("expert", "train_dense path"),
+        ("trunk", "train_dense wide"),
+    ],
+)
 def test_means_reach_their_training(trained, section, stage, monkeypatch):
     compiled, (name, _, item) = [], stage.partition(" ")
     monkeypatch.setattr(ffn_moe.torch, "compile", lambda loss: compiled.append(loss) or loss)
-    settings = {"fuse_optimizer": True, "clip_norm": 0, "compile": True, "checkpointing": section != "router"}
+    settings = {
+        "fuse_optimizer": True,
+        "clip_norm": 0,
+        "compile": True,
+        "checkpointing": section != "router",
+    }
     for changes in ({}, {section: settings, "runtime": {"memory_budget": "8GB"}}):
         task = small.MAKERS[name](small.config(**changes), trained, *([item] if item else []))
-        means, given = task.means, bool(changes)
-        assert (means.fuse_optimizer, means.compile, bool(compiled)) == (given, given, given)
-        assert means.checkpointing == (given and section != "router")
-        assert means.budget_bytes == (8 * 10**9 if given else None)
-        trunks = [c.cell_contents for c in (task.loss.__closure__ or ()) if isinstance(c.cell_contents, Trunk)]
-        assert [trunk.network.is_activation_checkpointing for trunk in trunks] == [means.checkpointing]
+        memory_plan, given = task.memory_plan, bool(changes)
+        assert (memory_plan.fuse_optimizer, memory_plan.compile, bool(compiled)) == (
+            given,
+            given,
+            given,
+        )
+        assert memory_plan.checkpointing == (given and section != "router")
+        assert memory_plan.budget_bytes == (8 * 10**9 if given else None)
+        trunks = [
+            c.cell_contents
+            for c in (task.loss.__closure__ or ())
+            if isinstance(c.cell_contents, Trunk)
+        ]
+        assert [trunk.network.is_activation_checkpointing for trunk in trunks] == [
+            memory_plan.checkpointing
+        ]
 
 
 @pytest.mark.parametrize(("threads", "wanted"), [(3, 3), (0, 4), ("auto", 4)])
@@ -142,7 +202,11 @@ def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
 @pytest.mark.parametrize("target", [None, "s3://bucket/path"])
 def test_a_bundle_is_uploaded_where_it_is_asked_to_go(monkeypatch, tmp_path, target):
     asked = []
-    monkeypatch.setattr(stages.bundle, "upload", lambda folder, where, _say: asked.append((folder, where)))
-    work = stages.Work("bundle", None, small.config(deploy={"upload": target}), Store(tmp_path), "x", print)
+    monkeypatch.setattr(
+        stages.bundle, "upload", lambda folder, where, _say: asked.append((folder, where))
+    )
+    work = stages.JobContext(
+        "bundle", None, small.config(deploy={"upload": target}), Store(tmp_path), "x", print
+    )
     stages._upload(work)
     assert asked == ([(work.folder, target)] if target else [])

@@ -1,4 +1,5 @@
-"""One job in this fresh process: `python -m benchmarks.peers JSON` prints what it measured as one line of JSON."""
+"""One job in this fresh process: `python -m benchmarks.peers JSON` prints what it measured as one
+line of JSON."""
 
 import json
 import sys
@@ -7,11 +8,10 @@ from importlib import import_module
 import torch
 import torch._dynamo
 
-from pipeline.budget import has_bf16, product_flops_per_s
+from benchmarks.measuring import Job, Sizes
+from benchmarks.watching import Watch
 from pipeline.errors import PipelineError
-
-from ..measuring import Job, Sizes
-from ..watching import Watch
+from pipeline.hardware import has_bf16, product_flops_per_s
 
 
 def main(text: str) -> None:

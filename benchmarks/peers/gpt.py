@@ -1,6 +1,8 @@
-"""An ordinary small GPT and its loop, written here for the peers that are settings rather than programs.
+"""An ordinary small GPT and its loop, written here for the peers that are settings rather than
+programs.
 
-LayerNorm, learned positions, GELU with two matrices, tied head, whole logits. B sequences, T tokens, D model width.
+LayerNorm, learned positions, GELU with two matrices, tied head, whole logits. B sequences, T
+tokens, D model width.
 """
 
 from contextlib import nullcontext
@@ -9,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..measuring import Job, Sizes
-from ..watching import Watch
-from .tokens import batches
+from benchmarks.measuring import Job, Sizes
+from benchmarks.peers.tokens import batches
+from benchmarks.watching import Watch
 
 
 class Block(nn.Module):
@@ -21,9 +23,15 @@ class Block(nn.Module):
         super().__init__()
         d = sizes.d_model
         self.heads = sizes.heads
-        self.before_attention, self.before_mlp = nn.LayerNorm(d, bias=bias), nn.LayerNorm(d, bias=bias)
+        self.before_attention, self.before_mlp = (
+            nn.LayerNorm(d, bias=bias),
+            nn.LayerNorm(d, bias=bias),
+        )
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=bias), nn.Linear(d, d, bias=bias)
-        up, down = nn.Linear(d, sizes.gelu_d_ff, bias=bias), nn.Linear(sizes.gelu_d_ff, d, bias=bias)
+        up, down = (
+            nn.Linear(d, sizes.gelu_d_ff, bias=bias),
+            nn.Linear(sizes.gelu_d_ff, d, bias=bias),
+        )
         self.mlp = nn.Sequential(up, nn.GELU(), down)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -51,14 +59,17 @@ class GPT(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return logits of shape (B, T, vocabulary)."""
-        x_BTD = self.tokens(ids_BT) + self.places(torch.arange(ids_BT.shape[1], device=ids_BT.device))
+        x_BTD = self.tokens(ids_BT) + self.places(
+            torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        )
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD) @ self.tokens.weight.T
 
 
 def trainable(model: GPT, task: str) -> list[nn.Parameter]:
-    """Return the parameters that a task trains, everything else frozen: all of them, or the feed-forward networks."""
+    """Return the parameters that a task trains, everything else frozen: all of them, or the
+    feed-forward networks."""
     if task == "expert":
         model.requires_grad_(False)
         for block in model.blocks:
@@ -66,7 +77,9 @@ def trainable(model: GPT, task: str) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def loop(job: Job, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+def loop(
+    job: Job, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimizer, bf16: bool
+) -> None:
     """Train for the job's steps, gradients accumulated over micro-batches and clipped at norm 1."""
     batch, sequences = batches(job), job.sizes.batch_sequences
     micro = job.micro or sequences
@@ -77,7 +90,9 @@ def loop(job: Job, watch: Watch, model: nn.Module, optimizer: torch.optim.Optimi
             ids_BT = batch(min(micro, sequences - at)).to(job.device)
             with torch.autocast(job.device, torch.bfloat16) if bf16 else nullcontext():
                 logits = model(ids_BT[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()) * (len(ids_BT) / sequences)
+                loss = F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()) * (
+                    len(ids_BT) / sequences
+                )
             loss.backward()
             nats += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)

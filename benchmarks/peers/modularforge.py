@@ -1,7 +1,8 @@
-"""okaditya84/ModularForge driven from outside, from a path to its repository: nothing of it is here or is changed.
+"""okaditya84/ModularForge driven from outside, from a path to its repository: nothing of it is here
+or is changed.
 
-Its default configuration counts; ours are only sizes, durations and folders. Its assembler's default output crashes
-for a tied head, so its other format is asked for.
+Its default configuration counts; ours are only sizes, durations and folders. Its assembler's
+default output crashes for a tied head, so its other format is asked for.
 """
 
 import shutil
@@ -20,13 +21,14 @@ from modularforge.training.shared_trainer import SharedTrainer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from ..measuring import Job
-from ..watching import Watch
-from .tokens import stream
+from benchmarks.measuring import Job
+from benchmarks.peers.tokens import stream
+from benchmarks.watching import Watch
 
 
 class Tokens:
-    """Stands in for its tokenizer: a text is the number of its tokens, and encodes to so many of the drawn ones."""
+    """Stands in for its tokenizer: a text is the number of its tokens, and encodes to so many of
+    the drawn ones."""
 
     pad_id = 0  # which its loss leaves out; no drawn token but the end of text is it
 
@@ -39,7 +41,8 @@ class Tokens:
 
 
 def train(job: Job, watch: Watch) -> None:
-    """Train its shared components or one expert for the job's steps, one epoch of just so much text."""
+    """Train its shared components or one expert for the job's steps, one epoch of just so much
+    text."""
     cfg = config(job)
     text = str(job.steps * job.sizes.step_tokens + 1)
     hook = register_optimizer_step_post_hook(lambda *_: watch.step())
@@ -47,7 +50,9 @@ def train(job: Job, watch: Watch) -> None:
         if job.task == "trunk":
             rows = TextDataset([text], Tokens(job), cfg.model.max_seq_len)
             workers = min(cfg.training.num_workers, 4)
-            loader = DataLoader(rows, cfg.training.batch_size, shuffle=True, num_workers=workers, drop_last=True)
+            loader = DataLoader(
+                rows, cfg.training.batch_size, shuffle=True, num_workers=workers, drop_last=True
+            )
             found = SharedTrainer(cfg).train(loader, None, folder)
         else:
             path = str(_folder(job) / "shared.pt")
@@ -59,12 +64,21 @@ def train(job: Job, watch: Watch) -> None:
 
 def config(job: Job) -> ModularForgeConfig:
     """Return its default configuration at the sizes of a job."""
-    cfg, s = ModularForgeConfig.from_yaml(Path(job.modularforge) / "configs" / "default.yaml"), job.sizes
+    cfg, s = (
+        ModularForgeConfig.from_yaml(Path(job.modularforge) / "configs" / "default.yaml"),
+        job.sizes,
+    )
     bundled = job.task in ("prepare", "bundle", "open")
     sizes = {
-        "d_model": s.d_model, "n_heads": s.heads, "n_layers": s.layers, "d_ff": s.gelu_d_ff, "vocab_size": s.vocab_size,
-        "max_seq_len": s.context_tokens, "n_experts": job.experts if bundled else 1, "top_k": min(2, job.experts),
-    }  # fmt: skip
+        "d_model": s.d_model,
+        "n_heads": s.heads,
+        "n_layers": s.layers,
+        "d_ff": s.gelu_d_ff,
+        "vocab_size": s.vocab_size,
+        "max_seq_len": s.context_tokens,
+        "n_experts": job.experts if bundled else 1,
+        "top_k": min(2, job.experts),
+    }
     sizes["top_k"] = min(2, sizes["n_experts"])
     for name, value in sizes.items():
         setattr(cfg.model, name, value)
@@ -76,7 +90,8 @@ def config(job: Job) -> ModularForgeConfig:
 
 
 def prepare(job: Job) -> int:
-    """Write its shared components and experts with random weights; return how many experts there are now."""
+    """Write its shared components and experts with random weights; return how many experts there
+    are now."""
     cfg, folder = config(job), _folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "expert_0.pt").exists():

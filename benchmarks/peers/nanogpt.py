@@ -1,14 +1,15 @@
 """nanoGPT's settings with a loop of our own: no code of it is here.
 
-What it publishes: no biases, tied head, weight decay 0.1 on matrices only, betas 0.9 and 0.95, gradients clipped at
-1, learning rate 6e-4, compiled. Its bf16 autocast, which it turns off on a CPU, is on here, to its advantage.
+What it publishes: no biases, tied head, weight decay 0.1 on matrices only, betas 0.9 and 0.95,
+gradients clipped at 1, learning rate 6e-4, compiled. Its bf16 autocast, which it turns off on a
+CPU, is on here, to its advantage.
 """
 
 import torch
 
-from ..measuring import Job
-from ..watching import Watch
-from .gpt import GPT, loop, trainable
+from benchmarks.measuring import Job
+from benchmarks.peers.gpt import GPT, loop, trainable
+from benchmarks.watching import Watch
 
 
 def train(job: Job, watch: Watch) -> None:
@@ -19,5 +20,7 @@ def train(job: Job, watch: Watch) -> None:
     matrices, vectors = [p for p in moves if p.ndim >= 2], [p for p in moves if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     fused = True if job.device == "cuda" else None  # as it does
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=6e-4, betas=(0.9, 0.95), fused=fused)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=6e-4, betas=(0.9, 0.95), fused=fused
+    )
     loop(job, watch, torch.compile(model) if job.compiled else model, optimizer, bf16=True)

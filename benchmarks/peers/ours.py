@@ -1,7 +1,8 @@
-"""This project: pipeline.train.fit on the family's own tasks, and its bundle, with parts from a plain folder.
+"""This project: pipeline.train.fit on the family's own tasks, and its bundle, with parts from a
+plain folder.
 
-`prepare` writes what earlier stages would have left: shards of drawn text, an untrained trunk, random experts.
-E experts, D model width.
+`prepare` writes what earlier stages would have left: shards of drawn text, an untrained trunk,
+random experts. E experts, D model width.
 """
 
 import json
@@ -15,20 +16,22 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401 (imports count before)
 
+from benchmarks.measuring import MB, Job
+from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
+from benchmarks.watching import Watch
 from pipeline import report  # noqa: F401 (a bundle has a model card, made by what this imports)
-from pipeline.budget import Peak, give_back_at_once
-from pipeline.config import Config, load
-from pipeline.data.shards import ShardWriter
-from pipeline.families import ffn_bundle, ffn_cost, ffn_moe
-from pipeline.families.ffn_parts import uses_bf16
+from pipeline.data.text.shards import ShardWriter
+from pipeline.families.ffn_moe import bundle as ffn_bundle
+from pipeline.families.ffn_moe import cost
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.parts import uses_bf16
+from pipeline.families.load import load
 from pipeline.model.router import gate_name
-from pipeline.moments import import_int8
-from pipeline.store import inventory, load_tensors, save_tensors
-from pipeline.train import Place, fit
-
-from ..measuring import MB, Job
-from ..watching import Watch
-from .tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
+from pipeline.store.artifacts import inventory, load_tensors, save_tensors
+from pipeline.train.loop import TrainIO, fit
+from pipeline.train.memory_meter import Peak, lower_mmap_threshold
+from pipeline.train.optimizer_state import import_int8
 
 STAGES = {"trunk": "train_shared", "expert": "train_experts", "router": "train_router"}
 
@@ -84,42 +87,55 @@ def train(job: Job, watch: Watch) -> None:
     """Train trunk, expert or router as a stage does it, statistics at the end included."""
     peak = Peak()
     watch.clears(peak)
-    give_back_at_once()
+    lower_mmap_threshold()
     cfg, parts = config(job), Parts(Path(job.work), job.experts)
     item = domain(job.item) if job.task == "expert" else None
     watch.extra["predicted_mb"] = predicted(cfg, job.task, item) / MB
     make = {"trunk": ffn_moe.shared, "expert": ffn_moe.expert, "router": ffn_moe.router}[job.task]
     task = make(cfg, parts, *([item] if item else []))
     with TemporaryDirectory(dir=job.work) as slots:
-        place = Place(Path(slots), Rows(watch), lambda: None, job.task, job.task, 1e9, 1, peak)
+        place = TrainIO(Path(slots), Rows(watch), lambda: None, job.task, job.task, 1e9, 1, peak)
         metrics = fit(task, place)
     watch.mark("fit")
     watch.extra["fit_mb"] = max(watch.extra["fit_mb"], metrics["peak_mb"])
-    watch.extra["means"] = metrics["means"]
+    watch.extra["memory_plan"] = metrics["memory_plan"]
     task.export(metrics["kept_step"])
 
 
-def predicted(cfg: Config, task: str, item: str | None) -> int:
+def predicted(cfg: FfnMoeConfig, task: str, item: str | None) -> int:
     """Return the peak that the plan promises for a task, in bytes."""
-    return ffn_cost.cost(cfg, STAGES[task], item, None, uses_bf16(cfg)).peak_bytes
+    return cost.cost(cfg, STAGES[task], item, None, uses_bf16(cfg)).peak_bytes
 
 
-def config(job: Job) -> Config:
+def config(job: Job) -> FfnMoeConfig:
     """Return the configuration of a job. Raises ConfigError for an override that does not fit."""
     s, names = job.sizes, [domain(i) for i in range(job.experts)]
     fitted = {
-        "steps": job.steps, "batch_sequences": s.batch_sequences, "warmup_steps": 1, "lr": 3e-4,
-        "eval_every_steps": 0, "eval_tokens": s.step_tokens, "keep": "last",
-    } | ({"micro_batch_sequences": job.micro} if job.micro else {})  # fmt: skip
+        "steps": job.steps,
+        "batch_sequences": s.batch_sequences,
+        "warmup_steps": 1,
+        "lr": 3e-4,
+        "eval_every_steps": 0,
+        "eval_tokens": s.step_tokens,
+        "keep": "last",
+    } | ({"micro_batch_sequences": job.micro} if job.micro else {})
     trunk = {
-        "layers": s.layers, "d_model": s.d_model, "heads": s.heads, "d_ff": s.d_ff, "context_tokens": s.context_tokens,
+        "layers": s.layers,
+        "d_model": s.d_model,
+        "heads": s.heads,
+        "d_ff": s.d_ff,
+        "context_tokens": s.context_tokens,
         "domains": names,
-    }  # fmt: skip
+    }
     raw = {
-        "dtype": "auto", "partition": {"domains": names}, "tokenizer": {"vocab_size": s.vocab_size},
-        "trunk": fitted | trunk, "expert": fitted | {"statistics_tokens": s.step_tokens},
-        "router": fitted | {"top_k": min(2, job.experts)}, "dense": {"baselines": []},
-    }  # fmt: skip
+        "dtype": "auto",
+        "partition": {"domains": names},
+        "tokenizer": {"vocab_size": s.vocab_size},
+        "trunk": fitted | trunk,
+        "expert": fitted | {"statistics_tokens": s.step_tokens},
+        "router": fitted | {"top_k": min(2, job.experts)},
+        "dense": {"baselines": []},
+    }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(json.dumps(raw))
@@ -127,7 +143,8 @@ def config(job: Job) -> Config:
 
 
 def prepare(job: Job) -> int:
-    """Write text of all domains, the trunk and the experts that are not there yet; return how many experts are."""
+    """Write text of all domains, the trunk and the experts that are not there yet; return how many
+    experts are."""
     root = Path(job.work)
     parts, cfg = Parts(root, job.experts), config(job)
     with _whole(root / "preprocess") as folder:
@@ -141,7 +158,9 @@ def prepare(job: Job) -> int:
         with _whole(parts.folder("train_experts", domain(number))) as folder:
             if folder:
                 _write_expert(parts, folder, like, number)
-    gates = {gate_name(i): torch.randn(job.experts, job.sizes.d_model) for i in range(job.sizes.layers)}
+    gates = {
+        gate_name(i): torch.randn(job.experts, job.sizes.d_model) for i in range(job.sizes.layers)
+    }
     for stage, files in (("train_router", {"router.safetensors": gates}), ("evaluate", _EVALUATED)):
         with _whole(parts.folder(stage)) as folder:
             if folder:
@@ -154,7 +173,8 @@ _EVALUATED = {"report.json": {"run": "benchmark"}, "report.html": {}}
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path | None]:
-    """Give a new folder to fill unless it is there already; it gets its name and a list of its files when full."""
+    """Give a new folder to fill unless it is there already; it gets its name and a list of its
+    files when full."""
     if folder.exists():
         yield None
         return
@@ -177,10 +197,13 @@ def _write_all(folder: Path, files: dict[str, dict]) -> None:
 def _write_expert(parts: Parts, folder: Path, like: dict[str, torch.Tensor], number: int) -> None:
     torch.manual_seed(number)
     own = {
-        name: torch.randn_like(tensor, dtype=torch.float32).mul_(0.02).to(tensor.dtype) for name, tensor in like.items()
+        name: torch.randn_like(tensor, dtype=torch.float32).mul_(0.02).to(tensor.dtype)
+        for name, tensor in like.items()
     }
     save_tensors(folder / "expert.safetensors", own)
-    shutil.copyfile(parts.folder("train_shared") / "statistics.safetensors", folder / "statistics.safetensors")
+    shutil.copyfile(
+        parts.folder("train_shared") / "statistics.safetensors", folder / "statistics.safetensors"
+    )
 
 
 def _write_text(job: Job, folder: Path) -> None:
@@ -191,7 +214,9 @@ def _write_text(job: Job, folder: Path) -> None:
         for split, count in (("train", windows(s)), ("valid", 2 * s.batch_sequences), ("test", 4)):
             ids = draw(s.vocab_size, count * s.context_tokens + 1, number).tolist()
             for at in range(0, len(ids), DOCUMENT_TOKENS):
-                writer.add(split, name, ids[at : at + DOCUMENT_TOKENS], document_bytes=3 * DOCUMENT_TOKENS)
+                writer.add(
+                    split, name, ids[at : at + DOCUMENT_TOKENS], document_bytes=3 * DOCUMENT_TOKENS
+                )
     writer.finish()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
@@ -201,7 +226,9 @@ def bundle(job: Job, watch: Watch) -> None:
     """Write the bundle of the first experts."""
     folder = _bundle(job)
     folder.mkdir(parents=True)
-    found = ffn_bundle.bundle(config(job), Parts(Path(job.work), job.experts), folder, lambda *_: None)
+    found = ffn_bundle.bundle(
+        config(job), Parts(Path(job.work), job.experts), folder, lambda *_: None
+    )
     watch.extra["bytes"] = found["bytes"]
 
 
@@ -210,7 +237,7 @@ def open_bundle(job: Job, watch: Watch) -> None:
     stack = ffn_bundle.reassemble(_bundle(job))
     watch.mark("opened")
     watch.extra["bytes"] = sum(path.stat().st_size for path in _bundle(job).iterdir())
-    stack.nats(torch.ones(1, job.sizes.context_tokens, dtype=torch.long))
+    stack.token_loss(torch.ones(1, job.sizes.context_tokens, dtype=torch.long))
 
 
 def _bundle(job: Job) -> Path:

@@ -1,12 +1,13 @@
-"""A plain PyTorch loop: fp32, AdamW as it comes; experts joined by loading every file and saving one."""
+"""A plain PyTorch loop: fp32, AdamW as it comes; experts joined by loading every file and saving
+one."""
 
 from pathlib import Path
 
 import torch
 
-from ..measuring import Job
-from ..watching import Watch
-from .gpt import GPT, loop, trainable
+from benchmarks.measuring import Job
+from benchmarks.peers.gpt import GPT, loop, trainable
+from benchmarks.watching import Watch
 
 
 def train(job: Job, watch: Watch) -> None:
@@ -27,7 +28,9 @@ def prepare(job: Job) -> int:
         own = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." in name}
         torch.save(own, folder / f"expert_{number}.pt")
         if number == 0:
-            torch.save({n: t for n, t in model.state_dict().items() if n not in own}, folder / "trunk.pt")
+            torch.save(
+                {n: t for n, t in model.state_dict().items() if n not in own}, folder / "trunk.pt"
+            )
     return len(list(folder.glob("expert_*.pt")))
 
 

@@ -1,4 +1,5 @@
-"""The text that all contenders train on, drawn once: tokens that half the time follow from the one before.
+"""The text that all contenders train on, drawn once: tokens that half the time follow from the one
+before.
 
 So a loss has something to fall to. Legend: N tokens, B sequences, T context tokens.
 """
@@ -9,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..measuring import Job, Sizes
+from benchmarks.measuring import Job, Sizes
 
 DOCUMENT_TOKENS = 400
 END_ID = 0
 
 
 def draw(vocab_size: int, count: int, seed: int) -> np.ndarray:
-    """Return ids_N from 1 to vocab_size: common ones often, every other one determined by its predecessor."""
+    """Return ids_N from 1 to vocab_size: common ones often, every other one determined by its
+    predecessor."""
     rng = np.random.default_rng(seed)
     ids_N = 1 + (rng.zipf(1.2, count) - 1) % (vocab_size - 1)
     follows_N = rng.random(count) < 0.5
@@ -27,8 +29,11 @@ def draw(vocab_size: int, count: int, seed: int) -> np.ndarray:
 
 
 def stream(job: Job) -> np.ndarray:
-    """Return tokens_N of the training text of the domain that a job is about, as they stand on the disk."""
-    return np.memmap(Path(job.work) / "preprocess" / "train" / f"{domain(job.item)}.bin", "<u2", mode="r")
+    """Return tokens_N of the training text of the domain that a job is about, as they stand on the
+    disk."""
+    return np.memmap(
+        Path(job.work) / "preprocess" / "train" / f"{domain(job.item)}.bin", "<u2", mode="r"
+    )
 
 
 def domain(number: int) -> str:
@@ -42,7 +47,9 @@ def batches(job: Job, seed: int = 0) -> Callable[[int], torch.Tensor]:
 
     def batch(count: int) -> torch.Tensor:
         starts = rng.integers(0, len(tokens_N) - length, count)
-        return torch.from_numpy(np.stack([tokens_N[s : s + length] for s in starts]).astype(np.int64))
+        return torch.from_numpy(
+            np.stack([tokens_N[s : s + length] for s in starts]).astype(np.int64)
+        )
 
     return batch
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..measuring import Job, Sizes
-from ..watching import Watch
-from .tokens import batches
+from benchmarks.measuring import Job, Sizes
+from benchmarks.peers.tokens import batches
+from benchmarks.watching import Watch
 
 
 class Windows(Dataset):
@@ -65,12 +65,22 @@ def train(job: Job, watch: Watch) -> None:
     micro = job.micro or sequences
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, max_steps=job.steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=sequences // micro, learning_rate=3e-4, bf16=True,
-            use_cpu=job.device == "cpu", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            output_dir=folder,
+            max_steps=job.steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=sequences // micro,
+            learning_rate=3e-4,
+            bf16=True,
+            use_cpu=job.device == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
             dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=args, train_dataset=Windows(job), callbacks=[Steps(watch)])
+        )
+        trainer = Trainer(
+            model=model, args=args, train_dataset=Windows(job), callbacks=[Steps(watch)]
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
@@ -78,9 +88,16 @@ def train(job: Job, watch: Watch) -> None:
 def network(sizes: Sizes) -> Qwen3ForCausalLM:
     """Return a new Qwen3 of these sizes."""
     config = Qwen3Config(
-        vocab_size=sizes.vocab_size, hidden_size=sizes.d_model, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads, head_dim=sizes.d_model // sizes.heads,
-        intermediate_size=sizes.d_ff, max_position_embeddings=sizes.context_tokens, tie_word_embeddings=True,
-        attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.d_model,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        head_dim=sizes.d_model // sizes.heads,
+        intermediate_size=sizes.d_ff,
+        max_position_embeddings=sizes.context_tokens,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     return Qwen3ForCausalLM(config)

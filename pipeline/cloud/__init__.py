@@ -1,34 +1,44 @@
 """Runs on rented machines, without knowing who rents them out: modal_app.py wires this to Modal.
 
-The laptop's side reads and checks a command before anything starts, and plans it with its cost; the other side does
-jobs in containers and says of each how it went.
+The laptop's side reads and checks a command before anything starts, and plans it with its cost; the
+other side does jobs in containers and says of each how it went.
 """
 
-from .jobs import STEPS, Outcome, conduct, serve_next, served, work
-from .laptop import DEFAULT, announced, check, explain, mirror, overrides, show_outcomes, show_report, typed
-from .outlook import outlook, refuse_above, refuse_without_inputs, show_outlook
+from .client import (
+    DEFAULT,
+    announced,
+    check,
+    explain,
+    mirror,
+    overrides,
+    show_report,
+    show_results,
+    typed,
+)
+from .containers import STEPS, JobResult, orchestrate, serve_next, served, work
+from .estimate import estimate, refuse_above, refuse_without_inputs, show_estimate
 from .prices import Prices, most_gpus
 
 __all__ = [
     "DEFAULT",
     "STEPS",
-    "Outcome",
+    "JobResult",
     "Prices",
     "announced",
     "check",
-    "conduct",
+    "estimate",
     "explain",
     "mirror",
     "most_gpus",
-    "outlook",
+    "orchestrate",
     "overrides",
     "refuse_above",
     "refuse_without_inputs",
     "serve_next",
     "served",
-    "show_outcomes",
-    "show_outlook",
+    "show_estimate",
     "show_report",
+    "show_results",
     "typed",
     "work",
 ]

@@ -1,11 +1,12 @@
-"""What rented machines cost and how fast they are: config/prices.yaml, the one list of GPUs that this program knows."""
+"""What rented machines cost and how fast they are: config/prices.yaml, the one list of GPUs that
+this program knows."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from ..config.machines import Machine
+from ..config.machines import MachineConfig
 from ..errors import ConfigError
 
 MIB_PER_GIB = 1024
@@ -42,26 +43,35 @@ class Prices:
                 f"{path} is not a price table: {error}; restore the one that came with MoleForge"
             ) from None
 
-    def usd_per_s(self, machine: Machine) -> float:
+    def usd_per_s(self, machine: MachineConfig) -> float:
         """Return the price of a container, with the dearest of the GPUs that it may get."""
         gpus = [self.gpus[name].usd_per_s * count for name, count in map(split, machine.gpu)]
         memory = machine.memory_mb / MIB_PER_GIB * self.memory_gib_usd_per_s
         return max(gpus, default=0.0) + machine.cpu * self.cpu_core_usd_per_s + memory
 
-    def flops_per_s(self, machine: Machine) -> float:
-        """Return the peak rate of a container with the first GPU it asks for; only one of several trains."""
-        tflops = self.gpus[split(machine.gpu[0])[0]].tflops if machine.gpu else machine.cpu * self.cpu_core_tflops
+    def flops_per_s(self, machine: MachineConfig) -> float:
+        """Return the peak rate of a container with the first GPU it asks for; only one of several
+        trains."""
+        tflops = (
+            self.gpus[split(machine.gpu[0])[0]].tflops
+            if machine.gpu
+            else machine.cpu * self.cpu_core_tflops
+        )
         return tflops * 1e12
 
-    def problems(self, name: str, machine: Machine) -> list[str]:
+    def problems(self, name: str, machine: MachineConfig) -> list[str]:
         """Return what is wrong with the GPUs that a machine asks for."""
         found = []
         for text in machine.gpu:
             kind, count = split(text)
             if kind not in self.gpus:
-                found.append(f"modal.{name}.gpu: no such GPU {text}; there are {', '.join(self.gpus)}, `:2` for two")
+                found.append(
+                    f"modal.{name}.gpu: no such GPU {text}; there are {', '.join(self.gpus)}, `:2` for two"
+                )
             elif not 1 <= count <= self.gpus[kind].most:
-                found.append(f"modal.{name}.gpu: {text} asks for {count} of 1 to {self.gpus[kind].most} per container")
+                found.append(
+                    f"modal.{name}.gpu: {text} asks for {count} of 1 to {self.gpus[kind].most} per container"
+                )
         return found
 
 
@@ -71,6 +81,6 @@ def split(text: str) -> tuple[str, int]:
     return kind, int(count) if count.isdecimal() else int(not colon)
 
 
-def most_gpus(machine: Machine) -> int:
+def most_gpus(machine: MachineConfig) -> int:
     """Return how many GPUs one container may take; at least 1, so that limits can be divided by it."""
     return max((split(text)[1] for text in machine.gpu), default=1) or 1

@@ -15,7 +15,8 @@ UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB
 
 
 def _bytes(value):
-    """Return the bytes that a text such as 172MB stands for; anything else is left for pydantic to judge."""
+    """Return the bytes that a text such as 172MB stands for; anything else is left for pydantic to
+    judge."""
     found = re.fullmatch(r"\s*([0-9.]+)\s*(\w+)\s*", value) if isinstance(value, str) else None
     if not found:
         return value
@@ -35,22 +36,31 @@ def later(default, description: str, **rules):
 class Section(BaseModel):
     """One part of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 def addressed(section: Section, leave_out: frozenset[str] = frozenset()) -> dict:
-    """Return what an address holds of a section: everything but its `later` fields and those left out."""
-    unread = {n for n, f in type(section).model_fields.items() if (f.json_schema_extra or {}).get("later")}
+    """Return what an address holds of a section: everything but its `later` fields and those left
+    out."""
+    unread = {
+        n for n, f in type(section).model_fields.items() if (f.json_schema_extra or {}).get("later")
+    }
     return section.model_dump(mode="json", exclude=unread | leave_out)
 
 
 def merge(base: dict, over: dict) -> dict:
     """Return base with over's keys laid on it, section by section; neither is changed.
 
-    A mapping over a list lays its values on the entries that have its keys as `name`. Raises ConfigError when
-    there is no such entry.
+    A mapping over a list lays its values on the entries that have its keys as `name`. Raises
+    ConfigError when there is no such entry.
     """
-    out = {k: v for k, v in base.items() if not (k in DURATIONS - over.keys() and DURATIONS & over.keys())}
+    out = {
+        k: v
+        for k, v in base.items()
+        if not (k in DURATIONS - over.keys() and DURATIONS & over.keys())
+    }
     for key, value in over.items():
         under = out.get(key)
         if isinstance(value, dict) and isinstance(under, dict):
@@ -68,4 +78,21 @@ def _merge_entries(key: str, under: list, over: dict) -> list:
     if strange:
         known = ", ".join(filter(None, names)) or "none with a name"
         raise ConfigError(f"{key}: no entry is named {', '.join(strange)}; there are {known}")
-    return [merge(entry, over[name] or {}) if name in over else entry for name, entry in zip(names, under, strict=True)]
+    return [
+        merge(entry, over[name] or {}) if name in over else entry
+        for name, entry in zip(names, under, strict=True)
+    ]
+
+
+NONE = "none"  # the expert of requests that are nobody's
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_folder(path: str) -> bool:
+    """Whether a base's name means a folder and not a model on the Hub."""
+    return path.startswith(("/", "./", "../", "~"))
+
+
+AdapterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]

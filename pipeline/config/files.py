@@ -1,6 +1,8 @@
-"""Files that describe runs, as mappings: YAML with `extends`, the JSON and YAML files it names, overrides.
+"""Files that describe runs, as mappings: YAML with `extends`, the JSON and YAML files it names,
+overrides.
 
-Invariant: a relative path starts at the folder of the file that states it, whoever extends or names that file.
+Invariant: a relative path starts at the folder of the file that states it, whoever extends or names
+that file.
 """
 
 import json
@@ -11,8 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import ConfigError
-from .base import merge
-from .loras import is_folder
+from .base import is_folder, merge
 
 NAMED = ("loras", "dataset")  # settings that may be the path of a file with what belongs there
 PATHS = ("path", "image_root")
@@ -27,7 +28,9 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> dict:
     seen: set = set()
     for key, _ in node.value:
         if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key.value} is given twice", key.start_mark
+            )
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -37,16 +40,21 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|nan))$", re.I),
+    re.compile(
+        r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|nan))$", re.I
+    ),
     list("-+.0123456789"),
 )
 
 
 def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Return what a file says over what it extends, named files read and paths anchored. Raises ConfigError."""
+    """Return what a file says over what it extends, named files read and paths anchored. Raises
+    ConfigError."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
     own = read(path)
@@ -60,12 +68,15 @@ def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
 
 
 def override(item: str, here: Path) -> tuple[dict, dict]:
-    """Return an `a.b=value` as typed, and with named files read and paths anchored at here. Raises ConfigError."""
+    """Return an `a.b=value` as typed, and with named files read and paths anchored at here. Raises
+    ConfigError."""
     dotted, equals, text = item.partition("=")
     if not equals or not all(dotted.split(".")):
-        raise ConfigError(f"--override {item}: write it as section.field=value, for example expert.steps=2000")
+        raise ConfigError(
+            f"--override {item}: write it as section.field=value, for example expert.steps=2000"
+        )
     try:
-        value = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader)  # noqa: S506
     except yaml.YAMLError as error:
         raise ConfigError(f"--override {item}: the value is not YAML: {error}") from None
     for name in reversed(dotted.split(".")):
@@ -74,13 +85,15 @@ def override(item: str, here: Path) -> tuple[dict, dict]:
 
 
 def laid(under: dict, own: dict, raw: dict) -> dict:
-    """Return raw merged over under; where own, the same before files were read, names a file, only that file counts."""
+    """Return raw merged over under; where own, the same before files were read, names a file, only
+    that file counts."""
     named = {key for key in NAMED if isinstance(own.get(key), str)}
     return merge({key: value for key, value in under.items() if key not in named}, raw)
 
 
 def anchored(raw: dict, here: Path) -> dict:
-    """Return raw with the files it names read, and its relative paths made to start at here. Raises ConfigError."""
+    """Return raw with the files it names read, and its relative paths made to start at here. Raises
+    ConfigError."""
     raw = dict(raw)
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("files"), list):
@@ -99,7 +112,8 @@ def _entry_anchored(entry, here: Path):
 
 
 def _named(key: str, value, here: Path):
-    """Return loras or dataset, read from its file if value is a path, with the paths in it anchored."""
+    """Return loras or dataset, read from its file if value is a path, with the paths in it
+    anchored."""
     if isinstance(value, str):
         path = here / value
         return _named(key, read(path), path.parent)
@@ -112,7 +126,9 @@ def _loras_anchored(loras: dict, here: Path) -> dict:
     base, experts = loras.get("base"), loras.get("experts")
     out = dict(loras)
     if isinstance(base, dict) and isinstance(base.get("model"), str) and is_folder(base["model"]):
-        out["base"] = base | {"model": str((here.resolve() / Path(base["model"]).expanduser()).resolve())}
+        out["base"] = base | {
+            "model": str((here.resolve() / Path(base["model"]).expanduser()).resolve())
+        }
     if isinstance(experts, dict):  # an override of some entries, by name
         out["experts"] = {name: _expert_anchored(entry, here) for name, entry in experts.items()}
     if isinstance(experts, list):
@@ -126,7 +142,8 @@ def _expert_anchored(entry, here: Path):
 
 
 def routing_anchored(dataset: dict, here: Path) -> dict:
-    """Return a routing set's settings with paraphrases read, if they are a path, and sources anchored at here."""
+    """Return a routing set's settings with paraphrases read, if they are a path, and sources
+    anchored at here."""
     out, paraphrases = dict(dataset), dataset.get("paraphrases")
     if isinstance(paraphrases, str):
         out["paraphrases"] = read(here / paraphrases)
@@ -150,17 +167,27 @@ def read(path: Path) -> dict:
     """Return what a JSON or YAML file holds, as it stands there. Raises ConfigError."""
     try:
         text = path.read_text("utf-8")
-        raw = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+        raw = (
+            json.loads(text, object_pairs_hook=_object)
+            if path.suffix == ".json"
+            else yaml.load(text, Loader)  # noqa: S506
+        )
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; configurations that ship with MoleForge are in config/") from None
+        raise ConfigError(
+            f"{path} does not exist; configurations that ship with MoleForge are in config/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+        raise ConfigError(
+            f"{path} is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
+        ) from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold sections (`trunk:` and so on), not a {type(raw).__name__}")
+        raise ConfigError(
+            f"{path} must hold sections (`trunk:` and so on), not a {type(raw).__name__}"
+        )
     return raw
 
 

@@ -5,64 +5,101 @@ from pydantic import Field
 from .base import Name, Section
 
 
-class Machine(Section):
+class MachineConfig(Section):
     """A container on Modal."""
 
     gpu: tuple[str, ...] = Field(
-        (), description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; []: none"
+        (),
+        description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; []: none",
     )
-    cpu: float = Field(4.0, gt=0, le=64, description="Physical cores reserved; threads too when runtime.threads is 0")
+    cpu: float = Field(
+        4.0,
+        gt=0,
+        le=64,
+        description="Physical cores reserved; threads too when runtime.threads is 0",
+    )
     memory_mb: int = Field(16_384, ge=128, le=344_064, description="Memory reserved, MiB")
-    timeout_s: int = Field(86_400, ge=1, le=86_400, description="Longest attempt, seconds; the next goes on from there")
+    timeout_s: int = Field(
+        86_400, ge=1, le=86_400, description="Longest attempt, seconds; the next goes on from there"
+    )
 
 
-class Trainer(Machine):
+class TrainerConfig(MachineConfig):
     """The container of a stage that trains or measures."""
 
     gpu: tuple[str, ...] = Field(
-        ("L40S", "A100-40GB"), description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none"
+        ("L40S", "A100-40GB"),
+        description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none",
     )
-    retries: int = Field(3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)")
+    retries: int = Field(
+        3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)"
+    )
 
 
-class Worker(Machine):
+class WorkerConfig(MachineConfig):
     """The container of a stage that needs no GPU."""
 
-    cpu: float = Field(8.0, gt=0, le=64, description="Physical cores reserved; threads too when runtime.threads is 0")
+    cpu: float = Field(
+        8.0,
+        gt=0,
+        le=64,
+        description="Physical cores reserved; threads too when runtime.threads is 0",
+    )
     memory_mb: int = Field(32_768, ge=128, le=344_064, description="Memory reserved, MiB")
-    retries: int = Field(3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)")
+    retries: int = Field(
+        3, ge=0, le=10, description="Attempts after a crash or a timeout (a preemption costs none)"
+    )
 
 
-class Endpoint(Machine):
+class EndpointConfig(MachineConfig):
     """The containers that serve a bundle."""
 
     timeout_s: int = Field(150, ge=1, le=86_400, description="Longest request, seconds")
     max_containers: int = Field(1, ge=1, le=100, description="Most containers at once")
-    idle_s: int = Field(300, ge=2, le=3600, description="Seconds without a request after which a container ends")
+    idle_s: int = Field(
+        300, ge=2, le=3600, description="Seconds without a request after which a container ends"
+    )
 
 
-class Modal(Section):
-    """What stages get on Modal, and what they may cost; no result depends on it, so no address does."""
+class ModalConfig(Section):
+    """What stages get on Modal, and what they may cost; no result depends on it, so no address
+    does."""
 
     max_gpus: int = Field(8, ge=1, description="Most GPUs at once over the jobs of a stage")
     max_cost_usd: float | None = Field(
-        None, gt=0, description="Refuse a command whose estimate is above this, US dollars; none: no limit"
+        None,
+        gt=0,
+        description="Refuse a command whose estimate is above this, US dollars; none: no limit",
     )
-    wandb_secret: Name | None = Field(None, description="Secret with WANDB_API_KEY, for runtime.wandb: online")
-    hub_secret: Name | None = Field(None, description="Secret with HF_TOKEN, for data or trunks that are not public")
+    wandb_secret: Name | None = Field(
+        None, description="Secret with WANDB_API_KEY, for runtime.wandb: online"
+    )
+    hub_secret: Name | None = Field(
+        None, description="Secret with HF_TOKEN, for data or trunks that are not public"
+    )
     storage_secret: Name | None = Field(
-        None, description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or deploy.upload on S3"
+        None,
+        description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or deploy.upload on S3",
     )
-    endpoint_secret: Name | None = Field(None, description="Secret with MOLEFORGE_API_KEY, which requests must bring")
+    endpoint_secret: Name | None = Field(
+        None, description="Secret with MOLEFORGE_API_KEY, which requests must bring"
+    )
     preprocess_jobs: int = Field(
-        1, ge=1, le=1000, description="Most containers of a preprocess of documents (ffn_moe), once it has seen them"
+        1,
+        ge=1,
+        le=1000,
+        description="Most containers of a preprocess of documents (ffn_moe), once it has seen them",
     )
-    preprocess: Worker = Field(Worker(), description="Container of preprocess, of each when there are several")
-    train_shared: Trainer = Field(Trainer(), description="Container of train_shared")
-    train_experts: Trainer = Field(Trainer(), description="Container of each expert")
-    routing: Worker = Field(Worker(), description="Container of routing")
-    train_router: Trainer = Field(Trainer(), description="Container of train_router")
-    train_dense: Trainer = Field(Trainer(), description="Container of each dense baseline")
-    evaluate: Trainer = Field(Trainer(), description="Container of evaluate")
-    deploy: Worker = Field(Worker(), description="Container of deploy")
-    endpoint: Endpoint = Field(Endpoint(), description="Containers that serve")
+    preprocess: WorkerConfig = Field(
+        WorkerConfig(), description="Container of preprocess, of each when there are several"
+    )
+    train_shared: TrainerConfig = Field(TrainerConfig(), description="Container of train_shared")
+    train_experts: TrainerConfig = Field(TrainerConfig(), description="Container of each expert")
+    routing: WorkerConfig = Field(WorkerConfig(), description="Container of routing")
+    train_router: TrainerConfig = Field(TrainerConfig(), description="Container of train_router")
+    train_dense: TrainerConfig = Field(
+        TrainerConfig(), description="Container of each dense baseline"
+    )
+    evaluate: TrainerConfig = Field(TrainerConfig(), description="Container of evaluate")
+    deploy: WorkerConfig = Field(WorkerConfig(), description="Container of deploy")
+    endpoint: EndpointConfig = Field(EndpointConfig(), description="Containers that serve")

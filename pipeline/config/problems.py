@@ -1,4 +1,5 @@
-"""What is wrong with a configuration, as lines for people: dotted names, what was found, file and line."""
+"""What is wrong with a configuration, as lines for people: dotted names, what was found, file and
+line."""
 
 from pathlib import Path
 
@@ -9,13 +10,18 @@ from .files import NAMED, Loader
 
 
 def explain(problems: list[dict], raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> str:
-    """Return one text for all problems of a file; a list's entries are called by their names where they have one."""
+    """Return one text for all problems of a file; a list's entries are called by their names where
+    they have one."""
     lines = [line for problem in problems for line in _lines(problem, raw, path, overrides)]
-    return f"{path} does not describe a run ({len(lines)} problem{'s' * (len(lines) > 1)}):\n" + "\n".join(lines)
+    return (
+        f"{path} does not describe a run ({len(lines)} problem{'s' * (len(lines) > 1)}):\n"
+        + "\n".join(lines)
+    )
 
 
 def across(kind: type, raw: dict, error: ValidationError) -> list[dict]:
-    """Return what is wrong between sections, which pydantic leaves unchecked while any one setting is wrong."""
+    """Return what is wrong between sections, which pydantic leaves unchecked while any one setting
+    is wrong."""
     bad = [problem for problem in error.errors() if problem["loc"]]
     whole = [p for p in bad if len(p["loc"]) == 1 and p["type"] == "value_error"]
     if not bad or whole or any(p["loc"][0] == "partition" for p in bad):
@@ -36,7 +42,10 @@ def _without(raw: dict, loc: tuple) -> dict:
     if rest and isinstance(inner, dict):
         return raw | {head: _without(inner, tuple(rest))}
     if len(rest) > 1 and isinstance(inner, list) and isinstance(inner[rest[0]], dict):
-        entries = [_without(entry, tuple(rest[1:])) if i == rest[0] else entry for i, entry in enumerate(inner)]
+        entries = [
+            _without(entry, tuple(rest[1:])) if i == rest[0] else entry
+            for i, entry in enumerate(inner)
+        ]
         return raw | {head: entries}
     return {key: value for key, value in raw.items() if key != head}
 
@@ -46,7 +55,11 @@ def _lines(problem: dict, raw: dict, path: Path, overrides: tuple[str, ...]) -> 
         return [f"  {line}" for line in problem["msg"].removeprefix("Value error, ").splitlines()]
     dotted = _dotted(problem["loc"], raw)
     found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    text = "no such setting" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+    text = (
+        "no such setting"
+        if problem["type"] == "extra_forbidden"
+        else problem["msg"].removeprefix("Value error, ")
+    )
     return [f"  {dotted}: {text}{found}{_where(dotted, problem['loc'], path, overrides)}"]
 
 
@@ -55,7 +68,9 @@ def _dotted(loc: tuple, raw) -> str:
     names = []
     for part in loc:
         inner = raw[part] if _holds(raw, part) else None
-        named = isinstance(raw, list) and isinstance(inner, dict) and isinstance(inner.get("name"), str)
+        named = (
+            isinstance(raw, list) and isinstance(inner, dict) and isinstance(inner.get("name"), str)
+        )
         names.append(inner["name"] if named else str(part))
         raw = inner
     return ".".join(names)
@@ -75,7 +90,8 @@ def _where(dotted: str, loc: tuple, path: Path, overrides: tuple[str, ...]) -> s
 
 
 def _line_of(loc: list, path: Path) -> tuple[Path, int] | None:
-    """Return file and 1-based line of a key, in path or in a file that it names; None when an extended one has it."""
+    """Return file and 1-based line of a key, in path or in a file that it names; None when an
+    extended one has it."""
     try:
         node = yaml.compose(path.read_text("utf-8"), Loader)
     except (OSError, yaml.YAMLError):  # JSON that is no YAML, by its tabs

@@ -1,20 +1,23 @@
 """The routing set of a lora_vlm run: what dataset.yaml says about requests and whom they belong to.
 
-Splits are train, valid, test and test_held; the last one is asked with held-out wording, of other pictures than test.
+Splits are train, valid, test and test_held; the last one is asked with held-out wording, of other
+pictures than test.
 """
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from .base import Section, Share
-from .loras import NONE, AdapterName, Drawn, TaskData
+from .base import NONE, AdapterName, Section, Share
+from .task_data import SyntheticConfig, TaskDataConfig
 
 
 def _balance(value):
     if value in ("equal", "natural"):
         return value
-    numbers = isinstance(value, dict) and all(isinstance(x, int | float) and 0 < x <= 1 for x in value.values())
+    numbers = isinstance(value, dict) and all(
+        isinstance(x, int | float) and 0 < x <= 1 for x in value.values()
+    )
     if not numbers or not value or abs(sum(value.values()) - 1) > 1e-6:
         raise ValueError("write equal, natural, or a share of every expert, above 0 and together 1")
     return {str(name): float(share) for name, share in value.items()}
@@ -23,7 +26,7 @@ def _balance(value):
 Balance = Annotated[Literal["equal", "natural"] | dict[str, float], PlainValidator(_balance)]
 
 
-class SplitShares(Section):
+class SplitSharesConfig(Section):
     """Shares of the groups of a source that has no splits of its own."""
 
     train: float = Field(0.8, gt=0, lt=1, description="Share to train the router on")
@@ -33,34 +36,47 @@ class SplitShares(Section):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if abs(self.train + self.valid + self.test - 1) > 1e-6:
-            raise ValueError(f"train, valid and test are {self.train + self.valid + self.test:g} together, not 1")
+            raise ValueError(
+                f"train, valid and test are {self.train + self.valid + self.test:g} together, not 1"
+            )
         return self
 
 
-class SplitRows(Section):
-    """Rows by split; test_held has as many as test, and of other pictures, so a source needs twice as many for test."""
+class SplitRowsConfig(Section):
+    """Rows by split; test_held has as many as test, and of other pictures, so a source needs twice
+    as many for test."""
 
     train: int = Field(2000, ge=1, description="Rows to train the router on")
     valid: int = Field(200, ge=1, description="Rows for early stopping and calibration")
     test: int = Field(200, ge=1, description="Rows for the report")
 
 
-class RoutingSource(Section):
+class RoutingSourceConfig(Section):
     """One source of requests for one expert."""
 
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
     expert: AdapterName = Field(description="Whose requests these are; none: nobody's")
     origin: Literal["loras", "jsonl", "drawn"] = Field(
         "loras", alias="from", description="loras (the expert's own rows), jsonl, or drawn"
     )
     path: str | None = Field(None, description="File or folder of jsonl rows when from is jsonl")
-    image_root: str | None = Field(None, description="Folder that image paths start at; none: the folder of path")
+    image_root: str | None = Field(
+        None, description="Folder that image paths start at; none: the folder of path"
+    )
     image_field: str = Field("image", description="Column of the picture in jsonl rows")
-    fields: dict[str, str] = Field({}, description="Columns of jsonl rows by the names used here: prompt")
-    drawn: Drawn | None = Field(None, description="What to draw when from is drawn")
-    weight: float = Field(1.0, gt=0, description="Share of the expert's rows, relative to its other sources")
-    per_split: SplitRows | None = Field(None, description="Rows wanted of this expert; none: per_expert")
+    fields: dict[str, str] = Field(
+        {}, description="Columns of jsonl rows by the names used here: prompt"
+    )
+    drawn: SyntheticConfig | None = Field(None, description="What to draw when from is drawn")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the expert's rows, relative to its other sources"
+    )
+    per_split: SplitRowsConfig | None = Field(
+        None, description="Rows wanted of this expert; none: per_expert"
+    )
 
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
@@ -71,18 +87,23 @@ class RoutingSource(Section):
             raise ValueError("none has no rows among the experts'; from must be jsonl or drawn")
         return self
 
-    def data(self, splits: SplitShares) -> TaskData:
-        """Return the same as the data of a task, which preprocess reads. Only for from jsonl or drawn."""
+    def data(self, splits: SplitSharesConfig) -> TaskDataConfig:
+        """Return the same as the data of a task, which preprocess reads. Only for from jsonl or
+        drawn."""
         if self.origin == "drawn":
-            return TaskData(source="drawn", drawn=self.drawn)
-        data = TaskData(
-            source="jsonl", path=self.path, image_root=self.image_root, image_field=self.image_field,
-            fields=self.fields, pictures="some",
-        )  # fmt: skip
+            return TaskDataConfig(source="drawn", drawn=self.drawn)
+        data = TaskDataConfig(
+            source="jsonl",
+            path=self.path,
+            image_root=self.image_root,
+            image_field=self.image_field,
+            fields=self.fields,
+            pictures="some",
+        )
         return data.model_copy(update={"valid_share": splits.valid, "test_share": splits.test})
 
 
-class Wording(Section):
+class WordingConfig(Section):
     """Ways to ask for the same thing."""
 
     seen: tuple[str, ...] = Field((), description="Prompts in train, valid and test")
@@ -100,47 +121,67 @@ def _off(value):
     return "off" if value is False else value  # as YAML reads it
 
 
-class Dedupe(Section):
-    """What of an expert's rows is compared: rows alike in all of it are one request, and the others are counted.
+class DedupeConfig(Section):
+    """What of an expert's rows is compared: rows alike in all of it are one request, and the others
+    are counted.
 
-    With prompt off one row of each picture is left, with image off one of each prompt; with both off all are left.
-    A request of two experts, with the same pictures and prompt, is dropped in any case.
+    With prompt off one row of each picture is left, with image off one of each prompt; with both
+    off all are left. A request of two experts, with the same pictures and prompt, is dropped in any
+    case.
     """
 
     image: Annotated[Literal["sha256", "off"], BeforeValidator(_off)] = Field(
         "sha256", description="Compare the pictures' pixels, or not at all"
     )
     prompt: Annotated[Literal["normalized", "exact", "off"], BeforeValidator(_off)] = Field(
-        "normalized", description="Compare prompts less case, spaces and closing marks, as they are, or not at all"
+        "normalized",
+        description="Compare prompts less case, spaces and closing marks, as they are, or not at all",
     )
 
 
-class RoutingLimits(Section):
+class RoutingLimitsConfig(Section):
     """What a request may hold; others are dropped and counted."""
 
     max_images: int = Field(4, ge=1, description="Most pictures of a request")
     max_prompt_chars: int = Field(2000, ge=1, description="Longest prompt, characters")
 
 
-class RoutingSet(Section):
+class RoutingSetConfig(Section):
     """Requests with the expert they belong to, taken from the experts' own rows."""
 
     seed: int = Field(0, ge=0, description="Seed of samples, splits and wording")
-    splits: SplitShares = Field(SplitShares(), description="Shares of sources without splits")
+    splits: SplitSharesConfig = Field(
+        SplitSharesConfig(), description="Shares of sources without splits"
+    )
     split_by: Literal["group", "id"] = Field(
         "group", description="What stays in one split: all rows of a picture, or a row"
     )
-    per_expert: SplitRows = Field(SplitRows(), description="Rows of each expert when balance is equal")
-    balance: Balance = Field("equal", description="Rows by expert: equal, natural, or a share of each")
-    short: Literal["error", "upsample", "accept"] = Field(
-        "error", description="When an expert has too few rows: stop, repeat some, or take what there is"
+    per_expert: SplitRowsConfig = Field(
+        SplitRowsConfig(), description="Rows of each expert when balance is equal"
     )
-    sources: tuple[RoutingSource, ...] = Field(description="Where requests come from, at least one per expert")
-    paraphrases: dict[str, Wording] = Field({}, description="Ways to ask for each expert's task, by expert")
-    neutral: Wording = Field(Wording(), description="Prompts that fit any expert, so that the picture decides")
+    balance: Balance = Field(
+        "equal", description="Rows by expert: equal, natural, or a share of each"
+    )
+    short: Literal["error", "upsample", "accept"] = Field(
+        "error",
+        description="When an expert has too few rows: stop, repeat some, or take what there is",
+    )
+    sources: tuple[RoutingSourceConfig, ...] = Field(
+        description="Where requests come from, at least one per expert"
+    )
+    paraphrases: dict[str, WordingConfig] = Field(
+        {}, description="Ways to ask for each expert's task, by expert"
+    )
+    neutral: WordingConfig = Field(
+        WordingConfig(), description="Prompts that fit any expert, so that the picture decides"
+    )
     ambiguous_share: Share = Field(0.3, description="Share of requests with a neutral prompt")
-    dedupe: Dedupe = Field(Dedupe(), description="What rows with the same request have in common")
-    limits: RoutingLimits = Field(RoutingLimits(), description="What a request may hold")
+    dedupe: DedupeConfig = Field(
+        DedupeConfig(), description="What rows with the same request have in common"
+    )
+    limits: RoutingLimitsConfig = Field(
+        RoutingLimitsConfig(), description="What a request may hold"
+    )
 
     @property
     def experts(self) -> tuple[str, ...]:

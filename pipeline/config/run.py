@@ -1,32 +1,69 @@
-"""What every family's configuration has, and what it tells the stages: jobs, inputs, content of addresses.
+"""What every family's configuration has, and what it tells the stages: jobs, inputs, content of
+addresses.
 
-Stages ask a run and never look into a family's sections, so a family adds or leaves out stages here alone.
+Stages ask a run and never look into a family's sections, so a family adds or leaves out stages here
+alone.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Name, Section
-from .machines import Modal
-from .sections import Deploy, Runtime
+from .base import Bytes, Name, Section
+from .machines import ModalConfig
 
-Job = tuple[str, str | None]  # stage and item
+JobKey = tuple[str, str | None]  # stage and item
 
 
-class Run(Section):
+class DeployConfig(Section):
+    """What becomes of the bundle; no result depends on it, so no address does."""
+
+    upload: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder or fsspec URL (s3://bucket/path) for a checked copy; none: no copy",
+    )
+
+
+class RuntimeConfig(Section):
+    """How a run is carried out; no result depends on it, so no address does."""
+
+    threads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Processor threads per job; auto: measured as a job starts, 0: all cores over the "
+        "parallel jobs (give a number where two runs must agree bit for bit)",
+    )
+    memory_budget: Bytes | None = Field(
+        None,
+        description="Most memory of a job above the level after imports, such as 350MB or 8GB; none: no limit",
+    )
+    save_every_s: float = Field(60.0, gt=0, description="Seconds between checkpoints")
+    log_every_steps: int = Field(10, ge=1, description="Steps between history rows")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="Also log to Weights & Biases"
+    )
+    wandb_project: str = Field("moleforge", description="Project name there")
+
+    def most_threads(self, share: int) -> int:
+        """Return the threads of a job whose share of the cores is that many; auto may settle for
+        fewer."""
+        return max(1, share) if self.threads in (0, "auto") else self.threads
+
+
+class RunConfig(Section):
     """A whole run, of whatever family."""
 
     name: Name = Field("run", description="Name of the run in reports")
     family: str = Field("ffn_moe", description="Kind of experts: ffn_moe or lora_vlm")
     seed: int = Field(0, ge=0, description="Seed of weights and batch order")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic of training: auto is bf16 autocast where the processor has it, else fp32"
+        "auto",
+        description="Arithmetic of training: auto is bf16 autocast where the processor has it, else fp32",
     )
-    deploy: Deploy = Field(Deploy(), description="Where the bundle goes")
-    runtime: Runtime = Field(Runtime(), description="How it runs")
-    modal: Modal = Field(Modal(), description="Where it runs when that is Modal")
+    deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
+    runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")
+    modal: ModalConfig = Field(ModalConfig(), description="Where it runs when that is Modal")
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -36,18 +73,22 @@ class Run(Section):
     @property
     def may_keep_int8(self) -> bool:
         """Whether a training may keep 8-bit moments: asked for somewhere, or chosen under a budget."""
-        return self.runtime.memory_budget is not None or '"moments":"int8"' in self.model_dump_json()
+        return (
+            self.runtime.memory_budget is not None or '"moments":"int8"' in self.model_dump_json()
+        )
 
     def items(self, stage: str) -> tuple[str | None, ...]:
-        """Return the jobs of a stage by their items: (None,) when it is one job, () when this family has none."""
+        """Return the jobs of a stage by their items: (None,) when it is one job, () when this
+        family has none."""
         raise NotImplementedError
 
-    def needs(self, stage: str, item: str | None) -> list[Job]:
+    def needs(self, stage: str, item: str | None) -> list[JobKey]:
         """Return the jobs whose artifacts a job reads, in order."""
         raise NotImplementedError
 
     def content(self, stage: str, item: str | None) -> dict:
-        """Return what a job's address holds of this configuration: everything that its result depends on."""
+        """Return what a job's address holds of this configuration: everything that its result
+        depends on."""
         raise NotImplementedError
 
     def section(self, stage: str, item: str | None) -> str:
@@ -55,5 +96,6 @@ class Run(Section):
         raise NotImplementedError
 
     def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield (setting, path) of the files and folders that this run reads or writes outside its store."""
+        """Yield (setting, path) of the files and folders that this run reads or writes outside its
+        store."""
         raise NotImplementedError

@@ -3,30 +3,35 @@
 No stage asks which family it runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..protocols import Progress
+
 if TYPE_CHECKING:
     import torch
 
-    from ..budget import Job
-    from ..config import Run
-    from ..store import Manifest
-    from ..train import Given, Task
+    from ..config.run import RunConfig
+    from ..store.artifacts import Manifest
+    from ..train.flops import JobCost
+    from ..train.loop import NoTraining, Task
 
-MODULES = {"ffn_moe": "ffn_moe", "lora_vlm": "lora_vlm"}
+NAMES = ("ffn_moe", "lora_vlm")
 PRELOAD = {  # what every job of a family imports, so that local ones are forked with it
-    "ffn_moe": ["pipeline.families.ffn_moe", "transformers.models.qwen3.modeling_qwen3"],
-    "lora_vlm": ["pipeline.families.lora_vlm", "transformers.models.qwen3_vl.modeling_qwen3_vl"],
+    "ffn_moe": ["pipeline.families.ffn_moe.family", "transformers.models.qwen3.modeling_qwen3"],
+    "lora_vlm": [
+        "pipeline.families.lora_vlm.family",
+        "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    ],
 }
 
 
 class Parts(Protocol):
     """What earlier stages of a run left behind, loaded on asking."""
 
-    cfg: "Run"
+    cfg: "RunConfig"
 
     def folder(self, stage: str, item: str | None = None) -> Path:
         """Where an artifact is. Raises MissingArtifact."""
@@ -41,44 +46,82 @@ class Parts(Protocol):
 class Family(Protocol):
     """What a kind of experts has to say."""
 
-    def survey(self, cfg: "Run", parts: Path, jobs: int, say: Callable[[str, float | None], None]) -> int:
-        """Split preprocess into at most that many jobs and note in parts what they need; return how many there are."""
+    def scan(
+        self,
+        cfg: "RunConfig",
+        parts: Path,
+        jobs: int,
+        progress: Progress,
+    ) -> int:
+        """Split preprocess into at most that many jobs and note in parts what they need; return how
+        many there are."""
 
-    def encode(self, cfg: "Run", parts: Path, number: int, say: Callable[[str, float | None], None]) -> None:
+    def encode(
+        self,
+        cfg: "RunConfig",
+        parts: Path,
+        number: int,
+        progress: Progress,
+    ) -> None:
         """Do one of those jobs, unless it is done; only this writes to its folder in parts."""
 
     def prepare(
-        self, cfg: "Run", folder: Path, say: Callable[[str, float | None], None], parts: Path, item: str | None
+        self,
+        cfg: "RunConfig",
+        folder: Path,
+        progress: Progress,
+        parts: Path,
+        item: str | None,
     ) -> dict:
-        """Write the data of an item of preprocess to folder, from parts where there was a survey; return metrics."""
+        """Write the data of an item of preprocess to folder, from parts where there was a survey;
+        return metrics."""
 
-    def shared(self, cfg: "Run", parts: Parts) -> "Task | Given":
+    def shared(self, cfg: "RunConfig", parts: Parts) -> "Task | NoTraining":
         """The training of what every expert stands on, or how it is written when it needs none."""
 
-    def expert(self, cfg: "Run", parts: Parts, item: str) -> "Task":
+    def expert(self, cfg: "RunConfig", parts: Parts, item: str) -> "Task":
         """One expert's training."""
 
-    def route_data(self, cfg: "Run", parts: Parts, folder: Path, say: Callable[[str, float | None], None]) -> dict:
-        """Write what the router learns from to folder; return metrics. Only where `routing` has a job."""
+    def route_data(
+        self,
+        cfg: "RunConfig",
+        parts: Parts,
+        folder: Path,
+        progress: Progress,
+    ) -> dict:
+        """Write what the router learns from to folder; return metrics. Only where `routing` has a
+        job."""
 
-    def router(self, cfg: "Run", parts: Parts) -> "Task":
+    def router(self, cfg: "RunConfig", parts: Parts) -> "Task":
         """The router's training."""
 
-    def dense(self, cfg: "Run", parts: Parts, item: str) -> "Task":
+    def dense(self, cfg: "RunConfig", parts: Parts, item: str) -> "Task":
         """One dense baseline's training."""
 
     def cost(
-        self, cfg: "Run", stage: str, item: str | None, made: Mapping[tuple[str, str | None], dict], bf16: bool
-    ) -> "Job | None":
-        """What a training will spend, as far as the metrics of finished jobs tell; None for what needs no training."""
+        self,
+        cfg: "RunConfig",
+        stage: str,
+        item: str | None,
+        made: Mapping[tuple[str, str | None], dict],
+        bf16: bool,
+    ) -> "JobCost | None":
+        """What a training will spend, as far as the metrics of finished jobs tell; None for what
+        needs no training."""
 
-    def assemble(self, cfg: "Run", parts: Parts) -> Any:
+    def assemble(self, cfg: "RunConfig", parts: Parts) -> Any:
         """The finished stack; what is measured is what is served."""
 
-    def measure(self, cfg: "Run", parts: Parts, say: Callable[[str, float | None], None]) -> dict:
+    def measure(self, cfg: "RunConfig", parts: Parts, progress: Progress) -> dict:
         """The report's tables."""
 
-    def bundle(self, cfg: "Run", parts: Parts, folder: Path, say: Callable[[str, float | None], None]) -> dict:
+    def bundle(
+        self,
+        cfg: "RunConfig",
+        parts: Parts,
+        folder: Path,
+        progress: Progress,
+    ) -> dict:
         """Write the stack to a folder that stock tools load; return metrics."""
 
     def reassemble(self, folder: Path) -> Any:
@@ -87,4 +130,4 @@ class Family(Protocol):
 
 def family(name: str) -> Family:
     """Return the family's module; importing it brings torch."""
-    return import_module(f".{MODULES[name]}", __name__)
+    return import_module(f".{name}.family", __name__)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .swiglu import is_swiglu, swiglu
-from .tensors import put
+from .kernels.swiglu import is_swiglu, swiglu
+from .tensors import assign_parameter
 
 BLOCK_ROWS = 64
 
 
 class Expert(nn.Module):
-    """One feed-forward network per layer; the dummy, the anchor and a dense baseline's FFN are Experts too."""
+    """One feed-forward network per layer; the dummy, the anchor and a dense baseline's FFN are
+    Experts too."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
@@ -31,7 +32,11 @@ class Expert(nn.Module):
 
     def named(self) -> dict[str, nn.Parameter]:
         """Return parameters under the names they have in a dense Hugging Face model."""
-        return {f"model.layers.{i}.mlp.{n}": p for i, net in enumerate(self.layers) for n, p in net.named_parameters()}
+        return {
+            f"model.layers.{i}.mlp.{n}": p
+            for i, net in enumerate(self.layers)
+            for n, p in net.named_parameters()
+        }
 
 
 def clone(expert: Expert) -> Expert:
@@ -39,19 +44,21 @@ def clone(expert: Expert) -> Expert:
     return copy.deepcopy(expert).requires_grad_(True)
 
 
-def around(like: Expert, tensors: Mapping[str, torch.Tensor]) -> Expert:
-    """Return a frozen expert of the same architecture around stored tensors, which are neither copied nor cast.
+def from_tensors(like: Expert, tensors: Mapping[str, torch.Tensor]) -> Expert:
+    """Return a frozen expert of the same architecture around stored tensors, which are neither
+    copied nor cast.
 
     Raises KeyError when names are missing or strange, ValueError when a shape differs.
     """
     with torch.device("meta"):
         expert = Expert([type(net)(net.config) for net in like.layers])
-    put(expert, expert.named(), tensors)
+    assign_parameter(expert, expert.named(), tensors)
     return expert.requires_grad_(False).eval()
 
 
-def fresh(like: Expert, d_ff: int | None = None) -> Expert:
-    """Return a new expert of the same architecture, drawn from torch's generator, optionally of another width F."""
+def reinit_like(like: Expert, d_ff: int | None = None) -> Expert:
+    """Return a new expert of the same architecture, drawn from torch's generator, optionally of
+    another width F."""
     return Expert([_fresh(net, d_ff) for net in like.layers]).requires_grad_(True)
 
 
@@ -75,9 +82,14 @@ def average(experts: Sequence[Expert]) -> Expert:
 
 
 def mix(
-    experts: Sequence[Expert], layer: int, x_ND: torch.Tensor, index_NK: torch.Tensor, weight_NK: torch.Tensor
+    experts: Sequence[Expert],
+    layer: int,
+    x_ND: torch.Tensor,
+    index_NK: torch.Tensor,
+    weight_NK: torch.Tensor,
 ) -> torch.Tensor:
-    """Return y_ND, each token's weighted sum over its chosen experts; index -1 drops a choice (capacity).
+    """Return y_ND, each token's weighted sum over its chosen experts; index -1 drops a choice
+    (capacity).
 
     Tokens are sorted by expert, so each expert runs once over a contiguous block.
     """
@@ -86,7 +98,9 @@ def mix(
     counts = (flat_R + 1).bincount(minlength=len(experts) + 1).tolist()  # first bin: dropped
     top_k = index_NK.shape[1]
     blocks = x_ND[order_R // top_k].split(counts)
-    parts = [torch.zeros_like(blocks[0])] + [_padded(e, layer, b) for e, b in zip(experts, blocks[1:], strict=True)]
+    parts = [torch.zeros_like(blocks[0])] + [
+        _padded(e, layer, b) for e, b in zip(experts, blocks[1:], strict=True)
+    ]
     y_RD = torch.cat([p.to(parts[-1].dtype) for p in parts])[order_R.argsort()]
     return (y_RD.view(-1, top_k, x_ND.shape[1]) * weight_NK.unsqueeze(-1)).sum(1).to(x_ND.dtype)
 
@@ -94,7 +108,8 @@ def mix(
 def _padded(expert: Expert, layer: int, x_RD: torch.Tensor) -> torch.Tensor:
     """Run an expert on a block filled up with zero rows to a multiple of BLOCK_ROWS.
 
-    oneDNN compiles and keeps a kernel for every shape it meets: with blocks of any length that cost 25 MB a step.
+    oneDNN compiles and keeps a kernel for every shape it meets: with blocks of any length that cost
+    25 MB a step.
     """
     rows = x_RD.shape[0]
     return expert(layer, F.pad(x_RD, (0, 0, 0, -rows % BLOCK_ROWS)))[:rows]

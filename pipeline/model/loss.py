@@ -1,13 +1,17 @@
-"""Cross-entropy that never holds the full logits: each chunk's gradient is formed in the forward pass.
+"""Cross-entropy that never holds the full logits: each chunk's gradient is formed in the forward
+pass.
 
 N tokens, D model width, V vocabulary, C tokens of a chunk.
 """
 
 import torch
 
-CHUNK_LOGITS = 2**22  # of a chunk: with 16,384 entries 256 tokens, the fastest on the processor it was measured on
+CHUNK_LOGITS = (
+    2**22
+)  # of a chunk: with 16,384 entries 256 tokens, the fastest on the processor it was measured on
 LEAST_CHUNK_TOKENS = 64  # below it the products slow down
-MOST_SUMS = 32  # gradients that are added up in bf16: a longer sum stops growing, as what comes is rounded away
+# gradients that are added up in bf16: a longer sum stops growing, as what comes is rounded away
+MOST_SUMS = 32
 
 
 def chunk_of(vocab_size: int, chunk_logits: int = CHUNK_LOGITS) -> int:
@@ -22,13 +26,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_ND, head_VD, target_N, dtype, chunk_tokens):
         cast_VD = head_VD.to(dtype)
         grad_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        sums = _Sum(head_VD, long=len(h_ND) > MOST_SUMS * chunk_tokens) if ctx.needs_input_grad[1] else None
+        sums = (
+            _Sum(head_VD, long=len(h_ND) > MOST_SUMS * chunk_tokens)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         work = _Workspace(min(chunk_tokens, len(h_ND)), cast_VD)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         for at in range(0, len(h_ND), chunk_tokens):
             part = slice(at, at + chunk_tokens)
             h_CD = h_ND[part].to(dtype)
-            total += work.nats(h_CD, target_N[part]).sum()
+            total += work.token_loss(h_CD, target_N[part]).sum()
             if grad_ND is None and sums is None:
                 continue
             slope_CV = work.slope(target_N[part])
@@ -57,14 +65,16 @@ class _Workspace:
         fp32 = torch.promote_types(head_VD.dtype, torch.float32)
         self.softmax_CV = torch.empty(size, dtype=fp32, device=head_VD.device)
 
-    def nats(self, h_CD: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
+    def token_loss(self, h_CD: torch.Tensor, target_C: torch.Tensor) -> torch.Tensor:
         """Return nats_C of a chunk and leave its softmax in the buffer."""
         logits_CV, softmax_CV = self.logits_CV[: len(h_CD)], self.softmax_CV[: len(h_CD)]
         torch.mm(h_CD, self.head_VD.T, out=logits_CV)
         own_C = logits_CV.gather(1, target_C[:, None]).squeeze(1).to(softmax_CV.dtype)
         top_C = logits_CV.amax(-1).to(softmax_CV.dtype)
         torch.softmax(logits_CV, -1, dtype=softmax_CV.dtype, out=softmax_CV)
-        return top_C - softmax_CV.amax(-1).log() - own_C  # logsumexp from the largest, which never underflows
+        return (
+            top_C - softmax_CV.amax(-1).log() - own_C
+        )  # logsumexp from the largest, which never underflows
 
     def slope(self, target_C: torch.Tensor) -> torch.Tensor:
         """Return d nats / d logits_CV of the chunk just seen, in the products' dtype."""
@@ -73,8 +83,11 @@ class _Workspace:
         return self.logits_CV[: len(target_C)].copy_(softmax_CV)
 
 
-def _scaled(head_VD: torch.Tensor, grad_VD: torch.Tensor | None, upstream: torch.Tensor) -> torch.Tensor | None:
-    """Return the head's gradient, or add it to the sum that is there already: a table of the vocabulary less."""
+def _scaled(
+    head_VD: torch.Tensor, grad_VD: torch.Tensor | None, upstream: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the head's gradient, or add it to the sum that is there already: a table of the
+    vocabulary less."""
     if grad_VD is None:
         return None
     if head_VD.is_leaf and head_VD.grad is not None:
@@ -84,7 +97,8 @@ def _scaled(head_VD: torch.Tensor, grad_VD: torch.Tensor | None, upstream: torch
 
 
 class _Sum:
-    """The head's gradient in the head's dtype; a long sum in bf16 goes over to fp32 every MOST_SUMS products."""
+    """The head's gradient in the head's dtype; a long sum in bf16 goes over to fp32 every MOST_SUMS
+    products."""
 
     def __init__(self, head_VD: torch.Tensor, long: bool):
         self.sum_VD, self.count = torch.zeros_like(head_VD), 0
@@ -120,7 +134,7 @@ def cross_entropy(
 
 
 @torch.no_grad()
-def token_nats(
+def chunked_token_loss(
     h_ND: torch.Tensor,
     head_VD: torch.Tensor,
     target_N: torch.Tensor,
@@ -131,4 +145,4 @@ def token_nats(
     chunk_tokens = chunk_tokens or chunk_of(len(head_VD))
     work = _Workspace(min(chunk_tokens, len(h_ND)), head_VD.to(dtype))
     chunks = zip(h_ND.split(chunk_tokens), target_N.split(chunk_tokens), strict=True)
-    return torch.cat([work.nats(h_CD.to(dtype), target_C) for h_CD, target_C in chunks])
+    return torch.cat([work.token_loss(h_CD.to(dtype), target_C) for h_CD, target_C in chunks])

@@ -1,7 +1,8 @@
 """The router: one linear gate per layer that picks K of E experts for every token.
 
 Weights of the picked experts are a softmax over their logits alone (top-k, then renormalised), the
-convention of Mixtral and of Qwen3-MoE with norm_topk_prob, so an expert trained alone keeps weight 1.
+convention of Mixtral and of Qwen3-MoE with norm_topk_prob, so an expert trained alone keeps weight
+1.
 
 B sequences, T tokens, N = B*T, D model width, E experts, K experts per token, R = N*K, L layers.
 """
@@ -30,7 +31,7 @@ class Gating:
 
 
 @dataclass
-class Load:
+class RouterStats:
     """What one layer's gate did in one forward pass."""
 
     share_E: torch.Tensor  # of assignments, sums to 1
@@ -56,10 +57,14 @@ class Router(nn.Module):
             logits_NE = F.linear(x_ND.float(), self.gates[layer]) / self.temperature
         if self.training and self.gating.noise:
             logits_NE = logits_NE + self.gating.noise * torch.randn_like(logits_NE)
-        bias_E = self.bias_LE[layer] if self.training else 0.0  # an exported gate has no place for it
+        bias_E = (
+            self.bias_LE[layer] if self.training else 0.0
+        )  # an exported gate has no place for it
         index_NK = (logits_NE + bias_E).topk(self.gating.top_k).indices
         weight_NK = logits_NE.gather(1, index_NK).softmax(-1)
-        if self.gating.top_k == 1:  # a lone weight is a constant 1: pass the probability's gradient straight through
+        if (
+            self.gating.top_k == 1
+        ):  # a lone weight is a constant 1: pass the probability's gradient straight through
             p_NK = logits_NE.softmax(-1).gather(1, index_NK)
             weight_NK = weight_NK + (p_NK - p_NK.detach())
         if self.training:
@@ -71,7 +76,7 @@ class Router(nn.Module):
         count_E = index_NK.flatten().bincount(minlength=n_experts).float()
         self.count_LE[layer] += count_E
         kept_NK = within_capacity(index_NK, n_experts, self.gating.capacity_factor)
-        self.loads[layer] = Load(
+        self.loads[layer] = RouterStats(
             share_E=count_E / count_E.sum(),
             probability_E=logits_NE.softmax(-1).mean(0),
             z=logits_NE.logsumexp(-1).square().mean(),
@@ -80,7 +85,8 @@ class Router(nn.Module):
         return kept_NK
 
     def balance_loss(self) -> torch.Tensor:
-        """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1 is an even load)."""
+        """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1
+        is an even load)."""
         terms = [len(a.share_E) * (a.share_E * a.probability_E).sum() for a in self.loads.values()]
         return torch.stack(terms).mean()
 
@@ -91,7 +97,8 @@ class Router(nn.Module):
     def end_step(self, nudge: float) -> torch.Tensor:
         """Return share_LE of assignments since the last call.
 
-        Moves the selection bias by `nudge` towards underused experts when balance is bias (2408.15664).
+        Moves the selection bias by `nudge` towards underused experts when balance is bias
+        (2408.15664).
         """
         share_LE = self.count_LE / self.count_LE.sum(1, keepdim=True).clamp(min=1)
         self.count_LE.zero_()
@@ -100,7 +107,8 @@ class Router(nn.Module):
         return share_LE
 
     def exported(self) -> dict[str, torch.Tensor]:
-        """Return gate weight_ED per layer by Hugging Face name, the temperature folded in; the bias has no place."""
+        """Return gate weight_ED per layer by Hugging Face name, the temperature folded in; the bias
+        has no place."""
         return {gate_name(i): g.detach() / self.temperature for i, g in enumerate(self.gates)}
 
 
@@ -134,8 +142,9 @@ class Uniform(nn.Module):
         return torch.stack([e(layer, x_BTD) for e in self.experts]).mean(0)
 
 
-class Pair(nn.Module):
-    """An expert beside the frozen anchor under a two-way gate, as FlexOlmo trains it (2507.07024, section 3.2).
+class CoordinatedExpert(nn.Module):
+    """An expert beside the frozen anchor under a two-way gate, as FlexOlmo trains it (2507.07024,
+    section 3.2).
 
     The anchor's logit is 0; the expert's is row . x + min(bias, 0).
     """
@@ -158,7 +167,8 @@ class Pair(nn.Module):
 
 
 def within_capacity(index_NK: torch.Tensor, n_experts: int, factor: float | None) -> torch.Tensor:
-    """Return index_NK with -1 where an expert is over floor(factor * N * K / E) tokens, first come first served."""
+    """Return index_NK with -1 where an expert is over floor(factor * N * K / E) tokens, first come
+    first served."""
     if factor is None:
         return index_NK
     slots = max(1, int(factor * index_NK.numel() / n_experts))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def fill_in(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+def copy_into(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy tensors into parameters of the same names, all of them.
 
     Raises KeyError when names are missing or strange, ValueError when a shape differs.
@@ -17,7 +17,9 @@ def fill_in(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.
             parameter.copy_(tensors[name])
 
 
-def put(root: nn.Module, wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+def assign_parameter(
+    root: nn.Module, wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Make tensors the frozen parameters of a network on the meta device, neither copied nor cast.
 
     Raises KeyError when names are missing or strange, ValueError when a shape differs.
@@ -26,7 +28,9 @@ def put(root: nn.Module, wanted: Mapping[str, nn.Parameter], tensors: Mapping[st
     places: dict[int, tuple[nn.Module, str]] = {}
     for module in root.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            places.setdefault(id(parameter), (module, key))  # a tied head is put where the embedding is
+            places.setdefault(
+                id(parameter), (module, key)
+            )  # a tied head is put where the embedding is
     for name, parameter in wanted.items():
         module, key = places[id(parameter)]
         setattr(module, key, nn.Parameter(tensors[name], requires_grad=False))
@@ -38,4 +42,6 @@ def _check(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.T
         raise KeyError(f"{len(odd)} tensors missing or strange, first {odd[0]}")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+            )

@@ -1,7 +1,7 @@
 """Shows a finished report: tables on the terminal, one HTML file, and a bundle's model card.
 
-A report is the plain dictionary that evaluate makes. Nothing here computes a result or reads a file, and any part of a
-report may be missing: what is absent, NaN or infinite is shown as a dash.
+A report is the plain dictionary that evaluate makes. Nothing here computes a result or reads a
+file, and any part of a report may be missing: what is absent, NaN or infinite is shown as a dash.
 """
 
 from .card import adapters_card, card

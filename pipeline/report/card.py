@@ -1,11 +1,13 @@
-"""The model card of a bundle, in Markdown: what it is, how good by which comparison, how to load it.
+"""The model card of a bundle, in Markdown: what it is, how good by which comparison, how to load
+it.
 
-Every number comes from the report through the same tables as page and terminal, so no two of them disagree.
+Every number comes from the report through the same tables as page and terminal, so no two of them
+disagree.
 """
 
-from . import requests, tables
-from .cells import Cell, Table, part
-from .digits import count
+from . import language, requests
+from .format import count
+from .table import Cell, Table, part
 
 HEAD = """---
 library_name: transformers
@@ -30,7 +32,14 @@ def card(report: dict, about: dict) -> str:
         _experts(about),
         _load(about),
         "## How good it is\n\nOn held-out text; report.html has it in full. A win holds on the axis it names.\n",
-        *(_table(table) for table in (tables.wins(report), tables.quality(report), tables.criteria(report))),
+        *(
+            _table(table)
+            for table in (
+                language.wins(report),
+                language.quality(report),
+                language.criteria(report),
+            )
+        ),
         _notes(report, about),
     ]
     return "\n".join(section for section in sections if section)
@@ -39,7 +48,13 @@ def card(report: dict, about: dict) -> str:
 def adapters_card(report: dict, about: dict) -> str:
     """Return README.md of a bundle of adapters; about is its experts.json."""
     run = str(about.get("run") or "run")
-    shown = (requests.routes, requests.answers, requests.adapters, requests.calibration, tables.criteria)
+    shown = (
+        requests.routes,
+        requests.answers,
+        requests.adapters,
+        requests.calibration,
+        language.criteria,
+    )
     sections = [
         f"{ADAPTERS_HEAD}\n# {_plain(run)}\n",
         _what_adapters(about),
@@ -47,7 +62,14 @@ def adapters_card(report: dict, about: dict) -> str:
         _load_adapters(about),
         "## How good it is\n\nOn held-out requests; report.html has it in full.\n",
         *(_table(table(report)) for table in shown),
-        "\n".join(["## To know", "", *(f"- {_plain(str(note))}" for note in report.get("notes") or ()), ""]),
+        "\n".join(
+            [
+                "## To know",
+                "",
+                *(f"- {_plain(str(note))}" for note in report.get("notes") or ()),
+                "",
+            ]
+        ),
     ]
     return "\n".join(section for section in sections if section)
 
@@ -120,10 +142,17 @@ def _what(report: dict, about: dict) -> str:
 
 
 def _experts(about: dict) -> str:
-    lines = ["## Experts", "", "| number | expert | domain | trained as | file |", "| ---: | --- | --- | --- | --- |"]
+    lines = [
+        "## Experts",
+        "",
+        "| number | expert | domain | trained as | file |",
+        "| ---: | --- | --- | --- | --- |",
+    ]
     for i, expert in enumerate(about["experts"]):
         domain = expert["domain"] or "all (the dummy of the trunk's training, kept)"
-        lines.append(f"| {i} | {expert['name']} | {domain} | `{expert['address']}` | `{expert['file']}` |")
+        lines.append(
+            f"| {i} | {expert['name']} | {domain} | `{expert['address']}` | `{expert['file']}` |"
+        )
     lines.append(f"\nTrunk `{about['trunk']['address']}`, router `{about['router']['address']}`.\n")
     return "\n".join(lines)
 
@@ -172,8 +201,12 @@ def _cell(cell: Cell) -> str:
 
 def _notes(report: dict, about: dict) -> str:
     lines = [f"- {_plain(str(note))}" for note in report.get("notes") or ()]
-    lines.append("- A base model: it goes on with a text and was not taught to follow instructions or to refuse any.")
-    lines.append(f"- What it has not seen in {', '.join(e['name'] for e in about['experts'])} it does not know.")
+    lines.append(
+        "- A base model: it goes on with a text and was not taught to follow instructions or to refuse any."
+    )
+    lines.append(
+        f"- What it has not seen in {', '.join(e['name'] for e in about['experts'])} it does not know."
+    )
     return "\n".join(["## To know", "", *lines, ""])
 
 

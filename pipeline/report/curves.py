@@ -1,13 +1,14 @@
 """Curves of a run's history as inline SVG: one chart per quantity, jobs of one stage side by side.
 
-Colours are CSS classes, so a chart follows the page into the dark; the same rows always give the same bytes.
+Colours are CSS classes, so a chart follows the page into the dark; the same rows always give the
+same bytes.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .digits import count, figures, finite, fixed, ticks
+from .format import count, figures, finite, fixed, ticks
 from .markup import Markup, join, tag
 
 WIDE, HIGH = 420, 210
@@ -51,7 +52,9 @@ def shares(histories: dict[str, list[dict]], experts: list[str]) -> Markup:
         width = max(len(row["load"]) for row in rows)
         names = [*experts[:width], *(f"expert {i}" for i in range(len(experts), width))]
         loads = [_thin([(_x(row), _entry(row["load"], i)) for row in rows]) for i in range(width)]
-        lines = [Line(name, points, i) for i, (name, points) in enumerate(zip(names, loads, strict=True))]
+        lines = [
+            Line(name, points, i) for i, (name, points) in enumerate(zip(names, loads, strict=True))
+        ]
         out.append(_chart(f"{key}: load of each expert", "share of tokens", lines, bottom=0.0))
         for field, unit in (("entropy", "nats"), ("temperature", ""), ("balance", ""), ("z", "")):
             out.append(_single(f"{key}: {field}", unit, rows, field))
@@ -72,14 +75,21 @@ def _stage(name: str, jobs: dict[str, list[dict]]) -> Markup:
 
 def _loss(title: str, rows: list[dict]) -> Markup:
     train = Line("train", _thin(_points(rows, "train_nats")), 0, faint=True)
-    valid = Line("validation", [p for p in _points(rows, "valid_nats") if p[1] is not None], 1, dots=True)
+    valid = Line(
+        "validation", [p for p in _points(rows, "valid_nats") if p[1] is not None], 1, dots=True
+    )
     late = [p for line in (train, valid) for p in line.points[int(len(line.points) * UNSETTLED) :]]
     top = max((value for _, value in late if value is not None), default=None)
     return _chart(f"{title}: loss", "nats per token", [train, valid], top=top)
 
 
-def _overlay(title: str, unit: str, jobs: dict, field: str, merge: Callable | None = None, bottom=None) -> Markup:
-    lines = [Line(job, _thin(_points(rows, field), merge), i) for i, (job, rows) in enumerate(jobs.items())]
+def _overlay(
+    title: str, unit: str, jobs: dict, field: str, merge: Callable | None = None, bottom=None
+) -> Markup:
+    lines = [
+        Line(job, _thin(_points(rows, field), merge), i)
+        for i, (job, rows) in enumerate(jobs.items())
+    ]
     return _chart(title, unit, lines, bottom=bottom)
 
 
@@ -88,8 +98,13 @@ def _single(title: str, unit: str, rows: list[dict], field: str) -> Markup:
 
 
 def _ordered(rows: list[dict]) -> list[dict]:
-    """Sort rows by step; a job that was resumed wrote some steps twice, of which the later row counts."""
-    known = [row for row in rows or () if isinstance(row, dict) and None not in map(finite, map(row.get, AXES))]
+    """Sort rows by step; a job that was resumed wrote some steps twice, of which the later row
+    counts."""
+    known = [
+        row
+        for row in rows or ()
+        if isinstance(row, dict) and None not in map(finite, map(row.get, AXES))
+    ]
     last = {row["step"]: row for row in known}
     return [last[step] for step in sorted(last)]
 
@@ -107,7 +122,8 @@ def _entry(line: list, i: int) -> float | None:
 
 
 def _thin(points: list[Point], merge: Callable | None = None) -> list[Point]:
-    """Merge neighbours (their mean, unless merge is given) until at most POINTS are left; the last point stays."""
+    """Merge neighbours (their mean, unless merge is given) until at most POINTS are left; the last
+    point stays."""
     size = math.ceil(len(points) / POINTS)
     if size <= 1:
         return points
@@ -120,8 +136,11 @@ def _thin(points: list[Point], merge: Callable | None = None) -> list[Point]:
     return [*out, points[-1]]
 
 
-def _chart(title: str, unit: str, lines: list[Line], bottom: float | None = None, top: float | None = None) -> Markup:
-    """Return a figure with axes, lines and a legend that ends in the last values; empty without any value."""
+def _chart(
+    title: str, unit: str, lines: list[Line], bottom: float | None = None, top: float | None = None
+) -> Markup:
+    """Return a figure with axes, lines and a legend that ends in the last values; empty without any
+    value."""
     lines = [line for line in lines if any(v is not None for _, v in line.points)]
     if not lines:
         return Markup("")
@@ -154,7 +173,9 @@ def _axes(x_ticks, y_ticks, x_at, y_at, x_most: float) -> list[Markup]:
     for y in y_ticks:
         at = f"{y_at(y):.1f}"
         out.append(tag("line", x1=LEFT, x2=RIGHT, y1=at, y2=at, class_="grid"))
-        out.append(tag("text", _tick(y, y_ticks), x=LEFT - 6, y=f"{y_at(y) + 3.5:.1f}", class_="end"))
+        out.append(
+            tag("text", _tick(y, y_ticks), x=LEFT - 6, y=f"{y_at(y) + 3.5:.1f}", class_="end")
+        )
     for x in x_ticks:
         if x <= x_most:
             out.append(tag("text", count(x), x=f"{x_at(x):.1f}", y=BOTTOM + 15, class_="middle"))
@@ -167,7 +188,11 @@ def _tick(value: float, values: list[float]) -> str:
     step = values[1] - values[0]
     if max(map(abs, values)) >= 1000:
         return count(value)
-    return fixed(value, len(f"{step:.12f}".rstrip("0").partition(".")[2])) if step >= 1e-4 else f"{value:.2g}"
+    return (
+        fixed(value, len(f"{step:.12f}".rstrip("0").partition(".")[2]))
+        if step >= 1e-4
+        else f"{value:.2g}"
+    )
 
 
 def _drawn(line: Line, x_at: Callable, y_at: Callable) -> Markup:
@@ -176,7 +201,11 @@ def _drawn(line: Line, x_at: Callable, y_at: Callable) -> Markup:
     found = [(x, v) for x, v in line.points if v is not None]
     if (line.dots and len(found) <= 40) or len(found) == 1:
         shown = [(x_at(x), y_at(v)) for x, v in found]
-        parts += [tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4, class_=look) for x, y in shown if y >= TOP]
+        parts += [
+            tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4, class_=look)
+            for x, y in shown
+            if y >= TOP
+        ]
     return tag("g", tag("title", f"{line.name}: {figures(found[-1][1])} at the end"), *parts)
 
 

@@ -1,4 +1,5 @@
-"""HTML by construction: text is escaped unless it is Markup, and only `tag` makes Markup out of text.
+"""HTML by construction: text is escaped unless it is Markup, and only `tag` makes Markup out of
+text.
 
 Attribute values are escaped as well; characters that no HTML file may hold are replaced.
 """
@@ -17,19 +18,26 @@ class Markup(str):
 
 
 def tag(name: str, /, *children: str, **attributes) -> Markup:
-    """Return one element; `class_` becomes class, `aria_label` aria-label; None or "" leaves an attribute out."""
+    """Return one element; `class_` becomes class, `aria_label` aria-label; None or "" leaves an
+    attribute out."""
     pairs = [
         f' {key.rstrip("_").replace("_", "-")}="{safe(str(value))}"'
         for key, value in attributes.items()
         if value is not None and value != ""
     ]
     head = f"<{name}{''.join(pairs)}>"
-    return Markup(head) if name in VOID and not children else Markup(f"{head}{join(*children)}</{name}>")
+    return (
+        Markup(head)
+        if name in VOID and not children
+        else Markup(f"{head}{join(*children)}</{name}>")
+    )
 
 
 def join(*children: str) -> Markup:
     """Return the children one after the other, escaped where they are plain text."""
-    return Markup("".join(child if isinstance(child, Markup) else safe(child) for child in children))
+    return Markup(
+        "".join(child if isinstance(child, Markup) else safe(child) for child in children)
+    )
 
 
 def small(text: str) -> Markup:

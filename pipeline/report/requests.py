@@ -1,22 +1,34 @@
 """Tables of a report on whole requests: which expert each goes to, and what its answer is worth.
 
-They read the parts `routing`, `adapters` and `answers` of a report, and are empty where a report has none of these.
+They read the parts `routing`, `adapters` and `answers` of a report, and are empty where a report
+has none of these.
 """
 
-from .cells import Cell, Row, Table, at, part
-from .digits import DASH, count, finite, fixed, interval, share, signed
+from .format import DASH, count, finite, fixed, interval, share, signed
+from .table import Cell, Row, Table, at, part
 
-WAYS = (("stack", "stack"), ("choice", "first choice"), ("oracle", "right expert"), ("base", "base"))
+WAYS = (
+    ("stack", "stack"),
+    ("choice", "first choice"),
+    ("oracle", "right expert"),
+    ("base", "base"),
+)
 
 
 def routes(report: dict) -> Table:
     """Return the accuracy of the run's router and of its baselines on every set of requests."""
     groups = _dicts(part(report, "routing").get("sets"))
-    names = list(dict.fromkeys(str(line.get("row", DASH)) for group in groups for line in _dicts(group.get("rows"))))
+    names = list(
+        dict.fromkeys(
+            str(line.get("row", DASH)) for group in groups for line in _dicts(group.get("rows"))
+        )
+    )
     rows = []
     for name in names:
         lines = [_named(group, name) for group in groups]
-        cells = tuple(Cell(share(line.get("accuracy"), 1), _percent(line.get("interval"))) for line in lines)
+        cells = tuple(
+            Cell(share(line.get("accuracy"), 1), _percent(line.get("interval"))) for line in lines
+        )
         rows.append(Row(name, cells, main=any(line.get("is_router") is True for line in lines)))
     reading = (
         "Share of requests that go to their own expert; in brackets the 95 % interval over pictures, in per cent. "
@@ -25,22 +37,29 @@ def routes(report: dict) -> Table:
         "mean hidden state."
     )
     heads = tuple(str(group.get("set", DASH)) for group in groups)
-    return Table("Routes", "Requests that reach their own expert", "router", heads, tuple(rows), reading)
+    return Table(
+        "Routes", "Requests that reach their own expert", "router", heads, tuple(rows), reading
+    )
 
 
 def margins(report: dict) -> Table:
-    """Return how far ahead of each baseline the router is, and what else there is to say of it, per set."""
+    """Return how far ahead of each baseline the router is, and what else there is to say of it, per
+    set."""
     found, k = part(report, "routing"), part(report, "routing").get("top_k")
     groups = _dicts(found.get("sets"))
     lines = [line for group in groups for line in _dicts(group.get("rows"))]
     rivals = list(dict.fromkeys(str(line.get("row")) for line in lines if line.get("router_ahead")))
     rows = []
     for group in groups:
-        own = next((line for line in _dicts(group.get("rows")) if line.get("is_router") is True), {})
+        own = next(
+            (line for line in _dicts(group.get("rows")) if line.get("is_router") is True), {}
+        )
         ahead = [part(_named(group, name), "router_ahead") for name in rivals]
         cells = [Cell(count(group.get("requests"))), Cell(share(own.get("top_k"), 1))]
         cells += [Cell(fixed(own.get("nats"))), Cell(fixed(own.get("ece")))]
-        cells += [Cell(signed(each.get("difference")), interval(each.get("interval"))) for each in ahead]
+        cells += [
+            Cell(signed(each.get("difference")), interval(each.get("interval"))) for each in ahead
+        ]
         rows.append(Row(str(group.get("set", DASH)), tuple(cells)))
     reading = (
         "Ahead: the router's accuracy less the baseline's, on the same requests, with its 95 % interval; above zero "
@@ -72,9 +91,7 @@ def _confusion(name: str, lines: list, choices: tuple[str, ...], recall) -> Tabl
             for v, other in zip(values, choices, strict=True)
         ]
         rows.append(Row(own, (*cells, Cell(share(at(recall, i))))))
-    reading = (
-        "A row is what requests are, a column where the router sends them; recall is the share that reaches its own."
-    )
+    reading = "A row is what requests are, a column where the router sends them; recall is the share that reaches its own."
     colours = "Colour: share of the row; framed: the right choice."
     heads = (*choices, "recall")
     return Table(
@@ -90,23 +107,30 @@ def _confusion(name: str, lines: list, choices: tuple[str, ...], recall) -> Tabl
 
 
 def calibration(report: dict) -> Table:
-    """Return how much the router's confidence is worth, before and after its temperature was fitted."""
+    """Return how much the router's confidence is worth, before and after its temperature was
+    fitted."""
     found, rows = part(report, "routing"), []
     for line in _dicts(found.get("calibration")):
-        cells = (fixed(line.get(key)) for key in ("ece_before", "ece_after", "nats_before", "nats_after"))
+        cells = (
+            fixed(line.get(key)) for key in ("ece_before", "ece_after", "nats_before", "nats_after")
+        )
         rows.append(Row(str(line.get("set", DASH)), tuple(map(Cell, cells))))
     reading = (
         f"Expected calibration error over 15 bins, and nats per request; the temperature "
         f"({fixed(found.get('temperature'), 2)}) was fitted on validation requests."
     )
     heads = ("error before", "error after", "nats before", "nats after")
-    return Table("Calibration", "How sure, and how sure rightly", "set", heads, tuple(rows), reading)
+    return Table(
+        "Calibration", "How sure, and how sure rightly", "set", heads, tuple(rows), reading
+    )
 
 
 def coverage(report: dict) -> Table:
     """Return the share of requests above each confidence, and the accuracy on those."""
     lines = _dicts(part(report, "routing").get("coverage"))
-    marks = list(dict.fromkeys(p.get("threshold") for line in lines for p in _dicts(line.get("points"))))
+    marks = list(
+        dict.fromkeys(p.get("threshold") for line in lines for p in _dicts(line.get("points")))
+    )
     rows = []
     for line in lines:
         points = {p.get("threshold"): p for p in _dicts(line.get("points"))}
@@ -142,15 +166,21 @@ def strangers(report: dict) -> Table:
 def consistency(report: dict) -> Table:
     """Return how often a changed request goes to the same expert."""
     rows = [
-        Row(str(line.get("change", DASH)), (Cell(share(line.get("same"), 1)), Cell(count(line.get("requests")))))
+        Row(
+            str(line.get("change", DASH)),
+            (Cell(share(line.get("same"), 1)), Cell(count(line.get("requests")))),
+        )
         for line in _dicts(part(report, "routing").get("consistency"))
         if line.get("requests")
     ]
-    reading = (
-        "Share of test requests that go where they went before, right or wrong, after a change that should not matter."
-    )
+    reading = "Share of test requests that go where they went before, right or wrong, after a change that should not matter."
     return Table(
-        "Consistency", "The same request, a little different", "change", ("same", "requests"), tuple(rows), reading
+        "Consistency",
+        "The same request, a little different",
+        "change",
+        ("same", "requests"),
+        tuple(rows),
+        reading,
     )
 
 
@@ -166,30 +196,49 @@ def adapters(report: dict) -> Table:
             Cell(fixed(v), interval(part(line, "intervals").get(name)), heat=v, own=name == own)
             for name, v in scores.items()
         )
-        rows.append(Row(own, cells, f"{line.get('metric', '')}, {count(line.get('requests'))} rows"))
+        rows.append(
+            Row(own, cells, f"{line.get('metric', '')}, {count(line.get('requests'))} rows")
+        )
     reading = (
         "A row is a task's test rows, a column who answers them; scores lie between 0 and 1. A strong diagonal means "
         "that experts specialised. exact: same text; cer: 1 less the character error rate; iou: F1 of boxes at IoU "
         "0.5; count: right number; caption: F1 of the longest common word sequence (ROUGE-L)."
     )
     colours = "Colour: the score; framed: an expert on its own task."
-    return Table("Adapters", "Who can do what", "task", names, tuple(rows), reading, colours, scale=("0", "1"))
+    return Table(
+        "Adapters",
+        "Who can do what",
+        "task",
+        names,
+        tuple(rows),
+        reading,
+        colours,
+        scale=("0", "1"),
+    )
 
 
 def figures(report: dict) -> Table:
     """Return what else the tasks' metrics tell about each expert on its own task."""
-    lines = [line for line in _dicts(part(report, "adapters").get("tasks")) if part(line, "figures")]
+    lines = [
+        line for line in _dicts(part(report, "adapters").get("tasks")) if part(line, "figures")
+    ]
     names = tuple(dict.fromkeys(str(name) for line in lines for name in part(line, "figures")))
     rows = [
-        Row(str(line.get("task", DASH)), tuple(Cell(fixed(part(line, "figures").get(name))) for name in names))
+        Row(
+            str(line.get("task", DASH)),
+            tuple(Cell(fixed(part(line, "figures").get(name))) for name in names),
+        )
         for line in lines
     ]
     reading = "Means over the task's test rows, each expert on its own task; readable: share that could be read at all."
-    return Table("Figures", "The same answers in their own units", "task", names, tuple(rows), reading)
+    return Table(
+        "Figures", "The same answers in their own units", "task", names, tuple(rows), reading
+    )
 
 
 def answers(report: dict) -> Table:
-    """Return what routed requests' answers score: by the stack, the first choice, the right expert and the base."""
+    """Return what routed requests' answers score: by the stack, the first choice, the right expert
+    and the base."""
     rows = []
     for group in _dicts(report.get("answers")):
         name = str(group.get("set", DASH))
@@ -199,7 +248,15 @@ def answers(report: dict) -> Table:
             behind = part(line, "behind_oracle")
             cells = [Cell(fixed(way.get("score")), interval(way.get("interval"))) for way in ways]
             cells.append(Cell(signed(behind.get("difference")), interval(behind.get("interval"))))
-            rows.append(Row(task, tuple(cells), f"{name}, {count(line.get('requests'))}", name, task == "all"))
+            rows.append(
+                Row(
+                    task,
+                    tuple(cells),
+                    f"{name}, {count(line.get('requests'))}",
+                    name,
+                    task == "all",
+                )
+            )
     reading = (
         "Requests of the routing set with the answers of their task rows. Stack: as served, with several answers "
         "ranked where the router is unsure; right expert: as if the router never erred; behind it: that score less the "
@@ -214,7 +271,9 @@ def lead(report: dict) -> str:
     router, text = _row(report, 0, "router"), _row(report, 0, "text only")
     if not router:
         return ""
-    out = f"The router sends {share(router.get('accuracy'), 1)} of test requests to their own expert"
+    out = (
+        f"The router sends {share(router.get('accuracy'), 1)} of test requests to their own expert"
+    )
     out += f" (without pictures {share(text.get('accuracy'), 1)})." if text else "."
     whole = part(_first(report.get("answers")), "all")
     if not whole:
@@ -229,14 +288,25 @@ def tiles(report: dict) -> list[tuple[str, str, str]]:
     if not router:
         return []
     whole = part(_first(report.get("answers")), "all")
-    neutral = next((g for g in _dicts(part(report, "routing").get("sets")) if "neutral" in str(g.get("set"))), {})
+    neutral = next(
+        (g for g in _dicts(part(report, "routing").get("sets")) if "neutral" in str(g.get("set"))),
+        {},
+    )
     seen, blind = (_named(neutral, name) for name in ("router", "text only"))
     stack = part(whole, "stack")
     return [
         ("router's accuracy", share(router.get("accuracy"), 1), _percent(router.get("interval"))),
-        ("on neutral prompts", share(seen.get("accuracy"), 1), f"without pictures {share(blind.get('accuracy'), 1)}"),
+        (
+            "on neutral prompts",
+            share(seen.get("accuracy"), 1),
+            f"without pictures {share(blind.get('accuracy'), 1)}",
+        ),
         ("stack's answers", fixed(stack.get("score")), interval(stack.get("interval"))),
-        ("right experts' answers", fixed(part(whole, "oracle").get("score")), "as if the router never erred"),
+        (
+            "right experts' answers",
+            fixed(part(whole, "oracle").get("score")),
+            "as if the router never erred",
+        ),
     ]
 
 
@@ -254,7 +324,11 @@ def _first(lines) -> dict:
 
 
 def _dicts(lines) -> list[dict]:
-    return [line for line in lines if isinstance(line, dict)] if isinstance(lines, list | tuple) else []
+    return (
+        [line for line in lines if isinstance(line, dict)]
+        if isinstance(lines, list | tuple)
+        else []
+    )
 
 
 def _percent(pair) -> str:

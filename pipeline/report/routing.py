@@ -5,8 +5,8 @@ Shares are drawn on one fixed scale from 0 to 100 %, so layers and runs can be c
 
 from dataclasses import replace
 
-from .cells import Cell, Row, Table, at, domains_of, part
-from .digits import DASH, finite, fixed, share
+from .format import DASH, finite, fixed, share
+from .table import Cell, Row, Table, at, domains_of, part
 
 
 def mean(report: dict) -> Table:
@@ -20,7 +20,9 @@ def mean(report: dict) -> Table:
     agreement = part(part(report, "T5"), "agreement_by_domain")
     if not agreement:
         return table
-    rows = (replace(row, cells=(*row.cells, Cell(share(agreement.get(row.name))))) for row in table.rows)
+    rows = (
+        replace(row, cells=(*row.cells, Cell(share(agreement.get(row.name))))) for row in table.rows
+    )
     return replace(table, columns=(*table.columns, "agreement"), rows=tuple(rows))
 
 
@@ -42,7 +44,10 @@ def facts(report: dict) -> list[tuple[str, str]]:
     dead = found.get("dead")
     return [
         ("agreement with the domain", share(found.get("agreement"), 1)),
-        ("entropy of the load", f"{fixed(found.get('entropy'))} of {fixed(found.get('max_entropy'))} nats"),
+        (
+            "entropy of the load",
+            f"{fixed(found.get('entropy'))} of {fixed(found.get('max_entropy'))} nats",
+        ),
         ("MaxVio", fixed(found.get("max_violation"))),
         ("least used", _used(found.get("least"))),
         ("most used", _used(found.get("most"))),
@@ -69,7 +74,9 @@ def by_layer(report: dict) -> Table:
         "logarithm of the number of experts. MaxVio: how far the busiest expert lies over an even load, relative to "
         "it; 0 is even (auxiliary-loss-free balancing, arXiv 2408.15664)."
     )
-    return Table("T5", "Routing by layer", "layer", ("agreement", "entropy, nats", "MaxVio"), rows, reading)
+    return Table(
+        "T5", "Routing by layer", "layer", ("agreement", "entropy, nats", "MaxVio"), rows, reading
+    )
 
 
 def _shares(report: dict, shares, title: str, reading: str, unit: str = " %") -> Table:

@@ -1,7 +1,7 @@
 """The page's style sheet: light and dark by the reader's setting, paper, and phones.
 
-Heat colours are mixed from --paper towards --gain, --loss or --share, whose full strength still carries --ink at a
-contrast of 4.5 to 1; a test computes it.
+Heat colours are mixed from --paper towards --gain, --loss or --share, whose full strength still
+carries --ink at a contrast of 4.5 to 1; a test computes it.
 """
 
 LIGHT = {

@@ -1,7 +1,7 @@
 """The report on a terminal, or in a log: tables by rich.
 
-Where the console is no terminal the width is WIDTH and there are no colour codes. Columns that do not fit go to a
-further table with the same rows, so nothing is cut off.
+Where the console is no terminal the width is WIDTH and there are no colour codes. Columns that do
+not fit go to a further table with the same rows, so nothing is cut off.
 """
 
 import unicodedata
@@ -13,30 +13,43 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import requests, routing, tables
-from .cells import Cell, Row, Table
+from . import language, requests, routing
+from .table import Cell, Row, Table
 
 WIDTH = 120
-NAME, WORDS, HEAD, GAP = 26, 40, 12, 2  # most characters of a name, of a cell of words, of a heading; blanks between
+NAME, WORDS, HEAD, GAP = (
+    26,
+    40,
+    12,
+    2,
+)  # most characters of a name, of a cell of words, of a heading; blanks between
 EDGES = 2  # blanks that the frame adds left and right
 ROUTES = (requests.routes, requests.margins)
-ASKED = (requests.calibration, requests.coverage, requests.strangers, requests.consistency, requests.adapters,
-         requests.figures, requests.answers)  # fmt: skip
+ASKED = (
+    requests.calibration,
+    requests.coverage,
+    requests.strangers,
+    requests.consistency,
+    requests.adapters,
+    requests.figures,
+    requests.answers,
+)
 SWAPS = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
 
 
 def show(report: dict, console: Console) -> None:
-    """Print what there is of T1, T3, T5 in short, the tables of whole requests, T6, wins and criteria."""
+    """Print what there is of T1, T3, T5 in short, the tables of whole requests, T6, wins and
+    criteria."""
     with _plain(console):
         _line(console, _title(report), "bold")
-        for table in (tables.quality, tables.cost, tables.opt_out, routing.mean, *ROUTES):
+        for table in (language.quality, language.cost, language.opt_out, routing.mean, *ROUTES):
             _print(console, table(report))
         for table in requests.confusions(report):
             _print(console, table)
         facts = routing.facts(report)
         if facts:
             _line(console, "; ".join(f"{name} {value}" for name, value in facts))
-        for table in (*ASKED, tables.active, tables.wins, tables.criteria):
+        for table in (*ASKED, language.active, language.wins, language.criteria):
             _print(console, table(report))
         for note in report.get("notes") or ():
             _line(console, f"note: {note}")
@@ -44,7 +57,11 @@ def show(report: dict, console: Console) -> None:
 
 def _title(report: dict) -> str:
     seed = f"seed {report['seed']}" if report.get("seed") is not None else ""
-    return "  ".join(str(word) for word in (report.get("run"), report.get("family"), seed, report.get("made")) if word)
+    return "  ".join(
+        str(word)
+        for word in (report.get("run"), report.get("family"), seed, report.get("made"))
+        if word
+    )
 
 
 @contextmanager
@@ -81,7 +98,8 @@ def _text(text: str, console: Console, style: str = "") -> Text:
 
 
 def clean(text: str, encoding: str) -> str:
-    """Return text without control characters, in what the encoding can say: names can hold anything."""
+    """Return text without control characters, in what the encoding can say: names can hold
+    anything."""
     text = "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in str(text))
     if not encoding.lower().startswith("utf"):
         text = text.translate(SWAPS).encode(encoding, "replace").decode(encoding)
@@ -106,7 +124,8 @@ def _name_wide(table: Table) -> int:
 
 
 def _wide(table: Table, i: int) -> int:
-    """Return the width of a column: its values on one line (words may be wrapped), its heading wrapped."""
+    """Return the width of a column: its values on one line (words may be wrapped), its heading
+    wrapped."""
     values = max(len(_value(row.cells[i])) for row in table.rows)
     word = max((len(word) for word in table.columns[i].split()), default=0)
     return max(min(values, WORDS) if i in table.words else values, min(HEAD, word))
@@ -114,9 +133,15 @@ def _wide(table: Table, i: int) -> int:
 
 def _grid(table: Table, columns: range, console: Console) -> Grid:
     grid = Grid(
-        box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True
+        box=box.SIMPLE_HEAD,
+        padding=(0, GAP - 1, 0, 0),
+        pad_edge=False,
+        header_style="bold",
+        collapse_padding=True,
     )
-    grid.add_column(_text(table.corner, console), overflow="fold", width=_name_wide(table), vertical="top")
+    grid.add_column(
+        _text(table.corner, console), overflow="fold", width=_name_wide(table), vertical="top"
+    )
     for i in columns:
         side = "left" if i in table.words else "right"
         head = _text(table.columns[i], console)
@@ -125,7 +150,12 @@ def _grid(table: Table, columns: range, console: Console) -> Grid:
     for row, following in zip(table.rows, kinds, strict=True):
         style = "bold green" if row.main else ""
         cells = [_cell(row.cells[i], console) for i in columns]
-        grid.add_row(_text(_name(row), console), *cells, style=style, end_section=following not in (row.kind, None))
+        grid.add_row(
+            _text(_name(row), console),
+            *cells,
+            style=style,
+            end_section=following not in (row.kind, None),
+        )
     return grid
 
 

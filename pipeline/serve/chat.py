@@ -1,7 +1,8 @@
-"""Chats with pictures over a bundle of adapters, in OpenAI's format, and which expert a request goes to.
+"""Chats with pictures over a bundle of adapters, in OpenAI's format, and which expert a request
+goes to.
 
-Invariant: pictures come inside the request and are checked before anything is run; this server fetches nothing. What
-answers is the stack that the report measured.
+Invariant: pictures come inside the request and are checked before anything is run; this server
+fetches nothing. What answers is the stack that the report measured.
 """
 
 import base64
@@ -16,12 +17,12 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import Field
 
-from ..bundle import SUMS, about, verify
-from ..config.loras import ImageLimits
-from ..data.pictures import open_checked, resized
+from ..config.task_data import ImageLimitsConfig
+from ..data.images.images import open_checked, resized
 from ..errors import DataError
 from ..families import family
-from .protocol import Body, Limits, Refused, Service, described, only, read
+from ..store.bundle import SUMS, about, verify
+from .protocol import ApiError, Body, RequestLimits, Service, described, only, read
 
 BODY_BYTES = 32 << 20  # pictures come inside
 PICTURE_PIXELS = 64_000_000  # before it is resized
@@ -33,7 +34,9 @@ _Off, _One, _Zero, _None = only(False), only(1), only(0), only(None)
 class Picture(Body):
     """Where a picture is: a data: URI."""
 
-    url: str = Field(description="data:image/png;base64,... or another kind of picture; nothing is fetched")
+    url: str = Field(
+        description="data:image/png;base64,... or another kind of picture; nothing is fetched"
+    )
     detail: str | None = Field(None, description="Taken and not used")
 
 
@@ -64,16 +67,24 @@ class Asking(Body):
     """What a request holds, whether it is to be answered or only routed."""
 
     model: str | None = Field(None, description="Name of the model; none: the one that is served")
-    messages: list[Message] = Field(min_length=1, max_length=1, description="One message, of the user")
+    messages: list[Message] = Field(
+        min_length=1, max_length=1, description="One message, of the user"
+    )
     user: str | None = Field(None, description="Taken and not used")
 
 
 class ChatBody(Asking):
     """What /v1/chat/completions takes."""
 
-    expert: str | None = Field(None, description="Who answers: an expert or base; none: whom the router chooses")
-    max_tokens: int | None = Field(None, ge=1, description="Tokens to draw at most; none: the expert's own limit")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name")
+    expert: str | None = Field(
+        None, description="Who answers: an expert or base; none: whom the router chooses"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="Tokens to draw at most; none: the expert's own limit"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="The same under its newer name"
+    )
     temperature: _Zero = 0
     top_p: _One = 1
     stream: _Off = False
@@ -83,7 +94,9 @@ class ChatBody(Asking):
     logprobs: _None = None
     stop: _None = None
     tools: _None = None
-    seed: int | None = Field(None, description="Taken and not used: answers are not drawn at random")
+    seed: int | None = Field(
+        None, description="Taken and not used: answers are not drawn at random"
+    )
 
 
 class ChatService(Service):
@@ -91,8 +104,8 @@ class ChatService(Service):
 
     known = "GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/route"
 
-    def __init__(self, folder: Path, limits: Limits | None):
-        super().__init__(StackEngine(folder), limits or Limits(body_bytes=BODY_BYTES))
+    def __init__(self, folder: Path, limits: RequestLimits | None):
+        super().__init__(StackEngine(folder), limits or RequestLimits(body_bytes=BODY_BYTES))
 
     def add_to(self, app: FastAPI, guarded: list) -> None:
         """Give an application the endpoints of this service."""
@@ -109,53 +122,76 @@ class ChatService(Service):
         """Return what /v1/models says of the bundle."""
         e = self.engine
         return {
-            "id": e.name, "object": "model", "created": e.made_at, "owned_by": "moleforge", "experts": list(e.experts),
-            "base": e.about["base"]["model"], "limits": e.about["limits"],
-        }  # fmt: skip
+            "id": e.name,
+            "object": "model",
+            "created": e.made_at,
+            "owned_by": "moleforge",
+            "experts": list(e.experts),
+            "base": e.about["base"]["model"],
+            "limits": e.about["limits"],
+        }
 
     async def complete(self, body: ChatBody) -> dict:
         """Return the stack's answer, or that of the expert asked for. Raises Refused."""
         self.check_model(body.model)
         if body.expert not in (None, "base", *self.engine.experts):
             known = ", ".join(self.engine.experts)
-            raise Refused(400, f"expert: there is no {body.expert!r}; there are {known} and base", "expert")
+            raise ApiError(
+                400, f"expert: there is no {body.expert!r}; there are {known} and base", "expert"
+            )
         most = body.max_completion_tokens or body.max_tokens
-        done = await self.run(lambda: self._checked(lambda: self.engine.answer(body, most, self.limits.seconds)))
+        done = await self.run(
+            lambda: self._checked(lambda: self.engine.answer(body, most, self.limits.seconds))
+        )
         message = {"role": "assistant", "content": done.text, "refusal": None}
         return {
-            "id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()),
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
             "model": self.engine.name,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}],
+            "choices": [
+                {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
+            ],
             "usage": {
-                "prompt_tokens": done.given, "completion_tokens": done.drawn, "total_tokens": done.given + done.drawn,
+                "prompt_tokens": done.given,
+                "completion_tokens": done.drawn,
+                "total_tokens": done.given + done.drawn,
             },
-            "expert": done.expert, **_told(done.confidence, done.alternatives),
+            "expert": done.expert,
+            **_told(done.confidence, done.alternatives),
             "others": [{"expert": name, "content": text} for name, text in done.others],
-            "seconds": {"route": round(done.route_s, DIGITS), "generate": round(done.generate_s, DIGITS)},
-        }  # fmt: skip
+            "seconds": {
+                "route": round(done.route_s, DIGITS),
+                "generate": round(done.generate_s, DIGITS),
+            },
+        }
 
     async def route(self, body: Asking) -> dict:
-        """Return which expert a request goes to. Raises Refused."""
+        """Return which expert a request goes to. Raises ApiError."""
         self.check_model(body.model)
         choice = await self.run(lambda: self._checked(lambda: self.engine.route(body)))
         told = _told(choice.confidence, choice.alternatives)
         return {
-            "object": "route", "model": self.engine.name, "expert": choice.expert, **told,
+            "object": "route",
+            "model": self.engine.name,
+            "expert": choice.expert,
+            **told,
             "answered_by": list(choice.runs),
-        }  # fmt: skip
+        }
 
     def _checked(self, work):
         """Do work; what is wrong with the request's content becomes a 400."""
         try:
             return work()
         except DataError as error:
-            raise Refused(400, f"messages: {error}", "messages") from None
+            raise ApiError(400, f"messages: {error}", "messages") from None
 
 
 class StackEngine:
     """An open bundle of adapters.
 
-    Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that cannot be served.
+    Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that cannot be
+    served.
     """
 
     def __init__(self, folder: Path):
@@ -165,7 +201,7 @@ class StackEngine:
         self.experts = tuple(expert["name"] for expert in self.about["experts"])
         self.made_at = int((folder / SUMS).stat().st_mtime)
         self.stack = family(self.about["family"]).reassemble(folder)
-        self.image = ImageLimits(**self.about["base"]["image"])
+        self.image = ImageLimitsConfig(**self.about["base"]["image"])
 
     def answer(self, body: ChatBody, most: int | None, seconds: float):
         """Return the answer to a request. Raises DataError."""

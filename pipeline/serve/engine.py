@@ -1,8 +1,8 @@
 """A bundle opened to answer: texts go on, and every token tells its experts.
 
-The model is the stock class that any user of the bundle would load, and its own `generate` decodes. On opening, its
-logits are held against the stack that `reassemble` builds, so what was measured is what is served.
-One request at a time has the model.
+The model is the stock class that any user of the bundle would load, and its own `generate` decodes.
+On opening, its logits are held against the stack that `reassemble` builds, so what was measured is
+what is served. One request at a time has the model.
 
 B sequences, T tokens, V vocabulary, L layers, E experts, K experts per token.
 """
@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..budget import device
-from ..bundle import SUMS, about, verify
-from ..config.sections import Tokenizer as TokenizerSettings
-from ..data import tokenizer
+from ..config.text_data import TokenizerConfig as TokenizerSettings
+from ..data.text import tokenizer
 from ..errors import MismatchError
 from ..families import family
+from ..hardware import device
+from ..store.bundle import SUMS, about, verify
 
 PROBE_TOKENS = 64
-PROBE_LIMIT = 1e-4  # of the logits' spread; fp32 rounds by a hundredth of it, another convention is off by more
+# of the logits' spread; fp32 rounds by a hundredth of it, another convention is off by more
+PROBE_LIMIT = 1e-4
 COLDEST = 1e-3  # logits over less overflow; the most likely token it is
 MARGIN_TOKENS = 4  # more than a decoder looks back
 HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
@@ -43,7 +44,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on: temperature 0 takes the likeliest token, seed None draws another one each time."""
+    """How a text goes on: temperature 0 takes the likeliest token, seed None draws another one each
+    time."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -55,7 +57,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was said, why it ended (stop or length), how many tokens were drawn, and the tokens of the text."""
+    """What was said, why it ended (stop or length), how many tokens were drawn, and the tokens of
+    the text."""
 
     text: str
     finish: str
@@ -66,8 +69,8 @@ class Completion:
 class Engine:
     """An open bundle.
 
-    Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served, MismatchError for one that
-    does not compute what its stack does.
+    Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served,
+    MismatchError for one that does not compute what its stack does.
     """
 
     def __init__(self, folder: Path):
@@ -84,7 +87,8 @@ class Engine:
         self._alone = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's tokens, led by the one that began every text of the training; markup in it is plain text."""
+        """Return a text's tokens, led by the one that began every text of the training; markup in
+        it is plain text."""
         return [self.about["start_id"], *self.tokenizer.encode([text])[0].ids]
 
     def complete(self, ids: Sequence[int], sampling: Sampling) -> Completion:
@@ -95,7 +99,9 @@ class Engine:
                 given_BT,
                 attention_mask=torch.ones_like(given_BT),
                 generation_config=self._settings(sampling),
-                stopping_criteria=[_Stop(self._decode, len(ids), sampling.stop)] if sampling.stop else None,
+                stopping_criteria=[_Stop(self._decode, len(ids), sampling.stop)]
+                if sampling.stop
+                else None,
             )
             first = len(ids) - 1  # the position that chose the first new token
             choices = watch.positions(first, out_BT.shape[1] - 1)
@@ -105,7 +111,9 @@ class Engine:
         found = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
         ended = bool(found) or len(said) < len(drawn)
         text = text[: min(found)] if found else text
-        return Completion(text, "stop" if ended else "length", len(drawn), self._tokens(said, choices, len(text)))
+        return Completion(
+            text, "stop" if ended else "length", len(drawn), self._tokens(said, choices, len(text))
+        )
 
     def route(self, ids: Sequence[int]) -> list[Token]:
         """Return the tokens of an encoded text after the first, each with the experts that read it."""
@@ -116,7 +124,8 @@ class Engine:
         return self._tokens(list(ids[1:]), choices)
 
     def _tokens(self, ids: list[int], choices: list, length: int | None = None) -> list[Token]:
-        """Return tokens whose texts, put together, are the first `length` characters of what ids say."""
+        """Return tokens whose texts, put together, are the first `length` characters of what ids
+        say."""
         tokens, at = [], 0
         for token, text, (experts, weights) in zip(ids, self._pieces(ids), choices, strict=False):
             if length is not None and at >= length:
@@ -127,7 +136,8 @@ class Engine:
         return tokens
 
     def _pieces(self, ids: list[int]) -> Iterator[str]:
-        """Yield each token's share of the text; a character of several tokens belongs to its last one."""
+        """Yield each token's share of the text; a character of several tokens belongs to its last
+        one."""
         before, held = [], []
         for i, token in enumerate(ids):
             held.append(token)
@@ -151,14 +161,22 @@ class Engine:
         own = self.model.generation_config
         fixed = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
         if sampling.temperature >= COLDEST:  # top_k 0: transformers would keep 50
-            drawing = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
+            drawing = {
+                "temperature": float(sampling.temperature),
+                "top_p": float(sampling.top_p),
+                "top_k": 0,
+            }
             fixed |= {"do_sample": True, **drawing}
-        return GenerationConfig(max_new_tokens=sampling.max_tokens, max_time=sampling.seconds, **fixed)
+        return GenerationConfig(
+            max_new_tokens=sampling.max_tokens, max_time=sampling.seconds, **fixed
+        )
 
     def _compare(self, folder: Path, expected_TV: torch.Tensor) -> None:
         """Raise MismatchError unless the stock model gives the stack's logits of shape (T, V)."""
         with torch.no_grad():
-            found_TV = self.model(input_ids=_probe(self.context_tokens, expected_TV.shape[1])).logits[0]
+            found_TV = self.model(
+                input_ids=_probe(self.context_tokens, expected_TV.shape[1])
+            ).logits[0]
         # a tie between gates may fall differently, and shows at its own token only
         off = ((found_TV.float() - expected_TV).abs().amax(-1).median() / expected_TV.std()).item()
         if not off <= PROBE_LIMIT:
@@ -176,7 +194,11 @@ def _stock(folder: Path) -> nn.Module:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
         )
     finally:
         if shown:
@@ -200,11 +222,14 @@ def _probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
 
 
 class _Stop:
-    """Ends a text once one of some strings is in it; looks only where a new token can have completed one."""
+    """Ends a text once one of some strings is in it; looks only where a new token can have
+    completed one."""
 
     def __init__(self, decode, given: int, strings: Sequence[str]):
         self.decode, self.given, self.strings = decode, given, strings
-        self.window = max(len(s.encode()) for s in strings) + MARGIN_TOKENS  # tokens, of a byte at least
+        self.window = (
+            max(len(s.encode()) for s in strings) + MARGIN_TOKENS
+        )  # tokens, of a byte at least
 
     def __call__(self, ids_BT: torch.Tensor, _scores, **_) -> torch.Tensor:
         text = self.decode(ids_BT[0, self.given :][-self.window :].tolist())
@@ -253,12 +278,15 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def share(tokens: Sequence[Token], experts: int) -> list[dict[str, float]]:
-    """Return per expert its share of all assignments and its mean weight, over tokens and layers; each adds up to 1."""
+    """Return per expert its share of all assignments and its mean weight, over tokens and layers;
+    each adds up to 1."""
     index = torch.tensor([t.experts for t in tokens], dtype=torch.long).flatten()
     weight = torch.tensor([t.weights for t in tokens], dtype=torch.float64).flatten()
     count_E = index.bincount(minlength=experts).double()
     weight_E = index.bincount(weight, minlength=experts)
-    both_E2 = torch.stack([count_E, weight_E], 1) / torch.stack([count_E.sum(), weight_E.sum()]).clamp(min=1e-9)
+    both_E2 = torch.stack([count_E, weight_E], 1) / torch.stack(
+        [count_E.sum(), weight_E.sum()]
+    ).clamp(min=1e-9)
     return [{"share": s, "weight": w} for s, w in both_E2.tolist()]
 
 

@@ -1,6 +1,8 @@
-"""What every endpoint has in common: limits, bodies that are checked, the waiting line, errors in OpenAI's form.
+"""What every endpoint has in common: limits, bodies that are checked, the waiting line, errors in
+OpenAI's form.
 
-Invariant: whatever a client sends, it gets JSON back, with the status that says whose fault an error is.
+Invariant: whatever a client sends, it gets JSON back, with the status that says whose fault an
+error is.
 """
 
 import hmac
@@ -18,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What a request may ask for; above it, it is refused with 4xx, or 503 when too many wait."""
 
     body_bytes: int = 1 << 20
@@ -27,16 +29,30 @@ class Limits:
     seconds: float = 120.0  # then a completion ends where it is
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """A request that is answered with an error; raised anywhere below an endpoint."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.status, self.message, self.param, self.code, self.headers = (
+            status,
+            message,
+            param,
+            code,
+            headers,
+        )
 
 
 def only(value) -> Any:
-    """Return the type of a field of OpenAI's that has one value here, so that a client learns what is not done."""
+    """Return the type of a field of OpenAI's that has one value here, so that a client learns what
+    is not done."""
 
     def check(given):
         if given != value:
@@ -54,28 +70,40 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        return (
+            {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        )
 
 
 class Service:
-    """What the endpoints of one bundle do, less HTTP; `engine` has the bundle's name and when it was made."""
+    """What the endpoints of one bundle do, less HTTP; `engine` has the bundle's name and when it
+    was made."""
 
     known = ""  # its addresses, for who asks for another
 
-    def __init__(self, engine, limits: Limits):
+    def __init__(self, engine, limits: RequestLimits):
         self.engine, self.limits, self.inside = engine, limits, 0
 
     def check_model(self, name: str | None) -> None:
         """Raise Refused for another model's name."""
         if name not in (None, self.engine.name):
-            raise Refused(404, f"the model {name!r} is not served here; {self.engine.name!r} is", "model",
-                          "model_not_found")  # fmt: skip
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; {self.engine.name!r} is",
+                "model",
+                "model_not_found",
+            )
 
     async def run(self, work: Callable):
         """Run work in a thread; refuse it while too many requests wait already."""
         if self.inside > self.limits.waiting:
-            raise Refused(503, f"{self.inside} requests are waiting already; try again in a moment", None,
-                          "overloaded", **{"Retry-After": "1"})  # fmt: skip
+            raise ApiError(
+                503,
+                f"{self.inside} requests are waiting already; try again in a moment",
+                None,
+                "overloaded",
+                **{"Retry-After": "1"},
+            )
         self.inside += 1
         try:
             return await run_in_threadpool(work)
@@ -84,14 +112,21 @@ class Service:
 
 
 def check_key(key: str | None, request: Request) -> None:
-    """Raise Refused unless there is no key, or the request brings it."""
+    """Raise ApiError unless there is no key, or the request brings it."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if key is None or (
-        scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        scheme.lower() == "bearer"
+        and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
     ):
         return
-    said = "is not the one this server was started with" if given else "is missing: send Authorization: Bearer KEY"
-    raise Refused(401, f"the API key {said}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+    said = (
+        "is not the one this server was started with"
+        if given
+        else "is missing: send Authorization: Bearer KEY"
+    )
+    raise ApiError(
+        401, f"the API key {said}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
+    )
 
 
 async def read(request: Request, kind: type[Body], limit_bytes: int):
@@ -101,40 +136,55 @@ async def read(request: Request, kind: type[Body], limit_bytes: int):
         async for block in request.stream():
             body += block
             if len(body) > limit_bytes:
-                raise Refused(413, f"the request is over {limit_bytes:,} bytes", None, "too_large", Connection="close")
+                raise ApiError(
+                    413,
+                    f"the request is over {limit_bytes:,} bytes",
+                    None,
+                    "too_large",
+                    Connection="close",
+                )
     except ClientDisconnect:
-        raise Refused(400, "the client left before the request was whole") from None
+        raise ApiError(400, "the client left before the request was whole") from None
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         raise _wrong(error.errors(include_url=False)) from None
 
 
-def _wrong(problems: list[dict]) -> Refused:
+def _wrong(problems: list[dict]) -> ApiError:
     """Return the refusal that names every wrong field."""
     texts, names = [], []
     for problem in problems:
         name = str(problem["loc"][0]) if problem["loc"] else ""
         text = problem["msg"].removeprefix("Value error, ")
-        text = "no such field" if problem["type"] == "extra_forbidden" else text[:1].lower() + text[1:]
+        text = (
+            "no such field" if problem["type"] == "extra_forbidden" else text[:1].lower() + text[1:]
+        )
         texts.append(f"{name}: {text}" if name else f"the request is not a JSON object: {text}")
         names.append(name or None)
-    return Refused(400, "; ".join(dict.fromkeys(texts)), names[0])
+    return ApiError(400, "; ".join(dict.fromkeys(texts)), names[0])
 
 
 def described(kind: type[Body]) -> dict:
     """Return the part of the interface's own description that tells a body's fields."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": kind.model_json_schema()}},
+        }
+    }
 
 
-def _error(status: int, message: str, param: str | None = None, code: str | None = None, headers=None) -> JSONResponse:
+def _error(
+    status: int, message: str, param: str | None = None, code: str | None = None, headers=None
+) -> JSONResponse:
     kinds = {401: "authentication_error", 404: "not_found_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 
 
-async def refused(_request: Request, refused: Refused) -> JSONResponse:
+async def refused(_request: Request, refused: ApiError) -> JSONResponse:
     """Return the answer to a request that was refused."""
     return _error(refused.status, refused.message, refused.param, refused.code, refused.headers)
 
@@ -142,10 +192,18 @@ async def refused(_request: Request, refused: Refused) -> JSONResponse:
 async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
     """Return the answer where nothing is served."""
     known = request.app.state.service.known
-    return _error(error.status_code, f"{request.method} {request.url.path} is not served here; {known} are",
-                  headers=error.headers)  # fmt: skip
+    return _error(
+        error.status_code,
+        f"{request.method} {request.url.path} is not served here; {known} are",
+        headers=error.headers,
+    )
 
 
 async def failed(_request: Request, _cause: Exception) -> JSONResponse:
-    """Return the answer to a request at which the server itself failed; the connection ends, as uvicorn closes it."""
-    return _error(500, "the server failed at this request; its log tells more", headers={"Connection": "close"})
+    """Return the answer to a request at which the server itself failed; the connection ends, as
+    uvicorn closes it."""
+    return _error(
+        500,
+        "the server failed at this request; its log tells more",
+        headers={"Connection": "close"},
+    )

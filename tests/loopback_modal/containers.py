@@ -1,7 +1,9 @@
-"""Containers as processes: started with the real entrypoint, limited in time, preempted, scaled down.
+"""Containers as processes: started with the real entrypoint, limited in time, preempted, scaled
+down.
 
-A container that is asked to end gets a kill switch and runs its exit hooks; a preempted one gets SIGINT, a grace
-period, SIGKILL; what it leaves uncommitted is lost, but for the commits that Modal makes in the background.
+A container that is asked to end gets a kill switch and runs its exit hooks; a preempted one gets
+SIGINT, a grace period, SIGKILL; what it leaves uncommitted is lost, but for the commits that Modal
+makes in the background.
 """
 
 import asyncio
@@ -18,17 +20,24 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
-from .plane import Plane, Result
-from .records import App, Function, Task, wake
-from .volumes import View, open_below
+from tests.loopback_modal.plane import Plane, Result
+from tests.loopback_modal.records import App, Function, Task, wake
+from tests.loopback_modal.volumes import View, open_below
 
 WATCH_S = 0.2
 STOP_S = 3.0  # for containers of a stopped app to end by themselves
-PASSED_ON = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MODAL_LOGLEVEL", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+PASSED_ON = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "MODAL_LOGLEVEL",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+)
 
 
 class Containers:
-    """Starts and ends the containers of a control plane; `serve` opens a container's own API socket."""
+    """Starts and ends the containers of a control plane; `serve` opens a container's own API
+    socket."""
 
     def __init__(self, plane: Plane, serve: Callable[[Task, Path], Awaitable[str]]) -> None:
         self.plane, self.serve = plane, serve
@@ -40,12 +49,21 @@ class Containers:
         spec = folder / "spec.json"
         spec.write_text(json.dumps(await self._spec(task, folder)), "utf-8")
         task.process = await asyncio.create_subprocess_exec(
-            sys.executable, Path(__file__).parent / "namespace.py", spec, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            sys.executable,
+            Path(__file__).parent / "namespace.py",
+            spec,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
         pumps = [
-            asyncio.ensure_future(self._pump(task, task.process.stdout, api_pb2.FILE_DESCRIPTOR_STDOUT)),
-            asyncio.ensure_future(self._pump(task, task.process.stderr, api_pb2.FILE_DESCRIPTOR_STDERR)),
+            asyncio.ensure_future(
+                self._pump(task, task.process.stdout, api_pb2.FILE_DESCRIPTOR_STDOUT)
+            ),
+            asyncio.ensure_future(
+                self._pump(task, task.process.stderr, api_pb2.FILE_DESCRIPTOR_STDERR)
+            ),
         ]
         commits = asyncio.ensure_future(self._commits(task))
         code = await task.process.wait()
@@ -69,18 +87,26 @@ class Containers:
             for file in self.plane.mounts[mount]
         ]
         spec = {
-            "work": str(self.plane.made("tasks", task.id, "ns")), "mode": self.plane.isolation, "copies": copies,
-            "mounts": [[str(socket), str(socket)], *await self._views(task, folder)], "cwd": cwd, "env": variables,
+            "work": str(self.plane.made("tasks", task.id, "ns")),
+            "mode": self.plane.isolation,
+            "copies": copies,
+            "mounts": [[str(socket), str(socket)], *await self._views(task, folder)],
+            "cwd": cwd,
+            "env": variables,
             "argv": [sys.executable, "-m", "modal._container_entrypoint"],
-        }  # fmt: skip
+        }
         return self._plain(spec, folder) if self.plane.isolation == "plain" else spec
 
     def _arguments(self, task: Task) -> bytes:
         function = task.function
         message = api_pb2.ContainerArguments(
-            task_id=task.id, function_id=function.id, app_id=function.app.id, function_def=function.definition,
-            environment_name="main", app_layout=layout(self.plane, function.app),
-        )  # fmt: skip
+            task_id=task.id,
+            function_id=function.id,
+            app_id=function.app.id,
+            function_def=function.definition,
+            environment_name="main",
+            app_layout=layout(self.plane, function.app),
+        )
         return message.SerializeToString()
 
     def _variables(self, task: Task, socket: Path, url: str) -> tuple[dict[str, str], str]:
@@ -92,27 +118,41 @@ class Containers:
         passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return passed | variables | {
-            "PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "PYTHONPATH": "/root", "PYTHONUNBUFFERED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1", "MODAL_SERVER_URL": url, "MODAL_IS_REMOTE": "1", "MODAL_TASK_ID": task.id,
-            "MODAL_ENVIRONMENT": "main", "MODAL_IMAGE_ID": definition.image_id, "MODAL_REGION": "loopback",
-            "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_LOCAL", "MODAL_CONTAINER_ARGUMENTS_PATH": str(socket / "arguments"),
-        }, cwd  # fmt: skip
+            "PATH": path,
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": "/root",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "MODAL_SERVER_URL": url,
+            "MODAL_IS_REMOTE": "1",
+            "MODAL_TASK_ID": task.id,
+            "MODAL_ENVIRONMENT": "main",
+            "MODAL_IMAGE_ID": definition.image_id,
+            "MODAL_REGION": "loopback",
+            "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_LOCAL",
+            "MODAL_CONTAINER_ARGUMENTS_PATH": str(socket / "arguments"),
+        }, cwd
 
     async def _views(self, task: Task, folder: Path) -> list[list[str]]:
         """Give the container its own copy of each volume; return what to mount where."""
         mounts = []
         for number, mount in enumerate(task.function.definition.volume_mounts):
             volume = self.plane.volumes[mount.volume_id]
-            view = await asyncio.to_thread(View, volume, folder / f"volume{number}", mount.read_only)
+            view = await asyncio.to_thread(
+                View, volume, folder / f"volume{number}", mount.read_only
+            )
             task.views[volume.id] = view
             mounts.append([str(view.path), mount.mount_path])
         return mounts
 
     @staticmethod
     def _plain(spec: dict, folder: Path) -> dict:
-        """Do without privileges: code in a directory of its own; a variable that names a mount's place names the view.
+        """Do without privileges: code in a directory of its own; a variable that names a mount's
+        place names the view.
 
-        An app that takes its mount's place from a variable runs so; one that has it as a constant does not.
+        An app that takes its mount's place from a variable runs so; one that has it as a constant
+        does not.
         """
         root = folder / "root"
         for source, inside, _ in spec["copies"]:
@@ -121,7 +161,11 @@ class Containers:
             target.write_bytes(Path(source).read_bytes())
         variables = spec["env"] | {"PYTHONPATH": str(root / "root")}
         for source, inside in spec["mounts"][1:]:
-            moved = {k: source + v[len(inside) :] for k, v in variables.items() if f"{v}/".startswith(f"{inside}/")}
+            moved = {
+                k: source + v[len(inside) :]
+                for k, v in variables.items()
+                if f"{v}/".startswith(f"{inside}/")
+            }
             variables |= moved
         cwd = root / spec["cwd"].lstrip("/")
         cwd.mkdir(parents=True, exist_ok=True)
@@ -137,7 +181,8 @@ class Containers:
             for view in task.views.values():
                 await asyncio.to_thread(view.commit)
 
-    # -- ending ---------------------------------------------------------------------------------------------------
+    # -- ending
+    # ---------------------------------------------------------------------------------------------------
 
     def refuse_open_files(self, task: Task, volume_id: str) -> None:
         """Raise the API's FAILED_PRECONDITION when the container holds a file of the volume open."""
@@ -189,7 +234,9 @@ class Containers:
         """Enforce time limits and scale down, for as long as the server runs."""
         while True:
             await asyncio.sleep(WATCH_S)
-            for task in [task for app in self.plane.apps.values() for task in app.tasks if task.process]:
+            for task in [
+                task for app in self.plane.apps.values() for task in app.tasks if task.process
+            ]:
                 await self._limit(task)
                 idle = task.state == "active" and not task.inputs and not task.draining
                 window = task.function.definition.autoscaler_settings.scaledown_window or 60
@@ -213,7 +260,8 @@ async def _until(true: Callable[[], bool], seconds: float) -> None:
 
 
 def _image_settings(plane: Plane, image_id: str) -> tuple[dict[str, str], str]:
-    """Return the variables and the working directory that an image's recipe sets, base images first."""
+    """Return the variables and the working directory that an image's recipe sets, base images
+    first."""
     chain, variables, cwd = [], {}, "/root"
     while image_id:
         chain.append(plane.images[image_id])
@@ -227,13 +275,25 @@ def _image_settings(plane: Plane, image_id: str) -> tuple[dict[str, str], str]:
 
 
 def layout(plane: Plane, app: App) -> api_pb2.AppLayout:
-    """Return the app as its containers are told about it: every function and everything a function depends on."""
-    objects = [api_pb2.Object(object_id=f.id, function_handle_metadata=f.handle) for f in app.functions.values()]
-    wanted = {dep.object_id: None for f in app.functions.values() for dep in f.definition.object_dependencies}
+    """Return the app as its containers are told about it: every function and everything a function
+    depends on."""
+    objects = [
+        api_pb2.Object(object_id=f.id, function_handle_metadata=f.handle)
+        for f in app.functions.values()
+    ]
+    wanted = {
+        dep.object_id: None
+        for f in app.functions.values()
+        for dep in f.definition.object_dependencies
+    }
     objects += [_described(plane, id) for id in wanted]
     for id in app.class_ids.values():
-        objects.append(api_pb2.Object(object_id=id, class_handle_metadata=api_pb2.ClassHandleMetadata()))
-    return api_pb2.AppLayout(objects=objects, function_ids=app.function_ids, class_ids=app.class_ids)
+        objects.append(
+            api_pb2.Object(object_id=id, class_handle_metadata=api_pb2.ClassHandleMetadata())
+        )
+    return api_pb2.AppLayout(
+        objects=objects, function_ids=app.function_ids, class_ids=app.class_ids
+    )
 
 
 def _described(plane: Plane, id: str) -> api_pb2.Object:

@@ -1,7 +1,9 @@
-"""Starts a command with a container's view of the file system. Run as a program: namespace.py SPEC.json.
+"""Starts a command with a container's view of the file system. Run as a program: namespace.py
+SPEC.json.
 
-The spec has `work` (a private directory), `mode` (overlay, bind or plain), `mounts` ([[host path, container path]]),
-`copies` ([[host path, container path, mode]]), `cwd`, `argv`, `env`. Linux only; the process dies with its parent.
+The spec has `work` (a private directory), `mode` (overlay, bind or plain), `mounts` ([[host path,
+container path]]), `copies` ([[host path, container path, mode]]), `cwd`, `argv`, `env`. Linux only;
+the process dies with its parent.
 """
 
 import ctypes
@@ -27,11 +29,25 @@ def usable(mode: str, work: Path) -> bool:
         return True
     with tempfile.TemporaryDirectory(dir=work) as folder:
         (Path(folder) / "ns").mkdir()
-        code = [[__file__, "/root/probe", 0o644]]  # containers have theirs there, where not everybody may write
-        spec = {"work": f"{folder}/ns", "mode": mode, "mounts": [], "copies": code, "cwd": "/root", "argv": ["true"]}
+        code = [
+            [__file__, "/root/probe", 0o644]
+        ]  # containers have theirs there, where not everybody may write
+        spec = {
+            "work": f"{folder}/ns",
+            "mode": mode,
+            "mounts": [],
+            "copies": code,
+            "cwd": "/root",
+            "argv": ["true"],
+        }
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps(spec | {"env": dict(os.environ)}), "utf-8")
-        return subprocess.run([sys.executable, __file__, path], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                [sys.executable, __file__, path], capture_output=True, check=False
+            ).returncode
+            == 0
+        )
 
 
 def enter(spec: dict) -> None:
@@ -52,16 +68,27 @@ def enter(spec: dict) -> None:
 
 
 def unshare() -> None:
-    """Take this process's mounts away from everyone else's, as root or in a user namespace of its own."""
+    """Take this process's mounts away from everyone else's, as root or in a user namespace of its
+    own."""
     uid, gid = os.geteuid(), os.getegid()
     _check(_libc.unshare(NEW_MOUNTS if uid == 0 else NEW_MOUNTS | NEW_USER), "unshare")
     if uid:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {gid} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(text)
     mount("none", Path("/"), None, RECURSIVE | PRIVATE)
 
 
-def mount(source: str | Path, target: Path, kind: str | None = None, flags: int = 0, data: str | None = None) -> None:
+def mount(
+    source: str | Path,
+    target: Path,
+    kind: str | None = None,
+    flags: int = 0,
+    data: str | None = None,
+) -> None:
     """Mount; raises OSError that names both ends."""
     texts = [None if x is None else os.fsencode(x) for x in (source, target, kind, data)]
     done = _libc.mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
@@ -80,7 +107,8 @@ def _check(result: int, what: str) -> None:
 
 
 def _overlay(root: Path, work: Path) -> None:
-    """Lay a memory-backed directory over everything: writes outside volumes vanish with the container."""
+    """Lay a memory-backed directory over everything: writes outside volumes vanish with the
+    container."""
     (work / "up").mkdir()
     (work / "scratch").mkdir()
     mount("overlay", root, "overlay", 0, f"lowerdir=/,upperdir={work}/up,workdir={work}/scratch")
@@ -89,7 +117,8 @@ def _overlay(root: Path, work: Path) -> None:
 
 
 def _bind_all(root: Path, here: Path, wanted: frozenset[Path]) -> None:
-    """Bind the host's directories into an empty root, but for the places that something else will take."""
+    """Bind the host's directories into an empty root, but for the places that something else will
+    take."""
     for path in here.iterdir() if here.is_dir() else ():
         target = below(root, path)
         if path in wanted:
@@ -128,7 +157,7 @@ def main() -> None:
     if spec["mode"] != "plain":
         enter(spec)
     os.chdir(spec["cwd"])
-    os.execvpe(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 (no shell is meant)
+    os.execvpe(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The control plane: what exists, who is calling what, and which inputs run where.
 
-Synchronous calls are retried by the client, asynchronous ones here; an input whose container was preempted or crashed
-is queued again with the same arguments, as Modal does.
+Synchronous calls are retried by the client, asynchronous ones here; an input whose container was
+preempted or crashed is queued again with the same arguments, as Modal does.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
-from .records import App, Call, Function, Input, Task, pause, wake
-from .volumes import Volume
+from tests.loopback_modal.records import App, Call, Function, Input, Task, pause, wake
+from tests.loopback_modal.volumes import Volume
 
 Result = api_pb2.GenericResult
 CRASHES = 3  # of one input before it is given up
@@ -31,9 +31,20 @@ class Plane:
     start_web: Callable[[Function, str], Awaitable[str]]
 
     def __init__(
-        self, folder: Path, *, isolation: str, idle_s: float = 3.0, max_tasks: int = 4, commit_s: float = 5.0
+        self,
+        folder: Path,
+        *,
+        isolation: str,
+        idle_s: float = 3.0,
+        max_tasks: int = 4,
+        commit_s: float = 5.0,
     ) -> None:
-        self.folder, self.isolation, self.idle_s, self.max_tasks = folder.resolve(), isolation, idle_s, max_tasks
+        self.folder, self.isolation, self.idle_s, self.max_tasks = (
+            folder.resolve(),
+            isolation,
+            idle_s,
+            max_tasks,
+        )
         self.commit_s = commit_s  # between background commits
         self.apps: dict[str, App] = {}
         self.deployed: dict[str, App] = {}
@@ -47,7 +58,9 @@ class Plane:
         self.mounts: dict[str, list[api_pb2.MountFile]] = {}
         self.images: dict[str, api_pb2.Image] = {}
         self.http = ""  # where blobs, blocks and files are fetched and sent
-        self.sockets = Path(tempfile.mkdtemp(prefix="loopback-"))  # short: a socket's path has at most 107 bytes
+        self.sockets = Path(
+            tempfile.mkdtemp(prefix="loopback-")
+        )  # short: a socket's path has at most 107 bytes
         self.blobs = self.made("blobs")
         self._count: collections.Counter = collections.Counter()
         self._background: set[asyncio.Task] = set()
@@ -61,7 +74,8 @@ class Plane:
         return path
 
     def new_id(self, prefix: str) -> str:
-        """Return an id in Modal's form, a prefix and 22 alphanumerics, by which the client tells ids from names."""
+        """Return an id in Modal's form, a prefix and 22 alphanumerics, by which the client tells
+        ids from names."""
         self._count[prefix] += 1
         return f"{prefix}-{self._count[prefix]:022d}"
 
@@ -73,7 +87,12 @@ class Plane:
 
     def note_rpc(self, name: str, task: Task | None, handled: bool) -> None:
         """Record a call of the API, for tests and for finding out what a new client wants."""
-        row = {"time": round(time.time(), 3), "rpc": name, "by": task.id if task else "client", "handled": handled}
+        row = {
+            "time": round(time.time(), 3),
+            "rpc": name,
+            "by": task.id if task else "client",
+            "handled": handled,
+        }
         self._rpc_log.write(json.dumps(row) + "\n")
 
     def _remember(self) -> None:
@@ -81,10 +100,13 @@ class Plane:
         for path in sorted(self.made("volumes").iterdir()):
             self.add_volume(path.name, api_pb2.VOLUME_FS_VERSION_V2 if path.suffix == ".v2" else 1)
         kept = self.folder / "secrets.json"
-        for name, variables in (json.loads(kept.read_text("utf-8")) if kept.exists() else {}).items():
+        for name, variables in (
+            json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+        ).items():
             self.add_secret(name, variables)
 
-    # -- volumes and secrets --------------------------------------------------------------------------------------
+    # -- volumes and secrets
+    # --------------------------------------------------------------------------------------
 
     def volume_named(self, name: str) -> Volume | None:
         """Find a volume; None when there is none."""
@@ -100,7 +122,8 @@ class Plane:
         return volume
 
     def add_secret(self, name: str, variables: dict[str, str]) -> str:
-        """Create or replace a secret and return its id; an empty name is a function's own variables."""
+        """Create or replace a secret and return its id; an empty name is a function's own
+        variables."""
         id = self.new_id("st")
         self.secrets[id] = dict(variables)
         if name:
@@ -109,7 +132,8 @@ class Plane:
             (self.folder / "secrets.json").write_text(json.dumps(named), "utf-8")
         return id
 
-    # -- apps -----------------------------------------------------------------------------------------------------
+    # -- apps
+    # -----------------------------------------------------------------------------------------------------
 
     def add_app(self, description: str, state: int) -> App:
         """Start an app."""
@@ -121,11 +145,16 @@ class Plane:
         """Keep what a container printed and pass it to whoever follows."""
         app = task.function.app
         line = api_pb2.TaskLogs(data=text, file_descriptor=descriptor, timestamp=time.time())
-        ids = {"task_id": task.id, "function_id": task.function.id, "entry_id": f"{len(app.logs) + 1}-0"}
+        ids = {
+            "task_id": task.id,
+            "function_id": task.function.id,
+            "entry_id": f"{len(app.logs) + 1}-0",
+        }
         app.logs.append(api_pb2.TaskLogsBatch(items=[line], **ids))
         await wake(app.changed)
 
-    # -- calls ----------------------------------------------------------------------------------------------------
+    # -- calls
+    # ----------------------------------------------------------------------------------------------------
 
     def add_call(self, function: Function, kind: int, invocation: int) -> Call:
         """Start a call."""
@@ -140,7 +169,11 @@ class Plane:
             each = Input(self.new_id("in"), call, item.idx, item.input)
             call.inputs[item.idx] = self.inputs[each.id] = each
             call.function.queue.append(each)
-            out.append(api_pb2.FunctionPutInputsResponseItem(idx=item.idx, input_id=each.id, input_jwt=each.token()))
+            out.append(
+                api_pb2.FunctionPutInputsResponseItem(
+                    idx=item.idx, input_id=each.id, input_jwt=each.token()
+                )
+            )
         await self.schedule(call.function)
         return out
 
@@ -151,8 +184,11 @@ class Plane:
         (queue.appendleft if front else queue.append)(each)
         await self.schedule(each.call.function)
 
-    async def finish(self, each: Input, result: Result, item=None, task: Task | None = None) -> None:
-        """Record an input's output, or retry it when that is ours to do; `item` is what the container sent."""
+    async def finish(
+        self, each: Input, result: Result, item=None, task: Task | None = None
+    ) -> None:
+        """Record an input's output, or retry it when that is ours to do; `item` is what the
+        container sent."""
         if each.state == "done":
             return
         if self._retried_here(each, result):
@@ -160,24 +196,36 @@ class Plane:
             each.state, each.task = "queued", None
             policy = each.call.function.definition.retry_policy
             growth = (policy.backoff_coefficient or 1) ** (each.retry_count - 1)
-            self.later(self._requeue_after(each, min(policy.initial_delay_ms * growth, policy.max_delay_ms) / 1000))
+            self.later(
+                self._requeue_after(
+                    each, min(policy.initial_delay_ms * growth, policy.max_delay_ms) / 1000
+                )
+            )
             return
         each.state, each.task = "done", None
         each.call.outputs.append(
             api_pb2.FunctionGetOutputsItem(
-                result=result, idx=each.index, input_id=each.id, retry_count=each.retry_count,
-                data_format=item.data_format if item else 0, task_id=task.id if task else "",
+                result=result,
+                idx=each.index,
+                input_id=each.id,
+                retry_count=each.retry_count,
+                data_format=item.data_format if item else 0,
+                task_id=task.id if task else "",
                 input_started_at=item.input_started_at if item else 0.0,
                 output_created_at=(item and item.output_created_at) or time.time(),
             )
-        )  # fmt: skip
+        )
         await wake(each.call.changed)
 
     @staticmethod
     def _retried_here(each: Input, result: Result) -> bool:
         over = result.status in (Result.GENERIC_STATUS_SUCCESS, Result.GENERIC_STATUS_TERMINATED)
         ours = each.call.invocation == api_pb2.FUNCTION_CALL_INVOCATION_TYPE_ASYNC
-        return ours and not over and each.retry_count < each.call.function.definition.retry_policy.retries
+        return (
+            ours
+            and not over
+            and each.retry_count < each.call.function.definition.retry_policy.retries
+        )
 
     async def _requeue_after(self, each: Input, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -187,7 +235,8 @@ class Plane:
         """Record that an input failed by no doing of the user's code."""
         await self.finish(each, Result(status=status, exception=why))
 
-    # -- scheduling -----------------------------------------------------------------------------------------------
+    # -- scheduling
+    # -----------------------------------------------------------------------------------------------
 
     async def schedule(self, function: Function) -> None:
         """Start as many containers as the queue asks for and the limits allow."""
@@ -198,7 +247,9 @@ class Plane:
         each = max(1, function.definition.max_concurrent_inputs)
         single = function.definition.single_use_containers
         room = sum(max(0, each - len(task.inputs)) for task in live if not (single and task.used))
-        limit = min(function.definition.autoscaler_settings.max_containers or self.max_tasks, self.max_tasks)
+        limit = min(
+            function.definition.autoscaler_settings.max_containers or self.max_tasks, self.max_tasks
+        )
         for _ in range(limit - len(live)):
             if len(function.queue) <= room:
                 return
@@ -208,13 +259,16 @@ class Plane:
             self.later(self.launch(task))
 
     async def give_input(self, task: Task) -> api_pb2.FunctionGetInputsResponse:
-        """Return the next input for a container, a kill switch when it is to end, nothing after a while."""
+        """Return the next input for a container, a kill switch when it is to end, nothing after a
+        while."""
         function, until = task.function, time.monotonic() + POLL_S
         if task.state == "starting":
             task.state, task.last_active = "active", time.time()
         while time.monotonic() < until:
             if task.draining:
-                return api_pb2.FunctionGetInputsResponse(inputs=[api_pb2.FunctionGetInputsItem(kill_switch=True)])
+                return api_pb2.FunctionGetInputsResponse(
+                    inputs=[api_pb2.FunctionGetInputsItem(kill_switch=True)]
+                )
             while function.queue:
                 each = function.queue.popleft()
                 if each.state == "queued":
@@ -227,12 +281,17 @@ class Plane:
         each.state, each.task, each.started = "running", task, time.time()
         task.inputs[each.id] = each
         return api_pb2.FunctionGetInputsItem(
-            input_id=each.id, input=each.message, function_call_id=each.call.id, retry_count=each.retry_count,
-            function_call_invocation_type=each.call.invocation, function_map_idx=each.index,
-        )  # fmt: skip
+            input_id=each.id,
+            input=each.message,
+            function_call_id=each.call.id,
+            retry_count=each.retry_count,
+            function_call_invocation_type=each.call.invocation,
+            function_map_idx=each.index,
+        )
 
     async def take_outputs(self, task: Task, items) -> None:
-        """Record what a container has finished, but for inputs that have meanwhile been given to another."""
+        """Record what a container has finished, but for inputs that have meanwhile been given to
+        another."""
         for item in items:
             each = self.inputs.get(item.input_id)
             task.inputs.pop(item.input_id, None)
@@ -254,7 +313,9 @@ class Plane:
             else:
                 await self.requeue(each, front=True)
         if code and not task.killed and not started:
-            await self.fail_queue(task.function, f"container {task.id} did not start (status {code})")
+            await self.fail_queue(
+                task.function, f"container {task.id} did not start (status {code})"
+            )
         await self.schedule(task.function)
         await wake(task.function.app.changed)
 

@@ -1,7 +1,7 @@
 """What the control plane remembers: apps, functions, calls with their inputs, containers.
 
-An input is queued, running or done, and in one container at a time; its retry count tells a stale output from a
-current one.
+An input is queued, running or done, and in one container at a time; its retry count tells a stale
+output from a current one.
 """
 
 import asyncio
@@ -16,14 +16,22 @@ from modal_proto import api_pb2
 
 
 def known(message: type, **fields):
-    """Return a message of the fields this version of the package has; they come and go between minor releases."""
-    return message(**{name: value for name, value in fields.items() if name in message.DESCRIPTOR.fields_by_name})
+    """Return a message of the fields this version of the package has; they come and go between
+    minor releases."""
+    return message(
+        **{
+            name: value
+            for name, value in fields.items()
+            if name in message.DESCRIPTOR.fields_by_name
+        }
+    )
 
 
 def token(fields: dict) -> str:
     """Return an unsigned JWT; the client decodes those of inputs and never verifies them."""
     head, body = (
-        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in ({"alg": "none"}, fields)
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=")
+        for part in ({"alg": "none"}, fields)
     )
     return f"{head.decode()}.{body.decode()}."
 
@@ -90,7 +98,9 @@ class Function:
     def handle(self) -> api_pb2.FunctionHandleMetadata:
         """What the client needs to call it."""
         source = self.definition if self.definition.function_name else self.announced
-        methods = {name: self._method(name, each) for name, each in source.method_definitions.items()}
+        methods = {
+            name: self._method(name, each) for name, each in source.method_definitions.items()
+        }
         return self._metadata(source, web_url=self.web_url, method_handle_metadata=methods)
 
     def _method(self, name: str, source) -> api_pb2.FunctionHandleMetadata:

@@ -8,9 +8,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
-from .containers import Containers, layout
-from .plane import Plane, Result
-from .records import known, pause
+from tests.loopback_modal.containers import Containers, layout
+from tests.loopback_modal.plane import Plane, Result
+from tests.loopback_modal.records import known, pause
 
 BUILDER = "2025.06"  # the image builder the client is told to use
 SUCCESS = Result(status=Result.GENERIC_STATUS_SUCCESS)
@@ -25,10 +25,13 @@ class Apps:
     async def EnvironmentGetOrCreate(self, request, task):
         """Say that there is one environment."""
         settings = api_pb2.EnvironmentSettings(image_builder_version=BUILDER)
-        metadata = api_pb2.EnvironmentMetadata(name=request.deployment_name or "main", settings=settings)
+        metadata = api_pb2.EnvironmentMetadata(
+            name=request.deployment_name or "main", settings=settings
+        )
         return api_pb2.EnvironmentGetOrCreateResponse(environment_id="en-1", metadata=metadata)
 
-    # -- apps -----------------------------------------------------------------------------------------------------
+    # -- apps
+    # -----------------------------------------------------------------------------------------------------
 
     async def AppCreate(self, request, task):
         """Start an app."""
@@ -39,11 +42,15 @@ class Apps:
     async def AppGetByDeploymentName(self, request, task):
         """Find a deployment."""
         app = self.plane.deployed.get(request.name)
-        return api_pb2.AppGetByDeploymentNameResponse(app_id=app.id if app else "", environment_name="main")
+        return api_pb2.AppGetByDeploymentNameResponse(
+            app_id=app.id if app else "", environment_name="main"
+        )
 
     async def AppGetLayout(self, request, task):
         """Tell what an app consists of."""
-        return api_pb2.AppGetLayoutResponse(app_layout=layout(self.plane, self.plane.apps[request.app_id]))
+        return api_pb2.AppGetLayoutResponse(
+            app_layout=layout(self.plane, self.plane.apps[request.app_id])
+        )
 
     async def AppHeartbeat(self, request, task):
         """Take note of nothing: an app here ends with its client or by being stopped."""
@@ -56,10 +63,13 @@ class Apps:
         if request.app_state == api_pb2.APP_STATE_DEPLOYED:
             app.name = request.name
             self.plane.deployed[app.name] = app
-        return api_pb2.AppPublishResponse(url=f"{self.plane.http}/apps/{app.id}", deployed_at=time.time())
+        return api_pb2.AppPublishResponse(
+            url=f"{self.plane.http}/apps/{app.id}", deployed_at=time.time()
+        )
 
     async def AppClientDisconnect(self, request, task):
-        """Stop an app whose client has gone, unless it is deployed, or detached and only interrupted."""
+        """Stop an app whose client has gone, unless it is deployed, or detached and only
+        interrupted."""
         app = self.plane.apps[request.app_id]
         interrupted = request.reason == api_pb2.APP_DISCONNECT_REASON_KEYBOARD_INTERRUPT
         stays = app.state == api_pb2.APP_STATE_DETACHED and interrupted
@@ -82,16 +92,25 @@ class Apps:
         """Show every run and deployment so far."""
         item = api_pb2.AppListResponse.AppListItem
         rows = [
-            item(app_id=a.id, description=a.description, state=a.state, created_at=a.created, name=a.name,
-                 n_running_tasks=len(a.tasks))
+            item(
+                app_id=a.id,
+                description=a.description,
+                state=a.state,
+                created_at=a.created,
+                name=a.name,
+                n_running_tasks=len(a.tasks),
+            )
             for a in self.plane.apps.values()
-        ]  # fmt: skip
+        ]
         return api_pb2.AppListResponse(apps=rows)
 
     async def AppGetLogs(self, request, task):
         """Stream what an app prints; the last message says that it is over."""
         app = self.plane.apps[request.app_id]
-        at, until = int((request.last_entry_id or "0-0").split("-")[0]), time.monotonic() + request.timeout
+        at, until = (
+            int((request.last_entry_id or "0-0").split("-")[0]),
+            time.monotonic() + request.timeout,
+        )
         while True:
             for batch in app.logs[at:]:
                 at += 1
@@ -106,18 +125,28 @@ class Apps:
     async def AppFetchLogs(self, request, task):
         """Return what an app has printed."""
         logs = self.plane.apps[request.app_id].logs
-        return api_pb2.AppFetchLogsResponse(batches=logs[-request.limit :] if request.limit else logs)
+        return api_pb2.AppFetchLogsResponse(
+            batches=logs[-request.limit :] if request.limit else logs
+        )
 
     async def TaskList(self, request, task):
         """List containers."""
         rows = [
-            api_pb2.TaskStats(task_id=t.id, app_id=app.id, app_description=app.description, started_at=t.last_active,
-                              enqueued_at=t.last_active)
-            for app in self.plane.apps.values() if request.app_id in ("", app.id) for t in app.tasks
-        ]  # fmt: skip
+            api_pb2.TaskStats(
+                task_id=t.id,
+                app_id=app.id,
+                app_description=app.description,
+                started_at=t.last_active,
+                enqueued_at=t.last_active,
+            )
+            for app in self.plane.apps.values()
+            if request.app_id in ("", app.id)
+            for t in app.tasks
+        ]
         return api_pb2.TaskListResponse(tasks=rows)
 
-    # -- images and code ------------------------------------------------------------------------------------------
+    # -- images and code
+    # ------------------------------------------------------------------------------------------
 
     async def ImageGetOrCreate(self, request, task):
         """Record a layer's recipe; nothing is built, containers use this interpreter's packages."""
@@ -126,17 +155,26 @@ class Apps:
         recipe = "\n".join(request.image.dockerfile_commands)
         (self.plane.made("images") / f"{digest[:16]}.txt").write_text(recipe, "utf-8")
         metadata = api_pb2.ImageMetadata(
-            image_builder_version=request.builder_version, workdir="/root",
+            image_builder_version=request.builder_version,
+            workdir="/root",
             python_version_info=f"Python {platform.python_version()}",
-        )  # fmt: skip
-        return api_pb2.ImageGetOrCreateResponse(image_id=f"im-{digest[:16]}", result=SUCCESS, metadata=metadata)
+        )
+        return api_pb2.ImageGetOrCreateResponse(
+            image_id=f"im-{digest[:16]}", result=SUCCESS, metadata=metadata
+        )
 
     async def MountBatchedCheckExistence(self, request, task):
         """Tell which files of a code mount are not here yet."""
         now = Timestamp()
         now.GetCurrentTime()
-        missing = [sha for sha in request.sha256_hex_hashes if not (self.plane.blobs / sha).exists()]
-        return known(api_pb2.MountBatchedCheckExistenceResponse, missing_sha256_hex_hashes=missing, checked_at=now)
+        missing = [
+            sha for sha in request.sha256_hex_hashes if not (self.plane.blobs / sha).exists()
+        ]
+        return known(
+            api_pb2.MountBatchedCheckExistenceResponse,
+            missing_sha256_hex_hashes=missing,
+            checked_at=now,
+        )
 
     async def MountPutFile(self, request, task):
         """Take a file of a code mount, in the message or as a blob that was uploaded before."""
@@ -156,7 +194,8 @@ class Apps:
         metadata = api_pb2.MountHandleMetadata(content_checksum_sha256_hex=digest)
         return api_pb2.MountGetOrCreateResponse(mount_id=id, handle_metadata=metadata)
 
-    # -- secrets and blobs ----------------------------------------------------------------------------------------
+    # -- secrets and blobs
+    # ----------------------------------------------------------------------------------------
 
     async def SecretGetOrCreate(self, request, task):
         """Find a secret by name and check its keys, or make one."""
@@ -164,7 +203,9 @@ class Apps:
         if request.object_creation_type == api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED:
             id = self.plane.secret_ids.get(name)
             if id is None:
-                raise GRPCError(Status.NOT_FOUND, f"Secret '{name}' not found in environment 'main'")
+                raise GRPCError(
+                    Status.NOT_FOUND, f"Secret '{name}' not found in environment 'main'"
+                )
             missing = [key for key in request.required_keys if key not in self.plane.secrets[id]]
             if missing:
                 text = f"Secret '{name}' is missing key(s): {', '.join(missing)}"
@@ -177,10 +218,17 @@ class Apps:
     async def SecretList(self, request, task):
         """List named secrets."""
         rows = [
-            known(api_pb2.SecretListItem, label=name, secret_id=id, created_at=time.time(),
-                  metadata=known(api_pb2.SecretMetadata, name=name, keys=sorted(self.plane.secrets[id])))
+            known(
+                api_pb2.SecretListItem,
+                label=name,
+                secret_id=id,
+                created_at=time.time(),
+                metadata=known(
+                    api_pb2.SecretMetadata, name=name, keys=sorted(self.plane.secrets[id])
+                ),
+            )
             for name, id in sorted(self.plane.secret_ids.items())
-        ]  # fmt: skip
+        ]
         return api_pb2.SecretListResponse(items=rows, environment_name="main")
 
     async def BlobCreate(self, request, task):
@@ -188,7 +236,9 @@ class Apps:
         id = self.plane.new_id("bl")
         url = f"{self.plane.http}/blob/{id}"
         urls = api_pb2.UploadUrlList(items=[url])
-        return api_pb2.BlobCreateResponse(blob_id=id, blob_ids=[id], upload_url=url, upload_urls=urls)
+        return api_pb2.BlobCreateResponse(
+            blob_id=id, blob_ids=[id], upload_url=url, upload_urls=urls
+        )
 
     async def BlobGet(self, request, task):
         """Say where to fetch them."""

@@ -1,4 +1,5 @@
-"""The API's calls about volumes: commit and reload from containers, listing and copying from the client."""
+"""The API's calls about volumes: commit and reload from containers, listing and copying from the
+client."""
 
 import asyncio
 import shutil
@@ -8,11 +9,14 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
-from .containers import Containers, volume_metadata
-from .plane import Plane
+from tests.loopback_modal.containers import Containers, volume_metadata
+from tests.loopback_modal.plane import Plane
 
 BLOCK_BYTES = 8 * 1024 * 1024
-UNNAMED = (api_pb2.OBJECT_CREATION_TYPE_EPHEMERAL, api_pb2.OBJECT_CREATION_TYPE_ANONYMOUS_OWNED_BY_APP)
+UNNAMED = (
+    api_pb2.OBJECT_CREATION_TYPE_EPHEMERAL,
+    api_pb2.OBJECT_CREATION_TYPE_ANONYMOUS_OWNED_BY_APP,
+)
 
 
 class Volumes:
@@ -31,15 +35,22 @@ class Volumes:
             raise GRPCError(Status.NOT_FOUND, f"Volume '{name}' not found in environment 'main'")
         volume = found or self.plane.add_volume(name, request.version)
         metadata = volume_metadata(self.plane, volume.id)
-        return api_pb2.VolumeGetOrCreateResponse(volume_id=volume.id, version=volume.version, metadata=metadata)
+        return api_pb2.VolumeGetOrCreateResponse(
+            volume_id=volume.id, version=volume.version, metadata=metadata
+        )
 
     async def VolumeList(self, request, task):
         """List named volumes."""
         rows = [
-            api_pb2.VolumeListItem(label=v.name, volume_id=v.id, created_at=time.time(),
-                                   metadata=volume_metadata(self.plane, v.id))
-            for v in self.plane.volumes.values() if v.name
-        ]  # fmt: skip
+            api_pb2.VolumeListItem(
+                label=v.name,
+                volume_id=v.id,
+                created_at=time.time(),
+                metadata=volume_metadata(self.plane, v.id),
+            )
+            for v in self.plane.volumes.values()
+            if v.name
+        ]
         return api_pb2.VolumeListResponse(environment_name="main", items=rows)
 
     async def VolumeDelete(self, request, task):
@@ -47,7 +58,8 @@ class Volumes:
         volume = self.plane.volumes.pop(request.volume_id)
         shutil.rmtree(volume.path)
 
-    # -- from containers ------------------------------------------------------------------------------------------
+    # -- from containers
+    # ------------------------------------------------------------------------------------------
 
     async def VolumeCommit(self, request, task):
         """Publish a container's changes."""
@@ -63,10 +75,13 @@ class Volumes:
 
     def _view(self, id: str, task, verb: str):
         if task is None or id not in task.views:
-            raise GRPCError(Status.FAILED_PRECONDITION, f"{verb}() needs a container that has the volume")
+            raise GRPCError(
+                Status.FAILED_PRECONDITION, f"{verb}() needs a container that has the volume"
+            )
         return task.views[id]
 
-    # -- from the client ------------------------------------------------------------------------------------------
+    # -- from the client
+    # ------------------------------------------------------------------------------------------
 
     def _path(self, id: str, path: str) -> Path:
         root = self.plane.volumes[id].path
@@ -76,7 +91,10 @@ class Volumes:
         return full
 
     def _listed(self, request) -> list[api_pb2.FileEntry]:
-        root, full = self.plane.volumes[request.volume_id].path, self._path(request.volume_id, request.path)
+        root, full = (
+            self.plane.volumes[request.volume_id].path,
+            self._path(request.volume_id, request.path),
+        )
         if not full.exists():
             raise GRPCError(Status.NOT_FOUND, f"No such file or directory: {request.path}")
         if full.is_file():
@@ -99,7 +117,8 @@ class Volumes:
             shutil.copyfile(self.plane.blobs / file.sha256_hex, target)
 
     async def VolumePutFiles2(self, request, task):
-        """Ask for the blocks that are missing; once none is, write the files (volumes of version 2)."""
+        """Ask for the blocks that are missing; once none is, write the files (volumes of version
+        2)."""
         targets = [self._writable(request, file.path) for file in request.files]
         missing = self._missing_blocks(request)
         if not missing:
@@ -146,9 +165,13 @@ class Volumes:
         urls, at, end = [], request.start, request.start + count
         while at < end:
             stop = min(end, (at // BLOCK_BYTES + 1) * BLOCK_BYTES)
-            urls.append(f"{self.plane.http}/file/{request.volume_id}/{at}/{stop - at}/{request.path.lstrip('/')}")
+            urls.append(
+                f"{self.plane.http}/file/{request.volume_id}/{at}/{stop - at}/{request.path.lstrip('/')}"
+            )
             at = stop
-        return api_pb2.VolumeGetFile2Response(get_urls=urls, size=size, start=request.start, len=count)
+        return api_pb2.VolumeGetFile2Response(
+            get_urls=urls, size=size, start=request.start, len=count
+        )
 
     async def VolumeRemoveFile2(self, request, task):
         """Remove a file, or a directory when asked to."""

@@ -1,15 +1,16 @@
-"""The gRPC service: every call of the API is logged, and refused by name when there is no handler for it."""
+"""The gRPC service: every call of the API is logged, and refused by name when there is no handler
+for it."""
 
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from modal_proto import api_grpc
 
-from .containers import Containers
-from .plane import Plane
-from .records import Task
-from .rpc_apps import Apps
-from .rpc_functions import Functions
-from .rpc_volumes import Volumes
+from tests.loopback_modal.containers import Containers
+from tests.loopback_modal.plane import Plane
+from tests.loopback_modal.records import Task
+from tests.loopback_modal.rpc_apps import Apps
+from tests.loopback_modal.rpc_functions import Functions
+from tests.loopback_modal.rpc_volumes import Volumes
 
 
 class Api(Apps, Functions, Volumes):
@@ -25,7 +26,8 @@ class Service:
     def __init__(self, plane: Plane, containers: Containers, task: Task | None = None) -> None:
         api = Api(plane, containers)
         self._table = {
-            path: _handler(path.rpartition("/")[2], each, api, task) for path, each in _empty().__mapping__().items()
+            path: _handler(path.rpartition("/")[2], each, api, task)
+            for path, each in _empty().__mapping__().items()
         }
 
     def __mapping__(self) -> dict[str, Handler]:
@@ -33,7 +35,8 @@ class Service:
 
 
 def _empty() -> api_grpc.ModalClientBase:
-    """Return an instance of the package's abstract service, for the names and message types of its calls."""
+    """Return an instance of the package's abstract service, for the names and message types of its
+    calls."""
     body = dict.fromkeys(api_grpc.ModalClientBase.__abstractmethods__, lambda self, stream: None)
     return type("Empty", (api_grpc.ModalClientBase,), body)()
 
@@ -45,7 +48,9 @@ def _handler(name: str, known: Handler, api: Api, task: Task | None) -> Handler:
         request = await stream.recv_message()
         api.plane.note_rpc(name, task, answer is not None)
         if answer is None:
-            raise GRPCError(Status.UNIMPLEMENTED, f"{name} is not implemented by the loopback server")
+            raise GRPCError(
+                Status.UNIMPLEMENTED, f"{name} is not implemented by the loopback server"
+            )
         try:
             if known.cardinality is Cardinality.UNARY_STREAM:
                 async for reply in answer(request, task):

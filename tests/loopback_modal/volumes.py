@@ -1,7 +1,7 @@
 """Volumes as directories, seen through views with Modal's rules of visibility.
 
-A view starts as a copy; its changes reach the volume only by commit (last writer wins per file), those of others reach
-it only by reload, and a reload with an open file is refused.
+A view starts as a copy; its changes reach the volume only by commit (last writer wins per file),
+those of others reach it only by reload, and a reload with an open file is refused.
 """
 
 import os
@@ -97,7 +97,8 @@ def _remove(root: Path, name: str) -> None:
 
 
 def open_below(root: Path, pids: Iterable[int]) -> list[str]:
-    """Return what these processes hold open or mapped below a directory: what makes a reload fail on Modal.
+    """Return what these processes hold open or mapped below a directory: what makes a reload fail
+    on Modal.
 
     Compared by device and inode, because the links of /proc do not resolve across mount namespaces.
     """

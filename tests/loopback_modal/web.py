@@ -1,4 +1,5 @@
-"""HTTP beside the API: blobs, blocks and files of volumes, a gateway to web functions, preemption on demand."""
+"""HTTP beside the API: blobs, blocks and files of volumes, a gateway to web functions, preemption
+on demand."""
 
 import hashlib
 
@@ -6,9 +7,9 @@ from aiohttp import web
 from modal._serialization import deserialize_data_format, serialize_data_format
 from modal_proto import api_pb2
 
-from .containers import Containers, busy
-from .plane import Plane
-from .records import Call, Function, pause
+from tests.loopback_modal.containers import Containers, busy
+from tests.loopback_modal.plane import Plane
+from tests.loopback_modal.records import Call, Function, pause
 
 # a request's scope travels pickled as an ordinary argument, bodies and responses as ASGI messages
 ASGI, PICKLE = api_pb2.DATA_FORMAT_ASGI, api_pb2.DATA_FORMAT_PICKLE
@@ -25,7 +26,8 @@ async def listen(app: web.Application) -> str:
 
 
 def storage(plane: Plane, containers: Containers) -> web.Application:
-    """Return the application behind the addresses that the API hands out, and POST /preempt?function=F&grace=S."""
+    """Return the application behind the addresses that the API hands out, and POST
+    /preempt?function=F&grace=S."""
 
     async def put(request: web.Request) -> web.Response:
         data = await request.read()
@@ -49,7 +51,9 @@ def storage(plane: Plane, containers: Containers) -> web.Application:
         task = busy(plane, request.query["function"])
         if task:
             plane.later(containers.kill(task, float(request.query.get("grace", 0))))
-        return web.json_response({"preempted": task.id if task else None}, status=200 if task else 404)
+        return web.json_response(
+            {"preempted": task.id if task else None}, status=200 if task else 404
+        )
 
     app = web.Application(client_max_size=LARGEST_BYTES)
     app.add_routes(
@@ -78,14 +82,21 @@ def gateway(plane: Plane, function: Function, method: str) -> web.Application:
 
 async def _call(plane: Plane, function: Function, method: str, request: web.Request) -> Call:
     scope = {
-        "type": "http", "http_version": "1.1", "method": request.method, "scheme": "http", "path": request.path,
-        "query_string": request.query_string.encode(), "client": ("127.0.0.1", 0),
+        "type": "http",
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "query_string": request.query_string.encode(),
+        "client": ("127.0.0.1", 0),
         "headers": [(name.lower(), value) for name, value in request.raw_headers],
-    }  # fmt: skip
+    }
     sync, unary = api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC, api_pb2.FUNCTION_CALL_TYPE_UNARY
     call = plane.add_call(function, unary, sync)
     body = {"type": "http.request", "body": await request.read(), "more_body": False}
-    call.data_in.append(api_pb2.DataChunk(data_format=ASGI, index=1, data=serialize_data_format(body, ASGI)))
+    call.data_in.append(
+        api_pb2.DataChunk(data_format=ASGI, index=1, data=serialize_data_format(body, ASGI))
+    )
     args = serialize_data_format(((scope,), {}), PICKLE)
     message = api_pb2.FunctionInput(args=args, data_format=PICKLE, method_name=method)
     await plane.add_inputs(call, [api_pb2.FunctionPutInputsItem(idx=0, input=message)])

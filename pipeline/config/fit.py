@@ -1,0 +1,90 @@
+"""The sections of an ffn_moe run, and those that every run has (Fit, Deploy, Runtime).
+
+Defaults live in the classes; files state only what differs. A field marked `later` is not read by
+the stage its section is named after, so changing it leaves that stage's artifacts alone.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import Section, Share
+
+
+class FitConfig(Section):
+    """Settings of one training run; give exactly one of steps, epochs, tokens."""
+
+    steps: int | None = Field(None, ge=0, description="Optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training tokens")
+    tokens: int | None = Field(None, gt=0, description="Training tokens")
+    batch_sequences: int = Field(16, ge=1, description="Sequences per optimizer step")
+    micro_batch_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences per forward pass, the rest is accumulated; none: chosen by the plan",
+    )
+    moments: Literal["fp32", "bf16", "int8"] | None = Field(
+        None,
+        description="Adam's two moments (int8 needs bitsandbytes); none: fp32, or less where memory_budget asks for it",
+    )
+    gradients: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="Sums of gradients over micro-batches; none: fp32, or bf16 where memory_budget asks for it",
+    )
+    checkpointing: bool | None = Field(
+        None,
+        description="Make each layer's activations again in the backward pass; none: where memory_budget asks",
+    )
+    fuse_optimizer: bool = Field(
+        False,
+        description="Step inside the backward pass, so that gradients never add up; needs one micro-batch and "
+        "clip_norm 0",
+    )
+    compile: bool = Field(
+        False, description="torch.compile the forward pass (needs a C++ compiler; about a minute)"
+    )
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
+    min_lr_share: Share = Field(0.1, description="Learning rate at the end as a share of the peak")
+    warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Learning rate after warm-up"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; vectors get none")
+    beta2: float = Field(
+        0.95, gt=0, lt=1, description="AdamW second-moment decay; the first is 0.9"
+    )
+    clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping")
+    eval_every_steps: int = Field(
+        100, ge=0, description="Steps between evaluations; 0: only at the end"
+    )
+    eval_tokens: int = Field(16_384, ge=1, description="Validation tokens per evaluation")
+    patience: int = Field(
+        0, ge=0, description="Evaluations without improvement before stopping; 0: never"
+    )
+    keep: Literal["best", "last"] = Field("best", description="State that becomes the artifact")
+
+    def resolve_steps(self, context_tokens: int, epoch_tokens: int) -> int:
+        """Return optimizer steps, whichever way the duration was given."""
+        if self.steps is not None:
+            return self.steps
+        wanted = self.tokens if self.tokens is not None else self.epochs * epoch_tokens
+        return max(1, round(wanted / (self.batch_sequences * context_tokens)))
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if sum(x is not None for x in (self.steps, self.epochs, self.tokens)) > 1:
+            raise ValueError("give only one of steps, epochs, tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _fused_steps_are_whole(self) -> Self:
+        if self.fuse_optimizer and self.clip_norm:
+            raise ValueError(
+                f"fuse_optimizer needs clip_norm 0, not {self.clip_norm:g}: it knows no norm in time"
+            )
+        if self.fuse_optimizer and self.micro_batch_sequences not in (None, self.batch_sequences):
+            raise ValueError(
+                f"fuse_optimizer steps in every backward pass, so micro_batch_sequences can only be "
+                f"batch_sequences {self.batch_sequences}, not {self.micro_batch_sequences}"
+            )
+        return self

@@ -1,0 +1,142 @@
+"""Rows of a task with pictures: where they come from, and how large pictures are."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .base import AdapterName, Section, Share
+
+KINDS = (
+    "color",
+    "digits",
+    "count",
+    "locate",
+    "shape",
+    "compare",
+    "pattern",
+)  # what pictures can be drawn
+
+
+class ImageLimitsConfig(Section):
+    """How large pictures are, by area; a picture outside is resized when it is prepared. One token
+    per 1024 px."""
+
+    min_pixels: int = Field(65_536, ge=1024, description="Least area of a picture, px")
+    max_pixels: int = Field(1_048_576, ge=1024, description="Largest area of a picture, px")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}"
+            )
+        return self
+
+
+class SyntheticConfig(Section):
+    """Pictures of a task drawn here, for a base that is built or for trying things out."""
+
+    kind: Literal[KINDS] = Field(description="What is drawn")
+    train: int = Field(2000, ge=1, description="Pictures to train on")
+    valid: int = Field(100, ge=1, description="Pictures for early stopping and calibration")
+    test: int = Field(200, ge=1, description="Pictures for the report")
+    size_px: int = Field(64, ge=32, le=2048, description="Width and height, px")
+    seed: int = Field(0, ge=0, description="Seed of the pictures")
+
+
+class TaskDataConfig(Section):
+    """Where the rows of one task come from."""
+
+    source: Literal["hub", "jsonl", "folder", "drawn"] = Field(
+        description="hub, jsonl, folder (of images), or drawn"
+    )
+    path: str | None = Field(
+        None, description="Folder of the jsonl files or of the images, or one jsonl file"
+    )
+    id: str | None = Field(None, description="Dataset on the Hub")
+    revision: str | None = Field(None, description="Commit of the dataset on the Hub")
+    subset: str | None = Field(None, description="Configuration name of the dataset on the Hub")
+    split: str | None = Field(
+        None, description="The one split to read and divide, when train is none"
+    )
+    train: str | None = Field(
+        None, description="File, or split on the Hub, of the training rows; none: divide split"
+    )
+    valid: str | None = Field(
+        None, description="The same for validation; none: a share of the training rows"
+    )
+    test: str | None = Field(
+        None, description="The same for the report; none: a share of the training rows"
+    )
+    valid_share: float = Field(
+        0.1, gt=0, lt=0.5, description="Share of groups held out when valid is none"
+    )
+    test_share: float = Field(
+        0.1, gt=0, lt=0.5, description="Share of groups held out when test is none"
+    )
+    image_root: str | None = Field(
+        None, description="Folder that image paths start at and stay in; none: path"
+    )
+    image_field: str = Field(
+        "image", description="Column of the picture: a path, bytes, or an image feature"
+    )
+    pictures: Literal["every", "some", "none"] = Field(
+        "every",
+        description="Rows that have one: every (others are dropped and counted), some, or none: text alone",
+    )
+    fields: dict[str, str] = Field(
+        {}, description="Columns by the names that templates and metrics use"
+    )
+    drawn: SyntheticConfig | None = Field(None, description="What to draw when source is drawn")
+    ocr: bool = Field(
+        False, description="Answers are transcripts: text cleaned, boxes put in reading order"
+    )
+    regions: bool = Field(
+        False, description="With ocr: one row for each box with text, its picture cut out"
+    )
+    region_padding: float = Field(
+        0.1, ge=0, le=2, description="Room around a cut-out box, share of its height"
+    )
+    box_format: Literal["xyxy", "xywh"] = Field(
+        "xyxy", description="Corners of boxes, or a corner and a size as in COCO"
+    )
+    max_answer_chars: int = Field(
+        4000, ge=1, description="Longer answers are dropped and counted, characters"
+    )
+    max_bad_share: Share = Field(
+        0.05, description="Share of dropped rows above which preprocess stops"
+    )
+    limit: int | None = Field(None, ge=1, description="Most rows to read of each split; none: all")
+
+    @model_validator(mode="after")
+    def _source_is_given(self) -> Self:
+        wanted = {
+            "hub": ("id", "revision"),
+            "jsonl": ("path",),
+            "folder": ("path",),
+            "drawn": ("drawn",),
+        }[self.source]
+        missing = [name for name in wanted if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"source is {self.source}, so {' and '.join(missing)} must be given")
+        if self.pictures != "every" and (self.source not in ("hub", "jsonl") or self.ocr):
+            what = "ocr reads" if self.ocr else f"rows of the source {self.source} have"
+            raise ValueError(
+                f"pictures is {self.pictures}, but {what} a picture; leave it at every"
+            )
+        return self
+
+
+class TaskConfig(Section):
+    """One task: its rows, and how a row becomes a prompt and an answer."""
+
+    name: AdapterName = Field(description="Name of the adapter and of the expert in answers")
+    task: str = Field("", description="Kind of task, for reports")
+    description: str = Field("", description="What the expert does, for people")
+    dataset: TaskDataConfig = Field(description="Where its rows come from")
+    prompt: str = Field(
+        "{prompt}", min_length=1, description="Template of a prompt, with columns in braces"
+    )
+    answer: str = Field(
+        "{answer}", min_length=1, description="Template of an answer, with columns in braces"
+    )

@@ -1,0 +1,1 @@
+"""Routing sets: requests with the expert they belong to."""

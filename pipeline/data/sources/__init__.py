@@ -1,0 +1,1 @@
+"""Where rows and documents are read from: one file a kind of source."""

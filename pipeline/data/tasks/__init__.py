@@ -1,0 +1,1 @@
+"""Rows of tasks, prepared for adapters."""

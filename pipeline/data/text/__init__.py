@@ -1,0 +1,1 @@
+"""Documents to token shards, and training rows from shards."""

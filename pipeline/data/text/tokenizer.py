@@ -1,0 +1,164 @@
+"""The run's tokenizer: byte-level BPE trained on a sample, or a pretrained one taken as it is.
+
+Invariant: text never yields the end-of-text id, even text that spells it, so end_id in a stream
+always marks the start of a document.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...config.text_data import TokenizerConfig as Settings
+from ...errors import DataError
+
+END = "<|endoftext|>"
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what the shards and transformers need to know of it."""
+
+    model: object
+    end: str
+    settings: dict  # tokenizer_config.json
+
+    @property
+    def end_id(self) -> int:
+        """Id of the end-of-text token."""
+        return self.model.token_to_id(self.end)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, holes included."""
+        return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: list[str]) -> list:
+        """Return one Encoding per text, on all cores, without special tokens of any kind."""
+        return self.model.encode_batch_fast(texts, add_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and a tokenizer_config.json that PreTrainedTokenizerFast loads."""
+        settings = self.settings | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end,
+        }
+        with open(folder / "tokenizer.json", "w", encoding="utf-8") as file:
+            file.write(self.model.to_str(pretty=True))
+        with open(folder / "tokenizer_config.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+def train(settings: Settings, texts: Iterable[str]) -> Tokenizer:
+    """Train a byte-level BPE of at most settings.vocab_size entries; the same texts give the same
+    tokenizer."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = Model(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return _ready(
+        model,
+        END,
+        {"bos_token": END, "clean_up_tokenization_spaces": False, "add_prefix_space": False},
+    )
+
+
+def pretrained(settings: Settings) -> Tokenizer:
+    """Load settings.pretrained: a folder, a tokenizer.json, or a Hub name at settings.revision.
+
+    Raises DataError when it cannot be found or names no end-of-text token.
+    """
+    from tokenizers import Tokenizer as Model
+
+    path, config = _found(settings)
+    try:
+        model = Model.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"tokenizer.pretrained: {path} is not a tokenizer.json: {error}") from error
+    end = _end_of(config)
+    if end is None or model.token_to_id(end) is None:
+        found = "names none" if end is None else f"names {end!r}, which is not in its vocabulary"
+        raise DataError(
+            f"tokenizer.pretrained: {settings.pretrained} needs an end-of-text token, and its configuration {found}. "
+            'Put "eos_token" into the tokenizer_config.json beside its tokenizer.json'
+        )
+    return _ready(model, end, {key: value for key, value in config.items() if key != "auto_map"})
+
+
+def load(folder: Path) -> Tokenizer:
+    """Load what Tokenizer.save wrote."""
+    from tokenizers import Tokenizer as Model
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    return _ready(Model.from_file(str(folder / "tokenizer.json")), settings["eos_token"], settings)
+
+
+def _ready(model, end: str, settings: dict) -> Tokenizer:
+    model.no_truncation()
+    model.no_padding()
+    # a document that spells a special token gets its plain bytes
+    model.encode_special_tokens = True
+    return Tokenizer(model, end, settings)
+
+
+def _found(settings: Settings) -> tuple[Path, dict]:
+    name = settings.pretrained
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(
+                f"tokenizer.pretrained: {name} has no tokenizer.json. Save the fast tokenizer there: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            )
+    elif not path.is_file():
+        return _from_hub(settings)
+    beside = (path.parent / config for config in _CONFIGS)
+    return path, _merged(config for config in beside if config.is_file())
+
+
+def _from_hub(settings: Settings) -> tuple[Path, dict]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(settings.pretrained, file, revision=settings.revision))
+
+    try:
+        path, configs = fetch("tokenizer.json"), []
+        for config in _CONFIGS:
+            try:
+                configs.append(fetch(config))
+            except EntryNotFoundError:  # either may be missing
+                continue
+    except Exception as error:  # the hub client and the network raise what they like
+        raise DataError(
+            f"tokenizer.pretrained: {settings.pretrained} is no folder and no file here, and the Hub did not give its "
+            f"tokenizer.json: {type(error).__name__}: {error}. Check the name, tokenizer.revision and the network"
+        ) from error
+    return path, _merged(configs)
+
+
+def _merged(paths: Iterable[Path]) -> dict:
+    out: dict = {}
+    for path in paths:
+        try:
+            out = json.loads(path.read_text("utf-8")) | out
+        except ValueError as error:
+            raise DataError(f"tokenizer.pretrained: {path} is not JSON: {error}") from None
+    return out
+
+
+def _end_of(config: dict) -> str | None:
+    end = config.get("eos_token")
+    return end.get("content") if isinstance(end, dict) else end

@@ -1,0 +1,1 @@
+"""What every family of LoRA adapters needs; knows nothing of pictures."""

@@ -1,0 +1,129 @@
+"""The router: an adapter that answers a request with its expert's label, read off one forward pass.
+
+Invariant: only the labels' logits are looked at, so its answer is always an expert; how sure it is
+has been fitted to requests it did not train on.
+
+B requests, K labels, T tokens.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import DamagedArtifact, DataError
+from .chat import Chat
+from .peft_io import read_json
+
+CALIBRATION = "calibration.json"
+# Temperatures that are sought between. Never below 1: where validation has no mistake every smaller
+# one fits better,
+# down to any end, and says only that none was drawn. Too much confidence undoes thresholds, too
+# little asks once more.
+LOWEST, HIGHEST = 1.0, 20.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns label logits into a decision."""
+
+    temperature: float
+    labels: dict[
+        str, str
+    ]  # expert -> label, in the order of the logits; the none class last, where there is one
+    instruction: str
+    valid_nats: float | None = None  # before and after fitting, mean over the validation requests
+    calibrated_nats: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Experts, and none, in the order of the logits."""
+        return tuple(self.labels)
+
+    def values(self) -> dict:
+        """Return what calibration.json holds; labels as pairs, as their order counts and JSON's
+        does not."""
+        return asdict(self) | {"labels": [list(pair) for pair in self.labels.items()]}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Calibration":
+        """Read a router's calibration.json. Raises DamagedArtifact."""
+        raw = read_json(folder / CALIBRATION)
+        try:
+            return cls(**raw | {"labels": dict(raw["labels"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedArtifact(
+                f"{folder / CALIBRATION} is no calibration ({error}); run train_router"
+            ) from None
+
+    def probabilities(self, logits_BK: torch.Tensor) -> torch.Tensor:
+        """Return p_BK of the labels."""
+        return (logits_BK.float() / self.temperature).softmax(-1)
+
+
+def routing_prompt(instruction: str, request: str) -> str:
+    """Return what the router is asked about a request."""
+    return f"{instruction} {request}" if instruction else request
+
+
+def label_logits(model, inputs: Mapping[str, torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
+    """Return logits_BK of the labels' tokens as the first of the answer; inputs are padded on the
+    left."""
+    with torch.no_grad():
+        out = model(**inputs, logits_to_keep=1, use_cache=False)
+    return out.logits[:, -1, list(ids)].float()
+
+
+def ask(
+    chat: Chat, instruction: str, requests: Iterable[tuple[str, Sequence]]
+) -> dict[str, torch.Tensor]:
+    """Return what the router reads for (prompt, Pillow images) requests."""
+    return chat.requests(
+        (routing_prompt(instruction, prompt), images) for prompt, images in requests
+    )
+
+
+def fit_temperature(logits_BK: torch.Tensor, target_B: torch.Tensor) -> float:
+    """Return the temperature, at least 1, with the least nats on these requests, by golden section
+    over its logarithm.
+
+    The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the
+    end is returned.
+    """
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if nats(logits_BK, target_B, math.exp(left)) < nats(logits_BK, target_B, math.exp(right)):
+            high = right
+        else:
+            low = left
+    return math.exp((low + high) / 2)
+
+
+def nats(logits_BK: torch.Tensor, target_B: torch.Tensor, temperature: float = 1.0) -> float:
+    """Return the mean nats of the right labels."""
+    return F.cross_entropy(logits_BK.double() / temperature, target_B).item()
+
+
+def calibrate(
+    logits_BK: torch.Tensor, targets: Sequence[int], instruction: str, labels: Mapping[str, str]
+) -> Calibration:
+    """Fit the temperature on validation requests; labels maps experts, and none, to labels. Raises
+    DataError."""
+    if not len(targets):
+        raise DataError(
+            "the routing set has no rows in the split valid, which the router's confidence is fitted on"
+        )
+    target_B = torch.tensor(targets)
+    temperature = fit_temperature(logits_BK, target_B)
+    return Calibration(
+        temperature,
+        dict(labels),
+        instruction,
+        nats(logits_BK, target_B),
+        nats(logits_BK, target_B, temperature),
+    )

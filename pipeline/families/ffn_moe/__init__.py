@@ -1,0 +1,1 @@
+"""FFN experts of a language model."""

@@ -1,0 +1,324 @@
+"""The configuration of an ffn_moe run: its sections together, and what each stage reads of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ...config.base import Name, Section, Share, addressed, later
+from ...config.fit import FitConfig
+from ...config.run import JobKey
+from ...config.text_data import TextRunConfig
+
+ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
+BASELINE_READS = {  # what each dense baseline's budget and size depend on
+    "path": (),
+    "total": ROUTER_TOKENS,
+    "ffn": ROUTER_TOKENS,
+    "scratch": (*ROUTER_TOKENS, "trunk"),
+    "wide": (*ROUTER_TOKENS, "trunk", "router.top_k"),
+}
+_TRAINED = ("family", "seed", "dtype")
+_TRAINING = ("train_shared", "train_experts", "train_router", "train_dense")
+READS = {  # sections, or dotted fields
+    "preprocess": ("family", "data", "partition", "tokenizer"),
+    "train_shared": (*_TRAINED, "trunk"),
+    "train_experts": (*_TRAINED, "expert", "partition.overlap"),
+    "routing": (),
+    "train_router": (*_TRAINED, "router", "trunk.anchor"),
+    "train_dense": (*_TRAINED, "dense", "expert", "expert.domains"),
+    "evaluate": ("name", "evaluate"),
+    "deploy": ("family", "name"),
+}
+NEEDS = {
+    "preprocess": (),
+    "train_shared": ("preprocess",),
+    "train_experts": ("preprocess", "train_shared"),
+    "routing": (),
+    "train_router": ("preprocess", "train_shared", "train_experts"),
+    "train_dense": ("preprocess", "train_shared"),
+    "evaluate": ("preprocess", *_TRAINING),
+    "deploy": ("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
+}
+
+
+class TrunkConfig(FitConfig):
+    """The shared trunk and its temporary feed-forward network, the dummy."""
+
+    init: str | None = Field(
+        None, description="Folder or Hub name of a Qwen3, Llama or Mistral model; none: new"
+    )
+    revision: str | None = Field(None, description="Commit to pin when init is a Hub name")
+    layers: int = Field(4, ge=1, description="Transformer layers (new trunk)")
+    d_model: int = Field(192, ge=8, description="Width of the residual stream (new trunk)")
+    heads: int = Field(3, ge=1, description="Attention heads (new trunk)")
+    kv_heads: int | None = Field(None, ge=1, description="Key-value heads; none: as many as heads")
+    head_dim: int | None = Field(None, ge=2, description="Width of a head; none: d_model / heads")
+    d_ff: int = Field(
+        512, ge=8, description="Width of the dummy's and each expert's SwiGLU (new trunk)"
+    )
+    context_tokens: int = Field(256, ge=8, description="Tokens per training sequence")
+    rope_theta: float = Field(
+        10_000.0, gt=0, description="Base of the rotary embedding (new trunk)"
+    )
+    tie_embeddings: bool = Field(
+        True, description="LM head shares the embedding's weights (new trunk)"
+    )
+    domains: tuple[Name, ...] | None = Field(None, description="Domains the trunk sees; none: all")
+    mixture: Literal["natural", "equal"] = Field(
+        "natural", description="Share of domains in a batch: by size, or equal"
+    )
+    anchor: Literal["discard", "keep"] = later(
+        "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of heads {self.heads}; set head_dim"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if (self.head_dim or self.d_model // self.heads) % 2:
+            raise ValueError("the width of a head must be even (rotary embedding)")
+        return self
+
+
+class ExpertConfig(FitConfig):
+    """One expert: a feed-forward network per layer, trained on its own domain over the frozen
+    trunk."""
+
+    init: Literal["trunk", "fresh"] = Field(
+        "trunk", description="Start from a copy of the dummy, or at random"
+    )
+    coordinate: bool = Field(
+        False,
+        description="Train beside the frozen dummy with a two-way gate (FlexOlmo) instead of alone",
+    )
+    coordinate_bias: float = Field(
+        -0.5, le=0, description="Start of the expert's gate bias when coordinate is on"
+    )
+    z_weight: float = Field(
+        1e-3, ge=0, description="z-loss weight of the two-way gate when coordinate is on"
+    )
+    statistics_tokens: int = Field(
+        65_536, ge=1, description="Own tokens summed into the expert's router statistics"
+    )
+    domains: tuple[Name, ...] | None = later(
+        None, "Domains that get an expert, in order; none: all"
+    )
+
+
+class TemperatureConfig(Section):
+    """Softmax temperature of the gates while they train: linear, then constant; folded into the
+    export."""
+
+    start: float = Field(1.0, gt=0, description="Temperature at the first step")
+    end: float = Field(1.0, gt=0, description="Temperature at the end of the ramp and after")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Length of the ramp in passes over the training tokens; none: all of router training",
+    )
+
+
+class RouterConfig(FitConfig):
+    """One linear gate per layer; zero steps assemble the stack without any training."""
+
+    init: Literal["uniform", "random", "centroid", "ridge", "rows"] = Field(
+        "ridge",
+        description="Gate rows before training: zeros, random, mean input, closed form (DUME), or the coordinated "
+        "experts' own rows (FlexOlmo)",
+    )
+    ridge_lambda: float = Field(
+        1e-2, gt=0, description="Ridge penalty relative to the mean squared input"
+    )
+    margin: float = Field(
+        4.0,
+        gt=0,
+        description="Mean lead of a domain's own expert in gate logits after centroid or ridge, nats",
+    )
+    top_k: int = Field(2, ge=1, description="Experts that run per token")
+    temperature: TemperatureConfig = Field(
+        TemperatureConfig(), description="Softmax temperature while training"
+    )
+    balance: Literal["none", "aux", "bias"] = Field(
+        "none",
+        description="Load balance: none, auxiliary loss (Switch, divided by k), or selection bias (aux-loss-free)",
+    )
+    balance_weight: float = Field(
+        1e-2, ge=0, description="Weight of the auxiliary loss, or step of the bias"
+    )
+    z_weight: float = Field(1e-3, ge=0, description="Weight of the router z-loss (ST-MoE)")
+    noise: float = Field(
+        0.0, ge=0, description="Standard deviation of noise on gate logits while training"
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Slots per expert relative to an even load while training; none: dropless",
+    )
+
+    @model_validator(mode="after")
+    def _one_forward_pass(self) -> Self:
+        if self.checkpointing:
+            raise ValueError(
+                "checkpointing: the gates count the tokens of every forward pass, so none is made twice"
+            )
+        return self
+
+
+class DenseConfig(Section):
+    """Dense baselines, each named by what it has in common with the stack."""
+
+    baselines: tuple[Literal["total", "path", "ffn", "wide", "scratch"], ...] = later(
+        ("total", "path", "ffn", "wide"),
+        "total: trunk continued, same total tokens; path: trunk continued, tokens of one expert's path; ffn: total, "
+        "but only its FFN trains; wide: same active parameters, from zero; scratch: total, from zero",
+    )
+    lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of continued baselines; none: expert.lr"
+    )
+
+
+class EvaluateConfig(Section):
+    """What the report measures."""
+
+    tokens_per_domain: int = Field(
+        32_768, ge=64, description="Test tokens per domain, whole documents"
+    )
+    batch_sequences: int = Field(16, ge=1, description="Sequences per forward pass")
+    bootstrap: int = Field(
+        1000, ge=10, description="Resamples of documents behind each 95 % interval"
+    )
+    min_expert_share: Share = Field(
+        0.05, description="Least share of tokens of every expert (tertiary criterion)"
+    )
+    gap_share: Share = Field(
+        0.25, description="Share of dense's train-test gap to close (primary criterion)"
+    )
+
+
+class FfnMoeConfig(TextRunConfig):
+    """A whole run of FFN experts."""
+
+    family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")
+    trunk: TrunkConfig = Field(TrunkConfig(steps=1000), description="The shared trunk")
+    expert: ExpertConfig = Field(ExpertConfig(steps=200), description="Each expert")
+    router: RouterConfig = Field(RouterConfig(steps=50), description="The gates")
+    dense: DenseConfig = Field(DenseConfig(), description="Baselines")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Domains that get an expert, in stack order."""
+        return self.expert.domains or self.partition.names
+
+    def items(self, stage: str) -> tuple[str | None, ...]:
+        """Return the jobs of a stage by their items: an expert's domain, a baseline's name, None
+        for the only job."""
+        several = {
+            "train_experts": self.experts,
+            "train_dense": self.dense.baselines,
+            "routing": (),
+        }
+        return several.get(stage, (None,))
+
+    def needs(self, stage: str, item: str | None) -> list[JobKey]:
+        """Return the jobs whose artifacts a job reads: every job of the stages it needs."""
+        return [(need, i) for need in NEEDS[stage] for i in self.items(need)]
+
+    def content(self, stage: str, item: str | None) -> dict:
+        """Return what a job's address holds of this configuration, by section or dotted field."""
+        reads = READS[stage] + (BASELINE_READS[item] if stage == "train_dense" else ())
+        return {key: _read(self, key) for key in reads}
+
+    def section(self, stage: str, item: str | None) -> str:
+        """Return the section of a training's settings, for messages."""
+        dense = "trunk" if "trunk" in BASELINE_READS.get(item, ()) else "expert"
+        return {"train_shared": "trunk", "train_router": "router", "train_dense": dense}.get(
+            stage, "expert"
+        )
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
+        if self.data.source == "files":
+            yield from (("data.files", path) for entry in self.data.files for path in entry.paths)
+        if self.deploy.upload:
+            yield "deploy.upload", self.deploy.upload
+        for name, value in (
+            ("tokenizer.pretrained", self.tokenizer.pretrained),
+            ("trunk.init", self.trunk.init),
+        ):
+            if value and (
+                Path(value).exists() or value.startswith(("/", "."))
+            ):  # else a name on the Hub
+                yield name, value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        problems = [*_unknown_domains(self), *_durations(self), *_pretrained(self)]
+        if self.router.init == "rows" and not self.expert.coordinate:
+            problems.append(
+                "router.init: rows are learned by coordinated experts; set expert.coordinate: true"
+            )
+        slots = len(self.experts) + (self.trunk.anchor == "keep")
+        if self.router.top_k > slots:
+            problems.append(
+                f"router.top_k: {self.router.top_k} experts per token, but the stack has {slots}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _read(cfg: FfnMoeConfig, key: str):
+    """Return what a stage's address holds of a section (without its later fields) or of a dotted
+    field."""
+    section, _, name = key.partition(".")
+    value = getattr(cfg, section)
+    if name:
+        value = getattr(value, name)
+        return value.model_dump(mode="json") if isinstance(value, Section) else value
+    return addressed(value) if isinstance(value, Section) else value
+
+
+def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
+    known, out = cfg.partition.names, []
+    for key in ("trunk", "expert"):
+        wanted = getattr(cfg, key).domains or ()
+        strange = [d for d in wanted if d not in known]
+        if strange:
+            out.append(
+                f"{key}.domains: no such domain {', '.join(strange)}; partition has {', '.join(known)}"
+            )
+        if len(set(wanted)) < len(wanted):
+            out.append(f"{key}.domains: a domain is named twice")
+    if len(cfg.experts) > len(known):
+        out.append(
+            f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} domains"
+        )
+    return out
+
+
+def _durations(cfg: FfnMoeConfig) -> list[str]:
+    sections = {key: getattr(cfg, key) for key in ("trunk", "expert", "router")}
+    return [
+        f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens"
+        for key, fit in sections.items()
+        if fit.steps is fit.epochs is fit.tokens is None
+    ]
+
+
+def _pretrained(cfg: FfnMoeConfig) -> list[str]:
+    if cfg.trunk.init and not cfg.tokenizer.pretrained:
+        return [
+            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own tokenizer; name it here"
+        ]
+    fresh = sorted({"wide", "scratch"} & set(cfg.dense.baselines)) if cfg.trunk.init else []
+    return [
+        f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out"
+        for name in fresh
+    ]

@@ -1,0 +1,1 @@
+"""LoRA experts of a vision-language model (Qwen3-VL)."""

@@ -1,0 +1,137 @@
+"""What a job needs: parameters, floating-point operations, memory and time, and which arithmetic
+the machine has.
+
+L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
+"""
+
+import os
+import platform
+import time
+from functools import cache
+from pathlib import Path
+
+
+def device() -> str:
+    """Return cuda when a GPU is there, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether bf16 products are native: a GPU that has them, or AVX512-BF16, AMX or Arm's BF16
+    here."""
+    import torch
+
+    if device() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    names = ("flags", "Features")
+    return frozenset(
+        next((line.split(":")[1] for line in lines if line.startswith(names)), "").split()
+    )
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """Return the name of the GPU that jobs here run on, or None."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if device() == "cuda" else None
+
+
+def free_bytes() -> int:
+    """Return the memory that is free for jobs here: the GPU's where there is one."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if device() == "cuda" else psutil.virtual_memory().available
+
+
+def cores() -> int:
+    """Return the processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def product_flops_per_s(bf16: bool) -> float:
+    """Return the rate of large matrix products on this machine, measured in about 0.2 s: what MFU
+    is relative to."""
+    import torch
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    size = 4096 if device() == "cuda" else 768
+    a = torch.ones(size, size, dtype=dtype, device=device())
+    rates = []
+    stop = time.perf_counter() + 0.2
+    while time.perf_counter() < stop or len(rates) < 3:
+        start = time.perf_counter()
+        a @ a
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def fastest_threads(most: int) -> int:
+    """Return how many threads, of 1, 2, 4... up to most, do matrix products fastest just now; takes
+    about 0.3 s.
+
+    On cores that others use too, waiting for the slowest thread makes several slower than one.
+    """
+    import torch
+
+    if most <= 1 or device() == "cuda":
+        return max(1, most)
+    counts, before = (
+        sorted({most, *(2**i for i in range(most.bit_length()))}),
+        torch.get_num_threads(),
+    )
+    seconds = {count: _product_seconds(count) for count in counts}
+    torch.set_num_threads(before)
+    return min(counts, key=lambda count: seconds[count])
+
+
+def _product_seconds(threads: int) -> float:
+    """Return the median time of a product with some elementwise work after it, as layers do."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a, times = torch.ones(512, 512), []
+    stop = time.perf_counter() + 0.1
+    while time.perf_counter() < stop or len(times) < 5:
+        start = time.perf_counter()
+        (a @ a).tanh_()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def machine(threads: int, bf16: bool) -> dict:
+    """Return what a result must be read with: hardware, threads, arithmetic, versions."""
+    import torch
+
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": threads,
+        "gpu": gpu_name(),
+        "dtype": "bf16" if bf16 else "fp32",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+    }

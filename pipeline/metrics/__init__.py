@@ -1,0 +1,1 @@
+"""Arithmetic of the figures in a report."""

@@ -1,0 +1,1 @@
+"""Faster forms of single operations, each held against the plain one."""

@@ -1,0 +1,108 @@
+"""Numbers as a reader wants them: few digits, units, thousands in steps.
+
+Every function takes whatever a report may hold and returns DASH for None, NaN, infinity and
+anything not a number.
+"""
+
+import math
+
+DASH = "–"
+MINUS = "−"
+STEPS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
+
+
+def finite(value) -> float | None:
+    """Return value as a float, or None where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def fixed(value, places: int = 3) -> str:
+    """Write value with a fixed number of decimal places."""
+    number = finite(value)
+    return DASH if number is None else _minus(f"{number:,.{places}f}")
+
+
+def signed(value, places: int = 3) -> str:
+    """Write value with its sign, also when it is positive."""
+    number = finite(value)
+    return DASH if number is None else _minus(f"{number:+,.{places}f}")
+
+
+def figures(value) -> str:
+    """Write value with three significant digits and no exponent: 8.41, 52.3, 1,234."""
+    number = finite(value)
+    if number is None:
+        return DASH
+    size = math.floor(math.log10(abs(number))) if number else 0
+    return _minus(f"{number:,.{min(6, max(0, 2 - size))}f}")
+
+
+def count(value) -> str:
+    """Write a count in steps of a thousand: 812, 33.6 k, 1.05 M, 67 G."""
+    number = finite(value)
+    if number is None:
+        return DASH
+    for size, suffix in STEPS:
+        if abs(number) >= size * 0.9995:
+            return _minus(f"{number / size:.3g}{suffix}")
+    return _minus(f"{number:.3g}")
+
+
+def share(value, places: int = 0) -> str:
+    """Write a fraction as a percentage."""
+    number = finite(value)
+    return DASH if number is None else _minus(f"{100 * number:.{places}f} %")
+
+
+def seconds(value) -> str:
+    """Write a duration: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    number = finite(value)
+    if number is None:
+        return DASH
+    if number < 59.95:
+        return f"{number:.1f} s"
+    whole = round(number)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def megabytes(value) -> str:
+    """Write a size given in MB as MB or GB."""
+    number = finite(value)
+    if number is None:
+        return DASH
+    return f"{number:,.0f} MB" if number < 9999.5 else f"{number / 1000:.1f} GB"
+
+
+def interval(pair) -> str:
+    """Write an interval [low, high]; an empty string where either end is missing."""
+    low, high = ends(pair)
+    return "" if low is None or high is None else f"[{fixed(low)}, {fixed(high)}]"
+
+
+def ends(pair) -> tuple[float | None, float | None]:
+    """Return the two ends of an interval as floats, None for each that is missing."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None, None
+    return finite(pair[0]), finite(pair[1])
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Return evenly spaced round numbers, the first at or below low and the last at or above high."""
+    if high <= low:
+        high = low + (abs(low) * 0.1 or 1.0)
+    rough = (high - low) / wanted
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _minus(text: str) -> str:
+    """Use the true minus sign, and none at all before a number that was rounded to zero."""
+    if text[:1] in "+-" and not text.strip("+-0.,% "):
+        return text[1:]
+    return text.replace("-", MINUS)

@@ -1,0 +1,1 @@
+"""Stages, where they run, and what a run would do."""

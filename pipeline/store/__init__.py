@@ -1,0 +1,1 @@
+"""What is kept: artifacts, bundles, histories."""

@@ -1,0 +1,314 @@
+"""Finished work in one directory that several processes or machines may share.
+
+An artifact is a folder whose manifest.json is written last: with a manifest it is whole, without
+one it is absent. One writer per address; nothing is edited once its manifest exists.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
+
+if TYPE_CHECKING:
+    import torch
+
+# files up to this are hashed when an artifact is opened; larger ones by tensors()
+SMALL_BYTES = 16_000_000
+FORMAT = 1  # raised when the layout of the store changes
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _nothing() -> None: ...
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, where it came from, and the sha256 and size of every file in it."""
+
+    address: str
+    stage: str
+    item: str | None
+    inputs: dict[str, str]  # address -> digest of what was read
+    files: dict[str, dict]  # relative path -> {"sha256": hex, "bytes": n}
+    metrics: dict = field(default_factory=dict)
+    made: dict = field(default_factory=dict)  # time, seconds, packages, hardware
+
+    @property
+    def digest(self) -> str:
+        """Hash of the files' contents: equal digests, equal artifacts (run.json only tells which
+        run made it)."""
+        pairs = sorted(
+            (name, entry["sha256"]) for name, entry in self.files.items() if name != "run.json"
+        )
+        lines = "".join(f"{name} {sha}\n" for name, sha in pairs)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry["bytes"] for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory and two callables that make it shared (Modal volumes); here they do nothing."""
+
+    root: Path
+    publish: Callable[[], None] = _nothing  # let other machines see our writes
+    refresh: Callable[[], None] = _nothing  # see theirs; no file may be open
+
+    def folder(self, address: str) -> Path:
+        """Where an artifact is or will be."""
+        return self.root / "artifacts" / address
+
+    def resume(self, address: str) -> Path:
+        """Where the checkpoints of a run in progress are."""
+        return self.root / "resume" / address
+
+    def parts(self, address: str) -> Path:
+        """Where what several containers make of one artifact waits for its merge; one folder and
+        writer per part."""
+        return self.root / "parts" / address
+
+    def history(self, address: str) -> Path:
+        """The history file of the job that makes an address; one writer."""
+        return self.root / "history" / f"{address}.jsonl"
+
+    def open(self) -> "Store":
+        """Create the directory if need be and check who wrote it; returns itself.
+
+        Raises NewerStore or StoreError.
+        """
+        mark = self.root / "store.json"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not mark.exists():
+                with self.lock("store"):  # two commands may be the first at once
+                    if not mark.exists():
+                        write_text(mark, json.dumps({"format": FORMAT}))
+            found = int(json.loads(mark.read_text("utf-8"))["format"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self.root} cannot be used as a store: {error}; choose another with --store"
+            ) from None
+        if found > FORMAT:
+            raise NewerStore(
+                f"{self.root} has store format {found}, this version reads up to {FORMAT}: "
+                "update MoleForge, or choose another directory with --store"
+            )
+        return self
+
+    def has(self, address: str) -> bool:
+        """Whether the artifact is whole."""
+        return (self.folder(address) / "manifest.json").exists()
+
+    def manifest(self, address: str) -> Manifest:
+        """Read a manifest. Raises DamagedArtifact."""
+        path = self.folder(address) / "manifest.json"
+        try:
+            return Manifest(**json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DamagedArtifact(
+                f"{path} cannot be read ({error}); {_again(path.parent)}"
+            ) from None
+
+    def require(self, address: str, stage: str) -> Manifest:
+        """Return the manifest of an input; raises MissingArtifact, or DamagedArtifact when a file
+        has changed size."""
+        if not self.has(address):
+            raise MissingArtifact(
+                f"{address} is not in {self.root}: run `python -m pipeline {stage}` with this configuration first"
+            )
+        manifest = self.manifest(address)
+        for name, entry in manifest.files.items():
+            path = self.folder(address) / name
+            found = path.stat().st_size if path.exists() else None
+            if found != entry["bytes"]:
+                size = "is gone" if found is None else f"has {found} bytes"
+                raise DamagedArtifact(f"{path} {size}, not {entry['bytes']}; {_again(path.parent)}")
+        return manifest
+
+    def verified(self, address: str, stage: str) -> Path:
+        """Return an artifact's folder after a check of its files' sha256, mapped ones over
+        SMALL_BYTES left out.
+
+        Raises MissingArtifact or DamagedArtifact.
+        """
+        folder = self.folder(address)
+        for name, entry in self.require(address, stage).files.items():
+            if entry["bytes"] <= SMALL_BYTES and sha256(folder / name) != entry["sha256"]:
+                raise DamagedArtifact(
+                    f"{folder / name} is not what was written (sha256 differs); {_again(folder)}"
+                )
+        return folder
+
+    def begin(self, address: str) -> Path:
+        """Return the artifact's folder, emptied of what a killed writer left."""
+        folder = self.folder(address)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        return folder
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Flush every file, write the manifest last, drop the parts, publish, and drop the
+        checkpoints."""
+        folder = self.folder(manifest.address)
+        for name in manifest.files:
+            flush(folder / name)
+        flush(folder)
+        write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+        shutil.rmtree(self.parts(manifest.address), ignore_errors=True)
+        self.publish()
+        shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
+        return manifest
+
+    def tensors(self, address: str, name: str, stage: str) -> "dict[str, torch.Tensor]":
+        """Load a safetensors file after checking its sha256. Raises MissingArtifact or
+        DamagedArtifact."""
+        entry = self.require(address, stage).files[name]
+        path = self.folder(address) / name
+        if sha256(path) != entry["sha256"]:
+            raise DamagedArtifact(
+                f"{path} is not what was written (sha256 differs); {_again(path.parent)}"
+            )
+        return load_tensors(path)
+
+    def addresses(self) -> list[str]:
+        """Every address with a folder, whole or not."""
+        folder = self.root / "artifacts"
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.exists() else []
+
+    @contextlib.contextmanager
+    def lock(self, address: str, waiting: Callable[[], None] = _nothing) -> Iterator[None]:
+        """Hold the address's lock; calls `waiting` once when another process has it, then waits.
+
+        The system lets go of the lock when its holder dies, however it dies.
+        """
+        from filelock import FileLock, Timeout
+
+        path = self.root / "locks" / f"{address}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and run the same command to make it again"
+
+
+def inventory(folder: Path) -> dict[str, dict]:
+    """Return {relative path: {"sha256", "bytes"}} of every file below an artifact's folder."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {
+        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in paths
+    }
+
+
+def sha256(path: Path) -> str:
+    """Return a file's sha256 in hex, read in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Force a file and its folder's entry to disk."""
+    for target in (path, path.parent):
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none: part file, flush, rename, flush of the folder."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    flush(path)
+
+
+def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
+    """Write a safetensors file. Raises DiskFull."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        plain = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
+        save_file(plain, path, metadata={"format": "pt"})  # which transformers before 5 insists on
+        path.chmod(
+            path.parent.stat().st_mode & 0o666
+        )  # safetensors lets nobody but this user read it
+    except SafetensorError as error:
+        full = any(f"(os error {number})" in str(error) for number in NO_ROOM)
+        raise _no_room(path, str(error)) if full else error from None
+
+
+def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """Read a safetensors file. Raises DamagedArtifact."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedArtifact(f"{path} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def translate_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn the system's "no space left" into DiskFull and its "not allowed" into StoreError.
+
+    The folder is an artifact's, or that of its checkpoints; what other files refuse is not the
+    store's affair. Raises DiskFull or StoreError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise _no_room(folder, error.strerror) from None
+        root = folder.parents[1]
+        if error.errno not in NOT_ALLOWED or not Path(str(error.filename)).is_relative_to(root):
+            raise
+        raise StoreError(
+            f"{error.filename} cannot be written: {error.strerror}; give this user the right to write to {root}, "
+            "or choose another directory with --store, then run the same command again"
+        ) from None
+
+
+def _no_room(path: Path, reason: str) -> DiskFull:
+    there = next(p for p in (path, *path.parents) if p.exists())
+    free_mb = shutil.disk_usage(there).free / 1e6
+    return DiskFull(
+        f"no room to write {path} ({reason}; {free_mb:.1f} MB free). What was finished is kept: make room "
+        "(`python -m pipeline prune` lists artifacts that no configuration uses) or choose another directory "
+        "with --store, then run the same command again"
+    )
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,370 @@
+"""What a job did, step by step: rows on disk, a bar on the screen, Weights & Biases when asked.
+
+One writer per file, and the file only grows: a job that was killed and goes on appends where it
+stopped and says from which step, and `read` leaves out what it went back over. No file stays open
+between two rows, because a volume that is refreshed on Modal may hold none.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from ..errors import ConfigError, DiskFull, StoreError
+
+LINE_EVERY_S = 15.0  # between lines where there is no terminal
+LOSSES = ("train_nats", "loss")  # the row's own word for it, first one present
+
+
+class Recorder:
+    """The history of one job while it runs.
+
+    Raises ConfigError when wandb is asked for and cannot start, StoreError or DiskFull when a row
+    cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        job: str,
+        total_steps: int,
+        wandb_mode: str = "off",
+        project: str = "moleforge",
+        run_id: str = "",
+        folder: Path | None = None,
+        settings: dict | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._started = False
+        _repair(self.path)
+        self._mirror = None
+        if wandb_mode != "off":
+            self._mirror = _Mirror(
+                wandb_mode, project, run_id, job, Path(folder or self.path.parent), settings or {}
+            )
+        console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
+        live = console.is_terminal and not console.is_dumb_terminal
+        self._display = (_Bar if live else _Lines)(console, job, total_steps)
+
+    def start(self, step: int) -> None:
+        """Begin at step: 0, or where a killed attempt goes on; rows of that attempt after step no
+        longer count."""
+        if self.path.exists() and self.path.stat().st_size:
+            _append(self.path, {"start": step})
+        self._display.start(step)
+        self._started = True
+
+    def row(self, row: dict) -> None:
+        """Append one row, which has a `step`; show it; pass its numbers on to wandb."""
+        if not self._started:
+            self.start(row["step"])
+        row = _plain(row)
+        _append(self.path, row)
+        self._display.row(row)
+        if self._mirror:
+            self._mirror.row(row)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._display.note(text)
+
+    def close(self, ok: bool = True) -> None:
+        """Leave the last figures on the screen and finish the wandb run; a second call does
+        nothing."""
+        self._display.close(ok)
+        if self._mirror:
+            self._mirror.close(ok)
+            self._mirror = None
+
+
+def read(path: Path) -> list[dict]:
+    """Return the rows that count, in step order; a last line torn by a kill is left out.
+
+    Raises StoreError that names the line when the file holds anything else.
+    """
+    kept, fresh = [], []
+    for entry in _entries(Path(path)):
+        if "step" in entry:
+            fresh.append(entry)
+        else:
+            kept, fresh = (
+                [row for row in _overlaid(kept, fresh) if row["step"] <= entry["start"]],
+                [],
+            )
+    return sorted(_overlaid(kept, fresh), key=lambda row: row["step"])
+
+
+def _overlaid(kept: list[dict], fresh: list[dict]) -> list[dict]:
+    again = {row["step"] for row in fresh}
+    return [row for row in kept if row["step"] not in again] + fresh
+
+
+def _entries(path: Path) -> Iterator[dict]:
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StoreError(
+            f"history {path} cannot be read: {error.strerror}; check path and permissions"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        entry = _parsed(line)
+        if entry is None:
+            raise StoreError(
+                f"{path} line {number}: wanted a JSON row with a step, found {line[:60]!r}; another program wrote to "
+                "this file: delete that line, or the file to lose this job's curves and nothing else"
+            )
+        yield entry
+    if entry := _parsed(tail):
+        yield entry
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(entry, dict) and isinstance(
+        entry.get("step", entry.get("start")), int | float
+    )
+    return entry if known else None
+
+
+def _repair(path: Path) -> None:
+    """Make the file end with a whole line, so that the next row starts one of its own."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        end = data.rfind(b"\n") + 1
+        if end == len(data):
+            return
+        with path.open("r+b") as file:
+            if _parsed(data[end:]):  # only the newline is missing
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(end)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _append(path: Path, entry: dict) -> None:
+    line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(
+            f"no room left to add a row to {path}; free some space and run the same command again"
+        )
+    return StoreError(
+        f"history {path} cannot be written: {error.strerror}; check path and permissions"
+    )
+
+
+def _plain(value):
+    """Return value as JSON knows it: arrays and tensors as lists, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return value
+
+
+class _Pace:
+    """Steps, and the figures that a person wants beside them."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps, self.peak_mb, self.loss, self.rate = total_steps, 0.0, None, None
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self.first = self.step = step
+        self.since_s = time.monotonic()
+
+    def row(self, row: dict) -> None:
+        self.step = row["step"]
+        self.loss = next((row[key] for key in LOSSES if row.get(key) is not None), self.loss)
+        self.rate = row.get("tokens_per_s") or self.rate
+        self.peak_mb = max(self.peak_mb, row.get("rss_mb") or 0.0)
+
+    @property
+    def figures(self) -> str:
+        shown = []
+        if self.loss is not None:
+            shown.append(f"loss {self.loss:.4f}")
+        if self.rate:
+            shown.append(f"{self.rate:,.0f} tokens/s")
+        if self.peak_mb:
+            shown.append(f"peak {self.peak_mb:,.0f} MB")
+        return " · ".join(shown)
+
+    @property
+    def left(self) -> str:
+        done, to_do = self.step - self.first, self.total_steps - self.step
+        return (
+            f"{_clock((time.monotonic() - self.since_s) / done * to_do)} left"
+            if done > 0 and to_do > 0
+            else ""
+        )
+
+    @property
+    def ending(self) -> str:
+        took = _clock(time.monotonic() - self.since_s)
+        return f"step {self.step:,} of {self.total_steps:,} after {took}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _Bar:
+    """Progress on a terminal: one line that is drawn over."""
+
+    def __init__(self, console: Console, job: str, total_steps: int) -> None:
+        self._pace = _Pace(total_steps)
+        figures = TextColumn("{task.fields[figures]}", markup=False)
+        name = TextColumn("{task.description}", markup=False)
+        self._progress = Progress(
+            *(name, BarColumn(24), TaskProgressColumn(), figures),
+            console=console,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # what a pipe reads must not end up on the screen
+        )
+        self._task = self._progress.add_task(job, total=max(total_steps, 1), figures="")
+
+    def start(self, step: int) -> None:
+        self._pace.start(step)
+        self._progress.update(self._task, completed=step)
+        self._progress.start()
+
+    def row(self, row: dict) -> None:
+        self._pace.row(row)
+        figures = " · ".join(filter(None, (self._pace.figures, self._pace.left)))
+        self._progress.update(self._task, completed=self._pace.step, figures=figures)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self, ok: bool) -> None:
+        if self._progress.live.is_started:
+            ending = "" if ok else f"stopped at {self._pace.ending}"
+            self._progress.update(
+                self._task, figures=" · ".join(filter(None, (self._pace.figures, ending)))
+            )
+            self._progress.stop()
+
+
+class _Lines:
+    """Progress where there is no terminal: a plain line now and then."""
+
+    def __init__(self, console: Console, job: str, total_steps: int) -> None:
+        self._console, self._job, self._pace = console, job, _Pace(total_steps)
+        self._open, self._shown_s = False, 0.0
+
+    def start(self, step: int) -> None:
+        self._pace.start(step)
+        self._open, self._shown_s = True, time.monotonic()
+        total = f"{self._pace.total_steps:,}"
+        self.note(f"goes on at step {step:,} of {total}" if step else f"{total} steps")
+
+    def row(self, row: dict) -> None:
+        self._pace.row(row)
+        if time.monotonic() - self._shown_s < LINE_EVERY_S:
+            return
+        self._shown_s = time.monotonic()
+        step = f"step {self._pace.step:,} of {self._pace.total_steps:,}"
+        self.note(" · ".join(filter(None, (step, self._pace.figures, self._pace.left))))
+
+    def note(self, text: str) -> None:
+        self._console.print(f"{self._job}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self, ok: bool) -> None:
+        if self._open:
+            ending = f"{'done' if ok else 'stopped'} at {self._pace.ending}"
+            self.note(" · ".join(filter(None, (ending, self._pace.figures))))
+        self._open = False
+
+
+class _Mirror:
+    """The same rows as a Weights & Biases run, one per address however often the job is resumed."""
+
+    def __init__(
+        self, mode: str, project: str, run_id: str, job: str, folder: Path, settings: dict
+    ) -> None:
+        wandb = _wandb()
+        quiet = wandb.Settings(silent=True, console="off")
+        try:
+            wandb.setup(quiet)
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise ConfigError(
+                    "runtime.wandb is online, but no Weights & Biases key was found: set WANDB_API_KEY, "
+                    "or set runtime.wandb to offline and send the run later with `wandb sync`"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            self._run = wandb.init(
+                mode=mode,
+                project=project,
+                id=run_id or None,
+                resume="allow",
+                name=job,
+                dir=folder,
+                config=settings,
+                reinit="create_new",
+                settings=quiet,
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise ConfigError(
+                f"runtime.wandb is {mode}, but Weights & Biases could not start a run below {folder}: {error}; "
+                "check WANDB_API_KEY and the network, or set runtime.wandb to offline or off"
+            ) from None
+        self._next = self._run.step
+
+    def row(self, row: dict) -> None:
+        if (
+            row["step"] < self._next
+        ):  # sent before the job was killed, and computed again to the same bits
+            return
+        self._next = row["step"]
+        self._run.log(dict(_numbers(row)), step=row["step"])
+
+    def close(self, ok: bool) -> None:
+        self._run.finish(exit_code=0 if ok else 1)
+
+
+def _wandb():
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"runtime.wandb needs the package wandb, which cannot be imported ({error}): "
+            "install requirements.txt, or set runtime.wandb to off"
+        ) from None
+    return wandb
+
+
+def _numbers(value, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(each, f"{name}/{key}" if name else str(key))
+    elif isinstance(value, int | float):
+        yield name, value

@@ -1,0 +1,1 @@
+"""One training loop, its optimizer, checkpoints and memory."""
