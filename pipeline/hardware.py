@@ -28,6 +28,14 @@ def has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
 
 
+def uses_bf16(dtype: str) -> bool:
+    """Whether a training under a run's `dtype` setting is one in bf16 on this machine.
+
+    `auto` takes bf16 only where its products are native: emulated ones are slower than fp32.
+    """
+    return dtype == "bf16" or (dtype == "auto" and has_bf16())
+
+
 @cache
 def _cpu_flags() -> frozenset[str]:
     try:

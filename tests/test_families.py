@@ -322,7 +322,7 @@ def test_balance_and_z_loss_are_in_the_routers_loss(trained):
 def test_auto_is_bf16_where_the_processor_has_it(monkeypatch, flags, auto):
     monkeypatch.setattr(hardware, "device", lambda: "cpu")
     monkeypatch.setattr(hardware, "_cpu_flags", lambda: frozenset(flags))
-    assert [ffn_parts.uses_bf16(small.config(dtype=d)) for d in ("auto", "bf16", "fp32")] == [
+    assert [hardware.uses_bf16(d) for d in ("auto", "bf16", "fp32")] == [
         auto,
         True,
         False,
@@ -360,8 +360,8 @@ def test_a_tokenizer_larger_than_the_pretrained_trunk_is_a_mismatch(trained, tmp
 def test_seeds_are_apart_and_follow_the_configuration():
     cfg = small.config()
     names = [("shared",), ("router",), ("expert", "alpha"), ("expert", "beta"), ("rows", "shared")]
-    assert len({ffn_parts.seed_of(cfg, *n) for n in names}) == len(names)
-    assert ffn_parts.seed_of(small.config(seed=4), "shared") != ffn_parts.seed_of(cfg, "shared")
+    assert len({cfg.seed_of(*n) for n in names}) == len(names)
+    assert small.config(seed=4).seed_of("shared") != cfg.seed_of("shared")
 
 
 def test_training_twice_gives_the_same_bytes(trained):

@@ -25,8 +25,8 @@ from pipeline.families.ffn_moe import bundle as ffn_bundle
 from pipeline.families.ffn_moe import cost
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.config import FfnMoeConfig
-from pipeline.families.ffn_moe.parts import uses_bf16
 from pipeline.families.load import load
+from pipeline.hardware import uses_bf16
 from pipeline.model.router import gate_name
 from pipeline.store.artifacts import inventory, load_tensors, save_tensors
 from pipeline.train.loop import TrainIO, fit
@@ -104,7 +104,7 @@ def train(job: Job, watch: Watch) -> None:
 
 def predicted(cfg: FfnMoeConfig, task: str, item: str | None) -> int:
     """Return the peak that the plan promises for a task, in bytes."""
-    return cost.cost(cfg, STAGES[task], item, None, uses_bf16(cfg)).peak_bytes
+    return cost.cost(cfg, STAGES[task], item, None, uses_bf16(cfg.dtype)).peak_bytes
 
 
 def config(job: Job) -> FfnMoeConfig:

@@ -5,6 +5,7 @@ Stages ask a run and never look into a family's sections, so a family adds or le
 alone.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -76,6 +77,13 @@ class RunConfig(Section):
         return (
             self.runtime.memory_budget is not None or '"moments":"int8"' in self.model_dump_json()
         )
+
+    def seed_of(self, *names: str) -> int:
+        """Return a seed of its own for each purpose, whatever random numbers the others drew.
+
+        A checksum rather than `hash`, which differs from one process to the next.
+        """
+        return zlib.crc32("/".join((str(self.seed), *names)).encode())
 
     def items(self, stage: str) -> tuple[str | None, ...]:
         """Return the jobs of a stage by their items: (None,) when it is one job, () when this

@@ -19,6 +19,12 @@ def chunk_of(vocab_size: int, chunk_logits: int = CHUNK_LOGITS) -> int:
     return max(LEAST_CHUNK_TOKENS, chunk_logits // vocab_size)
 
 
+def workspace_bytes(tokens: int, vocab_size: int, chunk_logits: int, number_bytes: int) -> int:
+    """Return the bytes of the two buffers of a pass over `tokens`: a chunk's logits, of numbers of
+    `number_bytes`, and their softmax in fp32."""
+    return min(tokens, chunk_of(vocab_size, chunk_logits)) * vocab_size * (4 + number_bytes)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of nats over tokens; keeps d loss / d h and d loss / d head instead of logits_NV."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..config.run import RunConfig
 from ..errors import BudgetError
 from ..families import family
-from ..hardware import cores, cpu_name, free_bytes, gpu_name, has_bf16, product_flops_per_s
+from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s, uses_bf16
 from ..store.artifacts import Store
 from ..train.flops import JobCost
 from . import stages
@@ -34,7 +34,7 @@ class Entry:
 
 def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     """Return every job of a run in order, with what is there already and an estimate of the rest."""
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16())
+    bf16 = uses_bf16(cfg.dtype)
     made, rate = _made(cfg, store), _flops_per_s(store, bf16)
     return [
         _entry(cfg, store, stage, item, address, made, rate, bf16)

@@ -5,6 +5,8 @@ L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
 
 from dataclasses import dataclass
 
+from .memory_plan import MemoryPlan
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -113,3 +115,20 @@ class JobCost:
     flops: float | None
     peak_bytes: int
     words: str = ""  # how it will run
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        item: str | None,
+        *,
+        tokens: int | None,
+        flops_per_token: float,
+        parameters: int,
+        plan: MemoryPlan,
+        peak_bytes: int,
+    ) -> "JobCost":
+        """Return the cost of a job of `tokens` tokens (None: not known yet) that trains
+        `parameters` numbers and runs as planned."""
+        flops = None if tokens is None else tokens * flops_per_token
+        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.words)

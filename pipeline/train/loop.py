@@ -28,6 +28,8 @@ from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
 
 TAIL_STEPS = 50  # training loss in the manifest is the mean over the last so many steps
+# What a step's time is split into; evaluating and saving are counted, but are no part of a step
+PHASES = ("data", "forward", "backward", "optimizer")
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -253,7 +255,7 @@ class _Fused:
 
 
 def _row(run, task, opts, lr, norm, numbers, laps, tokens, peak) -> dict:
-    seconds = sum(laps[k] for k in ("data", "forward", "backward", "optimizer"))
+    seconds = sum(laps[k] for k in PHASES)
     return {
         "step": run.step,
         "tokens": run.step * opts.batch_sequences * task.tokens_per_row,
@@ -271,7 +273,7 @@ def _row(run, task, opts, lr, norm, numbers, laps, tokens, peak) -> dict:
 def _metrics(run: TrainState, task: Task, memory_plan: MemoryPlan, peak: Peak) -> dict:
     opts = task.options
     tokens = run.step * opts.batch_sequences * task.tokens_per_row
-    training_s = sum(run.seconds.get(k, 0.0) for k in ("data", "forward", "backward", "optimizer"))
+    training_s = sum(run.seconds.get(k, 0.0) for k in PHASES)
     rate = tokens / training_s if training_s else 0.0
     rate_flops = product_flops_per_s(task.bf16)
     return {
@@ -356,7 +358,7 @@ class _StepClock:
     def since(self, run: TrainState) -> dict[str, float]:
         """Return the laps since the last call and add them to the run's totals."""
         laps, self.laps = (
-            {k: self.laps.get(k, 0.0) for k in ("data", "forward", "backward", "optimizer")},
+            {k: self.laps.get(k, 0.0) for k in PHASES},
             self.laps,
         )
         for phase, seconds in self.laps.items():

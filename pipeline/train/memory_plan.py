@@ -28,6 +28,9 @@ DOUBT = 1.25  # times what a row is predicted to take
 # for moments in bf16: beyond it a step changes the second one by less than bf16 can hold
 MOST_BETA2 = 0.99
 
+# of one number; 8-bit moments have an fp32 scale for every block of 256
+NUMBER_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -46,6 +49,11 @@ class MemoryPlan:
     whole: bool = False  # a batch must run in one piece
     budget_bytes: int | None = None
     more_bytes: int = field(default=0, compare=False)  # predicted for one more row
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of each parameter that is trained: its fp32 weight, its gradient, two moments."""
+        return 4 + NUMBER_BYTES[self.gradients] + 2 * NUMBER_BYTES[self.moments]
 
     @property
     def eager_free(self) -> bool:

@@ -19,6 +19,7 @@ from ...metrics.answers import mean
 from ...metrics.routing import Resamples
 from ...protocols import Progress
 from ...store.artifacts import now
+from ...train.loop import PHASES
 from ..lora_vlm.config import LoraVlmConfig
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
@@ -26,7 +27,6 @@ from .peft_io import ABOUT, read_json
 from .routing_eval import NEUTRAL, TEXT, Routed, routed_sets, routing
 from .stack import ROUTER, assemble
 
-PHASES = ("data", "forward", "backward", "optimizer")
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
 
 

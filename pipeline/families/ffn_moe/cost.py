@@ -5,7 +5,7 @@ from math import ceil
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import LEAST_CHUNK_TOKENS, MOST_SUMS
+from ...model.loss import MOST_SUMS, chunk_of, workspace_bytes
 from ...train.flops import JobCost, Shape
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
@@ -101,10 +101,17 @@ def cost(
         tokens = stage_tokens(cfg, stage, item, domain_tokens or {})
     except KeyError:  # a duration in epochs, before preprocess has counted the text
         tokens = None
-    flops = None if tokens is None else tokens * shape.train_flops_per_token(trains)
     plan = memory_plan(cfg, opts, shape, trains, bf16, "-".join(filter(None, (stage, item))))
     peak = peak_bytes(shape, trains, plan, bf16, _stacked(cfg), cfg.router.top_k)
-    return JobCost(stage, item, tokens, parameters, flops, peak, plan.words)
+    return JobCost.of(
+        stage,
+        item,
+        tokens=tokens,
+        flops_per_token=shape.train_flops_per_token(trains),
+        parameters=parameters,
+        plan=plan,
+        peak_bytes=peak,
+    )
 
 
 def memory_plan(
@@ -163,7 +170,7 @@ def peak_bytes(
     Weights, moments and gradients are counted, activations estimated; the constants are fitted to
     benchmarks/memory.py, which compares this with what is measured.
     """
-    unit, width = (2 if bf16 else 4), {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}
+    unit = 2 if bf16 else 4
     tables = shape.vocab_size * shape.d_model
     trained = {
         "all": shape.trunk_parameters + shape.ffn_parameters,
@@ -175,7 +182,7 @@ def peak_bytes(
         "ffn": shape.trunk_parameters,
         "gates": shape.trunk_parameters + experts * shape.ffn_parameters,
     }
-    kept = trained * (4 + width[plan.gradients] + 2 * width[plan.moments]) + frozen[trains] * unit
+    kept = trained * plan.state_bytes + frozen[trains] * unit
     kept += (
         2 * unit * tables if trains == "all" else 0
     )  # gradients of head and embedding until they are added up
@@ -188,8 +195,8 @@ def _passing(shape: Shape, plan: MemoryPlan, unit: int, trains: str, active: int
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
     layer = tokens * shape.layer_activations(trains, active) * unit
-    chunk = max(LEAST_CHUNK_TOKENS, plan.chunk_logits // shape.vocab_size)
-    logits = min(tokens, chunk) * shape.vocab_size * (4 + unit)
+    chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
+    logits = workspace_bytes(tokens, shape.vocab_size, plan.chunk_logits, unit)
     if trains == "all" and unit == 2 and tokens > MOST_SUMS * chunk:
         logits += 4 * shape.vocab_size * shape.d_model  # the head's gradient is added up in fp32
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass

@@ -5,11 +5,11 @@ import torch
 
 from ...hardware import device
 from ...metrics.language import verdict
+from ...train.loop import PHASES
 from .config import FfnMoeConfig
 from .parts import token_loss, training_rows
 
 TRAIN_SAMPLE_SEQUENCES = 128
-PHASES = ("data", "forward", "backward", "optimizer")
 
 
 def wins(rows: list[dict]) -> list[dict]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...data.text.shards import Shards
-from ...hardware import device, machine
+from ...hardware import device, machine, uses_bf16
 from ...metrics.language import Documents, Scores, oracle_gain, posterior_mix, routing
 from ...model.experts import Expert, average
 from ...model.router import Mixture, Uniform
@@ -28,12 +28,10 @@ from .parts import (
     ANCHOR,
     initial_gates,
     mixture_of,
-    seed_of,
     stored_experts,
     stored_statistics,
     stored_trunk,
     token_loss,
-    uses_bf16,
 )
 
 AXES = {
@@ -63,7 +61,12 @@ class Evaluator:
     """The held-out text, and what every contender scores on it."""
 
     def __init__(self, cfg: FfnMoeConfig, shards: Shards, progress: Progress):
-        self.cfg, self.shards, self.progress, self.bf16 = cfg, shards, progress, uses_bf16(cfg)
+        self.cfg, self.shards, self.progress, self.bf16 = (
+            cfg,
+            shards,
+            progress,
+            uses_bf16(cfg.dtype),
+        )
         self.documents = {d: _documents(cfg, shards, d) for d in shards.domains}
         self.scores = Scores(self.documents, cfg.evaluate.bootstrap, cfg.data.seed)
         self.tokens: dict[str, dict[str, np.ndarray]] = {}
@@ -164,7 +167,7 @@ def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[EvalRow]:
         len(own),
         train_tokens=joined,
     )
-    torch.manual_seed(seed_of(cfg, "random router"))
+    torch.manual_seed(cfg.seed_of("random router"))
     random_LED = random_gates(stored_statistics(cfg, parts, cfg.trunk.anchor == "keep"))
     yield EvalRow(
         f"random router top-{k}",

@@ -5,7 +5,6 @@ B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch
 from ...data.text.shards import DomainMixture as Rows
 from ...data.text.shards import Shards
 from ...errors import MismatchError
-from ...hardware import device, has_bf16
+from ...hardware import device, uses_bf16
 from ...model import router_init
 from ...model.experts import Expert, from_tensors
 from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
@@ -28,11 +27,6 @@ FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
 # no setting of expert.*, as the trunk's address does not hold those
 ANCHOR_STATISTICS_TOKENS = 65_536
-
-
-def uses_bf16(cfg: FfnMoeConfig) -> bool:
-    """Whether this machine trains this configuration under bf16 autocast."""
-    return cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16())
 
 
 def mixture_of(experts: Sequence[Expert], weight_LED: torch.Tensor, top_k: int) -> Mixture:
@@ -81,14 +75,9 @@ def training_rows(cfg, shards, purpose, domains, **how) -> Rows:
         "train",
         tuple(domains),
         cfg.trunk.context_tokens,
-        seed=seed_of(cfg, "rows", purpose),
+        seed=cfg.seed_of("rows", purpose),
         **how,
     )
-
-
-def seed_of(cfg: FfnMoeConfig, *names: str) -> int:
-    """Return a seed of its own for each purpose, whatever the others drew."""
-    return zlib.crc32("/".join((str(cfg.seed), *names)).encode())
 
 
 def new_trunk(cfg: FfnMoeConfig, shards: Shards, d_ff: int | None = None) -> tuple[Trunk, Expert]:
@@ -148,7 +137,7 @@ def stored_trunk(cfg: FfnMoeConfig, parts) -> tuple[Trunk, Expert]:
 def training_trunk(cfg: FfnMoeConfig, parts) -> tuple[Trunk, Expert]:
     """Return the trunk as trainings on top of it need it, and the dummy, frozen: mapped bf16 where
     they are bf16."""
-    if not uses_bf16(cfg):
+    if not uses_bf16(cfg.dtype):
         return stored_trunk(cfg, parts)
     if FROZEN in parts.manifest("train_shared").files:
         return _opened(parts, parts.tensors("train_shared", FROZEN))
@@ -170,7 +159,7 @@ def in_bf16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def computing(cfg: FfnMoeConfig, expert: Expert) -> Expert:
     """Return a frozen expert as a training computes with it: rounded once where trainings are bf16."""
-    return from_tensors(expert, in_bf16(expert.named())) if uses_bf16(cfg) else expert
+    return from_tensors(expert, in_bf16(expert.named())) if uses_bf16(cfg.dtype) else expert
 
 
 def stored_experts(cfg: FfnMoeConfig, parts) -> Iterator[tuple[str, Expert]]:
@@ -218,6 +207,6 @@ def sum_up(cfg, trunk, ffn, rows: Rows, tokens: int) -> Statistics:
     with torch.no_grad():
         for at in range(0, wanted, sequences):
             ids_BT = torch.from_numpy(rows.rows(at, min(sequences, wanted - at))).to(device())
-            with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg)):
+            with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype)):
                 trunk.hidden(ids_BT[:, :-1], sums.watch(ffn))
     return sums

@@ -12,7 +12,7 @@ import torch
 
 from ...data.text.shards import DomainMixture as Rows
 from ...data.text.shards import Shards
-from ...hardware import device
+from ...hardware import device, uses_bf16
 from ...model.experts import clone, reinit_like
 from ...model.loss import chunk_of, cross_entropy
 from ...model.router import CoordinatedExpert, Gating, Mixture, Router, gate_name
@@ -30,14 +30,12 @@ from .parts import (
     in_bf16,
     initial_gates,
     new_trunk,
-    seed_of,
     stored_experts,
     stored_trunk,
     sum_up,
     token_loss,
     training_rows,
     training_trunk,
-    uses_bf16,
 )
 
 
@@ -47,7 +45,7 @@ def shared(cfg: FfnMoeConfig, parts) -> Task:
     Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
     """
     shards = Shards(parts.folder("preprocess"))
-    torch.manual_seed(seed_of(cfg, "shared"))
+    torch.manual_seed(cfg.seed_of("shared"))
     trunk, dummy = new_trunk(cfg, shards)
     rows = training_rows(
         cfg, shards, "shared", cfg.trunk.domains or shards.domains, how=cfg.trunk.mixture
@@ -56,7 +54,7 @@ def shared(cfg: FfnMoeConfig, parts) -> Task:
     def export(_kept_step: int) -> dict:
         mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
         sums = sum_up(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
-        frozen = {FROZEN: in_bf16(trunk.named())} if uses_bf16(cfg) else {}
+        frozen = {FROZEN: in_bf16(trunk.named())} if uses_bf16(cfg.dtype) else {}
         return frozen | {
             "trunk.safetensors": trunk.named(),
             "dummy.safetensors": dummy.named(),
@@ -73,7 +71,7 @@ def expert(cfg: FfnMoeConfig, parts, item: str) -> Task:
     frozen."""
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = training_trunk(cfg, parts)
-    torch.manual_seed(seed_of(cfg, "expert", item))
+    torch.manual_seed(cfg.seed_of("expert", item))
     own = (clone(dummy) if cfg.expert.init == "trunk" else reinit_like(dummy)).to(device())
     general = {
         "general": cfg.trunk.domains or shards.domains,
@@ -114,7 +112,7 @@ def expert(cfg: FfnMoeConfig, parts, item: str) -> Task:
 def router(cfg: FfnMoeConfig, parts) -> Task:
     """Return the gates' training: everything else frozen, on all domains mixed."""
     shards = Shards(parts.folder("preprocess"))
-    torch.manual_seed(seed_of(cfg, "router"))
+    torch.manual_seed(cfg.seed_of("router"))
     trunk, _ = training_trunk(cfg, parts)
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
@@ -170,7 +168,7 @@ def dense(cfg: FfnMoeConfig, parts, item: str) -> Task:
     """Return one dense baseline's training; see Dense.baselines for what each has in common with
     the stack."""
     shards = Shards(parts.folder("preprocess"))
-    torch.manual_seed(seed_of(cfg, "dense", item))
+    torch.manual_seed(cfg.seed_of("dense", item))
     seen = cfg.experts
     if item in FROM_ZERO:
         trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
@@ -203,7 +201,7 @@ def _task(cfg, opts, trunk, ffn, network, rows, judged_on, export, trains, fp32=
 
     `fp32` names the parameters that stay so in a bf16 training.
     """
-    bf16 = uses_bf16(cfg)
+    bf16 = uses_bf16(cfg.dtype)
     shape = Shape.of_settings(trunk.config.to_dict(), rows.context_tokens)
     memory_plan = ffn_cost.memory_plan(cfg, opts, shape, trains, bf16)
     if memory_plan.checkpointing:

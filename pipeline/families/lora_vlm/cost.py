@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...config.base import NONE, is_folder
 from ...hardware import device
+from ...model.loss import workspace_bytes
 from ...train.flops import JobCost
 from ...train.memory_plan import MemoryPlan, plan_memory
 from ..adapters.config import AdapterConfig, BaseConfig
@@ -175,10 +176,17 @@ def cost(
     if steps is None and (options.tokens is not None or rows):
         steps = options.resolve_steps(row, row * (rows or 0))
     tokens = None if steps is None else steps * options.batch_sequences * row
-    flops = None if tokens is None else tokens * sizes.train_flops_per_token(options)
     plan = memory_plan(cfg, options, sizes, row, row, f"{stage} {name}")
     peak = peak_bytes(cfg.loras.base, sizes, options, plan, row)
-    return JobCost(stage, item, tokens, sizes.adapter_parameters(options), flops, peak, plan.words)
+    return JobCost.of(
+        stage,
+        item,
+        tokens=tokens,
+        flops_per_token=sizes.train_flops_per_token(options),
+        parameters=sizes.adapter_parameters(options),
+        plan=plan,
+        peak_bytes=peak,
+    )
 
 
 def memory_plan(
@@ -210,11 +218,8 @@ def peak_bytes(
 ) -> int:
     """Return the predicted peak above imports of one adapter's training; the base's mapped pages
     are counted."""
-    unit, width = (
-        (2 if base.dtype == "bfloat16" else 4),
-        {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256},
-    )
-    own = sizes.adapter_parameters(options) * (4 + width[plan.gradients] + 2 * width[plan.moments])
+    unit = 2 if base.dtype == "bfloat16" else 4
+    own = sizes.adapter_parameters(options) * plan.state_bytes
     tokens = plan.micro_batch_sequences * longest
     per_token = sizes.activation_bytes(options, unit, plan.checkpointing)
     patches = (
@@ -222,8 +227,7 @@ def peak_bytes(
         * PATCHES_PER_TOKEN
     )
     seen = patches * (4 * PATCH_VALUES + unit * (6 * sizes.vision_d + 2 * sizes.vision_d_ff))
-    chunk = max(64, plan.chunk_logits // sizes.vocab_size)
-    workspace = min(tokens, chunk) * sizes.vocab_size * (4 + unit)
+    workspace = workspace_bytes(tokens, sizes.vocab_size, plan.chunk_logits, unit)
     return int(KERNEL_BYTES + unit * sizes.parameters + own + tokens * per_token + seen + workspace)
 
 

@@ -7,14 +7,13 @@ pinned base and leaves one adapter, which knows the base that it belongs to.
 B requests, K labels.
 """
 
-import zlib
 from pathlib import Path
 
 from ...data.routing import dataset as routing_set
 from ...data.sources import synthetic
 from ...data.tasks import prepare as tasks
 from ...errors import PipelineError
-from ...hardware import cores, has_bf16
+from ...hardware import cores, uses_bf16
 from ...train.loop import NoTraining, Task
 from ..adapters.base import LoadedBase
 from ..adapters.chat import Example
@@ -179,6 +178,6 @@ def _training(cfg: LoraVlmConfig, parts, name: str, where: str) -> Training:
     them."""
     opened: LoadedBase = open_base(parts.folder("train_shared"), cfg.loras.base)
     label_ids(opened.processor.tokenizer, cfg.loras.labels)
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16())
-    seed = zlib.crc32(f"{cfg.seed}/{name}".encode())
-    return Training(opened, name, cfg, seed=seed, bf16=bf16, where=where)
+    return Training(
+        opened, name, cfg, seed=cfg.seed_of(name), bf16=uses_bf16(cfg.dtype), where=where
+    )
