@@ -115,7 +115,7 @@ def settings(rows: list[dict], root: Path, args: argparse.Namespace) -> dict:
         )
         for split in ("train", "valid", "test")
     }
-    unused = {"source": "drawn", "drawn": {"kind": "color"}}
+    unused = {"source": "synthetic", "synthetic": {"kind": "color"}}
     experts = [
         {"name": name, "label": chr(ord("A") + i), "dataset": unused}
         for i, name in enumerate(domains)

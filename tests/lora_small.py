@@ -1,7 +1,7 @@
 """A lora_vlm run at the smallest sizes, without store or processes: what the tests of its training
 side need.
 
-Tasks are drawn, the base is random; everything before the trainings is made once per process and
+Tasks are synthetic, the base is random; everything before the trainings is made once per process and
 copied.
 """
 
@@ -70,8 +70,8 @@ SETTINGS = {
                 "label": label,
                 "max_new_tokens": 8,
                 "dataset": {
-                    "source": "drawn",
-                    "drawn": {"kind": kind, "train": 24, "valid": 8, "test": 8},
+                    "source": "synthetic",
+                    "synthetic": {"kind": kind, "train": 24, "valid": 8, "test": 8},
                 },
             }
             for name, label, kind in (("color", "A", "color"), ("dots", "B", "count"))

@@ -35,8 +35,8 @@ OTHERS = [{"expert": "dots"}, {"expert": "color"}]  # sources beside the one tha
 JSONL = {"expert": "color", "from": "jsonl", "path": "routed/rows.jsonl"}
 NOBODY = {
     "expert": "none",
-    "from": "drawn",
-    "drawn": {"kind": "pattern", "train": 9, "valid": 3, "test": 4},
+    "from": "synthetic",
+    "synthetic": {"kind": "pattern", "train": 9, "valid": 3, "test": 4},
 }
 SMALL = {
     "loras.defaults.steps": 4,

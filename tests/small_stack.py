@@ -163,8 +163,8 @@ RUN = {
                 "label": "ABC"[i],
                 "metric": {"count": "count", "locate": "iou"}.get(name, "exact"),
                 "dataset": {
-                    "source": "drawn",
-                    "drawn": {"kind": kind, "train": 24, "valid": 6, "test": 14, "size_px": 64},
+                    "source": "synthetic",
+                    "synthetic": {"kind": kind, "train": 24, "valid": 6, "test": 14, "size_px": 64},
                 },
                 "max_new_tokens": 4 + 2 * i,
             }
@@ -183,8 +183,8 @@ RUN = {
             *({"expert": name, "from": "loras"} for name in EXPERTS),
             {
                 "expert": "none",
-                "from": "drawn",
-                "drawn": {"kind": "pattern", "train": 24, "valid": 8, "test": 20},
+                "from": "synthetic",
+                "synthetic": {"kind": "pattern", "train": 24, "valid": 8, "test": 20},
             },
         ],
         "paraphrases": {

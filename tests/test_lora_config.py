@@ -17,12 +17,12 @@ from pipeline.run import stages
 
 CONFIG = Path(__file__).parent.parent / "config"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-DRAWN = {"source": "drawn", "drawn": {"kind": "color"}}
+SYNTHETIC = {"source": "synthetic", "synthetic": {"kind": "color"}}
 LORAS = {
     "base": {"build": {}},
     "defaults": {"steps": 5, "lr": 0.5, "max_tokens": 99},
     "experts": [
-        {"name": "color", "label": "A", "dataset": DRAWN},
+        {"name": "color", "label": "A", "dataset": SYNTHETIC},
         {
             "name": "ocr",
             "label": "B",
@@ -108,8 +108,31 @@ def test_the_real_configuration_is_of_seven_experts_over_a_pinned_base():
     assert load(CONFIG / "qwen3vl.yaml", (eight,)).loras.base.model.endswith("8B-Instruct")
 
 
-def test_drawn_kinds_are_those_that_can_be_drawn():
+def test_synthetic_kinds_are_those_that_can_be_made():
     assert set(task_data.KINDS) == set(KINDS)
+
+
+def test_the_old_word_for_synthetic_goes_on_to_be_read():
+    """`drawn` was the word in files of before; of both in one section neither is taken."""
+    nobody = {"expert": "none", "from": "drawn", "drawn": {"kind": "shape", "seed": 3}}
+    label = ("loras.router.none_label", "C")
+    old = changed(
+        ("loras.experts.0.dataset", {"source": "drawn", "drawn": {"kind": "color"}}),
+        ("dataset.sources.+", nobody),
+        label,
+    )
+    new = changed(
+        (
+            "dataset.sources.+",
+            {"expert": "none", "from": "synthetic", "synthetic": {"kind": "shape", "seed": 3}},
+        ),
+        label,
+    )
+    assert parse(old) == parse(new)
+    assert "drawn" not in parse(old).model_dump_json()
+    both = {"source": "synthetic", "drawn": {"kind": "color"}, "synthetic": {"kind": "color"}}
+    with pytest.raises(ValueError, match="drawn is the old word for synthetic, and both are given"):
+        parse(changed(("loras.experts.0.dataset", both)))
 
 
 def test_paths_start_at_the_file_that_states_them(tmp_path):
@@ -246,7 +269,10 @@ WRONG = {
         "no such expert odd; loras.experts has color, ocr",
     ),
     "none without label": (
-        ("dataset.sources.+", {"expert": "none", "from": "drawn", "drawn": {"kind": "shape"}}),
+        (
+            "dataset.sources.+",
+            {"expert": "none", "from": "synthetic", "synthetic": {"kind": "shape"}},
+        ),
         "loras.router.none_label: the routing set has requests for none",
     ),
     "label without none": (
@@ -297,9 +323,9 @@ WRONG = {
         ("loras.base.image", {"min_pixels": 9999, "max_pixels": 2000}),
         "min_pixels 9999 is more than",
     ),
-    "drawn what": (
-        ("loras.experts.0.dataset.drawn.kind", "cats"),
-        "loras.experts.color.dataset.drawn.kind: ",
+    "synthetic what": (
+        ("loras.experts.0.dataset.synthetic.kind", "cats"),
+        "loras.experts.color.dataset.synthetic.kind: ",
     ),
 }
 
@@ -416,7 +442,7 @@ def test_one_more_task_remakes_nothing_of_the_others():
     entry = {
         "name": "count",
         "label": "C",
-        "dataset": {"source": "drawn", "drawn": {"kind": "count"}},
+        "dataset": {"source": "synthetic", "synthetic": {"kind": "count"}},
     }
     before = addresses()
     after = addresses(("loras.experts.+", entry), ("dataset.sources.+", {"expert": "count"}))

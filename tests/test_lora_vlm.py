@@ -253,7 +253,7 @@ def test_two_runs_give_the_same_files_and_another_seed_others(parts, tmp_path):
 
 
 def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path):
-    """The answers are the model's own, one token after another; colours not drawn for training."""
+    """The answers are the model's own, one token after another; pictures not made for training."""
     settings = {
         "steps": 120,
         "batch_sequences": 16,
@@ -264,8 +264,10 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
     parts = lora_small.prepared(tmp_path / "run", loras__defaults=settings)
     shutil.rmtree(parts.folder("preprocess", "color"))
     entry = parts.cfg.loras.entry("color")
-    drawn = entry.dataset.drawn.model_copy(update={"train": 500, "test": 60})
-    entry = entry.model_copy(update={"dataset": entry.dataset.model_copy(update={"drawn": drawn})})
+    more = entry.dataset.synthetic.model_copy(update={"train": 500, "test": 60})
+    entry = entry.model_copy(
+        update={"dataset": entry.dataset.model_copy(update={"synthetic": more})}
+    )
     folder = parts.new("preprocess", "color")
     family.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, lora_small.quiet, 1)
     done = lora_small.train(parts, "color")

@@ -27,8 +27,8 @@ LORAS = {
             "name": name,
             "label": label,
             "dataset": {
-                "source": "drawn",
-                "drawn": {"kind": kind, "train": 10, "valid": 2, "test": 4, "size_px": 32},
+                "source": "synthetic",
+                "synthetic": {"kind": kind, "train": 10, "valid": 2, "test": 4, "size_px": 32},
             },
         }
         for name, label, kind in (("color", "A", "color"), ("ocr", "B", "digits"))
@@ -55,7 +55,7 @@ def program():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with configurations of two drawn experts, and of text alone; it is the current one."""
+    """A folder with configurations of two synthetic experts, and of text alone; it is the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOLEFORGE_STORE", raising=False)
     Path("loras.json").write_text(json.dumps(LORAS))
@@ -99,7 +99,7 @@ def test_text_from_jsonl_needs_nothing_else(program, here, capsys):
     assert len(re.findall(r"│ banking-\d+ +│", said)) == 3
 
 
-def test_rows_of_drawn_experts_are_prepared_once(program, here, monkeypatch, capsys):
+def test_rows_of_synthetic_experts_are_prepared_once(program, here, monkeypatch, capsys):
     assert program.main(["--config", "dataset.yaml"]) == 0
     first = Path("routing.jsonl").read_bytes()
     found = rows("routing.jsonl")

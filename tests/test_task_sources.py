@@ -80,17 +80,17 @@ def test_files_give_splits_and_missing_ones_are_cut_from_training(tmp_path, sour
     assert 1 <= metrics["rows"]["valid"] <= 15
 
 
-def test_drawn_rows_are_task_rows(tmp_path):
+def test_synthetic_rows_are_task_rows(tmp_path):
     given = {
-        "source": "drawn",
-        "drawn": {"kind": "locate", "train": 30, "valid": 5, "test": 7, "size_px": 96},
+        "source": "synthetic",
+        "synthetic": {"kind": "locate", "train": 30, "valid": 5, "test": 7, "size_px": 96},
     }
     metrics, rows, _ = prepared(
         tmp_path, entry(given), image=ImageLimitsConfig(min_pixels=4096, max_pixels=16384)
     )
     assert metrics["rows"] == {"train": 30, "valid": 5, "test": 7} and metrics["rows_resized"] == 0
     row = rows["locate-0-test-3"]
-    assert row.source["dataset"] == "drawn/locate"
+    assert row.source["dataset"] == "synthetic/locate"
     assert row.extra["boxes"] == [{"bbox_2d": json.loads(row.answer), "label": "square"}]
     assert TaskRows(tmp_path / "out").picture(row).size == (96, 96)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from .base import NONE, AdapterName, Section, Share
-from .task_data import SyntheticConfig, TaskDataConfig
+from .task_data import SyntheticConfig, TaskDataConfig, read_old_spelling
 
 
 def _balance(value):
@@ -59,8 +59,8 @@ class RoutingSourceConfig(Section):
     )
 
     expert: AdapterName = Field(description="Whose requests these are; none: nobody's")
-    origin: Literal["loras", "jsonl", "drawn"] = Field(
-        "loras", alias="from", description="loras (the expert's own rows), jsonl, or drawn"
+    origin: Literal["loras", "jsonl", "synthetic"] = Field(
+        "loras", alias="from", description="loras (the expert's own rows), jsonl, or synthetic"
     )
     path: str | None = Field(None, description="File or folder of jsonl rows when from is jsonl")
     image_root: str | None = Field(
@@ -70,7 +70,9 @@ class RoutingSourceConfig(Section):
     fields: dict[str, str] = Field(
         {}, description="Columns of jsonl rows by the names used here: prompt"
     )
-    drawn: SyntheticConfig | None = Field(None, description="What to draw when from is drawn")
+    synthetic: SyntheticConfig | None = Field(
+        None, description="Which pictures to make when from is synthetic"
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the expert's rows, relative to its other sources"
     )
@@ -78,20 +80,25 @@ class RoutingSourceConfig(Section):
         None, description="Rows wanted of this expert; none: per_expert"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spelling(cls, raw: object) -> object:
+        return read_old_spelling(raw)
+
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
-        wanted = {"jsonl": "path", "drawn": "drawn"}.get(self.origin)
+        wanted = {"jsonl": "path", "synthetic": "synthetic"}.get(self.origin)
         if wanted and not getattr(self, wanted):
             raise ValueError(f"from is {self.origin}, so {wanted} must be given")
         if self.expert == NONE and self.origin == "loras":
-            raise ValueError("none has no rows among the experts'; from must be jsonl or drawn")
+            raise ValueError("none has no rows among the experts'; from must be jsonl or synthetic")
         return self
 
     def data(self, splits: SplitSharesConfig) -> TaskDataConfig:
         """Return the same as the data of a task, which preprocess reads. Only for from jsonl or
-        drawn."""
-        if self.origin == "drawn":
-            return TaskDataConfig(source="drawn", drawn=self.drawn)
+        synthetic."""
+        if self.origin == "synthetic":
+            return TaskDataConfig(source="synthetic", synthetic=self.synthetic)
         data = TaskDataConfig(
             source="jsonl",
             path=self.path,

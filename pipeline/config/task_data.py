@@ -14,7 +14,7 @@ KINDS = (
     "shape",
     "compare",
     "pattern",
-)  # what pictures can be drawn
+)  # what synthetic pictures show
 
 
 class ImageLimitsConfig(Section):
@@ -34,9 +34,9 @@ class ImageLimitsConfig(Section):
 
 
 class SyntheticConfig(Section):
-    """Pictures of a task drawn here, for a base that is built or for trying things out."""
+    """Synthetic pictures of a task, for a base that is built or for trying things out."""
 
-    kind: Literal[KINDS] = Field(description="What is drawn")
+    kind: Literal[KINDS] = Field(description="What the pictures show")
     train: int = Field(2000, ge=1, description="Pictures to train on")
     valid: int = Field(100, ge=1, description="Pictures for early stopping and calibration")
     test: int = Field(200, ge=1, description="Pictures for the report")
@@ -44,11 +44,29 @@ class SyntheticConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the pictures")
 
 
+def read_old_spelling(raw: object) -> object:
+    """Return settings of a source with `drawn`, the old word, as `synthetic`.
+
+    Raises ValueError where both are given: it is not ours to say which of the two counts.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    renamed = dict(raw)
+    if "drawn" in renamed:
+        if "synthetic" in renamed:
+            raise ValueError("drawn is the old word for synthetic, and both are given; keep one")
+        renamed["synthetic"] = renamed.pop("drawn")
+    for key in ("source", "from", "origin"):
+        if renamed.get(key) == "drawn":
+            renamed[key] = "synthetic"
+    return renamed
+
+
 class TaskDataConfig(Section):
     """Where the rows of one task come from."""
 
-    source: Literal["hub", "jsonl", "folder", "drawn"] = Field(
-        description="hub, jsonl, folder (of images), or drawn"
+    source: Literal["hub", "jsonl", "folder", "synthetic"] = Field(
+        description="hub, jsonl, folder (of images), or synthetic"
     )
     path: str | None = Field(
         None, description="Folder of the jsonl files or of the images, or one jsonl file"
@@ -87,7 +105,9 @@ class TaskDataConfig(Section):
     fields: dict[str, str] = Field(
         {}, description="Columns by the names that templates and metrics use"
     )
-    drawn: SyntheticConfig | None = Field(None, description="What to draw when source is drawn")
+    synthetic: SyntheticConfig | None = Field(
+        None, description="Which pictures to make when source is synthetic"
+    )
     ocr: bool = Field(
         False, description="Answers are transcripts: text cleaned, boxes put in reading order"
     )
@@ -108,13 +128,18 @@ class TaskDataConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="Most rows to read of each split; none: all")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spelling(cls, raw: object) -> object:
+        return read_old_spelling(raw)
+
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
         wanted = {
             "hub": ("id", "revision"),
             "jsonl": ("path",),
             "folder": ("path",),
-            "drawn": ("drawn",),
+            "synthetic": ("synthetic",),
         }[self.source]
         missing = [name for name in wanted if not getattr(self, name)]
         if missing:

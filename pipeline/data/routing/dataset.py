@@ -182,9 +182,9 @@ def _feeds(unit: int, source: RoutingSourceConfig, tasks: Mapping[str, Path]) ->
             unit, name, source.expert, Path(prepared) / "rows.jsonl", Path(prepared), artifact=True
         )
         return
-    if source.origin == "drawn":
+    if source.origin == "synthetic":
         raise DataError(
-            f"{name}: drawn rows of {source.expert} are not prepared; draw them as a task in loras.json"
+            f"{name}: synthetic rows of {source.expert} are not prepared; make them a task in loras.json"
         )
     path = Path(source.path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]

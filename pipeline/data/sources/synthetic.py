@@ -85,7 +85,7 @@ def _kind(name: str) -> Kind:
         return KINDS[name]
     except KeyError:
         raise DataError(
-            f"there is no drawn kind {name!r}; dataset.drawn.kind is one of {', '.join(KINDS)}"
+            f"there is no synthetic kind {name!r}; dataset.synthetic.kind is one of {', '.join(KINDS)}"
         ) from None
 
 

@@ -1,5 +1,5 @@
-"""Records of one vision task from its source: JSON lines, a folder of images, the Hub, or drawn
-here.
+"""Records of one vision task from its source: JSON lines, a folder of images, the Hub, or
+synthetic.
 
 Invariant: records come in a fixed order, one at a time, with pictures still as they were found
 (path, bytes, decoded); a record that cannot be read is a Bad and never stops the stream, a source
@@ -76,8 +76,8 @@ def root(data: TaskDataConfig) -> Path | None:
 
 def dataset_name(data: TaskDataConfig) -> str:
     """Return what to call the source in rows: no path of this machine."""
-    if data.source == "drawn":
-        return f"drawn/{data.drawn.kind}"
+    if data.source == "synthetic":
+        return f"synthetic/{data.synthetic.kind}"
     return data.id or Path(data.path).name
 
 
@@ -146,7 +146,9 @@ def _image(value: object, data: TaskDataConfig) -> Picture:
         return _fetched(value, data.id)
     if isinstance(value, str | bytes) and value:
         return value
-    if hasattr(value, "tobytes") and hasattr(value, "getbands"):  # a decoded one, or drawn here
+    if hasattr(value, "tobytes") and hasattr(
+        value, "getbands"
+    ):  # a decoded one, or a synthetic one
         return value
     raise ValueError(f"a path or an image was wanted, found {type(value).__name__}")
 
@@ -331,8 +333,8 @@ def _label(feature, value: object) -> object:
     return feature.int2str(value) if isinstance(value, int) and value >= 0 else None
 
 
-def _drawn(_name: str, data: TaskDataConfig) -> Iterator[tuple[str | None, Stream]]:
-    wanted = data.drawn
+def _synthetic(_name: str, data: TaskDataConfig) -> Iterator[tuple[str | None, Stream]]:
+    wanted = data.synthetic
     for split in SPLITS:
         rows = synthetic.rows(
             wanted.kind, wanted.seed, {split: getattr(wanted, split)}, wanted.size_px
@@ -344,4 +346,4 @@ def _setting(name: str) -> str:
     return f"loras.experts.{name}.dataset"
 
 
-_STREAMS = {"jsonl": _jsonl, "folder": _folder, "hub": _hub, "drawn": _drawn}
+_STREAMS = {"jsonl": _jsonl, "folder": _folder, "hub": _hub, "synthetic": _synthetic}

@@ -60,7 +60,7 @@ class BuildConfig(Section):
         description="Standard deviation of weights; far below 1/sqrt(hidden) nothing is learned",
     )
     text: tuple[str, ...] = Field(
-        (), description="What the tokenizer is trained on beside the words of drawn pictures"
+        (), description="What the tokenizer is trained on beside the words of synthetic pictures"
     )
     seed: int = Field(0, ge=0, description="Seed of the weights")
 

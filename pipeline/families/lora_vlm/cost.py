@@ -234,13 +234,13 @@ def peak_bytes(
 def row_tokens(cfg: LoraVlmConfig, name: str) -> int:
     """Return the assumed tokens of a row: a picture of the largest area there can be, and some
     text."""
-    drawn = (
-        [cfg.loras.entry(name).dataset.drawn]
+    synthetic = (
+        [cfg.loras.entry(name).dataset.synthetic]
         if name in cfg.experts
-        else [e.dataset.drawn for e in cfg.loras.experts]
+        else [e.dataset.synthetic for e in cfg.loras.experts]
     )
     image = cfg.loras.base.image
-    area = max(d.size_px**2 if d else image.max_pixels for d in drawn)
+    area = max(d.size_px**2 if d else image.max_pixels for d in synthetic)
     picture = min(max(area, image.min_pixels), image.max_pixels) // PICTURE_TOKEN_PX
     return min(cfg.loras.options(name).max_tokens, picture + TEXT_TOKENS)
 

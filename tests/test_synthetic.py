@@ -1,4 +1,4 @@
-"""Drawn pictures judged by what scipy and numpy see in them, not by how they were drawn."""
+"""Synthetic pictures judged by what scipy and numpy see in them, not by how they were drawn."""
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_a_picture_is_a_function_of_seed_split_and_number(kind):
 
 @pytest.mark.parametrize("size", [32, 96])
 @pytest.mark.parametrize("kind", synthetic.KINDS)
-def test_other_sizes_are_drawn_too(kind, size):
+def test_other_sizes_are_made_too(kind, size):
     assert all(row["image"].size == (size, size) for row in made(kind, 10, size=size))
 
 
@@ -187,6 +187,7 @@ def test_an_unknown_kind_is_refused():
     import random
 
     with pytest.raises(
-        DataError, match=r"no drawn kind 'poem'; dataset\.drawn\.kind is one of color, digits"
+        DataError,
+        match=r"no synthetic kind 'poem'; dataset\.synthetic\.kind is one of color, digits",
     ):
         synthetic.draw("poem", random.Random(0))
