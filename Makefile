@@ -16,7 +16,7 @@ BENCHMARKS := preprocess
 help:
 	@echo 'make demo    run the whole pipeline on text this machine has: preprocess to report'
 	@echo 'make test    run the tests (ARGS="-k store" picks some)'
-	@echo 'make lint    check style, formatting and docstrings'
+	@echo 'make lint    check style, formatting, docstrings, density and types'
 	@echo 'make bench   run the benchmarks that need no extra data'
 	@echo 'make modal-local ARGS="modal run modal_app.py::run_all"   rehearse a Modal command here, without an account'
 	@echo 'make clean   remove .venv and caches; runs and their store stay'
@@ -31,6 +31,8 @@ lint: $(VENV)/development.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) scripts/check_docstrings.py
+	$(RUN) scripts/check_reading.py
+	$(RUN) -m mypy
 
 bench: $(VENV)/runtime.stamp
 	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(RUN) -m benchmarks.$$name $(ARGS); done
@@ -40,7 +42,7 @@ modal-local: $(VENV)/runtime.stamp
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m tests.loopback_modal --state .modal-local -- $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last: an installation that was interrupted is done again.

@@ -36,10 +36,11 @@ WORDS = {
     "modularforge": "ModularForge's streaming assembler",
 }
 FLAT = 0.03  # how far peaks may be apart from the fewest to the most experts
-NOTES = """Bytes are those of the finished bundle. The page cache is warm: the parts were written just before, by the
-same program. Ours writes, besides, the sum of every file, which the others do not; "open" ends when the stack answered
-one context of tokens (the plain loop has no network and only loads). Memory is the peak above imports; "mapped" is the
-part of it that is pages of files, which the system takes back when it needs them.
+NOTES = """Bytes are those of the finished bundle. The page cache is warm: the parts were written
+just before, by the same program. Ours writes, besides, the sum of every file, which the others do
+not; "open" ends when the stack answered one context of tokens (the plain loop has no network and
+only loads). Memory is the peak above imports; "mapped" is the part of it that is pages of files,
+which the system takes back when it needs them.
 """
 EPILOG = "Example, a minute: --size toy --rounds 2 --experts 2 4 8"
 
@@ -52,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         names = ["ours", *(p for p in PEERS if p != "modularforge" or args.modularforge)]
         rounds = measure(args, Path(work) / f"{args.size}-{max(args.experts)}", names)
     flat = flatness([r["ours", "bundle", n]["peak_mb"] for n in args.experts] for r in rounds)
-    verdict = f"- ours, making: peak grows by {flat:.1%} at most between any two numbers of experts; target {FLAT:.0%}\n"
+    verdict = (
+        f"- ours, making: peak grows by {flat:.1%} at most between any two numbers of experts; "
+        f"target {FLAT:.0%}\n"
+    )
     tables = [f"## {title}\n\n{_table(rounds, names, does, args)}" for does, title in TASKS.items()]
     finish(args, "assemble", "Making and opening a bundle", "\n".join([*tables, verdict]), NOTES)
     return int(flat > FLAT)
@@ -94,7 +98,8 @@ def measure(args: argparse.Namespace, work: Path, names: list[str]) -> list[dict
                         task=does, experts=count
                     )
                     progress(
-                        f"round {number} of {args.rounds}: {contender.name}, {does} {count} experts: "
+                        f"round {number} of {args.rounds}: {contender.name}, {does} {count} "
+                        "experts: "
                         f"{found['seconds']:.2f} s, peak {found['peak_mb']:,.0f} MB"
                     )
                 shutil.rmtree(work / "bundles")

@@ -161,7 +161,10 @@ def table(
         if not differ
         else f"{len(differ)} of {files} files differ"
     )
-    where = f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cores()} cores, {args.config.name} with {' '.join(args.override)}"
+    where = (
+        f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {cores()} cores, {args.config.name} with "
+        f"{' '.join(args.override)}"
+    )
     head = f"# {len(fell)} kills of one run\n\n{where}; {seconds:.0f} s in jobs undisturbed.\n\n"
     return f"{head}| killed while doing | kills |\n|---|---:|\n{rows}\n\nIn the end {verdict}.\n"
 

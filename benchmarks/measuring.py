@@ -99,7 +99,8 @@ def run(job: Job) -> dict:
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise SystemExit(
-            f"{job.peer} failed at {job.task} (exit status {done.returncode}):\n{done.stderr[-3000:]}"
+            f"{job.peer} failed at {job.task} (exit status "
+            f"{done.returncode}):\n{done.stderr[-3000:]}"
         )
     return json.loads(lines[-1])
 
@@ -157,7 +158,7 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 def ratios(
     rounds: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[dict], float]
 ) -> list[float]:
-    """Return top over bottom of each round, so that a slow minute of the machine counts for both."""
+    """Return top over bottom of each round, so that a slow minute counts for both."""
     return [top(r) / bottom(r) for r in rounds]
 
 
@@ -250,7 +251,9 @@ def finish(
         return
     command = " ".join(["python -m", f"benchmarks.{program}", *_shown(sys.argv[1:])])
     args.out.write_text(
-        f"# {title}, {time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n{text}\n{notes}\n{ending or conditions(args)}\n",
+        f"# {title}, "
+        f"{time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n{text}\n{notes}\n"
+        f"{ending or conditions(args)}\n",
         "utf-8",
     )
 
@@ -262,8 +265,10 @@ def conditions(args: argparse.Namespace) -> str:
     gpu = getattr(args, "device", "cpu") == "cuda"
     peak = "resident set above the level after imports (VmHWM, cleared then)"
     return (
-        f"{hardware(args.threads, packages, gpu)}. Sizes: {size}. Each contender ran in a fresh process; memory is the "
-        f"peak {'that PyTorch allocated on the GPU (max_memory_allocated)' if gpu else peak}, in MB of 10^6 bytes."
+        f"{hardware(args.threads, packages, gpu)}. Sizes: {size}. Each contender ran in a "
+        "fresh process; memory is the "
+        f"peak {'that PyTorch allocated on the GPU (max_memory_allocated)' if gpu else peak}, "
+        "in MB of 10^6 bytes."
     )
 
 
@@ -271,8 +276,10 @@ def hardware(threads: int, packages: Iterable[str], gpu: bool = False) -> str:
     """Return machine, load and versions, for a sentence; names the GPU where one was used."""
     found = ", ".join(f"{name} {_version(name)}" for name in packages)
     return (
-        f"{_gpu_name() if gpu else ''}{cpu_name()}, {cores()} of {os.cpu_count()} cores usable, {threads} threads per "
-        f"contender, load {os.getloadavg()[0]:.1f} at the end; {platform.system()} {platform.release()}, Python "
+        f"{_gpu_name() if gpu else ''}{cpu_name()}, {cores()} of {os.cpu_count()} cores "
+        f"usable, {threads} threads per "
+        f"contender, load {os.getloadavg()[0]:.1f} at the end; {platform.system()} "
+        f"{platform.release()}, Python "
         f"{platform.python_version()}, {found}"
     )
 

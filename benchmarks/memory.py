@@ -63,13 +63,17 @@ GRID = (  # task, micro-batch, changes of the sizes, overrides
     ("router", 4, {}, ()),
     ("router", 1, {"vocab_size": 4096}, ()),
 )
-NOTES = """Budgets: the same expert, text and steps in every row; a loss is the last step's. "Mapped" is the part of the
-peak that is pages of files: kernels of the libraries first used after the imports, and data files; "data" is the part
-of those, and "data by share" counts a page that n processes map as 1/n. Peaks of ours include validation, a checkpoint
-and the router statistics at the end. Experts: of each number five are trained, from the first to the last, each alone
-in its process; their median counts.
+NOTES = """Budgets: the same expert, text and steps in every row; a loss is the last step's.
+"Mapped" is the part of the peak that is pages of files: kernels of the libraries first used after
+the imports, and data files; "data" is the part of those, and "data by share" counts a page that n
+processes map as 1/n. Peaks of ours include validation, a checkpoint and the router statistics at
+the end. Experts: of each number five are trained, from the first to the last, each alone in its
+process; their median counts.
 """
-EPILOG = "Example, two minutes: --size toy --rounds 1 --budgets none --experts 2 4 --tables budgets experts"
+EPILOG = (
+    "Example, two minutes: --size toy --rounds 1 --budgets none --experts 2 4 --tables budgets "
+    "experts"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +156,10 @@ def _under(args: argparse.Namespace, budget: str) -> tuple[str, ...]:
 
 
 def _short(found: dict) -> str:
-    return f"peak {found['peak_mb']:,.0f} MB, {found['tokens_per_s']:,.0f} tokens/s, loss {found['nats']:.3f}"
+    return (
+        f"peak {found['peak_mb']:,.0f} MB, {found['tokens_per_s']:,.0f} tokens/s, loss "
+        f"{found['nats']:.3f}"
+    )
 
 
 def _budget_table(rounds: list[dict], entries: dict[str, Contender]) -> str:
@@ -263,7 +270,10 @@ def _by_experts(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     ]
     flat = [assemble.flatness([[statistics.median(peaks) for peaks in trained.values()]])]
     flat.append(assemble.flatness([[made["ours", "bundle", n]["peak_mb"] for n in args.experts]]))
-    verdict = f"- ours grow by {flat[0]:.1%} (training) and {flat[1]:.1%} (making a bundle); target {FLAT:.0%}\n"
+    verdict = (
+        f"- ours grow by {flat[0]:.1%} (training) and {flat[1]:.1%} (making a bundle); target "
+        f"{FLAT:.0%}\n"
+    )
     return f"## Peak MB by number of experts\n\n{table(head, rows)}\n{verdict}", max(flat) <= FLAT
 
 
@@ -291,7 +301,8 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
             ]
         )
         progress(
-            f"prediction {number + 1} of {len(GRID)}: {rows[-1][0]}: {rows[-1][1]} of {rows[-1][2]} MB"
+            f"prediction {number + 1} of {len(GRID)}: {rows[-1][0]}: {rows[-1][1]} of "
+            f"{rows[-1][2]} MB"
         )
     head = [
         "configuration",
@@ -301,7 +312,10 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
         "predicted over measured",
     ]
     far = [r for r in ratio if abs(r - 1) > NEAR]
-    verdict = f"- {len(ratio) - len(far)} of {len(ratio)} within {NEAR:.0%}, from {min(ratio):.2f} to {max(ratio):.2f}\n"
+    verdict = (
+        f"- {len(ratio) - len(far)} of {len(ratio)} within {NEAR:.0%}, from {min(ratio):.2f} to "
+        f"{max(ratio):.2f}\n"
+    )
     return f"## Predicted and measured\n\n{table(head, rows)}\n{verdict}", not far
 
 

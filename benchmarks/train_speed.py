@@ -49,11 +49,11 @@ WORDS = {
     "nanogpt-compiled": "the same with torch.compile",
     "modularforge": "ModularForge, default configuration",
 }
-EPILOG = """contenders: NAME or NAME:MICRO, MICRO being sequences per forward pass (else the whole batch at once;
-ours: what its plan chooses). Names: ours, plain, trainer (needs the package accelerate), nanogpt, nanogpt-compiled
-(needs a C++ compiler), modularforge (needs --modularforge).
-A target for a peer counts against the fastest of its entries, so `--contenders ours trainer trainer:4 trainer:1`
-gives Trainer its best. Example, minutes: --size toy --rounds 2"""
+EPILOG = """contenders: NAME or NAME:MICRO, MICRO being sequences per forward pass (else the whole
+batch at once; ours: what its plan chooses). Names: ours, plain, trainer (needs the package
+accelerate), nanogpt, nanogpt-compiled (needs a C++ compiler), modularforge (needs
+--modularforge). A target for a peer counts against the fastest of its entries, so `--contenders
+ours trainer trainer:4 trainer:1` gives Trainer its best. Example, minutes: --size toy --rounds 2"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,13 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     return int(not kept)
 
 
-NOTES = """Tokens per second count the steps after the first, skipped ones: data, forward, backward, clipping and
-optimizer; "first step" tells what compiling and warming up cost. MFU: operations that the task needs (of an expert:
-none for gradients of frozen weights), of what large products reach on this machine in the round, in a process of their
-own and in bf16 where there is bf16. Ratios are within a round: median (least-most). The
-feed-forward networks of all have as many parameters within 1 %; an expert trains with all else frozen. Peaks of ours
-include validation, a checkpoint and the router statistics at the end, which the peers do not make. ModularForge trains
-its own fp32 network with its default settings; its data workers are processes of their own and not in its memory.
+NOTES = """Tokens per second count the steps after the first, skipped ones: data, forward,
+backward, clipping and optimizer; "first step" tells what compiling and warming up cost. MFU:
+operations that the task needs (of an expert: none for gradients of frozen weights), of what large
+products reach on this machine in the round, in a process of their own and in bf16 where there is
+bf16. Ratios are within a round: median (least-most). The feed-forward networks of all have as
+many parameters within 1 %; an expert trains with all else frozen. Peaks of ours include
+validation, a checkpoint and the router statistics at the end, which the peers do not make.
+ModularForge trains its own fp32 network with its default settings; its data workers are processes
+of their own and not in its memory.
 """
 
 
@@ -110,7 +112,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
             made.error("modularforge needs the path of its repository: --modularforge PATH")
         if args.device == "cuda":
             made.error(
-                "modularforge is measured on the processor only: leave it out of --contenders, or --device cpu"
+                "modularforge is measured on the processor only: leave it out of "
+                "--contenders, or --device cpu"
             )
     if min(args.rounds, args.steps, args.threads) < 1 or args.skip < 0:
         made.error("--rounds, --steps and --threads must be at least 1, --skip at least 0")
@@ -131,8 +134,10 @@ def _round(number: int, contenders: list[Contender], args: argparse.Namespace) -
             found["mfu"] = found["tokens_per_s"] * SIZES[args.size].flops_per_token(task) / most
             out[task, contender.name] = found
             progress(
-                f"round {number} of {args.rounds}: {task}, {contender.name}: {found['tokens_per_s']:,.0f} tokens/s, "
-                f"MFU {found['mfu']:.2f}, {found['step_s']:.2f} s a step, peak {found['peak_mb']:,.0f} MB"
+                f"round {number} of {args.rounds}: {task}, {contender.name}: "
+                f"{found['tokens_per_s']:,.0f} tokens/s, "
+                f"MFU {found['mfu']:.2f}, {found['step_s']:.2f} s a step, peak "
+                f"{found['peak_mb']:,.0f} MB"
             )
     return out
 
@@ -150,7 +155,8 @@ def _result(rounds: list[dict], args: argparse.Namespace) -> tuple[str, bool]:
         reached = statistics.median(values) >= target
         kept &= reached
         parts.append(
-            f"- {name}: {spread(values, 2)} times; target {target}: {'reached' if reached else 'missed'}"
+            f"- {name}: {spread(values, 2)} times; target {target}: "
+            f"{'reached' if reached else 'missed'}"
         )
     return "\n".join(parts) + "\n", kept
 

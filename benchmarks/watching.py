@@ -49,7 +49,7 @@ class Watch:
             self.nats.append(nats)
 
     def mark(self, name: str) -> None:
-        """Keep the peak up to here under a name of its own, and what is mapped while it still is."""
+        """Keep the peak up to here under a name of its own, and what is mapped at the time."""
         start_s = time.perf_counter()
         now = memory()
         self.extra[f"{name}_mb"] = self._peak_mb(now)

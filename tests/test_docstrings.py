@@ -43,27 +43,27 @@ BROKEN = {
     "no period": (
         HEAD,
         function("Half a sentence"),
-        "2: function go: the docstring's first line must be a whole",
+        "2: function go: the docstring must start with a whole",
     ),
-    "sentence wraps": (
+    "no period on two lines": (
         HEAD,
-        function("Half\n    a sentence."),
-        "2: function go: the docstring's first line must",
+        function("Half\n    a sentence"),
+        "2: function go: the docstring must start with a whole",
     ),
     "starts a line late": (
         HEAD,
         function("\n    Whole sentence.\n    "),
-        "2: function go: the docstring's first line",
+        "2: function go: the docstring must start",
     ),
     "module no period": (
         "",
         '"""Half a sentence"""\n',
-        "1: module store: the docstring's first line must",
+        "1: module store: the docstring must",
     ),
     "too long": (
         HEAD,
-        function("x" * 110 + "."),
-        "3: function go: the docstring's first line is over 120",
+        function("x" * 90 + "."),
+        "3: function go: a line of the docstring's start is over 100",
     ),
     "third person": (
         HEAD,
@@ -177,7 +177,8 @@ KEPT = {
     "private": "def _go(): ...\nclass _Go:\n    def on(self): ...\n",
     "dunder": 'class Go:\n    """Whole sentence."""\n    def __len__(self): ...\n',
     "inner": 'def go():\n    """Whole sentence."""\n    def inner(): ...\n    return inner\n',
-    "first line fits": function("x" * 109 + "."),
+    "a sentence on two lines": function("Return twice n,\n    or 0 when there is none."),
+    "first line fits": function("x" * 89 + "."),
     "more than the name": function(
         "Load the config that the run was started with.", "load_config(n)"
     ),

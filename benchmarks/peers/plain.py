@@ -18,7 +18,7 @@ def train(job: Job, watch: Watch) -> None:
 
 
 def prepare(job: Job) -> int:
-    """Write a trunk and experts with random weights as torch files; return how many there are now."""
+    """Write a trunk and experts with random weights as torch files; return how many there are."""
     folder = _folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(job.experts) if not (folder / f"expert_{i}.pt").exists()]
