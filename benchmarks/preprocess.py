@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.data.text.documents import Document, Tally, documents
+from pipeline.data.text.documents import Document, Stream, documents, drop_stats
 from pipeline.data.text.prepare import prepare
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     with tempfile.TemporaryDirectory() as scratch:
         cfg = _pinned(_config(args), Path(scratch))
-        found = list(documents(cfg, Tally()))
+        found = list(documents(cfg, drop_stats()))
         megabytes = sum(d.bytes for d in found) / 1e6
         rounds = [
             _round(cfg, found, Path(scratch) / str(i), args.map) for i in range(args.rounds + 1)
@@ -85,13 +85,13 @@ def _config(args: argparse.Namespace) -> FfnMoeConfig:
 
 def _labels(data: dict) -> list[str]:
     """Return every label in the files."""
-    tally = Tally()
     probe = FfnMoeConfig.model_validate(
         {"data": data, "partition": {"domains": ["none", "of-these"]}}
     )
-    for _ in documents(probe, tally):
+    stream = Stream(probe, drop_stats())
+    for _ in stream:
         pass
-    return sorted(tally.other_labels)
+    return sorted(stream.other_labels)
 
 
 def _pinned(cfg: FfnMoeConfig, scratch: Path) -> FfnMoeConfig:

@@ -13,8 +13,7 @@ import zstandard
 
 from pipeline.data.sources import installed
 from pipeline.data.sources import text as rows
-from pipeline.data.text import documents as corpus
-from pipeline.data.text.documents import Tally, cut, documents, key_of
+from pipeline.data.text.documents import cut, documents, drop_stats, key_of
 from pipeline.errors import DataError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 
@@ -31,9 +30,9 @@ def config(*paths, domain=None, domains=("a", "b"), hub=(), partition=None, **da
 
 
 def read(cfg):
-    """Return (documents, tally)."""
-    tally = Tally()
-    return list(documents(cfg, tally)), tally
+    """Return (documents, stats)."""
+    stats = drop_stats()
+    return list(documents(cfg, stats)), stats
 
 
 def write_jsonl(path, found):
@@ -99,8 +98,8 @@ def test_unreadable_rows_are_counted_with_file_and_line(tmp_path):
     lines += [b'{"text": "   ", "domain": "a"}', b'{"text": "short", "domain": "b"}']
     good = [json.dumps(ROWS[0]).encode()] * 6
     path.write_bytes(b"\n".join([*lines, *good]))
-    found, tally = read(config(path, max_bad_share=0.5))
-    assert len(found) == 6 and tally.seen == 14
+    found, stats = read(config(path, max_bad_share=0.5))
+    assert len(found) == 6 and stats.seen == 14
     wanted = {
         "not UTF-8": 2,
         "not JSON": 2,
@@ -109,16 +108,16 @@ def test_unreadable_rows_are_counted_with_file_and_line(tmp_path):
         "empty": 1,
         "too short": 1,
     }
-    assert dict(tally.dropped) == wanted
-    assert tally.examples["no text"] == [f"{path}:4: text is missing"]
+    assert dict(stats.counts) == wanted
+    assert stats.examples["no text"] == [f"{path}:4: text is missing"]
     with pytest.raises(DataError, match=r"6 of 14 .*max_bad_share \(0\.4\).*bad\.jsonl:2"):
         read(config(path, max_bad_share=0.4))
 
 
 def test_short_and_empty_documents_are_not_unreadable(tmp_path):
     path = write_jsonl(tmp_path / "lines.jsonl", [{"text": "", "domain": "a"}] * 50 + ROWS)
-    found, tally = read(config(path, max_bad_share=0.0))
-    assert len(found) == 6 and tally.dropped["empty"] == 50
+    found, stats = read(config(path, max_bad_share=0.0))
+    assert len(found) == 6 and stats.counts["empty"] == 50
 
 
 def test_a_wrong_column_stops_before_the_whole_corpus_is_read(tmp_path):
@@ -178,8 +177,8 @@ def test_a_file_larger_than_memory_allows_reads_as_a_small_one_does(tmp_path, mo
     streamed, _ = read(cfg)
     assert [(d.text, d.key, d.piece) for d in streamed] == [(d.text, d.key, d.piece) for d in whole]
     path.write_bytes(b"good text " * 300_000 + b"\xff")
-    found, tally = read(config(path, domain="a", max_bad_share=1))
-    assert not found and tally.dropped == {"not UTF-8": 1}
+    found, stats = read(config(path, domain="a", max_bad_share=1))
+    assert not found and stats.counts == {"not UTF-8": 1}
 
 
 def test_keys_ignore_white_space_and_depend_on_the_seed():
@@ -190,20 +189,20 @@ def test_keys_ignore_white_space_and_depend_on_the_seed():
 def test_the_limit_holds_per_label_and_stops_reading(tmp_path):
     found = [{"text": "x" * 1000, "domain": "a"}] * 50 + [{"text": "y" * 1000, "domain": "b"}] * 50
     path = write_jsonl(tmp_path / "rows.jsonl", found + [{"never": "read"}] * 100)
-    kept, tally = read(config(path, megabytes_per_domain=0.01))
+    kept, stats = read(config(path, megabytes_per_domain=0.01))
     assert {d.label: sum(e.bytes for e in kept if e.label == d.label) for d in kept} == {
         "a": 10_000,
         "b": 10_000,
     }
-    assert tally.seen == 60
+    assert stats.seen == 60
 
 
 def test_splits_come_from_the_field_and_unknown_ones_are_bad(tmp_path):
     names = ["train", "validation", "test", "dev", "holdout"]
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {"split": name} for name in names])
-    kept, tally = read(config(path, split_field="split", max_bad_share=0.5))
+    kept, stats = read(config(path, split_field="split", max_bad_share=0.5))
     assert [d.split for d in kept] == ["train", "valid", "test", "valid"]
-    assert tally.dropped == {"unknown split": 1}
+    assert stats.counts == {"unknown split": 1}
 
 
 def test_labels_play_no_part_unless_they_make_the_domains(tmp_path):
@@ -239,10 +238,10 @@ def test_headers_without_torch_say_what_to_install(monkeypatch):
 
 
 def test_examples_are_few(tmp_path):
-    tally = corpus.Tally()
+    stats = drop_stats()
     for number in range(10):
-        tally.drop("not JSON", f"file:{number}")
-    assert tally.dropped["not JSON"] == 10 and tally.examples["not JSON"] == [
+        stats.drop("not JSON", f"file:{number}")
+    assert stats.counts["not JSON"] == 10 and stats.examples["not JSON"] == [
         "file:0",
         "file:1",
         "file:2",

@@ -149,7 +149,7 @@ def test_rows_over_the_limit_are_left_out_and_counted_never_cut(chat, examples):
     for limit in (min(tokens) - 1, *sorted(tokens)):
         lines = encode(chat, examples, limit)
         assert [line.tokens for line in lines.lines] == [t for t in tokens if t <= limit]
-        assert lines.dropped == ({"over max_tokens": 3 - len(lines)} if len(lines) < 3 else {})
+        assert lines.drops.counts == ({"over max_tokens": 3 - len(lines)} if len(lines) < 3 else {})
 
 
 def test_a_row_must_also_fit_with_every_neutral_prompt(chat, examples):
@@ -203,7 +203,7 @@ def test_a_neutral_prompt_is_not_asked_without_a_picture(chat, examples):
     """Nothing would be left of the request, nor does its length count."""
     neutral = "What do you see? " * 40
     lines = encode(chat, examples, 100, (neutral,))
-    assert len(lines) == 1 and lines.dropped == {"over max_tokens": 2}
+    assert len(lines) == 1 and lines.drops.counts == {"over max_tokens": 2}
     lines = encode(chat, examples, 500, (neutral,))
     asked, own = lines.batch([0, 2], [neutral, neutral]), lines.batch([0, 2])
     rows = [

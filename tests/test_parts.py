@@ -13,6 +13,7 @@ import pytest
 from fakes import flip
 from test_prepare import WORDS, bytes_of, config, rows, run
 
+from pipeline.data import drop_stats
 from pipeline.data.sources import installed
 from pipeline.data.sources import text as sources
 from pipeline.data.text import distributed, documents
@@ -169,7 +170,7 @@ def test_leaks_are_counted_and_named_as_in_one_run(tmp_path):
     assert_equal(config(tmp_path / "rows.jsonl", found, data={"split_field": "split"}), tmp_path)
     about = json.loads((tmp_path / "5/out/dropped.json").read_text())
     assert about["dropped"] == {"equals a held-out document": 12}
-    assert len(about["examples"]["equals a held-out document"]) == documents.EXAMPLES
+    assert len(about["examples"]["equals a held-out document"]) == drop_stats.EXAMPLES
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["in memory", "in blocks"])

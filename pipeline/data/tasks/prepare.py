@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +21,7 @@ from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import DataError
 from ...protocols import Progress, quiet
 from ...store.artifacts import write_text
+from ..drop_stats import DropStats
 from ..sources.tasks import Record, records
 from ..text.documents import SPLITS
 from .build_rows import Lost, Made, RowBuilder
@@ -29,7 +30,6 @@ from .rows import DROPPED, IMAGES, ROWS, TaskRow, TaskRows, read_rows
 
 __all__ = ["TaskRow", "TaskRows", "prepare", "read_rows"]
 
-EXAMPLES = 3  # kept per reason
 EARLY = 1000  # records after which a source of which nothing fits is given up
 _CHUNK = 16  # records that one process does at a time
 _AHEAD = 4  # chunks per process that wait to be read
@@ -38,46 +38,6 @@ _HARMLESS = (
     "duplicate",
     *(f"{what} also in {split}" for what in ("picture", "text") for split in ("test", "valid")),
 )
-
-
-@dataclass
-class Losses:
-    """What was dropped and why, with the first examples."""
-
-    seen: int = 0
-    reasons: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, lost: Lost) -> None:
-        """Count one dropped row."""
-        self.reasons[lost.reason] += 1
-        kept = self.examples.setdefault(lost.reason, [])
-        if len(kept) < EXAMPLES:
-            kept.append(f"{lost.where}: {lost.detail}" if lost.detail else lost.where)
-
-    @property
-    def bad(self) -> int:
-        """Rows that could not be used; duplicates and the like are not among them."""
-        return sum(count for reason, count in self.reasons.items() if reason not in _HARMLESS)
-
-    def check(self, name: str, max_bad_share: float) -> None:
-        """Raise DataError when more than max_bad_share of what was seen is bad, or nothing was
-        seen."""
-        where = f"loras.experts.{name}.dataset"
-        if not self.seen:
-            raise DataError(
-                f"{where}: the source has no rows; check path, the file names, or limit"
-            )
-        if self.bad > max_bad_share * self.seen:
-            told = "; ".join(
-                f"{n} {why} ({', '.join(self.examples[why])})"
-                for why, n in self.reasons.most_common()
-            )
-            raise DataError(
-                f"{self.bad} of {self.seen} rows of {where} cannot be used, more than max_bad_share "
-                f"({max_bad_share:g}) allows: {told}. Mend the source, set image_root, image_field or fields to what "
-                "it has, or raise max_bad_share"
-            )
 
 
 def prepare(
@@ -95,28 +55,33 @@ def prepare(
     """
     folder, start = Path(folder), time.perf_counter()
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    shaper, losses, groups, counts = RowBuilder(entry, image, folder), Losses(), Groups(), Counter()
+    shaper, stats, groups, counts = (
+        RowBuilder(entry, image, folder),
+        DropStats(_HARMLESS),
+        Groups(),
+        Counter(),
+    )
     division = Division(seed, entry.dataset.valid_share, entry.dataset.test_share)
     spool = folder / "rows.part"
     with open(spool, "w", encoding="utf-8") as file:
-        for made in _kept(_shaped(shaper, processes, losses, progress), losses, counts):
+        for made in _kept(_shaped(shaper, processes, stats, progress), stats, counts):
             groups.join(made.keys)
             file.write(f"{made.keys[0]}\t{made.row.line()}")
-    losses.check(entry.name, entry.dataset.max_bad_share)
+    _check_bad(stats, entry.name, entry.dataset.max_bad_share)
     division.divide((groups.of(key), row.split) for key, row in _spooled(spool))
-    counts.update(_write(spool, folder, groups, division, losses))
+    counts.update(_write(spool, folder, groups, division, stats))
     spool.unlink()
-    _check_splits(entry.name, counts, losses)
-    _report(folder, losses, counts, division)
-    return _metrics(folder, losses, counts, division, time.perf_counter() - start)
+    _check_splits(entry.name, counts, stats)
+    _report(folder, stats, counts, division)
+    return _metrics(folder, stats, counts, division, time.perf_counter() - start)
 
 
-def _kept(shaped: Iterable[Made | Lost], losses: Losses, counts: Counter) -> Iterator[Made]:
+def _kept(shaped: Iterable[Made | Lost], stats: DropStats, counts: Counter) -> Iterator[Made]:
     """Pass rows on, each with an id of its own, and count what is dropped."""
     ids = set()
     for each in shaped:
         if isinstance(each, Lost):
-            losses.drop(each)
+            stats.drop(each.reason, each.where, each.detail)
             continue
         name = each.row.id
         while _hashed(name) in ids:  # sources number each of their files from 0
@@ -131,7 +96,7 @@ def _kept(shaped: Iterable[Made | Lost], losses: Losses, counts: Counter) -> Ite
 
 
 def _shaped(
-    shaper: RowBuilder, processes: int, losses: Losses, progress: Progress
+    shaper: RowBuilder, processes: int, stats: DropStats, progress: Progress
 ) -> Iterator[Made | Lost]:
     """Yield what becomes of each record, in order."""
     name, said_s, made = shaper.entry.name, time.monotonic(), 0
@@ -140,14 +105,14 @@ def _shaped(
         _here(shaper, chunks) if processes <= 1 else _among(shaper, chunks, processes, name)
     ):
         for outcome in chunk:
-            losses.seen += max(1, len(outcome))
+            stats.seen += max(1, len(outcome))
             made += sum(isinstance(each, Made) for each in outcome)
             yield from outcome
-        if losses.seen >= EARLY and not made:
-            losses.check(name, shaper.entry.dataset.max_bad_share)
+        if stats.seen >= EARLY and not made:
+            _check_bad(stats, name, shaper.entry.dataset.max_bad_share)
         if time.monotonic() - said_s > _SAY_EVERY_S:
             said_s = time.monotonic()
-            progress(f"{name}: {losses.seen} rows read, {made} fit", None)
+            progress(f"{name}: {stats.seen} rows read, {made} fit", None)
 
 
 def _chunks(found: Iterator[Record]) -> Iterator[list[Record]]:
@@ -202,7 +167,7 @@ def _spooled(spool: Path) -> Iterator[tuple[str, TaskRow]]:
 
 
 def _write(
-    spool: Path, folder: Path, groups: Groups, division: Division, losses: Losses
+    spool: Path, folder: Path, groups: Groups, division: Division, stats: DropStats
 ) -> Counter:
     """Write rows.jsonl without what is there twice or in two splits, remove pictures of no row;
     return counts."""
@@ -214,13 +179,11 @@ def _write(
             said = _hashed(f"{group}\0{' '.join(row.images)}\0{row.prompt}\0{row.answer}")
             if row.split and row.split != split and split not in division.carved:
                 what, which = ("picture", row.images[0]) if row.images else ("text", "the prompt")
-                losses.drop(
-                    Lost(f"{what} also in {split}", row.id, f"{which} of its {row.split} rows")
-                )
+                detail = f"{which} of its {row.split} rows"
+                stats.drop(f"{what} also in {split}", row.id, detail)
             elif said in seen:
-                losses.drop(
-                    Lost("duplicate", row.id, "same pictures, prompt and answer as an earlier row")
-                )
+                detail = "same pictures, prompt and answer as an earlier row"
+                stats.drop("duplicate", row.id, detail)
             else:
                 seen.add(said)
                 used.update(row.images)
@@ -242,22 +205,36 @@ def _hashed(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _check_splits(name: str, counts: Counter, losses: Losses) -> None:
+def _check_bad(stats: DropStats, name: str, max_bad_share: float) -> None:
+    """Raise DataError when nothing was seen, or more than max_bad_share of it is bad."""
+    where = f"loras.experts.{name}.dataset"
+    if not stats.seen:
+        raise DataError(f"{where}: the source has no rows; check path, the file names, or limit")
+    stats.check(
+        max_bad_share,
+        f"rows of {where} cannot be used",
+        "max_bad_share",
+        "Mend the source, set image_root, image_field or fields to what it has, or raise "
+        "max_bad_share",
+    )
+
+
+def _check_splits(name: str, counts: Counter, stats: DropStats) -> None:
     missing = [split for split in SPLITS if not counts[split]]
     if missing:
         raise DataError(
-            f"loras.experts.{name}.dataset gives no {' and no '.join(missing)} row, out of {losses.seen} seen and "
-            f"{sum(losses.reasons.values())} dropped: name a file or split for it, or give more pictures"
+            f"loras.experts.{name}.dataset gives no {' and no '.join(missing)} row, out of {stats.seen} seen and "
+            f"{stats.total} dropped: name a file or split for it, or give more pictures"
         )
 
 
-def _report(folder: Path, losses: Losses, counts: Counter, division: Division) -> None:
+def _report(folder: Path, stats: DropStats, counts: Counter, division: Division) -> None:
     about = {
-        "seen": losses.seen,
+        "seen": stats.seen,
         "kept": sum(counts[split] for split in SPLITS),
-        "bad": losses.bad,
-        "dropped": dict(sorted(losses.reasons.items())),
-        "examples": dict(sorted(losses.examples.items())),
+        "bad": stats.bad,
+        "dropped": dict(sorted(stats.counts.items())),
+        "examples": dict(sorted(stats.examples.items())),
         "splits": {split: counts[split] for split in SPLITS},
         "carved": list(division.carved),
         "rows_without_picture": counts["rows_without_picture"],
@@ -266,7 +243,7 @@ def _report(folder: Path, losses: Losses, counts: Counter, division: Division) -
 
 
 def _metrics(
-    folder: Path, losses: Losses, counts: Counter, division: Division, spent_s: float
+    folder: Path, stats: DropStats, counts: Counter, division: Division, spent_s: float
 ) -> dict:
     names = (
         "pictures",
@@ -281,8 +258,8 @@ def _metrics(
         "rows": {split: counts[split] for split in SPLITS},
         "groups": len(division.splits),
         **{name: counts[name] for name in names},
-        "seen": losses.seen,
-        "dropped": dict(losses.reasons),
+        "seen": stats.seen,
+        "dropped": dict(stats.counts),
         "seconds": round(spent_s, 3),
-        "rows_per_s": round(losses.seen / spent_s, 1),
+        "rows_per_s": round(stats.seen / spent_s, 1),
     }

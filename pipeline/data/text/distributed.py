@@ -19,8 +19,9 @@ from ...config.text_data import TextRunConfig
 from ...errors import DataError, MissingArtifact
 from ...protocols import Progress
 from ...store.artifacts import flush, inventory, write_text
+from ..drop_stats import DropStats
 from . import partition, tokenizer
-from .documents import Cursor, Document, Stream, Tally
+from .documents import HARMLESS, Cursor, Document, Stream, drop_stats
 from .encode import DocRange, Encoder, finalize
 from .scan import first_pass
 from .shards import Shards
@@ -37,7 +38,7 @@ class Plan:
 
     jobs: int  # asked for; there are fewer parts when there are fewer batches
     pieces: list[DocRange]
-    tally: Tally
+    stats: DropStats
     seconds: dict[str, float]
     digest: str  # of the manifest; a part of another survey does not count
 
@@ -67,7 +68,7 @@ def scan(cfg: TextRunConfig, parts: Path, jobs: int, progress: Progress) -> int:
                 "jobs": jobs,
                 "pieces": pieces,
                 "seconds": found.seconds,
-                "tally": _dropped(found.tally),
+                "drop_stats": found.stats.as_json(),
             },
         )
         plan = _plan(folder)
@@ -102,10 +103,10 @@ def merge(cfg: TextRunConfig, parts: Path, plan: Plan, folder: Path, progress: P
             part = _make(cfg, parts, number, plan, progress)
         with Shards(parts / str(number)) as shards:
             writer.append(shards)
-        plan.tally.take(_tally(part["tally"]))
+        plan.stats.merge(DropStats.from_json(part["drop_stats"], HARMLESS))
         slowest_s = max(slowest_s, part["seconds"])
     seconds = plan.seconds | {"write": slowest_s, "merge": time.perf_counter() - start}
-    return finalize(cfg, folder, writer, plan.tally, plan.bytes, seconds)
+    return finalize(cfg, folder, writer, plan.stats, plan.bytes, seconds)
 
 
 def planned(parts: Path) -> Plan | None:
@@ -118,7 +119,13 @@ def _plan(folder: Path) -> Plan | None:
     if about is None:
         return None
     pieces = [DocRange(**raw | {"start": _mark(raw["start"])}) for raw in about["pieces"]]
-    return Plan(about["jobs"], pieces, _tally(about["tally"]), about["seconds"], about["digest"])
+    return Plan(
+        about["jobs"],
+        pieces,
+        DropStats.from_json(about["drop_stats"], HARMLESS),
+        about["seconds"],
+        about["digest"],
+    )
 
 
 def _mark(raw: dict) -> Cursor:
@@ -167,23 +174,13 @@ def _make(cfg: TextRunConfig, parts: Path, number: int, plan: Plan, progress: Pr
         )
     writer.finish()
     spent_s = time.perf_counter() - start
-    return _seal(folder, {"scan": plan.digest, "seconds": spent_s, "tally": _dropped(leaks)})
+    return _seal(folder, {"scan": plan.digest, "seconds": spent_s, "drop_stats": leaks.as_json()})
 
 
 def _read(cfg: TextRunConfig, piece: DocRange, seen: DocRange) -> Iterator[Document]:
-    for document in islice(Stream(cfg, Tally(), piece.start), piece.documents):
+    for document in islice(Stream(cfg, drop_stats(), piece.start), piece.documents):
         seen.see(document)
         yield document
-
-
-def _dropped(tally: Tally) -> dict:
-    return {"seen": tally.seen, "dropped": dict(tally.dropped), "examples": tally.examples}
-
-
-def _tally(raw: dict) -> Tally:
-    out = Tally(raw["seen"], examples=raw["examples"])
-    out.dropped.update(raw["dropped"])
-    return out
 
 
 def _seal(folder: Path, about: dict) -> dict:

@@ -8,16 +8,18 @@ import codecs
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from ...config.text_data import TextRunConfig
-from ...errors import DataError
+from ..drop_stats import DropStats
 from ..sources.text import LargeFile, Rows, SkippedRow, sources
 
-EXAMPLES = 3  # kept per reason
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
-UNREADABLE = ("not UTF-8", "not JSON", "no text", "no label", "unknown split")
+# Reasons that do not tell of a wrong setting or a damaged file
+HARMLESS = frozenset(
+    {"empty", "too short", "other label", "over the limit", "equals a held-out document"}
+)
 SPLITS = ("train", "valid", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | {
     "validation": "valid",
@@ -54,57 +56,17 @@ class Cursor:
     ] = ()  # label, split and bytes before the row; only under a limit
 
 
-@dataclass
-class Tally:
-    """What was seen and what was dropped, with examples of each reason."""
-
-    seen: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    other_labels: Counter = field(default_factory=Counter)
-
-    def drop(self, reason: str, where: str, detail: str = "") -> None:
-        """Count one dropped document."""
-        self.dropped[reason] += 1
-        kept = self.examples.setdefault(reason, [])
-        if len(kept) < EXAMPLES:
-            kept.append(f"{where}: {detail}" if detail else where)
-
-    def take(self, later: "Tally") -> None:
-        """Add what another tally has dropped after this one."""
-        self.dropped.update(later.dropped)
-        for reason, found in later.examples.items():
-            self.examples[reason] = [*self.examples.get(reason, []), *found][:EXAMPLES]
-
-    @property
-    def unreadable(self) -> int:
-        """Documents that could not be read at all; short and empty ones are not among them."""
-        return sum(self.dropped[reason] for reason in UNREADABLE)
-
-    def check(self, max_bad_share: float) -> None:
-        """Raise DataError when more than max_bad_share of the documents seen was unreadable."""
-        if self.unreadable > max_bad_share * self.seen:
-            raise DataError(
-                f"{self.unreadable} of {self.seen} documents cannot be read, more than data.max_bad_share "
-                f"({max_bad_share:g}) allows: {self.explain(UNREADABLE)}. Mend the files, set data.text_field, "
-                "data.label_field or data.split_field to the columns they have, or raise data.max_bad_share"
-            )
-
-    def explain(self, reasons: Iterable[str] | None = None) -> str:
-        """Return the counts of reasons (default all) with their examples, as one phrase."""
-        chosen = [r for r in (self.dropped if reasons is None else reasons) if self.dropped[r]]
-        return (
-            "; ".join(f"{self.dropped[r]} {r} ({', '.join(self.examples[r])})" for r in chosen)
-            or "none dropped"
-        )
+def drop_stats() -> DropStats:
+    """Return counts of what a reading of documents drops, none so far."""
+    return DropStats(HARMLESS)
 
 
-def documents(cfg: TextRunConfig, tally: Tally) -> Iterator[Document]:
-    """Yield every usable piece in a fixed order and count the rest in tally.
+def documents(cfg: TextRunConfig, stats: DropStats) -> Iterator[Document]:
+    """Yield every usable piece in a fixed order and count the rest in stats.
 
     Raises DataError for a source that cannot be read, or whose documents mostly cannot.
     """
-    return iter(Stream(cfg, tally))
+    return iter(Stream(cfg, stats))
 
 
 class Stream:
@@ -114,21 +76,26 @@ class Stream:
     is skipped: whole files unopened, the rows of its own file read and not looked at.
     """
 
-    def __init__(self, cfg: TextRunConfig, tally: Tally, start: Cursor | None = None):
-        self.cfg, self.tally, self.start = cfg, tally, start or Cursor()
+    def __init__(self, cfg: TextRunConfig, stats: DropStats, start: Cursor | None = None):
+        self.cfg, self.stats, self.start = cfg, stats, start or Cursor()
         self._whole, self._at = start is None, (0, 0, 0)
-        self._reader = _Reader(cfg, tally, self.start.read, judging=self._whole)
+        self._reader = _Reader(cfg, stats, self.start.read, judging=self._whole)
 
     def mark(self, document: Document) -> Cursor:
         """Return where the stream starts with this document, the last one it has given."""
         return Cursor(*self._at, document.piece, self._reader.read_before())
+
+    @property
+    def other_labels(self) -> Counter[str]:
+        """Documents by label of those that partition.domains does not name, so far."""
+        return self._reader.other_labels
 
     def __iter__(self) -> Iterator[Document]:
         for source, (label, files) in enumerate(sources(self.cfg)):
             if source >= self.start.source:
                 yield from self._source(source, label, files)
         if self._whole:
-            self.tally.check(self.cfg.data.max_bad_share)
+            _check(self.stats, self.cfg.data.max_bad_share)
 
     def _source(self, source: int, label: str | None, files: Iterable[Rows]) -> Iterator[Document]:
         first = self.start.source, self.start.file, self.start.row
@@ -142,6 +109,16 @@ class Stream:
                 yield from islice(pieces, self.start.piece if self._at == first else 0, None)
                 if self._reader.done(label):
                     return
+
+
+def _check(stats: DropStats, max_bad_share: float) -> None:
+    stats.check(
+        max_bad_share,
+        "documents cannot be read",
+        "data.max_bad_share",
+        "Mend the files, set data.text_field, data.label_field or data.split_field to the columns "
+        "they have, or raise data.max_bad_share",
+    )
 
 
 def key_of(text: bytes, seed: int, purpose: bytes = b"") -> int:
@@ -187,13 +164,14 @@ class _Reader:
     def __init__(
         self,
         cfg: TextRunConfig,
-        tally: Tally,
+        stats: DropStats,
         read: Iterable[tuple[str, str | None, int]],
         judging: bool,
     ):
-        self.data, self.tally, self.judging = cfg.data, tally, judging
+        self.data, self.stats, self.judging = cfg.data, stats, judging
         self.keep = frozenset(cfg.partition.domains) if cfg.partition.by == "labels" else None
         self.bytes = Counter({(label, split): size for label, split, size in read})  # read so far
+        self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
         self._before = {}  # what the row at hand has changed of that, as it was
 
     def read_before(self) -> tuple[tuple[str, str | None, int], ...]:
@@ -208,19 +186,19 @@ class _Reader:
 
     def accept(self, where: str, row, label: str | None) -> Iterator[Document]:
         """Yield the row's pieces, or count why there are none."""
-        if self.judging and self.tally.seen == EARLY and self.tally.unreadable > EARLY / 2:
-            self.tally.check(self.data.max_bad_share)
-        self.tally.seen += 1
+        if self.judging and self.stats.seen == EARLY and self.stats.bad > EARLY / 2:
+            _check(self.stats, self.data.max_bad_share)
+        self.stats.seen += 1
         found = row if isinstance(row, SkippedRow) else self._fields(row, label)
         if isinstance(found, SkippedRow):
-            return self.tally.drop(found.reason, where, found.detail)
+            return self.stats.drop(found.reason, where, found.detail)
         text, label, split = found
         if self.keep is not None and label not in self.keep:
-            if len(self.tally.other_labels) < 1000 or label in self.tally.other_labels:
-                self.tally.other_labels[label] += 1
-            return self.tally.drop("other label", where, label)
+            if len(self.other_labels) < 1000 or label in self.other_labels:
+                self.other_labels[label] += 1
+            return self.stats.drop("other label", where, label)
         if self._full(label, split):
-            return self.tally.drop("over the limit", where)
+            return self.stats.drop("over the limit", where)
         self._before = {(label, split): self.bytes[label, split]}
         yield from self._pieces(where, text, label, split)
 
@@ -265,14 +243,14 @@ class _Reader:
             try:
                 key, blocks = self._long_key(text), text.blocks()
             except UnicodeDecodeError as error:
-                return self.tally.drop("not UTF-8", where, error.reason)
+                return self.stats.drop("not UTF-8", where, error.reason)
         else:
             try:
                 raw = text.encode()
             except UnicodeEncodeError as error:
-                return self.tally.drop("not UTF-8", where, error.reason)
+                return self.stats.drop("not UTF-8", where, error.reason)
             if len(raw) < self.data.min_document_bytes or not text.strip():
-                return self.tally.drop("too short" if text.strip() else "empty", where)
+                return self.stats.drop("too short" if text.strip() else "empty", where)
             key, blocks = key_of(raw, self.data.seed), [raw]
             if len(raw) <= self.data.max_document_bytes:
                 self.bytes[label, split] += len(raw)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
-from .documents import SPLITS, Cursor, Document, Tally
+from ..drop_stats import DropStats
+from .documents import SPLITS, Cursor, Document, drop_stats
 from .partition import Domains
 from .shards import ShardWriter
 from .splits import Splits
@@ -70,9 +71,9 @@ class Encoder:
 
     def write(
         self, found: Iterator[Document], writer: ShardWriter, total_bytes: int, progress
-    ) -> Tally:
+    ) -> DropStats:
         """Read, encode and write, each in its own thread. Returns the leaks that were dropped."""
-        leaks, done = Tally(), 0
+        leaks, done = drop_stats(), 0
         with all_cores(self.cfg.runtime.threads):
             batches = _prefetch(self._batches(found, leaks))
             with closing(_prefetch(self._encoded(batches))) as encoded:
@@ -92,7 +93,7 @@ class Encoder:
                 yield batch, self.tokens.encode([document.text for _, _, document in batch])
 
     def _batches(
-        self, found: Iterator[Document], leaks: Tally
+        self, found: Iterator[Document], leaks: DropStats
     ) -> Iterator[list[tuple[str, str, Document]]]:
         for group in _grouped(found):
             batch = []
@@ -173,7 +174,7 @@ def finalize(
     cfg: TextRunConfig,
     folder: Path,
     writer: ShardWriter,
-    tally: Tally,
+    stats: DropStats,
     text_bytes: int,
     seconds: dict[str, float],
 ) -> dict:
@@ -181,7 +182,8 @@ def finalize(
     DataError."""
     _check(cfg, writer)
     writer.finish()
-    _write_dropped(folder, tally)
+    dropped = json.dumps(stats.as_json(), indent=1, ensure_ascii=False)
+    (folder / "dropped.json").write_text(dropped + "\n", encoding="utf-8")
     by_split = {
         what: {
             split: {d: writer.counts[split, d][what] for d in writer.domains} for split in SPLITS
@@ -190,7 +192,7 @@ def finalize(
     }
     return by_split | {
         "vocab_size": writer.vocab_size,
-        "dropped": dict(tally.dropped),
+        "dropped": dict(stats.counts),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "megabytes_per_s": text_bytes / 1e6 / sum(seconds.values()),
     }
@@ -215,9 +217,3 @@ def _check(cfg: TextRunConfig, writer: ShardWriter) -> None:
                 f"domain {domain} has {found} training tokens, fewer than partition.min_tokens "
                 f"({cfg.partition.min_tokens}): give it more text, merge it into another, or lower the setting"
             )
-
-
-def _write_dropped(folder: Path, tally: Tally) -> None:
-    about = {"seen": tally.seen, "dropped": dict(tally.dropped), "examples": tally.examples}
-    with open(folder / "dropped.json", "w", encoding="utf-8") as file:
-        file.write(json.dumps(about, indent=1, ensure_ascii=False) + "\n")

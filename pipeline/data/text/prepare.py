@@ -10,7 +10,7 @@ from pathlib import Path
 from ...config.text_data import TextRunConfig
 from ...protocols import Progress, quiet
 from . import distributed as piecewise
-from .documents import Tally, documents
+from .documents import documents, drop_stats
 from .encode import Encoder, finalize
 from .scan import first_pass
 
@@ -33,6 +33,6 @@ def prepare(
     start = time.perf_counter()
     encoder = Encoder(cfg, found.domains, found.splits, found.tokens)
     writer = encoder.writer(folder)
-    found.tally.take(encoder.write(documents(cfg, Tally()), writer, found.bytes, progress))
+    found.stats.merge(encoder.write(documents(cfg, drop_stats()), writer, found.bytes, progress))
     seconds = found.seconds | {"write": time.perf_counter() - start}
-    return finalize(cfg, folder, writer, found.tally, found.bytes, seconds)
+    return finalize(cfg, folder, writer, found.stats, found.bytes, seconds)

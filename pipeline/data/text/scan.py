@@ -14,8 +14,9 @@ from pathlib import Path
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Progress
+from ..drop_stats import DropStats
 from . import partition, tokenizer
-from .documents import Document, Stream, Tally
+from .documents import Document, Stream, drop_stats
 from .encode import Batching, DocRange, all_cores
 from .partition import Domains
 from .splits import Sample, SmallDomains, Splits
@@ -32,7 +33,7 @@ class Settled:
     domains: Domains
     splits: Splits
     tokens: Tokenizer
-    tally: Tally
+    stats: DropStats
     batches: list[DocRange]
     seconds: dict[str, float]  # by phase
 
@@ -60,7 +61,7 @@ def first_pass(cfg: TextRunConfig, folder: Path, progress: Progress) -> Settled:
         with all_cores(cfg.runtime.threads):
             tokens = _tokenizer(cfg, survey.samples, domains, splits)
         tokens.save(folder)
-    return Settled(domains, splits, tokens, survey.tally, survey.batches, clock.seconds)
+    return Settled(domains, splits, tokens, survey.stats, survey.batches, clock.seconds)
 
 
 class _StageClock:
@@ -80,12 +81,13 @@ class _Survey:
     """The first pass: counts, the keys of small domains, samples by label."""
 
     def __init__(self, cfg: TextRunConfig, progress: Progress):
-        self.cfg, self.tally, self.splits = cfg, Tally(), Splits(cfg.data)
+        self.cfg, self.stats, self.splits = cfg, drop_stats(), Splits(cfg.data)
         self.by_label = cfg.partition.by == "labels"
         self.small, self.bytes, self.labels = SmallDomains(cfg.data), 0, set()
         budget = self._budget_bytes()
         self.samples: dict[str, Sample] = defaultdict(lambda: Sample(budget, cfg.data.seed))
-        self.batches, batching, stream = [], Batching(), Stream(cfg, self.tally)
+        self.batches, batching, stream = [], Batching(), Stream(cfg, self.stats)
+        self.other_labels = stream.other_labels
         for number, document in enumerate(stream):
             if batching.begins(document):
                 self.batches.append(DocRange(stream.mark(document)))
@@ -116,9 +118,9 @@ class _Survey:
         return max(FIT_BYTES, 2 * wanted)
 
     def _check(self) -> None:
-        if not self.bytes and not self.tally.other_labels:
+        if not self.bytes and not self.other_labels:
             raise DataError(
-                f"no usable document in data.{self.cfg.data.source}, {self.tally.seen} seen: {self.tally.explain()}; "
+                f"no usable document in data.{self.cfg.data.source}, {self.stats.seen} seen: {self.stats.explain()}; "
                 "check the paths, data.text_field and data.min_document_bytes"
             )
         missing = [
@@ -127,7 +129,7 @@ class _Survey:
         if missing:
             found = [
                 *sorted(self.labels),
-                *(label for label, _ in self.tally.other_labels.most_common(20)),
+                *(label for label, _ in self.other_labels.most_common(20)),
             ]
             raise DataError(
                 f"partition.domains names {', '.join(missing)}, and no document has that label; data.label_field "

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...data.drop_stats import DropStats
+
 IGNORED = -100  # label of a token that is not learned
 TURNS_KEPT = 8192  # rendered requests kept, as prompts repeat
 
@@ -139,7 +141,7 @@ class TokenizedDataset:
     sizes: list[tuple[int, int]]  # of those, width and height, px
     lines: list[TokenizedRow]
     neutral: tuple[str, ...] = ()
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> count
+    drops: DropStats = field(default_factory=DropStats)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -190,11 +192,12 @@ def encode(
     counted and left out."""
     out = TokenizedDataset(chat, [], [], [], tuple(neutral))
     known: dict[Path, tuple[int, int]] = {}  # path -> place, tokens
-    for example in examples:
+    for number, example in enumerate(examples):
+        out.drops.seen += 1
         line = _line(chat, example, out, known)
         others = [len(chat.prompt_ids(text, len(line.images))) for text in neutral if line.images]
         if line.tokens + max(0, *others, len(line.prompt)) - len(line.prompt) > max_tokens:
-            out.dropped["over max_tokens"] = out.dropped.get("over max_tokens", 0) + 1
+            out.drops.drop("over max_tokens", f"row {number}")
         else:
             out.lines.append(line)
     return out

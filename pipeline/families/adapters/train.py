@@ -75,7 +75,8 @@ class Training:
         order = Sampler(len(train), options.batch_sequences, self.seed)
         held = _held_out(held_out, options.eval_tokens)
         counts = {
-            split: {"kept": len(some), "dropped": some.dropped} for split, some in lines.items()
+            split: {"kept": len(some), "dropped": dict(some.drops.counts)}
+            for split, some in lines.items()
         }
 
         def batch(first: int, count: int) -> tuple[dict, float]:
@@ -125,7 +126,7 @@ class Training:
                 options, vision=not seen["train"].keep
             ),
             notes=tuple(
-                self._left_out(split, some) for split, some in lines.items() if some.dropped
+                self._left_out(split, some) for split, some in lines.items() if some.drops.total
             ),
         )
 
@@ -219,9 +220,8 @@ class Training:
         return lines
 
     def _left_out(self, split: str, lines: TokenizedDataset) -> str:
-        count = sum(lines.dropped.values())
         limit = f"{self.where}.max_tokens = {self.options.max_tokens}"
-        return f"{count} of {count + len(lines)} rows of {split} are over {limit} and were left out"
+        return f"{lines.drops.total} of {lines.drops.seen} rows of {split} are over {limit} and were left out"
 
     def _positions(self, text: Mapping[str, torch.Tensor], grids: Sequence[tuple]) -> torch.Tensor:
         """Return position_ids [3, B, T]: the model's own, looked up by what they depend on, as it

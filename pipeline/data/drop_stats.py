@@ -1,0 +1,82 @@
+"""What is dropped on the way from a source to a dataset: counted, shown by example, and an error
+where it is too much.
+
+Every room that drops something counts it here: documents, task rows, rows over a token limit.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DataError
+
+EXAMPLES = 3  # kept per reason
+
+
+@dataclass
+class DropStats:
+    """How many items were seen, and how many were dropped for which reason, with examples of each.
+
+    `harmless` are the reasons that are no fault of the source (a duplicate, a limit that is full):
+    they are counted and shown, but never too many.
+    """
+
+    harmless: Collection[str] = ()
+    seen: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str, detail: str = "") -> None:
+        """Count one dropped item; `where` says which, `detail` what about it."""
+        self.counts[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append(f"{where}: {detail}" if detail else where)
+
+    def merge(self, later: "DropStats") -> None:
+        """Add what was dropped in a later step of the same items, which are not seen twice."""
+        self.counts.update(later.counts)
+        for reason, shown in later.examples.items():
+            both = [*self.examples.get(reason, []), *shown]
+            self.examples[reason] = both[:EXAMPLES]
+
+    @property
+    def total(self) -> int:
+        """Items that were dropped, for whatever reason."""
+        return self.counts.total()
+
+    @property
+    def bad(self) -> int:
+        """Items that were dropped for a fault of the source."""
+        return sum(count for reason, count in self.counts.items() if reason not in self.harmless)
+
+    def check(self, max_share: float, what: str, setting: str, remedy: str) -> None:
+        """Raise DataError when more than `max_share` of the items seen is bad.
+
+        `what` names the items and what ails them, `setting` where max_share was set, `remedy` what
+        a person can do about it.
+        """
+        if self.bad > max_share * self.seen:
+            raise DataError(
+                f"{self.bad} of {self.seen} {what}, more than {setting} ({max_share:g}) allows: "
+                f"{self.explain(bad_only=True)}. {remedy}"
+            )
+
+    def explain(self, bad_only: bool = False) -> str:
+        """Return the counts with their examples as one phrase, the most frequent reason first."""
+        phrases = []
+        for reason, count in self.counts.most_common():
+            if bad_only and reason in self.harmless:
+                continue
+            phrases.append(f"{count} {reason} ({', '.join(self.examples[reason])})")
+        return "; ".join(phrases) or "none dropped"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what dropped.json and a part's manifest hold."""
+        return {"seen": self.seen, "dropped": dict(self.counts), "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], harmless: Collection[str] = ()) -> "DropStats":
+        """Return what as_json gave; `harmless` is no part of it."""
+        return cls(harmless, raw["seen"], Counter(raw["dropped"]), dict(raw["examples"]))
