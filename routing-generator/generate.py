@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pipeline.config.base import NONE
-from pipeline.config.files import anchored, laid, override, read, routing_anchored
+from pipeline.config.files import overlay, override, read, resolve_paths, resolve_routing_paths
 from pipeline.config.problems import explain
 from pipeline.config.routing_set import RoutingSetConfig
 from pipeline.data.routing import dataset
@@ -181,13 +181,13 @@ def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfi
     loras = raw.pop("loras", None)
     loras = str(args.loras.resolve()) if args.loras else loras
     here = args.config.parent
-    whole = {"dataset": routing_anchored(raw, here)}
+    whole = {"dataset": resolve_routing_paths(raw, here)}
     for change in changes:
-        whole = laid(whole, *override(change, here))
+        whole = overlay(whole, *override(change, here))
     try:
         if loras is None:
             return _alone(RoutingSetConfig.model_validate(whole["dataset"]), args.config), None
-        cfg = parse(anchored({"family": "lora_vlm", "loras": loras, **whole}, here))
+        cfg = parse(resolve_paths({"family": "lora_vlm", "loras": loras, **whole}, here))
     except ValidationError as error:
         raise ConfigError(explain(error.errors(), whole, args.config)) from None
     return cfg.dataset, cfg

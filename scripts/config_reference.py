@@ -20,7 +20,7 @@ from pipeline.config.base import Section
 from pipeline.config.fit import FitConfig
 from pipeline.config.run import RunConfig
 from pipeline.families.adapters.config import AdapterConfig
-from pipeline.families.load import KINDS
+from pipeline.families.load import RUN_CONFIGS
 
 START, END = "<!-- configuration: generated -->", "<!-- configuration: end -->"
 FULL = ROOT / "docs" / "configuration.md"
@@ -32,13 +32,13 @@ def groups() -> dict[str, tuple[type[RunConfig], list[str]]]:
     comes first."""
     own = {
         name: [key for key in kind.model_fields if key not in RunConfig.model_fields]
-        for name, kind in KINDS.items()
+        for name, kind in RUN_CONFIGS.items()
     }
     shared = [
         name for name, field in RunConfig.model_fields.items() if _section_of(field.annotation)
     ]
     return {"every run": (RunConfig, ["", *shared])} | {
-        f"family: {name}": (KINDS[name], own[name]) for name in KINDS
+        f"family: {name}": (RUN_CONFIGS[name], own[name]) for name in RUN_CONFIGS
     }
 
 

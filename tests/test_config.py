@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.base import merge
-from pipeline.config.fit import FitConfig, Section
+from pipeline.config.base import Section, is_hashed, merge
+from pipeline.config.fit import FitConfig
 from pipeline.errors import ConfigError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import describes_run, load
@@ -312,7 +312,7 @@ def test_names_of_domains_follow_the_partition():
     )
 
 
-ELSEWHERE = {  # a `later` field leaves its own stage alone and moves the stages that read it
+ELSEWHERE = {  # a `not_hashed` field leaves its own stage alone and moves the stages that read it
     "trunk.anchor": ("keep", "train_shared", "train_router"),
     "expert.domains": (("headers", "python"), "train_shared", "train_router"),
     "partition.overlap": (0.3, "preprocess", "train_experts"),
@@ -349,13 +349,13 @@ def moved(dotted: str, value) -> set[tuple[str, str | None]]:
     }
 
 
-def test_later_fields_are_not_in_the_address_of_their_own_stage():
+def test_not_hashed_fields_are_not_in_the_address_of_their_own_stage():
     marked = {
         f"{key}.{name}"
         for key, section in FfnMoeConfig.model_fields.items()
         if isinstance(section.annotation, type) and issubclass(section.annotation, Section)
         for name, field in section.annotation.model_fields.items()
-        if (field.json_schema_extra or {}).get("later")
+        if not is_hashed(field)
     }
     assert marked == set(ELSEWHERE)
     for dotted, (value, still, moves) in ELSEWHERE.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from pipeline.config.base import Section
+from pipeline.config.base import Section, is_hashed
 from pipeline.data.text.shards import Shards
 from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
@@ -122,8 +122,7 @@ def _held(stage: str, item: str | None) -> set[str]:
 def _in_address(name: str, held: set[str]) -> bool:
     section, _, field_name = name.partition(".")
     kind = FfnMoeConfig.model_fields[section].annotation
-    later = (kind.model_fields[field_name].json_schema_extra or {}).get("later")
-    return name in held or (section in held and not later)
+    return name in held or (section in held and is_hashed(kind.model_fields[field_name]))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_real_configuration_is_of_seven_experts_over_a_pinned_base():
 
 
 def test_synthetic_kinds_are_those_that_can_be_made():
-    assert set(task_data.KINDS) == set(KINDS)
+    assert set(task_data.SYNTHETIC_KINDS) == set(KINDS)
 
 
 def test_the_old_word_for_synthetic_goes_on_to_be_read():

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.config.task_data import KINDS as KNOWN
+from pipeline.config.task_data import SYNTHETIC_KINDS
 from pipeline.data.sources import synthetic
 from pipeline.errors import DataError
 
@@ -180,7 +180,7 @@ def test_the_picture_alone_tells_its_kind():
 
 
 def test_the_configuration_knows_these_kinds():
-    assert set(KNOWN) == set(synthetic.KINDS)
+    assert set(SYNTHETIC_KINDS) == set(synthetic.KINDS)
 
 
 def test_an_unknown_kind_is_refused():

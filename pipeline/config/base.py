@@ -1,53 +1,80 @@
 """What every section of the configuration is made of, and how one mapping is laid on another."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
 
+NONE = "none"  # the expert of requests that are nobody's
 DURATIONS = {"steps", "epochs", "tokens"}  # one of them replaces another
+# Decimal units mean powers of ten, as on disks and in prices; those with an i powers of two.
+UNITS = {
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+AdapterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 
 
-def _bytes(value):
-    """Return the bytes that a text such as 172MB stands for; anything else is left for pydantic to
-    judge."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(\w+)\s*", value) if isinstance(value, str) else None
-    if not found:
+def _parse_bytes(value: object) -> object:
+    """Return the bytes that a text such as 172MB stands for, anything else unchanged."""
+    # What is not a number with a unit is left for pydantic to judge, so that its message is shown.
+    if not isinstance(value, str):
         return value
-    if found[2] not in UNITS:
+    found = re.fullmatch(r"\s*([0-9.]+)\s*(\w+)\s*", value)
+    if found is None:
+        return value
+    number, unit = found.groups()
+    if unit not in UNITS:
         raise ValueError(f"give a size such as 350MB or 8GB ({', '.join(UNITS)})")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(number) * UNITS[unit])
 
 
-Bytes = Annotated[int, Field(gt=0), BeforeValidator(_bytes)]
-
-
-def later(default, description: str, **rules):
-    """Return a field that only later stages read (see the docstring of sections.py)."""
-    return Field(default, description=description, json_schema_extra={"later": True}, **rules)
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(_parse_bytes)]
 
 
 class Section(BaseModel):
     """One part of the configuration: frozen, unknown keys refused."""
 
+    # validate_default: a default of a subclass is held against the rules of the field as well.
+    # allow_inf_nan: YAML can write .inf and .nan, which no setting has a use for.
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
 
 
-def addressed(section: Section, leave_out: frozenset[str] = frozenset()) -> dict:
-    """Return what an address holds of a section: everything but its `later` fields and those left
-    out."""
-    unread = {
-        n for n, f in type(section).model_fields.items() if (f.json_schema_extra or {}).get("later")
-    }
-    return section.model_dump(mode="json", exclude=unread | leave_out)
+def not_hashed(default: Any, description: str, **rules: Any) -> Any:
+    """Return a field that its own stage does not read, so that its addresses leave it out.
+
+    The stages that do read it put it into theirs by name (`content` of a run's configuration).
+    """
+    marked = {"not_hashed": True}
+    return Field(default, description=description, json_schema_extra=marked, **rules)
+
+
+def is_hashed(field: FieldInfo) -> bool:
+    """Whether the addresses of a section's own stage hold a field."""
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("not_hashed"))
+
+
+def hashed_fields(section: Section, leave_out: frozenset[str] = frozenset()) -> dict:
+    """Return what an address holds of a section, as JSON: all but `not_hashed` and `leave_out`."""
+    left_out = set(leave_out)
+    for name, field in type(section).model_fields.items():
+        if not is_hashed(field):
+            left_out.add(name)
+    return section.model_dump(mode="json", exclude=left_out)
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -56,43 +83,37 @@ def merge(base: dict, over: dict) -> dict:
     A mapping over a list lays its values on the entries that have its keys as `name`. Raises
     ConfigError when there is no such entry.
     """
-    out = {
-        k: v
-        for k, v in base.items()
-        if not (k in DURATIONS - over.keys() and DURATIONS & over.keys())
-    }
+    merged = dict(base)
+    # A section has one duration: steps over a base with epochs must not leave both.
+    if DURATIONS & over.keys():
+        for key in DURATIONS - over.keys():
+            merged.pop(key, None)
     for key, value in over.items():
-        under = out.get(key)
+        under = merged.get(key)
         if isinstance(value, dict) and isinstance(under, dict):
-            out[key] = merge(under, value)
+            merged[key] = merge(under, value)
         elif isinstance(value, dict) and isinstance(under, list) and under:
-            out[key] = _merge_entries(key, under, value)
+            merged[key] = _merge_entries(key, under, value)
         else:
-            out[key] = value
-    return out
+            merged[key] = value
+    return merged
 
 
 def _merge_entries(key: str, under: list, over: dict) -> list:
+    """Return a list's entries, those that over names with its values laid on them."""
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in under]
     strange = [name for name in over if name not in names]
     if strange:
         known = ", ".join(filter(None, names)) or "none with a name"
         raise ConfigError(f"{key}: no entry is named {', '.join(strange)}; there are {known}")
-    return [
-        merge(entry, over[name] or {}) if name in over else entry
-        for name, entry in zip(names, under, strict=True)
-    ]
-
-
-NONE = "none"  # the expert of requests that are nobody's
-
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
+    merged = []
+    for name, entry in zip(names, under, strict=True):
+        # A name without a value (`NAME:` alone) is None in YAML and changes nothing.
+        changes = over.get(name) or {}
+        merged.append(merge(entry, changes) if name in over else entry)
+    return merged
 
 
 def is_folder(path: str) -> bool:
     """Whether a base's name means a folder and not a model on the Hub."""
     return path.startswith(("/", "./", "../", "~"))
-
-
-AdapterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]

@@ -53,22 +53,22 @@ Loader.add_implicit_resolver(
 
 
 def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Return what a file says over what it extends, named files read and paths anchored. Raises
+    """Return what a file says over what it extends, named files read and paths resolved. Raises
     ConfigError."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
     own = read(path)
     base = own.pop("extends", None)
-    raw = anchored(own, path.parent)
+    raw = resolve_paths(own, path.parent)
     if base is None:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
-    return laid(resolve(path.parent / base, (*seen, path.resolve())), own, raw)
+    return overlay(resolve(path.parent / base, (*seen, path.resolve())), own, raw)
 
 
 def override(item: str, here: Path) -> tuple[dict, dict]:
-    """Return an `a.b=value` as typed, and with named files read and paths anchored at here. Raises
+    """Return an `a.b=value` as typed, and with named files read and paths resolved against here. Raises
     ConfigError."""
     dotted, equals, text = item.partition("=")
     if not equals or not all(dotted.split(".")):
@@ -81,17 +81,17 @@ def override(item: str, here: Path) -> tuple[dict, dict]:
         raise ConfigError(f"--override {item}: the value is not YAML: {error}") from None
     for name in reversed(dotted.split(".")):
         value = {name: value}
-    return value, anchored(value, here)
+    return value, resolve_paths(value, here)
 
 
-def laid(under: dict, own: dict, raw: dict) -> dict:
+def overlay(under: dict, own: dict, raw: dict) -> dict:
     """Return raw merged over under; where own, the same before files were read, names a file, only
     that file counts."""
     named = {key for key in NAMED if isinstance(own.get(key), str)}
     return merge({key: value for key, value in under.items() if key not in named}, raw)
 
 
-def anchored(raw: dict, here: Path) -> dict:
+def resolve_paths(raw: dict, here: Path) -> dict:
     """Return raw with the files it names read, and its relative paths made to start at here. Raises
     ConfigError."""
     raw = dict(raw)
@@ -113,13 +113,13 @@ def _entry_anchored(entry, here: Path):
 
 def _named(key: str, value, here: Path):
     """Return loras or dataset, read from its file if value is a path, with the paths in it
-    anchored."""
+    resolved."""
     if isinstance(value, str):
         path = here / value
         return _named(key, read(path), path.parent)
     if not isinstance(value, dict):
         return value
-    return (_loras_anchored if key == "loras" else routing_anchored)(value, here)
+    return (_loras_anchored if key == "loras" else resolve_routing_paths)(value, here)
 
 
 def _loras_anchored(loras: dict, here: Path) -> dict:
@@ -141,9 +141,9 @@ def _expert_anchored(entry, here: Path):
     return entry | {"dataset": _data_anchored(inner, here)} if isinstance(inner, dict) else entry
 
 
-def routing_anchored(dataset: dict, here: Path) -> dict:
+def resolve_routing_paths(dataset: dict, here: Path) -> dict:
     """Return a routing set's settings with paraphrases read, if they are a path, and sources
-    anchored at here."""
+    resolved against here."""
     out, paraphrases = dict(dataset), dataset.get("paraphrases")
     if isinstance(paraphrases, str):
         out["paraphrases"] = read(here / paraphrases)

@@ -1,7 +1,7 @@
-"""The sections of an ffn_moe run, and those that every run has (Fit, Deploy, Runtime).
+"""What every training has, of whatever family: its length, its steps, and how they are spent.
 
-Defaults live in the classes; files state only what differs. A field marked `later` is not read by
-the stage its section is named after, so changing it leaves that stage's artifacts alone.
+Defaults live in the classes; files state only what differs. A field marked `not_hashed` is not read
+by the stage its section is named after, so changing it leaves that stage's artifacts alone.
 """
 
 from typing import Literal, Self

@@ -19,7 +19,7 @@ def explain(problems: list[dict], raw: dict, path: Path, overrides: tuple[str, .
     )
 
 
-def across(kind: type, raw: dict, error: ValidationError) -> list[dict]:
+def cross_section_problems(kind: type, raw: dict, error: ValidationError) -> list[dict]:
     """Return what is wrong between sections, which pydantic leaves unchecked while any one setting
     is wrong."""
     bad = [problem for problem in error.errors() if problem["loc"]]

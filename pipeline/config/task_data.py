@@ -1,20 +1,13 @@
 """Rows of a task with pictures: where they come from, and how large pictures are."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from .base import AdapterName, Section, Share
 
-KINDS = (
-    "color",
-    "digits",
-    "count",
-    "locate",
-    "shape",
-    "compare",
-    "pattern",
-)  # what synthetic pictures show
+SyntheticKind = Literal["color", "digits", "count", "locate", "shape", "compare", "pattern"]
+SYNTHETIC_KINDS: tuple[str, ...] = get_args(SyntheticKind)
 
 
 class ImageLimitsConfig(Section):
@@ -36,7 +29,7 @@ class ImageLimitsConfig(Section):
 class SyntheticConfig(Section):
     """Synthetic pictures of a task, for a base that is built or for trying things out."""
 
-    kind: Literal[KINDS] = Field(description="What the pictures show")
+    kind: SyntheticKind = Field(description="What the pictures show")
     train: int = Field(2000, ge=1, description="Pictures to train on")
     valid: int = Field(100, ge=1, description="Pictures for early stopping and calibration")
     test: int = Field(200, ge=1, description="Pictures for the report")

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Name, Section, Share, later
+from .base import Name, Section, Share, not_hashed
 from .run import RunConfig
 
 INSTALLED_DOMAINS = ("python", "headers", "manual", "licences")
@@ -101,7 +101,7 @@ class PartitionConfig(Section):
     min_tokens: int = Field(
         10_000, ge=1, description="Fewest training tokens of a domain; less is an error"
     )
-    overlap: float = later(
+    overlap: float = not_hashed(
         0.1, "Share of general text (all domains) in an expert's batches", ge=0.0, lt=1.0
     )
 

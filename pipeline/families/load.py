@@ -4,14 +4,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..config.files import laid, override, read, resolve
-from ..config.problems import across, explain
+from ..config.files import overlay, override, read, resolve
+from ..config.problems import cross_section_problems, explain
 from ..config.run import RunConfig
 from ..errors import ConfigError
 from .ffn_moe.config import FfnMoeConfig
 from .lora_vlm.config import LoraVlmConfig
 
-KINDS: dict[str, type[RunConfig]] = {"ffn_moe": FfnMoeConfig, "lora_vlm": LoraVlmConfig}
+RUN_CONFIGS: dict[str, type[RunConfig]] = {"ffn_moe": FfnMoeConfig, "lora_vlm": LoraVlmConfig}
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -22,13 +22,15 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     path = Path(path)
     raw = resolve(path)
     for item in overrides:
-        raw = laid(raw, *override(item, path.parent))
+        raw = overlay(raw, *override(item, path.parent))
     kind = _kind(raw)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(
-            explain([*error.errors(), *across(kind, raw, error)], raw, path, overrides)
+            explain(
+                [*error.errors(), *cross_section_problems(kind, raw, error)], raw, path, overrides
+            )
         ) from None
 
 
@@ -47,12 +49,14 @@ def describes_run(path: Path) -> bool:
         keys = read(path).keys()
     except ConfigError:
         return True
-    known = {"extends", *(name for kind in KINDS.values() for name in kind.model_fields)}
+    known = {"extends", *(name for kind in RUN_CONFIGS.values() for name in kind.model_fields)}
     return bool(keys & (known - {"seed"}))  # a routing set has a seed too
 
 
 def _kind(raw: dict) -> type[RunConfig]:
     name = raw.get("family", "ffn_moe")
-    if name not in KINDS:
-        raise ConfigError(f"family: there is no {name!r}; the families are {', '.join(KINDS)}")
-    return KINDS[name]
+    if name not in RUN_CONFIGS:
+        raise ConfigError(
+            f"family: there is no {name!r}; the families are {', '.join(RUN_CONFIGS)}"
+        )
+    return RUN_CONFIGS[name]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_serializer, model_validator
 
-from ...config.base import COMMIT, NONE, Section, Share, is_folder, later, merge
+from ...config.base import COMMIT, NONE, Section, Share, is_folder, merge, not_hashed
 from ...config.fit import FitConfig
 from ...config.task_data import ImageLimitsConfig, TaskConfig
 
@@ -196,11 +196,11 @@ class AdapterRouterConfig(AdapterConfig):
         min_length=1,
         description="What it is asked about a request",
     )
-    top_k: int = later(2, "Experts that answer when the first is unsure", ge=1)
-    threshold: float = later(
+    top_k: int = not_hashed(2, "Experts that answer when the first is unsure", ge=1)
+    threshold: float = not_hashed(
         0.8, "Confidence below which top_k experts answer, ranked", ge=0.0, le=1.0
     )
-    fallback: str = later("base", "Who answers when no expert fits: base, or an expert")
+    fallback: str = not_hashed("base", "Who answers when no expert fits: base, or an expert")
 
 
 class LorasConfig(Section):

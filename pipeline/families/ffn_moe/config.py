@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...config.base import Name, Section, Share, addressed, later
+from ...config.base import Name, Section, Share, hashed_fields, not_hashed
 from ...config.fit import FitConfig
 from ...config.run import JobKey
 from ...config.text_data import TextRunConfig
@@ -69,7 +69,7 @@ class TrunkConfig(FitConfig):
     mixture: Literal["natural", "equal"] = Field(
         "natural", description="Share of domains in a batch: by size, or equal"
     )
-    anchor: Literal["discard", "keep"] = later(
+    anchor: Literal["discard", "keep"] = not_hashed(
         "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
     )
 
@@ -106,7 +106,7 @@ class ExpertConfig(FitConfig):
     statistics_tokens: int = Field(
         65_536, ge=1, description="Own tokens summed into the expert's router statistics"
     )
-    domains: tuple[Name, ...] | None = later(
+    domains: tuple[Name, ...] | None = not_hashed(
         None, "Domains that get an expert, in order; none: all"
     )
 
@@ -173,7 +173,7 @@ class RouterConfig(FitConfig):
 class DenseConfig(Section):
     """Dense baselines, each named by what it has in common with the stack."""
 
-    baselines: tuple[Literal["total", "path", "ffn", "wide", "scratch"], ...] = later(
+    baselines: tuple[Literal["total", "path", "ffn", "wide", "scratch"], ...] = not_hashed(
         ("total", "path", "ffn", "wide"),
         "total: trunk continued, same total tokens; path: trunk continued, tokens of one expert's path; ffn: total, "
         "but only its FFN trains; wide: same active parameters, from zero; scratch: total, from zero",
@@ -282,7 +282,7 @@ def _read(cfg: FfnMoeConfig, key: str):
     if name:
         value = getattr(value, name)
         return value.model_dump(mode="json") if isinstance(value, Section) else value
-    return addressed(value) if isinstance(value, Section) else value
+    return hashed_fields(value) if isinstance(value, Section) else value
 
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...config.base import NONE, Section, Share, addressed, is_folder
+from ...config.base import NONE, Section, Share, hashed_fields, is_folder
 from ...config.routing_set import RoutingSetConfig
 from ...config.run import JobKey, RunConfig
 from ..adapters.config import RESERVED, AdapterExpertConfig, LorasConfig
@@ -108,24 +108,24 @@ class LoraVlmConfig(RunConfig):
         return said | {"image": image, "seed": self.seed}
 
     def _train_shared(self, _item: None) -> dict:
-        return {"base": addressed(self.loras.base)}
+        return {"base": hashed_fields(self.loras.base)}
 
     def _train_experts(self, item: str) -> dict:
         options = self.loras.options(item)
         neutral = self.dataset.neutral.seen if options.neutral_share else ()
         label = self.loras.entry(item).label
         return self._trained() | {
-            "options": addressed(options),
+            "options": hashed_fields(options),
             "label": label,
             "neutral": list(neutral),
         }
 
     def _routing(self, _item: None) -> dict:
-        return {"dataset": addressed(self.dataset), "labels": self.loras.labels}
+        return {"dataset": hashed_fields(self.dataset), "labels": self.loras.labels}
 
     def _train_router(self, _item: None) -> dict:
         return self._trained() | {
-            "router": addressed(self.loras.router),
+            "router": hashed_fields(self.loras.router),
             "labels": self.loras.labels,
         }
 
@@ -136,7 +136,7 @@ class LoraVlmConfig(RunConfig):
         experts = self._said_of_experts("name", "metric", "max_new_tokens")
         return {
             "name": self.name,
-            "evaluate": addressed(self.evaluate),
+            "evaluate": hashed_fields(self.evaluate),
             "router": router,
             "experts": experts,
         }
