@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def settings(work: Path, checkpointing: bool = False) -> dict:
     """Return the run that the pipeline's own stages and plan are asked about."""
-    from pipeline.families.adapters.config import TARGETS
+    from pipeline.families.lora_vlm.config import TARGETS
 
     data = {"source": "jsonl", "path": str(work / "data" / "rows.jsonl")}
     fit = {
@@ -134,11 +134,13 @@ def write_model(folder: Path, sizes: dict, seed: int = 0) -> int:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     from pipeline.data.sources import synthetic
-    from pipeline.families.adapters.config import BaseConfig, BuildConfig
     from pipeline.families.lora_vlm import base
+    from pipeline.families.lora_vlm.config import VlmBaseConfig, VlmBuildConfig
 
     base.build(
-        BaseConfig(dtype="bfloat16", build=BuildConfig()), folder, [*synthetic.corpus(), "A B C D"]
+        VlmBaseConfig(dtype="bfloat16", build=VlmBuildConfig()),
+        folder,
+        [*synthetic.corpus(), "A B C D"],
     )
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     for part in ("text_config", "vision_config"):

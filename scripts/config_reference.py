@@ -19,8 +19,8 @@ from pydantic_core import PydanticUndefined
 from pipeline.config.base import Section
 from pipeline.config.fit import FitConfig
 from pipeline.config.run import RunConfig
-from pipeline.families.adapters.config import AdapterConfig
 from pipeline.families.load import RUN_CONFIGS
+from pipeline.families.lora_vlm.config import VlmAdapterConfig
 
 START, END = "<!-- configuration: generated -->", "<!-- configuration: end -->"
 FULL = ROOT / "docs" / "configuration.md"
@@ -101,13 +101,13 @@ def full() -> str:
                 (
                     name
                     for other, name in shown.items()
-                    if other is AdapterConfig and issubclass(kind, other)
+                    if other is VlmAdapterConfig and issubclass(kind, other)
                 ),
                 None,
             )
             lines += [f"Beside the settings of `{above}`:", ""] if above else []
             lines += _table(
-                kind, _default(run, dotted), set(AdapterConfig.model_fields) if above else set()
+                kind, _default(run, dotted), set(VlmAdapterConfig.model_fields) if above else set()
             )
             shown[kind] = dotted
     return "\n".join(lines)
@@ -211,8 +211,8 @@ def _only_sections(run: type[RunConfig], name: str) -> bool:
 def _left_out(kind: type[Section]) -> set[str]:
     """Return the settings that another line has: those of every training, unless they begin
     otherwise here."""
-    if issubclass(kind, AdapterConfig) and kind is not AdapterConfig:
-        return set(AdapterConfig.model_fields)
+    if issubclass(kind, VlmAdapterConfig) and kind is not VlmAdapterConfig:
+        return set(VlmAdapterConfig.model_fields)
     return {
         n
         for n in FitConfig.model_fields

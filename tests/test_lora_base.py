@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from pipeline.errors import DamagedArtifact, DataError, MismatchError
-from pipeline.families.adapters.config import BaseConfig
 from pipeline.families.lora_vlm import base as lora_base
+from pipeline.families.lora_vlm.config import VlmBaseConfig
 
 HUB_LAYOUT = {
     "config.json",
@@ -44,9 +44,9 @@ def own(made, tmp_path):
     return made[0], Path(shutil.copytree(made[1], tmp_path / "shared"))
 
 
-def named(folder: Path) -> BaseConfig:
+def named(folder: Path) -> VlmBaseConfig:
     """Return settings of a base that lies in a folder."""
-    return BaseConfig(
+    return VlmBaseConfig(
         model=str(folder), dtype="float32", image={"min_pixels": 4096, "max_pixels": 16384}
     )
 
@@ -226,7 +226,7 @@ def test_a_hub_model_is_fetched_at_its_commit_without_pickles(made, tmp_path, mo
         return str(made[1] / "base")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    base = BaseConfig(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT, dtype="float32")
+    base = VlmBaseConfig(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT, dtype="float32")
     lora_base.write(base, [], tmp_path)
     opened = lora_base.open_base(tmp_path, base)
     assert set(asked) == {("Qwen/Qwen3-VL-2B-Instruct", COMMIT)}
@@ -236,7 +236,7 @@ def test_a_hub_model_is_fetched_at_its_commit_without_pickles(made, tmp_path, mo
 
 
 def test_a_hub_that_cannot_be_reached_is_a_data_error(tmp_path):
-    base = BaseConfig(
+    base = VlmBaseConfig(
         model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT
     )  # the tests have no network
     with pytest.raises(

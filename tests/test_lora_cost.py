@@ -9,9 +9,9 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pipeline.families.adapters import peft_io
-from pipeline.families.adapters.config import AdapterConfig, BaseConfig
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm import cost, family
+from pipeline.families.lora_vlm.config import VlmAdapterConfig, VlmBaseConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MADE = {("preprocess", "color"): {"rows": {"train": 320, "valid": 8, "test": 8}}}
@@ -44,7 +44,7 @@ def test_the_published_2b_model_has_its_published_parameters():
     assert sizes.parameters == pytest.approx(2_127_532_032, rel=0.003)
     assert sizes.body_parameters == pytest.approx(1_409_000_000, rel=0.001)
     assert sizes.vision_parameters == pytest.approx(407_000_000, rel=0.01)
-    assert sizes.adapter_parameters(AdapterConfig(r=16, steps=1)) == pytest.approx(
+    assert sizes.adapter_parameters(VlmAdapterConfig(r=16, steps=1)) == pytest.approx(
         17_400_000, rel=0.005
     )
 
@@ -57,12 +57,12 @@ def test_the_other_published_sizes_make_models_of_their_names_size(name):
 
 def test_sizes_are_read_from_a_folder_the_cache_or_the_name(parts, monkeypatch):
     folder = parts.folder("train_shared") / "base"
-    built = cost.sizes_of(BaseConfig(model=str(folder), dtype="float32"))
+    built = cost.sizes_of(VlmBaseConfig(model=str(folder), dtype="float32"))
     assert built.d == 64 and built.vision_d == 32
-    named = BaseConfig(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT)
+    named = VlmBaseConfig(model="Qwen/Qwen3-VL-2B-Instruct", revision=COMMIT)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_a, **_k: None)
     assert cost.sizes_of(named).d == 2048
-    assert cost.sizes_of(BaseConfig(model="someone/else", revision=COMMIT)) is None
+    assert cost.sizes_of(VlmBaseConfig(model="someone/else", revision=COMMIT)) is None
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda *_a, **_k: str(folder / "config.json")
     )
@@ -72,7 +72,7 @@ def test_sizes_are_read_from_a_folder_the_cache_or_the_name(parts, monkeypatch):
 def test_a_folder_without_settings_has_no_price_and_the_plan_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {}}))
     cfg = lora_small.config()
-    base = BaseConfig(model=str(tmp_path), dtype="float32")
+    base = VlmBaseConfig(model=str(tmp_path), dtype="float32")
     cfg = cfg.model_copy(update={"loras": cfg.loras.model_copy(update={"base": base})})
     assert family.cost(cfg, "train_experts", "color", {}, False) is None
 

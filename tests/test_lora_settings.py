@@ -13,11 +13,10 @@ import pytest
 import small_tasks
 from pydantic import ValidationError
 
-from pipeline.families.adapters.config import AdapterConfig
 from pipeline.families.adapters.stack import ROUTER, assemble
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.lora_vlm import family
-from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.families.lora_vlm.config import LoraVlmConfig, VlmAdapterConfig
 from pipeline.train import loop
 from tests import small_stack
 from tests.small_settings import JSONL, NOBODY, OTHERS, PRODUCTS, product, run_of, written
@@ -221,7 +220,7 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "adapterrouter.name": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
     **{
         f"adapterrouter.{name}": "test_lora_settings.py::test_the_routers_options_are_those_of_its_training"
-        for name in AdapterConfig.model_fields
+        for name in VlmAdapterConfig.model_fields
         if name != "compile"
     },
     "adapterevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
@@ -369,7 +368,7 @@ def test_the_routers_options_are_those_of_its_training(made):
         assert all("q_proj" in key for key in task.parameters)
         steps.append(task.steps)
     assert steps[0] == 2 and len(set(steps)) == 3
-    assert {*other, *durations, *fused, "compile"} == {*AdapterConfig.model_fields}
+    assert {*other, *durations, *fused, "compile"} == {*VlmAdapterConfig.model_fields}
 
 
 def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):

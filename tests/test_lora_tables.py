@@ -12,6 +12,7 @@ from PIL import Image, ImageChops
 from rich.console import Console
 
 from pipeline.families.adapters import eval_data, evaluate
+from pipeline.families.adapters.config import AdapterEvaluateConfig
 from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
 from pipeline.families.adapters.evaluate import criteria, tables
 from pipeline.families.adapters.perturb import (
@@ -25,7 +26,6 @@ from pipeline.families.adapters.perturb import (
 )
 from pipeline.families.adapters.stack import assemble
 from pipeline.families.load import parse
-from pipeline.families.lora_vlm.config import AdapterEvaluateConfig
 from pipeline.metrics.routing import Resamples
 from pipeline.report import page, show
 from tests import small_stack

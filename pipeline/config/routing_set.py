@@ -4,6 +4,7 @@ Splits are train, valid, test and test_held; the last one is asked with held-out
 pictures than test.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
@@ -108,6 +109,13 @@ class RoutingSourceConfig(Section):
             pictures="some",
         )
         return data.model_copy(update={"valid_share": splits.valid, "test_share": splits.test})
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of the files and folders that the rows are read from."""
+        if self.path:
+            yield "path", self.path
+        if self.image_root:
+            yield "image_root", self.image_root
 
 
 class WordingConfig(Section):

@@ -1,5 +1,6 @@
 """Rows of a task with pictures: where they come from, and how large pictures are."""
 
+from collections.abc import Iterator
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -143,6 +144,13 @@ class TaskDataConfig(Section):
                 f"pictures is {self.pictures}, but {what} a picture; leave it at every"
             )
         return self
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of the files and folders that the rows are read from."""
+        if self.path:
+            yield "path", self.path
+        if self.image_root:
+            yield "image_root", self.image_root
 
 
 class TaskConfig(Section):

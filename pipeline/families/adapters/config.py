@@ -1,20 +1,38 @@
-"""The base, the experts and the router of a lora_vlm run: what loras.json says.
+"""What a run of LoRA adapters on one base says, whatever kind of model the base is.
 
-Invariant: `options` and `router` are complete, so nobody asks a second time what the defaults were.
+A family derives its own sections from these: how its base is opened or built, and what only its
+adapters can be told.
+
+Invariant: what is said of one expert enters the addresses of its own data and adapter, the routing
+set, the router and the report, and no other expert's. `options` and `router` are complete, so
+nobody asks a second time what the defaults were.
 """
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_serializer, model_validator
 
-from ...config.base import COMMIT, NONE, Section, Share, is_folder, merge, not_hashed
+from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folder, merge, not_hashed
 from ...config.fit import FitConfig
-from ...config.task_data import ImageLimitsConfig, TaskConfig
+from ...config.routing_set import RoutingSetConfig
+from ...config.run import JobKey, RunConfig
+from ...config.task_data import TaskConfig
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM serves
+# vLLM refuses to load an adapter of any other rank
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# what these words mean in answers, in PEFT and in a routing set, so that no expert may be called so
 RESERVED = ("base", "default", "none", "router")
-TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "train_router")
+# the stages whose artifacts a stage reads; an expert reads its own rows alone, see `needs`
+NEEDS: dict[str, tuple[str, ...]] = {
+    "routing": ("preprocess",),
+    "train_router": ("train_shared", "routing"),
+    "evaluate": _UP_TO_ROUTER,
+    "deploy": (*_UP_TO_ROUTER, "evaluate"),
+}
 
 
 def _regex(text: str) -> str:
@@ -36,53 +54,11 @@ Rank = Annotated[int, AfterValidator(_rank)]
 Regex = Annotated[str, AfterValidator(_regex)]
 
 
-class BuildConfig(Section):
-    """Sizes of a random Qwen3-VL, built where a pretrained one would be opened."""
-
-    hidden: int = Field(128, ge=16, description="Width of the language model")
-    layers: int = Field(2, ge=1, description="Layers of the language model")
-    heads: int = Field(4, ge=1, description="Attention heads")
-    kv_heads: int = Field(2, ge=1, description="Key-value heads")
-    head_dim: int = Field(32, ge=6, description="Width of a head, even")
-    intermediate: int = Field(256, ge=8, description="Width of a feed-forward network")
-    vision_hidden: int = Field(64, ge=8, description="Width of the vision tower")
-    vision_layers: int = Field(2, ge=1, description="Layers of the vision tower")
-    vision_heads: int = Field(4, ge=1, description="Attention heads of the vision tower")
-    vision_intermediate: int = Field(
-        128, ge=8, description="Width of a feed-forward network of the vision tower"
-    )
-    vocab_size: int = Field(
-        600, ge=300, description="Most entries of the tokenizer, special ones included"
-    )
-    initializer_range: float = Field(
-        0.1,
-        gt=0,
-        description="Standard deviation of weights; far below 1/sqrt(hidden) nothing is learned",
-    )
-    text: tuple[str, ...] = Field(
-        (), description="What the tokenizer is trained on beside the words of synthetic pictures"
-    )
-    seed: int = Field(0, ge=0, description="Seed of the weights")
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even (rotary embedding)")
-        if self.vision_hidden % self.vision_heads or self.vision_hidden // self.vision_heads % 4:
-            raise ValueError(
-                f"vision_hidden {self.vision_hidden} over vision_heads {self.vision_heads} must be a "
-                "multiple of 4 (rotary embedding of rows and columns)"
-            )
-        return self
-
-
-class BaseConfig(Section):
-    """The frozen vision-language model under every adapter: pinned, or built at random."""
+class AdapterBaseConfig(Section):
+    """The model under every adapter. A family says in `build` which random ones it can make."""
 
     model: str | None = Field(
-        None, min_length=1, description="Qwen3-VL on the Hub, or a folder; none: build one"
+        None, min_length=1, description="Model on the Hub, or a folder; none: build one"
     )
     revision: str | None = Field(
         None, description="Commit of the model on the Hub, 40 hexadecimal digits"
@@ -93,21 +69,17 @@ class BaseConfig(Section):
     attn: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation"
     )
-    image: ImageLimitsConfig = Field(
-        ImageLimitsConfig(), description="Picture sizes, the same in training and inference"
-    )
-    build: BuildConfig | None = Field(
-        None, description="Sizes of a random base, when model is none"
-    )
+    build: Section | None = Field(None, description="Sizes of a random base, when model is none")
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
         if (self.model is None) == (self.build is None):
             raise ValueError("give either model (a pretrained base) or build (a random one)")
+        # a branch moves, and its weights with it: only a commit says which base this was
         if self.model and not is_folder(self.model) and not COMMIT.fullmatch(self.revision or ""):
             raise ValueError(
-                f"revision must be the commit of {self.model} to pin, 40 hexadecimal digits (found {self.revision!r}): "
-                f"see its history of files on the Hub"
+                f"revision must be the commit of {self.model} to pin, 40 hexadecimal digits "
+                f"(found {self.revision!r}): see its history of files on the Hub"
             )
         return self
 
@@ -120,7 +92,7 @@ class AdapterConfig(FitConfig):
         None, ge=1, description="Rows per forward pass, the rest is accumulated; none: all at once"
     )
     tokens: int | None = Field(
-        None, gt=0, description="Training tokens, those of pictures and prompts included"
+        None, gt=0, description="Training tokens, those of prompts and what they come with included"
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the training rows")
     lr: float = Field(1e-4, gt=0, description="Peak learning rate")
@@ -137,9 +109,6 @@ class AdapterConfig(FitConfig):
     targets: Regex = Field(
         TARGETS, description="Regular expression of the modules that get an adapter"
     )
-    allow_vision: bool = Field(
-        False, description="Whether targets may touch the vision tower; no mixed batches then"
-    )
     max_tokens: int = Field(
         2048, ge=16, description="Longer rows are dropped and counted, tokens; never cut"
     )
@@ -148,18 +117,27 @@ class AdapterConfig(FitConfig):
     )
     checkpointing: bool | None = Field(
         True,
-        description="Make each layer's activations again in the backward pass; none: where memory_budget asks",
+        description="Make each layer's activations again in the backward pass; none: where "
+        "memory_budget asks",
     )
     neutral_share: Share = Field(
         0.0,
-        description="Share of training prompts replaced by a neutral one, so that the expert answers those too",
+        description="Share of training prompts replaced by a neutral one, so that the expert "
+        "answers those too",
     )
+
+    @property
+    def changes_encoder(self) -> bool:
+        """Whether the adapter may reach into what encodes media; never, unless a family's settings
+        can say so."""
+        return False
 
     @model_validator(mode="after")
     def _nothing_is_compiled(self) -> Self:
         if self.compile:
             raise ValueError(
-                "compile: rows differ in length, and each length would be compiled again; leave it out"
+                "compile: rows differ in length, and each length would be compiled again; "
+                "leave it out"
             )
         return self
 
@@ -203,10 +181,10 @@ class AdapterRouterConfig(AdapterConfig):
     fallback: str = not_hashed("base", "Who answers when no expert fits: base, or an expert")
 
 
-class LorasConfig(Section):
+class AdaptersConfig(Section):
     """A base and the adapters over it."""
 
-    base: BaseConfig = Field(description="The model under every adapter")
+    base: AdapterBaseConfig = Field(description="The model under every adapter")
     defaults: AdapterConfig = Field(AdapterConfig(epochs=2), description="How adapters are trained")
     experts: tuple[AdapterExpertConfig, ...] = Field(
         description="The experts, in order; at least one"
@@ -215,14 +193,16 @@ class LorasConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_router(cls, raw):
+    def _complete_router(cls, raw: Any) -> Any:
         """Give the router what it leaves out of the defaults; bad defaults are reported once, as
         defaults."""
         router = raw.get("router", {}) if isinstance(raw, dict) else None
         if not isinstance(router, dict) or not isinstance(raw.get("defaults", {}), dict):
             return raw
+        # a family's defaults know more settings than ours, so they are read by its own class
+        unsaid = cls.model_fields["defaults"].default
         try:
-            defaults = AdapterConfig.model_validate(raw.get("defaults", {"epochs": 2}))
+            defaults = type(unsaid).model_validate(raw.get("defaults", {"epochs": 2}))
         except ValueError:
             return raw | {"router": router}
         return raw | {"router": merge(defaults.model_dump(mode="json", exclude_unset=True), router)}
@@ -230,8 +210,10 @@ class LorasConfig(Section):
     @property
     def labels(self) -> dict[str, str]:
         """What the router answers for each expert, and for none where it may."""
-        none = {NONE: self.router.none_label} if self.router.none_label else {}
-        return {entry.name: entry.label for entry in self.experts} | none
+        labels = {entry.name: entry.label for entry in self.experts}
+        if self.router.none_label:
+            labels[NONE] = self.router.none_label
+        return labels
 
     def entry(self, name: str) -> AdapterExpertConfig:
         """Return an expert's entry; the name is one of this run's experts."""
@@ -240,11 +222,263 @@ class LorasConfig(Section):
     def options(self, name: str) -> AdapterConfig:
         """Return how one adapter is trained: the defaults with the expert's own settings, or the
         router's."""
+        kind = type(self.defaults)
         if name == self.router.name:
-            return AdapterConfig(
-                **{key: getattr(self.router, key) for key in AdapterConfig.model_fields}
-            )
+            return kind(**{key: getattr(self.router, key) for key in kind.model_fields})
         defaults = self.defaults.model_dump(mode="json", exclude_unset=True)
-        return AdapterConfig.model_validate(
-            merge(defaults, self.entry(name).model_dump(mode="json")["overrides"])
+        own = self.entry(name).model_dump(mode="json")["overrides"]
+        return kind.model_validate(merge(defaults, own))
+
+
+class AdapterEvaluateConfig(Section):
+    """What the report measures."""
+
+    batch_rows: int = Field(32, ge=1, description="Rows per forward pass at most")
+    rows_per_task: int | None = Field(
+        200,
+        ge=8,
+        description="Most test rows of each task and expert, drawn with the run's seed; none: all",
+    )
+    baseline_rows: int = Field(
+        400, ge=8, description="Training requests that baselines on frozen features learn from"
+    )
+    consistency_rows: int = Field(
+        100, ge=0, description="Requests whose route is compared after each change"
+    )
+    bootstrap: int = Field(1000, ge=10, description="Resamples of rows behind each 95 % interval")
+    thresholds: tuple[Share, ...] = Field(
+        (0.5, 0.7, 0.8, 0.9, 0.95, 0.99), description="Confidences in the table of coverage"
+    )
+    smoke: bool = Field(False, description="Only smoke_rows of everything: does it work at all")
+    smoke_rows: int = Field(16, ge=2, description="Rows of each task and split when smoke is true")
+    min_expert_score: Share = Field(
+        0.9, description="Least score of every expert on its own task (criterion)"
+    )
+    min_router_accuracy: Share = Field(0.9, description="Least accuracy of the router (criterion)")
+    oracle_gap: Share = Field(
+        0.05, description="Most that the stack may score below the oracle's choice (criterion)"
+    )
+
+
+class AdapterRunConfig(RunConfig):
+    """A whole run of LoRA experts on one base, but for what its family adds."""
+
+    loras: AdaptersConfig = Field(
+        description="Base, experts and router; a JSON file's path, or what is in it"
+    )
+    dataset: RoutingSetConfig = Field(
+        description="The routing set; a YAML file's path, or what is in it"
+    )
+    evaluate: AdapterEvaluateConfig = Field(AdapterEvaluateConfig(), description="The report")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts, in the order of loras.experts."""
+        return tuple(entry.name for entry in self.loras.experts)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose rows preprocess makes: the experts', and those of none when the routing set has
+        some."""
+        return (*self.experts, *((NONE,) if NONE in self.dataset.experts else ()))
+
+    def task(self, name: str) -> TaskConfig:
+        """Return an expert's entry, or one for none that its source in the routing set makes up."""
+        if name != NONE:
+            return self.loras.entry(name)
+        source = next(each for each in self.dataset.sources if each.expert == NONE)
+        # nobody learns to answer these rows, so there is nothing to make an answer of
+        return TaskConfig(name=NONE, dataset=source.data(self.dataset.splits), answer="-")
+
+    def items(self, stage: str) -> tuple[str | None, ...]:
+        """Return the jobs of a stage by their items: a task's name, an expert's, None for the only
+        job."""
+        several = {"preprocess": self.tasks, "train_experts": self.experts, "train_dense": ()}
+        return several.get(stage, (None,))
+
+    def needs(self, stage: str, item: str | None) -> list[JobKey]:
+        """Return the jobs whose artifacts a job reads; an expert reads its own rows alone."""
+        if stage == "train_experts":
+            return [("preprocess", item), ("train_shared", None)]
+        return [(need, i) for need in NEEDS.get(stage, ()) for i in self.items(need)]
+
+    def content(self, stage: str, item: str | None) -> dict:
+        """Return what a job's address holds of this configuration."""
+        return {"family": self.family} | getattr(self, f"_{stage}")(item)
+
+    def _preprocess(self, item: str) -> dict:
+        said = self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
+        return said | {"seed": self.seed}
+
+    def _train_shared(self, _item: None) -> dict:
+        return {"base": hashed_fields(self.loras.base)}
+
+    def _train_experts(self, item: str) -> dict:
+        options = self.loras.options(item)
+        neutral = self.dataset.neutral.seen if options.neutral_share else ()
+        return {
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "options": hashed_fields(options),
+            "label": self.loras.entry(item).label,
+            "neutral": list(neutral),
+        }
+
+    def _routing(self, _item: None) -> dict:
+        return {"dataset": hashed_fields(self.dataset), "labels": self.loras.labels}
+
+    def _train_router(self, _item: None) -> dict:
+        return {
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "router": hashed_fields(self.loras.router),
+            "labels": self.loras.labels,
+        }
+
+    def _evaluate(self, _item: None) -> dict:
+        # what `hashed_fields` leaves out of the address of the router is read here
+        policy = {"top_k", "threshold", "fallback"}
+        return {
+            "name": self.name,
+            "evaluate": hashed_fields(self.evaluate),
+            "router": self.loras.router.model_dump(mode="json", include=policy),
+            "experts": self._said_of_experts("name", "metric", "max_new_tokens"),
+        }
+
+    def _deploy(self, _item: None) -> dict:
+        return {"name": self.name, "experts": self._said_of_experts("name", "task", "description")}
+
+    def _said_of_experts(self, *keys: str) -> list[dict]:
+        return [entry.model_dump(mode="json", include={*keys}) for entry in self.loras.experts]
+
+    def section(self, stage: str, item: str | None) -> str:
+        """Return the dotted name of a training's settings, for messages."""
+        if stage == "train_shared":
+            return "loras.base"
+        if stage == "train_router":
+            return "loras.router"
+        return f"loras.experts.{item}.overrides"
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""
+        base = self.loras.base.model
+        if base and is_folder(base):
+            yield "loras.base.model", base
+        for entry in self.loras.experts:
+            for key, path in entry.dataset.paths():
+                yield f"loras.experts.{entry.name}.dataset.{key}", path
+        for i, source in enumerate(self.dataset.sources):
+            for key, path in source.paths():
+                yield f"dataset.sources.{i}.{key}", path
+        if self.deploy.upload:
+            yield "deploy.upload", self.deploy.upload
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        problems = [
+            *_wrong_names(self.loras),
+            *_wrong_labels(self.loras),
+            *_wrong_durations(self.loras),
+            *_wrong_policy(self.loras),
+            *_wrong_sources(self),
+            *_wrong_wording(self),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _twice(values: list[str]) -> list[str]:
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+def _wrong_names(loras: AdaptersConfig) -> Iterator[str]:
+    if not loras.experts:
+        yield "loras.experts: give at least one expert"
+    names = [entry.name for entry in loras.experts]
+    for name in _twice(names):
+        yield f"loras.experts: two experts are named {name}; adapters need names of their own"
+    for name in names:
+        if name in RESERVED:
+            yield f"loras.experts: {name} means something else here; name that expert otherwise"
+
+
+def _wrong_labels(loras: AdaptersConfig) -> Iterator[str]:
+    labels = [entry.label for entry in loras.experts]
+    if loras.router.none_label:
+        labels.append(loras.router.none_label)
+    for label in _twice(labels):
+        yield f"loras.experts: the label {label!r} is given twice; the router could not tell"
+
+
+def _wrong_durations(loras: AdaptersConfig) -> Iterator[str]:
+    fits: dict[str, AdapterConfig] = {}
+    for entry in loras.experts:
+        fits[f"loras.experts.{entry.name}.overrides"] = loras.options(entry.name)
+    fits["loras.router"] = loras.router
+    for key, fit in fits.items():
+        if fit.steps is fit.epochs is fit.tokens is None:
+            yield f"{key}: give one of steps, epochs, tokens, here or in loras.defaults"
+
+
+def _wrong_policy(loras: AdaptersConfig) -> Iterator[str]:
+    if not loras.experts:
+        return
+    router = loras.router
+    names = [entry.name for entry in loras.experts]
+    if router.fallback != "base" and router.fallback not in names:
+        yield (
+            f"loras.router.fallback: {router.fallback} is neither base nor an expert "
+            f"({', '.join(names)})"
         )
+    if router.top_k > len(names):
+        few = f"but there are {len(names)}" if len(names) > 1 else "but there is 1; set it to 1"
+        yield f"loras.router.top_k: {router.top_k} experts per answer, {few}"
+
+
+def _wrong_sources(cfg: AdapterRunConfig) -> Iterator[str]:
+    names = cfg.experts
+    sources = [source.expert for source in cfg.dataset.sources]
+    for name in dict.fromkeys(names):
+        if name not in sources and name not in RESERVED:
+            yield f"dataset.sources: no requests for {name}; add {{expert: {name}, from: loras}}"
+    for name in dict.fromkeys(sources):
+        if name not in (*names, NONE):
+            known = ", ".join(names)
+            yield f"dataset.sources: no such expert {name}; loras.experts has {known}"
+    if sources.count(NONE) > 1:
+        yield "dataset.sources: none has two sources; give it one"
+    # the label and the rows of none go together: a class without rows is never learned
+    none_label = cfg.loras.router.none_label
+    if NONE in sources and none_label is None:
+        yield (
+            "loras.router.none_label: the routing set has requests for none, so the router needs "
+            "a label for it"
+        )
+    if NONE not in sources and none_label is not None:
+        yield (
+            "loras.router.none_label: nothing teaches the router to answer it; add a source of "
+            "the expert none"
+        )
+    balance = cfg.dataset.balance
+    if isinstance(balance, dict) and balance.keys() != set(sources):
+        wanted = ", ".join(dict.fromkeys(sources))
+        yield f"dataset.balance: name a share for each of {wanted}, and no other"
+
+
+def _wrong_wording(cfg: AdapterRunConfig) -> Iterator[str]:
+    neutral = cfg.dataset.neutral
+    known = ", ".join(cfg.experts)
+    for name in cfg.dataset.paraphrases:
+        if name not in (*cfg.experts, NONE):
+            yield f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it"
+    if cfg.dataset.ambiguous_share and not (neutral.seen and neutral.held):
+        yield (
+            "dataset.neutral: ambiguous_share is above 0, so give prompts under seen and under held"
+        )
+    for name in dict.fromkeys(cfg.experts):
+        if cfg.loras.options(name).neutral_share and not neutral.seen:
+            yield (
+                f"dataset.neutral.seen: the expert {name} has a neutral_share, so give neutral "
+                "prompts"
+            )

@@ -18,8 +18,8 @@ from ...hardware import device
 from ...model.loss import workspace_bytes
 from ...train.flops import JobCost
 from ...train.memory_plan import MemoryPlan, plan_memory
-from ..adapters.config import AdapterConfig, BaseConfig
-from .config import LoraVlmConfig
+from ..adapters.config import AdapterConfig
+from .config import LoraVlmConfig, VlmBaseConfig
 
 KERNEL_BYTES = 60_000_000  # code that the first step touches, the allocator's arenas
 PICTURE_TOKEN_PX = 1024  # area that becomes one token
@@ -133,7 +133,7 @@ PUBLISHED = {
 }
 
 
-def sizes_of(base: BaseConfig) -> Sizes | None:
+def sizes_of(base: VlmBaseConfig) -> Sizes | None:
     """Return the sizes of the base that the settings name, or None when nothing here tells."""
     if base.build is not None:
         b = base.build
@@ -214,7 +214,7 @@ def memory_plan(
 
 
 def peak_bytes(
-    base: BaseConfig, sizes: Sizes, options: AdapterConfig, plan: MemoryPlan, longest: int
+    base: VlmBaseConfig, sizes: Sizes, options: AdapterConfig, plan: MemoryPlan, longest: int
 ) -> int:
     """Return the predicted peak above imports of one adapter's training; the base's mapped pages
     are counted."""
@@ -263,7 +263,7 @@ def _rows(
     return sum(counts) if cfg.dataset.balance == "equal" else None
 
 
-def _cached(base: BaseConfig) -> Path | None:
+def _cached(base: VlmBaseConfig) -> Path | None:
     """Return the config.json of a Hub model, when the Hub's cache on this machine has it."""
     from huggingface_hub import try_to_load_from_cache
 
