@@ -6,7 +6,7 @@ B rows, D inputs, H hidden units.
 
 import hashlib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,11 @@ from loopback_modal.volumes import View, Volume, open_below
 from torch import nn
 
 from pipeline.config.fit import FitConfig
-from pipeline.train.loop import Task, TrainIO
+from pipeline.config.run import RunConfig
+from pipeline.errors import MissingArtifact
+from pipeline.families import Parts
+from pipeline.store.artifacts import Manifest, inventory, load_tensors
+from pipeline.train.loop import HistoryWriter, Task, TrainIO
 
 TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
 
@@ -23,7 +27,7 @@ class Killed(BaseException):
     """Stands for the end of a process: nothing but the system sees it."""
 
 
-class Notes:
+class FakeRecorder(HistoryWriter):
     """A recorder that remembers."""
 
     def __init__(self):
@@ -37,6 +41,47 @@ class Notes:
 
     def note(self, text):
         self.notes.append(text)
+
+
+@dataclass
+class FolderParts(Parts):
+    """What a family sees of earlier stages, from a plain directory."""
+
+    cfg: RunConfig
+    root: Path
+    metrics: dict = field(default_factory=dict)  # by (stage, item), for those that have any
+
+    def path(self, stage, item=None):
+        """Return where a job's files are or will be."""
+        return self.root / "-".join(filter(None, (stage, item)))
+
+    def new(self, stage, item=None):
+        """Make a job's folder."""
+        self.path(stage, item).mkdir(parents=True)
+        return self.path(stage, item)
+
+    def folder(self, stage, item=None):
+        """Return the folder of a stage's files. Raises MissingArtifact."""
+        path = self.path(stage, item)
+        if not path.is_dir():
+            raise MissingArtifact(f"{path} does not exist; run {stage}")
+        return path
+
+    def manifest(self, stage, item=None):
+        """Return a manifest as the store has it: address, inventory and metrics."""
+        folder = self.folder(stage, item)
+        return Manifest(
+            address=f"{folder.name}-0123456789ab",
+            stage=stage,
+            item=item,
+            inputs={},
+            files=inventory(folder),
+            metrics=self.metrics.get((stage, item), {"seconds": 1.5}),
+        )
+
+    def tensors(self, stage, name, item=None):
+        """Return the tensors of a file."""
+        return load_tensors(self.folder(stage, item) / name)
 
 
 def small_task(steps=10, noisy=True, **options):
@@ -99,10 +144,10 @@ def in_bf16(task):
     )
 
 
-def place(folder, **changes):
+def train_io(folder, **changes):
     """Return where a small task keeps its checkpoints: one after every step."""
     settings = {"save_every_s": 1e-9, "log_every_steps": 1} | changes
-    return TrainIO(Path(folder), Notes(), lambda: None, "train_shared", "trunk", **settings)
+    return TrainIO(Path(folder), FakeRecorder(), lambda: None, "train_shared", "trunk", **settings)
 
 
 def dying(task, step, how=Killed):

@@ -8,19 +8,17 @@ copied.
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-from fakes import place
+from fakes import FolderParts, train_io
 
 from pipeline.config.base import merge
-from pipeline.errors import MissingArtifact
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig
-from pipeline.store.artifacts import load_tensors, save_tensors
+from pipeline.protocols import quiet
+from pipeline.store.artifacts import save_tensors
 from pipeline.train.loop import fit
 
 INSTRUCTION = "Which expert should handle this request? Answer with one letter."
@@ -97,55 +95,24 @@ def config(**changes) -> LoraVlmConfig:
     return parse(raw)
 
 
-@dataclass
-class Parts:
-    """What a family sees of earlier stages, from a plain directory."""
-
-    cfg: LoraVlmConfig
-    root: Path
-
-    def path(self, stage: str, item: str | None = None) -> Path:
-        """Return where a job's files are or will be."""
-        return self.root / "-".join(filter(None, (stage, item)))
-
-    def new(self, stage: str, item: str | None = None) -> Path:
-        """Make a job's folder."""
-        self.path(stage, item).mkdir(parents=True)
-        return self.path(stage, item)
-
-    def folder(self, stage: str, item: str | None = None) -> Path:
-        """Return the folder of a stage's files. Raises MissingArtifact."""
-        if not self.path(stage, item).is_dir():
-            raise MissingArtifact(f"{self.path(stage, item)} does not exist; run {stage}")
-        return self.path(stage, item)
-
-    def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
-        """Return the tensors of a file."""
-        return load_tensors(self.folder(stage, item) / name)
-
-
-def quiet(_text: str, _share: float | None = None) -> None:
-    """Say nothing."""
-
-
 _PREPARED: list[Path] = []  # the folder that others copy
 
 
-def prepared(root: Path, **changes) -> Parts:
+def prepared(root: Path, **changes) -> FolderParts:
     """Return a run whose data and base are made below root; changes may not touch those."""
     if not _PREPARED:
         cfg, first = config(), Path(tempfile.mkdtemp())
-        parts = Parts(cfg, first)
+        parts = FolderParts(cfg, first)
         for name in cfg.tasks:
             family.prepare(cfg, parts.new("preprocess", name), quiet, first, name)
         family.shared(cfg, parts).write(parts.new("train_shared"))
         family.route_data(cfg, parts, parts.new("routing"), quiet)
         _PREPARED.append(first)
     shutil.copytree(_PREPARED[0], root, dirs_exist_ok=True)
-    return Parts(config(**changes), root)
+    return FolderParts(config(**changes), root)
 
 
-def task_of(parts: Parts, item: str):
+def task_of(parts: FolderParts, item: str):
     """Return the training of an expert, or of the router."""
     return (
         family.router(parts.cfg, parts)
@@ -154,11 +121,11 @@ def task_of(parts: Parts, item: str):
     )
 
 
-def train(parts: Parts, item: str, task=None, slots: Path | None = None) -> SimpleNamespace:
+def train(parts: FolderParts, item: str, task=None, slots: Path | None = None) -> SimpleNamespace:
     """Fit one adapter and keep its files in parts; returns task, metrics, files, folder and history
     rows."""
     task = task or task_of(parts, item)
-    here = place(slots or parts.root / "slots" / item, save_every_s=1e9)
+    here = train_io(slots or parts.root / "slots" / item, save_every_s=1e9)
     metrics = fit(task, here)
     files = task.export(metrics["kept_step"])
     stage = ("train_router",) if item == "router" else ("train_experts", item)

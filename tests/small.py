@@ -1,25 +1,23 @@
 """A whole ffn_moe run at the smallest sizes, without preprocess, store or processes: what the tests
 of one family need.
 
-Text is drawn so that each domain has its own favourite tokens; Parts keeps each training's files in
+Text is drawn so that each domain has its own favourite tokens; FolderParts keeps each training's files in
 a folder.
 """
 
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
+from fakes import FakeRecorder, FolderParts
 
 from pipeline.config.base import merge
 from pipeline.data.text.shards import ShardWriter
-from pipeline.errors import MissingArtifact
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.config import FfnMoeConfig
-from pipeline.store.artifacts import load_tensors, save_tensors
+from pipeline.store.artifacts import save_tensors
 from pipeline.train import loop as training
 from pipeline.train.loop import TrainIO, fit
 
@@ -82,49 +80,6 @@ def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) 
     return folder
 
 
-@dataclass
-class Parts:
-    """What a family sees of earlier stages: folders and tensors, from a plain directory."""
-
-    cfg: FfnMoeConfig
-    root: Path
-    metrics: dict = field(default_factory=dict)
-
-    def folder(self, stage: str, item: str | None = None) -> Path:
-        """Return the folder of a stage's files. Raises MissingArtifact."""
-        path = self.root / "-".join(filter(None, (stage, item)))
-        if not path.is_dir():
-            raise MissingArtifact(f"{path} does not exist; run {stage}")
-        return path
-
-    def manifest(self, stage: str, item: str | None = None):
-        """Return the metrics of a training as a manifest has them."""
-        files = {path.name: path.stat().st_size for path in self.folder(stage, item).iterdir()}
-        return SimpleNamespace(metrics=self.metrics[stage, item], files=files)
-
-    def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
-        """Return the tensors of a file."""
-        return load_tensors(self.folder(stage, item) / name)
-
-
-class Rows:
-    """A recorder that keeps history rows."""
-
-    def __init__(self):
-        self.rows, self.notes = [], []
-
-    def start(self, step: int) -> None:
-        """Take note of nothing."""
-
-    def row(self, row: dict) -> None:
-        """Keep a row."""
-        self.rows.append(row)
-
-    def note(self, text: str) -> None:
-        """Keep a note."""
-        self.notes.append(text)
-
-
 MAKERS = {
     "train_shared": ffn_moe.shared,
     "train_experts": ffn_moe.expert,
@@ -133,11 +88,13 @@ MAKERS = {
 }
 
 
-def train(cfg: FfnMoeConfig, parts: Parts, stage: str, item: str | None = None) -> SimpleNamespace:
+def train(
+    cfg: FfnMoeConfig, parts: FolderParts, stage: str, item: str | None = None
+) -> SimpleNamespace:
     """Fit one of the family's trainings and keep its files in parts; returns task, metrics, rows,
     folder."""
     task = MAKERS[stage](cfg, parts, *(() if item is None else (item,)))
-    recorder, folder = Rows(), parts.root / "-".join(filter(None, (stage, item)))
+    recorder, folder = FakeRecorder(), parts.root / "-".join(filter(None, (stage, item)))
     place = TrainIO(
         parts.root / "slots" / folder.name, recorder, lambda: None, folder.name, "expert", 1e9, 1
     )
@@ -154,9 +111,9 @@ def train(cfg: FfnMoeConfig, parts: Parts, stage: str, item: str | None = None) 
     )
 
 
-def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> Parts:
+def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:
     """Train everything a configuration asks for, in order, on new shards below root."""
-    parts = Parts(cfg, root)
+    parts = FolderParts(cfg, root)
     write_shards(root / "preprocess", cfg.partition.names)
     train(cfg, parts, "train_shared")
     for name in cfg.experts:
@@ -168,11 +125,11 @@ def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> Parts:
 
 
 _TRAINED: list[
-    Parts
+    FolderParts
 ] = []  # the first run of this process; later ones are copies, which a test may change
 
 
-def trained(patch, root: Path) -> Parts:
+def trained(patch, root: Path) -> FolderParts:
     """Return a whole run with every dense baseline, without the measuring of the machine that fit
     ends with."""
     patch.setattr(training, "product_flops_per_s", lambda _bf16: 1e9)
@@ -181,4 +138,4 @@ def trained(patch, root: Path) -> Parts:
         _TRAINED.append(run(cfg, root.with_name("original")))
     first = _TRAINED[0]
     shutil.copytree(first.root, root)
-    return Parts(first.cfg, root, dict(first.metrics))
+    return FolderParts(first.cfg, root, dict(first.metrics))

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import lora_small
 import small_routing
 import small_tasks
-from fakes import place
+from fakes import FolderParts, train_io
 
 from pipeline.config.base import merge
 from pipeline.errors import PipelineError
@@ -27,6 +27,7 @@ from pipeline.families.adapters.stack import ROUTER, assemble
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.protocols import quiet
 from pipeline.store.artifacts import load_tensors, save_tensors
 from pipeline.train import loop
 from tests import small_stack
@@ -178,9 +179,7 @@ def _files(folder: Path) -> list:
 
 
 def _prepared(cfg, root, folder):
-    family.prepare(
-        cfg, folder, lora_small.quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color"
-    )
+    family.prepare(cfg, folder, quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color")
     return _files(folder)
 
 
@@ -194,7 +193,7 @@ def _fitted(cfg, parts, folder, item):
     if task.options.eval_every_steps == 1:  # patience and keep want evaluations that get worse
         worse = itertools.count(1.0)
         task = replace(task, validate=lambda: next(worse))
-    here = place(folder, save_every_s=1e9)
+    here = train_io(folder, save_every_s=1e9)
     files = task.export(loop.fit(task, here)["kept_step"])
     about = {
         key: value
@@ -210,31 +209,31 @@ def _fitted(cfg, parts, folder, item):
 
 
 def _expert(cfg, root, folder):
-    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, "color")
+    return _fitted(cfg, FolderParts(cfg, root / "small"), folder, "color")
 
 
 def _router(cfg, root, folder):
-    return _fitted(cfg, lora_small.Parts(cfg, root / "small"), folder, ROUTER)
+    return _fitted(cfg, FolderParts(cfg, root / "small"), folder, ROUTER)
 
 
 def _router_with_none(cfg, root, folder):
-    return _fitted(cfg, small_stack.Parts(cfg, root / "stack"), folder, ROUTER)[1:]
+    return _fitted(cfg, FolderParts(cfg, root / "stack"), folder, ROUTER)[1:]
 
 
 def _routed(cfg, root, folder):
-    parts = lora_small.Parts(cfg, root / "routed")
-    family.route_data(cfg, parts, folder, lora_small.quiet)
+    parts = FolderParts(cfg, root / "routed")
+    family.route_data(cfg, parts, folder, quiet)
     text = (folder / "routing.jsonl").read_text()
     return text.replace(str(root), "")
 
 
 def _answered(cfg, root, _folder):
-    said = assemble(cfg, small_stack.Parts(cfg, root / "stack")).answer(small_stack.requests(12))
+    said = assemble(cfg, FolderParts(cfg, root / "stack")).answer(small_stack.requests(12))
     return [(each.text, each.expert, each.others) for each in said]
 
 
 def _reported(cfg, root, _folder):
-    found = evaluate.tables(cfg, small_stack.Parts(cfg, root / "stack"), small_stack.quiet)
+    found = evaluate.tables(cfg, FolderParts(cfg, root / "stack"), quiet)
     return json.dumps(
         {key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")}
     )
@@ -245,9 +244,9 @@ def _measured(root) -> SimpleNamespace:
     """Return what the report is drawn from, measured once: settings of what is drawn do not enter
     it."""
     cfg = run_of(root, small_stack.RUN, QUICK)
-    parts = small_stack.Parts(cfg, root / "stack")
-    bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), small_stack.quiet)
-    report = evaluate.tables(cfg, parts, small_stack.quiet)
+    parts = FolderParts(cfg, root / "stack")
+    bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), quiet)
+    report = evaluate.tables(cfg, parts, quiet)
     return SimpleNamespace(bench=bench, sets=routed_sets(bench), report=report)
 
 
@@ -268,7 +267,7 @@ def _verdicts(cfg, root, _folder):
 
 
 def _bundled(cfg, root, folder):
-    bundle.bundle(cfg, small_stack.Parts(cfg, root / "stack"), folder, small_stack.quiet)
+    bundle.bundle(cfg, FolderParts(cfg, root / "stack"), folder, quiet)
     return (folder / "experts.json").read_bytes()
 
 

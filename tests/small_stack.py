@@ -8,17 +8,16 @@ import json
 import random
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from fakes import FolderParts
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 
 from pipeline.data.routing import dataset
 from pipeline.data.tasks import prepare
-from pipeline.errors import MissingArtifact
 from pipeline.families.adapters import peft_io
 from pipeline.families.adapters.chat import Chat
 from pipeline.families.adapters.inference import GenerationLimits, MultiAdapterModel, Request
@@ -27,7 +26,7 @@ from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, P
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm.config import LoraVlmConfig
-from pipeline.store.artifacts import inventory, save_tensors
+from pipeline.store.artifacts import save_tensors
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 EXPERTS = ("color", "count", "locate")
@@ -204,38 +203,12 @@ RUN = {
 }
 
 
-@dataclass
-class Parts:
-    """What earlier stages left behind, from a plain directory."""
-
-    cfg: LoraVlmConfig
-    root: Path
-
-    def folder(self, stage: str, item: str | None = None) -> Path:
-        """Return the folder of a stage's files. Raises MissingArtifact."""
-        path = self.root / "-".join(filter(None, (stage, item)))
-        if not path.is_dir():
-            raise MissingArtifact(f"{path} does not exist; run {stage}")
-        return path
-
-    def manifest(self, stage: str, item: str | None = None):
-        """Return what a manifest tells of a stage's files."""
-        folder = self.folder(stage, item)
-        return SimpleNamespace(
-            metrics={"seconds": 1.5}, files=inventory(folder), address=folder.name
-        )
-
-
-def quiet(_text: str, _share: float | None) -> None:
-    """Say nothing."""
-
-
 _MADE: list[
     Path
 ] = []  # the first run of this process; later ones are copies, which a test may change
 
 
-def run(root: Path) -> tuple[LoraVlmConfig, Parts]:
+def run(root: Path) -> tuple[LoraVlmConfig, FolderParts]:
     """Make every part of a small run in root, its adapters random."""
     cfg = parse(RUN)
     if _MADE:
@@ -243,7 +216,7 @@ def run(root: Path) -> tuple[LoraVlmConfig, Parts]:
     else:
         _make(cfg, root)
         _MADE.append(shutil.copytree(root, root.with_name("original")))
-    return cfg, Parts(cfg, root)
+    return cfg, FolderParts(cfg, root)
 
 
 def _make(cfg: LoraVlmConfig, root: Path) -> None:

@@ -9,11 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import flip, traces
+from fakes import FolderParts, flip, traces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from pipeline.families.ffn_moe.bundle import bundle as ffn_bundle
 from pipeline.families.ffn_moe.bundle import reassemble, stock_settings
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
+from pipeline.protocols import quiet
 from pipeline.run import backend, dry_run, stages
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
@@ -40,22 +40,9 @@ def _no_measuring(monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
-def quiet(_text, _share):
-    """Say nothing."""
-
-
-class Parts(small.Parts):
-    """The parts of a small run with manifests that know their files, as the store's do."""
-
-    def manifest(self, stage, item=None):
-        """Return address and inventory of a stage's folder."""
-        folder = self.folder(stage, item)
-        return SimpleNamespace(address=f"{folder.name}-0123456789ab", files=inventory(folder))
-
-
 def bundle_of(cfg, parts, folder: Path) -> Path:
     """Bundle a small run, given a tokenizer and a report to go with it."""
-    parts = Parts(cfg, parts.root)
+    parts = FolderParts(cfg, parts.root)
     model = Tokenizer(models.WordLevel({f"w{i}": i for i in range(small.VOCAB)}, unk_token="w0"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save(str(parts.root / "preprocess" / "tokenizer.json"))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.families.adapters import bundle
 from pipeline.families.adapters.inference import Request
+from pipeline.protocols import quiet
 from pipeline.serve.app import create
 from pipeline.serve.protocol import RequestLimits
 from tests import small_stack
@@ -28,7 +29,7 @@ def application(tmp_path_factory):
     (parts.root / "evaluate" / "report.json").write_text("{}")
     (parts.root / "evaluate" / "report.html").write_text("")
     (root / "bundle").mkdir()
-    bundle.bundle(cfg, parts, root / "bundle", small_stack.quiet)
+    bundle.bundle(cfg, parts, root / "bundle", quiet)
     return create(root / "bundle")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, flip, in_bf16, place, small_task, values
+from fakes import Killed, dying, equal, flip, in_bf16, small_task, train_io, values
 
 from pipeline.errors import DiskFull
 from pipeline.train import checkpoint, loop
@@ -41,9 +41,9 @@ def stopped(tmp_path):
     """Folder of a run that was killed before step 7: one slot holds step 6, the other 7; and what
     it leads to."""
     task = small_task()
-    fit(task, place(tmp_path / "whole"))
+    fit(task, train_io(tmp_path / "whole"))
     with pytest.raises(Killed):
-        fit(dying(small_task(), 7), place(tmp_path / "stopped"))
+        fit(dying(small_task(), 7), train_io(tmp_path / "stopped"))
     return tmp_path / "stopped", values(task)
 
 
@@ -54,7 +54,7 @@ def slots(folder):
 
 
 def resume(folder, reseed=True):
-    task, here = small_task(), place(folder)
+    task, here = small_task(), train_io(folder)
     if reseed:
         torch.manual_seed(5)  # a generator that was not restored would show
     fit(task, here)
@@ -113,7 +113,7 @@ def test_the_good_slot_is_not_the_next_one_written_over(stopped, name, monkeypat
 
     monkeypatch.setattr(checkpoint, "save_tensors", dies)
     with pytest.raises(Killed):
-        fit(small_task(), place(folder))
+        fit(small_task(), train_io(folder))
     monkeypatch.undo()
     got, recorder = resume(folder)
     assert recorder.starts == [6] and equal(got, wanted)
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_other_parameters_is_not_used(stopped):
     folder, _ = stopped
     task = small_task()
     renamed = {f"new {name}": p for name, p in task.parameters.items()}
-    here = place(folder)
+    here = train_io(folder)
     fit(replace(task, parameters=renamed), here)
     assert (
         here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
@@ -143,7 +143,7 @@ def test_leftovers_of_a_killed_save_do_not_pile_up(stopped):
     slot = slots(folder)[6]
     (slot / ".tmpABC123").write_bytes(b"x" * 100)
     with pytest.raises(Killed):
-        fit(dying(small_task(), 9), place(folder))
+        fit(dying(small_task(), 9), train_io(folder))
     assert sorted(p.name for p in slot.iterdir()) == sorted(FILES)
 
 
@@ -155,7 +155,7 @@ def test_a_save_that_fails_leaves_the_newest_slot(stopped, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(DiskFull, match="What was finished is kept"):
-        fit(small_task(), place(folder))
+        fit(small_task(), train_io(folder))
     monkeypatch.undo()
     got, recorder = resume(folder)
     assert recorder.starts == [7] and equal(got, wanted)
@@ -166,7 +166,7 @@ def test_tensors_are_on_disk_before_the_numbers_that_vouch_for_them(tmp_path, mo
     monkeypatch.setattr(
         os, "fsync", lambda handle: flushed.append(Path(f"/proc/self/fd/{handle}").readlink().name)
     )
-    fit(small_task(steps=1), place(tmp_path))
+    fit(small_task(steps=1), train_io(tmp_path))
     assert (
         flushed.index("state.safetensors.part")
         < flushed.index("state.json.part")
@@ -193,14 +193,14 @@ def killed(folder, step, task=None):
             raise Killed
 
     with pytest.raises(Killed):
-        fit(replace(first, before_step=before_step), place(folder))
+        fit(replace(first, before_step=before_step), train_io(folder))
 
 
 def went_on(folder, task=None):
     """Finish that run; return its parameters and recorder."""
     again, now = falling(task)
     torch.manual_seed(5)
-    here = place(folder)
+    here = train_io(folder)
     here.recorder.start = lambda step: (now.__setitem__(0, step), here.recorder.starts.append(step))
     fit(again, here)
     return values(again), here.recorder
@@ -214,7 +214,7 @@ def best_files(folder):
 def better(tmp_path):
     """Folder of a run with falling losses that was killed before step 6; and what it leads to."""
     task, _ = falling()
-    fit(task, place(tmp_path / "whole"))
+    fit(task, train_io(tmp_path / "whole"))
     killed(tmp_path / "better", 6)
     return tmp_path / "better", values(task)
 
@@ -313,7 +313,7 @@ def test_the_kept_state_is_the_best_one_in_both_arithmetics(tmp_path):
             seen.append(values(task))
             return next(losses)
 
-        metrics = fit(replace(task, validate=validate), place(tmp_path / name))
+        metrics = fit(replace(task, validate=validate), train_io(tmp_path / name))
         kept = values(task)
         assert metrics["kept_step"] == 6 and {p.dtype for p in kept.values()} == {torch.float32}
         assert equal({n: p.to(seen[1][n].dtype) for n, p in kept.items()}, seen[1])
@@ -337,7 +337,7 @@ def test_no_copy_of_the_best_state_is_held(tmp_path):
             task, _ = falling(keep=keep, noisy=False)
             counts[keep] = []
             seen = replace(task, after_step=lambda keep=keep: counts[keep].append(alive()) or {})
-            fit(seen, place(tmp_path / keep, save_every_s=1e9))
+            fit(seen, train_io(tmp_path / keep, save_every_s=1e9))
             del task, seen
     finally:
         gc.unfreeze()
@@ -348,10 +348,10 @@ def test_no_copy_of_the_best_state_is_held(tmp_path):
 @pytest.mark.parametrize("step", range(1, 10))
 def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path, step):
     whole = in_bf16(small_task())
-    fit(whole, place(tmp_path / "whole"))
+    fit(whole, train_io(tmp_path / "whole"))
     with pytest.raises(Killed):
-        fit(dying(in_bf16(small_task()), step), place(tmp_path / "killed"))
-    task, here = in_bf16(small_task()), place(tmp_path / "killed")
+        fit(dying(in_bf16(small_task()), step), train_io(tmp_path / "killed"))
+    task, here = in_bf16(small_task()), train_io(tmp_path / "killed")
     torch.manual_seed(9)
     with torch.no_grad():
         task.parameters["first"].fill_(7.0)
@@ -361,7 +361,7 @@ def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path,
 
 def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):
     with pytest.raises(Killed):
-        fit(dying(in_bf16(small_task()), 5), place(tmp_path))
+        fit(dying(in_bf16(small_task()), 5), train_io(tmp_path))
     stored = checkpoint.load_tensors(slots(tmp_path)[5] / "state.safetensors")
     kinds = {name: tensor.dtype for name, tensor in stored.items()}
     assert kinds["parameter/first"] == torch.bfloat16 and kinds["low/first"] == torch.int16
@@ -373,8 +373,8 @@ def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):
 def test_a_checkpoint_of_the_other_arithmetic_is_not_mistaken(tmp_path, kinds):
     before, after = kinds
     with pytest.raises(Killed):
-        fit(dying(before(small_task()), 5), place(tmp_path))
-    here, task = place(tmp_path), after(small_task())
+        fit(dying(before(small_task()), 5), train_io(tmp_path))
+    here, task = train_io(tmp_path), after(small_task())
     fit(task, here)
     assert (
         here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
@@ -388,15 +388,15 @@ def test_a_run_whose_moments_are_kept_otherwise_from_now_on_goes_on(tmp_path, be
     if "int8" in (before, after):
         pytest.importorskip("bitsandbytes")
     start, plain = values(small_task()), small_task()
-    fit(plain, place(tmp_path / "plain"))
+    fit(plain, train_io(tmp_path / "plain"))
     with pytest.raises(Killed):
         fit(
             dying(replace(small_task(), memory_plan=MemoryPlan(8, moments=before)), 5),
-            place(tmp_path / "run"),
+            train_io(tmp_path / "run"),
         )
     task, here = (
         replace(small_task(), memory_plan=MemoryPlan(8, moments=after)),
-        place(tmp_path / "run"),
+        train_io(tmp_path / "run"),
     )
     fit(task, here)
     assert here.recorder.starts == [5] and here.recorder.notes == []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes import FolderParts
 
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
@@ -18,7 +19,7 @@ from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.router import gate_name
-from pipeline.model.router_init import Statistics
+from pipeline.model.router_init import FeatureStatistics
 from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
@@ -46,7 +47,7 @@ def ids_of(task) -> torch.Tensor:
 def test_an_expert_trains_every_tensor_of_its_own_and_nothing_else(trained, init, coordinate):
     cfg = small.config(expert__init=init, expert__coordinate=coordinate)
     before = {p: p.read_bytes() for p in trained.root.rglob("*.safetensors")}
-    found = small.train(cfg, small.Parts(cfg, trained.root), "train_experts", "beta")
+    found = small.train(cfg, FolderParts(cfg, trained.root), "train_experts", "beta")
     task, stored = found.task, set(found.folder.iterdir())
     extra = {"row", "bias"} if coordinate else set()
     assert set(task.parameters) == extra | {
@@ -112,7 +113,9 @@ def test_a_coordinated_expert_starts_at_its_domain_less_the_mixture(trained, mon
         cfg, Shards(trained.folder("preprocess")), "statistics alpha", ("alpha",)
     )
     own = ffn_parts.sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens).mean_LD
-    mixed = Statistics.of(trained.tensors("train_shared", "statistics.safetensors")).mean_LD
+    mixed = FeatureStatistics.from_tensors(
+        trained.tensors("train_shared", "statistics.safetensors")
+    ).mean_LD
     torch.testing.assert_close(
         task.parameters["row"].detach(), F.normalize(own - mixed, dim=-1).float()
     )
@@ -136,15 +139,15 @@ def test_a_coordinated_expert_starts_at_its_domain_less_the_mixture(trained, mon
 def test_statistics_are_of_the_experts_own_text_only(trained):
     cfg = small.config(expert__statistics_tokens=160, partition__overlap=0.9)
     task = ffn_moe.expert(cfg, trained, "alpha")
-    found = Statistics.of(task.export(0)["statistics.safetensors"])
+    found = FeatureStatistics.from_tensors(task.export(0)["statistics.safetensors"])
     assert found.tokens == 160
     shards = Shards(trained.folder("preprocess"))
     own = ffn_parts.training_rows(cfg, shards, "statistics alpha", ("alpha",))
     seen = own.rows(0, 20)
     trunk, dummy = ffn_parts.stored_trunk(cfg, trained)  # the expert has not moved: it is the dummy
-    sums = Statistics.empty(2, 16)
+    sums = FeatureStatistics.empty(2, 16)
     with torch.no_grad():
-        trunk.hidden(torch.from_numpy(seen)[:, :-1], sums.watch(dummy))
+        trunk.hidden(torch.from_numpy(seen)[:, :-1], sums.observe(dummy))
     torch.testing.assert_close(found.gram_LDD, sums.gram_LDD, rtol=1e-4, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from pipeline.families.ffn_moe import train
 from pipeline.families.ffn_moe.config import BASELINE_READS, NEEDS, READS, FfnMoeConfig
 from pipeline.model.loss import MOST_SUMS
 from pipeline.train.flops import Shape
-from pipeline.train.memory_plan import LEAST_REUSED_BYTES, MemoryPlan
+from pipeline.train.memory_plan import LOW_MMAP_THRESHOLD_BYTES, MemoryPlan
 from tests import small
 
 
@@ -154,7 +154,7 @@ def peak(plan: MemoryPlan, trains: str = "ffn", bf16: bool = True, experts: int 
     """Return the predicted peak of a training of some size."""
     cfg = small.config(trunk=LARGE | {"kv_heads": None}, tokenizer__vocab_size=16_384)
     return ffn_cost.peak_bytes(
-        Shape.of(cfg.trunk, cfg.tokenizer.vocab_size), trains, plan, bf16, experts
+        Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size), trains, plan, bf16, experts
     )
 
 
@@ -166,7 +166,7 @@ def peak(plan: MemoryPlan, trains: str = "ffn", bf16: bool = True, experts: int 
         {"moments": "int8"},
         {"gradients": "bf16"},
         {"checkpointing": True},
-        {"reuse_bytes": LEAST_REUSED_BYTES},
+        {"mmap_threshold_bytes": LOW_MMAP_THRESHOLD_BYTES},
         {"chunk_logits": 2**20},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -208,7 +208,10 @@ def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointi
         MemoryPlan(2, checkpointing=checkpointing),
         MemoryPlan(2, checkpointing=checkpointing, budget_bytes=10**9),
     ]
-    plans += [replace(plan, reuse_bytes=LEAST_REUSED_BYTES, trim=True) for plan in plans]
+    plans += [
+        replace(plan, mmap_threshold_bytes=LOW_MMAP_THRESHOLD_BYTES, trim_each_pass=True)
+        for plan in plans
+    ]
     here = [peak(plan, trains) for plan in plans]
     monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
     there = {peak(plan, trains) for plan in plans}
@@ -255,7 +258,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(monkeypatch):
     cfg = small.config(
         trunk=LARGE | {"kv_heads": None, "context_tokens": 8}, tokenizer__vocab_size=16_384
     )
-    shape = Shape.of(cfg.trunk, 16_384)
+    shape = Shape.from_config(cfg.trunk, 16_384)
     own, trunk, table = 4 * 3 * 512 * 1365, 4 * 4 * 512 * 512 + 16_384 * 512, 16_384 * 512
     wanted = {
         ("ffn", "fp32", "fp32"): own * (4 + 4 + 8) + 2 * trunk,

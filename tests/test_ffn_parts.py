@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, place, values
+from fakes import FolderParts, Killed, dying, equal, train_io, values
 
 from pipeline.families.ffn_moe import cost
 from pipeline.families.ffn_moe import parts as ffn_parts
@@ -82,7 +82,7 @@ def test_the_frozen_trunk_is_the_trunk_rounded(rounded, tmp_path):
     exact = load_tensors(rounded.root / "train_shared" / "trunk.safetensors")
     assert equal(frozen, {n: t.bfloat16() for n, t in exact.items()})
     cfg = small.config(trunk__steps=1)
-    parts = small.Parts(cfg, tmp_path)
+    parts = FolderParts(cfg, tmp_path)
     small.write_shards(tmp_path / "preprocess")
     assert not (small.train(cfg, parts, "train_shared").folder / ffn_parts.FROZEN).exists()
 
@@ -108,9 +108,9 @@ def test_an_artifact_without_the_frozen_trunk_trains_the_same(rounded, monkeypat
     ends = {}
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(small.Parts, "manifest", lambda *_: SimpleNamespace(files={}))
+            monkeypatch.setattr(FolderParts, "manifest", lambda *_: SimpleNamespace(files={}))
         task = made(rounded, "train_experts alpha")
-        fit(task, place(tmp_path / name))
+        fit(task, train_io(tmp_path / name))
         ends[name] = values(task)
     assert equal(ends["with"], ends["without"])
 
@@ -136,7 +136,7 @@ def test_a_bf16_training_computes_in_bf16_but_for_its_gates(rounded, stage, tmp_
         task, before_step=lambda _: seen.update({n: p.dtype for n, p in task.parameters.items()})
     )
     start = values(task)
-    fit(replace(watched, after_step=task.after_step), place(tmp_path))
+    fit(replace(watched, after_step=task.after_step), train_io(tmp_path))
     assert seen == {n: torch.float32 if n in gates else torch.bfloat16 for n in task.parameters}
     assert not any(torch.equal(value, start[n]) for n, value in values(task).items())
 
@@ -144,12 +144,12 @@ def test_a_bf16_training_computes_in_bf16_but_for_its_gates(rounded, stage, tmp_
 @pytest.mark.parametrize("stage", STAGES[:4])
 def test_a_bf16_training_that_was_killed_ends_the_same_bit_for_bit(rounded, stage, tmp_path):
     whole = made(rounded, stage)
-    fit(whole, place(tmp_path / "whole"))
+    fit(whole, train_io(tmp_path / "whole"))
     for step in (1, 3):
         folder = tmp_path / str(step)
         with pytest.raises(Killed):
-            fit(dying(made(rounded, stage), step), place(folder))
-        task, here = made(rounded, stage), place(folder)
+            fit(dying(made(rounded, stage), step), train_io(folder))
+        task, here = made(rounded, stage), train_io(folder)
         torch.manual_seed(77)
         fit(task, here)
         assert here.recorder.starts == [step] and equal(values(task), values(whole))
@@ -157,7 +157,7 @@ def test_a_bf16_training_that_was_killed_ends_the_same_bit_for_bit(rounded, stag
 
 def test_a_bf16_run_ends_near_the_fp32_one(rounded, tmp_path):
     exact = small.config()
-    parts = small.Parts(exact, tmp_path)
+    parts = FolderParts(exact, tmp_path)
     small.write_shards(tmp_path / "preprocess")
     small.train(exact, parts, "train_shared")
     small.train(exact, parts, "train_experts", "alpha")
@@ -170,7 +170,7 @@ def test_a_bf16_run_ends_near_the_fp32_one(rounded, tmp_path):
 
 def test_a_gate_beside_an_expert_stays_fp32(rounded):
     cfg = small.config(dtype="bf16", expert__coordinate=True)
-    task = ffn_moe.expert(cfg, small.Parts(cfg, rounded.root, rounded.metrics), "alpha")
+    task = ffn_moe.expert(cfg, FolderParts(cfg, rounded.root, rounded.metrics), "alpha")
     assert set(task.parameters) - set(task.bf16_params) == {"row", "bias"}
 
 
@@ -194,11 +194,11 @@ def trained(tmp_path_factory):
 def test_gates_keep_their_batch_where_its_pieces_would_count_otherwise(trained, changes, whole):
     cfg = small.config(router=changes | {"batch_sequences": 600}, runtime__memory_budget="8GB")
     task = ffn_moe.router(cfg, trained)
-    assert task.memory_plan.whole == whole and not task.memory_plan.checkpointing
+    assert task.memory_plan.whole_batch == whole and not task.memory_plan.checkpointing
     assert task.memory_plan.micro_batch_sequences == (
         600 if whole else FAST_TOKENS // small.CONTEXT
     )
-    assert not ffn_moe.expert(cfg, trained, "alpha").memory_plan.whole
+    assert not ffn_moe.expert(cfg, trained, "alpha").memory_plan.whole_batch
 
 
 def test_a_plan_and_its_training_choose_the_same(trained):
@@ -207,8 +207,8 @@ def test_a_plan_and_its_training_choose_the_same(trained):
     as_trained = cfg.model_copy(
         update={"tokenizer": cfg.tokenizer.model_copy(update={"vocab_size": small.VOCAB})}
     )
-    words = cost.cost(as_trained, "train_experts", "alpha", None, bf16=False).words
-    assert task.memory_plan.budget_bytes == 59_000_000 and words == task.memory_plan.words
+    words = cost.cost(as_trained, "train_experts", "alpha", None, bf16=False).summary
+    assert task.memory_plan.budget_bytes == 59_000_000 and words == task.memory_plan.summary
     assert (
         task.memory_plan
         != ffn_moe.expert(small.config(expert__batch_sequences=300), trained, "alpha").memory_plan
@@ -304,9 +304,9 @@ def test_a_training_under_a_budget_ends_as_without_one(trained, tmp_path):
     ends = []
     for runtime in ({}, {"memory_budget": "8GB"}):
         cfg = small.config(runtime=runtime)
-        parts = small.Parts(cfg, trained.root)
+        parts = FolderParts(cfg, trained.root)
         task = ffn_moe.expert(cfg, parts, "alpha")
-        fit(task, place(tmp_path / str(len(ends))))
+        fit(task, train_io(tmp_path / str(len(ends))))
         ends.append(values(task))
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.families.adapters import bundle
 from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.protocols import quiet
 from pipeline.store.bundle import read_sums, upload, verify
 from tests import small_stack
 from tests.small_stack import EXPERTS, requests
@@ -29,7 +30,7 @@ def made(tmp_path_factory):
     (report / "report.html").write_text("<p>report</p>")
     folder = root / "bundle"
     folder.mkdir()
-    metrics = bundle.bundle(cfg, parts, folder, small_stack.quiet)
+    metrics = bundle.bundle(cfg, parts, folder, quiet)
     assert metrics["experts"] == 3 and metrics["parameters"] > 200_000
     return cfg, parts, folder
 
@@ -132,10 +133,10 @@ def test_the_card_names_experts_and_how_to_load_them(made):
 
 def test_upload_takes_its_folders_along(made, tmp_path):
     _, _, folder = made
-    upload(folder, str(tmp_path / "there"), small_stack.quiet)
+    upload(folder, str(tmp_path / "there"), quiet)
     verify(tmp_path / "there")
     (tmp_path / "there" / "adapters" / "color" / "adapter.json").write_text("{}")
-    upload(folder, str(tmp_path / "there"), small_stack.quiet)
+    upload(folder, str(tmp_path / "there"), quiet)
     verify(tmp_path / "there")
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import lora_small
 import pytest
 import small_tasks
+from fakes import FolderParts
 from pydantic import ValidationError
 
 from pipeline.families.adapters.stack import ROUTER, assemble
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig, VlmAdapterConfig
+from pipeline.protocols import quiet
 from pipeline.train import loop
 from tests import small_stack
 from tests.small_settings import JSONL, NOBODY, OTHERS, PRODUCTS, product, run_of, written
@@ -317,7 +319,7 @@ def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
     }
     for split, more in (("validation", {}), ("train", {"split": None})):
         cfg = run_of(tmp_path, lora_small.SETTINGS, {"loras.experts.color.dataset": data | more})
-        family.prepare(cfg, tmp_path / split, lora_small.quiet, tmp_path, "color")
+        family.prepare(cfg, tmp_path / split, quiet, tmp_path, "color")
         assert asked.pop() == (
             ("some/set", "large"),
             {"split": split, "revision": "abc", "streaming": True},
@@ -329,7 +331,7 @@ def test_means_reach_their_training(made):
     for changes in ({}, {"loras.defaults": given}):
         cfg = run_of(made, lora_small.SETTINGS, changes)
         for item in ("color", ROUTER):
-            means = lora_small.task_of(lora_small.Parts(cfg, made / "small"), item).memory_plan
+            means = lora_small.task_of(FolderParts(cfg, made / "small"), item).memory_plan
             assert means.checkpointing == means.fuse_optimizer == bool(changes)
 
 
@@ -362,7 +364,7 @@ def test_the_routers_options_are_those_of_its_training(made):
     for (name, value), more in zip(durations.items(), ({}, fused, {}), strict=True):
         values = other | more | {name: value}
         cfg = run_of(made, lora_small.SETTINGS, {"loras.router": values})
-        task = lora_small.task_of(lora_small.Parts(cfg, made / "small"), ROUTER)
+        task = lora_small.task_of(FolderParts(cfg, made / "small"), ROUTER)
         assert {key: getattr(task.options, key) for key in values} == values
         assert {p.shape[0] for key, p in task.parameters.items() if "lora_A" in key} == {other["r"]}
         assert all("q_proj" in key for key in task.parameters)
@@ -375,7 +377,7 @@ def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):
     sizes = {}
     for most in (2, 5):
         cfg = run_of(made, small_stack.RUN, {"evaluate.batch_rows": most})
-        stack, sizes[most] = assemble(cfg, small_stack.Parts(cfg, made / "stack")), []
+        stack, sizes[most] = assemble(cfg, FolderParts(cfg, made / "stack")), []
         stack.mixed.core.model.register_forward_pre_hook(
             lambda _module, _given, named, most=most: sizes[most].append(
                 len(named["attention_mask"])

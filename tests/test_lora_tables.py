@@ -27,9 +27,10 @@ from pipeline.families.adapters.perturb import (
 from pipeline.families.adapters.stack import assemble
 from pipeline.families.load import parse
 from pipeline.metrics.routing import Resamples
+from pipeline.protocols import quiet
 from pipeline.report import page, show
 from tests import small_stack
-from tests.small_stack import EXPERTS, quiet
+from tests.small_stack import EXPERTS
 
 
 @pytest.fixture(scope="module")

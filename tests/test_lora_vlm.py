@@ -8,7 +8,7 @@ from dataclasses import replace
 import lora_small
 import pytest
 import torch
-from fakes import Killed, dying, equal, place, values
+from fakes import FolderParts, Killed, dying, equal, train_io, values
 
 from pipeline.errors import BudgetError, ConfigError, DataError, MissingArtifact, PipelineError
 from pipeline.families.adapters import peft_io
@@ -17,6 +17,7 @@ from pipeline.families.adapters.train import Training
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm import family, image_cache
 from pipeline.families.lora_vlm.image_cache import Features
+from pipeline.protocols import quiet
 from pipeline.train.loop import fit
 
 
@@ -39,7 +40,7 @@ def parts(tmp_path):
 
 def of(parts, **changes):
     """Return the same run with other settings."""
-    return lora_small.Parts(lora_small.config(**changes), parts.root)
+    return FolderParts(lora_small.config(**changes), parts.root)
 
 
 def training(parts, name="color", **changes) -> Training:
@@ -200,7 +201,7 @@ def test_training_one_adapter_leaves_the_base_and_the_others_as_they_were(shared
     rows = {"train": examples(shared), "valid": examples(shared, split="valid")}
     task = run.task(rows, ("What do you see?",), {}, dict)
     assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(task.parameters)
-    fit(task, place(tmp_path))
+    fit(task, train_io(tmp_path))
     after = hashes(run.model)
     assert {name for name in after if after[name] != before[name]} == set(task.parameters)
     assert all(".color." in name and "lora_" in name for name in task.parameters)
@@ -212,7 +213,7 @@ def test_one_step_is_a_training_and_none_is_not(shared, tmp_path, name):
     run = of(shared, loras__defaults__steps=1)
     task = lora_small.task_of(run, name)
     before = {key: tensor.clone() for key, tensor in values(task).items()}
-    assert fit(task, place(tmp_path / "one"))["steps"] == 1
+    assert fit(task, train_io(tmp_path / "one"))["steps"] == 1
     assert {
         key for key, tensor in values(task).items() if not torch.equal(tensor, before[key])
     } == {key for key in before if "lora_B" in key}
@@ -223,7 +224,7 @@ def test_one_step_is_a_training_and_none_is_not(shared, tmp_path, name):
                 parameter.register_hook(torch.zeros_like)
         said = rf"{len(task.parameters) // 2} of {len(task.parameters)} tensors did not change in {steps} step.*{stuck}"
         with pytest.raises(PipelineError, match=said):
-            fit(task, place(tmp_path / stuck))
+            fit(task, train_io(tmp_path / stuck))
 
 
 @pytest.mark.parametrize("name", ["color", "router"])
@@ -231,12 +232,12 @@ def test_killed_and_resumed_is_undisturbed_bit_for_bit(shared, tmp_path, name):
     changes = {"loras__defaults__dropout": 0.1, "loras__defaults__micro_batch_sequences": 3}
     run = of(shared, **changes)
     whole = lora_small.task_of(run, name)
-    metrics = fit(whole, place(tmp_path / "whole"))
+    metrics = fit(whole, train_io(tmp_path / "whole"))
     for step in (1, 4):
         with pytest.raises(Killed):
-            fit(dying(lora_small.task_of(run, name), step), place(tmp_path / str(step)))
+            fit(dying(lora_small.task_of(run, name), step), train_io(tmp_path / str(step)))
         again = lora_small.task_of(run, name)
-        resumed = fit(again, place(tmp_path / str(step)))
+        resumed = fit(again, train_io(tmp_path / str(step)))
         assert equal(values(again), values(whole))
         assert [resumed[k] for k in ("steps", "train_nats", "valid_nats", "kept_step")] == [
             metrics[k] for k in ("steps", "train_nats", "valid_nats", "kept_step")
@@ -269,7 +270,7 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
         update={"dataset": entry.dataset.model_copy(update={"synthetic": more})}
     )
     folder = parts.new("preprocess", "color")
-    family.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, lora_small.quiet, 1)
+    family.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, quiet, 1)
     done = lora_small.train(parts, "color")
     opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     model, chat = (
@@ -321,7 +322,7 @@ def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(
     }
     said = f"{dropped} of 24 rows of train are over loras.experts.color.overrides.max_tokens = {lengths[12]} and were"
     assert task.notes[0].startswith(said)
-    slot = place(tmp_path)
+    slot = train_io(tmp_path)
     fit(task, slot)
     assert slot.recorder.notes[: len(task.notes)] == list(task.notes)
     run = of(shared, loras__defaults__max_tokens=16)
@@ -355,14 +356,14 @@ def test_a_budget_that_nothing_fits_into_is_refused(shared):
 
 
 def test_a_training_waits_for_what_it_needs(tmp_path):
-    parts = lora_small.Parts(lora_small.config(), tmp_path)
+    parts = FolderParts(lora_small.config(), tmp_path)
     for item in ("color", "router"):
         with pytest.raises(MissingArtifact):
             lora_small.task_of(parts, item)
 
 
 def test_what_this_family_does_not_do_is_a_fault_of_the_caller(shared, tmp_path):
-    assert family.scan(shared.cfg, tmp_path, 4, lora_small.quiet) == 0
+    assert family.scan(shared.cfg, tmp_path, 4, quiet) == 0
     for call in (
         lambda: family.encode(shared.cfg, tmp_path, 0, None),
         lambda: family.dense(shared.cfg, shared, "a"),

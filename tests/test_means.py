@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import equal, place, small_task, values
+from fakes import equal, small_task, train_io, values
 from pydantic import ValidationError
 
 from pipeline.config.fit import FitConfig
@@ -18,7 +18,7 @@ from pipeline.train import loop
 from pipeline.train.loop import fit
 from pipeline.train.memory_plan import (
     FAST_TOKENS,
-    LEAST_REUSED_BYTES,
+    LOW_MMAP_THRESHOLD_BYTES,
     MOST_BETA2,
     MemoryPlan,
     plan_memory,
@@ -53,7 +53,7 @@ def cost(memory_plan: MemoryPlan) -> int:
             {"fp32": 300, "bf16": 150, "int8": 75}[k]
             for k in (memory_plan.moments, memory_plan.moments, memory_plan.gradients)
         ),
-        60 * (not memory_plan.eager_free) - 30 * memory_plan.trim,
+        60 * (not memory_plan.low_mmap_threshold) - 30 * memory_plan.trim_each_pass,
         memory_plan.chunk_logits // 2**16,
     ]
     return sum(parts) * MB
@@ -113,7 +113,7 @@ def test_each_smaller_budget_gives_up_a_little_more_and_is_kept(int8):
     assert (
         not seen[1].checkpointing
         and seen[-1].checkpointing
-        and seen[-1].eager_free
+        and seen[-1].low_mmap_threshold
         and seen[-1].micro_batch_sequences == 1
     )
     assert seen[-1].chunk_logits < seen[0].chunk_logits
@@ -142,7 +142,7 @@ def test_a_smaller_micro_batch_comes_before_rougher_numbers_and_those_before_a_s
             "one row": lambda m: m.micro_batch_sequences == 1,
             "moments": lambda m: m.moments == "bf16",
             "gradients": lambda m: m.gradients == "bf16",
-            "tidy": lambda m: m.eager_free,
+            "tidy": lambda m: m.low_mmap_threshold,
             "again": lambda m: m.checkpointing,
         }.items()
     }
@@ -155,7 +155,9 @@ def test_settings_that_were_given_stay():
         chosen(700, given)
     assert "4 sequences at a time" in str(error.value) and "bf16" not in str(error.value)
     kept = chosen(smallest(error), given)
-    assert kept == MemoryPlan(4, reuse_bytes=LEAST_REUSED_BYTES, budget_bytes=smallest(error) * MB)
+    assert kept == MemoryPlan(
+        4, mmap_threshold_bytes=LOW_MMAP_THRESHOLD_BYTES, budget_bytes=smallest(error) * MB
+    )
     assert chosen(10_000, options(moments="bf16", checkpointing=True)).moments == "bf16"
     assert chosen(10_000, options(checkpointing=True)).checkpointing
 
@@ -178,7 +180,7 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_works_and_it_does(od
     memory_plan = plan_memory(
         options(), 128, RuntimeConfig(memory_budget=f"{least}MB").memory_budget, predict
     )
-    assert predict(memory_plan) <= least * MB and memory_plan.words in str(error.value)
+    assert predict(memory_plan) <= least * MB and memory_plan.summary in str(error.value)
     with pytest.raises(BudgetError):
         plan_memory(options(), 128, (least - 1) * MB, predict)
 
@@ -187,7 +189,7 @@ def test_a_batch_that_cannot_be_divided_is_not():
     memory_plan = chosen(1400, divisible=False)
     assert (
         memory_plan.micro_batch_sequences == 16
-        and memory_plan.whole
+        and memory_plan.whole_batch
         and memory_plan.moments == "bf16"
     )
     with pytest.raises(BudgetError, match="16 sequences at a time"):
@@ -198,7 +200,7 @@ def test_a_fused_step_takes_its_batch_whole():
     opts = options(fuse_optimizer=True, clip_norm=0, batch_sequences=64)
     assert unbounded(opts, 128, True, False).micro_batch_sequences == 64
     assert {m.micro_batch_sequences for m in (chosen(None, opts), chosen(3000, opts))} == {64}
-    assert chosen(3000, opts).whole and chosen(3000, opts).fuse_optimizer
+    assert chosen(3000, opts).whole_batch and chosen(3000, opts).fuse_optimizer
 
 
 def test_no_second_forward_pass_where_it_would_count_twice():
@@ -212,12 +214,12 @@ def test_no_second_forward_pass_where_it_would_count_twice():
 
 
 def test_words_tell_what_is_not_plain():
-    assert MemoryPlan(4).words == "4 sequences at a time"
+    assert MemoryPlan(4).summary == "4 sequences at a time"
     everything = MemoryPlan(
-        1, "bf16", "bf16", True, fuse_optimizer=True, compile=True, reuse_bytes=300_000
+        1, "bf16", "bf16", True, fuse_optimizer=True, compile=True, mmap_threshold_bytes=300_000
     )
-    assert everything.words == (
-        "1 sequences at a time, bf16 moments, bf16 gradients, checkpointing, fused optimizer, lean heap (0.3 MB), "
+    assert everything.summary == (
+        "1 sequences at a time, bf16 moments, bf16 gradients, checkpointing, fused optimizer, mmap threshold (0.3 MB), "
         "compiled"
     )
 
@@ -276,7 +278,7 @@ def test_gates_are_not_made_twice():
 def ended(folder, task, **changes) -> dict[str, torch.Tensor]:
     """Return the parameters after a task was fitted with some means."""
     task = replace(task, memory_plan=MemoryPlan(8, **changes)) if changes else task
-    fit(task, place(folder))
+    fit(task, train_io(folder))
     assert all(p.dtype == torch.float32 and p.grad is None for p in task.parameters.values())
     return values(task)
 
@@ -291,7 +293,7 @@ PLAIN = {"noisy": False, "clip_norm": 0}
         ({"gradients": "bf16"}, 0.05),
         ({"moments": "bf16", "gradients": "bf16"}, 0.05),
         ({"fuse_optimizer": True}, 0.0),
-        ({"reuse_bytes": LEAST_REUSED_BYTES, "trim": True}, 0.0),
+        ({"mmap_threshold_bytes": LOW_MMAP_THRESHOLD_BYTES, "trim_each_pass": True}, 0.0),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -317,7 +319,7 @@ def test_gradients_in_bf16_are_those_in_fp32_rounded(tmp_path, monkeypatch):
     for kind in ("fp32", "bf16"):
         fit(
             replace(small_task(steps=1, **PLAIN), memory_plan=MemoryPlan(2, gradients=kind)),
-            place(tmp_path / kind),
+            train_io(tmp_path / kind),
         )
     for name, exact in seen["fp32"].items():
         assert exact.dtype == torch.float32 and seen["bf16"][name].dtype == torch.bfloat16
@@ -330,11 +332,11 @@ def test_a_fused_step_leaves_no_gradients_and_no_hooks(tmp_path):
     seen = replace(
         task, after_step=lambda: grads.extend(p.grad for p in task.parameters.values()) or {}
     )
-    here = place(tmp_path)
+    here = train_io(tmp_path)
     fit(replace(seen, memory_plan=MemoryPlan(8, fuse_optimizer=True)), here)
     assert len(grads) == 30 and set(grads) == {None}
     norms = [row["grad_norm"] for row in here.recorder.rows if "grad_norm" in row]
-    other = place(tmp_path / "plain")
+    other = train_io(tmp_path / "plain")
     fit(small_task(**PLAIN), other)
     assert norms == pytest.approx(
         [row["grad_norm"] for row in other.recorder.rows if "grad_norm" in row], rel=1e-6

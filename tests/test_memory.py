@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, place, small_task, values
+from fakes import Killed, dying, equal, small_task, train_io, values
 
 from pipeline import hardware
 from pipeline.hardware import fastest_threads
@@ -20,7 +20,7 @@ from pipeline.train import memory_meter
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.loop import fit
 from pipeline.train.memory_meter import Peak
-from pipeline.train.memory_plan import LEAST_FREE_END_BYTES, MemoryGuard, MemoryPlan
+from pipeline.train.memory_plan import LOW_TRIM_THRESHOLD_BYTES, MemoryGuard, MemoryPlan
 
 ROOT = Path(__file__).parent.parent
 MB = 10**6
@@ -223,9 +223,9 @@ print(full - memory_meter._status("VmRSS"))
 
 
 @needs_glibc
-@pytest.mark.parametrize(("free_end_bytes", "kept"), [(128_000, False), (100_000_000, True)])
-def test_the_end_of_the_heap_is_kept_up_to_what_was_asked_for(free_end_bytes, kept):
-    program = HEAP_END.format(free_end_bytes)
+@pytest.mark.parametrize(("trim_threshold_bytes", "kept"), [(128_000, False), (100_000_000, True)])
+def test_the_end_of_the_heap_is_kept_up_to_what_was_asked_for(trim_threshold_bytes, kept):
+    program = HEAP_END.format(trim_threshold_bytes)
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
     assert int(run.stdout) < 4 * MB if kept else int(run.stdout) > 50 * MB
 
@@ -356,11 +356,11 @@ def test_rows_grow_no_further_than_the_budget_by_what_was_measured():
 
 
 def test_moments_that_came_with_the_first_row_do_not_come_with_the_next():
-    for more_bytes, first in ((0, [1] * 16), (5 * MB, [1, 2, 4, 4, 4, 1])):
-        guard, peak = guarded(5 * MB, more_bytes=more_bytes)
+    for bytes_per_row, first in ((0, [1] * 16), (5 * MB, [1, 2, 4, 4, 4, 1])):
+        guard, peak = guarded(5 * MB, bytes_per_row=bytes_per_row)
         peak.start += 50 * MB
         assert steps(guard, peak)[0] == first
-    guard, peak = guarded(5 * MB, more_bytes=100 * MB)
+    guard, peak = guarded(5 * MB, bytes_per_row=100 * MB)
     assert steps(guard, peak) == [[1, 2, 4, 8, 1], [8, 8]]  # measured to be less
 
 
@@ -397,7 +397,7 @@ def test_a_peak_that_cannot_be_cleared_halves_once_for_each_new_height():
 
 
 def test_a_batch_that_must_run_whole_runs_whole():
-    assert steps(*guarded(10**12, rows=16, whole=True)) == [[16], [16]]
+    assert steps(*guarded(10**12, rows=16, whole_batch=True)) == [[16], [16]]
 
 
 def test_rows_go_on_from_the_checkpoint_and_are_never_more_than_planned_now():
@@ -431,9 +431,9 @@ def disturbed(at: int | None = 5, **options):
 
 def test_a_run_that_was_disturbed_sees_the_same_rows_and_ends_the_same(tmp_path):
     plain = small_task(noisy=False)
-    fit(plain, place(tmp_path / "plain"))
+    fit(plain, train_io(tmp_path / "plain"))
     task, peak, passes = disturbed()
-    here = place(tmp_path / "disturbed", peak=peak)
+    here = train_io(tmp_path / "disturbed", peak=peak)
     metrics = fit(task, here)
     assert [r for first, count in passes for r in range(first, first + count)] == list(
         range(10 * 8)
@@ -449,13 +449,13 @@ def test_a_run_that_was_disturbed_sees_the_same_rows_and_ends_the_same(tmp_path)
 @pytest.mark.parametrize("at", [None, 3])
 def test_a_run_that_was_killed_splits_its_batches_as_the_undisturbed_one(tmp_path, at):
     task, peak, passes = disturbed(at)
-    fit(task, place(tmp_path / "whole", peak=peak))
+    fit(task, train_io(tmp_path / "whole", peak=peak))
     for step in range(1, 10):
         first, peak, seen = disturbed(at)
         with pytest.raises(Killed):
-            fit(dying(first, step), place(tmp_path / str(step), peak=peak))
+            fit(dying(first, step), train_io(tmp_path / str(step), peak=peak))
         again, peak, rest = disturbed(at)
-        fit(again, place(tmp_path / str(step), peak=peak))
+        fit(again, train_io(tmp_path / str(step), peak=peak))
         assert seen + rest == passes, step
         assert equal(values(again), values(task)), step
 
@@ -468,16 +468,19 @@ def test_the_allocator_is_told_what_the_means_say(tmp_path, monkeypatch, trim):
     )
     monkeypatch.setattr("pipeline.train.loop.trim_heap", lambda: given.append(1))
     fit(
-        replace(small_task(steps=2), memory_plan=MemoryPlan(2, reuse_bytes=300_000, trim=trim)),
-        place(tmp_path),
+        replace(
+            small_task(steps=2),
+            memory_plan=MemoryPlan(2, mmap_threshold_bytes=300_000, trim_each_pass=trim),
+        ),
+        train_io(tmp_path),
     )
-    assert reused == [(300_000, LEAST_FREE_END_BYTES)] and len(given) == (
+    assert reused == [(300_000, LOW_TRIM_THRESHOLD_BYTES)] and len(given) == (
         2 * 4 * 2 if trim else 0
     )  # forward and backward
 
 
 @pytest.mark.parametrize(
-    ("per_row", "rows", "memory_plan"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole": True})]
+    ("per_row", "rows", "memory_plan"), [(95 * MB, 8, {}), (12 * MB, 16, {"whole_batch": True})]
 )
 def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, memory_plan):
     notes = []

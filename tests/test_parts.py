@@ -22,10 +22,7 @@ from pipeline.data.text.distributed import encode, scan
 from pipeline.data.text.prepare import prepare
 from pipeline.errors import DataError, MissingArtifact
 from pipeline.families.ffn_moe.config import FfnMoeConfig
-
-
-def quiet(_text, _share):
-    """Report nothing."""
+from pipeline.protocols import quiet
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pipeline.model.router import (
     Gating,
     Mixture,
     Router,
-    Uniform,
+    UniformMixture,
     gate_name,
     within_capacity,
 )
@@ -53,7 +53,7 @@ def tokens(seed: int = 1, count: int = N) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_weights_are_the_softmax_over_the_picked_logits(top_k):
     router, x_ND = a_router(top_k), tokens()
-    index_NK, weight_NK = router.choose(1, x_ND)
+    index_NK, weight_NK = router.route(1, x_ND)
     p_NE = (x_ND @ router.gates[1].T).softmax(-1)
     top = p_NE.topk(top_k)
     assert torch.equal(index_NK, top.indices)
@@ -62,19 +62,19 @@ def test_weights_are_the_softmax_over_the_picked_logits(top_k):
 
 def test_gates_are_exact_under_autocast():
     router, x_ND = a_router(), tokens(count=4000)
-    plain = router.choose(0, x_ND)
+    plain = router.route(0, x_ND)
     with torch.autocast("cpu", torch.bfloat16):
-        index_NK, weight_NK = router.choose(0, x_ND)
+        index_NK, weight_NK = router.route(0, x_ND)
     assert torch.equal(index_NK, plain[0]) and torch.equal(weight_NK, plain[1])
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_temperature_divides_the_logits_and_is_folded_into_the_export(train):
     router, x_ND = a_router(), tokens()
-    cold = router.choose(0, x_ND)
+    cold = router.route(0, x_ND)
     router.temperature = 2.5
     router.train(train)
-    hot = router.choose(0, x_ND)
+    hot = router.route(0, x_ND)
     assert torch.equal(hot[0], cold[0]) and (hot[1].max(1).values < cold[1].max(1).values).all()
     exported = router.exported()
     assert (
@@ -82,7 +82,7 @@ def test_temperature_divides_the_logits_and_is_folded_into_the_export(train):
         == [gate_name(0), gate_name(1)]
         == [f"model.layers.{i}.mlp.gate.weight" for i in range(L)]
     )
-    again = Router(torch.stack(list(exported.values())), Gating(2)).eval().choose(0, x_ND)
+    again = Router(torch.stack(list(exported.values())), Gating(2)).eval().route(0, x_ND)
     assert torch.equal(again[0], hot[0])
     torch.testing.assert_close(again[1], hot[1])
 
@@ -90,7 +90,7 @@ def test_temperature_divides_the_logits_and_is_folded_into_the_export(train):
 def test_a_lone_expert_gets_a_gradient_straight_through_where_plain_renormalised_top_1_has_none():
     router, x_ND = a_router(top_k=1), tokens()
     value_E = torch.tensor([1.0, -2.0, 3.0, 0.5])
-    index_NK, weight_NK = router.choose(0, x_ND)
+    index_NK, weight_NK = router.route(0, x_ND)
     assert torch.equal(weight_NK.detach(), torch.ones(N, 1))
     (weight_NK * value_E[index_NK]).sum().backward()
     probability = a_router(top_k=1)
@@ -107,13 +107,13 @@ def test_a_lone_expert_gets_a_gradient_straight_through_where_plain_renormalised
 def test_balance_loss_is_transformers_divided_by_k_and_1_at_an_even_load():
     for top_k in (1, 2, 3):
         router, x_ND = a_router(top_k), tokens()
-        router.choose(1, x_ND)
+        router.route(1, x_ND)
         theirs = load_balancing_loss_func((x_ND @ router.gates[1].T,), E, top_k)
         torch.testing.assert_close(router.balance_loss(), theirs / top_k)
     even = Router(torch.eye(E).repeat(L, 1, 1), Gating(1)).train()
-    even.choose(0, 9 * torch.eye(E).repeat(5, 1))
+    even.route(0, 9 * torch.eye(E).repeat(5, 1))
     assert even.balance_loss().item() == pytest.approx(1)
-    even.choose(0, 9 * torch.eye(E)[:1].repeat(5, 1))
+    even.route(0, 9 * torch.eye(E)[:1].repeat(5, 1))
     assert even.balance_loss().item() == pytest.approx(E, rel=1e-2)  # all on one expert
 
 
@@ -125,7 +125,7 @@ def test_following_the_balance_gradient_evens_the_load():
     ).train()
     shares = []
     for _ in range(60):
-        router.choose(0, x_ND)
+        router.route(0, x_ND)
         loss = router.balance_loss()
         shares.append(router.end_step(0.0)[0].max().item())
         loss.backward()
@@ -138,7 +138,7 @@ def test_following_the_balance_gradient_evens_the_load():
 def test_z_loss_is_the_mean_squared_logsumexp():
     router = a_router()
     for layer in range(L):
-        router.choose(layer, tokens())
+        router.route(layer, tokens())
     wanted = torch.stack(
         [(tokens() @ g.T).exp().sum(-1).log().square().mean() for g in router.gates]
     ).mean()
@@ -149,20 +149,20 @@ def test_z_loss_is_the_mean_squared_logsumexp():
 
 def test_the_selection_bias_moves_choices_while_training_but_no_weight():
     router, x_ND = a_router(balance="bias"), tokens()
-    before = router.choose(0, x_ND)[0]
+    before = router.route(0, x_ND)[0]
     router.bias_LE[0, 3] = 50.0
-    index_NK, weight_NK = router.choose(0, x_ND)
+    index_NK, weight_NK = router.route(0, x_ND)
     assert (index_NK == 3).any(1).all() and not (before == 3).any(1).all()
     logits_NE = x_ND @ router.gates[0].T
     torch.testing.assert_close(weight_NK, logits_NE.gather(1, index_NK).softmax(-1))
-    assert torch.equal(router.eval().choose(0, x_ND)[0], before)
+    assert torch.equal(router.eval().route(0, x_ND)[0], before)
     assert torch.equal(router.exported()[gate_name(0)], router.gates[0])
 
 
 def test_the_selection_bias_steps_towards_the_underused():
     router = a_router(balance="bias")
-    router.choose(0, tokens(count=7))
-    router.choose(0, tokens(seed=5, count=13))  # micro-batches of one step
+    router.route(0, tokens(count=7))
+    router.route(0, tokens(seed=5, count=13))  # micro-batches of one step
     chosen = torch.cat(
         [(tokens(s, n) @ router.gates[0].T).topk(2).indices for s, n in ((1, 7), (5, 13))]
     )
@@ -173,7 +173,7 @@ def test_the_selection_bias_steps_towards_the_underused():
     assert not router.count_LE.any()
     assert not a_router(balance="aux").bias_LE.any()
     other = a_router(balance="aux")
-    other.choose(0, tokens())
+    other.route(0, tokens())
     other.end_step(0.01)
     assert not other.bias_LE.any()
 
@@ -183,7 +183,7 @@ def test_many_bias_steps_even_the_load():
     router = a_router(balance="bias", seed=3)
     shares = []
     for _ in range(300):
-        router.choose(0, x_ND)
+        router.route(0, x_ND)
         shares.append(router.end_step(0.05)[0].max().item())
     assert shares[0] > 0.4 and shares[-1] < 0.3
 
@@ -191,18 +191,18 @@ def test_many_bias_steps_even_the_load():
 def test_noise_is_drawn_while_training_only_and_follows_the_seed():
     router, x_ND = a_router(noise=1.0), tokens()
     torch.manual_seed(0)
-    first = router.choose(0, x_ND)[1]
+    first = router.route(0, x_ND)[1]
     torch.manual_seed(0)
-    assert torch.equal(first, router.choose(0, x_ND)[1])
-    assert not torch.equal(first, router.choose(0, x_ND)[1])
-    quiet = a_router().choose(0, x_ND)[1]
-    assert torch.equal(router.eval().choose(0, x_ND)[1], quiet)
+    assert torch.equal(first, router.route(0, x_ND)[1])
+    assert not torch.equal(first, router.route(0, x_ND)[1])
+    quiet = a_router().route(0, x_ND)[1]
+    assert torch.equal(router.eval().route(0, x_ND)[1], quiet)
 
 
 def test_noise_has_the_standard_deviation_it_is_given():
     router = Router(torch.zeros(1, 2, D), Gating(2, noise=0.7)).train()
     torch.manual_seed(0)
-    index_NK, weight_NK = router.choose(0, torch.ones(20_000, D))
+    index_NK, weight_NK = router.route(0, torch.ones(20_000, D))
     difference_N = weight_NK.detach().logit()[:, 0] * (1 - 2 * index_NK[:, 0])  # of two draws
     assert difference_N.std().item() == pytest.approx(0.7 * 2**0.5, rel=0.03)
 
@@ -233,12 +233,12 @@ def test_capacity_drops_the_overflow_first_choices_first(top_k, factor):
 
 def test_the_dropped_share_is_reported_and_only_training_drops():
     router, x_ND = a_router(capacity_factor=0.5), tokens()
-    index_NK, _ = router.choose(0, x_ND)
-    assert router.loads[0].dropped == pytest.approx((index_NK < 0).float().mean().item())
-    assert 0.4 < router.loads[0].dropped < 0.8
-    assert (router.eval().choose(0, x_ND)[0] >= 0).all()
+    index_NK, _ = router.route(0, x_ND)
+    assert router.stats[0].dropped == pytest.approx((index_NK < 0).float().mean().item())
+    assert 0.4 < router.stats[0].dropped < 0.8
+    assert (router.eval().route(0, x_ND)[0] >= 0).all()
     dropless = a_router()
-    assert (dropless.choose(0, x_ND)[0] >= 0).all() and dropless.loads[0].dropped == 0
+    assert (dropless.route(0, x_ND)[0] >= 0).all() and dropless.stats[0].dropped == 0
 
 
 def test_a_mixture_weighs_its_experts():
@@ -252,7 +252,7 @@ def test_a_mixture_weighs_its_experts():
 
 def test_uniform_is_the_mean_of_all():
     x_BTD = tokens().view(4, 10, D)
-    torch.testing.assert_close(Uniform(experts())(0, x_BTD), x_BTD * 1111 / 4)
+    torch.testing.assert_close(UniformMixture(experts())(0, x_BTD), x_BTD * 1111 / 4)
 
 
 @pytest.mark.parametrize("bias", [-2.0, 0.0, 3.0])
@@ -289,7 +289,7 @@ def test_a_pairs_gate_is_exact_under_autocast():
 
 def test_logits_of_a_gate_are_those_of_a_linear_layer_whatever_the_batch():
     router, x_ND = a_router(), tokens()
-    whole = router.eval().choose(0, x_ND)
-    parts = [router.choose(0, x) for x in x_ND.split(7)]
+    whole = router.eval().route(0, x_ND)
+    parts = [router.route(0, x) for x in x_ND.split(7)]
     assert torch.equal(whole[0], torch.cat([p[0] for p in parts]))
     torch.testing.assert_close(F.linear(x_ND, router.gates[0]).topk(2).indices, whole[0])

@@ -200,7 +200,7 @@ def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
     chosen = {}
 
     def watched(layer, x_BTD):
-        chosen[layer] = stack.mixture.router.choose(layer, x_BTD.flatten(0, 1))
+        chosen[layer] = stack.mixture.router.route(layer, x_BTD.flatten(0, 1))
         return stack.mixture(layer, x_BTD)
 
     ids = engine.encode(text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from pipeline.model.router_init import Statistics, centroid, random, ridge, uniform
+from pipeline.model.router_init import FeatureStatistics, centroid, random, ridge, uniform
 
 L, D, E = 2, 6, 3
 
@@ -19,10 +19,10 @@ def inputs(tokens: int, seed: int) -> np.ndarray:
     return draw.normal(size=(L, tokens, D)) @ draw.normal(size=(D, D)) + draw.normal(size=D)
 
 
-def summed(x_LND: np.ndarray, batches=(None,)) -> Statistics:
+def summed(x_LND: np.ndarray, batches=(None,)) -> FeatureStatistics:
     """Return statistics of x_LND, seen through a watched fill in batches of 2 sequences."""
-    sums = Statistics.empty(L, D)
-    ffn = sums.watch(lambda layer, x: x)
+    sums = FeatureStatistics.empty(L, D)
+    ffn = sums.observe(lambda layer, x: x)
     for rows in np.array_split(np.arange(x_LND.shape[1]), len(batches)):
         for layer in range(L):
             ffn(layer, torch.tensor(x_LND[layer][rows], dtype=torch.float32).view(2, -1, D))
@@ -48,9 +48,9 @@ def test_sums_are_those_of_numpy_whatever_the_batches():
 
 def test_watching_changes_nothing_and_stays_exact_under_autocast():
     x_LND = inputs(64, 5)
-    sums = Statistics.empty(L, D)
+    sums = FeatureStatistics.empty(L, D)
     seen = []
-    ffn = sums.watch(lambda layer, x: seen.append((layer, x)) or x * 2)
+    ffn = sums.observe(lambda layer, x: seen.append((layer, x)) or x * 2)
     x = torch.tensor(x_LND[0], dtype=torch.float32).view(2, -1, D).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = ffn(0, x)
@@ -63,7 +63,7 @@ def test_watching_changes_nothing_and_stays_exact_under_autocast():
 
 
 def test_stored_statistics_come_back():
-    back = Statistics.of(PARTS[0].tensors())
+    back = FeatureStatistics.from_tensors(PARTS[0].tensors())
     assert back.tokens == PARTS[0].tokens and back.gram_LDD.dtype == torch.float64
     torch.testing.assert_close(back.gram_LDD, PARTS[0].gram_LDD, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back.sum_LD, PARTS[0].sum_LD, rtol=1e-6, atol=1e-5)
@@ -127,7 +127,9 @@ def test_uniform_is_zero_and_random_follows_the_generator():
     assert torch.equal(first, random(PARTS, std=0.5)) and not torch.equal(
         first, random(PARTS, std=0.5)
     )
-    assert random([Statistics.empty(L, 4000)] * E).std().item() == pytest.approx(0.02, rel=0.03)
+    assert random([FeatureStatistics.empty(L, 4000)] * E).std().item() == pytest.approx(
+        0.02, rel=0.03
+    )
 
 
 @pytest.mark.parametrize("same", ["one expert", "twins"])

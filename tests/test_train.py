@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, in_bf16, place, small_task, values
+from fakes import Killed, dying, equal, in_bf16, small_task, train_io, values
 from torch import nn
 
 from pipeline.config.fit import FitConfig
@@ -27,7 +27,7 @@ def _quick(monkeypatch):
 
 def trained(folder, task=None, **options):
     task = task or small_task(**options)
-    metrics = fit(task, place(folder))
+    metrics = fit(task, train_io(folder))
     return values(task), metrics
 
 
@@ -74,7 +74,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_recorded(tmp_path):
         big = replace(
             task, loss=lambda rows: task.loss(rows) * 1000, after_step=lambda: seen.append(1) or {}
         )
-        here = place(folder)
+        here = train_io(folder)
         fit(big, here)
         return [row["grad_norm"] for row in here.recorder.rows if "grad_norm" in row]
 
@@ -112,7 +112,7 @@ def test_learning_rate_warms_up_and_falls():
 
 
 def test_learning_rate_of_every_step_reaches_the_optimizer(tmp_path):
-    task, here = small_task(steps=6), place(tmp_path)
+    task, here = small_task(steps=6), train_io(tmp_path)
     fit(task, here)
     rows = [row for row in here.recorder.rows if "lr" in row]
     assert [row["lr"] for row in rows] == [lr_at(s, 6, task.options) for s in range(6)]
@@ -173,9 +173,9 @@ def test_best_state_survives_a_kill_at_every_step(tmp_path, losses):
     for step in range(1, 12):
         here = tmp_path / str(step)
         with pytest.raises(Killed):
-            fit(told(small_task(steps=12), losses, 0, dies_at=step), place(here))
+            fit(told(small_task(steps=12), losses, 0, dies_at=step), train_io(here))
         resumed = told(small_task(steps=12), losses, step)
-        metrics = fit(resumed, place(here))
+        metrics = fit(resumed, train_io(here))
         assert equal(values(resumed), whole), step
         assert metrics["kept_step"] == wanted["kept_step"]
 
@@ -186,12 +186,12 @@ def test_resumed_is_undisturbed_bit_for_bit_at_every_step(tmp_path, micro):
     for step in range(1, 10):
         here = tmp_path / str(step)
         with pytest.raises(Killed):
-            fit(dying(small_task(micro_batch_sequences=micro), step), place(here))
+            fit(dying(small_task(micro_batch_sequences=micro), step), train_io(here))
         task = small_task(micro_batch_sequences=micro)
         torch.manual_seed(99)  # a generator that was not restored would show
         with torch.no_grad():
             task.parameters["first"].fill_(7.0)  # so would a parameter
-        again = place(here)
+        again = train_io(here)
         metrics = fit(task, again)
         assert again.recorder.starts == [step]
         assert equal(values(task), whole), step
@@ -203,7 +203,7 @@ def test_killed_at_every_step_in_turn(tmp_path):
     whole, _ = trained(tmp_path / "whole")
     for step in range(1, 10):
         with pytest.raises(Killed):
-            fit(dying(small_task(), step), place(tmp_path / "one"))
+            fit(dying(small_task(), step), train_io(tmp_path / "one"))
     got, _ = trained(tmp_path / "one")
     assert equal(got, whole)
 
@@ -211,7 +211,7 @@ def test_killed_at_every_step_in_turn(tmp_path):
 def test_a_finished_run_goes_straight_to_its_end(tmp_path):
     whole, first = trained(tmp_path)
     task = replace(small_task(), loss=None, validate=lambda: pytest.fail("evaluated again"))
-    metrics = fit(task, place(tmp_path))
+    metrics = fit(task, train_io(tmp_path))
     assert equal(values(task), whole) and metrics["steps"] == first["steps"]
 
 
@@ -220,9 +220,9 @@ def test_other_state_of_a_task_is_restored(tmp_path):
         return replace(task, after_step=lambda: task.state["seen"].add_(1) and {})
 
     with pytest.raises(Killed):
-        fit(dying(counting(small_task()), 6), place(tmp_path))
+        fit(dying(counting(small_task()), 6), train_io(tmp_path))
     task = counting(small_task())
-    fit(task, place(tmp_path))
+    fit(task, train_io(tmp_path))
     assert task.state["seen"].item() == 10
 
 
@@ -235,11 +235,11 @@ def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, number):
         if at == 4:
             os.kill(os.getpid(), number)
 
-    here = place(tmp_path / "asked", save_every_s=1e9)
+    here = train_io(tmp_path / "asked", save_every_s=1e9)
     with pytest.raises(Interrupted, match=r"train_shared: stopped and saved at step 5 of 10"):
         fit(replace(small_task(), before_step=ask), here)
     assert signal.getsignal(number) is before
-    task, again = small_task(), place(tmp_path / "asked")
+    task, again = small_task(), train_io(tmp_path / "asked")
     fit(task, again)
     assert again.recorder.starts == [5] and equal(values(task), whole)
 
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, saves, told):
         return (x_BD * math.nan if at == 4 * 8 else x_BD), wanted_B1
 
     with pytest.raises(NotFiniteError, match=r"loss at step 4 is nan") as error:
-        fit(replace(task, batch=poisoned), place(tmp_path, save_every_s=saves))
+        fit(replace(task, batch=poisoned), train_io(tmp_path, save_every_s=saves))
     assert re.search(told, str(error.value))
     for word in ("train_shared", "trunk.lr", "trunk.warmup_steps", "trunk.clip_norm"):
         assert word in str(error.value)
@@ -267,13 +267,14 @@ def test_infinite_gradients_stop_before_they_are_applied(tmp_path):
     task = small_task(steps=3)
     with pytest.raises(NotFiniteError, match=r"step 0 is .*gradient norm inf"):
         fit(
-            replace(task, loss=lambda rows: (task.loss(rows) * 1e30) * 1e30 / 1e38), place(tmp_path)
+            replace(task, loss=lambda rows: (task.loss(rows) * 1e30) * 1e30 / 1e38),
+            train_io(tmp_path),
         )
 
 
 def test_a_validation_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(NotFiniteError, match="validation loss at step 3 is nan"):
-        fit(replace(small_task(), validate=lambda: math.nan), place(tmp_path))
+        fit(replace(small_task(), validate=lambda: math.nan), train_io(tmp_path))
 
 
 def test_parameters_that_do_not_move_are_a_fault(tmp_path):
@@ -283,28 +284,28 @@ def test_parameters_that_do_not_move_are_a_fault(tmp_path):
         PipelineError,
         match=r"1 of 4 tensors did not change in 10 steps, first idle; raise trunk.lr",
     ):
-        fit(replace(task, parameters=task.parameters | {"idle": idle}), place(tmp_path))
+        fit(replace(task, parameters=task.parameters | {"idle": idle}), train_io(tmp_path))
 
 
 def test_parameters_without_gradients_are_a_fault(tmp_path):
     task = small_task()
     task.parameters["bias"].requires_grad_(False)
     with pytest.raises(PipelineError, match="no parameters to train"):
-        fit(task, place(tmp_path / "a"))
+        fit(task, train_io(tmp_path / "a"))
     with pytest.raises(PipelineError, match="no parameters to train"):
-        fit(replace(task, parameters={}), place(tmp_path / "b"))
+        fit(replace(task, parameters={}), train_io(tmp_path / "b"))
 
 
 def test_no_steps_is_no_training(tmp_path):
     task = small_task(steps=0)
     start = values(task)
-    metrics = fit(task, place(tmp_path))
+    metrics = fit(task, train_io(tmp_path))
     assert metrics["steps"] == 0 and metrics["train_nats"] is None and metrics["valid_nats"] > 0
     assert equal(values(task), start)
 
 
 def test_rows_tell_where_the_time_went(tmp_path):
-    here = place(tmp_path, log_every_steps=2)
+    here = train_io(tmp_path, log_every_steps=2)
     metrics = fit(small_task(), here)
     rows = [row for row in here.recorder.rows if "train_nats" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]

@@ -10,12 +10,9 @@ from fakes import flip
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DamagedArtifact, DiskFull, StoreError
+from pipeline.protocols import quiet
 from pipeline.store import bundle
 from pipeline.store.artifacts import inventory
-
-
-def quiet(_text, _share):
-    """Say nothing."""
 
 
 class Torn(MemoryFileSystem):

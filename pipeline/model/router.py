@@ -48,9 +48,9 @@ class Router(nn.Module):
         self.gates = nn.ParameterList(w_ED.detach().clone().float() for w_ED in weight_LED)
         self.register_buffer("bias_LE", torch.zeros(weight_LED.shape[:2]))
         self.register_buffer("count_LE", torch.zeros(weight_LED.shape[:2]), persistent=False)
-        self.gating, self.temperature, self.loads = gating, 1.0, {}
+        self.gating, self.temperature, self.stats = gating, 1.0, {}
 
-    def choose(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (index_NK, weight_NK); while training also records the layer's Load."""
         # the gate stays fp32 under autocast: a tie broken by bf16 rounding would change experts
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -76,7 +76,7 @@ class Router(nn.Module):
         count_E = index_NK.flatten().bincount(minlength=n_experts).float()
         self.count_LE[layer] += count_E
         kept_NK = within_capacity(index_NK, n_experts, self.gating.capacity_factor)
-        self.loads[layer] = RouterStats(
+        self.stats[layer] = RouterStats(
             share_E=count_E / count_E.sum(),
             probability_E=logits_NE.softmax(-1).mean(0),
             z=logits_NE.logsumexp(-1).square().mean(),
@@ -87,12 +87,12 @@ class Router(nn.Module):
     def balance_loss(self) -> torch.Tensor:
         """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1
         is an even load)."""
-        terms = [len(a.share_E) * (a.share_E * a.probability_E).sum() for a in self.loads.values()]
+        terms = [len(a.share_E) * (a.share_E * a.probability_E).sum() for a in self.stats.values()]
         return torch.stack(terms).mean()
 
     def z_loss(self) -> torch.Tensor:
         """Return the scalar mean over layers of the router z-loss (ST-MoE, equation 5)."""
-        return torch.stack([a.z for a in self.loads.values()]).mean()
+        return torch.stack([a.z for a in self.stats.values()]).mean()
 
     def end_step(self, nudge: float) -> torch.Tensor:
         """Return share_LE of assignments since the last call.
@@ -127,10 +127,10 @@ class Mixture(nn.Module):
     def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return y_BTD of one layer."""
         x_ND = x_BTD.flatten(0, -2)
-        return mix(self.experts, layer, x_ND, *self.router.choose(layer, x_ND)).view_as(x_BTD)
+        return mix(self.experts, layer, x_ND, *self.router.route(layer, x_ND)).view_as(x_BTD)
 
 
-class Uniform(nn.Module):
+class UniformMixture(nn.Module):
     """Every expert with the same weight; fits the trunk's `fill`."""
 
     def __init__(self, experts: Sequence[Expert]):

@@ -14,7 +14,7 @@ SAME_SHARE = 1e-4  # of the mean input's length: domains that differ by less are
 
 
 @dataclass
-class Statistics:
+class FeatureStatistics:
     """Per layer: sum of x, sum of x x^T, and how many tokens, of a feed-forward network's input x."""
 
     sum_LD: torch.Tensor
@@ -22,12 +22,12 @@ class Statistics:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, layers: int, d_model: int) -> "Statistics":
+    def empty(cls, layers: int, d_model: int) -> "FeatureStatistics":
         """Return zeros in fp64, which a billion tokens do not round away."""
         zeros = torch.zeros(layers, d_model, d_model + 1, dtype=torch.float64)
         return cls(zeros[..., 0].clone(), zeros[..., 1:].clone())
 
-    def watch(self, ffn):
+    def observe(self, ffn):
         """Return a fill that adds every input x_BTD to the sums before `fill` handles it."""
 
         def watched(layer, x_BTD):
@@ -48,7 +48,7 @@ class Statistics:
         return {"sum": self.sum_LD.float(), "gram": self.gram_LDD.float(), "tokens": counts}
 
     @classmethod
-    def of(cls, stored: dict[str, torch.Tensor]) -> "Statistics":
+    def from_tensors(cls, stored: dict[str, torch.Tensor]) -> "FeatureStatistics":
         """Return statistics from what `tensors` gave."""
         return cls(stored["sum"].double(), stored["gram"].double(), int(stored["tokens"][0]))
 
@@ -58,18 +58,18 @@ class Statistics:
         return self.sum_LD / max(1, self.tokens)
 
 
-def uniform(parts: Sequence[Statistics]) -> torch.Tensor:
+def uniform(parts: Sequence[FeatureStatistics]) -> torch.Tensor:
     """Return weight_LED of zeros: every expert equally likely."""
     layers, d_model = parts[0].sum_LD.shape
     return torch.zeros(layers, len(parts), d_model)
 
 
-def random(parts: Sequence[Statistics], std: float = 0.02) -> torch.Tensor:
+def random(parts: Sequence[FeatureStatistics], std: float = 0.02) -> torch.Tensor:
     """Return weight_LED drawn from N(0, std^2)."""
     return torch.randn_like(uniform(parts)) * std
 
 
-def centroid(parts: Sequence[Statistics], margin: float) -> torch.Tensor:
+def centroid(parts: Sequence[FeatureStatistics], margin: float) -> torch.Tensor:
     """Return weight_LED of each domain's mean input, less the mean over domains, scaled to
     `margin`."""
     mean_LED = torch.stack([p.mean_LD for p in parts], 1)
@@ -77,7 +77,7 @@ def centroid(parts: Sequence[Statistics], margin: float) -> torch.Tensor:
     return _scaled(torch.nn.functional.normalize(centred_LED, dim=-1), mean_LED, margin)
 
 
-def ridge(parts: Sequence[Statistics], penalty: float, margin: float) -> torch.Tensor:
+def ridge(parts: Sequence[FeatureStatistics], penalty: float, margin: float) -> torch.Tensor:
     """Return weight_LED of the ridge regression from input to domain (DUME, 2603.29765), scaled to
     `margin`.
 

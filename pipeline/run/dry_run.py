@@ -161,7 +161,7 @@ def _cells(e: Entry) -> tuple[str, str, str, str, str]:
         f"{e.job.parameters:,}",
         "" if e.state == "done" else time,
         f"{e.job.peak_bytes / 1e6:,.0f} MB",
-        e.job.words,
+        e.job.summary,
     )
 
 

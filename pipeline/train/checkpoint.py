@@ -60,7 +60,7 @@ class TrainState:
         return better
 
 
-def keep_best(folder: Path, task, optimizer: AdamW, run: TrainState) -> None:
+def save_best(folder: Path, task, optimizer: AdamW, run: TrainState) -> None:
     """Write the parameters as the run's best state. Raises DiskFull or StoreError."""
     path = _best(folder, run)
     with translate_disk_errors(folder):
@@ -69,7 +69,7 @@ def keep_best(folder: Path, task, optimizer: AdamW, run: TrainState) -> None:
     run.best_sha256 = sha256(path)
 
 
-def put_back_best(folder: Path, task, run: TrainState) -> None:
+def load_best(folder: Path, task, run: TrainState) -> None:
     """Put the best state back into the task's fp32 parameters, when one is kept and it is not the
     current one.
 

@@ -22,7 +22,7 @@ class Shape:
     tied: bool = True
 
     @classmethod
-    def of(cls, trunk, vocab_size: int) -> "Shape":
+    def from_config(cls, trunk, vocab_size: int) -> "Shape":
         """Return the shape of a new trunk from its configuration section."""
         head = trunk.head_dim or trunk.d_model // trunk.heads
         kv = (trunk.kv_heads or trunk.heads) * head
@@ -38,7 +38,7 @@ class Shape:
         return cls(*sizes, trunk.tie_embeddings)
 
     @classmethod
-    def of_settings(cls, hf: dict, context_tokens: int) -> "Shape":
+    def from_hf_config(cls, hf: dict, context_tokens: int) -> "Shape":
         """Return the shape of a trunk from its Hugging Face config fields."""
         heads, width = hf["num_attention_heads"], hf["hidden_size"]
         head = hf.get("head_dim") or width // heads
@@ -114,7 +114,7 @@ class JobCost:
     parameters: int
     flops: float | None
     peak_bytes: int
-    words: str = ""  # how it will run
+    summary: str = ""  # how it will run
 
     @classmethod
     def of(
@@ -131,4 +131,4 @@ class JobCost:
         """Return the cost of a job of `tokens` tokens (None: not known yet) that trains
         `parameters` numbers and runs as planned."""
         flops = None if tokens is None else tokens * flops_per_token
-        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.words)
+        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.summary)

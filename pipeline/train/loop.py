@@ -22,7 +22,7 @@ from ..config.fit import FitConfig
 from ..errors import Interrupted, NotFiniteError, PipelineError
 from ..hardware import product_flops_per_s
 from ..store.artifacts import translate_disk_errors
-from .checkpoint import TrainState, keep_best, put_back_best, restore, save
+from .checkpoint import TrainState, load_best, restore, save, save_best
 from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
@@ -68,7 +68,7 @@ class Task:
     bf16_params: tuple[
         str, ...
     ] = ()  # parameters that compute in bf16 while they train; fit leaves them fp32
-    second: tuple[
+    zero_first_gradient: tuple[
         str, ...
     ] = ()  # parameters without a gradient in the first step, as others are still zero
     memory_plan: MemoryPlan | None = None  # None: what the options say, nothing chosen
@@ -118,7 +118,7 @@ def lr_at(step: int, steps: int, opts) -> float:
     )
 
 
-def fit(task: Task, place: TrainIO) -> dict:
+def fit(task: Task, io: TrainIO) -> dict:
     """Train task for its steps from the last good checkpoint; leave the kept state in its
     parameters, in fp32.
 
@@ -128,26 +128,26 @@ def fit(task: Task, place: TrainIO) -> dict:
     """
     if not task.parameters or not all(p.requires_grad for p in task.parameters.values()):
         raise PipelineError(
-            f"{place.name} has no parameters to train: this is a fault of the family, please report it"
+            f"{io.name} has no parameters to train: this is a fault of the family, please report it"
         )
     opts = task.options
     memory_plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
-    peak, clock = place.peak, _StepClock(next(iter(task.parameters.values())).device)
+    peak, clock = io.peak, _StepClock(next(iter(task.parameters.values())).device)
     optimizer = AdamW(task.parameters, opts, task.bf16_params, memory_plan.moments)
-    run = restore(place.slots, task, optimizer, place.recorder.note) or TrainState(
+    run = restore(io.slots, task, optimizer, io.recorder.note) or TrainState(
         start=_fingerprint(task, optimizer)
     )
-    guard = MemoryGuard(memory_plan, peak, run, place.recorder.note)
-    place.recorder.start(run.step)
+    guard = MemoryGuard(memory_plan, peak, run, io.recorder.note)
+    io.recorder.start(run.step)
     for note in task.notes:
-        place.recorder.note(note)
+        io.recorder.note(note)
     saved_at, logged_step = time.monotonic(), run.step
     buffers = gradients_in(
         task.parameters.values(), KINDS[memory_plan.gradients], memory_plan.fuse_optimizer
     )
     stepping = closing(_Fused(optimizer)) if memory_plan.fuse_optimizer else nullcontext()
     with _asked_to_stop() as stop, buffers, stepping as fused:
-        set_malloc_thresholds(memory_plan.reuse_bytes, memory_plan.free_end_bytes)
+        set_malloc_thresholds(memory_plan.mmap_threshold_bytes, memory_plan.trim_threshold_bytes)
         while True:
             if (
                 _due(run.step, task.steps, opts.eval_every_steps)
@@ -157,12 +157,12 @@ def fit(task: Task, place: TrainIO) -> dict:
                 valid_nats = task.validate()
                 if not math.isfinite(valid_nats):
                     what = f"the validation loss at step {run.step} is {valid_nats}"
-                    raise NotFiniteError(_not_finite(place, run, what))
+                    raise NotFiniteError(_not_finite(io, run, what))
                 if run.evaluated(valid_nats) and opts.keep == "best":
-                    keep_best(place.slots, task, optimizer, run)
+                    save_best(io.slots, task, optimizer, run)
                 clock.lap("evaluate")
                 tokens = run.step * opts.batch_sequences * task.tokens_per_row
-                place.recorder.row(
+                io.recorder.row(
                     {
                         "step": run.step,
                         "tokens": tokens,
@@ -171,15 +171,15 @@ def fit(task: Task, place: TrainIO) -> dict:
                     }
                 )
             done = run.step >= task.steps or (opts.patience and run.waits >= opts.patience)
-            if done or stop.is_set() or time.monotonic() - saved_at >= place.save_every_s:
-                with translate_disk_errors(place.slots):
-                    save(place.slots, task, optimizer, run)
-                place.publish()
+            if done or stop.is_set() or time.monotonic() - saved_at >= io.save_every_s:
+                with translate_disk_errors(io.slots):
+                    save(io.slots, task, optimizer, run)
+                io.publish()
                 saved_at = time.monotonic()
                 clock.lap("save")
             if stop.is_set() and not done:
                 raise Interrupted(
-                    f"{place.name}: stopped and saved at step {run.step} of {task.steps}"
+                    f"{io.name}: stopped and saved at step {run.step} of {task.steps}"
                 )
             if done:
                 break
@@ -194,18 +194,18 @@ def fit(task: Task, place: TrainIO) -> dict:
                 clock.lap("data")
                 loss = task.loss(batch)
                 total = (loss + task.penalty()) * (size / opts.batch_sequences)
-                if memory_plan.trim:
+                if memory_plan.trim_each_pass:
                     trim_heap()
                 clock.lap("forward")
                 total.backward()
                 nats += loss.item() * size / opts.batch_sequences
-                if memory_plan.trim:
+                if memory_plan.trim_each_pass:
                     trim_heap()
                 clock.lap("backward")
             norm = fused.norm() if fused else optimizer.norm()
             if not math.isfinite(nats + norm):
                 what = f"the loss at step {run.step} is {nats} (gradient norm {norm}, learning rate {lr:.2g})"
-                raise NotFiniteError(_not_finite(place, run, what))
+                raise NotFiniteError(_not_finite(io, run, what))
             if not fused:
                 optimizer.step(min(1.0, opts.clip_norm / (norm + 1e-6)) if opts.clip_norm else 1.0)
             numbers = task.after_step()
@@ -213,16 +213,16 @@ def fit(task: Task, place: TrainIO) -> dict:
             run.step += 1
             run.tail = [*run.tail, nats][-TAIL_STEPS:]
 
-            if run.step % place.log_every_steps == 0 or run.step == task.steps:
+            if run.step % io.log_every_steps == 0 or run.step == task.steps:
                 tokens = (run.step - logged_step) * opts.batch_sequences * task.tokens_per_row
                 logged_step = run.step
-                place.recorder.row(
+                io.recorder.row(
                     _row(run, task, opts, lr, norm, numbers, clock.since(run), tokens, peak)
                 )
-    _check_moved(task, optimizer, run, place)
+    _check_moved(task, optimizer, run, io)
     optimizer.restore_fp32()
     if opts.keep == "best":
-        put_back_best(place.slots, task, run)
+        load_best(io.slots, task, run)
     clock.since(run)
     return _metrics(run, task, memory_plan, peak)
 
@@ -304,26 +304,26 @@ def _fingerprint(task: Task, optimizer: AdamW) -> dict[str, int]:
     return {name: optimizer.checksum(name) for name in task.parameters}
 
 
-def _check_moved(task: Task, optimizer: AdamW, run: TrainState, place: TrainIO) -> None:
+def _check_moved(task: Task, optimizer: AdamW, run: TrainState, io: TrainIO) -> None:
     """Raise PipelineError when a parameter never changed: a run that trains nothing must not pass
     for one that did."""
-    excused = task.second if run.step == 1 else ()
+    excused = task.zero_first_gradient if run.step == 1 else ()
     same = [name for name, now in _fingerprint(task, optimizer).items() if now == run.start[name]]
     still = [name for name in same if run.step and name not in excused]
     if still:
         raise PipelineError(
-            f"{place.name}: {len(still)} of {len(task.parameters)} tensors did not change in {run.step} steps, "
-            f"first {still[0]}; raise {place.settings}.lr, or report this if the rate is sensible"
+            f"{io.name}: {len(still)} of {len(task.parameters)} tensors did not change in {run.step} steps, "
+            f"first {still[0]}; raise {io.settings}.lr, or report this if the rate is sensible"
         )
 
 
-def _not_finite(place: TrainIO, run: TrainState, what: str) -> str:
-    kept = f"the last good checkpoint is step {run.saved_step} in {place.slots}"
+def _not_finite(io: TrainIO, run: TrainState, what: str) -> str:
+    kept = f"the last good checkpoint is step {run.saved_step} in {io.slots}"
     last = kept if run.saved_step else "no checkpoint was saved yet"
     return (
-        f"{place.name}: {what}; {last}. "
-        f"Try a lower {place.settings}.lr, a longer {place.settings}.warmup_steps, a smaller "
-        f"{place.settings}.clip_norm, or dtype: fp32"
+        f"{io.name}: {what}; {last}. "
+        f"Try a lower {io.settings}.lr, a longer {io.settings}.warmup_steps, a smaller "
+        f"{io.settings}.clip_norm, or dtype: fp32"
     )
 
 

@@ -9,7 +9,7 @@ from ..hardware import device
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
-LEAST_REUSED_BYTES = 200_000
+LOW_MMAP_THRESHOLD_BYTES = 200_000
 
 
 class Peak:
@@ -71,18 +71,18 @@ def lower_mmap_threshold() -> None:
     """Let every larger block go back to the system when it is freed, and use one arena (glibc;
     nothing elsewhere)."""
     _malloc("mallopt", M_ARENA_MAX, 1)
-    _malloc("mallopt", M_MMAP_THRESHOLD, LEAST_REUSED_BYTES)
+    _malloc("mallopt", M_MMAP_THRESHOLD, LOW_MMAP_THRESHOLD_BYTES)
 
 
-def set_malloc_thresholds(most_bytes: int, free_end_bytes: int) -> None:
+def set_malloc_thresholds(most_bytes: int, trim_threshold_bytes: int) -> None:
     """Give back what is free now, then reuse blocks of up to that size: faster, and the heap holds
     more.
 
-    free_end_bytes: what may be free at the heap's end before it is given back.
+    trim_threshold_bytes: what may be free at the heap's end before it is given back.
     """
     trim_heap()
     _malloc("mallopt", M_MMAP_THRESHOLD, most_bytes)
-    _malloc("mallopt", M_TRIM_THRESHOLD, free_end_bytes)
+    _malloc("mallopt", M_TRIM_THRESHOLD, trim_threshold_bytes)
 
 
 def trim_heap() -> None:

@@ -18,8 +18,8 @@ SMALL_CHUNK_LOGITS = (
     2**21,
     2**20,
 )  # of the loss with one row at a time: 37 and 50 MB less than with 2**22
-MOST_REUSED_BYTES, LEAST_REUSED_BYTES = 2**22, 200_000
-FREE_END_BYTES, LEAST_FREE_END_BYTES = (
+MMAP_THRESHOLD_BYTES, LOW_MMAP_THRESHOLD_BYTES = 2**22, 200_000
+TRIM_THRESHOLD_BYTES, LOW_TRIM_THRESHOLD_BYTES = (
     48_000_000,
     128_000,
 )  # of the heap: what goes back is asked for again soon
@@ -44,11 +44,11 @@ class MemoryPlan:
     fuse_optimizer: bool = False
     compile: bool = False
     # larger blocks go back to the system at once, which costs page faults
-    reuse_bytes: int = MOST_REUSED_BYTES
-    trim: bool = False  # after each forward and backward pass smaller ones do
-    whole: bool = False  # a batch must run in one piece
+    mmap_threshold_bytes: int = MMAP_THRESHOLD_BYTES
+    trim_each_pass: bool = False  # after each forward and backward pass smaller ones do
+    whole_batch: bool = False  # a batch must run in one piece
     budget_bytes: int | None = None
-    more_bytes: int = field(default=0, compare=False)  # predicted for one more row
+    bytes_per_row: int = field(default=0, compare=False)  # predicted for one more row
 
     @property
     def state_bytes(self) -> float:
@@ -56,24 +56,28 @@ class MemoryPlan:
         return 4 + NUMBER_BYTES[self.gradients] + 2 * NUMBER_BYTES[self.moments]
 
     @property
-    def eager_free(self) -> bool:
+    def low_mmap_threshold(self) -> bool:
         """Whether the allocator keeps next to nothing for itself."""
-        return self.reuse_bytes < MOST_REUSED_BYTES
+        return self.mmap_threshold_bytes < MMAP_THRESHOLD_BYTES
 
     @property
-    def free_end_bytes(self) -> int:
+    def trim_threshold_bytes(self) -> int:
         """How much may be free at the heap's end before it goes back to the system."""
-        return LEAST_FREE_END_BYTES if self.eager_free else FREE_END_BYTES
+        return LOW_TRIM_THRESHOLD_BYTES if self.low_mmap_threshold else TRIM_THRESHOLD_BYTES
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """The means for people."""
         parts = [f"{self.micro_batch_sequences} sequences at a time"]
         parts += [f"{self.moments} moments"] if self.moments != "fp32" else []
         parts += [f"{self.gradients} gradients"] if self.gradients != "fp32" else []
         parts += ["checkpointing"] if self.checkpointing else []
         parts += ["fused optimizer"] if self.fuse_optimizer else []
-        parts += [f"lean heap ({self.reuse_bytes / 1e6:.1f} MB)"] if self.eager_free else []
+        parts += (
+            [f"mmap threshold ({self.mmap_threshold_bytes / 1e6:.1f} MB)"]
+            if self.low_mmap_threshold
+            else []
+        )
         parts += ["compiled"] if self.compile else []
         return ", ".join(parts)
 
@@ -98,7 +102,7 @@ def unbounded(opts, tokens_per_row: int, divisible: bool, gpu: bool) -> MemoryPl
         checkpointing=bool(opts.checkpointing),
         fuse_optimizer=opts.fuse_optimizer,
         compile=opts.compile,
-        whole=whole,
+        whole_batch=whole,
     )
 
 
@@ -125,7 +129,7 @@ def plan_memory(
     first = replace(first, checkpointing=first.checkpointing and can_checkpoint)
     if budget_bytes is None:
         return first
-    free = not first.whole and not opts.micro_batch_sequences
+    free = not first.whole_batch and not opts.micro_batch_sequences
     sizes = _halves(first.micro_batch_sequences) if free else [first.micro_batch_sequences]
     again = (
         [False, True] if can_checkpoint and opts.checkpointing is None else [first.checkpointing]
@@ -134,11 +138,11 @@ def plan_memory(
     tried = list(_candidates(opts, start, sizes, again, row_bytes))
     for memory_plan in tried:
         if predict(memory_plan) <= budget_bytes:
-            return replace(memory_plan, more_bytes=_more_bytes(memory_plan, predict))
+            return replace(memory_plan, bytes_per_row=_more_bytes(memory_plan, predict))
     least = min(map(predict, tried))
     raise BudgetError(
         f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest that works is "
-        f"{ceil(least / 1e6)}MB ({min(tried, key=predict).words})"
+        f"{ceil(least / 1e6)}MB ({min(tried, key=predict).summary})"
     )
 
 
@@ -165,15 +169,15 @@ def _candidates(
     kinds = [("fp32", "fp32"), (half, "fp32"), (half, "bf16")] + [("int8", "bf16")] * has_int8()
     small = int(1.2 * row_bytes)
     rungs = [
-        (False, MOST_REUSED_BYTES, False),
-        (False, LEAST_REUSED_BYTES, False),
+        (False, MMAP_THRESHOLD_BYTES, False),
+        (False, LOW_MMAP_THRESHOLD_BYTES, False),
         (True, small, True),
     ]
-    rungs += [(True, LEAST_REUSED_BYTES, False)]
+    rungs += [(True, LOW_MMAP_THRESHOLD_BYTES, False)]
     usable = [rung for rung in rungs if rung[0] in again]
-    for (checkpointing, reuse_bytes, trim), (moments, gradients) in product(usable, kinds):
+    for (checkpointing, mmap_threshold_bytes, trim), (moments, gradients) in product(usable, kinds):
         for size, chunk_logits in _pieces(
-            sizes, first.chunk_logits, lean=reuse_bytes < MOST_REUSED_BYTES
+            sizes, first.chunk_logits, lean=mmap_threshold_bytes < MMAP_THRESHOLD_BYTES
         ):
             yield replace(
                 first,
@@ -181,10 +185,11 @@ def _candidates(
                 moments=opts.moments or moments,
                 gradients=opts.gradients or gradients,
                 checkpointing=checkpointing,
-                reuse_bytes=max(
-                    LEAST_REUSED_BYTES, min(MOST_REUSED_BYTES, reuse_bytes * (size if trim else 1))
+                mmap_threshold_bytes=max(
+                    LOW_MMAP_THRESHOLD_BYTES,
+                    min(MMAP_THRESHOLD_BYTES, mmap_threshold_bytes * (size if trim else 1)),
                 ),
-                trim=trim,
+                trim_each_pass=trim,
                 chunk_logits=chunk_logits,
             )
 
@@ -227,7 +232,7 @@ class MemoryGuard:
 
     @property
     def _watched(self) -> bool:
-        return self.memory_plan.budget_bytes is not None and not self.memory_plan.whole
+        return self.memory_plan.budget_bytes is not None and not self.memory_plan.whole_batch
 
     def sizes(self, total: int) -> Iterator[int]:
         """Yield rows until there are `total`; looks at the peak after each."""
@@ -240,7 +245,7 @@ class MemoryGuard:
 
     def _adapt(self, size: int) -> None:
         run, budget_bytes, now = self.run, self.memory_plan.budget_bytes, self.peak.bytes()
-        least = run.micro == 1 or self.memory_plan.whole
+        least = run.micro == 1 or self.memory_plan.whole_batch
         if not least and now > max(CLOSE * budget_bytes, self.halved_bytes):
             run.micro = run.most = run.micro // 2
             self.note(
@@ -260,7 +265,7 @@ class MemoryGuard:
             per_row = (
                 max(0, now - self.before_bytes) / size
             )  # at most: gradients and moments came with the first row
-            if self.memory_plan.more_bytes:
-                per_row = min(per_row, DOUBT * self.memory_plan.more_bytes)
+            if self.memory_plan.bytes_per_row:
+                per_row = min(per_row, DOUBT * self.memory_plan.bytes_per_row)
             if now + (grown - size) * per_row <= CLOSE * budget_bytes:
                 run.micro = grown

@@ -114,7 +114,7 @@ class Training:
             batch=batch,
             loss=loss,
             export=export,
-            second=tuple(
+            zero_first_gradient=tuple(
                 name for name in parameters if "lora_A" in name
             ),  # lora_B is zero in the first step
             validate=validate if held else None,

@@ -82,7 +82,7 @@ def cost(
     if (shape := _shape(cfg)) is None:
         return None
     if item in FROM_ZERO and stage == "train_dense":
-        shape = Shape.of(
+        shape = Shape.from_config(
             cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)}), cfg.tokenizer.vocab_size
         )
     trains = {"train_experts": "ffn", "train_router": "gates"}.get(
@@ -144,14 +144,14 @@ def memory_plan(
 def _shape(cfg: FfnMoeConfig) -> Shape | None:
     """Return the trunk's shape; None when it is a pretrained one of which no settings are here."""
     if not cfg.trunk.init:
-        return Shape.of(cfg.trunk, cfg.tokenizer.vocab_size)
+        return Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
     from transformers import AutoConfig
 
     try:
         stored = AutoConfig.from_pretrained(
             cfg.trunk.init, revision=cfg.trunk.revision, local_files_only=True
         )
-        return Shape.of_settings(stored.to_dict(), cfg.trunk.context_tokens)
+        return Shape.from_hf_config(stored.to_dict(), cfg.trunk.context_tokens)
     except (OSError, ValueError, KeyError):
         return None  # the plan is made without it, and train_shared will say what is wrong
 
@@ -207,10 +207,10 @@ def _passing(shape: Shape, plan: MemoryPlan, unit: int, trains: str, active: int
     grown = (
         plan.budget_bytes is not None and plan.micro_batch_sequences > 1
     )  # the first rows' blocks were smaller
-    in_heap = grown or tokens * shape.d_model * unit < plan.reuse_bytes
-    if plan.checkpointing and in_heap and (grown or not plan.eager_free):
+    in_heap = grown or tokens * shape.d_model * unit < plan.mmap_threshold_bytes
+    if plan.checkpointing and in_heap and (grown or not plan.low_mmap_threshold):
         return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES
-    if plan.eager_free:
-        return in_use + (layer + inner) * plan.trim
+    if plan.low_mmap_threshold:
+        return in_use + (layer + inner) * plan.trim_each_pass
     again = layer / 2 if plan.checkpointing else 0  # holes where a layer was computed again
     return in_use + HEAP_BYTES + again + in_heap * min(held, MOST_FRAGMENTS_BYTES)

@@ -15,7 +15,7 @@ from ...data.text.shards import Shards
 from ...hardware import device, machine, uses_bf16
 from ...metrics.language import Documents, Scores, oracle_gain, posterior_mix, routing
 from ...model.experts import Expert, average
-from ...model.router import Mixture, Uniform
+from ...model.router import Mixture, UniformMixture
 from ...model.router_init import random as random_gates
 from ...model.trunk import Ffn, Trunk, build, copy_into
 from ...protocols import Progress
@@ -162,7 +162,7 @@ def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[EvalRow]:
         "uniform mixture",
         "merge",
         trunk,
-        Uniform(only_own),
+        UniformMixture(only_own),
         len(own),
         len(own),
         train_tokens=joined,
@@ -324,7 +324,7 @@ class _Tally:
         self.all_LE, self.first_LE = np.zeros((layers, experts)), np.zeros((layers, experts))
 
     def __call__(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
-        index_NK, _ = self.mixture.router.choose(layer, x_BTD.flatten(0, -2))
+        index_NK, _ = self.mixture.router.route(layer, x_BTD.flatten(0, -2))
         experts = self.all_LE.shape[1]
         self.all_LE[layer] += index_NK.flatten().bincount(minlength=experts).cpu().numpy()
         self.first_LE[layer] += index_NK[:, 0].bincount(minlength=experts).cpu().numpy()
@@ -373,7 +373,7 @@ def _documents(cfg: FfnMoeConfig, shards: Shards, domain: str) -> Documents:
 
 
 def _shape(cfg: FfnMoeConfig, trunk: Trunk) -> Shape:
-    return Shape.of_settings(trunk.config.to_dict(), cfg.trunk.context_tokens)
+    return Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
 
 
 def _model(cfg: FfnMoeConfig, trunk: Trunk, stack) -> dict:

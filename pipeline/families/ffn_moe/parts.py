@@ -18,7 +18,7 @@ from ...model import router_init
 from ...model.experts import Expert, from_tensors
 from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
 from ...model.router import Gating, Mixture, Router
-from ...model.router_init import Statistics
+from ...model.router_init import FeatureStatistics
 from ...model.trunk import SUPPORTED, Ffn, Trunk, build, open_tensors, pretrained
 from .config import FfnMoeConfig
 
@@ -177,16 +177,18 @@ def stored_experts(cfg: FfnMoeConfig, parts) -> Iterator[tuple[str, Expert]]:
         )
 
 
-def stored_statistics(cfg: FfnMoeConfig, parts, anchor: bool) -> list[Statistics]:
+def stored_statistics(cfg: FfnMoeConfig, parts, anchor: bool) -> list[FeatureStatistics]:
     """Return the router statistics of the stack\'s experts in order, the dummy\'s first when
     `anchor`."""
     first = (
-        [Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))] if anchor else []
+        [FeatureStatistics.from_tensors(parts.tensors("train_shared", "statistics.safetensors"))]
+        if anchor
+        else []
     )
     stored = (
         parts.tensors("train_experts", "statistics.safetensors", name) for name in cfg.experts
     )
-    return [*first, *(Statistics.of(s) for s in stored)]
+    return [*first, *(FeatureStatistics.from_tensors(s) for s in stored)]
 
 
 def _own_rows(cfg: FfnMoeConfig, parts) -> torch.Tensor:
@@ -197,16 +199,16 @@ def _own_rows(cfg: FfnMoeConfig, parts) -> torch.Tensor:
     return torch.stack([*anchor, *rows], 1)
 
 
-def sum_up(cfg, trunk, ffn, rows: Rows, tokens: int) -> Statistics:
+def sum_up(cfg, trunk, ffn, rows: Rows, tokens: int) -> FeatureStatistics:
     """Return statistics of the feed-forward inputs over the first tokens of rows, in evaluation
     mode."""
     layers, d_model = len(trunk.network.model.layers), trunk.config.hidden_size
-    sums, context = Statistics.empty(layers, d_model), rows.context_tokens
+    sums, context = FeatureStatistics.empty(layers, d_model), rows.context_tokens
     wanted = max(1, min(tokens, rows.tokens()) // context)
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     with torch.no_grad():
         for at in range(0, wanted, sequences):
             ids_BT = torch.from_numpy(rows.rows(at, min(sequences, wanted - at))).to(device())
             with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype)):
-                trunk.hidden(ids_BT[:, :-1], sums.watch(ffn))
+                trunk.hidden(ids_BT[:, :-1], sums.observe(ffn))
     return sums

@@ -16,7 +16,7 @@ from ...hardware import device, uses_bf16
 from ...model.experts import clone, reinit_like
 from ...model.loss import chunk_of, cross_entropy
 from ...model.router import CoordinatedExpert, Gating, Mixture, Router, gate_name
-from ...model.router_init import Statistics
+from ...model.router_init import FeatureStatistics
 from ...model.trunk import settings_of
 from ...train.flops import Shape
 from ...train.loop import Task
@@ -136,7 +136,7 @@ def router(cfg: FfnMoeConfig, parts) -> Task:
             "temperature": gates.temperature,
             "balance": gates.balance_loss().item(),
             "z": gates.z_loss().item(),
-            "dropped": sum(a.dropped for a in gates.loads.values()) / len(gates.loads),
+            "dropped": sum(a.dropped for a in gates.stats.values()) / len(gates.stats),
         }
 
     def penalty() -> torch.Tensor:
@@ -202,7 +202,7 @@ def _task(cfg, opts, trunk, ffn, network, rows, judged_on, export, trains, fp32=
     `fp32` names the parameters that stay so in a bf16 training.
     """
     bf16 = uses_bf16(cfg.dtype)
-    shape = Shape.of_settings(trunk.config.to_dict(), rows.context_tokens)
+    shape = Shape.from_hf_config(trunk.config.to_dict(), rows.context_tokens)
     memory_plan = ffn_cost.memory_plan(cfg, opts, shape, trains, bf16)
     if memory_plan.checkpointing:
         trunk.checkpoint()
@@ -277,7 +277,7 @@ def _validation(cfg, shards, opts, domains, sequences) -> list[torch.Tensor]:
 def _pair(cfg, parts, trunk, dummy, own, rows) -> CoordinatedExpert:
     """Return the expert beside the frozen dummy; its gate row starts at the domain's mean input
     less the mixture's."""
-    mixed = Statistics.of(parts.tensors("train_shared", "statistics.safetensors"))
+    mixed = FeatureStatistics.from_tensors(parts.tensors("train_shared", "statistics.safetensors"))
     domain = sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
     row_LD = torch.nn.functional.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
     return CoordinatedExpert(computing(cfg, dummy), own, row_LD, cfg.expert.coordinate_bias).to(
