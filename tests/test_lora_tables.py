@@ -26,7 +26,7 @@ from pipeline.families.adapters.perturb import (
 )
 from pipeline.families.adapters.stack import assemble
 from pipeline.families.load import parse
-from pipeline.metrics.routing import Resamples
+from pipeline.metrics.routing import GroupBootstrap
 from pipeline.protocols import quiet
 from pipeline.report import page, show
 from tests import small_stack
@@ -251,7 +251,7 @@ def routed(name: str, own: list[int], router: list[int], text: list[int]):
     """Return a set whose choices are given."""
     one = np.eye(2)
     hits = {"router": np.array(router) == own, "text only": np.array(text) == own}
-    resamples = Resamples([str(i) for i in range(len(own))], 200, 0)
+    resamples = GroupBootstrap([str(i) for i in range(len(own))], 200, 0)
 
     def ahead(row):
         return resamples.difference(hits["router"].astype(float), hits[row].astype(float))

@@ -8,33 +8,51 @@ an error.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-HALF = 0.5  # IoU from which a box counts as found
+from rapidfuzz.distance import LCSseq, Levenshtein
+
+FOUND_IOU = 0.5  # from which a box counts as found
+LARGEST_COORDINATE = 1000  # boxes are given in thousandths of the picture's sides
 _FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
 _WORD = re.compile(r"\w+")
-_WHOLE = re.compile(r"-?\d+")
+_INTEGER = re.compile(r"-?\d+")
+
+Figures = dict[str, float | None]  # by name; `score` is always there
+Box = tuple[str, tuple[float, ...]]  # label (empty: none given) and x1, y1, x2, y2
+Metric = Callable[[str, str], Figures]  # of what was said and what was wanted
 
 
-def judge(metric: str, found: str, wanted: Sequence[str]) -> dict[str, float | None]:
+def judge(metric: str, found: str, wanted: Sequence[str]) -> Figures:
     """Return the figures of one answer by a metric's name; `score` is the one that tables compare,
     in 0..1.
 
     wanted holds every answer that would be right; the best match counts.
     """
-    each = [METRICS[metric](found, text) for text in wanted]
-    return max(each, key=lambda figures: figures["score"])
+    compare = METRICS[metric]
+    each = [compare(found, text) for text in wanted]
+    return max(each, key=_score)
 
 
-def exact(found: str, wanted: str) -> dict[str, float]:
+def _score(figures: Figures) -> float:
+    return figures["score"] or 0.0
+
+
+def exact(found: str, wanted: str) -> Figures:
     """Return whether two texts are the same up to blanks."""
-    return {"score": float(found.split() == wanted.split())}
+    same = found.split() == wanted.split()
+    return {"score": float(same)}
 
 
-def characters(found: str, wanted: str) -> dict[str, float]:
+def characters(found: str, wanted: str) -> Figures:
     """Return the character error rate (edits over the wanted length) and 1 less it as score, never
     below 0."""
-    rate = distance(found.strip(), wanted.strip()) / max(1, len(wanted.strip()))
+    found = found.strip()
+    wanted = wanted.strip()
+    # Nothing may be wanted: then every character that was said is an error
+    length = max(1, len(wanted))
+    rate = edit_distance(found, wanted) / length
     return {
         "score": max(0.0, 1.0 - rate),
         "character error rate": rate,
@@ -42,127 +60,163 @@ def characters(found: str, wanted: str) -> dict[str, float]:
     }
 
 
-def distance(a: str, b: str) -> int:
-    """Return the fewest insertions, deletions and substitutions that make b of a."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]
+def edit_distance(a: str, b: str) -> int:
+    """Return the fewest insertions, deletions and substitutions that make b of a (Levenshtein)."""
+    return Levenshtein.distance(a, b)
 
 
-def count(found: str, wanted: str) -> dict[str, float | None]:
+def count(found: str, wanted: str) -> Figures:
     """Return whether the first whole number of a text is right, and how far it is off (None without
     a number)."""
-    said, right = _WHOLE.search(found), _WHOLE.search(wanted)
-    off = abs(int(said[0]) - int(right[0])) if said and right else None
+    said = _INTEGER.search(found)
+    right = _INTEGER.search(wanted)
+    if said is None or right is None:
+        return {
+            "score": 0.0,
+            "absolute error": None,
+            "readable": float(said is not None),
+        }
+    off = abs(int(said[0]) - int(right[0]))
     return {
         "score": float(off == 0),
-        "absolute error": off if off is None else float(off),
-        "readable": float(bool(said)),
+        "absolute error": float(off),
+        "readable": 1.0,
     }
 
 
-def boxes(found: str, wanted: str) -> dict[str, float]:
+def boxes(found: str, wanted: str) -> Figures:
     """Return the F1 of boxes found at IoU 0.5, and the mean IoU of wanted boxes; what is no box in
     JSON is wrong."""
-    said, right = read_boxes(found), read_boxes(wanted) or []
+    said = read_boxes(found)
+    right = read_boxes(wanted) or []
     if said is None:
         return {"score": 0.0, "mean IoU": 0.0, "readable": 0.0}
     if not right and not said:
         return {"score": 1.0, "mean IoU": 1.0, "readable": 1.0}
-    pairs = sorted(
-        ((iou(a, b), i, j) for i, a in enumerate(said) for j, b in enumerate(right)), reverse=True
-    )
-    used_i, used_j, matched = set(), set(), []
-    for overlap, i, j in pairs:
-        if i not in used_i and j not in used_j and overlap > 0:
-            used_i.add(i)
-            used_j.add(j)
+    matched = _matched(said, right)
+    hits = sum(overlap >= FOUND_IOU for overlap in matched)
+    total = len(said) + len(right)
+    wanted_boxes = max(1, len(right))
+    return {
+        "score": 2 * hits / total,
+        "mean IoU": sum(matched) / wanted_boxes,
+        "readable": 1.0,
+    }
+
+
+def _matched(said: Sequence[Box], right: Sequence[Box]) -> list[float]:
+    """Return the IoU of each pair, matched one to one, the closest first."""
+    pairs = []
+    for i, one in enumerate(said):
+        for j, other in enumerate(right):
+            overlap = iou(one, other)
+            pairs.append((overlap, i, j))
+    used_said: set[int] = set()
+    used_right: set[int] = set()
+    matched = []
+    # Greedy, as in detection benchmarks: a box said twice finds its partner taken the second time
+    for overlap, i, j in sorted(pairs, reverse=True):
+        if i in used_said or j in used_right:
+            continue
+        if overlap > 0:
+            used_said.add(i)
+            used_right.add(j)
             matched.append(overlap)
-    score = 2 * sum(overlap >= HALF for overlap in matched) / (len(said) + len(right))
-    return {"score": score, "mean IoU": sum(matched) / max(1, len(right)), "readable": 1.0}
+    return matched
 
 
-def read_boxes(text: str) -> list[tuple[str, tuple[float, ...]]] | None:
+def read_boxes(text: str) -> list[Box] | None:
     """Return (label, corners) of the boxes of a JSON text in 0..1000; None where it holds anything
     else.
 
     Takes [x1, y1, x2, y2], a list of those, and {"bbox_2d": [...], "label": ...} alone or in a
     list.
     """
+    bare = _FENCE.sub("", text.strip())
     try:
-        given = json.loads(_FENCE.sub("", text.strip()))
-    except (ValueError, RecursionError):
+        given = json.loads(bare)
+    except (ValueError, RecursionError):  # the latter for a text of nothing but brackets
         return None
-    if isinstance(given, Mapping) or (
-        isinstance(given, list) and given and not isinstance(given[0], list | Mapping)
-    ):
+    if isinstance(given, Mapping):
         given = [given]
     if not isinstance(given, list):
         return None
-    out = [_box(entry) for entry in given]
-    return None if None in out else out
+    if given and not isinstance(given[0], list | Mapping):
+        given = [given]  # the four corners of one box
+    out = []
+    for entry in given:
+        box = _box(entry)
+        if box is None:
+            return None
+        out.append(box)
+    return out
 
 
-def _box(entry) -> tuple[str, tuple[float, ...]] | None:
-    label = str(entry.get("label", "")) if isinstance(entry, Mapping) else ""
-    corners = entry.get("bbox_2d") if isinstance(entry, Mapping) else entry
+def _box(entry: object) -> Box | None:
+    label = ""
+    corners = entry
+    if isinstance(entry, Mapping):
+        label = str(entry.get("label", ""))
+        corners = entry.get("bbox_2d")
     if not isinstance(corners, list) or len(corners) != 4:
         return None
-    if not all(
-        isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1000 for x in corners
-    ):
+    if not all(map(_is_coordinate, corners)):
         return None
     return label, tuple(map(float, corners))
 
 
-def iou(one: tuple[str, tuple[float, ...]], other: tuple[str, tuple[float, ...]]) -> float:
+def _is_coordinate(x: object) -> bool:
+    # JSON's true is an int to Python, and its NaN passes no comparison
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return False
+    return 0 <= x <= LARGEST_COORDINATE
+
+
+def iou(one: Box, other: Box) -> float:
     """Return intersection over union of two labelled boxes; 0 where both have labels and these
     differ."""
-    (label, a), (wanted, b) = one, other
+    label, a = one
+    wanted, b = other
     if label and wanted and label != wanted:
         return 0.0
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    inside = max(0.0, width) * max(0.0, height)
-    both = _area(a) + _area(b) - inside
-    return inside / both if both > 0 else 0.0
+    left = max(a[0], b[0])
+    top = max(a[1], b[1])
+    right = min(a[2], b[2])
+    bottom = min(a[3], b[3])
+    intersection = _area((left, top, right, bottom))
+    union = _area(a) + _area(b) - intersection
+    return intersection / union if union > 0 else 0.0
 
 
-def _area(box: tuple[float, ...]) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+def _area(box: Sequence[float]) -> float:
+    # Boxes that do not meet intersect in one of negative width or height
+    left, top, right, bottom = box
+    width = max(0.0, right - left)
+    height = max(0.0, bottom - top)
+    return width * height
 
 
-def overlap(found: str, wanted: str) -> dict[str, float]:
-    """Return the F1 of the longest common word sequence (as ROUGE-L), and of the words without
-    their order."""
-    said, right = _WORD.findall(found.lower()), _WORD.findall(wanted.lower())
+def overlap(found: str, wanted: str) -> Figures:
+    """Return the F1 of the longest common word sequence (ROUGE-L of Lin 2004), and of the words
+    without their order (ROUGE-1)."""
+    # Not rouge-score's own tokenizer: it keeps a-z and 0-9 only, and no word of other scripts
+    said = _WORD.findall(found.lower())
+    right = _WORD.findall(wanted.lower())
+    in_order = LCSseq.similarity(said, right)
+    shared = Counter(said) & Counter(right)
     return {
-        "score": _f1(_common(said, right), said, right),
-        "word F1": _f1(_shared(said, right), said, right),
+        "score": _f1(in_order, said, right),
+        "word F1": _f1(shared.total(), said, right),
     }
 
 
-def _common(a: list[str], b: list[str]) -> int:
-    """Return the length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        before = 0
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
+def _f1(common: int, a: Sequence[str], b: Sequence[str]) -> float:
+    total = len(a) + len(b)
+    # Nothing said where nothing is wanted is right
+    return 2 * common / total if total else 1.0
 
 
-def _shared(a: list[str], b: list[str]) -> int:
-    return sum(min(a.count(word), b.count(word)) for word in set(a))
-
-
-def _f1(both: int, a: list[str], b: list[str]) -> float:
-    return 2 * both / (len(a) + len(b)) if a or b else 1.0
-
-
-METRICS: dict[str, Callable[[str, str], dict]] = {
+METRICS: dict[str, Metric] = {
     "exact": exact,
     "cer": characters,
     "iou": boxes,
@@ -173,5 +227,9 @@ METRICS: dict[str, Callable[[str, str], dict]] = {
 
 def mean(judged: Sequence[Mapping[str, float | None]], figure: str) -> float | None:
     """Return the mean of a figure over the answers that have it; None where none has."""
-    values = [x for x in (j.get(figure) for j in judged) if x is not None and math.isfinite(x)]
+    values = []
+    for figures in judged:
+        value = figures.get(figure)
+        if value is not None and math.isfinite(value):
+            values.append(value)
     return sum(values) / len(values) if values else None

@@ -5,19 +5,27 @@ n documents, T tokens of a stream, S resamples, E experts, L layers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from scipy.special import entr, logsumexp
+
+from .bootstrap import Interval, PairedBootstrap, interval
 
 LN2 = math.log(2)
-CONFIDENCE = (2.5, 97.5)  # percentiles of a 95 % interval
+LEAST_GAIN = 1e-6  # nats a token below which the oracle's lead over the trunk is noise
+ByDomain = dict[str, np.ndarray]
+Distribution = Sequence[float] | np.ndarray
+DEAD_SHARE = 1e-3  # of the tokens below which an expert counts as dead
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Held-out documents of one domain: how many bytes and tokens each has, and where each starts."""
+    """Held-out documents of one domain: how many bytes and tokens each has, and where each
+    starts."""
 
     domain: str
     starts_n: np.ndarray  # token offsets of the documents, then the end
@@ -26,7 +34,8 @@ class Documents:
     @property
     def tokens(self) -> int:
         """Tokens that are predicted: all but each document's leading end-of-text."""
-        return int(self.starts_n[-1] - self.starts_n[0]) - len(self.bytes_n)
+        span = self.starts_n[-1] - self.starts_n[0]
+        return int(span) - len(self.bytes_n)
 
     def sums(self, nats_T: np.ndarray) -> np.ndarray:
         """Return nats per document of nats_T, one value per token of the stream; leading tokens
@@ -39,62 +48,68 @@ class Scores:
 
     def __init__(self, documents: Mapping[str, Documents], resamples: int, seed: int):
         self.documents = documents
-        self.nats: dict[str, dict[str, np.ndarray]] = {}
-        generator = np.random.default_rng(seed)
-        self._weights = {
-            name: generator.multinomial(
-                len(d.bytes_n), np.full(len(d.bytes_n), 1 / len(d.bytes_n)), resamples
-            )
-            for name, d in documents.items()
-        }
+        self.nats: dict[str, ByDomain] = {}
+        sizes = [each.bytes_n for each in documents.values()]
+        self._bootstrap = PairedBootstrap(sizes, resamples, seed)
 
-    def add(self, row: str, nats: Mapping[str, np.ndarray]) -> None:
+    def add(self, row: str, nats: ByDomain) -> None:
         """Keep a row's nats per document, by domain."""
-        self.nats[row] = dict(nats)
+        self.nats[row] = nats
 
     def bits_per_byte(self, row: str) -> dict[str, float]:
         """Return bits per byte of a row, by domain."""
-        return {
-            name: float(self.nats[row][name].sum() / d.bytes_n.sum() / LN2)
-            for name, d in self.documents.items()
-        }
+        out = {}
+        for name, documents in self.documents.items():
+            nats = self.nats[row][name].sum()
+            size = documents.bytes_n.sum()
+            out[name] = float(nats / size / LN2)
+        return out
 
     def perplexity(self, row: str) -> dict[str, float]:
         """Return perplexity per token of a row, by domain."""
-        return {
-            name: math.exp(self.nats[row][name].sum() / d.tokens)
-            for name, d in self.documents.items()
-        }
+        out = {}
+        for name, nats in self._nats_per_token(row).items():
+            out[name] = math.exp(nats)
+        return out
 
     def nats_per_token(self, row: str) -> float:
         """Return the mean over domains of a row's loss."""
-        return float(
-            np.mean([self.nats[row][name].sum() / d.tokens for name, d in self.documents.items()])
-        )
+        each = self._nats_per_token(row)
+        return _mean(each.values())
+
+    def _nats_per_token(self, row: str) -> dict[str, float]:
+        out = {}
+        for name, documents in self.documents.items():
+            nats = self.nats[row][name].sum()
+            out[name] = float(nats / documents.tokens)
+        return out
 
     def mean(self, row: str) -> float:
         """Return the mean over domains of a row's bits per byte."""
-        return float(np.mean(list(self.bits_per_byte(row).values())))
+        each = self.bits_per_byte(row)
+        return _mean(each.values())
 
-    def interval(self, row: str) -> list[float]:
+    def interval(self, row: str) -> Interval:
         """Return the 95 % interval of a row's mean, documents resampled within each domain."""
-        return [float(x) for x in np.percentile(self._resampled(row), CONFIDENCE)]
+        return interval(self._resampled(row))
 
-    def difference(self, row: str, against: str) -> tuple[float, list[float]]:
+    def difference(self, row: str, against: str) -> tuple[float, Interval]:
         """Return row minus against in bits per byte, and its 95 % interval over the same resamples
         (paired)."""
-        spread = self._resampled(row) - self._resampled(against)
-        return self.mean(row) - self.mean(against), [
-            float(x) for x in np.percentile(spread, CONFIDENCE)
-        ]
+        spread_S = self._resampled(row) - self._resampled(against)
+        difference = self.mean(row) - self.mean(against)
+        return difference, interval(spread_S)
 
     def _resampled(self, row: str) -> np.ndarray:
-        """Return mean_S, the mean over domains in each resample."""
-        each = [
-            (self._weights[name] @ self.nats[row][name]) / (self._weights[name] @ d.bytes_n) / LN2
-            for name, d in self.documents.items()
-        ]
-        return np.mean(each, axis=0)
+        """Return mean_S, the mean over domains in each resample, bits per byte."""
+        nats = [self.nats[row][name] for name in self.documents]
+        ratios = self._bootstrap.ratios(nats)
+        bits = [ratio_S / LN2 for ratio_S in ratios]
+        return np.mean(bits, axis=0)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
@@ -106,73 +121,93 @@ def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
     """
     out_T = np.empty(nats_ET.shape[1])
     for start, end in pairwise(starts_n):
+        # All in logarithms: the likelihood of a long document is below the least fp64 number
         own_ET = nats_ET[:, start:end].astype(np.float64)
         before_ET = np.cumsum(own_ET, axis=1) - own_ET
-        log_ET = -before_ET - _logsumexp(-before_ET)
-        out_T[start:end] = -_logsumexp(log_ET - own_ET)
+        normaliser_T = logsumexp(-before_ET, axis=0)
+        log_weight_ET = -before_ET - normaliser_T
+        mixed_T = logsumexp(log_weight_ET - own_ET, axis=0)
+        out_T[start:end] = -mixed_T
         out_T[start] = 0.0  # the leading end-of-text is given, not predicted
     return out_T
-
-
-def _logsumexp(x_ET: np.ndarray) -> np.ndarray:
-    top_T = x_ET.max(axis=0)
-    return top_T + np.log(np.exp(x_ET - top_T).sum(axis=0))
 
 
 def oracle_gain(nats: float, trunk: float, oracle: float) -> float | None:
     """Return the share of the oracle expert's gain over the trunk; None when the oracle gains
     nothing."""
     gain = trunk - oracle
-    return (trunk - nats) / gain if gain > 1e-6 else None
+    return (trunk - nats) / gain if gain > LEAST_GAIN else None
 
 
-def entropy(share_E: Sequence[float]) -> float:
+def entropy(share_E: Distribution) -> float:
     """Return the entropy of a distribution, nats."""
-    return -sum(p * math.log(p) for p in share_E if p > 0)
+    terms_E = entr(share_E)  # -p log p, 0 where p is 0
+    return float(terms_E.sum())
 
 
-def max_violation(share_E: Sequence[float]) -> float:
+def max_violation(share_E: Distribution) -> float:
     """Return (largest load - mean load) / mean load (MaxVio, 2408.15664)."""
-    return max(share_E) * len(share_E) - 1
+    relative = max(share_E) * len(share_E)
+    return float(relative - 1)
 
 
 def routing(
-    counts: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray], experts: Sequence[str]
-) -> dict:
-    """Return table T5 from counts_LE per domain: all assignments, and first choices for the
-    agreement.
+    counts: Mapping[str, np.ndarray],
+    first: Mapping[str, np.ndarray],
+    experts: Sequence[str],
+) -> dict[str, Any]:
+    """Return the token routing table from counts_LE per domain: all assignments, and first choices
+    for the agreement.
 
     Domains weigh the same. Agreement is the share of tokens whose first choice is their own
     domain's expert.
     """
-    share = {d: c / c.sum(1, keepdims=True) for d, c in counts.items()}
-    chosen = {d: c / c.sum(1, keepdims=True) for d, c in first.items()}
-    own = {d: experts.index(d) for d in counts if d in experts}
-    agreement = {d: float(chosen[d][:, e].mean()) for d, e in own.items()}
-    mean_LE = np.mean(list(share.values()), axis=0)
+    share_LE = {domain: _shares(count_LE) for domain, count_LE in counts.items()}
+    mean_LE = np.mean(list(share_LE.values()), axis=0)
     mean_E = mean_LE.mean(0)
-    layers = [
-        {
-            "layer": i,
-            "share": {d: [float(x) for x in s[i]] for d, s in share.items()},
-            "agreement": float(np.mean([chosen[d][i, e] for d, e in own.items()])) if own else None,
-            "entropy": entropy(row_E),
-            "max_violation": float(max_violation(row_E)),
-        }
-        for i, row_E in enumerate(mean_LE)
-    ]
+    # A domain without an expert of its own has no agreement
+    agreement_L = {}
+    for domain in counts:
+        if domain in experts:
+            own = experts.index(domain)
+            agreement_L[domain] = _shares(first[domain])[:, own]
+    layers = []
+    for layer, row_E in enumerate(mean_LE):
+        agreed = [each_L[layer] for each_L in agreement_L.values()]
+        share = {domain: each_LE[layer].tolist() for domain, each_LE in share_LE.items()}
+        layers.append(
+            {
+                "layer": layer,
+                "share": share,
+                "agreement": _mean(agreed) if agreed else None,
+                "entropy": entropy(row_E),
+                "max_violation": max_violation(row_E),
+            }
+        )
+    agreement = {domain: float(each_L.mean()) for domain, each_L in agreement_L.items()}
+    least = int(mean_E.argmin())
+    most = int(mean_E.argmax())
+    dead = []
+    for name, mean_share in zip(experts, mean_E, strict=True):
+        if mean_share < DEAD_SHARE:
+            dead.append(name)
     return {
         "layers": layers,
-        "share": {d: [float(x) for x in s.mean(0)] for d, s in share.items()},
-        "agreement": float(np.mean(list(agreement.values()))) if agreement else None,
+        "share": {domain: each_LE.mean(0).tolist() for domain, each_LE in share_LE.items()},
+        "agreement": _mean(agreement.values()) if agreement else None,
         "agreement_by_domain": agreement,
         "entropy": entropy(mean_E),
         "max_entropy": math.log(len(experts)),
-        "max_violation": float(max_violation(mean_E)),
-        "least": [experts[int(mean_E.argmin())], float(mean_E.min())],
-        "most": [experts[int(mean_E.argmax())], float(mean_E.max())],
-        "dead": [name for i, name in enumerate(experts) if mean_E[i] < 1e-3],
+        "max_violation": max_violation(mean_E),
+        "least": [experts[least], float(mean_E[least])],
+        "most": [experts[most], float(mean_E[most])],
+        "dead": dead,
     }
+
+
+def _shares(count_LE: np.ndarray) -> np.ndarray:
+    total_L1 = count_LE.sum(1, keepdims=True)
+    return count_LE / total_L1
 
 
 def verdict(difference: float, interval: Sequence[float]) -> str:
@@ -181,8 +216,9 @@ def verdict(difference: float, interval: Sequence[float]) -> str:
 
     An interval without width comes from one document per domain, which decides nothing.
     """
-    if interval[0] == interval[1]:
+    low, high = interval
+    if low == high:
         return "tie"
-    if interval[0] > 0:
+    if low > 0:
         return "better"
-    return "worse" if interval[1] < 0 else "tie"
+    return "worse" if high < 0 else "tie"

@@ -6,104 +6,137 @@ that are drawn together, K choices that count, F features of a request.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import special
 
-CONFIDENCE = (2.5, 97.5)  # percentiles of a 95 % interval
+from .bootstrap import Interval, PairedBootstrap, interval
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
 BINS = 15
+# One request given no chance at all would make the mean infinite. Kept where it is: scikit-learn's
+# log_loss clips at 2e-16, which would count such a request as 36 instead of 28 nats
+LEAST_PROBABILITY = 1e-12
+CENTROID_TEMPERATURE = 0.1  # of cosines, which differ by less than logits do
 
 
-class Resamples:
-    """Paired bootstrap: the same draws of groups for every row of a table, so differences are taken
-    within a draw."""
+class GroupBootstrap:
+    """Intervals of means over requests, by the same draws of whole groups for every row of a table:
+    requests on one image are not independent of each other."""
 
     def __init__(self, groups: Sequence[str], resamples: int, seed: int):
-        """Draw whole groups, as requests on one image are not independent of each other."""
-        names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        self._group_N = np.array([names[g] for g in groups], dtype=np.int64)
-        count = max(1, len(names))
-        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-        self._weight_SG = draws.astype(np.float32)
-        self._size_G = np.bincount(self._group_N, minlength=count).astype(np.float64)
+        """Draw groups; groups names that of each request."""
+        number: dict[str, int] = {}
+        for name in groups:
+            number.setdefault(name, len(number))
+        numbers = [number[name] for name in groups]
+        self._group_N = np.array(numbers, dtype=np.int64)
+        # No requests at all are one empty group: nothing is drawn from it, but arrays have a shape
+        self._groups = max(1, len(number))
+        size_G = np.bincount(self._group_N, minlength=self._groups)
+        self._bootstrap = PairedBootstrap([size_G], resamples, seed)
 
-    def interval(self, score_N: np.ndarray) -> list[float] | None:
+    def interval(self, score_N: np.ndarray) -> Interval | None:
         """Return the 95 % interval of the mean of score_N; None where there is nothing to draw
         from."""
-        return self._ends(self._means(score_N)) if len(score_N) else None
+        if not len(score_N):
+            return None
+        return interval(self._means(score_N))
 
-    def difference(self, score_N: np.ndarray, against_N: np.ndarray) -> dict | None:
+    def difference(self, score_N: np.ndarray, against_N: np.ndarray) -> dict[str, Any] | None:
         """Return mean(score_N) - mean(against_N) and its 95 % interval over the same resamples."""
         if not len(score_N):
             return None
-        spread_N = np.asarray(score_N, dtype=np.float64) - np.asarray(against_N, dtype=np.float64)
-        return {"difference": float(spread_N.mean()), "interval": self._ends(self._means(spread_N))}
+        # Booleans cannot be subtracted
+        spread_N = np.subtract(score_N, against_N, dtype=np.float64)
+        return {
+            "difference": float(spread_N.mean()),
+            "interval": interval(self._means(spread_N)),
+        }
 
     def _means(self, score_N: np.ndarray) -> np.ndarray:
         """Return mean_S."""
-        sum_G = np.bincount(
-            self._group_N, np.asarray(score_N, dtype=np.float64), minlength=len(self._size_G)
-        )
-        return (self._weight_SG @ sum_G) / (self._weight_SG @ self._size_G)
-
-    @staticmethod
-    def _ends(mean_S: np.ndarray) -> list[float]:
-        return [float(x) for x in np.percentile(mean_S, CONFIDENCE)]
+        sum_G = np.bincount(self._group_N, score_N, minlength=self._groups)
+        (mean_S,) = self._bootstrap.ratios([sum_G])
+        return mean_S
 
 
 def softmax(logit_NC: np.ndarray, temperature: float) -> np.ndarray:
     """Return prob_NC = softmax(logit_NC / temperature)."""
     scaled_NC = logit_NC.astype(np.float64) / temperature
-    weight_NC = np.exp(scaled_NC - scaled_NC.max(1, keepdims=True, initial=-np.inf))
-    return weight_NC / weight_NC.sum(1, keepdims=True)
+    return special.softmax(scaled_NC, axis=1)
 
 
 def hits(prob_NC: np.ndarray, own_N: np.ndarray, k: int = 1) -> np.ndarray:
     """Return hit_N: whether a request's own choice is among its k most probable ones."""
-    first_NK = np.argsort(-prob_NC, axis=1, kind="stable")[:, :k]
-    return (first_NK == own_N[:, None]).any(1)
+    # stable: of equally probable choices the first one is taken, as argmax takes it
+    order_NC = np.argsort(-prob_NC, axis=1, kind="stable")
+    hit_NK = order_NC[:, :k] == own_N[:, None]
+    return hit_NK.any(1)
 
 
 def confusion(prob_NC: np.ndarray, own_N: np.ndarray) -> np.ndarray:
     """Return count_CC: requests by their own choice (row) and the most probable one (column)."""
+    # scikit-learn's refuses to count no requests at all, and warns of a single choice
     width = prob_NC.shape[1]
     pair_N = own_N * width + prob_NC.argmax(1)
-    return np.bincount(pair_N, minlength=width * width).reshape(width, width)
+    counts = np.bincount(pair_N, minlength=width * width)
+    return counts.reshape(width, width)
 
 
 def recall(count_CC: np.ndarray) -> list[float | None]:
     """Return per choice the share of its own requests that reached it, from a confusion; None
     without requests."""
-    return [float(row[i] / row.sum()) if row.sum() else None for i, row in enumerate(count_CC)]
+    out: list[float | None] = []
+    for choice, count_C in enumerate(count_CC):
+        total = count_C.sum()
+        out.append(float(count_C[choice] / total) if total else None)
+    return out
 
 
 def nats(prob_NC: np.ndarray, own_N: np.ndarray) -> float | None:
     """Return the mean negative log-likelihood of the own choices, nats."""
     if not len(own_N):
         return None
-    return float(-np.log(np.maximum(prob_NC[np.arange(len(own_N)), own_N], 1e-12)).mean())
+    own_prob_N = prob_NC[np.arange(len(own_N)), own_N]
+    nats_N = -np.log(np.maximum(own_prob_N, LEAST_PROBABILITY))
+    return float(nats_N.mean())
 
 
 def calibration_error(prob_NC: np.ndarray, own_N: np.ndarray, bins: int = BINS) -> float | None:
     """Return the expected calibration error of the most probable choice, over equal bins of
-    confidence."""
-    return sum(
-        b["share"] * abs(b["confidence"] - b["accuracy"]) for b in reliability(prob_NC, own_N, bins)
-    ) or (0.0 if len(own_N) else None)
+    confidence (Guo et al. 2017)."""
+    if not len(own_N):
+        return None
+    error = 0.0
+    for filled in reliability(prob_NC, own_N, bins):
+        gap = filled["confidence"] - filled["accuracy"]
+        error += filled["share"] * abs(gap)
+    return error
 
 
-def reliability(prob_NC: np.ndarray, own_N: np.ndarray, bins: int = BINS) -> list[dict]:
+def reliability(
+    prob_NC: np.ndarray,
+    own_N: np.ndarray,
+    bins: int = BINS,
+) -> list[dict[str, float]]:
     """Return per filled bin of confidence its share of requests, mean confidence and accuracy."""
-    confidence_N, hit_N = prob_NC.max(1, initial=0.0), hits(prob_NC, own_N)
-    bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)
+    confidence_N = prob_NC.max(1, initial=0.0)
+    hit_N = hits(prob_NC, own_N)
+    # Bins are closed above, so that a confidence of 1 falls into the last one
+    upper_N = np.ceil(confidence_N * bins).astype(int)
+    bin_N = np.clip(upper_N - 1, 0, bins - 1)
     out = []
     for i in range(bins):
         inside_N = bin_N == i
         if inside_N.any():
-            share, confidence = float(inside_N.mean()), float(confidence_N[inside_N].mean())
             out.append(
                 {
-                    "share": share,
-                    "confidence": confidence,
+                    "share": float(inside_N.mean()),
+                    "confidence": float(confidence_N[inside_N].mean()),
                     "accuracy": float(hit_N[inside_N].mean()),
                 }
             )
@@ -112,86 +145,122 @@ def reliability(prob_NC: np.ndarray, own_N: np.ndarray, bins: int = BINS) -> lis
 
 def coverage(
     confidence_N: np.ndarray, hit_N: np.ndarray, thresholds: Sequence[float]
-) -> list[dict]:
+) -> list[dict[str, float | None]]:
     """Return per threshold the share of requests at or above it, and the accuracy on those (None
     for no request)."""
-    out = []
+    out: list[dict[str, float | None]] = []
     for threshold in thresholds:
         kept_N = confidence_N >= threshold
-        accuracy = float(hit_N[kept_N].mean()) if kept_N.any() else None
-        share = float(kept_N.mean()) if len(kept_N) else None
-        out.append({"threshold": float(threshold), "coverage": share, "accuracy": accuracy})
+        out.append(
+            {
+                "threshold": float(threshold),
+                "coverage": float(kept_N.mean()) if len(kept_N) else None,
+                "accuracy": float(hit_N[kept_N].mean()) if kept_N.any() else None,
+            }
+        )
     return out
 
 
 def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float | None:
     """Return how often a positive has a higher score than a negative, ties by half; None when one
     kind is absent."""
-    positives, negatives = score_N[positive_N], np.sort(score_N[~positive_N])
-    if not len(positives) or not len(negatives):
+    if positive_N.all() or not positive_N.any():
         return None
-    below = np.searchsorted(negatives, positives, "left") + np.searchsorted(
-        negatives, positives, "right"
-    )
-    return float(below.mean() / 2 / len(negatives))
+    # scikit-learn takes a second to import, which serving a stack need not wait for
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive_N, score_N))
 
 
-def majority(train_N: np.ndarray, width: int, count: int) -> np.ndarray:
+def majority(
+    train_N: np.ndarray,
+    width: int,
+    count: int,
+) -> np.ndarray:
     """Return prob_NC of count requests that all get the shares of the training requests' choices
     train_N."""
-    share_C = np.bincount(train_N, minlength=width) / max(1, len(train_N))
+    count_C = np.bincount(train_N, minlength=width)
+    share_C = count_C / max(1, len(train_N))
     return np.tile(share_C, (count, 1))
 
 
 def text_only(
-    train: Sequence[str], train_N: np.ndarray, texts: Sequence[str], width: int
+    train: Sequence[str],
+    train_N: np.ndarray,
+    texts: Sequence[str],
+    width: int,
 ) -> np.ndarray:
     """Return prob_NC of a router that sees no image: TF-IDF of words and pairs of words, logistic
     regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = {
-        "token_pattern": r"\S+"
-    }  # single characters too: a prompt of digits or signs is a prompt
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **words)
-    return _regression(vectors.fit_transform(train), train_N, vectors.transform(texts), width)
+    # Single characters are words too, as they are not by default: a prompt of digits or signs is a
+    # prompt
+    word = r"\S+"
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=word)
+    # Fitted on the training prompts alone: what only the test asks for has no weight
+    train_NF = vectors.fit_transform(train)
+    x_NF = vectors.transform(texts)
+    return _regression(train_NF, train_N, x_NF, width)
 
 
-def linear(train_NF: np.ndarray, train_N: np.ndarray, x_NF: np.ndarray, width: int) -> np.ndarray:
+def linear(
+    train_NF: np.ndarray,
+    train_N: np.ndarray,
+    x_NF: np.ndarray,
+    width: int,
+) -> np.ndarray:
     """Return prob_NC of a logistic regression on standardised features of frozen networks, train_NF
     and x_NF."""
-    mean_F, scale_F = train_NF.mean(0), train_NF.std(0) + 1e-6
-    return _regression((train_NF - mean_F) / scale_F, train_N, (x_NF - mean_F) / scale_F, width)
+    mean_F = train_NF.mean(0)
+    scale_F = train_NF.std(0) + 1e-6  # a feature that never changes is divided by that
+    standard_train_NF = (train_NF - mean_F) / scale_F
+    standard_NF = (x_NF - mean_F) / scale_F
+    return _regression(standard_train_NF, train_N, standard_NF, width)
 
 
-def centroid(train_NF: np.ndarray, train_N: np.ndarray, x_NF: np.ndarray, width: int) -> np.ndarray:
+def centroid(
+    train_NF: np.ndarray,
+    train_N: np.ndarray,
+    x_NF: np.ndarray,
+    width: int,
+) -> np.ndarray:
     """Return prob_NC from the cosine of x_NF with the mean feature of each choice, both less the
     overall mean."""
     mean_F = train_NF.mean(0)
-    rows = [
-        train_NF[train_N == c].mean(0) - mean_F if (train_N == c).any() else np.zeros_like(mean_F)
-        for c in range(width)
-    ]
-    cosine_NC = _unit(x_NF - mean_F) @ _unit(np.stack(rows)).T
-    cosine_NC[:, [c for c in range(width) if not (train_N == c).any()]] = -1.0
-    return softmax(cosine_NC, 0.1)
+    present_C = np.isin(np.arange(width), train_N)
+    centre_CF = np.zeros((width, len(mean_F)), dtype=mean_F.dtype)
+    for choice in np.flatnonzero(present_C):
+        own_NF = train_NF[train_N == choice]
+        centre_CF[choice] = own_NF.mean(0) - mean_F
+    cosine_NC = _unit(x_NF - mean_F) @ _unit(centre_CF).T
+    cosine_NC[:, ~present_C] = -1.0  # as far away as can be
+    return softmax(cosine_NC, CENTROID_TEMPERATURE)
 
 
 def _unit(x_NF: np.ndarray) -> np.ndarray:
-    return x_NF / np.maximum(np.linalg.norm(x_NF, axis=1, keepdims=True), 1e-12)
+    length_N1 = np.linalg.norm(x_NF, axis=1, keepdims=True)
+    return x_NF / np.maximum(length_N1, 1e-12)
 
 
-def _regression(train, train_N: np.ndarray, x, width: int) -> np.ndarray:
+def _regression(
+    train_NF: "np.ndarray | csr_matrix",
+    train_N: np.ndarray,
+    x_NF: "np.ndarray | csr_matrix",
+    width: int,
+) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
 
-    prob_NC = np.zeros((x.shape[0], width))
+    prob_NC = np.zeros((x_NF.shape[0], width))
     present = np.unique(train_N)
-    if len(present) == 1 or not x.shape[0]:
+    # scikit-learn fits no fewer than two choices, and predicts nothing for no requests
+    if len(present) == 1 or not x_NF.shape[0]:
         prob_NC[:, present] = 1.0
         return prob_NC
-    prob_NC[:, present] = (
-        LogisticRegression(max_iter=1000, C=10.0).fit(train, train_N).predict_proba(x)
-    )
+    # Ten times less regularised than by default: prompts are short, and a rival must not be weak
+    model = LogisticRegression(max_iter=1000, C=10.0)
+    model.fit(train_NF, train_N)
+    prob_NC[:, present] = model.predict_proba(x_NF)
     return prob_NC
 
 

@@ -16,7 +16,7 @@ import torch
 from ...config.base import NONE
 from ...hardware import machine
 from ...metrics.answers import mean
-from ...metrics.routing import Resamples
+from ...metrics.routing import GroupBootstrap
 from ...protocols import Progress
 from ...store.artifacts import now
 from ...train.loop import PHASES
@@ -137,7 +137,7 @@ def _adapters(bench: AdapterEvaluator) -> dict:
     for name in bench.cfg.experts:
         asked = bench.task(name)
         judged = bench.scores(asked, [names] * len(asked), f"every adapter on {name}")
-        resamples = Resamples(
+        resamples = GroupBootstrap(
             [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
         )
         score = {
@@ -212,7 +212,7 @@ def _part(
     keep_N: np.ndarray,
 ) -> dict:
     groups = [each.group for each, keep in zip(asked, keep_N, strict=True) if keep]
-    resamples = Resamples(groups, bench.cfg.evaluate.bootstrap, bench.cfg.seed)
+    resamples = GroupBootstrap(groups, bench.cfg.evaluate.bootstrap, bench.cfg.seed)
     ways = {
         w: {"score": _mean(score[w][keep_N]), "interval": resamples.interval(score[w][keep_N])}
         for w in WAYS

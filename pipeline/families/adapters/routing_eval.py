@@ -12,7 +12,7 @@ import numpy as np
 
 from ...config.base import NONE
 from ...metrics import routing as measures
-from ...metrics.routing import Resamples, softmax
+from ...metrics.routing import GroupBootstrap, softmax
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
 from .perturb import PICTURES, reordered, reworded, with_pictures
@@ -31,7 +31,7 @@ class Routed:
     own_N: np.ndarray
     logit_NC: np.ndarray  # the router's
     rivals: Mapping[str, np.ndarray]  # name -> prob_NC
-    resamples: Resamples
+    resamples: GroupBootstrap
     temperature: float
 
     @property
@@ -114,7 +114,7 @@ def _routed(
         "frozen base, centroid": measures.centroid(train_NF, train_N, x_NF, width),
         "frozen base, regression": measures.linear(train_NF, train_N, x_NF, width),
     }
-    resamples = Resamples(
+    resamples = GroupBootstrap(
         [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
     )
     temperature = bench.stack.calibration.temperature
@@ -124,7 +124,7 @@ def _routed(
 def _part(bench: AdapterEvaluator, whole: Routed, keep_N: np.ndarray) -> Routed:
     asked = [each for each, keep in zip(whole.asked, keep_N, strict=True) if keep]
     rivals = {name: prob_NC[keep_N] for name, prob_NC in whole.rivals.items()}
-    resamples = Resamples(
+    resamples = GroupBootstrap(
         [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
     )
     name = f"{whole.name}, {NEUTRAL}"

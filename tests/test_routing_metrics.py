@@ -14,7 +14,7 @@ from sklearn.metrics import (
 )
 
 from pipeline.metrics.routing import (
-    Resamples,
+    GroupBootstrap,
     auroc,
     calibration_error,
     centroid,
@@ -111,7 +111,7 @@ def test_intervals_cover_the_truth_and_differences_are_paired():
     for trial in range(200):
         score = (draw.random(80) < 0.7).astype(float)
         worse = np.where(draw.random(80) < 0.05, 0.0, score)
-        table = Resamples([str(i) for i in range(80)], 400, trial)
+        table = GroupBootstrap([str(i) for i in range(80)], 400, trial)
         low, high = table.interval(score)
         inside += low <= 0.7 <= high
         found = table.difference(score, worse)
@@ -123,12 +123,12 @@ def test_intervals_cover_the_truth_and_differences_are_paired():
 def test_requests_on_one_picture_are_drawn_together():
     """Eight copies of each request say no more than one does."""
     score = (np.random.default_rng(4).random(40) < 0.5).astype(float)
-    alone = Resamples([str(i) for i in range(40)], 2000, 0).interval(score)
-    copies = Resamples([str(i) for i in range(40) for _ in range(8)], 2000, 0).interval(
+    alone = GroupBootstrap([str(i) for i in range(40)], 2000, 0).interval(score)
+    copies = GroupBootstrap([str(i) for i in range(40) for _ in range(8)], 2000, 0).interval(
         score.repeat(8)
     )
     assert copies == pytest.approx(alone)
-    apart = Resamples([str(i) for i in range(320)], 2000, 0).interval(score.repeat(8))
+    apart = GroupBootstrap([str(i) for i in range(320)], 2000, 0).interval(score.repeat(8))
     assert apart[1] - apart[0] < 0.5 * (alone[1] - alone[0])
 
 
@@ -169,5 +169,5 @@ def test_no_requests_give_no_numbers():
     none_NC, none_N = np.empty((0, 3)), np.empty(0, dtype=int)
     assert nats(none_NC, none_N) is None and calibration_error(none_NC, none_N) is None
     assert coverage(np.empty(0), np.empty(0, bool), (0.5,))[0]["coverage"] is None
-    assert Resamples([], 10, 0).interval(np.empty(0)) is None
-    assert Resamples([], 10, 0).difference(np.empty(0), np.empty(0)) is None
+    assert GroupBootstrap([], 10, 0).interval(np.empty(0)) is None
+    assert GroupBootstrap([], 10, 0).difference(np.empty(0), np.empty(0)) is None
