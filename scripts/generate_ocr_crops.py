@@ -225,7 +225,7 @@ def _cut(
     """Write the crops of one image; return their rows and (reason, detail) of what was dropped."""
     try:
         image = images.open_checked(page.image, root)
-    except images.BadPicture as error:
+    except images.BadImage as error:
         return [], [(error.reason, str(error))]
     try:
         given = _given(page, image)
@@ -250,7 +250,7 @@ def _cut(
 def _given(page: Page, image: Image.Image) -> list[Box]:
     """Return the row's boxes in the upright image's pixels."""
     frame_px = boxes.frame(page.row.get("width"), page.row.get("height"), image.size)
-    return boxes.read(page.row.get("boxes"), frame_px, image.size)
+    return boxes.parse(page.row.get("boxes"), frame_px, image.size)
 
 
 def _from_boxes(given: list[Box], settings: Settings) -> list[Region]:
@@ -331,7 +331,7 @@ def _write(
     settings: Settings,
     output: Path,
 ) -> dict:
-    crop = boxes.cut(image, region.box, settings.padding / region.lines)
+    crop = boxes.crop(image, region.box, settings.padding / region.lines)
     if settings.size_px:
         high = settings.size_px * region.lines
         crop = crop.resize(

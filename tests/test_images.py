@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.images import images
-from pipeline.data.images.images import BadPicture, open_checked, resized
+from pipeline.data.images.images import BadImage, open_checked, resized
 from pipeline.errors import DataError
 
 
@@ -114,7 +114,7 @@ def test_changed_bytes_of_a_png_are_noticed():
     for place in range(50, len(whole) - 12, 301):
         changed = whole.copy()
         changed[place] ^= 0x40
-        with pytest.raises(BadPicture):
+        with pytest.raises(BadImage):
             open_checked(bytes(changed))
 
 
@@ -131,9 +131,7 @@ def test_what_is_no_picture_is_named(tmp_path, content):
 # over our own limit; over the one that Pillow warns at; over the one that it raises at
 @pytest.mark.parametrize("side", [8_100, 10_000, 60_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
-    with pytest.raises(
-        BadPicture, match="at most 64000000 square px are decoded. Make it"
-    ) as caught:
+    with pytest.raises(BadImage, match="at most 64000000 square px are decoded. Make it") as caught:
         open_checked(png_header(side, side))
     assert caught.value.reason == "too large a picture"
 
@@ -141,7 +139,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
 def test_the_limit_is_the_callers():
     data = encoded(Image.new("RGB", (20, 10)))
     assert open_checked(data, max_pixels=200).size == (20, 10)
-    with pytest.raises(BadPicture, match="says it has 20 x 10 px; at most 199"):
+    with pytest.raises(BadImage, match="says it has 20 x 10 px; at most 199"):
         open_checked(data, max_pixels=199)
 
 
@@ -169,7 +167,7 @@ def test_paths_inside_their_root_are_opened(shelf, name):
     "name", ["../out.png", "below/../../out.png", "leads_out.png", "/etc/hostname"]
 )
 def test_paths_that_leave_their_root_are_refused(shelf, name):
-    with pytest.raises(BadPicture, match="leads out of the folder") as caught:
+    with pytest.raises(BadImage, match="leads out of the folder") as caught:
         open_checked(name, shelf)
     assert caught.value.reason == "path outside its root"
 
@@ -178,14 +176,14 @@ def test_paths_that_leave_their_root_are_refused(shelf, name):
     "name", ["none.png", "below", "pipe.png", "loop.png", "nul\0.png", "x" * 300, ""]
 )
 def test_what_cannot_be_read_is_a_missing_picture_and_never_waited_for(shelf, name):
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         open_checked(name, shelf)
     assert caught.value.reason == "missing picture"
 
 
 def test_a_huge_file_is_not_read(shelf, monkeypatch):
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 20)
-    with pytest.raises(BadPicture, match="at most 20 are read"):
+    with pytest.raises(BadImage, match="at most 20 are read"):
         open_checked("below/in.png", shelf)
 
 
@@ -229,7 +227,7 @@ def test_what_the_models_processor_does_afterwards_is_a_rounding():
 
 @pytest.mark.parametrize("size", [(4001, 20), (1, 250), (30_000, 140)])
 def test_a_picture_too_thin_for_the_model_is_refused(size):
-    with pytest.raises(BadPicture, match="no side may be over 200 times the other") as caught:
+    with pytest.raises(BadImage, match="no side may be over 200 times the other") as caught:
         resized(Image.new("RGB", size), 4096, 1_048_576)
     assert caught.value.reason == "too long and thin"
 
@@ -296,7 +294,7 @@ def test_a_decoded_picture_is_turned_and_checked_and_left_as_it_was(tmp_path):
     image = Image.open(io.BytesIO(encoded(Image.fromarray(grain(7, 4)), "JPEG", exif=turned())))
     found = open_checked(image)
     assert found.size == (4, 7) and found is not image and image.size == (7, 4)
-    with pytest.raises(BadPicture, match="7 x 4 px; at most 20 square px") as caught:
+    with pytest.raises(BadImage, match="7 x 4 px; at most 20 square px") as caught:
         open_checked(image, max_pixels=20)
     assert caught.value.reason == "too large a picture"
 

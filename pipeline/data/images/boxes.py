@@ -11,21 +11,34 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[float, float]  # width and height
-UNITS = 1000  # Qwen3-VL's coordinates: thousandths of the picture's sides
-_SAME_LINE = 0.5  # overlap in height, of the lower of two boxes, that puts them on one line
+
+# Qwen3-VL's coordinates are thousandths of the picture's sides.
+UNITS = 1000
+
+# Two boxes are on one line when they share this much height, as a share of the lower of the two.
+_SAME_LINE = 0.5
+
+# Boxes that overlap this far in x, as a share of the narrower one, stand above one another.
+_STACKED = 0.5
+
+# A box is held against so many of the latest lines: sorted by their middles, an earlier one is
+# too far up, and without a limit a page of n boxes would take n^2 comparisons.
+_OPEN_LINES = 3
+
 _BLANK = re.compile(r"[^\S\n]+")
-_INVISIBLE = (
-    "Cc",
-    "Cf",
-    "Cs",
-)  # controls, format marks such as a BOM or a soft hyphen, lone surrogates
-_JOINERS = "\u200c\u200d"  # format marks that Persian, Hindi and emoji are spelled with
+
+# Controls, format marks such as a BOM or a soft hyphen, lone surrogates.
+_INVISIBLE = ("Cc", "Cf", "Cs")
+
+# These format marks stay: Persian, Hindi and emoji are spelled with them.
+_JOINERS = "\u200c\u200d"
+
 _CORNERS = ("bbox", "bbox_2d", "box")
 
 
@@ -55,77 +68,119 @@ class Box:
         return self.x1_px - self.x0_px
 
 
-def read(raw: object, frame_px: Size, size_px: Size | None = None, form: str = "xyxy") -> list[Box]:
+def parse(
+    raw: object,
+    frame_px: Size,
+    size_px: Size | None = None,
+    form: str = "xyxy",
+) -> list[Box]:
     """Return the boxes of a row, cut to a frame and scaled to a picture of another size, if given.
-    Raises BadBox.
 
     raw is a list of {"bbox": corners, "label" and "text" if any} or of bare corners, in pixels of
     the frame; corners are [x0, y0, x1, y1] (with form xywh: x, y, width, height) or the points of a
-    polygon, flat or in pairs.
+    polygon, flat or in pairs. Raises BadBox.
     """
     if raw is None:
         return []
     if not isinstance(raw, list | tuple):
         raise BadBox(f"boxes are {type(raw).__name__}, a list was wanted")
-    found = [_box(entry, *frame_px, form) for entry in raw]
-    return found if size_px is None else [_scaled(box, frame_px, size_px) for box in found]
+    found = []
+    for entry in raw:
+        box = _box(entry, frame_px, form)
+        if size_px is not None:
+            box = _scaled(box, frame_px, size_px)
+        found.append(box)
+    return found
 
 
 def frame(width: object, height: object, size_px: Size) -> Size:
     """Return the size that boxes are given for: what the row says, or else the upright picture's.
-    Raises BadBox.
 
     They may differ in scale, as when a picture has been made smaller, and not in shape, as when it
-    has been turned.
+    has been turned. Raises BadBox.
     """
-    if not all(isinstance(side, int | float) and 0 < side < math.inf for side in (width, height)):
+    if not (_is_length(width) and _is_length(height)):
         return size_px
-    # one pixel of rounding on either side
-    if abs(width * size_px[1] - height * size_px[0]) > max(width, size_px[0]) + max(
-        height, size_px[1]
-    ):
+    upright_width, upright_height = size_px
+    # Shapes are compared by cross-multiplying, with one pixel of rounding on either side.
+    apart = abs(width * upright_height - height * upright_width)
+    rounding = max(width, upright_width) + max(height, upright_height)
+    if apart > rounding:
         raise BadBox(
-            f"width and height say {width:g} x {height:g}, the upright picture has {size_px[0]} x {size_px[1]} px, so "
-            "boxes cannot be placed"
+            f"width and height say {width:g} x {height:g}, the upright picture has "
+            f"{upright_width} x {upright_height} px, so boxes cannot be placed"
         )
     return width, height
 
 
-def _box(entry: object, width_px: float, height_px: float, form: str) -> Box:
+def _is_length(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _box(entry: object, frame_px: Size, form: str) -> Box:
     about = entry if isinstance(entry, dict) else {"bbox": entry}
-    corners = next((about[key] for key in _CORNERS if key in about), None)
+    corners = None
+    for key in _CORNERS:
+        if key in about:
+            corners = about[key]
+            break
     x0, y0, x1, y1 = _extent(corners, form)
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"{corners} has no area; [x0, y0, x1, y1] was wanted")
-    x0, x1 = max(x0, 0.0), min(x1, width_px)
-    y0, y1 = max(y0, 0.0), min(y1, height_px)
+
+    # Annotation tools let boxes reach over the edge; only one that is all outside is a mistake.
+    width_px, height_px = frame_px
+    x0 = max(x0, 0.0)
+    y0 = max(y0, 0.0)
+    x1 = min(x1, width_px)
+    y1 = min(y1, height_px)
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"{corners} lies outside the picture of {width_px:g} x {height_px:g} px")
-    label, text = about.get("label"), about.get("text")
-    return Box(
-        x0, y0, x1, y1, "" if label is None else str(label), "" if text is None else str(text)
-    )
+    box = Box(x0, y0, x1, y1)
+    if about.get("label") is not None:
+        box = replace(box, label=str(about["label"]))
+    if about.get("text") is not None:
+        box = replace(box, text=str(about["text"]))
+    return box
 
 
 def _extent(corners: object, form: str) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of corners or of a polygon's points. Raises BadBox."""
+    flat = _numbers(corners)
+    in_pairs = len(flat) >= 4 and len(flat) % 2 == 0
+    if not in_pairs or not all(map(math.isfinite, flat)):
+        raise BadBox(f"{corners!r} is neither [x0, y0, x1, y1] nor a polygon's points")
+    if len(flat) > 4:
+        xs = flat[::2]
+        ys = flat[1::2]
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, far_x, far_y = flat
+    if form == "xyxy":
+        return x, y, far_x, far_y
+    return x, y, x + far_x, y + far_y
+
+
+def _numbers(corners: object) -> list[float]:
+    """Return the numbers of corners, points taken apart. Raises BadBox."""
+    flat: list[float] = []
     try:
-        flat = [
-            float(n)
-            for point in corners
-            for n in (point if isinstance(point, list | tuple) else (point,))
-        ]
+        if not isinstance(corners, Iterable):
+            raise TypeError
+        for point in corners:
+            if isinstance(point, list | tuple):
+                flat.extend(float(number) for number in point)
+            else:
+                flat.append(float(point))
     except (TypeError, ValueError):
         raise BadBox(f"{corners!r} is not a list of numbers") from None
-    if len(flat) < 4 or len(flat) % 2 or not all(map(math.isfinite, flat)):
-        raise BadBox(f"{corners!r} is neither [x0, y0, x1, y1] nor a polygon's points")
-    if len(flat) == 4:
-        x, y, *far = flat
-        return (x, y, *far) if form == "xyxy" else (x, y, x + far[0], y + far[1])
-    return min(flat[::2]), min(flat[1::2]), max(flat[::2]), max(flat[1::2])
+    return flat
 
 
 def _scaled(box: Box, frame_px: Size, size_px: Size) -> Box:
-    across, down = size_px[0] / frame_px[0], size_px[1] / frame_px[1]
+    width_px, height_px = size_px
+    frame_width_px, frame_height_px = frame_px
+    across = width_px / frame_width_px
+    down = height_px / frame_height_px
     return replace(
         box,
         x0_px=box.x0_px * across,
@@ -135,13 +190,21 @@ def _scaled(box: Box, frame_px: Size, size_px: Size) -> Box:
     )
 
 
-def cut(image: "Image", box: Box, padding: float = 0.0) -> "Image":
+def crop(image: "Image", box: Box, padding: float = 0.0) -> "Image":
     """Return what a picture shows inside a box, and around it by a share of the box's height, as
     far as there is."""
     around_px = padding * box.height_px
-    left, top = max(0, math.floor(box.x0_px - around_px)), max(0, math.floor(box.y0_px - around_px))
-    right, bottom = math.ceil(box.x1_px + around_px), math.ceil(box.y1_px + around_px)
-    return image.crop((left, top, min(image.width, right), min(image.height, bottom)))
+    left = math.floor(box.x0_px - around_px)
+    top = math.floor(box.y0_px - around_px)
+    right = math.ceil(box.x1_px + around_px)
+    bottom = math.ceil(box.y1_px + around_px)
+
+    # PIL fills what lies outside with black, which a model would learn from, so edges are clamped.
+    left = max(0, left)
+    top = max(0, top)
+    right = min(image.width, right)
+    bottom = min(image.height, bottom)
+    return image.crop((left, top, right, bottom))
 
 
 def units(box: Box, width_px: float, height_px: float) -> list[int]:
@@ -152,43 +215,56 @@ def units(box: Box, width_px: float, height_px: float) -> list[int]:
 
 
 def _span(start: float, end: float, length: float) -> tuple[int, int]:
-    low, high = round(start / length * UNITS), round(end / length * UNITS)
-    if low == high:
-        low, high = (low, high + 1) if high < UNITS else (low - 1, high)
-    return low, high
+    low = round(start / length * UNITS)
+    high = round(end / length * UNITS)
+    if low < high:
+        return low, high
+    # Rounding made it empty: it grows by a unit, to the left where it stands at the far edge.
+    if high < UNITS:
+        return low, high + 1
+    return low - 1, high
 
 
 def described(found: Sequence[Box], width_px: float, height_px: float) -> list[dict]:
-    """Return [{"bbox_2d": units, "label": ...}], the label being the text where a box has no label."""
-    return [
-        {"bbox_2d": units(box, width_px, height_px), "label": box.label or box.text}
-        for box in found
-    ]
+    """Return [{"bbox_2d": units, "label": ...}], the label being the text where a box has none."""
+    entries = []
+    for box in found:
+        corners = units(box, width_px, height_px)
+        entries.append({"bbox_2d": corners, "label": box.label or box.text})
+    return entries
 
 
 def hull(found: Sequence[Box]) -> Box:
     """Return the smallest box around all of these, without label or text."""
-    return Box(
-        min(box.x0_px for box in found),
-        min(box.y0_px for box in found),
-        max(box.x1_px for box in found),
-        max(box.y1_px for box in found),
-    )
+    first = found[0]
+    x0 = first.x0_px
+    y0 = first.y0_px
+    x1 = first.x1_px
+    y1 = first.y1_px
+    for box in found[1:]:
+        x0 = min(x0, box.x0_px)
+        y0 = min(y0, box.y0_px)
+        x1 = max(x1, box.x1_px)
+        y1 = max(y1, box.y1_px)
+    return Box(x0, y0, x1, y1)
 
 
 def inside(found: Iterable[Box], outer: Box) -> list[Box]:
     """Return the boxes whose middle lies in another box."""
-    middles = ((box, (box.x0_px + box.x1_px) / 2, (box.y0_px + box.y1_px) / 2) for box in found)
-    return [
-        box
-        for box, x, y in middles
-        if outer.x0_px <= x <= outer.x1_px and outer.y0_px <= y <= outer.y1_px
-    ]
+    return [box for box in found if _has_middle_in(box, outer)]
 
 
-def as_json(entries: list[dict]) -> str:
-    """Return boxes as the answer Qwen3-VL writes."""
-    return json.dumps(entries, ensure_ascii=False)
+def _has_middle_in(box: Box, outer: Box) -> bool:
+    x = (box.x0_px + box.x1_px) / 2
+    y = (box.y0_px + box.y1_px) / 2
+    if not outer.x0_px <= x <= outer.x1_px:
+        return False
+    return outer.y0_px <= y <= outer.y1_px
+
+
+def as_json(value: object) -> str:
+    """Return boxes, or another column of a row, as the JSON that Qwen3-VL answers with."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def lines(found: Iterable[Box]) -> list[list[Box]]:
@@ -198,38 +274,77 @@ def lines(found: Iterable[Box]) -> list[list[Box]]:
     one first.
     """
     out: list[list[Box]] = []
-    for box in sorted(found, key=lambda box: (box.y0_px + box.y1_px, box.x0_px)):
-        best = max(out[-3:], key=lambda line: _overlap(box, line), default=None)
-        if best is not None and _overlap(box, best) >= _SAME_LINE:
+    for box in sorted(found, key=_top_to_bottom):
+        best = None
+        best_overlap = -math.inf
+        for line in out[-_OPEN_LINES:]:
+            overlap = _overlap(box, line)
+            if overlap > best_overlap:
+                best = line
+                best_overlap = overlap
+        if best is not None and best_overlap >= _SAME_LINE:
             best.append(box)
         else:
             out.append([box])
-    return [sorted(line, key=lambda box: (box.x0_px, box.y0_px)) for line in out]
+    return [sorted(line, key=_left_to_right) for line in out]
+
+
+def _top_to_bottom(box: Box) -> tuple[float, float]:
+    # By middles, not by tops: a capital beside small letters starts higher on the same line.
+    return box.y0_px + box.y1_px, box.x0_px
+
+
+def _left_to_right(box: Box) -> tuple[float, float]:
+    return box.x0_px, box.y0_px
 
 
 def _overlap(box: Box, line: list[Box]) -> float:
-    """Return the shared height of a box and the box of a line that is nearest in x, of the lower of
-    the two."""
-    near = min(line, key=lambda other: max(other.x0_px - box.x1_px, box.x0_px - other.x1_px))
-    shared = min(box.y1_px, near.y1_px) - max(box.y0_px, near.y0_px)
-    beside = min(box.x1_px, near.x1_px) - max(box.x0_px, near.x0_px)
-    if beside > 0.5 * min(box.width_px, near.width_px):
+    """Return the shared height of a box and the nearest box (in x) of a line, as a share of the
+    lower of the two."""
+
+    def gap_px(other: Box) -> float:
+        return max(other.x0_px - box.x1_px, box.x0_px - other.x1_px)
+
+    # The nearest one and not the line's hull: lines of a photographed page are slanted.
+    near = min(line, key=gap_px)
+    left = max(box.x0_px, near.x0_px)
+    right = min(box.x1_px, near.x1_px)
+    narrower = min(box.width_px, near.width_px)
+    if right - left > _STACKED * narrower:
         return 0.0  # one above the other, however tight the lines are
-    return shared / min(box.height_px, near.height_px)
+
+    top = max(box.y0_px, near.y0_px)
+    bottom = min(box.y1_px, near.y1_px)
+    lower = min(box.height_px, near.height_px)
+    return (bottom - top) / lower
 
 
 def transcript(found: Iterable[Box]) -> str:
     """Return the text of boxes in reading order: a space between boxes of a line, a line break
     between lines."""
-    written = (" ".join(box.text for box in line if box.text.strip()) for line in lines(found))
-    return clean("\n".join(line for line in written if line))
+    written = []
+    for line in lines(found):
+        words = [box.text for box in line if box.text.strip()]
+        if words:
+            written.append(" ".join(words))
+    return clean("\n".join(written))
 
 
 def clean(text: str) -> str:
     """Return text as OCR is trained on it: NFC, no invisible characters, single blanks, no blank
     lines at the ends."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = "".join(
-        c for c in text if c.isspace() or c in _JOINERS or unicodedata.category(c) not in _INVISIBLE
-    )
-    return "\n".join(_BLANK.sub(" ", line).strip() for line in text.split("\n")).strip("\n")
+    text = unicodedata.normalize("NFC", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "".join(filter(_is_kept, text))
+    stripped = []
+    for line in text.split("\n"):
+        line = _BLANK.sub(" ", line)
+        stripped.append(line.strip())
+    return "\n".join(stripped).strip("\n")
+
+
+def _is_kept(character: str) -> bool:
+    # Line breaks and tabs are controls too, so blanks are asked for first.
+    if character.isspace() or character in _JOINERS:
+        return True
+    return unicodedata.category(character) not in _INVISIBLE

@@ -8,45 +8,73 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-_CELL_PX = (320, 110)
-_CAPTION_PX = 30
-_COLUMNS = 4
-_CHARS = 200  # of a caption that are looked at
 Cell = tuple[Path, str, str]  # picture, title, caption
+
+_COLUMNS = 4
+_CELL_WIDTH_PX = 320
+_PICTURE_HEIGHT_PX = 110
+_CAPTION_HEIGHT_PX = 30
+_MARGIN_PX = 4
+_FONT_PX = 11
+_LINE_PX = 13
+
+# A caption is shortened a letter at a time, and measuring is slow: what is certainly too long for
+# a cell is cut off first.
+_CAPTION_CHARS = 200
 
 
 def draw(cells: Sequence[Cell], most: int = 60) -> Image.Image:
     """Return a sheet of at most so many cells, evenly chosen from all; a missing caption is said in
     red."""
     count = min(most, len(cells))
-    shown = [cells[i * len(cells) // count] for i in range(count)]
-    wide, step = _CELL_PX[0], _CELL_PX[1] + _CAPTION_PX
-    sheet = Image.new("RGB", (_COLUMNS * wide, max(1, -(-count // _COLUMNS)) * step), "white")
+    rows = -(-count // _COLUMNS)
+    row_px = _PICTURE_HEIGHT_PX + _CAPTION_HEIGHT_PX
+
+    # A sheet of no cells is still a picture: Pillow does not save one of no height.
+    height_px = max(1, rows) * row_px
+    sheet = Image.new("RGB", (_COLUMNS * _CELL_WIDTH_PX, height_px), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, cell in enumerate(shown):
-        corner = place % _COLUMNS * wide, place // _COLUMNS * step
-        pen.rectangle([*corner, corner[0] + wide - 1, corner[1] + step - 1], outline="lightgrey")
-        _fill(sheet, pen, corner, cell)
+    for place in range(count):
+        row, column = divmod(place, _COLUMNS)
+        left = column * _CELL_WIDTH_PX
+        top = row * row_px
+        right = left + _CELL_WIDTH_PX - 1
+        bottom = top + row_px - 1
+        pen.rectangle([left, top, right, bottom], outline="lightgrey")
+
+        # Evenly from all of them, as neighbours are often of one page.
+        cell = cells[place * len(cells) // count]
+        _fill(sheet, pen, left, top, cell)
     return sheet
 
 
 def _fill(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], cell: Cell
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    left: int,
+    top: int,
+    cell: Cell,
 ) -> None:
-    (x, y), (path, title, caption), font = corner, cell, ImageFont.load_default(size=11)
-    wide, high = _CELL_PX
+    path, title, caption = cell
+    wide = _CELL_WIDTH_PX - 2 * _MARGIN_PX
+    high = _PICTURE_HEIGHT_PX - 2 * _MARGIN_PX
+    left += _MARGIN_PX
     with Image.open(path) as picture:
-        picture.thumbnail((wide - 8, high - 8))
-        sheet.paste(picture, (x + 4, y + 4))
-    said = caption.replace("\n", " / ")[:_CHARS]
-    while font.getlength(said) > wide - 8:
-        said = said.removesuffix("…")[:-1] + "…"
-    while font.getlength(title) > wide - 8:
+        picture.thumbnail((wide, high))
+        sheet.paste(picture, (left, top + _MARGIN_PX))
+
+    font = ImageFont.load_default(size=_FONT_PX)
+    shown = caption.replace("\n", " / ")[:_CAPTION_CHARS]
+    while font.getlength(shown) > wide:
+        shown = shown.removesuffix("…")[:-1] + "…"
+    # Of a title the end tells more: the beginning is often the same for all.
+    while font.getlength(title) > wide:
         title = title[1:]
-    pen.text((x + 4, y + high), title, font=font, fill="grey")
-    pen.text(
-        (x + 4, y + high + 13),
-        said or "(no transcript)",
-        font=font,
-        fill="black" if said else "red",
-    )
+
+    title_top = top + _PICTURE_HEIGHT_PX
+    pen.text((left, title_top), title, font=font, fill="grey")
+    caption_top = title_top + _LINE_PX
+    if shown:
+        pen.text((left, caption_top), shown, font=font, fill="black")
+    else:
+        pen.text((left, caption_top), "(no transcript)", font=font, fill="red")

@@ -19,19 +19,28 @@ from PIL import Image, ImageOps
 
 from ...errors import DataError
 
+ImageSource = Path | str | bytes | Image.Image  # a path, a file's bytes, or decoded already
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_DECODED_PX = 64_000_000  # 192 MB as RGB
+
+# A small file can say that it holds a huge picture: this many pixels are 192 MB as RGB.
+MAX_DECODED_PX = 64_000_000
 MAX_FILE_BYTES = 256 << 20
-MAX_ASPECT = 200  # Qwen3-VL's processor refuses more
+
+# Qwen3-VL's processor refuses a picture with a side over 200 times the other.
+MAX_ASPECT = 200
+
+# Of a digest, in a file's name: 64 bits, so a million pictures collide with odds of 3 in 10^8.
+DIGEST_CHARS = 16
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
-Picture = Path | str | bytes | Image.Image  # a path, the bytes of a file, or decoded already
 
-# open_checked has its own limit and words; without this a refused picture also prints Pillow's
+# open_checked has its own limit and words; without this a refused picture also prints Pillow's.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class BadPicture(DataError):
+class BadImage(DataError):
     """A picture that cannot be used; reason is the kind of fault, for counting."""
 
     def __init__(self, reason: str, text: str):
@@ -40,7 +49,7 @@ class BadPicture(DataError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredImage:
     """A picture as it lies in a folder."""
 
     name: str  # of the file
@@ -52,72 +61,87 @@ class Stored:
 
 
 def open_checked(
-    source: Picture, root: Path | None = None, max_pixels: int = MAX_DECODED_PX
+    source: ImageSource, root: Path | None = None, max_pixels: int = MAX_DECODED_PX
 ) -> Image.Image:
     """Return the picture of a path (inside root, when given) or bytes: whole, upright, RGB,
     transparency over white.
 
-    Raises BadPicture, a DataError, for what is missing, corrupt, too large, of another format, or
+    Raises BadImage, a DataError, for what is missing, corrupt, too large, of another format, or
     outside root.
     """
-    name = _named(Path(root, source) if root and isinstance(source, Path | str) else source)
-    return _decoded(_content(source, root, name), name, max_pixels)[0]
+    named = source
+    if root and isinstance(source, Path | str):
+        named = Path(root, source)
+    name = _name_of(named)
+    image, _ = _decoded(_content(source, root, name), name, max_pixels)
+    return image
 
 
 def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
     """Return the picture with its area within [min_pixels, max_pixels], aspect kept up to rounding.
 
-    Raises BadPicture when one side is over 200 times the other.
+    Raises BadImage when one side is over 200 times the other.
     """
-    width, height = _fitted(*image.size, min_pixels, max_pixels)
+    width, height = _fitted_size(image.width, image.height, min_pixels, max_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadPicture(
+        raise BadImage(
             "too long and thin",
-            f"a picture of {image.width} x {image.height} px is {width} x {height} in [{min_pixels}, {max_pixels}] "
-            f"square px; no side may be over {MAX_ASPECT} times the other, so cut it into parts",
+            f"a picture of {image.width} x {image.height} px is {width} x {height} in "
+            f"[{min_pixels}, {max_pixels}] square px; no side may be over {MAX_ASPECT} times the other, so cut it into parts",
         )
-    return (
-        image
-        if (width, height) == image.size
-        else image.resize((width, height), Image.Resampling.LANCZOS)
-    )
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def digest(image: Image.Image) -> str:
     """Return the sha256 of an RGB picture's size and pixels, hex."""
-    hasher = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
+    # With the size: pictures of 2 x 8 and 4 x 4 px may have the same bytes.
+    size = f"{image.mode} {image.width}x{image.height}\n"
+    hasher = hashlib.sha256(size.encode())
     hasher.update(image.tobytes())
     return hasher.hexdigest()
 
 
 def store(
-    source: Picture,
+    source: ImageSource,
     folder: Path,
     min_pixels: int,
     max_pixels: int,
     root: Path | None = None,
     max_decoded: int = MAX_DECODED_PX,
-) -> Stored:
+) -> StoredImage:
     """Write a picture, fitted to an area, into folder under its digest; safe among processes.
-    Raises BadPicture.
 
-    A PNG, or the original bytes of a JPEG that needs no change.
+    A PNG, or the original bytes of a JPEG that needs no change. Raises BadImage.
     """
-    name = _named(
-        source
-    )  # no more of a path than the source says: the report of a task is the same on any machine
+    # No more of a path than the source says: the report of a task is the same on any machine.
+    name = _name_of(source)
     data = _content(source, root, name)
     image, as_is = _decoded(data, name, max_decoded)
     try:
         fitted = resized(image, min_pixels, max_pixels)
-    except BadPicture as error:
-        raise BadPicture(error.reason, f"{name}: {error}") from None
+    except BadImage as error:
+        raise BadImage(error.reason, f"{name}: {error}") from None
+
     found = digest(image)
-    kept = as_is and fitted is image
-    content = data if kept else png(fitted)
-    file = folder / f"{found[:16]}{'.jpg' if kept else '.png'}"
+    if as_is and fitted is image and isinstance(data, bytes):
+        # Encoded once more, a JPEG loses quality; as a PNG it takes several times the room.
+        content = data
+        suffix = ".jpg"
+    else:
+        content = png(fitted)
+        suffix = ".png"
+    file = folder / f"{found[:DIGEST_CHARS]}{suffix}"
     _write_once(file, content)
-    return Stored(file.name, found, *image.size, fitted is not image, len(content))
+    return StoredImage(
+        name=file.name,
+        digest=found,
+        width_px=image.width,
+        height_px=image.height,
+        resized=fitted is not image,
+        file_bytes=len(content),
+    )
 
 
 def png(image: Image.Image) -> bytes:
@@ -127,41 +151,45 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _named(source: Picture) -> str:
+def _name_of(source: ImageSource) -> str:
     """Return what messages call a picture."""
     if isinstance(source, Image.Image):
         return f"a picture of {source.width} x {source.height} px"
-    return f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        return f"a picture of {len(source)} bytes"
+    return str(source)
 
 
-def _content(source: Picture, root: Path | None, name: str) -> bytes | Image.Image:
+def _content(source: ImageSource, root: Path | None, name: str) -> bytes | Image.Image:
     if isinstance(source, bytes | Image.Image):
         return source
     try:
-        path = Path(source) if root is None else _inside(source, Path(root).resolve(), name)
-        if not path.is_file():  # a pipe or a device would block or never end
-            raise BadPicture(
-                "missing picture",
-                f"{name} {'is not a file' if path.exists() else 'does not exist'}",
-            )
+        path = Path(source)
+        if root is not None:
+            path = _inside(source, Path(root).resolve(), name)
+        # A pipe or a device would block or never end.
+        if not path.is_file():
+            fault = "is not a file" if path.exists() else "does not exist"
+            raise BadImage("missing picture", f"{name} {fault}")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise BadPicture(
+            raise BadImage(
                 "too large a picture",
                 f"{name} has {size} bytes; at most {MAX_FILE_BYTES} are read. Make it smaller",
             )
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
+    # ValueError for a NUL in the name, RuntimeError for a loop of links.
+    except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise BadPicture("missing picture", f"{name!r} cannot be read: {why}") from None
+        raise BadImage("missing picture", f"{name!r} cannot be read: {why}") from None
 
 
 def _inside(path: Path | str, root: Path, name: str) -> Path:
-    """Return where a path below root lies, links followed. Raises BadPicture when that is outside
+    """Return where a path below root lies, links followed. Raises BadImage when that is outside
     root."""
     found = (root / path).resolve()
     if not found.is_relative_to(root):
-        raise BadPicture(
+        raise BadImage(
             "path outside its root",
             f"{name} leads out of the folder that image paths start at; move the picture "
             "there, or set image_root",
@@ -175,36 +203,40 @@ def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Ima
         if isinstance(data, Image.Image):
             _check_size(data.size, name, max_pixels)
             return _upright(data), False
+        # verify() finds damage that load() forgives, and leaves nothing to read: so open it twice.
         with Image.open(io.BytesIO(data), formats=FORMATS) as first:
+            # The header alone is read so far, which says the size before anything is decoded.
             _check_size(first.size, name, max_pixels)
             first.verify()
-        with Image.open(
-            io.BytesIO(data), formats=FORMATS
-        ) as image:  # verify() leaves nothing to read
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-            as_is = image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image)
-            return _upright(image), as_is
-    except BadPicture:
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+            return _upright(image), plain and not _is_turned(image)
+    except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        told = str(error).partition(",")[0]  # what follows guesses at an attack
-        raise BadPicture(
+        # What follows the comma guesses at an attack.
+        told, _, _ = str(error).partition(",")
+        raise BadImage(
             "too large a picture",
             f"{name}: {told}; at most {max_pixels} square px are decoded. Make it smaller",
         ) from None
-    except Exception as error:  # decoders raise what they like on damaged data
+    # Decoders raise what they like on damaged data: struct.error, SyntaxError, EOFError and more.
+    except Exception as error:
         what = str(error) or type(error).__name__
-        raise BadPicture(
+        raise BadImage(
             "corrupt picture",
             f"{name} is no whole {', '.join(FORMATS)} picture: {type(error).__name__}: {what}",
         ) from None
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        raise BadPicture(
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage(
             "too large a picture",
-            f"{name} says it has {size[0]} x {size[1]} px; at most {max_pixels} square px are decoded. Make it smaller",
+            f"{name} says it has {width} x {height} px; at most {max_pixels} square px are "
+            "decoded. Make it smaller",
         )
 
 
@@ -213,34 +245,42 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return a copy of a picture, turned as its EXIF data say, as RGB."""
-    return _rgb(ImageOps.exif_transpose(image) if _is_turned(image) else image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:  # convert() would cut off instead of scale
+    """Return a copy of a picture, turned as its EXIF data say, as RGB, transparency over white."""
+    if _is_turned(image):
+        image = ImageOps.exif_transpose(image)
+    # convert("L") would cut sixteen bits off at 255 instead of scaling them.
+    if image.mode in _SIXTEEN_BIT:
         image = image.convert("I").point(lambda value: value / 256).convert("L")
+    # convert("RGB") would show the colours that lie hidden under full transparency.
     if image.has_transparency_data:
         over = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+        paper = Image.new("RGBA", over.size, "white")
+        image = Image.alpha_composite(paper, over)
+    if image.mode == "RGB":
+        return image.copy()
+    return image.convert("RGB")
 
 
-def _fitted(width: int, height: int, least: int, most: int) -> tuple[int, int]:
+def _fitted_size(width: int, height: int, least: int, most: int) -> tuple[int, int]:
+    """Return width and height in px of the same shape, with an area in [least, most] px."""
     area = width * height
     if area < least:
         scale = math.sqrt(least / area)
-        wide, high = math.ceil(width * scale), math.ceil(height * scale)
-        if wide * high <= most:  # limits may lie too close for that
+        wide = math.ceil(width * scale)
+        high = math.ceil(height * scale)
+        # Rounding up may go past the upper limit where the two lie close together.
+        if wide * high <= most:
             return wide, high
     elif area <= most:
         return width, height
-    scale = math.sqrt(min(most, max(area, least)) / area)
+    wanted = min(most, max(area, least))
+    scale = math.sqrt(wanted / area)
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
 def _write_once(file: Path, content: bytes) -> None:
-    """Write unless it is there; another process that writes the same picture writes the same bytes."""
+    """Write unless it is there; another process that writes the same picture writes the same
+    bytes."""
     if file.exists():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")

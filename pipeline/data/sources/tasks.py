@@ -17,7 +17,7 @@ from pathlib import Path
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
 from ..images import images as pictures
-from ..images.images import Picture
+from ..images.images import ImageSource
 from ..text.documents import SPLITS
 from . import synthetic
 from .text import SkippedRow
@@ -43,7 +43,7 @@ class Record:
     where: str  # for messages
     number: int  # in the stream, from 0
     found: dict | SkippedRow  # its columns
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     split: str | None = None  # train, valid, test; None: to be divided
 
 
@@ -123,7 +123,7 @@ def image_columns(field: str) -> tuple[str, ...]:
     return (field, *(IMAGE_COLUMNS if field == "image" else ()))
 
 
-def _images(found: dict, data: TaskDataConfig) -> Iterator[Picture]:
+def _images(found: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
     if data.pictures == "none":
         return
     names = image_columns(data.image_field)
@@ -139,7 +139,7 @@ def _images(found: dict, data: TaskDataConfig) -> Iterator[Picture]:
     yield from (_image(each, data) for each in listed)
 
 
-def _image(value: object, data: TaskDataConfig) -> Picture:
+def _image(value: object, data: TaskDataConfig) -> ImageSource:
     if isinstance(value, dict):  # an undecoded image feature
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and data.source == "hub" and "://" in value:

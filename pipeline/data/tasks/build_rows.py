@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ..images import boxes
 from ..images import images as pictures
 from ..images.boxes import BadBox, Box
-from ..images.images import BadPicture, Picture, Stored
+from ..images.images import BadImage, ImageSource, StoredImage
 from ..sources.tasks import Record, column, dataset_name, root
 from ..sources.text import SkippedRow
 from .groups import text_key
@@ -80,7 +80,7 @@ class RowBuilder:
             return self._regions(record) if self._cuts else [self._row(record)]
         except _Unusable as error:
             return [Lost(error.reason, record.where, str(error))]
-        except BadPicture as error:
+        except BadImage as error:
             return [Lost(error.reason, record.where, str(error))]
         except BadBox as error:
             return [Lost("bad box", record.where, str(error))]
@@ -113,14 +113,14 @@ class RowBuilder:
         for number, box in enumerate(each for line in lines for each in line if each.text.strip()):
             name = f"{self._id(record)}/{number}"
             try:
-                cut = boxes.cut(image, box, self.entry.dataset.region_padding)
+                cut = boxes.crop(image, box, self.entry.dataset.region_padding)
                 values = self._values(record, [box]) | {
                     "boxes_json": "[]",
                     "answer": box.text,
                     "answers": None,
                 }
                 out.append(self._made(record, name, [self._stored(cut)], values, [], document))
-            except (_Unusable, BadPicture) as error:
+            except (_Unusable, BadImage) as error:
                 out.append(Lost(error.reason, f"{record.where} region {number}", str(error)))
         return out or [Lost("no text", record.where, "none of its boxes has a text to cut out")]
 
@@ -128,7 +128,7 @@ class RowBuilder:
         self,
         record: Record,
         name: str,
-        stored: list[Stored],
+        stored: list[StoredImage],
         values: dict,
         described: list[dict],
         document: str = "",
@@ -165,7 +165,7 @@ class RowBuilder:
         found = column(record.found, "id", self.entry.dataset)
         return f"{self.entry.name}-{record.number}" if found in (None, "") else str(found)
 
-    def _stored(self, image: Picture) -> Stored:
+    def _stored(self, image: ImageSource) -> StoredImage:
         """Store a picture, or remember that it has just been stored."""
         if isinstance(image, str) and image in self.seen:
             self.seen.move_to_end(image)
@@ -178,7 +178,7 @@ class RowBuilder:
                 self.seen.popitem(last=False)
         return stored
 
-    def _start(self, image: Picture) -> Path | None:
+    def _start(self, image: ImageSource) -> Path | None:
         if isinstance(image, str) and self.root is None:
             raise _Unusable(
                 "no picture",
@@ -194,7 +194,7 @@ class RowBuilder:
         if raw and size_px is None:
             raise BadBox("the row has boxes and no picture that they lie on")
         return (
-            boxes.read(raw, boxes.frame(*frame, size_px), size_px, data.box_format) if raw else []
+            boxes.parse(raw, boxes.frame(*frame, size_px), size_px, data.box_format) if raw else []
         )
 
     def _values(self, record: Record, found: list[Box]) -> dict:
