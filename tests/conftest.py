@@ -28,8 +28,8 @@ os.environ |= {
 }
 
 import pytest  # noqa: E402
-import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
+from yaml_text import yaml_text  # noqa: E402
 
 LONGEST = (
     "test_modal_loopback",
@@ -180,7 +180,7 @@ def tiny_config(folder: Path, **sections) -> Path:
     for key, value in sections.items():
         base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(base, sort_keys=False), "utf-8")
+    path.write_text(yaml_text(base), "utf-8")
     return path
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
+from yaml_text import yaml_text
 
 from pipeline.config import task_data
 from pipeline.data.sources.synthetic import KINDS
@@ -63,10 +63,10 @@ def written(folder: Path, *changes: tuple[str, object]) -> Path:
     for name, key in (("inner/loras.json", "loras"), ("other/set.yaml", "dataset")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(
-            json.dumps(raw[key], indent=1) if name.endswith("json") else yaml.safe_dump(raw[key])
+            json.dumps(raw[key], indent=1) if name.endswith("json") else yaml_text(raw[key])
         )
         raw[key] = name
-    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "run.yaml").write_text(yaml_text(dict(sorted(raw.items()))))
     return folder / "run.yaml"
 
 

@@ -19,10 +19,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import make_all
 from fakes import contents
 from rehearsal import LINUX, ROOT, rehearsal
+from yaml_text import yaml_text
 
 from pipeline.families.load import load
 from pipeline.run import stages
@@ -64,7 +64,7 @@ pytestmark = LINUX
 def modal(tmp_path_factory):
     """The client, with a server that lives as long as this module's tests."""
     folder = tmp_path_factory.mktemp("modal")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "tiny.yaml").write_text(yaml_text(TINY))
     with rehearsal(
         folder, ROOT, "--max-tasks", "2", MOLEFORGE_VOLUME_PATH=str(folder / "store")
     ) as client:

@@ -13,12 +13,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import make_all
 from fakes import contents
 from lora_small import SETTINGS
 from PIL import Image
 from rehearsal import LINUX, ROOT, rehearsal
+from yaml_text import yaml_text
 
 from pipeline.config.base import merge
 from pipeline.families.load import load
@@ -47,9 +47,9 @@ def config(tmp_path_factory):
     """A configuration in three files, as people write it."""
     folder = tmp_path_factory.mktemp("vlm")
     (folder / "loras.json").write_text(json.dumps(SMALL["loras"]))
-    (folder / "dataset.yaml").write_text(yaml.safe_dump(SMALL["dataset"]))
+    (folder / "dataset.yaml").write_text(yaml_text(SMALL["dataset"]))
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(SMALL | {"loras": "loras.json", "dataset": "dataset.yaml"}))
+    path.write_text(yaml_text(SMALL | {"loras": "loras.json", "dataset": "dataset.yaml"}))
     return path
 
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
+from yaml_text import yaml_text
 
 from pipeline.data.routing import dataset
 from pipeline.data.tasks import prepare
@@ -59,11 +59,11 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOLEFORGE_STORE", raising=False)
     Path("loras.json").write_text(json.dumps(LORAS))
-    Path("words.yaml").write_text(yaml.safe_dump(WORDS))
-    Path("dataset.yaml").write_text(yaml.safe_dump(SET | {"loras": "loras.json"}))
-    Path("bare.yaml").write_text(yaml.safe_dump(SET))
+    Path("words.yaml").write_text(yaml_text(WORDS))
+    Path("dataset.yaml").write_text(yaml_text(SET | {"loras": "loras.json"}))
+    Path("bare.yaml").write_text(yaml_text(SET))
     Path("run.yaml").write_text(
-        yaml.safe_dump({"family": "lora_vlm", "loras": "loras.json", "dataset": "bare.yaml"})
+        yaml_text({"family": "lora_vlm", "loras": "loras.json", "dataset": "bare.yaml"})
     )
     for name in ("banking", "travel"):
         lines = (
@@ -75,7 +75,7 @@ def here(tmp_path, monkeypatch):
         {"expert": name, "from": "jsonl", "path": f"{name}.jsonl", "fields": {"prompt": "text"}}
         for name in ("banking", "travel")
     ]
-    Path("text.yaml").write_text(yaml.safe_dump({"per_expert": SIZES, "sources": sources}))
+    Path("text.yaml").write_text(yaml_text({"per_expert": SIZES, "sources": sources}))
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_none_may_be_text_alone_beside_pictures(program, here):
     }
     loras = LORAS | {"router": {"steps": 1, "none_label": "Z"}}
     Path("none.yaml").write_text(
-        yaml.safe_dump(
+        yaml_text(
             SET | {"loras": "none.json", "sources": [*SET["sources"], source], "paraphrases": WORDS}
         )
     )
@@ -159,9 +159,7 @@ def test_requests_of_nobody_from_jsonl_are_prepared_as_in_a_run(program, here):
         "splits": HALVES,
     }
     loras = LORAS | {"router": {"steps": 1, "none_label": "Z"}}
-    Path("whole.yaml").write_text(
-        yaml.safe_dump({"family": "lora_vlm", "loras": loras, "dataset": raw})
-    )
+    Path("whole.yaml").write_text(yaml_text({"family": "lora_vlm", "loras": loras, "dataset": raw}))
     cfg = parse({"family": "lora_vlm", "loras": loras, "dataset": raw})
     store = Store(here / "kept").open()
     found = in_store(store, cfg)
@@ -302,7 +300,7 @@ def test_what_is_wrong_is_said_without_a_traceback(program, here, capsys, config
     Path("other.json").write_text(
         json.dumps(LORAS | {"experts": LORAS["experts"][1:]}).replace("ocr", "reader")
     )
-    Path("strange.yaml").write_text(yaml.safe_dump(SET | {"loras": "other.json"}))
+    Path("strange.yaml").write_text(yaml_text(SET | {"loras": "other.json"}))
     assert program.main(["--config", config, *more]) == 2
     said = capsys.readouterr()
     assert expected in said.err.replace("\n", " ") and "Traceback" not in said.err

@@ -4,8 +4,7 @@ this program knows."""
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from ..config.files import read
 from ..config.machines import MachineConfig
 from ..errors import ConfigError
 
@@ -35,10 +34,10 @@ class Prices:
     def load(cls, path: Path) -> "Prices":
         """Read the table. Raises ConfigError."""
         try:
-            raw = yaml.safe_load(path.read_text("utf-8"))
+            raw = read(path)
             gpus = {name: Gpu(**row) for name, row in raw.pop("gpus").items()}
             return cls(checked=str(raw.pop("checked")), gpus=gpus, **raw)
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        except (ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is not a price table: {error}; restore the one that came with MoleForge"
             ) from None

@@ -1,1 +1,1 @@
-"""Settings: sections with defaults and rules, read from YAML files and overrides; knows no family."""
+"""Settings: sections with defaults and rules, from YAML files and overrides; knows no family."""

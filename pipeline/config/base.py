@@ -19,6 +19,7 @@ UNITS = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
+SIZE = re.compile(r"\s*([0-9.]+)\s*(\w+)\s*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -31,12 +32,13 @@ def _parse_bytes(value: object) -> object:
     # What is not a number with a unit is left for pydantic to judge, so that its message is shown.
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(\w+)\s*", value)
+    found = SIZE.fullmatch(value)
     if found is None:
         return value
     number, unit = found.groups()
     if unit not in UNITS:
-        raise ValueError(f"give a size such as 350MB or 8GB ({', '.join(UNITS)})")
+        known = ", ".join(UNITS)
+        raise ValueError(f"give a size such as 350MB or 8GB ({known})")
     return int(float(number) * UNITS[unit])
 
 
@@ -58,14 +60,16 @@ def not_hashed(default: Any, description: str, **rules: Any) -> Any:
 
     The stages that do read it put it into theirs by name (`content` of a run's configuration).
     """
-    marked = {"not_hashed": True}
-    return Field(default, description=description, json_schema_extra=marked, **rules)
+    extra = {"not_hashed": True}
+    return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
 def is_hashed(field: FieldInfo) -> bool:
     """Whether the addresses of a section's own stage hold a field."""
     extra = field.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("not_hashed"))
+    if not isinstance(extra, dict):
+        return True
+    return not extra.get("not_hashed")
 
 
 def hashed_fields(section: Section, leave_out: frozenset[str] = frozenset()) -> dict:
@@ -89,29 +93,38 @@ def merge(base: dict, over: dict) -> dict:
         for key in DURATIONS - over.keys():
             merged.pop(key, None)
     for key, value in over.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and isinstance(under, dict):
+        merged[key] = value
+        if not isinstance(value, dict):
+            continue
+        under = base.get(key)
+        if isinstance(under, dict):
             merged[key] = merge(under, value)
-        elif isinstance(value, dict) and isinstance(under, list) and under:
+        elif isinstance(under, list) and under:
             merged[key] = _merge_entries(key, under, value)
-        else:
-            merged[key] = value
     return merged
 
 
 def _merge_entries(key: str, under: list, over: dict) -> list:
     """Return a list's entries, those that over names with its values laid on them."""
-    names = [entry.get("name") if isinstance(entry, dict) else None for entry in under]
+    names = [_name(entry) for entry in under]
     strange = [name for name in over if name not in names]
     if strange:
+        unknown = ", ".join(strange)
         known = ", ".join(filter(None, names)) or "none with a name"
-        raise ConfigError(f"{key}: no entry is named {', '.join(strange)}; there are {known}")
+        raise ConfigError(f"{key}: no entry is named {unknown}; there are {known}")
     merged = []
     for name, entry in zip(names, under, strict=True):
-        # A name without a value (`NAME:` alone) is None in YAML and changes nothing.
-        changes = over.get(name) or {}
-        merged.append(merge(entry, changes) if name in over else entry)
+        if name in over:
+            # A name without a value (`NAME:` alone) is None in YAML and changes nothing.
+            entry = merge(entry, over[name] or {})
+        merged.append(entry)
     return merged
+
+
+def _name(entry: object) -> str | None:
+    if not isinstance(entry, dict):
+        return None
+    return entry.get("name")
 
 
 def is_folder(path: str) -> bool:

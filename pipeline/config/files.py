@@ -6,57 +6,58 @@ that file.
 """
 
 import json
-import re
 from os.path import normpath
 from pathlib import Path
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import YAMLError
 
 from ..errors import ConfigError
 from .base import is_folder, merge
 
-NAMED = ("loras", "dataset")  # settings that may be the path of a file with what belongs there
+NAMED_FILES = (
+    "loras",
+    "dataset",
+)  # settings that may be the path of a file with what belongs there
 PATHS = ("path", "image_root")
 
 
-class Loader(yaml.SafeLoader):
-    """Safe YAML whose numbers are those of YAML 1.2: 3e-4 is a number, `on` and `no` are words."""
+class _Constructor(SafeConstructor):
+    """Builds plain values; a key that is given twice would silently lose one of them."""
+
+    # In place of ruamel's own check, whose message tells how to switch the check off.
+    def check_mapping_key(
+        self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any
+    ) -> bool:
+        if key in mapping:
+            raise ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+        return True
 
 
-def _mapping(loader: Loader, node: yaml.MappingNode) -> dict:
-    """Build a mapping; a key that is given twice would silently lose one of its values."""
-    seen: set = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{key.value} is given twice", key.start_mark
-            )
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF")
-)
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|nan))$", re.I
-    ),
-    list("-+.0123456789"),
-)
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML 1.2 text says: 3e-4 is a number, `on` and `no` are words. Raises
+    YAMLError, or ValueError for a date that there is not."""
+    # pure: the C parser reads YAML 1.1, where `no` is false and 3e-4 a word.
+    # A new one each time: it keeps what a %YAML line said for the texts that follow.
+    parser = YAML(typ="safe", pure=True)
+    parser.Constructor = _Constructor
+    try:
+        return parser.load(text)
+    except TypeError as error:
+        # A key that is a list with a mapping in it: ruamel checks for less before it looks it up.
+        raise YAMLError(f"a key must be a name: {error}") from None
 
 
 def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Return what a file says over what it extends, named files read and paths resolved. Raises
-    ConfigError."""
+    """Return what a file says over what it extends, named files read and paths resolved.
+
+    Raises ConfigError.
+    """
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in seen)}")
+        way = " -> ".join(each.name for each in seen)
+        raise ConfigError(f"{path}: extends itself, by way of {way}")
     own = read(path)
     base = own.pop("extends", None)
     raw = resolve_paths(own, path.parent)
@@ -64,124 +65,167 @@ def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
-    return overlay(resolve(path.parent / base, (*seen, path.resolve())), own, raw)
+    under = resolve(path.parent / base, (*seen, path.resolve()))
+    return overlay(under, own, raw)
 
 
 def override(item: str, here: Path) -> tuple[dict, dict]:
-    """Return an `a.b=value` as typed, and with named files read and paths resolved against here. Raises
-    ConfigError."""
+    """Return an `a.b=value` as typed, and with named files read and paths resolved against here.
+
+    Raises ConfigError.
+    """
     dotted, equals, text = item.partition("=")
     if not equals or not all(dotted.split(".")):
         raise ConfigError(
             f"--override {item}: write it as section.field=value, for example expert.steps=2000"
         )
     try:
-        value = yaml.load(text, Loader)  # noqa: S506
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"--override {item}: the value is not YAML: {error}") from None
+    # From the innermost name outwards: each mapping holds the one before it.
     for name in reversed(dotted.split(".")):
         value = {name: value}
     return value, resolve_paths(value, here)
 
 
 def overlay(under: dict, own: dict, raw: dict) -> dict:
-    """Return raw merged over under; where own, the same before files were read, names a file, only
-    that file counts."""
-    named = {key for key in NAMED if isinstance(own.get(key), str)}
-    return merge({key: value for key, value in under.items() if key not in named}, raw)
+    """Return raw merged over under; own is raw before the files it names were read.
+
+    Where own names a file, only that file counts: nothing of under's experts stays beside it.
+    """
+    kept = dict(under)
+    for key in NAMED_FILES:
+        if isinstance(own.get(key), str):
+            kept.pop(key, None)
+    return merge(kept, raw)
 
 
 def resolve_paths(raw: dict, here: Path) -> dict:
-    """Return raw with the files it names read, and its relative paths made to start at here. Raises
-    ConfigError."""
+    """Return raw with the files it names read, and its relative paths made to start at here.
+
+    Raises ConfigError.
+    """
+    # Nothing is validated yet: what has another form than expected is left for pydantic to name.
     raw = dict(raw)
-    data = raw.get("data")
-    if isinstance(data, dict) and isinstance(data.get("files"), list):
-        raw["data"] = data | {"files": [_entry_anchored(entry, here) for entry in data["files"]]}
-    for key in NAMED:
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = _resolve_documents(raw["data"], here)
+    for key in NAMED_FILES:
         if key in raw:
-            raw[key] = _named(key, raw[key], here)
+            raw[key] = _resolve_named(key, raw[key], here)
     return raw
 
 
-def _entry_anchored(entry, here: Path):
-    paths = entry.get("paths") if isinstance(entry, dict) else None
-    if not isinstance(paths, list):
+def _resolve_documents(data: dict, here: Path) -> dict:
+    """Return the section data with the paths of its files resolved."""
+    files = data.get("files")
+    if not isinstance(files, list):
+        return data
+    entries = [_resolve_text_files(entry, here) for entry in files]
+    return data | {"files": entries}
+
+
+def _resolve_text_files(entry: Any, here: Path) -> Any:
+    """Return an entry of data.files with its paths resolved."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("paths"), list):
         return entry
-    return entry | {"paths": [_from(here, path) for path in paths]}
+    paths = [_from(here, path) for path in entry["paths"]]
+    return entry | {"paths": paths}
 
 
-def _named(key: str, value, here: Path):
-    """Return loras or dataset, read from its file if value is a path, with the paths in it
-    resolved."""
+def _resolve_named(key: str, value: Any, here: Path) -> Any:
+    """Return loras or dataset, read from its file if value is a path, with its paths resolved."""
     if isinstance(value, str):
         path = here / value
-        return _named(key, read(path), path.parent)
+        return _resolve_named(key, read(path), path.parent)
     if not isinstance(value, dict):
         return value
-    return (_loras_anchored if key == "loras" else resolve_routing_paths)(value, here)
+    if key == "loras":
+        return _resolve_adapters(value, here)
+    return resolve_routing_paths(value, here)
 
 
-def _loras_anchored(loras: dict, here: Path) -> dict:
-    base, experts = loras.get("base"), loras.get("experts")
-    out = dict(loras)
-    if isinstance(base, dict) and isinstance(base.get("model"), str) and is_folder(base["model"]):
-        out["base"] = base | {
-            "model": str((here.resolve() / Path(base["model"]).expanduser()).resolve())
-        }
-    if isinstance(experts, dict):  # an override of some entries, by name
-        out["experts"] = {name: _expert_anchored(entry, here) for name, entry in experts.items()}
+def _resolve_adapters(loras: dict, here: Path) -> dict:
+    """Return what loras.json says with the paths of its base and experts resolved."""
+    resolved = dict(loras)
+    if isinstance(loras.get("base"), dict):
+        resolved["base"] = _resolve_base(loras["base"], here)
+    experts = loras.get("experts")
     if isinstance(experts, list):
-        out["experts"] = [_expert_anchored(entry, here) for entry in experts]
-    return out
+        resolved["experts"] = [_resolve_expert(entry, here) for entry in experts]
+    elif isinstance(experts, dict):
+        # An override of some entries, by name.
+        resolved["experts"] = {
+            name: _resolve_expert(entry, here) for name, entry in experts.items()
+        }
+    return resolved
 
 
-def _expert_anchored(entry, here: Path):
-    inner = entry.get("dataset") if isinstance(entry, dict) else None
-    return entry | {"dataset": _data_anchored(inner, here)} if isinstance(inner, dict) else entry
+def _resolve_base(base: dict, here: Path) -> dict:
+    model = base.get("model")
+    if not isinstance(model, str) or not is_folder(model):
+        return base
+    # An absolute or a ~ path replaces here, as Path's division has it.
+    folder = here.resolve() / Path(model).expanduser()
+    return base | {"model": str(folder.resolve())}
+
+
+def _resolve_expert(entry: Any, here: Path) -> Any:
+    if not isinstance(entry, dict) or "dataset" not in entry:
+        return entry
+    dataset = _resolve_task_data(entry["dataset"], here)
+    return entry | {"dataset": dataset}
 
 
 def resolve_routing_paths(dataset: dict, here: Path) -> dict:
-    """Return a routing set's settings with paraphrases read, if they are a path, and sources
-    resolved against here."""
-    out, paraphrases = dict(dataset), dataset.get("paraphrases")
+    """Return a routing set's settings with paraphrases read, if they are a path, and the paths of
+    its sources resolved against here. Raises ConfigError."""
+    resolved = dict(dataset)
+    paraphrases = dataset.get("paraphrases")
     if isinstance(paraphrases, str):
-        out["paraphrases"] = read(here / paraphrases)
-    if isinstance(dataset.get("sources"), list):
-        out["sources"] = [_data_anchored(source, here) for source in dataset["sources"]]
-    return out
+        resolved["paraphrases"] = read(here / paraphrases)
+    sources = dataset.get("sources")
+    if isinstance(sources, list):
+        resolved["sources"] = [_resolve_task_data(source, here) for source in sources]
+    return resolved
 
 
-def _data_anchored(data, here: Path):
+def _resolve_task_data(data: Any, here: Path) -> Any:
+    """Return where rows come from, with the folder or file of it resolved."""
     if not isinstance(data, dict):
         return data
-    placed = {key: _from(here, data[key]) for key in PATHS if isinstance(data.get(key), str)}
-    return data | {key: path if "://" in path else normpath(path) for key, path in placed.items()}
+    resolved = dict(data)
+    for key in PATHS:
+        path = data.get(key)
+        if isinstance(path, str) and "://" not in path:
+            # An address holds these paths: a/../b and b must not be two data sets.
+            resolved[key] = normpath(_from(here, path))
+    return resolved
 
 
-def _from(here: Path, path):
-    return str(here.resolve() / path) if isinstance(path, str) and "://" not in path else path
+def _from(here: Path, path: Any) -> Any:
+    """Return a path that starts at here, unless it is absolute or a URL."""
+    if not isinstance(path, str) or "://" in path:
+        return path
+    # No Path.resolve() of the whole: it would follow links, and globs are no paths.
+    return str(here.resolve() / path)
 
 
 def read(path: Path) -> dict:
     """Return what a JSON or YAML file holds, as it stands there. Raises ConfigError."""
+    is_json = path.suffix == ".json"
     try:
         text = path.read_text("utf-8")
-        raw = (
-            json.loads(text, object_pairs_hook=_object)
-            if path.suffix == ".json"
-            else yaml.load(text, Loader)  # noqa: S506
-        )
+        # Not all JSON is YAML: "\ud83d\ude00", one character in JSON, would be two halves.
+        raw = json.loads(text, object_pairs_hook=_object) if is_json else parse_yaml(text)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; configurations that ship with MoleForge are in config/"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
-        ) from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not {'JSON' if is_json else 'YAML'}: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -191,8 +235,10 @@ def read(path: Path) -> dict:
     return raw
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    twice = sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1})
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """Return an object of JSON; like in YAML, a key may be given once."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is given twice")
     return dict(pairs)

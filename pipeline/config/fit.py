@@ -25,20 +25,23 @@ class FitConfig(Section):
     )
     moments: Literal["fp32", "bf16", "int8"] | None = Field(
         None,
-        description="Adam's two moments (int8 needs bitsandbytes); none: fp32, or less where memory_budget asks for it",
+        description="Adam's two moments (int8 needs bitsandbytes); none: fp32, or less where "
+        "memory_budget asks for it",
     )
     gradients: Literal["fp32", "bf16"] | None = Field(
         None,
-        description="Sums of gradients over micro-batches; none: fp32, or bf16 where memory_budget asks for it",
+        description="Sums of gradients over micro-batches; none: fp32, or bf16 where memory_budget "
+        "asks for it",
     )
     checkpointing: bool | None = Field(
         None,
-        description="Make each layer's activations again in the backward pass; none: where memory_budget asks",
+        description="Make each layer's activations again in the backward pass; none: where "
+        "memory_budget asks",
     )
     fuse_optimizer: bool = Field(
         False,
-        description="Step inside the backward pass, so that gradients never add up; needs one micro-batch and "
-        "clip_norm 0",
+        description="Step inside the backward pass, so that gradients never add up; needs one "
+        "micro-batch and clip_norm 0",
     )
     compile: bool = Field(
         False, description="torch.compile the forward pass (needs a C++ compiler; about a minute)"
@@ -64,27 +67,40 @@ class FitConfig(Section):
     keep: Literal["best", "last"] = Field("best", description="State that becomes the artifact")
 
     def resolve_steps(self, context_tokens: int, epoch_tokens: int) -> int:
-        """Return optimizer steps, whichever way the duration was given."""
+        """Return optimizer steps, whichever way the duration was given.
+
+        A sequence has `context_tokens`, a pass over the training set `epoch_tokens`.
+        """
         if self.steps is not None:
             return self.steps
-        wanted = self.tokens if self.tokens is not None else self.epochs * epoch_tokens
-        return max(1, round(wanted / (self.batch_sequences * context_tokens)))
+        step_tokens = self.batch_sequences * context_tokens
+        if self.tokens is not None:
+            return max(1, round(self.tokens / step_tokens))
+        if self.epochs is None:
+            # Sections that are trained ask for a duration of theirs, so this is a mistake of ours.
+            raise AssertionError("a training without steps, epochs or tokens")
+        return max(1, round(self.epochs * epoch_tokens / step_tokens))
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
-        if sum(x is not None for x in (self.steps, self.epochs, self.tokens)) > 1:
+        # None of them is allowed here: a section that is trained asks for one itself.
+        given = [each for each in (self.steps, self.epochs, self.tokens) if each is not None]
+        if len(given) > 1:
             raise ValueError("give only one of steps, epochs, tokens")
         return self
 
     @model_validator(mode="after")
     def _fused_steps_are_whole(self) -> Self:
         if self.fuse_optimizer and self.clip_norm:
+            # The norm of all gradients is known only when the last of them is, and by then the
+            # first have been stepped with and freed.
             raise ValueError(
-                f"fuse_optimizer needs clip_norm 0, not {self.clip_norm:g}: it knows no norm in time"
+                f"fuse_optimizer needs clip_norm 0, not {self.clip_norm:g}: "
+                "it knows no norm in time"
             )
         if self.fuse_optimizer and self.micro_batch_sequences not in (None, self.batch_sequences):
             raise ValueError(
-                f"fuse_optimizer steps in every backward pass, so micro_batch_sequences can only be "
+                "fuse_optimizer steps in every backward pass, so micro_batch_sequences can only be "
                 f"batch_sequences {self.batch_sequences}, not {self.micro_batch_sequences}"
             )
         return self

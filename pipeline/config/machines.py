@@ -10,7 +10,8 @@ class MachineConfig(Section):
 
     gpu: tuple[str, ...] = Field(
         (),
-        description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; []: none",
+        description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; "
+        "[]: none",
     )
     cpu: float = Field(
         4.0,
@@ -18,6 +19,7 @@ class MachineConfig(Section):
         le=64,
         description="Physical cores reserved; threads too when runtime.threads is 0",
     )
+    # These limits are Modal's own: what passes here, it does not refuse later.
     memory_mb: int = Field(16_384, ge=128, le=344_064, description="Memory reserved, MiB")
     timeout_s: int = Field(
         86_400, ge=1, le=86_400, description="Longest attempt, seconds; the next goes on from there"
@@ -27,6 +29,7 @@ class MachineConfig(Section):
 class TrainerConfig(MachineConfig):
     """The container of a stage that trains or measures."""
 
+    # Two, as either may be out of stock; both have bf16 and at least 40 GB.
     gpu: tuple[str, ...] = Field(
         ("L40S", "A100-40GB"),
         description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none",
@@ -54,6 +57,7 @@ class WorkerConfig(MachineConfig):
 class EndpointConfig(MachineConfig):
     """The containers that serve a bundle."""
 
+    # Above the 120 s after which a completion ends by itself, so that its answer still gets out.
     timeout_s: int = Field(150, ge=1, le=86_400, description="Longest request, seconds")
     max_containers: int = Field(1, ge=1, le=100, description="Most containers at once")
     idle_s: int = Field(
@@ -79,7 +83,8 @@ class ModalConfig(Section):
     )
     storage_secret: Name | None = Field(
         None,
-        description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or deploy.upload on S3",
+        description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or "
+        "deploy.upload on S3",
     )
     endpoint_secret: Name | None = Field(
         None, description="Secret with MOLEFORGE_API_KEY, which requests must bring"
@@ -90,6 +95,7 @@ class ModalConfig(Section):
         le=1000,
         description="Most containers of a preprocess of documents (ffn_moe), once it has seen them",
     )
+    # One per stage, under the stage's name: it is looked up by that.
     preprocess: WorkerConfig = Field(
         WorkerConfig(), description="Container of preprocess, of each when there are several"
     )

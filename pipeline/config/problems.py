@@ -1,33 +1,80 @@
 """What is wrong with a configuration, as lines for people: dotted names, what was found, file and
 line."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 
-from .files import NAMED, Loader
+from .files import NAMED_FILES
+
+Location = tuple[int | str, ...]  # keys and indices from the whole down to one setting
 
 
-def explain(problems: list[dict], raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> str:
+def explain(
+    problems: Sequence[ErrorDetails], raw: dict, path: Path, overrides: tuple[str, ...] = ()
+) -> str:
     """Return one text for all problems of a file; a list's entries are called by their names where
     they have one."""
-    lines = [line for problem in problems for line in _lines(problem, raw, path, overrides)]
-    return (
-        f"{path} does not describe a run ({len(lines)} problem{'s' * (len(lines) > 1)}):\n"
-        + "\n".join(lines)
-    )
+    overridden = {item.partition("=")[0] for item in overrides}
+    lines = []
+    for problem in problems:
+        loc = problem["loc"]
+        if not loc:
+            # Raised by a check over the whole: its text names the fields, one problem a line.
+            lines += _message(problem).splitlines()
+            continue
+        dotted = _dotted(loc, raw)
+        where = " [--override]" if dotted in overridden else _where(loc, path)
+        lines.append(f"{dotted}: {_text(problem)}{where}")
+    plural = "s" if len(lines) > 1 else ""
+    head = f"{path} does not describe a run ({len(lines)} problem{plural}):"
+    return "\n  ".join([head, *lines])
 
 
-def cross_section_problems(kind: type, raw: dict, error: ValidationError) -> list[dict]:
+def _text(problem: ErrorDetails) -> str:
+    """Return what is wrong with a setting, and what was found there."""
+    text = _message(problem)
+    if problem["type"] == "extra_forbidden":
+        text = "no such setting"
+    # A whole section would fill the screen; a value is what one looks for in the file.
+    if isinstance(problem["input"], dict):
+        return text
+    return f"{text} (found {problem['input']!r})"
+
+
+def _message(problem: ErrorDetails) -> str:
+    # Pydantic's own introduction of what our validators raise.
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def cross_section_problems(
+    kind: type[BaseModel], raw: dict, error: ValidationError
+) -> list[ErrorDetails]:
     """Return what is wrong between sections, which pydantic leaves unchecked while any one setting
     is wrong."""
-    bad = [problem for problem in error.errors() if problem["loc"]]
-    whole = [p for p in bad if len(p["loc"]) == 1 and p["type"] == "value_error"]
-    if not bad or whole or any(p["loc"][0] == "partition" for p in bad):
-        return []  # a section that contradicts itself says nothing about the others
-    for problem in bad:
-        raw = _without(raw, problem["loc"])
+    locations = []
+    for problem in error.errors():
+        loc = problem["loc"]
+        # Checks between sections have run, and their problems are among the others.
+        if not loc:
+            continue
+        # A section that contradicts itself says nothing about the others, and without a
+        # partition there are no experts to hold the other sections against.
+        contradicts = len(loc) == 1 and problem["type"] == "value_error"
+        if contradicts or loc[0] == "partition":
+            return []
+        locations.append(loc)
+    if not locations:
+        return []
+    # Checked again without the wrong settings, whose defaults are right by themselves.
+    for loc in locations:
+        raw = _without(raw, loc)
     try:
         kind.model_validate(raw)
     except ValidationError as second:
@@ -35,78 +82,82 @@ def cross_section_problems(kind: type, raw: dict, error: ValidationError) -> lis
     return []
 
 
-def _without(raw: dict, loc: tuple) -> dict:
+def _without(raw: dict, loc: Location) -> dict:
     """Return raw less the setting at loc, or less the list or value that holds it."""
     head, *rest = loc
     inner = raw.get(head)
     if rest and isinstance(inner, dict):
         return raw | {head: _without(inner, tuple(rest))}
-    if len(rest) > 1 and isinstance(inner, list) and isinstance(inner[rest[0]], dict):
-        entries = [
-            _without(entry, tuple(rest[1:])) if i == rest[0] else entry
-            for i, entry in enumerate(inner)
-        ]
-        return raw | {head: entries}
-    return {key: value for key, value in raw.items() if key != head}
+    # An entry of a list loses its wrong setting; a wrong entry takes the whole list with it,
+    # because a shorter list would be another problem.
+    if len(rest) > 1 and isinstance(inner, list):
+        index, *below = rest
+        entries = list(inner)
+        if isinstance(index, int) and isinstance(inner[index], dict):
+            entries[index] = _without(inner[index], tuple(below))
+            return raw | {head: entries}
+    smaller = dict(raw)
+    smaller.pop(head, None)
+    return smaller
 
 
-def _lines(problem: dict, raw: dict, path: Path, overrides: tuple[str, ...]) -> list[str]:
-    if not problem["loc"]:  # raised by a check over the whole: its text names the fields
-        return [f"  {line}" for line in problem["msg"].removeprefix("Value error, ").splitlines()]
-    dotted = _dotted(problem["loc"], raw)
-    found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    text = (
-        "no such setting"
-        if problem["type"] == "extra_forbidden"
-        else problem["msg"].removeprefix("Value error, ")
-    )
-    return [f"  {dotted}: {text}{found}{_where(dotted, problem['loc'], path, overrides)}"]
-
-
-def _dotted(loc: tuple, raw) -> str:
-    """Return a setting's name as one would type it: an entry of a list by its name, if it has one."""
+def _dotted(loc: Location, raw: Any) -> str:
+    """Return a setting's name as one would type it: a list's entry by its name, if it has one."""
     names = []
     for part in loc:
-        inner = raw[part] if _holds(raw, part) else None
-        named = (
-            isinstance(raw, list) and isinstance(inner, dict) and isinstance(inner.get("name"), str)
-        )
-        names.append(inner["name"] if named else str(part))
-        raw = inner
+        name = str(part)
+        # A setting that is missing, or an alias, leads nowhere; its name is then the part itself.
+        if isinstance(raw, dict):
+            raw = raw.get(part)
+        elif isinstance(raw, list) and isinstance(part, int):
+            raw = raw[part] if part < len(raw) else None
+            if isinstance(raw, dict) and isinstance(raw.get("name"), str):
+                name = raw["name"]
+        else:
+            raw = None
+        names.append(name)
     return ".".join(names)
 
 
-def _holds(raw, part) -> bool:
-    if isinstance(raw, dict):
-        return part in raw
-    return isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+def _where(loc: Location, path: Path) -> str:
+    """Return the file and line where a setting is stated, in brackets, as far as it can be told."""
+    found = _find(loc, path)
+    if found is None:
+        return ""
+    file, line = found
+    return f" [{file.name} line {line}]"
 
 
-def _where(dotted: str, loc: tuple, path: Path, overrides: tuple[str, ...]) -> str:
-    if any(item.partition("=")[0] == dotted for item in overrides):
-        return " [--override]"
-    found = _line_of([*loc], path)
-    return f" [{found[0].name} line {found[1]}]" if found else ""
-
-
-def _line_of(loc: list, path: Path) -> tuple[Path, int] | None:
+def _find(loc: Location, path: Path) -> tuple[Path, int] | None:
     """Return file and 1-based line of a key, in path or in a file that it names; None when an
     extended one has it."""
     try:
-        node = yaml.compose(path.read_text("utf-8"), Loader)
-    except (OSError, yaml.YAMLError):  # JSON that is no YAML, by its tabs
+        # The round-trip loader is the one that keeps lines. JSON is read as the YAML that it is.
+        text = path.read_text("utf-8")
+        node = YAML(typ="rt", pure=True).load(text)
+    except (OSError, YAMLError, ValueError):
         return None
-    line, in_list = None, False
-    while loc:
-        part = loc.pop(0)
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node, in_list = node.value[part], True
+    line = 0
+    in_list = False
+    for depth, part in enumerate(loc):
+        if isinstance(node, CommentedSeq) and part in range(len(node)):
+            node = node[part]
+            in_list = True
             continue
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        hit = next(((k, v) for k, v in pairs if k.value == part), None)
-        if hit is None:
+        if part not in _written(node):
+            # What an entry of a list lacks is missing there, not in an extended file.
             return (path, line) if in_list else None
-        line, node = hit[0].start_mark.line + 1, hit[1]
-        if part in NAMED and isinstance(node, yaml.ScalarNode) and loc:
-            return _line_of(loc, path.parent / node.value)
-    return (path, line)
+        line = node.lc.key(part)[0] + 1
+        node = node[part]
+        rest = loc[depth + 1 :]
+        if part in NAMED_FILES and rest and isinstance(node, str):
+            return _find(rest, path.parent / node)
+    return path, line
+
+
+def _written(node: Any) -> dict:
+    """Return the keys that a mapping itself states, without those that `<<` merges into it."""
+    if not isinstance(node, CommentedMap):
+        return {}
+    # None for an empty mapping.
+    return node.lc.data or {}

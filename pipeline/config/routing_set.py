@@ -12,19 +12,29 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 from .base import NONE, AdapterName, Section, Share
 from .task_data import SyntheticConfig, TaskDataConfig, read_old_spelling
 
+ROUNDING = 1e-6  # by which shares may miss 1
 
-def _balance(value):
+
+def _check_balance(value: object) -> object:
+    """Return equal, natural, or shares by expert. Raises ValueError."""
     if value in ("equal", "natural"):
         return value
-    numbers = isinstance(value, dict) and all(
-        isinstance(x, int | float) and 0 < x <= 1 for x in value.values()
-    )
-    if not numbers or not value or abs(sum(value.values()) - 1) > 1e-6:
-        raise ValueError("write equal, natural, or a share of every expert, above 0 and together 1")
-    return {str(name): float(share) for name, share in value.items()}
+    # A validator of its own: pydantic would report both halves of the union, neither of them clear.
+    wrong = ValueError("write equal, natural, or a share of every expert, above 0 and together 1")
+    if not isinstance(value, dict):
+        raise wrong
+    shares = {}
+    for name, share in value.items():
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise wrong
+        shares[str(name)] = float(share)
+    # Thirds are written as .333333, so that they may miss 1 by as much.
+    if abs(sum(shares.values()) - 1) > ROUNDING:
+        raise wrong
+    return shares
 
 
-Balance = Annotated[Literal["equal", "natural"] | dict[str, float], PlainValidator(_balance)]
+Balance = Annotated[Literal["equal", "natural"] | dict[str, float], PlainValidator(_check_balance)]
 
 
 class SplitSharesConfig(Section):
@@ -36,16 +46,17 @@ class SplitSharesConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if abs(self.train + self.valid + self.test - 1) > 1e-6:
-            raise ValueError(
-                f"train, valid and test are {self.train + self.valid + self.test:g} together, not 1"
-            )
+        total = self.train + self.valid + self.test
+        if abs(total - 1) > ROUNDING:
+            raise ValueError(f"train, valid and test are {total:g} together, not 1")
         return self
 
 
 class SplitRowsConfig(Section):
-    """Rows by split; test_held has as many as test, and of other pictures, so a source needs twice
-    as many for test."""
+    """Rows by split; test_held has as many as test.
+
+    Their pictures are others than those of test, so a source needs twice as many for test.
+    """
 
     train: int = Field(2000, ge=1, description="Rows to train the router on")
     valid: int = Field(200, ge=1, description="Rows for early stopping and calibration")
@@ -60,6 +71,7 @@ class RoutingSourceConfig(Section):
     )
 
     expert: AdapterName = Field(description="Whose requests these are; none: nobody's")
+    # `from` cannot be a name in Python, so files say from and code says origin.
     origin: Literal["loras", "jsonl", "synthetic"] = Field(
         "loras", alias="from", description="loras (the expert's own rows), jsonl, or synthetic"
     )
@@ -96,8 +108,10 @@ class RoutingSourceConfig(Section):
         return self
 
     def data(self, splits: SplitSharesConfig) -> TaskDataConfig:
-        """Return the same as the data of a task, which preprocess reads. Only for from jsonl or
-        synthetic."""
+        """Return the same as the data of a task, which preprocess reads.
+
+        Only for from jsonl or synthetic.
+        """
         if self.origin == "synthetic":
             return TaskDataConfig(source="synthetic", synthetic=self.synthetic)
         data = TaskDataConfig(
@@ -108,6 +122,8 @@ class RoutingSourceConfig(Section):
             fields=self.fields,
             pictures="some",
         )
+        # Copied and not given above: a split may take more here than a task's rows may be asked
+        # for (up to 1, there below .5), and a copy is not validated.
         return data.model_copy(update={"valid_share": splits.valid, "test_share": splits.test})
 
     def paths(self) -> Iterator[tuple[str, str]]:
@@ -132,8 +148,9 @@ class WordingConfig(Section):
         return self
 
 
-def _off(value):
-    return "off" if value is False else value  # as YAML reads it
+def _read_off(value: object) -> object:
+    # Files of YAML 1.1, and JSON, say false where off is meant.
+    return "off" if value is False else value
 
 
 class DedupeConfig(Section):
@@ -145,12 +162,13 @@ class DedupeConfig(Section):
     case.
     """
 
-    image: Annotated[Literal["sha256", "off"], BeforeValidator(_off)] = Field(
+    image: Annotated[Literal["sha256", "off"], BeforeValidator(_read_off)] = Field(
         "sha256", description="Compare the pictures' pixels, or not at all"
     )
-    prompt: Annotated[Literal["normalized", "exact", "off"], BeforeValidator(_off)] = Field(
+    prompt: Annotated[Literal["normalized", "exact", "off"], BeforeValidator(_read_off)] = Field(
         "normalized",
-        description="Compare prompts less case, spaces and closing marks, as they are, or not at all",
+        description="Compare prompts less case, spaces and closing marks, as they are, or not at "
+        "all",
     )
 
 
@@ -201,4 +219,5 @@ class RoutingSetConfig(Section):
     @property
     def experts(self) -> tuple[str, ...]:
         """Everybody whom a request may belong to, none included, in the order of sources."""
+        # A dict and no set: rows are drawn in this order, which must not depend on hashes.
         return tuple(dict.fromkeys(source.expert for source in self.sources))

@@ -32,15 +32,17 @@ class RuntimeConfig(Section):
 
     threads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="Processor threads per job; auto: measured as a job starts, 0: all cores over the "
-        "parallel jobs (give a number where two runs must agree bit for bit)",
+        description="Processor threads per job; auto: measured as a job starts, 0: all cores over "
+        "the parallel jobs (give a number where two runs must agree bit for bit)",
     )
     memory_budget: Bytes | None = Field(
         None,
-        description="Most memory of a job above the level after imports, such as 350MB or 8GB; none: no limit",
+        description="Most memory of a job above the level after imports, such as 350MB or 8GB; "
+        "none: no limit",
     )
     save_every_s: float = Field(60.0, gt=0, description="Seconds between checkpoints")
     log_every_steps: int = Field(10, ge=1, description="Steps between history rows")
+    # off writes history rows to the store alone, which the report is made of in any case.
     wandb: Literal["off", "offline", "online"] = Field(
         "off", description="Also log to Weights & Biases"
     )
@@ -49,18 +51,22 @@ class RuntimeConfig(Section):
     def most_threads(self, share: int) -> int:
         """Return the threads of a job whose share of the cores is that many; auto may settle for
         fewer."""
-        return max(1, share) if self.threads in (0, "auto") else self.threads
+        if self.threads == "auto" or self.threads == 0:
+            return max(1, share)
+        return self.threads
 
 
 class RunConfig(Section):
     """A whole run, of whatever family."""
 
     name: Name = Field("run", description="Name of the run in reports")
+    # A text and no choice of names: this layer knows no family, families/load.py refuses others.
     family: str = Field("ffn_moe", description="Kind of experts: ffn_moe or lora_vlm")
     seed: int = Field(0, ge=0, description="Seed of weights and batch order")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Arithmetic of training: auto is bf16 autocast where the processor has it, else fp32",
+        description="Arithmetic of training: auto is bf16 autocast where the processor has it, "
+        "else fp32",
     )
     deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")
@@ -73,10 +79,11 @@ class RunConfig(Section):
 
     @property
     def may_keep_int8(self) -> bool:
-        """Whether a training may keep 8-bit moments: asked for somewhere, or chosen under a budget."""
-        return (
-            self.runtime.memory_budget is not None or '"moments":"int8"' in self.model_dump_json()
-        )
+        """Whether a training may keep 8-bit moments: asked for somewhere, or chosen in a budget."""
+        if self.runtime.memory_budget is not None:
+            return True
+        # Looked for in the text of all settings: which sections are trained, the family knows.
+        return '"moments":"int8"' in self.model_dump_json()
 
     def seed_of(self, *names: str) -> int:
         """Return a seed of its own for each purpose, whatever random numbers the others drew.

@@ -7,13 +7,16 @@ from pydantic import Field, model_validator
 
 from .base import AdapterName, Section, Share
 
+# What data/sources/synthetic.py can make; here because no layer below it may ask it.
 SyntheticKind = Literal["color", "digits", "count", "locate", "shape", "compare", "pattern"]
 SYNTHETIC_KINDS: tuple[str, ...] = get_args(SyntheticKind)
 
 
 class ImageLimitsConfig(Section):
-    """How large pictures are, by area; a picture outside is resized when it is prepared. One token
-    per 1024 px."""
+    """How large pictures are, by area; a picture outside is resized when it is prepared.
+
+    One token per 1024 px: the base merges 2 x 2 patches of 16 x 16 px into one.
+    """
 
     min_pixels: int = Field(65_536, ge=1024, description="Least area of a picture, px")
     max_pixels: int = Field(1_048_576, ge=1024, description="Largest area of a picture, px")
@@ -50,6 +53,7 @@ def read_old_spelling(raw: object) -> object:
         if "synthetic" in renamed:
             raise ValueError("drawn is the old word for synthetic, and both are given; keep one")
         renamed["synthetic"] = renamed.pop("drawn")
+    # A routing source calls it `from` in files and `origin` here, where from is a keyword.
     for key in ("source", "from", "origin"):
         if renamed.get(key) == "drawn":
             renamed[key] = "synthetic"
@@ -80,6 +84,7 @@ class TaskDataConfig(Section):
     test: str | None = Field(
         None, description="The same for the report; none: a share of the training rows"
     )
+    # Of groups and not of rows: rows of one picture in two splits would be known beforehand.
     valid_share: float = Field(
         0.1, gt=0, lt=0.5, description="Share of groups held out when valid is none"
     )
@@ -94,7 +99,8 @@ class TaskDataConfig(Section):
     )
     pictures: Literal["every", "some", "none"] = Field(
         "every",
-        description="Rows that have one: every (others are dropped and counted), some, or none: text alone",
+        description="Rows that have one: every (others are dropped and counted), some, or none: "
+        "text alone",
     )
     fields: dict[str, str] = Field(
         {}, description="Columns by the names that templates and metrics use"
@@ -129,21 +135,30 @@ class TaskDataConfig(Section):
 
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
-        wanted = {
+        needs = {
+            # The revision is required: without it a rerun would read the Hub's newest rows.
             "hub": ("id", "revision"),
             "jsonl": ("path",),
             "folder": ("path",),
             "synthetic": ("synthetic",),
-        }[self.source]
-        missing = [name for name in wanted if not getattr(self, name)]
+        }
+        missing = [name for name in needs[self.source] if not getattr(self, name)]
         if missing:
             raise ValueError(f"source is {self.source}, so {' and '.join(missing)} must be given")
-        if self.pictures != "every" and (self.source not in ("hub", "jsonl") or self.ocr):
-            what = "ocr reads" if self.ocr else f"rows of the source {self.source} have"
-            raise ValueError(
-                f"pictures is {self.pictures}, but {what} a picture; leave it at every"
-            )
         return self
+
+    @model_validator(mode="after")
+    def _pictures_can_be_absent(self) -> Self:
+        if self.pictures == "every":
+            return self
+        if self.ocr:
+            what = "ocr reads"
+        elif self.source not in ("hub", "jsonl"):
+            # Folders are lists of pictures, and synthetic rows are made around one.
+            what = f"rows of the source {self.source} have"
+        else:
+            return self
+        raise ValueError(f"pictures is {self.pictures}, but {what} a picture; leave it at every")
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of the files and folders that the rows are read from."""

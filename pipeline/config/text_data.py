@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from .base import Name, Section, Share, not_hashed
 from .run import RunConfig
 
+# What data/sources/installed.py finds on every machine; here so that defaults need no data layer.
 INSTALLED_DOMAINS = ("python", "headers", "manual", "licences")
 
 
@@ -29,6 +30,8 @@ class HubConfig(Section):
     dataset: str = Field(description="Name on the Hub, as in `datasets.load_dataset`")
     subset: str | None = Field(None, description="Configuration name of the dataset")
     split: str = Field("train", description="Split to stream")
+    # Required: without it the Hub's newest would be read, and the same configuration would not
+    # give the same run.
     revision: str = Field(description="Commit or tag to pin, so that a rerun reads the same text")
     domain: Name | None = Field(
         None, description="Label of every document here; none: read from data.label_field"
@@ -74,6 +77,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
+        # The sources are named after the lists that say what to read.
         if self.source != "installed" and not getattr(self, self.source):
             raise ValueError(
                 f"source is {self.source}, so data.{self.source} needs at least one entry"
@@ -86,7 +90,8 @@ class PartitionConfig(Section):
 
     by: Literal["labels", "clusters", "random", "curriculum"] = Field(
         "labels",
-        description="labels, clusters (TF-IDF, balanced k-means), random, or curriculum (by difficulty)",
+        description="labels, clusters (TF-IDF, balanced k-means), random, or curriculum (by "
+        "difficulty)",
     )
     domains: tuple[Name, ...] = Field(
         INSTALLED_DOMAINS, description="Labels to keep, in expert order, when by is labels"
@@ -107,19 +112,20 @@ class PartitionConfig(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if self.by == "labels" and (not self.domains or len(set(self.domains)) < len(self.domains)):
+        if self.by != "labels":
+            return self
+        if not self.domains or len(set(self.domains)) < len(self.domains):
             raise ValueError("domains must name at least one label, each once")
         return self
 
     @property
     def names(self) -> tuple[str, ...]:
         """Domain names in expert order."""
-        stem = {"clusters": "cluster", "random": "random", "curriculum": "level"}
-        return (
-            self.domains
-            if self.by == "labels"
-            else tuple(f"{stem[self.by]}-{i}" for i in range(self.count))
-        )
+        if self.by == "labels":
+            return self.domains
+        stems = {"clusters": "cluster", "random": "random", "curriculum": "level"}
+        stem = stems[self.by]
+        return tuple(f"{stem}-{i}" for i in range(self.count))
 
 
 class TokenizerConfig(Section):
@@ -129,6 +135,7 @@ class TokenizerConfig(Section):
         None, description="Folder, tokenizer.json or Hub name; none: train one"
     )
     revision: str | None = Field(None, description="Commit to pin when pretrained is a Hub name")
+    # At least one entry per byte, the end of a text, and one merge.
     vocab_size: int = Field(
         4096, ge=258, le=2**20, description="Entries to train, with the end-of-text token"
     )
