@@ -280,7 +280,7 @@ def _t1(report: dict) -> list[str]:
     domains = report["domains"]
     rows = [
         [
-            r["row"] + (f" ({r['axis']})" if r["axis"] else ""),
+            r["name"] + (f" ({r['axis']})" if r["axis"] else ""),
             *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
             _spread(r["mean"], r["interval"]),
             _against(r["versus_stack"]),
@@ -288,7 +288,7 @@ def _t1(report: dict) -> list[str]:
             f"{r['active_parameters'] / 1e6:.2f} M",
             f"{(r['train_tokens'] or 0) / 1e6:.2f} M",
         ]
-        for r in report["T1"]
+        for r in report["quality"]
     ]
     head = ["row", *domains, "mean", "row - stack", "oracle gain", "active", "tokens seen"]
     return ["## T1 one model for all domains", "", *_table(head, rows)]
@@ -308,9 +308,7 @@ def _t2(ablations: list[dict]) -> list[str]:
 
 def _t3(report: dict) -> list[str]:
     domains = report["domains"]
-    rows = [
-        [r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["T3"]["rows"]
-    ]
+    rows = [[r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["opt_out"]]
     return [
         "## T3 opt-out: perplexity without an expert over perplexity with it",
         "",
@@ -340,7 +338,7 @@ def _t4(added: dict) -> list[str]:
 
 
 def _t5(report: dict) -> list[str]:
-    t5 = report["T5"]
+    t5 = report["routing"]
     rows = [
         [d, *(f"{x:.0%}" for x in share), _share(t5["agreement_by_domain"].get(d))]
         for d, share in t5["share"].items()
@@ -366,7 +364,7 @@ def _t6(report: dict) -> list[str]:
             _spread(r["mean"], r["interval"]),
             f"{r['active_parameters'] / 1e6:.2f} M",
         ]
-        for r in report["T6"]
+        for r in report["active"]
     ]
     return ["## T6 active experts, no retraining", "", *_table(["k", "mean", "active"], rows)]
 

@@ -197,9 +197,9 @@ def _routing(routing: Mapping) -> str:
             )
             rows.append(
                 [
-                    row["row"],
+                    row["name"],
                     f"{row['accuracy']:.3f} {_interval(row['interval'])}",
-                    f"{row['top_k']:.3f}",
+                    f"{row['top_k_accuracy']:.3f}",
                     f"{abs(row['nats']):.3f}",
                     f"{row['ece']:.3f}",
                     shown,
@@ -213,7 +213,7 @@ def _routing(routing: Mapping) -> str:
             "ECE",
             "router ahead by [95 %]",
         ]
-        out.append(f"{each['set']}: {each['requests']} requests.\n\n{table(head, rows)}")
+        out.append(f"{each['name']}: {each['requests']} requests.\n\n{table(head, rows)}")
     for name, count in routing["confusion"].items():
         rows = [
             [own, *map(str, counts)] for own, counts in zip(routing["choices"], count, strict=True)

@@ -271,13 +271,11 @@ def _text_outcome(metrics: dict) -> str:
 
 
 def _show_report(store: Store, here: str) -> None:
-    import json
-
     from . import report
 
     folder = store.folder(here)
     console = _out()
-    report.show(json.loads((folder / "report.json").read_text("utf-8")), console)
+    report.show(report.read((folder / "report.json").read_text("utf-8")), console)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -28,6 +28,7 @@ from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import quiet
+from pipeline.report import RequestReport
 from pipeline.store.artifacts import load_tensors, save_tensors
 from pipeline.train import loop
 from tests import small_stack
@@ -58,7 +59,9 @@ def written(root: Path) -> Path:
     lora_small.prepared(root / "small")
     small_stack.run(root / "stack")
     (root / "stack/evaluate").mkdir()
-    (root / "stack/evaluate/report.json").write_text(json.dumps({"run": "small", "notes": []}))
+    (root / "stack/evaluate/report.json").write_text(
+        RequestReport(run="small", family="lora_vlm").to_json()
+    )
     (root / "stack/evaluate/report.html").write_text("<p>report</p>")
     _write_rows(root / "rows", root / "elsewhere")
     _write_requests(root)
@@ -234,9 +237,7 @@ def _answered(cfg, root, _folder):
 
 def _reported(cfg, root, _folder):
     found = evaluate.tables(cfg, FolderParts(cfg, root / "stack"), quiet)
-    return json.dumps(
-        {key: found[key] for key in found if key not in ("made", "machine", "speed", "notes")}
-    )
+    return found.model_dump_json(exclude={"made", "machine", "speed", "notes"})
 
 
 @cache
@@ -263,7 +264,8 @@ def _routes(cfg, root, _folder):
 
 def _verdicts(cfg, root, _folder):
     found = _measured(root)
-    return evaluate.criteria(cfg, found.sets, found.report["adapters"], found.report["answers"])
+    values = found.report.model_dump()
+    return evaluate.criteria(cfg, found.sets, values["adapters"], values["answers"])
 
 
 def _bundled(cfg, root, folder):

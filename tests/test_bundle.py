@@ -25,6 +25,7 @@ from pipeline.families.ffn_moe.bundle import reassemble, stock_settings
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
 from pipeline.protocols import quiet
+from pipeline.report import LanguageReport, read
 from pipeline.run import backend, dry_run, stages
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
@@ -49,7 +50,8 @@ def bundle_of(cfg, parts, folder: Path) -> Path:
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
     (parts.root / "preprocess" / "tokenizer_config.json").write_text(json.dumps(about))
     (parts.root / "evaluate").mkdir(exist_ok=True)
-    (parts.root / "evaluate" / "report.json").write_text(json.dumps({"run": cfg.name}))
+    report = LanguageReport(run=cfg.name, family=cfg.family)
+    (parts.root / "evaluate" / "report.json").write_text(report.to_json())
     (parts.root / "evaluate" / "report.html").write_text("<!doctype html>")
     folder.mkdir()
     ffn_bundle(cfg, parts, folder, quiet)
@@ -400,23 +402,23 @@ def test_deploy_without_a_run_names_the_stage_to_run(tiny, store_path):
         stages.run("deploy", load(tiny), Store(store_path).open(), progress=quiet)
 
 
-def test_the_card_has_every_row_of_t1_and_an_axis_for_every_win(bundled):
+def test_the_card_has_every_row_of_quality_and_an_axis_for_every_win(bundled):
     folder = bundled[2]
     card, report = (
         (folder / "README.md").read_text(),
-        json.loads((folder / "report.json").read_text()),
+        read((folder / "report.json").read_text()),
     )
     lines = [line for line in card.splitlines() if line.startswith("|")]
-    for row in report["T1"]:
+    for row in report.quality:
         (line,) = [
             x
             for x in lines
-            if x.replace("**", "").startswith(f"| {row['row']} ") and f"{row['mean']:.3f}" in x
+            if x.replace("**", "").startswith(f"| {row.name} ") and f"{row.mean:.3f}" in x
         ]
-        assert all(f"{bits:.3f}" in line for bits in row["bits_per_byte"].values())
-    assert len(report["wins"]) >= 4
-    for win in report["wins"]:
-        assert any(f"| {win['against']} | {win['axis']} | {win['verdict']} |" in x for x in lines)
+        assert all(f"{bits:.3f}" in line for bits in row.bits_per_byte.values())
+    assert len(report.wins) >= 4
+    for win in report.wins:
+        assert any(f"| {win.against} | {win.axis} | {win.verdict} |" in x for x in lines)
     for name, text in (
         ("sea", "model-expert-000-sea.safetensors"),
         ("hall", "train_experts-hall-"),
@@ -425,28 +427,3 @@ def test_the_card_has_every_row_of_t1_and_an_axis_for_every_win(bundled):
     assert (
         card.startswith("---\nlibrary_name: transformers\n") and "pipeline serve --bundle" in card
     )
-
-
-def test_a_report_cannot_break_the_cards_tables():
-    from pipeline import report
-
-    about = {
-        "run": "a|b",
-        "experts": [],
-        "top_k": 1,
-        "architecture": "X",
-        "trunk": {"address": "t"},
-        "router": {"address": "r"},
-        "start_id": 0,
-        "context_tokens": 8,
-    }
-    row = {
-        "row": "x|y\n<script>",
-        "kind": "dense",
-        "mean": 1.0,
-        "bits_per_byte": {},
-        "is_stack": False,
-    }
-    text = report.card({"T1": [row], "domains": [], "notes": ["a\nb"]}, about)
-    (line,) = [x for x in text.splitlines() if "script" in x]
-    assert line.startswith("| x\\|y &lt;script> |") and "# a\\|b" in text and "- a b" in text

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.families.adapters import bundle
 from pipeline.families.adapters.inference import Request
 from pipeline.protocols import quiet
+from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from pipeline.serve.protocol import RequestLimits
 from tests import small_stack
@@ -26,7 +27,9 @@ def application(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     cfg, parts = small_stack.run(root / "parts")
     (parts.root / "evaluate").mkdir()
-    (parts.root / "evaluate" / "report.json").write_text("{}")
+    (parts.root / "evaluate" / "report.json").write_text(
+        RequestReport(run="small", family="lora_vlm").to_json()
+    )
     (parts.root / "evaluate" / "report.html").write_text("")
     (root / "bundle").mkdir()
     bundle.bundle(cfg, parts, root / "bundle", quiet)

@@ -22,23 +22,21 @@ def trained(tmp_path_factory):
 def test_the_report_measures_what_the_settings_say(trained):
     cfg = small.config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))
     report = tables(cfg, trained, lambda *_: None)
-    rows = {r["row"]: r for r in report["T1"]}
+    rows = {row.name: row for row in report.quality}
     for item in cfg.dense.baselines:
         assert f"dense {item}" in rows
-    stack = next(r for r in report["T1"] if r["is_stack"])
-    assert rows["dense wide"]["active_parameters"] == stack["active_parameters"]
+    stack = report.stack
+    assert rows["dense wide"].active_parameters == stack.active_parameters
     assert (
-        rows["oracle expert"]["oracle_gain"] == pytest.approx(1.0)
-        and rows["trunk + dummy"]["oracle_gain"] == 0
+        rows["oracle expert"].oracle_gain == pytest.approx(1.0)
+        and rows["trunk + dummy"].oracle_gain == 0
     )
-    assert [r["top_k"] for r in report["T6"]] == [1, 2, 3]
-    assert report["T6"][1]["mean"] == pytest.approx(stack["mean"], abs=1e-9)
+    assert [row.top_k for row in report.active] == [1, 2, 3]
+    assert report.active[1].mean == pytest.approx(stack.mean, abs=1e-9)
     assert (
-        stack["train_tokens"]
-        == rows["dense total"]["train_tokens"]
-        == rows["dense scratch"]["train_tokens"]
+        stack.train_tokens == rows["dense total"].train_tokens == rows["dense scratch"].train_tokens
     )
-    shares = report["T5"]["share"]
+    shares = report.routing.share
     assert all(sum(s) == pytest.approx(1) for s in shares.values()) and set(shares) == set(
         small.DOMAINS
     )
@@ -70,5 +68,5 @@ def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(
             each = F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:], reduction="none")
         nats += each[window[0, 1:] != shards.end_id].sum().item()
     wanted = nats / sizes[: len(starts) - 1].sum() / np.log(2)
-    row = next(r for r in report["T1"] if r["row"] == "beta")
-    assert row["bits_per_byte"]["gamma"] == pytest.approx(wanted, rel=1e-5)
+    row = next(row for row in report.quality if row.name == "beta")
+    assert row.bits_per_byte["gamma"] == pytest.approx(wanted, rel=1e-5)

@@ -14,6 +14,7 @@ from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.families.adapters import bundle
 from pipeline.families.adapters.stack import ROUTER, assemble
 from pipeline.protocols import quiet
+from pipeline.report import RequestReport
 from pipeline.store.bundle import read_sums, upload, verify
 from tests import small_stack
 from tests.small_stack import EXPERTS, requests
@@ -26,7 +27,8 @@ def made(tmp_path_factory):
     cfg, parts = small_stack.run(root / "parts")
     report = parts.root / "evaluate"
     report.mkdir()
-    (report / "report.json").write_text(json.dumps({"run": "small", "notes": ["only a test"]}))
+    values = RequestReport(run="small", family="lora_vlm", notes=("only a test",))
+    (report / "report.json").write_text(values.to_json())
     (report / "report.html").write_text("<p>report</p>")
     folder = root / "bundle"
     folder.mkdir()

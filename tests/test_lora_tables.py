@@ -28,7 +28,7 @@ from pipeline.families.adapters.stack import assemble
 from pipeline.families.load import parse
 from pipeline.metrics.routing import GroupBootstrap
 from pipeline.protocols import quiet
-from pipeline.report import page, show
+from pipeline.report import RequestReport, page, read, show
 from tests import small_stack
 from tests.small_stack import EXPERTS
 
@@ -53,7 +53,9 @@ def changed(cfg, **fields):
 
 
 def test_the_report_is_plain_json_without_anything_infinite(made):
-    assert json.loads(json.dumps(made[2], allow_nan=False)) == made[2]
+    text = made[2].to_json()
+    json.loads(text, parse_constant=pytest.fail)
+    assert read(text) == made[2]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,12 @@ def smoke(made):
 
 def test_the_same_run_gives_the_same_report(made, smoke):
     again = tables(changed(made[0], smoke=True, smoke_rows=2), made[1], quiet)
-    assert {**again, "made": 0} == {**smoke, "made": 0}
+    assert again == smoke.model_copy(update={"made": again.made})
 
 
 def test_routes_are_those_of_the_stack_on_each_set(made, bench):
     _, _, report = made
-    sets = {each["set"]: each for each in report["routing"]["sets"]}
+    sets = {each.name: each for each in report.routing.sets}
     assert list(sets) == [
         "test",
         "test, neutral prompts",
@@ -84,14 +86,12 @@ def test_routes_are_those_of_the_stack_on_each_set(made, bench):
         choices = bench.stack.route(requests)
         right = [choice.expert == row.expert for choice, row in zip(choices, rows, strict=True)]
         neutral = [hit for hit, row in zip(right, rows, strict=True) if row.ambiguous]
-        assert sets[split]["requests"] == len(rows) == 24
-        assert sets[split]["rows"][0]["accuracy"] == pytest.approx(np.mean(right))
-        assert sets[f"{split}, neutral prompts"]["rows"][0]["accuracy"] == pytest.approx(
-            np.mean(neutral)
-        )
-        count_CC = report["routing"]["confusion"][split]
+        assert sets[split].requests == len(rows) == 24
+        assert sets[split].rows[0].accuracy == pytest.approx(np.mean(right))
+        assert sets[f"{split}, neutral prompts"].rows[0].accuracy == pytest.approx(np.mean(neutral))
+        count_CC = report.routing.confusion[split]
         assert np.trace(count_CC) == sum(right) and np.sum(count_CC) == 24
-    assert [row["row"] for row in sets["test"]["rows"]] == [
+    assert [row.name for row in sets["test"].rows] == [
         "router",
         "majority",
         "text only",
@@ -103,18 +103,16 @@ def test_routes_are_those_of_the_stack_on_each_set(made, bench):
 
 def test_where_only_the_picture_tells_text_is_near_chance(made):
     """12 requests of four kinds; the wordings tell nothing."""
-    neutral = next(
-        each for each in made[2]["routing"]["sets"] if each["set"] == "test, neutral prompts"
-    )
-    accuracy = {row["row"]: row["accuracy"] for row in neutral["rows"]}
+    neutral = next(each for each in made[2].routing.sets if each.name == "test, neutral prompts")
+    accuracy = {row.name: row.accuracy for row in neutral.rows}
     assert accuracy["text only"] <= 0.5
 
 
 def test_an_adapters_score_is_that_of_plain_generation(made, bench):
     _, _, report = made
-    task = next(each for each in report["adapters"]["tasks"] if each["task"] == "count")
+    task = next(each for each in report.adapters.tasks if each.task == "count")
     asked = bench.task("count")
-    assert task["requests"] == len(asked) == 8
+    assert task.requests == len(asked) == 8
     model, chat = bench.stack.mixed.model, bench.stack.mixed.chat
     model.set_adapter("locate")
     right = []
@@ -127,8 +125,8 @@ def test_an_adapters_score_is_that_of_plain_generation(made, bench):
         )
         digits = "".join(c if c in "-0123456789" else " " for c in said).split()
         right.append(bool(digits) and digits[0] == each.wanted[0].split()[0])
-    assert task["scores"]["locate"] == pytest.approx(np.mean(right))
-    assert set(task["scores"]) == {*EXPERTS, "base"} and set(task["figures"]) == {
+    assert task.scores["locate"] == pytest.approx(np.mean(right))
+    assert set(task.scores) == {*EXPERTS, "base"} and set(task.figures) == {
         "absolute error",
         "readable",
     }
@@ -158,26 +156,26 @@ def _of(bench, name: str):
 
 
 def test_the_oracle_is_each_requests_own_expert(made, bench):
-    held = next(each for each in made[2]["answers"] if each["set"] == "test_held")
+    held = next(each for each in made[2].answers if each.set == "test_held")
     asked = [each for each in bench.routed("test_held") if each.wanted]
     said = bench.stack.trial([each.request() for each in asked], [[each.expert] for each in asked])
     score = [
         bench.judge(each, one[each.expert].text)["score"]
         for each, one in zip(asked, said, strict=True)
     ]
-    assert held["all"]["oracle"]["score"] == pytest.approx(np.mean(score))
-    assert held["all"]["requests"] == len(asked) == 18
+    assert held.all.oracle.score == pytest.approx(np.mean(score))
+    assert held.all.requests == len(asked) == 18
     answers = bench.stack.answer([each.request() for each in asked])
     score = [bench.judge(each, one.text)["score"] for each, one in zip(asked, answers, strict=True)]
-    assert held["all"]["stack"]["score"] == pytest.approx(np.mean(score))
-    assert held["ranked_share"] == np.mean([bool(one.others) for one in answers])
+    assert held.all.stack.score == pytest.approx(np.mean(score))
+    assert held.ranked_share == np.mean([bool(one.others) for one in answers])
 
 
 def test_a_smoke_evaluation_takes_few_rows_of_everything(smoke):
-    assert [task["requests"] for task in smoke["adapters"]["tasks"]] == [2, 2, 2]
-    assert smoke["requests"]["sets"]["test"] == 8
-    assert all(each["requests"] <= 2 for each in smoke["routing"]["consistency"])
-    assert any("smoke" in note for note in smoke["notes"])
+    assert [task.requests for task in smoke.adapters.tasks] == [2, 2, 2]
+    assert smoke.requests.sets["test"] == 8
+    assert all(each.requests <= 2 for each in smoke.routing.consistency)
+    assert any("smoke" in note for note in smoke.notes)
 
 
 def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
@@ -198,7 +196,7 @@ def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
 
 def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
     cfg, parts, report = made
-    assert not any("trained without" in note for note in report["notes"])
+    assert not any("trained without" in note for note in report.notes)
     rows = {
         "train": {"kept": 3, "dropped": {"over max_tokens": 2}},
         "valid": {"kept": 1, "dropped": {}},
@@ -233,18 +231,17 @@ def test_the_report_is_shown_whole_on_terminal_and_page(made):
     ):
         assert said in html
     assert "bits per byte" not in html
-    router = report["routing"]["sets"][0]["rows"][0]["accuracy"]
+    router = report.routing.sets[0].rows[0].accuracy
     assert f"The router sends {100 * router:.1f} % of test requests" in html
 
 
 @pytest.mark.parametrize("gone", ["routing", "adapters", "answers", "criteria", "speed"])
 def test_a_report_that_lacks_a_part_is_still_shown(made, gone):
-    for broken in (None, [], {}, [3, None]):
-        report = made[2] | {gone: broken}
-        if broken == [3, None] and gone in ("criteria", "speed"):
-            continue
-        show(report, Console(file=io.StringIO()))
-        assert page(report, {}).endswith("</html>\n")
+    kept = made[2].model_dump(exclude={gone})
+    report = RequestReport.model_validate(kept)
+    assert not getattr(report, gone)
+    show(report, Console(file=io.StringIO()))
+    assert page(report, {}).endswith("</html>\n")
 
 
 def routed(name: str, own: list[int], router: list[int], text: list[int]):

@@ -5,7 +5,6 @@ Everything here happens before a machine is paid for, or after.
 """
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -185,4 +184,4 @@ def show_report(
             else None
         )
         if content:
-            report.show(json.loads(content), console)
+            report.show(report.read(content), console)

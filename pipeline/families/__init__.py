@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config.run import RunConfig
+    from ..report import Report
     from ..store.artifacts import Manifest
     from ..train.flops import JobCost
     from ..train.loop import NoTraining, Task
@@ -112,8 +113,8 @@ class Family(Protocol):
     def assemble(self, cfg: "RunConfig", parts: Parts) -> Any:
         """The finished stack; what is measured is what is served."""
 
-    def measure(self, cfg: "RunConfig", parts: Parts, progress: Progress) -> dict:
-        """The report's tables."""
+    def measure(self, cfg: "RunConfig", parts: Parts, progress: Progress) -> "Report":
+        """The report."""
 
     def bundle(
         self,

@@ -1,11 +1,20 @@
 """Shows a finished report: tables on the terminal, one HTML file, and a bundle's model card.
 
-A report is the plain dictionary that evaluate makes. Nothing here computes a result or reads a
-file, and any part of a report may be missing: what is absent, NaN or infinite is shown as a dash.
+A report is one of the models of `schema`, which evaluate builds. Nothing here computes a result,
+and any table of a report may be missing: what is absent, NaN or infinite is shown as a dash.
 """
 
-from .card import adapters_card, card
+from .card import card
 from .page import page
+from .schema import LanguageReport, Report, RequestReport, read
 from .terminal import show
 
-__all__ = ["adapters_card", "card", "page", "show"]
+__all__ = [
+    "LanguageReport",
+    "Report",
+    "RequestReport",
+    "card",
+    "page",
+    "read",
+    "show",
+]

@@ -5,9 +5,10 @@ Every number comes from the report through the same tables as page and terminal,
 disagree.
 """
 
-from . import language, requests
+from . import common, language, requests
 from .format import count
-from .table import Cell, Table, part
+from .schema import LanguageReport, Report, RequestReport
+from .table import Cell, Table
 
 HEAD = """---
 library_name: transformers
@@ -23,8 +24,14 @@ tags: [mixture-of-experts, lora, moleforge]
 """
 
 
-def card(report: dict, about: dict) -> str:
+def card(report: Report, about: dict) -> str:
     """Return README.md of a bundle; about is its experts.json."""
+    if isinstance(report, LanguageReport):
+        return _language_card(report, about)
+    return _request_card(report, about)
+
+
+def _language_card(report: LanguageReport, about: dict) -> str:
     run = str(about.get("run") or "run")
     sections = [
         f"{HEAD}\n# {_plain(run)}\n",
@@ -37,7 +44,7 @@ def card(report: dict, about: dict) -> str:
             for table in (
                 language.wins(report),
                 language.quality(report),
-                language.criteria(report),
+                common.criteria(report),
             )
         ),
         _notes(report, about),
@@ -45,15 +52,14 @@ def card(report: dict, about: dict) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def adapters_card(report: dict, about: dict) -> str:
-    """Return README.md of a bundle of adapters; about is its experts.json."""
+def _request_card(report: RequestReport, about: dict) -> str:
     run = str(about.get("run") or "run")
     shown = (
         requests.routes,
         requests.answers,
         requests.adapters,
         requests.calibration,
-        language.criteria,
+        common.criteria,
     )
     sections = [
         f"{ADAPTERS_HEAD}\n# {_plain(run)}\n",
@@ -66,7 +72,7 @@ def adapters_card(report: dict, about: dict) -> str:
             [
                 "## To know",
                 "",
-                *(f"- {_plain(str(note))}" for note in report.get("notes") or ()),
+                *(f"- {_plain(note)}" for note in report.notes),
                 "",
             ]
         ),
@@ -131,13 +137,15 @@ Pictures were trained on with {base["image"]["min_pixels"]:,} to {base["image"][
 """
 
 
-def _what(report: dict, about: dict) -> str:
-    model = part(report, "model")
+def _what(report: LanguageReport, about: dict) -> str:
+    model = report.model
+    total = count(model.total_parameters if model else None)
+    active = count(model.active_parameters if model else None)
     return (
         f"A mixture of {len(about['experts'])} experts, {about['top_k']} of them active per token, trained in parts "
         f"with MoleForge: a shared trunk, experts that never met while they trained, and a router that joins them. "
-        f"It is an ordinary `{about['architecture']}` with {count(model.get('total_parameters'))} parameters, "
-        f"{count(model.get('active_parameters'))} of them active per token, in fp32.\n"
+        f"It is an ordinary `{about['architecture']}` with {total} parameters, "
+        f"{active} of them active per token, in fp32.\n"
     )
 
 
@@ -199,8 +207,8 @@ def _cell(cell: Cell) -> str:
     return f"{text} {_plain(cell.small)}".rstrip()
 
 
-def _notes(report: dict, about: dict) -> str:
-    lines = [f"- {_plain(str(note))}" for note in report.get("notes") or ()]
+def _notes(report: LanguageReport, about: dict) -> str:
+    lines = [f"- {_plain(note)}" for note in report.notes]
     lines.append(
         "- A base model: it goes on with a text and was not taught to follow instructions or to refuse any."
     )

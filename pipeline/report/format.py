@@ -1,7 +1,7 @@
 """Numbers as a reader wants them: few digits, units, thousands in steps.
 
-Every function takes whatever a report may hold and returns DASH for None, NaN, infinity and
-anything not a number.
+Every function takes whatever a report or a history may hold and returns DASH for None, NaN,
+infinity and anything not a number.
 """
 
 import math
@@ -11,56 +11,60 @@ MINUS = "−"
 STEPS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
-def finite(value) -> float | None:
+def finite(value: object) -> float | None:
     """Return value as a float, or None where it is no finite number."""
+    # bool is an int to Python, but True is no quantity
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
-def fixed(value, places: int = 3) -> str:
+def fixed(value: object, places: int = 3) -> str:
     """Write value with a fixed number of decimal places."""
     number = finite(value)
     return DASH if number is None else _minus(f"{number:,.{places}f}")
 
 
-def signed(value, places: int = 3) -> str:
+def signed(value: object, places: int = 3) -> str:
     """Write value with its sign, also when it is positive."""
     number = finite(value)
     return DASH if number is None else _minus(f"{number:+,.{places}f}")
 
 
-def figures(value) -> str:
+def figures(value: object) -> str:
     """Write value with three significant digits and no exponent: 8.41, 52.3, 1,234."""
     number = finite(value)
     if number is None:
         return DASH
     size = math.floor(math.log10(abs(number))) if number else 0
-    return _minus(f"{number:,.{min(6, max(0, 2 - size))}f}")
+    places = min(6, max(0, 2 - size))
+    return _minus(f"{number:,.{places}f}")
 
 
-def count(value) -> str:
+def count(value: object) -> str:
     """Write a count in steps of a thousand: 812, 33.6 k, 1.05 M, 67 G."""
     number = finite(value)
     if number is None:
         return DASH
     for size, suffix in STEPS:
+        # 999.6 k is written with three digits, as 1 M: the step is taken where rounding takes it
         if abs(number) >= size * 0.9995:
             return _minus(f"{number / size:.3g}{suffix}")
     return _minus(f"{number:.3g}")
 
 
-def share(value, places: int = 0) -> str:
+def share(value: object, places: int = 0) -> str:
     """Write a fraction as a percentage."""
     number = finite(value)
     return DASH if number is None else _minus(f"{100 * number:.{places}f} %")
 
 
-def seconds(value) -> str:
+def seconds(value: object) -> str:
     """Write a duration: 4.2 s, 3 min 20 s, 2 h 05 min."""
     number = finite(value)
     if number is None:
         return DASH
+    # from here on "60.0 s" would be written
     if number < 59.95:
         return f"{number:.1f} s"
     whole = round(number)
@@ -69,7 +73,7 @@ def seconds(value) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def megabytes(value) -> str:
+def megabytes(value: object) -> str:
     """Write a size given in MB as MB or GB."""
     number = finite(value)
     if number is None:
@@ -77,15 +81,28 @@ def megabytes(value) -> str:
     return f"{number:,.0f} MB" if number < 9999.5 else f"{number / 1000:.1f} GB"
 
 
-def interval(pair) -> str:
+def interval(pair: tuple[float, float] | None) -> str:
     """Write an interval [low, high]; an empty string where either end is missing."""
     low, high = ends(pair)
     return "" if low is None or high is None else f"[{fixed(low)}, {fixed(high)}]"
 
 
-def ends(pair) -> tuple[float | None, float | None]:
-    """Return the two ends of an interval as floats, None for each that is missing."""
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
+def percent_interval(pair: tuple[float, float] | None) -> str:
+    """Write an interval of shares in whole per cent, as [74, 82]; empty as `interval` is."""
+    low, high = ends(pair)
+    if low is None or high is None:
+        return ""
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def percent(value: object) -> str:
+    """Write a fraction in whole per cent, without the sign for it."""
+    return share(value).removesuffix(" %")
+
+
+def ends(pair: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    """Return the two ends of an interval, None for each that is missing."""
+    if pair is None:
         return None, None
     return finite(pair[0]), finite(pair[1])
 
@@ -96,8 +113,10 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
         high = low + (abs(low) * 0.1 or 1.0)
     rough = (high - low) / wanted
     size = 10.0 ** math.floor(math.log10(rough))
+    # 0.999 and 1e-9 forgive the rounding of a range that ends on a tick
     step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 

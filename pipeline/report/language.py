@@ -1,11 +1,18 @@
-"""The tables of a report, described once and drawn twice (terminal and page).
+"""The tables of a report on text, described once and drawn on terminal, page and card.
 
 Every table carries the sentence that says how to read it and where its shape comes from. The oracle
 is never marked as best: it is told the domain of each document, so nobody can serve it.
 """
 
-from .format import DASH, count, figures, finite, fixed, interval, megabytes, seconds, share, signed
-from .table import Cell, Row, Table, at, best, diverge, domains_of, extremes, less, part
+from collections.abc import Sequence
+
+from .format import DASH, count, figures, fixed, interval, share, signed
+from .schema import ByDomain, LanguageReport, QualityRow, Verdict
+from .table import Cell, Row, Table, Values, at, diverge, extremes, less, lowest
+
+# Kinds of rows that are told the domain or know only one: never the best
+PARTIAL = ("oracle", "expert")
+TONES: dict[Verdict, str] = {"better": "good", "worse": "bad", "tie": ""}
 
 ORIGINS = (  # a word in a row's name, and where such a row comes from
     ("trunk", "the shared part with the feed-forward network it trained with, before any expert"),
@@ -37,258 +44,292 @@ ORIGINS = (  # a word in a row's name, and where such a row comes from
 )
 
 
-def quality(report: dict) -> Table:
-    """T1: bits per byte of every row, its distance to the stack, and every domain."""
-    domains = domains_of(report)
-    means = best(_t1(report), lambda row: row.get("mean"))
-    winners = [
-        best(_t1(report), lambda row, d=d: part(row, "bits_per_byte").get(d)) for d in domains
-    ]
-    rows = []
-    for i, row in enumerate(_t1(report)):
-        mean = Cell(fixed(row.get("mean")), interval(row.get("interval")), best=i in means)
-        each = [
-            Cell(fixed(part(row, "bits_per_byte").get(d)), best=i in winner)
-            for d, winner in zip(domains, winners, strict=True)
+def quality(report: LanguageReport) -> Table:
+    """Bits per byte of every row, its distance to the stack, and every domain."""
+    rows = report.quality
+    best_mean = _best(rows, [row.mean for row in rows])
+    best_by_domain = {
+        domain: _best(rows, [row.bits_per_byte.get(domain) for row in rows])
+        for domain in report.domains
+    }
+    lines = []
+    for i, row in enumerate(rows):
+        ahead = row.versus_stack
+        cells = [
+            Cell(fixed(row.mean), interval(row.interval), best=i in best_mean),
+            Cell(signed(ahead.difference), interval(ahead.interval)) if ahead else Cell(DASH),
+            Cell(share(row.oracle_gain)),
         ]
-        rows.append(_t1_row(row, mean, _versus(row), Cell(share(row.get("oracle_gain"))), *each))
-    reading = (
-        "Lower is better; in brackets the 95 % interval over documents. Stack ahead by: row minus stack, on the same "
-        "documents; above zero the stack is better. Oracle's gain: 0 % is the trunk, 100 % the oracle. The best row "
-        "that serves every domain is marked, so neither the oracle nor an expert alone. "
-        "One model for all domains, as in BAM and FlexOlmo, table 1."
+        for domain in report.domains:
+            bits = fixed(row.bits_per_byte.get(domain))
+            cells.append(Cell(bits, best=i in best_by_domain[domain]))
+        lines.append(_line(row, cells))
+    return Table(
+        name="Quality",
+        title="Bits per byte on held-out text",
+        corner="row",
+        columns=("mean", "stack ahead by", "oracle's gain", *report.domains),
+        rows=tuple(lines),
+        reading=(
+            "Lower is better; in brackets the 95 % interval over documents. Stack ahead by: row "
+            "minus stack, on the same documents; above zero the stack is better. Oracle's gain: "
+            "0 % is the trunk, 100 % the oracle. The best row that serves every domain is marked, "
+            "so neither the oracle nor an expert alone. One model for all domains, as in BAM and "
+            "FlexOlmo, table 1."
+        ),
     )
-    heads = ("mean", "stack ahead by", "oracle's gain", *domains)
-    return Table("T1", "Bits per byte on held-out text", "row", heads, tuple(rows), reading)
 
 
-def cost(report: dict) -> Table:
-    """T1, second half: what each row costs to run and to train, and its perplexity."""
-    domains = domains_of(report)
-    means = best(_t1(report), lambda row: row.get("mean_perplexity"))
-    rows = []
-    for i, row in enumerate(_t1(report)):
-        counts = [
-            Cell(count(row.get(k)))
-            for k in ("active_parameters", "total_parameters", "flops_per_token", "train_tokens")
+def cost(report: LanguageReport) -> Table:
+    """What each row of `quality` costs to run and to train, and its perplexity."""
+    rows = report.quality
+    best_mean = _best(rows, [row.mean_perplexity for row in rows])
+    lines = []
+    for i, row in enumerate(rows):
+        cells = [
+            Cell(count(row.active_parameters)),
+            Cell(count(row.total_parameters)),
+            Cell(count(row.flops_per_token)),
+            Cell(count(row.train_tokens)),
+            Cell(figures(row.mean_perplexity), best=i in best_mean),
         ]
-        each = [Cell(figures(part(row, "perplexity").get(d))) for d in domains]
-        rows.append(
-            _t1_row(row, *counts, Cell(figures(row.get("mean_perplexity")), best=i in means), *each)
-        )
+        cells += [Cell(figures(row.perplexity.get(domain))) for domain in report.domains]
+        lines.append(_line(row, cells))
     heads = (
         "active parameters",
         "total parameters",
         "FLOPs per token",
         "training tokens",
         "mean perplexity",
-        *domains,
     )
-    reading = (
-        "What a row costs per token and what it was trained on, then its perplexity per token, "
-        "comparable between rows because all share one tokenizer. "
-        "Compare quality only along the axis that is written under a row's name."
+    return Table(
+        name="Cost",
+        title="Cost and perplexity of the same rows",
+        corner="row",
+        columns=(*heads, *report.domains),
+        rows=tuple(lines),
+        reading=(
+            "What a row costs per token and what it was trained on, then its perplexity per token, "
+            "comparable between rows because all share one tokenizer. Compare quality only along "
+            "the axis that is written under a row's name."
+        ),
     )
-    return Table("T1", "Cost and perplexity of the same rows", "row", heads, tuple(rows), reading)
 
 
-def origins(report: dict) -> list[tuple[str, str]]:
-    """Where the rows of T1 come from, as pairs of the word in their names and an explanation."""
-    names = [
-        f"{row.get('row', '')} {'stack' if row.get('is_stack') is True else ''}".lower()
-        for row in _t1(report)
-    ]
-    return [(word, text) for word, text in ORIGINS if any(word in name for name in names)]
+def origins(report: LanguageReport) -> list[tuple[str, str]]:
+    """Where the rows of `quality` come from: pairs of a word in their names and an explanation."""
+    names = [row.name.lower() for row in report.quality]
+    if report.stack:
+        names.append("stack")
+    found = []
+    for word, text in ORIGINS:
+        if any(word in name for name in names):
+            found.append((word, text))
+    return found
 
 
-def matrix(report: dict) -> Table:
+def matrix(report: LanguageReport) -> Table:
     """The heat map: each expert alone, and the stack, on each domain; coloured by the gain over the
     trunk."""
-    data = part(report, "matrix")
-    names, domains = [str(n) for n in data.get("rows") or ()], domains_of(report)
-    values = [
-        [finite(at(line, j)) for j in range(len(domains))]
-        for line in data.get("bits_per_byte") or ()
-    ]
-    base = values[0] if values else []
-    gains = [[less(b, v) for b, v in zip(base, line, strict=True)] for line in values]
-    heats = diverge(gains[1:])
+    names = report.matrix.rows if report.matrix else ()
+    lines = report.matrix.bits_per_byte if report.matrix else ()
+    trunk = lines[0] if lines else ()
+    gains = [_gains(trunk, line, len(report.domains)) for line in lines[1:]]
+    heats = diverge(gains)
     rows = []
-    for j, domain in enumerate(domains):
-        cells = [Cell(fixed(at(base, j)))]
-        for i, name in enumerate(names[1 : len(values)]):
-            gain, own = gains[i + 1][j], name in (domain, f"expert {domain}")
-            cells.append(Cell(fixed(values[i + 1][j]), signed(gain), heat=heats[i][j], own=own))
+    for j, domain in enumerate(report.domains):
+        cells = [Cell(fixed(at(trunk, j)))]
+        for name, line, gain, heat in zip(names[1:], lines[1:], gains, heats, strict=True):
+            own = name in (domain, f"expert {domain}")
+            cells.append(Cell(fixed(at(line, j)), signed(gain[j]), heat=heat[j], own=own))
         rows.append(Row(domain, tuple(cells)))
-    reading = (
-        "A row is a domain's held-out text, a column a model alone; below each value, the bits per byte gained over "
-        "the trunk. A strong diagonal means that experts specialised, as in DEMix and c-BTM."
-    )
-    colours = "Green gains, red loses, each on its own scale; framed: an expert on its own domain."
-    heads, lines = tuple(names[: len(values)]), tuple(rows) if values else ()
-    top, bottom = extremes(gains[1:])
-    scale = (f"{fixed(bottom)} worse", f"{fixed(top)} better")
+    most, least = extremes(gains)
     return Table(
-        "Map", "Who is good at what", "domain", heads, lines, reading, colours, scale=scale
+        name="Map",
+        title="Who is good at what",
+        corner="domain",
+        columns=names,
+        rows=tuple(rows) if lines else (),
+        reading=(
+            "A row is a domain's held-out text, a column a model alone; below each value, the bits "
+            "per byte gained over the trunk. A strong diagonal means that experts specialised, as "
+            "in DEMix and c-BTM."
+        ),
+        colours=(
+            "Green gains, red loses, each on its own scale; framed: an expert on its own domain."
+        ),
+        scale=(f"{fixed(least)} worse", f"{fixed(most)} better"),
     )
 
 
-def opt_out(report: dict) -> Table:
-    """T3: what is lost on each domain when one expert leaves the stack."""
-    domains = domains_of(report)
-    found = [row for row in part(report, "T3").get("rows") or () if isinstance(row, dict)]
-    gains = [[less(1, part(row, "ratio").get(d)) for d in domains] for row in found]
-    heats, (top, bottom) = diverge(gains), extremes(gains)
+def opt_out(report: LanguageReport) -> Table:
+    """What is lost on each domain when one expert leaves the stack."""
+    found = report.opt_out
+    gains = [_saved(row.ratio, report.domains) for row in found]
+    heats = diverge(gains)
     rows = []
     for row, heat in zip(found, heats, strict=True):
-        removed = str(row.get("removed", DASH))
-        cells = [
-            Cell(
-                fixed(part(row, "ratio").get(d)),
-                signed(part(row, "delta_bits").get(d)),
-                heat=h,
-                own=d == removed,
-            )
-            for d, h in zip(domains, heat, strict=True)
-        ]
-        rows.append(Row(removed, tuple(cells)))
-    reading = (
-        "Perplexity without the expert over perplexity with it; 1 means that nothing was lost. Beside it the change in "
-        "bits per byte. Opting out as in FlexOlmo, figure 4."
-    )
-    colours = "Red lost, green gained by the expert's absence; framed: its own domain."
-    scale = (f"{share(bottom, 1)} worse", f"{share(top, 1)} better")
+        cells = []
+        for domain, strength in zip(report.domains, heat, strict=True):
+            ratio = fixed(row.ratio.get(domain))
+            change = signed(row.delta_bits.get(domain))
+            cells.append(Cell(ratio, change, heat=strength, own=domain == row.removed))
+        rows.append(Row(row.removed, tuple(cells)))
+    most, least = extremes(gains)
     return Table(
-        "T3",
-        "When one expert leaves",
-        "removed",
-        domains,
-        tuple(rows),
-        reading,
-        colours,
-        scale=scale,
+        name="Opt-out",
+        title="When one expert leaves",
+        corner="removed",
+        columns=report.domains,
+        rows=tuple(rows),
+        reading=(
+            "Perplexity without the expert over perplexity with it; 1 means that nothing was lost. "
+            "Beside it the change in bits per byte. Opting out as in FlexOlmo, figure 4."
+        ),
+        colours="Red lost, green gained by the expert's absence; framed: its own domain.",
+        scale=(f"{share(least, 1)} worse", f"{share(most, 1)} better"),
     )
 
 
-def active(report: dict) -> Table:
-    """T6: the same stack with k = 1..E experts per token."""
-    domains = domains_of(report)
-    found = [row for row in report.get("T6") or () if isinstance(row, dict)]
-    means = best(found, lambda row: row.get("mean"))
-    used = part(report, "model").get("top_k")
+def active(report: LanguageReport) -> Table:
+    """The same stack with one to all experts per token."""
+    best_mean = lowest([row.mean for row in report.active])
+    served = report.model.top_k if report.model else None
     rows = []
-    for i, row in enumerate(found):
-        mean = Cell(fixed(row.get("mean")), interval(row.get("interval")), best=i in means)
-        each = [Cell(fixed(part(row, "bits_per_byte").get(d))) for d in domains]
-        k = row.get("top_k")
-        cells = (mean, Cell(count(row.get("active_parameters"))), *each)
-        rows.append(Row(f"k = {k}", cells, note="as served" if k == used else "", main=k == used))
-    reading = (
-        "Bits per byte of one and the same stack when k experts run per token; no retraining. "
-        "More experts cost more and need not be better; the shape is that of FlexOlmo, figure 3."
-    )
+    for i, row in enumerate(report.active):
+        cells = [
+            Cell(fixed(row.mean), interval(row.interval), best=i in best_mean),
+            Cell(count(row.active_parameters)),
+        ]
+        cells += [Cell(fixed(row.bits_per_byte.get(domain))) for domain in report.domains]
+        is_served = row.top_k == served
+        note = "as served" if is_served else ""
+        rows.append(Row(f"k = {row.top_k}", tuple(cells), note=note, main=is_served))
     return Table(
-        "T6",
-        "Active experts",
-        "experts",
-        ("mean", "active parameters", *domains),
-        tuple(rows),
-        reading,
+        name="Active",
+        title="Active experts",
+        corner="experts",
+        columns=("mean", "active parameters", *report.domains),
+        rows=tuple(rows),
+        reading=(
+            "Bits per byte of one and the same stack when k experts run per token; no retraining. "
+            "More experts cost more and need not be better; the shape is that of FlexOlmo, "
+            "figure 3."
+        ),
     )
 
 
-def wins(report: dict) -> Table:
+def wins(report: LanguageReport) -> Table:
     """Every comparison of the stack with a rival, with the axis that the two have in common."""
     rows = []
-    for win in report.get("wins") or ():
-        verdict = str(win.get("verdict", DASH))
-        tone = {"better": "good", "worse": "bad"}.get(verdict, "")
-        change = Cell(signed(win.get("difference")), interval(win.get("interval")))
-        axis = str(win.get("axis") or "axis not stated")
-        rows.append(
-            Row(str(win.get("against", DASH)), (Cell(axis), Cell(verdict, tone=tone), change))
-        )
-    reading = (
-        "Rival minus stack in bits per byte, on the same documents; above zero the stack is better, and a tie is an "
-        "interval that holds zero. A verdict holds on the named axis only."
-    )
-    heads = ("on the axis", "stack is", "ahead by")
-    return Table(
-        "Wins", "The stack against its rivals", "against", heads, tuple(rows), reading, words=(0, 1)
-    )
-
-
-def criteria(report: dict) -> Table:
-    """The success criteria of the configuration, passed or failed."""
-    rows = []
-    for item in report.get("criteria") or ():
-        passed = item.get("passed")
-        word = {True: "pass", False: "fail"}.get(passed, DASH) if isinstance(passed, bool) else DASH
-        tone = {"pass": "good", "fail": "bad"}.get(word, "")
+    for win in report.wins:
         cells = (
-            Cell(word, tone=tone),
-            Cell(str(item.get("text") or "")),
-            Cell(str(item.get("detail") or "")),
+            Cell(win.axis or "axis not stated"),
+            Cell(win.verdict, tone=TONES[win.verdict]),
+            Cell(signed(win.difference), interval(win.interval)),
         )
-        rows.append(Row(str(item.get("name", DASH)), cells))
-    reading = "What the run was asked to achieve; thresholds come from the evaluate section of the configuration."
-    heads = ("result", "asked", "found")
+        rows.append(Row(win.against, cells))
     return Table(
-        "Criteria", "Success criteria", "criterion", heads, tuple(rows), reading, words=(0, 1, 2)
+        name="Wins",
+        title="The stack against its rivals",
+        corner="against",
+        columns=("on the axis", "stack is", "ahead by"),
+        rows=tuple(rows),
+        reading=(
+            "Rival minus stack in bits per byte, on the same documents; above zero the stack is "
+            "better, and a tie is an interval that holds zero. A verdict holds on the named axis "
+            "only."
+        ),
+        words=(0, 1),
     )
 
 
-def speed(report: dict) -> Table:
-    """Wall-clock, throughput and memory of every job."""
-    rows = []
-    for job in part(report, "speed").get("jobs") or ():
-        cells = (
-            Cell(seconds(job.get("seconds"))),
-            Cell(count(job.get("tokens"))),
-            Cell(count(job.get("tokens_per_s"))),
-            *(
-                Cell(seconds(job.get(k)))
-                for k in ("data_s", "forward_s", "backward_s", "optimizer_s")
-            ),
-            Cell(megabytes(job.get("peak_mb"))),
-        )
-        rows.append(Row(str(job.get("job", DASH)), cells))
-    heads = (
-        "time",
-        "tokens",
-        "tokens per second",
-        "data",
-        "forward",
-        "backward",
-        "optimizer",
-        "peak memory",
-    )
-    reading = "One process per job, on the machine named at the top; what is left of the time is evaluation and saving."
-    return Table("Speed", "Time and memory", "job", heads, tuple(rows), reading)
+def lead(report: LanguageReport) -> str:
+    """Return the result in two sentences: what the stack reached, and how it compares on each axis;
+    empty without a stack."""
+    stack = report.stack
+    if stack is None:
+        return ""
+    reached = f"{fixed(stack.mean)} bits per byte {interval(stack.interval)}".rstrip()
+    groups = []
+    words: dict[Verdict, str] = {
+        "better": "better than",
+        "tie": "level with",
+        "worse": "worse than",
+    }
+    for verdict, word in words.items():
+        rivals = []
+        for win in report.wins:
+            if win.verdict == verdict:
+                rivals.append(f"{win.against} ({win.axis or 'axis not stated'})")
+        if rivals:
+            groups.append(f"{word} {', '.join(rivals)}")
+    compared = f"It is {'; '.join(groups)}." if groups else ""
+    return f"The stack reaches {reached}. {compared}"
 
 
-def data(report: dict) -> Table:
+def tiles(report: LanguageReport) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top as name, value and what stands beside it."""
+    out = []
+    stack = report.stack
+    trunk = report.trunk
+    if stack:
+        out.append(("bits per byte", fixed(stack.mean), interval(stack.interval)))
+    if stack and trunk:
+        gain = fixed(less(trunk.mean, stack.mean))
+        out.append(("gained over the trunk", gain, f"trunk {fixed(trunk.mean)}"))
+    if stack:
+        out.append(("of the oracle's gain", share(stack.oracle_gain), "reached by the stack"))
+    if report.model:
+        whole = f"of {count(report.model.total_parameters)}"
+        out.append(("parameters per token", count(report.model.active_parameters), whole))
+    if report.routing:
+        agreement = share(report.routing.agreement)
+        out.append(("routing agreement", agreement, f"{len(report.experts)} experts"))
+    return out
+
+
+def data(report: LanguageReport) -> Table:
     """How much text stands behind the numbers, per domain."""
-    found, keys = part(report, "data"), ("train_tokens", "test_tokens", "test_documents")
-    rows = [
-        Row(d, tuple(Cell(count(part(found, k).get(d))) for k in keys)) for d in domains_of(report)
-    ]
-    reading = (
-        "Tokens to train on, and the held-out tokens and documents that every row is measured on."
+    rows = []
+    found = report.data
+    if found:
+        for domain in report.domains:
+            cells = (
+                Cell(count(found.train_tokens.get(domain))),
+                Cell(count(found.test_tokens.get(domain))),
+                Cell(count(found.test_documents.get(domain))),
+            )
+            rows.append(Row(domain, cells))
+    return Table(
+        name="Data",
+        title="Text per domain",
+        corner="domain",
+        columns=("training tokens", "test tokens", "test documents"),
+        rows=tuple(rows),
+        reading=(
+            "Tokens to train on, and the held-out tokens and documents that every row is measured "
+            "on."
+        ),
     )
-    heads = ("training tokens", "test tokens", "test documents")
-    return Table("Data", "Text per domain", "domain", heads, tuple(rows) if found else (), reading)
 
 
-def _t1(report: dict) -> list[dict]:
-    return [row for row in report.get("T1") or () if isinstance(row, dict)]
+def _line(row: QualityRow, cells: Sequence[Cell]) -> Row:
+    return Row(row.name, tuple(cells), note=row.axis, kind=row.kind, main=row.is_stack)
 
 
-def _t1_row(row: dict, *cells: Cell) -> Row:
-    name, axis = str(row.get("row", DASH)), str(row.get("axis") or "")
-    return Row(name, cells, axis, str(row.get("kind") or ""), row.get("is_stack") is True)
+def _best(rows: Sequence[QualityRow], values: Sequence[float | None]) -> set[int]:
+    """Return the positions of the lowest value among rows that serve every domain as one model."""
+    contending = []
+    for row, value in zip(rows, values, strict=True):
+        contending.append(None if row.kind in PARTIAL else value)
+    return lowest(contending)
 
 
-def _versus(row: dict) -> Cell:
-    found = part(row, "versus_stack")
-    return Cell(signed(found.get("difference")), interval(found.get("interval")))
+def _gains(trunk: Sequence[float], line: Sequence[float], domains: int) -> Values:
+    return [less(at(trunk, j), at(line, j)) for j in range(domains)]
+
+
+def _saved(ratio: ByDomain, domains: Sequence[str]) -> Values:
+    """Return what is saved on each domain by an expert's absence, as a share of the perplexity."""
+    return [less(1, ratio.get(domain)) for domain in domains]

@@ -4,42 +4,34 @@ All text from the report is escaped by markup; the same report and histories alw
 bytes.
 """
 
-from . import language, requests, routing
+from . import common, language, requests, routing
 from .curves import curves, shares
-from .format import DASH, count, fixed, interval, share
+from .format import DASH, count
 from .markup import Markup, join, small, tag
-from .pictures import bars, forest
+from .pictures import bars, forest, points_of_active, points_of_quality
+from .schema import LanguageReport, Report, RequestReport
 from .style import style
-from .table import Cell, Table, less
+from .table import Cell, Table
 
 LONG = 24  # characters from which a column of words is a column of sentences
 
 
-def page(report: dict, histories: dict[str, list[dict]]) -> str:
+def page(report: Report, histories: dict[str, list[dict]]) -> str:
     """Return the whole file as text, to be written as UTF-8."""
-    experts = [str(name) for name in report.get("experts") or ()]
-    sections = [
-        (
-            "verdict",
-            "",
-            "Verdict",
-            join(_table(language.criteria(report)), _table(language.wins(report))),
-        ),
-        ("quality", "T1", "The stack and everything it should beat", _quality(report)),
-        ("map", "", "Who is good at what", _heat(language.matrix(report), "turn")),
-        ("routing", "T5", "Where tokens go", _routing(report, shares(histories, experts))),
-        ("routes", "", "Where requests go", _routes(report)),
-        ("adapters", "", "Who can do what", _adapters(report)),
-        ("answers", "", "What the answers are worth", _table(requests.answers(report))),
-        ("leaving", "T3", "When one expert leaves", _heat(language.opt_out(report), "turn")),
-        ("active", "T6", "Active experts", _active(report)),
-        ("curves", "", "Training curves", _curves(curves(histories))),
-        ("speed", "", "Time and memory", join(bars(report), _table(language.speed(report)))),
-        ("data", "", "Data and model", join(_model(report), _table(language.data(report)))),
-        ("notes", "", "Notes", _notes(report)),
+    if isinstance(report, LanguageReport):
+        sections = _language_sections(report, histories)
+        lead, tiles = language.lead(report), language.tiles(report)
+    else:
+        sections = _request_sections(report)
+        lead, tiles = requests.lead(report), requests.tiles(report)
+    sections += [
+        ("curves", "Training curves", _curves(curves(histories))),
+        ("speed", "Time and memory", join(bars(report), _table(common.speed(report)))),
+        ("data", "Data and model", _model(report)),
+        ("notes", "Notes", _notes(report)),
     ]
-    sections = [section for section in sections if section[3]]
-    title = f"{report.get('run') or 'run'}: MoleForge report"
+    sections = [section for section in sections if section[2]]
+    title = f"{report.run or 'run'}: MoleForge report"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -50,102 +42,58 @@ def page(report: dict, histories: dict[str, list[dict]]) -> str:
     )
     links = tag(
         "nav",
-        *(tag("a", heading, href=f"#{key}") for key, _, heading, _ in sections),
+        *(tag("a", heading, href=f"#{key}") for key, heading, _ in sections),
         aria_label="sections",
     )
-    body = [_section(*section) for section in sections]
-    main = tag("main", _header(report), _tiles(report), links, *body, _footer())
+    body = [tag("section", tag("h2", heading), text, id=key) for key, heading, text in sections]
+    main = tag("main", _header(report, lead), _tiles(report, tiles), links, *body, _footer())
     return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
 
 
-def _section(key: str, label: str, heading: str, body: Markup) -> Markup:
-    mark = tag("span", label, class_="label") if label else ""
-    return tag("section", tag("h2", mark, heading), body, id=key)
-
-
-def _header(report: dict) -> Markup:
-    machine = report.get("machine") or {}
-    place = machine.get("gpu") or machine.get("cpu")
-    facts = [
-        str(report.get("family") or ""),
-        f"seed {report.get('seed')}" if report.get("seed") is not None else "",
-        str(report.get("made") or ""),
-        str(place or ""),
-        f"{machine.get('threads')} of {machine.get('cores')} cores" if machine.get("cores") else "",
-        str(machine.get("dtype") or ""),
-        f"torch {machine['torch']}" if machine.get("torch") else "",
+def _language_sections(report: LanguageReport, histories) -> list[tuple[str, str, Markup]]:
+    charts = shares(histories, list(report.experts))
+    verdict = join(_table(common.criteria(report)), _table(language.wins(report)))
+    return [
+        ("verdict", "Verdict", verdict),
+        ("quality", "The stack and everything it should beat", _quality(report)),
+        ("map", "Who is good at what", _heat(language.matrix(report), "turn")),
+        ("routing", "Where tokens go", _routing(report, charts)),
+        ("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
+        ("active", "Active experts", _active(report)),
     ]
+
+
+def _request_sections(report: RequestReport) -> list[tuple[str, str, Markup]]:
+    return [
+        ("verdict", "Verdict", _table(common.criteria(report))),
+        ("routes", "Where requests go", _routes(report)),
+        ("adapters", "Who can do what", _adapters(report)),
+        ("answers", "What the answers are worth", _table(requests.answers(report))),
+    ]
+
+
+def _header(report: Report, lead: str) -> Markup:
+    machine = report.machine
+    facts = [report.family, f"seed {report.seed}" if report.seed is not None else "", report.made]
+    if machine:
+        facts += [machine.gpu or machine.cpu, f"{machine.threads} of {machine.cores} cores"]
+        facts += [machine.dtype, f"torch {machine.torch}"]
     line = tag("p", " · ".join(fact for fact in facts if fact), class_="meta")
     kicker = tag("p", "MoleForge report", class_="kicker")
-    return tag("header", kicker, tag("h1", report.get("run") or "run"), line, _lead(report))
+    said = tag("p", lead, class_="lead") if lead else ""
+    return tag("header", kicker, tag("h1", report.run or "run"), line, said)
 
 
-def _lead(report: dict) -> Markup:
-    """Return the result in two sentences: what the stack reached, and how it compares on each axis."""
-    stack = _stack(report)
-    if stack is None:
-        return (
-            tag("p", requests.lead(report), class_="lead") if requests.lead(report) else Markup("")
-        )
-    text = f"The stack reaches {fixed(stack.get('mean'))} bits per byte {interval(stack.get('interval'))}".rstrip()
-    verdicts = [
-        win for win in report.get("wins") or () if win.get("verdict") in ("better", "worse", "tie")
-    ]
-    groups = []
-    for verdict, word in (
-        ("better", "better than"),
-        ("tie", "level with"),
-        ("worse", "worse than"),
-    ):
-        names = [
-            f"{win.get('against')} ({win.get('axis') or 'axis not stated'})"
-            for win in verdicts
-            if win["verdict"] == verdict
-        ]
-        groups += [f"{word} {', '.join(names)}"] if names else []
-    return tag("p", text + ". ", f"It is {'; '.join(groups)}." if groups else "", class_="lead")
-
-
-def _tiles(report: dict) -> Markup:
-    stack, trunk, found = _stack(report) or {}, _first(report, "part") or {}, report.get("T5") or {}
-    model = report.get("model") or {}
-    gain = less(trunk.get("mean"), stack.get("mean"))
-    passed = [item.get("passed") for item in report.get("criteria") or ()]
-    tiles = [
-        ("bits per byte", fixed(stack.get("mean")), interval(stack.get("interval"))),
-        ("gained over the trunk", fixed(gain), f"trunk {fixed(trunk.get('mean'))}"),
-        ("of the oracle's gain", share(stack.get("oracle_gain")), "reached by the stack"),
-        (
-            "parameters per token",
-            count(model.get("active_parameters")),
-            f"of {count(model.get('total_parameters'))}",
-        ),
-        (
-            "routing agreement",
-            share(found.get("agreement")),
-            f"{len(report.get('experts') or ())} experts",
-        ),
-        *requests.tiles(report),
-        (
-            "criteria passed",
-            f"{sum(p is True for p in passed)} of {len(passed)}" if passed else DASH,
-            "",
-        ),
-    ]
-    shown = [(name, value, more) for name, value, more in tiles if value != DASH]
+def _tiles(report: Report, tiles: list[tuple[str, str, str]]) -> Markup:
+    if report.criteria:
+        passed = sum(each.passed for each in report.criteria)
+        tiles = [*tiles, ("criteria passed", f"{passed} of {len(report.criteria)}", "")]
     boxes = [
         tag("div", tag("dt", n), tag("dd", v, tag("small", m) if m else ""), class_="tile")
-        for n, v, m in shown
+        for n, v, m in tiles
+        if v != DASH
     ]
     return tag("dl", *boxes, class_="tiles") if boxes else Markup("")
-
-
-def _stack(report: dict) -> dict | None:
-    return next((row for row in report.get("T1") or () if row.get("is_stack") is True), None)
-
-
-def _first(report: dict, kind: str) -> dict | None:
-    return next((row for row in report.get("T1") or () if row.get("kind") == kind), None)
 
 
 def _table(table: Table, heat: str = "") -> Markup:
@@ -212,11 +160,11 @@ def _heat(table: Table, ramp: str) -> Markup:
     return join(_table(table, ramp), scale)
 
 
-def _quality(report: dict) -> Markup:
+def _quality(report: LanguageReport) -> Markup:
     table = language.quality(report)
     if not table.rows:
         return Markup("")
-    picture = forest(report.get("T1") or [])
+    picture = forest(points_of_quality(report))
     second = language.cost(report)
     rows = [join(tag("dt", name), tag("dd", text)) for name, text in language.origins(report)]
     sources = tag(
@@ -235,7 +183,7 @@ def _quality(report: dict) -> Markup:
     )
 
 
-def _routing(report: dict, charts: Markup) -> Markup:
+def _routing(report: LanguageReport, charts: Markup) -> Markup:
     facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in routing.facts(report)]
     layers = [
         tag("div", tag("h3", t.title), _table(t, "up")) for t in routing.layers(report) if t.rows
@@ -252,12 +200,17 @@ def _routing(report: dict, charts: Markup) -> Markup:
     )
 
 
-def _routes(report: dict) -> Markup:
+def _routes(report: RequestReport) -> Markup:
     maps = [
         tag("div", tag("h3", table.title), _heat(table, "up"))
         for table in requests.confusions(report)
     ]
-    others = (requests.calibration, requests.coverage, requests.strangers, requests.consistency)
+    others = (
+        requests.calibration,
+        requests.coverage,
+        requests.none_detection,
+        requests.consistency,
+    )
     tables_of = [table for table in (make(report) for make in others) if table.rows]
     return join(
         _table(requests.routes(report)),
@@ -267,21 +220,12 @@ def _routes(report: dict) -> Markup:
     )
 
 
-def _adapters(report: dict) -> Markup:
-    return join(_heat(requests.adapters(report), "up"), _table(requests.figures(report)))
+def _adapters(report: RequestReport) -> Markup:
+    return join(_heat(requests.adapters(report), "up"), _table(requests.metric_figures(report)))
 
 
-def _active(report: dict) -> Markup:
-    rows = report.get("T6") or []
-    points = [
-        {
-            **row,
-            "row": f"k = {row.get('top_k')}",
-            "is_stack": row.get("top_k") == (report.get("model") or {}).get("top_k"),
-        }
-        for row in rows
-    ]
-    return join(forest(points), _table(language.active(report)))
+def _active(report: LanguageReport) -> Markup:
+    return join(forest(points_of_active(report)), _table(language.active(report)))
 
 
 def _curves(charts: Markup) -> Markup:
@@ -293,26 +237,20 @@ def _curves(charts: Markup) -> Markup:
     return join(charts, tag("p", reading, class_="read")) if charts else Markup("")
 
 
-def _model(report: dict) -> Markup:
-    found = report.get("model") or {}
-    facts = [
-        tag(
-            "div",
-            tag("dt", str(key).replace("_", " ")),
-            tag("dd", count(v) if "parameters" in str(key) else str(v)),
-        )
-        for key, v in found.items()
-    ]
-    return tag("dl", *facts, class_="facts") if facts else Markup("")
+def _model(report: Report) -> Markup:
+    facts = []
+    for key, value in report.model or ():
+        if value is not None:
+            text = count(value) if "parameters" in key else str(value)
+            facts.append(tag("div", tag("dt", key.replace("_", " ")), tag("dd", text)))
+    table = _table(language.data(report)) if isinstance(report, LanguageReport) else ""
+    return join(tag("dl", *facts, class_="facts") if facts else "", table)
 
 
-def _notes(report: dict) -> Markup:
-    notes = report.get("notes") or []
-    return (
-        tag("ul", *(tag("li", str(note)) for note in notes), class_="notes")
-        if notes
-        else Markup("")
-    )
+def _notes(report: Report) -> Markup:
+    if not report.notes:
+        return Markup("")
+    return tag("ul", *(tag("li", note) for note in report.notes), class_="notes")
 
 
 def _footer() -> Markup:

@@ -1,101 +1,116 @@
-"""T5, where the router sends tokens: shares per domain and layer, agreement, entropy, balance.
+"""Where the router sends tokens: shares per domain and layer, agreement, entropy, balance.
 
 Shares are drawn on one fixed scale from 0 to 100 %, so layers and runs can be compared by eye.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from .format import DASH, finite, fixed, share
-from .table import Cell, Row, Table, at, domains_of, part
+from .format import finite, fixed, percent, share
+from .schema import ExpertShare, LanguageReport
+from .table import Cell, Row, Table, at
 
 
-def mean(report: dict) -> Table:
-    """T5: share of each domain's tokens that each expert takes, mean over layers."""
-    shares = part(report, "T5").get("share")
-    reading = (
-        "Of each domain's routed tokens, the share that each expert takes, mean over layers; a row adds up to 100 %. "
-        "Drawn as in BTX, figure 3, and FlexOlmo, figure 2."
+def mean(report: LanguageReport) -> Table:
+    """Share of each domain's tokens that each expert takes, mean over layers."""
+    routing = report.routing
+    table = _shares(
+        report,
+        routing.share if routing else {},
+        title="Where tokens go",
+        unit=" %",
+        reading=(
+            "Of each domain's routed tokens, the share that each expert takes, mean over layers; a "
+            "row adds up to 100 %. Drawn as in BTX, figure 3, and FlexOlmo, figure 2."
+        ),
+        colours="Framed: the domain's own expert.",
     )
-    table = _shares(report, shares, "Where tokens go", reading)
-    agreement = part(part(report, "T5"), "agreement_by_domain")
-    if not agreement:
+    if routing is None or not routing.agreement_by_domain:
         return table
-    rows = (
-        replace(row, cells=(*row.cells, Cell(share(agreement.get(row.name))))) for row in table.rows
-    )
+    rows = []
+    for row in table.rows:
+        agreement = Cell(share(routing.agreement_by_domain.get(row.name)))
+        rows.append(replace(row, cells=(*row.cells, agreement)))
     return replace(table, columns=(*table.columns, "agreement"), rows=tuple(rows))
 
 
-def layers(report: dict) -> list[Table]:
-    """T5 layer by layer: the same shares, one small table per layer."""
-    layers = part(report, "T5").get("layers") or ()
-    return [
-        _shares(report, layer.get("share"), f"layer {layer.get('layer', i)}", "", unit="")
-        for i, layer in enumerate(layers)
-        if isinstance(layer, dict)
-    ]
-
-
-def facts(report: dict) -> list[tuple[str, str]]:
-    """T5 in a few numbers, as pairs of name and value; empty without T5."""
-    found = part(report, "T5")
-    if not found:
+def layers(report: LanguageReport) -> list[Table]:
+    """The same shares, one small table per layer."""
+    if report.routing is None:
         return []
-    dead = found.get("dead")
+    found = report.routing.layers
+    return [_shares(report, layer.share, title=f"layer {layer.layer}") for layer in found]
+
+
+def facts(report: LanguageReport) -> list[tuple[str, str]]:
+    """The routing in a few numbers, as pairs of name and value; empty without routing."""
+    routing = report.routing
+    if routing is None:
+        return []
+    entropy = f"{fixed(routing.entropy)} of {fixed(routing.max_entropy)} nats"
     return [
-        ("agreement with the domain", share(found.get("agreement"), 1)),
-        (
-            "entropy of the load",
-            f"{fixed(found.get('entropy'))} of {fixed(found.get('max_entropy'))} nats",
-        ),
-        ("MaxVio", fixed(found.get("max_violation"))),
-        ("least used", _used(found.get("least"))),
-        ("most used", _used(found.get("most"))),
-        ("dead experts", DASH if dead is None else ", ".join(map(str, dead)) or "none"),
+        ("agreement with the domain", share(routing.agreement, 1)),
+        ("entropy of the load", entropy),
+        ("MaxVio", fixed(routing.max_violation)),
+        ("least used", _used(routing.least)),
+        ("most used", _used(routing.most)),
+        ("dead experts", ", ".join(routing.dead) or "none"),
     ]
 
 
-def by_layer(report: dict) -> Table:
-    """T5, one line per layer: agreement, entropy and balance."""
-    layers = [layer for layer in part(report, "T5").get("layers") or () if isinstance(layer, dict)]
-    rows = tuple(
-        Row(
-            str(layer.get("layer", i)),
-            (
-                Cell(share(layer.get("agreement"), 1)),
-                Cell(fixed(layer.get("entropy"))),
-                Cell(fixed(layer.get("max_violation"))),
-            ),
-        )
-        for i, layer in enumerate(layers)
-    )
-    reading = (
-        "Agreement: share of tokens sent to their own domain's expert. Entropy of the mean load, in nats; at most the "
-        "logarithm of the number of experts. MaxVio: how far the busiest expert lies over an even load, relative to "
-        "it; 0 is even (auxiliary-loss-free balancing, arXiv 2408.15664)."
-    )
-    return Table(
-        "T5", "Routing by layer", "layer", ("agreement", "entropy, nats", "MaxVio"), rows, reading
-    )
-
-
-def _shares(report: dict, shares, title: str, reading: str, unit: str = " %") -> Table:
-    experts = tuple(map(str, report.get("experts") or ()))
+def by_layer(report: LanguageReport) -> Table:
+    """One line per layer: agreement, entropy and balance."""
     rows = []
-    for domain in domains_of(report):
-        line = shares.get(domain) if isinstance(shares, dict) else None
-        values = [finite(at(line, i)) for i in range(len(experts))]
-        cells = [
-            Cell(share(v).removesuffix(" %") + unit * (v is not None), heat=v, own=e == domain)
-            for v, e in zip(values, experts, strict=True)
-        ]
+    for layer in report.routing.layers if report.routing else ():
+        cells = (
+            Cell(share(layer.agreement, 1)),
+            Cell(fixed(layer.entropy)),
+            Cell(fixed(layer.max_violation)),
+        )
+        rows.append(Row(str(layer.layer), cells))
+    return Table(
+        name="Routing",
+        title="Routing by layer",
+        corner="layer",
+        columns=("agreement", "entropy, nats", "MaxVio"),
+        rows=tuple(rows),
+        reading=(
+            "Agreement: share of tokens sent to their own domain's expert. Entropy of the mean "
+            "load, in nats; at most the logarithm of the number of experts. MaxVio: how far the "
+            "busiest expert lies over an even load, relative to it; 0 is even (auxiliary-loss-free "
+            "balancing, arXiv 2408.15664)."
+        ),
+    )
+
+
+def _shares(
+    report: LanguageReport,
+    shares: Mapping[str, Sequence[float]],
+    title: str,
+    unit: str = "",
+    reading: str = "",
+    colours: str = "",
+) -> Table:
+    rows = []
+    for domain in report.domains if shares else ():
+        line = shares.get(domain, ())
+        cells = []
+        for i, expert in enumerate(report.experts):
+            value = finite(at(line, i))
+            text = percent(value) + (unit if value is not None else "")
+            cells.append(Cell(text, heat=value, own=expert == domain))
         rows.append(Row(domain, tuple(cells)))
-    colours = "Framed: the domain's own expert." * bool(reading)
-    lines = tuple(rows) if shares else ()
-    return Table("T5", title, "domain", experts, lines, reading, colours, scale=("0 %", "100 %"))
+    return Table(
+        name="Routing",
+        title=title,
+        corner="domain",
+        columns=report.experts,
+        rows=tuple(rows),
+        reading=reading,
+        colours=colours,
+        scale=("0 %", "100 %"),
+    )
 
 
-def _used(pair) -> str:
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        return DASH
-    return f"{pair[0]} ({share(pair[1], 1)})"
+def _used(most: ExpertShare) -> str:
+    return f"{most.expert} ({share(most.share, 1)})"

@@ -1,17 +1,16 @@
-"""What a table is before it is drawn, and how values of a report become its cells.
+"""What a table is before it is drawn, and arithmetic for its marks and colours.
 
 Nothing here knows of terminals or HTML, and a value that is missing never stops a table.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .format import finite
 
-PARTIAL = (
-    "oracle",
-    "expert",
-)  # kinds of rows that are told the domain or know only one: never the best
-FAINT = 0.2  # least full scale of gains relative to that of losses, and the other way round
+# Least full scale of gains relative to that of losses, and the other way round
+FAINT = 0.2
+Values = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A named row; note is smaller beside the name, main the row that the report is about."""
+    """A named row; note is smaller beside the name, main the row that the report is about.
+
+    Between rows of another kind the drawn table has a line.
+    """
 
     name: str
     cells: tuple[Cell, ...]
@@ -60,49 +62,65 @@ class Table:
     scale: tuple[str, str] = ("", "")
 
 
-def domains_of(report: dict) -> tuple[str, ...]:
-    """Return the names of the domains, in the report's order."""
-    return tuple(map(str, report.get("domains") or ()))
+def lowest(values: Sequence[float | None]) -> set[int]:
+    """Return the positions of the lowest value, several where they are equal; None never wins."""
+    found = [finite(value) for value in values]
+    least = min((value for value in found if value is not None), default=None)
+    if least is None:
+        return set()
+    return {i for i, value in enumerate(found) if value == least}
 
 
-def part(mapping: dict, key: str) -> dict:
-    """Return mapping[key] where it is a dictionary, else an empty one."""
-    found = mapping.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def best(rows: list[dict], value) -> set[int]:
-    """Return the positions of the lowest value among rows that serve every domain as one model."""
-    found = {i: finite(value(row)) for i, row in enumerate(rows) if row.get("kind") not in PARTIAL}
-    least = min((v for v in found.values() if v is not None), default=None)
-    return {i for i, v in found.items() if v is not None and v == least}
-
-
-def at(line, i: int):
-    """Return line[i], or None where there is no such entry."""
-    return line[i] if isinstance(line, list | tuple) and i < len(line) else None
-
-
-def less(a, b) -> float | None:
+def less(a: float | None, b: float | None) -> float | None:
     """Return a - b, or None where either is missing."""
-    a, b = finite(a), finite(b)
-    return None if a is None or b is None else a - b
+    a = finite(a)
+    b = finite(b)
+    if a is None or b is None:
+        return None
+    return a - b
 
 
-def diverge(lines: list[list[float | None]]) -> list[list[float | None]]:
+def at(line: Sequence[float | None], i: int) -> float | None:
+    """Return line[i], or None where the line is shorter."""
+    return line[i] if i < len(line) else None
+
+
+def names_in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return each name once, in the order of first appearance."""
+    return tuple(dict.fromkeys(names))
+
+
+def diverge(lines: list[Values]) -> list[Values]:
     """Scale gains by the greatest gain and losses by the greatest loss, so that neither hides the
     other.
 
     The lesser of the two counts for at least FAINT of the greater: noise is not painted in full
     colour.
     """
-    top, bottom = extremes(lines)
-    floor = max(FAINT * max(top, bottom), 1e-3)
-    top, bottom = max(top, floor), max(bottom, floor)
-    return [[None if v is None else v / (top if v > 0 else bottom) for v in line] for line in lines]
+    gain, loss = extremes(lines)
+    floor = max(FAINT * max(gain, loss), 1e-3)
+    gain = max(gain, floor)
+    loss = max(loss, floor)
+    return [_scaled(line, gain, loss) for line in lines]
 
 
-def extremes(lines: list[list[float | None]]) -> tuple[float, float]:
+def _scaled(line: Values, gain: float, loss: float) -> Values:
+    out: Values = []
+    for value in line:
+        if value is None:
+            out.append(None)
+        else:
+            out.append(value / (gain if value > 0 else loss))
+    return out
+
+
+def extremes(lines: list[Values]) -> tuple[float, float]:
     """Return the greatest gain and the greatest loss, both as positive numbers or 0."""
-    flat = [v for line in lines for v in line if v is not None]
-    return max([0.0, *flat]), max([0.0, *(-v for v in flat)])
+    gain = 0.0
+    loss = 0.0
+    for line in lines:
+        for value in line:
+            if value is not None:
+                gain = max(gain, value)
+                loss = max(loss, -value)
+    return gain, loss

@@ -7,61 +7,66 @@ not fit go to a further table with the same rows, so nothing is cut off.
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import language, requests, routing
+from . import common, language, requests, routing
+from .schema import LanguageReport, Report, RequestReport
 from .table import Cell, Row, Table
 
 WIDTH = 120
-NAME, WORDS, HEAD, GAP = (
-    26,
-    40,
-    12,
-    2,
-)  # most characters of a name, of a cell of words, of a heading; blanks between
+NAME = 26  # most characters of a row's name
+WORDS = 40  # most characters of a cell of words
+HEAD = 12  # most characters of a heading's longest word
+GAP = 2  # blanks between columns
 EDGES = 2  # blanks that the frame adds left and right
-ROUTES = (requests.routes, requests.margins)
-ASKED = (
-    requests.calibration,
-    requests.coverage,
-    requests.strangers,
-    requests.consistency,
-    requests.adapters,
-    requests.figures,
-    requests.answers,
-)
-SWAPS = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
+# For consoles whose encoding has no such characters
+PLAINER = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
+TONES = {"good": "green", "bad": "red"}
 
 
-def show(report: dict, console: Console) -> None:
-    """Print what there is of T1, T3, T5 in short, the tables of whole requests, T6, wins and
-    criteria."""
+def show(report: Report, console: Console) -> None:
+    """Print the report's tables and notes, without what needs a picture."""
     with _plain(console):
-        _line(console, _title(report), "bold")
-        for table in (language.quality, language.cost, language.opt_out, routing.mean, *ROUTES):
-            _print(console, table(report))
-        for table in requests.confusions(report):
-            _print(console, table)
-        facts = routing.facts(report)
-        if facts:
-            _line(console, "; ".join(f"{name} {value}" for name, value in facts))
-        for table in (*ASKED, language.active, language.wins, language.criteria):
-            _print(console, table(report))
-        for note in report.get("notes") or ():
+        _line(console, common.title(report), "bold")
+        if isinstance(report, LanguageReport):
+            _show_language(report, console)
+        else:
+            _show_requests(report, console)
+        _print(console, common.criteria(report))
+        for note in report.notes:
             _line(console, f"note: {note}")
 
 
-def _title(report: dict) -> str:
-    seed = f"seed {report['seed']}" if report.get("seed") is not None else ""
-    return "  ".join(
-        str(word)
-        for word in (report.get("run"), report.get("family"), seed, report.get("made"))
-        if word
-    )
+def _show_language(report: LanguageReport, console: Console) -> None:
+    for table in (language.quality, language.cost, language.opt_out, routing.mean):
+        _print(console, table(report))
+    facts = [f"{name} {value}" for name, value in routing.facts(report)]
+    if facts:
+        _line(console, "; ".join(facts))
+    for table in (language.active, language.wins):
+        _print(console, table(report))
+
+
+def _show_requests(report: RequestReport, console: Console) -> None:
+    _print(console, requests.routes(report))
+    _print(console, requests.margins(report))
+    for confusion in requests.confusions(report):
+        _print(console, confusion)
+    for table in (
+        requests.calibration,
+        requests.coverage,
+        requests.none_detection,
+        requests.consistency,
+        requests.adapters,
+        requests.metric_figures,
+        requests.answers,
+    ):
+        _print(console, table(report))
 
 
 @contextmanager
@@ -70,19 +75,23 @@ def _plain(console: Console) -> Iterator[None]:
     if console.is_terminal:
         yield
         return
-    before = console.width, console.no_color
-    console.width, console.no_color = WIDTH, True
+    width = console.width
+    no_color = console.no_color
+    console.width = WIDTH
+    console.no_color = True
     try:
         yield
     finally:
-        console.width, console.no_color = before
+        console.width = width
+        console.no_color = no_color
 
 
 def _print(console: Console, table: Table) -> None:
     if not table.rows:
         return
     for i, columns in enumerate(_chunks(table, console.width)):
-        title = f"{table.name}  {table.title}" + (" (continued)" if i else "")
+        more = " (continued)" if i else ""
+        title = f"{table.name}  {table.title}{more}"
         _line(console, "")
         _line(console, title, "bold")
         console.print(_grid(table, columns, console))
@@ -100,35 +109,47 @@ def _text(text: str, console: Console, style: str = "") -> Text:
 def clean(text: str, encoding: str) -> str:
     """Return text without control characters, in what the encoding can say: names can hold
     anything."""
-    text = "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in str(text))
-    if not encoding.lower().startswith("utf"):
-        text = text.translate(SWAPS).encode(encoding, "replace").decode(encoding)
-    return text
+    kept = []
+    for character in text:
+        # control, invisible formatting (also what turns the writing direction), lone surrogates
+        unsafe = unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        kept.append("?" if unsafe else character)
+    text = "".join(kept)
+    if encoding.lower().startswith("utf"):
+        return text
+    return text.translate(PLAINER).encode(encoding, "replace").decode(encoding)
 
 
 def _chunks(table: Table, width: int) -> list[range]:
     """Split the columns into runs that fit beside the names; at least one column each."""
-    left = width - _name_wide(table) - GAP - EDGES
-    out, start, used = [], 0, 0
+    left = width - _name_width(table) - GAP - EDGES
+    out = []
+    start = 0
+    used = 0
     for i in range(len(table.columns)):
-        wide = _wide(table, i) + GAP
-        if i > start and used + wide > left:
+        needed = _column_width(table, i) + GAP
+        if i > start and used + needed > left:
             out.append(range(start, i))
-            start, used = i, 0
-        used += wide
+            start = i
+            used = 0
+        used += needed
     return [*out, range(start, len(table.columns))]
 
 
-def _name_wide(table: Table) -> int:
-    return min(NAME, max(len(_name(row)) for row in table.rows))
+def _name_width(table: Table) -> int:
+    names = max(len(_name(row)) for row in table.rows)
+    word = max(len(word) for word in table.corner.split())
+    return min(NAME, max(names, word))
 
 
-def _wide(table: Table, i: int) -> int:
+def _column_width(table: Table, i: int) -> int:
     """Return the width of a column: its values on one line (words may be wrapped), its heading
     wrapped."""
     values = max(len(_value(row.cells[i])) for row in table.rows)
     word = max((len(word) for word in table.columns[i].split()), default=0)
-    return max(min(values, WORDS) if i in table.words else values, min(HEAD, word))
+    if i in table.words:
+        values = min(values, WORDS)
+    return max(values, min(HEAD, word))
 
 
 def _grid(table: Table, columns: range, console: Console) -> Grid:
@@ -139,36 +160,43 @@ def _grid(table: Table, columns: range, console: Console) -> Grid:
         header_style="bold",
         collapse_padding=True,
     )
-    grid.add_column(
-        _text(table.corner, console), overflow="fold", width=_name_wide(table), vertical="top"
-    )
+    corner = _text(table.corner, console)
+    # rich cuts what does not fit, unless it may fold it
+    grid.add_column(corner, overflow="fold", width=_name_width(table), vertical="top")
     for i in columns:
-        side = "left" if i in table.words else "right"
         head = _text(table.columns[i], console)
-        grid.add_column(head, justify=side, overflow="fold", width=_wide(table, i), vertical="top")
-    kinds = [row.kind for row in table.rows[1:]] + [None]
-    for row, following in zip(table.rows, kinds, strict=True):
-        style = "bold green" if row.main else ""
+        grid.add_column(
+            head,
+            justify="left" if i in table.words else "right",
+            overflow="fold",
+            width=_column_width(table, i),
+            vertical="top",
+        )
+    for row, following in zip_longest(table.rows, table.rows[1:]):
         cells = [_cell(row.cells[i], console) for i in columns]
         grid.add_row(
             _text(_name(row), console),
             *cells,
-            style=style,
-            end_section=following not in (row.kind, None),
+            style="bold green" if row.main else "",
+            end_section=following is not None and following.kind != row.kind,
         )
     return grid
 
 
 def _name(row: Row) -> str:
-    return f"{'> ' if row.main else ''}{row.name}{f' ({row.note})' if row.note else ''}"
+    mark = "> " if row.main else ""
+    note = f" ({row.note})" if row.note else ""
+    return f"{mark}{row.name}{note}"
 
 
 def _value(cell: Cell) -> str:
-    return f"{cell.text}{'*' if cell.best else ''}{f' {cell.small}' if cell.small else ''}"
+    mark = "*" if cell.best else ""
+    small = f" {cell.small}" if cell.small else ""
+    return f"{cell.text}{mark}{small}"
 
 
 def _cell(cell: Cell, console: Console) -> Text:
-    text = _text(_value(cell), console, {"good": "green", "bad": "red"}.get(cell.tone, ""))
+    text = _text(_value(cell), console, TONES.get(cell.tone, ""))
     if cell.best:
         text.stylize("bold", 0, len(cell.text) + 1)
     if cell.small:

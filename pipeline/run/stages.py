@@ -307,9 +307,9 @@ def _evaluate(work: JobContext) -> dict:
     done_jobs = [(s, i) for s in TRAINING for i in work.cfg.items(s)]
     fitted = [job for job in done_jobs if "planned_steps" in work.parts.manifest(*job).metrics]
     rows = {label(*job): work.parts.history(*job) for job in fitted}
-    write_text(work.folder / "report.json", json.dumps(tables, indent=1))
+    write_text(work.folder / "report.json", tables.to_json())
     write_text(work.folder / "report.html", report.page(tables, rows))
-    return {"criteria": {c["name"]: c["passed"] for c in tables["criteria"]}}
+    return {"criteria": {each.name: each.passed for each in tables.criteria}}
 
 
 def _bundle(work: JobContext) -> dict:

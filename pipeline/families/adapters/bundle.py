@@ -6,7 +6,6 @@ base, with the same calibration, policy and limits. A base from the Hub is not c
 or a folder is.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,11 +50,11 @@ def bundle(cfg: LoraVlmConfig, parts, folder: Path, progress: Progress) -> dict:
         replace(pin, source="built", model=BUILT) if pin.files else pin
     )  # its files go along, under that name
     described = _described(cfg, parts, inside)
-    tables = json.loads((parts.folder("evaluate") / "report.json").read_text("utf-8"))
+    tables = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     texts = {
         ABOUT: described,
         "pin.json": inside.values(),
-        "README.md": report.adapters_card(tables, described),
+        "README.md": report.card(tables, described),
     }
     pieces = [*_adapters(cfg, parts), *_base(pin, located(pin, base)), *_report(parts)]
     return write(folder, pieces, texts, progress) | {"experts": len(cfg.experts)}

@@ -18,6 +18,7 @@ from ...hardware import machine
 from ...metrics.answers import mean
 from ...metrics.routing import GroupBootstrap
 from ...protocols import Progress
+from ...report import RequestReport
 from ...store.artifacts import now
 from ...train.loop import PHASES
 from ..lora_vlm.config import LoraVlmConfig
@@ -30,8 +31,8 @@ from .stack import ROUTER, assemble
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
 
 
-def tables(cfg: LoraVlmConfig, parts, progress: Progress) -> dict:
-    """Return the report of a run, as plain values."""
+def tables(cfg: LoraVlmConfig, parts, progress: Progress) -> RequestReport:
+    """Return the report of a run."""
     bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), progress)
     adapters = _adapters(bench)
     sets = routed_sets(bench)
@@ -48,12 +49,12 @@ def tables(cfg: LoraVlmConfig, parts, progress: Progress) -> dict:
         "routing": routes,
         "adapters": adapters,
         "answers": answers,
-        "speed": {"jobs": _jobs(cfg, parts)},
+        "speed": _jobs(cfg, parts),
         "machine": machine(torch.get_num_threads(), _is_bf16(bench)),
         "notes": _notes(cfg, bench, routes),
     }
     report["criteria"] = criteria(cfg, sets, adapters, answers)
-    return report
+    return RequestReport.model_validate(report)
 
 
 def criteria(

@@ -145,16 +145,16 @@ def _set(routed: Routed, k: int) -> dict:
         _row(routed, name, prob_NC, k) | {"router_ahead": routed.ahead(name)}
         for name, prob_NC in routed.rivals.items()
     ]
-    return {"set": routed.name, "requests": len(routed.asked), "rows": rows}
+    return {"name": routed.name, "requests": len(routed.asked), "rows": rows}
 
 
 def _row(routed: Routed, name: str, prob_NC: np.ndarray, k: int) -> dict:
     hit_N = routed.hits(name)
     return {
-        "row": name,
+        "name": name,
         "accuracy": float(hit_N.mean()),
         "interval": routed.resamples.interval(hit_N),
-        "top_k": float(measures.hits(prob_NC, routed.own_N, k).mean()),
+        "top_k_accuracy": float(measures.hits(prob_NC, routed.own_N, k).mean()),
         "nats": measures.nats(prob_NC, routed.own_N),
         "ece": measures.calibration_error(prob_NC, routed.own_N),
         "is_router": name == ROUTER,

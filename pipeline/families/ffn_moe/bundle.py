@@ -45,7 +45,7 @@ def bundle(cfg: FfnMoeConfig, parts, folder: Path, progress: Progress) -> dict:
     members, end_id = _members(cfg, parts), Shards(parts.folder("preprocess")).end_id
     stock = stock_settings(settings, len(members), cfg.router.top_k)
     described = _described(cfg, parts, members, stock, end_id)
-    tables = json.loads((parts.folder("evaluate") / "report.json").read_text("utf-8"))
+    tables = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     texts = {
         "config.json": stock,
         "generation_config.json": _generation(settings, end_id),

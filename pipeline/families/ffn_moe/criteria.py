@@ -15,22 +15,22 @@ TRAIN_SAMPLE_SEQUENCES = 128
 def wins(rows: list[dict]) -> list[dict]:
     """Return the stack against every dense row, best single expert and random routing, each with
     its axis."""
-    single = min((r for r in rows if r["kind"] == "expert"), key=lambda r: r["mean"])["row"]
+    single = min((r for r in rows if r["kind"] == "expert"), key=lambda r: r["mean"])["name"]
     out = []
     for row in rows:
-        best = row["row"] == single
+        best = row["name"] == single
         if (
             row["kind"] == "dense"
             or best
-            or row["row"] == "trunk + dummy"
-            or row["row"].startswith("random")
+            or row["name"] == "trunk + dummy"
+            or row["name"].startswith("random")
         ):
             against = row["versus_stack"]
             axis = row["axis"] or (
                 "best single expert, which runs one FFN a token" if best else "same trunk"
             )
             out.append(
-                {"against": row["row"], "axis": axis, **against, "verdict": verdict(**against)}
+                {"against": row["name"], "axis": axis, **against, "verdict": verdict(**against)}
             )
     return out
 
@@ -55,15 +55,15 @@ def criteria(cfg: FfnMoeConfig, bench, report: dict, contenders) -> list[dict]:
                 f"against {theirs['gap']:.4f} ({closed:+.0%} closed)",
             }
         )
-    out.append(_secondary(report["speed"]["jobs"]))
-    t5, least = report["T5"], cfg.evaluate.min_expert_share
+    out.append(_secondary(report["speed"]))
+    routing, least = report["routing"], cfg.evaluate.min_expert_share
     out.append(
         {
             "name": "tertiary",
             "text": f"every expert is used by at least {least:.0%} of tokens",
-            "passed": t5["least"][1] >= least,
-            "detail": f"least {t5['least'][0]} {t5['least'][1]:.1%}, "
-            f"entropy {t5['entropy']:.3f} of {t5['max_entropy']:.3f} nats",
+            "passed": routing["least"][1] >= least,
+            "detail": f"least {routing['least'][0]} {routing['least'][1]:.1%}, "
+            f"entropy {routing['entropy']:.3f} of {routing['max_entropy']:.3f} nats",
         }
     )
     return out
@@ -105,7 +105,7 @@ def _gap(cfg: FfnMoeConfig, bench, c) -> dict:
     return {"test": test, "gap": test - float(np.mean(per_domain))}
 
 
-def speed(cfg: FfnMoeConfig, parts) -> dict:
+def speed(cfg: FfnMoeConfig, parts) -> list[dict]:
     """Return throughput, time by phase and peak memory of every training job, from the manifests."""
     jobs = [
         ("train_shared", None),
@@ -128,7 +128,7 @@ def speed(cfg: FfnMoeConfig, parts) -> dict:
                 **phases,
             }
         )
-    return {"jobs": out}
+    return out
 
 
 def notes(cfg: FfnMoeConfig) -> list[str]:

@@ -1,4 +1,5 @@
-"""The report of an ffn_moe run: every row of T1, and T3, T5, T6, on the same held-out tokens.
+"""The report of an ffn_moe run: quality, opt-out, routing and active experts, on the same held-out
+tokens.
 
 B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D model width.
 """
@@ -19,6 +20,7 @@ from ...model.router import Mixture, UniformMixture
 from ...model.router_init import random as random_gates
 from ...model.trunk import Ffn, Trunk, build, copy_into
 from ...protocols import Progress
+from ...report import LanguageReport
 from ...store.artifacts import now
 from ...train.flops import Shape
 from .config import FfnMoeConfig
@@ -45,7 +47,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One row of T1: a network that gives every token a loss."""
+    """One row of the quality table: a network that gives every token a loss."""
 
     row: str
     kind: str
@@ -100,8 +102,9 @@ class Evaluator:
             self.tokens[row] = found
 
 
-def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> dict:
-    """Return the report of a run: T1, T3, T5, T6, the domain x expert matrix, criteria, speed."""
+def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> LanguageReport:
+    """Return the report of a run: quality, opt-out, routing, active experts, the domain x expert
+    matrix, criteria, speed."""
     from .stack import assemble
 
     shards = Shards(parts.folder("preprocess"))
@@ -111,7 +114,7 @@ def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> dict:
     for c in contenders:
         bench.score(c.row, c.trunk, c.ffn, keep_tokens=c.kind == "expert")
     _combined(cfg, bench)
-    rows = _t1(cfg, bench, contenders, stack, _shape(cfg, trunk))
+    rows = _quality(cfg, bench, contenders, stack, _shape(cfg, trunk))
     report = {
         "run": cfg.name,
         "family": cfg.family,
@@ -122,10 +125,10 @@ def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> dict:
         "metric": "bits per byte on held-out text",
         "model": _model(cfg, trunk, stack),
         "data": _data(bench),
-        "T1": rows,
-        "T3": _t3(cfg, bench, stack),
-        "T5": _t5(bench, stack),
-        "T6": _t6(cfg, bench, stack, _shape(cfg, trunk)),
+        "quality": rows,
+        "opt_out": _opt_out(cfg, bench, stack),
+        "routing": _routing(bench, stack),
+        "active": _active(cfg, bench, stack, _shape(cfg, trunk)),
         "matrix": _matrix(bench, contenders),
         "wins": wins(rows),
         "speed": speed(cfg, parts),
@@ -133,18 +136,18 @@ def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> dict:
         "notes": notes(cfg),
     }
     report["criteria"] = criteria(cfg, bench, report, contenders)
-    return report
+    return LanguageReport.model_validate(report)
 
 
 def stack_row(cfg: FfnMoeConfig) -> str:
-    """Return the name of the run's own stack in T1."""
+    """Return the name of the run's own stack in the quality table."""
     trained = cfg.router.resolve_steps(cfg.trunk.context_tokens, 10**9) > 0
     anchor = " + anchor" if cfg.trunk.anchor == "keep" else ""
     return f"{cfg.router.init}{' trained' if trained else ''} top-{cfg.router.top_k}{anchor} (the stack)"
 
 
 def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[EvalRow]:
-    """Yield the rows of T1 that a network can be run for."""
+    """Yield the rows of the quality table that a network can be run for."""
     named = list(stored_experts(cfg, parts))
     own = [(n, e) for n, e in named if n != ANCHOR]
     experts, only_own = [e for _, e in named], [e for _, e in own]
@@ -251,7 +254,9 @@ def _combined(cfg: FfnMoeConfig, bench: Evaluator) -> None:
     bench.scores.add("oracle expert", oracle)
 
 
-def _t1(cfg, bench: Evaluator, contenders: Sequence[EvalRow], stack, shape: Shape) -> list[dict]:
+def _quality(
+    cfg, bench: Evaluator, contenders: Sequence[EvalRow], stack, shape: Shape
+) -> list[dict]:
     last, own = stack_row(cfg), float(sum(c.kind == "expert" for c in contenders))
     listed = [*contenders]
     trunk = contenders[0].trunk
@@ -260,11 +265,11 @@ def _t1(cfg, bench: Evaluator, contenders: Sequence[EvalRow], stack, shape: Shap
     listed.append(EvalRow("oracle expert", "oracle", trunk, None, 1.0, own, "", tokens))
     scores = bench.scores
     bounds = (scores.nats_per_token("trunk + dummy"), scores.nats_per_token("oracle expert"))
-    return [_t1_row(scores, c, shape, bounds, last) for c in listed]
+    return [_quality_row(scores, c, shape, bounds, last) for c in listed]
 
 
-def _t1_row(scores: Scores, c: EvalRow, shape: Shape, bounds, last: str) -> dict:
-    """Return one row of T1; sizes count the trunk and the feed-forward networks that run or are
+def _quality_row(scores: Scores, c: EvalRow, shape: Shape, bounds, last: str) -> dict:
+    """Return one row of the quality table; sizes count the trunk and the feed-forward networks that run or are
     kept."""
     perplexity = scores.perplexity(c.row)
     against = scores.difference(c.row, last) if c.row != last else None
@@ -278,7 +283,7 @@ def _t1_row(scores: Scores, c: EvalRow, shape: Shape, bounds, last: str) -> dict
     )
     active = shape.trunk_parameters + c.ffns * shape.ffn_parameters
     return {
-        "row": c.row,
+        "name": c.row,
         "kind": c.kind,
         "axis": c.axis,
         "bits_per_byte": scores.bits_per_byte(c.row),
@@ -296,7 +301,7 @@ def _t1_row(scores: Scores, c: EvalRow, shape: Shape, bounds, last: str) -> dict
     }
 
 
-def _t3(cfg: FfnMoeConfig, bench: Evaluator, stack) -> dict:
+def _opt_out(cfg: FfnMoeConfig, bench: Evaluator, stack) -> list[dict]:
     """Return the opt-out table: the stack with one expert and its gate rows taken away."""
     full, rows = bench.scores.perplexity(stack_row(cfg)), []
     bits = bench.scores.bits_per_byte(stack_row(cfg))
@@ -313,7 +318,7 @@ def _t3(cfg: FfnMoeConfig, bench: Evaluator, stack) -> dict:
         ratio = {d: p / full[d] for d, p in bench.scores.perplexity(row).items()}
         delta = {d: b - bits[d] for d, b in bench.scores.bits_per_byte(row).items()}
         rows.append({"removed": name, "ratio": ratio, "delta_bits": delta})
-    return {"rows": rows}
+    return rows
 
 
 class _Tally:
@@ -331,7 +336,7 @@ class _Tally:
         return self.mixture(layer, x_BTD)
 
 
-def _t5(bench: Evaluator, stack) -> dict:
+def _routing(bench: Evaluator, stack) -> dict:
     counts, first = {}, {}
     for domain in bench.documents:
         tally = _Tally(stack.mixture, len(stack.mixture.router.gates), len(stack.names))
@@ -340,7 +345,7 @@ def _t5(bench: Evaluator, stack) -> dict:
     return routing(counts, first, list(stack.names))
 
 
-def _t6(cfg: FfnMoeConfig, bench: Evaluator, stack, shape: Shape) -> list[dict]:
+def _active(cfg: FfnMoeConfig, bench: Evaluator, stack, shape: Shape) -> list[dict]:
     """Return the stack's score for every number of active experts."""
     weight_LED, out = torch.stack([g.data for g in stack.mixture.router.gates]), []
     for k in range(1, len(stack.names) + 1):

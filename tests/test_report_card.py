@@ -1,0 +1,70 @@
+"""The model card of a bundle. That it holds a real run's figures is tested with the bundles."""
+
+from pipeline.report import card
+from tests.small_reports import language_report, quality_row, request_report
+
+ABOUT = {
+    "run": "a|b",
+    "experts": [],
+    "top_k": 1,
+    "architecture": "X",
+    "trunk": {"address": "t"},
+    "router": {"address": "r"},
+    "start_id": 0,
+    "context_tokens": 8,
+}
+ABOUT_ADAPTERS = {
+    "run": "look",
+    "base": {
+        "model": "a/base",
+        "revision": "f00d",
+        "image": {"min_pixels": 1024, "max_pixels": 65_536},
+    },
+    "experts": [
+        {
+            "name": "color",
+            "label": "A",
+            "task": "color",
+            "description": "names | colours",
+            "metric": "exact",
+            "address": "train_experts-color-1",
+            "folder": "adapters/color",
+        }
+    ],
+    "router": {"address": "train_router-1", "folder": "adapters/router"},
+    "policy": {"threshold": 0.8, "top_k": 2, "fallback": "color"},
+}
+
+
+def test_a_report_cannot_break_the_cards_tables():
+    row = quality_row("x|y\n<script>", "dense", 1.0, domains=())
+    text = card(language_report(quality=[row], domains=(), notes=["a\nb"]), ABOUT)
+    (line,) = [x for x in text.splitlines() if "script" in x]
+    assert line.startswith("| x\\|y &lt;script> |")
+    assert "# a\\|b" in text
+    assert "- a b" in text
+
+
+def test_the_front_matter_is_yaml_that_names_library_and_task():
+    import yaml
+
+    for report, about, library, task in (
+        (language_report(), ABOUT, "transformers", "text-generation"),
+        (request_report(), ABOUT_ADAPTERS, "peft", "image-text-to-text"),
+    ):
+        _, front, body = card(report, about).split("---\n", 2)
+        values = yaml.safe_load(front)
+        assert values["library_name"] == library
+        assert values["pipeline_tag"] == task
+        assert "mixture-of-experts" in values["tags"]
+        assert body.lstrip().startswith("# ")
+
+
+def test_every_section_of_an_adapters_card_is_there():
+    text = card(request_report(), ABOUT_ADAPTERS)
+    for heading in ("## Experts", "## Use", "## How good it is", "## To know"):
+        assert heading in text
+    assert "names \\| colours" in text
+    assert 'revision="f00d"' in text
+    assert "| **router** |" in text
+    assert "1,024 to 65,536 px" in text

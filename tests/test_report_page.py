@@ -1,0 +1,270 @@
+"""The report as one HTML file, read back by parsers that we did not write."""
+
+import copy
+import math
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+from pipeline.report import LanguageReport, RequestReport, page, read
+from pipeline.report.format import DASH
+from pipeline.report.markup import VOID, join, tag
+from pipeline.report.style import DARK, LIGHT
+from tests.small_reports import (
+    NASTY,
+    histories,
+    language_report,
+    language_values,
+    request_report,
+    request_values,
+    spoiled,
+)
+from tests.test_report_terminal import printed
+
+
+class Reader(HTMLParser):
+    """Checks that every element is closed in order, and keeps tables, texts and attributes."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.attributes, self.texts, self.tables, self.tags = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name, attrs):
+        self.tags.append(name)
+        self.attributes += attrs
+        if name == "table":
+            self.tables.append([])
+        if name == "tr":
+            self.tables[-1].append([])
+        if name in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.texts.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def bare(report: LanguageReport) -> str:
+    """Return the page without histories."""
+    return page(report, {})
+
+
+def test_page_is_well_formed_and_every_table_is_rectangular():
+    reader = Reader(page(language_report(), histories()))
+    assert len(reader.tables) >= 10
+    for table in reader.tables:
+        assert len({len(line) for line in table}) == 1
+    assert reader.tags.count("h1") == 1
+    names = [line[0] for table in reader.tables for line in table]
+    for wanted in ("trunk + dummy", "stack (top-2)", "oracle expert", "train_shared", "anchor"):
+        assert any(wanted in name for name in names)
+
+
+@pytest.mark.parametrize("report", [language_report(), request_report()])
+def test_links_lead_to_sections_that_exist(report):
+    attributes = Reader(page(report, histories())).attributes
+    ids = [value for key, value in attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value.removeprefix("#") for key, value in attributes if key == "href"} == set(ids)
+
+
+def test_page_refers_to_nothing_outside():
+    text = page(language_report(), histories())
+    reader = Reader(text)
+    assert not {"script", "link", "iframe", "img", "object", "base"} & set(reader.tags)
+    for key, value in reader.attributes:
+        assert "//" not in (value or ""), (key, value)
+    style = re.search("<style>(.*?)</style>", text, re.S).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+    assert any("https://example.org" in words for words in reader.texts)
+
+
+def test_names_are_escaped_everywhere():
+    values = language_values((NASTY, "c", "docs"))
+    values |= {"run": NASTY, "notes": [NASTY], "family": NASTY}
+    values["machine"]["cpu"] = NASTY
+    values["criteria"][0] |= {"name": NASTY, "text": NASTY, "detail": NASTY}
+    values["wins"][0] |= {"against": NASTY, "axis": NASTY}
+    values["quality"][0] |= {"name": NASTY, "axis": NASTY}
+    values["speed"][0]["job"] = NASTY
+    rows = histories()["train_router"]
+    told = {f"train_router {NASTY}": rows, f"train_experts {NASTY}": rows, "train_experts b": rows}
+    text = page(LanguageReport.model_validate(values), told)
+    assert "script" not in Reader(text).tags
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert text.encode("utf-8")
+
+
+def test_lone_surrogates_do_not_stop_the_page():
+    assert "a\ufffdb" in page(language_report(run="a\ud800b"), {})
+
+
+def test_same_input_same_bytes_and_input_is_left_alone():
+    report, rows = language_report(), histories()
+    before = copy.deepcopy((report, rows))
+    first = page(report, rows)
+    assert first == page(read(report.to_json()), copy.deepcopy(rows))
+    assert (report, rows) == before
+
+
+def test_charts_are_xml_and_stay_inside_their_frame():
+    rows = histories(1000)
+    rows["train_shared"][500]["train_nats"] = math.nan
+    rows["train_shared"][0]["train_nats"] = 5000.0  # a first loss far out of the top
+    svgs = re.findall("<svg.*?</svg>", page(language_report(), rows), re.S)
+    assert len(svgs) > 10
+    for svg in svgs:
+        root = ET.fromstring(svg)  # noqa: S314
+        _, _, width, height = map(float, root.get("viewBox").split())
+        for path in root.iter("path"):
+            numbers = [float(n) for n in re.findall(r"-?\d+\.\d+", path.get("d"))]
+            assert all(0 <= x <= width for x in numbers[::2])
+            assert all(0 <= y <= height for y in numbers[1::2])
+            assert len(numbers) <= 2 * 202
+        assert root.get("aria-label")
+
+
+def test_a_nan_in_a_history_is_a_gap():
+    rows = histories()
+    whole = page(language_report(), rows)
+    rows["train_shared"][15] = rows["train_shared"][15] | {"lr": math.nan}
+    broken = page(language_report(), rows)
+    assert broken.count("<path") == whole.count("<path") + 1
+    assert not re.search(r"\bnan\b", broken)
+
+
+def test_a_resumed_job_counts_the_later_row_of_a_step():
+    once = histories()
+    twice = {k: [row | {"lr": 77.0} for row in rows[:9]] + rows for k, rows in once.items()}
+    assert page(language_report(), twice) == page(language_report(), once)
+
+
+def test_rows_without_a_place_are_left_out():
+    once = histories()
+    more = {
+        key: [*rows, {"train_nats": 1.0}, {"step": 99, "tokens": None, "lr": 5.0}]
+        for key, rows in once.items()
+    }
+    assert page(language_report(), more) == page(language_report(), once)
+    assert "<svg" not in page(language_report(), {"train_shared": [], "train_router": [{}]})
+
+
+def test_the_best_of_each_column_is_marked():
+    text = bare(language_report())
+    assert "oracle expert" in text
+    # mean, three domains, perplexity, and the best number of active experts
+    assert len(re.findall('class="best"', text)) == 6
+
+
+def test_a_win_is_always_drawn_with_its_axis():
+    text = " ".join(Reader(bare(language_report())).texts)
+    for axis in ("same total tokens", "same active parameters"):
+        assert axis in text
+
+
+def test_the_heat_map_frames_each_expert_on_its_own_domain():
+    text = bare(language_report())
+    section = text[text.index('id="map"') : text.index('id="routing"')]
+    own = re.findall(r'<td class="own hot gain"[^>]*>(.*?)</td>', section)
+    assert own == ["1.200<small>+0.300</small>"] * 3
+    assert section.count("hot loss") == 3 * 3  # the anchor and the two others, on three domains
+
+
+def fields_with_default(kind) -> list[str]:
+    """Return the parts of a report that may be missing."""
+    names = []
+    for name, field in kind.model_fields.items():
+        if not field.is_required() and name not in ("kind", "schema_version"):
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "gone"),
+    [
+        *(
+            (LanguageReport, language_values(), name)
+            for name in fields_with_default(LanguageReport)
+        ),
+        *((RequestReport, request_values(), name) for name in fields_with_default(RequestReport)),
+    ],
+)
+def test_any_part_may_be_missing(kind, values, gone):
+    values = {name: value for name, value in values.items() if name != gone}
+    report = kind.model_validate(values)
+    reader = Reader(page(report, histories()))
+    assert not re.search(r"\bNone\b(?!  Requests)", " ".join(reader.texts))
+    assert not re.search(r"\bNone\b(?!  Requests)", printed(report))
+
+
+@pytest.mark.parametrize("kind", [LanguageReport, RequestReport])
+def test_an_empty_report_is_a_page_too(kind):
+    assert Reader(page(kind(run="empty", family="some"), {})).tags.count("h1") == 1
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        LanguageReport.model_validate(spoiled(language_values())),
+        RequestReport.model_validate(spoiled(request_values())),
+    ],
+)
+def test_numbers_that_are_not_finite_become_dashes(report):
+    assert "NaN" in report.to_json()  # and not null, which says that nothing was measured
+    for text in (printed(report), " ".join(Reader(page(report, spoiled(histories()))).texts)):
+        assert not re.search(r"\bnan\b|\binf\b", text, re.I)
+        assert DASH in text
+
+
+def test_one_expert_and_no_dense_row():
+    quality = [row for row in language_values()["quality"] if row["kind"] != "dense"]
+    one = {"experts": ["python"], "domains": ["python"], "opt_out": [], "quality": quality}
+    report = LanguageReport.model_validate(language_values() | one)
+    reader = Reader(bare(report))
+    assert not any("leaves" in words for words in reader.texts)
+    assert "Opt-out" not in printed(report)
+
+
+def test_markup_escapes_text_and_attributes():
+    assert tag("p", "<b>", title='"') == '<p title="&quot;">&lt;b&gt;</p>'
+    assert tag("p", tag("b", "x"), class_="") == "<p><b>x</b></p>"
+    assert join("a&", tag("br")) == "a&amp;<br>"
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK])
+def test_text_keeps_its_contrast_on_every_colour(colours):
+    for name in ("paper", "raised", "main", "gain", "loss", "share"):
+        assert _contrast(colours["ink"], colours[name]) >= 4.5, name
+    for name in ("soft", "accent", "good", "bad"):
+        for ground in ("paper", "raised", "main"):
+            assert _contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    for i in range(8):
+        assert _contrast(colours[f"c{i}"], colours["paper"]) >= 3, i
+
+
+def _contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours as WCAG 2 defines it."""
+
+    def light(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (
+            p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((light(one), light(other)))
+    return (high + 0.05) / (low + 0.05)
