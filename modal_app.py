@@ -135,18 +135,17 @@ def preprocess_job(items: list, raw: dict) -> list[cloud.JobResult]:
 
 
 @app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
-def preprocess_survey_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Read documents, make the tokenizer and domains, divide what is left of preprocess among
-    containers."""
-    return _work("preprocess_survey", raw, items)
+def preprocess_scan_job(items: list, raw: dict) -> list[cloud.JobResult]:
+    """Read documents, make the tokenizer and domains, divide the encoding among containers."""
+    return _work("preprocess_scan", raw, items)
 
 
 @app.function(
     **_job(CFG.modal.preprocess, "hub", "storage") | {"max_containers": CFG.modal.preprocess_jobs}
 )
-def preprocess_part_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Make the token shards of one part of the documents, which preprocess then puts together."""
-    return _work("preprocess_part", raw, items)
+def preprocess_encode_job(items: list, raw: dict) -> list[cloud.JobResult]:
+    """Encode one range of the documents to token shards, which preprocess then puts together."""
+    return _work("preprocess_encode", raw, items)
 
 
 @app.function(**_job(CFG.modal.train_shared, "wandb", "hub"))
@@ -193,8 +192,8 @@ def deploy_job(items: list, raw: dict) -> list[cloud.JobResult]:
 
 JOBS = {
     "preprocess": preprocess_job,
-    "preprocess_survey": preprocess_survey_job,
-    "preprocess_part": preprocess_part_job,
+    "preprocess_scan": preprocess_scan_job,
+    "preprocess_encode": preprocess_encode_job,
     "train_shared": train_shared_job,
     "train_experts": train_experts_job,
     "routing": routing_job,

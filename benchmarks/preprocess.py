@@ -181,7 +181,7 @@ def _report(table: str, args: argparse.Namespace) -> str:
         f"# Preprocess, {time.strftime('%Y-%m-%d')}\n\n"
         f"`{' '.join([command, *options])} --rounds {args.rounds} --vocab {args.vocab}`\n\n{table}\n"
         f"Target: the write pass (read, hash, encode, write) at {TARGET:.0%} or more of encode_batch_fast alone, which "
-        'neither reads nor writes. "Whole preprocess" adds the survey pass; no contender trains a tokenizer.\n\n'
+        'neither reads nor writes. "Whole preprocess" adds the first pass; no contender trains a tokenizer.\n\n'
         f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; "
         f"Python {platform.python_version()}, {packages}.\n"
     )

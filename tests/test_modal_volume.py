@@ -290,8 +290,8 @@ def divided(tmp_path, monkeypatch):
 
 
 GIVEN = [
-    ("preprocess_survey", None),
-    *(("preprocess_part", str(n)) for n in range(3)),
+    ("preprocess_scan", None),
+    *(("preprocess_encode", str(n)) for n in range(3)),
     ("preprocess", None),
 ]
 
@@ -306,43 +306,43 @@ def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(
     local = Store(tmp_path / "store").open()
     stages.run("preprocess", divided, local, progress=lambda _text, _share: None)
     assert contents(volume.path) == contents(local.root) != {}
-    assert not list((volume.path / "parts").glob("*"))
+    assert not list((volume.path / "jobs").glob("*"))
     assert [each.state for each in conduct(volume, divided, ("preprocess",), hands)] == ["found"]
     assert hands.given == GIVEN
 
 
-def test_a_lost_part_is_named_and_the_next_command_makes_it(volume, divided):
+def test_a_lost_job_is_named_and_the_next_command_makes_it(volume, divided):
     lines = []
     [failed] = conduct(
         volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines
     )
-    assert (failed.stage, failed.item, failed.state) == ("preprocess_part", "1", "failed")
-    assert "2 of 3 jobs of preprocess_part are finished and kept" in lines[-1]
-    assert "preprocess_part 1: TimeoutError: hit its timeout" in lines[-1]
-    [kept] = (volume.path / "parts").glob("*/2/manifest.json")
+    assert (failed.stage, failed.item, failed.state) == ("preprocess_encode", "1", "failed")
+    assert "2 of 3 jobs of preprocess_encode are finished and kept" in lines[-1]
+    assert "preprocess_encode 1: TimeoutError: hit its timeout" in lines[-1]
+    [kept] = (volume.path / "jobs").glob("*/2/manifest.json")
     made = kept.stat().st_mtime_ns
     lines.clear()
     [outcome] = conduct(volume, divided, ("preprocess",), Hands(volume, divided), lines)
     assert outcome.state == "made"
     assert not kept.exists() and made
-    assert "preprocess_part 1: made" in lines
+    assert "preprocess_encode 1: made" in lines
 
 
-def test_a_survey_that_cannot_be_is_an_answer(volume, divided):
+def test_a_scan_that_cannot_be_is_an_answer(volume, divided):
     wrong = divided.model_copy(
         update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})}
     )
     lines = []
     [failed] = conduct(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
-    assert failed.stage == "preprocess_survey" and "names moon" in failed.error
+    assert failed.stage == "preprocess_scan" and "names moon" in failed.error
     assert "run again: modal run x::y" in lines[-1]
 
 
-def test_a_part_without_the_survey_s_commit_shows(volume, divided):
+def test_a_job_without_the_scan_s_commit_shows(volume, divided):
     late = volume.view()
-    assert work(volume.view(), divided, "preprocess_survey")[0].metrics == {"parts": 3}
-    [outcome] = work(late, divided, "preprocess_part", ["0"], refresh=nothing)
-    assert "has no survey" in outcome.error
+    assert work(volume.view(), divided, "preprocess_scan")[0].metrics == {"jobs": 3}
+    [outcome] = work(late, divided, "preprocess_encode", ["0"], refresh=nothing)
+    assert "has no scan" in outcome.error
 
 
 def test_the_bundle_made_last_is_served(volume):

@@ -120,13 +120,13 @@ def test_small_domains_get_every_split_and_shared_text_stays_together():
     docs["b"][:3] = docs["a"]
     for name, found in docs.items():
         for d in found * 2:  # copies do not count
-            small.see(name, d.key)
+            small.add(name, d.key)
     small.decide(splits, docs)
     for name, (valid, test) in {"a": (1, 1), "b": (2, 2)}.items():
         found = [splits.of(d) for d in docs[name]]
         assert (found.count("valid"), found.count("test")) == (valid, test)
     assert {splits.of(d) for d in docs["c"]} == {"train", "valid", "test"}
-    small.see("d", 1)
+    small.add("d", 1)
     with pytest.raises(DataError, match="domain d has 1 distinct documents"):
         small.decide(splits, ["d"])
 
@@ -136,7 +136,7 @@ def test_small_means_that_a_threshold_could_hold_out_nothing():
     splits, small = Splits(data), SmallDomains(data)
     docs = [document(f"text {i}") for i in range(150)]
     for d in docs:
-        small.see("a", d.key)
+        small.add("a", d.key)
     small.decide(splits, ["a"])
     found = [splits.of(d) for d in docs]
     assert found.count("valid") == found.count("test") == 2
@@ -150,7 +150,7 @@ def test_given_splits_drop_what_is_held_out_elsewhere():
     ]
     given += [document("three", split="train"), document("one", split="train", piece=1)]
     for d in given:
-        splits.see(d)
+        splits.remember(d)
     assert [splits.of(d) for d in given] == [None, "valid", None, "test", "train", None]
 
 
@@ -160,7 +160,7 @@ def test_the_sample_is_bounded_uniform_and_blind_to_order():
     for order in (docs, docs[::-1]):
         sample = Sample(100_000, seed=0)
         for d in order:
-            sample.see(d)
+            sample.add(d)
         assert not sample.whole
         samples.append([d.text for d in sample.documents()])
     assert samples[0] == samples[1]

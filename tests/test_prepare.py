@@ -90,7 +90,7 @@ def test_every_document_comes_back_once_in_its_domain(tmp_path):
         assert metrics["bytes"]["train"][domain] == sum(len(t.encode()) for t in back["train"])
         assert metrics["tokens"]["train"][domain] == Shards(out).tokens("train", domain)
     assert (
-        set(metrics["seconds"]) == {"survey", "partition", "tokenizer", "write"}
+        set(metrics["seconds"]) == {"scan", "partition", "tokenizer", "write"}
         and metrics["dropped"] == {}
     )
     assert DomainMixture(Shards(out), "train", tuple(WORDS), 16, 0).rows(0, 4).max() < 300

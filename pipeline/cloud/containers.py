@@ -24,9 +24,9 @@ from ..store.artifacts import Manifest, Store, translate_disk_errors, write_text
 from ..train.memory_meter import trim_heap
 
 SERVED = "served.json"
-SURVEY, PART = STEPS = (
-    "preprocess_survey",
-    "preprocess_part",
+SCAN, ENCODE = STEPS = (
+    "preprocess_scan",
+    "preprocess_encode",
 )  # before preprocess, when several containers share it
 Items = list[str | None]
 Do = Callable[[str, Items], "Iterable[tuple[Items, list[JobResult] | BaseException]]"]
@@ -112,15 +112,18 @@ def _one(stage: str, cfg: RunConfig, store: Store, item: str | None, console: Co
 
 
 def _step(step: str, cfg: RunConfig, store: Store, item: str | None, console: Console) -> JobResult:
-    """Do the survey, which says how many parts there are, or make the part whose number is item."""
+    """Scan the documents, which says how many jobs there are to encode them, or do the job whose
+    number is item."""
     address, metrics = stages.address(cfg, "preprocess"), {}
-    parts, kind, progress = store.parts(address), family(cfg.family), printed_progress(console)
+    jobs_folder = store.jobs_folder(address)
+    kind, progress = family(cfg.family), printed_progress(console)
     try:
-        with translate_disk_errors(parts):
-            if step == SURVEY:
-                metrics["parts"] = kind.scan(cfg, parts, cfg.modal.preprocess_jobs, progress)
+        with translate_disk_errors(jobs_folder):
+            if step == SCAN:
+                jobs = cfg.modal.preprocess_jobs
+                metrics["jobs"] = kind.scan(cfg, jobs_folder, jobs, progress)
             else:
-                kind.encode(cfg, parts, int(item), progress)
+                kind.encode(cfg, jobs_folder, int(item), progress)
     except PipelineError as error:
         return JobResult(step, item, address, "failed", _told(error, root=store.root))
     store.publish()
@@ -188,11 +191,11 @@ def orchestrate(
 def _divided(
     cfg: RunConfig, do: Do, command: str, progress: Callable[[str], None]
 ) -> list[JobResult]:
-    """Have preprocess surveyed, then its parts made side by side, for its job to merge; return what
-    failed."""
+    """Have the documents scanned, then encoded by jobs side by side, for preprocess to merge;
+    return what failed."""
     address, count = stages.address(cfg, "preprocess"), 0
     for step in STEPS:
-        items = [None] if step == SURVEY else [str(number) for number in range(count)]
+        items = [None] if step == SCAN else [str(number) for number in range(count)]
         failed = []
         for given, result in do(step, items):
             if isinstance(result, BaseException):
@@ -200,7 +203,7 @@ def _divided(
                 result = [JobResult(step, item, address, "failed", lost) for item in given]
             for outcome in result:
                 progress(f"{outcome.name}: {outcome.error or outcome.state}")
-                count = outcome.metrics.get("parts", count)
+                count = outcome.metrics.get("jobs", count)
             failed += [outcome for outcome in result if outcome.error]
         if failed:
             progress(_account(step, items, failed, command))

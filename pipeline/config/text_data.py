@@ -77,8 +77,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_is_given(self) -> Self:
-        # The sources are named after the lists that say what to read.
-        if self.source != "installed" and not getattr(self, self.source):
+        # A source's entries have its name; one without entries has nothing to be given
+        if getattr(self, self.source, None) == ():
             raise ValueError(
                 f"source is {self.source}, so data.{self.source} needs at least one entry"
             )

@@ -50,32 +50,32 @@ class Family(Protocol):
     def scan(
         self,
         cfg: "RunConfig",
-        parts: Path,
+        jobs_folder: Path,
         jobs: int,
         progress: Progress,
     ) -> int:
-        """Split preprocess into at most that many jobs and note in parts what they need; return how
-        many there are."""
+        """Split preprocess into at most that many jobs and note in jobs_folder what they need;
+        return how many there are."""
 
     def encode(
         self,
         cfg: "RunConfig",
-        parts: Path,
+        jobs_folder: Path,
         number: int,
         progress: Progress,
     ) -> None:
-        """Do one of those jobs, unless it is done; only this writes to its folder in parts."""
+        """Do one of those jobs, unless it is done; nothing else writes to its folder in jobs_folder."""
 
     def prepare(
         self,
         cfg: "RunConfig",
         folder: Path,
         progress: Progress,
-        parts: Path,
+        jobs_folder: Path,
         item: str | None,
     ) -> dict:
-        """Write the data of an item of preprocess to folder, from parts where there was a survey;
-        return metrics."""
+        """Write the data of an item of preprocess to folder, from jobs_folder where there was a
+        scan; return metrics."""
 
     def shared(self, cfg: "RunConfig", parts: Parts) -> "Task | NoTraining":
         """The training of what every expert stands on, or how it is written when it needs none."""

@@ -207,7 +207,7 @@ def prune(configs: list[RunConfig], store: Store, remove: bool, console: Console
     kept = {address for cfg in configs for address in stages.reachable(cfg)}
     folders = [
         p
-        for kind in ("artifacts", "resume", "parts")
+        for kind in ("artifacts", "resume", "jobs")
         for p in _below(store.root / kind)
         if p.name not in kept
     ]

@@ -204,8 +204,9 @@ def _make(work: JobContext, inputs: dict[str, str]) -> Manifest:
 
 
 def _preprocess(work: JobContext) -> dict:
-    parts = work.store.parts(work.address)
-    return family(work.cfg.family).prepare(work.cfg, work.folder, work.progress, parts, work.item)
+    jobs_folder = work.store.jobs_folder(work.address)
+    kind = family(work.cfg.family)
+    return kind.prepare(work.cfg, work.folder, work.progress, jobs_folder, work.item)
 
 
 def _route(work: JobContext) -> dict:

@@ -75,10 +75,10 @@ class Store:
         """Where the checkpoints of a run in progress are."""
         return self.root / "resume" / address
 
-    def parts(self, address: str) -> Path:
+    def jobs_folder(self, address: str) -> Path:
         """Where what several containers make of one artifact waits for its merge; one folder and
-        writer per part."""
-        return self.root / "parts" / address
+        writer per job."""
+        return self.root / "jobs" / address
 
     def history(self, address: str) -> Path:
         """The history file of the job that makes an address; one writer."""
@@ -161,14 +161,14 @@ class Store:
         return folder
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Flush every file, write the manifest last, drop the parts, publish, and drop the
+        """Flush every file, write the manifest last, drop what its jobs left, publish, and drop the
         checkpoints."""
         folder = self.folder(manifest.address)
         for name in manifest.files:
             flush(folder / name)
         flush(folder)
         write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
-        shutil.rmtree(self.parts(manifest.address), ignore_errors=True)
+        shutil.rmtree(self.jobs_folder(manifest.address), ignore_errors=True)
         self.publish()
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
         return manifest

@@ -10,12 +10,16 @@ import importlib.metadata
 import importlib.util
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from email import message_from_string
+from functools import partial
+from importlib.metadata import Distribution
 from pathlib import Path
 
 from ...config.text_data import INSTALLED_DOMAINS as DOMAINS
+from ...config.text_data import TextRunConfig
 from ...errors import DataError
+from . import FoundRow, Source
 
 GENERATED_BYTES = 1 << 18  # larger sources are generated tables
 _NOT_PROSE = {
@@ -33,13 +37,29 @@ _DOCUMENTATION = (".md", ".rst", ".txt")
 _HEADERS = (".h", ".hpp", ".cuh")
 
 
+def sources(cfg: TextRunConfig) -> Iterator[Source]:
+    """Yield each domain that is asked for, as one file of rows."""
+    wanted = cfg.partition.domains if cfg.partition.by == "labels" else DOMAINS
+    for domain in DOMAINS:
+        if domain in wanted:
+            yield domain, iter([partial(_rows, domain, cfg.data.text_field)])
+
+
+def _rows(domain: str, text_field: str) -> Iterator[FoundRow]:
+    for where, text in READERS[domain]():
+        yield where, {text_field: text}
+
+
 def python() -> Iterator[tuple[str, str]]:
     """Yield (path, source) of this interpreter's standard library, its tests left out."""
     root = Path(sysconfig.get_path("stdlib"))
+    # dist-packages holds what Debian installs, which is not the standard library
     skip = _NOT_PROSE - {"data", "datasets"} | {"pydoc_data", "dist-packages", "lib2to3"}
-    yield from _texts(
-        root, (p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    )
+    found = []
+    for path in root.rglob("*.py"):
+        if not skip & set(path.relative_to(root).parts):
+            found.append(path)
+    yield from _texts(root, found)
 
 
 def headers() -> Iterator[tuple[str, str]]:
@@ -53,36 +73,45 @@ def headers() -> Iterator[tuple[str, str]]:
     root = Path(folders[0]) / "include" if folders else None
     if root is None or not root.is_dir():
         raise DataError(
-            "data.source installed: the domain headers reads torch's include folder, and there is none here. "
-            "Run `pip install -r requirements.txt`, or leave headers out of partition.domains"
+            "data.source installed: the domain headers reads torch's include folder, and there is "
+            "none here. Run `pip install -r requirements.txt`, or leave headers out of "
+            "partition.domains"
         )
-    written = (
-        p
-        for p in root.rglob("*")
-        if p.suffix in _HEADERS and p.relative_to(root).parts[:2] != ("ATen", "ops")
-    )
+    written = []
+    for path in root.rglob("*"):
+        generated = path.relative_to(root).parts[:2] == ("ATen", "ops")
+        if path.suffix in _HEADERS and not generated:
+            written.append(path)
     yield from _texts(root, written)
 
 
 def manual() -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of the language reference, package descriptions and package documentation."""
+    """Yield (name, text) of the language reference, package descriptions and package
+    documentation."""
     from pydoc_data.topics import topics
 
     found = {f"pydoc/{name}": text for name, text in topics.items()}
     for name, package in _packages():
-        found[f"{name}/METADATA"] = message_from_string(
-            package.read_text("METADATA") or ""
-        ).get_payload()
+        found[f"{name}/METADATA"] = _description(package)
         for path in _listed(package):
-            parts = path.split("/")
-            prose = (
-                path.endswith(_DOCUMENTATION)
-                and not _NOT_PROSE & set(parts)
-                and ".dist-info/" not in path
-            )
-            if prose and not _LICENCE.match(parts[-1]):
+            if _is_documentation(path):
                 found[f"{name}/{path}"] = _text(Path(str(package.locate_file(path))))
-    yield from ((name, found[name]) for name in _shuffled(found) if found[name])
+    for name in _shuffled(found):
+        if found[name]:
+            yield name, found[name]
+
+
+def _description(package: Distribution) -> str:
+    """Return a package's description: what follows the headers of its METADATA."""
+    message = message_from_string(package.read_text("METADATA") or "")
+    return str(message.get_payload())
+
+
+def _is_documentation(path: str) -> bool:
+    parts = path.split("/")
+    if not path.endswith(_DOCUMENTATION) or ".dist-info/" in path:
+        return False
+    return not _NOT_PROSE & set(parts) and not _LICENCE.match(parts[-1])
 
 
 def licences() -> Iterator[tuple[str, str]]:
@@ -90,6 +119,7 @@ def licences() -> Iterator[tuple[str, str]]:
     found = {}
     for name, package in _packages():
         for path in _listed(package):
+            # license.py is a program, not a licence
             if _LICENCE.match(path.rpartition("/")[2]) and not path.endswith((".py", ".pyc")):
                 found[f"{name}/{path}"] = Path(str(package.locate_file(path)))
     seen = set()
@@ -106,36 +136,38 @@ READERS = dict(zip(DOMAINS, (python, headers, manual, licences), strict=True))
 
 def _wording(text: str) -> bytes:
     """Return a digest that ignores case, layout, punctuation and who holds the copyright."""
-    lines = (line.lower() for line in text.splitlines())
-    words = " ".join(
-        re.sub(r"[^a-z]+", " ", line)
-        for line in lines
-        if "copyright (c" not in line and "©" not in line
-    )
-    return hashlib.blake2b(" ".join(words.split()).encode(), digest_size=16).digest()
+    words: list[str] = []
+    for line in text.splitlines():
+        line = line.lower()
+        if "copyright (c" not in line and "©" not in line:
+            words += re.sub(r"[^a-z]+", " ", line).split()
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
 
 
-def _packages() -> list[tuple[str, importlib.metadata.Distribution]]:
-    found = {}
+def _packages() -> list[tuple[str, Distribution]]:
+    """Return (name, package) of everything installed, by name."""
+    found: dict[str, Distribution] = {}
     for package in importlib.metadata.distributions():
         name = (package.metadata["Name"] or "").lower()
-        found.setdefault(name, package)  # the first on the path is the one that is imported
-    return sorted((name, package) for name, package in found.items() if name)
+        if name:
+            found.setdefault(name, package)  # the first on the path is the one that is imported
+    return sorted(found.items())
 
 
-def _listed(package: importlib.metadata.Distribution) -> list[str]:
+def _listed(package: Distribution) -> list[str]:
+    """Return the files that a package came with: those its RECORD has a hash of."""
     rows = (package.read_text("RECORD") or "").splitlines()
     return [row.rpartition(",sha256=")[0].strip('"') for row in rows if ",sha256=" in row]
 
 
-def _texts(root: Path, paths: Iterator[Path]) -> Iterator[tuple[str, str]]:
-    named = {
-        p.relative_to(root).as_posix(): p
-        for p in paths
-        if p.is_file() and p.stat().st_size <= GENERATED_BYTES
-    }
+def _texts(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    named = {}
+    for path in paths:
+        if path.is_file() and path.stat().st_size <= GENERATED_BYTES:
+            named[path.relative_to(root).as_posix()] = path
     for name in _shuffled(named):
-        if text := _text(named[name]):
+        text = _text(named[name])
+        if text:
             yield name, text
 
 
@@ -147,8 +179,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _shuffled(names) -> list[str]:
+def _shuffled(names: Iterable[str]) -> list[str]:
     """Order names by their hash, so that the first few MB are a fair sample and not one folder."""
-    return sorted(
-        names, key=lambda name: (hashlib.blake2b(name.encode(), digest_size=8).digest(), name)
-    )
+
+    def place(name: str) -> tuple[bytes, str]:
+        return hashlib.blake2b(name.encode(), digest_size=8).digest(), name
+
+    return sorted(names, key=place)

@@ -19,8 +19,7 @@ from ...errors import DataError
 from ..images import images as pictures
 from ..images.images import ImageSource
 from ..text.documents import SPLITS
-from . import synthetic
-from .text import SkippedRow
+from . import SkippedRow, synthetic
 
 SIDECARS = (".json", ".txt")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -17,8 +17,8 @@ from ..images import boxes
 from ..images import images as pictures
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
+from ..sources import SkippedRow
 from ..sources.tasks import Record, column, dataset_name, root
-from ..sources.text import SkippedRow
 from .groups import text_key
 from .rows import IMAGES, TaskRow
 

@@ -1,9 +1,9 @@
-"""Preprocess in parts that different machines make: a survey, the parts side by side, a merge to
-the bytes of one run.
+"""Preprocess on several machines: a scan, jobs that encode ranges of documents side by side, and a
+merge to the bytes of one run.
 
-Invariant: a part is a run of whole batches, so every document meets the same numbers as in one run;
-a folder counts only with its manifest, written last, and files that still are what it says;
-anything else is made again.
+Invariant: a job's range is a run of whole batches, so every document meets the same numbers as in
+one run; a folder counts only with its manifest, written last, and files that still are what it
+says; anything else is made again.
 """
 
 import hashlib
@@ -27,172 +27,190 @@ from .scan import first_pass
 from .shards import Shards
 from .splits import Splits
 
-_SURVEY = "scan"
-_SPLITS = "splits.safetensors"  # of the survey; all its other files belong to the artifact too
+_SCAN = "scan"  # folder of what every job reads; job n has the folder n beside it
+_SPLITS = "splits.safetensors"  # of the scan; all its other files belong to the artifact too
 _MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a survey leaves for the parts."""
+    """What a scan leaves for the jobs."""
 
-    jobs: int  # asked for; there are fewer parts when there are fewer batches
-    pieces: list[DocRange]
+    jobs: int  # asked for; there are fewer ranges when there are fewer batches
+    ranges: list[DocRange]  # one a job
     stats: DropStats
-    seconds: dict[str, float]
-    digest: str  # of the manifest; a part of another survey does not count
+    seconds: dict[str, float]  # by phase
+    digest: str  # of the manifest; what was made after another scan does not count
 
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of all documents."""
-        return sum(piece.bytes for piece in self.pieces)
+        return sum(each.bytes for each in self.ranges)
 
 
-def scan(cfg: TextRunConfig, parts: Path, jobs: int, progress: Progress) -> int:
-    """Do the first pass, unless it is done, and divide the second among jobs; return how many it
-    takes.
+def scan(cfg: TextRunConfig, jobs_folder: Path, jobs: int, progress: Progress) -> int:
+    """Do the first pass, unless it is done, and divide the second among at most `jobs`; return how
+    many it takes.
 
-    Parts of an earlier survey are removed. Raises DataError.
+    What jobs made after an earlier scan is removed. Raises DataError.
     """
-    plan = planned(parts)
-    if plan is None or plan.jobs != jobs:
-        shutil.rmtree(parts, ignore_errors=True)
-        folder = parts / _SURVEY
-        folder.mkdir(parents=True)
-        found = first_pass(cfg, folder, progress)
-        found.splits.save(folder / _SPLITS)
-        pieces = [asdict(piece) for piece in _divided(found.batches, jobs)]
-        _seal(
-            folder,
-            {
-                "jobs": jobs,
-                "pieces": pieces,
-                "seconds": found.seconds,
-                "drop_stats": found.stats.as_json(),
-            },
-        )
-        plan = _plan(folder)
-    return len(plan.pieces)
+    plan = planned(jobs_folder)
+    if plan is not None and plan.jobs == jobs:
+        return len(plan.ranges)
+    shutil.rmtree(jobs_folder, ignore_errors=True)
+    folder = jobs_folder / _SCAN
+    folder.mkdir(parents=True)
+    found = first_pass(cfg, folder, progress)
+    found.splits.save(folder / _SPLITS)
+    ranges = _divided(found.batches, jobs)
+    about = {
+        "jobs": jobs,
+        "ranges": [asdict(each) for each in ranges],
+        "seconds": found.seconds,
+        "drop_stats": found.stats.as_json(),
+    }
+    _write_manifest(folder, about)
+    return len(ranges)
 
 
-def encode(cfg: TextRunConfig, parts: Path, number: int, progress: Progress) -> None:
-    """Make one part, unless it is there. Raises MissingArtifact without a survey, DataError for a
-    changed source."""
-    plan = planned(parts)
+def encode(cfg: TextRunConfig, jobs_folder: Path, number: int, progress: Progress) -> None:
+    """Do one job, unless it is done.
+
+    Raises MissingArtifact without a scan, DataError for a source that has changed since.
+    """
+    plan = planned(jobs_folder)
     if plan is None:
         raise MissingArtifact(
-            f"{parts} has no survey to make part {number} of; run preprocess again"
+            f"{jobs_folder} has no scan that job {number} could go by; run preprocess again"
         )
-    if _part(parts, number, plan) is None:
-        _make(cfg, parts, number, plan, progress)
+    if _finished(jobs_folder, number, plan) is None:
+        _encode_range(cfg, jobs_folder, number, plan, progress)
 
 
-def merge(cfg: TextRunConfig, parts: Path, plan: Plan, folder: Path, progress: Progress) -> dict:
-    """Put the parts together in folder, which is empty; make what is missing or torn. Returns
-    metrics."""
-    total, slowest_s = len(plan.pieces), 0.0
-    for path in (parts / _SURVEY).iterdir():
+def merge(
+    cfg: TextRunConfig, jobs_folder: Path, plan: Plan, folder: Path, progress: Progress
+) -> dict:
+    """Put what the jobs made together in folder, which is empty; make what is missing or torn.
+    Returns metrics."""
+    total = len(plan.ranges)
+    for path in (jobs_folder / _SCAN).iterdir():
         if path.name not in (_SPLITS, _MANIFEST):
             shutil.copyfile(path, folder / path.name)
-    writer, start = _encoder(cfg, parts).writer(folder), time.perf_counter()
+    writer = _encoder(cfg, jobs_folder).writer(folder)
+    start = time.perf_counter()
+    slowest_s = 0.0
+    # In the order of the ranges: shards and dropped.json then are those of one run
     for number in range(total):
-        progress(f"merging: part {number + 1} of {total}", number / total)
-        part = _part(parts, number, plan)
-        if part is None:
-            progress(f"part {number + 1} of {total} is missing or torn: making it", None)
-            part = _make(cfg, parts, number, plan, progress)
-        with Shards(parts / str(number)) as shards:
+        progress(f"merging: job {number + 1} of {total}", number / total)
+        about = _finished(jobs_folder, number, plan)
+        if about is None:
+            progress(f"job {number + 1} of {total} is missing or torn: doing it", None)
+            about = _encode_range(cfg, jobs_folder, number, plan, progress)
+        with Shards(jobs_folder / str(number)) as shards:
             writer.append(shards)
-        plan.stats.merge(DropStats.from_json(part["drop_stats"], HARMLESS))
-        slowest_s = max(slowest_s, part["seconds"])
+        plan.stats.merge(DropStats.from_json(about["drop_stats"], HARMLESS))
+        slowest_s = max(slowest_s, about["seconds"])
+    # Jobs ran side by side: the slowest is the time that was waited
     seconds = plan.seconds | {"write": slowest_s, "merge": time.perf_counter() - start}
     return finalize(cfg, folder, writer, plan.stats, plan.bytes, seconds)
 
 
-def planned(parts: Path) -> Plan | None:
-    """Return what a survey has left in parts; None where there is none, or a torn one."""
-    return _plan(parts / _SURVEY)
-
-
-def _plan(folder: Path) -> Plan | None:
-    about = _sealed(folder)
+def planned(jobs_folder: Path) -> Plan | None:
+    """Return what a scan has left in jobs_folder; None where there is none, or a torn one."""
+    about = _read_manifest(jobs_folder / _SCAN)
     if about is None:
         return None
-    pieces = [DocRange(**raw | {"start": _mark(raw["start"])}) for raw in about["pieces"]]
     return Plan(
-        about["jobs"],
-        pieces,
-        DropStats.from_json(about["drop_stats"], HARMLESS),
-        about["seconds"],
-        about["digest"],
+        jobs=about["jobs"],
+        ranges=[_doc_range(raw) for raw in about["ranges"]],
+        stats=DropStats.from_json(about["drop_stats"], HARMLESS),
+        seconds=about["seconds"],
+        digest=about["digest"],
     )
 
 
-def _mark(raw: dict) -> Cursor:
-    return Cursor(**raw | {"read": tuple(tuple(entry) for entry in raw["read"])})
+def _doc_range(raw: dict) -> DocRange:
+    # JSON has no tuples, and ranges are compared: a list in one's place would never be equal
+    read_before = tuple(tuple(entry) for entry in raw["start"]["read_before"])
+    start = Cursor(**raw["start"] | {"read_before": read_before})
+    return DocRange(**raw | {"start": start})
 
 
 def _divided(batches: list[DocRange], jobs: int) -> list[DocRange]:
-    """Return runs of batches, nearly equal in number, as pieces."""
+    """Return ranges of batches, nearly equal in number."""
     count = min(jobs, len(batches))
     cuts = [number * len(batches) // count for number in range(count + 1)]
     return [_joined(batches[first:end]) for first, end in pairwise(cuts)]
 
 
 def _joined(batches: list[DocRange]) -> DocRange:
-    documents, size = (
-        sum(batch.documents for batch in batches),
-        sum(batch.bytes for batch in batches),
+    return DocRange(
+        start=batches[0].start,
+        documents=sum(batch.documents for batch in batches),
+        bytes=sum(batch.bytes for batch in batches),
+        keys=sum(batch.keys for batch in batches) % 2**64,
     )
-    return DocRange(batches[0].start, documents, size, sum(batch.keys for batch in batches) % 2**64)
 
 
-def _encoder(cfg: TextRunConfig, parts: Path) -> Encoder:
-    folder = parts / _SURVEY
+def _encoder(cfg: TextRunConfig, jobs_folder: Path) -> Encoder:
+    folder = jobs_folder / _SCAN
     splits = Splits(cfg.data).load(folder / _SPLITS)
     return Encoder(cfg, partition.load(folder), splits, tokenizer.load(folder))
 
 
-def _part(parts: Path, number: int, plan: Plan) -> dict | None:
-    """Return the manifest of a whole part of this survey, None where there is no such part."""
-    about = _sealed(parts / str(number))
-    return about if about and about["scan"] == plan.digest else None
+def _finished(jobs_folder: Path, number: int, plan: Plan) -> dict | None:
+    """Return the manifest of a job that was done after this scan and is whole, None without one."""
+    about = _read_manifest(jobs_folder / str(number))
+    if about is None or about["scan"] != plan.digest:
+        return None
+    return about
 
 
-def _make(cfg: TextRunConfig, parts: Path, number: int, plan: Plan, progress: Progress) -> dict:
-    folder, piece, start = parts / str(number), plan.pieces[number], time.perf_counter()
+def _encode_range(
+    cfg: TextRunConfig, jobs_folder: Path, number: int, plan: Plan, progress: Progress
+) -> dict:
+    """Encode the documents of one job into its folder; return its manifest."""
+    start = time.perf_counter()
+    folder = jobs_folder / str(number)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    encoder, seen = _encoder(cfg, parts), DocRange(piece.start)
+    wanted = plan.ranges[number]
+    found = DocRange(wanted.start)
+    encoder = _encoder(cfg, jobs_folder)
     writer = encoder.writer(folder)
-    leaks = encoder.write(_read(cfg, piece, seen), writer, piece.bytes, progress)
-    if seen != piece:
+    leaks = encoder.write(_read(cfg, wanted, found), writer, wanted.bytes, progress)
+    if found != wanted:
         raise DataError(
-            f"data.{cfg.data.source} has changed since it was surveyed: part {number + 1} of {len(plan.pieces)} had "
-            f"{piece.documents} documents of {piece.bytes} bytes, and now {seen.documents} of {seen.bytes} were read "
-            f"in their place. Remove {parts} and run preprocess again, with nothing writing to the source"
+            f"data.{cfg.data.source} has changed since it was scanned: job {number + 1} of "
+            f"{len(plan.ranges)} had {wanted.documents} documents of {wanted.bytes} bytes, and now "
+            f"{found.documents} of {found.bytes} were read in their place. Remove {jobs_folder} and "
+            "run preprocess again, with nothing writing to the source"
         )
     writer.finish()
     spent_s = time.perf_counter() - start
-    return _seal(folder, {"scan": plan.digest, "seconds": spent_s, "drop_stats": leaks.as_json()})
+    about = {"scan": plan.digest, "seconds": spent_s, "drop_stats": leaks.as_json()}
+    _write_manifest(folder, about)
+    return about
 
 
-def _read(cfg: TextRunConfig, piece: DocRange, seen: DocRange) -> Iterator[Document]:
-    for document in islice(Stream(cfg, drop_stats(), piece.start), piece.documents):
-        seen.see(document)
+def _read(cfg: TextRunConfig, wanted: DocRange, found: DocRange) -> Iterator[Document]:
+    """Yield the documents of a range and count them in `found`."""
+    # What the rows drop on the way was counted by the scan, so these counts are thrown away
+    stream = Stream(cfg, drop_stats(), wanted.start)
+    for document in islice(stream, wanted.documents):
+        found.add(document)
         yield document
 
 
-def _seal(folder: Path, about: dict) -> dict:
-    """Flush every file of a folder, then write its manifest; return that."""
+def _write_manifest(folder: Path, about: dict) -> None:
+    """Flush every file of a folder, then write the manifest that makes it count."""
     files = inventory(folder)
     for name in files:
         flush(folder / name)
     write_text(folder / _MANIFEST, json.dumps(about | {"files": files}))
-    return about
 
 
-def _sealed(folder: Path) -> dict | None:
+def _read_manifest(folder: Path) -> dict | None:
     """Return a folder's manifest with its digest, None unless every file is there as it says and no
     other."""
     try:
@@ -200,5 +218,8 @@ def _sealed(folder: Path) -> dict | None:
         about = json.loads(text)
         whole = about["files"] == inventory(folder)
     except (OSError, ValueError, KeyError, TypeError):
+        # Absent, torn, or JSON of something else: all the same to who asks
         return None
-    return about | {"digest": hashlib.sha256(text.encode()).hexdigest()} if whole else None
+    if not whole:
+        return None
+    return about | {"digest": hashlib.sha256(text.encode()).hexdigest()}

@@ -13,7 +13,8 @@ from itertools import islice
 
 from ...config.text_data import TextRunConfig
 from ..drop_stats import DropStats
-from ..sources.text import LargeFile, Rows, SkippedRow, sources
+from ..sources import LargeFile, Row, Rows, SkippedRow
+from ..sources.text import sources
 
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
 # Reasons that do not tell of a wrong setting or a damaged file
@@ -21,12 +22,17 @@ HARMLESS = frozenset(
     {"empty", "too short", "other label", "over the limit", "equals a held-out document"}
 )
 SPLITS = ("train", "valid", "test")
-_SPLIT_NAMES = {name: name for name in SPLITS} | {
+_SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
     "validation": "valid",
     "val": "valid",
     "dev": "valid",
+    "test": "test",
 }
 _WHITE = b" \t\n\r\x0b\x0c"
+_MOST_OTHER_LABELS = 1000  # a column of free text must not fill memory
+ReadBytes = tuple[tuple[str, str | None, int], ...]  # label, split, bytes of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,7 @@ class Cursor:
     file: int = 0  # of the source
     row: int = 0  # of the file
     piece: int = 0  # of the row's document
-    read: tuple[
-        tuple[str, str | None, int], ...
-    ] = ()  # label, split and bytes before the row; only under a limit
+    read_before: ReadBytes = ()  # what limits have counted before the row; () without a limit
 
 
 def drop_stats() -> DropStats:
@@ -70,18 +74,23 @@ def documents(cfg: TextRunConfig, stats: DropStats) -> Iterator[Document]:
 
 
 class Stream:
-    """The documents of a configuration, to be read once: all of them, or those from a mark on.
+    """The documents of a configuration, to be read once: all of them, or those from a cursor on.
 
-    Only one that starts at the beginning judges how many could not be read. What lies before a mark
-    is skipped: whole files unopened, the rows of its own file read and not looked at.
+    What lies before a cursor is skipped: whole files unopened, the rows of its own file read and
+    not looked at.
     """
 
     def __init__(self, cfg: TextRunConfig, stats: DropStats, start: Cursor | None = None):
-        self.cfg, self.stats, self.start = cfg, stats, start or Cursor()
-        self._whole, self._at = start is None, (0, 0, 0)
-        self._reader = _Reader(cfg, stats, self.start.read, judging=self._whole)
+        self.cfg = cfg
+        self.stats = stats
+        self.start = start or Cursor()
+        # Only one that starts at the beginning judges how many could not be read: a part of the
+        # stream may have far more of them than the whole, and must not refuse what the whole takes
+        self._judges = start is None
+        self._at = (0, 0, 0)  # source, file and row of the last document
+        self._reader = _Reader(cfg, stats, self.start.read_before, self._judges)
 
-    def mark(self, document: Document) -> Cursor:
+    def cursor(self, document: Document) -> Cursor:
         """Return where the stream starts with this document, the last one it has given."""
         return Cursor(*self._at, document.piece, self._reader.read_before())
 
@@ -94,19 +103,22 @@ class Stream:
         for source, (label, files) in enumerate(sources(self.cfg)):
             if source >= self.start.source:
                 yield from self._source(source, label, files)
-        if self._whole:
+        if self._judges:
             _check(self.stats, self.cfg.data.max_bad_share)
 
     def _source(self, source: int, label: str | None, files: Iterable[Rows]) -> Iterator[Document]:
-        first = self.start.source, self.start.file, self.start.row
+        first_file = (self.start.source, self.start.file)
+        first_row = (self.start.source, self.start.file, self.start.row)
         for file, rows in enumerate(files):
-            if (source, file) < first[:2]:
+            if (source, file) < first_file:
                 continue
-            skipped = self.start.row if (source, file) == first[:2] else 0
+            skipped = self.start.row if (source, file) == first_file else 0
             for row, (where, found) in enumerate(islice(rows(), skipped, None), skipped):
-                self._at = source, file, row
+                self._at = (source, file, row)
                 pieces = self._reader.accept(where, found, label)
-                yield from islice(pieces, self.start.piece if self._at == first else 0, None)
+                # The pieces before the cursor are made all the same, for the limits count them
+                given = self.start.piece if self._at == first_row else 0
+                yield from islice(pieces, given, None)
                 if self._reader.done(label):
                     return
 
@@ -123,10 +135,11 @@ def _check(stats: DropStats, max_bad_share: float) -> None:
 
 def key_of(text: bytes, seed: int, purpose: bytes = b"") -> int:
     """Return a 64-bit hash of text without its ASCII white space, keyed by seed and purpose."""
-    return int.from_bytes(_hasher(seed, purpose, [text.translate(None, _WHITE)]).digest(), "little")
+    digest = _hasher(seed, purpose, [text.translate(None, _WHITE)]).digest()
+    return int.from_bytes(digest, "little")
 
 
-def _hasher(seed: int, purpose: bytes, blocks: Iterable[bytes]):
+def _hasher(seed: int, purpose: bytes, blocks: Iterable[bytes]) -> hashlib.blake2b:
     out = hashlib.blake2b(digest_size=8, key=str(seed).encode(), person=purpose)
     for block in blocks:
         out.update(block)
@@ -138,7 +151,9 @@ def cut(blocks: Iterable[bytes], max_bytes: int) -> Iterator[str]:
     a character."""
     rest = b""
     for block in blocks:
-        rest, start = rest + block, 0
+        rest += block
+        start = 0
+        # At most max_bytes stay over for the next block, which may hold a better place to end
         while len(rest) - start > max_bytes:
             end = _boundary(rest, start, start + max_bytes)
             yield rest[start:end].decode()
@@ -149,11 +164,14 @@ def cut(blocks: Iterable[bytes], max_bytes: int) -> Iterator[str]:
 
 
 def _boundary(text: bytes, start: int, end: int) -> int:
+    # In the second half only: a piece is never shorter than half of what it may be
+    middle = (start + end) // 2
     for mark in (b"\n", b" "):
-        found = text.rfind(mark, (start + end) // 2, end)
+        found = text.rfind(mark, middle, end)
         if found >= 0:
             return found + 1
-    while text[end] & 0xC0 == 0x80:  # a continuation byte: the character began before it
+    # A continuation byte of UTF-8 is 10xxxxxx: the character began before it
+    while text[end] & 0xC0 == 0x80:
         end -= 1
     return end
 
@@ -161,44 +179,46 @@ def _boundary(text: bytes, start: int, end: int) -> int:
 class _Reader:
     """Turns rows into documents under one run's rules."""
 
-    def __init__(
-        self,
-        cfg: TextRunConfig,
-        stats: DropStats,
-        read: Iterable[tuple[str, str | None, int]],
-        judging: bool,
-    ):
-        self.data, self.stats, self.judging = cfg.data, stats, judging
-        self.keep = frozenset(cfg.partition.domains) if cfg.partition.by == "labels" else None
-        self.bytes = Counter({(label, split): size for label, split, size in read})  # read so far
+    def __init__(self, cfg: TextRunConfig, stats: DropStats, read_before: ReadBytes, judges: bool):
+        self.data = cfg.data
+        self.stats = stats
+        self.judges = judges
+        by_label = cfg.partition.by == "labels"
+        self.keep = frozenset(cfg.partition.domains) if by_label else None
         self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
-        self._before = {}  # what the row at hand has changed of that, as it was
+        self.bytes: Counter[tuple[str, str | None]] = Counter()  # read so far
+        for label, split, size in read_before:
+            self.bytes[label, split] = size
+        # What the row at hand has changed of that, as it was before
+        self._before: dict[tuple[str, str | None], int] = {}
 
-    def read_before(self) -> tuple[tuple[str, str | None, int], ...]:
+    def read_before(self) -> ReadBytes:
         """Return the bytes by label and split before the row at hand; none where no limit asks for
         them."""
         if not self.data.megabytes_per_domain:
             return ()
-        return tuple(
-            (label, split, size)
-            for (label, split), size in (dict(self.bytes) | self._before).items()
-        )
+        before = dict(self.bytes) | self._before
+        return tuple((label, split, size) for (label, split), size in before.items())
 
-    def accept(self, where: str, row, label: str | None) -> Iterator[Document]:
+    def accept(self, where: str, row: Row | SkippedRow, label: str | None) -> Iterator[Document]:
         """Yield the row's pieces, or count why there are none."""
-        if self.judging and self.stats.seen == EARLY and self.stats.bad > EARLY / 2:
-            _check(self.stats, self.data.max_bad_share)
-        self.stats.seen += 1
+        stats = self.stats
+        if self.judges and stats.seen == EARLY and stats.bad > EARLY / 2:
+            _check(stats, self.data.max_bad_share)
+        stats.seen += 1
         found = row if isinstance(row, SkippedRow) else self._fields(row, label)
         if isinstance(found, SkippedRow):
-            return self.stats.drop(found.reason, where, found.detail)
+            stats.drop(found.reason, where, found.detail)
+            return
         text, label, split = found
         if self.keep is not None and label not in self.keep:
-            if len(self.other_labels) < 1000 or label in self.other_labels:
+            if len(self.other_labels) < _MOST_OTHER_LABELS or label in self.other_labels:
                 self.other_labels[label] += 1
-            return self.stats.drop("other label", where, label)
+            stats.drop("other label", where, label)
+            return
         if self._full(label, split):
-            return self.stats.drop("over the limit", where)
+            stats.drop("over the limit", where)
+            return
         self._before = {(label, split): self.bytes[label, split]}
         yield from self._pieces(where, text, label, split)
 
@@ -207,55 +227,76 @@ class _Reader:
         limit."""
         if not self.data.megabytes_per_domain:
             return False
-        labels = [label] if label else sorted(self.keep) if self.keep else [""]
-        splits = SPLITS if self.data.split_field else (None,)
+        labels = [""]
+        if label:
+            labels = [label]
+        elif self.keep:
+            labels = sorted(self.keep)
+        splits: tuple[str | None, ...] = SPLITS if self.data.split_field else (None,)
         return all(self._full(one, split) for one in labels for split in splits)
 
     def _full(self, label: str, split: str | None) -> bool:
         if not self.data.megabytes_per_domain:
             return False
-        held = {"valid": self.data.valid_share, "test": self.data.test_share}
-        share = 1.0 if split is None else held.get(split, 1.0 - sum(held.values()))
+        # Where splits are given, each has its share of the limit: held-out rows may all come last
+        share = 1.0
+        if split is not None:
+            held = {"valid": self.data.valid_share, "test": self.data.test_share}
+            share = held.get(split, 1.0 - sum(held.values()))
         return self.bytes[label, split] >= share * self.data.megabytes_per_domain * 1e6
 
-    def _fields(self, row: dict, label: str | None):
-        data, text = self.data, row.get(self.data.text_field)
+    def _fields(
+        self, row: Row, label: str | None
+    ) -> tuple[str | LargeFile, str, str | None] | SkippedRow:
+        """Return text, label and split of a row, or what it lacks."""
+        data = self.data
+        text = row.get(data.text_field)
         if not isinstance(text, (str, LargeFile)):
-            return SkippedRow(
-                "no text",
-                f"{data.text_field} is {'missing' if text is None else type(text).__name__}",
-            )
+            found = "missing" if text is None else type(text).__name__
+            return SkippedRow("no text", f"{data.text_field} is {found}")
         if label is None:
+            # Only a partition by labels needs one; others must not refuse rows without it
             label = row.get(data.label_field) if self.keep is not None else ""
             if not isinstance(label, str) or (self.keep is not None and not label):
                 return SkippedRow("no label", f"{data.label_field} is {label!r}")
         split = None
         if data.split_field:
-            split = _SPLIT_NAMES.get(str(row.get(data.split_field)).lower())
+            given = row.get(data.split_field)
+            split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
-                return SkippedRow(
-                    "unknown split", f"{data.split_field} is {row.get(data.split_field)!r}"
-                )
+                return SkippedRow("unknown split", f"{data.split_field} is {given!r}")
         return text, label, split
 
-    def _pieces(self, where: str, text, label: str, split: str | None) -> Iterator[Document]:
+    def _pieces(
+        self, where: str, text: str | LargeFile, label: str, split: str | None
+    ) -> Iterator[Document]:
+        blocks: Iterable[bytes]
         if isinstance(text, LargeFile):
             try:
-                key, blocks = self._long_key(text), text.blocks()
+                key = self._key_of_blocks(text)
             except UnicodeDecodeError as error:
-                return self.stats.drop("not UTF-8", where, error.reason)
+                self.stats.drop("not UTF-8", where, error.reason)
+                return
+            blocks = text.blocks()
         else:
             try:
                 raw = text.encode()
             except UnicodeEncodeError as error:
-                return self.stats.drop("not UTF-8", where, error.reason)
-            if len(raw) < self.data.min_document_bytes or not text.strip():
-                return self.stats.drop("too short" if text.strip() else "empty", where)
-            key, blocks = key_of(raw, self.data.seed), [raw]
+                self.stats.drop("not UTF-8", where, error.reason)
+                return
+            if not text.strip():
+                self.stats.drop("empty", where)
+                return
+            if len(raw) < self.data.min_document_bytes:
+                self.stats.drop("too short", where)
+                return
+            key = key_of(raw, self.data.seed)
+            # Nearly every document: one piece, its text handed on as it is
             if len(raw) <= self.data.max_document_bytes:
                 self.bytes[label, split] += len(raw)
                 yield Document(text, len(raw), key, 0, label, split, where)
                 return
+            blocks = [raw]
         base = Document("", 0, key, 0, label, split, where)
         for number, piece in enumerate(cut(blocks, self.data.max_document_bytes)):
             if self._full(label, split):  # one endless document must not pass the limit either
@@ -264,7 +305,9 @@ class _Reader:
             self.bytes[label, split] += size
             yield replace(base, text=piece, bytes=size, piece=number)
 
-    def _long_key(self, text: LargeFile) -> int:
+    def _key_of_blocks(self, text: LargeFile) -> int:
+        """Return what key_of gives for the whole text. Raises UnicodeDecodeError."""
+        # Decoded only to find what is not UTF-8 before the first piece of it is given
         decoder = codecs.getincrementaldecoder("utf-8")()
         hasher = _hasher(self.data.seed, b"", ())
         for block in text.blocks():

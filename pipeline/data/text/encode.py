@@ -13,9 +13,11 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
+from ...protocols import Progress
 from ..drop_stats import DropStats
 from .documents import SPLITS, Cursor, Document, drop_stats
 from .partition import Domains
@@ -24,18 +26,20 @@ from .splits import Splits
 from .tokenizer import Tokenizer
 
 BATCH_BYTES = 2 << 20  # enough documents to keep every core encoding
-_AHEAD = 2  # batches waiting between two steps
+_PREFETCHED = 2  # batches waiting between two steps
+T = TypeVar("T")
 
 
 class Batching:
     """Tells where batches begin."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._bytes = 0
 
     def begins(self, document: Document) -> bool:
         """Say whether the next document is the first of a batch."""
         first = self._bytes == 0
+        # What a document costs beside its text, so that a batch of tiny ones stays small too
         self._bytes += document.bytes + 64
         if self._bytes >= BATCH_BYTES:
             self._bytes = 0
@@ -52,49 +56,68 @@ class DocRange:
     bytes: int = 0
     keys: int = 0  # sum of the keys, modulo 2**64
 
-    def see(self, document: Document) -> None:
+    def add(self, document: Document) -> None:
         """Count one document."""
         self.documents += 1
         self.bytes += document.bytes
         self.keys = (self.keys + document.key + document.piece) % 2**64
 
 
+class _Placed(NamedTuple):
+    """A document and the shard it goes to."""
+
+    split: str
+    domain: str
+    document: Document
+
+
 class Encoder:
     """Writes documents as the first pass has settled."""
 
-    def __init__(self, cfg: TextRunConfig, domains: Domains, splits: Splits, tokens: Tokenizer):
-        self.cfg, self.domains, self.splits, self.tokens = cfg, domains, splits, tokens
+    def __init__(self, cfg: TextRunConfig, domains: Domains, splits: Splits, tokenizer: Tokenizer):
+        self.cfg = cfg
+        self.domains = domains
+        self.splits = splits
+        self.tokenizer = tokenizer
 
     def writer(self, folder: Path) -> ShardWriter:
         """Return a writer of such shards."""
-        return ShardWriter(folder, self.domains.names, self.tokens.vocab_size, self.tokens.end_id)
+        tokenizer = self.tokenizer
+        return ShardWriter(folder, self.domains.names, tokenizer.vocab_size, tokenizer.end_id)
 
     def write(
-        self, found: Iterator[Document], writer: ShardWriter, total_bytes: int, progress
+        self,
+        found: Iterator[Document],
+        writer: ShardWriter,
+        total_bytes: int,
+        progress: Progress,
     ) -> DropStats:
         """Read, encode and write, each in its own thread. Returns the leaks that were dropped."""
-        leaks, done = drop_stats(), 0
+        leaks = drop_stats()
+        done = 0
         with all_cores(self.cfg.runtime.threads):
             batches = _prefetch(self._batches(found, leaks))
+            # Closed here, so that an error in this thread ends the two others before it is told
             with closing(_prefetch(self._encoded(batches))) as encoded:
                 for batch, encodings in encoded:
-                    for (split, domain, document), encoding in zip(batch, encodings, strict=True):
-                        writer.add(split, domain, encoding.ids, document.bytes)
-                        done += document.bytes
-                    progress(
-                        f"writing: {done / 1e6:.1f} of {total_bytes / 1e6:.1f} MB",
-                        done / total_bytes,
-                    )
+                    for placed, encoding in zip(batch, encodings, strict=True):
+                        size = placed.document.bytes
+                        writer.add(placed.split, placed.domain, encoding.ids, size)
+                        done += size
+                    text = f"writing: {done / 1e6:.1f} of {total_bytes / 1e6:.1f} MB"
+                    progress(text, done / total_bytes)
         return leaks
 
-    def _encoded(self, batches: Iterator[list]) -> Iterator[tuple[list, list]]:
+    def _encoded(
+        self, batches: Generator[list[_Placed], None, None]
+    ) -> Generator[tuple[list[_Placed], list], None, None]:
         with closing(batches):
             for batch in batches:
-                yield batch, self.tokens.encode([document.text for _, _, document in batch])
+                yield batch, self.tokenizer.encode([placed.document.text for placed in batch])
 
     def _batches(
         self, found: Iterator[Document], leaks: DropStats
-    ) -> Iterator[list[tuple[str, str, Document]]]:
+    ) -> Generator[list[_Placed], None, None]:
         for group in _grouped(found):
             batch = []
             for document, domain in zip(group, self.domains.assign(group), strict=True):
@@ -102,12 +125,13 @@ class Encoder:
                 if split is None:
                     leaks.drop("equals a held-out document", document.where)
                 else:
-                    batch.append((split, domain, document))
+                    batch.append(_Placed(split, domain, document))
             yield batch
 
 
 def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
-    group, batching = [], Batching()
+    group: list[Document] = []
+    batching = Batching()
     for document in found:
         if batching.begins(document) and group:
             yield group
@@ -117,15 +141,21 @@ def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _prefetch(items: Generator) -> Iterator:
-    """Yield items while a thread works on the next ones; its exception is raised here."""
-    waiting: queue.Queue = queue.Queue(_AHEAD)
-    closed = threading.Event()
+class _End:
+    """Stands in a queue after the last item."""
 
-    def put(kind: str, value) -> None:
+
+def _prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """Yield items while a thread works on the next ones; its exception is raised here."""
+    waiting: queue.Queue[T | _End] = queue.Queue(_PREFETCHED)
+    closed = threading.Event()
+    failed: list[BaseException] = []
+
+    def put(item: T | _End) -> None:
+        # Never for good: whoever reads may have stopped, and then nothing makes room any more
         while not closed.is_set():
             try:
-                waiting.put((kind, value), timeout=0.1)
+                waiting.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return
@@ -133,23 +163,25 @@ def _prefetch(items: Generator) -> Iterator:
     def work() -> None:
         try:
             for item in items:
-                put("item", item)
+                put(item)
                 if closed.is_set():
                     break
         except BaseException as error:
-            put("error", error)
-        else:
-            put("end", None)
-        finally:
-            items.close()
+            failed.append(error)
+        put(_End())
+        # A generator has to be closed by the thread that runs it
+        items.close()
 
     thread = threading.Thread(target=work, name="prepare", daemon=True)
     thread.start()
     try:
-        while (entry := waiting.get())[0] == "item":
-            yield entry[1]
-        if entry[0] == "error":
-            raise entry[1]
+        while True:
+            item = waiting.get()
+            if isinstance(item, _End):
+                break
+            yield item
+        if failed:
+            raise failed[0]
     finally:
         closed.set()
         thread.join()
@@ -159,8 +191,9 @@ def _prefetch(items: Generator) -> Iterator:
 def all_cores(threads: int | str) -> Iterator[None]:
     """Let tokenizers use its threads even after a fork, unless the environment already says
     otherwise."""
-    given = {} if threads in (0, "auto") else {"RAYON_NUM_THREADS": str(threads)}
-    wanted = {"TOKENIZERS_PARALLELISM": "true"} | given
+    wanted = {"TOKENIZERS_PARALLELISM": "true"}
+    if threads not in (0, "auto"):
+        wanted["RAYON_NUM_THREADS"] = str(threads)
     added = wanted.keys() - os.environ.keys()
     os.environ.update({name: wanted[name] for name in added})
     try:
@@ -177,20 +210,18 @@ def finalize(
     stats: DropStats,
     text_bytes: int,
     seconds: dict[str, float],
-) -> dict:
+) -> dict[str, Any]:
     """Check and close the shards of folder, note what was dropped, return the metrics. Raises
     DataError."""
     _check(cfg, writer)
     writer.finish()
     dropped = json.dumps(stats.as_json(), indent=1, ensure_ascii=False)
     (folder / "dropped.json").write_text(dropped + "\n", encoding="utf-8")
-    by_split = {
-        what: {
-            split: {d: writer.counts[split, d][what] for d in writer.domains} for split in SPLITS
-        }
-        for what in ("documents", "bytes", "tokens")
-    }
-    return by_split | {
+    metrics: dict[str, Any] = {"documents": {}, "bytes": {}, "tokens": {}}
+    for what, by_split in metrics.items():
+        for split in SPLITS:
+            by_split[split] = {d: writer.counts[split, d][what] for d in writer.domains}
+    return metrics | {
         "vocab_size": writer.vocab_size,
         "dropped": dict(stats.counts),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
@@ -200,20 +231,23 @@ def finalize(
 
 def _check(cfg: TextRunConfig, writer: ShardWriter) -> None:
     """Raise DataError for a domain without held-out documents or with too few training tokens."""
+    data = cfg.data
+    held_out = {"valid": data.valid_share, "test": data.test_share}
     for domain in writer.domains:
-        for split in ("valid", "test"):
-            if not writer.counts[split, domain]["documents"]:
-                how = (
-                    f"set {split} in data.split_field ({cfg.data.split_field})"
-                    if cfg.data.split_field
-                    else (f"raise data.{split}_share ({getattr(cfg.data, split + '_share'):g})")
-                )
-                raise DataError(
-                    f"domain {domain} has no {split} document: {how}, or give it more documents"
-                )
+        for split, share in held_out.items():
+            if writer.counts[split, domain]["documents"]:
+                continue
+            if data.split_field:
+                how = f"set {split} in data.split_field ({data.split_field})"
+            else:
+                how = f"raise data.{split}_share ({share:g})"
+            raise DataError(
+                f"domain {domain} has no {split} document: {how}, or give it more documents"
+            )
         found = writer.counts["train", domain]["tokens"]
-        if found < cfg.partition.min_tokens:
+        wanted = cfg.partition.min_tokens
+        if found < wanted:
             raise DataError(
                 f"domain {domain} has {found} training tokens, fewer than partition.min_tokens "
-                f"({cfg.partition.min_tokens}): give it more text, merge it into another, or lower the setting"
+                f"({wanted}): give it more text, merge it into another, or lower the setting"
             )

@@ -9,30 +9,33 @@ from pathlib import Path
 
 from ...config.text_data import TextRunConfig
 from ...protocols import Progress, quiet
-from . import distributed as piecewise
+from . import distributed
 from .documents import documents, drop_stats
 from .encode import Encoder, finalize
 from .scan import first_pass
 
 
 def prepare(
-    cfg: TextRunConfig, folder: Path, progress: Progress = quiet, parts: Path | None = None
+    cfg: TextRunConfig, folder: Path, progress: Progress = quiet, jobs_folder: Path | None = None
 ) -> dict:
     """Read cfg.data and leave tokenizer, partition and shards in folder, which is empty; return
     metrics.
 
-    Where a survey left a plan in parts, merge what was made of it: the same bytes. say(text,
-    share_done) hears of progress. Raises DataError for everything about the data that is not as
-    asked; OSError (a full disk) passes through.
+    Where a scan left a plan in jobs_folder, merge what jobs made by it: the same bytes. Raises
+    DataError for everything about the data that is not as asked; OSError (a full disk) passes
+    through.
     """
-    folder = Path(folder)
-    plan = piecewise.planned(parts) if parts else None
-    if plan:
-        return piecewise.merge(cfg, parts, plan, folder, progress)
+    if jobs_folder is not None:
+        plan = distributed.planned(jobs_folder)
+        if plan is not None:
+            return distributed.merge(cfg, jobs_folder, plan, folder, progress)
     found = first_pass(cfg, folder, progress)
     start = time.perf_counter()
-    encoder = Encoder(cfg, found.domains, found.splits, found.tokens)
+    encoder = Encoder(cfg, found.domains, found.splits, found.tokenizer)
     writer = encoder.writer(folder)
-    found.stats.merge(encoder.write(documents(cfg, drop_stats()), writer, found.bytes, progress))
+    # The first pass has counted what the rows drop; only the leaks are new in this one
+    stream = documents(cfg, drop_stats())
+    leaks = encoder.write(stream, writer, found.bytes, progress)
+    found.stats.merge(leaks)
     seconds = found.seconds | {"write": time.perf_counter() - start}
     return finalize(cfg, folder, writer, found.stats, found.bytes, seconds)

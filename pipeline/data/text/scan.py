@@ -15,7 +15,8 @@ from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Progress
 from ..drop_stats import DropStats
-from . import partition, tokenizer
+from . import partition
+from . import tokenizer as tokenizers
 from .documents import Document, Stream, drop_stats
 from .encode import Batching, DocRange, all_cores
 from .partition import Domains
@@ -24,15 +25,16 @@ from .tokenizer import Tokenizer
 
 FIT_BYTES = 64 << 20  # text that clusters and difficulty are fitted on, at most
 _SPARE = 1.2  # sampled over what is wanted, because chance may hold out more than its share
+_PROGRESS_EVERY = 2000  # documents
 
 
 @dataclass(frozen=True)
-class Settled:
+class FirstPass:
     """What the first pass has settled for the second."""
 
     domains: Domains
     splits: Splits
-    tokens: Tokenizer
+    tokenizer: Tokenizer
     stats: DropStats
     batches: list[DocRange]
     seconds: dict[str, float]  # by phase
@@ -43,31 +45,28 @@ class Settled:
         return sum(batch.bytes for batch in self.batches)
 
 
-def first_pass(cfg: TextRunConfig, folder: Path, progress: Progress) -> Settled:
+def first_pass(cfg: TextRunConfig, folder: Path, progress: Progress) -> FirstPass:
     """Read cfg.data once and leave partition and tokenizer in folder. Raises DataError."""
-    clock = _StageClock()
-    with clock("survey"):
-        survey = _Survey(cfg, progress)
+    clock = _PhaseClock()
+    with clock("scan"):
+        scan = _Scan(cfg)
+        scan.read(progress)
     with clock("partition"):
-        domains, splits = survey.decide(progress)
+        domains, splits = scan.decide(progress)
         domains.save(folder)
     with clock("tokenizer"):
-        progress(
-            "training the tokenizer"
-            if cfg.tokenizer.pretrained is None
-            else "loading the tokenizer",
-            None,
-        )
+        what = "training" if cfg.tokenizer.pretrained is None else "loading"
+        progress(f"{what} the tokenizer", None)
         with all_cores(cfg.runtime.threads):
-            tokens = _tokenizer(cfg, survey.samples, domains, splits)
-        tokens.save(folder)
-    return Settled(domains, splits, tokens, survey.stats, survey.batches, clock.seconds)
+            tokenizer = _tokenizer(cfg, scan.samples, domains, splits)
+        tokenizer.save(folder)
+    return FirstPass(domains, splits, tokenizer, scan.stats, scan.batches, clock.seconds)
 
 
-class _StageClock:
+class _PhaseClock:
     """Seconds by phase."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -77,81 +76,102 @@ class _StageClock:
         self.seconds[phase] = time.perf_counter() - start
 
 
-class _Survey:
-    """The first pass: counts, the keys of small domains, samples by label."""
+class _Scan:
+    """What one reading of all documents collects: counts, the keys of small domains, samples by
+    label."""
 
-    def __init__(self, cfg: TextRunConfig, progress: Progress):
-        self.cfg, self.stats, self.splits = cfg, drop_stats(), Splits(cfg.data)
+    def __init__(self, cfg: TextRunConfig):
+        self.cfg = cfg
         self.by_label = cfg.partition.by == "labels"
-        self.small, self.bytes, self.labels = SmallDomains(cfg.data), 0, set()
-        budget = self._budget_bytes()
-        self.samples: dict[str, Sample] = defaultdict(lambda: Sample(budget, cfg.data.seed))
-        self.batches, batching, stream = [], Batching(), Stream(cfg, self.stats)
-        self.other_labels = stream.other_labels
+        self.stats = drop_stats()
+        self.splits = Splits(cfg.data)
+        self.small = SmallDomains(cfg.data)
+        self.bytes = 0
+        self.labels: set[str] = set()
+        self.other_labels: Counter[str] = Counter()
+        # by label; one of all, named "", without labels
+        self.samples: dict[str, Sample] = defaultdict(self._new_sample)
+        self.batches: list[DocRange] = []
+
+    def read(self, progress: Progress) -> None:
+        """Read every document. Raises DataError for data that no run could use."""
+        batching = Batching()
+        stream = Stream(self.cfg, self.stats)
         for number, document in enumerate(stream):
             if batching.begins(document):
-                self.batches.append(DocRange(stream.mark(document)))
-            self.batches[-1].see(document)
-            self._see(document)
-            if number % 2000 == 0:
+                self.batches.append(DocRange(stream.cursor(document)))
+            self.batches[-1].add(document)
+            self._count(document)
+            if number % _PROGRESS_EVERY == 0:
                 progress(f"reading: {number} documents, {self.bytes / 1e6:.1f} MB", None)
+        self.other_labels = stream.other_labels
         self._check()
 
-    def _see(self, document: Document) -> None:
+    def _count(self, document: Document) -> None:
         name = document.label if self.by_label else ""
         self.bytes += document.bytes
-        self.splits.see(document)
+        self.splits.remember(document)
         self.labels.add(name)
         if document.split in (None, "train"):
-            self.samples[name].see(document)
+            self.samples[name].add(document)
         if self.by_label and document.split is None:
-            self.small.see(name, document.key)
+            self.small.add(name, document.key)
 
-    def _budget_bytes(self) -> float:
-        data, wanted = self.cfg.data, self.cfg.tokenizer.sample_megabytes * 1e6
-        wanted = 0 if self.cfg.tokenizer.pretrained else wanted
-        if (
-            self.by_label
-        ):  # held-out documents are sampled too, and left out once splits are decided
-            train_share = 1 - data.valid_share - data.test_share
-            return _SPARE * wanted / len(self.cfg.partition.names) / train_share
-        return max(FIT_BYTES, 2 * wanted)
+    def _new_sample(self) -> Sample:
+        return Sample(self._sample_bytes(), self.cfg.data.seed)
+
+    def _sample_bytes(self) -> float:
+        """Return how many bytes one sample may hold."""
+        data = self.cfg.data
+        wanted = self.cfg.tokenizer.sample_megabytes * 1e6
+        if self.cfg.tokenizer.pretrained:
+            wanted = 0
+        if not self.by_label:
+            return max(FIT_BYTES, 2 * wanted)
+        # Held-out documents are sampled too, and left out once splits are decided
+        train_share = 1 - data.valid_share - data.test_share
+        return _SPARE * wanted / len(self.cfg.partition.names) / train_share
 
     def _check(self) -> None:
+        data = self.cfg.data
         if not self.bytes and not self.other_labels:
             raise DataError(
-                f"no usable document in data.{self.cfg.data.source}, {self.stats.seen} seen: {self.stats.explain()}; "
-                "check the paths, data.text_field and data.min_document_bytes"
+                f"no usable document in data.{data.source}, {self.stats.seen} seen: "
+                f"{self.stats.explain()}; check the paths, data.text_field and "
+                "data.min_document_bytes"
             )
-        missing = [
-            name for name in self.cfg.partition.names if self.by_label and name not in self.labels
-        ]
+        if not self.by_label:
+            return
+        missing = [name for name in self.cfg.partition.names if name not in self.labels]
         if missing:
-            found = [
-                *sorted(self.labels),
-                *(label for label, _ in self.other_labels.most_common(20)),
-            ]
+            found = sorted(self.labels)
+            for label, _ in self.other_labels.most_common(20):
+                found.append(label)
             raise DataError(
-                f"partition.domains names {', '.join(missing)}, and no document has that label; data.label_field "
-                f"({self.cfg.data.label_field}) holds {', '.join(found)}. Correct partition.domains or the labels"
+                f"partition.domains names {', '.join(missing)}, and no document has that label; "
+                f"data.label_field ({data.label_field}) holds {', '.join(found)}. Correct "
+                "partition.domains or the labels"
             )
 
     def decide(self, progress: Progress) -> tuple[Domains, Splits]:
-        """Fit the partition on training documents, then settle the splits of small domains."""
+        """Fit the partition on training documents, then fix the splits of small domains."""
         names = self.cfg.partition.names
+        given = self.cfg.data.split_field is not None
         if self.by_label:
             domains = partition.fit(self.cfg, [])
         else:
             progress(f"fitting {len(names)} domains by {self.cfg.partition.by}", None)
-            found = self.samples[""].documents()
-            domains = partition.fit(self.cfg, [d for d in found if self.splits.of(d) == "train"])
-            if (
-                not self.samples[""].whole or self.cfg.data.split_field
-            ):  # larger than any small domain, or given
+            sample = self.samples[""]
+            found = sample.documents()
+            # By threshold: which domains are small is known only once there are domains
+            train = [document for document in found if self.splits.of(document) == "train"]
+            domains = partition.fit(self.cfg, train)
+            # A sample that left something out is larger than any small domain
+            if given or not sample.whole:
                 return domains, self.splits
             for document, name in zip(found, domains.assign(found), strict=True):
-                self.small.see(name, document.key)
-        if not self.cfg.data.split_field:
+                self.small.add(name, document.key)
+        if not given:
             self.small.decide(self.splits, names)
         return domains, self.splits
 
@@ -159,14 +179,17 @@ class _Survey:
 def _tokenizer(
     cfg: TextRunConfig, samples: dict[str, Sample], domains: Domains, splits: Splits
 ) -> Tokenizer:
+    """Load the tokenizer, or train one on the same number of bytes of each domain."""
     if cfg.tokenizer.pretrained:
-        return tokenizer.pretrained(cfg.tokenizer)
+        return tokenizers.pretrained(cfg.tokenizer)
     share_bytes = cfg.tokenizer.sample_megabytes * 1e6 / len(domains.names)
-    texts, taken = [], Counter()
+    texts: list[str] = []
+    taken: Counter[str] = Counter()  # bytes by domain
     for sample in samples.values():
-        found = [d for d in sample.documents() if splits.of(d) == "train"]
+        # A held-out document must not even decide how text is cut into tokens
+        found = [document for document in sample.documents() if splits.of(document) == "train"]
         for document, name in zip(found, domains.assign(found), strict=True):
             if taken[name] < share_bytes:
                 taken[name] += document.bytes
                 texts.append(document.text)
-    return tokenizer.train(cfg.tokenizer, texts)
+    return tokenizers.train(cfg.tokenizer, texts)

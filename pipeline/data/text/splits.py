@@ -21,6 +21,8 @@ _EXPECTED = 10  # held-out documents a threshold must promise; fewer might turn 
 _MOST_KEYS = 100_000
 # that a sampled document counts for, so that tiny ones cannot fill memory with objects
 _LEAST_BYTES = 64
+# Splits that a document of each given split must not be equal to one of
+_STRICTER = {"train": ("valid", "test"), "valid": ("test",), "test": ()}
 
 
 class Splits:
@@ -36,15 +38,13 @@ class Splits:
         self.data = data
         self._test_below = int(data.test_share * 2**64)
         self._valid_below = int((data.test_share + data.valid_share) * 2**64)
-        self._decided: dict[int, str] = {}
-        self._held = {
-            "valid": array("Q"),
-            "test": array("Q"),
-        }  # data.split_field only; 8 bytes a document
+        self._decided: dict[int, str] = {}  # key -> split, of small domains
+        # Keys that are held out as given by data.split_field; an array takes 8 bytes a document
+        self._held = {"valid": array("Q"), "test": array("Q")}
         self._sorted: dict[str, np.ndarray] | None = None
 
-    def see(self, document: Document) -> None:
-        """Remember a held-out document, so that no training document equals it."""
+    def remember(self, document: Document) -> None:
+        """Remember a document that is given as held out, so that no training document equals it."""
         if document.split in self._held and not document.piece:
             self._held[document.split].append(document.key)
 
@@ -53,26 +53,30 @@ class Splits:
         documents."""
         if len(keys) < len(SPLITS):
             raise DataError(
-                f"domain {domain} has {len(keys)} distinct documents, and one each is needed to train, validate and "
-                "test. Give it more documents, or cut its long ones into several files or rows"
+                f"domain {domain} has {len(keys)} distinct documents, and one each is needed to "
+                "train, validate and test. Give it more documents, or cut its long ones into "
+                "several files or rows"
             )
+        # What another domain has decided for the same text counts towards this one's shares
         left = sorted(keys - self._decided.keys())
         taken = [self._decided[key] for key in keys & self._decided.keys()]
         for split, share in (("test", self.data.test_share), ("valid", self.data.valid_share)):
             count = max(1, round(share * len(keys))) - taken.count(split)
-            chosen, left = (left[:count], left[count:]) if count > 0 else ([], left)
-            self._decided |= dict.fromkeys(chosen, split)
-        self._decided |= dict.fromkeys(left, "train")
+            count = max(count, 0)
+            for key in left[:count]:
+                self._decided[key] = split
+            left = left[count:]
+        for key in left:
+            self._decided[key] = "train"
 
     def save(self, path: Path) -> None:
-        """Write what was seen and decided to a safetensors file."""
+        """Write what was remembered and decided to a safetensors file."""
         from safetensors.numpy import save
 
         tensors = {f"held_{name}": np.array(keys, np.uint64) for name, keys in self._held.items()}
+        splits = [SPLITS.index(split) for split in self._decided.values()]
         tensors["decided"] = np.array(list(self._decided), np.uint64)
-        tensors["splits"] = np.array(
-            [SPLITS.index(split) for split in self._decided.values()], np.uint8
-        )
+        tensors["splits"] = np.array(splits, np.uint8)
         path.write_bytes(save(tensors))
 
     def load(self, path: Path) -> "Splits":
@@ -80,32 +84,36 @@ class Splits:
         from safetensors.numpy import load
 
         tensors = load(path.read_bytes())
-        self._held = {name: array("Q", tensors[f"held_{name}"].tobytes()) for name in self._held}
-        decided = zip(tensors["decided"].tolist(), tensors["splits"].tolist(), strict=True)
-        self._decided, self._sorted = {key: SPLITS[i] for key, i in decided}, None
+        for name in self._held:
+            self._held[name] = array("Q", tensors[f"held_{name}"].tobytes())
+        splits = [SPLITS[i] for i in tensors["splits"].tolist()]
+        self._decided = dict(zip(tensors["decided"].tolist(), splits, strict=True))
+        self._sorted = None
         return self
 
     def of(self, document: Document) -> str | None:
         """Return the split; None for one that equals a document held out elsewhere, which must be
         dropped."""
         if document.split is not None:
-            return None if self._elsewhere(document) else document.split
+            return None if self._leaks(document.key, document.split) else document.split
         if document.key in self._decided:
             return self._decided[document.key]
         if document.key < self._test_below:
             return "test"
         return "valid" if document.key < self._valid_below else "train"
 
-    def _elsewhere(self, document: Document) -> bool:
+    def _leaks(self, key: int, split: str) -> bool:
+        """Say whether a document of a given split is held out in a stricter one too."""
         if self._sorted is None:
-            self._sorted = {
-                name: np.unique(np.array(keys, np.uint64)) for name, keys in self._held.items()
-            }
-        stricter = {"train": ("valid", "test"), "valid": ("test",), "test": ()}[document.split]
-        return any(_contains(self._sorted[name], document.key) for name in stricter)
+            # Sorted once, after all were remembered: looked up in log n, and no set of objects
+            self._sorted = {}
+            for name, keys in self._held.items():
+                self._sorted[name] = np.unique(np.array(keys, np.uint64))
+        return any(_contains(self._sorted[name], key) for name in _STRICTER[split])
 
 
 def _contains(sorted_keys: np.ndarray, key: int) -> bool:
+    # As uint64: numpy would compare a Python int above 2**63 as a float
     place = np.searchsorted(sorted_keys, np.uint64(key))
     return bool(place < len(sorted_keys) and sorted_keys[place] == key)
 
@@ -120,33 +128,39 @@ class SmallDomains:
     def __init__(self, data: DataConfig):
         expected = int(_EXPECTED / min(data.valid_share, data.test_share))
         self._small = min(max(SMALL, expected), _MOST_KEYS)
-        self._keys: dict[str, set[int] | None] = defaultdict(set)
+        self._keys: dict[str, set[int] | None] = defaultdict(set)  # None: not small
 
-    def see(self, domain: str, key: int) -> None:
+    def add(self, domain: str, key: int) -> None:
         """Count one document."""
         keys = self._keys[domain]
-        if keys is not None:
-            keys.add(key)
-            if len(keys) >= self._small:
-                self._keys[domain] = None
+        if keys is None:
+            return
+        keys.add(key)
+        if len(keys) >= self._small:
+            self._keys[domain] = None  # and its keys are let go
 
     def decide(self, splits: Splits, names: Iterable[str]) -> None:
         """Let splits rank each small domain, in the order of names."""
         for name in names:
-            if (keys := self._keys[name]) is not None:
+            keys = self._keys[name]
+            if keys is not None:
                 splits.decide(name, keys)
 
 
 class Sample:
     """The documents with the smallest keyed hashes that fit into budget_bytes together.
 
-    The order they are seen in does not matter: what follows a document that did not fit is left out
-    too.
+    The order they are added in does not matter: what follows a document that did not fit is left
+    out too.
     """
 
     def __init__(self, budget_bytes: float, seed: int):
-        self.budget_bytes, self.seed = budget_bytes, seed
-        self._bytes, self._heap, self._count = 0, [], 0
+        self.budget_bytes = budget_bytes
+        self.seed = seed
+        self._bytes = 0
+        self._count = 0
+        # heapq keeps the smallest entry first, so ranks are negated hashes: the worst is at hand
+        self._heap: list[tuple[int, int, Document]] = []
         self._left_out: int | None = None  # rank of the best document that did not fit
 
     @property
@@ -154,7 +168,7 @@ class Sample:
         """Say whether nothing was left out."""
         return self._left_out is None
 
-    def see(self, document: Document) -> None:
+    def add(self, document: Document) -> None:
         """Offer one document."""
         name = f"{document.key}/{document.piece}".encode()
         rank = -key_of(name, self.seed, b"sample")
@@ -169,7 +183,5 @@ class Sample:
 
     def documents(self) -> list[Document]:
         """Return what was kept, in order of hash."""
-        return [
-            document
-            for _, _, document in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
-        ]
+        best_first = sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
+        return [document for _, _, document in best_first]

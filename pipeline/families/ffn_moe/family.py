@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 
-def prepare(cfg: FfnMoeConfig, folder: Path, progress, parts: Path, _item: None = None) -> dict:
+def prepare(cfg: FfnMoeConfig, folder: Path, progress, jobs_folder: Path, _item: None = None) -> dict:
     """Write tokenizer, domains and shards to folder; return metrics. Raises DataError."""
-    return text.prepare(cfg, folder, progress, parts)
+    return text.prepare(cfg, folder, progress, jobs_folder)
 
 
 def route_data(_cfg: FfnMoeConfig, _parts, _folder: Path, _progress) -> dict:

@@ -45,19 +45,19 @@ SPLITS = ("train", "valid")
 CALIBRATION_ROWS = 4096  # most validation requests that the temperature is fitted on
 
 
-def scan(_cfg: LoraVlmConfig, _parts: Path, _jobs: int, _progress) -> int:
+def scan(_cfg: LoraVlmConfig, _jobs_folder: Path, _jobs: int, _progress) -> int:
     """Return 0: each task's preprocess is a job of its own, and is not split further."""
     return 0
 
 
-def encode(_cfg: LoraVlmConfig, _parts: Path, _number: int, _progress) -> None:
-    """Raise PipelineError: no survey of this family asks for it."""
+def encode(_cfg: LoraVlmConfig, _jobs_folder: Path, _number: int, _progress) -> None:
+    """Raise PipelineError: no scan of this family asks for it."""
     raise PipelineError(
         "lora_vlm splits no preprocess: this is a fault of the stages, please report it"
     )
 
 
-def prepare(cfg: LoraVlmConfig, folder: Path, progress, _parts: Path, item: str) -> dict:
+def prepare(cfg: LoraVlmConfig, folder: Path, progress, _jobs_folder: Path, item: str) -> dict:
     """Write one task's rows and pictures to folder; return metrics. Raises DataError."""
     threads = cfg.runtime.threads
     processes = threads if isinstance(threads, int) and threads else cores()

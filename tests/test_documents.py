@@ -11,8 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pipeline.data.sources import installed
-from pipeline.data.sources import text as rows
+from pipeline.data.sources import files, installed
 from pipeline.data.text.documents import cut, documents, drop_stats, key_of
 from pipeline.errors import DataError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -173,7 +172,7 @@ def test_a_file_larger_than_memory_allows_reads_as_a_small_one_does(tmp_path, mo
     path.write_text("\ufeff" + "é漢🙂 and words\n" * 200_000)
     cfg = config(path, domain="a", max_document_bytes=50_000)
     whole, _ = read(cfg)
-    monkeypatch.setattr(rows, "STREAM_BYTES", 1 << 16)
+    monkeypatch.setattr(files, "STREAM_BYTES", 1 << 16)
     streamed, _ = read(cfg)
     assert [(d.text, d.key, d.piece) for d in streamed] == [(d.text, d.key, d.piece) for d in whole]
     path.write_bytes(b"good text " * 300_000 + b"\xff")

@@ -1,4 +1,4 @@
-"""Preprocess in parts: the bytes of one run whatever their number, and what is done about parts
+"""Preprocess by jobs: the bytes of one run whatever their number, and what is done about folders
 that are not whole.
 
 BATCH_BYTES is small here, so that small text has many batches; one run has the same ones.
@@ -14,8 +14,7 @@ from fakes import flip
 from test_prepare import WORDS, bytes_of, config, rows, run
 
 from pipeline.data import drop_stats
-from pipeline.data.sources import installed
-from pipeline.data.sources import text as sources
+from pipeline.data.sources import files, installed
 from pipeline.data.text import distributed, documents
 from pipeline.data.text import encode as encoding
 from pipeline.data.text.distributed import encode, scan
@@ -30,9 +29,9 @@ def _small_batches(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 3000)
 
 
-def in_parts(cfg, folder, jobs, progress=quiet):
-    """Prepare cfg in folder/out by way of parts, the last of them first; return the metrics."""
-    home = folder / "parts"
+def by_jobs(cfg, folder, jobs, progress=quiet):
+    """Prepare cfg in folder/out by jobs, the last of them first; return the metrics."""
+    home = folder / "jobs"
     for number in reversed(range(scan(cfg, home, jobs, quiet))):
         encode(cfg, home, number, quiet)
     (folder / "out").mkdir()
@@ -40,17 +39,15 @@ def in_parts(cfg, folder, jobs, progress=quiet):
 
 
 def assert_equal(cfg, folder, counts=(1, 2, 5)):
-    """Compare one run with runs in so many parts, by their bytes and by what they counted."""
+    """Compare one run with runs by so many jobs, by their bytes and by what they counted."""
     wanted = run(cfg, folder / "whole")
     for jobs in counts:
-        found = in_parts(cfg, folder / str(jobs), jobs)
+        found = by_jobs(cfg, folder / str(jobs), jobs)
         assert bytes_of(folder / str(jobs) / "out") == bytes_of(folder / "whole")
         for timed in ("seconds", "megabytes_per_s"):
             found.pop(timed)
         assert found == {name: value for name, value in wanted.items() if name in found}
-        assert (
-            len([p for p in (folder / str(jobs) / "parts").iterdir() if p.name != "scan"]) == jobs
-        )
+        assert len([p for p in (folder / str(jobs) / "jobs").iterdir() if p.name != "scan"]) == jobs
 
 
 def write(path, found):
@@ -137,7 +134,7 @@ def test_the_hub_has_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_limits_per_domain_stop_the_parts_where_they_stop_one_run(tmp_path, given):
+def test_limits_per_domain_stop_the_jobs_where_they_stop_one_run(tmp_path, given):
     found = [
         r | {"split": ("train", "train", "train", "valid", "test")[i // 3 % 5]}
         for i, r in enumerate(rows(300))
@@ -171,9 +168,9 @@ def test_leaks_are_counted_and_named_as_in_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["in memory", "in blocks"])
-def test_a_part_may_begin_within_a_document(tmp_path, monkeypatch, long):
+def test_a_job_may_begin_within_a_document(tmp_path, monkeypatch, long):
     if long:
-        monkeypatch.setattr(sources, "STREAM_BYTES", 2000)
+        monkeypatch.setattr(files, "STREAM_BYTES", 2000)
     for i, domain in enumerate(WORDS):
         for number in range(4):
             text = " ".join(f"{domain}{number}w{(j * (i + 3)) % 71}" for j in range(1200))
@@ -182,10 +179,10 @@ def test_a_part_may_begin_within_a_document(tmp_path, monkeypatch, long):
     data = {"files": entries, "max_document_bytes": 1024, "megabytes_per_domain": 0.03}
     cfg = config(tmp_path, data=data)
     assert_equal(cfg, tmp_path, (2, 5))
-    assert any(piece.start.piece for piece in distributed.planned(tmp_path / "5/parts").pieces)
+    assert any(each.start.piece for each in distributed.planned(tmp_path / "5/jobs").ranges)
 
 
-def test_a_pretrained_tokenizer_is_the_same_in_every_part(tmp_path):
+def test_a_pretrained_tokenizer_is_the_same_in_every_job(tmp_path):
     run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "first")
     found = rows()
     found[7]["text"] += " <|endoftext|> é漢🙂"
@@ -193,7 +190,7 @@ def test_a_pretrained_tokenizer_is_the_same_in_every_part(tmp_path):
     assert_equal(cfg, tmp_path, (2,))
 
 
-def test_a_part_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatch):
+def test_a_range_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "EARLY", 10)
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(row) for row in rows(120)]
@@ -203,33 +200,33 @@ def test_a_part_full_of_unreadable_rows_is_not_judged_alone(tmp_path, monkeypatc
     assert_equal(config(path, data={"max_bad_share": 0.4}), tmp_path, (2, 5))
 
 
-def test_more_jobs_than_batches_are_as_many_parts_as_batches(tmp_path, monkeypatch):
+def test_more_jobs_than_batches_are_as_many_as_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 1 << 20)
-    assert scan(config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts", 7, quiet) == 1
+    assert scan(config(tmp_path / "rows.jsonl", rows()), tmp_path / "jobs", 7, quiet) == 1
 
 
-def test_what_lies_before_a_part_is_not_opened(tmp_path, monkeypatch):
+def test_what_lies_before_a_range_is_not_opened(tmp_path, monkeypatch):
     for i, row in enumerate(rows(90)):
         (tmp_path / f"{row['domain']}{i:02}.txt").write_text(row["text"])
     entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
-    cfg, opened, real = config(tmp_path, data={"files": entries}), [], sources._open
-    count = scan(cfg, tmp_path / "parts", 4, quiet)
-    monkeypatch.setattr(sources, "_open", lambda fs, path: opened.append(path) or real(fs, path))
+    cfg, opened, real = config(tmp_path, data={"files": entries}), [], files._open
+    count = scan(cfg, tmp_path / "jobs", 4, quiet)
+    monkeypatch.setattr(files, "_open", lambda fs, path: opened.append(path) or real(fs, path))
     for number in range(count):
-        encode(cfg, tmp_path / "parts", number, quiet)
+        encode(cfg, tmp_path / "jobs", number, quiet)
     assert (
         count == 4 and 90 <= len(opened) <= 90 + count
-    )  # a part reads on to where its last document ends
+    )  # a job reads on to where its last document ends
 
 
 @pytest.fixture
 def whole(tmp_path):
-    """(configuration, folder of one run, folder of its three parts)."""
+    """(configuration, folder of one run, folder of its three jobs)."""
     cfg = config(tmp_path / "rows.jsonl", rows())
     run(cfg, tmp_path / "whole")
-    for number in range(scan(cfg, tmp_path / "parts", 3, quiet)):
-        encode(cfg, tmp_path / "parts", number, quiet)
-    return cfg, tmp_path / "whole", tmp_path / "parts"
+    for number in range(scan(cfg, tmp_path / "jobs", 3, quiet)):
+        encode(cfg, tmp_path / "jobs", number, quiet)
+    return cfg, tmp_path / "whole", tmp_path / "jobs"
 
 
 def torn(path):
@@ -238,19 +235,19 @@ def torn(path):
 
 
 HARMS = {
-    "missing": lambda part: shutil.rmtree(part),
-    "no manifest": lambda part: (part / "manifest.json").unlink(),
-    "half a manifest": lambda part: torn(part / "manifest.json"),
-    "a manifest of nothing": lambda part: (part / "manifest.json").write_text("[]"),
-    "a torn stream": lambda part: torn(part / "train/sea.bin"),
-    "a flipped bit": lambda part: flip(part / "train/sea.bin"),
-    "a lost index": lambda part: (part / "valid/hall.idx").unlink(),
+    "missing": lambda job: shutil.rmtree(job),
+    "no manifest": lambda job: (job / "manifest.json").unlink(),
+    "half a manifest": lambda job: torn(job / "manifest.json"),
+    "a manifest of nothing": lambda job: (job / "manifest.json").write_text("[]"),
+    "a torn stream": lambda job: torn(job / "train/sea.bin"),
+    "a flipped bit": lambda job: flip(job / "train/sea.bin"),
+    "a lost index": lambda job: (job / "valid/hall.idx").unlink(),
 }
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["by the merge", "by its own job"])
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS.keys())
-def test_a_part_that_is_not_whole_is_made_again(whole, tmp_path, harm, again):
+def test_a_job_that_is_not_whole_is_done_again(whole, tmp_path, harm, again):
     cfg, wanted, home = whole
     kept = [(home / name / "manifest.json").stat().st_mtime_ns for name in ("0", "2")]
     harm(home / "1")
@@ -260,11 +257,11 @@ def test_a_part_that_is_not_whole_is_made_again(whole, tmp_path, harm, again):
     (tmp_path / "out").mkdir()
     prepare(cfg, tmp_path / "out", lambda text, _share: told.append(text), home)
     assert bytes_of(tmp_path / "out") == bytes_of(wanted)
-    assert ("part 2 of 3 is missing or torn: making it" in told) != again
+    assert ("job 2 of 3 is missing or torn: doing it" in told) != again
     assert [(home / name / "manifest.json").stat().st_mtime_ns for name in ("0", "2")] == kept
 
 
-def test_what_is_whole_is_not_made_again(whole):
+def test_what_is_whole_is_not_done_again(whole):
     cfg, _, home = whole
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
     assert scan(cfg, home, 3, quiet) == 3
@@ -272,7 +269,7 @@ def test_what_is_whole_is_not_made_again(whole):
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
 
 
-def test_parts_of_another_survey_do_not_count(whole, tmp_path):
+def test_jobs_of_another_scan_do_not_count(whole, tmp_path):
     cfg, wanted, home = whole
     shutil.copytree(home / "1", tmp_path / "stale")
     assert scan(cfg, home, 2, quiet) == 2
@@ -283,10 +280,10 @@ def test_parts_of_another_survey_do_not_count(whole, tmp_path):
     assert bytes_of(tmp_path / "out") == bytes_of(wanted)
 
 
-def test_a_torn_survey_leads_to_one_run_and_to_a_new_survey(whole, tmp_path):
+def test_a_torn_scan_leads_to_one_run_and_to_a_new_scan(whole, tmp_path):
     cfg, wanted, home = whole
     flip(home / "scan/splits.safetensors")
-    with pytest.raises(MissingArtifact, match="has no survey"):
+    with pytest.raises(MissingArtifact, match="has no scan"):
         encode(cfg, home, 0, quiet)
     (tmp_path / "out").mkdir()
     prepare(cfg, tmp_path / "out", quiet, home)
@@ -297,12 +294,12 @@ def test_a_torn_survey_leads_to_one_run_and_to_a_new_survey(whole, tmp_path):
 @pytest.mark.parametrize(
     "change", [lambda t: t.replace("tide", "edit"), lambda t: t[: t.rindex("\n", 0, -1) + 1]]
 )
-def test_a_source_that_changes_after_the_survey_is_refused(tmp_path, change):
-    cfg, home = config(tmp_path / "rows.jsonl", rows()), tmp_path / "parts"
+def test_a_source_that_changes_after_the_scan_is_refused(tmp_path, change):
+    cfg, home = config(tmp_path / "rows.jsonl", rows()), tmp_path / "jobs"
     last = scan(cfg, home, 2, quiet) - 1
     (tmp_path / "rows.jsonl").write_text(change((tmp_path / "rows.jsonl").read_text()))
     with pytest.raises(
-        DataError, match="has changed since it was surveyed: part 2 of 2 .* run preprocess again"
+        DataError, match="has changed since it was scanned: job 2 of 2 .* run preprocess again"
     ):
         encode(cfg, home, last, quiet)
     assert not (home / str(last) / "manifest.json").exists()
@@ -311,5 +308,5 @@ def test_a_source_that_changes_after_the_survey_is_refused(tmp_path, change):
 def test_a_merge_refuses_what_one_run_refuses(tmp_path):
     cfg = config(tmp_path / "rows.jsonl", rows(), partition={"min_tokens": 10**6})
     with pytest.raises(DataError, match="fewer than partition.min_tokens"):
-        in_parts(cfg, tmp_path, 2)
+        by_jobs(cfg, tmp_path, 2)
     assert not (tmp_path / "out/shards.json").exists()
