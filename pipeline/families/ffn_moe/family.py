@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def prepare(cfg: FfnMoeConfig, folder: Path, progress, jobs_folder: Path, _item: None = None) -> dict:
+def prepare(
+    cfg: FfnMoeConfig, folder: Path, progress, jobs_folder: Path, _item: None = None
+) -> dict:
     """Write tokenizer, domains and shards to folder; return metrics. Raises DataError."""
     return text.prepare(cfg, folder, progress, jobs_folder)
 
