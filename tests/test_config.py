@@ -400,3 +400,15 @@ def test_a_key_given_twice_is_an_error_with_its_line(tmp_path):
 )
 def test_a_run_knows_whether_it_may_keep_8_bit_moments(changes, may):
     assert small.config(**changes).may_keep_int8 == may
+
+
+def test_classes_of_settings_say_that_they_are():
+    """An object that is made from settings has its name for itself: Trunk from TrunkConfig."""
+    strange = []
+    waiting = [Section]
+    while waiting:
+        for kind in waiting.pop().__subclasses__():
+            waiting.append(kind)
+            if kind.__module__.startswith("pipeline.") and not kind.__name__.endswith("Config"):
+                strange.append(f"{kind.__module__}.{kind.__name__}")
+    assert strange == []

@@ -372,6 +372,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_a_family_that_there_is_not():
+    with pytest.raises(ConfigError, match=r"there is no \['moe'\]; the families are"):
+        parse(WHOLE | {"family": ["moe"]})
     with pytest.raises(ConfigError, match="there is no 'moe'; the families are ffn_moe, lora_vlm"):
         parse({"family": "moe"})
 

@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
@@ -60,7 +61,7 @@ def not_hashed(default: Any, description: str, **rules: Any) -> Any:
 
     The stages that do read it put it into theirs by name (`content` of a run's configuration).
     """
-    extra = {"not_hashed": True}
+    extra: JsonDict = {"not_hashed": True}
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
@@ -75,7 +76,8 @@ def is_hashed(field: FieldInfo) -> bool:
 def hashed_fields(section: Section, leave_out: frozenset[str] = frozenset()) -> dict:
     """Return what an address holds of a section, as JSON: all but `not_hashed` and `leave_out`."""
     left_out = set(leave_out)
-    for name, field in type(section).model_fields.items():
+    fields = type(section).model_fields
+    for name, field in fields.items():
         if not is_hashed(field):
             left_out.add(name)
     return section.model_dump(mode="json", exclude=left_out)

@@ -1,6 +1,7 @@
 """From files and overrides to one checked run; one check reports every problem at once."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -11,7 +12,11 @@ from ..errors import ConfigError
 from .ffn_moe.config import FfnMoeConfig
 from .lora_vlm.config import LoraVlmConfig
 
-RUN_CONFIGS: dict[str, type[RunConfig]] = {"ffn_moe": FfnMoeConfig, "lora_vlm": LoraVlmConfig}
+# By the name that `family` has in files. Settings alone: importing them brings no torch.
+RUN_CONFIGS: dict[str, type[RunConfig]] = {
+    "ffn_moe": FfnMoeConfig,
+    "lora_vlm": LoraVlmConfig,
+}
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -22,41 +27,45 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     path = Path(path)
     raw = resolve(path)
     for item in overrides:
-        raw = overlay(raw, *override(item, path.parent))
-    kind = _kind(raw)
+        own, resolved = override(item, path.parent)
+        raw = overlay(raw, own, resolved)
+    run_config = _run_config(raw)
     try:
-        return kind.model_validate(raw)
+        return run_config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(
-            explain(
-                [*error.errors(), *cross_section_problems(kind, raw, error)], raw, path, overrides
-            )
-        ) from None
+        problems = error.errors()
+        problems += cross_section_problems(run_config, raw, error)
+        raise ConfigError(explain(problems, raw, path, overrides)) from None
 
 
-def parse(raw: dict) -> RunConfig:
+def parse(raw: dict[str, Any]) -> RunConfig:
     """Return the run that a mapping describes; `parse(cfg.model_dump(mode="json"))` is cfg.
 
     Raises ConfigError for a family that there is not, ValidationError for everything else.
     """
-    return _kind(raw).model_validate(raw)
+    return _run_config(raw).model_validate(raw)
 
 
 def describes_run(path: Path) -> bool:
     """Whether a file is about a run, by its keys; so is one that cannot be read, which a load then
     says."""
     try:
-        keys = read(path).keys()
+        raw = read(path)
     except ConfigError:
         return True
-    known = {"extends", *(name for kind in RUN_CONFIGS.values() for name in kind.model_fields)}
-    return bool(keys & (known - {"seed"}))  # a routing set has a seed too
+    known = {"extends"}
+    for run_config in RUN_CONFIGS.values():
+        known |= run_config.model_fields.keys()
+    # A routing set has a seed too.
+    known.remove("seed")
+    return not known.isdisjoint(raw)
 
 
-def _kind(raw: dict) -> type[RunConfig]:
+def _run_config(raw: dict[str, Any]) -> type[RunConfig]:
+    """Return the settings class of the family that raw names. Raises ConfigError."""
     name = raw.get("family", "ffn_moe")
-    if name not in RUN_CONFIGS:
-        raise ConfigError(
-            f"family: there is no {name!r}; the families are {', '.join(RUN_CONFIGS)}"
-        )
+    # A list or a mapping cannot be looked up in a dict, and is no name either.
+    if not isinstance(name, str) or name not in RUN_CONFIGS:
+        known = ", ".join(RUN_CONFIGS)
+        raise ConfigError(f"family: there is no {name!r}; the families are {known}")
     return RUN_CONFIGS[name]
