@@ -112,7 +112,9 @@ def test_a_coordinated_expert_starts_at_its_domain_less_the_mixture(trained, mon
     rows = ffn_parts.training_rows(
         cfg, Shards(trained.folder("preprocess")), "statistics alpha", ("alpha",)
     )
-    own = ffn_parts.sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens).mean_LD
+    own = ffn_parts.feature_statistics(
+        cfg, trunk, dummy, rows, cfg.expert.statistics_tokens
+    ).mean_LD
     mixed = FeatureStatistics.from_tensors(
         trained.tensors("train_shared", "statistics.safetensors")
     ).mean_LD

@@ -314,14 +314,14 @@ def test_a_training_under_a_budget_ends_as_without_one(trained, tmp_path):
 
 @needs_linux
 def test_the_gates_training_maps_no_two_experts_at_once(rounded, monkeypatch):
-    counts, real = [], ffn_parts.computing
+    counts, real = [], ffn_parts.training_expert
 
-    def computing(cfg, expert):
+    def training_expert(cfg, expert):
         maps = Path("/proc/self/maps").read_text().splitlines()
         counts.append(len({line.split()[-1] for line in maps if "/train_experts-" in line}))
         return real(cfg, expert)
 
-    monkeypatch.setattr(ffn_moe, "computing", computing)
+    monkeypatch.setattr(ffn_moe, "training_expert", training_expert)
     ffn_moe.router(rounded.cfg, rounded)
     assert counts == [1, 1, 1]
 

@@ -1,7 +1,8 @@
 """What each job of an ffn_moe run will spend: tokens, parameters, operations, memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import Literal
 
 from ...config.fit import FitConfig
 from ...hardware import device
@@ -9,6 +10,9 @@ from ...model.loss import MOST_SUMS, chunk_of, workspace_bytes
 from ...train.flops import JobCost, Shape
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
+
+# What moves in a training: trunk and feed-forward network, the latter alone, or the gates alone
+Trains = Literal["all", "ffn", "gates"]
 
 # of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
@@ -19,52 +23,81 @@ FROM_ZERO = ("wide", "scratch")  # dense baselines that do not continue the trun
 
 
 def stage_tokens(
-    cfg: FfnMoeConfig, stage: str, item: str | None, domain_tokens: Mapping[str, int]
+    cfg: FfnMoeConfig,
+    stage: str,
+    item: str | None,
+    domain_tokens: Mapping[str, int],
 ) -> int:
-    """Return the training tokens of one job; domain_tokens counts each domain's training text."""
+    """Return the training tokens of one job; domain_tokens counts each domain's training text.
+
+    Raises KeyError for a duration in epochs over a domain that was not counted.
+    """
     if stage == "train_dense":
         return _dense_tokens(cfg, item, domain_tokens)
-    opts = {"train_shared": cfg.trunk, "train_experts": cfg.expert, "train_router": cfg.router}[
-        stage
-    ]
-    trunk_domains = cfg.trunk.domains or cfg.partition.names
-    read = {"train_shared": trunk_domains, "train_experts": (item,), "train_router": cfg.experts}[
-        stage
-    ]
+    opts, _ = _settings(cfg, stage, item)
+    domains: Sequence[str]
+    if stage == "train_shared":
+        domains = cfg.trunk.domains or cfg.partition.names
+    elif stage == "train_router":
+        domains = cfg.experts
+    else:
+        domains = (_named(item),)
     context = cfg.trunk.context_tokens
-    row_tokens = opts.batch_sequences * context
-    windows = (
-        (domain_tokens[d] - 1 for d in read) if opts.epochs is not None else ()
-    )  # else nobody need have counted
-    epoch_tokens = sum(
-        count // context * context for count in windows
-    )  # whole windows, as Mixture counts
-    return opts.resolve_steps(context, epoch_tokens) * row_tokens
+    epoch_tokens = 0
+    if opts.epochs is not None:  # else nobody need have counted
+        for domain in domains:
+            # Whole windows alone, as DomainMixture counts; each needs one token more than it has
+            windows = (domain_tokens[domain] - 1) // context
+            epoch_tokens += windows * context
+    steps = opts.resolve_steps(context, epoch_tokens)
+    return steps * opts.batch_sequences * context
 
 
-def _dense_tokens(cfg: FfnMoeConfig, item: str, domain_tokens: Mapping[str, int]) -> int:
-    each = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in cfg.experts]
+def _dense_tokens(cfg: FfnMoeConfig, item: str | None, domain_tokens: Mapping[str, int]) -> int:
+    experts = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in cfg.experts]
     if item == "path":
-        return max(each)
-    total = sum(each) + stage_tokens(cfg, "train_router", None, domain_tokens)
-    return total + (
-        stage_tokens(cfg, "train_shared", None, domain_tokens) if item in FROM_ZERO else 0
-    )
+        return max(experts)
+    total = sum(experts) + stage_tokens(cfg, "train_router", None, domain_tokens)
+    if item in FROM_ZERO:
+        total += stage_tokens(cfg, "train_shared", None, domain_tokens)
+    return total
 
 
 def dense_options(cfg: FfnMoeConfig, item: str, domain_tokens: Mapping[str, int]) -> FitConfig:
-    """Return a dense baseline's settings, its steps such that it sees the tokens its name promises."""
-    base = cfg.trunk if item in FROM_ZERO else cfg.expert
-    lr = base.lr if item in FROM_ZERO else (cfg.dense.lr or base.lr)
-    steps = ceil(
-        _dense_tokens(cfg, item, domain_tokens) / (base.batch_sequences * cfg.trunk.context_tokens)
-    )
+    """Return a dense baseline's settings, its steps such that it sees the tokens its name
+    promises."""
+    base, _ = _settings(cfg, "train_dense", item)
+    lr = base.lr
+    if item not in FROM_ZERO and cfg.dense.lr:
+        lr = cfg.dense.lr
+    batch_tokens = base.batch_sequences * cfg.trunk.context_tokens
+    # Rounded up: no baseline may lose for want of the last batch
+    steps = ceil(_dense_tokens(cfg, item, domain_tokens) / batch_tokens)
     return base.model_copy(update={"steps": steps, "epochs": None, "tokens": None, "lr": lr})
 
 
 def dense_width(cfg: FfnMoeConfig, item: str) -> int:
     """Return the feed-forward width of a dense baseline that starts from zero."""
     return cfg.trunk.d_ff * (cfg.router.top_k if item == "wide" else 1)
+
+
+def _settings(cfg: FfnMoeConfig, stage: str, item: str | None) -> tuple[FitConfig, Trains]:
+    """Return the settings that a training goes by, and what it moves."""
+    if stage == "train_shared":
+        return cfg.trunk, "all"
+    if stage == "train_experts":
+        return cfg.expert, "ffn"
+    if stage == "train_router":
+        return cfg.router, "gates"
+    if item in FROM_ZERO:
+        return cfg.trunk, "all"
+    return cfg.expert, "ffn" if item == "ffn" else "all"
+
+
+def _named(item: str | None) -> str:
+    if item is None:
+        raise KeyError("a job of one among several has no name")
+    return item
 
 
 def cost(
@@ -79,30 +112,25 @@ def cost(
 
     None for a pretrained trunk that is not on this machine yet.
     """
-    if (shape := _shape(cfg)) is None:
+    shape = _shape(cfg)
+    if shape is None:
         return None
-    if item in FROM_ZERO and stage == "train_dense":
-        shape = Shape.from_config(
-            cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)}), cfg.tokenizer.vocab_size
-        )
-    trains = {"train_experts": "ffn", "train_router": "gates"}.get(
-        stage, "ffn" if item == "ffn" else "all"
-    )
-    opts = {"train_shared": cfg.trunk, "train_router": cfg.router}.get(stage, cfg.expert)
-    if item in FROM_ZERO:
-        opts = cfg.trunk
-    gates = shape.layers * shape.d_model * _stacked(cfg)
-    parameters = {
-        "all": shape.trunk_parameters + shape.ffn_parameters,
-        "ffn": shape.ffn_parameters,
-        "gates": gates,
-    }[trains]
+    if stage == "train_dense" and item in FROM_ZERO:
+        trunk = cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)})
+        shape = Shape.from_config(trunk, cfg.tokenizer.vocab_size)
+    opts, trains = _settings(cfg, stage, item)
+    if trains == "gates":
+        parameters = shape.layers * shape.d_model * _stacked(cfg)
+    elif trains == "ffn":
+        parameters = shape.ffn_parameters
+    else:
+        parameters = shape.trunk_parameters + shape.ffn_parameters
     try:
         tokens = stage_tokens(cfg, stage, item, domain_tokens or {})
     except KeyError:  # a duration in epochs, before preprocess has counted the text
         tokens = None
-    plan = memory_plan(cfg, opts, shape, trains, bf16, "-".join(filter(None, (stage, item))))
-    peak = peak_bytes(shape, trains, plan, bf16, _stacked(cfg), cfg.router.top_k)
+    name = f"{stage}-{item}" if item else stage
+    plan = memory_plan(cfg, opts, shape, trains, bf16, name)
     return JobCost.of(
         stage,
         item,
@@ -110,7 +138,7 @@ def cost(
         flops_per_token=shape.train_flops_per_token(trains),
         parameters=parameters,
         plan=plan,
-        peak_bytes=peak,
+        peak_bytes=peak_bytes(shape, trains, plan, bf16, _stacked(cfg), cfg.router.top_k),
     )
 
 
@@ -118,23 +146,29 @@ def memory_plan(
     cfg: FfnMoeConfig,
     opts: FitConfig,
     shape: Shape,
-    trains: str,
+    trains: Trains,
     bf16: bool,
     name: str = "this training",
 ) -> MemoryPlan:
     """Return how a training runs under cfg.runtime.memory_budget. Raises BudgetError when nothing
     fits."""
     gates = trains == "gates"
-    whole = gates and (
-        cfg.router.balance == "aux" or cfg.router.capacity_factor or cfg.router.noise
-    )
+    divisible = True
+    if gates:  # no other training may depend on the router's settings: its address has none of them
+        # These look at all tokens of a batch together: in pieces they would be something else
+        per_batch = cfg.router.balance == "aux" or cfg.router.capacity_factor or cfg.router.noise
+        divisible = not per_batch
+
+    def predict(tried: MemoryPlan) -> int:
+        return peak_bytes(shape, trains, tried, bf16, _stacked(cfg), cfg.router.top_k)
+
     return plan_memory(
         opts,
         shape.context_tokens,
         cfg.runtime.memory_budget,
-        lambda tried: peak_bytes(shape, trains, tried, bf16, _stacked(cfg), cfg.router.top_k),
+        predict,
         row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4),
-        divisible=not whole,
+        divisible=divisible,
         can_checkpoint=not gates,
         gpu=device() == "cuda",
         name=name,
@@ -162,7 +196,12 @@ def _stacked(cfg: FfnMoeConfig) -> int:
 
 
 def peak_bytes(
-    shape: Shape, trains: str, plan: MemoryPlan, bf16: bool, experts: int, top_k: int = 2
+    shape: Shape,
+    trains: Trains,
+    plan: MemoryPlan,
+    bf16: bool,
+    experts: int,
+    top_k: int = 2,
 ) -> int:
     """Return the predicted peak above imports of a training: of `all`, of an `ffn`, or of the
     `gates` over experts.
@@ -171,46 +210,55 @@ def peak_bytes(
     benchmarks/memory.py, which compares this with what is measured.
     """
     unit = 2 if bf16 else 4
-    tables = shape.vocab_size * shape.d_model
-    trained = {
-        "all": shape.trunk_parameters + shape.ffn_parameters,
-        "ffn": shape.ffn_parameters,
-        "gates": 0,
-    }[trains]
-    frozen = {
-        "all": 0,
-        "ffn": shape.trunk_parameters,
-        "gates": shape.trunk_parameters + experts * shape.ffn_parameters,
-    }
-    kept = trained * plan.state_bytes + frozen[trains] * unit
-    kept += (
-        2 * unit * tables if trains == "all" else 0
-    )  # gradients of head and embedding until they are added up
-    active = top_k if trains == "gates" else 1
-    code = 0 if device() == "cuda" else KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
-    return int(kept + _passing(shape, plan, unit, trains, active) + code)
+    active = 1
+    if trains == "all":
+        trained = shape.trunk_parameters + shape.ffn_parameters
+        frozen = 0
+    elif trains == "ffn":
+        trained = shape.ffn_parameters
+        frozen = shape.trunk_parameters
+    else:
+        trained = 0  # gates are too small to count
+        frozen = shape.trunk_parameters + experts * shape.ffn_parameters
+        active = top_k
+    kept = trained * plan.state_bytes + frozen * unit
+    if trains == "all":
+        # gradients of head and embedding until they are added up
+        kept += 2 * unit * shape.vocab_size * shape.d_model
+    code = 0
+    if device() != "cuda":
+        code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
+    return int(kept + _pass_bytes(shape, plan, unit, trains, active) + code)
 
 
-def _passing(shape: Shape, plan: MemoryPlan, unit: int, trains: str, active: int) -> float:
+def _pass_bytes(shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, active: int) -> float:
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
+    row_bytes = tokens * shape.d_model * unit
     layer = tokens * shape.layer_activations(trains, active) * unit
-    chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
     logits = workspace_bytes(tokens, shape.vocab_size, plan.chunk_logits, unit)
+    chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
     if trains == "all" and unit == 2 and tokens > MOST_SUMS * chunk:
         logits += 4 * shape.vocab_size * shape.d_model  # the head's gradient is added up in fp32
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
-    held = shape.layers * (tokens * shape.d_model * unit if plan.checkpointing else layer)
-    in_use = held + max(logits, layer + inner if plan.checkpointing else inner)
+    if plan.checkpointing:
+        # What enters each layer, and one layer that is made again
+        held = shape.layers * row_bytes
+        in_use = held + max(logits, layer + inner)
+    else:
+        held = shape.layers * layer
+        in_use = held + max(logits, inner)
     if device() == "cuda":
         return in_use
-    grown = (
-        plan.budget_bytes is not None and plan.micro_batch_sequences > 1
-    )  # the first rows' blocks were smaller
-    in_heap = grown or tokens * shape.d_model * unit < plan.mmap_threshold_bytes
+
+    # A processor's heap holds more than is in use. Under a budget the batch starts with one row and
+    # grows, and the first rows' blocks are too small for what comes after them
+    grown = plan.budget_bytes is not None and plan.micro_batch_sequences > 1
+    in_heap = grown or row_bytes < plan.mmap_threshold_bytes
     if plan.checkpointing and in_heap and (grown or not plan.low_mmap_threshold):
         return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES
     if plan.low_mmap_threshold:
         return in_use + (layer + inner) * plan.trim_each_pass
     again = layer / 2 if plan.checkpointing else 0  # holes where a layer was computed again
-    return in_use + HEAP_BYTES + again + in_heap * min(held, MOST_FRAGMENTS_BYTES)
+    fragments = min(held, MOST_FRAGMENTS_BYTES) if in_heap else 0
+    return in_use + HEAP_BYTES + again + fragments

@@ -5,13 +5,12 @@ B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 
-from ...data.text.shards import DomainMixture as Rows
-from ...data.text.shards import Shards
+from ...data.text.shards import DomainMixture, Shards
 from ...errors import MismatchError
 from ...hardware import device, uses_bf16
 from ...model import router_init
@@ -20,6 +19,7 @@ from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import SUPPORTED, Ffn, Trunk, build, open_tensors, pretrained
+from .. import Parts
 from .config import FfnMoeConfig
 
 ANCHOR = "anchor"
@@ -31,52 +31,74 @@ ANCHOR_STATISTICS_TOKENS = 65_536
 
 def mixture_of(experts: Sequence[Expert], weight_LED: torch.Tensor, top_k: int) -> Mixture:
     """Return frozen experts joined by fixed gates."""
-    return (
-        Mixture(experts, Router(weight_LED, Gating(top_k)))
-        .to(device())
-        .requires_grad_(False)
-        .eval()
-    )
+    router = Router(weight_LED, Gating(top_k))
+    mixture = Mixture(experts, router).to(device())
+    return mixture.requires_grad_(False).eval()
 
 
 def token_loss(
-    trunk: Trunk, ffn: Ffn, ids_BT: torch.Tensor, bf16: bool, chunk_logits: int = CHUNK_LOGITS
+    trunk: Trunk,
+    ffn: Ffn,
+    ids_BT: torch.Tensor,
+    bf16: bool,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> torch.Tensor:
     """Return nats_BT of every token after the first, without gradients."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.no_grad(), torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
         h_BTD = trunk.hidden(ids_BT[:, :-1], ffn)
-    h_ND, chunk = h_BTD.flatten(0, 1), chunk_of(len(trunk.head), chunk_logits)
-    return chunked_token_loss(h_ND, trunk.head, ids_BT[:, 1:].flatten(), dtype, chunk).view(
-        len(ids_BT), -1
-    )
+    h_ND = h_BTD.flatten(0, 1)
+    target_N = ids_BT[:, 1:].flatten()
+    chunk = chunk_of(len(trunk.head), chunk_logits)
+    nats_N = chunked_token_loss(h_ND, trunk.head, target_N, dtype, chunk)
+    return nats_N.view(len(ids_BT), -1)
 
 
-def initial_gates(cfg: FfnMoeConfig, parts, init: str, anchor: bool | None = None) -> torch.Tensor:
-    """Return weight_LED of untrained gates by the name of their initialisation."""
-    sums = stored_statistics(cfg, parts, cfg.trunk.anchor == "keep" if anchor is None else anchor)
+def initial_gates(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    init: str,
+    anchor: bool | None = None,
+) -> torch.Tensor:
+    """Return weight_LED of untrained gates by the name of their initialisation.
+
+    anchor: whether the dummy has a row of its own, the first (None: as the run has it).
+    """
     if init == "rows":
-        return _own_rows(cfg, parts)
-    makers = {
-        "uniform": router_init.uniform,
-        "random": router_init.random,
-        "centroid": partial(router_init.centroid, margin=cfg.router.margin),
-        "ridge": partial(
-            router_init.ridge, penalty=cfg.router.ridge_lambda, margin=cfg.router.margin
-        ),
-    }
-    return makers[init](sums)
+        return _coordinated_rows(cfg, parts)
+    if anchor is None:
+        anchor = cfg.trunk.anchor == "keep"
+    statistics = stored_statistics(cfg, parts, anchor)
+    opts = cfg.router
+    if init == "uniform":
+        return router_init.uniform(statistics)
+    if init == "random":
+        return router_init.random(statistics)
+    if init == "centroid":
+        return router_init.centroid(statistics, margin=opts.margin)
+    return router_init.ridge(statistics, penalty=opts.ridge_lambda, margin=opts.margin)
 
 
-def training_rows(cfg, shards, purpose, domains, **how) -> Rows:
+def training_rows(
+    cfg: FfnMoeConfig,
+    shards: Shards,
+    purpose: str,
+    domains: Sequence[str],
+    *,
+    how: Literal["natural", "equal"] = "natural",
+    general: Sequence[str] = (),
+    general_share: float = 0.0,
+) -> DomainMixture:
     """Return the training rows of some domains, in an order of their own for each purpose."""
-    return Rows(
+    return DomainMixture(
         shards,
         "train",
         tuple(domains),
         cfg.trunk.context_tokens,
         seed=cfg.seed_of("rows", purpose),
-        **how,
+        how=how,
+        general=tuple(general),
+        general_share=general_share,
     )
 
 
@@ -86,129 +108,156 @@ def new_trunk(cfg: FfnMoeConfig, shards: Shards, d_ff: int | None = None) -> tup
 
     Raises MismatchError when the tokenizer has entries that a pretrained trunk has not.
     """
-    t = cfg.trunk
-    if not t.init:
-        trunk, dummy = build(_settings(cfg, shards, d_ff or t.d_ff))
+    if cfg.trunk.init is None:
+        settings = _hf_config(cfg, shards, d_ff or cfg.trunk.d_ff)
+        trunk, dummy = build(settings)
         return trunk.to(device()), dummy.to(device())
-    trunk, dummy = _pretrained(cfg)
-    if shards.vocab_size > trunk.head.shape[0]:
+    trunk, dummy = _pretrained(cfg.trunk.init, cfg.trunk.revision)
+    entries = trunk.head.shape[0]
+    # A trunk may have more rows than its tokenizer has entries: they are padding
+    if shards.vocab_size > entries:
         raise MismatchError(
-            f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk {t.init} has "
-            f"{trunk.head.shape[0]}: name the trunk's own tokenizer in tokenizer.pretrained"
+            f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk "
+            f"{cfg.trunk.init} has {entries}: name the trunk's own tokenizer in "
+            "tokenizer.pretrained"
         )
     return trunk.to(device()), dummy.to(device())
 
 
-def _settings(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:
-    t = cfg.trunk
+def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:
+    """Return a new trunk's settings by the names of Hugging Face config fields."""
+    opts = cfg.trunk
     return {
         "model_type": "qwen3",
         "vocab_size": shards.vocab_size,
-        "hidden_size": t.d_model,
-        "num_hidden_layers": t.layers,
-        "num_attention_heads": t.heads,
-        "num_key_value_heads": t.kv_heads or t.heads,
-        "head_dim": t.head_dim or t.d_model // t.heads,
+        "hidden_size": opts.d_model,
+        "num_hidden_layers": opts.layers,
+        "num_attention_heads": opts.heads,
+        "num_key_value_heads": opts.kv_heads or opts.heads,
+        "head_dim": opts.head_dim or opts.d_model // opts.heads,
         "intermediate_size": d_ff,
-        "max_position_embeddings": t.context_tokens,
-        "tie_word_embeddings": t.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},
+        "max_position_embeddings": opts.context_tokens,
+        "tie_word_embeddings": opts.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": opts.rope_theta},
+        # one token leads every document, so a text starts as the last one ended
         "bos_token_id": shards.end_id,
         "eos_token_id": shards.end_id,
     }
 
 
-def _pretrained(cfg: FfnMoeConfig) -> tuple[Trunk, Expert]:
+def _pretrained(name: str, revision: str | None) -> tuple[Trunk, Expert]:
     try:
-        return pretrained(cfg.trunk.init, cfg.trunk.revision)
+        return pretrained(name, revision)
     except (OSError, ValueError) as error:
         raise MismatchError(
-            f"trunk.init {cfg.trunk.init} cannot be loaded ({error}); give a folder or Hub name of a "
+            f"trunk.init {name} cannot be loaded ({error}); give a folder or Hub name of a "
             f"{', '.join(SUPPORTED)} model with safetensors weights"
         ) from None
 
 
-def stored_trunk(cfg: FfnMoeConfig, parts) -> tuple[Trunk, Expert]:
+def stored_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     """Return the run's trunk and dummy in fp32, frozen, memory-mapped where they are in main
     memory."""
     return _opened(parts, parts.tensors("train_shared", "trunk.safetensors"))
 
 
-def training_trunk(cfg: FfnMoeConfig, parts) -> tuple[Trunk, Expert]:
+def training_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     """Return the trunk as trainings on top of it need it, and the dummy, frozen: mapped bf16 where
     they are bf16."""
     if not uses_bf16(cfg.dtype):
         return stored_trunk(cfg, parts)
     if FROZEN in parts.manifest("train_shared").files:
         return _opened(parts, parts.tensors("train_shared", FROZEN))
+    # The trunk was trained where bf16 is not native: rounded here, in memory of this job's own
     return _opened(parts, in_bf16(parts.tensors("train_shared", "trunk.safetensors")))
 
 
-def _opened(parts, tensors: dict[str, torch.Tensor]) -> tuple[Trunk, Expert]:
+def _opened(parts: Parts, tensors: dict[str, torch.Tensor]) -> tuple[Trunk, Expert]:
     settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text("utf-8"))
-    trunk, dummy = open_tensors(
-        settings, tensors, parts.tensors("train_shared", "dummy.safetensors")
-    )
+    dummy_tensors = parts.tensors("train_shared", "dummy.safetensors")
+    trunk, dummy = open_tensors(settings, tensors, dummy_tensors)
     return trunk.to(device()), dummy.to(device())
 
 
-def in_bf16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors rounded to bf16."""
     return {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
-def computing(cfg: FfnMoeConfig, expert: Expert) -> Expert:
-    """Return a frozen expert as a training computes with it: rounded once where trainings are bf16."""
-    return from_tensors(expert, in_bf16(expert.named())) if uses_bf16(cfg.dtype) else expert
+def training_expert(cfg: FfnMoeConfig, expert: Expert) -> Expert:
+    """Return a frozen expert as a training computes with it: rounded once where trainings are
+    bf16."""
+    if not uses_bf16(cfg.dtype):
+        return expert
+    return from_tensors(expert, in_bf16(expert.named()))
 
 
-def stored_experts(cfg: FfnMoeConfig, parts) -> Iterator[tuple[str, Expert]]:
+def stored_experts(
+    cfg: FfnMoeConfig, parts: Parts, dummy: Expert | None = None
+) -> Iterator[tuple[str, Expert]]:
     """Yield the stack's experts by name, the anchor first when it is kept, all frozen and mapped,
-    one after another."""
-    _, dummy = stored_trunk(cfg, parts)
+    one after another.
+
+    dummy: the run's, where it is open already.
+    """
+    if dummy is None:
+        _, dummy = stored_trunk(cfg, parts)
     if cfg.trunk.anchor == "keep":
         yield ANCHOR, dummy
     for name in cfg.experts:
-        yield (
-            name,
-            from_tensors(dummy, parts.tensors("train_experts", "expert.safetensors", name)).to(
-                device()
-            ),
-        )
+        yield name, _stored_expert(parts, dummy, name)
 
 
-def stored_statistics(cfg: FfnMoeConfig, parts, anchor: bool) -> list[FeatureStatistics]:
-    """Return the router statistics of the stack\'s experts in order, the dummy\'s first when
+def _stored_expert(parts: Parts, dummy: Expert, name: str) -> Expert:
+    # A function of its own: in the loop above its names would keep one file mapped while the next
+    # one is opened
+    tensors = parts.tensors("train_experts", "expert.safetensors", name)
+    return from_tensors(dummy, tensors).to(device())
+
+
+def stored_statistics(cfg: FfnMoeConfig, parts: Parts, anchor: bool) -> list[FeatureStatistics]:
+    """Return the feature statistics of the stack's experts in order, the dummy's first when
     `anchor`."""
-    first = (
-        [FeatureStatistics.from_tensors(parts.tensors("train_shared", "statistics.safetensors"))]
-        if anchor
-        else []
-    )
-    stored = (
-        parts.tensors("train_experts", "statistics.safetensors", name) for name in cfg.experts
-    )
-    return [*first, *(FeatureStatistics.from_tensors(s) for s in stored)]
+    stored = []
+    if anchor:
+        stored.append(parts.tensors("train_shared", "statistics.safetensors"))
+    for name in cfg.experts:
+        stored.append(parts.tensors("train_experts", "statistics.safetensors", name))
+    return [FeatureStatistics.from_tensors(tensors) for tensors in stored]
 
 
-def _own_rows(cfg: FfnMoeConfig, parts) -> torch.Tensor:
+def _coordinated_rows(cfg: FfnMoeConfig, parts: Parts) -> torch.Tensor:
     """Return weight_LED of the rows coordinated experts learned; an anchor's row is zero, the bias
     is dropped."""
-    rows = [parts.tensors("train_experts", "gate.safetensors", name)["row"] for name in cfg.experts]
-    anchor = [torch.zeros_like(rows[0])] if cfg.trunk.anchor == "keep" else []
-    return torch.stack([*anchor, *rows], 1)
+    rows = []
+    for name in cfg.experts:
+        gate = parts.tensors("train_experts", "gate.safetensors", name)
+        rows.append(gate["row"])
+    if cfg.trunk.anchor == "keep":
+        rows.insert(0, torch.zeros_like(rows[0]))
+    return torch.stack(rows, 1)
 
 
-def sum_up(cfg, trunk, ffn, rows: Rows, tokens: int) -> FeatureStatistics:
+def feature_statistics(
+    cfg: FfnMoeConfig,
+    trunk: Trunk,
+    ffn: Ffn,
+    rows: DomainMixture,
+    tokens: int,
+) -> FeatureStatistics:
     """Return statistics of the feed-forward inputs over the first tokens of rows, in evaluation
     mode."""
-    layers, d_model = len(trunk.network.model.layers), trunk.config.hidden_size
-    sums, context = FeatureStatistics.empty(layers, d_model), rows.context_tokens
-    wanted = max(1, min(tokens, rows.tokens()) // context)
+    settings = trunk.config
+    statistics = FeatureStatistics.empty(settings.num_hidden_layers, settings.hidden_size)
+    observed = statistics.observe(ffn)
+    available = min(tokens, rows.tokens())
+    wanted = max(1, available // rows.context_tokens)
+    # Under a budget one at a time, as the training that follows starts with
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     with torch.no_grad():
         for at in range(0, wanted, sequences):
-            ids_BT = torch.from_numpy(rows.rows(at, min(sequences, wanted - at))).to(device())
+            count = min(sequences, wanted - at)
+            ids_BT = torch.from_numpy(rows.rows(at, count)).to(device())
             with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype)):
-                trunk.hidden(ids_BT[:, :-1], sums.observe(ffn))
-    return sums
+                trunk.hidden(ids_BT[:, :-1], observed)
+    return statistics

@@ -3,13 +3,16 @@
 B sequences, T tokens, L layers, E experts, D model width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...errors import MismatchError
+from ...model.experts import Expert
 from ...model.router import Mixture, gate_name
 from ...model.trunk import Trunk
+from .. import Parts
 from .config import FfnMoeConfig
 from .parts import mixture_of, stored_experts, stored_trunk, token_loss
 
@@ -27,18 +30,32 @@ class FfnStack:
         return token_loss(self.trunk, self.mixture, ids_BT, bf16)
 
 
-def assemble(cfg: FfnMoeConfig, parts) -> FfnStack:
+def assemble(cfg: FfnMoeConfig, parts: Parts) -> FfnStack:
     """Build the finished stack from its parts.
 
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another trunk.
     """
-    trunk, _ = stored_trunk(cfg, parts)
-    named = list(stored_experts(cfg, parts))
+    trunk, dummy = stored_trunk(cfg, parts)
+    return join(cfg, parts, trunk, dict(stored_experts(cfg, parts, dummy)))
+
+
+def join(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    trunk: Trunk,
+    experts: Mapping[str, Expert],
+) -> FfnStack:
+    """Build the finished stack from a trunk and experts that are open already, in their order.
+
+    Raises what `assemble` raises.
+    """
     stored = parts.tensors("train_router", "router.safetensors")
+    # By number: the names of ten layers and more do not sort as their numbers do
     weight_LED = torch.stack([stored[gate_name(i)] for i in range(len(stored))])
-    if weight_LED.shape[1] != len(named):
+    rows = weight_LED.shape[1]
+    if rows != len(experts):
         raise MismatchError(
-            f"the router has {weight_LED.shape[1]} rows for {len(named)} experts; run train_router"
+            f"the router has {rows} rows for {len(experts)} experts; run train_router"
         )
-    mixture = mixture_of([e for _, e in named], weight_LED, cfg.router.top_k)
-    return FfnStack(trunk, mixture, tuple(n for n, _ in named))
+    mixture = mixture_of(list(experts.values()), weight_LED, cfg.router.top_k)
+    return FfnStack(trunk, mixture, tuple(experts))

@@ -4,42 +4,48 @@ together.
 B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from ...data.text.shards import DomainMixture as Rows
-from ...data.text.shards import Shards
+from ...config.fit import FitConfig
+from ...data.text.shards import DomainMixture, Shards
 from ...hardware import device, uses_bf16
-from ...model.experts import clone, reinit_like
+from ...model.experts import Expert, clone, reinit_like
 from ...model.loss import chunk_of, cross_entropy
 from ...model.router import CoordinatedExpert, Gating, Mixture, Router, gate_name
 from ...model.router_init import FeatureStatistics
-from ...model.trunk import settings_of
+from ...model.trunk import Ffn, Trunk, settings_of
 from ...train.flops import Shape
 from ...train.loop import Task
-from . import cost as ffn_cost
+from .. import Parts
 from .config import FfnMoeConfig
-from .cost import FROM_ZERO, dense_options, dense_width
+from .cost import FROM_ZERO, Trains, dense_options, dense_width, memory_plan
 from .parts import (
     ANCHOR_STATISTICS_TOKENS,
     FROZEN,
-    computing,
+    feature_statistics,
     in_bf16,
     initial_gates,
     new_trunk,
     stored_experts,
     stored_trunk,
-    sum_up,
     token_loss,
+    training_expert,
     training_rows,
     training_trunk,
 )
 
+LEAST_SHARE = 1e-9  # of an expert in the logarithm of the history's entropy
 
-def shared(cfg: FfnMoeConfig, parts) -> Task:
+
+def shared(cfg: FfnMoeConfig, parts: Parts) -> Task:
     """Return the trunk's training: trunk and dummy on all of the trunk's domains.
 
     Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
@@ -47,69 +53,85 @@ def shared(cfg: FfnMoeConfig, parts) -> Task:
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("shared"))
     trunk, dummy = new_trunk(cfg, shards)
-    rows = training_rows(
-        cfg, shards, "shared", cfg.trunk.domains or shards.domains, how=cfg.trunk.mixture
-    )
+    domains = cfg.trunk.domains or shards.domains
+    rows = training_rows(cfg, shards, "shared", domains, how=cfg.trunk.mixture)
 
-    def export(_kept_step: int) -> dict:
+    def export(_kept_step: int) -> dict[str, dict]:
+        # The anchor competes with experts of every domain, so its statistics weigh these equally
         mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
-        sums = sum_up(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
-        frozen = {FROZEN: in_bf16(trunk.named())} if uses_bf16(cfg.dtype) else {}
-        return frozen | {
+        statistics = feature_statistics(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
+        files: dict[str, dict] = {
             "trunk.safetensors": trunk.named(),
             "dummy.safetensors": dummy.named(),
-            "statistics.safetensors": sums.tensors(),
+            "statistics.safetensors": statistics.tensors(),
             "trunk.json": settings_of(trunk),
         }
+        if uses_bf16(cfg.dtype):
+            # Rounded once here, so that jobs side by side map the same pages
+            files[FROZEN] = in_bf16(trunk.named())
+        return files
 
-    network = {**trunk.named(), **dummy.named()}
-    return _task(cfg, cfg.trunk, trunk, dummy, network, rows, rows.domains, export, trains="all")
+    return _task(
+        cfg,
+        cfg.trunk,
+        trunk=trunk,
+        ffn=dummy,
+        trains="all",
+        parameters={**trunk.named(), **dummy.named()},
+        rows=rows,
+        judged_on=rows.domains,
+        export=export,
+    )
 
 
-def expert(cfg: FfnMoeConfig, parts, item: str) -> Task:
+def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return one expert's training: its own feed-forward networks on its own domain, the trunk
     frozen."""
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = training_trunk(cfg, parts)
     torch.manual_seed(cfg.seed_of("expert", item))
-    own = (clone(dummy) if cfg.expert.init == "trunk" else reinit_like(dummy)).to(device())
-    general = {
-        "general": cfg.trunk.domains or shards.domains,
-        "general_share": cfg.partition.overlap,
-    }
-    rows = training_rows(cfg, shards, f"expert {item}", (item,), **general)
-    only_own = training_rows(cfg, shards, f"statistics {item}", (item,))
-    ffn = _pair(cfg, parts, trunk, dummy, own, only_own) if cfg.expert.coordinate else own
-    extra = {"row": ffn.row_LD, "bias": ffn.bias_L} if cfg.expert.coordinate else {}
-
-    def export(_kept_step: int) -> dict:
-        files = {"expert.safetensors": own.named()}
-        files["statistics.safetensors"] = sum_up(
-            cfg, trunk, ffn, only_own, cfg.expert.statistics_tokens
-        ).tensors()
-        return files | ({"gate.safetensors": extra} if extra else {})
-
-    network = {**own.named(), **extra}
-    task = _task(
+    own = clone(dummy) if cfg.expert.init == "trunk" else reinit_like(dummy)
+    own = own.to(device())
+    rows = training_rows(
         cfg,
-        cfg.expert,
-        trunk,
-        ffn,
-        network,
-        rows,
+        shards,
+        f"expert {item}",
         (item,),
-        export,
-        trains="ffn",
-        fp32=tuple(extra),
+        general=cfg.trunk.domains or shards.domains,
+        general_share=cfg.partition.overlap,
     )
-    if not extra:
-        return task
-    return replace(
-        task, penalty=lambda: cfg.expert.z_weight * torch.stack(list(ffn.z.values())).mean()
+    # Statistics are of the domain alone, whatever general text the expert trains on beside it
+    own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
+
+    def export_of(ffn: Ffn) -> dict[str, dict]:
+        statistics = feature_statistics(cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens)
+        return {
+            "expert.safetensors": own.named(),
+            "statistics.safetensors": statistics.tensors(),
+        }
+
+    common = partial(
+        _task, cfg, cfg.expert, trunk=trunk, trains="ffn", rows=rows, judged_on=(item,)
     )
+    if not cfg.expert.coordinate:
+        return common(ffn=own, parameters=own.named(), export=lambda _kept_step: export_of(own))
+
+    pair = _coordinated(cfg, parts, trunk, dummy, own, own_rows)
+    gate = {"row": pair.row_LD, "bias": pair.bias_L}
+
+    def penalty() -> torch.Tensor:
+        return cfg.expert.z_weight * torch.stack(list(pair.z.values())).mean()
+
+    task = common(
+        ffn=pair,
+        parameters={**own.named(), **gate},
+        export=lambda _kept_step: {**export_of(pair), "gate.safetensors": gate},
+        fp32=tuple(gate),
+    )
+    return replace(task, penalty=penalty)
 
 
-def router(cfg: FfnMoeConfig, parts) -> Task:
+def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     """Return the gates' training: everything else frozen, on all domains mixed."""
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("router"))
@@ -117,128 +139,169 @@ def router(cfg: FfnMoeConfig, parts) -> Task:
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
     gates = Router(initial_gates(cfg, parts, opts.init), gating).to(device())
-    stack = Mixture([computing(cfg, e) for _, e in stored_experts(cfg, parts)], gates)
+    experts = [training_expert(cfg, each) for _, each in stored_experts(cfg, parts)]
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
     temperature = partial(_temperature, cfg, steps, rows.tokens())
     gates.temperature = temperature(0)
 
     def before_step(step: int) -> None:
-        gates.train()
+        gates.train()  # validation has put them into evaluation, where they draw and count nothing
         gates.temperature = temperature(step)
 
     def after_step() -> dict:
         share_LE = gates.end_step(opts.balance_weight)
         mean_E = share_LE.mean(0)
+        entropy = -(mean_E * mean_E.clamp(min=LEAST_SHARE).log()).sum()
+        dropped = [stats.dropped for stats in gates.stats.values()]
         return {
-            "load": [round(x, 4) for x in mean_E.tolist()],
-            "entropy": -(mean_E * mean_E.clamp(min=1e-9).log()).sum().item(),
+            "load": [round(share, 4) for share in mean_E.tolist()],
+            "entropy": entropy.item(),
             "temperature": gates.temperature,
             "balance": gates.balance_loss().item(),
             "z": gates.z_loss().item(),
-            "dropped": sum(a.dropped for a in gates.stats.values()) / len(gates.stats),
+            "dropped": sum(dropped) / len(dropped),
         }
 
     def penalty() -> torch.Tensor:
-        balance = opts.balance_weight * gates.balance_loss() if opts.balance == "aux" else 0.0
-        return balance + opts.z_weight * gates.z_loss()
+        z = opts.z_weight * gates.z_loss()
+        if opts.balance == "aux":
+            return opts.balance_weight * gates.balance_loss() + z
+        return z
 
-    def export(kept_step: int) -> dict:
+    def export(kept_step: int) -> dict[str, dict]:
+        # The temperature is folded into the gates: that of the step which is kept, not of the last
         gates.temperature = temperature(max(0, kept_step - 1))
         return {"router.safetensors": gates.exported()}
 
-    network = {gate_name(i): gate for i, gate in enumerate(gates.gates)}
+    parameters = {gate_name(layer): gate for layer, gate in enumerate(gates.gates)}
     task = _task(
         cfg,
         opts,
-        trunk,
-        stack,
-        network,
-        rows,
-        cfg.experts,
-        export,
+        trunk=trunk,
+        ffn=Mixture(experts, gates),
         trains="gates",
-        fp32=tuple(network),
+        parameters=parameters,
+        rows=rows,
+        judged_on=cfg.experts,
+        export=export,
+        fp32=tuple(parameters),
     )
-    hooks = {"before_step": before_step, "after_step": after_step, "state": {"bias": gates.bias_LE}}
-    return replace(task, penalty=penalty, **hooks)
+    return replace(
+        task,
+        penalty=penalty,
+        before_step=before_step,
+        after_step=after_step,
+        state={"bias": gates.bias_LE},
+    )
 
 
-def dense(cfg: FfnMoeConfig, parts, item: str) -> Task:
-    """Return one dense baseline's training; see Dense.baselines for what each has in common with
-    the stack."""
+def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
+    """Return one dense baseline's training; see DenseConfig.baselines for what each has in common
+    with the stack."""
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("dense", item))
-    seen = cfg.experts
+    domains = cfg.experts
     if item in FROM_ZERO:
         trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
-        seen = tuple(dict.fromkeys((*(cfg.trunk.domains or shards.domains), *seen)))
-    else:
-        trunk, dummy = training_trunk(cfg, parts) if item == "ffn" else stored_trunk(cfg, parts)
+        trunk_domains = cfg.trunk.domains or shards.domains
+        # What the trunk saw and what the experts saw, each domain once
+        domains = tuple(dict.fromkeys((*trunk_domains, *domains)))
+    elif item == "ffn":
+        trunk, dummy = training_trunk(cfg, parts)
         ffn = clone(dummy).to(device())
-        if item != "ffn":
-            trunk.unfreeze()
-    opts = dense_options(cfg, item, {d: shards.tokens("train", d) for d in shards.domains})
-    rows = training_rows(cfg, shards, f"dense {item}", seen, how=cfg.trunk.mixture)
-    network = {**({} if item == "ffn" else trunk.named()), **ffn.named()}
+    else:
+        trunk, dummy = stored_trunk(cfg, parts)
+        ffn = clone(dummy).to(device())
+        trunk.unfreeze()
+    domain_tokens = {domain: shards.tokens("train", domain) for domain in shards.domains}
+    parameters = ffn.named()
+    if item != "ffn":
+        parameters = {**trunk.named(), **parameters}
 
-    def export(_kept_step: int) -> dict:
-        exact = (
-            stored_trunk(cfg, parts)[0] if item == "ffn" else trunk
-        )  # ffn may have trained on a rounded one
+    def export(_kept_step: int) -> dict[str, dict]:
+        # `ffn` may have trained on a rounded trunk; what is stored has the exact one
+        exact = stored_trunk(cfg, parts)[0] if item == "ffn" else trunk
         return {
             "model.safetensors": {**exact.named(), **ffn.named()},
             "trunk.json": settings_of(trunk),
         }
 
     return _task(
-        cfg, opts, trunk, ffn, network, rows, seen, export, trains="ffn" if item == "ffn" else "all"
+        cfg,
+        dense_options(cfg, item, domain_tokens),
+        trunk=trunk,
+        ffn=ffn,
+        trains="ffn" if item == "ffn" else "all",
+        parameters=parameters,
+        rows=training_rows(cfg, shards, f"dense {item}", domains, how=cfg.trunk.mixture),
+        judged_on=domains,
+        export=export,
     )
 
 
-def _task(cfg, opts, trunk, ffn, network, rows, judged_on, export, trains, fp32=()) -> Task:
-    """Return the Task that all of this family's trainings are, up to what moves and on which text.
+def _task(
+    cfg: FfnMoeConfig,
+    opts: FitConfig,
+    *,
+    trunk: Trunk,
+    ffn: nn.Module,
+    trains: Trains,
+    parameters: Mapping[str, nn.Parameter],
+    rows: DomainMixture,
+    judged_on: Sequence[str],
+    export: Callable[[int], dict[str, dict]],
+    fp32: Sequence[str] = (),
+) -> Task:
+    """Return the Task that all of this family's trainings are.
 
-    `fp32` names the parameters that stay so in a bf16 training.
+    ffn stands in the trunk's open slot; of both only `parameters` move. judged_on are the domains
+    of the validation set. fp32 names the parameters that stay so in a bf16 training.
     """
     bf16 = uses_bf16(cfg.dtype)
     shape = Shape.from_hf_config(trunk.config.to_dict(), rows.context_tokens)
-    memory_plan = ffn_cost.memory_plan(cfg, opts, shape, trains, bf16)
-    if memory_plan.checkpointing:
+    plan = memory_plan(cfg, opts, shape, trains, bf16)
+    if plan.checkpointing:
         trunk.checkpoint()
-    held_out = _validation(cfg, rows.shards, opts, judged_on, memory_plan.micro_batch_sequences)
+    held_out = _validation(cfg, rows.shards, opts, judged_on, plan.micro_batch_sequences)
 
     def batch(first: int, count: int) -> torch.Tensor:
         return torch.from_numpy(rows.rows(first, count)).to(device())
 
     def loss(ids_BT: torch.Tensor) -> torch.Tensor:
-        return _mean_nats(trunk, ffn, ids_BT, bf16, memory_plan.chunk_logits)
+        return _mean_nats(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
 
     def validate() -> float:
+        nats = []
         with _evaluating(ffn):
-            parts = [
-                token_loss(trunk, ffn, ids, bf16, memory_plan.chunk_logits).flatten()
-                for ids in held_out
-            ]
-            return torch.cat(parts).mean().item()
+            for ids_BT in held_out:
+                nats_BT = token_loss(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
+                nats.append(nats_BT.flatten())
+        return torch.cat(nats).mean().item()
 
     return Task(
         options=opts,
-        parameters=network,
+        parameters=dict(parameters),
         batch=batch,
         export=export,
         validate=validate,
-        memory_plan=memory_plan,
-        loss=torch.compile(loss) if memory_plan.compile else loss,
+        memory_plan=plan,
+        loss=torch.compile(loss) if plan.compile else loss,
         steps=opts.resolve_steps(rows.context_tokens, rows.tokens()),
         tokens_per_row=rows.context_tokens,
         bf16=bf16,
         flops_per_token=shape.train_flops_per_token(trains),
-        bf16_params=tuple(n for n in network if n not in fp32) if bf16 else (),
+        bf16_params=tuple(name for name in parameters if name not in fp32) if bf16 else (),
     )
 
 
-def _mean_nats(trunk, ffn, ids_BT, bf16, chunk_logits):
+def _mean_nats(
+    trunk: Trunk,
+    ffn: nn.Module,
+    ids_BT: torch.Tensor,
+    bf16: bool,
+    chunk_logits: int,
+) -> torch.Tensor:
     """Return mean nats; in a bf16 training every weight on the way is bf16, so nothing is left to
     autocast."""
     h_BTD = trunk.hidden(ids_BT[:, :-1], ffn)
@@ -248,48 +311,64 @@ def _mean_nats(trunk, ffn, ids_BT, bf16, chunk_logits):
     return cross_entropy(h_BTD.flatten(0, 1), trunk.head, target_N, dtype, chunk) / len(target_N)
 
 
-class _evaluating:
-    """Evaluation mode for a fill, back to training afterwards."""
-
-    def __init__(self, ffn):
-        self.ffn = ffn
-
-    def __enter__(self):
-        self.before = self.ffn.training
-        self.ffn.eval()
-
-    def __exit__(self, *_):
-        self.ffn.train(self.before)
+@contextmanager
+def _evaluating(ffn: nn.Module) -> Iterator[None]:
+    """Put a feed-forward network into evaluation mode, and back into the one it was in."""
+    before = ffn.training
+    ffn.eval()
+    try:
+        yield
+    finally:
+        ffn.train(before)
 
 
-def _validation(cfg, shards, opts, domains, sequences) -> list[torch.Tensor]:
+def _validation(
+    cfg: FfnMoeConfig,
+    shards: Shards,
+    opts: FitConfig,
+    domains: Sequence[str],
+    sequences: int,
+) -> list[torch.Tensor]:
     """Return batches of ids_BT from the shared validation split, equal shares of the domains judged
     on."""
     context = cfg.trunk.context_tokens
     share = max(1, opts.eval_tokens // context // len(domains))
     parts = []
     for name in domains:
-        rows = Rows(shards, "valid", (name,), context, seed=0)
-        parts.append(rows.rows(0, min(share, max(1, shards.tokens("valid", name) // context - 1))))
-    return list(torch.from_numpy(np.concatenate(parts)).to(device()).split(sequences))
+        # One seed for every training: all of a run are judged on the same rows
+        rows = DomainMixture(shards, "valid", (name,), context, seed=0)
+        windows = shards.tokens("valid", name) // context - 1
+        parts.append(rows.rows(0, min(share, max(1, windows))))
+    ids_BT = torch.from_numpy(np.concatenate(parts)).to(device())
+    return list(ids_BT.split(sequences))
 
 
-def _pair(cfg, parts, trunk, dummy, own, rows) -> CoordinatedExpert:
+def _coordinated(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    trunk: Trunk,
+    dummy: Expert,
+    own: Expert,
+    rows: DomainMixture,
+) -> CoordinatedExpert:
     """Return the expert beside the frozen dummy; its gate row starts at the domain's mean input
     less the mixture's."""
-    mixed = FeatureStatistics.from_tensors(parts.tensors("train_shared", "statistics.safetensors"))
-    domain = sum_up(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
-    row_LD = torch.nn.functional.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
-    return CoordinatedExpert(computing(cfg, dummy), own, row_LD, cfg.expert.coordinate_bias).to(
-        device()
-    )
+    stored = parts.tensors("train_shared", "statistics.safetensors")
+    mixed = FeatureStatistics.from_tensors(stored)
+    domain = feature_statistics(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
+    row_LD = F.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
+    anchor = training_expert(cfg, dummy)
+    pair = CoordinatedExpert(anchor, own, row_LD, cfg.expert.coordinate_bias)
+    return pair.to(device())
 
 
 def _temperature(cfg: FfnMoeConfig, steps: int, epoch_tokens: int, step: int) -> float:
     """Return the gates' temperature at a step: linear from start to end, then constant."""
     ramp = cfg.router.temperature
-    per_epoch = epoch_tokens / (cfg.router.batch_sequences * cfg.trunk.context_tokens)
-    length = (
-        steps - 1 if ramp.epochs is None else ramp.epochs * per_epoch
-    )  # the last step is step steps - 1
-    return ramp.start + (ramp.end - ramp.start) * min(1.0, step / max(1.0, length))
+    if ramp.epochs is None:
+        length: float = steps - 1  # steps count from 0: the last one is at the end
+    else:
+        step_tokens = cfg.router.batch_sequences * cfg.trunk.context_tokens
+        length = ramp.epochs * (epoch_tokens / step_tokens)
+    done = min(1.0, step / max(1.0, length))
+    return ramp.start + (ramp.end - ramp.start) * done
