@@ -23,7 +23,7 @@ from pipeline.families.ffn_moe.evaluate import Evaluator
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.load import load
 from pipeline.hardware import cores, cpu_name, has_bf16
-from pipeline.model.trunk import build, copy_into
+from pipeline.model.trunk import build, load_dense
 from pipeline.run import stages
 from pipeline.store.artifacts import Store
 
@@ -208,9 +208,7 @@ def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ..
     model, ffn = build(
         json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8"))
     )
-    copy_into(
-        {**model.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", "path")
-    )
+    load_dense(model, ffn, parts.tensors("train_dense", "model.safetensors", "path"))
     bench.score(
         "dense: trunk trained on with the added domain, same tokens", model.eval(), ffn.eval()
     )

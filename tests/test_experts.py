@@ -143,11 +143,9 @@ def test_an_expert_around_stored_tensors_copies_nothing_and_is_frozen(kind):
     assert all(torch.equal(tensors[n], p) for n, p in original.named().items())
     rounded = from_tensors(original, {n: t.bfloat16() for n, t in tensors.items()})
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
-    with pytest.raises(KeyError, match="1 tensors missing or strange, first extra"):
+    with pytest.raises(RuntimeError, match='Unexpected key.*"extra"'):
         from_tensors(original, tensors | {"extra": torch.zeros(1)})
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is \(2,\), not \(20, 12\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.up_proj\.weight.*\[2\].*\[20, 12\]"):
         from_tensors(original, tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(2)})
 
 

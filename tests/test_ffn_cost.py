@@ -14,7 +14,7 @@ from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
 from pipeline.families.ffn_moe import train
 from pipeline.families.ffn_moe.config import BASELINE_READS, NEEDS, READS, FfnMoeConfig
-from pipeline.model.loss import MOST_SUMS
+from pipeline.model.loss import MAX_BF16_SUMS
 from pipeline.train.flops import Shape
 from pipeline.train.memory_plan import LOW_MMAP_THRESHOLD_BYTES, MemoryPlan
 from tests import small
@@ -232,9 +232,9 @@ def test_an_anchor_in_the_stack_needs_memory_too():
 
 
 def test_a_long_pass_through_the_head_needs_its_sum_in_fp32(monkeypatch):
-    assert MOST_SUMS == ffn_cost.MOST_SUMS > 2048 // 256 > 1  # chunks of a pass
+    assert MAX_BF16_SUMS == ffn_cost.MAX_BF16_SUMS > 2048 // 256 > 1  # chunks of a pass
     few = [peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
-    monkeypatch.setattr(ffn_cost, "MOST_SUMS", 1)
+    monkeypatch.setattr(ffn_cost, "MAX_BF16_SUMS", 1)
     many = [
         peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)
     ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.model.loss import LEAST_CHUNK_TOKENS, chunked_token_loss, cross_entropy
+from pipeline.model.loss import MIN_CHUNK_TOKENS, chunked_token_loss, cross_entropy
 
 D, V = 16, 37
 
@@ -98,7 +98,7 @@ def test_large_logits_do_not_overflow():
     assert all(g.isfinite().all() for g in torch.autograd.grad(ours, (h_ND, head_VD)))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, LEAST_CHUNK_TOKENS + 5])
+@pytest.mark.parametrize("tokens", [1, 7, MIN_CHUNK_TOKENS + 5])
 def test_token_nats_are_each_tokens_loss(tokens):
     h_ND, head_VD, target_N = drawn(tokens)
     found = chunked_token_loss(h_ND, head_VD, target_N)

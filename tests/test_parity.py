@@ -174,12 +174,10 @@ def test_dense_baselines_are_ordinary_models(item, tmp_path):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.config.intermediate_size == cfg.trunk.d_ff * (2 if item == "wide" else 1)
-    from pipeline.model.trunk import build, copy_into
+    from pipeline.model.trunk import build, load_dense
 
     trunk, ffn = build(json.loads((folder / "trunk.json").read_text()))
-    copy_into(
-        {**trunk.named(), **ffn.named()}, parts.tensors("train_dense", "model.safetensors", item)
-    )
+    load_dense(trunk, ffn, parts.tensors("train_dense", "model.safetensors", item))
     same(model.eval(), ours(trunk, ffn))
 
 

@@ -143,7 +143,7 @@ def test_rows_depend_on_seed_and_number_alone(tmp_path):
             seed,
             how,
             ("a", "b"),
-            0.3,  # noqa: B023
+            0.3,
         )
         whole = make(5).rows(1000, 40)
         np.testing.assert_array_equal(

@@ -5,38 +5,59 @@ R = N*K routed rows.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels.swiglu import is_swiglu, swiglu
-from .tensors import assign_parameter
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Rows of an expert's block are filled up to a multiple of this. oneDNN compiles and keeps a kernel
+# for every shape that it meets: with blocks of any length that cost 25 MB a step.
 BLOCK_ROWS = 64
+HF_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 
 
 class Expert(nn.Module):
     """One feed-forward network per layer; the dummy, the anchor and a dense baseline's FFN are
     Experts too."""
 
-    def __init__(self, layers: Sequence[nn.Module]):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Return y_BTD of one layer's network; fits the trunk's `fill`."""
-        net = self.layers[layer]
-        return swiglu(net, x_BTD) if is_swiglu(net) else net(x_BTD)
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD of one layer's network; this is what the trunk takes as its `ffn`."""
+        network = self.layers[layer]
+        if is_swiglu(network):
+            return swiglu(network, x_BTD)
+        return network(x_BTD)
 
     def named(self) -> dict[str, nn.Parameter]:
         """Return parameters under the names they have in a dense Hugging Face model."""
-        return {
-            f"model.layers.{i}.mlp.{n}": p
-            for i, net in enumerate(self.layers)
-            for n, p in net.named_parameters()
-        }
+        names = {}
+        for layer, network in enumerate(self.layers):
+            for name, parameter in network.named_parameters():
+                names[f"model.layers.{layer}.mlp.{name}"] = parameter
+        return names
+
+    def load(self, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+        """Copy tensors of Hugging Face names into the parameters, or make them the parameters.
+
+        Raises RuntimeError that names every tensor that is missing, strange or of another shape.
+        """
+        own_names = {}
+        for name, tensor in tensors.items():
+            # detached, as torch would take over a Parameter itself: freezing the new expert would
+            # freeze the one that it came from
+            own_names[HF_NAME.sub(r"layers.\1.\2", name)] = tensor.detach()
+        self.load_state_dict(own_names, assign=assign)
 
 
 def clone(expert: Expert) -> Expert:
@@ -44,72 +65,97 @@ def clone(expert: Expert) -> Expert:
     return copy.deepcopy(expert).requires_grad_(True)
 
 
-def from_tensors(like: Expert, tensors: Mapping[str, torch.Tensor]) -> Expert:
+def from_tensors(like: Expert, tensors: Mapping[str, Tensor]) -> Expert:
     """Return a frozen expert of the same architecture around stored tensors, which are neither
     copied nor cast.
 
-    Raises KeyError when names are missing or strange, ValueError when a shape differs.
+    Raises RuntimeError when names are missing or strange or a shape differs.
     """
+    # on the meta device a network has shapes and no memory, so building it costs nothing
     with torch.device("meta"):
-        expert = Expert([type(net)(net.config) for net in like.layers])
-    assign_parameter(expert, expert.named(), tensors)
+        expert = Expert(_same_kind(network) for network in like.layers)
+    expert.load(tensors, assign=True)
     return expert.requires_grad_(False).eval()
 
 
 def reinit_like(like: Expert, d_ff: int | None = None) -> Expert:
     """Return a new expert of the same architecture, drawn from torch's generator, optionally of
     another width F."""
-    return Expert([_fresh(net, d_ff) for net in like.layers]).requires_grad_(True)
+    networks = []
+    for old in like.layers:
+        new = _same_kind(old, d_ff)
+        # Hugging Face draws the weights of whole models only, not of a network made by itself;
+        # layer by layer, as the order of the draws is part of what a seed stands for
+        for parameter in new.parameters():
+            nn.init.normal_(parameter, std=_config_of(new).initializer_range)
+        networks.append(new)
+    return Expert(networks).requires_grad_(True)
 
 
-def _fresh(net: nn.Module, d_ff: int | None) -> nn.Module:
-    config = copy.copy(net.config)
+def _same_kind(network: nn.Module, d_ff: int | None = None) -> nn.Module:
+    """Return a network of the same class and sizes, optionally of another width F."""
+    config = copy.copy(_config_of(network))
     if d_ff is not None:
         config.intermediate_size = d_ff
-    new = type(net)(config)
-    for parameter in new.parameters():
-        nn.init.normal_(parameter, std=config.initializer_range)
-    return new
+    return type(network)(config)
+
+
+def _config_of(network: nn.Module) -> "PreTrainedConfig":
+    """Return the configuration that every feed-forward network of Hugging Face keeps."""
+    # torch declares every attribute of a module to be a tensor or a module
+    return cast("PreTrainedConfig", network.config)
 
 
 @torch.no_grad()
 def average(experts: Sequence[Expert]) -> Expert:
-    """Return the weight soup: the mean of the experts' parameters."""
+    """Return the weight soup (2203.05482): the mean of the experts' parameters."""
     soup = clone(experts[0]).requires_grad_(False)
+    named = [expert.named() for expert in experts]
     for name, parameter in soup.named().items():
-        parameter.copy_(torch.stack([e.named()[name] for e in experts]).mean(0))
+        stacked = torch.stack([own[name] for own in named])
+        parameter.copy_(stacked.mean(0))
     return soup
 
 
 def mix(
-    experts: Sequence[Expert],
+    experts: Sequence[Expert] | nn.ModuleList,
     layer: int,
-    x_ND: torch.Tensor,
-    index_NK: torch.Tensor,
-    weight_NK: torch.Tensor,
-) -> torch.Tensor:
+    x_ND: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+) -> Tensor:
     """Return y_ND, each token's weighted sum over its chosen experts; index -1 drops a choice
     (capacity).
 
     Tokens are sorted by expert, so each expert runs once over a contiguous block.
     """
-    flat_R = index_NK.flatten()
-    order_R = flat_R.argsort(stable=True)
-    counts = (flat_R + 1).bincount(minlength=len(experts) + 1).tolist()  # first bin: dropped
     top_k = index_NK.shape[1]
-    blocks = x_ND[order_R // top_k].split(counts)
-    parts = [torch.zeros_like(blocks[0])] + [
-        _padded(e, layer, b) for e, b in zip(experts, blocks[1:], strict=True)
-    ]
-    y_RD = torch.cat([p.to(parts[-1].dtype) for p in parts])[order_R.argsort()]
-    return (y_RD.view(-1, top_k, x_ND.shape[1]) * weight_NK.unsqueeze(-1)).sum(1).to(x_ND.dtype)
+    expert_R = index_NK.flatten()
+    # stable: rows of a block keep the order of the tokens, so that sums round the same each time
+    order_R = expert_R.argsort(stable=True)
+    # one is added because bincount knows no negative numbers: the first bin holds what was dropped
+    bins = len(experts) + 1
+    rows_by_bin = (expert_R + 1).bincount(minlength=bins).tolist()
+    x_RD = x_ND[order_R // top_k]
+    dropped_RD, *blocks = x_RD.split(rows_by_bin)
+
+    outputs = [torch.zeros_like(dropped_RD)]
+    for expert, block_RD in zip(experts, blocks, strict=True):
+        outputs.append(_run_padded(expert, layer, block_RD))
+    # under autocast experts answer in bf16 while the dropped rows have the dtype of the input
+    dtype = outputs[-1].dtype
+    y_RD = torch.cat([output_RD.to(dtype) for output_RD in outputs])
+    # back to the order of the tokens
+    y_RD = y_RD[order_R.argsort()]
+    y_NKD = y_RD.view(-1, top_k, x_ND.shape[1])
+    y_ND = (y_NKD * weight_NK.unsqueeze(-1)).sum(1)
+    return y_ND.to(x_ND.dtype)
 
 
-def _padded(expert: Expert, layer: int, x_RD: torch.Tensor) -> torch.Tensor:
-    """Run an expert on a block filled up with zero rows to a multiple of BLOCK_ROWS.
-
-    oneDNN compiles and keeps a kernel for every shape it meets: with blocks of any length that cost
-    25 MB a step.
-    """
+def _run_padded(expert: nn.Module, layer: int, x_RD: Tensor) -> Tensor:
+    """Run an expert on a block filled up with zero rows to a multiple of BLOCK_ROWS."""
     rows = x_RD.shape[0]
-    return expert(layer, F.pad(x_RD, (0, 0, 0, -rows % BLOCK_ROWS)))[:rows]
+    padding = -rows % BLOCK_ROWS
+    padded_RD = F.pad(x_RD, (0, 0, 0, padding))
+    y_RD = expert(layer, padded_RD)
+    return y_RD[:rows]

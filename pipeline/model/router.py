@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .experts import Expert, mix
 
@@ -34,44 +34,60 @@ class Gating:
 class RouterStats:
     """What one layer's gate did in one forward pass."""
 
-    share_E: torch.Tensor  # of assignments, sums to 1
-    probability_E: torch.Tensor  # mean softmax over all experts, differentiable
-    z: torch.Tensor  # mean squared logsumexp of the logits, differentiable
+    share_E: Tensor  # of assignments, sums to 1
+    probability_E: Tensor  # mean softmax over all experts, differentiable
+    z: Tensor  # mean squared logsumexp of the logits, differentiable
     dropped: float  # share of assignments over capacity
 
 
 class Router(nn.Module):
     """Gates weight_ED per layer, with a selection bias that only training uses."""
 
-    def __init__(self, weight_LED: torch.Tensor, gating: Gating):
-        super().__init__()
-        self.gates = nn.ParameterList(w_ED.detach().clone().float() for w_ED in weight_LED)
-        self.register_buffer("bias_LE", torch.zeros(weight_LED.shape[:2]))
-        self.register_buffer("count_LE", torch.zeros(weight_LED.shape[:2]), persistent=False)
-        self.gating, self.temperature, self.stats = gating, 1.0, {}
+    bias_LE: Tensor
+    count_LE: Tensor
 
-    def route(self, layer: int, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (index_NK, weight_NK); while training also records the layer's Load."""
+    def __init__(self, weight_LED: Tensor, gating: Gating):
+        super().__init__()
+        layers, n_experts = weight_LED.shape[:2]
+        self.gates = nn.ParameterList()
+        for gate_ED in weight_LED:
+            # a copy, as what came from a closed form or a file is left as it was
+            self.gates.append(gate_ED.detach().clone().float())
+        self.register_buffer("bias_LE", torch.zeros(layers, n_experts))
+        # counts are of one step, which is never saved in its middle
+        self.register_buffer("count_LE", torch.zeros(layers, n_experts), persistent=False)
+        self.gating = gating
+        self.temperature = 1.0
+        self.stats: dict[int, RouterStats] = {}  # by layer
+
+    def route(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (index_NK, weight_NK); while training also records the layer's RouterStats."""
+        top_k = self.gating.top_k
         # the gate stays fp32 under autocast: a tie broken by bf16 rounding would change experts
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.gates[layer]) / self.temperature
+            logits_NE = F.linear(x_ND.float(), self.gates[layer])
+            logits_NE = logits_NE / self.temperature
         if self.training and self.gating.noise:
-            logits_NE = logits_NE + self.gating.noise * torch.randn_like(logits_NE)
-        bias_E = (
-            self.bias_LE[layer] if self.training else 0.0
-        )  # an exported gate has no place for it
-        index_NK = (logits_NE + bias_E).topk(self.gating.top_k).indices
+            noise_NE = torch.randn_like(logits_NE)
+            logits_NE = logits_NE + self.gating.noise * noise_NE
+
+        selection_NE = logits_NE
+        if self.training:
+            # only while training, as an exported gate has no place for a bias; it decides who is
+            # picked and never how much the picked ones weigh
+            selection_NE = logits_NE + self.bias_LE[layer]
+        index_NK = selection_NE.topk(top_k).indices
         weight_NK = logits_NE.gather(1, index_NK).softmax(-1)
-        if (
-            self.gating.top_k == 1
-        ):  # a lone weight is a constant 1: pass the probability's gradient straight through
-            p_NK = logits_NE.softmax(-1).gather(1, index_NK)
-            weight_NK = weight_NK + (p_NK - p_NK.detach())
+        if top_k == 1:
+            # a lone weight is a constant 1: let the probability's gradient pass straight through
+            probability_NK = logits_NE.softmax(-1).gather(1, index_NK)
+            weight_NK = weight_NK + (probability_NK - probability_NK.detach())
         if self.training:
             index_NK = self._record(layer, logits_NE, index_NK)
         return index_NK, weight_NK
 
-    def _record(self, layer, logits_NE, index_NK):
+    def _record(self, layer: int, logits_NE: Tensor, index_NK: Tensor) -> Tensor:
+        """Keep the layer's stats; return index_NK with -1 where an expert is over capacity."""
         n_experts = logits_NE.shape[1]
         count_E = index_NK.flatten().bincount(minlength=n_experts).float()
         self.count_LE[layer] += count_E
@@ -84,32 +100,44 @@ class Router(nn.Module):
         )
         return kept_NK
 
-    def balance_loss(self) -> torch.Tensor:
-        """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, with f divided by k: 1
-        is an even load)."""
-        terms = [len(a.share_E) * (a.share_E * a.probability_E).sum() for a in self.stats.values()]
+    def balance_loss(self) -> Tensor:
+        """Return the scalar mean over layers of E * sum_i f_i P_i (Switch, 2101.03961, with f
+        divided by k: 1 is an even load)."""
+        terms = []
+        for layer in self.stats.values():
+            n_experts = len(layer.share_E)
+            agreement = (layer.share_E * layer.probability_E).sum()
+            terms.append(n_experts * agreement)
         return torch.stack(terms).mean()
 
-    def z_loss(self) -> torch.Tensor:
-        """Return the scalar mean over layers of the router z-loss (ST-MoE, equation 5)."""
-        return torch.stack([a.z for a in self.stats.values()]).mean()
+    def z_loss(self) -> Tensor:
+        """Return the scalar mean over layers of the router z-loss (ST-MoE, 2202.08906, equation
+        5)."""
+        terms = [layer.z for layer in self.stats.values()]
+        return torch.stack(terms).mean()
 
-    def end_step(self, nudge: float) -> torch.Tensor:
+    def end_step(self, nudge: float) -> Tensor:
         """Return share_LE of assignments since the last call.
 
         Moves the selection bias by `nudge` towards underused experts when balance is bias
         (2408.15664).
         """
-        share_LE = self.count_LE / self.count_LE.sum(1, keepdim=True).clamp(min=1)
+        # at least 1: a step without a training pass has shares of zero, not of nan
+        total_L1 = self.count_LE.sum(1, keepdim=True).clamp(min=1)
+        share_LE = self.count_LE / total_L1
         self.count_LE.zero_()
         if self.gating.balance == "bias":
-            self.bias_LE += nudge * torch.sign(1 / share_LE.shape[1] - share_LE)
+            even_share = 1 / share_LE.shape[1]
+            self.bias_LE += nudge * torch.sign(even_share - share_LE)
         return share_LE
 
-    def exported(self) -> dict[str, torch.Tensor]:
+    def exported(self) -> dict[str, Tensor]:
         """Return gate weight_ED per layer by Hugging Face name, the temperature folded in; the bias
         has no place."""
-        return {gate_name(i): g.detach() / self.temperature for i, g in enumerate(self.gates)}
+        exported = {}
+        for layer, gate_ED in enumerate(self.gates):
+            exported[gate_name(layer)] = gate_ED.detach() / self.temperature
+        return exported
 
 
 def gate_name(layer: int) -> str:
@@ -118,28 +146,32 @@ def gate_name(layer: int) -> str:
 
 
 class Mixture(nn.Module):
-    """Experts joined by a router; fits the trunk's `fill`."""
+    """Experts joined by a router; the trunk takes it as its `ffn`."""
 
     def __init__(self, experts: Sequence[Expert], router: Router):
         super().__init__()
-        self.experts, self.router = nn.ModuleList(experts), router
+        self.experts = nn.ModuleList(experts)
+        self.router = router
 
-    def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer."""
         x_ND = x_BTD.flatten(0, -2)
-        return mix(self.experts, layer, x_ND, *self.router.route(layer, x_ND)).view_as(x_BTD)
+        index_NK, weight_NK = self.router.route(layer, x_ND)
+        y_ND = mix(self.experts, layer, x_ND, index_NK, weight_NK)
+        return y_ND.view_as(x_BTD)
 
 
 class UniformMixture(nn.Module):
-    """Every expert with the same weight; fits the trunk's `fill`."""
+    """Every expert with the same weight; the trunk takes it as its `ffn`."""
 
     def __init__(self, experts: Sequence[Expert]):
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD, the mean of the experts' outputs."""
-        return torch.stack([e(layer, x_BTD) for e in self.experts]).mean(0)
+        outputs = [expert(layer, x_BTD) for expert in self.experts]
+        return torch.stack(outputs).mean(0)
 
 
 class CoordinatedExpert(nn.Module):
@@ -149,31 +181,41 @@ class CoordinatedExpert(nn.Module):
     The anchor's logit is 0; the expert's is row . x + min(bias, 0).
     """
 
-    def __init__(self, anchor: Expert, expert: Expert, row_LD: torch.Tensor, bias: float):
+    def __init__(self, anchor: Expert, expert: Expert, row_LD: Tensor, bias: float):
         super().__init__()
-        self.anchor, self.expert = anchor, expert
+        self.anchor = anchor
+        self.expert = expert
         self.row_LD = nn.Parameter(row_LD.clone())
-        self.bias_L = nn.Parameter(torch.full((row_LD.shape[0],), bias))
-        self.z: dict[int, torch.Tensor] = {}
+        layers = row_LD.shape[0]
+        self.bias_L = nn.Parameter(torch.full((layers,), bias))
+        self.z: dict[int, Tensor] = {}  # by layer, of the last forward pass
 
-    def forward(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer and keep its z-loss term."""
-        with torch.autocast(x_BTD.device.type, enabled=False):  # fp32, as the gates it may become
-            logit_BT = x_BTD.float() @ self.row_LD[layer] + self.bias_L[layer].clamp(max=0)
-            self.z[layer] = F.softplus(logit_BT).square().mean()  # logsumexp of (0, logit)
+        # fp32 as the router's gates, whose rows these may become
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            bias = self.bias_L[layer].clamp(max=0)
+            logit_BT = x_BTD.float() @ self.row_LD[layer] + bias
+            # softplus is the logsumexp of (0, logit)
+            self.z[layer] = F.softplus(logit_BT).square().mean()
         share_BT1 = logit_BT.sigmoid().unsqueeze(-1)
-        y_BTD = share_BT1 * self.expert(layer, x_BTD) + (1 - share_BT1) * self.anchor(layer, x_BTD)
-        return y_BTD.to(x_BTD.dtype)
+        expert_BTD = share_BT1 * self.expert(layer, x_BTD)
+        anchor_BTD = (1 - share_BT1) * self.anchor(layer, x_BTD)
+        return (expert_BTD + anchor_BTD).to(x_BTD.dtype)
 
 
-def within_capacity(index_NK: torch.Tensor, n_experts: int, factor: float | None) -> torch.Tensor:
+def within_capacity(index_NK: Tensor, n_experts: int, factor: float | None) -> Tensor:
     """Return index_NK with -1 where an expert is over floor(factor * N * K / E) tokens, first come
     first served."""
     if factor is None:
         return index_NK
-    slots = max(1, int(factor * index_NK.numel() / n_experts))
-    flat_R = index_NK.T.flatten()  # every token's first choice comes before any second choice
-    place_RE = F.one_hot(flat_R, n_experts).cumsum(0)
-    place_R = place_RE.gather(1, flat_R.unsqueeze(1)).squeeze(1)
-    kept_R = flat_R.masked_fill(place_R > slots, -1)
-    return kept_R.view(index_NK.shape[1], -1).T
+    even_share = factor * index_NK.numel() / n_experts
+    capacity = max(1, int(even_share))
+    # transposed, so that every token's first choice comes before any second choice
+    flat_R = index_NK.T.flatten()
+    queue_RE = F.one_hot(flat_R, n_experts).cumsum(0)
+    place_R1 = queue_RE.gather(1, flat_R.unsqueeze(1))
+    over_R = place_R1.squeeze(1) > capacity
+    kept_R = flat_R.masked_fill(over_R, -1)
+    top_k = index_NK.shape[1]
+    return kept_R.view(top_k, -1).T

@@ -8,29 +8,36 @@ B sequences, T tokens, D model width.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .experts import Expert
 from .kernels.attention import patch_attention
 from .kernels.norm import patch_norm
-from .tensors import assign_parameter, copy_into
 
-Ffn = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, x_BTD) -> y_BTD
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Ffn = Callable[[int, Tensor], Tensor]  # (layer, x_BTD) -> y_BTD
 SUPPORTED = ("qwen3", "llama", "mistral")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 class Trunk(nn.Module):
     """Embedding, attention, norms and LM head, with an open slot per layer."""
 
-    def __init__(self, network: nn.Module):
+    network: "PreTrainedModel"
+
+    def __init__(self, network: "PreTrainedModel"):
         super().__init__()
         self.network = network
         self.config = network.config
 
-    def hidden(self, ids_BT: torch.Tensor, ffn: Ffn) -> torch.Tensor:
-        """Return h_BTD after the final norm, with `fill` as each layer's feed-forward network."""
+    def hidden(self, ids_BT: Tensor, ffn: Ffn) -> Tensor:
+        """Return h_BTD after the final norm, with `ffn` as each layer's feed-forward network."""
         for layer in self.network.model.layers:
             layer.mlp.ffn = ffn
         return self.network.model(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -38,6 +45,7 @@ class Trunk(nn.Module):
     def unfreeze(self) -> None:
         """Make every parameter trainable, in memory of its own."""
         for parameter in self.network.parameters():
+            # stored tensors are mapped read-only: an optimizer must not write to the file
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
 
@@ -45,7 +53,7 @@ class Trunk(nn.Module):
         """Keep only what enters each layer and make the rest again in the backward pass
         (1604.06174)."""
         self.network.activation_checkpointing_enable({"use_reentrant": False})
-        # without it Hugging Face models do not checkpoint; a trunk has no dropout
+        # Hugging Face models checkpoint in training mode only; a trunk has no dropout to wake up
         self.network.train()
 
     @property
@@ -57,55 +65,72 @@ class Trunk(nn.Module):
         """Return parameters by Hugging Face name; a tied head appears once, as the embedding."""
         return dict(self.network.named_parameters())
 
+    def load(self, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+        """Copy tensors of Hugging Face names into the parameters, or make them the parameters.
+
+        Raises RuntimeError that names every tensor that is missing, strange or of another shape.
+        """
+        tied = self.config.tie_word_embeddings
+        if tied and EMBEDDING in tensors:
+            # stored once; torch wants every name that a parameter has
+            tensors = {**tensors, HEAD: tensors[EMBEDDING]}
+        self.network.load_state_dict(tensors, assign=assign)
+        if tied:
+            # assigning made two parameters of one tensor; the head has to be the embedding itself
+            self.network.lm_head.weight = self.network.model.embed_tokens.weight
+
 
 class _Slot(nn.Module):
     """Stands where a feed-forward network stood and hands its input to whatever fills it."""
 
+    ffn: Ffn  # set by Trunk.hidden before every pass
+
     def __init__(self, layer: int):
         super().__init__()
         self.layer = layer
-        self.ffn: list | Ffn | None = None
 
-    def __setattr__(self, name, value):
-        object.__setattr__(self, name, value) if name == "ffn" else super().__setattr__(name, value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "ffn":
+            # past nn.Module, which would register an expert as a part of the trunk
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
-    def forward(self, x_BTD):
+    def forward(self, x_BTD: Tensor) -> Tensor:
         return self.ffn(self.layer, x_BTD)
 
 
-def build(settings: Mapping) -> tuple[Trunk, Expert]:
+def build(settings: Mapping[str, Any]) -> tuple[Trunk, Expert]:
     """Return a new trunk and its dummy from Hugging Face config fields, drawn from torch's
     generator."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**settings)
-    return extract_ffn(
-        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    network = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", dtype=torch.float32
     )
+    return extract_ffn(network)
 
 
 def open_tensors(
-    settings: Mapping,
-    trunk: Mapping[str, torch.Tensor],
-    ffn: Mapping[str, torch.Tensor] | None = None,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    ffn: Mapping[str, Tensor] | None = None,
 ) -> tuple[Trunk, Expert]:
     """Return trunk and dummy around stored tensors, which are neither copied nor cast, both frozen.
 
-    Without `ffn` the dummy stays on the meta device: only a pattern for experts. Raises KeyError
-    when names are missing or strange, ValueError when a shape differs.
+    Without `ffn` the dummy stays on the meta device: only a pattern for experts. Raises
+    RuntimeError when names are missing or strange or a shape differs.
     """
     with torch.device("meta"):
-        made, dummy = build(settings)
-    rotary = made.network.model.rotary_emb
-    made.network.model.rotary_emb = type(rotary)(
-        config=made.config
-    )  # its buffers are computed, not stored
-    assign_parameter(made.network, made.named(), trunk)
-    if made.config.tie_word_embeddings:
-        made.network.lm_head.weight = made.network.model.embed_tokens.weight
+        trunk, dummy = build(settings)
+    # its buffers are computed when it is made and never stored: on the meta device they are empty
+    rotary = trunk.network.model.rotary_emb
+    trunk.network.model.rotary_emb = type(rotary)(config=trunk.config)
+    trunk.load(tensors, assign=True)
     if ffn is not None:
-        assign_parameter(dummy, dummy.named(), ffn)
-    return made.requires_grad_(False).eval(), dummy.requires_grad_(False).eval()
+        dummy.load(ffn, assign=True)
+    return trunk.requires_grad_(False).eval(), dummy.requires_grad_(False).eval()
 
 
 def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Expert]:
@@ -120,39 +145,41 @@ def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Ex
         raise ValueError(
             f"{name} is a {config.model_type} model; a trunk can be one of {', '.join(SUPPORTED)}"
         )
-    return extract_ffn(
-        AutoModelForCausalLM.from_pretrained(
-            str(name),
-            revision=revision,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-        )
+    # safetensors only, as a pickled checkpoint may run what it likes while it is opened
+    network = AutoModelForCausalLM.from_pretrained(
+        str(name),
+        revision=revision,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
     )
+    return extract_ffn(network)
 
 
-def extract_ffn(network: nn.Module) -> tuple[Trunk, Expert]:
+def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
     """Take the feed-forward networks out of a causal LM; return it as a trunk, and them as the
     dummy."""
-    taken = []
+    networks = []
     for number, layer in enumerate(network.model.layers):
-        taken.append(layer.mlp)
+        networks.append(layer.mlp)
         layer.mlp = _Slot(number)
     patch_attention(network)
     patch_norm(network)
-    return Trunk(network), Expert(taken)
+    return Trunk(network), Expert(networks)
 
 
-def settings_of(trunk: Trunk) -> dict:
+def load_dense(trunk: Trunk, ffn: Expert, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a dense model's tensors into the trunk and the network that it consists of here.
+
+    Raises RuntimeError when names are missing or strange or a shape differs.
+    """
+    in_ffn = {name: tensor for name, tensor in tensors.items() if ".mlp." in name}
+    ffn.load(in_ffn)
+    trunk.load({name: tensor for name, tensor in tensors.items() if name not in in_ffn})
+
+
+def settings_of(trunk: Trunk) -> dict[str, Any]:
     """Return the Hugging Face config fields that `build` takes to make this trunk again, without
     where it came from."""
-    return {key: value for key, value in trunk.config.to_dict().items() if key != "_name_or_path"}
-
-
-def load(trunk: Trunk, tensors: Mapping[str, torch.Tensor]) -> Trunk:
-    """Fill a trunk with stored tensors and freeze it.
-
-    Raises KeyError when names are missing or strange, ValueError when a shape differs.
-    """
-    copy_into(trunk.named(), tensors)
-    return trunk.requires_grad_(False).eval()
+    fields: dict[str, Any] = trunk.config.to_dict()
+    return {key: value for key, value in fields.items() if key != "_name_or_path"}

@@ -81,9 +81,11 @@ def reassemble(folder: Path):
         gates = load_tensors(folder / ROUTER)
         weight_LED = torch.stack([gates[name_of_gate(gate_name(i))] for i in range(len(gates))])
         mixture = mixture_of(experts, weight_LED, described["top_k"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        # torch names the tensors that do not fit on lines of their own
+        reason = " ".join(str(error).split())
         raise DamagedArtifact(
-            f"{folder} does not hold the stack that its {ABOUT} describes: {error}"
+            f"{folder} does not hold the stack that its {ABOUT} describes: {reason}"
         ) from None
     return FfnStack(trunk.to(device()), mixture, tuple(e["name"] for e in described["experts"]))
 

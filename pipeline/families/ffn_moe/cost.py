@@ -6,7 +6,7 @@ from typing import Literal
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import MOST_SUMS, chunk_of, workspace_bytes
+from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
 from ...train.flops import JobCost, Shape
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
@@ -238,7 +238,7 @@ def _pass_bytes(shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, activ
     layer = tokens * shape.layer_activations(trains, active) * unit
     logits = workspace_bytes(tokens, shape.vocab_size, plan.chunk_logits, unit)
     chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
-    if trains == "all" and unit == 2 and tokens > MOST_SUMS * chunk:
+    if trains == "all" and unit == 2 and tokens > MAX_BF16_SUMS * chunk:
         logits += 4 * shape.vocab_size * shape.d_model  # the head's gradient is added up in fp32
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
     if plan.checkpointing:

@@ -18,7 +18,7 @@ from ...metrics.language import Documents, Scores, oracle_gain, posterior_mix, r
 from ...model.experts import Expert, average
 from ...model.router import Mixture, UniformMixture
 from ...model.router_init import random as random_gates
-from ...model.trunk import Ffn, Trunk, build, copy_into
+from ...model.trunk import Ffn, Trunk, build, load_dense
 from ...protocols import Progress
 from ...report import LanguageReport
 from ...store.artifacts import now
@@ -221,10 +221,7 @@ def _dense(cfg, parts, budget, on_trunk) -> Iterator[EvalRow]:
         trunk, ffn = build(
             json.loads((parts.folder("train_dense", item) / "trunk.json").read_text("utf-8"))
         )
-        copy_into(
-            {**trunk.named(), **ffn.named()},
-            parts.tensors("train_dense", "model.safetensors", item),
-        )
+        load_dense(trunk, ffn, parts.tensors("train_dense", "model.safetensors", item))
         wide = cfg.router.top_k if item == "wide" else 1.0
         spent = stage_tokens(cfg, "train_dense", item, budget) + (
             on_trunk if item in ("total", "path", "ffn") else 0

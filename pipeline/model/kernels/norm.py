@@ -6,57 +6,66 @@ which keep several fp32 copies of the input.
 N rows, D width.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..autograd import Context
 
 
 class RMSNorm(nn.Module):
     """Takes the place of a Hugging Face RMS norm, with its parameter."""
 
-    def __init__(self, like: nn.Module):
+    def __init__(self, like: Any):
         super().__init__()
-        self.weight, self.variance_epsilon = like.weight, like.variance_epsilon
+        self.weight: nn.Parameter = like.weight
+        self.variance_epsilon: float = like.variance_epsilon
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return y of x's shape, in the wider dtype of weight and x."""
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
 
 
 def patch_norm(network: nn.Module) -> None:
     """Replace every RMS norm of a Hugging Face model; parameters keep their names."""
+    # a list, as the network changes on the way
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
+            # each architecture has a class of its own, alike in all but the name's beginning
+            named_so = type(child).__name__.endswith("RMSNorm")
+            if named_so and hasattr(child, "variance_epsilon"):
                 setattr(parent, name, RMSNorm(child))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, weight_D, eps):
+    def forward(ctx: Context, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        # one fp32 copy, which every step below changes in place
         norm_ND = x_ND.to(torch.float32, copy=True)
-        mean_N1 = (
-            torch.linalg.vector_norm(norm_ND, dim=-1, keepdim=True).square_().div_(x_ND.shape[-1])
-        )
-        scale_N1 = mean_N1.add_(eps).rsqrt_()
+        width = x_ND.shape[-1]
+        length_N1 = torch.linalg.vector_norm(norm_ND, dim=-1, keepdim=True)
+        mean_square_N1 = length_N1.square_().div_(width)
+        scale_N1 = mean_square_N1.add_(eps).rsqrt_()
         ctx.save_for_backward(x_ND, scale_N1, weight_D)
         return weight_D * norm_ND.mul_(scale_N1).to(x_ND.dtype)
 
     @staticmethod
-    def backward(ctx, dy_ND):
+    def backward(ctx: Context, dy_ND: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_ND, scale_N1, weight_D = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
         norm_ND = x_ND.to(torch.float32, copy=True).mul_(scale_N1)
         d_ND = dy_ND.to(torch.float32, copy=True)
-        d_weight = (
-            (d_ND * norm_ND).flatten(0, -2).sum(0).to(weight_D.dtype)
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, None
+        dweight_D = None
+        if needs_weight:
+            by_row_ND = (d_ND * norm_ND).flatten(0, -2)
+            dweight_D = by_row_ND.sum(0).to(weight_D.dtype)
+        if not needs_x:
+            return None, dweight_D, None
         d_ND.mul_(weight_D)
-        slope_N1 = torch.linalg.vecdot(d_ND, norm_ND).unsqueeze(-1).div_(x_ND.shape[-1])
-        return (
-            d_ND.addcmul_(norm_ND, slope_N1, value=-1).mul_(scale_N1).to(x_ND.dtype),
-            d_weight,
-            None,
-        )
+        # the part of the gradient along x: a norm does not change when its input grows
+        along_N1 = torch.linalg.vecdot(d_ND, norm_ND).unsqueeze(-1)
+        along_N1.div_(x_ND.shape[-1])
+        dx_ND = d_ND.addcmul_(norm_ND, along_N1, value=-1)
+        dx_ND.mul_(scale_N1)
+        return dx_ND.to(x_ND.dtype), dweight_D, None
