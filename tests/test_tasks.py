@@ -10,7 +10,7 @@ from PIL import Image
 from small_tasks import SPLITS, Source, entry, jsonl, picture, prepared, simple
 
 from pipeline.data.tasks import prepare
-from pipeline.data.tasks.groups import Division, Groups
+from pipeline.data.tasks.groups import Groups, SplitAssignment
 from pipeline.data.tasks.rows import TaskRows
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact
 
@@ -227,14 +227,14 @@ def test_groups_are_the_connected_components():
     assert found == smallest
 
 
-def test_a_division_does_not_depend_on_the_order_of_rows():
+def test_an_assignment_does_not_depend_on_the_order_of_rows():
     given = [(f"g{i}", ["", "train", "test"][i % 3]) for i in range(300)] + [
         ("g1", "test"),
         ("g0", "train"),
     ]
-    one, other = Division(0, 0.2, 0.2), Division(0, 0.2, 0.2)
-    one.divide(given)
-    other.divide(given[::-1])
+    one, other = SplitAssignment(0, 0.2, 0.2), SplitAssignment(0, 0.2, 0.2)
+    one.assign(given)
+    other.assign(given[::-1])
     assert one.splits == other.splits and one.carved == ("valid",)
     assert one.splits["g1"] == "test" and all(
         one.splits[f"g{i}"] == "test" for i in range(2, 300, 3)
@@ -260,7 +260,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, source):
 
 
 def test_progress_is_said(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(prepare, "_SAY_EVERY_S", -1)
+    monkeypatch.setattr(prepare, "_PROGRESS_EVERY_S", -1)
     said = []
     prepared(
         tmp_path,

@@ -87,7 +87,8 @@ def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image
         raise BadImage(
             "too long and thin",
             f"a picture of {image.width} x {image.height} px is {width} x {height} in "
-            f"[{min_pixels}, {max_pixels}] square px; no side may be over {MAX_ASPECT} times the other, so cut it into parts",
+            f"[{min_pixels}, {max_pixels}] square px; no side may be over {MAX_ASPECT} "
+            "times the other, so cut it into parts",
         )
     if (width, height) == image.size:
         return image

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from ...config.routing_set import RoutingSetConfig
 from ...errors import DataError
+from .. import union_find
 from .prompts import keyed
-from .rows import SPLITS, Candidate, normalised
+from .rows import SPLITS, Candidate, normalized
 
 HELD = SPLITS.index("test_held")
 TEST = SPLITS.index("test")
@@ -68,7 +69,7 @@ class CandidateTable:
             grp, pics = blob(group), blob(*sorted(row.pictures)) if row.pictures else b""
             stated = None if row.split is None else SPLITS.index(row.split)
             one, same = self.request(pics, row.prompt), self._alike(n, pics, row.prompt)
-            said, turn = blob(normalised(row.prompt)), self.turn(row.expert, row.id)
+            said, turn = blob(normalized(row.prompt)), self.turn(row.expert, row.id)
             values = n, unit, self._number[row.expert], stated, grp, pics, one, same, said, turn
             told = (json.dumps(each, ensure_ascii=False) for each in (row.images, row.origin))
             self.sql.execute("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,NULL,0)", values)
@@ -92,7 +93,7 @@ class CandidateTable:
 
     def request(self, pics: bytes, prompt: str) -> bytes:
         """Return what a request is, whoever it belongs to: its pictures and its wording."""
-        return blob(pics.hex(), prompt if self._compared.prompt == "exact" else normalised(prompt))
+        return blob(pics.hex(), prompt if self._compared.prompt == "exact" else normalized(prompt))
 
     def _alike(self, n: int, pics: bytes, prompt: str) -> bytes:
         """Return what rows of one expert that count as the same have in common; nothing compared:
@@ -174,7 +175,7 @@ class CandidateTable:
         self.sql.execute(
             "INSERT OR IGNORE INTO trained SELECT said FROM rows WHERE split != ?", (HELD,)
         )
-        blobs = [(blob(normalised(text)),) for text in texts]
+        blobs = [(blob(normalized(text)),) for text in texts]
         self.sql.executemany("INSERT OR IGNORE INTO trained VALUES (?)", blobs)
         for expert in experts:
             found = self.sql.execute(
@@ -212,10 +213,11 @@ class CandidateTable:
         )
         pairs = "SELECT DISTINCT a.i, b.i FROM links JOIN nodes a ON a.key = grp JOIN nodes b ON b.key = pic"
         for pair in self.sql.execute(pairs):
-            low, high = sorted(_root(parent, node) for node in pair)
-            parent[high] = low
+            union_find.unite(parent, *pair)
         self.sql.execute("CREATE TABLE moved (i INTEGER PRIMARY KEY, home INT)")
-        homes = ((i, home) for i in range(1, len(parent)) if (home := _root(parent, i)) != i)
+        homes = (
+            (i, home) for i in range(1, len(parent)) if (home := union_find.root(parent, i)) != i
+        )
         self.sql.executemany("INSERT INTO moved VALUES (?,?)", homes)
         self.sql.execute(
             "UPDATE rows SET grp = home.key FROM nodes own, moved, nodes home "
@@ -325,12 +327,6 @@ class _Turns:
         for expert, size in sizes.items():
             self.have[expert][chosen] += size
         return chosen
-
-
-def _root(parent: array, node: int) -> int:
-    while parent[node] != node:
-        parent[node] = node = parent[parent[node]]
-    return node
 
 
 def blob(*texts: str) -> bytes:

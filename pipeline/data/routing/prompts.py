@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ...config.routing_set import RoutingSetConfig, WordingConfig
 from ...errors import ConfigError
-from .rows import normalised
+from .rows import normalized
 
 OWN = "{prompt}"  # in a paraphrase: the row's own prompt
 
@@ -33,12 +33,12 @@ class PromptChooser:
             raise ConfigError(
                 f"dataset.paraphrases: unknown expert {', '.join(strange)}; the sources have {', '.join(experts)}"
             )
-        seen = {normalised(text): where for where, lists in self._lists() for text in lists.seen}
+        seen = {normalized(text): where for where, lists in self._lists() for text in lists.seen}
         for where, lists in self._lists():
             for text in lists.held:
-                if normalised(text) in seen:
+                if normalized(text) in seen:
                     raise ConfigError(
-                        f"{where}.held: {text!r} also stands in {seen[normalised(text)]}.seen; a held-out wording must "
+                        f"{where}.held: {text!r} also stands in {seen[normalized(text)]}.seen; a held-out wording must "
                         "not be trained with, so remove one of the two"
                     )
 

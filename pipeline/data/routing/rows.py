@@ -107,7 +107,7 @@ class Feed:
 
 
 @lru_cache(_RECENT)
-def normalised(prompt: str) -> str:
+def normalized(prompt: str) -> str:
     """Return what two prompts that differ only in case, spaces, width or a closing mark have in
     common."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(" .!?")
@@ -160,7 +160,7 @@ def _split(where: str, found) -> str | None:
 
 def _group(keys: tuple[str, ...], prompt: str) -> str:
     """Return a group for a row that states none: its first picture, or for text alone its wording."""
-    text = keys[0] if keys else hashlib.sha256(normalised(prompt).encode()).hexdigest()
+    text = keys[0] if keys else hashlib.sha256(normalized(prompt).encode()).hexdigest()
     return f"sha256:{text}" if keys else f"text:{text[:16]}"
 
 

@@ -14,7 +14,7 @@ from ...errors import DataError
 from ...protocols import Progress
 from .candidates import HELD, TEST, CandidateTable, blob
 from .prompts import PromptChooser
-from .rows import SPLITS, normalised
+from .rows import SPLITS, normalized
 
 _ROWS = (
     "SELECT r.n, t.id, t.prompt, r.pics, r.alone FROM rows r JOIN text t USING (n) "
@@ -150,7 +150,7 @@ class Draw:
         )
         turn = self.table.turn(expert, name, copy)
         for text, neutral in options:
-            said = blob(normalised(text))
+            said = blob(normalized(text))
             values = (
                 n,
                 copy,

@@ -13,33 +13,30 @@ from pathlib import Path
 
 from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import ConfigError
-from ..images import boxes
-from ..images import images as pictures
+from ..images import boxes, images
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
-from ..sources import SkippedRow
 from ..sources.tasks import Record, column, dataset_name, root
 from .groups import text_key
 from .rows import IMAGES, TaskRow
 
-_REMEMBERED = 64  # pictures of a process that need no second look
+# Pictures of a process that need no second look: questions about one picture follow one another.
+_REMEMBERED = 64
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltRow:
     """A task row whose split and group are still to be settled."""
 
     row: TaskRow  # split is "" where the source gives none, group is ""
-    keys: tuple[
-        str, ...
-    ]  # of what must not be in two splits: digests of pictures, a document's name
-    resized: int = 0  # 1 when a picture of it was
-    unboxed: int = 0  # 1 when its boxes were left out, being wrong and not needed
+    keys: tuple[str, ...]  # what must not be in two splits: digests of pictures, a document's name
+    resized: bool = False  # whether a picture of it was
+    unboxed: bool = False  # whether its boxes were left out, being wrong and not needed
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Why a record became no row."""
+class DroppedRow:
+    """Why a record, or a region of it, became no row."""
 
     reason: str
     where: str
@@ -61,70 +58,82 @@ class RowBuilder:
     entry: TaskConfig
     limits: ImageLimitsConfig
     folder: Path
-    seen: OrderedDict = field(default_factory=OrderedDict)
+    recent: OrderedDict[str, StoredImage] = field(default_factory=OrderedDict)
 
-    def __post_init__(self):
-        self.root = root(self.entry.dataset)
-        named = {
-            name
-            for what in ("prompt", "answer")
-            for _, name in template_parts(getattr(self.entry, what), what)
-        }
-        self.boxed = bool(named & {"boxes_json", "text"}) or self._cuts
+    def __post_init__(self) -> None:
+        data = self.entry.dataset
+        self.root = root(data)
+        self.cuts_regions = data.ocr and data.regions
+        named = set()
+        for what, template in (("prompt", self.entry.prompt), ("answer", self.entry.answer)):
+            for _, name in template_parts(template, what):
+                named.add(name)
+        # Wrong boxes cost a row only where something is made of them.
+        self.needs_boxes = self.cuts_regions or bool(named & {"boxes_json", "text"})
 
-    def shape(self, record: Record) -> list[Made | Lost]:
+    def build(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return what became of a record: its row or rows, or why there is none."""
-        if isinstance(record.found, SkippedRow):
-            return [Lost(record.found.reason, record.where, record.found.detail)]
+        if record.skipped is not None:
+            return [DroppedRow(record.skipped.reason, record.where, record.skipped.detail)]
         try:
-            return self._regions(record) if self._cuts else [self._row(record)]
-        except _Unusable as error:
-            return [Lost(error.reason, record.where, str(error))]
-        except BadImage as error:
-            return [Lost(error.reason, record.where, str(error))]
+            if self.cuts_regions:
+                return self._region_rows(record)
+            return [self._whole_row(record)]
+        except (_Unusable, BadImage) as error:
+            return [DroppedRow(error.reason, record.where, str(error))]
         except BadBox as error:
-            return [Lost("bad box", record.where, str(error))]
+            return [DroppedRow("bad box", record.where, str(error))]
 
-    @property
-    def _cuts(self) -> bool:
-        return self.entry.dataset.ocr and self.entry.dataset.regions
-
-    def _row(self, record: Record) -> Made:
+    def _whole_row(self, record: Record) -> BuiltRow:
         stored = [self._stored(image) for image in record.images]
-        size = (stored[0].width_px, stored[0].height_px) if stored else None
-        found, unboxed = [], 0
+        size_px = None
+        if stored:
+            size_px = (stored[0].width_px, stored[0].height_px)
+        found: list[Box] = []
+        unboxed = False
         try:
-            found = self._boxes(record, size)
+            found = self._boxes(record, size_px)
         except BadBox:
-            if self.boxed:
+            if self.needs_boxes:
                 raise
-            unboxed = 1
-        described = boxes.described(found, *size) if found else []
-        values = self._values(record, found) | {"boxes_json": boxes.as_json(described)}
-        return replace(
-            self._made(record, self._id(record), stored, values, described), unboxed=unboxed
-        )
+            unboxed = True
+        described = []
+        if found and size_px is not None:
+            described = boxes.described(found, *size_px)
+        values = self._values(record, found)
+        values["boxes_json"] = boxes.as_json(described)
+        built = self._built(record, self._id(record), stored, values, described)
+        return replace(built, unboxed=unboxed)
 
-    def _regions(self, record: Record) -> list[Made | Lost]:
+    def _region_rows(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return one row for each box with text, in reading order."""
-        image = pictures.open_checked(record.images[0], self._start(record.images[0]))
-        document, out = pictures.digest(image), []
-        lines = boxes.lines(self._boxes(record, image.size))
-        for number, box in enumerate(each for line in lines for each in line if each.text.strip()):
+        image = images.open_checked(record.images[0], self._start(record.images[0]))
+        # All regions of a page carry its digest, so that they stay in one split.
+        document = images.digest(image)
+        with_text = []
+        for line in boxes.lines(self._boxes(record, image.size)):
+            for box in line:
+                if box.text.strip():
+                    with_text.append(box)
+
+        rows: list[BuiltRow | DroppedRow] = []
+        for number, box in enumerate(with_text):
+            values = self._values(record, [box])
+            values |= {"boxes_json": "[]", "answer": box.text, "answers": None}
             name = f"{self._id(record)}/{number}"
             try:
-                cut = boxes.crop(image, box, self.entry.dataset.region_padding)
-                values = self._values(record, [box]) | {
-                    "boxes_json": "[]",
-                    "answer": box.text,
-                    "answers": None,
-                }
-                out.append(self._made(record, name, [self._stored(cut)], values, [], document))
+                crop = boxes.crop(image, box, self.entry.dataset.region_padding)
+                stored = [self._stored(crop)]
+                rows.append(self._built(record, name, stored, values, [], document))
             except (_Unusable, BadImage) as error:
-                out.append(Lost(error.reason, f"{record.where} region {number}", str(error)))
-        return out or [Lost("no text", record.where, "none of its boxes has a text to cut out")]
+                where = f"{record.where} region {number}"
+                rows.append(DroppedRow(error.reason, where, str(error)))
+        if not rows:
+            detail = "none of its boxes has a text to cut out"
+            return [DroppedRow("no text", record.where, detail)]
+        return rows
 
-    def _made(
+    def _built(
         self,
         record: Record,
         name: str,
@@ -132,7 +141,7 @@ class RowBuilder:
         values: dict,
         described: list[dict],
         document: str = "",
-    ) -> Made:
+    ) -> BuiltRow:
         data = self.entry.dataset
         prompt = self._filled(self.entry.prompt, values, "prompt")
         answer = self._filled(self.entry.answer, values, "answer")
@@ -141,44 +150,81 @@ class RowBuilder:
                 "answer too long",
                 f"{len(answer)} characters, max_answer_chars is {data.max_answer_chars}",
             )
+        extra: dict[str, list] = {}
+        if described:
+            extra["boxes"] = described
         answers = values.get("answers")
-        extra = {"boxes": described} if described else {}
         if isinstance(answers, list | tuple):
-            texts = map(self._text, answers)
-            extra["answers"] = [
-                text for text in (map(boxes.clean, texts) if data.ocr else texts) if text
-            ]
-        source = {"dataset": dataset_name(data), "id": self._id(record), "revision": data.revision}
-        images = tuple(f"{IMAGES}/{each.name}" for each in stored)
-        row = TaskRow(name, images, prompt, answer, record.split or "", source, "", extra)
+            extra["answers"] = self._references(answers)
+
+        row = TaskRow(
+            id=name,
+            images=tuple(f"{IMAGES}/{image.name}" for image in stored),
+            prompt=prompt,
+            answer=answer,
+            split=record.split or "",
+            source={
+                "dataset": dataset_name(data),
+                "id": self._id(record),
+                "revision": data.revision,
+            },
+            group="",
+            extra=extra,
+        )
+        # JSON can hold half of a surrogate pair, which no UTF-8 file can.
         try:
             row.line().encode()
         except UnicodeEncodeError as error:
             raise _Unusable("not Unicode", f"half of a surrogate pair: {error.reason}") from None
-        group = column(record.found, "group", data)
-        keys = [each.digest for each in stored] + ([document] if document else [])
-        keys += [f"~{group}"] if group not in (None, "") else []  # ~ sorts behind every digest
-        keys += [] if stored else [text_key(prompt)]
-        return Made(row, tuple(keys), int(any(each.resized for each in stored)))
+
+        keys = [image.digest for image in stored]
+        if document:
+            keys.append(document)
+        group = column(record.columns, "group", data)
+        if group not in (None, ""):
+            keys.append(f"~{group}")  # ~ sorts behind every digest
+        if not stored:
+            keys.append(text_key(prompt))
+        return BuiltRow(row, tuple(keys), resized=any(image.resized for image in stored))
+
+    def _references(self, answers: list | tuple) -> list[str]:
+        """Return every reference answer that has a text."""
+        references = []
+        for answer in answers:
+            text = _as_text(answer)
+            if self.entry.dataset.ocr:
+                text = boxes.clean(text)
+            if text:
+                references.append(text)
+        return references
 
     def _id(self, record: Record) -> str:
-        found = column(record.found, "id", self.entry.dataset)
-        return f"{self.entry.name}-{record.number}" if found in (None, "") else str(found)
+        found = column(record.columns, "id", self.entry.dataset)
+        if found in (None, ""):
+            return f"{self.entry.name}-{record.number}"
+        return str(found)
 
     def _stored(self, image: ImageSource) -> StoredImage:
         """Store a picture, or remember that it has just been stored."""
-        if isinstance(image, str) and image in self.seen:
-            self.seen.move_to_end(image)
-            return self.seen[image]
-        limits = self.limits.min_pixels, self.limits.max_pixels
-        stored = pictures.store(image, self.folder / IMAGES, *limits, root=self._start(image))
+        if isinstance(image, str) and image in self.recent:
+            self.recent.move_to_end(image)
+            return self.recent[image]
+        stored = images.store(
+            image,
+            self.folder / IMAGES,
+            self.limits.min_pixels,
+            self.limits.max_pixels,
+            root=self._start(image),
+        )
+        # Only paths are remembered: to look bytes up, they would have to be hashed as well.
         if isinstance(image, str):
-            self.seen[image] = stored
-            if len(self.seen) > _REMEMBERED:
-                self.seen.popitem(last=False)
+            self.recent[image] = stored
+            if len(self.recent) > _REMEMBERED:
+                self.recent.popitem(last=False)
         return stored
 
     def _start(self, image: ImageSource) -> Path | None:
+        """Return the folder that a picture's path starts at."""
         if isinstance(image, str) and self.root is None:
             raise _Unusable(
                 "no picture",
@@ -190,59 +236,64 @@ class RowBuilder:
         """Return a record's boxes in the pixels of its upright picture. Raises BadBox, as for boxes
         without one."""
         data = self.entry.dataset
-        raw, *frame = (column(record.found, name, data) for name in ("boxes", "width", "height"))
-        if raw and size_px is None:
+        raw = column(record.columns, "boxes", data)
+        if not raw:
+            return []
+        if size_px is None:
             raise BadBox("the row has boxes and no picture that they lie on")
-        return (
-            boxes.parse(raw, boxes.frame(*frame, size_px), size_px, data.box_format) if raw else []
-        )
+        width = column(record.columns, "width", data)
+        height = column(record.columns, "height", data)
+        frame_px = boxes.frame(width, height, size_px)
+        return boxes.parse(raw, frame_px, size_px, data.box_format)
 
     def _values(self, record: Record, found: list[Box]) -> dict:
         """Return what templates may name: the row's columns, under their own names and those of
         dataset.fields."""
         data = self.entry.dataset
-        values = record.found | {name: column(record.found, name, data) for name in data.fields}
+        values = dict(record.columns)
+        for name in data.fields:
+            values[name] = column(record.columns, name, data)
         if any(box.text for box in found):
-            values["text"] = (
-                boxes.transcript(found) if data.ocr else "\n".join(box.text for box in found)
-            )
+            if data.ocr:
+                values["text"] = boxes.transcript(found)
+            else:
+                values["text"] = "\n".join(box.text for box in found)
+        # Many OCR sets have the text in their boxes alone.
         if data.ocr and values.get("answer") in (None, "") and values.get("text"):
             values["answer"] = values["text"]
         return values
 
     def _filled(self, template: str, values: dict, what: str) -> str:
-        parts = []
+        text = ""
         for literal, name in template_parts(template, what):
-            parts.append(literal)
+            text += literal
             if name is not None:
-                parts.append(self._value(name, values))
-        text = (
-            boxes.clean("".join(parts))
-            if what == "answer" and self.entry.dataset.ocr
-            else "".join(parts).strip()
-        )
+                text += _value(name, values)
+        is_transcript = what == "answer" and self.entry.dataset.ocr
+        text = boxes.clean(text) if is_transcript else text.strip()
         if not text:
             raise _Unusable(f"empty {what}", f"{template!r} gives no text")
         return text
 
-    def _value(self, name: str, values: dict) -> str:
-        if values.get(name) is None:
-            known = ", ".join(
-                sorted(str(key) for key, value in values.items() if value is not None)
-            )
-            raise _Unusable(
-                f"no field {name}",
-                f"a template names {{{name}}}, and the row has {known}; see dataset.fields",
-            )
-        return self._text(values[name])
 
-    @staticmethod
-    def _text(value: object) -> str:
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if isinstance(value, str | int | float):
-            return str(value).replace("\r\n", "\n")
-        return boxes.as_json(value)
+def _value(name: str, values: dict) -> str:
+    if values.get(name) is None:
+        given = [str(key) for key, value in values.items() if value is not None]
+        raise _Unusable(
+            f"no field {name}",
+            f"a template names {{{name}}}, and the row has {', '.join(sorted(given))}; "
+            "see dataset.fields",
+        )
+    return _as_text(values[name])
+
+
+def _as_text(value: object) -> str:
+    # A bool is an int too, and reads as in JSON, where it most likely comes from.
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value).replace("\r\n", "\n")
+    return boxes.as_json(value)
 
 
 @lru_cache
@@ -250,19 +301,24 @@ def template_parts(template: str, what: str) -> tuple[tuple[str, str | None], ..
     """Return (literal, field or None) pairs of a template; doubled braces are literal ones. Raises
     ConfigError."""
     try:
-        parts = [part[:2] for part in string.Formatter().parse(template)]
-        plain = all(
-            not spec and not conversion
-            for *_, spec, conversion in string.Formatter().parse(template)
-        )
+        fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(
             f"the {what} template {template!r} cannot be read: {error}; write {{{{ for a brace"
         ) from None
-    names = [name for _, name in parts if name is not None]
-    if not plain or not all(name.replace("_", "a").replace("-", "a").isalnum() for name in names):
-        raise ConfigError(
-            f"the {what} template {template!r} may hold columns in braces, as in {{prompt}}, and nothing else there; "
-            "write {{ and }} for braces that are meant"
-        )
+    parts = []
+    for literal, name, spec, conversion in fields:
+        # `{a:>9}`, `{a!r}`, `{a.b}` and `{a[0]}` are Python's: a template names columns only.
+        if spec or conversion or not _is_column_name(name):
+            raise ConfigError(
+                f"the {what} template {template!r} may hold columns in braces, as in {{prompt}}, "
+                "and nothing else there; write {{ and }} for braces that are meant"
+            )
+        parts.append((literal, name))
     return tuple(parts)
+
+
+def _is_column_name(name: str | None) -> bool:
+    if name is None:
+        return True  # text behind the last field
+    return name.replace("_", "a").replace("-", "a").isalnum()

@@ -10,48 +10,41 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..routing.rows import normalised
+from .. import union_find
+from ..routing.rows import normalized
 from ..text.documents import SPLITS
 
-TEXT = "text:"  # begins the key of a row without a picture; sorts behind every digest
-_STRICTEST = (
-    "test",
-    "valid",
-    "train",
-)  # a group that a source puts in several goes to the first of these
+# Begins the key of a row without a picture; sorts behind every digest, which is of hex digits, so
+# that a picture stands for a group that has one.
+TEXT = "text:"
+
+# A group that a source puts in several splits goes to the first of these.
+_STRICTEST = ("test", "valid", "train")
 
 
 class Groups:
-    """Keys that belong together, as disjoint sets."""
+    """Keys that belong together; a group is called by its smallest key, a picture's digest."""
 
-    def __init__(self):
-        self._above: dict[str, str] = {}
+    def __init__(self) -> None:
+        self._parents: dict[str, str] = {}
 
     def join(self, keys: Sequence[str]) -> None:
         """Note that all these keys are of one group."""
-        first, *others = (self._top(key) for key in keys)
-        for other in others:
-            first, other = sorted(
-                (first, self._top(other))
-            )  # the smallest key stands for all: a picture's digest
-            self._above[other] = first
+        first = keys[0]
+        self._parents.setdefault(first, first)
+        for other in keys[1:]:
+            self._parents.setdefault(other, other)
+            union_find.unite(self._parents, first, other)
 
     def of(self, key: str) -> str:
         """Return the key that stands for a key's group."""
-        return self._top(key)
-
-    def _top(self, key: str) -> str:
-        top = key
-        while (above := self._above.setdefault(top, top)) != top:
-            top = above
-        while key != top:  # the next search is shorter
-            self._above[key], key = top, self._above[key]
-        return top
+        self._parents.setdefault(key, key)
+        return union_find.root(self._parents, key)
 
 
 def text_key(prompt: str) -> str:
     """Return the key of a row of text alone: rows that ask the same stay together."""
-    return TEXT + hashlib.sha256(normalised(prompt).encode()).hexdigest()[:16]
+    return TEXT + hashlib.sha256(normalized(prompt).encode()).hexdigest()[:16]
 
 
 def group_name(key: str) -> str:
@@ -60,7 +53,7 @@ def group_name(key: str) -> str:
 
 
 @dataclass
-class Division:
+class SplitAssignment:
     """The split of every group; given ones first, the rest by a hash."""
 
     seed: int
@@ -69,46 +62,57 @@ class Division:
     splits: dict[str, str] = field(default_factory=dict)
     carved: tuple[str, ...] = ()  # splits that the source lacks and were cut from the rest
 
-    def divide(self, given: Iterable[tuple[str, str]]) -> None:
+    def assign(self, given: Iterable[tuple[str, str]]) -> None:
         """Settle every group's split from (group, split or "" where none is given) pairs."""
         for group, split in given:
             found = self.splits.get(group, "")
-            self.splits[group] = min((found, split), key=_rank)
+            self.splits[group] = min(found, split, key=_strictness)
         present = set(self.splits.values())
         self.carved = tuple(split for split in ("valid", "test") if split not in present)
-        free = [
-            group
-            for group, split in self.splits.items()
-            if split == "" or (split == "train" and self.carved)
-        ]
-        for group in sorted(free):
+
+        # Training rows are taken from only where the source has no rows for validation or test.
+        free = []
+        for group, split in self.splits.items():
+            if split == "" or (split == "train" and self.carved):
+                free.append(group)
+        for group in free:
             self.splits[group] = self._chosen(group, self.splits[group])
-        self._fill(sorted(free, key=self._share))
+        self._fill_empty(free)
 
     def _chosen(self, group: str, given: str) -> str:
         share = self._share(group)
-        chosen = "test" if share < self.test_share else "train"
-        if self.test_share <= share < self.test_share + self.valid_share:
+        chosen = "train"
+        if share < self.test_share:
+            chosen = "test"
+        elif share < self.test_share + self.valid_share:
             chosen = "valid"
-        return chosen if given == "" or chosen in self.carved else "train"
+        if given == "" or chosen in self.carved:
+            return chosen
+        return "train"
 
-    def _fill(self, free: list[str]) -> None:
+    def _fill_empty(self, free: list[str]) -> None:
         """Give each split that chance left empty a group of the one that has most."""
+        # In an order that the rows' own has no part in.
+        by_share = sorted(free, key=self._share)
         for split in (*self.carved, "train"):
-            if split not in self.splits.values():
-                sizes = Counter(self.splits[group] for group in free)
-                donor = max(SPLITS, key=lambda name: sizes[name])
-                if sizes[donor] > 1:
-                    self.splits[next(group for group in free if self.splits[group] == donor)] = (
-                        split
-                    )
+            if split in self.splits.values():
+                continue
+            sizes = Counter(self.splits[group] for group in by_share)
+            donor = max(SPLITS, key=sizes.__getitem__)
+            if sizes[donor] <= 1:
+                continue
+            for group in by_share:
+                if self.splits[group] == donor:
+                    self.splits[group] = split
+                    break
 
     def _share(self, group: str) -> float:
-        hashed = hashlib.blake2b(
-            group.encode("utf-8", "replace"), digest_size=8, key=str(self.seed).encode()
-        )
-        return int.from_bytes(hashed.digest(), "little") / 2**64
+        """Return a number in [0, 1) that looks random, of the group's name and the seed alone."""
+        key = str(self.seed).encode()
+        name = group.encode("utf-8", "replace")
+        digest = hashlib.blake2b(name, digest_size=8, key=key).digest()
+        return int.from_bytes(digest, "little") / 2**64
 
 
-def _rank(split: str) -> int:
+def _strictness(split: str) -> int:
     return _STRICTEST.index(split) if split else len(_STRICTEST)

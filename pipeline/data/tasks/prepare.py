@@ -24,19 +24,32 @@ from ...store.artifacts import write_text
 from ..drop_stats import DropStats
 from ..sources.tasks import Record, records
 from ..text.documents import SPLITS
-from .build_rows import Lost, Made, RowBuilder
-from .groups import Division, Groups, group_name
+from .build_rows import BuiltRow, DroppedRow, RowBuilder
+from .groups import Groups, SplitAssignment, group_name
 from .rows import DROPPED, IMAGES, ROWS, TaskRow, TaskRows, read_rows
 
 __all__ = ["TaskRow", "TaskRows", "prepare", "read_rows"]
 
-EARLY = 1000  # records after which a source of which nothing fits is given up
-_CHUNK = 16  # records that one process does at a time
-_AHEAD = 4  # chunks per process that wait to be read
-_SAY_EVERY_S = 0.5
+# Records after which a source of which nothing fits is given up: a wrong column name should not
+# cost the hours that a whole source takes.
+EARLY = 1000
+
+# Records that one process does at a time: enough that handing them over costs little, few enough
+# that decoded pictures (up to 192 MB each) do not pile up.
+_CHUNK = 16
+
+# Chunks per process that wait to be read, which bounds memory when writing is the slower part.
+_AHEAD = 4
+
+_PROGRESS_EVERY_S = 0.5
+
+# Not faults of a source: they come of dividing it.
 _HARMLESS = (
     "duplicate",
-    *(f"{what} also in {split}" for what in ("picture", "text") for split in ("test", "valid")),
+    "picture also in test",
+    "picture also in valid",
+    "text also in test",
+    "text also in valid",
 )
 
 
@@ -53,66 +66,92 @@ def prepare(
 
     Raises DataError for everything about the source that is not as asked.
     """
-    folder, start = Path(folder), time.perf_counter()
+    start = time.perf_counter()
+    folder = Path(folder)
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    shaper, stats, groups, counts = (
-        RowBuilder(entry, image, folder),
-        DropStats(_HARMLESS),
-        Groups(),
-        Counter(),
-    )
-    division = Division(seed, entry.dataset.valid_share, entry.dataset.test_share)
+    data = entry.dataset
+    builder = RowBuilder(entry, image, folder)
+    stats = DropStats(_HARMLESS)
+    groups = Groups()
+    counts: Counter[str] = Counter()
+
+    # Rows go to disk first: a group is known only when the last row of the source has been seen.
     spool = folder / "rows.part"
     with open(spool, "w", encoding="utf-8") as file:
-        for made in _kept(_shaped(shaper, processes, stats, progress), stats, counts):
-            groups.join(made.keys)
-            file.write(f"{made.keys[0]}\t{made.row.line()}")
-    _check_bad(stats, entry.name, entry.dataset.max_bad_share)
-    division.divide((groups.of(key), row.split) for key, row in _spooled(spool))
-    counts.update(_write(spool, folder, groups, division, stats))
+        outcomes = _outcomes(builder, processes, stats, progress)
+        for built in _with_own_ids(outcomes, stats, counts):
+            groups.join(built.keys)
+            file.write(f"{built.keys[0]}\t{built.row.line()}")
+    _check_bad(stats, entry.name, data.max_bad_share)
+
+    assignment = SplitAssignment(seed, data.valid_share, data.test_share)
+    assignment.assign((groups.of(key), row.split) for key, row in _spooled(spool))
+    used = _write_rows(spool, folder, groups, assignment, stats, counts)
     spool.unlink()
+    _sweep_images(folder / IMAGES, used, counts)
     _check_splits(entry.name, counts, stats)
-    _report(folder, stats, counts, division)
-    return _metrics(folder, stats, counts, division, time.perf_counter() - start)
+    _write_dropped(folder, stats, counts, assignment)
+    return _metrics(stats, counts, assignment, time.perf_counter() - start)
 
 
-def _kept(shaped: Iterable[Made | Lost], stats: DropStats, counts: Counter) -> Iterator[Made]:
+def _with_own_ids(
+    outcomes: Iterable[BuiltRow | DroppedRow],
+    stats: DropStats,
+    counts: Counter[str],
+) -> Iterator[BuiltRow]:
     """Pass rows on, each with an id of its own, and count what is dropped."""
-    ids = set()
-    for each in shaped:
-        if isinstance(each, Lost):
-            stats.drop(each.reason, each.where, each.detail)
+    # Hashes and not the ids themselves: 16 bytes a row, however long a path is.
+    seen: set[bytes] = set()
+    for outcome in outcomes:
+        if isinstance(outcome, DroppedRow):
+            stats.drop(outcome.reason, outcome.where, outcome.detail)
             continue
-        name = each.row.id
-        while _hashed(name) in ids:  # sources number each of their files from 0
-            name = f"{each.row.id}#{len(ids)}"
-        ids.add(_hashed(name))
-        renamed = name != each.row.id
-        counts.update(
-            rows_resized=each.resized, rows_without_boxes=each.unboxed, ids_changed=renamed
-        )
-        counts.update(rows_without_picture=not each.row.images)
-        yield replace(each, row=replace(each.row, id=name)) if renamed else each
+        row = outcome.row
+        name = row.id
+        # Sources that number each of their files from 0 give an id more than once.
+        while _hash(name) in seen:
+            name = f"{row.id}#{len(seen)}"
+        seen.add(_hash(name))
+        if name != row.id:
+            outcome = replace(outcome, row=replace(row, id=name))
+            counts["ids_changed"] += 1
+        counts["rows_resized"] += outcome.resized
+        counts["rows_without_boxes"] += outcome.unboxed
+        counts["rows_without_picture"] += not row.images
+        yield outcome
 
 
-def _shaped(
-    shaper: RowBuilder, processes: int, stats: DropStats, progress: Progress
-) -> Iterator[Made | Lost]:
+def _outcomes(
+    builder: RowBuilder,
+    processes: int,
+    stats: DropStats,
+    progress: Progress,
+) -> Iterator[BuiltRow | DroppedRow]:
     """Yield what becomes of each record, in order."""
-    name, said_s, made = shaper.entry.name, time.monotonic(), 0
-    chunks = _chunks(records(name, shaper.entry.dataset))
-    for chunk in (
-        _here(shaper, chunks) if processes <= 1 else _among(shaper, chunks, processes, name)
-    ):
-        for outcome in chunk:
-            stats.seen += max(1, len(outcome))
-            made += sum(isinstance(each, Made) for each in outcome)
-            yield from outcome
-        if stats.seen >= EARLY and not made:
-            _check_bad(stats, name, shaper.entry.dataset.max_bad_share)
-        if time.monotonic() - said_s > _SAY_EVERY_S:
-            said_s = time.monotonic()
-            progress(f"{name}: {stats.seen} rows read, {made} fit", None)
+    name = builder.entry.name
+    data = builder.entry.dataset
+    chunks = _chunks(records(name, data))
+    if processes <= 1:
+        built_chunks = _build_here(builder, chunks)
+    else:
+        built_chunks = _build_in_processes(builder, chunks, processes)
+
+    last_s = time.monotonic()
+    fit = 0
+    for chunk in built_chunks:
+        for outcomes in chunk:
+            stats.seen += max(1, len(outcomes))
+            fit += sum(isinstance(outcome, BuiltRow) for outcome in outcomes)
+            yield from outcomes
+        if stats.seen >= EARLY and not fit:
+            _check_bad(stats, name, data.max_bad_share)
+        if time.monotonic() - last_s > _PROGRESS_EVERY_S:
+            last_s = time.monotonic()
+            progress(f"{name}: {stats.seen} rows read, {fit} fit", None)
+
+
+# What a chunk of records becomes: a list of outcomes for each of them.
+_BuiltChunk = list[list[BuiltRow | DroppedRow]]
 
 
 def _chunks(found: Iterator[Record]) -> Iterator[list[Record]]:
@@ -120,43 +159,49 @@ def _chunks(found: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _here(shaper: RowBuilder, chunks: Iterable[list[Record]]) -> Iterator[list]:
+def _build_here(builder: RowBuilder, chunks: Iterable[list[Record]]) -> Iterator[_BuiltChunk]:
     for chunk in chunks:
-        yield [shaper.shape(record) for record in chunk]
+        yield [builder.build(record) for record in chunk]
 
 
-def _among(
-    shaper: RowBuilder, chunks: Iterable[list[Record]], processes: int, name: str
-) -> Iterator[list]:
+def _build_in_processes(
+    builder: RowBuilder,
+    chunks: Iterable[list[Record]],
+    processes: int,
+) -> Iterator[_BuiltChunk]:
     """Yield the same from several processes, at most a few chunks ahead of the reader."""
-    waiting: deque[Future] = deque()
-    with ProcessPoolExecutor(processes, get_context("spawn"), _settle, (shaper,)) as pool:
+    waiting: deque[Future[_BuiltChunk]] = deque()
+    # Spawned: a fork would copy locks that threads of this process may hold.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_worker, (builder,)) as pool:
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_shape, chunk))
+                waiting.append(pool.submit(_build_chunk, chunk))
                 if len(waiting) > _AHEAD * processes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                f"{name}: a process that prepares pictures was ended from outside, most likely for its memory; "
-                f"run fewer than {processes} at once"
+                f"{builder.entry.name}: a process that prepares pictures was ended from outside, "
+                f"most likely for its memory; run fewer than {processes} at once"
             ) from None
         finally:
+            # Whoever reads may stop early, and what waits need not be done then.
             pool.shutdown(cancel_futures=True)
 
 
-_shaper: RowBuilder | None = None  # of this process, when it is one of several
+# Of a worker process: sent once, when it starts, and not with every chunk.
+_worker_builder: RowBuilder
 
 
-def _settle(shaper: RowBuilder) -> None:
-    global _shaper
-    _shaper = shaper
+def _start_worker(builder: RowBuilder) -> None:
+    global _worker_builder
+    _worker_builder = builder
 
 
-def _shape(chunk: list[Record]) -> list:
-    return [_shaper.shape(record) for record in chunk]
+def _build_chunk(chunk: list[Record]) -> _BuiltChunk:
+    return [_worker_builder.build(record) for record in chunk]
 
 
 def _spooled(spool: Path) -> Iterator[tuple[str, TaskRow]]:
@@ -166,43 +211,58 @@ def _spooled(spool: Path) -> Iterator[tuple[str, TaskRow]]:
             yield key, TaskRow.read(json.loads(row))
 
 
-def _write(
-    spool: Path, folder: Path, groups: Groups, division: Division, stats: DropStats
-) -> Counter:
-    """Write rows.jsonl without what is there twice or in two splits, remove pictures of no row;
-    return counts."""
-    counts, seen, used = Counter(), set(), set()
+def _write_rows(
+    spool: Path,
+    folder: Path,
+    groups: Groups,
+    assignment: SplitAssignment,
+    stats: DropStats,
+    counts: Counter[str],
+) -> set[str]:
+    """Write rows.jsonl without what is there twice or in two splits, count rows by split; return
+    the pictures of these rows."""
+    used: set[str] = set()
+    seen: set[bytes] = set()
     with open(folder / ROWS, "w", encoding="utf-8") as file:
         for key, row in _spooled(spool):
             group = groups.of(key)
-            split = division.splits[group]
-            said = _hashed(f"{group}\0{' '.join(row.images)}\0{row.prompt}\0{row.answer}")
-            if row.split and row.split != split and split not in division.carved:
-                what, which = ("picture", row.images[0]) if row.images else ("text", "the prompt")
-                detail = f"{which} of its {row.split} rows"
-                stats.drop(f"{what} also in {split}", row.id, detail)
-            elif said in seen:
+            split = assignment.splits[group]
+
+            # A source may itself have put one picture in two splits: the stricter one keeps it.
+            # Rows of a split that was carved out of the training rows say train, and stay.
+            if row.split and row.split != split and split not in assignment.carved:
+                what = "picture" if row.images else "text"
+                which = row.images[0] if row.images else "the prompt"
+                stats.drop(f"{what} also in {split}", row.id, f"{which} of its {row.split} rows")
+                continue
+            request = _hash(f"{group}\0{' '.join(row.images)}\0{row.prompt}\0{row.answer}")
+            if request in seen:
                 detail = "same pictures, prompt and answer as an earlier row"
                 stats.drop("duplicate", row.id, detail)
-            else:
-                seen.add(said)
-                used.update(row.images)
-                counts[split] += 1
-                file.write(replace(row, split=split, group=group_name(group)).line())
-    for file in (folder / IMAGES).iterdir():
-        if f"{IMAGES}/{file.name}" in used:
-            counts.update(
-                pictures=1,
-                jpegs_as_they_were=file.suffix == ".jpg",
-                picture_bytes=file.stat().st_size,
-            )
-        else:
+                continue
+
+            seen.add(request)
+            used.update(row.images)
+            counts[split] += 1
+            file.write(replace(row, split=split, group=group_name(group)).line())
+    return used
+
+
+def _sweep_images(folder: Path, used: set[str], counts: Counter[str]) -> None:
+    """Count the pictures of rows, and remove those of no row."""
+    for file in folder.iterdir():
+        if f"{IMAGES}/{file.name}" not in used:
             file.unlink()
-    return counts
+            continue
+        counts["pictures"] += 1
+        counts["jpegs_as_they_were"] += file.suffix == ".jpg"
+        counts["picture_bytes"] += file.stat().st_size
 
 
-def _hashed(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _hash(text: str) -> bytes:
+    # Half of a surrogate pair is no UTF-8, and may still stand in an id.
+    encoded = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def _check_bad(stats: DropStats, name: str, max_bad_share: float) -> None:
@@ -219,16 +279,22 @@ def _check_bad(stats: DropStats, name: str, max_bad_share: float) -> None:
     )
 
 
-def _check_splits(name: str, counts: Counter, stats: DropStats) -> None:
+def _check_splits(name: str, counts: Counter[str], stats: DropStats) -> None:
     missing = [split for split in SPLITS if not counts[split]]
     if missing:
         raise DataError(
-            f"loras.experts.{name}.dataset gives no {' and no '.join(missing)} row, out of {stats.seen} seen and "
-            f"{stats.total} dropped: name a file or split for it, or give more pictures"
+            f"loras.experts.{name}.dataset gives no {' and no '.join(missing)} row, out of "
+            f"{stats.seen} seen and {stats.total} dropped: name a file or split for it, or give "
+            "more pictures"
         )
 
 
-def _report(folder: Path, stats: DropStats, counts: Counter, division: Division) -> None:
+def _write_dropped(
+    folder: Path,
+    stats: DropStats,
+    counts: Counter[str],
+    assignment: SplitAssignment,
+) -> None:
     about = {
         "seen": stats.seen,
         "kept": sum(counts[split] for split in SPLITS),
@@ -236,28 +302,28 @@ def _report(folder: Path, stats: DropStats, counts: Counter, division: Division)
         "dropped": dict(sorted(stats.counts.items())),
         "examples": dict(sorted(stats.examples.items())),
         "splits": {split: counts[split] for split in SPLITS},
-        "carved": list(division.carved),
+        "carved": list(assignment.carved),
         "rows_without_picture": counts["rows_without_picture"],
     }
     write_text(folder / DROPPED, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _metrics(
-    folder: Path, stats: DropStats, counts: Counter, division: Division, spent_s: float
+    stats: DropStats,
+    counts: Counter[str],
+    assignment: SplitAssignment,
+    spent_s: float,
 ) -> dict:
-    names = (
-        "pictures",
-        "jpegs_as_they_were",
-        "picture_bytes",
-        "rows_resized",
-        "rows_without_boxes",
-        "rows_without_picture",
-        "ids_changed",
-    )
     return {
         "rows": {split: counts[split] for split in SPLITS},
-        "groups": len(division.splits),
-        **{name: counts[name] for name in names},
+        "groups": len(assignment.splits),
+        "pictures": counts["pictures"],
+        "jpegs_as_they_were": counts["jpegs_as_they_were"],
+        "picture_bytes": counts["picture_bytes"],
+        "rows_resized": counts["rows_resized"],
+        "rows_without_boxes": counts["rows_without_boxes"],
+        "rows_without_picture": counts["rows_without_picture"],
+        "ids_changed": counts["ids_changed"],
         "seen": stats.seen,
         "dropped": dict(stats.counts),
         "seconds": round(spent_s, 3),

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 ROWS = "rows.jsonl"
 IMAGES = "images"
 DROPPED = "dropped.json"
-_PLAIN = ("id", "prompt", "answer", "split", "source", "group")
+
+# Of a line, in this order: equal rows are equal bytes.
+_COLUMNS = ("id", "images", "prompt", "answer", "split", "source", "group")
+
+# Columns that stand in a line only where a row has them.
 _EXTRA = ("boxes", "answers")
 
 
@@ -34,24 +38,22 @@ class TaskRow:
     split: str  # one of train, valid, test
     source: dict  # {"dataset", "id", "revision"}
     group: str  # sha256:..., of text alone text:...; rows that share a picture share it
-    extra: dict = field(
-        default_factory=dict
-    )  # boxes (0..1000) and answers (every reference), where there are any
+    # boxes (0..1000) and answers (every reference), where there are any
+    extra: dict = field(default_factory=dict)
 
     def line(self) -> str:
         """Return the row as its line of rows.jsonl."""
-        about = {name: getattr(self, name) for name in ("id", "images", *_PLAIN[1:])} | self.extra
-        return json.dumps(about, ensure_ascii=False) + "\n"
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return json.dumps(columns | self.extra, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, raw: dict) -> "TaskRow":
         """Return the row of a line's JSON; KeyError or TypeError when it is none."""
-        plain = {name: raw[name] for name in _PLAIN}
-        return cls(
-            **plain,
-            images=tuple(raw["images"]),
-            extra={name: raw[name] for name in _EXTRA if name in raw},
-        )
+        columns = {name: raw[name] for name in _COLUMNS}
+        # JSON has no tuples, and a row that is read must equal the one that was written.
+        columns["images"] = tuple(raw["images"])
+        extra = {name: raw[name] for name in _EXTRA if name in raw}
+        return cls(**columns, extra=extra)
 
 
 class TaskRows:
@@ -80,6 +82,7 @@ class TaskRows:
 
     def pictures(self, row: TaskRow) -> "list[Image]":
         """Return a row's pictures, decoded and checked. Raises DataError."""
+        # Only who opens a picture pays for importing Pillow.
         from ..images.images import open_checked
 
         return [open_checked(name, root=self.folder) for name in row.images]
@@ -98,7 +101,7 @@ def read_rows(folder: Path) -> Iterator[TaskRow]:
                     raise ValueError(f"split {row.split!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise DamagedArtifact(
-                    f"{path}:{number} is no task row ({type(error).__name__}: {error}); delete the artifact and run "
-                    "preprocess again"
+                    f"{path}:{number} is no task row ({type(error).__name__}: {error}); delete "
+                    "the artifact and run preprocess again"
                 ) from None
             yield row
