@@ -19,7 +19,7 @@ import torch
 from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe import train
 from pipeline.families.ffn_moe.config import FfnMoeConfig
-from pipeline.families.ffn_moe.evaluate import Evaluator
+from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.load import load
 from pipeline.hardware import cores, cpu_name, has_bf16

@@ -10,8 +10,9 @@ from pipeline.data.sources import text
 from pipeline.data.text import tokenizer
 from pipeline.data.text.shards import Shards
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe import evaluator as evaluating
 from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.model.trunk import Trunk
 from pipeline.run import backend, stages
 from pipeline.store.artifacts import Store
@@ -95,17 +96,17 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
 
 
 def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkeypatch):
-    sizes, scores, real = {}, {}, evaluate.token_loss
+    sizes, scores, real = {}, {}, evaluating.token_loss
     for batch in (2, 16):
         cfg = small.config(evaluate__batch_sequences=batch)
         sizes[batch] = []
         monkeypatch.setattr(
-            evaluate,
+            evaluating,
             "token_loss",
             lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a),
         )
-        bench = evaluate.Evaluator(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
-        trunk, dummy = evaluate.stored_trunk(cfg, trained)
+        bench = evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
+        trunk, dummy = stored_trunk(cfg, trained)
         scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
     assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
     np.testing.assert_allclose(scores[2], scores[16], rtol=1e-4, atol=1e-5)

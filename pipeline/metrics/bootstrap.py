@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE = (2.5, 97.5)  # percentiles of a 95 % interval
-Interval = list[float]  # its two ends
+Interval = tuple[float, float]
 
 
 class PairedBootstrap:
@@ -45,4 +45,5 @@ class PairedBootstrap:
 
 def interval(value_S: np.ndarray) -> Interval:
     """Return the 95 % interval of a figure or of a difference from its resamples."""
-    return np.percentile(value_S, CONFIDENCE).tolist()
+    low, high = np.percentile(value_S, CONFIDENCE)
+    return float(low), float(high)

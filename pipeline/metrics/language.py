@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import entr, logsumexp
@@ -210,7 +210,7 @@ def _shares(count_LE: np.ndarray) -> np.ndarray:
     return count_LE / total_L1
 
 
-def verdict(difference: float, interval: Sequence[float]) -> str:
+def verdict(difference: float, interval: Sequence[float]) -> Literal["better", "worse", "tie"]:
     """Return better, worse or tie for the stack, from another row minus the stack and its 95 %
     interval.
 

@@ -8,7 +8,8 @@ written.
 """
 
 import json
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -59,6 +60,18 @@ class JobSpeed(ReportPart):
     optimizer_s: float = Field(description="time in optimizer steps, s")
     peak_mb: float | None = Field(description="peak memory, MB (10^6 bytes)")
     mfu: float | None = Field(description="model FLOPs utilisation, share of measured product rate")
+
+    @classmethod
+    def from_metrics(cls, job: str, metrics: Mapping[str, Any]) -> "JobSpeed":
+        """Return the row of a finished training from the metrics of its manifest."""
+        measured = ("seconds", "tokens", "tokens_per_s", "peak_mb", "mfu")
+        # A phase that a short training never entered took no time
+        phases = ("data_s", "forward_s", "backward_s", "optimizer_s")
+        return cls(
+            job=job,
+            **{name: metrics.get(name) for name in measured},
+            **{name: metrics.get(name, 0.0) for name in phases},
+        )
 
 
 class MachineFacts(ReportPart):

@@ -67,6 +67,10 @@ class Shape:
         tables = self.vocab_size * self.d_model * (1 if self.tied else 2)
         return tables + self.attention_parameters + (2 * self.layers + 1) * self.d_model
 
+    def stack_parameters(self, ffns: float) -> int:
+        """Parameters of the trunk with so many feed-forward networks a layer."""
+        return int(self.trunk_parameters + ffns * self.ffn_parameters)
+
     def forward_flops_per_token(self, ffn_active: float = 1.0) -> float:
         """Matrix-product operations of one forward pass, causal attention counted at half."""
         weights = (

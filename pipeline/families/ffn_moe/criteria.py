@@ -1,143 +1,156 @@
 """What the tables of an ffn_moe run add up to: wins by axis, success criteria, speed, notes."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from ...hardware import device
 from ...metrics.language import verdict
+from ...report.schema import Criterion, JobSpeed, QualityRow, TokenRouting, Win
 from ...train.loop import PHASES
+from .. import Parts
 from .config import FfnMoeConfig
+from .evaluator import Evaluator, NetworkRow
 from .parts import token_loss, training_rows
 
-TRAIN_SAMPLE_SEQUENCES = 128
+TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all domains together
 
 
-def wins(rows: list[dict]) -> list[dict]:
-    """Return the stack against every dense row, best single expert and random routing, each with
-    its axis."""
-    single = min((r for r in rows if r["kind"] == "expert"), key=lambda r: r["mean"])["name"]
+def wins(rows: Sequence[QualityRow], trunk: str) -> list[Win]:
+    """Return the stack against every dense row, best single expert, the trunk and random routing,
+    each with its axis."""
+    experts = [row for row in rows if row.kind == "expert"]
+    best_expert = min(experts, key=lambda row: row.mean).name
     out = []
     for row in rows:
-        best = row["name"] == single
-        if (
-            row["kind"] == "dense"
-            or best
-            or row["name"] == "trunk + dummy"
-            or row["name"].startswith("random")
-        ):
-            against = row["versus_stack"]
-            axis = row["axis"] or (
-                "best single expert, which runs one FFN a token" if best else "same trunk"
+        axis = row.axis
+        if row.name == best_expert:
+            axis = "best single expert, which runs one FFN a token"
+        elif row.name == trunk or row.name.startswith("random"):
+            axis = "same trunk"
+        elif row.kind != "dense":
+            continue
+        against = row.versus_stack
+        if against is None:  # the stack is no rival of its own
+            continue
+        out.append(
+            Win(
+                against=row.name,
+                axis=axis,
+                difference=against.difference,
+                interval=against.interval,
+                verdict=verdict(against.difference, against.interval),
             )
-            out.append(
-                {"against": row["name"], "axis": axis, **against, "verdict": verdict(**against)}
-            )
+        )
     return out
 
 
-def criteria(cfg: FfnMoeConfig, bench, report: dict, contenders) -> list[dict]:
-    """Return the success criteria of the run, each passed or not and why."""
+def criteria(
+    cfg: FfnMoeConfig,
+    evaluator: Evaluator,
+    networks: Sequence[NetworkRow],
+    jobs: Sequence[JobSpeed],
+    routing: TokenRouting,
+) -> list[Criterion]:
+    """Return the success criteria of the run, each passed or not and why; networks end with the
+    stack."""
+    wanted = cfg.evaluate.gap_share
+    rivals = [row for row in networks if row.kind == "dense"]
+    gaps = {row.name: _gap(cfg, evaluator, row) for row in [*rivals, networks[-1]]}
+    mine = gaps[networks[-1].name]
     out = []
-    gaps = {
-        c.row: _gap(cfg, bench, c) for c in contenders if c.kind == "dense" or c is contenders[-1]
-    }
-    mine = gaps.pop(contenders[-1].row)
-    for row, theirs in gaps.items():
-        better = mine["test"] < theirs["test"]
-        closed = 1 - mine["gap"] / theirs["gap"] if theirs["gap"] > 0 else 0.0
-        axis = next(c.axis for c in contenders if c.row == row)
+    for rival in rivals:
+        theirs = gaps[rival.name]
+        closed = 1 - mine.gap / theirs.gap if theirs.gap > 0 else 0.0
         out.append(
-            {
-                "name": f"primary, {row}",
-                "passed": better or closed >= cfg.evaluate.gap_share,
-                "text": f"beats {row} ({axis}) or closes {cfg.evaluate.gap_share:.0%} of its train-test gap",
-                "detail": f"{mine['test']:.4f} against {theirs['test']:.4f} nats; train-test gap {mine['gap']:.4f} "
-                f"against {theirs['gap']:.4f} ({closed:+.0%} closed)",
-            }
+            Criterion(
+                name=f"primary, {rival.name}",
+                text=f"beats {rival.name} ({rival.axis}) or closes {wanted:.0%} of its "
+                "train-test gap",
+                passed=mine.test < theirs.test or closed >= wanted,
+                detail=f"{mine.test:.4f} against {theirs.test:.4f} nats; train-test gap "
+                f"{mine.gap:.4f} against {theirs.gap:.4f} ({closed:+.0%} closed)",
+            )
         )
-    out.append(_secondary(report["speed"]))
-    routing, least = report["routing"], cfg.evaluate.min_expert_share
+    out.append(_throughput(jobs))
+    least = cfg.evaluate.min_expert_share
     out.append(
-        {
-            "name": "tertiary",
-            "text": f"every expert is used by at least {least:.0%} of tokens",
-            "passed": routing["least"][1] >= least,
-            "detail": f"least {routing['least'][0]} {routing['least'][1]:.1%}, "
-            f"entropy {routing['entropy']:.3f} of {routing['max_entropy']:.3f} nats",
-        }
+        Criterion(
+            name="tertiary",
+            text=f"every expert is used by at least {least:.0%} of tokens",
+            passed=routing.least.share >= least,
+            detail=f"least {routing.least.expert} {routing.least.share:.1%}, "
+            f"entropy {routing.entropy:.3f} of {routing.max_entropy:.3f} nats",
+        )
     )
     return out
 
 
-def _secondary(jobs: list[dict]) -> dict:
+def _throughput(jobs: Sequence[JobSpeed]) -> Criterion:
     """Return the throughput criterion: an expert on the frozen trunk trains at least as fast as the
     trunk did."""
-    trunk = next(j for j in jobs if j["job"] == "train_shared")
-    rates = sorted(j["tokens_per_s"] for j in jobs if j["job"].startswith("train_experts"))
+    trunk = next(job for job in jobs if job.job == "train_shared")
+    experts = [job for job in jobs if job.job.startswith("train_experts")]
+    rates = sorted(job.tokens_per_s or 0.0 for job in experts)
     mine = rates[len(rates) // 2]
-    total = sum(trunk[f"{p}_s"] for p in PHASES) or 1.0
-    phases = ", ".join(f"{p} {trunk[f'{p}_s'] / total:.0%}" for p in PHASES)
-    return {
-        "name": "secondary",
-        "text": "an expert trains at least as many tokens a second as the trunk did",
-        "passed": mine >= trunk["tokens_per_s"],
-        "detail": f"expert {mine:,.0f} (median), trunk {trunk['tokens_per_s']:,.0f} tokens/s; trunk's time: {phases}",
-    }
+    theirs = trunk.tokens_per_s or 0.0
+    seconds = {phase: getattr(trunk, f"{phase}_s") for phase in PHASES}
+    total = sum(seconds.values()) or 1.0
+    phases = ", ".join(f"{phase} {each / total:.0%}" for phase, each in seconds.items())
+    return Criterion(
+        name="secondary",
+        text="an expert trains at least as many tokens a second as the trunk did",
+        passed=mine >= theirs,
+        detail=f"expert {mine:,.0f} (median), trunk {theirs:,.0f} tokens/s; trunk's time: {phases}",
+    )
 
 
-def _gap(cfg: FfnMoeConfig, bench, c) -> dict:
-    """Return test loss and its distance from the loss on training text, nats per token, mean over
-    domains."""
-    bench.progress(f"train-test gap of {c.row}", None)
+@dataclass(frozen=True)
+class _Gap:
+    test: float  # nats per token, mean over domains
+    gap: float  # how far that is above the same on training text
+
+
+def _gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> _Gap:
+    evaluator.progress(f"train-test gap of {row.name}", None)
+    domains = evaluator.shards.domains
     per_domain = []
-    for domain in bench.shards.domains:
-        rows = training_rows(cfg, bench.shards, "gap", (domain,))
-        count = max(
-            1,
-            min(
-                TRAIN_SAMPLE_SEQUENCES // len(bench.shards.domains),
-                rows.tokens() // rows.context_tokens - 1,
-            ),
-        )
-        ids = torch.from_numpy(rows.rows(0, count)).to(device())
-        per_domain.append(token_loss(c.trunk, c.ffn, ids, bench.bf16).mean().item())
-    test = bench.scores.nats_per_token(c.row)
-    return {"test": test, "gap": test - float(np.mean(per_domain))}
+    for domain in domains:
+        rows = training_rows(cfg, evaluator.shards, "gap", (domain,))
+        windows = rows.tokens() // rows.context_tokens - 1
+        count = max(1, min(TRAIN_SAMPLE_SEQUENCES // len(domains), windows))
+        ids_BT = torch.from_numpy(rows.rows(0, count)).to(device())
+        nats_BT = token_loss(row.trunk, row.ffn, ids_BT, evaluator.bf16)
+        per_domain.append(nats_BT.mean().item())
+    test = evaluator.scores.nats_per_token(row.name)
+    return _Gap(test, test - float(np.mean(per_domain)))
 
 
-def speed(cfg: FfnMoeConfig, parts) -> list[dict]:
-    """Return throughput, time by phase and peak memory of every training job, from the manifests."""
-    jobs = [
-        ("train_shared", None),
-        *(("train_experts", e) for e in cfg.experts),
-        ("train_router", None),
-    ]
-    jobs += [("train_dense", b) for b in cfg.dense.baselines]
+def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
+    """Return throughput, time by phase and peak memory of every training job, from the
+    manifests."""
+    jobs: list[tuple[str, str | None]] = [("train_shared", None)]
+    jobs += [("train_experts", name) for name in cfg.experts]
+    jobs.append(("train_router", None))
+    jobs += [("train_dense", name) for name in cfg.dense.baselines]
     out = []
     for stage, item in jobs:
-        m = parts.manifest(stage, item).metrics
-        phases = {f"{p}_s": m.get(f"{p}_s", 0.0) for p in PHASES}
-        out.append(
-            {
-                "job": f"{stage} {item}" if item else stage,
-                "seconds": m["seconds"],
-                "tokens": m["tokens"],
-                "tokens_per_s": m["tokens_per_s"],
-                "peak_mb": m["peak_mb"],
-                "mfu": m["mfu"],
-                **phases,
-            }
-        )
+        name = f"{stage} {item}" if item else stage
+        out.append(JobSpeed.from_metrics(name, parts.manifest(stage, item).metrics))
     return out
 
 
 def notes(cfg: FfnMoeConfig) -> list[str]:
     """Return what a reader of the report has to know beside it."""
     out = [
-        "Intervals resample documents within each domain (paired across rows); they do not cover training seeds."
+        "Intervals resample documents within each domain (paired across rows); "
+        "they do not cover training seeds."
     ]
     if cfg.router.balance == "bias":
         out.append(
-            "The selection bias shaped training only: Qwen3-MoE has no place for it, so it is not used here."
+            "The selection bias shaped training only: Qwen3-MoE has no place for it, "
+            "so it is not used here."
         )
     return out

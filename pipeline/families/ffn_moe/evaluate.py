@@ -5,27 +5,38 @@ B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D mode
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ...data.text.shards import Shards
-from ...hardware import device, machine, uses_bf16
-from ...metrics.language import Documents, Scores, oracle_gain, posterior_mix, routing
+from ...hardware import device, machine
+from ...metrics.language import oracle_gain, posterior_mix, routing
 from ...model.experts import Expert, average
 from ...model.router import Mixture, UniformMixture
 from ...model.router_init import random as random_gates
-from ...model.trunk import Ffn, Trunk, build, load_dense
+from ...model.trunk import Trunk, build, load_dense
 from ...protocols import Progress
-from ...report import LanguageReport
+from ...report.schema import (
+    ActiveRow,
+    Difference,
+    DomainMatrix,
+    LanguageModelFacts,
+    LanguageReport,
+    MachineFacts,
+    OptOutRow,
+    QualityRow,
+    TextCounts,
+    TokenRouting,
+)
 from ...store.artifacts import now
 from ...train.flops import Shape
+from .. import Parts
 from .config import FfnMoeConfig
-from .cost import stage_tokens
+from .cost import FROM_ZERO, stage_tokens
 from .criteria import criteria, notes, speed, wins
+from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import (
     ANCHOR,
     initial_gates,
@@ -33,8 +44,8 @@ from .parts import (
     stored_experts,
     stored_statistics,
     stored_trunk,
-    token_loss,
 )
+from .stack import FfnStack, join
 
 AXES = {
     "total": "same total tokens",
@@ -43,359 +54,370 @@ AXES = {
     "wide": "same active parameters, same total tokens",
     "scratch": "same total tokens, from zero",
 }
+TRUNK = "trunk + dummy"
+SOUP = "weight soup"
+ENSEMBLE = "posterior ensemble"
+ORACLE = "oracle expert"
 
 
-@dataclass(frozen=True)
-class EvalRow:
-    """One row of the quality table: a network that gives every token a loss."""
-
-    row: str
-    kind: str
-    trunk: Trunk
-    ffn: Ffn
-    ffns: float = 1.0  # feed-forward networks that run per token
-    held: float = 1.0  # feed-forward networks that are kept
-    axis: str = ""
-    train_tokens: int | None = None
-
-
-class Evaluator:
-    """The held-out text, and what every contender scores on it."""
-
-    def __init__(self, cfg: FfnMoeConfig, shards: Shards, progress: Progress):
-        self.cfg, self.shards, self.progress, self.bf16 = (
-            cfg,
-            shards,
-            progress,
-            uses_bf16(cfg.dtype),
-        )
-        self.documents = {d: _documents(cfg, shards, d) for d in shards.domains}
-        self.scores = Scores(self.documents, cfg.evaluate.bootstrap, cfg.data.seed)
-        self.tokens: dict[str, dict[str, np.ndarray]] = {}
-
-    def token_nats(self, trunk: Trunk, ffn: Ffn, domain: str) -> np.ndarray:
-        """Return nats_T of a domain's held-out stream; 0 where a token is given and not predicted."""
-        documents, context = self.documents[domain], self.cfg.trunk.context_tokens
-        end = int(documents.starts_n[-1])
-        stream_T = np.asarray(self.shards.stream("test", domain)[:end], dtype=np.int64)
-        padded = np.full(ceil((end - 1) / context) * context + 1, self.shards.end_id)
-        padded[:end] = stream_T
-        rows = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::context]
-        batches = (
-            torch.from_numpy(rows.copy()).to(device()).split(self.cfg.evaluate.batch_sequences)
-        )
-        found = (
-            torch.cat([token_loss(trunk, ffn, ids, self.bf16).flatten() for ids in batches])
-            .cpu()
-            .numpy()
-        )
-        nats_T = np.concatenate([[0.0], found[: end - 1]])
-        nats_T[documents.starts_n[:-1]] = 0.0
-        return nats_T
-
-    def score(self, row: str, trunk: Trunk, ffn: Ffn, keep_tokens: bool = False) -> None:
-        """Run a contender over all domains."""
-        self.progress(f"evaluating {row}", None)
-        found = {d: self.token_nats(trunk, ffn, d) for d in self.documents}
-        self.scores.add(row, {d: self.documents[d].sums(n) for d, n in found.items()})
-        if keep_tokens:
-            self.tokens[row] = found
-
-
-def tables(cfg: FfnMoeConfig, parts, progress: Progress) -> LanguageReport:
+def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
     """Return the report of a run: quality, opt-out, routing, active experts, the domain x expert
     matrix, criteria, speed."""
-    from .stack import assemble
-
     shards = Shards(parts.folder("preprocess"))
-    bench, stack = Evaluator(cfg, shards, progress), assemble(cfg, parts)
     trunk, dummy = stored_trunk(cfg, parts)
-    contenders = list(_contenders(cfg, parts, shards, trunk, dummy, stack))
-    for c in contenders:
-        bench.score(c.row, c.trunk, c.ffn, keep_tokens=c.kind == "expert")
-    _combined(cfg, bench)
-    rows = _quality(cfg, bench, contenders, stack, _shape(cfg, trunk))
-    report = {
-        "run": cfg.name,
-        "family": cfg.family,
-        "seed": cfg.seed,
-        "made": now(),
-        "experts": list(stack.names),
-        "domains": list(shards.domains),
-        "metric": "bits per byte on held-out text",
-        "model": _model(cfg, trunk, stack),
-        "data": _data(bench),
-        "quality": rows,
-        "opt_out": _opt_out(cfg, bench, stack),
-        "routing": _routing(bench, stack),
-        "active": _active(cfg, bench, stack, _shape(cfg, trunk)),
-        "matrix": _matrix(bench, contenders),
-        "wins": wins(rows),
-        "speed": speed(cfg, parts),
-        "machine": machine(torch.get_num_threads(), bench.bf16),
-        "notes": notes(cfg),
-    }
-    report["criteria"] = criteria(cfg, bench, report, contenders)
-    return LanguageReport.model_validate(report)
+    experts = dict(stored_experts(cfg, parts, dummy))
+    stack = join(cfg, parts, trunk, experts)
+    shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
+    evaluator = Evaluator(cfg, shards, progress)
+    networks = list(_networks(cfg, parts, shards, dummy, experts, stack))
+    for row in networks:
+        evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=row.kind == "expert")
+    _score_combined(evaluator)
+    quality = _quality(cfg, evaluator, networks, shape)
+    token_routing = _routing(evaluator, stack)
+    jobs = speed(cfg, parts)
+    return LanguageReport(
+        run=cfg.name,
+        family=cfg.family,
+        seed=cfg.seed,
+        made=now(),
+        experts=stack.names,
+        domains=shards.domains,
+        metric="bits per byte on held-out text",
+        model=_model(cfg, shape, stack),
+        data=_text_counts(evaluator),
+        quality=quality,
+        opt_out=_opt_out(cfg, evaluator, stack),
+        routing=token_routing,
+        active=_active(evaluator, stack, shape),
+        matrix=_matrix(evaluator, networks),
+        wins=wins(quality, TRUNK),
+        speed=jobs,
+        machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
+        notes=notes(cfg),
+        criteria=criteria(cfg, evaluator, networks, jobs, token_routing),
+    )
 
 
 def stack_row(cfg: FfnMoeConfig) -> str:
     """Return the name of the run's own stack in the quality table."""
-    trained = cfg.router.resolve_steps(cfg.trunk.context_tokens, 10**9) > 0
+    # Whatever an epoch holds: a router that has any steps is trained
+    steps = cfg.router.resolve_steps(cfg.trunk.context_tokens, 10**9)
+    trained = " trained" if steps > 0 else ""
     anchor = " + anchor" if cfg.trunk.anchor == "keep" else ""
-    return f"{cfg.router.init}{' trained' if trained else ''} top-{cfg.router.top_k}{anchor} (the stack)"
+    return f"{cfg.router.init}{trained} top-{cfg.router.top_k}{anchor} (the stack)"
 
 
-def _contenders(cfg, parts, shards, trunk, dummy, stack) -> Iterator[EvalRow]:
-    """Yield the rows of the quality table that a network can be run for."""
-    named = list(stored_experts(cfg, parts))
-    own = [(n, e) for n, e in named if n != ANCHOR]
-    experts, only_own = [e for _, e in named], [e for _, e in own]
-    budget = {d: shards.tokens("train", d) for d in shards.domains}
-    on_trunk = stage_tokens(cfg, "train_shared", None, budget)
-    each = {n: stage_tokens(cfg, "train_experts", n, budget) for n, _ in own}
-    joined = on_trunk + sum(each.values())
-    n, k = float(len(experts)), cfg.router.top_k
-    yield EvalRow("trunk + dummy", "part", trunk, dummy, train_tokens=on_trunk)
-    for name, expert in own:
-        yield EvalRow(name, "expert", trunk, expert, train_tokens=on_trunk + each[name])
-    yield from _dense(cfg, parts, budget, on_trunk)
-    yield EvalRow("weight soup", "merge", trunk, average(only_own), train_tokens=joined)
-    yield EvalRow(
-        "uniform mixture",
-        "merge",
-        trunk,
-        UniformMixture(only_own),
-        len(own),
-        len(own),
-        train_tokens=joined,
-    )
-    torch.manual_seed(cfg.seed_of("random router"))
-    random_LED = random_gates(stored_statistics(cfg, parts, cfg.trunk.anchor == "keep"))
-    yield EvalRow(
-        f"random router top-{k}",
-        "router",
-        trunk,
-        mixture_of(experts, random_LED, k),
-        k,
-        n,
-        train_tokens=joined,
-    )
-    for init in ("centroid", "ridge"):
-        gates = mixture_of(experts, initial_gates(cfg, parts, init), k)
-        yield EvalRow(
-            f"{init} top-{k}, untrained", "router", trunk, gates, k, n, train_tokens=joined
+def _networks(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    shards: Shards,
+    dummy: Expert,
+    named: Mapping[str, Expert],
+    stack: FfnStack,
+) -> Iterator[NetworkRow]:
+    """Yield the rows of the quality table that a network can be run for, the stack last."""
+    trunk = stack.trunk
+    experts = list(named.values())
+    own = {name: each for name, each in named.items() if name != ANCHOR}
+    only_own = list(own.values())
+    domain_tokens = {domain: shards.tokens("train", domain) for domain in shards.domains}
+    trunk_tokens = stage_tokens(cfg, "train_shared", None, domain_tokens)
+    joined_tokens = trunk_tokens
+    kept = float(len(experts))
+    k = cfg.router.top_k
+
+    yield NetworkRow(name=TRUNK, kind="part", trunk=trunk, ffn=dummy, train_tokens=trunk_tokens)
+    for name, expert in own.items():
+        expert_tokens = stage_tokens(cfg, "train_experts", name, domain_tokens)
+        joined_tokens += expert_tokens
+        yield NetworkRow(
+            name=name,
+            kind="expert",
+            trunk=trunk,
+            ffn=expert,
+            train_tokens=trunk_tokens + expert_tokens,
         )
-    total = joined + stage_tokens(cfg, "train_router", None, budget)
-    weight_LED = torch.stack([g.data for g in stack.mixture.router.gates])
-    for other in sorted({1, 2} - {k}):
-        if other <= len(experts):
-            gates = mixture_of(experts, weight_LED, other)
-            yield EvalRow(
-                f"the stack's router, top-{other}",
-                "router",
-                trunk,
-                gates,
-                other,
-                n,
-                train_tokens=total,
+    yield from _dense(cfg, parts, domain_tokens)
+    yield NetworkRow(
+        name=SOUP,
+        kind="merge",
+        trunk=trunk,
+        ffn=average(only_own),
+        train_tokens=joined_tokens,
+    )
+    yield NetworkRow(
+        name="uniform mixture",
+        kind="merge",
+        trunk=trunk,
+        ffn=UniformMixture(only_own),
+        active_ffns=len(own),
+        kept_ffns=len(own),
+        train_tokens=joined_tokens,
+    )
+
+    torch.manual_seed(cfg.seed_of("random router"))
+    statistics = stored_statistics(cfg, parts, cfg.trunk.anchor == "keep")
+    untrained = {f"random router top-{k}": random_gates(statistics)}
+    for init in ("centroid", "ridge"):
+        untrained[f"{init} top-{k}, untrained"] = initial_gates(cfg, parts, init)
+    for name, weight_LED in untrained.items():
+        yield NetworkRow(
+            name=name,
+            kind="router",
+            trunk=trunk,
+            ffn=mixture_of(experts, weight_LED, k),
+            active_ffns=k,
+            kept_ffns=kept,
+            train_tokens=joined_tokens,
+        )
+
+    all_tokens = joined_tokens + stage_tokens(cfg, "train_router", None, domain_tokens)
+    for other in (1, 2):
+        if other != k and other <= len(experts):
+            yield NetworkRow(
+                name=f"the stack's router, top-{other}",
+                kind="router",
+                trunk=trunk,
+                ffn=mixture_of(experts, stack.weight_LED, other),
+                active_ffns=other,
+                kept_ffns=kept,
+                train_tokens=all_tokens,
             )
-    yield _other_anchor(cfg, parts, trunk, dummy, only_own, joined)
-    yield EvalRow(stack_row(cfg), "router", trunk, stack.mixture, k, n, train_tokens=total)
+    yield _other_anchor(cfg, parts, trunk, dummy, only_own, joined_tokens)
+    yield NetworkRow(
+        name=stack_row(cfg),
+        kind="router",
+        trunk=trunk,
+        ffn=stack.mixture,
+        active_ffns=k,
+        kept_ffns=kept,
+        train_tokens=all_tokens,
+    )
 
 
-def _other_anchor(cfg, parts, trunk, dummy, own: list[Expert], joined: int) -> EvalRow:
+def _other_anchor(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    trunk: Trunk,
+    dummy: Expert,
+    own: Sequence[Expert],
+    train_tokens: int,
+) -> NetworkRow:
     """Return the stack's alternative: with the anchor when it was discarded, without it when it was
     kept."""
     keep = cfg.trunk.anchor == "discard"
-    experts = [dummy, *own] if keep else own
+    experts = [dummy, *own] if keep else list(own)
     k = min(cfg.router.top_k, len(experts))
-    gates = mixture_of(experts, initial_gates(cfg, parts, "ridge", anchor=keep), k)
-    row = f"ridge top-{k} {'with' if keep else 'without'} anchor, untrained"
-    return EvalRow(row, "router", trunk, gates, k, float(len(experts)), train_tokens=joined)
+    weight_LED = initial_gates(cfg, parts, "ridge", anchor=keep)
+    return NetworkRow(
+        name=f"ridge top-{k} {'with' if keep else 'without'} anchor, untrained",
+        kind="router",
+        trunk=trunk,
+        ffn=mixture_of(experts, weight_LED, k),
+        active_ffns=k,
+        kept_ffns=float(len(experts)),
+        train_tokens=train_tokens,
+    )
 
 
-def _dense(cfg, parts, budget, on_trunk) -> Iterator[EvalRow]:
+def _dense(
+    cfg: FfnMoeConfig, parts: Parts, domain_tokens: Mapping[str, int]
+) -> Iterator[NetworkRow]:
     """Yield the dense baselines, each with the axis it shares with the stack."""
     for item in cfg.dense.baselines:
-        trunk, ffn = build(
-            json.loads((parts.folder("train_dense", item) / "trunk.json").read_text("utf-8"))
-        )
-        load_dense(trunk, ffn, parts.tensors("train_dense", "model.safetensors", item))
-        wide = cfg.router.top_k if item == "wide" else 1.0
-        spent = stage_tokens(cfg, "train_dense", item, budget) + (
-            on_trunk if item in ("total", "path", "ffn") else 0
-        )
-        yield EvalRow(
-            f"dense {item}",
-            "dense",
-            trunk.to(device()).eval(),
-            ffn.to(device()).eval(),
-            wide,
-            wide,
-            AXES[item],
-            spent,
+        settings = (parts.folder("train_dense", item) / "trunk.json").read_text("utf-8")
+        trunk, ffn = build(json.loads(settings))
+        stored = parts.tensors("train_dense", "model.safetensors", item)
+        load_dense(trunk, ffn, stored)
+        width = cfg.router.top_k if item == "wide" else 1.0
+        tokens = stage_tokens(cfg, "train_dense", item, domain_tokens)
+        if item not in FROM_ZERO:
+            tokens += stage_tokens(cfg, "train_shared", None, domain_tokens)
+        yield NetworkRow(
+            name=f"dense {item}",
+            kind="dense",
+            trunk=trunk.to(device()).eval(),
+            ffn=ffn.to(device()).eval(),
+            active_ffns=width,
+            kept_ffns=width,
+            axis=AXES[item],
+            train_tokens=tokens,
         )
 
 
-def _combined(cfg: FfnMoeConfig, bench: Evaluator) -> None:
+def _score_combined(evaluator: Evaluator) -> None:
     """Add the rows that follow from the experts' own: posterior ensemble and oracle."""
-    names = list(bench.tokens)
-    mixed, oracle = {}, {}
-    for domain, documents in bench.documents.items():
-        nats_ET = np.stack([bench.tokens[n][domain] for n in names])
+    experts = evaluator.token_nats_of
+    mixed = {}
+    oracle = {}
+    for domain, documents in evaluator.documents.items():
+        nats_ET = np.stack([nats[domain] for nats in experts.values()])
         mixed[domain] = documents.sums(posterior_mix(nats_ET, documents.starts_n))
-        sums = {n: documents.sums(bench.tokens[n][domain]) for n in names}
+        sums = {name: documents.sums(nats[domain]) for name, nats in experts.items()}
+        # A domain without an expert of its own has the best one for its oracle
         oracle[domain] = sums.get(domain, min(sums.values(), key=np.sum))
-    bench.scores.add("posterior ensemble", mixed)
-    bench.scores.add("oracle expert", oracle)
+    evaluator.scores.add(ENSEMBLE, mixed)
+    evaluator.scores.add(ORACLE, oracle)
 
 
 def _quality(
-    cfg, bench: Evaluator, contenders: Sequence[EvalRow], stack, shape: Shape
-) -> list[dict]:
-    last, own = stack_row(cfg), float(sum(c.kind == "expert" for c in contenders))
-    listed = [*contenders]
-    trunk = contenders[0].trunk
-    tokens = next(c.train_tokens for c in contenders if c.row == "weight soup")
-    listed.insert(-1, EvalRow("posterior ensemble", "merge", trunk, None, own, own, "", tokens))
-    listed.append(EvalRow("oracle expert", "oracle", trunk, None, 1.0, own, "", tokens))
-    scores = bench.scores
-    bounds = (scores.nats_per_token("trunk + dummy"), scores.nats_per_token("oracle expert"))
-    return [_quality_row(scores, c, shape, bounds, last) for c in listed]
-
-
-def _quality_row(scores: Scores, c: EvalRow, shape: Shape, bounds, last: str) -> dict:
-    """Return one row of the quality table; sizes count the trunk and the feed-forward networks that run or are
-    kept."""
-    perplexity = scores.perplexity(c.row)
-    against = scores.difference(c.row, last) if c.row != last else None
-    ensemble = (
-        c.row == "posterior ensemble"
-    )  # its experts share no layer: each runs a whole network
-    flops = (
-        shape.forward_flops_per_token(c.ffns)
-        if not ensemble
-        else c.ffns * shape.forward_flops_per_token(1.0)
+    cfg: FfnMoeConfig,
+    evaluator: Evaluator,
+    networks: Sequence[NetworkRow],
+    shape: Shape,
+) -> list[QualityRow]:
+    experts = float(sum(row.kind == "expert" for row in networks))
+    joined_tokens = next(row.train_tokens for row in networks if row.name == SOUP)
+    ensemble = EvalRow(
+        name=ENSEMBLE,
+        kind="merge",
+        active_ffns=experts,
+        kept_ffns=experts,
+        train_tokens=joined_tokens,
     )
-    active = shape.trunk_parameters + c.ffns * shape.ffn_parameters
-    return {
-        "name": c.row,
-        "kind": c.kind,
-        "axis": c.axis,
-        "bits_per_byte": scores.bits_per_byte(c.row),
-        "mean": scores.mean(c.row),
-        "interval": scores.interval(c.row),
-        "perplexity": perplexity,
-        "mean_perplexity": float(np.exp(scores.nats_per_token(c.row))),
-        "active_parameters": int(active),
-        "total_parameters": int(shape.trunk_parameters + c.held * shape.ffn_parameters),
-        "flops_per_token": int(flops),
-        "train_tokens": c.train_tokens,
-        "oracle_gain": oracle_gain(scores.nats_per_token(c.row), *bounds),
-        "versus_stack": against and {"difference": against[0], "interval": against[1]},
-        "is_stack": c.row == last,
-    }
+    oracle = EvalRow(name=ORACLE, kind="oracle", kept_ffns=experts, train_tokens=joined_tokens)
+    *before, stack = networks
+    rows: list[EvalRow] = [*before, ensemble, stack, oracle]
+    return [_quality_row(evaluator, row, shape, stack.name) for row in rows]
 
 
-def _opt_out(cfg: FfnMoeConfig, bench: Evaluator, stack) -> list[dict]:
+def _quality_row(evaluator: Evaluator, row: EvalRow, shape: Shape, stack: str) -> QualityRow:
+    """Return one row of the quality table; sizes count the trunk and the feed-forward networks that
+    run or are kept."""
+    scores = evaluator.scores
+    nats = scores.nats_per_token(row.name)
+    versus_stack = None
+    if row.name != stack:
+        difference, interval = scores.difference(row.name, stack)
+        versus_stack = Difference(difference=difference, interval=interval)
+    if row.name == ENSEMBLE:
+        # Its experts share no layer: each runs a whole network
+        flops = row.active_ffns * shape.forward_flops_per_token(1.0)
+    else:
+        flops = shape.forward_flops_per_token(row.active_ffns)
+    return QualityRow(
+        name=row.name,
+        kind=row.kind,
+        axis=row.axis,
+        bits_per_byte=scores.bits_per_byte(row.name),
+        mean=scores.mean(row.name),
+        interval=scores.interval(row.name),
+        perplexity=scores.perplexity(row.name),
+        mean_perplexity=float(np.exp(nats)),
+        active_parameters=shape.stack_parameters(row.active_ffns),
+        total_parameters=shape.stack_parameters(row.kept_ffns),
+        flops_per_token=int(flops),
+        train_tokens=row.train_tokens,
+        oracle_gain=oracle_gain(nats, scores.nats_per_token(TRUNK), scores.nats_per_token(ORACLE)),
+        versus_stack=versus_stack,
+        is_stack=row.name == stack,
+    )
+
+
+def _opt_out(cfg: FfnMoeConfig, evaluator: Evaluator, stack: FfnStack) -> list[OptOutRow]:
     """Return the opt-out table: the stack with one expert and its gate rows taken away."""
-    full, rows = bench.scores.perplexity(stack_row(cfg)), []
-    bits = bench.scores.bits_per_byte(stack_row(cfg))
+    if len(stack.names) == 1:
+        return []
+    scores = evaluator.scores
+    full_perplexity = scores.perplexity(stack_row(cfg))
+    full_bits = scores.bits_per_byte(stack_row(cfg))
+    rows = []
     for gone, name in enumerate(stack.names):
-        if len(stack.names) == 1:
-            break
         keep = [i for i in range(len(stack.names)) if i != gone]
-        experts = [stack.mixture.experts[i] for i in keep]
-        weight_LED = torch.stack([g.data[keep] for g in stack.mixture.router.gates])
-        row = f"without {name}"
-        bench.score(
-            row, stack.trunk, mixture_of(experts, weight_LED, min(cfg.router.top_k, len(keep)))
-        )
-        ratio = {d: p / full[d] for d, p in bench.scores.perplexity(row).items()}
-        delta = {d: b - bits[d] for d, b in bench.scores.bits_per_byte(row).items()}
-        rows.append({"removed": name, "ratio": ratio, "delta_bits": delta})
+        experts = [stack.experts[i] for i in keep]
+        k = min(cfg.router.top_k, len(keep))
+        without = f"without {name}"
+        mixture = mixture_of(experts, stack.weight_LED[:, keep], k)
+        evaluator.score(without, stack.trunk, mixture)
+        ratio = {}
+        for domain, perplexity in scores.perplexity(without).items():
+            ratio[domain] = perplexity / full_perplexity[domain]
+        delta_bits = {}
+        for domain, bits in scores.bits_per_byte(without).items():
+            delta_bits[domain] = bits - full_bits[domain]
+        rows.append(OptOutRow(removed=name, ratio=ratio, delta_bits=delta_bits))
     return rows
 
 
-class _Tally:
-    """Counts a mixture's choices while it fills."""
+class _ChoiceCounter:
+    """Counts a mixture's choices while it stands in the trunk's slot."""
 
     def __init__(self, mixture: Mixture, layers: int, experts: int):
         self.mixture = mixture
-        self.all_LE, self.first_LE = np.zeros((layers, experts)), np.zeros((layers, experts))
+        self.all_LE = np.zeros((layers, experts))
+        self.first_LE = np.zeros((layers, experts))
 
     def __call__(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
         index_NK, _ = self.mixture.router.route(layer, x_BTD.flatten(0, -2))
-        experts = self.all_LE.shape[1]
-        self.all_LE[layer] += index_NK.flatten().bincount(minlength=experts).cpu().numpy()
-        self.first_LE[layer] += index_NK[:, 0].bincount(minlength=experts).cpu().numpy()
+        self.all_LE[layer] += self._counts(index_NK.flatten())
+        self.first_LE[layer] += self._counts(index_NK[:, 0])
         return self.mixture(layer, x_BTD)
 
-
-def _routing(bench: Evaluator, stack) -> dict:
-    counts, first = {}, {}
-    for domain in bench.documents:
-        tally = _Tally(stack.mixture, len(stack.mixture.router.gates), len(stack.names))
-        bench.token_nats(stack.trunk, tally, domain)
-        counts[domain], first[domain] = tally.all_LE, tally.first_LE
-    return routing(counts, first, list(stack.names))
+    def _counts(self, index: torch.Tensor) -> np.ndarray:
+        experts = self.all_LE.shape[1]
+        return index.bincount(minlength=experts).cpu().numpy()
 
 
-def _active(cfg: FfnMoeConfig, bench: Evaluator, stack, shape: Shape) -> list[dict]:
+def _routing(evaluator: Evaluator, stack: FfnStack) -> TokenRouting:
+    counts = {}
+    first = {}
+    layers = len(stack.weight_LED)
+    for domain in evaluator.documents:
+        counter = _ChoiceCounter(stack.mixture, layers, len(stack.names))
+        evaluator.token_nats(stack.trunk, counter, domain)
+        counts[domain] = counter.all_LE
+        first[domain] = counter.first_LE
+    return TokenRouting.model_validate(routing(counts, first, stack.names))
+
+
+def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveRow]:
     """Return the stack's score for every number of active experts."""
-    weight_LED, out = torch.stack([g.data for g in stack.mixture.router.gates]), []
+    scores = evaluator.scores
+    rows = []
     for k in range(1, len(stack.names) + 1):
-        row = f"{k} active"
-        bench.score(row, stack.trunk, mixture_of(list(stack.mixture.experts), weight_LED, k))
-        out.append(
-            {
-                "top_k": k,
-                "bits_per_byte": bench.scores.bits_per_byte(row),
-                "mean": bench.scores.mean(row),
-                "interval": bench.scores.interval(row),
-                "active_parameters": int(shape.trunk_parameters + k * shape.ffn_parameters),
-            }
+        name = f"{k} active"
+        mixture = mixture_of(stack.experts, stack.weight_LED, k)
+        evaluator.score(name, stack.trunk, mixture)
+        rows.append(
+            ActiveRow(
+                top_k=k,
+                bits_per_byte=scores.bits_per_byte(name),
+                mean=scores.mean(name),
+                interval=scores.interval(name),
+                active_parameters=shape.stack_parameters(k),
+            )
         )
-    return out
+    return rows
 
 
-def _matrix(bench: Evaluator, contenders: Sequence[EvalRow]) -> dict:
-    rows = [c.row for c in contenders if c.kind in ("part", "expert")] + [contenders[-1].row]
-    values = [list(bench.scores.bits_per_byte(row).values()) for row in rows]
-    return {"rows": [*rows[:-1], "stack"], "bits_per_byte": values}
+def _matrix(evaluator: Evaluator, networks: Sequence[NetworkRow]) -> DomainMatrix:
+    names = [row.name for row in networks if row.kind in ("part", "expert")]
+    values = []
+    for name in [*names, networks[-1].name]:
+        bits = evaluator.scores.bits_per_byte(name)
+        values.append(tuple(bits.values()))
+    return DomainMatrix(rows=(*names, "stack"), bits_per_byte=tuple(values))
 
 
-def _documents(cfg: FfnMoeConfig, shards: Shards, domain: str) -> Documents:
-    """Return the first whole test documents of a domain, up to evaluate.tokens_per_domain, at least
-    one."""
-    starts, sizes = shards.documents("test", domain)
-    count = max(1, int(np.searchsorted(starts, cfg.evaluate.tokens_per_domain, side="right")) - 1)
-    return Documents(domain, starts[: count + 1].copy(), sizes[:count].copy())
+def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFacts:
+    return LanguageModelFacts(
+        layers=shape.layers,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        vocab_size=shape.vocab_size,
+        context_tokens=shape.context_tokens,
+        top_k=cfg.router.top_k,
+        active_parameters=shape.stack_parameters(cfg.router.top_k),
+        total_parameters=shape.stack_parameters(len(stack.names)),
+    )
 
 
-def _shape(cfg: FfnMoeConfig, trunk: Trunk) -> Shape:
-    return Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
-
-
-def _model(cfg: FfnMoeConfig, trunk: Trunk, stack) -> dict:
-    shape = _shape(cfg, trunk)
-    return {
-        "layers": shape.layers,
-        "d_model": shape.d_model,
-        "d_ff": shape.d_ff,
-        "vocab_size": shape.vocab_size,
-        "context_tokens": shape.context_tokens,
-        "top_k": cfg.router.top_k,
-        "active_parameters": int(shape.trunk_parameters + cfg.router.top_k * shape.ffn_parameters),
-        "total_parameters": int(shape.trunk_parameters + len(stack.names) * shape.ffn_parameters),
-    }
-
-
-def _data(bench: Evaluator) -> dict:
-    train = {d: bench.shards.tokens("train", d) for d in bench.documents}
-    return {
-        "test_tokens": {d: x.tokens for d, x in bench.documents.items()},
-        "test_documents": {d: len(x.bytes_n) for d, x in bench.documents.items()},
-        "train_tokens": train,
-    }
+def _text_counts(evaluator: Evaluator) -> TextCounts:
+    shards = evaluator.shards
+    documents = evaluator.documents
+    return TextCounts(
+        test_tokens={domain: each.tokens for domain, each in documents.items()},
+        test_documents={domain: len(each.bytes_n) for domain, each in documents.items()},
+        train_tokens={domain: shards.tokens("train", domain) for domain in documents},
+    )

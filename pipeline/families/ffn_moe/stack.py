@@ -25,6 +25,16 @@ class FfnStack:
     mixture: Mixture
     names: tuple[str, ...]  # of the experts, in order
 
+    @property
+    def experts(self) -> list[Expert]:
+        """The experts, in order."""
+        return list(self.mixture.experts)
+
+    @property
+    def weight_LED(self) -> torch.Tensor:
+        """The gates' rows, of every layer and expert."""
+        return torch.stack([gate.data for gate in self.mixture.router.gates])
+
     def token_loss(self, ids_BT: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         """Return nats_BT of every token after the first."""
         return token_loss(self.trunk, self.mixture, ids_BT, bf16)
