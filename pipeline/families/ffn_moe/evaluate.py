@@ -65,11 +65,10 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     matrix, criteria, speed."""
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = stored_trunk(cfg, parts)
-    experts = dict(stored_experts(cfg, parts, dummy))
-    stack = join(cfg, parts, trunk, experts)
+    stack = join(cfg, parts, trunk, dict(stored_experts(cfg, parts, dummy)))
     shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
-    networks = list(_networks(cfg, parts, shards, dummy, experts, stack))
+    networks = list(_networks(cfg, parts, shards, dummy, stack))
     for row in networks:
         evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=row.kind == "expert")
     _score_combined(evaluator)
@@ -113,13 +112,12 @@ def _networks(
     parts: Parts,
     shards: Shards,
     dummy: Expert,
-    named: Mapping[str, Expert],
     stack: FfnStack,
 ) -> Iterator[NetworkRow]:
     """Yield the rows of the quality table that a network can be run for, the stack last."""
     trunk = stack.trunk
-    experts = list(named.values())
-    own = {name: each for name, each in named.items() if name != ANCHOR}
+    experts = list(stack.experts.values())
+    own = {name: each for name, each in stack.experts.items() if name != ANCHOR}
     only_own = list(own.values())
     domain_tokens = {domain: shards.tokens("train", domain) for domain in shards.domains}
     trunk_tokens = stage_tokens(cfg, "train_shared", None, domain_tokens)
@@ -322,10 +320,11 @@ def _opt_out(cfg: FfnMoeConfig, evaluator: Evaluator, stack: FfnStack) -> list[O
     scores = evaluator.scores
     full_perplexity = scores.perplexity(stack_row(cfg))
     full_bits = scores.bits_per_byte(stack_row(cfg))
+    every = list(stack.experts.values())
     rows = []
     for gone, name in enumerate(stack.names):
         keep = [i for i in range(len(stack.names)) if i != gone]
-        experts = [stack.experts[i] for i in keep]
+        experts = [every[i] for i in keep]
         k = min(cfg.router.top_k, len(keep))
         without = f"without {name}"
         mixture = mixture_of(experts, stack.weight_LED[:, keep], k)
@@ -377,7 +376,7 @@ def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveR
     rows = []
     for k in range(1, len(stack.names) + 1):
         name = f"{k} active"
-        mixture = mixture_of(stack.experts, stack.weight_LED, k)
+        mixture = mixture_of(list(stack.experts.values()), stack.weight_LED, k)
         evaluator.score(name, stack.trunk, mixture)
         rows.append(
             ActiveRow(

@@ -22,13 +22,13 @@ class FfnStack:
     """Trunk, experts and router, assembled and frozen."""
 
     trunk: Trunk
+    experts: Mapping[str, Expert]  # by name, in the order of the gates' rows
     mixture: Mixture
-    names: tuple[str, ...]  # of the experts, in order
 
     @property
-    def experts(self) -> list[Expert]:
-        """The experts, in order."""
-        return list(self.mixture.experts)
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in order."""
+        return tuple(self.experts)
 
     @property
     def weight_LED(self) -> torch.Tensor:
@@ -68,4 +68,4 @@ def join(
             f"the router has {rows} rows for {len(experts)} experts; run train_router"
         )
     mixture = mixture_of(list(experts.values()), weight_LED, cfg.router.top_k)
-    return FfnStack(trunk, mixture, tuple(experts))
+    return FfnStack(trunk, experts, mixture)
