@@ -7,11 +7,14 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import StrictUndefined
 
 from pipeline.report import LanguageReport, RequestReport, page, read
+from pipeline.report.card import _ENVIRONMENT as card_templates
 from pipeline.report.format import DASH
-from pipeline.report.markup import VOID, join, tag
+from pipeline.report.page import _ENVIRONMENT as page_templates
 from pipeline.report.style import DARK, LIGHT
+from pipeline.report.templates import TEMPLATES
 from tests.small_reports import (
     NASTY,
     histories,
@@ -22,6 +25,8 @@ from tests.small_reports import (
     spoiled,
 )
 from tests.test_report_terminal import printed
+
+VOID = {"meta"}  # elements without an end
 
 
 class Reader(HTMLParser):
@@ -239,10 +244,12 @@ def test_one_expert_and_no_dense_row():
     assert "Opt-out" not in printed(report)
 
 
-def test_markup_escapes_text_and_attributes():
-    assert tag("p", "<b>", title='"') == '<p title="&quot;">&lt;b&gt;</p>'
-    assert tag("p", tag("b", "x"), class_="") == "<p><b>x</b></p>"
-    assert join("a&", tag("br")) == "a&amp;<br>"
+def test_a_name_that_a_template_misspells_is_an_error_and_text_is_escaped():
+    for environment in (page_templates, card_templates):
+        assert environment.undefined is StrictUndefined
+        assert environment.autoescape
+        for name in environment.list_templates():
+            assert "|safe" not in TEMPLATES[name]
 
 
 @pytest.mark.parametrize("colours", [LIGHT, DARK])

@@ -1,7 +1,7 @@
 """The tables that every report has, whatever its kind: what was asked, and what it took."""
 
 from .format import count, megabytes, seconds
-from .schema import BaseReport
+from .schema import BaseReport, Report
 from .table import Cell, Row, Table
 
 
@@ -68,3 +68,39 @@ def title(report: BaseReport) -> str:
     seed = "" if report.seed is None else f"seed {report.seed}"
     words = (report.run, report.family, seed, report.made)
     return "  ".join(word for word in words if word)
+
+
+def facts(report: BaseReport) -> list[str]:
+    """Return what a run's figures must be read with, in a few words each."""
+    found = [report.family]
+    if report.seed is not None:
+        found.append(f"seed {report.seed}")
+    found.append(report.made)
+    machine = report.machine
+    if machine:
+        # beside a GPU the processor says little about the speed
+        found.append(machine.gpu or machine.cpu)
+        found.append(f"{machine.threads} of {machine.cores} cores")
+        found.append(machine.dtype)
+        found.append(f"torch {machine.torch}")
+    return [fact for fact in found if fact]
+
+
+def tiles(report: BaseReport) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top that every report has: name, value, what stands beside it."""
+    if not report.criteria:
+        return []
+    passed = sum(item.passed for item in report.criteria)
+    return [("criteria passed", f"{passed} of {len(report.criteria)}", "")]
+
+
+def model_facts(report: Report) -> list[tuple[str, str]]:
+    """Return the sizes of the model as pairs of name and value."""
+    out = []
+    # iterating over a model gives its fields in the order of the schema
+    for name, value in report.model or ():
+        if value is not None:
+            # the only large counts among sizes, names and types
+            text = count(value) if "parameters" in name else str(value)
+            out.append((name.replace("_", " "), text))
+    return out

@@ -1,24 +1,60 @@
-"""Curves of a run's history as inline SVG: one chart per quantity, jobs of one stage side by side.
+"""Curves of a run's history: one chart per quantity, jobs of one stage side by side.
 
-Colours are CSS classes, so a chart follows the page into the dark; the same rows always give the
-same bytes.
+What is computed here is where everything lies; the template draws it as inline SVG. Colours are CSS
+classes, so a chart follows the page into the dark; the same rows always give the same bytes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .format import count, figures, finite, fixed, ticks
-from .markup import Markup, join, tag
 
-WIDE, HIGH = 420, 210
-LEFT, RIGHT, TOP, BOTTOM = 50, 408, 10, 176  # the plot's frame inside WIDE x HIGH
-AXES = ("step", "tokens")  # a row without them has no place in a chart
-POINTS = 200  # most points of a drawn line
-COLOURS = 8  # classes c0..c7 of the style sheet; further lines are dashed
-UNSETTLED = 0.05  # share of a job whose first losses may run out of the top
+# a row without them has no place in a chart
+AXES = ("step", "tokens")
+# most points of a drawn line, and of one whose points are marked one by one: more run together at
+# the width that a chart has on a page
+POINTS = 200
+DOTS = 40
+# classes c0..c7 of the style sheet; further lines repeat them dashed
+COLOURS = 8
+# share of a job whose losses may run out of the top: the first would flatten all that follow
+UNSETTLED = 0.05
 
+Rows = list[dict]
 Point = tuple[float, float | None]
+Merge = Callable[[list[float]], float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chart's size and its plot's edges inside it, units of the SVG's view box."""
+
+    width: int = 420
+    height: int = 210
+    left: int = 50
+    right: int = 408
+    top: int = 10
+    bottom: int = 176
+
+
+FRAME = Frame()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where values from low to high lie between start and end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Return the place of a value."""
+        # a job of one row has no length
+        span = (self.high - self.low) or 1.0
+        return self.start + (value - self.low) / span * (self.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -31,205 +67,307 @@ class Line:
     faint: bool = False
     dots: bool = False
 
+    @property
+    def look(self) -> str:
+        """The CSS classes."""
+        classes = [f"c{self.colour % COLOURS}"]
+        if self.faint:
+            classes.append("faint")
+        if self.colour >= COLOURS:
+            classes.append("dashed")
+        return " ".join(classes)
 
-def curves(histories: dict[str, list[dict]]) -> Markup:
-    """Return the charts of every stage, in the order of histories; a job without rows is left out."""
-    stages: dict[str, dict[str, list[dict]]] = {}
+    @property
+    def present(self) -> list[tuple[float, float]]:
+        """The points whose value is there."""
+        return [(x, value) for x, value in self.points if value is not None]
+
+    @property
+    def values(self) -> list[float]:
+        """Their values."""
+        return [value for _, value in self.present]
+
+
+@dataclass(frozen=True)
+class DrawnLine:
+    """A line in the frame: paths of an SVG, one for each run of values without a gap."""
+
+    name: str
+    look: str
+    last: str  # the last value
+    legend: str  # the same, shorter where it is large or small
+    paths: list[str]
+    dots: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: its place in the frame and its text."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything that is drawn into one figure."""
+
+    title: str
+    unit: str
+    lines: list[DrawnLine]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+@dataclass(frozen=True)
+class StageCharts:
+    """The charts of all jobs of one stage."""
+
+    stage: str
+    jobs: int
+    charts: list[Chart]
+
+
+def curves(histories: Mapping[str, Rows]) -> list[StageCharts]:
+    """Return the charts of every stage, in the order of histories; a job without rows is left
+    out."""
+    stages: dict[str, dict[str, Rows]] = {}
     for key, rows in histories.items():
-        stage, _, job = str(key).partition(" ")
-        if rows := _ordered(rows):
-            stages.setdefault(stage, {})[job or stage] = rows
-    return join(*(_stage(name, jobs) for name, jobs in stages.items()))
-
-
-def shares(histories: dict[str, list[dict]], experts: list[str]) -> Markup:
-    """Return how load and entropy moved while routers trained; empty where no row tells the load."""
+        stage, _, item = key.partition(" ")
+        rows = _ordered(rows)
+        if rows:
+            jobs = stages.setdefault(stage, {})
+            jobs[item or stage] = rows
     out = []
-    for key, rows in histories.items():
-        rows = [row for row in _ordered(rows) if isinstance(row.get("load"), list) and row["load"]]
-        if len(rows) < 2:
-            continue
-        width = max(len(row["load"]) for row in rows)
-        names = [*experts[:width], *(f"expert {i}" for i in range(len(experts), width))]
-        loads = [_thin([(_x(row), _entry(row["load"], i)) for row in rows]) for i in range(width)]
-        lines = [
-            Line(name, points, i) for i, (name, points) in enumerate(zip(names, loads, strict=True))
-        ]
-        out.append(_chart(f"{key}: load of each expert", "share of tokens", lines, bottom=0.0))
-        for field, unit in (("entropy", "nats"), ("temperature", ""), ("balance", ""), ("z", "")):
-            out.append(_single(f"{key}: {field}", unit, rows, field))
-    return tag("div", *out, class_="charts") if any(out) else Markup("")
+    for stage, jobs in stages.items():
+        out.append(StageCharts(stage, len(jobs), _stage(stage, jobs)))
+    return out
 
 
-def _stage(name: str, jobs: dict[str, list[dict]]) -> Markup:
-    losses = [_loss(job if len(jobs) > 1 else name, rows) for job, rows in jobs.items()]
-    others = [
-        _overlay("learning rate", "per step", jobs, "lr", bottom=0.0),
-        _overlay("throughput", "tokens per second", jobs, "tokens_per_s", bottom=0.0),
-        _overlay("memory", "resident, MB", jobs, "rss_mb", merge=max, bottom=0.0),
-        _overlay("gradient norm", "before clipping", jobs, "grad_norm", bottom=0.0),
+def load_curves(histories: Mapping[str, Rows], experts: Sequence[str]) -> list[Chart]:
+    """Return how load and entropy moved while routers trained; empty where no row tells the
+    load."""
+    charts = []
+    for job, rows in histories.items():
+        rows = [row for row in _ordered(rows) if _load(row)]
+        # only a router's training tells it, and two points make a line
+        if len(rows) > 1:
+            charts.append(_loads(job, rows, experts))
+            charts.append(_single(job, rows, "entropy", "nats"))
+            charts.append(_single(job, rows, "temperature"))
+            charts.append(_single(job, rows, "balance"))
+            charts.append(_single(job, rows, "z"))
+    return [chart for chart in charts if chart]
+
+
+def _loads(job: str, rows: Rows, experts: Sequence[str]) -> Chart | None:
+    lines = []
+    for i in range(max(len(_load(row)) for row in rows)):
+        name = experts[i] if i < len(experts) else f"expert {i}"
+        points: list[Point] = []
+        for row in rows:
+            load = _load(row)
+            share = finite(load[i]) if i < len(load) else None
+            points.append((_tokens(row), share))
+        lines.append(Line(name, _thin(points), colour=i))
+    title = f"{job}: load of each expert"
+    return _chart(title, "share of tokens", lines, bottom=0.0)
+
+
+def _single(job: str, rows: Rows, field: str, unit: str = "") -> Chart | None:
+    points = _thin(_points(rows, field))
+    return _chart(f"{job}: {field}", unit, [Line(field, points)])
+
+
+def _stage(name: str, jobs: Mapping[str, Rows]) -> list[Chart]:
+    charts = []
+    for job, rows in jobs.items():
+        # losses of several jobs would cover each other, so each has its own chart
+        title = job if len(jobs) > 1 else name
+        charts.append(_loss(title, rows))
+    charts += [
+        _overlay("learning rate", "per step", jobs, "lr"),
+        _overlay("throughput", "tokens per second", jobs, "tokens_per_s"),
+        # a mean over neighbours would hide the peak
+        _overlay("memory", "resident, MB", jobs, "rss_mb", merge=max),
+        _overlay("gradient norm", "before clipping", jobs, "grad_norm"),
     ]
-    heading = tag("h3", name, tag("small", f" {len(jobs)} job{'s' * (len(jobs) > 1)}"))
-    return join(heading, tag("div", *losses, *others, class_="charts"))
+    return [chart for chart in charts if chart]
 
 
-def _loss(title: str, rows: list[dict]) -> Markup:
-    train = Line("train", _thin(_points(rows, "train_nats")), 0, faint=True)
-    valid = Line(
-        "validation", [p for p in _points(rows, "valid_nats") if p[1] is not None], 1, dots=True
-    )
-    late = [p for line in (train, valid) for p in line.points[int(len(line.points) * UNSETTLED) :]]
-    top = max((value for _, value in late if value is not None), default=None)
+def _loss(title: str, rows: Rows) -> Chart | None:
+    train = Line("train", _thin(_points(rows, "train_nats")), faint=True)
+    # most rows have no validation loss; its line goes on over them instead of breaking
+    measured: list[Point] = []
+    for x, value in _points(rows, "valid_nats"):
+        if value is not None:
+            measured.append((x, value))
+    valid = Line("validation", measured, colour=1, dots=True)
+    settled: list[float] = []
+    for line in (train, valid):
+        first = int(len(line.points) * UNSETTLED)
+        for _, value in line.points[first:]:
+            if value is not None:
+                settled.append(value)
+    top = max(settled, default=None)
     return _chart(f"{title}: loss", "nats per token", [train, valid], top=top)
 
 
 def _overlay(
-    title: str, unit: str, jobs: dict, field: str, merge: Callable | None = None, bottom=None
-) -> Markup:
-    lines = [
-        Line(job, _thin(_points(rows, field), merge), i)
-        for i, (job, rows) in enumerate(jobs.items())
-    ]
-    return _chart(title, unit, lines, bottom=bottom)
+    title: str,
+    unit: str,
+    jobs: Mapping[str, Rows],
+    field: str,
+    merge: Merge | None = None,
+) -> Chart | None:
+    """Return one chart with a line for each job, from zero."""
+    lines = []
+    for i, (job, rows) in enumerate(jobs.items()):
+        points = _thin(_points(rows, field), merge)
+        lines.append(Line(job, points, colour=i))
+    return _chart(title, unit, lines, bottom=0.0)
 
 
-def _single(title: str, unit: str, rows: list[dict], field: str) -> Markup:
-    return _chart(title, unit, [Line(field, _thin(_points(rows, field)), 0)])
-
-
-def _ordered(rows: list[dict]) -> list[dict]:
-    """Sort rows by step; a job that was resumed wrote some steps twice, of which the later row
-    counts."""
-    known = [
-        row
-        for row in rows or ()
-        if isinstance(row, dict) and None not in map(finite, map(row.get, AXES))
-    ]
-    last = {row["step"]: row for row in known}
+def _ordered(rows: Iterable[dict]) -> Rows:
+    """Sort rows by step, without those that have no place in a chart."""
+    last = {}
+    for row in rows:
+        if all(finite(row.get(axis)) is not None for axis in AXES):
+            # a job that was resumed wrote some steps twice, of which the later row counts
+            last[row["step"]] = row
     return [last[step] for step in sorted(last)]
 
 
-def _x(row: dict) -> float:
+def _tokens(row: dict) -> float:
     return float(row["tokens"])
 
 
-def _points(rows: list[dict], field: str) -> list[Point]:
-    return [(_x(row), finite(row.get(field))) for row in rows]
+def _load(row: dict) -> list:
+    load = row.get("load")
+    return load if isinstance(load, list) else []
 
 
-def _entry(line: list, i: int) -> float | None:
-    return finite(line[i]) if i < len(line) else None
+def _points(rows: Rows, field: str) -> list[Point]:
+    return [(_tokens(row), finite(row.get(field))) for row in rows]
 
 
-def _thin(points: list[Point], merge: Callable | None = None) -> list[Point]:
-    """Merge neighbours (their mean, unless merge is given) until at most POINTS are left; the last
-    point stays."""
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _thin(points: list[Point], merge: Merge | None = None) -> list[Point]:
+    """Merge neighbours (their mean, unless merge is given) until at most POINTS are left."""
     size = math.ceil(len(points) / POINTS)
     if size <= 1:
         return points
-    out = []
-    for start in range(0, len(points) - 1, size):
-        part = points[start : min(start + size, len(points) - 1)]
-        found = [v for _, v in part if v is not None]
-        value = (merge(found) if merge else sum(found) / len(found)) if found else None
-        out.append((part[len(part) // 2][0], value))
+    merge = merge or _mean
+    # the last point stays as it is: the legend names its value
+    inner = points[:-1]
+    out: list[Point] = []
+    for start in range(0, len(inner), size):
+        part = inner[start : start + size]
+        found = [value for _, value in part if value is not None]
+        x, _ = part[len(part) // 2]
+        merged = merge(found) if found else None
+        out.append((x, merged))
     return [*out, points[-1]]
 
 
 def _chart(
-    title: str, unit: str, lines: list[Line], bottom: float | None = None, top: float | None = None
-) -> Markup:
-    """Return a figure with axes, lines and a legend that ends in the last values; empty without any
-    value."""
-    lines = [line for line in lines if any(v is not None for _, v in line.points)]
+    title: str,
+    unit: str,
+    lines: list[Line],
+    bottom: float | None = None,
+    top: float | None = None,
+) -> Chart | None:
+    """Return where lines and axes lie in the frame; None without any value.
+
+    The values' own range is used where bottom (at most) or top (exactly) are None.
+    """
+    lines = [line for line in lines if line.values]
     if not lines:
-        return Markup("")
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [v for line in lines for _, v in line.points if v is not None]
-    low = min(ys) if bottom is None else min(bottom, *ys)
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs)), ticks(low, max(ys) if top is None else top)
-    x_at = _scale(min(0.0, *xs), max(xs), LEFT, RIGHT)
-    y_at = _scale(y_ticks[0], y_ticks[-1], BOTTOM, TOP)
-    drawn = [_drawn(line, x_at, y_at) for line in lines]
-    svg = tag(
-        "svg",
-        *_axes(x_ticks, y_ticks, x_at, y_at, max(xs)),
-        *drawn,
-        viewBox=f"0 0 {WIDE} {HIGH}",
-        role="img",
-        aria_label=f"{title}, {unit}" if unit else title,
-    )
-    caption = tag("figcaption", tag("b", title), tag("small", f" {unit}") if unit else "")
-    return tag("figure", caption, svg, _legend(lines), class_="chart")
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = (high - low) or 1.0
-    return lambda value: start + (value - low) / span * (end - start)
-
-
-def _axes(x_ticks, y_ticks, x_at, y_at, x_most: float) -> list[Markup]:
-    out = []
-    for y in y_ticks:
-        at = f"{y_at(y):.1f}"
-        out.append(tag("line", x1=LEFT, x2=RIGHT, y1=at, y2=at, class_="grid"))
-        out.append(
-            tag("text", _tick(y, y_ticks), x=LEFT - 6, y=f"{y_at(y) + 3.5:.1f}", class_="end")
-        )
-    for x in x_ticks:
-        if x <= x_most:
-            out.append(tag("text", count(x), x=f"{x_at(x):.1f}", y=BOTTOM + 15, class_="middle"))
-    out.append(tag("line", x1=LEFT, x2=RIGHT, y1=BOTTOM, y2=BOTTOM, class_="axis"))
-    out.append(tag("text", "tokens", x=RIGHT, y=BOTTOM + 29, class_="end"))
-    return out
+        return None
+    xs: list[float] = []
+    ys: list[float] = []
+    for line in lines:
+        xs += [x for x, _ in line.points]
+        ys += line.values
+    # from zero tokens on, so that jobs can be compared
+    left = min(0.0, *xs)
+    right = max(xs)
+    low = min(ys)
+    if bottom is not None:
+        low = min(low, bottom)
+    y_values = ticks(low, max(ys) if top is None else top)
+    x_scale = Scale(left, right, FRAME.left, FRAME.right)
+    y_scale = Scale(y_values[0], y_values[-1], FRAME.bottom, FRAME.top)
+    x_ticks = []
+    for x in ticks(left, right):
+        # the last tick may lie beyond the data, and there beyond the frame
+        if x <= right:
+            x_ticks.append(Tick(x_scale.at(x), count(x)))
+    y_ticks = []
+    for y in y_values:
+        y_ticks.append(Tick(y_scale.at(y), _tick(y, y_values)))
+    drawn = [_drawn(line, x_scale, y_scale) for line in lines]
+    return Chart(title, unit, drawn, x_ticks, y_ticks)
 
 
 def _tick(value: float, values: list[float]) -> str:
-    step = values[1] - values[0]
-    if max(map(abs, values)) >= 1000:
+    """Write a tick with as many decimal places as its axis' step has."""
+    largest = max(abs(other) for other in values)
+    if largest >= 1000:
         return count(value)
-    return (
-        fixed(value, len(f"{step:.12f}".rstrip("0").partition(".")[2]))
-        if step >= 1e-4
-        else f"{value:.2g}"
+    step = values[1] - values[0]
+    if step < 1e-4:
+        return f"{value:.2g}"
+    # steps are round numbers, so their digits end
+    digits = f"{step:.12f}".rstrip("0")
+    _, _, decimals = digits.partition(".")
+    return fixed(value, len(decimals))
+
+
+def _drawn(line: Line, x_scale: Scale, y_scale: Scale) -> DrawnLine:
+    is_single = len(line.present) == 1
+    is_sparse = line.dots and len(line.present) <= DOTS
+    dots = []
+    # a single value makes no line, only a dot shows it
+    if is_sparse or is_single:
+        for x, value in line.present:
+            y = y_scale.at(value)
+            if y >= FRAME.top:
+                dots.append((x_scale.at(x), y))
+    last = line.values[-1]
+    return DrawnLine(
+        name=line.name,
+        look=line.look,
+        last=figures(last),
+        legend=_legend(last),
+        paths=_paths(line.points, x_scale, y_scale),
+        dots=dots,
     )
 
 
-def _drawn(line: Line, x_at: Callable, y_at: Callable) -> Markup:
-    look = f"c{line.colour % COLOURS}{' faint' * line.faint}{' dashed' * (line.colour >= COLOURS)}"
-    parts = [tag("path", d=run, class_=look) for run in _runs(line.points, x_at, y_at)]
-    found = [(x, v) for x, v in line.points if v is not None]
-    if (line.dots and len(found) <= 40) or len(found) == 1:
-        shown = [(x_at(x), y_at(v)) for x, v in found]
-        parts += [
-            tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4, class_=look)
-            for x, y in shown
-            if y >= TOP
-        ]
-    return tag("g", tag("title", f"{line.name}: {figures(found[-1][1])} at the end"), *parts)
-
-
-def _runs(points: list[Point], x_at: Callable, y_at: Callable) -> list[str]:
+def _paths(points: list[Point], x_scale: Scale, y_scale: Scale) -> list[str]:
     """Return one path per run of present values; values out of the top stay at the frame."""
-    out, current = [], []
-    for x, value in [*points, (0.0, None)]:
-        if value is not None:
-            current.append(f"{x_at(x):.1f} {max(TOP - 2, y_at(value)):.1f}")
-        elif current:
-            out.append("M" + "L".join(current))
-            current = []
-    return [path for path in out if "L" in path]
+    runs: list[list[str]] = [[]]
+    for x, value in points:
+        if value is None:
+            runs.append([])
+        else:
+            y = max(FRAME.top - 2, y_scale.at(value))
+            runs[-1].append(f"{x_scale.at(x):.1f} {y:.1f}")
+    paths = []
+    for run in runs:
+        if len(run) > 1:
+            paths.append("M" + "L".join(run))
+    return paths
 
 
-def _legend(lines: list[Line]) -> Markup:
-    entries = []
-    for line in lines:
-        last = [v for _, v in line.points if v is not None][-1]
-        look = f"key c{line.colour % COLOURS}{' faint' * line.faint}{' dashed' * (line.colour >= COLOURS)}"
-        value = count(last) if abs(last) >= 10_000 else _last(last)
-        entries.append(tag("span", tag("i", class_=look), line.name, " ", tag("b", value)))
-    return tag("div", *entries, class_="legend")
-
-
-def _last(value: float) -> str:
-    return f"{value:.2g}" if 0 < abs(value) < 1e-3 else figures(value)
+def _legend(value: float) -> str:
+    if abs(value) >= 10_000:
+        return count(value)
+    # figures would write a learning rate of 3e-5 as 0.000030
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2g}"
+    return figures(value)

@@ -6,9 +6,16 @@ infinity and anything not a number.
 
 import math
 
+from .schema import Interval
+
 DASH = "–"
 MINUS = "−"
-STEPS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
+STEPS = (
+    (1e12, " T"),
+    (1e9, " G"),
+    (1e6, " M"),
+    (1e3, " k"),
+)
 
 
 def finite(value: object) -> float | None:
@@ -36,8 +43,10 @@ def figures(value: object) -> str:
     number = finite(value)
     if number is None:
         return DASH
+    # the power of ten of the first digit; zero has none
     size = math.floor(math.log10(abs(number))) if number else 0
-    places = min(6, max(0, 2 - size))
+    places = max(0, 2 - size)
+    places = min(6, places)
     return _minus(f"{number:,.{places}f}")
 
 
@@ -81,13 +90,13 @@ def megabytes(value: object) -> str:
     return f"{number:,.0f} MB" if number < 9999.5 else f"{number / 1000:.1f} GB"
 
 
-def interval(pair: tuple[float, float] | None) -> str:
+def interval(pair: Interval | None) -> str:
     """Write an interval [low, high]; an empty string where either end is missing."""
     low, high = ends(pair)
     return "" if low is None or high is None else f"[{fixed(low)}, {fixed(high)}]"
 
 
-def percent_interval(pair: tuple[float, float] | None) -> str:
+def percent_interval(pair: Interval | None) -> str:
     """Write an interval of shares in whole per cent, as [74, 82]; empty as `interval` is."""
     low, high = ends(pair)
     if low is None or high is None:
@@ -100,21 +109,28 @@ def percent(value: object) -> str:
     return share(value).removesuffix(" %")
 
 
-def ends(pair: tuple[float, float] | None) -> tuple[float | None, float | None]:
+def ends(pair: Interval | None) -> tuple[float | None, float | None]:
     """Return the two ends of an interval, None for each that is missing."""
     if pair is None:
         return None, None
-    return finite(pair[0]), finite(pair[1])
+    low, high = pair
+    return finite(low), finite(high)
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Return evenly spaced round numbers, the first at or below low and the last at or above high."""
+    """Return evenly spaced round numbers, the first at or below low, the last at or above high.
+
+    There are about as many steps as wanted.
+    """
     if high <= low:
         high = low + (abs(low) * 0.1 or 1.0)
     rough = (high - low) / wanted
-    size = 10.0 ** math.floor(math.log10(rough))
+    power = 10.0 ** math.floor(math.log10(rough))
     # 0.999 and 1e-9 forgive the rounding of a range that ends on a tick
-    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
+    step = 10 * power
+    for factor in (5, 2.5, 2, 1):
+        if factor * power >= rough * 0.999:
+            step = factor * power
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]

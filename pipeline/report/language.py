@@ -14,39 +14,39 @@ from .table import Cell, Row, Table, Values, at, diverge, extremes, less, lowest
 PARTIAL = ("oracle", "expert")
 TONES: dict[Verdict, str] = {"better": "good", "worse": "bad", "tie": ""}
 
-ORIGINS = (  # a word in a row's name, and where such a row comes from
-    ("trunk", "the shared part with the feed-forward network it trained with, before any expert"),
-    ("expert", "one expert on the trunk, also on text that it never saw"),
-    (
-        "dense",
-        "the trunk trained on without experts, as the dense baseline of BTX (arXiv 2403.07816)",
+# A word in a row's name, and where such a row comes from
+ORIGINS = {
+    "trunk": ("the shared part with the feed-forward network it trained with, before any expert"),
+    "expert": "one expert on the trunk, also on text that it never saw",
+    "dense": (
+        "the trunk trained on without experts, as the dense baseline of BTX (arXiv 2403.07816)"
     ),
-    ("soup", "the experts' weights averaged into one model, as in model soups (arXiv 2203.05482)"),
-    ("uniform", "every expert runs and weighs the same; needs no router"),
-    (
-        "posterior",
-        "experts weighted by how well each predicted the text so far (DEMix, 2108.05036; c-BTM, 2303.14177)",
+    "soup": "the experts' weights averaged into one model, as in model soups (arXiv 2203.05482)",
+    "uniform": "every expert runs and weighs the same; needs no router",
+    "posterior": (
+        "experts weighted by how well each predicted the text so far (DEMix, 2108.05036; c-BTM, "
+        "2303.14177)"
     ),
-    ("random", "gates as they were drawn: what routing without any knowledge costs"),
-    (
-        "centroid",
-        "each gate row is the mean input of a domain, as FlexOlmo starts its gates (arXiv 2507.07024)",
+    "random": "gates as they were drawn: what routing without any knowledge costs",
+    "centroid": (
+        "each gate row is the mean input of a domain, as FlexOlmo starts its gates (arXiv "
+        "2507.07024)"
     ),
-    (
-        "ridge",
-        "gates in closed form from the experts' statistics, no training, as in DUME (arXiv 2603.29765)",
+    "ridge": (
+        "gates in closed form from the experts' statistics, no training, as in DUME (arXiv "
+        "2603.29765)"
     ),
-    ("stack", "trunk, experts and router as they are served"),
-    (
-        "oracle",
-        "each document goes to its own domain's expert; a mark to reach, nothing that can be served",
+    "stack": "trunk, experts and router as they are served",
+    "oracle": (
+        "each document goes to its own domain's expert; a mark to reach, nothing that can be served"
     ),
-)
+}
 
 
 def quality(report: LanguageReport) -> Table:
     """Bits per byte of every row, its distance to the stack, and every domain."""
     rows = report.quality
+    # marks are found before the cells, over whole columns
     best_mean = _best(rows, [row.mean for row in rows])
     best_by_domain = {
         domain: _best(rows, [row.bits_per_byte.get(domain) for row in rows])
@@ -54,6 +54,7 @@ def quality(report: LanguageReport) -> Table:
     }
     lines = []
     for i, row in enumerate(rows):
+        # the stack is not compared with itself
         ahead = row.versus_stack
         cells = [
             Cell(fixed(row.mean), interval(row.interval), best=i in best_mean),
@@ -119,10 +120,11 @@ def cost(report: LanguageReport) -> Table:
 def origins(report: LanguageReport) -> list[tuple[str, str]]:
     """Where the rows of `quality` come from: pairs of a word in their names and an explanation."""
     names = [row.name.lower() for row in report.quality]
+    # the stack's row is named after its router, and need not say what it is
     if report.stack:
         names.append("stack")
     found = []
-    for word, text in ORIGINS:
+    for word, text in ORIGINS.items():
         if any(word in name for name in names):
             found.append((word, text))
     return found
@@ -131,6 +133,8 @@ def origins(report: LanguageReport) -> list[tuple[str, str]]:
 def matrix(report: LanguageReport) -> Table:
     """The heat map: each expert alone, and the stack, on each domain; coloured by the gain over the
     trunk."""
+    # one line per model as it is measured, but a table of few domains reads better turned: a
+    # domain is a row, and what it is compared in stands side by side
     names = report.matrix.rows if report.matrix else ()
     lines = report.matrix.bits_per_byte if report.matrix else ()
     trunk = lines[0] if lines else ()
@@ -139,9 +143,12 @@ def matrix(report: LanguageReport) -> Table:
     rows = []
     for j, domain in enumerate(report.domains):
         cells = [Cell(fixed(at(trunk, j)))]
+        # the trunk has no gain over itself, so no colour
         for name, line, gain, heat in zip(names[1:], lines[1:], gains, heats, strict=True):
-            own = name in (domain, f"expert {domain}")
-            cells.append(Cell(fixed(at(line, j)), signed(gain[j]), heat=heat[j], own=own))
+            bits = fixed(at(line, j))
+            # an expert is named after its domain
+            own = name == domain
+            cells.append(Cell(bits, signed(gain[j]), heat=heat[j], own=own))
         rows.append(Row(domain, tuple(cells)))
     most, least = extremes(gains)
     return Table(
@@ -165,6 +172,7 @@ def matrix(report: LanguageReport) -> Table:
 def opt_out(report: LanguageReport) -> Table:
     """What is lost on each domain when one expert leaves the stack."""
     found = report.opt_out
+    # perplexity ratios are coloured by what is saved, so that red is a loss as in the heat map
     gains = [_saved(row.ratio, report.domains) for row in found]
     heats = diverge(gains)
     rows = []
@@ -194,6 +202,7 @@ def opt_out(report: LanguageReport) -> Table:
 def active(report: LanguageReport) -> Table:
     """The same stack with one to all experts per token."""
     best_mean = lowest([row.mean for row in report.active])
+    # all its rows are one model, so any may be the best
     served = report.model.top_k if report.model else None
     rows = []
     for i, row in enumerate(report.active):
@@ -223,6 +232,7 @@ def wins(report: LanguageReport) -> Table:
     """Every comparison of the stack with a rival, with the axis that the two have in common."""
     rows = []
     for win in report.wins:
+        # a verdict without its axis would claim too much
         cells = (
             Cell(win.axis or "axis not stated"),
             Cell(win.verdict, tone=TONES[win.verdict]),
@@ -250,6 +260,7 @@ def lead(report: LanguageReport) -> str:
     stack = report.stack
     if stack is None:
         return ""
+    # an interval that is missing leaves a blank behind
     reached = f"{fixed(stack.mean)} bits per byte {interval(stack.interval)}".rstrip()
     groups = []
     words: dict[Verdict, str] = {
@@ -320,6 +331,7 @@ def _line(row: QualityRow, cells: Sequence[Cell]) -> Row:
 
 def _best(rows: Sequence[QualityRow], values: Sequence[float | None]) -> set[int]:
     """Return the positions of the lowest value among rows that serve every domain as one model."""
+    # positions must stay those of all rows, so the others are blanked and not dropped
     contending = []
     for row, value in zip(rows, values, strict=True):
         contending.append(None if row.kind in PARTIAL else value)

@@ -1,260 +1,213 @@
 """The report as one HTML file: no script, no network, nothing beside it.
 
-All text from the report is escaped by markup; the same report and histories always give the same
+All text from the report is escaped by Jinja2; the same report and histories always give the same
 bytes.
 """
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
 from . import common, language, requests, routing
-from .curves import curves, shares
-from .format import DASH, count
-from .markup import Markup, join, small, tag
-from .pictures import bars, forest, points_of_active, points_of_quality
+from .curves import FRAME, Rows, curves, load_curves
+from .format import DASH
+from .pictures import PHASES, active_forest, bars, quality_forest
 from .schema import LanguageReport, Report, RequestReport
 from .style import style
 from .table import Cell, Table
+from .templates import TEMPLATES
 
-LONG = 24  # characters from which a column of words is a column of sentences
+# characters from which a column of words is a column of sentences, which are wrapped
+LONG = 24
+# What no HTML file may hold: control characters, lone surrogates, two that are no characters
+FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def page(report: Report, histories: dict[str, list[dict]]) -> str:
-    """Return the whole file as text, to be written as UTF-8."""
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with its heading and the name that links lead to."""
+
+    id: str
+    heading: str
+    body: Markup
+
+
+def page(report: Report, histories: Mapping[str, Rows]) -> str:
+    """Return the whole file as text, to be written as UTF-8.
+
+    histories are a run's rows by job, named `stage` or `stage item`.
+    """
     if isinstance(report, LanguageReport):
         sections = _language_sections(report, histories)
-        lead, tiles = language.lead(report), language.tiles(report)
+        lead = language.lead(report)
+        tiles = language.tiles(report)
     else:
         sections = _request_sections(report)
-        lead, tiles = requests.lead(report), requests.tiles(report)
-    sections += [
-        ("curves", "Training curves", _curves(curves(histories))),
-        ("speed", "Time and memory", join(bars(report), _table(common.speed(report)))),
-        ("data", "Data and model", _model(report)),
-        ("notes", "Notes", _notes(report)),
-    ]
-    sections = [section for section in sections if section[2]]
-    title = f"{report.run or 'run'}: MoleForge report"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", Markup(style())),
+        lead = requests.lead(report)
+        tiles = requests.tiles(report)
+    sections += _common_sections(report, histories)
+    tiles += common.tiles(report)
+    # a tile or a section without content is left out, and with it the link that leads there
+    text = _render(
+        "page.html",
+        report=report,
+        style=Markup(style()),
+        facts=common.facts(report),
+        lead=lead,
+        tiles=[tile for tile in tiles if tile[1] != DASH],
+        sections=[section for section in sections if section.body.strip()],
     )
-    links = tag(
-        "nav",
-        *(tag("a", heading, href=f"#{key}") for key, heading, _ in sections),
-        aria_label="sections",
-    )
-    body = [tag("section", tag("h2", heading), text, id=key) for key, heading, text in sections]
-    main = tag("main", _header(report, lead), _tiles(report, tiles), links, *body, _footer())
-    return f"<!doctype html>\n{tag('html', head, tag('body', main), lang='en')}\n"
+    # names may hold anything; what escaping leaves must still be writable as UTF-8
+    return FORBIDDEN.sub("\ufffd", text)
 
 
-def _language_sections(report: LanguageReport, histories) -> list[tuple[str, str, Markup]]:
-    charts = shares(histories, list(report.experts))
-    verdict = join(_table(common.criteria(report)), _table(language.wins(report)))
-    return [
-        ("verdict", "Verdict", verdict),
-        ("quality", "The stack and everything it should beat", _quality(report)),
-        ("map", "Who is good at what", _heat(language.matrix(report), "turn")),
-        ("routing", "Where tokens go", _routing(report, charts)),
-        ("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
-        ("active", "Active experts", _active(report)),
-    ]
-
-
-def _request_sections(report: RequestReport) -> list[tuple[str, str, Markup]]:
-    return [
-        ("verdict", "Verdict", _table(common.criteria(report))),
-        ("routes", "Where requests go", _routes(report)),
-        ("adapters", "Who can do what", _adapters(report)),
-        ("answers", "What the answers are worth", _table(requests.answers(report))),
-    ]
-
-
-def _header(report: Report, lead: str) -> Markup:
-    machine = report.machine
-    facts = [report.family, f"seed {report.seed}" if report.seed is not None else "", report.made]
-    if machine:
-        facts += [machine.gpu or machine.cpu, f"{machine.threads} of {machine.cores} cores"]
-        facts += [machine.dtype, f"torch {machine.torch}"]
-    line = tag("p", " · ".join(fact for fact in facts if fact), class_="meta")
-    kicker = tag("p", "MoleForge report", class_="kicker")
-    said = tag("p", lead, class_="lead") if lead else ""
-    return tag("header", kicker, tag("h1", report.run or "run"), line, said)
-
-
-def _tiles(report: Report, tiles: list[tuple[str, str, str]]) -> Markup:
-    if report.criteria:
-        passed = sum(each.passed for each in report.criteria)
-        tiles = [*tiles, ("criteria passed", f"{passed} of {len(report.criteria)}", "")]
-    boxes = [
-        tag("div", tag("dt", n), tag("dd", v, tag("small", m) if m else ""), class_="tile")
-        for n, v, m in tiles
-        if v != DASH
-    ]
-    return tag("dl", *boxes, class_="tiles") if boxes else Markup("")
-
-
-def _table(table: Table, heat: str = "") -> Markup:
-    """Return a table with its reading; empty without rows."""
-    if not table.rows:
-        return Markup("")
-    kinds = [_kind(table, i) for i in range(len(table.columns))]
-    heads = [
-        tag("th", name, scope="col", class_=kind)
-        for name, kind in zip(table.columns, kinds, strict=True)
-    ]
-    lines, before = [], table.rows[0].kind
-    for row in table.rows:
-        look = " ".join(
-            word for word, on in (("main", row.main), ("break", row.kind != before)) if on
+def _language_sections(report: LanguageReport, histories: Mapping[str, Rows]) -> list[Section]:
+    verdict = _table(common.criteria(report)) + _table(language.wins(report))
+    active = _block("forest", active_forest(report)) + _table(language.active(report))
+    # the sources of rows and two headings would stand there without a row
+    quality = Markup("")
+    if report.quality:
+        quality = _render(
+            "quality.html",
+            forest=quality_forest(report),
+            quality=language.quality(report),
+            origins=language.origins(report),
+            cost=language.cost(report),
         )
-        cells = [_cell(cell, kind, heat) for cell, kind in zip(row.cells, kinds, strict=True)]
-        lines.append(
-            tag("tr", tag("th", row.name, small(row.note), scope="row"), *cells, class_=look)
-        )
-        before = row.kind
-    head = tag("thead", tag("tr", tag("th", table.corner, scope="col"), *heads))
-    grid = tag(
-        "table", head, tag("tbody", *lines), class_="heat" if heat else "", aria_label=table.title
+    where_tokens_go = _render(
+        "routing.html",
+        facts=routing.facts(report),
+        mean=routing.mean(report),
+        layers=routing.layers(report),
+        by_layer=routing.by_layer(report),
+        charts=load_curves(histories, report.experts),
     )
-    box = tag("div", grid, class_="wide", tabindex=0, role="region", aria_label=table.title)
-    return join(
-        box,
-        tag("p", f"{table.reading} {table.colours}".strip(), class_="read")
-        if table.reading
-        else "",
-    )
+    return [
+        Section("verdict", "Verdict", verdict),
+        Section("quality", "The stack and everything it should beat", quality),
+        Section("map", "Who is good at what", _heat(language.matrix(report), "turn")),
+        Section("routing", "Where tokens go", where_tokens_go),
+        Section("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
+        Section("active", "Active experts", active),
+    ]
 
 
-def _kind(table: Table, i: int) -> str:
+def _request_sections(report: RequestReport) -> list[Section]:
+    where_requests_go = _render(
+        "requests.html",
+        routes=requests.routes(report),
+        margins=requests.margins(report),
+        confusions=requests.confusions(report),
+        others=[
+            requests.calibration(report),
+            requests.coverage(report),
+            requests.none_detection(report),
+            requests.consistency(report),
+        ],
+    )
+    adapters = _heat(requests.adapters(report), "up") + _table(requests.metric_figures(report))
+    return [
+        Section("verdict", "Verdict", _table(common.criteria(report))),
+        Section("routes", "Where requests go", where_requests_go),
+        Section("adapters", "Who can do what", adapters),
+        Section("answers", "What the answers are worth", _table(requests.answers(report))),
+    ]
+
+
+def _common_sections(report: Report, histories: Mapping[str, Rows]) -> list[Section]:
+    stages = curves(histories)
+    charts = _render("curves.html", stages=stages) if stages else Markup("")
+    speed = _block("bars", bars(report)) + _table(common.speed(report))
+    model = _block("fact_list", common.model_facts(report))
+    if isinstance(report, LanguageReport):
+        model += _table(language.data(report))
+    notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")
+    return [
+        Section("curves", "Training curves", charts),
+        Section("speed", "Time and memory", speed),
+        Section("data", "Data and model", model),
+        Section("notes", "Notes", notes),
+    ]
+
+
+def column_class(table: Table, i: int) -> str:
+    """Return the CSS classes of column i."""
     if i not in table.words:
         return ""
-    return "text long" if any(len(row.cells[i].text) > LONG for row in table.rows) else "text"
+    longest = max(len(row.cells[i].text) for row in table.rows)
+    return "text long" if longest > LONG else "text"
 
 
-def _cell(cell: Cell, kind: str, heat: str) -> Markup:
-    look = [kind, cell.tone, "own" * cell.own]
+def row_class(table: Table, i: int) -> str:
+    """Return the CSS classes of row i; a row of another kind than the one before has a line above
+    it."""
+    row = table.rows[i]
+    classes = []
+    if row.main:
+        classes.append("main")
+    if i > 0 and row.kind != table.rows[i - 1].kind:
+        classes.append("break")
+    return " ".join(classes)
+
+
+def cell_attributes(cell: Cell, column: str, ramp: str) -> dict[str, str | None]:
+    """Return a cell's class and style; ramp is how its table is coloured: turn, up or not at
+    all."""
+    classes = [column, cell.tone]
+    if cell.own:
+        classes.append("own")
+    # the style sheet mixes the colour from this share of it and paper
     strength = None
-    if heat and cell.heat is not None:
-        look += ["hot", "share" if heat == "up" else "gain" if cell.heat >= 0 else "loss"]
+    if ramp and cell.heat is not None:
+        classes.append("hot")
+        if ramp == "up":
+            classes.append("share")
+        else:
+            classes.append("gain" if cell.heat >= 0 else "loss")
         strength = f"--heat:{min(1.0, abs(cell.heat)):.3f}"
-    value = tag("span", cell.text, class_="best") if cell.best else cell.text
-    return tag(
-        "td",
-        value,
-        small(cell.small),
-        class_=" ".join(word for word in look if word),
-        style=strength,
-    )
+    return {"class": " ".join(name for name in classes if name) or None, "style": strength}
+
+
+# StrictUndefined: a name that is misspelt in a template is an error, not an empty place. The blocks
+# are trimmed so that {% %} on a line of its own leaves none.
+_ENVIRONMENT = Environment(
+    loader=DictLoader(TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.globals |= {
+    "column_class": column_class,
+    "row_class": row_class,
+    "cell_attributes": cell_attributes,
+    "frame": FRAME,
+    "phases": PHASES,
+}
+_ENVIRONMENT.filters |= {
+    "place": lambda value: f"{value:.1f}",
+    "percent": lambda value: f"{value:.2f}%",
+}
+
+
+def _render(name: str, **values: Any) -> Markup:
+    return Markup(_ENVIRONMENT.get_template(name).render(**values))
+
+
+def _block(name: str, *values: Any) -> Markup:
+    """Return what a macro of blocks.html makes of values."""
+    macro = getattr(_ENVIRONMENT.get_template("blocks.html").module, name)
+    block: Markup = macro(*values)
+    return block
+
+
+def _table(table: Table) -> Markup:
+    return _block("table", table)
 
 
 def _heat(table: Table, ramp: str) -> Markup:
-    """Return a table with coloured cells and the scale of its colours: turn (loss to gain) or up
-    (share)."""
-    if not table.rows:
-        return Markup("")
-    left, right = table.scale
-    scale = tag("div", left, tag("span", class_=f"ramp {ramp}"), right, class_="scale")
-    return join(_table(table, ramp), scale)
-
-
-def _quality(report: LanguageReport) -> Markup:
-    table = language.quality(report)
-    if not table.rows:
-        return Markup("")
-    picture = forest(points_of_quality(report))
-    second = language.cost(report)
-    rows = [join(tag("dt", name), tag("dd", text)) for name, text in language.origins(report)]
-    sources = tag(
-        "details",
-        tag("summary", "Where the rows come from"),
-        tag("dl", *rows, class_="origins"),
-        open="open",
-    )
-    return join(
-        picture,
-        tag("h3", table.title),
-        _table(table),
-        sources,
-        tag("h3", second.title),
-        _table(second),
-    )
-
-
-def _routing(report: LanguageReport, charts: Markup) -> Markup:
-    facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in routing.facts(report)]
-    layers = [
-        tag("div", tag("h3", t.title), _table(t, "up")) for t in routing.layers(report) if t.rows
-    ]
-    return join(
-        tag("dl", *facts, class_="facts") if facts else "",
-        _heat(routing.mean(report), "up"),
-        tag("h3", "Layer by layer", tag("small", " per cent of a domain's tokens"))
-        if layers
-        else "",
-        tag("div", *layers, class_="layers") if layers else "",
-        _table(routing.by_layer(report)),
-        join(tag("h3", "While the router trained"), charts) if charts else "",
-    )
-
-
-def _routes(report: RequestReport) -> Markup:
-    maps = [
-        tag("div", tag("h3", table.title), _heat(table, "up"))
-        for table in requests.confusions(report)
-    ]
-    others = (
-        requests.calibration,
-        requests.coverage,
-        requests.none_detection,
-        requests.consistency,
-    )
-    tables_of = [table for table in (make(report) for make in others) if table.rows]
-    return join(
-        _table(requests.routes(report)),
-        _table(requests.margins(report)),
-        tag("div", *maps, class_="layers") if maps else "",
-        *(join(tag("h3", table.title), _table(table)) for table in tables_of),
-    )
-
-
-def _adapters(report: RequestReport) -> Markup:
-    return join(_heat(requests.adapters(report), "up"), _table(requests.metric_figures(report)))
-
-
-def _active(report: LanguageReport) -> Markup:
-    return join(forest(points_of_active(report)), _table(language.active(report)))
-
-
-def _curves(charts: Markup) -> Markup:
-    reading = (
-        "Horizontal: tokens the job has trained on. The first steps of a loss may run out of the top; the number "
-        "behind a name is the last value; a gap is a value that was not finite. Long histories are drawn as means over "
-        "neighbours (memory: the greatest)."
-    )
-    return join(charts, tag("p", reading, class_="read")) if charts else Markup("")
-
-
-def _model(report: Report) -> Markup:
-    facts = []
-    for key, value in report.model or ():
-        if value is not None:
-            text = count(value) if "parameters" in key else str(value)
-            facts.append(tag("div", tag("dt", key.replace("_", " ")), tag("dd", text)))
-    table = _table(language.data(report)) if isinstance(report, LanguageReport) else ""
-    return join(tag("dl", *facts, class_="facts") if facts else "", table)
-
-
-def _notes(report: Report) -> Markup:
-    if not report.notes:
-        return Markup("")
-    return tag("ul", *(tag("li", note) for note in report.notes), class_="notes")
-
-
-def _footer() -> Markup:
-    return tag(
-        "footer",
-        "Made by MoleForge. This file is complete in itself; the numbers behind it are in report.json.",
-    )
+    return _block("heat", table, ramp)

@@ -1,22 +1,28 @@
 """Pictures made of boxes: means on a ruler with their intervals, and time cut into its parts.
 
-They are grids of text and coloured boxes, not drawings: names stay readable on a phone.
+They are grids of text and coloured boxes, not drawings: names stay readable on a phone. What is
+computed here is where everything lies, in per cent; the templates draw it.
 """
 
 from dataclasses import dataclass
 
 from .format import ends, finite, fixed, seconds, ticks
-from .markup import Markup, join, small, tag
 from .schema import BaseReport, Interval, JobSpeed, LanguageReport
 
 # What a job's time goes to, and its colour's class in the style sheet; the last is what remains
-PHASES = (("data", 5), ("forward", 0), ("backward", 4), ("optimizer", 1), ("other", 7))
-FAR = 3.0  # the picture ends at this many times the distance between the best row and the trunk
+PHASES = (
+    ("data", "c5"),
+    ("forward", "c0"),
+    ("backward", "c4"),
+    ("optimizer", "c1"),
+    ("other", "c7"),
+)
+FAR = 3.0  # the ruler ends at this many times the distance between the best row and the trunk
 
 
 @dataclass(frozen=True)
-class Point:
-    """A mean on the ruler, with its interval."""
+class Mean:
+    """A mean with its interval, bits per byte."""
 
     name: str
     mean: float
@@ -27,12 +33,67 @@ class Point:
     is_oracle: bool = False
 
 
-def points_of_quality(report: LanguageReport) -> list[Point]:
-    """Return the mean bits per byte of every model."""
-    points = []
+@dataclass(frozen=True)
+class Ruler:
+    """Round numbers, the first at the left end and the last at the right."""
+
+    marks: list[float]
+
+    @property
+    def left(self) -> float:
+        """The value at the left end."""
+        return self.marks[0]
+
+    @property
+    def right(self) -> float:
+        """The value at the right end."""
+        return self.marks[-1]
+
+    def percent(self, value: float) -> float:
+        """Return where a value lies, in per cent of the length."""
+        return 100 * (value - self.left) / (self.right - self.left)
+
+    def inside(self, value: float) -> float:
+        """Return a value, or the end that it lies beyond."""
+        return min(max(value, self.left), self.right)
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """A mean on the ruler, in per cent of it; dot is None where it lies beyond the right end."""
+
+    name: str
+    note: str
+    value: str
+    look: str
+    dot: float | None
+    bar: tuple[float, float] | None  # left end and width
+
+
+@dataclass(frozen=True)
+class Forest:
+    """All means on one ruler; stack is the place of the stack's."""
+
+    marks: list[tuple[str, float]]
+    stack: float | None
+    rows: list[ForestRow]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A job's time, its pieces as class and width in per cent of the longest job."""
+
+    job: str
+    time: str
+    pieces: list[tuple[str, float]]
+
+
+def quality_forest(report: LanguageReport) -> Forest | None:
+    """Return the mean bits per byte of every model on one ruler."""
+    means = []
     for row in report.quality:
-        points.append(
-            Point(
+        means.append(
+            Mean(
                 name=row.name,
                 mean=row.mean,
                 interval=row.interval,
@@ -42,122 +103,111 @@ def points_of_quality(report: LanguageReport) -> list[Point]:
                 is_oracle=row.kind == "oracle",
             )
         )
-    return points
+    return forest(means)
 
 
-def points_of_active(report: LanguageReport) -> list[Point]:
-    """Return the mean bits per byte by the number of active experts."""
+def active_forest(report: LanguageReport) -> Forest | None:
+    """Return the mean bits per byte by the number of active experts on one ruler."""
     served = report.model.top_k if report.model else None
-    points = []
+    means = []
     for row in report.active:
         is_served = row.top_k == served
-        points.append(Point(f"k = {row.top_k}", row.mean, row.interval, is_stack=is_served))
-    return points
+        means.append(Mean(f"k = {row.top_k}", row.mean, row.interval, is_stack=is_served))
+    return forest(means)
 
 
-def forest(points: list[Point]) -> Markup:
+def forest(means: list[Mean]) -> Forest | None:
     """Return every mean as a dot on one common ruler, its interval as a bar; far ones become an
-    arrow. Empty for fewer than two finite means."""
-    points = [point for point in points if finite(point.mean) is not None]
-    if len(points) < 2:
-        return Markup("")
-    left = min(min(point.mean, _low(point)) for point in points)
-    marks = ticks(left, _far(points, left), 5)
-    stack = next((point.mean for point in points if point.is_stack), None)
-    ruler = [tag("i", f"{mark:g}", style=f"left:{_percent(mark, marks)}") for mark in marks]
-    top = tag(
-        "div",
-        tag("span", "bits per byte, mean"),
-        tag("span", tag("div", *ruler, class_="plot"), class_="track"),
-        tag("span"),
-        class_="ruler",
-    )
-    lines = [_forest_row(point, marks, stack) for point in points]
-    reading = (
-        "Further left is better. Dot: mean over domains; bar: its 95 % interval; "
-        "dashed: the stack; hollow: the oracle; arrow: off the scale."
-    )
-    return join(tag("div", top, *lines, class_="forest"), tag("p", reading, class_="read"))
+    arrow. None for fewer than two finite means."""
+    means = [each for each in means if finite(each.mean) is not None]
+    if len(means) < 2:
+        return None
+    best = min(_low(each) for each in means)
+    ruler = Ruler(ticks(best, _far(means, best), wanted=5))
+    marks = [(f"{mark:g}", ruler.percent(mark)) for mark in ruler.marks]
+    rows = [_forest_row(each, ruler) for each in means]
+    stack = None
+    for each in means:
+        if each.is_stack:
+            stack = ruler.percent(each.mean)
+    return Forest(marks, stack, rows)
 
 
-def _forest_row(point: Point, marks: list[float], stack: float | None) -> Markup:
-    parts = []
-    if stack is not None:
-        parts.append(tag("i", class_="at", style=f"left:{_percent(stack, marks)}"))
-    if point.mean > marks[-1]:
-        parts.append(tag("i", "→", class_="out"))
-    else:
-        low, high = ends(point.interval)
+def _forest_row(each: Mean, ruler: Ruler) -> ForestRow:
+    dot = None
+    bar = None
+    if each.mean <= ruler.right:
+        dot = ruler.percent(each.mean)
+        low, high = ends(each.interval)
         if low is not None and high is not None:
-            left = _inside(low, marks)
-            right = _inside(high, marks)
-            width = f"{100 * (right - left) / (marks[-1] - marks[0]):.2f}%"
-            place = f"left:{_percent(left, marks)};width:{width}"
-            parts.append(tag("i", class_="span", style=place))
-        parts.append(tag("i", class_="dot", style=f"left:{_percent(point.mean, marks)}"))
-    look = []
-    if point.is_stack:
-        look.append("main")
-    if point.is_oracle:
-        look.append("oracle")
-    name = tag("span", point.name, small(point.note), class_="name")
-    track = tag("span", tag("div", *parts, class_="plot"), class_="track")
-    value = tag("span", fixed(point.mean), class_="value")
-    return tag("div", name, track, value, class_=" ".join(look))
+            # an interval of a row near the end may reach beyond it
+            left = ruler.percent(ruler.inside(low))
+            right = ruler.percent(ruler.inside(high))
+            bar = (left, right - left)
+    look = ""
+    if each.is_stack:
+        look = "main"
+    elif each.is_oracle:
+        look = "oracle"
+    return ForestRow(
+        name=each.name,
+        note=each.note,
+        value=fixed(each.mean),
+        look=look,
+        dot=dot,
+        bar=bar,
+    )
 
 
-def _far(points: list[Point], left: float) -> float:
-    """Return the right end of the ruler: rows much worse than the trunk would squeeze all others
-    together."""
-    worst = max(point.mean for point in points)
-    trunk = next((point.mean for point in points if point.is_trunk), worst)
-    # the trunk may be the best row; a ruler needs some length all the same
-    limit = left + FAR * max(trunk - left, 1e-3)
-    near = [point for point in points if point.mean <= limit]
-    return max(max(point.mean, _high(point)) for point in near)
+def _far(means: list[Mean], best: float) -> float:
+    """Return the right end of the ruler."""
+    trunk = max(each.mean for each in means)
+    for each in means:
+        if each.is_trunk:
+            trunk = each.mean
+    # rows much worse than the trunk would squeeze all others together; where the trunk is the best
+    # row, a ruler needs some length all the same
+    limit = best + FAR * max(trunk - best, 1e-3)
+    near = [_high(each) for each in means if each.mean <= limit]
+    return max(near)
 
 
-def _low(point: Point) -> float:
-    low, _ = ends(point.interval)
-    return point.mean if low is None else low
+def _low(each: Mean) -> float:
+    """Return the left end of a row, its mean where it has no interval."""
+    low, _ = ends(each.interval)
+    return each.mean if low is None else min(low, each.mean)
 
 
-def _high(point: Point) -> float:
-    _, high = ends(point.interval)
-    return point.mean if high is None else high
+def _high(each: Mean) -> float:
+    """Return the right end of a row, its mean where it has no interval."""
+    _, high = ends(each.interval)
+    return each.mean if high is None else max(high, each.mean)
 
 
-def _inside(value: float, marks: list[float]) -> float:
-    return min(max(value, marks[0]), marks[-1])
-
-
-def _percent(value: float, marks: list[float]) -> str:
-    return f"{100 * (value - marks[0]) / (marks[-1] - marks[0]):.2f}%"
-
-
-def bars(report: BaseReport) -> Markup:
+def bars(report: BaseReport) -> list[Bar]:
     """Return one bar per job, as long as its time, cut into what the time went to."""
     jobs = [job for job in report.speed if finite(job.seconds)]
-    if not jobs:
-        return Markup("")
-    longest = max(finite(job.seconds) or 0.0 for job in jobs)
-    lines = []
+    longest = max((_seconds(job) for job in jobs), default=0.0)
+    out = []
     for job in jobs:
         pieces = []
-        for (_, colour), span in zip(PHASES, _spans(job), strict=True):
+        for (_, look), span in zip(PHASES, _spans(job), strict=True):
             if span:
-                width = f"width:{100 * span / longest:.2f}%"
-                pieces.append(tag("i", class_=f"c{colour}", style=width))
-        lines.append(tag("span", job.job))
-        lines.append(tag("div", *pieces, class_="bar"))
-        lines.append(tag("span", seconds(job.seconds)))
-    keys = [tag("span", tag("i", class_=f"key block c{i}"), name) for name, i in PHASES]
-    return join(tag("div", *lines, class_="bars"), tag("div", *keys, class_="legend"))
+                pieces.append((look, 100 * span / longest))
+        bar = Bar(job.job, seconds(job.seconds), pieces)
+        out.append(bar)
+    return out
 
 
 def _spans(job: JobSpeed) -> list[float]:
     """Return the seconds of each of PHASES."""
-    measured = (job.data_s, job.forward_s, job.backward_s, job.optimizer_s)
-    spans = [finite(value) or 0.0 for value in measured]
-    rest = (finite(job.seconds) or 0.0) - sum(spans)
-    return [*spans, max(0.0, rest)]
+    spans = []
+    for measured in (job.data_s, job.forward_s, job.backward_s, job.optimizer_s):
+        spans.append(finite(measured) or 0.0)
+    # phases are clocked apart from the whole, so that their sum may exceed it by a little
+    rest = max(0.0, _seconds(job) - sum(spans))
+    return [*spans, rest]
+
+
+def _seconds(job: JobSpeed) -> float:
+    return finite(job.seconds) or 0.0

@@ -1,4 +1,4 @@
-"""The tables of a report on whole requests: which expert each goes to, and what its answer is worth.
+"""The tables of a report on whole requests: who gets each, and what the answer is worth.
 
 Every table is empty where the report has no part for it.
 """
@@ -18,14 +18,17 @@ from .format import (
 from .schema import AnswerRow, Difference, RequestReport, RequestRouting, RoutedSet, RouterRow
 from .table import Cell, Row, Table, at, names_in_order
 
-TEXT_ONLY = "text only"  # the row of the router's rival that sees no picture
-NEUTRAL = "neutral"  # in the name of a set whose prompts fit any expert
+# the row of the router's rival that sees no picture
+TEXT_ONLY = "text only"
+# in the name of a set whose prompts fit any expert
+NEUTRAL = "neutral"
 
 
 def routes(report: RequestReport) -> Table:
     """Return the accuracy of the run's router and of its baselines on every set of requests."""
     sets = _sets(report)
     rows = []
+    # sets are measured one by one; a router is a row here, so that it is compared along the line
     for name in _routers(sets):
         found = [each.row(name) for each in sets]
         cells = [_accuracy(row) for row in found]
@@ -54,6 +57,7 @@ def margins(report: RequestReport) -> Table:
     rivals = _rivals(sets)
     rows = []
     for each in sets:
+        # accuracy stands in `routes` already
         router = each.router
         cells = [
             Cell(count(each.requests)),
@@ -65,6 +69,7 @@ def margins(report: RequestReport) -> Table:
             rival = each.row(name)
             cells.append(_difference(rival.router_ahead if rival else None))
         rows.append(Row(each.name, tuple(cells)))
+    # how many experts answer where the router is unsure
     k = report.routing.top_k if report.routing else "k"
     heads = ["requests", f"among first {k}", "nats", "calibration error"]
     heads += [f"ahead of {name}" for name in rivals]
@@ -93,6 +98,7 @@ def _confusion(routing: RequestRouting, name: str) -> Table:
     recall = routing.recall.get(name, ())
     rows = []
     for i, (own, line) in enumerate(zip(routing.choices, routing.confusion[name], strict=True)):
+        # each line has its own scale: sets hold as many requests of an expert as there were
         total = sum(line)
         cells = []
         for other, requests in zip(routing.choices, line, strict=True):
@@ -144,6 +150,7 @@ def calibration(report: RequestReport) -> Table:
 def coverage(report: RequestReport) -> Table:
     """Return the share of requests above each confidence, and the accuracy on those."""
     curves = report.routing.coverage if report.routing else ()
+    # in the order of the configuration, which need not be sorted
     thresholds: list[float] = []
     for curve in curves:
         for point in curve.points:
@@ -226,6 +233,7 @@ def adapters(report: RequestReport) -> Table:
         for name in names:
             score = line.scores.get(name)
             spread = interval(line.intervals.get(name))
+            # an expert is named after its task
             own = name == line.task
             cells.append(Cell(fixed(score), spread, heat=finite(score), own=own))
         note = f"{line.metric}, {count(line.requests)} rows"
@@ -250,6 +258,7 @@ def adapters(report: RequestReport) -> Table:
 def metric_figures(report: RequestReport) -> Table:
     """Return what else the tasks' metrics tell about each expert on its own task."""
     tasks = [task for task in report.adapters.tasks if task.figures] if report.adapters else []
+    # metrics differ in their figures: a column for each, a dash where a task has none
     found: list[str] = []
     for task in tasks:
         found += task.figures
@@ -304,6 +313,7 @@ def _answered(split: str, name: str, row: AnswerRow, main: bool = False) -> Row:
 
 def lead(report: RequestReport) -> str:
     """Return the result in two sentences; empty where the report has no routes."""
+    # the first set is the whole test split
     sets = _sets(report)
     router = sets[0].router if sets else None
     if router is None:
@@ -327,12 +337,14 @@ def tiles(report: RequestReport) -> list[tuple[str, str, str]]:
         return []
     accuracy = share(router.accuracy, 1)
     out = [("router's accuracy", accuracy, percent_interval(router.interval))]
+    # where only the picture tells: the figure that shows whether the router looks at it
     neutral = next((each for each in sets if NEUTRAL in each.name), None)
     if neutral:
         seen = neutral.router
         blind = neutral.row(TEXT_ONLY)
         without = f"without pictures {share(blind.accuracy if blind else None, 1)}"
         out.append(("on neutral prompts", share(seen.accuracy if seen else None, 1), without))
+    # as for routes, those of the test split
     if report.answers:
         whole = report.answers[0].all
         own = whole.stack
@@ -354,6 +366,7 @@ def _routers(sets: Sequence[RoutedSet]) -> tuple[str, ...]:
 
 
 def _rivals(sets: Sequence[RoutedSet]) -> tuple[str, ...]:
+    # the router is not ahead of itself
     found: list[str] = []
     for each in sets:
         found += [row.name for row in each.rows if row.router_ahead]

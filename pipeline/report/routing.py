@@ -29,6 +29,7 @@ def mean(report: LanguageReport) -> Table:
         return table
     rows = []
     for row in table.rows:
+        # no domain without an expert of its own has one
         agreement = Cell(share(routing.agreement_by_domain.get(row.name)))
         rows.append(replace(row, cells=(*row.cells, agreement)))
     return replace(table, columns=(*table.columns, "agreement"), rows=tuple(rows))
@@ -38,6 +39,7 @@ def layers(report: LanguageReport) -> list[Table]:
     """The same shares, one small table per layer."""
     if report.routing is None:
         return []
+    # many of them side by side have no room for a reading or the sign of per cent
     found = report.routing.layers
     return [_shares(report, layer.share, title=f"layer {layer.layer}") for layer in found]
 
@@ -47,6 +49,7 @@ def facts(report: LanguageReport) -> list[tuple[str, str]]:
     routing = report.routing
     if routing is None:
         return []
+    # an entropy says little without the greatest that it could be
     entropy = f"{fixed(routing.entropy)} of {fixed(routing.max_entropy)} nats"
     return [
         ("agreement with the domain", share(routing.agreement, 1)),
@@ -96,6 +99,7 @@ def _shares(
         line = shares.get(domain, ())
         cells = []
         for i, expert in enumerate(report.experts):
+            # heat and unit are for numbers only
             value = finite(at(line, i))
             text = percent(value) + (unit if value is not None else "")
             cells.append(Cell(text, heat=value, own=expert == domain))

@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import NewerStore, StoreError
 
-SCHEMA_VERSION = 1  # raised when a field is renamed, removed or comes to mean something else
+# raised when a field is renamed, removed or comes to mean something else
+SCHEMA_VERSION = 1
 
 Interval = tuple[float, float]
 ByDomain = dict[str, float]
+# what a row is told: "expert" and "oracle" know the domain of a document, the others do not
 RowKind = Literal["part", "expert", "dense", "merge", "router", "oracle"]
 Verdict = Literal["better", "worse", "tie"]
 
@@ -90,6 +92,7 @@ class MachineFacts(ReportPart):
 class BaseReport(ReportPart):
     """What both kinds of reports have."""
 
+    # first in the file, where a reader looks for it
     schema_version: int = SCHEMA_VERSION
     run: str
     family: str
@@ -163,6 +166,7 @@ class OptOutRow(ReportPart):
     delta_bits: ByDomain = Field(description="bits per byte without the expert less with it")
 
 
+# a pair in JSON too, and the fields have names here
 class ExpertShare(NamedTuple):
     """An expert and the share of tokens that it takes."""
 
@@ -440,6 +444,7 @@ class RequestReport(BaseReport):
 
 
 Report = LanguageReport | RequestReport
+# by kind and not by family: a further family of adapters writes the same report
 _READER: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
 
 
@@ -452,6 +457,7 @@ def read(text: str | bytes) -> Report:
         values = json.loads(text)
     except ValueError as error:
         raise StoreError(f"report.json cannot be read: {error}") from None
+    # the version comes first: what an unknown schema holds cannot be judged by this one
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version is None:
         raise StoreError(
@@ -466,6 +472,7 @@ def read(text: str | bytes) -> Report:
     try:
         return _READER.validate_python(values)
     except ValidationError as error:
+        # one sentence: the first mistake tells enough of a file that nobody writes by hand
         first = error.errors()[0]
         # the first place in the location is the kind that the union was resolved to
         where = ".".join(str(place) for place in first["loc"][1:])

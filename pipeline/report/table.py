@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .format import finite
 
-# Least full scale of gains relative to that of losses, and the other way round
+# least full scale of gains relative to that of losses, and the other way round
 FAINT = 0.2
 Values = list[float | None]
 
@@ -64,6 +64,7 @@ class Table:
 
 def lowest(values: Sequence[float | None]) -> set[int]:
     """Return the positions of the lowest value, several where they are equal; None never wins."""
+    # NaN would win or lose by its place in the comparison
     found = [finite(value) for value in values]
     least = min((value for value in found if value is not None), default=None)
     if least is None:
@@ -98,6 +99,7 @@ def diverge(lines: list[Values]) -> list[Values]:
     colour.
     """
     gain, loss = extremes(lines)
+    # a gain of 0.001 is noise, also where there is nothing else
     floor = max(FAINT * max(gain, loss), 1e-3)
     gain = max(gain, floor)
     loss = max(loss, floor)

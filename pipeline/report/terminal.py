@@ -18,13 +18,17 @@ from . import common, language, requests, routing
 from .schema import LanguageReport, Report, RequestReport
 from .table import Cell, Row, Table
 
+# of a log, which has no width of its own
 WIDTH = 120
-NAME = 26  # most characters of a row's name
-WORDS = 40  # most characters of a cell of words
-HEAD = 12  # most characters of a heading's longest word
-GAP = 2  # blanks between columns
-EDGES = 2  # blanks that the frame adds left and right
-# For consoles whose encoding has no such characters
+# most characters of a row's name, of a cell of words, and of a heading's longest word; longer ones
+# are wrapped
+NAME = 26
+WORDS = 40
+HEAD = 12
+# blanks between columns, and those that the frame adds left and right
+GAP = 2
+EDGES = 2
+# for consoles whose encoding has no such characters
 PLAINER = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
 TONES = {"good": "green", "bad": "red"}
 
@@ -37,6 +41,7 @@ def show(report: Report, console: Console) -> None:
             _show_language(report, console)
         else:
             _show_requests(report, console)
+        # last, so that a reader of a long log finds the verdict at its end
         _print(console, common.criteria(report))
         for note in report.notes:
             _line(console, f"note: {note}")
@@ -72,6 +77,7 @@ def _show_requests(report: RequestReport, console: Console) -> None:
 @contextmanager
 def _plain(console: Console) -> Iterator[None]:
     """Give a console that is no terminal the fixed width, for as long as the report is printed."""
+    # a terminal is as wide as its window, and colours are welcome there
     if console.is_terminal:
         yield
         return
@@ -128,6 +134,7 @@ def _chunks(table: Table, width: int) -> list[range]:
     used = 0
     for i in range(len(table.columns)):
         needed = _column_width(table, i) + GAP
+        # a column that is too wide by itself stays, and is folded
         if i > start and used + needed > left:
             out.append(range(start, i))
             start = i

@@ -1,0 +1,432 @@
+"""The templates of page and card, for Jinja2.
+
+They are text in a module and no files beside it, because Modal ships a package's .py files only
+(`Image.add_local_python_source`).
+"""
+
+# The whole file around the sections
+PAGE = """\
+{% import "blocks.html" as blocks %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ report.run }}: MoleForge report</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">MoleForge report</p>
+<h1>{{ report.run }}</h1>
+<p class="meta">{{ facts|join(" · ") }}</p>
+{% if lead %}
+<p class="lead">{{ lead }}</p>
+{% endif %}
+</header>
+{% if tiles %}
+<dl class="tiles">
+{% for name, value, note in tiles %}
+<div class="tile"><dt>{{ name }}</dt><dd>{{ value }}{{ blocks.small(note) }}</dd></div>
+{% endfor %}
+</dl>
+{% endif %}
+<nav aria-label="sections">
+{% for section in sections %}
+<a href="#{{ section.id }}">{{ section.heading }}</a>
+{% endfor %}
+</nav>
+{% for section in sections %}
+<section id="{{ section.id }}">
+<h2>{{ section.heading }}</h2>
+{{ section.body }}
+</section>
+{% endfor %}
+<footer>Made by MoleForge. This file is complete in itself; the numbers behind it are in
+report.json.</footer>
+</main>
+</body>
+</html>
+"""
+
+# Macros for tables and pictures; `column_class` and the like are functions of page.py
+BLOCKS = """\
+{% macro small(text) %}{% if text %}<small>{{ text }}</small>{% endif %}{% endmacro %}
+
+{% macro reading(text) %}
+{% if text %}
+<p class="read">{{ text }}</p>
+{% endif %}
+{% endmacro %}
+
+{# A table with its reading; nothing without rows. ramp names the colours of its heat, where it has
+any: turn (loss to gain) or up (share). #}
+{% macro table(drawn, ramp="") %}
+{% if drawn.rows %}
+<div class="wide" tabindex="0" role="region" aria-label="{{ drawn.title }}">
+<table{{ {"class": "heat" if ramp else none, "aria-label": drawn.title}|xmlattr }}>
+<thead>
+<tr>
+<th scope="col">{{ drawn.corner }}</th>
+{% for name in drawn.columns %}
+<th scope="col"{{ {"class": column_class(drawn, loop.index0) or none}|xmlattr }}>{{ name }}</th>
+{% endfor %}
+</tr>
+</thead>
+<tbody>
+{% for row in drawn.rows %}
+{% set classes = row_class(drawn, loop.index0) %}
+<tr{{ {"class": classes or none}|xmlattr }}>
+<th scope="row">{{ row.name }}{{ small(row.note) }}</th>
+{% for cell in row.cells %}
+{% set text = column_class(drawn, loop.index0) %}
+<td{{ cell_attributes(cell, text, ramp)|xmlattr }}>
+{%- if cell.best %}<span class="best">{{ cell.text }}</span>{% else %}{{ cell.text }}{% endif %}
+{{- small(cell.small) }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{{ reading((drawn.reading ~ " " ~ drawn.colours)|trim) }}
+{% endif %}
+{% endmacro %}
+
+{# A table and the scale of its colours. #}
+{% macro heat(drawn, ramp) %}
+{% if drawn.rows %}
+{{ table(drawn, ramp) }}
+<div class="scale">{{ drawn.scale[0] }}<span class="ramp {{ ramp }}"></span>{{ drawn.scale[1] }}
+</div>
+{% endif %}
+{% endmacro %}
+
+{% macro titled(drawn) %}
+{% if drawn.rows %}
+<h3>{{ drawn.title }}</h3>
+{{ table(drawn) }}
+{% endif %}
+{% endmacro %}
+
+{# Small maps side by side; each drawn as `table` or `heat` draws it. #}
+{% macro maps(tables, scaled) %}
+{% if tables %}
+<div class="layers">
+{% for drawn in tables %}
+<div><h3>{{ drawn.title }}</h3>{{ heat(drawn, "up") if scaled else table(drawn, "up") }}</div>
+{% endfor %}
+</div>
+{% endif %}
+{% endmacro %}
+
+{% macro fact_list(facts) %}
+{% if facts %}
+<dl class="facts">
+{% for name, value in facts %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}
+</dl>
+{% endif %}
+{% endmacro %}
+
+{% macro forest(drawn) %}
+{% if drawn %}
+<div class="forest">
+<div class="ruler">
+<span>bits per byte, mean</span>
+<span class="track"><div class="plot">
+{% for text, left in drawn.marks %}
+<i style="left:{{ left|percent }}">{{ text }}</i>
+{% endfor %}
+</div></span>
+<span></span>
+</div>
+{% for row in drawn.rows %}
+<div{{ {"class": row.look or none}|xmlattr }}>
+<span class="name">{{ row.name }}{{ small(row.note) }}</span>
+<span class="track"><div class="plot">
+{% if drawn.stack is not none %}
+<i class="at" style="left:{{ drawn.stack|percent }}"></i>
+{% endif %}
+{% if row.dot is none %}
+<i class="out">→</i>
+{% else %}
+{% if row.bar %}
+<i class="span" style="left:{{ row.bar[0]|percent }};width:{{ row.bar[1]|percent }}"></i>
+{% endif %}
+<i class="dot" style="left:{{ row.dot|percent }}"></i>
+{% endif %}
+</div></span>
+<span class="value">{{ row.value }}</span>
+</div>
+{% endfor %}
+</div>
+{{ reading("Further left is better. Dot: mean over domains; bar: its 95 % interval; dashed: the " ~
+  "stack; hollow: the oracle; arrow: off the scale.") }}
+{% endif %}
+{% endmacro %}
+
+{% macro bars(jobs) %}
+{% if jobs %}
+<div class="bars">
+{% for bar in jobs %}
+<span>{{ bar.job }}</span>
+<div class="bar">
+{%- for look, width in bar.pieces %}<i class="{{ look }}" style="width:{{ width|percent }}"></i>
+{%- endfor %}</div>
+<span>{{ bar.time }}</span>
+{% endfor %}
+</div>
+<div class="legend">
+{% for name, look in phases %}
+<span><i class="key block {{ look }}"></i>{{ name }}</span>
+{% endfor %}
+</div>
+{% endif %}
+{% endmacro %}
+
+{% macro charts(drawn) %}
+<div class="charts">
+{% for each in drawn %}
+{{ chart(each) }}
+{% endfor %}
+</div>
+{% endmacro %}
+
+{% macro chart(drawn) %}
+{% set label = drawn.title ~ ", " ~ drawn.unit if drawn.unit else drawn.title %}
+<figure class="chart">
+<figcaption><b>{{ drawn.title }}</b>
+{%- if drawn.unit %}<small> {{ drawn.unit }}</small>{% endif %}</figcaption>
+<svg viewBox="0 0 {{ frame.width }} {{ frame.height }}" role="img" aria-label="{{ label }}">
+{% for tick in drawn.y_ticks %}
+<line x1="{{ frame.left }}" x2="{{ frame.right }}" y1="{{ tick.at|place }}"
+ y2="{{ tick.at|place }}" class="grid"></line>
+<text x="{{ frame.left - 6 }}" y="{{ (tick.at + 3.5)|place }}" class="end">{{ tick.text }}</text>
+{% endfor %}
+{% for tick in drawn.x_ticks %}
+<text x="{{ tick.at|place }}" y="{{ frame.bottom + 15 }}" class="middle">{{ tick.text }}</text>
+{% endfor %}
+<line x1="{{ frame.left }}" x2="{{ frame.right }}" y1="{{ frame.bottom }}"
+ y2="{{ frame.bottom }}" class="axis"></line>
+<text x="{{ frame.right }}" y="{{ frame.bottom + 29 }}" class="end">tokens</text>
+{% for line in drawn.lines %}
+<g><title>{{ line.name }}: {{ line.last }} at the end</title>
+{% for path in line.paths %}
+<path d="{{ path }}" class="{{ line.look }}"></path>
+{% endfor %}
+{% for x, y in line.dots %}
+<circle cx="{{ x|place }}" cy="{{ y|place }}" r="2.4" class="{{ line.look }}"></circle>
+{% endfor %}
+</g>
+{% endfor %}
+</svg>
+<div class="legend">
+{% for line in drawn.lines %}
+<span><i class="key {{ line.look }}"></i>{{ line.name }} <b>{{ line.legend }}</b></span>
+{% endfor %}
+</div>
+</figure>
+{% endmacro %}
+"""
+
+# Sections of more than one table
+QUALITY = """\
+{% import "blocks.html" as blocks %}
+{{ blocks.forest(forest) }}
+{{ blocks.titled(quality) }}
+<details open="open"><summary>Where the rows come from</summary>
+<dl class="origins">
+{% for word, text in origins %}
+<dt>{{ word }}</dt><dd>{{ text }}</dd>
+{% endfor %}
+</dl>
+</details>
+{{ blocks.titled(cost) }}
+"""
+
+ROUTING = """\
+{% import "blocks.html" as blocks %}
+{{ blocks.fact_list(facts) }}
+{{ blocks.heat(mean, "up") }}
+{% if layers %}
+<h3>Layer by layer<small> per cent of a domain's tokens</small></h3>
+{{ blocks.maps(layers, scaled=false) }}
+{% endif %}
+{{ blocks.table(by_layer) }}
+{% if charts %}
+<h3>While the router trained</h3>
+{{ blocks.charts(charts) }}
+{% endif %}
+"""
+
+REQUESTS = """\
+{% import "blocks.html" as blocks %}
+{{ blocks.table(routes) }}
+{{ blocks.table(margins) }}
+{{ blocks.maps(confusions, scaled=true) }}
+{% for drawn in others %}
+{{ blocks.titled(drawn) }}
+{% endfor %}
+"""
+
+CURVES = """\
+{% import "blocks.html" as blocks %}
+{% for each in stages %}
+<h3>{{ each.stage }}<small> {{ each.jobs }} job{{ "s" if each.jobs > 1 }}</small></h3>
+{{ blocks.charts(each.charts) }}
+{% endfor %}
+{{ blocks.reading("Horizontal: tokens the job has trained on. The first steps of a loss may run " ~
+  "out of the top; the number behind a name is the last value; a gap is a value that was not " ~
+  "finite. Long histories are drawn as means over neighbours (memory: the greatest).") }}
+"""
+
+NOTES = """\
+<ul class="notes">
+{% for note in notes %}
+<li>{{ note }}</li>
+{% endfor %}
+</ul>
+"""
+
+# Markdown, in which a paragraph may run over several lines, but a row of a table may not: rows are
+# made by functions of card.py. {{ }} escapes for Markdown here, not for HTML.
+LANGUAGE_CARD = """\
+{% extends "card.md" %}
+{% block body %}
+A mixture of {{ about.experts|length }} experts, {{ about.top_k }} of them active per token, trained
+in parts with MoleForge: a shared trunk, experts that never met while they trained, and a router
+that joins them. It is an ordinary `{{ about.architecture }}` with {{ total }} parameters,
+{{ active }} of them active per token, in fp32.
+
+## Experts
+
+| number | expert | domain | trained as | file |
+| ---: | --- | --- | --- | --- |
+{% for each in about.experts %}
+{% set domain = each.domain or "all (the dummy of the trunk's training, kept)" %}
+{{ line([loop.index0, each.name, domain, code(each.address), code(each.file)]) }}
+{% endfor %}
+
+Trunk `{{ about.trunk.address }}`, router `{{ about.router.address }}`.
+
+## Use
+
+```
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+```
+sha256sum --check --quiet SHA256SUMS       # every file is what was bundled
+python -m pipeline serve --bundle .        # /v1/completions; /v1/route: which expert took what
+```
+
+While it trained, every text began with token {{ about.start_id }} and ended where the next one
+began. Put that token in front of a prompt, as the server above does. Texts were cut at
+{{ about.context_tokens }} tokens at most.
+
+## How good it is
+
+On held-out text; report.html has it in full. A win holds on the axis it names.
+{% endblock %}
+{% block notes %}
+- A base model: it goes on with a text and was not taught to follow instructions or to refuse any.
+- What it has not seen in {{ names }} it does not know.
+{% endblock %}
+"""
+
+REQUEST_CARD = """\
+{% extends "card.md" %}
+{% block body %}
+{{ about.experts|length }} experts, each a LoRA adapter for one task on the frozen {{ kind }}
+{{ about.base.model }} ({{ origin }}), and a router that is one more adapter: it answers a request
+with an expert's label, a single token. Made with MoleForge. The adapters never met while they
+trained.
+
+## Experts
+
+| expert | label | task | what it does | judged by | trained as | folder |
+| --- | --- | --- | --- | --- | --- | --- |
+{% for each in about.experts %}
+{{ line([each.name, each.label, each.task, each.description, each.metric, code(each.address),
+         code(each.folder)]) }}
+{% endfor %}
+
+Router `{{ about.router.address }}` in `{{ about.router.folder }}`; its temperature is in
+calibration.json there. Below a confidence of {{ "%g"|format(about.policy.threshold) }} the
+likeliest {{ about.policy.top_k }} experts answer and the best answer is taken; a request that is
+nobody's goes to {{ about.policy.fallback }}. Weights are never averaged.
+
+## Use
+
+{% set first = about.experts[0] %}
+```
+from peft import PeftModel
+from transformers import {{ about.architecture }}
+
+base = {{ about.architecture }}.from_pretrained({{ pretrained }})
+{{ first.name }} = PeftModel.from_pretrained(base, "{{ first.folder }}/adapter")
+```
+
+```
+sha256sum --check --quiet SHA256SUMS       # every file is what was bundled
+python -m pipeline serve --bundle .        # /v1/chat/completions; /v1/route: which expert it takes
+```
+
+{% if about.base.image is defined %}
+Pictures were trained on with {{ "{:,}".format(about.base.image.min_pixels) }} to
+{{ "{:,}".format(about.base.image.max_pixels) }} px; keep them so.
+
+{% endif %}
+## How good it is
+
+On held-out requests; report.html has it in full.
+{% endblock %}
+"""
+
+CARD = """\
+---
+{{ front }}
+---
+
+# {{ about.run }}
+
+{% block body %}{% endblock %}
+
+{% for drawn in tables if drawn.rows %}
+### {{ drawn.title }}
+
+{{ table_head(drawn) }}
+{% for row in drawn.rows %}
+{{ table_line(row) }}
+{% endfor %}
+
+{{ drawn.reading }}
+
+{% endfor %}
+## To know
+
+{% for note in report.notes %}
+- {{ note }}
+{% endfor %}
+{% block notes %}{% endblock %}
+"""
+
+TEMPLATES = {
+    "page.html": PAGE,
+    "blocks.html": BLOCKS,
+    "quality.html": QUALITY,
+    "routing.html": ROUTING,
+    "requests.html": REQUESTS,
+    "curves.html": CURVES,
+    "notes.html": NOTES,
+    "card.md": CARD,
+    "language_card.md": LANGUAGE_CARD,
+    "request_card.md": REQUEST_CARD,
+}
