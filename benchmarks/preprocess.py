@@ -121,7 +121,7 @@ def _round(
 def _bare(cfg: FfnMoeConfig, found: list[Document]) -> float:
     from pipeline.data.text import tokenizer
 
-    model, texts = tokenizer.pretrained(cfg.tokenizer), [d.text for d in found]
+    model, texts = tokenizer.pretrained(cfg.tokenizer.pretrained), [d.text for d in found]
     start = time.perf_counter()
     model.encode(texts)
     return time.perf_counter() - start

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from pipeline.config.text_data import TokenizerConfig as Settings
 from pipeline.data.text import tokenizer
 from pipeline.errors import DataError
 
@@ -17,11 +16,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def trained():
-    return tokenizer.train(Settings(vocab_size=300), TEXTS)
-
-
-def settings(path):
-    return Settings(pretrained=str(path))
+    return tokenizer.train(300, TEXTS)
 
 
 def test_every_byte_survives_the_round_trip(trained):
@@ -31,7 +26,7 @@ def test_every_byte_survives_the_round_trip(trained):
 
 
 def test_training_is_deterministic(trained):
-    assert tokenizer.train(Settings(vocab_size=300), TEXTS).model.to_str() == trained.model.to_str()
+    assert tokenizer.train(300, TEXTS).model.to_str() == trained.model.to_str()
 
 
 def test_text_that_spells_the_end_never_gets_its_id(trained):
@@ -58,7 +53,7 @@ def test_transformers_loads_what_is_saved_and_encodes_alike(trained, tmp_path):
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
 def test_pretrained_takes_a_folder_or_its_file(trained, tmp_path, name):
     trained.save(tmp_path)
-    found = tokenizer.pretrained(settings(tmp_path / name))
+    found = tokenizer.pretrained(str(tmp_path / name))
     assert [e.ids for e in found.encode(TEXTS)] == [e.ids for e in trained.encode(TEXTS)]
     assert (found.end, found.end_id, found.vocab_size) == (
         trained.end,
@@ -71,14 +66,14 @@ def test_pretrained_ignores_truncation_padding_and_bos(trained, tmp_path):
     from tokenizers import processors
 
     trained.save(tmp_path)
-    model = tokenizer.pretrained(settings(tmp_path)).model
+    model = tokenizer.pretrained(str(tmp_path)).model
     model.enable_truncation(4)
     model.enable_padding(length=99)
     model.post_processor = processors.TemplateProcessing(
         single=f"{tokenizer.END} $A", special_tokens=[(tokenizer.END, 0)]
     )
     model.save(str(tmp_path / "tokenizer.json"))
-    found = tokenizer.pretrained(settings(tmp_path))
+    found = tokenizer.pretrained(str(tmp_path))
     assert found.encode(TEXTS[:1])[0].ids == trained.encode(TEXTS[:1])[0].ids
 
 
@@ -91,7 +86,7 @@ def test_holes_in_the_vocabulary_count(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps({"eos_token": {"content": "<end>"}})
     )
-    found = tokenizer.pretrained(settings(tmp_path))
+    found = tokenizer.pretrained(str(tmp_path))
     assert (found.end_id, found.vocab_size) == (70_000, 70_001)
 
 
@@ -107,15 +102,15 @@ def test_an_end_of_text_token_is_required(trained, tmp_path, config, match):
     trained.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(config)
     with pytest.raises(DataError, match=match):
-        tokenizer.pretrained(settings(tmp_path))
+        tokenizer.pretrained(str(tmp_path))
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(DataError, match="has no tokenizer.json.*save_pretrained"):
-        tokenizer.pretrained(settings(tmp_path))
+        tokenizer.pretrained(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="is not a tokenizer.json"):
-        tokenizer.pretrained(settings(tmp_path))
+        tokenizer.pretrained(str(tmp_path))
 
 
 def test_a_hub_that_does_not_answer_is_a_data_error(monkeypatch):
@@ -128,4 +123,4 @@ def test_a_hub_that_does_not_answer_is_a_data_error(monkeypatch):
     with pytest.raises(
         DataError, match="no/such is no folder.*ConnectionError: no route.*tokenizer.revision"
     ):
-        tokenizer.pretrained(settings("no/such"))
+        tokenizer.pretrained("no/such")

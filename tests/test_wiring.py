@@ -89,7 +89,10 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
         trunk__revision="abc",
         tokenizer={"pretrained": "some/tokens", "revision": "def"},
     )
-    for ask in (lambda: ffn_moe.shared(cfg, trained), lambda: tokenizer.pretrained(cfg.tokenizer)):
+    for ask in (
+        lambda: ffn_moe.shared(cfg, trained),
+        lambda: tokenizer.pretrained(cfg.tokenizer.pretrained, cfg.tokenizer.revision),
+    ):
         with pytest.raises(PipelineError, match="nothing is there"):
             ask()
     assert seen == [("some/model", "abc"), ("some/tokens", "def")]

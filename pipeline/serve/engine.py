@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config.text_data import TokenizerConfig as TokenizerSettings
 from ..data.text import tokenizer
 from ..errors import MismatchError
 from ..families import family
@@ -80,7 +79,7 @@ class Engine:
         self.experts = tuple(expert["name"] for expert in self.about["experts"])
         self.context_tokens: int = self.about["context_tokens"]
         self.made_at = int((folder / SUMS).stat().st_mtime)
-        self.tokenizer = tokenizer.pretrained(TokenizerSettings(pretrained=str(folder)))
+        self.tokenizer = tokenizer.pretrained(str(folder))
         expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
         self.model = _stock(folder)
         self._compare(folder, expected_TV)

@@ -183,8 +183,8 @@ def _encode_range(
         raise DataError(
             f"data.{cfg.data.source} has changed since it was scanned: job {number + 1} of "
             f"{len(plan.ranges)} had {wanted.documents} documents of {wanted.bytes} bytes, and now "
-            f"{found.documents} of {found.bytes} were read in their place. Remove {jobs_folder} and "
-            "run preprocess again, with nothing writing to the source"
+            f"{found.documents} of {found.bytes} were read in their place. Remove {jobs_folder} "
+            "and run preprocess again, with nothing writing to the source"
         )
     writer.finish()
     spent_s = time.perf_counter() - start

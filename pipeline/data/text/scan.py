@@ -181,7 +181,7 @@ def _tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer, or train one on the same number of bytes of each domain."""
     if cfg.tokenizer.pretrained:
-        return tokenizers.pretrained(cfg.tokenizer)
+        return tokenizers.pretrained(cfg.tokenizer.pretrained, cfg.tokenizer.revision)
     share_bytes = cfg.tokenizer.sample_megabytes * 1e6 / len(domains.names)
     texts: list[str] = []
     taken: Counter[str] = Counter()  # bytes by domain
@@ -192,4 +192,4 @@ def _tokenizer(
             if taken[name] < share_bytes:
                 taken[name] += document.bytes
                 texts.append(document.text)
-    return tokenizers.train(cfg.tokenizer, texts)
+    return tokenizers.train(cfg.tokenizer.vocab_size, texts)

@@ -1,31 +1,46 @@
 """Token shards: one flat little-endian stream per split and domain, its document index, and batches
 drawn from them.
 
-Invariant: row g of a Mixture is a pure function of (shards, settings, seed, g); a reader has no
-state to save. Legend: G rows asked for, D domains, R rounds of the permutation, N windows of an
+Invariant: row g of a DomainMixture is a pure function of (shards, settings, seed, g); a reader has
+no state to save. Legend: G rows asked for, D domains, R rounds of the permutation, N windows of an
 epoch, C context tokens.
 """
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy import int64, ndarray, uint64
+from numpy.typing import ArrayLike
 
 from ...errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
 from .documents import SPLITS
 
 FORMAT = 1
-_INDEX = np.dtype(
-    "<i8"
-)  # rows of (start in tokens, UTF-8 bytes), then one of (all tokens, all bytes)
+_ABOUT = "shards.json"
+# Rows of (start in tokens, UTF-8 bytes), then one of (all tokens, all bytes)
+_INDEX = np.dtype("<i8")
 _BUFFER_BYTES = 32 << 20  # all streams together
 _LEAST_BYTES = 1 << 16  # of one stream
+_INDEX_ROW_BYTES = 128  # what a row of the index takes as a tuple of Python, roughly
 _COPY_BYTES = 1 << 24
+# Of the Feistel network: from four on it looks random from both sides (Luby and Rackoff 1988)
 _ROUNDS = 4
+_OFFSET = 101  # purposes of _draw: 0.._ROUNDS-1 are keys of rounds, from here offsets of domains
+StreamName = tuple[str, str]  # split, domain
+
+
+def _tokens_path(folder: Path, name: StreamName) -> Path:
+    split, domain = name
+    return folder / split / f"{domain}.bin"
+
+
+def _index_path(folder: Path, name: StreamName) -> Path:
+    split, domain = name
+    return folder / split / f"{domain}.idx"
 
 
 class Shards:
@@ -38,26 +53,30 @@ class Shards:
         self.vocab_size: int = self._about["vocab_size"]
         self.end_id: int = self._about["end_id"]
         self.dtype = np.dtype(self._about["dtype"])
-        self._maps: dict[tuple[str, str], np.ndarray] = {}
+        self._maps: dict[StreamName, ndarray] = {}
 
     def tokens(self, split: str, domain: str) -> int:
         """Return the length of a stream, end-of-text tokens included."""
         return self.count(split, domain)["tokens"]
 
-    def stream(self, split: str, domain: str) -> np.memmap:
+    def stream(self, split: str, domain: str) -> ndarray:
         """Return the flat tokens of a domain, every document led by end_id. Raises DamagedArtifact
         if torn."""
-        if (split, domain) not in self._maps:
-            self._maps[split, domain] = self._map(split, domain)
-        return self._maps[split, domain]
+        name = (split, domain)
+        if name not in self._maps:
+            self._maps[name] = self._map(name)
+        return self._maps[name]
 
-    def documents(self, split: str, domain: str) -> tuple[np.ndarray, np.ndarray]:
+    def documents(self, split: str, domain: str) -> tuple[ndarray, ndarray]:
         """Return starts (n+1,), token offsets of each document's end_id, and bytes (n,), its UTF-8
         length."""
-        count, path = self.count(split, domain), self._path(split, domain, ".idx")
-        self._check_bytes(path, 2 * _INDEX.itemsize * (count["documents"] + 1))
-        rows = np.fromfile(path, _INDEX).reshape(-1, 2)
-        return rows[:, 0].astype(np.int64), rows[:-1, 1].astype(np.int64)
+        count = self.count(split, domain)
+        path = _index_path(self.folder, (split, domain))
+        rows = count["documents"] + 1
+        _check_bytes(path, rows * 2 * _INDEX.itemsize)
+        index = np.fromfile(path, _INDEX).reshape(rows, 2)
+        starts, sizes = index.astype(int64).T
+        return starts, sizes[:-1]  # the last row has the sum of all
 
     def close(self) -> None:
         """Drop every map held here; arrays that a caller still holds keep theirs."""
@@ -66,11 +85,12 @@ class Shards:
     def __enter__(self) -> "Shards":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": {}}  # a map must not be pickled into another process
+        # A map pickled into another process would arrive there as a copy of all its tokens
+        return self.__dict__ | {"_maps": {}}
 
     def count(self, split: str, domain: str) -> dict[str, int]:
         """Return how many tokens, documents and bytes of text a shard has. Raises DataError when
@@ -79,32 +99,35 @@ class Shards:
             return self._about["splits"][split][domain]
         except KeyError:
             raise DataError(
-                f"{self.folder} has no {split} shard of domain {domain}; its splits are {', '.join(SPLITS)}, "
-                f"its domains {', '.join(self.domains)}"
+                f"{self.folder} has no {split} shard of domain {domain}; its splits are "
+                f"{', '.join(SPLITS)}, its domains {', '.join(self.domains)}"
             ) from None
 
-    def _path(self, split: str, domain: str, suffix: str) -> Path:
-        return self.folder / split / f"{domain}{suffix}"
-
-    def _map(self, split: str, domain: str) -> np.ndarray:
-        tokens, path = self.tokens(split, domain), self._path(split, domain, ".bin")
-        self._check_bytes(path, tokens * self.dtype.itemsize)
+    def _map(self, name: StreamName) -> ndarray:
+        tokens = self.tokens(*name)
+        path = _tokens_path(self.folder, name)
+        _check_bytes(path, tokens * self.dtype.itemsize)
         if not tokens:  # an empty file cannot be mapped
             return np.empty(0, self.dtype)
         return np.memmap(path, self.dtype, mode="r")
 
-    @staticmethod
-    def _check_bytes(path: Path, wanted: int) -> None:
-        found = path.stat().st_size if path.exists() else None
-        if found != wanted:
-            what = "is missing" if found is None else f"has {found} bytes"
-            raise DamagedArtifact(
-                f"{path} {what}, {wanted} were wanted; delete the artifact and run preprocess again"
-            )
+
+def _check_bytes(path: Path, wanted: int) -> None:
+    """Raise DamagedArtifact unless a file has so many bytes."""
+    if not path.exists():
+        what = "is missing"
+    else:
+        found = path.stat().st_size
+        if found == wanted:
+            return
+        what = f"has {found} bytes"
+    raise DamagedArtifact(
+        f"{path} {what}, {wanted} were wanted; delete the artifact and run preprocess again"
+    )
 
 
 def _read_about(folder: Path) -> dict:
-    path = folder / "shards.json"
+    path = folder / _ABOUT
     try:
         about = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -115,7 +138,8 @@ def _read_about(folder: Path) -> dict:
         ) from None
     if about.get("format", 0) > FORMAT:
         raise NewerStore(
-            f"{path} has format {about['format']}, this program reads up to {FORMAT}; update MoleForge"
+            f"{path} has format {about['format']}, this program reads up to {FORMAT}; update "
+            "MoleForge"
         )
     return about
 
@@ -124,39 +148,47 @@ class ShardWriter:
     """Appends documents to their streams in bounded memory; finish() writes shards.json."""
 
     def __init__(self, folder: Path, domains: tuple[str, ...], vocab_size: int, end_id: int):
-        self.folder, self.domains, self.vocab_size, self.end_id = (
-            Path(folder),
-            domains,
-            vocab_size,
-            end_id,
-        )
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        names = [(split, domain) for split in SPLITS for domain in domains]
-        self.counts = {name: {"tokens": 0, "documents": 0, "bytes": 0} for name in names}
-        self._flush_bytes = max(_LEAST_BYTES, _BUFFER_BYTES // len(names))
-        self._tokens = {name: bytearray() for name in names}
-        self._index: dict[tuple[str, str], list[tuple[int, int]]] = {name: [] for name in names}
+        self.folder = Path(folder)
+        self.domains = domains
+        self.vocab_size = vocab_size
+        self.end_id = end_id
+        fits_16_bits = vocab_size <= 1 << 16
+        self.dtype = np.dtype("<u2" if fits_16_bits else "<u4")
+        self.counts: dict[StreamName, dict[str, int]] = {}
+        self._tokens: dict[StreamName, bytearray] = {}
+        self._index: dict[StreamName, list[tuple[int, int]]] = {}
         for split in SPLITS:
             (self.folder / split).mkdir(exist_ok=True)
-        for name in names:
-            for suffix in (".bin", ".idx"):
-                open(self._path(name, suffix), "wb").close()
+            for domain in domains:
+                name = (split, domain)
+                self.counts[name] = {"tokens": 0, "documents": 0, "bytes": 0}
+                self._tokens[name] = bytearray()
+                self._index[name] = []
+                # A stream of no document has its files too: empty, not missing
+                _tokens_path(self.folder, name).write_bytes(b"")
+                _index_path(self.folder, name).write_bytes(b"")
+        self._flush_bytes = max(_LEAST_BYTES, _BUFFER_BYTES // len(self.counts))
 
     def add(self, split: str, domain: str, ids: list[int], document_bytes: int) -> None:
         """Append one document, end_id first. Raises DataError for an id the vocabulary has not."""
-        name = split, domain
-        count, tokens = self.counts[name], self._tokens[name]
         if ids and max(ids) >= self.vocab_size:
             raise DataError(
-                f"the tokenizer gave id {max(ids)} and has {self.vocab_size} entries; its tokenizer.json contradicts "
-                "itself. Save it again with save_pretrained, or train one (tokenizer.pretrained: null)"
+                f"the tokenizer gave id {max(ids)} and has {self.vocab_size} entries; its "
+                "tokenizer.json contradicts itself. Save it again with save_pretrained, or train "
+                "one (tokenizer.pretrained: null)"
             )
-        self._index[name].append((count["tokens"], document_bytes))
-        tokens += np.array([self.end_id, *ids], self.dtype).tobytes()
+        name = (split, domain)
+        count = self.counts[name]
+        tokens = self._tokens[name]
+        index = self._index[name]
+        index.append((count["tokens"], document_bytes))
+        document = np.array([self.end_id, *ids], self.dtype)
+        tokens += document.tobytes()
         count["tokens"] += len(ids) + 1
         count["documents"] += 1
         count["bytes"] += document_bytes
-        if len(tokens) + 128 * len(self._index[name]) > self._flush_bytes:
+        buffered = len(tokens) + _INDEX_ROW_BYTES * len(index)
+        if buffered > self._flush_bytes:
             self._flush(name)
 
     def append(self, part: Shards) -> None:
@@ -165,15 +197,16 @@ class ShardWriter:
         for name, count in self.counts.items():
             self._flush(name)
             with (
-                open(self._path(name, ".bin"), "ab") as file,
-                open(part.folder / name[0] / f"{name[1]}.bin", "rb") as of,
+                open(_tokens_path(self.folder, name), "ab") as file,
+                open(_tokens_path(part.folder, name), "rb") as of,
             ):
                 shutil.copyfileobj(of, file, _COPY_BYTES)
             starts, sizes = part.documents(*name)
-            with open(self._path(name, ".idx"), "ab") as file:
-                file.write(
-                    np.stack([starts[:-1] + count["tokens"], sizes], 1).astype(_INDEX).tobytes()
-                )
+            # Without its closing row, and from where this stream ends so far
+            moved = starts[:-1] + count["tokens"]
+            rows = np.stack([moved, sizes], axis=1)
+            with open(_index_path(self.folder, name), "ab") as file:
+                file.write(rows.astype(_INDEX).tobytes())
             for what, found in part.count(*name).items():
                 count[what] += found
 
@@ -182,25 +215,26 @@ class ShardWriter:
         for name, count in self.counts.items():
             self._index[name].append((count["tokens"], count["bytes"]))
             self._flush(name)
+        splits = {}
+        for split in SPLITS:
+            splits[split] = {domain: self.counts[split, domain] for domain in self.domains}
         about = {
             "format": FORMAT,
             "dtype": self.dtype.str,
             "vocab_size": self.vocab_size,
             "end_id": self.end_id,
             "domains": self.domains,
-            "splits": {split: {d: self.counts[split, d] for d in self.domains} for split in SPLITS},
+            "splits": splits,
         }
-        with open(self.folder / "shards.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(about, indent=1) + "\n")
+        text = json.dumps(about, indent=1)
+        (self.folder / _ABOUT).write_text(text + "\n", encoding="utf-8")
 
-    def _path(self, name: tuple[str, str], suffix: str) -> Path:
-        return self.folder / name[0] / f"{name[1]}{suffix}"
-
-    def _flush(self, name: tuple[str, str]) -> None:
-        rows = np.array(self._index[name], _INDEX).tobytes()
-        for suffix, data in ((".bin", self._tokens[name]), (".idx", rows)):
-            with open(self._path(name, suffix), "ab") as file:
-                file.write(data)
+    def _flush(self, name: StreamName) -> None:
+        with open(_tokens_path(self.folder, name), "ab") as file:
+            file.write(self._tokens[name])
+        rows = np.array(self._index[name], _INDEX)
+        with open(_index_path(self.folder, name), "ab") as file:
+            file.write(rows.tobytes())
         self._tokens[name] = bytearray()
         self._index[name].clear()
 
@@ -222,41 +256,46 @@ class DomainMixture:
     general: tuple[str, ...] = ()
     general_share: float = 0.0
 
-    def rows(self, first: int, count: int) -> np.ndarray:
+    def rows(self, first: int, count: int) -> ndarray:
         """Return rows first..first+count (count, context_tokens+1) int64.
 
         Raises DataError when a domain has no whole window, or count is more windows than an epoch
         has.
         """
-        row_G = np.arange(first, first + count, dtype=np.int64)
-        out_GC = np.empty((count, self.context_tokens + 1), np.int64)
+        row_G = np.arange(first, first + count, dtype=int64)
+        out_GC = np.empty((count, self.context_tokens + 1), int64)
         number_G, general_G = self._general(row_G)
         if general_G.any():
             _fill(self._general_pool, number_G, general_G, out_GC)
         own_G = ~general_G
         if self.how == "natural":
             _fill(self._pools[0], number_G, own_G, out_GC)
-        else:
-            n = len(self._pools)
-            for i, pool in enumerate(self._pools):
-                _fill(pool, number_G // n, own_G & (number_G % n == i), out_GC)
+            return out_GC
+        round_G, turn_G = np.divmod(number_G, len(self._pools))
+        for i, pool in enumerate(self._pools):
+            _fill(pool, round_G, own_G & (turn_G == i), out_GC)
         return out_GC
 
     def tokens(self) -> int:
         """Return the training tokens of one epoch over `domains`: whole windows only."""
         return sum(pool.windows for pool in self._pools) * self.context_tokens
 
-    def _general(self, row_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _general(self, row_G: ndarray) -> tuple[ndarray, ndarray]:
         """Number each row among its own kind, and say which rows are general."""
         if not self.general or not self.general_share:
             return row_G, np.zeros(len(row_G), bool)
-        before_G = np.floor(row_G * self.general_share).astype(np.int64)
-        general_G = np.floor((row_G + 1) * self.general_share).astype(np.int64) > before_G
-        return np.where(general_G, before_G, row_G - before_G), general_G
+        # Row g is general where floor(g * share) steps up: spread evenly, and known from g alone
+        before_G = np.floor(row_G * self.general_share).astype(int64)
+        after_G = np.floor((row_G + 1) * self.general_share).astype(int64)
+        general_G = after_G > before_G
+        number_G = np.where(general_G, before_G, row_G - before_G)
+        return number_G, general_G
 
     @cached_property
     def _pools(self) -> list["_Pool"]:
-        groups = [self.domains] if self.how == "natural" else [(domain,) for domain in self.domains]
+        groups = [self.domains]
+        if self.how != "natural":
+            groups = [(domain,) for domain in self.domains]
         return [_Pool(self, group, salt) for salt, group in enumerate(groups, 1)]
 
     @cached_property
@@ -272,97 +311,116 @@ class _Pool:
     """
 
     def __init__(self, mixture: DomainMixture, domains: tuple[str, ...], salt: int):
-        self.mixture, self.domains = mixture, domains
-        self.seed = int(scramble(np.array([mixture.seed], np.uint64), np.uint64(salt))[0])
-        tokens_D = [mixture.shards.tokens(mixture.split, domain) for domain in domains]
-        for domain, tokens in zip(domains, tokens_D, strict=True):
+        self.mixture = mixture
+        self.domains = domains
+        # Another seed for each pool, or all of them would shuffle alike
+        seeds = scramble(np.array([mixture.seed], uint64), salt)
+        self.seed = int(seeds[0])
+        tokens_D = []
+        for domain in domains:
+            tokens = mixture.shards.tokens(mixture.split, domain)
             self._check(domain, tokens)
-        self.tokens_D = np.array(tokens_D, np.int64)
-        self.ends_D = np.cumsum((self.tokens_D - 1) // mixture.context_tokens)
+            tokens_D.append(tokens)
+        self.tokens_D = np.array(tokens_D, int64)
+        windows_D = (self.tokens_D - 1) // mixture.context_tokens
+        self.ends_D = np.cumsum(windows_D)
         self.windows = int(self.ends_D[-1])
 
-    def read(self, number_G: np.ndarray) -> np.ndarray:
+    def read(self, number_G: ndarray) -> ndarray:
         """Return the windows (G, C+1) that stand at number_G in the endless sequence of epochs."""
+        context_tokens = self.mixture.context_tokens
         if len(number_G) > self.windows:
             raise DataError(
-                f"{len(number_G)} rows were asked for at once, but {self.mixture.split} of {', '.join(self.domains)} "
-                f"({int(self.tokens_D.sum())} tokens) has {self.windows} windows of {self.mixture.context_tokens} "
-                "tokens: lower batch_sequences or trunk.context_tokens, or give it more data"
+                f"{len(number_G)} rows were asked for at once, but {self.mixture.split} of "
+                f"{', '.join(self.domains)} ({int(self.tokens_D.sum())} tokens) has {self.windows} "
+                f"windows of {context_tokens} tokens: lower batch_sequences or "
+                "trunk.context_tokens, or give it more data"
             )
         epoch_G, place_G = np.divmod(number_G, self.windows)
         place_G = shuffled(place_G, self.windows, self.seed, epoch_G)
+        # The windows of all domains stand in one line, domain after domain
         domain_G = np.searchsorted(self.ends_D, place_G, side="right")
-        window_G = place_G - np.concatenate([[0], self.ends_D])[domain_G]
-        offset_G = _draw(self.seed, epoch_G, 101 + domain_G) % self.tokens_D[domain_G].astype(
-            np.uint64
-        )
-        start_G = (
-            offset_G.astype(np.int64) + window_G * self.mixture.context_tokens
-        ) % self.tokens_D[domain_G]
+        before_D = np.concatenate([[0], self.ends_D])
+        window_G = place_G - before_D[domain_G]
+        # Each epoch moves the grid, so that no two epochs cut the text at the same tokens
+        tokens_G = self.tokens_D[domain_G]
+        random_G = _draw(self.seed, epoch_G, _OFFSET + domain_G)
+        offset_G = (random_G % tokens_G.astype(uint64)).astype(int64)
+        start_G = (offset_G + window_G * context_tokens) % tokens_G
         return self._gather(domain_G, start_G)
 
-    def _gather(self, domain_G: np.ndarray, start_G: np.ndarray) -> np.ndarray:
-        length = self.mixture.context_tokens + 1
-        out_GC = np.empty((len(start_G), length), np.int64)
-        for row, (d, start) in enumerate(zip(domain_G.tolist(), start_G.tolist(), strict=True)):
+    def _gather(self, domain_G: ndarray, start_G: ndarray) -> ndarray:
+        length = self.mixture.context_tokens + 1  # inputs, and targets one further
+        out_GC = np.empty((len(start_G), length), int64)
+        for out_C, d, start in zip(out_GC, domain_G, start_G, strict=True):
             stream = self.mixture.shards.stream(self.mixture.split, self.domains[d])
             head = stream[start : start + length]
-            out_GC[row, : len(head)] = head
-            out_GC[row, len(head) :] = stream[: length - len(head)]
+            out_C[: len(head)] = head
+            out_C[len(head) :] = stream[: length - len(head)]
         return out_GC
 
     def _check(self, domain: str, tokens: int) -> None:
         wanted = self.mixture.context_tokens + 1
         if tokens < wanted:
             raise DataError(
-                f"domain {domain} has {tokens} {self.mixture.split} tokens, one window needs {wanted}: lower "
-                "trunk.context_tokens, raise partition.min_tokens to find out sooner, or give it more data"
+                f"domain {domain} has {tokens} {self.mixture.split} tokens, one window needs "
+                f"{wanted}: lower trunk.context_tokens, raise partition.min_tokens to find out "
+                "sooner, or give it more data"
             )
 
 
-def _fill(pool: _Pool, number_G: np.ndarray, chosen_G: np.ndarray, out_GC: np.ndarray) -> None:
+def _fill(pool: _Pool, number_G: ndarray, chosen_G: ndarray, out_GC: ndarray) -> None:
     if chosen_G.any():
         out_GC[chosen_G] = pool.read(number_G[chosen_G])
 
 
-def shuffled(place_G: np.ndarray, size: int, seed: int, epoch_G: np.ndarray) -> np.ndarray:
+def shuffled(place_G: ndarray, size: int, seed: int, epoch_G: ndarray) -> ndarray:
     """Return where each place of range(size) goes in its epoch's permutation, in memory of G alone.
 
     A balanced Feistel network permutes the next power of four; places that leave the range walk on
-    until they return.
+    until they return (cycle walking: Black and Rogaway 2002, Ciphers with Arbitrary Finite
+    Domains).
     """
-    half = max(3, (max(size - 1, 1).bit_length() + 1) // 2)
-    keys_RG = [_draw(seed, epoch_G, np.full_like(epoch_G, r)) for r in range(_ROUNDS)]
-    out_G = np.asarray(place_G, np.uint64).copy()
+    # Half of the bits that hold size-1, but enough that tiny ranges are mixed too
+    bits = max(size - 1, 1).bit_length()
+    half = max(3, (bits + 1) // 2)
+    keys_RG = np.stack([_draw(seed, epoch_G, r) for r in range(_ROUNDS)])
+    out_G = np.asarray(place_G, uint64).copy()
     walking = np.ones(len(out_G), bool)
+    # A quarter of the power or more lies in the range, of tiny ranges less: a few steps
     while walking.any():
-        out_G[walking] = _feistel(out_G[walking], half, [key_G[walking] for key_G in keys_RG])
-        walking = out_G >= np.uint64(size)
-    return out_G.astype(np.int64)
+        out_G[walking] = _feistel(out_G[walking], half, keys_RG[:, walking])
+        walking = out_G >= uint64(size)
+    return out_G.astype(int64)
 
 
-def _feistel(x_G: np.ndarray, half: int, keys: Iterable[np.ndarray]) -> np.ndarray:
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left_G, right_G = x_G >> bits, x_G & mask
-    for key_G in keys:
-        left_G, right_G = right_G, left_G ^ (scramble(right_G, key_G) & mask)
+def _feistel(x_G: ndarray, half: int, keys_RG: ndarray) -> ndarray:
+    bits = uint64(half)
+    mask = uint64((1 << half) - 1)
+    left_G = x_G >> bits
+    right_G = x_G & mask
+    for key_G in keys_RG:
+        mixed_G = scramble(right_G, key_G) & mask
+        left_G, right_G = right_G, left_G ^ mixed_G
     return (left_G << bits) | right_G
 
 
-def _draw(seed: int, epoch_G: np.ndarray, purpose_G: np.ndarray) -> np.ndarray:
+def _draw(seed: int, epoch_G: ndarray, purpose: ArrayLike) -> ndarray:
     """Return one random 64-bit number per (seed, epoch, purpose)."""
-    start_G = scramble(np.asarray(epoch_G, np.uint64), np.uint64(seed))
-    return scramble(start_G, np.asarray(purpose_G, np.uint64))
+    return scramble(scramble(epoch_G, seed), purpose)
 
 
-def scramble(x_G: np.ndarray, key) -> np.ndarray:
-    """Mix x_G and key into 64 bits that look random (the finalizer of SplitMix64, applied to both)."""
-    x_G = np.asarray(x_G, np.uint64) ^ _finish(np.atleast_1d(np.asarray(key, np.uint64)))
-    return _finish(x_G)
+def scramble(x_G: ndarray, key: ArrayLike) -> ndarray:
+    """Mix x_G and key into 64 bits that look random: the finalizer of SplitMix64 (Steele, Lea and
+    Flood 2014, Fast Splittable Pseudorandom Number Generators), applied to both."""
+    # At least one dimension: numpy warns of an overflow of scalars, which is what is wanted here
+    key_G = np.atleast_1d(np.asarray(key, uint64))
+    mixed_G = np.asarray(x_G, uint64) ^ _finish(key_G)
+    return _finish(mixed_G)
 
 
-def _finish(x_G: np.ndarray) -> np.ndarray:
-    x_G = x_G + np.uint64(0x9E3779B97F4A7C15)
-    x_G = (x_G ^ (x_G >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x_G = (x_G ^ (x_G >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x_G ^ (x_G >> np.uint64(31))
+def _finish(x_G: ndarray) -> ndarray:
+    x_G = x_G + uint64(0x9E3779B97F4A7C15)
+    x_G = (x_G ^ (x_G >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+    x_G = (x_G ^ (x_G >> uint64(27))) * uint64(0x94D049BB133111EB)
+    return x_G ^ (x_G >> uint64(31))
