@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.data.routing import candidates, dataset
 from pipeline.data.routing.dataset import RoutingRows
-from pipeline.data.routing.sampling import divided
+from pipeline.data.routing.sampling import apportioned
 from pipeline.errors import ConfigError, DataError, DiskFull
 from tests.small_routing import WORDS, counts, generate, settings, task
 
@@ -125,8 +125,8 @@ def test_natural_balance_takes_what_there_is_and_is_never_short(tmp_path):
 
 @pytest.mark.parametrize("total", [0, 1, 7, 100])
 @pytest.mark.parametrize("shares", [[1], [1, 1, 1], [0.2, 0.8], [3, 5, 11, 0]])
-def test_divided_numbers_add_up_and_are_near_their_shares(total, shares):
-    found = divided(total, dict(enumerate(shares)))
+def test_apportioned_numbers_add_up_and_are_near_their_shares(total, shares):
+    found = apportioned(total, dict(enumerate(shares)))
     assert sum(found.values()) == total
     assert all(abs(found[i] - total * share / sum(shares)) < 1 for i, share in enumerate(shares))
 

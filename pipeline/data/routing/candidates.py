@@ -14,43 +14,95 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from ...config.routing_set import RoutingSetConfig
 from ...errors import DataError
 from .. import union_find
-from .prompts import keyed
+from .prompts import keyed_number
 from .rows import SPLITS, Candidate, normalized
 
 HELD = SPLITS.index("test_held")
 TEST = SPLITS.index("test")
 _CACHE_KIB = 65_536
+
+# A table that is thrown away afterwards: nothing is written twice for the case of a crash.
+_PRAGMAS = (
+    "journal_mode=OFF",
+    "synchronous=OFF",
+    f"cache_size=-{_CACHE_KIB}",
+    "temp_store=FILE",
+)
+
+# Texts lie apart from rows, which are sorted and joined several times and stay small by it. Hashes
+# are of 16 bytes: 1 M rows collide with odds of 1 in 10^27.
 _SCHEMA = """
-CREATE TABLE text (n INTEGER PRIMARY KEY, id TEXT, grp TEXT, prompt TEXT, images TEXT, origin TEXT);
-CREATE TABLE rows (n INTEGER PRIMARY KEY, unit INT, expert INT, stated INT, grp BLOB, pics BLOB, one BLOB, same BLOB,
-                   said BLOB, turn INT, split INT, alone INT);
-CREATE TABLE links (grp BLOB, pic BLOB);
-CREATE TABLE picked (n INT, copy INT, unit INT, split INT, turn INT, neutral INT, prompt TEXT, said BLOB,
-                     one BLOB UNIQUE);
+CREATE TABLE text (
+    n INTEGER PRIMARY KEY,
+    id TEXT,
+    group_name TEXT,
+    prompt TEXT,
+    images TEXT,        -- a JSON list of absolute paths
+    origin TEXT         -- JSON
+);
+CREATE TABLE rows (
+    n INTEGER PRIMARY KEY,
+    source_index INT,
+    expert INT,
+    stated INT,         -- split that the source states, or NULL
+    group_hash BLOB,
+    images_hash BLOB,   -- of all pictures together; empty where there is none
+    request_hash BLOB,  -- of pictures and prompt: what is asked, whoever it belongs to
+    dedupe_key BLOB,    -- what rows of one expert that count as the same have in common
+    prompt_hash BLOB,
+    sort_key INT,
+    split INT,
+    decisive INT        -- whether only one expert has these pictures
+);
+CREATE TABLE links (group_hash BLOB, image_hash BLOB);
+CREATE TABLE picked (
+    n INT,
+    copy INT,
+    source_index INT,
+    split INT,
+    sort_key INT,
+    neutral INT,
+    prompt TEXT,
+    prompt_hash BLOB,
+    once_key BLOB UNIQUE  -- NULL may stand in any number of rows
+);
 """
 
 
+class PickedRow(NamedTuple):
+    """A row of `picked`: which candidate is taken, and with which prompt."""
+
+    n: int
+    copy: int
+    source_index: int
+    split: int
+    sort_key: int
+    neutral: bool
+    prompt: str
+    prompt_hash: bytes
+    once_key: bytes | None
+
+
 class CandidateTable:
-    """The rows of one generation; unit numbers are those of the feeds, expert numbers those of
-    experts."""
+    """The rows of one generation; experts and splits are numbers, by their place in `experts` and
+    SPLITS, and sources by their place in the settings."""
 
     def __init__(self, file: Path, settings: RoutingSetConfig):
-        self.experts, self.seed = settings.experts, settings.seed
-        self._apart = settings.split_by == "id"
-        self._compared, self._limits = settings.dedupe, settings.limits
-        self.dropped: Counter = Counter()
-        self._number = {name: i for i, name in enumerate(self.experts)}
+        self.experts = settings.experts
+        self.seed = settings.seed
+        self.dropped: Counter[str] = Counter()
+        self._split_by_id = settings.split_by == "id"
+        self._dedupe = settings.dedupe
+        self._limits = settings.limits
+        self._expert_index = {name: i for i, name in enumerate(self.experts)}
+        # None: transactions are ours. All of it is one, as a row by itself would wait for the disk.
         self.sql = sqlite3.connect(file, isolation_level=None)
-        for pragma in (
-            "journal_mode=OFF",
-            "synchronous=OFF",
-            f"cache_size=-{_CACHE_KIB}",
-            "temp_store=FILE",
-        ):
+        for pragma in _PRAGMAS:
             self.sql.execute(f"PRAGMA {pragma}")
         self.sql.executescript(_SCHEMA)
         self.sql.execute("BEGIN")
@@ -58,234 +110,320 @@ class CandidateTable:
     def __enter__(self) -> "CandidateTable":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.sql.close()
 
-    def add(self, unit: int, candidates: Iterable[Candidate]) -> int:
+    def add(self, source_index: int, candidates: Iterable[Candidate]) -> int:
         """Store candidates of one source; returns how many."""
-        before = n = self.sql.execute("SELECT MAX(n) FROM rows").fetchone()[0] or 0
-        for n, row in enumerate(self._fitting(candidates), before + 1):
-            group = f"{row.expert}/{row.id}" if self._apart else row.group
-            grp, pics = blob(group), blob(*sorted(row.pictures)) if row.pictures else b""
-            stated = None if row.split is None else SPLITS.index(row.split)
-            one, same = self.request(pics, row.prompt), self._alike(n, pics, row.prompt)
-            said, turn = blob(normalized(row.prompt)), self.turn(row.expert, row.id)
-            values = n, unit, self._number[row.expert], stated, grp, pics, one, same, said, turn
-            told = (json.dumps(each, ensure_ascii=False) for each in (row.images, row.origin))
-            self.sql.execute("INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,NULL,0)", values)
-            self.sql.execute(
-                "INSERT INTO text VALUES (?,?,?,?,?,?)", (n, row.id, group, row.prompt, *told)
-            )
-            if row.pictures and not self._apart:
-                self.sql.executemany(
-                    "INSERT INTO links VALUES (?,?)", [(grp, blob(pic)) for pic in row.pictures]
-                )
-        return n - before
-
-    def _fitting(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        before = self.sql.execute("SELECT MAX(n) FROM rows").fetchone()[0] or 0
+        n = before
         for row in candidates:
             if len(row.pictures) > self._limits.max_images:
                 self._drop(f"over {self._limits.max_images} pictures", 1)
             elif len(row.prompt) > self._limits.max_prompt_chars:
                 self._drop(f"prompt over {self._limits.max_prompt_chars} characters", 1)
             else:
-                yield row
+                n += 1
+                self._insert(n, source_index, row)
+        return n - before
 
-    def request(self, pics: bytes, prompt: str) -> bytes:
+    def _insert(self, n: int, source_index: int, row: Candidate) -> None:
+        # Split by id, every row is a group of its own, whatever its source says.
+        group = f"{row.expert}/{row.id}" if self._split_by_id else row.group
+        group_hash = hashed(group)
+        images_hash = b""
+        if row.pictures:
+            # Sorted: the same pictures in another order are the same request.
+            images_hash = hashed(*sorted(row.pictures))
+        stated = None
+        if row.split is not None:
+            stated = SPLITS.index(row.split)
+        self.sql.execute(
+            "INSERT INTO rows VALUES (?,?,?,?,?,?,?,?,?,?,NULL,0)",
+            (
+                n,
+                source_index,
+                self._expert_index[row.expert],
+                stated,
+                group_hash,
+                images_hash,
+                self.request_hash(images_hash, row.prompt),
+                self._dedupe_key(n, images_hash, row.prompt),
+                hashed(normalized(row.prompt)),
+                self.sort_key(row.expert, row.id),
+            ),
+        )
+        images = json.dumps(row.images, ensure_ascii=False)
+        origin = json.dumps(row.origin, ensure_ascii=False)
+        self.sql.execute(
+            "INSERT INTO text VALUES (?,?,?,?,?,?)",
+            (n, row.id, group, row.prompt, images, origin),
+        )
+        if not self._split_by_id:
+            links = [(group_hash, hashed(picture)) for picture in row.pictures]
+            self.sql.executemany("INSERT INTO links VALUES (?,?)", links)
+
+    def request_hash(self, images_hash: bytes, prompt: str) -> bytes:
         """Return what a request is, whoever it belongs to: its pictures and its wording."""
-        return blob(pics.hex(), prompt if self._compared.prompt == "exact" else normalized(prompt))
+        if self._dedupe.prompt != "exact":
+            prompt = normalized(prompt)
+        return hashed(images_hash.hex(), prompt)
 
-    def _alike(self, n: int, pics: bytes, prompt: str) -> bytes:
+    def _dedupe_key(self, n: int, images_hash: bytes, prompt: str) -> bytes:
         """Return what rows of one expert that count as the same have in common; nothing compared:
         the row itself."""
-        if self._alone(pics):
-            return blob("row", str(n))
-        if self._compared.prompt == "off":
-            return blob("pictures", pics.hex())
-        return self.request(b"" if self._compared.image == "off" else pics, prompt)
+        if self._is_never_compared(images_hash):
+            return hashed("row", str(n))
+        if self._dedupe.prompt == "off":
+            return hashed("pictures", images_hash.hex())
+        if self._dedupe.image == "off":
+            images_hash = b""
+        return self.request_hash(images_hash, prompt)
 
-    def once(self, n: int, pics: bytes, text: str) -> bytes:
+    def once_key(self, n: int, images_hash: bytes, text: str) -> bytes:
         """Return what may be taken once: a request, or the wording of a row that is never like
         another."""
-        return blob("row", str(n), text) if self._alone(pics) else self.request(pics, text)
+        if self._is_never_compared(images_hash):
+            return hashed("row", str(n), text)
+        return self.request_hash(images_hash, text)
 
-    def _alone(self, pics: bytes) -> bool:
+    def _is_never_compared(self, images_hash: bytes) -> bool:
         """Tell whether nothing of a row is compared."""
-        return self._compared.prompt == "off" and (self._compared.image == "off" or not pics)
+        if self._dedupe.prompt != "off":
+            return False
+        return self._dedupe.image == "off" or not images_hash
 
-    def turn(self, expert: str, name: str, copy: int = 0) -> int:
+    def sort_key(self, expert: str, name: str, copy: int = 0) -> int:
         """Return a row's place among the others, the same whatever their order."""
-        return keyed(self.seed, expert, f"{name}\0{copy}" if copy else name)
+        return keyed_number(self.seed, expert, f"{name}\0{copy}" if copy else name)
 
-    def settle(self, shares: Mapping[str, float], held_share: float) -> None:
+    def finalize(self, shares: Mapping[str, float], held_share: float) -> None:
         """Check ids, join groups, drop duplicates, give every group its split.
 
         shares are those of train, valid and test for groups whose source states none; held_share is
         test_held's part of the test groups. Raises DataError.
         """
         self._check_ids()
-        self._join()
+        self._join_groups()
         self._check_stated()
+        # Before splits are given, so that shares are of the rows that are left.
         self._drop_duplicates()
-        self._give_splits(_Turns(shares), _Turns({"test": 1 - held_share, "test_held": held_share}))
+        held_shares = {"test": 1 - held_share, "test_held": held_share}
+        self._give_splits(_SplitBalancer(shares), _SplitBalancer(held_shares))
         self._drop_elsewhere()
-        self._mark_alone()
-        self.sql.execute("CREATE INDEX pool ON rows (unit, split, turn)")
+        self._mark_decisive()
+        self.sql.execute("CREATE INDEX pool ON rows (source_index, split, sort_key)")
 
     def available(self) -> dict[tuple[int, int], int]:
-        """Return how many rows each (unit, split) has."""
-        query = "SELECT unit, split, COUNT(*) FROM rows GROUP BY unit, split"
-        return {(unit, split): n for unit, split, n in self.sql.execute(query)}
-
-    def pick(self, values: tuple) -> bool:
-        """Take a row as columns of `picked`; returns False when its request is taken already."""
-        return (
-            self.sql.execute(
-                "INSERT OR IGNORE INTO picked VALUES (?,?,?,?,?,?,?,?,?)", values
-            ).rowcount
-            > 0
+        """Return how many rows each (source_index, split) has."""
+        found = self.sql.execute(
+            "SELECT source_index, split, COUNT(*) FROM rows GROUP BY source_index, split"
         )
+        return {(source_index, split): count for source_index, split, count in found}
+
+    def pick(self, row: PickedRow) -> bool:
+        """Take a row; returns False when its request is taken already."""
+        # The unique column decides: asking first would look everything up twice.
+        found = self.sql.execute("INSERT OR IGNORE INTO picked VALUES (?,?,?,?,?,?,?,?,?)", row)
+        return found.rowcount > 0
 
     def picked(self) -> Iterator[tuple]:
-        """Yield (id, copy, images, prompt, unit, origin, split, neutral, group) in file order."""
-        return self.sql.execute(
-            "SELECT t.id, p.copy, t.images, p.prompt, p.unit, t.origin, p.split, p.neutral, g.name FROM picked p "
-            "JOIN rows r USING (n) JOIN text t USING (n) JOIN given g USING (grp) "
-            "ORDER BY p.split, p.turn, p.unit, t.id, p.copy"
-        )
+        """Yield (id, copy, images, prompt, source_index, origin, split, neutral, group) in file
+        order."""
+        return self.sql.execute("""
+            SELECT t.id, p.copy, t.images, p.prompt, p.source_index, t.origin, p.split, p.neutral,
+                   g.name
+            FROM picked p JOIN rows r USING (n) JOIN text t USING (n)
+                 JOIN group_splits g USING (group_hash)
+            ORDER BY p.split, p.sort_key, p.source_index, t.id, p.copy
+        """)
 
-    def leaks(self) -> Iterator[tuple]:
+    def leaks(self) -> Iterator[tuple[str, int, str]]:
         """Yield (prompt, split, id) of rows outside test_held whose wording test_held has."""
         return self.sql.execute(
-            "SELECT p.prompt, p.split, t.id FROM picked p JOIN text t USING (n) "
-            "WHERE p.split < :held AND p.said IN (SELECT said FROM picked WHERE split = :held) "
-            "ORDER BY p.split, t.id",
+            """
+            SELECT p.prompt, p.split, t.id
+            FROM picked p JOIN text t USING (n)
+            WHERE p.split < :held
+                  AND p.prompt_hash IN (SELECT prompt_hash FROM picked WHERE split = :held)
+            ORDER BY p.split, t.id
+            """,
             {"held": HELD},
         )
 
     def groups(self) -> tuple[int, int]:
         """Return the number of groups that were taken from, and the rows taken of the largest."""
-        query = "SELECT COUNT(*), MAX(c) FROM (SELECT COUNT(*) AS c FROM picked JOIN rows USING (n) GROUP BY grp)"
-        return self.sql.execute(query).fetchone()
+        count, largest = self.sql.execute("""
+            SELECT COUNT(*), MAX(size)
+            FROM (SELECT COUNT(*) AS size FROM picked JOIN rows USING (n) GROUP BY group_hash)
+        """).fetchone()
+        return count, largest or 0
 
     def drop_trained_wordings(self, experts: Iterable[int], texts: Iterable[str]) -> None:
         """Take from test_held the rows of these experts whose own prompt is seen elsewhere, or is
         one of texts."""
-        self.sql.execute("CREATE TEMP TABLE trained (said BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.sql.execute("CREATE TEMP TABLE trained (prompt_hash BLOB PRIMARY KEY) WITHOUT ROWID")
         self.sql.execute(
-            "INSERT OR IGNORE INTO trained SELECT said FROM rows WHERE split != ?", (HELD,)
+            "INSERT OR IGNORE INTO trained SELECT prompt_hash FROM rows WHERE split != ?", (HELD,)
         )
-        blobs = [(blob(normalized(text)),) for text in texts]
-        self.sql.executemany("INSERT OR IGNORE INTO trained VALUES (?)", blobs)
+        hashes = [(hashed(normalized(text)),) for text in texts]
+        self.sql.executemany("INSERT OR IGNORE INTO trained VALUES (?)", hashes)
         for expert in experts:
             found = self.sql.execute(
-                "DELETE FROM rows WHERE split = ? AND expert = ? AND said IN (SELECT said FROM trained)",
+                """
+                DELETE FROM rows
+                WHERE split = ? AND expert = ?
+                      AND prompt_hash IN (SELECT prompt_hash FROM trained)
+                """,
                 (HELD, expert),
             )
             self._drop("wording that is trained with, so not for test_held", found.rowcount)
 
     def _drop(self, reason: str, count: int) -> None:
+        # A reason that dropped nothing is not named.
         if count:
             self.dropped[reason] += count
 
     def _check_ids(self) -> None:
-        query = (
-            "SELECT r.expert, t.id, COUNT(*) FROM rows r JOIN text t USING (n) GROUP BY r.expert, t.id "
-            "HAVING COUNT(*) > 1 ORDER BY r.expert, t.id LIMIT 1"
+        found = self.sql.execute("""
+            SELECT r.expert, t.id, COUNT(*)
+            FROM rows r JOIN text t USING (n)
+            GROUP BY r.expert, t.id HAVING COUNT(*) > 1
+            ORDER BY r.expert, t.id LIMIT 1
+        """).fetchone()
+        if found is None:
+            return
+        expert, name, count = found
+        raise DataError(
+            f"duplicate id {name!r}: {count} rows of expert {self.experts[expert]} have it; give "
+            "every row its own (or set fields.id of the source to '', and rows are called by "
+            "their line)"
         )
-        for expert, name, count in self.sql.execute(query):
-            raise DataError(
-                f"duplicate id {name!r}: {count} rows of expert {self.experts[expert]} have it; give every row its own "
-                "(or set fields.id of the source to '', and rows are called by their line)"
-            )
 
-    def _join(self) -> None:
+    def _join_groups(self) -> None:
         """Give rows that share a picture, near or far, one group."""
         self.sql.execute("CREATE TABLE nodes (i INTEGER PRIMARY KEY, key BLOB UNIQUE)")
-        self.sql.execute(
-            "INSERT INTO nodes (key) SELECT DISTINCT grp FROM links ORDER BY grp"
-        )  # groups come first,
-        self.sql.execute(
-            "INSERT OR IGNORE INTO nodes (key) SELECT DISTINCT pic FROM links"
-        )  # so a root is a group
-        parent = array(
-            "l", range(1 + (self.sql.execute("SELECT MAX(i) FROM nodes").fetchone()[0] or 0))
-        )
-        pairs = "SELECT DISTINCT a.i, b.i FROM links JOIN nodes a ON a.key = grp JOIN nodes b ON b.key = pic"
-        for pair in self.sql.execute(pairs):
-            union_find.unite(parent, *pair)
+        # Groups get the smaller numbers, and the smallest number stands for a set: so what stands
+        # for it is always a group and never a picture.
+        self.sql.execute("""
+            INSERT INTO nodes (key)
+            SELECT DISTINCT group_hash FROM links ORDER BY group_hash
+        """)
+        self.sql.execute("INSERT OR IGNORE INTO nodes (key) SELECT DISTINCT image_hash FROM links")
+        count = self.sql.execute("SELECT MAX(i) FROM nodes").fetchone()[0] or 0
+
+        # Numbers in an array and not a dict of hashes: 8 bytes a node. Number 0 is nobody's.
+        parents = array("l", range(1 + count))
+        pairs = self.sql.execute("""
+            SELECT DISTINCT a.i, b.i
+            FROM links JOIN nodes a ON a.key = group_hash JOIN nodes b ON b.key = image_hash
+        """)
+        for group, image in pairs:
+            union_find.unite(parents, group, image)
+
         self.sql.execute("CREATE TABLE moved (i INTEGER PRIMARY KEY, home INT)")
-        homes = (
-            (i, home) for i in range(1, len(parent)) if (home := union_find.root(parent, i)) != i
-        )
-        self.sql.executemany("INSERT INTO moved VALUES (?,?)", homes)
-        self.sql.execute(
-            "UPDATE rows SET grp = home.key FROM nodes own, moved, nodes home "
-            "WHERE own.key = rows.grp AND moved.i = own.i AND home.i = moved.home"
-        )
-        self.sql.execute("CREATE INDEX by_group ON rows (grp, expert)")
+        self.sql.executemany("INSERT INTO moved VALUES (?,?)", _moved(parents))
+        self.sql.execute("""
+            UPDATE rows SET group_hash = home.key
+            FROM nodes own, moved, nodes home
+            WHERE own.key = rows.group_hash AND moved.i = own.i AND home.i = moved.home
+        """)
+        self.sql.execute("CREATE INDEX by_group ON rows (group_hash, expert)")
 
     def _check_stated(self) -> None:
         """Raise DataError where one expert's rows state two splits for a group with pictures."""
-        query = (
-            "SELECT grp, expert, MIN(stated), MAX(stated) FROM rows WHERE pics != x'' GROUP BY grp, expert "
-            "HAVING MIN(stated) < MAX(stated) LIMIT 1"
+        found = self.sql.execute("""
+            SELECT group_hash, expert, MIN(stated), MAX(stated)
+            FROM rows WHERE images_hash != x''
+            GROUP BY group_hash, expert HAVING MIN(stated) < MAX(stated)
+            LIMIT 1
+        """).fetchone()
+        if found is None:
+            return
+        group_hash, expert, first, last = found
+        one, images, group = self._example(group_hash, expert, first)
+        other, _, _ = self._example(group_hash, expert, last)
+        raise DataError(
+            f"a picture in two splits: of expert {self.experts[expert]}, row {one!r} is in "
+            f"{SPLITS[first]} and row {other!r} in {SPLITS[last]}, and both belong to group "
+            f"{group} ({json.loads(images)[0]}). Move all rows of a picture to one split, or set "
+            "fields.split of the source to '' and the generator splits"
         )
-        for grp, expert, *both in self.sql.execute(query):
-            (one, images, group), (other, *_) = (
-                self._example(grp, expert, stated) for stated in both
-            )
-            raise DataError(
-                f"a picture in two splits: of expert {self.experts[expert]}, row {one!r} is in {SPLITS[both[0]]} and "
-                f"row {other!r} in {SPLITS[both[1]]}, and both belong to group {group} ({json.loads(images)[0]}). Move "
-                "all rows of a picture to one split, or set fields.split of the source to '' and the generator splits"
-            )
 
-    def _example(self, grp: bytes, expert: int, stated: int) -> tuple[str, str, str]:
+    def _example(self, group_hash: bytes, expert: int, stated: int) -> tuple[str, str, str]:
         """Return id, images and group of a row with pictures."""
-        query = (
-            "SELECT t.id, t.images, t.grp FROM rows r JOIN text t USING (n) "
-            "WHERE r.grp = ? AND expert = ? AND stated = ? AND pics != x'' ORDER BY t.id LIMIT 1"
-        )
-        return self.sql.execute(query, (grp, expert, stated)).fetchone()
+        return self.sql.execute(
+            """
+            SELECT t.id, t.images, t.group_name
+            FROM rows r JOIN text t USING (n)
+            WHERE r.group_hash = ? AND expert = ? AND stated = ? AND images_hash != x''
+            ORDER BY t.id LIMIT 1
+            """,
+            (group_hash, expert, stated),
+        ).fetchone()
 
     def _drop_duplicates(self) -> None:
         """Drop a request that two experts have; keep one of an expert's rows that count as the
         same."""
-        found = self.sql.execute(
-            "DELETE FROM rows WHERE one IN (SELECT one FROM rows GROUP BY one HAVING MIN(expert) < MAX(expert))"
-        )
+        # Of both: it would teach the router two answers to one question.
+        found = self.sql.execute("""
+            DELETE FROM rows WHERE request_hash IN (
+                SELECT request_hash FROM rows
+                GROUP BY request_hash HAVING MIN(expert) < MAX(expert)
+            )
+        """)
         self._drop("same request in two experts", found.rowcount)
-        found = self.sql.execute(
-            "DELETE FROM rows WHERE n IN (SELECT n FROM (SELECT n, "
-            "ROW_NUMBER() OVER (PARTITION BY expert, same ORDER BY stated DESC, turn) AS place FROM rows) "
-            "WHERE place > 1)"
-        )
+        # The latest split keeps its row: a test that shrinks by training rows says less.
+        found = self.sql.execute("""
+            DELETE FROM rows WHERE n IN (
+                SELECT n FROM (
+                    SELECT n, ROW_NUMBER() OVER (
+                        PARTITION BY expert, dedupe_key ORDER BY stated DESC, sort_key
+                    ) AS place
+                    FROM rows
+                )
+                WHERE place > 1
+            )
+        """)
         self._drop("same request twice", found.rowcount)
 
-    def _give_splits(self, drawn: "_Turns", tests: "_Turns") -> None:
-        self.sql.create_function(
-            "turn", 1, lambda name: keyed(self.seed, "group", name), deterministic=True
-        )
-        self.sql.execute(
-            "CREATE TABLE groups AS SELECT r.grp, MIN(t.grp) AS name, MAX(stated) AS stated, turn(MIN(t.grp)) AS turn "
-            "FROM rows r JOIN text t USING (n) GROUP BY r.grp"
-        )
-        self.sql.execute(
-            "CREATE TABLE given (grp BLOB PRIMARY KEY, name TEXT, split INT) WITHOUT ROWID"
-        )
-        found = self.sql.execute(
-            "SELECT g.grp, g.name, g.stated, r.expert, COUNT(*) FROM groups g JOIN rows r USING (grp) "
-            "GROUP BY g.turn, g.grp, r.expert"
-        )
-        for (grp, name, stated), rows in groupby(found, itemgetter(0, 1, 2)):
-            sizes = {row[3]: row[4] for row in rows}
-            split = SPLITS.index(drawn.take(sizes)) if stated is None else stated
-            split = SPLITS.index(tests.take(sizes)) if split == TEST else split
-            self.sql.execute("INSERT INTO given VALUES (?,?,?)", (grp, name, split))
-        self.sql.execute(
-            "UPDATE rows SET split = (SELECT split FROM given WHERE given.grp = rows.grp)"
-        )
+    def _give_splits(self, free: "_SplitBalancer", tests: "_SplitBalancer") -> None:
+        """Give every group the split that its source states, or else one by `free`'s shares, and
+        groups of test one by those of `tests`."""
+
+        def group_key(name: str) -> int:
+            return keyed_number(self.seed, "group", name)
+
+        self.sql.create_function("group_key", 1, group_key, deterministic=True)
+        self.sql.execute("""
+            CREATE TABLE groups AS
+            SELECT r.group_hash, MIN(t.group_name) AS name, MAX(stated) AS stated,
+                   group_key(MIN(t.group_name)) AS sort_key
+            FROM rows r JOIN text t USING (n)
+            GROUP BY r.group_hash
+        """)
+        self.sql.execute("""
+            CREATE TABLE group_splits (group_hash BLOB PRIMARY KEY, name TEXT, split INT)
+            WITHOUT ROWID
+        """)
+        counts = self.sql.execute("""
+            SELECT g.group_hash, g.name, g.stated, r.expert, COUNT(*)
+            FROM groups g JOIN rows r USING (group_hash)
+            GROUP BY g.sort_key, g.group_hash, r.expert
+        """)
+        for (group_hash, name, stated), rows in groupby(counts, itemgetter(0, 1, 2)):
+            sizes = {expert: size for *_, expert, size in rows}
+            split = stated
+            if split is None:
+                split = SPLITS.index(free.next_split(sizes))
+            if split == TEST:
+                split = SPLITS.index(tests.next_split(sizes))
+            values = (group_hash, name, split)
+            self.sql.execute("INSERT INTO group_splits VALUES (?,?,?)", values)
+        self.sql.execute("""
+            UPDATE rows SET split =
+                (SELECT split FROM group_splits g WHERE g.group_hash = rows.group_hash)
+        """)
 
     def _drop_elsewhere(self) -> None:
         """Drop rows an expert states for one split while another expert holds the picture out for a
@@ -296,39 +434,52 @@ class CandidateTable:
         )
         self._drop("picture that another source holds out", found.rowcount)
 
-    def _mark_alone(self) -> None:
+    def _mark_decisive(self) -> None:
         """Mark rows whose pictures only one expert has: the picture alone can decide."""
-        self.sql.execute(
-            "CREATE TABLE common AS SELECT pics FROM rows GROUP BY pics HAVING MIN(expert) < MAX(expert)"
-        )
-        self.sql.execute(
-            "UPDATE rows SET alone = (pics != x'' AND pics NOT IN (SELECT pics FROM common))"
-        )
+        self.sql.execute("""
+            CREATE TABLE common AS
+            SELECT images_hash FROM rows GROUP BY images_hash HAVING MIN(expert) < MAX(expert)
+        """)
+        self.sql.execute("""
+            UPDATE rows SET decisive =
+                (images_hash != x'' AND images_hash NOT IN (SELECT images_hash FROM common))
+        """)
 
 
-class _Turns:
+def _moved(parents: "array[int]") -> Iterator[tuple[int, int]]:
+    """Yield the nodes that another one stands for, and that one."""
+    for i in range(1, len(parents)):
+        home = union_find.root(parents, i)
+        if home != i:
+            yield i, home
+
+
+class _SplitBalancer:
     """Shares of groups of rows by turns: after every group, each expert's rows are as near to the
     shares as may be."""
 
     def __init__(self, shares: Mapping[str, float]):
         whole = sum(shares.values())
         self.shares = {name: share / whole for name, share in shares.items()}
-        self.have: defaultdict[int, Counter] = defaultdict(Counter)  # expert -> split -> rows
+        # expert -> split -> rows
+        self.given: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
-    def take(self, sizes: Mapping[int, int]) -> str:
+    def next_split(self, sizes: Mapping[int, int]) -> str:
         """Return the split for the next group, of sizes[expert] rows each."""
-        lack: Counter = Counter()
+        # How many rows each split is short of its share, once these are given: the shortest gets
+        # them. One group may have rows of several experts, whose shortages add up.
+        lack = dict.fromkeys(self.shares, 0.0)
         for expert, size in sizes.items():
-            have = self.have[expert]
-            total = have.total() + size
+            given = self.given[expert]
+            total = given.total() + size
             for name, share in self.shares.items():
-                lack[name] += share * total - have[name]
-        chosen = max(self.shares, key=lambda name: lack[name])
+                lack[name] += share * total - given[name]
+        chosen = max(lack, key=lack.__getitem__)
         for expert, size in sizes.items():
-            self.have[expert][chosen] += size
+            self.given[expert][chosen] += size
         return chosen
 
 
-def blob(*texts: str) -> bytes:
+def hashed(*texts: str) -> bytes:
     """Return 16 bytes that stand for texts."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()

@@ -11,7 +11,7 @@ import os
 import platform
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ... import __version__
+from ...config.base import NONE
 from ...config.routing_set import RoutingSetConfig, RoutingSourceConfig
 from ...errors import DataError, DiskFull
 from ...protocols import Progress, quiet
@@ -27,16 +28,16 @@ from ...store.artifacts import sha256, write_text
 from .candidates import CandidateTable
 from .prompts import PromptChooser
 from .rows import SPLITS, Feed, split_named
-from .sampling import Draw
+from .sampling import RoutingSample
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FORMAT = 1
 NAME = "routing.jsonl"
-_PLACES = {
-    "sources": {"__all__": {"path", "image_root"}}
-}  # the same rows elsewhere make the same set
+
+# Left out of the hash of the settings: the same rows elsewhere make the same set.
+_PLACES = {"sources": {"__all__": {"path", "image_root"}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,46 +70,60 @@ def generate(
     other, DataError for rows that do not do, DiskFull.
     """
     folder = Path(folder)
-    wordings = PromptChooser(settings)
-    wordings.check(settings.experts)
-    feeds = [feed for i, source in enumerate(settings.sources) for feed in _feeds(i, source, tasks)]
+    file = folder / name
+    prompts = PromptChooser(settings)
+    prompts.check(settings.experts)
+    feeds: list[Feed] = []
+    for i, source in enumerate(settings.sources):
+        feeds += _feeds(i, source, tasks)
     try:
-        manifest = _merge(settings, wordings, feeds, folder / name, progress)
+        manifest = _merge(settings, prompts, feeds, file, progress)
     except sqlite3.OperationalError as error:
         raise DiskFull(
-            f"the table of rows beside {folder / name} cannot be written ({error}); make room, about 1.5 kB for each "
-            "row while it is made, then run the same command again"
+            f"the table of rows beside {file} cannot be written ({error}); make room, about "
+            "1.5 kB for each row while it is made, then run the same command again"
         ) from None
-    manifest |= {"labels": dict(labels), "sha256": sha256(folder / name)}
-    write_text(
-        manifest_of(folder / name), json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    )
-    short = {
-        f"{lack['expert']} {lack['split']}": f"{lack['found']} of {lack['wanted']}"
-        for lack in manifest["short"]
+    # The manifest comes last: a set without one is not read.
+    manifest |= {"labels": dict(labels), "sha256": sha256(file)}
+    write_text(manifest_of(file), json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+    short = {}
+    for shortage in manifest["short"]:
+        which = f"{shortage['expert']} {shortage['split']}"
+        short[which] = f"{shortage['found']} of {shortage['wanted']}"
+    return {
+        "rows": manifest["rows"],
+        "groups": manifest["groups"],
+        "dropped": manifest["dropped"],
+        "short": short,
     }
-    return {key: manifest[key] for key in ("rows", "groups", "dropped")} | {"short": short}
 
 
 def _merge(
     settings: RoutingSetConfig,
-    wordings: PromptChooser,
+    prompts: PromptChooser,
     feeds: list[Feed],
     file: Path,
     progress: Progress,
 ) -> dict:
+    # Beside the set and not in /tmp, which may be small or memory.
     with (
         tempfile.TemporaryDirectory(dir=file.parent, prefix=".routing-") as place,
         CandidateTable(Path(place) / "rows.sqlite", settings) as table,
     ):
-        rows = [table.add(feed.unit, feed.candidates()) for feed in _told(feeds, progress)]
+        counts = []
+        for i, feed in enumerate(feeds):
+            progress(f"reading {feed.expert}: {feed.file}", 0.5 * i / len(feeds))
+            counts.append(table.add(feed.source_index, feed.candidates()))
         progress("grouping by picture, dropping duplicates", 0.5)
-        table.settle(settings.splits.model_dump(), 0.5 * wordings.any_held)
-        draw = Draw(table, settings, wordings)
-        draw.take(progress)
+        # test and test_held divide the test groups in halves, where there is a test_held.
+        held_share = 0.5 if prompts.any_held else 0.0
+        table.finalize(settings.splits.model_dump(), held_share)
+        sample = RoutingSample(table, settings, prompts)
+        sample.take(progress)
         progress(f"writing {file.name}", 0.9)
         _write(file, settings, table.picked())
-        return _manifest(settings, list(zip(feeds, rows, strict=True)), draw)
+        return _manifest(settings, list(zip(feeds, counts, strict=True)), sample)
 
 
 def manifest_of(file: Path) -> Path:
@@ -117,16 +132,17 @@ def manifest_of(file: Path) -> Path:
     return file.with_name(f"{file.stem}.manifest.json")
 
 
-class RoutingRows(Sequence):
-    """A routing set opened for reading, as a sequence of rows in file order; lines are read when
-    they are asked for.
+class RoutingRows:
+    """A routing set opened for reading: rows in file order, read when they are asked for.
 
     Raises DataError when the folder has none.
     """
 
     def __init__(self, folder: Path, name: str = NAME):
-        self.folder, self.file = Path(folder), Path(folder) / name
+        self.folder = Path(folder)
+        self.file = self.folder / name
         try:
+            # Where each line starts, 8 bytes a row: memory holds no row that is not asked for.
             self._starts = np.cumsum([0, *map(len, self._lines())], dtype=np.int64)[:-1]
             self.manifest: dict = json.loads(manifest_of(self.file).read_text("utf-8"))
         except (OSError, ValueError) as error:
@@ -138,6 +154,7 @@ class RoutingRows(Sequence):
         return len(self._starts)
 
     def __getitem__(self, place: int) -> RoutingRow:
+        # Opened each time: a file that stays open would not go to a worker process.
         with self.file.open("rb") as file:
             file.seek(self._starts[place])
             return _row(file.readline())
@@ -155,6 +172,7 @@ class RoutingRows(Sequence):
 
     def pictures(self, row: RoutingRow) -> "list[Image.Image]":
         """Return a row's pictures, checked. Raises DataError."""
+        # Only who opens a picture pays for importing Pillow.
         from ..images.images import open_checked
 
         return [open_checked(path) for path in self.paths(row)]
@@ -165,56 +183,69 @@ class RoutingRows(Sequence):
 
 
 def _row(line: bytes) -> RoutingRow:
-    found = json.loads(line)
-    return RoutingRow(**found | {"images": tuple(found["images"])})
+    columns = json.loads(line)
+    columns["images"] = tuple(columns["images"])
+    return RoutingRow(**columns)
 
 
-def _feeds(unit: int, source: RoutingSourceConfig, tasks: Mapping[str, Path]) -> Iterator[Feed]:
+def _feeds(
+    source_index: int, source: RoutingSourceConfig, tasks: Mapping[str, Path]
+) -> Iterator[Feed]:
     """Yield the files of one source. Raises DataError when there is none."""
-    name = f"dataset.sources.{unit} ({source.expert})"
+    name = f"dataset.sources.{source_index} ({source.expert})"
     prepared = tasks.get(source.expert)
-    if source.origin == "loras" or (prepared and source.expert == "none"):
+    # Nobody's rows may have been prepared as a task of their own, whatever their source.
+    if source.origin == "loras" or (prepared and source.expert == NONE):
         if prepared is None:
             raise DataError(
-                f"{name}: unknown expert {source.expert}; prepared rows are of {', '.join(sorted(tasks))}"
+                f"{name}: unknown expert {source.expert}; prepared rows are of "
+                f"{', '.join(sorted(tasks))}"
             )
+        folder = Path(prepared)
         yield Feed(
-            unit, name, source.expert, Path(prepared) / "rows.jsonl", Path(prepared), artifact=True
+            source_index, name, source.expert, folder / "rows.jsonl", root=folder, artifact=True
         )
         return
-    if source.origin == "synthetic":
+    if source.origin == "synthetic" or source.path is None:
         raise DataError(
-            f"{name}: synthetic rows of {source.expert} are not prepared; make them a task in loras.json"
+            f"{name}: {source.origin} rows of {source.expert} are not prepared; make them a task "
+            "in loras.json"
         )
     path = Path(source.path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise DataError(
-            f"{name}: no .jsonl file in {path}; set the source's path to a file, or a folder of them"
+            f"{name}: no .jsonl file in {path}; set the source's path to a file, or a folder of "
+            "them"
         )
-    root = Path(source.image_root or files[0].parent)
-    fields = {"images": source.image_field} | source.fields
     for file in files:
-        stated = split_named(file.stem) if path.is_dir() else None
-        yield Feed(unit, name, source.expert, file, root, False, fields, stated)
-
-
-def _told(feeds: list[Feed], progress: Progress) -> Iterator[Feed]:
-    for i, feed in enumerate(feeds):
-        progress(f"reading {feed.expert}: {feed.file}", 0.5 * i / len(feeds))
-        yield feed
+        yield Feed(
+            source_index,
+            name,
+            source.expert,
+            file,
+            root=Path(source.image_root or files[0].parent),
+            artifact=False,
+            fields={"images": source.image_field} | source.fields,
+            # In a folder the names of files may say the split; one file is called anything.
+            stated=split_named(file.stem) if path.is_dir() else None,
+        )
 
 
 def _write(file: Path, settings: RoutingSetConfig, rows: Iterator[tuple]) -> None:
     """Write the picked rows, pictures relative to the file's folder; whole or not at all."""
-    from_here = _relative(os.path.realpath(file.parent))
+    relative = _relative_to(os.path.realpath(file.parent))
     part = file.with_name(file.name + ".part")
+    # newline: the same bytes on every system.
     with part.open("w", encoding="utf-8", newline="\n") as out:
-        for name, copy, images, prompt, unit, origin, split, neutral, group in rows:
-            expert = settings.sources[unit].expert
+        for name, copy, images, prompt, source_index, origin, split, neutral, group in rows:
+            expert = settings.sources[source_index].expert
+            row_id = f"{expert}-{name}"
+            if copy:
+                row_id += f"~{copy}"
             row = {
-                "id": f"{expert}-{name}" + (f"~{copy}" if copy else ""),
-                "images": [from_here(image) for image in json.loads(images)],
+                "id": row_id,
+                "images": [relative(image) for image in json.loads(images)],
                 "prompt": prompt,
                 "expert": expert,
                 "source": json.loads(origin),
@@ -226,7 +257,8 @@ def _write(file: Path, settings: RoutingSetConfig, rows: Iterator[tuple]) -> Non
     part.replace(file)
 
 
-def _relative(here: str) -> Callable[[str], str]:
+def _relative_to(here: str) -> Callable[[str], str]:
+    # All pictures of a task lie in one folder, so that links are followed once for it.
     @lru_cache(1 << 12)
     def folder_of(folder: str) -> str:
         return Path(os.path.relpath(os.path.realpath(folder), here)).as_posix()
@@ -238,23 +270,28 @@ def _relative(here: str) -> Callable[[str], str]:
     return relative
 
 
-def _manifest(settings: RoutingSetConfig, read: list[tuple[Feed, int]], draw: Draw) -> dict:
-    said = json.dumps(settings.model_dump(mode="json", exclude=_PLACES), sort_keys=True)
-    groups, largest = draw.table.groups()
+def _manifest(
+    settings: RoutingSetConfig,
+    read: list[tuple[Feed, int]],
+    sample: RoutingSample,
+) -> dict:
+    settings_json = json.dumps(settings.model_dump(mode="json", exclude=_PLACES), sort_keys=True)
+    groups, largest = sample.table.groups()
+    sources = []
+    for feed, count in read:
+        sources.append({"expert": feed.expert, "rows": count, "sha256": sha256(feed.file)})
     return {
         "format": FORMAT,
         "seed": settings.seed,
         "experts": list(settings.experts),
-        "rows": draw.counts(lambda done: done.taken),
-        "ambiguous": draw.counts(lambda done: done.neutral),
-        "copies": draw.counts(lambda done: done.copies),
-        "short": [asdict(lack) for lack in draw.lacks],
+        "rows": sample.counts(lambda given: given.taken),
+        "ambiguous": sample.counts(lambda given: given.neutral),
+        "copies": sample.counts(lambda given: given.copies),
+        "short": [asdict(shortage) for shortage in sample.shortages],
         "groups": groups,
-        "largest_group_rows": largest or 0,
-        "read": [
-            {"expert": feed.expert, "rows": n, "sha256": sha256(feed.file)} for feed, n in read
-        ],
-        "dropped": dict(sorted(draw.table.dropped.items())),
-        "config": hashlib.sha256(said.encode()).hexdigest(),
+        "largest_group_rows": largest,
+        "read": sources,
+        "dropped": dict(sorted(sample.table.dropped.items())),
+        "config": hashlib.sha256(settings_json.encode()).hexdigest(),
         "versions": {"moleforge": __version__, "python": platform.python_version()},
     }

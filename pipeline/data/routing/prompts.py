@@ -12,81 +12,103 @@ from ...config.routing_set import RoutingSetConfig, WordingConfig
 from ...errors import ConfigError
 from .rows import normalized
 
-OWN = "{prompt}"  # in a paraphrase: the row's own prompt
+# In a paraphrase: the row's own prompt.
+OWN = "{prompt}"
 
 
 class PromptChooser:
     """The wordings of every expert and the neutral ones."""
 
     def __init__(self, settings: RoutingSetConfig):
-        self.paraphrases, self.neutral = settings.paraphrases, settings.neutral
-        self.seed, self.max_chars = settings.seed, settings.limits.max_prompt_chars
+        self.paraphrases = settings.paraphrases
+        self.neutral = settings.neutral
+        self.seed = settings.seed
+        self.max_chars = settings.limits.max_prompt_chars
 
     @property
     def seen(self) -> list[str]:
         """Every wording that training rows may have beside their own."""
-        return [text for _, lists in self._lists() for text in lists.seen]
+        texts: list[str] = []
+        for _, wordings in self._by_setting():
+            texts += wordings.seen
+        return texts
 
     def check(self, experts: tuple[str, ...]) -> None:
         """Raise ConfigError for wordings of an unknown expert, or both seen and held out."""
-        if strange := sorted(set(self.paraphrases) - set(experts)):
+        unknown = sorted(set(self.paraphrases) - set(experts))
+        if unknown:
             raise ConfigError(
-                f"dataset.paraphrases: unknown expert {', '.join(strange)}; the sources have {', '.join(experts)}"
+                f"dataset.paraphrases: unknown expert {', '.join(unknown)}; the sources have "
+                f"{', '.join(experts)}"
             )
-        seen = {normalized(text): where for where, lists in self._lists() for text in lists.seen}
-        for where, lists in self._lists():
-            for text in lists.held:
-                if normalized(text) in seen:
+        # Of all experts together: what one trains with, another cannot hold out.
+        seen_in = {}
+        for setting, wordings in self._by_setting():
+            for text in wordings.seen:
+                seen_in[normalized(text)] = setting
+        for setting, wordings in self._by_setting():
+            for text in wordings.held:
+                if normalized(text) in seen_in:
                     raise ConfigError(
-                        f"{where}.held: {text!r} also stands in {seen[normalized(text)]}.seen; a held-out wording must "
-                        "not be trained with, so remove one of the two"
+                        f"{setting}.held: {text!r} also stands in {seen_in[normalized(text)]}.seen;"
+                        " a held-out wording must not be trained with, so remove one of the two"
                     )
 
-    def held(self, expert: str) -> bool:
+    def has_held(self, expert: str) -> bool:
         """Tell whether an expert has wordings of its own for test_held."""
-        lists = self.paraphrases.get(expert)
-        return bool(lists and lists.held)
+        wordings = self.paraphrases.get(expert)
+        return bool(wordings and wordings.held)
 
     @property
     def any_held(self) -> bool:
         """Whether any expert has."""
-        return any(map(self.held, self.paraphrases))
+        return any(map(self.has_held, self.paraphrases))
 
     def options(
-        self, row: str, prompt: str, expert: str, split: str, neutral: bool
+        self,
+        row: str,
+        prompt: str,
+        expert: str,
+        split: str,
+        neutral: bool,
     ) -> Iterator[tuple[str, bool]]:
         """Yield (text, whether it is neutral) for a row, the likeliest first; with neutral, those
         before the others."""
-        held = split == "test_held"
+        is_held = split == "test_held"
         if neutral:
-            for text in self._turned(
-                self.neutral.held if held else self.neutral.seen, row, "neutral"
-            ):
+            texts = self.neutral.held if is_held else self.neutral.seen
+            for text in self._rotated(texts, row, "neutral"):
                 yield text, True
-        lists = self.paraphrases.get(expert)
-        seen = [OWN, *(lists.seen if lists and not held else ())]
-        own = lists.held if held and self.held(expert) else seen
-        for text in self._turned(list(dict.fromkeys(own)), row, "paraphrase"):
+
+        # An expert without held-out wordings is asked with its rows' own prompts in test_held.
+        wordings = self.paraphrases.get(expert)
+        own: Sequence[str] = [OWN]
+        if wordings and is_held and wordings.held:
+            own = wordings.held
+        elif wordings and not is_held:
+            own = [OWN, *wordings.seen]
+        # A wording that is written twice would be twice as likely.
+        for text in self._rotated(list(dict.fromkeys(own)), row, "paraphrase"):
             filled = text.replace(OWN, prompt)
             if len(filled) <= self.max_chars:
                 yield filled, False
 
-    def _turned(self, texts: Sequence[str], row: str, purpose: str) -> list[str]:
+    def _rotated(self, texts: Sequence[str], row: str, purpose: str) -> list[str]:
         """Return texts begun at a place that the row decides."""
-        start = keyed(self.seed, purpose, row) % max(1, len(texts))
+        # Rotated and not shuffled: each of them comes first for as many rows as any other.
+        start = keyed_number(self.seed, purpose, row) % max(1, len(texts))
         return [*texts[start:], *texts[:start]]
 
-    def _lists(self) -> Iterator[tuple[str, WordingConfig]]:
-        yield from (
-            (f"dataset.paraphrases.{name}", lists)
-            for name, lists in sorted(self.paraphrases.items())
-        )
+    def _by_setting(self) -> Iterator[tuple[str, WordingConfig]]:
+        for name, wordings in sorted(self.paraphrases.items()):
+            yield f"dataset.paraphrases.{name}", wordings
         yield "dataset.neutral", self.neutral
 
 
-def keyed(seed: int, purpose: str, text: str) -> int:
+def keyed_number(seed: int, purpose: str, text: str) -> int:
     """Return a 63-bit number that looks random, the same in every process."""
-    digest = hashlib.blake2b(
-        f"{purpose}\0{text}".encode(), digest_size=8, key=str(seed).encode()
-    ).digest()
+    # Python's own hash() is salted by process.
+    key = str(seed).encode()
+    digest = hashlib.blake2b(f"{purpose}\0{text}".encode(), digest_size=8, key=key).digest()
+    # SQLite's integers are signed, so the highest bit goes.
     return int.from_bytes(digest, "little") >> 1

@@ -17,17 +17,25 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import DataError
-from ..images import images as pictures
+from ..images import images
 from ..sources.tasks import image_columns
 
 SPLITS = ("train", "valid", "test", "test_held")
 FIELDS = ("id", "images", "prompt", "split", "group", "source")
-_SPLIT_NAMES = {name: name for name in SPLITS[:3]} | {
+_STATED = SPLITS[:3]  # test_held is made here; no source has it
+
+# What files and columns call a split.
+_SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "test": "test",
     "validation": "valid",
     "val": "valid",
     "dev": "valid",
 }
-_RECENT = 1 << 14  # pictures and folders whose checks are remembered
+
+# Pictures and folders whose checks are remembered: rows about one picture follow one another.
+_RECENT = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ class Candidate:
     id: str  # unique within its expert
     expert: str
     images: tuple[str, ...]  # absolute paths
-    pictures: tuple[str, ...]  # their keys: 16 hex digits of the pixels' sha256
+    pictures: tuple[str, ...]  # their keys: the first digits of the pixels' sha256
     prompt: str
     split: str | None  # as its source states it; none: the generator draws one
     group: str
@@ -52,7 +60,7 @@ class Feed:
     checked.
     """
 
-    unit: int  # number of the source
+    source_index: int
     name: str  # of the source, in messages
     expert: str
     file: Path
@@ -68,49 +76,67 @@ class Feed:
             yield self._candidate(where, row)
 
     def _candidate(self, where: str, row: dict) -> Candidate:
-        value = {
-            ours: row.get(theirs) for ours in FIELDS if (theirs := self.fields.get(ours, ours))
-        }
-        prompt, name = value.get("prompt"), value.get("id")
+        value = {}
+        for name in FIELDS:
+            column = self.fields.get(name, name)
+            if column:
+                value[name] = row.get(column)
+        prompt = value.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(
-                f"{where}: no prompt in column {self.fields.get('prompt', 'prompt')!r} (found {prompt!r}); its columns "
-                f"are {', '.join(row)}. Set fields.prompt of this source to the one that holds the request"
+                f"{where}: no prompt in column {self.fields.get('prompt', 'prompt')!r} (found "
+                f"{prompt!r}); its columns are {', '.join(row)}. Set fields.prompt of this source "
+                "to the one that holds the request"
             )
         paths, keys = self._pictures(where, self._images(row))
-        plain = where.rpartition(":")[2] if name in (None, "") else str(name)
+        # A row without an id is called by its line.
+        row_id = value.get("id")
+        if row_id in (None, ""):
+            row_id = where.rpartition(":")[2]
+        row_id = str(row_id)
         return Candidate(
-            plain,
-            self.expert,
-            paths,
-            keys,
-            prompt,
-            _split(where, value.get("split") or self.stated),
-            str(value.get("group") or _group(keys, prompt)),
-            _origin(value.get("source"), self, plain),
+            id=row_id,
+            expert=self.expert,
+            images=paths,
+            pictures=keys,
+            prompt=prompt,
+            split=_split(where, value.get("split") or self.stated),
+            group=str(value.get("group") or _group(keys, prompt)),
+            origin=self._origin(value.get("source"), row_id),
         )
 
     def _images(self, row: dict) -> object:
         """Return what a row says of its pictures, in the column that is set or one that is called
         so by default."""
-        names = image_columns(self.fields.get("images", "images"))
-        return next((row[name] for name in names if row.get(name)), None)
+        for name in image_columns(self.fields.get("images", "images")):
+            if row.get(name):
+                return row[name]
+        return None
 
-    def _pictures(self, where: str, found) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _pictures(self, where: str, found: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the paths of a row's pictures, and their keys."""
         names = [found] if isinstance(found, str) else found or []
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise DataError(f"{where}: images must be a list of paths, not {found!r}")
         paths = tuple(_inside(where, name, self.root) for name in names)
+        # preprocess has named its pictures by their digest: a million need not be opened again.
         if self.artifact:
-            return paths, tuple(path.rpartition(os.sep)[2][:16] for path in paths)
+            return paths, tuple(path.rpartition(os.sep)[2][: images.DIGEST_CHARS] for path in paths)
         return paths, tuple(_key(where, path) for path in paths)
+
+    def _origin(self, found: object, row_id: str) -> dict:
+        if isinstance(found, dict):
+            return found | {"row": row_id}
+        dataset = str(found) if found else self.file.name
+        return {"dataset": dataset, "id": row_id, "row": row_id}
 
 
 @lru_cache(_RECENT)
 def normalized(prompt: str) -> str:
     """Return what two prompts that differ only in case, spaces, width or a closing mark have in
     common."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(" .!?")
+    folded = unicodedata.normalize("NFKC", prompt).casefold()
+    return " ".join(folded.split()).rstrip(" .!?")
 
 
 def _lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -128,10 +154,9 @@ def _lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
 def _parsed(where: str, line: bytes) -> dict:
     try:
         row = json.loads(line)
+        # Half of a surrogate pair is JSON and no text; it can only be written as an escape.
         if b"\\u" in line:
-            json.dumps(
-                row, ensure_ascii=False
-            ).encode()  # half of a surrogate pair is JSON, and no text
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where} is not JSON of UTF-8 text ({error}); a JSONL file has one object per line"
@@ -146,52 +171,58 @@ def split_named(name: str) -> str | None:
     return _SPLIT_NAMES.get(name.lower())
 
 
-def _split(where: str, found) -> str | None:
+def _split(where: str, found: object) -> str | None:
     if found in (None, ""):
         return None
     split = split_named(str(found))
     if split is None:
         raise DataError(
-            f"{where}: unknown split {found!r}; a row may state {', '.join(SPLITS[:3])}, or set fields.split of this "
-            "source to '', and the generator draws its own"
+            f"{where}: unknown split {found!r}; a row may state {', '.join(_STATED)}, or set "
+            "fields.split of this source to '', and the generator draws its own"
         )
     return split
 
 
 def _group(keys: tuple[str, ...], prompt: str) -> str:
-    """Return a group for a row that states none: its first picture, or for text alone its wording."""
-    text = keys[0] if keys else hashlib.sha256(normalized(prompt).encode()).hexdigest()
-    return f"sha256:{text}" if keys else f"text:{text[:16]}"
-
-
-def _origin(found, feed: Feed, name: str) -> dict:
-    origin = (
-        found
-        if isinstance(found, dict)
-        else {"dataset": str(found) if found else feed.file.name, "id": name}
-    )
-    return origin | {"row": name}
+    """Return a group for a row that states none: its first picture, or its wording if it has
+    none."""
+    if keys:
+        return f"sha256:{keys[0]}"
+    wording = hashlib.sha256(normalized(prompt).encode()).hexdigest()
+    return f"text:{wording[:16]}"
 
 
 def _inside(where: str, name: str, root: Path) -> str:
     """Return the absolute path of a picture that exists below root, links followed."""
+    # os.path and remembered folders, not Path.resolve(): this is asked for every picture of a set,
+    # and a tenth of the time.
     path = os.path.normpath(os.path.join(root, name))  # noqa: PTH118
-    folder, base = os.path.dirname(path), _resolved(str(root))  # noqa: PTH120
+    folder = os.path.dirname(path)  # noqa: PTH120
+    base = _resolved(str(root))
+    fault = None
     try:
-        outside, mode = not _below(_resolved(folder), base), os.lstat(path).st_mode
+        outside = not _is_below(_resolved(folder), base)
+        mode = os.lstat(path).st_mode
+        # A link is followed one by one; of a plain file it is enough to know its folder.
         if stat.S_ISLNK(mode) and not outside:
             real = Path(path).resolve(strict=True)
-            outside, mode = not _below(str(real.parent), base), real.stat().st_mode
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
-        outside, mode = not _below(folder, os.path.abspath(root)), str(error)  # noqa: PTH100
+            outside = not _is_below(str(real.parent), base)
+            mode = real.stat().st_mode
+        if not stat.S_ISREG(mode):
+            fault = "not a file"
+    # ValueError for a NUL in the name, RuntimeError for a loop of links.
+    except (OSError, ValueError, RuntimeError) as error:
+        # Where nothing can be followed, the path as it is written still says what is outside.
+        outside = not _is_below(folder, os.path.abspath(root))  # noqa: PTH100
+        fault = str(error)
     if outside:
         raise DataError(
             f"{where}: picture {name!r} leads outside {root}; move it there, or set image_root"
         )
-    if isinstance(mode, str) or not stat.S_ISREG(mode):
-        why = mode if isinstance(mode, str) else "not a file"
+    if fault is not None:
         raise DataError(
-            f"{where}: picture {name!r} is missing from {root} ({why}); put it there, or set image_root"
+            f"{where}: picture {name!r} is missing from {root} ({fault}); put it there, or set "
+            "image_root"
         )
     return path
 
@@ -201,7 +232,8 @@ def _resolved(folder: str) -> str:
     return str(Path(folder).resolve())
 
 
-def _below(folder: str, base: str) -> bool:
+def _is_below(folder: str, base: str) -> bool:
+    # With the separator: /data/images-2 begins with /data/images and is not in it.
     return folder == base or folder.startswith(base.rstrip(os.sep) + os.sep)
 
 
@@ -214,4 +246,5 @@ def _key(where: str, path: str) -> str:
 
 @lru_cache(_RECENT)
 def _digest(path: str) -> str:
-    return pictures.digest(pictures.open_checked(Path(path)))[:16]
+    image = images.open_checked(Path(path))
+    return images.digest(image)[: images.DIGEST_CHARS]

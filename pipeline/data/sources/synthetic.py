@@ -87,7 +87,7 @@ def rows(
 
 def corpus() -> list[str]:
     """Return every prompt and answer there is, for a tokenizer that knows their words."""
-    prompts = []
+    prompts: list[str] = []
     answers: list[str] = []
     for wordings in (NEUTRAL, *(kind.prompts for kind in KINDS.values())):
         prompts += wordings.seen
