@@ -3,34 +3,40 @@ is in pipeline/.
 
 `modal run modal_app.py::train_experts --config config/demo.yaml` does a stage, `::run_all` all of
 them, `modal deploy modal_app.py` serves the bundle that `::deploy` made last. What is typed is
-checked on this machine first; the rest is in the hands of `conduct`, so that with `modal run
---detach` a closed laptop stops nothing.
+checked on this machine first; the rest is in the hands of `orchestrate`, so that with `modal run
+--detach` a closed laptop stops nothing. Functions and commands come from the families' tables of
+stages: a new stage needs nothing here.
 """
 
 import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import modal
 from rich.console import Console
 
 from pipeline import cloud
-from pipeline.config.machines import MachineConfig, TrainerConfig, WorkerConfig
+from pipeline.config.machines import MachineConfig
 from pipeline.config.run import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
-from pipeline.run.stages import RUN
+from pipeline.run.advice import sentence
+from pipeline.run.stages import ROWS, STAGES, STEPS, about, has_several_jobs
 from pipeline.store.artifacts import Store
 
 HERE = Path(__file__).parent
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
+EDGE = cloud.ModalEdge(Path(VOLUME))
 DAY_S = 86_400
 # until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
 LOADING_S = 900
-SECRETS = {  # purpose -> what it has to hold
+# purpose -> what the secret has to hold
+SECRETS = {
     "wandb": ["WANDB_API_KEY"],
     "hub": ["HF_TOKEN"],
     "storage": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
@@ -48,17 +54,21 @@ def _asked_for() -> RunConfig:
         cfg = cloud.announced(sys.argv, os.environ)
         cloud.check(cfg, cloud.Prices.load(HERE / "config/prices.yaml"), VOLUME)
     except PipelineError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error, EDGE)}")
     return cfg
 
 
 def _secret_names() -> dict[str, str]:
     """Return {purpose: name} of the secrets to use; a container is told by a variable, to build the
     same objects."""
-    if not modal.is_local():
-        return dict(pair.split("=") for pair in os.environ.get("MOLEFORGE_SECRETS", "").split())
-    named = {purpose: getattr(CFG.modal, f"{purpose}_secret") for purpose in SECRETS}
-    return {purpose: name for purpose, name in named.items() if name}
+    names = {}
+    if modal.is_local():
+        for purpose in SECRETS:
+            names[purpose] = getattr(CFG.modal, f"{purpose}_secret")
+    else:
+        for pair in os.environ.get("MOLEFORGE_SECRETS", "").split():
+            purpose, _, names[purpose] = pair.partition("=")
+    return {purpose: name for purpose, name in names.items() if name}
 
 
 def _secret(purpose: str, name: str) -> modal.Secret:
@@ -70,8 +80,8 @@ def _secret(purpose: str, name: str) -> modal.Secret:
         except modal.exception.Error as error:
             pairs = " ".join(f"{key}=..." for key in SECRETS[purpose])
             sys.exit(
-                f"error: modal.{purpose}_secret: {error}; make it with `modal secret create {name} {pairs}`, or "
-                f"set modal.{purpose}_secret to null"
+                f"error: modal.{purpose}_secret: {error}; make it with `modal secret create {name} "
+                f"{pairs}`, or set modal.{purpose}_secret to null"
             )
     return secret
 
@@ -79,15 +89,15 @@ def _secret(purpose: str, name: str) -> modal.Secret:
 CFG = _asked_for()
 NAMES = _secret_names()
 ENV = {
-    "HF_HOME": f"{VOLUME}/hub",  # what one container has fetched from the Hub, the next ones find
+    # On the volume: what one container has fetched from the Hub, the next ones find
+    "HF_HOME": f"{VOLUME}/hub",
     "MOLEFORGE_VOLUME_PATH": VOLUME,
     "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
 }
 
 app = modal.App("moleforge")
-volume = modal.Volume.from_name(
-    "moleforge", create_if_missing=True, version=2
-)  # 2: many containers write at once
+# Version 2 is the one that many containers may write to at once
+volume = modal.Volume.from_name("moleforge", create_if_missing=True, version=2)
 secrets = {purpose: _secret(purpose, name) for purpose, name in NAMES.items()}
 image = (
     modal.Image.debian_slim(python_version="3.12")
@@ -111,100 +121,49 @@ def _container(machine: MachineConfig, *purposes: str) -> dict:
     }
 
 
-def _job(machine: TrainerConfig | WorkerConfig, *purposes: str) -> dict:
-    """Return what a decorator needs for a job: a container of its own, tried again after a crash or
-    a timeout."""
+def _job(name: str) -> dict:
+    """Return what a decorator needs for the jobs of a stage: a container for each, tried again
+    after a crash or a timeout."""
+    rows = list(ROWS[name].values())
+    # A container is asked for before the family is known, so the families that have a stage agree
+    # on its machine, and it gets the secrets of all of them
+    machine = getattr(CFG.modal, rows[0].machine or name)
+    purposes = dict.fromkeys(purpose for row in rows for purpose in row.secrets)
+    if name in STEPS:
+        at_once = CFG.modal.preprocess_jobs
+    else:
+        at_once = max(1, CFG.modal.max_gpus // cloud.most_gpus(machine))
+    retries = modal.Retries(max_retries=machine.retries, initial_delay=1.0, backoff_coefficient=2.0)
     return _container(machine, *purposes) | {
-        "retries": modal.Retries(
-            max_retries=machine.retries, initial_delay=1.0, backoff_coefficient=2.0
-        ),
+        "retries": retries,
         "single_use_containers": True,
-        "max_containers": max(1, CFG.modal.max_gpus // cloud.most_gpus(machine)),
+        "max_containers": at_once,
     }
 
 
-def _work(stage: str, raw: dict, items: list) -> list[cloud.JobResult]:
-    return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload)
+def _named(function: Callable, name: str, text: str) -> Callable:
+    """Return a function that this module has under that name: Modal finds it by module and name in
+    the container, and takes the name of a command from it."""
+    function.__name__ = name
+    function.__qualname__ = name
+    function.__doc__ = text
+    return function
 
 
-@app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
-def preprocess_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Read the data and make what trainings read: token shards, or rows and pictures of the tasks
-    named in items."""
-    return _work("preprocess", raw, items)
+def _jobs_of(stage: str) -> Callable:
+    def job(items: list, raw: dict) -> list[cloud.JobResult]:
+        return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload)
+
+    return _named(job, f"{stage}_job", f"Do jobs of {stage}, one after another: {about(stage)}.")
 
 
-@app.function(**_job(CFG.modal.preprocess, "hub", "storage"))
-def preprocess_scan_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Read documents, make the tokenizer and domains, divide the encoding among containers."""
-    return _work("preprocess_scan", raw, items)
+JOBS: dict[str, Any] = {}
+for _stage in ROWS:
+    JOBS[_stage] = app.function(**_job(_stage))(_jobs_of(_stage))
+    globals()[f"{_stage}_job"] = JOBS[_stage]
 
 
-@app.function(
-    **_job(CFG.modal.preprocess, "hub", "storage") | {"max_containers": CFG.modal.preprocess_jobs}
-)
-def preprocess_encode_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Encode one range of the documents to token shards, which preprocess then puts together."""
-    return _work("preprocess_encode", raw, items)
-
-
-@app.function(**_job(CFG.modal.train_shared, "wandb", "hub"))
-def train_shared_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Train the trunk, or pin the base."""
-    return _work("train_shared", raw, items)
-
-
-@app.function(**_job(CFG.modal.train_experts, "wandb", "hub"))
-def train_experts_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Train the experts named in items, one after another."""
-    return _work("train_experts", raw, items)
-
-
-@app.function(**_job(CFG.modal.routing, "hub", "storage"))
-def routing_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Make the routing set."""
-    return _work("routing", raw, items)
-
-
-@app.function(**_job(CFG.modal.train_router, "wandb", "hub"))
-def train_router_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Fit and train the router."""
-    return _work("train_router", raw, items)
-
-
-@app.function(**_job(CFG.modal.train_dense, "wandb"))
-def train_dense_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Train the dense baselines named in items, one after another."""
-    return _work("train_dense", raw, items)
-
-
-@app.function(**_job(CFG.modal.evaluate, "hub"))
-def evaluate_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Measure the stack and write the report."""
-    return _work("evaluate", raw, items)
-
-
-@app.function(**_job(CFG.modal.deploy, "hub", "storage"))
-def deploy_job(items: list, raw: dict) -> list[cloud.JobResult]:
-    """Make the bundle."""
-    return _work("deploy", raw, items)
-
-
-JOBS = {
-    "preprocess": preprocess_job,
-    "preprocess_scan": preprocess_scan_job,
-    "preprocess_encode": preprocess_encode_job,
-    "train_shared": train_shared_job,
-    "train_experts": train_experts_job,
-    "routing": routing_job,
-    "train_router": train_router_job,
-    "train_dense": train_dense_job,
-    "evaluate": evaluate_job,
-    "deploy": deploy_job,
-}
-
-
-# A conductor that was preempted would hand out again what its containers are still doing.
+# One that was preempted would hand out again what its containers are still doing.
 @app.function(
     image=image,
     volumes={VOLUME: volume},
@@ -214,21 +173,20 @@ JOBS = {
     timeout=DAY_S,
     nonpreemptible=True,
 )
-def conduct(raw: dict, stages: list[str], sequential: bool, command: str) -> list[cloud.JobResult]:
+def orchestrate(
+    raw: dict, stages: list[str], sequential: bool, command: str
+) -> list[cloud.JobResult]:
     """Hand out the jobs of stages in order; runs to its end whether or not anybody listens."""
 
-    def do(stage: str, items: list):
+    def hand_out(stage: str, items: list):
         batches = [items] if sequential else [[item] for item in items]
-        return zip(
-            batches,
-            JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True),
-            strict=True,
-        )
+        ended = JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True)
+        return zip(batches, ended, strict=True)
 
     store = Store(Path(VOLUME), refresh=volume.reload)
-    outcomes = cloud.orchestrate(parse(raw), tuple(stages), store, do, command)
-    cloud.serve_next(outcomes, Path(VOLUME), volume.commit)
-    return outcomes
+    results = cloud.orchestrate(parse(raw), stages, store, hand_out, command)
+    cloud.serve_next(results, Path(VOLUME), volume.commit)
+    return results
 
 
 @app.cls(
@@ -247,9 +205,12 @@ class Endpoint:
         from pipeline.serve import app as serving
 
         volume.reload()
-        self.served = serving.create(
-            cloud.served(Path(VOLUME)), os.environ.get("MOLEFORGE_API_KEY")
-        )
+        try:
+            folder = cloud.served(Path(VOLUME))
+        except PipelineError as error:
+            # The log of the container is all that anybody sees of it
+            raise PipelineError(sentence(error, EDGE)) from None
+        self.served = serving.create(folder, os.environ.get("MOLEFORGE_API_KEY"))
 
     @modal.asgi_app()
     def web(self):
@@ -277,81 +238,62 @@ def _read(path: str) -> bytes | None:
 
 
 def _command(stages: tuple[str, ...], config: str, override: str, sequential: bool = False) -> None:
-    """Plan, check the limit, hand over to `conduct`, wait, show; exit with 1 when a job failed."""
-    console, prices = _console(), cloud.Prices.load(HERE / "config/prices.yaml")
+    """Plan, check the limit, hand over to `orchestrate`, wait, show; exit with 1 when a job failed.
+
+    No stages: all of a run.
+    """
+    console = _console()
+    prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
         cfg = load(config, cloud.overrides(override))
+        wanted = list(stages) or [name for name, row in cfg.stages.items() if row.in_run]
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)
-            lines = cloud.estimate(cfg, stages, mirror, prices)
+            lines = cloud.estimate(cfg, wanted, mirror, prices)
             cloud.show_estimate(cfg, lines, prices, sequential, console)
-            cloud.refuse_without_inputs(cfg, stages, mirror)
+            cloud.refuse_without_inputs(cfg, wanted, mirror)
             cloud.refuse_above(cfg, lines)
     except PipelineError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error, EDGE)}")
     typed = f"modal {shlex.join(sys.argv[1:])}"
+    raw = cfg.model_dump(mode="json")
     try:
-        outcomes = conduct.spawn(cfg.model_dump(mode="json"), list(stages), sequential, typed).get()
-    except modal.exception.Error as error:  # a day is over, or the line is down
+        results = orchestrate.spawn(raw, wanted, sequential, typed).get()
+    except modal.exception.Error as error:
+        # A day is over, or the line is down
         sys.exit(
-            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done by: {typed}"
+            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
+            f"by: {typed}"
         )
-    cloud.show_results(outcomes, console)
-    cloud.show_report(outcomes, _read, console)
-    if any(outcome.error for outcome in outcomes):
+    cloud.show_results(results, console)
+    cloud.show_report(results, _read, console)
+    if any(result.error for result in results):
         sys.exit(1)
 
 
-@app.local_entrypoint()
-def preprocess(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
-    """Do preprocess on Modal; tasks side by side, or one after another in one container."""
-    _command(("preprocess",), config, override, sequential)
+def _command_of(stage: str) -> Callable:
+    """Return the command of a stage; only one that may have several jobs has the flag that says how
+    they share containers."""
+    before = dict.fromkeys(name for row in ROWS[stage].values() for name in row.after)
+    stages = (*before, stage)
+
+    def several(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
+        _command(stages, config, override, sequential)
+
+    def single(config: str = cloud.DEFAULT, override: str = ""):
+        _command(stages, config, override)
+
+    text = f"Do {stage} on Modal: {about(stage)}."
+    if before:
+        text += f" Does {', '.join(before)} first where it is missing."
+    return _named(several if has_several_jobs(stage) else single, stage, text)
 
 
-@app.local_entrypoint()
-def train_shared(config: str = cloud.DEFAULT, override: str = ""):
-    """Do train_shared on Modal, and preprocess before it where it is missing: the first command of
-    a run works."""
-    _command(("preprocess", "train_shared"), config, override)
-
-
-@app.local_entrypoint()
-def train_experts(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
-    """Do train_experts on Modal, side by side, or one after another in one container."""
-    _command(("train_experts",), config, override, sequential)
-
-
-@app.local_entrypoint()
-def routing(config: str = cloud.DEFAULT, override: str = ""):
-    """Do routing on Modal."""
-    _command(("routing",), config, override)
-
-
-@app.local_entrypoint()
-def train_router(config: str = cloud.DEFAULT, override: str = ""):
-    """Do train_router on Modal."""
-    _command(("train_router",), config, override)
-
-
-@app.local_entrypoint()
-def train_dense(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
-    """Do train_dense on Modal, side by side, or one after another in one container."""
-    _command(("train_dense",), config, override, sequential)
-
-
-@app.local_entrypoint()
-def evaluate(config: str = cloud.DEFAULT, override: str = ""):
-    """Do evaluate on Modal and print the report's tables."""
-    _command(("evaluate",), config, override)
-
-
-@app.local_entrypoint()
-def deploy(config: str = cloud.DEFAULT, override: str = ""):
-    """Make the bundle that `modal deploy modal_app.py` serves."""
-    _command(("deploy",), config, override)
+for _stage in STAGES:
+    globals()[_stage] = app.local_entrypoint()(_command_of(_stage))
 
 
 @app.local_entrypoint()
 def run_all(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
     """Do every stage of a run on Modal; what is on the volume is not done again."""
-    _command(RUN, config, override, sequential)
+    _command((), config, override, sequential)

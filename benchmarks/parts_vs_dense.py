@@ -24,7 +24,7 @@ from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.load import load
 from pipeline.hardware import cores, cpu_name, has_bf16
 from pipeline.model.trunk import build, load_dense
-from pipeline.run import stages
+from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
 
 CONFIG = Path(__file__).with_suffix(".yaml")
@@ -97,9 +97,9 @@ class Runner:
         """Return the configuration the command line would use."""
         return load(CONFIG, (*self.common, *overrides))
 
-    def parts(self, cfg: FfnMoeConfig) -> stages.StoredParts:
+    def parts(self, cfg: FfnMoeConfig) -> StoredParts:
         """Return what the stages of a configuration left."""
-        return stages.StoredParts(cfg, self.store)
+        return StoredParts(cfg, self.store)
 
 
 def main() -> None:

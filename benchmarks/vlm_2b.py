@@ -255,7 +255,8 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
 
     from pipeline.families.load import parse
     from pipeline.families.lora_vlm import family  # noqa: F401 (imports are no part of what is measured)
-    from pipeline.run import stages
+    from pipeline.run.context import StoredParts
+    from pipeline.run.job import run_job
     from pipeline.store.artifacts import Store
 
     torch.set_num_threads(args.threads)
@@ -263,9 +264,9 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
     if task == "prepare":
         for stage, items in (("preprocess", cfg.tasks), ("train_shared", (None,))):
             for item in items:
-                stages.run(stage, cfg, store, item, progress=lambda *_: None)
+                run_job(stage, cfg, store, item, progress=lambda *_: None)
         return {}
-    parts, memory, start = stages.StoredParts(cfg, store), Pages(), time.perf_counter()
+    parts, memory, start = StoredParts(cfg, store), Pages(), time.perf_counter()
     with memory.watched():
         if task in TASKS[:2]:
             out = _step(cfg, parts, work, memory.peak)

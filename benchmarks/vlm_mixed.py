@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.measuring import finish, hardware, progress, spread, table
 from pipeline.families.load import load
 from pipeline.run import backend, stages
+from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
 
 TARGET = 3.0  # times the requests per second of one by one
@@ -162,7 +163,7 @@ def _ready(cfg, folder: Path, experts: Sequence[str], count: int) -> tuple:
     for stage in stages.RUN[: stages.RUN.index("train_router") + 1]:
         if cfg.items(stage):
             backend.run_stage(stage, cfg, local)
-    parts = stages.StoredParts(cfg, store)
+    parts = StoredParts(cfg, store)
     bench = AdapterEvaluator(cfg, parts, family(cfg.family).assemble(cfg, parts), lambda *_: None)
     rows = {name: bench.task(name) for name in experts}
     return bench.stack, [

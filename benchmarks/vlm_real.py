@@ -152,11 +152,11 @@ def _text(folder: Path) -> list[str]:
 def reported(raw: Mapping, folder: Path, seconds: float) -> str:
     """Return the tables of a finished run in a store."""
     from pipeline.families.load import parse
-    from pipeline.run import stages
+    from pipeline.run.context import StoredParts
     from pipeline.store.artifacts import Store
 
     cfg = parse(dict(raw))
-    parts = stages.StoredParts(cfg, Store(folder))
+    parts = StoredParts(cfg, Store(folder))
     report = json.loads((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     dropped = {name: parts.manifest("preprocess", name).metrics for name in cfg.experts}
     left_out = {

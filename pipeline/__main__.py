@@ -15,19 +15,13 @@ from rich.table import Table
 from .config.run import RunConfig
 from .errors import Interrupted, PipelineError
 from .families.load import describes_run, load
-from .run.stages import RUN, STAGES, address, without_jobs
+from .run.advice import CommandLine, sentence
+from .run.stages import RUN, STAGES, about, address, has_several_jobs, is_report, without_jobs
 from .store.artifacts import Manifest, Store
 
 KEY = "MOLEFORGE_API_KEY"
-ABOUT = {
-    "preprocess": "read the data: documents to tokenizer, domains and token shards, or each task to rows and pictures",
-    "train_shared": "train the shared trunk with its temporary feed-forward network, the dummy; or pin the base",
-    "train_experts": "train each expert on its own domain over the frozen trunk, or task over the frozen base",
-    "routing": "make the routing set: requests from the tasks' own rows, with the expert each belongs to",
-    "train_router": "join the experts: train the router alone (gates start from a closed form)",
-    "train_dense": "train the dense baselines the stack is compared with",
-    "evaluate": "measure the stack, write report.json and report.html, print the tables",
-    "deploy": "write the stack as a bundle: a folder that stock tools load; upload it where deploy.upload says",
+# What is no stage, or not one alone
+OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
@@ -52,26 +46,45 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, about in ABOUT.items():
-        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
-        _add_serve(sub) if name == "serve" else _add_common(sub, several=name == "prune")
-        if name in ("run", "evaluate"):
-            sub.add_argument(
-                "--smoke",
-                action="store_true",
-                help="evaluate a few rows of everything: does it work",
-            )
-        if name in ("run", "preprocess", "train_experts", "train_dense"):
-            sub.add_argument(
-                "--parallel",
-                type=_positive,
-                default=1,
-                metavar="N",
-                help="jobs side by side, cores shared (default 1)",
-            )
-        if name == "prune":
-            sub.add_argument("--yes", action="store_true", help="remove what is listed")
+    for name in STAGES:
+        sub = _add_command(commands, name, about(name))
+        _add_common(sub, several_configs=False)
+        if is_report(name):
+            _add_smoke(sub)
+        if has_several_jobs(name):
+            _add_parallel(sub)
+    _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
+    run = _add_command(commands, "run", OTHER_COMMANDS["run"])
+    _add_common(run, several_configs=False)
+    _add_smoke(run)
+    _add_parallel(run)
+    _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
+    prune = _add_command(commands, "prune", OTHER_COMMANDS["prune"])
+    _add_common(prune, several_configs=True)
+    prune.add_argument("--yes", action="store_true", help="remove what is listed")
     return top
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
+def _add_smoke(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--smoke", action="store_true", help="evaluate a few rows of everything: does it work"
+    )
+
+
+def _add_parallel(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--parallel",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="jobs side by side, cores shared (default 1)",
+    )
 
 
 def runs(folder: Path) -> list[Path]:
@@ -79,8 +92,8 @@ def runs(folder: Path) -> list[Path]:
     return sorted(filter(describes_run, folder.glob("*.yaml")))
 
 
-def _add_common(sub: argparse.ArgumentParser, several: bool) -> None:
-    if several:
+def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
+    if several_configs:
         sub.add_argument(
             "--config",
             nargs="+",
@@ -153,14 +166,15 @@ def _port(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
     args = parser().parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # jobs save at either, so stop at either
+    # Jobs save and end at either signal, so the command treats both as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _dispatch(args)
     except PipelineError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        text = sentence(error, CommandLine(), again=f"python -m pipeline {shlex.join(typed)}")
+        errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         errors.print(escape(str(stopped) or "stopped"), highlight=False)
@@ -174,21 +188,17 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "prune":
         from .run.dry_run import prune
 
-        prune(
-            [load(path, tuple(args.override)) for path in args.config],
-            Store(args.store).open(),
-            args.yes,
-            _out(),
-        )
+        configs = [load(path, tuple(args.override)) for path in args.config]
+        prune(configs, Store(args.store).open(), args.yes, _out())
         return
     if args.command == "serve":
         _serve(args)
         return
-    overrides = (
-        *args.override,
-        *(["evaluate.smoke=true"] if getattr(args, "smoke", False) else []),
-    )
-    cfg, store = load(args.config, overrides), Store(args.store)
+    overrides = tuple(args.override)
+    if getattr(args, "smoke", False):
+        overrides = (*overrides, "evaluate.smoke=true")
+    cfg = load(args.config, overrides)
+    store = Store(args.store)
     if args.command == "plan":
         from .run.dry_run import show_plan
 
@@ -200,28 +210,35 @@ def _dispatch(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     from .run.backend import Local, run_stage
 
-    command = f"python -m pipeline {shlex.join(sys.argv[1:])}"
-    backend = Local(store, parallel=getattr(args, "parallel", 1), command=command)
-    if args.command in STAGES and not cfg.items(args.command):
+    if args.command == "run":
+        wanted = [stage for stage in RUN if cfg.items(stage)]
+    elif cfg.items(args.command):
+        wanted = [args.command]
+    else:
         _out().print(without_jobs(args.command, cfg), highlight=False)
         return
-    for stage in [s for s in RUN if cfg.items(s)] if args.command == "run" else [args.command]:
+    backend = Local(store, parallel=getattr(args, "parallel", 1))
+    for stage in wanted:
         manifests = run_stage(stage, cfg, backend)
-        if stage == "evaluate":
-            _show_report(store, address(cfg, "evaluate"))
+        kind = cfg.stages[stage].kind
+        if kind == "report":
+            _show_report(store.folder(manifests[0].address))
         else:
             _show_jobs(manifests)
-        if stage == "deploy":
-            _out().print(
-                f"bundle: {store.folder(manifests[0].address)}", highlight=False, soft_wrap=True
-            )
+        if kind == "bundle":
+            folder = store.folder(manifests[0].address)
+            _out().print(f"bundle: {folder}", highlight=False, soft_wrap=True)
 
 
 def _serve(args: argparse.Namespace) -> None:
+    # Only this command needs the server's packages
+    from .serve.app import create, listen
+
     folder = args.bundle
     if args.config:
-        cfg, store = load(args.config, tuple(args.override)), Store(args.store)
-        folder = store.folder(store.require(address(cfg, "deploy"), "deploy").address)
+        cfg = load(args.config, tuple(args.override))
+        store = Store(args.store)
+        folder = store.folder(store.require(address(cfg, "deploy")).address)
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -229,11 +246,11 @@ def _serve(args: argparse.Namespace) -> None:
             f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that",
             highlight=False,
         )
-    from .serve.app import create, listen
 
-    listen(
-        create(folder, key), args.host, args.port, lambda text: errors.print(text, highlight=False)
-    )
+    def progress(text: str) -> None:
+        errors.print(text, highlight=False)
+
+    listen(create(folder, key), args.host, args.port, progress)
 
 
 def _out() -> Console:
@@ -244,14 +261,13 @@ def _out() -> Console:
 def _show_jobs(manifests: list[Manifest]) -> None:
     """Print what a stage left: one row per job."""
     table = Table(title=manifests[0].stage, title_justify="left", title_style="bold")
-    for name, style in (("artifact", "cyan"), ("MB", ""), ("seconds", ""), ("what came out", "")):
-        table.add_column(
-            name, style=style, justify="left" if name[0] in "aw" else "right", overflow="fold"
-        )
-    for m in manifests:
-        table.add_row(
-            m.address, f"{m.bytes / 1e6:.1f}", f"{m.made['seconds']:.0f}", _outcome(m.metrics)
-        )
+    table.add_column("artifact", style="cyan", overflow="fold")
+    table.add_column("MB", justify="right", overflow="fold")
+    table.add_column("seconds", justify="right", overflow="fold")
+    table.add_column("what came out", overflow="fold")
+    for made in manifests:
+        seconds = f"{made.made['seconds']:.0f}"
+        table.add_row(made.address, f"{made.bytes / 1e6:.1f}", seconds, _outcome(made.metrics))
     _out().print(table)
 
 
@@ -259,21 +275,23 @@ def _outcome(metrics: dict) -> str:
     from .run.dry_run import figures
 
     if {"files", "experts", "parameters"} <= metrics.keys():
-        return f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, {metrics['files']} files"
+        return (
+            f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, "
+            f"{metrics['files']} files"
+        )
     return _text_outcome(metrics) if "vocab_size" in metrics else figures(metrics)
 
 
 def _text_outcome(metrics: dict) -> str:
     domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
     text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
     return f"{text}; dropped: {dropped}" if dropped else text
 
 
-def _show_report(store: Store, here: str) -> None:
+def _show_report(folder: Path) -> None:
     from . import report
 
-    folder = store.folder(here)
     console = _out()
     report.show(report.read((folder / "report.json").read_text("utf-8")), console)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

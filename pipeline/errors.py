@@ -6,6 +6,7 @@ PipelineError                what a person can act on; the command line prints i
 ├── StoreError               the store cannot be read or written
 │   ├── MissingArtifact      an earlier stage has not been run
 │   ├── DamagedArtifact      a file is torn or its bytes have changed
+│   ├── OldStore             written by an earlier version, in a layout that is no longer read
 │   ├── NewerStore           written by a later version of this program
 │   └── DiskFull             no room for what is being written
 ├── MismatchError            parts that were not made for each other
@@ -13,11 +14,29 @@ PipelineError                what a person can act on; the command line prints i
 ├── BudgetError              no way of running a job fits into the memory budget
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
 Interrupted                  asked to stop; state is saved; the command line exits with 130
+
+The text of an error says what is wrong. What to type then depends on where a person types it, so
+errors carry fields and the edges make the sentence (run/advice.py).
 """
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 
 class PipelineError(Exception):
-    """Base of the errors a person can act on; the text says what to do."""
+    """Base of the errors a person can act on."""
+
+    def __reduce__(self) -> tuple:
+        # Errors travel between processes. Exception would make them again from their text alone,
+        # which leaves out keyword arguments.
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[PipelineError], args: tuple, fields: dict[str, Any]) -> PipelineError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(PipelineError):
@@ -29,15 +48,36 @@ class DataError(PipelineError):
 
 
 class StoreError(PipelineError):
-    """The store cannot be read or written."""
+    """The store cannot be read or written.
+
+    `root` is set where another store is a way out, `remedy` where there is one beside it.
+    """
+
+    def __init__(self, text: str, *, root: Path | None = None, remedy: str = "") -> None:
+        super().__init__(text)
+        self.root = root
+        self.remedy = remedy
 
 
 class MissingArtifact(StoreError):
-    """An earlier stage has not been run."""
+    """An earlier stage has not been run: one of `stages`, where they are known."""
+
+    def __init__(self, text: str, *, address: str = "", stages: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.address = address
+        self.stages = stages
 
 
 class DamagedArtifact(StoreError):
-    """A file is torn or its bytes have changed."""
+    """A file is torn or its bytes have changed; `remove` is the folder to make again."""
+
+    def __init__(self, text: str, *, remove: Path | None = None) -> None:
+        super().__init__(text)
+        self.remove = remove
+
+
+class OldStore(StoreError):
+    """The store was written by an earlier version, in a layout that is no longer read."""
 
 
 class NewerStore(StoreError):
@@ -45,11 +85,20 @@ class NewerStore(StoreError):
 
 
 class DiskFull(StoreError):
-    """There is no room for what is being written."""
+    """There is no room for what is being written; `in_store` says that the store is what is full."""
+
+    def __init__(self, text: str, *, in_store: bool = False) -> None:
+        super().__init__(text)
+        self.in_store = in_store
 
 
 class MismatchError(PipelineError):
-    """Parts that were not made for each other."""
+    """Parts that were not made for each other; `remove` is the one that `stage` has to make again."""
+
+    def __init__(self, text: str, *, remove: Path | None = None, stage: str = "") -> None:
+        super().__init__(text)
+        self.remove = remove
+        self.stage = stage
 
 
 class NotFiniteError(PipelineError):
@@ -61,7 +110,18 @@ class BudgetError(PipelineError):
 
 
 class JobsFailed(PipelineError):
-    """Some jobs of a stage ended badly; the others are kept."""
+    """Some jobs of a stage ended badly; the others are kept.
+
+    `failed` holds the error of each by its item, `items` are all of them.
+    """
+
+    def __init__(
+        self, stage: str, items: tuple[str | None, ...], failed: Mapping[str | None, Exception]
+    ) -> None:
+        super().__init__(f"{len(failed)} of {len(items)} jobs of {stage} failed")
+        self.stage = stage
+        self.items = items
+        self.failed = failed
 
 
 class Interrupted(BaseException):

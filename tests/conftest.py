@@ -188,13 +188,14 @@ def make_all(path: Path, store_path: Path, *overrides: str) -> None:
     """Do every stage of a configuration in this process, without what the command line prints."""
     from pipeline.families.load import load
     from pipeline.run import stages
+    from pipeline.run.job import run_job
     from pipeline.store.artifacts import Store
 
     cfg, store = load(path, overrides), Store(store_path).open()
     with open(os.devnull, "w") as nowhere:
         for stage in stages.RUN:
             for _, item, _ in stages.jobs(cfg, stage):
-                stages.run(
+                run_job(
                     stage,
                     cfg,
                     store,
@@ -215,12 +216,12 @@ def bundled(finished, tmp_path_factory):
     """(configuration, store, bundle) paths of that run deployed, in a store of its own; read it,
     never change it."""
     from pipeline.families.load import load
-    from pipeline.run import stages
+    from pipeline.run.job import run_job
     from pipeline.store.artifacts import Store
 
     path, store_path = finished
     copy = shutil.copytree(store_path, tmp_path_factory.mktemp("bundled") / "store")
-    made = stages.run("deploy", load(path), Store(copy).open(), progress=lambda _text, _share: None)
+    made = run_job("deploy", load(path), Store(copy).open(), progress=lambda _text, _share: None)
     return path, copy, copy / "artifacts" / made.address
 
 

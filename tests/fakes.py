@@ -17,10 +17,16 @@ from pipeline.config.fit import FitConfig
 from pipeline.config.run import RunConfig
 from pipeline.errors import MissingArtifact
 from pipeline.families import Parts
+from pipeline.run.advice import CommandLine, sentence
 from pipeline.store.artifacts import Manifest, inventory, load_tensors
 from pipeline.train.loop import HistoryWriter, Task, TrainIO
 
 TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
+
+
+def told(error):
+    """Return an error as the command line tells it, with what to type next."""
+    return sentence(error, CommandLine())
 
 
 class Killed(BaseException):

@@ -104,7 +104,7 @@ def prepared(root: Path, **changes) -> FolderParts:
         cfg, first = config(), Path(tempfile.mkdtemp())
         parts = FolderParts(cfg, first)
         for name in cfg.tasks:
-            family.prepare(cfg, parts.new("preprocess", name), quiet, first, name)
+            family.prepare(cfg, parts, parts.new("preprocess", name), quiet, name)
         family.shared(cfg, parts).write(parts.new("train_shared"))
         family.route_data(cfg, parts, parts.new("routing"), quiet)
         _PREPARED.append(first)

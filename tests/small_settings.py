@@ -181,8 +181,9 @@ def _files(folder: Path) -> list:
     ]
 
 
-def _prepared(cfg, root, folder):
-    family.prepare(cfg, folder, quiet, root, cfg.tasks[-1] if "none" in cfg.tasks else "color")
+def _prepared(cfg, _root, folder):
+    item = cfg.tasks[-1] if "none" in cfg.tasks else "color"
+    family.prepare(cfg, None, folder, quiet, item)
     return _files(folder)
 
 

@@ -22,6 +22,7 @@ from pipeline.__main__ import main
 from pipeline.errors import Interrupted, JobsFailed, PipelineError
 from pipeline.families.load import load
 from pipeline.run import backend, stages
+from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.backend import Local, run_stage
 from pipeline.store.artifacts import Store
 
@@ -220,10 +221,12 @@ def test_one_failing_expert_costs_only_itself(finished, store_path):
     here = {item: stages.address(cfg, "train_experts", item) for item in cfg.experts}
     store.history(here["shop"]).mkdir(parents=True)  # a folder where a file belongs
     with pytest.raises(JobsFailed) as error:
-        run_stage("train_experts", cfg, Local(store, command="the command"))
-    lines = str(error.value).splitlines()
+        run_stage("train_experts", cfg, Local(store))
+    lines = sentence(error.value, CommandLine(), again="the command").splitlines()
     assert lines[0] == "2 of 3 jobs of train_experts are finished and kept:"
-    assert [line.split(":")[0].strip() for line in lines[1:4]] == ["sea", "shop", "hall"]
+    assert [line.split(":")[0].strip() for line in lines[1:4]] == [
+        f"train_experts {name}" for name in ("sea", "shop", "hall")
+    ]
     assert "finished" in lines[1] and "failed: history" in lines[2] and "finished" in lines[3]
     assert lines[4].endswith("run again: the command")
     before = {f: m for f, m in traces(store_path).items() if "/artifacts/" in f}

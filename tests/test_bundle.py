@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import FolderParts, flip, traces
+from fakes import FolderParts, flip, told, traces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.report import LanguageReport, read
 from pipeline.run import backend, dry_run, stages
+from pipeline.run.job import run_job
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
 from pipeline.train import loop
@@ -270,7 +271,7 @@ def test_without_hard_links_it_is_copied_to_the_same_bytes(bundled, tmp_path, mo
     path, store_path, folder = bundled
     store = Store(shutil.copytree(store_path, tmp_path / "store"))
     shutil.rmtree(store.folder(folder.name))
-    again = stages.run("deploy", load(path), store, progress=quiet)
+    again = run_job("deploy", load(path), store, progress=quiet)
     assert again.digest == Store(store_path).manifest(folder.name).digest
     assert (store.folder(again.address) / "model-trunk.safetensors").stat().st_nlink == 1
 
@@ -292,7 +293,7 @@ def test_a_part_that_is_not_what_was_written_is_not_bundled(stage, bundled, tmp_
     part = store.folder(stages.address(cfg, stage, cfg.items(stage)[-1])) / names[stage]
     flip(part)
     with pytest.raises(DamagedArtifact, match=f"{part.name} is not what was written"):
-        stages.run("deploy", cfg, store, progress=quiet)
+        run_job("deploy", cfg, store, progress=quiet)
     assert not store.has(folder.name)
 
 
@@ -384,7 +385,7 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
     sent = load(path, (f"deploy.upload={target}",))
     assert stages.address(sent, "deploy") == stages.address(cfg, "deploy") == folder.name
     assert stages.address(load(path, ("router.top_k=1",)), "deploy") != folder.name
-    assert "deploy" not in stages.RUN and folder.name in set(stages.reachable(cfg))
+    assert "deploy" not in stages.RUN and folder.name in set(stages.Addresses(cfg).reachable())
     assert all("deploy" not in e.address for e in dry_run.plan(cfg, Store(store_path)))
     before = traces(store_path)
     local = backend.Local(Store(store_path).open())
@@ -398,8 +399,9 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
 
 
 def test_deploy_without_a_run_names_the_stage_to_run(tiny, store_path):
-    with pytest.raises(MissingArtifact, match="python -m pipeline preprocess"):
-        stages.run("deploy", load(tiny), Store(store_path).open(), progress=quiet)
+    with pytest.raises(MissingArtifact) as error:
+        run_job("deploy", load(tiny), Store(store_path).open(), progress=quiet)
+    assert "run `python -m pipeline preprocess`" in told(error.value)
 
 
 def test_the_card_has_every_row_of_quality_and_an_axis_for_every_win(bundled):

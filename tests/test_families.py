@@ -14,10 +14,11 @@ from fakes import FolderParts
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
 from pipeline.errors import MismatchError
-from pipeline.families import family
+from pipeline.families import family, stage_function
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.families.load import RUN_CONFIGS
 from pipeline.model.router import gate_name
 from pipeline.model.router_init import FeatureStatistics
 from pipeline.train import loop
@@ -383,15 +384,11 @@ def test_training_twice_gives_the_same_bytes(trained):
 def test_the_family_is_found_by_name():
     module = family("ffn_moe")
     assert module.__name__ == "pipeline.families.ffn_moe.family"
-    for name in (
-        "scan",
-        "encode",
-        "prepare",
-        "shared",
-        "expert",
-        "router",
-        "dense",
-        "assemble",
-        "measure",
-    ):
+    for name in ("cost", "assemble", "reassemble"):
         assert callable(getattr(module, name))
+
+
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_every_row_of_a_family_names_a_function(name):
+    for row in RUN_CONFIGS[name].stages.values():
+        assert callable(stage_function(name, row.function))

@@ -13,7 +13,8 @@ from pipeline.data.text.shards import Shards
 from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
 from pipeline.families.ffn_moe import train
-from pipeline.families.ffn_moe.config import BASELINE_READS, NEEDS, READS, FfnMoeConfig
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.stages import BASELINE_READS, STAGES
 from pipeline.model.loss import MAX_BF16_SUMS
 from pipeline.train.flops import Shape
 from pipeline.train.memory_plan import LOW_MMAP_THRESHOLD_BYTES, MemoryPlan
@@ -111,10 +112,11 @@ class _Watched:
 
 def _held(stage: str, item: str | None) -> set[str]:
     """Return the sections and fields in a stage's address, those of its inputs included."""
-    out = set(READS[stage]) | set(BASELINE_READS[item] if stage == "train_dense" else ())
-    for need in NEEDS[stage]:
+    row = STAGES[stage]
+    out = set(row.reads) | set(BASELINE_READS[item] if stage == "train_dense" else ())
+    for need in row.needs:
         out |= _held(need, None if need != "train_dense" else "total")
-    if "train_experts" in NEEDS[stage]:
+    if "train_experts" in row.needs:
         out.add("expert.domains")  # by the addresses of the experts
     return out
 

@@ -94,7 +94,7 @@ def test_a_run_is_the_same_after_it_has_travelled(path):
     cfg = load(path)
     again = parse(json.loads(json.dumps(cfg.model_dump(mode="json"))))
     assert again == cfg
-    assert list(stages.reachable(again)) == list(stages.reachable(cfg))
+    assert list(stages.Addresses(again).reachable()) == list(stages.Addresses(cfg).reachable())
     assert [again.loras.options(name) for name in again.experts] == [
         cfg.loras.options(name) for name in cfg.experts
     ]

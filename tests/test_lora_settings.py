@@ -319,7 +319,7 @@ def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
     }
     for split, more in (("validation", {}), ("train", {"split": None})):
         cfg = run_of(tmp_path, lora_small.SETTINGS, {"loras.experts.color.dataset": data | more})
-        family.prepare(cfg, tmp_path / split, quiet, tmp_path, "color")
+        family.prepare(cfg, None, tmp_path / split, quiet, "color")
         assert asked.pop() == (
             ("some/set", "large"),
             {"split": split, "revision": "abc", "streaming": True},

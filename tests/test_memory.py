@@ -268,18 +268,18 @@ def test_on_a_gpu_threads_are_not_measured(monkeypatch):
 
 def settled(folder, monkeypatch, measured, threads="auto") -> int:
     """Return the threads of a job that starts, or goes on, in a store."""
-    from pipeline.run import stages
+    from pipeline.run import training
+    from pipeline.run.context import JobContext, StoredParts
     from pipeline.store.artifacts import Store
     from tests import small
 
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(hardware, "fastest_threads", measured)
+    monkeypatch.setattr(training, "fastest_threads", measured)
     cfg = small.config(runtime={"threads": threads})
-    stages._settle_threads(
-        stages.JobContext("train_shared", None, cfg, Store(folder), "here", print)
-    )
+    parts = StoredParts(cfg, Store(folder))
+    training.set_threads(JobContext("train_shared", None, parts, "here", print))
     return set_to[-1] if set_to else 0
 
 
@@ -497,17 +497,17 @@ def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, memory_plan):
 def test_what_is_written_at_the_end_counts_too(tmp_path):
     from rich.console import Console
 
-    from pipeline.run import stages
+    from pipeline.run.context import JobContext, StoredParts
+    from pipeline.run.training import fit_task
     from pipeline.store.artifacts import Store
     from tests import small
 
     peak, nowhere = Modelled(MB), Console(file=io.StringIO())
-    work = stages.JobContext(
-        "train_shared", None, small.config(), Store(tmp_path).open(), "here", print, nowhere
-    )
-    work.folder.mkdir(parents=True)
+    parts = StoredParts(small.config(), Store(tmp_path).open())
+    job = JobContext("train_shared", None, parts, "here", print, nowhere)
+    job.folder.mkdir(parents=True)
     task = replace(small_task(steps=1), export=lambda _step: peak.passed(500) or {})
-    assert stages._fit(work, task, peak)["peak_mb"] == 510
+    assert fit_task(job, task, peak)["peak_mb"] == 510
 
 
 def test_bf16_that_a_gpu_only_imitates_is_none(monkeypatch):

@@ -1,8 +1,8 @@
 """What modal_app.py asks Modal for, read from its functions without a server, and that it imports
 cleanly."""
 
-import ast
 import importlib.metadata
+import inspect
 import os
 import re
 import subprocess
@@ -51,13 +51,28 @@ def test_there_is_no_folder_that_would_hide_the_package():
 
 
 def test_every_stage_has_a_function_and_a_command(app):
-    assert app.JOBS.keys() == {*stages.STAGES, *cloud.STEPS}
-    tree = ast.parse((ROOT / "modal_app.py").read_text("utf-8"))
-    marked = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert app.JOBS.keys() == {*stages.STAGES, *stages.STEPS}
     commands = {
-        f.name for f in marked if "app.local_entrypoint()" in map(ast.unparse, f.decorator_list)
+        name
+        for name, found in vars(app).items()
+        if isinstance(found, app.modal.app.LocalEntrypoint)
     }
     assert commands == {*stages.STAGES, "run_all"}
+    # In a container Modal finds a function by its name in this module
+    for stage, job in app.JOBS.items():
+        assert getattr(app, f"{stage}_job") is job
+
+
+@pytest.mark.parametrize("stage", stages.ROWS)
+def test_families_agree_on_the_machine_of_a_stage(stage):
+    assert len({row.machine for row in stages.ROWS[stage].values()}) == 1
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app, stage):
+    flags = inspect.signature(getattr(app, stage).info.raw_f).parameters
+    wanted = stage in ("preprocess", "train_experts", "train_dense")
+    assert ("sequential" in flags) == wanted
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
@@ -74,7 +89,7 @@ def test_what_each_stage_asks_for(app, stage):
     assert list(info.volumes) == ["/store"]
 
 
-@pytest.mark.parametrize("step", cloud.STEPS)
+@pytest.mark.parametrize("step", stages.STEPS)
 def test_what_the_steps_of_a_divided_preprocess_ask_for(app, step):
     asked, stage = (job.info() for job in (app.JOBS[step], app.JOBS["preprocess"]))
     for name in ("cpu", "memory_mib", "timeout", "max_retries", "single_use_containers"):
@@ -119,8 +134,9 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
         def get(self):
             raise app.modal.exception.FunctionTimeoutError("hit its timeout of 86400s")
 
-    monkeypatch.setattr(app, "conduct", Lost())
+    monkeypatch.setattr(app, "orchestrate", Lost())
     monkeypatch.setattr(app, "_names", lambda _folder: [])
+    monkeypatch.setattr(app, "_read", lambda _path: None)
     monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::preprocess"])
     with pytest.raises(
         SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"
@@ -129,8 +145,8 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
     assert "plan of demo on Modal" in capsys.readouterr().out
 
 
-def test_what_the_conductor_asks_for(app):
-    info = app.conduct.info()
+def test_what_hands_out_jobs_asks_for(app):
+    info = app.orchestrate.info()
     assert not info.gpus
     assert info.timeout == 86_400
     assert not info.max_retries

@@ -26,6 +26,7 @@ from yaml_text import yaml_text
 
 from pipeline.families.load import load
 from pipeline.run import stages
+from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
 
 EXPERTS = ("headers", "manual")
@@ -234,7 +235,7 @@ def test_experts_one_after_another_are_too(modal, experts, local, tmp_path):
     shutil.copytree(local, tmp_path / "store")
     cfg, store = load(modal.config, settings), Store(tmp_path / "store")
     for item in cfg.experts:
-        stages.run("train_experts", cfg, store, item, progress=lambda _text, _share: None)
+        run_job("train_experts", cfg, store, item, progress=lambda _text, _share: None)
         name = f"{stages.address(cfg, 'train_experts', item)}/expert.safetensors"
         assert contents(store.root)[name] == contents(modal.volume)[name]
 
@@ -276,7 +277,7 @@ def test_what_each_function_was_created_with(modal, prepared):
         assert [mount["mount_path"] for mount in function["volume_mounts"]] == [place]
         assert len(function["secret_ids"]) == 1  # the variables of its own
     conductor, endpoint = (
-        modal.client.recorded("conduct")[0],
+        modal.client.recorded("orchestrate")[0],
         modal.client.recorded("Endpoint.*")[0],
     )
     assert conductor["scheduler_placement"]["nonpreemptible"]

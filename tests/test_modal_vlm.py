@@ -23,6 +23,7 @@ from yaml_text import yaml_text
 from pipeline.config.base import merge
 from pipeline.families.load import load
 from pipeline.run import stages
+from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
 
 SMALL = merge(
@@ -93,7 +94,7 @@ def test_every_stage_is_done_and_leaves_the_bytes_of_a_local_run(client, config,
     ] * 8
     make_all(config, tmp_path / "store")
     local = Store(tmp_path / "store").open()
-    stages.run("deploy", cfg, local, progress=lambda _text, _share: None)
+    run_job("deploy", cfg, local, progress=lambda _text, _share: None)
     far, near = (artifacts(root) for root in (client.volume("moleforge"), local.root))
     assert far == near
     assert {name.split("-")[0] for name in far} == {*stages.STAGES} - {"train_dense"}

@@ -3,17 +3,23 @@ leads to."""
 
 import json
 import mmap
+from pathlib import Path
 
 import pytest
 from conftest import tiny_config
 from fakes import StubbedVolume, contents
 
 from pipeline import cloud
+from pipeline.cloud import containers
 from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact
 from pipeline.families.load import load
 from pipeline.run import stages
+from pipeline.run.advice import sentence
+from pipeline.run.job import run_job
 from pipeline.store import artifacts
 from pipeline.store.artifacts import Store
+
+EDGE = cloud.ModalEdge(Path("/store"))
 
 
 def nothing():
@@ -150,7 +156,7 @@ def seen_halfway(volume, finish):
         other = Store(volume.view().path)
         if other.has("thing-1"):
             try:
-                other.require("thing-1", "thing")
+                other.require("thing-1")
                 verdicts.append("whole")
             except DamagedArtifact:
                 verdicts.append("damaged")
@@ -202,14 +208,14 @@ def test_a_stop_is_published_and_becomes_what_modal_runs_again(prepared, monkeyp
         (view.path / "resume/half").write_text("way")
         raise Interrupted("stopped and saved at step 3")
 
-    monkeypatch.setattr(stages, "run", stopped)
+    monkeypatch.setattr(containers, "run_job", stopped)
     with pytest.raises(KeyboardInterrupt, match="step 3"):
         work(view, cfg, "train_shared")
     assert (volume.path / "resume/half").exists()
 
 
 class Hands:
-    """What hands out jobs in a conductor's place: each container's items run here, some are lost."""
+    """What hands out jobs in the place of Modal: each container's items run here, some are lost."""
 
     def __init__(self, volume, cfg, lost=(), together=False):
         self.volume, self.cfg, self.lost, self.together, self.given = (
@@ -229,7 +235,7 @@ class Hands:
             yield batch, TimeoutError("hit its timeout of 5s") if lost else result
 
 
-def conduct(volume, cfg, wanted, hands, lines=None):
+def orchestrate(volume, cfg, wanted, hands, lines=None):
     """Hand out jobs as modal_app.py does."""
     view = volume.view()
     artifacts = Store(view.path, refresh=view.reload)
@@ -245,7 +251,7 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     steps = 3 + together
     cfg = cfg.model_copy(update={"expert": cfg.expert.model_copy(update={"steps": steps})})
     hands, lines = Hands(volume, cfg, lost=["shop"], together=together), []
-    outcomes = conduct(
+    outcomes = orchestrate(
         volume, cfg, ("preprocess", "train_shared", "train_experts", "train_router"), hands, lines
     )
     states = {each.name: each.state for each in outcomes}
@@ -256,7 +262,7 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     assert "train_experts shop: TimeoutError: hit its timeout" in lines[-1]
     assert "run again: modal run x::y" in lines[-1]
     again = Hands(volume, cfg)
-    assert [each.state for each in conduct(volume, cfg, ("train_experts",), again)] == [
+    assert [each.state for each in orchestrate(volume, cfg, ("train_experts",), again)] == [
         "found",
         "made",
         "found",
@@ -268,9 +274,9 @@ def test_a_damaged_artifact_is_a_failure_told_in_commands_of_modal(prepared):
     volume, cfg = prepared
     changed = cfg.model_copy(update={"trunk": cfg.trunk.model_copy(update={"steps": 2})})
     address, lines = stages.address(changed, "train_shared"), []
-    [made] = conduct(volume, changed, ("train_shared",), Hands(volume, changed))
+    [made] = orchestrate(volume, changed, ("train_shared",), Hands(volume, changed))
     (volume.path / f"artifacts/{address}/trunk.safetensors").unlink()
-    [found] = conduct(volume, changed, ("train_shared",), Hands(volume, changed), lines)
+    [found] = orchestrate(volume, changed, ("train_shared",), Hands(volume, changed), lines)
     assert (made.state, found.state) == ("made", "failed")
     assert "trunk.safetensors is gone" in found.error
     assert (
@@ -301,19 +307,21 @@ def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(
     volume, divided, tmp_path, together
 ):
     hands = Hands(volume, divided, together=together)
-    [outcome] = conduct(volume, divided, ("preprocess",), hands)
+    [outcome] = orchestrate(volume, divided, ("preprocess",), hands)
     assert (outcome.state, hands.given) == ("made", GIVEN)
     local = Store(tmp_path / "store").open()
-    stages.run("preprocess", divided, local, progress=lambda _text, _share: None)
+    run_job("preprocess", divided, local, progress=lambda _text, _share: None)
     assert contents(volume.path) == contents(local.root) != {}
     assert not list((volume.path / "jobs").glob("*"))
-    assert [each.state for each in conduct(volume, divided, ("preprocess",), hands)] == ["found"]
+    assert [each.state for each in orchestrate(volume, divided, ("preprocess",), hands)] == [
+        "found"
+    ]
     assert hands.given == GIVEN
 
 
 def test_a_lost_job_is_named_and_the_next_command_makes_it(volume, divided):
     lines = []
-    [failed] = conduct(
+    [failed] = orchestrate(
         volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines
     )
     assert (failed.stage, failed.item, failed.state) == ("preprocess_encode", "1", "failed")
@@ -322,7 +330,7 @@ def test_a_lost_job_is_named_and_the_next_command_makes_it(volume, divided):
     [kept] = (volume.path / "jobs").glob("*/2/manifest.json")
     made = kept.stat().st_mtime_ns
     lines.clear()
-    [outcome] = conduct(volume, divided, ("preprocess",), Hands(volume, divided), lines)
+    [outcome] = orchestrate(volume, divided, ("preprocess",), Hands(volume, divided), lines)
     assert outcome.state == "made"
     assert not kept.exists() and made
     assert "preprocess_encode 1: made" in lines
@@ -333,7 +341,7 @@ def test_a_scan_that_cannot_be_is_an_answer(volume, divided):
         update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})}
     )
     lines = []
-    [failed] = conduct(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
+    [failed] = orchestrate(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
     assert failed.stage == "preprocess_scan" and "names moon" in failed.error
     assert "run again: modal run x::y" in lines[-1]
 
@@ -347,8 +355,9 @@ def test_a_job_without_the_scan_s_commit_shows(volume, divided):
 
 def test_the_bundle_made_last_is_served(volume):
     view = volume.view()
-    with pytest.raises(MissingArtifact, match="::deploy"):
+    with pytest.raises(MissingArtifact) as error:
         cloud.served(view.path)
+    assert "run `modal run modal_app.py::deploy`" in sentence(error.value, EDGE)
     outcome = cloud.JobResult("deploy", None, "deploy-1", "found")
     cloud.serve_next([outcome], view.path, view.commit)
     cloud.serve_next(

@@ -28,7 +28,7 @@ from pipeline.__main__ import main
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.families.ffn_moe import train
 from pipeline.families.load import load
-from pipeline.run import stages
+from pipeline.run.context import StoredParts
 from pipeline.serve import app as app_module
 from pipeline.serve.app import RequestLimits, create, listen
 from pipeline.serve.engine import Sampling
@@ -196,7 +196,7 @@ def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
     """The HTTP answer against pipeline code on the store's parts: every layer's choice and weight
     for every token."""
     cfg, text = load(bundled[0]), "7: lathe gear of oboe chord"
-    stack = train.assemble(cfg, stages.StoredParts(cfg, Store(bundled[1])))
+    stack = train.assemble(cfg, StoredParts(cfg, Store(bundled[1])))
     chosen = {}
 
     def watched(layer, x_BTD):

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -12,12 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import flip
+from fakes import flip, told
 
-from pipeline.errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
+from pipeline.errors import (
+    DamagedArtifact,
+    DiskFull,
+    MissingArtifact,
+    NewerStore,
+    OldStore,
+    StoreError,
+)
 from pipeline.store.artifacts import (
     FORMAT,
     Manifest,
+    Reader,
     Store,
     inventory,
     save_tensors,
@@ -50,16 +59,15 @@ def test_an_artifact_without_manifest_is_absent(store):
     folder = store.begin(HERE)
     (folder / "trunk.json").write_text("{}")
     assert not store.has(HERE) and store.addresses() == [HERE]
-    with pytest.raises(MissingArtifact, match="run `python -m pipeline train_shared`"):
-        store.require(HERE, "train_shared")
+    with pytest.raises(MissingArtifact) as error:
+        store.require(HERE)
+    assert "run `python -m pipeline train_shared`" in told(error.value)
 
 
 def test_a_finished_artifact_comes_back(made):
     assert made.has(HERE)
-    assert torch.equal(
-        made.tensors(HERE, "trunk.safetensors", "train_shared")["w"], torch.ones(8, 8)
-    )
-    assert sorted(made.require(HERE, "train_shared").files) == ["trunk.json", "trunk.safetensors"]
+    assert torch.equal(Reader(made).tensors(HERE, "trunk.safetensors")["w"], torch.ones(8, 8))
+    assert sorted(made.require(HERE).files) == ["trunk.json", "trunk.safetensors"]
 
 
 def test_begin_empties_what_a_killed_writer_left(store):
@@ -118,12 +126,9 @@ def test_a_flipped_bit_is_named(made):
     path = made.folder(HERE) / "trunk.safetensors"
     flip(path, -5)
     with pytest.raises(DamagedArtifact) as error:
-        made.tensors(HERE, "trunk.safetensors", "train_shared")
-    assert (
-        str(path) in str(error.value)
-        and "sha256" in str(error.value)
-        and way_out(made) in str(error.value)
-    )
+        Reader(made).tensors(HERE, "trunk.safetensors")
+    assert str(path) in str(error.value) and "sha256" in str(error.value)
+    assert way_out(made) in told(error.value)
 
 
 @pytest.mark.parametrize("how", ["truncated", "gone", "longer"])
@@ -135,8 +140,8 @@ def test_a_file_of_another_size_is_named(made, how):
         "longer": lambda: path.write_text("{} "),
     }[how]()
     with pytest.raises(DamagedArtifact) as error:
-        made.require(HERE, "train_shared")
-    assert str(path) in str(error.value) and way_out(made) in str(error.value)
+        made.require(HERE)
+    assert str(path) in str(error.value) and way_out(made) in told(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"address": 1}', "null", "\x00\x01"])
@@ -144,32 +149,45 @@ def test_a_garbage_manifest_is_named(made, text):
     path = made.folder(HERE) / "manifest.json"
     path.write_text(text)
     with pytest.raises(DamagedArtifact) as error:
-        made.require(HERE, "train_shared")
-    assert str(path) in str(error.value) and way_out(made) in str(error.value)
+        made.require(HERE)
+    assert str(path) in str(error.value) and way_out(made) in told(error.value)
 
 
 def test_a_newer_store_is_refused(store_path):
     store_path.mkdir()
     (store_path / "store.json").write_text(json.dumps({"format": FORMAT + 1}))
-    with pytest.raises(
-        NewerStore,
-        match=rf"format {FORMAT + 1}, this version reads up to {FORMAT}: update MoleForge",
-    ):
+    with pytest.raises(NewerStore) as error:
         Store(store_path).open()
+    assert f"format {FORMAT + 1}, this version reads up to {FORMAT}" in str(error.value)
+    assert "update MoleForge, or choose another directory with --store" in told(error.value)
+
+
+def test_an_older_store_is_refused_by_name_and_keeps_what_is_in_it(store_path):
+    store_path.mkdir()
+    (store_path / "store.json").write_text(json.dumps({"format": 1}))
+    (store_path / "artifacts").mkdir()
+    with pytest.raises(OldStore) as error:
+        Store(store_path).open()
+    text = told(error.value)
+    assert text.startswith(f"{store_path} has store format 1, this version reads {FORMAT}: ")
+    assert "stays as it is" in text and text.endswith("choose another directory with --store")
+    assert [path.name for path in sorted(store_path.iterdir())] == ["artifacts", "store.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "new"}', '{"format": null}'])
 def test_a_garbage_mark_is_refused(store_path, text):
     store_path.mkdir()
     (store_path / "store.json").write_text(text)
-    with pytest.raises(StoreError, match=r"cannot be used as a store.*--store"):
+    with pytest.raises(StoreError) as error:
         Store(store_path).open()
+    assert re.search(r"cannot be used as a store.*--store", told(error.value))
 
 
 def test_a_path_that_is_a_file_is_refused(store_path):
     store_path.write_text("mine")
-    with pytest.raises(StoreError, match=r"cannot be used as a store.*--store"):
+    with pytest.raises(StoreError) as error:
         Store(store_path).open()
+    assert re.search(r"cannot be used as a store.*--store", told(error.value))
     with pytest.raises(StoreError, match="cannot be used as a store"):
         Store(store_path / "below").open()
     assert store_path.read_text() == "mine"
@@ -236,11 +254,10 @@ def test_a_stale_lock_file_does_not_block(store):
 def test_no_room_is_told_apart_from_other_errors(store):
     folder = store.resume(HERE)
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with (
-            pytest.raises(DiskFull, match=r"MB free\). What was finished is kept.*prune.*--store"),
-            translate_disk_errors(folder),
-        ):
+        with pytest.raises(DiskFull) as full, translate_disk_errors(folder):
             raise OSError(number, os.strerror(number))
+        wanted = r"MB free\). What was finished is kept.*prune.*--store"
+        assert re.search(wanted, told(full.value))
     with pytest.raises(OSError, match="Input/output") as error, translate_disk_errors(folder):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(error.value, StoreError)
@@ -248,13 +265,10 @@ def test_no_room_is_told_apart_from_other_errors(store):
 
 def test_not_allowed_inside_the_store_only(store, tmp_path):
     folder = store.folder(HERE)
-    with (
-        pytest.raises(
-            StoreError, match=r"Read-only file system; give this user the right.*--store"
-        ),
-        translate_disk_errors(folder),
-    ):
+    with pytest.raises(StoreError) as refused, translate_disk_errors(folder):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder / "trunk.json"))
+    wanted = r"Read-only file system; give this user the right.*--store"
+    assert re.search(wanted, told(refused.value))
     with pytest.raises(PermissionError), translate_disk_errors(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "corpus.txt"))
 
@@ -264,8 +278,8 @@ def test_a_small_file_with_a_flipped_bit_is_found_when_its_artifact_is_opened(fi
     shutil.copytree(source, tmp_path / "store")
     store = Store(tmp_path / "store")
     address = next(a for a in store.addresses() if a.startswith("preprocess"))
-    assert store.verified(address, "preprocess") == store.folder(address)
+    assert Reader(store).folder(address) == store.folder(address)
     path = next(store.folder(address).rglob("*.bin"))
     flip(path)
     with pytest.raises(DamagedArtifact, match=rf"{path.name} is not what was written"):
-        store.verified(address, "preprocess")
+        Reader(store).folder(address)

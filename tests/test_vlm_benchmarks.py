@@ -139,7 +139,7 @@ def test_the_constant_answer_is_the_commonest_for_its_prompt(pictured, tmp_path)
     args = vlm_real._arguments(["--data", str(pictured)])
     cfg, folder = parse(vlm_real.settings(args)), tmp_path / "made"
     folder.mkdir()
-    family.prepare(cfg, folder, lambda *_: None, tmp_path, "blood_cells")
+    family.prepare(cfg, None, folder, lambda *_: None, "blood_cells")
     score, count = vlm_real._constant(cfg, SimpleNamespace(folder=lambda *_: folder), "blood_cells")
     from pipeline.data.tasks.prepare import TaskRows
 

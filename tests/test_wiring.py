@@ -14,9 +14,8 @@ from pipeline.families.ffn_moe import evaluator as evaluating
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.model.trunk import Trunk
-from pipeline.run import backend, stages
-from pipeline.store.artifacts import Store
-from pipeline.train import loop
+from pipeline.run import backend, context, job, stages, training
+from pipeline.store.artifacts import Manifest, Store
 from tests import small
 
 LABELS = ("a", "b")
@@ -31,12 +30,15 @@ def trained(tmp_path_factory):
 
 def test_the_family_is_looked_up(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(
-        stages, "family", lambda name: asked.append(name) or SimpleNamespace(prepare=lambda *_: {})
-    )
+
+    def stage_function(family, name):
+        asked.append((family, name))
+        return lambda *_: {}
+
+    monkeypatch.setattr(context, "stage_function", stage_function)
     cfg = small.config()
-    stages._preprocess(stages.JobContext("preprocess", None, cfg, Store(tmp_path), "x", print))
-    assert asked == [cfg.family]
+    job.run_job("preprocess", cfg, Store(tmp_path), progress=print)
+    assert asked == [(cfg.family, "family.prepare")]
 
 
 def test_source_and_hub_decide_what_is_opened(monkeypatch):
@@ -130,20 +132,17 @@ def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
             """Do nothing."""
 
     task = SimpleNamespace(steps=1, bf16=False, export=lambda _step: {})
-    monkeypatch.setattr(stages, "family", lambda _name: SimpleNamespace(shared=lambda *_: task))
-    monkeypatch.setattr(stages, "Recorder", Recorder)
-    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(context, "stage_function", lambda *_: lambda *_: task)
+    monkeypatch.setattr(training, "Recorder", Recorder)
+    monkeypatch.setattr(training, "fit", fit)
     runtime = {
         "save_every_s": 7.5,
         "log_every_steps": 3,
         "wandb": "offline",
         "wandb_project": "mine",
     }
-    stages._train(
-        stages.JobContext(
-            "train_shared", None, small.config(runtime=runtime), Store(tmp_path), "x", print
-        )
-    )
+    parts = context.StoredParts(small.config(runtime=runtime), Store(tmp_path))
+    training.train(context.JobContext("train_shared", None, parts, "x", print))
     assert (kept["place"].save_every_s, kept["place"].log_every_steps) == (7.5, 3)
     assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
 
@@ -207,10 +206,10 @@ def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
 def test_a_bundle_is_uploaded_where_it_is_asked_to_go(monkeypatch, tmp_path, target):
     asked = []
     monkeypatch.setattr(
-        stages.bundle, "upload", lambda folder, where, _say: asked.append((folder, where))
+        job.bundle, "upload", lambda folder, where, _progress: asked.append((folder, where))
     )
-    work = stages.JobContext(
-        "bundle", None, small.config(deploy={"upload": target}), Store(tmp_path), "x", print
-    )
-    stages._upload(work)
-    assert asked == ([(work.folder, target)] if target else [])
+    cfg, store = small.config(deploy={"upload": target}), Store(tmp_path)
+    folder = store.begin(stages.address(cfg, "deploy"))
+    store.finish(Manifest(folder.name, "deploy", None, {}, {}))
+    assert job.run_job("deploy", cfg, store, progress=print).address == folder.name
+    assert asked == ([(folder, target)] if target else [])

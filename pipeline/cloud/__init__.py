@@ -15,14 +15,14 @@ from .client import (
     show_results,
     typed,
 )
-from .containers import STEPS, JobResult, orchestrate, serve_next, served, work
+from .containers import JobResult, ModalEdge, orchestrate, serve_next, served, work
 from .estimate import estimate, refuse_above, refuse_without_inputs, show_estimate
 from .prices import Prices, most_gpus
 
 __all__ = [
     "DEFAULT",
-    "STEPS",
     "JobResult",
+    "ModalEdge",
     "Prices",
     "announced",
     "check",

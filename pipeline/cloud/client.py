@@ -5,6 +5,7 @@ Everything here happens before a machine is paid for, or after.
 """
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,18 +13,18 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.table import Table
 
+from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
-from ..run import stages
 from ..run.dry_run import figures
-from ..store.artifacts import Store
+from ..run.stages import Addresses
+from ..store.artifacts import Store, check_format
 from .containers import JobResult
 from .prices import Prices, most_gpus
 
 DEFAULT = "config/demo.yaml"
-ENDPOINT = "endpoint"
 MOST_BETWEEN_SAVES_S = 300
 FLAGS = {
     "--config FILE": f"the run, a YAML file on this machine (default {DEFAULT}); see config/",
@@ -86,7 +87,7 @@ def overrides(text: str = "") -> tuple[str, ...]:
 def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
     """Raise ConfigError with everything that cannot work on a machine elsewhere; mount is where its
     store is."""
-    machines = {name: getattr(cfg.modal, name) for name in (*stages.STAGES, ENDPOINT)}
+    machines = {name: part for name, part in cfg.modal if isinstance(part, MachineConfig)}
     problems = [
         problem for name, machine in machines.items() for problem in prices.problems(name, machine)
     ]
@@ -138,9 +139,9 @@ def mirror(
     checkpoints.
 
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and
-    None.
+    None. Raises OldStore or NewerStore.
     """
-    reachable = set(stages.reachable(cfg))
+    reachable = set(Addresses(cfg).reachable())
     wanted = [f"artifacts/{name}/manifest.json" for name in names("artifacts") if name in reachable]
     wanted += [
         f"resume/{name}/{slot}/state.json"
@@ -148,6 +149,9 @@ def mirror(
         if name in reachable
         for slot in "ab"
     ]
+    mark = read("store.json")
+    if mark is not None:
+        check_format(int(json.loads(mark)["format"]), "the volume moleforge")
     for path in wanted:
         content = read(path)
         if content is not None:

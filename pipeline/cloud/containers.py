@@ -1,14 +1,13 @@
 """The far side of a run: jobs in containers, and the one that hands them out.
 
 A container refreshes its view of the store once, before any file is open. What a person has to mend
-comes back as an Outcome and is not tried again; a crash, a timeout or a preemption is, from the
+comes back as a JobResult and is not tried again; a crash, a timeout or a preemption is, from the
 last published checkpoint.
 """
 
 import gc
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,20 +15,45 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..errors import Interrupted, MissingArtifact, PipelineError
-from ..families import family
+from ..families import stage_function
 from ..families.load import parse
-from ..run import stages
+from ..protocols import Progress
+from ..run.advice import account, sentence
 from ..run.backend import printed_progress
+from ..run.job import done, run_job
+from ..run.stages import STEPS, Addresses, label, without_jobs
 from ..store.artifacts import Manifest, Store, translate_disk_errors, write_text
 from ..train.memory_meter import trim_heap
 
 SERVED = "served.json"
-SCAN, ENCODE = STEPS = (
-    "preprocess_scan",
-    "preprocess_encode",
-)  # before preprocess, when several containers share it
 Items = list[str | None]
-Do = Callable[[str, Items], "Iterable[tuple[Items, list[JobResult] | BaseException]]"]
+
+
+class ModalEdge:
+    """Commands as they are typed for a run on Modal; `root` is where containers have the volume."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def stage(self, name: str) -> str:
+        """The command that does a stage, less its options."""
+        return f"`modal run modal_app.py::{name}`"
+
+    def remove(self, path: Path) -> str:
+        """How something in the store is removed, as an imperative."""
+        if not path.is_relative_to(self.root):
+            return f"remove {path}"
+        return f"type `modal volume rm -r moleforge {path.relative_to(self.root)}`"
+
+    def make_room(self) -> str:
+        """How room is made in the store, as an imperative."""
+        return (
+            "make room (`modal volume rm -r moleforge artifacts/NAME` removes what is not needed)"
+        )
+
+    def other_store(self) -> str:
+        """How another store is chosen, as an imperative."""
+        return "type `modal volume rename moleforge NAME`, and the next command makes a new one"
 
 
 @dataclass(frozen=True)
@@ -48,13 +72,25 @@ class JobResult:
     @property
     def name(self) -> str:
         """The stage and the item, for people."""
-        return stages.label(self.stage, self.item)
+        return label(self.stage, self.item)
 
     @classmethod
     def of(cls, manifest: Manifest, state: str) -> "JobResult":
-        """Return the outcome of a job whose artifact is whole."""
-        m = manifest
-        return cls(m.stage, m.item, m.address, state, "", m.bytes, m.made["seconds"], m.metrics)
+        """Return the result of a job whose artifact is whole."""
+        return cls(
+            manifest.stage,
+            manifest.item,
+            manifest.address,
+            state,
+            bytes=manifest.bytes,
+            seconds=manifest.made["seconds"],
+            metrics=manifest.metrics,
+        )
+
+
+# Hands items of a stage to containers; gives back, container by container, the items with their
+# results or the exception that took the container
+HandOut = Callable[[str, Items], Iterable[tuple[Items, list[JobResult] | BaseException]]]
 
 
 def work(
@@ -65,8 +101,8 @@ def work(
     publish: Callable[[], None],
     refresh: Callable[[], None],
 ) -> list[JobResult]:
-    """Do jobs of a stage, or steps before it, in this container, one after another; return how each
-    ended.
+    """Do jobs of a stage, or of a step before it, in this container, one after another; return how
+    each ended.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run
     again.
@@ -74,190 +110,190 @@ def work(
     import torch
 
     cfg = parse(raw)
-    machine, do = (
-        (cfg.modal.preprocess, _step) if stage in STEPS else (getattr(cfg.modal, stage), _one)
-    )
-    torch.set_num_threads(cfg.runtime.most_threads(int(machine.cpu)))
+    torch.set_num_threads(cfg.runtime.most_threads(int(cfg.machine(stage).cpu)))
     refresh()
-    store, console = Store(root, publish=publish).open(), Console(stderr=True)
-    return [_alone(do, stage, cfg, store, item, console) for item in items]
-
-
-def _alone(
-    do, stage: str, cfg: RunConfig, store: Store, item: str | None, console: Console
-) -> JobResult:
-    """Do one of several jobs of this container and give its memory back before the next."""
+    store = Store(root, publish=publish)
+    console = Console(stderr=True)
     try:
-        return do(stage, cfg, store, item, console)
-    finally:
-        gc.collect()
-        trim_heap()
-
-
-def _one(stage: str, cfg: RunConfig, store: Store, item: str | None, console: Console) -> JobResult:
-    address = stages.address(cfg, stage, item)
-    try:
-        return JobResult.of(
-            stages.run(
-                stage, cfg, store, item, progress=printed_progress(console), console=console
-            ),
-            "made",
-        )
+        store.open()
     except PipelineError as error:
-        store.publish()  # checkpoints and history up to here
-        return JobResult(stage, item, address, "failed", _told(error, root=store.root))
+        # An answer, so that Modal does not try again what no other container can do either
+        return [_failed(stage, item, "", error, store) for item in items]
+    results = []
+    for item in items:
+        try:
+            if stage in STEPS:
+                results.append(_do_step(stage, cfg, store, item, printed_progress(console)))
+            else:
+                results.append(_do_job(stage, cfg, store, item, console))
+        finally:
+            # The next job of this container has a memory budget of its own
+            gc.collect()
+            trim_heap()
+    return results
+
+
+def _do_job(
+    stage: str, cfg: RunConfig, store: Store, item: str | None, console: Console
+) -> JobResult:
+    progress = printed_progress(console)
+    try:
+        manifest = run_job(stage, cfg, store, item, progress=progress, console=console)
+    except PipelineError as error:
+        # Checkpoints and history up to here
+        store.publish()
+        return _failed(stage, item, Addresses(cfg).of(stage, item), error, store)
     except Interrupted as stopped:
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
+    return JobResult.of(manifest, "made")
 
 
-def _step(step: str, cfg: RunConfig, store: Store, item: str | None, console: Console) -> JobResult:
-    """Scan the documents, which says how many jobs there are to encode them, or do the job whose
+def _do_step(
+    step: str, cfg: RunConfig, store: Store, item: str | None, progress: Progress
+) -> JobResult:
+    """Do the first step, which says how many jobs the next one has, or one job of that, whose
     number is item."""
-    address, metrics = stages.address(cfg, "preprocess"), {}
-    jobs_folder = store.jobs_folder(address)
-    kind, progress = family(cfg.family), printed_progress(console)
+    row = cfg.stages[step]
+    address = Addresses(cfg).of(str(row.step_of))
+    folder = store.jobs_folder(address)
+    number = cfg.modal.preprocess_jobs if item is None else int(item)
     try:
-        with translate_disk_errors(jobs_folder):
-            if step == SCAN:
-                jobs = cfg.modal.preprocess_jobs
-                metrics["jobs"] = kind.scan(cfg, jobs_folder, jobs, progress)
-            else:
-                kind.encode(cfg, jobs_folder, int(item), progress)
+        with translate_disk_errors(folder):
+            count = stage_function(cfg.family, row.function)(cfg, folder, number, progress)
     except PipelineError as error:
-        return JobResult(step, item, address, "failed", _told(error, root=store.root))
+        return _failed(step, item, address, error, store)
     store.publish()
+    metrics = {} if count is None else {"jobs": count}
     return JobResult(step, item, address, "made", metrics=metrics)
 
 
-def serve_next(outcomes: list[JobResult], root: Path, publish: Callable[[], None]) -> None:
-    """Note a bundle among the outcomes, new or found, as the one to serve, and publish the note."""
-    made = [each.address for each in outcomes if each.stage == "deploy" and not each.error]
-    if made:
-        write_text(root / SERVED, json.dumps({"address": made[-1]}))
+def _failed(
+    stage: str, item: str | None, address: str, error: PipelineError, store: Store
+) -> JobResult:
+    text = sentence(error, ModalEdge(store.root))
+    return JobResult(stage, item, address, "failed", text)
+
+
+def serve_next(results: list[JobResult], root: Path, publish: Callable[[], None]) -> None:
+    """Note a bundle among the results, new or found, as the one to serve, and publish the note."""
+    bundles = [each.address for each in results if each.stage == "deploy" and not each.error]
+    if bundles:
+        write_text(root / SERVED, json.dumps({"address": bundles[-1]}))
         publish()
 
 
 def served(root: Path) -> Path:
     """Return the folder of the bundle to serve. Raises MissingArtifact when none was made."""
     try:
-        return Store(root).folder(json.loads((root / SERVED).read_text("utf-8"))["address"])
+        note = json.loads((root / SERVED).read_text("utf-8"))
     except FileNotFoundError:
-        raise MissingArtifact(
-            "there is no bundle to serve yet: run `modal run modal_app.py::deploy --config FILE` first"
-        ) from None
+        raise MissingArtifact("there is no bundle to serve yet", stages=("deploy",)) from None
+    return Store(root).folder(note["address"])
 
 
 def orchestrate(
     cfg: RunConfig,
-    wanted: tuple[str, ...],
+    wanted: Sequence[str],
     store: Store,
-    do: Do,
+    hand_out: HandOut,
     command: str,
     progress: Callable[[str], None] = print,
 ) -> list[JobResult]:
     """Do stages in order, each job that has something left to do; stop after a stage with a
-    failure.
-
-    `do` hands items of a stage out and gives back, container by container, the items with their
-    outcomes or the exception that took the container; `command` is what finishes the rest.
-    """
-    outcomes: list[JobResult] = []
+    failure. `command` is what finishes the rest."""
+    addresses = Addresses(cfg)
+    results: list[JobResult] = []
     for stage in wanted:
+        # What containers made meanwhile is seen from here on; no file is open
         store.refresh()
-        items = cfg.items(stage)
+        items = list(cfg.items(stage))
         if not items and len(wanted) == 1:
-            progress(stages.without_jobs(stage, cfg))
-        missing = [item for item in items if not stages.done(cfg, stage, item, store)]
-        if stage == "preprocess" and missing == [None] and cfg.modal.preprocess_jobs > 1:
-            failed = _divided(cfg, do, command, progress)
+            progress(without_jobs(stage, cfg))
+        missing = [item for item in items if not done(addresses, stage, item, store)]
+        if missing and cfg.modal.preprocess_jobs > 1:
+            failed = _do_steps(addresses, stage, hand_out, command, progress)
             if failed:
-                return outcomes + failed
+                return results + failed
         made: dict[str | None, JobResult] = {}
-        for outcome in _handed_out(cfg, stage, missing, store, do):
-            made[outcome.item] = outcome
-            progress(f"{outcome.name}: {outcome.error or outcome.state}")
-        made |= {
-            item: _whole(cfg, stage, item, store, "found") for item in items if item not in made
-        }
-        outcomes += [made[item] for item in items]
-        failed = [each for each in made.values() if each.error]
-        if failed:
-            progress(_account(stage, list(items), failed, command))
-            return outcomes
-    return outcomes
+        for result in _handed_out(addresses, stage, missing, store, hand_out):
+            made[result.item] = result
+            progress(f"{result.name}: {result.error or result.state}")
+        for item in items:
+            if item not in made:
+                made[item] = _whole(addresses, stage, item, store, "found")
+        results += [made[item] for item in items]
+        errors = {item: result.error for item, result in made.items() if result.error}
+        if errors:
+            progress(account(stage, errors, items, command))
+            return results
+    return results
 
 
-def _divided(
-    cfg: RunConfig, do: Do, command: str, progress: Callable[[str], None]
+def _do_steps(
+    addresses: Addresses,
+    stage: str,
+    hand_out: HandOut,
+    command: str,
+    progress: Callable[[str], None],
 ) -> list[JobResult]:
-    """Have the documents scanned, then encoded by jobs side by side, for preprocess to merge;
-    return what failed."""
-    address, count = stages.address(cfg, "preprocess"), 0
-    for step in STEPS:
-        items = [None] if step == SCAN else [str(number) for number in range(count)]
+    """Do the steps that containers share before a stage, for its job to put together; return what
+    failed.
+
+    The first step is one job and says how many the next one has.
+    """
+    items: Items = [None]
+    for step, row in addresses.cfg.stages.items():
+        if row.step_of != stage:
+            continue
+        # Only a stage of one job has steps
+        address = addresses.of(stage)
         failed = []
-        for given, result in do(step, items):
-            if isinstance(result, BaseException):
-                lost = f"{type(result).__name__}: {result}"
-                result = [JobResult(step, item, address, "failed", lost) for item in given]
-            for outcome in result:
-                progress(f"{outcome.name}: {outcome.error or outcome.state}")
-                count = outcome.metrics.get("jobs", count)
-            failed += [outcome for outcome in result if outcome.error]
+        count = 0
+        for given, ended in hand_out(step, items):
+            if isinstance(ended, BaseException):
+                lost = f"{type(ended).__name__}: {ended}"
+                ended = [JobResult(step, item, address, "failed", lost) for item in given]
+            for result in ended:
+                progress(f"{result.name}: {result.error or result.state}")
+                count = result.metrics.get("jobs", count)
+                if result.error:
+                    failed.append(result)
         if failed:
-            progress(_account(step, items, failed, command))
+            errors = {result.item: result.error for result in failed}
+            progress(account(step, errors, items, command))
             return failed
+        items = [str(number) for number in range(count)]
     return []
 
 
 def _handed_out(
-    cfg: RunConfig, stage: str, missing: Items, store: Store, do: Do
+    addresses: Addresses, stage: str, missing: Items, store: Store, hand_out: HandOut
 ) -> Iterable[JobResult]:
-    for items, result in do(stage, missing) if missing else ():
-        if isinstance(result, BaseException):
-            store.refresh()
-            yield from (_left_by(cfg, stage, item, store, result) for item in items)
-        else:
-            yield from result
+    """Yield the result of each missing job, as containers come back."""
+    if not missing:
+        return
+    for items, ended in hand_out(stage, missing):
+        if not isinstance(ended, BaseException):
+            yield from ended
+            continue
+        # A container was lost for good; it may have published something before
+        store.refresh()
+        for item in items:
+            if done(addresses, stage, item, store):
+                yield _whole(addresses, stage, item, store, "made")
+            else:
+                text = f"{type(ended).__name__}: {ended}"
+                yield JobResult(stage, item, addresses.of(stage, item), "failed", text)
 
 
-def _left_by(
-    cfg: RunConfig, stage: str, item: str | None, store: Store, error: BaseException
+def _whole(
+    addresses: Addresses, stage: str, item: str | None, store: Store, state: str
 ) -> JobResult:
-    """Return what a container that was lost for good had made of a job before."""
-    if stages.done(cfg, stage, item, store):
-        return _whole(cfg, stage, item, store, "made")
-    return JobResult(
-        stage, item, stages.address(cfg, stage, item), "failed", f"{type(error).__name__}: {error}"
-    )
-
-
-def _whole(cfg: RunConfig, stage: str, item: str | None, store: Store, state: str) -> JobResult:
-    """Return the outcome of a job whose artifact is there; it has failed when the artifact is
+    """Return the result of a job whose artifact is there; it has failed when the artifact is
     damaged."""
-    address = stages.address(cfg, stage, item)
+    address = addresses.of(stage, item)
     try:
-        return JobResult.of(store.require(address, stage), state)
+        return JobResult.of(store.require(address), state)
     except PipelineError as error:
-        return JobResult(stage, item, address, "failed", _told(error, root=store.root))
-
-
-def _told(error: PipelineError, root: Path) -> str:
-    """Return an error in commands that mend a run elsewhere: other entrypoints, and files on the
-    volume at root."""
-    text = re.sub(
-        rf"python -m pipeline ({'|'.join(stages.STAGES)})\b",
-        r"modal run modal_app.py::\1",
-        str(error),
-    )
-    return re.sub(
-        rf"remove {re.escape(str(root))}/(\S+)", r"type `modal volume rm -r moleforge \1`", text
-    )
-
-
-def _account(stage: str, items: Items, failed: list[JobResult], command: str) -> str:
-    lines = [f"{len(items) - len(failed)} of {len(items)} jobs of {stage} are finished and kept:"]
-    errors = {each.item: each.error for each in failed}
-    lines += [f"  {stages.label(stage, item)}: {errors.get(item, 'finished')}" for item in items]
-    return "\n".join([*lines, f"To do the missing ones, mend the cause and run again: {command}"])
+        return _failed(stage, item, address, error, store)

@@ -14,8 +14,9 @@ from rich.table import Table
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import BudgetError, ConfigError, MissingArtifact
-from ..run import stages
 from ..run.dry_run import ASSUMED_MFU, duration, plan
+from ..run.job import done
+from ..run.stages import Addresses, label
 from ..store.artifacts import Manifest, Store
 from .prices import Prices, most_gpus, split
 
@@ -47,20 +48,25 @@ def estimate(
     Raises BudgetError when a job cannot run within runtime.memory_budget.
     """
     planned = {entry.address: entry for entry in plan(cfg, store)}
+    addresses = Addresses(cfg)
     lines = []
     for stage in wanted:
-        machine = getattr(cfg.modal, stage)
-        for _, item, address in stages.jobs(cfg, stage):
-            entry, done = planned.get(address), stages.done(cfg, stage, item, store)
+        for _, item, address in addresses.jobs(stage):
+            machine = cfg.machine(stage)
+            entry, finished = planned.get(address), done(addresses, stage, item, store)
             if (
                 entry and entry.refused and not machine.gpu
             ):  # a prediction of main memory says nothing about a GPU
                 raise BudgetError(entry.refused)
-            job, state = (entry.job, entry.state) if entry else (None, "done" if done else "to do")
+            job, state = (
+                (entry.job, entry.state) if entry else (None, "done" if finished else "to do")
+            )
             seconds = None
             if job and job.flops is not None:
                 seconds = (
-                    0.0 if done else STARTUP_S + job.flops / _flops_per_s(machine, store, prices)
+                    0.0
+                    if finished
+                    else STARTUP_S + job.flops / _flops_per_s(machine, store, prices)
                 )
             usd = None if seconds is None else seconds * prices.usd_per_s(machine)
             tokens, peak = (job.tokens, job.peak_bytes) if job else (None, None)
@@ -112,16 +118,17 @@ def refuse_above(cfg: RunConfig, lines: list[JobEstimate]) -> None:
 def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store) -> None:
     """Raise MissingArtifact when a job reads what is not there and what this command does not make;
     no cost so far."""
+    addresses = Addresses(cfg)
     for stage in wanted:
-        missing = [item for item in cfg.items(stage) if not stages.done(cfg, stage, item, store)]
+        missing = [item for item in cfg.items(stage) if not done(addresses, stage, item, store)]
         needs = dict.fromkeys(
             need for item in missing for need in cfg.needs(stage, item) if need[0] not in wanted
         )
-        absent = [need for need in needs if not store.has(stages.address(cfg, *need))]
+        absent = [need for need in needs if not store.has(addresses.of(*need))]
         if absent:
             first = " and ".join(f"`modal run modal_app.py::{each}`" for each in dict(absent))
             raise MissingArtifact(
-                f"{stage} needs {', '.join(stages.label(*need) for need in absent)} of this configuration, not on the "
+                f"{stage} needs {', '.join(label(*need) for need in absent)} of this configuration, not on the "
                 f"volume yet: do {first} first, or all with `modal run modal_app.py::run_all`; nothing was started"
             )
 
@@ -160,19 +167,14 @@ def _wall_s(cfg: RunConfig, stage: str, lines: list[JobEstimate], sequential: bo
     seconds = [line.seconds for line in lines if line.stage == stage and line.seconds]
     if not seconds:
         return 0.0
-    at_once = (
-        1 if sequential else max(1, cfg.modal.max_gpus // most_gpus(getattr(cfg.modal, stage)))
-    )
+    at_once = 1 if sequential else max(1, cfg.modal.max_gpus // most_gpus(cfg.machine(stage)))
     return max(max(seconds), math.fsum(seconds) / at_once)
 
 
 def _where(cfg: RunConfig, line: JobEstimate) -> str:
-    several = (
-        line.stage == "preprocess"
-        and cfg.modal.preprocess_jobs > 1
-        and cfg.items("preprocess") == (None,)
-    )
-    shared = f"up to {cfg.modal.preprocess_jobs} x " if several else ""
+    divided = any(row.step_of == line.stage for row in cfg.stages.values())
+    jobs = cfg.modal.preprocess_jobs
+    shared = f"up to {jobs} x " if divided and jobs > 1 else ""
     return shared + (" or ".join(line.machine.gpu) or f"{line.machine.cpu:g} cores")
 
 

@@ -1,18 +1,18 @@
-"""What every family's configuration has, and what it tells the stages: jobs, inputs, content of
-addresses.
+"""What every family's configuration has, and what its table of stages says of a run: jobs, inputs,
+content of addresses.
 
-Stages ask a run and never look into a family's sections, so a family adds or leaves out stages here
-alone.
+Whoever carries out a run asks these methods and never looks into a family's sections.
 """
 
 import zlib
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from .base import Bytes, Name, Section
-from .machines import ModalConfig
+from .machines import ModalConfig, TrainerConfig, WorkerConfig
+from .stage import Stage, fields
 
 JobKey = tuple[str, str | None]  # stage and item
 
@@ -59,6 +59,8 @@ class RuntimeConfig(Section):
 class RunConfig(Section):
     """A whole run, of whatever family."""
 
+    stages: ClassVar[dict[str, Stage]] = {}  # the family's table, in the order of a run
+
     name: Name = Field("run", description="Name of the run in reports")
     # A text and no choice of names: this layer knows no family, families/load.py refuses others.
     family: str = Field("ffn_moe", description="Kind of experts: ffn_moe or lora_vlm")
@@ -95,20 +97,43 @@ class RunConfig(Section):
     def items(self, stage: str) -> tuple[str | None, ...]:
         """Return the jobs of a stage by their items: (None,) when it is one job, () when this
         family has none."""
-        raise NotImplementedError
+        row = self.stages.get(stage)
+        if row is None or row.step_of is not None:
+            return ()
+        if row.items is None:
+            return (None,)
+        found: Any = self
+        for name in row.items.split("."):
+            found = getattr(found, name)
+        return tuple(found)
 
     def needs(self, stage: str, item: str | None) -> list[JobKey]:
         """Return the jobs whose artifacts a job reads, in order."""
-        raise NotImplementedError
+        row = self.stages[stage]
+        found: list[JobKey] = []
+        for need in row.needs:
+            if need in row.needs_own:
+                found.append((need, item))
+            else:
+                found += [(need, each) for each in self.items(need)]
+        return found
 
     def content(self, stage: str, item: str | None) -> dict:
         """Return what a job's address holds of this configuration: everything that its result
         depends on."""
-        raise NotImplementedError
+        row = self.stages[stage]
+        content = fields(self, row.reads)
+        if row.reads_also is not None:
+            content |= getattr(self, row.reads_also)(item)
+        return content
 
     def section(self, stage: str, item: str | None) -> str:
         """Return the dotted name of a training's settings, for messages."""
-        raise NotImplementedError
+        return self.stages[stage].setting_name(item)
+
+    def machine(self, stage: str) -> TrainerConfig | WorkerConfig:
+        """Return the container of a stage on Modal."""
+        return getattr(self.modal, self.stages[stage].machine or stage)
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of the files and folders that this run reads or writes outside its

@@ -1,26 +1,31 @@
-"""The kinds of experts. A family is a module with the functions of the Family protocol.
+"""The kinds of experts. A family is a package with a table of stages (`stages.py`), the functions
+that its rows name, and a module `family` with the functions of the Family protocol.
 
-No stage asks which family it runs.
+What a row's function is called with, by the row's kind; a stage of several jobs passes its item
+last:
+
+    files, bundle  f(cfg, parts, folder, progress[, item]) -> metrics; writes to folder
+    training       f(cfg, parts[, item]) -> Task, or NoTraining for what is only written
+    report         f(cfg, parts, progress) -> the report
+    a step         f(cfg, folder, number, progress) -> how many jobs the next step has, or None;
+                   the first step's number is how many jobs there may be at most, that of others
+                   which of those jobs it is
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-from ..protocols import Progress
 
 if TYPE_CHECKING:
     import torch
 
     from ..config.run import RunConfig
-    from ..report import Report
     from ..store.artifacts import Manifest
     from ..train.flops import JobCost
-    from ..train.loop import NoTraining, Task
 
-NAMES = ("ffn_moe", "lora_vlm")
-PRELOAD = {  # what every job of a family imports, so that local ones are forked with it
+# what every job of a family imports, so that local ones are forked with it
+PRELOAD = {
     "ffn_moe": ["pipeline.families.ffn_moe.family", "transformers.models.qwen3.modeling_qwen3"],
     "lora_vlm": [
         "pipeline.families.lora_vlm.family",
@@ -30,74 +35,23 @@ PRELOAD = {  # what every job of a family imports, so that local ones are forked
 
 
 class Parts(Protocol):
-    """What earlier stages of a run left behind, loaded on asking."""
-
-    cfg: "RunConfig"
+    """What earlier stages of a run left behind, loaded on asking and checked once."""
 
     def folder(self, stage: str, item: str | None = None) -> Path:
-        """Where an artifact is. Raises MissingArtifact."""
+        """Where an artifact is. Raises MissingArtifact, DamagedArtifact, MismatchError."""
 
     def manifest(self, stage: str, item: str | None = None) -> "Manifest":
-        """An artifact's manifest. Raises MissingArtifact."""
+        """An artifact's manifest. Raises MissingArtifact, DamagedArtifact, MismatchError."""
 
     def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
-        """A file's tensors after a check of their hash. Raises MissingArtifact or DamagedArtifact."""
+        """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+
+    def jobs_folder(self, stage: str, item: str | None = None) -> Path:
+        """Where the steps before a job left what it puts together; need not exist."""
 
 
 class Family(Protocol):
-    """What a kind of experts has to say."""
-
-    def scan(
-        self,
-        cfg: "RunConfig",
-        jobs_folder: Path,
-        jobs: int,
-        progress: Progress,
-    ) -> int:
-        """Split preprocess into at most that many jobs and note in jobs_folder what they need;
-        return how many there are."""
-
-    def encode(
-        self,
-        cfg: "RunConfig",
-        jobs_folder: Path,
-        number: int,
-        progress: Progress,
-    ) -> None:
-        """Do one of those jobs, unless it is done; nothing else writes to its folder in jobs_folder."""
-
-    def prepare(
-        self,
-        cfg: "RunConfig",
-        folder: Path,
-        progress: Progress,
-        jobs_folder: Path,
-        item: str | None,
-    ) -> dict:
-        """Write the data of an item of preprocess to folder, from jobs_folder where there was a
-        scan; return metrics."""
-
-    def shared(self, cfg: "RunConfig", parts: Parts) -> "Task | NoTraining":
-        """The training of what every expert stands on, or how it is written when it needs none."""
-
-    def expert(self, cfg: "RunConfig", parts: Parts, item: str) -> "Task":
-        """One expert's training."""
-
-    def route_data(
-        self,
-        cfg: "RunConfig",
-        parts: Parts,
-        folder: Path,
-        progress: Progress,
-    ) -> dict:
-        """Write what the router learns from to folder; return metrics. Only where `routing` has a
-        job."""
-
-    def router(self, cfg: "RunConfig", parts: Parts) -> "Task":
-        """The router's training."""
-
-    def dense(self, cfg: "RunConfig", parts: Parts, item: str) -> "Task":
-        """One dense baseline's training."""
+    """What is asked of a kind of experts beside its stages."""
 
     def cost(
         self,
@@ -113,18 +67,6 @@ class Family(Protocol):
     def assemble(self, cfg: "RunConfig", parts: Parts) -> Any:
         """The finished stack; what is measured is what is served."""
 
-    def measure(self, cfg: "RunConfig", parts: Parts, progress: Progress) -> "Report":
-        """The report."""
-
-    def bundle(
-        self,
-        cfg: "RunConfig",
-        parts: Parts,
-        folder: Path,
-        progress: Progress,
-    ) -> dict:
-        """Write the stack to a folder that stock tools load; return metrics."""
-
     def reassemble(self, folder: Path) -> Any:
         """The finished stack again, from a bundle alone."""
 
@@ -132,3 +74,9 @@ class Family(Protocol):
 def family(name: str) -> Family:
     """Return the family's module; importing it brings torch."""
     return import_module(f".{name}.family", __name__)
+
+
+def stage_function(name: str, function: str) -> Callable[..., Any]:
+    """Return the function that a row of a family's table names; importing it brings torch."""
+    module, _, inner = function.rpartition(".")
+    return getattr(import_module(f".{name}.{module}", __name__), inner)

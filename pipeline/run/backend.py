@@ -10,9 +10,13 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from typing import Protocol
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 
@@ -23,7 +27,8 @@ from ..families.load import parse
 from ..hardware import cores
 from ..protocols import Progress
 from ..store.artifacts import Manifest, Store
-from . import stages
+from .job import done, run_job
+from .stages import Addresses, label
 
 STOPPED = 130
 
@@ -45,144 +50,149 @@ class Local:
 
     store: Store
     parallel: int = 1
-    command: str = ""  # what to type to finish what is missing
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def one(self, stage: str, cfg: RunConfig) -> Manifest:
         """Do a stage that is one job, in a process of its own. Raises its error."""
-        if not self._done(stage, cfg, None):
+        addresses = Addresses(cfg)
+        if not done(addresses, stage, None, self.store):
             failed = self._work(stage, cfg, [None])
             if failed:
                 raise failed[None]
-        return self.store.require(stages.address(cfg, stage), stage)
+        return self.store.require(addresses.of(stage))
 
     def each(self, stage: str, cfg: RunConfig, items: list[str]) -> list[Manifest]:
-        """Do the missing jobs, `parallel` at a time. Raises JobsFailed with a line per failure."""
-        missing = [item for item in items if not self._done(stage, cfg, item)]
+        """Do the missing jobs, `parallel` at a time. Raises JobsFailed with the error of each."""
+        addresses = Addresses(cfg)
+        missing = [item for item in items if not done(addresses, stage, item, self.store)]
         failed = self._work(stage, cfg, missing) if missing else {}
         if failed:
-            raise JobsFailed(self._account(stage, items, failed))
-        return [self.store.require(stages.address(cfg, stage, item), stage) for item in items]
+            raise JobsFailed(stage, tuple(items), failed)
+        return [self.store.require(addresses.of(stage, item)) for item in items]
 
-    def _done(self, stage: str, cfg: RunConfig, item: str | None) -> bool:
-        return stages.done(cfg, stage, item, self.store)
-
-    def _work(self, stage: str, cfg: RunConfig, items: list) -> dict:
-        """Run items in processes; return the error of each that failed."""
-        waiting, running, failed = list(items), {}, {}
+    def _work(
+        self, stage: str, cfg: RunConfig, items: Sequence[str | None]
+    ) -> dict[str | None, PipelineError]:
+        """Run items in processes; return the error of each that failed. Raises Interrupted."""
+        waiting = deque(items)
+        running: dict[Connection, tuple[BaseProcess, str | None]] = {}
+        failed: dict[str | None, PipelineError] = {}
         threads = cfg.runtime.most_threads(cores() // min(self.parallel, len(items)))
+        beside = self.parallel > 1
         try:
             while waiting or running:
                 while waiting and len(running) < self.parallel:
-                    process, pipe = _start(
-                        stage, cfg, self.store, waiting[0], threads, self.parallel > 1
-                    )
-                    running[pipe] = (process, waiting.pop(0))
-                for pipe in wait(list(running)):
+                    item = waiting.popleft()
+                    process, pipe = _start(stage, cfg, self.store, item, threads, beside)
+                    running[pipe] = (process, item)
+                for ready in wait(list(running)):
+                    pipe = cast(Connection, ready)
                     process, item = running.pop(pipe)
-                    error = _result(process, pipe, stages.label(stage, item))
+                    error = _result(process, pipe, label(stage, item))
                     if isinstance(error, Interrupted):
                         raise error
-                    if error:
+                    if error is not None:
                         failed[item] = error
         except (KeyboardInterrupt, Interrupted) as stopped:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            texts = [
-                str(stopped),
-                *(_stop(process, pipe) for pipe, (process, _) in running.items()),
-            ]
-            text = "\n".join(filter(None, texts)) or f"{stage} stopped"
-            raise Interrupted(f"{text}; the same command goes on from there") from None
+            raise _stop_all(stage, running, stopped) from None
         return failed
 
-    def _account(self, stage: str, items: list, failed: dict) -> str:
-        lines = [
-            f"{len(items) - len(failed)} of {len(items)} jobs of {stage} are finished and kept:"
-        ]
-        for item in items:
-            lines.append(f"  {item}: {f'failed: {failed[item]}' if item in failed else 'finished'}")
-        return "\n".join(
-            [*lines, f"To do the missing ones, mend the cause and run again: {self.command}"]
-        )
 
-
-def run_all(cfg: RunConfig, backend: Backend) -> Manifest:
-    """Do every stage of a run in order; return the last one's manifest."""
-    last = None
-    for stage in stages.RUN:
-        last = run_stage(stage, cfg, backend)[-1:] or last
-    return last[0]
+def _stop_all(
+    stage: str,
+    running: dict[Connection, tuple[BaseProcess, str | None]],
+    stopped: KeyboardInterrupt | Interrupted,
+) -> Interrupted:
+    """Have every job save and end; return what tells where each of them stopped."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    texts = [str(stopped)]
+    for pipe, (process, _) in running.items():
+        error = _result(process, pipe, process.name)
+        if isinstance(error, Interrupted):
+            texts.append(str(error))
+    text = "\n".join(filter(None, texts)) or f"{stage} stopped"
+    return Interrupted(f"{text}; the same command goes on from there")
 
 
 def run_stage(stage: str, cfg: RunConfig, backend: Backend) -> list[Manifest]:
     """Do one stage, however many jobs it has."""
-    items = cfg.items(stage)
-    return [backend.one(stage, cfg)] if items == (None,) else backend.each(stage, cfg, list(items))
+    items = [item for item in cfg.items(stage) if item is not None]
+    if cfg.items(stage) == (None,):
+        return [backend.one(stage, cfg)]
+    return backend.each(stage, cfg, items)
 
 
-def _start(stage, cfg, store, item, threads, plain):
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+def _start(
+    stage: str, cfg: RunConfig, store: Store, item: str | None, threads: int, plain: bool
+) -> tuple[BaseProcess, Connection]:
+    """Start a job in a process of its own; return that and the end of the pipe to listen to."""
     if sys.platform == "linux":
+        context: Any = multiprocessing.get_context("forkserver")
+        # Jobs are forked from a process that has imported what the family needs
         context.set_forkserver_preload(PRELOAD[cfg.family])
+    else:
+        context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain)
-    process = context.Process(target=job, args=args, name=stages.label(stage, item))
+    process = context.Process(target=job, args=args, name=label(stage, item))
     process.start()
+    # Only the child's end may be left, or the death of the child would never be seen here
     send.close()
     return process, receive
 
 
-def _result(process, pipe, name: str) -> BaseException | None:
+def _result(
+    process: BaseProcess, pipe: Connection, name: str
+) -> PipelineError | Interrupted | None:
     """Wait for a process; return the error it sent, None when it went well, or one that tells how
     it died."""
     try:
         error = pipe.recv()
         process.join()
         return error
-    except EOFError:  # it ended without a word
+    except EOFError:
+        # It ended without a word
         process.join()
-    if process.exitcode < 0:
-        hint = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
-        return PipelineError(f"{name} was killed by {signal.Signals(-process.exitcode).name}{hint}")
-    return PipelineError(f"{name} ended with exit code {process.exitcode}; its error is above")
-
-
-def _stop(process, pipe) -> str:
-    """Wait until a process that was asked to stop has saved and ended; return where it stopped, if
-    it told."""
-    error = _result(process, pipe, process.name)
-    return str(error) if isinstance(error, Interrupted) else ""
+    code = process.exitcode or 0
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return PipelineError(f"{name} was killed by {signal.Signals(-code).name}{hint}")
+    return PipelineError(f"{name} ended with exit code {code}; its error is above")
 
 
 def job(
-    pipe, stage: str, raw: dict, root: str, item: str | None, threads: int, plain: bool
+    pipe: Connection,
+    stage: str,
+    raw: dict,
+    root: str,
+    item: str | None,
+    threads: int,
+    plain: bool,
 ) -> None:
     """Run one job in this fresh process and send its error, if any, up the pipe."""
-    from pathlib import Path
-
     import torch
 
     torch.set_num_threads(threads)
-    for number in (signal.SIGINT, signal.SIGTERM):  # what fit does not catch ends the job here
+    # What fit does not catch ends the job here
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console = Console(stderr=True, force_terminal=False if plain else None)
+    progress = printed_progress(console)
     store = Store(Path(root))
     try:
-        stages.run(
-            stage, parse(raw), store, item, progress=printed_progress(console), console=console
-        )
+        run_job(stage, parse(raw), store, item, progress=progress, console=console)
         _tell(pipe, None)
     except (PipelineError, Interrupted) as error:
         _tell(pipe, error)
         sys.exit(STOPPED if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
-        _tell(pipe, Interrupted(f"{stages.label(stage, item)}: stopped"))
+        _tell(pipe, Interrupted(f"{label(stage, item)}: stopped"))
         sys.exit(STOPPED)
 
 
-def _tell(pipe, error: BaseException | None) -> None:
+def _tell(pipe: Connection, error: PipelineError | Interrupted | None) -> None:
     """Send how the job went, once, undisturbed; nobody may be there any more to hear it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -192,20 +202,24 @@ def _tell(pipe, error: BaseException | None) -> None:
 
 def _end_with_parent() -> None:
     """Ask this process to save and end when the one that started the run is gone, reaped or not."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def printed_progress(console: Console) -> Progress:
-    """Return a `say` that prints each new text once, and its share done at most every few seconds."""
-    last = {"text": "", "at": 0.0}
+    """Return a Progress that prints each new text once, and its share at most every few seconds."""
+    last_text = ""
+    last_at = 0.0
 
     def progress(text: str, share: float | None) -> None:
-        if text == last["text"] and time.monotonic() - last["at"] < 5:
+        nonlocal last_text, last_at
+        if text == last_text and time.monotonic() - last_at < 5:
             return
-        last.update(text=text, at=time.monotonic())
-        console.print(
-            text if share is None else f"{text} {share:4.0%}", highlight=False, markup=False
-        )
+        last_text = text
+        last_at = time.monotonic()
+        shown = text if share is None else f"{text} {share:4.0%}"
+        console.print(shown, highlight=False, markup=False)
 
     return progress

@@ -16,14 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
+from ..errors import (
+    DamagedArtifact,
+    DiskFull,
+    MissingArtifact,
+    NewerStore,
+    OldStore,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     import torch
 
 # files up to this are hashed when an artifact is opened; larger ones by tensors()
 SMALL_BYTES = 16_000_000
-FORMAT = 1  # raised when the layout of the store changes
+FORMAT = 2  # raised when what is in a store is laid out or written differently
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -87,25 +94,22 @@ class Store:
     def open(self) -> "Store":
         """Create the directory if need be and check who wrote it; returns itself.
 
-        Raises NewerStore or StoreError.
+        Raises OldStore, NewerStore or StoreError.
         """
         mark = self.root / "store.json"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not mark.exists():
-                with self.lock("store"):  # two commands may be the first at once
+                with self.lock("store"):
+                    # Asked again under the lock, as two commands may be the first at once
                     if not mark.exists():
                         write_text(mark, json.dumps({"format": FORMAT}))
             found = int(json.loads(mark.read_text("utf-8"))["format"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{self.root} cannot be used as a store: {error}; choose another with --store"
+                f"{self.root} cannot be used as a store: {error}", root=self.root
             ) from None
-        if found > FORMAT:
-            raise NewerStore(
-                f"{self.root} has store format {found}, this version reads up to {FORMAT}: "
-                "update MoleForge, or choose another directory with --store"
-            )
+        check_format(found, self.root)
         return self
 
     def has(self, address: str) -> bool:
@@ -118,16 +122,18 @@ class Store:
         try:
             return Manifest(**json.loads(path.read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DamagedArtifact(
-                f"{path} cannot be read ({error}); {_again(path.parent)}"
-            ) from None
+            raise DamagedArtifact(f"{path} cannot be read ({error})", remove=path.parent) from None
 
-    def require(self, address: str, stage: str) -> Manifest:
-        """Return the manifest of an input; raises MissingArtifact, or DamagedArtifact when a file
-        has changed size."""
+    def require(self, address: str) -> Manifest:
+        """Return the manifest of an artifact whose files are all there, by their sizes.
+
+        Raises MissingArtifact or DamagedArtifact.
+        """
         if not self.has(address):
+            # Names of stages have no hyphen, those of items may
+            stage = address.split("-")[0]
             raise MissingArtifact(
-                f"{address} is not in {self.root}: run `python -m pipeline {stage}` with this configuration first"
+                f"{address} is not in {self.root}", address=address, stages=(stage,)
             )
         manifest = self.manifest(address)
         for name, entry in manifest.files.items():
@@ -135,22 +141,8 @@ class Store:
             found = path.stat().st_size if path.exists() else None
             if found != entry["bytes"]:
                 size = "is gone" if found is None else f"has {found} bytes"
-                raise DamagedArtifact(f"{path} {size}, not {entry['bytes']}; {_again(path.parent)}")
+                raise DamagedArtifact(f"{path} {size}, not {entry['bytes']}", remove=path.parent)
         return manifest
-
-    def verified(self, address: str, stage: str) -> Path:
-        """Return an artifact's folder after a check of its files' sha256, mapped ones over
-        SMALL_BYTES left out.
-
-        Raises MissingArtifact or DamagedArtifact.
-        """
-        folder = self.folder(address)
-        for name, entry in self.require(address, stage).files.items():
-            if entry["bytes"] <= SMALL_BYTES and sha256(folder / name) != entry["sha256"]:
-                raise DamagedArtifact(
-                    f"{folder / name} is not what was written (sha256 differs); {_again(folder)}"
-                )
-        return folder
 
     def begin(self, address: str) -> Path:
         """Return the artifact's folder, emptied of what a killed writer left."""
@@ -172,17 +164,6 @@ class Store:
         self.publish()
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
         return manifest
-
-    def tensors(self, address: str, name: str, stage: str) -> "dict[str, torch.Tensor]":
-        """Load a safetensors file after checking its sha256. Raises MissingArtifact or
-        DamagedArtifact."""
-        entry = self.require(address, stage).files[name]
-        path = self.folder(address) / name
-        if sha256(path) != entry["sha256"]:
-            raise DamagedArtifact(
-                f"{path} is not what was written (sha256 differs); {_again(path.parent)}"
-            )
-        return load_tensors(path)
 
     def addresses(self) -> list[str]:
         """Every address with a folder, whole or not."""
@@ -211,8 +192,66 @@ class Store:
             lock.release()
 
 
-def _again(folder: Path) -> str:
-    return f"remove {folder} and run the same command to make it again"
+class Reader:
+    """What one job reads of a store: each manifest is read once and each file hashed once.
+
+    It is made after the store's refresh and thrown away with the job: what it remembers would be
+    wrong after another refresh. Of tensors it keeps nothing, so that they are freed with their user.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._manifests: dict[str, Manifest] = {}
+        self._hashed: set[tuple[str, str]] = set()
+
+    def manifest(self, address: str) -> Manifest:
+        """Return an artifact's manifest. Raises MissingArtifact or DamagedArtifact."""
+        if address not in self._manifests:
+            self._manifests[address] = self.store.require(address)
+        return self._manifests[address]
+
+    def folder(self, address: str) -> Path:
+        """Return an artifact's folder after a check of its files' sha256, but for those over
+        SMALL_BYTES: whoever maps them reads little of them, or asks tensors().
+
+        Raises MissingArtifact or DamagedArtifact.
+        """
+        for name, entry in self.manifest(address).files.items():
+            if entry["bytes"] <= SMALL_BYTES:
+                self._check(address, name)
+        return self.store.folder(address)
+
+    def tensors(self, address: str, name: str) -> "dict[str, torch.Tensor]":
+        """Load a safetensors file after a check of its sha256. Raises MissingArtifact or
+        DamagedArtifact."""
+        self._check(address, name)
+        return load_tensors(self.store.folder(address) / name)
+
+    def _check(self, address: str, name: str) -> None:
+        if (address, name) in self._hashed:
+            return
+        path = self.store.folder(address) / name
+        if sha256(path) != self.manifest(address).files[name]["sha256"]:
+            raise DamagedArtifact(
+                f"{path} is not what was written (sha256 differs)", remove=path.parent
+            )
+        self._hashed.add((address, name))
+
+
+def check_format(found: int, root: Path | str) -> None:
+    """Raise OldStore or NewerStore when a store's format is not the one of this version."""
+    if found < FORMAT:
+        raise OldStore(
+            f"{root} has store format {found}, this version reads {FORMAT}: what an earlier "
+            "MoleForge made stays as it is and has to be made again in another store",
+            root=Path(root),
+        )
+    if found > FORMAT:
+        raise NewerStore(
+            f"{root} has store format {found}, this version reads up to {FORMAT}",
+            root=Path(root),
+            remedy="update MoleForge",
+        )
 
 
 def inventory(folder: Path) -> dict[str, dict]:
@@ -294,19 +333,16 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in NOT_ALLOWED or not Path(str(error.filename)).is_relative_to(root):
             raise
         raise StoreError(
-            f"{error.filename} cannot be written: {error.strerror}; give this user the right to write to {root}, "
-            "or choose another directory with --store, then run the same command again"
+            f"{error.filename} cannot be written: {error.strerror}",
+            root=root,
+            remedy=f"give this user the right to write to {root}",
         ) from None
 
 
 def _no_room(path: Path, reason: str) -> DiskFull:
     there = next(p for p in (path, *path.parents) if p.exists())
     free_mb = shutil.disk_usage(there).free / 1e6
-    return DiskFull(
-        f"no room to write {path} ({reason}; {free_mb:.1f} MB free). What was finished is kept: make room "
-        "(`python -m pipeline prune` lists artifacts that no configuration uses) or choose another directory "
-        "with --store, then run the same command again"
-    )
+    return DiskFull(f"no room to write {path} ({reason}; {free_mb:.1f} MB free)", in_store=True)
 
 
 def now() -> str:

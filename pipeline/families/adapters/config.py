@@ -10,29 +10,23 @@ nobody asks a second time what the defaults were.
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_serializer, model_validator
 
 from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folder, merge, not_hashed
 from ...config.fit import FitConfig
 from ...config.routing_set import RoutingSetConfig
-from ...config.run import JobKey, RunConfig
+from ...config.run import RunConfig
+from ...config.stage import Stage
 from ...config.task_data import TaskConfig
+from .stages import STAGES
 
 # vLLM refuses to load an adapter of any other rank
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # what these words mean in answers, in PEFT and in a routing set, so that no expert may be called so
 RESERVED = ("base", "default", "none", "router")
 TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-_UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "train_router")
-# the stages whose artifacts a stage reads; an expert reads its own rows alone, see `needs`
-NEEDS: dict[str, tuple[str, ...]] = {
-    "routing": ("preprocess",),
-    "train_router": ("train_shared", "routing"),
-    "evaluate": _UP_TO_ROUTER,
-    "deploy": (*_UP_TO_ROUTER, "evaluate"),
-}
 
 
 def _regex(text: str) -> str:
@@ -263,6 +257,8 @@ class AdapterEvaluateConfig(Section):
 class AdapterRunConfig(RunConfig):
     """A whole run of LoRA experts on one base, but for what its family adds."""
 
+    stages: ClassVar[dict[str, Stage]] = STAGES
+
     loras: AdaptersConfig = Field(
         description="Base, experts and router; a JSON file's path, or what is in it"
     )
@@ -290,74 +286,47 @@ class AdapterRunConfig(RunConfig):
         # nobody learns to answer these rows, so there is nothing to make an answer of
         return TaskConfig(name=NONE, dataset=source.data(self.dataset.splits), answer="-")
 
-    def items(self, stage: str) -> tuple[str | None, ...]:
-        """Return the jobs of a stage by their items: a task's name, an expert's, None for the only
-        job."""
-        several = {"preprocess": self.tasks, "train_experts": self.experts, "train_dense": ()}
-        return several.get(stage, (None,))
+    def task_reads(self, item: str) -> dict:
+        """Return what a task's rows are made of."""
+        return self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
 
-    def needs(self, stage: str, item: str | None) -> list[JobKey]:
-        """Return the jobs whose artifacts a job reads; an expert reads its own rows alone."""
-        if stage == "train_experts":
-            return [("preprocess", item), ("train_shared", None)]
-        return [(need, i) for need in NEEDS.get(stage, ()) for i in self.items(need)]
-
-    def content(self, stage: str, item: str | None) -> dict:
-        """Return what a job's address holds of this configuration."""
-        return {"family": self.family} | getattr(self, f"_{stage}")(item)
-
-    def _preprocess(self, item: str) -> dict:
-        said = self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
-        return said | {"seed": self.seed}
-
-    def _train_shared(self, _item: None) -> dict:
+    def base_reads(self, _item: None) -> dict:
+        """Return what pins the base."""
         return {"base": hashed_fields(self.loras.base)}
 
-    def _train_experts(self, item: str) -> dict:
+    def expert_reads(self, item: str) -> dict:
+        """Return what one expert's adapter is trained by."""
         options = self.loras.options(item)
         neutral = self.dataset.neutral.seen if options.neutral_share else ()
         return {
-            "seed": self.seed,
-            "dtype": self.dtype,
             "options": hashed_fields(options),
             "label": self.loras.entry(item).label,
             "neutral": list(neutral),
         }
 
-    def _routing(self, _item: None) -> dict:
-        return {"dataset": hashed_fields(self.dataset), "labels": self.loras.labels}
+    def routing_reads(self, _item: None) -> dict:
+        """Return what the routing set's answers are."""
+        return {"labels": self.loras.labels}
 
-    def _train_router(self, _item: None) -> dict:
-        return {
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "router": hashed_fields(self.loras.router),
-            "labels": self.loras.labels,
-        }
+    def router_reads(self, _item: None) -> dict:
+        """Return what the router's adapter is trained by."""
+        return {"router": hashed_fields(self.loras.router), "labels": self.loras.labels}
 
-    def _evaluate(self, _item: None) -> dict:
+    def report_reads(self, _item: None) -> dict:
+        """Return what the report depends on beside its own section and the trainings."""
         # what `hashed_fields` leaves out of the address of the router is read here
         policy = {"top_k", "threshold", "fallback"}
         return {
-            "name": self.name,
-            "evaluate": hashed_fields(self.evaluate),
             "router": self.loras.router.model_dump(mode="json", include=policy),
             "experts": self._said_of_experts("name", "metric", "max_new_tokens"),
         }
 
-    def _deploy(self, _item: None) -> dict:
-        return {"name": self.name, "experts": self._said_of_experts("name", "task", "description")}
+    def bundle_reads(self, _item: None) -> dict:
+        """Return what the bundle says of its experts."""
+        return {"experts": self._said_of_experts("name", "task", "description")}
 
     def _said_of_experts(self, *keys: str) -> list[dict]:
         return [entry.model_dump(mode="json", include={*keys}) for entry in self.loras.experts]
-
-    def section(self, stage: str, item: str | None) -> str:
-        """Return the dotted name of a training's settings, for messages."""
-        if stage == "train_shared":
-            return "loras.base"
-        if stage == "train_router":
-            return "loras.router"
-        return f"loras.experts.{item}.overrides"
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""

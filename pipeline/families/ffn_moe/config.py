@@ -1,46 +1,16 @@
-"""The configuration of an ffn_moe run: its sections together, and what each stage reads of them."""
+"""The configuration of an ffn_moe run: its sections, and whether they fit together."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...config.base import Name, Section, Share, hashed_fields, not_hashed
+from ...config.base import Name, Section, Share, not_hashed
 from ...config.fit import FitConfig
-from ...config.run import JobKey
+from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
-
-ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
-BASELINE_READS = {  # what each dense baseline's budget and size depend on
-    "path": (),
-    "total": ROUTER_TOKENS,
-    "ffn": ROUTER_TOKENS,
-    "scratch": (*ROUTER_TOKENS, "trunk"),
-    "wide": (*ROUTER_TOKENS, "trunk", "router.top_k"),
-}
-_TRAINED = ("family", "seed", "dtype")
-_TRAINING = ("train_shared", "train_experts", "train_router", "train_dense")
-READS = {  # sections, or dotted fields
-    "preprocess": ("family", "data", "partition", "tokenizer"),
-    "train_shared": (*_TRAINED, "trunk"),
-    "train_experts": (*_TRAINED, "expert", "partition.overlap"),
-    "routing": (),
-    "train_router": (*_TRAINED, "router", "trunk.anchor"),
-    "train_dense": (*_TRAINED, "dense", "expert", "expert.domains"),
-    "evaluate": ("name", "evaluate"),
-    "deploy": ("family", "name"),
-}
-NEEDS = {
-    "preprocess": (),
-    "train_shared": ("preprocess",),
-    "train_experts": ("preprocess", "train_shared"),
-    "routing": (),
-    "train_router": ("preprocess", "train_shared", "train_experts"),
-    "train_dense": ("preprocess", "train_shared"),
-    "evaluate": ("preprocess", *_TRAINING),
-    "deploy": ("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
-}
+from .stages import BASELINE_READS, STAGES
 
 
 class TrunkConfig(FitConfig):
@@ -204,6 +174,8 @@ class EvaluateConfig(Section):
 class FfnMoeConfig(TextRunConfig):
     """A whole run of FFN experts."""
 
+    stages: ClassVar[dict[str, Stage]] = STAGES
+
     family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")
     trunk: TrunkConfig = Field(TrunkConfig(steps=1000), description="The shared trunk")
     expert: ExpertConfig = Field(ExpertConfig(steps=200), description="Each expert")
@@ -216,31 +188,9 @@ class FfnMoeConfig(TextRunConfig):
         """Domains that get an expert, in stack order."""
         return self.expert.domains or self.partition.names
 
-    def items(self, stage: str) -> tuple[str | None, ...]:
-        """Return the jobs of a stage by their items: an expert's domain, a baseline's name, None
-        for the only job."""
-        several = {
-            "train_experts": self.experts,
-            "train_dense": self.dense.baselines,
-            "routing": (),
-        }
-        return several.get(stage, (None,))
-
-    def needs(self, stage: str, item: str | None) -> list[JobKey]:
-        """Return the jobs whose artifacts a job reads: every job of the stages it needs."""
-        return [(need, i) for need in NEEDS[stage] for i in self.items(need)]
-
-    def content(self, stage: str, item: str | None) -> dict:
-        """Return what a job's address holds of this configuration, by section or dotted field."""
-        reads = READS[stage] + (BASELINE_READS[item] if stage == "train_dense" else ())
-        return {key: _read(self, key) for key in reads}
-
-    def section(self, stage: str, item: str | None) -> str:
-        """Return the section of a training's settings, for messages."""
-        dense = "trunk" if "trunk" in BASELINE_READS.get(item, ()) else "expert"
-        return {"train_shared": "trunk", "train_router": "router", "train_dense": dense}.get(
-            stage, "expert"
-        )
+    def dense_reads(self, item: str) -> dict:
+        """Return what a dense baseline's budget and size depend on beside the experts' settings."""
+        return fields(self, BASELINE_READS[item])
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
@@ -272,17 +222,6 @@ class FfnMoeConfig(TextRunConfig):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _read(cfg: FfnMoeConfig, key: str):
-    """Return what a stage's address holds of a section (without its later fields) or of a dotted
-    field."""
-    section, _, name = key.partition(".")
-    value = getattr(cfg, section)
-    if name:
-        value = getattr(value, name)
-        return value.model_dump(mode="json") if isinstance(value, Section) else value
-    return hashed_fields(value) if isinstance(value, Section) else value
 
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:

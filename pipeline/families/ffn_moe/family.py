@@ -1,13 +1,14 @@
-"""FFN experts of a language model: the functions that the stages ask for."""
+"""FFN experts of a language model: the functions that its stages and its server ask for."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from ...data.text import prepare as text
 from ...data.text.distributed import encode, scan
-from ...errors import PipelineError
 from ...protocols import Progress
+from ...report import LanguageReport
 from ...train.flops import JobCost
+from .. import Parts
 from . import cost as ffn_cost
 from .bundle import bundle, reassemble
 from .config import FfnMoeConfig
@@ -24,29 +25,23 @@ __all__ = [
     "measure",
     "prepare",
     "reassemble",
-    "route_data",
     "router",
     "scan",
     "shared",
 ]
 
 
-def prepare(
-    cfg: FfnMoeConfig, folder: Path, progress, jobs_folder: Path, _item: None = None
-) -> dict:
+def prepare(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
     """Write tokenizer, domains and shards to folder; return metrics. Raises DataError."""
-    return text.prepare(cfg, folder, progress, jobs_folder)
-
-
-def route_data(_cfg: FfnMoeConfig, _parts, _folder: Path, _progress) -> dict:
-    """Raise PipelineError: these gates learn from the domains' own text, and `routing` has no job."""
-    raise PipelineError(
-        "ffn_moe makes no routing set: this is a fault of the stages, please report it"
-    )
+    return text.prepare(cfg, folder, progress, parts.jobs_folder("preprocess"))
 
 
 def cost(
-    cfg: FfnMoeConfig, stage: str, item: str | None, made: Mapping[tuple, dict], bf16: bool
+    cfg: FfnMoeConfig,
+    stage: str,
+    item: str | None,
+    made: Mapping[tuple[str, str | None], dict],
+    bf16: bool,
 ) -> JobCost | None:
     """Return what a training job will spend; tokens are None for a duration in epochs until
     preprocess is done.
@@ -54,11 +49,12 @@ def cost(
     None for a pretrained trunk that is not on this machine yet.
     """
     prepared = made.get(("preprocess", None))
-    return ffn_cost.cost(cfg, stage, item, prepared and prepared["tokens"]["train"], bf16)
+    tokens = prepared["tokens"]["train"] if prepared else None
+    return ffn_cost.cost(cfg, stage, item, tokens, bf16)
 
 
-def measure(cfg: FfnMoeConfig, parts, progress: Progress) -> dict:
-    """Return the report's tables; see ffn_tables."""
+def measure(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
+    """Return the report; see evaluate."""
     from .evaluate import tables
 
     return tables(cfg, parts, progress)

@@ -130,7 +130,8 @@ class LoraVlmConfig(AdapterRunConfig):
         description="Base, experts and router; a JSON file's path, or what is in it"
     )
 
-    def _preprocess(self, item: str) -> dict:
+    def task_reads(self, item: str) -> dict:
+        """Return what a task's rows are made of."""
         # pictures are resized when rows are made, so the limits are part of what the rows are
         image = self.loras.base.image.model_dump(mode="json")
-        return super()._preprocess(item) | {"image": image}
+        return super().task_reads(item) | {"image": image}

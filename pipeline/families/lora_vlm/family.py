@@ -12,9 +12,11 @@ from pathlib import Path
 from ...data.routing import dataset as routing_set
 from ...data.sources import synthetic
 from ...data.tasks import prepare as tasks
-from ...errors import PipelineError
 from ...hardware import cores, uses_bf16
+from ...protocols import Progress
+from ...report import RequestReport
 from ...train.loop import NoTraining, Task
+from .. import Parts
 from ..adapters.base import LoadedBase
 from ..adapters.chat import Example
 from ..adapters.config import AdapterRouterConfig
@@ -29,15 +31,12 @@ __all__ = [
     "assemble",
     "bundle",
     "cost",
-    "dense",
-    "encode",
     "expert",
     "measure",
     "prepare",
     "reassemble",
     "route_data",
     "router",
-    "scan",
     "shared",
 ]
 
@@ -45,19 +44,7 @@ SPLITS = ("train", "valid")
 CALIBRATION_ROWS = 4096  # most validation requests that the temperature is fitted on
 
 
-def scan(_cfg: LoraVlmConfig, _jobs_folder: Path, _jobs: int, _progress) -> int:
-    """Return 0: each task's preprocess is a job of its own, and is not split further."""
-    return 0
-
-
-def encode(_cfg: LoraVlmConfig, _jobs_folder: Path, _number: int, _progress) -> None:
-    """Raise PipelineError: no scan of this family asks for it."""
-    raise PipelineError(
-        "lora_vlm splits no preprocess: this is a fault of the stages, please report it"
-    )
-
-
-def prepare(cfg: LoraVlmConfig, folder: Path, progress, _jobs_folder: Path, item: str) -> dict:
+def prepare(cfg: LoraVlmConfig, _parts: Parts, folder: Path, progress: Progress, item: str) -> dict:
     """Write one task's rows and pictures to folder; return metrics. Raises DataError."""
     threads = cfg.runtime.threads
     processes = threads if isinstance(threads, int) and threads else cores()
@@ -66,7 +53,7 @@ def prepare(cfg: LoraVlmConfig, folder: Path, progress, _jobs_folder: Path, item
     )
 
 
-def shared(cfg: LoraVlmConfig, _parts) -> NoTraining:
+def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
     """Return how the base is pinned; one of given sizes is built. It needs no training."""
     base = cfg.loras.base
     asked = [AdapterRouterConfig.model_fields["instruction"].default]
@@ -74,14 +61,14 @@ def shared(cfg: LoraVlmConfig, _parts) -> NoTraining:
     return NoTraining(lambda folder: write(base, [*synthetic.corpus(), *own, *asked * 3], folder))
 
 
-def route_data(cfg: LoraVlmConfig, parts, folder: Path, progress) -> dict:
+def route_data(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
     """Write the routing set from all tasks' rows to folder; return metrics. Raises ConfigError,
     DataError."""
     folders = {name: parts.folder("preprocess", name) for name in cfg.tasks}
     return routing_set.generate(cfg.dataset, folders, cfg.loras.labels, folder, progress)
 
 
-def expert(cfg: LoraVlmConfig, parts, item: str) -> Task:
+def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task:
     """Return one expert's training: its adapter on its own task's rows, some asked in neutral
     words."""
     rows, options = tasks.TaskRows(parts.folder("preprocess", item)), cfg.loras.options(item)
@@ -98,7 +85,7 @@ def expert(cfg: LoraVlmConfig, parts, item: str) -> Task:
     return training.task(examples, neutral, about, dict)
 
 
-def router(cfg: LoraVlmConfig, parts) -> Task:
+def router(cfg: LoraVlmConfig, parts: Parts) -> Task:
     """Return the router's training: its adapter answers each request of the routing set with a
     label."""
     rows, entry, labels = (
@@ -135,14 +122,7 @@ def router(cfg: LoraVlmConfig, parts) -> Task:
     return training.task(examples, (), about, calibration)
 
 
-def dense(_cfg: LoraVlmConfig, _parts, _item: str) -> Task:
-    """Raise PipelineError: the base is the baseline here, and `train_dense` has no job."""
-    raise PipelineError(
-        "lora_vlm trains no dense baseline: this is a fault of the stages, please report it"
-    )
-
-
-def assemble(cfg: LoraVlmConfig, parts):
+def assemble(cfg: LoraVlmConfig, parts: Parts):
     """Build the finished stack from its parts; see lora_stack.
 
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another base.
@@ -152,14 +132,14 @@ def assemble(cfg: LoraVlmConfig, parts):
     return stack.assemble(cfg, parts)
 
 
-def measure(cfg: LoraVlmConfig, parts, progress) -> dict:
+def measure(cfg: LoraVlmConfig, parts: Parts, progress: Progress) -> RequestReport:
     """Return the report's tables; see lora_tables."""
     from ..adapters.evaluate import tables
 
     return tables(cfg, parts, progress)
 
 
-def bundle(cfg: LoraVlmConfig, parts, folder: Path, progress) -> dict:
+def bundle(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
     """Write adapters, router and pin to folder; return metrics; see lora_bundle."""
     from ..adapters import bundle as lora_bundle
 
@@ -173,7 +153,7 @@ def reassemble(folder: Path):
     return lora_bundle.reassemble(folder)
 
 
-def _training(cfg: LoraVlmConfig, parts, name: str, where: str) -> Training:
+def _training(cfg: LoraVlmConfig, parts: Parts, name: str, where: str) -> Training:
     """Return a new adapter on the run's base, its labels checked before anything is trained for
     them."""
     opened: LoadedBase = open_base(parts.folder("train_shared"), cfg.loras.base)

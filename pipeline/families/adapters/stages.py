@@ -1,0 +1,91 @@
+"""The stages of a run of adapters: one row each, in the order of a run.
+
+Invariant: what is said of one expert enters the addresses of its own data and adapter, the routing
+set, the router and the report, and no other expert's.
+"""
+
+from ...config.stage import Stage, table
+
+_TRAINED = ("family", "seed", "dtype")  # what every training depends on
+_UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "train_router")
+
+
+STAGES = table(
+    Stage(
+        "preprocess",
+        "read each task, make its rows and pictures",
+        "family.prepare",
+        items="tasks",
+        reads=("family", "seed"),
+        reads_also="task_reads",
+        secrets=("hub", "storage"),
+    ),
+    # Before hours of training: what the routing set may find missing is found now
+    Stage(
+        "routing",
+        "make the routing set: requests from the tasks' own rows, with the expert each belongs to",
+        "family.route_data",
+        needs=("preprocess",),
+        reads=("family", "dataset"),
+        reads_also="routing_reads",
+        secrets=("hub", "storage"),
+    ),
+    Stage(
+        "train_shared",
+        "pin or build the base that every expert stands on",
+        "family.shared",
+        kind="training",
+        reads=("family",),
+        reads_also="base_reads",
+        settings="loras.base",
+        secrets=("wandb", "hub"),
+        after=("preprocess",),
+    ),
+    Stage(
+        "train_experts",
+        "train each expert's adapter on its own task over the frozen base",
+        "family.expert",
+        kind="training",
+        items="experts",
+        needs=("preprocess", "train_shared"),
+        needs_own=("preprocess",),
+        reads=_TRAINED,
+        reads_also="expert_reads",
+        settings="loras.experts.{item}.overrides",
+        secrets=("wandb", "hub"),
+    ),
+    Stage(
+        "train_router",
+        "join the experts: train the router's adapter on the routing set",
+        "family.router",
+        kind="training",
+        needs=("train_shared", "routing"),
+        reads=_TRAINED,
+        reads_also="router_reads",
+        settings="loras.router",
+        secrets=("wandb", "hub"),
+    ),
+    Stage(
+        "evaluate",
+        "measure the stack, write report.json and report.html, print the tables",
+        "family.measure",
+        kind="report",
+        needs=_UP_TO_ROUTER,
+        reads=("family", "name", "evaluate"),
+        reads_also="report_reads",
+        version=2,  # the report is of a schema
+        secrets=("hub",),
+    ),
+    Stage(
+        "deploy",
+        "write the stack as a bundle: a folder that stock tools load; upload it where "
+        "deploy.upload says",
+        "family.bundle",
+        kind="bundle",
+        needs=(*_UP_TO_ROUTER, "evaluate"),
+        reads=("family", "name"),
+        reads_also="bundle_reads",
+        in_run=False,
+        secrets=("hub", "storage"),
+    ),
+)

@@ -1,0 +1,111 @@
+"""The stages of an ffn_moe run: one row each, in the order of a run."""
+
+from ...config.stage import Stage, table
+
+_TRAINED = ("family", "seed", "dtype")  # what every training depends on
+_ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
+# What a dense baseline's budget and size depend on beside the expert's settings. Those that start
+# from zero train with the trunk's.
+BASELINE_READS: dict[str | None, tuple[str, ...]] = {
+    "path": (),
+    "total": _ROUTER_TOKENS,
+    "ffn": _ROUTER_TOKENS,
+    "scratch": (*_ROUTER_TOKENS, "trunk"),
+    "wide": (*_ROUTER_TOKENS, "trunk", "router.top_k"),
+}
+
+
+def _dense_settings(item: str | None) -> str:
+    return "trunk" if "trunk" in BASELINE_READS[item] else "expert"
+
+
+STAGES = table(
+    Stage(
+        "preprocess_scan",
+        "read documents, make the tokenizer and domains, divide the rest among containers",
+        "family.scan",
+        step_of="preprocess",
+        machine="preprocess",
+        secrets=("hub", "storage"),
+    ),
+    Stage(
+        "preprocess_encode",
+        "make the token shards of one part of the documents, which preprocess then puts together",
+        "family.encode",
+        step_of="preprocess",
+        machine="preprocess",
+        secrets=("hub", "storage"),
+    ),
+    Stage(
+        "preprocess",
+        "read documents, make tokenizer, domains and token shards",
+        "family.prepare",
+        reads=("family", "data", "partition", "tokenizer"),
+        secrets=("hub", "storage"),
+    ),
+    Stage(
+        "train_shared",
+        "train the shared trunk with its temporary feed-forward network, the dummy",
+        "family.shared",
+        kind="training",
+        needs=("preprocess",),
+        reads=(*_TRAINED, "trunk"),
+        settings="trunk",
+        secrets=("wandb", "hub"),
+        after=("preprocess",),
+    ),
+    Stage(
+        "train_experts",
+        "train each expert on its own domain over the frozen trunk",
+        "family.expert",
+        kind="training",
+        items="experts",
+        needs=("preprocess", "train_shared"),
+        reads=(*_TRAINED, "expert", "partition.overlap"),
+        settings="expert",
+        secrets=("wandb", "hub"),
+    ),
+    Stage(
+        "train_router",
+        "join the experts: train the gates alone, from a closed form",
+        "family.router",
+        kind="training",
+        needs=("preprocess", "train_shared", "train_experts"),
+        reads=(*_TRAINED, "router", "trunk.anchor"),
+        settings="router",
+        secrets=("wandb", "hub"),
+    ),
+    Stage(
+        "train_dense",
+        "train the dense baselines the stack is compared with",
+        "family.dense",
+        kind="training",
+        items="dense.baselines",
+        needs=("preprocess", "train_shared"),
+        reads=(*_TRAINED, "dense", "expert", "expert.domains"),
+        reads_also="dense_reads",
+        settings=_dense_settings,
+        secrets=("wandb",),
+    ),
+    Stage(
+        "evaluate",
+        "measure the stack, write report.json and report.html, print the tables",
+        "family.measure",
+        kind="report",
+        needs=("preprocess", "train_shared", "train_experts", "train_router", "train_dense"),
+        reads=("name", "evaluate"),
+        version=2,  # the report is of a schema
+        secrets=("hub",),
+    ),
+    Stage(
+        "deploy",
+        "write the stack as a bundle: a folder that stock tools load; upload it where "
+        "deploy.upload says",
+        "family.bundle",
+        kind="bundle",
+        needs=("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
+        reads=("family", "name"),
+        in_run=False,
+        secrets=("hub", "storage"),
+    ),
+)

@@ -1,0 +1,92 @@
+"""Errors as sentences for whoever typed a command: what is wrong, and what to type next.
+
+An error knows no command. An edge (the command line, Modal) says what its commands are, and
+`sentence` puts both together, the same way for every edge.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import (
+    DamagedArtifact,
+    DiskFull,
+    JobsFailed,
+    MismatchError,
+    MissingArtifact,
+    StoreError,
+)
+from .stages import label
+
+
+class Edge(Protocol):
+    """Where a command was typed: how the same things are said there."""
+
+    def stage(self, name: str) -> str:
+        """The command that does a stage, less its options."""
+
+    def remove(self, path: Path) -> str:
+        """How something in the store is removed, as an imperative."""
+
+    def make_room(self) -> str:
+        """How room is made in the store, as an imperative."""
+
+    def other_store(self) -> str:
+        """How another store is chosen, as an imperative."""
+
+
+class CommandLine:
+    """`python -m pipeline` on this machine."""
+
+    def stage(self, name: str) -> str:
+        """The command that does a stage, less its options."""
+        return f"`python -m pipeline {name}`"
+
+    def remove(self, path: Path) -> str:
+        """How something in the store is removed, as an imperative."""
+        return f"remove {path}"
+
+    def make_room(self) -> str:
+        """How room is made in the store, as an imperative."""
+        return (
+            "make room (`python -m pipeline prune` lists artifacts that no configuration uses) or "
+            "choose another directory with --store"
+        )
+
+    def other_store(self) -> str:
+        """How another store is chosen, as an imperative."""
+        return "choose another directory with --store"
+
+
+def sentence(error: Exception, edge: Edge, again: str = "") -> str:
+    """Return what an error says and what to type next; `again` is the command that was typed."""
+    text = str(error)
+    if isinstance(error, JobsFailed):
+        failed = {item: f"failed: {sentence(each, edge)}" for item, each in error.failed.items()}
+        return account(error.stage, failed, error.items, again)
+    if isinstance(error, MissingArtifact) and error.stages:
+        commands = " and ".join(edge.stage(name) for name in error.stages)
+        return f"{text}: run {commands} with this configuration first"
+    if isinstance(error, DamagedArtifact) and error.remove:
+        return f"{text}; {edge.remove(error.remove)} and run the same command to make it again"
+    if isinstance(error, MismatchError) and error.remove:
+        return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
+    if isinstance(error, DiskFull) and error.in_store:
+        kept = "What was finished is kept"
+        return f"{text}. {kept}: {edge.make_room()}, then run the same command again"
+    if isinstance(error, StoreError) and error.root:
+        remedies = [error.remedy, edge.other_store()]
+        return f"{text}; {', or '.join(filter(None, remedies))}"
+    return text
+
+
+def account(
+    stage: str, failed: Mapping[str | None, str], items: Sequence[str | None], again: str
+) -> str:
+    """Return a line for every job of a stage, and what does the missing ones."""
+    finished = len(items) - len(failed)
+    lines = [f"{finished} of {len(items)} jobs of {stage} are finished and kept:"]
+    for item in items:
+        lines.append(f"  {label(stage, item)}: {failed.get(item, 'finished')}")
+    lines.append(f"To do the missing ones, mend the cause and run again: {again}")
+    return "\n".join(lines)

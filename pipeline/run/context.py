@@ -1,0 +1,125 @@
+"""One job of a run, and what earlier stages left in the store, as that job reads it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..config.run import RunConfig
+from ..config.stage import Stage
+from ..errors import MismatchError
+from ..families import stage_function
+from ..protocols import Progress
+from ..store.artifacts import Manifest, Reader, Store
+from ..store.history import read
+from .stages import Addresses, label
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class StoredParts:
+    """A run's parts, loaded on asking and checked to belong together.
+
+    For one job: it remembers what it has checked, so it is made after the store was refreshed and
+    thrown away with the job. It keeps no tensors alive.
+    """
+
+    cfg: RunConfig
+    store: Store
+    addresses: Addresses = field(init=False)
+    reader: Reader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.addresses = Addresses(self.cfg)
+        self.reader = Reader(self.store)
+        self._belonging: set[str] = set()  # addresses whose inputs were compared
+
+    def folder(self, stage: str, item: str | None = None) -> Path:
+        """Where an artifact is, its files checked. Raises MissingArtifact, DamagedArtifact,
+        MismatchError."""
+        return self.reader.folder(self.manifest(stage, item).address)
+
+    def manifest(self, stage: str, item: str | None = None) -> Manifest:
+        """An artifact's manifest, its own inputs checked. Raises MissingArtifact, DamagedArtifact,
+        MismatchError."""
+        manifest = self.reader.manifest(self.addresses.of(stage, item))
+        if manifest.address not in self._belonging:
+            for source, digest in manifest.inputs.items():
+                self._check_input(manifest, source, digest)
+            self._belonging.add(manifest.address)
+        return manifest
+
+    def _check_input(self, manifest: Manifest, source: str, digest: str) -> None:
+        found = self.reader.manifest(source).digest
+        if found != digest:
+            raise MismatchError(
+                f"{manifest.address} was made on another {source} than the one in "
+                f"{self.store.root} (digest {digest[:12]}, found {found[:12]})",
+                remove=self.store.folder(manifest.address),
+                stage=manifest.stage,
+            )
+
+    def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
+        """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        return self.reader.tensors(self.manifest(stage, item).address, name)
+
+    def jobs_folder(self, stage: str, item: str | None = None) -> Path:
+        """Where the steps before a job left what it puts together; need not exist."""
+        return self.store.jobs_folder(self.addresses.of(stage, item))
+
+    def history(self, stage: str, item: str | None = None) -> list[dict]:
+        """The history rows of a training job."""
+        return read(self.store.history(self.addresses.of(stage, item)))
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One job, about to be done: what it is, what it reads and who hears of it."""
+
+    stage: str
+    item: str | None
+    parts: StoredParts
+    address: str
+    progress: Progress
+    console: Console | None = None
+
+    @property
+    def cfg(self) -> RunConfig:
+        """The run's configuration."""
+        return self.parts.cfg
+
+    @property
+    def store(self) -> Store:
+        """Where inputs are and the result goes."""
+        return self.parts.store
+
+    @property
+    def row(self) -> Stage:
+        """The stage's row of the family's table."""
+        return self.cfg.stages[self.stage]
+
+    @property
+    def folder(self) -> Path:
+        """The artifact's folder."""
+        return self.store.folder(self.address)
+
+    @property
+    def name(self) -> str:
+        """The stage and the item, for people."""
+        return label(self.stage, self.item)
+
+    def function(self) -> Callable[..., Any]:
+        """Return the stage's function, imported; it is given the item last where there are
+        several jobs."""
+        function = stage_function(self.cfg.family, self.row.function)
+        if self.item is None:
+            return function
+
+        def of_item(*args: object) -> Any:
+            return function(*args, self.item)
+
+        return of_item

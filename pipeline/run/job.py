@@ -1,0 +1,128 @@
+"""One job of a run: done in this process, or found done.
+
+What a stage is for is its family's affair; that its inputs are there and belong together, that one
+process makes it, and what is written down of it, is the same for all of them and stands here.
+"""
+
+import importlib.metadata
+import json
+import time
+
+from rich.console import Console
+
+from ..config.run import RunConfig
+from ..protocols import Progress
+from ..store import bundle
+from ..store.artifacts import Manifest, Store, inventory, now, translate_disk_errors, write_text
+from .context import JobContext, StoredParts
+from .stages import Addresses, label
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "peft",
+    "pillow",
+)
+
+
+def run_job(
+    stage: str,
+    cfg: RunConfig,
+    store: Store,
+    item: str | None = None,
+    *,
+    progress: Progress,
+    console: Console | None = None,
+) -> Manifest:
+    """Do one job, or return its manifest when its result is already there.
+
+    Waits when another process is doing the same. Raises MissingArtifact when an input is not there.
+    """
+    # Before any file of the store is open, and before parts remember what they have checked
+    store.refresh()
+    parts = StoredParts(cfg, store)
+    job = JobContext(stage, item, parts, parts.addresses.of(stage, item), progress, console)
+    manifest = store.require(job.address) if store.has(job.address) else _make_once(job)
+    if job.row.kind == "bundle" and cfg.deploy.upload:
+        bundle.upload(job.folder, cfg.deploy.upload, progress)
+    return manifest
+
+
+def done(addresses: Addresses, stage: str, item: str | None, store: Store) -> bool:
+    """Whether a job has nothing left to do; a copy of a bundle is made each time one is asked for."""
+    cfg = addresses.cfg
+    copies = cfg.stages[stage].kind == "bundle" and cfg.deploy.upload is not None
+    return store.has(addresses.of(stage, item)) and not copies
+
+
+def _make_once(job: JobContext) -> Manifest:
+    """Make the artifact, unless another process makes it meanwhile."""
+    inputs = {}
+    for need, item in job.cfg.needs(job.stage, job.item):
+        address = job.parts.addresses.of(need, item)
+        inputs[address] = job.parts.reader.manifest(address).digest
+
+    def waiting() -> None:
+        text = f"{job.name}: another process is making {job.address}; waiting for it"
+        job.progress(text, None)
+
+    with translate_disk_errors(job.folder), job.store.lock(job.address, waiting):
+        # Asked again under the lock: whoever held it may have made the artifact
+        if job.store.has(job.address):
+            return job.store.require(job.address)
+        return _make(job, inputs)
+
+
+def _make(job: JobContext, inputs: dict[str, str]) -> Manifest:
+    started = time.monotonic()
+    folder = job.store.begin(job.address)
+    metrics = _work(job)
+    write_text(folder / "run.json", json.dumps(_kept(job.cfg), indent=1, sort_keys=True))
+    made = {
+        "at": now(),
+        "seconds": time.monotonic() - started,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **metrics.pop("made", {}),
+    }
+    manifest = Manifest(job.address, job.stage, job.item, inputs, inventory(folder), metrics, made)
+    return job.store.finish(manifest)
+
+
+def _work(job: JobContext) -> dict:
+    """Write the artifact's files; return its metrics."""
+    if job.row.kind == "training":
+        # Only a training pays for the import of the loop
+        from .training import train
+
+        return train(job)
+    if job.row.kind == "report":
+        return _report(job)
+    return job.function()(job.cfg, job.parts, job.folder, job.progress)
+
+
+def _report(job: JobContext) -> dict:
+    """Measure the stack, and write the report as data and as a page."""
+    from .. import report
+
+    measured = job.function()(job.cfg, job.parts, job.progress)
+    curves = {}
+    for row in job.cfg.stages.values():
+        if row.kind != "training":
+            continue
+        for item in job.cfg.items(row.name):
+            # A part that was only written has no history
+            if "planned_steps" in job.parts.manifest(row.name, item).metrics:
+                curves[label(row.name, item)] = job.parts.history(row.name, item)
+    write_text(job.folder / "report.json", measured.to_json())
+    write_text(job.folder / "report.html", report.page(measured, curves))
+    return {"criteria": {each.name: each.passed for each in measured.criteria}}
+
+
+def _kept(cfg: RunConfig) -> dict:
+    """Return the resolved configuration less what no result depends on, so equal runs leave equal
+    bytes."""
+    return cfg.model_dump(mode="json", exclude={"runtime", "modal", "deploy", "name"})

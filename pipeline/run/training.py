@@ -1,0 +1,95 @@
+"""A training stage, whatever is trained: the family says what a Task is, this fits it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..hardware import fastest_threads, machine
+from ..store.artifacts import save_tensors, write_text
+from ..store.history import Recorder
+from ..train.loop import NoTraining, Task, TrainIO, fit
+from ..train.memory_meter import Peak, lower_mmap_threshold
+from ..train.optimizer_state import import_int8
+from .context import JobContext
+
+
+def train(job: JobContext) -> dict:
+    """Make the family's task for this stage and fit it, or write what needs no training; return
+    metrics."""
+    make_task = job.function()
+    if job.cfg.may_keep_int8:
+        import_int8()
+    # A job's memory is counted from here: everything is imported, 8-bit kernels too, and nothing
+    # is loaded yet
+    peak = Peak()
+    lower_mmap_threshold()
+    set_threads(job)
+    task = make_task(job.cfg, job.parts)
+    if isinstance(task, NoTraining):
+        return task.write(job.folder)
+    return fit_task(job, task, peak)
+
+
+def set_threads(job: JobContext) -> None:
+    """Choose the threads of a job when they are to be measured; a job that goes on keeps those it
+    began with."""
+    if job.cfg.runtime.threads != "auto":
+        return
+    note = job.store.resume(job.address) / "threads.json"
+    if note.exists():
+        threads = json.loads(note.read_text("utf-8"))
+    else:
+        threads = fastest_threads(torch.get_num_threads())
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps(threads))
+    torch.set_num_threads(threads)
+
+
+def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
+    """Fit a task and write what it exports; return metrics."""
+    runtime = job.cfg.runtime
+    recorder = _recorder(job, task.steps)
+    io = TrainIO(
+        job.store.resume(job.address),
+        recorder,
+        job.store.publish,
+        job.name,
+        job.row.setting_name(job.item),
+        runtime.save_every_s,
+        runtime.log_every_steps,
+        peak,
+    )
+    try:
+        metrics = fit(task, io)
+    except BaseException:
+        recorder.close(ok=False)
+        raise
+    recorder.close()
+    for name, content in task.export(metrics["kept_step"]).items():
+        _write(job.folder / name, content)
+    # Once more, as the export needs memory too
+    metrics |= peak.report()
+    return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
+
+
+def _recorder(job: JobContext, steps: int) -> Recorder:
+    return Recorder(
+        job.store.history(job.address),
+        job=job.name,
+        total_steps=steps,
+        wandb_mode=job.cfg.runtime.wandb,
+        project=job.cfg.runtime.wandb_project,
+        run_id=job.address,
+        folder=job.store.root / "wandb",
+        settings=job.cfg.model_dump(mode="json"),
+        console=job.console,
+    )
+
+
+def _write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_tensors(path, content)
+    else:
+        write_text(path, json.dumps(content, indent=1, sort_keys=True))
