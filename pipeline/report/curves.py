@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .format import count, figures, finite, fixed, ticks
+from .table import at
 
 # a row without them has no place in a chart
 AXES = ("step", "tokens")
@@ -22,7 +23,10 @@ COLOURS = 8
 UNSETTLED = 0.05
 
 Rows = list[dict]
-Point = tuple[float, float | None]
+# a run's rows by job, named `stage` or `stage item`
+Histories = Mapping[str, Rows]
+# a value that is missing makes a gap
+Points = list[tuple[float, float | None]]
 Merge = Callable[[list[float]], float]
 
 
@@ -54,7 +58,16 @@ class Scale:
         """Return the place of a value."""
         # a job of one row has no length
         span = (self.high - self.low) or 1.0
-        return self.start + (value - self.low) / span * (self.end - self.start)
+        part = (value - self.low) / span
+        return self.start + part * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The two axes of a chart."""
+
+    x: Scale
+    y: Scale
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Line:
     """A named line; colour is an index into the palette, faint and dots change how it is drawn."""
 
     name: str
-    points: list[Point]
+    points: Points
     colour: int = 0
     faint: bool = False
     dots: bool = False
@@ -128,7 +141,7 @@ class StageCharts:
     charts: list[Chart]
 
 
-def curves(histories: Mapping[str, Rows]) -> list[StageCharts]:
+def curves(histories: Histories) -> list[StageCharts]:
     """Return the charts of every stage, in the order of histories; a job without rows is left
     out."""
     stages: dict[str, dict[str, Rows]] = {}
@@ -140,11 +153,12 @@ def curves(histories: Mapping[str, Rows]) -> list[StageCharts]:
             jobs[item or stage] = rows
     out = []
     for stage, jobs in stages.items():
-        out.append(StageCharts(stage, len(jobs), _stage(stage, jobs)))
+        charts = _stage(stage, jobs)
+        out.append(StageCharts(stage, len(jobs), charts))
     return out
 
 
-def load_curves(histories: Mapping[str, Rows], experts: Sequence[str]) -> list[Chart]:
+def load_curves(histories: Histories, experts: Sequence[str]) -> list[Chart]:
     """Return how load and entropy moved while routers trained; empty where no row tells the
     load."""
     charts = []
@@ -162,13 +176,15 @@ def load_curves(histories: Mapping[str, Rows], experts: Sequence[str]) -> list[C
 
 def _loads(job: str, rows: Rows, experts: Sequence[str]) -> Chart | None:
     lines = []
-    for i in range(max(len(_load(row)) for row in rows)):
-        name = experts[i] if i < len(experts) else f"expert {i}"
-        points: list[Point] = []
+    width = max(len(_load(row)) for row in rows)
+    for i in range(width):
+        name = f"expert {i}"
+        if i < len(experts):
+            name = experts[i]
+        points: Points = []
         for row in rows:
-            load = _load(row)
-            share = finite(load[i]) if i < len(load) else None
-            points.append((_tokens(row), share))
+            share = at(_load(row), i)
+            points.append((_tokens(row), finite(share)))
         lines.append(Line(name, _thin(points), colour=i))
     title = f"{job}: load of each expert"
     return _chart(title, "share of tokens", lines, bottom=0.0)
@@ -196,9 +212,10 @@ def _stage(name: str, jobs: Mapping[str, Rows]) -> list[Chart]:
 
 
 def _loss(title: str, rows: Rows) -> Chart | None:
-    train = Line("train", _thin(_points(rows, "train_nats")), faint=True)
+    trained = _thin(_points(rows, "train_nats"))
+    train = Line("train", trained, faint=True)
     # most rows have no validation loss; its line goes on over them instead of breaking
-    measured: list[Point] = []
+    measured: Points = []
     for x, value in _points(rows, "valid_nats"):
         if value is not None:
             measured.append((x, value))
@@ -232,7 +249,8 @@ def _ordered(rows: Iterable[dict]) -> Rows:
     """Sort rows by step, without those that have no place in a chart."""
     last = {}
     for row in rows:
-        if all(finite(row.get(axis)) is not None for axis in AXES):
+        places = [finite(row.get(axis)) for axis in AXES]
+        if None not in places:
             # a job that was resumed wrote some steps twice, of which the later row counts
             last[row["step"]] = row
     return [last[step] for step in sorted(last)]
@@ -247,15 +265,19 @@ def _load(row: dict) -> list:
     return load if isinstance(load, list) else []
 
 
-def _points(rows: Rows, field: str) -> list[Point]:
-    return [(_tokens(row), finite(row.get(field))) for row in rows]
+def _points(rows: Rows, field: str) -> Points:
+    points: Points = []
+    for row in rows:
+        value = finite(row.get(field))
+        points.append((_tokens(row), value))
+    return points
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _thin(points: list[Point], merge: Merge | None = None) -> list[Point]:
+def _thin(points: Points, merge: Merge | None = None) -> Points:
     """Merge neighbours (their mean, unless merge is given) until at most POINTS are left."""
     size = math.ceil(len(points) / POINTS)
     if size <= 1:
@@ -263,7 +285,7 @@ def _thin(points: list[Point], merge: Merge | None = None) -> list[Point]:
     merge = merge or _mean
     # the last point stays as it is: the legend names its value
     inner = points[:-1]
-    out: list[Point] = []
+    out: Points = []
     for start in range(0, len(inner), size):
         part = inner[start : start + size]
         found = [value for _, value in part if value is not None]
@@ -298,18 +320,22 @@ def _chart(
     low = min(ys)
     if bottom is not None:
         low = min(low, bottom)
-    y_values = ticks(low, max(ys) if top is None else top)
-    x_scale = Scale(left, right, FRAME.left, FRAME.right)
-    y_scale = Scale(y_values[0], y_values[-1], FRAME.bottom, FRAME.top)
+    high = max(ys) if top is None else top
+    y_values = ticks(low, high)
+    plot = Plot(
+        x=Scale(left, right, FRAME.left, FRAME.right),
+        # an SVG counts downwards
+        y=Scale(y_values[0], y_values[-1], FRAME.bottom, FRAME.top),
+    )
     x_ticks = []
     for x in ticks(left, right):
         # the last tick may lie beyond the data, and there beyond the frame
         if x <= right:
-            x_ticks.append(Tick(x_scale.at(x), count(x)))
+            x_ticks.append(Tick(plot.x.at(x), count(x)))
     y_ticks = []
     for y in y_values:
-        y_ticks.append(Tick(y_scale.at(y), _tick(y, y_values)))
-    drawn = [_drawn(line, x_scale, y_scale) for line in lines]
+        y_ticks.append(Tick(plot.y.at(y), _tick(y, y_values)))
+    drawn = [_drawn(line, plot) for line in lines]
     return Chart(title, unit, drawn, x_ticks, y_ticks)
 
 
@@ -327,36 +353,36 @@ def _tick(value: float, values: list[float]) -> str:
     return fixed(value, len(decimals))
 
 
-def _drawn(line: Line, x_scale: Scale, y_scale: Scale) -> DrawnLine:
+def _drawn(line: Line, plot: Plot) -> DrawnLine:
     is_single = len(line.present) == 1
     is_sparse = line.dots and len(line.present) <= DOTS
     dots = []
     # a single value makes no line, only a dot shows it
     if is_sparse or is_single:
         for x, value in line.present:
-            y = y_scale.at(value)
+            y = plot.y.at(value)
             if y >= FRAME.top:
-                dots.append((x_scale.at(x), y))
+                dots.append((plot.x.at(x), y))
     last = line.values[-1]
     return DrawnLine(
         name=line.name,
         look=line.look,
         last=figures(last),
         legend=_legend(last),
-        paths=_paths(line.points, x_scale, y_scale),
+        paths=_paths(line.points, plot),
         dots=dots,
     )
 
 
-def _paths(points: list[Point], x_scale: Scale, y_scale: Scale) -> list[str]:
+def _paths(points: Points, plot: Plot) -> list[str]:
     """Return one path per run of present values; values out of the top stay at the frame."""
     runs: list[list[str]] = [[]]
     for x, value in points:
         if value is None:
             runs.append([])
         else:
-            y = max(FRAME.top - 2, y_scale.at(value))
-            runs[-1].append(f"{x_scale.at(x):.1f} {y:.1f}")
+            y = max(FRAME.top - 2, plot.y.at(value))
+            runs[-1].append(f"{plot.x.at(x):.1f} {y:.1f}")
     paths = []
     for run in runs:
         if len(run) > 1:

@@ -5,7 +5,6 @@ bytes.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from . import common, language, requests, routing
-from .curves import FRAME, Rows, curves, load_curves
+from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .pictures import PHASES, active_forest, bars, quality_forest
 from .schema import LanguageReport, Report, RequestReport
@@ -36,11 +35,8 @@ class Section:
     body: Markup
 
 
-def page(report: Report, histories: Mapping[str, Rows]) -> str:
-    """Return the whole file as text, to be written as UTF-8.
-
-    histories are a run's rows by job, named `stage` or `stage item`.
-    """
+def page(report: Report, histories: Histories) -> str:
+    """Return the whole file as text, to be written as UTF-8."""
     if isinstance(report, LanguageReport):
         sections = _language_sections(report, histories)
         lead = language.lead(report)
@@ -65,7 +61,7 @@ def page(report: Report, histories: Mapping[str, Rows]) -> str:
     return FORBIDDEN.sub("\ufffd", text)
 
 
-def _language_sections(report: LanguageReport, histories: Mapping[str, Rows]) -> list[Section]:
+def _language_sections(report: LanguageReport, histories: Histories) -> list[Section]:
     verdict = _table(common.criteria(report)) + _table(language.wins(report))
     active = _block("forest", active_forest(report)) + _table(language.active(report))
     # the sources of rows and two headings would stand there without a row
@@ -118,7 +114,7 @@ def _request_sections(report: RequestReport) -> list[Section]:
     ]
 
 
-def _common_sections(report: Report, histories: Mapping[str, Rows]) -> list[Section]:
+def _common_sections(report: Report, histories: Histories) -> list[Section]:
     stages = curves(histories)
     charts = _render("curves.html", stages=stages) if stages else Markup("")
     speed = _block("bars", bars(report)) + _table(common.speed(report))

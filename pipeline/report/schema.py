@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 Interval = tuple[float, float]
 ByDomain = dict[str, float]
-# what a row is told: "expert" and "oracle" know the domain of a document, the others do not
+# an "expert" knows one domain and the "oracle" is told which; the others serve any text
 RowKind = Literal["part", "expert", "dense", "merge", "router", "oracle"]
 Verdict = Literal["better", "worse", "tie"]
 

@@ -29,7 +29,7 @@ HEAD = 12
 GAP = 2
 EDGES = 2
 # for consoles whose encoding has no such characters
-PLAINER = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x"})
+PLAINER = str.maketrans("–−·×", "---x")
 TONES = {"good": "green", "bad": "red"}
 
 
@@ -123,7 +123,8 @@ def clean(text: str, encoding: str) -> str:
     text = "".join(kept)
     if encoding.lower().startswith("utf"):
         return text
-    return text.translate(PLAINER).encode(encoding, "replace").decode(encoding)
+    plainer = text.translate(PLAINER)
+    return plainer.encode(encoding, "replace").decode(encoding)
 
 
 def _chunks(table: Table, width: int) -> list[range]:
