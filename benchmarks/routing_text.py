@@ -193,7 +193,6 @@ def _trained(cfg, parts: Parts) -> dict:
 def _stack(cfg, parts: Parts):
     """Return a stack whose experts are there by name alone: only its router is asked."""
     from pipeline.families.adapters import peft_io
-    from pipeline.families.adapters.chat import Chat
     from pipeline.families.adapters.inference import MultiAdapterModel
     from pipeline.families.adapters.router import Calibration
     from pipeline.families.adapters.stack import (
@@ -212,7 +211,7 @@ def _stack(cfg, parts: Parts):
     model = peft_io.load(opened.model, router, ROUTER, opened.pin)
     for entry in cfg.loras.experts:
         model = peft_io.add(model, entry.name, cfg.loras.defaults.model_copy(update={"r": 1}))
-    mixed = MultiAdapterModel(model.requires_grad_(False), Chat(opened.processor), limits_of(cfg))
+    mixed = MultiAdapterModel(model.requires_grad_(False), opened.chat, limits_of(cfg))
     members = [ExpertInfo.of(entry) for entry in cfg.loras.experts]
     return AdapterStack(mixed, members, Calibration.read(router), policy_of(cfg))
 

@@ -321,7 +321,7 @@ def _step(cfg, parts, work: Path, peak: Peak) -> dict:
 def _stack(cfg, parts, tokens: int):
     """Return a stack whose experts and router are all the adapter that a step has left."""
     from pipeline.families.adapters.router import Calibration
-    from pipeline.families.adapters.stack import ROUTER, ExpertInfo, Policy, limits_of, put_together
+    from pipeline.families.adapters.stack import ROUTER, ExpertInfo, Policy, build_stack, limits_of
     from pipeline.families.lora_vlm.base import open_base
 
     adapter = Path(parts.store.root).parent / "adapter"
@@ -329,7 +329,7 @@ def _stack(cfg, parts, tokens: int):
     calibration = Calibration(1.0, cfg.loras.labels, cfg.loras.router.instruction)
     opened = open_base(parts.folder("train_shared"), cfg.loras.base)
     folders = dict.fromkeys((*cfg.experts, ROUTER), adapter)
-    return put_together(
+    return build_stack(
         opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg)
     )
 
@@ -342,8 +342,8 @@ def _answer(stack, parts) -> dict:
     request = stack.request("Read.", rows.pictures(rows.rows("test")[0]))
     said = stack.answer([request])[0]
     return {
-        "tokens": said.given,
-        "new_tokens": said.drawn,
+        "tokens": said.prompt_tokens,
+        "new_tokens": said.completion_tokens,
         "route_s": said.route_s,
         "generate_s": said.generate_s,
     }

@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
         torch.set_num_threads(args.threads)
         text, reached = measured(stack, asked, args.rounds)
-    sizes = sum(p.numel() for p in stack.mixed.core.parameters())
+    sizes = sum(p.numel() for p in stack.model.core.parameters())
     ending = (
-        f"{hardware(args.threads, PACKAGES)}. Base and {len(stack.mixed.adapters)} adapters: {sizes:,} parameters, "
-        f"{next(stack.mixed.core.parameters()).dtype}; weights in memory, pictures opened before the clock starts. The "
+        f"{hardware(args.threads, PACKAGES)}. Base and {len(stack.model.adapters)} adapters: {sizes:,} parameters, "
+        f"{next(stack.model.core.parameters()).dtype}; weights in memory, pictures opened before the clock starts. The "
         "stack's own code answers in all ways: it encodes pictures, tokenizes prompts and decodes texts in the time."
     )
     finish(args, "vlm_mixed", "Mixed-adapter batches", text, "", ending)
@@ -85,7 +85,7 @@ def ways(stack, asked: Sequence[tuple[str, object]]) -> dict[str, Callable[[], l
     requests."""
 
     def texts(some: Sequence[tuple[str, object]]) -> list[str]:
-        said = stack.trial([request for _, request in some], [[name] for name, _ in some])
+        said = stack.generate([request for _, request in some], [[name] for name, _ in some])
         return [each[name].text for each, (name, _) in zip(said, some, strict=True)]
 
     def grouped() -> list[str]:

@@ -20,10 +20,10 @@ from fakes import FolderParts, train_io
 
 from pipeline.config.base import merge
 from pipeline.errors import PipelineError
-from pipeline.families.adapters import bundle, evaluate
+from pipeline.families.adapters import evaluate
 from pipeline.families.adapters.eval_data import AdapterEvaluator
 from pipeline.families.adapters.routing_eval import routed_sets, routing
-from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.families.adapters.stack import ROUTER
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig
@@ -232,12 +232,12 @@ def _routed(cfg, root, folder):
 
 
 def _answered(cfg, root, _folder):
-    said = assemble(cfg, FolderParts(cfg, root / "stack")).answer(small_stack.requests(12))
+    said = family.assemble(cfg, FolderParts(cfg, root / "stack")).answer(small_stack.requests(12))
     return [(each.text, each.expert, each.others) for each in said]
 
 
 def _reported(cfg, root, _folder):
-    found = evaluate.tables(cfg, FolderParts(cfg, root / "stack"), quiet)
+    found = family.measure(cfg, FolderParts(cfg, root / "stack"), quiet)
     return found.model_dump_json(exclude={"made", "machine", "speed", "notes"})
 
 
@@ -247,8 +247,8 @@ def _measured(root) -> SimpleNamespace:
     it."""
     cfg = run_of(root, small_stack.RUN, QUICK)
     parts = FolderParts(cfg, root / "stack")
-    bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), quiet)
-    report = evaluate.tables(cfg, parts, quiet)
+    bench = AdapterEvaluator(cfg, parts, family.assemble(cfg, parts), quiet)
+    report = family.measure(cfg, parts, quiet)
     return SimpleNamespace(bench=bench, sets=routed_sets(bench), report=report)
 
 
@@ -265,12 +265,11 @@ def _routes(cfg, root, _folder):
 
 def _verdicts(cfg, root, _folder):
     found = _measured(root)
-    values = found.report.model_dump()
-    return evaluate.criteria(cfg, found.sets, values["adapters"], values["answers"])
+    return list(evaluate.criteria(cfg, found.sets, found.report.adapters, found.report.answers))
 
 
 def _bundled(cfg, root, folder):
-    bundle.bundle(cfg, FolderParts(cfg, root / "stack"), folder, quiet)
+    family.bundle(cfg, FolderParts(cfg, root / "stack"), folder, quiet)
     return (folder / "experts.json").read_bytes()
 
 

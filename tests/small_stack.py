@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from pipeline.data.routing import dataset
 from pipeline.data.tasks import prepare
 from pipeline.families.adapters import peft_io
-from pipeline.families.adapters.chat import Chat
+from pipeline.families.adapters.base import LoadedBase
 from pipeline.families.adapters.inference import GenerationLimits, MultiAdapterModel, Request
 from pipeline.families.adapters.router import Calibration
 from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
@@ -96,13 +96,13 @@ def built(folder: Path) -> Path:
     return folder
 
 
-def opened(folder: Path) -> lora_base.LoadedBase:
+def opened(folder: Path) -> LoadedBase:
     """Open a built base."""
     return lora_base.open_base(folder, BASE)
 
 
 def on(
-    base: lora_base.LoadedBase, targets: dict | None = None, limits: GenerationLimits | None = None
+    base: LoadedBase, targets: dict | None = None, limits: GenerationLimits | None = None
 ) -> MultiAdapterModel:
     """Put random adapters of different ranks on a base: one per expert and the router's; targets by
     name."""
@@ -122,7 +122,7 @@ def on(
                 model = get_peft_model(base.model, shape, adapter_name=name)
             else:
                 model.add_adapter(name, shape)
-    return MultiAdapterModel(model, Chat(base.processor), limits or GenerationLimits(batch_rows=6))
+    return MultiAdapterModel(model, base.chat, limits or GenerationLimits(batch_rows=6))
 
 
 def mixed(folder: Path) -> MultiAdapterModel:

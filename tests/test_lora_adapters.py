@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
 from pipeline.families.adapters import peft_io as adapters
-from pipeline.families.adapters.chat import Chat
+from pipeline.families.adapters.base import ModelRef
 from pipeline.families.lora_vlm import base
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -37,7 +37,7 @@ def opened(place):
 
 @pytest.fixture
 def asked(opened):
-    return Chat(opened.processor).requests([("How many dots are there?", ()), ("red", ())])
+    return opened.chat.requests([("How many dots are there?", ()), ("red", ())])
 
 
 def random(opened, name="one", **changes):
@@ -45,7 +45,7 @@ def random(opened, name="one", **changes):
     torch.manual_seed(0)
     model = adapters.add(opened.model, name, options(**changes))
     with torch.no_grad():
-        for parameter in adapters.own(model, name).values():
+        for parameter in adapters.adapter_parameters(model, name).values():
             parameter.normal_(std=0.1)
     return model.eval()
 
@@ -72,19 +72,19 @@ def test_a_new_adapter_is_the_only_thing_that_moves_and_starts_as_nothing(opened
     assert len(moving) == 2 * 7 * 2 and all(
         ".one_more." in name and "lora_" in name for name in moving
     )
-    assert set(adapters.own(model, "one_more")) == set(moving)
+    assert set(adapters.adapter_parameters(model, "one_more")) == set(moving)
     assert model.active_adapters == ["one_more"]
     assert torch.equal(logits(model.eval(), asked), before)
     adapters.select(model, "one")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(
-        adapters.own(model, "one")
+        adapters.adapter_parameters(model, "one")
     )
 
 
 def test_adapters_of_a_bf16_base_are_fp32(place):
     half = place[0].model_copy(update={"dtype": "bfloat16"})
     model = adapters.add(base.open_base(place[1], half).model, "one", options())
-    assert {p.dtype for p in adapters.own(model, "one").values()} == {torch.float32}
+    assert {p.dtype for p in adapters.adapter_parameters(model, "one").values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
@@ -103,14 +103,20 @@ def test_adapters_of_a_bf16_base_are_fp32(place):
 )
 def test_targets_that_match_nothing_or_what_must_stay_are_refused(opened, targets, said):
     with pytest.raises(ConfigError, match=said) as error:
-        adapters.add(opened.model, "one", options(targets=targets), "loras.experts.one.overrides")
+        adapters.add(
+            opened.model,
+            "one",
+            options(targets=targets),
+            "loras.experts.one.overrides",
+            opened.chat.media.check_targets,
+        )
     assert "loras.experts.one.overrides.targets" in str(error.value)
     assert not any("lora" in name for name, _ in opened.model.named_parameters())
 
 
 def test_the_vision_tower_gets_an_adapter_when_it_is_allowed(opened):
     model = adapters.add(opened.model, "one", options(targets=r".*(qkv|q_proj)", allow_vision=True))
-    assert any("visual" in name for name in adapters.own(model, "one"))
+    assert any("visual" in name for name in adapters.adapter_parameters(model, "one"))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's affair
@@ -130,7 +136,7 @@ def test_peft_itself_loads_what_was_written(place, kept, asked):
 
 
 def test_settings_name_the_base_by_its_pin_and_no_path_of_this_machine(opened, tmp_path):
-    pin = base.ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
+    pin = ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
     files = adapters.files(random(opened), "one", pin, {"label": "A"})
     settings, about = files["adapter/adapter_config.json"], files["adapter.json"]
     assert (settings["base_model_name_or_path"], settings["revision"]) == (pin.model, "c0ffee")
@@ -197,7 +203,7 @@ def test_an_adapter_with_other_keys_is_refused_and_leaves_no_trace(
 
 
 def test_an_adapter_of_another_base_is_refused(opened, kept):
-    other = base.ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
+    other = ModelRef("hub", "Qwen/Qwen3-VL-2B-Instruct", "c0ffee")
     with pytest.raises(MismatchError, match=r"was made on another base \(base, revision None\)"):
         adapters.load(opened.model, kept[0], "one", other)
 
@@ -222,7 +228,7 @@ def test_files_that_cannot_be_read_are_damaged(opened, kept, name, how):
 
 
 def test_labels_are_one_token_each_and_differ(opened):
-    tokenizer = opened.processor.tokenizer
+    tokenizer = opened.chat.tokenizer
     ids = adapters.label_ids(tokenizer, {"color": "A", "none": "Z"})
     assert [tokenizer.decode([i]) for i in ids.values()] == ["A", "Z"] and list(ids) == [
         "color",

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from pipeline.errors import DamagedArtifact, DataError, MismatchError
+from pipeline.families.adapters.base import ModelRef
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm.config import VlmBaseConfig
 
@@ -61,7 +62,7 @@ def test_a_built_base_has_the_hubs_layout_and_stock_classes_load_it(made):
     assert AutoConfig.from_pretrained(folder / "base").model_type == "qwen3_vl"
     text = "Count the dots. <|im_start|>Größe 42"
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    assert tokenizer.encode(text) == ours.processor.tokenizer.encode(text)
+    assert tokenizer.encode(text) == ours.chat.tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -86,12 +87,12 @@ def test_building_leaves_torchs_generator_alone(made, tmp_path):
 
 
 def test_digits_and_capital_letters_are_single_tokens(made):
-    tokenizer = lora_base.open_base(made[1], made[0]).processor.tokenizer
+    tokenizer = lora_base.open_base(made[1], made[0]).chat.tokenizer
     assert {len(tokenizer.encode(sign)) for sign in "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"} == {1}
 
 
 def test_the_processor_prepares_pictures_as_the_stock_one_and_needs_no_torchvision(made):
-    processor = lora_base.open_base(made[1], made[0]).processor
+    processor = lora_base.open_base(made[1], made[0]).chat.renderer
     image = Image.effect_noise((200, 90), 60).convert("RGB")
     stock = AutoImageProcessor.from_pretrained(made[1] / "base", backend="pil")
     mine, theirs = (
@@ -110,7 +111,7 @@ def test_the_processor_prepares_pictures_as_the_stock_one_and_needs_no_torchvisi
 
 
 def test_the_template_writes_turns_as_the_hubs_does(made):
-    processor = lora_base.open_base(made[1], made[0]).processor
+    processor = lora_base.open_base(made[1], made[0]).chat.renderer
     turns = [
         {"role": "system", "content": "Be brief."},
         {
@@ -131,7 +132,7 @@ def test_image_limits_are_the_settings_and_not_the_folders(made):
     base = made[0].model_copy(
         update={"image": SimpleNamespace(min_pixels=65_536, max_pixels=65_536)}
     )
-    processor = lora_base.open_base(made[1], base).processor
+    processor = lora_base.open_base(made[1], base).chat.renderer
     out = processor.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     assert out["image_grid_thw"].tolist() == [[1, 16, 16]]
 
@@ -153,7 +154,7 @@ def test_metrics_count_the_parameters_of_the_model(made, tmp_path):
     metrics = lora_base.write(base, ["word"], tmp_path / "pin")
     model = lora_base.open_base(tmp_path / "pin", base).model
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
-    assert metrics["digest"] == lora_base.ModelRef.read(tmp_path / "pin").digest
+    assert metrics["digest"] == ModelRef.read(tmp_path / "pin").digest
 
 
 def test_a_folder_is_pinned_by_its_files_wherever_it_lies(made, tmp_path):
@@ -164,7 +165,7 @@ def test_a_folder_is_pinned_by_its_files_wherever_it_lies(made, tmp_path):
         lora_base.write(named(tmp_path / name), [], tmp_path / f"pin-{name}")
         opened = lora_base.open_base(tmp_path / f"pin-{name}", named(tmp_path / name))
         pins.append(opened.pin)
-    built = lora_base.ModelRef.read(made[1])
+    built = ModelRef.read(made[1])
     assert pins[0].digest == pins[1].digest == built.digest
     assert [pin.source for pin in (*pins, built)] == ["folder", "folder", "built"]
 
@@ -209,7 +210,7 @@ def test_weights_that_cannot_be_read_are_a_data_error(own):
     folder = own[1] / "base"
     (folder / "model.safetensors").write_bytes(b"torn")
     (own[1] / "pin.json").write_text(
-        json.dumps(lora_base.ModelRef("built", "base", files=lora_base._hashes(folder)).values())
+        json.dumps(ModelRef("built", "base", files=lora_base._hashes(folder)).values())
     )
     with pytest.raises(DataError, match="cannot be loaded as a Qwen3-VL"):
         lora_base.open_base(own[1], own[0])
@@ -231,7 +232,7 @@ def test_a_hub_model_is_fetched_at_its_commit_without_pickles(made, tmp_path, mo
     opened = lora_base.open_base(tmp_path, base)
     assert set(asked) == {("Qwen/Qwen3-VL-2B-Instruct", COMMIT)}
     assert (opened.pin.source, opened.pin.revision, opened.pin.files) == ("hub", COMMIT, {})
-    other = lora_base.ModelRef("hub", base.model, COMMIT[::-1])
+    other = ModelRef("hub", base.model, COMMIT[::-1])
     assert other.digest != opened.pin.digest
 
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import Qwen3VLForConditionalGeneration
 
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
-from pipeline.families.adapters import bundle
-from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.families.adapters.stack import ROUTER
+from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
 from pipeline.store.bundle import read_sums, upload, verify
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     (report / "report.html").write_text("<p>report</p>")
     folder = root / "bundle"
     folder.mkdir()
-    metrics = bundle.bundle(cfg, parts, folder, quiet)
+    metrics = family.bundle(cfg, parts, folder, quiet)
     assert metrics["experts"] == 3 and metrics["parameters"] > 200_000
     return cfg, parts, folder
 
@@ -45,23 +45,23 @@ def copied(made, tmp_path):
 
 def test_the_bundle_alone_answers_as_the_runs_stack(made):
     cfg, parts, folder = made
-    own, again = assemble(cfg, parts), bundle.reassemble(folder)
+    own, again = family.assemble(cfg, parts), family.reassemble(folder)
     asked = requests(8)
     assert (
-        again.members == own.members
+        again.experts == own.experts
         and again.policy == own.policy
         and again.calibration == own.calibration
     )
-    assert again.mixed.limits == own.mixed.limits
+    assert again.model.limits == own.model.limits
     for mine, theirs in zip(own.answer(asked), again.answer(asked), strict=True):
         assert (mine.text, mine.expert, mine.alternatives) == (
             theirs.text,
             theirs.expert,
             theirs.alternatives,
         )
-    said = again.trial(asked[:2], [EXPERTS] * 2)
+    said = again.generate(asked[:2], [EXPERTS] * 2)
     assert (
-        said == own.trial(asked[:2], [EXPERTS] * 2)
+        said == own.generate(asked[:2], [EXPERTS] * 2)
         and len({each.text for each in said[0].values()}) > 1
     )
 
@@ -72,7 +72,7 @@ def test_it_is_whole_without_the_run(made, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     hidden = parts.root.rename(parts.root.with_name("hidden"))
     try:
-        assert bundle.reassemble(moved).answer(requests(1))[0].text
+        assert family.reassemble(moved).answer(requests(1))[0].text
     finally:
         hidden.rename(parts.root)
     links = [path for path in moved.rglob("*") if path.is_symlink()]
@@ -81,25 +81,25 @@ def test_it_is_whole_without_the_run(made, tmp_path):
 
 def test_plain_peft_and_transformers_load_it_and_say_the_same(made):
     _, _, folder = made
-    stack = bundle.reassemble(folder)
-    asked = next(request for request in requests(8) if request.images)
+    stack = family.reassemble(folder)
+    asked = next(request for request in requests(8) if request.media)
     core = Qwen3VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
         )  # peft's own
         model = PeftModel.from_pretrained(core, str(folder / "adapters" / "locate" / "adapter"))
-    processor = stack.mixed.chat.processor
-    content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.prompt}]
+    processor = stack.model.chat.renderer
+    content = [*({"type": "image"} for _ in asked.media), {"type": "text", "text": asked.prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    inputs = processor(text=[text], images=list(asked.images), return_tensors="pt")
+    inputs = processor(text=[text], images=list(asked.media), return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = processor.tokenizer.decode(
         out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    assert stack.trial([asked], [["locate"]])[0]["locate"].text == said
+    assert stack.generate([asked], [["locate"]])[0]["locate"].text == said
 
 
 def test_every_file_is_listed_and_weights_are_not_copied(made):
@@ -144,14 +144,14 @@ def test_upload_takes_its_folders_along(made, tmp_path):
 
 def test_a_folder_that_is_no_bundle_is_refused(made, tmp_path):
     with pytest.raises(MissingArtifact, match="is not a bundle"):
-        bundle.reassemble(tmp_path)
+        family.reassemble(tmp_path)
 
 
 def test_a_changed_base_is_refused(copied):
     weights = copied / "base" / "config.json"
     weights.write_text(weights.read_text() + " ")
     with pytest.raises(MismatchError, match="its files have changed"):
-        bundle.reassemble(copied)
+        family.reassemble(copied)
 
 
 @pytest.mark.parametrize("key", ["base", "experts", "policy", "limits"])
@@ -160,7 +160,7 @@ def test_a_description_without_a_part_is_damaged(copied, key):
     del about[key]
     (copied / "experts.json").write_text(json.dumps(about))
     with pytest.raises(DamagedArtifact, match="does not hold the stack"):
-        bundle.reassemble(copied)
+        family.reassemble(copied)
 
 
 @pytest.mark.parametrize(

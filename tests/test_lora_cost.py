@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pipeline.families.adapters import peft_io
+from pipeline.families.adapters.cost import KERNEL_BYTES, memory_plan
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm import cost, family
 from pipeline.families.lora_vlm.config import VlmAdapterConfig, VlmBaseConfig
@@ -24,7 +25,7 @@ def parts(tmp_path_factory):
 
 def test_sizes_count_the_parameters_of_the_model_up_to_its_vectors(parts):
     model = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base).model
-    sizes = cost.Sizes.of_config(model.config.to_dict())
+    sizes = cost.VlmSizes.of_config(model.config.to_dict())
     matrices = {
         n: p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in n
     }
@@ -32,10 +33,10 @@ def test_sizes_count_the_parameters_of_the_model_up_to_its_vectors(parts):
     assert sizes.body_parameters == sum(
         n for name, n in matrices.items() if "language_model.layers" in name
     )
-    assert sizes.vision_parameters == sum(n for name, n in matrices.items() if "visual" in name)
+    assert sizes.encoder_parameters == sum(n for name, n in matrices.items() if "visual" in name)
     assert cost.sizes_of(parts.cfg.loras.base).body_parameters == sizes.body_parameters
     options = parts.cfg.loras.options("color")
-    own = peft_io.own(peft_io.add(model, "color", options), "color")
+    own = peft_io.adapter_parameters(peft_io.add(model, "color", options), "color")
     assert sizes.adapter_parameters(options) == sum(p.numel() for p in own.values())
 
 
@@ -43,7 +44,7 @@ def test_the_published_2b_model_has_its_published_parameters():
     sizes = cost.PUBLISHED["Qwen/Qwen3-VL-2B-Instruct"]
     assert sizes.parameters == pytest.approx(2_127_532_032, rel=0.003)
     assert sizes.body_parameters == pytest.approx(1_409_000_000, rel=0.001)
-    assert sizes.vision_parameters == pytest.approx(407_000_000, rel=0.01)
+    assert sizes.encoder_parameters == pytest.approx(407_000_000, rel=0.01)
     assert sizes.adapter_parameters(VlmAdapterConfig(r=16, steps=1)) == pytest.approx(
         17_400_000, rel=0.005
     )
@@ -99,15 +100,15 @@ def test_checkpointing_and_smaller_micro_batches_are_predicted_to_save(parts):
     cfg = lora_small.config(loras__defaults__batch_sequences=64)
     options, sizes = cfg.loras.options("color"), cost.sizes_of(cfg.loras.base)
     plans = [
-        cost.memory_plan(cfg, options.model_copy(update=u), sizes, 68, 68, "x")
+        memory_plan(cfg, options.model_copy(update=u), sizes, 68, 68, "x")
         for u in (
             {},
             {"checkpointing": True},
             {"checkpointing": True, "micro_batch_sequences": 2},
         )
     ]
-    peaks = [cost.peak_bytes(cfg.loras.base, sizes, options, plan, 68) for plan in plans]
-    assert peaks[0] > peaks[1] > peaks[2] > cost.KERNEL_BYTES
+    peaks = [sizes.peak_bytes(cfg.loras.base, options, plan, 68) for plan in plans]
+    assert peaks[0] > peaks[1] > peaks[2] > KERNEL_BYTES
 
 
 def test_the_published_shapes_are_the_librarys_own_layout():
@@ -137,4 +138,4 @@ def test_the_published_shapes_are_the_librarys_own_layout():
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config)
     assert sum(p.numel() for p in model.parameters()) == 2_127_532_032
-    assert cost.Sizes.of_config(config.to_dict()) == s
+    assert cost.VlmSizes.of_config(config.to_dict()) == s

@@ -11,7 +11,6 @@ from PIL import Image
 
 from pipeline.families.adapters.chat import (
     IGNORED,
-    Chat,
     Example,
     Sampler,
     encode,
@@ -25,7 +24,7 @@ SIZES = [(64, 64), (128, 64), (96, 96)]
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     parts = lora_small.prepared(tmp_path_factory.mktemp("rows"))
-    return Chat(base.open_base(parts.folder("train_shared"), parts.cfg.loras.base).processor)
+    return base.open_base(parts.folder("train_shared"), parts.cfg.loras.base).chat
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def library(chat, examples, answered: bool, side: str):
     chats = []
     for example in examples:
         content = [
-            *({"type": "image"} for _ in example.images),
+            *({"type": "image"} for _ in example.media),
             {"type": "text", "text": example.prompt},
         ]
         turns = [{"role": "user", "content": content}]
@@ -61,18 +60,16 @@ def library(chat, examples, answered: bool, side: str):
         )
         chats.append(turns)
     texts = [
-        chat.processor.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not answered
-        )
+        chat.renderer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
         for turns in chats
     ]
-    images = [Image.open(path) for example in examples for path in example.images]
+    images = [Image.open(path) for example in examples for path in example.media]
     chat.tokenizer.padding_side = side
-    return chat.processor(text=texts, images=images, padding=True, return_tensors="pt")
+    return chat.renderer(text=texts, images=images, padding=True, return_tensors="pt")
 
 
 def test_requests_are_what_the_librarys_processor_makes_padded_on_the_left(chat, examples):
-    asked = chat.requests((e.prompt, [Image.open(path) for path in e.images]) for e in examples)
+    asked = chat.requests((e.prompt, [Image.open(path) for path in e.media]) for e in examples)
     theirs = library(chat, examples, answered=False, side="left")
     assert asked.keys() == theirs.keys()
     for name in theirs:
@@ -88,8 +85,8 @@ def test_a_request_without_any_picture_has_no_pixels(chat):
 
 
 def test_lines_are_whole_chats_padded_on_the_right_with_the_answer_alone_to_learn(chat, examples):
-    lines = encode(chat, examples, 500)
-    batch = lines.batch(range(3))
+    dataset = encode(chat, examples, 500)
+    batch = dataset.batch(range(3))
     theirs = library(
         chat, examples, answered=True, side="right"
     )  # they go on with the newline after <|im_end|>
@@ -106,19 +103,19 @@ def test_lines_are_whole_chats_padded_on_the_right_with_the_answer_alone_to_lear
             IGNORED
         }
         assert set(batch["labels"][row, length:].tolist()) <= {IGNORED}
-        assert lines.lines[row].tokens == length
-        assert lines.targets([row]) == length - start
+        assert dataset.rows[row].tokens == length
+        assert dataset.target_count([row]) == length - start
         assert (
             batch["mm_token_type_ids"][row].tolist()
             == theirs["mm_token_type_ids"][row, : len(batch["labels"][0])].tolist()
         )
-    assert lines.images([0, 1, 2]) == [0, 1, 2]
+    assert dataset.media([0, 1, 2]) == [(0,), (1, 2), ()]
 
 
 def test_tokens_of_a_picture_follow_from_its_size(chat, paths):
     for path, size in zip(paths, SIZES, strict=True):
-        _, grid = chat.patches([Image.open(path)])
-        assert chat.image_tokens(*size) == grid.prod().item() // 4
+        _, grid = chat.media.patches([Image.open(path)])
+        assert chat.media.size_tokens(*size) == grid.prod().item() // 4
 
 
 @pytest.mark.parametrize(
@@ -135,33 +132,35 @@ def test_special_tokens_that_a_user_spells_are_plain_text(chat, paths, spelled):
     assert [i for i in chat.prompt_ids(f"x {spelled} y", 1) if i in special] == plain
     assert [i for i in chat.answer_ids(f"a {spelled}") if i in special] == [chat.end_id]
     asked = chat.requests([(spelled, [Image.open(paths[0])])])
-    assert asked["mm_token_type_ids"].sum() == chat.image_tokens(*SIZES[0])
+    assert asked["mm_token_type_ids"].sum() == chat.media.size_tokens(*SIZES[0])
 
 
 def test_a_prompt_without_them_is_left_as_it_is(chat):
     for text in ("a < b, a <b> or <|> and |im_end|", "größer\n\n  als"):
-        assert chat.plain(text) == text
+        assert chat.escape(text) == text
 
 
 def test_rows_over_the_limit_are_left_out_and_counted_never_cut(chat, examples):
-    tokens = [line.tokens for line in encode(chat, examples, 500).lines]
+    tokens = [line.tokens for line in encode(chat, examples, 500).rows]
     assert len(set(tokens)) == 3
     for limit in (min(tokens) - 1, *sorted(tokens)):
-        lines = encode(chat, examples, limit)
-        assert [line.tokens for line in lines.lines] == [t for t in tokens if t <= limit]
-        assert lines.drops.counts == ({"over max_tokens": 3 - len(lines)} if len(lines) < 3 else {})
+        dataset = encode(chat, examples, limit)
+        assert [line.tokens for line in dataset.rows] == [t for t in tokens if t <= limit]
+        assert dataset.drops.counts == (
+            {"over max_tokens": 3 - len(dataset)} if len(dataset) < 3 else {}
+        )
 
 
 def test_a_row_must_also_fit_with_every_neutral_prompt(chat, examples):
-    tokens = encode(chat, examples[:1], 500).lines[0].tokens
+    tokens = encode(chat, examples[:1], 500).rows[0].tokens
     longer = examples[0].prompt + " And then some more words?"
     assert len(encode(chat, examples[:1], tokens, neutral=["What?"])) == 1
     assert len(encode(chat, examples[:1], tokens, neutral=["What?", longer])) == 0
 
 
 def test_a_neutral_prompt_takes_the_place_of_a_lines_own(chat, examples, paths):
-    lines = encode(chat, examples[:2], 500, neutral=["What do you see?"])
-    swapped = lines.batch([0, 1], ["What do you see?", None])
+    dataset = encode(chat, examples[:2], 500, neutral=["What do you see?"])
+    swapped = dataset.batch([0, 1], ["What do you see?", None])
     as_written = [Example((paths[0],), "What do you see?", "red"), examples[1]]
     wanted = encode(chat, as_written, 500).batch([0, 1])
     assert all(torch.equal(swapped[name], wanted[name]) for name in wanted)
@@ -202,10 +201,10 @@ def test_neutral_prompts_come_with_their_share_by_place_alone():
 def test_a_neutral_prompt_is_not_asked_without_a_picture(chat, examples):
     """Nothing would be left of the request, nor does its length count."""
     neutral = "What do you see? " * 40
-    lines = encode(chat, examples, 100, (neutral,))
-    assert len(lines) == 1 and lines.drops.counts == {"over max_tokens": 2}
-    lines = encode(chat, examples, 500, (neutral,))
-    asked, own = lines.batch([0, 2], [neutral, neutral]), lines.batch([0, 2])
+    dataset = encode(chat, examples, 100, (neutral,))
+    assert len(dataset) == 1 and dataset.drops.counts == {"over max_tokens": 2}
+    dataset = encode(chat, examples, 500, (neutral,))
+    asked, own = dataset.batch([0, 2], [neutral, neutral]), dataset.batch([0, 2])
     rows = [
         [batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist() for i in (0, 1)]
         for batch in (asked, own)

@@ -14,7 +14,7 @@ import small_tasks
 from fakes import FolderParts
 from pydantic import ValidationError
 
-from pipeline.families.adapters.stack import ROUTER, assemble
+from pipeline.families.adapters.stack import ROUTER
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig, VlmAdapterConfig
@@ -377,8 +377,8 @@ def test_rows_of_a_forward_pass_are_those_of_the_setting(made, monkeypatch):
     sizes = {}
     for most in (2, 5):
         cfg = run_of(made, small_stack.RUN, {"evaluate.batch_rows": most})
-        stack, sizes[most] = assemble(cfg, FolderParts(cfg, made / "stack")), []
-        stack.mixed.core.model.register_forward_pre_hook(
+        stack, sizes[most] = family.assemble(cfg, FolderParts(cfg, made / "stack")), []
+        stack.model.core.model.register_forward_pre_hook(
             lambda _module, _given, named, most=most: sizes[most].append(
                 len(named["attention_mask"])
             ),

@@ -34,15 +34,15 @@ def plain(
 ) -> tuple[str, torch.Tensor]:
     """Return text and first logits of one request by set_adapter and the model's own processor,
     pixels and all."""
-    processor = mixed.chat.processor
+    processor = mixed.chat.renderer
     content = [
-        *({"type": "image"} for _ in request.images),
+        *({"type": "image"} for _ in request.media),
         {"type": "text", "text": prompt or request.prompt},
     ]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    inputs = processor(text=[text], images=list(request.images) or None, return_tensors="pt")
+    inputs = processor(text=[text], images=list(request.media) or None, return_tensors="pt")
     model = mixed.model
     with torch.no_grad():
         if adapter == BASE:
@@ -72,17 +72,17 @@ def hooks(model) -> int:
 def test_a_mixed_batch_says_what_each_request_says_alone_by_plain_calls(mixed):
     """24 requests over 3 experts and the base, with no to two pictures, batches of 6."""
     stack, asked = small_stack.stack(mixed), requests(24)
-    said = stack.trial(asked, [[name] for name in names(24)])
-    most = {member.name: member.new_tokens for member in stack.members} | {BASE: 8}
+    said = stack.generate(asked, [[name] for name in names(24)])
+    most = {expert.name: expert.new_tokens for expert in stack.experts} | {BASE: 8}
     for request, name, each in zip(asked, names(24), said, strict=True):
         text, _ = plain(mixed, request, name, most[name])
-        assert each[name].text == text and each[name].drawn <= most[name]
+        assert each[name].text == text and each[name].completion_tokens <= most[name]
     texts = [each[name].text for name, each in zip(names(24), said, strict=True)]
     assert len(set(texts)) > 8
 
 
 def test_adapters_answer_differently_so_equal_texts_mean_something(mixed):
-    said = small_stack.stack(mixed).trial(requests(3), [(*EXPERTS, BASE)] * 3)
+    said = small_stack.stack(mixed).generate(requests(3), [(*EXPERTS, BASE)] * 3)
     assert all(len({each[name].text[:3] for name in each}) >= 3 for each in said)
 
 
@@ -117,7 +117,7 @@ RANKED = (("count", 0.6), ("none", 0.2), ("color", 0.15), ("locate", 0.05))
     ],
 )
 def test_who_answers_follows_from_the_probabilities(policy, ranked, runs):
-    assert policy.runs(ranked) == runs
+    assert policy.select(ranked) == runs
 
 
 def test_an_unsure_request_gets_the_answer_with_the_best_product_of_router_and_answer(mixed):
@@ -129,19 +129,19 @@ def test_an_unsure_request_gets_the_answer_with_the_best_product_of_router_and_a
         score = {name: _score(stack, request, name, prior[name]) for name in ran}
         best = max(score, key=score.get)
         assert answer.expert == best and {name for name, _ in answer.others} == set(ran) - {best}
-        assert answer.text == stack.trial([request], [[best]])[0][best].text
+        assert answer.text == stack.generate([request], [[best]])[0][best].text
 
 
 def _score(stack, request, name: str, prior: float) -> float:
     """Return log prior plus mean log-probability of the greedy answer, token by token from full
     forwards."""
-    mixed, nats = stack.mixed, []
-    sights = mixed.see(request.images)
-    ids = list(mixed.encode(request.prompt, sights))
+    mixed, nats = stack.model, []
+    features = mixed.encode_media(request.media)
+    ids = list(mixed.encode(request.prompt, features))
     mixed.model.set_adapter(name)
-    most = next(m.new_tokens for m in stack.members if m.name == name)
+    most = next(m.new_tokens for m in stack.experts if m.name == name)
     for _ in range(most):
-        inputs = mixed._inputs([inference.BatchRow(tuple(ids), tuple(sights), name)])
+        inputs = mixed._inputs([inference.BatchRow(tuple(ids), tuple(features), name)])
         with torch.no_grad():
             log = mixed.model(**inputs).logits[0, -1].log_softmax(-1)
         nats.append(log.max().item())
@@ -158,16 +158,16 @@ def test_pictures_are_seen_once_for_router_and_all_experts(mixed, monkeypatch):
         "forward",
         lambda *a, **k: seen.append(len(k["grid_thw"])) or tower(*a, **k),
     )
-    asked = [request for request in requests(8, seed=4) if request.images]
+    asked = [request for request in requests(8, seed=4) if request.media]
     stack = small_stack.stack(mixed, threshold=1.0, top_k=3, none=False)
     assert all(len(answer.others) == 2 for answer in stack.answer([*asked, asked[0]]))
-    assert sum(seen) == sum(len(request.images) for request in asked)
+    assert sum(seen) == sum(len(request.media) for request in asked)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
 def test_an_exception_inside_a_mixed_batch_leaves_the_next_answer_right(mixed, monkeypatch, kind):
     stack, asked = small_stack.stack(mixed), requests(6, seed=5)
-    before = stack.trial(asked, [[name] for name in names(6)])
+    before = stack.generate(asked, [[name] for name in names(6)])
     layer = mixed.core.model.language_model.layers[1]
 
     def fail(*_args, **_kwargs):
@@ -177,13 +177,13 @@ def test_an_exception_inside_a_mixed_batch_leaves_the_next_answer_right(mixed, m
     with monkeypatch.context() as patch:
         patch.setattr(layer, "forward", fail)
         with pytest.raises(kind):
-            stack.trial(asked, [["count"]] * 6)
+            stack.generate(asked, [["count"]] * 6)
     assert hooks(mixed.model) == 0
     assert (
         plain(mixed, asked[0], "color", 4)[0]
-        == stack.trial(asked[:1], [["color"]])[0]["color"].text
+        == stack.generate(asked[:1], [["color"]])[0]["color"].text
     )
-    assert stack.trial(asked, [[name] for name in names(6)]) == before
+    assert stack.generate(asked, [[name] for name in names(6)]) == before
 
 
 def test_the_guard_is_needed_as_peft_leaves_its_hooks(mixed, monkeypatch):
@@ -193,7 +193,7 @@ def test_the_guard_is_needed_as_peft_leaves_its_hooks(mixed, monkeypatch):
         patch.setattr(inference, "_unhook", lambda _model: 0)
         patch.setattr(mixed.core.model.language_model.layers[1], "forward", lambda *_a, **_k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            small_stack.stack(mixed).trial(requests(2), [["count"]] * 2)
+            small_stack.stack(mixed).generate(requests(2), [["count"]] * 2)
     assert hooks(mixed.model) > 0
     assert inference._unhook(mixed.model) > 0 and hooks(mixed.model) == 0
 
@@ -202,15 +202,15 @@ def test_a_wrong_name_is_refused_before_anything_is_set(mixed):
     with pytest.raises(
         DataError, match="no adapter is called ocr; there are color, count, locate, router and base"
     ):
-        small_stack.stack(mixed).trial(requests(2), [["color"], ["ocr"]])
+        small_stack.stack(mixed).generate(requests(2), [["color"], ["ocr"]])
     assert hooks(mixed.model) == 0
 
 
 def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
     """One batch, limits of 4, 6 and 8 tokens; an end token inside the limit ends an answer as stop."""
     stack, request = small_stack.stack(mixed), requests(1, seed=6)[0]
-    said = stack.trial([request], [EXPERTS])[0]
-    assert {name: each.drawn for name, each in said.items()} == {
+    said = stack.generate([request], [EXPERTS])[0]
+    assert {name: each.completion_tokens for name, each in said.items()} == {
         "color": 4,
         "count": 6,
         "locate": 8,
@@ -220,15 +220,15 @@ def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
     try:
         ids = _drawn_ids(mixed, request, "locate", 8)
         mixed._ends = ends | {ids[2]}
-        stopped = stack.trial([request], [["locate"]])[0]["locate"]
+        stopped = stack.generate([request], [["locate"]])[0]["locate"]
     finally:
         mixed._ends = ends
-    assert stopped.finish == "stop" and stopped.drawn == ids.index(ids[2]) + 1
+    assert stopped.finish == "stop" and stopped.completion_tokens == ids.index(ids[2]) + 1
 
 
 def _drawn_ids(mixed, request, adapter: str, most: int) -> list[int]:
-    sights = tuple(mixed.see(request.images))
-    row = inference.BatchRow(mixed.encode(request.prompt, sights), sights, adapter)
+    features = tuple(mixed.encode_media(request.media))
+    row = inference.BatchRow(mixed.encode(request.prompt, features), features, adapter)
     mixed.model.set_adapter(adapter)
     out = mixed.model.generate(**mixed._inputs([row]), max_new_tokens=most, do_sample=False)
     return out[0, len(row.ids) :].tolist()
@@ -240,8 +240,8 @@ def test_answers_are_greedy_whatever_the_bases_files_say(built):
     opened.model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     again = small_stack.on(opened)
     asked = requests(6)
-    first = small_stack.stack(again).trial(asked, [["color"]] * 6)
-    assert first == small_stack.stack(again).trial(asked, [["color"]] * 6)
+    first = small_stack.stack(again).generate(asked, [["color"]] * 6)
+    assert first == small_stack.stack(again).generate(asked, [["color"]] * 6)
     assert first[0]["color"].text == plain(again, asked[0], "color", 4)[0]
 
 
@@ -251,7 +251,7 @@ def test_batches_are_within_their_limits_and_of_similar_length(mixed, monkeypatc
         mixed, "_inputs", lambda rows: shapes.append([len(r.ids) for r in rows]) or inner(rows)
     )
     monkeypatch.setattr(mixed, "limits", GenerationLimits(batch_rows=5, batch_tokens=200))
-    small_stack.stack(mixed).trial(requests(20), [["color"]] * 20)
+    small_stack.stack(mixed).generate(requests(20), [["color"]] * 20)
     assert sum(map(len, shapes)) == 20 and max(map(len, shapes)) <= 5 and len(shapes) > 4
     assert all(len(s) * (max(s) + 4) <= 200 for s in shapes if len(s) > 1)
     assert all(max(s) - min(s) < 2 * inference.SIMILAR for s in shapes)
@@ -263,14 +263,14 @@ def test_rows_of_one_adapter_stand_together_where_lengths_allow(mixed, monkeypat
         mixed, "_inputs", lambda rows: batches.append({r.adapter for r in rows}) or inner(rows)
     )
     asked = [Request("what color?", ())] * 6
-    small_stack.stack(mixed).trial(asked, [EXPERTS] * 6, [4] * 6)
+    small_stack.stack(mixed).generate(asked, [EXPERTS] * 6, [4] * 6)
     assert batches == [{"color"}, {"count"}, {"locate"}]
 
 
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (GenerationLimits(images=1), "the request has 2 images; at most 1 are taken"),
+        (GenerationLimits(media=1), "the request has 2 images; at most 1 are taken"),
         (GenerationLimits(prompt_characters=3), "characters; at most 3 are taken"),
         (GenerationLimits(tokens=16), r"tokens, [0-9]+ of them for 2 images; at most 16 are taken"),
     ],
@@ -290,9 +290,11 @@ def test_a_request_over_the_limits_is_refused_and_the_next_is_answered(
 def test_markup_in_a_prompt_is_text(mixed):
     """A prompt can neither end its turn nor add a picture."""
     asked = Request("<|im_end|> <|image_pad|> what color?", tuple(small_stack.pictures(1)))
-    ids = mixed.encode(asked.prompt, mixed.see(asked.images))
-    tokens = len(mixed.see(asked.images)[0].embed_TD)
-    assert ids.count(mixed.chat.image_id) == tokens and ids.count(mixed.chat.end_id) == 1
+    ids = mixed.encode(asked.prompt, mixed.encode_media(asked.media))
+    tokens = len(mixed.encode_media(asked.media)[0].embed_TD)
+    assert (
+        ids.count(mixed.chat.media.placeholder_id) == tokens and ids.count(mixed.chat.end_id) == 1
+    )
     assert small_stack.stack(mixed).answer([asked])[0].text
 
 
@@ -300,14 +302,15 @@ def test_an_adapter_of_the_vision_tower_sees_for_itself(built):
     """Beside language adapters, in one mixed batch."""
     opened = small_stack.opened(built)
     again = small_stack.on(opened, {"count": r".*(visual.*\.(qkv|proj)|language_model.*\.q_proj)"})
-    assert again.sighted == {"count"}
-    asked = [request for request in requests(8, seed=7) if request.images]
-    said = small_stack.stack(again).trial(asked, [EXPERTS] * len(asked))
+    assert again.encoder_adapters == {"count"}
+    asked = [request for request in requests(8, seed=7) if request.media]
+    said = small_stack.stack(again).generate(asked, [EXPERTS] * len(asked))
     for request, each in zip(asked, said, strict=True):
         for i, name in enumerate(EXPERTS):
             assert each[name].text == plain(again, request, name, 4 + 2 * i)[0]
     assert not torch.equal(
-        again.see(asked[0].images)[0].embed_TD, again.see(asked[0].images, "count")[0].embed_TD
+        again.encode_media(asked[0].media)[0].embed_TD,
+        again.encode_media(asked[0].media, "count")[0].embed_TD,
     )
 
 
@@ -315,24 +318,24 @@ def test_a_stack_whose_parts_do_not_belong_together_is_refused(mixed):
     stack = small_stack.stack(mixed)
     stranger = ExpertInfo("ocr", "D", "ocr", "", "exact", 4)
     with pytest.raises(MismatchError, match="no adapter for ocr"):
-        AdapterStack(mixed, [*stack.members, stranger], stack.calibration, stack.policy)
+        AdapterStack(mixed, [*stack.experts, stranger], stack.calibration, stack.policy)
     with pytest.raises(
         MismatchError,
         match="the router chooses among color, count, locate, none, the stack has color",
     ):
-        AdapterStack(mixed, stack.members[:1], stack.calibration, stack.policy)
+        AdapterStack(mixed, stack.experts[:1], stack.calibration, stack.policy)
     long = replace(stack.calibration, labels=stack.calibration.labels | {"color": "magenta"})
     with pytest.raises(ConfigError, match="'magenta' of color is"):
-        AdapterStack(mixed, stack.members, long, stack.policy)
+        AdapterStack(mixed, stack.experts, long, stack.policy)
 
 
 def test_the_mean_hidden_state_is_that_of_the_base_alone(mixed):
     asked = requests(5, seed=8)
     found = small_stack.stack(mixed).pooled(asked)
     for request, row in zip(asked, found, strict=True):
-        sights = tuple(mixed.see(request.images))
+        features = tuple(mixed.encode_media(request.media))
         inputs = mixed._inputs(
-            [inference.BatchRow(mixed.encode(request.prompt, sights), sights, BASE)]
+            [inference.BatchRow(mixed.encode(request.prompt, features), features, BASE)]
         )
         with torch.no_grad(), mixed.model.disable_adapter():
             h_TD = mixed.core.model(**inputs).last_hidden_state[0]
@@ -342,19 +345,20 @@ def test_the_mean_hidden_state_is_that_of_the_base_alone(mixed):
 
 def test_past_its_time_an_answer_ends_where_it_is(mixed):
     stack = small_stack.stack(mixed)
-    long = [ExpertInfo(m.name, m.label, m.task, "", m.metric, 400) for m in stack.members]
+    long = [ExpertInfo(m.name, m.label, m.task, "", m.metric, 400) for m in stack.experts]
     slow = AdapterStack(mixed, long, stack.calibration, stack.policy)
     answer = slow.answer(requests(1), seconds=0.05)[0]
-    assert answer.finish == "length" and 0 < answer.drawn < 400
+    assert answer.finish == "length" and 0 < answer.completion_tokens < 400
 
 
 def test_requests_from_several_threads_do_not_mix(mixed):
     stack, asked = small_stack.stack(mixed), requests(12)
     wanted = [
-        stack.trial([request], [[name]])[0] for request, name in zip(asked, names(12), strict=True)
+        stack.generate([request], [[name]])[0]
+        for request, name in zip(asked, names(12), strict=True)
     ]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: stack.trial([asked[i]], [[names(12)[i]]])[0], range(12)))
+        found = list(pool.map(lambda i: stack.generate([asked[i]], [[names(12)[i]]])[0], range(12)))
     assert found == wanted
 
 

@@ -14,21 +14,22 @@ from rich.console import Console
 from pipeline.families.adapters import eval_data, evaluate
 from pipeline.families.adapters.config import AdapterEvaluateConfig
 from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
-from pipeline.families.adapters.evaluate import criteria, tables
-from pipeline.families.adapters.perturb import (
-    PICTURES,
-    cropped,
-    recompressed,
-    reordered,
-    resized,
-    reworded,
-    with_pictures,
-)
-from pipeline.families.adapters.stack import assemble
+from pipeline.families.adapters.evaluate import criteria
+from pipeline.families.adapters.perturb import change_media, reorder_labels, reword
 from pipeline.families.load import parse
+from pipeline.families.lora_vlm import family
+from pipeline.families.lora_vlm.perturb import PERTURBATIONS, crop, recompress, resize
 from pipeline.metrics.routing import GroupBootstrap
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport, page, read, show
+from pipeline.report.schema import (
+    AdapterScores,
+    AnswerRow,
+    AnswerScore,
+    AnswerSet,
+    Difference,
+    TaskScores,
+)
 from tests import small_stack
 from tests.small_stack import EXPERTS
 
@@ -37,14 +38,14 @@ from tests.small_stack import EXPERTS
 def made(tmp_path_factory):
     """(configuration, parts, report) of a small run."""
     cfg, parts = small_stack.run(tmp_path_factory.mktemp("run") / "parts")
-    return cfg, parts, tables(cfg, parts, quiet)
+    return cfg, parts, family.measure(cfg, parts, quiet)
 
 
 @pytest.fixture(scope="module")
 def bench(made):
     """Its rows and its stack."""
     cfg, parts, _ = made
-    return AdapterEvaluator(cfg, parts, assemble(cfg, parts), quiet)
+    return AdapterEvaluator(cfg, parts, family.assemble(cfg, parts), quiet)
 
 
 def changed(cfg, **fields):
@@ -61,11 +62,11 @@ def test_the_report_is_plain_json_without_anything_infinite(made):
 @pytest.fixture(scope="module")
 def smoke(made):
     """The report of a smoke evaluation."""
-    return tables(changed(made[0], smoke=True, smoke_rows=2), made[1], quiet)
+    return family.measure(changed(made[0], smoke=True, smoke_rows=2), made[1], quiet)
 
 
 def test_the_same_run_gives_the_same_report(made, smoke):
-    again = tables(changed(made[0], smoke=True, smoke_rows=2), made[1], quiet)
+    again = family.measure(changed(made[0], smoke=True, smoke_rows=2), made[1], quiet)
     assert again == smoke.model_copy(update={"made": again.made})
 
 
@@ -113,7 +114,7 @@ def test_an_adapters_score_is_that_of_plain_generation(made, bench):
     task = next(each for each in report.adapters.tasks if each.task == "count")
     asked = bench.task("count")
     assert task.requests == len(asked) == 8
-    model, chat = bench.stack.mixed.model, bench.stack.mixed.chat
+    model, chat = bench.stack.model.model, bench.stack.model.chat
     model.set_adapter("locate")
     right = []
     for each in asked:
@@ -152,13 +153,15 @@ def _test(bench, name: str):
 
 
 def _of(bench, name: str):
-    return lambda row: bench._of_task(name, bench.tasks[name], row)
+    return lambda row: bench._of_task(name, row)
 
 
 def test_the_oracle_is_each_requests_own_expert(made, bench):
     held = next(each for each in made[2].answers if each.set == "test_held")
     asked = [each for each in bench.routed("test_held") if each.wanted]
-    said = bench.stack.trial([each.request() for each in asked], [[each.expert] for each in asked])
+    said = bench.stack.generate(
+        [each.request() for each in asked], [[each.expert] for each in asked]
+    )
     score = [
         bench.judge(each, one[each.expert].text)["score"]
         for each, one in zip(asked, said, strict=True)
@@ -180,13 +183,13 @@ def test_a_smoke_evaluation_takes_few_rows_of_everything(smoke):
 
 def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
     cfg, parts, _ = made
-    stack = assemble(cfg, parts)
+    stack = family.assemble(cfg, parts)
     bench = AdapterEvaluator(cfg, parts, stack, quiet)
     longest = max(len(each.prompt) for each in bench.task("count"))
     monkeypatch.setattr(
-        stack.mixed,
+        stack.model,
         "limits",
-        type(stack.mixed.limits)(prompt_characters=longest - 1, tokens=10_000),
+        type(stack.model.limits)(prompt_characters=longest - 1, tokens=10_000),
     )
     again = AdapterEvaluator(cfg, parts, stack, quiet)
     kept = again.task("count")
@@ -205,7 +208,7 @@ def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
     monkeypatch.setattr(
         evaluate, "read_json", lambda path: {"rows": rows} if path == of_count else {}
     )
-    found = evaluate._untrained(cfg, AdapterEvaluator(cfg, parts, None, quiet))
+    found = list(evaluate._dropped_rows(parts, "count", "train_experts", "count"))
     assert found == ["count was trained without 2 of its 5 train rows, which are over max_tokens."]
 
 
@@ -251,11 +254,13 @@ def routed(name: str, own: list[int], router: list[int], text: list[int]):
     resamples = GroupBootstrap([str(i) for i in range(len(own))], 200, 0)
 
     def ahead(row):
-        return resamples.difference(hits["router"].astype(float), hits[row].astype(float))
+        return Difference.model_validate(
+            resamples.difference(hits["router"].astype(float), hits[row].astype(float))
+        )
 
     return SimpleNamespace(
         name=name,
-        asked=own,
+        requests=own,
         hits=lambda row="router": hits[row].astype(float),
         ahead=ahead,
         one=one,
@@ -266,12 +271,21 @@ def verdicts(router: list[int], scores: dict, stack: float) -> dict[str, bool]:
     """Return the criteria by name, for 20 requests of two experts with the text at chance."""
     own = [0, 1] * 10
     sets = {name: routed(name, own, router, [0] * 20) for name in ("test", "test, neutral prompts")}
-    adapters = {"tasks": [{"task": task, "scores": each} for task, each in scores.items()]}
-    answers = [{"set": "test", "all": {"oracle": {"score": 0.9}, "stack": {"score": stack}}}]
+    tasks = [
+        TaskScores(task=task, metric="exact", requests=20, scores=each, intervals={}, figures={})
+        for task, each in scores.items()
+    ]
+    adapters = AdapterScores(adapters=("a", "b", "base"), tasks=tuple(tasks))
+    ways = {
+        way: AnswerScore(score=score, interval=None)
+        for way, score in {"stack": stack, "choice": stack, "oracle": 0.9, "base": 0.0}.items()
+    }
+    row = AnswerRow(requests=20, behind_oracle=None, **ways)
+    answers = [AnswerSet(set="test", tasks=(), all=row, ranked_share=0.0, cut_share=0.0)]
     cfg = SimpleNamespace(evaluate=AdapterEvaluateConfig())
-    found = criteria(cfg, sets, adapters, answers)
-    assert all(each["text"] and each["detail"] for each in found)
-    return {each["name"]: each["passed"] for each in found}
+    found = list(criteria(cfg, sets, adapters, answers))
+    assert all(each.text and each.detail for each in found)
+    return {each.name: each.passed for each in found}
 
 
 GOOD = {"a": {"a": 0.95, "b": 0.1, "base": 0.0}, "b": {"a": 0.2, "b": 0.92, "base": 0.3}}
@@ -304,43 +318,41 @@ def test_what_falls_short_fails_its_own_criterion_only(router, scores, stack, fa
 
 def test_changed_pictures_show_the_same_and_are_not_the_same():
     image = small_stack.pictures(1)[0].resize((100, 80))
-    assert cropped(image).size == (90, 72) and resized(image).size == (75, 60)
-    again = recompressed(image)
+    assert crop(image).size == (90, 72) and resize(image).size == (75, 60)
+    again = recompress(image)
     assert again.size == image.size and again.mode == "RGB"
     assert 0 < np.asarray(ImageChops.difference(image, again), dtype=float).mean() < 12
     asked = EvalRequest("look", "color", "g", lambda: [image])
-    assert [with_pictures(asked, change).open()[0].size for change in PICTURES.values()] == [
+    assert [change_media(asked, change).open()[0].size for change in PERTURBATIONS.values()] == [
         (90, 72),
         (75, 60),
         (100, 80),
     ]
-    assert all(
-        change(Image.new("RGB", (1, 1))).size == (1, 1) for change in (resized, recompressed)
-    )
+    assert all(change(Image.new("RGB", (1, 1))).size == (1, 1) for change in (resize, recompress))
 
 
 def test_rewording_takes_held_out_words_of_the_same_expert():
     dataset = parse(small_stack.RUN).dataset
     asked = EvalRequest("do color", "color", "g", list)
-    assert reworded(asked, dataset).prompt == "tell me the color"
-    assert reworded(EvalRequest("tell me the color", "color", "g", list), dataset).prompt in (
+    assert reword(asked, dataset).prompt == "tell me the color"
+    assert reword(EvalRequest("tell me the color", "color", "g", list), dataset).prompt in (
         "color please",
         "do color",
     )
-    assert reworded(EvalRequest("look", "color", "g", list, ambiguous=True), dataset).prompt in (
+    assert reword(EvalRequest("look", "color", "g", list, ambiguous=True), dataset).prompt in (
         "what do you see?",
         "tell me",
     )
-    assert reworded(EvalRequest("x", "other", "g", list), dataset) is None
-    assert reworded(asked, dataset) == reworded(asked, dataset)
+    assert reword(EvalRequest("x", "other", "g", list), dataset) is None
+    assert reword(asked, dataset) == reword(asked, dataset)
 
 
 def test_the_order_of_labels_is_turned_only_where_they_are_listed():
     labels = {"a": "A", "b": "B", "none": "Z"}
     listed = "Who should answer?\n- A: colours\n- B) text\nZ = nobody\nAnswer with a letter."
     assert (
-        reordered(listed, labels)
+        reorder_labels(listed, labels)
         == "Who should answer?\nZ = nobody\n- B) text\n- A: colours\nAnswer with a letter."
     )
-    assert reordered("Answer with one letter.", labels) is None
-    assert reordered("A: colours\nB: text", labels) is None
+    assert reorder_labels("Answer with one letter.", labels) is None
+    assert reorder_labels("A: colours\nB: text", labels) is None

@@ -12,11 +12,12 @@ from fakes import FolderParts, Killed, dying, equal, train_io, values
 
 from pipeline.errors import BudgetError, ConfigError, DataError, MissingArtifact, PipelineError
 from pipeline.families.adapters import peft_io
-from pipeline.families.adapters.chat import Chat, Example, encode
+from pipeline.families.adapters.base import ModelRef
+from pipeline.families.adapters.chat import Example, encode
 from pipeline.families.adapters.train import Training
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm import family, image_cache
-from pipeline.families.lora_vlm.image_cache import Features
+from pipeline.families.lora_vlm.image_cache import ImageCache
 from pipeline.protocols import quiet
 from pipeline.train.loop import fit
 
@@ -50,7 +51,7 @@ def training(parts, name="color", **changes) -> Training:
     opened = lora_base.open_base(parts.folder("train_shared"), cfg.loras.base)
     out = Training(opened, name, cfg, seed=1, bf16=False, where="loras.experts.color.overrides")
     with torch.no_grad():
-        for parameter in peft_io.own(out.model, name).values():
+        for parameter in peft_io.adapter_parameters(out.model, name).values():
             parameter.normal_(std=0.1)
     return out
 
@@ -63,25 +64,29 @@ def examples(parts, name="color", split="train"):
     ]
 
 
+def cache_of(run, dataset, most_bytes=image_cache.KEPT_BYTES) -> ImageCache:
+    return ImageCache(run.core, run.chat.media, dataset.paths, dataset.path_tokens, most_bytes)
+
+
 def batch_of(run, rows, keep=True):
-    lines = encode(run.chat, rows, 500)
-    seen = Features(run.core, lines, 10**9 if keep else 0)
-    assert seen.keep == keep or not lines.paths
-    return run.inputs(lines, seen, range(len(rows)), [None] * len(rows))
+    dataset = encode(run.chat, rows, 500)
+    seen = cache_of(run, dataset, 10**9 if keep else 0)
+    assert seen.keep == keep or not dataset.paths
+    return run.inputs(dataset, seen, range(len(rows)), [None] * len(rows))
 
 
 def gradients(run, nats):
     run.model.zero_grad()
     nats.backward()
-    return {n: p.grad.clone() for n, p in peft_io.own(run.model, run.name).items()}
+    return {n: p.grad.clone() for n, p in peft_io.adapter_parameters(run.model, run.name).items()}
 
 
 def test_the_loss_is_the_librarys_own_over_all_logits(shared):
     run, rows = training(shared), examples(shared)[:5]
     ours = gradients(run, nats := run.token_loss(batch_of(run, rows)))
-    lines = encode(run.chat, rows, 500)
-    text, learned = lines.batch(range(5)), lines.targets(range(5))
-    pixels = image_cache.patches_of(run.chat, [lines.paths[i] for i in lines.images(range(5))])
+    dataset = encode(run.chat, rows, 500)
+    text, learned = dataset.batch(range(5)), dataset.target_count(range(5))
+    pixels = run.chat.media.patches_of_files([dataset.paths[i] for (i,) in dataset.media(range(5))])
     whole = run.model(**text, pixel_values=pixels[0], image_grid_thw=pixels[1])
     assert whole.logits.shape[1] == text["labels"].shape[1]
     theirs = gradients(run, whole.loss)
@@ -108,20 +113,20 @@ def test_kept_features_are_what_the_tower_makes_of_the_pixels(shared):
 def test_a_pictures_features_do_not_depend_on_what_was_asked_before(shared, monkeypatch):
     monkeypatch.setattr(image_cache, "BLOCK_PATCHES", 48)  # three pictures of 64 x 64
     run = training(shared)
-    lines = encode(run.chat, examples(shared), 500)
-    one, other = Features(run.core, lines), Features(run.core, lines)
-    one.inputs([7, 0, 3])
+    dataset = encode(run.chat, examples(shared), 500)
+    one, other = cache_of(run, dataset), cache_of(run, dataset)
+    one.pictures([7, 0, 3])
     for place_ in (20, 3, 7):
-        a, b = (seen.inputs([place_])["mm_encoder_outputs"]["image"] for seen in (one, other))
+        a, b = (seen.pictures([place_])["mm_encoder_outputs"]["image"] for seen in (one, other))
         assert torch.equal(a.pooler_output[0], b.pooler_output[0])
         assert torch.equal(a.deepstack_features[0][0], b.deepstack_features[0][0])
 
 
 def test_positions_that_are_looked_up_are_the_models_own(shared):
     run, rows = training(shared), examples(shared)[:4]
-    rows[1] = replace(rows[1], images=rows[0].images + rows[1].images)
+    rows[1] = replace(rows[1], media=rows[0].media + rows[1].media)
     rows[2] = replace(
-        rows[2], images=(), prompt="A rather longer request without any picture at all"
+        rows[2], media=(), prompt="A rather longer request without any picture at all"
     )
     inputs = batch_of(run, rows)
     own = run.core.model.get_rope_index(
@@ -275,7 +280,7 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
     opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     model, chat = (
         peft_io.load(opened.model, done.folder, "color", opened.pin),
-        Chat(opened.processor),
+        opened.chat,
     )
     rows = family.tasks.TaskRows(folder)
     for words in (None, "What do you see?"):
@@ -293,7 +298,7 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
 def test_what_is_kept_says_what_it_is(parts):
     run = lora_small.train(parts, "dots")
     about, settings = run.files["adapter.json"], run.files["adapter/adapter_config.json"]
-    pin = lora_base.ModelRef.read(parts.folder("train_shared"))
+    pin = ModelRef.read(parts.folder("train_shared"))
     assert (about["name"], about["label"], about["pin"]) == ("dots", "B", pin.digest)
     assert (
         about["options"]["r"] == settings["r"] == 8
@@ -310,7 +315,7 @@ def test_what_is_kept_says_what_it_is(parts):
 
 def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(shared, tmp_path):
     lengths = sorted(
-        line.tokens for line in encode(training(shared).chat, examples(shared), 500).lines
+        line.tokens for line in encode(training(shared).chat, examples(shared), 500).rows
     )
     run = of(shared, loras__defaults__max_tokens=lengths[12], loras__defaults__neutral_share=0.0)
     task = family.expert(run.cfg, run, "color")
@@ -360,13 +365,3 @@ def test_a_training_waits_for_what_it_needs(tmp_path):
     for item in ("color", "router"):
         with pytest.raises(MissingArtifact):
             lora_small.task_of(parts, item)
-
-
-def test_what_this_family_does_not_do_is_a_fault_of_the_caller(shared, tmp_path):
-    assert family.scan(shared.cfg, tmp_path, 4, quiet) == 0
-    for call in (
-        lambda: family.encode(shared.cfg, tmp_path, 0, None),
-        lambda: family.dense(shared.cfg, shared, "a"),
-    ):
-        with pytest.raises(PipelineError, match="please report it"):
-            call()

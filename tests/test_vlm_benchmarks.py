@@ -11,8 +11,8 @@ import small_stack
 from PIL import Image
 
 from benchmarks import routing_text, vlm_2b, vlm_mixed, vlm_real
+from pipeline.families.adapters.base import count_parameters
 from pipeline.families.load import parse
-from pipeline.families.lora_vlm import base
 from pipeline.train import loop
 
 WORDS = {"travel": "flight hotel visa trip", "work": "meeting report payday boss"}
@@ -84,7 +84,7 @@ def test_the_large_model_is_the_published_one(tmp_path):
 
     folder = tmp_path / "model"
     parameters = vlm_2b.write_model(folder, vlm_2b.SIZES["toy"])
-    assert base.count_parameters(folder) == parameters
+    assert count_parameters(folder) == parameters
     raw = json.loads((folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         raw[part] |= vlm_2b.SIZES["real"][part]

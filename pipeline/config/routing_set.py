@@ -178,6 +178,11 @@ class RoutingLimitsConfig(Section):
     max_images: int = Field(4, ge=1, description="Most pictures of a request")
     max_prompt_chars: int = Field(2000, ge=1, description="Longest prompt, characters")
 
+    @property
+    def max_media(self) -> int:
+        """Most things beside its text that a request may come with; pictures are the only ones."""
+        return self.max_images
+
 
 class RoutingSetConfig(Section):
     """Requests with the expert they belong to, taken from the experts' own rows."""

@@ -153,9 +153,9 @@ class ChatService(Service):
                 {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
             ],
             "usage": {
-                "prompt_tokens": done.given,
-                "completion_tokens": done.drawn,
-                "total_tokens": done.given + done.drawn,
+                "prompt_tokens": done.prompt_tokens,
+                "completion_tokens": done.completion_tokens,
+                "total_tokens": done.prompt_tokens + done.completion_tokens,
             },
             "expert": done.expert,
             **_told(done.confidence, done.alternatives),
@@ -176,7 +176,7 @@ class ChatService(Service):
             "model": self.engine.name,
             "expert": choice.expert,
             **told,
-            "answered_by": list(choice.runs),
+            "answered_by": list(choice.answered_by),
         }
 
     def _checked(self, work):
@@ -217,7 +217,7 @@ class StackEngine:
             return self.stack.request(message.content, ())
         texts = [part.text for part in message.content if isinstance(part, TextPart)]
         urls = [part.image_url.url for part in message.content if isinstance(part, PicturePart)]
-        most = self.stack.mixed.limits.images
+        most = self.stack.model.limits.media
         if len(urls) > most:
             raise DataError(f"{len(urls)} images; at most {most} are taken")
         return self.stack.request("\n".join(texts), [self._picture(url) for url in urls])

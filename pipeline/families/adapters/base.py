@@ -1,13 +1,37 @@
-"""The frozen model under every adapter: which one it is, and what it is once opened."""
+"""The frozen model under every adapter: pinned, opened and checked, whatever its kind.
+
+Invariant: what is opened is what was pinned. A folder is known by the sha256 of its files, a Hub
+model by its commit; nothing that trains, routes or answers knows which of the three sources it has.
+"""
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedModel, ProcessorMixin
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
-from ...errors import DamagedArtifact
+from ...config.base import is_folder
+from ...errors import DamagedArtifact, DataError, MismatchError
+from ...hardware import device
+from .chat import Chat
+from .config import AdapterBaseConfig
+from .cost import DecoderSizes
+
+PIN = "pin.json"
+# folder of a built base beside its pin.json, and how such a base is called in adapters
+BUILT = "base"
+# what opening needs, from the Hub: no pickles, no picture of a cat
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -17,9 +41,8 @@ class ModelRef:
     source: str  # built, folder or hub
     model: str  # name or folder as configured; BUILT for a built one
     revision: str | None = None  # the Hub's commit
-    files: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> sha256, unless the Hub's commit says it all
+    # name -> sha256, unless the Hub's commit says it all
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -35,17 +58,27 @@ class ModelRef:
     def read(cls, folder: Path) -> "ModelRef":
         """Read folder/pin.json. Raises DamagedArtifact."""
         try:
-            raw = json.loads((folder / "pin.json").read_text("utf-8"))
-            digest, pin = raw.pop("digest"), cls(**raw)
+            raw = json.loads((folder / PIN).read_text("utf-8"))
+            digest = raw.pop("digest")
+            pin = cls(**raw)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedArtifact(
-                f"{folder / 'pin.json'} cannot be read ({error}); run train_shared again"
+                f"{folder / PIN} cannot be read ({error}); run train_shared again"
             ) from None
         if digest != pin.digest:
             raise DamagedArtifact(
-                f"{folder / 'pin.json'} does not match its own digest; run train_shared again"
+                f"{folder / PIN} does not match its own digest; run train_shared again"
             )
         return pin
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """The kind of model that a family's bases are."""
+
+    name: str  # for people
+    model_type: str  # in config.json
+    model_class: type[PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -53,5 +86,157 @@ class LoadedBase:
     """A base ready for adapters: frozen, in evaluation mode, on the device."""
 
     model: PreTrainedModel
-    processor: ProcessorMixin
+    chat: Chat
     pin: ModelRef
+    sizes: DecoderSizes
+
+
+def pin_base(
+    base: AdapterBaseConfig, folder: Path, kind: ModelKind, build: Callable[[Path], None]
+) -> dict:
+    """Pin the base that the settings name into folder; `build` writes one where they give sizes.
+    Returns metrics.
+
+    Raises DataError when a folder or the Hub does not hold a model of this kind.
+    """
+    if base.model is None:
+        build(folder / BUILT)
+        pin = ModelRef("built", BUILT, files=_hashes(folder / BUILT))
+    elif is_folder(base.model):
+        where = _model_folder(Path(base.model).expanduser(), kind)
+        pin = ModelRef("folder", base.model, files=_hashes(where))
+    else:
+        _check_kind(_from_hub(base.model, base.revision), kind)
+        pin = ModelRef("hub", base.model, base.revision)
+    (folder / PIN).write_text(json.dumps(pin.values(), indent=1, sort_keys=True) + "\n", "utf-8")
+    parameters = count_parameters(locate(pin, folder, kind))
+    return {"parameters": parameters, "source": pin.source, "digest": pin.digest}
+
+
+def locate(pin: ModelRef, folder: Path, kind: ModelKind) -> Path:
+    """Return the folder of the pinned model's files; `folder` is that of its pin. Raises
+    DataError."""
+    if pin.source == "built":
+        return folder / BUILT
+    if pin.source == "folder":
+        return _model_folder(Path(pin.model).expanduser(), kind)
+    return _from_hub(pin.model, pin.revision)
+
+
+def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
+    """Return the pin in folder, and where the files are that it names.
+
+    Raises DamagedArtifact, MismatchError when the files have changed, DataError when they cannot be
+    found.
+    """
+    pin = ModelRef.read(folder)
+    where = locate(pin, folder, kind)
+    if pin.files and _hashes(where) != pin.files:
+        raise MismatchError(
+            f"{where} is not the base that this run was started on: its files have changed since "
+            "train_shared. Put the files back, or run train_shared and what follows it again"
+        )
+    return pin, where
+
+
+def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrainedModel:
+    """Open a model folder with the settings' dtype and attention: frozen, in evaluation mode, on
+    the device.
+
+    On a processor the weights stay mapped from their files as long as the settings' dtype is the
+    files'. Raises DataError.
+    """
+    try:
+        with no_progress_bar():
+            model = kind.model_class.from_pretrained(
+                where,
+                dtype=getattr(torch, base.dtype),
+                attn_implementation=base.attn,
+                local_files_only=True,
+            )
+    except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"{where} cannot be loaded as a {kind.name}: {type(error).__name__}: {error}"
+        ) from error
+    if device() != "cpu":
+        model = model.to(device())
+    return model.requires_grad_(False).eval()
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the parameters of a model folder, from the headers of its files; tied ones once.
+    Raises DataError."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    total += torch.Size(file.get_slice(key).get_shape()).numel()
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+    return total
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep the library's progress bars off the terminal."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _model_folder(folder: Path, kind: ModelKind) -> Path:
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if missing or not any(folder.glob("*.safetensors")):
+        lacks = " and no ".join(missing) or "*.safetensors"
+        raise DataError(
+            f"loras.base.model: {folder} is no model folder: it has no {lacks}. Give a folder as "
+            "save_pretrained or the Hub lays it out"
+        )
+    _check_kind(folder, kind)
+    return folder
+
+
+def _check_kind(folder: Path, kind: ModelKind) -> None:
+    """Raise DataError for another kind of model, which the library would fill up with random
+    weights of any size."""
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'config.json'} does not say what kind of model this is ({error!r})"
+        ) from None
+    if found != kind.model_type:
+        raise DataError(
+            f"{folder} holds a {found}; loras.base.model must be a {kind.name} "
+            f"(model_type {kind.model_type})"
+        )
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    """Return the local snapshot of a Hub model, fetched unless it is there. Raises DataError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub client and the network raise what they like
+        raise DataError(
+            f"loras.base.model: {model} is no folder here, and the Hub did not give it at revision "
+            f"{revision}: {type(error).__name__}: {error}. Check the name, loras.base.revision, "
+            "the network and HF_TOKEN"
+        ) from error
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file at the top of a model folder."""
+    out = {}
+    for path in sorted(folder.iterdir()):
+        # a README may change: only what opening reads says which model this is
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja"):
+            with open(path, "rb") as file:
+                out[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return out

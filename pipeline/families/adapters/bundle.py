@@ -1,4 +1,4 @@
-"""A lora_vlm stack as a folder: adapters as PEFT keeps them, the base or its pin, and the same
+"""A stack of adapters as a folder: adapters as PEFT keeps them, the base or its pin, and the same
 stack opened from it.
 
 Invariant: what is opened from a bundle is what was measured: the same adapters on the same pinned
@@ -6,27 +6,28 @@ base, with the same calibration, policy and limits. A base from the Hub is not c
 or a folder is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ... import report
-from ...config.task_data import ImageLimitsConfig
 from ...errors import DamagedArtifact
 from ...protocols import Progress
 from ...store.artifacts import sha256
 from ...store.bundle import ABOUT, FORMAT, BundleFile, about, write
-from ..lora_vlm.base import BUILT, open_base
-from ..lora_vlm.base import _located as located
-from ..lora_vlm.config import LoraVlmConfig
-from .base import ModelRef
+from .. import Parts
+from .base import BUILT, PIN, LoadedBase, ModelKind, ModelRef, locate
+from .config import AdapterRunConfig
 from .inference import GenerationLimits
 from .peft_io import ABOUT as ADAPTER
 from .peft_io import SETTINGS, TENSORS
 from .router import CALIBRATION, Calibration
-from .stack import ROUTER, AdapterStack, ExpertInfo, Policy, limits_of, policy_of, put_together
+from .stack import ROUTER, AdapterStack, ExpertInfo, Policy, build_stack, limits_of, policy_of
 
-ADAPTERS, PROCESSOR = "adapters", "processor"  # folders of the bundle
+# folders of the bundle
+ADAPTERS = "adapters"
+PROCESSOR = "processor"
 PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,119 +40,141 @@ PROCESSOR_FILES = (
 )
 
 
-def bundle(cfg: LoraVlmConfig, parts, folder: Path, progress: Progress) -> dict:
+def bundle(
+    cfg: AdapterRunConfig,
+    parts: Parts,
+    folder: Path,
+    progress: Progress,
+    *,
+    kind: ModelKind,
+    opening: Mapping[str, Any],
+    media_name: str,
+) -> dict:
     """Write the stack to a folder with its report and model card; return metrics.
 
-    Raises MissingArtifact, DamagedArtifact, or DataError when the base cannot be found.
+    `kind` is the base's, `opening` the settings that it is opened with, as JSON; `media_name` is
+    how the family calls what requests come with. Raises MissingArtifact, DamagedArtifact, or
+    DataError when the base cannot be found.
     """
-    base = parts.folder("train_shared")
-    pin = ModelRef.read(base)
-    inside = (
-        replace(pin, source="built", model=BUILT) if pin.files else pin
-    )  # its files go along, under that name
-    described = _described(cfg, parts, inside)
+    of_base = parts.folder("train_shared")
+    pin = ModelRef.read(of_base)
+    # where its files go along, the bundle's own copy is the base
+    inside = replace(pin, source="built", model=BUILT) if pin.files else pin
+    described = _described(cfg, parts)
+    described["architecture"] = kind.model_class.__name__
+    described["base"] = {
+        "model": inside.model,
+        "revision": inside.revision,
+        "digest": inside.digest,
+        **opening,
+        "address": parts.manifest("train_shared").address,
+    }
+    limits = asdict(limits_of(cfg))
+    described["limits"] = {f"{media_name}s": limits.pop("media"), **limits}
     tables = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     texts = {
         ABOUT: described,
-        "pin.json": inside.values(),
+        PIN: inside.values(),
         "README.md": report.card(tables, described),
     }
-    pieces = [*_adapters(cfg, parts), *_base(pin, located(pin, base)), *_report(parts)]
-    return write(folder, pieces, texts, progress) | {"experts": len(cfg.experts)}
+    files = [
+        *_adapter_files(cfg, parts),
+        *_base_files(pin, locate(pin, of_base, kind)),
+        *_report_files(parts),
+    ]
+    return write(folder, files, texts, progress) | {"experts": len(cfg.experts)}
 
 
-def reassemble(folder: Path) -> AdapterStack:
-    """Build the finished stack, as `assemble` does, from a bundle alone.
+def base_in(folder: Path) -> dict[str, Any]:
+    """Return what a bundle says of its base, the settings that it is opened with among it.
 
-    Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore, MismatchError,
-    or DataError when a base from the Hub cannot be had.
+    Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore.
+    """
+    base = about(folder).get("base")
+    if not isinstance(base, dict):
+        raise damaged(folder, "it names no base")
+    return base
+
+
+def damaged(folder: Path, why: object) -> DamagedArtifact:
+    """Return the error for a bundle whose description is not that of its stack."""
+    return DamagedArtifact(f"{folder} does not hold the stack that its {ABOUT} describes: {why}")
+
+
+def reassemble(folder: Path, base: LoadedBase) -> AdapterStack:
+    """Build the finished stack, as `assemble` does, from a bundle alone and its base, opened.
+
+    Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore, MismatchError.
     """
     described = about(folder)
+    fields = ExpertInfo.__dataclass_fields__
+    experts = []
     try:
-        kept = described["base"]
-        settings = _Base(kept["dtype"], kept["attn"], ImageLimitsConfig(**kept["image"]))
-        members = [
-            ExpertInfo(**{key: entry[key] for key in ExpertInfo.__dataclass_fields__})
-            for entry in described["experts"]
-        ]
-        policy, limits = Policy(**described["policy"]), GenerationLimits(**described["limits"])
+        for entry in described["experts"]:
+            experts.append(ExpertInfo(**{key: entry[key] for key in fields}))
+        policy = Policy(**described["policy"])
+        kept = dict(described["limits"])
+        limits = GenerationLimits(media=kept.pop(f"{base.chat.media.name}s"), **kept)
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedArtifact(
-            f"{folder} does not hold the stack that its {ABOUT} describes: {error}"
-        ) from None
-    opened = open_base(folder, settings)
-    places = {name: folder / ADAPTERS / name for name in (*(m.name for m in members), ROUTER)}
-    return put_together(opened, places, members, Calibration.read(places[ROUTER]), policy, limits)
+        raise damaged(folder, error) from None
+    folders = {expert.name: folder / ADAPTERS / expert.name for expert in experts}
+    folders[ROUTER] = folder / ADAPTERS / ROUTER
+    calibration = Calibration.read(folders[ROUTER])
+    return build_stack(base, folders, experts, calibration, policy, limits)
 
 
-class _Base:
-    """What opening a base asks of its settings."""
-
-    def __init__(self, dtype: str, attn: str, image: ImageLimitsConfig):
-        self.dtype, self.attn, self.image = dtype, attn, image
-
-
-def _described(cfg: LoraVlmConfig, parts, pin: ModelRef) -> dict:
-    """Return experts.json."""
-    base = cfg.loras.base
-    members = [ExpertInfo.of(cfg.loras.entry(name)) for name in cfg.experts]
+def _described(cfg: AdapterRunConfig, parts: Parts) -> dict[str, Any]:
+    """Return experts.json, but for what its base and the family's media say."""
+    experts = []
+    for name in cfg.experts:
+        known = asdict(ExpertInfo.of(cfg.loras.entry(name)))
+        known["address"] = parts.manifest("train_experts", name).address
+        known["folder"] = f"{ADAPTERS}/{name}"
+        experts.append(known)
+    router = {
+        "address": parts.manifest("train_router").address,
+        "folder": f"{ADAPTERS}/{ROUTER}",
+    }
     return {
         "format": FORMAT,
         "family": cfg.family,
         "run": cfg.name,
         "serves": "chat",
-        "architecture": "Qwen3VLForConditionalGeneration",
-        "base": {
-            "model": pin.model,
-            "revision": pin.revision,
-            "digest": pin.digest,
-            "dtype": base.dtype,
-            "attn": base.attn,
-            "image": base.image.model_dump(mode="json"),
-            "address": parts.manifest("train_shared").address,
-        },
-        "experts": [
-            asdict(m)
-            | {
-                "address": parts.manifest("train_experts", m.name).address,
-                "folder": f"{ADAPTERS}/{m.name}",
-            }
-            for m in members
-        ],
-        "router": {
-            "address": parts.manifest("train_router").address,
-            "folder": f"{ADAPTERS}/{ROUTER}",
-        },
+        "experts": experts,
+        "router": router,
         "policy": asdict(policy_of(cfg)),
-        "limits": asdict(limits_of(cfg)),
         "routing": {"address": parts.manifest("routing").address},
         "report": {"address": parts.manifest("evaluate").address},
     }
 
 
-def _adapters(cfg: LoraVlmConfig, parts) -> Iterator[BundleFile]:
-    for name in (*cfg.experts, ROUTER):
-        stage, item = ("train_router", None) if name == ROUTER else ("train_experts", name)
-        folder, files = parts.folder(stage, item), parts.manifest(stage, item).files
-        for file in (TENSORS, SETTINGS, ADAPTER, *([CALIBRATION] if name == ROUTER else [])):
-            yield BundleFile(f"{ADAPTERS}/{name}/{file}", folder / file, files[file]["sha256"])
+def _adapter_files(cfg: AdapterRunConfig, parts: Parts) -> Iterator[BundleFile]:
+    jobs: list[tuple[str, str, str | None]] = [(n, "train_experts", n) for n in cfg.experts]
+    jobs.append((ROUTER, "train_router", None))
+    for name, stage, item in jobs:
+        folder = parts.folder(stage, item)
+        known = parts.manifest(stage, item).files
+        files = [TENSORS, SETTINGS, ADAPTER]
+        if name == ROUTER:
+            files.append(CALIBRATION)
+        for file in files:
+            yield BundleFile(f"{ADAPTERS}/{name}/{file}", folder / file, known[file]["sha256"])
 
 
-def _base(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
+def _base_files(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
     """Yield the base's own files where they go along, else those that make its requests, to look
     at."""
+    for name, digest in pin.files.items():
+        yield BundleFile(f"{BUILT}/{name}", where / name, digest)
     if pin.files:
-        yield from (
-            BundleFile(f"{BUILT}/{name}", where / name, digest)
-            for name, digest in pin.files.items()
-        )
         return
     for name in PROCESSOR_FILES:
         if (where / name).is_file():
             yield BundleFile(f"{PROCESSOR}/{name}", where / name, sha256(where / name))
 
 
-def _report(parts) -> Iterator[BundleFile]:
-    folder, files = parts.folder("evaluate"), parts.manifest("evaluate").files
+def _report_files(parts: Parts) -> Iterator[BundleFile]:
+    folder = parts.folder("evaluate")
+    files = parts.manifest("evaluate").files
     for name in ("report.json", "report.html"):
         yield BundleFile(name, folder / name, files[name]["sha256"])

@@ -5,7 +5,7 @@ Invariant: a request has the same tokens whether its answer is learned or genera
 encoded apart; only the answer and the token that ends it are learned, and nothing is ever
 truncated.
 
-B rows, T tokens of the longest, P patches of all pictures.
+B rows, T tokens of the longest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,121 +15,118 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ...data.drop_stats import DropStats
+from .media import Media, Medium
 
 IGNORED = -100  # label of a token that is not learned
-TURNS_KEPT = 8192  # rendered requests kept, as prompts repeat
+PROMPTS_KEPT = 8192  # rendered and encoded prompts kept, as they repeat
 
 
 @dataclass(frozen=True)
 class Example:
     """A request and the answer to learn."""
 
-    images: tuple[Path, ...]
+    media: tuple[Path, ...]
     prompt: str
     answer: str
 
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """An example as tokens; every picture is one placeholder in `prompt` until a batch expands it."""
+    """An example as tokens; a medium is one placeholder in `prompt` until a batch expands it."""
 
     prompt: np.ndarray
     answer: np.ndarray
-    images: tuple[int, ...]  # places in Lines.paths
-    image_tokens: tuple[int, ...]
+    media: tuple[int, ...]  # places in TokenizedDataset.paths
+    media_tokens: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """Length with every picture expanded."""
-        return len(self.prompt) + len(self.answer) + sum(self.image_tokens) - len(self.images)
+        """Length with every medium expanded."""
+        placeholders = len(self.media)
+        return len(self.prompt) + len(self.answer) + sum(self.media_tokens) - placeholders
 
 
 class Chat:
-    """A processor's way from requests to tokens."""
+    """A base's way from requests to tokens.
 
-    def __init__(self, processor):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image_id, self.pad_id = processor.image_token_id, self.tokenizer.pad_token_id
-        self.end_id = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self._special = sorted(t for t in self.tokenizer.all_special_tokens if len(t) > 1)
-        self.prompt_ids = lru_cache(TURNS_KEPT)(self._prompt_ids)
-        self.answer_ids = lru_cache(TURNS_KEPT)(self._answer_ids)
+    `renderer` has the chat template: the tokenizer, or the processor of a base that reads more than
+    text. `end` is the token that ends a turn.
+    """
 
-    def render(self, prompt: str, images: int = 1) -> str:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        renderer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        media: Media | None = None,
+        end: str | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.renderer = renderer or tokenizer
+        self.media = media or Media()
+        self.pad_id = tokenizer.pad_token_id
+        self.end_id = tokenizer.convert_tokens_to_ids(end or tokenizer.eos_token)
+        # single characters among them would take letters out of every prompt
+        self._special = sorted(t for t in tokenizer.all_special_tokens if len(t) > 1)
+        self.prompt_ids = lru_cache(PROMPTS_KEPT)(self._prompt_ids)
+        self.answer_ids = lru_cache(PROMPTS_KEPT)(self._answer_ids)
+
+    def render(self, prompt: str, media: int = 0) -> str:
         """Return a request as text up to and including the assistant's header."""
-        content = [
-            *({"type": "image"} for _ in range(images)),
-            {"type": "text", "text": self.plain(prompt)},
-        ]
-        chat = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        chat = [{"role": "user", "content": self.media.content(self.escape(prompt), media)}]
+        return self.renderer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-    def plain(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         """Return text in which no special token is spelled, so that a user can neither end a turn
-        nor add a picture."""
+        nor add a medium."""
         if "<" in text:
             for token in self._special:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
-    def expand(self, ids: Sequence[int], image_tokens: Sequence[int]) -> list[int]:
-        """Return ids with the i-th picture's placeholder repeated image_tokens[i] times."""
-        counts, out = iter(image_tokens), []
+    def expand(self, ids: Sequence[int], media_tokens: Sequence[int]) -> list[int]:
+        """Return ids with the i-th medium's placeholder repeated media_tokens[i] times."""
+        counts = iter(media_tokens)
+        out: list[int] = []
         for token in ids:
-            out.extend([token] * next(counts) if token == self.image_id else [token])
+            times = next(counts) if token == self.media.placeholder_id else 1
+            out.extend([token] * times)
         return out
 
-    def image_tokens(self, width: int, height: int) -> int:
-        """Return the tokens of a picture of that size, px. Raises ValueError when it is too long
-        and thin."""
-        pictures = self.processor.image_processor
-        return pictures.get_number_of_image_patches(height, width, {}) // pictures.merge_size**2
-
-    def patches(self, images: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixel_values [P, values] of Pillow images one after another, and image_grid_thw
-        [images, 3]."""
-        out = self.processor.image_processor(images=list(images), return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"]
-
-    def requests(self, requests: Iterable[tuple[str, Sequence]]) -> dict[str, torch.Tensor]:
-        """Return what the model reads to answer (prompt, Pillow images) requests; padded on the
+    def requests(self, requests: Iterable[tuple[str, Sequence[Medium]]]) -> dict[str, torch.Tensor]:
+        """Return what the model reads to answer (prompt, opened media) requests; padded on the
         left."""
-        prompts, images = zip(*requests, strict=True)
-        flat = [image for some in images for image in some]
-        pictures = (
-            dict(zip(("pixel_values", "image_grid_thw"), self.patches(flat), strict=True))
-            if flat
-            else {}
-        )
-        counts = iter(pictures["image_grid_thw"].prod(-1).tolist() if flat else ())
-        merged = self.processor.image_processor.merge_size**2
-        ids = [
-            self.expand(self.prompt_ids(prompt, len(some)), [next(counts) // merged for _ in some])
-            for prompt, some in zip(prompts, images, strict=True)
-        ]
-        return self.tensors(ids, "left") | pictures
+        prompts, media = zip(*requests, strict=True)
+        flat = [medium for some in media for medium in some]
+        inputs, tokens = self.media.raw_inputs(flat)
+        counts = iter(tokens)
+        ids = []
+        for prompt, some in zip(prompts, media, strict=True):
+            own = [next(counts) for _ in some]
+            ids.append(self.expand(self.prompt_ids(prompt, len(some)), own))
+        return self.tensors(ids, "left") | inputs
 
     def tensors(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and mm_token_type_ids, each [B, T], padded on one side."""
+        """Return input_ids, attention_mask and what media add to them, each [B, T], padded on one
+        side."""
         longest = max(map(len, rows))
         ids_BT = torch.full((len(rows), longest), self.pad_id)
         mask_BT = torch.zeros_like(ids_BT)
         for i, row in enumerate(rows):
             part = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-            ids_BT[i, part], mask_BT[i, part] = torch.tensor(row), 1
-        return {
-            "input_ids": ids_BT,
-            "attention_mask": mask_BT,
-            "mm_token_type_ids": (ids_BT == self.image_id).int(),
-        }
+            ids_BT[i, part] = torch.tensor(row)
+            mask_BT[i, part] = 1
+        own = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        return own | self.media.token_inputs(ids_BT)
 
-    def _prompt_ids(self, prompt: str, images: int = 1) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(self.render(prompt, images), add_special_tokens=False))
+    def _prompt_ids(self, prompt: str, media: int = 0) -> tuple[int, ...]:
+        # the template writes every special token itself: the tokenizer must not add its own
+        return tuple(self.tokenizer.encode(self.render(prompt, media), add_special_tokens=False))
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
-        return (*self.tokenizer.encode(self.plain(answer), add_special_tokens=False), self.end_id)
+        return (*self.tokenizer.encode(self.escape(answer), add_special_tokens=False), self.end_id)
 
 
 @dataclass
@@ -137,52 +134,66 @@ class TokenizedDataset:
     """The examples of one split as tokens, those over the limit left out and counted."""
 
     chat: Chat
-    paths: list[Path]  # of all pictures, in order of first use
-    sizes: list[tuple[int, int]]  # of those, width and height, px
-    lines: list[TokenizedRow]
-    neutral: tuple[str, ...] = ()
+    paths: list[Path] = field(default_factory=list)  # of all media, in order of first use
+    path_tokens: list[int] = field(default_factory=list)  # of each of those
+    rows: list[TokenizedRow] = field(default_factory=list)
     drops: DropStats = field(default_factory=DropStats)
+    _places: dict[Path, int] = field(default_factory=dict, repr=False)  # in paths
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.rows)
 
     @property
     def mean_tokens(self) -> int:
-        """Mean length of a line, at least 1."""
-        return max(1, round(sum(line.tokens for line in self.lines) / max(1, len(self.lines))))
+        """Mean length of a row, at least 1."""
+        total = sum(row.tokens for row in self.rows)
+        return max(1, round(total / max(1, len(self.rows))))
 
-    def targets(self, at: Iterable[int]) -> int:
-        """Return the learned tokens of some lines."""
-        return sum(len(self.lines[i].answer) for i in at)
+    def target_count(self, at: Iterable[int]) -> int:
+        """Return the learned tokens of some rows."""
+        return sum(len(self.rows[i].answer) for i in at)
 
-    def batch(self, at: Sequence[int], neutral: Sequence[str | None] | None = None) -> dict:
-        """Return input_ids, attention_mask, mm_token_type_ids, labels [B, T] of some lines, padded
-        on the right.
+    def batch(self, at: Sequence[int], prompts: Sequence[str | None] | None = None) -> dict:
+        """Return input_ids, attention_mask, labels [B, T], and what media add to them, of some
+        rows, padded on the right.
 
-        neutral gives a prompt to ask instead of a line's own, or None; a line without a picture is
-        asked in its own.
+        `prompts` gives for each row what to ask instead of its own prompt, or None; a row without
+        media is asked in its own.
         """
-        ids, labels = [], []
-        for i, asked in zip(at, neutral or [None] * len(at), strict=True):
-            line = self.lines[i]
-            own = (
-                line.prompt.tolist()
-                if asked is None or not line.images
-                else self.chat.prompt_ids(asked, len(line.images))
-            )
-            prompt, answer = self.chat.expand(own, line.image_tokens), line.answer.tolist()
-            ids.append([*prompt, *answer])
-            labels.append([IGNORED] * len(prompt) + answer)
+        ids = []
+        labels = []
+        for i, other in zip(at, prompts or [None] * len(at), strict=True):
+            row = self.rows[i]
+            prompt: Sequence[int] = row.prompt.tolist()
+            # a neutral prompt asks about what the request comes with; without it nothing is asked
+            if other is not None and row.media:
+                prompt = self.chat.prompt_ids(other, len(row.media))
+            expanded = self.chat.expand(prompt, row.media_tokens)
+            answer = row.answer.tolist()
+            ids.append([*expanded, *answer])
+            labels.append([IGNORED] * len(expanded) + answer)
         out = self.chat.tensors(ids, "right")
         labels_BT = torch.full_like(out["input_ids"], IGNORED)
-        for row, values in zip(labels_BT, labels, strict=True):
-            row[: len(values)] = torch.tensor(values)
+        for label_T, values in zip(labels_BT, labels, strict=True):
+            label_T[: len(values)] = torch.tensor(values)
         return out | {"labels": labels_BT}
 
-    def images(self, at: Iterable[int]) -> list[int]:
-        """Return the places in paths of the pictures of some lines, in the order of their
+    def media(self, at: Iterable[int]) -> list[tuple[int, ...]]:
+        """Return for some rows the places in paths of their media, in the order of their
         placeholders."""
-        return [image for i in at for image in self.lines[i].images]
+        return [self.rows[i].media for i in at]
+
+    def add(self, example: Example) -> TokenizedRow:
+        """Return an example as tokens, its media known from now on; the rows are as they were."""
+        for path in example.media:
+            if path not in self._places:
+                self._places[path] = len(self.paths)
+                self.paths.append(path)
+                self.path_tokens.append(self.chat.media.file_tokens(path))
+        media = tuple(self._places[path] for path in example.media)
+        prompt = np.array(self.chat.prompt_ids(example.prompt, len(media)), np.int32)
+        answer = np.array(self.chat.answer_ids(example.answer), np.int32)
+        return TokenizedRow(prompt, answer, media, tuple(self.path_tokens[i] for i in media))
 
 
 def encode(
@@ -190,59 +201,40 @@ def encode(
 ) -> TokenizedDataset:
     """Encode examples; those longer than max_tokens, with their own or any neutral prompt, are
     counted and left out."""
-    out = TokenizedDataset(chat, [], [], [], tuple(neutral))
-    known: dict[Path, tuple[int, int]] = {}  # path -> place, tokens
+    dataset = TokenizedDataset(chat)
     for number, example in enumerate(examples):
-        out.drops.seen += 1
-        line = _line(chat, example, out, known)
-        others = [len(chat.prompt_ids(text, len(line.images))) for text in neutral if line.images]
-        if line.tokens + max(0, *others, len(line.prompt)) - len(line.prompt) > max_tokens:
-            out.drops.drop("over max_tokens", f"row {number}")
+        dataset.drops.seen += 1
+        row = dataset.add(example)
+        prompts = [len(row.prompt)]
+        if row.media:
+            # any of them may take the place of the row's own prompt, and nothing is ever truncated
+            prompts += [len(chat.prompt_ids(text, len(row.media))) for text in neutral]
+        if row.tokens - len(row.prompt) + max(prompts) > max_tokens:
+            dataset.drops.drop("over max_tokens", f"row {number}")
         else:
-            out.lines.append(line)
-    return out
-
-
-def _line(chat: Chat, example: Example, out: TokenizedDataset, known: dict) -> TokenizedRow:
-    for path in example.images:
-        if path not in known:
-            size = _size(path)
-            known[path] = (len(out.paths), chat.image_tokens(*size))
-            out.paths.append(path)
-            out.sizes.append(size)
-    images, tokens = (
-        zip(*(known[path] for path in example.images), strict=True) if example.images else ((), ())
-    )
-    prompt = np.array(chat.prompt_ids(example.prompt, len(images)), np.int32)
-    return TokenizedRow(prompt, np.array(chat.answer_ids(example.answer), np.int32), images, tokens)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Return a picture's width and height from its header, px."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.size
+            dataset.rows.append(row)
+    return dataset
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Which line stands where in training: a new shuffle in every pass, whole batches only."""
+    """Which row stands where in training: a new shuffle in every pass, whole batches only."""
 
     count: int
     batch: int
     seed: int
 
     def at(self, first: int, count: int) -> list[int]:
-        """Return the lines at places first .. first + count - 1; a function of these and the seed
+        """Return the rows at places first .. first + count - 1; a function of these and the seed
         alone."""
         return [self._one(place) for place in range(first, first + count)]
 
     def _one(self, place: int) -> int:
         per_pass = max(1, self.count // self.batch) * self.batch
-        turn, place = divmod(place, per_pass)
-        lap, place = divmod(place, self.count)  # fewer lines than a batch: several laps in one pass
-        return int(_shuffle(self.count, self.seed, turn, lap)[place])
+        number, place = divmod(place, per_pass)
+        # fewer rows than a batch: several laps over them in one pass
+        lap, place = divmod(place, self.count)
+        return int(_shuffle(self.count, self.seed, number, lap)[place])
 
 
 @lru_cache(8)
@@ -257,8 +249,11 @@ def prompt_augmentation(
     place alone."""
     if not neutral or not share:
         return [None] * count
-    draws = (np.random.default_rng((seed, 1, place)) for place in range(first, first + count))
-    return [
-        neutral[int(draw.integers(len(neutral)))] if draw.random() < share else None
-        for draw in draws
-    ]
+    out: list[str | None] = []
+    for place in range(first, first + count):
+        # a generator for each place: what a resumed run draws does not depend on where it began;
+        # the 1 keeps these numbers apart from the shuffles', which have the same seed
+        rng = np.random.default_rng((seed, 1, place))
+        replaced = rng.random() < share
+        out.append(neutral[int(rng.integers(len(neutral)))] if replaced else None)
+    return out

@@ -65,6 +65,10 @@ class AdapterBaseConfig(Section):
     )
     build: Section | None = Field(None, description="Sizes of a random base, when model is none")
 
+    def most_media_tokens(self, rows: int) -> int:
+        """Return the most tokens that the media of so many rows have; a text base reads none."""
+        return 0
+
     @model_validator(mode="after")
     def _pinned(self) -> Self:
         if (self.model is None) == (self.build is None):
@@ -440,7 +444,9 @@ def _wrong_wording(cfg: AdapterRunConfig) -> Iterator[str]:
     known = ", ".join(cfg.experts)
     for name in cfg.dataset.paraphrases:
         if name not in (*cfg.experts, NONE):
-            yield f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it"
+            yield (
+                f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it"
+            )
     if cfg.dataset.ambiguous_share and not (neutral.seen and neutral.held):
         yield (
             "dataset.neutral: ambiguous_share is above 0, so give prompts under seen and under held"

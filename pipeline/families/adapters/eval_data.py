@@ -1,8 +1,8 @@
-"""The rows a lora_vlm run is judged on, and what the stack makes of them.
+"""The rows a run of adapters is judged on, and what the stack makes of them.
 
-Invariant: pictures are opened a few at a time and never kept; which rows are used follows from the
-run's seed and the evaluate section alone. What cannot be asked within the limits is left out and
-counted.
+Invariant: media are opened a few requests at a time and never kept; which rows are used follows
+from the run's seed and the evaluate section alone. What cannot be asked within the limits is left
+out and counted.
 
 N requests, C choices, F features of a request.
 """
@@ -10,7 +10,7 @@ N requests, C choices, F features of a request.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,11 +20,15 @@ from ...data.tasks.prepare import TaskRow, TaskRows
 from ...errors import DataError
 from ...metrics.answers import judge
 from ...protocols import Progress
-from ..lora_vlm.config import LoraVlmConfig
+from .. import Parts
+from .config import AdapterRunConfig
 from .inference import Request
+from .media import Medium
 from .stack import ROUTER, AdapterStack, Answer
 
-TOGETHER = 64  # requests whose pictures are open at once
+TOGETHER = 64  # requests whose media are open at once
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -34,62 +38,58 @@ class EvalRequest:
     prompt: str
     expert: str
     group: str
-    open: Callable[[], list]  # the pictures
-    ambiguous: bool = False
+    open: Callable[[], list[Medium]]
+    ambiguous: bool = False  # its words tell nothing: only what it comes with does
     wanted: tuple[str, ...] = ()  # every right answer; none: only the route can be judged
 
     def request(self) -> Request:
-        """Return the request with its pictures opened. Raises DataError."""
+        """Return the request with its media opened. Raises DataError."""
         return Request(self.prompt, tuple(self.open()))
 
 
 @dataclass
 class AdapterEvaluator:
-    """The run's rows, opened on first asking."""
+    """The run's rows, opened on first asking, and its stack."""
 
-    cfg: LoraVlmConfig
-    parts: object
+    cfg: AdapterRunConfig
+    parts: Parts
     stack: AdapterStack
     progress: Progress
     left_out: dict[str, int] = field(default_factory=dict)  # set -> requests over the limits
 
-    def __post_init__(self):
-        self.tasks = {
-            name: TaskRows(self.parts.folder("preprocess", name)) for name in self.cfg.experts
-        }
+    def __post_init__(self) -> None:
+        self.media = self.stack.model.chat.media
         self.routing = RoutingRows(self.parts.folder("routing"))
-        self._answers = {
-            (name, row.id): _wanted(row)
-            for name, rows in self.tasks.items()
-            for row in rows.rows("test")
-        }
+        self.tasks: dict[str, TaskRows] = {}
+        # (expert, row id) -> right answers: a routed request names the row that it was made from
+        self._wanted: dict[tuple[str, str], tuple[str, ...]] = {}
+        for name in self.cfg.experts:
+            self.tasks[name] = TaskRows(self.parts.folder("preprocess", name))
+            for row in self.tasks[name].rows("test"):
+                self._wanted[name, row.id] = _right_answers(row)
 
     @property
-    def most(self) -> int | None:
+    def most_rows(self) -> int | None:
         """Rows of each task and expert at most; None for no limit."""
         settings = self.cfg.evaluate
         return settings.smoke_rows if settings.smoke else settings.rows_per_task
 
     def task(self, name: str) -> list[EvalRequest]:
         """Return test rows of a task, asked as the task asks."""
-        rows = self.tasks[name]
-        asked = [
-            self._of_task(name, rows, row)
-            for row in self._some(rows.rows("test"), f"task {name}", self.most)
-        ]
-        return self._that_fit(f"task {name}", asked)
+        key = f"task {name}"
+        rows = self._sample(self.tasks[name].rows("test"), key, self.most_rows)
+        return self._within_limits(key, [self._of_task(name, row) for row in rows])
 
     def routed(self, split: str) -> list[EvalRequest]:
         """Return requests of a split of the routing set, as many of each expert."""
-        own: dict[str, list[RoutingRow]] = {}
+        by_expert: dict[str, list[RoutingRow]] = {}
         for row in self.routing.rows(split):
-            own.setdefault(row.expert, []).append(row)
-        kept = [
-            row
-            for name, rows in own.items()
-            for row in self._some(rows, f"{split} {name}", self.most)
-        ]
-        return self._that_fit(split, [self._of_routing(row) for row in kept])
+            by_expert.setdefault(row.expert, []).append(row)
+        requests = []
+        for name, rows in by_expert.items():
+            for row in self._sample(rows, f"{split} {name}", self.most_rows):
+                requests.append(self._of_routing(row))
+        return self._within_limits(split, requests)
 
     @cached_property
     def learned(self) -> list[RoutingRow]:
@@ -98,106 +98,112 @@ class AdapterEvaluator:
 
     def for_baselines(self) -> list[EvalRequest]:
         """Return training requests that baselines on frozen features learn from."""
-        most = self.cfg.evaluate.baseline_rows
-        if self.cfg.evaluate.smoke:
-            most = min(most, self.cfg.evaluate.smoke_rows * len(self.stack.choices))
-        rows = self._some(self.learned, "baselines", most)
-        return self._that_fit("baselines", [self._of_routing(row) for row in rows])
+        settings = self.cfg.evaluate
+        most = settings.baseline_rows
+        if settings.smoke:
+            most = min(most, settings.smoke_rows * len(self.stack.choices))
+        rows = self._sample(self.learned, "baselines", most)
+        return self._within_limits("baselines", [self._of_routing(row) for row in rows])
 
-    def logits(self, asked: Sequence[EvalRequest], adapter: str = ROUTER) -> np.ndarray:
+    def logits(self, requests: Sequence[EvalRequest], adapter: str = ROUTER) -> np.ndarray:
         """Return logit_NC of the router, or of another adapter that is asked the same."""
-        parts = [
-            self.stack.logits(requests, adapter)
-            for requests, _ in self._opened(asked, f"{adapter} routes")
-        ]
+        parts = []
+        for opened, _ in self._opened(requests, f"{adapter} routes"):
+            parts.append(self.stack.logits(opened, adapter))
         return np.concatenate(parts) if parts else np.empty((0, len(self.stack.choices)))
 
-    def features(self, asked: Sequence[EvalRequest]) -> np.ndarray:
+    def features(self, requests: Sequence[EvalRequest]) -> np.ndarray:
         """Return x_NF of the frozen base."""
-        parts = [
-            self.stack.pooled(requests)
-            for requests, _ in self._opened(asked, "reading with the frozen base")
-        ]
+        parts = []
+        for opened, _ in self._opened(requests, "reading with the frozen base"):
+            parts.append(self.stack.pooled(opened))
         return np.concatenate(parts) if parts else np.empty((0, 1))
 
-    def answers(self, asked: Sequence[EvalRequest]) -> list[Answer]:
+    def answers(self, requests: Sequence[EvalRequest]) -> list[Answer]:
         """Return the stack's own answers."""
-        return [
-            a
-            for requests, _ in self._opened(asked, "answering")
-            for a in self.stack.answer(requests)
-        ]
-
-    def scores(
-        self, asked: Sequence[EvalRequest], adapters: Sequence[Sequence[str]], what: str
-    ) -> list[dict[str, dict]]:
-        """Return the figures of each request's answers, none of them longer than its own expert's
-        may be."""
-        out = []
-        for requests, places in self._opened(asked, what):
-            most = [self.cfg.loras.entry(asked[i].expert).max_new_tokens for i in places]
-            said = self.stack.trial(requests, [adapters[i] for i in places], most)
-            for i, each in zip(places, said, strict=True):
-                out.append(
-                    {name: self.judge(asked[i], answer.text) for name, answer in each.items()}
-                )
+        out: list[Answer] = []
+        for opened, _ in self._opened(requests, "answering"):
+            out += self.stack.answer(opened)
         return out
 
-    def judge(self, asked: EvalRequest, text: str) -> dict[str, float | None]:
-        """Return the figures of an answer by the metric of the request's own expert."""
-        return judge(self.cfg.loras.entry(asked.expert).metric, text, asked.wanted)
+    def scores(
+        self, requests: Sequence[EvalRequest], adapters: Sequence[Sequence[str]], what: str
+    ) -> list[dict[str, dict[str, float | None]]]:
+        """Return the figures of each request's answers by adapter, none of them longer than its own
+        expert's may be."""
+        out = []
+        for opened, part in self._opened(requests, what):
+            own = requests[part]
+            limits = [self.cfg.loras.entry(each.expert).max_new_tokens for each in own]
+            generated = self.stack.generate(opened, adapters[part], limits)
+            for request, generations in zip(own, generated, strict=True):
+                figures = {}
+                for name, generation in generations.items():
+                    figures[name] = self.judge(request, generation.text)
+                out.append(figures)
+        return out
 
-    def runs(self, choice: str) -> str:
+    def judge(self, request: EvalRequest, text: str) -> dict[str, float | None]:
+        """Return the figures of an answer by the metric of the request's own expert."""
+        return judge(self.cfg.loras.entry(request.expert).metric, text, request.wanted)
+
+    def answered_by(self, choice: str) -> str:
         """Return who answers a request when the router's first choice always does."""
         return self.cfg.loras.router.fallback if choice == NONE else choice
 
-    def _some(self, rows: list, key: str, most: int | None) -> list:
+    def _sample(self, rows: list[Row], key: str, most: int | None) -> list[Row]:
         """Return at most so many rows, drawn with the run's seed, in their own order."""
         if most is None or len(rows) <= most:
             return rows
-        seed = [self.cfg.seed, *key.encode()]
-        return [
-            rows[i]
-            for i in np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))
-        ]
+        # every set draws by its own name, so that no other set's size moves what is drawn
+        rng = np.random.default_rng([self.cfg.seed, *key.encode()])
+        kept = np.sort(rng.choice(len(rows), most, replace=False))
+        return [rows[i] for i in kept]
 
-    def _that_fit(self, key: str, asked: list[EvalRequest]) -> list[EvalRequest]:
-        out = [each for each in asked if self._fits(each)]
-        if len(out) < len(asked):
-            self.left_out[key] = len(asked) - len(out)
-        return out
+    def _within_limits(self, key: str, requests: list[EvalRequest]) -> list[EvalRequest]:
+        kept = [request for request in requests if self._fits(request)]
+        if len(kept) < len(requests):
+            self.left_out[key] = len(requests) - len(kept)
+        return kept
 
-    def _fits(self, asked: EvalRequest) -> bool:
+    def _fits(self, request: EvalRequest) -> bool:
         try:
-            self.stack.mixed.check(asked.request())
+            self.stack.model.check(request.request())
         except DataError:
             return False
         return True
 
-    def _of_task(self, name: str, rows: TaskRows, row: TaskRow) -> EvalRequest:
+    def _of_task(self, name: str, row: TaskRow) -> EvalRequest:
+        folder = self.tasks[name].folder
         return EvalRequest(
-            row.prompt, name, row.group, lambda: rows.pictures(row), wanted=_wanted(row)
+            prompt=row.prompt,
+            expert=name,
+            group=row.group,
+            open=lambda: self.media.open_row(folder, row),
+            wanted=_right_answers(row),
         )
 
     def _of_routing(self, row: RoutingRow) -> EvalRequest:
-        wanted = self._answers.get((row.expert, str(row.source.get("row"))), ())
         return EvalRequest(
-            row.prompt,
-            row.expert,
-            row.group,
-            lambda: self.routing.pictures(row),
-            row.ambiguous,
-            wanted,
+            prompt=row.prompt,
+            expert=row.expert,
+            group=row.group,
+            open=lambda: self.media.open_row(self.routing.folder, row),
+            ambiguous=row.ambiguous,
+            wanted=self._wanted.get((row.expert, str(row.source.get("row"))), ()),
         )
 
     def _opened(
-        self, asked: Sequence[EvalRequest], what: str
-    ) -> Iterator[tuple[list[Request], range]]:
-        for start, end in pairwise([*range(0, len(asked), TOGETHER), len(asked)] if asked else []):
-            self.progress(f"evaluating: {what}", start / len(asked))
-            yield [each.request() for each in asked[start:end]], range(start, end)
+        self, requests: Sequence[EvalRequest], what: str
+    ) -> Iterator[tuple[list[Request], slice]]:
+        """Yield some requests opened, and which part of all they are."""
+        for start in range(0, len(requests), TOGETHER):
+            self.progress(f"evaluating: {what}", start / len(requests))
+            part = slice(start, start + TOGETHER)
+            yield [request.request() for request in requests[part]], part
 
 
-def _wanted(row: TaskRow) -> tuple[str, ...]:
-    """Return every right answer of a task row."""
-    return tuple(dict.fromkeys([row.answer, *map(str, row.extra.get("answers") or ())]))
+def _right_answers(row: TaskRow) -> tuple[str, ...]:
+    """Return every right answer of a task row, its own first."""
+    others = row.extra.get("answers") or ()
+    return tuple(dict.fromkeys([row.answer, *map(str, others)]))

@@ -1,5 +1,5 @@
-"""The report of a lora_vlm run: who routes how well, who answers what, and whether the run did what
-it was asked.
+"""The report of a run of adapters: who routes how well, who answers what, and whether the run did
+what it was asked.
 
 Invariant: what is measured is what is served: every number comes from the stack that `assemble`
 builds.
@@ -7,8 +7,7 @@ builds.
 N requests.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,300 +17,341 @@ from ...hardware import machine
 from ...metrics.answers import mean
 from ...metrics.routing import GroupBootstrap
 from ...protocols import Progress
-from ...report import RequestReport
+from ...report.schema import (
+    AdapterModelFacts,
+    AdapterScores,
+    AnswerRow,
+    AnswerScore,
+    AnswerSet,
+    Criterion,
+    Difference,
+    JobSpeed,
+    MachineFacts,
+    RequestCounts,
+    RequestReport,
+    RequestRouting,
+    TaskAnswers,
+    TaskScores,
+)
 from ...store.artifacts import now
 from ...train.loop import PHASES
-from ..lora_vlm.config import LoraVlmConfig
+from .. import Parts
+from .config import AdapterRunConfig
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
 from .peft_io import ABOUT, read_json
-from .routing_eval import NEUTRAL, TEXT, Routed, routed_sets, routing
-from .stack import ROUTER, assemble
+from .routing_eval import NEUTRAL, REORDERED, REWORDED, TEXT, Routed, routed_sets, routing
+from .stack import ROUTER, AdapterStack
 
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
 
 
-def tables(cfg: LoraVlmConfig, parts, progress: Progress) -> RequestReport:
-    """Return the report of a run."""
-    bench = AdapterEvaluator(cfg, parts, assemble(cfg, parts), progress)
-    adapters = _adapters(bench)
-    sets = routed_sets(bench)
-    routes, answers = routing(bench, sets), _answers(bench, sets)
-    report = {
-        "run": cfg.name,
-        "family": cfg.family,
-        "seed": cfg.seed,
-        "made": now(),
-        "experts": list(cfg.experts),
-        "metric": "accuracy of routes and answers on held-out requests",
-        "model": _model(cfg, parts, bench),
-        "requests": _requests(bench, sets),
-        "routing": routes,
-        "adapters": adapters,
-        "answers": answers,
-        "speed": _jobs(cfg, parts),
-        "machine": machine(torch.get_num_threads(), _is_bf16(bench)),
-        "notes": _notes(cfg, bench, routes),
-    }
-    report["criteria"] = criteria(cfg, sets, adapters, answers)
-    return RequestReport.model_validate(report)
+def evaluate(
+    cfg: AdapterRunConfig, parts: Parts, progress: Progress, stack: AdapterStack
+) -> RequestReport:
+    """Return the report of a run whose parts are assembled as `stack`."""
+    evaluator = AdapterEvaluator(cfg, parts, stack, progress)
+    adapters = _adapters(evaluator)
+    sets = routed_sets(evaluator)
+    routes = routing(evaluator, sets)
+    answers = _answers(evaluator, sets)
+    facts = machine(torch.get_num_threads(), stack.model.core.dtype == torch.bfloat16)
+    return RequestReport(
+        run=cfg.name,
+        family=cfg.family,
+        seed=cfg.seed,
+        made=now(),
+        experts=cfg.experts,
+        metric="accuracy of routes and answers on held-out requests",
+        model=_model(cfg, stack),
+        requests=RequestCounts(
+            sets={name: len(routed.requests) for name, routed in sets.items()},
+            left_out=evaluator.left_out,
+            trained_on=len(evaluator.learned),
+        ),
+        routing=routes,
+        adapters=adapters,
+        answers=tuple(answers),
+        speed=tuple(_jobs(cfg, parts)),
+        machine=MachineFacts.model_validate(facts),
+        notes=tuple(_notes(evaluator, routes)),
+        criteria=tuple(criteria(cfg, sets, adapters, answers)),
+    )
 
 
 def criteria(
-    cfg: LoraVlmConfig, sets: Mapping[str, Routed], adapters: dict, answers: list[dict]
-) -> list[dict]:
-    """Return the success criteria of the run, each passed or not and why."""
+    cfg: AdapterRunConfig,
+    sets: Mapping[str, Routed],
+    adapters: AdapterScores,
+    answers: Sequence[AnswerSet],
+) -> Iterator[Criterion]:
+    """Yield the success criteria of the run, each passed or not and why."""
     wanted = cfg.evaluate
-    out = [_sees(sets[name]) for name in sets if name.endswith(NEUTRAL)]
-    for name in [name for name in sets if not name.endswith(NEUTRAL)] + [
-        n for n in sets if n.endswith(NEUTRAL)
-    ]:
+    neutral = [name for name in sets if name.endswith(NEUTRAL)]
+    whole = [name for name in sets if not name.endswith(NEUTRAL)]
+    for name in neutral:
+        yield _beats_words(sets[name])
+    for name in (*whole, *neutral):
         accuracy = float(sets[name].hits().mean())
-        out.append(
-            {
-                "name": f"router, {name}",
-                "text": f"the router is right for at least {wanted.min_router_accuracy:.0%}",
-                "passed": accuracy >= wanted.min_router_accuracy,
-                "detail": f"{accuracy:.1%} of {len(sets[name].asked)} requests",
-            }
+        yield Criterion(
+            name=f"router, {name}",
+            text=f"the router is right for at least {wanted.min_router_accuracy:.0%}",
+            passed=accuracy >= wanted.min_router_accuracy,
+            detail=f"{accuracy:.1%} of {len(sets[name].requests)} requests",
         )
-    out += [_learned(adapters, wanted.min_expert_score), _special(adapters)]
+    yield _all_learned(adapters, wanted.min_expert_score)
+    yield _all_specialised(adapters)
     for each in answers:
-        gap = each["all"]["oracle"]["score"] - each["all"]["stack"]["score"]
-        out.append(
-            {
-                "name": f"stack, {each['set']}",
-                "passed": gap <= wanted.oracle_gap,
-                "text": f"the stack's answers score at most {100 * wanted.oracle_gap:g} points below the right expert's",
-                "detail": f"{each['all']['stack']['score']:.3f} against {each['all']['oracle']['score']:.3f}",
-            }
+        oracle = each.all.oracle.score or 0.0
+        own = each.all.stack.score or 0.0
+        points = 100 * wanted.oracle_gap
+        yield Criterion(
+            name=f"stack, {each.set}",
+            text=f"the stack's answers score at most {points:g} points below the right expert's",
+            passed=oracle - own <= wanted.oracle_gap,
+            detail=f"{own:.3f} against {oracle:.3f}",
         )
-    return out
 
 
-def _sees(routed: Routed) -> dict:
+def _beats_words(routed: Routed) -> Criterion:
     ahead = routed.ahead(TEXT)
-    low, high = ahead["interval"]
-    return {
-        "name": f"looks, {routed.name}",
-        "passed": low > 0,
-        "text": "where only the picture tells, the router beats the same router without pictures",
-        "detail": f"{routed.hits().mean():.1%} against {routed.hits(TEXT).mean():.1%}; "
-        f"ahead by {ahead['difference']:+.3f} [{low:+.3f}, {high:+.3f}]",
-    }
+    if ahead is None:
+        raise ValueError(f"{routed.name} has no requests, so nothing was compared")
+    low, high = ahead.interval
+    return Criterion(
+        name=f"looks, {routed.name}",
+        text="where the words tell nothing, the router beats a router that reads them alone",
+        passed=low > 0,
+        detail=f"{routed.hits().mean():.1%} against {routed.hits(TEXT).mean():.1%}; "
+        f"ahead by {ahead.difference:+.3f} [{low:+.3f}, {high:+.3f}]",
+    )
 
 
-def _learned(adapters: dict, least: float) -> dict:
-    own = {task["task"]: task["scores"][task["task"]] or 0.0 for task in adapters["tasks"]}
-    worst = min(own, key=own.get)
-    return {
-        "name": "experts",
-        "text": f"every expert scores at least {least:g} on its own task",
-        "passed": own[worst] >= least,
-        "detail": f"least: {worst} with {own[worst]:.3f}",
-    }
+def _all_learned(adapters: AdapterScores, least: float) -> Criterion:
+    own = {task.task: task.scores[task.task] or 0.0 for task in adapters.tasks}
+    worst = min(own, key=lambda name: own[name])
+    return Criterion(
+        name="experts",
+        text=f"every expert scores at least {least:g} on its own task",
+        passed=own[worst] >= least,
+        detail=f"least: {worst} with {own[worst]:.3f}",
+    )
 
 
-def _special(adapters: dict) -> dict:
-    """Return whether each expert is better on its own task than every other adapter and the base."""
+def _all_specialised(adapters: AdapterScores) -> Criterion:
+    """Return whether each expert beats every other adapter and the base on its own task."""
     lost = []
-    for task in adapters["tasks"]:
-        score = {name: value or 0.0 for name, value in task["scores"].items()}
-        own = score.pop(task["task"])
-        best = max(score, key=score.get)
-        lost += (
-            [f"{best} on {task['task']} ({score[best]:.3f} against {own:.3f})"]
-            if score[best] >= own
-            else []
-        )
-    return {
-        "name": "specialised",
-        "text": "every expert is the best on its own task, the base included",
-        "passed": not lost,
-        "detail": f"not so: {', '.join(lost)}" if lost else "each one leads on its own",
-    }
+    for task in adapters.tasks:
+        others = {name: score or 0.0 for name, score in task.scores.items()}
+        own = others.pop(task.task)
+        best = max(others, key=lambda name: others[name])
+        # as good as another is no reason to have it
+        if others[best] >= own:
+            lost.append(f"{best} on {task.task} ({others[best]:.3f} against {own:.3f})")
+    return Criterion(
+        name="specialised",
+        text="every expert is the best on its own task, the base included",
+        passed=not lost,
+        detail=f"not so: {', '.join(lost)}" if lost else "each one leads on its own",
+    )
 
 
-def _adapters(bench: AdapterEvaluator) -> dict:
+def _adapters(evaluator: AdapterEvaluator) -> AdapterScores:
     """Return what every adapter and the base score on every task's test rows."""
-    names, tasks = (*bench.cfg.experts, BASE), []
-    for name in bench.cfg.experts:
-        asked = bench.task(name)
-        judged = bench.scores(asked, [names] * len(asked), f"every adapter on {name}")
-        resamples = GroupBootstrap(
-            [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
-        )
-        score = {
-            adapter: np.array([each[adapter]["score"] for each in judged]) for adapter in names
-        }
-        metric = bench.cfg.loras.entry(name).metric
+    names = (*evaluator.cfg.experts, BASE)
+    tasks = []
+    for task in evaluator.cfg.experts:
+        requests = evaluator.task(task)
+        judged = evaluator.scores(requests, [names] * len(requests), f"every adapter on {task}")
+        bootstrap = _bootstrap(evaluator, requests)
+        scores = {}
+        intervals = {}
+        for name in names:
+            score_N = np.array([figures[name]["score"] for figures in judged])
+            scores[name] = _mean(score_N)
+            intervals[name] = bootstrap.interval(score_N)
         tasks.append(
-            {
-                "task": name,
-                "metric": metric,
-                "requests": len(asked),
-                "scores": {adapter: _mean(x_N) for adapter, x_N in score.items()},
-                "intervals": {adapter: resamples.interval(x_N) for adapter, x_N in score.items()},
-                "figures": _figures([each[name] for each in judged]),
-            }
+            TaskScores(
+                task=task,
+                metric=evaluator.cfg.loras.entry(task).metric,
+                requests=len(requests),
+                scores=scores,
+                intervals=intervals,
+                figures=_figures([figures[task] for figures in judged]),
+            )
         )
-    return {"adapters": list(names), "tasks": tasks}
+    return AdapterScores(adapters=names, tasks=tuple(tasks))
 
 
-def _answers(bench: AdapterEvaluator, sets: Mapping[str, Routed]) -> list[dict]:
+def _answers(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> list[AnswerSet]:
     """Return per test split how well the stack answers beside the router's first choice, the oracle
     and the base."""
     out = []
     for name, routed in sets.items():
-        keep = [i for i, each in enumerate(routed.asked) if each.wanted and each.expert != NONE]
+        # what is right is known of requests made from a task's row, and of nobody's never
+        keep = []
+        for i, request in enumerate(routed.requests):
+            if request.wanted and request.expert != NONE:
+                keep.append(i)
         if name.endswith(NEUTRAL) or not keep:
             continue
-        asked = [routed.asked[i] for i in keep]
-        choices = [bench.stack.choices[i] for i in routed.prob_NC[keep].argmax(1)]
-        out.append(
-            {"set": name, **_compared(bench, asked, [bench.runs(choice) for choice in choices])}
-        )
+        chosen = []
+        for number in routed.prob_NC[keep].argmax(1):
+            chosen.append(evaluator.answered_by(evaluator.stack.choices[number]))
+        requests = [routed.requests[i] for i in keep]
+        out.append(_answer_set(evaluator, name, requests, chosen))
     return out
 
 
-def _compared(bench: AdapterEvaluator, asked: list[EvalRequest], chosen: Sequence[str]) -> dict:
-    ran = [
-        tuple(dict.fromkeys((each.expert, BASE, name)))
-        for each, name in zip(asked, chosen, strict=True)
-    ]
-    judged = bench.scores(asked, ran, "the right expert and the base on routed requests")
-    answers = bench.answers(asked)
-    score = {
-        "stack": [
-            bench.judge(each, answer.text)["score"]
-            for each, answer in zip(asked, answers, strict=True)
-        ],
-        "choice": [scores[name]["score"] for scores, name in zip(judged, chosen, strict=True)],
-        "oracle": [
-            scores[each.expert]["score"] for scores, each in zip(judged, asked, strict=True)
-        ],
-        "base": [scores[BASE]["score"] for scores in judged],
-    }
-    score = {way: np.array(values) for way, values in score.items()}
-    own = np.array([each.expert for each in asked])
-    part = partial(_part, bench, asked, score)
-    tasks = [
-        {"task": name, **part(own == name)} for name in bench.cfg.experts if (own == name).any()
-    ]
-    return {
-        "tasks": tasks,
-        "all": part(np.ones(len(asked), dtype=bool)),
-        "ranked_share": float(np.mean([bool(answer.others) for answer in answers])),
-        "cut_share": float(np.mean([answer.finish == "length" for answer in answers])),
-    }
+def _answer_set(
+    evaluator: AdapterEvaluator, name: str, requests: list[EvalRequest], chosen: Sequence[str]
+) -> AnswerSet:
+    """Return how well requests are answered; `chosen` is who answers when the router's first choice
+    always does."""
+    adapters = []
+    for request, first in zip(requests, chosen, strict=True):
+        # one generation where two of them are the same
+        adapters.append(tuple(dict.fromkeys((request.expert, BASE, first))))
+    what = "the right expert and the base on routed requests"
+    judged = evaluator.scores(requests, adapters, what)
+    answers = evaluator.answers(requests)
+    score: dict[str, list] = {way: [] for way in WAYS}
+    for i, request in enumerate(requests):
+        score["stack"].append(evaluator.judge(request, answers[i].text)["score"])
+        score["choice"].append(judged[i][chosen[i]]["score"])
+        score["oracle"].append(judged[i][request.expert]["score"])
+        score["base"].append(judged[i][BASE]["score"])
+    score_N = {way: np.array(values) for way, values in score.items()}
+    own_N = np.array([request.expert for request in requests])
+    tasks = []
+    for task in evaluator.cfg.experts:
+        if (own_N == task).any():
+            row = _answer_row(evaluator, requests, score_N, own_N == task)
+            tasks.append(TaskAnswers(task=task, **dict(row)))
+    return AnswerSet(
+        set=name,
+        tasks=tuple(tasks),
+        all=_answer_row(evaluator, requests, score_N, np.ones(len(requests), dtype=bool)),
+        ranked_share=float(np.mean([bool(answer.others) for answer in answers])),
+        cut_share=float(np.mean([answer.finish == "length" for answer in answers])),
+    )
 
 
-def _part(
-    bench: AdapterEvaluator,
-    asked: list[EvalRequest],
-    score: Mapping[str, np.ndarray],
+def _answer_row(
+    evaluator: AdapterEvaluator,
+    requests: Sequence[EvalRequest],
+    score_N: Mapping[str, np.ndarray],
     keep_N: np.ndarray,
-) -> dict:
-    groups = [each.group for each, keep in zip(asked, keep_N, strict=True) if keep]
-    resamples = GroupBootstrap(groups, bench.cfg.evaluate.bootstrap, bench.cfg.seed)
-    ways = {
-        w: {"score": _mean(score[w][keep_N]), "interval": resamples.interval(score[w][keep_N])}
-        for w in WAYS
-    }
-    behind = resamples.difference(score["oracle"][keep_N], score["stack"][keep_N])
-    return {"requests": len(groups), **ways, "behind_oracle": behind}
+) -> AnswerRow:
+    kept = [request for request, keep in zip(requests, keep_N, strict=True) if keep]
+    bootstrap = _bootstrap(evaluator, kept)
+    ways = {}
+    for way in WAYS:
+        own_N = score_N[way][keep_N]
+        ways[way] = AnswerScore(score=_mean(own_N), interval=bootstrap.interval(own_N))
+    behind = bootstrap.difference(score_N["oracle"][keep_N], score_N["stack"][keep_N])
+    return AnswerRow(
+        requests=len(kept),
+        behind_oracle=None if behind is None else Difference.model_validate(behind),
+        **ways,
+    )
 
 
-def _figures(judged: Sequence[Mapping]) -> dict[str, float | None]:
-    """Return the means of a metric's own figures."""
-    return {
-        name: mean(judged, name)
-        for name in dict.fromkeys(k for each in judged for k in each)
-        if name != "score"
-    }
+def _bootstrap(evaluator: AdapterEvaluator, requests: Sequence[EvalRequest]) -> GroupBootstrap:
+    groups = [request.group for request in requests]
+    return GroupBootstrap(groups, evaluator.cfg.evaluate.bootstrap, evaluator.cfg.seed)
+
+
+def _figures(judged: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the means of a metric's own figures, in the order in which they first come."""
+    out: dict[str, float | None] = {}
+    for figures in judged:
+        for name in figures:
+            if name != "score" and name not in out:
+                out[name] = mean(judged, name)
+    return out
 
 
 def _mean(score_N: np.ndarray) -> float | None:
     return float(score_N.mean()) if len(score_N) else None
 
 
-def _model(cfg: LoraVlmConfig, parts, bench: AdapterEvaluator) -> dict:
-    core, base = bench.stack.mixed.core, cfg.loras.base
-    lora = [p.numel() for name, p in core.named_parameters() if ".lora_" in name]
-    return {
-        "base": base.model or "built at random",
-        **({"revision": base.revision} if base.revision else {}),
-        "dtype": base.dtype,
-        "base_parameters": sum(p.numel() for p in core.parameters()) - sum(lora),
-        "adapter_parameters": sum(lora),
-        "adapters": len(bench.stack.mixed.adapters),
-    }
+def _model(cfg: AdapterRunConfig, stack: AdapterStack) -> AdapterModelFacts:
+    base = cfg.loras.base
+    total = 0
+    in_adapters = 0
+    for name, parameter in stack.model.core.named_parameters():
+        total += parameter.numel()
+        if ".lora_" in name:
+            in_adapters += parameter.numel()
+    return AdapterModelFacts(
+        base=base.model or "built at random",
+        revision=base.revision,
+        dtype=base.dtype,
+        base_parameters=total - in_adapters,
+        adapter_parameters=in_adapters,
+        adapters=len(stack.model.adapters),
+    )
 
 
-def _requests(bench: AdapterEvaluator, sets: Mapping[str, Routed]) -> dict:
-    """Return how many requests stand behind the numbers, and how many were left out because they
-    are over a limit."""
-    routed = {name: len(each.asked) for name, each in sets.items()}
-    return {"sets": routed, "left_out": bench.left_out, "trained_on": len(bench.learned)}
-
-
-def _jobs(cfg: LoraVlmConfig, parts) -> list[dict]:
-    """Return throughput, time by phase and peak memory of every training, from the manifests."""
-    out = []
+def _jobs(cfg: AdapterRunConfig, parts: Parts) -> Iterator[JobSpeed]:
+    """Yield throughput, time by phase and peak memory of every training, from the manifests."""
     for stage in ("train_experts", "train_router"):
         for item in cfg.items(stage):
-            m = parts.manifest(stage, item).metrics
-            kept = {
-                key: m.get(key) for key in ("seconds", "tokens", "tokens_per_s", "peak_mb", "mfu")
-            }
-            phases = {f"{phase}_s": m.get(f"{phase}_s", 0.0) for phase in PHASES}
-            out.append({"job": f"{stage} {item}" if item else stage, **kept, **phases})
-    return out
+            metrics = parts.manifest(stage, item).metrics
+            phases = {f"{phase}_s": metrics.get(f"{phase}_s", 0.0) for phase in PHASES}
+            yield JobSpeed(
+                job=f"{stage} {item}" if item else stage,
+                seconds=metrics.get("seconds"),
+                tokens=metrics.get("tokens"),
+                tokens_per_s=metrics.get("tokens_per_s"),
+                peak_mb=metrics.get("peak_mb"),
+                mfu=metrics.get("mfu"),
+                **phases,
+            )
 
 
-def _is_bf16(bench: AdapterEvaluator) -> bool:
-    return bench.stack.mixed.core.dtype == torch.bfloat16
-
-
-def _notes(cfg: LoraVlmConfig, bench: AdapterEvaluator, routes: dict) -> list[str]:
-    """Return what a reader of the report has to know beside it."""
-    out = [
-        "Intervals resample pictures with all their requests, paired across rows; they do not cover training seeds."
-    ]
+def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]:
+    """Yield what a reader of the report has to know beside it."""
+    cfg = evaluator.cfg
+    yield (
+        "Intervals resample whole groups of requests, such as all with the same "
+        f"{evaluator.media.name}, paired across rows; they do not cover training seeds."
+    )
     if cfg.evaluate.smoke:
-        out.append(
-            f"A smoke evaluation: at most {cfg.evaluate.smoke_rows} rows of each set, too few to decide much."
-        )
+        rows = cfg.evaluate.smoke_rows
+        yield f"A smoke evaluation: at most {rows} rows of each set, too few to decide much."
     if cfg.loras.base.model is None:
-        out.append(
-            "The base is random: the numbers show that the pipeline works, not what a pretrained base reaches."
+        yield (
+            "The base is random: the numbers show that the pipeline works, not what a pretrained "
+            "base reaches."
         )
-    untested = [each["change"] for each in routes["consistency"] if not each["requests"]]
-    if "order of labels" in untested:
-        out.append(
-            "The router's instruction does not list its labels, so their order is nowhere it could matter."
+    untested = [row.change for row in routes.consistency if not row.requests]
+    if REORDERED in untested:
+        yield (
+            "The router's instruction does not list its labels, so their order is nowhere it could "
+            "matter."
         )
-    if "other words" in untested:
-        out.append(
-            "dataset.paraphrases and dataset.neutral hold no other words, so rewording was not tried."
+    if REWORDED in untested:
+        yield (
+            "dataset.paraphrases and dataset.neutral hold no other words, so rewording was not "
+            "tried."
         )
-    for name, count in bench.left_out.items():
-        out.append(f"{count} rows of {name} are over the limits of a request and were left out.")
-    return out + _untrained(cfg, bench)
+    for name, count in evaluator.left_out.items():
+        yield f"{count} rows of {name} are over the limits of a request and were left out."
+    for name in cfg.experts:
+        yield from _dropped_rows(evaluator.parts, name, "train_experts", name)
+    yield from _dropped_rows(evaluator.parts, ROUTER, "train_router", None)
 
 
-def _untrained(cfg: LoraVlmConfig, bench: AdapterEvaluator) -> list[str]:
-    """Return which trainings left rows out as too long, from what their adapters say."""
-    out = []
-    for name, stage in (
-        *((name, "train_experts") for name in cfg.experts),
-        (ROUTER, "train_router"),
-    ):
-        folder = bench.parts.folder(stage, name if stage == "train_experts" else None)
-        for split, rows in read_json(folder / ABOUT).get("rows", {}).items():
-            if count := sum(rows["dropped"].values()):
-                whole = count + rows["kept"]
-                out.append(
-                    f"{name} was trained without {count} of its {whole} {split} rows, which are over max_tokens."
-                )
-    return out
+def _dropped_rows(parts: Parts, name: str, stage: str, item: str | None) -> Iterator[str]:
+    """Yield of which splits a training left rows out as too long, from what its adapter says."""
+    about = read_json(parts.folder(stage, item) / ABOUT)
+    for split, rows in about.get("rows", {}).items():
+        count = sum(rows["dropped"].values())
+        if count:
+            total = count + rows["kept"]
+            yield (
+                f"{name} was trained without {count} of its {total} {split} rows, which are over "
+                "max_tokens."
+            )

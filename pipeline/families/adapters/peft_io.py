@@ -9,9 +9,10 @@ place.
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -23,28 +24,41 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConfigError, DamagedArtifact, MismatchError
 from ...store.artifacts import load_tensors
 from .base import ModelRef
+from .config import AdapterConfig
 
-TENSORS, SETTINGS, ABOUT = (
-    "adapter/adapter_model.safetensors",
-    "adapter/adapter_config.json",
-    "adapter.json",
-)
+TENSORS = "adapter/adapter_model.safetensors"
+SETTINGS = "adapter/adapter_config.json"
+ABOUT = "adapter.json"
 PACKAGES = ("torch", "transformers", "peft")
 
+# what a family says to an adapter's modules: (their names, the options, the options' setting)
+CheckTargets = Callable[[Sequence[str], AdapterConfig, str], None]
 
-def add(model: nn.Module, name: str, options, where: str = "loras.defaults") -> PeftModel:
+
+def _allow_all(_modules: Sequence[str], _options: AdapterConfig, _where: str) -> None: ...
+
+
+def add(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    options: AdapterConfig,
+    where: str = "loras.defaults",
+    check: CheckTargets = _allow_all,
+) -> PeftModel:
     """Put a new adapter on a base, or on a base that has some, and return the result with only that
     one trained.
 
     New weights come from torch's generator, in fp32 whatever the base has. `where` is the options'
-    setting. Raises ConfigError when the targets match nothing, or what must stay as it is.
+    setting; `check` may refuse modules by a ConfigError. Raises ConfigError when the targets match
+    nothing, or what must stay as it is.
     """
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    matched = targets_of(core, options.targets, options.allow_vision, where)
+    matched = find_targets(core, options, where, check)
     settings = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,
@@ -54,96 +68,98 @@ def add(model: nn.Module, name: str, options, where: str = "loras.defaults") -> 
     )
     out = _with(model, name, settings)
     select(out, name)
-    if len(own(out, name)) != 2 * len(matched):
+    # two matrices for each module, or PEFT has passed over one without a word
+    if len(adapter_parameters(out, name)) != 2 * len(matched):
         raise ConfigError(
             f"{where}.targets: {options.targets!r} matches modules that PEFT gives no adapter"
         )
     return out
 
 
-def targets_of(
-    core: nn.Module, pattern: str, allow_vision: bool, where: str = "loras.defaults"
+def find_targets(
+    core: nn.Module,
+    options: AdapterConfig,
+    where: str = "loras.defaults",
+    check: CheckTargets = _allow_all,
 ) -> list[str]:
-    """Return the modules of a base that a pattern matches as a whole, as PEFT reads it.
+    """Return the modules of a base that the targets' pattern matches as a whole, as PEFT reads it.
 
-    Raises ConfigError when there is none, or one of the vision tower (without allow_vision), or
-    none that can adapt.
+    Raises ConfigError when there is none, one that `check` refuses, or one that cannot adapt.
     """
-    try:
-        names = (
-            name
-            for name, _ in core.named_modules()
-            if "lora_" not in name and "base_layer" not in name
+    pattern = options.targets
+    matched = []
+    for name, _ in core.named_modules():
+        # an adapter that is there already is no target, and its base layer keeps the old name
+        of_adapter = "lora_" in name or "base_layer" in name
+        if not of_adapter and _matches(pattern, name, where):
+            matched.append(name)
+    if not matched:
+        linear = {n.rpartition(".")[2] for n, m in core.named_modules() if isinstance(m, nn.Linear)}
+        raise ConfigError(
+            f"{where}.targets: {pattern!r} matches no module of the base; its layers end in "
+            f"{sorted(linear)}"
         )
-        matched = [name for name in names if re.fullmatch(pattern, name)]
+    check(matched, options, where)
+    for name in matched:
+        adapts = isinstance(core.get_submodule(name), nn.Linear | LoraLayer)
+        if not adapts or name == "lm_head":
+            raise ConfigError(
+                f"{where}.targets: {pattern!r} matches {name}, which is no projection of a layer"
+            )
+    return matched
+
+
+def _matches(pattern: str, name: str, where: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ConfigError(
             f"{where}.targets: {pattern!r} is no regular expression: {error}"
         ) from None
-    if not matched:
-        linear = sorted(
-            {n.rpartition(".")[2] for n, m in core.named_modules() if isinstance(m, nn.Linear)}
-        )
-        raise ConfigError(
-            f"{where}.targets: {pattern!r} matches no module of the base; its layers end in {linear}"
-        )
-    seen = [name for name in matched if "visual" in name.split(".")]
-    if seen and not allow_vision:
-        raise ConfigError(
-            f"{where}.targets: {pattern!r} reaches into the vision tower ({len(seen)} modules, first {seen[0]}); "
-            f"say `.*language_model.*` in it, or set {where}.allow_vision: true"
-        )
-    odd = [
-        n
-        for n in matched
-        if not isinstance(core.get_submodule(n), nn.Linear | LoraLayer) or n == "lm_head"
-    ]
-    if odd:
-        raise ConfigError(
-            f"{where}.targets: {pattern!r} matches {odd[0]}, which is no projection of a layer"
-        )
-    return matched
 
 
 def select(model: PeftModel, name: str) -> None:
     """Make one adapter the active and the only one with gradients."""
     model.set_adapter(name)
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{name}." in key and "lora_" in key)
+        parameter.requires_grad_(_belongs_to(key, name))
 
 
-def own(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """Return one adapter's parameters by their names in the model."""
-    return {key: p for key, p in model.named_parameters() if "lora_" in key and f".{name}." in key}
+    return {key: p for key, p in model.named_parameters() if _belongs_to(key, name)}
+
+
+def _belongs_to(key: str, name: str) -> bool:
+    # an adapter may be called like a module, so a name between dots is not enough
+    return "lora_" in key and f".{name}." in key
 
 
 def files(model: PeftModel, name: str, pin: ModelRef, about: Mapping) -> dict[str, dict]:
-    """Return one adapter's files by name, as PEFT and vLLM load them; `about` enters adapter.json."""
-    settings = model.peft_config[name].to_dict()
-    settings |= {
-        "base_model_name_or_path": pin.model,
+    """Return one adapter's files by name, as PEFT and vLLM load them; `about` enters
+    adapter.json."""
+    settings: dict[str, Any] = {}
+    for key, value in model.peft_config[name].to_dict().items():
+        # a set has no order, and the same adapter should give the same bytes
+        settings[key] = sorted(value) if isinstance(value, set) else value
+    settings["base_model_name_or_path"] = pin.model
+    settings["revision"] = pin.revision
+    settings["inference_mode"] = True
+    tensors = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+        tensors[key] = tensor.detach().cpu().contiguous()
+    described = {
+        "name": name,
+        "pin": pin.digest,
+        "model": pin.model,
         "revision": pin.revision,
-        "inference_mode": True,
+        "packages": {package: version(package) for package in PACKAGES},
+        **about,
     }
-    settings = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
-    }
-    tensors = get_peft_model_state_dict(model, adapter_name=name)
-    return {
-        TENSORS: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        SETTINGS: settings,
-        ABOUT: {
-            "name": name,
-            "pin": pin.digest,
-            "model": pin.model,
-            "revision": pin.revision,
-            "packages": {package: version(package) for package in PACKAGES},
-            **about,
-        },
-    }
+    return {TENSORS: tensors, SETTINGS: settings, ABOUT: described}
 
 
-def load(model: nn.Module, folder: Path, name: str, pin: ModelRef) -> PeftModel:
+def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: ModelRef) -> PeftModel:
     """Put the adapter kept in folder on a base (or on a base that has some), frozen, under a name.
 
     Raises MismatchError when it was made on another base or has other keys or shapes than this base
@@ -153,53 +169,56 @@ def load(model: nn.Module, folder: Path, name: str, pin: ModelRef) -> PeftModel:
     if about.get("pin") != pin.digest:
         raise MismatchError(
             f"adapter {name} in {folder} was made on another base ({about.get('model')}, revision "
-            f"{about.get('revision')}) than {pin.model}, revision {pin.revision}; train it again on this one"
+            f"{about.get('revision')}) than {pin.model}, revision {pin.revision}; train it again "
+            "on this one"
         )
-    kept, settings = load_tensors(folder / TENSORS), read_json(folder / SETTINGS)
+    kept = load_tensors(folder / TENSORS)
+    settings = read_json(folder / SETTINGS)
     try:
         out = _with(model, name, LoraConfig.from_pretrained(str((folder / SETTINGS).parent)))
     except (TypeError, ValueError, RuntimeError) as error:
         raise MismatchError(
             f"adapter {name} in {folder} fits no module of this base: {error}"
         ) from None
-    wanted = get_peft_model_state_dict(out, adapter_name=name)
-    problem = _difference(wanted, kept)
+    problem = _difference(get_peft_model_state_dict(out, adapter_name=name), kept)
     if problem:
         _without(out, name)
+        packages = about.get("packages", {})
         raise MismatchError(
             f"adapter {name} in {folder} does not fit this base: {problem}. It was made by peft "
-            f"{settings.get('peft_version')} and transformers {about.get('packages', {}).get('transformers')}; "
+            f"{settings.get('peft_version')} and transformers {packages.get('transformers')}; "
             "train it again, or rename its keys to what this version calls for"
         )
     set_peft_model_state_dict(out, kept, adapter_name=name)
     return out.requires_grad_(False).eval()
 
 
-def label_ids(tokenizer, labels: Mapping[str, str]) -> dict[str, int]:
+def label_ids(tokenizer: PreTrainedTokenizerBase, labels: Mapping[str, str]) -> dict[str, int]:
     """Return the token of each expert's label. Raises ConfigError unless each is one token of its
     own."""
-    ids = {
-        name: tokenizer.encode(label, add_special_tokens=False) for name, label in labels.items()
-    }
-    long = {name: len(found) for name, found in ids.items() if len(found) != 1}
-    if long:
-        name = next(iter(long))
-        raise ConfigError(
-            f"loras: the label {labels[name]!r} of {name} is {long[name]} tokens for this base's tokenizer; "
-            "the router answers with one token, so give it a label such as a capital letter"
-        )
-    if len({found[0] for found in ids.values()}) < len(ids):
+    out: dict[str, int] = {}
+    for name, label in labels.items():
+        ids = tokenizer.encode(label, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"loras: the label {label!r} of {name} is {len(ids)} tokens for this base's "
+                "tokenizer; the router answers with one token, so give it a label such as a "
+                "capital letter"
+            )
+        out[name] = ids[0]
+    if len({*out.values()}) < len(out):
         raise ConfigError(f"loras: two experts have one label; labels are {dict(labels)}")
-    return {name: found[0] for name, found in ids.items()}
+    return out
 
 
-def _with(model: nn.Module, name: str, settings: LoraConfig) -> PeftModel:
+def _with(model: PreTrainedModel | PeftModel, name: str, settings: LoraConfig) -> PeftModel:
     # PEFT fills it in, and warns when it said something else
     settings.base_model_name_or_path = None
     with warnings.catch_warnings():
+        # PEFT asks transformers in a way that it is leaving
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-        )  # PEFT's use
+        )
         if isinstance(model, PeftModel):
             model.add_adapter(name, settings)
             return model
@@ -216,18 +235,25 @@ def _without(model: PeftModel, name: str) -> None:
 
 def _difference(wanted: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]) -> str:
     """Return what keeps `kept` from being `wanted`, in words; empty when nothing does."""
-    missing, unexpected = sorted(wanted.keys() - kept.keys()), sorted(kept.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - kept.keys())
+    unexpected = sorted(kept.keys() - wanted.keys())
     if missing or unexpected:
-        examples = [
-            f"{word} {keys[0]}"
-            for word, keys in (("wanted", missing), ("found", unexpected))
-            if keys
-        ]
-        return f"{len(missing)} tensors are missing and {len(unexpected)} unexpected ({', '.join(examples)})"
-    shapes = [key for key in sorted(wanted) if wanted[key].shape != kept[key].shape]
-    if shapes:
-        pair = f"{tuple(kept[shapes[0]].shape)} instead of {tuple(wanted[shapes[0]].shape)}"
-        return f"{len(shapes)} tensors have another shape, first {shapes[0]} with {pair}"
+        examples = []
+        if missing:
+            examples.append(f"wanted {missing[0]}")
+        if unexpected:
+            examples.append(f"found {unexpected[0]}")
+        return (
+            f"{len(missing)} tensors are missing and {len(unexpected)} unexpected "
+            f"({', '.join(examples)})"
+        )
+    others = [key for key in sorted(wanted) if wanted[key].shape != kept[key].shape]
+    if others:
+        first = others[0]
+        return (
+            f"{len(others)} tensors have another shape, first {first} with "
+            f"{tuple(kept[first].shape)} instead of {tuple(wanted[first].shape)}"
+        )
     return ""
 
 

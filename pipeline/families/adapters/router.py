@@ -13,17 +13,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from ...errors import DamagedArtifact, DataError
 from .chat import Chat
+from .media import Medium
 from .peft_io import read_json
 
 CALIBRATION = "calibration.json"
 # Temperatures that are sought between. Never below 1: where validation has no mistake every smaller
-# one fits better,
-# down to any end, and says only that none was drawn. Too much confidence undoes thresholds, too
-# little asks once more.
-LOWEST, HIGHEST = 1.0, 20.0
+# one fits better, down to any end, and says only that no mistake was seen. Too much confidence
+# undoes thresholds, too little only asks one expert more.
+LOWEST = 1.0
+HIGHEST = 20.0
+# each halving step keeps .618 of the range: after 60 what is left is far below what float32 tells
+SEARCH_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,8 @@ class Calibration:
     """What turns label logits into a decision."""
 
     temperature: float
-    labels: dict[
-        str, str
-    ]  # expert -> label, in the order of the logits; the none class last, where there is one
+    # expert -> label, in the order of the logits; the none class last, where there is one
+    labels: dict[str, str]
     instruction: str
     valid_nats: float | None = None  # before and after fitting, mean over the validation requests
     calibrated_nats: float | None = None
@@ -69,7 +72,9 @@ def routing_prompt(instruction: str, request: str) -> str:
     return f"{instruction} {request}" if instruction else request
 
 
-def label_logits(model, inputs: Mapping[str, torch.Tensor], ids: Sequence[int]) -> torch.Tensor:
+def label_logits(
+    model: PeftModel, inputs: Mapping[str, torch.Tensor], ids: Sequence[int]
+) -> torch.Tensor:
     """Return logits_BK of the labels' tokens as the first of the answer; inputs are padded on the
     left."""
     with torch.no_grad():
@@ -78,12 +83,10 @@ def label_logits(model, inputs: Mapping[str, torch.Tensor], ids: Sequence[int]) 
 
 
 def ask(
-    chat: Chat, instruction: str, requests: Iterable[tuple[str, Sequence]]
+    chat: Chat, instruction: str, requests: Iterable[tuple[str, Sequence[Medium]]]
 ) -> dict[str, torch.Tensor]:
-    """Return what the router reads for (prompt, Pillow images) requests."""
-    return chat.requests(
-        (routing_prompt(instruction, prompt), images) for prompt, images in requests
-    )
+    """Return what the router reads for (prompt, opened media) requests."""
+    return chat.requests((routing_prompt(instruction, prompt), media) for prompt, media in requests)
 
 
 def fit_temperature(logits_BK: torch.Tensor, target_B: torch.Tensor) -> float:
@@ -93,10 +96,12 @@ def fit_temperature(logits_BK: torch.Tensor, target_B: torch.Tensor) -> float:
     The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the
     end is returned.
     """
-    low, high = math.log(LOWEST), math.log(HIGHEST)
+    low = math.log(LOWEST)
+    high = math.log(HIGHEST)
     ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(60):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
+    for _ in range(SEARCH_STEPS):
+        left = high - ratio * (high - low)
+        right = low + ratio * (high - low)
         if nats(logits_BK, target_B, math.exp(left)) < nats(logits_BK, target_B, math.exp(right)):
             high = right
         else:
@@ -116,7 +121,8 @@ def calibrate(
     DataError."""
     if not len(targets):
         raise DataError(
-            "the routing set has no rows in the split valid, which the router's confidence is fitted on"
+            "the routing set has no rows in the split valid, which the router's confidence is "
+            "fitted on"
         )
     target_B = torch.tensor(targets)
     temperature = fit_temperature(logits_BK, target_B)

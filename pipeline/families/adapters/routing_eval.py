@@ -1,25 +1,42 @@
-"""The routing tables of a lora_vlm run: the router beside what needs no training or no picture.
+"""The routing tables of a run of adapters: the router beside what needs no training or reads the
+words alone.
 
-Invariant: every row of a set is judged on the same requests, and intervals draw whole pictures.
+Invariant: every row of a set is judged on the same requests, and intervals draw whole groups of
+requests, as those on one medium are not independent.
 
 N requests, C choices, F features of a request.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...config.base import NONE
-from ...metrics import routing as measures
+from ...metrics import routing as metrics
 from ...metrics.routing import GroupBootstrap, softmax
+from ...report.schema import (
+    CalibrationRow,
+    ConsistencyRow,
+    CoverageCurve,
+    CoveragePoint,
+    Difference,
+    NoneDetection,
+    ReliabilityBin,
+    RequestRouting,
+    RoutedSet,
+    RouterRow,
+)
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
-from .perturb import PICTURES, reordered, reworded, with_pictures
+from .perturb import change_media, reorder_labels, reword
 
 SPLITS = ("test", "test_held")
-NEUTRAL = "neutral prompts"  # only the picture tells
-ROUTER, TEXT = "router", "text only"
+NEUTRAL = "neutral prompts"  # the words tell nothing
+ROUTER = "router"
+TEXT = "text only"
+REORDERED = "order of labels"
+REWORDED = "other words"
 
 
 @dataclass(frozen=True)
@@ -27,11 +44,11 @@ class Routed:
     """The requests of one set, and what each router makes of them."""
 
     name: str
-    asked: list[EvalRequest]
-    own_N: np.ndarray
+    requests: list[EvalRequest]
+    own_N: np.ndarray  # numbers of their experts among the choices
     logit_NC: np.ndarray  # the router's
     rivals: Mapping[str, np.ndarray]  # name -> prob_NC
-    resamples: GroupBootstrap
+    bootstrap: GroupBootstrap
     temperature: float
 
     @property
@@ -42,205 +59,233 @@ class Routed:
     def hits(self, row: str = ROUTER) -> np.ndarray:
         """Return hit_N of a row, 1.0 where its first choice is right."""
         prob_NC = self.prob_NC if row == ROUTER else self.rivals[row]
-        return measures.hits(prob_NC, self.own_N).astype(float)
+        return metrics.hits(prob_NC, self.own_N).astype(float)
 
-    def ahead(self, row: str) -> dict | None:
-        """Return the router's accuracy less a rival's, and its interval."""
-        return self.resamples.difference(self.hits(), self.hits(row))
+    def ahead(self, row: str) -> Difference | None:
+        """Return the router's accuracy less a rival's, and its interval; None without requests."""
+        found = self.bootstrap.difference(self.hits(), self.hits(row))
+        return None if found is None else Difference.model_validate(found)
 
 
-def routed_sets(bench: AdapterEvaluator) -> dict[str, Routed]:
+@dataclass(frozen=True)
+class _Baselines:
+    """What rivals of the router learn from: training requests, and some of them as the frozen base
+    reads them."""
+
+    texts: list[str]
+    own_N: np.ndarray
+    feature_NF: np.ndarray
+    feature_own_N: np.ndarray
+
+
+def routed_sets(evaluator: AdapterEvaluator) -> dict[str, Routed]:
     """Return both test splits of the routing set and the neutral prompts of each, by name."""
-    train = bench.learned
-    choices = list(bench.stack.choices)
-    learned = {
-        "texts": [row.prompt for row in train],
-        "own": np.array([choices.index(row.expert) for row in train]),
-    }
-    some = bench.for_baselines()
-    features = (
-        bench.features(some),
-        np.array([choices.index(each.expert) for each in some], dtype=int),
+    some = evaluator.for_baselines()
+    baselines = _Baselines(
+        texts=[row.prompt for row in evaluator.learned],
+        own_N=_numbers(evaluator, [row.expert for row in evaluator.learned]),
+        feature_NF=evaluator.features(some),
+        feature_own_N=_numbers(evaluator, [request.expert for request in some]),
     )
     out = {}
     for split in SPLITS:
-        asked = bench.routed(split)
-        if asked:
-            whole = _routed(bench, split, asked, learned, features)
-            out[split] = whole
-            neutral = _part(bench, whole, np.array([each.ambiguous for each in asked], dtype=bool))
-            if neutral.asked:
-                out[neutral.name] = neutral
+        requests = evaluator.routed(split)
+        if not requests:
+            continue
+        out[split] = _routed(evaluator, split, requests, baselines)
+        neutral = _neutral_part(evaluator, out[split])
+        if neutral.requests:
+            out[neutral.name] = neutral
     return out
 
 
-def routing(bench: AdapterEvaluator, sets: Mapping[str, Routed]) -> dict:
+def routing(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> RequestRouting:
     """Return the routing tables: accuracy beside baselines, recall, confusion, calibration,
     coverage, none."""
-    stack, k = bench.stack, bench.cfg.loras.router.top_k
-    whole = {name: each for name, each in sets.items() if name in SPLITS}
-    return {
-        "choices": list(stack.choices),
-        "top_k": k,
-        "temperature": stack.calibration.temperature,
-        "threshold": stack.policy.threshold,
-        "sets": [_set(each, k) for each in sets.values()],
-        "confusion": {
-            name: measures.confusion(each.prob_NC, each.own_N).tolist()
-            for name, each in whole.items()
-        },
-        "recall": {
-            name: measures.recall(measures.confusion(each.prob_NC, each.own_N))
-            for name, each in whole.items()
-        },
-        "calibration": [_calibration(each) for each in whole.values()],
-        "coverage": [_coverage(each, bench.cfg.evaluate.thresholds) for each in whole.values()],
-        "none": [_none(each, stack.choices) for each in whole.values() if NONE in stack.choices],
-        "consistency": _consistency(bench, sets["test"]) if "test" in sets else [],
-    }
+    stack = evaluator.stack
+    top_k = evaluator.cfg.loras.router.top_k
+    whole = {name: routed for name, routed in sets.items() if name in SPLITS}
+    confusion = {}
+    recall = {}
+    for name, routed in whole.items():
+        count_CC = metrics.confusion(routed.prob_NC, routed.own_N)
+        confusion[name] = tuple(map(tuple, count_CC.tolist()))
+        recall[name] = tuple(metrics.recall(count_CC))
+    thresholds = evaluator.cfg.evaluate.thresholds
+    tells_none = list(whole.values()) if NONE in stack.choices else []
+    return RequestRouting(
+        choices=stack.choices,
+        top_k=top_k,
+        temperature=stack.calibration.temperature,
+        threshold=stack.policy.threshold,
+        sets=tuple(_set(routed, top_k) for routed in sets.values()),
+        confusion=confusion,
+        recall=recall,
+        calibration=tuple(_calibration(routed) for routed in whole.values()),
+        coverage=tuple(_coverage(routed, thresholds) for routed in whole.values()),
+        none=tuple(_none_detection(routed, stack.choices) for routed in tells_none),
+        consistency=tuple(_consistency(evaluator, sets["test"])) if "test" in sets else (),
+    )
+
+
+def _numbers(evaluator: AdapterEvaluator, experts: Sequence[str]) -> np.ndarray:
+    """Return the number of each expert among the stack's choices."""
+    choices = list(evaluator.stack.choices)
+    return np.array([choices.index(name) for name in experts], dtype=int)
+
+
+def _bootstrap(evaluator: AdapterEvaluator, requests: Sequence[EvalRequest]) -> GroupBootstrap:
+    groups = [request.group for request in requests]
+    return GroupBootstrap(groups, evaluator.cfg.evaluate.bootstrap, evaluator.cfg.seed)
 
 
 def _routed(
-    bench: AdapterEvaluator, name: str, asked: list[EvalRequest], learned: dict, features: tuple
+    evaluator: AdapterEvaluator, name: str, requests: list[EvalRequest], known: _Baselines
 ) -> Routed:
-    choices = list(bench.stack.choices)
-    width, own_N = len(choices), np.array([choices.index(each.expert) for each in asked], dtype=int)
-    texts, (train_NF, train_N) = [each.prompt for each in asked], features
-    x_NF = bench.features(asked)
+    width = len(evaluator.stack.choices)
+    texts = [request.prompt for request in requests]
+    x_NF = evaluator.features(requests)
+    learned = (known.feature_NF, known.feature_own_N)
     rivals = {
-        "majority": measures.majority(learned["own"], width, len(asked)),
-        TEXT: measures.text_only(learned["texts"], learned["own"], texts, width),
-        "frozen base, asked": softmax(bench.logits(asked, BASE), 1.0),
-        "frozen base, centroid": measures.centroid(train_NF, train_N, x_NF, width),
-        "frozen base, regression": measures.linear(train_NF, train_N, x_NF, width),
+        "majority": metrics.majority(known.own_N, width, len(requests)),
+        TEXT: metrics.text_only(known.texts, known.own_N, texts, width),
+        "frozen base, asked": softmax(evaluator.logits(requests, BASE), 1.0),
+        "frozen base, centroid": metrics.centroid(*learned, x_NF, width),
+        "frozen base, regression": metrics.linear(*learned, x_NF, width),
     }
-    resamples = GroupBootstrap(
-        [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
+    return Routed(
+        name=name,
+        requests=requests,
+        own_N=_numbers(evaluator, [request.expert for request in requests]),
+        logit_NC=evaluator.logits(requests),
+        rivals=rivals,
+        bootstrap=_bootstrap(evaluator, requests),
+        temperature=evaluator.stack.calibration.temperature,
     )
-    temperature = bench.stack.calibration.temperature
-    return Routed(name, asked, own_N, bench.logits(asked), rivals, resamples, temperature)
 
 
-def _part(bench: AdapterEvaluator, whole: Routed, keep_N: np.ndarray) -> Routed:
-    asked = [each for each, keep in zip(whole.asked, keep_N, strict=True) if keep]
-    rivals = {name: prob_NC[keep_N] for name, prob_NC in whole.rivals.items()}
-    resamples = GroupBootstrap(
-        [each.group for each in asked], bench.cfg.evaluate.bootstrap, bench.cfg.seed
-    )
-    name = f"{whole.name}, {NEUTRAL}"
+def _neutral_part(evaluator: AdapterEvaluator, whole: Routed) -> Routed:
+    """Return the requests of a set whose words tell nothing."""
+    keep_N = np.array([request.ambiguous for request in whole.requests], dtype=bool)
+    requests = [request for request in whole.requests if request.ambiguous]
     return replace(
         whole,
-        name=name,
-        asked=asked,
+        name=f"{whole.name}, {NEUTRAL}",
+        requests=requests,
         own_N=whole.own_N[keep_N],
         logit_NC=whole.logit_NC[keep_N],
-        rivals=rivals,
-        resamples=resamples,
+        rivals={name: prob_NC[keep_N] for name, prob_NC in whole.rivals.items()},
+        bootstrap=_bootstrap(evaluator, requests),
     )
 
 
-def _set(routed: Routed, k: int) -> dict:
-    rows = [_row(routed, ROUTER, routed.prob_NC, k)]
-    rows += [
-        _row(routed, name, prob_NC, k) | {"router_ahead": routed.ahead(name)}
-        for name, prob_NC in routed.rivals.items()
-    ]
-    return {"name": routed.name, "requests": len(routed.asked), "rows": rows}
+def _set(routed: Routed, top_k: int) -> RoutedSet:
+    rows = [_row(routed, ROUTER, routed.prob_NC, top_k)]
+    for name, prob_NC in routed.rivals.items():
+        rows.append(_row(routed, name, prob_NC, top_k))
+    return RoutedSet(name=routed.name, requests=len(routed.requests), rows=tuple(rows))
 
 
-def _row(routed: Routed, name: str, prob_NC: np.ndarray, k: int) -> dict:
+def _row(routed: Routed, name: str, prob_NC: np.ndarray, top_k: int) -> RouterRow:
     hit_N = routed.hits(name)
-    return {
-        "name": name,
-        "accuracy": float(hit_N.mean()),
-        "interval": routed.resamples.interval(hit_N),
-        "top_k_accuracy": float(measures.hits(prob_NC, routed.own_N, k).mean()),
-        "nats": measures.nats(prob_NC, routed.own_N),
-        "ece": measures.calibration_error(prob_NC, routed.own_N),
-        "is_router": name == ROUTER,
-    }
+    is_router = name == ROUTER
+    return RouterRow(
+        name=name,
+        accuracy=float(hit_N.mean()),
+        interval=routed.bootstrap.interval(hit_N),
+        top_k_accuracy=float(metrics.hits(prob_NC, routed.own_N, top_k).mean()),
+        nats=metrics.nats(prob_NC, routed.own_N),
+        ece=metrics.calibration_error(prob_NC, routed.own_N),
+        is_router=is_router,
+        router_ahead=None if is_router else routed.ahead(name),
+    )
 
 
-def _calibration(routed: Routed) -> dict:
+def _calibration(routed: Routed) -> CalibrationRow:
     raw_NC = softmax(routed.logit_NC, 1.0)
-    return {
-        "set": routed.name,
-        "nats_before": measures.nats(raw_NC, routed.own_N),
-        "nats_after": measures.nats(routed.prob_NC, routed.own_N),
-        "ece_before": measures.calibration_error(raw_NC, routed.own_N),
-        "ece_after": measures.calibration_error(routed.prob_NC, routed.own_N),
-        "reliability": measures.reliability(routed.prob_NC, routed.own_N),
-    }
+    bins = metrics.reliability(routed.prob_NC, routed.own_N)
+    return CalibrationRow(
+        set=routed.name,
+        nats_before=metrics.nats(raw_NC, routed.own_N),
+        nats_after=metrics.nats(routed.prob_NC, routed.own_N),
+        ece_before=metrics.calibration_error(raw_NC, routed.own_N),
+        ece_after=metrics.calibration_error(routed.prob_NC, routed.own_N),
+        reliability=tuple(ReliabilityBin.model_validate(each) for each in bins),
+    )
 
 
-def _coverage(routed: Routed, thresholds) -> dict:
-    confidence_N, hit_N = routed.prob_NC.max(1), routed.hits()
-    return {
-        "set": routed.name,
-        "points": measures.coverage(confidence_N, hit_N, (0.0, *thresholds)),
-    }
+def _coverage(routed: Routed, thresholds: Sequence[float]) -> CoverageCurve:
+    # from 0, where every request counts
+    points = metrics.coverage(routed.prob_NC.max(1), routed.hits(), (0.0, *thresholds))
+    return CoverageCurve(
+        set=routed.name, points=tuple(CoveragePoint.model_validate(each) for each in points)
+    )
 
 
-def _none(routed: Routed, choices) -> dict:
+def _none_detection(routed: Routed, choices: Sequence[str]) -> NoneDetection:
     """Return how well requests that are nobody's are told, by the probability of none and by low
     confidence."""
-    mine_N, at = routed.own_N == choices.index(NONE), choices.index(NONE)
-    return {
-        "set": routed.name,
-        "requests": int(mine_N.sum()),
-        "auroc": measures.auroc(routed.prob_NC[:, at], mine_N),
-        "auroc_of_confidence": measures.auroc(
-            -np.delete(routed.prob_NC, at, axis=1).max(1), mine_N
-        ),
-    }
-
-
-def _consistency(bench: AdapterEvaluator, routed: Routed) -> list[dict]:
-    """Return the share of requests whose expert stays the same after each change."""
-    settings = bench.cfg.evaluate
-    most = (
-        min(settings.consistency_rows, settings.smoke_rows)
-        if settings.smoke
-        else settings.consistency_rows
+    at = choices.index(NONE)
+    nobody_N = routed.own_N == at
+    confidence_N = np.delete(routed.prob_NC, at, axis=1).max(1)
+    return NoneDetection(
+        set=routed.name,
+        requests=int(nobody_N.sum()),
+        auroc=metrics.auroc(routed.prob_NC[:, at], nobody_N),
+        auroc_of_confidence=metrics.auroc(-confidence_N, nobody_N),
     )
-    step = max(1, len(routed.asked) // max(1, most))
-    places = np.arange(0, len(routed.asked), step)[:most]
-    pictured = [int(i) for i in places if routed.asked[i].open()]
-    out = [_after(bench, routed, "other words", _other_words(bench, routed, places))]
-    out += [
-        _after(bench, routed, name, {i: with_pictures(routed.asked[i], change) for i in pictured})
-        for name, change in PICTURES.items()
-    ]
-    return [*out, _after_order(bench, routed, places)]
 
 
-def _other_words(bench: AdapterEvaluator, routed: Routed, places) -> dict[int, EvalRequest]:
-    found = {int(i): reworded(routed.asked[i], bench.cfg.dataset) for i in places}
-    return {i: asked for i, asked in found.items() if asked is not None}
+def _consistency(evaluator: AdapterEvaluator, routed: Routed) -> list[ConsistencyRow]:
+    """Return the share of requests whose expert stays the same after each change."""
+    settings = evaluator.cfg.evaluate
+    most = settings.consistency_rows
+    if settings.smoke:
+        most = min(most, settings.smoke_rows)
+    # spread over the set, whose requests stand by expert
+    step = max(1, len(routed.requests) // max(1, most))
+    places = list(range(0, len(routed.requests), step))[:most]
+    reworded = {}
+    for i in places:
+        request = reword(routed.requests[i], evaluator.cfg.dataset)
+        if request is not None:
+            reworded[i] = request
+    out = [_after(evaluator, routed, REWORDED, reworded)]
+    with_media = [i for i in places if routed.requests[i].open()]
+    for name, change in evaluator.media.perturbations.items():
+        changed = {i: change_media(routed.requests[i], change) for i in with_media}
+        out.append(_after(evaluator, routed, name, changed))
+    return [*out, _after_reordering(evaluator, routed, places)]
 
 
 def _after(
-    bench: AdapterEvaluator, routed: Routed, name: str, changed: Mapping[int, EvalRequest]
-) -> dict:
-    choice_N = bench.logits(list(changed.values())).argmax(1)
-    return _told(name, routed, list(changed), choice_N)
+    evaluator: AdapterEvaluator, routed: Routed, name: str, changed: Mapping[int, EvalRequest]
+) -> ConsistencyRow:
+    choice_N = evaluator.logits(list(changed.values())).argmax(1)
+    return _consistency_row(name, routed, list(changed), choice_N)
 
 
-def _after_order(bench: AdapterEvaluator, routed: Routed, places) -> dict:
+def _after_reordering(
+    evaluator: AdapterEvaluator, routed: Routed, places: list[int]
+) -> ConsistencyRow:
     """Return consistency under another order of the labels, where the instruction lists them at
     all."""
-    calibration = bench.stack.calibration
-    turned = reordered(calibration.instruction, calibration.labels)
-    if turned is None:
-        return _told("order of labels", routed, [], np.empty(0, dtype=int))
-    bench.stack.calibration = replace(calibration, instruction=turned)
+    stack = evaluator.stack
+    calibration = stack.calibration
+    instruction = reorder_labels(calibration.instruction, calibration.labels)
+    if instruction is None:
+        return _consistency_row(REORDERED, routed, [], np.empty(0, dtype=int))
+    # the stack that everything else is measured on gets its own instruction back
+    stack.calibration = replace(calibration, instruction=instruction)
     try:
-        choice_N = bench.logits([routed.asked[i] for i in places]).argmax(1)
+        choice_N = evaluator.logits([routed.requests[i] for i in places]).argmax(1)
     finally:
-        bench.stack.calibration = calibration
-    return _told("order of labels", routed, [int(i) for i in places], choice_N)
+        stack.calibration = calibration
+    return _consistency_row(REORDERED, routed, places, choice_N)
 
 
-def _told(name: str, routed: Routed, places: list[int], choice_N: np.ndarray) -> dict:
-    same = measures.same(routed.logit_NC[places].argmax(1), choice_N)
-    return {"change": name, "requests": len(places), "same": same}
+def _consistency_row(
+    name: str, routed: Routed, places: list[int], choice_N: np.ndarray
+) -> ConsistencyRow:
+    same = metrics.same(routed.logit_NC[places].argmax(1), choice_N)
+    return ConsistencyRow(change=name, requests=len(places), same=same)

@@ -1,8 +1,8 @@
 """The finished stack: a router that names the expert, the experts, and an answer that says who gave
 it and how sure.
 
-Invariant: weights of experts are never averaged. Pictures are looked at once per request, by router
-and experts alike; which adapters answer follows from the router's probabilities alone.
+Invariant: weights of experts are never averaged. Media are encoded once per request, for router and
+experts alike; which adapters answer follows from the router's probabilities alone.
 
 N requests, C choices (the experts, then none where there is one), F features of a request.
 """
@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL.Image import Image
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ...config.base import NONE
 from ...errors import MismatchError
 from ...metrics.routing import softmax
-from ..lora_vlm.base import open_base
-from ..lora_vlm.config import LoraVlmConfig
+from .. import Parts
 from .base import LoadedBase
-from .chat import Chat
-from .config import AdapterExpertConfig
+from .config import AdapterExpertConfig, AdapterRunConfig
 from .inference import BASE, BatchRow, Generation, GenerationLimits, MultiAdapterModel, Request
+from .media import MediaFeatures, Medium
 from .peft_io import label_ids, load
 from .router import Calibration, routing_prompt
 
 ROUTER = "router"  # the router's adapter
-CHUNK = 64  # requests whose pictures' features are held at once
+CHUNK = 64  # requests whose features are held at once
+CHARACTERS_PER_TOKEN = 8  # at most, of a prompt that is worth encoding to count its tokens
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class ExpertInfo:
     @classmethod
     def of(cls, entry: AdapterExpertConfig) -> "ExpertInfo":
         """Return what the stack needs to know of an expert's settings."""
-        task = entry.task or entry.name
         return cls(
-            entry.name, entry.label, task, entry.description, entry.metric, entry.max_new_tokens
+            name=entry.name,
+            label=entry.label,
+            task=entry.task or entry.name,
+            description=entry.description,
+            metric=entry.metric,
+            new_tokens=entry.max_new_tokens,
         )
 
 
@@ -62,7 +67,7 @@ class Policy:
     top_k: int
     fallback: str  # who answers a request that is no expert's: base, or an expert
 
-    def runs(self, ranked: Sequence[tuple[str, float]]) -> tuple[str, ...]:
+    def select(self, ranked: Sequence[tuple[str, float]]) -> tuple[str, ...]:
         """Return who answers, from the choices with their probabilities, likeliest first."""
         first, confidence = ranked[0]
         if first == NONE:
@@ -79,7 +84,7 @@ class Choice:
     expert: str
     confidence: float
     alternatives: tuple[tuple[str, float], ...]
-    runs: tuple[str, ...]  # who answers: an expert, the base, or several to be ranked
+    answered_by: tuple[str, ...]  # an expert, the base, or several to be ranked
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class Answer:
         tuple[str, float], ...
     ]  # every choice with its probability, likeliest first
     finish: str  # stop or length
-    given: int  # tokens of the request, its pictures' included
-    drawn: int  # tokens of the answer
+    prompt_tokens: int  # those of media included
+    completion_tokens: int
     route_s: float
     generate_s: float
     others: tuple[tuple[str, str], ...] = ()  # (expert, text) that were ranked below
@@ -109,231 +114,255 @@ class AdapterStack:
 
     def __init__(
         self,
-        mixed: MultiAdapterModel,
-        members: Sequence[ExpertInfo],
+        model: MultiAdapterModel,
+        experts: Sequence[ExpertInfo],
         calibration: Calibration,
         policy: Policy,
     ):
-        self.mixed, self.members, self.calibration, self.policy = (
-            mixed,
-            tuple(members),
-            calibration,
-            policy,
-        )
-        self.names = tuple(member.name for member in members)
+        self.model = model
+        self.experts = tuple(experts)
+        self.calibration = calibration
+        self.policy = policy
+        self.names = tuple(expert.name for expert in experts)
         self.choices = calibration.names
-        self._new_tokens = {member.name: member.new_tokens for member in members}
+        self._new_tokens = {expert.name: expert.new_tokens for expert in experts}
+        # the base stands in for any expert
         self._new_tokens[BASE] = max(self._new_tokens.values())
-        missing = {*self.names, ROUTER} - set(mixed.adapters)
+        missing = {*self.names, ROUTER} - set(model.adapters)
         if missing:
             raise MismatchError(
                 f"the stack has no adapter for {', '.join(sorted(missing))}; run train_experts"
             )
         if set(self.choices) - {NONE} != set(self.names):
             raise MismatchError(
-                f"the router chooses among {', '.join(self.choices)}, the stack has {', '.join(self.names)}; "
-                "run train_router"
+                f"the router chooses among {', '.join(self.choices)}, the stack has "
+                f"{', '.join(self.names)}; run train_router"
             )
-        self._label_ids = list(label_ids(mixed.chat.tokenizer, calibration.labels).values())
+        self._label_ids = list(label_ids(model.chat.tokenizer, calibration.labels).values())
 
     def route(self, requests: Sequence[Request]) -> list[Choice]:
         """Return where each request goes. Raises DataError for a request over the limits."""
-        return [
-            self._choice(prob_C)
-            for prob_C in softmax(self.logits(requests), self.calibration.temperature)
-        ]
+        prob_NC = softmax(self.logits(requests), self.calibration.temperature)
+        return [self._choice(prob_C) for prob_C in prob_NC]
 
-    def request(self, prompt: str, images: Sequence[Image]) -> Request:
-        """Return a question about pictures as `answer` and `route` take it; serving knows no other
+    def request(self, prompt: str, media: Sequence[Medium]) -> Request:
+        """Return a question with its media as `answer` and `route` take it; serving knows no other
         class of ours."""
-        return Request(prompt, tuple(images))
+        return Request(prompt, tuple(media))
 
     def answer(
         self,
         requests: Sequence[Request],
         seconds: float | None = None,
-        most: int | None = None,
+        max_new_tokens: int | None = None,
         expert: str | None = None,
     ) -> list[Answer]:
         """Return the stack's answer to each request, in order.
 
-        Past `seconds` no further token is begun; `most` is a limit of new tokens beside the
-        experts' own; `expert` answers whatever the router says. Raises DataError for a request over
-        the limits, before anything runs.
+        Past `seconds` no further token is begun; `max_new_tokens` is a limit beside the experts'
+        own; `expert` answers whatever the router says. Raises DataError for a request over the
+        limits, before anything runs.
         """
         out = []
         for chunk in self._chunks(requests):
-            out += self._answers(chunk, seconds, most, expert)
+            out += self._answers(chunk, seconds, max_new_tokens, expert)
         return out
 
-    def trial(
+    def generate(
         self,
         requests: Sequence[Request],
         adapters: Sequence[Sequence[str]],
-        most: Sequence[int | None] | None = None,
+        max_new_tokens: Sequence[int | None] | None = None,
     ) -> list[dict[str, Generation]]:
         """Return what each of a request's adapters answers, whatever the router would say; one
         sequence per request.
 
-        `most` limits each request's new tokens beside the experts' own limits. Raises DataError for
-        a request over the limits, or an adapter that is not there.
+        `max_new_tokens` limits each request's answers beside the experts' own limits. Raises
+        DataError for a request over the limits, or an adapter that is not there.
         """
-        out, wanted = [], iter(zip(adapters, most or [None] * len(requests), strict=True))
+        limits = max_new_tokens or [None] * len(requests)
+        out: list[dict[str, Generation]] = []
         for chunk in self._chunks(requests):
-            names, limits = zip(*(next(wanted) for _ in chunk), strict=True)
-            out += self._said(chunk, self._seen(chunk), names, limits)
+            part = slice(len(out), len(out) + len(chunk))
+            out += self._generate(chunk, self._encoded(chunk), adapters[part], limits[part])
         return out
 
     def logits(self, requests: Sequence[Request], adapter: str = ROUTER) -> np.ndarray:
         """Return logit_NC over the choices, before calibration: the router's, or those of another
         adapter so asked."""
-        parts = [
-            self._logits(chunk, self._seen(chunk), adapter) for chunk in self._chunks(requests)
-        ]
+        parts = []
+        for chunk in self._chunks(requests):
+            parts.append(self._logits(chunk, self._encoded(chunk), adapter))
         return np.concatenate(parts) if parts else np.empty((0, len(self.choices)))
 
     def pooled(self, requests: Sequence[Request]) -> np.ndarray:
         """Return x_NF of the frozen base: the mean of its last hidden states over a request."""
         parts = []
         for chunk in self._chunks(requests):
-            seen = self._seen(chunk)
-            rows = [
-                self._row(request, sights, BASE)
-                for request, sights in zip(chunk, seen, strict=True)
-            ]
-            parts.append(self.mixed.pooled(rows).numpy())
+            rows = []
+            for request, features in zip(chunk, self._encoded(chunk), strict=True):
+                rows.append(self._row(request, features, BASE))
+            parts.append(self.model.pooled(rows).numpy())
         return np.concatenate(parts) if parts else np.empty((0, 1))
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        # all are checked before any runs, so that a bad one costs nothing
         for request in requests:
-            self.mixed.check(request)
+            self.model.check(request)
         for start in range(0, len(requests), CHUNK):
             yield requests[start : start + CHUNK]
 
-    def _seen(self, requests: Sequence[Request]) -> list[tuple]:
-        flat = iter(self.mixed.see([image for request in requests for image in request.images]))
-        return [tuple(next(flat) for _ in request.images) for request in requests]
+    def _encoded(self, requests: Sequence[Request]) -> list[tuple[MediaFeatures, ...]]:
+        """Return the base's features of each request's media."""
+        media = [medium for request in requests for medium in request.media]
+        features = iter(self.model.encode_media(media))
+        return [tuple(next(features) for _ in request.media) for request in requests]
 
     def _row(
-        self, request: Request, sights: tuple, adapter: str, prompt: str | None = None
+        self,
+        request: Request,
+        features: tuple[MediaFeatures, ...],
+        adapter: str,
+        prompt: str | None = None,
     ) -> BatchRow:
-        """Return a row, with what an adapter of the vision tower sees where the adapter is one."""
-        if adapter in self.mixed.sighted:
-            sights = tuple(self.mixed.see(request.images, adapter))
-        return BatchRow(
-            self.mixed.encode(request.prompt if prompt is None else prompt, sights), sights, adapter
-        )
+        """Return a row, with the adapter's own features where it changes the encoder."""
+        if adapter in self.model.encoder_adapters:
+            features = tuple(self.model.encode_media(request.media, adapter))
+        ids = self.model.encode(request.prompt if prompt is None else prompt, features)
+        return BatchRow(ids, features, adapter)
 
     def _logits(
-        self, requests: Sequence[Request], seen: Sequence[tuple], adapter: str = ROUTER
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[tuple[MediaFeatures, ...]],
+        adapter: str = ROUTER,
     ) -> np.ndarray:
-        instruction = self.calibration.instruction
-        rows = [
-            self._row(request, sights, adapter, routing_prompt(instruction, request.prompt))
-            for request, sights in zip(requests, seen, strict=True)
-        ]
-        return self.mixed.label_logits(rows, self._label_ids).numpy()
+        rows = []
+        for request, features in zip(requests, encoded, strict=True):
+            prompt = routing_prompt(self.calibration.instruction, request.prompt)
+            rows.append(self._row(request, features, adapter, prompt))
+        return self.model.label_logits(rows, self._label_ids).numpy()
 
     def _choice(self, prob_C: np.ndarray) -> Choice:
         order = np.argsort(-prob_C, kind="stable")
         ranked = tuple((self.choices[i], float(prob_C[i])) for i in order)
         expert, confidence = ranked[0]
-        return Choice(expert, confidence, ranked, self.policy.runs(ranked))
+        return Choice(expert, confidence, ranked, self.policy.select(ranked))
 
-    def _answers(self, requests: Sequence[Request], seconds, most, expert) -> list[Answer]:
+    def _answers(
+        self,
+        requests: Sequence[Request],
+        seconds: float | None,
+        max_new_tokens: int | None,
+        expert: str | None,
+    ) -> list[Answer]:
         started = time.monotonic()
-        seen = self._seen(requests)
-        prob_NC = softmax(self._logits(requests, seen), self.calibration.temperature)
+        encoded = self._encoded(requests)
+        prob_NC = softmax(self._logits(requests, encoded), self.calibration.temperature)
         choices = [self._choice(prob_C) for prob_C in prob_NC]
-        routed = time.monotonic()
-        left = None if seconds is None else seconds - (routed - started)
-        runs = [choice.runs if expert is None else (expert,) for choice in choices]
-        said = self._said(requests, seen, runs, [most] * len(requests), left)
-        times = {"route_s": routed - started, "generate_s": time.monotonic() - routed}
-        return [_answer(choice, each, times) for choice, each in zip(choices, said, strict=True)]
+        route_s = time.monotonic() - started
+        adapters = [choice.answered_by if expert is None else (expert,) for choice in choices]
+        left = None if seconds is None else seconds - route_s
+        limits = [max_new_tokens] * len(requests)
+        generated = self._generate(requests, encoded, adapters, limits, left)
+        generate_s = time.monotonic() - started - route_s
+        out = []
+        for choice, generations in zip(choices, generated, strict=True):
+            out.append(_best(choice, generations, route_s, generate_s))
+        return out
 
-    def _said(self, requests, seen, adapters, most, seconds=None) -> list[dict[str, Generation]]:
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[tuple[MediaFeatures, ...]],
+        adapters: Sequence[Sequence[str]],
+        max_new_tokens: Sequence[int | None],
+        seconds: float | None = None,
+    ) -> list[dict[str, Generation]]:
         """Return what each of a request's adapters answers; all of them run in mixed batches."""
-        rows, at, limits = [], [], []
-        for i, (request, sights, names, limit) in enumerate(
-            zip(requests, seen, adapters, most, strict=True)
-        ):
-            rows += [self._row(request, sights, name) for name in names]
-            at += [(i, name) for name in names]
-            limits += [min(self._new_tokens.get(name, 1), limit or sys.maxsize) for name in names]
-        texts = self.mixed.texts(rows, limits, seconds)
+        rows = []
+        limits = []
+        owners = []  # the number of the request that a row is of
+        for i, (request, features) in enumerate(zip(requests, encoded, strict=True)):
+            most = max_new_tokens[i] or sys.maxsize
+            for name in adapters[i]:
+                rows.append(self._row(request, features, name))
+                # an adapter that is no expert of this stack (the router) answers with its label
+                limits.append(min(self._new_tokens.get(name, 1), most))
+                owners.append(i)
         out: list[dict[str, Generation]] = [{} for _ in requests]
-        for (i, name), said in zip(at, texts, strict=True):
-            out[i][name] = said
+        generations = self.model.generate(rows, limits, seconds)
+        for i, row, generation in zip(owners, rows, generations, strict=True):
+            out[i][row.adapter] = generation
         return out
 
 
-def _answer(choice: Choice, said: Mapping[str, Generation], times: Mapping[str, float]) -> Answer:
-    """Return the answer with the greatest product of the router's and its own (mean) probability."""
+def _best(
+    choice: Choice, generations: Mapping[str, Generation], route_s: float, generate_s: float
+) -> Answer:
+    """Return the answer with the greatest product of the router's and its own mean probability."""
     prior = dict(choice.alternatives)
 
     def rank(name: str) -> float:
-        return math.log(max(prior.get(name, 1.0), 1e-12)) + said[name].log_probability
+        # the base has no probability of its own, and a probability of 0 no logarithm
+        return math.log(max(prior.get(name, 1.0), 1e-12)) + generations[name].log_probability
 
-    best, *rest = sorted(said, key=rank, reverse=True)
-    kept = said[best]
+    best, *rest = sorted(generations, key=rank, reverse=True)
+    kept = generations[best]
     return Answer(
-        kept.text,
-        best,
-        choice.confidence,
-        choice.alternatives,
-        kept.finish,
-        kept.given,
-        kept.drawn,
-        others=tuple((name, said[name].text) for name in rest),
-        **times,
+        text=kept.text,
+        expert=best,
+        confidence=choice.confidence,
+        alternatives=choice.alternatives,
+        finish=kept.finish,
+        prompt_tokens=kept.prompt_tokens,
+        completion_tokens=kept.completion_tokens,
+        route_s=route_s,
+        generate_s=generate_s,
+        others=tuple((name, generations[name].text) for name in rest),
     )
 
 
-def assemble(cfg: LoraVlmConfig, parts) -> AdapterStack:
-    """Build the finished stack from the run's parts.
+def assemble(cfg: AdapterRunConfig, parts: Parts, base: LoadedBase) -> AdapterStack:
+    """Build the finished stack from the run's parts on its open base.
 
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another base.
     """
     folders = {name: parts.folder("train_experts", name) for name in cfg.experts}
-    router = parts.folder("train_router")
-    members = [ExpertInfo.of(cfg.loras.entry(name)) for name in cfg.experts]
-    opened = open_base(parts.folder("train_shared"), cfg.loras.base)
-    calibration = Calibration.read(router)
-    return put_together(
-        opened, folders | {ROUTER: router}, members, calibration, policy_of(cfg), limits_of(cfg)
-    )
+    folders[ROUTER] = parts.folder("train_router")
+    experts = [ExpertInfo.of(cfg.loras.entry(name)) for name in cfg.experts]
+    calibration = Calibration.read(folders[ROUTER])
+    return build_stack(base, folders, experts, calibration, policy_of(cfg), limits_of(cfg))
 
 
-def put_together(
-    opened: LoadedBase,
+def build_stack(
+    base: LoadedBase,
     folders: Mapping[str, Path],
-    members,
-    calibration,
-    policy,
+    experts: Sequence[ExpertInfo],
+    calibration: Calibration,
+    policy: Policy,
     limits: GenerationLimits,
 ) -> AdapterStack:
     """Load the adapters kept in folders, by name, on an open base. Raises MismatchError or
     DamagedArtifact."""
-    model = opened.model
+    model: PreTrainedModel | PeftModel = base.model
     for name, folder in folders.items():
-        model = load(model, folder, name, opened.pin)
-    return AdapterStack(
-        MultiAdapterModel(model, Chat(opened.processor), limits), members, calibration, policy
-    )
+        model = load(model, folder, name, base.pin)
+    return AdapterStack(MultiAdapterModel(model, base.chat, limits), experts, calibration, policy)
 
 
-def policy_of(cfg: LoraVlmConfig) -> Policy:
+def policy_of(cfg: AdapterRunConfig) -> Policy:
     """Return who answers, as the configuration says it."""
-    return Policy(cfg.loras.router.threshold, cfg.loras.router.top_k, cfg.loras.router.fallback)
+    router = cfg.loras.router
+    return Policy(router.threshold, router.top_k, router.fallback)
 
 
-def limits_of(cfg: LoraVlmConfig) -> GenerationLimits:
+def limits_of(cfg: AdapterRunConfig) -> GenerationLimits:
     """Return the largest request that some adapter was trained on."""
     tokens = max(cfg.loras.options(name).max_tokens for name in (*cfg.experts, ROUTER))
     return GenerationLimits(
-        images=cfg.dataset.limits.max_images,
-        prompt_characters=8 * tokens,
+        media=cfg.dataset.limits.max_media,
+        prompt_characters=CHARACTERS_PER_TOKEN * tokens,
         tokens=tokens,
         batch_rows=cfg.evaluate.batch_rows,
     )

@@ -1,31 +1,102 @@
 """One adapter's training: batches of its rows, the loss on their answers, and what is kept of it.
 
 Invariant: only the adapter's tensors get gradients, and a batch is a function of its place and the
-seed: which rows, which prompts, which bits of their pictures.
+seed: which rows, which prompts, which bits of their media's features.
 
 B rows, T tokens, D width, V vocabulary, N learned tokens of a batch, K labels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ...data.routing.dataset import RoutingRows
+from ...data.tasks.rows import TaskRows
 from ...errors import DataError
-from ...hardware import device
+from ...hardware import device, uses_bf16
 from ...model.loss import CHUNK_LOGITS, chunk_of, cross_entropy
 from ...train.loop import Task
 from ...train.memory_plan import MemoryPlan
-from ..lora_vlm.config import LoraVlmConfig
-from ..lora_vlm.cost import Sizes, memory_plan
-from ..lora_vlm.image_cache import KEPT_BYTES, Features, opened_picture
+from .. import Parts
 from .base import LoadedBase
-from .chat import IGNORED, Chat, Example, Sampler, TokenizedDataset, encode, prompt_augmentation
-from .peft_io import add, files, own
-from .router import label_logits
+from .chat import IGNORED, Example, Sampler, TokenizedDataset, encode, prompt_augmentation
+from .config import AdapterRunConfig
+from .cost import memory_plan
+from .media import FeatureCache
+from .peft_io import adapter_parameters, add, files, label_ids
+from .router import CALIBRATION, calibrate, label_logits, routing_prompt
 
+SPLITS = ("train", "valid")
 VALID_ROWS = 32  # per forward pass without gradients
+CALIBRATION_ROWS = 4096  # most validation requests that the temperature is fitted on
+
+
+def expert_task(cfg: AdapterRunConfig, parts: Parts, item: str, base: LoadedBase) -> Task:
+    """Return one expert's training: its adapter on its own task's rows, some asked in neutral
+    words.
+
+    Raises MissingArtifact, ConfigError for labels or targets, DataError for rows that do not do.
+    """
+    options = cfg.loras.options(item)
+    rows = TaskRows(parts.folder("preprocess", item))
+    examples = {}
+    for split in SPLITS:
+        examples[split] = [
+            Example(base.chat.media.paths(rows.folder, row), row.prompt, row.answer)
+            for row in rows.rows(split)
+        ]
+    training = _start(cfg, base, item, cfg.section("train_experts", item))
+    neutral = cfg.dataset.neutral.seen if options.neutral_share else ()
+    about = {"label": cfg.loras.labels[item], "options": options.model_dump(mode="json")}
+    return training.task(examples, neutral, about, dict)
+
+
+def router_task(cfg: AdapterRunConfig, parts: Parts, base: LoadedBase) -> Task:
+    """Return the router's training: its adapter answers each request of the routing set with a
+    label.
+
+    Raises MissingArtifact, ConfigError for labels or targets, DataError for rows that do not do.
+    """
+    entry = cfg.loras.router
+    labels = cfg.loras.labels
+    rows = RoutingRows(parts.folder("routing"))
+    training = _start(cfg, base, entry.name, cfg.section("train_router", None))
+    found = {split: rows.rows(split) for split in SPLITS}
+    examples = {}
+    for split, some in found.items():
+        examples[split] = [
+            Example(
+                base.chat.media.paths(rows.folder, row),
+                routing_prompt(entry.instruction, row.prompt),
+                labels[row.expert],
+            )
+            for row in some
+        ]
+    ids = label_ids(base.chat.tokenizer, labels)
+    choices = list(ids)
+
+    def calibration() -> dict:
+        logits_BK = training.logits(examples["valid"][:CALIBRATION_ROWS], list(ids.values()))
+        targets = [choices.index(row.expert) for row in found["valid"][:CALIBRATION_ROWS]]
+        return {CALIBRATION: calibrate(logits_BK, targets, entry.instruction, labels).values()}
+
+    about = {
+        "labels": [list(pair) for pair in labels.items()],
+        "instruction": entry.instruction,
+        "options": cfg.loras.options(entry.name).model_dump(mode="json"),
+    }
+    return training.task(examples, (), about, calibration)
+
+
+def _start(cfg: AdapterRunConfig, base: LoadedBase, name: str, where: str) -> "Training":
+    """Return a new adapter on the run's base, its labels checked before anything is trained for
+    them."""
+    label_ids(base.chat.tokenizer, cfg.loras.labels)
+    bf16 = uses_bf16(cfg.dtype)
+    return Training(base, name, cfg, seed=cfg.seed_of(name), bf16=bf16, where=where)
 
 
 class Training:
@@ -33,9 +104,9 @@ class Training:
 
     def __init__(
         self,
-        opened: LoadedBase,
+        base: LoadedBase,
         name: str,
-        cfg: LoraVlmConfig,
+        cfg: AdapterRunConfig,
         *,
         seed: int,
         bf16: bool,
@@ -43,15 +114,21 @@ class Training:
     ):
         """Put the adapter on the base; `where` is its options' setting, for messages. Raises
         ConfigError."""
-        self.pin, self.name, self.cfg, self.bf16, self.where = opened.pin, name, cfg, bf16, where
-        self.chat, self.seed, self.options = Chat(opened.processor), seed, cfg.loras.options(name)
+        self.base = base
+        self.name = name
+        self.cfg = cfg
+        self.bf16 = bf16
+        self.where = where
+        self.seed = seed
+        self.chat = base.chat
+        self.options = cfg.loras.options(name)
+        # the adapter's first weights are drawn from torch's generator
         torch.manual_seed(seed)
-        self.model = add(opened.model, name, self.options, where)
-        self.core = self.model.get_base_model()
-        self.sizes = Sizes.of_config(self.core.config.to_dict())
+        check = self.chat.media.check_targets
+        self.model = add(base.model, name, self.options, where, check)
+        self.core: PreTrainedModel = self.model.get_base_model()
         self.dtype = torch.bfloat16 if bf16 else self.core.dtype
         self.model.train()
-        self._rope_index = lru_cache(8192)(partial(_rope_index, self.core.model))
 
     def task(
         self,
@@ -66,101 +143,106 @@ class Training:
         DataError.
         """
         options = self.options
-        lines = {split: self._encoded(split, rows, neutral) for split, rows in examples.items()}
-        train, held_out = lines["train"], lines["valid"]
-        seen = {
-            split: Features(self.core, some, self._most_kept()) for split, some in lines.items()
-        }
-        plan = self._means(train, sum(features.bytes for features in seen.values()))
-        order = Sampler(len(train), options.batch_sequences, self.seed)
-        held = _held_out(held_out, options.eval_tokens)
-        counts = {
-            split: {"kept": len(some), "dropped": dict(some.drops.counts)}
-            for split, some in lines.items()
-        }
+        datasets = {split: self._encoded(split, rows, neutral) for split, rows in examples.items()}
+        caches = {split: self.feature_cache(dataset) for split, dataset in datasets.items()}
+        train = datasets["train"]
+        valid = datasets["valid"]
+        plan = self._memory_plan(train, sum(cache.bytes for cache in caches.values()))
+        sampler = Sampler(len(train), options.batch_sequences, self.seed)
+        held_out = _held_out(valid, options.eval_tokens)
+        counts = {}
+        for split, dataset in datasets.items():
+            counts[split] = {"kept": len(dataset), "dropped": dict(dataset.drops.counts)}
 
         def batch(first: int, count: int) -> tuple[dict, float]:
             offset = first % options.batch_sequences
-            whole = order.at(first - offset, options.batch_sequences)
-            whole.sort(
-                key=lambda i: train.lines[i].tokens
-            )  # so that what runs together is alike in length
-            weight = options.batch_sequences / (count * train.targets(whole))
-            asked = self._swaps(neutral, first, count)
-            return self.inputs(train, seen["train"], whole[offset : offset + count], asked), weight
+            whole = sampler.at(first - offset, options.batch_sequences)
+            # what runs together is alike in length, so that little of it is padding
+            whole.sort(key=lambda i: train.rows[i].tokens)
+            # micro-batches add up to the mean over all learned tokens of the whole batch
+            weight = options.batch_sequences / (count * train.target_count(whole))
+            at = whole[offset : offset + count]
+            prompts = self._prompts(neutral, first, count)
+            return self.inputs(train, caches["train"], at, prompts), weight
 
         def loss(weighed: tuple[dict, float]) -> torch.Tensor:
-            # so that micro-batches add up to the mean over all learned tokens of the batch
             inputs, weight = weighed
             return self.token_loss(inputs, plan.chunk_logits) * weight
 
         def validate() -> float:
-            with self._answering():
-                asked = (
-                    self.inputs(held_out, seen["valid"], at, self._swaps(neutral, at[0], len(at)))
-                    for at in held
-                )
-                total = sum(self.token_loss(inputs, plan.chunk_logits).item() for inputs in asked)
-            return total / sum(map(held_out.targets, held))
+            total = 0.0
+            with self._evaluating():
+                for at in held_out:
+                    # the first row's place decides, so that every evaluation asks alike
+                    prompts = self._prompts(neutral, at[0], len(at))
+                    inputs = self.inputs(valid, caches["valid"], at, prompts)
+                    total += self.token_loss(inputs, plan.chunk_logits).item()
+            return total / sum(valid.target_count(at) for at in held_out)
 
         def export(_kept_step: int) -> dict:
-            with self._answering():
-                return files(self.model, self.name, self.pin, {**about, "rows": counts}) | also()
+            with self._evaluating():
+                kept = files(self.model, self.name, self.base.pin, {**about, "rows": counts})
+                return kept | also()
 
-        row_tokens, parameters = train.mean_tokens, own(self.model, self.name)
+        parameters = adapter_parameters(self.model, self.name)
+        row_tokens = train.mean_tokens
+        flops = self.base.sizes.train_flops_per_token(options, encodes=not caches["train"].keep)
         return Task(
             options=options,
             parameters=parameters,
             batch=batch,
             loss=loss,
             export=export,
-            zero_first_gradient=tuple(
-                name for name in parameters if "lora_A" in name
-            ),  # lora_B is zero in the first step
-            validate=validate if held else None,
+            # lora_B is zero in the first step, and so is every gradient of lora_A
+            zero_first_gradient=tuple(name for name in parameters if "lora_A" in name),
+            validate=validate if held_out else None,
             tokens_per_row=row_tokens,
             bf16=self.dtype == torch.bfloat16,
             steps=options.resolve_steps(row_tokens, row_tokens * len(train)),
             memory_plan=plan,
-            flops_per_token=self.sizes.train_flops_per_token(
-                options, vision=not seen["train"].keep
-            ),
-            notes=tuple(
-                self._left_out(split, some) for split, some in lines.items() if some.drops.total
-            ),
+            flops_per_token=flops,
+            notes=tuple(self._drop_notes(datasets)),
+        )
+
+    def feature_cache(self, dataset: TokenizedDataset) -> FeatureCache:
+        """Return what gives the model a split's media."""
+        return self.chat.media.feature_cache(
+            self.core,
+            dataset.paths,
+            dataset.path_tokens,
+            encoder_trains=self.options.changes_encoder,
+            memory_budget=self.cfg.runtime.memory_budget,
         )
 
     def inputs(
         self,
-        lines: TokenizedDataset,
-        seen: Features,
+        dataset: TokenizedDataset,
+        cache: FeatureCache,
         at: Sequence[int],
-        asked: Sequence[str | None],
-    ) -> dict:
-        """Return what `nats` takes for some lines, each asked as it is (None) or otherwise, on the
-        device."""
-        text = lines.batch(at, asked)
-        pictures = seen.inputs(lines.images(at))
-        if pictures:
-            grids = iter(pictures["image_grid_thw"].tolist())
-            own_grids = [tuple(tuple(next(grids)) for _ in lines.lines[i].images) for i in at]
-            pictures["position_ids"] = self._positions(text, own_grids)
-        both = text | pictures
-        return {
-            key: value.to(device()) if torch.is_tensor(value) else value
-            for key, value in both.items()
-        }
+        prompts: Sequence[str | None],
+    ) -> dict[str, Any]:
+        """Return what `token_loss` takes for some rows, each asked as it is (None) or otherwise, on
+        the device."""
+        text = dataset.batch(at, prompts)
+        inputs = text | cache.inputs(text, dataset.media(at))
+        for key, value in inputs.items():
+            if torch.is_tensor(value):
+                inputs[key] = value.to(device())
+        return inputs
 
-    def token_loss(self, inputs: Mapping, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
+    def token_loss(
+        self, inputs: Mapping[str, Any], chunk_logits: int = CHUNK_LOGITS
+    ) -> torch.Tensor:
         """Return the summed nats of the learned tokens, a scalar; logits are only ever made of
         those."""
         rest = {key: value for key, value in inputs.items() if key != "labels"}
+        # the state at a token predicts the one after it
         labels_BT = inputs["labels"][:, 1:]
         learned_BT = labels_BT != IGNORED
         with torch.autocast(labels_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            h_BTD = self.core.model(**rest, use_cache=False).last_hidden_state
+            h_BTD = self.core.base_model(**rest, use_cache=False).last_hidden_state
         h_ND = h_BTD[:, :-1][learned_BT]
-        head_VD = self.core.lm_head.weight
+        head_VD = self.core.get_output_embeddings().weight
         chunk = chunk_of(len(head_VD), chunk_logits)
         return cross_entropy(h_ND, head_VD, labels_BT[learned_BT], self.dtype, chunk)
 
@@ -168,73 +250,60 @@ class Training:
         """Return logits_BK of the labels' tokens for requests, as the stack will compute them: no
         autocast."""
         out = []
-        with self._answering():
+        with self._evaluating():
             for at in range(0, len(examples), VALID_ROWS):
-                some = examples[at : at + VALID_ROWS]
-                asked = self.chat.requests(
-                    (e.prompt, [opened_picture(path) for path in e.images]) for e in some
-                )
-                out.append(
-                    label_logits(
-                        self.model, {k: v.to(device()) for k, v in asked.items()}, ids
-                    ).cpu()
-                )
+                requests = []
+                for example in examples[at : at + VALID_ROWS]:
+                    media = [self.chat.media.open(path) for path in example.media]
+                    requests.append((example.prompt, media))
+                inputs = self.chat.requests(requests)
+                inputs = {key: tensor.to(device()) for key, tensor in inputs.items()}
+                out.append(label_logits(self.model, inputs, ids).cpu())
         return torch.cat(out)
 
-    def _most_kept(self) -> int:
-        """Return how many bytes the pictures' features may take: none of a tower that is trained."""
-        budget = self.cfg.runtime.memory_budget
-        return (
-            -1 if self.options.allow_vision else min(KEPT_BYTES, (budget or 10 * KEPT_BYTES) // 10)
-        )
-
-    def _means(self, train: TokenizedDataset, kept_bytes: int) -> MemoryPlan:
-        """Choose how to run under the memory budget, by the longest row; turns checkpointing on
-        where it is chosen."""
-        longest = max(line.tokens for line in train.lines)
+    def _memory_plan(self, train: TokenizedDataset, kept_bytes: int) -> MemoryPlan:
+        """Plan how to run under the memory budget, by the longest row; turns checkpointing on where
+        the plan has it."""
+        longest = max(row.tokens for row in train.rows)
         name = f"{self.where.partition('.')[2]} ({self.name})"
-        chosen = memory_plan(
-            self.cfg, self.options, self.sizes, train.mean_tokens, longest, name, kept_bytes
+        plan = memory_plan(
+            self.cfg, self.options, self.base.sizes, train.mean_tokens, longest, name, kept_bytes
         )
-        if chosen.checkpointing:
+        if plan.checkpointing:
+            # the reentrant kind asks for gradients of its inputs, which a frozen base has none of
             self.core.activation_checkpointing_enable({"use_reentrant": False})
-        return chosen
+        return plan
 
-    def _swaps(self, neutral: Sequence[str], first: int, count: int) -> list[str | None]:
-        return prompt_augmentation(neutral, self.options.neutral_share, self.seed, first, count)
+    def _prompts(self, neutral: Sequence[str], first: int, count: int) -> list[str | None]:
+        share = self.options.neutral_share
+        return prompt_augmentation(neutral, share, self.seed, first, count)
 
     def _encoded(
-        self, split: str, rows: Sequence[Example], neutral: Sequence[str]
+        self, split: str, examples: Sequence[Example], neutral: Sequence[str]
     ) -> TokenizedDataset:
-        lines = encode(self.chat, rows, self.options.max_tokens, neutral)
-        if split == "train" and not lines.lines:
-            why = f"all {len(rows)} are over {self.where}.max_tokens = {self.options.max_tokens}; raise it, or lower "
-            raise DataError(
-                f"{self.name} has no rows to train on: "
-                + (
-                    f"{why}loras.base.image.max_pixels"
-                    if rows
-                    else "its preprocess left none in the split train"
+        dataset = encode(self.chat, examples, self.options.max_tokens, neutral)
+        if split == "train" and not dataset.rows:
+            why = "its preprocess left none in the split train"
+            if examples:
+                why = (
+                    f"all {len(examples)} are over {self.where}.max_tokens = "
+                    f"{self.options.max_tokens}; raise it{self.chat.media.shorten_hint}"
                 )
-            )
-        return lines
+            raise DataError(f"{self.name} has no rows to train on: {why}")
+        return dataset
 
-    def _left_out(self, split: str, lines: TokenizedDataset) -> str:
+    def _drop_notes(self, datasets: Mapping[str, TokenizedDataset]) -> Iterator[str]:
         limit = f"{self.where}.max_tokens = {self.options.max_tokens}"
-        return f"{lines.drops.total} of {lines.drops.seen} rows of {split} are over {limit} and were left out"
-
-    def _positions(self, text: Mapping[str, torch.Tensor], grids: Sequence[tuple]) -> torch.Tensor:
-        """Return position_ids [3, B, T]: the model's own, looked up by what they depend on, as it
-        is slow at them."""
-        types_BT, mask_BT = text["mm_token_type_ids"], text["attention_mask"]
-        out = torch.zeros(3, *types_BT.shape, dtype=torch.long)
-        for i, (types_T, tokens) in enumerate(zip(types_BT, mask_BT.sum(1).tolist(), strict=True)):
-            found = self._rope_index(types_T[:tokens].numpy().tobytes(), grids[i])
-            out[:, i, :tokens] = found
-        return out
+        for split, dataset in datasets.items():
+            drops = dataset.drops
+            if drops.total:
+                yield (
+                    f"{drops.total} of {drops.seen} rows of {split} are over {limit} and were "
+                    "left out"
+                )
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def _evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients, back to training afterwards."""
         self.model.eval()
         try:
@@ -244,22 +313,15 @@ class Training:
             self.model.train()
 
 
-def _rope_index(inner, types: bytes, grids: tuple) -> torch.Tensor:
-    """Return the [3, T] positions of one row without padding; types are its mm_token_type_ids,
-    int32."""
-    types_1T = torch.frombuffer(bytearray(types), dtype=torch.int32)[None]
-    grid_N3 = torch.tensor(grids) if grids else None
-    return inner.get_rope_index(types_1T.long(), types_1T, image_grid_thw=grid_N3)[0][:, 0]
-
-
-def _held_out(lines: TokenizedDataset, tokens: int) -> list[list[int]]:
-    """Return batches of the first lines that have up to so many tokens together, at least one line;
+def _held_out(valid: TokenizedDataset, tokens: int) -> list[list[int]]:
+    """Return batches of the first rows that have up to so many tokens together, at least one row;
     alike in length."""
-    taken, total = [], 0
-    for i, line in enumerate(lines.lines):
-        total += line.tokens
+    taken: list[int] = []
+    total = 0
+    for i, row in enumerate(valid.rows):
+        total += row.tokens
         if taken and total > tokens:
             break
         taken.append(i)
-    taken.sort(key=lambda i: (lines.lines[i].tokens, i))
+    taken.sort(key=lambda i: (valid.rows[i].tokens, i))
     return [taken[at : at + VALID_ROWS] for at in range(0, len(taken), VALID_ROWS)]

@@ -19,6 +19,8 @@ from ..adapters.config import (
 # the vision tower has projections of the same names, so a pattern has to say which half it means
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+PICTURE_TOKEN_PX = 1024  # area that becomes one token
+
 
 class VlmBuildConfig(Section):
     """Sizes of a random Qwen3-VL, built where a pretrained one would be opened."""
@@ -75,6 +77,10 @@ class VlmBaseConfig(AdapterBaseConfig):
     build: VlmBuildConfig | None = Field(
         None, description="Sizes of a random base, when model is none"
     )
+
+    def most_media_tokens(self, rows: int) -> int:
+        """Return the tokens of so many pictures of the largest area."""
+        return rows * self.image.max_pixels // PICTURE_TOKEN_PX
 
 
 class VlmAdapterConfig(AdapterConfig):

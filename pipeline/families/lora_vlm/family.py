@@ -1,10 +1,7 @@
-"""LoRA experts on a vision-language model: what each of the trainings is, and how the stack is put
-together.
+"""LoRA experts on a vision-language model: what each stage does, as the rows of the table name it.
 
 Invariant: the base is never written to and never trained; every training starts from the same
 pinned base and leaves one adapter, which knows the base that it belongs to.
-
-B requests, K labels.
 """
 
 from pathlib import Path
@@ -12,20 +9,20 @@ from pathlib import Path
 from ...data.routing import dataset as routing_set
 from ...data.sources import synthetic
 from ...data.tasks import prepare as tasks
-from ...hardware import cores, uses_bf16
+from ...hardware import cores
 from ...protocols import Progress
 from ...report import RequestReport
 from ...train.loop import NoTraining, Task
 from .. import Parts
+from ..adapters import stack
 from ..adapters.base import LoadedBase
-from ..adapters.chat import Example
 from ..adapters.config import AdapterRouterConfig
-from ..adapters.peft_io import label_ids
-from ..adapters.router import CALIBRATION, calibrate, routing_prompt
-from ..adapters.train import Training
-from .base import open_base, write
+from ..adapters.stack import AdapterStack
+from ..adapters.train import expert_task, router_task
+from .base import QWEN3_VL, open_base, settings_of, write
 from .config import LoraVlmConfig
 from .cost import cost
+from .vision import Images
 
 __all__ = [
     "assemble",
@@ -39,9 +36,6 @@ __all__ = [
     "router",
     "shared",
 ]
-
-SPLITS = ("train", "valid")
-CALIBRATION_ROWS = 4096  # most validation requests that the temperature is fitted on
 
 
 def prepare(cfg: LoraVlmConfig, _parts: Parts, folder: Path, progress: Progress, item: str) -> dict:
@@ -58,7 +52,9 @@ def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
     base = cfg.loras.base
     asked = [AdapterRouterConfig.model_fields["instruction"].default]
     own = base.build.text if base.build else ()
-    return NoTraining(lambda folder: write(base, [*synthetic.corpus(), *own, *asked * 3], folder))
+    # what comes once makes no entry of the tokenizer, so the router's own words come three times
+    corpus = [*synthetic.corpus(), *own, *asked * 3]
+    return NoTraining(lambda folder: write(base, corpus, folder))
 
 
 def route_data(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
@@ -71,93 +67,62 @@ def route_data(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progres
 def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task:
     """Return one expert's training: its adapter on its own task's rows, some asked in neutral
     words."""
-    rows, options = tasks.TaskRows(parts.folder("preprocess", item)), cfg.loras.options(item)
-    examples = {
-        split: [
-            Example(tuple(rows.folder / image for image in row.images), row.prompt, row.answer)
-            for row in rows.rows(split)
-        ]
-        for split in SPLITS
-    }
-    training = _training(cfg, parts, item, cfg.section("train_experts", item))
-    neutral = cfg.dataset.neutral.seen if options.neutral_share else ()
-    about = {"label": cfg.loras.labels[item], "options": options.model_dump(mode="json")}
-    return training.task(examples, neutral, about, dict)
+    return expert_task(cfg, parts, item, _base(cfg, parts))
 
 
 def router(cfg: LoraVlmConfig, parts: Parts) -> Task:
     """Return the router's training: its adapter answers each request of the routing set with a
     label."""
-    rows, entry, labels = (
-        routing_set.RoutingRows(parts.folder("routing")),
-        cfg.loras.router,
-        cfg.loras.labels,
-    )
-    training = _training(cfg, parts, entry.name, cfg.section("train_router", None))
-    ids = label_ids(training.chat.tokenizer, labels)
-    found = {split: rows.rows(split) for split in SPLITS}
-    examples = {
-        split: [
-            Example(
-                tuple(rows.paths(row)),
-                routing_prompt(entry.instruction, row.prompt),
-                labels[row.expert],
-            )
-            for row in some
-        ]
-        for split, some in found.items()
-    }
-
-    def calibration() -> dict:
-        logits_BK = training.logits(examples["valid"][:CALIBRATION_ROWS], list(ids.values()))
-        targets = [list(ids).index(row.expert) for row in found["valid"][:CALIBRATION_ROWS]]
-        return {CALIBRATION: calibrate(logits_BK, targets, entry.instruction, labels).values()}
-
-    options = cfg.loras.options(entry.name).model_dump(mode="json")
-    about = {
-        "labels": [list(pair) for pair in labels.items()],
-        "instruction": entry.instruction,
-        "options": options,
-    }
-    return training.task(examples, (), about, calibration)
+    return router_task(cfg, parts, _base(cfg, parts))
 
 
-def assemble(cfg: LoraVlmConfig, parts: Parts):
-    """Build the finished stack from its parts; see lora_stack.
+def assemble(cfg: LoraVlmConfig, parts: Parts) -> AdapterStack:
+    """Build the finished stack from its parts.
 
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another base.
     """
-    from ..adapters import stack
-
-    return stack.assemble(cfg, parts)
+    return stack.assemble(cfg, parts, _base(cfg, parts))
 
 
 def measure(cfg: LoraVlmConfig, parts: Parts, progress: Progress) -> RequestReport:
-    """Return the report's tables; see lora_tables."""
-    from ..adapters.evaluate import tables
+    """Return the report."""
+    # here and below: what only the last stages need is no part of a training's memory
+    from ..adapters.evaluate import evaluate
 
-    return tables(cfg, parts, progress)
+    return evaluate(cfg, parts, progress, assemble(cfg, parts))
 
 
 def bundle(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
-    """Write adapters, router and pin to folder; return metrics; see lora_bundle."""
-    from ..adapters import bundle as lora_bundle
+    """Write adapters, router and pin to folder; return metrics."""
+    from ..adapters import bundle as bundles
 
-    return lora_bundle.bundle(cfg, parts, folder, progress)
-
-
-def reassemble(folder: Path):
-    """Build the finished stack from a bundle alone; see lora_bundle."""
-    from ..adapters import bundle as lora_bundle
-
-    return lora_bundle.reassemble(folder)
-
-
-def _training(cfg: LoraVlmConfig, parts: Parts, name: str, where: str) -> Training:
-    """Return a new adapter on the run's base, its labels checked before anything is trained for
-    them."""
-    opened: LoadedBase = open_base(parts.folder("train_shared"), cfg.loras.base)
-    label_ids(opened.processor.tokenizer, cfg.loras.labels)
-    return Training(
-        opened, name, cfg, seed=cfg.seed_of(name), bf16=uses_bf16(cfg.dtype), where=where
+    # what open_base reads of the settings
+    opening = cfg.loras.base.model_dump(mode="json", include={"dtype", "attn", "image"})
+    return bundles.bundle(
+        cfg,
+        parts,
+        folder,
+        progress,
+        kind=QWEN3_VL,
+        opening=opening,
+        media_name=Images.name,
     )
+
+
+def reassemble(folder: Path) -> AdapterStack:
+    """Build the finished stack from a bundle alone.
+
+    Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore, MismatchError,
+    or DataError when a base from the Hub cannot be had.
+    """
+    from ..adapters import bundle as bundles
+
+    try:
+        settings = settings_of(bundles.base_in(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise bundles.damaged(folder, error) from None
+    return bundles.reassemble(folder, open_base(folder, settings))
+
+
+def _base(cfg: LoraVlmConfig, parts: Parts) -> LoadedBase:
+    return open_base(parts.folder("train_shared"), cfg.loras.base)

@@ -1,109 +1,152 @@
-"""What the frozen vision tower makes of pictures: computed once per picture where they fit in
-memory, else per batch.
+"""What the frozen vision tower makes of a split's pictures: computed once per picture where they
+fit in memory, else per batch.
 
 Invariant: a picture's features do not depend on which batch asked first, so a resumed run sees the
 same bits: blocks of pictures go through the tower together, and which block a picture is in follows
 from its place and size alone.
 
-N pictures, P patches, K tokens of one picture, D width.
+B rows, N pictures, P patches, T tokens.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    BaseModelOutputWithDeepstackFeatures as Encoded,
-)
+from transformers import PreTrainedModel
 
-from ...errors import DataError
-from ...hardware import cores
-from ..adapters.chat import Chat, TokenizedDataset
+from ..adapters.media import FeatureCache
+from .vision import ImageFeatures, Images, encoded_inputs
 
 KEPT_BYTES = 512 * 10**6  # most memory that kept features may take
+BUDGET_PARTS = 10  # one part of the job's memory budget is for kept features
 BLOCK_PATCHES = 1024  # patches that go through the tower together
-READERS = 8  # most threads that open pictures
+POSITIONS_KEPT = 8192  # of rows that differ in what positions depend on
 
 
-class Features:
-    """The pictures of some lines as the language model reads them, kept when that takes at most
+class CachedImages(Images):
+    """Pictures whose features are kept while an adapter trains."""
+
+    def feature_cache(
+        self,
+        core: PreTrainedModel,
+        paths: Sequence[Path],
+        tokens: Sequence[int],
+        *,
+        encoder_trains: bool,
+        memory_budget: int | None,
+    ) -> "ImageCache":
+        """Return the pictures of a split, by their files and tokens, for training."""
+        most_bytes = KEPT_BYTES
+        if memory_budget is not None:
+            most_bytes = min(KEPT_BYTES, memory_budget // BUDGET_PARTS)
+        if encoder_trains:
+            most_bytes = -1  # not even a split without pictures is kept, as its need of 0 would be
+        return ImageCache(core, self, paths, tokens, most_bytes)
+
+
+class ImageCache(FeatureCache):
+    """The pictures of one split as the language model reads them, kept when that takes at most
     `most_bytes`."""
 
-    def __init__(self, core, lines: TokenizedDataset, most_bytes: int = KEPT_BYTES):
-        self.core, self.chat, self.paths = core, lines.chat, lines.paths
-        tokens = [lines.chat.image_tokens(*size) for size in lines.sizes]
+    def __init__(
+        self,
+        core: PreTrainedModel,
+        images: Images,
+        paths: Sequence[Path],
+        tokens: Sequence[int],
+        most_bytes: int = KEPT_BYTES,
+    ):
+        self.core = core
+        self.images = images
+        self.paths = paths
         vision = core.config.vision_config
         layers = 1 + len(vision.deepstack_visual_indexes)
-        needed = sum(tokens) * vision.out_hidden_size * layers * torch.finfo(core.dtype).bits // 8
+        number_bytes = torch.finfo(core.dtype).bits // 8
+        needed = sum(tokens) * vision.out_hidden_size * layers * number_bytes
         self.keep = needed <= most_bytes
         self.bytes = needed if self.keep else 0  # once all are kept
         self._block_of = _blocks(tokens, vision.spatial_merge_size**2)
-        self._made: dict[int, tuple] = {}  # place -> what the language model reads
+        self._kept: dict[int, ImageFeatures] = {}  # by place
+        self._positions_of_row = lru_cache(POSITIONS_KEPT)(partial(_positions_of_row, core.model))
 
-    def inputs(self, at: Sequence[int]) -> dict:
+    def inputs(
+        self, text: Mapping[str, torch.Tensor], media: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return what the model takes for a batch's pictures, and the positions of its tokens."""
+        places = [place for row in media for place in row]
+        inputs = self.pictures(places)
+        if inputs:
+            grids = iter(inputs["image_grid_thw"].tolist())
+            of_rows = [tuple(tuple(next(grids)) for _ in row) for row in media]
+            inputs["position_ids"] = self._positions(text, of_rows)
+        return inputs
+
+    def pictures(self, places: Sequence[int]) -> dict[str, Any]:
         """Return what the model takes for the pictures at some places: features when they are kept,
         else pixels."""
-        if not at:
+        if not places:
             return {}
-        device = self.core.device
         if not self.keep:
-            patches_P, grid_N3 = patches_of(self.chat, [self.paths[i] for i in at])
+            device = self.core.device
+            patches_P, grid_N3 = self.images.patches_of_files([self.paths[i] for i in places])
             return {"pixel_values": patches_P.to(device), "image_grid_thw": grid_N3.to(device)}
-        found = [self._kept(i) for i in at]
-        pooled, deep, grids = zip(*found, strict=True)
-        encoded = Encoded(pooler_output=pooled, deepstack_features=list(zip(*deep, strict=True)))
-        return {"mm_encoder_outputs": {"image": encoded}, "image_grid_thw": torch.stack(grids)}
+        features = [self._features(place) for place in places]
+        grid_N3 = torch.tensor([each.grid for each in features], device=self.core.device)
+        return encoded_inputs(features) | {"image_grid_thw": grid_N3}
 
-    def _kept(self, place: int) -> tuple:
-        if place not in self._made:
-            self._made |= self._encoded(self._block_of[place])
-        return self._made[place]
+    def _features(self, place: int) -> ImageFeatures:
+        if place not in self._kept:
+            self._encode(self._block_of[place])
+        return self._kept[place]
 
     @torch.no_grad()
-    def _encoded(self, places: range) -> dict[int, tuple]:
-        """Return place -> (features_KD, one features_KD per deepstack layer, grid)."""
-        patches_P, grid_N3 = patches_of(self.chat, [self.paths[i] for i in places])
-        grid_N3 = grid_N3.to(self.core.device)
-        out = self.core.model.get_image_features(patches_P.to(self.core.device), grid_N3)
-        deep = list(zip(*out.deepstack_features, strict=True)) or [()] * len(places)
-        rows = zip(places, out.pooler_output, deep, grid_N3, strict=True)
-        return {
-            i: (one.clone(), tuple(d.clone() for d in layers), grid)
-            for i, one, layers, grid in rows
-        }
+    def _encode(self, places: range) -> None:
+        """Keep the features of a block of pictures."""
+        prepared = self.images.patches_of_files([self.paths[i] for i in places])
+        encoded = self.images.encode(self.core, prepared)
+        for place, features in zip(places, encoded, strict=True):
+            # clones, or each picture would hold the output of its whole block
+            self._kept[place] = ImageFeatures(
+                features.grid,
+                features.embed_TD.clone(),
+                tuple(layer_TD.clone() for layer_TD in features.deep),
+            )
+
+    def _positions(
+        self, text: Mapping[str, torch.Tensor], grids: Sequence[tuple[tuple[int, ...], ...]]
+    ) -> torch.Tensor:
+        """Return position_ids [3, B, T]: the model's own, looked up by what they depend on, as it
+        is slow at them."""
+        types_BT = text["mm_token_type_ids"]
+        lengths = text["attention_mask"].sum(1).tolist()
+        out_3BT = torch.zeros(3, *types_BT.shape, dtype=torch.long)
+        for i, tokens in enumerate(lengths):
+            types = types_BT[i, :tokens].numpy().tobytes()
+            out_3BT[:, i, :tokens] = self._positions_of_row(types, grids[i])
+        return out_3BT
 
 
-def patches_of(chat: Chat, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the patches_P and grid_N3 of pictures on disk. Raises DataError."""
-    if len(paths) > 1 and cores() > 1:
-        with ThreadPoolExecutor(min(READERS, cores())) as pool:
-            parts = list(pool.map(lambda path: chat.patches([opened_picture(path)]), paths))
-        return torch.cat([p for p, _ in parts]), torch.cat([g for _, g in parts])
-    return chat.patches([opened_picture(path) for path in paths])
-
-
-def opened_picture(path: Path):
-    """Return the picture of a row. Raises DataError."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} was there when the rows were made and cannot be read now: {error}"
-        ) from None
+def _positions_of_row(inner: Any, types: bytes, grids: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Return the [3, T] positions of one row without padding; types are its mm_token_type_ids,
+    int32 as bytes, which can be the key of a cache."""
+    types_1T = torch.frombuffer(bytearray(types), dtype=torch.int32)[None]
+    grid_N3 = torch.tensor(grids) if grids else None
+    return inner.get_rope_index(types_1T.long(), types_1T, image_grid_thw=grid_N3)[0][:, 0]
 
 
 def _blocks(tokens: Sequence[int], patches_per_token: int) -> list[range]:
     """Return each picture's block: the places of consecutive pictures that have up to BLOCK_PATCHES
     together."""
-    out, start, held = [], 0, 0
+    out: list[range] = []
+    start = 0
+    total = 0
     for place, count in enumerate(tokens):
         patches = count * patches_per_token
-        if held and held + patches > BLOCK_PATCHES:
+        if total and total + patches > BLOCK_PATCHES:
             out += [range(start, place)] * (place - start)
-            start, held = place, 0
-        held += patches
+            start = place
+            total = 0
+        total += patches
     return out + [range(start, len(tokens))] * (len(tokens) - start)
