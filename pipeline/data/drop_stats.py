@@ -31,6 +31,7 @@ class DropStats:
         """Count one dropped item; `where` says which, `detail` what about it."""
         self.counts[reason] += 1
         shown = self.examples.setdefault(reason, [])
+        # The first, so that a report is the same however many follow
         if len(shown) < EXAMPLES:
             shown.append(f"{where}: {detail}" if detail else where)
 
@@ -38,7 +39,8 @@ class DropStats:
         """Add what was dropped in a later step of the same items, which are not seen twice."""
         self.counts.update(later.counts)
         for reason, shown in later.examples.items():
-            both = [*self.examples.get(reason, []), *shown]
+            before = self.examples.get(reason, [])
+            both = before + shown
             self.examples[reason] = both[:EXAMPLES]
 
     @property
@@ -49,7 +51,8 @@ class DropStats:
     @property
     def bad(self) -> int:
         """Items that were dropped for a fault of the source."""
-        return sum(count for reason, count in self.counts.items() if reason not in self.harmless)
+        harmless = sum(self.counts[reason] for reason in self.harmless)
+        return self.total - harmless
 
     def check(self, max_share: float, what: str, setting: str, remedy: str) -> None:
         """Raise DataError when more than `max_share` of the items seen is bad.
@@ -69,14 +72,24 @@ class DropStats:
         for reason, count in self.counts.most_common():
             if bad_only and reason in self.harmless:
                 continue
-            phrases.append(f"{count} {reason} ({', '.join(self.examples[reason])})")
+            shown = ", ".join(self.examples[reason])
+            phrases.append(f"{count} {reason} ({shown})")
         return "; ".join(phrases) or "none dropped"
 
     def as_json(self) -> dict[str, Any]:
         """Return what dropped.json and a part's manifest hold."""
-        return {"seen": self.seen, "dropped": dict(self.counts), "examples": self.examples}
+        return {
+            "seen": self.seen,
+            "dropped": dict(self.counts),
+            "examples": self.examples,
+        }
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], harmless: Collection[str] = ()) -> "DropStats":
         """Return what as_json gave; `harmless` is no part of it."""
-        return cls(harmless, raw["seen"], Counter(raw["dropped"]), dict(raw["examples"]))
+        return cls(
+            harmless=harmless,
+            seen=raw["seen"],
+            counts=Counter(raw["dropped"]),
+            examples=dict(raw["examples"]),
+        )

@@ -39,10 +39,12 @@ _HEADERS = (".h", ".hpp", ".cuh")
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield each domain that is asked for, as one file of rows."""
-    wanted = cfg.partition.domains if cfg.partition.by == "labels" else DOMAINS
     for domain in DOMAINS:
-        if domain in wanted:
-            yield domain, iter([partial(_rows, domain, cfg.data.text_field)])
+        # A label that nobody wants need not be read to be dropped
+        if cfg.partition.by == "labels" and domain not in cfg.partition.domains:
+            continue
+        rows = partial(_rows, domain, cfg.data.text_field)
+        yield domain, iter([rows])
 
 
 def _rows(domain: str, text_field: str) -> Iterator[FoundRow]:
@@ -53,11 +55,13 @@ def _rows(domain: str, text_field: str) -> Iterator[FoundRow]:
 def python() -> Iterator[tuple[str, str]]:
     """Yield (path, source) of this interpreter's standard library, its tests left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    # dist-packages holds what Debian installs, which is not the standard library
-    skip = _NOT_PROSE - {"data", "datasets"} | {"pydoc_data", "dist-packages", "lib2to3"}
+    skip = _NOT_PROSE - {"data", "datasets"}
+    # pydoc_data is the text that manual() gives; dist-packages holds what Debian installs
+    skip |= {"pydoc_data", "dist-packages", "lib2to3"}
     found = []
     for path in root.rglob("*.py"):
-        if not skip & set(path.relative_to(root).parts):
+        parts = path.relative_to(root).parts
+        if skip.isdisjoint(parts):
             found.append(path)
     yield from _texts(root, found)
 
@@ -79,7 +83,8 @@ def headers() -> Iterator[tuple[str, str]]:
         )
     written = []
     for path in root.rglob("*"):
-        generated = path.relative_to(root).parts[:2] == ("ATen", "ops")
+        # One generated file for each operator, all alike
+        generated = path.is_relative_to(root / "ATen" / "ops")
         if path.suffix in _HEADERS and not generated:
             written.append(path)
     yield from _texts(root, written)
@@ -95,7 +100,7 @@ def manual() -> Iterator[tuple[str, str]]:
         found[f"{name}/METADATA"] = _description(package)
         for path in _listed(package):
             if _is_documentation(path):
-                found[f"{name}/{path}"] = _text(Path(str(package.locate_file(path))))
+                found[f"{name}/{path}"] = _text(_located(package, path))
     for name in _shuffled(found):
         if found[name]:
             yield name, found[name]
@@ -111,7 +116,10 @@ def _is_documentation(path: str) -> bool:
     parts = path.split("/")
     if not path.endswith(_DOCUMENTATION) or ".dist-info/" in path:
         return False
-    return not _NOT_PROSE & set(parts) and not _LICENCE.match(parts[-1])
+    # Licences are a domain of their own
+    if _LICENCE.match(parts[-1]):
+        return False
+    return _NOT_PROSE.isdisjoint(parts)
 
 
 def licences() -> Iterator[tuple[str, str]]:
@@ -119,9 +127,10 @@ def licences() -> Iterator[tuple[str, str]]:
     found = {}
     for name, package in _packages():
         for path in _listed(package):
+            _, _, file = path.rpartition("/")
             # license.py is a program, not a licence
-            if _LICENCE.match(path.rpartition("/")[2]) and not path.endswith((".py", ".pyc")):
-                found[f"{name}/{path}"] = Path(str(package.locate_file(path)))
+            if _LICENCE.match(file) and not file.endswith((".py", ".pyc")):
+                found[f"{name}/{path}"] = _located(package, path)
     seen = set()
     for name in _shuffled(found):
         text = _text(found[name])
@@ -131,7 +140,12 @@ def licences() -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-READERS = dict(zip(DOMAINS, (python, headers, manual, licences), strict=True))
+READERS = {
+    "python": python,
+    "headers": headers,
+    "manual": manual,
+    "licences": licences,
+}
 
 
 def _wording(text: str) -> bytes:
@@ -141,7 +155,8 @@ def _wording(text: str) -> bytes:
         line = line.lower()
         if "copyright (c" not in line and "©" not in line:
             words += re.sub(r"[^a-z]+", " ", line).split()
-    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+    text = " ".join(words)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _packages() -> list[tuple[str, Distribution]]:
@@ -156,8 +171,18 @@ def _packages() -> list[tuple[str, Distribution]]:
 
 def _listed(package: Distribution) -> list[str]:
     """Return the files that a package came with: those its RECORD has a hash of."""
-    rows = (package.read_text("RECORD") or "").splitlines()
-    return [row.rpartition(",sha256=")[0].strip('"') for row in rows if ",sha256=" in row]
+    record = package.read_text("RECORD") or ""
+    files = []
+    for row in record.splitlines():
+        # "path",sha256=HASH,BYTES: a path with a comma stands in quotes
+        path, hashed, _ = row.rpartition(",sha256=")
+        if hashed:
+            files.append(path.strip('"'))
+    return files
+
+
+def _located(package: Distribution, path: str) -> Path:
+    return Path(str(package.locate_file(path)))
 
 
 def _texts(root: Path, paths: Iterable[Path]) -> Iterator[tuple[str, str]]:

@@ -6,12 +6,13 @@ text (ASCII white space aside) and data.seed, so equal documents always carry eq
 
 import codecs
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from ...config.text_data import TextRunConfig
+from ...config.text_data import DataConfig, TextRunConfig
 from ..drop_stats import DropStats
 from ..sources import LargeFile, Row, Rows, SkippedRow
 from ..sources.text import sources
@@ -32,6 +33,7 @@ _SPLIT_NAMES = {
 }
 _WHITE = b" \t\n\r\x0b\x0c"
 _MOST_OTHER_LABELS = 1000  # a column of free text must not fill memory
+_Share = tuple[str, str | None]  # label and given split, which have a limit of their own
 ReadBytes = tuple[tuple[str, str | None, int], ...]  # label, split, bytes of text
 
 
@@ -107,17 +109,19 @@ class Stream:
             _check(self.stats, self.cfg.data.max_bad_share)
 
     def _source(self, source: int, label: str | None, files: Iterable[Rows]) -> Iterator[Document]:
-        first_file = (self.start.source, self.start.file)
-        first_row = (self.start.source, self.start.file, self.start.row)
+        start = self.start
+        first_file = (start.source, start.file)
+        first_row = (start.source, start.file, start.row)
         for file, rows in enumerate(files):
             if (source, file) < first_file:
                 continue
-            skipped = self.start.row if (source, file) == first_file else 0
-            for row, (where, found) in enumerate(islice(rows(), skipped, None), skipped):
+            skipped = start.row if (source, file) == first_file else 0
+            left = islice(rows(), skipped, None)
+            for row, (where, found) in enumerate(left, skipped):
                 self._at = (source, file, row)
                 pieces = self._reader.accept(where, found, label)
                 # The pieces before the cursor are made all the same, for the limits count them
-                given = self.start.piece if self._at == first_row else 0
+                given = start.piece if self._at == first_row else 0
                 yield from islice(pieces, given, None)
                 if self._reader.done(label):
                     return
@@ -135,15 +139,14 @@ def _check(stats: DropStats, max_bad_share: float) -> None:
 
 def key_of(text: bytes, seed: int, purpose: bytes = b"") -> int:
     """Return a 64-bit hash of text without its ASCII white space, keyed by seed and purpose."""
-    digest = _hasher(seed, purpose, [text.translate(None, _WHITE)]).digest()
-    return int.from_bytes(digest, "little")
+    hasher = _hasher(seed, purpose)
+    hasher.update(text.translate(None, _WHITE))
+    return int.from_bytes(hasher.digest(), "little")
 
 
-def _hasher(seed: int, purpose: bytes, blocks: Iterable[bytes]) -> hashlib.blake2b:
-    out = hashlib.blake2b(digest_size=8, key=str(seed).encode(), person=purpose)
-    for block in blocks:
-        out.update(block)
-    return out
+def _hasher(seed: int, purpose: bytes = b"") -> hashlib.blake2b:
+    key = str(seed).encode()
+    return hashlib.blake2b(digest_size=8, key=key, person=purpose)
 
 
 def cut(blocks: Iterable[bytes], max_bytes: int) -> Iterator[str]:
@@ -176,6 +179,19 @@ def _boundary(text: bytes, start: int, end: int) -> int:
     return end
 
 
+def _limits(data: DataConfig) -> dict[str | None, float]:
+    """Return the bytes after which a label is full, by split; None is that of no given split."""
+    megabytes = data.megabytes_per_domain or math.inf
+    # Where splits are given, each has its share of the limit: held-out rows may all come last
+    shares = {
+        None: 1.0,
+        "train": 1.0 - (data.valid_share + data.test_share),
+        "valid": data.valid_share,
+        "test": data.test_share,
+    }
+    return {split: share * megabytes * 1e6 for split, share in shares.items()}
+
+
 class _Reader:
     """Turns rows into documents under one run's rules."""
 
@@ -186,11 +202,12 @@ class _Reader:
         by_label = cfg.partition.by == "labels"
         self.keep = frozenset(cfg.partition.domains) if by_label else None
         self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
-        self.bytes: Counter[tuple[str, str | None]] = Counter()  # read so far
+        self._limits = _limits(cfg.data)
+        self.bytes: Counter[_Share] = Counter()  # read so far
         for label, split, size in read_before:
             self.bytes[label, split] = size
         # What the row at hand has changed of that, as it was before
-        self._before: dict[tuple[str, str | None], int] = {}
+        self._before: dict[_Share, int] = {}
 
     def read_before(self) -> ReadBytes:
         """Return the bytes by label and split before the row at hand; none where no limit asks for
@@ -198,7 +215,7 @@ class _Reader:
         if not self.data.megabytes_per_domain:
             return ()
         before = dict(self.bytes) | self._before
-        return tuple((label, split, size) for (label, split), size in before.items())
+        return tuple((*share, size) for share, size in before.items())
 
     def accept(self, where: str, row: Row | SkippedRow, label: str | None) -> Iterator[Document]:
         """Yield the row's pieces, or count why there are none."""
@@ -236,14 +253,7 @@ class _Reader:
         return all(self._full(one, split) for one in labels for split in splits)
 
     def _full(self, label: str, split: str | None) -> bool:
-        if not self.data.megabytes_per_domain:
-            return False
-        # Where splits are given, each has its share of the limit: held-out rows may all come last
-        share = 1.0
-        if split is not None:
-            held = {"valid": self.data.valid_share, "test": self.data.test_share}
-            share = held.get(split, 1.0 - sum(held.values()))
-        return self.bytes[label, split] >= share * self.data.megabytes_per_domain * 1e6
+        return self.bytes[label, split] >= self._limits[split]
 
     def _fields(
         self, row: Row, label: str | None
@@ -254,11 +264,14 @@ class _Reader:
         if not isinstance(text, (str, LargeFile)):
             found = "missing" if text is None else type(text).__name__
             return SkippedRow("no text", f"{data.text_field} is {found}")
-        if label is None:
-            # Only a partition by labels needs one; others must not refuse rows without it
-            label = row.get(data.label_field) if self.keep is not None else ""
-            if not isinstance(label, str) or (self.keep is not None and not label):
-                return SkippedRow("no label", f"{data.label_field} is {label!r}")
+        # Only a partition by labels needs one; others must not refuse rows without it
+        if label is None and self.keep is None:
+            label = ""
+        elif label is None:
+            given = row.get(data.label_field)
+            if not isinstance(given, str) or not given:
+                return SkippedRow("no label", f"{data.label_field} is {given!r}")
+            label = given
         split = None
         if data.split_field:
             given = row.get(data.split_field)
@@ -309,7 +322,7 @@ class _Reader:
         """Return what key_of gives for the whole text. Raises UnicodeDecodeError."""
         # Decoded only to find what is not UTF-8 before the first piece of it is given
         decoder = codecs.getincrementaldecoder("utf-8")()
-        hasher = _hasher(self.data.seed, b"", ())
+        hasher = _hasher(self.data.seed)
         for block in text.blocks():
             decoder.decode(block)
             hasher.update(block.translate(None, _WHITE))

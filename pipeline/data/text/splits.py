@@ -6,11 +6,12 @@ splits, whatever their order, domain or number.
 
 import heapq
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray, uint64
 
 from ...config.text_data import DataConfig
 from ...errors import DataError
@@ -22,7 +23,11 @@ _MOST_KEYS = 100_000
 # that a sampled document counts for, so that tiny ones cannot fill memory with objects
 _LEAST_BYTES = 64
 # Splits that a document of each given split must not be equal to one of
-_STRICTER = {"train": ("valid", "test"), "valid": ("test",), "test": ()}
+_STRICTER = {
+    "train": ("valid", "test"),
+    "valid": ("test",),
+    "test": (),
+}
 
 
 class Splits:
@@ -36,12 +41,13 @@ class Splits:
 
     def __init__(self, data: DataConfig):
         self.data = data
+        held_share = data.test_share + data.valid_share
         self._test_below = int(data.test_share * 2**64)
-        self._valid_below = int((data.test_share + data.valid_share) * 2**64)
+        self._valid_below = int(held_share * 2**64)
         self._decided: dict[int, str] = {}  # key -> split, of small domains
         # Keys that are held out as given by data.split_field; an array takes 8 bytes a document
         self._held = {"valid": array("Q"), "test": array("Q")}
-        self._sorted: dict[str, np.ndarray] | None = None
+        self._sorted: dict[str, ndarray] | None = None
 
     def remember(self, document: Document) -> None:
         """Remember a document that is given as held out, so that no training document equals it."""
@@ -57,12 +63,13 @@ class Splits:
                 "train, validate and test. Give it more documents, or cut its long ones into "
                 "several files or rows"
             )
-        # What another domain has decided for the same text counts towards this one's shares
         left = sorted(keys - self._decided.keys())
-        taken = [self._decided[key] for key in keys & self._decided.keys()]
-        for split, share in (("test", self.data.test_share), ("valid", self.data.valid_share)):
-            count = max(1, round(share * len(keys))) - taken.count(split)
-            count = max(count, 0)
+        # What another domain has decided for the same text counts towards this one's shares
+        taken = Counter(self._decided[key] for key in keys & self._decided.keys())
+        shares = {"test": self.data.test_share, "valid": self.data.valid_share}
+        for split, share in shares.items():
+            wanted = max(1, round(share * len(keys)))
+            count = max(0, wanted - taken[split])
             for key in left[:count]:
                 self._decided[key] = split
             left = left[count:]
@@ -73,10 +80,14 @@ class Splits:
         """Write what was remembered and decided to a safetensors file."""
         from safetensors.numpy import save
 
-        tensors = {f"held_{name}": np.array(keys, np.uint64) for name, keys in self._held.items()}
+        keys = list(self._decided)
         splits = [SPLITS.index(split) for split in self._decided.values()]
-        tensors["decided"] = np.array(list(self._decided), np.uint64)
-        tensors["splits"] = np.array(splits, np.uint8)
+        tensors: dict[str, ndarray] = {
+            "held_valid": np.array(self._held["valid"], uint64),
+            "held_test": np.array(self._held["test"], uint64),
+            "decided": np.array(keys, uint64),
+            "splits": np.array(splits, np.uint8),
+        }
         path.write_bytes(save(tensors))
 
     def load(self, path: Path) -> "Splits":
@@ -85,22 +96,30 @@ class Splits:
 
         tensors = load(path.read_bytes())
         for name in self._held:
-            self._held[name] = array("Q", tensors[f"held_{name}"].tobytes())
-        splits = [SPLITS[i] for i in tensors["splits"].tolist()]
-        self._decided = dict(zip(tensors["decided"].tolist(), splits, strict=True))
+            keys = tensors[f"held_{name}"]
+            self._held[name] = array("Q", keys.tobytes())
         self._sorted = None
+        self._decided = {}
+        decided = tensors["decided"].tolist()
+        splits = tensors["splits"].tolist()
+        for key, split in zip(decided, splits, strict=True):
+            self._decided[key] = SPLITS[split]
         return self
 
     def of(self, document: Document) -> str | None:
         """Return the split; None for one that equals a document held out elsewhere, which must be
         dropped."""
-        if document.split is not None:
-            return None if self._leaks(document.key, document.split) else document.split
-        if document.key in self._decided:
-            return self._decided[document.key]
-        if document.key < self._test_below:
+        key = document.key
+        given = document.split
+        if given is not None:
+            return None if self._leaks(key, given) else given
+        if key in self._decided:
+            return self._decided[key]
+        if key < self._test_below:
             return "test"
-        return "valid" if document.key < self._valid_below else "train"
+        if key < self._valid_below:
+            return "valid"
+        return "train"
 
     def _leaks(self, key: int, split: str) -> bool:
         """Say whether a document of a given split is held out in a stricter one too."""
@@ -108,14 +127,18 @@ class Splits:
             # Sorted once, after all were remembered: looked up in log n, and no set of objects
             self._sorted = {}
             for name, keys in self._held.items():
-                self._sorted[name] = np.unique(np.array(keys, np.uint64))
-        return any(_contains(self._sorted[name], key) for name in _STRICTER[split])
+                held = np.array(keys, uint64)
+                self._sorted[name] = np.unique(held)
+        found = [_contains(self._sorted[name], key) for name in _STRICTER[split]]
+        return any(found)
 
 
-def _contains(sorted_keys: np.ndarray, key: int) -> bool:
+def _contains(sorted_keys: ndarray, key: int) -> bool:
     # As uint64: numpy would compare a Python int above 2**63 as a float
-    place = np.searchsorted(sorted_keys, np.uint64(key))
-    return bool(place < len(sorted_keys) and sorted_keys[place] == key)
+    place = np.searchsorted(sorted_keys, uint64(key))
+    if place == len(sorted_keys):
+        return False
+    return bool(sorted_keys[place] == key)
 
 
 class SmallDomains:
@@ -126,8 +149,9 @@ class SmallDomains:
     """
 
     def __init__(self, data: DataConfig):
-        expected = int(_EXPECTED / min(data.valid_share, data.test_share))
-        self._small = min(max(SMALL, expected), _MOST_KEYS)
+        least_share = min(data.valid_share, data.test_share)
+        enough = max(SMALL, int(_EXPECTED / least_share))
+        self._small = min(enough, _MOST_KEYS)
         self._keys: dict[str, set[int] | None] = defaultdict(set)  # None: not small
 
     def add(self, domain: str, key: int) -> None:
@@ -183,5 +207,10 @@ class Sample:
 
     def documents(self) -> list[Document]:
         """Return what was kept, in order of hash."""
-        best_first = sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
+
+        def place(entry: tuple[int, int, Document]) -> tuple[int, int]:
+            rank, number, _ = entry
+            return rank, number
+
+        best_first = sorted(self._heap, key=place, reverse=True)
         return [document for _, _, document in best_first]
