@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+# Run by its path, so that the folder above is not where Python looks for modules.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from pipeline.config.base import NONE
@@ -27,27 +28,33 @@ from pipeline.config.files import overlay, override, read, resolve_paths, resolv
 from pipeline.config.problems import explain
 from pipeline.config.routing_set import RoutingSetConfig
 from pipeline.data.routing import dataset
+from pipeline.data.routing.dataset import RoutingRow, RoutingRows
 from pipeline.data.routing.rows import SPLITS
 from pipeline.data.tasks import prepare
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import load, parse
 from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.protocols import Progress
+from pipeline.run.stages import address
 from pipeline.store.artifacts import Store
 
-PER_EXPERT_PICTURES = 4  # a row of the contact sheet
+# A row of the contact sheet.
+PER_EXPERT_PICTURES = 4
 EPILOG = """the configuration is one of
-  a routing set (config/tiny_dataset.yaml): sources, counts, wordings; sources `from: jsonl` need nothing else,
-    for sources `from: loras` the file names the experts by a key `loras: loras.json` (or give --loras)
+  a routing set (config/tiny_dataset.yaml): sources, counts, wordings; sources `from: jsonl` need
+    nothing else, for sources `from: loras` the file names the experts by a key
+    `loras: loras.json` (or give --loras)
   a whole run (config/tiny_vlm.yaml), which names both
 
-rows of the experts come from the store where `python -m pipeline preprocess` has left them, else they are prepared
-in the --work folder, once.
+rows of the experts come from the store where `python -m pipeline preprocess` has left them, else
+they are prepared in the --work folder, once.
 
 examples:
   python routing-generator/generate.py --config config/dataset.yaml --output routing.jsonl
-  python routing-generator/generate.py --config config/tiny_vlm.yaml --output /tmp/routing.jsonl --preview 2
-  python routing-generator/generate.py --config config/dataset.yaml --loras config/loras.json --seed 1 \\
-      --override short=accept --override per_expert.train=500 --contact-sheet sheet.png"""
+  python routing-generator/generate.py --config config/tiny_vlm.yaml --output /tmp/routing.jsonl \\
+      --preview 2
+  python routing-generator/generate.py --config config/dataset.yaml --loras config/loras.json \\
+      --seed 1 --override short=accept --override per_expert.train=500 --contact-sheet sheet.png"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,15 +131,16 @@ def _count(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Make a routing set; return the exit code: 0 done, 2 a person has to mend something, 130
     stopped."""
-    args, out, errors = (
-        parser().parse_args(arguments),
-        Console(),
-        Console(stderr=True, soft_wrap=True),
-    )
-    out = out if out.is_terminal else Console(width=120)
+    args = parser().parse_args(arguments)
+    console = Console()
+    # Into a file the tables would be cut to 80 columns.
+    if not console.is_terminal:
+        console = Console(width=120)
+    # Not wrapped: a message is searched for, and paths in it are copied.
+    errors = Console(stderr=True, soft_wrap=True)
     try:
         generate(args, errors)
-        show(dataset.RoutingRows(args.output.parent, args.output.name), args, out)
+        show(RoutingRows(args.output.parent, args.output.name), args, console)
     except PipelineError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
@@ -145,20 +153,22 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(args: argparse.Namespace, console: Console) -> None:
     """Write the routing set that the command asks for. Raises ConfigError or DataError."""
     settings, cfg = configured(args)
-    work = args.work or args.output.parent / "routing-work"
+    folder = args.output.parent
+    work = args.work or folder / "routing-work"
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
             shown = bar.add_task("", total=1.0)
 
             def progress(text: str, share: float | None) -> None:
                 bar.update(shown, description=escape(text), completed=share)
 
-            folders = {} if cfg is None else dict(prepared(cfg, Store(args.store), work, progress))
-            labels = {} if cfg is None else cfg.loras.labels
-            dataset.generate(
-                settings, folders, labels, args.output.parent, progress, args.output.name
-            )
+            tasks: dict[str, Path] = {}
+            labels: dict[str, str] = {}
+            if cfg is not None:
+                tasks = dict(prepared(cfg, Store(args.store), work, progress))
+                labels = cfg.loras.labels
+            dataset.generate(settings, tasks, labels, folder, progress, args.output.name)
     except OSError as error:
         raise DataError(
             f"{error.filename}: {error.strerror}; choose another --output or --work"
@@ -168,18 +178,23 @@ def generate(args: argparse.Namespace, console: Console) -> None:
 def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfig | None]:
     """Return the settings, and the run that the experts come from if one is named. Raises
     ConfigError."""
-    changes = tuple(f"dataset.{each.removeprefix('dataset.')}" for each in args.override)
-    changes += (f"dataset.seed={args.seed}",) if args.seed is not None else ()
+    # `short=accept` and `dataset.short=accept` are the same: there is nothing else to change here.
+    changes = [f"dataset.{change.removeprefix('dataset.')}" for change in args.override]
+    if args.seed is not None:
+        changes.append(f"dataset.seed={args.seed}")
     raw = read(args.config)
     if "family" in raw or "extends" in raw:
-        cfg = load(args.config, changes)
+        cfg = load(args.config, tuple(changes))
         if not isinstance(cfg, LoraVlmConfig):
             raise ConfigError(
-                f"{args.config} is a run of {cfg.family}, which has no routing set; only lora_vlm has one"
+                f"{args.config} is a run of {cfg.family}, which has no routing set; only lora_vlm "
+                "has one"
             )
         return cfg.dataset, cfg
     loras = raw.pop("loras", None)
-    loras = str(args.loras.resolve()) if args.loras else loras
+    if args.loras:
+        # Of the command line: it starts where the command is typed, not at the file.
+        loras = str(args.loras.resolve())
     here = args.config.parent
     whole = {"dataset": resolve_routing_paths(raw, here)}
     for change in changes:
@@ -195,52 +210,59 @@ def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfi
 
 def _alone(settings: RoutingSetConfig, file: Path) -> RoutingSetConfig:
     """Return settings that name no experts. Raises ConfigError when some source needs them."""
-    if needy := [source.expert for source in settings.sources if source.origin != "jsonl"]:
+    unknown = [source.expert for source in settings.sources if source.origin != "jsonl"]
+    if unknown:
         raise ConfigError(
-            f"{file}: rows of {', '.join(needy)} are the experts' own, and nothing names the experts: add the key "
-            "`loras: loras.json`, or --loras loras.json, or give such sources `from: jsonl`"
+            f"{file}: rows of {', '.join(unknown)} are the experts' own, and nothing names the "
+            "experts: add the key `loras: loras.json`, or --loras loras.json, or give such "
+            "sources `from: jsonl`"
         )
     return settings
 
 
 def prepared(
-    cfg: LoraVlmConfig, store: Store, work: Path, progress: Progress
+    cfg: LoraVlmConfig,
+    store: Store,
+    work: Path,
+    progress: Progress,
 ) -> Iterator[tuple[str, Path]]:
     """Yield the folders of prepared rows that sources need: the store's, or one made in work.
     Raises DataError."""
-    from pipeline.run.stages import address
-
-    needed = {
-        source.expert
-        for source in cfg.dataset.sources
-        if source.origin != "jsonl" or source.expert == NONE
-    }
+    needed = set()
+    for source in cfg.dataset.sources:
+        if source.origin != "jsonl" or source.expert == NONE:
+            needed.add(source.expert)
     for name in sorted(needed & set(cfg.tasks)):
         here = address(cfg, "preprocess", name)
         if store.has(here):
             yield name, store.verified(here, "preprocess")
             continue
         folder = work / here
-        if not (folder / "done").exists():
+        # A folder without this mark is of a run that was stopped.
+        done = folder / "done"
+        if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             prepare.prepare(cfg.task(name), cfg.loras.base.image, cfg.seed, folder, progress)
-            (folder / "done").touch()
+            done.touch()
         yield name, folder
 
 
-def show(rows: dataset.RoutingRows, args: argparse.Namespace, console: Console) -> None:
-    """Print the counts and some rows; draw the contact sheet where one is wanted. Raises DataError."""
+def show(rows: RoutingRows, args: argparse.Namespace, console: Console) -> None:
+    """Print the counts and some rows; draw the contact sheet where one is wanted. Raises
+    DataError."""
     manifest = rows.manifest
     console.print(_counts(manifest))
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in manifest["dropped"].items())
-    console.print(f"dropped: {dropped or 'nothing'}", highlight=False)
-    for lack in manifest["short"]:
+    dropped = [f"{count:,} {reason}" for reason, count in manifest["dropped"].items()]
+    console.print(f"dropped: {', '.join(dropped) or 'nothing'}", highlight=False)
+    for shortage in manifest["short"]:
         console.print(
-            f"short: {lack['expert']}, {lack['split']}: {lack['found']:,} of {lack['wanted']:,} rows"
+            f"short: {shortage['expert']}, {shortage['split']}: {shortage['found']:,} of "
+            f"{shortage['wanted']:,} rows"
         )
-    told = f"{len(rows):,} rows of {manifest['groups']:,} groups, sha256 {manifest['sha256'][:16]}"
-    console.print(f"{args.output}: {told}", highlight=False, soft_wrap=True)
+    written = f"{len(rows):,} rows of {manifest['groups']:,} groups"
+    hashed = f"sha256 {manifest['sha256'][:16]}"
+    console.print(f"{args.output}: {written}, {hashed}", highlight=False, soft_wrap=True)
     if args.preview:
         console.print(_preview(rows, args.preview))
     if args.contact_sheet:
@@ -250,44 +272,44 @@ def show(rows: dataset.RoutingRows, args: argparse.Namespace, console: Console) 
 
 def _counts(manifest: dict) -> Table:
     table = Table(
-        title="rows (of them with a neutral prompt)", title_justify="left", title_style="bold"
+        title="rows (of them with a neutral prompt)",
+        title_justify="left",
+        title_style="bold",
     )
     table.add_column("expert", style="cyan")
     for split in SPLITS:
         table.add_column(split, justify="right")
     for name in manifest["experts"]:
-        cells = (
-            (manifest["rows"][split][name], manifest["ambiguous"][split][name]) for split in SPLITS
-        )
         label = manifest["labels"].get(name)
-        table.add_row(
-            f"{name} ({label})" if label else name,
-            *(f"{n:,} ({a:,})" if a else f"{n:,}" for n, a in cells),
-        )
+        cells = [f"{name} ({label})" if label else name]
+        for split in SPLITS:
+            count = manifest["rows"][split][name]
+            neutral = manifest["ambiguous"][split][name]
+            cells.append(f"{count:,} ({neutral:,})" if neutral else f"{count:,}")
+        table.add_row(*cells)
     return table
 
 
-def _preview(rows: dataset.RoutingRows, count: int) -> Table:
+def _preview(rows: RoutingRows, count: int) -> Table:
     table = Table(title="some rows", title_justify="left", title_style="bold")
     for name in ("id", "split", "prompt", "images"):
         table.add_column(name, overflow="fold", max_width=48)
     for row in _some(rows, count):
-        prompt = f"{row.prompt[:200]}{' (neutral)' if row.ambiguous else ''}"
-        table.add_row(
-            *map(
-                escape,
-                (row.id, row.split, prompt, " ".join(Path(image).name for image in row.images)),
-            )
-        )
+        prompt = row.prompt[:200]
+        if row.ambiguous:
+            prompt += " (neutral)"
+        names = [Path(image).name for image in row.images]
+        cells = (row.id, row.split, prompt, " ".join(names))
+        # Escaped: a prompt may have brackets, which are markup to rich.
+        table.add_row(*map(escape, cells))
     return table
 
 
-def _some(
-    rows: dataset.RoutingRows, count: int, pictured: bool = False
-) -> Iterator[dataset.RoutingRow]:
+def _some(rows: RoutingRows, count: int, pictured: bool = False) -> Iterator[RoutingRow]:
     """Yield up to count rows of each expert, the splits and kinds of prompt by turns; pictured:
     only with a picture."""
-    pools: dict[tuple, list[dataset.RoutingRow]] = {}
+    # At most count rows of each kind are kept, however large the set is.
+    pools: dict[tuple[str, str, bool], list[RoutingRow]] = {}
     for row in rows:
         pool = pools.setdefault((row.expert, row.split, row.ambiguous), [])
         if len(pool) < count and (row.images or not pictured):
@@ -297,23 +319,29 @@ def _some(
 
 
 def _by_turns(
-    name: str, pools: dict[tuple, list[dataset.RoutingRow]], count: int
-) -> Iterator[dataset.RoutingRow]:
+    name: str,
+    pools: dict[tuple[str, str, bool], list[RoutingRow]],
+    count: int,
+) -> Iterator[RoutingRow]:
     for i, split in enumerate(SPLITS * count):
-        plain, neutral = (pools.get((name, split, kind), []) for kind in (False, True))
-        if pool := (neutral or plain) if i % 2 else (plain or neutral):
+        plain = pools.get((name, split, False), [])
+        neutral = pools.get((name, split, True), [])
+        # One kind of prompt and the other by turns, as far as there are any.
+        pool = (neutral or plain) if i % 2 else (plain or neutral)
+        if pool:
             yield pool.pop(0)
 
 
-def _draw(rows: dataset.RoutingRows, file: Path) -> None:
+def _draw(rows: RoutingRows, file: Path) -> None:
     from pipeline.data.images import contact_sheet
 
-    chosen = list(_some(rows, PER_EXPERT_PICTURES, pictured=True))
-    if not chosen:
+    cells = []
+    for row in _some(rows, PER_EXPERT_PICTURES, pictured=True):
+        cells.append((rows.paths(row)[0], f"{row.expert} | {row.split}", row.prompt))
+    if not cells:
         raise DataError(
             f"{file}: no row has a picture, so there is nothing to show; leave --contact-sheet away"
         )
-    cells = [(rows.paths(row)[0], f"{row.expert} | {row.split}", row.prompt) for row in chosen]
     file.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet.draw(cells, most=len(cells)).save(file)
 

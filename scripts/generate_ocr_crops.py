@@ -10,13 +10,14 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+# Run by its path, so that the folder above is not where Python looks for modules.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -24,25 +25,34 @@ from PIL import Image
 
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
 from pipeline.data.images.boxes import Box
+from pipeline.data.sources.tasks import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-CROPS, BARE, IMAGES = "crops.jsonl", "untranscribed.jsonl", "images"
+IMAGES = "images"
+CROPS = "crops.jsonl"
+UNTRANSCRIBED = "untranscribed.jsonl"
+
+# A region is dropped, or a whole image: the reason, for counting, and the detail.
+Dropped = tuple[str, str]
+
 _ABOUT = """
 Two ways to find regions:
-  boxes     the input has them: JSON lines with {"image": path, "boxes": [{"bbox": [x0, y0, x1, y1], "text": ...}]},
-            corners in pixels (as fractions of width and height where the row gives those); rows without boxes are
-            left out. The transcript of a region is the text of its boxes in reading order.
-  detector  they are found by ink and strokes, without a model or a network; good for print on a plain ground. Where
-            the input has boxes too, a region takes the text of those inside it; a region without any goes to
-            untranscribed.jsonl, to be labelled by hand.
+  boxes     the input has them: JSON lines with
+            {"image": path, "boxes": [{"bbox": [x0, y0, x1, y1], "text": ...}]},
+            corners in pixels (as fractions of width and height where the row gives those); rows
+            without boxes are left out. The transcript of a region is the text of its boxes in
+            reading order.
+  detector  they are found by ink and strokes, without a model or a network; good for print on a
+            plain ground. Where the input has boxes too, a region takes the text of those inside
+            it; a region without any goes to untranscribed.jsonl, to be labelled by hand.
 
 Examples:
   # every line of each receipt, 48 px high, with its transcript
   python scripts/generate_ocr_crops.py receipts/annotations.jsonl crops --size 48
-  # the three most text-heavy blocks of four lines, a tenth of their height around them, and a picture to look at
-  python scripts/generate_ocr_crops.py receipts/annotations.jsonl crops --lines 4 --count 3 --padding 0.1 \\
-      --contact-sheet sheet.png
+  # the three most text-heavy blocks of four lines, a tenth of their height around them, and a
+  # picture to look at
+  python scripts/generate_ocr_crops.py receipts/annotations.jsonl crops --lines 4 --count 3 \\
+      --padding 0.1 --contact-sheet sheet.png
   # a folder of scans without any boxes
   python scripts/generate_ocr_crops.py scans crops --by detector --workers 4
 
@@ -54,7 +64,7 @@ Then, in loras.json:
 
 @dataclass(frozen=True)
 class Settings:
-    """How regions are chosen and cut."""
+    """How regions are chosen and cut; each field is the option of the command line."""
 
     by: str  # boxes or detector
     lines: int  # per crop; 0: each box or region by itself
@@ -93,59 +103,64 @@ def main(words: list[str] | None = None) -> int:
     """Do what the command line says; return its exit status."""
     asked = _arguments(words)
     try:
-        return generate(asked)
+        generate(asked)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
-def generate(asked: argparse.Namespace) -> int:
+def generate(asked: argparse.Namespace) -> None:
     """Cut the crops of every image, write rows, report and contact sheet. Raises ConfigError,
     DataError."""
-    settings = Settings(**{name: getattr(asked, name) for name in Settings.__dataclass_fields__})
+    settings = Settings(**{field.name: getattr(asked, field.name) for field in fields(Settings)})
+    source = Path(asked.input)
     output = Path(asked.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             f"{output} is not an empty folder; give another output, or remove it first"
         )
-    pages, root = (
-        list(_pages(Path(asked.input), asked.image_field)),
-        _root(Path(asked.input), asked.image_root),
-    )
+    pages = list(_pages(source, asked.image_field))
     if not pages:
         raise DataError(
             f"{asked.input} has no image; a JSON lines file or a folder of images was wanted"
         )
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
-    cut = partial(_cut, settings=settings, root=root, output=output)
-    dropped, examples, rows = Counter(), {}, []
+
+    cut = partial(_cut, settings=settings, root=_root(source, asked.image_root), output=output)
+    rows: list[dict] = []
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     with (
         open(output / CROPS, "w", encoding="utf-8") as crops,
-        open(output / BARE, "w", encoding="utf-8") as bare,
+        open(output / UNTRANSCRIBED, "w", encoding="utf-8") as untranscribed,
     ):
-        for page, (made, problems) in zip(pages, _among(cut, pages, asked.workers), strict=True):
-            for row in made:
-                (crops if row["answer"] else bare).write(json.dumps(row, ensure_ascii=False) + "\n")
-            rows += made
-            dropped.update(reason for reason, _ in problems)
+        # In the order of pages, whoever cut them: the number of workers changes nothing.
+        for page, (found, problems) in zip(pages, _mapped(cut, pages, asked.workers), strict=True):
+            for row in found:
+                file = crops if row["answer"] else untranscribed
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows += found
             for reason, detail in problems:
+                dropped[reason] += 1
                 examples.setdefault(reason, f"{page.where}: {detail}")
-    _conclude(asked, settings, output, len(pages), rows, dropped, examples)
-    return 0
+    _finish(asked, settings, output, len(pages), rows, dropped, examples)
 
 
-def _conclude(
+def _finish(
     asked: argparse.Namespace,
     settings: Settings,
     output: Path,
     pages: int,
     rows: list[dict],
-    dropped: Counter,
-    examples: dict,
+    dropped: Counter[str],
+    examples: dict[str, str],
 ) -> None:
+    """Write the report and the contact sheet, print what was done. Raises DataError when no region
+    was kept."""
     bare = sum(not row["answer"] for row in rows)
     if not bare:
-        (output / BARE).unlink()
+        (output / UNTRANSCRIBED).unlink()
     about = {
         "settings": asdict(settings),
         "images": pages,
@@ -154,9 +169,8 @@ def _conclude(
         "dropped": dict(sorted(dropped.items())),
         "examples": dict(sorted(examples.items())),
     }
-    (output / "report.json").write_text(
-        json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8"
-    )
+    report = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    (output / "report.json").write_text(report, "utf-8")
     if asked.contact_sheet and rows:
         cells = [(output / row["image"], row["id"], row["answer"]) for row in rows]
         contact_sheet.draw(cells, asked.sheet_crops).save(asked.contact_sheet)
@@ -165,21 +179,27 @@ def _conclude(
         print(f"  dropped: {count} {reason} ({examples[reason]})")
     if not rows:
         raise DataError(
-            f"no region of {asked.input} was kept; loosen --min-height, --min-chars, or try --by detector"
+            f"no region of {asked.input} was kept; loosen --min-height, --min-chars, or try "
+            "--by detector"
         )
 
 
 def _pages(source: Path, image_field: str) -> Iterator[Page]:
+    """Yield every image of a folder or of JSON lines once."""
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        names = (path.relative_to(source).as_posix() for path in files)
-        yield from (Page(number, name, name, {}) for number, name in enumerate(names))
+        for number, path in enumerate(files):
+            name = path.relative_to(source).as_posix()
+            yield Page(number, name, name, {})
         return
     try:
         text = source.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read: {error}") from None
-    seen = {}
+
+    # Several questions about one image are one page, and the first row with boxes says them.
+    pages: dict[str, Page] = {}
+    # Not splitlines(): U+2028 ends a line for it, and may stand in JSON.
     for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -189,12 +209,13 @@ def _pages(source: Path, image_field: str) -> Iterator[Page]:
             raise DataError(
                 f"{source}:{line_number} has no path under {image_field!r}; set --image-field"
             )
-        if image not in seen or (row.get("boxes") and not seen[image].row.get("boxes")):
-            number = (
-                seen[image].number if image in seen else len(seen)
-            )  # several questions about one image
-            seen[image] = Page(number, f"{source.name}:{line_number}", image, row)
-    yield from seen.values()
+        where = f"{source.name}:{line_number}"
+        known = pages.get(image)
+        if known is None:
+            pages[image] = Page(len(pages), where, image, row)
+        elif row.get("boxes") and not known.row.get("boxes"):
+            pages[image] = Page(known.number, where, image, row)
+    yield from pages.values()
 
 
 def _parsed(line: str, where: str) -> dict:
@@ -208,21 +229,32 @@ def _parsed(line: str, where: str) -> dict:
 
 
 def _root(source: Path, given: str | None) -> Path:
-    return Path(given) if given else source if source.is_dir() else source.parent
+    """Return the folder that image paths start at and stay in."""
+    if given:
+        return Path(given)
+    return source if source.is_dir() else source.parent
 
 
-def _among(cut: partial, pages: list[Page], workers: int) -> Iterator:
+def _mapped(
+    cut: Callable[[Page], tuple[list[dict], list[Dropped]]],
+    pages: list[Page],
+    workers: int,
+) -> Iterator[tuple[list[dict], list[Dropped]]]:
     if workers <= 1:
         yield from map(cut, pages)
         return
+    # Spawned: a fork would copy locks that threads of this process may hold.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield from pool.map(cut, pages, chunksize=4)
 
 
 def _cut(
-    page: Page, settings: Settings, root: Path, output: Path
-) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Write the crops of one image; return their rows and (reason, detail) of what was dropped."""
+    page: Page,
+    settings: Settings,
+    root: Path,
+    output: Path,
+) -> tuple[list[dict], list[Dropped]]:
+    """Write the crops of one image; return their rows, and what was dropped."""
     try:
         image = images.open_checked(page.image, root)
     except images.BadImage as error:
@@ -231,20 +263,20 @@ def _cut(
         given = _given(page, image)
     except boxes.BadBox as error:
         return [], [("bad box", str(error))]
-    if settings.by == "boxes" and not given:
+    if settings.by == "detector":
+        found = _detected(image, given, settings)
+    elif given:
+        found = _from_boxes(given, settings)
+    else:
         return [], [("no boxes", "use --by detector for such images")]
-    found = (
-        _from_boxes(given, settings)
-        if settings.by == "boxes"
-        else _detected(image, given, settings)
-    )
+
     kept, dropped = _filtered(found, settings)
-    chosen = _chosen(kept, settings, page)
+    # Of the whole image: crops of one page must not be in two splits.
     group = f"sha256:{images.digest(image)}"
-    return [
-        _write(page, number, each, image, group, settings, output)
-        for number, each in enumerate(chosen)
-    ], dropped
+    rows = []
+    for number, region in enumerate(_chosen(kept, settings, page)):
+        rows.append(_write(page, number, region, image, group, settings, output))
+    return rows, dropped
 
 
 def _given(page: Page, image: Image.Image) -> list[Box]:
@@ -256,57 +288,65 @@ def _given(page: Page, image: Image.Image) -> list[Box]:
 def _from_boxes(given: list[Box], settings: Settings) -> list[Region]:
     """Return regions of so many lines each, every given box by itself when lines is 0."""
     lines = boxes.lines(given)
+    regions = []
     if not settings.lines:
-        return [_region([[box]]) for line in lines for box in line]
-    return [
-        _region(lines[first : first + settings.lines])
-        for first in range(0, len(lines), settings.lines)
-    ]
+        for line in lines:
+            regions += [_region([[box]]) for box in line]
+        return regions
+    for first in range(0, len(lines), settings.lines):
+        regions.append(_region(lines[first : first + settings.lines]))
+    return regions
 
 
 def _detected(image: Image.Image, given: list[Box], settings: Settings) -> list[Region]:
     """Return regions that ink and strokes show, widened to the given boxes that they hold the
     middle of."""
-    strokes = {each.box: each.strokes for each in text_regions.find(image, settings.min_height_px)}
-    out = []
-    for each in _from_boxes(list(strokes), settings):
-        held = boxes.inside(given, each.box)
-        weight = sum(strokes[box] for box in boxes.inside(strokes, each.box))
-        out.append(
-            Region(boxes.hull([each.box, *held]), each.lines, boxes.transcript(held), weight)
+    found = text_regions.find(image, settings.min_height_px)
+    strokes = {region.box: region.strokes for region in found}
+    regions = []
+    for region in _from_boxes(list(strokes), settings):
+        held = boxes.inside(given, region.box)
+        regions.append(
+            Region(
+                box=boxes.hull([region.box, *held]),
+                lines=region.lines,
+                text=boxes.transcript(held),
+                weight=sum(strokes[box] for box in boxes.inside(strokes, region.box)),
+            )
         )
-    return out
+    return regions
 
 
 def _region(lines: list[list[Box]]) -> Region:
-    text = "\n".join(filter(None, (boxes.transcript(line) for line in lines)))
-    return Region(boxes.hull([box for line in lines for box in line]), len(lines), text, len(text))
+    every_box = []
+    texts = []
+    for line in lines:
+        every_box += line
+        text = boxes.transcript(line)
+        if text:
+            texts.append(text)
+    text = "\n".join(texts)
+    return Region(boxes.hull(every_box), len(lines), text, weight=len(text))
 
 
-def _filtered(
-    found: list[Region], settings: Settings
-) -> tuple[list[Region], list[tuple[str, str]]]:
-    kept, dropped = [], []
-    for each in found:
-        chars, height_px = len(each.text), each.box.height_px / each.lines
+def _filtered(found: list[Region], settings: Settings) -> tuple[list[Region], list[Dropped]]:
+    """Return the regions that the settings allow, and why the others are dropped."""
+    kept = []
+    dropped = []
+    for region in found:
+        chars = len(region.text)
+        height_px = region.box.height_px / region.lines
         if height_px < settings.min_height_px:
-            dropped.append(
-                (
-                    "too low",
-                    f"{height_px:.0f} px a line, --min-height is {settings.min_height_px:g}",
-                )
-            )
+            detail = f"{height_px:.0f} px a line, --min-height is {settings.min_height_px:g}"
+            dropped.append(("too low", detail))
         elif settings.by == "boxes" and not chars:
             dropped.append(("no text", "its boxes have none"))
+        # What a detector found without a text is to be labelled by hand, however long it is.
         elif chars and not settings.min_chars <= chars <= settings.max_chars:
-            dropped.append(
-                (
-                    "wrong length",
-                    f"{chars} characters, {settings.min_chars} to {settings.max_chars} wanted",
-                )
-            )
+            wanted = f"{settings.min_chars} to {settings.max_chars} wanted"
+            dropped.append(("wrong length", f"{chars} characters, {wanted}"))
         else:
-            kept.append(each)
+            kept.append(region)
     return kept, dropped
 
 
@@ -316,6 +356,7 @@ def _chosen(kept: list[Region], settings: Settings, page: Page) -> list[Region]:
         return kept
     order = list(range(len(kept)))
     if settings.pick == "random":
+        # By the image's own name and not by a common generator, which workers could not share.
         random.Random(f"{settings.seed}:{page.image}").shuffle(order)
     else:
         order.sort(key=lambda i: -kept[i].weight)
@@ -331,12 +372,13 @@ def _write(
     settings: Settings,
     output: Path,
 ) -> dict:
+    """Write one crop; return its row."""
+    # The padding is of a line's height, and the box's is that of all its lines.
     crop = boxes.crop(image, region.box, settings.padding / region.lines)
     if settings.size_px:
-        high = settings.size_px * region.lines
-        crop = crop.resize(
-            (max(1, round(crop.width * high / crop.height)), high), Image.Resampling.LANCZOS
-        )
+        height_px = settings.size_px * region.lines
+        width_px = max(1, round(crop.width * height_px / crop.height))
+        crop = crop.resize((width_px, height_px), Image.Resampling.LANCZOS)
     name = f"{IMAGES}/{page.number:06d}-{number:03d}.png"
     (output / name).write_bytes(images.png(crop))
     row = {
@@ -350,11 +392,11 @@ def _write(
     }
     if page.row.get("split"):
         row["split"] = page.row["split"]
-    box = [
-        round(x, 1)
-        for x in (region.box.x0_px, region.box.y0_px, region.box.x1_px, region.box.y1_px)
-    ]
-    return row | {"from": {"image": page.image, "bbox": box}}
+    box = region.box
+    corners = (box.x0_px, box.y0_px, box.x1_px, box.y1_px)
+    # Where it was cut from, for a person to look at.
+    row["from"] = {"image": page.image, "bbox": [round(corner, 1) for corner in corners]}
+    return row
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:
@@ -424,6 +466,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def _whole(text: str) -> int:
+    # int() would also take -1 and 1_000.
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
@@ -434,6 +477,7 @@ def _amount(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
+    # The upper end is for inf, which float() takes too.
     if not 0 <= value < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return value
