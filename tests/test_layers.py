@@ -171,6 +171,12 @@ def _between_families(file: Path, line: int, names: list[str]) -> Iterator[tuple
         yield line, f"imports {there}, which is not below {here}"
 
 
+def test_the_documents_state_the_order_that_is_enforced():
+    order = " < ".join(" ".join(layer) for layer in LAYERS)
+    for name in ("docs/architecture.md", "CONTRIBUTING.md"):
+        assert f"\n{order}\n" in (ROOT / name).read_text("utf-8")
+
+
 def test_every_import_keeps_the_rule():
     assert violations(ROOT) == []
 
