@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.serve.app import create
-from pipeline.serve.engine import HELD_TOKENS, Engine, Sampling, Token, share, strongest
+from pipeline.serve.engine import (
+    HELD_TOKENS,
+    CompletionEngine,
+    Sampling,
+    Token,
+    expert_shares,
+    top_expert,
+)
 from pipeline.store.artifacts import sha256
 from pipeline.train import loop
 from tests import small
@@ -26,7 +33,7 @@ PROMPT = "3: tide reef"
 def engine(bundled):
     """The finished run's bundle, open."""
     torch.set_num_threads(1)
-    return Engine(bundled[2])
+    return CompletionEngine(bundled[2])
 
 
 def test_all_tokens_can_be_drawn_not_the_fifty_of_transformers(engine):
@@ -65,29 +72,31 @@ def test_a_tokens_experts_are_those_that_spoke_it(engine):
         )
 
 
-def test_share_and_strongest_by_hand():
+def test_shares_and_the_top_expert_by_hand():
     tokens = [
         Token(1, "a", [[0, 1], [2, 0]], [[0.9, 0.1], [0.6, 0.4]]),
         Token(2, "b", [[1, 2], [1, 0]], [[0.5, 0.5], [1.0, 0.0]]),
     ]
-    assert [s["share"] for s in share(tokens, 4)] == [3 / 8, 3 / 8, 2 / 8, 0]
-    assert [s["weight"] for s in share(tokens, 4)] == pytest.approx([1.3 / 4, 1.6 / 4, 1.1 / 4, 0])
-    assert [strongest(t) for t in tokens] == [0, 1]
-    assert share([], 2) == [{"share": 0.0, "weight": 0.0}] * 2
+    assert [s["share"] for s in expert_shares(tokens, 4)] == [3 / 8, 3 / 8, 2 / 8, 0]
+    assert [s["weight"] for s in expert_shares(tokens, 4)] == pytest.approx(
+        [1.3 / 4, 1.6 / 4, 1.1 / 4, 0]
+    )
+    assert [top_expert(t) for t in tokens] == [0, 1]
+    assert expert_shares([], 2) == [{"share": 0.0, "weight": 0.0}] * 2
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_the_pieces_of_any_text_are_that_text(text, engine):
+def test_the_token_texts_of_any_text_are_that_text(text, engine):
     ids = engine.tokenizer.encode([text])[0].ids
-    assert "".join(engine._pieces(ids)) == text
+    assert "".join(engine._token_texts(ids)) == text
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ids=st.lists(st.integers(1, 299), max_size=HELD_TOKENS - 1))
-def test_the_pieces_of_any_tokens_are_what_they_say_together(ids, engine):
-    pieces = list(engine._pieces(ids))
-    assert "".join(pieces) == engine._decode(ids) and len(pieces) == len(ids)
+def test_the_token_texts_of_any_tokens_are_what_they_say_together(ids, engine):
+    texts = list(engine._token_texts(ids))
+    assert "".join(texts) == engine._decode(ids) and len(texts) == len(ids)
 
 
 def test_markup_in_a_prompt_is_plain_text(engine):
@@ -99,7 +108,7 @@ def test_a_bundle_that_is_damaged_or_none_is_not_served(bundled, tmp_path):
     folder = shutil.copytree(bundled[2], tmp_path / "copy")
     flip(folder / "model-expert-001-shop.safetensors")
     with pytest.raises(DamagedArtifact, match="model-expert-001-shop"):
-        Engine(folder)
+        CompletionEngine(folder)
     with pytest.raises(MissingArtifact, match="is not a bundle"):
         create(tmp_path)
 
@@ -123,7 +132,7 @@ def test_a_checkpoint_that_computes_something_else_than_its_stack_is_not_served(
     sums = (folder / "SHA256SUMS").read_text().replace(before, sha256(folder / "config.json"))
     (folder / "SHA256SUMS").write_text(sums)
     with pytest.raises(MismatchError, match="gives other logits than its own stack"):
-        Engine(folder)
+        CompletionEngine(folder)
 
 
 KINDS = {
@@ -137,7 +146,7 @@ KINDS = {
 def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     cfg, parts = made(tmp_path, kind, False, **changes)
-    engine = Engine(bundle_of(cfg, parts, tmp_path / "bundle"))
+    engine = CompletionEngine(bundle_of(cfg, parts, tmp_path / "bundle"))
     kept = ("anchor",) if cfg.trunk.anchor == "keep" else ()
     assert engine.experts == (*kept, *small.DOMAINS)
     tokens = engine.route(engine.encode("w3 w20 w40"))
@@ -147,5 +156,5 @@ def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_pat
         for t in tokens
         for k in t.experts
     )
-    assert sum(s["share"] for s in share(tokens, len(engine.experts))) == pytest.approx(1)
+    assert sum(s["share"] for s in expert_shares(tokens, len(engine.experts))) == pytest.approx(1)
     assert engine.complete(engine.encode("w3"), Sampling(4, 0.0)).drawn >= 1

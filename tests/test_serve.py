@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.__main__ import main
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.families.ffn_moe import train
+from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
 from pipeline.run.context import StoredParts
 from pipeline.serve import app as app_module
@@ -196,7 +196,7 @@ def test_the_experts_are_those_of_the_assembled_stack(client, bundled, engine):
     """The HTTP answer against pipeline code on the store's parts: every layer's choice and weight
     for every token."""
     cfg, text = load(bundled[0]), "7: lathe gear of oboe chord"
-    stack = train.assemble(cfg, StoredParts(cfg, Store(bundled[1])))
+    stack = assemble(cfg, StoredParts(cfg, Store(bundled[1])))
     chosen = {}
 
     def watched(layer, x_BTD):
@@ -476,10 +476,10 @@ def test_past_the_queue_a_request_is_sent_away_and_may_come_back(bundled):
             )
             for _ in range(2)
         ]
-        with service.engine._alone:
+        with service.engine._lock:
             for count, thread in enumerate(threads, start=1):
                 thread.start()
-                while service.inside < count:
+                while service.in_flight < count:
                     time.sleep(0.01)
             answer = client.post("/v1/route", json={"text": "x"})
             refused(answer, 503, "2 requests are waiting", None, "overloaded")

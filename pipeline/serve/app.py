@@ -1,8 +1,6 @@
-"""The HTTP face of a bundle: the application, and completions in OpenAI's format with the experts
-of every token.
+"""The HTTP application over a bundle: which service it has, and how it listens.
 
-Invariant: what is served follows from what the bundle says that it serves. The model itself runs
-one request at a time, in a thread; the rest wait, up to a limit.
+Invariant: what is served follows from what the bundle says that it serves.
 """
 
 import socket
@@ -11,14 +9,19 @@ from functools import partial
 from pathlib import Path
 
 from fastapi import Depends, FastAPI
-from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import ConfigError, PipelineError
 from ..store.bundle import about
 from .chat import ChatService
 from .completions import CompletionService
-from .protocol import ApiError, RequestLimits, check_key, failed, no_such_address, refused
+from .protocol import RequestLimits, Service, add_error_handlers, check_key
+
+# By what a bundle says that it serves.
+SERVICES: dict[str, type[Service]] = {
+    "completions": CompletionService,
+    "chat": ChatService,
+}
 
 
 def create(folder: Path, key: str | None = None, limits: RequestLimits | None = None) -> FastAPI:
@@ -32,11 +35,16 @@ def create(folder: Path, key: str | None = None, limits: RequestLimits | None = 
         raise ConfigError(
             "the API key is empty, which would let everybody in; set one, or none at all"
         )
-    service = SERVICES[about(Path(folder)).get("serves", "completions")](Path(folder), limits)
+    folder = Path(folder)
+    # Bundles that do not say it are of completions, as all were before there were others.
+    serves = about(folder).get("serves", "completions")
+    service = SERVICES[serves](folder, limits)
+    # No pages of documentation: they would load scripts from elsewhere into the reader's browser.
     app = FastAPI(title="MoleForge", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     guarded = [Depends(partial(check_key, key))]
 
+    # Without the key, as probes of load balancers have none.
     @app.get("/healthz")
     async def healthz() -> dict:
         return {
@@ -55,24 +63,18 @@ def create(folder: Path, key: str | None = None, limits: RequestLimits | None = 
         return service.model()
 
     service.add_to(app, guarded)
-    app.add_exception_handler(ApiError, refused)
-    app.add_exception_handler(HTTPException, no_such_address)
-    app.add_exception_handler(Exception, failed)
+    add_error_handlers(app)
     return app
 
 
-SERVICES = {
-    "completions": CompletionService,
-    "chat": ChatService,
-}  # what a bundle says that it serves
-
-
-def listen(app: FastAPI, host: str, port: int, progress: Callable[[str], None]) -> None:
+def listen(app: FastAPI, host: str, port: int, announce: Callable[[str], None]) -> None:
     """Serve until interrupted; port 0 takes a free one. Raises PipelineError when the address
     cannot be had."""
     import uvicorn
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Bound here and not by uvicorn: it would end the process over an address in use, and with
+    # port 0 the address would be known to its log alone.
     server = socket.socket(family)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,11 +82,13 @@ def listen(app: FastAPI, host: str, port: int, progress: Callable[[str], None]) 
     except (OSError, OverflowError) as error:
         server.close()
         raise PipelineError(
-            f"cannot listen on {host} port {port}: {error}; choose another with --host or --port (0: any free port)"
+            f"cannot listen on {host} port {port}: {error}; "
+            "choose another with --host or --port (0: any free port)"
         ) from None
     with server:
+        name = app.state.service.engine.name
         shown = f"[{host}]" if ":" in host else host
-        progress(
-            f"serving {app.state.service.engine.name} at http://{shown}:{server.getsockname()[1]}; Ctrl-C stops"
-        )
-        uvicorn.Server(uvicorn.Config(app, log_level="info")).run(sockets=[server])
+        bound_port = server.getsockname()[1]
+        announce(f"serving {name} at http://{shown}:{bound_port}; Ctrl-C stops")
+        config = uvicorn.Config(app, log_level="info")
+        uvicorn.Server(config).run(sockets=[server])

@@ -10,10 +10,12 @@ import binascii
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.params import Depends
 from PIL import Image
 from pydantic import Field
 
@@ -21,14 +23,31 @@ from ..config.task_data import ImageLimitsConfig
 from ..data.images.images import open_checked, resized
 from ..errors import DataError
 from ..families import family
-from ..store.bundle import SUMS, about, verify
-from .protocol import ApiError, Body, RequestLimits, Service, described, only, read
+from .engine import Engine
+from .protocol import (
+    DIGITS,
+    ApiError,
+    Body,
+    OnlyFalse,
+    OnlyNone,
+    OnlyOne,
+    OnlyZero,
+    RequestLimits,
+    Service,
+    body_schema,
+    read_body,
+)
+
+if TYPE_CHECKING:
+    from ..families.adapters.inference import Request as StackRequest
+    from ..families.adapters.stack import AdapterStack, Answer, Choice
 
 BODY_BYTES = 32 << 20  # pictures come inside
 PICTURE_PIXELS = 64_000_000  # before it is resized
-DIGITS = 4  # of a probability
-_DATA = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.I)
-_Off, _One, _Zero, _None = only(False), only(1), only(0), only(None)
+# Whatever kind it says: what it is, is read from its bytes.
+_DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.I)
+
+T = TypeVar("T")
 
 
 class Picture(Body):
@@ -57,14 +76,15 @@ class PicturePart(Body):
 class Message(Body):
     """A turn of a chat."""
 
+    # No system text and no earlier turns: no expert has seen any.
     role: Literal["user"] = Field(description="user; experts were trained on single questions")
     content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]] = Field(
         description="Text, or parts: text and image_url"
     )
 
 
-class Asking(Body):
-    """What a request holds, whether it is to be answered or only routed."""
+class RoutingBody(Body):
+    """What /v1/route takes: what a request holds that is only to be routed."""
 
     model: str | None = Field(None, description="Name of the model; none: the one that is served")
     messages: list[Message] = Field(
@@ -73,7 +93,7 @@ class Asking(Body):
     user: str | None = Field(None, description="Taken and not used")
 
 
-class ChatBody(Asking):
+class ChatBody(RoutingBody):
     """What /v1/chat/completions takes."""
 
     expert: str | None = Field(
@@ -85,15 +105,16 @@ class ChatBody(Asking):
     max_completion_tokens: int | None = Field(
         None, ge=1, description="The same under its newer name"
     )
-    temperature: _Zero = 0
-    top_p: _One = 1
-    stream: _Off = False
-    n: _One = 1
-    presence_penalty: _Zero = 0
-    frequency_penalty: _Zero = 0
-    logprobs: _None = None
-    stop: _None = None
-    tools: _None = None
+    # Answers are the likeliest text, as those that the report measured, so nothing is drawn.
+    temperature: OnlyZero = 0
+    top_p: OnlyOne = 1
+    stream: OnlyFalse = False
+    n: OnlyOne = 1
+    presence_penalty: OnlyZero = 0
+    frequency_penalty: OnlyZero = 0
+    logprobs: OnlyNone = None
+    stop: OnlyNone = None
+    tools: OnlyNone = None
     seed: int | None = Field(
         None, description="Taken and not used: answers are not drawn at random"
     )
@@ -102,63 +123,56 @@ class ChatBody(Asking):
 class ChatService(Service):
     """Answers of experts to questions about pictures."""
 
-    known = "GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/route"
+    addresses = "GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/route"
+    engine: "ChatEngine"
 
     def __init__(self, folder: Path, limits: RequestLimits | None):
-        super().__init__(StackEngine(folder), limits or RequestLimits(body_bytes=BODY_BYTES))
+        super().__init__(folder, limits)
+        self.engine = ChatEngine(folder)
+        self.limits = limits or RequestLimits(body_bytes=BODY_BYTES)
 
-    def add_to(self, app: FastAPI, guarded: list) -> None:
-        """Give an application the endpoints of this service."""
+    def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:
+        """Give an application /v1/chat/completions and /v1/route, behind the guards."""
 
-        @app.post("/v1/chat/completions", dependencies=guarded, openapi_extra=described(ChatBody))
+        @app.post("/v1/chat/completions", dependencies=guarded, openapi_extra=body_schema(ChatBody))
         async def completions(request: Request) -> dict:
-            return await self.complete(await read(request, ChatBody, self.limits.body_bytes))
+            body = await read_body(request, ChatBody, self.limits.body_bytes)
+            return await self.complete(body)
 
-        @app.post("/v1/route", dependencies=guarded, openapi_extra=described(Asking))
+        @app.post("/v1/route", dependencies=guarded, openapi_extra=body_schema(RoutingBody))
         async def route(request: Request) -> dict:
-            return await self.route(await read(request, Asking, self.limits.body_bytes))
+            body = await read_body(request, RoutingBody, self.limits.body_bytes)
+            return await self.route(body)
 
-    def model(self) -> dict:
-        """Return what /v1/models says of the bundle."""
-        e = self.engine
-        return {
-            "id": e.name,
-            "object": "model",
-            "created": e.made_at,
-            "owned_by": "moleforge",
-            "experts": list(e.experts),
-            "base": e.about["base"]["model"],
-            "limits": e.about["limits"],
-        }
+    def details(self) -> dict:
+        """Return the base and the limits of a request."""
+        about = self.engine.about
+        return {"base": about["base"]["model"], "limits": about["limits"]}
 
     async def complete(self, body: ChatBody) -> dict:
-        """Return the stack's answer, or that of the expert asked for. Raises Refused."""
+        """Return the stack's answer, or that of the expert asked for. Raises ApiError."""
         self.check_model(body.model)
         if body.expert not in (None, "base", *self.engine.experts):
             known = ", ".join(self.engine.experts)
             raise ApiError(
                 400, f"expert: there is no {body.expert!r}; there are {known} and base", "expert"
             )
-        most = body.max_completion_tokens or body.max_tokens
-        done = await self.run(
-            lambda: self._checked(lambda: self.engine.answer(body, most, self.limits.seconds))
-        )
+        done = await self._run(lambda: self.engine.answer(body, self.limits.seconds))
         message = {"role": "assistant", "content": done.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
         return {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": self.engine.name,
-            "choices": [
-                {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
-            ],
+            "choices": [choice],
             "usage": {
                 "prompt_tokens": done.prompt_tokens,
                 "completion_tokens": done.completion_tokens,
                 "total_tokens": done.prompt_tokens + done.completion_tokens,
             },
             "expert": done.expert,
-            **_told(done.confidence, done.alternatives),
+            **_routing(done.confidence, done.alternatives),
             "others": [{"expert": name, "content": text} for name, text in done.others],
             "seconds": {
                 "route": round(done.route_s, DIGITS),
@@ -166,28 +180,28 @@ class ChatService(Service):
             },
         }
 
-    async def route(self, body: Asking) -> dict:
+    async def route(self, body: RoutingBody) -> dict:
         """Return which expert a request goes to. Raises ApiError."""
         self.check_model(body.model)
-        choice = await self.run(lambda: self._checked(lambda: self.engine.route(body)))
-        told = _told(choice.confidence, choice.alternatives)
+        choice = await self._run(lambda: self.engine.route(body))
         return {
             "object": "route",
             "model": self.engine.name,
             "expert": choice.expert,
-            **told,
+            **_routing(choice.confidence, choice.alternatives),
             "answered_by": list(choice.answered_by),
         }
 
-    def _checked(self, work):
-        """Do work; what is wrong with the request's content becomes a 400."""
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Run work in a thread; what is wrong with the request's content becomes a 400."""
+        # Pictures are opened inside work, as decoding one takes long enough to hold up the rest.
         try:
-            return work()
+            return await self.run(work)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", "messages") from None
 
 
-class StackEngine:
+class ChatEngine(Engine):
     """An open bundle of adapters.
 
     Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that cannot be
@@ -195,40 +209,48 @@ class StackEngine:
     """
 
     def __init__(self, folder: Path):
-        verify(folder)
-        self.about = about(folder)
-        self.name: str = self.about["run"]
-        self.experts = tuple(expert["name"] for expert in self.about["experts"])
-        self.made_at = int((folder / SUMS).stat().st_mtime)
-        self.stack = family(self.about["family"]).reassemble(folder)
+        super().__init__(folder)
+        self.stack: AdapterStack = family(self.about["family"]).reassemble(folder)
         self.image = ImageLimitsConfig(**self.about["base"]["image"])
 
-    def answer(self, body: ChatBody, most: int | None, seconds: float):
-        """Return the answer to a request. Raises DataError."""
-        asked = self._asked(body.messages[0])
-        return self.stack.answer([asked], seconds, most, body.expert)[0]
+    def answer(self, body: ChatBody, seconds: float) -> "Answer":
+        """Return the answer to a request; past `seconds` no further token is begun. Raises
+        DataError."""
+        # Clients send the old name, the new one, or both alike.
+        most = body.max_completion_tokens or body.max_tokens
+        request = self._request(body.messages[0])
+        return self.stack.answer([request], seconds, most, body.expert)[0]
 
-    def route(self, body: Asking):
+    def route(self, body: RoutingBody) -> "Choice":
         """Return where a request goes. Raises DataError."""
-        return self.stack.route([self._asked(body.messages[0])])[0]
+        request = self._request(body.messages[0])
+        return self.stack.route([request])[0]
 
-    def _asked(self, message: Message):
+    def _request(self, message: Message) -> "StackRequest":
+        """Return a message as the stack takes it: one text, and its pictures in order."""
         if isinstance(message.content, str):
             return self.stack.request(message.content, ())
-        texts = [part.text for part in message.content if isinstance(part, TextPart)]
-        urls = [part.image_url.url for part in message.content if isinstance(part, PicturePart)]
+        texts = []
+        urls = []
+        for part in message.content:
+            if isinstance(part, TextPart):
+                texts.append(part.text)
+            else:
+                urls.append(part.image_url.url)
+        # Counted before any is opened, which is what takes memory.
         most = self.stack.model.limits.media
         if len(urls) > most:
             raise DataError(f"{len(urls)} images; at most {most} are taken")
-        return self.stack.request("\n".join(texts), [self._picture(url) for url in urls])
+        images = [self._picture(url) for url in urls]
+        return self.stack.request("\n".join(texts), images)
 
     def _picture(self, url: str) -> Image.Image:
         """Return the picture in a data: URI, checked and resized as in training."""
-        head = _DATA.match(url)
+        head = _DATA_URI.match(url)
         if head is None:
             raise DataError(
-                f"image_url must be a data: URI (data:image/png;base64,...), not {url[:40]!r}: this server fetches "
-                "nothing"
+                "image_url must be a data: URI (data:image/png;base64,...), "
+                f"not {url[:40]!r}: this server fetches nothing"
             )
         try:
             data = base64.b64decode(url[head.end() :], validate=True)
@@ -238,7 +260,9 @@ class StackEngine:
         return resized(image, self.image.min_pixels, self.image.max_pixels)
 
 
-def _told(confidence: float, alternatives) -> dict:
+def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:
     """Return the router's part of an answer."""
-    others = [{"expert": name, "probability": round(p, DIGITS)} for name, p in alternatives]
+    others = []
+    for name, probability in alternatives:
+        others.append({"expert": name, "probability": round(probability, DIGITS)})
     return {"confidence": round(confidence, DIGITS), "alternatives": others}

@@ -2,26 +2,36 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, Request
+from fastapi.params import Depends
 from pydantic import Field
 
-from .engine import Engine, Sampling, Token, share, strongest
-from .protocol import ApiError, Body, RequestLimits, Service, described, only, read
+from .engine import CompletionEngine, Sampling, Token, expert_shares, top_expert
+from .protocol import (
+    DIGITS,
+    ApiError,
+    Body,
+    OnlyFalse,
+    OnlyNone,
+    OnlyOne,
+    OnlyZero,
+    RequestLimits,
+    Service,
+    body_schema,
+    read_body,
+)
 
-STOPS, STOP_CHARACTERS = 4, 200
+# OpenAI's own limit of stop strings; their length bounds how much text each new token is looked
+# for in.
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 200
 
-
-DIGITS = 4  # of a weight
-
-
-_Off, _One, _Zero, _None = only(False), only(1), only(0), only(None)
-
-
-_Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class CompletionBody(Body):
@@ -34,29 +44,38 @@ class CompletionBody(Body):
     top_p: float = Field(
         1.0, gt=0, le=1, description="Share of the probability that tokens are drawn from"
     )
+    # What torch takes for a seed without wrapping it around.
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="Same seed and request, same text"
     )
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=STOPS)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Strings that end the text and are not part of it"
     )
     return_experts: bool = Field(False, description="Also tell which experts spoke each token")
     user: str | None = Field(None, description="Taken and not used")
-    stream: _Off = False
-    echo: _Off = False
-    n: _One = 1
-    best_of: _One = 1
-    presence_penalty: _Zero = 0
-    frequency_penalty: _Zero = 0
-    logprobs: _None = None
-    suffix: _None = None
-    logit_bias: _None = None
-    stream_options: _None = None
+    # The rest of OpenAI's fields, of which only the default is served.
+    stream: OnlyFalse = False
+    echo: OnlyFalse = False
+    n: OnlyOne = 1
+    best_of: OnlyOne = 1
+    presence_penalty: OnlyZero = 0
+    frequency_penalty: OnlyZero = 0
+    logprobs: OnlyNone = None
+    suffix: OnlyNone = None
+    logit_bias: OnlyNone = None
+    stream_options: OnlyNone = None
 
     def sampling(self, seconds: float) -> Sampling:
-        """Return the part that is about drawing tokens."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed, stop, seconds)
+        """Return the part that is about drawing tokens; past `seconds` no further one is begun."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tuple(stop),
+            seconds=seconds,
+        )
 
 
 class RouteBody(Body):
@@ -69,34 +88,33 @@ class RouteBody(Body):
 class CompletionService(Service):
     """Texts that go on, each token with its experts."""
 
-    known = "GET /healthz, GET /v1/models, POST /v1/completions, POST /v1/route"
+    addresses = "GET /healthz, GET /v1/models, POST /v1/completions, POST /v1/route"
+    engine: CompletionEngine
 
     def __init__(self, folder: Path, limits: RequestLimits | None):
-        super().__init__(Engine(folder), limits or RequestLimits())
+        super().__init__(folder, limits)
+        self.engine = CompletionEngine(folder)
+        self.limits = limits or RequestLimits()
 
-    def add_to(self, app: FastAPI, guarded: list) -> None:
-        """Give an application the endpoints of this service."""
+    def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:
+        """Give an application /v1/completions and /v1/route, behind the guards."""
 
-        @app.post("/v1/completions", dependencies=guarded, openapi_extra=described(CompletionBody))
+        @app.post(
+            "/v1/completions", dependencies=guarded, openapi_extra=body_schema(CompletionBody)
+        )
         async def completions(request: Request) -> dict:
-            return await self.complete(await read(request, CompletionBody, self.limits.body_bytes))
+            body = await read_body(request, CompletionBody, self.limits.body_bytes)
+            return await self.complete(body)
 
-        @app.post("/v1/route", dependencies=guarded, openapi_extra=described(RouteBody))
+        @app.post("/v1/route", dependencies=guarded, openapi_extra=body_schema(RouteBody))
         async def route(request: Request) -> dict:
-            return await self.route(await read(request, RouteBody, self.limits.body_bytes))
+            body = await read_body(request, RouteBody, self.limits.body_bytes)
+            return await self.route(body)
 
-    def model(self) -> dict:
-        """Return what /v1/models says of the bundle."""
-        e = self.engine
-        return {
-            "id": e.name,
-            "object": "model",
-            "created": e.made_at,
-            "owned_by": "moleforge",
-            "experts": list(e.experts),
-            "top_k": e.about["top_k"],
-            "context_tokens": e.context_tokens,
-        }
+    def details(self) -> dict:
+        """Return the experts of a token and the longest text, in tokens."""
+        top_k = self.engine.about["top_k"]
+        return {"top_k": top_k, "context_tokens": self.engine.context_tokens}
 
     async def complete(self, body: CompletionBody) -> dict:
         """Return a text that goes on. Raises ApiError."""
@@ -107,59 +125,63 @@ class CompletionService(Service):
                 f"max_tokens: at most {self.limits.new_tokens} here (found {body.max_tokens})",
                 "max_tokens",
             )
-        ids = await self.run(lambda: self._encoded(body.prompt, "prompt", body.max_tokens))
-        done = await self.run(lambda: self.engine.complete(ids, body.sampling(self.limits.seconds)))
+        # Encoding has a thread too: a megabyte of text would hold up every other request.
+        ids = await self.run(lambda: self._encode(body.prompt, "prompt", body.max_tokens))
+        sampling = body.sampling(self.limits.seconds)
+        done = await self.run(lambda: self.engine.complete(ids, sampling))
         choice = {"index": 0, "text": done.text, "logprobs": None, "finish_reason": done.finish}
         usage = {
             "prompt_tokens": len(ids),
             "completion_tokens": done.drawn,
             "total_tokens": len(ids) + done.drawn,
         }
-        experts = {"experts": self._told(done.tokens)} if body.return_experts else {}
-        return {
+        answer = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.engine.name,
             "choices": [choice],
             "usage": usage,
-            **experts,
         }
+        if body.return_experts:
+            answer["experts"] = self._routing(done.tokens)
+        return answer
 
     async def route(self, body: RouteBody) -> dict:
-        """Return a text's tokens with the experts that read them. Raises Refused."""
+        """Return a text's tokens with the experts that read them. Raises ApiError."""
         self.check_model(body.model)
-        ids = await self.run(lambda: self._encoded(body.text, "text", 0))
+        ids = await self.run(lambda: self._encode(body.text, "text", 0))
         tokens = await self.run(lambda: self.engine.route(ids))
-        return {"object": "route", "model": self.engine.name, **self._told(tokens)}
+        return {"object": "route", "model": self.engine.name, **self._routing(tokens)}
 
-    def _encoded(self, text: str, param: str, new_tokens: int) -> list[int]:
-        ids, room = self.engine.encode(text), self.engine.context_tokens
-        if len(ids) + new_tokens > room:
-            wanted = f" and {new_tokens} are to be drawn" if new_tokens else ""
-            raise ApiError(
-                400,
-                f"{param}: {len(ids)} tokens{wanted}, but this model's context is {room} tokens; "
-                f"shorten {param}{' or lower max_tokens' if new_tokens else ''}",
-                param,
-                "context_length_exceeded",
-            )
-        return ids
+    def _encode(self, text: str, param: str, new_tokens: int) -> list[int]:
+        """Return a text's tokens. Raises ApiError when they and the new ones are over the
+        context."""
+        ids = self.engine.encode(text)
+        context = self.engine.context_tokens
+        if len(ids) + new_tokens <= context:
+            return ids
+        wanted = f" and {new_tokens} are to be drawn" if new_tokens else ""
+        advice = " or lower max_tokens" if new_tokens else ""
+        raise ApiError(
+            400,
+            f"{param}: {len(ids)} tokens{wanted}, but this model's context is {context} tokens; "
+            f"shorten {param}{advice}",
+            param,
+            "context_length_exceeded",
+        )
 
-    def _told(self, tokens: list[Token]) -> dict:
+    def _routing(self, tokens: list[Token]) -> dict:
         """Return tokens with their experts, and each expert's share."""
         names = self.engine.experts
-        shares = [
-            {k: round(v, DIGITS) for k, v in each.items()} for each in share(tokens, len(names))
-        ]
-        return {
-            "experts": [{"name": name, **each} for name, each in zip(names, shares, strict=True)],
-            "tokens": [
-                asdict(t)
-                | {
-                    "top": names[strongest(t)],
-                    "weights": [[round(w, DIGITS) for w in k] for k in t.weights],
-                }
-                for t in tokens
-            ],
-        }
+        experts = []
+        for name, shares in zip(names, expert_shares(tokens, len(names)), strict=True):
+            rounded = {key: round(value, DIGITS) for key, value in shares.items()}
+            experts.append({"name": name, **rounded})
+        shown = []
+        for token in tokens:
+            weights = []
+            for layer in token.weights:
+                weights.append([round(weight, DIGITS) for weight in layer])
+            shown.append(asdict(token) | {"top": names[top_expert(token)], "weights": weights})
+        return {"experts": experts, "tokens": shown}

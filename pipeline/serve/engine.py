@@ -4,15 +4,17 @@ The model is the stock class that any user of the bundle would load, and its own
 On opening, its logits are held against the stack that `reassemble` builds, so what was measured is
 what is served. One request at a time has the model.
 
-B sequences, T tokens, V vocabulary, L layers, E experts, K experts per token.
+B sequences, T tokens, V vocabulary, D model width, L layers, E experts, K experts per token,
+A assignments of tokens to experts.
 """
 
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -23,17 +25,35 @@ from ..families import family
 from ..hardware import device
 from ..store.bundle import SUMS, about, verify
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 PROBE_TOKENS = 64
-# of the logits' spread; fp32 rounds by a hundredth of it, another convention is off by more
+# Of the logits' spread: fp32 rounds by a hundredth of it, another convention is off by more.
 PROBE_LIMIT = 1e-4
-COLDEST = 1e-3  # logits over less overflow; the most likely token it is
+# Logits over a smaller temperature overflow; the most likely token it is.
+COLDEST = 1e-3
 MARGIN_TOKENS = 4  # more than a decoder looks back
 HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
 
 
+class CausalModel(Protocol):
+    """What is used of the models that AutoModelForCausalLM opens; they share no class that has
+    all of it."""
+
+    generation_config: "GenerationConfig"
+    base_model: nn.Module  # without the head
+
+    def __call__(self, *, input_ids: torch.Tensor) -> Any:
+        """Run the model; the result has logits of shape (B, T, V)."""
+
+    def generate(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return ids_BT with what follows them."""
+
+
 @dataclass(frozen=True)
 class Token:
-    """A token, its text, and per layer the numbers and weights of its experts, first choice first."""
+    """A token, its text, and per layer the numbers and weights of its experts, likeliest first."""
 
     id: int
     text: str
@@ -65,127 +85,197 @@ class Completion:
     tokens: list[Token]
 
 
-class Engine:
-    """An open bundle.
+@dataclass(frozen=True)
+class GateChoice:
+    """What the gates chose at one position, per layer: numbers of experts and their weights."""
 
-    Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served,
-    MismatchError for one that does not compute what its stack does.
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
+class Engine:
+    """An open bundle, as far as every service needs it.
+
+    Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served.
     """
 
     def __init__(self, folder: Path):
         verify(folder)
         self.about = about(folder)
         self.name: str = self.about["run"]
-        self.experts = tuple(expert["name"] for expert in self.about["experts"])
+        experts = [expert["name"] for expert in self.about["experts"]]
+        self.experts = tuple(experts)
+        # The sums are written last, so they are as old as the bundle.
+        sums = folder / SUMS
+        self.made_at = int(sums.stat().st_mtime)
+
+
+class CompletionEngine(Engine):
+    """An open bundle whose texts go on.
+
+    Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served,
+    MismatchError for one that does not compute what its stack does.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
         self.context_tokens: int = self.about["context_tokens"]
-        self.made_at = int((folder / SUMS).stat().st_mtime)
         self.tokenizer = tokenizer.pretrained(str(folder))
+        # The stack first: it is gone before the model is opened, so that both are never held.
         expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
-        self.model = _stock(folder)
-        self._compare(folder, expected_TV)
-        self._alone = threading.Lock()
+        self.model = _open_model(folder)
+        self._check_logits(folder, expected_TV)
+        # generate keeps state in the model, and the gates' hooks would hear of both requests.
+        self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens, led by the one that began every text of the training; markup in
         it is plain text."""
-        return [self.about["start_id"], *self.tokenizer.encode([text])[0].ids]
+        start_id = self.about["start_id"]
+        encoding = self.tokenizer.encode([text])[0]
+        return [start_id, *encoding.ids]
 
     def complete(self, ids: Sequence[int], sampling: Sampling) -> Completion:
         """Go on with a text of encoded ids."""
-        given_BT = torch.tensor([ids], device=device())
-        with self._alone, torch.no_grad(), _seeded(sampling.seed), _watching(self.model) as watch:
+        prompt_BT = torch.tensor([ids], device=device())
+        prompt_tokens = len(ids)
+        criteria = None
+        if sampling.stop:
+            criteria = [_StopOnText(self._decode, prompt_tokens, sampling.stop)]
+        with self._exclusive() as gates, _seeded(sampling.seed):
             out_BT = self.model.generate(
-                given_BT,
-                attention_mask=torch.ones_like(given_BT),
-                generation_config=self._settings(sampling),
-                stopping_criteria=[_Stop(self._decode, len(ids), sampling.stop)]
-                if sampling.stop
-                else None,
+                prompt_BT,
+                attention_mask=torch.ones_like(prompt_BT),
+                generation_config=self._generation_config(sampling),
+                stopping_criteria=criteria,
             )
-            first = len(ids) - 1  # the position that chose the first new token
-            choices = watch.positions(first, out_BT.shape[1] - 1)
-        drawn = out_BT[0, len(ids) :].tolist()
-        said = drawn[:-1] if drawn[-1] in self._ends() else drawn
-        text = self._decode(said)
-        found = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
-        ended = bool(found) or len(said) < len(drawn)
-        text = text[: min(found)] if found else text
-        return Completion(
-            text, "stop" if ended else "length", len(drawn), self._tokens(said, choices, len(text))
-        )
+        drawn_T = out_BT[0, prompt_tokens:]
+        drawn = drawn_T.tolist()
+        # A token was chosen where the one before it was read: the first new one at the last of
+        # the prompt. The last one was never read.
+        first = prompt_tokens - 1
+        choices = gates.positions(first, first + len(drawn))
+        kept = list(drawn)
+        finish = "length"
+        # The end of a text is drawn, but no part of it.
+        if drawn[-1] in self._end_ids():
+            kept.pop()
+            finish = "stop"
+        text = self._decode(kept)
+        # The earliest counts: cut one after another, one could hide where another began.
+        ends = [text.find(stop) for stop in sampling.stop if stop in text]
+        if ends:
+            text = text[: min(ends)]
+            finish = "stop"
+        tokens = self._tokens(kept, choices, len(text))
+        return Completion(text, finish, len(drawn), tokens)
 
     def route(self, ids: Sequence[int]) -> list[Token]:
-        """Return the tokens of an encoded text after the first, each with the experts that read it."""
-        given_BT = torch.tensor([ids], device=device())
-        with self._alone, torch.no_grad(), _watching(self.model) as watch:
-            self.model.model(input_ids=given_BT, use_cache=False)
-            choices = watch.positions(1, len(ids))
+        """Return an encoded text's tokens after the first, each with the experts that read it."""
+        ids_BT = torch.tensor([ids], device=device())
+        with self._exclusive() as gates:
+            # Without the head, whose logits over the vocabulary nobody reads here.
+            self.model.base_model(input_ids=ids_BT, use_cache=False)
+        choices = gates.positions(1, len(ids))
         return self._tokens(list(ids[1:]), choices)
 
-    def _tokens(self, ids: list[int], choices: list, length: int | None = None) -> list[Token]:
+    @contextmanager
+    def _exclusive(self) -> Iterator["_GateRecorders"]:
+        """Have the model to oneself, for inference, and record what its gates choose."""
+        with self._lock, torch.no_grad(), _gates(self.model.base_model) as gates:
+            yield gates
+
+    def _tokens(
+        self, ids: list[int], choices: list[GateChoice], length: int | None = None
+    ) -> list[Token]:
         """Return tokens whose texts, put together, are the first `length` characters of what ids
         say."""
-        tokens, at = [], 0
-        for token, text, (experts, weights) in zip(ids, self._pieces(ids), choices, strict=False):
-            if length is not None and at >= length:
-                break
-            text = text if length is None else text[: length - at]
-            tokens.append(Token(token, text, experts, weights))
+        tokens = []
+        at = 0
+        texts = self._token_texts(ids)
+        # Not strict: the choice of an end token is the last of choices and not among ids.
+        for token, text, choice in zip(ids, texts, choices, strict=False):
+            if length is not None:
+                if at >= length:
+                    break
+                text = text[: length - at]
             at += len(text)
+            spoken = Token(token, text, choice.experts, choice.weights)
+            tokens.append(spoken)
         return tokens
 
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
+    def _token_texts(self, ids: list[int]) -> Iterator[str]:
         """Yield each token's share of the text; a character of several tokens belongs to its last
         one."""
-        before, held = [], []
+        # Decoded behind the tokens before them, because a decoder may treat a text's start
+        # otherwise, but not behind all of them, which would take time by the square.
+        before: list[int] = []
+        held: list[int] = []
         for i, token in enumerate(ids):
             held.append(token)
-            text = self._decode(before + held)[len(self._decode(before)) :]
-            whole = not text.endswith("\ufffd") or len(held) >= HELD_TOKENS or i == len(ids) - 1
-            yield text if whole else ""
-            if whole:
-                before, held = held, []
+            known = self._decode(before)
+            text = self._decode(before + held)
+            text = text[len(known) :]
+            # U+FFFD stands for bytes that are no whole character yet.
+            partial = text.endswith("\ufffd")
+            last = i == len(ids) - 1
+            if partial and not last and len(held) < HELD_TOKENS:
+                yield ""
+                continue
+            yield text
+            before = held
+            held = []
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.model.decode(ids)
 
-    def _ends(self) -> set[int]:
+    def _end_ids(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
-        return set(ends) if isinstance(ends, list) else {ends}
+        if isinstance(ends, list):
+            return set(ends)
+        return {ends}
 
-    def _settings(self, sampling: Sampling):
+    def _generation_config(self, sampling: Sampling) -> "GenerationConfig":
         """Return the request as transformers takes it."""
         from transformers import GenerationConfig
 
         own = self.model.generation_config
-        fixed = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
-        if sampling.temperature >= COLDEST:  # top_k 0: transformers would keep 50
-            drawing = {
-                "temperature": float(sampling.temperature),
-                "top_p": float(sampling.top_p),
-                "top_k": 0,
-            }
-            fixed |= {"do_sample": True, **drawing}
-        return GenerationConfig(
-            max_new_tokens=sampling.max_tokens, max_time=sampling.seconds, **fixed
-        )
+        settings: dict[str, Any] = {
+            "eos_token_id": own.eos_token_id,
+            "pad_token_id": own.pad_token_id,
+            "max_new_tokens": sampling.max_tokens,
+            "max_time": sampling.seconds,
+        }
+        if sampling.temperature >= COLDEST:
+            settings["do_sample"] = True
+            settings["temperature"] = float(sampling.temperature)
+            settings["top_p"] = float(sampling.top_p)
+            # Left out, transformers would keep the 50 likeliest.
+            settings["top_k"] = 0
+        return GenerationConfig(**settings)
 
-    def _compare(self, folder: Path, expected_TV: torch.Tensor) -> None:
+    def _check_logits(self, folder: Path, expected_TV: torch.Tensor) -> None:
         """Raise MismatchError unless the stock model gives the stack's logits of shape (T, V)."""
+        ids_BT = _probe(self.context_tokens, expected_TV.shape[1])
         with torch.no_grad():
-            found_TV = self.model(
-                input_ids=_probe(self.context_tokens, expected_TV.shape[1])
-            ).logits[0]
-        # a tie between gates may fall differently, and shows at its own token only
-        off = ((found_TV.float() - expected_TV).abs().amax(-1).median() / expected_TV.std()).item()
+            output = self.model(input_ids=ids_BT)
+        logits_TV = output.logits[0].float()
+        difference_TV = logits_TV - expected_TV
+        worst_T = difference_TV.abs().amax(-1)
+        # The median: a tie between gates may fall differently, and shows at its own token only.
+        typical = worst_T.median() / expected_TV.std()
+        off = typical.item()
+        # Not `off > limit`, which NaN would pass.
         if not off <= PROBE_LIMIT:
             raise MismatchError(
-                f"{folder} loaded by transformers gives other logits than its own stack (typically {off:.2g} of their "
-                "spread apart): transformers reads it in another way; install the version of requirements.txt"
+                f"{folder} loaded by transformers gives other logits than its own stack "
+                f"(typically {off:.2g} of their spread apart): transformers reads it in another "
+                "way; install the version of requirements.txt"
             )
 
 
-def _stock(folder: Path) -> nn.Module:
+def _open_model(folder: Path) -> CausalModel:
+    """Return the bundle as transformers opens it, frozen, on the device."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -194,75 +284,104 @@ def _stock(folder: Path) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            # As the stack computes, so that both can be compared.
             dtype=torch.float32,
             attn_implementation="sdpa",
+            # Pickles could run code, and names could be looked up on the Hub.
             use_safetensors=True,
             local_files_only=True,
         )
     finally:
         if shown:
             logging.enable_progress_bar()
-    return model.to(device()).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device())
 
 
-def _stack_logits(kind: str, folder: Path, context_tokens: int) -> torch.Tensor:
+def _stack_logits(family_name: str, folder: Path, context_tokens: int) -> torch.Tensor:
     """Return logits_TV of the stack on the probe; the stack itself is gone afterwards."""
-    stack = family(kind).reassemble(folder)
+    stack = family(family_name).reassemble(folder)
+    head_VD = stack.trunk.head
+    ids_BT = _probe(context_tokens, len(head_VD))
     with torch.no_grad():
-        ids_BT = _probe(context_tokens, stack.trunk.head.shape[0])
-        logits_TV = stack.trunk.hidden(ids_BT, stack.mixture)[0] @ stack.trunk.head.T
+        x_BTD = stack.trunk.hidden(ids_BT, stack.mixture)
+        logits_TV = x_BTD[0] @ head_VD.T
     return logits_TV.float()
 
 
 def _probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
     """Return ids_BT of one sequence spread over the vocabulary."""
     count = min(PROBE_TOKENS, context_tokens)
-    return (torch.arange(count, device=device()) * 7919 % vocab_size).unsqueeze(0)
+    place_T = torch.arange(count, device=device())
+    # Steps of a prime, so that ids repeat only where the vocabulary is a multiple of it.
+    ids_T = place_T * 7919 % vocab_size
+    return ids_T.unsqueeze(0)
 
 
-class _Stop:
+@dataclass(frozen=True)
+class _StopOnText:
     """Ends a text once one of some strings is in it; looks only where a new token can have
     completed one."""
 
-    def __init__(self, decode, given: int, strings: Sequence[str]):
-        self.decode, self.given, self.strings = decode, given, strings
-        self.window = (
-            max(len(s.encode()) for s in strings) + MARGIN_TOKENS
-        )  # tokens, of a byte at least
+    decode: Callable[[list[int]], str]
+    prompt_tokens: int
+    strings: tuple[str, ...]
 
-    def __call__(self, ids_BT: torch.Tensor, _scores, **_) -> torch.Tensor:
-        text = self.decode(ids_BT[0, self.given :][-self.window :].tolist())
-        return torch.tensor([any(s in text for s in self.strings)], device=ids_BT.device)
+    @property
+    def window_tokens(self) -> int:
+        """How far back a string can begin that the newest token completes."""
+        # A token says a byte at least, so this many hold the longest string.
+        longest_bytes = max(len(string.encode()) for string in self.strings)
+        return longest_bytes + MARGIN_TOKENS
+
+    def __call__(self, ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        new_T = ids_BT[0, self.prompt_tokens :]
+        recent_T = new_T[-self.window_tokens :]
+        text = self.decode(recent_T.tolist())
+        found = any(string in text for string in self.strings)
+        return torch.tensor([found], device=ids_BT.device)
 
 
-class _Watch:
-    """What the gates chose, position by position."""
+class _GateRecorder:
+    """What one layer's gate chose, as its forward hook."""
 
-    def __init__(self, layers: int):
-        self.index, self.weight = [[] for _ in range(layers)], [[] for _ in range(layers)]
+    def __init__(self) -> None:
+        # One tensor of (T, K) per call: the prompt's positions, then one position each.
+        self.index: list[torch.Tensor] = []
+        self.weight: list[torch.Tensor] = []
 
-    def hook(self, layer: int):
-        def keep(_gate, _inputs, outputs):
-            _, weight_TK, index_TK = outputs
-            self.index[layer].append(index_TK)
-            self.weight[layer].append(weight_TK)
+    def __call__(self, _gate: nn.Module, _inputs: Any, outputs: Sequence[torch.Tensor]) -> None:
+        _, weight_TK, index_TK = outputs
+        self.index.append(index_TK)
+        self.weight.append(weight_TK)
 
-        return keep
 
-    def positions(self, first: int, end: int) -> list[tuple[list[list[int]], list[list[float]]]]:
-        """Return (experts, weights), each a list per layer, of positions first to end - 1."""
-        index_TLK = torch.stack([torch.cat(each) for each in self.index], 1)[first:end]
-        weight_TLK = torch.stack([torch.cat(each) for each in self.weight], 1)[first:end]
-        return list(zip(index_TLK.tolist(), weight_TLK.tolist(), strict=True))
+class _GateRecorders(list[_GateRecorder]):
+    """The recorders of all layers, in their order."""
+
+    def positions(self, first: int, end: int) -> list[GateChoice]:
+        """Return what was chosen at positions first to end - 1."""
+        index = [torch.cat(layer.index) for layer in self]
+        index_TLK = torch.stack(index, 1)
+        weight = [torch.cat(layer.weight) for layer in self]
+        weight_TLK = torch.stack(weight, 1)
+        experts = index_TLK[first:end].tolist()
+        weights = weight_TLK[first:end].tolist()
+        return list(map(GateChoice, experts, weights))
 
 
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[_Watch]:
-    gates = [layer.mlp.gate for layer in model.model.layers]
-    watch = _Watch(len(gates))
-    hooks = [gate.register_forward_hook(watch.hook(i)) for i, gate in enumerate(gates)]
+def _gates(model: nn.Module) -> Iterator[_GateRecorders]:
+    """Record what the gates choose while the context is open."""
+    recorders = _GateRecorders()
+    hooks = []
+    # named_modules goes by registration, which for layers is their order.
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.gate"):
+            recorder = _GateRecorder()
+            recorders.append(recorder)
+            hooks.append(module.register_forward_hook(recorder))
     try:
-        yield watch
+        yield recorders
     finally:
         for hook in hooks:
             hook.remove()
@@ -271,28 +390,41 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """Draw from a seed, or from one nobody can guess, and leave torch's generators as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus):
+        if seed is None:
+            seed = secrets.randbits(63)
+        torch.manual_seed(seed)
         yield
 
 
-def share(tokens: Sequence[Token], experts: int) -> list[dict[str, float]]:
+def expert_shares(tokens: Sequence[Token], experts: int) -> list[dict[str, float]]:
     """Return per expert its share of all assignments and its mean weight, over tokens and layers;
     each adds up to 1."""
-    index = torch.tensor([t.experts for t in tokens], dtype=torch.long).flatten()
-    weight = torch.tensor([t.weights for t in tokens], dtype=torch.float64).flatten()
-    count_E = index.bincount(minlength=experts).double()
-    weight_E = index.bincount(weight, minlength=experts)
-    both_E2 = torch.stack([count_E, weight_E], 1) / torch.stack(
-        [count_E.sum(), weight_E.sum()]
-    ).clamp(min=1e-9)
-    return [{"share": s, "weight": w} for s, w in both_E2.tolist()]
+    chosen = [token.experts for token in tokens]
+    weights = [token.weights for token in tokens]
+    index_A = torch.tensor(chosen, dtype=torch.long).flatten()
+    weight_A = torch.tensor(weights, dtype=torch.float64).flatten()
+    count_E = index_A.bincount(minlength=experts)
+    total_E = index_A.bincount(weight_A, minlength=experts)
+    share_E = _normalized(count_E.double())
+    mean_E = _normalized(total_E)
+    shares = zip(share_E, mean_E, strict=True)
+    return [{"share": share, "weight": mean} for share, mean in shares]
 
 
-def strongest(token: Token) -> int:
+def _normalized(value_E: torch.Tensor) -> list[float]:
+    # Without tokens everything is 0, and so are the shares.
+    share_E = value_E / value_E.sum().clamp(min=1e-9)
+    return share_E.tolist()
+
+
+def top_expert(token: Token) -> int:
     """Return the number of the expert with the most weight over all layers."""
     total: dict[int, float] = {}
-    for experts, weights in zip(token.experts, token.weights, strict=True):
+    layers = zip(token.experts, token.weights, strict=True)
+    for experts, weights in layers:
         for expert, weight in zip(experts, weights, strict=True):
             total[expert] = total.get(expert, 0.0) + weight
-    return max(total, key=lambda expert: (total[expert], -expert))
+    # Of equal ones the first in the stack, whichever layer named it first.
+    return max(sorted(total), key=total.__getitem__)

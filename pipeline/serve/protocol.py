@@ -2,21 +2,31 @@
 OpenAI's form.
 
 Invariant: whatever a client sends, it gets JSON back, with the status that says whose fault an
-error is.
+error is. A model runs one request at a time, in a thread; the rest wait, up to a limit.
 """
 
 import hmac
 import json
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
+from fastapi.params import Depends
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+
+from .engine import Engine
+
+DIGITS = 4  # of a probability, a weight or a time in an answer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,25 +51,33 @@ class ApiError(Exception):
         **headers: str,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = (
-            status,
-            message,
-            param,
-            code,
-            headers,
-        )
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
 
 
-def only(value) -> Any:
-    """Return the type of a field of OpenAI's that has one value here, so that a client learns what
-    is not done."""
+def only(value: object) -> AfterValidator:
+    """Return the check of a field of OpenAI's that has one value here.
 
-    def check(given):
+    Clients send such fields with their defaults; taken and not used, another value would be a
+    promise that is not kept.
+    """
+
+    def check(given: object) -> object:
         if given != value:
             raise ValueError(f"not supported yet; leave it out or set it to {json.dumps(value)}")
         return value
 
-    return Annotated[Any, AfterValidator(check)]
+    return AfterValidator(check)
+
+
+# Any, so that a wrong type is told as not supported too, and 1.0 passes for 1.
+OnlyFalse = Annotated[Any, only(False)]
+OnlyOne = Annotated[Any, only(1)]
+OnlyZero = Annotated[Any, only(0)]
+OnlyNone = Annotated[Any, only(None)]
 
 
 class Body(BaseModel):
@@ -69,70 +87,100 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, given):
-        return (
-            {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
-        )
+    def _null_is_absent(cls, given: Any) -> Any:
+        # Clients in typed languages send null for what was not set.
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None}
 
 
-class Service:
-    """What the endpoints of one bundle do, less HTTP; `engine` has the bundle's name and when it
-    was made."""
+class Service(ABC):
+    """What the endpoints of one bundle do, less HTTP."""
 
-    known = ""  # its addresses, for who asks for another
+    addresses = ""  # for who asks for another
+    engine: Engine
+    limits: RequestLimits
 
-    def __init__(self, engine, limits: RequestLimits):
-        self.engine, self.limits, self.inside = engine, limits, 0
+    @abstractmethod
+    def __init__(self, folder: Path, limits: RequestLimits | None):
+        """Open the bundle in folder; without limits it has those of its kind."""
+        self.in_flight = 0
+
+    @abstractmethod
+    def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:
+        """Give an application the endpoints of this service, behind the guards."""
+
+    @abstractmethod
+    def details(self) -> dict:
+        """Return what /v1/models says of this kind of bundle alone."""
+
+    def model(self) -> dict:
+        """Return what /v1/models says of the bundle."""
+        return {
+            "id": self.engine.name,
+            "object": "model",
+            "created": self.engine.made_at,
+            "owned_by": "moleforge",
+            "experts": list(self.engine.experts),
+            **self.details(),
+        }
 
     def check_model(self, name: str | None) -> None:
-        """Raise Refused for another model's name."""
-        if name not in (None, self.engine.name):
-            raise ApiError(
-                404,
-                f"the model {name!r} is not served here; {self.engine.name!r} is",
-                "model",
-                "model_not_found",
-            )
+        """Raise ApiError for another model's name."""
+        if name in (None, self.engine.name):
+            return
+        raise ApiError(
+            404,
+            f"the model {name!r} is not served here; {self.engine.name!r} is",
+            "model",
+            "model_not_found",
+        )
 
-    async def run(self, work: Callable):
-        """Run work in a thread; refuse it while too many requests wait already."""
-        if self.inside > self.limits.waiting:
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run work in a thread; raise ApiError while too many requests wait already."""
+        # Counted without a lock: only the event loop's own thread comes here.
+        if self.in_flight > self.limits.waiting:
             raise ApiError(
                 503,
-                f"{self.inside} requests are waiting already; try again in a moment",
+                f"{self.in_flight} requests are waiting already; try again in a moment",
                 None,
                 "overloaded",
                 **{"Retry-After": "1"},
             )
-        self.inside += 1
+        self.in_flight += 1
         try:
             return await run_in_threadpool(work)
         finally:
-            self.inside -= 1
+            self.in_flight -= 1
 
 
 def check_key(key: str | None, request: Request) -> None:
     """Raise ApiError unless there is no key, or the request brings it."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if key is None or (
-        scheme.lower() == "bearer"
-        and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
-    ):
+    if key is None:
         return
-    said = (
-        "is not the one this server was started with"
-        if given
-        else "is missing: send Authorization: Bearer KEY"
-    )
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Headers are latin-1. The comparison takes as long for a nearly right key as for a wrong one,
+    # so that its time does not tell how much of it is right.
+    same = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+    if scheme.lower() == "bearer" and same:
+        return
+    if given:
+        problem = "is not the one this server was started with"
+    else:
+        problem = "is missing: send Authorization: Bearer KEY"
     raise ApiError(
-        401, f"the API key {said}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
+        401, f"the API key {problem}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
     )
 
 
-async def read(request: Request, kind: type[Body], limit_bytes: int):
-    """Return a request's body, checked; stop reading once it is too long."""
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, kind: type[B], limit_bytes: int) -> B:
+    """Return a request's body, checked; stop reading once it is too long. Raises ApiError."""
     body = bytearray()
     try:
+        # Block by block, as the length that a client announces is only its word.
         async for block in request.stream():
             body += block
             if len(body) > limit_bytes:
@@ -148,25 +196,33 @@ async def read(request: Request, kind: type[Body], limit_bytes: int):
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
-        raise _wrong(error.errors(include_url=False)) from None
+        raise _invalid(error.errors(include_url=False)) from None
 
 
-def _wrong(problems: list[dict]) -> ApiError:
-    """Return the refusal that names every wrong field."""
-    texts, names = [], []
+def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
+    """Return the error that names every wrong field."""
+    texts = []
     for problem in problems:
-        name = str(problem["loc"][0]) if problem["loc"] else ""
         text = problem["msg"].removeprefix("Value error, ")
-        text = (
-            "no such field" if problem["type"] == "extra_forbidden" else text[:1].lower() + text[1:]
-        )
+        if problem["type"] == "extra_forbidden":
+            text = "no such field"
+        else:
+            text = text[:1].lower() + text[1:]
+        name = _field(problem)
         texts.append(f"{name}: {text}" if name else f"the request is not a JSON object: {text}")
-        names.append(name or None)
-    return ApiError(400, "; ".join(dict.fromkeys(texts)), names[0])
+    # A field with several allowed types has a problem with each, in the same words; once is enough.
+    message = "; ".join(dict.fromkeys(texts))
+    return ApiError(400, message, _field(problems[0]) or None)
 
 
-def described(kind: type[Body]) -> dict:
+def _field(problem: ErrorDetails) -> str:
+    """Return the field of the body that a problem is in; "" when the body itself is wrong."""
+    return str(problem["loc"][0]) if problem["loc"] else ""
+
+
+def body_schema(kind: type[Body]) -> dict:
     """Return the part of the interface's own description that tells a body's fields."""
+    # By hand, as FastAPI knows only bodies that it reads itself, without a limit.
     return {
         "requestBody": {
             "required": True,
@@ -175,35 +231,45 @@ def described(kind: type[Body]) -> dict:
     }
 
 
-def _error(
-    status: int, message: str, param: str | None = None, code: str | None = None, headers=None
+def _response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    kinds = {401: "authentication_error", 404: "not_found_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    """Return an error in OpenAI's form."""
+    if status == 401:
+        kind = "authentication_error"
+    elif status == 404:
+        kind = "not_found_error"
+    else:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(body, status, headers)
 
 
-async def refused(_request: Request, refused: ApiError) -> JSONResponse:
-    """Return the answer to a request that was refused."""
-    return _error(refused.status, refused.message, refused.param, refused.code, refused.headers)
+def add_error_handlers(app: FastAPI) -> None:
+    """Have an application answer every error in OpenAI's form."""
 
+    @app.exception_handler(ApiError)
+    async def refused(_request: Request, error: ApiError) -> JSONResponse:
+        return _response(error.status, error.message, error.param, error.code, error.headers)
 
-async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
-    """Return the answer where nothing is served."""
-    known = request.app.state.service.known
-    return _error(
-        error.status_code,
-        f"{request.method} {request.url.path} is not served here; {known} are",
-        headers=error.headers,
-    )
+    @app.exception_handler(HTTPException)
+    async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
+        asked = f"{request.method} {request.url.path}"
+        known = request.app.state.service.addresses
+        message = f"{asked} is not served here; {known} are"
+        return _response(error.status_code, message, headers=error.headers)
 
-
-async def failed(_request: Request, _cause: Exception) -> JSONResponse:
-    """Return the answer to a request at which the server itself failed; the connection ends, as
-    uvicorn closes it."""
-    return _error(
-        500,
-        "the server failed at this request; its log tells more",
-        headers={"Connection": "close"},
-    )
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, _error: Exception) -> JSONResponse:
+        # Nothing of the error: it may hold what another client sent. uvicorn closes the connection
+        # after this, and says so only if told; a client that kept it could have its next request
+        # reset.
+        return _response(
+            500,
+            "the server failed at this request; its log tells more",
+            headers={"Connection": "close"},
+        )
