@@ -101,10 +101,10 @@ def pin_base(
     """
     if base.model is None:
         build(folder / BUILT)
-        pin = ModelRef("built", BUILT, files=_hashes(folder / BUILT))
+        pin = ModelRef("built", BUILT, files=file_hashes(folder / BUILT))
     elif is_folder(base.model):
         where = _model_folder(Path(base.model).expanduser(), kind)
-        pin = ModelRef("folder", base.model, files=_hashes(where))
+        pin = ModelRef("folder", base.model, files=file_hashes(where))
     else:
         _check_kind(_from_hub(base.model, base.revision), kind)
         pin = ModelRef("hub", base.model, base.revision)
@@ -131,7 +131,7 @@ def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
     """
     pin = ModelRef.read(folder)
     where = locate(pin, folder, kind)
-    if pin.files and _hashes(where) != pin.files:
+    if pin.files and file_hashes(where) != pin.files:
         raise MismatchError(
             f"{where} is not the base that this run was started on: its files have changed since "
             "train_shared. Put the files back, or run train_shared and what follows it again"
@@ -231,7 +231,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file at the top of a model folder."""
     out = {}
     for path in sorted(folder.iterdir()):

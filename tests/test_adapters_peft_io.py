@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import lora_small
 import pytest
@@ -14,13 +13,14 @@ from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
 from pipeline.families.adapters import peft_io as adapters
 from pipeline.families.adapters.base import ModelRef
 from pipeline.families.lora_vlm import base
+from pipeline.families.lora_vlm.config import VlmAdapterConfig
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def options(**changes):
     plain = {"r": 4, "alpha": 8.0, "dropout": 0.0, "targets": TARGETS, "allow_vision": False}
-    return SimpleNamespace(**plain | changes)
+    return VlmAdapterConfig.model_construct(**plain | changes)  # not validated: faults are tried
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from pipeline.errors import DamagedArtifact, DataError, MismatchError
-from pipeline.families.adapters.base import ModelRef
+from pipeline.families.adapters.base import ModelRef, file_hashes
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm.config import VlmBaseConfig
 
@@ -210,7 +210,7 @@ def test_weights_that_cannot_be_read_are_a_data_error(own):
     folder = own[1] / "base"
     (folder / "model.safetensors").write_bytes(b"torn")
     (own[1] / "pin.json").write_text(
-        json.dumps(ModelRef("built", "base", files=lora_base._hashes(folder)).values())
+        json.dumps(ModelRef("built", "base", files=file_hashes(folder)).values())
     )
     with pytest.raises(DataError, match="cannot be loaded as a Qwen3-VL"):
         lora_base.open_base(own[1], own[0])
