@@ -155,9 +155,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 def _reported(cfg, parts, _stage, _folder) -> str:
     report = evaluate.tables(cfg, parts, lambda *_: None)
-    return json.dumps(
-        {k: v for k, v in report.items() if k not in ("made", "machine", "speed")}, sort_keys=True
-    )
+    return report.model_dump_json(exclude={"made", "machine", "speed"})
 
 
 def _digest(content) -> str:
