@@ -34,7 +34,6 @@ from ...report.schema import (
     TaskScores,
 )
 from ...store.artifacts import now
-from ...train.loop import PHASES
 from .. import Parts
 from .config import AdapterRunConfig
 from .eval_data import AdapterEvaluator, EvalRequest
@@ -298,17 +297,8 @@ def _jobs(cfg: AdapterRunConfig, parts: Parts) -> Iterator[JobSpeed]:
     """Yield throughput, time by phase and peak memory of every training, from the manifests."""
     for stage in ("train_experts", "train_router"):
         for item in cfg.items(stage):
-            metrics = parts.manifest(stage, item).metrics
-            phases = {f"{phase}_s": metrics.get(f"{phase}_s", 0.0) for phase in PHASES}
-            yield JobSpeed(
-                job=f"{stage} {item}" if item else stage,
-                seconds=metrics.get("seconds"),
-                tokens=metrics.get("tokens"),
-                tokens_per_s=metrics.get("tokens_per_s"),
-                peak_mb=metrics.get("peak_mb"),
-                mfu=metrics.get("mfu"),
-                **phases,
-            )
+            name = f"{stage} {item}" if item else stage
+            yield JobSpeed.from_metrics(name, parts.manifest(stage, item).metrics)
 
 
 def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]:
