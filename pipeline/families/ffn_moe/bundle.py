@@ -26,7 +26,7 @@ from ...store.artifacts import load_tensors
 from ...store.bundle import ABOUT, FORMAT, BundleFile, about, write
 from .. import Parts
 from .config import FfnMoeConfig
-from .parts import ANCHOR, mixture_of
+from .parts import ANCHOR, mixture_of, stored_settings
 from .stack import FfnStack
 
 # llama.cpp reads only names with model in front
@@ -57,12 +57,13 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     Raises MissingArtifact or DamagedArtifact, and MismatchError for a trunk that no stock mixture
     can be built on.
     """
-    settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text("utf-8"))
+    settings = stored_settings(parts, "train_shared")
     members = _members(cfg, parts)
     end_id = Shards(parts.folder("preprocess")).end_id
     stock = stock_settings(settings, len(members), cfg.router.top_k)
     described = _described(cfg, parts, members, stock, end_id)
-    found = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
+    report_file = parts.folder("evaluate") / "report.json"
+    found = report.read(report_file.read_text("utf-8"))
     texts: dict[str, str | dict] = {
         "config.json": stock,
         "generation_config.json": _generation(settings, end_id),
@@ -70,7 +71,8 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
         "README.md": report.card(found, described),
     }
     files = _files(parts, members, stock["architectures"][0])
-    return write(folder, files, texts, progress) | {"experts": len(members)}
+    metrics = write(folder, files, texts, progress)
+    return metrics | {"experts": len(members)}
 
 
 def reassemble(folder: Path) -> FfnStack:
@@ -86,11 +88,16 @@ def reassemble(folder: Path) -> FfnStack:
         experts = {}
         for number, entry in enumerate(described["experts"]):
             stored = load_tensors(folder / entry["file"])
-            own = {name: stored[naming.expert(number, name)] for name in like.named()}
+            own = {}
+            for name in like.named():
+                own[name] = stored[naming.expert(number, name)]
             experts[entry["name"]] = from_tensors(like, own)
         gates = load_tensors(folder / ROUTER)
-        rows = [gates[naming.gate(gate_name(layer))] for layer in range(len(gates))]
-        mixture = mixture_of(list(experts.values()), torch.stack(rows), described["top_k"])
+        rows = []
+        for layer in range(len(gates)):
+            rows.append(gates[naming.gate(gate_name(layer))])
+        weight_LED = torch.stack(rows)
+        mixture = mixture_of(list(experts.values()), weight_LED, described["top_k"])
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         # torch names the tensors that do not fit on lines of their own
         reason = " ".join(str(error).split())

@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from ...hardware import device
 from ...metrics.language import verdict
 from ...report.schema import Criterion, JobSpeed, QualityRow, TokenRouting, Win
 from ...train.loop import PHASES
 from .. import Parts
 from .config import FfnMoeConfig
 from .evaluator import Evaluator, NetworkRow
-from .parts import token_loss, training_rows
+from .parts import batch_of, token_loss, training_rows
 
 TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all domains together
 
@@ -21,6 +19,7 @@ TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all do
 def wins(rows: Sequence[QualityRow], trunk: str) -> list[Win]:
     """Return the stack against every dense row, best single expert, the trunk and random routing,
     each with its axis."""
+    # Each expert alone would be beaten on average: it knows one domain. The best one decides
     experts = [row for row in rows if row.kind == "expert"]
     best_expert = min(experts, key=lambda row: row.mean).name
     out = []
@@ -58,11 +57,11 @@ def criteria(
     stack."""
     wanted = cfg.evaluate.gap_share
     rivals = [row for row in networks if row.kind == "dense"]
-    gaps = {row.name: _gap(cfg, evaluator, row) for row in [*rivals, networks[-1]]}
-    mine = gaps[networks[-1].name]
+    mine = _gap(cfg, evaluator, networks[-1])
     out = []
     for rival in rivals:
-        theirs = gaps[rival.name]
+        theirs = _gap(cfg, evaluator, rival)
+        # A rival that does no worse on the test has no gap that could be closed
         closed = 1 - mine.gap / theirs.gap if theirs.gap > 0 else 0.0
         out.append(
             Criterion(
@@ -94,6 +93,7 @@ def _throughput(jobs: Sequence[JobSpeed]) -> Criterion:
     trunk = next(job for job in jobs if job.job == "train_shared")
     experts = [job for job in jobs if job.job.startswith("train_experts")]
     rates = sorted(job.tokens_per_s or 0.0 for job in experts)
+    # Of an even number the faster of the two in the middle
     mine = rates[len(rates) // 2]
     theirs = trunk.tokens_per_s or 0.0
     seconds = {phase: getattr(trunk, f"{phase}_s") for phase in PHASES}
@@ -120,8 +120,9 @@ def _gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> _Gap:
     for domain in domains:
         rows = training_rows(cfg, evaluator.shards, "gap", (domain,))
         windows = rows.tokens() // rows.context_tokens - 1
+        # The first rows of an order of their own, which no training goes by
         count = max(1, min(TRAIN_SAMPLE_SEQUENCES // len(domains), windows))
-        ids_BT = torch.from_numpy(rows.rows(0, count)).to(device())
+        ids_BT = batch_of(rows, 0, count)
         nats_BT = token_loss(row.trunk, row.ffn, ids_BT, evaluator.bf16)
         per_domain.append(nats_BT.mean().item())
     test = evaluator.scores.nats_per_token(row.name)
@@ -138,7 +139,8 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
     out = []
     for stage, item in jobs:
         name = f"{stage} {item}" if item else stage
-        out.append(JobSpeed.from_metrics(name, parts.manifest(stage, item).metrics))
+        metrics = parts.manifest(stage, item).metrics
+        out.append(JobSpeed.from_metrics(name, metrics))
     return out
 
 

@@ -4,7 +4,6 @@ tokens.
 B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D model width.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -42,8 +41,10 @@ from .parts import (
     initial_gates,
     mixture_of,
     stored_experts,
+    stored_settings,
     stored_statistics,
     stored_trunk,
+    training_tokens,
 )
 from .stack import FfnStack, join
 
@@ -65,12 +66,15 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     matrix, criteria, speed."""
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = stored_trunk(cfg, parts)
-    stack = join(cfg, parts, trunk, dict(stored_experts(cfg, parts, dummy)))
+    experts = dict(stored_experts(cfg, parts, dummy))
+    stack = join(cfg, parts, trunk, experts)
     shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
+    # Kept to the end: the criteria measure some of them on training text too
     networks = list(_networks(cfg, parts, shards, dummy, stack))
     for row in networks:
-        evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=row.kind == "expert")
+        is_expert = row.kind == "expert"
+        evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=is_expert)
     _score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(evaluator, stack)
@@ -119,13 +123,19 @@ def _networks(
     experts = list(stack.experts.values())
     own = {name: each for name, each in stack.experts.items() if name != ANCHOR}
     only_own = list(own.values())
-    domain_tokens = {domain: shards.tokens("train", domain) for domain in shards.domains}
+    domain_tokens = training_tokens(shards)
     trunk_tokens = stage_tokens(cfg, "train_shared", None, domain_tokens)
     joined_tokens = trunk_tokens
     kept = float(len(experts))
     k = cfg.router.top_k
 
-    yield NetworkRow(name=TRUNK, kind="part", trunk=trunk, ffn=dummy, train_tokens=trunk_tokens)
+    yield NetworkRow(
+        name=TRUNK,
+        kind="part",
+        trunk=trunk,
+        ffn=dummy,
+        train_tokens=trunk_tokens,
+    )
     for name, expert in own.items():
         expert_tokens = stage_tokens(cfg, "train_experts", name, domain_tokens)
         joined_tokens += expert_tokens
@@ -137,6 +147,7 @@ def _networks(
             train_tokens=trunk_tokens + expert_tokens,
         )
     yield from _dense(cfg, parts, domain_tokens)
+    # What needs no router: experts merged into one, or all of them run on every token
     yield NetworkRow(
         name=SOUP,
         kind="merge",
@@ -154,6 +165,7 @@ def _networks(
         train_tokens=joined_tokens,
     )
 
+    # What needs no training of a router, at the stack's own top-k
     torch.manual_seed(cfg.seed_of("random router"))
     statistics = stored_statistics(cfg, parts, cfg.trunk.anchor == "keep")
     untrained = {f"random router top-{k}": random_gates(statistics)}
@@ -170,6 +182,7 @@ def _networks(
             train_tokens=joined_tokens,
         )
 
+    # The trained router, with another number of experts a token and as it is served
     all_tokens = joined_tokens + stage_tokens(cfg, "train_router", None, domain_tokens)
     for other in (1, 2):
         if other != k and other <= len(experts):
@@ -224,13 +237,13 @@ def _dense(
 ) -> Iterator[NetworkRow]:
     """Yield the dense baselines, each with the axis it shares with the stack."""
     for item in cfg.dense.baselines:
-        settings = (parts.folder("train_dense", item) / "trunk.json").read_text("utf-8")
-        trunk, ffn = build(json.loads(settings))
+        trunk, ffn = build(stored_settings(parts, "train_dense", item))
         stored = parts.tensors("train_dense", "model.safetensors", item)
         load_dense(trunk, ffn, stored)
         width = cfg.router.top_k if item == "wide" else 1.0
         tokens = stage_tokens(cfg, "train_dense", item, domain_tokens)
         if item not in FROM_ZERO:
+            # It continues the trunk, so what went into that went into it
             tokens += stage_tokens(cfg, "train_shared", None, domain_tokens)
         yield NetworkRow(
             name=f"dense {item}",
@@ -254,7 +267,8 @@ def _score_combined(evaluator: Evaluator) -> None:
         mixed[domain] = documents.sums(posterior_mix(nats_ET, documents.starts_n))
         sums = {name: documents.sums(nats[domain]) for name, nats in experts.items()}
         # A domain without an expert of its own has the best one for its oracle
-        oracle[domain] = sums.get(domain, min(sums.values(), key=np.sum))
+        best = min(sums.values(), key=np.sum)
+        oracle[domain] = sums.get(domain, best)
     evaluator.scores.add(ENSEMBLE, mixed)
     evaluator.scores.add(ORACLE, oracle)
 
@@ -274,17 +288,30 @@ def _quality(
         kept_ffns=experts,
         train_tokens=joined_tokens,
     )
-    oracle = EvalRow(name=ORACLE, kind="oracle", kept_ffns=experts, train_tokens=joined_tokens)
+    # It is told each document's domain: one expert runs, but all have to be kept
+    oracle = EvalRow(
+        name=ORACLE,
+        kind="oracle",
+        kept_ffns=experts,
+        train_tokens=joined_tokens,
+    )
     *before, stack = networks
     rows: list[EvalRow] = [*before, ensemble, stack, oracle]
     return [_quality_row(evaluator, row, shape, stack.name) for row in rows]
 
 
-def _quality_row(evaluator: Evaluator, row: EvalRow, shape: Shape, stack: str) -> QualityRow:
+def _quality_row(
+    evaluator: Evaluator,
+    row: EvalRow,
+    shape: Shape,
+    stack: str,
+) -> QualityRow:
     """Return one row of the quality table; sizes count the trunk and the feed-forward networks that
     run or are kept."""
     scores = evaluator.scores
     nats = scores.nats_per_token(row.name)
+    trunk_nats = scores.nats_per_token(TRUNK)
+    oracle_nats = scores.nats_per_token(ORACLE)
     versus_stack = None
     if row.name != stack:
         difference, interval = scores.difference(row.name, stack)
@@ -307,7 +334,7 @@ def _quality_row(evaluator: Evaluator, row: EvalRow, shape: Shape, stack: str) -
         total_parameters=shape.stack_parameters(row.kept_ffns),
         flops_per_token=int(flops),
         train_tokens=row.train_tokens,
-        oracle_gain=oracle_gain(nats, scores.nats_per_token(TRUNK), scores.nats_per_token(ORACLE)),
+        oracle_gain=oracle_gain(nats, trunk=trunk_nats, oracle=oracle_nats),
         versus_stack=versus_stack,
         is_stack=row.name == stack,
     )
@@ -325,7 +352,7 @@ def _opt_out(cfg: FfnMoeConfig, evaluator: Evaluator, stack: FfnStack) -> list[O
     for gone, name in enumerate(stack.names):
         keep = [i for i in range(len(stack.names)) if i != gone]
         experts = [every[i] for i in keep]
-        k = min(cfg.router.top_k, len(keep))
+        k = min(cfg.router.top_k, len(keep))  # fewer than top_k may be left
         without = f"without {name}"
         mixture = mixture_of(experts, stack.weight_LED[:, keep], k)
         evaluator.score(without, stack.trunk, mixture)
@@ -348,8 +375,11 @@ class _ChoiceCounter:
         self.first_LE = np.zeros((layers, experts))
 
     def __call__(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
-        index_NK, _ = self.mixture.router.route(layer, x_BTD.flatten(0, -2))
+        x_ND = x_BTD.flatten(0, -2)
+        # Routed twice, here and by the mixture: the router itself counts only while it trains
+        index_NK, _ = self.mixture.router.route(layer, x_ND)
         self.all_LE[layer] += self._counts(index_NK.flatten())
+        # Of the k chosen the most probable one stands first
         self.first_LE[layer] += self._counts(index_NK[:, 0])
         return self.mixture(layer, x_BTD)
 
@@ -373,10 +403,11 @@ def _routing(evaluator: Evaluator, stack: FfnStack) -> TokenRouting:
 def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveRow]:
     """Return the stack's score for every number of active experts."""
     scores = evaluator.scores
+    experts = list(stack.experts.values())
     rows = []
     for k in range(1, len(stack.names) + 1):
         name = f"{k} active"
-        mixture = mixture_of(list(stack.experts.values()), stack.weight_LED, k)
+        mixture = mixture_of(experts, stack.weight_LED, k)
         evaluator.score(name, stack.trunk, mixture)
         rows.append(
             ActiveRow(
@@ -395,8 +426,9 @@ def _matrix(evaluator: Evaluator, networks: Sequence[NetworkRow]) -> DomainMatri
     values = []
     for name in [*names, networks[-1].name]:
         bits = evaluator.scores.bits_per_byte(name)
-        values.append(tuple(bits.values()))
-    return DomainMatrix(rows=(*names, "stack"), bits_per_byte=tuple(values))
+        values.append(list(bits.values()))
+    # The stack's own name is too wide for a matrix
+    return DomainMatrix(rows=(*names, "stack"), bits_per_byte=values)
 
 
 def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFacts:

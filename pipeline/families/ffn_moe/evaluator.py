@@ -9,10 +9,11 @@ from math import ceil
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
-from ...metrics.language import Documents, Scores
+from ...metrics.language import ByDomain, Documents, Scores
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
 from ...report.schema import RowKind
@@ -48,45 +49,76 @@ class Evaluator:
         self.shards = shards
         self.progress = progress
         self.bf16 = uses_bf16(cfg.dtype)
-        self.documents = {domain: _documents(cfg, shards, domain) for domain in shards.domains}
-        self.scores = Scores(self.documents, cfg.evaluate.bootstrap, cfg.data.seed)
+        self.documents: dict[str, Documents] = {}
+        for domain in shards.domains:
+            self.documents[domain] = _documents(cfg, shards, domain)
+        resamples = cfg.evaluate.bootstrap
+        self.scores = Scores(self.documents, resamples, cfg.data.seed)
         # nats_T by row and domain, of the rows from which others follow
-        self.token_nats_of: dict[str, dict[str, np.ndarray]] = {}
+        self.token_nats_of: dict[str, ByDomain] = {}
 
-    def token_nats(self, trunk: Trunk, ffn: Ffn, domain: str) -> np.ndarray:
+    def token_nats(
+        self,
+        trunk: Trunk,
+        ffn: Ffn,
+        domain: str,
+    ) -> np.ndarray:
         """Return nats_T of a domain's held-out stream; 0 where a token is given and not
         predicted."""
         documents = self.documents[domain]
         context = self.cfg.trunk.context_tokens
         end = int(documents.starts_n[-1])
-        # Windows follow each other without overlap, each led by the last token of the one before;
-        # the last window is filled up
-        padded = np.full(ceil((end - 1) / context) * context + 1, self.shards.end_id)
-        padded[:end] = self.shards.stream("test", domain)[:end]
-        windows = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::context]
-        ids_BT = torch.from_numpy(windows.copy()).to(device())
+        # Windows follow each other without overlap, each led by the last token of the one before,
+        # so that every token but the first is predicted once; the last window is filled up
+        windows = ceil((end - 1) / context)
+        padded = np.full(windows * context + 1, self.shards.end_id)
+        stream = self.shards.stream("test", domain)
+        padded[:end] = stream[:end]
+        overlapping = sliding_window_view(padded, context + 1)
+        ids_BT = torch.from_numpy(overlapping[::context].copy())
+        ids_BT = ids_BT.to(device())
         losses = []
         for batch_BT in ids_BT.split(self.cfg.evaluate.batch_sequences):
-            losses.append(token_loss(trunk, ffn, batch_BT, self.bf16).flatten())
+            nats_BT = token_loss(trunk, ffn, batch_BT, self.bf16)
+            losses.append(nats_BT.flatten())
         found = torch.cat(losses).cpu().numpy()
-        nats_T = np.concatenate([[0.0], found[: end - 1]])
+        nats_T = np.zeros(end)
+        nats_T[1:] = found[: end - 1]
+        # Each document is led by an end-of-text, which nobody has to guess
         nats_T[documents.starts_n[:-1]] = 0.0
         return nats_T
 
-    def score(self, name: str, trunk: Trunk, ffn: Ffn, keep_tokens: bool = False) -> None:
+    def score(
+        self,
+        name: str,
+        trunk: Trunk,
+        ffn: Ffn,
+        keep_tokens: bool = False,
+    ) -> None:
         """Run a network over all domains and keep what it scores under a row's name."""
         self.progress(f"evaluating {name}", None)
-        nats = {domain: self.token_nats(trunk, ffn, domain) for domain in self.documents}
-        sums = {domain: self.documents[domain].sums(nats_T) for domain, nats_T in nats.items()}
+        nats = {}
+        sums = {}
+        for domain, documents in self.documents.items():
+            nats[domain] = self.token_nats(trunk, ffn, domain)
+            sums[domain] = documents.sums(nats[domain])
         self.scores.add(name, sums)
         if keep_tokens:
             self.token_nats_of[name] = nats
 
 
-def _documents(cfg: FfnMoeConfig, shards: Shards, domain: str) -> Documents:
+def _documents(
+    cfg: FfnMoeConfig,
+    shards: Shards,
+    domain: str,
+) -> Documents:
     """Return the first whole test documents of a domain, up to evaluate.tokens_per_domain, at least
     one."""
     starts_n, bytes_n = shards.documents("test", domain)
-    after = int(np.searchsorted(starts_n, cfg.evaluate.tokens_per_domain, side="right"))
+    most = cfg.evaluate.tokens_per_domain
+    after = int(np.searchsorted(starts_n, most, side="right"))
     count = max(1, after - 1)
-    return Documents(domain, starts_n[: count + 1].copy(), bytes_n[:count].copy())
+    # Copied, or the index of a whole shard would live as long as these few
+    starts_n = starts_n[: count + 1].copy()
+    bytes_n = bytes_n[:count].copy()
+    return Documents(domain, starts_n, bytes_n)

@@ -6,7 +6,7 @@ B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,11 @@ EVALUATION_SEQUENCES = 16
 ANCHOR_STATISTICS_TOKENS = 65_536
 
 
-def mixture_of(experts: Sequence[Expert], weight_LED: torch.Tensor, top_k: int) -> Mixture:
+def mixture_of(
+    experts: Sequence[Expert],
+    weight_LED: torch.Tensor,
+    top_k: int,
+) -> Mixture:
     """Return frozen experts joined by fixed gates."""
     router = Router(weight_LED, Gating(top_k))
     mixture = Mixture(experts, router).to(device())
@@ -45,7 +49,8 @@ def token_loss(
 ) -> torch.Tensor:
     """Return nats_BT of every token after the first, without gradients."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with torch.no_grad(), torch.autocast(ids_BT.device.type, dtype, enabled=bf16):
+    autocast = torch.autocast(ids_BT.device.type, dtype, enabled=bf16)
+    with torch.no_grad(), autocast:
         h_BTD = trunk.hidden(ids_BT[:, :-1], ffn)
     h_ND = h_BTD.flatten(0, 1)
     target_N = ids_BT[:, 1:].flatten()
@@ -102,7 +107,23 @@ def training_rows(
     )
 
 
-def new_trunk(cfg: FfnMoeConfig, shards: Shards, d_ff: int | None = None) -> tuple[Trunk, Expert]:
+def batch_of(rows: DomainMixture, first: int, count: int) -> torch.Tensor:
+    """Return ids_BT of rows first..first+count, each with the token after its last, on the
+    device."""
+    ids = rows.rows(first, count)
+    return torch.from_numpy(ids).to(device())
+
+
+def training_tokens(shards: Shards) -> dict[str, int]:
+    """Return how many tokens of training text each domain has."""
+    return {domain: shards.tokens("train", domain) for domain in shards.domains}
+
+
+def new_trunk(
+    cfg: FfnMoeConfig,
+    shards: Shards,
+    d_ff: int | None = None,
+) -> tuple[Trunk, Expert]:
     """Return trunk and dummy to train: from trunk.init, or drawn from torch's generator, optionally
     of width d_ff.
 
@@ -172,16 +193,28 @@ def training_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     return _opened(parts, in_bf16(parts.tensors("train_shared", "trunk.safetensors")))
 
 
-def _opened(parts: Parts, tensors: dict[str, torch.Tensor]) -> tuple[Trunk, Expert]:
-    settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text("utf-8"))
+def _opened(
+    parts: Parts,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[Trunk, Expert]:
+    settings = stored_settings(parts, "train_shared")
     dummy_tensors = parts.tensors("train_shared", "dummy.safetensors")
     trunk, dummy = open_tensors(settings, tensors, dummy_tensors)
     return trunk.to(device()), dummy.to(device())
 
 
+def stored_settings(parts: Parts, stage: str, item: str | None = None) -> dict[str, Any]:
+    """Return the Hugging Face config fields of the trunk that a stage left."""
+    file = parts.folder(stage, item) / "trunk.json"
+    return json.loads(file.read_text("utf-8"))
+
+
 def in_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors rounded to bf16."""
-    return {name: tensor.detach().to(torch.bfloat16) for name, tensor in tensors.items()}
+    out = {}
+    for name, tensor in tensors.items():
+        out[name] = tensor.detach().to(torch.bfloat16)
+    return out
 
 
 def training_expert(cfg: FfnMoeConfig, expert: Expert) -> Expert:
@@ -254,10 +287,12 @@ def feature_statistics(
     wanted = max(1, available // rows.context_tokens)
     # Under a budget one at a time, as the training that follows starts with
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
+    bf16 = uses_bf16(cfg.dtype)
     with torch.no_grad():
         for at in range(0, wanted, sequences):
             count = min(sequences, wanted - at)
-            ids_BT = torch.from_numpy(rows.rows(at, count)).to(device())
-            with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=uses_bf16(cfg.dtype)):
+            ids_BT = batch_of(rows, at, count)
+            # Entered for each batch: leaving it lets go of the weights it cast
+            with torch.autocast(device(), torch.bfloat16, enabled=bf16):
                 trunk.hidden(ids_BT[:, :-1], observed)
     return statistics

@@ -33,7 +33,8 @@ class FfnStack:
     @property
     def weight_LED(self) -> torch.Tensor:
         """The gates' rows, of every layer and expert."""
-        return torch.stack([gate.data for gate in self.mixture.router.gates])
+        gates = [gate.data for gate in self.mixture.router.gates]
+        return torch.stack(gates)
 
     def token_loss(self, ids_BT: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         """Return nats_BT of every token after the first."""
@@ -46,7 +47,9 @@ def assemble(cfg: FfnMoeConfig, parts: Parts) -> FfnStack:
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another trunk.
     """
     trunk, dummy = stored_trunk(cfg, parts)
-    return join(cfg, parts, trunk, dict(stored_experts(cfg, parts, dummy)))
+    # The dummy says what an expert looks like, whether or not it stays as the anchor
+    experts = dict(stored_experts(cfg, parts, dummy))
+    return join(cfg, parts, trunk, experts)
 
 
 def join(
@@ -61,7 +64,8 @@ def join(
     """
     stored = parts.tensors("train_router", "router.safetensors")
     # By number: the names of ten layers and more do not sort as their numbers do
-    weight_LED = torch.stack([stored[gate_name(i)] for i in range(len(stored))])
+    gates = [stored[gate_name(layer)] for layer in range(len(stored))]
+    weight_LED = torch.stack(gates)
     rows = weight_LED.shape[1]
     if rows != len(experts):
         raise MismatchError(

@@ -30,6 +30,7 @@ from .cost import FROM_ZERO, Trains, dense_options, dense_width, memory_plan
 from .parts import (
     ANCHOR_STATISTICS_TOKENS,
     FROZEN,
+    batch_of,
     feature_statistics,
     in_bf16,
     initial_gates,
@@ -39,6 +40,7 @@ from .parts import (
     token_loss,
     training_expert,
     training_rows,
+    training_tokens,
     training_trunk,
 )
 
@@ -111,16 +113,27 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         }
 
     common = partial(
-        _task, cfg, cfg.expert, trunk=trunk, trains="ffn", rows=rows, judged_on=(item,)
+        _task,
+        cfg,
+        cfg.expert,
+        trunk=trunk,
+        trains="ffn",
+        rows=rows,
+        judged_on=(item,),
     )
     if not cfg.expert.coordinate:
-        return common(ffn=own, parameters=own.named(), export=lambda _kept_step: export_of(own))
+        return common(
+            ffn=own,
+            parameters=own.named(),
+            export=lambda _kept_step: export_of(own),
+        )
 
     pair = _coordinated(cfg, parts, trunk, dummy, own, own_rows)
     gate = {"row": pair.row_LD, "bias": pair.bias_L}
 
     def penalty() -> torch.Tensor:
-        return cfg.expert.z_weight * torch.stack(list(pair.z.values())).mean()
+        z_L = torch.stack(list(pair.z.values()))
+        return cfg.expert.z_weight * z_L.mean()
 
     task = common(
         ffn=pair,
@@ -138,8 +151,12 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     trunk, _ = training_trunk(cfg, parts)
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
-    gates = Router(initial_gates(cfg, parts, opts.init), gating).to(device())
-    experts = [training_expert(cfg, each) for _, each in stored_experts(cfg, parts)]
+    weight_LED = initial_gates(cfg, parts, opts.init)
+    gates = Router(weight_LED, gating).to(device())
+    # One after another, each rounded before the next is opened
+    experts = []
+    for _, stored in stored_experts(cfg, parts):
+        experts.append(training_expert(cfg, stored))
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
     temperature = partial(_temperature, cfg, steps, rows.tokens())
@@ -152,7 +169,8 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     def after_step() -> dict:
         share_LE = gates.end_step(opts.balance_weight)
         mean_E = share_LE.mean(0)
-        entropy = -(mean_E * mean_E.clamp(min=LEAST_SHARE).log()).sum()
+        log_E = mean_E.clamp(min=LEAST_SHARE).log()
+        entropy = -(mean_E * log_E).sum()
         dropped = [stats.dropped for stats in gates.stats.values()]
         return {
             "load": [round(share, 4) for share in mean_E.tolist()],
@@ -185,6 +203,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         rows=rows,
         judged_on=cfg.experts,
         export=export,
+        # A tie broken by rounding would change experts
         fp32=tuple(parameters),
     )
     return replace(
@@ -208,13 +227,14 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         # What the trunk saw and what the experts saw, each domain once
         domains = tuple(dict.fromkeys((*trunk_domains, *domains)))
     elif item == "ffn":
+        # Frozen, so it may be rounded where trainings are bf16; below it goes on training
         trunk, dummy = training_trunk(cfg, parts)
         ffn = clone(dummy).to(device())
     else:
         trunk, dummy = stored_trunk(cfg, parts)
         ffn = clone(dummy).to(device())
         trunk.unfreeze()
-    domain_tokens = {domain: shards.tokens("train", domain) for domain in shards.domains}
+    rows = training_rows(cfg, shards, f"dense {item}", domains, how=cfg.trunk.mixture)
     parameters = ffn.named()
     if item != "ffn":
         parameters = {**trunk.named(), **parameters}
@@ -229,12 +249,12 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 
     return _task(
         cfg,
-        dense_options(cfg, item, domain_tokens),
+        dense_options(cfg, item, training_tokens(shards)),
         trunk=trunk,
         ffn=ffn,
         trains="ffn" if item == "ffn" else "all",
         parameters=parameters,
-        rows=training_rows(cfg, shards, f"dense {item}", domains, how=cfg.trunk.mixture),
+        rows=rows,
         judged_on=domains,
         export=export,
     )
@@ -263,10 +283,15 @@ def _task(
     plan = memory_plan(cfg, opts, shape, trains, bf16)
     if plan.checkpointing:
         trunk.checkpoint()
+    # Drawn once: every validation of a training is on the same rows
     held_out = _validation(cfg, rows.shards, opts, judged_on, plan.micro_batch_sequences)
 
+    bf16_params: tuple[str, ...] = ()
+    if bf16:
+        bf16_params = tuple(name for name in parameters if name not in fp32)
+
     def batch(first: int, count: int) -> torch.Tensor:
-        return torch.from_numpy(rows.rows(first, count)).to(device())
+        return batch_of(rows, first, count)
 
     def loss(ids_BT: torch.Tensor) -> torch.Tensor:
         return _mean_nats(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
@@ -291,7 +316,7 @@ def _task(
         tokens_per_row=rows.context_tokens,
         bf16=bf16,
         flops_per_token=shape.train_flops_per_token(trains),
-        bf16_params=tuple(name for name in parameters if name not in fp32) if bf16 else (),
+        bf16_params=bf16_params,
     )
 
 
@@ -308,7 +333,8 @@ def _mean_nats(
     target_N = ids_BT[:, 1:].flatten()
     dtype = torch.bfloat16 if bf16 else torch.float32
     chunk = chunk_of(len(trunk.head), chunk_logits)
-    return cross_entropy(h_BTD.flatten(0, 1), trunk.head, target_N, dtype, chunk) / len(target_N)
+    h_ND = h_BTD.flatten(0, 1)
+    return cross_entropy(h_ND, trunk.head, target_N, dtype, chunk) / len(target_N)
 
 
 @contextmanager
@@ -337,8 +363,8 @@ def _validation(
     for name in domains:
         # One seed for every training: all of a run are judged on the same rows
         rows = DomainMixture(shards, "valid", (name,), context, seed=0)
-        windows = shards.tokens("valid", name) // context - 1
-        parts.append(rows.rows(0, min(share, max(1, windows))))
+        windows = max(1, shards.tokens("valid", name) // context - 1)
+        parts.append(rows.rows(0, min(share, windows)))
     ids_BT = torch.from_numpy(np.concatenate(parts)).to(device())
     return list(ids_BT.split(sequences))
 
@@ -356,7 +382,8 @@ def _coordinated(
     stored = parts.tensors("train_shared", "statistics.safetensors")
     mixed = FeatureStatistics.from_tensors(stored)
     domain = feature_statistics(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
-    row_LD = F.normalize(domain.mean_LD - mixed.mean_LD, dim=-1).float()
+    apart_LD = domain.mean_LD - mixed.mean_LD
+    row_LD = F.normalize(apart_LD, dim=-1).float()
     anchor = training_expert(cfg, dummy)
     pair = CoordinatedExpert(anchor, own, row_LD, cfg.expert.coordinate_bias)
     return pair.to(device())
