@@ -1,17 +1,10 @@
-"""Sources against files written by other programs, and what is dropped on the way."""
+"""Rows as documents: pieces, keys, limits, given splits, and what is dropped on the way."""
 
-import bz2
-import csv
-import gzip
 import json
-import lzma
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
-from pipeline.data.sources import files, installed
+from pipeline.data.sources import files
 from pipeline.data.text.documents import cut, documents, drop_stats, key_of
 from pipeline.errors import DataError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -37,49 +30,6 @@ def read(cfg):
 def write_jsonl(path, found):
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
-
-
-@pytest.mark.parametrize(
-    "suffix", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "csv", "parquet"]
-)
-def test_every_format_gives_the_same_documents(tmp_path, suffix):
-    path, raw = tmp_path / f"rows.{suffix}", "".join(json.dumps(r) + "\n" for r in ROWS).encode()
-    pack = {
-        "gz": gzip.compress,
-        "bz2": bz2.compress,
-        "xz": lzma.compress,
-        "zst": zstandard.compress,
-    }
-    if suffix == "csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, ROWS[0])
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    else:
-        path.write_bytes(pack.get(suffix.rpartition(".")[2], bytes)(raw))
-    found, _ = read(config(path))
-    assert [(d.text, d.label) for d in found] == [(r["text"], r["domain"]) for r in ROWS]
-    assert [d.bytes for d in found] == [len(r["text"].encode()) for r in ROWS]
-
-
-def test_hub_code_streams_a_local_folder(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    found, _ = read(config(hub=[{"dataset": str(tmp_path), "revision": "main"}]))
-    assert [(d.text, d.label) for d in found] == [(r["text"], r["domain"]) for r in ROWS]
-
-
-def test_hub_that_cannot_be_reached_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"data\.hub: .*nowhere.* cannot be streamed.*network"):
-        read(config(hub=[{"dataset": str(tmp_path / "nowhere"), "revision": "main"}]))
-
-
-def test_globs_are_sorted_and_read_once(tmp_path):
-    for name in ("b.txt", "a.md", "c.txt"):
-        (tmp_path / name).write_text(f"this is the file {name}")
-    cfg = config(tmp_path / "*.txt", tmp_path / "?.*", domain="a")
-    assert [d.text[-5:] for d in read(cfg)[0]] == ["b.txt", "c.txt", " a.md"]
 
 
 def test_unreadable_rows_are_counted_with_file_and_line(tmp_path):
@@ -123,31 +73,6 @@ def test_a_wrong_column_stops_before_the_whole_corpus_is_read(tmp_path):
     path = write_jsonl(tmp_path / "many.jsonl", [{"body": "x"}] * 10_001)
     with pytest.raises(DataError, match="10000 of 10000 .*data.text_field"):
         read(config(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "match"),
-    [
-        ("none*.txt", None, "matches no file"),
-        ("sub", "folder", "is a folder; write .*sub/"),
-        ("x.pdf", b"x", "none of .txt .md .jsonl .parquet .csv"),
-        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read"),
-        (
-            "x.jsonl.gz",
-            gzip.compress(b'{"text": "a"}' * 999, mtime=0)[:-12],
-            "x.jsonl.gz cannot be read",
-        ),
-        ("x.parquet", b"not parquet", "x.parquet cannot be read"),
-        ("x.jsonl.zst", b"not zstandard", "x.jsonl.zst cannot be read"),
-    ],
-)
-def test_a_source_that_cannot_be_read_is_named(tmp_path, name, raw, match):
-    if raw == "folder":
-        (tmp_path / name).mkdir()
-    elif raw:
-        (tmp_path / name).write_bytes(raw)
-    with pytest.raises(DataError, match=match):
-        read(config(tmp_path / name, domain="a"))
 
 
 def test_pieces_join_to_the_document_and_end_at_lines_or_characters():
@@ -210,38 +135,3 @@ def test_labels_play_no_part_unless_they_make_the_domains(tmp_path):
     assert len(kept) == 6
     with pytest.raises(DataError, match="6 no label"):
         read(config(path))
-
-
-def test_installed_text_is_four_domains_in_a_fixed_order():
-    for domain in installed.DOMAINS[
-        2:
-    ]:  # the other two walk thousands of files; the whole chain reads them
-        found = list(installed.READERS[domain]())
-        assert sum(len(text) for _, text in found) > 200_000
-        assert found == list(installed.READERS[domain]())
-        assert not any(name.startswith("/") for name, _ in found)
-    sources = dict(installed.python())
-    assert "import" in sources["ast.py"] and not any("test" in name.split("/") for name in sources)
-
-
-def test_licences_of_other_holders_are_the_same_wording():
-    one = "MIT License\n\nCopyright (c) 2020 Ann\n\nPermission is granted."
-    two = "MIT LICENSE\nCopyright (c) 1999-2024 Bob, Inc.\nPermission is\n granted."
-    assert installed._wording(one) == installed._wording(two) != installed._wording("BSD")
-
-
-def test_headers_without_torch_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install -r requirements.txt"):
-        next(installed.headers())
-
-
-def test_examples_are_few(tmp_path):
-    stats = drop_stats()
-    for number in range(10):
-        stats.drop("not JSON", f"file:{number}")
-    assert stats.counts["not JSON"] == 10 and stats.examples["not JSON"] == [
-        "file:0",
-        "file:1",
-        "file:2",
-    ]

@@ -1,4 +1,4 @@
-"""Shards read back against plain numpy, and the arithmetic of a Mixture's rows."""
+"""Shards read back against plain numpy, and the arithmetic of a DomainMixture's rows."""
 
 import copy
 import json
@@ -135,21 +135,14 @@ def test_an_epoch_sees_every_window_once(tmp_path):
 def test_rows_depend_on_seed_and_number_alone(tmp_path):
     shards = write(tmp_path, {"a": 500, "b": 300})
     for how in ("natural", "equal"):
-        make = lambda seed: DomainMixture(  # noqa: E731
-            shards,
-            "train",
-            ("a", "b"),
-            C,
-            seed,
-            how,
-            ("a", "b"),
-            0.3,
+        five, again, six = (
+            DomainMixture(shards, "train", ("a", "b"), C, seed, how, ("a", "b"), 0.3)
+            for seed in (5, 5, 6)
         )
-        whole = make(5).rows(1000, 40)
-        np.testing.assert_array_equal(
-            whole, np.concatenate([make(5).rows(1000 + i, 1) for i in range(40)])
-        )
-        assert (whole != make(6).rows(1000, 40)).any()
+        whole = five.rows(1000, 40)
+        single = np.concatenate([again.rows(1000 + i, 1) for i in range(40)])
+        np.testing.assert_array_equal(whole, single)
+        assert (whole != six.rows(1000, 40)).any()
 
 
 def test_equal_takes_turns_and_each_domain_has_its_own_epochs(tmp_path):
