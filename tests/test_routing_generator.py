@@ -55,7 +55,8 @@ def program():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with configurations of two synthetic experts, and of text alone; it is the current one."""
+    """A folder with configurations of two synthetic experts, and of text alone; it is the current
+    one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOLEFORGE_STORE", raising=False)
     Path("loras.json").write_text(json.dumps(LORAS))

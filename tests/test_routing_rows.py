@@ -30,7 +30,7 @@ def source(path: Path, expert="none", **more) -> dict:
     return {"expert": expert, "from": "jsonl", "path": str(path)} | more
 
 
-def drawn(path: Path, color: int) -> str:
+def painted(path: Path, color: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 40), (color, 0, 0)).save(path)
     return path.name
@@ -90,7 +90,7 @@ def test_pictures_of_a_jsonl_are_known_by_their_pixels(two, tmp_path):
     """One picture under two names, as PNG and as BMP, is one group."""
     rows = []
     for i in range(30):
-        drawn(tmp_path / "none" / f"a{i}.png", i), drawn(tmp_path / "none" / f"b{i}.bmp", i)
+        painted(tmp_path / "none" / f"a{i}.png", i), painted(tmp_path / "none" / f"b{i}.bmp", i)
         rows += [
             {"image": f"a{i}.png", "prompt": f"Sing {i}"},
             {"image": f"b{i}.bmp", "prompt": f"Dance {i}"},
@@ -116,7 +116,7 @@ def test_pictures_are_found_under_the_names_that_task_rows_have(tmp_path):
     rows = [
         {
             "prompt": f"Sing {i}",
-            ("image", "images", "file_name")[i % 3]: [drawn(tmp_path / f"{i}.png", i)],
+            ("image", "images", "file_name")[i % 3]: [painted(tmp_path / f"{i}.png", i)],
         }
         for i in range(30)
     ]
@@ -196,7 +196,7 @@ BAD = {
 def test_a_bad_row_is_named_with_its_line(tmp_path, rows, expected):
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
-    drawn(tmp_path / "secret.png", 1)
+    painted(tmp_path / "secret.png", 1)
     (here / "link.png").symlink_to(tmp_path / "secret.png")
     (here / "linked").symlink_to(tmp_path)
     (here / "torn.png").write_bytes((tmp_path / "secret.png").read_bytes()[:50])

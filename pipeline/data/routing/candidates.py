@@ -2,7 +2,7 @@
 one split.
 
 Invariant: memory does not grow with the rows (a few bytes per group aside), and what is kept
-depends on the rows, never on their order: ties and turns go by a number keyed with the seed.
+depends on the rows, never on their order: rows are sorted by a number keyed with the seed.
 """
 
 import hashlib

@@ -266,10 +266,14 @@ def test_two_processes_write_the_same_bytes(two, tmp_path):
     wanted = tmp_path / "settings.json"
     wanted.write_text(settings().model_dump_json(by_alias=True))
     program = (
-        "import sys, json, pathlib; from pipeline.config.routing_set import RoutingSetConfig; from pipeline.data.routing import dataset as routing\n"
-        f"tasks = {{name: pathlib.Path({str(tmp_path)!r}, f'preprocess-{{name}}') for name in ('ocr', 'count')}}\n"
-        f"wanted = RoutingSetConfig.model_validate_json(pathlib.Path({str(wanted)!r}).read_text())\n"
-        "routing.generate(wanted, tasks, {'ocr': 'A'}, pathlib.Path(sys.argv[1]))"
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.config.routing_set import RoutingSetConfig\n"
+        "from pipeline.data.routing import dataset\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "tasks = {name: root / f'preprocess-{name}' for name in ('ocr', 'count')}\n"
+        f"wanted = RoutingSetConfig.model_validate_json(Path({str(wanted)!r}).read_text())\n"
+        "dataset.generate(wanted, tasks, {'ocr': 'A'}, Path(sys.argv[1]))"
     )
     found = []
     for seed in "12":
