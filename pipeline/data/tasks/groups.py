@@ -44,7 +44,8 @@ class Groups:
 
 def text_key(prompt: str) -> str:
     """Return the key of a row of text alone: rows that ask the same stay together."""
-    return TEXT + hashlib.sha256(normalized(prompt).encode()).hexdigest()[:16]
+    wording = normalized(prompt).encode()
+    return TEXT + hashlib.sha256(wording).hexdigest()[:16]
 
 
 def group_name(key: str) -> str:
@@ -66,27 +67,33 @@ class SplitAssignment:
         """Settle every group's split from (group, split or "" where none is given) pairs."""
         for group, split in given:
             found = self.splits.get(group, "")
-            self.splits[group] = min(found, split, key=_strictness)
+            stricter = min(found, split, key=_strictness)
+            self.splits[group] = stricter
         present = set(self.splits.values())
-        self.carved = tuple(split for split in ("valid", "test") if split not in present)
+        for split in ("valid", "test"):
+            if split not in present:
+                self.carved += (split,)
 
         # Training rows are taken from only where the source has no rows for validation or test.
         free = []
         for group, split in self.splits.items():
-            if split == "" or (split == "train" and self.carved):
+            is_divided = split == "train" and self.carved
+            if split == "" or is_divided:
                 free.append(group)
         for group in free:
-            self.splits[group] = self._chosen(group, self.splits[group])
+            stated = self.splits[group]
+            self.splits[group] = self._chosen(group, stated)
         self._fill_empty(free)
 
-    def _chosen(self, group: str, given: str) -> str:
+    def _chosen(self, group: str, stated: str) -> str:
         share = self._share(group)
         chosen = "train"
         if share < self.test_share:
             chosen = "test"
         elif share < self.test_share + self.valid_share:
             chosen = "valid"
-        if given == "" or chosen in self.carved:
+        # Rows that are stated to train may go only where the source has none of its own.
+        if stated == "" or chosen in self.carved:
             return chosen
         return "train"
 
@@ -115,4 +122,6 @@ class SplitAssignment:
 
 
 def _strictness(split: str) -> int:
-    return _STRICTEST.index(split) if split else len(_STRICTEST)
+    if split == "":
+        return len(_STRICTEST)
+    return _STRICTEST.index(split)
