@@ -1,14 +1,13 @@
-"""What a job needs: parameters, floating-point operations, memory and time, and which arithmetic
-the machine has.
-
-L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
-"""
+"""The machine that jobs run on: device, processor, cores, whether it computes in bf16, how fast."""
 
 import os
 import platform
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+# torch is imported where it is needed: the command line asks for cores and must not wait for it
 
 
 def device() -> str:
@@ -25,7 +24,8 @@ def has_bf16() -> bool:
 
     if device() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())
+    native = {"avx512_bf16", "amx_bf16", "bf16"}
+    return bool(native & _cpu_flags())
 
 
 def uses_bf16(dtype: str) -> bool:
@@ -38,23 +38,26 @@ def uses_bf16(dtype: str) -> bool:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    names = ("flags", "Features")
-    return frozenset(
-        next((line.split(":")[1] for line in lines if line.startswith(names)), "").split()
-    )
+    # x86 calls them flags, Arm Features
+    return frozenset(_cpu_info("flags", "Features").split())
 
 
 def cpu_name() -> str:
     """Return the processor's name as the system gives it."""
+    # outside Linux, and on Arm, it stands elsewhere or nowhere
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(*names: str) -> str:
+    """Return the first entry of one of these names in Linux's list of processors, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return ""
+    for line in lines:
+        if line.startswith(names):
+            return line.split(":")[1].strip()
+    return ""
 
 
 def gpu_name() -> str | None:
@@ -69,12 +72,18 @@ def free_bytes() -> int:
     import psutil
     import torch
 
-    return torch.cuda.mem_get_info()[0] if device() == "cuda" else psutil.virtual_memory().available
+    if device() == "cuda":
+        free, _total = torch.cuda.mem_get_info()
+        return free
+    return psutil.virtual_memory().available
 
 
 def cores() -> int:
     """Return the processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # a container or `taskset` may allow fewer than there are; Linux alone tells
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def product_flops_per_s(bf16: bool) -> float:
@@ -82,17 +91,21 @@ def product_flops_per_s(bf16: bool) -> float:
     is relative to."""
     import torch
 
+    on_gpu = device() == "cuda"
+    size = 4096 if on_gpu else 768
+    flops = 2 * size**3
     dtype = torch.bfloat16 if bf16 else torch.float32
-    size = 4096 if device() == "cuda" else 768
     a = torch.ones(size, size, dtype=dtype, device=device())
-    rates = []
-    stop = time.perf_counter() + 0.2
-    while time.perf_counter() < stop or len(rates) < 3:
-        start = time.perf_counter()
+    rates: list[float] = []
+    stop_s = time.perf_counter() + 0.2
+    while time.perf_counter() < stop_s or len(rates) < 3:
+        start_s = time.perf_counter()
         a @ a
-        if device() == "cuda":
+        if on_gpu:
+            # on a GPU a call returns before its product is done
             torch.cuda.synchronize()
-        rates.append(2 * size**3 / (time.perf_counter() - start))
+        rates.append(flops / (time.perf_counter() - start_s))
+    # the best one: what the machine can do, whatever else ran on it just now
     return max(rates)
 
 
@@ -106,10 +119,9 @@ def fastest_threads(most: int) -> int:
 
     if most <= 1 or device() == "cuda":
         return max(1, most)
-    counts, before = (
-        sorted({most, *(2**i for i in range(most.bit_length()))}),
-        torch.get_num_threads(),
-    )
+    powers = [2**i for i in range(most.bit_length())]
+    counts = sorted({most, *powers})
+    before = torch.get_num_threads()
     seconds = {count: _product_seconds(count) for count in counts}
     torch.set_num_threads(before)
     return min(counts, key=lambda count: seconds[count])
@@ -120,16 +132,17 @@ def _product_seconds(threads: int) -> float:
     import torch
 
     torch.set_num_threads(threads)
-    a, times = torch.ones(512, 512), []
-    stop = time.perf_counter() + 0.1
-    while time.perf_counter() < stop or len(times) < 5:
-        start = time.perf_counter()
+    a = torch.ones(512, 512)
+    times: list[float] = []
+    stop_s = time.perf_counter() + 0.1
+    while time.perf_counter() < stop_s or len(times) < 5:
+        start_s = time.perf_counter()
         (a @ a).tanh_()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start_s)
     return sorted(times)[len(times) // 2]
 
 
-def machine(threads: int, bf16: bool) -> dict:
+def machine(threads: int, bf16: bool) -> dict[str, Any]:
     """Return what a result must be read with: hardware, threads, arithmetic, versions."""
     import torch
 
@@ -141,5 +154,6 @@ def machine(threads: int, bf16: bool) -> dict:
         "dtype": "bf16" if bf16 else "fp32",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        # without the suffix of a build, as in 2.13.0+cpu
         "torch": torch.__version__.split("+")[0],
     }

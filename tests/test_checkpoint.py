@@ -124,7 +124,7 @@ def test_a_changed_number_in_state_json_is_seen(stopped):
     path = slots(folder)[7] / "state.json"
     path.write_text(path.read_text().replace('"step": 7', '"step": 8'))
     got, recorder = resume(folder)
-    assert "seal differs" in recorder.notes[0] and equal(got, wanted)
+    assert "checksum differs" in recorder.notes[0] and equal(got, wanted)
 
 
 def test_a_checkpoint_of_other_parameters_is_not_used(stopped):
@@ -364,9 +364,9 @@ def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):
         fit(dying(in_bf16(small_task()), 5), train_io(tmp_path))
     stored = checkpoint.load_tensors(slots(tmp_path)[5] / "state.safetensors")
     kinds = {name: tensor.dtype for name, tensor in stored.items()}
-    assert kinds["parameter/first"] == torch.bfloat16 and kinds["low/first"] == torch.int16
-    assert kinds["parameter/bias"] == torch.float32 and "low/bias" not in kinds
-    assert stored["low/first"].any()
+    assert kinds["parameter/first"] == torch.bfloat16 and kinds["residual/first"] == torch.int16
+    assert kinds["parameter/bias"] == torch.float32 and "residual/bias" not in kinds
+    assert stored["residual/first"].any()
 
 
 @pytest.mark.parametrize("kinds", [(in_bf16, lambda task: task), (lambda task: task, in_bf16)])

@@ -404,11 +404,19 @@ def test_rows_go_on_from_the_checkpoint_and_are_never_more_than_planned_now():
     run = TrainState()
     guard, peak = guarded(10 * MB, run)
     steps(guard, peak, total=2, count=1)
-    assert (run.micro, run.most) == (2, 8)
+    assert (run.micro_batch, run.max_micro_batch) == (2, 8)
     assert steps(*guarded(10 * MB, run)) == [[2, 4, 8, 2], [8, 8]]
-    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4))) == [[4] * 4, [4] * 4]
-    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4), rows=2)) == [[2] * 8, [2] * 8]
-    assert steps(*guarded(10 * MB, TrainState(micro=4, most=4), budget_bytes=None)) == [
+    assert steps(*guarded(10 * MB, TrainState(micro_batch=4, max_micro_batch=4))) == [
+        [4] * 4,
+        [4] * 4,
+    ]
+    assert steps(*guarded(10 * MB, TrainState(micro_batch=4, max_micro_batch=4), rows=2)) == [
+        [2] * 8,
+        [2] * 8,
+    ]
+    assert steps(
+        *guarded(10 * MB, TrainState(micro_batch=4, max_micro_batch=4), budget_bytes=None)
+    ) == [
         [4] * 4,
         [4] * 4,
     ]

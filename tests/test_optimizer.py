@@ -212,7 +212,7 @@ def test_8_bits_without_their_library_say_what_to_install(monkeypatch):
 def test_8_bit_moments_of_any_size_in_any_pieces_are_the_same(monkeypatch, size):
     pytest.importorskip("bitsandbytes")
     value_P = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    whole, pieces = (optimizer_state.KINDS["int8"](value_P, True) for _ in range(2))
+    whole, pieces = (optimizer_state.new_moment("int8", value_P, True) for _ in range(2))
     whole.write(slice(0, size), value_P)
     for at in range(0, size, 512):
         piece = slice(at, min(at + 512, size))
@@ -254,7 +254,7 @@ def test_what_was_kept_is_taken_up_again_bit_for_bit(kind):
 
     whole = AdamW(drawn(), OPTIONS, ["matrix"], kind)
     some(whole, range(3))
-    kept = {"low": {n: t.clone() for n, t in whole.residual_bits.items()}}
+    kept = {"residual": {n: t.clone() for n, t in whole.residual_bits.items()}}
     for key, tensor in whole.tensors().items():
         group, _, name = key.partition("/")
         kept.setdefault(group, {})[name] = tensor.clone()

@@ -3,9 +3,35 @@
 L layers, D model width, F feed-forward width, V vocabulary, T context tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from .memory_plan import MemoryPlan
+
+# What moves: everything, the feed-forward networks on a frozen trunk, or the gates alone.
+Trains = Literal["all", "ffn", "gates"]
+
+
+class TrunkSizes(Protocol):
+    """A configuration section that says how large a new trunk is."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int | None: ...
+    @property
+    def head_dim(self) -> int | None: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def tie_embeddings(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -22,33 +48,36 @@ class Shape:
     tied: bool = True
 
     @classmethod
-    def from_config(cls, trunk, vocab_size: int) -> "Shape":
+    def from_config(cls, trunk: TrunkSizes, vocab_size: int) -> "Shape":
         """Return the shape of a new trunk from its configuration section."""
-        head = trunk.head_dim or trunk.d_model // trunk.heads
-        kv = (trunk.kv_heads or trunk.heads) * head
-        sizes = (
-            trunk.layers,
-            trunk.d_model,
-            trunk.heads * head,
-            kv,
-            trunk.d_ff,
-            vocab_size,
-            trunk.context_tokens,
+        head_dim = trunk.head_dim or trunk.d_model // trunk.heads
+        kv_heads = trunk.kv_heads or trunk.heads
+        return cls(
+            layers=trunk.layers,
+            d_model=trunk.d_model,
+            heads_width=trunk.heads * head_dim,
+            kv_width=kv_heads * head_dim,
+            d_ff=trunk.d_ff,
+            vocab_size=vocab_size,
+            context_tokens=trunk.context_tokens,
+            tied=trunk.tie_embeddings,
         )
-        return cls(*sizes, trunk.tie_embeddings)
 
     @classmethod
-    def from_hf_config(cls, hf: dict, context_tokens: int) -> "Shape":
+    def from_hf_config(cls, hf: Mapping[str, Any], context_tokens: int) -> "Shape":
         """Return the shape of a trunk from its Hugging Face config fields."""
-        heads, width = hf["num_attention_heads"], hf["hidden_size"]
-        head = hf.get("head_dim") or width // heads
-        sizes = (hf["num_hidden_layers"], width, heads * head, hf["num_key_value_heads"] * head)
+        heads = hf["num_attention_heads"]
+        # Llama's and Mistral's older configurations do not state it
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
         return cls(
-            *sizes,
-            hf["intermediate_size"],
-            hf["vocab_size"],
-            context_tokens,
-            hf["tie_word_embeddings"],
+            layers=hf["num_hidden_layers"],
+            d_model=hf["hidden_size"],
+            heads_width=heads * head_dim,
+            kv_width=hf["num_key_value_heads"] * head_dim,
+            d_ff=hf["intermediate_size"],
+            vocab_size=hf["vocab_size"],
+            context_tokens=context_tokens,
+            tied=hf["tie_word_embeddings"],
         )
 
     @property
@@ -64,8 +93,13 @@ class Shape:
     @property
     def trunk_parameters(self) -> int:
         """Parameters of the trunk: embedding, attention, norms (approximately), LM head."""
-        tables = self.vocab_size * self.d_model * (1 if self.tied else 2)
-        return tables + self.attention_parameters + (2 * self.layers + 1) * self.d_model
+        tables = 1 if self.tied else 2
+        norms = 2 * self.layers + 1
+        return (
+            tables * self.vocab_size * self.d_model
+            + self.attention_parameters
+            + norms * self.d_model
+        )
 
     def stack_parameters(self, ffns: float) -> int:
         """Parameters of the trunk with so many feed-forward networks a layer."""
@@ -73,39 +107,41 @@ class Shape:
 
     def forward_flops_per_token(self, ffn_active: float = 1.0) -> float:
         """Matrix-product operations of one forward pass, causal attention counted at half."""
-        weights = (
-            self.attention_parameters
-            + ffn_active * self.ffn_parameters
-            + self.vocab_size * self.d_model
-        )
-        return 2 * weights + 2 * self.layers * self.context_tokens * self.heads_width
+        weights: float = self.attention_parameters
+        weights += ffn_active * self.ffn_parameters
+        weights += self.vocab_size * self.d_model
+        # q k^T and p v are 4 T a token and number of width, and a causal mask leaves half of it
+        attention = 2 * self.layers * self.context_tokens * self.heads_width
+        return 2 * weights + attention
 
-    def train_flops_per_token(self, trains: str) -> float:
+    def train_flops_per_token(self, trains: Trains) -> float:
         """Operations of forward and backward; `trains` is all, ffn or gates (frozen weights need no
         gradient)."""
-        forward = self.forward_flops_per_token(2.0 if trains == "gates" else 1.0)
-        own = {"all": forward, "ffn": 2 * self.ffn_parameters, "gates": 0}[trains]
-        return 2 * forward + own
+        if trains == "gates":
+            # two experts a token; the gates' own products are too small to count
+            return 2 * self.forward_flops_per_token(ffn_active=2.0)
+        forward = self.forward_flops_per_token()
+        # the backward pass to the inputs costs as much as the forward pass, and so does that to
+        # the weights, of those that move
+        to_weights = forward if trains == "all" else 2 * self.ffn_parameters
+        return 2 * forward + to_weights
 
-    def layer_activations(self, trains: str, active: int = 1) -> int:
+    def layer_activations(self, trains: Trains, active: int = 1) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need
         what they multiply.
 
         What enters the norms and the feed-forward networks (`active` a token), queries and keys
         before and after, values, W_gate x, W_up x; of gates also what each network gives.
         """
-        inputs = {
-            "all": self.d_model + self.heads_width,
-            "ffn": 0,
-            "gates": (2 * active - 1) * self.d_model,
-        }[trains]
-        return (
-            inputs
-            + 3 * self.d_model
-            + 4 * self.heads_width
-            + self.kv_width
-            + 2 * active * self.d_ff
-        )
+        kept = 3 * self.d_model
+        kept += 4 * self.heads_width
+        kept += self.kv_width
+        kept += 2 * active * self.d_ff
+        if trains == "all":
+            kept += self.d_model + self.heads_width
+        elif trains == "gates":
+            kept += (2 * active - 1) * self.d_model
+        return kept
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.fit import FitConfig
 from ..errors import Interrupted, NotFiniteError, PipelineError
@@ -27,10 +28,11 @@ from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
 
-TAIL_STEPS = 50  # training loss in the manifest is the mean over the last so many steps
-# What a step's time is split into; evaluating and saving are counted, but are no part of a step
+# Training loss in the manifest is the mean over the last so many steps.
+TAIL_STEPS = 50
+# What a step's time is split into; evaluating and saving are counted, but are no part of a step.
 PHASES = ("data", "forward", "backward", "optimizer")
-KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _nothing(_step: int) -> None: ...
@@ -40,7 +42,7 @@ def _no_penalty() -> float:
     return 0.0
 
 
-def _no_numbers() -> dict:
+def _no_numbers() -> dict[str, Any]:
     return {}
 
 
@@ -51,26 +53,23 @@ class Task:
     options: FitConfig
     parameters: dict[str, nn.Parameter]  # only these move
     batch: Callable[[int, int], Any]  # (first row, rows) -> what loss takes
-    loss: Callable[[Any], torch.Tensor]  # batch -> mean nats per target
-    export: Callable[
-        [int], dict[str, dict]
-    ]  # kept step -> {file name: tensors (.safetensors) or values (.json)}
+    loss: Callable[[Any], Tensor]  # batch -> mean nats per target
+    # kept step -> {file name: tensors (.safetensors) or values (.json)}
+    export: Callable[[int], dict[str, dict]]
     steps: int
     tokens_per_row: int
     validate: Callable[[], float] | None = None  # mean nats on the shared validation set
     before_step: Callable[[int], None] = _nothing
     # balance and z-loss of the forward pass just made
-    penalty: Callable[[], torch.Tensor | float] = _no_penalty
-    after_step: Callable[[], dict] = _no_numbers  # numbers for the history row
-    state: dict[str, torch.Tensor] = field(default_factory=dict)  # other tensors that must survive
+    penalty: Callable[[], Tensor | float] = _no_penalty
+    after_step: Callable[[], dict[str, Any]] = _no_numbers  # numbers for the history row
+    state: dict[str, Tensor] = field(default_factory=dict)  # other tensors that must survive
     flops_per_token: float = 0.0
     bf16: bool = False
-    bf16_params: tuple[
-        str, ...
-    ] = ()  # parameters that compute in bf16 while they train; fit leaves them fp32
-    zero_first_gradient: tuple[
-        str, ...
-    ] = ()  # parameters without a gradient in the first step, as others are still zero
+    # parameters that compute in bf16 while they train; fit leaves them fp32
+    bf16_params: tuple[str, ...] = ()
+    # parameters without a gradient in the first step, as those that multiply them are still zero
+    zero_first_gradient: tuple[str, ...] = ()
     memory_plan: MemoryPlan | None = None  # None: what the options say, nothing chosen
     notes: tuple[str, ...] = ()  # what a person should know before it starts
 
@@ -79,17 +78,20 @@ class Task:
 class NoTraining:
     """A part that needs no training: what is written instead."""
 
-    write: Callable[[Path], dict]  # folder -> metrics, its files written
+    write: Callable[[Path], dict[str, Any]]  # folder -> metrics, its files written
 
 
 class HistoryWriter(Protocol):
     """Where fit reports to; history.Recorder is one."""
 
-    def start(self, step: int) -> None: ...
+    def start(self, step: int) -> None:
+        """Begin at a step: 0, or where a killed run goes on."""
 
-    def row(self, row: dict) -> None: ...
+    def row(self, row: dict[str, Any]) -> None:
+        """Keep the numbers of a step."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Tell a person something on the way."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,19 @@ class TrainIO:
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
 
 
-def lr_at(step: int, steps: int, opts) -> float:
-    """Return the learning rate of a step: linear warm-up, then cosine to min_lr_share, or constant."""
+def lr_at(step: int, steps: int, opts: FitConfig) -> float:
+    """Return the learning rate of a step: linear warm-up, then cosine to min_lr_share, or
+    constant."""
     if step < opts.warmup_steps:
         return opts.lr * (step + 1) / opts.warmup_steps
     if opts.schedule == "constant":
         return opts.lr
     share = (step - opts.warmup_steps) / max(1, steps - opts.warmup_steps)
-    return opts.lr * (
-        opts.min_lr_share + (1 - opts.min_lr_share) * 0.5 * (1 + math.cos(math.pi * share))
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * share))
+    return opts.lr * (opts.min_lr_share + (1 - opts.min_lr_share) * cosine)
 
 
-def fit(task: Task, io: TrainIO) -> dict:
+def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     """Train task for its steps from the last good checkpoint; leave the kept state in its
     parameters, in fp32.
 
@@ -126,34 +128,34 @@ def fit(task: Task, io: TrainIO) -> dict:
     tokens_per_s, peak_mb. Raises NotFiniteError, Interrupted after saving, DiskFull, and
     PipelineError when nothing was trained.
     """
-    if not task.parameters or not all(p.requires_grad for p in task.parameters.values()):
-        raise PipelineError(
-            f"{io.name} has no parameters to train: this is a fault of the family, please report it"
-        )
+    _check_trainable(task, io)
     opts = task.options
-    memory_plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
-    peak, clock = io.peak, _StepClock(next(iter(task.parameters.values())).device)
-    optimizer = AdamW(task.parameters, opts, task.bf16_params, memory_plan.moments)
-    run = restore(io.slots, task, optimizer, io.recorder.note) or TrainState(
-        start=_fingerprint(task, optimizer)
-    )
-    guard = MemoryGuard(memory_plan, peak, run, io.recorder.note)
+    step_tokens = opts.batch_sequences * task.tokens_per_row
+    plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
+    clock = _StepClock(next(iter(task.parameters.values())).device)
+    optimizer = AdamW(task.parameters, opts, task.bf16_params, plan.moments)
+    run = restore(io.slots, task, optimizer, io.recorder.note)
+    if run is None:
+        run = TrainState(start_checksums=_checksums(task, optimizer))
+    guard = MemoryGuard(plan, io.peak, run, io.recorder.note)
     io.recorder.start(run.step)
     for note in task.notes:
         io.recorder.note(note)
-    saved_at, logged_step = time.monotonic(), run.step
+    saved_at_s = time.monotonic()
+    logged_step = run.step
     buffers = gradients_in(
-        task.parameters.values(), KINDS[memory_plan.gradients], memory_plan.fuse_optimizer
+        task.parameters.values(), GRADIENT_DTYPES[plan.gradients], plan.fuse_optimizer
     )
-    stepping = closing(_Fused(optimizer)) if memory_plan.fuse_optimizer else nullcontext()
+    stepping = closing(_FusedStep(optimizer)) if plan.fuse_optimizer else nullcontext()
+
     with _asked_to_stop() as stop, buffers, stepping as fused:
-        set_malloc_thresholds(memory_plan.mmap_threshold_bytes, memory_plan.trim_threshold_bytes)
+        # after the gradient buffers are made, which stay and need not be given back
+        set_malloc_thresholds(plan.mmap_threshold_bytes, plan.trim_threshold_bytes)
+        # one round more than steps: the last one evaluates and saves what the last step made
         while True:
-            if (
-                _due(run.step, task.steps, opts.eval_every_steps)
-                and run.evaluated_step < run.step
-                and task.validate
-            ):
+            due = _due(run.step, task.steps, opts.eval_every_steps)
+            # a resumed run does not evaluate its first step again
+            if task.validate and due and run.evaluated_step < run.step:
                 valid_nats = task.validate()
                 if not math.isfinite(valid_nats):
                     what = f"the validation loss at step {run.step} is {valid_nats}"
@@ -161,21 +163,23 @@ def fit(task: Task, io: TrainIO) -> dict:
                 if run.evaluated(valid_nats) and opts.keep == "best":
                     save_best(io.slots, task, optimizer, run)
                 clock.lap("evaluate")
-                tokens = run.step * opts.batch_sequences * task.tokens_per_row
                 io.recorder.row(
                     {
                         "step": run.step,
-                        "tokens": tokens,
+                        "tokens": run.step * step_tokens,
                         "valid_nats": run.valid_nats,
                         "time": time.time(),
                     }
                 )
-            done = run.step >= task.steps or (opts.patience and run.waits >= opts.patience)
-            if done or stop.is_set() or time.monotonic() - saved_at >= io.save_every_s:
+
+            out_of_patience = opts.patience and run.evaluations_since_best >= opts.patience
+            done = run.step >= task.steps or out_of_patience
+            waited_s = time.monotonic() - saved_at_s
+            if done or stop.is_set() or waited_s >= io.save_every_s:
                 with translate_disk_errors(io.slots):
                     save(io.slots, task, optimizer, run)
                 io.publish()
-                saved_at = time.monotonic()
+                saved_at_s = time.monotonic()
                 clock.lap("save")
             if stop.is_set() and not done:
                 raise Interrupted(
@@ -187,119 +191,178 @@ def fit(task: Task, io: TrainIO) -> dict:
             task.before_step(run.step)
             lr = lr_at(run.step, task.steps, opts)
             optimizer.lr = lr
-            nats, first = 0.0, run.step * opts.batch_sequences
+            nats = 0.0
+            first_row = run.step * opts.batch_sequences
             for size in guard.sizes(opts.batch_sequences):
-                batch = task.batch(first, size)
-                first += size
+                batch = task.batch(first_row, size)
+                first_row += size
                 clock.lap("data")
                 loss = task.loss(batch)
                 total = (loss + task.penalty()) * (size / opts.batch_sequences)
-                if memory_plan.trim_each_pass:
+                if plan.trim_each_pass:
                     trim_heap()
                 clock.lap("forward")
                 total.backward()
                 nats += loss.item() * size / opts.batch_sequences
-                if memory_plan.trim_each_pass:
+                if plan.trim_each_pass:
                     trim_heap()
                 clock.lap("backward")
+
             norm = fused.norm() if fused else optimizer.norm()
             if not math.isfinite(nats + norm):
-                what = f"the loss at step {run.step} is {nats} (gradient norm {norm}, learning rate {lr:.2g})"
+                what = (
+                    f"the loss at step {run.step} is {nats} (gradient norm {norm}, "
+                    f"learning rate {lr:.2g})"
+                )
                 raise NotFiniteError(_not_finite(io, run, what))
+            # a fused step was taken inside the backward pass
             if not fused:
-                optimizer.step(min(1.0, opts.clip_norm / (norm + 1e-6)) if opts.clip_norm else 1.0)
+                optimizer.step(_clip_scale(norm, opts.clip_norm))
             numbers = task.after_step()
             clock.lap("optimizer")
             run.step += 1
-            run.tail = [*run.tail, nats][-TAIL_STEPS:]
+            run.recent_nats = [*run.recent_nats, nats][-TAIL_STEPS:]
 
             if run.step % io.log_every_steps == 0 or run.step == task.steps:
-                tokens = (run.step - logged_step) * opts.batch_sequences * task.tokens_per_row
+                laps = clock.since(run)
+                tokens = (run.step - logged_step) * step_tokens
                 logged_step = run.step
                 io.recorder.row(
-                    _row(run, task, opts, lr, norm, numbers, clock.since(run), tokens, peak)
+                    {
+                        "step": run.step,
+                        "tokens": run.step * step_tokens,
+                        "train_nats": run.recent_nats[-1],
+                        "lr": lr,
+                        "grad_norm": norm,
+                        # a run of nothing but its last row may have taken no time at all
+                        "tokens_per_s": tokens / max(sum(laps.values()), 1e-9),
+                        "rss_mb": io.peak.bytes() / 1e6,
+                        **_in_seconds(laps),
+                        **numbers,
+                        "time": time.time(),
+                    }
                 )
+
     _check_moved(task, optimizer, run, io)
     optimizer.restore_fp32()
     if opts.keep == "best":
         load_best(io.slots, task, run)
+    # what went by since the last row belongs to the totals
     clock.since(run)
-    return _metrics(run, task, memory_plan, peak)
+    return _metrics(run, task, plan, io.peak)
 
 
-class _Fused:
+class _FusedStep:
     """Steps each parameter as soon as its gradient is there, and adds up the norm on the way."""
 
     def __init__(self, optimizer: AdamW):
-        self.optimizer, self.square = optimizer, 0.0
-        self.hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _p, name=name: self._move(name))
-            for name, parameter in optimizer.parameters.items()
-        ]
+        self.optimizer = optimizer
+        self.square = 0.0
+        self.hooks = []
+        for name, parameter in optimizer.parameters.items():
+            hook = parameter.register_post_accumulate_grad_hook(partial(self._move, name))
+            self.hooks.append(hook)
 
     def close(self) -> None:
         """Let the parameters be as they were."""
         for hook in self.hooks:
             hook.remove()
 
-    def _move(self, name: str) -> None:
+    def _move(self, name: str, parameter: Tensor) -> None:
         self.square += self.optimizer.norm([name]) ** 2
         self.optimizer.move(name)
-        self.optimizer.parameters[name].grad = None
+        parameter.grad = None
 
     def norm(self) -> float:
         """Return the gradient norm of the step just taken, and count it."""
-        square, self.square = self.square, 0.0
+        norm = math.sqrt(self.square)
+        self.square = 0.0
         self.optimizer.steps += 1
-        return math.sqrt(square)
+        return norm
 
 
-def _row(run, task, opts, lr, norm, numbers, laps, tokens, peak) -> dict:
-    seconds = sum(laps[k] for k in PHASES)
-    return {
-        "step": run.step,
-        "tokens": run.step * opts.batch_sequences * task.tokens_per_row,
-        "train_nats": run.tail[-1],
-        "lr": lr,
-        "grad_norm": norm,
-        "tokens_per_s": tokens / max(seconds, 1e-9),
-        "rss_mb": peak.bytes() / 1e6,
-        **{f"{k}_s": v for k, v in laps.items()},
-        **numbers,
-        "time": time.time(),
-    }
+class _StepClock:
+    """Seconds per phase; waits for a GPU at each lap so that the phases are true."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self.last_s = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """End a phase that began with the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now_s = time.perf_counter()
+        self.laps[phase] = self.laps.get(phase, 0.0) + now_s - self.last_s
+        self.last_s = now_s
+
+    def since(self, run: TrainState) -> dict[str, float]:
+        """Return seconds by phase of a step since the last call; add all laps to the run's
+        totals."""
+        for phase, seconds in self.laps.items():
+            run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
+        laps = {phase: self.laps.get(phase, 0.0) for phase in PHASES}
+        self.laps = {}
+        return laps
 
 
-def _metrics(run: TrainState, task: Task, memory_plan: MemoryPlan, peak: Peak) -> dict:
+def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[str, Any]:
     opts = task.options
     tokens = run.step * opts.batch_sequences * task.tokens_per_row
-    training_s = sum(run.seconds.get(k, 0.0) for k in PHASES)
-    rate = tokens / training_s if training_s else 0.0
-    rate_flops = product_flops_per_s(task.bf16)
+    training_s = sum(run.seconds.get(phase, 0.0) for phase in PHASES)
+    tokens_per_s = tokens / training_s if training_s else 0.0
+    keeps_best = opts.keep == "best"
+    train_nats = None
+    if run.recent_nats:
+        train_nats = sum(run.recent_nats) / len(run.recent_nats)
     return {
         "steps": run.step,
         "planned_steps": task.steps,
         "tokens": tokens,
-        "train_nats": sum(run.tail) / len(run.tail) if run.tail else None,
-        "valid_nats": run.best_nats if opts.keep == "best" else run.valid_nats,
-        "kept_step": run.best_step if opts.keep == "best" and task.validate else run.step,
+        "train_nats": train_nats,
+        "valid_nats": run.best_nats if keeps_best else run.valid_nats,
+        "kept_step": run.best_step if keeps_best and task.validate else run.step,
         "seconds": sum(run.seconds.values()),
         "training_s": training_s,
-        **{f"{k}_s": v for k, v in sorted(run.seconds.items())},
-        "tokens_per_s": rate,
+        **_in_seconds(dict(sorted(run.seconds.items()))),
+        "tokens_per_s": tokens_per_s,
         "flops_per_token": task.flops_per_token,
-        "mfu": rate * task.flops_per_token / rate_flops,
-        "parameters": sum(p.numel() for p in task.parameters.values()),
-        "memory_plan": asdict(memory_plan) | {"micro_batch_sequences": run.micro},
+        "mfu": tokens_per_s * task.flops_per_token / product_flops_per_s(task.bf16),
+        "parameters": sum(parameter.numel() for parameter in task.parameters.values()),
+        "memory_plan": asdict(plan) | {"micro_batch_sequences": run.micro_batch},
         **peak.report(),
     }
 
 
+def _in_seconds(phases: dict[str, float]) -> dict[str, float]:
+    """Return seconds by phase under the names that rows and metrics have for them."""
+    return {f"{phase}_s": seconds for phase, seconds in phases.items()}
+
+
 def _due(step: int, steps: int, every: int) -> bool:
-    return step == steps or bool(every and step and step % every == 0)
+    """Whether to evaluate at a step: at the last one, and every so many unless that is 0."""
+    if step == steps:
+        return True
+    return bool(every) and step > 0 and step % every == 0
 
 
-def _fingerprint(task: Task, optimizer: AdamW) -> dict[str, int]:
+def _clip_scale(norm: float, clip_norm: float) -> float:
+    """Return what to multiply gradients of that norm by; clip_norm 0 clips nothing."""
+    if not clip_norm:
+        return 1.0
+    # the small number as in torch's clip_grad_norm_: a norm of zero must not divide
+    return min(1.0, clip_norm / (norm + 1e-6))
+
+
+def _check_trainable(task: Task, io: TrainIO) -> None:
+    if not task.parameters or not all(p.requires_grad for p in task.parameters.values()):
+        raise PipelineError(
+            f"{io.name} has no parameters to train: this is a fault of the family, please report it"
+        )
+
+
+def _checksums(task: Task, optimizer: AdamW) -> dict[str, int]:
     """Return a checksum per parameter that training changes; how _check_moved knows."""
     return {name: optimizer.checksum(name) for name in task.parameters}
 
@@ -307,19 +370,25 @@ def _fingerprint(task: Task, optimizer: AdamW) -> dict[str, int]:
 def _check_moved(task: Task, optimizer: AdamW, run: TrainState, io: TrainIO) -> None:
     """Raise PipelineError when a parameter never changed: a run that trains nothing must not pass
     for one that did."""
+    if not run.step:
+        return
     excused = task.zero_first_gradient if run.step == 1 else ()
-    same = [name for name, now in _fingerprint(task, optimizer).items() if now == run.start[name]]
-    still = [name for name in same if run.step and name not in excused]
+    still = []
+    for name, checksum in _checksums(task, optimizer).items():
+        if checksum == run.start_checksums[name] and name not in excused:
+            still.append(name)
     if still:
         raise PipelineError(
-            f"{io.name}: {len(still)} of {len(task.parameters)} tensors did not change in {run.step} steps, "
-            f"first {still[0]}; raise {io.settings}.lr, or report this if the rate is sensible"
+            f"{io.name}: {len(still)} of {len(task.parameters)} tensors did not change in "
+            f"{run.step} steps, first {still[0]}; raise {io.settings}.lr, or report this if the "
+            "rate is sensible"
         )
 
 
 def _not_finite(io: TrainIO, run: TrainState, what: str) -> str:
-    kept = f"the last good checkpoint is step {run.saved_step} in {io.slots}"
-    last = kept if run.saved_step else "no checkpoint was saved yet"
+    last = "no checkpoint was saved yet"
+    if run.saved_step:
+        last = f"the last good checkpoint is step {run.saved_step} in {io.slots}"
     return (
         f"{io.name}: {what}; {last}. "
         f"Try a lower {io.settings}.lr, a longer {io.settings}.warmup_steps, a smaller "
@@ -329,39 +398,17 @@ def _not_finite(io: TrainIO, run: TrainState, what: str) -> str:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event while training; the main thread alone may set handlers."""
+    """Turn SIGINT and SIGTERM into an event while training."""
     stop = threading.Event()
+    # Python lets the main thread alone set handlers
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: stop.set())
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _StepClock:
-    """Seconds per phase; waits for a GPU at each lap so that the phases are true."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.laps, self.last = device, {}, time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        here = time.perf_counter()
-        self.laps[phase] = self.laps.get(phase, 0.0) + here - self.last
-        self.last = here
-
-    def since(self, run: TrainState) -> dict[str, float]:
-        """Return the laps since the last call and add them to the run's totals."""
-        laps, self.laps = (
-            {k: self.laps.get(k, 0.0) for k in PHASES},
-            self.laps,
-        )
-        for phase, seconds in self.laps.items():
-            run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
-        self.laps = {}
-        return laps

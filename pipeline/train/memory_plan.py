@@ -1,34 +1,43 @@
-"""The means by which a training keeps its memory promise, and their choice: predict, then take the
-fastest that fits.
+"""How a training keeps its memory promise: predict the peak of each candidate, then take the
+fastest plan that fits.
 
-Every one of them leaves the mathematics as it is; moments and gradients in bf16 round differently.
+Every plan leaves the mathematics as it is; moments and gradients in bf16 round differently.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import ceil
+from typing import TYPE_CHECKING
 
+from ..config.fit import FitConfig
 from ..errors import BudgetError, ConfigError
+from .memory_meter import LOW_MMAP_THRESHOLD_BYTES, Peak
+from .optimizer_state import has_int8
 
-# of a forward pass: more is slower on a processor, as activations leave its caches
+if TYPE_CHECKING:
+    from .checkpoint import TrainState
+
+Predict = Callable[["MemoryPlan"], int]  # plan -> peak in bytes
+
+# Of a forward pass. More is slower on a processor, as activations leave its caches.
 FAST_TOKENS = 2048
-SMALL_CHUNK_LOGITS = (
-    2**21,
-    2**20,
-)  # of the loss with one row at a time: 37 and 50 MB less than with 2**22
-MMAP_THRESHOLD_BYTES, LOW_MMAP_THRESHOLD_BYTES = 2**22, 200_000
-TRIM_THRESHOLD_BYTES, LOW_TRIM_THRESHOLD_BYTES = (
-    48_000_000,
-    128_000,
-)  # of the heap: what goes back is asked for again soon
-CLOSE = 0.97  # share of the budget at which the micro-batch is halved
-DOUBT = 1.25  # times what a row is predicted to take
-# for moments in bf16: beyond it a step changes the second one by less than bf16 can hold
+# Of the loss with one row at a time: 37 and 50 MB less than with 2**22.
+SMALL_CHUNK_LOGITS = (2**21, 2**20)
+# Blocks of the heap up to this are used again; larger ones are mapped, which costs page faults.
+# Keeping those too was faster and took over twice the memory (docs/decisions.md, "The end of the
+# heap stays").
+MMAP_THRESHOLD_BYTES = 2**22
+# What may be free at the heap's end: what goes back is asked for again soon.
+TRIM_THRESHOLD_BYTES = 48_000_000
+LOW_TRIM_THRESHOLD_BYTES = 128_000  # glibc's own
+# Share of the budget at which the micro-batch is halved.
+CLOSE = 0.97
+# Times what a row is predicted to take.
+DOUBT = 1.25
+# For moments in bf16: beyond it a step changes the second one by less than bf16 can hold.
 MOST_BETA2 = 0.99
-
-# of one number; 8-bit moments have an fp32 scale for every block of 256
+# Of one number; 8-bit moments have an fp32 scale for every block of 256.
 NUMBER_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}
 
 
@@ -67,50 +76,57 @@ class MemoryPlan:
 
     @property
     def summary(self) -> str:
-        """The means for people."""
+        """The plan for people: what differs from a plain training."""
         parts = [f"{self.micro_batch_sequences} sequences at a time"]
-        parts += [f"{self.moments} moments"] if self.moments != "fp32" else []
-        parts += [f"{self.gradients} gradients"] if self.gradients != "fp32" else []
-        parts += ["checkpointing"] if self.checkpointing else []
-        parts += ["fused optimizer"] if self.fuse_optimizer else []
-        parts += (
-            [f"mmap threshold ({self.mmap_threshold_bytes / 1e6:.1f} MB)"]
-            if self.low_mmap_threshold
-            else []
-        )
-        parts += ["compiled"] if self.compile else []
+        if self.moments != "fp32":
+            parts.append(f"{self.moments} moments")
+        if self.gradients != "fp32":
+            parts.append(f"{self.gradients} gradients")
+        if self.checkpointing:
+            parts.append("checkpointing")
+        if self.fuse_optimizer:
+            parts.append("fused optimizer")
+        if self.low_mmap_threshold:
+            parts.append(f"mmap threshold ({self.mmap_threshold_bytes / 1e6:.1f} MB)")
+        if self.compile:
+            parts.append("compiled")
         return ", ".join(parts)
 
 
-def unbounded(opts, tokens_per_row: int, divisible: bool, gpu: bool) -> MemoryPlan:
-    """Return the means without a budget: what the settings say, and the micro-batch that runs
+def unbounded(opts: FitConfig, tokens_per_row: int, divisible: bool, gpu: bool) -> MemoryPlan:
+    """Return the plan without a budget: what the settings say, and the micro-batch that runs
     fastest.
 
     Raises ConfigError for moments that cannot be kept as they were asked for.
     """
     if opts.moments == "bf16" and opts.beta2 > MOST_BETA2:
         raise ConfigError(
-            f"moments: bf16 with beta2 {opts.beta2:g} would never forget, as a bf16 number changes by 0.4 % or not at "
-            f"all; set beta2 to {MOST_BETA2:g} or less, or moments to fp32 or int8"
+            f"moments: bf16 with beta2 {opts.beta2:g} would never forget, as a bf16 number changes "
+            f"by 0.4 % or not at all; set beta2 to {MOST_BETA2:g} or less, or moments to fp32 or "
+            "int8"
         )
-    whole = opts.fuse_optimizer or not divisible
-    fast = opts.batch_sequences if gpu or whole else max(1, FAST_TOKENS // tokens_per_row)
+    whole_batch = opts.fuse_optimizer or not divisible
+    if gpu or whole_batch:
+        fast_sequences = opts.batch_sequences
+    else:
+        fast_sequences = max(1, FAST_TOKENS // tokens_per_row)
+    wanted_sequences = opts.micro_batch_sequences or fast_sequences
     return MemoryPlan(
-        micro_batch_sequences=min(opts.micro_batch_sequences or fast, opts.batch_sequences),
+        micro_batch_sequences=min(wanted_sequences, opts.batch_sequences),
         moments=opts.moments or "fp32",
         gradients=opts.gradients or "fp32",
         checkpointing=bool(opts.checkpointing),
         fuse_optimizer=opts.fuse_optimizer,
         compile=opts.compile,
-        whole_batch=whole,
+        whole_batch=whole_batch,
     )
 
 
 def plan_memory(
-    opts,
+    opts: FitConfig,
     tokens_per_row: int,
     budget_bytes: int | None,
-    predict: Callable[[MemoryPlan], int],
+    predict: Predict,
     *,
     row_bytes: int = 0,
     divisible: bool = True,
@@ -118,7 +134,7 @@ def plan_memory(
     gpu: bool = False,
     name: str = "this job",
 ) -> MemoryPlan:
-    """Return the fastest means whose predicted peak fits; settings that were given stay as they
+    """Return the fastest plan whose predicted peak fits; settings that were given stay as they
     are.
 
     row_bytes: of the residual stream of a row. `divisible`: a batch may be run in pieces.
@@ -129,88 +145,102 @@ def plan_memory(
     first = replace(first, checkpointing=first.checkpointing and can_checkpoint)
     if budget_bytes is None:
         return first
-    free = not first.whole_batch and not opts.micro_batch_sequences
-    sizes = _halves(first.micro_batch_sequences) if free else [first.micro_batch_sequences]
-    again = (
-        [False, True] if can_checkpoint and opts.checkpointing is None else [first.checkpointing]
-    )
-    start = replace(first, budget_bytes=budget_bytes)
-    tried = list(_candidates(opts, start, sizes, again, row_bytes))
-    for memory_plan in tried:
-        if predict(memory_plan) <= budget_bytes:
-            return replace(memory_plan, bytes_per_row=_more_bytes(memory_plan, predict))
-    least = min(map(predict, tried))
+    sizes = [first.micro_batch_sequences]
+    if not first.whole_batch and not opts.micro_batch_sequences:
+        sizes = _halves(first.micro_batch_sequences)
+    checkpointing = [first.checkpointing]
+    if can_checkpoint and opts.checkpointing is None:
+        checkpointing = [False, True]
+    first = replace(first, budget_bytes=budget_bytes)
+
+    tried = list(_candidates(opts, first, sizes, checkpointing, row_bytes))
+    for plan in tried:
+        if predict(plan) <= budget_bytes:
+            return replace(plan, bytes_per_row=_bytes_per_row(plan, predict))
+    smallest = min(tried, key=predict)
     raise BudgetError(
-        f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest that works is "
-        f"{ceil(least / 1e6)}MB ({min(tried, key=predict).summary})"
+        f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest "
+        f"that works is {ceil(predict(smallest) / 1e6)}MB ({smallest.summary})"
     )
 
 
-def _more_bytes(memory_plan: MemoryPlan, predict: Callable[[MemoryPlan], int]) -> int:
-    more = memory_plan.micro_batch_sequences - 1
-    return (
-        max(0, predict(memory_plan) - predict(replace(memory_plan, micro_batch_sequences=1)))
-        // more
-        if more
-        else 0
-    )
+def _bytes_per_row(plan: MemoryPlan, predict: Predict) -> int:
+    """Return what each row after the first is predicted to add."""
+    more_rows = plan.micro_batch_sequences - 1
+    if not more_rows:
+        return 0
+    more_bytes = predict(plan) - predict(replace(plan, micro_batch_sequences=1))
+    return max(0, more_bytes) // more_rows
 
 
 def _halves(size: int) -> list[int]:
-    return [size] + (_halves(size // 2) if size > 1 else [])
+    """Return size, half of it, half of that, down to 1."""
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _candidates(
-    opts, first: MemoryPlan, sizes: list[int], again: list[bool], row_bytes: int
+    opts: FitConfig,
+    first: MemoryPlan,
+    sizes: list[int],
+    checkpointing: list[bool],
+    row_bytes: int,
 ) -> Iterator[MemoryPlan]:
-    """Yield means from the fastest to the most thrifty: each rung costs a little more time than the
-    one before."""
+    """Yield plans from the fastest to the most thrifty: each costs a little more time than the one
+    before."""
     half = "bf16" if opts.beta2 <= MOST_BETA2 else "fp32"
-    kinds = [("fp32", "fp32"), (half, "fp32"), (half, "bf16")] + [("int8", "bf16")] * has_int8()
-    small = int(1.2 * row_bytes)
-    rungs = [
+    precisions = [("fp32", "fp32"), (half, "fp32"), (half, "bf16")]
+    if has_int8():
+        precisions.append(("int8", "bf16"))
+    # with checkpointing the residual stream is what a pass keeps: its blocks are used again, and a
+    # fifth more so that none of them is over the threshold
+    stream_bytes = int(1.2 * row_bytes)
+    allocators = [
+        # checkpointing, mmap threshold, whether the heap is trimmed after each pass
         (False, MMAP_THRESHOLD_BYTES, False),
         (False, LOW_MMAP_THRESHOLD_BYTES, False),
-        (True, small, True),
+        (True, stream_bytes, True),
+        (True, LOW_MMAP_THRESHOLD_BYTES, False),
     ]
-    rungs += [(True, LOW_MMAP_THRESHOLD_BYTES, False)]
-    usable = [rung for rung in rungs if rung[0] in again]
-    for (checkpointing, mmap_threshold_bytes, trim), (moments, gradients) in product(usable, kinds):
-        for size, chunk_logits in _pieces(
-            sizes, first.chunk_logits, lean=mmap_threshold_bytes < MMAP_THRESHOLD_BYTES
-        ):
+    usable = [allocator for allocator in allocators if allocator[0] in checkpointing]
+    for (again, threshold_bytes, trims), (moments, gradients) in product(usable, precisions):
+        lean = threshold_bytes < MMAP_THRESHOLD_BYTES
+        for size, chunk_logits in _passes(sizes, first.chunk_logits, lean):
+            # the stream of all rows of a pass is one block
+            size_bytes = threshold_bytes * size if trims else threshold_bytes
+            size_bytes = min(MMAP_THRESHOLD_BYTES, size_bytes)
             yield replace(
                 first,
                 micro_batch_sequences=size,
                 moments=opts.moments or moments,
                 gradients=opts.gradients or gradients,
-                checkpointing=checkpointing,
-                mmap_threshold_bytes=max(
-                    LOW_MMAP_THRESHOLD_BYTES,
-                    min(MMAP_THRESHOLD_BYTES, mmap_threshold_bytes * (size if trim else 1)),
-                ),
-                trim_each_pass=trim,
+                checkpointing=again,
+                mmap_threshold_bytes=max(LOW_MMAP_THRESHOLD_BYTES, size_bytes),
+                trim_each_pass=trims,
                 chunk_logits=chunk_logits,
             )
 
 
-def _pieces(sizes: list[int], chunk_logits: int, lean: bool) -> Iterator[tuple[int, int]]:
-    """Yield rows of a pass with logits of a chunk; a lean heap has no room for more than the
-    smallest chunk."""
+def _passes(sizes: list[int], chunk_logits: int, lean: bool) -> Iterator[tuple[int, int]]:
+    """Yield rows of a pass with logits of a chunk.
+
+    A lean heap has no room for more than the smallest chunk; smaller chunks than the usual one pay
+    only where no row is left to save.
+    """
     for size in sizes:
-        chunks = (
-            [chunk_logits] if size > 1 else SMALL_CHUNK_LOGITS[-1:] if lean else SMALL_CHUNK_LOGITS
-        )
-        yield from ((size, chunk) for chunk in chunks)
-
-
-def has_int8() -> bool:
-    """Whether the library for 8-bit moments is installed."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+        if size > 1:
+            yield size, chunk_logits
+        elif lean:
+            yield size, SMALL_CHUNK_LOGITS[-1]
+        else:
+            for small in SMALL_CHUNK_LOGITS:
+                yield size, small
 
 
 class MemoryGuard:
-    """Rows of a forward pass: as many as the means say, fewer where the measured peak comes near
+    """Rows of a forward pass: as many as the plan says, fewer where the measured peak comes near
     the budget.
 
     Under a budget the first passes start with one row and grow, so that a wrong prediction is seen
@@ -218,54 +248,56 @@ class MemoryGuard:
     splits its batches alike.
     """
 
-    def __init__(self, memory_plan: MemoryPlan, peak, run, note: Callable[[str], None]):
-        self.memory_plan, self.peak, self.run, self.note = memory_plan, peak, run, note
-        peak.clear()  # what loading reached says nothing of a row
-        self.before_bytes, self.halved_bytes = (
-            peak.bytes(),
-            0,
-        )  # a peak that cannot be cleared counts once
+    def __init__(
+        self, plan: MemoryPlan, peak: Peak, run: "TrainState", note: Callable[[str], None]
+    ):
+        self.plan = plan
+        self.peak = peak
+        self.run = run
+        self.note = note
+        # what loading reached says nothing of a row; a peak that cannot be cleared counts once
+        peak.clear()
+        self.before_bytes = peak.bytes()
+        self.halved_bytes = 0
         self.told = False
-        rows = memory_plan.micro_batch_sequences
-        run.most = min(run.most or rows, rows)
-        run.micro = min(run.micro or (1 if self._watched else rows), run.most)
-
-    @property
-    def _watched(self) -> bool:
-        return self.memory_plan.budget_bytes is not None and not self.memory_plan.whole_batch
+        rows = plan.micro_batch_sequences
+        start_rows = rows if plan.budget_bytes is None or plan.whole_batch else 1
+        run.max_micro_batch = min(run.max_micro_batch or rows, rows)
+        run.micro_batch = min(run.micro_batch or start_rows, run.max_micro_batch)
 
     def sizes(self, total: int) -> Iterator[int]:
         """Yield rows until there are `total`; looks at the peak after each."""
         while total > 0:
-            size = min(self.run.micro, total)
+            size = min(self.run.micro_batch, total)
             yield size
             total -= size
-            if self.memory_plan.budget_bytes is not None:
-                self._adapt(size)
+            if self.plan.budget_bytes is not None:
+                self._adapt(size, self.plan.budget_bytes)
 
-    def _adapt(self, size: int) -> None:
-        run, budget_bytes, now = self.run, self.memory_plan.budget_bytes, self.peak.bytes()
-        least = run.micro == 1 or self.memory_plan.whole_batch
-        if not least and now > max(CLOSE * budget_bytes, self.halved_bytes):
-            run.micro = run.most = run.micro // 2
-            self.note(
-                f"{now / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used: going on with {run.micro} sequences at a "
-                "time, same batches"
-            )
+    def _adapt(self, size: int, budget_bytes: int) -> None:
+        """Halve or double the micro-batch by the peak of a pass of that size."""
+        run = self.run
+        now_bytes = self.peak.bytes()
+        used = f"{now_bytes / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used"
+        smallest = run.micro_batch == 1 or self.plan.whole_batch
+        if not smallest and now_bytes > max(CLOSE * budget_bytes, self.halved_bytes):
+            run.micro_batch = run.micro_batch // 2
+            run.max_micro_batch = run.micro_batch
+            self.note(f"{used}: going on with {run.micro_batch} sequences at a time, same batches")
+            # a mark that cannot be cleared stands as high as before: only more than it halves again
             self.peak.clear()
             self.halved_bytes = self.peak.bytes()
-        elif least and now > budget_bytes and not self.told:
+        elif smallest and now_bytes > budget_bytes and not self.told:
             self.told = True
             self.note(
-                f"{now / 1e6:,.0f} MB of {budget_bytes / 1e6:,.0f} MB used with {size} sequences at a time, and fewer "
-                f"cannot be: the budget is not kept; raise runtime.memory_budget to {ceil(now / 1e6)}MB"
+                f"{used} with {size} sequences at a time, and fewer cannot be: the budget is not "
+                f"kept; raise runtime.memory_budget to {ceil(now_bytes / 1e6)}MB"
             )
-        elif size == run.micro < run.most:
-            grown = min(2 * size, run.most)
-            per_row = (
-                max(0, now - self.before_bytes) / size
-            )  # at most: gradients and moments came with the first row
-            if self.memory_plan.bytes_per_row:
-                per_row = min(per_row, DOUBT * self.memory_plan.bytes_per_row)
-            if now + (grown - size) * per_row <= CLOSE * budget_bytes:
-                run.micro = grown
+        elif size == run.micro_batch < run.max_micro_batch:
+            grown = min(2 * size, run.max_micro_batch)
+            # at most: gradients and moments came with the first row
+            bytes_per_row = max(0, now_bytes - self.before_bytes) / size
+            if self.plan.bytes_per_row:
+                bytes_per_row = min(bytes_per_row, DOUBT * self.plan.bytes_per_row)
+            if now_bytes + (grown - size) * bytes_per_row <= CLOSE * budget_bytes:
+                run.micro_batch = grown

@@ -12,72 +12,94 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .optimizer_state import KINDS, SCALE
+from ..config.fit import FitConfig
+from .optimizer_state import SCALE, Moment, new_moment
 
-PIECE = 2**18  # elements whose master and moments are fp32 at a time: 4 MB of workspace
-BETA1, EPSILON = 0.9, 1e-8
+# Elements whose master and moments are fp32 at a time: 4 MB of workspace. A whole number of the
+# blocks that share a scale in 8 bits.
+PIECE = 2**18
+BETA1 = 0.9
+EPSILON = 1e-8
+FIRST = "exp_avg"
+SECOND = "exp_avg_sq"
 
 
 class AdamW:
     """The optimizer of a Task; matrices decay, vectors do not.
 
-    `halved` names the parameters that compute in bf16. Decoupled decay as in 1711.05101.
+    `bf16_params` names the parameters that compute in bf16. Decoupled decay as in 1711.05101.
     """
 
     def __init__(
         self,
-        parameters: dict[str, nn.Parameter],
-        opts,
+        parameters: Mapping[str, nn.Parameter],
+        opts: FitConfig,
         bf16_params: Iterable[str] = (),
         moments: str = "fp32",
     ):
         self.parameters = parameters
-        self.lr, self.beta2, self.weight_decay = opts.lr, opts.beta2, opts.weight_decay
+        self.lr = opts.lr
+        self.beta2 = opts.beta2
+        self.weight_decay = opts.weight_decay
         self.steps = 0
-        self.residual_bits = {name: _halve(parameters[name]) for name in bf16_params}
-        kind = KINDS[moments]
-        self.state = {
-            n: {"exp_avg": kind(p, True), "exp_avg_sq": kind(p, False)}
-            for n, p in parameters.items()
-        }
+        # before the moments are made: an fp32 master goes away as its two halves come
+        self.residual_bits = {name: _round_to_bf16(parameters[name]) for name in bf16_params}
+        self.state: dict[str, dict[str, Moment]] = {}
+        for name, parameter in parameters.items():
+            self.state[name] = {
+                FIRST: new_moment(moments, parameter, signed=True),
+                SECOND: new_moment(moments, parameter, signed=False),
+            }
 
     def norm(self, names: Iterable[str] | None = None) -> float:
-        """Return the norm of the gradients of the named parameters, all by default, summed in fp32."""
-        grads = [self.parameters[name].grad for name in names or self.parameters]
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads if g is not None]
-        return torch.linalg.vector_norm(torch.stack(squares)).item() if squares else 0.0
+        """Return the norm of the gradients of the named parameters, all by default, summed in
+        fp32."""
+        norms = []
+        for name in names or self.parameters:
+            grad = self.parameters[name].grad
+            if grad is not None:
+                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if not norms:
+            return 0.0
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        return total.item()
 
     def step(self, scale: float = 1.0) -> None:
-        """Move every parameter by its gradient times scale, and clear the gradients; count a step."""
-        for name, parameter in self.parameters.items():
+        """Move every parameter by its gradient times scale, and clear the gradients; count a
+        step."""
+        for name in self.parameters:
             self.move(name, scale)
-            parameter.grad.zero_()
+            _grad_of(self.parameters[name]).zero_()
         self.steps += 1
 
     @torch.no_grad()
     def move(self, name: str, scale: float = 1.0) -> None:
         """Move one parameter by its gradient times scale."""
-        parameter, residual_bits, moments = (
-            self.parameters[name],
-            self.residual_bits.get(name),
-            self.state[name].values(),
-        )
-        own, grad, size = parameter.data.view(-1), parameter.grad.view(-1), parameter.numel()
+        parameter = self.parameters[name]
+        values = parameter.data.view(-1)
+        grad = _grad_of(parameter).view(-1)
+        residual_bits = self.residual_bits.get(name)
+        if residual_bits is not None:
+            residual_bits = residual_bits.view(-1)
+        first = self.state[name][FIRST]
+        second = self.state[name][SECOND]
+        # the kernel corrects the moments' bias by the number of this step, the first of which is 1
         count = torch.full((), self.steps + 1.0, device=parameter.device)
+        # norms and biases are vectors: decay would pull them from where they have to be
         decay = self.weight_decay if parameter.ndim >= 2 else 0.0
-        for at in range(0, size, PIECE):
-            piece = slice(at, min(at + PIECE, size))
-            master_P = (
-                own[piece]
-                if residual_bits is None
-                else merge(own[piece], residual_bits.view(-1)[piece])
-            )
-            first_P, second_P = (moment.read(piece) for moment in moments)
+
+        for piece in _pieces(parameter.numel()):
+            master_P = values[piece]
+            if residual_bits is not None:
+                master_P = merge(values[piece], residual_bits[piece])
+            grad_P = grad[piece].to(master_P.dtype) * scale
+            first_P = first.read(piece)
+            second_P = second.read(piece)
             torch._fused_adamw_(
                 [master_P],
-                [grad[piece].to(master_P.dtype) * scale],
+                [grad_P],
                 [first_P],
                 [second_P],
                 [],
@@ -90,98 +112,61 @@ class AdamW:
                 amsgrad=False,
                 maximize=False,
             )
+            # an fp32 master is a view of the parameter, which has moved with it
             if residual_bits is not None:
-                _split(master_P, own[piece], residual_bits.view(-1)[piece])
-            for moment, moment_P in zip(moments, (first_P, second_P), strict=True):
-                moment.write(piece, moment_P)
+                _split(master_P, values[piece], residual_bits[piece])
+            first.write(piece, first_P)
+            second.write(piece, second_P)
 
     def checksum(self, name: str) -> int:
         """Return a number that changes when the master of a parameter does."""
-        restore_fp32 = [
-            self.parameters[name].detach(),
-            *([self.residual_bits[name]] if name in self.residual_bits else []),
-        ]
-        return zlib.crc32(b"".join(zlib.crc32(_raw(t)).to_bytes(4, "big") for t in restore_fp32))
+        halves = [self.parameters[name].detach()]
+        if name in self.residual_bits:
+            halves.append(self.residual_bits[name])
+        sums = b""
+        for half in halves:
+            sums += zlib.crc32(_bytes_of(half)).to_bytes(4, "big")
+        return zlib.crc32(sums)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the moments by kind and name."""
-        return {
-            f"{key}{suffix}/{name}": tensor
-            for name, state in self.state.items()
-            for key, moment in state.items()
-            for suffix, tensor in moment.tensors().items()
-        }
+        found = {}
+        for name, state in self.state.items():
+            for key, moment in state.items():
+                for suffix, tensor in moment.tensors().items():
+                    found[f"{key}{suffix}/{name}"] = tensor
+        return found
 
-    def load(self, kinds: dict[str, dict[str, torch.Tensor]], steps: int) -> None:
+    def load(self, kinds: Mapping[str, Mapping[str, Tensor]], steps: int) -> None:
         """Take what `tensors` yielded, as {kind: {name: tensor}}, after that many steps, however
         moments were kept."""
         self.steps = steps
         for name, state in self.state.items():
             for key, moment in state.items():
-                found = {
-                    end: kinds[key + end][name]
-                    for end in ("", SCALE)
-                    if name in kinds.get(key + end, {})
-                }
-                _take(moment, found, signed=key == "exp_avg")
+                stored = {}
+                for suffix in ("", SCALE):
+                    if name in kinds.get(key + suffix, {}):
+                        stored[suffix] = kinds[key + suffix][name]
+                _load_moment(moment, stored, signed=key == FIRST)
         for name, residual_bits in self.residual_bits.items():
-            residual_bits.copy_(kinds["low"][name])
+            residual_bits.copy_(kinds["residual"][name])
 
     @torch.no_grad()
     def restore_fp32(self) -> None:
         """Put the fp32 masters back into the parameters; no step can follow."""
+        # first the moments go, whose memory the masters need
         self.state = {}
         for name in list(self.residual_bits):
-            parameter, residual_bits = self.parameters[name], self.residual_bits.pop(name)
-            parameter.data = merge(parameter.data.view(-1), residual_bits.view(-1)).view_as(
-                parameter
-            )
+            parameter = self.parameters[name]
+            residual_bits = self.residual_bits.pop(name)
+            master = merge(parameter.data.view(-1), residual_bits.view(-1))
+            parameter.data = master.view_as(parameter)
 
 
-@torch.no_grad()
-def _halve(parameter: nn.Parameter) -> torch.Tensor:
-    """Make an fp32 parameter bf16 in place; return the int16 rest."""
-    master = parameter.data
-    high = torch.empty_like(master, dtype=torch.bfloat16)
-    residual_bits = torch.empty_like(master, dtype=torch.int16)
-    for at in range(0, master.numel(), PIECE):
-        piece = slice(at, at + PIECE)
-        _split(master.view(-1)[piece], high.view(-1)[piece], residual_bits.view(-1)[piece])
-    parameter.data = high
-    return residual_bits
-
-
-def _split(master_P: torch.Tensor, high_P: torch.Tensor, low_P: torch.Tensor) -> None:
-    """Write the bf16 nearest to each fp32 master (halves go up), and the signed difference of their
-    bits."""
-    bits_P = master_P.view(torch.int32)
-    half_P = (bits_P + 0x8000) >> 16
-    high_P.view(torch.int16).copy_(half_P)
-    low_P.copy_(bits_P - (half_P << 16))
-
-
-def _take(moment, stored: Mapping[str, torch.Tensor], signed: bool) -> None:
-    """Fill a moment with what `tensors` of one gave; of another kind it is rounded once."""
-    own = moment.tensors()
-    if own.keys() == stored.keys():
-        for suffix, tensor in own.items():
-            tensor.copy_(stored[suffix])
-        return
-    other = KINDS["int8" if SCALE in stored else "fp32"](moment.kept, signed)
-    _take(other, stored, signed)
-    for at in range(0, other.kept.numel(), PIECE):
-        piece = slice(at, min(at + PIECE, other.kept.numel()))
-        moment.write(piece, other.read(piece))
-
-
-def _raw(tensor: torch.Tensor):
-    """Return a tensor's bytes without copying what is in main memory."""
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def merge(high_P: torch.Tensor, low_P: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 masters again, bit for bit."""
-    bits_P = (high_P.view(torch.int16).to(torch.int32) << 16) + low_P.to(torch.int32)
+def merge(high_P: Tensor, residual_P: Tensor) -> Tensor:
+    """Return the fp32 masters of bf16 numbers and their residual bits again, bit for bit."""
+    high_bits_P = high_P.view(torch.int16).to(torch.int32) << 16
+    bits_P = high_bits_P + residual_P.to(torch.int32)
     return bits_P.view(torch.float32)
 
 
@@ -202,5 +187,62 @@ def gradients_in(
         yield
     finally:
         for parameter in parameters:
+            # in this order: torch refuses a grad_dtype that differs from a gradient's
             parameter.grad = None
             parameter.grad_dtype = parameter.dtype
+
+
+@torch.no_grad()
+def _round_to_bf16(parameter: nn.Parameter) -> Tensor:
+    """Make an fp32 parameter bf16 in place; return the int16 residual bits."""
+    master = parameter.data
+    high = torch.empty_like(master, dtype=torch.bfloat16)
+    residual_bits = torch.empty_like(master, dtype=torch.int16)
+    flat = master.view(-1)
+    flat_high = high.view(-1)
+    flat_residual = residual_bits.view(-1)
+    # in pieces, as the shifted bits of a whole matrix would be two more of its size
+    for piece in _pieces(master.numel()):
+        _split(flat[piece], flat_high[piece], flat_residual[piece])
+    parameter.data = high
+    return residual_bits
+
+
+def _split(master_P: Tensor, high_P: Tensor, residual_P: Tensor) -> None:
+    """Write the bf16 nearest to each fp32 master (halves go up), and the signed difference of their
+    bits."""
+    bits_P = master_P.view(torch.int32)
+    # bf16 is the upper half of fp32: half a unit of its last place is added, the rest cut off
+    rounded_P = (bits_P + 0x8000) >> 16
+    high_P.view(torch.int16).copy_(rounded_P)
+    residual_P.copy_(bits_P - (rounded_P << 16))
+
+
+def _load_moment(moment: Moment, stored: Mapping[str, Tensor], signed: bool) -> None:
+    """Fill a moment with what `tensors` of one gave; of another kind it is rounded once."""
+    own = moment.tensors()
+    if own.keys() == stored.keys():
+        for suffix, tensor in own.items():
+            tensor.copy_(stored[suffix])
+        return
+    other = new_moment("int8" if SCALE in stored else "fp32", moment.kept, signed)
+    _load_moment(other, stored, signed)
+    for piece in _pieces(other.kept.numel()):
+        moment.write(piece, other.read(piece))
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    """Yield slices of at most PIECE elements that make up a tensor of that size."""
+    for start in range(0, size, PIECE):
+        yield slice(start, min(start + PIECE, size))
+
+
+def _grad_of(parameter: nn.Parameter) -> Tensor:
+    """Return a gradient that is there: `gradients_in` or the backward pass has put it there."""
+    assert parameter.grad is not None, "a parameter moves after its backward pass"  # noqa: S101
+    return parameter.grad
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes without copying what is in main memory."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Literal
 
 from ...config.fit import FitConfig
 from ...hardware import device
 from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
-from ...train.flops import JobCost, Shape
+from ...train.flops import JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
-
-# What moves in a training: trunk and feed-forward network, the latter alone, or the gates alone
-Trains = Literal["all", "ffn", "gates"]
 
 # of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
