@@ -1,9 +1,10 @@
 """Runs on rented machines, without knowing who rents them out: modal_app.py wires this to Modal.
 
-The laptop's side reads and checks a command before anything starts, and plans it with its cost; the
-other side does jobs in containers and says of each how it went.
+The client's side, where a command is typed, reads and checks it before anything starts, and plans
+it with its cost; the other side does jobs in containers and says of each how it went.
 """
 
+# modal_app.py takes all of it from here, so that it names no module of this folder.
 from .client import (
     DEFAULT,
     announced,

@@ -1,4 +1,4 @@
-"""The laptop's side of a run elsewhere: read the command, refuse what cannot work, mirror the
+"""The client's side of a run elsewhere: read the command, refuse what cannot work, mirror the
 store, show results.
 
 Everything here happens before a machine is paid for, or after.
@@ -19,19 +19,21 @@ from ..errors import ConfigError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
-from ..run.stages import Addresses
+from ..run.stages import Addresses, is_report
 from ..store.artifacts import Store, check_format
 from .containers import JobResult
 from .prices import Prices, most_gpus
 
 DEFAULT = "config/demo.yaml"
 MOST_BETWEEN_SAVES_S = 300
-FLAGS = {
-    "--config FILE": f"the run, a YAML file on this machine (default {DEFAULT}); see config/",
-    "--override TEXT": 'changes to it, one text: --override "expert.steps=200 router.top_k=1"',
-    "--sequential": "the jobs of a stage one after another in one container, each within runtime.memory_budget;",
-    "": "without it each has a container of its own, as many at once as modal.max_gpus allows",
-}
+HELP_FLAGS = {"--help", "-h"}
+FLAGS_HELP = f"""What the flags below mean:
+  --config FILE            the run, a YAML file on this machine (default {DEFAULT}); see config/
+  --override TEXT          changes to it, one text: --override "expert.steps=200 router.top_k=1"
+  --sequential             the jobs of a stage one after another in one container, each within
+                           runtime.memory_budget; without it each has a container of its own, as
+                           many at once as modal.max_gpus allows
+"""
 
 
 def announced(argv: list[str], environ: Mapping[str, str]) -> RunConfig:
@@ -40,38 +42,46 @@ def announced(argv: list[str], environ: Mapping[str, str]) -> RunConfig:
 
     Raises ConfigError, so that a mistake ends here and not after images have been built.
     """
-    runs = "run" in argv
-    if runs and typed(argv):
-        top = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        top.add_argument("--config", default=DEFAULT)
-        top.add_argument("--override", action="append", default=[])
-        found, _ = top.parse_known_args(argv[1:])
-        if len(found.override) > 1:
-            together = shlex.quote(" ".join(found.override))
-            raise ConfigError(
-                f"--override is given {len(found.override)} times, and Modal passes on only the last: "
-                f"write --override {together}"
-            )
-        return load(found.config, overrides(*found.override))
+    if "run" in argv:
+        # With --help, or imported by a program that has a word like it, no run is meant.
+        return _of_command(argv) if typed(argv) else FfnMoeConfig()
+    # `modal deploy` and `modal serve` pass no flags on.
     path = environ.get("MOLEFORGE_CONFIG")
-    return load(path) if path and not runs else FfnMoeConfig()
+    return load(path) if path else FfnMoeConfig()
+
+
+def _of_command(argv: list[str]) -> RunConfig:
+    """Return the configuration of a `modal run`. Raises ConfigError."""
+    # Modal reads the same flags later, and its own among them, which are left over here.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=DEFAULT)
+    parser.add_argument("--override", action="append", default=[])
+    found, _ = parser.parse_known_args(argv[1:])
+    count = len(found.override)
+    if count > 1:
+        together = shlex.quote(" ".join(found.override))
+        raise ConfigError(
+            f"--override is given {count} times, and Modal passes on only the last: "
+            f"write --override {together}"
+        )
+    return load(found.config, overrides(*found.override))
 
 
 def explain(argv: list[str]) -> str:
     """Return what the flags of an entrypoint mean when help is asked for, which Modal itself does
     not say; else ""."""
-    if "run" not in argv or not {"--help", "-h"} & set(argv):
+    if "run" not in argv or HELP_FLAGS.isdisjoint(argv):
         return ""
-    return "\n".join(
-        ["What the flags below mean:", *(f"  {flag:24} {text}" for flag, text in FLAGS.items()), ""]
-    )
+    return FLAGS_HELP
 
 
 def typed(argv: list[str]) -> bool:
     """Whether this is a command of `modal` that will do something: not an import by another
     program, not --help."""
+    # A script called modal, or the package run by `python -m modal`.
     command = Path(argv[0])
-    return "modal" in (command.stem, command.parent.name) and not {"--help", "-h"} & set(argv)
+    by_modal = "modal" in (command.stem, command.parent.name)
+    return by_modal and HELP_FLAGS.isdisjoint(argv)
 
 
 def overrides(text: str = "") -> tuple[str, ...]:
@@ -87,18 +97,23 @@ def overrides(text: str = "") -> tuple[str, ...]:
 def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
     """Raise ConfigError with everything that cannot work on a machine elsewhere; mount is where its
     store is."""
-    machines = {name: part for name, part in cfg.modal if isinstance(part, MachineConfig)}
-    problems = [
-        problem for name, machine in machines.items() for problem in prices.problems(name, machine)
-    ]
-    for name, machine in machines.items():
-        if most_gpus(machine) > cfg.modal.max_gpus:
+    problems = []
+    max_gpus = cfg.modal.max_gpus
+    # All of them, also of stages that this command leaves out: they can be mended at once.
+    for name, machine in cfg.modal:
+        if not isinstance(machine, MachineConfig):
+            continue
+        problems += prices.problems(name, machine)
+        gpus = most_gpus(machine)
+        if gpus > max_gpus:
+            problems.append(f"modal.{name}.gpu: {gpus} GPUs, but modal.max_gpus is {max_gpus}")
+    for name, path in cfg.paths():
+        if _is_here(path, mount):
             problems.append(
-                f"modal.{name}.gpu: {most_gpus(machine)} GPUs, but modal.max_gpus is {cfg.modal.max_gpus}"
+                f"{name}: {path} is on this machine, where Modal does not see it: "
+                "put it on the volume with `modal volume put moleforge LOCAL /inputs/` "
+                f"and write {mount}/inputs/..., or name a URL"
             )
-    problems += [
-        _not_there(name, path, mount) for name, path in cfg.paths() if _is_here(path, mount)
-    ]
     if cfg.runtime.save_every_s > MOST_BETWEEN_SAVES_S:
         problems.append(
             f"runtime.save_every_s: {cfg.runtime.save_every_s:g} s is what a preemption may cost; "
@@ -110,23 +125,16 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
             "`modal secret create NAME WANDB_API_KEY=...`"
         )
     if problems:
-        raise ConfigError(
-            "this configuration cannot run on Modal:\n"
-            + "\n".join(f"  {line}" for line in problems)
-        )
+        lines = ["this configuration cannot run on Modal:", *problems]
+        raise ConfigError("\n  ".join(lines))
 
 
 def _is_here(path: str, mount: str) -> bool:
     """Whether a path means this machine: not a URL, and not on the volume."""
-    far = "://" in path and not path.startswith(("file://", "local://"))
-    return not far and not PurePosixPath(path).is_relative_to(mount)
-
-
-def _not_there(name: str, path: str, mount: str) -> str:
-    return (
-        f"{name}: {path} is on this machine, where Modal does not see it: put it on the volume with "
-        f"`modal volume put moleforge LOCAL /inputs/` and write {mount}/inputs/..., or name a URL"
-    )
+    # fsspec's two ways to write a local path as a URL.
+    if "://" in path and not path.startswith(("file://", "local://")):
+        return False
+    return not PurePosixPath(path).is_relative_to(mount)
 
 
 def mirror(
@@ -141,51 +149,61 @@ def mirror(
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and
     None. Raises OldStore or NewerStore.
     """
+    # The volume may hold hundreds of runs, and each file read costs a request.
     reachable = set(Addresses(cfg).reachable())
-    wanted = [f"artifacts/{name}/manifest.json" for name in names("artifacts") if name in reachable]
-    wanted += [
-        f"resume/{name}/{slot}/state.json"
-        for name in names("resume")
-        if name in reachable
-        for slot in "ab"
-    ]
+    wanted = []
+    for name in names("artifacts"):
+        if name in reachable:
+            wanted.append(f"artifacts/{name}/manifest.json")
+    for name in names("resume"):
+        if name in reachable:
+            # A checkpoint is written to the slot that the last one is not in.
+            wanted.append(f"resume/{name}/a/state.json")
+            wanted.append(f"resume/{name}/b/state.json")
     mark = read("store.json")
     if mark is not None:
         check_format(int(json.loads(mark)["format"]), "the volume moleforge")
     for path in wanted:
         content = read(path)
         if content is not None:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_bytes(content)
+            copy = root / path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
     return Store(root)
 
 
-def show_results(outcomes: list[JobResult], console: Console) -> None:
+def show_results(results: list[JobResult], console: Console) -> None:
     """Print what every job left, or why it failed: one row each."""
     table = Table(title="results", title_justify="left", title_style="bold")
-    for name in ("artifact", "state", "MB", "seconds", "what came out"):
-        table.add_column(
-            name, justify="right" if name in ("MB", "seconds") else "left", overflow="fold"
+    table.add_column("artifact", overflow="fold")
+    table.add_column("state", overflow="fold")
+    table.add_column("MB", justify="right", overflow="fold")
+    table.add_column("seconds", justify="right", overflow="fold")
+    table.add_column("what came out", overflow="fold")
+    for result in results:
+        if result.error:
+            table.add_row(result.address, result.state, "", "", result.error)
+            continue
+        table.add_row(
+            result.address,
+            result.state,
+            f"{result.bytes / 1e6:.1f}",
+            f"{result.seconds:.0f}",
+            figures(result.metrics),
         )
-    for each in outcomes:
-        size, seconds = (
-            (f"{each.bytes / 1e6:.1f}", f"{each.seconds:.0f}") if not each.error else ("", "")
-        )
-        table.add_row(each.address, each.state, size, seconds, each.error or figures(each.metrics))
     console.print(table)
 
 
 def show_report(
-    outcomes: list[JobResult], read: Callable[[str], bytes | None], console: Console
+    results: list[JobResult], read: Callable[[str], bytes | None], console: Console
 ) -> None:
     """Print the report's tables when there is a report among the results."""
+    # Only here, as it takes time that no other command has to wait for.
     from .. import report
 
-    for each in outcomes:
-        content = (
-            read(f"artifacts/{each.address}/report.json")
-            if each.stage == "evaluate" and not each.error
-            else None
-        )
+    for result in results:
+        if result.error or not is_report(result.stage):
+            continue
+        content = read(f"artifacts/{result.address}/report.json")
         if content:
             report.show(report.read(content), console)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.machines import MachineConfig
-from ..config.run import RunConfig
+from ..config.run import JobKey, RunConfig
 from ..errors import BudgetError, ConfigError, MissingArtifact
 from ..run.dry_run import ASSUMED_MFU, duration, plan
 from ..run.job import done
@@ -32,9 +32,8 @@ class JobEstimate:
     state: str  # done, at step n, to do
     machine: MachineConfig
     tokens: int | None
-    seconds: (
-        float | None
-    )  # None: not training, or not known before preprocess has counted the tokens
+    # None: not training, or not known before preprocess has counted the tokens
+    seconds: float | None
     usd: float | None
     trains: bool
     peak_bytes: int | None = None  # predicted, above the level after imports
@@ -49,70 +48,99 @@ def estimate(
     """
     planned = {entry.address: entry for entry in plan(cfg, store)}
     addresses = Addresses(cfg)
-    lines = []
+    estimates = []
     for stage in wanted:
         for _, item, address in addresses.jobs(stage):
             machine = cfg.machine(stage)
-            entry, finished = planned.get(address), done(addresses, stage, item, store)
-            if (
-                entry and entry.refused and not machine.gpu
-            ):  # a prediction of main memory says nothing about a GPU
+            entry = planned.get(address)
+            finished = done(addresses, stage, item, store)
+            # A stage outside the run, such as deploy, is in no plan, and trains nothing.
+            if entry is None:
+                state = "done" if finished else "to do"
+                none = JobEstimate(stage, address, state, machine, None, None, None, False)
+                estimates.append(none)
+                continue
+            # The prediction is of main memory and says nothing about a GPU's.
+            if entry.refused and not machine.gpu:
                 raise BudgetError(entry.refused)
-            job, state = (
-                (entry.job, entry.state) if entry else (None, "done" if finished else "to do")
-            )
+            job = entry.job
             seconds = None
-            if job and job.flops is not None:
-                seconds = (
-                    0.0
-                    if finished
-                    else STARTUP_S + job.flops / _flops_per_s(machine, store, prices)
-                )
-            usd = None if seconds is None else seconds * prices.usd_per_s(machine)
-            tokens, peak = (job.tokens, job.peak_bytes) if job else (None, None)
-            lines.append(
+            if job is not None and job.flops is not None:
+                rate = _flops_per_s(machine, store, prices)
+                seconds = 0.0 if finished else STARTUP_S + job.flops / rate
+            estimates.append(
                 JobEstimate(
-                    stage, address, state, machine, tokens, seconds, usd, job is not None, peak
+                    stage,
+                    address,
+                    entry.state,
+                    machine,
+                    tokens=job.tokens if job else None,
+                    seconds=seconds,
+                    usd=None if seconds is None else seconds * prices.usd_per_s(machine),
+                    trains=job is not None,
+                    peak_bytes=job.peak_bytes if job else None,
                 )
             )
-    return lines
+    return estimates
 
 
 def _flops_per_s(machine: MachineConfig, store: Store, prices: Prices) -> float:
     """Return the median rate of finished jobs on such a machine, else a share of its peak."""
-    made = (store.manifest(address) for address in store.addresses() if store.has(address))
-    rates = sorted(rate for rate in (_rate(manifest, machine) for manifest in made) if rate)
-    return rates[len(rates) // 2] if rates else ASSUMED_MFU * prices.flops_per_s(machine)
+    rates = []
+    for address in store.addresses():
+        if store.has(address):
+            rate = _rate(store.manifest(address), machine)
+            if rate:
+                rates.append(rate)
+    if not rates:
+        return ASSUMED_MFU * prices.flops_per_s(machine)
+    # The median: a job that was preempted, or shared its machine, is not the measure.
+    rates.sort()
+    return rates[len(rates) // 2]
 
 
 def _rate(manifest: Manifest, machine: MachineConfig) -> float | None:
     """Return the operations per second a job reached, None when it trained nothing or on something
     else."""
     found = manifest.made.get("machine") or {}
-    speed = (manifest.metrics.get("tokens_per_s") or 0) * manifest.metrics.get("flops_per_token", 0)
+    gpu = found.get("gpu") or ""
+    tokens_per_s = manifest.metrics.get("tokens_per_s") or 0
+    rate = tokens_per_s * manifest.metrics.get("flops_per_token", 0)
     if machine.gpu:
-        kind = split(machine.gpu[0])[0].rstrip("!").split("-")[0]
-        return speed if kind in (found.get("gpu") or "").upper() else None
-    return None if found.get("gpu") else speed / found.get("threads", 1) * machine.cpu
+        # A100-80GB! as asked for is NVIDIA A100-SXM4-80GB as found: the first part is in both.
+        asked, _ = split(machine.gpu[0])
+        kind = asked.rstrip("!").partition("-")[0]
+        return rate if kind in gpu.upper() else None
+    if gpu:
+        return None
+    # Processors differ in cores more than in what a core does.
+    return rate / found.get("threads", 1) * machine.cpu
 
 
-def refuse_above(cfg: RunConfig, lines: list[JobEstimate]) -> None:
+def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:
     """Raise ConfigError when the estimate is above modal.max_cost_usd, or unknown while there is
     such a limit."""
     limit_usd = cfg.modal.max_cost_usd
     if limit_usd is None:
         return
-    if any(line.trains and line.usd is None for line in lines):
+    if any(each.trains and each.usd is None for each in estimates):
         raise ConfigError(
-            f"modal.max_cost_usd is {limit_usd:.2f}, and a duration in epochs cannot be priced before the tokens are "
-            "counted: run preprocess first, then this command again, or give tokens or steps"
+            f"modal.max_cost_usd is {limit_usd:.2f}, and a duration in epochs cannot be priced "
+            "before the tokens are counted: run preprocess first, then this command again, or "
+            "give tokens or steps"
         )
-    total_usd = sum(line.usd or 0.0 for line in lines)
+    total_usd = _total_usd(estimates)
     if total_usd > limit_usd:
         raise ConfigError(
-            f"this command is estimated at ${total_usd:.2f}, above modal.max_cost_usd {limit_usd:.2f}: train less, "
-            "choose cheaper GPUs (modal.<stage>.gpu), or raise the limit; nothing was started"
+            f"this command is estimated at ${total_usd:.2f}, above modal.max_cost_usd "
+            f"{limit_usd:.2f}: train less, choose cheaper GPUs (modal.<stage>.gpu), or raise the "
+            "limit; nothing was started"
         )
+
+
+def _total_usd(estimates: list[JobEstimate]) -> float:
+    """Return the cost of what is known."""
+    return sum(each.usd or 0.0 for each in estimates)
 
 
 def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store) -> None:
@@ -120,69 +148,89 @@ def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store)
     no cost so far."""
     addresses = Addresses(cfg)
     for stage in wanted:
-        missing = [item for item in cfg.items(stage) if not done(addresses, stage, item, store)]
-        needs = dict.fromkeys(
-            need for item in missing for need in cfg.needs(stage, item) if need[0] not in wanted
-        )
-        absent = [need for need in needs if not store.has(addresses.of(*need))]
+        # In a dict, as experts need the same trunk; its order is that of the stages.
+        needs: dict[JobKey, None] = {}
+        for item in cfg.items(stage):
+            if not done(addresses, stage, item, store):
+                needs |= dict.fromkeys(cfg.needs(stage, item))
+        absent = []
+        for need in needs:
+            made_here = need[0] in wanted
+            if not made_here and not store.has(addresses.of(*need)):
+                absent.append(need)
         if absent:
-            first = " and ".join(f"`modal run modal_app.py::{each}`" for each in dict(absent))
+            names = ", ".join(label(*need) for need in absent)
+            commands = [f"`modal run modal_app.py::{each}`" for each in dict(absent)]
             raise MissingArtifact(
-                f"{stage} needs {', '.join(label(*need) for need in absent)} of this configuration, not on the "
-                f"volume yet: do {first} first, or all with `modal run modal_app.py::run_all`; nothing was started"
+                f"{stage} needs {names} of this configuration, not on the volume yet: "
+                f"do {' and '.join(commands)} first, or all with "
+                "`modal run modal_app.py::run_all`; nothing was started"
             )
 
 
 def show_estimate(
-    cfg: RunConfig, lines: list[JobEstimate], prices: Prices, sequential: bool, console: Console
+    cfg: RunConfig,
+    estimates: list[JobEstimate],
+    prices: Prices,
+    sequential: bool,
+    console: Console,
 ) -> None:
     """Print the jobs as a table, then time and cost together."""
     table = Table(title=f"plan of {cfg.name} on Modal", title_justify="left", title_style="bold")
-    for name in ("job", "state", "where", "tokens", "memory", "time", "US$"):
-        table.add_column(
-            name, justify="left" if name in ("job", "state", "where") else "right", overflow="fold"
-        )
-    for line in lines:
-        table.add_row(line.address, line.state, _where(cfg, line), *_cells(line))
+    for name in ("job", "state", "where"):
+        table.add_column(name, justify="left", overflow="fold")
+    for name in ("tokens", "memory", "time", "US$"):
+        table.add_column(name, justify="right", overflow="fold")
+    for each in estimates:
+        table.add_row(each.address, each.state, _where(cfg, each), *_cells(each))
     console.print(table)
-    if not any(line.trains for line in lines):
+    training = [each for each in estimates if each.trains]
+    if not training:
         console.print("nothing to train, so no estimate of time and cost", highlight=False)
         return
-    least = "at least " if any(line.trains and line.seconds is None for line in lines) else ""
-    wall_s = sum(
-        _wall_s(cfg, stage, lines, sequential)
-        for stage in dict.fromkeys(line.stage for line in lines)
-    )
-    total_usd = sum(line.usd or 0.0 for line in lines)
+    unknown = any(each.seconds is None for each in training)
+    least = "at least " if unknown else ""
+    wall_s = 0.0
+    # Stages wait for each other, the jobs of one do not.
+    for stage in dict.fromkeys(each.stage for each in estimates):
+        wall_s += _wall_s(cfg, stage, estimates, sequential)
+    total_usd = _total_usd(estimates)
     console.print(
-        f"to train: {least}{duration(wall_s)}, {least}${total_usd:.2f} (estimates, with prices of {prices.checked}; "
-        "what does not train comes on top)",
+        f"to train: {least}{duration(wall_s)}, {least}${total_usd:.2f} (estimates, with prices of "
+        f"{prices.checked}; what does not train comes on top)",
         highlight=False,
     )
 
 
-def _wall_s(cfg: RunConfig, stage: str, lines: list[JobEstimate], sequential: bool) -> float:
+def _wall_s(cfg: RunConfig, stage: str, estimates: list[JobEstimate], sequential: bool) -> float:
     """Return how long a stage takes: side by side as far as modal.max_gpus allows, or one job after
     another."""
-    seconds = [line.seconds for line in lines if line.stage == stage and line.seconds]
+    seconds = [each.seconds for each in estimates if each.stage == stage and each.seconds]
     if not seconds:
         return 0.0
-    at_once = 1 if sequential else max(1, cfg.modal.max_gpus // most_gpus(cfg.machine(stage)))
+    at_once = 1
+    if not sequential:
+        gpus = most_gpus(cfg.machine(stage))
+        at_once = max(1, cfg.modal.max_gpus // gpus)
+    # No shorter than its longest job, however many containers there are.
     return max(max(seconds), math.fsum(seconds) / at_once)
 
 
-def _where(cfg: RunConfig, line: JobEstimate) -> str:
-    divided = any(row.step_of == line.stage for row in cfg.stages.values())
-    jobs = cfg.modal.preprocess_jobs
-    shared = f"up to {jobs} x " if divided and jobs > 1 else ""
-    return shared + (" or ".join(line.machine.gpu) or f"{line.machine.cpu:g} cores")
+def _where(cfg: RunConfig, job: JobEstimate) -> str:
+    """Return what a job's container has, and of how many containers it may be."""
+    machine = " or ".join(job.machine.gpu) or f"{job.machine.cpu:g} cores"
+    containers = cfg.modal.preprocess_jobs
+    divided = any(row.step_of == job.stage for row in cfg.stages.values())
+    if divided and containers > 1:
+        return f"up to {containers} x {machine}"
+    return machine
 
 
-def _cells(line: JobEstimate) -> tuple[str, str, str, str]:
+def _cells(job: JobEstimate) -> tuple[str, str, str, str]:
     """Return tokens, memory, time and price of a job that trains."""
-    if not line.trains or line.state == "done":
+    if not job.trains or job.state == "done" or job.peak_bytes is None:
         return "", "", "", ""
-    memory = f"{line.peak_bytes / 1e6:,.0f} MB"
-    if line.seconds is None:
+    memory = f"{job.peak_bytes / 1e6:,.0f} MB"
+    if job.seconds is None:
         return "after preprocess", memory, "?", "?"
-    return f"{line.tokens:,}", memory, duration(line.seconds), f"{line.usd:.2f}"
+    return f"{job.tokens:,}", memory, duration(job.seconds), f"{job.usd:.2f}"

@@ -36,7 +36,9 @@ class Prices:
         try:
             raw = read(path)
             gpus = {name: Gpu(**row) for name, row in raw.pop("gpus").items()}
-            return cls(checked=str(raw.pop("checked")), gpus=gpus, **raw)
+            # YAML reads a date as one.
+            checked = str(raw.pop("checked"))
+            return cls(checked=checked, gpus=gpus, **raw)
         except (ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is not a price table: {error}; restore the one that came with MoleForge"
@@ -44,18 +46,22 @@ class Prices:
 
     def usd_per_s(self, machine: MachineConfig) -> float:
         """Return the price of a container, with the dearest of the GPUs that it may get."""
-        gpus = [self.gpus[name].usd_per_s * count for name, count in map(split, machine.gpu)]
+        gpus = 0.0
+        for text in machine.gpu:
+            kind, count = split(text)
+            gpus = max(gpus, self.gpus[kind].usd_per_s * count)
+        cpu = machine.cpu * self.cpu_core_usd_per_s
         memory = machine.memory_mb / MIB_PER_GIB * self.memory_gib_usd_per_s
-        return max(gpus, default=0.0) + machine.cpu * self.cpu_core_usd_per_s + memory
+        return gpus + cpu + memory
 
     def flops_per_s(self, machine: MachineConfig) -> float:
         """Return the peak rate of a container with the first GPU it asks for; only one of several
         trains."""
-        tflops = (
-            self.gpus[split(machine.gpu[0])[0]].tflops
-            if machine.gpu
-            else machine.cpu * self.cpu_core_tflops
-        )
+        if machine.gpu:
+            kind, _ = split(machine.gpu[0])
+            tflops = self.gpus[kind].tflops
+        else:
+            tflops = machine.cpu * self.cpu_core_tflops
         return tflops * 1e12
 
     def problems(self, name: str, machine: MachineConfig) -> list[str]:
@@ -64,22 +70,34 @@ class Prices:
         for text in machine.gpu:
             kind, count = split(text)
             if kind not in self.gpus:
+                known = ", ".join(self.gpus)
                 found.append(
-                    f"modal.{name}.gpu: no such GPU {text}; there are {', '.join(self.gpus)}, `:2` for two"
+                    f"modal.{name}.gpu: no such GPU {text}; there are {known}, `:2` for two"
                 )
-            elif not 1 <= count <= self.gpus[kind].most:
+                continue
+            most = self.gpus[kind].most
+            if not 1 <= count <= most:
                 found.append(
-                    f"modal.{name}.gpu: {text} asks for {count} of 1 to {self.gpus[kind].most} per container"
+                    f"modal.{name}.gpu: {text} asks for {count} of 1 to {most} per container"
                 )
         return found
 
 
 def split(text: str) -> tuple[str, int]:
     """Return (kind, count) of a GPU as written; a count that is no number is 0."""
+    # Modal takes names in any case.
     kind, colon, count = text.upper().partition(":")
-    return kind, int(count) if count.isdecimal() else int(not colon)
+    if count.isdecimal():
+        return kind, int(count)
+    # 0 is refused by the check, as there is no default that a wrong count could mean.
+    return kind, 0 if colon else 1
 
 
 def most_gpus(machine: MachineConfig) -> int:
-    """Return how many GPUs one container may take; at least 1, so that limits can be divided by it."""
-    return max((split(text)[1] for text in machine.gpu), default=1) or 1
+    """Return how many GPUs one container may take; at least 1, so that limits can be divided by
+    it."""
+    most = 1
+    for text in machine.gpu:
+        _, count = split(text)
+        most = max(most, count)
+    return most
