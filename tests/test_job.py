@@ -1,0 +1,176 @@
+"""One job: what it opens, what it writes down, and the errors it sends to whoever typed a command."""
+
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fakes import told
+
+from pipeline import errors
+from pipeline.cloud import ModalEdge
+from pipeline.config.run import RunConfig
+from pipeline.families.load import load
+from pipeline.protocols import quiet
+from pipeline.run import stages
+from pipeline.run.advice import sentence
+from pipeline.run.context import StoredParts
+from pipeline.run.job import run_job
+from pipeline.store import artifacts
+from pipeline.store.artifacts import Manifest, Store, inventory
+from tests import small_stack
+
+
+@pytest.fixture(scope="module")
+def runs(bundled, tmp_path_factory):
+    """{family: (configuration, store)} with everything up to the report, and the report too."""
+    path, store_path, _ = bundled
+    copy = shutil.copytree(store_path, tmp_path_factory.mktemp("ffn") / "store")
+    adapters = stored(tmp_path_factory.mktemp("lora"))
+    run_job("evaluate", *adapters, progress=quiet)
+    return {"ffn_moe": (load(path), Store(copy)), "lora_vlm": adapters}
+
+
+def stored(folder):
+    """Return (configuration, store) of a small run of adapters, put into a store by hand."""
+    cfg, parts = small_stack.run(folder / "parts")
+    store, addresses = Store(folder / "store").open(), stages.Addresses(cfg)
+    for stage in stages.RUN:
+        for _, item, address in addresses.jobs(stage) if stage != "evaluate" else ():
+            shutil.copytree(parts.folder(stage, item), store.folder(address))
+            needs = [addresses.of(*need) for need in cfg.needs(stage, item)]
+            inputs = {need: store.manifest(need).digest for need in needs}
+            files = inventory(store.folder(address))
+            store.finish(Manifest(address, stage, item, inputs, files, {"seconds": 1.5}))
+    return cfg, store
+
+
+class Counted:
+    """How often a job reads a manifest, hashes a file, opens tensors and computes an address."""
+
+    def __init__(self, patch):
+        self.manifests, self.hashed, self.opened, self.addresses = (Counter() for _ in range(4))
+        self._count(patch, Store, "manifest", self.manifests, lambda _store, address: address)
+        self._count(patch, artifacts, "sha256", self.hashed, lambda path: path)
+        self._count(patch, artifacts, "load_tensors", self.opened, lambda path: path)
+        self._count(patch, RunConfig, "content", self.addresses, lambda _cfg, *job: job)
+
+    @staticmethod
+    def _count(patch, owner, name, counter, key):
+        real = getattr(owner, name)
+
+        def counted(*args):
+            counter[key(*args)] += 1
+            return real(*args)
+
+        patch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "deploy"])
+@pytest.mark.parametrize("family", ["ffn_moe", "lora_vlm"])
+def test_a_job_reads_and_hashes_each_input_once(runs, monkeypatch, family, stage):
+    cfg, store = runs[family]
+    address = stages.address(cfg, stage)
+    shutil.rmtree(store.folder(address), ignore_errors=True)
+    counted = Counted(monkeypatch)
+    run_job(stage, cfg, store, progress=quiet)
+    inputs = {need: cfg.items(need) for need in cfg.stages[stage].needs}
+    jobs = {(need, item) for need, items in inputs.items() for item in items}
+    assert jobs | {(stage, None)} <= counted.addresses.keys()
+    assert set(counted.addresses.values()) == {1}
+    assert set(counted.manifests.values()) == {1}
+    # What the job writes itself is hashed once too, in its inventory
+    assert counted.hashed and set(counted.hashed.values()) == {1}
+
+
+def test_the_trunk_is_opened_once_by_the_evaluation(runs, monkeypatch):
+    cfg, store = runs["ffn_moe"]
+    shutil.rmtree(store.folder(stages.address(cfg, "evaluate")))
+    counted = Counted(monkeypatch)
+    run_job("evaluate", cfg, store, progress=quiet)
+    opened = Counter({path.name: count for path, count in counted.opened.items()})
+    assert opened["trunk.safetensors"] == opened["dummy.safetensors"] == 1
+    assert opened["router.safetensors"] == opened["expert.safetensors"] == 1
+
+
+def test_parts_keep_no_tensors_alive(runs):
+    import gc
+    import weakref
+
+    cfg, store = runs["ffn_moe"]
+    parts = StoredParts(cfg, store)
+    tensors = parts.tensors("train_shared", "trunk.safetensors")
+    kept = [weakref.ref(tensor) for tensor in tensors.values()]
+    del tensors
+    gc.collect()
+    assert [ref for ref in kept if ref() is not None] == []
+
+
+ERRORS = [
+    errors.MissingArtifact("a is not here", address="a", stages=("preprocess",)),
+    errors.DamagedArtifact("b is torn", remove=Path("/store/artifacts/b")),
+    errors.MismatchError("c is of d", remove=Path("/store/artifacts/c"), stage="train_experts"),
+    errors.DiskFull("no room for e", in_store=True),
+    errors.OldStore("/store is old", root=Path("/store")),
+    errors.NewerStore("/store is new", root=Path("/store"), remedy="update MoleForge"),
+    errors.JobsFailed("evaluate", (None,), {None: errors.DataError("no rows")}),
+]
+# What the command line and Modal say of each
+SENTENCES = {
+    "MissingArtifact": (
+        "a is not here: run `python -m pipeline preprocess` with this configuration first",
+        "a is not here: run `modal run modal_app.py::preprocess` with this configuration first",
+    ),
+    "DamagedArtifact": (
+        "b is torn; remove /store/artifacts/b and run the same command to make it again",
+        "b is torn; type `modal volume rm -r moleforge artifacts/b` and run the same command to "
+        "make it again",
+    ),
+    "MismatchError": (
+        "c is of d: remove /store/artifacts/c and run `python -m pipeline train_experts` again",
+        "c is of d: type `modal volume rm -r moleforge artifacts/c` and run "
+        "`modal run modal_app.py::train_experts` again",
+    ),
+    "DiskFull": (
+        "no room for e. What was finished is kept: make room (`python -m pipeline prune` lists "
+        "artifacts that no configuration uses) or choose another directory with --store, then run "
+        "the same command again",
+        "no room for e. What was finished is kept: make room (`modal volume rm -r moleforge "
+        "artifacts/NAME` removes what is not needed), then run the same command again",
+    ),
+    "OldStore": (
+        "/store is old; choose another directory with --store",
+        "/store is old; type `modal volume rename moleforge NAME`, and the next command makes a "
+        "new one",
+    ),
+    "NewerStore": (
+        "/store is new; update MoleForge, or choose another directory with --store",
+        "/store is new; update MoleForge, or type `modal volume rename moleforge NAME`, and the "
+        "next command makes a new one",
+    ),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_travels_between_processes_with_its_fields(error):
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert told(again) == told(error)
+    assert again.__dict__.keys() == error.__dict__.keys()
+
+
+@pytest.mark.parametrize("error", ERRORS[:-1], ids=lambda error: type(error).__name__)
+def test_each_edge_says_what_to_type_there(error):
+    here, far = SENTENCES[type(error).__name__]
+    assert told(error) == here
+    assert sentence(error, ModalEdge(Path("/store"))) == far
+    assert "`" not in str(error)
+
+
+def test_a_stage_without_steps_or_jobs_of_another_family_is_nothing(runs):
+    cfg, _ = runs["lora_vlm"]
+    assert cfg.items("train_dense") == cfg.items("preprocess_scan") == ()
+    assert runs["ffn_moe"][0].items("preprocess_scan") == ()
+    assert list(stages.STEPS) == ["preprocess_scan", "preprocess_encode"]
