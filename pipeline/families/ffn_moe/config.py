@@ -10,7 +10,7 @@ from ...config.base import Name, Section, Share, not_hashed
 from ...config.fit import FitConfig
 from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
-from .stages import BASELINE_READS, STAGES
+from .stages import BASELINE_READS, FROM_ZERO, STAGES
 
 
 class TrunkConfig(FitConfig):
@@ -39,6 +39,7 @@ class TrunkConfig(FitConfig):
     mixture: Literal["natural", "equal"] = Field(
         "natural", description="Share of domains in a batch: by size, or equal"
     )
+    # Of the stack and not of the trunk: a trunk serves both, so its address holds neither
     anchor: Literal["discard", "keep"] = not_hashed(
         "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
     )
@@ -51,6 +52,7 @@ class TrunkConfig(FitConfig):
             )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        # The rotary embedding turns pairs of a head's numbers
         if (self.head_dim or self.d_model // self.heads) % 2:
             raise ValueError("the width of a head must be even (rotary embedding)")
         return self
@@ -76,6 +78,7 @@ class ExpertConfig(FitConfig):
     statistics_tokens: int = Field(
         65_536, ge=1, description="Own tokens summed into the expert's router statistics"
     )
+    # An expert does not depend on which others there are: one can be added without training again
     domains: tuple[Name, ...] | None = not_hashed(
         None, "Domains that get an expert, in order; none: all"
     )
@@ -90,7 +93,8 @@ class TemperatureConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="Length of the ramp in passes over the training tokens; none: all of router training",
+        description="Length of the ramp in passes over the training tokens; none: all of router "
+        "training",
     )
 
 
@@ -99,8 +103,8 @@ class RouterConfig(FitConfig):
 
     init: Literal["uniform", "random", "centroid", "ridge", "rows"] = Field(
         "ridge",
-        description="Gate rows before training: zeros, random, mean input, closed form (DUME), or the coordinated "
-        "experts' own rows (FlexOlmo)",
+        description="Gate rows before training: zeros, random, mean input, closed form (DUME), or "
+        "the coordinated experts' own rows (FlexOlmo)",
     )
     ridge_lambda: float = Field(
         1e-2, gt=0, description="Ridge penalty relative to the mean squared input"
@@ -108,7 +112,8 @@ class RouterConfig(FitConfig):
     margin: float = Field(
         4.0,
         gt=0,
-        description="Mean lead of a domain's own expert in gate logits after centroid or ridge, nats",
+        description="Mean lead of a domain's own expert in gate logits after centroid or ridge, "
+        "nats",
     )
     top_k: int = Field(2, ge=1, description="Experts that run per token")
     temperature: TemperatureConfig = Field(
@@ -116,7 +121,8 @@ class RouterConfig(FitConfig):
     )
     balance: Literal["none", "aux", "bias"] = Field(
         "none",
-        description="Load balance: none, auxiliary loss (Switch, divided by k), or selection bias (aux-loss-free)",
+        description="Load balance: none, auxiliary loss (Switch, divided by k), or selection bias "
+        "(aux-loss-free)",
     )
     balance_weight: float = Field(
         1e-2, ge=0, description="Weight of the auxiliary loss, or step of the bias"
@@ -135,7 +141,8 @@ class RouterConfig(FitConfig):
     def _one_forward_pass(self) -> Self:
         if self.checkpointing:
             raise ValueError(
-                "checkpointing: the gates count the tokens of every forward pass, so none is made twice"
+                "checkpointing: the gates count the tokens of every forward pass, so none is made "
+                "twice"
             )
         return self
 
@@ -145,8 +152,9 @@ class DenseConfig(Section):
 
     baselines: tuple[Literal["total", "path", "ffn", "wide", "scratch"], ...] = not_hashed(
         ("total", "path", "ffn", "wide"),
-        "total: trunk continued, same total tokens; path: trunk continued, tokens of one expert's path; ffn: total, "
-        "but only its FFN trains; wide: same active parameters, from zero; scratch: total, from zero",
+        "total: trunk continued, same total tokens; path: trunk continued, tokens of one expert's "
+        "path; ffn: total, but only its FFN trains; wide: same active parameters, from zero; "
+        "scratch: total, from zero",
     )
     lr: float | None = Field(
         None, gt=0, description="Peak learning rate of continued baselines; none: expert.lr"
@@ -195,25 +203,26 @@ class FfnMoeConfig(TextRunConfig):
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
         if self.data.source == "files":
-            yield from (("data.files", path) for entry in self.data.files for path in entry.paths)
+            for entry in self.data.files:
+                for path in entry.paths:
+                    yield "data.files", path
         if self.deploy.upload:
             yield "deploy.upload", self.deploy.upload
-        for name, value in (
-            ("tokenizer.pretrained", self.tokenizer.pretrained),
-            ("trunk.init", self.trunk.init),
-        ):
-            if value and (
-                Path(value).exists() or value.startswith(("/", "."))
-            ):  # else a name on the Hub
+        named = {"tokenizer.pretrained": self.tokenizer.pretrained, "trunk.init": self.trunk.init}
+        for name, value in named.items():
+            # What is neither there nor written as a path is a name on the Hub
+            if value and (Path(value).exists() or value.startswith(("/", "."))):
                 yield name, value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        # All at once: whoever mends one should not meet the next one only then
         problems = [*_unknown_domains(self), *_durations(self), *_pretrained(self)]
         if self.router.init == "rows" and not self.expert.coordinate:
             problems.append(
                 "router.init: rows are learned by coordinated experts; set expert.coordinate: true"
             )
+        # A kept anchor is an expert too
         slots = len(self.experts) + (self.trunk.anchor == "keep")
         if self.router.top_k > slots:
             problems.append(
@@ -225,39 +234,53 @@ class FfnMoeConfig(TextRunConfig):
 
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
-    known, out = cfg.partition.names, []
-    for key in ("trunk", "expert"):
-        wanted = getattr(cfg, key).domains or ()
-        strange = [d for d in wanted if d not in known]
-        if strange:
+    known = cfg.partition.names
+    given = {"trunk": cfg.trunk.domains, "expert": cfg.expert.domains}
+    out = []
+    for key, domains in given.items():
+        wanted = domains or ()
+        unknown = [domain for domain in wanted if domain not in known]
+        if unknown:
             out.append(
-                f"{key}.domains: no such domain {', '.join(strange)}; partition has {', '.join(known)}"
+                f"{key}.domains: no such domain {', '.join(unknown)}; partition has "
+                f"{', '.join(known)}"
             )
         if len(set(wanted)) < len(wanted):
             out.append(f"{key}.domains: a domain is named twice")
     if len(cfg.experts) > len(known):
         out.append(
-            f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} domains"
+            f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} "
+            "domains"
         )
     return out
 
 
 def _durations(cfg: FfnMoeConfig) -> list[str]:
-    sections = {key: getattr(cfg, key) for key in ("trunk", "expert", "router")}
-    return [
-        f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens"
-        for key, fit in sections.items()
-        if fit.steps is fit.epochs is fit.tokens is None
-    ]
+    sections: dict[str, FitConfig] = {
+        "trunk": cfg.trunk,
+        "expert": cfg.expert,
+        "router": cfg.router,
+    }
+    out = []
+    for key, fit in sections.items():
+        # FitConfig refuses two of them; that there is one is asked here, of the whole
+        if fit.steps is None and fit.epochs is None and fit.tokens is None:
+            out.append(f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens")
+    return out
 
 
 def _pretrained(cfg: FfnMoeConfig) -> list[str]:
-    if cfg.trunk.init and not cfg.tokenizer.pretrained:
+    if not cfg.trunk.init:
+        return []
+    if not cfg.tokenizer.pretrained:
         return [
-            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own tokenizer; name it here"
+            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own tokenizer; name "
+            "it here"
         ]
-    fresh = sorted({"wide", "scratch"} & set(cfg.dense.baselines)) if cfg.trunk.init else []
-    return [
-        f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out"
-        for name in fresh
-    ]
+    out = []
+    for name in sorted(FROM_ZERO):
+        if name in cfg.dense.baselines:
+            out.append(
+                f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out"
+            )
+    return out

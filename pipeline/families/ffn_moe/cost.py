@@ -9,13 +9,13 @@ from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
 from ...train.flops import JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
+from .stages import FROM_ZERO
 
 # of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
 INT8_BYTES = 5_000_000  # code of the library that keeps 8-bit moments
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 MOST_FRAGMENTS_BYTES = 155_000_000  # and as much as there are activations, up to this
-FROM_ZERO = ("wide", "scratch")  # dense baselines that do not continue the trunk
 
 
 def stage_tokens(

@@ -33,7 +33,7 @@ from ...store.artifacts import now
 from ...train.flops import Shape
 from .. import Parts
 from .config import FfnMoeConfig
-from .cost import FROM_ZERO, stage_tokens
+from .cost import stage_tokens
 from .criteria import criteria, notes, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import (
@@ -47,6 +47,7 @@ from .parts import (
     training_tokens,
 )
 from .stack import FfnStack, join
+from .stages import FROM_ZERO
 
 AXES = {
     "total": "same total tokens",

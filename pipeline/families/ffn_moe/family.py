@@ -48,6 +48,7 @@ def cost(
 
     None for a pretrained trunk that is not on this machine yet.
     """
+    # Nothing is opened for an estimate: what preprocess has counted stands in its metrics
     prepared = made.get(("preprocess", None))
     tokens = prepared["tokens"]["train"] if prepared else None
     return ffn_cost.cost(cfg, stage, item, tokens, bf16)
@@ -55,6 +56,7 @@ def cost(
 
 def measure(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
     """Return the report; see evaluate."""
+    # Here, as no training needs what the report brings along
     from .evaluate import tables
 
     return tables(cfg, parts, progress)

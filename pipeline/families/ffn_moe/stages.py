@@ -15,8 +15,12 @@ BASELINE_READS: dict[str | None, tuple[str, ...]] = {
 }
 
 
+# Dense baselines that do not continue the trunk
+FROM_ZERO = ("wide", "scratch")
+
+
 def _dense_settings(item: str | None) -> str:
-    return "trunk" if "trunk" in BASELINE_READS[item] else "expert"
+    return "trunk" if item in FROM_ZERO else "expert"
 
 
 STAGES = table(

@@ -26,7 +26,7 @@ from ...train.flops import Shape
 from ...train.loop import Task
 from .. import Parts
 from .config import FfnMoeConfig
-from .cost import FROM_ZERO, Trains, dense_options, dense_width, memory_plan
+from .cost import Trains, dense_options, dense_width, memory_plan
 from .parts import (
     ANCHOR_STATISTICS_TOKENS,
     FROZEN,
@@ -43,6 +43,7 @@ from .parts import (
     training_tokens,
     training_trunk,
 )
+from .stages import FROM_ZERO
 
 LEAST_SHARE = 1e-9  # of an expert in the logarithm of the history's entropy
 
