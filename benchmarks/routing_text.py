@@ -151,6 +151,7 @@ def measured(rows: list[dict], root: Path, args: argparse.Namespace) -> str:
     """Make the routing set, train the router, and return the tables."""
     import torch
 
+    from pipeline.data.routing.dataset import generate
     from pipeline.families.adapters.eval_data import AdapterEvaluator
     from pipeline.families.adapters.routing_eval import routed_sets, routing
     from pipeline.families.load import parse
@@ -165,7 +166,7 @@ def measured(rows: list[dict], root: Path, args: argparse.Namespace) -> str:
         parts.folder(stage).mkdir()
     (root / "preprocess" / "rows.jsonl").write_text("")
     family.shared(cfg, parts).write(parts.folder("train_shared"))
-    family.routing_set.generate(cfg.dataset, {}, cfg.loras.labels, parts.folder("routing"))
+    generate(cfg.dataset, {}, cfg.loras.labels, parts.folder("routing"))
     metrics = _trained(cfg, parts)
     progress("evaluating")
     bench = AdapterEvaluator(cfg, parts, _stack(cfg, parts), lambda text, _share: None)

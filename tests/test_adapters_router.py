@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.data.routing.dataset import RoutingRows
 from pipeline.errors import DamagedArtifact, DataError
 from pipeline.families.adapters import peft_io, router
 from pipeline.families.adapters.router import Calibration, calibrate, fit_temperature, nats
-from pipeline.families.lora_vlm import base, family
+from pipeline.families.lora_vlm import base
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_without_requests_to_fit_on_it_says_so():
 def test_label_logits_are_the_whole_models_last_ones_whatever_the_padding(parts):
     opened = base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     chat = opened.chat
-    rows = family.routing_set.RoutingRows(parts.folder("routing"))
+    rows = RoutingRows(parts.folder("routing"))
     some = [(row.prompt, rows.pictures(row)) for row in rows.rows("test")] + [
         ("No picture, but a longer wording", ())
     ]
@@ -132,7 +133,7 @@ def test_what_the_router_leaves_is_an_adapter_and_its_calibration(parts, tmp_pat
     found = Calibration.read(run.folder)
     opened = base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     model = peft_io.load(opened.model, run.folder, "router", opened.pin)
-    chat, rows = opened.chat, family.routing_set.RoutingRows(parts.folder("routing"))
+    chat, rows = opened.chat, RoutingRows(parts.folder("routing"))
     valid = rows.rows("valid")
     asked = router.ask(chat, found.instruction, ((row.prompt, rows.pictures(row)) for row in valid))
     ids = peft_io.label_ids(chat.tokenizer, found.labels)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fakes import FolderParts, Killed, dying, equal, train_io, values
 
+from pipeline.data.tasks.prepare import TaskRows, prepare
 from pipeline.errors import BudgetError, ConfigError, DataError, MissingArtifact, PipelineError
 from pipeline.families.adapters import peft_io
 from pipeline.families.adapters.base import ModelRef
@@ -57,7 +58,7 @@ def training(parts, name="color", **changes) -> Training:
 
 
 def examples(parts, name="color", split="train"):
-    rows = family.tasks.TaskRows(parts.folder("preprocess", name))
+    rows = TaskRows(parts.folder("preprocess", name))
     return [
         Example(tuple(rows.folder / i for i in r.images), r.prompt, r.answer)
         for r in rows.rows(split)
@@ -275,14 +276,14 @@ def test_an_expert_learns_its_task_in_its_own_words_and_in_neutral_ones(tmp_path
         update={"dataset": entry.dataset.model_copy(update={"synthetic": more})}
     )
     folder = parts.new("preprocess", "color")
-    family.tasks.prepare(entry, parts.cfg.loras.base.image, 0, folder, quiet, 1)
+    prepare(entry, parts.cfg.loras.base.image, 0, folder, quiet, 1)
     done = lora_small.train(parts, "color")
     opened = lora_base.open_base(parts.folder("train_shared"), parts.cfg.loras.base)
     model, chat = (
         peft_io.load(opened.model, done.folder, "color", opened.pin),
         opened.chat,
     )
-    rows = family.tasks.TaskRows(folder)
+    rows = TaskRows(folder)
     for words in (None, "What do you see?"):
         asked = chat.requests(
             (words or row.prompt, rows.pictures(row)) for row in rows.rows("test")

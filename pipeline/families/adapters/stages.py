@@ -13,7 +13,7 @@ _UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "trai
 STAGES = table(
     Stage(
         "preprocess",
-        "read each task, make its rows and pictures",
+        "read each task, make its rows",
         "family.prepare",
         items="tasks",
         reads=("family", "seed"),

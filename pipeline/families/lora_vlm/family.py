@@ -6,10 +6,7 @@ pinned base and leaves one adapter, which knows the base that it belongs to.
 
 from pathlib import Path
 
-from ...data.routing import dataset as routing_set
 from ...data.sources import synthetic
-from ...data.tasks import prepare as tasks
-from ...hardware import cores
 from ...protocols import Progress
 from ...report import RequestReport
 from ...train.loop import NoTraining, Task
@@ -17,6 +14,8 @@ from .. import Parts
 from ..adapters import stack
 from ..adapters.base import LoadedBase
 from ..adapters.config import AdapterRouterConfig
+from ..adapters.rows import make_routing_set as route_data
+from ..adapters.rows import prepare_task
 from ..adapters.stack import AdapterStack
 from ..adapters.train import expert_task, router_task
 from .base import QWEN3_VL, open_base, settings_of, write
@@ -40,11 +39,7 @@ __all__ = [
 
 def prepare(cfg: LoraVlmConfig, _parts: Parts, folder: Path, progress: Progress, item: str) -> dict:
     """Write one task's rows and pictures to folder; return metrics. Raises DataError."""
-    threads = cfg.runtime.threads
-    processes = threads if isinstance(threads, int) and threads else cores()
-    return tasks.prepare(
-        cfg.task(item), cfg.loras.base.image, cfg.seed, folder, progress, processes
-    )
+    return prepare_task(cfg, item, folder, progress, cfg.loras.base.image)
 
 
 def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
@@ -55,13 +50,6 @@ def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
     # what comes once makes no entry of the tokenizer, so the router's own words come three times
     corpus = [*synthetic.corpus(), *own, *asked * 3]
     return NoTraining(lambda folder: write(base, corpus, folder))
-
-
-def route_data(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
-    """Write the routing set from all tasks' rows to folder; return metrics. Raises ConfigError,
-    DataError."""
-    folders = {name: parts.folder("preprocess", name) for name in cfg.tasks}
-    return routing_set.generate(cfg.dataset, folders, cfg.loras.labels, folder, progress)
 
 
 def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task:
