@@ -137,10 +137,12 @@ def _box(entry: object, frame_px: Size, form: str) -> Box:
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"{corners} lies outside the picture of {width_px:g} x {height_px:g} px")
     box = Box(x0, y0, x1, y1)
-    if about.get("label") is not None:
-        box = replace(box, label=str(about["label"]))
-    if about.get("text") is not None:
-        box = replace(box, text=str(about["text"]))
+    label = about.get("label")
+    if label is not None:
+        box = replace(box, label=str(label))
+    text = about.get("text")
+    if text is not None:
+        box = replace(box, text=str(text))
     return box
 
 
@@ -151,6 +153,7 @@ def _extent(corners: object, form: str) -> tuple[float, float, float, float]:
     if not in_pairs or not all(map(math.isfinite, flat)):
         raise BadBox(f"{corners!r} is neither [x0, y0, x1, y1] nor a polygon's points")
     if len(flat) > 4:
+        # Of a polygon, the box around it: x and y take turns.
         xs = flat[::2]
         ys = flat[1::2]
         return min(xs), min(ys), max(xs), max(ys)

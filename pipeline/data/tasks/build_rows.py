@@ -119,6 +119,7 @@ class RowBuilder:
         rows: list[BuiltRow | DroppedRow] = []
         for number, box in enumerate(with_text):
             values = self._values(record, [box])
+            # What the row says of the whole page is not true of a region of it.
             values |= {"boxes_json": "[]", "answer": box.text, "answers": None}
             name = f"{self._id(record)}/{number}"
             try:
@@ -150,6 +151,7 @@ class RowBuilder:
                 "answer too long",
                 f"{len(answer)} characters, max_answer_chars is {data.max_answer_chars}",
             )
+        # Only what there is: an empty list in every row would be most of a plain row.
         extra: dict[str, list] = {}
         if described:
             extra["boxes"] = described
@@ -181,6 +183,7 @@ class RowBuilder:
         if document:
             keys.append(document)
         group = column(record.columns, "group", data)
+        # A group that the source names joins rows whose pictures differ: the pages of a document.
         if group not in (None, ""):
             keys.append(f"~{group}")  # ~ sorts behind every digest
         if not stored:

@@ -117,8 +117,9 @@ class SplitAssignment:
         """Return a number in [0, 1) that looks random, of the group's name and the seed alone."""
         key = str(self.seed).encode()
         name = group.encode("utf-8", "replace")
-        digest = hashlib.blake2b(name, digest_size=8, key=key).digest()
-        return int.from_bytes(digest, "little") / 2**64
+        hasher = hashlib.blake2b(name, digest_size=8, key=key)
+        number = int.from_bytes(hasher.digest(), "little")
+        return number / 2**64
 
 
 def _strictness(split: str) -> int:
