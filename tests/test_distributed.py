@@ -13,6 +13,7 @@ import pytest
 from fakes import flip
 from test_prepare import WORDS, bytes_of, config, rows, run
 
+from pipeline.config.text_data import TextRunConfig
 from pipeline.data import drop_stats
 from pipeline.data.sources import files, installed
 from pipeline.data.text import distributed, documents
@@ -20,7 +21,6 @@ from pipeline.data.text import encode as encoding
 from pipeline.data.text.distributed import encode, scan
 from pipeline.data.text.prepare import prepare
 from pipeline.errors import DataError, MissingArtifact
-from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
 
 
@@ -118,7 +118,7 @@ def test_installed_text_has_too(tmp_path, monkeypatch, kind):
         "data": {"megabytes_per_domain": 0.2},
         "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
     }
-    assert_equal(FfnMoeConfig.model_validate(raw | kind), tmp_path, (5,))
+    assert_equal(TextRunConfig.model_validate(raw | kind), tmp_path, (5,))
 
 
 def test_the_hub_has_too(tmp_path, monkeypatch):

@@ -4,19 +4,19 @@ import json
 
 import pytest
 
+from pipeline.config.text_data import TextRunConfig
 from pipeline.data.sources import files
 from pipeline.data.text.documents import cut, documents, drop_stats, key_of
 from pipeline.errors import DataError
-from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 ROWS = [{"text": f"text number {i} is é long enough\n", "domain": "ab"[i % 2]} for i in range(6)]
 
 
 def config(*paths, domain=None, domains=("a", "b"), hub=(), partition=None, **data):
-    """Return a FfnMoeConfig that reads paths."""
+    """Return a TextRunConfig that reads paths."""
     files = [{"paths": [str(p) for p in paths], "domain": domain}] if paths else []
     source = {"source": "hub" if hub else "files", "files": files, "hub": hub}
-    return FfnMoeConfig.model_validate(
+    return TextRunConfig.model_validate(
         {"data": source | data, "partition": partition or {"domains": domains}}
     )
 

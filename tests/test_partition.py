@@ -8,11 +8,11 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
+from pipeline.config.text_data import TextRunConfig
 from pipeline.data.text import partition
 from pipeline.data.text.documents import Document, key_of
 from pipeline.data.text.partition import balanced
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact
-from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 TOPICS = ("tide reef gull", "lathe gear bolt", "oboe chord waltz")
 
@@ -32,7 +32,7 @@ def corpus(count=240, seed=0):
 
 def config(by, **settings):
     data = settings.pop("data", {})
-    return FfnMoeConfig.model_validate({"partition": {"by": by} | settings, "data": data})
+    return TextRunConfig.model_validate({"partition": {"by": by} | settings, "data": data})
 
 
 @pytest.mark.parametrize("by", ["labels", "clusters", "random", "curriculum"])

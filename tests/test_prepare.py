@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config.text_data import TextRunConfig
 from pipeline.data.text import encode, partition, tokenizer
 from pipeline.data.text.prepare import prepare
 from pipeline.data.text.shards import DomainMixture, Shards
 from pipeline.errors import DataError
-from pipeline.families.ffn_moe.config import FfnMoeConfig
 
 WORDS = {
     "sea": ["tide", "reef", "gull", "mast", "kelp", "brine"],
@@ -34,7 +34,7 @@ def rows(count=120, seed=0, words=40):
 
 
 def config(path, found=None, **sections):
-    """Write found to path and return a FfnMoeConfig that reads it."""
+    """Write found to path and return a TextRunConfig that reads it."""
     if found is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in found))
     base = {
@@ -44,7 +44,7 @@ def config(path, found=None, **sections):
     }
     for name, section in sections.items():
         base[name] = base.get(name, {}) | section
-    return FfnMoeConfig.model_validate(base)
+    return TextRunConfig.model_validate(base)
 
 
 def run(cfg, folder):
@@ -266,7 +266,7 @@ def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch):
 
 
 def test_installed_text_makes_four_domains(tmp_path):
-    cfg = FfnMoeConfig.model_validate(
+    cfg = TextRunConfig.model_validate(
         {"data": {"megabytes_per_domain": 0.2}, "tokenizer": {"vocab_size": 512}}
     )
     metrics = run(cfg, tmp_path / "out")
