@@ -1,5 +1,5 @@
-"""Where does training in parts beat the dense model, and where not? T1-T6 of one longer run on
-labelled text.
+"""Where does training in parts beat the dense model, and where not? Quality, ablations, opt-out, an
+added domain, routing and active experts of one longer run on labelled text.
 
 Every number is measured by this program through the pipeline's own command line and code; nothing
 is typed in. Run: python -m benchmarks.parts_vs_dense 'texts/*.jsonl' --added drama --out benchmarks
@@ -28,7 +28,7 @@ from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-ABLATIONS = {  # T2: name -> what differs from the run
+ABLATIONS = {  # name -> what differs from the run
     "as shipped (from the dummy, alone, ridge then trained, top-2)": (),
     "fresh experts, router as shipped (dummy discarded)": ("expert.init=fresh",),
     "fresh experts, random router, untrained (the prior art)": (
@@ -132,7 +132,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("files", nargs="+", help="JSONL files with text, domain, split")
     parser.add_argument(
-        "--added", default="drama", help="the domain that the trunk of T4 never sees"
+        "--added", default="drama", help="the domain that the trunk of the addition never sees"
     )
     parser.add_argument(
         "--store", type=Path, default=Path("store"), help="where artifacts are kept"
@@ -146,13 +146,17 @@ def _arguments() -> argparse.Namespace:
         "--override", action="append", default=[], help="a.b=value, for a shorter or a longer run"
     )
     parser.add_argument(
-        "--added-override", action="append", default=[], help="a.b=value, for the runs of T4 alone"
+        "--added-override",
+        action="append",
+        default=[],
+        help="a.b=value, for the runs of the addition alone",
     )
     return parser.parse_args()
 
 
 def _ablations(runner: Runner, cfg: FfnMoeConfig) -> list[dict]:
-    """Return T2: the stack of every variant on the same documents, against the run's own."""
+    """Return the ablations: the stack of every variant on the same documents, against the run's
+    own."""
     bench = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     first = next(iter(ABLATIONS))
     out = []
@@ -176,8 +180,8 @@ def _ablations(runner: Runner, cfg: FfnMoeConfig) -> list[dict]:
 
 
 def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ...]) -> dict:
-    """Return T4: an expert added to a stack whose trunk never saw its domain, against a dense model
-    trained on."""
+    """Return the addition: an expert added to a stack whose trunk never saw its domain, against a
+    dense model trained on."""
     before = [d for d in cfg.partition.names if d != added]
     common = (*changes, f"trunk.domains={json.dumps(before)}")
     five, six = (*common, f"expert.domains={json.dumps(before)}"), common
@@ -289,7 +293,7 @@ def _t1(report: dict) -> list[str]:
         for r in report["quality"]
     ]
     head = ["row", *domains, "mean", "row - stack", "oracle gain", "active", "tokens seen"]
-    return ["## T1 one model for all domains", "", *_table(head, rows)]
+    return ["## Quality: one model for all domains", "", *_table(head, rows)]
 
 
 def _t2(ablations: list[dict]) -> list[str]:
@@ -301,14 +305,14 @@ def _t2(ablations: list[dict]) -> list[str]:
         ]
         for a in ablations
     ]
-    return ["## T2 ablations", "", *_table(["variant", "mean", "variant - shipped"], rows)]
+    return ["## Ablations", "", *_table(["variant", "mean", "variant - shipped"], rows)]
 
 
 def _t3(report: dict) -> list[str]:
     domains = report["domains"]
     rows = [[r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["opt_out"]]
     return [
-        "## T3 opt-out: perplexity without an expert over perplexity with it",
+        "## Opt-out: perplexity without an expert over perplexity with it",
         "",
         *_table(["removed", *domains], rows),
     ]
@@ -328,7 +332,7 @@ def _t4(added: dict) -> list[str]:
     head = ["row", *domains, "mean", "row - stack before"]
     changed = [f"These runs alone: {', '.join(added['changes'])}.", ""] if added["changes"] else []
     return [
-        f"## T4 {added['added']} is added; the trunk never saw it",
+        f"## Addition: {added['added']} is added; the trunk never saw it",
         "",
         *changed,
         *_table(head, rows),
@@ -347,7 +351,7 @@ def _t5(report: dict) -> list[str]:
         f"{t5['most'][1]:.1%}; dead: {', '.join(t5['dead']) or 'none'}."
     )
     return [
-        "## T5 where tokens go",
+        "## Routing: where tokens go",
         "",
         *_table(["domain", *report["experts"], "agreement"], rows),
         line,
@@ -364,7 +368,7 @@ def _t6(report: dict) -> list[str]:
         ]
         for r in report["active"]
     ]
-    return ["## T6 active experts, no retraining", "", *_table(["k", "mean", "active"], rows)]
+    return ["## Active experts, no retraining", "", *_table(["k", "mean", "active"], rows)]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import common, language, requests
+from . import language, requests, run_facts
 from .format import count
 from .schema import LanguageReport, Report, RequestReport
 from .table import Row, Table
@@ -43,7 +43,7 @@ def _language_card(report: LanguageReport, about: About) -> str:
         total=count(model.total_parameters if model else None),
         active=count(model.active_parameters if model else None),
         names=", ".join(expert["name"] for expert in about["experts"]),
-        tables=[language.wins(report), language.quality(report), common.criteria(report)],
+        tables=[language.wins(report), language.quality(report), run_facts.criteria(report)],
     )
 
 
@@ -75,7 +75,7 @@ def _request_card(report: RequestReport, about: About) -> str:
             requests.answers(report),
             requests.adapters(report),
             requests.calibration(report),
-            common.criteria(report),
+            run_facts.criteria(report),
         ],
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import common, language, requests, routing
+from . import language, requests, routing, run_facts
 from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .pictures import PHASES, active_forest, bars, quality_forest
@@ -46,13 +46,13 @@ def page(report: Report, histories: Histories) -> str:
         lead = requests.lead(report)
         tiles = requests.tiles(report)
     sections += _common_sections(report, histories)
-    tiles += common.tiles(report)
+    tiles += run_facts.tiles(report)
     # a tile or a section without content is left out, and with it the link that leads there
     text = _render(
         "page.html",
         report=report,
         style=Markup(style()),
-        facts=common.facts(report),
+        facts=run_facts.facts(report),
         lead=lead,
         tiles=[tile for tile in tiles if tile[1] != DASH],
         sections=[section for section in sections if section.body.strip()],
@@ -62,7 +62,7 @@ def page(report: Report, histories: Histories) -> str:
 
 
 def _language_sections(report: LanguageReport, histories: Histories) -> list[Section]:
-    verdict = _table(common.criteria(report)) + _table(language.wins(report))
+    verdict = _table(run_facts.criteria(report)) + _table(language.wins(report))
     active = _block("forest", active_forest(report)) + _table(language.active(report))
     # the sources of rows and two headings would stand there without a row
     quality = Markup("")
@@ -107,7 +107,7 @@ def _request_sections(report: RequestReport) -> list[Section]:
     )
     adapters = _heat(requests.adapters(report), "up") + _table(requests.metric_figures(report))
     return [
-        Section("verdict", "Verdict", _table(common.criteria(report))),
+        Section("verdict", "Verdict", _table(run_facts.criteria(report))),
         Section("routes", "Where requests go", where_requests_go),
         Section("adapters", "Who can do what", adapters),
         Section("answers", "What the answers are worth", _table(requests.answers(report))),
@@ -117,8 +117,8 @@ def _request_sections(report: RequestReport) -> list[Section]:
 def _common_sections(report: Report, histories: Histories) -> list[Section]:
     stages = curves(histories)
     charts = _render("curves.html", stages=stages) if stages else Markup("")
-    speed = _block("bars", bars(report)) + _table(common.speed(report))
-    model = _block("fact_list", common.model_facts(report))
+    speed = _block("bars", bars(report)) + _table(run_facts.speed(report))
+    model = _block("fact_list", run_facts.model_facts(report))
     if isinstance(report, LanguageReport):
         model += _table(language.data(report))
     notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import common, language, requests, routing
+from . import language, requests, routing, run_facts
 from .schema import LanguageReport, Report, RequestReport
 from .table import Cell, Row, Table
 
@@ -36,13 +36,13 @@ TONES = {"good": "green", "bad": "red"}
 def show(report: Report, console: Console) -> None:
     """Print the report's tables and notes, without what needs a picture."""
     with _plain(console):
-        _line(console, common.title(report), "bold")
+        _line(console, run_facts.title(report), "bold")
         if isinstance(report, LanguageReport):
             _show_language(report, console)
         else:
             _show_requests(report, console)
         # last, so that a reader of a long log finds the verdict at its end
-        _print(console, common.criteria(report))
+        _print(console, run_facts.criteria(report))
         for note in report.notes:
             _line(console, f"note: {note}")
 
