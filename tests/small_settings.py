@@ -258,12 +258,12 @@ def _asked(cfg, root, _folder):
     return [(each.prompt, each.expert, each.group) for each in asked]
 
 
-def _routes(cfg, root, _folder):
+def _routing(cfg, root, _folder):
     found = _measured(root)
     return routing(replace(found.bench, cfg=cfg), found.sets)
 
 
-def _verdicts(cfg, root, _folder):
+def _criteria(cfg, root, _folder):
     found = _measured(root)
     return list(evaluate.criteria(cfg, found.sets, found.report.adapters, found.report.answers))
 
@@ -286,7 +286,7 @@ PRODUCTS = {  # stage: (its run, changes of it that both sides have, what it mak
     "answers": (small_stack.RUN, QUICK, _answered),
     "evaluate": (small_stack.RUN, QUICK, _reported),
     "rows of the report": (small_stack.RUN, QUICK, _asked),
-    "routes of the report": (small_stack.RUN, QUICK, _routes),
-    "verdicts of the report": (small_stack.RUN, QUICK, _verdicts),
+    "routing of the report": (small_stack.RUN, QUICK, _routing),
+    "criteria of the report": (small_stack.RUN, QUICK, _criteria),
     "deploy": (small_stack.RUN, {}, _bundled),
 }

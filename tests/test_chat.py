@@ -135,7 +135,13 @@ def test_health_and_models(client):
     assert [each["id"] for each in listed] == ["small"] and listed[0]["experts"] == list(EXPERTS)
 
 
-BOMB = f"data:image/png;base64,{base64.b64encode(bytes.fromhex('89504e470d0a1a0a0000000d49484452') + (60_000).to_bytes(4, 'big') * 2 + bytes.fromhex('0802000000')).decode()}"
+# The start of a PNG that says it is 60,000 pixels wide and as many high
+HEADER = bytes.fromhex("89504e470d0a1a0a0000000d49484452")
+SIZE = (60_000).to_bytes(4, "big") * 2
+BOMB = (
+    "data:image/png;base64,"
+    + base64.b64encode(HEADER + SIZE + bytes.fromhex("0802000000")).decode()
+)
 
 
 @pytest.mark.parametrize(

@@ -43,19 +43,21 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 def test_all_problems_at_once_each_with_name_and_line(tmp_path):
     path = write(
         tmp_path / "bad.yaml",
-        "trunk:\n  steps: 10\n  lr: -1\n  layers: two\nexpert:\n  steps: 5\n  init: old\nrooter:\n  top_k: 2\n"
+        "trunk:\n  steps: 10\n  lr: -1\n  layers: two\nexpert:\n  steps: 5\n  init: old\n"
+        "rooter:\n  top_k: 2\n"
         "router:\n  steps: 1\n  init: rows\n  top_kk: 3\n",
     )
     text = problems(path, "dense.lr=no")
     assert "(7 problems)" in text
     for line in (
         "trunk.lr: Input should be greater than 0 (found -1) [bad.yaml line 3]",
-        "trunk.layers: Input should be a valid integer, unable to parse string as an integer (found 'two') "
-        "[bad.yaml line 4]",
+        "trunk.layers: Input should be a valid integer, unable to parse string as an integer "
+        "(found 'two') [bad.yaml line 4]",
         "expert.init: Input should be 'trunk' or 'fresh' (found 'old') [bad.yaml line 7]",
         "rooter: no such setting [bad.yaml line 8]",
         "router.top_kk: no such setting (found 3) [bad.yaml line 13]",
-        "dense.lr: Input should be a valid number, unable to parse string as a number (found 'no') [--override]",
+        "dense.lr: Input should be a valid number, unable to parse string as a number "
+        "(found 'no') [--override]",
         "router.init: rows are learned by coordinated experts; set expert.coordinate: true",
     ):
         assert f"\n  {line}" in text
@@ -64,7 +66,8 @@ def test_all_problems_at_once_each_with_name_and_line(tmp_path):
 def test_a_wrong_setting_invents_no_problem_between_sections(tmp_path):
     path = write(
         tmp_path / "a.yaml",
-        "trunk:\n  steps: 1\n  lr: -1\n  anchor: keep\nexpert:\n  steps: 1\n  coordinate: true\n  lr: -1\n"
+        "trunk:\n  steps: 1\n  lr: -1\n  anchor: keep\n"
+        "expert:\n  steps: 1\n  coordinate: true\n  lr: -1\n"
         "router:\n  steps: 1\n  init: rows\n  top_k: 5\n",
     )
     text = problems(path)
@@ -207,7 +210,8 @@ def test_an_override_may_be_wrong_in_every_other_way(tmp_path):
 
 
 def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
-    files = "data: {source: files, files: [{paths: [text/*.txt, /abs/*.txt, 's3://bucket/*.txt'], domain: python}]}\n"
+    paths = "[text/*.txt, /abs/*.txt, 's3://bucket/*.txt']"
+    files = f"data: {{source: files, files: [{{paths: {paths}, domain: python}}]}}\n"
     write(
         tmp_path / "base" / "base.yaml",
         files + "partition: {domains: [python]}\nrouter: {steps: 1, top_k: 1}",
@@ -241,7 +245,8 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
         ("partition: {domains: [a, a]}", "domains must name at least one label, each once"),
         ("partition: {domains: []}", "domains must name at least one label"),
         (
-            "partition: {by: random, count: 2}\nexpert: {steps: 1, domains: [random-0, random-1, random-2]}",
+            "partition: {by: random, count: 2}\n"
+            "expert: {steps: 1, domains: [random-0, random-1, random-2]}",
             "expert.domains: 3 experts, but the partition has 2 domains",
         ),
         ("router: {steps: 1, init: rows}", "set expert.coordinate: true"),

@@ -60,7 +60,7 @@ def test_time_ends_a_text_too(engine):
 
 
 def test_a_tokens_experts_are_those_that_spoke_it(engine):
-    """A drawn token was chosen where the one before it was read, whatever the cache did in between."""
+    """A drawn token was chosen where the one before it was read, whatever the cache did since."""
     ids = engine.encode(PROMPT)
     done = engine.complete(ids, Sampling(8, 0.0))
     read = engine.route([*ids, *(t.id for t in done.tokens)])

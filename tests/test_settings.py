@@ -345,7 +345,9 @@ def test_every_setting_is_listed_with_its_effect():
 
 
 def test_every_setting_of_modal_is_in_the_tests_of_modal():
-    text = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_modal*.py"))
+    folder = Path(__file__).parent
+    files = [*folder.glob("test_modal*.py"), *folder.glob("test_cloud*.py")]
+    text = "".join(path.read_text("utf-8") for path in files)
     names = {name.partition(".")[2] for name in settings() if name.partition(".")[0] in ON_MODAL}
     assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
 

@@ -207,7 +207,8 @@ def test_every_problem_is_named_with_its_file_and_line(tmp_path):
     )
     assert "(7 problems)" in text
     for line in (
-        "loras.experts.ocr.overrides.r: vLLM serves the ranks 1, 8, 16, 32, 64, 128, 256, 320, 512 (found 7) [",
+        "loras.experts.ocr.overrides.r: "
+        "vLLM serves the ranks 1, 8, 16, 32, 64, 128, 256, 320, 512 (found 7) [",
         "loras.experts.ocr.overrides.lrr: no such setting (found 1) [loras.json line ",
         "loras.experts.color.label: ",
         "loras.defaults.targets: not a regular expression: ",

@@ -1,5 +1,5 @@
-"""What happens on the laptop: which configuration a command means, what is refused, what a run is
-said to cost."""
+"""What happens where a command is typed: which configuration it means, what is refused, what a run
+is said to cost."""
 
 import io
 import json
@@ -322,7 +322,7 @@ def test_side_by_side_is_shorter_than_one_after_another(tmp_path):
 
 
 def test_results_are_shown_with_failures_in_place():
-    outcomes = [
+    results = [
         cloud.JobResult(
             "train_experts",
             "sea",
@@ -336,7 +336,7 @@ def test_results_are_shown_with_failures_in_place():
         cloud.JobResult("train_experts", "hall", "train_experts-hall-2", "failed", "loss is nan"),
     ]
     console = Console(width=160, file=io.StringIO(), record=True)
-    cloud.show_results(outcomes, console)
+    cloud.show_results(results, console)
     text = console.export_text()
     assert "2.5" in text and "9 steps, valid 1.250 nats" in text
     assert "failed" in text and "loss is nan" in text
@@ -345,6 +345,6 @@ def test_results_are_shown_with_failures_in_place():
 def test_the_report_is_printed_from_the_far_store(finished, capsys):
     path, store = finished
     cfg = load(path)
-    outcome = cloud.JobResult("evaluate", None, stages.address(cfg, "evaluate"), "made")
-    cloud.show_report([outcome], far(store)[1], Console(width=120))
+    result = cloud.JobResult("evaluate", None, stages.address(cfg, "evaluate"), "made")
+    cloud.show_report([result], far(store)[1], Console(width=120))
     assert "oracle expert" in capsys.readouterr().out

@@ -26,12 +26,12 @@ from tests.test_settings import ON_MODAL, settings
 
 TESTS = Path(__file__).parent
 PLACES = {  # where a section is changed, in the runs below
-    "base": "loras.base",
+    "vlmbase": "loras.base",
     "imagelimits": "loras.base.image",
-    "build": "loras.base.build",
-    "adapter": "loras.defaults",
-    "adapterrouter": "loras.router",
-    "adapterexpert": "loras.experts.color",
+    "vlmbuild": "loras.base.build",
+    "vlmadapter": "loras.defaults",
+    "vlmrouter": "loras.router",
+    "vlmexpert": "loras.experts.color",
     "taskdata": "loras.experts.color.dataset",
     "synthetic": "loras.experts.color.dataset.synthetic",
     "routingset": "dataset",
@@ -60,14 +60,14 @@ EFFECTS = {
     "name": ("deploy", "other", {}),
     "seed": ("train_experts", 4, {}),
     "dtype": ("train_experts", "bf16", {}),
-    "base.dtype": ("train_shared", "bfloat16", {}),
-    "base.attn": ("train_experts", "eager", {}),
-    "base.image": ("train_shared", {"max_pixels": 8192}, {}),
-    "base.build": ("train_shared", {"layers": 1}, {}),
+    "vlmbase.dtype": ("train_shared", "bfloat16", {}),
+    "vlmbase.attn": ("train_experts", "eager", {}),
+    "vlmbase.image": ("train_shared", {"max_pixels": 8192}, {}),
+    "vlmbase.build": ("train_shared", {"layers": 1}, {}),
     "imagelimits.min_pixels": ("preprocess", 9216, {}),
     "imagelimits.max_pixels": ("preprocess", 2048, {"loras.base.image.min_pixels": 1024}),
     **{
-        f"build.{name}": ("train_shared", value, {})
+        f"vlmbuild.{name}": ("train_shared", value, {})
         for name, value in (
             ("hidden", 32),
             ("layers", 1),
@@ -86,7 +86,7 @@ EFFECTS = {
         )
     },
     **{
-        f"adapter.{name}": ("train_experts", value, base)
+        f"vlmadapter.{name}": ("train_experts", value, base)
         for name, value, base in (
             ("steps", 2, {}),
             ("epochs", 0.5, {}),
@@ -115,19 +115,19 @@ EFFECTS = {
             ("neutral_share", 1.0, {}),
         )
     },
-    "adapterrouter.none_label": ("train_router of nobody's", "Y", {}),
-    "adapterrouter.instruction": ("train_router", "Who?", {}),
-    "adapterrouter.top_k": ("answers", 1, UNSURE),
-    "adapterrouter.threshold": ("answers", 1.0, {}),
-    "adapterrouter.fallback": ("answers", "color", {}),
-    "adapterexpert.label": ("train_experts", "C", {}),
-    "adapterexpert.task": ("deploy", "naming", {}),
-    "adapterexpert.description": ("deploy", "Names a color", {}),
-    "adapterexpert.dataset": ("preprocess", READ["loras.experts.color.dataset"], {}),
-    "adapterexpert.prompt": ("preprocess", "Say: {prompt}", {}),
-    "adapterexpert.answer": ("preprocess", "It is {answer}", {}),
-    "adapterexpert.metric": ("evaluate", "cer", {}),
-    "adapterexpert.max_new_tokens": ("answers", 1, UNSURE),
+    "vlmrouter.none_label": ("train_router of nobody's", "Y", {}),
+    "vlmrouter.instruction": ("train_router", "Who?", {}),
+    "vlmrouter.top_k": ("answers", 1, UNSURE),
+    "vlmrouter.threshold": ("answers", 1.0, {}),
+    "vlmrouter.fallback": ("answers", "color", {}),
+    "vlmexpert.label": ("train_experts", "C", {}),
+    "vlmexpert.task": ("deploy", "naming", {}),
+    "vlmexpert.description": ("deploy", "Names a color", {}),
+    "vlmexpert.dataset": ("preprocess", READ["loras.experts.color.dataset"], {}),
+    "vlmexpert.prompt": ("preprocess", "Say: {prompt}", {}),
+    "vlmexpert.answer": ("preprocess", "It is {answer}", {}),
+    "vlmexpert.metric": ("evaluate", "cer", {}),
+    "vlmexpert.max_new_tokens": ("answers", 1, UNSURE),
     "taskdata.source": ("preprocess", "folder", DIVIDED),
     "taskdata.path": ("preprocess", "rows/more.jsonl", READ),
     "taskdata.split": ("preprocess", "more.jsonl", DIVIDED),
@@ -196,36 +196,42 @@ EFFECTS = {
     "adapterevaluate.baseline_rows": ("rows of the report", 8, {"evaluate.smoke_rows": 3}),
     "adapterevaluate.smoke": ("rows of the report", False, {}),
     "adapterevaluate.smoke_rows": ("rows of the report", 3, {}),
-    "adapterevaluate.consistency_rows": ("routes of the report", 1, {}),
-    "adapterevaluate.thresholds": ("routes of the report", [0.5], {}),
-    "adapterevaluate.min_expert_score": ("verdicts of the report", 0.5, {}),
-    "adapterevaluate.min_router_accuracy": ("verdicts of the report", 0.5, {}),
-    "adapterevaluate.oracle_gap": ("verdicts of the report", 0.5, {}),
+    "adapterevaluate.consistency_rows": ("routing of the report", 1, {}),
+    "adapterevaluate.thresholds": ("routing of the report", [0.5], {}),
+    "adapterevaluate.min_expert_score": ("criteria of the report", 0.5, {}),
+    "adapterevaluate.min_router_accuracy": ("criteria of the report", 0.5, {}),
+    "adapterevaluate.oracle_gap": ("criteria of the report", 0.5, {}),
 }
+IN_CONFIG = "test_lora_vlm_config.py::"
+HERE = "test_lora_vlm_settings.py::"
 SHOWN = {  # settings whose effect is not in a product: the test that shows it
-    "family": "test_lora_config.py::test_a_family_that_there_is_not",
-    "loras.base": "test_lora_config.py::test_the_real_configuration_is_of_seven_experts_over_a_pinned_base",
-    "loras.defaults": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
-    "loras.experts": "test_lora_config.py::test_jobs_and_what_they_read",
-    "loras.router": "test_lora_config.py::test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
-    "adapterexpert.overrides": "test_lora_config.py::test_an_override_reaches_an_expert_by_its_name",
-    "adapterexpert.name": "test_lora_config.py::test_jobs_and_what_they_read",
-    "base.model": "test_lora_vlm_base.py::test_a_folder_is_pinned_by_its_files_wherever_it_lies",
-    "base.revision": "test_lora_vlm_base.py::test_a_hub_model_is_fetched_at_its_commit_without_pickles",
-    "taskdata.id": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
-    "taskdata.revision": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
-    "taskdata.subset": "test_lora_settings.py::test_a_data_set_is_asked_of_the_hub_as_it_is_named",
-    "adapter.checkpointing": "test_lora_settings.py::test_means_reach_their_training",
-    "adapter.fuse_optimizer": "test_lora_settings.py::test_means_reach_their_training",
-    "adapter.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
-    "adapterrouter.compile": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
-    "adapterrouter.name": "test_lora_settings.py::test_what_an_adapter_cannot_have_is_refused",
+    "family": IN_CONFIG + "test_a_family_that_there_is_not",
+    "vlmadapters.base": IN_CONFIG
+    + "test_the_real_configuration_is_of_seven_experts_over_a_pinned_base",
+    "vlmadapters.defaults": IN_CONFIG
+    + "test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
+    "vlmadapters.experts": IN_CONFIG + "test_jobs_and_what_they_read",
+    "vlmadapters.router": IN_CONFIG
+    + "test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
+    "vlmexpert.overrides": IN_CONFIG + "test_an_override_reaches_an_expert_by_its_name",
+    "vlmexpert.name": IN_CONFIG + "test_jobs_and_what_they_read",
+    "vlmbase.model": "test_lora_vlm_base.py::test_a_folder_is_pinned_by_its_files_wherever_it_lies",
+    "vlmbase.revision": "test_lora_vlm_base.py::"
+    "test_a_hub_model_is_fetched_at_its_commit_without_pickles",
+    "taskdata.id": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "taskdata.revision": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "taskdata.subset": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "vlmadapter.checkpointing": HERE + "test_a_memory_plan_reaches_its_training",
+    "vlmadapter.fuse_optimizer": HERE + "test_a_memory_plan_reaches_its_training",
+    "vlmadapter.compile": HERE + "test_what_an_adapter_cannot_have_is_refused",
+    "vlmrouter.compile": HERE + "test_what_an_adapter_cannot_have_is_refused",
+    "vlmrouter.name": HERE + "test_what_an_adapter_cannot_have_is_refused",
     **{
-        f"adapterrouter.{name}": "test_lora_settings.py::test_the_routers_options_are_those_of_its_training"
+        f"vlmrouter.{name}": HERE + "test_the_routers_options_are_those_of_its_training"
         for name in VlmAdapterConfig.model_fields
         if name != "compile"
     },
-    "adapterevaluate.batch_rows": "test_lora_settings.py::test_rows_of_a_forward_pass_are_those_of_the_setting",
+    "adapterevaluate.batch_rows": HERE + "test_rows_of_a_forward_pass_are_those_of_the_setting",
 }
 
 
@@ -241,9 +247,9 @@ def test_every_setting_is_listed_once():
 
 
 def test_the_tests_that_show_a_setting_exist():
-    for place_ in SHOWN.values():
-        file, test = place_.split("::")
-        assert f"def {test}(" in (TESTS / file).read_text("utf-8"), place_
+    for place in SHOWN.values():
+        file, test = place.split("::")
+        assert f"def {test}(" in (TESTS / file).read_text("utf-8"), place
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +290,7 @@ def test_changing_a_setting_changes_the_product(dotted, made, tmp_path):
     assert (": " in changed) == (dotted in REFUSED), changed
 
 
-REFUSED = {"taskdata.max_bad_share", "adapter.allow_vision"}  # whose other value is an error
+REFUSED = {"taskdata.max_bad_share", "vlmadapter.allow_vision"}  # whose other value is an error
 
 
 @pytest.mark.parametrize("stage", PRODUCTS)
@@ -326,13 +332,13 @@ def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
         )
 
 
-def test_means_reach_their_training(made):
+def test_a_memory_plan_reaches_its_training(made):
     given = {"checkpointing": True, "fuse_optimizer": True, "clip_norm": 0}
     for changes in ({}, {"loras.defaults": given}):
         cfg = run_of(made, lora_small.SETTINGS, changes)
         for item in ("color", ROUTER):
-            means = lora_small.task_of(FolderParts(cfg, made / "small"), item).memory_plan
-            assert means.checkpointing == means.fuse_optimizer == bool(changes)
+            memory_plan = lora_small.task_of(FolderParts(cfg, made / "small"), item).memory_plan
+            assert memory_plan.checkpointing == memory_plan.fuse_optimizer == bool(changes)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +360,7 @@ def test_the_routers_options_are_those_of_its_training(made):
     other = {
         name.partition(".")[2]: value
         for name, (_, value, _) in EFFECTS.items()
-        if name.startswith("adapter.")
+        if name.startswith("vlmadapter.")
     }
     durations = {"steps": 2, "epochs": 0.5, "tokens": 900}
     other = {name: value for name, value in other.items() if name not in durations}
