@@ -185,4 +185,4 @@ def test_routing_without_any_own_expert_has_no_agreement():
 )
 def test_a_verdict_needs_an_interval_that_leaves_out_zero(interval, word):
     """Another row minus the stack, in bits per byte: above zero the stack is the better one."""
-    assert verdict(0.05, interval) == word
+    assert verdict(interval) == word

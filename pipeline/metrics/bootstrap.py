@@ -6,6 +6,7 @@ S resamples, U units of a stratum: what is drawn as a whole (a document, the req
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 
 CONFIDENCE = (2.5, 97.5)  # percentiles of a 95 % interval
 Interval = tuple[float, float]
@@ -19,7 +20,7 @@ class PairedBootstrap:
     much of a figure (nats, correct answers) for so much size (bytes, requests).
     """
 
-    def __init__(self, sizes: Sequence[np.ndarray], resamples: int, seed: int):
+    def __init__(self, sizes: Sequence[ndarray], resamples: int, seed: int):
         """Draw units; sizes holds size_U of each stratum."""
         # One generator through all strata: their draws are independent, and depend on their order
         generator = np.random.default_rng(seed)
@@ -28,11 +29,12 @@ class PairedBootstrap:
         for size_U in sizes:
             units = len(size_U)
             even_U = np.full(units, 1 / units)
+            # A document drawn twice counts twice: how often is all that a draw has to say
             count_SU = generator.multinomial(units, even_U, resamples)
             # Counts are exact in fp32, at half the memory
             self._weights.append(count_SU.astype(np.float32))
 
-    def ratios(self, sums: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def ratios(self, sums: Sequence[ndarray]) -> list[ndarray]:
         """Return ratio_S of each stratum from its sum_U: a figure's sum over the drawn units, by
         their size."""
         out = []
@@ -43,7 +45,8 @@ class PairedBootstrap:
         return out
 
 
-def interval(value_S: np.ndarray) -> Interval:
+def interval(value_S: ndarray) -> Interval:
     """Return the 95 % interval of a figure or of a difference from its resamples."""
-    low, high = np.percentile(value_S, CONFIDENCE)
-    return float(low), float(high)
+    ends = np.percentile(value_S, CONFIDENCE)
+    low, high = ends.tolist()
+    return low, high

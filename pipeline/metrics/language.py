@@ -11,14 +11,15 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+from numpy import ndarray
 from scipy.special import entr, logsumexp
 
 from .bootstrap import Interval, PairedBootstrap, interval
 
 LN2 = math.log(2)
 LEAST_GAIN = 1e-6  # nats a token below which the oracle's lead over the trunk is noise
-ByDomain = dict[str, np.ndarray]
-Distribution = Sequence[float] | np.ndarray
+ByDomain = dict[str, ndarray]
+Distribution = Sequence[float] | ndarray
 DEAD_SHARE = 1e-3  # of the tokens below which an expert counts as dead
 
 
@@ -28,8 +29,8 @@ class Documents:
     starts."""
 
     domain: str
-    starts_n: np.ndarray  # token offsets of the documents, then the end
-    bytes_n: np.ndarray
+    starts_n: ndarray  # token offsets of the documents, then the end
+    bytes_n: ndarray
 
     @property
     def tokens(self) -> int:
@@ -37,16 +38,22 @@ class Documents:
         span = self.starts_n[-1] - self.starts_n[0]
         return int(span) - len(self.bytes_n)
 
-    def sums(self, nats_T: np.ndarray) -> np.ndarray:
+    def sums(self, nats_T: ndarray) -> ndarray:
         """Return nats per document of nats_T, one value per token of the stream; leading tokens
         must be 0."""
+        # reduceat adds up from each start to the next, and from the last one to the end
         return np.add.reduceat(nats_T, self.starts_n[:-1])
 
 
 class Scores:
     """Nats per document of every row of a table, on the same documents."""
 
-    def __init__(self, documents: Mapping[str, Documents], resamples: int, seed: int):
+    def __init__(
+        self,
+        documents: Mapping[str, Documents],
+        resamples: int,
+        seed: int,
+    ):
         self.documents = documents
         self.nats: dict[str, ByDomain] = {}
         sizes = [each.bytes_n for each in documents.values()]
@@ -100,19 +107,21 @@ class Scores:
         difference = self.mean(row) - self.mean(against)
         return difference, interval(spread_S)
 
-    def _resampled(self, row: str) -> np.ndarray:
+    def _resampled(self, row: str) -> ndarray:
         """Return mean_S, the mean over domains in each resample, bits per byte."""
         nats = [self.nats[row][name] for name in self.documents]
+        # Bits per byte of each domain are a ratio of sums: a long document weighs as it is long
         ratios = self._bootstrap.ratios(nats)
         bits = [ratio_S / LN2 for ratio_S in ratios]
         return np.mean(bits, axis=0)
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    each = list(values)
+    return float(np.mean(each))
 
 
-def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
+def posterior_mix(nats_ET: ndarray, starts_n: ndarray) -> ndarray:
     """Return nats_T of the experts weighted by the causal posterior over domains
     (Branch-Train-Merge, 2208.03306).
 
@@ -123,7 +132,8 @@ def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
     for start, end in pairwise(starts_n):
         # All in logarithms: the likelihood of a long document is below the least fp64 number
         own_ET = nats_ET[:, start:end].astype(np.float64)
-        before_ET = np.cumsum(own_ET, axis=1) - own_ET
+        total_ET = np.cumsum(own_ET, axis=1)
+        before_ET = total_ET - own_ET
         normaliser_T = logsumexp(-before_ET, axis=0)
         log_weight_ET = -before_ET - normaliser_T
         mixed_T = logsumexp(log_weight_ET - own_ET, axis=0)
@@ -132,11 +142,17 @@ def posterior_mix(nats_ET: np.ndarray, starts_n: np.ndarray) -> np.ndarray:
     return out_T
 
 
-def oracle_gain(nats: float, trunk: float, oracle: float) -> float | None:
+def oracle_gain(
+    nats: float,
+    trunk: float,
+    oracle: float,
+) -> float | None:
     """Return the share of the oracle expert's gain over the trunk; None when the oracle gains
     nothing."""
     gain = trunk - oracle
-    return (trunk - nats) / gain if gain > LEAST_GAIN else None
+    if gain <= LEAST_GAIN:
+        return None
+    return (trunk - nats) / gain
 
 
 def entropy(share_E: Distribution) -> float:
@@ -152,8 +168,8 @@ def max_violation(share_E: Distribution) -> float:
 
 
 def routing(
-    counts: Mapping[str, np.ndarray],
-    first: Mapping[str, np.ndarray],
+    counts: Mapping[str, ndarray],
+    first: Mapping[str, ndarray],
     experts: Sequence[str],
 ) -> dict[str, Any]:
     """Return the token routing table from counts_LE per domain: all assignments, and first choices
@@ -163,18 +179,22 @@ def routing(
     domain's expert.
     """
     share_LE = {domain: _shares(count_LE) for domain, count_LE in counts.items()}
-    mean_LE = np.mean(list(share_LE.values()), axis=0)
+    shares = list(share_LE.values())
+    mean_LE = np.mean(shares, axis=0)
     mean_E = mean_LE.mean(0)
     # A domain without an expert of its own has no agreement
     agreement_L = {}
     for domain in counts:
         if domain in experts:
             own = experts.index(domain)
-            agreement_L[domain] = _shares(first[domain])[:, own]
+            chosen_LE = _shares(first[domain])
+            agreement_L[domain] = chosen_LE[:, own]
     layers = []
     for layer, row_E in enumerate(mean_LE):
         agreed = [each_L[layer] for each_L in agreement_L.values()]
-        share = {domain: each_LE[layer].tolist() for domain, each_LE in share_LE.items()}
+        share = {}
+        for domain, each_LE in share_LE.items():
+            share[domain] = each_LE[layer].tolist()
         layers.append(
             {
                 "layer": layer,
@@ -184,16 +204,21 @@ def routing(
                 "max_violation": max_violation(row_E),
             }
         )
-    agreement = {domain: float(each_L.mean()) for domain, each_L in agreement_L.items()}
+    agreement = {}
+    for domain, each_L in agreement_L.items():
+        agreement[domain] = float(each_L.mean())
+    mean_share = {}
+    for domain, each_LE in share_LE.items():
+        mean_share[domain] = each_LE.mean(0).tolist()
     least = int(mean_E.argmin())
     most = int(mean_E.argmax())
     dead = []
-    for name, mean_share in zip(experts, mean_E, strict=True):
-        if mean_share < DEAD_SHARE:
+    for name, its_share in zip(experts, mean_E, strict=True):
+        if its_share < DEAD_SHARE:
             dead.append(name)
     return {
         "layers": layers,
-        "share": {domain: each_LE.mean(0).tolist() for domain, each_LE in share_LE.items()},
+        "share": mean_share,
         "agreement": _mean(agreement.values()) if agreement else None,
         "agreement_by_domain": agreement,
         "entropy": entropy(mean_E),
@@ -205,18 +230,16 @@ def routing(
     }
 
 
-def _shares(count_LE: np.ndarray) -> np.ndarray:
+def _shares(count_LE: ndarray) -> ndarray:
     total_L1 = count_LE.sum(1, keepdims=True)
     return count_LE / total_L1
 
 
-def verdict(difference: float, interval: Sequence[float]) -> Literal["better", "worse", "tie"]:
-    """Return better, worse or tie for the stack, from another row minus the stack and its 95 %
-    interval.
-
-    An interval without width comes from one document per domain, which decides nothing.
-    """
+def verdict(interval: Interval) -> Literal["better", "worse", "tie"]:
+    """Return better, worse or tie for the stack, from the 95 % interval of another row minus the
+    stack."""
     low, high = interval
+    # An interval without width comes from one document per domain, which decides nothing
     if low == high:
         return "tie"
     if low > 0:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy import ndarray
 from scipy import special
 
 from .bootstrap import Interval, PairedBootstrap, interval
@@ -27,7 +28,12 @@ class GroupBootstrap:
     """Intervals of means over requests, by the same draws of whole groups for every row of a table:
     requests on one image are not independent of each other."""
 
-    def __init__(self, groups: Sequence[str], resamples: int, seed: int):
+    def __init__(
+        self,
+        groups: Sequence[str],
+        resamples: int,
+        seed: int,
+    ):
         """Draw groups; groups names that of each request."""
         number: dict[str, int] = {}
         for name in groups:
@@ -39,14 +45,14 @@ class GroupBootstrap:
         size_G = np.bincount(self._group_N, minlength=self._groups)
         self._bootstrap = PairedBootstrap([size_G], resamples, seed)
 
-    def interval(self, score_N: np.ndarray) -> Interval | None:
+    def interval(self, score_N: ndarray) -> Interval | None:
         """Return the 95 % interval of the mean of score_N; None where there is nothing to draw
         from."""
         if not len(score_N):
             return None
         return interval(self._means(score_N))
 
-    def difference(self, score_N: np.ndarray, against_N: np.ndarray) -> dict[str, Any] | None:
+    def difference(self, score_N: ndarray, against_N: ndarray) -> dict[str, Any] | None:
         """Return mean(score_N) - mean(against_N) and its 95 % interval over the same resamples."""
         if not len(score_N):
             return None
@@ -57,20 +63,20 @@ class GroupBootstrap:
             "interval": interval(self._means(spread_N)),
         }
 
-    def _means(self, score_N: np.ndarray) -> np.ndarray:
+    def _means(self, score_N: ndarray) -> ndarray:
         """Return mean_S."""
         sum_G = np.bincount(self._group_N, score_N, minlength=self._groups)
         (mean_S,) = self._bootstrap.ratios([sum_G])
         return mean_S
 
 
-def softmax(logit_NC: np.ndarray, temperature: float) -> np.ndarray:
+def softmax(logit_NC: ndarray, temperature: float) -> ndarray:
     """Return prob_NC = softmax(logit_NC / temperature)."""
     scaled_NC = logit_NC.astype(np.float64) / temperature
     return special.softmax(scaled_NC, axis=1)
 
 
-def hits(prob_NC: np.ndarray, own_N: np.ndarray, k: int = 1) -> np.ndarray:
+def hits(prob_NC: ndarray, own_N: ndarray, k: int = 1) -> ndarray:
     """Return hit_N: whether a request's own choice is among its k most probable ones."""
     # stable: of equally probable choices the first one is taken, as argmax takes it
     order_NC = np.argsort(-prob_NC, axis=1, kind="stable")
@@ -78,7 +84,7 @@ def hits(prob_NC: np.ndarray, own_N: np.ndarray, k: int = 1) -> np.ndarray:
     return hit_NK.any(1)
 
 
-def confusion(prob_NC: np.ndarray, own_N: np.ndarray) -> np.ndarray:
+def confusion(prob_NC: ndarray, own_N: ndarray) -> ndarray:
     """Return count_CC: requests by their own choice (row) and the most probable one (column)."""
     # scikit-learn's refuses to count no requests at all, and warns of a single choice
     width = prob_NC.shape[1]
@@ -87,26 +93,29 @@ def confusion(prob_NC: np.ndarray, own_N: np.ndarray) -> np.ndarray:
     return counts.reshape(width, width)
 
 
-def recall(count_CC: np.ndarray) -> list[float | None]:
+def recall(count_CC: ndarray) -> list[float | None]:
     """Return per choice the share of its own requests that reached it, from a confusion; None
     without requests."""
     out: list[float | None] = []
     for choice, count_C in enumerate(count_CC):
         total = count_C.sum()
-        out.append(float(count_C[choice] / total) if total else None)
+        right = count_C[choice]
+        out.append(float(right / total) if total else None)
     return out
 
 
-def nats(prob_NC: np.ndarray, own_N: np.ndarray) -> float | None:
+def nats(prob_NC: ndarray, own_N: ndarray) -> float | None:
     """Return the mean negative log-likelihood of the own choices, nats."""
     if not len(own_N):
         return None
-    own_prob_N = prob_NC[np.arange(len(own_N)), own_N]
-    nats_N = -np.log(np.maximum(own_prob_N, LEAST_PROBABILITY))
+    row_N = np.arange(len(own_N))
+    own_prob_N = prob_NC[row_N, own_N]
+    clipped_N = np.maximum(own_prob_N, LEAST_PROBABILITY)
+    nats_N = -np.log(clipped_N)
     return float(nats_N.mean())
 
 
-def calibration_error(prob_NC: np.ndarray, own_N: np.ndarray, bins: int = BINS) -> float | None:
+def calibration_error(prob_NC: ndarray, own_N: ndarray, bins: int = BINS) -> float | None:
     """Return the expected calibration error of the most probable choice, over equal bins of
     confidence (Guo et al. 2017)."""
     if not len(own_N):
@@ -119,8 +128,8 @@ def calibration_error(prob_NC: np.ndarray, own_N: np.ndarray, bins: int = BINS) 
 
 
 def reliability(
-    prob_NC: np.ndarray,
-    own_N: np.ndarray,
+    prob_NC: ndarray,
+    own_N: ndarray,
     bins: int = BINS,
 ) -> list[dict[str, float]]:
     """Return per filled bin of confidence its share of requests, mean confidence and accuracy."""
@@ -144,24 +153,25 @@ def reliability(
 
 
 def coverage(
-    confidence_N: np.ndarray, hit_N: np.ndarray, thresholds: Sequence[float]
+    confidence_N: ndarray, hit_N: ndarray, thresholds: Sequence[float]
 ) -> list[dict[str, float | None]]:
     """Return per threshold the share of requests at or above it, and the accuracy on those (None
     for no request)."""
     out: list[dict[str, float | None]] = []
     for threshold in thresholds:
         kept_N = confidence_N >= threshold
+        kept_hit_N = hit_N[kept_N]
         out.append(
             {
                 "threshold": float(threshold),
-                "coverage": float(kept_N.mean()) if len(kept_N) else None,
-                "accuracy": float(hit_N[kept_N].mean()) if kept_N.any() else None,
+                "coverage": _mean(kept_N),
+                "accuracy": _mean(kept_hit_N),
             }
         )
     return out
 
 
-def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float | None:
+def auroc(score_N: ndarray, positive_N: ndarray) -> float | None:
     """Return how often a positive has a higher score than a negative, ties by half; None when one
     kind is absent."""
     if positive_N.all() or not positive_N.any():
@@ -173,10 +183,10 @@ def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float | None:
 
 
 def majority(
-    train_N: np.ndarray,
+    train_N: ndarray,
     width: int,
     count: int,
-) -> np.ndarray:
+) -> ndarray:
     """Return prob_NC of count requests that all get the shares of the training requests' choices
     train_N."""
     count_C = np.bincount(train_N, minlength=width)
@@ -186,10 +196,10 @@ def majority(
 
 def text_only(
     train: Sequence[str],
-    train_N: np.ndarray,
+    train_N: ndarray,
     texts: Sequence[str],
     width: int,
-) -> np.ndarray:
+) -> ndarray:
     """Return prob_NC of a router that sees no image: TF-IDF of words and pairs of words, logistic
     regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -205,11 +215,11 @@ def text_only(
 
 
 def linear(
-    train_NF: np.ndarray,
-    train_N: np.ndarray,
-    x_NF: np.ndarray,
+    train_NF: ndarray,
+    train_N: ndarray,
+    x_NF: ndarray,
     width: int,
-) -> np.ndarray:
+) -> ndarray:
     """Return prob_NC of a logistic regression on standardised features of frozen networks, train_NF
     and x_NF."""
     mean_F = train_NF.mean(0)
@@ -220,11 +230,11 @@ def linear(
 
 
 def centroid(
-    train_NF: np.ndarray,
-    train_N: np.ndarray,
-    x_NF: np.ndarray,
+    train_NF: ndarray,
+    train_N: ndarray,
+    x_NF: ndarray,
     width: int,
-) -> np.ndarray:
+) -> ndarray:
     """Return prob_NC from the cosine of x_NF with the mean feature of each choice, both less the
     overall mean."""
     mean_F = train_NF.mean(0)
@@ -238,17 +248,17 @@ def centroid(
     return softmax(cosine_NC, CENTROID_TEMPERATURE)
 
 
-def _unit(x_NF: np.ndarray) -> np.ndarray:
+def _unit(x_NF: ndarray) -> ndarray:
     length_N1 = np.linalg.norm(x_NF, axis=1, keepdims=True)
     return x_NF / np.maximum(length_N1, 1e-12)
 
 
 def _regression(
-    train_NF: "np.ndarray | csr_matrix",
-    train_N: np.ndarray,
-    x_NF: "np.ndarray | csr_matrix",
+    train_NF: "ndarray | csr_matrix",
+    train_N: ndarray,
+    x_NF: "ndarray | csr_matrix",
     width: int,
-) -> np.ndarray:
+) -> ndarray:
     from sklearn.linear_model import LogisticRegression
 
     prob_NC = np.zeros((x_NF.shape[0], width))
@@ -264,6 +274,10 @@ def _regression(
     return prob_NC
 
 
-def same(choice_N: np.ndarray, other_N: np.ndarray) -> float | None:
+def same(choice_N: ndarray, other_N: ndarray) -> float | None:
     """Return the share of requests whose choice stays the same."""
-    return float((choice_N == other_N).mean()) if len(choice_N) else None
+    return _mean(choice_N == other_N)
+
+
+def _mean(value_N: ndarray) -> float | None:
+    return float(value_N.mean()) if len(value_N) else None

@@ -40,7 +40,7 @@ def wins(rows: Sequence[QualityRow], trunk: str) -> list[Win]:
                 axis=axis,
                 difference=against.difference,
                 interval=against.interval,
-                verdict=verdict(against.difference, against.interval),
+                verdict=verdict(against.interval),
             )
         )
     return out
