@@ -19,8 +19,9 @@ from typing import NamedTuple
 from ...config.routing_set import RoutingSetConfig
 from ...errors import DataError
 from .. import union_find
+from ..tasks.groups import normalized
 from .prompts import keyed_number
-from .rows import SPLITS, Candidate, normalized
+from .rows import SPLITS, Candidate
 
 HELD = SPLITS.index("test_held")
 TEST = SPLITS.index("test")

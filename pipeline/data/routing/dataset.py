@@ -25,9 +25,11 @@ from ...config.routing_set import RoutingSetConfig, RoutingSourceConfig
 from ...errors import DataError, DiskFull
 from ...protocols import Progress, quiet
 from ...store.artifacts import sha256, write_text
+from ..sources.tasks import split_named
+from ..tasks.rows import ROWS
 from .candidates import CandidateTable
 from .prompts import PromptChooser
-from .rows import SPLITS, Feed, split_named
+from .rows import SPLITS, Feed
 from .sampling import RoutingSample
 
 if TYPE_CHECKING:
@@ -202,9 +204,7 @@ def _feeds(
                 f"{', '.join(sorted(tasks))}"
             )
         folder = Path(prepared)
-        yield Feed(
-            source_index, name, source.expert, folder / "rows.jsonl", root=folder, artifact=True
-        )
+        yield Feed(source_index, name, source.expert, folder / ROWS, root=folder, artifact=True)
         return
     if source.origin == "synthetic" or source.path is None:
         raise DataError(

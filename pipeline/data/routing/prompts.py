@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ...config.routing_set import RoutingSetConfig, WordingConfig
 from ...errors import ConfigError
-from .rows import normalized
+from ..tasks.groups import normalized
 
 # In a paraphrase: the row's own prompt.
 OWN = "{prompt}"

@@ -6,11 +6,9 @@ pixels, so that the same picture in two tasks is known as one. Nothing here hold
 and the digests of recent pictures.
 """
 
-import hashlib
 import json
 import os
 import stat
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,21 +16,12 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..images import images
-from ..sources.tasks import image_columns
+from ..sources.tasks import image_columns, split_named
+from ..tasks.groups import group_name, text_key
 
 SPLITS = ("train", "valid", "test", "test_held")
 FIELDS = ("id", "images", "prompt", "split", "group", "source")
 _STATED = SPLITS[:3]  # test_held is made here; no source has it
-
-# What files and columns call a split.
-_SPLIT_NAMES = {
-    "train": "train",
-    "valid": "valid",
-    "test": "test",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-}
 
 # Pictures and folders whose checks are remembered: rows about one picture follow one another.
 _RECENT = 1 << 14
@@ -131,14 +120,6 @@ class Feed:
         return {"dataset": dataset, "id": row_id, "row": row_id}
 
 
-@lru_cache(_RECENT)
-def normalized(prompt: str) -> str:
-    """Return what two prompts that differ only in case, spaces, width or a closing mark have in
-    common."""
-    folded = unicodedata.normalize("NFKC", prompt).casefold()
-    return " ".join(folded.split()).rstrip(" .!?")
-
-
 def _lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
     try:
         with file.open("rb") as lines:
@@ -166,11 +147,6 @@ def _parsed(where: str, line: bytes) -> dict:
     return row
 
 
-def split_named(name: str) -> str | None:
-    """Return the split that a name stands for, None when it is no split's."""
-    return _SPLIT_NAMES.get(name.lower())
-
-
 def _split(where: str, found: object) -> str | None:
     if found in (None, ""):
         return None
@@ -186,10 +162,7 @@ def _split(where: str, found: object) -> str | None:
 def _group(keys: tuple[str, ...], prompt: str) -> str:
     """Return a group for a row that states none: its first picture, or its wording if it has
     none."""
-    if keys:
-        return f"sha256:{keys[0]}"
-    wording = hashlib.sha256(normalized(prompt).encode()).hexdigest()
-    return f"text:{wording[:16]}"
+    return group_name(keys[0] if keys else text_key(prompt))
 
 
 def _inside(where: str, name: str, root: Path) -> str:

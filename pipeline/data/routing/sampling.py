@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from ...config.routing_set import RoutingSetConfig, SplitRowsConfig
 from ...errors import DataError
 from ...protocols import Progress
+from ..tasks.groups import normalized
 from .candidates import HELD, TEST, CandidateTable, PickedRow, hashed
 from .prompts import PromptChooser
-from .rows import SPLITS, normalized
+from .rows import SPLITS
 
 _CANDIDATES = """
     SELECT r.n, t.id, t.prompt, r.images_hash, r.decisive

@@ -117,6 +117,11 @@ def column(columns: dict, name: str, data: TaskDataConfig) -> object:
     return value
 
 
+def split_named(name: str) -> str | None:
+    """Return the split that a name stands for, None when it is no split's."""
+    return _SPLIT_NAMES.get(name.lower())
+
+
 def image_columns(setting: str) -> tuple[str, ...]:
     """Return the columns that may hold a row's pictures: the one that is set, and for the default
     its other names."""
@@ -136,7 +141,7 @@ def _record(
         return Record(where, number, split=split, skipped=found)
     own = _own_split(found, data)
     if split is None and own is not None:
-        split = _SPLIT_NAMES.get(str(own).lower())
+        split = split_named(str(own))
         if split is None:
             known = ", ".join(_SPLIT_NAMES)
             detail = (
@@ -249,9 +254,9 @@ def _files_by_split(base: Path) -> dict[str, str]:
     names = [file.name for file in sorted(base.glob("*.jsonl"))]
     by_split = {}
     for name in names:
-        stem = Path(name).stem.lower()
-        if stem in _SPLIT_NAMES:
-            by_split[_SPLIT_NAMES[stem]] = name
+        split = split_named(Path(name).stem)
+        if split is not None:
+            by_split[split] = name
     # Fewer splits than files: two are of one split (val and dev), or one is of none.
     if len(names) > 1 and len(by_split) == len(names):
         return by_split

@@ -6,17 +6,21 @@ to the same split in both.
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from .. import union_find
-from ..routing.rows import normalized
 from ..text.documents import SPLITS
 
 # Begins the key of a row without a picture; sorts behind every digest, which is of hex digits, so
 # that a picture stands for a group that has one.
 TEXT = "text:"
+
+# Prompts that are remembered: those of one task are often all the same.
+_RECENT = 1 << 14
 
 # A group that a source puts in several splits goes to the first of these.
 _STRICTEST = ("test", "valid", "train")
@@ -40,6 +44,14 @@ class Groups:
         """Return the key that stands for a key's group."""
         self._parents.setdefault(key, key)
         return union_find.root(self._parents, key)
+
+
+@lru_cache(_RECENT)
+def normalized(prompt: str) -> str:
+    """Return what two prompts that differ only in case, spaces, width or a closing mark have in
+    common."""
+    folded = unicodedata.normalize("NFKC", prompt).casefold()
+    return " ".join(folded.split()).rstrip(" .!?")
 
 
 def text_key(prompt: str) -> str:
