@@ -35,8 +35,9 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import load, parse
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
+from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.stages import address
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import Reader, Store
 
 # A row of the contact sheet.
 PER_EXPERT_PICTURES = 4
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         generate(args, errors)
         show(RoutingRows(args.output.parent, args.output.name), args, console)
     except PipelineError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        message = escape(sentence(error, CommandLine()))
+        errors.print(f"[bold red]error:[/] {message}", highlight=False)
         return 2
     except KeyboardInterrupt:
         errors.print("stopped; nothing was written")
@@ -235,7 +237,7 @@ def prepared(
     for name in sorted(needed & set(cfg.tasks)):
         here = address(cfg, "preprocess", name)
         if store.has(here):
-            yield name, store.verified(here, "preprocess")
+            yield name, Reader(store).folder(here)
             continue
         folder = work / here
         # A folder without this mark is of a run that was stopped.

@@ -36,7 +36,7 @@ def test_rows_come_out_whole_and_in_order(tmp_path, source):
         1
     ] == row
     expected = picture(crc32(b"images/5.png"))
-    np.testing.assert_array_equal(np.asarray(told.picture(row)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(rows.picture(row)), np.asarray(expected))
     assert {f"images/{file.name}" for file in (tmp_path / "out/images").iterdir()} == {
         image for row in rows.values() for image in row.images
     }
@@ -274,17 +274,19 @@ def test_progress_is_said(tmp_path, source, monkeypatch):
 
 
 def test_rows_that_are_not_there_or_torn_say_so(tmp_path, source):
-    with pytest.raises(MissingArtifact, match="run the stage preprocess first"):
+    with pytest.raises(MissingArtifact, match=r"rows\.jsonl does not exist") as missing:
         TaskRows(tmp_path).rows("train")
+    assert missing.value.stages == ("preprocess",)
     prepared(tmp_path, entry(jsonl(source(simple()))))
-    told = TaskRows(tmp_path / "out")
+    rows = TaskRows(tmp_path / "out")
     with pytest.raises(DataError, match="no split 'held'"):
-        told.rows("held")
-    row = told.rows("test")[0]
+        rows.rows("held")
+    row = rows.rows("test")[0]
     os.truncate(tmp_path / "out" / row.images[0], 100)
     with pytest.raises(DataError, match=r"images/.*png is no whole"):
-        told.picture(row)
+        rows.picture(row)
     with open(tmp_path / "out/rows.jsonl", "a") as file:
         file.write('{"id": "x"')
-    with pytest.raises(DamagedArtifact, match=r"rows\.jsonl:13 is no task row"):
+    with pytest.raises(DamagedArtifact, match=r"rows\.jsonl:13 is no task row") as damaged:
         TaskRows(tmp_path / "out").rows("train")
+    assert damaged.value.remove == tmp_path / "out"

@@ -92,7 +92,7 @@ def read_rows(folder: Path) -> Iterator[TaskRow]:
     """Yield the task rows of a folder one by one. Raises MissingArtifact, DamagedArtifact."""
     path = Path(folder) / ROWS
     if not path.exists():
-        raise MissingArtifact(f"{path} does not exist; run the stage preprocess first")
+        raise MissingArtifact(f"{path} does not exist", stages=("preprocess",))
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -101,7 +101,7 @@ def read_rows(folder: Path) -> Iterator[TaskRow]:
                     raise ValueError(f"split {row.split!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise DamagedArtifact(
-                    f"{path}:{number} is no task row ({type(error).__name__}: {error}); delete "
-                    "the artifact and run preprocess again"
+                    f"{path}:{number} is no task row ({type(error).__name__}: {error})",
+                    remove=path.parent,
                 ) from None
             yield row
