@@ -96,6 +96,7 @@ class Encoder:
         leaks = drop_stats()
         done = 0
         with all_cores(self.cfg.runtime.threads):
+            # Reading is ahead of encoding, and encoding of writing: the disk, all cores, one core
             batches = _prefetch(self._batches(found, leaks))
             # Closed here, so that an error in this thread ends the two others before it is told
             with closing(_prefetch(self._encoded(batches))) as encoded:
@@ -142,7 +143,7 @@ def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _End:
-    """Stands in a queue after the last item."""
+    """Stands in a queue after the last item: None could be an item."""
 
 
 def _prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
@@ -191,6 +192,7 @@ def _prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
 def all_cores(threads: int | str) -> Iterator[None]:
     """Let tokenizers use its threads even after a fork, unless the environment already says
     otherwise."""
+    # It turns them off in a process that was forked after they had been used
     wanted = {"TOKENIZERS_PARALLELISM": "true"}
     if threads not in (0, "auto"):
         wanted["RAYON_NUM_THREADS"] = str(threads)
@@ -217,11 +219,18 @@ def finalize(
     writer.finish()
     dropped = json.dumps(stats.as_json(), indent=1, ensure_ascii=False)
     (folder / "dropped.json").write_text(dropped + "\n", encoding="utf-8")
-    metrics: dict[str, Any] = {"documents": {}, "bytes": {}, "tokens": {}}
-    for what, by_split in metrics.items():
-        for split in SPLITS:
-            by_split[split] = {d: writer.counts[split, d][what] for d in writer.domains}
-    return metrics | {
+    documents: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    tokens: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        counts = {domain: writer.count(split, domain) for domain in writer.domains}
+        documents[split] = {domain: count.documents for domain, count in counts.items()}
+        sizes[split] = {domain: count.bytes for domain, count in counts.items()}
+        tokens[split] = {domain: count.tokens for domain, count in counts.items()}
+    return {
+        "documents": documents,
+        "bytes": sizes,
+        "tokens": tokens,
         "vocab_size": writer.vocab_size,
         "dropped": dict(stats.counts),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
@@ -235,7 +244,7 @@ def _check(cfg: TextRunConfig, writer: ShardWriter) -> None:
     held_out = {"valid": data.valid_share, "test": data.test_share}
     for domain in writer.domains:
         for split, share in held_out.items():
-            if writer.counts[split, domain]["documents"]:
+            if writer.count(split, domain).documents:
                 continue
             if data.split_field:
                 how = f"set {split} in data.split_field ({data.split_field})"
@@ -244,7 +253,7 @@ def _check(cfg: TextRunConfig, writer: ShardWriter) -> None:
             raise DataError(
                 f"domain {domain} has no {split} document: {how}, or give it more documents"
             )
-        found = writer.counts["train", domain]["tokens"]
+        found = writer.count("train", domain).tokens
         wanted = cfg.partition.min_tokens
         if found < wanted:
             raise DataError(

@@ -8,7 +8,7 @@ epoch, C context tokens.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,15 @@ def _index_path(folder: Path, name: StreamName) -> Path:
     return folder / split / f"{domain}.idx"
 
 
+@dataclass
+class ShardCount:
+    """What a stream holds."""
+
+    tokens: int = 0  # end-of-text tokens included
+    documents: int = 0
+    bytes: int = 0  # of text in UTF-8
+
+
 class Shards:
     """Shards opened for reading. Streams are mapped on first use; close() drops the maps."""
 
@@ -57,7 +66,7 @@ class Shards:
 
     def tokens(self, split: str, domain: str) -> int:
         """Return the length of a stream, end-of-text tokens included."""
-        return self.count(split, domain)["tokens"]
+        return self.count(split, domain).tokens
 
     def stream(self, split: str, domain: str) -> ndarray:
         """Return the flat tokens of a domain, every document led by end_id. Raises DamagedArtifact
@@ -72,7 +81,7 @@ class Shards:
         length."""
         count = self.count(split, domain)
         path = _index_path(self.folder, (split, domain))
-        rows = count["documents"] + 1
+        rows = count.documents + 1
         _check_bytes(path, rows * 2 * _INDEX.itemsize)
         index = np.fromfile(path, _INDEX).reshape(rows, 2)
         starts, sizes = index.astype(int64).T
@@ -92,16 +101,16 @@ class Shards:
         # A map pickled into another process would arrive there as a copy of all its tokens
         return self.__dict__ | {"_maps": {}}
 
-    def count(self, split: str, domain: str) -> dict[str, int]:
-        """Return how many tokens, documents and bytes of text a shard has. Raises DataError when
-        there is none."""
+    def count(self, split: str, domain: str) -> ShardCount:
+        """Return how much a stream holds. Raises DataError when there is none."""
         try:
-            return self._about["splits"][split][domain]
+            count = self._about["splits"][split][domain]
         except KeyError:
             raise DataError(
                 f"{self.folder} has no {split} shard of domain {domain}; its splits are "
                 f"{', '.join(SPLITS)}, its domains {', '.join(self.domains)}"
             ) from None
+        return ShardCount(**count)
 
     def _map(self, name: StreamName) -> ndarray:
         tokens = self.tokens(*name)
@@ -144,6 +153,68 @@ def _read_about(folder: Path) -> dict:
     return about
 
 
+class _StreamWriter:
+    """The two files of one stream, and what waits to be written to them."""
+
+    def __init__(self, folder: Path, name: StreamName):
+        self.count = ShardCount()
+        self.tokens_path = _tokens_path(folder, name)
+        self.index_path = _index_path(folder, name)
+        self._tokens = bytearray()
+        self._index: list[tuple[int, int]] = []
+        # A stream of no document has its files too: empty, not missing
+        self.tokens_path.write_bytes(b"")
+        self.index_path.write_bytes(b"")
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Memory that a flush would free, roughly."""
+        return len(self._tokens) + _INDEX_ROW_BYTES * len(self._index)
+
+    def add(self, tokens: ndarray, document_bytes: int) -> None:
+        """Append a document with its end_id."""
+        count = self.count
+        self._index.append((count.tokens, document_bytes))
+        self._tokens += tokens.tobytes()
+        count.tokens += len(tokens)
+        count.documents += 1
+        count.bytes += document_bytes
+
+    def append(self, part: Shards, name: StreamName) -> None:
+        """Append the same stream of other shards, copied block by block."""
+        self.flush()
+        with (
+            open(self.tokens_path, "ab") as file,
+            open(_tokens_path(part.folder, name), "rb") as of,
+        ):
+            shutil.copyfileobj(of, file, _COPY_BYTES)
+        starts, sizes = part.documents(*name)
+        # Without the part's closing row, and from where this stream ends so far
+        starts = starts[:-1] + self.count.tokens
+        rows = np.stack([starts, sizes], axis=1)
+        with open(self.index_path, "ab") as file:
+            file.write(rows.astype(_INDEX).tobytes())
+        found = part.count(*name)
+        self.count.tokens += found.tokens
+        self.count.documents += found.documents
+        self.count.bytes += found.bytes
+
+    def close(self) -> None:
+        """Write what is buffered and the closing row of the index."""
+        self._index.append((self.count.tokens, self.count.bytes))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        rows = np.array(self._index, _INDEX)
+        with open(self.tokens_path, "ab") as file:
+            file.write(self._tokens)
+        with open(self.index_path, "ab") as file:
+            file.write(rows.tobytes())
+        self._tokens = bytearray()
+        self._index.clear()
+
+
 class ShardWriter:
     """Appends documents to their streams in bounded memory; finish() writes shards.json."""
 
@@ -152,22 +223,19 @@ class ShardWriter:
         self.domains = domains
         self.vocab_size = vocab_size
         self.end_id = end_id
-        fits_16_bits = vocab_size <= 1 << 16
-        self.dtype = np.dtype("<u2" if fits_16_bits else "<u4")
-        self.counts: dict[StreamName, dict[str, int]] = {}
-        self._tokens: dict[StreamName, bytearray] = {}
-        self._index: dict[StreamName, list[tuple[int, int]]] = {}
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._streams: dict[StreamName, _StreamWriter] = {}
         for split in SPLITS:
             (self.folder / split).mkdir(exist_ok=True)
             for domain in domains:
                 name = (split, domain)
-                self.counts[name] = {"tokens": 0, "documents": 0, "bytes": 0}
-                self._tokens[name] = bytearray()
-                self._index[name] = []
-                # A stream of no document has its files too: empty, not missing
-                _tokens_path(self.folder, name).write_bytes(b"")
-                _index_path(self.folder, name).write_bytes(b"")
-        self._flush_bytes = max(_LEAST_BYTES, _BUFFER_BYTES // len(self.counts))
+                self._streams[name] = _StreamWriter(self.folder, name)
+        share = _BUFFER_BYTES // len(self._streams)
+        self._flush_bytes = max(_LEAST_BYTES, share)
+
+    def count(self, split: str, domain: str) -> ShardCount:
+        """Return what a stream has so far."""
+        return self._streams[split, domain].count
 
     def add(self, split: str, domain: str, ids: list[int], document_bytes: int) -> None:
         """Append one document, end_id first. Raises DataError for an id the vocabulary has not."""
@@ -177,47 +245,23 @@ class ShardWriter:
                 "tokenizer.json contradicts itself. Save it again with save_pretrained, or train "
                 "one (tokenizer.pretrained: null)"
             )
-        name = (split, domain)
-        count = self.counts[name]
-        tokens = self._tokens[name]
-        index = self._index[name]
-        index.append((count["tokens"], document_bytes))
-        document = np.array([self.end_id, *ids], self.dtype)
-        tokens += document.tobytes()
-        count["tokens"] += len(ids) + 1
-        count["documents"] += 1
-        count["bytes"] += document_bytes
-        buffered = len(tokens) + _INDEX_ROW_BYTES * len(index)
-        if buffered > self._flush_bytes:
-            self._flush(name)
+        stream = self._streams[split, domain]
+        tokens = np.array([self.end_id, *ids], self.dtype)
+        stream.add(tokens, document_bytes)
+        if stream.buffered_bytes > self._flush_bytes:
+            stream.flush()
 
     def append(self, part: Shards) -> None:
-        """Append every document of other shards with the same domains and tokenizer, copied block
-        by block."""
-        for name, count in self.counts.items():
-            self._flush(name)
-            with (
-                open(_tokens_path(self.folder, name), "ab") as file,
-                open(_tokens_path(part.folder, name), "rb") as of,
-            ):
-                shutil.copyfileobj(of, file, _COPY_BYTES)
-            starts, sizes = part.documents(*name)
-            # Without its closing row, and from where this stream ends so far
-            moved = starts[:-1] + count["tokens"]
-            rows = np.stack([moved, sizes], axis=1)
-            with open(_index_path(self.folder, name), "ab") as file:
-                file.write(rows.astype(_INDEX).tobytes())
-            for what, found in part.count(*name).items():
-                count[what] += found
+        """Append every document of other shards with the same domains and tokenizer."""
+        for name, stream in self._streams.items():
+            stream.append(part, name)
 
     def finish(self) -> None:
         """Write what is buffered, the closing index rows, and shards.json last."""
-        for name, count in self.counts.items():
-            self._index[name].append((count["tokens"], count["bytes"]))
-            self._flush(name)
-        splits = {}
-        for split in SPLITS:
-            splits[split] = {domain: self.counts[split, domain] for domain in self.domains}
+        splits: dict[str, dict] = {split: {} for split in SPLITS}
+        for (split, domain), stream in self._streams.items():
+            stream.close()
+            splits[split][domain] = asdict(stream.count)
         about = {
             "format": FORMAT,
             "dtype": self.dtype.str,
@@ -228,15 +272,6 @@ class ShardWriter:
         }
         text = json.dumps(about, indent=1)
         (self.folder / _ABOUT).write_text(text + "\n", encoding="utf-8")
-
-    def _flush(self, name: StreamName) -> None:
-        with open(_tokens_path(self.folder, name), "ab") as file:
-            file.write(self._tokens[name])
-        rows = np.array(self._index[name], _INDEX)
-        with open(_index_path(self.folder, name), "ab") as file:
-            file.write(rows.tobytes())
-        self._tokens[name] = bytearray()
-        self._index[name].clear()
 
 
 @dataclass(frozen=True)
@@ -263,7 +298,8 @@ class DomainMixture:
         has.
         """
         row_G = np.arange(first, first + count, dtype=int64)
-        out_GC = np.empty((count, self.context_tokens + 1), int64)
+        length = self.context_tokens + 1  # inputs, and targets one further
+        out_GC = np.empty((count, length), int64)
         number_G, general_G = self._general(row_G)
         if general_G.any():
             _fill(self._general_pool, number_G, general_G, out_GC)
@@ -278,7 +314,8 @@ class DomainMixture:
 
     def tokens(self) -> int:
         """Return the training tokens of one epoch over `domains`: whole windows only."""
-        return sum(pool.windows for pool in self._pools) * self.context_tokens
+        windows = sum(pool.windows for pool in self._pools)
+        return windows * self.context_tokens
 
     def _general(self, row_G: ndarray) -> tuple[ndarray, ndarray]:
         """Number each row among its own kind, and say which rows are general."""
@@ -350,10 +387,12 @@ class _Pool:
         return self._gather(domain_G, start_G)
 
     def _gather(self, domain_G: ndarray, start_G: ndarray) -> ndarray:
-        length = self.mixture.context_tokens + 1  # inputs, and targets one further
+        mixture = self.mixture
+        length = mixture.context_tokens + 1
         out_GC = np.empty((len(start_G), length), int64)
         for out_C, d, start in zip(out_GC, domain_G, start_G, strict=True):
-            stream = self.mixture.shards.stream(self.mixture.split, self.domains[d])
+            stream = mixture.shards.stream(mixture.split, self.domains[d])
+            # A window that runs over the end of the stream goes on at its beginning
             head = stream[start : start + length]
             out_C[: len(head)] = head
             out_C[len(head) :] = stream[: length - len(head)]
