@@ -50,13 +50,13 @@ def test_the_end_token_ends_a_text(engine, monkeypatch):
     monkeypatch.setattr(engine.model.generation_config, "eos_token_id", [999, free.tokens[2].id])
     at = [t.id for t in free.tokens].index(free.tokens[2].id)
     done = engine.complete(ids, Sampling(6, 0.0))
-    assert (done.finish, done.drawn, len(done.tokens)) == ("stop", at + 1, at)
+    assert (done.finish, done.completion_tokens, len(done.tokens)) == ("stop", at + 1, at)
     assert done.text == "".join(t.text for t in free.tokens[:at])
 
 
 def test_time_ends_a_text_too(engine):
     done = engine.complete(engine.encode(""), Sampling(20, 0.0, seconds=1e-9))
-    assert done.drawn < 20 and done.finish == "length"
+    assert done.completion_tokens < 20 and done.finish == "length"
 
 
 def test_a_tokens_experts_are_those_that_spoke_it(engine):
@@ -157,4 +157,4 @@ def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_pat
         for k in t.experts
     )
     assert sum(s["share"] for s in expert_shares(tokens, len(engine.experts))) == pytest.approx(1)
-    assert engine.complete(engine.encode("w3"), Sampling(4, 0.0)).drawn >= 1
+    assert engine.complete(engine.encode("w3"), Sampling(4, 0.0)).completion_tokens >= 1

@@ -36,7 +36,7 @@ class Prices:
         try:
             raw = read(path)
             gpus = {name: Gpu(**row) for name, row in raw.pop("gpus").items()}
-            # YAML reads a date as one.
+            # YAML makes a date of it, which is shown as it was written.
             checked = str(raw.pop("checked"))
             return cls(checked=checked, gpus=gpus, **raw)
         except (ConfigError, TypeError, KeyError, AttributeError) as error:

@@ -65,7 +65,11 @@ def _field(cfg: Section, key: str) -> Any:
     """Return a section without its fields that are not hashed, or a dotted field whole."""
     section, _, name = key.partition(".")
     value = getattr(cfg, section)
-    if not name:
-        return hashed_fields(value) if isinstance(value, Section) else value
-    value = getattr(value, name)
-    return value.model_dump(mode="json") if isinstance(value, Section) else value
+    if name:
+        value = getattr(value, name)
+    if not isinstance(value, Section):
+        return value
+    # Named field by field, a section is meant with all that it has.
+    if name:
+        return value.model_dump(mode="json")
+    return hashed_fields(value)

@@ -132,8 +132,8 @@ class CompletionService(Service):
         choice = {"index": 0, "text": done.text, "logprobs": None, "finish_reason": done.finish}
         usage = {
             "prompt_tokens": len(ids),
-            "completion_tokens": done.drawn,
-            "total_tokens": len(ids) + done.drawn,
+            "completion_tokens": done.completion_tokens,
+            "total_tokens": len(ids) + done.completion_tokens,
         }
         answer = {
             "id": f"cmpl-{secrets.token_hex(12)}",

@@ -76,12 +76,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was said, why it ended (stop or length), how many tokens were drawn, and the tokens of
-    the text."""
+    """What was said, why it ended (stop or length), how many tokens were drawn, with one that ends
+    a text, and the tokens of the text."""
 
     text: str
     finish: str
-    drawn: int
+    completion_tokens: int
     tokens: list[Token]
 
 
