@@ -31,12 +31,12 @@ def test_rows_come_out_whole_and_in_order(tmp_path, source):
     assert row.source == {"dataset": "rows.jsonl", "id": "r5", "revision": None}
     assert row.extra == {"answers": ["it", "it is"]}
     assert report["dropped"] == {} and report["kept"] == report["seen"] == 12
-    told = TaskRows(tmp_path / "out")
-    assert [r.id for r in told.rows("valid")] == ["r4", "r5", "r6", "r7"] and told.rows("valid")[
-        1
-    ] == row
+    stored = TaskRows(tmp_path / "out")
+    assert [r.id for r in stored.rows("valid")] == ["r4", "r5", "r6", "r7"] and stored.rows(
+        "valid"
+    )[1] == row
     expected = picture(crc32(b"images/5.png"))
-    np.testing.assert_array_equal(np.asarray(rows.picture(row)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(stored.picture(row)), np.asarray(expected))
     assert {f"images/{file.name}" for file in (tmp_path / "out/images").iterdir()} == {
         image for row in rows.values() for image in row.images
     }
