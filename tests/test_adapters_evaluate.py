@@ -244,7 +244,7 @@ def test_a_report_that_lacks_a_part_is_still_shown(made, gone):
     report = RequestReport.model_validate(kept)
     assert not getattr(report, gone)
     show(report, Console(file=io.StringIO()))
-    assert page(report, {}).endswith("</html>\n")
+    assert page(report, {}).endswith("</html>")
 
 
 def routed(name: str, own: list[int], router: list[int], text: list[int]):

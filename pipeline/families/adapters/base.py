@@ -47,7 +47,9 @@ class ModelRef:
     @property
     def digest(self) -> str:
         """Equal digests, equal weights: a folder may be moved, a Hub model renamed nowhere."""
-        known = [self.model, self.revision] if self.source == "hub" else sorted(self.files.items())
+        known: list = sorted(self.files.items())
+        if self.source == "hub":
+            known = [self.model, self.revision]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def values(self) -> dict:
@@ -65,6 +67,7 @@ class ModelRef:
             raise DamagedArtifact(
                 f"{folder / PIN} cannot be read ({error}); run train_shared again"
             ) from None
+        # a name changed by hand would otherwise open another base under the adapters
         if digest != pin.digest:
             raise DamagedArtifact(
                 f"{folder / PIN} does not match its own digest; run train_shared again"
@@ -131,6 +134,7 @@ def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
     """
     pin = ModelRef.read(folder)
     where = locate(pin, folder, kind)
+    # a Hub model has none: its commit is in the path that it was fetched to
     if pin.files and file_hashes(where) != pin.files:
         raise MismatchError(
             f"{where} is not the base that this run was started on: its files have changed since "
@@ -146,6 +150,8 @@ def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrai
     On a processor the weights stay mapped from their files as long as the settings' dtype is the
     files'. Raises DataError.
     """
+    # a base that is named is opened from its files alone: nothing is fetched here, nor is a missing
+    # one taken from somewhere else
     try:
         with no_progress_bar():
             model = kind.model_class.from_pretrained(
@@ -159,7 +165,7 @@ def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrai
             f"{where} cannot be loaded as a {kind.name}: {type(error).__name__}: {error}"
         ) from error
     if device() != "cpu":
-        model = model.to(device())
+        model = model.to(device())  # type: ignore[arg-type]  # the library wraps it untyped
     return model.requires_grad_(False).eval()
 
 

@@ -69,17 +69,19 @@ def bundle(
         **opening,
         "address": parts.manifest("train_shared").address,
     }
+    # clients read these from /v1/models, in the family's words
     limits = asdict(limits_of(cfg))
     described["limits"] = {f"{media_name}s": limits.pop("media"), **limits}
     tables = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
-    texts = {
+    texts: dict[str, str | dict] = {
         ABOUT: described,
         PIN: inside.values(),
         "README.md": report.card(tables, described),
     }
+    where = locate(pin, of_base, kind)
     files = [
         *_adapter_files(cfg, parts),
-        *_base_files(pin, locate(pin, of_base, kind)),
+        *_base_files(pin, where),
         *_report_files(parts),
     ]
     return write(folder, files, texts, progress) | {"experts": len(cfg.experts)}
@@ -168,6 +170,7 @@ def _base_files(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
         yield BundleFile(f"{BUILT}/{name}", where / name, digest)
     if pin.files:
         return
+    # which of them there are depends on the base's kind and age
     for name in PROCESSOR_FILES:
         if (where / name).is_file():
             yield BundleFile(f"{PROCESSOR}/{name}", where / name, sha256(where / name))

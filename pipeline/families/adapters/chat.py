@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .media import Media, Medium
 
 IGNORED = -100  # label of a token that is not learned
 PROMPTS_KEPT = 8192  # rendered and encoded prompts kept, as they repeat
+
+Tensors = dict[str, torch.Tensor]  # what a model takes, by name
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class TokenizedRow:
     @property
     def tokens(self) -> int:
         """Length with every medium expanded."""
-        placeholders = len(self.media)
-        return len(self.prompt) + len(self.answer) + sum(self.media_tokens) - placeholders
+        # each medium's tokens take the place of its one placeholder
+        of_media = sum(self.media_tokens) - len(self.media)
+        return len(self.prompt) + len(self.answer) + of_media
 
 
 class Chat:
@@ -69,14 +73,19 @@ class Chat:
         self.pad_id = tokenizer.pad_token_id
         self.end_id = tokenizer.convert_tokens_to_ids(end or tokenizer.eos_token)
         # single characters among them would take letters out of every prompt
-        self._special = sorted(t for t in tokenizer.all_special_tokens if len(t) > 1)
+        long = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+        self._special = sorted(long)
+        # the same prompts and labels come again and again, so their tokens are kept
         self.prompt_ids = lru_cache(PROMPTS_KEPT)(self._prompt_ids)
         self.answer_ids = lru_cache(PROMPTS_KEPT)(self._answer_ids)
 
     def render(self, prompt: str, media: int = 0) -> str:
         """Return a request as text up to and including the assistant's header."""
-        chat = [{"role": "user", "content": self.media.content(self.escape(prompt), media)}]
-        return self.renderer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        content = self.media.content(self.escape(prompt), media)
+        # the library's types know no content but a text
+        turn: Any = {"role": "user", "content": content}
+        text = self.renderer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        return str(text)
 
     def escape(self, text: str) -> str:
         """Return text in which no special token is spelled, so that a user can neither end a turn
@@ -95,7 +104,7 @@ class Chat:
             out.extend([token] * times)
         return out
 
-    def requests(self, requests: Iterable[tuple[str, Sequence[Medium]]]) -> dict[str, torch.Tensor]:
+    def requests(self, requests: Iterable[tuple[str, Sequence[Medium]]]) -> Tensors:
         """Return what the model reads to answer (prompt, opened media) requests; padded on the
         left."""
         prompts, media = zip(*requests, strict=True)
@@ -105,28 +114,33 @@ class Chat:
         ids = []
         for prompt, some in zip(prompts, media, strict=True):
             own = [next(counts) for _ in some]
-            ids.append(self.expand(self.prompt_ids(prompt, len(some)), own))
+            prompt_ids = self.prompt_ids(prompt, len(some))
+            ids.append(self.expand(prompt_ids, own))
         return self.tensors(ids, "left") | inputs
 
-    def tensors(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:
+    def tensors(self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> Tensors:
         """Return input_ids, attention_mask and what media add to them, each [B, T], padded on one
         side."""
         longest = max(map(len, rows))
-        ids_BT = torch.full((len(rows), longest), self.pad_id)
+        shape = (len(rows), longest)
+        ids_BT = torch.full(shape, self.pad_id)
         mask_BT = torch.zeros_like(ids_BT)
         for i, row in enumerate(rows):
-            part = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            start = longest - len(row) if side == "left" else 0
+            part = slice(start, start + len(row))
             ids_BT[i, part] = torch.tensor(row)
             mask_BT[i, part] = 1
         own = {"input_ids": ids_BT, "attention_mask": mask_BT}
         return own | self.media.token_inputs(ids_BT)
 
     def _prompt_ids(self, prompt: str, media: int = 0) -> tuple[int, ...]:
+        text = self.render(prompt, media)
         # the template writes every special token itself: the tokenizer must not add its own
-        return tuple(self.tokenizer.encode(self.render(prompt, media), add_special_tokens=False))
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
-        return (*self.tokenizer.encode(self.escape(answer), add_special_tokens=False), self.end_id)
+        text = self.escape(answer)
+        return (*self.tokenizer.encode(text, add_special_tokens=False), self.end_id)
 
 
 @dataclass
@@ -146,14 +160,16 @@ class TokenizedDataset:
     @property
     def mean_tokens(self) -> int:
         """Mean length of a row, at least 1."""
+        if not self.rows:
+            return 1
         total = sum(row.tokens for row in self.rows)
-        return max(1, round(total / max(1, len(self.rows))))
+        return max(1, round(total / len(self.rows)))
 
     def target_count(self, at: Iterable[int]) -> int:
         """Return the learned tokens of some rows."""
         return sum(len(self.rows[i].answer) for i in at)
 
-    def batch(self, at: Sequence[int], prompts: Sequence[str | None] | None = None) -> dict:
+    def batch(self, at: Sequence[int], prompts: Sequence[str | None] | None = None) -> Tensors:
         """Return input_ids, attention_mask, labels [B, T], and what media add to them, of some
         rows, padded on the right.
 
@@ -162,7 +178,8 @@ class TokenizedDataset:
         """
         ids = []
         labels = []
-        for i, other in zip(at, prompts or [None] * len(at), strict=True):
+        others = prompts or [None] * len(at)
+        for i, other in zip(at, others, strict=True):
             row = self.rows[i]
             prompt: Sequence[int] = row.prompt.tolist()
             # a neutral prompt asks about what the request comes with; without it nothing is asked
@@ -172,6 +189,7 @@ class TokenizedDataset:
             answer = row.answer.tolist()
             ids.append([*expanded, *answer])
             labels.append([IGNORED] * len(expanded) + answer)
+        # on the right: training looks at no next token, and positions begin at 0 for every row
         out = self.chat.tensors(ids, "right")
         labels_BT = torch.full_like(out["input_ids"], IGNORED)
         for label_T, values in zip(labels_BT, labels, strict=True):
@@ -191,13 +209,22 @@ class TokenizedDataset:
                 self.paths.append(path)
                 self.path_tokens.append(self.chat.media.file_tokens(path))
         media = tuple(self._places[path] for path in example.media)
-        prompt = np.array(self.chat.prompt_ids(example.prompt, len(media)), np.int32)
-        answer = np.array(self.chat.answer_ids(example.answer), np.int32)
-        return TokenizedRow(prompt, answer, media, tuple(self.path_tokens[i] for i in media))
+        prompt = self.chat.prompt_ids(example.prompt, len(media))
+        answer = self.chat.answer_ids(example.answer)
+        return TokenizedRow(
+            # a split is held as a whole, and a list of Python's numbers is nine times as large
+            prompt=np.array(prompt, np.int32),
+            answer=np.array(answer, np.int32),
+            media=media,
+            media_tokens=tuple(self.path_tokens[i] for i in media),
+        )
 
 
 def encode(
-    chat: Chat, examples: Iterable[Example], max_tokens: int, neutral: Sequence[str] = ()
+    chat: Chat,
+    examples: Iterable[Example],
+    max_tokens: int,
+    neutral: Sequence[str] = (),
 ) -> TokenizedDataset:
     """Encode examples; those longer than max_tokens, with their own or any neutral prompt, are
     counted and left out."""
@@ -205,11 +232,14 @@ def encode(
     for number, example in enumerate(examples):
         dataset.drops.seen += 1
         row = dataset.add(example)
-        prompts = [len(row.prompt)]
+        longest = len(row.prompt)
         if row.media:
             # any of them may take the place of the row's own prompt, and nothing is ever truncated
-            prompts += [len(chat.prompt_ids(text, len(row.media))) for text in neutral]
-        if row.tokens - len(row.prompt) + max(prompts) > max_tokens:
+            for text in neutral:
+                other = chat.prompt_ids(text, len(row.media))
+                longest = max(longest, len(other))
+        rest = row.tokens - len(row.prompt)
+        if rest + longest > max_tokens:
             dataset.drops.drop("over max_tokens", f"row {number}")
         else:
             dataset.rows.append(row)
@@ -227,14 +257,16 @@ class Sampler:
     def at(self, first: int, count: int) -> list[int]:
         """Return the rows at places first .. first + count - 1; a function of these and the seed
         alone."""
-        return [self._one(place) for place in range(first, first + count)]
+        places = range(first, first + count)
+        return [self._row(place) for place in places]
 
-    def _one(self, place: int) -> int:
-        per_pass = max(1, self.count // self.batch) * self.batch
-        number, place = divmod(place, per_pass)
+    def _row(self, place: int) -> int:
+        batches = max(1, self.count // self.batch)
+        number, place = divmod(place, batches * self.batch)
         # fewer rows than a batch: several laps over them in one pass
         lap, place = divmod(place, self.count)
-        return int(_shuffle(self.count, self.seed, number, lap)[place])
+        shuffled = _shuffle(self.count, self.seed, number, lap)
+        return int(shuffled[place])
 
 
 @lru_cache(8)
@@ -243,7 +275,11 @@ def _shuffle(count: int, *seeds: int) -> np.ndarray:
 
 
 def prompt_augmentation(
-    neutral: Sequence[str], share: float, seed: int, first: int, count: int
+    neutral: Sequence[str],
+    share: float,
+    seed: int,
+    first: int,
+    count: int,
 ) -> list[str | None]:
     """Return, for each place, a neutral prompt with probability share, else None; a function of the
     place alone."""
@@ -254,6 +290,9 @@ def prompt_augmentation(
         # a generator for each place: what a resumed run draws does not depend on where it began;
         # the 1 keeps these numbers apart from the shuffles', which have the same seed
         rng = np.random.default_rng((seed, 1, place))
-        replaced = rng.random() < share
-        out.append(neutral[int(rng.integers(len(neutral)))] if replaced else None)
+        if rng.random() < share:
+            number = int(rng.integers(len(neutral)))
+            out.append(neutral[number])
+        else:
+            out.append(None)
     return out

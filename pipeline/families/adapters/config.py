@@ -85,6 +85,7 @@ class AdapterBaseConfig(Section):
 class AdapterConfig(FitConfig):
     """How one adapter is trained."""
 
+    # rows here are whole chats of any length, and an adapter is small: its own words and defaults
     batch_sequences: int = Field(16, ge=1, description="Rows per optimizer step")
     micro_batch_sequences: int | None = Field(
         None, ge=1, description="Rows per forward pass, the rest is accumulated; none: all at once"
@@ -143,6 +144,7 @@ class AdapterConfig(FitConfig):
 class AdapterExpertConfig(TaskConfig):
     """One expert: a task, its data, and what of the defaults is different for it."""
 
+    # one forward pass then gives every expert's probability, without generating anything
     label: Label = Field(
         description="What the router answers for this expert; one token of the base's tokenizer"
     )
@@ -220,6 +222,7 @@ class AdaptersConfig(Section):
     def options(self, name: str) -> AdapterConfig:
         """Return how one adapter is trained: the defaults with the expert's own settings, or the
         router's."""
+        # the router's class has settings that are of no adapter
         kind = type(self.defaults)
         if name == self.router.name:
             return kind(**{key: getattr(self.router, key) for key in kind.model_fields})
@@ -404,6 +407,7 @@ def _wrong_policy(loras: AdaptersConfig) -> Iterator[str]:
             f"loras.router.fallback: {router.fallback} is neither base nor an expert "
             f"({', '.join(names)})"
         )
+    # with one expert there is nobody to be second
     if router.top_k > len(names):
         few = f"but there are {len(names)}" if len(names) > 1 else "but there is 1; set it to 1"
         yield f"loras.router.top_k: {router.top_k} experts per answer, {few}"
@@ -412,6 +416,7 @@ def _wrong_policy(loras: AdaptersConfig) -> Iterator[str]:
 def _wrong_sources(cfg: AdapterRunConfig) -> Iterator[str]:
     names = cfg.experts
     sources = [source.expert for source in cfg.dataset.sources]
+    # a name given twice is one mistake, which was told already
     for name in dict.fromkeys(names):
         if name not in sources and name not in RESERVED:
             yield f"dataset.sources: no requests for {name}; add {{expert: {name}, from: loras}}"
@@ -447,6 +452,7 @@ def _wrong_wording(cfg: AdapterRunConfig) -> Iterator[str]:
             yield (
                 f"dataset.paraphrases: no such expert {name}; loras.experts has {known}: remove it"
             )
+    # held-out prompts are asked of test_held alone, so both kinds are needed
     if cfg.dataset.ambiguous_share and not (neutral.seen and neutral.held):
         yield (
             "dataset.neutral: ambiguous_share is above 0, so give prompts under seen and under held"

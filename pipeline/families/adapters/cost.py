@@ -59,6 +59,7 @@ class DecoderSizes:
     @property
     def layer_modules(self) -> dict[str, tuple[int, int]]:
         """Width in and out of each projection of a layer, by its name in the layer."""
+        # their names are part of what a pattern of targets matches
         return {
             "self_attn.q_proj": (self.d, self.heads_width),
             "self_attn.k_proj": (self.d, self.kv_width),
@@ -72,7 +73,8 @@ class DecoderSizes:
     @property
     def body_parameters(self) -> int:
         """Parameters of the decoder's layers."""
-        return self.layers * sum(a * b for a, b in self.layer_modules.values())
+        layer = sum(a * b for a, b in self.layer_modules.values())
+        return self.layers * layer
 
     @property
     def encoder_parameters(self) -> int:
@@ -87,6 +89,7 @@ class DecoderSizes:
     @property
     def parameters(self) -> int:
         """All parameters, vectors left out."""
+        # the LM head is the embedding again where they are tied
         tables = self.vocab_size * self.d * (1 if self.tied else 2)
         return tables + self.body_parameters + self.encoder_parameters
 
@@ -104,12 +107,16 @@ class DecoderSizes:
 
         Every token is taken for a medium's when the batches are encoded as they come (`encodes`).
         """
-        encoder = self.encoder_flops_per_token if encodes else 0
-        return 4 * self.body_parameters + 6 * self.adapter_parameters(options) + encoder
+        # a frozen weight is multiplied twice, on the way there and on the way back
+        flops = 4 * self.body_parameters + 6 * self.adapter_parameters(options)
+        if encodes:
+            flops += self.encoder_flops_per_token
+        return flops
 
     def activation_bytes(self, options: AdapterConfig, unit: int, checkpointing: bool) -> int:
         """Bytes per token kept for the way back, of numbers of `unit` bytes."""
-        layer = unit * (12 * self.d + 3 * self.heads_width + 4 * self.kv_width + 3 * self.d_ff)
+        numbers = 12 * self.d + 3 * self.heads_width + 4 * self.kv_width + 3 * self.d_ff
+        layer = unit * numbers
         # adapters of a bf16 base keep fp32 copies of what they read, and so does dropout
         copies = (unit == 2) + (options.dropout > 0)
         layer += 4 * (5 * self.d + self.heads_width + self.d_ff) * copies
@@ -129,8 +136,9 @@ class DecoderSizes:
         """Return the predicted peak above imports of one adapter's training, whose longest row has
         so many tokens; the base's mapped pages are counted."""
         unit = 2 if base.dtype == "bfloat16" else 4
-        tokens = plan.micro_batch_sequences * longest
-        media_tokens = min(tokens, base.most_media_tokens(plan.micro_batch_sequences))
+        rows = plan.micro_batch_sequences
+        tokens = rows * longest
+        media_tokens = min(tokens, base.most_media_tokens(rows))
         held = (
             self.adapter_parameters(options) * plan.state_bytes,
             tokens * self.activation_bytes(options, unit, plan.checkpointing),
@@ -173,8 +181,8 @@ def job_cost(
     """Return what a training will spend, as far as finished jobs tell; None for the base, which
     needs none.
 
-    `made` has the metrics of finished jobs, `sizes` are the base's (None: unknown), row_tokens gives
-    the assumed tokens of a row by the adapter's name.
+    `made` has the metrics of finished jobs, `sizes` are the base's (None: unknown), `row_tokens`
+    gives the assumed tokens of a row by the adapter's name.
     """
     if stage not in ("train_experts", "train_router") or sizes is None:
         return None

@@ -29,6 +29,8 @@ from .stack import ROUTER, AdapterStack, Answer
 TOGETHER = 64  # requests whose media are open at once
 
 Row = TypeVar("Row")
+Answers = tuple[str, ...]
+Figures = dict[str, float | None]  # of one answer, by name; "score" is one of them
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class EvalRequest:
     group: str
     open: Callable[[], list[Medium]]
     ambiguous: bool = False  # its words tell nothing: only what it comes with does
-    wanted: tuple[str, ...] = ()  # every right answer; none: only the route can be judged
+    wanted: Answers = ()  # every right answer; none: only the route can be judged
 
     def request(self) -> Request:
         """Return the request with its media opened. Raises DataError."""
@@ -61,12 +63,13 @@ class AdapterEvaluator:
         self.media = self.stack.model.chat.media
         self.routing = RoutingRows(self.parts.folder("routing"))
         self.tasks: dict[str, TaskRows] = {}
-        # (expert, row id) -> right answers: a routed request names the row that it was made from
-        self._wanted: dict[tuple[str, str], tuple[str, ...]] = {}
+        # right answers by expert and row: a routed request names the row that it was made from
+        self._wanted: dict[tuple[str, str], Answers] = {}
         for name in self.cfg.experts:
-            self.tasks[name] = TaskRows(self.parts.folder("preprocess", name))
-            for row in self.tasks[name].rows("test"):
+            rows = TaskRows(self.parts.folder("preprocess", name))
+            for row in rows.rows("test"):
                 self._wanted[name, row.id] = _right_answers(row)
+            self.tasks[name] = rows
 
     @property
     def most_rows(self) -> int | None:
@@ -77,8 +80,10 @@ class AdapterEvaluator:
     def task(self, name: str) -> list[EvalRequest]:
         """Return test rows of a task, asked as the task asks."""
         key = f"task {name}"
-        rows = self._sample(self.tasks[name].rows("test"), key, self.most_rows)
-        return self._within_limits(key, [self._of_task(name, row) for row in rows])
+        rows = self.tasks[name].rows("test")
+        kept = self._sample(rows, key, self.most_rows)
+        requests = [self._of_task(name, row) for row in kept]
+        return self._within_limits(key, requests)
 
     def routed(self, split: str) -> list[EvalRequest]:
         """Return requests of a split of the routing set, as many of each expert."""
@@ -103,21 +108,27 @@ class AdapterEvaluator:
         if settings.smoke:
             most = min(most, settings.smoke_rows * len(self.stack.choices))
         rows = self._sample(self.learned, "baselines", most)
-        return self._within_limits("baselines", [self._of_routing(row) for row in rows])
+        requests = [self._of_routing(row) for row in rows]
+        return self._within_limits("baselines", requests)
 
     def logits(self, requests: Sequence[EvalRequest], adapter: str = ROUTER) -> np.ndarray:
         """Return logit_NC of the router, or of another adapter that is asked the same."""
+        # of no requests there are as many choices, which what follows counts
+        if not requests:
+            return np.empty((0, len(self.stack.choices)))
         parts = []
         for opened, _ in self._opened(requests, f"{adapter} routes"):
             parts.append(self.stack.logits(opened, adapter))
-        return np.concatenate(parts) if parts else np.empty((0, len(self.stack.choices)))
+        return np.concatenate(parts)
 
     def features(self, requests: Sequence[EvalRequest]) -> np.ndarray:
         """Return x_NF of the frozen base."""
+        if not requests:
+            return np.empty((0, 1))
         parts = []
         for opened, _ in self._opened(requests, "reading with the frozen base"):
             parts.append(self.stack.pooled(opened))
-        return np.concatenate(parts) if parts else np.empty((0, 1))
+        return np.concatenate(parts)
 
     def answers(self, requests: Sequence[EvalRequest]) -> list[Answer]:
         """Return the stack's own answers."""
@@ -127,14 +138,21 @@ class AdapterEvaluator:
         return out
 
     def scores(
-        self, requests: Sequence[EvalRequest], adapters: Sequence[Sequence[str]], what: str
-    ) -> list[dict[str, dict[str, float | None]]]:
+        self,
+        requests: Sequence[EvalRequest],
+        adapters: Sequence[Sequence[str]],
+        what: str,
+    ) -> list[dict[str, Figures]]:
         """Return the figures of each request's answers by adapter, none of them longer than its own
         expert's may be."""
         out = []
         for opened, part in self._opened(requests, what):
             own = requests[part]
-            limits = [self.cfg.loras.entry(each.expert).max_new_tokens for each in own]
+            limits = []
+            for request in own:
+                # what is right must fit into what may be said, whoever says it
+                entry = self.cfg.loras.entry(request.expert)
+                limits.append(entry.max_new_tokens)
             generated = self.stack.generate(opened, adapters[part], limits)
             for request, generations in zip(own, generated, strict=True):
                 figures = {}
@@ -143,22 +161,29 @@ class AdapterEvaluator:
                 out.append(figures)
         return out
 
-    def judge(self, request: EvalRequest, text: str) -> dict[str, float | None]:
+    def judge(self, request: EvalRequest, text: str) -> Figures:
         """Return the figures of an answer by the metric of the request's own expert."""
-        return judge(self.cfg.loras.entry(request.expert).metric, text, request.wanted)
+        entry = self.cfg.loras.entry(request.expert)
+        return judge(entry.metric, text, request.wanted)
 
     def answered_by(self, choice: str) -> str:
         """Return who answers a request when the router's first choice always does."""
         return self.cfg.loras.router.fallback if choice == NONE else choice
 
-    def _sample(self, rows: list[Row], key: str, most: int | None) -> list[Row]:
+    def _sample(
+        self,
+        rows: list[Row],
+        key: str,
+        most: int | None,
+    ) -> list[Row]:
         """Return at most so many rows, drawn with the run's seed, in their own order."""
         if most is None or len(rows) <= most:
             return rows
         # every set draws by its own name, so that no other set's size moves what is drawn
-        rng = np.random.default_rng([self.cfg.seed, *key.encode()])
-        kept = np.sort(rng.choice(len(rows), most, replace=False))
-        return [rows[i] for i in kept]
+        seed = [self.cfg.seed, *key.encode()]
+        rng = np.random.default_rng(seed)
+        drawn = rng.choice(len(rows), most, replace=False)
+        return [rows[i] for i in np.sort(drawn)]
 
     def _within_limits(self, key: str, requests: list[EvalRequest]) -> list[EvalRequest]:
         kept = [request for request in requests if self._fits(request)]
@@ -184,13 +209,16 @@ class AdapterEvaluator:
         )
 
     def _of_routing(self, row: RoutingRow) -> EvalRequest:
+        folder = self.routing.folder
+        of_row = (row.expert, str(row.source.get("row")))
         return EvalRequest(
             prompt=row.prompt,
             expert=row.expert,
             group=row.group,
-            open=lambda: self.media.open_row(self.routing.folder, row),
+            open=lambda: self.media.open_row(folder, row),
             ambiguous=row.ambiguous,
-            wanted=self._wanted.get((row.expert, str(row.source.get("row"))), ()),
+            # requests that were brought along are of no task's row: only their route is judged
+            wanted=self._wanted.get(of_row, ()),
         )
 
     def _opened(
@@ -200,10 +228,13 @@ class AdapterEvaluator:
         for start in range(0, len(requests), TOGETHER):
             self.progress(f"evaluating: {what}", start / len(requests))
             part = slice(start, start + TOGETHER)
-            yield [request.request() for request in requests[part]], part
+            opened = [request.request() for request in requests[part]]
+            yield opened, part
 
 
-def _right_answers(row: TaskRow) -> tuple[str, ...]:
+def _right_answers(row: TaskRow) -> Answers:
     """Return every right answer of a task row, its own first."""
     others = row.extra.get("answers") or ()
-    return tuple(dict.fromkeys([row.answer, *map(str, others)]))
+    answers = [row.answer, *map(str, others)]
+    # each once, in order: a set has none
+    return tuple(dict.fromkeys(answers))

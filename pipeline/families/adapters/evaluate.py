@@ -54,6 +54,7 @@ def evaluate(
     sets = routed_sets(evaluator)
     routes = routing(evaluator, sets)
     answers = _answers(evaluator, sets)
+    # figures of time mean little without it, and bf16 rounds them all
     facts = machine(torch.get_num_threads(), stack.model.core.dtype == torch.bfloat16)
     return RequestReport(
         run=cfg.name,
@@ -90,6 +91,7 @@ def criteria(
     whole = [name for name in sets if not name.endswith(NEUTRAL)]
     for name in neutral:
         yield _beats_words(sets[name])
+    # whole splits first: they are what a reader looks for
     for name in (*whole, *neutral):
         accuracy = float(sets[name].hits().mean())
         yield Criterion(
@@ -127,6 +129,7 @@ def _beats_words(routed: Routed) -> Criterion:
 
 
 def _all_learned(adapters: AdapterScores, least: float) -> Criterion:
+    # a score that could not be measured is none that was reached
     own = {task.task: task.scores[task.task] or 0.0 for task in adapters.tasks}
     worst = min(own, key=lambda name: own[name])
     return Criterion(
@@ -211,6 +214,7 @@ def _answer_set(
     for request, first in zip(requests, chosen, strict=True):
         # one generation where two of them are the same
         adapters.append(tuple(dict.fromkeys((request.expert, BASE, first))))
+    # the stack's own answers are made again, as it may have ranked several experts' answers
     what = "the right expert and the base on routed requests"
     judged = evaluator.scores(requests, adapters, what)
     answers = evaluator.answers(requests)
@@ -281,6 +285,7 @@ def _model(cfg: AdapterRunConfig, stack: AdapterStack) -> AdapterModelFacts:
     in_adapters = 0
     for name, parameter in stack.model.core.named_parameters():
         total += parameter.numel()
+        # the base keeps its parameters' names, with base_layer in them
         if ".lora_" in name:
             in_adapters += parameter.numel()
     return AdapterModelFacts(
@@ -316,6 +321,7 @@ def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]
             "The base is random: the numbers show that the pipeline works, not what a pretrained "
             "base reaches."
         )
+    # said in words, as a dash in a table looks like a failure
     untested = [row.change for row in routes.consistency if not row.requests]
     if REORDERED in untested:
         yield (

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as _leaked
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ...errors import DataError
 from .chat import Chat
 from .media import MediaFeatures, Medium
+from .peft_io import core_of
 
 BASE = "base"  # the name of a row that runs under no adapter
 # tokens; rows whose lengths differ by less are padded to one length without much waste
@@ -72,36 +73,50 @@ class Generation:
 class MultiAdapterModel:
     """A PEFT model with all its adapters loaded, and the chat that its requests are put in."""
 
-    def __init__(self, model: PeftModel, chat: Chat, limits: GenerationLimits):
+    def __init__(
+        self,
+        model: PeftModel,
+        chat: Chat,
+        limits: GenerationLimits,
+    ):
         self.model = model.eval()
         self.chat = chat
         self.limits = limits
-        self.core: PreTrainedModel = model.get_base_model()
+        self.core = core_of(model)
         self.adapters = tuple(model.peft_config)
         self.encoder_adapters = chat.media.changed_by(self.core)
         self._lock = threading.Lock()
         # the Hub's settings draw at random, and an answer must be repeatable: the ends are kept
         own = self.core.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        pad = own.pad_token_id if own.pad_token_id is not None else ends[0]
+        ends = own.eos_token_id
+        if not isinstance(ends, list):
+            ends = [ends]
+        pad = own.pad_token_id
+        if pad is None:
+            pad = ends[0]
         self._ends = set(ends)
         self.core.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
 
     def check(self, request: Request) -> None:
         """Raise DataError for a request over the limits, before anything is run."""
         limits = self.limits
+        prompt = request.prompt
         count = len(request.media)
         kind = f"{self.chat.media.name}s"
         if count > limits.media:
             raise DataError(f"the request has {count} {kind}; at most {limits.media} are taken")
-        if len(request.prompt) > limits.prompt_characters:
+        # before it is encoded, which takes long for a long one
+        if len(prompt) > limits.prompt_characters:
             raise DataError(
-                f"the prompt has {len(request.prompt):,} characters; at most "
+                f"the prompt has {len(prompt):,} characters; at most "
                 f"{limits.prompt_characters:,} are taken"
             )
-        of_media = sum(self.chat.media.tokens(medium) for medium in request.media)
+        of_media = 0
+        for medium in request.media:
+            of_media += self.chat.media.tokens(medium)
         # each medium takes the place of one placeholder of the prompt
-        tokens = len(self.chat.prompt_ids(request.prompt, count)) + of_media - count
+        of_prompt = len(self.chat.prompt_ids(prompt, count)) - count
+        tokens = of_prompt + of_media
         if tokens > limits.tokens:
             share = f"{of_media:,} of them for {count} {kind}; " if count else ""
             smaller = f"smaller or fewer {kind}, or " if count else ""
@@ -116,7 +131,8 @@ class MultiAdapterModel:
         # the same object may come several times: it is opened once and held by its callers
         distinct = {id(medium): medium for medium in media}
         features: list[MediaFeatures] = []
-        for prepared in self.chat.media.batches(list(distinct.values())):
+        batches = self.chat.media.batches(list(distinct.values()))
+        for prepared in batches:
             with self._running(), self._encoder_of(adapter):
                 features += self.chat.media.encode(self.core, prepared)
         by_medium = dict(zip(distinct, features, strict=True))
@@ -125,22 +141,29 @@ class MultiAdapterModel:
     def encode(self, prompt: str, media: Sequence[MediaFeatures]) -> tuple[int, ...]:
         """Return the ids of a user's turn with media in front, ready to be answered."""
         ids = self.chat.prompt_ids(prompt, len(media))
-        return tuple(self.chat.expand(ids, [each.tokens for each in media]))
+        media_tokens = [each.tokens for each in media]
+        return tuple(self.chat.expand(ids, media_tokens))
 
     def label_logits(self, rows: Sequence[BatchRow], labels: Sequence[int]) -> torch.Tensor:
         """Return logit_NC of the tokens `labels` after each row, in float32."""
         self._check_names(rows)
         out_NC = torch.empty(len(rows), len(labels))
-        for batch in self._batches(rows, [0] * len(rows)):
+        nothing_new = [0] * len(rows)
+        for batch in self._batches(rows, nothing_new):
             picked = [rows[i] for i in batch]
             with self._running():
-                inputs = self._inputs(picked) | {"adapter_names": _names(picked)}
-                logits_B1V = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
-            out_NC[batch] = logits_B1V[:, -1, list(labels)].float().cpu()
+                inputs = self._inputs(picked)
+                inputs["adapter_names"] = _names(picked)
+                out = self.model(**inputs, logits_to_keep=1, use_cache=False)
+            logits_BC = out.logits[:, -1, list(labels)]
+            out_NC[batch] = logits_BC.float().cpu()
         return out_NC
 
     def generate(
-        self, rows: Sequence[BatchRow], new_tokens: Sequence[int], seconds: float | None = None
+        self,
+        rows: Sequence[BatchRow],
+        new_tokens: Sequence[int],
+        seconds: float | None = None,
     ) -> list[Generation]:
         """Return every row's greedy answer of at most its own number of new tokens, in the order of
         rows.
@@ -152,16 +175,20 @@ class MultiAdapterModel:
         out: dict[int, Generation] = {}
         until = None if seconds is None else time.monotonic() + seconds
         for batch in self._batches(rows, new_tokens):
+            picked = [rows[i] for i in batch]
             limits = [new_tokens[i] for i in batch]
-            generations = self._generate([rows[i] for i in batch], limits, until)
+            generations = self._generate(picked, limits, until)
             out |= zip(batch, generations, strict=True)
         return [out[i] for i in range(len(rows))]
 
     def pooled(self, rows: Sequence[BatchRow]) -> torch.Tensor:
         """Return x_ND, the mean of the last hidden states over each row's tokens, in float32."""
         self._check_names(rows)
+        if not rows:
+            return torch.empty(0, 0)
         out: dict[int, torch.Tensor] = {}
-        for batch in self._batches(rows, [0] * len(rows)):
+        nothing_new = [0] * len(rows)
+        for batch in self._batches(rows, nothing_new):
             picked = [rows[i] for i in batch]
             with self._running():
                 inputs = self._inputs(picked)
@@ -170,18 +197,25 @@ class MultiAdapterModel:
                     states = self.core.base_model(**inputs, use_cache=False)
             h_BTD = states.last_hidden_state.float()
             keep_BT1 = inputs["attention_mask"].unsqueeze(-1)
-            mean_BD = (h_BTD * keep_BT1).sum(1) / keep_BT1.sum(1)
+            sum_BD = (h_BTD * keep_BT1).sum(1)
+            mean_BD = sum_BD / keep_BT1.sum(1)
             out |= zip(batch, mean_BD.cpu(), strict=True)
-        return torch.stack([out[i] for i in range(len(rows))]) if out else torch.empty(0, 0)
+        in_order = [out[i] for i in range(len(rows))]
+        return torch.stack(in_order)
 
     def _generate(
-        self, rows: list[BatchRow], new_tokens: list[int], until: float | None
+        self,
+        rows: list[BatchRow],
+        new_tokens: list[int],
+        until: float | None,
     ) -> list[Generation]:
         inputs = self._inputs(rows)
         given = inputs["input_ids"].shape[1]
         likelihood = _Likelihood()
-        # the library takes 0 for no limit
-        left = None if until is None else max(0.01, until - time.monotonic())
+        left = None
+        if until is not None:
+            # the library takes 0 for no limit
+            left = max(0.01, until - time.monotonic())
         with self._running():
             out_BT = self.model.generate(
                 **inputs,
@@ -195,17 +229,31 @@ class MultiAdapterModel:
         nats_BT = torch.stack(likelihood.nats, 1).tolist()
         ids_BT = out_BT[:, given:].tolist()
         out = []
-        for row, ids_T, nats_T, most in zip(rows, ids_BT, nats_BT, new_tokens, strict=True):
+        for i, row in enumerate(rows):
             # a batch goes on until its last row ends
-            out.append(self._generation(row, ids_T[:most], nats_T))
+            own = ids_BT[i][: new_tokens[i]]
+            out.append(self._generation(row, own, nats_BT[i]))
         return out
 
-    def _generation(self, row: BatchRow, ids: list[int], nats: list[float]) -> Generation:
-        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
-        count = len(ids) if end is None else end + 1
+    def _generation(
+        self,
+        row: BatchRow,
+        ids: list[int],
+        nats: list[float],
+    ) -> Generation:
+        ends = [i for i, token in enumerate(ids) if token in self._ends]
+        end = ends[0] if ends else len(ids)
         text = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        finish = "length" if end is None else "stop"
-        return Generation(text, finish, len(row.ids), count, sum(nats[:count]) / max(1, count))
+        # the token that ends an answer is one of it, as it was learned
+        count = end + 1 if ends else end
+        mean = sum(nats[:count]) / max(1, count)
+        return Generation(
+            text=str(text),
+            finish="stop" if ends else "length",
+            prompt_tokens=len(row.ids),
+            completion_tokens=count,
+            log_probability=mean,
+        )
 
     @contextmanager
     def _encoder_of(self, adapter: str) -> Iterator[None]:
@@ -223,8 +271,11 @@ class MultiAdapterModel:
     def _inputs(self, rows: Sequence[BatchRow]) -> dict[str, Any]:
         """Return what the model takes for a batch, padded on the left: an answer must follow its
         prompt directly."""
-        inputs: dict[str, Any] = dict(self.chat.tensors([row.ids for row in rows], "left"))
-        media = [features for row in rows for features in row.media]
+        ids = [row.ids for row in rows]
+        inputs: dict[str, Any] = dict(self.chat.tensors(ids, "left"))
+        media: list[MediaFeatures] = []
+        for row in rows:
+            media += row.media
         if media:
             inputs |= self.chat.media.feature_inputs(media)
         for key, value in inputs.items():
@@ -239,22 +290,25 @@ class MultiAdapterModel:
         Among rows of similar length those of one adapter stand together, as fewer adapters in a
         batch run faster.
         """
-        keys = []
-        for i, row in enumerate(rows):
-            keys.append((len(row.ids) // SIMILAR, new_tokens[i], row.adapter, i))
+
+        def similar(i: int) -> tuple:
+            return len(rows[i].ids) // SIMILAR, new_tokens[i], rows[i].adapter, i
+
+        limits = self.limits
         batch: list[int] = []
-        longest = 0
-        most = 0
-        for *_, i in sorted(keys):
-            longest = max(longest, len(rows[i].ids))
-            most = max(most, new_tokens[i])
-            too_many = len(batch) == self.limits.batch_rows
-            too_long = (len(batch) + 1) * (longest + most) > self.limits.batch_tokens
-            if batch and (too_many or too_long):
+        prompt = 0  # tokens of the batch's longest
+        answer = 0
+        for i in sorted(range(len(rows)), key=similar):
+            own = len(rows[i].ids)
+            prompt = max(prompt, own)
+            answer = max(answer, new_tokens[i])
+            too_many = len(batch) == limits.batch_rows
+            tokens = (len(batch) + 1) * (prompt + answer)
+            if batch and (too_many or tokens > limits.batch_tokens):
                 yield batch
                 batch = []
-                longest = len(rows[i].ids)
-                most = new_tokens[i]
+                prompt = own
+                answer = new_tokens[i]
             batch.append(i)
         if batch:
             yield batch
@@ -262,7 +316,8 @@ class MultiAdapterModel:
     def _check_names(self, rows: Sequence[BatchRow]) -> None:
         """Raise DataError before PEFT sees a name that it does not know, which would leave its
         hooks behind."""
-        unknown = sorted({row.adapter for row in rows} - {*self.adapters, BASE})
+        asked = {row.adapter for row in rows}
+        unknown = sorted(asked - {*self.adapters, BASE})
         if unknown:
             known = ", ".join(self.adapters)
             raise DataError(f"no adapter is called {unknown[0]}; there are {known} and {BASE}")
@@ -309,6 +364,7 @@ class _Likelihood:
 
     def __call__(self, _ids_BT: torch.Tensor, score_BV: torch.Tensor) -> torch.Tensor:
         wide_BV = score_BV.float()
+        # of the likeliest token, without the log-probabilities of all the others
         self.nats.append(wide_BV.amax(-1) - wide_BV.logsumexp(-1))
         return score_BV
 
@@ -321,4 +377,5 @@ class _StopRows:
         self.most_B = torch.tensor(new_tokens)
 
     def __call__(self, ids_BT: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return (self.most_B <= ids_BT.shape[1] - self.given).to(ids_BT.device)
+        made = ids_BT.shape[1] - self.given
+        return (self.most_B <= made).to(ids_BT.device)

@@ -97,9 +97,9 @@ class Media:
         """Yield the features of each medium of a piece that `batches` gave."""
         return iter(())
 
-    def feature_inputs(self, features: Sequence[MediaFeatures]) -> dict:
-        """Return what the model takes for encoded media, one after another over the rows of a
-        batch."""
+    def feature_inputs(self, features: Sequence[Any]) -> dict:
+        """Return what the model takes for media that `encode` gave the features of, one after
+        another over the rows of a batch."""
         return {}
 
     def feature_cache(

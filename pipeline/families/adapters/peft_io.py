@@ -43,6 +43,14 @@ CheckTargets = Callable[[Sequence[str], AdapterConfig, str], None]
 def _allow_all(_modules: Sequence[str], _options: AdapterConfig, _where: str) -> None: ...
 
 
+def core_of(model: PeftModel) -> PreTrainedModel:
+    """Return the base inside a PEFT model, its layers wrapped by adapters."""
+    core = model.get_base_model()
+    if not isinstance(core, PreTrainedModel):
+        raise TypeError(f"adapters stand on a model of transformers here, not on a {type(core)}")
+    return core
+
+
 def add(
     model: PreTrainedModel | PeftModel,
     name: str,
@@ -57,11 +65,11 @@ def add(
     setting; `check` may refuse modules by a ConfigError. Raises ConfigError when the targets match
     nothing, or what must stay as it is.
     """
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    core = core_of(model) if isinstance(model, PeftModel) else model
     matched = find_targets(core, options, where, check)
     settings = LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number, vLLM reads one too
         lora_dropout=options.dropout,
         target_modules=options.targets,
         task_type="CAUSAL_LM",

@@ -19,7 +19,12 @@ OWN = "{prompt}"  # in a wording: the request's own words
 
 def change_media(request: EvalRequest, change: Callable[[Medium], Medium]) -> EvalRequest:
     """Return a request whose media are changed when they are opened."""
-    return replace(request, open=lambda: [change(medium) for medium in request.open()])
+
+    def changed() -> list[Medium]:
+        # when it is asked for, as media are not kept
+        return [change(medium) for medium in request.open()]
+
+    return replace(request, open=changed)
 
 
 def reword(request: EvalRequest, dataset: RoutingSetConfig) -> EvalRequest | None:
@@ -32,11 +37,15 @@ def reword(request: EvalRequest, dataset: RoutingSetConfig) -> EvalRequest | Non
     else:
         return None
     for texts in (wording.held, wording.seen):
-        other = sorted(text for text in texts if text != request.prompt and OWN not in text)
-        if other:
+        others = []
+        for text in sorted(texts):
+            if text != request.prompt and OWN not in text:
+                others.append(text)
+        if others:
             # a checksum rather than `hash`, which differs from one process to the next
             number = zlib.crc32(request.prompt.encode())
-            return replace(request, prompt=other[number % len(other)])
+            prompt = others[number % len(others)]
+            return replace(request, prompt=prompt)
     return None
 
 
@@ -51,7 +60,8 @@ def reorder_labels(instruction: str, labels: Mapping[str, str]) -> str | None:
     if len(about) < len(labels) or len(labels) < 2:
         return None
     out = list(lines)
-    for i, other in zip(about, reversed(about), strict=True):
+    turned = reversed(about)
+    for i, other in zip(about, turned, strict=True):
         out[i] = lines[other]
     return "\n".join(out)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...config.base import NONE
+from ...data.routing.dataset import RoutingRow
 from ...metrics import routing as metrics
 from ...metrics.routing import GroupBootstrap, softmax
 from ...report.schema import (
@@ -63,7 +64,8 @@ class Routed:
 
     def ahead(self, row: str) -> Difference | None:
         """Return the router's accuracy less a rival's, and its interval; None without requests."""
-        found = self.bootstrap.difference(self.hits(), self.hits(row))
+        rival_N = self.hits(row)
+        found = self.bootstrap.difference(self.hits(), rival_N)
         return None if found is None else Difference.model_validate(found)
 
 
@@ -80,12 +82,14 @@ class _Baselines:
 
 def routed_sets(evaluator: AdapterEvaluator) -> dict[str, Routed]:
     """Return both test splits of the routing set and the neutral prompts of each, by name."""
+    learned = evaluator.learned
+    # a forward pass each: words are learned from all requests, features from some
     some = evaluator.for_baselines()
     baselines = _Baselines(
-        texts=[row.prompt for row in evaluator.learned],
-        own_N=_numbers(evaluator, [row.expert for row in evaluator.learned]),
+        texts=[row.prompt for row in learned],
+        own_N=_numbers(evaluator, learned),
         feature_NF=evaluator.features(some),
-        feature_own_N=_numbers(evaluator, [request.expert for request in some]),
+        feature_own_N=_numbers(evaluator, some),
     )
     out = {}
     for split in SPLITS:
@@ -102,17 +106,27 @@ def routed_sets(evaluator: AdapterEvaluator) -> dict[str, Routed]:
 def routing(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> RequestRouting:
     """Return the routing tables: accuracy beside baselines, recall, confusion, calibration,
     coverage, none."""
+    cfg = evaluator.cfg
     stack = evaluator.stack
-    top_k = evaluator.cfg.loras.router.top_k
-    whole = {name: routed for name, routed in sets.items() if name in SPLITS}
+    top_k = cfg.loras.router.top_k
     confusion = {}
     recall = {}
-    for name, routed in whole.items():
+    calibration = []
+    coverage = []
+    none = []
+    for name in SPLITS:
+        # a part of a split is too small for more than its accuracy
+        if name not in sets:
+            continue
+        routed = sets[name]
         count_CC = metrics.confusion(routed.prob_NC, routed.own_N)
         confusion[name] = tuple(map(tuple, count_CC.tolist()))
         recall[name] = tuple(metrics.recall(count_CC))
-    thresholds = evaluator.cfg.evaluate.thresholds
-    tells_none = list(whole.values()) if NONE in stack.choices else []
+        calibration.append(_calibration(routed))
+        coverage.append(_coverage(routed, cfg.evaluate.thresholds))
+        if NONE in stack.choices:
+            none.append(_none_detection(routed, stack.choices))
+    consistency = _consistency(evaluator, sets["test"]) if "test" in sets else []
     return RequestRouting(
         choices=stack.choices,
         top_k=top_k,
@@ -121,42 +135,50 @@ def routing(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> RequestR
         sets=tuple(_set(routed, top_k) for routed in sets.values()),
         confusion=confusion,
         recall=recall,
-        calibration=tuple(_calibration(routed) for routed in whole.values()),
-        coverage=tuple(_coverage(routed, thresholds) for routed in whole.values()),
-        none=tuple(_none_detection(routed, stack.choices) for routed in tells_none),
-        consistency=tuple(_consistency(evaluator, sets["test"])) if "test" in sets else (),
+        calibration=tuple(calibration),
+        coverage=tuple(coverage),
+        none=tuple(none),
+        consistency=tuple(consistency),
     )
 
 
-def _numbers(evaluator: AdapterEvaluator, experts: Sequence[str]) -> np.ndarray:
-    """Return the number of each expert among the stack's choices."""
-    choices = list(evaluator.stack.choices)
-    return np.array([choices.index(name) for name in experts], dtype=int)
+def _numbers(evaluator: AdapterEvaluator, rows: Sequence[EvalRequest | RoutingRow]) -> np.ndarray:
+    """Return own_N, the number of each row's expert among the stack's choices."""
+    number = {name: i for i, name in enumerate(evaluator.stack.choices)}
+    own = [number[row.expert] for row in rows]
+    # of no rows too these are numbers of choices
+    return np.array(own, dtype=int)
 
 
 def _bootstrap(evaluator: AdapterEvaluator, requests: Sequence[EvalRequest]) -> GroupBootstrap:
+    cfg = evaluator.cfg
     groups = [request.group for request in requests]
-    return GroupBootstrap(groups, evaluator.cfg.evaluate.bootstrap, evaluator.cfg.seed)
+    return GroupBootstrap(groups, cfg.evaluate.bootstrap, cfg.seed)
 
 
 def _routed(
-    evaluator: AdapterEvaluator, name: str, requests: list[EvalRequest], known: _Baselines
+    evaluator: AdapterEvaluator,
+    name: str,
+    requests: list[EvalRequest],
+    known: _Baselines,
 ) -> Routed:
     width = len(evaluator.stack.choices)
     texts = [request.prompt for request in requests]
+    # all rivals get the same requests, and none of them gets more than the router got
     x_NF = evaluator.features(requests)
     learned = (known.feature_NF, known.feature_own_N)
+    asked_NC = evaluator.logits(requests, BASE)
     rivals = {
         "majority": metrics.majority(known.own_N, width, len(requests)),
         TEXT: metrics.text_only(known.texts, known.own_N, texts, width),
-        "frozen base, asked": softmax(evaluator.logits(requests, BASE), 1.0),
+        "frozen base, asked": softmax(asked_NC, 1.0),
         "frozen base, centroid": metrics.centroid(*learned, x_NF, width),
         "frozen base, regression": metrics.linear(*learned, x_NF, width),
     }
     return Routed(
         name=name,
         requests=requests,
-        own_N=_numbers(evaluator, [request.expert for request in requests]),
+        own_N=_numbers(evaluator, requests),
         logit_NC=evaluator.logits(requests),
         rivals=rivals,
         bootstrap=_bootstrap(evaluator, requests),
@@ -166,15 +188,19 @@ def _routed(
 
 def _neutral_part(evaluator: AdapterEvaluator, whole: Routed) -> Routed:
     """Return the requests of a set whose words tell nothing."""
-    keep_N = np.array([request.ambiguous for request in whole.requests], dtype=bool)
+    ambiguous = [request.ambiguous for request in whole.requests]
+    keep_N = np.array(ambiguous, dtype=bool)
     requests = [request for request in whole.requests if request.ambiguous]
+    rivals = {}
+    for name, prob_NC in whole.rivals.items():
+        rivals[name] = prob_NC[keep_N]
     return replace(
         whole,
         name=f"{whole.name}, {NEUTRAL}",
         requests=requests,
         own_N=whole.own_N[keep_N],
         logit_NC=whole.logit_NC[keep_N],
-        rivals={name: prob_NC[keep_N] for name, prob_NC in whole.rivals.items()},
+        rivals=rivals,
         bootstrap=_bootstrap(evaluator, requests),
     )
 
@@ -183,17 +209,27 @@ def _set(routed: Routed, top_k: int) -> RoutedSet:
     rows = [_row(routed, ROUTER, routed.prob_NC, top_k)]
     for name, prob_NC in routed.rivals.items():
         rows.append(_row(routed, name, prob_NC, top_k))
-    return RoutedSet(name=routed.name, requests=len(routed.requests), rows=tuple(rows))
+    return RoutedSet(
+        name=routed.name,
+        requests=len(routed.requests),
+        rows=tuple(rows),
+    )
 
 
-def _row(routed: Routed, name: str, prob_NC: np.ndarray, top_k: int) -> RouterRow:
+def _row(
+    routed: Routed,
+    name: str,
+    prob_NC: np.ndarray,
+    top_k: int,
+) -> RouterRow:
     hit_N = routed.hits(name)
+    among_NK = metrics.hits(prob_NC, routed.own_N, top_k)
     is_router = name == ROUTER
     return RouterRow(
         name=name,
         accuracy=float(hit_N.mean()),
         interval=routed.bootstrap.interval(hit_N),
-        top_k_accuracy=float(metrics.hits(prob_NC, routed.own_N, top_k).mean()),
+        top_k_accuracy=float(among_NK.mean()),
         nats=metrics.nats(prob_NC, routed.own_N),
         ece=metrics.calibration_error(prob_NC, routed.own_N),
         is_router=is_router,
@@ -202,6 +238,7 @@ def _row(routed: Routed, name: str, prob_NC: np.ndarray, top_k: int) -> RouterRo
 
 
 def _calibration(routed: Routed) -> CalibrationRow:
+    # as the adapter says it, before the temperature
     raw_NC = softmax(routed.logit_NC, 1.0)
     bins = metrics.reliability(routed.prob_NC, routed.own_N)
     return CalibrationRow(
@@ -215,11 +252,11 @@ def _calibration(routed: Routed) -> CalibrationRow:
 
 
 def _coverage(routed: Routed, thresholds: Sequence[float]) -> CoverageCurve:
+    confidence_N = routed.prob_NC.max(1)
     # from 0, where every request counts
-    points = metrics.coverage(routed.prob_NC.max(1), routed.hits(), (0.0, *thresholds))
-    return CoverageCurve(
-        set=routed.name, points=tuple(CoveragePoint.model_validate(each) for each in points)
-    )
+    found = metrics.coverage(confidence_N, routed.hits(), (0.0, *thresholds))
+    points = [CoveragePoint.model_validate(each) for each in found]
+    return CoverageCurve(set=routed.name, points=tuple(points))
 
 
 def _none_detection(routed: Routed, choices: Sequence[str]) -> NoneDetection:
@@ -227,7 +264,8 @@ def _none_detection(routed: Routed, choices: Sequence[str]) -> NoneDetection:
     confidence."""
     at = choices.index(NONE)
     nobody_N = routed.own_N == at
-    confidence_N = np.delete(routed.prob_NC, at, axis=1).max(1)
+    experts_NE = np.delete(routed.prob_NC, at, axis=1)
+    confidence_N = experts_NE.max(1)
     return NoneDetection(
         set=routed.name,
         requests=int(nobody_N.sum()),
@@ -243,30 +281,40 @@ def _consistency(evaluator: AdapterEvaluator, routed: Routed) -> list[Consistenc
     if settings.smoke:
         most = min(most, settings.smoke_rows)
     # spread over the set, whose requests stand by expert
-    step = max(1, len(routed.requests) // max(1, most))
-    places = list(range(0, len(routed.requests), step))[:most]
+    requests = routed.requests
+    step = max(1, len(requests) // max(1, most))
+    every = range(0, len(requests), step)
+    places = list(every[:most])
     reworded = {}
     for i in places:
-        request = reword(routed.requests[i], evaluator.cfg.dataset)
+        request = reword(requests[i], evaluator.cfg.dataset)
         if request is not None:
             reworded[i] = request
     out = [_after(evaluator, routed, REWORDED, reworded)]
-    with_media = [i for i in places if routed.requests[i].open()]
+    # a request of text alone is the same after each of these, and would count as consistent
+    with_media = [i for i in places if requests[i].open()]
     for name, change in evaluator.media.perturbations.items():
-        changed = {i: change_media(routed.requests[i], change) for i in with_media}
+        changed = {}
+        for i in with_media:
+            changed[i] = change_media(requests[i], change)
         out.append(_after(evaluator, routed, name, changed))
     return [*out, _after_reordering(evaluator, routed, places)]
 
 
 def _after(
-    evaluator: AdapterEvaluator, routed: Routed, name: str, changed: Mapping[int, EvalRequest]
+    evaluator: AdapterEvaluator,
+    routed: Routed,
+    name: str,
+    changed: Mapping[int, EvalRequest],
 ) -> ConsistencyRow:
-    choice_N = evaluator.logits(list(changed.values())).argmax(1)
-    return _consistency_row(name, routed, list(changed), choice_N)
+    logit_NC = evaluator.logits(list(changed.values()))
+    return _consistency_row(name, routed, list(changed), logit_NC)
 
 
 def _after_reordering(
-    evaluator: AdapterEvaluator, routed: Routed, places: list[int]
+    evaluator: AdapterEvaluator,
+    routed: Routed,
+    places: list[int],
 ) -> ConsistencyRow:
     """Return consistency under another order of the labels, where the instruction lists them at
     all."""
@@ -274,18 +322,27 @@ def _after_reordering(
     calibration = stack.calibration
     instruction = reorder_labels(calibration.instruction, calibration.labels)
     if instruction is None:
-        return _consistency_row(REORDERED, routed, [], np.empty(0, dtype=int))
+        return ConsistencyRow(change=REORDERED, requests=0, same=None)
+    requests = [routed.requests[i] for i in places]
     # the stack that everything else is measured on gets its own instruction back
     stack.calibration = replace(calibration, instruction=instruction)
     try:
-        choice_N = evaluator.logits([routed.requests[i] for i in places]).argmax(1)
+        logit_NC = evaluator.logits(requests)
     finally:
         stack.calibration = calibration
-    return _consistency_row(REORDERED, routed, places, choice_N)
+    return _consistency_row(REORDERED, routed, places, logit_NC)
 
 
 def _consistency_row(
-    name: str, routed: Routed, places: list[int], choice_N: np.ndarray
+    name: str,
+    routed: Routed,
+    places: list[int],
+    logit_NC: np.ndarray,
 ) -> ConsistencyRow:
-    same = metrics.same(routed.logit_NC[places].argmax(1), choice_N)
-    return ConsistencyRow(change=name, requests=len(places), same=same)
+    before_N = routed.logit_NC[places].argmax(1)
+    after_N = logit_NC.argmax(1)
+    return ConsistencyRow(
+        change=name,
+        requests=len(places),
+        same=metrics.same(before_N, after_N),
+    )

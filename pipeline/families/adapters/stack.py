@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from ...config.base import NONE
 from ...errors import MismatchError
@@ -298,7 +297,10 @@ class AdapterStack:
 
 
 def _best(
-    choice: Choice, generations: Mapping[str, Generation], route_s: float, generate_s: float
+    choice: Choice,
+    generations: Mapping[str, Generation],
+    route_s: float,
+    generate_s: float,
 ) -> Answer:
     """Return the answer with the greatest product of the router's and its own mean probability."""
     prior = dict(choice.alternatives)
@@ -323,7 +325,11 @@ def _best(
     )
 
 
-def assemble(cfg: AdapterRunConfig, parts: Parts, base: LoadedBase) -> AdapterStack:
+def assemble(
+    cfg: AdapterRunConfig,
+    parts: Parts,
+    base: LoadedBase,
+) -> AdapterStack:
     """Build the finished stack from the run's parts on its open base.
 
     Raises MissingArtifact, DamagedArtifact, or MismatchError for parts made on another base.
@@ -345,9 +351,12 @@ def build_stack(
 ) -> AdapterStack:
     """Load the adapters kept in folders, by name, on an open base. Raises MismatchError or
     DamagedArtifact."""
-    model: PreTrainedModel | PeftModel = base.model
+    model: PeftModel | None = None
     for name, folder in folders.items():
-        model = load(model, folder, name, base.pin)
+        # the first one wraps the base, the others join it
+        model = load(model or base.model, folder, name, base.pin)
+    if model is None:
+        raise ValueError("a stack has at least its router's adapter")
     return AdapterStack(MultiAdapterModel(model, base.chat, limits), experts, calibration, policy)
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...data.routing.dataset import RoutingRows
 from ...data.tasks.rows import TaskRows
@@ -26,7 +25,7 @@ from .chat import IGNORED, Example, Sampler, TokenizedDataset, encode, prompt_au
 from .config import AdapterRunConfig
 from .cost import memory_plan
 from .media import FeatureCache
-from .peft_io import adapter_parameters, add, files, label_ids
+from .peft_io import adapter_parameters, add, core_of, files, label_ids
 from .router import CALIBRATION, calibrate, label_logits, routing_prompt
 
 SPLITS = ("train", "valid")
@@ -34,7 +33,12 @@ VALID_ROWS = 32  # per forward pass without gradients
 CALIBRATION_ROWS = 4096  # most validation requests that the temperature is fitted on
 
 
-def expert_task(cfg: AdapterRunConfig, parts: Parts, item: str, base: LoadedBase) -> Task:
+def expert_task(
+    cfg: AdapterRunConfig,
+    parts: Parts,
+    item: str,
+    base: LoadedBase,
+) -> Task:
     """Return one expert's training: its adapter on its own task's rows, some asked in neutral
     words.
 
@@ -54,7 +58,11 @@ def expert_task(cfg: AdapterRunConfig, parts: Parts, item: str, base: LoadedBase
     return training.task(examples, neutral, about, dict)
 
 
-def router_task(cfg: AdapterRunConfig, parts: Parts, base: LoadedBase) -> Task:
+def router_task(
+    cfg: AdapterRunConfig,
+    parts: Parts,
+    base: LoadedBase,
+) -> Task:
     """Return the router's training: its adapter answers each request of the routing set with a
     label.
 
@@ -91,7 +99,12 @@ def router_task(cfg: AdapterRunConfig, parts: Parts, base: LoadedBase) -> Task:
     return training.task(examples, (), about, calibration)
 
 
-def _start(cfg: AdapterRunConfig, base: LoadedBase, name: str, where: str) -> "Training":
+def _start(
+    cfg: AdapterRunConfig,
+    base: LoadedBase,
+    name: str,
+    where: str,
+) -> "Training":
     """Return a new adapter on the run's base, its labels checked before anything is trained for
     them."""
     label_ids(base.chat.tokenizer, cfg.loras.labels)
@@ -126,7 +139,7 @@ class Training:
         torch.manual_seed(seed)
         check = self.chat.media.check_targets
         self.model = add(base.model, name, self.options, where, check)
-        self.core: PreTrainedModel = self.model.get_base_model()
+        self.core = core_of(self.model)
         self.dtype = torch.bfloat16 if bf16 else self.core.dtype
         self.model.train()
 
@@ -274,12 +287,20 @@ class Training:
             self.core.activation_checkpointing_enable({"use_reentrant": False})
         return plan
 
-    def _prompts(self, neutral: Sequence[str], first: int, count: int) -> list[str | None]:
+    def _prompts(
+        self,
+        neutral: Sequence[str],
+        first: int,
+        count: int,
+    ) -> list[str | None]:
         share = self.options.neutral_share
         return prompt_augmentation(neutral, share, self.seed, first, count)
 
     def _encoded(
-        self, split: str, examples: Sequence[Example], neutral: Sequence[str]
+        self,
+        split: str,
+        examples: Sequence[Example],
+        neutral: Sequence[str],
     ) -> TokenizedDataset:
         dataset = encode(self.chat, examples, self.options.max_tokens, neutral)
         if split == "train" and not dataset.rows:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapters.media import FeatureCache
-from .vision import ImageFeatures, Images, encoded_inputs
+from .vision import ImageFeatures, Images
 
 KEPT_BYTES = 512 * 10**6  # most memory that kept features may take
 BUDGET_PARTS = 10  # one part of the job's memory budget is for kept features
@@ -69,7 +69,8 @@ class ImageCache(FeatureCache):
         self.bytes = needed if self.keep else 0  # once all are kept
         self._block_of = _blocks(tokens, vision.spatial_merge_size**2)
         self._kept: dict[int, ImageFeatures] = {}  # by place
-        self._positions_of_row = lru_cache(POSITIONS_KEPT)(partial(_positions_of_row, core.model))
+        of_model = partial(_positions_of_row, core.model)
+        self._positions_of_row = lru_cache(POSITIONS_KEPT)(of_model)
 
     def inputs(
         self, text: Mapping[str, torch.Tensor], media: Sequence[Sequence[int]]
@@ -78,8 +79,10 @@ class ImageCache(FeatureCache):
         places = [place for row in media for place in row]
         inputs = self.pictures(places)
         if inputs:
-            grids = iter(inputs["image_grid_thw"].tolist())
-            of_rows = [tuple(tuple(next(grids)) for _ in row) for row in media]
+            grids = map(tuple, inputs["image_grid_thw"].tolist())
+            of_rows = []
+            for row in media:
+                of_rows.append(tuple(next(grids) for _ in row))
             inputs["position_ids"] = self._positions(text, of_rows)
         return inputs
 
@@ -88,13 +91,12 @@ class ImageCache(FeatureCache):
         else pixels."""
         if not places:
             return {}
-        if not self.keep:
-            device = self.core.device
-            patches_P, grid_N3 = self.images.patches_of_files([self.paths[i] for i in places])
-            return {"pixel_values": patches_P.to(device), "image_grid_thw": grid_N3.to(device)}
-        features = [self._features(place) for place in places]
-        grid_N3 = torch.tensor([each.grid for each in features], device=self.core.device)
-        return encoded_inputs(features) | {"image_grid_thw": grid_N3}
+        if self.keep:
+            features = [self._features(place) for place in places]
+            return self.images.feature_inputs(features)
+        paths = [self.paths[i] for i in places]
+        patches_P, grid_N3 = self.images.patches_of_files(paths)
+        return {"pixel_values": patches_P, "image_grid_thw": grid_N3}
 
     def _features(self, place: int) -> ImageFeatures:
         if place not in self._kept:
@@ -104,14 +106,16 @@ class ImageCache(FeatureCache):
     @torch.no_grad()
     def _encode(self, places: range) -> None:
         """Keep the features of a block of pictures."""
-        prepared = self.images.patches_of_files([self.paths[i] for i in places])
+        paths = [self.paths[i] for i in places]
+        prepared = self.images.patches_of_files(paths)
         encoded = self.images.encode(self.core, prepared)
         for place, features in zip(places, encoded, strict=True):
             # clones, or each picture would hold the output of its whole block
+            deep = [layer_TD.clone() for layer_TD in features.deep]
             self._kept[place] = ImageFeatures(
-                features.grid,
-                features.embed_TD.clone(),
-                tuple(layer_TD.clone() for layer_TD in features.deep),
+                grid=features.grid,
+                embed_TD=features.embed_TD.clone(),
+                deep=tuple(deep),
             )
 
     def _positions(
@@ -123,17 +127,26 @@ class ImageCache(FeatureCache):
         lengths = text["attention_mask"].sum(1).tolist()
         out_3BT = torch.zeros(3, *types_BT.shape, dtype=torch.long)
         for i, tokens in enumerate(lengths):
-            types = types_BT[i, :tokens].numpy().tobytes()
-            out_3BT[:, i, :tokens] = self._positions_of_row(types, grids[i])
+            types_T = types_BT[i, :tokens]
+            found_3T = self._positions_of_row(types_T.numpy().tobytes(), grids[i])
+            out_3BT[:, i, :tokens] = found_3T
         return out_3BT
 
 
-def _positions_of_row(inner: Any, types: bytes, grids: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+def _positions_of_row(
+    inner: Any,
+    types: bytes,
+    grids: tuple[tuple[int, ...], ...],
+) -> torch.Tensor:
     """Return the [3, T] positions of one row without padding; types are its mm_token_type_ids,
     int32 as bytes, which can be the key of a cache."""
-    types_1T = torch.frombuffer(bytearray(types), dtype=torch.int32)[None]
+    # a bytearray, as torch warns of memory that it may not write to
+    types_T = torch.frombuffer(bytearray(types), dtype=torch.int32)
+    types_1T = types_T.unsqueeze(0)
     grid_N3 = torch.tensor(grids) if grids else None
-    return inner.get_rope_index(types_1T.long(), types_1T, image_grid_thw=grid_N3)[0][:, 0]
+    # ids are asked for and only their shape is looked at
+    positions_31T, _ = inner.get_rope_index(types_1T.long(), types_1T, image_grid_thw=grid_N3)
+    return positions_31T[:, 0]
 
 
 def _blocks(tokens: Sequence[int], patches_per_token: int) -> list[range]:
@@ -145,8 +158,10 @@ def _blocks(tokens: Sequence[int], patches_per_token: int) -> list[range]:
     for place, count in enumerate(tokens):
         patches = count * patches_per_token
         if total and total + patches > BLOCK_PATCHES:
+            # the same block for each picture in it
             out += [range(start, place)] * (place - start)
             start = place
             total = 0
         total += patches
-    return out + [range(start, len(tokens))] * (len(tokens) - start)
+    end = len(tokens)
+    return out + [range(start, end)] * (end - start)

@@ -17,21 +17,25 @@ def crop(image: Image.Image) -> Image.Image:
     """Return a picture without a twentieth of each side."""
     x = round(image.width * CROPPED)
     y = round(image.height * CROPPED)
-    return image.crop((x, y, image.width - x, image.height - y))
+    right = image.width - x
+    bottom = image.height - y
+    return image.crop((x, y, right, bottom))
 
 
 def resize(image: Image.Image) -> Image.Image:
     """Return a picture with three quarters of its width and height."""
     # a side of one pixel stays
-    size = (max(1, round(image.width * RESIZED)), max(1, round(image.height * RESIZED)))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    width = max(1, round(image.width * RESIZED))
+    height = max(1, round(image.height * RESIZED))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def recompress(image: Image.Image) -> Image.Image:
     """Return a picture as JPEG leaves it."""
     held = io.BytesIO()
     image.save(held, "JPEG", quality=QUALITY)
-    return Image.open(held).convert("RGB")
+    again = Image.open(held)
+    return again.convert("RGB")
 
 
 # by the names that the report gives them

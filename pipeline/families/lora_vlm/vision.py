@@ -3,7 +3,7 @@
 N pictures, P patches, T tokens of one picture, D width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from .perturb import PERTURBATIONS
 
 TOWER_PATCHES = 16_384  # that go through the vision tower together
 READERS = 8  # most threads that open pictures
+
+# pixel_values [P, values] of pictures one after another, and image_grid_thw [N, 3]
+Patches = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Images(Media):
     def __init__(self, processor: Any):
         self.processor = processor
         self.preparation = processor.image_processor
-        self.placeholder_id = processor.image_token_id
+        self.image_id: int = processor.image_token_id
+        self.placeholder_id = self.image_id
 
     def content(self, text: str, count: int) -> list[dict]:
         """Return the content of a message: its pictures, then its text."""
@@ -67,11 +71,9 @@ class Images(Media):
     def open_row(self, folder: Path, row: TaskRow | RoutingRow) -> list[Image.Image]:
         """Return a row's pictures, decoded and checked. Raises DataError."""
         # a task's pictures lie beside its rows; the routing set's are those of other artifacts
-        root = folder if isinstance(row, TaskRow) else None
-        out = []
-        for name in row.images:
-            out.append(open_checked(name, root=root) if root else open_checked(folder / name))
-        return out
+        if isinstance(row, TaskRow):
+            return [open_checked(name, root=folder) for name in row.images]
+        return [open_checked(path) for path in self.paths(folder, row)]
 
     def open(self, path: Path) -> Image.Image:
         """Return the picture in a file. Raises DataError."""
@@ -103,26 +105,28 @@ class Images(Media):
                 f"an image of {medium.width} x {medium.height} px cannot be read: {error}"
             ) from None
 
-    def patches(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixel_values [P, values] of pictures one after another, and image_grid_thw
-        [N, 3]."""
+    def patches(self, images: Sequence[Image.Image]) -> Patches:
+        """Return pictures as patches."""
         out = self.preparation(images=list(images), return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
-    def patches_of_files(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same of pictures on disk. Raises DataError."""
+    def patches_of_files(self, paths: Sequence[Path]) -> Patches:
+        """Return pictures on disk as patches. Raises DataError."""
         if len(paths) == 1 or cores() == 1:
             return self.patches([self.open(path) for path in paths])
         # decoding and resizing leave Python's lock to others
         with ThreadPoolExecutor(min(READERS, cores())) as pool:
-            parts = list(pool.map(lambda path: self.patches([self.open(path)]), paths))
-        patches_P = torch.cat([patches for patches, _ in parts])
-        grid_N3 = torch.cat([grid for _, grid in parts])
-        return patches_P, grid_N3
+            parts = list(pool.map(self._patches_of_file, paths))
+        patches_P, grid_N3 = zip(*parts, strict=True)
+        return torch.cat(patches_P), torch.cat(grid_N3)
+
+    def _patches_of_file(self, path: Path) -> Patches:
+        return self.patches([self.open(path)])
 
     def token_inputs(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return mm_token_type_ids [B, T]: 1 where a picture stands."""
-        return {"mm_token_type_ids": (ids_BT == self.placeholder_id).int()}
+        is_image_BT = torch.eq(ids_BT, self.image_id)
+        return {"mm_token_type_ids": is_image_BT.int()}
 
     def raw_inputs(self, media: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Return the pictures' patches as the model takes them, and the tokens of each."""
@@ -130,12 +134,12 @@ class Images(Media):
             return {}, []
         patches_P, grid_N3 = self.patches(media)
         merged = self.preparation.merge_size**2
-        tokens = [int(count) // merged for count in grid_N3.prod(-1)]
-        return {"pixel_values": patches_P, "image_grid_thw": grid_N3}, tokens
+        tokens_N = grid_N3.prod(-1) // merged
+        inputs = {"pixel_values": patches_P, "image_grid_thw": grid_N3}
+        return inputs, tokens_N.tolist()
 
-    def batches(self, media: Sequence[Image.Image]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (patches_P, grid_N3) of neighbours, up to TOWER_PATCHES together and at least one
-        picture."""
+    def batches(self, media: Sequence[Image.Image]) -> Iterator[Patches]:
+        """Yield neighbours as patches, up to TOWER_PATCHES together and at least one picture."""
         patches: list[torch.Tensor] = []
         grids: list[torch.Tensor] = []
         total = 0
@@ -143,30 +147,37 @@ class Images(Media):
             patches_P, grid_13 = self.patches([image])
             if patches and total + len(patches_P) > TOWER_PATCHES:
                 yield torch.cat(patches), torch.cat(grids)
-                patches, grids, total = [], [], 0
+                patches = []
+                grids = []
+                total = 0
             patches.append(patches_P)
             grids.append(grid_13)
             total += len(patches_P)
         if patches:
             yield torch.cat(patches), torch.cat(grids)
 
-    def encode(
-        self, core: PreTrainedModel, prepared: tuple[torch.Tensor, torch.Tensor]
-    ) -> Iterator[ImageFeatures]:
+    def encode(self, core: PreTrainedModel, prepared: Patches) -> Iterator[ImageFeatures]:
         """Yield the vision tower's features of each picture of a batch."""
         patches_P, grid_N3 = prepared
-        out = core.get_image_features(patches_P.to(core.device), grid_N3.to(core.device))
-        embeds = out.pooler_output
-        # a tower may be built without deepstack layers
-        deep = list(zip(*out.deepstack_features, strict=True)) or [()] * len(embeds)
-        for grid, embed_TD, layers in zip(grid_N3.tolist(), embeds, deep, strict=True):
-            frames, rows, columns = grid
-            yield ImageFeatures((frames, rows, columns), embed_TD, layers)
+        device = core.device
+        tower: Any = core
+        out = tower.get_image_features(patches_P.to(device), grid_N3.to(device))
+        for i, grid in enumerate(grid_N3.tolist()):
+            deep = [layer[i] for layer in out.deepstack_features]
+            yield ImageFeatures(tuple(grid), out.pooler_output[i], tuple(deep))
 
     def feature_inputs(self, features: Sequence[ImageFeatures]) -> dict[str, Any]:
-        """Return what the model takes instead of pixels."""
-        return encoded_inputs(features) | {
-            "image_grid_thw": torch.tensor([each.grid for each in features])
+        """Return what the model takes instead of pixels: the tower's output, and its grids."""
+        grids = [each.grid for each in features]
+        by_layer = zip(*(each.deep for each in features), strict=True)
+        # the model takes tensors by picture here, where its class says one tensor
+        output: dict[str, Any] = {
+            "pooler_output": tuple(each.embed_TD for each in features),
+            "deepstack_features": list(by_layer),
+        }
+        return {
+            "mm_encoder_outputs": {"image": Encoded(**output)},
+            "image_grid_thw": torch.tensor(grids),
         }
 
     def changed_by(self, core: PreTrainedModel) -> frozenset[str]:
@@ -178,7 +189,12 @@ class Images(Media):
                 found.add(rest.split(".")[0])
         return frozenset(found)
 
-    def check_targets(self, modules: Sequence[str], options: AdapterConfig, where: str) -> None:
+    def check_targets(
+        self,
+        modules: Sequence[str],
+        options: AdapterConfig,
+        where: str,
+    ) -> None:
         """Raise ConfigError when modules of the vision tower are among an adapter's, unless its
         options allow it."""
         of_tower = [name for name in modules if "visual" in name.split(".")]
@@ -188,13 +204,3 @@ class Images(Media):
                 f"({len(of_tower)} modules, first {of_tower[0]}); say `.*language_model.*` in it, "
                 f"or set {where}.allow_vision: true"
             )
-
-
-def encoded_inputs(features: Sequence[ImageFeatures]) -> dict[str, Any]:
-    """Return pictures' features in the form in which the model takes the tower's output."""
-    deep = zip(*(each.deep for each in features), strict=True)
-    encoded: Mapping[str, Any] = {
-        "pooler_output": tuple(each.embed_TD for each in features),
-        "deepstack_features": [tuple(layer) for layer in deep],
-    }
-    return {"mm_encoder_outputs": {"image": Encoded(**encoded)}}
