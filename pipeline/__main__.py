@@ -31,10 +31,12 @@ EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
   python -m pipeline plan --config config/wikitext103.yaml
   python -m pipeline train_experts --config config/demo.yaml --parallel 2
-  python -m pipeline train_router --config config/demo.yaml --override router.top_k=1 --override router.steps=0
+  python -m pipeline train_router --config config/demo.yaml --override router.top_k=1 \\
+      --override router.steps=0
 
 Results live under addresses computed from the configuration, so a stage that is already done is
-skipped, changing router.* keeps trunk and experts, and an interrupted command goes on when typed again."""
+skipped, changing router.* keeps trunk and experts, and an interrupted command goes on when typed
+again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -164,7 +166,8 @@ def _port(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130 stopped."""
+    """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130
+    stopped."""
     args = parser().parse_args(arguments)
     typed = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)

@@ -19,9 +19,8 @@ The text of an error says what is wrong. What to type then depends on where a pe
 errors carry fields and the edges make the sentence (run/advice.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 
 class PipelineError(Exception):
@@ -33,7 +32,7 @@ class PipelineError(Exception):
         return _again, (type(self), self.args, self.__dict__)
 
 
-def _again(kind: type[PipelineError], args: tuple, fields: dict[str, Any]) -> PipelineError:
+def _again(kind: type[PipelineError], args: tuple, fields: dict) -> PipelineError:
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error
@@ -85,7 +84,7 @@ class NewerStore(StoreError):
 
 
 class DiskFull(StoreError):
-    """There is no room for what is being written; `in_store` says that the store is what is full."""
+    """There is no room for what is being written; with `in_store` it is the store that is full."""
 
     def __init__(self, text: str, *, in_store: bool = False) -> None:
         super().__init__(text)
@@ -93,7 +92,7 @@ class DiskFull(StoreError):
 
 
 class MismatchError(PipelineError):
-    """Parts that were not made for each other; `remove` is the one that `stage` has to make again."""
+    """Parts that were not made for each other; `remove` is the one for `stage` to make again."""
 
     def __init__(self, text: str, *, remove: Path | None = None, stage: str = "") -> None:
         super().__init__(text)
@@ -116,7 +115,10 @@ class JobsFailed(PipelineError):
     """
 
     def __init__(
-        self, stage: str, items: tuple[str | None, ...], failed: Mapping[str | None, Exception]
+        self,
+        stage: str,
+        items: Sequence[str | None],
+        failed: Mapping[str | None, Exception],
     ) -> None:
         super().__init__(f"{len(failed)} of {len(items)} jobs of {stage} failed")
         self.stage = stage

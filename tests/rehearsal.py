@@ -65,7 +65,7 @@ class Client:
         return True
 
     def recorded(self, function: str) -> list[dict]:
-        """Return the definitions that the server was given for a function, the first choice first."""
+        """Return the definitions that the server was given for a function, first choice first."""
         raw = json.loads((self.state / "functions" / f"{function}.json").read_text("utf-8"))
         return [ranked["function"] for ranked in raw["ranked_functions"]]
 

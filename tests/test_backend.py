@@ -80,7 +80,7 @@ def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path
         for _ in range(3):
             most_s = killed(killer, Local(store), cfg, (stage, item, here), draw, most_s)
         killer.delay_s = None
-        assert not Local(store)._work(stage, cfg, [item])
+        assert not Local(store).run_jobs(stage, cfg, [item])
     assert len(jobs) == 9 and contents(store_path) == contents(finished[1])
 
 
@@ -89,7 +89,7 @@ def killed(killer, local, cfg, job, draw, most_s: float) -> float:
     done before."""
     stage, item, here = job
     killer.delay_s = draw.uniform(0.0, most_s)
-    while not (failed := local._work(stage, cfg, [item])):
+    while not (failed := local.run_jobs(stage, cfg, [item])):
         shutil.rmtree(local.store.folder(here))
         most_s = killer.delay_s = killer.delay_s / 2
     assert "SIGKILL" in str(failed[item])

@@ -1,7 +1,9 @@
-"""One job: what it opens, what it writes down, and the errors it sends to whoever typed a command."""
+"""One job: what it opens, and the errors that it sends to whoever typed a command."""
 
+import gc
 import pickle
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -95,9 +97,6 @@ def test_the_trunk_is_opened_once_by_the_evaluation(runs, monkeypatch):
 
 
 def test_parts_keep_no_tensors_alive(runs):
-    import gc
-    import weakref
-
     cfg, store = runs["ffn_moe"]
     parts = StoredParts(cfg, store)
     tensors = parts.tensors("train_shared", "trunk.safetensors")

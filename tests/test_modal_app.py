@@ -156,7 +156,8 @@ def test_a_configuration_from_the_environment_decides(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"extends: {ROOT}/config/demo.yaml\nruntime: {{wandb: online}}\n"
-        "modal:\n  wandb_secret: my-wandb\n  max_gpus: 4\n  train_experts: {gpu: ['H100:2', H200], retries: 1}\n"
+        "modal:\n  wandb_secret: my-wandb\n  max_gpus: 4\n"
+        "  train_experts: {gpu: ['H100:2', H200], retries: 1}\n"
     )
     code = (
         "import modal_app as m; i = m.train_experts_job.info(); "
@@ -179,9 +180,11 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "def cls(self, **how): seen.update(how); return real(self, **how)\n"
         "modal.App.cls = cls\n"
         "import modal_app as m; dense = m.train_dense_job.info()\n"
-        "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, dense.memory_mib)\n"
+        "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, "
+        "dense.memory_mib)\n"
         "print(seen['startup_timeout'] > 600)\n"
-        "print([len(f.info().secrets) for f in (m.preprocess_job, m.train_router_job, m.train_dense_job)])"
+        "jobs = (m.preprocess_job, m.train_router_job, m.train_dense_job)\n"
+        "print([len(job.info().secrets) for job in jobs])"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr

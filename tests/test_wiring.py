@@ -198,7 +198,7 @@ def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
     monkeypatch.setattr(backend, "cores", lambda: 8)
     jobs = backend.Local(Store(tmp_path), parallel=2)
     with pytest.raises(Interrupted, match="goes on from there"):
-        jobs._work("train_experts", small.config(runtime__threads=threads), ["alpha", "beta"])
+        jobs.run_jobs("train_experts", small.config(runtime__threads=threads), ["alpha", "beta"])
     assert given == [wanted]
 
 

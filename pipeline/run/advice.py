@@ -74,6 +74,7 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, DiskFull) and error.in_store:
         kept = "What was finished is kept"
         return f"{text}. {kept}: {edge.make_room()}, then run the same command again"
+    # Last, as most of the above are StoreErrors too
     if isinstance(error, StoreError) and error.root:
         remedies = [error.remedy, edge.other_store()]
         return f"{text}; {', or '.join(filter(None, remedies))}"
@@ -84,6 +85,7 @@ def account(
     stage: str, failed: Mapping[str | None, str], items: Sequence[str | None], again: str
 ) -> str:
     """Return a line for every job of a stage, and what does the missing ones."""
+    # Those that are done stay done: whoever runs the command again pays for the missing ones alone
     finished = len(items) - len(failed)
     lines = [f"{finished} of {len(items)} jobs of {stage} are finished and kept:"]
     for item in items:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -31,17 +31,8 @@ from .job import done, run_job
 from .stages import Addresses, label
 
 STOPPED = 130
-
-
-class Backend(Protocol):
-    """Where stages run."""
-
-    def one(self, stage: str, cfg: RunConfig) -> Manifest:
-        """Do a stage that is one job."""
-
-    def each(self, stage: str, cfg: RunConfig, items: list[str]) -> list[Manifest]:
-        """Do the jobs of a stage that has several. Raises JobsFailed after all of them have had
-        their turn."""
+Failures = dict[str | None, PipelineError]  # by item
+Running = dict[Connection, tuple[BaseProcess, str | None]]
 
 
 @dataclass
@@ -50,33 +41,14 @@ class Local:
 
     store: Store
     parallel: int = 1
-    console: Console = field(default_factory=lambda: Console(stderr=True))
 
-    def one(self, stage: str, cfg: RunConfig) -> Manifest:
-        """Do a stage that is one job, in a process of its own. Raises its error."""
-        addresses = Addresses(cfg)
-        if not done(addresses, stage, None, self.store):
-            failed = self._work(stage, cfg, [None])
-            if failed:
-                raise failed[None]
-        return self.store.require(addresses.of(stage))
-
-    def each(self, stage: str, cfg: RunConfig, items: list[str]) -> list[Manifest]:
-        """Do the missing jobs, `parallel` at a time. Raises JobsFailed with the error of each."""
-        addresses = Addresses(cfg)
-        missing = [item for item in items if not done(addresses, stage, item, self.store)]
-        failed = self._work(stage, cfg, missing) if missing else {}
-        if failed:
-            raise JobsFailed(stage, tuple(items), failed)
-        return [self.store.require(addresses.of(stage, item)) for item in items]
-
-    def _work(
-        self, stage: str, cfg: RunConfig, items: Sequence[str | None]
-    ) -> dict[str | None, PipelineError]:
-        """Run items in processes; return the error of each that failed. Raises Interrupted."""
+    def run_jobs(self, stage: str, cfg: RunConfig, items: Sequence[str | None]) -> Failures:
+        """Run jobs in processes; return the error of each that failed. Raises Interrupted."""
+        if not items:
+            return {}
         waiting = deque(items)
-        running: dict[Connection, tuple[BaseProcess, str | None]] = {}
-        failed: dict[str | None, PipelineError] = {}
+        running: Running = {}
+        failed: Failures = {}
         threads = cfg.runtime.most_threads(cores() // min(self.parallel, len(items)))
         beside = self.parallel > 1
         try:
@@ -100,10 +72,11 @@ class Local:
 
 def _stop_all(
     stage: str,
-    running: dict[Connection, tuple[BaseProcess, str | None]],
+    running: Running,
     stopped: KeyboardInterrupt | Interrupted,
 ) -> Interrupted:
     """Have every job save and end; return what tells where each of them stopped."""
+    # Also those that were started and are not in `running` yet
     for child in multiprocessing.active_children():
         child.terminate()
     texts = [str(stopped)]
@@ -115,12 +88,24 @@ def _stop_all(
     return Interrupted(f"{text}; the same command goes on from there")
 
 
-def run_stage(stage: str, cfg: RunConfig, backend: Backend) -> list[Manifest]:
-    """Do one stage, however many jobs it has."""
-    items = [item for item in cfg.items(stage) if item is not None]
-    if cfg.items(stage) == (None,):
-        return [backend.one(stage, cfg)]
-    return backend.each(stage, cfg, items)
+def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
+    """Do the jobs of a stage that are not done yet; return the manifest of each.
+
+    Raises the error of a stage that is one job, else JobsFailed with the error of each, after all
+    jobs have had their turn.
+    """
+    addresses = Addresses(cfg)
+    jobs = addresses.jobs(stage)
+    missing = []
+    for _, item, _ in jobs:
+        if not done(addresses, stage, item, local.store):
+            missing.append(item)
+    failed = local.run_jobs(stage, cfg, missing)
+    if None in failed:
+        raise failed[None]
+    if failed:
+        raise JobsFailed(stage, cfg.items(stage), failed)
+    return [local.store.require(address) for _, _, address in jobs]
 
 
 def _start(
@@ -181,6 +166,7 @@ def job(
     console = Console(stderr=True, force_terminal=False if plain else None)
     progress = printed_progress(console)
     store = Store(Path(root))
+    # What a person can act on is told by the parent, without a traceback from here
     try:
         run_job(stage, parse(raw), store, item, progress=progress, console=console)
         _tell(pipe, None)
@@ -194,6 +180,7 @@ def job(
 
 def _tell(pipe: Connection, error: PipelineError | Interrupted | None) -> None:
     """Send how the job went, once, undisturbed; nobody may be there any more to hear it."""
+    # From here on the job has ended as it has; a signal now would make it end otherwise
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):

@@ -47,6 +47,7 @@ class StoredParts:
         """An artifact's manifest, its own inputs checked. Raises MissingArtifact, DamagedArtifact,
         MismatchError."""
         manifest = self.reader.manifest(self.addresses.of(stage, item))
+        # Compared once: a family asks for every file of an artifact by itself
         if manifest.address not in self._belonging:
             for source, digest in manifest.inputs.items():
                 self._check_input(manifest, source, digest)
@@ -54,6 +55,7 @@ class StoredParts:
         return manifest
 
     def _check_input(self, manifest: Manifest, source: str, digest: str) -> None:
+        # An input that was made again has the same address; only its bytes tell
         found = self.reader.manifest(source).digest
         if found != digest:
             raise MismatchError(
@@ -115,6 +117,7 @@ class JobContext:
     def function(self) -> Callable[..., Any]:
         """Return the stage's function, imported; it is given the item last where there are
         several jobs."""
+        # Only now: addresses, plans and --help must not wait for torch
         function = stage_function(self.cfg.family, self.row.function)
         if self.item is None:
             return function

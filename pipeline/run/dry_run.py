@@ -34,7 +34,7 @@ class Entry:
 
 
 def plan(cfg: RunConfig, store: Store) -> list[Entry]:
-    """Return every job of a run in order, with what is there already and an estimate of the rest."""
+    """Return every job of a run in order: what is there already, an estimate of the rest."""
     bf16 = uses_bf16(cfg.dtype)
     rate = _flops_per_s(store, bf16)
     addresses = Addresses(cfg)
@@ -90,6 +90,7 @@ def _flops_per_s(store: Store, bf16: bool) -> float:
         speed = manifest.metrics.get("tokens_per_s")
         if speed and (machine.get("cpu"), machine.get("gpu")) == here:
             rates.append(speed * manifest.metrics["flops_per_token"])
+    # The median: a job that shared the machine, or a tiny one, says little of the next
     if rates:
         return sorted(rates)[len(rates) // 2]
     return ASSUMED_MFU * product_flops_per_s(bf16)

@@ -13,10 +13,18 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..protocols import Progress
 from ..store import bundle
-from ..store.artifacts import Manifest, Store, inventory, now, translate_disk_errors, write_text
+from ..store.artifacts import (
+    Manifest,
+    Store,
+    inventory,
+    now,
+    translate_disk_errors,
+    write_text,
+)
 from .context import JobContext, StoredParts
 from .stages import Addresses, label
 
+# What decides bytes beside the configuration and the machine; written down with every artifact
 PACKAGES = (
     "torch",
     "transformers",
@@ -45,15 +53,17 @@ def run_job(
     # Before any file of the store is open, and before parts remember what they have checked
     store.refresh()
     parts = StoredParts(cfg, store)
-    job = JobContext(stage, item, parts, parts.addresses.of(stage, item), progress, console)
-    manifest = store.require(job.address) if store.has(job.address) else _make_once(job)
+    address = parts.addresses.of(stage, item)
+    job = JobContext(stage, item, parts, address, progress, console)
+    manifest = store.require(address) if store.has(address) else _make_once(job)
+    # Not a part of making it: a bundle that was made before has to get there too
     if job.row.kind == "bundle" and cfg.deploy.upload:
         bundle.upload(job.folder, cfg.deploy.upload, progress)
     return manifest
 
 
 def done(addresses: Addresses, stage: str, item: str | None, store: Store) -> bool:
-    """Whether a job has nothing left to do; a copy of a bundle is made each time one is asked for."""
+    """Whether a job has nothing left to do; a bundle is copied each time it is asked for."""
     cfg = addresses.cfg
     copies = cfg.stages[stage].kind == "bundle" and cfg.deploy.upload is not None
     return store.has(addresses.of(stage, item)) and not copies
@@ -86,9 +96,18 @@ def _make(job: JobContext, inputs: dict[str, str]) -> Manifest:
         "at": now(),
         "seconds": time.monotonic() - started,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        **metrics.pop("made", {}),
     }
-    manifest = Manifest(job.address, job.stage, job.item, inputs, inventory(folder), metrics, made)
+    # What a training says of the machine it ran on
+    made |= metrics.pop("made", {})
+    manifest = Manifest(
+        job.address,
+        job.stage,
+        job.item,
+        inputs,
+        inventory(folder),
+        metrics,
+        made,
+    )
     return job.store.finish(manifest)
 
 
@@ -101,14 +120,16 @@ def _work(job: JobContext) -> dict:
         return train(job)
     if job.row.kind == "report":
         return _report(job)
-    return job.function()(job.cfg, job.parts, job.folder, job.progress)
+    write = job.function()
+    return write(job.cfg, job.parts, job.folder, job.progress)
 
 
 def _report(job: JobContext) -> dict:
     """Measure the stack, and write the report as data and as a page."""
     from .. import report
 
-    measured = job.function()(job.cfg, job.parts, job.progress)
+    measure = job.function()
+    measured = measure(job.cfg, job.parts, job.progress)
     curves = {}
     for row in job.cfg.stages.values():
         if row.kind != "training":
@@ -119,10 +140,12 @@ def _report(job: JobContext) -> dict:
                 curves[label(row.name, item)] = job.parts.history(row.name, item)
     write_text(job.folder / "report.json", measured.to_json())
     write_text(job.folder / "report.html", report.page(measured, curves))
-    return {"criteria": {each.name: each.passed for each in measured.criteria}}
+    passed = {each.name: each.passed for each in measured.criteria}
+    return {"criteria": passed}
 
 
 def _kept(cfg: RunConfig) -> dict:
     """Return the resolved configuration less what no result depends on, so equal runs leave equal
     bytes."""
-    return cfg.model_dump(mode="json", exclude={"runtime", "modal", "deploy", "name"})
+    left_out = {"runtime", "modal", "deploy", "name"}
+    return cfg.model_dump(mode="json", exclude=left_out)

@@ -7,34 +7,53 @@ share a prefix of work share its artifacts. Everything here is read from the fam
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import filterfalse
 
-from ..config.run import RunConfig
+from ..config.run import JobKey, RunConfig
 from ..config.stage import Stage
 from ..families.load import RUN_CONFIGS
 
+Job = tuple[str, str | None, str]  # stage, item, address
+Rows = dict[str, dict[str, Stage]]  # by name, then by family
 
-def _merged(tables: Mapping[str, Mapping[str, Stage]]) -> dict[str, dict[str, Stage]]:
+
+def _merged(tables: Mapping[str, Mapping[str, Stage]]) -> Rows:
     """Return the rows of each name by family, names in an order that every table agrees with.
 
     A name that only later tables have comes right after the one it follows there.
     """
     order: list[str] = []
-    rows: dict[str, dict[str, Stage]] = {}
+    rows: Rows = {}
     for family, table in tables.items():
         at = 0
         for name, row in table.items():
-            if name not in order:
+            if name not in rows:
                 order.insert(at, name)
+                rows[name] = {}
+            rows[name][family] = row
             at = order.index(name) + 1
-            rows.setdefault(name, {})[family] = row
-    return {name: rows[name] for name in order}
+    ordered: Rows = {}
+    for name in order:
+        ordered[name] = rows[name]
+    return ordered
 
 
-# By name, then by family
 ROWS = _merged({family: kind.stages for family, kind in RUN_CONFIGS.items()})
-STEPS = tuple(name for name, rows in ROWS.items() if any(row.step_of for row in rows.values()))
-STAGES = tuple(name for name in ROWS if name not in STEPS)
-RUN = tuple(name for name in STAGES if any(row.in_run for row in ROWS[name].values()))
+
+
+def _is_step(name: str) -> bool:
+    return any(row.step_of for row in ROWS[name].values())
+
+
+def _is_in_run(name: str) -> bool:
+    return any(row.in_run for row in ROWS[name].values())
+
+
+# What a run may consist of, in order, whichever its family: a stage that a family does not have has
+# no jobs there, so whoever goes through these needs no case for it
+STAGES = tuple(filterfalse(_is_step, ROWS))
+STEPS = tuple(filter(_is_step, ROWS))
+RUN = tuple(filter(_is_in_run, STAGES))
 
 
 def about(name: str) -> str:
@@ -43,7 +62,10 @@ def about(name: str) -> str:
     texts = {row.help for row in rows.values()}
     if len(texts) == 1 and len(rows) == len(RUN_CONFIGS):
         return texts.pop()
-    return "; ".join(f"{row.help} ({family})" for family, row in rows.items())
+    parts = []
+    for family, row in rows.items():
+        parts.append(f"{row.help} ({family})")
+    return "; ".join(parts)
 
 
 def has_several_jobs(name: str) -> bool:
@@ -62,26 +84,42 @@ def label(stage: str, item: str | None) -> str:
 
 
 class Addresses:
-    """The addresses of one configuration, each computed once."""
+    """The addresses of one configuration, each computed once.
+
+    They are kept here and not with the configuration: a copy of it with other settings would take
+    them along.
+    """
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self._known: dict[tuple[str, str | None], str] = {}
+        self._known: dict[JobKey, str] = {}
 
     def of(self, stage: str, item: str | None = None) -> str:
         """Return where the result of a job lives; the same configuration always gives the same."""
-        if (stage, item) not in self._known:
-            needs = [self.of(*need) for need in self.cfg.needs(stage, item)]
-            version = self.cfg.stages[stage].version
-            content = [stage, item, version, self.cfg.content(stage, item), needs]
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-            named = (stage, digest[:12]) if item is None else (stage, item, digest[:12])
-            self._known[stage, item] = "-".join(named)
-        return self._known[stage, item]
+        key = (stage, item)
+        if key not in self._known:
+            self._known[key] = self._computed(stage, item)
+        return self._known[key]
 
-    def jobs(self, stage: str) -> list[tuple[str, str | None, str]]:
+    def _computed(self, stage: str, item: str | None) -> str:
+        needs = []
+        for need, of_item in self.cfg.needs(stage, item):
+            needs.append(self.of(need, of_item))
+        version = self.cfg.stages[stage].version
+        content = self.cfg.content(stage, item)
+        # Keys in order, so that equal settings give equal text wherever they were written
+        text = json.dumps([stage, item, version, content, needs], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        if item is None:
+            return f"{stage}-{digest}"
+        return f"{stage}-{item}-{digest}"
+
+    def jobs(self, stage: str) -> list[Job]:
         """Return (stage, item, address) of every job of a stage."""
-        return [(stage, item, self.of(stage, item)) for item in self.cfg.items(stage)]
+        found: list[Job] = []
+        for item in self.cfg.items(stage):
+            found.append((stage, item, self.of(stage, item)))
+        return found
 
     def reachable(self) -> Iterator[str]:
         """Yield every address that the configuration can lead to."""
@@ -95,7 +133,7 @@ def address(cfg: RunConfig, stage: str, item: str | None = None) -> str:
     return Addresses(cfg).of(stage, item)
 
 
-def jobs(cfg: RunConfig, stage: str) -> list[tuple[str, str | None, str]]:
+def jobs(cfg: RunConfig, stage: str) -> list[Job]:
     """Return (stage, item, address) of every job of a stage."""
     return Addresses(cfg).jobs(stage)
 

@@ -144,7 +144,10 @@ def main() -> int | str:
     cannot be."""
     args = parser().parse_args()
     if sys.platform != "linux":
-        return f"error: a rehearsal of Modal needs Linux, whose containers it builds; this is {sys.platform}"
+        return (
+            "error: a rehearsal of Modal needs Linux, whose containers it builds; this is "
+            f"{sys.platform}"
+        )
     if args.state:
         args.state.mkdir(parents=True, exist_ok=True)
         return asyncio.run(_serve(args, args.state))

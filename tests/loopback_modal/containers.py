@@ -182,17 +182,16 @@ class Containers:
                 await asyncio.to_thread(view.commit)
 
     # -- ending
-    # ---------------------------------------------------------------------------------------------------
 
     def refuse_open_files(self, task: Task, volume_id: str) -> None:
-        """Raise the API's FAILED_PRECONDITION when the container holds a file of the volume open."""
+        """Raise the API's FAILED_PRECONDITION when the container has a file of the volume open."""
         held = open_below(task.views[volume_id].path, _descendants(task.process.pid))
         if held:
             text = f"there are open files preventing the operation: {', '.join(held[:3])}"
             raise GRPCError(Status.FAILED_PRECONDITION, text)
 
     async def kill(self, task: Task, grace_s: float = 0.0) -> None:
-        """Preempt: SIGINT and a grace period, if any, then SIGKILL; its inputs run again elsewhere."""
+        """Preempt: SIGINT and a grace period, if any, then SIGKILL; inputs run again elsewhere."""
         task.draining = True
         if not task.alive:
             return

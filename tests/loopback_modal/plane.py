@@ -25,7 +25,7 @@ POLL_S = 20.0  # how long a container's request for inputs is held
 
 
 class Plane:
-    """State of the server. `launch` starts a container, `start_web` opens a web function's address."""
+    """State of the server. `launch` starts a container, `start_web` opens a web address."""
 
     launch: Callable[[Task], Awaitable[None]]
     start_web: Callable[[Function, str], Awaitable[str]]
@@ -106,7 +106,6 @@ class Plane:
             self.add_secret(name, variables)
 
     # -- volumes and secrets
-    # --------------------------------------------------------------------------------------
 
     def volume_named(self, name: str) -> Volume | None:
         """Find a volume; None when there is none."""
@@ -133,7 +132,6 @@ class Plane:
         return id
 
     # -- apps
-    # -----------------------------------------------------------------------------------------------------
 
     def add_app(self, description: str, state: int) -> App:
         """Start an app."""
@@ -154,7 +152,6 @@ class Plane:
         await wake(app.changed)
 
     # -- calls
-    # ----------------------------------------------------------------------------------------------------
 
     def add_call(self, function: Function, kind: int, invocation: int) -> Call:
         """Start a call."""
@@ -236,7 +233,6 @@ class Plane:
         await self.finish(each, Result(status=status, exception=why))
 
     # -- scheduling
-    # -----------------------------------------------------------------------------------------------
 
     async def schedule(self, function: Function) -> None:
         """Start as many containers as the queue asks for and the limits allow."""

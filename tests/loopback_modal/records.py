@@ -144,7 +144,7 @@ class App:
 
 @dataclass
 class Task:
-    """A container: a process with its own view of each volume; state is starting, active or done."""
+    """A container: a process with a view of each volume; state is starting, active or done."""
 
     id: str
     function: Function

@@ -31,7 +31,6 @@ class Apps:
         return api_pb2.EnvironmentGetOrCreateResponse(environment_id="en-1", metadata=metadata)
 
     # -- apps
-    # -----------------------------------------------------------------------------------------------------
 
     async def AppCreate(self, request, task):
         """Start an app."""
@@ -146,7 +145,6 @@ class Apps:
         return api_pb2.TaskListResponse(tasks=rows)
 
     # -- images and code
-    # ------------------------------------------------------------------------------------------
 
     async def ImageGetOrCreate(self, request, task):
         """Record a layer's recipe; nothing is built, containers use this interpreter's packages."""
@@ -195,7 +193,6 @@ class Apps:
         return api_pb2.MountGetOrCreateResponse(mount_id=id, handle_metadata=metadata)
 
     # -- secrets and blobs
-    # ----------------------------------------------------------------------------------------
 
     async def SecretGetOrCreate(self, request, task):
         """Find a secret by name and check its keys, or make one."""

@@ -129,7 +129,6 @@ class Functions:
         )
 
     # -- who calls
-    # ------------------------------------------------------------------------------------------------
 
     async def FunctionMap(self, request, task):
         """Start a call, with its first inputs when they come along."""
@@ -202,13 +201,12 @@ class Functions:
                 await self.plane.fail(each, Result.GENERIC_STATUS_TERMINATED, "cancelled")
 
     # -- what runs
-    # ------------------------------------------------------------------------------------------------
 
     async def ContainerHello(self, request, task):
         """Greet."""
 
     async def ContainerHeartbeat(self, request, task):
-        """Hold a container's heartbeat for a while; the answer carries inputs that were cancelled."""
+        """Hold a container's heartbeat for a while; the answer has inputs that were cancelled."""
         if not task.cancelled:
             await _or_after(task, HOLD_S)
         answer = api_pb2.ContainerHeartbeatResponse()
@@ -232,7 +230,6 @@ class Functions:
         task.killed = True
 
     # -- bodies of web requests
-    # -----------------------------------------------------------------------------------
 
     async def FunctionCallGetDataIn(self, request, task):
         """Stream a request's body to a container; the stream stays open."""

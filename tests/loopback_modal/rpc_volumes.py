@@ -59,7 +59,6 @@ class Volumes:
         shutil.rmtree(volume.path)
 
     # -- from containers
-    # ------------------------------------------------------------------------------------------
 
     async def VolumeCommit(self, request, task):
         """Publish a container's changes."""
@@ -81,7 +80,6 @@ class Volumes:
         return task.views[id]
 
     # -- from the client
-    # ------------------------------------------------------------------------------------------
 
     def _path(self, id: str, path: str) -> Path:
         root = self.plane.volumes[id].path
@@ -165,9 +163,8 @@ class Volumes:
         urls, at, end = [], request.start, request.start + count
         while at < end:
             stop = min(end, (at // BLOCK_BYTES + 1) * BLOCK_BYTES)
-            urls.append(
-                f"{self.plane.http}/file/{request.volume_id}/{at}/{stop - at}/{request.path.lstrip('/')}"
-            )
+            place = f"{request.volume_id}/{at}/{stop - at}/{request.path.lstrip('/')}"
+            urls.append(f"{self.plane.http}/file/{place}")
             at = stop
         return api_pb2.VolumeGetFile2Response(
             get_urls=urls, size=size, start=request.start, len=count

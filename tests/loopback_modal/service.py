@@ -21,7 +21,7 @@ class Api(Apps, Functions, Volumes):
 
 
 class Service:
-    """What grpclib serves: the table of the installed package's service, with our handlers in it."""
+    """What grpclib serves: the table of the installed package's service, with our handlers."""
 
     def __init__(self, plane: Plane, containers: Containers, task: Task | None = None) -> None:
         api = Api(plane, containers)

@@ -111,7 +111,7 @@ def open_below(root: Path, pids: Iterable[int]) -> list[str]:
 
 
 def _held(pid: int) -> set[tuple[int, int]]:
-    """Return (device, inode) of a process's open files, its mapped files and its working directory."""
+    """Return (device, inode) of a process's open and mapped files and its working directory."""
     here, keys = Path("/proc") / str(pid), set()
     try:
         links = [*(here / "fd").iterdir(), here / "cwd"]
