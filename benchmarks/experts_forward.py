@@ -57,7 +57,7 @@ class Case:
     dtype: str = "bf16"
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         """The case for people."""
         return f"{PLACES[self.device]}, D {self.d_model:,}, F {self.d_ff:,}, {self.load} load"
 
@@ -82,10 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         "the time of the process on the core" if args.threads == 1 else "by the clock on the wall"
     )
     ending = (
-        f"{hardware(args.threads, ('torch', 'transformers'), gpu='cuda' in args.devices)}. Weights and x in "
-        f"{args.dtype}, weights of the choices in fp32 for ours and in {args.dtype} for the peers, as their routers "
-        f"give them. CPU milliseconds are {clock}. A load above the number of threads means that other programs used "
-        "the cores and their caches meanwhile: it slows all contenders of a round, so read ratios and their spread."
+        f"{hardware(args.threads, ('torch', 'transformers'), gpu='cuda' in args.devices)}. Weights "
+        f"and x in {args.dtype}, weights of the choices in fp32 for ours and in {args.dtype} for "
+        f"the peers, as their routers give them. CPU milliseconds are {clock}. A load above the "
+        "number of threads means that other programs used the cores and their caches meanwhile: it "
+        "slows all contenders of a round, so read ratios and their spread."
     )
     finish(
         args,
@@ -98,9 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     return int(not reached)
 
 
-NOTES = """Ratios are within a round: median (least-most). Choices are drawn once per table, K different experts for
-each token: with equal chances (even), or as 1, 1/2, 1/3... (skewed). The peers' experts hold the same numbers, stacked,
-and get the same choices; they are called without their gate, as ours is. GFLOP/s count matrix products.
+NOTES = """Ratios are within a round: median (least-most). Choices are drawn once per table, K
+different experts for each token: with equal chances (even), or as 1, 1/2, 1/3... (skewed). The
+peers' experts hold the same numbers, stacked, and get the same choices; they are called without
+their gate, as ours is. GFLOP/s count matrix products.
 """
 
 
@@ -117,10 +119,11 @@ def compared(cases: Sequence[Case], rounds: int) -> tuple[str, bool]:
         reached &= kept
         busiest = index_NK.flatten().bincount().max().item() / index_NK.numel()
         text += (
-            f"## {case.words}\n\n{case.tokens:,} tokens, top-{case.top_k} of {case.experts} "
-            f"experts, {case.dtype}, {rounds} rounds; the busiest expert computes {busiest:.0%} of the rows.\n\n"
-            f"{_table(case, found)}\n- {case.words}: ours takes {spread(times, 2)} times the dense network's time; "
-            f"target at most {TARGET:g}: {'reached' if kept else 'missed'}\n\n"
+            f"## {case.title}\n\n{case.tokens:,} tokens, top-{case.top_k} of {case.experts} "
+            f"experts, {case.dtype}, {rounds} rounds; the busiest expert computes {busiest:.0%} of "
+            f"the rows.\n\n{_table(case, found)}\n- {case.title}: ours takes {spread(times, 2)} "
+            f"times the dense network's time; target at most {TARGET:g}: "
+            f"{'reached' if kept else 'missed'}\n\n"
         )
     return text, reached
 
@@ -155,7 +158,8 @@ def contenders(case: Case, index_NK: torch.Tensor) -> dict[str, Callable[[], tor
             far = ((ways[name]().float() - wanted_ND).norm() / wanted_ND.norm()).item()
             if not far <= NEAR[case.dtype]:
                 raise SystemExit(
-                    f"{case.words}: {name} is {far:.2g} of the norm away from a loop over the experts"
+                    f"{case.title}: {name} is {far:.2g} of the norm away from a loop over the "
+                    "experts"
                 )
     return ways
 
@@ -209,7 +213,7 @@ def measured(
         found = {name: _seconds(ways[name], calls, case.device) for name in turns}
         calls = calls if turn else ceil(LEAST_S / min(found.values()))
         progress(
-            f"{case.words}, round {turn} of {rounds}: "
+            f"{case.title}, round {turn} of {rounds}: "
             + ", ".join(f"{n} {found[n] * 1e3:.2f} ms" for n in order)
         )
         out.append(found)

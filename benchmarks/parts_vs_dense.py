@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 
 from pipeline.data.text.shards import Shards
-from pipeline.families.ffn_moe import train
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.families.ffn_moe.parts import stored_trunk
+from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
-from pipeline.hardware import cores, cpu_name, has_bf16
+from pipeline.hardware import cores, cpu_name, uses_bf16
 from pipeline.model.trunk import build, load_dense
+from pipeline.report.schema import Difference, Interval, LanguageReport
+from pipeline.report.schema import read as read_report
 from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
 
@@ -112,18 +114,16 @@ def main() -> None:
     started = time.monotonic()
     runner.run("run")
     cfg = runner.config()
-    report = json.loads((runner.parts(cfg).folder("evaluate") / "report.json").read_text("utf-8"))
+    folder = runner.parts(cfg).folder("evaluate")
+    report = read_report((folder / "report.json").read_text("utf-8"))
     ablations = _ablations(runner, cfg)
     added = _added(runner, cfg, args.added, tuple(args.added_override))
     text = _page(args, cfg, report, ablations, added, time.monotonic() - started)
-    path = (
-        args.out / f"parts_vs_dense_{cpu_name().split()[-1].lower()}_{time.strftime('%Y-%m-%d')}.md"
-    )
+    name = f"parts_vs_dense_{cpu_name().split()[-1].lower()}_{time.strftime('%Y-%m-%d')}.md"
+    path = args.out / name
     path.write_text(text, encoding="utf-8")
     print(text)
-    print(
-        f"written to {path}; the report with curves: {runner.parts(cfg).folder('evaluate') / 'report.html'}"
-    )
+    print(f"written to {path}; the report with curves: {folder / 'report.html'}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -157,21 +157,21 @@ def _arguments() -> argparse.Namespace:
 def _ablations(runner: Runner, cfg: FfnMoeConfig) -> list[dict]:
     """Return the ablations: the stack of every variant on the same documents, against the run's
     own."""
-    bench = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    evaluator = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     first = next(iter(ABLATIONS))
     out = []
     for name, overrides in ABLATIONS.items():
         runner.run("train_experts", *overrides)
         runner.run("train_router", *overrides)
         variant = runner.config(*overrides)
-        stack = train.assemble(variant, runner.parts(variant))
-        bench.score(name, stack.trunk, stack.mixture)
-        difference, interval = bench.scores.difference(name, first)
+        stack = assemble(variant, runner.parts(variant))
+        evaluator.score(name, stack.trunk, stack.mixture)
+        difference, interval = evaluator.scores.difference(name, first)
         out.append(
             {
                 "row": name,
-                "mean": bench.scores.mean(name),
-                "interval": bench.scores.interval(name),
+                "mean": evaluator.scores.mean(name),
+                "interval": evaluator.scores.interval(name),
                 "difference": difference,
                 "difference_interval": interval,
             }
@@ -196,34 +196,34 @@ def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ..
             runner.run(stage, *overrides)
     runner.run("train_router", *six, "router.steps=0")
     runner.run("train_dense", *dense)
-    bench = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    evaluator = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
     trunk, dummy = stored_trunk(runner.config(*six), runner.parts(runner.config(*six)))
-    bench.score("trunk + dummy, never saw it", trunk, dummy)
+    evaluator.score("trunk + dummy, never saw it", trunk, dummy)
     for row, overrides in (
         ("stack before", five),
         ("stack with the added expert, router retrained", six),
         ("stack with the added expert, ridge only (nobody's data)", (*six, "router.steps=0")),
     ):
         variant = runner.config(*overrides)
-        stack = train.assemble(variant, runner.parts(variant))
-        bench.score(row, stack.trunk, stack.mixture)
+        stack = assemble(variant, runner.parts(variant))
+        evaluator.score(row, stack.trunk, stack.mixture)
     variant = runner.config(*dense)
     parts = runner.parts(variant)
     model, ffn = build(
         json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8"))
     )
     load_dense(model, ffn, parts.tensors("train_dense", "model.safetensors", "path"))
-    bench.score(
+    evaluator.score(
         "dense: trunk trained on with the added domain, same tokens", model.eval(), ffn.eval()
     )
     rows = []
-    for row in bench.scores.nats:
-        difference, interval = bench.scores.difference(row, "stack before")
+    for row in evaluator.scores.nats:
+        difference, interval = evaluator.scores.difference(row, "stack before")
         rows.append(
             {
                 "row": row,
-                "bits_per_byte": bench.scores.bits_per_byte(row),
-                "mean": bench.scores.mean(row),
+                "bits_per_byte": evaluator.scores.bits_per_byte(row),
+                "mean": evaluator.scores.mean(row),
                 "difference": difference,
                 "difference_interval": interval,
             }
@@ -236,98 +236,104 @@ def _say(text: str, _share: float | None) -> None:
 
 
 def _page(
-    args, cfg: FfnMoeConfig, report: dict, ablations: list[dict], added: dict, seconds: float
+    args: argparse.Namespace,
+    cfg: FfnMoeConfig,
+    report: LanguageReport,
+    ablations: list[dict],
+    added: dict,
+    seconds: float,
 ) -> str:
-    model, data = report["model"], report["data"]
-    arithmetic = "bf16" if has_bf16() and cfg.dtype != "fp32" else "fp32"
+    model, data = report.model, report.data
+    arithmetic = "bf16" if uses_bf16(cfg.dtype) else "fp32"
+    command = (
+        f"`python -m benchmarks.parts_vs_dense ... --threads {args.threads} "
+        f"--parallel {args.parallel}`"
+    )
+    documents = [
+        f"{domain} {count} ({data.test_tokens[domain]:,} tokens)"
+        for domain, count in data.test_documents.items()
+    ]
     head = [
         f"# Parts against dense, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python -m benchmarks.parts_vs_dense ... --threads {args.threads} --parallel {args.parallel}`, "
-        f"{seconds / 60:.0f} minutes for what was not in the store already.",
+        f"{command}, {seconds / 60:.0f} minutes for what was not in the store already.",
         "",
-        f"{cpu_name()}, {cores()} cores, {args.threads} thread(s) a job, torch {torch.__version__.split('+')[0]}, "
-        f"{arithmetic}. Other work ran on the machine: read no speed from this page.",
+        f"{cpu_name()}, {cores()} cores, {args.threads} thread(s) a job, torch "
+        f"{torch.__version__.split('+')[0]}, {arithmetic}. Other work ran on the machine: read no "
+        "speed from this page.",
         "",
-        f"d {model['d_model']}, {model['layers']} layers, FFN {model['d_ff']}, vocabulary {model['vocab_size']}, "
-        f"context {model['context_tokens']}; {model['active_parameters']:,} of {model['total_parameters']:,} "
-        f"parameters run per token. Trunk {cfg.trunk.tokens:,} tokens, each expert {cfg.expert.tokens:,}, router "
-        f"{cfg.router.tokens:,}. One training seed; intervals (95 %) resample documents, paired between rows; "
-        "bits per byte, lower is better.",
+        f"d {model.d_model}, {model.layers} layers, FFN {model.d_ff}, vocabulary "
+        f"{model.vocab_size}, context {model.context_tokens}; {model.active_parameters:,} of "
+        f"{model.total_parameters:,} parameters run per token. Trunk {cfg.trunk.tokens:,} tokens, "
+        f"each expert {cfg.expert.tokens:,}, router {cfg.router.tokens:,}. One training seed; "
+        "intervals (95 %) resample documents, paired between rows; bits per byte, lower is better.",
         "",
-        "Held-out documents per domain: "
-        + ", ".join(
-            f"{d} {n} ({data['test_tokens'][d]:,} tokens)"
-            for d, n in data["test_documents"].items()
-        ),
+        f"Held-out documents per domain: {', '.join(documents)}",
         "",
     ]
-    return (
-        "\n".join(
-            [
-                *head,
-                *_t1(report),
-                *_t2(ablations),
-                *_t3(report),
-                *_t4(added),
-                *_t5(report),
-                *_t6(report),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        *head,
+        *_quality(report),
+        *_ablation_table(ablations),
+        *_opt_out(report),
+        *_addition(added),
+        *_routing(report),
+        *_active(report),
+    ]
+    return "\n".join(parts) + "\n"
 
 
-def _t1(report: dict) -> list[str]:
-    domains = report["domains"]
+def _quality(report: LanguageReport) -> list[str]:
     rows = [
         [
-            r["name"] + (f" ({r['axis']})" if r["axis"] else ""),
-            *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
-            _spread(r["mean"], r["interval"]),
-            _against(r["versus_stack"]),
-            _share(r["oracle_gain"]),
-            f"{r['active_parameters'] / 1e6:.2f} M",
-            f"{(r['train_tokens'] or 0) / 1e6:.2f} M",
+            row.name + (f" ({row.axis})" if row.axis else ""),
+            *(f"{row.bits_per_byte[domain]:.3f}" for domain in report.domains),
+            _spread(row.mean, row.interval),
+            "" if row.versus_stack is None else _against(*_pair(row.versus_stack)),
+            _share(row.oracle_gain),
+            f"{row.active_parameters / 1e6:.2f} M",
+            f"{(row.train_tokens or 0) / 1e6:.2f} M",
         ]
-        for r in report["quality"]
+        for row in report.quality
     ]
-    head = ["row", *domains, "mean", "row - stack", "oracle gain", "active", "tokens seen"]
+    head = ["row", *report.domains, "mean", "row - stack", "oracle gain", "active", "tokens seen"]
     return ["## Quality: one model for all domains", "", *_table(head, rows)]
 
 
-def _t2(ablations: list[dict]) -> list[str]:
+def _ablation_table(ablations: list[dict]) -> list[str]:
     rows = [
         [
-            a["row"],
-            _spread(a["mean"], a["interval"]),
-            _against({"difference": a["difference"], "interval": a["difference_interval"]}),
+            each["row"],
+            _spread(each["mean"], each["interval"]),
+            _against(each["difference"], each["difference_interval"]),
         ]
-        for a in ablations
+        for each in ablations
     ]
     return ["## Ablations", "", *_table(["variant", "mean", "variant - shipped"], rows)]
 
 
-def _t3(report: dict) -> list[str]:
-    domains = report["domains"]
-    rows = [[r["removed"], *(f"{r['ratio'][d]:.3f}" for d in domains)] for r in report["opt_out"]]
+def _opt_out(report: LanguageReport) -> list[str]:
+    rows = [
+        [row.removed, *(f"{row.ratio[domain]:.3f}" for domain in report.domains)]
+        for row in report.opt_out
+    ]
     return [
         "## Opt-out: perplexity without an expert over perplexity with it",
         "",
-        *_table(["removed", *domains], rows),
+        *_table(["removed", *report.domains], rows),
     ]
 
 
-def _t4(added: dict) -> list[str]:
+def _addition(added: dict) -> list[str]:
     domains = list(added["rows"][0]["bits_per_byte"])
     rows = [
         [
-            r["row"],
-            *(f"{r['bits_per_byte'][d]:.3f}" for d in domains),
-            f"{r['mean']:.3f}",
-            _against({"difference": r["difference"], "interval": r["difference_interval"]}),
+            row["row"],
+            *(f"{row['bits_per_byte'][domain]:.3f}" for domain in domains),
+            f"{row['mean']:.3f}",
+            _against(row["difference"], row["difference_interval"]),
         ]
-        for r in added["rows"]
+        for row in added["rows"]
     ]
     head = ["row", *domains, "mean", "row - stack before"]
     changed = [f"These runs alone: {', '.join(added['changes'])}.", ""] if added["changes"] else []
@@ -339,34 +345,39 @@ def _t4(added: dict) -> list[str]:
     ]
 
 
-def _t5(report: dict) -> list[str]:
-    t5 = report["routing"]
+def _routing(report: LanguageReport) -> list[str]:
+    routing = report.routing
     rows = [
-        [d, *(f"{x:.0%}" for x in share), _share(t5["agreement_by_domain"].get(d))]
-        for d, share in t5["share"].items()
+        [
+            domain,
+            *(f"{x:.0%}" for x in share),
+            _share(routing.agreement_by_domain.get(domain)),
+        ]
+        for domain, share in routing.share.items()
     ]
     line = (
-        f"Agreement {t5['agreement']:.1%}; entropy {t5['entropy']:.3f} of {t5['max_entropy']:.3f} nats; MaxVio "
-        f"{t5['max_violation']:.3f}; least {t5['least'][0]} {t5['least'][1]:.1%}, most {t5['most'][0]} "
-        f"{t5['most'][1]:.1%}; dead: {', '.join(t5['dead']) or 'none'}."
+        f"Agreement {routing.agreement:.1%}; entropy {routing.entropy:.3f} of "
+        f"{routing.max_entropy:.3f} nats; MaxVio {routing.max_violation:.3f}; least "
+        f"{routing.least.expert} {routing.least.share:.1%}, most {routing.most.expert} "
+        f"{routing.most.share:.1%}; dead: {', '.join(routing.dead) or 'none'}."
     )
     return [
         "## Routing: where tokens go",
         "",
-        *_table(["domain", *report["experts"], "agreement"], rows),
+        *_table(["domain", *report.experts, "agreement"], rows),
         line,
         "",
     ]
 
 
-def _t6(report: dict) -> list[str]:
+def _active(report: LanguageReport) -> list[str]:
     rows = [
         [
-            str(r["top_k"]),
-            _spread(r["mean"], r["interval"]),
-            f"{r['active_parameters'] / 1e6:.2f} M",
+            str(row.top_k),
+            _spread(row.mean, row.interval),
+            f"{row.active_parameters / 1e6:.2f} M",
         ]
-        for r in report["active"]
+        for row in report.active
     ]
     return ["## Active experts, no retraining", "", *_table(["k", "mean", "active"], rows)]
 
@@ -376,16 +387,16 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, ""]
 
 
-def _spread(mean: float, interval: Sequence[float]) -> str:
+def _spread(mean: float, interval: Interval) -> str:
     return f"{mean:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _against(pair: dict | None) -> str:
-    return (
-        ""
-        if pair is None
-        else f"{pair['difference']:+.4f} [{pair['interval'][0]:+.4f}, {pair['interval'][1]:+.4f}]"
-    )
+def _pair(found: Difference) -> tuple[float, Interval]:
+    return found.difference, found.interval
+
+
+def _against(difference: float, interval: Interval) -> str:
+    return f"{difference:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
 
 
 def _share(value: float | None) -> str:

@@ -1,8 +1,8 @@
 """A whole ffn_moe run at the smallest sizes, without preprocess, store or processes: what the tests
 of one family need.
 
-Text is drawn so that each domain has its own favourite tokens; FolderParts keeps each training's files in
-a folder.
+Text is drawn so that each domain has its own favourite tokens; FolderParts keeps each training's
+files in a folder.
 """
 
 import json
@@ -54,7 +54,8 @@ SETTINGS = {
 
 
 def config(**changes) -> FfnMoeConfig:
-    """Return a small configuration; changes are sections or dotted names with __ (trunk__lr=1.0)."""
+    """Return a small configuration; changes are sections or dotted names with __
+    (trunk__lr=1.0)."""
     raw = SETTINGS
     for name, value in changes.items():
         for part in reversed(name.split("__")):
@@ -124,9 +125,8 @@ def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:
     return parts
 
 
-_TRAINED: list[
-    FolderParts
-] = []  # the first run of this process; later ones are copies, which a test may change
+# the first run of this process; later ones are copies, which a test may change
+_TRAINED: list[FolderParts] = []
 
 
 def trained(patch, root: Path) -> FolderParts:

@@ -124,7 +124,10 @@ def test_a_result_is_dated_and_a_missed_target_fails(times, status, monkeypatch,
         and str(tmp_path) not in written
     )
     assert f"| ours, sorted blocks (`experts.mix`) | {100 * times:.2f} (" in written
-    verdict = f"- CPU, D 16, F 24, skewed load: ours takes {times:.2f} ({times:.2f}-{times:.2f}) times the dense"
+    verdict = (
+        f"- CPU, D 16, F 24, skewed load: ours takes {times:.2f} ({times:.2f}-{times:.2f}) times "
+        "the dense"
+    )
     assert verdict in written and written.count("missed" if status else "reached") == 2
 
 

@@ -354,9 +354,12 @@ with source.open("wb") as file:
     file.truncate(8 + len(header) + size)
 with source.open("rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-pieces = [BundleFile(f"e{i}.safetensors", source, digest, f"e{i}.{{}}".format) for i in range(experts)]
+pieces = [
+    BundleFile(f"e{i}.safetensors", source, digest, f"e{i}.{{}}".format) for i in range(experts)
+]
 (folder / "bundle").mkdir()
-Path("/proc/self/clear_refs").write_text("5")  # the mark would be the parent's else: it outlives exec
+# the mark would be the parent's else: it outlives exec
+Path("/proc/self/clear_refs").write_text("5")
 before = memory_meter._status("VmRSS")
 made = write(folder / "bundle", pieces, {}, lambda *_: None)
 assert made["bytes"] > experts * size
