@@ -28,9 +28,11 @@ from ..errors import (
 if TYPE_CHECKING:
     import torch
 
-# files up to this are hashed when an artifact is opened; larger ones by tensors()
+# Files up to this are hashed when an artifact is opened; larger ones by tensors().
 SMALL_BYTES = 16_000_000
-FORMAT = 2  # raised when what is in a store is laid out or written differently
+# Raised when what is in a store is laid out or written differently.
+FORMAT = 2
+# A quota and a limit on the size of files leave no room either.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -54,10 +56,10 @@ class Manifest:
     def digest(self) -> str:
         """Hash of the files' contents: equal digests, equal artifacts (run.json only tells which
         run made it)."""
-        pairs = sorted(
-            (name, entry["sha256"]) for name, entry in self.files.items() if name != "run.json"
-        )
-        lines = "".join(f"{name} {sha}\n" for name, sha in pairs)
+        lines = ""
+        for name in sorted(self.files):
+            if name != "run.json":
+                lines += f"{name} {self.files[name]['sha256']}\n"
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @property
@@ -162,13 +164,17 @@ class Store:
         write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
         shutil.rmtree(self.jobs_folder(manifest.address), ignore_errors=True)
         self.publish()
+        # after it is published: until others see the artifact, the checkpoints are all that they
+        # could go on from
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
         return manifest
 
     def addresses(self) -> list[str]:
         """Every address with a folder, whole or not."""
         folder = self.root / "artifacts"
-        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.exists() else []
+        if not folder.exists():
+            return []
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
     @contextlib.contextmanager
     def lock(self, address: str, waiting: Callable[[], None] = _nothing) -> Iterator[None]:
@@ -196,7 +202,8 @@ class Reader:
     """What one job reads of a store: each manifest is read once and each file hashed once.
 
     It is made after the store's refresh and thrown away with the job: what it remembers would be
-    wrong after another refresh. Of tensors it keeps nothing, so that they are freed with their user.
+    wrong after another refresh. Of tensors it keeps nothing, so that they are freed with their
+    user.
     """
 
     def __init__(self, store: Store) -> None:
@@ -256,11 +263,12 @@ def check_format(found: int, root: Path | str) -> None:
 
 def inventory(folder: Path) -> dict[str, dict]:
     """Return {relative path: {"sha256", "bytes"}} of every file below an artifact's folder."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {
-        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
-        for p in paths
-    }
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    return files
 
 
 def sha256(path: Path) -> str:
@@ -271,6 +279,7 @@ def sha256(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Force a file and its folder's entry to disk."""
+    # a file whose entry is lost in a power cut is as good as never written
     for target in (path, path.parent):
         handle = os.open(target, os.O_RDONLY)
         try:
@@ -296,14 +305,16 @@ def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     from safetensors.torch import save_file
 
     try:
-        plain = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
-        save_file(plain, path, metadata={"format": "pt"})  # which transformers before 5 insists on
-        path.chmod(
-            path.parent.stat().st_mode & 0o666
-        )  # safetensors lets nobody but this user read it
+        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        # transformers before 5 insists on the format
+        save_file(plain, path, metadata={"format": "pt"})
+        # safetensors lets nobody but this user read its files: as the folder, less execution
+        path.chmod(path.parent.stat().st_mode & 0o666)
     except SafetensorError as error:
-        full = any(f"(os error {number})" in str(error) for number in NO_ROOM)
-        raise _no_room(path, str(error)) if full else error from None
+        # it has no numbers of its own, and puts the system's into its text
+        if any(f"(os error {number})" in str(error) for number in NO_ROOM):
+            raise _no_room(path, str(error)) from None
+        raise
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -328,9 +339,10 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise _no_room(folder, error.strerror) from None
+            raise _no_room(folder, str(error.strerror)) from None
         root = folder.parents[1]
-        if error.errno not in NOT_ALLOWED or not Path(str(error.filename)).is_relative_to(root):
+        in_store = Path(str(error.filename)).is_relative_to(root)
+        if error.errno not in NOT_ALLOWED or not in_store:
             raise
         raise StoreError(
             f"{error.filename} cannot be written: {error.strerror}",
@@ -340,7 +352,8 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _no_room(path: Path, reason: str) -> DiskFull:
-    there = next(p for p in (path, *path.parents) if p.exists())
+    # a file that could not be written does not exist, nor need its folder
+    there = next(each for each in (path, *path.parents) if each.exists())
     free_mb = shutil.disk_usage(there).free / 1e6
     return DiskFull(f"no room to write {path} ({reason}; {free_mb:.1f} MB free)", in_store=True)
 

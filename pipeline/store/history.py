@@ -13,14 +13,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from ..errors import ConfigError, DiskFull, StoreError
 
-LINE_EVERY_S = 15.0  # between lines where there is no terminal
-LOSSES = ("train_nats", "loss")  # the row's own word for it, first one present
+# Between lines where there is no terminal.
+LINE_EVERY_S = 15.0
+# Names that a row may have for its loss; the first one that is there counts.
+LOSSES = ("train_nats", "loss")
+# What is on disk and on screen of a row: numbers, lists of them, null.
+Row = dict[str, Any]
 
 
 class Recorder:
@@ -48,22 +54,25 @@ class Recorder:
         _repair(self.path)
         self._mirror = None
         if wandb_mode != "off":
-            self._mirror = _Mirror(
-                wandb_mode, project, run_id, job, Path(folder or self.path.parent), settings or {}
-            )
+            beside = Path(folder or self.path.parent)
+            self._mirror = _Mirror(wandb_mode, project, run_id, job, beside, settings or {})
+        # rich would take the variable FORCE_COLOR for a terminal: ask the stream itself
         console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         live = console.is_terminal and not console.is_dumb_terminal
-        self._display = (_Bar if live else _Lines)(console, job, total_steps)
+        self._display = (
+            _Bar(console, job, total_steps) if live else _Lines(console, job, total_steps)
+        )
 
     def start(self, step: int) -> None:
         """Begin at step: 0, or where a killed attempt goes on; rows of that attempt after step no
         longer count."""
+        # the first attempt's rows need no mark: everything in the file is theirs
         if self.path.exists() and self.path.stat().st_size:
             _append(self.path, {"start": step})
         self._display.start(step)
         self._started = True
 
-    def row(self, row: dict) -> None:
+    def row(self, row: Row) -> None:
         """Append one row, which has a `step`; show it; pass its numbers on to wandb."""
         if not self._started:
             self.start(row["step"])
@@ -86,29 +95,31 @@ class Recorder:
             self._mirror = None
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[Row]:
     """Return the rows that count, in step order; a last line torn by a kill is left out.
 
     Raises StoreError that names the line when the file holds anything else.
     """
-    kept, fresh = [], []
+    kept: list[Row] = []  # of earlier attempts, as far as they count
+    fresh: list[Row] = []  # of the attempt that is read just now
     for entry in _entries(Path(path)):
         if "step" in entry:
             fresh.append(entry)
-        else:
-            kept, fresh = (
-                [row for row in _overlaid(kept, fresh) if row["step"] <= entry["start"]],
-                [],
-            )
-    return sorted(_overlaid(kept, fresh), key=lambda row: row["step"])
+            continue
+        # an attempt starts: what went before counts up to the step where this one goes on
+        kept = [row for row in _overlay(kept, fresh) if row["step"] <= entry["start"]]
+        fresh = []
+    return sorted(_overlay(kept, fresh), key=lambda row: row["step"])
 
 
-def _overlaid(kept: list[dict], fresh: list[dict]) -> list[dict]:
+def _overlay(kept: list[Row], fresh: list[Row]) -> list[Row]:
+    """Return kept rows but those that were made again, then the fresh ones."""
     again = {row["step"] for row in fresh}
     return [row for row in kept if row["step"] not in again] + fresh
 
 
-def _entries(path: Path) -> Iterator[dict]:
+def _entries(path: Path) -> Iterator[Row]:
+    """Yield what each line holds; of a last line without its end, what can be read."""
     try:
         *lines, tail = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -116,26 +127,30 @@ def _entries(path: Path) -> Iterator[dict]:
             f"history {path} cannot be read: {error.strerror}; check path and permissions"
         ) from None
     for number, line in enumerate(lines, 1):
-        entry = _parsed(line)
+        entry = _parse(line)
         if entry is None:
             raise StoreError(
-                f"{path} line {number}: wanted a JSON row with a step, found {line[:60]!r}; another program wrote to "
-                "this file: delete that line, or the file to lose this job's curves and nothing else"
+                f"{path} line {number}: wanted a JSON row with a step, found {line[:60]!r}; "
+                "another program wrote to this file: delete that line, or the file to lose this "
+                "job's curves and nothing else"
             )
         yield entry
-    if entry := _parsed(tail):
-        yield entry
+    last = _parse(tail)
+    if last:
+        yield last
 
 
-def _parsed(line: bytes) -> dict | None:
+def _parse(line: bytes) -> Row | None:
+    """Return a line's entry: a row with its step, or where an attempt started; None for anything
+    else."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    known = isinstance(entry, dict) and isinstance(
-        entry.get("step", entry.get("start")), int | float
-    )
-    return entry if known else None
+    if not isinstance(entry, dict):
+        return None
+    step = entry.get("step", entry.get("start"))
+    return entry if isinstance(step, int | float) else None
 
 
 def _repair(path: Path) -> None:
@@ -147,7 +162,8 @@ def _repair(path: Path) -> None:
         if end == len(data):
             return
         with path.open("r+b") as file:
-            if _parsed(data[end:]):  # only the newline is missing
+            if _parse(data[end:]):
+                # only the newline is missing
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
             else:
@@ -156,9 +172,10 @@ def _repair(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
-def _append(path: Path, entry: dict) -> None:
+def _append(path: Path, entry: Row) -> None:
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
     try:
+        # one write of the whole line, so that a kill leaves it out or tears it at one place
         with path.open("ab", buffering=0) as file:
             file.write(line.encode())
     except OSError as error:
@@ -175,7 +192,7 @@ def _unwritable(path: Path, error: OSError) -> StoreError:
     )
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Return value as JSON knows it: arrays and tensors as lists, NaN and infinity as null."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
@@ -183,6 +200,7 @@ def _plain(value):
         return [_plain(each) for each in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
+    # numpy and torch, neither of which this module imports
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return value
@@ -192,15 +210,20 @@ class _Pace:
     """Steps, and the figures that a person wants beside them."""
 
     def __init__(self, total_steps: int) -> None:
-        self.total_steps, self.peak_mb, self.loss, self.rate = total_steps, 0.0, None, None
+        self.total_steps = total_steps
+        self.loss: float | None = None
+        self.rate: float | None = None
+        self.peak_mb = 0.0
         self.start(0)
 
     def start(self, step: int) -> None:
-        self.first = self.step = step
+        self.first = step
+        self.step = step
         self.since_s = time.monotonic()
 
-    def row(self, row: dict) -> None:
+    def row(self, row: Row) -> None:
         self.step = row["step"]
+        # a row of an evaluation has neither loss nor rate: the last ones stay on the screen
         self.loss = next((row[key] for key in LOSSES if row.get(key) is not None), self.loss)
         self.rate = row.get("tokens_per_s") or self.rate
         self.peak_mb = max(self.peak_mb, row.get("rss_mb") or 0.0)
@@ -218,12 +241,13 @@ class _Pace:
 
     @property
     def left(self) -> str:
-        done, to_do = self.step - self.first, self.total_steps - self.step
-        return (
-            f"{_clock((time.monotonic() - self.since_s) / done * to_do)} left"
-            if done > 0 and to_do > 0
-            else ""
-        )
+        # steps of this attempt only: what a killed one took says nothing of this machine
+        done = self.step - self.first
+        to_do = self.total_steps - self.step
+        if done <= 0 or to_do <= 0:
+            return ""
+        step_s = (time.monotonic() - self.since_s) / done
+        return f"{_clock(step_s * to_do)} left"
 
     @property
     def ending(self) -> str:
@@ -234,7 +258,14 @@ class _Pace:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"
+
+
+def _joined(*parts: str) -> str:
+    """Return what is not empty, in a line."""
+    return " · ".join(part for part in parts if part)
 
 
 class _Bar:
@@ -245,10 +276,14 @@ class _Bar:
         figures = TextColumn("{task.fields[figures]}", markup=False)
         name = TextColumn("{task.description}", markup=False)
         self._progress = Progress(
-            *(name, BarColumn(24), TaskProgressColumn(), figures),
+            name,
+            BarColumn(24),
+            TaskProgressColumn(),
+            figures,
             console=console,
             refresh_per_second=4,
-            redirect_stdout=sys.stdout.isatty(),  # what a pipe reads must not end up on the screen
+            # what a pipe reads must not end up on the screen
+            redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._progress.add_task(job, total=max(total_steps, 1), figures="")
 
@@ -257,9 +292,9 @@ class _Bar:
         self._progress.update(self._task, completed=step)
         self._progress.start()
 
-    def row(self, row: dict) -> None:
+    def row(self, row: Row) -> None:
         self._pace.row(row)
-        figures = " · ".join(filter(None, (self._pace.figures, self._pace.left)))
+        figures = _joined(self._pace.figures, self._pace.left)
         self._progress.update(self._task, completed=self._pace.step, figures=figures)
 
     def note(self, text: str) -> None:
@@ -268,9 +303,7 @@ class _Bar:
     def close(self, ok: bool) -> None:
         if self._progress.live.is_started:
             ending = "" if ok else f"stopped at {self._pace.ending}"
-            self._progress.update(
-                self._task, figures=" · ".join(filter(None, (self._pace.figures, ending)))
-            )
+            self._progress.update(self._task, figures=_joined(self._pace.figures, ending))
             self._progress.stop()
 
 
@@ -278,22 +311,26 @@ class _Lines:
     """Progress where there is no terminal: a plain line now and then."""
 
     def __init__(self, console: Console, job: str, total_steps: int) -> None:
-        self._console, self._job, self._pace = console, job, _Pace(total_steps)
-        self._open, self._shown_s = False, 0.0
+        self._console = console
+        self._job = job
+        self._pace = _Pace(total_steps)
+        self._open = False
+        self._shown_s = 0.0
 
     def start(self, step: int) -> None:
         self._pace.start(step)
-        self._open, self._shown_s = True, time.monotonic()
+        self._open = True
+        self._shown_s = time.monotonic()
         total = f"{self._pace.total_steps:,}"
         self.note(f"goes on at step {step:,} of {total}" if step else f"{total} steps")
 
-    def row(self, row: dict) -> None:
+    def row(self, row: Row) -> None:
         self._pace.row(row)
         if time.monotonic() - self._shown_s < LINE_EVERY_S:
             return
         self._shown_s = time.monotonic()
         step = f"step {self._pace.step:,} of {self._pace.total_steps:,}"
-        self.note(" · ".join(filter(None, (step, self._pace.figures, self._pace.left))))
+        self.note(_joined(step, self._pace.figures, self._pace.left))
 
     def note(self, text: str) -> None:
         self._console.print(f"{self._job}: {text}", markup=False, highlight=False, soft_wrap=True)
@@ -301,7 +338,7 @@ class _Lines:
     def close(self, ok: bool) -> None:
         if self._open:
             ending = f"{'done' if ok else 'stopped'} at {self._pace.ending}"
-            self.note(" · ".join(filter(None, (ending, self._pace.figures))))
+            self.note(_joined(ending, self._pace.figures))
         self._open = False
 
 
@@ -309,16 +346,24 @@ class _Mirror:
     """The same rows as a Weights & Biases run, one per address however often the job is resumed."""
 
     def __init__(
-        self, mode: str, project: str, run_id: str, job: str, folder: Path, settings: dict
+        self,
+        mode: str,
+        project: str,
+        run_id: str,
+        job: str,
+        folder: Path,
+        settings: dict[str, Any],
     ) -> None:
-        wandb = _wandb()
+        wandb = _import_wandb()
         quiet = wandb.Settings(silent=True, console="off")
         try:
             wandb.setup(quiet)
+            # without a key wandb.init would ask for one, and a job has nobody to answer
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise ConfigError(
-                    "runtime.wandb is online, but no Weights & Biases key was found: set WANDB_API_KEY, "
-                    "or set runtime.wandb to offline and send the run later with `wandb sync`"
+                    "runtime.wandb is online, but no Weights & Biases key was found: set "
+                    "WANDB_API_KEY, or set runtime.wandb to offline and send the run later with "
+                    "`wandb sync`"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
@@ -334,15 +379,15 @@ class _Mirror:
             )
         except (wandb.errors.Error, OSError) as error:
             raise ConfigError(
-                f"runtime.wandb is {mode}, but Weights & Biases could not start a run below {folder}: {error}; "
-                "check WANDB_API_KEY and the network, or set runtime.wandb to offline or off"
+                f"runtime.wandb is {mode}, but Weights & Biases could not start a run below "
+                f"{folder}: {error}; check WANDB_API_KEY and the network, or set runtime.wandb to "
+                "offline or off"
             ) from None
         self._next = self._run.step
 
-    def row(self, row: dict) -> None:
-        if (
-            row["step"] < self._next
-        ):  # sent before the job was killed, and computed again to the same bits
+    def row(self, row: Row) -> None:
+        # sent before the job was killed, and computed again to the same bits
+        if row["step"] < self._next:
             return
         self._next = row["step"]
         self._run.log(dict(_numbers(row)), step=row["step"])
@@ -351,7 +396,8 @@ class _Mirror:
         self._run.finish(exit_code=0 if ok else 1)
 
 
-def _wandb():
+def _import_wandb() -> ModuleType:
+    """Import wandb, which takes seconds and is asked for by few. Raises ConfigError."""
     try:
         import wandb
     except ImportError as error:
@@ -362,9 +408,12 @@ def _wandb():
     return wandb
 
 
-def _numbers(value, name: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(value, dict | list):
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number in a row with a path for its name, as wandb's charts want them."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, each in value.items():
             yield from _numbers(each, f"{name}/{key}" if name else str(key))
     elif isinstance(value, int | float):
         yield name, value
