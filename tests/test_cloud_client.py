@@ -152,9 +152,8 @@ def test_all_problems_are_told_at_once(tmp_path):
 def test_the_price_of_a_container():
     machine = MachineConfig(gpu=("A100-40GB", "H100:2"), cpu=4, memory_mb=2048)
     usd_per_h = 3600 * PRICES.usd_per_s(machine)
-    assert usd_per_h == pytest.approx(
-        2 * 3.9492 + 4 * 0.04716 + 2 * 0.007992, rel=1e-4
-    )  # the dearest it may get
+    # With the dearest GPU that it may get
+    assert usd_per_h == pytest.approx(2 * 3.9492 + 4 * 0.04716 + 2 * 0.007992, rel=1e-4)
     assert PRICES.usd_per_s(WorkerConfig(cpu=1, memory_mb=1024)) == pytest.approx(
         0.0000131 + 0.00000222
     )

@@ -35,6 +35,7 @@ CONFINED = {
     "wandb": ("pipeline/store/history.py",),
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_"),
+    "ruamel": ("pipeline/config/",),
 }
 OUTSIDE = ("modal_app", "scripts", "benchmarks", "tests")  # the pipeline does not know who uses it
 FOLDERS = ("pipeline", "scripts", "benchmarks", "routing-generator")
@@ -280,6 +281,11 @@ MUTATIONS = {
         "imports wandb, which only pipeline/store/",
     ),
     "datasets": (STORE, "from datasets import load_dataset", "imports datasets, which only"),
+    "ruamel": (
+        STORE,
+        "from ruamel.yaml import YAML",
+        "imports ruamel, which only pipeline/config/",
+    ),
     "peft": (
         TRUNK,
         "if x:\n    import peft",

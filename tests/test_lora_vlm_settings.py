@@ -42,9 +42,8 @@ PLACES = {  # where a section is changed, in the runs below
     "routinglimits": "dataset.limits",
     "adapterevaluate": "evaluate",
 }
-WORSE = {
-    "loras.defaults.eval_every_steps": 1
-}  # the training lets every evaluation be worse than the last
+# The training lets every evaluation be worse than the last
+WORSE = {"loras.defaults.eval_every_steps": 1}
 READ = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows/rows.jsonl"}}
 FOLDER = {"loras.experts.color.dataset": {"source": "jsonl", "path": "rows", "train": "rows.jsonl"}}
 DIVIDED = {

@@ -416,9 +416,8 @@ def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(bundled, monkeypatc
         answer = client.post("/v1/route", json={"text": "x"})
         error = refused(answer, 500, "its log tells more")
         assert error["type"] == "server_error"
-        assert (
-            answer.headers["connection"] == "close"
-        )  # else the next request may be written to a closed socket
+        # Else the next request may be written to a closed socket
+        assert answer.headers["connection"] == "close"
         assert client.get("/healthz").status_code == 200
 
 

@@ -307,12 +307,8 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
-ON_MODAL = (
-    "modal",
-    "trainer",
-    "worker",
-    "endpoint",
-)  # their effects need Modal's own client: test_modal*.py
+# Their effects need Modal's own client: test_modal*.py, test_cloud*.py
+ON_MODAL = ("modal", "trainer", "worker", "endpoint")
 
 
 def settings(run: type[RunConfig] = FfnMoeConfig) -> set[str]:

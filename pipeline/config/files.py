@@ -17,10 +17,8 @@ from ruamel.yaml.error import YAMLError
 from ..errors import ConfigError
 from .base import is_folder, merge
 
-NAMED_FILES = (
-    "loras",
-    "dataset",
-)  # settings that may be the path of a file with what belongs there
+# Settings that may be the path of a file with what belongs there.
+NAMED_FILES = ("loras", "dataset")
 PATHS = ("path", "image_root")
 
 
