@@ -51,6 +51,7 @@ class DropStats:
     @property
     def bad(self) -> int:
         """Items that were dropped for a fault of the source."""
+        # By the harmless ones: a reason that nobody has thought of counts as bad
         harmless = sum(self.counts[reason] for reason in self.harmless)
         return self.total - harmless
 

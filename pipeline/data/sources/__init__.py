@@ -26,6 +26,9 @@ class LargeFile:
     blocks: Callable[[], Iterator[bytes]]
 
 
-FoundRow = tuple[str, Row | SkippedRow]  # where it is, for messages; what it holds
-Rows = Callable[[], Iterator[FoundRow]]  # of one file; opens nothing before it is called
-Source = tuple[str | None, Iterator[Rows]]  # fixed label, if it has one; its files in order
+# Where a row is, for messages, and what it holds
+FoundRow = tuple[str, Row | SkippedRow]
+# The rows of one file. Called to open it: one that lies before a cursor never is
+Rows = Callable[[], Iterator[FoundRow]]
+# The label of every row of a source, if it has one, and its files in order
+Source = tuple[str | None, Iterator[Rows]]

@@ -24,6 +24,7 @@ def _rows(entry: HubConfig) -> Iterator[FoundRow]:
             entry.subset,
             split=entry.split,
             revision=entry.revision,
+            # A set may be larger than the disk, and a limit may stop reading early
             streaming=True,
         )
         for number, row in enumerate(rows):

@@ -17,5 +17,6 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
 
     The module beside this one that has the name of the source reads it.
     """
+    # By name: who adds a source need not come here, and only what is read is imported
     module = import_module(f".{cfg.data.source}", __package__)
     return module.sources(cfg)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from ...config.text_data import DataConfig, TextRunConfig
 from ..drop_stats import DropStats
@@ -192,10 +193,24 @@ def _limits(data: DataConfig) -> dict[str | None, float]:
     return {split: share * megabytes * 1e6 for split, share in shares.items()}
 
 
+class _Fields(NamedTuple):
+    """What is read of a row."""
+
+    text: str | LargeFile
+    label: str
+    split: str | None
+
+
 class _Reader:
     """Turns rows into documents under one run's rules."""
 
-    def __init__(self, cfg: TextRunConfig, stats: DropStats, read_before: ReadBytes, judges: bool):
+    def __init__(
+        self,
+        cfg: TextRunConfig,
+        stats: DropStats,
+        read_before: ReadBytes,
+        judges: bool,
+    ):
         self.data = cfg.data
         self.stats = stats
         self.judges = judges
@@ -223,11 +238,12 @@ class _Reader:
         if self.judges and stats.seen == EARLY and stats.bad > EARLY / 2:
             _check(stats, self.data.max_bad_share)
         stats.seen += 1
-        found = row if isinstance(row, SkippedRow) else self._fields(row, label)
+        found = self._fields(row, label)
         if isinstance(found, SkippedRow):
             stats.drop(found.reason, where, found.detail)
             return
-        text, label, split = found
+        label = found.label
+        split = found.split
         if self.keep is not None and label not in self.keep:
             if len(self.other_labels) < _MOST_OTHER_LABELS or label in self.other_labels:
                 self.other_labels[label] += 1
@@ -237,7 +253,7 @@ class _Reader:
             stats.drop("over the limit", where)
             return
         self._before = {(label, split): self.bytes[label, split]}
-        yield from self._pieces(where, text, label, split)
+        yield from self._pieces(where, found)
 
     def done(self, label: str | None) -> bool:
         """Say whether the rest of a source with this fixed label (none: of any) would be over the
@@ -255,10 +271,10 @@ class _Reader:
     def _full(self, label: str, split: str | None) -> bool:
         return self.bytes[label, split] >= self._limits[split]
 
-    def _fields(
-        self, row: Row, label: str | None
-    ) -> tuple[str | LargeFile, str, str | None] | SkippedRow:
-        """Return text, label and split of a row, or what it lacks."""
+    def _fields(self, row: Row | SkippedRow, label: str | None) -> _Fields | SkippedRow:
+        """Return text, label and given split of a row, or what it lacks."""
+        if isinstance(row, SkippedRow):
+            return row
         data = self.data
         text = row.get(data.text_field)
         if not isinstance(text, (str, LargeFile)):
@@ -278,11 +294,10 @@ class _Reader:
             split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
                 return SkippedRow("unknown split", f"{data.split_field} is {given!r}")
-        return text, label, split
+        return _Fields(text, label, split)
 
-    def _pieces(
-        self, where: str, text: str | LargeFile, label: str, split: str | None
-    ) -> Iterator[Document]:
+    def _pieces(self, where: str, fields: _Fields) -> Iterator[Document]:
+        text, label, split = fields
         blocks: Iterable[bytes]
         if isinstance(text, LargeFile):
             try:

@@ -16,7 +16,10 @@ from .scan import first_pass
 
 
 def prepare(
-    cfg: TextRunConfig, folder: Path, progress: Progress = quiet, jobs_folder: Path | None = None
+    cfg: TextRunConfig,
+    folder: Path,
+    progress: Progress = quiet,
+    jobs_folder: Path | None = None,
 ) -> dict:
     """Read cfg.data and leave tokenizer, partition and shards in folder, which is empty; return
     metrics.
