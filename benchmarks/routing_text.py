@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         text = measured(rows, Path(scratch), args)
     ending = (
-        f"{hardware(args.threads, PACKAGES)}. Intervals resample requests 1000 times, paired between rows; they do not "
+        f"{hardware(args.threads, PACKAGES)}. Intervals resample requests 1000 times, paired "
+        "between rows; they do not "
         "cover seeds of training. One seed was run."
     )
     finish(args, "routing_text", "Routing text over ten domains", text, "", ending)
@@ -212,13 +213,13 @@ def _stack(cfg, parts: Parts):
     model = peft_io.load(opened.model, router, ROUTER, opened.pin)
     for entry in cfg.loras.experts:
         model = peft_io.add(model, entry.name, cfg.loras.defaults.model_copy(update={"r": 1}))
-    mixed = MultiAdapterModel(model.requires_grad_(False), opened.chat, limits_of(cfg))
-    members = [ExpertInfo.of(entry) for entry in cfg.loras.experts]
-    return AdapterStack(mixed, members, Calibration.read(router), policy_of(cfg))
+    loaded = MultiAdapterModel(model.requires_grad_(False), opened.chat, limits_of(cfg))
+    experts = [ExpertInfo.of(entry) for entry in cfg.loras.experts]
+    return AdapterStack(loaded, experts, Calibration.read(router), policy_of(cfg))
 
 
 def _outside(bench, rows: list[dict]) -> dict | None:
-    """Return how well low confidence tells requests of no domain from the test's; None without any."""
+    """Return how well low confidence tells requests of no domain from the test's; None without."""
     import numpy as np
 
     from pipeline.families.adapters.inference import Request
@@ -236,49 +237,56 @@ def _outside(bench, rows: list[dict]) -> dict | None:
     }
 
 
-def _report(cfg, tables: dict, metrics: dict, outside: dict | None) -> str:
-    test = tables["sets"][0]
+def _report(cfg, tables, metrics: dict, outside: dict | None) -> str:
+    test = tables.sets[0]
     rows = []
-    for row in test["rows"]:
-        low, high = row["interval"]
-        ahead = row.get("router_ahead", {"difference": 0.0, "interval": [0.0, 0.0]})
-        less, more = ahead["interval"]
+    for row in test.rows:
+        low, high = row.interval
+        ahead = ""
+        if row.router_ahead is not None:
+            less, more = row.router_ahead.interval
+            ahead = f"{row.router_ahead.difference:+.3f} [{less:+.3f}, {more:+.3f}]"
         rows.append(
             [
-                {"text only": "TF-IDF, logistic regression"}.get(row["row"], row["row"]),
-                f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{row['top_k']:.3f}",
-                f"{row['nats']:.3f}",
-                f"{row['ece']:.3f}",
-                ""
-                if row["is_router"]
-                else f"{ahead['difference']:+.3f} [{less:+.3f}, {more:+.3f}]",
+                {"text only": "TF-IDF, logistic regression"}.get(row.name, row.name),
+                f"{row.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+                f"{row.top_k_accuracy:.3f}",
+                f"{row.nats:.3f}",
+                f"{row.ece:.3f}",
+                ahead,
             ]
         )
     head = [
         "router or baseline",
         "accuracy [95 %]",
-        f"top-{tables['top_k']}",
+        f"top-{tables.top_k}",
         "nats",
         "ECE",
         "router ahead by [95 %]",
     ]
-    recall = zip(tables["choices"], tables["recall"][test["set"]], strict=True)
-    calibration, build = tables["calibration"][0], cfg.loras.base.build
+    recall = [
+        [name, f"{share:.3f}"]
+        for name, share in zip(tables.choices, tables.recall[test.name], strict=True)
+    ]
+    calibration, build = tables.calibration[0], cfg.loras.base.build
     said = (
-        f"Requests of no domain ({outside['requests']} of them, none trained with) by low confidence: AUROC "
+        f"Requests of no domain ({outside['requests']} of them, none trained with) by low "
+        "confidence: AUROC "
         f"{outside['auroc']:.3f}.\n"
         if outside
         else ""
     )
     return (
-        f"{test['requests']:,} test requests of {len(tables['choices'])} domains. Router: rank {metrics['rank']} on a "
-        f"random base of width {build.hidden}, {build.layers} layers and {build.vocab_size} tokens, "
-        f"{metrics['steps']:,} steps of {cfg.loras.defaults.batch_sequences} requests, {metrics['all_s']:.0f} s.\n\n"
-        f"{table(head, rows)}\n{table(['domain', 'recall'], [[name, f'{x:.3f}'] for name, x in recall])}\n"
-        f"Calibration: temperature {tables['temperature']:.2f} from the validation requests; ECE "
-        f"{calibration['ece_before']:.3f} before and {calibration['ece_after']:.3f} after, nats "
-        f"{calibration['nats_before']:.3f} and {calibration['nats_after']:.3f}.\n{said}"
+        f"{test.requests:,} test requests of {len(tables.choices)} domains. Router: rank "
+        f"{metrics['rank']} on a "
+        f"random base of width {build.hidden}, {build.layers} layers and {build.vocab_size} "
+        "tokens, "
+        f"{metrics['steps']:,} steps of {cfg.loras.defaults.batch_sequences} requests, "
+        f"{metrics['all_s']:.0f} s.\n\n"
+        f"{table(head, rows)}\n{table(['domain', 'recall'], recall)}\n"
+        f"Calibration: temperature {tables.temperature:.2f} from the validation requests; ECE "
+        f"{calibration.ece_before:.3f} before and {calibration.ece_after:.3f} after, nats "
+        f"{calibration.nats_before:.3f} and {calibration.nats_after:.3f}.\n{said}"
     )
 
 

@@ -169,7 +169,8 @@ def _made(work: Path, args: argparse.Namespace) -> dict:
         start = time.perf_counter()
         parameters = write_model(work / "model", SIZES[args.size])
         progress(
-            f"{parameters:,} parameters in {time.perf_counter() - start:.0f} s; preparing data, base and adapters"
+            f"{parameters:,} parameters in {time.perf_counter() - start:.0f} s; preparing data, "
+            "base and adapters"
         )
         _write_rows(work / "data")
         _result("prepare", _started("prepare", work, args))
@@ -300,12 +301,8 @@ def _step(cfg, parts, work: Path, peak: Peak) -> dict:
     recorder.close()
     write_files(task.export(metrics["kept_step"]), work / "adapter")
     planned = cost.cost(cfg, "train_experts", EXPERT, {}, True).peak_bytes
-    exact = cost.peak_bytes(
-        cfg.loras.base,
-        cost.sizes_of(cfg.loras.base),
-        task.options,
-        task.memory_plan,
-        task.tokens_per_row,
+    exact = cost.sizes_of(cfg.loras.base).peak_bytes(
+        cfg.loras.base, task.options, task.memory_plan, task.tokens_per_row
     )
     phases = {
         f"{name}_s": metrics.get(f"{name}_s") for name in ("forward", "backward", "optimizer")
@@ -325,12 +322,12 @@ def _stack(cfg, parts, tokens: int):
     from pipeline.families.lora_vlm.base import open_base
 
     adapter = Path(parts.store.root).parent / "adapter"
-    members = [ExpertInfo(e.name, e.label, e.name, "", e.metric, tokens) for e in cfg.loras.experts]
+    experts = [ExpertInfo(e.name, e.label, e.name, "", e.metric, tokens) for e in cfg.loras.experts]
     calibration = Calibration(1.0, cfg.loras.labels, cfg.loras.router.instruction)
     opened = open_base(parts.folder("train_shared"), cfg.loras.base)
     folders = dict.fromkeys((*cfg.experts, ROUTER), adapter)
     return build_stack(
-        opened, folders, members, calibration, Policy(0.0, 1, "base"), limits_of(cfg)
+        opened, folders, experts, calibration, Policy(0.0, 1, "base"), limits_of(cfg)
     )
 
 
@@ -383,12 +380,18 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
     together = [[f"process {i}", *(f"{x[k]:,.0f}" for k in kinds)] for i, x in enumerate(held, 1)]
     together.append(["together", *(f"{sum(x[k] for x in held):,.0f}" for k in kinds)])
     return (
-        f"{made['parameters']:,} random parameters, {made['file_bytes'] / 1e6:,.0f} MB of bfloat16 in one file; "
-        f"adapters of rank 16 on all projections of the language model; picture {PICTURE_PX} x {PICTURE_PX} px.\n\n"
-        f"{table(head, rows)}\nAll MB above the level after imports. A step has {step['tokens']} tokens, batch 1; "
-        f"each of these processes does {STEPS} and validates; the answer reads {answer['tokens']} and writes "
-        f"{answer['new_tokens']} (router {answer['route_s']:.0f} s, expert {answer['generate_s']:.0f} s). Predicted: "
-        "the plan's formula with the row's real length; planned: what `plan` says when no row is prepared yet.\n\n"
+        f"{made['parameters']:,} random parameters, {made['file_bytes'] / 1e6:,.0f} MB of bfloat16 "
+        "in one file; "
+        f"adapters of rank 16 on all projections of the language model; picture {PICTURE_PX} x "
+        f"{PICTURE_PX} px.\n\n"
+        f"{table(head, rows)}\nAll MB above the level after imports. A step has {step['tokens']} "
+        "tokens, batch 1; "
+        f"each of these processes does {STEPS} and validates; the answer reads {answer['tokens']} "
+        "and writes "
+        f"{answer['new_tokens']} (router {answer['route_s']:.0f} s, expert "
+        f"{answer['generate_s']:.0f} s). Predicted: "
+        "the plan's formula with the row's real length; planned: what `plan` says when no row is "
+        "prepared yet.\n\n"
         f"{len(held)} processes at once, each after a forward pass through router and expert:\n\n"
         f"{table(['', 'resident MB', 'share (Pss)', 'private'], together)}"
     )
@@ -396,9 +399,12 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
 
 def _ending(args: argparse.Namespace) -> str:
     return (
-        f"{hardware(args.threads, PACKAGES)}. Each row ran in a fresh process. Peak: VmHWM, cleared after imports; "
-        "anonymous and mapped: RssAnon and RssFile, looked at every 20 ms, so that their peaks need not be at one "
-        "moment. Share and private: smaps_rollup, imports included. Seconds are of a shared machine and say little."
+        f"{hardware(args.threads, PACKAGES)}. Each row ran in a fresh process. Peak: VmHWM, "
+        "cleared after imports; "
+        "anonymous and mapped: RssAnon and RssFile, looked at every 20 ms, so that their peaks "
+        "need not be at one "
+        "moment. Share and private: smaps_rollup, imports included. Seconds are of a shared "
+        "machine and say little."
     )
 
 

@@ -47,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         text, reached = measured(stack, asked, args.rounds)
     sizes = sum(p.numel() for p in stack.model.core.parameters())
     ending = (
-        f"{hardware(args.threads, PACKAGES)}. Base and {len(stack.model.adapters)} adapters: {sizes:,} parameters, "
-        f"{next(stack.model.core.parameters()).dtype}; weights in memory, pictures opened before the clock starts. The "
-        "stack's own code answers in all ways: it encodes pictures, tokenizes prompts and decodes texts in the time."
+        f"{hardware(args.threads, PACKAGES)}. Base and {len(stack.model.adapters)} adapters: "
+        f"{sizes:,} parameters, "
+        f"{next(stack.model.core.parameters()).dtype}; weights in memory, pictures opened before "
+        "the clock starts. The "
+        "stack's own code answers in all ways: it encodes pictures, tokenizes prompts and decodes "
+        "texts in the time."
     )
     finish(args, "vlm_mixed", "Mixed-adapter batches", text, "", ending)
     return int(reached < TARGET)
@@ -70,12 +73,17 @@ def measured(stack, asked: Sequence[tuple[str, object]], rounds: int) -> tuple[s
     names = ", ".join(dict.fromkeys(name for name, _ in asked))
     reached = [statistics.median(_ratios(each, MIXED)) for each in (first, second)]
     text = (
-        f"{len(asked)} requests, each of one of {len({n for n, _ in asked})} experts ({names}) in turn; {rounds} "
-        f"rounds of all ways in turn after one that is thrown away.\n\nThe experts are given (no router):\n\n"
-        f"{_table(first, len(asked))}\nThe whole stack: the router decides, then its experts answer:\n\n"
-        f"{_table(second, len(asked))}\nEvery way gave every request the same text (checked in every round). "
+        f"{len(asked)} requests, each of one of {len({n for n, _ in asked})} experts ({names}) in "
+        f"turn; {rounds} "
+        "rounds of all ways in turn after one that is thrown away.\n\nThe experts are given (no "
+        "router):\n\n"
+        f"{_table(first, len(asked))}\nThe whole stack: the router decides, then its experts "
+        "answer:\n\n"
+        f"{_table(second, len(asked))}\nEvery way gave every request the same text (checked in "
+        "every round). "
         f"Target: at least {TARGET:g} times as fast as one by one; "
-        f"{'met' if min(reached) >= TARGET else 'missed'} ({reached[0]:.2f} and {reached[1]:.2f}).\n"
+        f"{'met' if min(reached) >= TARGET else 'missed'} ({reached[0]:.2f} and "
+        f"{reached[1]:.2f}).\n"
     )
     return text, min(reached)
 

@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(f"the run failed (exit status {done.returncode}); its error is above")
         text = reported(raw, work / "store", time.perf_counter() - start)
     ending = (
-        f"{hardware(args.threads, PACKAGES)}. Intervals resample pictures with all their requests 1000 times; they do "
+        f"{hardware(args.threads, PACKAGES)}. Intervals resample pictures with all their requests "
+        "1000 times; they do "
         "not cover seeds of training. One seed was run."
     )
     finish(args, "vlm_real", "The whole chain on real pictures", text, _cannot(), ending)
@@ -176,13 +177,18 @@ def reported(raw: Mapping, folder: Path, seconds: float) -> str:
         for name, m in dropped.items()
     ]
     model, image = report["model"], cfg.loras.base.image
+    head = ["task", "train", "valid", "test", "pictures", "dropped", "too long to train"]
     return (
-        f"A random Qwen3-VL of {model['base_parameters'] / 1e6:.1f} M parameters, pictures of at most "
-        f"{image.max_pixels:,} px ({image.max_pixels // 1024} tokens); {cfg.loras.defaults.steps} steps of "
-        f"{cfg.loras.defaults.batch_sequences} rows per expert, {cfg.loras.router.steps} for the router. The whole run "
+        f"A random Qwen3-VL of {model['base_parameters'] / 1e6:.1f} M parameters, pictures of at "
+        "most "
+        f"{image.max_pixels:,} px ({image.max_pixels // 1024} tokens); {cfg.loras.defaults.steps} "
+        "steps of "
+        f"{cfg.loras.defaults.batch_sequences} rows per expert, {cfg.loras.router.steps} for the "
+        "router. The whole run "
         f"took {seconds:.0f} s.\n\n"
-        f"{table(['task', 'train', 'valid', 'test', 'pictures', 'dropped', 'too long to train'], made)}\n"
-        f"{_routing(report['routing'])}\n{_tasks(report['adapters'], cfg, parts)}\n{_answers(report['answers'])}"
+        f"{table(head, made)}\n"
+        f"{_routing(report['routing'])}\n{_tasks(report['adapters'], cfg, parts)}\n"
+        f"{_answers(report['answers'])}"
     )
 
 
@@ -219,7 +225,8 @@ def _routing(routing: Mapping) -> str:
             [own, *map(str, counts)] for own, counts in zip(routing["choices"], count, strict=True)
         ]
         out.append(
-            f"Confusion of {name} (rows: whose request it is):\n\n{table(['', *routing['choices']], rows)}"
+            f"Confusion of {name} (rows: whose request it "
+            f"is):\n\n{table(['', *routing['choices']], rows)}"
         )
     same = [
         [r["change"], str(r["requests"]), "" if r["same"] is None else f"{r['same']:.2f}"]
@@ -230,7 +237,8 @@ def _routing(routing: Mapping) -> str:
         for c in routing["calibration"]
     )
     out.append(
-        f"Calibration (temperature {routing['temperature']:.2f}): {calibrated}. Same expert after a change:\n"
+        f"Calibration (temperature {routing['temperature']:.2f}): {calibrated}. Same expert after "
+        "a change:\n"
     )
     return "\n".join([*out, table(["change", "requests", "same"], same)])
 
@@ -269,7 +277,8 @@ def _tasks(adapters: Mapping, cfg, parts) -> str:
         "figures",
     ]
     return (
-        f"## Experts\n\n{table(head, rows)}\nConstant: always the commonest training answer to the same prompt (to "
+        f"## Experts\n\n{table(head, rows)}\nConstant: always the commonest training answer to the "
+        "same prompt (to "
         "any, where the prompt is new), over all test rows; it looks at no picture.\n"
     )
 
@@ -316,13 +325,20 @@ def _interval(ends, sign: str = "") -> str:
 
 def _cannot() -> str:
     return (
-        "What this cannot show: the base is random, its vision tower never trained, and pictures are shrunk to a few "
-        "tokens. Such a model cannot learn to read print, to describe a photograph or to check a sentence against "
-        "shapes. An expert above the constant has learnt something crude (how full of cells a picture looks, how long "
-        "a line is); one that is no better has learnt the answers' form and frequencies and nothing of the picture. "
-        "The router's task is easier, as the five kinds of pictures look nothing alike (see how far a regression on "
-        "the frozen random base's features comes), and its numbers say nothing of tasks that share a kind of picture. "
-        "Receipts and lines come from the same shops, and shops are not kept apart. What it does show: real files go "
+        "What this cannot show: the base is random, its vision tower never trained, and pictures "
+        "are shrunk to a few "
+        "tokens. Such a model cannot learn to read print, to describe a photograph or to check a "
+        "sentence against "
+        "shapes. An expert above the constant has learnt something crude (how full of cells a "
+        "picture looks, how long "
+        "a line is); one that is no better has learnt the answers' form and frequencies and "
+        "nothing of the picture. "
+        "The router's task is easier, as the five kinds of pictures look nothing alike (see how "
+        "far a regression on "
+        "the frozen random base's features comes), and its numbers say nothing of tasks that share "
+        "a kind of picture. "
+        "Receipts and lines come from the same shops, and shops are not kept apart. What it does "
+        "show: real files go "
         "through the whole chain as they are, and every number comes with its baseline.\n"
     )
 

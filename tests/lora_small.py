@@ -1,8 +1,8 @@
 """A lora_vlm run at the smallest sizes, without store or processes: what the tests of its training
 side need.
 
-Tasks are synthetic, the base is random; everything before the trainings is made once per process and
-copied.
+Tasks are synthetic, the base is random; everything before the trainings is made once per process
+and copied.
 """
 
 import json

@@ -133,7 +133,7 @@ def mixed(folder: Path) -> MultiAdapterModel:
 def stack(
     mixed: MultiAdapterModel, threshold=0.0, top_k=2, fallback="base", temperature=1.0, none=True
 ) -> AdapterStack:
-    """Return a stack on loaded adapters, with a choice for requests that are nobody's or without."""
+    """Return a stack on loaded adapters, with a choice for nobody's requests or without."""
     members = [
         ExpertInfo(name, "ABC"[i], name, f"answers about {name}", "exact", 4 + 2 * i)
         for i, name in enumerate(EXPERTS)

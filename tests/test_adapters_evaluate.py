@@ -198,7 +198,7 @@ def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):
 
 
 def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
-    cfg, parts, report = made
+    _, parts, report = made
     assert not any("trained without" in note for note in report.notes)
     rows = {
         "train": {"kept": 3, "dropped": {"over max_tokens": 2}},

@@ -121,7 +121,7 @@ def test_who_answers_follows_from_the_probabilities(policy, ranked, runs):
 
 
 def test_an_unsure_request_gets_the_answer_with_the_best_product_of_router_and_answer(mixed):
-    """Ranks from plain calls: log-probability of the expert plus the mean of its answer's tokens."""
+    """Ranks from plain calls: log-probability of the expert plus mean of its answer's tokens."""
     stack, asked = small_stack.stack(mixed, threshold=1.0, top_k=2, none=False), requests(6, seed=3)
     for request, answer in zip(asked, stack.answer(asked), strict=True):
         prior = dict(answer.alternatives)
@@ -207,7 +207,7 @@ def test_a_wrong_name_is_refused_before_anything_is_set(mixed):
 
 
 def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
-    """One batch, limits of 4, 6 and 8 tokens; an end token inside the limit ends an answer as stop."""
+    """One batch, limits of 4, 6 and 8 tokens; an end token inside the limit ends one as stop."""
     stack, request = small_stack.stack(mixed), requests(1, seed=6)[0]
     said = stack.generate([request], [EXPERTS])[0]
     assert {name: each.completion_tokens for name, each in said.items()} == {

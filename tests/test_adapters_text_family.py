@@ -131,7 +131,7 @@ def reassemble(folder: Path) -> stack.AdapterStack:
 
 # a run of it
 
-WORDS = "red green blue black white yellow orange purple brown grey pink gold".split()
+WORDS = ["red", "green", "blue", "black", "white", "yellow", "orange", "purple", "brown", "grey"]
 ASK = {"opposite": "Say the word after {}.", "repeat": "Repeat {} for me."}
 INSTRUCTION = "Which expert? Answer with one letter."
 CORPUS = [*WORDS, *ASK.values(), INSTRUCTION, "A B"] * 3

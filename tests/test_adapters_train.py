@@ -172,7 +172,7 @@ def test_half_precision_trains_the_adapter_in_fp32(parts, base, dtype):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_add_up_to_the_batch(shared, size):
-    """Answers of different lengths: the mean is over the batch's tokens, not over its parts' means."""
+    """Answers of different lengths: the mean is over all tokens, not over parts."""
     task = family.expert(shared.cfg, of(shared, seed=4), "dots")
     with torch.no_grad():
         for parameter in task.parameters.values():
@@ -228,7 +228,8 @@ def test_one_step_is_a_training_and_none_is_not(shared, tmp_path, name):
         for key, parameter in task.parameters.items():
             if stuck in key:
                 parameter.register_hook(torch.zeros_like)
-        said = rf"{len(task.parameters) // 2} of {len(task.parameters)} tensors did not change in {steps} step.*{stuck}"
+        count = len(task.parameters)
+        said = rf"{count // 2} of {count} tensors did not change in {steps} step.*{stuck}"
         with pytest.raises(PipelineError, match=said):
             fit(task, train_io(tmp_path / stuck))
 
@@ -326,7 +327,8 @@ def test_rows_over_max_tokens_are_counted_and_said_and_without_any_left_it_ends(
         "kept": 24 - dropped,
         "dropped": {"over max_tokens": dropped},
     }
-    said = f"{dropped} of 24 rows of train are over loras.experts.color.overrides.max_tokens = {lengths[12]} and were"
+    limit = f"loras.experts.color.overrides.max_tokens = {lengths[12]}"
+    said = f"{dropped} of 24 rows of train are over {limit} and were"
     assert task.notes[0].startswith(said)
     slot = train_io(tmp_path)
     fit(task, slot)

@@ -80,7 +80,7 @@ def test_text_is_routed_beside_tf_idf(tmp_path, capsys):
 
 def test_the_large_model_is_the_published_one(tmp_path):
     """Sizes are those that the plan has for the Hub's model, and a model of such a file opens."""
-    from pipeline.families.lora_vlm.cost import PUBLISHED, Sizes
+    from pipeline.families.lora_vlm.cost import PUBLISHED, VlmSizes
 
     folder = tmp_path / "model"
     parameters = vlm_2b.write_model(folder, vlm_2b.SIZES["toy"])
@@ -88,7 +88,7 @@ def test_the_large_model_is_the_published_one(tmp_path):
     raw = json.loads((folder / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         raw[part] |= vlm_2b.SIZES["real"][part]
-    assert Sizes.of_config(raw) == PUBLISHED["Qwen/Qwen3-VL-2B-Instruct"]
+    assert VlmSizes.of_config(raw) == PUBLISHED["Qwen/Qwen3-VL-2B-Instruct"]
 
 
 def test_a_step_and_an_answer_are_measured(tmp_path, capsys, monkeypatch):
