@@ -17,16 +17,16 @@ from pipeline.metrics.routing import (
     GroupBootstrap,
     auroc,
     calibration_error,
-    centroid,
     confusion,
+    consistency,
     coverage,
     hits,
-    linear,
+    linear_probe,
     majority,
-    nats,
+    nearest_centroid,
+    negative_log_likelihood,
     recall,
     reliability,
-    same,
     softmax,
     text_only,
 )
@@ -50,7 +50,7 @@ def test_confusion_recall_and_likelihood_are_scikit_learns():
     assert recall(count_CC) == pytest.approx(
         recall_score(OWN_N, PROB_NC.argmax(1), average=None).tolist()
     )
-    assert nats(PROB_NC, OWN_N) == pytest.approx(log_loss(OWN_N, PROB_NC))
+    assert negative_log_likelihood(PROB_NC, OWN_N) == pytest.approx(log_loss(OWN_N, PROB_NC))
 
 
 def test_a_choice_without_requests_has_no_recall():
@@ -145,7 +145,7 @@ def test_the_baselines_learn_what_they_see_and_nothing_else():
     assert majority(own_N[:3], 3, 2).tolist() == [[2 / 3, 1 / 3, 0]] * 2
 
 
-@pytest.mark.parametrize("router", [centroid, linear])
+@pytest.mark.parametrize("router", [nearest_centroid, linear_probe])
 def test_features_that_tell_the_choices_apart_route(router):
     draw = np.random.default_rng(5)
     middle_CF = draw.normal(size=(3, 16)) * 3 + 10
@@ -161,13 +161,16 @@ def test_baselines_that_saw_one_choice_only_take_it():
 
 
 def test_consistency_is_the_share_of_equal_choices():
-    assert same(np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])) == 0.75
-    assert same(np.array([]), np.array([])) is None
+    assert consistency(np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])) == 0.75
+    assert consistency(np.array([]), np.array([])) is None
 
 
 def test_no_requests_give_no_numbers():
     none_NC, none_N = np.empty((0, 3)), np.empty(0, dtype=int)
-    assert nats(none_NC, none_N) is None and calibration_error(none_NC, none_N) is None
+    assert (
+        negative_log_likelihood(none_NC, none_N) is None
+        and calibration_error(none_NC, none_N) is None
+    )
     assert coverage(np.empty(0), np.empty(0, bool), (0.5,))[0]["coverage"] is None
     assert GroupBootstrap([], 10, 0).interval(np.empty(0)) is None
     assert GroupBootstrap([], 10, 0).difference(np.empty(0), np.empty(0)) is None

@@ -104,7 +104,7 @@ def recall(count_CC: ndarray) -> list[float | None]:
     return out
 
 
-def nats(prob_NC: ndarray, own_N: ndarray) -> float | None:
+def negative_log_likelihood(prob_NC: ndarray, own_N: ndarray) -> float | None:
     """Return the mean negative log-likelihood of the own choices, nats."""
     if not len(own_N):
         return None
@@ -214,7 +214,7 @@ def text_only(
     return _regression(train_NF, train_N, x_NF, width)
 
 
-def linear(
+def linear_probe(
     train_NF: ndarray,
     train_N: ndarray,
     x_NF: ndarray,
@@ -229,7 +229,7 @@ def linear(
     return _regression(standard_train_NF, train_N, standard_NF, width)
 
 
-def centroid(
+def nearest_centroid(
     train_NF: ndarray,
     train_N: ndarray,
     x_NF: ndarray,
@@ -274,7 +274,7 @@ def _regression(
     return prob_NC
 
 
-def same(choice_N: ndarray, other_N: ndarray) -> float | None:
+def consistency(choice_N: ndarray, other_N: ndarray) -> float | None:
     """Return the share of requests whose choice stays the same."""
     return _mean(choice_N == other_N)
 

@@ -172,8 +172,8 @@ def _routed(
         "majority": metrics.majority(known.own_N, width, len(requests)),
         TEXT: metrics.text_only(known.texts, known.own_N, texts, width),
         "frozen base, asked": softmax(asked_NC, 1.0),
-        "frozen base, centroid": metrics.centroid(*learned, x_NF, width),
-        "frozen base, regression": metrics.linear(*learned, x_NF, width),
+        "frozen base, centroid": metrics.nearest_centroid(*learned, x_NF, width),
+        "frozen base, regression": metrics.linear_probe(*learned, x_NF, width),
     }
     return Routed(
         name=name,
@@ -230,7 +230,7 @@ def _row(
         accuracy=float(hit_N.mean()),
         interval=routed.bootstrap.interval(hit_N),
         top_k_accuracy=float(among_NK.mean()),
-        nats=metrics.nats(prob_NC, routed.own_N),
+        nats=metrics.negative_log_likelihood(prob_NC, routed.own_N),
         ece=metrics.calibration_error(prob_NC, routed.own_N),
         is_router=is_router,
         router_ahead=None if is_router else routed.ahead(name),
@@ -243,8 +243,8 @@ def _calibration(routed: Routed) -> CalibrationRow:
     bins = metrics.reliability(routed.prob_NC, routed.own_N)
     return CalibrationRow(
         set=routed.name,
-        nats_before=metrics.nats(raw_NC, routed.own_N),
-        nats_after=metrics.nats(routed.prob_NC, routed.own_N),
+        nats_before=metrics.negative_log_likelihood(raw_NC, routed.own_N),
+        nats_after=metrics.negative_log_likelihood(routed.prob_NC, routed.own_N),
         ece_before=metrics.calibration_error(raw_NC, routed.own_N),
         ece_after=metrics.calibration_error(routed.prob_NC, routed.own_N),
         reliability=tuple(ReliabilityBin.model_validate(each) for each in bins),
@@ -344,5 +344,5 @@ def _consistency_row(
     return ConsistencyRow(
         change=name,
         requests=len(places),
-        same=metrics.same(before_N, after_N),
+        same=metrics.consistency(before_N, after_N),
     )

@@ -1,4 +1,7 @@
-"""What the tables of an ffn_moe run add up to: wins by axis, success criteria, speed, notes."""
+"""What the tables of an ffn_moe run add up to: wins by axis, success criteria, speed, notes.
+
+B sequences, T tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

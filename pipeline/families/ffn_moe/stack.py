@@ -60,7 +60,7 @@ def join(
 ) -> FfnStack:
     """Build the finished stack from a trunk and experts that are open already, in their order.
 
-    Raises what `assemble` raises.
+    Raises MissingArtifact, DamagedArtifact, or MismatchError for a router of other experts.
     """
     stored = parts.tensors("train_router", "router.safetensors")
     # By number: the names of ten layers and more do not sort as their numbers do
