@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKED = ("pipeline", "scripts", "routing-generator", "benchmarks", "modal_app.py")
 LINE = 100
 ARRAYS = {"Tensor", "ndarray", "NDArray"}
-SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)")
+SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)")  # x_BTD
 SHAPE = re.compile(
     r"\[[^\]]*\b[A-Z][A-Z0-9]*\b[^\]]*\]"  # [B, T, D]
     r"|\([A-Z][A-Z0-9]*,[^)]*\)|\(\w[^()\s]*,\)"  # (B, T, D), (n+1,)
     r"|\w_[A-Z][A-Z0-9]*\b|\b(scalars?|shapes?)\b"  # x_BTD, or in words
 )
 THIRD_PERSON = re.compile(
-    r"(This|Add|Apply|Appl|Build|Call|Check|Compute|Copy|Create|Find|Get|Give|Load|Make|Print|Read|Return|Run|Save|"
-    r"Set|Start|Take|Tell|Test|Train|Write|Yield)(s|ies)\b"
+    r"(This|Add|Apply|Appl|Build|Call|Check|Compute|Copy|Create|Find|Get|Give|Load|Make|Print|"
+    r"Read|Return|Run|Save|Set|Start|Take|Tell|Test|Train|Write|Yield)(s|ies)\b"
 )
 # Words that carry no meaning
 _FILLING = """
@@ -54,22 +54,27 @@ def check(source: str, name: str, errors: dict[str, set[str]]) -> list[Problem]:
         if isinstance(node, Function):
             problems += _raises(node, node, errors)
             problems += _shapes(node)
-        else:
-            made = [
-                item for item in node.body if isinstance(item, Function) and item.name == "__init__"
-            ]
-            problems += [problem for item in made for problem in _raises(item, node, errors)]
+            continue
+        # A class says what making one of it raises, so that __init__ needs no docstring.
+        for item in node.body:
+            if isinstance(item, Function) and item.name == "__init__":
+                problems += _raises(item, node, errors)
     return sorted(problems)
 
 
 def error_tree(source: str) -> dict[str, set[str]]:
     """Return each class of errors.py with the names that say it: its own and those of the classes
     above it."""
-    tree = {}
+    tree: dict[str, set[str]] = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
-            bases = (base.id for base in node.bases if isinstance(base, ast.Name))
-            tree[node.name] = {node.name}.union(*(tree.get(base, set()) for base in bases))
+        if not isinstance(node, ast.ClassDef):
+            continue
+        names = {node.name}
+        for base in node.bases:
+            # Those above stand before it in the file, so that their names are known.
+            if isinstance(base, ast.Name):
+                names |= tree.get(base.id, set())
+        tree[node.name] = names
     return tree
 
 
@@ -78,50 +83,52 @@ def _public(
 ) -> Iterator[tuple[tuple[str, ...], ast.ClassDef | Function]]:
     """Yield public classes and functions; what stands inside a function is its own affair."""
     for item in ast.iter_child_nodes(node):
+        # What is defined under a condition is as public as the rest.
         if isinstance(item, ast.If | ast.Try | ast.With):
             yield from _public(item, owners)
-        elif (
-            isinstance(item, ast.ClassDef | Function)
-            and not item.name.startswith("_")
-            and not _is_stub(item, node)
-        ):
-            yield owners, item
-            if isinstance(item, ast.ClassDef):
-                yield from _public(item, (*owners, item.name))
+        if not isinstance(item, ast.ClassDef | Function):
+            continue
+        if item.name.startswith("_") or _is_stub(item, node):
+            continue
+        yield owners, item
+        if isinstance(item, ast.ClassDef):
+            yield from _public(item, (*owners, item.name))
 
 
 def _is_stub(item: ast.ClassDef | Function, owner: ast.AST) -> bool:
     """Tell overloads, property setters, and a Protocol's `...` methods, which are described
     elsewhere."""
-    marks = {ast.unparse(mark).rpartition(".")[2] for mark in item.decorator_list}
-    protocol = isinstance(owner, ast.ClassDef) and any(
-        "Protocol" in ast.unparse(base) for base in owner.bases
-    )
-    body = item.body[0]
-    dots = (
-        isinstance(body, ast.Expr)
-        and isinstance(body.value, ast.Constant)
-        and body.value.value is ...
-    )
-    return bool(marks & {"overload", "setter", "deleter"}) or (protocol and dots)
+    for mark in item.decorator_list:
+        # `typing.overload` and `name.setter` are known by their last part.
+        if ast.unparse(mark).rpartition(".")[2] in ("overload", "setter", "deleter"):
+            return True
+    if not isinstance(owner, ast.ClassDef):
+        return False
+    protocol = any("Protocol" in ast.unparse(base) for base in owner.bases)
+    return protocol and ast.unparse(item.body[0]) == "..."
 
 
 def _sentence(
     node: ast.Module | ast.ClassDef | Function, name: str, names: list[str]
 ) -> Iterator[Problem]:
+    """Check how a docstring starts; names are those whose words it must not merely repeat."""
+    # A module has no line of its own.
     line = getattr(node, "lineno", 1)
-    kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+    kind = _kind(node)
+    # Not cleaned: the indentation counts for the length of lines.
     text = ast.get_docstring(node, clean=False)
     if not text or not text.strip():
         yield line, f"{kind} {name} has no docstring"
         return
     first = text.partition("\n\n")[0]
     start = node.body[0]
-    lines = [" " * start.col_offset + '"""' + first.split("\n")[0], *first.split("\n")[1:]]
-    closing = 3 * ("\n" not in text)  # the marks stand on the same line
+    lines = first.split("\n")
+    lines[0] = " " * start.col_offset + '"""' + lines[0]
+    if "\n" not in text:
+        lines[0] += '"""'
     if first.startswith("\n") or not first.rstrip().endswith((".", "?")):
         yield line, f"{kind} {name}: the docstring must start with a whole sentence and a period"
-    if max(len(each) + closing for each in lines) > LINE:
+    if max(map(len, lines)) > LINE:
         yield (
             start.lineno,
             f"{kind} {name}: a line of the docstring's start is over {LINE} characters",
@@ -135,25 +142,35 @@ def _sentence(
         yield line, f"function {name}: write an imperative ({first.split()[0]!r} is not one)"
 
 
+def _kind(node: ast.AST) -> str:
+    if isinstance(node, ast.Module):
+        return "module"
+    return "class" if isinstance(node, ast.ClassDef) else "function"
+
+
 def _words(text: str) -> set[str]:
     """Return the words that carry meaning, without endings, also those inside a name."""
-    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", text)
-    stems = (
-        re.sub(r"(ing|ed|es|s|e)$", "", word.lower()) for word in words if word.lower() not in EMPTY
-    )
-    return set(stems)
+    stems = set()
+    for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", text):
+        lower = word.lower()
+        if lower not in EMPTY:
+            stems.add(re.sub(r"(ing|ed|es|s|e)$", "", lower))
+    return stems
 
 
 def _raises(
     function: Function, described: ast.ClassDef | Function, errors: dict[str, set[str]]
 ) -> Iterator[Problem]:
-    said = f"{ast.get_docstring(function)} {ast.get_docstring(described)}".partition("aise")[
-        2
-    ]  # Raises, raise
-    lines = dict(
-        reversed([(error, line) for line, error in _raised(function, errors)])
-    )  # the first of each
+    """Check that a docstring names the errors of ours that a function's own body raises."""
+    text = f"{ast.get_docstring(function)} {ast.get_docstring(described)}"
+    # From "Raises" or "raise" on: a name before it may stand for something else.
+    said = text.partition("aise")[2]
+    lines: dict[str, int] = {}
+    for line, error in _raised(function, errors):
+        # Told once, at the first place.
+        lines.setdefault(error, line)
     for error, line in lines.items():
+        # The name of a class above it says enough.
         if not any(re.search(rf"\b{name}\b", said) for name in errors[error]):
             yield (
                 line,
@@ -163,12 +180,16 @@ def _raises(
 
 
 def _raised(function: Function, errors: dict[str, set[str]]) -> Iterator[tuple[int, str]]:
+    """Yield (line, error) of what a function raises of errors."""
     for node in _own(function):
-        if isinstance(node, ast.Raise) and node.exc:
-            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            error = ast.unparse(raised).rpartition(".")[2]
-            if error in errors:
-                yield node.lineno, error
+        if not isinstance(node, ast.Raise) or node.exc is None:
+            continue
+        raised = node.exc
+        if isinstance(raised, ast.Call):
+            raised = raised.func
+        error = ast.unparse(raised).rpartition(".")[2]
+        if error in errors:
+            yield node.lineno, error
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:
@@ -183,14 +204,16 @@ def _own(node: ast.AST) -> Iterator[ast.AST]:
 def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
     """Check that the lines above the first statement explain every letter of the module's shape
     suffixes."""
-    rest = [node for node in tree.body if not _is_text(node)]
-    head = "\n".join(source.split("\n")[: rest[0].lineno - 1 if rest else None])
+    statements = [node for node in tree.body if not _is_text(node)]
+    lines = source.split("\n")
+    if statements:
+        lines = lines[: statements[0].lineno - 1]
+    head = "\n".join(lines)
     seen = set()
     for line, name in sorted(_names(tree)):
         for letter in _letters(name):
-            if letter not in seen and not re.search(
-                rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]|\b{letter} ?= ?\w", head
-            ):
+            # Once a module, whichever name has the letter.
+            if letter not in seen and not _is_explained(letter, head):
                 yield (
                     line,
                     f"{name}: the top of the module has no legend for {letter} (for example "
@@ -199,12 +222,18 @@ def _legend(tree: ast.Module, source: str) -> Iterator[Problem]:
             seen.add(letter)
 
 
+def _is_explained(letter: str, head: str) -> bool:
+    """Whether a legend has a letter: `D model width`, `D: ...` or `D = ...`."""
+    # A letter before and, or, is stands in a sentence about it and not in a legend.
+    named = rf"(?<![\w]){letter}\s*[:=]?\s+\(?(?!and\b|or\b|is\b)[a-z]"
+    equated = rf"\b{letter} ?= ?\w"
+    return re.search(f"{named}|{equated}", head) is not None
+
+
 def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -216,16 +245,21 @@ def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _letters(name: str) -> str:
+    """Return the dimensions of a name's suffix; digits in it are sizes."""
     suffix = SUFFIXED.fullmatch(name)
-    return "".join(letter for letter in suffix[1] if letter.isalpha()) if suffix else ""
+    if suffix is None:
+        return ""
+    return "".join(filter(str.isalpha, suffix[1]))
 
 
 def _shapes(function: Function) -> Iterator[Problem]:
+    """Check that arrays that go in and out have their shapes in names or in the docstring."""
     given = function.args
     arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
     arrays = [each.arg for each in arguments if _is_array(each.annotation)]
     bare = [name for name in arrays if not SUFFIXED.fullmatch(name)]
     named = SUFFIXED.fullmatch(function.name) or _returns_suffixed(function)
+    # With arrays in, what comes out mostly has a shape of theirs.
     returns = _is_array(function.returns) and not arrays and not named
     if (bare or returns) and not SHAPE.search(ast.get_docstring(function) or ""):
         what = ", ".join(bare) or "what it returns"
@@ -257,9 +291,10 @@ def _is_array(annotation: ast.expr | None) -> bool:
 
 def _returns_suffixed(function: Function) -> bool:
     values = [node.value for node in _own(function) if isinstance(node, ast.Return)]
-    return bool(values) and all(
-        isinstance(value, ast.Name) and SUFFIXED.fullmatch(value.id) for value in values
-    )
+    for value in values:
+        if not isinstance(value, ast.Name) or not SUFFIXED.fullmatch(value.id):
+            return False
+    return bool(values)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -272,23 +307,27 @@ def main(arguments: list[str] | None = None) -> int:
         "paths", nargs="*", type=Path, help=f"files or folders (without: {', '.join(CHECKED)})"
     )
     paths = parser.parse_args(arguments).paths
-    if absent := [str(path) for path in paths if not path.exists()]:
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
         parser.error(f"no such file or folder: {', '.join(absent)}")
     errors = error_tree((ROOT / "pipeline" / "errors.py").read_text("utf-8"))
     found = 0
     for file in _files(paths or [ROOT / name for name in CHECKED]):
+        # A package is called by its folder.
         name = file.parent.name if file.stem in ("__init__", "__main__") else file.stem
+        shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
         for line, problem in check(file.read_text("utf-8"), name, errors):
-            print(
-                f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}:{line}: {problem}"
-            )
+            print(f"{shown}:{line}: {problem}")
             found += 1
     return int(found > 0)
 
 
 def _files(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path] * path.exists()
+        if path.is_dir():
+            yield from sorted(path.rglob("*.py"))
+        elif path.exists():
+            yield path
 
 
 if __name__ == "__main__":
