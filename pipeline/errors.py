@@ -6,6 +6,8 @@ PipelineError                what a person can act on; the command line prints i
 ├── StoreError               the store cannot be read or written
 │   ├── MissingArtifact      an earlier stage has not been run
 │   ├── DamagedArtifact      a file is torn or its bytes have changed
+│   ├── UnreadableFile       the system does not let a file be read, whatever is in it
+│   ├── OtherCheckpoint      a whole checkpoint that this run cannot go on from
 │   ├── OldStore             written by an earlier version, in a layout that is no longer read
 │   ├── NewerStore           written by a later version of this program
 │   └── DiskFull             no room for what is being written
@@ -73,6 +75,25 @@ class DamagedArtifact(StoreError):
     def __init__(self, text: str, *, remove: Path | None = None) -> None:
         super().__init__(text)
         self.remove = remove
+
+
+class UnreadableFile(StoreError):
+    """The system does not let a file be read: rights, a fault of the disk, a stale mount, too many
+    open files. What is in it may be as good as ever, so nobody may take it for damaged."""
+
+    def __init__(self, text: str, *, path: Path | None = None) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+class OtherCheckpoint(StoreError):
+    """A whole checkpoint that this run cannot go on from; `setting` is what continues it, where
+    there is one, `remove` what to remove to start over."""
+
+    def __init__(self, text: str, *, remove: Path, setting: str = "") -> None:
+        super().__init__(text)
+        self.remove = remove
+        self.setting = setting
 
 
 class OldStore(StoreError):

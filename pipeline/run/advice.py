@@ -14,7 +14,9 @@ from ..errors import (
     JobsFailed,
     MismatchError,
     MissingArtifact,
+    OtherCheckpoint,
     StoreError,
+    UnreadableFile,
 )
 from .stages import label
 
@@ -74,6 +76,12 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, DiskFull) and error.in_store:
         kept = "What was finished is kept"
         return f"{text}. {kept}: {edge.make_room()}, then run the same command again"
+    if isinstance(error, UnreadableFile):
+        return f"{text}; nothing was changed: mend the cause and run the same command again"
+    if isinstance(error, OtherCheckpoint):
+        way = f"set {error.setting} to go on from it" if error.setting else ""
+        start_over = f"{edge.remove(error.remove)} to start over at step 0"
+        return f"{text}; {', or '.join(filter(None, (way, start_over)))}"
     # Last, as most of the above are StoreErrors too
     if isinstance(error, StoreError) and error.root:
         remedies = [error.remedy, edge.other_store()]

@@ -23,6 +23,7 @@ from ..errors import (
     NewerStore,
     OldStore,
     StoreError,
+    UnreadableFile,
 )
 
 if TYPE_CHECKING:
@@ -326,6 +327,23 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise DamagedArtifact(f"{path} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "") -> Iterator[None]:
+    """Turn what keeps the system from reading a path into UnreadableFile.
+
+    What is not there, or is a folder in a file's place, says something about the store and stays an
+    OSError. `what`: a word before the path, for messages.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except OSError as error:
+        named = f"{what} {path}".strip()
+        text = f"{named} cannot be read: {error.strerror or error}"
+        raise UnreadableFile(text, path=path) from None
 
 
 @contextlib.contextmanager
