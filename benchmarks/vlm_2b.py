@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.measuring import MB, ROOT, finish, hardware, progress, table, write_files
 from benchmarks.watching import Pages
+from pipeline.protocols import quiet
 from pipeline.train.memory_meter import Peak
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
@@ -265,7 +266,7 @@ def _measured(task: str, work: Path, args: argparse.Namespace) -> dict:
     if task == "prepare":
         for stage, items in (("preprocess", cfg.tasks), ("train_shared", (None,))):
             for item in items:
-                run_job(stage, cfg, store, item, progress=lambda *_: None)
+                run_job(stage, cfg, store, item, progress=quiet)
         return {}
     parts, memory, start = StoredParts(cfg, store), Pages(), time.perf_counter()
     with memory.watched():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.measuring import finish, hardware, progress, spread, table
 from pipeline.families.load import load
+from pipeline.protocols import quiet
 from pipeline.run import backend, stages
 from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
@@ -172,7 +173,7 @@ def _ready(cfg, folder: Path, experts: Sequence[str], count: int) -> tuple:
         if cfg.items(stage):
             backend.run_stage(stage, cfg, local)
     parts = StoredParts(cfg, store)
-    bench = AdapterEvaluator(cfg, parts, family(cfg.family).assemble(cfg, parts), lambda *_: None)
+    bench = AdapterEvaluator(cfg, parts, family(cfg.family).assemble(cfg, parts), quiet)
     rows = {name: bench.task(name) for name in experts}
     return bench.stack, [
         (name, rows[name][i // len(experts)].request())

@@ -177,7 +177,8 @@ def equal(one, other):
 
 
 def contents(store_path):
-    """Return {artifact/file: sha256} of every file of every artifact, less those that hold seconds."""
+    """Return {artifact/file: sha256} of every file of every artifact, less those that hold
+    seconds."""
     root = Path(store_path) / "artifacts"
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in TIMED)
     return {

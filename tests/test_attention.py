@@ -17,7 +17,8 @@ BF16, FP64 = torch.bfloat16, torch.float64
 
 
 def drawn(tokens: int, dtype, batch=2, heads=3, width=16) -> list[torch.Tensor]:
-    """Return q, k, v and the gradient of the result, laid out as Hugging Face's models have them."""
+    """Return q, k, v and the gradient of the result, laid out as Hugging Face's models have
+    them."""
     generator = torch.Generator().manual_seed(tokens)
     made = torch.randn(4, batch, tokens, heads, width, generator=generator, dtype=FP64)
     return [part.transpose(1, 2).to(dtype) for part in made]

@@ -65,7 +65,7 @@ def test_mix_is_the_dense_sum_in_value_and_every_gradient(choice):
     experts = [an_expert(i) for i in range(4)]
     index_NK = torch.tensor(CHOICES[choice])
     x_ND, weight_NK = torch.randn(5, D), torch.rand(index_NK.shape)
-    slope_ND = torch.randn(5, D)
+    dy_ND = torch.randn(5, D)
     results = []
     for compute in (mix, dense):
         x, w = x_ND.clone().requires_grad_(), weight_NK.clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_mix_is_the_dense_sum_in_value_and_every_gradient(choice):
         inputs = [x, w, *(p for e in experts for p in e.layers[1].parameters())]
         gradients = [torch.zeros_like(p) for p in inputs]
         if y_ND.requires_grad:
-            found = torch.autograd.grad((y_ND * slope_ND).sum(), inputs, allow_unused=True)
+            found = torch.autograd.grad((y_ND * dy_ND).sum(), inputs, allow_unused=True)
             gradients = [z if g is None else g for z, g in zip(gradients, found, strict=True)]
         results.append([y_ND, *gradients])
     for ours, reference in zip(*results, strict=True):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.evaluate import tables
+from pipeline.protocols import quiet
 from tests import small
 
 
@@ -21,7 +22,7 @@ def trained(tmp_path_factory):
 
 def test_the_report_measures_what_the_settings_say(trained):
     cfg = small.config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))
-    report = tables(cfg, trained, lambda *_: None)
+    report = tables(cfg, trained, quiet)
     rows = {row.name: row for row in report.quality}
     for item in cfg.dense.baselines:
         assert f"dense {item}" in rows
@@ -47,7 +48,7 @@ def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(
     them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    report = tables(small.config(), trained, lambda *_: None)
+    report = tables(small.config(), trained, quiet)
     settings = json.loads((trained.folder("train_shared") / "trunk.json").read_text())
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**settings), dtype=torch.float32

@@ -134,7 +134,9 @@ def test_killed_while_writing_reads_back_as_a_prefix(tmp_path):
     program = (
         "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
         "r = Recorder(Path(sys.argv[1]), job='j', total_steps=10**9); r.start(0)\n"
-        "for step in range(10**9): r.row({'step': step, 'pad': 'x' * 3000}); step or print('on', flush=True)\n"
+        "for step in range(10**9):\n"
+        "    r.row({'step': step, 'pad': 'x' * 3000})\n"
+        "    step or print('on', flush=True)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "rows")]
     with subprocess.Popen(
@@ -219,7 +221,9 @@ def test_without_a_terminal_lines_come_now_and_then(tmp_path, monkeypatch):
 def test_a_pipe_gets_no_control_codes_and_stdout_stays_empty(tmp_path, colour):
     program = (
         "import sys; from pathlib import Path; from pipeline.store.history import Recorder\n"
-        "r = Recorder(Path(sys.argv[1]), job='j', total_steps=3); r.row({'step': 3, 'loss': 1.5}); r.close()"
+        "r = Recorder(Path(sys.argv[1]), job='j', total_steps=3)\n"
+        "r.row({'step': 3, 'loss': 1.5})\n"
+        "r.close()"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "rows")]
     job = subprocess.run(

@@ -1,4 +1,5 @@
-"""The training loop on a network of three tensors: what it computes, what it keeps, where it stops."""
+"""The training loop on a network of three tensors: what it computes, what it keeps, where it
+stops."""
 
 import math
 import os

@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks import routing_text, vlm_2b, vlm_mixed, vlm_real
 from pipeline.families.adapters.base import count_parameters
 from pipeline.families.load import parse
+from pipeline.protocols import quiet
 from pipeline.train import loop
 
 WORDS = {"travel": "flight hotel visa trip", "work": "meeting report payday boss"}
@@ -139,7 +140,7 @@ def test_the_constant_answer_is_the_commonest_for_its_prompt(pictured, tmp_path)
     args = vlm_real._arguments(["--data", str(pictured)])
     cfg, folder = parse(vlm_real.settings(args)), tmp_path / "made"
     folder.mkdir()
-    family.prepare(cfg, None, folder, lambda *_: None, "blood_cells")
+    family.prepare(cfg, None, folder, quiet, "blood_cells")
     score, count = vlm_real._constant(cfg, SimpleNamespace(folder=lambda *_: folder), "blood_cells")
     from pipeline.data.tasks.prepare import TaskRows
 

@@ -93,7 +93,8 @@ def test_a_mark_that_the_kernel_reports_lower_than_before_lowers_no_peak(monkeyp
 MAPPER = """
 import json, mmap, sys
 from pipeline.train import memory_meter
-memory_meter.device = lambda: "cpu"  # torch is hundreds of MB of files that any other process may begin or cease to share
+# torch is hundreds of MB of files that any other process may begin or cease to share
+memory_meter.device = lambda: "cpu"
 peak = memory_meter.Peak()
 file = open(sys.argv[1], "rb")
 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -497,8 +498,8 @@ def test_a_budget_that_cannot_be_kept_is_told_once(per_row, rows, memory_plan):
     assert len(notes) == 1
     used, size = (202, 16) if memory_plan else (105, 1)
     assert notes[0] == (
-        f"{used} MB of 100 MB used with {size} sequences at a time, and fewer cannot be: the budget is not kept; "
-        f"raise runtime.memory_budget to {used}MB"
+        f"{used} MB of 100 MB used with {size} sequences at a time, and fewer cannot be: "
+        f"the budget is not kept; raise runtime.memory_budget to {used}MB"
     )
 
 

@@ -1,4 +1,4 @@
-"""The means of a training: which are chosen under a budget, and that none of them changes what is
+"""The memory plan of a training: which is chosen under a budget, and that none changes what is
 computed."""
 
 import os
@@ -46,7 +46,7 @@ def int8(request, monkeypatch):
 
 
 def cost(memory_plan: MemoryPlan) -> int:
-    """Return a made-up peak to which every means makes a difference of its own."""
+    """Return a made-up peak to which every part of a plan makes a difference of its own."""
     parts = [
         40 * memory_plan.micro_batch_sequences // (4 if memory_plan.checkpointing else 1),
         *(
@@ -134,7 +134,7 @@ def every() -> list[MemoryPlan]:
     return list(dict.fromkeys(tried))
 
 
-def test_a_smaller_micro_batch_comes_before_rougher_numbers_and_those_before_a_second_forward_pass():
+def test_smaller_micro_batches_come_before_rougher_numbers_and_those_before_checkpointing():
     order = every()
     first = {
         key: next(i for i, m in enumerate(order) if test(m))
@@ -219,8 +219,8 @@ def test_words_tell_what_is_not_plain():
         1, "bf16", "bf16", True, fuse_optimizer=True, compile=True, mmap_threshold_bytes=300_000
     )
     assert everything.summary == (
-        "1 sequences at a time, bf16 moments, bf16 gradients, checkpointing, fused optimizer, mmap threshold (0.3 MB), "
-        "compiled"
+        "1 sequences at a time, bf16 moments, bf16 gradients, checkpointing, fused optimizer, "
+        "mmap threshold (0.3 MB), compiled"
     )
 
 
@@ -276,7 +276,7 @@ def test_gates_are_not_made_twice():
 
 
 def ended(folder, task, **changes) -> dict[str, torch.Tensor]:
-    """Return the parameters after a task was fitted with some means."""
+    """Return the parameters after a task was fitted with a plan."""
     task = replace(task, memory_plan=MemoryPlan(8, **changes)) if changes else task
     fit(task, train_io(folder))
     assert all(p.dtype == torch.float32 and p.grad is None for p in task.parameters.values())

@@ -126,7 +126,7 @@ def test_the_high_half_is_the_nearest_bf16():
     assert (ours_P != torchs_P).any() and (ours_P == torchs_P).float().mean() > 0.8
 
 
-def test_halved_masters_follow_the_fp32_run_and_are_finer_than_bf16(monkeypatch):
+def test_bf16_params_follow_the_fp32_run_and_are_finer_than_bf16(monkeypatch):
     monkeypatch.setattr(optimizers, "PIECE", 100)  # pieces in the middle of rows
     plain = moved(AdamW(drawn(), OPTIONS), 12)
     bf16_params = moved(AdamW(drawn(), OPTIONS, SIZES), 12)
@@ -139,7 +139,7 @@ def test_halved_masters_follow_the_fp32_run_and_are_finer_than_bf16(monkeypatch)
     assert max(a / s for a, s in zip(apart, steps, strict=True)) < 0.01
 
 
-def test_a_halved_parameter_with_fp32_gradients_is_the_fp32_run_bit_for_bit():
+def test_a_bf16_parameter_with_fp32_gradients_is_the_fp32_run_bit_for_bit():
     plain, ours = moved(AdamW(drawn(), OPTIONS), 8), AdamW(drawn(), OPTIONS, ["matrix", "vector"])
     with gradients_in(ours.parameters.values(), torch.float32, fused=False):
         for step in range(8):
@@ -310,7 +310,8 @@ def test_gradient_buffers_are_of_the_dtype_stay_in_place_and_go():
 
 
 def second_moment(kind: str, beta2: float) -> float:
-    """Return the mean of Adam's second moment after gradients of size 1 and then many of size 0.1."""
+    """Return the mean of Adam's second moment after gradients of size 1 and then many of size
+    0.1."""
     ours = AdamW({"x": nn.Parameter(torch.zeros(2000))}, changed(beta2=beta2), moments=kind)
     generator = torch.Generator().manual_seed(0)
     for step in range(1500):

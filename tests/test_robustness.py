@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipeline.errors import StoreError
 from pipeline.families.load import load
+from pipeline.protocols import quiet
 from pipeline.run import stages
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store, inventory
@@ -127,7 +128,7 @@ def make(stage, cfg, store_path):
     """Do one job of a stage as the job's process does it."""
     item = cfg.items(stage)[0]
     store, nowhere = Store(store_path).open(), Console(file=io.StringIO())
-    return run_job(stage, cfg, store, item, progress=lambda *_: None, console=nowhere)
+    return run_job(stage, cfg, store, item, progress=quiet, console=nowhere)
 
 
 def check_whole_or_absent(store_path, address):

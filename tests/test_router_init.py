@@ -20,7 +20,7 @@ def inputs(tokens: int, seed: int) -> np.ndarray:
 
 
 def summed(x_LND: np.ndarray, batches=(None,)) -> FeatureStatistics:
-    """Return statistics of x_LND, seen through a watched fill in batches of 2 sequences."""
+    """Return statistics of x_LND, seen through an observed network in batches of 2 sequences."""
     sums = FeatureStatistics.empty(L, D)
     ffn = sums.observe(lambda layer, x: x)
     for rows in np.array_split(np.arange(x_LND.shape[1]), len(batches)):

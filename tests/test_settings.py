@@ -25,6 +25,7 @@ from pipeline.data.text.prepare import prepare
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.protocols import quiet
 from pipeline.train import loop
 from tests import small, test_wiring
 from tests.test_trunk import whole
@@ -154,7 +155,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 
 def _reported(cfg, parts, _stage, _folder) -> str:
-    report = evaluate.tables(cfg, parts, lambda *_: None)
+    report = evaluate.tables(cfg, parts, quiet)
     return report.model_dump_json(exclude={"made", "machine", "speed"})
 
 

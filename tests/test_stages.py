@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, PipelineError
 from pipeline.families.load import load
+from pipeline.protocols import quiet
 from pipeline.run import context, stages
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
@@ -28,9 +29,7 @@ def copied(finished, tmp_path):
 
 
 def run(stage, cfg, store, item=None):
-    return run_job(
-        stage, cfg, store, item, progress=lambda *_: None, console=Console(file=io.StringIO())
-    )
+    return run_job(stage, cfg, store, item, progress=quiet, console=Console(file=io.StringIO()))
 
 
 def addresses(path, *overrides):

@@ -173,7 +173,7 @@ def test_settings_name_no_path_of_this_machine(tmp_path):
     assert "secret-place" not in json.dumps(settings_of(trunk))
 
 
-def test_one_trunk_serves_several_fills():
+def test_one_trunk_serves_several_networks():
     trunk, dummy = extract_ffn(whole())
     other = clone(dummy)
     with torch.no_grad():

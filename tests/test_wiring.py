@@ -14,6 +14,7 @@ from pipeline.families.ffn_moe import evaluator as evaluating
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.model.trunk import Trunk
+from pipeline.protocols import quiet
 from pipeline.run import backend, context, job, stages, training
 from pipeline.store.artifacts import Manifest, Store
 from tests import small
@@ -110,7 +111,7 @@ def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkey
             "token_loss",
             lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a),
         )
-        bench = evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), lambda *_: None)
+        bench = evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), quiet)
         trunk, dummy = stored_trunk(cfg, trained)
         scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
     assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
@@ -120,8 +121,8 @@ def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkey
 def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
     kept = {}
 
-    def fit(_task, place):
-        kept["place"] = place
+    def fit(_task, io):
+        kept["io"] = io
         return {"kept_step": 0}
 
     class Recorder:
@@ -143,7 +144,7 @@ def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
     }
     parts = context.StoredParts(small.config(runtime=runtime), Store(tmp_path))
     training.train(context.JobContext("train_shared", None, parts, "x", print))
-    assert (kept["place"].save_every_s, kept["place"].log_every_steps) == (7.5, 3)
+    assert (kept["io"].save_every_s, kept["io"].log_every_steps) == (7.5, 3)
     assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
 
 

@@ -28,6 +28,7 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load
 from pipeline.hardware import uses_bf16
 from pipeline.model.router import gate_name
+from pipeline.protocols import quiet
 from pipeline.store.artifacts import inventory, load_tensors, save_tensors
 from pipeline.train.loop import TrainIO, fit
 from pipeline.train.memory_meter import Peak, lower_mmap_threshold
@@ -229,9 +230,7 @@ def bundle(job: Job, watch: Watch) -> None:
     """Write the bundle of the first experts."""
     folder = _bundle(job)
     folder.mkdir(parents=True)
-    found = ffn_bundle.bundle(
-        config(job), Parts(Path(job.work), job.experts), folder, lambda *_: None
-    )
+    found = ffn_bundle.bundle(config(job), Parts(Path(job.work), job.experts), folder, quiet)
     watch.extra["bytes"] = found["bytes"]
 
 

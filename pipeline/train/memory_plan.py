@@ -206,8 +206,8 @@ def _candidates(
     ]
     usable = [allocator for allocator in allocators if allocator[0] in checkpointing]
     for (again, threshold_bytes, trims), (moments, gradients) in product(usable, precisions):
-        lean = threshold_bytes < MMAP_THRESHOLD_BYTES
-        for size, chunk_logits in _passes(sizes, first.chunk_logits, lean):
+        low_threshold = threshold_bytes < MMAP_THRESHOLD_BYTES
+        for size, chunk_logits in _passes(sizes, first.chunk_logits, low_threshold):
             # the stream of all rows of a pass is one block
             size_bytes = threshold_bytes * size if trims else threshold_bytes
             size_bytes = min(MMAP_THRESHOLD_BYTES, size_bytes)
@@ -223,16 +223,16 @@ def _candidates(
             )
 
 
-def _passes(sizes: list[int], chunk_logits: int, lean: bool) -> Iterator[tuple[int, int]]:
+def _passes(sizes: list[int], chunk_logits: int, low_threshold: bool) -> Iterator[tuple[int, int]]:
     """Yield rows of a pass with logits of a chunk.
 
-    A lean heap has no room for more than the smallest chunk; smaller chunks than the usual one pay
-    only where no row is left to save.
+    Where next to nothing stays in the heap there is no room for more than the smallest chunk;
+    smaller chunks than the usual one pay only where no row is left to save.
     """
     for size in sizes:
         if size > 1:
             yield size, chunk_logits
-        elif lean:
+        elif low_threshold:
             yield size, SMALL_CHUNK_LOGITS[-1]
         else:
             for small in SMALL_CHUNK_LOGITS:
