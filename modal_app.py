@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
 from pipeline.run.advice import sentence
-from pipeline.run.stages import ROWS, STAGES, STEPS, about, has_several_jobs
+from pipeline.run.stages import ROWS, RUN, STAGES, STEPS, about, has_several_jobs
 from pipeline.store.artifacts import Store
 
 HERE = Path(__file__).parent
@@ -246,7 +246,7 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
         cfg = load(config, cloud.overrides(override))
-        wanted = list(stages) or [name for name, row in cfg.stages.items() if row.in_run]
+        wanted = list(stages) or [name for name in RUN if name in cfg.stages]
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)
             lines = cloud.estimate(cfg, wanted, mirror, prices)

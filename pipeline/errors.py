@@ -70,11 +70,16 @@ class MissingArtifact(StoreError):
 
 
 class DamagedArtifact(StoreError):
-    """A file is torn or its bytes have changed; `remove` is the folder to make again."""
+    """A file is torn or its bytes have changed.
 
-    def __init__(self, text: str, *, remove: Path | None = None) -> None:
+    `remove` is the folder to make again, `stage` what makes it where that is not the command that
+    met the error.
+    """
+
+    def __init__(self, text: str, *, remove: Path | None = None, stage: str = "") -> None:
         super().__init__(text)
         self.remove = remove
+        self.stage = stage
 
 
 class UnreadableFile(StoreError):

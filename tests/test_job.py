@@ -109,6 +109,7 @@ def test_parts_keep_no_tensors_alive(runs):
 ERRORS = [
     errors.MissingArtifact("a is not here", address="a", stages=("preprocess",)),
     errors.DamagedArtifact("b is torn", remove=Path("/store/artifacts/b")),
+    errors.DamagedArtifact("f is torn", remove=Path("/copies/f"), stage="deploy"),
     errors.MismatchError("c is of d", remove=Path("/store/artifacts/c"), stage="train_experts"),
     errors.DiskFull("no room for e", in_store=True),
     errors.OldStore("/store is old", root=Path("/store")),
@@ -117,33 +118,37 @@ ERRORS = [
 ]
 # What the command line and Modal say of each
 SENTENCES = {
-    "MissingArtifact": (
+    "a is not here": (
         "a is not here: run `python -m pipeline preprocess` with this configuration first",
         "a is not here: run `modal run modal_app.py::preprocess` with this configuration first",
     ),
-    "DamagedArtifact": (
+    "b is torn": (
         "b is torn; remove /store/artifacts/b and run the same command to make it again",
         "b is torn; type `modal volume rm -r moleforge artifacts/b` and run the same command to "
         "make it again",
     ),
-    "MismatchError": (
+    "f is torn": (
+        "f is torn; remove /copies/f and run `python -m pipeline deploy` again",
+        "f is torn; remove /copies/f and run `modal run modal_app.py::deploy` again",
+    ),
+    "c is of d": (
         "c is of d: remove /store/artifacts/c and run `python -m pipeline train_experts` again",
         "c is of d: type `modal volume rm -r moleforge artifacts/c` and run "
         "`modal run modal_app.py::train_experts` again",
     ),
-    "DiskFull": (
+    "no room for e": (
         "no room for e. What was finished is kept: make room (`python -m pipeline prune` lists "
         "artifacts that no configuration uses) or choose another directory with --store, then run "
         "the same command again",
         "no room for e. What was finished is kept: make room (`modal volume rm -r moleforge "
         "artifacts/NAME` removes what is not needed), then run the same command again",
     ),
-    "OldStore": (
+    "/store is old": (
         "/store is old; choose another directory with --store",
         "/store is old; type `modal volume rename moleforge NAME`, and the next command makes a "
         "new one",
     ),
-    "NewerStore": (
+    "/store is new": (
         "/store is new; update MoleForge, or choose another directory with --store",
         "/store is new; update MoleForge, or type `modal volume rename moleforge NAME`, and the "
         "next command makes a new one",
@@ -151,7 +156,7 @@ SENTENCES = {
 }
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=str)
 def test_an_error_travels_between_processes_with_its_fields(error):
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert type(again) is type(error)
@@ -160,9 +165,9 @@ def test_an_error_travels_between_processes_with_its_fields(error):
     assert again.__dict__.keys() == error.__dict__.keys()
 
 
-@pytest.mark.parametrize("error", ERRORS[:-1], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS[:-1], ids=str)
 def test_each_edge_says_what_to_type_there(error):
-    here, far = SENTENCES[type(error).__name__]
+    here, far = SENTENCES[str(error)]
     assert told(error) == here
     assert sentence(error, ModalEdge(Path("/store"))) == far
     assert "`" not in str(error)

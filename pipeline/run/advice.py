@@ -70,6 +70,8 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         commands = " and ".join(edge.stage(name) for name in error.stages)
         return f"{text}: run {commands} with this configuration first"
     if isinstance(error, DamagedArtifact) and error.remove:
+        if error.stage:
+            return f"{text}; {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
         return f"{text}; {edge.remove(error.remove)} and run the same command to make it again"
     if isinstance(error, MismatchError) and error.remove:
         return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"

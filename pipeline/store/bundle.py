@@ -38,7 +38,6 @@ HEADER_BYTES = 100_000_000
 FOLDERS = {"file", "local", "sftp", "ssh", "smb", "ftp"}
 # As sha256sum writes it. It puts a backslash before names that it had to change: we have none.
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\\\n]+)")
-_AGAIN = "remove the bundle's folder and run `python -m pipeline deploy` again, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def about(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / ABOUT).read_text("utf-8"))
         version = int(found["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedArtifact(f"{folder / ABOUT} cannot be read: {error}; {_AGAIN}") from None
+        raise _damaged(f"{folder / ABOUT} cannot be read: {error}", folder) from None
     if version > FORMAT:
         raise NewerStore(
             f"{folder} has bundle format {version}, this version reads up to {FORMAT}: "
@@ -117,10 +116,14 @@ def read_sums(folder: Path) -> dict[str, str]:
         text = (folder / SUMS).read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifact(
-            f"{folder} is not a bundle: it has no {SUMS}. Make one with "
-            "`python -m pipeline deploy --config FILE`, or name the folder it was copied to"
+            f"{folder} is not a bundle, as it has no {SUMS}; name the folder that one was copied "
+            "to, or make one",
+            stages=("deploy",),
         ) from None
-    return _parse_sums(text, str(folder / SUMS))
+    sums = _parse_sums(text)
+    if sums is None:
+        raise _damaged(f"{folder / SUMS} is not a list of sha256 sums", folder)
+    return sums
 
 
 def verify(folder: Path, progress: Progress | None = None) -> None:
@@ -133,13 +136,9 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
         try:
             found = sha256(folder / name)
         except OSError as error:
-            raise DamagedArtifact(
-                f"{folder / name} cannot be read: {error.strerror}; {_AGAIN}"
-            ) from None
+            raise _damaged(f"{folder / name} cannot be read: {error.strerror}", folder) from None
         if found != digest:
-            raise DamagedArtifact(
-                f"{folder / name} is not what was bundled (sha256 differs); {_AGAIN}"
-            )
+            raise _damaged(f"{folder / name} is not what was bundled (sha256 differs)", folder)
 
 
 def upload(folder: Path, url: str, progress: Progress) -> None:
@@ -165,6 +164,11 @@ def upload(folder: Path, url: str, progress: Progress) -> None:
     progress(f"uploaded {len(sums)} files to {shown}, each read back and compared", None)
 
 
+def _damaged(text: str, folder: Path) -> DamagedArtifact:
+    """Return the error about a bundle, which its stage makes again."""
+    return DamagedArtifact(text, remove=folder, stage="deploy")
+
+
 def _place(file: BundleFile, target: Path) -> str:
     """Bring a file to its place; return the sha256 of what is there now."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +183,7 @@ def _place(file: BundleFile, target: Path) -> str:
         found = placed = sha256(target)
     if found != file.sha256:
         raise DamagedArtifact(
-            f"{file.source} is not what was written (sha256 differs); remove {file.source.parent} "
-            "and run the command that made it again"
+            f"{file.source} is not what was written (sha256 differs)", remove=file.source.parent
         )
     return placed
 
@@ -260,17 +263,15 @@ def _index(folder: Path, names: list[str]) -> tuple[dict[str, Any], int]:
     return index, parameters
 
 
-def _parse_sums(text: str, where: str) -> dict[str, str]:
-    """Return {file name: sha256} of a list as sha256sum writes it. Raises DamagedArtifact."""
+def _parse_sums(text: str) -> dict[str, str] | None:
+    """Return {file name: sha256} of a list as sha256sum writes it, None of what is no such list."""
     sums = {}
     for line in text.splitlines():
         match = _LINE.fullmatch(line)
         if not match or not _inside(match[2]):
-            raise DamagedArtifact(f"{where} is not a list of sha256 sums; {_AGAIN}")
+            return None
         sums[match[2]] = match[1]
-    if not sums:
-        raise DamagedArtifact(f"{where} is not a list of sha256 sums; {_AGAIN}")
-    return sums
+    return sums or None
 
 
 def _inside(name: str) -> bool:
@@ -308,11 +309,12 @@ def _clear(fs: "AbstractFileSystem", root: str, folder: Path) -> None:
     if not fs.exists(there) or _digest(fs, there) == sha256(folder / SUMS):
         return
     # a torn list names nothing
-    with contextlib.suppress(DamagedArtifact, UnicodeDecodeError):
-        earlier = _parse_sums(fs.cat_file(there).decode(), there)
-        for name in earlier.keys() - read_sums(folder).keys():
-            if fs.exists(f"{root}/{name}"):
-                fs.rm_file(f"{root}/{name}")
+    earlier = None
+    with contextlib.suppress(UnicodeDecodeError):
+        earlier = _parse_sums(fs.cat_file(there).decode())
+    for name in (earlier or {}).keys() - read_sums(folder).keys():
+        if fs.exists(f"{root}/{name}"):
+            fs.rm_file(f"{root}/{name}")
     fs.rm_file(there)
 
 
