@@ -62,7 +62,7 @@ def chunked_token_loss(
     return torch.cat(nats)
 
 
-class _Context(Context, Protocol):
+class _LossContext(Context, Protocol):
     head_VD: Tensor
 
 
@@ -71,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: _LossContext,
         h_ND: Tensor,
         head_VD: Tensor,
         target_N: Tensor,
@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: _Context, upstream: Tensor
+        ctx: _LossContext, upstream: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_ND: Tensor | None
         grad_VD: Tensor | None

@@ -27,7 +27,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page with its heading and the name that links lead to."""
 
     id: str
@@ -61,7 +61,7 @@ def page(report: Report, histories: Histories) -> str:
     return FORBIDDEN.sub("\ufffd", text)
 
 
-def _language_sections(report: LanguageReport, histories: Histories) -> list[Section]:
+def _language_sections(report: LanguageReport, histories: Histories) -> list[PageSection]:
     verdict = _table(run_facts.criteria(report)) + _table(language.wins(report))
     active = _block("forest", active_forest(report)) + _table(language.active(report))
     # the sources of rows and two headings would stand there without a row
@@ -83,16 +83,16 @@ def _language_sections(report: LanguageReport, histories: Histories) -> list[Sec
         charts=load_curves(histories, report.experts),
     )
     return [
-        Section("verdict", "Verdict", verdict),
-        Section("quality", "The stack and everything it should beat", quality),
-        Section("map", "Who is good at what", _heat(language.matrix(report), "turn")),
-        Section("routing", "Where tokens go", where_tokens_go),
-        Section("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
-        Section("active", "Active experts", active),
+        PageSection("verdict", "Verdict", verdict),
+        PageSection("quality", "The stack and everything it should beat", quality),
+        PageSection("map", "Who is good at what", _heat(language.matrix(report), "turn")),
+        PageSection("routing", "Where tokens go", where_tokens_go),
+        PageSection("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
+        PageSection("active", "Active experts", active),
     ]
 
 
-def _request_sections(report: RequestReport) -> list[Section]:
+def _request_sections(report: RequestReport) -> list[PageSection]:
     where_requests_go = _render(
         "requests.html",
         routes=requests.routes(report),
@@ -107,14 +107,14 @@ def _request_sections(report: RequestReport) -> list[Section]:
     )
     adapters = _heat(requests.adapters(report), "up") + _table(requests.metric_figures(report))
     return [
-        Section("verdict", "Verdict", _table(run_facts.criteria(report))),
-        Section("routes", "Where requests go", where_requests_go),
-        Section("adapters", "Who can do what", adapters),
-        Section("answers", "What the answers are worth", _table(requests.answers(report))),
+        PageSection("verdict", "Verdict", _table(run_facts.criteria(report))),
+        PageSection("routes", "Where requests go", where_requests_go),
+        PageSection("adapters", "Who can do what", adapters),
+        PageSection("answers", "What the answers are worth", _table(requests.answers(report))),
     ]
 
 
-def _common_sections(report: Report, histories: Histories) -> list[Section]:
+def _common_sections(report: Report, histories: Histories) -> list[PageSection]:
     stages = curves(histories)
     charts = _render("curves.html", stages=stages) if stages else Markup("")
     speed = _block("bars", bars(report)) + _table(run_facts.speed(report))
@@ -123,10 +123,10 @@ def _common_sections(report: Report, histories: Histories) -> list[Section]:
         model += _table(language.data(report))
     notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")
     return [
-        Section("curves", "Training curves", charts),
-        Section("speed", "Time and memory", speed),
-        Section("data", "Data and model", model),
-        Section("notes", "Notes", notes),
+        PageSection("curves", "Training curves", charts),
+        PageSection("speed", "Time and memory", speed),
+        PageSection("data", "Data and model", model),
+        PageSection("notes", "Notes", notes),
     ]
 
 

@@ -102,7 +102,7 @@ def causal_attention(
         return _BlockAttention.apply(q_BHTK.to(dtype), k_BHTK.to(dtype), v_BHTK.to(dtype), scale)
 
 
-class _Context(Context, Protocol):
+class _AttentionContext(Context, Protocol):
     scale: float
 
 
@@ -111,7 +111,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: _AttentionContext,
         q_BHTK: Tensor,
         k_BHTK: Tensor,
         v_BHTK: Tensor,
@@ -130,7 +130,7 @@ class _BlockAttention(torch.autograd.Function):
         return out_BHTK
 
     @staticmethod
-    def backward(ctx: _Context, dout_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: _AttentionContext, dout_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHTK, k_BHTK, v_BHTK = ctx.saved_tensors
         dout_BHTK = dout_BHTK.contiguous()
         dtype = q_BHTK.dtype
