@@ -155,7 +155,13 @@ def _counts(texts: list[str]) -> "csr_matrix":
     from sklearn.feature_extraction.text import HashingVectorizer
 
     # Hashed, so that no vocabulary has to be fitted or saved
-    vectorizer = HashingVectorizer(n_features=WORDS, alternate_sign=False, norm=None, dtype=float32)
+    vectorizer = HashingVectorizer(
+        n_features=WORDS,
+        # A sign would make counts negative, and their logarithm is taken
+        alternate_sign=False,
+        norm=None,
+        dtype=float32,
+    )
     return vectorizer.transform([text[:SCORED_CHARS] for text in texts])
 
 
@@ -165,8 +171,9 @@ def _fit_clusters(texts: list[str], count: int, seed: int) -> Tensors:
 
     counts_NV = _counts(texts)
     documents_V = counts_NV.getnnz(axis=0)
-    idf_V = np.log((1 + len(texts)) / (1 + documents_V))
-    idf_V = idf_V.astype(float32)
+    # As if one more document had every word: none has a weight without end
+    ratio_V = (1 + len(texts)) / (1 + documents_V)
+    idf_V = np.log(ratio_V).astype(float32)
     # A matrix of N rows has no more than N-1 directions that tell rows apart
     dimensions = min(DIMENSIONS, len(texts) - 1)
     reduction = TruncatedSVD(dimensions, random_state=seed % 2**32)
@@ -261,7 +268,9 @@ def _swap(distance_NK: ndarray, chosen_N: ndarray) -> bool:
         from_b = _best_first(gain_N, np.flatnonzero(chosen_N == b))
         # One for one, so that both keep their size; gains fall, so the good pairs come first
         pairs = min(len(from_a), len(from_b))
-        gain_P = gain_N[from_a[:pairs]] + gain_N[from_b[:pairs]]
+        from_a = from_a[:pairs]
+        from_b = from_b[:pairs]
+        gain_P = gain_N[from_a] + gain_N[from_b]
         better = int((gain_P > _LEAST_GAIN).sum())
         chosen_N[from_a[:better]] = b
         chosen_N[from_b[:better]] = a

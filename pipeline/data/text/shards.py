@@ -223,6 +223,7 @@ class ShardWriter:
         self.domains = domains
         self.vocab_size = vocab_size
         self.end_id = end_id
+        # Half the space and reading where ids fit into it, as those of most trained here do
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._streams: dict[StreamName, _StreamWriter] = {}
         for split in SPLITS:
@@ -322,11 +323,13 @@ class DomainMixture:
         if not self.general or not self.general_share:
             return row_G, np.zeros(len(row_G), bool)
         # Row g is general where floor(g * share) steps up: spread evenly, and known from g alone
-        before_G = np.floor(row_G * self.general_share).astype(int64)
-        after_G = np.floor((row_G + 1) * self.general_share).astype(int64)
-        general_G = after_G > before_G
+        before_G = self._general_before(row_G)
+        general_G = self._general_before(row_G + 1) > before_G
         number_G = np.where(general_G, before_G, row_G - before_G)
         return number_G, general_G
+
+    def _general_before(self, row_G: ndarray) -> ndarray:
+        return np.floor(row_G * self.general_share).astype(int64)
 
     @cached_property
     def _pools(self) -> list["_Pool"]:

@@ -63,10 +63,14 @@ class Splits:
                 "train, validate and test. Give it more documents, or cut its long ones into "
                 "several files or rows"
             )
-        left = sorted(keys - self._decided.keys())
         # What another domain has decided for the same text counts towards this one's shares
-        taken = Counter(self._decided[key] for key in keys & self._decided.keys())
-        shares = {"test": self.data.test_share, "valid": self.data.valid_share}
+        shared = keys & self._decided.keys()
+        taken = Counter(self._decided[key] for key in shared)
+        left = sorted(keys - shared)
+        shares = {
+            "test": self.data.test_share,
+            "valid": self.data.valid_share,
+        }
         for split, share in shares.items():
             wanted = max(1, round(share * len(keys)))
             count = max(0, wanted - taken[split])
@@ -171,6 +175,15 @@ class SmallDomains:
                 splits.decide(name, keys)
 
 
+_Entry = tuple[int, int, Document]  # of a sample: rank, number, document
+
+
+def _rank_and_number(entry: _Entry) -> tuple[int, int]:
+    # Without the document, which has no order
+    rank, number, _ = entry
+    return rank, number
+
+
 class Sample:
     """The documents with the smallest keyed hashes that fit into budget_bytes together.
 
@@ -184,7 +197,7 @@ class Sample:
         self._bytes = 0
         self._count = 0
         # heapq keeps the smallest entry first, so ranks are negated hashes: the worst is at hand
-        self._heap: list[tuple[int, int, Document]] = []
+        self._heap: list[_Entry] = []
         self._left_out: int | None = None  # rank of the best document that did not fit
 
     @property
@@ -199,7 +212,8 @@ class Sample:
         if self._left_out is not None and rank <= self._left_out:
             return
         self._count += 1  # so that equal ranks never compare documents
-        heapq.heappush(self._heap, (rank, -self._count, document))
+        entry = (rank, -self._count, document)
+        heapq.heappush(self._heap, entry)
         self._bytes += max(document.bytes, _LEAST_BYTES)
         while self._bytes > self.budget_bytes and len(self._heap) > 1:
             self._left_out, _, worst = heapq.heappop(self._heap)
@@ -208,9 +222,5 @@ class Sample:
     def documents(self) -> list[Document]:
         """Return what was kept, in order of hash."""
 
-        def place(entry: tuple[int, int, Document]) -> tuple[int, int]:
-            rank, number, _ = entry
-            return rank, number
-
-        best_first = sorted(self._heap, key=place, reverse=True)
+        best_first = sorted(self._heap, key=_rank_and_number, reverse=True)
         return [document for _, _, document in best_first]
