@@ -14,7 +14,7 @@ from ...hardware import device, machine
 from ...metrics.language import oracle_gain, posterior_mix, routing
 from ...model.experts import Expert, average
 from ...model.router import Mixture, UniformMixture
-from ...model.router_init import random as random_gates
+from ...model.router_init import FeatureStatistics
 from ...model.trunk import Trunk, build, load_dense
 from ...protocols import Progress
 from ...report.schema import (
@@ -38,7 +38,7 @@ from .criteria import criteria, notes, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import (
     ANCHOR,
-    initial_gates,
+    gates_from,
     mixture_of,
     stored_experts,
     stored_settings,
@@ -168,10 +168,11 @@ def _networks(
 
     # What needs no training of a router, at the stack's own top-k
     torch.manual_seed(cfg.seed_of("random router"))
-    statistics = stored_statistics(cfg, parts, cfg.trunk.anchor == "keep")
-    untrained = {f"random router top-{k}": random_gates(statistics)}
+    anchored = stored_statistics(cfg, parts, anchor=True)
+    statistics = anchored if cfg.trunk.anchor == "keep" else anchored[1:]
+    untrained = {f"random router top-{k}": gates_from(cfg, statistics, "random")}
     for init in ("centroid", "ridge"):
-        untrained[f"{init} top-{k}, untrained"] = initial_gates(cfg, parts, init)
+        untrained[f"{init} top-{k}, untrained"] = gates_from(cfg, statistics, init)
     for name, weight_LED in untrained.items():
         yield NetworkRow(
             name=name,
@@ -196,7 +197,7 @@ def _networks(
                 kept_ffns=kept,
                 train_tokens=all_tokens,
             )
-    yield _other_anchor(cfg, parts, trunk, dummy, only_own, joined_tokens)
+    yield _other_anchor(cfg, anchored, trunk, [dummy, *only_own], joined_tokens)
     yield NetworkRow(
         name=stack_row(cfg),
         kind="router",
@@ -210,18 +211,19 @@ def _networks(
 
 def _other_anchor(
     cfg: FfnMoeConfig,
-    parts: Parts,
+    statistics: Sequence[FeatureStatistics],
     trunk: Trunk,
-    dummy: Expert,
-    own: Sequence[Expert],
+    experts: Sequence[Expert],
     train_tokens: int,
 ) -> NetworkRow:
     """Return the stack's alternative: with the anchor when it was discarded, without it when it was
-    kept."""
+    kept. Statistics and experts start with the anchor's."""
     keep = cfg.trunk.anchor == "discard"
-    experts = [dummy, *own] if keep else list(own)
+    if not keep:
+        statistics = statistics[1:]
+        experts = experts[1:]
     k = min(cfg.router.top_k, len(experts))
-    weight_LED = initial_gates(cfg, parts, "ridge", anchor=keep)
+    weight_LED = gates_from(cfg, statistics, "ridge")
     return NetworkRow(
         name=f"ridge top-{k} {'with' if keep else 'without'} anchor, untrained",
         kind="router",

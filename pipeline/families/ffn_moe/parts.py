@@ -59,21 +59,20 @@ def token_loss(
     return nats_N.view(len(ids_BT), -1)
 
 
-def initial_gates(
-    cfg: FfnMoeConfig,
-    parts: Parts,
-    init: str,
-    anchor: bool | None = None,
-) -> torch.Tensor:
-    """Return weight_LED of untrained gates by the name of their initialisation.
-
-    anchor: whether the dummy has a row of its own, the first (None: as the run has it).
-    """
+def initial_gates(cfg: FfnMoeConfig, parts: Parts, init: str) -> torch.Tensor:
+    """Return weight_LED of the stack's untrained gates by the name of their initialisation."""
     if init == "rows":
         return _coordinated_rows(cfg, parts)
-    if anchor is None:
-        anchor = cfg.trunk.anchor == "keep"
-    statistics = stored_statistics(cfg, parts, anchor)
+    anchor = cfg.trunk.anchor == "keep"
+    return gates_from(cfg, stored_statistics(cfg, parts, anchor), init)
+
+
+def gates_from(
+    cfg: FfnMoeConfig,
+    statistics: Sequence[FeatureStatistics],
+    init: str,
+) -> torch.Tensor:
+    """Return weight_LED of gates that need nothing but the experts' statistics, in their order."""
     opts = cfg.router
     if init == "uniform":
         return router_init.uniform(statistics)

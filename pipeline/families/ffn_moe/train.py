@@ -149,14 +149,14 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     """Return the gates' training: everything else frozen, on all domains mixed."""
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("router"))
-    trunk, _ = training_trunk(cfg, parts)
+    trunk, dummy = training_trunk(cfg, parts)
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
     weight_LED = initial_gates(cfg, parts, opts.init)
     gates = Router(weight_LED, gating).to(device())
     # One after another, each rounded before the next is opened
     experts = []
-    for _, stored in stored_experts(cfg, parts):
+    for _, stored in stored_experts(cfg, parts, dummy):
         experts.append(training_expert(cfg, stored))
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
