@@ -72,7 +72,9 @@ class Policy:
         if first == NONE:
             return (self.fallback,)
         experts = tuple(name for name, _ in ranked if name != NONE)
-        return experts[: 1 if confidence >= self.threshold else self.top_k]
+        if confidence >= self.threshold:
+            return experts[:1]
+        return experts[: self.top_k]
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class AdapterStack:
         self.choices = calibration.names
         self._new_tokens = {expert.name: expert.new_tokens for expert in experts}
         # the base stands in for any expert
-        self._new_tokens[BASE] = max(self._new_tokens.values())
+        longest = max(expert.new_tokens for expert in experts)
+        self._new_tokens[BASE] = longest
         missing = {*self.names, ROUTER} - set(model.adapters)
         if missing:
             raise MismatchError(
@@ -137,11 +140,13 @@ class AdapterStack:
                 f"the router chooses among {', '.join(self.choices)}, the stack has "
                 f"{', '.join(self.names)}; run train_router"
             )
-        self._label_ids = list(label_ids(model.chat.tokenizer, calibration.labels).values())
+        ids = label_ids(model.chat.tokenizer, calibration.labels)
+        self._label_ids = list(ids.values())
 
     def route(self, requests: Sequence[Request]) -> list[Choice]:
         """Return where each request goes. Raises DataError for a request over the limits."""
-        prob_NC = softmax(self.logits(requests), self.calibration.temperature)
+        logit_NC = self.logits(requests)
+        prob_NC = softmax(logit_NC, self.calibration.temperature)
         return [self._choice(prob_C) for prob_C in prob_NC]
 
     def request(self, prompt: str, media: Sequence[Medium]) -> Request:
@@ -182,27 +187,37 @@ class AdapterStack:
         limits = max_new_tokens or [None] * len(requests)
         out: list[dict[str, Generation]] = []
         for chunk in self._chunks(requests):
-            part = slice(len(out), len(out) + len(chunk))
-            out += self._generate(chunk, self._encoded(chunk), adapters[part], limits[part])
+            done = len(out)
+            part = slice(done, done + len(chunk))
+            encoded = self._encoded(chunk)
+            out += self._generate(chunk, encoded, adapters[part], limits[part])
         return out
 
     def logits(self, requests: Sequence[Request], adapter: str = ROUTER) -> np.ndarray:
         """Return logit_NC over the choices, before calibration: the router's, or those of another
         adapter so asked."""
+        # what follows counts the choices, also where there is nothing to choose for
+        if not requests:
+            return np.empty((0, len(self.choices)))
         parts = []
         for chunk in self._chunks(requests):
-            parts.append(self._logits(chunk, self._encoded(chunk), adapter))
-        return np.concatenate(parts) if parts else np.empty((0, len(self.choices)))
+            encoded = self._encoded(chunk)
+            parts.append(self._logits(chunk, encoded, adapter))
+        return np.concatenate(parts)
 
     def pooled(self, requests: Sequence[Request]) -> np.ndarray:
         """Return x_NF of the frozen base: the mean of its last hidden states over a request."""
+        if not requests:
+            return np.empty((0, 1))
         parts = []
         for chunk in self._chunks(requests):
+            encoded = self._encoded(chunk)
             rows = []
-            for request, features in zip(chunk, self._encoded(chunk), strict=True):
+            for request, features in zip(chunk, encoded, strict=True):
                 rows.append(self._row(request, features, BASE))
-            parts.append(self.model.pooled(rows).numpy())
-        return np.concatenate(parts) if parts else np.empty((0, 1))
+            x_ND = self.model.pooled(rows)
+            parts.append(x_ND.numpy())
+        return np.concatenate(parts)
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         # all are checked before any runs, so that a bad one costs nothing
@@ -213,9 +228,17 @@ class AdapterStack:
 
     def _encoded(self, requests: Sequence[Request]) -> list[tuple[MediaFeatures, ...]]:
         """Return the base's features of each request's media."""
-        media = [medium for request in requests for medium in request.media]
-        features = iter(self.model.encode_media(media))
-        return [tuple(next(features) for _ in request.media) for request in requests]
+        media: list[Medium] = []
+        for request in requests:
+            media += request.media
+        # together, as the encoder is faster at many than at one after another
+        features = self.model.encode_media(media)
+        out = []
+        for request in requests:
+            own = len(request.media)
+            out.append(tuple(features[:own]))
+            features = features[own:]
+        return out
 
     def _row(
         self,
@@ -227,7 +250,9 @@ class AdapterStack:
         """Return a row, with the adapter's own features where it changes the encoder."""
         if adapter in self.model.encoder_adapters:
             features = tuple(self.model.encode_media(request.media, adapter))
-        ids = self.model.encode(request.prompt if prompt is None else prompt, features)
+        if prompt is None:
+            prompt = request.prompt
+        ids = self.model.encode(prompt, features)
         return BatchRow(ids, features, adapter)
 
     def _logits(
@@ -243,10 +268,16 @@ class AdapterStack:
         return self.model.label_logits(rows, self._label_ids).numpy()
 
     def _choice(self, prob_C: np.ndarray) -> Choice:
+        # stable: of equally probable choices the first one, on every machine
         order = np.argsort(-prob_C, kind="stable")
         ranked = tuple((self.choices[i], float(prob_C[i])) for i in order)
         expert, confidence = ranked[0]
-        return Choice(expert, confidence, ranked, self.policy.select(ranked))
+        return Choice(
+            expert=expert,
+            confidence=confidence,
+            alternatives=ranked,
+            answered_by=self.policy.select(ranked),
+        )
 
     def _answers(
         self,
@@ -257,10 +288,15 @@ class AdapterStack:
     ) -> list[Answer]:
         started = time.monotonic()
         encoded = self._encoded(requests)
-        prob_NC = softmax(self._logits(requests, encoded), self.calibration.temperature)
+        logit_NC = self._logits(requests, encoded)
+        prob_NC = softmax(logit_NC, self.calibration.temperature)
         choices = [self._choice(prob_C) for prob_C in prob_NC]
         route_s = time.monotonic() - started
-        adapters = [choice.answered_by if expert is None else (expert,) for choice in choices]
+        if expert is None:
+            adapters = [choice.answered_by for choice in choices]
+        else:
+            adapters = [(expert,)] * len(requests)
+        # routing was part of the time that there is
         left = None if seconds is None else seconds - route_s
         limits = [max_new_tokens] * len(requests)
         generated = self._generate(requests, encoded, adapters, limits, left)
@@ -282,12 +318,13 @@ class AdapterStack:
         rows = []
         limits = []
         owners = []  # the number of the request that a row is of
-        for i, (request, features) in enumerate(zip(requests, encoded, strict=True)):
+        for i, request in enumerate(requests):
             most = max_new_tokens[i] or sys.maxsize
             for name in adapters[i]:
-                rows.append(self._row(request, features, name))
+                rows.append(self._row(request, encoded[i], name))
                 # an adapter that is no expert of this stack (the router) answers with its label
-                limits.append(min(self._new_tokens.get(name, 1), most))
+                own = self._new_tokens.get(name, 1)
+                limits.append(min(own, most))
                 owners.append(i)
         out: list[dict[str, Generation]] = [{} for _ in requests]
         generations = self.model.generate(rows, limits, seconds)
@@ -307,10 +344,12 @@ def _best(
 
     def rank(name: str) -> float:
         # the base has no probability of its own, and a probability of 0 no logarithm
-        return math.log(max(prior.get(name, 1.0), 1e-12)) + generations[name].log_probability
+        probability = max(prior.get(name, 1.0), 1e-12)
+        return math.log(probability) + generations[name].log_probability
 
     best, *rest = sorted(generations, key=rank, reverse=True)
     kept = generations[best]
+    others = [(name, generations[name].text) for name in rest]
     return Answer(
         text=kept.text,
         expert=best,
@@ -321,7 +360,7 @@ def _best(
         completion_tokens=kept.completion_tokens,
         route_s=route_s,
         generate_s=generate_s,
-        others=tuple((name, generations[name].text) for name in rest),
+        others=tuple(others),
     )
 
 
@@ -337,8 +376,14 @@ def assemble(
     folders = {name: parts.folder("train_experts", name) for name in cfg.experts}
     folders[ROUTER] = parts.folder("train_router")
     experts = [ExpertInfo.of(cfg.loras.entry(name)) for name in cfg.experts]
-    calibration = Calibration.read(folders[ROUTER])
-    return build_stack(base, folders, experts, calibration, policy_of(cfg), limits_of(cfg))
+    return build_stack(
+        base,
+        folders,
+        experts,
+        calibration=Calibration.read(folders[ROUTER]),
+        policy=policy_of(cfg),
+        limits=limits_of(cfg),
+    )
 
 
 def build_stack(
@@ -368,7 +413,9 @@ def policy_of(cfg: AdapterRunConfig) -> Policy:
 
 def limits_of(cfg: AdapterRunConfig) -> GenerationLimits:
     """Return the largest request that some adapter was trained on."""
-    tokens = max(cfg.loras.options(name).max_tokens for name in (*cfg.experts, ROUTER))
+    tokens = 0
+    for name in (*cfg.experts, ROUTER):
+        tokens = max(tokens, cfg.loras.options(name).max_tokens)
     return GenerationLimits(
         media=cfg.dataset.limits.max_media,
         prompt_characters=CHARACTERS_PER_TOKEN * tokens,

@@ -46,15 +46,20 @@ def expert_task(
     """
     options = cfg.loras.options(item)
     rows = TaskRows(parts.folder("preprocess", item))
-    examples = {}
+    media = base.chat.media
+    examples: dict[str, list[Example]] = {}
     for split in SPLITS:
-        examples[split] = [
-            Example(base.chat.media.paths(rows.folder, row), row.prompt, row.answer)
-            for row in rows.rows(split)
-        ]
+        examples[split] = []
+        for row in rows.rows(split):
+            paths = media.paths(rows.folder, row)
+            examples[split].append(Example(paths, row.prompt, row.answer))
     training = _start(cfg, base, item, cfg.section("train_experts", item))
+    # a neutral prompt must fit wherever it may be asked, so none is encoded where none ever is
     neutral = cfg.dataset.neutral.seen if options.neutral_share else ()
-    about = {"label": cfg.loras.labels[item], "options": options.model_dump(mode="json")}
+    about = {
+        "label": cfg.loras.labels[item],
+        "options": options.model_dump(mode="json"),
+    }
     return training.task(examples, neutral, about, dict)
 
 
@@ -71,30 +76,35 @@ def router_task(
     entry = cfg.loras.router
     labels = cfg.loras.labels
     rows = RoutingRows(parts.folder("routing"))
+    media = base.chat.media
     training = _start(cfg, base, entry.name, cfg.section("train_router", None))
-    found = {split: rows.rows(split) for split in SPLITS}
-    examples = {}
-    for split, some in found.items():
-        examples[split] = [
-            Example(
-                base.chat.media.paths(rows.folder, row),
-                routing_prompt(entry.instruction, row.prompt),
-                labels[row.expert],
-            )
-            for row in some
-        ]
     ids = label_ids(base.chat.tokenizer, labels)
-    choices = list(ids)
+    numbers = {name: i for i, name in enumerate(ids)}
+    examples: dict[str, list[Example]] = {}
+    targets: dict[str, list[int]] = {}
+    for split in SPLITS:
+        examples[split] = []
+        targets[split] = []
+        for row in rows.rows(split):
+            paths = media.paths(rows.folder, row)
+            prompt = routing_prompt(entry.instruction, row.prompt)
+            examples[split].append(Example(paths, prompt, labels[row.expert]))
+            targets[split].append(numbers[row.expert])
 
     def calibration() -> dict:
-        logits_BK = training.logits(examples["valid"][:CALIBRATION_ROWS], list(ids.values()))
-        targets = [choices.index(row.expert) for row in found["valid"][:CALIBRATION_ROWS]]
-        return {CALIBRATION: calibrate(logits_BK, targets, entry.instruction, labels).values()}
+        # on requests that no step was taken on, with the state that is kept
+        requests = examples["valid"][:CALIBRATION_ROWS]
+        logits_BK = training.logits(requests, list(ids.values()))
+        own = targets["valid"][:CALIBRATION_ROWS]
+        fitted = calibrate(logits_BK, own, entry.instruction, labels)
+        return {CALIBRATION: fitted.values()}
 
+    options = cfg.loras.options(entry.name)
     about = {
+        # pairs, as their order is that of the logits and JSON keeps none
         "labels": [list(pair) for pair in labels.items()],
         "instruction": entry.instruction,
-        "options": cfg.loras.options(entry.name).model_dump(mode="json"),
+        "options": options.model_dump(mode="json"),
     }
     return training.task(examples, (), about, calibration)
 
@@ -108,8 +118,14 @@ def _start(
     """Return a new adapter on the run's base, its labels checked before anything is trained for
     them."""
     label_ids(base.chat.tokenizer, cfg.loras.labels)
-    bf16 = uses_bf16(cfg.dtype)
-    return Training(base, name, cfg, seed=cfg.seed_of(name), bf16=bf16, where=where)
+    return Training(
+        base,
+        name,
+        cfg,
+        seed=cfg.seed_of(name),
+        bf16=uses_bf16(cfg.dtype),
+        where=where,
+    )
 
 
 class Training:
@@ -156,16 +172,23 @@ class Training:
         DataError.
         """
         options = self.options
-        datasets = {split: self._encoded(split, rows, neutral) for split, rows in examples.items()}
-        caches = {split: self.feature_cache(dataset) for split, dataset in datasets.items()}
-        train = datasets["train"]
-        valid = datasets["valid"]
-        plan = self._memory_plan(train, sum(cache.bytes for cache in caches.values()))
+        train = self._encoded("train", examples["train"], neutral)
+        valid = self._encoded("valid", examples["valid"], neutral)
+        train_cache = self.feature_cache(train)
+        valid_cache = self.feature_cache(valid)
+        plan = self._memory_plan(train, train_cache.bytes + valid_cache.bytes)
         sampler = Sampler(len(train), options.batch_sequences, self.seed)
         held_out = _held_out(valid, options.eval_tokens)
         counts = {}
-        for split, dataset in datasets.items():
-            counts[split] = {"kept": len(dataset), "dropped": dict(dataset.drops.counts)}
+        notes = []
+        for split, dataset in (("train", train), ("valid", valid)):
+            drops = dataset.drops
+            counts[split] = {"kept": len(dataset), "dropped": dict(drops.counts)}
+            if drops.total:
+                notes.append(
+                    f"{drops.total} of {drops.seen} rows of {split} are over {self._limit()} and "
+                    "were left out"
+                )
 
         def batch(first: int, count: int) -> tuple[dict, float]:
             offset = first % options.batch_sequences
@@ -176,7 +199,8 @@ class Training:
             weight = options.batch_sequences / (count * train.target_count(whole))
             at = whole[offset : offset + count]
             prompts = self._prompts(neutral, first, count)
-            return self.inputs(train, caches["train"], at, prompts), weight
+            inputs = self.inputs(train, train_cache, at, prompts)
+            return inputs, weight
 
         def loss(weighed: tuple[dict, float]) -> torch.Tensor:
             inputs, weight = weighed
@@ -184,22 +208,28 @@ class Training:
 
         def validate() -> float:
             total = 0.0
+            targets = 0
             with self._evaluating():
                 for at in held_out:
                     # the first row's place decides, so that every evaluation asks alike
                     prompts = self._prompts(neutral, at[0], len(at))
-                    inputs = self.inputs(valid, caches["valid"], at, prompts)
-                    total += self.token_loss(inputs, plan.chunk_logits).item()
-            return total / sum(valid.target_count(at) for at in held_out)
+                    inputs = self.inputs(valid, valid_cache, at, prompts)
+                    nats = self.token_loss(inputs, plan.chunk_logits)
+                    total += nats.item()
+                    targets += valid.target_count(at)
+            return total / targets
 
         def export(_kept_step: int) -> dict:
+            told = {**about, "rows": counts}
             with self._evaluating():
-                kept = files(self.model, self.name, self.base.pin, {**about, "rows": counts})
+                kept = files(self.model, self.name, self.base.pin, told)
                 return kept | also()
 
         parameters = adapter_parameters(self.model, self.name)
         row_tokens = train.mean_tokens
-        flops = self.base.sizes.train_flops_per_token(options, encodes=not caches["train"].keep)
+        # kept features were encoded once, which is no part of a step
+        encodes = not train_cache.keep
+        flops = self.base.sizes.train_flops_per_token(options, encodes)
         return Task(
             options=options,
             parameters=parameters,
@@ -214,7 +244,7 @@ class Training:
             steps=options.resolve_steps(row_tokens, row_tokens * len(train)),
             memory_plan=plan,
             flops_per_token=flops,
-            notes=tuple(self._drop_notes(datasets)),
+            notes=tuple(notes),
         )
 
     def feature_cache(self, dataset: TokenizedDataset) -> FeatureCache:
@@ -248,16 +278,20 @@ class Training:
     ) -> torch.Tensor:
         """Return the summed nats of the learned tokens, a scalar; logits are only ever made of
         those."""
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        rest = dict(inputs)
+        # the model would make logits of every token for them
+        del rest["labels"]
         # the state at a token predicts the one after it
         labels_BT = inputs["labels"][:, 1:]
         learned_BT = labels_BT != IGNORED
         with torch.autocast(labels_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            h_BTD = self.core.base_model(**rest, use_cache=False).last_hidden_state
+            out = self.core.base_model(**rest, use_cache=False)
+        h_BTD = out.last_hidden_state
         h_ND = h_BTD[:, :-1][learned_BT]
         head_VD = self.core.get_output_embeddings().weight
+        target_N = labels_BT[learned_BT]
         chunk = chunk_of(len(head_VD), chunk_logits)
-        return cross_entropy(h_ND, head_VD, labels_BT[learned_BT], self.dtype, chunk)
+        return cross_entropy(h_ND, head_VD, target_N, self.dtype, chunk)
 
     def logits(self, examples: Sequence[Example], ids: Sequence[int]) -> torch.Tensor:
         """Return logits_BK of the labels' tokens for requests, as the stack will compute them: no
@@ -270,8 +304,10 @@ class Training:
                     media = [self.chat.media.open(path) for path in example.media]
                     requests.append((example.prompt, media))
                 inputs = self.chat.requests(requests)
-                inputs = {key: tensor.to(device()) for key, tensor in inputs.items()}
-                out.append(label_logits(self.model, inputs, ids).cpu())
+                for key, tensor in inputs.items():
+                    inputs[key] = tensor.to(device())
+                logits_BK = label_logits(self.model, inputs, ids)
+                out.append(logits_BK.cpu())
         return torch.cat(out)
 
     def _memory_plan(self, train: TokenizedDataset, kept_bytes: int) -> MemoryPlan:
@@ -280,7 +316,13 @@ class Training:
         longest = max(row.tokens for row in train.rows)
         name = f"{self.where.partition('.')[2]} ({self.name})"
         plan = memory_plan(
-            self.cfg, self.options, self.base.sizes, train.mean_tokens, longest, name, kept_bytes
+            self.cfg,
+            self.options,
+            self.base.sizes,
+            row=train.mean_tokens,
+            longest=longest,
+            name=name,
+            kept_bytes=kept_bytes,
         )
         if plan.checkpointing:
             # the reentrant kind asks for gradients of its inputs, which a frozen base has none of
@@ -306,22 +348,14 @@ class Training:
         if split == "train" and not dataset.rows:
             why = "its preprocess left none in the split train"
             if examples:
-                why = (
-                    f"all {len(examples)} are over {self.where}.max_tokens = "
-                    f"{self.options.max_tokens}; raise it{self.chat.media.shorten_hint}"
-                )
+                hint = self.chat.media.shorten_hint
+                why = f"all {len(examples)} are over {self._limit()}; raise it{hint}"
             raise DataError(f"{self.name} has no rows to train on: {why}")
         return dataset
 
-    def _drop_notes(self, datasets: Mapping[str, TokenizedDataset]) -> Iterator[str]:
-        limit = f"{self.where}.max_tokens = {self.options.max_tokens}"
-        for split, dataset in datasets.items():
-            drops = dataset.drops
-            if drops.total:
-                yield (
-                    f"{drops.total} of {drops.seen} rows of {split} are over {limit} and were "
-                    "left out"
-                )
+    def _limit(self) -> str:
+        """Return the setting that rows may be too long for, and what it is."""
+        return f"{self.where}.max_tokens = {self.options.max_tokens}"
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -345,4 +379,5 @@ def _held_out(valid: TokenizedDataset, tokens: int) -> list[list[int]]:
             break
         taken.append(i)
     taken.sort(key=lambda i: (valid.rows[i].tokens, i))
-    return [taken[at : at + VALID_ROWS] for at in range(0, len(taken), VALID_ROWS)]
+    starts = range(0, len(taken), VALID_ROWS)
+    return [taken[at : at + VALID_ROWS] for at in starts]
