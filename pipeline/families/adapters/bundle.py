@@ -109,11 +109,13 @@ def reassemble(folder: Path, base: LoadedBase) -> AdapterStack:
     Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore, MismatchError.
     """
     described = about(folder)
+    # an entry also says where its adapter came from, which the stack need not know
     fields = ExpertInfo.__dataclass_fields__
     experts = []
     try:
         for entry in described["experts"]:
-            experts.append(ExpertInfo(**{key: entry[key] for key in fields}))
+            known = {key: entry[key] for key in fields}
+            experts.append(ExpertInfo(**known))
         policy = Policy(**described["policy"])
         kept = dict(described["limits"])
         limits = GenerationLimits(media=kept.pop(f"{base.chat.media.name}s"), **kept)

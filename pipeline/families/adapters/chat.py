@@ -25,6 +25,8 @@ IGNORED = -100  # label of a token that is not learned
 PROMPTS_KEPT = 8192  # rendered and encoded prompts kept, as they repeat
 
 Tensors = dict[str, torch.Tensor]  # what a model takes, by name
+Side = Literal["left", "right"]  # where shorter rows are padded
+Prompts = Sequence[str | None]  # by row: what to ask instead of its own prompt, or None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class TokenizedRow:
         """Length with every medium expanded."""
         # each medium's tokens take the place of its one placeholder
         of_media = sum(self.media_tokens) - len(self.media)
-        return len(self.prompt) + len(self.answer) + of_media
+        of_text = len(self.prompt) + len(self.answer)
+        return of_text + of_media
 
 
 class Chat:
@@ -73,19 +76,23 @@ class Chat:
         self.pad_id = tokenizer.pad_token_id
         self.end_id = tokenizer.convert_tokens_to_ids(end or tokenizer.eos_token)
         # single characters among them would take letters out of every prompt
-        long = [token for token in tokenizer.all_special_tokens if len(token) > 1]
-        self._special = sorted(long)
+        special = tokenizer.all_special_tokens
+        self._special = sorted(token for token in special if len(token) > 1)
         # the same prompts and labels come again and again, so their tokens are kept
         self.prompt_ids = lru_cache(PROMPTS_KEPT)(self._prompt_ids)
         self.answer_ids = lru_cache(PROMPTS_KEPT)(self._answer_ids)
 
     def render(self, prompt: str, media: int = 0) -> str:
         """Return a request as text up to and including the assistant's header."""
-        content = self.media.content(self.escape(prompt), media)
+        text = self.escape(prompt)
         # the library's types know no content but a text
-        turn: Any = {"role": "user", "content": content}
-        text = self.renderer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        return str(text)
+        turn: Any = {"role": "user", "content": self.media.content(text, media)}
+        rendered = self.renderer.apply_chat_template(
+            [turn],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return str(rendered)
 
     def escape(self, text: str) -> str:
         """Return text in which no special token is spelled, so that a user can neither end a turn
@@ -100,25 +107,30 @@ class Chat:
         counts = iter(media_tokens)
         out: list[int] = []
         for token in ids:
-            times = next(counts) if token == self.media.placeholder_id else 1
-            out.extend([token] * times)
+            if token == self.media.placeholder_id:
+                out += [token] * next(counts)
+            else:
+                out.append(token)
         return out
 
     def requests(self, requests: Iterable[tuple[str, Sequence[Medium]]]) -> Tensors:
         """Return what the model reads to answer (prompt, opened media) requests; padded on the
         left."""
-        prompts, media = zip(*requests, strict=True)
-        flat = [medium for some in media for medium in some]
+        asked = list(requests)
+        flat: list[Medium] = []
+        for _, media in asked:
+            flat += media
+        # all at once, as the model takes them: one after another over the rows
         inputs, tokens = self.media.raw_inputs(flat)
         counts = iter(tokens)
-        ids = []
-        for prompt, some in zip(prompts, media, strict=True):
-            own = [next(counts) for _ in some]
-            prompt_ids = self.prompt_ids(prompt, len(some))
-            ids.append(self.expand(prompt_ids, own))
-        return self.tensors(ids, "left") | inputs
+        rows = []
+        for prompt, media in asked:
+            own = [next(counts) for _ in media]
+            ids = self.prompt_ids(prompt, len(media))
+            rows.append(self.expand(ids, own))
+        return self.tensors(rows, "left") | inputs
 
-    def tensors(self, rows: Sequence[Sequence[int]], side: Literal["left", "right"]) -> Tensors:
+    def tensors(self, rows: Sequence[Sequence[int]], side: Side) -> Tensors:
         """Return input_ids, attention_mask and what media add to them, each [B, T], padded on one
         side."""
         longest = max(map(len, rows))
@@ -130,17 +142,19 @@ class Chat:
             part = slice(start, start + len(row))
             ids_BT[i, part] = torch.tensor(row)
             mask_BT[i, part] = 1
-        own = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        return own | self.media.token_inputs(ids_BT)
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        return inputs | self.media.token_inputs(ids_BT)
 
     def _prompt_ids(self, prompt: str, media: int = 0) -> tuple[int, ...]:
         text = self.render(prompt, media)
         # the template writes every special token itself: the tokenizer must not add its own
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return tuple(ids)
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         text = self.escape(answer)
-        return (*self.tokenizer.encode(text, add_special_tokens=False), self.end_id)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return (*ids, self.end_id)
 
 
 @dataclass
@@ -163,18 +177,21 @@ class TokenizedDataset:
         if not self.rows:
             return 1
         total = sum(row.tokens for row in self.rows)
-        return max(1, round(total / len(self.rows)))
+        mean = round(total / len(self.rows))
+        return max(1, mean)
 
     def target_count(self, at: Iterable[int]) -> int:
         """Return the learned tokens of some rows."""
-        return sum(len(self.rows[i].answer) for i in at)
+        count = 0
+        for i in at:
+            count += len(self.rows[i].answer)
+        return count
 
-    def batch(self, at: Sequence[int], prompts: Sequence[str | None] | None = None) -> Tensors:
+    def batch(self, at: Sequence[int], prompts: Prompts | None = None) -> Tensors:
         """Return input_ids, attention_mask, labels [B, T], and what media add to them, of some
         rows, padded on the right.
 
-        `prompts` gives for each row what to ask instead of its own prompt, or None; a row without
-        media is asked in its own.
+        A row without media is asked in its own prompt, whatever `prompts` says.
         """
         ids = []
         labels = []
@@ -184,7 +201,8 @@ class TokenizedDataset:
             prompt: Sequence[int] = row.prompt.tolist()
             # a neutral prompt asks about what the request comes with; without it nothing is asked
             if other is not None and row.media:
-                prompt = self.chat.prompt_ids(other, len(row.media))
+                count = len(row.media)
+                prompt = self.chat.prompt_ids(other, count)
             expanded = self.chat.expand(prompt, row.media_tokens)
             answer = row.answer.tolist()
             ids.append([*expanded, *answer])
@@ -192,8 +210,8 @@ class TokenizedDataset:
         # on the right: training looks at no next token, and positions begin at 0 for every row
         out = self.chat.tensors(ids, "right")
         labels_BT = torch.full_like(out["input_ids"], IGNORED)
-        for label_T, values in zip(labels_BT, labels, strict=True):
-            label_T[: len(values)] = torch.tensor(values)
+        for row_labels_T, values in zip(labels_BT, labels, strict=True):
+            row_labels_T[: len(values)] = torch.tensor(values)
         return out | {"labels": labels_BT}
 
     def media(self, at: Iterable[int]) -> list[tuple[int, ...]]:
@@ -203,12 +221,8 @@ class TokenizedDataset:
 
     def add(self, example: Example) -> TokenizedRow:
         """Return an example as tokens, its media known from now on; the rows are as they were."""
-        for path in example.media:
-            if path not in self._places:
-                self._places[path] = len(self.paths)
-                self.paths.append(path)
-                self.path_tokens.append(self.chat.media.file_tokens(path))
-        media = tuple(self._places[path] for path in example.media)
+        media = tuple(self._place(path) for path in example.media)
+        tokens = [self.path_tokens[i] for i in media]
         prompt = self.chat.prompt_ids(example.prompt, len(media))
         answer = self.chat.answer_ids(example.answer)
         return TokenizedRow(
@@ -216,8 +230,19 @@ class TokenizedDataset:
             prompt=np.array(prompt, np.int32),
             answer=np.array(answer, np.int32),
             media=media,
-            media_tokens=tuple(self.path_tokens[i] for i in media),
+            media_tokens=tuple(tokens),
         )
+
+    def _place(self, path: Path) -> int:
+        """Return the place of a medium in paths; each file is looked at once."""
+        place = self._places.get(path)
+        if place is None:
+            place = len(self.paths)
+            self._places[path] = place
+            self.paths.append(path)
+            tokens = self.chat.media.file_tokens(path)
+            self.path_tokens.append(tokens)
+        return place
 
 
 def encode(
@@ -269,9 +294,11 @@ class Sampler:
         return int(shuffled[place])
 
 
+# each place of a batch asks for the same one
 @lru_cache(8)
 def _shuffle(count: int, *seeds: int) -> np.ndarray:
-    return np.random.default_rng(seeds).permutation(count)
+    rng = np.random.default_rng(seeds)
+    return rng.permutation(count)
 
 
 def prompt_augmentation(

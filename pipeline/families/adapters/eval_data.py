@@ -46,7 +46,8 @@ class EvalRequest:
 
     def request(self) -> Request:
         """Return the request with its media opened. Raises DataError."""
-        return Request(self.prompt, tuple(self.open()))
+        media = self.open()
+        return Request(self.prompt, tuple(media))
 
 
 @dataclass
@@ -81,18 +82,21 @@ class AdapterEvaluator:
         """Return test rows of a task, asked as the task asks."""
         key = f"task {name}"
         rows = self.tasks[name].rows("test")
-        kept = self._sample(rows, key, self.most_rows)
-        requests = [self._of_task(name, row) for row in kept]
+        requests = []
+        for row in self._sample(rows, key, self.most_rows):
+            requests.append(self._of_task(name, row))
         return self._within_limits(key, requests)
 
     def routed(self, split: str) -> list[EvalRequest]:
         """Return requests of a split of the routing set, as many of each expert."""
         by_expert: dict[str, list[RoutingRow]] = {}
         for row in self.routing.rows(split):
-            by_expert.setdefault(row.expert, []).append(row)
+            own = by_expert.setdefault(row.expert, [])
+            own.append(row)
         requests = []
         for name, rows in by_expert.items():
-            for row in self._sample(rows, f"{split} {name}", self.most_rows):
+            key = f"{split} {name}"
+            for row in self._sample(rows, key, self.most_rows):
                 requests.append(self._of_routing(row))
         return self._within_limits(split, requests)
 
@@ -106,7 +110,9 @@ class AdapterEvaluator:
         settings = self.cfg.evaluate
         most = settings.baseline_rows
         if settings.smoke:
-            most = min(most, settings.smoke_rows * len(self.stack.choices))
+            # a few of every choice, or a baseline would never have seen some of them
+            smoke = settings.smoke_rows * len(self.stack.choices)
+            most = min(most, smoke)
         rows = self._sample(self.learned, "baselines", most)
         requests = [self._of_routing(row) for row in rows]
         return self._within_limits("baselines", requests)
@@ -115,7 +121,8 @@ class AdapterEvaluator:
         """Return logit_NC of the router, or of another adapter that is asked the same."""
         # of no requests there are as many choices, which what follows counts
         if not requests:
-            return np.empty((0, len(self.stack.choices)))
+            width = len(self.stack.choices)
+            return np.empty((0, width))
         parts = []
         for opened, _ in self._opened(requests, f"{adapter} routes"):
             parts.append(self.stack.logits(opened, adapter))
@@ -168,7 +175,9 @@ class AdapterEvaluator:
 
     def answered_by(self, choice: str) -> str:
         """Return who answers a request when the router's first choice always does."""
-        return self.cfg.loras.router.fallback if choice == NONE else choice
+        if choice == NONE:
+            return self.cfg.loras.router.fallback
+        return choice
 
     def _sample(
         self,
@@ -180,15 +189,19 @@ class AdapterEvaluator:
         if most is None or len(rows) <= most:
             return rows
         # every set draws by its own name, so that no other set's size moves what is drawn
-        seed = [self.cfg.seed, *key.encode()]
-        rng = np.random.default_rng(seed)
-        drawn = rng.choice(len(rows), most, replace=False)
-        return [rows[i] for i in np.sort(drawn)]
+        rng = np.random.default_rng([self.cfg.seed, *key.encode()])
+        places = rng.choice(len(rows), most, replace=False)
+        places.sort()
+        return [rows[i] for i in places]
 
     def _within_limits(self, key: str, requests: list[EvalRequest]) -> list[EvalRequest]:
-        kept = [request for request in requests if self._fits(request)]
-        if len(kept) < len(requests):
-            self.left_out[key] = len(requests) - len(kept)
+        kept = []
+        for request in requests:
+            if self._fits(request):
+                kept.append(request)
+        dropped = len(requests) - len(kept)
+        if dropped:
+            self.left_out[key] = dropped
         return kept
 
     def _fits(self, request: EvalRequest) -> bool:
@@ -210,7 +223,8 @@ class AdapterEvaluator:
 
     def _of_routing(self, row: RoutingRow) -> EvalRequest:
         folder = self.routing.folder
-        of_row = (row.expert, str(row.source.get("row")))
+        number = row.source.get("row")
+        of_row = (row.expert, str(number))
         return EvalRequest(
             prompt=row.prompt,
             expert=row.expert,
@@ -228,7 +242,9 @@ class AdapterEvaluator:
         for start in range(0, len(requests), TOGETHER):
             self.progress(f"evaluating: {what}", start / len(requests))
             part = slice(start, start + TOGETHER)
-            opened = [request.request() for request in requests[part]]
+            opened = []
+            for request in requests[part]:
+                opened.append(request.request())
             yield opened, part
 
 

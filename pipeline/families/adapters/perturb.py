@@ -55,7 +55,8 @@ def reorder_labels(instruction: str, labels: Mapping[str, str]) -> str | None:
     lines = instruction.splitlines()
     about = []
     for i, line in enumerate(lines):
-        if any(_is_about(line, label) for label in labels.values()):
+        told = [label for label in labels.values() if _is_about(line, label)]
+        if told:
             about.append(i)
     if len(about) < len(labels) or len(labels) < 2:
         return None
@@ -68,4 +69,5 @@ def reorder_labels(instruction: str, labels: Mapping[str, str]) -> str | None:
 
 def _is_about(line: str, label: str) -> bool:
     # "A: colours", "- B) text", "Z = nobody"; a sentence that begins with A is none
-    return re.match(rf"\W*{re.escape(label)}\s*[:.)=\-–]", line) is not None
+    begins = rf"\W*{re.escape(label)}\s*[:.)=\-–]"
+    return re.match(begins, line) is not None

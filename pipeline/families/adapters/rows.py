@@ -25,8 +25,14 @@ def prepare_task(
     threads = cfg.runtime.threads
     # "auto" is about arithmetic, and 0 means all there are
     processes = threads if isinstance(threads, int) and threads else cores()
-    sizes = limits or ImageLimitsConfig()
-    return prepare(cfg.task(item), sizes, cfg.seed, folder, progress, processes)
+    return prepare(
+        cfg.task(item),
+        limits or ImageLimitsConfig(),
+        cfg.seed,
+        folder,
+        progress,
+        processes,
+    )
 
 
 def make_routing_set(cfg: AdapterRunConfig, parts: Parts, folder: Path, progress: Progress) -> dict:

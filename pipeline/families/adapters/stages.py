@@ -11,6 +11,7 @@ _UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "trai
 
 
 STAGES = table(
+    # Tasks need nothing of each other, so each is a job of its own
     Stage(
         "preprocess",
         "read each task, make its rows",

@@ -45,10 +45,11 @@ def prepare(cfg: LoraVlmConfig, _parts: Parts, folder: Path, progress: Progress,
 def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
     """Return how the base is pinned; one of given sizes is built. It needs no training."""
     base = cfg.loras.base
-    asked = [AdapterRouterConfig.model_fields["instruction"].default]
+    instruction = AdapterRouterConfig.model_fields["instruction"].default
     own = base.build.text if base.build else ()
     # what comes once makes no entry of the tokenizer, so the router's own words come three times
-    corpus = [*synthetic.corpus(), *own, *asked * 3]
+    corpus = [*synthetic.corpus(), *own]
+    corpus += [instruction] * 3
     return NoTraining(lambda folder: write(base, corpus, folder))
 
 

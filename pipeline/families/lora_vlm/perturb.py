@@ -38,8 +38,10 @@ def recompress(image: Image.Image) -> Image.Image:
     return again.convert("RGB")
 
 
+Perturbation = Callable[[Image.Image], Image.Image]
+
 # by the names that the report gives them
-PERTURBATIONS: Mapping[str, Callable[[Image.Image], Image.Image]] = {
+PERTURBATIONS: Mapping[str, Perturbation] = {
     "crop": crop,
     "resize": resize,
     "recompression": recompress,

@@ -61,8 +61,10 @@ class Images(Media):
 
     def content(self, text: str, count: int) -> list[dict]:
         """Return the content of a message: its pictures, then its text."""
-        images: list[dict] = [{"type": "image"}] * count
-        return [*images, {"type": "text", "text": text}]
+        # in front, as the base's own chats have them
+        parts: list[dict] = [{"type": "image"}] * count
+        parts.append({"type": "text", "text": text})
+        return parts
 
     def paths(self, folder: Path, row: TaskRow | RoutingRow) -> tuple[Path, ...]:
         """Return where a row's pictures are."""
@@ -93,6 +95,7 @@ class Images(Media):
     def size_tokens(self, width: int, height: int) -> int:
         """Return the tokens of a picture of that size, px. Raises ValueError when it is too long
         and thin."""
+        # the library's own count, so that it is what the preparation will make of the pixels
         patches = self.preparation.get_number_of_image_patches(height, width, {})
         return patches // self.preparation.merge_size**2
 
@@ -113,7 +116,8 @@ class Images(Media):
     def patches_of_files(self, paths: Sequence[Path]) -> Patches:
         """Return pictures on disk as patches. Raises DataError."""
         if len(paths) == 1 or cores() == 1:
-            return self.patches([self.open(path) for path in paths])
+            images = [self.open(path) for path in paths]
+            return self.patches(images)
         # decoding and resizing leave Python's lock to others
         with ThreadPoolExecutor(min(READERS, cores())) as pool:
             parts = list(pool.map(self._patches_of_file, paths))
@@ -121,7 +125,8 @@ class Images(Media):
         return torch.cat(patches_P), torch.cat(grid_N3)
 
     def _patches_of_file(self, path: Path) -> Patches:
-        return self.patches([self.open(path)])
+        image = self.open(path)
+        return self.patches([image])
 
     def token_inputs(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return mm_token_type_ids [B, T]: 1 where a picture stands."""
@@ -163,13 +168,19 @@ class Images(Media):
         tower: Any = core
         out = tower.get_image_features(patches_P.to(device), grid_N3.to(device))
         for i, grid in enumerate(grid_N3.tolist()):
+            # a base may be built without deepstack layers, and the list is empty then
             deep = [layer[i] for layer in out.deepstack_features]
-            yield ImageFeatures(tuple(grid), out.pooler_output[i], tuple(deep))
+            yield ImageFeatures(
+                grid=tuple(grid),
+                embed_TD=out.pooler_output[i],
+                deep=tuple(deep),
+            )
 
     def feature_inputs(self, features: Sequence[ImageFeatures]) -> dict[str, Any]:
         """Return what the model takes instead of pixels: the tower's output, and its grids."""
         grids = [each.grid for each in features]
-        by_layer = zip(*(each.deep for each in features), strict=True)
+        deep = [each.deep for each in features]
+        by_layer = zip(*deep, strict=True)
         # the model takes tensors by picture here, where its class says one tensor
         output: dict[str, Any] = {
             "pooler_output": tuple(each.embed_TD for each in features),
@@ -186,7 +197,8 @@ class Images(Media):
         for name, _ in core.model.visual.named_parameters():
             _, is_adapter, rest = name.partition(".lora_A.")
             if is_adapter:
-                found.add(rest.split(".")[0])
+                # an adapter's name has no dot: PEFT makes a module of it
+                found.add(rest.partition(".")[0])
         return frozenset(found)
 
     def check_targets(
@@ -197,7 +209,10 @@ class Images(Media):
     ) -> None:
         """Raise ConfigError when modules of the vision tower are among an adapter's, unless its
         options allow it."""
-        of_tower = [name for name in modules if "visual" in name.split(".")]
+        of_tower = []
+        for name in modules:
+            if "visual" in name.split("."):
+                of_tower.append(name)
         if of_tower and not options.changes_encoder:
             raise ConfigError(
                 f"{where}.targets: {options.targets!r} reaches into the vision tower "
