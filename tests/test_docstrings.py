@@ -119,7 +119,8 @@ BROKEN = {
     ),
     "raises in __init__": (
         HEAD,
-        'class Go:\n    """Whole sentence."""\n    def __init__(self):\n        raise DiskFull(self)\n',
+        'class Go:\n    """Whole sentence."""\n    def __init__(self):\n'
+        "        raise DiskFull(self)\n",
         "5: function __init__ raises DiskFull",
     ),
     "tensor": (
@@ -195,7 +196,8 @@ KEPT = {
     ),
     "raised in private": "def _go(): raise DiskFull(1)\n",
     "class says what __init__ raises": (
-        'class Go:\n    """Go on. Raises DiskFull."""\n    def __init__(self):\n        raise DiskFull(self)\n'
+        'class Go:\n    """Go on. Raises DiskFull."""\n    def __init__(self):\n'
+        "        raise DiskFull(self)\n"
     ),
     "suffixes": function(signature="go(x_BTD: torch.Tensor, y_BT: Tensor | None = None) -> Tensor"),
     "digit in suffix": function(signature="go(x_B1D: torch.Tensor)"),
@@ -207,7 +209,8 @@ KEPT = {
     "shape in what it returns": function(signature="go() -> Tensor", body="x_BT = 1; return x_BT"),
     "containers": function(signature="go(state: dict[str, Tensor]) -> list[np.ndarray]"),
     "constants": "MAX_TOKENS = 1\n",
-    "protocol": 'class Go(Protocol):\n    """Whole sentence."""\n    def on(self, step) -> None: ...\n',
+    "protocol": 'class Go(Protocol):\n    """Whole sentence."""\n'
+    "    def on(self, step) -> None: ...\n",
     "setter": "@x.setter\ndef x(self, n): ...\n",
     "overload": "@typing.overload\ndef go(n): ...\n",
 }

@@ -189,7 +189,8 @@ SMALL = {
     "pipeline/store/artifacts.py": "from ..errors import StoreError\n",
     "pipeline/store/history.py": "def f():\n    import wandb\n",
     "pipeline/data/__init__.py": "",
-    "pipeline/data/corpus.py": "import datasets\nfrom ..config.run import Run\nfrom . import shards\n",
+    "pipeline/data/corpus.py": "import datasets\nfrom ..config.run import RunConfig\n"
+    "from . import shards\n",
     "pipeline/data/shards.py": "import pipeline.errors\n",
     "pipeline/model/trunk.py": "import torch\nfrom ..errors import PipelineError\n",
     "pipeline/model/experts.py": "from .trunk import Trunk\n",
