@@ -64,11 +64,14 @@ def _secret_names() -> dict[str, str]:
     names = {}
     if modal.is_local():
         for purpose in SECRETS:
-            names[purpose] = getattr(CFG.modal, f"{purpose}_secret")
+            name = getattr(CFG.modal, f"{purpose}_secret")
+            if name:
+                names[purpose] = name
     else:
         for pair in os.environ.get("MOLEFORGE_SECRETS", "").split():
-            purpose, _, names[purpose] = pair.partition("=")
-    return {purpose: name for purpose, name in names.items() if name}
+            purpose, _, name = pair.partition("=")
+            names[purpose] = name
+    return names
 
 
 def _secret(purpose: str, name: str) -> modal.Secret:
@@ -109,11 +112,16 @@ image = (
 def _container(machine: MachineConfig, *purposes: str) -> dict:
     """Return what a decorator needs for a container of that machine with the secrets for those
     purposes."""
+    given = []
+    for purpose in purposes:
+        # A purpose without a secret: what it is for is public, or not used
+        if purpose in secrets:
+            given.append(secrets[purpose])
     return {
         "image": image,
         "volumes": {VOLUME: volume},
         "env": ENV,
-        "secrets": [secrets[purpose] for purpose in purposes if purpose in secrets],
+        "secrets": given,
         "gpu": list(machine.gpu) or None,
         "cpu": machine.cpu,
         "memory": machine.memory_mb,
@@ -128,7 +136,9 @@ def _job(name: str) -> dict:
     # A container is asked for before the family is known, so the families that have a stage agree
     # on its machine, and it gets the secrets of all of them
     machine = getattr(CFG.modal, rows[0].machine or name)
-    purposes = dict.fromkeys(purpose for row in rows for purpose in row.secrets)
+    purposes: dict[str, None] = {}
+    for row in rows:
+        purposes |= dict.fromkeys(row.secrets)
     if name in STEPS:
         at_once = CFG.modal.preprocess_jobs
     else:
@@ -274,7 +284,9 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
 def _command_of(stage: str) -> Callable:
     """Return the command of a stage; only one that may have several jobs has the flag that says how
     they share containers."""
-    before = dict.fromkeys(name for row in ROWS[stage].values() for name in row.after)
+    before: dict[str, None] = {}
+    for row in ROWS[stage].values():
+        before |= dict.fromkeys(row.after)
     stages = (*before, stage)
 
     def several(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):

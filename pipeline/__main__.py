@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Whatever the family: which one a run is of is known when its file is read
     for name in STAGES:
         sub = _add_command(commands, name, about(name))
         _add_common(sub, several_configs=False)
@@ -169,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0 done, 2 a person has to mend something, 130
     stopped."""
     args = parser().parse_args(arguments)
+    # Told to whoever has to run it again
     typed = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)
     # Jobs save and end at either signal, so the command treats both as Ctrl-C
@@ -234,9 +236,6 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    # Only this command needs the server's packages
-    from .serve.app import create, listen
-
     folder = args.bundle
     if args.config:
         cfg = load(args.config, tuple(args.override))
@@ -244,6 +243,7 @@ def _serve(args: argparse.Namespace) -> None:
         folder = store.folder(store.require(address(cfg, "deploy")).address)
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
+    # Only a warning: a server behind a proxy that asks for a key needs none itself
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         errors.print(
             f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that",
@@ -253,11 +253,15 @@ def _serve(args: argparse.Namespace) -> None:
     def progress(text: str) -> None:
         errors.print(text, highlight=False)
 
+    # Only this command needs the server's packages, and not before there is a bundle
+    from .serve.app import create, listen
+
     listen(create(folder, key), args.host, args.port, progress)
 
 
 def _out() -> Console:
     console = Console()
+    # Into a file or a pipe rich would write 80 columns, which breaks addresses over lines
     return console if console.is_terminal else Console(width=120)
 
 
@@ -277,6 +281,8 @@ def _show_jobs(manifests: list[Manifest]) -> None:
 def _outcome(metrics: dict) -> str:
     from .run.dry_run import figures
 
+    # What tells a bundle, and a preprocess of documents, by their metrics: a new stage needs no
+    # line here
     if {"files", "experts", "parameters"} <= metrics.keys():
         return (
             f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, "

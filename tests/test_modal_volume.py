@@ -11,7 +11,7 @@ from fakes import StubbedVolume, contents
 
 from pipeline import cloud
 from pipeline.cloud import containers
-from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact
+from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact, OldStore
 from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.run.advice import sentence
@@ -368,3 +368,16 @@ def test_the_bundle_made_last_is_served(volume):
     )
     assert view.commits == 1
     assert cloud.served(volume.path) == volume.path / "artifacts/deploy-1"
+
+
+def test_a_volume_of_an_older_version_is_refused_on_the_laptop_and_in_a_container(
+    volume, tiny, tmp_path
+):
+    view, cfg = volume.view(), load(tiny)
+    (view.path / "store.json").write_text(json.dumps({"format": 1}))
+    view.commit()
+    with pytest.raises(OldStore, match="the volume moleforge has store format 1") as error:
+        cloud.mirror(cfg, tmp_path / "mirror", lambda _folder: [], lambda _path: b'{"format": 1}')
+    assert "type `modal volume rename moleforge NAME`" in sentence(error.value, EDGE)
+    [failed] = work(volume.view(), cfg, "preprocess")
+    assert failed.state == "failed" and "modal volume rename moleforge NAME" in failed.error

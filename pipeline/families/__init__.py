@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ..store.artifacts import Manifest
     from ..train.flops import JobCost
 
-# what every job of a family imports, so that local ones are forked with it
+# What every job of a family imports. Local jobs are forked from a process that has it already: it
+# takes seconds, and its memory is shared.
 PRELOAD = {
     "ffn_moe": ["pipeline.families.ffn_moe.family", "transformers.models.qwen3.modeling_qwen3"],
     "lora_vlm": [
@@ -79,4 +80,5 @@ def family(name: str) -> Family:
 def stage_function(name: str, function: str) -> Callable[..., Any]:
     """Return the function that a row of a family's table names; importing it brings torch."""
     module, _, inner = function.rpartition(".")
-    return getattr(import_module(f".{name}.{module}", __name__), inner)
+    found = import_module(f".{name}.{module}", __name__)
+    return getattr(found, inner)
