@@ -236,7 +236,8 @@ def read(path: Path) -> dict:
 def _object(pairs: list[tuple[str, Any]]) -> dict:
     """Return an object of JSON; like in YAML, a key may be given once."""
     keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = {key for key in keys if keys.count(key) > 1}
     if twice:
-        raise ValueError(f"{', '.join(twice)} is given twice")
+        names = ", ".join(sorted(twice))
+        raise ValueError(f"{names} is given twice")
     return dict(pairs)
