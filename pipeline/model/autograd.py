@@ -15,7 +15,7 @@ class Context(Protocol):
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """What `save_for_backward` was given, None included."""
+        """What `save_for_backward` was given, of whatever shapes, None included."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep inputs, outputs and what lies between for the backward pass."""

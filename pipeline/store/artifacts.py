@@ -334,7 +334,7 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
     """Turn what keeps the system from reading a path into UnreadableFile.
 
     What is not there, or is a folder in a file's place, says something about the store and stays an
-    OSError. `what`: a word before the path, for messages.
+    OSError. `what`: a word before the path, for messages. Raises UnreadableFile.
     """
     try:
         yield

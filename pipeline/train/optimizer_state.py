@@ -74,8 +74,8 @@ Moment = FullPrecision | Quantized8bit
 
 
 def new_moment(kind: str, like: Tensor, signed: bool) -> Moment:
-    """Return a moment of zeros, kept as fp32, bf16 or int8; one that cannot be negative has finer
-    steps in int8."""
+    """Return a moment of zeros for a tensor of any shape, kept as fp32, bf16 or int8; one that
+    cannot be negative has finer steps in int8."""
     if kind == "int8":
         return Quantized8bit(like, signed)
     return FullPrecision(like, torch.bfloat16 if kind == "bf16" else torch.float32)
