@@ -32,7 +32,8 @@ class PairedBootstrap:
             # A document drawn twice counts twice: how often is all that a draw has to say
             count_SU = generator.multinomial(units, even_U, resamples)
             # Counts are exact in fp32, at half the memory
-            self._weights.append(count_SU.astype(np.float32))
+            weight_SU = count_SU.astype(np.float32)
+            self._weights.append(weight_SU)
 
     def ratios(self, sums: Sequence[ndarray]) -> list[ndarray]:
         """Return ratio_S of each stratum from its sum_U: a figure's sum over the drawn units, by

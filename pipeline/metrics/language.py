@@ -210,6 +210,7 @@ def routing(
     mean_share = {}
     for domain, each_LE in share_LE.items():
         mean_share[domain] = each_LE.mean(0).tolist()
+    # Two that are equal: the first one in the stack's order
     least = int(mean_E.argmin())
     most = int(mean_E.argmax())
     dead = []

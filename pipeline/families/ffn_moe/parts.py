@@ -178,7 +178,8 @@ def _pretrained(name: str, revision: str | None) -> tuple[Trunk, Expert]:
 def stored_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     """Return the run's trunk and dummy in fp32, frozen, memory-mapped where they are in main
     memory."""
-    return _opened(parts, parts.tensors("train_shared", "trunk.safetensors"))
+    tensors = parts.tensors("train_shared", "trunk.safetensors")
+    return _opened(parts, tensors)
 
 
 def training_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
@@ -187,9 +188,11 @@ def training_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     if not uses_bf16(cfg.dtype):
         return stored_trunk(cfg, parts)
     if FROZEN in parts.manifest("train_shared").files:
-        return _opened(parts, parts.tensors("train_shared", FROZEN))
+        rounded = parts.tensors("train_shared", FROZEN)
+        return _opened(parts, rounded)
     # The trunk was trained where bf16 is not native: rounded here, in memory of this job's own
-    return _opened(parts, in_bf16(parts.tensors("train_shared", "trunk.safetensors")))
+    exact = parts.tensors("train_shared", "trunk.safetensors")
+    return _opened(parts, in_bf16(exact))
 
 
 def _opened(

@@ -97,6 +97,7 @@ STAGES = table(
         "family.measure",
         kind="report",
         needs=("preprocess", "train_shared", "train_experts", "train_router", "train_dense"),
+        # The run's name stands in the report
         reads=("name", "evaluate"),
         version=2,  # the report is of a schema
         secrets=("hub",),
