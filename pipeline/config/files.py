@@ -63,7 +63,8 @@ def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
-    under = resolve(path.parent / base, (*seen, path.resolve()))
+    way_here = (*seen, path.resolve())
+    under = resolve(path.parent / base, way_here)
     return overlay(under, own, raw)
 
 
@@ -212,6 +213,7 @@ def _from(here: Path, path: Any) -> Any:
 def read(path: Path) -> dict:
     """Return what a JSON or YAML file holds, as it stands there. Raises ConfigError."""
     is_json = path.suffix == ".json"
+    language = "JSON" if is_json else "YAML"
     try:
         text = path.read_text("utf-8")
         # Not all JSON is YAML: "\ud83d\ude00", one character in JSON, would be two halves.
@@ -223,7 +225,7 @@ def read(path: Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not {'JSON' if is_json else 'YAML'}: {error}") from None
+        raise ConfigError(f"{path} is not {language}: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
