@@ -271,17 +271,15 @@ def _report(cfg, tables, metrics: dict, outside: dict | None) -> str:
     calibration, build = tables.calibration[0], cfg.loras.base.build
     said = (
         f"Requests of no domain ({outside['requests']} of them, none trained with) by low "
-        "confidence: AUROC "
-        f"{outside['auroc']:.3f}.\n"
+        f"confidence: AUROC {outside['auroc']:.3f}.\n"
         if outside
         else ""
     )
     return (
         f"{test.requests:,} test requests of {len(tables.choices)} domains. Router: rank "
-        f"{metrics['rank']} on a "
-        f"random base of width {build.hidden}, {build.layers} layers and {build.vocab_size} "
-        "tokens, "
-        f"{metrics['steps']:,} steps of {cfg.loras.defaults.batch_sequences} requests, "
+        f"{metrics['rank']} on a random base of width {build.hidden}, {build.layers} layers and "
+        f"{build.vocab_size} tokens, {metrics['steps']:,} steps of "
+        f"{cfg.loras.defaults.batch_sequences} requests, "
         f"{metrics['all_s']:.0f} s.\n\n"
         f"{table(head, rows)}\n{table(['domain', 'recall'], recall)}\n"
         f"Calibration: temperature {tables.temperature:.2f} from the validation requests; ECE "

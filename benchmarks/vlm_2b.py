@@ -382,15 +382,12 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
     together.append(["together", *(f"{sum(x[k] for x in held):,.0f}" for k in kinds)])
     return (
         f"{made['parameters']:,} random parameters, {made['file_bytes'] / 1e6:,.0f} MB of bfloat16 "
-        "in one file; "
-        f"adapters of rank 16 on all projections of the language model; picture {PICTURE_PX} x "
-        f"{PICTURE_PX} px.\n\n"
+        "in one file; adapters of rank 16 on all projections of the language model; picture "
+        f"{PICTURE_PX} x {PICTURE_PX} px.\n\n"
         f"{table(head, rows)}\nAll MB above the level after imports. A step has {step['tokens']} "
-        "tokens, batch 1; "
-        f"each of these processes does {STEPS} and validates; the answer reads {answer['tokens']} "
-        "and writes "
-        f"{answer['new_tokens']} (router {answer['route_s']:.0f} s, expert "
-        f"{answer['generate_s']:.0f} s). Predicted: "
+        f"tokens, batch 1; each of these processes does {STEPS} and validates; the answer reads "
+        f"{answer['tokens']} and writes {answer['new_tokens']} (router {answer['route_s']:.0f} s, "
+        f"expert {answer['generate_s']:.0f} s). Predicted: "
         "the plan's formula with the row's real length; planned: what `plan` says when no row is "
         "prepared yet.\n\n"
         f"{len(held)} processes at once, each after a forward pass through router and expert:\n\n"
@@ -401,9 +398,8 @@ def _report(found: dict[str, dict], held: list[dict], made: dict) -> str:
 def _ending(args: argparse.Namespace) -> str:
     return (
         f"{hardware(args.threads, PACKAGES)}. Each row ran in a fresh process. Peak: VmHWM, "
-        "cleared after imports; "
-        "anonymous and mapped: RssAnon and RssFile, looked at every 20 ms, so that their peaks "
-        "need not be at one "
+        "cleared after imports; anonymous and mapped: RssAnon and RssFile, looked at every 20 ms, "
+        "so that their peaks need not be at one "
         "moment. Share and private: smaps_rollup, imports included. Seconds are of a shared "
         "machine and say little."
     )

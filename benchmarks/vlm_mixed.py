@@ -49,9 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     sizes = sum(p.numel() for p in stack.model.core.parameters())
     ending = (
         f"{hardware(args.threads, PACKAGES)}. Base and {len(stack.model.adapters)} adapters: "
-        f"{sizes:,} parameters, "
-        f"{next(stack.model.core.parameters()).dtype}; weights in memory, pictures opened before "
-        "the clock starts. The "
+        f"{sizes:,} parameters, {next(stack.model.core.parameters()).dtype}; weights in memory, "
+        "pictures opened before the clock starts. The "
         "stack's own code answers in all ways: it encodes pictures, tokenizes prompts and decodes "
         "texts in the time."
     )
@@ -81,8 +80,7 @@ def measured(stack, asked: Sequence[tuple[str, object]], rounds: int) -> tuple[s
         f"{_table(first, len(asked))}\nThe whole stack: the router decides, then its experts "
         "answer:\n\n"
         f"{_table(second, len(asked))}\nEvery way gave every request the same text (checked in "
-        "every round). "
-        f"Target: at least {TARGET:g} times as fast as one by one; "
+        f"every round). Target: at least {TARGET:g} times as fast as one by one; "
         f"{'met' if min(reached) >= TARGET else 'missed'} ({reached[0]:.2f} and "
         f"{reached[1]:.2f}).\n"
     )

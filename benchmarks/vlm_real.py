@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         text = reported(raw, work / "store", time.perf_counter() - start)
     ending = (
         f"{hardware(args.threads, PACKAGES)}. Intervals resample pictures with all their requests "
-        "1000 times; they do "
-        "not cover seeds of training. One seed was run."
+        "1000 times; they do not cover seeds of training. One seed was run."
     )
     finish(args, "vlm_real", "The whole chain on real pictures", text, _cannot(), ending)
     return 0
@@ -180,11 +179,10 @@ def reported(raw: Mapping, folder: Path, seconds: float) -> str:
     head = ["task", "train", "valid", "test", "pictures", "dropped", "too long to train"]
     return (
         f"A random Qwen3-VL of {model['base_parameters'] / 1e6:.1f} M parameters, pictures of at "
-        "most "
-        f"{image.max_pixels:,} px ({image.max_pixels // 1024} tokens); {cfg.loras.defaults.steps} "
-        "steps of "
-        f"{cfg.loras.defaults.batch_sequences} rows per expert, {cfg.loras.router.steps} for the "
-        "router. The whole run "
+        f"most {image.max_pixels:,} px ({image.max_pixels // 1024} tokens); "
+        f"{cfg.loras.defaults.steps} "
+        f"steps of {cfg.loras.defaults.batch_sequences} rows per expert, {cfg.loras.router.steps} "
+        "for the router. The whole run "
         f"took {seconds:.0f} s.\n\n"
         f"{table(head, made)}\n"
         f"{_routing(report['routing'])}\n{_tasks(report['adapters'], cfg, parts)}\n"
@@ -278,8 +276,8 @@ def _tasks(adapters: Mapping, cfg, parts) -> str:
     ]
     return (
         f"## Experts\n\n{table(head, rows)}\nConstant: always the commonest training answer to the "
-        "same prompt (to "
-        "any, where the prompt is new), over all test rows; it looks at no picture.\n"
+        "same prompt (to any, where the prompt is new), over all test rows; it looks at no "
+        "picture.\n"
     )
 
 
@@ -326,19 +324,16 @@ def _interval(ends, sign: str = "") -> str:
 def _cannot() -> str:
     return (
         "What this cannot show: the base is random, its vision tower never trained, and pictures "
-        "are shrunk to a few "
-        "tokens. Such a model cannot learn to read print, to describe a photograph or to check a "
-        "sentence against "
-        "shapes. An expert above the constant has learnt something crude (how full of cells a "
-        "picture looks, how long "
+        "are shrunk to a few tokens. Such a model cannot learn to read print, to describe a "
+        "photograph or to check a "
+        "sentence against shapes. An expert above the constant has learnt something crude (how "
+        "full of cells a picture looks, how long "
         "a line is); one that is no better has learnt the answers' form and frequencies and "
-        "nothing of the picture. "
-        "The router's task is easier, as the five kinds of pictures look nothing alike (see how "
-        "far a regression on "
+        "nothing of the picture. The router's task is easier, as the five kinds of pictures look "
+        "nothing alike (see how far a regression on "
         "the frozen random base's features comes), and its numbers say nothing of tasks that share "
-        "a kind of picture. "
-        "Receipts and lines come from the same shops, and shops are not kept apart. What it does "
-        "show: real files go "
+        "a kind of picture. Receipts and lines come from the same shops, and shops are not kept "
+        "apart. What it does show: real files go "
         "through the whole chain as they are, and every number comes with its baseline.\n"
     )
 
