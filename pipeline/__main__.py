@@ -207,6 +207,9 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "plan":
         from .run.dry_run import show_plan
 
+        # A plan makes no store, but it must not show as done what another version left
+        if (store.root / "store.json").exists():
+            store.open()
         show_plan(cfg, store, _out())
         return
     _run(args, cfg, store.open())

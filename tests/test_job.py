@@ -11,6 +11,7 @@ import pytest
 from fakes import told
 
 from pipeline import errors
+from pipeline.__main__ import main
 from pipeline.cloud import ModalEdge
 from pipeline.config.run import RunConfig
 from pipeline.families.load import load
@@ -171,6 +172,16 @@ def test_each_edge_says_what_to_type_there(error):
     assert told(error) == here
     assert sentence(error, ModalEdge(Path("/store"))) == far
     assert "`" not in str(error)
+
+
+def test_no_command_takes_what_an_older_version_left_for_done(tmp_path, capsys):
+    (tmp_path / "store.json").write_text('{"format": 1}')
+    config = Path(__file__).parent.parent / "config/demo.yaml"
+    for command in ("plan", "preprocess", "prune"):
+        assert main([command, "--config", str(config), "--store", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "has store format 1" in said and "choose another directory with --store" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
 
 
 def test_a_stage_without_steps_or_jobs_of_another_family_is_nothing(runs):

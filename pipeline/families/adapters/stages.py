@@ -49,6 +49,7 @@ STAGES = table(
         kind="training",
         items="experts",
         needs=("preprocess", "train_shared"),
+        # Its own rows alone: what is said of another expert's data leaves this adapter as it is
         needs_own=("preprocess",),
         reads=_TRAINED,
         reads_also="expert_reads",
@@ -72,6 +73,7 @@ STAGES = table(
         "family.measure",
         kind="report",
         needs=_UP_TO_ROUTER,
+        # The name too, as the report shows it
         reads=("family", "name", "evaluate"),
         reads_also="report_reads",
         version=2,  # the report is of a schema
