@@ -49,7 +49,8 @@ PATCH_PX = 16  # width and height of a patch
 # a picture is a film of two equal frames; 2 x 2 patches become one token
 FRAMES = 2
 MERGED = 2
-# the Hub's chat template, as far as requests here go
+# the Hub's chat template, as far as requests here go; its bytes are in the digest of every base
+# that was built
 TEMPLATE = """\
 {%- for turn in messages -%}
 <|im_start|>{{ turn.role + '\\n' }}
@@ -57,13 +58,14 @@ TEMPLATE = """\
 {{ turn.content }}
 {%- else -%}
 {%- for part in turn.content -%}
-{%- if 'text' in part -%}{{ part.text }}{%- else -%}<|vision_start|><|image_pad|><|vision_end|>{%- endif -%}
+{%- if 'text' in part -%}{{ part.text }}{%- else -%}\
+<|vision_start|><|image_pad|><|vision_end|>{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 <|im_end|>{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant{{ '\\n' }}{%- endif -%}
-"""  # noqa: E501 (its bytes are in the digest of every base that was built)
+"""
 
 
 class PictureProcessor(Qwen3VLProcessor):
