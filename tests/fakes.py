@@ -5,6 +5,7 @@ B rows, D inputs, H hidden units.
 """
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch import nn
 
 from pipeline.config.fit import FitConfig
 from pipeline.config.run import RunConfig
-from pipeline.errors import MissingArtifact
+from pipeline.errors import MissingArtifact, UnreadableFile
 from pipeline.families import Parts
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.store.artifacts import Manifest, inventory, load_tensors
+from pipeline.train.checkpoint import restore
 from pipeline.train.loop import HistoryWriter, Task, TrainIO
+from pipeline.train.optimizer import AdamW
 
 TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
 
@@ -164,6 +167,94 @@ def dying(task, step, how=Killed):
             raise how
 
     return replace(task, before_step=before_step)
+
+
+class FaultyReads:
+    """Counts what is read below a folder, of names and of bytes, and lets one read fail as the
+    system would; `at` is its number, `error` an errno."""
+
+    def __init__(self, patch, folder):
+        import safetensors.torch
+
+        self.folder, self.seen, self.at, self.error = str(folder), 0, None, 0
+        for module, name in ((os, "lstat"), (os, "stat"), (os, "scandir"), (os, "listdir")):
+            patch.setattr(module, name, self._watched(getattr(module, name)))
+        patch.setattr(safetensors.torch, "load_file", self._watched(safetensors.torch.load_file))
+        patch.setattr(io, "open", self._opened(io.open))
+
+    def fail(self, at, error):
+        """Begin to count again; read number `at` is the one that fails."""
+        self.seen, self.at, self.error = 0, at, error
+
+    def _fails(self, path):
+        if not isinstance(path, str | os.PathLike) or not str(path).startswith(self.folder):
+            return False
+        self.seen += 1
+        return self.seen - 1 == self.at
+
+    def _refused(self, path):
+        return OSError(self.error, os.strerror(self.error), str(path))
+
+    def _watched(self, real):
+        def call(path=".", *args, **more):
+            if self._fails(path):
+                raise self._refused(path)
+            return real(path, *args, **more)
+
+        return call
+
+    def _opened(self, real):
+        def call(path, mode="r", *args, **more):
+            if "r" in mode and self._fails(path):
+                raise self._refused(path)
+            file = real(path, mode, *args, **more)
+            # the second chance of a file to fail: it opens, and its bytes do not come
+            if mode == "rb" and self._fails(path):
+                file.close()
+                return io.BufferedReader(_Failing(self._refused(path)))
+            return file
+
+        return call
+
+
+class _Failing(io.RawIOBase):
+    """A file whose bytes the disk does not give."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def readable(self):
+        """Say that reading may be tried."""
+        return True
+
+    def readinto(self, _buffer):
+        """Fail."""
+        raise self.error
+
+
+def unreadable(folder, task, patch, error):
+    """Let each read of restoring `task` from `folder` fail in turn; return how many there are.
+
+    Each must end in UnreadableFile that says why, with every file as it was.
+    """
+    before = inventory(folder)
+    optimizer = AdamW(task.parameters, task.options, task.bf16_params)
+    with patch.context() as patched:
+        reads = FaultyReads(patched, folder)
+        for at in range(1000):
+            reads.fail(at, error)
+            try:
+                restore(folder, task, optimizer, print)
+            except UnreadableFile as said:
+                reads.fail(None, 0)
+                assert inventory(folder) == before
+                assert os.strerror(error) in str(said)
+                assert str(folder) in str(said)
+                assert "nothing was changed" in told(said)
+            else:
+                return at
+    raise AssertionError("a thousand reads")
 
 
 def values(task):

@@ -1,6 +1,7 @@
 """The trainings of lora_vlm: the loss they minimise, what moves and what does not, and that they
 can be killed."""
 
+import errno
 import hashlib
 import shutil
 from dataclasses import replace
@@ -8,10 +9,17 @@ from dataclasses import replace
 import lora_small
 import pytest
 import torch
-from fakes import FolderParts, Killed, dying, equal, train_io, values
+from fakes import FolderParts, Killed, dying, equal, train_io, unreadable, values
 
 from pipeline.data.tasks.prepare import TaskRows, prepare
-from pipeline.errors import BudgetError, ConfigError, DataError, MissingArtifact, PipelineError
+from pipeline.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    MissingArtifact,
+    OtherCheckpoint,
+    PipelineError,
+)
 from pipeline.families.adapters import peft_io
 from pipeline.families.adapters.base import ModelRef
 from pipeline.families.adapters.chat import Example, encode
@@ -249,6 +257,32 @@ def test_killed_and_resumed_is_undisturbed_bit_for_bit(shared, tmp_path, name):
         assert [resumed[k] for k in ("steps", "train_nats", "valid_nats", "kept_step")] == [
             metrics[k] for k in ("steps", "train_nats", "valid_nats", "kept_step")
         ]
+
+
+@pytest.mark.parametrize("name", ["color", "router"])
+def test_a_checkpoint_that_cannot_be_read_stays_and_is_gone_on_from(
+    shared, tmp_path, monkeypatch, name
+):
+    slots = tmp_path / "slots"
+    with pytest.raises(Killed):
+        fit(dying(lora_small.task_of(shared, name), 2), train_io(slots))
+    task, here = lora_small.task_of(shared, name), train_io(slots)
+    assert unreadable(slots, task, monkeypatch, errno.EIO) > 8
+    fit(task, here)
+    assert here.recorder.starts == [2]
+
+
+def test_a_checkpoint_of_the_other_arithmetic_is_refused_though_its_tensors_are_alike(
+    shared, tmp_path
+):
+    # an adapter's tensors are fp32 in either, so nothing but the checkpoint's own word tells
+    for before, after in (("fp32", "bf16"), ("bf16", "fp32")):
+        slots = tmp_path / before
+        with pytest.raises(Killed):
+            fit(dying(lora_small.task_of(of(shared, dtype=before), "color"), 2), train_io(slots))
+        with pytest.raises(OtherCheckpoint) as found:
+            fit(lora_small.task_of(of(shared, dtype=after), "color"), train_io(slots))
+        assert found.value.setting == f"dtype: {before}"
 
 
 def test_two_runs_give_the_same_files_and_another_seed_others(parts, tmp_path):

@@ -1,22 +1,40 @@
 """Two slots: what a save leaves, and what happens when a slot is not what was written."""
 
+import errno
 import gc
 import json
 import os
+import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, flip, in_bf16, small_task, train_io, values
+from fakes import (
+    FaultyReads,
+    Killed,
+    dying,
+    equal,
+    flip,
+    in_bf16,
+    small_task,
+    told,
+    train_io,
+    unreadable,
+    values,
+)
 
-from pipeline.errors import DiskFull
+from pipeline.errors import DiskFull, OtherCheckpoint, UnreadableFile
+from pipeline.store.artifacts import inventory
 from pipeline.train import checkpoint, loop
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.loop import fit
 from pipeline.train.memory_plan import MemoryPlan
 
 FILES = ("state.safetensors", "state.json")
+# What a system says of files that may be as good as ever.
+REFUSALS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 
 
 def flip_letter(path):
@@ -61,7 +79,7 @@ def stopped(tmp_path):
 
 def slots(folder):
     """Return {step: slot}."""
-    found = sorted(folder.glob("*/state.json"))
+    found = sorted(folder.glob("[ab]/state.json"))
     return {json.loads(path.read_text())["run"]["step"]: path.parent for path in found}
 
 
@@ -114,6 +132,99 @@ def test_two_damaged_slots_start_over_and_say_so(stopped, name, how):
     )
 
 
+@pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
+def test_what_cannot_be_read_ends_the_run_and_stays(stopped, error, monkeypatch):
+    folder, wanted = stopped
+    # two slots are looked for, and each has its numbers; then the newer one's tensors and best state
+    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 3 + 2
+    got, recorder = resume(folder)
+    assert recorder.starts == [7] and recorder.notes == [] and equal(got, wanted)
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
+def test_beside_a_damaged_slot_too_and_the_damage_is_told_by_the_next(stopped, error, monkeypatch):
+    folder, wanted = stopped
+    flip(slots(folder)[7] / "state.safetensors")
+    # the tensors of both, and whether the damaged slot's next name is taken
+    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 2 + 3 + 2 + 1
+    # the attempt in which nothing failed has put the damaged slot aside
+    got, recorder = resume(folder)
+    assert recorder.starts == [6] and equal(got, wanted)
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
+def test_a_save_that_cannot_see_which_slot_is_older_writes_over_neither(
+    stopped, error, monkeypatch
+):
+    folder, wanted = stopped
+    before = inventory(folder)
+    for at in range(4):
+        reads = FaultyReads(monkeypatch, folder)
+
+        def save(*args, reads=reads, at=at):
+            reads.fail(at, error)
+            checkpoint.save(*args)
+
+        monkeypatch.setattr(loop, "save", save)
+        with pytest.raises(UnreadableFile, match=os.strerror(error)):
+            fit(small_task(), train_io(folder))
+        monkeypatch.undo()
+        assert inventory(folder) == before
+    got, recorder = resume(folder)
+    assert recorder.starts == [7] and equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", DAMAGE)
+def test_what_is_damaged_is_kept_aside_until_the_artifact_is_whole(stopped, name, how):
+    folder, _ = stopped
+    slot = slots(folder)[7]
+    DAMAGE[how](slot / name)
+    found = inventory(slot)
+    _, recorder = resume(folder)
+    aside = list(folder.glob("*.damaged-*"))
+    if name == "state.json" and how == "deleted":
+        # as a kill in a save leaves it: nothing that anyone could go on from
+        assert not aside and "was not finished" in recorder.notes[0]
+        return
+    assert [path.name.partition(".")[0] for path in aside] == [slot.name]
+    assert inventory(aside[0]) == found
+    assert f"kept as {aside[0].name}" in recorder.notes[0]
+
+
+def test_names_of_what_is_kept_aside_are_not_used_twice(stopped, monkeypatch):
+    folder, _ = stopped
+    stands_still = time.gmtime(0)
+    monkeypatch.setattr("pipeline.train.checkpoint.time.gmtime", lambda: stands_still)
+    for _ in range(3):
+        flip(slots(folder)[max(slots(folder))] / "state.safetensors")
+        with pytest.raises(Killed):
+            fit(dying(small_task(), 8), train_io(folder))
+    assert len(list(folder.glob("*.damaged-19700101T000000Z*"))) == 3
+
+
+@pytest.mark.parametrize("put", ["a file", "a link that leads nowhere", "a folder for a file"])
+def test_what_is_no_slot_is_renamed_aside(stopped, put):
+    folder, wanted = stopped
+    slot = slots(folder)[7]
+    shutil.rmtree(slot)
+    if put == "a file":
+        slot.write_text("x")
+    elif put == "a folder for a file":
+        (slot / "state.json").mkdir(parents=True)
+    else:
+        slot.symlink_to(folder / "nowhere")
+    got, recorder = resume(folder)
+    assert recorder.starts == [6] and equal(got, wanted)
+    assert len(recorder.notes) == 1 and f"kept as {slot.name}.damaged-" in recorder.notes[0]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnreadableFile, match="it is no folder"):
+        fit(small_task(), train_io(tmp_path / "file"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_good_slot_is_not_the_next_one_written_over(stopped, name, monkeypatch):
     folder, wanted = stopped
@@ -139,15 +250,72 @@ def test_a_changed_number_in_state_json_is_seen(stopped):
     assert "checksum differs" in recorder.notes[0] and equal(got, wanted)
 
 
-def test_a_checkpoint_of_other_parameters_is_not_used(stopped):
-    folder, _ = stopped
+def refused(folder, task):
+    """Resume a run that cannot go on; return the error, having seen that nothing was touched."""
+    before = inventory(folder)
+    here = train_io(folder)
+    with pytest.raises(OtherCheckpoint) as found:
+        fit(task, here)
+    assert inventory(folder) == before
+    assert here.recorder.starts == here.recorder.notes == []
+    assert found.value.remove == folder
+    assert f"remove {folder} to start over at step 0" in told(found.value)
+    return found.value
+
+
+def rewritten(folder, change):
+    """Change the numbers of both slots as a program would that writes others; its sums are right."""
+    for slot in slots(folder).values():
+        numbers = json.loads((slot / "state.json").read_text())
+        numbers.pop("checksum")
+        change(numbers)
+        numbers["checksum"] = checkpoint._checksum(numbers)
+        (slot / "state.json").write_text(json.dumps(numbers))
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(stopped):
+    folder, wanted = stopped
     task = small_task()
     renamed = {f"new {name}": p for name, p in task.parameters.items()}
-    here = train_io(folder)
-    fit(replace(task, parameters=renamed), here)
-    assert (
-        here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
-    )
+    error = refused(folder, replace(task, parameters=renamed))
+    assert "exp_avg/bias is [8] there and absent here" in str(error)
+    got, recorder = resume(folder)
+    assert recorder.starts == [7] and equal(got, wanted)
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(stopped):
+    folder, _ = stopped
+    task = small_task()
+    wider = dict(task.parameters, bias=torch.nn.Parameter(torch.zeros(9)))
+    assert "is [8] there and [9] here" in str(refused(folder, replace(task, parameters=wider)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda numbers: numbers.update(format=7, version="9.9"),
+            "by MoleForge 9.9, which goes on",
+        ),
+        (lambda numbers: [numbers.pop(k) for k in ("format", "version", "dtype")], "by an earlier"),
+        (lambda numbers: numbers["run"].pop("best_step"), "cannot"),
+        (lambda numbers: numbers["run"].update(more=1), "cannot"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(stopped, change, said):
+    folder, _ = stopped
+    rewritten(folder, change)
+    assert said in str(refused(folder, small_task()))
+
+
+def test_one_slot_of_another_version_is_enough_to_refuse(stopped):
+    folder, _ = stopped
+    other = slots(folder)[7] / "state.json"
+    older = slots(folder)[6] / "state.json"
+    kept = older.read_text()
+    rewritten(folder, lambda numbers: numbers.update(format=7))
+    older.write_text(kept)
+    assert other.parent.name in str(refused(folder, small_task()))
 
 
 def test_leftovers_of_a_killed_save_do_not_pile_up(stopped):
@@ -267,6 +435,8 @@ def test_a_damaged_best_state_costs_the_slots_that_name_it(better, how):
     got, recorder = went_on(folder)
     assert recorder.starts == [5] and equal(got, wanted)
     assert len(recorder.notes) == 1 and "best-6.safetensors" in recorder.notes[0]
+    aside = {path.name.partition(".damaged-")[0] for path in folder.glob("*.damaged-*")}
+    assert aside >= {"best-6.safetensors"} - ({"best-6.safetensors"} if how == "deleted" else set())
     assert recorder.notes[0].endswith("; going on from the other one, step 5")
 
 
@@ -382,15 +552,20 @@ def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):
 
 
 @pytest.mark.parametrize("kinds", [(in_bf16, lambda task: task), (lambda task: task, in_bf16)])
-def test_a_checkpoint_of_the_other_arithmetic_is_not_mistaken(tmp_path, kinds):
+def test_a_checkpoint_of_the_other_arithmetic_is_refused_with_the_setting_that_continues_it(
+    tmp_path, kinds
+):
     before, after = kinds
     with pytest.raises(Killed):
         fit(dying(before(small_task()), 5), train_io(tmp_path))
-    here, task = train_io(tmp_path), after(small_task())
+    error = refused(tmp_path, after(small_task()))
+    theirs = "bf16" if before is in_bf16 else "fp32"
+    assert error.setting == f"dtype: {theirs}"
+    assert f"set dtype: {theirs} to go on from it, or remove" in told(error)
+    # the setting that it names does
+    task, here = before(small_task()), train_io(tmp_path)
     fit(task, here)
-    assert (
-        here.recorder.starts == [0] and "another version of this program" in here.recorder.notes[0]
-    )
+    assert here.recorder.starts == [5]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ B sequences, T tokens, E experts, L layers, D model width.
 """
 
 import contextlib
+import errno
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import FolderParts
+from fakes import FolderParts, Killed, dying, train_io, unreadable
 
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
@@ -348,6 +349,30 @@ def test_dtype_is_the_arithmetic_and_never_the_storage(trained, dtype):
     assert set(seen) == {torch.float32 if dtype == "fp32" else torch.bfloat16}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in task.parameters.values())
     assert task.bf16 == (dtype == "bf16")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "item"),
+    [
+        ("train_shared", ()),
+        ("train_experts", ("beta",)),
+        ("train_router", ()),
+        ("train_dense", ("ffn",)),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_stays_and_is_gone_on_from(
+    trained, tmp_path, monkeypatch, stage, item, dtype
+):
+    cfg = small.config(dtype=dtype, dense__baselines=("ffn",))
+    parts = FolderParts(cfg, trained.root)
+    make = small.MAKERS[stage]
+    with pytest.raises(Killed):
+        loop.fit(dying(make(cfg, parts, *item), 2), train_io(tmp_path))
+    assert unreadable(tmp_path, make(cfg, parts, *item), monkeypatch, errno.EIO) > 8
+    task, here = make(cfg, parts, *item), train_io(tmp_path)
+    loop.fit(task, here)
+    assert here.recorder.starts == [2]
 
 
 def test_a_tokenizer_larger_than_the_pretrained_trunk_is_a_mismatch(trained, tmp_path):

@@ -113,6 +113,8 @@ ERRORS = [
     errors.DamagedArtifact("f is torn", remove=Path("/copies/f"), stage="deploy"),
     errors.MismatchError("c is of d", remove=Path("/store/artifacts/c"), stage="train_experts"),
     errors.DiskFull("no room for e", in_store=True),
+    errors.UnreadableFile("/store/f cannot be read: Input/output error", path=Path("/store/f")),
+    errors.OtherCheckpoint("g is in bf16", remove=Path("/store/resume/g"), setting="dtype: bf16"),
     errors.OldStore("/store is old", root=Path("/store")),
     errors.NewerStore("/store is new", root=Path("/store"), remedy="update MoleForge"),
     errors.JobsFailed("evaluate", (None,), {None: errors.DataError("no rows")}),
@@ -143,6 +145,18 @@ SENTENCES = {
         "the same command again",
         "no room for e. What was finished is kept: make room (`modal volume rm -r moleforge "
         "artifacts/NAME` removes what is not needed), then run the same command again",
+    ),
+    "/store/f cannot be read: Input/output error": (
+        "/store/f cannot be read: Input/output error; nothing was changed: mend the cause and run "
+        "the same command again",
+        "/store/f cannot be read: Input/output error; nothing was changed: mend the cause and run "
+        "the same command again",
+    ),
+    "g is in bf16": (
+        "g is in bf16; set dtype: bf16 to go on from it, or remove /store/resume/g to start over "
+        "at step 0",
+        "g is in bf16; set dtype: bf16 to go on from it, or type `modal volume rm -r moleforge "
+        "resume/g` to start over at step 0",
     ),
     "/store is old": (
         "/store is old; choose another directory with --store",

@@ -1,6 +1,7 @@
 """The training loop on a network of three tensors: what it computes, what it keeps, where it
 stops."""
 
+import itertools
 import math
 import os
 import re
@@ -323,10 +324,26 @@ def test_rows_tell_where_the_time_went(tmp_path):
         assert min(row[k] for k in ("data_s", "forward_s", "backward_s", "optimizer_s")) > 0
         assert row["tokens"] == row["step"] * 8 * 4
     assert [row["step"] for row in here.recorder.rows if "valid_nats" in row] == [3, 6, 9, 10]
-    parts = sum(
-        metrics[f"{k}_s"] for k in ("data", "forward", "backward", "optimizer", "evaluate", "save")
-    )
+    phases = ("start", "data", "forward", "backward", "optimizer", "evaluate", "save")
+    parts = sum(metrics[f"{phase}_s"] for phase in phases)
     assert metrics["seconds"] == pytest.approx(parts) and metrics["tokens"] == 10 * 8 * 4
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_rates_and_peaks_of_a_killed_run_cover_all_attempts(tmp_path, monkeypatch, step):
+    ticks = itertools.count()
+    monkeypatch.setattr("pipeline.train.loop.time.perf_counter", lambda: float(next(ticks)))
+    # rows come seldom and checkpoints after every step: most kills fall between a row and the next
+    first = train_io(tmp_path, log_every_steps=4)
+    first.peak.carry(3 * 10**15, 4 * 10**15)
+    with pytest.raises(Killed):
+        fit(dying(small_task(), step), first)
+    metrics = fit(small_task(), train_io(tmp_path, log_every_steps=4))
+    # each phase of a step ends with one look at the clock, and ten steps are in the result
+    phases = [metrics[f"{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")]
+    assert phases == [10, 10, 10, 10]
+    assert metrics["tokens_per_s"] == 10 * 8 * 4 / 40
+    assert (metrics["peak_mb"], metrics["host_peak_mb"]) == (3e9, 4e9)
 
 
 @pytest.mark.parametrize("micro", [None, 3])

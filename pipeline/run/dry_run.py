@@ -66,7 +66,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
 def _state(store: Store, address: str) -> str:
     if store.has(address):
         return "done"
-    steps = [_saved_step(path) for path in store.resume(address).glob("*/state.json")]
+    steps = [_saved_step(path) for path in store.resume(address).glob("?/state.json")]
     return f"at step {max(steps)}" if steps else "to do"
 
 

@@ -331,7 +331,7 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
 
 @contextlib.contextmanager
 def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Turn what keeps the system from reading a path into UnreadableFile.
+    """Give what keeps the system from reading a path a name of its own.
 
     What is not there, or is a folder in a file's place, says something about the store and stays an
     OSError. `what`: a word before the path, for messages. Raises UnreadableFile.

@@ -1,14 +1,17 @@
 """Two slots per run in progress: a torn or damaged write never costs the last good state.
 
-A slot is state.safetensors, then state.json with its sha256 and a checksum over itself; a slot that
-does not match is removed when it is found, so that the good one is never the one that the next save
-writes over. The best state is a file beside them that a slot names, so that it takes no memory; it
-goes when no slot names it any more.
+A slot is state.safetensors, then state.json with its sha256 and a checksum over itself. A slot that
+was read and does not match is renamed aside, so that the good one is never the one that the next
+save writes over; one that cannot be read, or that another kind of run wrote, ends the run with
+everything as it was. The best state is a file beside them that a slot names, so that it takes no
+memory; it goes when no slot names it any more.
 """
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -18,10 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import DamagedArtifact
+from .. import __version__
+from ..errors import DamagedArtifact, OtherCheckpoint, UnreadableFile
 from ..store.artifacts import (
     flush,
     load_tensors,
+    reading,
     save_tensors,
     sha256,
     translate_disk_errors,
@@ -33,6 +38,11 @@ from .optimizer_state import SCALE
 SLOTS = ("a", "b")
 TENSORS = "state.safetensors"
 NUMBERS = "state.json"
+# Raised when a slot's files or numbers mean something else than before; `run.step` stays.
+FORMAT = 1
+ASIDE = ".damaged-"  # in the name of what was found wrong, before the time
+# Something lies there, and it is no file or no folder as a slot has it.
+NOT_A_SLOT = (NotADirectoryError, IsADirectoryError)
 
 
 class Resumable(Protocol):
@@ -45,6 +55,10 @@ class Resumable(Protocol):
     @property
     def state(self) -> Mapping[str, Tensor]:
         """Other tensors that the next step depends on, by name."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the network computes in bf16, whatever its parameters are kept in."""
 
 
 @dataclass
@@ -64,6 +78,9 @@ class TrainState:
     micro_batch: int = 0  # rows of a forward pass; 0: none was made yet
     max_micro_batch: int = 0  # what it may still grow to
     best_sha256: str = ""  # of the file that holds the best state; empty: none is kept
+    # above the level at which an attempt began, the highest of all attempts
+    peak_bytes: int = 0
+    host_peak_bytes: int = 0
 
     def evaluated(self, nats: float) -> bool:
         """Take note of a validation loss; return whether it is the best so far."""
@@ -79,9 +96,20 @@ class TrainState:
         return better
 
 
+class _Damage(DamagedArtifact):
+    """What was read and is not what was written; `paths` are renamed aside, none when nothing of it
+    is worth keeping."""
+
+    def __init__(self, text: str, *paths: Path):
+        super().__init__(text)
+        self.paths = paths
+
+
 def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> None:
-    """Write the older slot: part file, flush, rename, then its state.json. Raises DiskFull or
-    OSError."""
+    """Write the older slot: part file, flush, rename, then its state.json.
+
+    Raises DiskFull, OSError, or UnreadableFile when the system does not say which slot is older.
+    """
     first, second = (folder / name for name in SLOTS)
     slot = first if _step_of(first) <= _step_of(second) else second
     # its numbers go first: without them the rest is no checkpoint, however far the removal comes;
@@ -93,7 +121,13 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
     _write_tensors(slot / TENSORS, _state_tensors(task, optimizer))
     # the tensors are whole on the disk before the numbers name them
     run.saved_step = run.step
-    numbers = {"sha256": sha256(slot / TENSORS), "run": asdict(run)}
+    numbers = {
+        "format": FORMAT,
+        "version": __version__,
+        "dtype": _dtype(task, optimizer),
+        "sha256": sha256(slot / TENSORS),
+        "run": asdict(run),
+    }
     checksum = _checksum(numbers)
     write_text(slot / NUMBERS, json.dumps(numbers | {"checksum": checksum}))
     # only now, as the slot that was written over may have named another best state
@@ -103,26 +137,42 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
 def restore(
     folder: Path, task: Resumable, optimizer: AdamW, note: Callable[[str], None]
 ) -> TrainState | None:
-    """Load the newest good slot into task and optimizer; removes damaged ones and tells by `note`
-    what that costs."""
-    run = None
-    damage = []
-    for slot in _slots_to_try(folder):
-        try:
-            numbers, tensors = _read_slot(slot, task, optimizer)
-        except DamagedArtifact as error:
-            # told below, when it is known what the run goes on from
-            damage.append(str(error))
-            shutil.rmtree(slot)
+    """Load the newest good slot into task and optimizer; renames damaged ones aside and tells by
+    `note` what that costs.
+
+    Raises UnreadableFile when anything on the way cannot be read, and OtherCheckpoint for slots
+    that another kind of run wrote; both leave every file as it was.
+    """
+    damages = []
+    slots = {}
+    for name in SLOTS:
+        slot = folder / name
+        if not _exists(slot):
             continue
-        run = TrainState(**numbers["run"])
+        try:
+            slots[slot] = _read_numbers(slot)
+        except _Damage as damage:
+            damages.append(damage)
+    for slot, numbers in slots.items():
+        _check_kind(slot, numbers, task, optimizer)
+
+    run = None
+    for slot in sorted(slots, key=lambda slot: slots[slot]["run"]["step"], reverse=True):
+        try:
+            tensors = _read_tensors(slot, slots[slot])
+        except _Damage as damage:
+            damages.append(damage)
+            continue
+        _check_tensors(slot, tensors, task, optimizer)
+        run = TrainState(**slots[slot]["run"])
         _load_state(tensors, task, optimizer, run)
         break
-    for text in damage:
-        if run:
-            note(f"{text}; going on from the other one, step {run.step}")
-        else:
-            note(f"{text}; starting over at step 0")
+    # only now: had a read failed, the next attempt had to find everything where it was
+    goes_on = "starting over at step 0"
+    if run:
+        goes_on = f"going on from the other one, step {run.step}"
+    for found in damages:
+        note(f"{found}{_set_aside(found)}; {goes_on}")
     return run
 
 
@@ -139,7 +189,7 @@ def load_best(folder: Path, task: Resumable, run: TrainState) -> None:
     """Put the best state back into the task's fp32 parameters, when one is kept and it is not the
     current one.
 
-    Raises DamagedArtifact.
+    Raises DamagedArtifact or UnreadableFile.
     """
     if not run.best_sha256 or run.best_step == run.step:
         return
@@ -161,65 +211,140 @@ def _remove_unused_best(folder: Path, run: TrainState) -> None:
     """Remove best states that neither a slot nor the run in hand names."""
     named = {_best_path(folder, run).name}
     for name in SLOTS:
-        with suppress(DamagedArtifact):
+        try:
             state = _read_numbers(folder / name)["run"]
-            named.add(f"best-{state['best_step']}.safetensors")
+        except DamagedArtifact:
+            continue
+        except UnreadableFile:
+            # it may name any of them; the next save asks again
+            return
+        named.add(f"best-{state['best_step']}.safetensors")
     for path in folder.glob("best-*"):
-        if path.name not in named:
+        if path.name not in named and ASIDE not in path.name:
             path.unlink()
 
 
-def _slots_to_try(folder: Path) -> list[Path]:
-    """Return the slots that exist: unreadable ones, to be found out and removed, then the newest
-    first."""
-    slots = [folder / name for name in SLOTS if (folder / name).exists()]
-    unreadable = [slot for slot in slots if _step_of(slot) < 0]
-    readable = [slot for slot in slots if _step_of(slot) >= 0]
-    return unreadable + sorted(readable, key=_step_of, reverse=True)
+def _exists(path: Path) -> bool:
+    """Whether anything lies at a path, a link that leads nowhere too. Raises UnreadableFile."""
+    # Path.exists takes what the system does not let us see for absent
+    try:
+        with reading(path, "checkpoint"):
+            os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        folder = path.parent
+        raise UnreadableFile(f"checkpoints in {folder}: it is no folder", path=folder) from None
+    return True
+
+
+def _set_aside(damage: _Damage) -> str:
+    """Rename what was found wrong; return the end of a sentence that says where it is now."""
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = []
+    for path in damage.paths:
+        aside = path.with_name(f"{path.name}{ASIDE}{at}")
+        # a clock may be set back, and a name be taken
+        again = 1
+        while _exists(aside):
+            again += 1
+            aside = path.with_name(f"{path.name}{ASIDE}{at}-{again}")
+        # two slots may name one best state, and what is gone cannot be kept
+        with suppress(FileNotFoundError):
+            path.rename(aside)
+            names.append(aside.name)
+    return f" (kept as {', '.join(names)})" if names else ""
 
 
 def _step_of(slot: Path) -> int:
-    """Return the step of a slot; -1 when it is absent or unreadable (then it is the one to write
-    over)."""
+    """Return the step of a slot; -1 when it is absent or damaged (then it is the one to write
+    over). Raises UnreadableFile."""
     try:
         return _read_numbers(slot)["run"]["step"]
     except DamagedArtifact:
         return -1
 
 
-def _read_slot(
-    slot: Path, task: Resumable, optimizer: AdamW
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a slot's numbers and tensors. Raises DamagedArtifact."""
-    numbers = _read_numbers(slot)
-    tensors = _verified_tensors(slot / TENSORS, numbers["sha256"])
-    same_shapes = _shapes(tensors) == _shapes(_state_tensors(task, optimizer))
-    known_fields = {field.name for field in fields(TrainState)}
-    if not same_shapes or numbers["run"].keys() != known_fields:
-        raise DamagedArtifact(
-            f"checkpoint {slot} was written in another dtype or by another version of this program"
+def _check_kind(slot: Path, numbers: dict[str, Any], task: Resumable, optimizer: AdamW) -> None:
+    """Raise OtherCheckpoint unless this program and this run can go on from a slot's numbers."""
+    run = numbers["run"]
+    named = f"checkpoint {slot} (step {run['step']})"
+    fields_now = {field.name for field in fields(TrainState)}
+    if numbers.get("format") != FORMAT or run.keys() != fields_now:
+        writer = (
+            f"MoleForge {numbers['version']}" if "version" in numbers else "an earlier MoleForge"
         )
+        raise OtherCheckpoint(
+            f"{named} was written by {writer}, which goes on from it; this one ({__version__}) "
+            "cannot",
+            remove=slot.parent,
+        )
+    dtype = numbers["dtype"]
+    own = _dtype(task, optimizer)
+    if dtype != own:
+        raise OtherCheckpoint(
+            f"{named} is of a training in {dtype}, and this one is in {own}",
+            remove=slot.parent,
+            setting=f"dtype: {dtype}",
+        )
+
+
+def _dtype(task: Resumable, optimizer: AdamW) -> str:
+    """Return the arithmetic of a training, as the setting `dtype` names it."""
+    return "bf16" if task.bf16 or optimizer.residual_bits else "fp32"
+
+
+def _read_tensors(slot: Path, numbers: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a slot's tensors. Raises _Damage or UnreadableFile."""
+    tensors = _verified_tensors(slot / TENSORS, numbers["sha256"], slot)
     run = TrainState(**numbers["run"])
     if run.best_sha256:
         # a slot that names a best state is good only together with it
-        _verified_tensors(_best_path(slot.parent, run), run.best_sha256)
-    return numbers, tensors
+        best = _best_path(slot.parent, run)
+        _verify(best, run.best_sha256, slot, best)
+    return tensors
+
+
+def _check_tensors(
+    slot: Path, tensors: dict[str, Tensor], task: Resumable, optimizer: AdamW
+) -> None:
+    """Raise OtherCheckpoint unless tensors are those that the task and its optimizer have."""
+    stored = _shapes(tensors)
+    own = _shapes(_state_tensors(task, optimizer))
+    for name in sorted(stored.keys() | own.keys()):
+        if stored.get(name) != own.get(name):
+            there = list(stored[name]) if name in stored else "absent"
+            here = list(own[name]) if name in own else "absent"
+            raise OtherCheckpoint(
+                f"checkpoint {slot} is of other tensors than this training: {name} is {there} "
+                f"there and {here} here; the settings and versions that wrote it go on from it",
+                remove=slot.parent,
+            )
 
 
 def _read_numbers(slot: Path) -> dict[str, Any]:
-    """Return what state.json holds after a check of its checksum. Raises DamagedArtifact."""
+    """Return what state.json holds after a check of its checksum. Raises _Damage or
+    UnreadableFile."""
     path = slot / NUMBERS
     try:
-        numbers = json.loads(path.read_text("utf-8"))
-        stored = numbers.pop("checksum")
-        if stored == _checksum(numbers):
-            return numbers
+        with reading(path, "checkpoint"):
+            text = path.read_bytes()
     except FileNotFoundError:
-        raise DamagedArtifact(f"checkpoint {slot} was not finished: it has no {NUMBERS}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedArtifact(f"checkpoint {path} cannot be read ({error})") from None
-    raise DamagedArtifact(
-        f"checkpoint {path} is torn or its bytes have changed (its checksum differs)"
+        if slot.is_dir():
+            # a kill in a save leaves this, and what was being written over was the older one
+            raise _Damage(f"checkpoint {slot} was not finished: it has no {NUMBERS}") from None
+        raise _Damage(f"checkpoint {slot} is a link that leads nowhere", slot) from None
+    except NOT_A_SLOT as error:
+        raise _Damage(f"checkpoint {path} is no file ({error.strerror})", slot) from None
+    try:
+        numbers = json.loads(text)
+        stored = numbers.pop("checksum")
+        if stored == _checksum(numbers) and numbers["run"]["step"] >= 0:
+            return numbers
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damage(f"checkpoint {path} is not what was written ({error})", slot) from None
+    raise _Damage(
+        f"checkpoint {path} is torn or its bytes have changed (its checksum differs)", slot
     )
 
 
@@ -229,17 +354,30 @@ def _checksum(numbers: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _verified_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    """Return a file's tensors after a check of its bytes. Raises DamagedArtifact."""
+def _verified_tensors(path: Path, digest: str, *aside: Path) -> dict[str, Tensor]:
+    """Return a file's tensors after a check of its bytes. Raises _Damage, which renames the paths
+    `aside`, or UnreadableFile."""
+    _verify(path, digest, *aside)
     try:
-        found = sha256(path)
-    except OSError as error:
-        raise DamagedArtifact(f"checkpoint {path} cannot be read ({error.strerror})") from None
+        with reading(path, "checkpoint"):
+            return load_tensors(path)
+    except (DamagedArtifact, OSError) as error:
+        # its bytes are what was written, so only the way to them can be at fault
+        raise UnreadableFile(f"checkpoint {error}", path=path) from None
+
+
+def _verify(path: Path, digest: str, *aside: Path) -> None:
+    """Raise _Damage, which renames the paths `aside`, unless a file has that sha256; or
+    UnreadableFile."""
+    try:
+        with reading(path, "checkpoint"):
+            found = sha256(path)
+    except (FileNotFoundError, *NOT_A_SLOT) as error:
+        raise _Damage(f"checkpoint {path} is gone ({error.strerror})", *aside) from None
     if found != digest:
-        raise DamagedArtifact(
-            f"checkpoint {path} is torn or its bytes have changed (sha256 differs)"
+        raise _Damage(
+            f"checkpoint {path} is torn or its bytes have changed (sha256 differs)", *aside
         )
-    return load_tensors(path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -30,7 +30,8 @@ from .optimizer import AdamW, gradients_in
 
 # Training loss in the manifest is the mean over the last so many steps.
 TAIL_STEPS = 50
-# What a step's time is split into; evaluating and saving are counted, but are no part of a step.
+# What a step's time is split into; starting, evaluating and saving are counted, but are no part of
+# a step.
 PHASES = ("data", "forward", "backward", "optimizer")
 GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -125,8 +126,9 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     parameters, in fp32.
 
     Returns metrics: steps, tokens, train_nats, valid_nats, best_step, seconds and their breakdown,
-    tokens_per_s, peak_mb. Raises NotFiniteError, Interrupted after saving, DiskFull, and
-    PipelineError when nothing was trained.
+    tokens_per_s, peak_mb; rates and peaks are of all attempts. Raises NotFiniteError, Interrupted
+    after saving, DiskFull, UnreadableFile, OtherCheckpoint, and PipelineError when nothing was
+    trained.
     """
     _check_trainable(task, io)
     opts = task.options
@@ -137,6 +139,8 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     run = restore(io.slots, task, optimizer, io.recorder.note)
     if run is None:
         run = TrainState(start_checksums=_checksums(task, optimizer))
+    clock.add_to(run.seconds)
+    io.peak.carry(run.peak_bytes, run.host_peak_bytes)
     guard = MemoryGuard(plan, io.peak, run, io.recorder.note)
     io.recorder.start(run.step)
     for note in task.notes:
@@ -151,6 +155,8 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     with _asked_to_stop() as stop, buffers, stepping as fused:
         # after the gradient buffers are made, which stay and need not be given back
         set_malloc_thresholds(plan.mmap_threshold_bytes, plan.trim_threshold_bytes)
+        # reading a checkpoint is no part of the first step
+        clock.lap("start")
         # one round more than steps: the last one evaluates and saves what the last step made
         while True:
             due = _due(run.step, task.steps, opts.eval_every_steps)
@@ -176,6 +182,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             done = run.step >= task.steps or out_of_patience
             waited_s = time.monotonic() - saved_at_s
             if done or stop.is_set() or waited_s >= io.save_every_s:
+                run.peak_bytes, run.host_peak_bytes = io.peak.reached()
                 with translate_disk_errors(io.slots):
                     save(io.slots, task, optimizer, run)
                 io.publish()
@@ -224,7 +231,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             run.recent_nats = [*run.recent_nats, nats][-TAIL_STEPS:]
 
             if run.step % io.log_every_steps == 0 or run.step == task.steps:
-                laps = clock.since(run)
+                laps = clock.since_row()
                 tokens = (run.step - logged_step) * step_tokens
                 logged_step = run.step
                 io.recorder.row(
@@ -247,8 +254,6 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     optimizer.restore_fp32()
     if opts.keep == "best":
         load_best(io.slots, task, run)
-    # what went by since the last row belongs to the totals
-    clock.since(run)
     return _metrics(run, task, plan, io.peak)
 
 
@@ -286,24 +291,28 @@ class _StepClock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.laps: dict[str, float] = {}
+        self.row_laps: dict[str, float] = {}  # since the last history row
+        self.totals: dict[str, float] = {}
         self.last_s = time.perf_counter()
+
+    def add_to(self, totals: dict[str, float]) -> None:
+        """Add every lap from now on to these: those of the attempts before, so that a checkpoint
+        always has the seconds of the steps that it has."""
+        self.totals = totals
 
     def lap(self, phase: str) -> None:
         """End a phase that began with the last lap."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now_s = time.perf_counter()
-        self.laps[phase] = self.laps.get(phase, 0.0) + now_s - self.last_s
+        for laps in (self.row_laps, self.totals):
+            laps[phase] = laps.get(phase, 0.0) + now_s - self.last_s
         self.last_s = now_s
 
-    def since(self, run: TrainState) -> dict[str, float]:
-        """Return seconds by phase of a step since the last call; add all laps to the run's
-        totals."""
-        for phase, seconds in self.laps.items():
-            run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
-        laps = {phase: self.laps.get(phase, 0.0) for phase in PHASES}
-        self.laps = {}
+    def since_row(self) -> dict[str, float]:
+        """Return seconds by phase of a step since the last call."""
+        laps = {phase: self.row_laps.get(phase, 0.0) for phase in PHASES}
+        self.row_laps = {}
         return laps
 
 

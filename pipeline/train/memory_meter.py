@@ -36,8 +36,7 @@ class Peak:
     def clear(self) -> None:
         """Start the high-water mark again, where the system lets us; what was reached before stays
         in the report."""
-        self.highest_bytes = max(self.highest_bytes, self.bytes())
-        self.highest_host_bytes = max(self.highest_host_bytes, self._host_bytes())
+        self.highest_bytes, self.highest_host_bytes = self.reached()
         self._restart()
 
     def _restart(self) -> None:
@@ -49,6 +48,16 @@ class Peak:
         with suppress(OSError):
             # 5 resets VmHWM to what is resident now
             Path("/proc/self/clear_refs").write_text("5")
+
+    def reached(self) -> tuple[int, int]:
+        """Return the highest peak so far in bytes, and that of the resident set."""
+        highest_bytes = max(self.highest_bytes, self.bytes())
+        return highest_bytes, max(self.highest_host_bytes, self._host_bytes())
+
+    def carry(self, peak_bytes: int, host_peak_bytes: int) -> None:
+        """Let the report cover what an earlier attempt at the job reached, too."""
+        self.highest_bytes = max(self.highest_bytes, peak_bytes)
+        self.highest_host_bytes = max(self.highest_host_bytes, host_peak_bytes)
 
     def bytes(self) -> int:
         """Return the peak above the start since the last clear, in bytes; 0 where the system does
@@ -68,13 +77,14 @@ class Peak:
     def report(self) -> dict[str, float]:
         """Return MB for a manifest: the peak, and how much of what is resident now is mapped files,
         shared or not."""
+        peak_bytes, host_peak_bytes = self.reached()
         mapped = _status("RssFile") - self.start_mapped_bytes
         share = _status("Pss_File", "smaps_rollup") - self.start_share_bytes
         return {
-            "peak_mb": max(self.highest_bytes, self.bytes()) / 1e6,
+            "peak_mb": peak_bytes / 1e6,
             "mapped_mb": max(0, mapped) / 1e6,
             "mapped_share_mb": max(0, share) / 1e6,
-            "host_peak_mb": max(self.highest_host_bytes, self._host_bytes()) / 1e6,
+            "host_peak_mb": host_peak_bytes / 1e6,
         }
 
 
