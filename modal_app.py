@@ -211,7 +211,7 @@ class Endpoint:
 
     @modal.enter()
     def load(self) -> None:
-        """Open the bundle, once per container."""
+        """Open the bundle, once per container. Raises PipelineError."""
         from pipeline.serve import app as serving
 
         volume.reload()

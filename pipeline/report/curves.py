@@ -97,7 +97,7 @@ class Line:
 
     @property
     def values(self) -> list[float]:
-        """Their values."""
+        """What was measured at the present points, in order."""
         return [value for _, value in self.present]
 
 

@@ -251,7 +251,9 @@ def _index(folder: Path, names: list[str]) -> tuple[dict[str, Any], int]:
         for tensor, entry in entries.items():
             if tensor == METADATA:
                 continue
-            assert tensor not in shard_of, f"{tensor} is in {shard_of[tensor]} and in {name}"  # noqa: S101
+            twice = f"{tensor} is in {shard_of.get(tensor)} and in {name}"
+            # A mistake of a family's, not of a user's
+            assert tensor not in shard_of, twice  # noqa: S101
             shard_of[tensor] = name
             start, end = entry["data_offsets"]
             size += end - start

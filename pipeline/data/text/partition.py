@@ -2,7 +2,8 @@
 a pure function.
 
 Invariant: the domain of a document depends on the saved tensors, data.seed and the document alone.
-Legend: N documents, V hashed words, R reduced dimensions, K domains.
+Legend: N documents, V hashed words, R reduced dimensions, K domains, P pairs that may
+change places.
 """
 
 import json

@@ -3,7 +3,7 @@ drawn from them.
 
 Invariant: row g of a DomainMixture is a pure function of (shards, settings, seed, g); a reader has
 no state to save. Legend: G rows asked for, D domains, R rounds of the permutation, N windows of an
-epoch, C context tokens.
+epoch, C context tokens, S tokens of a stream.
 """
 
 import json
@@ -69,8 +69,10 @@ class Shards:
         return self.count(split, domain).tokens
 
     def stream(self, split: str, domain: str) -> ndarray:
-        """Return the flat tokens of a domain, every document led by end_id. Raises DamagedArtifact
-        if torn."""
+        """Return ids_S, the flat tokens of a domain, every document led by end_id.
+
+        Raises DamagedArtifact if torn.
+        """
         name = (split, domain)
         if name not in self._maps:
             self._maps[name] = self._map(name)

@@ -30,7 +30,7 @@ class Tokenizer:
 
     @property
     def end_id(self) -> int:
-        """Id of the end-of-text token."""
+        """Id of the end-of-text token. Raises DataError when the tokenizer has none."""
         found = self.model.token_to_id(self.end)
         if found is None:
             raise DataError(f"the tokenizer has no entry {self.end!r}, its end-of-text token")

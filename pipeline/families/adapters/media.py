@@ -4,7 +4,7 @@
 family whose base reads pictures or sounds derives from it; all that knows what they are stands
 there.
 
-P prepared pieces of media, T tokens.
+B requests, P prepared pieces of media, T tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,7 +4,7 @@ words alone.
 Invariant: every row of a set is judged on the same requests, and intervals draw whole groups of
 requests, as those on one medium are not independent.
 
-N requests, C choices, F features of a request.
+N requests, C choices, E experts, K choices that are looked at, F features of a request.
 """
 
 from collections.abc import Mapping, Sequence

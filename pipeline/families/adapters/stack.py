@@ -4,7 +4,8 @@ it and how sure.
 Invariant: weights of experts are never averaged. Media are encoded once per request, for router and
 experts alike; which adapters answer follows from the router's probabilities alone.
 
-N requests, C choices (the experts, then none where there is one), F features of a request.
+N requests, C choices (the experts, then none where there is one), F features of a request,
+D width of the base.
 """
 
 import math

@@ -5,7 +5,7 @@ Invariant: a picture's features do not depend on which batch asked first, so a r
 same bits: blocks of pictures go through the tower together, and which block a picture is in follows
 from its place and size alone.
 
-B rows, N pictures, P patches, T tokens.
+B rows, N pictures, P patches, T tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Pictures as a Qwen3-VL reads them: opened, counted in tokens, and encoded by its vision tower.
 
-N pictures, P patches, T tokens of one picture, D width.
+B requests, N pictures, P patches, T tokens of one picture, D width.
 """
 
 from collections.abc import Iterator, Sequence
