@@ -107,7 +107,7 @@ def build(settings: Mapping[str, Any]) -> tuple[Trunk, Expert]:
 
     config = AutoConfig.for_model(**settings)
     network = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
+        config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
     )
     return extract_ffn(network)
 
@@ -138,13 +138,15 @@ def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Ex
 
     Raises ValueError for another architecture and OSError when nothing can be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
-    config = AutoConfig.from_pretrained(str(name), revision=revision)
-    if config.model_type not in SUPPORTED:
-        raise ValueError(
-            f"{name} is a {config.model_type} model; a trunk can be one of {', '.join(SUPPORTED)}"
-        )
+    # read as data: a class that is chosen by the file could be the file's own
+    settings, _ = PretrainedConfig.get_config_dict(str(name), revision=revision)
+    kind = settings.get("model_type")
+    if kind not in SUPPORTED:
+        raise ValueError(f"{name} is a {kind} model; a trunk can be one of {', '.join(SUPPORTED)}")
+    if settings.get("auto_map"):
+        raise ValueError(f"{name} names code to run in its config.json (auto_map)")
     # safetensors only, as a pickled checkpoint may run what it likes while it is opened
     network = AutoModelForCausalLM.from_pretrained(
         str(name),
@@ -152,6 +154,7 @@ def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Ex
         dtype=torch.float32,
         attn_implementation="sdpa",
         use_safetensors=True,
+        trust_remote_code=False,
     )
     return extract_ffn(network)
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from fastapi import Depends, FastAPI
 
 from .. import __version__
-from ..errors import ConfigError, PipelineError
+from ..errors import ConfigError, DamagedArtifact, PipelineError
 from ..store.bundle import about
 from .chat import ChatService
 from .completions import CompletionService
@@ -38,7 +39,18 @@ def create(folder: Path, key: str | None = None, limits: RequestLimits | None = 
     folder = Path(folder)
     # Bundles that do not say it are of completions, as all were before there were others.
     serves = about(folder).get("serves", "completions")
-    service = SERVICES[serves](folder, limits)
+    if not isinstance(serves, str) or serves not in SERVICES:
+        raise DamagedArtifact(f"{folder} serves {serves!r}, which is no service here")
+    try:
+        service = SERVICES[serves](folder, limits)
+    # What the memory has no room for is no fault of a file.
+    except (PipelineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise what they like at files of others
+        reason = " ".join(str(error).split())
+        raise DamagedArtifact(
+            f"{folder} cannot be opened: {type(error).__name__}: {reason}"
+        ) from error
     # No pages of documentation: they would load scripts from elsewhere into the reader's browser.
     app = FastAPI(title="MoleForge", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service

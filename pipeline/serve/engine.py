@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ..data.text import tokenizer
-from ..errors import MismatchError
-from ..families import family
+from ..errors import DamagedArtifact, MismatchError
+from ..families import PRELOAD, family
 from ..hardware import device
 from ..store.bundle import SUMS, about, verify
 
@@ -102,7 +102,10 @@ class Engine:
     def __init__(self, folder: Path):
         verify(folder)
         self.about = about(folder)
-        self.name: str = self.about["run"]
+        # The name of a module, which is imported, so that only those that there are may be said.
+        if self.about["family"] not in PRELOAD:
+            raise DamagedArtifact(f"{folder} is of the family {self.about['family']!r}: none here")
+        self.name: str = str(self.about["run"])
         experts = [expert["name"] for expert in self.about["experts"]]
         self.experts = tuple(experts)
         # The sums are written last, so they are as old as the bundle.
@@ -120,9 +123,10 @@ class CompletionEngine(Engine):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.context_tokens: int = self.about["context_tokens"]
-        self.tokenizer = tokenizer.pretrained(str(folder))
-        # The stack first: it is gone before the model is opened, so that both are never held.
+        # The stack first: it looks at all files before a library does, and is gone before the
+        # model is opened, so that both are never held.
         expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
+        self.tokenizer = tokenizer.pretrained(str(folder))
         self.model = _open_model(folder)
         self._check_logits(folder, expected_TV)
         # generate keeps state in the model, and the gates' hooks would hear of both requests.
@@ -290,6 +294,7 @@ def _open_model(folder: Path) -> CausalModel:
             # Pickles could run code, and names could be looked up on the Hub.
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
     finally:
         if shown:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
 from ..protocols import Progress
 from .artifacts import NO_ROOM, sha256, write_text
+from .foreign import ForeignFile, check_name, files_in, read_object
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -32,6 +33,13 @@ ABOUT = "experts.json"
 INDEX = "model.safetensors.index.json"
 METADATA = "__metadata__"  # the one entry of a safetensors header that is no tensor
 BLOCK_BYTES = 4 << 20
+# Of a list of sums, and of what is said of a bundle: people's own are of some kilobytes.
+TEXT_BYTES = 16 << 20
+# What the store keeps beside a bundle; a copy of it has neither.
+OF_STORE = {"run.json", "manifest.json"}
+# What no library reads: people put a licence or notes beside a bundle.
+NOTES = {"", ".md", ".txt"}
+NO_NOTES = {"merges.txt", "vocab.txt"}  # parts of a tokenizer
 # What safetensors itself takes for a header at most.
 HEADER_BYTES = 100_000_000
 # Filesystems where a folder must exist before its files; stores of objects have no folders.
@@ -97,9 +105,11 @@ def about(folder: Path) -> dict[str, Any]:
     """
     read_sums(folder)
     try:
-        found = json.loads((folder / ABOUT).read_text("utf-8"))
+        found = read_object(folder, ABOUT, TEXT_BYTES)
         version = int(found["format"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version < 1:
+            raise ValueError(f"format is {version}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise _damaged(f"{folder / ABOUT} cannot be read: {error}", folder) from None
     if version > FORMAT:
         raise NewerStore(
@@ -113,23 +123,46 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Return {file name: sha256} of a bundle. Raises MissingArtifact when there is no SHA256SUMS,
     DamagedArtifact."""
     try:
-        text = (folder / SUMS).read_text("utf-8")
+        with (folder / SUMS).open(encoding="utf-8") as file:
+            text = file.read(TEXT_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifact(
             f"{folder} is not a bundle, as it has no {SUMS}; name the folder that one was copied "
             "to, or make one",
             stages=("deploy",),
         ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(f"{folder / SUMS} cannot be read: {error}", folder) from None
     sums = _parse_sums(text)
     if sums is None:
         raise _damaged(f"{folder / SUMS} is not a list of sha256 sums", folder)
     return sums
 
 
-def verify(folder: Path, progress: Progress | None = None) -> None:
-    """Compare every file of a bundle with SHA256SUMS. Raises DamagedArtifact, or MissingArtifact
-    when it is none."""
+def listed(folder: Path) -> dict[str, str]:
+    """Return {file name: sha256} of a bundle that holds these files alone, none of them a link, a
+    program or a pickle.
+
+    Raises MissingArtifact when it is none, DamagedArtifact.
+    """
     sums = read_sums(folder)
+    try:
+        found = files_in(folder)
+        for name in sorted(found | sums.keys()):
+            check_name(name)
+    except (ForeignFile, OSError) as error:
+        raise _damaged(f"{folder}: {error}", folder) from None
+    for name in sorted(found - sums.keys() - {SUMS} - OF_STORE):
+        if Path(name).suffix not in NOTES or Path(name).name in NO_NOTES:
+            # libraries read what they find, whoever put it there
+            raise _damaged(f"{folder / name} is not in {SUMS}, so nobody answers for it", folder)
+    return sums
+
+
+def verify(folder: Path, progress: Progress | None = None) -> None:
+    """Compare every file of a bundle with SHA256SUMS. Raises DamagedArtifact, also for a file that
+    is not listed, or MissingArtifact when it is none."""
+    sums = listed(folder)
     for done, (name, digest) in enumerate(sums.items()):
         if progress:
             progress(f"checking {len(sums)} files", done / len(sums))

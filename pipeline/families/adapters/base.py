@@ -23,6 +23,7 @@ from transformers.utils.logging import (
 from ...config.base import is_folder
 from ...errors import DamagedArtifact, DataError, MismatchError
 from ...hardware import device
+from ...store.foreign import ForeignFile, check_model_files, read_object
 from .chat import Chat
 from .config import AdapterBaseConfig
 from .cost import DecoderSizes
@@ -60,15 +61,16 @@ class ModelRef:
     def read(cls, folder: Path) -> "ModelRef":
         """Read folder/pin.json. Raises DamagedArtifact."""
         try:
-            raw = json.loads((folder / PIN).read_text("utf-8"))
+            raw = read_object(folder, PIN)
             digest = raw.pop("digest")
             pin = cls(**raw)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = pin.digest
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedArtifact(
                 f"{folder / PIN} cannot be read ({error}); run train_shared again"
             ) from None
         # a name changed by hand would otherwise open another base under the adapters
-        if digest != pin.digest:
+        if digest != found:
             raise DamagedArtifact(
                 f"{folder / PIN} does not match its own digest; run train_shared again"
             )
@@ -109,7 +111,7 @@ def pin_base(
         where = _model_folder(Path(base.model).expanduser(), kind)
         pin = ModelRef("folder", base.model, files=file_hashes(where))
     else:
-        _check_kind(_from_hub(base.model, base.revision), kind)
+        _check_files(_from_hub(base.model, base.revision), kind)
         pin = ModelRef("hub", base.model, base.revision)
     (folder / PIN).write_text(json.dumps(pin.values(), indent=1, sort_keys=True) + "\n", "utf-8")
     parameters = count_parameters(locate(pin, folder, kind))
@@ -140,6 +142,7 @@ def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
             f"{where} is not the base that this run was started on: its files have changed since "
             "train_shared. Put the files back, or run train_shared and what follows it again"
         )
+    _check_files(where, kind)
     return pin, where
 
 
@@ -158,7 +161,10 @@ def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrai
                 where,
                 dtype=getattr(torch, base.dtype),
                 attn_implementation=base.attn,
+                # pickles could run code
+                use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
             )
     except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(
@@ -203,16 +209,16 @@ def _model_folder(folder: Path, kind: ModelKind) -> Path:
             f"loras.base.model: {folder} is no model folder: it has no {lacks}. Give a folder as "
             "save_pretrained or the Hub lays it out"
         )
-    _check_kind(folder, kind)
+    _check_files(folder, kind)
     return folder
 
 
-def _check_kind(folder: Path, kind: ModelKind) -> None:
-    """Raise DataError for another kind of model, which the library would fill up with random
-    weights of any size."""
+def _check_files(folder: Path, kind: ModelKind) -> None:
+    """Raise DataError for a model that names code, or for another kind of model, which the library
+    would fill up with random weights of any size."""
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_object(folder, "config.json")["model_type"]
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{folder / 'config.json'} does not say what kind of model this is ({error!r})"
         ) from None
@@ -221,6 +227,11 @@ def _check_kind(folder: Path, kind: ModelKind) -> None:
             f"{folder} holds a {found}; loras.base.model must be a {kind.name} "
             f"(model_type {kind.model_type})"
         )
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    try:
+        check_model_files(folder, names)
+    except (ForeignFile, OSError) as error:
+        raise DataError(f"{folder}: {error}") from None
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

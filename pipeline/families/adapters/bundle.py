@@ -6,19 +6,21 @@ base, with the same calibration, policy and limits. A base from the Hub is not c
 or a folder is.
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from ... import report
 from ...errors import DamagedArtifact
 from ...protocols import Progress
 from ...store.artifacts import sha256
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, write
+from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
+from ...store.foreign import ForeignFile, check_model_files
 from .. import Parts
 from .base import BUILT, PIN, LoadedBase, ModelKind, ModelRef, locate
-from .config import AdapterRunConfig
+from .config import COMMIT, AdapterBaseConfig, AdapterRunConfig
 from .inference import GenerationLimits
 from .peft_io import ABOUT as ADAPTER
 from .peft_io import SETTINGS, TENSORS
@@ -38,6 +40,18 @@ PROCESSOR_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+# All that a bundle holds. A library reads some other names too, wherever it finds them.
+FILES = re.compile(
+    r"experts\.json|made\.json|README\.md|report\.(json|html)|pin\.json"
+    r"|base/[^/]+\.(json|safetensors|jinja|txt)"
+    r"|processor/[^/]+\.(json|jinja|txt)"
+    r"|adapters/[^/]+/(adapter\.json|calibration\.json)"
+    r"|adapters/[^/]+/adapter/(adapter_config\.json|adapter_model\.safetensors)"
+)
+# of a repository on the Hub; a path would be opened where it lies
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+T = TypeVar("T")
 
 
 def bundle(
@@ -88,14 +102,45 @@ def bundle(
 
 
 def base_in(folder: Path) -> dict[str, Any]:
-    """Return what a bundle says of its base, the settings that it is opened with among it.
+    """Return what a bundle says of its base, the settings that it is opened with among it, once
+    all its files are such that nothing in them runs.
 
     Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore.
     """
     base = about(folder).get("base")
     if not isinstance(base, dict):
         raise damaged(folder, "it names no base")
+    try:
+        _check(folder, base)
+    except (ForeignFile, OSError) as error:
+        raise damaged(folder, error) from None
     return base
+
+
+def _check(folder: Path, base: Mapping[str, Any]) -> None:
+    """Raise ForeignFile for what a bundle must not hold, or a base that is neither in it nor on the
+    Hub."""
+    names = listed(folder)
+    for name in sorted(names):
+        if not FILES.fullmatch(name):
+            raise ForeignFile(f"{name} is no file of such a bundle")
+    models = (f"{BUILT}/", f"{PROCESSOR}/")
+    check_model_files(folder, [name for name in names if name.startswith(models)])
+    # the library would fetch a kernel of another name, and run it
+    for key in ("dtype", "attn"):
+        known = get_args(AdapterBaseConfig.model_fields[key].annotation)
+        if base.get(key) not in known:
+            raise ForeignFile(f"{key} of the base is {base.get(key)!r}, not of {', '.join(known)}")
+    pin = ModelRef.read(folder)
+    if pin.source == "hub" and not pin.files:
+        named = HUB_NAME.fullmatch(str(pin.model))
+        inside = bool(named and COMMIT.fullmatch(str(pin.revision)))
+    else:
+        own = {f"{BUILT}/{name}" for name in pin.files}
+        built = (pin.source, pin.model) == ("built", BUILT)
+        inside = built and bool(own) and own <= names.keys()
+    if not inside:
+        raise ForeignFile(f"{PIN} names a base outside the bundle ({pin.source} {pin.model!r})")
 
 
 def damaged(folder: Path, why: object) -> DamagedArtifact:
@@ -109,22 +154,37 @@ def reassemble(folder: Path, base: LoadedBase) -> AdapterStack:
     Raises MissingArtifact when the folder is no bundle, DamagedArtifact, NewerStore, MismatchError.
     """
     described = about(folder)
-    # an entry also says where its adapter came from, which the stack need not know
-    fields = ExpertInfo.__dataclass_fields__
+    names = listed(folder)
     experts = []
     try:
         for entry in described["experts"]:
-            known = {key: entry[key] for key in fields}
-            experts.append(ExpertInfo(**known))
-        policy = Policy(**described["policy"])
+            expert = _typed(ExpertInfo, entry)
+            if f"{ADAPTERS}/{expert.name}/{ADAPTER}" not in names:
+                raise ForeignFile(f"the expert {expert.name!r} has no folder in it")
+            experts.append(expert)
+        policy = _typed(Policy, described["policy"])
         kept = dict(described["limits"])
-        limits = GenerationLimits(media=kept.pop(f"{base.chat.media.name}s"), **kept)
+        kept["media"] = kept.pop(f"{base.chat.media.name}s")
+        limits = _typed(GenerationLimits, kept)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(folder, error) from None
     folders = {expert.name: folder / ADAPTERS / expert.name for expert in experts}
     folders[ROUTER] = folder / ADAPTERS / ROUTER
     calibration = Calibration.read(folders[ROUTER])
     return build_stack(base, folders, experts, calibration, policy, limits)
+
+
+def _typed(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of text and numbers from what a file says; the file may say more. Raises
+    KeyError, TypeError."""
+    own = {}
+    for each in fields(kind):  # type: ignore[arg-type]  # a dataclass, for which there is no type
+        value = values[each.name]
+        wanted = (int, float) if each.type is float else (each.type,)
+        if type(value) not in wanted:
+            raise TypeError(f"{each.name} is {value!r}")
+        own[each.name] = value
+    return kind(**own)
 
 
 def _described(cfg: AdapterRunConfig, parts: Parts) -> dict[str, Any]:

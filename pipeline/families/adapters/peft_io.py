@@ -34,6 +34,17 @@ from .config import AdapterConfig
 TENSORS = "adapter/adapter_model.safetensors"
 SETTINGS = "adapter/adapter_config.json"
 ABOUT = "adapter.json"
+# of adapter_config.json: what makes the modules, and what is only told
+OWN_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "task_type",
+    "init_lora_weights",
+    "inference_mode",
+)
+TOLD_SETTINGS = ("base_model_name_or_path", "revision", "peft_version")
 PACKAGES = ("torch", "transformers", "peft")
 
 # what a family says to an adapter's modules: (their names, the options, the options' setting)
@@ -183,7 +194,7 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
     kept = load_tensors(folder / TENSORS)
     settings = read_json(folder / SETTINGS)
     try:
-        out = _with(model, name, LoraConfig.from_pretrained(str((folder / SETTINGS).parent)))
+        out = _with(model, name, _plain_config(settings))
     except (TypeError, ValueError, RuntimeError) as error:
         raise MismatchError(
             f"adapter {name} in {folder} fits no module of this base: {error}"
@@ -199,6 +210,23 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
         )
     set_peft_model_state_dict(out, kept, adapter_name=name)
     return out.requires_grad_(False).eval()
+
+
+def _plain_config(settings: Mapping[str, Any]) -> LoraConfig:
+    """Return an adapter's settings as PEFT takes them. Raises ValueError for any that no training
+    here writes: some make PEFT import or compute what the file names."""
+    own: dict[str, Any] = {}
+    usual = LoraConfig().to_dict()
+    for key, value in settings.items():
+        if key in OWN_SETTINGS:
+            own[key] = value
+        elif value and key not in TOLD_SETTINGS and value != usual.get(key):
+            raise ValueError(f"{SETTINGS} sets {key} to {value!r}, which no adapter here has")
+    # a word in its place names a way to compute the weights, which are stored
+    start = own.get("init_lora_weights", True)
+    if not isinstance(start, bool):
+        raise ValueError(f"{SETTINGS} sets init_lora_weights to {start!r}")
+    return LoraConfig(**own)
 
 
 def label_ids(tokenizer: PreTrainedTokenizerBase, labels: Mapping[str, str]) -> dict[str, int]:
@@ -269,7 +297,7 @@ def read_json(path: Path) -> dict:
     """Return the settings that a file of an adapter's artifact holds. Raises DamagedArtifact."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedArtifact(
             f"{path} cannot be read ({error}); train this adapter again"
         ) from None

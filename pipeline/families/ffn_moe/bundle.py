@@ -5,7 +5,7 @@ What is written is the stored tensors under the names that transformers gives th
 computed. L layers, E experts, D model width.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +23,8 @@ from ...model.router import gate_name
 from ...model.trunk import open_tensors
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, write
+from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
+from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from .. import Parts
 from .config import FfnMoeConfig
 from .parts import ANCHOR, mixture_of, stored_settings
@@ -34,6 +35,12 @@ TRUNK = "model-trunk.safetensors"
 ROUTER = "model-router.safetensors"
 MIXTURES = {"qwen3": "qwen3_moe", "llama": "mixtral", "mistral": "mixtral"}
 CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+# All that a bundle holds. A library reads some other names too, wherever it finds them.
+FILES = re.compile(
+    r"experts\.json|made\.json|README\.md|report\.(json|html)|config\.json|trunk\.json"
+    r"|generation_config\.json|tokenizer(_config)?\.json|model\.safetensors\.index\.json"
+    r"|model-[^/]+\.safetensors"
+)
 IN_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -82,7 +89,7 @@ def reassemble(folder: Path) -> FfnStack:
     """
     described = about(folder)
     try:
-        settings = json.loads((folder / "trunk.json").read_text("utf-8"))
+        settings = _checked(folder, described)
         trunk, like = open_tensors(settings, load_tensors(folder / TRUNK))
         naming = NAMINGS[described["architecture"]]
         experts = {}
@@ -98,13 +105,42 @@ def reassemble(folder: Path) -> FfnStack:
             rows.append(gates[naming.gate(gate_name(layer))])
         weight_LED = torch.stack(rows)
         mixture = mixture_of(list(experts.values()), weight_LED, described["top_k"])
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as error:
         # torch names the tensors that do not fit on lines of their own
         reason = " ".join(str(error).split())
         raise DamagedArtifact(
             f"{folder} does not hold the stack that its {ABOUT} describes: {reason}"
         ) from None
     return FfnStack(trunk.to(device()), experts, mixture)
+
+
+def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trunk's settings of a bundle whose files are all such that nothing in them runs.
+
+    Raises ForeignFile, DamagedArtifact, KeyError, TypeError, OSError.
+    """
+    names = listed(folder)
+    for name in sorted(names):
+        if not FILES.fullmatch(name):
+            raise ForeignFile(f"{name} is no file of such a bundle")
+    check_model_files(folder, names)
+    check_kind(read_object(folder, "config.json"), "config.json", CLASSES)
+    settings = read_object(folder, "trunk.json")
+    check_kind(settings, "trunk.json", MIXTURES)
+    for key in ("top_k", "context_tokens", "start_id"):
+        if type(described[key]) is not int:
+            raise ForeignFile(f"{key} is {described[key]!r}")
+    for entry in described["experts"]:
+        if entry["file"] not in names:
+            raise ForeignFile(f"{entry['file']!r} is no file of it")
+    return settings
 
 
 def stock_settings(settings: Mapping[str, Any], experts: int, top_k: int) -> dict[str, Any]:

@@ -179,7 +179,10 @@ def _shape(cfg: FfnMoeConfig) -> Shape | None:
 
     try:
         stored = AutoConfig.from_pretrained(
-            cfg.trunk.init, revision=cfg.trunk.revision, local_files_only=True
+            cfg.trunk.init,
+            revision=cfg.trunk.revision,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         return Shape.from_hf_config(stored.to_dict(), cfg.trunk.context_tokens)
     except (OSError, ValueError, KeyError):

@@ -114,9 +114,17 @@ def open_base(folder: Path, base: VlmBaseConfig) -> LoadedBase:
 
 def open_chat(folder: Path, limits: ImageLimitsConfig) -> Chat:
     """Open a model folder's way from requests to tokens, with limits of pictures' areas. Raises
-    DataError when a file is missing."""
+    DataError when a file is missing, or its chat template does not render."""
     processor = open_processor(folder, limits)
-    return Chat(processor.tokenizer, processor, CachedImages(processor), END)
+    chat = Chat(processor.tokenizer, processor, CachedImages(processor), END)
+    try:
+        # here and not at the first request; the library renders in Jinja's sandbox
+        chat.render("", 1)
+    except Exception as error:  # a template raises what it likes
+        raise DataError(
+            f"{folder} has a chat template that cannot be rendered: {type(error).__name__}: {error}"
+        ) from None
+    return chat
 
 
 def open_processor(folder: Path, limits: ImageLimitsConfig) -> PictureProcessor:
@@ -127,8 +135,10 @@ def open_processor(folder: Path, limits: ImageLimitsConfig) -> PictureProcessor:
     """
     try:
         # the other backend of the preparation is torchvision, and resizes a little differently
-        processor = PictureProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError) as error:
+        processor = PictureProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{folder} has no tokenizer, chat template or picture settings: {error}"
         ) from None

@@ -1,0 +1,187 @@
+"""Folders that other people made, looked at before any library opens them: data, and nothing that
+runs.
+
+Invariant: what passes here leads nowhere outside its folder, holds no program and no pickle, and
+names no code, so that no library finds anything to run or to ask about.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# A tokenizer of a quarter million entries takes 20 MB, all other files far less.
+JSON_BYTES = 256 << 20
+# Those of models are of some thousand characters; each request renders it.
+TEMPLATE_BYTES = 256 << 10
+PROGRAMS = {".py", ".pyc", ".pyd", ".pyi", ".pth", ".so", ".dll", ".dylib", ".sh", ".zip", ".whl"}
+PICKLES = {".bin", ".pt", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
+# Each makes a library fetch or import what a file names.
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "use_kernels", "megatron_config"}
+# A name with a slash is a kernel of the Hub's, which is code.
+KERNELS = {
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+}
+# What names a class, by the files that are read for it; the classes are transformers' own.
+CLASSES = {
+    "tokenizer_class",
+    "processor_class",
+    "image_processor_type",
+    "video_processor_type",
+    "feature_extractor_type",
+}
+KNOWN_CLASSES = {
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+    "Qwen3VLProcessor",
+    "Qwen3VLVideoProcessor",
+    "TokenizersBackend",
+}
+# An adapter beside a model's weights is loaded into it, from wherever it says.
+NEVER = {"adapter_config.json", "adapter_model.safetensors"}
+INDEX = ".safetensors.index.json"
+TEMPLATE = ".jinja"
+# Too large to be looked through, and read by a library that knows data alone.
+ONLY_DATA = {"tokenizer.json", "vocab.json", "report.json"}
+
+
+class ForeignFile(ValueError):
+    """What a folder must not hold, in words that begin with the file's name."""
+
+
+def files_in(folder: Path) -> set[str]:
+    """Return the files below a folder, as paths with /; hidden ones, which no library reads, are
+    left out.
+
+    Raises ForeignFile for a link or what is neither file nor folder, OSError.
+    """
+    found = set()
+    with os.scandir(folder) as listing:
+        entries = list(listing)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink():
+            raise ForeignFile(
+                f"{entry.name} is a link, and nothing in it may lead elsewhere; copy what it "
+                "leads to"
+            )
+        if entry.is_dir(follow_symlinks=False):
+            below = files_in(folder / entry.name)
+            found |= {f"{entry.name}/{name}" for name in below}
+        elif entry.is_file(follow_symlinks=False):
+            found.add(entry.name)
+        else:
+            # reading a pipe would wait for ever
+            raise ForeignFile(f"{entry.name} is neither a file nor a folder")
+    return found
+
+
+def check_name(name: str) -> None:
+    """Raise ForeignFile for a file that holds a program or a pickle, which may run what it
+    likes."""
+    # a second suffix hides nothing: x.py.json is data, x.json.py is not
+    suffix = Path(name).suffix.lower()
+    if suffix in PROGRAMS:
+        raise ForeignFile(f"{name} is a program, and only data are opened here")
+    if suffix in PICKLES:
+        raise ForeignFile(f"{name} may hold pickled objects, which run when they are opened")
+
+
+def read_object(folder: Path, name: str, limit_bytes: int = JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ForeignFile, or OSError where there is none."""
+    # one byte more than may be, so that a long file is known without reading it
+    with (folder / name).open("rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ForeignFile(f"{name} is over {limit_bytes:,} bytes")
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ForeignFile(f"{name} is not JSON: {error}") from None
+    except RecursionError:
+        raise ForeignFile(f"{name} is not JSON that can be read: it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ForeignFile(f"{name} holds no JSON object")
+    return found
+
+
+def check_model_files(folder: Path, names: Iterable[str]) -> None:
+    """Raise ForeignFile for a model's files, paths with / below folder, that name code, another
+    adapter, an unknown class, or a shard that is not among them; OSError when one cannot be
+    read."""
+    names = sorted(names)
+    for name in names:
+        last = name.rpartition("/")[2]
+        if last in NEVER:
+            raise ForeignFile(f"{name} would put an adapter on the model that none knows of")
+        if last.endswith(TEMPLATE):
+            _check_template(name, (folder / name).stat().st_size)
+        if last in ONLY_DATA or not last.endswith(".json"):
+            continue
+        settings = read_object(folder, name)
+        check_settings(settings, name)
+        if last.endswith(INDEX):
+            _check_shards(settings, name, names)
+
+
+def check_settings(settings: Mapping[str, Any], name: str) -> None:
+    """Raise ForeignFile for settings that name code or an unknown class, at any depth; `name` is
+    that of their file."""
+    left: list[Any] = [settings]
+    # a list and no recursion: what JSON nests as deep as it is read must not fail here
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        if not isinstance(value, dict):
+            continue
+        left += value.values()
+        for key, given in value.items():
+            _check_setting(key, given, name)
+
+
+def check_kind(settings: Mapping[str, Any], name: str, kinds: Collection[str]) -> None:
+    """Raise ForeignFile for a model that is of none of some kinds (`model_type`)."""
+    found = settings.get("model_type")
+    if found not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise ForeignFile(f"{name} is of a model of the kind {found!r}; here it is {known}")
+
+
+def _check_setting(key: str, value: Any, name: str) -> None:
+    if key in NAMES_CODE and value:
+        raise ForeignFile(f"{name} names code to run ({key}), and only data are opened here")
+    if key in KERNELS and "/" in str(value):
+        raise ForeignFile(f"{name} names code to run ({key}: {value!r})")
+    if key in CLASSES and value not in (None, *KNOWN_CLASSES):
+        raise ForeignFile(f"{name} names a class that is not known here ({key}: {value!r})")
+    if key == "chat_template":
+        _check_template(name, len(str(value)))
+
+
+def _check_template(name: str, size_bytes: int) -> None:
+    if size_bytes > TEMPLATE_BYTES:
+        raise ForeignFile(f"{name} has a chat template of over {TEMPLATE_BYTES:,} bytes")
+
+
+def _check_shards(index: Mapping[str, Any], name: str, names: Collection[str]) -> None:
+    """Raise ForeignFile for an index that names a file which is not beside it."""
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict):
+        raise ForeignFile(f"{name} is no index of tensors")
+    above, slash, _ = name.rpartition("/")
+    for shard in shards.values():
+        if not isinstance(shard, str) or f"{above}{slash}{shard}" not in names:
+            raise ForeignFile(f"{name} names {shard!r}, which is no file beside it")
