@@ -25,7 +25,7 @@ from fakes import (
     values,
 )
 
-from pipeline.errors import DiskFull, OtherCheckpoint, UnreadableFile
+from pipeline.errors import DamagedArtifact, DiskFull, OtherCheckpoint, UnreadableFile
 from pipeline.store.artifacts import inventory
 from pipeline.train import checkpoint, loop
 from pipeline.train.checkpoint import TrainState
@@ -242,6 +242,19 @@ def test_the_good_slot_is_not_the_next_one_written_over(stopped, name, monkeypat
     assert recorder.starts == [6] and equal(got, wanted)
 
 
+def test_every_bit_of_state_json_counts(stopped):
+    folder, _ = stopped
+    slot = slots(folder)[7]
+    path = slot / "state.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        flip(path, at)
+        with pytest.raises(DamagedArtifact):
+            checkpoint._read_numbers(slot)
+        path.write_bytes(whole)
+    assert checkpoint._read_numbers(slot)["run"]["step"] == 7
+
+
 def test_a_changed_number_in_state_json_is_seen(stopped):
     folder, wanted = stopped
     path = slots(folder)[7] / "state.json"
@@ -269,8 +282,7 @@ def rewritten(folder, change):
         numbers = json.loads((slot / "state.json").read_text())
         numbers.pop("checksum")
         change(numbers)
-        numbers["checksum"] = checkpoint._checksum(numbers)
-        (slot / "state.json").write_text(json.dumps(numbers))
+        (slot / "state.json").write_text(checkpoint._sealed(numbers))
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(stopped):

@@ -38,7 +38,8 @@ from .optimizer_state import SCALE
 SLOTS = ("a", "b")
 TENSORS = "state.safetensors"
 NUMBERS = "state.json"
-# Raised when a slot's files or numbers mean something else than before; `run.step` stays.
+# Raised when a slot's files or numbers mean something else than before; `run.step` and how numbers
+# are sealed stay, so that any version knows a checkpoint of another for one.
 FORMAT = 1
 ASIDE = ".damaged-"  # in the name of what was found wrong, before the time
 # Something lies there, and it is no file or no folder as a slot has it.
@@ -128,8 +129,7 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
         "sha256": sha256(slot / TENSORS),
         "run": asdict(run),
     }
-    checksum = _checksum(numbers)
-    write_text(slot / NUMBERS, json.dumps(numbers | {"checksum": checksum}))
+    write_text(slot / NUMBERS, _sealed(numbers))
     # only now, as the slot that was written over may have named another best state
     _remove_unused_best(folder, run)
 
@@ -338,14 +338,20 @@ def _read_numbers(slot: Path) -> dict[str, Any]:
         raise _Damage(f"checkpoint {path} is no file ({error.strerror})", slot) from None
     try:
         numbers = json.loads(text)
-        stored = numbers.pop("checksum")
-        if stored == _checksum(numbers) and numbers["run"]["step"] >= 0:
+        numbers.pop("checksum")
+        # the text itself, as the last digits of a number may change and its value stay
+        if text.decode() == _sealed(numbers) and numbers["run"]["step"] >= 0:
             return numbers
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damage(f"checkpoint {path} is not what was written ({error})", slot) from None
     raise _Damage(
         f"checkpoint {path} is torn or its bytes have changed (its checksum differs)", slot
     )
+
+
+def _sealed(numbers: dict[str, Any]) -> str:
+    """Return numbers as state.json holds them, their checksum last."""
+    return json.dumps(numbers | {"checksum": _checksum(numbers)})
 
 
 def _checksum(numbers: dict[str, Any]) -> str:
