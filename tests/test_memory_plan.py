@@ -142,11 +142,17 @@ def test_smaller_micro_batches_come_before_rougher_numbers_and_those_before_chec
             "one row": lambda m: m.micro_batch_sequences == 1,
             "moments": lambda m: m.moments == "bf16",
             "gradients": lambda m: m.gradients == "bf16",
-            "tidy": lambda m: m.low_mmap_threshold,
+            "low mmap threshold": lambda m: m.low_mmap_threshold,
             "again": lambda m: m.checkpointing,
         }.items()
     }
-    assert sorted(first, key=first.get) == ["one row", "moments", "gradients", "tidy", "again"]
+    assert sorted(first, key=first.get) == [
+        "one row",
+        "moments",
+        "gradients",
+        "low mmap threshold",
+        "again",
+    ]
 
 
 def test_settings_that_were_given_stay():
