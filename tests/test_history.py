@@ -1,6 +1,7 @@
 """History: what a reader gets after kills and restarts, what stands on the screen, what wandb is
 given."""
 
+import errno
 import io
 import json
 import os
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import FaultyReads
 from rich.console import Console
 
-from pipeline.errors import ConfigError, DiskFull, StoreError
+from pipeline.errors import ConfigError, DiskFull, StoreError, UnreadableFile
 from pipeline.store import history
 from pipeline.store.history import Recorder, read
 
@@ -39,7 +41,7 @@ def record(path, start, steps, mark="", **options):
 
 
 def marks(path):
-    return [(row["step"], row["mark"]) for row in read(path)]
+    return [(row["step"], row["mark"]) for row in read(path).rows]
 
 
 def test_rows_come_back_as_they_were_given(tmp_path):
@@ -54,7 +56,7 @@ def test_rows_come_back_as_they_were_given(tmp_path):
     for row in rows:
         recorder.row(row)
     recorder.close()
-    assert read(tmp_path / "new" / "rows.jsonl") == rows
+    assert read(tmp_path / "new" / "rows.jsonl").rows == rows
 
 
 def test_every_row_is_on_disk_as_one_line_of_strict_json_before_the_next(tmp_path):
@@ -71,7 +73,11 @@ def test_every_row_is_on_disk_as_one_line_of_strict_json_before_the_next(tmp_pat
         assert [json.loads(line, parse_constant=refuse)["step"] for line in lines] == list(
             range(step + 1)
         )
-    assert read(tmp_path / "rows.jsonl")[0] == {"step": 0, "loss": None, "load": [None, None, 1.0]}
+    assert read(tmp_path / "rows.jsonl").rows[0] == {
+        "step": 0,
+        "loss": None,
+        "load": [None, None, 1.0],
+    }
 
 
 def test_arrays_tensors_and_their_scalars_are_plain_numbers_on_disk(tmp_path):
@@ -80,7 +86,7 @@ def test_arrays_tensors_and_their_scalars_are_plain_numbers_on_disk(tmp_path):
     recorder.row(
         {"step": np.int64(3), "a": np.float64(0.5), "b": torch.tensor(2.0), "c": np.array([1, 2])}
     )
-    assert read(tmp_path / "rows.jsonl") == [{"step": 3, "a": 0.5, "b": 2.0, "c": [1, 2]}]
+    assert read(tmp_path / "rows.jsonl").rows == [{"step": 3, "a": 0.5, "b": 2.0, "c": [1, 2]}]
 
 
 def test_no_file_is_open_between_rows(tmp_path):
@@ -125,9 +131,9 @@ def test_torn_at_any_byte_the_whole_lines_stay_and_the_next_attempt_goes_on(tmp_
         whole = sum(
             end - 1 <= size for end in ends[1:]
         )  # a row that lacks only its newline is whole
-        assert [row["step"] for row in read(torn)] == list(range(1, whole + 1)), size
+        assert [row["step"] for row in read(torn).rows] == list(range(1, whole + 1)), size
         record(torn, 9, [9], "next")
-        assert [row["step"] for row in read(torn)] == [*range(1, whole + 1), 9], size
+        assert [row["step"] for row in read(torn).rows] == [*range(1, whole + 1), 9], size
 
 
 def test_killed_while_writing_reads_back_as_a_prefix(tmp_path):
@@ -146,22 +152,96 @@ def test_killed_while_writing_reads_back_as_a_prefix(tmp_path):
         while (tmp_path / "rows").stat().st_size < 3000 * random.Random(0).randint(20, 60):
             pass
         job.send_signal(signal.SIGKILL)
-    steps = [row["step"] for row in read(tmp_path / "rows")]
+    steps = [row["step"] for row in read(tmp_path / "rows").rows]
     assert len(steps) >= 20
     assert steps == list(range(len(steps)))
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b'{"step":"x"}', b"\xff\xfe", b"\0\0", b""])
-def test_garbage_is_an_error_that_names_file_and_line(tmp_path, line):
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b'{"step":"x"}', b"\xff\xfe", b"\0\0"])
+def test_what_is_no_row_is_left_out_and_told(tmp_path, line):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"step":1}\n' + line + b'\n{"step":2}\n')
-    with pytest.raises(StoreError, match=r"rows\.jsonl line 2: wanted a JSON row"):
-        read(path)
+    path.write_bytes(b'{"step":1}\n' + line + b'\n{"step":2}\n' + line + b"\n")
+    found = read(path)
+    assert [row["step"] for row in found.rows] == [1, 2]
+    assert found.missing == "2 lines cannot be read"
 
 
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match=r"absent\.jsonl cannot be read"):
-        read(tmp_path / "absent.jsonl")
+@pytest.mark.parametrize("line", [b"", b" ", b"\t", b"\r", b"\n\n"])
+def test_blank_lines_mean_nothing(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line + b'\n{"step":1}\r\n' + line + b'\n {"step":2}\n' + line)
+    assert read(path, 2) == history.History([{"step": 1}, {"step": 2}])
+
+
+def test_a_missing_file_is_told(tmp_path):
+    assert read(tmp_path / "absent.jsonl", 5) == history.History([], "the file is gone")
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, error):
+    record(tmp_path / "rows.jsonl", 0, [1])
+    reads = FaultyReads(monkeypatch, tmp_path)
+    for at in range(2):
+        reads.fail(at, error)
+        with pytest.raises(UnreadableFile, match=os.strerror(error)):
+            read(tmp_path / "rows.jsonl")
+
+
+def begun(path, seed):
+    """Write the history of a job that was killed and gone on with at random places, some of them
+    with another distance between rows; return how far it came."""
+    draw = random.Random(seed)
+    at, every = 0, draw.choice((1, 2, 5))
+    for _ in range(draw.randint(1, 4)):
+        goes_to = at + draw.randint(1, 40)
+        steps = [step for step in range(at + 1, goes_to + 1) if step % every == 0]
+        record(path, at, steps, every=every)
+        # a checkpoint lies anywhere before, and rows are as far apart as that attempt wants them
+        at = draw.randint(at, goes_to)
+        every = draw.choice((every, every, 10))
+    steps = [step for step in range(at + 1, at + 60) if step % every == 0]
+    record(path, at, steps, every=every)
+    return at + 59
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_history_that_was_only_killed_is_whole(tmp_path, seed):
+    assert read(tmp_path / "rows", begun(tmp_path / "rows", seed)).missing == ""
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("how", ["halved", "zeroed", "zeroed at the end", "one line gone"])
+def test_what_a_history_lost_is_told(tmp_path, seed, how):
+    path = tmp_path / "rows"
+    came_to = begun(path, seed)
+    whole = path.read_bytes()
+    rows = read(path, came_to).rows
+    draw = random.Random(seed)
+    half = len(whole) // 2
+    lines = whole.splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if b"start" in line)
+    row = draw.randrange(last + 1, len(lines))
+    path.write_bytes(
+        {
+            "halved": whole[:half],
+            "zeroed": bytes(len(whole)),
+            "zeroed at the end": whole[:half] + bytes(len(whole) - half),
+            "one line gone": b"".join(lines[:row] + lines[row + 1 :]),
+        }[how]
+    )
+    found = read(path, came_to)
+    assert found.missing
+    assert len(found.rows) < len(rows)
+    if how == "one line gone":
+        assert "is missing" in found.missing
+    # who goes on with it hears of it, once, and adds to what is left
+    console = screen()
+    recorder = Recorder(path, job="trunk", total_steps=500, every=10, console=console)
+    recorder.start(came_to)
+    recorder.row({"step": came_to + 1, "train_nats": 1.0})
+    recorder.close()
+    assert "its curves will lack that" in console.file.getvalue()
+    assert read(path).rows[-1]["step"] == came_to + 1
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):

@@ -35,6 +35,30 @@ def test_a_nan_in_a_history_is_a_gap():
     assert not re.search(r"\bnan\b", broken)
 
 
+def test_rows_of_validations_make_no_gaps_in_other_lines():
+    rows = histories()
+    whole = page(language_report(), rows)
+    for key, steps in rows.items():
+        split = []
+        for row in steps:
+            split.append({field: row[field] for field in row if field != "valid_nats"})
+            if "valid_nats" in row:
+                valid = row["valid_nats"]
+                # as the loop writes them: at the step of a training row, and between two of them
+                place = {"step": row["step"], "tokens": row["tokens"], "valid_nats": valid}
+                split.append(place)
+        between = {"step": 2.5, "tokens": 2500, "valid_nats": 8.0}
+        rows[key] = [*split, between]
+    assert page(language_report(), rows).count("<path") == whole.count("<path")
+
+
+def test_what_a_history_lacks_is_said_above_the_charts_and_without_any():
+    for rows in (histories(), {}):
+        text = page(language_report(), rows, {"train_experts <c>": "the file is gone"})
+        said = "The history of train_experts &lt;c&gt; is not whole: the file is gone."
+        assert said in text and 'id="curves"' in text
+
+
 def test_a_resumed_job_counts_the_later_row_of_a_step():
     once = histories()
     twice = {k: [row | {"lr": 77.0} for row in rows[:9]] + rows for k, rows in once.items()}

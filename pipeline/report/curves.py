@@ -214,12 +214,7 @@ def _stage(name: str, jobs: Mapping[str, Rows]) -> list[Chart]:
 def _loss(title: str, rows: Rows) -> Chart | None:
     trained = _thin(_points(rows, "train_nats"))
     train = Line("train", trained, faint=True)
-    # most rows have no validation loss; its line goes on over them instead of breaking
-    measured: Points = []
-    for x, value in _points(rows, "valid_nats"):
-        if value is not None:
-            measured.append((x, value))
-    valid = Line("validation", measured, colour=1, dots=True)
+    valid = Line("validation", _points(rows, "valid_nats"), colour=1, dots=True)
     settled: list[float] = []
     for line in (train, valid):
         first = int(len(line.points) * UNSETTLED)
@@ -247,12 +242,13 @@ def _overlay(
 
 def _ordered(rows: Iterable[dict]) -> Rows:
     """Sort rows by step, without those that have no place in a chart."""
-    last = {}
+    last: dict[float, dict] = {}
     for row in rows:
         places = [finite(row.get(axis)) for axis in AXES]
         if None not in places:
-            # a job that was resumed wrote some steps twice, of which the later row counts
-            last[row["step"]] = row
+            # a job that was resumed wrote some steps twice, of which the later row counts; that of
+            # a validation stands beside the training's
+            last[row["step"]] = last.get(row["step"], {}) | row
     return [last[step] for step in sorted(last)]
 
 
@@ -268,8 +264,10 @@ def _load(row: dict) -> list:
 def _points(rows: Rows, field: str) -> Points:
     points: Points = []
     for row in rows:
-        value = finite(row.get(field))
-        points.append((_tokens(row), value))
+        # a row without the field is of something else, and no gap in this line
+        if field in row:
+            value = finite(row[field])
+            points.append((_tokens(row), value))
     return points
 
 

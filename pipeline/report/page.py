@@ -5,6 +5,7 @@ bytes.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,11 @@ class PageSection:
     body: Markup
 
 
-def page(report: Report, histories: Histories) -> str:
-    """Return the whole file as text, to be written as UTF-8."""
+def page(report: Report, histories: Histories, missing: Mapping[str, str] | None = None) -> str:
+    """Return the whole file as text, to be written as UTF-8.
+
+    `missing`: in a few words, what each job's history lacks.
+    """
     if isinstance(report, LanguageReport):
         sections = _language_sections(report, histories)
         lead = language.lead(report)
@@ -45,7 +49,7 @@ def page(report: Report, histories: Histories) -> str:
         sections = _request_sections(report)
         lead = requests.lead(report)
         tiles = requests.tiles(report)
-    sections += _common_sections(report, histories)
+    sections += _common_sections(report, histories, missing or {})
     tiles += run_facts.tiles(report)
     # a tile or a section without content is left out, and with it the link that leads there
     text = _render(
@@ -114,9 +118,13 @@ def _request_sections(report: RequestReport) -> list[PageSection]:
     ]
 
 
-def _common_sections(report: Report, histories: Histories) -> list[PageSection]:
+def _common_sections(
+    report: Report, histories: Histories, missing: Mapping[str, str]
+) -> list[PageSection]:
     stages = curves(histories)
-    charts = _render("curves.html", stages=stages) if stages else Markup("")
+    charts = Markup("")
+    if stages or missing:
+        charts = _render("curves.html", stages=stages, missing=missing)
     speed = _block("bars", bars(report)) + _table(run_facts.speed(report))
     model = _block("fact_list", run_facts.model_facts(report))
     if isinstance(report, LanguageReport):

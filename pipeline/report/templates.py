@@ -275,6 +275,13 @@ REQUESTS = """\
 
 CURVES = """\
 {% import "blocks.html" as blocks %}
+{% if missing %}
+<ul class="notes">
+{% for job, words in missing.items() %}
+<li>The history of {{ job }} is not whole: {{ words }}. Its curves lack that.</li>
+{% endfor %}
+</ul>
+{% endif %}
 {% for each in stages %}
 <h3>{{ each.stage }}<small> {{ each.jobs }} job{{ "s" if each.jobs > 1 }}</small></h3>
 {{ blocks.charts(each.charts) }}

@@ -13,7 +13,7 @@ from ..errors import MismatchError
 from ..families import stage_function
 from ..protocols import Progress
 from ..store.artifacts import Manifest, Reader, Store
-from ..store.history import read
+from ..store.history import History, read
 from .stages import Addresses, label
 
 if TYPE_CHECKING:
@@ -73,9 +73,11 @@ class StoredParts:
         """Where the steps before a job left what it puts together; need not exist."""
         return self.store.jobs_folder(self.addresses.of(stage, item))
 
-    def history(self, stage: str, item: str | None = None) -> list[dict]:
-        """The history rows of a training job."""
-        return read(self.store.history(self.addresses.of(stage, item)))
+    def history(self, stage: str, item: str | None = None) -> History:
+        """The history of a training job that is done. Raises UnreadableFile and what `manifest`
+        does."""
+        manifest = self.manifest(stage, item)
+        return read(self.store.history(manifest.address), manifest.metrics["steps"])
 
 
 @dataclass(frozen=True)

@@ -131,15 +131,21 @@ def _report(job: JobContext) -> dict:
     measure = job.function()
     measured = measure(job.cfg, job.parts, job.progress)
     curves = {}
+    missing = {}
     for row in job.cfg.stages.values():
         if row.kind != "training":
             continue
         for item in job.cfg.items(row.name):
             # A part that was only written has no history
             if "planned_steps" in job.parts.manifest(row.name, item).metrics:
-                curves[label(row.name, item)] = job.parts.history(row.name, item)
+                name = label(row.name, item)
+                history = job.parts.history(row.name, item)
+                curves[name] = history.rows
+                if history.missing:
+                    missing[name] = history.missing
+                    job.progress(f"history of {name}: {history.missing}", None)
     write_text(job.folder / "report.json", measured.to_json())
-    write_text(job.folder / "report.html", report.page(measured, curves))
+    write_text(job.folder / "report.html", report.page(measured, curves, missing))
     passed = {each.name: each.passed for each in measured.criteria}
     return {"criteria": passed}
 

@@ -78,6 +78,7 @@ def _recorder(job: JobContext, steps: int) -> Recorder:
         job.store.history(job.address),
         job=job.name,
         total_steps=steps,
+        every=job.cfg.runtime.log_every_steps,
         wandb_mode=job.cfg.runtime.wandb,
         project=job.cfg.runtime.wandb_project,
         run_id=job.address,

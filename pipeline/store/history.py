@@ -1,8 +1,9 @@
 """What a job did, step by step: rows on disk, a bar on the screen, Weights & Biases when asked.
 
 One writer per file, and the file only grows: a job that was killed and goes on appends where it
-stopped and says from which step, and `read` leaves out what it went back over. No file stays open
-between two rows, because a volume that is refreshed on Modal may hold none.
+stopped and says from which step, and `read` leaves out what it went back over. Nothing but curves
+hangs on it, so damage to it stops nobody: what can be read is, and what is missing is told. No file
+stays open between two rows, because a volume that is refreshed on Modal may hold none.
 """
 
 import errno
@@ -12,6 +13,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from ..errors import ConfigError, DiskFull, StoreError
+from .artifacts import reading
 
 # Between lines where there is no terminal.
 LINE_EVERY_S = 15.0
@@ -27,13 +31,25 @@ LINE_EVERY_S = 15.0
 LOSSES = ("train_nats", "loss")
 # What is on disk and on screen of a row: numbers, lists of them, null.
 Row = dict[str, Any]
+# What stands around a line without meaning anything; a lost block of the disk is zeros.
+BLANK = b"\0 \t\r"
+
+
+@dataclass(frozen=True)
+class History:
+    """The rows that count, in step order, and a few words on what is missing; none when all is
+    there."""
+
+    rows: list[Row]
+    missing: str = ""
 
 
 class Recorder:
     """The history of one job while it runs.
 
-    Raises ConfigError when wandb is asked for and cannot start, StoreError or DiskFull when a row
-    cannot be written.
+    `every`: steps between two rows, by which a reader knows what is missing; 0: they come as they
+    like. Raises ConfigError when wandb is asked for and cannot start, StoreError or DiskFull when a
+    row cannot be written.
     """
 
     def __init__(
@@ -42,6 +58,7 @@ class Recorder:
         *,
         job: str,
         total_steps: int,
+        every: int = 0,
         wandb_mode: str = "off",
         project: str = "moleforge",
         run_id: str = "",
@@ -50,6 +67,7 @@ class Recorder:
         console: Console | None = None,
     ) -> None:
         self.path = Path(path)
+        self._every = every
         self._started = False
         _repair(self.path)
         self._mirror = None
@@ -66,10 +84,16 @@ class Recorder:
     def start(self, step: int) -> None:
         """Begin at step: 0, or where a killed attempt goes on; rows of that attempt after step no
         longer count."""
-        # the first attempt's rows need no mark: everything in the file is theirs
-        if self.path.exists() and self.path.stat().st_size:
+        missing = ""
+        if self._every:
+            missing = read(self.path, step).missing if step else ""
+            _append(self.path, {"start": step, "every": self._every})
+        # the first attempt's rows need no mark then: everything in the file is theirs
+        elif self.path.exists() and self.path.stat().st_size:
             _append(self.path, {"start": step})
         self._display.start(step)
+        if missing:
+            self._display.note(f"of this job's history {missing}; its curves will lack that")
         self._started = True
 
     def row(self, row: Row) -> None:
@@ -95,21 +119,65 @@ class Recorder:
             self._mirror = None
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows that count, in step order; a last line torn by a kill is left out.
+def read(path: Path, steps: int | None = None) -> History:
+    """Return what can be read of a history; a last line torn by a kill is left out.
 
-    Raises StoreError that names the line when the file holds anything else.
+    `steps`: how far the job is, so that what is missing at the end is known too. Raises
+    UnreadableFile.
     """
+    try:
+        with reading(path, "history"):
+            *lines, tail = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return History([], "the file is gone")
     kept: list[Row] = []  # of earlier attempts, as far as they count
     fresh: list[Row] = []  # of the attempt that is read just now
-    for entry in _entries(Path(path)):
+    starts: list[Row] = []  # of the attempts that count
+    damaged = 0
+    # a job that goes on has mended its last line: only one that is being written may be torn
+    for line in [*lines, tail]:
+        entry = _parse(line)
+        torn = line is tail and steps is None
+        lost = b"\0" in line or (entry is None and line.strip(BLANK))
+        if lost and not torn:
+            damaged += 1
+        if entry is None:
+            continue
         if "step" in entry:
             fresh.append(entry)
             continue
         # an attempt starts: what went before counts up to the step where this one goes on
         kept = [row for row in _overlay(kept, fresh) if row["step"] <= entry["start"]]
         fresh = []
-    return sorted(_overlay(kept, fresh), key=lambda row: row["step"])
+        starts = [each for each in starts if each["start"] < entry["start"]]
+        starts.append(entry)
+    rows = sorted(_overlay(kept, fresh), key=lambda row: row["step"])
+    return History(rows, _missing(rows, starts, damaged, steps))
+
+
+def _missing(rows: list[Row], starts: list[Row], damaged: int, steps: int | None) -> str:
+    """Return in words what rows lack of what their attempts must have written."""
+    words = []
+    if damaged:
+        words.append(f"{damaged} line{'s' * (damaged > 1)} cannot be read")
+    last = steps
+    if last is None:
+        last = max((row["step"] for row in rows), default=0)
+    found = {row["step"] for row in rows}
+    lost = []
+    for start, end in pairwise([*starts, {"start": last}]):
+        every = start.get("every")
+        if isinstance(every, int) and every > 0:
+            first = (start["start"] // every + 1) * every
+            due = range(first, end["start"] + 1, every)
+            lost += [step for step in due if step not in found]
+    if len(lost) == 1:
+        words.append(f"the row of step {lost[0]} is missing")
+    elif lost:
+        words.append(f"{len(lost)} rows from step {lost[0]} to {lost[-1]} are missing")
+    elif steps and not rows:
+        words.append("no row is left")
+    return " and ".join(words)
 
 
 def _overlay(kept: list[Row], fresh: list[Row]) -> list[Row]:
@@ -118,39 +186,17 @@ def _overlay(kept: list[Row], fresh: list[Row]) -> list[Row]:
     return [row for row in kept if row["step"] not in again] + fresh
 
 
-def _entries(path: Path) -> Iterator[Row]:
-    """Yield what each line holds; of a last line without its end, what can be read."""
-    try:
-        *lines, tail = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise StoreError(
-            f"history {path} cannot be read: {error.strerror}; check path and permissions"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        entry = _parse(line)
-        if entry is None:
-            raise StoreError(
-                f"{path} line {number}: wanted a JSON row with a step, found {line[:60]!r}; "
-                "another program wrote to this file: delete that line, or the file to lose this "
-                "job's curves and nothing else"
-            )
-        yield entry
-    last = _parse(tail)
-    if last:
-        yield last
-
-
 def _parse(line: bytes) -> Row | None:
     """Return a line's entry: a row with its step, or where an attempt started; None for anything
     else."""
     try:
-        entry = json.loads(line)
-    except ValueError:
+        entry = json.loads(line.strip(BLANK))
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict):
         return None
     step = entry.get("step", entry.get("start"))
-    return entry if isinstance(step, int | float) else None
+    return entry if isinstance(step, int) else None
 
 
 def _repair(path: Path) -> None:
