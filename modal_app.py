@@ -217,10 +217,10 @@ class Endpoint:
         volume.reload()
         try:
             folder = cloud.served(Path(VOLUME))
+            self.served = serving.create(folder, os.environ.get("MOLEFORGE_API_KEY"))
         except PipelineError as error:
             # The log of the container is all that anybody sees of it
             raise PipelineError(sentence(error, EDGE)) from None
-        self.served = serving.create(folder, os.environ.get("MOLEFORGE_API_KEY"))
 
     @modal.asgi_app()
     def web(self):

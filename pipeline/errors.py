@@ -73,11 +73,13 @@ class DamagedArtifact(StoreError):
     """A file is torn or its bytes have changed.
 
     `remove` is the folder to make again, `stage` what makes it where that is not the command that
-    met the error.
+    met the error; `remedy` is another way than to make it again.
     """
 
-    def __init__(self, text: str, *, remove: Path | None = None, stage: str = "") -> None:
-        super().__init__(text)
+    def __init__(
+        self, text: str, *, remove: Path | None = None, stage: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(text, remedy=remedy)
         self.remove = remove
         self.stage = stage
 

@@ -219,8 +219,9 @@ def test_sha256sum_agrees_and_sees_every_change(bundled, tmp_path):
         before = (folder / name).read_bytes()
         flip(folder / name)
         assert checked() == 1
-        with pytest.raises(DamagedArtifact, match=f"{name} is not what was bundled"):
+        with pytest.raises(DamagedArtifact, match=f"{name} is not what was bundled") as error:
             bundle.verify(folder)
+        assert "`python -m pipeline deploy` again, or copy it again" in told(error.value)
         (folder / name).write_bytes(before)
     (folder / "model-trunk.safetensors").unlink()
     with pytest.raises(DamagedArtifact, match=r"model-trunk\.safetensors cannot be read"):

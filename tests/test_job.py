@@ -110,7 +110,9 @@ def test_parts_keep_no_tensors_alive(runs):
 ERRORS = [
     errors.MissingArtifact("a is not here", address="a", stages=("preprocess",)),
     errors.DamagedArtifact("b is torn", remove=Path("/store/artifacts/b")),
-    errors.DamagedArtifact("f is torn", remove=Path("/copies/f"), stage="deploy"),
+    errors.DamagedArtifact(
+        "f is torn", remove=Path("/copies/f"), stage="deploy", remedy="copy it again"
+    ),
     errors.MismatchError("c is of d", remove=Path("/store/artifacts/c"), stage="train_experts"),
     errors.DiskFull("no room for e", in_store=True),
     errors.UnreadableFile("/store/f cannot be read: Input/output error", path=Path("/store/f")),
@@ -131,8 +133,9 @@ SENTENCES = {
         "make it again",
     ),
     "f is torn": (
-        "f is torn; remove /copies/f and run `python -m pipeline deploy` again",
-        "f is torn; remove /copies/f and run `modal run modal_app.py::deploy` again",
+        "f is torn; remove /copies/f and run `python -m pipeline deploy` again, or copy it again",
+        "f is torn; remove /copies/f and run `modal run modal_app.py::deploy` again, or copy it "
+        "again",
     ),
     "c is of d": (
         "c is of d: remove /store/artifacts/c and run `python -m pipeline train_experts` again",

@@ -11,7 +11,7 @@ from fakes import StubbedVolume, contents
 
 from pipeline import cloud
 from pipeline.cloud import containers
-from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact, OldStore
+from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact, OldStore, StoreError
 from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.run.advice import sentence
@@ -379,5 +379,7 @@ def test_a_volume_of_an_older_version_is_refused_on_the_laptop_and_in_a_containe
     with pytest.raises(OldStore, match="the volume moleforge has store format 1") as error:
         cloud.mirror(cfg, tmp_path / "mirror", lambda _folder: [], lambda _path: b'{"format": 1}')
     assert "type `modal volume rename moleforge NAME`" in sentence(error.value, EDGE)
+    with pytest.raises(StoreError, match=r"store\.json of the volume moleforge cannot be read"):
+        cloud.mirror(cfg, tmp_path / "mirror", lambda _folder: [], lambda _path: b"{")
     [failed] = work(volume.view(), cfg, "preprocess")
     assert failed.state == "failed" and "modal volume rename moleforge NAME" in failed.error

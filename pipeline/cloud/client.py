@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, StoreError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
@@ -147,7 +147,7 @@ def mirror(
     checkpoints.
 
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and
-    None. Raises OldStore or NewerStore.
+    None. Raises OldStore, NewerStore or StoreError.
     """
     # The volume may hold hundreds of runs, and each file read costs a request.
     reachable = set(Addresses(cfg).reachable())
@@ -162,7 +162,13 @@ def mirror(
             wanted.append(f"resume/{name}/b/state.json")
     mark = read("store.json")
     if mark is not None:
-        check_format(int(json.loads(mark)["format"]), "the volume moleforge")
+        try:
+            found = int(json.loads(mark)["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"store.json of the volume moleforge cannot be read: {error}"
+            ) from None
+        check_format(found, "the volume moleforge")
     for path in wanted:
         content = read(path)
         if content is not None:

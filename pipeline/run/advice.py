@@ -71,7 +71,8 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         return f"{text}: run {commands} with this configuration first"
     if isinstance(error, DamagedArtifact) and error.remove:
         if error.stage:
-            return f"{text}; {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
+            remake = f"{edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
+            return f"{text}; {', or '.join(filter(None, (remake, error.remedy)))}"
         return f"{text}; {edge.remove(error.remove)} and run the same command to make it again"
     if isinstance(error, MismatchError) and error.remove:
         return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"

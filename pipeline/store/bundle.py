@@ -199,7 +199,8 @@ def upload(folder: Path, url: str, progress: Progress) -> None:
 
 def _damaged(text: str, folder: Path) -> DamagedArtifact:
     """Return the error about a bundle, which its stage makes again."""
-    return DamagedArtifact(text, remove=folder, stage="deploy")
+    # it may have been torn on its way here from a machine where it is whole
+    return DamagedArtifact(text, remove=folder, stage="deploy", remedy="copy it again")
 
 
 def _place(file: BundleFile, target: Path) -> str:
