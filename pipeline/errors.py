@@ -21,12 +21,25 @@ The text of an error says what is wrong. What to type then depends on where a pe
 errors carry fields and the edges make the sentence (run/advice.py).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def plain(text: Any) -> Any:
+    """Return a text without the addresses of objects, which libraries put into theirs: they differ
+    from run to run, and tell a stranger of this process's memory. Other values stay."""
+    return _ADDRESS.sub("", text) if isinstance(text, str) else text
 
 
 class PipelineError(Exception):
     """Base of the errors a person can act on."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*[plain(value) for value in args])
 
     def __reduce__(self) -> tuple:
         # Errors travel between processes. Exception would make them again from their text alone,

@@ -4,19 +4,26 @@ get wrong."""
 import base64
 import io
 import json
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
+from pipeline.data.images import images
+from pipeline.data.images.images import claimed_size
 from pipeline.families.adapters.inference import Request
 from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
+from pipeline.serve import chat
 from pipeline.serve.app import create
 from pipeline.serve.protocol import RequestLimits
 from tests import small_stack
 from tests.small_stack import EXPERTS
-from tests.test_serve import refused, running
+from tests.test_serve import asked, check_leaving, refused, running, wait_for
 
 CHAT = "/v1/chat/completions"
 
@@ -210,3 +217,79 @@ def test_what_is_no_json_or_too_long_or_elsewhere(client, application):
 def test_the_interface_describes_itself(client):
     schema = client.get("/openapi.json").json()
     assert json.dumps(schema["paths"][CHAT]["post"]["requestBody"]).count("image_url") > 1
+
+
+def test_a_client_that_leaves_stops_its_answer_and_frees_its_place(client, application, stack):
+    body = asking(text="what color?") | {"expert": "locate"}
+    model = stack.model
+    core = model.core.base_model.language_model
+    # one pass for the router, one for each of eight tokens
+    check_leaving(client, application.state.service, CHAT, body, core, model._lock, 9)
+
+
+@contextmanager
+def watched(monkeypatch):
+    """Yield a list of how many pixels were being decoded, one entry for each picture begun."""
+    held, seen = [], []
+
+    def decode(data, **options):
+        held.append(claimed_size(data))
+        seen.append(sum(width * height for width, height in held))
+        time.sleep(0.02)  # long enough that all of a burst come together
+        try:
+            return images.open_checked(data, **options)
+        finally:
+            held.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "open_checked", decode)
+        yield seen
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_a_burst_of_large_pictures_is_decoded_under_one_bound(
+    together, client, application, monkeypatch
+):
+    """Squares of 640 px, so many of which may be decoded together."""
+    bound = together * 640 * 640
+    monkeypatch.setattr(application.state.service.engine, "room", chat.PixelRoom(bound))
+    kinds = [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "L"), ("WEBP", "RGB")]
+    urls = [encoded(Image.new(mode, (640, 640)), kind) for kind, mode in kinds]
+    with watched(monkeypatch) as seen, ThreadPoolExecutor(8) as pool:
+        bodies = [asking(urls[i % 4], urls[(i + 1) % 4]) for i in range(8)]
+        answers = list(pool.map(lambda body: client.post("/v1/route", json=body), bodies))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len(seen) == 16
+    assert max(seen) <= bound
+    assert together == 1 or max(seen) > bound // together, "no two came together"
+
+
+def test_who_finds_no_room_for_a_picture_is_sent_away_or_may_leave(
+    client, application, monkeypatch
+):
+    service = application.state.service
+    room = service.engine.room
+    monkeypatch.setattr(service, "limits", RequestLimits(body_bytes=1 << 25, seconds=0.2))
+    with room.taken(room.pixels, time.monotonic()):
+        answer = client.post("/v1/route", json=asking(encoded(PICTURE)))
+        refused(answer, 503, "too many large pictures at once", None, "overloaded")
+        assert answer.headers["retry-after"] == "1"
+        monkeypatch.setattr(service, "limits", RequestLimits(body_bytes=1 << 25, seconds=60))
+        connection = asked(client, "/v1/route", asking(encoded(PICTURE)))
+        wait_for(lambda: service.in_flight == 1)
+        connection.close()
+        wait_for(lambda: not service.in_flight)
+    assert client.post("/v1/route", json=asking(encoded(PICTURE))).status_code == 200
+
+
+def test_no_answer_tells_an_address_of_this_process(client):
+    draw = random.Random(1)
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        held = io.BytesIO()
+        PICTURE.save(held, kind)
+        whole = held.getvalue()
+        for content in (whole[:4], whole[: len(whole) // 2], b"\0" + whole, draw.randbytes(99)):
+            url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            said = client.post("/v1/route", json=asking(url)).text
+            assert "0x" not in said
+            assert "BytesIO" not in said

@@ -578,3 +578,66 @@ def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monk
     ):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+@contextmanager
+def slowed(module: torch.nn.Module, seconds: float):
+    """Make each pass of a model take so long; yields the list that has an entry for each."""
+    passes = []
+
+    def count(*_) -> None:
+        passes.append(time.monotonic())
+        time.sleep(seconds)
+
+    hook = module.register_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def asked(client, path: str, body: dict) -> socket.socket:
+    """Send a request and leave its answer unread; return the socket, for who wants to close it."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    connection = socket.create_connection((client.base_url.host, client.base_url.port))
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def wait_for(condition, seconds: float = 10) -> None:
+    """Wait until something holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def check_leaving(client, service, path: str, body: dict, module, lock, steps: int) -> None:
+    """Ask and leave at each of several passes, and in the waiting line: the work ends, the slot is
+    free, and the next request gets its answer."""
+    for leave_at in (1, 2, steps // 2):
+        with slowed(module, 0.06) as passes:
+            connection = asked(client, path, body)
+            wait_for(lambda: len(passes) >= leave_at)  # noqa: B023 (waited for here)
+            connection.close()
+            wait_for(lambda: not service.in_flight)
+            # the one that ran, and one in which the server heard of it
+            assert len(passes) <= leave_at + 2 < steps
+    with lock:
+        connections = [asked(client, path, body) for _ in range(3)]
+        wait_for(lambda: service.in_flight == 3)
+        connections.pop().close()
+        wait_for(lambda: service.in_flight == 2)
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: not service.in_flight)
+    assert client.post(path, json=body).status_code == 200
+
+
+def test_a_client_that_leaves_stops_its_text_and_frees_its_place(client, application, engine):
+    service = application.state.service
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
+    assert complete(client, max_tokens=20)["usage"]["completion_tokens"] == 20
+    model = engine.model.base_model
+    check_leaving(client, service, "/v1/completions", body, model, engine._lock, 20)

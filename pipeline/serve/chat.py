@@ -9,8 +9,10 @@ import base64
 import binascii
 import re
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -20,9 +22,10 @@ from PIL import Image
 from pydantic import Field
 
 from ..config.task_data import ImageLimitsConfig
-from ..data.images.images import open_checked, resized
+from ..data.images.images import claimed_size, open_checked, resized
 from ..errors import DataError
 from ..families import family
+from ..protocols import POLL_S, check_wanted
 from .engine import Engine
 from .protocol import (
     DIGITS,
@@ -35,6 +38,7 @@ from .protocol import (
     RequestLimits,
     Service,
     body_schema,
+    following,
     read_body,
 )
 
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
     from ..families.adapters.stack import AdapterStack, Answer, Choice
 
 BODY_BYTES = 32 << 20  # pictures come inside
-PICTURE_PIXELS = 64_000_000  # before it is resized
+# Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
+# pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
+PICTURE_PIXELS = 64_000_000
 # Whatever kind it says: what it is, is read from its bytes.
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.I)
 
@@ -137,12 +143,14 @@ class ChatService(Service):
         @app.post("/v1/chat/completions", dependencies=guarded, openapi_extra=body_schema(ChatBody))
         async def completions(request: Request) -> dict:
             body = await read_body(request, ChatBody, self.limits.body_bytes)
-            return await self.complete(body)
+            async with following(request):
+                return await self.complete(body)
 
         @app.post("/v1/route", dependencies=guarded, openapi_extra=body_schema(RoutingBody))
         async def route(request: Request) -> dict:
             body = await read_body(request, RoutingBody, self.limits.body_bytes)
-            return await self.route(body)
+            async with following(request):
+                return await self.route(body)
 
     def details(self) -> dict:
         """Return the base and the limits of a request."""
@@ -183,7 +191,7 @@ class ChatService(Service):
     async def route(self, body: RoutingBody) -> dict:
         """Return which expert a request goes to. Raises ApiError."""
         self.check_model(body.model)
-        choice = await self._run(lambda: self.engine.route(body))
+        choice = await self._run(lambda: self.engine.route(body, self.limits.seconds))
         return {
             "object": "route",
             "model": self.engine.name,
@@ -201,6 +209,33 @@ class ChatService(Service):
             raise ApiError(400, f"messages: {error}", "messages") from None
 
 
+class PixelRoom:
+    """How many pixels may be decoded at once, over all requests."""
+
+    def __init__(self, pixels: int):
+        self.pixels = pixels
+        self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int, until: float) -> Iterator[None]:
+        """Have room for so many pixels, at most all there is. Raises TimeoutError where there is
+        none by `until`, on the monotonic clock, and Abandoned."""
+        with self._changed:
+            while self._free < pixels:
+                check_wanted()
+                if time.monotonic() > until:
+                    raise TimeoutError("too many large pictures at once; try again in a moment")
+                self._changed.wait(POLL_S)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
 class ChatEngine(Engine):
     """An open bundle of adapters.
 
@@ -212,21 +247,24 @@ class ChatEngine(Engine):
         super().__init__(folder)
         self.stack: AdapterStack = family(self.about["family"]).reassemble(folder)
         self.image = ImageLimitsConfig(**self.about["base"]["image"])
+        # As much as the largest picture that is taken needs, for all requests together.
+        self.room = PixelRoom(PICTURE_PIXELS)
 
     def answer(self, body: ChatBody, seconds: float) -> "Answer":
-        """Return the answer to a request; past `seconds` no further token is begun. Raises
-        DataError."""
+        """Return the answer to a request; past `seconds` no further token is begun, nor do its
+        pictures wait for room any longer. Raises DataError, TimeoutError."""
         # Clients send the old name, the new one, or both alike.
         most = body.max_completion_tokens or body.max_tokens
-        request = self._request(body.messages[0])
+        request = self._request(body.messages[0], seconds)
         return self.stack.answer([request], seconds, most, body.expert)[0]
 
-    def route(self, body: RoutingBody) -> "Choice":
-        """Return where a request goes. Raises DataError."""
-        request = self._request(body.messages[0])
+    def route(self, body: RoutingBody, seconds: float) -> "Choice":
+        """Return where a request goes; its pictures wait for room no longer than `seconds`. Raises
+        DataError, TimeoutError."""
+        request = self._request(body.messages[0], seconds)
         return self.stack.route([request])[0]
 
-    def _request(self, message: Message) -> "StackRequest":
+    def _request(self, message: Message, seconds: float) -> "StackRequest":
         """Return a message as the stack takes it: one text, and its pictures in order."""
         if isinstance(message.content, str):
             return self.stack.request(message.content, ())
@@ -241,11 +279,13 @@ class ChatEngine(Engine):
         most = self.stack.model.limits.media
         if len(urls) > most:
             raise DataError(f"{len(urls)} images; at most {most} are taken")
-        images = [self._picture(url) for url in urls]
+        until = time.monotonic() + seconds
+        images = [self._picture(url, until) for url in urls]
         return self.stack.request("\n".join(texts), images)
 
-    def _picture(self, url: str) -> Image.Image:
-        """Return the picture in a data: URI, checked and resized as in training."""
+    def _picture(self, url: str, until: float) -> Image.Image:
+        """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
+        TimeoutError where there is no room for it by `until`."""
         head = _DATA_URI.match(url)
         if head is None:
             raise DataError(
@@ -256,8 +296,11 @@ class ChatEngine(Engine):
             data = base64.b64decode(url[head.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise DataError(f"image_url is not base64: {error}") from None
-        image = open_checked(data, max_pixels=PICTURE_PIXELS)
-        return resized(image, self.image.min_pixels, self.image.max_pixels)
+        width, height = claimed_size(data, PICTURE_PIXELS)
+        # One picture at a time: a request that held room and waited for more could wait for ever.
+        with self.room.taken(width * height, until):
+            image = open_checked(data, max_pixels=PICTURE_PIXELS)
+            return resized(image, self.image.min_pixels, self.image.max_pixels)
 
 
 def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:

@@ -23,6 +23,7 @@ from .protocol import (
     RequestLimits,
     Service,
     body_schema,
+    following,
     read_body,
 )
 
@@ -104,12 +105,14 @@ class CompletionService(Service):
         )
         async def completions(request: Request) -> dict:
             body = await read_body(request, CompletionBody, self.limits.body_bytes)
-            return await self.complete(body)
+            async with following(request):
+                return await self.complete(body)
 
         @app.post("/v1/route", dependencies=guarded, openapi_extra=body_schema(RouteBody))
         async def route(request: Request) -> dict:
             body = await read_body(request, RouteBody, self.limits.body_bytes)
-            return await self.route(body)
+            async with following(request):
+                return await self.route(body)
 
     def details(self) -> dict:
         """Return the experts of a token and the longest text, in tokens."""

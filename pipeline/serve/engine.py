@@ -23,6 +23,7 @@ from ..data.text import tokenizer
 from ..errors import DamagedArtifact, MismatchError
 from ..families import PRELOAD, family
 from ..hardware import device
+from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, verify
 
 if TYPE_CHECKING:
@@ -140,12 +141,13 @@ class CompletionEngine(Engine):
         return [start_id, *encoding.ids]
 
     def complete(self, ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Go on with a text of encoded ids."""
+        """Go on with a text of encoded ids. Raises Abandoned within a token of nobody's waiting for
+        it any more."""
         prompt_BT = torch.tensor([ids], device=device())
         prompt_tokens = len(ids)
-        criteria = None
+        criteria: list[Any] = [_stop_unwanted]
         if sampling.stop:
-            criteria = [_StopOnText(self._decode, prompt_tokens, sampling.stop)]
+            criteria.append(_StopOnText(self._decode, prompt_tokens, sampling.stop))
         with self._exclusive() as gates, _seeded(sampling.seed):
             out_BT = self.model.generate(
                 prompt_BT,
@@ -153,6 +155,7 @@ class CompletionEngine(Engine):
                 generation_config=self._generation_config(sampling),
                 stopping_criteria=criteria,
             )
+            check_wanted()
         drawn_T = out_BT[0, prompt_tokens:]
         drawn = drawn_T.tolist()
         # A token was chosen where the one before it was read: the first new one at the last of
@@ -186,7 +189,7 @@ class CompletionEngine(Engine):
     @contextmanager
     def _exclusive(self) -> Iterator["_GateRecorders"]:
         """Have the model to oneself, for inference, and record what its gates choose."""
-        with self._lock, torch.no_grad(), _gates(self.model.base_model) as gates:
+        with held(self._lock), torch.no_grad(), _gates(self.model.base_model) as gates:
             yield gates
 
     def _tokens(
@@ -320,6 +323,11 @@ def _probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
     # Steps of a prime, so that ids repeat only where the vocabulary is a multiple of it.
     ids_T = place_T * 7919 % vocab_size
     return ids_T.unsqueeze(0)
+
+
+def _stop_unwanted(ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+    """End a text that nobody waits for any more."""
+    return torch.full((len(ids_BT),), is_unwanted(), device=ids_BT.device)
 
 
 @dataclass(frozen=True)

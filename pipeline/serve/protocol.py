@@ -5,10 +5,13 @@ Invariant: whatever a client sends, it gets JSON back, with the status that says
 error is. A model runs one request at a time, in a thread; the rest wait, up to a limit.
 """
 
+import asyncio
 import hmac
 import json
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +25,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..errors import plain
+from ..protocols import Abandoned, while_wanted
 from .engine import Engine
 
 DIGITS = 4  # of a probability, a weight or a time in an answer
@@ -50,6 +55,7 @@ class ApiError(Exception):
         code: str | None = None,
         **headers: str,
     ):
+        message = plain(message)
         super().__init__(message)
         self.status = status
         self.message = message
@@ -150,6 +156,11 @@ class Service(ABC):
         self.in_flight += 1
         try:
             return await run_in_threadpool(work)
+        except Abandoned:
+            # heard by nobody; the status is nginx's for it, in this server's log
+            raise ApiError(499, "the client left before its answer was there") from None
+        except TimeoutError as error:
+            raise ApiError(503, str(error), None, "overloaded", **{"Retry-After": "1"}) from None
         finally:
             self.in_flight -= 1
 
@@ -171,6 +182,27 @@ def check_key(key: str | None, request: Request) -> None:
     raise ApiError(
         401, f"the API key {problem}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
     )
+
+
+@asynccontextmanager
+async def following(request: Request) -> AsyncIterator[None]:
+    """Have the work inside, threads included, end with Abandoned once the client is gone. The body
+    must have been read: both would read the same messages."""
+    gone = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+        gone.set()
+
+    while_wanted(gone.is_set)
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        # a thread outlives its request where the server is told to stop
+        gone.set()
+        watcher.cancel()
 
 
 B = TypeVar("B", bound=Body)

@@ -12,10 +12,12 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...errors import DataError
 
@@ -75,6 +77,15 @@ def open_checked(
     name = _name_of(named)
     image, _ = _decoded(_content(source, root, name), name, max_pixels)
     return image
+
+
+def claimed_size(data: bytes, max_pixels: int = MAX_DECODED_PX) -> tuple[int, int]:
+    """Return the width and height in px that a file's header says; nothing is decoded. Raises
+    BadImage."""
+    name = _name_of(data)
+    with _faults(name, max_pixels), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_size(image.size, name, max_pixels)
+        return image.size
 
 
 def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -200,7 +211,7 @@ def _inside(path: Path | str, root: Path, name: str) -> Path:
 
 def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
     """Return the upright RGB picture, and whether data is a JPEG that already says just that."""
-    try:
+    with _faults(name, max_pixels):
         if isinstance(data, Image.Image):
             _check_size(data.size, name, max_pixels)
             return _upright(data), False
@@ -213,6 +224,13 @@ def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Ima
             image.load()
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             return _upright(image), plain and not _is_turned(image)
+
+
+@contextmanager
+def _faults(name: str, max_pixels: int) -> Iterator[None]:
+    """Turn whatever a decoder raises into a BadImage."""
+    try:
+        yield
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -221,6 +239,12 @@ def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Ima
         raise BadImage(
             "too large a picture",
             f"{name}: {told}; at most {max_pixels} square px are decoded. Make it smaller",
+        ) from None
+    except UnidentifiedImageError:
+        # Its text names an object of ours and nothing of the picture.
+        raise BadImage(
+            "corrupt picture",
+            f"{name} is no whole {', '.join(FORMATS)} picture: its first bytes are of none of them",
         ) from None
     # Decoders raise what they like on damaged data: struct.error, SyntaxError, EOFError and more.
     except Exception as error:

@@ -21,6 +21,7 @@ from peft.tuners.lora.model import _adapter_names_pre_forward_hook as _leaked
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ...errors import DataError
+from ...protocols import check_wanted, held, is_unwanted
 from .chat import Chat
 from .media import MediaFeatures, Medium
 from .peft_io import core_of
@@ -226,6 +227,7 @@ class MultiAdapterModel:
                 logits_processor=LogitsProcessorList([likelihood]),
                 stopping_criteria=[_StopRows(given, new_tokens)],
             )
+            check_wanted()
         nats_BT = torch.stack(likelihood.nats, 1).tolist()
         ids_BT = out_BT[:, given:].tolist()
         out = []
@@ -330,7 +332,7 @@ class MultiAdapterModel:
         A hook that stays would make later rows run under the adapters of the failed call
         (huggingface/peft#3475).
         """
-        with self._lock, torch.no_grad():
+        with held(self._lock), torch.no_grad():
             try:
                 yield
             except BaseException:
@@ -370,7 +372,7 @@ class _Likelihood:
 
 
 class _StopRows:
-    """Ends each row after its own number of new tokens."""
+    """Ends each row after its own number of new tokens, and all where nobody waits for them."""
 
     def __init__(self, given: int, new_tokens: Sequence[int]):
         self.given = given
@@ -378,4 +380,6 @@ class _StopRows:
 
     def __call__(self, ids_BT: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
         made = ids_BT.shape[1] - self.given
+        if is_unwanted():
+            return torch.ones_like(self.most_B, dtype=torch.bool, device=ids_BT.device)
         return (self.most_B <= made).to(ids_BT.device)
