@@ -169,6 +169,11 @@ def dying(task, step, how=Killed):
     return replace(task, before_step=before_step)
 
 
+def elsewhere(task):
+    """Return task as a machine with less memory would go on with it: moments in bf16."""
+    return replace(task, memory_plan=replace(task.memory_plan, moments="bf16"))
+
+
 class FaultyReads:
     """Counts what is read below a folder, of names and of bytes, and lets one read fail as the
     system would; `at` is its number, `error` an errno."""

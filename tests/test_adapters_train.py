@@ -9,7 +9,7 @@ from dataclasses import replace
 import lora_small
 import pytest
 import torch
-from fakes import FolderParts, Killed, dying, equal, train_io, unreadable, values
+from fakes import FolderParts, Killed, dying, elsewhere, equal, train_io, unreadable, values
 
 from pipeline.data.tasks.prepare import TaskRows, prepare
 from pipeline.errors import (
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_cannot_be_read_stays_and_is_gone_on_from(
         fit(dying(lora_small.task_of(shared, name), 2), train_io(slots))
     task, here = lora_small.task_of(shared, name), train_io(slots)
     assert unreadable(slots, task, monkeypatch, errno.EIO) > 8
-    fit(task, here)
+    fit(elsewhere(lora_small.task_of(shared, name)), here)
     assert here.recorder.starts == [2]
 
 

@@ -4,8 +4,10 @@ import errno
 import gc
 import json
 import os
+import random
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -601,3 +603,84 @@ def test_a_run_whose_moments_are_kept_otherwise_from_now_on_goes_on(tmp_path, be
     assert here.recorder.starts == [5] and here.recorder.notes == []
     for name, value in values(plain).items():
         assert (values(task)[name] - value).norm() < 0.1 * (value - start[name]).norm()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the small task leads to."""
+    task = small_task()
+    fit(task, train_io(tmp_path_factory.mktemp("whole")))
+    return values(task)
+
+
+def swapped(folder):
+    """Let the slots have each other's names."""
+    for name, other in (("a", "c"), ("b", "a"), ("c", "b")):
+        if (folder / name).exists():
+            (folder / name).rename(folder / other)
+
+
+# What may happen to a folder of checkpoints while nobody trains.
+PLANTED = {
+    "leftovers": lambda folder, _draw: [
+        (folder / name).write_bytes(b"x")
+        for name in ("best-99.safetensors", "best-1.safetensors.part", "notes.txt", ".tmpX")
+    ],
+    "a third slot": lambda folder, _draw: (folder / "c").mkdir(exist_ok=True),
+    "swapped": lambda folder, _draw: swapped(folder),
+    "one copied over the other": lambda folder, _draw: (
+        (folder / "a").exists() and shutil.copytree(folder / "a", folder / "b", dirs_exist_ok=True)
+    ),
+    "one gone": lambda folder, draw: shutil.rmtree(folder / draw.choice("ab"), ignore_errors=True),
+    "all gone": lambda folder, _draw: shutil.rmtree(folder),
+}
+
+
+def harmed(folder, draw):
+    """Do one of those to a folder, or damage one of its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    how = draw.choice([*PLANTED, *DAMAGE, *DAMAGE])
+    if how in PLANTED:
+        PLANTED[how](folder, draw)
+    elif files:
+        DAMAGE[how](draw.choice(files))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_kills_with_damage_and_a_clock_that_jumps_between_them_end_the_same(
+    tmp_path, undisturbed, monkeypatch, seed
+):
+    draw = random.Random(seed)
+    monkeypatch.setattr("time.time", lambda: draw.uniform(-1e9, 1e11))
+    for _ in range(6):
+        with suppress(Killed):
+            fit(dying(small_task(), draw.randrange(10)), train_io(tmp_path / "run"))
+        harmed(tmp_path / "run", draw)
+        (tmp_path / "run").mkdir(exist_ok=True)
+    task, here = small_task(), train_io(tmp_path / "run")
+    metrics = fit(task, here)
+    assert equal(values(task), undisturbed)
+    assert metrics["steps"] == 10
+    assert min(metrics[key] for key in ("seconds", "tokens_per_s", "training_s")) >= 0
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_run_goes_on_with_other_threads_and_moments(tmp_path, undisturbed, threads, moments):
+    start = values(small_task())
+    with pytest.raises(Killed):
+        fit(dying(small_task(), 5), train_io(tmp_path))
+    task, here = (
+        replace(small_task(), memory_plan=MemoryPlan(8, moments=moments)),
+        train_io(tmp_path),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fit(task, here)
+    finally:
+        torch.set_num_threads(before)
+    assert here.recorder.starts == [5] and here.recorder.notes == []
+    for name, value in undisturbed.items():
+        moved = (value - start[name]).norm()
+        assert (values(task)[name] - value).norm() < 0.1 * moved

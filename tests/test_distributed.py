@@ -5,12 +5,14 @@ BATCH_BYTES is small here, so that small text has many batches; one run has the 
 """
 
 import csv
+import errno
 import gzip
 import json
+import os
 import shutil
 
 import pytest
-from fakes import flip
+from fakes import FaultyReads, flip, traces
 from test_prepare import WORDS, bytes_of, config, rows, run
 
 from pipeline.config.text_data import TextRunConfig
@@ -20,7 +22,7 @@ from pipeline.data.text import distributed, documents
 from pipeline.data.text import encode as encoding
 from pipeline.data.text.distributed import encode, scan
 from pipeline.data.text.prepare import prepare
-from pipeline.errors import DataError, MissingArtifact
+from pipeline.errors import DataError, MissingArtifact, UnreadableFile
 from pipeline.protocols import quiet
 
 
@@ -259,6 +261,29 @@ def test_a_job_that_is_not_whole_is_done_again(whole, tmp_path, harm, again):
     assert bytes_of(tmp_path / "out") == bytes_of(wanted)
     assert ("job 2 of 3 is missing or torn: doing it" in told) != again
     assert [(home / name / "manifest.json").stat().st_mtime_ns for name in ("0", "2")] == kept
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_job_that_cannot_be_read_is_not_done_again(whole, monkeypatch, error):
+    cfg, _, home = whole
+    before = {name: traces(home / name) for name in ("scan", "1")}
+    for name, call in (("scan", lambda: scan(cfg, home, 3, quiet)), ("1", None)):
+        call = call or (lambda: encode(cfg, home, 1, quiet))
+        failed = 0
+        with monkeypatch.context() as patch:
+            reads = FaultyReads(patch, home / name)
+            for at in range(1000):
+                reads.fail(at, error)
+                try:
+                    call()
+                except UnreadableFile as said:
+                    assert os.strerror(error) in str(said)
+                    failed += 1
+                if reads.seen <= at:
+                    break
+        # all but the listing of folders for what does not belong there
+        assert failed > 10
+        assert traces(home / name) == before[name]
 
 
 def test_what_is_whole_is_not_done_again(whole):

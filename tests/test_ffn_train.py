@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import FolderParts, Killed, dying, train_io, unreadable
+from fakes import FolderParts, Killed, dying, elsewhere, train_io, unreadable
 
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
@@ -370,7 +370,7 @@ def test_a_checkpoint_that_cannot_be_read_stays_and_is_gone_on_from(
     with pytest.raises(Killed):
         loop.fit(dying(make(cfg, parts, *item), 2), train_io(tmp_path))
     assert unreadable(tmp_path, make(cfg, parts, *item), monkeypatch, errno.EIO) > 8
-    task, here = make(cfg, parts, *item), train_io(tmp_path)
+    task, here = elsewhere(make(cfg, parts, *item)), train_io(tmp_path)
     loop.fit(task, here)
     assert here.recorder.starts == [2]
 

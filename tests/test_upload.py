@@ -66,6 +66,86 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     assert torn.sent == []
 
 
+class Interrupted(Torn):
+    """A filesystem at whose operation number `at` a person types Ctrl-C, half of a file being
+    sent, and at whatever it does next once more."""
+
+    at, seen = None, 0
+
+    @classmethod
+    def begin(cls, at):
+        """Count from here."""
+        cls.at, cls.seen = at, 0
+
+    def _operation(self):
+        Interrupted.seen += 1
+        if Interrupted.at is not None and Interrupted.seen > Interrupted.at:
+            raise KeyboardInterrupt
+
+    def put_file(self, lpath, rpath, **kwargs):
+        """Keep a file; half of one when the person cannot wait."""
+        try:
+            self._operation()
+        except KeyboardInterrupt:
+            self.pipe_file(rpath, Path(lpath).read_bytes()[:-9])
+            raise
+        super().put_file(lpath, rpath, **kwargs)
+
+    def exists(self, path, **kwargs):
+        """Whether a file is there."""
+        self._operation()
+        return super().exists(path, **kwargs)
+
+    def rm_file(self, path):
+        """Remove a file."""
+        self._operation()
+        super().rm_file(path)
+
+    def open(self, path, mode="rb", **kwargs):
+        """Open a file that has no end for who types Ctrl-C."""
+        self._operation()
+        return super().open(path, mode, **kwargs)
+
+
+def test_ctrl_c_typed_again_and_again_leaves_a_bundle_or_none(bundled, tmp_path):
+    import fsspec
+
+    fsspec.register_implementation("torn", Interrupted, clobber=True)
+    folder, url = bundled[2], "torn://shelf"
+    older = shutil.copytree(folder, tmp_path / "older")
+    (older / "report.html").write_text("older")
+    sums = bundle.read_sums(older) | {"report.html": bundle.sha256(older / "report.html")}
+    (older / "SHA256SUMS").write_text("".join(f"{d}  {n}\n" for n, d in sums.items()))
+    whole = {
+        name: (folder / name).read_bytes() for name in [*bundle.read_sums(folder), bundle.SUMS]
+    }
+    Torn.store, Torn.tears, Torn.sent = {}, set(), []
+    Interrupted.begin(None)
+    bundle.upload(older, url, quiet)
+    begun = dict(Torn.store)
+    Interrupted.begin(None)
+    bundle.upload(folder, url, quiet)
+    operations = Interrupted.seen
+    assert operations > 30
+    fs = Interrupted()
+    for at in range(0, operations, 3):
+        Torn.store = dict(begun)
+        for again in (at, at // 2):
+            Interrupted.begin(again)
+            with pytest.raises(KeyboardInterrupt):
+                bundle.upload(folder, url, quiet)
+            Interrupted.begin(None)
+            stored = {name.removeprefix("/shelf/"): fs.cat_file(name) for name in Torn.store}
+            # what is taken for a bundle is one: its list goes last, and half a list lists nothing
+            for home in (older, folder):
+                if stored.get(bundle.SUMS) == (home / bundle.SUMS).read_bytes():
+                    for name in bundle.read_sums(home):
+                        assert stored[name] == (home / name).read_bytes(), f"{at}: {name}"
+        bundle.upload(folder, url, quiet)
+        found = {name: fs.cat_file(f"/shelf/{name}") for name in whole}
+        assert found == whole
+
+
 def test_a_file_that_changed_at_the_target_is_sent_again(bundled, torn):
     bundle.upload(bundled[2], "torn://b", quiet)
     fs, torn.sent = torn(), []

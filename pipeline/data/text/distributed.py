@@ -18,7 +18,7 @@ from pathlib import Path
 from ...config.text_data import TextRunConfig
 from ...errors import DataError, MissingArtifact
 from ...protocols import Progress
-from ...store.artifacts import flush, inventory, write_text
+from ...store.artifacts import flush, inventory, reading, sha256, write_text
 from ..drop_stats import DropStats
 from . import partition, tokenizer
 from .documents import HARMLESS, Cursor, Document, Stream, drop_stats
@@ -210,14 +210,29 @@ def _write_manifest(folder: Path, about: dict) -> None:
     write_text(folder / _MANIFEST, json.dumps(about | {"files": files}))
 
 
+def _holds(folder: Path, files: dict[str, dict]) -> bool:
+    """Whether a folder has these files, as an inventory describes them, and no other."""
+    # By opening each: listing a folder leaves out silently what may not be seen
+    for name, entry in files.items():
+        if sha256(folder / name) != entry["sha256"]:
+            return False
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files and name != _MANIFEST:
+            return False
+    return True
+
+
 def _read_manifest(folder: Path) -> dict | None:
     """Return a folder's manifest with its digest, None unless every file is there as it says and no
-    other."""
+    other. Raises UnreadableFile."""
     try:
-        text = (folder / _MANIFEST).read_text("utf-8")
-        about = json.loads(text)
-        whole = about["files"] == inventory(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        # What cannot be read may be whole, and must not be done again for that
+        with reading(folder):
+            text = (folder / _MANIFEST).read_text("utf-8")
+            about = json.loads(text)
+            whole = _holds(folder, about["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Absent, torn, or JSON of something else: all the same to who asks
         return None
     if not whole:
