@@ -249,16 +249,18 @@ def unreadable(folder, task, patch, error):
         reads = FaultyReads(patched, folder)
         for at in range(1000):
             reads.fail(at, error)
+            said = None
             try:
                 restore(folder, task, optimizer, print)
-            except UnreadableFile as said:
-                reads.fail(None, 0)
-                assert inventory(folder) == before
-                assert os.strerror(error) in str(said)
-                assert str(folder) in str(said)
-                assert "nothing was changed" in told(said)
-            else:
+            except UnreadableFile as unreadable:
+                said = unreadable
+            reads.fail(None, 0)
+            if said is None:
                 return at
+            assert inventory(folder) == before
+            assert os.strerror(error) in str(said)
+            assert str(folder) in str(said)
+            assert "nothing was changed" in told(said)
     raise AssertionError("a thousand reads")
 
 

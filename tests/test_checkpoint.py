@@ -137,7 +137,7 @@ def test_two_damaged_slots_start_over_and_say_so(stopped, name, how):
 @pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
 def test_what_cannot_be_read_ends_the_run_and_stays(stopped, error, monkeypatch):
     folder, wanted = stopped
-    # two slots are looked for, and each has its numbers; then the newer one's tensors and best state
+    # two slots are looked for, and each has its numbers; then the newer's tensors and best state
     assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 3 + 2
     got, recorder = resume(folder)
     assert recorder.starts == [7] and recorder.notes == [] and equal(got, wanted)
@@ -279,7 +279,7 @@ def refused(folder, task):
 
 
 def rewritten(folder, change):
-    """Change the numbers of both slots as a program would that writes others; its sums are right."""
+    """Change the numbers of both slots as a program that writes others would; sums stay right."""
     for slot in slots(folder).values():
         numbers = json.loads((slot / "state.json").read_text())
         numbers.pop("checksum")

@@ -170,6 +170,7 @@ def test_every_model_is_frozen_and_refuses_what_it_does_not_know():
     [
         ("{", StoreError, "cannot be read"),
         ("[]", StoreError, "no schema version"),
+        ('{"schema_version": "9"}', StoreError, "no schema version"),
         ('{"run": "old", "T1": []}', StoreError, "no schema version.*evaluate again"),
         (f'{{"schema_version": {SCHEMA_VERSION + 1}}}', NewerStore, "update MoleForge"),
         ('{"schema_version": 1, "kind": "other"}', StoreError, "kind"),

@@ -459,7 +459,7 @@ def read(text: str | bytes) -> Report:
         raise StoreError(f"report.json cannot be read: {error}") from None
     # the version comes first: what an unknown schema holds cannot be judged by this one
     version = values.get("schema_version") if isinstance(values, dict) else None
-    if version is None:
+    if not isinstance(version, int):
         raise StoreError(
             "this report.json has no schema version, so an older version of MoleForge wrote it: "
             "evaluate again, or look at the report.html beside it"
