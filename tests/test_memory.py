@@ -1,6 +1,7 @@
 """What a job measures and does: its peak of memory (tens of MB, as the system tells), allocator,
 threads, guard."""
 
+import errno
 import io
 import json
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import Killed, dying, equal, small_task, train_io, values
+from fakes import FaultyReads, Killed, dying, equal, small_task, train_io, values
 
 from pipeline import hardware
+from pipeline.errors import UnreadableFile
 from pipeline.hardware import fastest_threads
 from pipeline.train import memory_meter
 from pipeline.train.checkpoint import TrainState
@@ -290,6 +292,24 @@ def test_a_job_that_goes_on_keeps_its_threads(tmp_path, monkeypatch):
     assert asked == [8]
     assert [json.loads(p.read_text()) for p in tmp_path.rglob("threads.json")] == [4]
     assert settled(tmp_path, monkeypatch, lambda _most: pytest.fail("measured again")) == 4
+
+
+@pytest.mark.parametrize("note", [b"", b"\0\0", b"4 4", b"[4]", b"0", b"-1", b"true", b"\xff"])
+def test_a_damaged_note_of_threads_is_measured_again(tmp_path, monkeypatch, note):
+    settled(tmp_path, monkeypatch, lambda _most: 4)
+    (path,) = tmp_path.rglob("threads.json")
+    path.write_bytes(note)
+    assert settled(tmp_path, monkeypatch, lambda _most: 2) == 2
+    assert json.loads(path.read_text()) == 2
+
+
+def test_a_note_of_threads_that_cannot_be_read_ends_the_job(tmp_path, monkeypatch):
+    settled(tmp_path, monkeypatch, lambda _most: 4)
+    reads = FaultyReads(monkeypatch, tmp_path)
+    for at in range(2):
+        reads.fail(at, errno.EIO)
+        with pytest.raises(UnreadableFile, match="Input/output error"):
+            settled(tmp_path, monkeypatch, lambda _most: pytest.fail("measured again"))
 
 
 def test_given_threads_are_not_measured(tmp_path, monkeypatch):

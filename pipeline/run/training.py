@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..hardware import fastest_threads, machine
-from ..store.artifacts import save_tensors, write_text
+from ..store.artifacts import reading, save_tensors, write_text
 from ..store.history import Recorder
 from ..train.loop import NoTraining, Task, TrainIO, fit
 from ..train.memory_meter import Peak, lower_mmap_threshold
@@ -37,13 +37,24 @@ def set_threads(job: JobContext) -> None:
     if job.cfg.runtime.threads != "auto":
         return
     note = job.store.resume(job.address) / "threads.json"
-    if note.exists():
-        threads = json.loads(note.read_text("utf-8"))
-    else:
+    threads = _noted_threads(note)
+    if threads is None:
         threads = fastest_threads(torch.get_num_threads())
         note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps(threads))
     torch.set_num_threads(threads)
+
+
+def _noted_threads(note: Path) -> int | None:
+    """Return how many threads a job began with; None when it begins, or the note is damaged, which
+    costs no more than measuring again. Raises UnreadableFile."""
+    try:
+        with reading(note):
+            threads = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
+    # true is an int too
+    return threads if type(threads) is int and threads > 0 else None
 
 
 def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
