@@ -42,6 +42,15 @@ SECRETS = {
     "storage": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
     "endpoint": ["MOLEFORGE_API_KEY"],
 }
+# Version 2 is the one that many containers may write to at once
+volume = modal.Volume.from_name("moleforge", create_if_missing=True, version=2)
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        return b"".join(volume.read_file(path))
+    except (FileNotFoundError, modal.exception.NotFoundError):
+        return None
 
 
 def _asked_for() -> RunConfig:
@@ -52,10 +61,22 @@ def _asked_for() -> RunConfig:
     sys.stdout.write(cloud.explain(sys.argv))
     try:
         cfg = cloud.announced(sys.argv, os.environ)
+        if cloud.deploys(sys.argv):
+            cfg = cloud.deployed(cfg, os.environ, _read(cloud.SERVED))
         cloud.check(cfg, cloud.Prices.load(HERE / "config/prices.yaml"), VOLUME)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
+    except modal.exception.Error as error:
+        sys.exit(f"error: what is to be served cannot be read from the volume: {error}")
     return cfg
+
+
+def _entered() -> str:
+    """Return how the endpoint is entered, "" where there is none: only a deployment makes one, and
+    its containers are told, to build the same objects."""
+    if not modal.is_local():
+        return os.environ.get("MOLEFORGE_ENDPOINT", "")
+    return cloud.entered(CFG.modal) if cloud.deploys(sys.argv) else ""
 
 
 def _secret_names() -> dict[str, str]:
@@ -91,16 +112,16 @@ def _secret(purpose: str, name: str) -> modal.Secret:
 
 CFG = _asked_for()
 NAMES = _secret_names()
+ENTERED = _entered()
 ENV = {
     # On the volume: what one container has fetched from the Hub, the next ones find
     "HF_HOME": f"{VOLUME}/hub",
     "MOLEFORGE_VOLUME_PATH": VOLUME,
     "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
+    "MOLEFORGE_ENDPOINT": ENTERED,
 }
 
 app = modal.App("moleforge")
-# Version 2 is the one that many containers may write to at once
-volume = modal.Volume.from_name("moleforge", create_if_missing=True, version=2)
 secrets = {purpose: _secret(purpose, name) for purpose, name in NAMES.items()}
 image = (
     modal.Image.debian_slim(python_version="3.12")
@@ -194,38 +215,42 @@ def orchestrate(
         return zip(batches, ended, strict=True)
 
     store = Store(Path(VOLUME), refresh=volume.reload)
-    results = cloud.orchestrate(parse(raw), stages, store, hand_out, command)
-    cloud.serve_next(results, Path(VOLUME), volume.commit)
+    cfg = parse(raw)
+    results = cloud.orchestrate(cfg, stages, store, hand_out, command)
+    cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
     return results
 
 
-@app.cls(
-    **_container(CFG.modal.endpoint, "endpoint"),
-    startup_timeout=LOADING_S,
-    max_containers=CFG.modal.endpoint.max_containers,
-    scaledown_window=CFG.modal.endpoint.idle_s,
-)
-@modal.concurrent(max_inputs=64)
-class Endpoint:
-    """The bundle that was deployed last, behind an OpenAI-compatible address."""
+if ENTERED:
 
-    @modal.enter()
-    def load(self) -> None:
-        """Open the bundle, once per container. Raises PipelineError."""
-        from pipeline.serve import app as serving
+    @app.cls(
+        **_container(CFG.modal.endpoint, "endpoint"),
+        startup_timeout=LOADING_S,
+        max_containers=CFG.modal.endpoint.max_containers,
+        scaledown_window=CFG.modal.endpoint.idle_s,
+    )
+    @modal.concurrent(max_inputs=64)
+    class Endpoint:
+        """The bundle that was deployed last, behind an OpenAI-compatible address."""
 
-        volume.reload()
-        try:
-            folder = cloud.served(Path(VOLUME))
-            self.served = serving.create(folder, os.environ.get("MOLEFORGE_API_KEY"))
-        except PipelineError as error:
-            # The log of the container is all that anybody sees of it
-            raise PipelineError(sentence(error, EDGE)) from None
+        @modal.enter()
+        def load(self) -> None:
+            """Open the bundle, once per container. Raises PipelineError."""
+            from pipeline.serve import app as serving
 
-    @modal.asgi_app()
-    def web(self):
-        """Answer requests."""
-        return self.served
+            volume.reload()
+            key = os.environ.get("MOLEFORGE_API_KEY")
+            try:
+                folder = cloud.served(Path(VOLUME), key, ENTERED)
+                self.served = serving.create(folder, key)
+            except PipelineError as error:
+                # The log of the container is all that anybody sees of it
+                raise PipelineError(sentence(error, EDGE)) from None
+
+        @modal.asgi_app()
+        def web(self):
+            """Answer requests."""
+            return self.served
 
 
 def _console() -> Console:
@@ -238,13 +263,6 @@ def _names(folder: str) -> list[str]:
         return [Path(entry.path).name for entry in volume.listdir(folder)]
     except modal.exception.NotFoundError:
         return []
-
-
-def _read(path: str) -> bytes | None:
-    try:
-        return b"".join(volume.read_file(path))
-    except (FileNotFoundError, modal.exception.NotFoundError):
-        return None
 
 
 def _command(stages: tuple[str, ...], config: str, override: str, sequential: bool = False) -> None:

@@ -2,6 +2,7 @@
 DIR]`."""
 
 import argparse
+import ipaddress
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config.run import RunConfig
-from .errors import Interrupted, PipelineError
+from .errors import ConfigError, Interrupted, PipelineError
 from .families.load import describes_run, load
 from .run.advice import CommandLine, sentence
 from .run.stages import RUN, STAGES, about, address, has_several_jobs, is_report, without_jobs
@@ -129,6 +130,11 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)"
+    )
+    sub.add_argument(
+        "--public",
+        action="store_true",
+        help="serve other machines without a key, which else is refused",
     )
     sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
     _add_store(sub)
@@ -246,11 +252,11 @@ def _serve(args: argparse.Namespace) -> None:
         folder = store.folder(store.require(address(cfg, "deploy")).address)
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
-    # Only a warning: a server behind a proxy that asks for a key needs none itself
-    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
-        errors.print(
-            f"without a key: whoever reaches {args.host} can use it; set {KEY} to change that",
-            highlight=False,
+    # To be asked for, as a server behind a proxy that wants a key needs none itself
+    if key is None and not args.public and not _only_this_machine(args.host):
+        raise ConfigError(
+            f"without a key whoever reaches {args.host} can use it: set {KEY}, or add --public "
+            "to serve everybody"
         )
 
     def progress(text: str) -> None:
@@ -260,6 +266,17 @@ def _serve(args: argparse.Namespace) -> None:
     from .serve.app import create, listen
 
     listen(create(folder, key), args.host, args.port, progress)
+
+
+def _only_this_machine(host: str) -> bool:
+    """Whether a server that listens there is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # A name, which may be anywhere, or nothing, which is everywhere
+        return False
 
 
 def _out() -> Console:

@@ -172,11 +172,14 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"extends: {ROOT}/config/demo.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
-        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n"
+        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n  endpoint_public: true\n"
         "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
     )
     code = (
-        "import modal; seen = {}; real = modal.App.cls\n"
+        "import sys, modal; seen = {}; real = modal.App.cls\n"
+        "sys.argv = ['modal', 'deploy', 'modal_app.py']\n"
+        'modal.Volume.read_file = lambda self, path: [b\'{"address": "x"}\']\n'
+        "modal.Secret.hydrate = lambda self: self\n"
         "def cls(self, **how): seen.update(how); return real(self, **how)\n"
         "modal.App.cls = cls\n"
         "import modal_app as m; dense = m.train_dense_job.info()\n"

@@ -276,13 +276,20 @@ def test_what_each_function_was_created_with(modal, prepared):
         assert function["single_use_containers"]
         assert [mount["mount_path"] for mount in function["volume_mounts"]] == [place]
         assert len(function["secret_ids"]) == 1  # the variables of its own
-    conductor, endpoint = (
-        modal.client.recorded("orchestrate")[0],
-        modal.client.recorded("Endpoint.*")[0],
-    )
+    conductor = modal.client.recorded("orchestrate")[0]
     assert conductor["scheduler_placement"]["nonpreemptible"]
     assert "gpu_config" not in conductor["resources"] or not conductor["resources"]["gpu_config"]
-    assert len(endpoint["secret_ids"]) == 2
+
+
+def test_a_run_makes_no_endpoint_and_a_deployment_none_that_is_open_unasked(modal, prepared):
+    functions = modal.client.state / "functions"
+    assert (functions / "orchestrate.json").exists()
+    assert not list(functions.glob("Endpoint*"))
+    # The bundle is not made yet, so no note says how it is to be served
+    text = re.sub(r"\s+", " ", modal("deploy", "modal_app.py", code=1))
+    assert "modal.endpoint_secret=NAME" in text and "modal.endpoint_public=true" in text
+    assert "Traceback" not in text
+    assert not list(functions.glob("Endpoint*"))
 
 
 def test_the_image_is_built_from_the_pinned_requirements_alone(modal, prepared):
@@ -295,7 +302,8 @@ def test_the_image_is_built_from_the_pinned_requirements_alone(modal, prepared):
 def endpoint(modal, whole):
     """The address of the deployed endpoint."""
     modal.run("deploy")
-    text = modal("deploy", "modal_app.py", MOLEFORGE_CONFIG=str(modal.config))
+    # What the configuration says of the endpoint stands on the volume, with the bundle
+    text = modal("deploy", "modal_app.py")
     yield re.search(r"Endpoint\.web -> (http://\S+)", text.replace("\n", " "))[1]
     modal("app", "stop", "-y", "moleforge")
 
@@ -318,7 +326,8 @@ def test_the_endpoint_writes_and_names_its_experts(endpoint):
     assert set(EXPERTS) & set(re.findall(r"\w+", json.dumps(route)))
 
 
-def test_the_endpoint_wants_its_key(endpoint):
+def test_the_endpoint_wants_its_key(modal, endpoint):
+    assert len(modal.client.recorded("Endpoint.*")[0]["secret_ids"]) == 2
     with pytest.raises(urllib.error.HTTPError, match="401") as refused:
         ask(f"{endpoint}/v1/models", key="wrong")
     refused.value.close()

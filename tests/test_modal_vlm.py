@@ -36,7 +36,10 @@ SMALL = merge(
             "bootstrap": 10,
         },
         "runtime": {"save_every_s": 0.01, "log_every_steps": 2},
-        "modal": {"train_experts": {"gpu": ["H100"], "memory_mb": 4096}},
+        "modal": {
+            "endpoint_public": True,
+            "train_experts": {"gpu": ["H100"], "memory_mb": 4096},
+        },
     },
 )
 
@@ -74,7 +77,7 @@ def said(client, config):
 @pytest.fixture(scope="module")
 def endpoint(client, config, said):
     """The address of the deployed endpoint."""
-    text = client("deploy", "modal_app.py", MOLEFORGE_CONFIG=str(config))
+    text = client("deploy", "modal_app.py")
     yield re.search(r"Endpoint\.web -> (http://\S+)", text.replace("\n", " "))[1]
     client("app", "stop", "-y", "moleforge")
 

@@ -353,21 +353,19 @@ def test_a_job_without_the_scan_s_commit_shows(volume, divided):
     assert "has no scan" in outcome.error
 
 
-def test_the_bundle_made_last_is_served(volume):
-    view = volume.view()
+def test_the_bundle_made_last_is_served(volume, tiny):
+    view, cfg = volume.view(), load(tiny)
     with pytest.raises(MissingArtifact) as error:
-        cloud.served(view.path)
+        cloud.served(view.path, None, "public")
     assert "run `modal run modal_app.py::deploy`" in sentence(error.value, EDGE)
-    outcome = cloud.JobResult("deploy", None, "deploy-1", "found")
-    cloud.serve_next([outcome], view.path, view.commit)
-    cloud.serve_next(
-        [cloud.JobResult("deploy", None, "deploy-2", "failed", "why")], view.path, view.commit
-    )
-    cloud.serve_next(
-        [cloud.JobResult("evaluate", None, "evaluate-1", "made")], view.path, view.commit
-    )
+    for outcome in (
+        cloud.JobResult("deploy", None, "deploy-1", "found"),
+        cloud.JobResult("deploy", None, "deploy-2", "failed", "why"),
+        cloud.JobResult("evaluate", None, "evaluate-1", "made"),
+    ):
+        cloud.serve_next([outcome], cfg, view.path, view.commit)
     assert view.commits == 1
-    assert cloud.served(volume.path) == volume.path / "artifacts/deploy-1"
+    assert cloud.served(volume.path, None, "public") == volume.path / "artifacts/deploy-1"
 
 
 def test_a_volume_of_an_older_version_is_refused_on_the_laptop_and_in_a_container(

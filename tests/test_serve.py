@@ -564,11 +564,18 @@ def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monk
         app_module, "listen", lambda _app, host, port, _say: opened.append((host, port))
     )
     monkeypatch.delenv("MOLEFORGE_API_KEY", raising=False)
-    assert (
-        main(["serve", "--config", str(path), "--store", str(store_path), "--host", "0.0.0.0"]) == 0  # noqa: S104
-    )
+    serve = ["serve", "--config", str(path), "--store", str(store_path), "--host"]
+    assert main([*serve, "0.0.0.0", "--public"]) == 0  # noqa: S104
     assert opened == [(folder, None), ("0.0.0.0", 8000)]  # noqa: S104
-    assert "whoever reaches 0.0.0.0 can use it" in capsys.readouterr().err
+    opened.clear()
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", ""):  # noqa: S104
+        assert main([*serve, host]) == 2
+        said = capsys.readouterr().err
+        assert "MOLEFORGE_API_KEY" in said and "--public" in said
+    assert not opened
+    for host in ("127.0.0.1", "127.9.8.7", "localhost", "::1"):
+        assert main([*serve, host]) == 0
+        assert opened.pop() == (host, 8000)
     assert main(["serve", "--config", str(path), "--store", str(tmp_path / "none")]) == 2
     assert "run `python -m pipeline deploy`" in capsys.readouterr().err
     for wrong in (

@@ -9,6 +9,7 @@ from .client import (
     DEFAULT,
     announced,
     check,
+    deploys,
     explain,
     mirror,
     overrides,
@@ -16,17 +17,22 @@ from .client import (
     show_results,
     typed,
 )
-from .containers import JobResult, ModalEdge, orchestrate, serve_next, served, work
+from .containers import JobResult, ModalEdge, orchestrate, work
+from .endpoint import SERVED, deployed, entered, serve_next, served
 from .estimate import estimate, refuse_above, refuse_without_inputs, show_estimate
 from .prices import Prices, most_gpus
 
 __all__ = [
     "DEFAULT",
+    "SERVED",
     "JobResult",
     "ModalEdge",
     "Prices",
     "announced",
     "check",
+    "deployed",
+    "deploys",
+    "entered",
     "estimate",
     "explain",
     "mirror",

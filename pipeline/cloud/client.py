@@ -84,6 +84,15 @@ def typed(argv: list[str]) -> bool:
     return by_modal and HELP_FLAGS.isdisjoint(argv)
 
 
+def deploys(argv: list[str]) -> bool:
+    """Whether this is a command of `modal` that makes an endpoint: a deployment, or `serve`."""
+    if not typed(argv):
+        return False
+    # The command comes first; an option before it takes no value.
+    words = [word for word in argv[1:] if not word.startswith("-")]
+    return words[:1] in (["deploy"], ["serve"])
+
+
 def overrides(text: str = "") -> tuple[str, ...]:
     """Return the single overrides of one text. Raises ConfigError when its quotes do not pair."""
     try:
@@ -107,6 +116,11 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
         gpus = most_gpus(machine)
         if gpus > max_gpus:
             problems.append(f"modal.{name}.gpu: {gpus} GPUs, but modal.max_gpus is {max_gpus}")
+    if cfg.modal.endpoint_secret and cfg.modal.endpoint_public:
+        problems.append(
+            f"modal.endpoint_public: true, but modal.endpoint_secret is {cfg.modal.endpoint_secret}"
+            ": an endpoint is open or wants a key, so set only one of them"
+        )
     for name, path in cfg.paths():
         if _is_here(path, mount):
             problems.append(

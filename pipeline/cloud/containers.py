@@ -6,7 +6,6 @@ last published checkpoint.
 """
 
 import gc
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config.run import RunConfig
-from ..errors import Interrupted, MissingArtifact, PipelineError
+from ..errors import Interrupted, PipelineError
 from ..families import stage_function
 from ..families.load import parse
 from ..protocols import Progress
@@ -22,10 +21,9 @@ from ..run.advice import account, sentence
 from ..run.backend import printed_progress
 from ..run.job import done, run_job
 from ..run.stages import STEPS, Addresses, label, without_jobs
-from ..store.artifacts import Manifest, Store, translate_disk_errors, write_text
+from ..store.artifacts import Manifest, Store, translate_disk_errors
 from ..train.memory_meter import trim_heap
 
-SERVED = "served.json"
 Items = list[str | None]
 
 
@@ -173,23 +171,6 @@ def _failed(
 ) -> JobResult:
     text = sentence(error, ModalEdge(store.root))
     return JobResult(stage, item, address, "failed", text)
-
-
-def serve_next(results: list[JobResult], root: Path, publish: Callable[[], None]) -> None:
-    """Note a bundle among the results, new or found, as the one to serve, and publish the note."""
-    bundles = [each.address for each in results if each.stage == "deploy" and not each.error]
-    if bundles:
-        write_text(root / SERVED, json.dumps({"address": bundles[-1]}))
-        publish()
-
-
-def served(root: Path) -> Path:
-    """Return the folder of the bundle to serve. Raises MissingArtifact when none was made."""
-    try:
-        note = json.loads((root / SERVED).read_text("utf-8"))
-    except FileNotFoundError:
-        raise MissingArtifact("there is no bundle to serve yet", stages=("deploy",)) from None
-    return Store(root).folder(note["address"])
 
 
 def orchestrate(

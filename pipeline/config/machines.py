@@ -89,6 +89,9 @@ class ModalConfig(Section):
     endpoint_secret: Name | None = Field(
         None, description="Secret with MOLEFORGE_API_KEY, which requests must bring"
     )
+    endpoint_public: bool = Field(
+        False, description="Serve without a key: whoever knows the address may use the endpoint"
+    )
     preprocess_jobs: int = Field(
         1,
         ge=1,

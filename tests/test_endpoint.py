@@ -1,0 +1,155 @@
+"""Who gets an endpoint on Modal, and with which key: every order of `::deploy` and `modal deploy`,
+every process, every command."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cloud
+from pipeline.config.machines import EndpointConfig, ModalConfig
+from pipeline.errors import ConfigError
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+
+ROOT = Path(__file__).parent.parent
+WAYS = {
+    "key": {"endpoint_secret": "my-key"},
+    "other": {"endpoint_secret": "other-key"},
+    "public": {"endpoint_public": True},
+    "unsaid": {},
+}
+MACHINES = (
+    EndpointConfig(),
+    EndpointConfig(gpu=("L40S",), idle_s=11, max_containers=7, timeout_s=99),
+)
+BUNDLE = cloud.JobResult("deploy", None, "deploy-1", "found")
+# What modal_app makes of a command line: its classes, its secrets, how its endpoint is entered
+LOOK = """
+import importlib, json, sys
+import modal
+note = NOTE
+modal.Volume.read_file = lambda self, path: [json.dumps(note).encode()]
+modal.Secret.hydrate = lambda self: self
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    sys.modules.pop("modal_app", None)
+    app = importlib.import_module("modal_app")
+    print(json.dumps([hasattr(app, "Endpoint"), sorted(app.app.registered_classes), app.NAMES,
+                      app.ENV["MOLEFORGE_ENDPOINT"]]))
+"""
+
+
+def config(**modal) -> FfnMoeConfig:
+    """Return a run with those settings of Modal."""
+    return FfnMoeConfig(modal=ModalConfig(**modal))
+
+
+def noted(folder: Path, cfg: FfnMoeConfig) -> bytes:
+    """Return the note that `::deploy` leaves with that configuration."""
+    cloud.serve_next([BUNDLE], cfg, folder, lambda: None)
+    return (folder / cloud.SERVED).read_bytes()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_deployment_is_what_the_bundle_s_configuration_said(tmp_path, way, machine):
+    content = noted(tmp_path, config(**WAYS[way], endpoint=machine))
+    if way == "unsaid":
+        with pytest.raises(ConfigError) as refused:
+            cloud.deployed(FfnMoeConfig(), {}, content)
+        for said in ("modal.endpoint_secret=NAME", "modal.endpoint_public=true"):
+            assert said in str(refused.value)
+        return
+    settled = cloud.deployed(FfnMoeConfig(), {}, content).modal
+    assert settled == ModalConfig(**WAYS[way], endpoint=machine)
+
+
+@pytest.mark.parametrize(("before", "given"), [*itertools.product([*WAYS, "old", "none"], WAYS)])
+def test_a_named_configuration_never_drops_a_key(tmp_path, before, given):
+    content = None
+    if before == "old":
+        content = json.dumps({"address": "deploy-1"}).encode()
+    elif before != "none":
+        content = noted(tmp_path, config(**WAYS[before], endpoint=MACHINES[1]))
+    cfg = config(**WAYS[given], endpoint=EndpointConfig(idle_s=77))
+    effective = given if given != "unsaid" else before
+    kept = before in ("key", "other") and given == "public"
+    if kept or effective not in ("key", "other", "public"):
+        with pytest.raises(ConfigError, match=r"endpoint_secret=NAME.*endpoint_public=true"):
+            cloud.deployed(cfg, {"MOLEFORGE_CONFIG": "mine.yaml"}, content)
+        return
+    settled = cloud.deployed(cfg, {"MOLEFORGE_CONFIG": "mine.yaml"}, content).modal
+    assert settled == ModalConfig(**WAYS[effective], endpoint=EndpointConfig(idle_s=77))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"address": 1}', b"\xff", b"7"])
+def test_a_note_that_says_nothing_is_refused(content):
+    with pytest.raises(ConfigError, match="modal_app.py::deploy"):
+        cloud.deployed(FfnMoeConfig(), {}, content)
+
+
+@pytest.mark.parametrize(
+    ("key", "entered", "way"), [*itertools.product([None, "", "k"], ["", "key", "public"], WAYS)]
+)
+def test_a_process_without_a_key_serves_only_what_is_public(tmp_path, key, entered, way):
+    noted(tmp_path, config(**WAYS[way]))
+    # Made again after the deployment, to be served with a key: not by the one that has none
+    open_asked = entered == "public" and way in ("public", "unsaid")
+    if key or open_asked:
+        assert cloud.served(tmp_path, key, entered).name == "deploy-1"
+    else:
+        with pytest.raises(ConfigError, match="key|KEY"):
+            cloud.served(tmp_path, key, entered)
+
+
+def test_both_ways_at_once_are_refused():
+    cfg = config(endpoint_secret="a", endpoint_public=True)
+    with pytest.raises(ConfigError, match="set only one of them"):
+        cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), "/store")
+
+
+def look(note: dict, commands: list[list[str]], **variables: str) -> list[list]:
+    """Return what modal_app makes of each command line, in a process of its own."""
+    code = LOOK.replace("NOTE", repr(note))
+    environ = {key: value for key, value in os.environ.items() if key != "MOLEFORGE_CONFIG"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        cwd=ROOT,
+        env=environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+MAKES = [
+    ["modal", "deploy", "modal_app.py"],
+    ["modal", "serve", "modal_app.py"],
+    ["/usr/bin/modal", "deploy", "--name", "run", "modal_app.py"],
+    ["/site-packages/modal/__main__.py", "deploy", "modal_app.py"],
+]
+MAKES_NONE = [
+    ["modal", "run", "-d", "modal_app.py::deploy", "--config", "config/demo.yaml"],
+    ["modal", "run", "modal_app.py::run_all", "--override", "name=deploy"],
+    ["modal", "shell", "modal_app.py::orchestrate"],
+    ["modal", "deploy", "modal_app.py", "--help"],
+    ["pytest", "deploy", "modal_app.py"],
+    ["modal"],
+]
+
+
+@pytest.mark.parametrize("command", MAKES + MAKES_NONE, ids=" ".join)
+def test_which_commands_make_an_endpoint(command):
+    assert cloud.deploys(command) == (command in MAKES)
+
+
+def test_only_a_deployment_declares_it():
+    how = {"secret": "my-key", "public": False, "machine": {"idle_s": 11}}
+    made = look({"address": "deploy-1", "endpoint": how}, [MAKES[0], MAKES_NONE[0]])
+    assert made[0] == [True, ["Endpoint"], {"endpoint": "my-key"}, "key"]
+    assert made[1] == [False, [], {}, ""]
