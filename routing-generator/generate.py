@@ -51,7 +51,8 @@ rows of the experts come from the store where `python -m pipeline preprocess` ha
 they are prepared in the --work folder, once.
 
 examples:
-  python routing-generator/generate.py --config config/dataset.yaml --output routing.jsonl
+  python routing-generator/generate.py --config config/dataset.yaml \\
+    --loras config/loras.json --output routing.jsonl
   python routing-generator/generate.py --config config/tiny_vlm.yaml --output /tmp/routing.jsonl \\
       --preview 2
   python routing-generator/generate.py --config config/dataset.yaml --loras config/loras.json \\

@@ -336,9 +336,11 @@ def main() -> int:
             continue
         stale = True
         shown = path.relative_to(ROOT)
-        print(f"{shown} is out of date: run python scripts/config_reference.py")
-        if not args.check:
+        if args.check:
+            print(f"{shown} is out of date: run python scripts/config_reference.py")
+        else:
             path.write_text(text, encoding="utf-8")
+            print(f"{shown} is written")
     return 1 if stale and args.check else 0
 
 

@@ -277,7 +277,7 @@ def test_a_job_that_cannot_be_read_is_not_done_again(whole, monkeypatch, error):
                 try:
                     call()
                 except UnreadableFile as said:
-                    assert os.strerror(error) in str(said)
+                    assert os.strerror(error) in str(said)  # noqa: PT017
                     failed += 1
                 if reads.seen <= at:
                     break

@@ -100,5 +100,5 @@ def test_too_few_documents_and_damaged_files_are_named(tmp_path):
         partition.load(tmp_path)
     partition.fit(config("random"), []).save(tmp_path)
     (tmp_path / "partition.safetensors").write_bytes(b"torn")
-    with pytest.raises(DamagedArtifact, match="run preprocess again"):
+    with pytest.raises(DamagedArtifact, match="cannot be read"):
         partition.load(tmp_path)

@@ -313,10 +313,7 @@ def test_help_teaches(program, capsys):
         program.main(["--help"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert (
-        "python routing-generator/generate.py --config config/dataset.yaml --output routing.jsonl"
-        in said
-    )
+    assert "--loras config/loras.json --output routing.jsonl" in said
     for option in (
         "--seed",
         "--preview",

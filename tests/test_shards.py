@@ -68,8 +68,9 @@ def test_close_lets_go_of_the_maps(tmp_path):
 
 
 def test_damage_is_found_before_it_is_read(tmp_path):
-    with pytest.raises(MissingArtifact, match="preprocess"):
+    with pytest.raises(MissingArtifact, match="shards.json does not exist") as error:
         Shards(tmp_path)
+    assert error.value.stages == ("preprocess",)
     shards = write(tmp_path, {"a": 95})
     with pytest.raises(DataError, match="no train shard of domain z"):
         shards.stream("train", "z")

@@ -5,14 +5,19 @@ import io
 import json
 import re
 import shutil
+from typing import get_args
 
 import pytest
 from conftest import make_all
 from fakes import Killed, contents, flip, told, traces
 from rich.console import Console
 
+from pipeline.config.machines import ModalConfig
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, PipelineError
-from pipeline.families.load import load
+from pipeline.families import PRELOAD
+from pipeline.families.adapters.config import AdapterExpertConfig
+from pipeline.families.load import RUN_CONFIGS, load
+from pipeline.metrics.answers import METRICS
 from pipeline.protocols import quiet
 from pipeline.run import context, stages
 from pipeline.run.job import run_job
@@ -271,3 +276,13 @@ def test_stopped_and_resumed_is_undisturbed(noisy, tmp_path, stage, item, monkey
     run(stage, cfg, store, item)
     assert {3, 7, 11} <= set(steps)
     assert contents(store.root) == contents(whole.root)
+
+
+def test_what_settings_allow_has_what_they_name():
+    """A name in a Literal that nobody implements would fail after the training that it was for."""
+    assert set(PRELOAD) == set(RUN_CONFIGS)
+    for kind in RUN_CONFIGS.values():
+        for row in kind.stages.values():
+            assert (row.machine or row.name) in ModalConfig.model_fields, row.name
+    allowed = get_args(AdapterExpertConfig.model_fields["metric"].annotation)
+    assert set(allowed) == METRICS.keys()

@@ -74,6 +74,8 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
             remake = f"{edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
             return f"{text}; {', or '.join(filter(None, (remake, error.remedy)))}"
         return f"{text}; {edge.remove(error.remove)} and run the same command to make it again"
+    if isinstance(error, DamagedArtifact) and error.stage:
+        return f"{text}; run {edge.stage(error.stage)} again"
     if isinstance(error, MismatchError) and error.remove:
         return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
     if isinstance(error, DiskFull) and error.in_store:

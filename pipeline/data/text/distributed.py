@@ -81,7 +81,7 @@ def encode(cfg: TextRunConfig, jobs_folder: Path, number: int, progress: Progres
     plan = planned(jobs_folder)
     if plan is None:
         raise MissingArtifact(
-            f"{jobs_folder} has no scan that job {number} could go by; run preprocess again"
+            f"{jobs_folder} has no scan that job {number} could go by", stages=("preprocess",)
         )
     if _finished(jobs_folder, number, plan) is None:
         _encode_range(cfg, jobs_folder, number, plan, progress)

@@ -102,12 +102,12 @@ def load(folder: Path) -> Domains:
         about = json.loads((folder / "partition.json").read_text("utf-8"))
         tensors = read((folder / "partition.safetensors").read_bytes())
     except FileNotFoundError as error:
-        raise MissingArtifact(
-            f"{error.filename} does not exist; run the stage preprocess first"
-        ) from None
+        raise MissingArtifact(f"{error.filename} does not exist", stages=("preprocess",)) from None
     except (ValueError, SafetensorError) as error:
         raise DamagedArtifact(
-            f"the partition in {folder} cannot be read ({error}); run preprocess again"
+            f"the partition in {folder} cannot be read ({error})",
+            remove=folder,
+            stage="preprocess",
         ) from None
     return Domains(
         by=about["by"],

@@ -133,7 +133,7 @@ def _check_bytes(path: Path, wanted: int) -> None:
             return
         what = f"has {found} bytes"
     raise DamagedArtifact(
-        f"{path} {what}, {wanted} were wanted; delete the artifact and run preprocess again"
+        f"{path} {what}, {wanted} were wanted", remove=path.parents[1], stage="preprocess"
     )
 
 
@@ -142,10 +142,10 @@ def _read_about(folder: Path) -> dict:
     try:
         about = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise MissingArtifact(f"{path} does not exist; run the stage preprocess first") from None
+        raise MissingArtifact(f"{path} does not exist", stages=("preprocess",)) from None
     except ValueError as error:
         raise DamagedArtifact(
-            f"{path} is not JSON ({error}); delete the artifact and run preprocess again"
+            f"{path} is not JSON ({error})", remove=folder, stage="preprocess"
         ) from None
     if about.get("format", 0) > FORMAT:
         raise NewerStore(

@@ -67,12 +67,12 @@ class ModelRef:
             found = pin.digest
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedArtifact(
-                f"{folder / PIN} cannot be read ({error}); run train_shared again"
+                f"{folder / PIN} cannot be read ({error})", stage="train_shared"
             ) from None
         # a name changed by hand would otherwise open another base under the adapters
         if digest != found:
             raise DamagedArtifact(
-                f"{folder / PIN} does not match its own digest; run train_shared again"
+                f"{folder / PIN} does not match its own digest", stage="train_shared"
             )
         return pin
 

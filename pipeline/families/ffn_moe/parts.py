@@ -80,7 +80,10 @@ def gates_from(
         return router_init.random(statistics)
     if init == "centroid":
         return router_init.centroid(statistics, margin=opts.margin)
-    return router_init.ridge(statistics, penalty=opts.ridge_lambda, margin=opts.margin)
+    if init == "ridge":
+        return router_init.ridge(statistics, penalty=opts.ridge_lambda, margin=opts.margin)
+    # A name that the settings allow and nobody computes must not become another's gates
+    raise NotImplementedError(f"router.init: no gates are made for {init}")
 
 
 def training_rows(
