@@ -86,7 +86,7 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
         raise OSError("nothing is there")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", refuse)
     cfg = small.config(
         trunk__init="some/model",
         trunk__revision="abc",
