@@ -133,7 +133,8 @@ class DiskFull(StoreError):
 
 
 class MismatchError(PipelineError):
-    """Parts that were not made for each other; `remove` is the one for `stage` to make again."""
+    """Parts that were not made for each other; `stage` makes one again, after `remove` was removed
+    where that is set."""
 
     def __init__(self, text: str, *, remove: Path | None = None, stage: str = "") -> None:
         super().__init__(text)

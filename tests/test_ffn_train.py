@@ -24,6 +24,7 @@ from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import RUN_CONFIGS
 from pipeline.model.router import gate_name
 from pipeline.model.router_init import FeatureStatistics
+from pipeline.run.advice import CommandLine, sentence
 from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
@@ -228,8 +229,11 @@ def test_an_anchor_is_expert_0_when_kept(trained):
 
 
 def test_a_router_of_another_number_of_experts_is_refused(trained):
-    with pytest.raises(MismatchError, match="3 rows for 2 experts; run train_router"):
+    with pytest.raises(MismatchError, match="3 rows for 2 experts") as error:
         assemble(small.config(expert__domains=("alpha", "beta")), trained)
+    # What to type is the edge's to say, from the stage
+    told = sentence(error.value, CommandLine())
+    assert told.endswith("for 2 experts: run `python -m pipeline train_router` again")
 
 
 @pytest.mark.parametrize("anchor", ["keep", "discard"])

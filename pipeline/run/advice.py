@@ -78,6 +78,8 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         return f"{text}; run {edge.stage(error.stage)} again"
     if isinstance(error, MismatchError) and error.remove:
         return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
+    if isinstance(error, MismatchError) and error.stage:
+        return f"{text}: run {edge.stage(error.stage)} again"
     if isinstance(error, DiskFull) and error.in_store:
         kept = "What was finished is kept"
         return f"{text}. {kept}: {edge.make_room()}, then run the same command again"

@@ -140,7 +140,8 @@ def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
     if pin.files and file_hashes(where) != pin.files:
         raise MismatchError(
             f"{where} is not the base that this run was started on: its files have changed since "
-            "train_shared. Put the files back, or run train_shared and what follows it again"
+            "train_shared. Put the files back, or make the base and what follows it again",
+            stage="train_shared",
         )
     _check_files(where, kind)
     return pin, where

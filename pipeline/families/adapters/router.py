@@ -59,7 +59,7 @@ class Calibration:
             return cls(**raw | {"labels": dict(raw["labels"])})
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedArtifact(
-                f"{folder / CALIBRATION} is no calibration ({error}); run train_router"
+                f"{folder / CALIBRATION} is no calibration ({error})", stage="train_router"
             ) from None
 
     def probabilities(self, logits_BK: torch.Tensor) -> torch.Tensor:

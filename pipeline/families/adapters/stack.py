@@ -134,12 +134,13 @@ class AdapterStack:
         missing = {*self.names, ROUTER} - set(model.adapters)
         if missing:
             raise MismatchError(
-                f"the stack has no adapter for {', '.join(sorted(missing))}; run train_experts"
+                f"the stack has no adapter for {', '.join(sorted(missing))}", stage="train_experts"
             )
         if set(self.choices) - {NONE} != set(self.names):
             raise MismatchError(
                 f"the router chooses among {', '.join(self.choices)}, the stack has "
-                f"{', '.join(self.names)}; run train_router"
+                f"{', '.join(self.names)}",
+                stage="train_router",
             )
         ids = label_ids(model.chat.tokenizer, calibration.labels)
         self._label_ids = list(ids.values())

@@ -69,7 +69,7 @@ def join(
     rows = weight_LED.shape[1]
     if rows != len(experts):
         raise MismatchError(
-            f"the router has {rows} rows for {len(experts)} experts; run train_router"
+            f"the router has {rows} rows for {len(experts)} experts", stage="train_router"
         )
     mixture = mixture_of(list(experts.values()), weight_LED, cfg.router.top_k)
     return FfnStack(trunk, experts, mixture)
