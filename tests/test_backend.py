@@ -183,7 +183,13 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
     store = store_with(store_path, finished, "preprocess")
     long = ("--override", "trunk.steps=5000", "--override", "runtime.save_every_s=1e6")
     process = command(finished[0], store_path, *long, stage="train_shared")
-    until(lambda: list(store.root.glob("history/train_shared-*.jsonl")))
+    # The history's first row says that an attempt begins; there is something to save after a step
+    until(
+        lambda: any(
+            '"train_nats"' in file.read_text("utf-8")
+            for file in store.root.glob("history/train_shared-*.jsonl")
+        )
+    )
     os.kill(process.pid, signal.SIGKILL)  # not reaped: the job must not take a zombie for a parent
     until(checkpoints(store))
     cfg = load(finished[0], ("trunk.steps=5000",))

@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from ..config.base import Name, Section
+from ..config.base import Name
 from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, MissingArtifact
@@ -30,7 +30,7 @@ WAYS = (
 )
 
 
-class EndpointNote(Section):
+class EndpointNote(BaseModel, frozen=True, extra="forbid"):
     """How a bundle is to be served: what its configuration said when `deploy` made or found it."""
 
     secret: Name | None = None
@@ -38,7 +38,7 @@ class EndpointNote(Section):
     machine: EndpointConfig = EndpointConfig()
 
 
-class ServedNote(Section):
+class ServedNote(BaseModel, frozen=True, extra="forbid"):
     """Which bundle is served, and how; older notes do not say how."""
 
     address: str
