@@ -53,6 +53,13 @@ def until(condition):
     return found
 
 
+def stepping(store):
+    """Count the trainings that have done a step: a history's first row only says that one begins,
+    and before the first step there is nothing to save."""
+    files = store.root.glob("history/*.jsonl")
+    return sum('"train_nats"' in file.read_text("utf-8") for file in files)
+
+
 class Killer:
     """Kills the next processes that the backend starts, each after its delay."""
 
@@ -183,13 +190,7 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
     store = store_with(store_path, finished, "preprocess")
     long = ("--override", "trunk.steps=5000", "--override", "runtime.save_every_s=1e6")
     process = command(finished[0], store_path, *long, stage="train_shared")
-    # The history's first row says that an attempt begins; there is something to save after a step
-    until(
-        lambda: any(
-            '"train_nats"' in file.read_text("utf-8")
-            for file in store.root.glob("history/train_shared-*.jsonl")
-        )
-    )
+    until(lambda: stepping(store) == 1)
     os.kill(process.pid, signal.SIGKILL)  # not reaped: the job must not take a zombie for a parent
     until(checkpoints(store))
     cfg = load(finished[0], ("trunk.steps=5000",))
@@ -284,7 +285,7 @@ def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatc
     monkeypatch.setattr(backend, "_start", watched)
 
     def stop_one():
-        until(lambda: len(list(store.root.glob("history/*.jsonl"))) == 2)
+        until(lambda: stepping(store) == 2)
         os.kill(found[0][0].pid, signal.SIGINT)
 
     thread = threading.Thread(target=stop_one)
