@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
 from pipeline.data.images.boxes import Box
-from pipeline.data.sources.tasks import SUFFIXES
+from pipeline.data.sources.image_folders import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
 
 IMAGES = "images"

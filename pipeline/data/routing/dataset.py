@@ -25,7 +25,7 @@ from ...config.routing_set import RoutingSetConfig, RoutingSourceConfig
 from ...errors import DataError, DiskFull
 from ...protocols import Progress, quiet
 from ...store.artifacts import sha256, write_text
-from ..sources.tasks import split_named
+from ..sources.task_streams import split_named
 from ..tasks.rows import ROWS
 from .candidates import CandidateTable
 from .prompts import PromptChooser

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..images import images
-from ..sources.tasks import image_columns, split_named
+from ..sources.task_streams import split_named
+from ..sources.tasks import image_columns
 from ..tasks.groups import group_name, text_key
 
 SPLITS = ("train", "valid", "test", "test_held")

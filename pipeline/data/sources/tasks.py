@@ -8,13 +8,11 @@ stream, a source that cannot be read is a DataError.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
 
@@ -23,28 +21,10 @@ from ...errors import DataError
 from ..images import images
 from ..images.images import ImageSource
 from ..text.documents import SPLITS
-from . import SkippedRow, synthetic
+from . import SkippedRow, image_folders, synthetic, task_files, task_hub
+from .task_streams import SPLIT_NAMES, Stream, base_of, split_named
 
-SIDECARS = (".json", ".txt")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-TABLES = ("annotations.jsonl", "metadata.jsonl")
 IMAGE_COLUMNS = ("image", "images", "file_name")
-
-# What files, folders and columns call a split.
-_SPLIT_NAMES = {
-    "train": "train",
-    "valid": "valid",
-    "test": "test",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-}
-
-# Where a row was found, for messages, and its columns or why it has none.
-Found = tuple[str, dict | SkippedRow]
-
-# The rows of one split, or of a source that has to be divided (None).
-Stream = tuple[str | None, Iterator[Found]]
 
 
 @dataclass(frozen=True)
@@ -97,29 +77,58 @@ def dataset_name(data: TaskDataConfig) -> str:
     """Return what to call the source in rows: no path of this machine."""
     if data.source == "synthetic":
         return f"synthetic/{_synthetic_settings(data).kind}"
-    return data.id or _base(data).name
+    return data.id or base_of(data).name
 
 
 def column(columns: dict, name: str, data: TaskDataConfig) -> object:
     """Return the value of a column under the name that templates use; None where there is none.
 
-    data.fields may rename it, with dots into nested columns.
+    data.fields may rename it, with dots into what the column holds (see value_at).
     """
-    wanted = data.fields.get(name, name)
+    return value_at(columns, data.fields.get(name, name))
+
+
+def value_at(columns: dict, wanted: str) -> object:
+    """Return a column's value, or what lies in it behind dots; None where there is none.
+
+    Dots lead into objects by name, into lists by number or, for a list of objects, to what each of
+    them has there, and into text that is JSON as into what it says.
+    """
     # A column that has a dot in its name comes first.
     if wanted in columns:
         return columns[wanted]
     value: object = columns
     for part in wanted.split("."):
-        if not isinstance(value, dict):
-            return None
-        value = value.get(part)
+        value = _member(structured(value), part)
     return value
 
 
-def split_named(name: str) -> str | None:
-    """Return the split that a name stands for, None when it is no split's."""
-    return _SPLIT_NAMES.get(name.lower())
+def structured(value: object) -> object:
+    """Return what a text that is a JSON object or list says; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        return _of_json(value)
+    return value
+
+
+# The same text is asked for each of its fields in turn.
+@lru_cache(8)
+def _of_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _member(value: object, part: str) -> object:
+    if isinstance(value, dict):
+        return value.get(part)
+    if not isinstance(value, list | tuple):
+        return None
+    if part.isdecimal():
+        return value[int(part)] if int(part) < len(value) else None
+    if not value or not all(isinstance(item, dict) for item in value):
+        return None
+    return [item.get(part) for item in value]
 
 
 def image_columns(setting: str) -> tuple[str, ...]:
@@ -143,7 +152,7 @@ def _record(
     if split is None and own is not None:
         split = split_named(str(own))
         if split is None:
-            known = ", ".join(_SPLIT_NAMES)
+            known = ", ".join(SPLIT_NAMES)
             detail = (
                 f"{own!r} is none of {known}; map dataset.fields.split to another column, or to "
                 "none that exists"
@@ -168,10 +177,10 @@ def _images(columns: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
         return
     value = None
     for name in image_columns(data.image_field):
-        if columns.get(name) not in (None, "", [], ()):
-            value = columns[name]
+        value = structured(value_at(columns, name))
+        if value not in (None, "", [], ()):
             break
-    if value is None:
+    else:
         if data.pictures == "some":
             return
         known = ", ".join(map(str, columns))
@@ -212,213 +221,6 @@ def _fetched(url: str, name: str | None) -> bytes:
         return file.read(images.MAX_FILE_BYTES)
 
 
-def _jsonl(name: str, data: TaskDataConfig) -> Iterator[Stream]:
-    base = _base(data)
-    given = _given(data)
-    if not given and not data.split:
-        given = _files_by_split(base)
-    if given and not base.is_dir():
-        raise DataError(
-            f"{_setting(name)}.path: {base} must be the folder of {', '.join(given.values())}"
-        )
-    files: dict[str | None, Path] = {}
-    for split, file_name in given.items():
-        files[split] = base / file_name
-    if not files:
-        files[None] = _table(name, data, base)
-    for wanted, file in files.items():
-        if not file.is_file():
-            raise DataError(
-                f"{_setting(name)}: {file} does not exist; correct path, or the name under {wanted}"
-            )
-        yield wanted, _lines(name, file)
-
-
-def _base(data: TaskDataConfig) -> Path:
-    """Return where a source's files are."""
-    if data.path is None:
-        raise DataError(f"the source {data.source} has no path")
-    return Path(data.path)
-
-
-def _given(data: TaskDataConfig) -> dict[str, str]:
-    """Return the files or Hub splits that are named, by split."""
-    return {split: getattr(data, split) for split in SPLITS if getattr(data, split)}
-
-
-def _files_by_split(base: Path) -> dict[str, str]:
-    """Return the files of a folder by the split that they are named for; nothing when one file is
-    all there is, or one of several is named otherwise."""
-    if not base.is_dir():
-        return {}
-    names = [file.name for file in sorted(base.glob("*.jsonl"))]
-    by_split = {}
-    for name in names:
-        split = split_named(Path(name).stem)
-        if split is not None:
-            by_split[split] = name
-    # Fewer splits than files: two are of one split (val and dev), or one is of none.
-    if len(names) > 1 and len(by_split) == len(names):
-        return by_split
-    return {}
-
-
-def _table(name: str, data: TaskDataConfig, base: Path) -> Path:
-    """Return the one file of a source whose splits have no files of their own."""
-    if not base.is_dir():
-        return base
-    if data.split:
-        return base / data.split
-    found = sorted(base.glob("*.jsonl"))
-    known = [file for file in found if file.name in TABLES] or found
-    if len(known) != 1:
-        listed = ", ".join(file.name for file in found) or "none"
-        raise DataError(
-            f"{_setting(name)}: {base} should hold one .jsonl file, found {listed}; name the files "
-            "under train, valid and test, or give the path of one"
-        )
-    return known[0]
-
-
-def _lines(name: str, file: Path) -> Iterator[Found]:
-    try:
-        # As bytes: one line that is not UTF-8 is skipped, where a text file would end there.
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file.name}:{number}", _parsed(line)
-    except OSError as error:
-        raise DataError(f"{_setting(name)}: {file} cannot be read: {error}") from None
-
-
-def _parsed(line: bytes) -> dict | SkippedRow:
-    try:
-        # The first line of a file from Windows often begins with a byte order mark.
-        found = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
-    # RecursionError: a line of a thousand brackets is no row, and no reason to end either.
-    except (ValueError, RecursionError) as error:
-        return SkippedRow("not JSON", str(error))
-    if not isinstance(found, dict):
-        return SkippedRow("not JSON", f"an object was wanted, found {type(found).__name__}")
-    return found
-
-
-def _folder(name: str, data: TaskDataConfig) -> Iterator[Stream]:
-    base = _base(data)
-    if not base.is_dir():
-        raise DataError(f"{_setting(name)}.path: {base} is not a folder of images")
-    given = _given(data)
-    # A folder with a table in it is read by the table: what lies beside the images is not asked.
-    if not given and any((base / table).is_file() for table in TABLES):
-        yield from _jsonl(name, data)
-        return
-    if not given:
-        for folder_name, split in _SPLIT_NAMES.items():
-            if (base / folder_name).is_dir():
-                given[split] = folder_name
-    start = Path(data.image_root or base)
-    if not given:
-        yield None, _sidecars(base, base, start)
-    for split, folder_name in given.items():
-        folder = base / folder_name
-        if not folder.is_dir():
-            raise DataError(f"{_setting(name)}.{split}: {folder} is not a folder of images")
-        yield split, _sidecars(base, folder, start)
-
-
-def _sidecars(base: Path, folder: Path, start: Path) -> Iterator[Found]:
-    """Yield one row per image with what stands beside it: x.json (columns) or x.txt (an answer)."""
-    for place, folders, files in os.walk(folder):
-        # Sorted in place, so that os.walk goes on in this order, the same on every file system.
-        folders.sort()
-        for file in sorted(files):
-            if not file.lower().endswith(SUFFIXES):
-                continue
-            path = Path(place, file)
-            where = path.relative_to(base).as_posix()
-            row = {"id": where, "image": os.path.relpath(path, start)}
-            yield where, _annotated(path, row)
-
-
-def _annotated(path: Path, row: dict) -> dict | SkippedRow:
-    for suffix in SIDECARS:
-        beside = path.with_suffix(suffix)
-        try:
-            content = beside.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return SkippedRow("unreadable annotation", f"{beside.name}: {error}")
-        if suffix == ".json":
-            found = _parsed(content)
-            if isinstance(found, SkippedRow):
-                return found
-            # An id of its own counts, a picture of its own does not: it stands beside this one.
-            return {**row, **found, "image": row["image"]}
-        try:
-            return {**row, "answer": content.decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            detail = f"{beside.name}: byte {error.start}: {error.reason}"
-            return SkippedRow("not UTF-8", detail)
-    return SkippedRow("no annotation", f"nothing beside it ends in {' or '.join(SIDECARS)}")
-
-
-def _hub(name: str, data: TaskDataConfig) -> Iterator[Stream]:
-    given = _given(data)
-    if not given:
-        yield None, _streamed(name, data, data.split or "train")
-    for split, wanted in given.items():
-        yield split, _streamed(name, data, wanted)
-
-
-def _streamed(name: str, data: TaskDataConfig, wanted: str) -> Iterator[Found]:
-    from datasets import load_dataset
-
-    what = f"{data.id}[{wanted}]"
-    try:
-        found = load_dataset(
-            data.id, data.subset, split=wanted, revision=data.revision, streaming=True
-        )
-        found, labels = _undecoded(found)
-        for number, row in enumerate(found):
-            named = {key: name_of(row[key]) for key, name_of in labels.items()}
-            yield f"{what} row {number}", row | named
-    # datasets, the hub client and the network raise what they like.
-    except Exception as error:
-        raise DataError(
-            f"{_setting(name)}: {what} at revision {data.revision} cannot be streamed: "
-            f"{type(error).__name__}: {error}. Check id, subset, split and revision, and that "
-            "this machine reaches the Hub (HF_TOKEN for private data); the sources jsonl and "
-            "folder work without a network"
-        ) from error
-
-
-def _undecoded(found: Any) -> tuple[Any, dict[str, Callable[[object], object]]]:
-    """Return a dataset that leaves pictures as bytes, for our own checks, and how to name its class
-    labels."""
-    from datasets import ClassLabel
-    from datasets import Image as ImageFeature
-
-    # A stream whose features nobody knows before the first row has None.
-    features = found.features or {}
-    labels: dict[str, Callable[[object], object]] = {}
-    for key, feature in features.items():
-        if isinstance(feature, ImageFeature):
-            found = found.cast_column(key, ImageFeature(decode=False))
-        elif isinstance(feature, ClassLabel):
-            labels[key] = partial(_label, feature)
-    return found, labels
-
-
-def _label(feature: Any, value: object) -> object:
-    # Test splits of the Hub often have -1 for labels that are kept secret.
-    if isinstance(value, int) and value >= 0:
-        return feature.int2str(value)
-    return None
-
-
 def _synthetic(_name: str, data: TaskDataConfig) -> Iterator[Stream]:
     wanted = _synthetic_settings(data)
     for split in SPLITS:
@@ -433,13 +235,9 @@ def _synthetic_settings(data: TaskDataConfig) -> SyntheticConfig:
     return data.synthetic
 
 
-def _setting(name: str) -> str:
-    return f"loras.experts.{name}.dataset"
-
-
 _STREAMS: dict[str, Callable[[str, TaskDataConfig], Iterator[Stream]]] = {
-    "jsonl": _jsonl,
-    "folder": _folder,
-    "hub": _hub,
+    "jsonl": task_files.streams,
+    "folder": image_folders.streams,
+    "hub": task_hub.streams,
     "synthetic": _synthetic,
 }

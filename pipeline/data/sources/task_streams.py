@@ -1,0 +1,48 @@
+"""What the sources of task rows share: the shapes that they yield, what a split may be called, and
+how messages name a setting."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...config.task_data import TaskDataConfig
+from ...errors import DataError
+from ..text.documents import SPLITS
+from . import SkippedRow
+
+# Where a row was found, for messages, and its columns or why it has none.
+Found = tuple[str, dict | SkippedRow]
+
+# The rows of one split, or of a source that has to be divided (None).
+Stream = tuple[str | None, Iterator[Found]]
+
+# What files, folders and columns call a split.
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "test": "test",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+}
+
+
+def split_named(name: str) -> str | None:
+    """Return the split that a name stands for, None when it is no split's."""
+    return SPLIT_NAMES.get(name.lower())
+
+
+def given_splits(data: TaskDataConfig) -> dict[str, str]:
+    """Return the files, folders or Hub splits that the settings name, by split."""
+    return {split: getattr(data, split) for split in SPLITS if getattr(data, split)}
+
+
+def base_of(data: TaskDataConfig) -> Path:
+    """Return where a source's files are. Raises DataError when its settings do not say."""
+    if data.path is None:
+        raise DataError(f"the source {data.source} has no path")
+    return Path(data.path)
+
+
+def setting(name: str) -> str:
+    """Return what messages call the settings of a task's data."""
+    return f"loras.experts.{name}.dataset"
