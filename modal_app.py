@@ -255,7 +255,8 @@ if ENTERED:
 
 def _console() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    # A log is searched for addresses and paths, which no line end may cut.
+    return console if console.is_terminal else Console(width=1000)
 
 
 def _names(folder: str) -> list[str]:

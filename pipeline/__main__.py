@@ -21,6 +21,7 @@ from .run.stages import RUN, STAGES, about, address, has_several_jobs, is_report
 from .store.artifacts import Manifest, Store
 
 KEY = "MOLEFORGE_API_KEY"
+UNWRAPPED = 1000  # columns of an output that is no terminal: what greps it wants whole lines
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
@@ -159,17 +160,16 @@ def _add_store(sub: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    # int() would also take -1 and 1_000, and argparse would name this function.
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return number
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -282,7 +282,7 @@ def _only_this_machine(host: str) -> bool:
 def _out() -> Console:
     console = Console()
     # Into a file or a pipe rich would write 80 columns, which breaks addresses over lines
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=UNWRAPPED)
 
 
 def _show_jobs(manifests: list[Manifest]) -> None:

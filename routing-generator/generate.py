@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress as ProgressBar
@@ -32,7 +32,7 @@ from pipeline.data.routing.dataset import RoutingRow, RoutingRows
 from pipeline.data.routing.rows import SPLITS
 from pipeline.data.tasks import prepare
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.families.load import load, parse
+from pipeline.families.load import load
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
 from pipeline.run.advice import CommandLine, sentence
@@ -124,10 +124,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     # Into a file the tables would be cut to 80 columns.
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=1000)
     # Not wrapped: a message is searched for, and paths in it are copied.
     errors = Console(stderr=True, soft_wrap=True)
     try:
@@ -202,13 +201,19 @@ def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfi
     whole = {"dataset": resolve_routing_paths(raw, here)}
     for change in changes:
         whole = overlay(whole, *override(change, here))
+    # Without experts the file's own settings are all there is to check.
+    kind: type[BaseModel] = RoutingSetConfig
+    checked = whole["dataset"]
+    if loras is not None:
+        kind = LoraVlmConfig
+        checked = resolve_paths({"family": "lora_vlm", "loras": loras, **whole}, here)
     try:
-        if loras is None:
-            return _alone(RoutingSetConfig.model_validate(whole["dataset"]), args.config), None
-        cfg = parse(resolve_paths({"family": "lora_vlm", "loras": loras, **whole}, here))
+        made = kind.model_validate(checked)
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), whole, args.config)) from None
-    return cfg.dataset, cfg
+        raise ConfigError(explain(error.errors(), checked, args.config, kind)) from None
+    if isinstance(made, LoraVlmConfig):
+        return made.dataset, made
+    return _alone(made, args.config), None
 
 
 def _alone(settings: RoutingSetConfig, file: Path) -> RoutingSetConfig:

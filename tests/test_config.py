@@ -36,8 +36,13 @@ def test_every_shipped_configuration_loads(path):
     assert load(path).name
 
 
-def test_an_empty_file_is_the_defaults(tmp_path):
-    assert load(write(tmp_path / "a.yaml", "")) == FfnMoeConfig()
+@pytest.mark.parametrize("text", ["", "# a comment\n", "{}", "---\n"])
+def test_a_file_that_states_nothing_is_no_wish_for_hours_of_defaults(tmp_path, text):
+    path = write(tmp_path / "a.yaml", text)
+    assert "a.yaml states nothing" in problems(path)
+    assert load(path, ("seed=0",)) == FfnMoeConfig()
+    extending = write(tmp_path / "b.yaml", "extends: a.yaml\nname: mine\n")
+    assert load(extending).name == "mine"
 
 
 def test_all_problems_at_once_each_with_name_and_line(tmp_path):
@@ -50,14 +55,12 @@ def test_all_problems_at_once_each_with_name_and_line(tmp_path):
     text = problems(path, "dense.lr=no")
     assert "(7 problems)" in text
     for line in (
-        "trunk.lr: Input should be greater than 0 (found -1) [bad.yaml line 3]",
-        "trunk.layers: Input should be a valid integer, unable to parse string as an integer "
-        "(found 'two') [bad.yaml line 4]",
-        "expert.init: Input should be 'trunk' or 'fresh' (found 'old') [bad.yaml line 7]",
-        "rooter: no such setting [bad.yaml line 8]",
-        "router.top_kk: no such setting (found 3) [bad.yaml line 13]",
-        "dense.lr: Input should be a valid number, unable to parse string as a number "
-        "(found 'no') [--override]",
+        "trunk.lr: must be greater than 0 (found -1) [bad.yaml line 3]",
+        "trunk.layers: must be a whole number (found 'two') [bad.yaml line 4]",
+        "expert.init: must be 'trunk' or 'fresh' (found 'old') [bad.yaml line 7]",
+        "rooter: no such setting; did you mean router? [bad.yaml line 8]",
+        "router.top_kk: no such setting (found 3); did you mean top_k? [bad.yaml line 13]",
+        "dense.lr: must be a number (found 'no') [--override]",
         "router.init: rows are learned by coordinated experts; set expert.coordinate: true",
     ):
         assert f"\n  {line}" in text
@@ -78,7 +81,7 @@ def test_lines_are_of_lists_too(tmp_path):
     text = problems(
         write(tmp_path / "a.yaml", "name: x\ndata:\n  source: files\n  files:\n    - domain: a\n")
     )
-    assert "data.files.0.paths: Field required [a.yaml line 4]" in text
+    assert "data.files.0.paths: must be given [a.yaml line 4]" in text
 
 
 @pytest.mark.parametrize(
@@ -91,9 +94,9 @@ def test_lines_are_of_lists_too(tmp_path):
         ("extends: gone.yaml", "gone.yaml does not exist"),
         ("extends: a.yaml", "extends itself"),
         ("extends: b/back.yaml", "extends itself, by way of a.yaml -> back.yaml"),
-        ("trunk:", "trunk: Input should be a valid dictionary"),
+        ("trunk:", "trunk: must be a section of its own"),
         ("trunk: {steps: .nan}", "trunk.steps"),
-        ("trunk: {steps: 1, lr: .inf}", "trunk.lr: Input should be a finite number"),
+        ("trunk: {steps: 1, lr: .inf}", "trunk.lr: must be a finite number"),
     ],
 )
 def test_files_that_cannot_be_read_say_why(tmp_path, text, wanted):
@@ -202,7 +205,7 @@ def test_an_override_that_is_not_one_is_refused(tmp_path, override):
 def test_an_override_may_be_wrong_in_every_other_way(tmp_path):
     path = write(tmp_path / "a.yaml", "")
     assert "is not YAML" in problems(path, "seed=[1")
-    assert "trunk.lrr: no such setting (found 1) [--override]" in problems(
+    assert "trunk.lrr: no such setting (found 1); did you mean lr? [--override]" in problems(
         path, "trunk.steps=1", "trunk.lrr=1"
     )
     assert "extends: no such setting" in problems(path, "extends=b.yaml")
@@ -266,7 +269,7 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
         ("trunk: {steps: 1, d_model: 90, heads: 10}", "must be even"),
         ("data: {source: files}", "data.files needs at least one entry"),
         ("data: {source: hub}", "data.hub needs at least one entry"),
-        ("name: 'a/b'", "name: String should match pattern"),
+        ("name: 'a/b'", "name: must be a name of at most 64 letters"),
     ],
 )
 def test_what_does_not_fit_together_is_named(tmp_path, text, wanted):

@@ -209,12 +209,13 @@ def test_every_problem_is_named_with_its_file_and_line(tmp_path):
     for line in (
         "loras.experts.ocr.overrides.r: "
         "vLLM serves the ranks 1, 8, 16, 32, 64, 128, 256, 320, 512 (found 7) [",
-        "loras.experts.ocr.overrides.lrr: no such setting (found 1) [loras.json line ",
+        "loras.experts.ocr.overrides.lrr: no such setting (found 1); did you mean lr? "
+        "[loras.json line ",
         "loras.experts.color.label: ",
         "loras.defaults.targets: not a regular expression: ",
         "dataset.balance: write equal, natural, or a share of every expert, above 0 and together 1",
-        "dataset.sources.0.weigth: no such setting (found 1) [set.yaml line ",
-        "evaluate.oracle_gap: Input should be less than or equal to 1 (found 2) [run.yaml line 3]",
+        "dataset.sources.0.weigth: no such setting (found 1); did you mean weight? [set.yaml line ",
+        "evaluate.oracle_gap: must be at most 1 (found 2) [run.yaml line 3]",
     ):
         assert line in text, text
 
@@ -232,17 +233,17 @@ WRONG = {
     ),
     "no name": (
         ("loras.experts.0.name", "Color"),
-        "loras.experts.Color.name: String should match pattern",
+        "loras.experts.Color.name: must be a name of lower-case letters",
     ),
     "vLLM's word": (
         ("loras.experts.0.name", "__base__"),
-        "loras.experts.__base__.name: String should match pattern",
+        "loras.experts.__base__.name: must be a name of lower-case letters",
     ),
     "label twice": (("loras.experts.1.label", "A"), "the label 'A' is given twice"),
     "rank": (("loras.defaults.r", 12), "loras.defaults.r: vLLM serves the ranks"),
     "threshold": (
         ("loras.router.threshold", 1.5),
-        "loras.router.threshold: Input should be less than or equal to 1",
+        "loras.router.threshold: must be at most 1",
     ),
     "unknown": (("loras.bases", {}), "loras.bases: no such setting"),
     "no duration": (

@@ -279,13 +279,13 @@ def test_the_contact_sheet_has_a_line_of_pictures_for_each_expert(program, here,
 
 WRONG = {
     "no file": ["gone.yaml", "gone.yaml does not exist"],
-    "no source": ["empty.yaml", "sources: Field required"],
+    "no source": ["empty.yaml", "sources: must be given"],
     "a typo": ["typo.yaml", "per_exprt: no such setting"],
     "another family": ["ffn.yaml", "which has no routing set"],
     "experts not named": ["bare.yaml", "loras: loras.json"],
     "short": ["text.yaml", "banking, train: ", "--override", "per_expert.train=99"],
     "bad override": ["text.yaml", "write it as section.field=value", "--override", "seed"],
-    "bad seed": ["text.yaml", "seed: Input should be greater than or equal to 0", "--seed", "-1"],
+    "bad seed": ["text.yaml", "seed: must be at least 0", "--seed", "-1"],
     "no such place": ["text.yaml", "loras.json", "--output", "loras.json/routing.jsonl"],
     "strange experts": ["strange.yaml", "no such expert color"],
 }

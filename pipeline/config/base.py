@@ -1,11 +1,20 @@
 """What every section of the configuration is made of, and how one mapping is laid on another."""
 
 import re
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from ..errors import ConfigError
 
@@ -20,7 +29,7 @@ UNITS = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
-SIZE = re.compile(r"\s*([0-9.]+)\s*(\w+)\s*")
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -32,14 +41,15 @@ def _parse_bytes(value: object) -> object:
     """Return the bytes that a text such as 172MB stands for, anything else unchanged."""
     # What is not a number with a unit is left for pydantic to judge, so that its message is shown.
     if not isinstance(value, str):
+        if isinstance(value, int) and 0 < value < UNITS["MB"]:
+            raise ValueError(f"{value} would be bytes; write the unit, as {value}GB")
         return value
     found = SIZE.fullmatch(value)
-    if found is None:
-        return value
-    number, unit = found.groups()
-    if unit not in UNITS:
+    unit = found[2] if found else ""
+    if found is None or unit not in UNITS:
         known = ", ".join(UNITS)
-        raise ValueError(f"give a size such as 350MB or 8GB ({known})")
+        raise ValueError(f"must be a size such as 350MB or 8GB ({known})")
+    number = found[1]
     return int(float(number) * UNITS[unit])
 
 
@@ -54,6 +64,24 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, about: ValidationInfo) -> object:
+        """Refuse `steps: true`, which Python would take for 1."""
+        if not isinstance(value, bool) or about.field_name is None:
+            return value
+        types = set(_types(cls.model_fields[about.field_name].annotation))
+        if types & {int, float} and bool not in types:
+            raise PydanticKnownError("float_type" if float in types else "int_type")
+        return value
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """Yield what a field's annotation is made of: int of `Annotated[int, ...] | None`."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _types(inner)
 
 
 def not_hashed(default: Any, description: str, **rules: Any) -> Any:

@@ -2,6 +2,7 @@
 line."""
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,90 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from .files import NAMED_FILES
+from .wording import nearest, sentence
 
 Location = tuple[int | str, ...]  # keys and indices from the whole down to one setting
+LONGEST = 80  # characters of a value that a message repeats
 
 
 def explain(
-    problems: Sequence[ErrorDetails], raw: dict, path: Path, overrides: tuple[str, ...] = ()
+    problems: Sequence[ErrorDetails],
+    raw: dict,
+    path: Path,
+    kind: type[BaseModel],
+    overrides: tuple[str, ...] = (),
 ) -> str:
-    """Return one text for all problems of a file; a list's entries are called by their names where
-    they have one."""
+    """Return one text for all problems of a file, with the settings that kind has; a list's entries
+    are called by their names where they have one."""
     overridden = {item.partition("=")[0] for item in overrides}
     lines = []
-    for problem in problems:
-        loc = problem["loc"]
+    for loc, each in _by_setting(problems, raw):
         if not loc:
             # Raised by a check over the whole: its text names the fields, one problem a line.
-            lines += _message(problem).splitlines()
+            for problem in each:
+                lines += sentence(problem).splitlines()
             continue
         dotted = _dotted(loc, raw)
         where = " [--override]" if dotted in overridden else _where(loc, path)
-        lines.append(f"{dotted}: {_text(problem)}{where}")
+        lines.append(f"{dotted}: {_text(each, kind)}{where}")
     plural = "s" if len(lines) > 1 else ""
     head = f"{path} does not describe a run ({len(lines)} problem{plural}):"
     return "\n  ".join([head, *lines])
 
 
-def _text(problem: ErrorDetails) -> str:
+def _by_setting(
+    problems: Sequence[ErrorDetails], raw: dict
+) -> list[tuple[Location, list[ErrorDetails]]]:
+    """Return problems by the setting that they are of, in order: one that may be of several types
+    has a problem with each of them."""
+    found: dict[Location, list[ErrorDetails]] = {}
+    for problem in problems:
+        loc = _stated(problem, raw)
+        found.setdefault(loc, []).append(problem)
+    return list(found.items())
+
+
+def _stated(problem: ErrorDetails, raw: Any) -> Location:
+    """Return a problem's location as far as the file goes: pydantic adds the type that it tried."""
+    loc = problem["loc"]
+    # What is missing is no key of the file, and its name is no type.
+    if problem["type"] == "missing":
+        return loc
+    for depth, part in enumerate(loc):
+        has_key = isinstance(raw, dict) and part in raw
+        has_entry = isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+        if has_key or has_entry:
+            raw = raw[part]
+        else:
+            # An alias or a default: nothing is written there, and the first name says enough.
+            return loc[: max(1, depth)]
+    return loc
+
+
+def _text(problems: list[ErrorDetails], kind: type[BaseModel]) -> str:
     """Return what is wrong with a setting, and what was found there."""
-    text = _message(problem)
-    if problem["type"] == "extra_forbidden":
-        text = "no such setting"
+    texts = [sentence(problem) for problem in problems]
+    # Once "must be", then what else the setting may be.
+    first, *others = dict.fromkeys(texts)
+    text = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+    last = problems[-1]
     # A whole section would fill the screen; a value is what one looks for in the file.
-    if isinstance(problem["input"], dict):
+    if not isinstance(last["input"], dict) and last["type"] != "missing":
+        text += f" (found {_short(last['input'])})"
+    return text + nearest(last, kind)
+
+
+def _short(value: Any) -> str:
+    """Return a value as it was found, its middle left out when it is longer than a line."""
+    text = repr(value)
+    if value is None or isinstance(value, bool):
+        # As YAML calls them, not as Python does.
+        text = {True: "true", False: "false", None: "null"}[value]
+    elif isinstance(value, date):
+        text = str(value)
+    if len(text) <= LONGEST:
         return text
-    return f"{text} (found {problem['input']!r})"
-
-
-def _message(problem: ErrorDetails) -> str:
-    # Pydantic's own introduction of what our validators raise.
-    return problem["msg"].removeprefix("Value error, ")
+    return f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def cross_section_problems(

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from ..config.files import overlay, override, read, resolve
 from ..config.problems import cross_section_problems, explain
 from ..config.run import RunConfig
+from ..config.wording import holder
 from ..errors import ConfigError
 from .ffn_moe.config import FfnMoeConfig
 from .lora_vlm.config import LoraVlmConfig
@@ -30,12 +31,34 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         own, resolved = override(item, path.parent)
         raw = overlay(raw, own, resolved)
     run_config = _run_config(raw)
+    if not raw:
+        # An empty file is a mistake far more often than a wish for hours of defaults.
+        raise ConfigError(
+            f"{path} states nothing; write what differs from the defaults, or `extends: FILE` over "
+            "a configuration that ships with MoleForge"
+        )
+    known = run_config.model_fields.keys()
+    strange = raw.keys() - known
+    if strange:
+        place = holder(raw, tuple(RUN_CONFIGS.values()))
+        if place is not None:
+            raise ConfigError(
+                f"{path} is no run but what the setting {place} of a run holds: name it there, as "
+                f"{place}: {path.name}"
+            )
+    if strange == raw.keys() and not overrides:
+        keys = ", ".join(sorted(map(str, strange)))
+        sections = ", ".join(known)
+        raise ConfigError(
+            f"{path} does not describe a run: none of its keys ({keys}) is among a run's "
+            f"({sections})"
+        )
     try:
         return run_config.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
         problems += cross_section_problems(run_config, raw, error)
-        raise ConfigError(explain(problems, raw, path, overrides)) from None
+        raise ConfigError(explain(problems, raw, path, run_config, overrides)) from None
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:
