@@ -15,6 +15,7 @@ from pipeline.families.adapters import eval_data, evaluate
 from pipeline.families.adapters.config import AdapterEvaluateConfig
 from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
 from pipeline.families.adapters.evaluate import criteria
+from pipeline.families.adapters.peft_io import peft_name
 from pipeline.families.adapters.perturb import change_media, reorder_labels, reword
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
@@ -115,7 +116,7 @@ def test_an_adapters_score_is_that_of_plain_generation(made, bench):
     asked = bench.task("count")
     assert task.requests == len(asked) == 8
     model, chat = bench.stack.model.model, bench.stack.model.chat
-    model.set_adapter("locate")
+    model.set_adapter(peft_name("locate"))
     right = []
     for each in asked:
         inputs = chat.requests([(each.prompt, each.open())])

@@ -11,6 +11,7 @@ from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from pipeline.errors import ConfigError, DataError, MismatchError
 from pipeline.families.adapters import inference
 from pipeline.families.adapters.inference import BASE, GenerationLimits, Request
+from pipeline.families.adapters.peft_io import peft_name
 from pipeline.families.adapters.router import routing_prompt
 from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
 from tests import small_stack
@@ -50,7 +51,7 @@ def plain(
                 out = model.generate(**inputs, max_new_tokens=most, do_sample=False)
                 logits = model(**inputs).logits[0, -1]
         else:
-            model.set_adapter(adapter)
+            model.set_adapter(peft_name(adapter))
             out = model.generate(**inputs, max_new_tokens=most, do_sample=False)
             logits = model(**inputs).logits[0, -1]
     return processor.tokenizer.decode(
@@ -138,7 +139,7 @@ def _score(stack, request, name: str, prior: float) -> float:
     mixed, nats = stack.model, []
     features = mixed.encode_media(request.media)
     ids = list(mixed.encode(request.prompt, features))
-    mixed.model.set_adapter(name)
+    mixed.model.set_adapter(peft_name(name))
     most = next(m.new_tokens for m in stack.experts if m.name == name)
     for _ in range(most):
         inputs = mixed._inputs([inference.BatchRow(tuple(ids), tuple(features), name)])
@@ -229,7 +230,7 @@ def test_an_answer_that_reaches_its_experts_limit_says_so(mixed):
 def _drawn_ids(mixed, request, adapter: str, most: int) -> list[int]:
     features = tuple(mixed.encode_media(request.media))
     row = inference.BatchRow(mixed.encode(request.prompt, features), features, adapter)
-    mixed.model.set_adapter(adapter)
+    mixed.model.set_adapter(peft_name(adapter))
     out = mixed.model.generate(**mixed._inputs([row]), max_new_tokens=most, do_sample=False)
     return out[0, len(row.ids) :].tolist()
 

@@ -1,8 +1,9 @@
 """What an answer is worth beside the right one: one metric per kind of task.
 
 Every score lies in 0..1 and higher is better, so that tasks can stand in one table; a metric's
-other figures say more in their own units. What cannot be read as the task wants it is wrong, never
-an error.
+other figures say more in their own units. What is said and cannot be read as the task wants it is
+wrong, never an error. What is wanted and cannot be read has no score at all: nothing that is said
+could be right.
 """
 
 import json
@@ -13,11 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from .short_answers import normalized, number
+
 FOUND_IOU = 0.5  # from which a box counts as found
 LARGEST_COORDINATE = 1000  # boxes are given in thousandths of the picture's sides
 _FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
-_WORD = re.compile(r"\w+")
-_INTEGER = re.compile(r"-?\d+")
+# Scripts that put no blanks between words are compared by their characters: Thai to Burmese, kana,
+# the ideographs of China and Japan.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}\U00020000-\U0003ffff]|(?:(?![{_UNSPACED}])\w)+")
 
 Figures = dict[str, float | None]  # by name; `score` is always there
 Box = tuple[str, tuple[float, ...]]  # label (empty: none given) and x1, y1, x2, y2
@@ -28,11 +33,32 @@ def judge(metric: str, found: str, wanted: Sequence[str]) -> Figures:
     """Return the figures of one answer by a metric's name; `score` is the one that tables compare,
     in 0..1.
 
-    wanted holds every answer that would be right; the best match counts.
+    wanted holds every answer that would be right; the best match counts. Raises UnreadableReference
+    where the metric can read none of them.
     """
     compare = METRICS[metric]
-    each = [compare(found, text) for text in wanted]
+    each = [compare(found, text) for text in wanted if unreadable(metric, text) is None]
+    if not each:
+        raise UnreadableReference(f"{metric} can read none of {list(wanted)}")
     return max(each, key=_score)
+
+
+class UnreadableReference(ValueError):
+    """A right answer that its metric cannot read, so that no answer has a score beside it."""
+
+
+def unreadable(metric: str, wanted: str) -> str | None:
+    """Return what a metric misses in a right answer, in words; None where it can be judged by."""
+    if metric == "iou" and read_boxes(wanted) is None:
+        return f"no boxes as JSON in 0..{LARGEST_COORDINATE}"
+    if metric == "count" and number(wanted) is None:
+        return "no number"
+    # Nothing said would be right beside them.
+    if metric == "caption" and _WORD.search(wanted) is None:
+        return "no word"
+    if metric in ("cer", "exact") and not wanted.strip():
+        return "no text"
+    return None
 
 
 def _score(figures: Figures) -> float:
@@ -40,8 +66,8 @@ def _score(figures: Figures) -> float:
 
 
 def exact(found: str, wanted: str) -> Figures:
-    """Return whether two texts are the same up to blanks."""
-    same = found.split() == wanted.split()
+    """Return whether two texts are the same short answer, as `short_answers.normalized` has it."""
+    same = normalized(found) == normalized(wanted)
     return {"score": float(same)}
 
 
@@ -66,20 +92,19 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def count(found: str, wanted: str) -> Figures:
-    """Return whether the first whole number of a text is right, and how far it is off (None without
-    a number)."""
-    said = _INTEGER.search(found)
-    right = _INTEGER.search(wanted)
+    """Return whether the first number of a text is right, and how far it is off (None without a
+    number)."""
+    said = number(found)
+    right = number(wanted)
     if said is None or right is None:
         return {
             "score": 0.0,
             "absolute error": None,
             "readable": float(said is not None),
         }
-    off = abs(int(said[0]) - int(right[0]))
     return {
-        "score": float(off == 0),
-        "absolute error": float(off),
+        "score": float(said == right),
+        "absolute error": abs(float(said) - float(right)),
         "readable": 1.0,
     }
 

@@ -24,7 +24,7 @@ from ...errors import DataError
 from ...protocols import check_wanted, held, is_unwanted
 from .chat import Chat
 from .media import MediaFeatures, Medium
-from .peft_io import core_of
+from .peft_io import core_of, own_name, peft_name
 
 BASE = "base"  # the name of a row that runs under no adapter
 # tokens; rows whose lengths differ by less are padded to one length without much waste
@@ -84,7 +84,7 @@ class MultiAdapterModel:
         self.chat = chat
         self.limits = limits
         self.core = core_of(model)
-        self.adapters = tuple(model.peft_config)
+        self.adapters = tuple(own_name(known) for known in model.peft_config)
         self.encoder_adapters = chat.media.changed_by(self.core)
         self._lock = threading.Lock()
         # the Hub's settings draw at random, and an answer must be repeatable: the ends are kept
@@ -262,7 +262,7 @@ class MultiAdapterModel:
         """Have the encoder as one adapter changes it, or as it was; adapter names per row do not
         reach it."""
         if adapter in self.encoder_adapters:
-            self.model.set_adapter(adapter, inference_mode=True)
+            self.model.set_adapter(peft_name(adapter), inference_mode=True)
             yield
         elif self.encoder_adapters:
             with self.model.disable_adapter():
@@ -341,7 +341,8 @@ class MultiAdapterModel:
 
 
 def _names(rows: Sequence[BatchRow]) -> list[str]:
-    return [_NO_ADAPTER if row.adapter == BASE else row.adapter for row in rows]
+    """Return each row's adapter as PEFT calls it."""
+    return [_NO_ADAPTER if row.adapter == BASE else peft_name(row.adapter) for row in rows]
 
 
 def _unhook(model: torch.nn.Module) -> int:

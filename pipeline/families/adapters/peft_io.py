@@ -46,12 +46,26 @@ OWN_SETTINGS = (
 )
 TOLD_SETTINGS = ("base_model_name_or_path", "revision", "peft_version")
 PACKAGES = ("torch", "transformers", "peft")
+_MARK = "-"
 
 # what a family says to an adapter's modules: (their names, the options, the options' setting)
 CheckTargets = Callable[[Sequence[str], AdapterConfig, str], None]
 
 
 def _allow_all(_modules: Sequence[str], _options: AdapterConfig, _where: str) -> None: ...
+
+
+def peft_name(name: str) -> str:
+    """Return what PEFT calls an adapter. An adapter's own name may be that of any parameter."""
+    # PEFT finds an adapter's tensors by its name in their keys and takes it out again, wherever in
+    # a key it stands: `weight` or `q_proj` would find others' and lose parts of their own. No
+    # module has a hyphen, and one at either end keeps `a` from being found in `ab`.
+    return f"{_MARK}{name}{_MARK}"
+
+
+def own_name(known: str) -> str:
+    """Return the adapter that PEFT knows by what `peft_name` gave."""
+    return known.removeprefix(_MARK).removesuffix(_MARK)
 
 
 def core_of(model: PeftModel) -> PreTrainedModel:
@@ -139,7 +153,7 @@ def _matches(pattern: str, name: str, where: str) -> bool:
 
 def select(model: PeftModel, name: str) -> None:
     """Make one adapter the active and the only one with gradients."""
-    model.set_adapter(name)
+    model.set_adapter(peft_name(name))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(_belongs_to(key, name))
 
@@ -150,22 +164,21 @@ def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 
 def _belongs_to(key: str, name: str) -> bool:
-    # an adapter may be called like a module, so a name between dots is not enough
-    return "lora_" in key and f".{name}." in key
+    return f".{peft_name(name)}." in key
 
 
 def files(model: PeftModel, name: str, pin: ModelRef, about: Mapping) -> dict[str, dict]:
     """Return one adapter's files by name, as PEFT and vLLM load them; `about` enters
     adapter.json."""
     settings: dict[str, Any] = {}
-    for key, value in model.peft_config[name].to_dict().items():
+    for key, value in model.peft_config[peft_name(name)].to_dict().items():
         # a set has no order, and the same adapter should give the same bytes
         settings[key] = sorted(value) if isinstance(value, set) else value
     settings["base_model_name_or_path"] = pin.model
     settings["revision"] = pin.revision
     settings["inference_mode"] = True
     tensors = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=peft_name(name)).items():
         tensors[key] = tensor.detach().cpu().contiguous()
     described = {
         "name": name,
@@ -199,7 +212,8 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
         raise MismatchError(
             f"adapter {name} in {folder} fits no module of this base: {error}"
         ) from None
-    problem = _difference(get_peft_model_state_dict(out, adapter_name=name), kept)
+    wanted = get_peft_model_state_dict(out, adapter_name=peft_name(name))
+    problem = _difference(wanted, kept)
     if problem:
         _without(out, name)
         packages = about.get("packages", {})
@@ -208,7 +222,7 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
             f"{settings.get('peft_version')} and transformers {packages.get('transformers')}; "
             "train it again, or rename its keys to what this version calls for"
         )
-    set_peft_model_state_dict(out, kept, adapter_name=name)
+    set_peft_model_state_dict(out, kept, adapter_name=peft_name(name))
     return out.requires_grad_(False).eval()
 
 
@@ -256,15 +270,15 @@ def _with(model: PreTrainedModel | PeftModel, name: str, settings: LoraConfig) -
             "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
         )
         if isinstance(model, PeftModel):
-            model.add_adapter(name, settings)
+            model.add_adapter(peft_name(name), settings)
             return model
-        return get_peft_model(model, settings, adapter_name=name)
+        return get_peft_model(model, settings, adapter_name=peft_name(name))
 
 
 def _without(model: PeftModel, name: str) -> None:
     """Take an adapter off again; the last one goes with everything PEFT put around the base."""
     if len(model.peft_config) > 1:
-        model.delete_adapter(name)
+        model.delete_adapter(peft_name(name))
     else:
         model.unload()
 

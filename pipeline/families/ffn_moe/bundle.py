@@ -26,8 +26,8 @@ from ...store.artifacts import load_tensors
 from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from .. import Parts
-from .config import FfnMoeConfig
-from .parts import ANCHOR, mixture_of, stored_settings
+from .config import ANCHOR, FfnMoeConfig
+from .parts import mixture_of, stored_settings
 from .stack import FfnStack
 
 # llama.cpp reads only names with model in front

@@ -12,6 +12,9 @@ from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
 from .stages import BASELINE_READS, FROM_ZERO, STAGES
 
+# the dummy where it stays as an expert; reports call it so, so that no domain may be
+ANCHOR = "anchor"
+
 
 class TrunkConfig(FitConfig):
     """The shared trunk and its temporary feed-forward network, the dummy."""
@@ -247,6 +250,11 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
             )
         if len(set(wanted)) < len(wanted):
             out.append(f"{key}.domains: a domain is named twice")
+    if ANCHOR in cfg.experts:
+        out.append(
+            f"partition.domains: {ANCHOR} is the trunk's own network among experts; name that "
+            "domain otherwise"
+        )
     if len(cfg.experts) > len(known):
         out.append(
             f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} "

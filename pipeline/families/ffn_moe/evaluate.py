@@ -32,12 +32,11 @@ from ...report.schema import (
 from ...store.artifacts import now
 from ...train.flops import Shape
 from .. import Parts
-from .config import FfnMoeConfig
+from .config import ANCHOR, FfnMoeConfig
 from .cost import stage_tokens
 from .criteria import criteria, notes, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import (
-    ANCHOR,
     gates_from,
     mixture_of,
     stored_experts,

@@ -20,9 +20,8 @@ from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import SUPPORTED, Ffn, Trunk, build, open_tensors, pretrained
 from .. import Parts
-from .config import FfnMoeConfig
+from .config import ANCHOR, FfnMoeConfig
 
-ANCHOR = "anchor"
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
 # no setting of expert.*, as the trunk's address does not hold those

@@ -23,6 +23,7 @@ from ...errors import ConfigError, DataError
 from ...hardware import cores
 from ..adapters.config import AdapterConfig
 from ..adapters.media import Media
+from ..adapters.peft_io import own_name
 from .perturb import PERTURBATIONS
 
 TOWER_PATCHES = 16_384  # that go through the vision tower together
@@ -198,7 +199,8 @@ class Images(Media):
             _, is_adapter, rest = name.partition(".lora_A.")
             if is_adapter:
                 # an adapter's name has no dot: PEFT makes a module of it
-                found.add(rest.partition(".")[0])
+                known = rest.partition(".")[0]
+                found.add(own_name(known))
         return frozenset(found)
 
     def check_targets(
