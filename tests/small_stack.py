@@ -21,6 +21,7 @@ from pipeline.data.tasks import prepare
 from pipeline.families.adapters import peft_io
 from pipeline.families.adapters.base import LoadedBase
 from pipeline.families.adapters.inference import GenerationLimits, MultiAdapterModel, Request
+from pipeline.families.adapters.peft_io import peft_name
 from pipeline.families.adapters.router import Calibration
 from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
 from pipeline.families.load import parse
@@ -119,9 +120,9 @@ def on(
         with warnings.catch_warnings():  # peft asks transformers in a way that it is leaving
             warnings.simplefilter("ignore", FutureWarning)
             if model is None:
-                model = get_peft_model(base.model, shape, adapter_name=name)
+                model = get_peft_model(base.model, shape, adapter_name=peft_name(name))
             else:
-                model.add_adapter(name, shape)
+                model.add_adapter(peft_name(name), shape)
     return MultiAdapterModel(model, base.chat, limits or GenerationLimits(batch_rows=6))
 
 

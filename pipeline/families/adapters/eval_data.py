@@ -18,7 +18,7 @@ from ...config.base import NONE
 from ...data.routing.dataset import RoutingRow, RoutingRows
 from ...data.tasks.prepare import TaskRow, TaskRows
 from ...errors import DataError
-from ...metrics.answers import judge
+from ...metrics.answers import judge, unreadable
 from ...protocols import Progress
 from .. import Parts
 from .config import AdapterRunConfig
@@ -58,7 +58,8 @@ class AdapterEvaluator:
     parts: Parts
     stack: AdapterStack
     progress: Progress
-    left_out: dict[str, int] = field(default_factory=dict)  # set -> requests over the limits
+    # set -> requests over the limits, and tasks' rows whose right answers the metric cannot read
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.media = self.stack.model.chat.media
@@ -69,7 +70,7 @@ class AdapterEvaluator:
         for name in self.cfg.experts:
             rows = TaskRows(self.parts.folder("preprocess", name))
             for row in rows.rows("test"):
-                self._wanted[name, row.id] = _right_answers(row)
+                self._wanted[name, row.id] = self._right_answers(name, row)
             self.tasks[name] = rows
 
     @property
@@ -79,13 +80,29 @@ class AdapterEvaluator:
         return settings.smoke_rows if settings.smoke else settings.rows_per_task
 
     def task(self, name: str) -> list[EvalRequest]:
-        """Return test rows of a task, asked as the task asks."""
+        """Return test rows of a task, asked as the task asks. Raises DataError where its metric can
+        read no right answer of them."""
         key = f"task {name}"
         rows = self.tasks[name].rows("test")
         requests = []
+        unread = 0
         for row in self._sample(rows, key, self.most_rows):
-            requests.append(self._of_task(name, row))
-        return self._within_limits(key, requests)
+            request = self._of_task(name, row)
+            if request.wanted:
+                requests.append(request)
+            else:
+                unread += 1
+        if rows and not requests:
+            metric = self.cfg.loras.entry(name).metric
+            why = unreadable(metric, rows[0].answer)
+            raise DataError(
+                f"loras.experts.{name}.metric: {metric} can read none of {unread} right answers "
+                f"({why} in {rows[0].answer[:60]!r}); choose another metric, or mend the answers"
+            )
+        kept = self._within_limits(key, requests)
+        if unread:
+            self.left_out[key] = self.left_out.get(key, 0) + unread
+        return kept
 
     def routed(self, split: str) -> list[EvalRequest]:
         """Return requests of a split of the routing set, as many of each expert."""
@@ -218,7 +235,7 @@ class AdapterEvaluator:
             expert=name,
             group=row.group,
             open=lambda: self.media.open_row(folder, row),
-            wanted=_right_answers(row),
+            wanted=self._right_answers(name, row),
         )
 
     def _of_routing(self, row: RoutingRow) -> EvalRequest:
@@ -235,6 +252,14 @@ class AdapterEvaluator:
             wanted=self._wanted.get(of_row, ()),
         )
 
+    def _right_answers(self, name: str, row: TaskRow) -> Answers:
+        """Return every right answer of a task row that its metric can read, its own first."""
+        metric = self.cfg.loras.entry(name).metric
+        others = row.extra.get("answers") or ()
+        # each once, in order: a set has none
+        distinct = dict.fromkeys([row.answer, *map(str, others)])
+        return tuple(answer for answer in distinct if unreadable(metric, answer) is None)
+
     def _opened(
         self, requests: Sequence[EvalRequest], what: str
     ) -> Iterator[tuple[list[Request], slice]]:
@@ -246,11 +271,3 @@ class AdapterEvaluator:
             for request in requests[part]:
                 opened.append(request.request())
             yield opened, part
-
-
-def _right_answers(row: TaskRow) -> Answers:
-    """Return every right answer of a task row, its own first."""
-    others = row.extra.get("answers") or ()
-    answers = [row.answer, *map(str, others)]
-    # each once, in order: a set has none
-    return tuple(dict.fromkeys(answers))

@@ -334,7 +334,10 @@ def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]
             "tried."
         )
     for name, count in evaluator.left_out.items():
-        yield f"{count} rows of {name} are over the limits of a request and were left out."
+        yield (
+            f"{count} rows of {name} were left out: over the limits of a request, or with a right "
+            "answer that their metric cannot read."
+        )
     for name in cfg.experts:
         yield from _dropped_rows(evaluator.parts, name, "train_experts", name)
     yield from _dropped_rows(evaluator.parts, ROUTER, "train_router", None)
