@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image
 
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
-from pipeline.data.images.boxes import Box
+from pipeline.data.images.boxes import Box, BoxFault
 from pipeline.data.sources.image_folders import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
 
@@ -260,17 +260,21 @@ def _cut(
     except images.BadImage as error:
         return [], [(error.reason, str(error))]
     try:
-        given = _given(page, image)
+        given, faults = _given(page, image, settings)
     except boxes.BadBox as error:
         return [], [("bad box", str(error))]
+    dropped = [("bad box", str(fault)) for fault in faults]
     if settings.by == "detector":
         found = _detected(image, given, settings)
     elif given:
         found = _from_boxes(given, settings)
+    elif faults:
+        return [], dropped
     else:
         return [], [("no boxes", "use --by detector for such images")]
 
-    kept, dropped = _filtered(found, settings)
+    kept, filtered = _filtered(found, settings)
+    dropped += filtered
     # Of the whole image: crops of one page must not be in two splits.
     group = f"sha256:{images.digest(image)}"
     rows = []
@@ -279,10 +283,13 @@ def _cut(
     return rows, dropped
 
 
-def _given(page: Page, image: Image.Image) -> list[Box]:
-    """Return the row's boxes in the upright image's pixels."""
+def _given(page: Page, image: Image.Image, settings: Settings) -> tuple[list[Box], list[BoxFault]]:
+    """Return the row's boxes in the upright image's pixels, and what is wrong with the others.
+    Raises BadBox where none can be placed."""
     frame_px = boxes.frame(page.row.get("width"), page.row.get("height"), image.size)
-    return boxes.parse(page.row.get("boxes"), frame_px, image.size)
+    # Beside others of its line, or found by its ink, what a box without height says is seen.
+    keep_text = settings.by == "detector" or settings.lines > 0
+    return boxes.parse_each(page.row.get("boxes"), frame_px, image.size, keep_text=keep_text)
 
 
 def _from_boxes(given: list[Box], settings: Settings) -> list[Region]:

@@ -68,29 +68,91 @@ class Box:
         return self.x1_px - self.x0_px
 
 
+@dataclass(frozen=True)
+class BoxFault:
+    """One entry of a row's boxes that is no box."""
+
+    number: int  # of the entry, from 1
+    of: int  # entries of the row
+    detail: str
+    lost_text: bool  # whether it says a text that no box has now
+
+    def __str__(self) -> str:
+        return f"box {self.number} of {self.of}: {self.detail}"
+
+
 def parse(
     raw: object,
     frame_px: Size,
     size_px: Size | None = None,
     form: str = "xyxy",
 ) -> list[Box]:
-    """Return the boxes of a row, cut to a frame and scaled to a picture of another size, if given.
+    """Return the boxes of a row as parse_each does. Raises BadBox for the first that is none."""
+    found, faults = parse_each(raw, frame_px, size_px, form)
+    for fault in faults:
+        raise BadBox(str(fault))
+    return found
+
+
+def parse_each(
+    raw: object,
+    frame_px: Size,
+    size_px: Size | None = None,
+    form: str = "xyxy",
+    keep_text: bool = False,
+) -> tuple[list[Box], list[BoxFault]]:
+    """Return the boxes of a row, cut to a frame and scaled to a picture of another size, if given,
+    and what is wrong with each of the others.
 
     raw is a list of {"bbox": corners, "label" and "text" if any} or of bare corners, in pixels of
     the frame; corners are [x0, y0, x1, y1] (with form xywh: x, y, width, height) or the points of a
-    polygon, flat or in pairs. Raises BadBox.
+    polygon, flat or in pairs. With keep_text a box without area that has a text is a fault and
+    stays, a pixel wide or high: what it says still has a place among the rest. Raises BadBox when
+    raw is no list.
     """
     if raw is None:
-        return []
+        return [], []
     if not isinstance(raw, list | tuple):
         raise BadBox(f"boxes are {type(raw).__name__}, a list was wanted")
     found = []
-    for entry in raw:
-        box = _box(entry, frame_px, form)
+    faults = []
+    for number, entry in enumerate(raw, 1):
+        text = _text_of(entry)
+        box: Box | None
+        try:
+            box = _box(entry, frame_px, form)
+        except BadBox as error:
+            box = _as_line(entry, frame_px, form) if keep_text and text else None
+            faults.append(BoxFault(number, len(raw), str(error), bool(text) and box is None))
+            if box is None:
+                continue
         if size_px is not None:
             box = _scaled(box, frame_px, size_px)
         found.append(box)
-    return found
+    return found, faults
+
+
+def _text_of(entry: object) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else None
+    return "" if text is None else str(text).strip()
+
+
+def _as_line(entry: object, frame_px: Size, form: str) -> Box | None:
+    """Return an entry without area as a box of one pixel across; None when that is not all that is
+    wrong with it."""
+    about = entry if isinstance(entry, dict) else {"bbox": entry}
+    try:
+        x0, y0, x1, y1 = _extent(_corners_of(about), form)
+    except BadBox:
+        return None
+    width_px, height_px = frame_px
+    is_inside = 0 <= x0 <= width_px and 0 <= y0 <= height_px
+    if x1 < x0 or y1 < y0 or not is_inside:
+        return None
+    x0 = min(x0, width_px - 1)
+    y0 = min(y0, height_px - 1)
+    corners = [x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)]
+    return _box(about | dict.fromkeys(_CORNERS, corners), frame_px, "xyxy")
 
 
 def frame(width: object, height: object, size_px: Size) -> Size:
@@ -119,11 +181,7 @@ def _is_length(value: object) -> TypeGuard[float]:
 
 def _box(entry: object, frame_px: Size, form: str) -> Box:
     about = entry if isinstance(entry, dict) else {"bbox": entry}
-    corners = None
-    for key in _CORNERS:
-        if key in about:
-            corners = about[key]
-            break
+    corners = _corners_of(about)
     x0, y0, x1, y1 = _extent(corners, form)
     if x1 <= x0 or y1 <= y0:
         raise BadBox(f"{corners} has no area; [x0, y0, x1, y1] was wanted")
@@ -144,6 +202,13 @@ def _box(entry: object, frame_px: Size, form: str) -> Box:
     if text is not None:
         box = replace(box, text=str(text))
     return box
+
+
+def _corners_of(about: dict) -> object:
+    for key in _CORNERS:
+        if key in about:
+            return about[key]
+    return None
 
 
 def _extent(corners: object, form: str) -> tuple[float, float, float, float]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import ConfigError
 from ..images import boxes, images
-from ..images.boxes import BadBox, Box
+from ..images.boxes import BadBox, Box, BoxFault
 from ..images.images import BadImage, ImageSource, StoredImage
-from ..sources.tasks import Record, column, dataset_name, root
+from ..sources.tasks import Record, column, dataset_name, root, structured
 from .groups import text_key
 from .rows import IMAGES, TaskRow
 
@@ -32,6 +32,9 @@ class BuiltRow:
     keys: tuple[str, ...]  # what must not be in two splits: digests of pictures, a document's name
     resized: bool = False  # whether a picture of it was
     unboxed: bool = False  # whether its boxes were left out, being wrong and not needed
+    where: str = ""  # of its record, for messages
+    boxes: int = 0  # that its record has and something was made of
+    box_faults: tuple[BoxFault, ...] = ()  # the ones among them that were left out
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class RowBuilder:
                 named.add(name)
         # Wrong boxes cost a row only where something is made of them.
         self.needs_boxes = self.cuts_regions or bool(named & {"boxes_json", "text"})
+        self.needs_text = "text" in named
 
     def build(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return what became of a record: its row or rows, or why there is none."""
@@ -90,20 +94,44 @@ class RowBuilder:
         if stored:
             size_px = (stored[0].width_px, stored[0].height_px)
         found: list[Box] = []
+        faults: list[BoxFault] = []
         unboxed = False
+        is_transcribed = self._is_transcribed(record)
+        needs_boxes = self.needs_boxes or is_transcribed
         try:
-            found = self._boxes(record, size_px)
+            found, faults = self._boxes(record, size_px)
+            if faults and not found:
+                raise BadBox(str(faults[0]))
         except BadBox:
-            if self.needs_boxes:
+            if needs_boxes:
                 raise
             unboxed = True
+        if is_transcribed:
+            _check_transcript(faults)
         described = []
         if found and size_px is not None:
             described = boxes.described(found, *size_px)
         values = self._values(record, found)
         values["boxes_json"] = boxes.as_json(described)
         built = self._built(record, self._id(record), stored, values, described)
-        return replace(built, unboxed=unboxed)
+        if not needs_boxes:
+            return replace(built, unboxed=unboxed)
+        return replace(
+            built,
+            where=record.where,
+            boxes=len(found) + len(faults),
+            box_faults=tuple(faults),
+        )
+
+    def _is_transcribed(self, record: Record) -> bool:
+        """Tell whether the texts of a record's boxes become its answer."""
+        data = self.entry.dataset
+        # Many OCR sets have the text in their boxes alone.
+        return self.needs_text or (
+            data.ocr
+            and column(record.columns, "answer", data) in (None, "")
+            and bool(column(record.columns, "boxes", data))
+        )
 
     def _region_rows(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return one row for each box with text, in reading order."""
@@ -111,12 +139,15 @@ class RowBuilder:
         # All regions of a page carry its digest, so that they stay in one split.
         document = images.digest(image)
         with_text = []
-        for line in boxes.lines(self._boxes(record, image.size)):
+        found, faults = self._boxes(record, image.size)
+        for line in boxes.lines(found):
             for box in line:
                 if box.text.strip():
                     with_text.append(box)
 
         rows: list[BuiltRow | DroppedRow] = []
+        for fault in faults:
+            rows.append(DroppedRow("bad box", record.where, str(fault)))
         for number, box in enumerate(with_text):
             values = self._values(record, [box])
             # What the row says of the whole page is not true of a region of it.
@@ -235,19 +266,23 @@ class RowBuilder:
             )
         return self.root
 
-    def _boxes(self, record: Record, size_px: tuple[int, int] | None) -> list[Box]:
-        """Return a record's boxes in the pixels of its upright picture. Raises BadBox, as for boxes
-        without one."""
+    def _boxes(
+        self, record: Record, size_px: tuple[int, int] | None
+    ) -> tuple[list[Box], list[BoxFault]]:
+        """Return a record's boxes in the pixels of its upright picture, and what is wrong with the
+        others. Raises BadBox where none can be placed, as for boxes without a picture."""
         data = self.entry.dataset
-        raw = column(record.columns, "boxes", data)
+        raw = structured(column(record.columns, "boxes", data))
         if not raw:
-            return []
+            return [], []
         if size_px is None:
             raise BadBox("the row has boxes and no picture that they lie on")
         width = column(record.columns, "width", data)
         height = column(record.columns, "height", data)
         frame_px = boxes.frame(width, height, size_px)
-        return boxes.parse(raw, frame_px, size_px, data.box_format)
+        # A region is cut out along its box, and of a line of no height nothing would be seen.
+        keep_text = data.ocr and not self.cuts_regions
+        return boxes.parse_each(raw, frame_px, size_px, data.box_format, keep_text)
 
     def _values(self, record: Record, found: list[Box]) -> dict:
         """Return what templates may name: the row's columns, under their own names and those of
@@ -277,6 +312,13 @@ class RowBuilder:
         if not text:
             raise _Unusable(f"empty {what}", f"{template!r} gives no text")
         return text
+
+
+def _check_transcript(faults: list[BoxFault]) -> None:
+    """Raise BadBox when a transcript would lack what a box says that has no place."""
+    for fault in faults:
+        if fault.lost_text:
+            raise BadBox(f"{fault}; its text would be missing from the transcript")
 
 
 def _value(name: str, values: dict) -> str:

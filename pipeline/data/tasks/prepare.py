@@ -72,6 +72,7 @@ def prepare(
     data = entry.dataset
     builder = RowBuilder(entry, image, folder)
     stats = DropStats(_HARMLESS)
+    box_stats = DropStats()
     groups = Groups()
     counts: Counter[str] = Counter()
 
@@ -80,9 +81,11 @@ def prepare(
     with open(spool, "w", encoding="utf-8") as file:
         outcomes = _outcomes(builder, processes, stats, progress)
         for built in _with_own_ids(outcomes, stats, counts):
+            _count_boxes(built, box_stats)
             groups.join(built.keys)
             file.write(f"{built.keys[0]}\t{built.row.line()}")
     _check_bad(stats, entry.name, data.max_bad_share)
+    _check_boxes(box_stats, entry.name, data.max_bad_share)
 
     assignment = SplitAssignment(seed, data.valid_share, data.test_share)
     assignment.assign((groups.of(key), row.split) for key, row in _spooled(spool))
@@ -90,8 +93,8 @@ def prepare(
     spool.unlink()
     _sweep_images(folder / IMAGES, used, counts)
     _check_splits(entry.name, counts, stats)
-    _write_dropped(folder, stats, counts, assignment)
-    return _metrics(stats, counts, assignment, time.perf_counter() - start)
+    _write_dropped(folder, stats, box_stats, counts, assignment)
+    return _metrics(stats, box_stats, counts, assignment, time.perf_counter() - start)
 
 
 def _with_own_ids(
@@ -279,6 +282,22 @@ def _check_bad(stats: DropStats, name: str, max_bad_share: float) -> None:
     )
 
 
+def _count_boxes(built: BuiltRow, stats: DropStats) -> None:
+    stats.seen += built.boxes
+    for fault in built.box_faults:
+        stats.drop("bad box", built.where, str(fault))
+
+
+def _check_boxes(stats: DropStats, name: str, max_bad_share: float) -> None:
+    """Raise DataError when more than max_bad_share of the boxes that rows need is bad."""
+    stats.check(
+        max_bad_share,
+        f"boxes of loras.experts.{name}.dataset cannot be used",
+        "max_bad_share",
+        "Mend the source, set box_format to what it has, or raise max_bad_share",
+    )
+
+
 def _check_splits(name: str, counts: Counter[str], stats: DropStats) -> None:
     missing = [split for split in SPLITS if not counts[split]]
     if missing:
@@ -292,6 +311,7 @@ def _check_splits(name: str, counts: Counter[str], stats: DropStats) -> None:
 def _write_dropped(
     folder: Path,
     stats: DropStats,
+    box_stats: DropStats,
     counts: Counter[str],
     assignment: SplitAssignment,
 ) -> None:
@@ -304,12 +324,14 @@ def _write_dropped(
         "splits": {split: counts[split] for split in SPLITS},
         "carved": list(assignment.carved),
         "rows_without_picture": counts["rows_without_picture"],
+        "boxes": box_stats.as_json(),
     }
     write_text(folder / DROPPED, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def _metrics(
     stats: DropStats,
+    box_stats: DropStats,
     counts: Counter[str],
     assignment: SplitAssignment,
     spent_s: float,
@@ -322,6 +344,7 @@ def _metrics(
         "picture_bytes": counts["picture_bytes"],
         "rows_resized": counts["rows_resized"],
         "rows_without_boxes": counts["rows_without_boxes"],
+        "boxes_dropped": box_stats.total,
         "rows_without_picture": counts["rows_without_picture"],
         "ids_changed": counts["ids_changed"],
         "seen": stats.seen,
