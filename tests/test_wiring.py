@@ -77,7 +77,6 @@ def test_source_and_hub_decide_what_is_opened(monkeypatch):
 
 def test_revisions_reach_the_hub(monkeypatch, trained):
     import huggingface_hub
-    import transformers
 
     seen = []
 
@@ -86,7 +85,7 @@ def test_revisions_reach_the_hub(monkeypatch, trained):
         raise OSError("nothing is there")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     cfg = small.config(
         trunk__init="some/model",
         trunk__revision="abc",

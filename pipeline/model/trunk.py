@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .experts import Expert
 from .kernels.attention import patch_attention
 from .kernels.norm import patch_norm
+from .loading import check_finite, check_report, quiet_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,29 +134,49 @@ def open_tensors(
     return trunk.requires_grad_(False).eval(), dummy.requires_grad_(False).eval()
 
 
-def pretrained(name: str | Path, revision: str | None = None) -> tuple[Trunk, Expert]:
-    """Load a Qwen3, Llama or Mistral checkpoint (folder or Hub name) as trunk and dummy.
+def check_kind(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a config.json of a model that no trunk can be made of."""
+    kind = settings.get("model_type")
+    if kind not in SUPPORTED:
+        raise ValueError(f"it is a {kind} model; a trunk can be one of {', '.join(SUPPORTED)}")
+    if settings.get("auto_map"):
+        raise ValueError("it names code to run in its config.json (auto_map)")
 
-    Raises ValueError for another architecture and OSError when nothing can be loaded.
+
+def pretrained(folder: Path) -> tuple[Trunk, Expert]:
+    """Load a Qwen3, Llama or Mistral checkpoint as trunk and dummy.
+
+    Raises ValueError for another architecture, or tensors that are missing, unknown, of another
+    shape or not finite; OSError and other errors of the library when nothing can be loaded.
     """
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
     # read as data: a class that is chosen by the file could be the file's own
-    settings, _ = PretrainedConfig.get_config_dict(str(name), revision=revision)
-    kind = settings.get("model_type")
-    if kind not in SUPPORTED:
-        raise ValueError(f"{name} is a {kind} model; a trunk can be one of {', '.join(SUPPORTED)}")
-    if settings.get("auto_map"):
-        raise ValueError(f"{name} names code to run in its config.json (auto_map)")
+    settings, _ = PretrainedConfig.get_config_dict(str(folder))
+    check_kind(settings)
     # safetensors only, as a pickled checkpoint may run what it likes while it is opened
-    network = AutoModelForCausalLM.from_pretrained(
-        str(name),
-        revision=revision,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with quiet_library():
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            # What does not fit is reported by name, in place of an error that shows the first
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    network, report = opened
+    check_report(report)
+    check_finite(network.named_parameters())
+    head, embedding = network.lm_head.weight, network.model.embed_tokens.weight
+    # A file may have both, and differ from what it says: one of them would be lost
+    if network.config.tie_word_embeddings and head is not embedding:
+        raise ValueError(
+            f"its config.json ties {HEAD} to {EMBEDDING} (tie_word_embeddings), and its weights "
+            "have both, which differ; set it to false there"
+        )
     return extract_ffn(network)
 
 

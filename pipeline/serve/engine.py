@@ -23,6 +23,7 @@ from ..data.text import tokenizer
 from ..errors import DamagedArtifact, MismatchError
 from ..families import PRELOAD, family
 from ..hardware import device
+from ..model.loading import quiet_library
 from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, verify
 
@@ -284,11 +285,8 @@ class CompletionEngine(Engine):
 def _open_model(folder: Path) -> CausalModel:
     """Return the bundle as transformers opens it, frozen, on the device."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_library():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             # As the stack computes, so that both can be compared.
@@ -299,9 +297,6 @@ def _open_model(folder: Path) -> CausalModel:
             local_files_only=True,
             trust_remote_code=False,
         )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     return model.eval().requires_grad_(False).to(device())
 
 

@@ -6,33 +6,29 @@ model by its commit; nothing that trains, routes or answers knows which of the t
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
 
 from ...config.base import is_folder
 from ...errors import DamagedArtifact, DataError, MismatchError
 from ...hardware import device
+from ...model.loading import check_finite, check_report, quiet_library
 from ...store.foreign import ForeignFile, check_model_files, read_object
+from ...store.model_files import ADAPTER, check_config, check_weights, from_hub
 from .chat import Chat
 from .config import AdapterBaseConfig
 from .cost import DecoderSizes
 
 PIN = "pin.json"
+MODEL = "loras.base.model"
 # folder of a built base beside its pin.json, and how such a base is called in adapters
 BUILT = "base"
-# what opening needs, from the Hub: no pickles, no picture of a cat
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,12 @@ def pin_base(
         pin = ModelRef("built", BUILT, files=file_hashes(folder / BUILT))
     elif is_folder(base.model):
         where = _model_folder(Path(base.model).expanduser(), kind)
+        _check_tensors(where, kind)
         pin = ModelRef("folder", base.model, files=file_hashes(where))
     else:
-        _check_files(_from_hub(base.model, base.revision), kind)
+        where = from_hub(MODEL, base.model, base.revision)
+        _check_files(where, kind)
+        _check_tensors(where, kind)
         pin = ModelRef("hub", base.model, base.revision)
     (folder / PIN).write_text(json.dumps(pin.values(), indent=1, sort_keys=True) + "\n", "utf-8")
     parameters = count_parameters(locate(pin, folder, kind))
@@ -125,7 +124,7 @@ def locate(pin: ModelRef, folder: Path, kind: ModelKind) -> Path:
         return folder / BUILT
     if pin.source == "folder":
         return _model_folder(Path(pin.model).expanduser(), kind)
-    return _from_hub(pin.model, pin.revision)
+    return from_hub(MODEL, pin.model, pin.revision)
 
 
 def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
@@ -152,28 +151,48 @@ def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrai
     the device.
 
     On a processor the weights stay mapped from their files as long as the settings' dtype is the
-    files'. Raises DataError.
+    files'. Raises DataError, also for tensors that are missing, unknown or of another shape.
     """
+    model = _open(where, kind, getattr(torch, base.dtype), base.attn)
+    if device() != "cpu":
+        model = model.to(device())  # type: ignore[arg-type]  # the library wraps it untyped
+    return model.requires_grad_(False).eval()
+
+
+def _open(where: Path, kind: ModelKind, dtype: "torch.dtype | str", attn: str) -> PreTrainedModel:
     # a base that is named is opened from its files alone: nothing is fetched here, nor is a missing
     # one taken from somewhere else
     try:
-        with no_progress_bar():
-            model = kind.model_class.from_pretrained(
+        with quiet_library():
+            opened: Any = kind.model_class.from_pretrained(
                 where,
-                dtype=getattr(torch, base.dtype),
-                attn_implementation=base.attn,
+                dtype=dtype,
+                attn_implementation=attn,
                 # pickles could run code
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                # what does not fit is reported by name, in place of an error that shows the first
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-    except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        model, report = opened
+        check_report(report)
+    except Exception as error:  # a library raises what it likes at a file it cannot read
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{where} cannot be loaded as a {kind.name}: {type(error).__name__}: {error}"
+            f"{where} cannot be loaded as a {kind.name}: {type(error).__name__}: {reason}"
         ) from error
-    if device() != "cpu":
-        model = model.to(device())  # type: ignore[arg-type]  # the library wraps it untyped
-    return model.requires_grad_(False).eval()
+    return model
+
+
+def _check_tensors(where: Path, kind: ModelKind) -> None:
+    """Raise DataError for a model whose tensors do not fill it, or are not finite."""
+    model = _open(where, kind, "auto", "sdpa")
+    try:
+        check_finite(model.named_parameters())
+    except ValueError as error:
+        raise DataError(f"{MODEL}: {where}: {error}") from None
 
 
 def count_parameters(folder: Path) -> int:
@@ -190,24 +209,13 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep the library's progress bars off the terminal."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
-
-
 def _model_folder(folder: Path, kind: ModelKind) -> Path:
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if missing or not any(folder.glob("*.safetensors")):
-        lacks = " and no ".join(missing) or "*.safetensors"
+    # an adapter has no config.json, and is told what to do about it
+    if missing and not (folder / ADAPTER).is_file():
+        lacks = " and no ".join(missing)
         raise DataError(
-            f"loras.base.model: {folder} is no model folder: it has no {lacks}. Give a folder as "
+            f"{MODEL}: {folder} is no model folder: it has no {lacks}. Give a folder as "
             "save_pretrained or the Hub lays it out"
         )
     _check_files(folder, kind)
@@ -215,38 +223,22 @@ def _model_folder(folder: Path, kind: ModelKind) -> Path:
 
 
 def _check_files(folder: Path, kind: ModelKind) -> None:
-    """Raise DataError for a model that names code, or for another kind of model, which the library
-    would fill up with random weights of any size."""
+    """Raise DataError for a model that names code, that is not complete, or of another kind, which
+    the library would fill up with random weights of any size."""
     try:
-        found = read_object(folder, "config.json")["model_type"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{folder / 'config.json'} does not say what kind of model this is ({error!r})"
-        ) from None
+        settings = check_config(folder)
+        found = settings.get("model_type")
+        if found == kind.model_type:
+            check_weights(folder)
+            names = [path.name for path in folder.iterdir() if path.is_file()]
+            check_model_files(folder, names)
+    except (ForeignFile, OSError) as error:
+        raise DataError(f"{MODEL}: {folder}: {error}") from None
     if found != kind.model_type:
         raise DataError(
-            f"{folder} holds a {found}; loras.base.model must be a {kind.name} "
+            f"{folder} holds a {found}; {MODEL} must be a {kind.name} "
             f"(model_type {kind.model_type})"
         )
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    try:
-        check_model_files(folder, names)
-    except (ForeignFile, OSError) as error:
-        raise DataError(f"{folder}: {error}") from None
-
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    """Return the local snapshot of a Hub model, fetched unless it is there. Raises DataError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub client and the network raise what they like
-        raise DataError(
-            f"loras.base.model: {model} is no folder here, and the Hub did not give it at revision "
-            f"{revision}: {type(error).__name__}: {error}. Check the name, loras.base.revision, "
-            "the network and HF_TOKEN"
-        ) from error
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

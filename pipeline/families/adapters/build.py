@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
-from .base import no_progress_bar
+from ...model.loading import quiet_library
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -61,7 +61,7 @@ def save_model(model: PreTrainedModel, tokenizer: Qwen2Tokenizer, dtype: str, fo
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     )
-    with no_progress_bar():
+    with quiet_library():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # the library leaves them readable by their owner alone

@@ -18,9 +18,10 @@ from ...model.experts import Expert, from_tensors
 from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
-from ...model.trunk import SUPPORTED, Ffn, Trunk, build, open_tensors, pretrained
+from ...model.trunk import Ffn, Trunk, build, open_tensors
 from .. import Parts
 from .config import ANCHOR, FfnMoeConfig
+from .pretrained import open_pretrained
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
@@ -134,7 +135,7 @@ def new_trunk(
         settings = _hf_config(cfg, shards, d_ff or cfg.trunk.d_ff)
         trunk, dummy = build(settings)
         return trunk.to(device()), dummy.to(device())
-    trunk, dummy = _pretrained(cfg.trunk.init, cfg.trunk.revision)
+    trunk, dummy = open_pretrained(cfg)
     entries = trunk.head.shape[0]
     # A trunk may have more rows than its tokenizer has entries: they are padding
     if shards.vocab_size > entries:
@@ -165,16 +166,6 @@ def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:
         "bos_token_id": shards.end_id,
         "eos_token_id": shards.end_id,
     }
-
-
-def _pretrained(name: str, revision: str | None) -> tuple[Trunk, Expert]:
-    try:
-        return pretrained(name, revision)
-    except (OSError, ValueError) as error:
-        raise MismatchError(
-            f"trunk.init {name} cannot be loaded ({error}); give a folder or Hub name of a "
-            f"{', '.join(SUPPORTED)} model with safetensors weights"
-        ) from None
 
 
 def stored_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
