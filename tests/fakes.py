@@ -20,11 +20,12 @@ from pipeline.errors import MissingArtifact, UnreadableFile
 from pipeline.families import Parts
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.store.artifacts import Manifest, inventory, load_tensors
+from pipeline.store.history import History
 from pipeline.train.checkpoint import restore
 from pipeline.train.loop import HistoryWriter, Task, TrainIO
 from pipeline.train.optimizer import AdamW
 
-TIMED = {"manifest.json", "report.json", "report.html"}  # hold seconds, which no two runs share
+TIMED = {"manifest.json", "made.json"}  # hold seconds, which no two runs share
 
 
 def told(error):
@@ -87,6 +88,10 @@ class FolderParts(Parts):
             files=inventory(folder),
             metrics=self.metrics.get((stage, item), {"seconds": 1.5}),
         )
+
+    def history(self, stage, item=None):
+        """Return no rows: nobody keeps any here."""
+        return History([])
 
     def tensors(self, stage, name, item=None):
         """Return the tensors of a file."""
@@ -278,10 +283,14 @@ def contents(store_path):
     """Return {artifact/file: sha256} of every file of every artifact, less those that hold
     seconds."""
     root = Path(store_path) / "artifacts"
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name not in TIMED)
-    return {
-        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-    }
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        # the report itself has them too, the one in a bundle has not
+        timed = path.name in TIMED or (name.startswith("evaluate-") and "report." in name)
+        if path.is_file() and not timed:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def traces(store_path):

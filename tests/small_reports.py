@@ -126,8 +126,20 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
             ],
         },
         "criteria": [
-            {"name": "primary", "text": "beats dense", "passed": True, "detail": "by 0.1"},
-            {"name": "tertiary", "text": "all used", "passed": False, "detail": "4 %"},
+            {
+                "name": "primary",
+                "text": "beats dense",
+                "passed": True,
+                "detail": "by 0.1",
+                "of_machine": False,
+            },
+            {
+                "name": "tertiary",
+                "text": "all used",
+                "passed": False,
+                "detail": "4 %",
+                "of_machine": True,
+            },
         ],
         "wins": [
             {
@@ -293,7 +305,13 @@ def request_values() -> dict:
             }
         ],
         "criteria": [
-            {"name": "router", "text": "sends well", "passed": True, "detail": "93 %"},
+            {
+                "name": "router",
+                "text": "sends well",
+                "passed": True,
+                "detail": "93 %",
+                "of_machine": False,
+            },
         ],
         "speed": [dict(JOB, job="train_experts color")],
         "machine": dict(MACHINE, gpu="some card"),

@@ -106,7 +106,7 @@ def test_every_file_is_listed_and_weights_are_not_copied(made):
     _, parts, folder = made
     sums = read_sums(folder)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {*sums, "SHA256SUMS"}
+    assert files == {*sums, "SHA256SUMS", "made.json"}
     verify(folder)
     for name in (*EXPERTS, ROUTER):
         assert f"adapters/{name}/adapter/adapter_model.safetensors" in sums

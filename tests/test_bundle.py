@@ -211,6 +211,7 @@ def test_sha256sum_agrees_and_sees_every_change(bundled, tmp_path):
     listed = set(bundle.read_sums(folder))
     assert listed == {p.name for p in folder.iterdir()} - {
         "SHA256SUMS",
+        "made.json",
         "run.json",
         "manifest.json",
     }

@@ -10,7 +10,6 @@ import json
 import re
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from conftest import make_all
@@ -82,13 +81,6 @@ def endpoint(client, config, said):
     client("app", "stop", "-y", "moleforge")
 
 
-def artifacts(store: Path) -> dict[str, str]:
-    """Return what a store holds, less the sums of a bundle, as its report tells seconds."""
-    return {
-        name: digest for name, digest in contents(store).items() if not name.endswith("SHA256SUMS")
-    }
-
-
 def test_every_stage_is_done_and_leaves_the_bytes_of_a_local_run(client, config, said, tmp_path):
     cfg = load(config)
     jobs = [job for stage in stages.RUN for job in stages.jobs(cfg, stage)]
@@ -98,7 +90,7 @@ def test_every_stage_is_done_and_leaves_the_bytes_of_a_local_run(client, config,
     make_all(config, tmp_path / "store")
     local = Store(tmp_path / "store").open()
     run_job("deploy", cfg, local, progress=lambda _text, _share: None)
-    far, near = (artifacts(root) for root in (client.volume("moleforge"), local.root))
+    far, near = (contents(root) for root in (client.volume("moleforge"), local.root))
     assert far == near
     assert {name.split("-")[0] for name in far} == {*stages.STAGES} - {"train_dense"}
 

@@ -23,6 +23,7 @@ KINDS = [
 # What only report.json holds: no table has a place for it
 UNSHOWN = (
     "metric",
+    "criteria.of_machine",  # says where a criterion of a bundle stands
     "machine.system",
     "machine.python",
     "speed.mfu",

@@ -14,6 +14,8 @@ from pipeline.protocols import quiet
 from pipeline.store import bundle
 from pipeline.store.artifacts import inventory
 
+BESIDE = ("made.json", "SHA256SUMS")  # what a bundle holds that its sums do not
+
 
 class Torn(MemoryFileSystem):
     """A filesystem that loses the end of the files named in `tears`, and counts what it is sent."""
@@ -56,11 +58,11 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     said = []
     bundle.upload(folder, url, lambda text, _share: said.append(text))
     assert torn.sent[0] == "tokenizer.json" and torn.sent[-1] == "SHA256SUMS", "the list goes last"
-    assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), "SHA256SUMS"]), (
+    assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), *BESIDE]), (
         "nothing goes twice"
     )
-    assert said[-1] == "uploaded 16 files to torn://somewhere/bundle, each read back and compared"
-    assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), "SHA256SUMS"}
+    assert said[-1] == "uploaded 17 files to torn://somewhere/bundle, each read back and compared"
+    assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), *BESIDE}
     torn.tears, torn.sent = {"SHA256SUMS"}, []
     bundle.upload(folder, url, quiet)
     assert torn.sent == []
@@ -215,7 +217,7 @@ def test_upload_to_memory(bundled):
 
     bundle.upload(bundled[2], "memory://some/bundle/", quiet)
     fs = fsspec.filesystem("memory")
-    for name in [*bundle.read_sums(bundled[2]), "SHA256SUMS"]:
+    for name in [*bundle.read_sums(bundled[2]), *BESIDE]:
         assert fs.cat_file(f"/some/bundle/{name}") == (bundled[2] / name).read_bytes()
     fs.rm("/some", recursive=True)
 
@@ -246,7 +248,7 @@ def test_upload_to_an_s3_server(bundled, s3, tmp_path):
     folder = bundled[2]
     bundle.upload(folder, "s3://shelf/models/tiny", quiet)
     listed = {o["Key"]: o for o in s3.list_objects_v2(Bucket="shelf")["Contents"]}
-    assert listed.keys() == {f"models/tiny/{n}" for n in [*bundle.read_sums(folder), "SHA256SUMS"]}
+    assert listed.keys() == {f"models/tiny/{n}" for n in [*bundle.read_sums(folder), *BESIDE]}
     for key in listed:
         body = s3.get_object(Bucket="shelf", Key=key)["Body"].read()
         assert body == (folder / Path(key).name).read_bytes()
@@ -254,7 +256,7 @@ def test_upload_to_an_s3_server(bundled, s3, tmp_path):
     s3.put_object(Bucket="shelf", Key="models/tiny/README.md", Body=b"other")
     bundle.upload(folder, "s3://shelf/models/tiny", quiet)
     after = s3.get_object(Bucket="shelf", Key="models/tiny/README.md")["Body"].read()
-    assert after == (folder / "README.md").read_bytes() and len(before) == 16
+    assert after == (folder / "README.md").read_bytes() and len(before) == 17
     with pytest.raises(StoreError, match="s3://nowhere/x"):
         bundle.upload(folder, "s3://nowhere/x", quiet)
     assert [b["Name"] for b in s3.list_buckets()["Buckets"]] == ["shelf"], (

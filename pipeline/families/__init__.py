@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..config.run import RunConfig
     from ..store.artifacts import Manifest
+    from ..store.history import History
     from ..train.flops import JobCost
 
 # What every job of a family imports. Local jobs are forked from a process that has it already: it
@@ -46,6 +47,10 @@ class Parts(Protocol):
 
     def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
         """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+
+    def history(self, stage: str, item: str | None = None) -> "History":
+        """What a training that is done did, step by step. Raises UnreadableFile and what `manifest`
+        does."""
 
     def jobs_folder(self, stage: str, item: str | None = None) -> Path:
         """Where the steps before a job left what it puts together; need not exist."""

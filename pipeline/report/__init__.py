@@ -5,6 +5,7 @@ and any table of a report may be missing: what is absent, NaN or infinite is sho
 """
 
 from .card import card
+from .lasting import lasting_rows, split
 from .page import page
 from .schema import LanguageReport, Report, RequestReport, read
 from .terminal import show
@@ -14,7 +15,9 @@ __all__ = [
     "Report",
     "RequestReport",
     "card",
+    "lasting_rows",
     "page",
     "read",
     "show",
+    "split",
 ]

@@ -47,6 +47,9 @@ class Criterion(ReportPart):
     text: str = Field(description="what was asked")
     passed: bool
     detail: str = Field(description="what was found")
+    of_machine: bool = Field(
+        False, description="whether times or memory decide it, which each run measures anew"
+    )
 
 
 class JobSpeed(ReportPart):

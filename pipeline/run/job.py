@@ -22,7 +22,7 @@ from ..store.artifacts import (
     write_text,
 )
 from .context import JobContext, StoredParts
-from .stages import Addresses, label
+from .stages import Addresses
 
 # What decides bytes beside the configuration and the machine; written down with every artifact
 PACKAGES = (
@@ -127,23 +127,13 @@ def _work(job: JobContext) -> dict:
 def _report(job: JobContext) -> dict:
     """Measure the stack, and write the report as data and as a page."""
     from .. import report
+    from ..families.report_files import histories
 
     measure = job.function()
     measured = measure(job.cfg, job.parts, job.progress)
-    curves = {}
-    missing = {}
-    for row in job.cfg.stages.values():
-        if row.kind != "training":
-            continue
-        for item in job.cfg.items(row.name):
-            # A part that was only written has no history
-            if "planned_steps" in job.parts.manifest(row.name, item).metrics:
-                name = label(row.name, item)
-                history = job.parts.history(row.name, item)
-                curves[name] = history.rows
-                if history.missing:
-                    missing[name] = history.missing
-                    job.progress(f"history of {name}: {history.missing}", None)
+    curves, missing = histories(job.cfg, job.parts)
+    for name, words in missing.items():
+        job.progress(f"history of {name}: {words}", None)
     write_text(job.folder / "report.json", measured.to_json())
     write_text(job.folder / "report.html", report.page(measured, curves, missing))
     passed = {each.name: each.passed for each in measured.criteria}

@@ -55,11 +55,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Hash of the files' contents: equal digests, equal artifacts (run.json only tells which
-        run made it)."""
+        """Hash of the files' contents: equal digests, equal artifacts (run.json and made.json only
+        tell of the run that made it)."""
         lines = ""
         for name in sorted(self.files):
-            if name != "run.json":
+            if name not in ("run.json", "made.json"):
                 lines += f"{name} {self.files[name]['sha256']}\n"
         return hashlib.sha256(lines.encode()).hexdigest()
 

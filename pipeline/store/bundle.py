@@ -1,9 +1,9 @@
 """A bundle: one self-contained folder that stock tools load, written from parts of the store,
 checked, and uploaded.
 
-Invariant: SHA256SUMS is written last, here and at an upload's target, and names every other file; a
-folder without it is no bundle. Tensors are never held: weights are hard-linked, or copied a block
-at a time behind a rewritten header.
+Invariant: SHA256SUMS is written last, here and at an upload's target, and names every other file
+but made.json; a folder without it is no bundle. Tensors are never held: weights are hard-linked, or
+copied a block at a time behind a rewritten header.
 """
 
 import contextlib
@@ -37,6 +37,8 @@ BLOCK_BYTES = 4 << 20
 TEXT_BYTES = 16 << 20
 # What the store keeps beside a bundle; a copy of it has neither.
 OF_STORE = {"run.json", "manifest.json"}
+# What differs from run to run, beside the sums and in none of them; nothing that serves reads it.
+MADE = "made.json"
 # What no library reads: people put a licence or notes beside a bundle.
 NOTES = {"", ".md", ".txt"}
 NO_NOTES = {"merges.txt", "vocab.txt"}  # parts of a tokenizer
@@ -89,13 +91,15 @@ def write(
         if not isinstance(content, str):
             content = json.dumps(content, indent=1) + "\n"
         write_text(folder / name, content)
-        sums[name] = sha256(folder / name)
+        if name != MADE:
+            sums[name] = sha256(folder / name)
 
     # last, as it is what makes the folder a bundle
     lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
     write_text(folder / SUMS, "".join(lines))
     size = sum((folder / name).stat().st_size for name in sums)
-    return {"files": len(sums) + 1, "bytes": size, "parameters": parameters}
+    files_beside = 1 + (MADE in texts)
+    return {"files": len(sums) + files_beside, "bytes": size, "parameters": parameters}
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def listed(folder: Path) -> dict[str, str]:
             check_name(name)
     except (ForeignFile, OSError) as error:
         raise _damaged(f"{folder}: {error}", folder) from None
-    for name in sorted(found - sums.keys() - {SUMS} - OF_STORE):
+    for name in sorted(found - sums.keys() - {SUMS, MADE} - OF_STORE):
         if Path(name).suffix not in NOTES or Path(name).name in NO_NOTES:
             # libraries read what they find, whoever put it there
             raise _damaged(f"{folder / name} is not in {SUMS}, so nobody answers for it", folder)
@@ -185,6 +189,8 @@ def upload(folder: Path, url: str, progress: Progress) -> None:
     verify(folder)
     fs, root = _open_url(url)
     sums = read_sums(folder)
+    if (folder / MADE).exists():
+        sums[MADE] = sha256(folder / MADE)
     # last, as at the target too it is what makes the folder a bundle
     sums[SUMS] = sha256(folder / SUMS)
     shown = _without_password(url)

@@ -12,13 +12,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from ... import report
 from ...errors import DamagedArtifact
 from ...protocols import Progress
 from ...store.artifacts import sha256
 from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
 from ...store.foreign import ForeignFile, check_model_files
 from .. import Parts
+from ..report_files import report_files
 from .base import BUILT, PIN, LoadedBase, ModelKind, ModelRef, locate
 from .config import COMMIT, AdapterBaseConfig, AdapterRunConfig
 from .inference import GenerationLimits
@@ -86,17 +86,15 @@ def bundle(
     # clients read these from /v1/models, in the family's words
     limits = asdict(limits_of(cfg))
     described["limits"] = {f"{media_name}s": limits.pop("media"), **limits}
-    tables = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
     texts: dict[str, str | dict] = {
         ABOUT: described,
         PIN: inside.values(),
-        "README.md": report.card(tables, described),
+        **report_files(cfg, parts, described),
     }
     where = locate(pin, of_base, kind)
     files = [
         *_adapter_files(cfg, parts),
         *_base_files(pin, where),
-        *_report_files(parts),
     ]
     return write(folder, files, texts, progress) | {"experts": len(cfg.experts)}
 
@@ -236,10 +234,3 @@ def _base_files(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
     for name in PROCESSOR_FILES:
         if (where / name).is_file():
             yield BundleFile(f"{PROCESSOR}/{name}", where / name, sha256(where / name))
-
-
-def _report_files(parts: Parts) -> Iterator[BundleFile]:
-    folder = parts.folder("evaluate")
-    files = parts.manifest("evaluate").files
-    for name in ("report.json", "report.html"):
-        yield BundleFile(name, folder / name, files[name]["sha256"])

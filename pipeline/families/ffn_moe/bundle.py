@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ... import report
 from ...data.text.shards import Shards
 from ...errors import DamagedArtifact, MismatchError
 from ...hardware import device
@@ -26,6 +25,7 @@ from ...store.artifacts import load_tensors
 from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from .. import Parts
+from ..report_files import report_files
 from .config import ANCHOR, FfnMoeConfig
 from .parts import mixture_of, stored_settings
 from .stack import FfnStack
@@ -69,13 +69,11 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     end_id = Shards(parts.folder("preprocess")).end_id
     stock = stock_settings(settings, len(members), cfg.router.top_k)
     described = _described(cfg, parts, members, stock, end_id)
-    report_file = parts.folder("evaluate") / "report.json"
-    found = report.read(report_file.read_text("utf-8"))
     texts: dict[str, str | dict] = {
         "config.json": stock,
         "generation_config.json": _generation(settings, end_id),
         ABOUT: described,
-        "README.md": report.card(found, described),
+        **report_files(cfg, parts, described),
     }
     files = _files(parts, members, stock["architectures"][0])
     metrics = write(folder, files, texts, progress)
@@ -294,8 +292,6 @@ def _files(parts: Parts, members: Sequence[_Member], architecture: str) -> list[
     for name in ("tokenizer.json", "tokenizer_config.json"):
         out.append(stored(name, "preprocess", name))
     out.append(stored("trunk.json", "train_shared", "trunk.json"))
-    for name in ("report.json", "report.html"):
-        out.append(stored(name, "evaluate", name))
     return out
 
 

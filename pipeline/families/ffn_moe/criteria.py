@@ -107,6 +107,7 @@ def _throughput(jobs: Sequence[JobSpeed]) -> Criterion:
         text="an expert trains at least as many tokens a second as the trunk did",
         passed=mine >= theirs,
         detail=f"expert {mine:,.0f} (median), trunk {theirs:,.0f} tokens/s; trunk's time: {phases}",
+        of_machine=True,
     )
 
 
