@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
 from pipeline.data.images.boxes import Box, BoxFault
-from pipeline.data.sources.image_folders import SUFFIXES
+from pipeline.data.images.formats import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
 
 IMAGES = "images"

@@ -36,6 +36,7 @@ CONFINED = {
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_"),
     "ruamel": ("pipeline/config/",),
+    "pillow_heif": ("pipeline/data/images/",),
 }
 OUTSIDE = ("modal_app", "scripts", "benchmarks", "tests")  # the pipeline does not know who uses it
 FOLDERS = ("pipeline", "scripts", "benchmarks", "routing-generator")

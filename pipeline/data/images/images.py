@@ -12,18 +12,27 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ...errors import DataError
+from .formats import (
+    FORMATS,
+    is_heic,
+    name_of_other,
+    open_lazily,
+    without_addresses,
+    without_long_texts,
+)
+
+T = TypeVar("T")
 
 ImageSource = Path | str | bytes | Image.Image  # a path, a file's bytes, or decoded already
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # A small file can say that it holds a huge picture: this many pixels are 192 MB as RGB.
 MAX_DECODED_PX = 64_000_000
@@ -36,10 +45,23 @@ MAX_ASPECT = 200
 DIGEST_CHARS = 16
 
 _ORIENTATION = 0x0112  # the EXIF tag
+
+# What makes a picture upright, by the tag's value; 1 and what no camera writes make nothing.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 # open_checked has its own limit and words; without this a refused picture also prints Pillow's.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of EXIF data one tag is read, and what else is wrong with them is nobody's concern.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class BadImage(DataError):
@@ -83,9 +105,15 @@ def claimed_size(data: bytes, max_pixels: int = MAX_DECODED_PX) -> tuple[int, in
     """Return the width and height in px that a file's header says; nothing is decoded. Raises
     BadImage."""
     name = _name_of(data)
-    with _faults(name, max_pixels), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(image.size, name, max_pixels)
-        return image.size
+
+    def read(content: bytes) -> tuple[int, int]:
+        with open_lazily(content) as image:
+            return image.size
+
+    with _faults(name, max_pixels, data):
+        size = _despite_texts(read, data)
+        _check_size(size, name, max_pixels)
+        return size
 
 
 def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -211,24 +239,40 @@ def _inside(path: Path | str, root: Path, name: str) -> Path:
 
 def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
     """Return the upright RGB picture, and whether data is a JPEG that already says just that."""
-    with _faults(name, max_pixels):
-        if isinstance(data, Image.Image):
+    if isinstance(data, Image.Image):
+        with _faults(name, max_pixels):
             _check_size(data.size, name, max_pixels)
             return _upright(data), False
+
+    def read(content: bytes) -> tuple[Image.Image, bool]:
         # verify() finds damage that load() forgives, and leaves nothing to read: so open it twice.
-        with Image.open(io.BytesIO(data), formats=FORMATS) as first:
+        with open_lazily(content) as first:
             # The header alone is read so far, which says the size before anything is decoded.
             _check_size(first.size, name, max_pixels)
             first.verify()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_lazily(content) as image:
             image.load()
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-            return _upright(image), plain and not _is_turned(image)
+            return _upright(image), plain and _turn(image) is None
+
+    with _faults(name, max_pixels, data):
+        return _despite_texts(read, data)
+
+
+def _despite_texts(read: Callable[[bytes], T], data: bytes) -> T:
+    """Return what read makes of a file's bytes, without the texts in it if they are too long."""
+    try:
+        return read(data)
+    except ValueError:
+        shorter = without_long_texts(data)
+        if len(shorter) == len(data):
+            raise
+        return read(shorter)
 
 
 @contextmanager
-def _faults(name: str, max_pixels: int) -> Iterator[None]:
-    """Turn whatever a decoder raises into a BadImage."""
+def _faults(name: str, max_pixels: int, data: bytes = b"") -> Iterator[None]:
+    """Turn whatever a decoder raises about a picture, or a file's bytes, into a BadImage."""
     try:
         yield
     except BadImage:
@@ -240,19 +284,30 @@ def _faults(name: str, max_pixels: int) -> Iterator[None]:
             "too large a picture",
             f"{name}: {told}; at most {max_pixels} square px are decoded. Make it smaller",
         ) from None
-    except UnidentifiedImageError:
-        # Its text names an object of ours and nothing of the picture.
-        raise BadImage(
-            "corrupt picture",
-            f"{name} is no whole {', '.join(FORMATS)} picture: its first bytes are of none of them",
-        ) from None
     # Decoders raise what they like on damaged data: struct.error, SyntaxError, EOFError and more.
     except Exception as error:
-        what = str(error) or type(error).__name__
-        raise BadImage(
-            "corrupt picture",
-            f"{name} is no whole {', '.join(FORMATS)} picture: {type(error).__name__}: {what}",
-        ) from None
+        raise _undecodable(name, data, error) from None
+
+
+def _undecodable(name: str, data: bytes, error: Exception) -> BadImage:
+    """Return what to say of a file that no decoder takes."""
+    formats = ", ".join(FORMATS)
+    # The text of this one names an object of ours and nothing of the picture.
+    if isinstance(error, UnidentifiedImageError):
+        what = "its first bytes are of none of them"
+    else:
+        what = f"{type(error).__name__}: {without_addresses(str(error)).strip()}".rstrip(": ")
+    if is_heic(data):
+        return BadImage(
+            "unread format",
+            f"{name} is a HEIC picture that libheif cannot decode ({what}); save it as JPEG or PNG",
+        )
+    other = name_of_other(data)
+    if other is not None:
+        return BadImage("unread format", f"{name} is no whole {formats} picture: it is {other}")
+    if not data.strip(b"\0"):
+        what = "it is empty" if not data else "it is nothing but zeros"
+    return BadImage("corrupt picture", f"{name} is no whole {formats} picture: {what}")
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -265,14 +320,21 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(_ORIENTATION, 1) != 1
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what makes a picture upright, if anything."""
+    # Only this one tag is asked for: cameras and editors leave other ones broken, and the picture
+    # is whole all the same.
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a block that is no EXIF at all raises what it likes
+        return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return a copy of a picture, turned as its EXIF data say, as RGB, transparency over white."""
-    if _is_turned(image):
-        image = ImageOps.exif_transpose(image)
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
     # convert("L") would cut sixteen bits off at 255 instead of scaling them.
     if image.mode in _SIXTEEN_BIT:
         image = image.convert("I").point(lambda value: value / 256).convert("L")

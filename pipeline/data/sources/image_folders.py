@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
+from ..images.formats import SUFFIXES
 from . import SkippedRow, task_files
 from .task_files import TABLES, parsed
 from .task_streams import SPLIT_NAMES, Found, Stream, base_of, given_splits, setting
 
 SIDECARS = (".json", ".txt")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
