@@ -315,7 +315,9 @@ def _text_outcome(metrics: dict) -> str:
     domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
     text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
-    return f"{text}; dropped: {dropped}" if dropped else text
+    if dropped:
+        text = f"{text}; dropped: {dropped}"
+    return "\n".join([text, *metrics.get("notes", ())])
 
 
 def _show_report(folder: Path) -> None:

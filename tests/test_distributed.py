@@ -126,7 +126,8 @@ def test_installed_text_has_too(tmp_path, monkeypatch, kind):
 def test_the_hub_has_too(tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_how: rows(150))
+    found = datasets.Dataset.from_list(rows(150)).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_how: found)
     entry = {"dataset": "some/set", "revision": "abc"}
     assert_equal(
         config(tmp_path, data={"source": "hub", "hub": [entry, entry], "files": []}),
@@ -170,18 +171,24 @@ def test_leaks_are_counted_and_named_as_in_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["in memory", "in blocks"])
-def test_a_job_may_begin_within_a_document(tmp_path, monkeypatch, long):
+@pytest.mark.parametrize("what", ["file", "paragraphs"])
+def test_a_job_may_begin_within_a_document(tmp_path, monkeypatch, long, what):
     if long:
         monkeypatch.setattr(files, "STREAM_BYTES", 2000)
     for i, domain in enumerate(WORDS):
         for number in range(4):
             text = " ".join(f"{domain}{number}w{(j * (i + 3)) % 71}" for j in range(1200))
             (tmp_path / f"{domain}{number}.txt").write_text(text)
-    entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
+    entries = []
+    for domain in WORDS:
+        paths = [str(tmp_path / f"{domain}*.txt")]
+        entries.append({"paths": paths, "domain": domain, "documents": what})
     data = {"files": entries, "max_document_bytes": 1024, "megabytes_per_domain": 0.03}
     cfg = config(tmp_path, data=data)
     assert_equal(cfg, tmp_path, (2, 5))
-    assert any(each.start.piece for each in distributed.planned(tmp_path / "5/jobs").ranges)
+    ranges = distributed.planned(tmp_path / "5/jobs").ranges
+    # A document that a file is split into is a row, and one that is the file has pieces
+    assert any(each.start.piece if what == "file" else each.start.row for each in ranges)
 
 
 def test_a_pretrained_tokenizer_is_the_same_in_every_job(tmp_path):
@@ -211,9 +218,9 @@ def test_what_lies_before_a_range_is_not_opened(tmp_path, monkeypatch):
     for i, row in enumerate(rows(90)):
         (tmp_path / f"{row['domain']}{i:02}.txt").write_text(row["text"])
     entries = [{"paths": [str(tmp_path / f"{domain}*.txt")], "domain": domain} for domain in WORDS]
-    cfg, opened, real = config(tmp_path, data={"files": entries}), [], files._open
+    cfg, opened, real = config(tmp_path, data={"files": entries}), [], files.open_text
     count = scan(cfg, tmp_path / "jobs", 4, quiet)
-    monkeypatch.setattr(files, "_open", lambda fs, path: opened.append(path) or real(fs, path))
+    monkeypatch.setattr(files, "open_text", lambda *which: opened.append(which) or real(*which))
     for number in range(count):
         encode(cfg, tmp_path / "jobs", number, quiet)
     assert (

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from pipeline.config.text_data import TextRunConfig
+from pipeline.data.cut import cut
 from pipeline.data.sources import files
-from pipeline.data.text.documents import cut, documents, drop_stats, key_of
+from pipeline.data.text.documents import documents, drop_stats, key_of
 from pipeline.errors import DataError
 
 ROWS = [{"text": f"text number {i} is é long enough\n", "domain": "ab"[i % 2]} for i in range(6)]
@@ -58,7 +59,7 @@ def test_unreadable_rows_are_counted_with_file_and_line(tmp_path):
         "too short": 1,
     }
     assert dict(stats.counts) == wanted
-    assert stats.examples["no text"] == [f"{path}:4: text is missing"]
+    assert stats.examples["no text"] == [f"{path}:4: text is missing; the columns are domain"]
     with pytest.raises(DataError, match=r"6 of 14 .*max_bad_share \(0\.4\).*bad\.jsonl:2"):
         read(config(path, max_bad_share=0.4))
 
@@ -77,12 +78,14 @@ def test_a_wrong_column_stops_before_the_whole_corpus_is_read(tmp_path):
 
 def test_pieces_join_to_the_document_and_end_at_lines_or_characters():
     text = ("a line of words\n" * 300) + "é漢🙂" * 2000 + " tail"
-    pieces = list(cut([text.encode()], 1024))
+    pieces = [piece.decode() for piece in cut([text.encode()], 1024)]
     assert "".join(pieces) == text
     assert max(len(p.encode()) for p in pieces) <= 1024
     assert pieces[0].endswith("\n") and min(len(p.encode()) for p in pieces[:-1]) >= 512
     raw = text.encode()
-    assert list(cut([raw[i : i + 700] for i in range(0, len(raw), 700)], 1024)) == pieces
+    blocks = [raw[i : i + 700] for i in range(0, len(raw), 700)]
+    assert b"".join(cut(blocks, 1024)) == raw
+    assert [piece.decode() for piece in cut(blocks, 1024)] == pieces
 
 
 def test_pieces_carry_the_key_of_the_whole(tmp_path):

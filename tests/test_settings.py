@@ -46,6 +46,9 @@ def trained(tmp_path_factory):
     _write_tokenizer(root / "tokenizer")
     for name in ("documents", "others"):
         _write_documents(root / f"{name}.jsonl", seed=len(name))
+    for label in LABELS:
+        paragraphs = [" ".join(f"{label}{i * k % 97}" for k in range(60)) for i in range(200)]
+        (root / f"{label}.txt").write_text("\n\n".join(paragraphs))
     return parts
 
 
@@ -87,6 +90,7 @@ def _write_documents(path, seed: int) -> None:
 
 
 FILES = {"paths": ["documents.jsonl"]}
+TEXTS = [{"paths": [f"{label}.txt"], "domain": label} for label in LABELS]
 PREPARED = {
     "data": {"source": "files", "files": [FILES], "max_document_bytes": 1500},
     "partition": {"domains": LABELS, "min_tokens": 50},
@@ -205,18 +209,27 @@ EFFECTS = {
     "data.files": ("preprocess", [{"paths": ["others.jsonl"]}], {}),
     "files.paths": ("preprocess", [{"paths": ["documents.jsonl", "others.jsonl"]}], {}),
     "files.domain": ("preprocess", [FILES | {"domain": "a"}], {}),
+    "files.format": ("preprocess", [FILES | {"format": "text"}], {}),
+    "files.encoding": ("preprocess", [FILES | {"encoding": "utf-16"}], {}),
+    "files.documents": (
+        "preprocess",
+        [entry | {"documents": "file"} for entry in TEXTS],
+        {"data__files": TEXTS},
+    ),
     "data.text_field": ("preprocess", "body", {}),
     "data.label_field": ("preprocess", "topic", {}),
     "data.split_field": ("preprocess", "split", {}),
     "data.megabytes_per_domain": ("preprocess", 0.005, {}),
     "data.min_document_bytes": ("preprocess", 60, {}),
     "data.max_document_bytes": ("preprocess", 1024, {}),
+    "data.paragraph_bytes": ("preprocess", 500, {"data__files": TEXTS}),
     "data.max_bad_share": ("preprocess", 0.001, {}),
     "data.valid_share": ("preprocess", 0.3, {}),
     "data.test_share": ("preprocess", 0.3, {}),
     "data.seed": ("preprocess", 1, {}),
     "partition.by": ("preprocess", "random", {"partition__count": 2}),
     "partition.domains": ("preprocess", ("b", "a"), {}),
+    "partition.labels": ("preprocess", {"a": ("b",), "b": ("a",)}, {}),
     "partition.count": ("preprocess", 3, CLUSTERS),
     "partition.difficulty": (
         "preprocess",
@@ -292,6 +305,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "hub.split": "test_source_and_hub_decide_what_is_opened",
     "hub.revision": "test_source_and_hub_decide_what_is_opened",
     "hub.domain": "test_source_and_hub_decide_what_is_opened",
+    "hub.allow_fewer_rows": "test_fewer_rows_are_taken_where_they_are_allowed",
     "tokenizer.revision": "test_revisions_reach_the_hub",
     "trunk.revision": "test_revisions_reach_the_hub",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",

@@ -66,7 +66,7 @@ def test_globs_are_sorted_and_read_once(tmp_path):
     [
         ("none*.txt", None, "matches no file"),
         ("sub", "folder", "is a folder; write .*sub/"),
-        ("x.pdf", b"x", "none of .txt .md .jsonl .parquet .csv"),
+        ("x.pdf", b"x", "none of .txt .md .jsonl .ndjson .json .csv .tsv .parquet"),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read"),
         (
             "x.jsonl.gz",

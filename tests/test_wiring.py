@@ -46,10 +46,11 @@ def test_source_and_hub_decide_what_is_opened(monkeypatch):
     import datasets
 
     asked = []
+    found = datasets.Dataset.from_list([{"text": "x" * 20, "domain": "b"}]).to_iterable_dataset()
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda *a, **k: asked.append((a, k)) or [{"text": "x" * 20, "domain": "b"}],
+        lambda *a, **k: asked.append((a, k)) or found,
     )
     entry = {
         "dataset": "some/set",
@@ -73,6 +74,26 @@ def test_source_and_hub_decide_what_is_opened(monkeypatch):
         data={"source": "installed", "hub": [entry]}, partition__domains=("manual", "python")
     )
     assert {domain for domain, _ in text.sources(installed)} == {"manual", "python"}
+
+
+def test_fewer_rows_are_taken_where_they_are_allowed(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "x" * 20}] * 3).to_iterable_dataset()
+    rows.info.splits = datasets.SplitDict.from_split_dict(
+        {"train": {"name": "train", "num_examples": 4}}
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_a, **_k: rows)
+    entry = {"dataset": "some/set", "revision": "abc", "domain": "a"}
+    for allowed in (True, False):
+        given = entry | {"allow_fewer_rows": allowed}
+        cfg = small.config(data={"source": "hub", "hub": [given]}, partition__domains=LABELS)
+        [(_, [found])] = [(label, list(files)) for label, files in text.sources(cfg)]
+        if allowed:
+            assert len(list(found())) == 3
+        else:
+            with pytest.raises(PipelineError, match=r"some/set\[train\] gave 3 rows, .* says 4"):
+                list(found())
 
 
 def test_revisions_reach_the_hub(monkeypatch, trained):

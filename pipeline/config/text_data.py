@@ -1,10 +1,12 @@
 """Documents of text: where they come from, how they become domains and tokens."""
 
-from typing import Literal, Self
+import codecs
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .base import Name, Section, Share, not_hashed
+from .labels import DomainName, domain_name, label_text
 from .run import RunConfig
 
 # What data/sources/installed.py finds on every machine; here so that defaults need no data layer.
@@ -16,12 +18,41 @@ class FilesConfig(Section):
 
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Globs or fsspec URLs of .txt .md .jsonl .parquet .csv, compressed or not; "
+        description="Globs or fsspec URLs, compressed or not (docs/data.md lists the formats); "
         "relative ones start at the configuration file's folder",
     )
-    domain: Name | None = Field(
+    domain: DomainName | None = Field(
         None, description="Label of every document here; none: read from data.label_field"
     )
+    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"] = Field(
+        "auto", description="What the files are; auto: by their names"
+    )
+    encoding: str | None = Field(
+        None,
+        description="How text in them is encoded, such as cp1252; none: UTF-8, or what a byte "
+        "order mark says",
+    )
+    documents: Literal["auto", "paragraphs", "file"] = Field(
+        "auto",
+        description="What a document is in a text file: what data.paragraph_bytes hold, ended at "
+        "a paragraph's end, or the file; auto: the file, unless fewer than 20 text files match",
+    )
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding(cls, name: str | None) -> str | None:
+        try:
+            if name is not None:
+                codecs.getincrementaldecoder(name)
+                # Refuses what encodes no text, as hex does
+                b" ".decode(name)
+        except UnicodeDecodeError:
+            pass  # a space of one byte, in an encoding of two
+        except LookupError:
+            raise ValueError(
+                f"{name!r} is no encoding of text; cp1252, latin-1 or utf-16 would be"
+            ) from None
+        return name
 
 
 class HubConfig(Section):
@@ -33,8 +64,11 @@ class HubConfig(Section):
     # Required: without it the Hub's newest would be read, and the same configuration would not
     # give the same run.
     revision: str = Field(description="Commit or tag to pin, so that a rerun reads the same text")
-    domain: Name | None = Field(
+    domain: DomainName | None = Field(
         None, description="Label of every document here; none: read from data.label_field"
+    )
+    allow_fewer_rows: bool = Field(
+        False, description="Take a split that has fewer rows than its own metadata says"
     )
 
 
@@ -46,8 +80,12 @@ class DataConfig(Section):
     )
     files: tuple[FilesConfig, ...] = Field((), description="What to read when source is files")
     hub: tuple[HubConfig, ...] = Field((), description="What to stream when source is hub")
-    text_field: str = Field("text", description="Column that holds a document's text")
-    label_field: str = Field("domain", description="Column that holds a document's domain")
+    text_field: str = Field(
+        "text", description="Column that holds a document's text; `doc.body`: a field inside one"
+    )
+    label_field: str = Field(
+        "domain", description="Column that holds a document's domain; `meta.source` as above"
+    )
     split_field: str | None = Field(
         None, description="Column with train, valid or test; none: split by a hash of the text"
     )
@@ -61,6 +99,11 @@ class DataConfig(Section):
     )
     max_document_bytes: int = Field(
         65_536, ge=1024, description="Longer documents are cut into pieces of this, bytes"
+    )
+    paragraph_bytes: int = Field(
+        4096,
+        ge=64,
+        description="Size of the documents that a long text file is split into, bytes at most",
     )
     max_bad_share: Share = Field(
         0.05, description="Unreadable share of documents above which preprocess stops"
@@ -93,8 +136,15 @@ class PartitionConfig(Section):
         description="labels, clusters (TF-IDF, balanced k-means), random, or curriculum (by "
         "difficulty)",
     )
-    domains: tuple[Name, ...] = Field(
-        INSTALLED_DOMAINS, description="Labels to keep, in expert order, when by is labels"
+    domains: tuple[DomainName, ...] = Field(
+        INSTALLED_DOMAINS,
+        description="Labels to keep, in expert order, when by is labels; one that is no name "
+        "(`C++`) gets one",
+    )
+    labels: dict[Name, tuple[str, ...]] = Field(
+        {},
+        description="Labels of the data by the domain they belong to, where they are not its name "
+        "or are several: `{law: [Family law, Criminal law]}`",
     )
     count: int = Field(4, ge=1, le=256, description="Number of domains when by is not labels")
     difficulty: Literal["length", "rarity", "compression"] = Field(
@@ -110,12 +160,40 @@ class PartitionConfig(Section):
         0.1, "Share of general text (all domains) in an expert's batches", ge=0.0, lt=1.0
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_labels(cls, raw: Any) -> Any:
+        """Note the label of each domain that gets a name for it, so that data and reports have
+        it."""
+        if not isinstance(raw, dict):
+            return raw
+        given = raw.get("labels") or {}
+        domains = raw.get("domains")
+        if not isinstance(given, dict) or not isinstance(domains, list | tuple):
+            return raw
+        labels = {}
+        for name, found in given.items():
+            each = found if isinstance(found, list | tuple) else [found]
+            labels[label_text(name)] = [label_text(label) for label in each]
+        for domain in domains:
+            label = label_text(domain)
+            if label is not None and domain_name(label) != label:
+                labels.setdefault(domain_name(label), [label])
+        return raw | {"labels": labels}
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         if self.by != "labels":
             return self
         if not self.domains or len(set(self.domains)) < len(self.domains):
             raise ValueError("domains must name at least one label, each once")
+        strange = [name for name in self.labels if name not in self.domains]
+        if strange:
+            raise ValueError(f"labels are given for {', '.join(strange)}, not one of domains")
+        every = [label for labels in self.labels.values() for label in labels]
+        twice = sorted({label for label in every if every.count(label) > 1})
+        if twice:
+            raise ValueError(f"labels: {', '.join(twice)} belongs to two domains")
         return self
 
     @property
@@ -126,6 +204,18 @@ class PartitionConfig(Section):
         stems = {"clusters": "cluster", "random": "random", "curriculum": "level"}
         stem = stems[self.by]
         return tuple(f"{stem}-{i}" for i in range(self.count))
+
+    @property
+    def domain_of(self) -> dict[str, str]:
+        """Domain by label, of labels that are not its name."""
+        found: dict[str, str] = {}
+        for name, labels in self.labels.items():
+            found |= dict.fromkeys(labels, name)
+        return found
+
+    def label_of(self, name: str) -> str:
+        """Return a domain as its data calls it, for people."""
+        return ", ".join(self.labels.get(name, (name,)))
 
 
 class TokenizerConfig(Section):

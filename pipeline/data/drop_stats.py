@@ -26,10 +26,19 @@ class DropStats:
     seen: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)  # what else to tell, of how many
 
     def drop(self, reason: str, where: str, detail: str = "") -> None:
         """Count one dropped item; `where` says which, `detail` what about it."""
         self.counts[reason] += 1
+        self._show(reason, where, detail)
+
+    def note(self, text: str, where: str) -> None:
+        """Count something to tell that drops nothing."""
+        self.notes[text] += 1
+        self._show(text, where)
+
+    def _show(self, reason: str, where: str, detail: str = "") -> None:
         shown = self.examples.setdefault(reason, [])
         # The first, so that a report is the same however many follow
         if len(shown) < EXAMPLES:
@@ -38,6 +47,7 @@ class DropStats:
     def merge(self, later: "DropStats") -> None:
         """Add what was dropped in a later step of the same items, which are not seen twice."""
         self.counts.update(later.counts)
+        self.notes.update(later.notes)
         for reason, shown in later.examples.items():
             before = self.examples.get(reason, [])
             both = before + shown
@@ -77,12 +87,25 @@ class DropStats:
             phrases.append(f"{count} {reason} ({shown})")
         return "; ".join(phrases) or "none dropped"
 
+    def told(self) -> list[str]:
+        """Return the notes with their examples, the most frequent first, then what was bad."""
+        phrases = []
+        for text, count in self.notes.most_common():
+            shown = self.examples[text]
+            more = f" and {count - len(shown)} more" if count > len(shown) else ""
+            phrases.append(f"{', '.join(shown)}{more}: {text}")
+        if self.bad:
+            phrases.append(f"left out: {self.explain(bad_only=True)}")
+        return phrases
+
     def as_json(self) -> dict[str, Any]:
         """Return what dropped.json and a part's manifest hold."""
+        noted = {"notes": dict(self.notes)} if self.notes else {}
         return {
             "seen": self.seen,
             "dropped": dict(self.counts),
             "examples": self.examples,
+            **noted,
         }
 
     @classmethod
@@ -93,4 +116,5 @@ class DropStats:
             seen=raw["seen"],
             counts=Counter(raw["dropped"]),
             examples=dict(raw["examples"]),
+            notes=Counter(raw.get("notes", {})),
         )

@@ -26,8 +26,15 @@ class LargeFile:
     blocks: Callable[[], Iterator[bytes]]
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something to tell of a file that is no fault of it: how it was read."""
+
+    text: str
+
+
 # Where a row is, for messages, and what it holds
-FoundRow = tuple[str, Row | SkippedRow]
+FoundRow = tuple[str, Row | SkippedRow | Note]
 # The rows of one file. Called to open it: one that lies before a cursor never is
 Rows = Callable[[], Iterator[FoundRow]]
 # The label of every row of a source, if it has one, and its files in order

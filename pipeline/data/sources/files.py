@@ -1,24 +1,57 @@
-"""Documents from files here or behind any URL that fsspec knows: text, JSON lines, Parquet, CSV,
-packed or not."""
+"""Documents from files here or behind any URL that fsspec knows: text, JSON, tables, packed or
+not."""
 
 import codecs
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from ...config.text_data import DataConfig, FilesConfig, TextRunConfig
 from ...errors import DataError, PipelineError
-from . import FoundRow, LargeFile, Row, Rows, SkippedRow, Source
+from ..cut import cut
+from . import FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
+from .csv_rows import csv_rows
+from .json_rows import json_rows, jsonl_rows
+from .packed import SUFFIXES, open_text
+from .tables import arrow_rows, parquet_rows
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 STREAM_BYTES = 8 << 20  # text files above this are read twice, block by block
+FEW_FILES = 20  # with fewer, as many documents would be too few to hold any out
 _BLOCK_BYTES = 1 << 20
-_BATCH_ROWS = 256  # of a Parquet file, in memory at a time
+_MOST_SHOWN = 10  # characters of bytes that are not UTF-8, in a message
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to read, and what its entry and the section data say of it."""
+
+    fs: "AbstractFileSystem"
+    path: str
+    entry: FilesConfig
+    data: DataConfig
+    is_split: bool  # at paragraph ends, if it is long
+
+    @property
+    def name(self) -> str:
+        """Its name alone: what is told of a file is the same wherever it lies."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def format(self) -> str:
+        """The name of its format. Raises DataError for a file that has none that is known."""
+        if self.entry.format != "auto":
+            return self.entry.format
+        known = _format(self.path)
+        if known is None:
+            raise DataError(
+                f"data.files: {self.path} is none of {' '.join(_BY_SUFFIX)}, packed with "
+                f"{' '.join(SUFFIXES)} or not; say what it is with format, beside paths"
+            )
+        return known
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
@@ -28,19 +61,31 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
 
 
 def _rows_of_each(entry: FilesConfig, data: DataConfig) -> Iterator[Rows]:
-    for fs, path in _matches(entry):
-        yield partial(_rows, fs, path, data)
+    found = list(_matches(entry))
+    texts = 0
+    for _, path in found:
+        texts += entry.format == "text" or (entry.format == "auto" and _format(path) == "text")
+    is_few = entry.documents == "auto" and texts < FEW_FILES
+    is_split = is_few or entry.documents == "paragraphs"
+    for fs, path in found:
+        yield partial(_rows, _File(fs, path, entry, data, is_split))
 
 
-def _rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
+def _rows(file: _File) -> Iterator[FoundRow]:
+    read = _READERS[file.format]
+    count = 0
     try:
-        yield from _format(path)(fs, path, data)
+        for where, row in read(file):
+            count += not isinstance(row, Note)
+            yield where, row
     except PipelineError:
         raise
     except Exception as error:  # a filesystem or a decoder raises what it likes
         raise DataError(
-            f"data.files: {path} cannot be read: {type(error).__name__}: {error}"
+            f"data.files: {file.path} cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if not count:
+        yield file.path, SkippedRow("empty file", "it has no rows")
 
 
 def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
@@ -69,93 +114,106 @@ def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
         yield fs, path
 
 
-def _format(path: str) -> "Callable[[AbstractFileSystem, str, DataConfig], Iterator[FoundRow]]":
+def _format(path: str) -> str | None:
+    """Return the format that a name stands for; None for one that tells none."""
     name = path.lower()
-    for packed in (".gz", ".bz2", ".xz", ".zst"):
+    # A URL may go on after the name of its file
+    if "://" in name:
+        name = name.partition("?")[0]
+    for packed in SUFFIXES:
         name = name.removesuffix(packed)
     suffix = "." + name.rpartition(".")[2]
-    if suffix not in _FORMATS:
-        raise DataError(
-            f"data.files: {path} is none of {' '.join(_FORMATS)}, packed with .gz .bz2 .xz .zst "
-            "or not"
-        )
-    return _FORMATS[suffix]
+    return _BY_SUFFIX.get(suffix)
 
 
-def _open(fs: "AbstractFileSystem", path: str) -> BinaryIO:
-    file = fs.open(path, "rb", compression="infer")
-    # zstandard's reader has neither lines nor the buffer that io.TextIOWrapper asks for
-    return io.BufferedReader(file) if path.lower().endswith(".zst") else file
-
-
-def _text_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
-    with _open(fs, path) as file:
+def _text_rows(file: _File) -> Iterator[FoundRow]:
+    with open_text(file.fs, file.path, file.entry.encoding) as text:
+        if text.note:
+            yield text.name, Note(text.note)
         # One byte more than may be held tells whether there is more
-        head = file.read(STREAM_BYTES + 1)
-    if len(head) > STREAM_BYTES:
-        yield path, {data.text_field: LargeFile(partial(_blocks, fs, path))}
-        return
+        head = text.file.read(STREAM_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    is_large = len(head) > STREAM_BYTES
+    size = min(file.data.paragraph_bytes, file.data.max_document_bytes)
+    if file.is_split and (is_large or len(head) > size):
+        # Read again only where it was not read whole
+        yield from _documents(file, _blocks(file) if is_large else [head], size)
+    elif is_large:
+        yield file.path, {file.data.text_field: LargeFile(partial(_blocks, file))}
+    else:
+        yield file.path, _document(head, file)
+
+
+def _documents(file: _File, blocks: Iterable[bytes], size: int) -> Iterator[FoundRow]:
+    """Yield the documents, of at most `size` bytes, of a text file that holds many."""
+    yield (
+        file.name,
+        Note(
+            f"split at paragraph ends into documents of at most {size:,} bytes; documents: file "
+            "beside paths takes each file for one"
+        ),
+    )
+    for number, piece in enumerate(cut(blocks, size, paragraphs=True), 1):
+        yield f"{file.path} part {number}", _document(piece, file)
+
+
+def _document(content: bytes, file: _File) -> Row | SkippedRow:
     try:
-        yield path, {data.text_field: head.decode("utf-8-sig")}
+        return {file.data.text_field: content.decode()}
     except UnicodeDecodeError as error:
-        yield path, SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
+        shown = content[error.start : error.start + _MOST_SHOWN]
+        return SkippedRow(
+            "not UTF-8",
+            f"byte {error.start}: {shown!r}; set encoding beside paths where it is another",
+        )
 
 
-def _blocks(fs: "AbstractFileSystem", path: str) -> Iterator[bytes]:
-    with _open(fs, path) as file:
-        yield file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
-        while block := file.read(_BLOCK_BYTES):
+def _blocks(file: _File) -> Iterator[bytes]:
+    with open_text(file.fs, file.path, file.entry.encoding) as text:
+        yield text.file.read(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+        while block := text.file.read(_BLOCK_BYTES):
             yield block
 
 
-def _jsonl_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
-    with _open(fs, path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _json_row(line)
+def _lines(file: _File) -> Iterator[FoundRow]:
+    return jsonl_rows(file.fs, file.path, file.entry.encoding)
 
 
-def _json_row(line: bytes) -> Row | SkippedRow:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
-    except (ValueError, RecursionError) as error:  # the latter for brackets nested without end
-        return SkippedRow("not JSON", str(error))
-    if not isinstance(row, dict):
-        return SkippedRow("not JSON", f"an object was wanted, found {type(row).__name__}")
-    return row
+def _json(file: _File) -> Iterator[FoundRow]:
+    return json_rows(file.fs, file.path, file.entry.encoding)
 
 
-def _parquet_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
-    from pyarrow.parquet import ParquetFile
+def _table(delimiter: str | None) -> "Callable[[_File], Iterator[FoundRow]]":
+    def rows(file: _File) -> Iterator[FoundRow]:
+        return csv_rows(file.fs, file.path, file.entry.encoding, file.data, delimiter)
 
-    with _open(fs, path) as file:
-        table = ParquetFile(file)
-        wanted = (data.text_field, data.label_field, data.split_field)
-        columns = [name for name in wanted if name in table.schema_arrow.names]
-        number = 0
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-            # Of no column to_pylist gives no rows, and they are to be counted as without text
-            for row in batch.to_pylist() if columns else [{}] * batch.num_rows:
-                number += 1
-                yield f"{path}:{number}", row
+    return rows
 
 
-def _csv_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 kB
-    with _open(fs, path) as file:
-        # bytes that are not UTF-8 become surrogates, which encoding the one document then refuses
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(text)
-        for row in rows:
-            yield f"{path}:{rows.line_num}", row
+def _parquet(file: _File) -> Iterator[FoundRow]:
+    return parquet_rows(file.fs, file.path, file.data)
 
 
-_FORMATS = {
-    ".txt": _text_rows,
-    ".md": _text_rows,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-    ".csv": _csv_rows,
+def _arrow(file: _File) -> Iterator[FoundRow]:
+    return arrow_rows(file.fs, file.path, file.data)
+
+
+_READERS: dict[str, Callable[[_File], Iterator[FoundRow]]] = {
+    "text": _text_rows,
+    "jsonl": _lines,
+    "json": _json,
+    "csv": _table(None),
+    "tsv": _table("\t"),
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
+_BY_SUFFIX = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
 }

@@ -2,33 +2,28 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
-from ...config.text_data import HubConfig, TextRunConfig
+from ...config.text_data import DataConfig, HubConfig, TextRunConfig
 from ...errors import DataError
-from . import FoundRow, Source
+from . import FoundRow, Row, Source
+from .columns import class_names, field_value, named
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield each entry of data.hub, its split as one file of rows."""
     for entry in cfg.data.hub:
-        yield entry.domain, iter([partial(_rows, entry)])
+        yield entry.domain, iter([partial(_rows, entry, cfg.data)])
 
 
-def _rows(entry: HubConfig) -> Iterator[FoundRow]:
-    from datasets import load_dataset
-
+def _rows(entry: HubConfig, data: DataConfig) -> Iterator[FoundRow]:
     name = f"{entry.dataset}[{entry.split}]"
+    number = 0
     try:
-        rows = load_dataset(
-            entry.dataset,
-            entry.subset,
-            split=entry.split,
-            revision=entry.revision,
-            # A set may be larger than the disk, and a limit may stop reading early
-            streaming=True,
-        )
-        for number, row in enumerate(rows):
-            yield f"{name} row {number}", row
+        for number, row in enumerate(_streamed(entry, data), 1):
+            yield f"{name} row {number - 1}", row
+    except DataError:
+        raise
     except Exception as error:  # datasets, the hub client and the network raise what they like
         raise DataError(
             f"data.hub: {name} at revision {entry.revision} cannot be streamed: "
@@ -36,3 +31,43 @@ def _rows(entry: HubConfig) -> Iterator[FoundRow]:
             "that this machine reaches the Hub (HF_TOKEN for private data); a local folder or "
             "data.source=files works without a network"
         ) from error
+
+
+def _streamed(entry: HubConfig, data: DataConfig) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    found = load_dataset(
+        entry.dataset,
+        entry.subset,
+        split=entry.split,
+        revision=entry.revision,
+        # A set may be larger than the disk, and a limit may stop reading early
+        streaming=True,
+    )
+    # A stream whose features nobody knows before the first row has None
+    features = found.features.to_dict() if found.features else None
+    names = class_names(features, data.label_field)
+    count = 0
+    for row in found:
+        count += 1
+        if names is not None:
+            row[data.label_field] = named(field_value(row, data.label_field), names)
+        yield row
+    if not entry.allow_fewer_rows:
+        check_count(found, entry.split, count, f"data.hub: {entry.dataset}", "allow_fewer_rows")
+
+
+def check_count(found: Any, split: str, count: int, what: str, setting: str) -> None:
+    """Raise DataError for a stream that has ended before the rows of its split's metadata.
+
+    A file that is gone or torn on the way ends a stream like a shorter split. `setting` is what
+    takes it all the same.
+    """
+    splits = found.info.splits or {}
+    about = splits.get(split)
+    wanted = about.num_examples if about is not None else 0
+    if wanted and count < wanted:
+        raise DataError(
+            f"{what}[{split}] gave {count} rows, and its metadata says {wanted}. Try again or pin "
+            f"another revision; where the metadata is out of date, set {setting}: true"
+        )

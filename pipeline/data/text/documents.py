@@ -13,15 +13,25 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
+from ...config.labels import label_text
 from ...config.text_data import DataConfig, TextRunConfig
+from ..cut import cut
 from ..drop_stats import DropStats
-from ..sources import LargeFile, Row, Rows, SkippedRow
+from ..sources import LargeFile, Note, Row, Rows, SkippedRow
+from ..sources.columns import field_value, listed
 from ..sources.text import sources
 
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
 # Reasons that do not tell of a wrong setting or a damaged file
 HARMLESS = frozenset(
-    {"empty", "too short", "other label", "over the limit", "equals a held-out document"}
+    {
+        "empty",
+        "empty file",
+        "too short",
+        "other label",
+        "over the limit",
+        "equals a held-out document",
+    }
 )
 SPLITS = ("train", "valid", "test")
 _SPLIT_NAMES = {
@@ -120,6 +130,9 @@ class Stream:
             left = islice(rows(), skipped, None)
             for row, (where, found) in enumerate(left, skipped):
                 self._at = (source, file, row)
+                if isinstance(found, Note):
+                    self.stats.note(found.text, where)
+                    continue
                 pieces = self._reader.accept(where, found, label)
                 # The pieces before the cursor are made all the same, for the limits count them
                 given = start.piece if self._at == first_row else 0
@@ -150,34 +163,8 @@ def _hasher(seed: int, purpose: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=8, key=key, person=purpose)
 
 
-def cut(blocks: Iterable[bytes], max_bytes: int) -> Iterator[str]:
-    """Yield pieces of at most max_bytes of the UTF-8 in blocks, ended at a line, else a space, else
-    a character."""
-    rest = b""
-    for block in blocks:
-        rest += block
-        start = 0
-        # At most max_bytes stay over for the next block, which may hold a better place to end
-        while len(rest) - start > max_bytes:
-            end = _boundary(rest, start, start + max_bytes)
-            yield rest[start:end].decode()
-            start = end
-        rest = rest[start:]
-    if rest:
-        yield rest.decode()
-
-
-def _boundary(text: bytes, start: int, end: int) -> int:
-    # In the second half only: a piece is never shorter than half of what it may be
-    middle = (start + end) // 2
-    for mark in (b"\n", b" "):
-        found = text.rfind(mark, middle, end)
-        if found >= 0:
-            return found + 1
-    # A continuation byte of UTF-8 is 10xxxxxx: the character began before it
-    while text[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+def _columns(row: Row) -> str:
+    return f"the columns are {listed(row)}"
 
 
 def _limits(data: DataConfig) -> dict[str | None, float]:
@@ -216,6 +203,7 @@ class _Reader:
         self.judges = judges
         by_label = cfg.partition.by == "labels"
         self.keep = frozenset(cfg.partition.domains) if by_label else None
+        self._domain_of = cfg.partition.domain_of if by_label else {}
         self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
         self._limits = _limits(cfg.data)
         self.bytes: Counter[_Share] = Counter()  # read so far
@@ -276,21 +264,28 @@ class _Reader:
         if isinstance(row, SkippedRow):
             return row
         data = self.data
-        text = row.get(data.text_field)
+        text = field_value(row, data.text_field)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError as error:
+                return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
         if not isinstance(text, (str, LargeFile)):
             found = "missing" if text is None else type(text).__name__
-            return SkippedRow("no text", f"{data.text_field} is {found}")
+            return SkippedRow("no text", f"{data.text_field} is {found}; {_columns(row)}")
         # Only a partition by labels needs one; others must not refuse rows without it
         if label is None and self.keep is None:
             label = ""
         elif label is None:
-            given = row.get(data.label_field)
-            if not isinstance(given, str) or not given:
-                return SkippedRow("no label", f"{data.label_field} is {given!r}")
-            label = given
+            given = field_value(row, data.label_field)
+            label = label_text(given)
+            if label is None:
+                detail = f"{data.label_field} is {given!r}; {_columns(row)}"
+                return SkippedRow("no label", detail)
+        label = self._domain_of.get(label, label)
         split = None
         if data.split_field:
-            given = row.get(data.split_field)
+            given = field_value(row, data.split_field)
             split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
                 return SkippedRow("unknown split", f"{data.split_field} is {given!r}")
@@ -329,9 +324,8 @@ class _Reader:
         for number, piece in enumerate(cut(blocks, self.data.max_document_bytes)):
             if self._full(label, split):  # one endless document must not pass the limit either
                 return
-            size = len(piece.encode())
-            self.bytes[label, split] += size
-            yield replace(base, text=piece, bytes=size, piece=number)
+            self.bytes[label, split] += len(piece)
+            yield replace(base, text=piece.decode(), bytes=len(piece), piece=number)
 
     def _key_of_blocks(self, text: LargeFile) -> int:
         """Return what key_of gives for the whole text. Raises UnicodeDecodeError."""

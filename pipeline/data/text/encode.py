@@ -233,6 +233,7 @@ def finalize(
         "tokens": tokens,
         "vocab_size": writer.vocab_size,
         "dropped": dict(stats.counts),
+        "notes": stats.told(),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "megabytes_per_s": text_bytes / 1e6 / sum(seconds.values()),
     }

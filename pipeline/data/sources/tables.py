@@ -1,0 +1,146 @@
+"""Rows of Parquet and Arrow files, a batch in memory at a time."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from ...config.text_data import DataConfig
+from ...errors import DataError
+from . import FoundRow, SkippedRow
+from .columns import class_names, field_value, listed, named, root_column
+from .packed import is_packed, open_unpacked, refuse_pointer
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from pyarrow import RecordBatch, Schema
+
+_BATCH_ROWS = 256  # in memory at a time
+_HEAD_BYTES = 64
+_SPOOL_BYTES = 64 << 20  # of a packed table in memory; what is more goes to a temporary file
+_FILE_MARK = b"ARROW1"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def parquet_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
+    """Yield the rows of a Parquet file, only the columns that are wanted. Raises DataError for one
+    that gives fewer rows than it says."""
+    from pyarrow.parquet import ParquetFile
+
+    with _seekable(fs, path) as file:
+        table = ParquetFile(file)
+        columns = _Columns(table.schema_arrow, data)
+        number = 0
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns.read):
+            for row in columns.rows(batch):
+                number += 1
+                yield f"{path}:{number}", row
+        if number != table.metadata.num_rows:
+            raise DataError(
+                f"data.files: {path} gave {number} rows of the {table.metadata.num_rows} that it "
+                "says it has. Fetch or write it again"
+            )
+
+
+def arrow_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
+    """Yield the rows of an Arrow file of either kind. Raises DataError for one that is torn."""
+    from pyarrow import ipc
+
+    with _seekable(fs, path) as file:
+        if file.read(len(_FILE_MARK)) == _FILE_MARK:
+            file.seek(0)
+            opened = ipc.open_file(file)
+            batches = map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            _check_end(file, path)
+            opened = ipc.open_stream(file)
+            batches = iter(opened)
+        columns = _Columns(opened.schema, data)
+        number = 0
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                for row in columns.rows(batch.slice(start, _BATCH_ROWS).select(columns.read)):
+                    number += 1
+                    yield f"{path}:{number}", row
+
+
+def _check_end(file: IO[bytes], path: str) -> None:
+    """Leave a stream's file at its start. Raises DataError for one without its end: one that is
+    torn between two batches reads as a shorter one."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - len(_STREAM_END)))
+    if file.read() != _STREAM_END:
+        raise DataError(
+            f"data.files: {path} cannot be read: it does not end as an Arrow stream does, so it is "
+            "torn. Fetch or write it again"
+        )
+    file.seek(0)
+
+
+@contextmanager
+def _seekable(fs: "AbstractFileSystem", path: str) -> Iterator[IO[bytes]]:
+    if is_packed(path):
+        with (
+            open_unpacked(fs, path) as packed,
+            tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as whole,
+        ):
+            shutil.copyfileobj(packed, whole)
+            whole.seek(0)
+            yield whole
+        return
+    with fs.open(path, "rb") as file:
+        refuse_pointer(file.read(_HEAD_BYTES), path)
+        file.seek(0)
+        yield file
+
+
+class _Columns:
+    """The columns of a table that documents need, and what stands for what in them."""
+
+    def __init__(self, schema: "Schema", data: DataConfig):
+        wanted = (data.text_field, data.label_field, data.split_field or "")
+        found = [root_column(schema.names, name) for name in wanted]
+        self.read = list(dict.fromkeys(filter(None, found)))
+        self._label_field = data.label_field
+        self._label_names = class_names(_features(schema), data.label_field)
+        self._without_text = None
+        if found[0] is None:
+            detail = f"no column {data.text_field}; there are {listed(schema.names)}"
+            self._without_text = SkippedRow("no text", detail)
+
+    def rows(self, batch: "RecordBatch") -> Iterator[dict[str, Any] | SkippedRow]:
+        """Yield the rows of a batch of the columns to be read."""
+        if self._without_text is not None:
+            for _ in range(batch.num_rows):
+                yield self._without_text
+            return
+        for row in _values(batch):
+            if self._label_names is not None and isinstance(row, dict):
+                value = field_value(row, self._label_field)
+                row[self._label_field] = named(value, self._label_names)
+            yield row
+
+
+def _values(batch: "RecordBatch") -> Iterator[dict[str, Any] | SkippedRow]:
+    try:
+        yield from batch.to_pylist()
+        return
+    # Columns of text are not checked when they are read: one value that is none raises here
+    except ValueError:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except ValueError as error:
+            yield SkippedRow("not UTF-8", str(error))
+
+
+def _features(schema: "Schema") -> object:
+    """Return the features that `datasets` has written into a table, None where it has not."""
+    written = (schema.metadata or {}).get(b"huggingface")
+    try:
+        return json.loads(written or b"null")["info"]["features"]
+    except (ValueError, TypeError, KeyError):
+        return None
