@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image
 
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
-from pipeline.data.images.boxes import Box, BoxFault
+from pipeline.data.images.box_formats import BoxFault, BoxFormat
+from pipeline.data.images.boxes import Box
 from pipeline.data.images.formats import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
 
@@ -286,10 +287,11 @@ def _cut(
 def _given(page: Page, image: Image.Image, settings: Settings) -> tuple[list[Box], list[BoxFault]]:
     """Return the row's boxes in the upright image's pixels, and what is wrong with the others.
     Raises BadBox where none can be placed."""
-    frame_px = boxes.frame(page.row.get("width"), page.row.get("height"), image.size)
+    form = BoxFormat()
+    frame_px = form.frame(page.row.get("width"), page.row.get("height"), image.size)
     # Beside others of its line, or found by its ink, what a box without height says is seen.
     keep_text = settings.by == "detector" or settings.lines > 0
-    return boxes.parse_each(page.row.get("boxes"), frame_px, image.size, keep_text=keep_text)
+    return form.parse_each(page.row.get("boxes"), frame_px, image.size, keep_text=keep_text)
 
 
 def _from_boxes(given: list[Box], settings: Settings) -> list[Region]:

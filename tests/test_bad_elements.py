@@ -7,6 +7,7 @@ import pytest
 from small_tasks import Source, entry, jsonl, prepared, simple
 
 from pipeline.data.images import boxes
+from pipeline.data.images.box_formats import BoxFormat
 from pipeline.errors import DataError
 
 WORDS = [f"word{k}" for k in range(10)]
@@ -100,7 +101,7 @@ def test_more_bad_boxes_than_allowed_is_an_error_that_shows_them(tmp_path):
 
 def test_a_box_without_area_at_the_edge_still_has_a_place():
     for corners in ([100, 50, 100, 50], [0, 60, 100, 60], [100, 0, 100, 60]):
-        found, faults = boxes.parse_each(
+        found, faults = BoxFormat().parse_each(
             [{"bbox": corners, "text": "t"}], (100, 60), keep_text=True
         )
         assert len(faults) == len(found) == 1 and not faults[0].lost_text

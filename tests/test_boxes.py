@@ -9,6 +9,7 @@ from PIL import Image
 from small_tasks import Source, entry, jsonl, picture, prepared, simple, write_rows
 
 from pipeline.data.images import boxes
+from pipeline.data.images.box_formats import BoxFormat
 from pipeline.data.tasks.rows import TaskRows
 from pipeline.errors import DataError
 
@@ -61,7 +62,7 @@ def test_boxes_of_another_scale_are_scaled_and_of_another_shape_refused(tmp_path
     ],
 )
 def test_corners_of_every_form(raw, form, expected):
-    (box,) = boxes.parse(raw, (100, 200), form=form)
+    (box,) = BoxFormat(form).parse(raw, (100, 200))
     assert boxes.units(box, 100, 200) == expected
 
 
@@ -81,7 +82,7 @@ def test_corners_of_every_form(raw, form, expected):
 )
 def test_what_is_no_box_says_why(raw):
     with pytest.raises(boxes.BadBox):
-        boxes.parse(raw, (100, 200))
+        BoxFormat().parse(raw, (100, 200))
 
 
 LINES = [
@@ -94,7 +95,7 @@ LINES = [
 
 
 def test_text_is_read_from_top_to_bottom_and_from_left_to_right():
-    found = boxes.parse([{"bbox": box, "text": text} for text, box in LINES], (200, 240))
+    found = BoxFormat().parse([{"bbox": box, "text": text} for text, box in LINES], (200, 240))
     assert boxes.transcript(found) == "SHOP Ltd\nTOTAL 12.00\nTHANK YOU"
     for seed in range(5):
         assert boxes.transcript(
@@ -110,8 +111,10 @@ def test_lines_that_lean_and_lines_that_touch_stay_lines():
     tight = [
         {"bbox": [0, y, 100, y + 22], "text": f"l{y // 20}"} for y in range(100, 200, 20)
     ]  # 2 px of overlap
-    assert boxes.transcript(boxes.parse(leaning, (500, 500))) == " ".join(f"w{i}" for i in range(8))
-    assert boxes.transcript(boxes.parse(tight, (500, 500))) == "\n".join(
+    assert boxes.transcript(BoxFormat().parse(leaning, (500, 500))) == " ".join(
+        f"w{i}" for i in range(8)
+    )
+    assert boxes.transcript(BoxFormat().parse(tight, (500, 500))) == "\n".join(
         f"l{i}" for i in range(5, 10)
     )
 

@@ -117,8 +117,18 @@ class TaskDataConfig(Section):
     region_padding: float = Field(
         0.1, ge=0, le=2, description="Room around a cut-out box, share of its height"
     )
-    box_format: Literal["xyxy", "xywh"] = Field(
-        "xyxy", description="Corners of boxes, or a corner and a size as in COCO"
+    box_format: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        "xyxy",
+        description="Corners of boxes, a corner and a size as in COCO, or a middle and a size as "
+        "in YOLO",
+    )
+    box_units: Literal["pixels", "thousandths", "fractions"] | None = Field(
+        None,
+        description="What boxes are counted in: pixels, or thousandths or fractions of the sides; "
+        "none: pixels, and what cannot be pixels is refused",
+    )
+    class_names: tuple[str, ...] = Field(
+        (), description="Names of boxes' classes, where the rows have their numbers, from 0"
     )
     max_answer_chars: int = Field(
         4000, ge=1, description="Longer answers are dropped and counted, characters"

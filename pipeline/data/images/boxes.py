@@ -1,5 +1,4 @@
-"""Boxes in a picture and the text in them: checked, scaled to Qwen3-VL's 0..1000, put in reading
-order.
+"""Boxes in a picture and the text in them: scaled to Qwen3-VL's 0..1000, put in reading order.
 
 Invariant: a Box is x0 < x1, y0 < y1 inside the picture it was checked against, in that picture's
 pixels; units of 0..1000 are integers with the same order, whatever the picture is resized to later.
@@ -10,13 +9,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeGuard
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Size = tuple[float, float]  # width and height
 
 # Qwen3-VL's coordinates are thousandths of the picture's sides.
 UNITS = 1000
@@ -38,8 +35,6 @@ _INVISIBLE = ("Cc", "Cf", "Cs")
 
 # These format marks stay: Persian, Hindi and emoji are spelled with them.
 _JOINERS = "\u200c\u200d"
-
-_CORNERS = ("bbox", "bbox_2d", "box")
 
 
 class BadBox(ValueError):
@@ -66,196 +61,6 @@ class Box:
     def width_px(self) -> float:
         """How far it reaches to the right, pixels of its picture."""
         return self.x1_px - self.x0_px
-
-
-@dataclass(frozen=True)
-class BoxFault:
-    """One entry of a row's boxes that is no box."""
-
-    number: int  # of the entry, from 1
-    of: int  # entries of the row
-    detail: str
-    lost_text: bool  # whether it says a text that no box has now
-
-    def __str__(self) -> str:
-        return f"box {self.number} of {self.of}: {self.detail}"
-
-
-def parse(
-    raw: object,
-    frame_px: Size,
-    size_px: Size | None = None,
-    form: str = "xyxy",
-) -> list[Box]:
-    """Return the boxes of a row as parse_each does. Raises BadBox for the first that is none."""
-    found, faults = parse_each(raw, frame_px, size_px, form)
-    for fault in faults:
-        raise BadBox(str(fault))
-    return found
-
-
-def parse_each(
-    raw: object,
-    frame_px: Size,
-    size_px: Size | None = None,
-    form: str = "xyxy",
-    keep_text: bool = False,
-) -> tuple[list[Box], list[BoxFault]]:
-    """Return the boxes of a row, cut to a frame and scaled to a picture of another size, if given,
-    and what is wrong with each of the others.
-
-    raw is a list of {"bbox": corners, "label" and "text" if any} or of bare corners, in pixels of
-    the frame; corners are [x0, y0, x1, y1] (with form xywh: x, y, width, height) or the points of a
-    polygon, flat or in pairs. With keep_text a box without area that has a text is a fault and
-    stays, a pixel wide or high: what it says still has a place among the rest. Raises BadBox when
-    raw is no list.
-    """
-    if raw is None:
-        return [], []
-    if not isinstance(raw, list | tuple):
-        raise BadBox(f"boxes are {type(raw).__name__}, a list was wanted")
-    found = []
-    faults = []
-    for number, entry in enumerate(raw, 1):
-        text = _text_of(entry)
-        box: Box | None
-        try:
-            box = _box(entry, frame_px, form)
-        except BadBox as error:
-            box = _as_line(entry, frame_px, form) if keep_text and text else None
-            faults.append(BoxFault(number, len(raw), str(error), bool(text) and box is None))
-            if box is None:
-                continue
-        if size_px is not None:
-            box = _scaled(box, frame_px, size_px)
-        found.append(box)
-    return found, faults
-
-
-def _text_of(entry: object) -> str:
-    text = entry.get("text") if isinstance(entry, dict) else None
-    return "" if text is None else str(text).strip()
-
-
-def _as_line(entry: object, frame_px: Size, form: str) -> Box | None:
-    """Return an entry without area as a box of one pixel across; None when that is not all that is
-    wrong with it."""
-    about = entry if isinstance(entry, dict) else {"bbox": entry}
-    try:
-        x0, y0, x1, y1 = _extent(_corners_of(about), form)
-    except BadBox:
-        return None
-    width_px, height_px = frame_px
-    is_inside = 0 <= x0 <= width_px and 0 <= y0 <= height_px
-    if x1 < x0 or y1 < y0 or not is_inside:
-        return None
-    x0 = min(x0, width_px - 1)
-    y0 = min(y0, height_px - 1)
-    corners = [x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)]
-    return _box(about | dict.fromkeys(_CORNERS, corners), frame_px, "xyxy")
-
-
-def frame(width: object, height: object, size_px: Size) -> Size:
-    """Return the size that boxes are given for: what the row says, or else the upright picture's.
-
-    They may differ in scale, as when a picture has been made smaller, and not in shape, as when it
-    has been turned. Raises BadBox.
-    """
-    if not (_is_length(width) and _is_length(height)):
-        return size_px
-    upright_width, upright_height = size_px
-    # Shapes are compared by cross-multiplying, with one pixel of rounding on either side.
-    apart = abs(width * upright_height - height * upright_width)
-    rounding = max(width, upright_width) + max(height, upright_height)
-    if apart > rounding:
-        raise BadBox(
-            f"width and height say {width:g} x {height:g}, the upright picture has "
-            f"{upright_width} x {upright_height} px, so boxes cannot be placed"
-        )
-    return width, height
-
-
-def _is_length(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _box(entry: object, frame_px: Size, form: str) -> Box:
-    about = entry if isinstance(entry, dict) else {"bbox": entry}
-    corners = _corners_of(about)
-    x0, y0, x1, y1 = _extent(corners, form)
-    if x1 <= x0 or y1 <= y0:
-        raise BadBox(f"{corners} has no area; [x0, y0, x1, y1] was wanted")
-
-    # Annotation tools let boxes reach over the edge; only one that is all outside is a mistake.
-    width_px, height_px = frame_px
-    x0 = max(x0, 0.0)
-    y0 = max(y0, 0.0)
-    x1 = min(x1, width_px)
-    y1 = min(y1, height_px)
-    if x1 <= x0 or y1 <= y0:
-        raise BadBox(f"{corners} lies outside the picture of {width_px:g} x {height_px:g} px")
-    box = Box(x0, y0, x1, y1)
-    label = about.get("label")
-    if label is not None:
-        box = replace(box, label=str(label))
-    text = about.get("text")
-    if text is not None:
-        box = replace(box, text=str(text))
-    return box
-
-
-def _corners_of(about: dict) -> object:
-    for key in _CORNERS:
-        if key in about:
-            return about[key]
-    return None
-
-
-def _extent(corners: object, form: str) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of corners or of a polygon's points. Raises BadBox."""
-    flat = _numbers(corners)
-    in_pairs = len(flat) >= 4 and len(flat) % 2 == 0
-    if not in_pairs or not all(map(math.isfinite, flat)):
-        raise BadBox(f"{corners!r} is neither [x0, y0, x1, y1] nor a polygon's points")
-    if len(flat) > 4:
-        # Of a polygon, the box around it: x and y take turns.
-        xs = flat[::2]
-        ys = flat[1::2]
-        return min(xs), min(ys), max(xs), max(ys)
-    x, y, far_x, far_y = flat
-    if form == "xyxy":
-        return x, y, far_x, far_y
-    return x, y, x + far_x, y + far_y
-
-
-def _numbers(corners: object) -> list[float]:
-    """Return the numbers of corners, points taken apart. Raises BadBox."""
-    flat: list[float] = []
-    try:
-        if not isinstance(corners, Iterable):
-            raise TypeError
-        for point in corners:
-            if isinstance(point, list | tuple):
-                flat.extend(float(number) for number in point)
-            else:
-                flat.append(float(point))
-    except (TypeError, ValueError):
-        raise BadBox(f"{corners!r} is not a list of numbers") from None
-    return flat
-
-
-def _scaled(box: Box, frame_px: Size, size_px: Size) -> Box:
-    width_px, height_px = size_px
-    frame_width_px, frame_height_px = frame_px
-    across = width_px / frame_width_px
-    down = height_px / frame_height_px
-    return replace(
-        box,
-        x0_px=box.x0_px * across,
-        x1_px=box.x1_px * across,
-        y0_px=box.y0_px * down,
-        y1_px=box.y1_px * down,
-    )
 
 
 def crop(image: "Image", box: Box, padding: float = 0.0) -> "Image":

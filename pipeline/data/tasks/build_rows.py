@@ -7,6 +7,7 @@ record.
 
 import string
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,10 @@ from pathlib import Path
 from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import ConfigError
 from ..images import boxes, images
-from ..images.boxes import BadBox, Box, BoxFault
+from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
+from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
-from ..sources.tasks import Record, column, dataset_name, root, structured
+from ..sources.tasks import Record, column, dataset_name, root, structured, value_at
 from .groups import text_key
 from .rows import IMAGES, TaskRow
 
@@ -74,6 +76,7 @@ class RowBuilder:
         # Wrong boxes cost a row only where something is made of them.
         self.needs_boxes = self.cuts_regions or bool(named & {"boxes_json", "text"})
         self.needs_text = "text" in named
+        self.box_format = BoxFormat(data.box_format, data.box_units, data.class_names)
 
     def build(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return what became of a record: its row or rows, or why there is none."""
@@ -279,10 +282,33 @@ class RowBuilder:
             raise BadBox("the row has boxes and no picture that they lie on")
         width = column(record.columns, "width", data)
         height = column(record.columns, "height", data)
-        frame_px = boxes.frame(width, height, size_px)
+        frame_px = self.box_format.frame(width, height, size_px)
         # A region is cut out along its box, and of a line of no height nothing would be seen.
         keep_text = data.ocr and not self.cuts_regions
-        return boxes.parse_each(raw, frame_px, size_px, data.box_format, keep_text)
+        beside = self._beside(record, raw)
+        return self.box_format.parse_each(raw, frame_px, size_px, beside, keep_text)
+
+    def _beside(self, record: Record, raw: object) -> dict[str, Sequence]:
+        """Return the lists of labels and texts that stand beside a list of corners."""
+        data = self.entry.dataset
+        if not isinstance(raw, list | tuple):
+            return {}
+        # What lies in the same object: the category of objects.bbox is objects.category.
+        home, dot, _ = data.fields.get("boxes", "boxes").rpartition(".")
+        beside: dict[str, Sequence] = {}
+        for name, known in (("label", LABELS), ("text", TEXTS)):
+            mapped = data.fields.get(f"{name}s")
+            wanted = [mapped] if mapped else [f"{home}{dot}{key}" for key in known]
+            for each in wanted:
+                values = value_at(record.columns, each)
+                # Of a list of objects that have no such key, there is a list of nothing.
+                if not isinstance(values, list | tuple) or all(each is None for each in values):
+                    continue
+                # A list that nobody named and that is of another length may be about the picture.
+                if mapped or len(values) == len(raw):
+                    beside[name] = values
+                    break
+        return beside
 
     def _values(self, record: Record, found: list[Box]) -> dict:
         """Return what templates may name: the row's columns, under their own names and those of
