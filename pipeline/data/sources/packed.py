@@ -150,7 +150,7 @@ def _encoding(head: bytes) -> str | None:
     return None
 
 
-class _Reader(io.RawIOBase):
+class _ByteStream(io.RawIOBase):
     """A stream that `_more` gives piece by piece."""
 
     def __init__(self, file: BinaryIO):
@@ -177,14 +177,14 @@ class _Reader(io.RawIOBase):
         raise NotImplementedError
 
 
-class _Plain(_Reader):
+class _Plain(_ByteStream):
     """A file as it is: what file systems open can all be read, but few have the rest of a file."""
 
     def _more(self) -> bytes:
         return self._file.read(_BUFFER_BYTES)
 
 
-class _Unpacked(_Reader):
+class _Unpacked(_ByteStream):
     """What a packed file holds: any number of streams one after the other, each of them whole."""
 
     def __init__(self, file: BinaryIO, path: str, kind: Callable[[], _Decompressor]):
@@ -229,7 +229,7 @@ class _Unpacked(_Reader):
         return unpacked
 
 
-class _Recoded(_Reader):
+class _Recoded(_ByteStream):
     """Text of another encoding in UTF-8."""
 
     def __init__(self, file: BinaryIO, path: str, encoding: str):
