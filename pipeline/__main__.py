@@ -19,6 +19,7 @@ from .families.load import describes_run, load
 from .run.advice import CommandLine, sentence
 from .run.stages import RUN, STAGES, about, address, has_several_jobs, is_report, without_jobs
 from .store.artifacts import Manifest, Store
+from .store.lineage import Lineage
 
 KEY = "MOLEFORGE_API_KEY"
 UNWRAPPED = 1000  # columns of an output that is no terminal: what greps it wants whole lines
@@ -246,10 +247,16 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     folder = args.bundle
+    if folder and (folder.resolve().parents[1] / "store.json").exists():
+        # One in its store, whichever way it was named; a copy of it stands for itself
+        folder = folder.resolve()
+        Lineage(Store(folder.parents[1])).check(folder.name)
     if args.config:
         cfg = load(args.config, tuple(args.override))
         store = Store(args.store)
-        folder = store.folder(store.require(address(cfg, "deploy")).address)
+        bundle = address(cfg, "deploy")
+        folder = store.folder(store.require(bundle).address)
+        Lineage(store).check(bundle)
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
     # To be asked for, as a server behind a proxy that wants a key needs none itself

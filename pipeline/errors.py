@@ -12,6 +12,7 @@ PipelineError                what a person can act on; the command line prints i
 │   ├── NewerStore           written by a later version of this program
 │   └── DiskFull             no room for what is being written
 ├── MismatchError            parts that were not made for each other
+│   └── StaleArtifact        made on an input that was made again since
 ├── NotFiniteError           the loss became NaN or infinite
 ├── BudgetError              no way of running a job fits into the memory budget
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
@@ -140,6 +141,16 @@ class MismatchError(PipelineError):
         super().__init__(text)
         self.remove = remove
         self.stage = stage
+
+
+class StaleArtifact(MismatchError):
+    """A whole artifact that was made on an input which was made again since; `stages` make it and
+    what it reads again, in order."""
+
+    def __init__(self, text: str, *, address: str, stages: tuple[str, ...]) -> None:
+        super().__init__(text)
+        self.address = address
+        self.stages = stages
 
 
 class NotFiniteError(PipelineError):

@@ -22,6 +22,7 @@ from ..run.backend import printed_progress
 from ..run.job import done, run_job
 from ..run.stages import STEPS, Addresses, label, without_jobs
 from ..store.artifacts import Manifest, Store, translate_disk_errors
+from ..store.lineage import Lineage
 from ..train.memory_meter import trim_heap
 
 Items = list[str | None]
@@ -191,7 +192,14 @@ def orchestrate(
         items = list(cfg.items(stage))
         if not items and len(wanted) == 1:
             progress(without_jobs(stage, cfg))
-        missing = [item for item in items if not done(addresses, stage, item, store)]
+        try:
+            missing = _missing(addresses, stage, store)
+        except PipelineError as error:
+            # A manifest that cannot be read, which no container could do anything about either
+            progress(f"{stage}: {sentence(error, ModalEdge(store.root))}")
+            return results + [
+                _failed(stage, item, addresses.of(stage, item), error, store) for item in items
+            ]
         if missing and cfg.modal.preprocess_jobs > 1:
             failed = _do_steps(addresses, stage, hand_out, command, progress)
             if failed:
@@ -209,6 +217,16 @@ def orchestrate(
             progress(account(stage, errors, items, command))
             return results
     return results
+
+
+def _missing(addresses: Addresses, stage: str, store: Store) -> Items:
+    """Return the items of a stage whose jobs have something left to do. Raises DamagedArtifact."""
+    lineage = Lineage(store)
+    missing = []
+    for item in addresses.cfg.items(stage):
+        if not done(addresses, stage, item, lineage):
+            missing.append(item)
+    return missing
 
 
 def _do_steps(
@@ -261,20 +279,21 @@ def _handed_out(
         # A container was lost for good; it may have published something before
         store.refresh()
         for item in items:
-            if done(addresses, stage, item, store):
-                yield _whole(addresses, stage, item, store, "made")
-            else:
+            result = _whole(addresses, stage, item, store, "made")
+            if result.error:
                 text = f"{type(ended).__name__}: {ended}"
-                yield JobResult(stage, item, addresses.of(stage, item), "failed", text)
+                result = JobResult(stage, item, addresses.of(stage, item), "failed", text)
+            yield result
 
 
 def _whole(
     addresses: Addresses, stage: str, item: str | None, store: Store, state: str
 ) -> JobResult:
     """Return the result of a job whose artifact is there; it has failed when the artifact is
-    damaged."""
+    damaged, or stale."""
     address = addresses.of(stage, item)
     try:
+        Lineage(store).check(address)
         return JobResult.of(store.require(address), state)
     except PipelineError as error:
         return _failed(stage, item, address, error, store)

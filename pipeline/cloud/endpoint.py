@@ -15,6 +15,7 @@ from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, MissingArtifact
 from ..store.artifacts import Store, write_text
+from ..store.lineage import Lineage
 from .containers import JobResult
 
 SERVED = "served.json"
@@ -67,7 +68,8 @@ def served(root: Path, key: str | None, entered: str) -> Path:
     """Return the folder of the bundle to serve, for a process that has that key and was deployed to
     be entered that way.
 
-    Raises MissingArtifact when no bundle was made, ConfigError when it would be open unasked.
+    Raises MissingArtifact when no bundle was made, ConfigError when it would be open unasked,
+    StaleArtifact when the bundle is of parts that were made again since.
     """
     try:
         note = _note((root / SERVED).read_bytes())
@@ -81,7 +83,9 @@ def served(root: Path, key: str | None, entered: str) -> Path:
             f"this bundle is to be served with the key in {note.endpoint.secret}, and the endpoint "
             "was deployed without one: type `modal deploy modal_app.py`"
         )
-    return Store(root).folder(note.address)
+    store = Store(root)
+    Lineage(store).check(note.address)
+    return store.folder(note.address)
 
 
 def deployed(cfg: RunConfig, environ: Mapping[str, str], content: bytes | None) -> RunConfig:

@@ -6,7 +6,7 @@ refused under a limit.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +14,11 @@ from rich.table import Table
 from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
 from ..errors import BudgetError, ConfigError, MissingArtifact
-from ..run.dry_run import ASSUMED_MFU, duration, plan
+from ..run.dry_run import ASSUMED_MFU, duration, plan, state_of, why_of
 from ..run.job import done
 from ..run.stages import Addresses, label
 from ..store.artifacts import Manifest, Store
+from ..store.lineage import Lineage
 from .prices import Prices, most_gpus, split
 
 STARTUP_S = 60.0  # until a container trains: start, imports, volume
@@ -29,7 +30,7 @@ class JobEstimate:
 
     stage: str
     address: str
-    state: str  # done, at step n, to do
+    state: str  # done, done?, stale, at step n, to do
     machine: MachineConfig
     tokens: int | None
     # None: not training, or not known before preprocess has counted the tokens
@@ -37,6 +38,7 @@ class JobEstimate:
     usd: float | None
     trains: bool
     peak_bytes: int | None = None  # predicted, above the level after imports
+    why: str = ""  # what makes it stale, or may
 
 
 def estimate(
@@ -48,17 +50,21 @@ def estimate(
     """
     planned = {entry.address: entry for entry in plan(cfg, store)}
     addresses = Addresses(cfg)
+    lineage = Lineage(store)
     estimates = []
     for stage in wanted:
         for _, item, address in addresses.jobs(stage):
             machine = cfg.machine(stage)
             entry = planned.get(address)
-            finished = done(addresses, stage, item, store)
+            finished = done(addresses, stage, item, lineage)
             # A stage outside the run, such as deploy, is in no plan, and trains nothing.
             if entry is None:
-                state = "done" if finished else "to do"
+                state = state_of(address, lineage)
+                if state == "done" and not finished:
+                    # There, and to be copied once more
+                    state = "to do"
                 none = JobEstimate(stage, address, state, machine, None, None, None, False)
-                estimates.append(none)
+                estimates.append(replace(none, why=why_of(address, state, lineage)))
                 continue
             # The prediction is of main memory and says nothing about a GPU's.
             if entry.refused and not machine.gpu:
@@ -67,7 +73,8 @@ def estimate(
             seconds = None
             if job is not None and job.flops is not None:
                 rate = _flops_per_s(machine, store, prices)
-                seconds = 0.0 if finished else STARTUP_S + job.flops / rate
+                # What may turn out to be stale is counted: a limit on the cost has to hold
+                seconds = 0.0 if entry.state == "done" else STARTUP_S + job.flops / rate
             estimates.append(
                 JobEstimate(
                     stage,
@@ -79,6 +86,7 @@ def estimate(
                     usd=None if seconds is None else seconds * prices.usd_per_s(machine),
                     trains=job is not None,
                     peak_bytes=job.peak_bytes if job else None,
+                    why=entry.why,
                 )
             )
     return estimates
@@ -144,19 +152,24 @@ def _total_usd(estimates: list[JobEstimate]) -> float:
 
 
 def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store) -> None:
-    """Raise MissingArtifact when a job reads what is not there and what this command does not make;
-    no cost so far."""
+    """Raise MissingArtifact when a job reads what is not there, or StaleArtifact what is stale, and
+    this command does not make it; no cost so far."""
     addresses = Addresses(cfg)
+    lineage = Lineage(store)
     for stage in wanted:
         # In a dict, as experts need the same trunk; its order is that of the stages.
         needs: dict[JobKey, None] = {}
         for item in cfg.items(stage):
-            if not done(addresses, stage, item, store):
+            if not done(addresses, stage, item, lineage):
                 needs |= dict.fromkeys(cfg.needs(stage, item))
         absent = []
+        there = []
         for need in needs:
-            made_here = need[0] in wanted
-            if not made_here and not store.has(addresses.of(*need)):
+            if need[0] in wanted:
+                continue
+            if store.has(addresses.of(*need)):
+                there.append(addresses.of(*need))
+            else:
                 absent.append(need)
         if absent:
             names = ", ".join(label(*need) for need in absent)
@@ -166,6 +179,7 @@ def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store)
                 f"do {' and '.join(commands)} first, or all with "
                 "`modal run modal_app.py::run_all`; nothing was started"
             )
+        lineage.check(*there)
 
 
 def show_estimate(
@@ -184,6 +198,8 @@ def show_estimate(
     for each in estimates:
         table.add_row(each.address, each.state, _where(cfg, each), *_cells(each))
     console.print(table)
+    for why in dict.fromkeys(each.why for each in estimates if each.why):
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
     training = [each for each in estimates if each.trains]
     if not training:
         console.print("nothing to train, so no estimate of time and cost", highlight=False)

@@ -40,13 +40,13 @@ class Parts(Protocol):
     """What earlier stages of a run left behind, loaded on asking and checked once."""
 
     def folder(self, stage: str, item: str | None = None) -> Path:
-        """Where an artifact is. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        """Where an artifact is. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
 
     def manifest(self, stage: str, item: str | None = None) -> "Manifest":
-        """An artifact's manifest. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        """An artifact's manifest. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
 
     def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
-        """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        """A file's tensors. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
 
     def history(self, stage: str, item: str | None = None) -> "History":
         """What a training that is done did, step by step. Raises UnreadableFile and what `manifest`

@@ -15,6 +15,7 @@ from ..errors import (
     MismatchError,
     MissingArtifact,
     OtherCheckpoint,
+    StaleArtifact,
     StoreError,
     UnreadableFile,
 )
@@ -69,6 +70,9 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, MissingArtifact) and error.stages:
         commands = " and ".join(edge.stage(name) for name in error.stages)
         return f"{text}: run {commands} with this configuration first"
+    if isinstance(error, StaleArtifact):
+        commands = " and then ".join(edge.stage(name) for name in error.stages)
+        return f"{text}; run {commands} again"
     if isinstance(error, DamagedArtifact) and error.remove:
         if error.stage:
             remake = f"{edge.remove(error.remove)} and run {edge.stage(error.stage)} again"

@@ -27,6 +27,7 @@ from ..families.load import parse
 from ..hardware import cores
 from ..protocols import Progress
 from ..store.artifacts import Manifest, Store
+from ..store.lineage import Lineage
 from .job import done, run_job
 from .stages import Addresses, label
 
@@ -89,22 +90,25 @@ def _stop_all(
 
 
 def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
-    """Do the jobs of a stage that are not done yet; return the manifest of each.
+    """Do the jobs of a stage that are not done yet or stale; return the manifest of each.
 
     Raises the error of a stage that is one job, else JobsFailed with the error of each, after all
-    jobs have had their turn.
+    jobs have had their turn; StaleArtifact when an input was made again meanwhile.
     """
     addresses = Addresses(cfg)
     jobs = addresses.jobs(stage)
+    lineage = Lineage(local.store)
     missing = []
     for _, item, _ in jobs:
-        if not done(addresses, stage, item, local.store):
+        if not done(addresses, stage, item, lineage):
             missing.append(item)
     failed = local.run_jobs(stage, cfg, missing)
     if None in failed:
         raise failed[None]
     if failed:
         raise JobsFailed(stage, cfg.items(stage), failed)
+    # Read again: what is shown is what is there now, and no other process may have changed it
+    Lineage(local.store).check(*(address for _, _, address in jobs))
     return [local.store.require(address) for _, _, address in jobs]
 
 

@@ -1,6 +1,6 @@
 """One job of a run, and what earlier stages left in the store, as that job reads it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,11 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..config.stage import Stage
-from ..errors import MismatchError
 from ..families import stage_function
 from ..protocols import Progress
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.history import History, read
+from ..store.lineage import Lineage
 from .stages import Addresses, label
 
 if TYPE_CHECKING:
@@ -32,41 +32,28 @@ class StoredParts:
     store: Store
     addresses: Addresses = field(init=False)
     reader: Reader = field(init=False)
+    lineage: Lineage = field(init=False)
 
     def __post_init__(self) -> None:
         self.addresses = Addresses(self.cfg)
         self.reader = Reader(self.store)
-        self._belonging: set[str] = set()  # addresses whose inputs were compared
+        self.lineage = Lineage(self.store, self.reader.recorded)
 
     def folder(self, stage: str, item: str | None = None) -> Path:
         """Where an artifact is, its files checked. Raises MissingArtifact, DamagedArtifact,
-        MismatchError."""
+        StaleArtifact."""
         return self.reader.folder(self.manifest(stage, item).address)
 
     def manifest(self, stage: str, item: str | None = None) -> Manifest:
         """An artifact's manifest, its own inputs checked. Raises MissingArtifact, DamagedArtifact,
-        MismatchError."""
+        StaleArtifact."""
         manifest = self.reader.manifest(self.addresses.of(stage, item))
-        # Compared once: a family asks for every file of an artifact by itself
-        if manifest.address not in self._belonging:
-            for source, digest in manifest.inputs.items():
-                self._check_input(manifest, source, digest)
-            self._belonging.add(manifest.address)
+        # An input that was made again has the same address; only its bytes tell
+        self.lineage.check(manifest.address)
         return manifest
 
-    def _check_input(self, manifest: Manifest, source: str, digest: str) -> None:
-        # An input that was made again has the same address; only its bytes tell
-        found = self.reader.manifest(source).digest
-        if found != digest:
-            raise MismatchError(
-                f"{manifest.address} was made on another {source} than the one in "
-                f"{self.store.root} (digest {digest[:12]}, found {found[:12]})",
-                remove=self.store.folder(manifest.address),
-                stage=manifest.stage,
-            )
-
     def tensors(self, stage: str, name: str, item: str | None = None) -> "dict[str, torch.Tensor]":
-        """A file's tensors. Raises MissingArtifact, DamagedArtifact, MismatchError."""
+        """A file's tensors. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
         return self.reader.tensors(self.manifest(stage, item).address, name)
 
     def jobs_folder(self, stage: str, item: str | None = None) -> Path:
@@ -90,6 +77,7 @@ class JobContext:
     address: str
     progress: Progress
     console: Console | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)  # address -> digest, when it begins
 
     @property
     def cfg(self) -> RunConfig:

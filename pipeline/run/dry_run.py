@@ -15,11 +15,13 @@ from ..errors import BudgetError
 from ..families import family
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s, uses_bf16
 from ..store.artifacts import Store
+from ..store.lineage import Lineage
 from ..train.flops import JobCost
 from .stages import RUN, Addresses
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
 ASSUMED_MFU = 0.3
+UNSURE = "done?"  # made on what is not there: it shows when that is made again
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Entry:
     """One job of a plan."""
 
     address: str
-    state: str  # done, at step n, to do
+    state: str  # done, done?, stale, at step n, to do
+    why: str  # what makes it stale, or may
     job: JobCost | None  # None: no training
     seconds: float | None
     refused: str = ""  # why it cannot run under the memory budget
@@ -38,6 +41,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     bf16 = uses_bf16(cfg.dtype)
     rate = _flops_per_s(store, bf16)
     addresses = Addresses(cfg)
+    lineage = Lineage(store)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
     # What a family knows its costs from: the metrics of the run's finished jobs
     made = {
@@ -47,7 +51,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     }
     entries = []
     for stage, item, address in jobs:
-        state = _state(store, address)
+        state = state_of(address, lineage)
         cost: JobCost | None = None
         refused = ""
         if cfg.stages[stage].kind == "training":
@@ -55,26 +59,49 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
                 cost = family(cfg.family).cost(cfg, stage, item, made, bf16)
             except BudgetError as error:
                 # A job that is done needs no memory any more
-                refused = "" if state == "done" else str(error)
+                refused = "" if state in ("done", UNSURE) else str(error)
         seconds = None
         if cost is not None and cost.flops is not None:
             seconds = 0.0 if state == "done" else cost.flops / rate
-        entries.append(Entry(address, state, cost, seconds, refused))
+        entries.append(
+            Entry(address, state, why_of(address, state, lineage), cost, seconds, refused)
+        )
     return entries
 
 
-def _state(store: Store, address: str) -> str:
-    if store.has(address):
-        return "done"
-    steps = [_saved_step(path) for path in store.resume(address).glob("?/state.json")]
+def state_of(address: str, lineage: Lineage) -> str:
+    """Return how far an artifact is, by manifests and checkpoints. Raises DamagedArtifact."""
+    if lineage.store.has(address):
+        if lineage.change(address):
+            return "stale"
+        return UNSURE if lineage.absent(address) else "done"
+    steps = []
+    for path in lineage.store.resume(address).glob("?/state.json"):
+        step, inputs = _saved(path)
+        # Of other inputs it is set aside when the job begins
+        if not lineage.differing(address, inputs):
+            steps.append(step)
     return f"at step {max(steps)}" if steps else "to do"
 
 
-def _saved_step(path: Path) -> int:
+def why_of(address: str, state: str, lineage: Lineage) -> str:
+    """Return what a person should know of a state; the same of all that have it for one reason."""
+    change = lineage.change(address)
+    if change:
+        return f"stale: {change.told_of()}"
+    if state == UNSURE:
+        absent = lineage.absent(address)
+        return f"{UNSURE}: stale if {absent}, which is not there, comes out otherwise than before"
+    return ""
+
+
+def _saved(path: Path) -> tuple[int, dict[str, str]]:
+    """Return the step of a checkpoint, and the digests of what it was trained on."""
     try:
-        return int(json.loads(path.read_text("utf-8"))["run"]["step"])
+        run = json.loads(path.read_text("utf-8"))["run"]
+        return int(run["step"]), dict(run.get("inputs", {}))
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, {}
 
 
 def _flops_per_s(store: Store, bf16: bool) -> float:
@@ -113,6 +140,8 @@ def show_plan(
     for entry in entries:
         table.add_row(entry.address, entry.state, *_cells(entry))
     console.print(table)
+    for why in dict.fromkeys(entry.why for entry in entries if entry.why):
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
     known = [entry.seconds for entry in entries if entry.seconds is not None]
     unknown = any(entry.job and entry.seconds is None for entry in entries)
     least = "at least " if unknown else ""

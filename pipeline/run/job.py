@@ -7,6 +7,7 @@ process makes it, and what is written down of it, is the same for all of them an
 import importlib.metadata
 import json
 import time
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from ..store.artifacts import (
     translate_disk_errors,
     write_text,
 )
+from ..store.lineage import Lineage
 from .context import JobContext, StoredParts
 from .stages import Addresses
 
@@ -46,48 +48,72 @@ def run_job(
     progress: Progress,
     console: Console | None = None,
 ) -> Manifest:
-    """Do one job, or return its manifest when its result is already there.
+    """Do one job, or return its manifest when its result is already there and current.
 
-    Waits when another process is doing the same. Raises MissingArtifact when an input is not there.
+    Waits when another process is doing the same. Raises MissingArtifact when an input is not there,
+    StaleArtifact when one is stale.
     """
     # Before any file of the store is open, and before parts remember what they have checked
     store.refresh()
     parts = StoredParts(cfg, store)
     address = parts.addresses.of(stage, item)
     job = JobContext(stage, item, parts, address, progress, console)
-    manifest = store.require(address) if store.has(address) else _make_once(job)
+    if parts.lineage.is_current(address):
+        manifest = parts.reader.manifest(address)
+    else:
+        manifest = _make_once(job)
     # Not a part of making it: a bundle that was made before has to get there too
     if job.row.kind == "bundle" and cfg.deploy.upload:
         bundle.upload(job.folder, cfg.deploy.upload, progress)
     return manifest
 
 
-def done(addresses: Addresses, stage: str, item: str | None, store: Store) -> bool:
-    """Whether a job has nothing left to do; a bundle is copied each time it is asked for."""
+def done(addresses: Addresses, stage: str, item: str | None, lineage: Lineage) -> bool:
+    """Whether a job has nothing left to do; a bundle is copied each time it is asked for. Raises
+    DamagedArtifact."""
     cfg = addresses.cfg
     copies = cfg.stages[stage].kind == "bundle" and cfg.deploy.upload is not None
-    return store.has(addresses.of(stage, item)) and not copies
+    return lineage.is_current(addresses.of(stage, item)) and not copies
 
 
 def _make_once(job: JobContext) -> Manifest:
     """Make the artifact, unless another process makes it meanwhile."""
-    inputs = {}
-    for need, item in job.cfg.needs(job.stage, job.item):
-        address = job.parts.addresses.of(need, item)
-        inputs[address] = job.parts.reader.manifest(address).digest
+    # Before anybody waits for what cannot be made
+    _inputs(job)
+    waited = False
 
     def waiting() -> None:
+        nonlocal waited
+        waited = True
         text = f"{job.name}: another process is making {job.address}; waiting for it"
         job.progress(text, None)
 
     with translate_disk_errors(job.folder), job.store.lock(job.address, waiting):
+        if waited:
+            # What was read before may not be what is there now
+            job = replace(job, parts=StoredParts(job.cfg, job.store))
         # Asked again under the lock: whoever held it may have made the artifact
-        if job.store.has(job.address):
+        lineage = Lineage(job.store)
+        if lineage.is_current(job.address):
             return job.store.require(job.address)
-        return _make(job, inputs)
+        stale = lineage.told(job.address)
+        if stale:
+            job.progress(f"{job.name}: making it again, as {stale}", None)
+        return _make(replace(job, inputs=_inputs(job)))
 
 
-def _make(job: JobContext, inputs: dict[str, str]) -> Manifest:
+def _inputs(job: JobContext) -> dict[str, str]:
+    """Return the digests of what a job reads. Raises MissingArtifact, DamagedArtifact,
+    StaleArtifact."""
+    digests = {}
+    for need, item in job.cfg.needs(job.stage, job.item):
+        address = job.parts.addresses.of(need, item)
+        digests[address] = job.parts.reader.manifest(address).digest
+    job.parts.lineage.check(*digests)
+    return digests
+
+
+def _make(job: JobContext) -> Manifest:
     started = time.monotonic()
     folder = job.store.begin(job.address)
     metrics = _work(job)
@@ -103,7 +129,7 @@ def _make(job: JobContext, inputs: dict[str, str]) -> Manifest:
         job.address,
         job.stage,
         job.item,
-        inputs,
+        dict(job.inputs),
         inventory(folder),
         metrics,
         made,

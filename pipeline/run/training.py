@@ -69,7 +69,8 @@ def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
         job.row.setting_name(job.item),
         runtime.save_every_s,
         runtime.log_every_steps,
-        peak,
+        inputs=job.inputs,
+        peak=peak,
     )
     try:
         metrics = fit(task, io)

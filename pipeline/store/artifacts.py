@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SMALL_BYTES = 16_000_000
 # Raised when what is in a store is laid out or written differently.
 FORMAT = 2
+# What an artifact that is made again is called meanwhile, below the folder of its checkpoints.
+FORMER = "former"
 # A quota and a limit on the size of files leave no room either.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -127,8 +129,9 @@ class Store:
         except (OSError, ValueError, TypeError) as error:
             raise DamagedArtifact(f"{path} cannot be read ({error})", remove=path.parent) from None
 
-    def require(self, address: str) -> Manifest:
-        """Return the manifest of an artifact whose files are all there, by their sizes.
+    def require(self, address: str, known: Manifest | None = None) -> Manifest:
+        """Return the manifest of an artifact whose files are all there, by their sizes; `known` is
+        the manifest where it was read already.
 
         Raises MissingArtifact or DamagedArtifact.
         """
@@ -138,7 +141,7 @@ class Store:
             raise MissingArtifact(
                 f"{address} is not in {self.root}", address=address, stages=(stage,)
             )
-        manifest = self.manifest(address)
+        manifest = known or self.manifest(address)
         for name, entry in manifest.files.items():
             path = self.folder(address) / name
             found = path.stat().st_size if path.exists() else None
@@ -148,8 +151,17 @@ class Store:
         return manifest
 
     def begin(self, address: str) -> Path:
-        """Return the artifact's folder, emptied of what a killed writer left."""
+        """Return the artifact's folder, emptied of what a killed writer left.
+
+        A whole artifact that is made again waits beside the checkpoints until the new one is whole.
+        """
         folder = self.folder(address)
+        if self.has(address):
+            former = self.resume(address) / FORMER
+            if former.exists():
+                shutil.rmtree(former)
+            former.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(former)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -210,12 +222,21 @@ class Reader:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._manifests: dict[str, Manifest] = {}
+        self._whole: set[str] = set()
         self._hashed: set[tuple[str, str]] = set()
 
     def manifest(self, address: str) -> Manifest:
         """Return an artifact's manifest. Raises MissingArtifact or DamagedArtifact."""
+        if address not in self._whole:
+            known = self._manifests.get(address)
+            self._manifests[address] = self.store.require(address, known)
+            self._whole.add(address)
+        return self._manifests[address]
+
+    def recorded(self, address: str) -> Manifest:
+        """Return a manifest without a look at the files. Raises DamagedArtifact."""
         if address not in self._manifests:
-            self._manifests[address] = self.store.require(address)
+            self._manifests[address] = self.store.manifest(address)
         return self._manifests[address]
 
     def folder(self, address: str) -> Path:

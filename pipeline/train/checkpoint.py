@@ -41,7 +41,10 @@ NUMBERS = "state.json"
 # Raised when a slot's files or numbers mean something else than before; `run.step` and how numbers
 # are sealed stay, so that any version knows a checkpoint of another for one.
 FORMAT = 1
-ASIDE = ".damaged-"  # in the name of what was found wrong, before the time
+# In the name of what is kept aside, before the time: what was found wrong, and what is of inputs
+# that were made again since.
+DAMAGED = ".damaged-"
+STALE = ".stale-"
 # Something lies there, and it is no file or no folder as a slot has it.
 NOT_A_SLOT = (NotADirectoryError, IsADirectoryError)
 
@@ -79,6 +82,8 @@ class TrainState:
     micro_batch: int = 0  # rows of a forward pass; 0: none was made yet
     max_micro_batch: int = 0  # what it may still grow to
     best_sha256: str = ""  # of the file that holds the best state; empty: none is kept
+    # address -> digest of what the job reads: with others a training goes on from nothing here
+    inputs: dict[str, str] = field(default_factory=dict)
     # above the level at which an attempt began, the highest of all attempts
     peak_bytes: int = 0
     host_peak_bytes: int = 0
@@ -101,9 +106,10 @@ class _Damage(DamagedArtifact):
     """What was read and is not what was written; `paths` are renamed aside, none when nothing of it
     is worth keeping."""
 
-    def __init__(self, text: str, *paths: Path):
+    def __init__(self, text: str, *paths: Path, kind: str = DAMAGED):
         super().__init__(text)
         self.paths = paths
+        self.kind = kind
 
 
 def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> None:
@@ -135,10 +141,14 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
 
 
 def restore(
-    folder: Path, task: Resumable, optimizer: AdamW, note: Callable[[str], None]
+    folder: Path,
+    task: Resumable,
+    optimizer: AdamW,
+    note: Callable[[str], None],
+    inputs: Mapping[str, str] | None = None,
 ) -> TrainState | None:
-    """Load the newest good slot into task and optimizer; renames damaged ones aside and tells by
-    `note` what that costs.
+    """Load the newest good slot into task and optimizer; renames aside what is damaged, or was
+    trained on other inputs than these, and tells by `note` what that costs.
 
     Raises UnreadableFile when anything on the way cannot be read, and OtherCheckpoint for slots
     that another kind of run wrote; both leave every file as it was.
@@ -150,7 +160,9 @@ def restore(
         if not _exists(slot):
             continue
         try:
-            slots[slot] = _read_numbers(slot)
+            numbers = _read_numbers(slot)
+            _check_inputs(slot, numbers, inputs)
+            slots[slot] = numbers
         except _Damage as damage:
             damages.append(damage)
     for slot, numbers in slots.items():
@@ -220,7 +232,8 @@ def _remove_unused_best(folder: Path, run: TrainState) -> None:
             return
         named.add(f"best-{state['best_step']}.safetensors")
     for path in folder.glob("best-*"):
-        if path.name not in named and ASIDE not in path.name:
+        is_aside = DAMAGED in path.name or STALE in path.name
+        if path.name not in named and not is_aside:
             path.unlink()
 
 
@@ -243,12 +256,12 @@ def _set_aside(damage: _Damage) -> str:
     at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     names = []
     for path in damage.paths:
-        aside = path.with_name(f"{path.name}{ASIDE}{at}")
+        aside = path.with_name(f"{path.name}{damage.kind}{at}")
         # a clock may be set back, and a name be taken
         again = 1
         while _exists(aside):
             again += 1
-            aside = path.with_name(f"{path.name}{ASIDE}{at}-{again}")
+            aside = path.with_name(f"{path.name}{damage.kind}{at}-{again}")
         # two slots may name one best state, and what is gone cannot be kept
         with suppress(FileNotFoundError):
             path.rename(aside)
@@ -263,6 +276,24 @@ def _step_of(slot: Path) -> int:
         return _read_numbers(slot)["run"]["step"]
     except DamagedArtifact:
         return -1
+
+
+def _check_inputs(slot: Path, numbers: dict[str, Any], inputs: Mapping[str, str] | None) -> None:
+    """Raise _Damage for a slot of a training on other inputs: going on would mix them."""
+    run = numbers["run"]
+    stored = run.get("inputs")
+    # One without a word of them is of an earlier version, which is told apart elsewhere
+    if inputs is None or stored is None:
+        return
+    other = [name for name, digest in inputs.items() if stored.get(name) != digest]
+    if other:
+        raise _Damage(
+            f"checkpoint {slot} (step {run['step']}) was trained on another {other[0]} than the "
+            "one there now",
+            slot,
+            slot.parent / f"best-{run['best_step']}.safetensors",
+            kind=STALE,
+        )
 
 
 def _check_kind(slot: Path, numbers: dict[str, Any], task: Resumable, optimizer: AdamW) -> None:

@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -106,6 +106,8 @@ class TrainIO:
     settings: str  # for messages: the configuration section
     save_every_s: float = 60.0
     log_every_steps: int = 10
+    # address -> digest of what the training reads; none: unknown, and nobody compares
+    inputs: Mapping[str, str] | None = None
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
 
 
@@ -136,9 +138,9 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
     clock = _StepClock(next(iter(task.parameters.values())).device)
     optimizer = AdamW(task.parameters, opts, task.bf16_params, plan.moments)
-    run = restore(io.slots, task, optimizer, io.recorder.note)
+    run = restore(io.slots, task, optimizer, io.recorder.note, io.inputs)
     if run is None:
-        run = TrainState(start_checksums=_checksums(task, optimizer))
+        run = TrainState(start_checksums=_checksums(task, optimizer), inputs=dict(io.inputs or {}))
     clock.add_to(run.seconds)
     io.peak.carry(run.peak_bytes, run.host_peak_bytes)
     guard = MemoryGuard(plan, io.peak, run, io.recorder.note)
