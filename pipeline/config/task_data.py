@@ -97,6 +97,14 @@ class TaskDataConfig(Section):
     image_field: str = Field(
         "image", description="Column of the picture: a path, bytes, or an image feature"
     )
+    rows_field: str | None = Field(
+        None, description="List of the rows, of a .json file that is one object with several"
+    )
+    turns: Literal["one", "first", "each"] = Field(
+        "one",
+        description="Of chats with several exchanges: none is read (one), the first, or each as a "
+        "row of its own without what came before",
+    )
     pictures: Literal["every", "some", "none"] = Field(
         "every",
         description="Rows that have one: every (others are dropped and counted), some, or none: "

@@ -13,6 +13,21 @@ from ..errors import DataError
 
 EXAMPLES = 3  # kept per reason
 
+# Characters of an example: a row may hold a whole picture where a path was meant.
+_LONGEST = 300
+
+# Of what is said about all of them, a screen of text: beyond it, reasons have one short example.
+_MOST_EXPLAINED = 1500
+_SHORT = 120
+_SHOWN_REASONS = 8
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text of at most `most` characters and a few more, which say how long it was."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}... ({len(text):,} characters)"
+
 
 @dataclass
 class DropStats:
@@ -42,7 +57,7 @@ class DropStats:
         shown = self.examples.setdefault(reason, [])
         # The first, so that a report is the same however many follow
         if len(shown) < EXAMPLES:
-            shown.append(f"{where}: {detail}" if detail else where)
+            shown.append(shortened(f"{where}: {detail}" if detail else where, _LONGEST))
 
     def merge(self, later: "DropStats") -> None:
         """Add what was dropped in a later step of the same items, which are not seen twice."""
@@ -79,12 +94,19 @@ class DropStats:
 
     def explain(self, bad_only: bool = False) -> str:
         """Return the counts with their examples as one phrase, the most frequent reason first."""
+        counts = self.counts.most_common()
+        if bad_only:
+            counts = [item for item in counts if item[0] not in self.harmless]
         phrases = []
-        for reason, count in self.counts.most_common():
-            if bad_only and reason in self.harmless:
-                continue
-            shown = ", ".join(self.examples[reason])
-            phrases.append(f"{count} {reason} ({shown})")
+        for reason, count in counts:
+            phrases.append(f"{count} {reason} ({', '.join(self.examples[reason])})")
+        if len("; ".join(phrases)) > _MOST_EXPLAINED:
+            phrases = []
+            for reason, count in counts[:_SHOWN_REASONS]:
+                example = shortened(self.examples[reason][0], _SHORT)
+                phrases.append(f"{count} {shortened(reason, _SHORT)} ({example})")
+            if len(counts) > _SHOWN_REASONS:
+                phrases.append(f"and {len(counts) - _SHOWN_REASONS} other reasons")
         return "; ".join(phrases) or "none dropped"
 
     def told(self) -> list[str]:

@@ -24,6 +24,12 @@ SUFFIXES = (
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
+_OURS = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s|"
+    rb"....ftyp(avi|hei|hev|mif|msf)",
+    re.DOTALL,
+)
+
 # How files begin that are no picture here, and what to call them.
 _OTHERS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture"),
@@ -56,6 +62,11 @@ _MOST_TEXTS_BYTES = 32 << 20  # of all texts together, half of what Pillow takes
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9A-Fa-f]+>")
+
+
+def begins_as_picture(data: bytes) -> bool:
+    """Tell whether bytes begin as a file of a format in FORMATS does."""
+    return _OURS.match(data) is not None
 
 
 def name_of_other(data: bytes) -> str | None:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..images import images
-from ..sources.task_streams import split_named
-from ..sources.tasks import image_columns
+from ..sources.task_streams import image_columns, split_named
 from ..tasks.groups import group_name, text_key
 
 SPLITS = ("train", "valid", "test", "test_held")

@@ -3,10 +3,9 @@
 import codecs
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from ...config.text_data import DataConfig
 from ...errors import DataError
 from . import FoundRow, Note, SkippedRow
 from .columns import field_value, listed
@@ -27,10 +26,11 @@ def csv_rows(
     fs: "AbstractFileSystem",
     path: str,
     encoding: str | None,
-    data: DataConfig,
+    wanted: Collection[str],
     delimiter: str | None,
 ) -> Iterator[FoundRow]:
-    """Yield the rows of a table; `delimiter` None is the one that its header is written with.
+    """Yield the rows of a table; `delimiter` None is the one that its header is written with, which
+    is the one that parts a column that is wanted from the others.
 
     A row with more or fewer fields than the header is skipped with that reason. Raises DataError
     for a quote that is not closed: what it has swallowed cannot be told from text.
@@ -40,7 +40,7 @@ def csv_rows(
         if text.note:
             yield text.name, Note(text.note)
         if delimiter is None:
-            delimiter = _delimiter(text.file.peek(), data)
+            delimiter = _delimiter(text.file.peek(), wanted)
             if delimiter != _DELIMITERS[0]:
                 yield (
                     text.name,
@@ -48,16 +48,17 @@ def csv_rows(
                 )
         # Bytes that are not UTF-8 become surrogates, which encoding the one document then refuses
         lines = io.TextIOWrapper(text.file, "utf-8-sig", errors="surrogateescape", newline="")
-        yield from _rows(csv.reader(lines, delimiter=delimiter, strict=True), path, data)
+        yield from _rows(csv.reader(lines, delimiter=delimiter, strict=True), path, wanted)
 
 
-def _delimiter(head: bytes, data: DataConfig) -> str:
-    """Return what parts the fields: that with which the header has the column of the text."""
+def _delimiter(head: bytes, wanted: Collection[str]) -> str:
+    """Return what parts the fields: that with which the header has a column that is wanted."""
     first = head.removeprefix(codecs.BOM_UTF8).splitlines()[:1]
     for line in first:
         for delimiter in _DELIMITERS:
             names = _header(line.decode("utf-8", "replace"), delimiter)
-            if field_value(dict.fromkeys(names, ""), data.text_field) is not None:
+            found = dict.fromkeys(names, "")
+            if any(field_value(found, name) is not None for name in wanted):
                 return delimiter
     return _DELIMITERS[0]
 
@@ -66,7 +67,7 @@ def _header(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter), [])
 
 
-def _rows(rows: "_csv.Reader", path: str, data: DataConfig) -> Iterator[FoundRow]:
+def _rows(rows: "_csv.Reader", path: str, wanted: Collection[str]) -> Iterator[FoundRow]:
     header: list[str] | None = None
     while True:
         first = rows.line_num + 1
@@ -88,7 +89,7 @@ def _rows(rows: "_csv.Reader", path: str, data: DataConfig) -> Iterator[FoundRow
             continue
         if header is None:
             header = values
-            _check_header(header, path, data)
+            _check_header(header, path, wanted)
         elif len(values) != len(header):
             detail = f"{len(values)} where the header has {len(header)}"
             yield where, SkippedRow("wrong number of fields", detail)
@@ -96,9 +97,9 @@ def _rows(rows: "_csv.Reader", path: str, data: DataConfig) -> Iterator[FoundRow
             yield where, dict(zip(header, values, strict=True))
 
 
-def _check_header(header: list[str], path: str, data: DataConfig) -> None:
-    for name in (data.text_field, data.label_field, data.split_field):
-        if header.count(str(name)) > 1:
+def _check_header(header: list[str], path: str, wanted: Collection[str]) -> None:
+    for name in wanted:
+        if header.count(name) > 1:
             raise DataError(
                 f"data.files: {path} has the column {name} twice, so which one is meant cannot be "
                 f"told; its columns are {listed(header)}. Rename one"

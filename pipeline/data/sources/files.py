@@ -184,7 +184,9 @@ def _json(file: _File) -> Iterator[FoundRow]:
 
 def _table(delimiter: str | None) -> "Callable[[_File], Iterator[FoundRow]]":
     def rows(file: _File) -> Iterator[FoundRow]:
-        return csv_rows(file.fs, file.path, file.entry.encoding, file.data, delimiter)
+        data = file.data
+        wanted = filter(None, (data.text_field, data.label_field, data.split_field))
+        return csv_rows(file.fs, file.path, file.entry.encoding, tuple(wanted), delimiter)
 
     return rows
 

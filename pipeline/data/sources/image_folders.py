@@ -8,8 +8,17 @@ from ...config.task_data import TaskDataConfig
 from ...errors import DataError
 from ..images.formats import SUFFIXES
 from . import SkippedRow, task_files
-from .task_files import TABLES, parsed
-from .task_streams import SPLIT_NAMES, Found, Stream, base_of, given_splits, setting
+from .task_files import parsed
+from .task_streams import (
+    IMAGE_COLUMNS,
+    SPLIT_NAMES,
+    Found,
+    Stream,
+    base_of,
+    given_splits,
+    setting,
+    split_named,
+)
 
 SIDECARS = (".json", ".txt")
 
@@ -21,35 +30,75 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
         raise DataError(f"{setting(name)}.path: {base} is not a folder of images")
     given = given_splits(data)
     # A folder with a table in it is read by the table: what lies beside the images is not asked.
-    if not given and any((base / table).is_file() for table in TABLES):
-        yield from task_files.streams(name, data)
+    if not given and any(map(task_files.is_table, base.iterdir())):
+        for split, rows in task_files.streams(name, data):
+            yield split, map(_with_split_of_folder, rows)
         return
     if not given:
         for folder_name, split in SPLIT_NAMES.items():
             if (base / folder_name).is_dir():
                 given[split] = folder_name
-    start = Path(data.image_root or base)
     if not given:
-        yield None, _sidecars(base, base, start)
+        yield None, _folder_rows(name, data, base, base)
     for split, folder_name in given.items():
         folder = base / folder_name
         if not folder.is_dir():
             raise DataError(f"{setting(name)}.{split}: {folder} is not a folder of images")
-        yield split, _sidecars(base, folder, start)
+        yield split, _folder_rows(name, data, base, folder)
 
 
-def _sidecars(base: Path, folder: Path, start: Path) -> Iterator[Found]:
-    """Yield one row per image with what stands beside it: x.json (columns) or x.txt (an answer)."""
+def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> Iterator[Found]:
+    """Yield the rows of a split's folder: from the tables in it, from what stands beside each
+    image, or else from the names of the folders that images are in."""
+    start = Path(data.image_root or base)
+    tables = []
+    annotated = False
+    for path in _files(folder):
+        if task_files.is_table(path):
+            tables.append(path)
+        annotated = annotated or path.suffix in SIDECARS
+    for table in tables:
+        yield from task_files.rows_of(name, data, table, base)
+    if not tables:
+        yield from _sidecars(base, folder, start, annotated)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, in the same order on every file system."""
     for place, folders, files in os.walk(folder):
-        # Sorted in place, so that os.walk goes on in this order, the same on every file system.
+        # Sorted in place, so that os.walk goes on in this order.
         folders.sort()
         for file in sorted(files):
-            if not file.lower().endswith(SUFFIXES):
-                continue
-            path = Path(place, file)
-            where = path.relative_to(base).as_posix()
-            row = {"id": where, "image": os.path.relpath(path, start)}
+            yield Path(place, file)
+
+
+def _with_split_of_folder(found: Found) -> Found:
+    """Return a row whose picture lies in a folder that is named for a split as one of that split,
+    if it says nothing of its own."""
+    where, row = found
+    if isinstance(row, SkippedRow) or "split" in row:
+        return found
+    for column in IMAGE_COLUMNS:
+        path = row.get(column)
+        if isinstance(path, str) and "/" in path:
+            split = split_named(path.removeprefix("./").partition("/")[0])
+            if split is not None:
+                return where, row | {"split": split}
+    return found
+
+
+def _sidecars(base: Path, folder: Path, start: Path, annotated: bool) -> Iterator[Found]:
+    """Yield one row per image: with what stands beside it, x.json (columns) or x.txt (an answer),
+    or where no image has that, with the name of its folder as its label."""
+    for path in _files(folder):
+        if not path.name.lower().endswith(SUFFIXES):
+            continue
+        where = path.relative_to(base).as_posix()
+        row = {"id": where, "image": os.path.relpath(path, start)}
+        if annotated or path.parent == folder:
             yield where, _annotated(path, row)
+        else:
+            yield where, row | {"label": path.relative_to(folder).parts[0]}
 
 
 def _annotated(path: Path, row: dict) -> dict | SkippedRow:

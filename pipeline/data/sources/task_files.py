@@ -1,15 +1,35 @@
-"""Task rows from files on this machine: which files are which split, and one row after another."""
+"""Task rows from files on this machine: which files are which split, and one row after another.
 
-import json
+A file has one row a line, is an array of them, a table of fields, or an object around an array as
+COCO and others write it.
+"""
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
-from . import SkippedRow
-from .task_streams import Found, Stream, base_of, given_splits, setting, split_named
+from . import Note, SkippedRow
+from .csv_rows import csv_rows
+from .json_rows import json_row, json_rows, jsonl_rows
+from .packed import SUFFIXES as PACKED
+from .task_streams import Found, Stream, base_of, given_splits, image_columns, setting, split_named
 
-TABLES = ("annotations.jsonl", "metadata.jsonl")
+# Of files with rows, and in a folder the first kind that is there counts: a report in .json lies
+# beside rows in .jsonl more often than not.
+_KINDS = ((".jsonl", ".ndjson"), (".json",), (".csv", ".tsv"))
+
+# What the source hub reads, also from a folder on this machine.
+_OF_HUB = (".parquet", ".arrow", ".tar", ".zip")
+
+# Files that say something of a data set and hold none of its rows.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+_LONGEST_PATH = 1024  # characters; longer text is a picture itself
+
+# Of files in a folder of images that say what they show, without their suffix.
+_TABLE_NAMES = ("annotations", "metadata")
 
 
 def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
@@ -32,22 +52,109 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
             raise DataError(
                 f"{setting(name)}: {file} does not exist; correct path, or the name under {wanted}"
             )
-        yield wanted, _lines(name, file)
+        yield wanted, rows_of(name, data, file, base if base.is_dir() else file.parent)
+
+
+def is_table(file: Path) -> bool:
+    """Tell whether a file in a folder of images has rows about them, by its name."""
+    stem, suffix = _parted(file)
+    return stem in _TABLE_NAMES and any(suffix in kind for kind in (*_KINDS, _OF_HUB))
+
+
+def rows_of(name: str, data: TaskDataConfig, file: Path, base: Path) -> Iterator[Found]:
+    """Yield the rows of a file below base, where paths of pictures start, too.
+
+    Raises DataError for a file that is torn or of a kind that is not read here.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    _, suffix = _parted(file)
+    where = file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name
+    local = LocalFileSystem()
+    path = str(file)
+    if suffix in _OF_HUB:
+        raise DataError(
+            f"{setting(name)}: {where} is read by the source hub; set source to hub, id to its "
+            "folder and revision to any word"
+        )
+    if suffix in (".csv", ".tsv"):
+        wanted = {*image_columns(data.image_field), *data.fields.values(), "prompt", "answer"}
+        found = csv_rows(local, path, None, wanted, "\t" if suffix == ".tsv" else None)
+    elif suffix == ".json":
+        found = _unwrapped(name, where, data, json_rows(local, path, None))
+    else:
+        found = jsonl_rows(local, path, None)
+    try:
+        for place, row in found:
+            if isinstance(row, dict) and is_table(file) and not data.image_root:
+                row = _placed(row, file.parent, base, data)
+            if not isinstance(row, Note):
+                yield place.replace(path, where), row
+    except (DataError, OSError) as error:
+        # What reads a file says which it is, in the words of documents' settings.
+        told = str(error).replace(path, where).removeprefix("data.files: ")
+        raise DataError(f"{setting(name)}: {told}") from None
+
+
+def _placed(row: dict, here: Path, base: Path, data: TaskDataConfig) -> dict:
+    """Return a row of a table of images, whose paths start at the table's own folder, with paths
+    from the source's folder on."""
+    if here == base or not here.is_relative_to(base):
+        return row
+    placed = dict(row)
+    for column in row:
+        is_named = str(column).endswith(("file_name", "file_names"))
+        if is_named or column in image_columns(data.image_field):
+            placed[column] = _path_from(here, base, row[column])
+    return placed
+
+
+def _path_from(here: Path, base: Path, value: object) -> object:
+    if isinstance(value, list):
+        return [_path_from(here, base, item) for item in value]
+    # Of what is there and nowhere else: rows may hold pictures themselves, or paths from base on.
+    if not isinstance(value, str) or len(value) > _LONGEST_PATH or not (here / value).is_file():
+        return value
+    return (here / value).relative_to(base).as_posix()
+
+
+def parsed(content: bytes) -> dict | SkippedRow:
+    """Return the row of a line of JSON, or why it is none."""
+    return json_row(content)
+
+
+def _parted(file: Path) -> tuple[str, str]:
+    """Return a file's name without its suffix, and the suffix without that of a packed file."""
+    name = file.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix) if dot else (name, "")
+
+
+def _row_files(base: Path) -> list[Path]:
+    """Return the files with rows in a folder, of the first kind that it has."""
+    if not base.is_dir():
+        return []
+    files = [file for file in sorted(base.iterdir()) if file.is_file()]
+    for kind in (*_KINDS, _OF_HUB):
+        found = [file for file in files if _parted(file)[1] in kind and file.name not in _ABOUT]
+        if found:
+            return found
+    return []
 
 
 def _files_by_split(base: Path) -> dict[str, str]:
     """Return the files of a folder by the split that they are named for; nothing when one file is
     all there is, or one of several is named otherwise."""
-    if not base.is_dir():
-        return {}
-    names = [file.name for file in sorted(base.glob("*.jsonl"))]
+    files = _row_files(base)
     by_split = {}
-    for name in names:
-        split = split_named(Path(name).stem)
+    for file in files:
+        split = split_named(_parted(file)[0])
         if split is not None:
-            by_split[split] = name
+            by_split[split] = file.name
     # Fewer splits than files: two are of one split (val and dev), or one is of none.
-    if len(names) > 1 and len(by_split) == len(names):
+    if len(files) > 1 and len(by_split) == len(files):
         return by_split
     return {}
 
@@ -58,38 +165,77 @@ def _table(name: str, data: TaskDataConfig, base: Path) -> Path:
         return base
     if data.split:
         return base / data.split
-    found = sorted(base.glob("*.jsonl"))
-    known = [file for file in found if file.name in TABLES] or found
+    found = _row_files(base)
+    known = [file for file in found if is_table(file)] or found
     if len(known) != 1:
-        listed = ", ".join(file.name for file in found) or "none"
+        listed = ", ".join(file.name for file in found[:10]) or "none"
         raise DataError(
             f"{setting(name)}: {base} should hold one .jsonl file, found {listed}; name the files "
-            "under train, valid and test, or give the path of one"
+            "under train, valid and test, or give the path of one (.jsonl, .json, .csv)"
         )
     return known[0]
 
 
-def _lines(name: str, file: Path) -> Iterator[Found]:
-    try:
-        # As bytes: one line that is not UTF-8 is skipped, where a text file would end there.
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file.name}:{number}", parsed(line)
-    except OSError as error:
-        raise DataError(f"{setting(name)}: {file} cannot be read: {error}") from None
+def _unwrapped(
+    name: str, where: str, data: TaskDataConfig, found: Iterator[tuple[str, Any]]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a .json file; of one that is a single object around lists, its lists'."""
+    rows = (item for item in found if not isinstance(item[1], Note))
+    first = next(rows, None)
+    if first is None:
+        return
+    second = next(rows, None)
+    lists = _lists_of_rows(first[1]) if second is None else {}
+    if not lists:
+        yield first
+        if second is not None:
+            yield second
+        yield from rows
+        return
+    if {"images", "annotations"} <= lists.keys():
+        yield from _coco_rows(where, lists)
+        return
+    wanted = data.rows_field
+    if wanted is None and len(lists) == 1:
+        wanted = next(iter(lists))
+    if wanted not in lists:
+        raise DataError(
+            f"{where} is one object with the lists {', '.join(lists)}; set rows_field to the one "
+            "that has the rows"
+        )
+    for number, row in enumerate(lists[wanted], 1):
+        yield f"{where} {wanted} {number}", row
 
 
-def parsed(line: bytes) -> dict | SkippedRow:
-    """Return the row of a line of JSON, or why it is none."""
-    try:
-        # The first line of a file from Windows often begins with a byte order mark.
-        found = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
-    # RecursionError: a line of a thousand brackets is no row, and no reason to end either.
-    except (ValueError, RecursionError) as error:
-        return SkippedRow("not JSON", str(error))
-    if not isinstance(found, dict):
-        return SkippedRow("not JSON", f"an object was wanted, found {type(found).__name__}")
-    return found
+def _lists_of_rows(value: object) -> dict[str, list[dict]]:
+    """Return the lists of objects in an object that is more likely around rows than a row: it says
+    nothing of a picture or a chat itself."""
+    if not isinstance(value, dict) or any(key in value for key in ("image", "file_name")):
+        return {}
+    lists = {}
+    for key, items in value.items():
+        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
+            lists[key] = items
+    return lists
+
+
+def _coco_rows(where: str, lists: dict[str, list[dict]]) -> Iterator[tuple[str, dict]]:
+    """Yield one row for each picture of a COCO file: its columns, and in boxes, captions and label
+    what its annotations say."""
+    names = {kind.get("id"): kind.get("name") for kind in lists.get("categories", [])}
+    by_image: dict[object, list[dict]] = {}
+    for annotation in lists["annotations"]:
+        by_image.setdefault(annotation.get("image_id"), []).append(annotation)
+    for number, image in enumerate(lists["images"], 1):
+        boxes = []
+        captions = []
+        for annotation in by_image.get(image.get("id"), []):
+            if "bbox" in annotation:
+                label = names.get(annotation.get("category_id"))
+                boxes.append(annotation | ({} if label is None else {"label": label}))
+            if "caption" in annotation:
+                captions.append(annotation["caption"])
+        said: dict[str, object] = {"boxes": boxes}
+        if captions:
+            said |= {"answer": captions[0], "answers": captions}
+        yield f"{where} images {number}", image | said

@@ -15,6 +15,9 @@ Found = tuple[str, dict | SkippedRow]
 # The rows of one split, or of a source that has to be divided (None).
 Stream = tuple[str | None, Iterator[Found]]
 
+# Where pictures are when nothing else is set; those of the Hub's folders of images come last.
+IMAGE_COLUMNS = ("image", "images", "file_name", "file_names")
+
 # What files, folders and columns call a split.
 SPLIT_NAMES = {
     "train": "train",
@@ -29,6 +32,14 @@ SPLIT_NAMES = {
 def split_named(name: str) -> str | None:
     """Return the split that a name stands for, None when it is no split's."""
     return SPLIT_NAMES.get(name.lower())
+
+
+def image_columns(setting: str) -> tuple[str, ...]:
+    """Return the columns that may hold a row's pictures: the one that is set, and for the default
+    its other names."""
+    if setting == "image":
+        return (setting, *IMAGE_COLUMNS)
+    return (setting,)
 
 
 def given_splits(data: TaskDataConfig) -> dict[str, str]:

@@ -20,11 +20,16 @@ from ...config.task_data import SyntheticConfig, TaskDataConfig
 from ...errors import DataError
 from ..images import images
 from ..images.images import ImageSource
+from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
-from . import SkippedRow, image_folders, synthetic, task_files, task_hub
-from .task_streams import SPLIT_NAMES, Stream, base_of, split_named
+from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
+from .columns import listed
+from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, split_named
 
-IMAGE_COLUMNS = ("image", "images", "file_name")
+# Where an object has its picture, in the order in which they are asked.
+_IMAGE_KEYS = ("bytes", "base64", "data", "path", "url", "image_url", "image", "file_name")
+
+_SHOWN = 120  # characters of an address, in a message
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def records(name: str, data: TaskDataConfig) -> Iterator[Record]:
     number = 0
     taken: Counter[str | None] = Counter()
     for split, rows in _STREAMS[data.source](name, data):
-        for where, found in rows:
+        for where, found in _exchanges(rows, data):
             record = _record(where, number, found, split, data)
             if data.limit and taken[record.split] >= data.limit:
                 # Rows that name their own split may still have one that is not full.
@@ -55,6 +60,16 @@ def records(name: str, data: TaskDataConfig) -> Iterator[Record]:
             taken[record.split] += 1
             number += 1
             yield record
+
+
+def _exchanges(rows: Iterator[Found], data: TaskDataConfig) -> Iterator[Found]:
+    """Pass rows on, those that are chats as the questions and answers in them."""
+    for where, found in rows:
+        is_asked = isinstance(found, dict) and column(found, "prompt", data) not in (None, "")
+        if isinstance(found, SkippedRow) or is_asked:
+            yield where, found
+        else:
+            yield from conversations.rows(where, found, data.turns)
 
 
 def root(data: TaskDataConfig) -> Path | None:
@@ -131,14 +146,6 @@ def _member(value: object, part: str) -> object:
     return [item.get(part) for item in value]
 
 
-def image_columns(setting: str) -> tuple[str, ...]:
-    """Return the columns that may hold a row's pictures: the one that is set, and for the default
-    its other names."""
-    if setting == "image":
-        return (setting, *IMAGE_COLUMNS)
-    return (setting,)
-
-
 def _record(
     where: str,
     number: int,
@@ -176,34 +183,69 @@ def _images(columns: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
     if data.pictures == "none":
         return
     value = None
-    for name in image_columns(data.image_field):
+    for name in _image_columns(columns, data):
         value = structured(value_at(columns, name))
         if value not in (None, "", [], ()):
             break
     else:
         if data.pictures == "some":
             return
-        known = ", ".join(map(str, columns))
         raise ValueError(
-            f"none in column {data.image_field!r} of {known}; for rows of text alone set "
-            "dataset.pictures"
+            f"none in column {data.image_field!r} of {listed(columns)}; set dataset.image_field to "
+            "the one that has them; for rows of text alone set dataset.pictures"
         )
-    listed = value if isinstance(value, list | tuple) else [value]
-    for each in listed:
-        yield _image(each, data)
+    items = value if isinstance(value, list | tuple) else [value]
+    for number, item in enumerate(items, 1):
+        try:
+            yield _image(item, data)
+        except ValueError as error:
+            which = f"picture {number} of {len(items)}: " if len(items) > 1 else ""
+            raise ValueError(f"{which}{error}") from None
+
+
+def _image_columns(columns: dict, data: TaskDataConfig) -> Iterator[str]:
+    yield from image_columns(data.image_field)
+    # Folders of images on the Hub may have several, each under a name of its own.
+    if data.image_field == "image":
+        for name in columns:
+            if str(name).endswith(("_file_name", "_file_names")):
+                yield name
 
 
 def _image(value: object, data: TaskDataConfig) -> ImageSource:
-    # An image feature of datasets that is left undecoded has bytes, or a path, or both.
+    """Return a picture as a row has it: a path, bytes, or decoded. Raises ValueError."""
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and data.source == "hub" and "://" in value:
-        return _fetched(value, data.id)
-    if isinstance(value, str | bytes) and value:
-        return value
+        value = _of_object(value)
     if isinstance(value, Image):
         return value
-    raise ValueError(f"a path or an image was wanted, found {type(value).__name__}")
+    if isinstance(value, bytes) and value:
+        # No picture is text, so this is what some tables have in place of its bytes.
+        spelled = bytes_in(value.decode("ascii")) if value.isascii() else None
+        return value if spelled is None else spelled
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"a path or an image was wanted, found {type(value).__name__}")
+    spelled = bytes_in(value)
+    if spelled is not None:
+        return spelled
+    if data.source == "hub" and "://" in value:
+        return _fetched(value, data.id)
+    if is_address(value):
+        raise ValueError(
+            f"{value[:_SHOWN]!r} is an address, and pictures are not fetched: download them into "
+            "dataset.image_root and have their paths in the rows"
+        )
+    return value
+
+
+def _of_object(value: dict) -> object:
+    """Return the picture in an object: an image feature of `datasets` that is left undecoded has
+    bytes, or a path, or both, and one of a chat has an address that may be the picture itself."""
+    for key in _IMAGE_KEYS:
+        found = value.get(key)
+        if found:
+            return _of_object(found) if isinstance(found, dict) else found
+    shown = listed(value)
+    raise ValueError(f"an object with {shown} has no bytes and no path")
 
 
 def _fetched(url: str, name: str | None) -> bytes:
@@ -214,7 +256,10 @@ def _fetched(url: str, name: str | None) -> bytes:
     # Of a packed one (zip://a.png::hf://...) the last part says where the archive lies.
     place = url.rpartition("::")[2]
     if not place.startswith((f"{home}@", f"{home}/")):
-        raise ValueError(f"{url!r} is not in the data set {name}")
+        raise ValueError(
+            f"{url[:_SHOWN]!r} is not in the data set {name}, and pictures from elsewhere are not "
+            "fetched"
+        )
     import fsspec
 
     with fsspec.open(url, "rb") as file:
