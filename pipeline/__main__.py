@@ -1,13 +1,22 @@
 """The command line: `python -m pipeline STAGE --config FILE [--override a.b=value]... [--store
 DIR]`."""
 
-import argparse
-import ipaddress
 import os
-import shlex
-import signal
 import sys
+
+from . import interrupts
+
+if __name__ == "__main__":
+    # First of all: what is imported below takes a second, in which there is nothing to be saved
+    interrupts.end_at_once(interrupts.STOPPED, "stopped\n")
+
+import argparse
+import contextlib
+import ipaddress
+import multiprocessing
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,9 +26,22 @@ from .config.run import RunConfig
 from .errors import ConfigError, Interrupted, PipelineError
 from .families.load import describes_run, load
 from .run.advice import CommandLine, sentence
-from .run.stages import RUN, STAGES, about, address, has_several_jobs, is_report, without_jobs
+from .run.stages import (
+    RUN,
+    STAGES,
+    Addresses,
+    about,
+    address,
+    has_several_jobs,
+    is_report,
+    without_jobs,
+)
 from .store.artifacts import Manifest, Store
+from .store.in_use import using
 from .store.lineage import Lineage
+
+if TYPE_CHECKING:
+    from .run.backend import Local
 
 KEY = "MOLEFORGE_API_KEY"
 UNWRAPPED = 1000  # columns of an output that is no terminal: what greps it wants whole lines
@@ -28,7 +50,7 @@ OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
-    "prune": "list artifacts that no configuration reaches; --yes removes them",
+    "prune": "list what no configuration reaches and what was left half done; --yes removes it",
 }
 EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
@@ -68,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     prune = _add_command(commands, "prune", OTHER_COMMANDS["prune"])
     _add_common(prune, several_configs=True)
     prune.add_argument("--yes", action="store_true", help="remove what is listed")
+    prune.add_argument(
+        "--damaged", action="store_true", help="what was found damaged and kept aside, too"
+    )
     return top
 
 
@@ -102,11 +127,11 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
     if several_configs:
         sub.add_argument(
             "--config",
+            action="extend",
             nargs="+",
             type=Path,
-            default=runs(Path("config")),
             metavar="FILE",
-            help="configurations whose artifacts are kept (default: all in config/)",
+            help="configurations whose results are kept, may be repeated (default: all in config/)",
         )
     else:
         sub.add_argument(
@@ -179,9 +204,26 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     # Told to whoever has to run it again
     typed = sys.argv[1:] if arguments is None else arguments
+    try:
+        # Jobs save and end at either signal, so the command treats both as Ctrl-C
+        with interrupts.raised_once(_give_up):
+            return _done(args, typed)
+    except KeyboardInterrupt:
+        # While how it ended was being told
+        return interrupts.STOPPED
+
+
+def _give_up() -> None:
+    """End without waiting for jobs: what they have saved is there, and the rest is done again."""
+    for job in multiprocessing.active_children():
+        job.kill()
+    os.write(2, b"ended without waiting; what was saved before is kept\n")
+    os._exit(interrupts.STOPPED)
+
+
+def _done(args: argparse.Namespace, typed: list[str]) -> int:
+    """Do a command and tell how it ended; return the exit code."""
     errors = Console(stderr=True, soft_wrap=True)
-    # Jobs save and end at either signal, so the command treats both as Ctrl-C
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _dispatch(args)
     except PipelineError as error:
@@ -190,18 +232,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         errors.print(escape(str(stopped) or "stopped"), highlight=False)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return interrupts.STOPPED
     return 0
 
 
 def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "prune":
-        from .run.dry_run import prune
+        from .run.prune import prune, read_configs
 
-        configs = [load(path, tuple(args.override)) for path in args.config]
-        prune(configs, Store(args.store).open(), args.yes, _out())
+        paths = args.config or runs(Path("config"))
+        configs = read_configs(paths, lambda path: load(path, tuple(args.override)))
+        store = Store(args.store)
+        prune(configs, store, _out(), remove=args.yes, damaged=args.damaged)
         return
     if args.command == "serve":
         _serve(args)
@@ -223,7 +265,7 @@ def _dispatch(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
-    from .run.backend import Local, run_stage
+    from .run.backend import Local
 
     if args.command == "run":
         wanted = [stage for stage in RUN if cfg.items(stage)]
@@ -233,6 +275,15 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
         _out().print(without_jobs(args.command, cfg), highlight=False)
         return
     backend = Local(store, parallel=getattr(args, "parallel", 1))
+    # Between two of its jobs nothing else says that what is there is needed
+    with using(store, Addresses(cfg).reachable()):
+        _run_stages(wanted, cfg, backend)
+
+
+def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
+    from .run.backend import run_stage
+
+    store = backend.store
     for stage in wanted:
         manifests = run_stage(stage, cfg, backend)
         kind = cfg.stages[stage].kind
@@ -247,16 +298,19 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     folder = args.bundle
+    in_store: contextlib.AbstractContextManager = contextlib.nullcontext()
+    store = None
     if folder and (folder.resolve().parents[1] / "store.json").exists():
         # One in its store, whichever way it was named; a copy of it stands for itself
         folder = folder.resolve()
-        Lineage(Store(folder.parents[1])).check(folder.name)
+        store = Store(folder.parents[1])
     if args.config:
         cfg = load(args.config, tuple(args.override))
         store = Store(args.store)
-        bundle = address(cfg, "deploy")
-        folder = store.folder(store.require(bundle).address)
-        Lineage(store).check(bundle)
+        folder = store.folder(store.require(address(cfg, "deploy")).address)
+    if store:
+        Lineage(store).check(folder.name)
+        in_store = using(store, [folder.name])
     errors = Console(stderr=True, soft_wrap=True)
     key = os.environ.get(KEY) or None
     # To be asked for, as a server behind a proxy that wants a key needs none itself
@@ -272,7 +326,8 @@ def _serve(args: argparse.Namespace) -> None:
     # Only this command needs the server's packages, and not before there is a bundle
     from .serve.app import create, listen
 
-    listen(create(folder, key), args.host, args.port, progress)
+    with in_store:
+        listen(create(folder, key), args.host, args.port, progress)
 
 
 def _only_this_machine(host: str) -> bool:
@@ -336,4 +391,7 @@ def _show_report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # Python gives the signals back to the system while modules take their leave, unless ignored
+    interrupts.ignore()
+    sys.exit(status)

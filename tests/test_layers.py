@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("errors", "protocols"),
+    ("errors", "protocols", "interrupts"),
     ("hardware", "config", "model", "metrics", "report"),
     ("store",),
     ("data", "train"),

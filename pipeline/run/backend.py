@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
+from .. import interrupts
 from ..config.run import RunConfig
 from ..errors import Interrupted, JobsFailed, PipelineError
 from ..families import PRELOAD
@@ -31,7 +33,9 @@ from ..store.lineage import Lineage
 from .job import done, run_job
 from .stages import Addresses, label
 
-STOPPED = 130
+# What the process that jobs are forked from imports first
+FORKED = f"{__package__}.forked"
+FORKS = sys.platform == "linux"
 Failures = dict[str | None, PipelineError]  # by item
 Running = dict[Connection, tuple[BaseProcess, str | None]]
 
@@ -60,8 +64,10 @@ class Local:
                     running[pipe] = (process, item)
                 for ready in wait(list(running)):
                     pipe = cast(Connection, ready)
-                    process, item = running.pop(pipe)
+                    process, item = running[pipe]
                     error = _result(process, pipe, label(stage, item))
+                    # Only now: who is stopped before has it among those to wait for
+                    del running[pipe]
                     if isinstance(error, Interrupted):
                         raise error
                     if error is not None:
@@ -116,16 +122,22 @@ def _start(
     stage: str, cfg: RunConfig, store: Store, item: str | None, threads: int, plain: bool
 ) -> tuple[BaseProcess, Connection]:
     """Start a job in a process of its own; return that and the end of the pipe to listen to."""
-    if sys.platform == "linux":
-        context: Any = multiprocessing.get_context("forkserver")
-        # Jobs are forked from a process that has imported what the family needs
-        context.set_forkserver_preload(PRELOAD[cfg.family])
-    else:
-        context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     receive, send = context.Pipe(duplex=False)
     args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain)
     process = context.Process(target=job, args=args, name=label(stage, item))
-    process.start()
+    # First, as its launch lets through what is held back here
+    resource_tracker.ensure_running()
+    if FORKS:
+        # Jobs are forked from a process that has imported what the family needs
+        context.set_forkserver_preload([FORKED, *PRELOAD[cfg.family]])
+        with interrupts.held_back():
+            forkserver.ensure_running()
+        # Not held back: it takes as long as those imports
+        process.start()
+    else:
+        with interrupts.held_back():
+            process.start()
     # Only the child's end may be left, or the death of the child would never be seen here
     send.close()
     return process, receive
@@ -163,32 +175,38 @@ def job(
     import torch
 
     torch.set_num_threads(threads)
-    # What fit does not catch ends the job here
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    interrupts.raise_once()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console = Console(stderr=True, force_terminal=False if plain else None)
     progress = printed_progress(console)
     store = Store(Path(root))
-    # What a person can act on is told by the parent, without a traceback from here
+    error: PipelineError | Interrupted | None = None
     try:
-        run_job(stage, parse(raw), store, item, progress=progress, console=console)
-        _tell(pipe, None)
-    except (PipelineError, Interrupted) as error:
-        _tell(pipe, error)
-        sys.exit(STOPPED if isinstance(error, Interrupted) else 2)
-    except KeyboardInterrupt:
-        _tell(pipe, Interrupted(f"{label(stage, item)}: stopped"))
-        sys.exit(STOPPED)
-
-
-def _tell(pipe: Connection, error: PipelineError | Interrupted | None) -> None:
-    """Send how the job went, once, undisturbed; nobody may be there any more to hear it."""
-    # From here on the job has ended as it has; a signal now would make it end otherwise
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        # What a person can act on is told by the parent, without a traceback from here
+        try:
+            run_job(stage, parse(raw), store, item, progress=progress, console=console)
+        except (PipelineError, Interrupted) as raised:
+            error = raised
+        # From here on the job has ended as it has; a signal now would make it end otherwise
+        interrupts.ignore()
+    except KeyboardInterrupt as stopped:
+        interrupts.ignore()
+        error = _interrupted(stopped, label(stage, item))
+    # Nobody may be there any more to hear it
     with contextlib.suppress(BrokenPipeError):
         pipe.send(error)
+    if error is not None:
+        sys.exit(interrupts.STOPPED if isinstance(error, Interrupted) else 2)
+
+
+def _interrupted(stopped: BaseException | None, name: str) -> Interrupted:
+    """Return what tells where a job stopped: what it was just saying when a second signal came,
+    else that it did."""
+    while stopped is not None:
+        if isinstance(stopped, Interrupted):
+            return stopped
+        stopped = stopped.__context__
+    return Interrupted(f"{name}: stopped")
 
 
 def _end_with_parent() -> None:

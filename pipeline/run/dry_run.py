@@ -1,7 +1,6 @@
-"""What a command would do before it does it, and what no configuration needs any more."""
+"""What a command would do, before it does it."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,41 +236,3 @@ def _named(metrics: Mapping[str, object]) -> Iterator[str]:
             yield f"{name} {value:.4g}"
         elif isinstance(value, str):
             yield f"{name} {value}"
-
-
-def prune(configs: list[RunConfig], store: Store, remove: bool, console: Console) -> None:
-    """List artifacts and checkpoints that none of the configurations reaches; remove them when
-    asked to."""
-    kept: set[str] = set()
-    for cfg in configs:
-        kept.update(Addresses(cfg).reachable())
-    folders = []
-    for kind in ("artifacts", "resume", "jobs"):
-        for path in _below(store.root / kind):
-            if path.name not in kept:
-                folders.append(path)
-    if not folders:
-        console.print(
-            f"nothing to prune in {store.root}: every artifact belongs to one of {len(configs)} "
-            "configurations"
-        )
-        return
-    for folder in folders:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        console.print(f"{size / 1e6:10.1f} MB  {folder}", highlight=False, soft_wrap=True)
-        if remove:
-            with store.lock(folder.name):
-                # First: without its manifest the rest is no artifact, whenever this is stopped
-                (folder / "manifest.json").unlink(missing_ok=True)
-                shutil.rmtree(folder)
-    if remove:
-        done = "removed"
-    else:
-        done = "not removed: runs made with --override are listed too; add --yes to remove"
-    console.print(f"{len(folders)} folders that no configuration reaches, {done}")
-
-
-def _below(folder: Path) -> list[Path]:
-    if not folder.exists():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir())

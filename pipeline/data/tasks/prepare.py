@@ -17,6 +17,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
+from ... import interrupts
 from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import DataError
 from ...protocols import Progress, quiet
@@ -179,7 +180,9 @@ def _build_in_processes(
     with ProcessPoolExecutor(processes, context, _start_worker, (builder,)) as pool:
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_build_chunk, chunk))
+                # the first of these starts the processes
+                with interrupts.held_back():
+                    waiting.append(pool.submit(_build_chunk, chunk))
                 if len(waiting) > _AHEAD * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -200,6 +203,8 @@ _worker_builder: RowBuilder
 
 def _start_worker(builder: RowBuilder) -> None:
     global _worker_builder
+    # It would wait for ever for the chunks of a job that was killed
+    interrupts.end_with_starter()
     _worker_builder = builder
 
 

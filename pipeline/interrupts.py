@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM, at whatever moment of a command, a job or a process below it they come.
+
+Of several signals the first one alone raises: a terminal, a wrapper around the command and a person
+in a hurry each send one for the same wish, and a second KeyboardInterrupt would end what the first
+one has begun to put away.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+STOPPED = 130  # a command's exit status after either signal, as shells have it for Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# So many signals, and whoever sends them waits for nothing any more.
+IMPATIENT = 3
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+# The environment's name for the process that a helper process ends with.
+STARTER = "MOLEFORGE_STARTER"
+
+
+def end_at_once(status: int, text: str) -> None:
+    """From here on have either signal write a text and end this process, nothing else: for when
+    there is nothing to be saved."""
+
+    def end(_number: int, _frame: "FrameType | None") -> None:
+        # neither print nor an exception: either may be in the middle of anything, an import too
+        with suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(status)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
+
+
+def raise_once(give_up: Callable[[], None] | None = None) -> None:
+    """From here on have the first signal raise KeyboardInterrupt and later ones do nothing; the
+    third calls `give_up`."""
+    came = 0
+
+    def raise_first(_number: int, _frame: "FrameType | None") -> None:
+        nonlocal came
+        came += 1
+        if came == 1:
+            raise KeyboardInterrupt
+        if came >= IMPATIENT and give_up:
+            give_up()
+
+    for number in SIGNALS:
+        signal.signal(number, raise_first)
+    # a process may have been started with them held back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def raised_once(give_up: Callable[[], None]) -> Iterator[None]:
+    """Handle signals as `raise_once` does, and as before afterwards; nothing but in the main
+    thread, as Python lets no other set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        raise_once(give_up)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """From here on have neither signal do anything."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach before they call `end_with_starter`, or let it
+    through themselves; here it comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ[STARTER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[STARTER]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_starter() -> None:
+    """Have this process, started while signals were `held_back`, end when its starter does, however
+    that ends; Ctrl-C, which the whole group gets, is for the starter alone."""
+    starter = os.environ.pop(STARTER, None)
+    if starter is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if sys.platform == "linux":
+        # Only here: a command comes by this module before it can be stopped in one line
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # it may have ended before that
+    if os.getppid() != int(starter):
+        os._exit(STOPPED)

@@ -1,0 +1,102 @@
+"""What runs in progress need of a store, so that whoever removes from it leaves that alone.
+
+A run notes its addresses in runs/ and holds a lock of its own as long as it lasts; the system lets
+go of that when the run dies, however it dies, and then the note means nothing. Notes are written
+and acted upon under one lock: what a run has noted stays, what was taken before is gone when it
+looks.
+"""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from .artifacts import Store, reading, write_text
+
+RUNS = "runs"  # the folder of notes, and the lock they are written and acted upon under
+PREFIX = "run-"  # of a run's note and lock
+
+
+class InUse(Exception):
+    """Somebody else has the lock, or needs the address."""
+
+
+def _busy() -> None:
+    raise InUse
+
+
+def note_path(store: Store, name: str) -> Path:
+    """Where the run of that name notes what it needs."""
+    return store.root / RUNS / f"{name}.json"
+
+
+def lock_path(store: Store, name: str) -> Path:
+    """The file whose lock belongs to an address or a run."""
+    return store.root / "locks" / f"{name}.lock"
+
+
+@contextlib.contextmanager
+def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
+    """Have what lies at these addresses left alone for as long as this lasts."""
+    name = f"{PREFIX}{uuid.uuid4().hex[:12]}"
+    note = note_path(store, name)
+    with contextlib.ExitStack() as held:
+        # nobody removes from a store that cannot be written; on a full disk the first job says so
+        with contextlib.suppress(OSError), store.lock(RUNS):
+            held.enter_context(store.lock(name))
+            note.parent.mkdir(exist_ok=True)
+            write_text(note, json.dumps(sorted(addresses)))
+        try:
+            yield
+        finally:
+            for path in (note, lock_path(store, name)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def is_held(store: Store, name: str, unknown: bool = False) -> bool:
+    """Whether another process has the lock of an address or a run; `unknown` where this user may
+    not ask."""
+    if not lock_path(store, name).exists():
+        return False
+    try:
+        with store.lock(name, _busy):
+            return False
+    except InUse:
+        return True
+    except OSError:
+        return unknown
+
+
+def addresses(store: Store) -> set[str]:
+    """Return what runs in progress need. Raises UnreadableFile."""
+    found: set[str] = set()
+    for note in (store.root / RUNS).glob(f"{PREFIX}*.json"):
+        if not is_held(store, note.stem, unknown=True):
+            continue
+        try:
+            with reading(note, "note of a run"):
+                found.update(json.loads(note.read_bytes()))
+        except FileNotFoundError:
+            # its run has just ended
+            continue
+    return found
+
+
+@contextlib.contextmanager
+def taken(
+    store: Store, name: str, claim: Callable[[], None], waiting: Callable[[], None]
+) -> Iterator[None]:
+    """Hold the lock of an address that nobody uses. `claim` is called while no run can begin, and
+    makes absent what is to be removed; `waiting` when one is just beginning.
+
+    Raises InUse, OSError.
+    """
+    with contextlib.ExitStack() as held:
+        with store.lock(RUNS, waiting):
+            if name in addresses(store):
+                raise InUse
+            held.enter_context(store.lock(name, _busy))
+            claim()
+        yield

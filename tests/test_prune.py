@@ -1,0 +1,262 @@
+"""What prune lists and removes: plants of every kind, runs in progress, links, stores that cannot
+be written. Nothing that a configuration or a run needs may go."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import contents, traces
+from test_backend import PATIENCE_S, command, ended, store_with, typed, until
+
+from pipeline.families.load import load
+from pipeline.run import stages
+from pipeline.store import in_use
+from pipeline.store.artifacts import Store
+
+GONE = "train_shared-0123456789ab"
+
+
+@pytest.fixture
+def copied(finished, store_path):
+    """Configuration and a copy of the finished store, to be changed."""
+    shutil.copytree(finished[1], store_path)
+    return finished[0], Store(store_path)
+
+
+def pruned(capfd, path, store, *more, code=0):
+    return typed(capfd, code, "prune", "--config", path, "--store", store.root, *more)
+
+
+def tree(folder):
+    """Return every path below a folder, links as links, with what files hold."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        plain = path.is_file() and not path.is_symlink()
+        found[path.relative_to(folder).as_posix()] = path.read_bytes() if plain else None
+    return found
+
+
+def write(path, text="x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def plants(store, whole, outside):
+    """Yield (what is planted, how) for every kind of thing that may go; `whole`: an address that is
+    finished and reachable."""
+    root = store.root
+    for address in (GONE, "train_experts-a-b.c-fedcba987654", "evaluate-aaaaaaaaaaaa"):
+        yield root / "artifacts" / address, lambda at: write(at / "deep" / "x.bin")
+        yield root / "resume" / address, lambda at: write(at / "a" / "state.json")
+        yield root / "jobs" / address, lambda at: write(at / "scan" / "manifest.json")
+        yield root / "history" / f"{address}.jsonl", write
+        yield root / "locks" / f"{address}.lock", write
+    yield root / "resume" / whole, lambda at: write(at / "b" / "state.safetensors")
+    yield root / "jobs" / whole, lambda at: write(at / "0" / "train.bin")
+    yield root / "artifacts" / whole / "trunk.json.part", write
+    yield root / "artifacts" / whole / ".tmpAb12Cd", write
+    yield root / "history" / f"{whole}.jsonl.part", write
+    yield root / "store.json.part", write
+    yield root / "runs" / "run-0123456789ab.json", lambda at: write(at, "[]")
+    yield root / "locks" / "run-ba9876543210.lock", write
+    # links go, what they lead to stays
+    yield root / "artifacts" / "deploy-bbbbbbbbbbbb", lambda at: at.symlink_to(outside)
+    yield root / "resume" / "deploy-cccccccccccc", lambda at: at.symlink_to(outside / "nowhere")
+    yield root / "artifacts" / whole / "y.part", lambda at: at.symlink_to(outside)
+
+
+def test_every_plant_goes_and_nothing_else(copied, tmp_path, capfd):
+    path, store = copied
+    outside = tmp_path / "outside"
+    write(outside / "precious.safetensors")
+    (store.root / "runs").mkdir()
+    whole = stages.address(load(path), "train_shared")
+    # the lock that every run leaves
+    write(store.root / "locks" / "runs.lock", "")
+    before = tree(store.root)
+    draw = random.Random(5)
+    ways = list(plants(store, whole, outside))
+    for count in (1, 5, len(ways)):
+        chosen = draw.sample(ways, count)
+        for place, plant in chosen:
+            place.parent.mkdir(exist_ok=True)
+            plant(place)
+        planted = tree(store.root)
+        told = pruned(capfd, path, store)
+        for place, _ in chosen:
+            # of one run or address its lock goes with the rest, and need not be named
+            assert str(place) in told or place.parent.name == "locks", place
+        assert {name: planted[name] for name in planted} == {
+            name: held for name, held in tree(store.root).items() if name in planted
+        }, "listed only"
+        told = pruned(capfd, path, store, "--yes")
+        assert "removed from" in told
+        left = {name: held for name, held in tree(store.root).items() if held is not None}
+        assert left == {name: held for name, held in before.items() if held is not None}
+        assert not any(os.path.lexists(place) for place, _ in chosen)
+        assert tree(outside) == {"precious.safetensors": b"x"}
+    assert "nothing to prune" in pruned(capfd, path, store)
+
+
+def test_what_was_made_here_by_nobody_stays(copied, tmp_path, capfd):
+    path, store = copied
+    cfg = load(path)
+    other = tmp_path / "elsewhere"
+    write(other / GONE / "x.bin")
+    write(store.root / "artifacts" / "my notes" / "x.md")
+    write(store.root / "artifacts" / ".DS_Store")
+    write(store.root / "wandb" / "run" / "x.part")
+    shutil.rmtree(store.folder(stages.address(cfg, "train_shared")))
+    # a run that was interrupted: a slot with a torn file, and one that was set aside
+    slot = store.resume(stages.address(cfg, "train_shared"))
+    write(slot / "a" / "state.json")
+    write(slot / "b" / "state.safetensors.part")
+    aside = write(slot / "b.damaged-20260101T000000Z" / "state.json").parent
+    (store.root / "jobs").symlink_to(other)
+    told = pruned(capfd, path, store, "--yes")
+    assert "2 names" in told and "jobs is a link" in told and f"{aside} was found damaged" in told
+    assert (slot / "a" / "state.json").exists() and not (slot / "b/state.safetensors.part").exists()
+    assert (store.root / "wandb" / "run" / "x.part").exists() and (other / GONE / "x.bin").exists()
+    assert store.history(slot.name).exists(), "curves of a training that goes on"
+    assert aside.exists()
+    pruned(capfd, path, store, "--yes", "--damaged")
+    assert not aside.exists() and (slot / "a" / "state.json").exists()
+    assert (store.root / "artifacts" / "my notes" / "x.md").exists()
+
+
+def test_a_damaged_artifact_keeps_its_checkpoints_and_stops_nothing(copied, capfd):
+    path, store = copied
+    here = stages.address(load(path), "train_shared")
+    slot = write(store.resume(here) / "a" / "state.json")
+    write(store.root / "artifacts" / GONE / "x.bin")
+    (store.folder(here) / "trunk.json").write_text("")
+    pruned(capfd, path, store, "--yes")
+    (store.folder(here) / "manifest.json").write_text("{")
+    pruned(capfd, path, store, "--yes")
+    assert slot.exists() and not (store.root / "artifacts" / GONE).exists()
+
+
+def test_it_says_what_it_read_and_refuses_to_read_nothing(copied, tmp_path, capfd, monkeypatch):
+    path, store = copied
+    before = traces(store.root)
+    monkeypatch.chdir(tmp_path)
+    assert "there is no configuration in" in typed(
+        capfd, 2, "prune", "--yes", "--store", store.root
+    )
+    assert traces(store.root) == before
+    second = shutil.copytree(path.parent, tmp_path / "config") / "tiny.yaml"
+    second.write_text(second.read_text() + "\nseed: 5\n")
+    assert str(second) in typed(capfd, 0, "prune", "--store", store.root)
+    for cfg in (load(second), load(second, ("trunk.steps=0",))):
+        write(store.folder(stages.address(cfg, "train_shared")) / "manifest.json")
+    both = ["prune", "--config", path, "--config", second, "--store", store.root]
+    for more in ((), ("trunk.steps=0",)):
+        told = typed(capfd, 0, *both, *(f"--override={each}" for each in more))
+        assert f"configurations read, 2, whose results are kept: {path} {second}" in told
+        other = () if more else ("trunk.steps=0",)
+        assert stages.address(load(second, more), "train_shared") not in told
+        assert f"{stages.address(load(second, other), 'train_shared')} no configuration" in told
+    assert "preprocess-" not in typed(capfd, 0, *both)
+
+
+@pytest.mark.parametrize("what", ["nothing", "folder", "file"])
+def test_where_no_store_is_none_is_made(finished, tmp_path, capfd, what):
+    place = tmp_path / "misspelt"
+    if what == "folder":
+        write(place / "artifacts" / GONE / "x.bin")
+    elif what == "file":
+        write(place)
+    before = tree(tmp_path)
+    told = pruned(capfd, finished[0], Store(place), "--yes", code=2)
+    assert f"there is no store in {place}" in told and "--store" in told
+    assert tree(tmp_path) == before
+
+
+def hold(store, names):
+    """Start a process that holds locks; return it when it has them."""
+    code = (
+        "import sys; from pathlib import Path; from contextlib import ExitStack\n"
+        "from pipeline.store.artifacts import Store\n"
+        "held = ExitStack()\n"
+        "for name in sys.argv[2:]: held.enter_context(Store(Path(sys.argv[1])).lock(name))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    arguments = [sys.executable, "-c", code, str(store.root), *names]
+    holder = subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    assert holder.stdout.readline() == b"held\n"
+    return holder
+
+
+def test_what_is_in_use_is_left_and_named_without_waiting(copied, capfd):
+    path, store = copied
+    used = "train_router-222222222222"
+    places = [store.folder(GONE), store.resume(GONE), store.folder(used)]
+    for place in places:
+        write(place / "x.bin")
+    write(in_use.note_path(store, "run-333333333333"), f'["{used}"]')
+    holder = hold(store, [GONE, "run-333333333333"])
+    try:
+        for more in ((), ("--yes",)):
+            told = pruned(capfd, path, store, *more)
+            for place in places:
+                assert f"{place} in use by a run in progress, left alone" in told
+        assert all(place.exists() for place in places)
+    finally:
+        holder.communicate(timeout=PATIENCE_S)
+    told = pruned(capfd, path, store, "--yes")
+    assert not any(place.exists() for place in places)
+    assert not in_use.note_path(store, "run-333333333333").exists()
+
+
+def test_a_run_of_another_configuration_goes_on_beside_it(finished, store_path, capfd):
+    """The race: prune removes all that it may, again and again, while a run whose configuration it
+    does not know makes and reads artifacts."""
+    store = store_with(store_path, finished, "preprocess", "train_shared", "train_experts")
+    cfg = load(finished[0])
+    ours = [stages.address(cfg, name) for name in ("preprocess", "train_shared")]
+    unknown = ["prune", "--yes", "--config", "config/tiny_vlm.yaml", "--store", store_path]
+    process = command(finished[0], store_path)
+    until(lambda: list(store.root.glob("runs/*.json")) or process.poll() is not None)
+    rounds = 0
+    while process.poll() is None and not list(store.root.glob("artifacts/evaluate-*")):
+        told = typed(capfd, 0, *unknown)
+        assert all(f"{address} in use" in told for address in ours)
+        rounds += 1
+    assert rounds > 3
+    # what it made may go from the moment that it ends, and is to be looked at
+    with in_use.using(store, stages.Addresses(cfg).reachable()):
+        ended(process, 0)
+        typed(capfd, 0, *unknown)
+        assert contents(store_path) == contents(finished[1])
+    typed(capfd, 0, *unknown)
+    assert tree(store_path).keys() <= {
+        "artifacts", "resume", "jobs", "history", "locks", "runs",
+        "store.json", "locks/store.lock", "locks/runs.lock",
+    }  # fmt: skip
+
+
+def test_a_store_that_cannot_be_written_is_listed_and_said_so(finished, tmp_path, capfd):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "none", disk]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a file system needs root and a system that allows it")
+    try:
+        store = store_with(disk / "store", finished, "preprocess")
+        write(store.folder(GONE) / "x.bin")
+        write(store.root / "locks" / f"{GONE}.lock")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert f"{store.folder(GONE)} no configuration reaches it" in pruned(
+            capfd, finished[0], store
+        )
+        told = pruned(capfd, finished[0], store, "--yes", code=2)
+        assert "Read-only file system" in told and "right to write" in told
+    finally:
+        subprocess.run(["umount", disk], check=True)
