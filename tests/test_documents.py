@@ -13,9 +13,10 @@ from pipeline.errors import DataError
 ROWS = [{"text": f"text number {i} is é long enough\n", "domain": "ab"[i % 2]} for i in range(6)]
 
 
-def config(*paths, domain=None, domains=("a", "b"), hub=(), partition=None, **data):
-    """Return a TextRunConfig that reads paths."""
-    files = [{"paths": [str(p) for p in paths], "domain": domain}] if paths else []
+def config(*paths, domain=None, domains=("a", "b"), hub=(), partition=None, what="auto", **data):
+    """Return a TextRunConfig that reads paths; `what` is a document of a text file."""
+    entry = {"paths": [str(p) for p in paths], "domain": domain, "documents": what}
+    files = [entry] if paths else []
     source = {"source": "hub" if hub else "files", "files": files, "hub": hub}
     return TextRunConfig.model_validate(
         {"data": source | data, "partition": partition or {"domains": domains}}
@@ -90,7 +91,7 @@ def test_pieces_join_to_the_document_and_end_at_lines_or_characters():
 
 def test_pieces_carry_the_key_of_the_whole(tmp_path):
     (tmp_path / "long.txt").write_text("word " * 2000)
-    found, _ = read(config(tmp_path / "long.txt", domain="a", max_document_bytes=1024))
+    found, _ = read(config(tmp_path / "long.txt", domain="a", what="file", max_document_bytes=1024))
     assert {d.key for d in found} == {key_of(b"word " * 2000, 0)}
     assert [d.piece for d in found] == list(range(len(found))) and len(found) > 5
 
@@ -98,13 +99,18 @@ def test_pieces_carry_the_key_of_the_whole(tmp_path):
 def test_a_file_larger_than_memory_allows_reads_as_a_small_one_does(tmp_path, monkeypatch):
     path = tmp_path / "long.txt"
     path.write_text("\ufeff" + "é漢🙂 and words\n" * 200_000)
-    cfg = config(path, domain="a", max_document_bytes=50_000)
-    whole, _ = read(cfg)
+    large = files.STREAM_BYTES
+    for what in ("file", "paragraphs"):
+        cfg = config(path, domain="a", what=what, max_document_bytes=50_000)
+        monkeypatch.setattr(files, "STREAM_BYTES", large)
+        whole = [(d.text, d.key, d.piece) for d in read(cfg)[0]]
+        # A mark at the start is no reason to take a file for a smaller one
+        for size in (1 << 16, path.stat().st_size - 1, path.stat().st_size):
+            monkeypatch.setattr(files, "STREAM_BYTES", size)
+            assert [(d.text, d.key, d.piece) for d in read(cfg)[0]] == whole
     monkeypatch.setattr(files, "STREAM_BYTES", 1 << 16)
-    streamed, _ = read(cfg)
-    assert [(d.text, d.key, d.piece) for d in streamed] == [(d.text, d.key, d.piece) for d in whole]
     path.write_bytes(b"good text " * 300_000 + b"\xff")
-    found, stats = read(config(path, domain="a", max_bad_share=1))
+    found, stats = read(config(path, domain="a", what="file", max_bad_share=1))
     assert not found and stats.counts == {"not UTF-8": 1}
 
 

@@ -143,8 +143,8 @@ class PartitionConfig(Section):
     )
     labels: dict[Name, tuple[str, ...]] = Field(
         {},
-        description="Labels of the data by the domain they belong to, where they are not its name "
-        "or are several: `{law: [Family law, Criminal law]}`",
+        description="Labels of the data by the domain they belong to, all of them, where its name "
+        "is not the only one: `{law: [Family law, Criminal law]}`",
     )
     count: int = Field(4, ge=1, le=256, description="Number of domains when by is not labels")
     difficulty: Literal["length", "rarity", "compression"] = Field(
@@ -207,10 +207,10 @@ class PartitionConfig(Section):
 
     @property
     def domain_of(self) -> dict[str, str]:
-        """Domain by label, of labels that are not its name."""
+        """Domain by label: its own name where it has no others."""
         found: dict[str, str] = {}
-        for name, labels in self.labels.items():
-            found |= dict.fromkeys(labels, name)
+        for name in self.names:
+            found |= dict.fromkeys(self.labels.get(name, (name,)), name)
         return found
 
     def label_of(self, name: str) -> str:

@@ -131,8 +131,12 @@ def _text_rows(file: _File) -> Iterator[FoundRow]:
         if text.note:
             yield text.name, Note(text.note)
         # One byte more than may be held tells whether there is more
-        head = text.file.read(STREAM_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+        head = text.file.read(STREAM_BYTES + 1)
+    if not head:
+        return
+    # Before its mark is taken off: what is left of a large file could pass for a small one
     is_large = len(head) > STREAM_BYTES
+    head = head.removeprefix(codecs.BOM_UTF8)
     size = min(file.data.paragraph_bytes, file.data.max_document_bytes)
     if file.is_split and (is_large or len(head) > size):
         # Read again only where it was not read whole

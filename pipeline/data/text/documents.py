@@ -232,11 +232,6 @@ class _Reader:
             return
         label = found.label
         split = found.split
-        if self.keep is not None and label not in self.keep:
-            if len(self.other_labels) < _MOST_OTHER_LABELS or label in self.other_labels:
-                self.other_labels[label] += 1
-            stats.drop("other label", where, label)
-            return
         if self._full(label, split):
             stats.drop("over the limit", where)
             return
@@ -273,23 +268,31 @@ class _Reader:
         if not isinstance(text, (str, LargeFile)):
             found = "missing" if text is None else type(text).__name__
             return SkippedRow("no text", f"{data.text_field} is {found}; {_columns(row)}")
-        # Only a partition by labels needs one; others must not refuse rows without it
-        if label is None and self.keep is None:
-            label = ""
-        elif label is None:
+        domain = label
+        if label is None:
             given = field_value(row, data.label_field)
             label = label_text(given)
-            if label is None:
-                detail = f"{data.label_field} is {given!r}; {_columns(row)}"
-                return SkippedRow("no label", detail)
-        label = self._domain_of.get(label, label)
+            domain = self._domain_of.get(label or "")
+        # Only a partition by labels needs one; others must not refuse rows without it
+        if self.keep is None:
+            domain = domain or ""
+        elif label is None:
+            detail = f"{data.label_field} is {given!r}; {_columns(row)}"
+            return SkippedRow("no label", detail)
+        elif domain not in self.keep:
+            self._count_other(label)
+            return SkippedRow("other label", label)
         split = None
         if data.split_field:
             given = field_value(row, data.split_field)
             split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
                 return SkippedRow("unknown split", f"{data.split_field} is {given!r}")
-        return _Fields(text, label, split)
+        return _Fields(text, domain or "", split)
+
+    def _count_other(self, label: str) -> None:
+        if len(self.other_labels) < _MOST_OTHER_LABELS or label in self.other_labels:
+            self.other_labels[label] += 1
 
     def _pieces(self, where: str, fields: _Fields) -> Iterator[Document]:
         text, label, split = fields
