@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -330,13 +331,23 @@ def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         # transformers before 5 insists on the format
         save_file(plain, path, metadata={"format": "pt"})
-        # safetensors lets nobody but this user read its files: as the folder, less execution
-        path.chmod(path.parent.stat().st_mode & 0o666)
+        set_mode(path)
     except SafetensorError as error:
         # it has no numbers of its own, and puts the system's into its text
         if any(f"(os error {number})" in str(error) for number in NO_ROOM):
             raise _no_room(path, str(error)) from None
         raise
+
+
+def set_mode(path: Path) -> None:
+    """Give a file of safetensors, which lets nobody but this user read what it writes, the mode
+    that new files get here."""
+    # the umask can only be read by setting it, and that for all threads: ask a new file
+    probe = path.with_name(f"{path.name}.mode.part")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    path.chmod(mode)
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":

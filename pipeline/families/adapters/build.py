@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
 from ...model.loading import quiet_library
+from ...store.artifacts import set_mode
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -64,4 +65,4 @@ def save_model(model: PreTrainedModel, tokenizer: Qwen2Tokenizer, dtype: str, fo
     with quiet_library():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # the library leaves them readable by their owner alone
+        set_mode(path)
