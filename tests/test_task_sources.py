@@ -11,8 +11,8 @@ from small_tasks import SPLITS, Source, entry, jsonl, picture, prepared, simple,
 from pipeline.config.task_data import ImageLimitsConfig
 from pipeline.data.images import images
 from pipeline.data.sources import tasks
-from pipeline.data.tasks.build_rows import template_parts
 from pipeline.data.tasks.rows import TaskRows
+from pipeline.data.tasks.templates import template_parts
 from pipeline.errors import ConfigError, DataError
 
 

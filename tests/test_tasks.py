@@ -269,7 +269,7 @@ def test_progress_is_said(tmp_path, source, monkeypatch):
     )
     assert (
         said[0] == ("look: 16 rows read, 16 fit", None)
-        and said[-1][0] == "look: 40 rows read, 40 fit"
+        and said[2][0] == "look: 40 rows read, 40 fit"
     )
 
 

@@ -138,6 +138,11 @@ class TaskDataConfig(Section):
     class_names: tuple[str, ...] = Field(
         (), description="Names of boxes' classes, where the rows have their numbers, from 0"
     )
+    markup: Literal["refused", "text"] = Field(
+        "refused",
+        description="Special tokens of other formats (<|box_start|>, <ref>, [INST]) in prompts and "
+        "answers: refused, or text to learn",
+    )
     max_answer_chars: int = Field(
         4000, ge=1, description="Longer answers are dropped and counted, characters"
     )
@@ -198,4 +203,7 @@ class TaskConfig(Section):
     )
     answer: str = Field(
         "{answer}", min_length=1, description="Template of an answer, with columns in braces"
+    )
+    metric: Literal["exact", "cer", "iou", "count", "caption"] = Field(
+        "exact", description="How answers are judged"
     )

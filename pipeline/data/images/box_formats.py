@@ -210,9 +210,9 @@ class BoxFormat:
         across = (x0 < 0 and x1 > width_px) or (y0 < 0 and y1 > height_px)
         if over and not across:
             raise BadBox(
-                f"{corners} reaches beyond {width_px:g} x {height_px:g}, so it is not in {units} as "
-                f"{self.form}; set dataset.box_units or box_format, or give the width and height "
-                "that boxes are of"
+                f"{corners} reaches beyond {width_px:g} x {height_px:g}, so it is not in {units} "
+                f"as {self.form}; set dataset.box_units or box_format, or give the width and "
+                "height that boxes are of"
             )
 
     def _name(self, label: object) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageStat, UnidentifiedImageError
 
 from ...errors import DataError
 from .formats import (
@@ -82,6 +82,7 @@ class StoredImage:
     height_px: int
     resized: bool
     file_bytes: int
+    tones: int  # levels between the darkest and the lightest point, of the colour with most
 
 
 def open_checked(
@@ -181,6 +182,7 @@ def store(
         height_px=image.height,
         resized=fitted is not image,
         file_bytes=len(content),
+        tones=max(high - low for low, high in ImageStat.Stat(fitted).extrema),
     )
 
 

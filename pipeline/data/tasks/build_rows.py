@@ -5,22 +5,22 @@ Invariant: what comes out depends on the record and the settings alone, so any p
 record.
 """
 
-import string
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 from ...config.task_data import ImageLimitsConfig, TaskConfig
-from ...errors import ConfigError
 from ..images import boxes, images
 from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
 from ..sources.tasks import Record, column, dataset_name, root, structured, value_at
+from . import markup, right_answers
+from .as_trained import strange_about
 from .groups import text_key
 from .rows import IMAGES, TaskRow
+from .templates import as_text, is_missing, template_parts
 
 # Pictures of a process that need no second look: questions about one picture follow one another.
 _REMEMBERED = 64
@@ -37,6 +37,7 @@ class BuiltRow:
     where: str = ""  # of its record, for messages
     boxes: int = 0  # that its record has and something was made of
     box_faults: tuple[BoxFault, ...] = ()  # the ones among them that were left out
+    strange: tuple[str, ...] = ()  # what as_trained counts of it
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,9 @@ class RowBuilder:
         document: str = "",
     ) -> BuiltRow:
         data = self.entry.dataset
-        prompt = self._filled(self.entry.prompt, values, "prompt")
+        prompt, placeholders = self._prompt(values, len(stored))
         answer = self._filled(self.entry.answer, values, "answer")
+        self._check_marks(prompt, answer)
         if len(answer) > data.max_answer_chars:
             raise _Unusable(
                 "answer too long",
@@ -222,13 +224,42 @@ class RowBuilder:
             keys.append(f"~{group}")  # ~ sorts behind every digest
         if not stored:
             keys.append(text_key(prompt))
-        return BuiltRow(row, tuple(keys), resized=any(image.resized for image in stored))
+        return BuiltRow(
+            row,
+            tuple(keys),
+            resized=any(image.resized for image in stored),
+            strange=strange_about(self.entry, row, stored, self.limits, placeholders),
+        )
+
+    def _prompt(self, values: dict, pictures: int) -> tuple[str, int]:
+        """Return a row's prompt, without placeholders of its pictures, and how many it had."""
+        text = self._filled(self.entry.prompt, values, "prompt")
+        try:
+            prompt, count = markup.without_placeholders(text, pictures)
+        except markup.StrangePlaceholder as error:
+            raise _Unusable("placeholder without a picture", str(error)) from None
+        if not prompt:
+            raise _Unusable("empty prompt", f"{text!r} is nothing but placeholders of pictures")
+        return prompt, count
+
+    def _check_marks(self, prompt: str, answer: str) -> None:
+        if self.entry.dataset.markup == "text":
+            return
+        for what, text in (("prompt", prompt), ("answer", answer)):
+            mark = markup.special_token(text, is_answer=what == "answer")
+            if mark is not None:
+                raise _Unusable(
+                    "special token",
+                    f"the {what} holds {mark!r}, which is no text but a mark of another format; "
+                    "write what it means, or set dataset.markup to text to learn it letter by "
+                    "letter",
+                )
 
     def _references(self, answers: list | tuple) -> list[str]:
         """Return every reference answer that has a text."""
         references = []
         for answer in answers:
-            text = _as_text(answer)
+            text = as_text(answer)
             if self.entry.dataset.ocr:
                 text = boxes.clean(text)
             if text:
@@ -325,7 +356,23 @@ class RowBuilder:
         # Many OCR sets have the text in their boxes alone.
         if data.ocr and values.get("answer") in (None, "") and values.get("text"):
             values["answer"] = values["text"]
+        self._choose_answer(values)
         return values
+
+    def _choose_answer(self, values: dict) -> None:
+        """Put one of several right answers under `answer`, and all of them under `answers`."""
+        metric = self.entry.metric
+        # A list of numbers is a box, and one of texts never is.
+        numbers = metric == "count"
+        given = right_answers.listed(values.get("answer"), numbers)
+        others = right_answers.listed(values.get("answers"), numbers)
+        is_missing_one = is_missing(values.get("answer")) or values["answer"] == ""
+        if not given and is_missing_one:
+            given = others
+        if given:
+            values["answer"] = right_answers.chosen(given)
+        if given or others:
+            values["answers"] = list(dict.fromkeys([*given, *others]))
 
     def _filled(self, template: str, values: dict, what: str) -> str:
         text = ""
@@ -348,48 +395,14 @@ def _check_transcript(faults: list[BoxFault]) -> None:
 
 
 def _value(name: str, values: dict) -> str:
-    if values.get(name) is None:
-        given = [str(key) for key, value in values.items() if value is not None]
+    if is_missing(values.get(name)):
+        given = [str(key) for key, value in values.items() if not is_missing(value)]
         raise _Unusable(
             f"no field {name}",
             f"a template names {{{name}}}, and the row has {', '.join(sorted(given))}; "
             "see dataset.fields",
         )
-    return _as_text(values[name])
-
-
-def _as_text(value: object) -> str:
-    # A bool is an int too, and reads as in JSON, where it most likely comes from.
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | int | float):
-        return str(value).replace("\r\n", "\n")
-    return boxes.as_json(value)
-
-
-@lru_cache
-def template_parts(template: str, what: str) -> tuple[tuple[str, str | None], ...]:
-    """Return (literal, field or None) pairs of a template; doubled braces are literal ones. Raises
-    ConfigError."""
     try:
-        fields = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(
-            f"the {what} template {template!r} cannot be read: {error}; write {{{{ for a brace"
-        ) from None
-    parts = []
-    for literal, name, spec, conversion in fields:
-        # `{a:>9}`, `{a!r}`, `{a.b}` and `{a[0]}` are Python's: a template names columns only.
-        if spec or conversion or not _is_column_name(name):
-            raise ConfigError(
-                f"the {what} template {template!r} may hold columns in braces, as in {{prompt}}, "
-                "and nothing else there; write {{ and }} for braces that are meant"
-            )
-        parts.append((literal, name))
-    return tuple(parts)
-
-
-def _is_column_name(name: str | None) -> bool:
-    if name is None:
-        return True  # text behind the last field
-    return name.replace("_", "a").replace("-", "a").isalnum()
+        return as_text(values[name])
+    except UnicodeDecodeError as error:
+        raise _Unusable("not UTF-8", f"{name}: byte {error.start}: {error.reason}") from None

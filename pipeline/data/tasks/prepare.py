@@ -25,6 +25,7 @@ from ...store.artifacts import write_text
 from ..drop_stats import DropStats
 from ..sources.tasks import Record, records
 from ..text.documents import SPLITS
+from .as_trained import AsTrained, told
 from .build_rows import BuiltRow, DroppedRow, RowBuilder
 from .groups import Groups, SplitAssignment, group_name
 from .rows import DROPPED, IMAGES, ROWS, TaskRow, TaskRows, read_rows
@@ -74,6 +75,7 @@ def prepare(
     builder = RowBuilder(entry, image, folder)
     stats = DropStats(_HARMLESS)
     box_stats = DropStats()
+    trained = AsTrained(entry)
     groups = Groups()
     counts: Counter[str] = Counter()
 
@@ -83,18 +85,25 @@ def prepare(
         outcomes = _outcomes(builder, processes, stats, progress)
         for built in _with_own_ids(outcomes, stats, counts):
             _count_boxes(built, box_stats)
+            trained.count(built.row, built.strange)
             groups.join(built.keys)
             file.write(f"{built.keys[0]}\t{built.row.line()}")
     _check_bad(stats, entry.name, data.max_bad_share)
     _check_boxes(box_stats, entry.name, data.max_bad_share)
+    trained.check()
 
     assignment = SplitAssignment(seed, data.valid_share, data.test_share)
     assignment.assign((groups.of(key), row.split) for key, row in _spooled(spool))
-    used = _write_rows(spool, folder, groups, assignment, stats, counts)
+    used = _write_rows(spool, folder, groups, assignment, stats, counts, trained)
     spool.unlink()
     _sweep_images(folder / IMAGES, used, counts)
     _check_splits(entry.name, counts, stats)
-    _write_dropped(folder, stats, box_stats, counts, assignment)
+    shown = trained.examples(folder)
+    warnings = trained.warnings()
+    as_trained = {"as_trained": shown, "warnings": warnings}
+    _write_dropped(folder, stats, box_stats, counts, assignment, as_trained)
+    for line in told(entry.name, shown, warnings):
+        progress(line, None)
     return _metrics(stats, box_stats, counts, assignment, time.perf_counter() - start)
 
 
@@ -226,6 +235,7 @@ def _write_rows(
     assignment: SplitAssignment,
     stats: DropStats,
     counts: Counter[str],
+    trained: AsTrained,
 ) -> set[str]:
     """Write rows.jsonl without what is there twice or in two splits, count rows by split; return
     the pictures of these rows."""
@@ -253,6 +263,8 @@ def _write_rows(
             used.update(row.images)
             counts[split] += 1
             file.write(replace(row, split=split, group=group_name(group)).line())
+            if split == "train":
+                trained.show(row)
     return used
 
 
@@ -319,6 +331,7 @@ def _write_dropped(
     box_stats: DropStats,
     counts: Counter[str],
     assignment: SplitAssignment,
+    as_trained: dict,
 ) -> None:
     about = {
         "seen": stats.seen,
@@ -330,6 +343,7 @@ def _write_dropped(
         "carved": list(assignment.carved),
         "rows_without_picture": counts["rows_without_picture"],
         "boxes": box_stats.as_json(),
+        **as_trained,
     }
     write_text(folder / DROPPED, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 

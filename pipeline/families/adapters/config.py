@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folder, merge, not_hashed
 from ...config.fit import FitConfig
@@ -37,6 +37,17 @@ def _regex(text: str) -> str:
     return text
 
 
+def _of_names(targets: object) -> object:
+    """Refuse what else PEFT takes for modules, with the expression that is meant."""
+    if isinstance(targets, list | tuple):
+        meant = r".*\.(" + "|".join(map(str, targets)) + ")"
+    elif targets == "all-linear":
+        meant = TARGETS
+    else:
+        return targets
+    raise ValueError(f"give a regular expression of whole module names, such as {meant!r}")
+
+
 def _rank(rank: int) -> int:
     if rank not in RANKS:
         raise ValueError(f"vLLM serves the ranks {', '.join(map(str, RANKS))}")
@@ -45,7 +56,7 @@ def _rank(rank: int) -> int:
 
 Label = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^\S+$")]
 Rank = Annotated[int, AfterValidator(_rank)]
-Regex = Annotated[str, AfterValidator(_regex)]
+Regex = Annotated[str, BeforeValidator(_of_names), AfterValidator(_regex)]
 
 
 class AdapterBaseConfig(Section):
@@ -147,9 +158,6 @@ class AdapterExpertConfig(TaskConfig):
     # one forward pass then gives every expert's probability, without generating anything
     label: Label = Field(
         description="What the router answers for this expert; one token of the base's tokenizer"
-    )
-    metric: Literal["exact", "cer", "iou", "count", "caption"] = Field(
-        "exact", description="How answers are judged"
     )
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer, tokens")
     overrides: AdapterConfig = Field(
