@@ -274,7 +274,7 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     console = _console()
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
-        cfg = load(config, cloud.overrides(override))
+        cfg = cloud.settled(load(config, cloud.overrides(override)), prices, console.print)
         wanted = list(stages) or [name for name in RUN if name in cfg.stages]
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)

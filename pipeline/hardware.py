@@ -2,12 +2,16 @@
 
 import os
 import platform
+import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 # torch is imported where it is needed: the command line asks for cores and must not wait for it
+
+# What a driver of GPUs makes: NVIDIA's, AMD's, and that of Linux inside Windows.
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")
 
 
 def device() -> str:
@@ -20,9 +24,9 @@ def device() -> str:
 def has_bf16() -> bool:
     """Whether bf16 products are native: a GPU that has them, or AVX512-BF16, AMX or Arm's BF16
     here."""
-    import torch
+    if _may_have_gpu() and device() == "cuda":
+        import torch
 
-    if device() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = {"avx512_bf16", "amx_bf16", "bf16"}
     return bool(native & _cpu_flags())
@@ -34,6 +38,19 @@ def uses_bf16(dtype: str) -> bool:
     `auto` takes bf16 only where its products are native: emulated ones are slower than fp32.
     """
     return dtype == "bf16" or (dtype == "auto" and has_bf16())
+
+
+def native_dtype() -> str:
+    """Return what `dtype: auto` is on this machine. Without a GPU nothing is imported for it: it is
+    asked by every command that computes an address."""
+    return "bf16" if has_bf16() else "fp32"
+
+
+def _may_have_gpu() -> bool:
+    """Whether to ask torch for a GPU: it is imported already, or there is a driver of one."""
+    if "torch" in sys.modules or platform.system() == "Windows":
+        return True
+    return any(map(os.path.exists, DRIVERS))
 
 
 @cache

@@ -13,6 +13,7 @@ from pipeline.data.sources.synthetic import KINDS
 from pipeline.errors import ConfigError
 from pipeline.families.adapters.config import RANKS
 from pipeline.families.load import describes_run, load, parse
+from pipeline.hardware import native_dtype
 from pipeline.run import stages
 
 CONFIG = Path(__file__).parent.parent / "config"
@@ -390,6 +391,7 @@ def test_every_rank_of_vllm_is_allowed():
 
 
 EVERYTHING = set(addresses())
+OTHER_DTYPE = {"bf16": "fp32", "fp32": "bf16"}[native_dtype()]  # than auto is here
 COLOR, OCR = {"train_experts color"}, {"train_experts ocr"}
 JOINED = {"routing", "train_router", "evaluate", "deploy"}
 REPORT = {"evaluate", "deploy"}
@@ -423,7 +425,7 @@ CHANGES = {
     "sizes of pictures": (("loras.base.image", {"max_pixels": 70000}), EVERYTHING),
     "the report": (("evaluate", {"bootstrap": 11}), REPORT),
     "the seed": (("seed", 1), EVERYTHING - {"train_shared"}),
-    "arithmetic": (("dtype", "fp32"), {"train_router"} | COLOR | OCR | REPORT),
+    "arithmetic": (("dtype", OTHER_DTYPE), {"train_router"} | COLOR | OCR | REPORT),
     "the name": (("name", "other"), REPORT),
     "how it runs": (("runtime", {"threads": 3}), set()),
     "where it runs": (("modal", {"max_gpus": 3}), set()),

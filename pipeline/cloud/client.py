@@ -19,7 +19,7 @@ from ..errors import ConfigError, StoreError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
-from ..run.stages import Addresses, is_report
+from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store, check_format
 from .containers import JobResult
 from .prices import Prices, most_gpus
@@ -149,6 +149,28 @@ def _is_here(path: str, mount: str) -> bool:
     if "://" in path and not path.startswith(("file://", "local://")):
         return False
     return not PurePosixPath(path).is_relative_to(mount)
+
+
+def settled(cfg: RunConfig, prices: Prices, tell: Callable[[str], None]) -> RunConfig:
+    """Return a run with the arithmetic that `dtype: auto` means on its machines, so that all its
+    containers agree on it and on its addresses; tells which it is.
+
+    One for the whole run, as what is compared has to be alike: bf16 when every machine that trains
+    has it.
+    """
+    if cfg.dtype != AUTO:
+        return cfg
+    without = []
+    for name, row in cfg.stages.items():
+        # A stage that reads it trains something, and one that has no jobs trains nothing here.
+        if "dtype" not in row.reads or not cfg.items(name):
+            continue
+        if not prices.has_bf16(cfg.machine(name)):
+            without.append(f"modal.{row.machine or name}.gpu")
+    dtype = "fp32" if without else "bf16"
+    why = f"{', '.join(without)} need not have bf16" if without else "all GPUs that train have it"
+    tell(f"dtype: auto is {dtype}, as {why}")
+    return cfg.model_copy(update={"dtype": dtype})
 
 
 def mirror(

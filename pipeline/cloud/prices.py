@@ -13,11 +13,13 @@ MIB_PER_GIB = 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU: price of one, most per container, rate of its matrix products."""
+    """One kind of GPU: price of one, most per container, rate of its matrix products, whether those
+    can be in bf16."""
 
     usd_per_s: float
     most: int
     tflops: float
+    bf16: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Prices:
         else:
             tflops = machine.cpu * self.cpu_core_tflops
         return tflops * 1e12
+
+    def has_bf16(self, machine: MachineConfig) -> bool:
+        """Whether every GPU that a container may get has bf16. A container without one may get any
+        processor, so it has none."""
+        kinds = [split(text)[0] for text in machine.gpu]
+        return bool(kinds) and all(self.gpus[kind].bf16 for kind in kinds)
 
     def problems(self, name: str, machine: MachineConfig) -> list[str]:
         """Return what is wrong with the GPUs that a machine asks for."""

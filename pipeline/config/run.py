@@ -67,8 +67,8 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of weights and batch order")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Arithmetic of training: auto is bf16 autocast where the processor has it, "
-        "else fp32",
+        description="Arithmetic of training: auto is bf16 where this GPU or processor has it, on "
+        "Modal where all GPUs that train have it, else fp32; addresses hold which it is",
     )
     deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")

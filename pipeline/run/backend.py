@@ -108,7 +108,7 @@ def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
     for _, item, _ in jobs:
         if not done(addresses, stage, item, lineage):
             missing.append(item)
-    failed = local.run_jobs(stage, cfg, missing)
+    failed = local.run_jobs(stage, addresses.cfg, missing)
     if None in failed:
         raise failed[None]
     if failed:

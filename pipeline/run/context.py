@@ -36,6 +36,7 @@ class StoredParts:
 
     def __post_init__(self) -> None:
         self.addresses = Addresses(self.cfg)
+        self.cfg = self.addresses.cfg
         self.reader = Reader(self.store)
         self.lineage = Lineage(self.store, self.reader.recorded)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..config.run import RunConfig
 from ..errors import BudgetError
 from ..families import family
-from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s, uses_bf16
+from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
 from ..train.flops import JobCost
@@ -37,9 +37,10 @@ class Entry:
 
 def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     """Return every job of a run in order: what is there already, an estimate of the rest."""
-    bf16 = uses_bf16(cfg.dtype)
-    rate = _flops_per_s(store, bf16)
     addresses = Addresses(cfg)
+    cfg = addresses.cfg
+    bf16 = cfg.dtype == "bf16"
+    rate = _flops_per_s(store, bf16)
     lineage = Lineage(store)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
     # What a family knows its costs from: the metrics of the run's finished jobs
@@ -145,7 +146,10 @@ def show_plan(
     unknown = any(entry.job and entry.seconds is None for entry in entries)
     least = "at least " if unknown else ""
     where = gpu_name() or f"{cpu_name()}, {cores()} cores"
-    console.print(f"to train: {least}{duration(sum(known))} on {where}, one job after another")
+    dtype = Addresses(cfg).cfg.dtype
+    console.print(
+        f"to train: {least}{duration(sum(known))} in {dtype} on {where}, one job after another"
+    )
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is "
         "predicted,"

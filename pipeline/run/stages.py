@@ -12,7 +12,10 @@ from itertools import filterfalse
 from ..config.run import JobKey, RunConfig
 from ..config.stage import Stage
 from ..families.load import RUN_CONFIGS
+from ..hardware import native_dtype
 
+AUTO = "auto"
+DTYPES = ("bf16", "fp32")  # what it may stand for
 Job = tuple[str, str | None, str]  # stage, item, address
 Rows = dict[str, dict[str, Stage]]  # by name, then by family
 
@@ -83,15 +86,24 @@ def label(stage: str, item: str | None) -> str:
     return stage if item is None else f"{stage} {item}"
 
 
+def settled(cfg: RunConfig) -> RunConfig:
+    """Return a run whose arithmetic is that of this machine where it was left to the machine."""
+    if cfg.dtype != AUTO:
+        return cfg
+    return cfg.model_copy(update={"dtype": native_dtype()})
+
+
 class Addresses:
     """The addresses of one configuration, each computed once.
 
-    They are kept here and not with the configuration: a copy of it with other settings would take
-    them along.
+    `cfg` is the configuration that they are of: no address has arithmetic that another machine may
+    take for its own. They are kept here and not with the configuration: a copy of it with other
+    settings would take them along.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+        self.cfg = settled(cfg)
+        self._asked = cfg
         self._known: dict[JobKey, str] = {}
 
     def of(self, stage: str, item: str | None = None) -> str:
@@ -122,10 +134,14 @@ class Addresses:
         return found
 
     def reachable(self) -> Iterator[str]:
-        """Yield every address that the configuration can lead to."""
-        for stage in STAGES:
-            for _, _, address in self.jobs(stage):
-                yield address
+        """Yield every address that the configuration can lead to, here or on other machines that
+        have this store."""
+        kinds = DTYPES if self._asked.dtype == AUTO else (self.cfg.dtype,)
+        for dtype in kinds:
+            addresses = Addresses(self.cfg.model_copy(update={"dtype": dtype}))
+            for stage in STAGES:
+                for _, _, address in addresses.jobs(stage):
+                    yield address
 
 
 def address(cfg: RunConfig, stage: str, item: str | None = None) -> str:

@@ -1,0 +1,206 @@
+"""What addresses hold: the arithmetic that a machine chose, and nothing that changes no result."""
+
+import io
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+from fakes import Killed
+from rich.console import Console
+
+from pipeline import cloud, hardware
+from pipeline.config.machines import ModalConfig, TrainerConfig
+from pipeline.families.load import RUN_CONFIGS, load, parse
+from pipeline.protocols import quiet
+from pipeline.run import backend, stages
+from pipeline.run.backend import Local, run_stage
+from pipeline.run.job import run_job
+from pipeline.store.artifacts import Store
+from pipeline.train import loop
+from tests import small, small_stack
+
+ROOT = Path(__file__).parents[1]
+PRICES = cloud.Prices.load(ROOT / "config/prices.yaml")
+AUTO = {
+    "ffn_moe": small.config(dtype="auto", dense__baselines=("total", "wide")),
+    "lora_vlm": parse(small_stack.RUN | {"dtype": "auto"}),
+}
+BF16, FP32 = frozenset({"avx2", "avx512_bf16"}), frozenset({"avx2"})
+
+
+def on(monkeypatch, flags):
+    """Be a machine without a GPU whose processor has these flags."""
+    monkeypatch.setattr(hardware, "device", lambda: "cpu")
+    monkeypatch.setattr(hardware, "_cpu_flags", lambda: flags)
+
+
+def found(cfg):
+    """Return {job: address} of a run with its bundle."""
+    addresses = stages.Addresses(cfg)
+    jobs = [each for stage in stages.STAGES for each in addresses.jobs(stage)]
+    return {(stage, item): address for stage, item, address in jobs}
+
+
+def on_arithmetic(cfg):
+    """Return the jobs that depend on the arithmetic, as the table has them: those that read it and
+    those that read such a job."""
+    depends = set()
+    for stage in stages.STAGES:
+        for item in cfg.items(stage):
+            reads = "dtype" in cfg.stages[stage].reads
+            if reads or depends & set(cfg.needs(stage, item)):
+                depends.add((stage, item))
+    return depends
+
+
+@pytest.mark.parametrize("family", RUN_CONFIGS)
+def test_two_kinds_of_machine_share_no_address_with_different_arithmetic(family, monkeypatch):
+    cfg, of = AUTO[family], {}
+    for dtype, flags in (("bf16", BF16), ("fp32", FP32)):
+        on(monkeypatch, flags)
+        of[dtype] = found(cfg)
+        assert stages.Addresses(cfg).cfg.dtype == hardware.native_dtype() == dtype
+        # said or found out, it is the same run
+        assert of[dtype] == found(cfg.model_copy(update={"dtype": dtype}))
+        # and nobody who has the other kind of machine may take it for nobody's
+        assert set(of[dtype].values()) <= set(stages.Addresses(cfg).reachable())
+    differ = {each for each in of["bf16"] if of["bf16"][each] != of["fp32"][each]}
+    assert differ == on_arithmetic(cfg) > {("train_router", None), ("evaluate", None)}
+    only_one = cfg.model_copy(update={"dtype": "fp32"})
+    assert set(stages.Addresses(only_one).reachable()) == set(of["fp32"].values())
+
+
+@pytest.mark.parametrize("family", RUN_CONFIGS)
+def test_a_job_is_told_the_arithmetic_that_its_address_has(family, monkeypatch, tmp_path):
+    on(monkeypatch, FP32)
+    given = []
+
+    def start(_stage, cfg, *_more):
+        given.append(cfg.dtype)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "_start", start)
+    with pytest.raises(BaseException, match="goes on from there"):
+        run_stage("preprocess", AUTO[family], Local(Store(tmp_path)))
+    assert given == ["fp32"]
+
+
+def test_addresses_bring_no_torch_and_a_driver_of_a_gpu_does():
+    program = """
+import sys
+from pipeline import hardware
+from pipeline.families.load import load
+from pipeline.run.stages import Addresses
+hardware.DRIVERS = ()
+for name in ("demo", "tiny_vlm"):
+    assert list(Addresses(load(f"config/{name}.yaml")).reachable())
+print("torch" in sys.modules)
+hardware.DRIVERS = ("/",)
+hardware.native_dtype()
+print("torch" in sys.modules)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_with_a_gpu_it_is_the_gpu_that_decides(monkeypatch, native):
+    import torch
+
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    on(monkeypatch, FP32 if native else BF16)
+    monkeypatch.setattr(hardware, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert hardware.native_dtype() == ("bf16" if native else "fp32")
+
+
+def test_another_machine_leaves_a_checkpoint_alone_and_this_one_goes_on_from_it(
+    tmp_path, monkeypatch
+):
+    path = tiny_config(tmp_path / "tiny", dtype="auto", runtime={"save_every_s": 1e-9})
+    cfg, store = load(path), Store(tmp_path / "store").open()
+
+    def do(stage):
+        console = Console(file=io.StringIO(), width=200)
+        run_job(stage, cfg, store, progress=quiet, console=console)
+
+    def die_at_7(*args):
+        save(*args)
+        if args[3].step == 7:
+            raise Killed
+
+    do("preprocess")
+    save = loop.save
+    on(monkeypatch, BF16)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", die_at_7)
+        with pytest.raises(Killed):
+            do("train_shared")
+    slots = store.resume(stages.address(cfg, "train_shared"))
+    before = {p: p.stat().st_mtime_ns for p in slots.rglob("*") if p.is_file()}
+    on(monkeypatch, FP32)
+    do("train_shared")
+    assert before and before == {p: p.stat().st_mtime_ns for p in slots.rglob("*") if p.is_file()}
+    began = []
+    monkeypatch.setattr(
+        loop, "restore", lambda *args, real=loop.restore: began.append(real(*args)) or began[-1]
+    )
+    on(monkeypatch, BF16)
+    do("train_shared")
+    assert began[0].step >= 7
+    dtypes = {store.manifest(each).made["machine"]["dtype"] for each in _trained(store)}
+    assert dtypes == {"bf16", "fp32"} and len(_trained(store)) == 2
+
+
+def _trained(store):
+    return [each for each in store.addresses() if each.startswith("train_shared")]
+
+
+def trainer(cfg, stage, *gpus):
+    """Return a run whose stage has containers with one of these GPUs."""
+    machine = TrainerConfig(gpu=gpus)
+    modal = cfg.modal.model_copy(update={stage: machine})
+    return cfg.model_copy(update={"modal": modal})
+
+
+@pytest.mark.parametrize("family", RUN_CONFIGS)
+def test_on_modal_the_machines_that_train_decide_and_the_laptop_does_not(family, monkeypatch):
+    def said(cfg):
+        told = []
+        dtypes = set()
+        for flags in (BF16, FP32):
+            on(monkeypatch, flags)
+            settled = cloud.settled(cfg, PRICES, told.append)
+            dtypes.add(settled.dtype)
+            # What is handed to containers says it, whatever they are
+            on(monkeypatch, BF16 if flags == FP32 else FP32)
+            raw = settled.model_dump(mode="json")
+            assert found(parse(raw)) == found(cfg.model_copy(update={"dtype": settled.dtype}))
+        assert len(dtypes) == 1
+        return dtypes.pop(), told[0]
+
+    cfg = AUTO[family]
+    assert said(cfg)[0] == "bf16"
+    trains = [stage for stage, row in cfg.stages.items() if "dtype" in row.reads]
+    assert {"train_experts", "train_router"} <= set(trains)
+    for stage in trains:
+        for gpus in itertools.chain([()], [(kind,) for kind in PRICES.gpus]):
+            dtype, why = said(trainer(cfg, stage, *gpus))
+            has = bool(gpus) and gpus != ("T4",)
+            assert dtype == ("bf16" if has else "fp32")
+            assert (f"modal.{stage}.gpu" in why) == (not has)
+        assert said(trainer(cfg, stage, "L40S", "t4:2"))[0] == "fp32"
+    # what does not train does not decide, and what was said is not asked
+    assert said(trainer(cfg, "evaluate"))[0] == "bf16"
+    for dtype in ("fp32", "bf16"):
+        given = cfg.model_copy(update={"dtype": dtype})
+        assert cloud.settled(given, PRICES, pytest.fail) is given
+    nothing = cfg.model_copy(update={"modal": ModalConfig(**{s: {"gpu": []} for s in trains})})
+    assert said(nothing)[0] == "fp32"
