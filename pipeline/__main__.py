@@ -36,9 +36,10 @@ from .run.stages import (
     is_report,
     without_jobs,
 )
-from .store.artifacts import Manifest, Store
+from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
 from .store.lineage import Lineage
+from .store.reading import read_bytes
 
 if TYPE_CHECKING:
     from .run.backend import Local
@@ -257,9 +258,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.dry_run import show_plan
 
         # A plan makes no store, but it must not show as done what another version left
-        if (store.root / "store.json").exists():
-            store.open()
-        show_plan(cfg, store, _out())
+        show_plan(cfg, store.open(create=False), _out())
         return
     _run(args, cfg, store.open())
 
@@ -288,7 +287,7 @@ def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
         manifests = run_stage(stage, cfg, backend)
         kind = cfg.stages[stage].kind
         if kind == "report":
-            _show_report(store.folder(manifests[0].address))
+            _show_report(Reader(store).folder(manifests[0].address))
         else:
             _show_jobs(manifests)
         if kind == "bundle":
@@ -386,7 +385,7 @@ def _show_report(folder: Path) -> None:
     from . import report
 
     console = _out()
-    report.show(report.read((folder / "report.json").read_text("utf-8")), console)
+    report.show(report.read(read_bytes(folder / "report.json")), console)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -86,14 +86,20 @@ class MissingArtifact(StoreError):
 class DamagedArtifact(StoreError):
     """A file is torn or its bytes have changed.
 
-    `remove` is the folder to make again, `stage` what makes it where that is not the command that
-    met the error; `remedy` is another way than to make it again.
+    `remove` is what to make again, `stage` what makes it where that is not the command that met the
+    error; `remedy` is another way than to make it again, `root` is set where another store is one.
     """
 
     def __init__(
-        self, text: str, *, remove: Path | None = None, stage: str = "", remedy: str = ""
+        self,
+        text: str,
+        *,
+        remove: Path | None = None,
+        stage: str = "",
+        remedy: str = "",
+        root: Path | None = None,
     ) -> None:
-        super().__init__(text, remedy=remedy)
+        super().__init__(text, root=root, remedy=remedy)
         self.remove = remove
         self.stage = stage
 

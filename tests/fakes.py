@@ -299,6 +299,28 @@ def traces(store_path):
     return {p.as_posix(): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
 
 
+# What a file of JSON may hold instead; none of it is an object with what belongs there.
+MALFORMED = [
+    b"",
+    b"{",
+    b"[]",
+    b"7",
+    b"null",
+    b'"text"',
+    b'{"format": NaN}',
+    b'{"format": -Infinity}',
+    b'{"format": 1e999}',
+    b'{"format": ' + b"9" * 5000 + b"}",
+    b'{"format": 1, "format": 1}',
+    b'{"format":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b"[" * 100_000,
+    b'{"format": "\xff"}',
+    b"\xef\xbb\xbf{}",
+    '{"format": 1}'.encode("utf-16"),
+    b"\0" * 64,
+]
+
+
 def flip(path, at=None):
     """Change one bit of a file, in the middle unless told where."""
     data = bytearray(path.read_bytes())

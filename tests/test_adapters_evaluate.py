@@ -207,7 +207,7 @@ def test_what_was_too_long_to_train_with_is_in_the_notes(made, monkeypatch):
     }
     of_count = parts.folder("train_experts", "count") / "adapter.json"
     monkeypatch.setattr(
-        evaluate, "read_json", lambda path: {"rows": rows} if path == of_count else {}
+        evaluate, "read_object", lambda path: {"rows": rows} if path == of_count else {}
     )
     found = list(evaluate._dropped_rows(parts, "count", "train_experts", "count"))
     assert found == ["count was trained without 2 of its 5 train rows, which are over max_tokens."]

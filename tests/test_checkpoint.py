@@ -29,6 +29,7 @@ from fakes import (
 
 from pipeline.errors import DamagedArtifact, DiskFull, OtherCheckpoint, UnreadableFile
 from pipeline.store.artifacts import inventory
+from pipeline.store.reading import sealed
 from pipeline.train import checkpoint, loop
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.loop import fit
@@ -138,7 +139,7 @@ def test_two_damaged_slots_start_over_and_say_so(stopped, name, how):
 def test_what_cannot_be_read_ends_the_run_and_stays(stopped, error, monkeypatch):
     folder, wanted = stopped
     # two slots are looked for, and each has its numbers; then the newer's tensors and best state
-    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 3 + 2
+    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 5 + 2
     got, recorder = resume(folder)
     assert recorder.starts == [7] and recorder.notes == [] and equal(got, wanted)
 
@@ -148,7 +149,7 @@ def test_beside_a_damaged_slot_too_and_the_damage_is_told_by_the_next(stopped, e
     folder, wanted = stopped
     flip(slots(folder)[7] / "state.safetensors")
     # the tensors of both, and whether the damaged slot's next name is taken
-    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 2 + 3 + 2 + 1
+    assert unreadable(folder, small_task(), monkeypatch, error) == 2 + 2 * 2 + 2 + 5 + 2 + 1
     # the attempt in which nothing failed has put the damaged slot aside
     got, recorder = resume(folder)
     assert recorder.starts == [6] and equal(got, wanted)
@@ -284,7 +285,7 @@ def rewritten(folder, change):
         numbers = json.loads((slot / "state.json").read_text())
         numbers.pop("checksum")
         change(numbers)
-        (slot / "state.json").write_text(checkpoint._sealed(numbers))
+        (slot / "state.json").write_text(sealed(numbers))
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(stopped):

@@ -18,6 +18,8 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import describes_run, load
 from pipeline.run import stages
 from pipeline.store.artifacts import Store
+from pipeline.store.manifest import INDENT
+from pipeline.store.reading import sealed
 
 ROOT = Path(__file__).parent.parent
 PRICES = cloud.Prices.load(ROOT / "config/prices.yaml")
@@ -186,7 +188,7 @@ def test_a_mirror_holds_the_manifests_of_this_run_and_no_more(finished, tmp_path
     address = stages.address(cfg, "train_router")
     (tmp_path / f"far/artifacts/{address}/manifest.json").unlink()
     (tmp_path / f"far/resume/{address}/b").mkdir(parents=True)
-    (tmp_path / f"far/resume/{address}/b/state.json").write_text(json.dumps({"run": {"step": 7}}))
+    (tmp_path / f"far/resume/{address}/b/state.json").write_text(sealed({"run": {"step": 7}}))
     (tmp_path / "far/artifacts/train_router-of-another-run").mkdir()
     mirror = cloud.mirror(cfg, tmp_path / "near", *far(tmp_path / "far"))
     assert {p.name for p in mirror.root.rglob("*") if p.is_file()} == {
@@ -232,7 +234,8 @@ def test_finished_jobs_on_the_same_kind_of_machine_are_the_measure(finished, tmp
         if "tokens_per_s" in raw["metrics"]:
             raw["metrics"] |= {"tokens_per_s": 1e6, "flops_per_token": 1e6}
             raw["made"]["machine"] |= {"gpu": "NVIDIA L40S"}
-        manifest.write_text(json.dumps(raw))
+        raw.pop("checksum")
+        manifest.write_text(sealed(raw, INDENT))
     [line] = cloud.estimate(cfg, ("train_router",), Store(tmp_path / "store"), PRICES)
     on_h100 = cfg.model_copy(
         update={

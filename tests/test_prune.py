@@ -16,6 +16,7 @@ from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.store import in_use
 from pipeline.store.artifacts import Store
+from pipeline.store.reading import sealed
 
 GONE = "train_shared-0123456789ab"
 
@@ -200,7 +201,7 @@ def test_what_is_in_use_is_left_and_named_without_waiting(copied, capfd):
     places = [store.folder(GONE), store.resume(GONE), store.folder(used)]
     for place in places:
         write(place / "x.bin")
-    write(in_use.note_path(store, "run-333333333333"), f'["{used}"]')
+    write(in_use.note_path(store, "run-333333333333"), sealed({"addresses": [used]}))
     holder = hold(store, [GONE, "run-333333333333"])
     try:
         for more in ((), ("--yes",)):

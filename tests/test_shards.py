@@ -78,7 +78,7 @@ def test_damage_is_found_before_it_is_read(tmp_path):
     with pytest.raises(DamagedArtifact, match="10 bytes, 190 were wanted"):
         shards.stream("train", "a")
     (tmp_path / "train/a.idx").unlink()
-    with pytest.raises(DamagedArtifact, match="is missing"):
+    with pytest.raises(DamagedArtifact, match="is gone"):
         shards.documents("train", "a")
     about = json.loads((tmp_path / "shards.json").read_text())
     (tmp_path / "shards.json").write_text(json.dumps(about | {"format": 99}))

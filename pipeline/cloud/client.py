@@ -5,7 +5,6 @@ Everything here happens before a machine is paid for, or after.
 """
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,7 @@ from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
 from ..run.stages import AUTO, Addresses, is_report
-from ..store.artifacts import Store, check_format
+from ..store.artifacts import Store, check_format, parse_format
 from .containers import JobResult
 from .prices import Prices, most_gpus
 
@@ -199,8 +198,8 @@ def mirror(
     mark = read("store.json")
     if mark is not None:
         try:
-            found = int(json.loads(mark)["format"])
-        except (ValueError, KeyError, TypeError) as error:
+            found = parse_format(mark)
+        except ValueError as error:
             raise StoreError(
                 f"store.json of the volume moleforge cannot be read: {error}"
             ) from None

@@ -4,18 +4,18 @@ deployment makes of it, and the key that the endpoint's process has to have.
 Invariant: nobody gets an endpoint without a key who has not asked for one.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ..config.base import Name
 from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
-from ..errors import ConfigError, MissingArtifact
+from ..errors import ConfigError, DamagedArtifact, MissingArtifact
 from ..store.artifacts import Store, write_text
 from ..store.lineage import Lineage
+from ..store.reading import parse_object, reading
 from .containers import JobResult
 
 SERVED = "served.json"
@@ -72,9 +72,11 @@ def served(root: Path, key: str | None, entered: str) -> Path:
     StaleArtifact when the bundle is of parts that were made again since.
     """
     try:
-        note = _note((root / SERVED).read_bytes())
+        with reading(root / SERVED):
+            content = (root / SERVED).read_bytes()
     except FileNotFoundError:
         raise MissingArtifact("there is no bundle to serve yet", stages=("deploy",)) from None
+    note = _note(content)
     if not key and entered != PUBLIC:
         raise ConfigError(f"there is no {KEY}, and nobody asked for an open endpoint: {WAYS}")
     # A bundle may be made after the deployment: the open endpoint is not to serve it meanwhile.
@@ -122,9 +124,9 @@ def entered(modal: ModalConfig) -> str:
 
 def _note(content: bytes) -> ServedNote:
     try:
-        return ServedNote.model_validate(json.loads(content))
-    except (ValueError, ValidationError):
-        raise ConfigError(
-            f"{SERVED} on the volume does not say what to serve: type `modal run "
-            "modal_app.py::deploy --config FILE` to write it again"
+        return ServedNote.model_validate(parse_object(content))
+    # of pydantic too
+    except ValueError:
+        raise DamagedArtifact(
+            f"{SERVED} on the volume does not say what to serve", stage="deploy"
         ) from None

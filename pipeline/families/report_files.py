@@ -14,6 +14,7 @@ from ..config.run import RunConfig
 from ..store.artifacts import now
 from ..store.bundle import MADE
 from ..store.history import Row
+from ..store.reading import read_bytes
 from . import Parts
 
 NOTE = f"Times, memory and the machine that they were measured on are in {MADE}."
@@ -25,7 +26,7 @@ def report_files(cfg: RunConfig, parts: Parts, described: Mapping[str, Any]) -> 
 
     Raises MissingArtifact, DamagedArtifact, UnreadableFile.
     """
-    whole = report.read((parts.folder("evaluate") / "report.json").read_text("utf-8"))
+    whole = report.read(read_bytes(parts.folder("evaluate") / "report.json"))
     lasting, moment = report.split(whole, NOTE)
     rows, missing = histories(cfg, parts)
     made = {"bundled": now(), **moment}

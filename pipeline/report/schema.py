@@ -460,6 +460,8 @@ def read(text: str | bytes) -> Report:
         values = json.loads(text)
     except ValueError as error:
         raise StoreError(f"report.json cannot be read: {error}") from None
+    except RecursionError:
+        raise StoreError("report.json cannot be read: it is nested too deep") from None
     # the version comes first: what an unknown schema holds cannot be judged by this one
     version = values.get("schema_version") if isinstance(values, dict) else None
     if not isinstance(version, int):

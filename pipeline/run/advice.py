@@ -77,7 +77,9 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         if error.stage:
             remake = f"{edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
             return f"{text}; {', or '.join(filter(None, (remake, error.remedy)))}"
-        return f"{text}; {edge.remove(error.remove)} and run the same command to make it again"
+        remake = f"{edge.remove(error.remove)} and run the same command to make it again"
+        other = edge.other_store() if error.root else ""
+        return f"{text}; {', or '.join(filter(None, (remake, other)))}"
     if isinstance(error, DamagedArtifact) and error.stage:
         return f"{text}; run {edge.stage(error.stage)} again"
     if isinstance(error, MismatchError) and error.remove:

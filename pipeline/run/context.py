@@ -10,7 +10,7 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..config.stage import Stage
 from ..families import stage_function
-from ..protocols import Progress
+from ..protocols import Progress, quiet
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.history import History, read
 from ..store.lineage import Lineage
@@ -30,6 +30,7 @@ class StoredParts:
 
     cfg: RunConfig
     store: Store
+    progress: Progress = quiet
     addresses: Addresses = field(init=False)
     reader: Reader = field(init=False)
     lineage: Lineage = field(init=False)
@@ -37,7 +38,7 @@ class StoredParts:
     def __post_init__(self) -> None:
         self.addresses = Addresses(self.cfg)
         self.cfg = self.addresses.cfg
-        self.reader = Reader(self.store)
+        self.reader = Reader(self.store, self.progress)
         self.lineage = Lineage(self.store, self.reader.recorded)
 
     def folder(self, stage: str, item: str | None = None) -> Path:

@@ -1,6 +1,5 @@
 """What a command would do, before it does it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..config.run import RunConfig
-from ..errors import BudgetError
+from ..errors import BudgetError, StoreError
 from ..families import family
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
+from ..store.reading import unsealed
 from ..train.flops import JobCost
 from .stages import RUN, Addresses
 
@@ -98,7 +98,7 @@ def why_of(address: str, state: str, lineage: Lineage) -> str:
 def _saved(path: Path) -> tuple[int, dict[str, str]]:
     """Return the step of a checkpoint, and the digests of what it was trained on."""
     try:
-        run = json.loads(path.read_text("utf-8"))["run"]
+        run = unsealed(path.read_bytes())["run"]
         return int(run["step"]), dict(run.get("inputs", {}))
     except (OSError, ValueError, KeyError, TypeError):
         return 0, {}
@@ -110,9 +110,13 @@ def _flops_per_s(store: Store, bf16: bool) -> float:
     here = (cpu_name(), gpu_name())
     rates = []
     for address in store.addresses():
-        if not store.has(address):
+        try:
+            if not store.has(address):
+                continue
+            manifest = store.manifest(address)
+        except StoreError:
+            # No part of this run, or its own job says so
             continue
-        manifest = store.manifest(address)
         machine = manifest.made.get("machine", {})
         speed = manifest.metrics.get("tokens_per_s")
         if speed and (machine.get("cpu"), machine.get("gpu")) == here:

@@ -55,7 +55,7 @@ def run_job(
     """
     # Before any file of the store is open, and before parts remember what they have checked
     store.refresh()
-    parts = StoredParts(cfg, store)
+    parts = StoredParts(cfg, store, progress)
     address = parts.addresses.of(stage, item)
     job = JobContext(stage, item, parts, address, progress, console)
     if parts.lineage.is_current(address):
@@ -91,7 +91,7 @@ def _make_once(job: JobContext) -> Manifest:
     with translate_disk_errors(job.folder), job.store.lock(job.address, waiting):
         if waited:
             # What was read before may not be what is there now
-            job = replace(job, parts=StoredParts(job.cfg, job.store))
+            job = replace(job, parts=StoredParts(job.cfg, job.store, job.progress))
         # Asked again under the lock: whoever held it may have made the artifact
         lineage = Lineage(job.store)
         if lineage.is_current(job.address):

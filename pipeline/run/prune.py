@@ -19,7 +19,8 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
 from ..store import in_use
-from ..store.artifacts import Store, reading
+from ..store.artifacts import Store
+from ..store.reading import reading
 from .stages import Addresses
 
 ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")

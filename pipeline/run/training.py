@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ..hardware import fastest_threads, machine
-from ..store.artifacts import reading, save_tensors, write_text
+from ..store.artifacts import save_tensors, write_text
 from ..store.history import Recorder
+from ..store.reading import reading, sealed, unsealed
 from ..train.loop import NoTraining, Task, TrainIO, fit
 from ..train.memory_meter import Peak, lower_mmap_threshold
 from ..train.optimizer_state import import_int8
@@ -41,7 +42,7 @@ def set_threads(job: JobContext) -> None:
     if threads is None:
         threads = fastest_threads(torch.get_num_threads())
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, json.dumps(threads))
+        write_text(note, sealed({"threads": threads}))
     torch.set_num_threads(threads)
 
 
@@ -50,8 +51,8 @@ def _noted_threads(note: Path) -> int | None:
     costs no more than measuring again. Raises UnreadableFile."""
     try:
         with reading(note):
-            threads = json.loads(note.read_bytes())
-    except (OSError, ValueError):
+            threads = unsealed(note.read_bytes())["threads"]
+    except (OSError, ValueError, KeyError):
         return None
     # true is an int too
     return threads if type(threads) is int and threads > 0 else None

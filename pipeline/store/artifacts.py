@@ -7,13 +7,12 @@ one it is absent. One writer per address; nothing is edited once its manifest ex
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,50 +25,41 @@ from ..errors import (
     StoreError,
     UnreadableFile,
 )
+from ..protocols import Progress, quiet
+from . import manifest as manifests
+from .hashed import Hashed
+from .manifest import Manifest
+from .reading import (
+    absence,
+    check_folder,
+    damaged,
+    exists,
+    parse_object,
+    read_bytes,
+    reading,
+    sealed,
+    unsealed,
+)
 
 if TYPE_CHECKING:
     import torch
 
-# Files up to this are hashed when an artifact is opened; larger ones by tensors().
+# Files up to this are hashed by every job that opens their artifact, larger ones once on a machine.
 SMALL_BYTES = 16_000_000
 # Raised when what is in a store is laid out or written differently.
 FORMAT = 2
 # What an artifact that is made again is called meanwhile, below the folder of its checkpoints.
 FORMER = "former"
+MARK = "store.json"
+FOLDERS = ("artifacts", "resume", "jobs", "history", "locks", "runs")
+# Of these it takes seconds to read one through, and a job says what it is doing.
+TOLD_BYTES = 1_000_000_000
 # A quota and a limit on the size of files leave no room either.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _nothing() -> None: ...
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact is, where it came from, and the sha256 and size of every file in it."""
-
-    address: str
-    stage: str
-    item: str | None
-    inputs: dict[str, str]  # address -> digest of what was read
-    files: dict[str, dict]  # relative path -> {"sha256": hex, "bytes": n}
-    metrics: dict = field(default_factory=dict)
-    made: dict = field(default_factory=dict)  # time, seconds, packages, hardware
-
-    @property
-    def digest(self) -> str:
-        """Hash of the files' contents: equal digests, equal artifacts (run.json and made.json only
-        tell of the run that made it)."""
-        lines = ""
-        for name in sorted(self.files):
-            if name not in ("run.json", "made.json"):
-                lines += f"{name} {self.files[name]['sha256']}\n"
-        return hashlib.sha256(lines.encode()).hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(entry["bytes"] for entry in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -97,44 +87,74 @@ class Store:
         """The history file of the job that makes an address; one writer."""
         return self.root / "history" / f"{address}.jsonl"
 
-    def open(self) -> "Store":
-        """Create the directory if need be and check who wrote it; returns itself.
+    def open(self, create: bool = True) -> "Store":
+        """Check who wrote the store and create it if need be; returns itself.
 
-        Raises OldStore, NewerStore or StoreError.
+        Raises OldStore, NewerStore, DamagedArtifact, UnreadableFile or StoreError.
         """
-        mark = self.root / "store.json"
+        mark = self.root / MARK
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if not mark.exists():
+            if self.root.is_symlink():
+                check_folder(self.root)
+            if create and not exists(mark):
+                self.root.mkdir(parents=True, exist_ok=True)
                 with self.lock("store"):
                     # Asked again under the lock, as two commands may be the first at once
-                    if not mark.exists():
-                        write_text(mark, json.dumps({"format": FORMAT}))
-            found = int(json.loads(mark.read_text("utf-8"))["format"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                    if not exists(mark):
+                        write_text(mark, sealed({"format": FORMAT}))
+        except OSError as error:
             raise StoreError(
                 f"{self.root} cannot be used as a store: {error}", root=self.root
             ) from None
-        check_format(found, self.root)
+        if create or self._is_there(mark):
+            check_format(self._format(mark), self.root)
+        for name in FOLDERS:
+            check_folder(self.root / name)
         return self
 
+    def _format(self, mark: Path) -> int:
+        """Return the format that store.json states. Raises DamagedArtifact or UnreadableFile."""
+        try:
+            return parse_format(read_bytes(mark))
+        except (ValueError, DamagedArtifact) as error:
+            why = absence(mark) if isinstance(error, DamagedArtifact) else error
+            raise DamagedArtifact(
+                f"{self.root} cannot be used as a store: its {MARK} alone is damaged ({why}), and "
+                "what lies beside it is as good as it was",
+                remove=mark,
+                root=self.root,
+            ) from None
+
     def has(self, address: str) -> bool:
-        """Whether the artifact is whole."""
-        return (self.folder(address) / "manifest.json").exists()
+        """Whether the artifact is whole, as far as its manifest is there.
+
+        Raises StoreError when something else lies in its place, UnreadableFile when the system does
+        not say: what may not be seen must not be made again over itself.
+        """
+        return self._is_there(self.folder(address) / manifests.NAME)
+
+    def _is_there(self, path: Path) -> bool:
+        """Whether anything lies at a path of the store. Raises StoreError or UnreadableFile."""
+        try:
+            if exists(path):
+                return True
+        except NotADirectoryError:
+            pass
+        # Rarely asked: on the way there is nothing, or a link to nothing, or a file
+        above = [folder for folder in path.parents if folder.is_relative_to(self.root)]
+        for folder in reversed(above):
+            check_folder(folder)
+        return False
 
     def manifest(self, address: str) -> Manifest:
-        """Read a manifest. Raises DamagedArtifact."""
-        path = self.folder(address) / "manifest.json"
-        try:
-            return Manifest(**json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise DamagedArtifact(f"{path} cannot be read ({error})", remove=path.parent) from None
+        """Read a manifest. Raises DamagedArtifact or UnreadableFile."""
+        return manifests.read(self.folder(address))
 
     def require(self, address: str, known: Manifest | None = None) -> Manifest:
         """Return the manifest of an artifact whose files are all there, by their sizes; `known` is
         the manifest where it was read already.
 
-        Raises MissingArtifact or DamagedArtifact.
+        Raises MissingArtifact, DamagedArtifact, UnreadableFile or StoreError.
         """
         if not self.has(address):
             # Names of stages have no hyphen, those of items may
@@ -145,16 +165,20 @@ class Store:
         manifest = known or self.manifest(address)
         for name, entry in manifest.files.items():
             path = self.folder(address) / name
-            found = path.stat().st_size if path.exists() else None
-            if found != entry["bytes"]:
-                size = "is gone" if found is None else f"has {found} bytes"
-                raise DamagedArtifact(f"{path} {size}, not {entry['bytes']}", remove=path.parent)
+            try:
+                with reading(path):
+                    found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                raise damaged(path, absence(path)) from None
+            if found.st_size != entry["bytes"] or not stat.S_ISREG(found.st_mode):
+                raise damaged(path, f"has {found.st_size} bytes, not {entry['bytes']}")
         return manifest
 
     def begin(self, address: str) -> Path:
         """Return the artifact's folder, emptied of what a killed writer left.
 
         A whole artifact that is made again waits beside the checkpoints until the new one is whole.
+        Raises StoreError.
         """
         folder = self.folder(address)
         if self.has(address):
@@ -163,6 +187,12 @@ class Store:
                 shutil.rmtree(former)
             former.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(former)
+        elif folder.is_symlink():
+            raise StoreError(
+                f"{folder} is a link to what is no artifact, and nothing is removed through a "
+                "link: remove the link"
+            )
+        check_folder(folder)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -175,7 +205,7 @@ class Store:
         for name in manifest.files:
             flush(folder / name)
         flush(folder)
-        write_text(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+        write_text(folder / manifests.NAME, manifest.text())
         shutil.rmtree(self.jobs_folder(manifest.address), ignore_errors=True)
         self.publish()
         # after it is published: until others see the artifact, the checkpoints are all that they
@@ -184,11 +214,13 @@ class Store:
         return manifest
 
     def addresses(self) -> list[str]:
-        """Every address with a folder, whole or not."""
+        """Every address with a folder, whole or not. Raises StoreError or UnreadableFile."""
         folder = self.root / "artifacts"
-        if not folder.exists():
+        if not self._is_there(folder):
             return []
-        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+        check_folder(folder)
+        with reading(folder):
+            return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
     @contextlib.contextmanager
     def lock(self, address: str, waiting: Callable[[], None] = _nothing) -> Iterator[None]:
@@ -220,14 +252,20 @@ class Reader:
     user.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, progress: Progress = quiet) -> None:
         self.store = store
+        self._progress = progress
         self._manifests: dict[str, Manifest] = {}
         self._whole: set[str] = set()
-        self._hashed: set[tuple[str, str]] = set()
+        self._right: set[tuple[str, str]] = set()
+        self._hashed: Hashed | None = None
+        # A store that is published is one of many machines that live for one job each
+        if store.publish is _nothing:
+            self._hashed = Hashed(store.root, lambda: store.lock("hashed"), write_text)
 
     def manifest(self, address: str) -> Manifest:
-        """Return an artifact's manifest. Raises MissingArtifact or DamagedArtifact."""
+        """Return an artifact's manifest. Raises MissingArtifact, DamagedArtifact, UnreadableFile or
+        StoreError."""
         if address not in self._whole:
             known = self._manifests.get(address)
             self._manifests[address] = self.store.require(address, known)
@@ -235,37 +273,64 @@ class Reader:
         return self._manifests[address]
 
     def recorded(self, address: str) -> Manifest:
-        """Return a manifest without a look at the files. Raises DamagedArtifact."""
+        """Return a manifest without a look at the files. Raises DamagedArtifact or
+        UnreadableFile."""
         if address not in self._manifests:
             self._manifests[address] = self.store.manifest(address)
         return self._manifests[address]
 
     def folder(self, address: str) -> Path:
-        """Return an artifact's folder after a check of its files' sha256, but for those over
-        SMALL_BYTES: whoever maps them reads little of them, or asks tensors().
-
-        Raises MissingArtifact or DamagedArtifact.
-        """
-        for name, entry in self.manifest(address).files.items():
-            if entry["bytes"] <= SMALL_BYTES:
-                self._check(address, name)
+        """Return an artifact's folder after a check of its files' sha256, of those over SMALL_BYTES
+        once on a machine. Raises what `manifest` does."""
+        for name in self.manifest(address).files:
+            self._check(address, name)
         return self.store.folder(address)
 
     def tensors(self, address: str, name: str) -> "dict[str, torch.Tensor]":
-        """Load a safetensors file after a check of its sha256. Raises MissingArtifact or
-        DamagedArtifact."""
+        """Load a safetensors file after a check of its sha256, as `folder` does. Raises what
+        `manifest` does."""
         self._check(address, name)
         return load_tensors(self.store.folder(address) / name)
 
     def _check(self, address: str, name: str) -> None:
-        if (address, name) in self._hashed:
+        if (address, name) in self._right:
             return
         path = self.store.folder(address) / name
-        if sha256(path) != self.manifest(address).files[name]["sha256"]:
-            raise DamagedArtifact(
-                f"{path} is not what was written (sha256 differs)", remove=path.parent
-            )
-        self._hashed.add((address, name))
+        entry = self.manifest(address).files[name]
+        remembered = self._hashed if entry["bytes"] > SMALL_BYTES else None
+        if not (remembered and remembered.holds(path, entry["sha256"])):
+            self._hash(path, entry, remembered)
+        self._right.add((address, name))
+
+    def _hash(self, path: Path, entry: dict, remembered: Hashed | None) -> None:
+        """Compare a file with its sum. Raises DamagedArtifact or UnreadableFile."""
+        if entry["bytes"] > TOLD_BYTES:
+            self._progress(f"checking {path} ({entry['bytes'] / 1e9:.1f} GB)", None)
+        try:
+            with reading(path):
+                before = path.stat()
+                found = sha256(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise damaged(path, absence(path)) from None
+        if found != entry["sha256"]:
+            raise damaged(path, "is not what was written (sha256 differs)")
+        if remembered:
+            remembered.note(path, before, found)
+
+
+def parse_format(data: bytes) -> int:
+    """Return the format that the bytes of a store.json state. Raises ValueError.
+
+    It is sealed, or a flipped bit would make the store another version's; one that states its
+    format alone is of a time when it was not.
+    """
+    values = parse_object(data)
+    if values.keys() != {"format"}:
+        values = unsealed(data)
+    found = values.get("format")
+    if type(found) is not int or found < 1:
+        raise ValueError("it states no format")
+    return found
 
 
 def check_format(found: int, root: Path | str) -> None:
@@ -351,31 +416,22 @@ def set_mode(path: Path) -> None:
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
-    """Read a safetensors file. Raises DamagedArtifact."""
+    """Read a safetensors file. Raises DamagedArtifact or UnreadableFile."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        # First: whatever the system refuses, safetensors says that there is no such file
+        with reading(path), path.open("rb") as file:
+            file.read(1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise damaged(path, absence(path)) from None
+    try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DamagedArtifact(f"{path} cannot be read: {error}") from None
-
-
-@contextlib.contextmanager
-def reading(path: Path, what: str = "") -> Iterator[None]:
-    """Give what keeps the system from reading a path a name of its own.
-
-    What is not there, or is a folder in a file's place, says something about the store and stays an
-    OSError. `what`: a word before the path, for messages. Raises UnreadableFile.
-    """
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise
-    except OSError as error:
-        named = f"{what} {path}".strip()
-        text = f"{named} cannot be read: {error.strerror or error}"
-        raise UnreadableFile(text, path=path) from None
+        if isinstance(error, OSError) or "os error" in str(error):
+            raise UnreadableFile(f"{path} cannot be read: {error}", path=path) from None
+        raise damaged(path, f"cannot be read: {error}") from None
 
 
 @contextlib.contextmanager
@@ -391,9 +447,14 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise _no_room(folder, str(error.strerror)) from None
         root = folder.parents[1]
-        in_store = Path(str(error.filename)).is_relative_to(root)
-        if error.errno not in NOT_ALLOWED or not in_store:
+        if not Path(str(error.filename)).is_relative_to(root):
             raise
+        if error.errno not in NOT_ALLOWED:
+            # Not laid out as a store is, or out of reach: either way a person has to look there
+            raise StoreError(
+                f"{error.filename} cannot be used: {error.strerror}; what was finished is kept: "
+                "mend the cause and run the same command again"
+            ) from None
         raise StoreError(
             f"{error.filename} cannot be written: {error.strerror}",
             root=root,

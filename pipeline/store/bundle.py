@@ -22,6 +22,7 @@ from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, Sto
 from ..protocols import Progress
 from .artifacts import NO_ROOM, sha256, write_text
 from .foreign import ForeignFile, check_name, files_in, read_object
+from .reading import reading
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -109,7 +110,8 @@ def about(folder: Path) -> dict[str, Any]:
     """
     read_sums(folder)
     try:
-        found = read_object(folder, ABOUT, TEXT_BYTES)
+        with reading(folder / ABOUT):
+            found = read_object(folder, ABOUT, TEXT_BYTES)
         version = int(found["format"])
         if version < 1:
             raise ValueError(f"format is {version}")
@@ -127,7 +129,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Return {file name: sha256} of a bundle. Raises MissingArtifact when there is no SHA256SUMS,
     DamagedArtifact."""
     try:
-        with (folder / SUMS).open(encoding="utf-8") as file:
+        with reading(folder / SUMS), (folder / SUMS).open(encoding="utf-8") as file:
             text = file.read(TEXT_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingArtifact(
@@ -151,7 +153,8 @@ def listed(folder: Path) -> dict[str, str]:
     """
     sums = read_sums(folder)
     try:
-        found = files_in(folder)
+        with reading(folder):
+            found = files_in(folder)
         for name in sorted(found | sums.keys()):
             check_name(name)
     except (ForeignFile, OSError) as error:
@@ -171,7 +174,8 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
         if progress:
             progress(f"checking {len(sums)} files", done / len(sums))
         try:
-            found = sha256(folder / name)
+            with reading(folder / name):
+                found = sha256(folder / name)
         except OSError as error:
             raise _damaged(f"{folder / name} cannot be read: {error.strerror}", folder) from None
         if found != digest:
@@ -268,7 +272,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Any]]:
             raise ValueError("it is too short, or no safetensors file")
         text = file.read(size)
         return length + text, dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DamagedArtifact(f"{path} has no safetensors header: {error}") from None
 
 

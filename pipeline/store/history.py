@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from ..errors import ConfigError, DiskFull, StoreError
-from .artifacts import reading
+from .reading import reading
 
 # Between lines where there is no terminal.
 LINE_EVERY_S = 15.0

@@ -7,12 +7,13 @@ looks.
 """
 
 import contextlib
-import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .artifacts import Store, reading, write_text
+from ..errors import DamagedArtifact
+from .artifacts import Store, write_text
+from .reading import reading, sealed, unsealed
 
 RUNS = "runs"  # the folder of notes, and the lock they are written and acted upon under
 PREFIX = "run-"  # of a run's note and lock
@@ -46,7 +47,7 @@ def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
         with contextlib.suppress(OSError), store.lock(RUNS):
             held.enter_context(store.lock(name))
             note.parent.mkdir(exist_ok=True)
-            write_text(note, json.dumps(sorted(addresses)))
+            write_text(note, sealed({"addresses": sorted(addresses)}))
         try:
             yield
         finally:
@@ -70,17 +71,22 @@ def is_held(store: Store, name: str, unknown: bool = False) -> bool:
 
 
 def addresses(store: Store) -> set[str]:
-    """Return what runs in progress need. Raises UnreadableFile."""
+    """Return what runs in progress need. Raises UnreadableFile or DamagedArtifact."""
     found: set[str] = set()
     for note in (store.root / RUNS).glob(f"{PREFIX}*.json"):
         if not is_held(store, note.stem, unknown=True):
             continue
         try:
             with reading(note, "note of a run"):
-                found.update(json.loads(note.read_bytes()))
+                found.update(unsealed(note.read_bytes())["addresses"])
         except FileNotFoundError:
             # its run has just ended
             continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedArtifact(
+                f"{note} is torn or its bytes have changed ({error}), so nobody knows what that "
+                "run needs: wait until it has ended"
+            ) from None
     return found
 
 

@@ -7,8 +7,6 @@ everything as it was. The best state is a file beside them that a slot names, so
 memory; it goes when no slot names it any more.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -26,12 +24,12 @@ from ..errors import DamagedArtifact, OtherCheckpoint, UnreadableFile
 from ..store.artifacts import (
     flush,
     load_tensors,
-    reading,
     save_tensors,
     sha256,
     translate_disk_errors,
     write_text,
 )
+from ..store.reading import reading, sealed, unsealed
 from .optimizer import AdamW, merge
 from .optimizer_state import SCALE
 
@@ -135,7 +133,7 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
         "sha256": sha256(slot / TENSORS),
         "run": asdict(run),
     }
-    write_text(slot / NUMBERS, _sealed(numbers))
+    write_text(slot / NUMBERS, sealed(numbers))
     # only now, as the slot that was written over may have named another best state
     _remove_unused_best(folder, run)
 
@@ -368,27 +366,14 @@ def _read_numbers(slot: Path) -> dict[str, Any]:
     except NOT_A_SLOT as error:
         raise _Damage(f"checkpoint {path} is no file ({error.strerror})", slot) from None
     try:
-        numbers = json.loads(text)
-        numbers.pop("checksum")
-        # the text itself, as the last digits of a number may change and its value stay
-        if text.decode() == _sealed(numbers) and numbers["run"]["step"] >= 0:
+        numbers = unsealed(text)
+        if numbers["run"]["step"] >= 0:
             return numbers
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damage(f"checkpoint {path} is not what was written ({error})", slot) from None
-    raise _Damage(
-        f"checkpoint {path} is torn or its bytes have changed (its checksum differs)", slot
-    )
-
-
-def _sealed(numbers: dict[str, Any]) -> str:
-    """Return numbers as state.json holds them, their checksum last."""
-    return json.dumps(numbers | {"checksum": _checksum(numbers)})
-
-
-def _checksum(numbers: dict[str, Any]) -> str:
-    """Return the sha256 of numbers, whatever order they come in."""
-    text = json.dumps(numbers, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+        raise ValueError("its step is below 0")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Damage(
+            f"checkpoint {path} is torn or its bytes have changed ({error})", slot
+        ) from None
 
 
 def _verified_tensors(path: Path, digest: str, *aside: Path) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ import numpy as np
 from ... import __version__
 from ...config.base import NONE
 from ...config.routing_set import RoutingSetConfig, RoutingSourceConfig
-from ...errors import DataError, DiskFull
+from ...errors import DamagedArtifact, DataError, DiskFull
 from ...protocols import Progress, quiet
 from ...store.artifacts import sha256, write_text
+from ...store.reading import damaged, read_object, reading
 from ..sources.task_streams import split_named
 from ..tasks.rows import ROWS
 from .candidates import CandidateTable
@@ -137,7 +138,7 @@ def manifest_of(file: Path) -> Path:
 class RoutingRows:
     """A routing set opened for reading: rows in file order, read when they are asked for.
 
-    Raises DataError when the folder has none.
+    Raises DataError when the folder has none, UnreadableFile.
     """
 
     def __init__(self, folder: Path, name: str = NAME):
@@ -146,8 +147,8 @@ class RoutingRows:
         try:
             # Where each line starts, 8 bytes a row: memory holds no row that is not asked for.
             self._starts = np.cumsum([0, *map(len, self._lines())], dtype=np.int64)[:-1]
-            self.manifest: dict = json.loads(manifest_of(self.file).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            self.manifest = read_object(manifest_of(self.file))
+        except (OSError, DamagedArtifact) as error:
             raise DataError(
                 f"{self.file} is no routing set ({error}); make it with the stage routing"
             ) from None
@@ -157,12 +158,12 @@ class RoutingRows:
 
     def __getitem__(self, place: int) -> RoutingRow:
         # Opened each time: a file that stays open would not go to a worker process.
-        with self.file.open("rb") as file:
+        with reading(self.file), self.file.open("rb") as file:
             file.seek(self._starts[place])
-            return _row(file.readline())
+            return self._row(file.readline())
 
     def __iter__(self) -> Iterator[RoutingRow]:
-        return map(_row, self._lines())
+        return map(self._row, self._lines())
 
     def rows(self, split: str) -> list[RoutingRow]:
         """Return the rows of a split, already shuffled."""
@@ -180,14 +181,16 @@ class RoutingRows:
         return [open_checked(path) for path in self.paths(row)]
 
     def _lines(self) -> Iterator[bytes]:
-        with self.file.open("rb") as file:
+        with reading(self.file), self.file.open("rb") as file:
             yield from file
 
-
-def _row(line: bytes) -> RoutingRow:
-    columns = json.loads(line)
-    columns["images"] = tuple(columns["images"])
-    return RoutingRow(**columns)
+    def _row(self, line: bytes) -> RoutingRow:
+        try:
+            columns = json.loads(line)
+            columns["images"] = tuple(columns["images"])
+            return RoutingRow(**columns)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise damaged(self.file, f"has a line that is no row ({error})") from None
 
 
 def _feeds(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import DamagedArtifact, DataError, MissingArtifact
+from ...store.reading import exists, reading
 from ..text.documents import SPLITS
 
 if TYPE_CHECKING:
@@ -89,19 +90,21 @@ class TaskRows:
 
 
 def read_rows(folder: Path) -> Iterator[TaskRow]:
-    """Yield the task rows of a folder one by one. Raises MissingArtifact, DamagedArtifact."""
+    """Yield the task rows of a folder one by one. Raises MissingArtifact, DamagedArtifact,
+    UnreadableFile."""
     path = Path(folder) / ROWS
-    if not path.exists():
+    if not exists(path):
         raise MissingArtifact(f"{path} does not exist", stages=("preprocess",))
-    with open(path, encoding="utf-8") as file:
+    with reading(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = TaskRow.read(json.loads(line))
                 if row.split not in SPLITS:
                     raise ValueError(f"split {row.split!r}")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise DamagedArtifact(
                     f"{path}:{number} is no task row ({type(error).__name__}: {error})",
                     remove=path.parent,
+                    stage="preprocess",
                 ) from None
             yield row

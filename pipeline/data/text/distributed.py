@@ -7,7 +7,6 @@ says; anything else is made again.
 """
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from pathlib import Path
 from ...config.text_data import TextRunConfig
 from ...errors import DataError, MissingArtifact
 from ...protocols import Progress
-from ...store.artifacts import flush, inventory, reading, sha256, write_text
+from ...store.artifacts import flush, inventory, sha256, write_text
+from ...store.reading import reading, sealed, unsealed
 from ..drop_stats import DropStats
 from . import partition, tokenizer
 from .documents import HARMLESS, Cursor, Document, Stream, drop_stats
@@ -207,7 +207,7 @@ def _write_manifest(folder: Path, about: dict) -> None:
     files = inventory(folder)
     for name in files:
         flush(folder / name)
-    write_text(folder / _MANIFEST, json.dumps(about | {"files": files}))
+    write_text(folder / _MANIFEST, sealed(about | {"files": files}))
 
 
 def _holds(folder: Path, files: dict[str, dict]) -> bool:
@@ -229,12 +229,12 @@ def _read_manifest(folder: Path) -> dict | None:
     try:
         # What cannot be read may be whole, and must not be done again for that
         with reading(folder):
-            text = (folder / _MANIFEST).read_text("utf-8")
-            about = json.loads(text)
+            text = (folder / _MANIFEST).read_bytes()
+            about = unsealed(text)
             whole = _holds(folder, about["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Absent, torn, or JSON of something else: all the same to who asks
         return None
     if not whole:
         return None
-    return about | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    return about | {"digest": hashlib.sha256(text).hexdigest()}

@@ -18,6 +18,7 @@ from numpy import float32, float64, ndarray
 
 from ...config.text_data import TextRunConfig
 from ...errors import DamagedArtifact, DataError, MissingArtifact
+from ...store.reading import exists, read_as, read_bytes
 from .documents import Document, key_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ _SWEEPS = 4  # of exchanges between clusters, at most
 _TINY = 1e-9  # length below which a document has no direction
 _LEAST_GAIN = 1e-6  # of an exchange; below, rounding could exchange two documents for ever
 Tensors = dict[str, ndarray]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What partition.json holds."""
+
+    by: str
+    names: tuple[str, ...]
+    seed: int
+    difficulty: str | None
 
 
 @dataclass(frozen=True)
@@ -98,22 +109,23 @@ def load(folder: Path) -> Domains:
     from safetensors import SafetensorError
     from safetensors.numpy import load as read
 
+    for name in ("partition.json", "partition.safetensors"):
+        if not exists(folder / name):
+            raise MissingArtifact(f"{folder / name} does not exist", stages=("preprocess",))
     try:
-        about = json.loads((folder / "partition.json").read_text("utf-8"))
-        tensors = read((folder / "partition.safetensors").read_bytes())
-    except FileNotFoundError as error:
-        raise MissingArtifact(f"{error.filename} does not exist", stages=("preprocess",)) from None
-    except (ValueError, SafetensorError) as error:
+        about = read_as(_About, folder / "partition.json")
+        tensors = read(read_bytes(folder / "partition.safetensors"))
+    except (DamagedArtifact, SafetensorError) as error:
         raise DamagedArtifact(
             f"the partition in {folder} cannot be read ({error})",
             remove=folder,
             stage="preprocess",
         ) from None
     return Domains(
-        by=about["by"],
-        names=tuple(about["names"]),
-        seed=about["seed"],
-        difficulty=about["difficulty"],
+        by=about.by,
+        names=about.names,
+        seed=about.seed,
+        difficulty=about.difficulty,
         tensors=tensors,
     )
 

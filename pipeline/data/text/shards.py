@@ -11,12 +11,14 @@ import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy import int64, ndarray, uint64
 from numpy.typing import ArrayLike
 
 from ...errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
+from ...store.reading import absence, as_kind, exists, read_object, reading
 from .documents import SPLITS
 
 FORMAT = 1
@@ -52,16 +54,28 @@ class ShardCount:
     bytes: int = 0  # of text in UTF-8
 
 
+@dataclass(frozen=True)
+class _About:
+    """What shards.json holds."""
+
+    format: int
+    dtype: Literal["<u2", "<u4"]
+    vocab_size: int
+    end_id: int
+    domains: tuple[str, ...]
+    splits: dict[str, dict[str, ShardCount]]
+
+
 class Shards:
     """Shards opened for reading. Streams are mapped on first use; close() drops the maps."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._about = _read_about(self.folder)
-        self.domains: tuple[str, ...] = tuple(self._about["domains"])
-        self.vocab_size: int = self._about["vocab_size"]
-        self.end_id: int = self._about["end_id"]
-        self.dtype = np.dtype(self._about["dtype"])
+        self.domains = self._about.domains
+        self.vocab_size = self._about.vocab_size
+        self.end_id = self._about.end_id
+        self.dtype = np.dtype(self._about.dtype)
         self._maps: dict[StreamName, ndarray] = {}
 
     def tokens(self, split: str, domain: str) -> int:
@@ -85,7 +99,8 @@ class Shards:
         path = _index_path(self.folder, (split, domain))
         rows = count.documents + 1
         _check_bytes(path, rows * 2 * _INDEX.itemsize)
-        index = np.fromfile(path, _INDEX).reshape(rows, 2)
+        with reading(path):
+            index = np.fromfile(path, _INDEX).reshape(rows, 2)
         starts, sizes = index.astype(int64).T
         return starts, sizes[:-1]  # the last row has the sum of all
 
@@ -106,13 +121,12 @@ class Shards:
     def count(self, split: str, domain: str) -> ShardCount:
         """Return how much a stream holds. Raises DataError when there is none."""
         try:
-            count = self._about["splits"][split][domain]
+            return self._about.splits[split][domain]
         except KeyError:
             raise DataError(
                 f"{self.folder} has no {split} shard of domain {domain}; its splits are "
                 f"{', '.join(SPLITS)}, its domains {', '.join(self.domains)}"
             ) from None
-        return ShardCount(**count)
 
     def _map(self, name: StreamName) -> ndarray:
         tokens = self.tokens(*name)
@@ -120,15 +134,18 @@ class Shards:
         _check_bytes(path, tokens * self.dtype.itemsize)
         if not tokens:  # an empty file cannot be mapped
             return np.empty(0, self.dtype)
-        return np.memmap(path, self.dtype, mode="r")
+        with reading(path):
+            return np.memmap(path, self.dtype, mode="r")
 
 
 def _check_bytes(path: Path, wanted: int) -> None:
     """Raise DamagedArtifact unless a file has so many bytes."""
-    if not path.exists():
-        what = "is missing"
+    try:
+        with reading(path):
+            found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        what = absence(path)
     else:
-        found = path.stat().st_size
         if found == wanted:
             return
         what = f"has {found} bytes"
@@ -137,22 +154,21 @@ def _check_bytes(path: Path, wanted: int) -> None:
     )
 
 
-def _read_about(folder: Path) -> dict:
+def _read_about(folder: Path) -> _About:
     path = folder / _ABOUT
+    if not exists(path):
+        raise MissingArtifact(f"{path} does not exist", stages=("preprocess",))
     try:
-        about = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MissingArtifact(f"{path} does not exist", stages=("preprocess",)) from None
-    except ValueError as error:
-        raise DamagedArtifact(
-            f"{path} is not JSON ({error})", remove=folder, stage="preprocess"
-        ) from None
-    if about.get("format", 0) > FORMAT:
-        raise NewerStore(
-            f"{path} has format {about['format']}, this program reads up to {FORMAT}; update "
-            "MoleForge"
-        )
-    return about
+        values = read_object(path)
+        found = values.get("format")
+        if type(found) is int and found > FORMAT:
+            raise NewerStore(
+                f"{path} has format {found}, this program reads up to {FORMAT}; update MoleForge"
+            )
+        return as_kind(_About, values)
+    except (DamagedArtifact, ValueError) as error:
+        said = str(error) if isinstance(error, DamagedArtifact) else f"{path}: {error}"
+        raise DamagedArtifact(said, remove=folder, stage="preprocess") from None
 
 
 class _StreamWriter:

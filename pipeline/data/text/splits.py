@@ -15,6 +15,7 @@ from numpy import ndarray, uint64
 
 from ...config.text_data import DataConfig
 from ...errors import DataError
+from ...store.reading import damaged, read_bytes
 from .documents import SPLITS, Document, key_of
 
 SMALL = 100  # distinct documents: below, a domain's splits always go by rank, not by threshold
@@ -95,10 +96,14 @@ class Splits:
         path.write_bytes(save(tensors))
 
     def load(self, path: Path) -> "Splits":
-        """Take over what save wrote; returns itself."""
+        """Take over what save wrote; returns itself. Raises DamagedArtifact or UnreadableFile."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        tensors = load(path.read_bytes())
+        try:
+            tensors = load(read_bytes(path))
+        except SafetensorError as error:
+            raise damaged(path, f"is not what was written: {error}") from None
         for name in self._held:
             keys = tensors[f"held_{name}"]
             self._held[name] = array("Q", keys.tobytes())

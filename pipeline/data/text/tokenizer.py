@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
+from ...store.foreign import ForeignFile
+from ...store.foreign import read_object as read_foreign
+from ...store.reading import damaged, read_bytes, read_object
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -106,12 +109,16 @@ def pretrained(name: str, revision: str | None = None) -> Tokenizer:
 
 
 def load(folder: Path) -> Tokenizer:
-    """Load what Tokenizer.save wrote."""
+    """Load what Tokenizer.save wrote. Raises DamagedArtifact or UnreadableFile."""
     from tokenizers import Tokenizer as Model
 
-    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    model = Model.from_file(str(folder / "tokenizer.json"))
-    return _ready(model, settings["eos_token"], settings)
+    settings = read_object(folder / "tokenizer_config.json")
+    path = folder / "tokenizer.json"
+    data = read_bytes(path)
+    try:
+        return _ready(Model.from_buffer(data), settings["eos_token"], settings)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise damaged(path, f"is not what was written: {error!r}") from None
 
 
 def _ready(model: "Model", end: str, settings: dict[str, Any]) -> Tokenizer:
@@ -165,9 +172,11 @@ def _merged(paths: Iterable[Path]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path in paths:
         try:
-            out = json.loads(path.read_text("utf-8")) | out
-        except ValueError as error:
-            raise DataError(f"tokenizer.pretrained: {path} is not JSON: {error}") from None
+            out = read_foreign(path.parent, path.name) | out
+        except (ForeignFile, OSError) as error:
+            raise DataError(
+                f"tokenizer.pretrained: {path} is not JSON of settings: {error}"
+            ) from None
     return out
 
 

@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ...config.base import is_folder
-from ...errors import DamagedArtifact, DataError, MismatchError
+from ...errors import DataError, MismatchError
 from ...hardware import device
 from ...model.loading import check_finite, check_report, quiet_library
-from ...store.foreign import ForeignFile, check_model_files, read_object
+from ...store.foreign import ForeignFile, check_model_files
 from ...store.model_files import ADAPTER, check_config, check_weights, from_hub
+from ...store.reading import damaged, reading
+from ...store.reading import read_object as stored_object
 from .chat import Chat
 from .config import AdapterBaseConfig
 from .cost import DecoderSizes
@@ -55,21 +57,18 @@ class ModelRef:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelRef":
-        """Read folder/pin.json. Raises DamagedArtifact."""
+        """Read folder/pin.json. Raises DamagedArtifact or UnreadableFile."""
+        path = folder / PIN
+        raw = stored_object(path)
         try:
-            raw = read_object(folder, PIN)
             digest = raw.pop("digest")
             pin = cls(**raw)
             found = pin.digest
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedArtifact(
-                f"{folder / PIN} cannot be read ({error})", stage="train_shared"
-            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, f"is no pin of a base ({error!r})") from None
         # a name changed by hand would otherwise open another base under the adapters
         if digest != found:
-            raise DamagedArtifact(
-                f"{folder / PIN} does not match its own digest", stage="train_shared"
-            )
+            raise damaged(path, "does not match its own digest")
         return pin
 
 
@@ -247,6 +246,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
     for path in sorted(folder.iterdir()):
         # a README may change: only what opening reads says which model this is
         if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja"):
-            with open(path, "rb") as file:
+            with reading(path), path.open("rb") as file:
                 out[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return out

@@ -6,7 +6,6 @@ Invariant: no weight is opened, so that a plan can be made before the base is on
 D width, H width of all heads, K of all key-value heads, F of a feed-forward network, V vocabulary.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...config.base import NONE, is_folder
+from ...errors import DataError
 from ...hardware import device
 from ...model.loss import workspace_bytes
+from ...store.foreign import ForeignFile, read_object
 from ...train.flops import JobCost
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import AdapterBaseConfig, AdapterConfig, AdapterRunConfig
@@ -208,14 +209,19 @@ def job_cost(
 
 def read_config(base: AdapterBaseConfig) -> dict | None:
     """Return the config.json of a base in a folder or in the Hub's cache on this machine; None
-    where there is none yet."""
+    where there is none yet. Raises DataError."""
     if base.model is None:
         return None
     if is_folder(base.model):
         path: Path | None = Path(base.model).expanduser() / "config.json"
     else:
         path = _cached(base.model, base.revision)
-    return None if path is None else json.loads(path.read_text("utf-8"))
+    if path is None:
+        return None
+    try:
+        return read_object(path.parent, path.name)
+    except (ForeignFile, OSError) as error:
+        raise DataError(f"loras.base.model: {path} cannot be read: {error}") from None
 
 
 def _train_rows(

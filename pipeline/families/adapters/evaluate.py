@@ -34,11 +34,12 @@ from ...report.schema import (
     TaskScores,
 )
 from ...store.artifacts import now
+from ...store.reading import read_object
 from .. import Parts
 from .config import AdapterRunConfig
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
-from .peft_io import ABOUT, read_json
+from .peft_io import ABOUT
 from .routing_eval import NEUTRAL, REORDERED, REWORDED, TEXT, Routed, routed_sets, routing
 from .stack import ROUTER, AdapterStack
 
@@ -345,7 +346,7 @@ def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]
 
 def _dropped_rows(parts: Parts, name: str, stage: str, item: str | None) -> Iterator[str]:
     """Yield of which splits a training left rows out as too long, from what its adapter says."""
-    about = read_json(parts.folder(stage, item) / ABOUT)
+    about = read_object(parts.folder(stage, item) / ABOUT)
     for split, rows in about.get("rows", {}).items():
         count = sum(rows["dropped"].values())
         if count:

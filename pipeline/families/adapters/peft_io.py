@@ -6,7 +6,6 @@ itself says nothing when none of an adapter's keys match, and the base would the
 place.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +25,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError, DamagedArtifact, MismatchError
+from ...errors import ConfigError, MismatchError
 from ...store.artifacts import load_tensors
+from ...store.reading import read_object
 from .base import ModelRef
 from .config import AdapterConfig
 
@@ -197,7 +197,7 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
     Raises MismatchError when it was made on another base or has other keys or shapes than this base
     calls for, DamagedArtifact when a file cannot be read.
     """
-    about = read_json(folder / ABOUT)
+    about = read_object(folder / ABOUT)
     if about.get("pin") != pin.digest:
         raise MismatchError(
             f"adapter {name} in {folder} was made on another base ({about.get('model')}, revision "
@@ -205,7 +205,7 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
             "on this one"
         )
     kept = load_tensors(folder / TENSORS)
-    settings = read_json(folder / SETTINGS)
+    settings = read_object(folder / SETTINGS)
     try:
         out = _with(model, name, _plain_config(settings))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -305,16 +305,3 @@ def _difference(wanted: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Ten
             f"{tuple(kept[first].shape)} instead of {tuple(wanted[first].shape)}"
         )
     return ""
-
-
-def read_json(path: Path) -> dict:
-    """Return the settings that a file of an adapter's artifact holds. Raises DamagedArtifact."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedArtifact(
-            f"{path} cannot be read ({error}); train this adapter again"
-        ) from None
-    if not isinstance(found, dict):
-        raise DamagedArtifact(f"{path} holds no settings; train this adapter again")
-    return found

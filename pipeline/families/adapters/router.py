@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from ...errors import DamagedArtifact, DataError
+from ...store.reading import read_object
 from .chat import Chat
 from .media import Medium
-from .peft_io import read_json
 
 CALIBRATION = "calibration.json"
 # Temperatures that are sought between. Never below 1: where validation has no mistake every smaller
@@ -54,7 +54,7 @@ class Calibration:
     @classmethod
     def read(cls, folder: Path) -> "Calibration":
         """Read a router's calibration.json. Raises DamagedArtifact."""
-        raw = read_json(folder / CALIBRATION)
+        raw = read_object(folder / CALIBRATION)
         try:
             return cls(**raw | {"labels": dict(raw["labels"])})
         except (KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,6 @@ on the device.
 B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, build, open_tensors
+from ...store.reading import read_object
 from .. import Parts
 from .config import ANCHOR, FfnMoeConfig
 from .pretrained import open_pretrained
@@ -201,7 +201,7 @@ def _opened(
 def stored_settings(parts: Parts, stage: str, item: str | None = None) -> dict[str, Any]:
     """Return the Hugging Face config fields of the trunk that a stage left."""
     file = parts.folder(stage, item) / "trunk.json"
-    return json.loads(file.read_text("utf-8"))
+    return read_object(file)
 
 
 def in_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
