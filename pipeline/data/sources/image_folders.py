@@ -7,7 +7,7 @@ from pathlib import Path
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
 from ..images.formats import SUFFIXES
-from . import SkippedRow, task_files
+from . import SkippedRow, sidecars, task_files
 from .task_files import parsed
 from .task_streams import (
     IMAGE_COLUMNS,
@@ -117,8 +117,10 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
             # An id of its own counts, a picture of its own does not: it stands beside this one.
             return {**row, **found, "image": row["image"]}
         try:
-            return {**row, "answer": content.decode("utf-8-sig")}
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             detail = f"{beside.name}: byte {error.start}: {error.reason}"
             return SkippedRow("not UTF-8", detail)
+        given = sidecars.columns(beside.name, text)
+        return given if isinstance(given, SkippedRow) else row | given
     return SkippedRow("no annotation", f"nothing beside it ends in {' or '.join(SIDECARS)}")

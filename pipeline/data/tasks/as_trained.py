@@ -32,6 +32,7 @@ _KEPT_ANSWERS = 1 << 14  # distinct ones that are counted: a task with more has 
 _NOTHING = re.compile(r"nan|none|null|n/a|<na>|undefined|nat", re.I)
 _PYTHON = re.compile(r"[\[({]\s*['(]|None\b|True\b|False\b")
 _FLOAT = re.compile(r"-?\d+\.0")
+_COORDINATES = re.compile(r"\W*(?:-?\d+(?:\.\d+)?[\s,]+){3,}-?\d+(?:\.\d+)?\W*")
 
 # What may be strange about a row, and what to do where it is so of nearly all.
 STRANGE = {
@@ -44,6 +45,7 @@ STRANGE = {
     "nothing": "have an answer such as nan, none or null; leave them out where nothing was meant",
     "python": "have an answer as Python prints it, quoted by ' or with None; write JSON",
     "fraction": "have an answer that ends in .0, as whole numbers do in a table with gaps",
+    "coordinates": "have an answer of numbers alone, as coordinates are; write boxes as boxes",
     "echo": "have the prompt as their answer; see the templates and dataset.fields",
     "enlarged": "have a picture made over twice as wide and high to reach min_pixels",
     "one tone": "have a picture of nearly one tone; see what its values mean",
@@ -64,6 +66,7 @@ def strange_about(
         "nothing": _NOTHING.fullmatch(answer) is not None,
         "python": _is_pythons(answer),
         "fraction": _FLOAT.fullmatch(answer) is not None,
+        "coordinates": not _is_json(answer) and _COORDINATES.fullmatch(answer) is not None,
         "echo": answer == row.prompt,
         "enlarged": any(4 * each.width_px * each.height_px < limits.min_pixels for each in stored),
         "one tone": any(each.tones <= _ONE_TONE for each in stored),
@@ -75,13 +78,15 @@ def strange_about(
 
 
 def _is_pythons(answer: str) -> bool:
-    if not _PYTHON.match(answer):
-        return False
+    return _PYTHON.match(answer) is not None and not _is_json(answer)
+
+
+def _is_json(answer: str) -> bool:
     try:
         json.loads(answer)
     except (ValueError, RecursionError):
-        return True
-    return False
+        return False
+    return True
 
 
 def _unread(entry: TaskConfig, row: TaskRow) -> str | None:
