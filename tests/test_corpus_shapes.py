@@ -232,7 +232,8 @@ def test_labels_that_are_no_names_get_one(tmp_path):
     cfg = config(path, domains=ODD)
     assert all(NAME.fullmatch(name) for name in cfg.partition.domains)
     assert len(set(cfg.partition.domains)) == len(ODD)
-    assert [cfg.partition.label_of(name) for name in cfg.partition.domains] == list(ODD)
+    named = {domain_name(label): label for label in ODD if domain_name(label) != label}
+    assert cfg.partition.shown_labels == named and len(named) == len(ODD) - 1
     found, stats = read(cfg)
     assert len(found) == len(rows) and not stats.total
     assert [document.label for document in found] == [domain_name(row["domain"]) for row in rows]

@@ -213,9 +213,15 @@ class PartitionConfig(Section):
             found |= dict.fromkeys(self.labels.get(name, (name,)), name)
         return found
 
-    def label_of(self, name: str) -> str:
-        """Return a domain as its data calls it, for people."""
-        return ", ".join(self.labels.get(name, (name,)))
+    @property
+    def shown_labels(self) -> dict[str, str]:
+        """By domain, what its data calls it, for people; without those called by their name."""
+        found: dict[str, str] = {}
+        for name in self.names:
+            label = ", ".join(self.labels.get(name, (name,)))
+            if label != name:
+                found[name] = label
+        return found
 
 
 class TokenizerConfig(Section):

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from . import language, requests, run_facts
 from .format import count
+from .labels import with_labels
 from .schema import LanguageReport, Report, RequestReport
 from .table import Row, Table
 from .templates import TEMPLATES
@@ -24,7 +25,7 @@ About = Mapping[str, Any]
 def card(report: Report, about: About) -> str:
     """Return README.md of a bundle; about is its experts.json."""
     if isinstance(report, LanguageReport):
-        return _language_card(report, about)
+        return _language_card(with_labels(report), about)
     return _request_card(report, about)
 
 
@@ -42,7 +43,7 @@ def _language_card(report: LanguageReport, about: About) -> str:
         front=Markup(front.to_yaml()),
         total=count(model.total_parameters if model else None),
         active=count(model.active_parameters if model else None),
-        names=", ".join(expert["name"] for expert in about["experts"]),
+        names=", ".join(expert.get("label", expert["name"]) for expert in about["experts"]),
         tables=[language.wins(report), language.quality(report), run_facts.criteria(report)],
     )
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from . import language, requests, routing, run_facts
 from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
+from .labels import with_labels
 from .pictures import PHASES, active_forest, bars, quality_forest
 from .schema import LanguageReport, Report, RequestReport
 from .style import style
@@ -42,6 +43,7 @@ def page(report: Report, histories: Histories, missing: Mapping[str, str] | None
     `missing`: in a few words, what each job's history lacks.
     """
     if isinstance(report, LanguageReport):
+        report = with_labels(report)
         sections = _language_sections(report, histories)
         lead = language.lead(report)
         tiles = language.tiles(report)

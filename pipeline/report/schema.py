@@ -238,6 +238,9 @@ class LanguageReport(BaseReport):
 
     kind: Literal["language"] = "language"
     domains: tuple[str, ...] = ()
+    labels: dict[str, str] = Field(
+        {}, description="by domain, what its data calls it, where that is not its name"
+    )
     model: LanguageModelFacts | None = None
     data: TextCounts | None = None
     quality: tuple[QualityRow, ...] = Field((), description="the stack and everything to beat")

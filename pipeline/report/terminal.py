@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from . import language, requests, routing, run_facts
+from .labels import with_labels
 from .schema import LanguageReport, Report, RequestReport
 from .table import Cell, Row, Table
 
@@ -38,7 +39,7 @@ def show(report: Report, console: Console) -> None:
     with _plain(console):
         _line(console, run_facts.title(report), "bold")
         if isinstance(report, LanguageReport):
-            _show_language(report, console)
+            _show_language(with_labels(report), console)
         else:
             _show_requests(report, console)
         # last, so that a reader of a long log finds the verdict at its end

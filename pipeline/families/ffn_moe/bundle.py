@@ -224,15 +224,17 @@ def _described(
 ) -> dict[str, Any]:
     """Return experts.json."""
     experts = []
+    labels = cfg.partition.shown_labels
     for member in members:
-        experts.append(
-            {
-                "name": member.name,
-                "domain": member.domain,
-                "address": member.address,
-                "file": member.file,
-            }
-        )
+        entry: dict[str, str | None] = {
+            "name": member.name,
+            "domain": member.domain,
+            "address": member.address,
+            "file": member.file,
+        }
+        if member.domain is not None and member.domain in labels:
+            entry["label"] = labels[member.domain]
+        experts.append(entry)
     return {
         "format": FORMAT,
         "family": cfg.family,

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...config.base import Name, Section, Share, not_hashed
+from ...config.base import Section, Share, not_hashed
 from ...config.fit import FitConfig
+from ...config.labels import DomainName
 from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
 from .stages import BASELINE_READS, FROM_ZERO, STAGES
@@ -38,7 +39,9 @@ class TrunkConfig(FitConfig):
     tie_embeddings: bool = Field(
         True, description="LM head shares the embedding's weights (new trunk)"
     )
-    domains: tuple[Name, ...] | None = Field(None, description="Domains the trunk sees; none: all")
+    domains: tuple[DomainName, ...] | None = Field(
+        None, description="Domains the trunk sees; none: all"
+    )
     mixture: Literal["natural", "equal"] = Field(
         "natural", description="Share of domains in a batch: by size, or equal"
     )
@@ -82,7 +85,7 @@ class ExpertConfig(FitConfig):
         65_536, ge=1, description="Own tokens summed into the expert's router statistics"
     )
     # An expert does not depend on which others there are: one can be added without training again
-    domains: tuple[Name, ...] | None = not_hashed(
+    domains: tuple[DomainName, ...] | None = not_hashed(
         None, "Domains that get an expert, in order; none: all"
     )
 

@@ -154,6 +154,10 @@ def notes(cfg: FfnMoeConfig) -> list[str]:
         "Intervals resample documents within each domain (paired across rows); "
         "they do not cover training seeds."
     ]
+    labels = cfg.partition.shown_labels
+    if labels:
+        named = [f"{name} is “{label}”" for name, label in labels.items()]
+        out.append(f"Domains by what their data calls them: {', '.join(named)}.")
     if cfg.router.balance == "bias":
         out.append(
             "The selection bias shaped training only: Qwen3-MoE has no place for it, "

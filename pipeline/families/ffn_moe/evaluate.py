@@ -86,6 +86,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         made=now(),
         experts=stack.names,
         domains=shards.domains,
+        labels=cfg.partition.shown_labels,
         metric="bits per byte on held-out text",
         model=_model(cfg, shape, stack),
         data=_text_counts(evaluator),
