@@ -10,7 +10,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from . import writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,13 +144,16 @@ def as_json(value: object) -> str:
 
 
 def lines(found: Iterable[Box]) -> list[list[Box]]:
-    """Return boxes as lines from top to bottom, each from left to right.
+    """Return boxes as lines from top to bottom, each in the order that it is read in: from left to
+    right, but for what is written in scripts that run to the left.
 
     A box joins the line that it overlaps in height by at least half of the lower of both, the best
     one first.
     """
     out: list[list[Box]] = []
-    for box in sorted(found, key=_top_to_bottom):
+    in_order = sorted(found, key=_top_to_bottom)
+    page_to_the_left = writing.runs_to_the_left(box.text for box in in_order)
+    for box in in_order:
         best = None
         best_overlap = -math.inf
         for line in out[-_OPEN_LINES:]:
@@ -159,7 +165,13 @@ def lines(found: Iterable[Box]) -> list[list[Box]]:
             best.append(box)
         else:
             out.append([box])
-    return [sorted(line, key=_left_to_right) for line in out]
+    return [_as_read(line, page_to_the_left) for line in out]
+
+
+def _as_read(line: list[Box], page_to_the_left: bool) -> list[Box]:
+    placed = sorted(line, key=_left_to_right)
+    order = writing.reading_order([box.text for box in placed], page_to_the_left)
+    return [placed[place] for place in order]
 
 
 def _top_to_bottom(box: Box) -> tuple[float, float]:
@@ -193,14 +205,25 @@ def _overlap(box: Box, line: list[Box]) -> float:
 
 
 def transcript(found: Iterable[Box]) -> str:
-    """Return the text of boxes in reading order: a space between boxes of a line, a line break
-    between lines."""
+    """Return the text of boxes in reading order: a space between boxes of a line, but for scripts
+    that have none, and a line break between lines."""
     written = []
     for line in lines(found):
-        words = [box.text for box in line if box.text.strip()]
-        if words:
-            written.append(" ".join(words))
+        with_text = [box for box in line if box.text.strip()]
+        if with_text:
+            written.append(_joined(with_text))
     return clean("\n".join(written))
+
+
+def _joined(line: Sequence[Box]) -> str:
+    text = line[0].text
+    for before, box in pairwise(line):
+        gap_px = max(box.x0_px - before.x1_px, before.x0_px - box.x1_px)
+        # As wide as a character, a gap is one of a table, or of a blank that was meant.
+        is_wide = gap_px > min(before.height_px, box.height_px)
+        text += " " if is_wide else writing.blank_between(before.text.strip(), box.text.strip())
+        text += box.text
+    return text
 
 
 def clean(text: str) -> str:
