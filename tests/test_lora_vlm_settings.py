@@ -220,6 +220,8 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "taskdata.id": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
     "taskdata.revision": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
     "taskdata.subset": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
+    "taskdata.allow_fewer_rows": "test_task_sources.py::"
+    "test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused",
     "taskdata.turns": "test_layouts.py::test_a_chat_of_several_is_none_the_first_or_each",
     "taskdata.rows_field": "test_layouts.py::test_several_lists_of_rows_ask_which",
     "vlmadapter.checkpointing": HERE + "test_a_memory_plan_reaches_its_training",
@@ -308,6 +310,7 @@ def test_a_data_set_is_asked_of_the_hub_as_it_is_named(monkeypatch, tmp_path):
 
     class Rows(list):
         features = None
+        info = datasets.DatasetInfo()
 
     def load(*given, **named):
         asked.append((given, named))

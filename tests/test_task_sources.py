@@ -347,6 +347,22 @@ def test_the_hubs_code_streams_a_local_data_set(tmp_path, offline):
     assert sum(limited["rows"].values()) == 8
 
 
+def test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused(tmp_path, offline):
+    folder = tmp_path / "data"
+    (folder / "data").mkdir(parents=True)
+    hub_table(folder / "data/train-00000.parquet", 40)
+    about = "dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: "
+    for said, more in ((40, {}), (41, {}), (41, {"allow_fewer_rows": True}), (41, {"limit": 20})):
+        (folder / "README.md").write_text(f"---\n{about}{said}\n---\n")
+        task = entry(hub(folder, **more), prompt="?", answer="{label}")
+        out = f"{said}{len(more)}{'limit' in more}"
+        if said == 41 and not more:
+            with pytest.raises(DataError, match=r"gave 40 rows, and its metadata says 41"):
+                prepared(tmp_path, task, out)
+        else:
+            prepared(tmp_path, task, out)
+
+
 def test_a_folder_of_images_as_the_hub_has_them(tmp_path, offline, source):
     rows = simple(9)
     source(rows)

@@ -72,6 +72,9 @@ class TaskDataConfig(Section):
     id: str | None = Field(None, description="Dataset on the Hub")
     revision: str | None = Field(None, description="Commit of the dataset on the Hub")
     subset: str | None = Field(None, description="Configuration name of the dataset on the Hub")
+    allow_fewer_rows: bool = Field(
+        False, description="Take a split on the Hub that has fewer rows than its metadata says"
+    )
     split: str | None = Field(
         None, description="The one split to read and divide, when train is none"
     )

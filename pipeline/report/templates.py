@@ -314,7 +314,8 @@ that joins them. It is an ordinary `{{ about.architecture }}` with {{ total }} p
 | number | expert | domain | trained as | file |
 | ---: | --- | --- | --- | --- |
 {% for each in about.experts %}
-{% set domain = each.label|default(each.domain) or "all (the dummy of the trunk's training, kept)" %}
+{% set whole = "all (the dummy of the trunk's training, kept)" %}
+{% set domain = each.label|default(each.domain) or whole %}
 {{ line([loop.index0, each.name, domain, code(each.address), code(each.file)]) }}
 {% endfor %}
 

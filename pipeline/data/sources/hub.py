@@ -54,20 +54,17 @@ def _streamed(entry: HubConfig, data: DataConfig) -> Iterator[Row]:
             row[data.label_field] = named(field_value(row, data.label_field), names)
         yield row
     if not entry.allow_fewer_rows:
-        check_count(found, entry.split, count, f"data.hub: {entry.dataset}", "allow_fewer_rows")
+        check_count(found, entry.split, count, f"data.hub: {entry.dataset}")
 
 
-def check_count(found: Any, split: str, count: int, what: str, setting: str) -> None:
-    """Raise DataError for a stream that has ended before the rows of its split's metadata.
-
-    A file that is gone or torn on the way ends a stream like a shorter split. `setting` is what
-    takes it all the same.
-    """
+def check_count(found: Any, split: str, count: int, what: str) -> None:
+    """Raise DataError for a stream that has ended before the rows of its split's metadata: a file
+    that is gone, or torn on the way, ends it like that of a shorter split."""
     splits = found.info.splits or {}
     about = splits.get(split)
     wanted = about.num_examples if about is not None else 0
     if wanted and count < wanted:
         raise DataError(
             f"{what}[{split}] gave {count} rows, and its metadata says {wanted}. Try again or pin "
-            f"another revision; where the metadata is out of date, set {setting}: true"
+            f"another revision; where the metadata is out of date, set allow_fewer_rows: true"
         )

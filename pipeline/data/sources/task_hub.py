@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
+from .hub import check_count
 from .task_streams import Found, Stream, given_splits, setting
 
 # From a column's value to the same with names in place of class numbers.
@@ -37,9 +38,15 @@ def _rows(name: str, data: TaskDataConfig, wanted: str) -> Iterator[Found]:
             # whole stream, and here it costs its own row.
             found = found.decode(False)
         namings = _namings(features)
-        for number, row in enumerate(found):
+        count = 0
+        for row in found:
             named = {key: naming(row[key]) for key, naming in namings.items()}
-            yield f"{what} row {number}", row | named
+            yield f"{what} row {count}", row | named
+            count += 1
+        if not data.allow_fewer_rows:
+            check_count(found, wanted, count, f"{setting(name)}: {data.id}")
+    except DataError:
+        raise
     # datasets, the hub client and the network raise what they like.
     except Exception as error:
         raise DataError(
