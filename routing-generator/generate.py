@@ -261,8 +261,11 @@ def show(rows: RoutingRows, args: argparse.Namespace, console: Console) -> None:
     DataError."""
     manifest = rows.manifest
     console.print(_counts(manifest))
-    dropped = [f"{count:,} {reason}" for reason, count in manifest["dropped"].items()]
-    console.print(f"dropped: {', '.join(dropped) or 'nothing'}", highlight=False)
+    dropped = []
+    for reason, count in manifest["dropped"].items():
+        dropped.append(f"{count:,} {reason} ({', '.join(manifest['examples'][reason])})")
+    told = "; ".join(dropped) or "nothing"
+    console.print(f"dropped: {told}", highlight=False, markup=False, soft_wrap=True)
     for shortage in manifest["short"]:
         console.print(
             f"short: {shortage['expert']}, {shortage['split']}: {shortage['found']:,} of "

@@ -9,10 +9,9 @@ import argparse
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image
 
+from pipeline.data.drop_stats import DropStats
 from pipeline.data.images import boxes, contact_sheet, images, text_regions
 from pipeline.data.images.box_formats import BoxFault, BoxFormat
 from pipeline.data.images.boxes import Box
-from pipeline.data.images.formats import SUFFIXES
 from pipeline.errors import ConfigError, DataError, PipelineError
+from scripts.ocr_pages import Page, read_pages
 
 IMAGES = "images"
 CROPS = "crops.jsonl"
@@ -36,9 +36,12 @@ UNTRANSCRIBED = "untranscribed.jsonl"
 # A region is dropped, or a whole image: the reason, for counting, and the detail.
 Dropped = tuple[str, str]
 
+# Not faults of the input: they come of what is asked for.
+_HARMLESS = ("no boxes", "no text", "too low", "wrong length")
+
 _ABOUT = """
 Two ways to find regions:
-  boxes     the input has them: JSON lines with
+  boxes     the input has them: JSON lines (or an array, or a table) with
             {"image": path, "boxes": [{"bbox": [x0, y0, x1, y1], "text": ...}]},
             corners in pixels (as fractions of width and height where the row gives those); rows
             without boxes are left out. The transcript of a region is the text of its boxes in
@@ -80,14 +83,14 @@ class Settings:
     prompt: str
 
 
-@dataclass(frozen=True)
-class Page:
-    """One image to cut crops from, and what is known about it."""
+@dataclass
+class CutPage:
+    """What became of a page."""
 
-    number: int
-    where: str
-    image: str
-    row: dict
+    rows: list[dict] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    boxes: int = 0  # that its row has
+    bad_boxes: list[str] = field(default_factory=list)  # what is wrong with some of them
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,17 @@ def main(words: list[str] | None = None) -> int:
 def generate(asked: argparse.Namespace) -> None:
     """Cut the crops of every image, write rows, report and contact sheet. Raises ConfigError,
     DataError."""
-    settings = Settings(**{field.name: getattr(asked, field.name) for field in fields(Settings)})
+    settings = Settings(**{each.name: getattr(asked, each.name) for each in fields(Settings)})
     source = Path(asked.input)
     output = Path(asked.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             f"{output} is not an empty folder; give another output, or remove it first"
         )
-    pages = list(_pages(source, asked.image_field))
-    if not pages:
+    stats = DropStats(_HARMLESS)
+    box_stats = DropStats()
+    pages = list(read_pages(source, asked.image_field, stats))
+    if not pages and not stats.total:
         raise DataError(
             f"{asked.input} has no image; a JSON lines file or a folder of images was wanted"
         )
@@ -130,103 +135,65 @@ def generate(asked: argparse.Namespace) -> None:
 
     cut = partial(_cut, settings=settings, root=_root(source, asked.image_root), output=output)
     rows: list[dict] = []
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
     with (
         open(output / CROPS, "w", encoding="utf-8") as crops,
         open(output / UNTRANSCRIBED, "w", encoding="utf-8") as untranscribed,
     ):
         # In the order of pages, whoever cut them: the number of workers changes nothing.
-        for page, (found, problems) in zip(pages, _mapped(cut, pages, asked.workers), strict=True):
-            for row in found:
+        for page, found in zip(pages, _mapped(cut, pages, asked.workers), strict=True):
+            for row in found.rows:
                 file = crops if row["answer"] else untranscribed
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            rows += found
-            for reason, detail in problems:
-                dropped[reason] += 1
-                examples.setdefault(reason, f"{page.where}: {detail}")
-    _finish(asked, settings, output, len(pages), rows, dropped, examples)
+            rows += found.rows
+            for reason, detail in found.dropped:
+                stats.drop(reason, page.where, detail)
+            box_stats.seen += found.boxes
+            for detail in found.bad_boxes:
+                box_stats.drop("bad box", page.where, detail)
+    _finish(asked, settings, output, rows, stats, box_stats)
 
 
 def _finish(
     asked: argparse.Namespace,
     settings: Settings,
     output: Path,
-    pages: int,
     rows: list[dict],
-    dropped: Counter[str],
-    examples: dict[str, str],
+    stats: DropStats,
+    box_stats: DropStats,
 ) -> None:
     """Write the report and the contact sheet, print what was done. Raises DataError when no region
-    was kept."""
+    was kept, or too much of the input is bad."""
     bare = sum(not row["answer"] for row in rows)
     if not bare:
         (output / UNTRANSCRIBED).unlink()
     about = {
         "settings": asdict(settings),
-        "images": pages,
+        "images": stats.seen,
         "crops": len(rows),
         "untranscribed": bare,
-        "dropped": dict(sorted(dropped.items())),
-        "examples": dict(sorted(examples.items())),
+        "dropped": dict(sorted(stats.counts.items())),
+        "examples": dict(sorted(stats.examples.items())),
+        "boxes": box_stats.as_json(),
     }
     report = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     (output / "report.json").write_text(report, "utf-8")
     if asked.contact_sheet and rows:
         cells = [(output / row["image"], row["id"], row["answer"]) for row in rows]
         contact_sheet.draw(cells, asked.sheet_crops).save(asked.contact_sheet)
-    print(f"{len(rows)} crops of {pages} images in {output}, {bare} of them without a transcript")
-    for reason, count in dropped.most_common():
-        print(f"  dropped: {count} {reason} ({examples[reason]})")
+    print(f"{len(rows)} crops of {stats.seen} images in {output}, {bare} without a transcript")
+    for each in (stats, box_stats):
+        for reason, count in each.counts.most_common():
+            print(f"  dropped: {count} {reason} ({each.examples[reason][0]})")
+    remedy = "Mend them, or raise --max-bad-share"
+    for what, each in (("images", stats), ("boxes", box_stats)):
+        each.check(
+            asked.max_bad_share, f"{what} of {asked.input} are bad", "--max-bad-share", remedy
+        )
     if not rows:
         raise DataError(
             f"no region of {asked.input} was kept; loosen --min-height, --min-chars, or try "
             "--by detector"
         )
-
-
-def _pages(source: Path, image_field: str) -> Iterator[Page]:
-    """Yield every image of a folder or of JSON lines once."""
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        for number, path in enumerate(files):
-            name = path.relative_to(source).as_posix()
-            yield Page(number, name, name, {})
-        return
-    try:
-        text = source.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read: {error}") from None
-
-    # Several questions about one image are one page, and the first row with boxes says them.
-    pages: dict[str, Page] = {}
-    # Not splitlines(): U+2028 ends a line for it, and may stand in JSON.
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _parsed(line, f"{source}:{line_number}")
-        image = row.get(image_field)
-        if not isinstance(image, str):
-            raise DataError(
-                f"{source}:{line_number} has no path under {image_field!r}; set --image-field"
-            )
-        where = f"{source.name}:{line_number}"
-        known = pages.get(image)
-        if known is None:
-            pages[image] = Page(len(pages), where, image, row)
-        elif row.get("boxes") and not known.row.get("boxes"):
-            pages[image] = Page(known.number, where, image, row)
-    yield from pages.values()
-
-
-def _parsed(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: an object was wanted, found {type(row).__name__}")
-    return row
 
 
 def _root(source: Path, given: str | None) -> Path:
@@ -237,10 +204,10 @@ def _root(source: Path, given: str | None) -> Path:
 
 
 def _mapped(
-    cut: Callable[[Page], tuple[list[dict], list[Dropped]]],
+    cut: Callable[[Page], CutPage],
     pages: list[Page],
     workers: int,
-) -> Iterator[tuple[list[dict], list[Dropped]]]:
+) -> Iterator[CutPage]:
     if workers <= 1:
         yield from map(cut, pages)
         return
@@ -254,34 +221,34 @@ def _cut(
     settings: Settings,
     root: Path,
     output: Path,
-) -> tuple[list[dict], list[Dropped]]:
+) -> CutPage:
     """Write the crops of one image; return their rows, and what was dropped."""
+    out = CutPage()
     try:
-        image = images.open_checked(page.image, root)
-    except images.BadImage as error:
-        return [], [(error.reason, str(error))]
-    try:
+        source = page.image if page.content is None else page.content
+        image = images.open_checked(source, root)
         given, faults = _given(page, image, settings)
+    except images.BadImage as error:
+        return CutPage(dropped=[(error.reason, str(error))])
     except boxes.BadBox as error:
-        return [], [("bad box", str(error))]
-    dropped = [("bad box", str(fault)) for fault in faults]
+        return CutPage(dropped=[("bad box", str(error))])
+    out.boxes = len(given) + len(faults)
+    out.bad_boxes = [str(fault) for fault in faults]
     if settings.by == "detector":
         found = _detected(image, given, settings)
     elif given:
         found = _from_boxes(given, settings)
     elif faults:
-        return [], dropped
+        return out
     else:
-        return [], [("no boxes", "use --by detector for such images")]
+        return CutPage(dropped=[("no boxes", "use --by detector for such images")])
 
-    kept, filtered = _filtered(found, settings)
-    dropped += filtered
+    kept, out.dropped = _filtered(found, settings)
     # Of the whole image: crops of one page must not be in two splits.
     group = f"sha256:{images.digest(image)}"
-    rows = []
     for number, region in enumerate(_chosen(kept, settings, page)):
-        rows.append(_write(page, number, region, image, group, settings, output))
-    return rows, dropped
+        out.rows.append(_write(page, number, region, image, group, settings, output))
+    return out
 
 
 def _given(page: Page, image: Image.Image, settings: Settings) -> tuple[list[Box], list[BoxFault]]:
@@ -467,6 +434,12 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     add(
         "--image-root",
         help="folder that image paths start at and stay in (default: that of the input)",
+    )
+    add(
+        "--max-bad-share",
+        type=_amount,
+        default=0.05,
+        help="share of bad images or boxes above which it ends in an error (default .05)",
     )
     add("--contact-sheet", help="also write this PNG, to look at")
     add("--sheet-crops", type=_whole, default=60, help="crops on it (default 60)")

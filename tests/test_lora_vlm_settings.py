@@ -224,6 +224,8 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused",
     "taskdata.turns": "test_layouts.py::test_a_chat_of_several_is_none_the_first_or_each",
     "taskdata.rows_field": "test_layouts.py::test_several_lists_of_rows_ask_which",
+    "routingset.max_bad_share": "test_routing_rows.py::"
+    "test_more_bad_rows_than_a_source_may_have_stop_the_merge",
     "vlmadapter.checkpointing": HERE + "test_a_memory_plan_reaches_its_training",
     "vlmadapter.fuse_optimizer": HERE + "test_a_memory_plan_reaches_its_training",
     "vlmadapter.compile": HERE + "test_what_an_adapter_cannot_have_is_refused",

@@ -1,6 +1,7 @@
 """The crop generator against pages whose text and places are known, and its output against
 preprocess."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -242,24 +243,27 @@ def test_bad_images_are_counted_and_the_rest_is_cut(tmp_path, pages, capsys):
     rows[5] |= {"width": 100, "height": 300}
     (pages.parent / "img/3.png").write_bytes(b"torn")
     pages.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(pages, tmp_path / "out") == 0
+    assert run(pages, tmp_path / "few") == 2
+    assert "3 of 10 images of" in capsys.readouterr().err
+    assert run(pages, tmp_path / "out", "--max-bad-share", 0.5) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["boxes"]["dropped"] == {"bad box": 1}
     assert report["dropped"] == {
-        "bad box": 2,
+        "bad box": 1,
         "corrupt picture": 1,
         "no boxes": 1,
         "path outside its root": 1,
     }
     assert (
         len(crops(tmp_path / "out")) == 25
-        and "dropped: 2 bad box (rows.jsonl:4" in capsys.readouterr().out
+        and "dropped: 1 bad box (rows.jsonl:4" in capsys.readouterr().out
     )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{torn", "is not JSON"),
+        ("{torn", "1 not JSON"),
         ("[1]", "an object was wanted"),
         ('{"img": "x"}', "set --image-field"),
         ("", "has no image"),
@@ -270,6 +274,38 @@ def test_a_wrong_input_is_an_error_of_one_line(tmp_path, capsys, content, messag
     assert run(tmp_path / "in.jsonl", tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["{torn", "[1]", '{"img": "x"}', '{"image": 3}', '{"image": "data:x"}', "\udcff"],
+)
+def test_one_bad_row_is_counted_and_the_rest_is_cut(tmp_path, pages, bad):
+    lines = pages.read_text().splitlines()
+    at = len(lines) // 2
+    lines[at:at] = [bad]
+    pages.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert run(pages, tmp_path / "out", "--max-bad-share", 0.1) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    ((reason, count),) = report["dropped"].items()
+    assert count == 1 and report["images"] == 10 and report["crops"] == 45
+    assert report["examples"][reason][0].startswith(f"rows.jsonl:{at + 1}: ")
+
+
+@pytest.mark.parametrize("name", ["array.json", "wrapped.json"])
+def test_other_files_of_rows_give_the_same_crops(tmp_path, pages, name):
+    rows = [json.loads(line) for line in pages.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        content = (pages.parent / row["image"]).read_bytes()
+        if i % 2 and name == "array.json":
+            row["boxes"] = json.dumps(row["boxes"])
+        elif name == "wrapped.json":
+            row["image"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    whole = {"data": rows} if name == "wrapped.json" else rows
+    (pages.parent / name).write_text(json.dumps(whole))
+    assert run(pages.parent / name, tmp_path / "out") == run(pages, tmp_path / "same") == 0
+    cut = [row["answer"] for row in crops(tmp_path / "out")]
+    assert cut == [row["answer"] for row in crops(tmp_path / "same")]
 
 
 def test_an_output_with_something_in_it_is_left_alone(tmp_path, pages, capsys):

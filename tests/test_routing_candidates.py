@@ -108,7 +108,7 @@ def test_a_picture_that_another_expert_holds_out_is_not_trained_with(tmp_path):
     )
 
 
-def test_one_expert_with_a_picture_in_two_splits_is_an_error(tmp_path):
+def test_one_expert_with_a_picture_in_two_splits_loses_that_row_or_is_an_error(tmp_path):
     rows = [
         {"pictures": ["same"], "split": "train", "prompt": "a"},
         {"pictures": ["same"], "split": "test"},
@@ -118,7 +118,11 @@ def test_one_expert_with_a_picture_in_two_splits_is_an_error(tmp_path):
         DataError,
         match="picture in two splits: of expert ocr, row '0000' is in train and row '0001' in",
     ):
-        generate(settings(), tasks, tmp_path)
+        generate(settings(max_bad_share=0.01), tasks, tmp_path)
+    out, manifest = generate(settings(), tasks, tmp_path)
+    assert manifest["dropped"] == {"picture that another source holds out": 1}
+    assert manifest["examples"] == {"picture that another source holds out": ["0000"]}
+    assert all(len(splits) == 1 for splits in by_picture(tmp_path, out).values())
 
 
 def test_splitting_by_id_lets_pictures_be_in_two_splits(tmp_path):

@@ -187,8 +187,8 @@ BAD = {
     "NUL": ([{"prompt": "x", "image": "a\0b.png"}], r"picture .* is missing from"),
     "no list": ([{"prompt": "x", "image": {"a": 1}}], r"images must be a list of paths"),
     "corrupt": ([{"prompt": "x", "image": "torn.png"}], r"n.jsonl:1: .*torn.png"),
-    "half a pair": ([{"prompt": "x\ud800"}], r"n.jsonl:1 is not JSON of UTF-8 text"),
-    "no object": (["x"], r"n.jsonl:1 must be one object per line, not a str"),
+    "half a pair": ([{"prompt": "x\ud800"}], r"n.jsonl:1: not JSON of UTF-8 text"),
+    "no object": (["x"], r"n.jsonl:1: one object per line was wanted, not a str"),
 }
 
 
@@ -207,12 +207,46 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, rows, expected):
 
 def test_a_line_that_is_not_json_and_a_file_that_is_not_there_are_named(tmp_path):
     (tmp_path / "n.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
-    with pytest.raises(DataError, match=r"n.jsonl:2 is not JSON of UTF-8 text"):
+    with pytest.raises(DataError, match=r"n.jsonl:2: not JSON of UTF-8 text"):
         generate(settings(("chat",), sources=[source(tmp_path / "n.jsonl", "chat")]), {}, tmp_path)
     with pytest.raises(DataError, match=r"dataset.sources.0 \(chat\): .*gone.jsonl cannot be read"):
         generate(
             settings(("chat",), sources=[source(tmp_path / "gone.jsonl", "chat")]), {}, tmp_path
         )
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("name", BAD)
+def test_one_bad_row_of_a_merge_is_dropped_and_named(tmp_path, two, name, place):
+    """Whatever is wrong with it and wherever it stands; the other sources lose nothing."""
+    bad, _ = BAD[name]
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    painted(tmp_path / "secret.png", 1)
+    (here / "link.png").symlink_to(tmp_path / "secret.png")
+    (here / "linked").symlink_to(tmp_path)
+    (here / "torn.png").write_bytes((tmp_path / "secret.png").read_bytes()[:50])
+    rows = [{"id": f"g{i}", "prompt": f"Sing {i}"} for i in range(40)]
+    at = {"first": 0, "middle": 20, "last": 40}[place]
+    rows[at:at] = bad
+    sources = [{"expert": "ocr"}, {"expert": "count"}, source(jsonl(here / "n.jsonl", rows))]
+    per_expert = {"train": 99, "valid": 99, "test": 99}
+    wanted = settings(sources=sources, short="accept", per_expert=per_expert)
+    out, manifest = generate(wanted, two, tmp_path)
+    _, plain = generate(settings(short="accept", per_expert=per_expert), two, tmp_path, "plain")
+    (new,) = manifest["dropped"].keys() - plain["dropped"].keys()
+    assert manifest["dropped"] == plain["dropped"] | {new: 1}
+    (example,) = manifest["examples"][new]
+    assert example.startswith("a" if name == "duplicate id" else f"n.jsonl:{at + 1}: ")
+    of_source = {row["source"]["id"] for row in out if row["expert"] == "none"}
+    assert of_source >= {f"g{i}" for i in range(40)}
+
+
+def test_more_bad_rows_than_a_source_may_have_stop_the_merge(tmp_path, two):
+    rows = [{"prompt": f"Sing {i}"} if i % 10 else {"text": "x"} for i in range(40)]
+    sources = [{"expert": "ocr"}, source(jsonl(tmp_path / "n.jsonl", rows), "ocr")]
+    with pytest.raises(DataError, match=r"4 of 40 rows of dataset\.sources\.1 .* 4 no prompt"):
+        generate(settings(("ocr",), sources=sources, short="accept"), two, tmp_path)
 
 
 def test_an_unknown_expert_is_named_with_those_there_are(two, tmp_path):

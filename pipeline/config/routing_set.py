@@ -220,6 +220,9 @@ class RoutingSetConfig(Section):
     limits: RoutingLimitsConfig = Field(
         RoutingLimitsConfig(), description="What a request may hold"
     )
+    max_bad_share: Share = Field(
+        0.05, description="Share of dropped rows of a source above which the set is not made"
+    )
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Every room that drops something counts it here: documents, task rows, rows over 
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,14 @@ class DropStats:
         """Count one dropped item; `where` says which, `detail` what about it."""
         self.counts[reason] += 1
         self._show(reason, where, detail)
+
+    def drop_some(self, reason: str, count: int, where: Sequence[str]) -> None:
+        """Count several dropped items; `where` says which the first of them are."""
+        # A reason that dropped nothing is not named
+        if count:
+            self.counts[reason] += count
+            for which in where:
+                self._show(reason, which)
 
     def note(self, text: str, where: str) -> None:
         """Count something to tell that drops nothing."""

@@ -9,7 +9,6 @@ import hashlib
 import json
 import sqlite3
 from array import array
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...config.routing_set import RoutingSetConfig
-from ...errors import DataError
 from .. import union_find
+from ..drop_stats import EXAMPLES, DropStats
 from ..tasks.groups import normalized
+from . import checks
 from .prompts import keyed_number
 from .rows import SPLITS, Candidate
+from .split_balance import SplitBalancer
 
 HELD = SPLITS.index("test_held")
 TEST = SPLITS.index("test")
@@ -96,7 +97,8 @@ class CandidateTable:
     def __init__(self, file: Path, settings: RoutingSetConfig):
         self.experts = settings.experts
         self.seed = settings.seed
-        self.dropped: Counter[str] = Counter()
+        self.stats = DropStats()
+        self.max_bad_share = settings.max_bad_share
         self._split_by_id = settings.split_by == "id"
         self._dedupe = settings.dedupe
         self._limits = settings.limits
@@ -120,9 +122,9 @@ class CandidateTable:
         n = before
         for row in candidates:
             if len(row.pictures) > self._limits.max_images:
-                self._drop(f"over {self._limits.max_images} pictures", 1)
+                self.stats.drop(f"over {self._limits.max_images} pictures", row.id)
             elif len(row.prompt) > self._limits.max_prompt_chars:
-                self._drop(f"prompt over {self._limits.max_prompt_chars} characters", 1)
+                self.stats.drop(f"prompt over {self._limits.max_prompt_chars} characters", row.id)
             else:
                 n += 1
                 self._insert(n, source_index, row)
@@ -204,13 +206,13 @@ class CandidateTable:
         shares are those of train, valid and test for groups whose source states none; held_share is
         test_held's part of the test groups. Raises DataError.
         """
-        self._check_ids()
+        checks.drop_equal_ids(self)
         self._join_groups()
-        self._check_stated()
+        checks.check_stated_splits(self)
         # Before splits are given, so that shares are of the rows that are left.
         self._drop_duplicates()
         held_shares = {"test": 1 - held_share, "test_held": held_share}
-        self._give_splits(_SplitBalancer(shares), _SplitBalancer(held_shares))
+        self._give_splits(SplitBalancer(shares), SplitBalancer(held_shares))
         self._drop_elsewhere()
         self._mark_decisive()
         self.sql.execute("CREATE INDEX pool ON rows (source_index, split, sort_key)")
@@ -270,36 +272,27 @@ class CandidateTable:
         hashes = [(hashed(normalized(text)),) for text in texts]
         self.sql.executemany("INSERT OR IGNORE INTO trained VALUES (?)", hashes)
         for expert in experts:
-            found = self.sql.execute(
-                """
-                DELETE FROM rows
-                WHERE split = ? AND expert = ?
-                      AND prompt_hash IN (SELECT prompt_hash FROM trained)
-                """,
+            self.delete(
+                "wording that is trained with, so not for test_held",
+                "split = ? AND expert = ? AND prompt_hash IN (SELECT prompt_hash FROM trained)",
                 (HELD, expert),
             )
-            self._drop("wording that is trained with, so not for test_held", found.rowcount)
 
-    def _drop(self, reason: str, count: int) -> None:
-        # A reason that dropped nothing is not named.
-        if count:
-            self.dropped[reason] += count
-
-    def _check_ids(self) -> None:
-        found = self.sql.execute("""
-            SELECT r.expert, t.id, COUNT(*)
-            FROM rows r JOIN text t USING (n)
-            GROUP BY r.expert, t.id HAVING COUNT(*) > 1
-            ORDER BY r.expert, t.id LIMIT 1
-        """).fetchone()
-        if found is None:
-            return
-        expert, name, count = found
-        raise DataError(
-            f"duplicate id {name!r}: {count} rows of expert {self.experts[expert]} have it; give "
-            "every row its own (or set fields.id of the source to '', and rows are called by "
-            "their line)"
-        )
+    def delete(self, reason: str, which: str, values: tuple = ()) -> None:
+        """Delete the rows for which a condition holds; count them and remember some."""
+        # The condition is ours, no part of it is from a row.
+        statement = f"DELETE FROM rows WHERE {which} RETURNING n"  # noqa: S608
+        found = self.sql.execute(statement, values)
+        count = 0
+        first = []
+        for (n,) in found:
+            count += 1
+            if count <= EXAMPLES:
+                first.append(n)
+        names = []
+        for n in first:
+            names += self.sql.execute("SELECT id FROM text WHERE n = ?", (n,)).fetchone()
+        self.stats.drop_some(reason, count, names)
 
     def _join_groups(self) -> None:
         """Give rows that share a picture, near or far, one group."""
@@ -331,52 +324,21 @@ class CandidateTable:
         """)
         self.sql.execute("CREATE INDEX by_group ON rows (group_hash, expert)")
 
-    def _check_stated(self) -> None:
-        """Raise DataError where one expert's rows state two splits for a group with pictures."""
-        found = self.sql.execute("""
-            SELECT group_hash, expert, MIN(stated), MAX(stated)
-            FROM rows WHERE images_hash != x''
-            GROUP BY group_hash, expert HAVING MIN(stated) < MAX(stated)
-            LIMIT 1
-        """).fetchone()
-        if found is None:
-            return
-        group_hash, expert, first, last = found
-        one, images, group = self._example(group_hash, expert, first)
-        other, _, _ = self._example(group_hash, expert, last)
-        raise DataError(
-            f"a picture in two splits: of expert {self.experts[expert]}, row {one!r} is in "
-            f"{SPLITS[first]} and row {other!r} in {SPLITS[last]}, and both belong to group "
-            f"{group} ({json.loads(images)[0]}). Move all rows of a picture to one split, or set "
-            "fields.split of the source to '' and the generator splits"
-        )
-
-    def _example(self, group_hash: bytes, expert: int, stated: int) -> tuple[str, str, str]:
-        """Return id, images and group of a row with pictures."""
-        return self.sql.execute(
-            """
-            SELECT t.id, t.images, t.group_name
-            FROM rows r JOIN text t USING (n)
-            WHERE r.group_hash = ? AND expert = ? AND stated = ? AND images_hash != x''
-            ORDER BY t.id LIMIT 1
-            """,
-            (group_hash, expert, stated),
-        ).fetchone()
-
     def _drop_duplicates(self) -> None:
         """Drop a request that two experts have; keep one of an expert's rows that count as the
         same."""
         # Of both: it would teach the router two answers to one question.
-        found = self.sql.execute("""
-            DELETE FROM rows WHERE request_hash IN (
+        self.delete(
+            "same request in two experts",
+            """request_hash IN (
                 SELECT request_hash FROM rows
                 GROUP BY request_hash HAVING MIN(expert) < MAX(expert)
-            )
-        """)
-        self._drop("same request in two experts", found.rowcount)
+            )""",
+        )
         # The latest split keeps its row: a test that shrinks by training rows says less.
-        found = self.sql.execute("""
-            DELETE FROM rows WHERE n IN (
+        self.delete(
+            "same request twice",
+            """n IN (
                 SELECT n FROM (
                     SELECT n, ROW_NUMBER() OVER (
                         PARTITION BY expert, dedupe_key ORDER BY stated DESC, sort_key
@@ -384,11 +346,10 @@ class CandidateTable:
                     FROM rows
                 )
                 WHERE place > 1
-            )
-        """)
-        self._drop("same request twice", found.rowcount)
+            )""",
+        )
 
-    def _give_splits(self, free: "_SplitBalancer", tests: "_SplitBalancer") -> None:
+    def _give_splits(self, free: SplitBalancer, tests: SplitBalancer) -> None:
         """Give every group the split that its source states, or else one by `free`'s shares, and
         groups of test one by those of `tests`."""
 
@@ -429,11 +390,11 @@ class CandidateTable:
     def _drop_elsewhere(self) -> None:
         """Drop rows an expert states for one split while another expert holds the picture out for a
         later one."""
-        found = self.sql.execute(
-            "DELETE FROM rows WHERE stated != split AND NOT (stated = ? AND split = ?)",
+        self.delete(
+            "picture that another source holds out",
+            "stated != split AND NOT (stated = ? AND split = ?)",
             (TEST, HELD),
         )
-        self._drop("picture that another source holds out", found.rowcount)
 
     def _mark_decisive(self) -> None:
         """Mark rows whose pictures only one expert has: the picture alone can decide."""
@@ -453,32 +414,6 @@ def _moved(parents: "array[int]") -> Iterator[tuple[int, int]]:
         home = union_find.root(parents, i)
         if home != i:
             yield i, home
-
-
-class _SplitBalancer:
-    """Shares of groups of rows by turns: after every group, each expert's rows are as near to the
-    shares as may be."""
-
-    def __init__(self, shares: Mapping[str, float]):
-        whole = sum(shares.values())
-        self.shares = {name: share / whole for name, share in shares.items()}
-        # expert -> split -> rows
-        self.given: defaultdict[int, Counter[str]] = defaultdict(Counter)
-
-    def next_split(self, sizes: Mapping[int, int]) -> str:
-        """Return the split for the next group, of sizes[expert] rows each."""
-        # How many rows each split is short of its share, once these are given: the shortest gets
-        # them. One group may have rows of several experts, whose shortages add up.
-        lack = dict.fromkeys(self.shares, 0.0)
-        for expert, size in sizes.items():
-            given = self.given[expert]
-            total = given.total() + size
-            for name, share in self.shares.items():
-                lack[name] += share * total - given[name]
-        chosen = max(lack, key=lack.__getitem__)
-        for expert, size in sizes.items():
-            self.given[expert][chosen] += size
-        return chosen
 
 
 def hashed(*texts: str) -> bytes:

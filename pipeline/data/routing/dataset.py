@@ -26,6 +26,7 @@ from ...errors import DamagedArtifact, DataError, DiskFull
 from ...protocols import Progress, quiet
 from ...store.artifacts import sha256, write_text
 from ...store.reading import damaged, read_object, reading
+from ..drop_stats import DropStats
 from ..sources.task_streams import split_named
 from ..tasks.rows import ROWS
 from .candidates import CandidateTable
@@ -115,9 +116,20 @@ def _merge(
         CandidateTable(Path(place) / "rows.sqlite", settings) as table,
     ):
         counts = []
+        read: dict[str, DropStats] = {}
         for i, feed in enumerate(feeds):
             progress(f"reading {feed.expert}: {feed.file}", 0.5 * i / len(feeds))
-            counts.append(table.add(feed.source_index, feed.candidates()))
+            stats = read.setdefault(feed.name, DropStats())
+            counts.append(table.add(feed.source_index, feed.candidates(stats)))
+        for source_name, stats in read.items():
+            stats.check(
+                settings.max_bad_share,
+                f"rows of {source_name} cannot be used",
+                "dataset.max_bad_share",
+                "Mend them, set fields, image_field or image_root of the source, or raise "
+                "max_bad_share",
+            )
+            table.stats.merge(stats)
         progress("grouping by picture, dropping duplicates", 0.5)
         # test and test_held divide the test groups in halves, where there is a test_held.
         held_share = 0.5 if prompts.any_held else 0.0
@@ -294,7 +306,8 @@ def _manifest(
         "groups": groups,
         "largest_group_rows": largest,
         "read": sources,
-        "dropped": dict(sorted(sample.table.dropped.items())),
+        "dropped": dict(sorted(sample.table.stats.counts.items())),
+        "examples": dict(sorted(sample.table.stats.examples.items())),
         "config": hashlib.sha256(settings_json.encode()).hexdigest(),
         "versions": {"moleforge": __version__, "python": platform.python_version()},
     }

@@ -15,8 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import DataError
+from ..drop_stats import DropStats, shortened
 from ..images import images
 from ..sources.task_streams import image_columns, split_named
+from ..sources.tasks import value_at
 from ..tasks.groups import group_name, text_key
 
 SPLITS = ("train", "valid", "test", "test_held")
@@ -25,6 +27,17 @@ _STATED = SPLITS[:3]  # test_held is made here; no source has it
 
 # Pictures and folders whose checks are remembered: rows about one picture follow one another.
 _RECENT = 1 << 14
+
+
+_SHOWN = 120  # characters of what was found in place of a path, in a message
+
+
+class _BadRow(Exception):
+    """A row that cannot be used; reason is the kind of fault, for counting."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +71,40 @@ class Feed:
     fields: Mapping[str, str] = field(default_factory=dict)  # name here -> column there; "": none
     stated: str | None = None  # split of rows that state none
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Yield the feed's candidates in the order of its file. Raises DataError for a file or row
-        that is unusable."""
-        for where, row in _lines(self.file, self.name):
-            yield self._candidate(where, row)
+    def candidates(self, stats: DropStats) -> Iterator[Candidate]:
+        """Yield the feed's candidates in the order of its file; rows that are none are counted.
 
-    def _candidate(self, where: str, row: dict) -> Candidate:
+        Raises DataError for a file that cannot be read, and for a row of an artifact: it was whole
+        when it was made.
+        """
+        for number, line in _lines(self.file, self.name):
+            stats.seen += 1
+            try:
+                yield self._candidate(number, _parsed(line))
+            except _BadRow as error:
+                if self.artifact:
+                    raise DataError(f"{self.file}:{number}: {error}") from None
+                stats.drop(error.reason, f"{self.file.name}:{number}", str(error))
+
+    def _candidate(self, number: int, row: dict) -> Candidate:
         value = {}
         for name in FIELDS:
             column = self.fields.get(name, name)
             if column:
-                value[name] = row.get(column)
+                value[name] = value_at(row, column)
         prompt = value.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(
-                f"{where}: no prompt in column {self.fields.get('prompt', 'prompt')!r} (found "
-                f"{prompt!r}); its columns are {', '.join(row)}. Set fields.prompt of this source "
-                "to the one that holds the request"
+            raise _BadRow(
+                "no prompt",
+                f"no prompt in column {self.fields.get('prompt', 'prompt')!r} (found "
+                f"{_shown(prompt)}); its columns are {', '.join(row)}. Set fields.prompt of this "
+                "source to the one that holds the request",
             )
-        paths, keys = self._pictures(where, self._images(row))
+        paths, keys = self._pictures(self._images(row))
         # A row without an id is called by its line.
         row_id = value.get("id")
         if row_id in (None, ""):
-            row_id = where.rpartition(":")[2]
+            row_id = number
         row_id = str(row_id)
         return Candidate(
             id=row_id,
@@ -89,7 +112,7 @@ class Feed:
             images=paths,
             pictures=keys,
             prompt=prompt,
-            split=_split(where, value.get("split") or self.stated),
+            split=_split(value.get("split") or self.stated),
             group=str(value.get("group") or _group(keys, prompt)),
             origin=self._origin(value.get("source"), row_id),
         )
@@ -98,20 +121,25 @@ class Feed:
         """Return what a row says of its pictures, in the column that is set or one that is called
         so by default."""
         for name in image_columns(self.fields.get("images", "images")):
-            if row.get(name):
-                return row[name]
+            found = value_at(row, name)
+            if found:
+                return found
         return None
 
-    def _pictures(self, where: str, found: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _pictures(self, found: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the paths of a row's pictures, and their keys."""
         names = [found] if isinstance(found, str) else found or []
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise DataError(f"{where}: images must be a list of paths, not {found!r}")
-        paths = tuple(_inside(where, name, self.root) for name in names)
+            raise _BadRow(
+                "no picture",
+                f"images must be a list of paths, not {_shown(found)}; pictures that stand in rows "
+                "are read where the rows are those of an expert, in loras.json",
+            )
+        paths = tuple(_inside(name, self.root) for name in names)
         # preprocess has named its pictures by their digest: a million need not be opened again.
         if self.artifact:
             return paths, tuple(path.rpartition(os.sep)[2][: images.DIGEST_CHARS] for path in paths)
-        return paths, tuple(_key(where, path) for path in paths)
+        return paths, tuple(map(_key, paths))
 
     def _origin(self, found: object, row_id: str) -> dict:
         if isinstance(found, dict):
@@ -120,41 +148,47 @@ class Feed:
         return {"dataset": dataset, "id": row_id, "row": row_id}
 
 
-def _lines(file: Path, name: str) -> Iterator[tuple[str, dict]]:
+def _lines(file: Path, name: str) -> Iterator[tuple[int, bytes]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file}:{number}", _parsed(f"{file}:{number}", line)
+                    yield number, line
     except OSError as error:
         raise DataError(
             f"{name}: {file} cannot be read: {error.strerror}; set the source's path"
         ) from None
 
 
-def _parsed(where: str, line: bytes) -> dict:
+def _parsed(line: bytes) -> dict:
     try:
         row = json.loads(line)
         # Half of a surrogate pair is JSON and no text; it can only be written as an escape.
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where} is not JSON of UTF-8 text ({error}); a JSONL file has one object per line"
+        raise _BadRow(
+            "not JSON",
+            f"not JSON of UTF-8 text ({error}); a JSONL file has one object per line",
         ) from None
     if not isinstance(row, dict):
-        raise DataError(f"{where} must be one object per line, not a {type(row).__name__}")
+        raise _BadRow("not JSON", f"one object per line was wanted, not a {type(row).__name__}")
     return row
 
 
-def _split(where: str, found: object) -> str | None:
+def _shown(value: object) -> str:
+    return shortened(repr(value), _SHOWN)
+
+
+def _split(found: object) -> str | None:
     if found in (None, ""):
         return None
     split = split_named(str(found))
     if split is None:
-        raise DataError(
-            f"{where}: unknown split {found!r}; a row may state {', '.join(_STATED)}, or set "
-            "fields.split of this source to '', and the generator draws its own"
+        raise _BadRow(
+            "unknown split",
+            f"unknown split {_shown(found)}; a row may state {', '.join(_STATED)}, or set "
+            "fields.split of this source to '', and the generator draws its own",
         )
     return split
 
@@ -165,7 +199,7 @@ def _group(keys: tuple[str, ...], prompt: str) -> str:
     return group_name(keys[0] if keys else text_key(prompt))
 
 
-def _inside(where: str, name: str, root: Path) -> str:
+def _inside(name: str, root: Path) -> str:
     """Return the absolute path of a picture that exists below root, links followed."""
     # os.path and remembered folders, not Path.resolve(): this is asked for every picture of a set,
     # and a tenth of the time.
@@ -189,13 +223,15 @@ def _inside(where: str, name: str, root: Path) -> str:
         outside = not _is_below(folder, os.path.abspath(root))  # noqa: PTH100
         fault = str(error)
     if outside:
-        raise DataError(
-            f"{where}: picture {name!r} leads outside {root}; move it there, or set image_root"
+        raise _BadRow(
+            "path outside its root",
+            f"picture {_shown(name)} leads outside {root}; move it there, or set image_root",
         )
     if fault is not None:
-        raise DataError(
-            f"{where}: picture {name!r} is missing from {root} ({fault}); put it there, or set "
-            "image_root"
+        raise _BadRow(
+            "missing picture",
+            f"picture {_shown(name)} is missing from {root} ({shortened(fault, _SHOWN)}); put it "
+            "there, or set image_root",
         )
     return path
 
@@ -210,11 +246,11 @@ def _is_below(folder: str, base: str) -> bool:
     return folder == base or folder.startswith(base.rstrip(os.sep) + os.sep)
 
 
-def _key(where: str, path: str) -> str:
+def _key(path: str) -> str:
     try:
         return _digest(path)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    except images.BadImage as error:
+        raise _BadRow(error.reason, str(error)) from None
 
 
 @lru_cache(_RECENT)

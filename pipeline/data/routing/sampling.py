@@ -228,8 +228,9 @@ class RoutingSample:
                 f"  {shortage.expert}, {shortage.split}: {shortage.found} of {shortage.wanted} "
                 f"wanted by {shortage.setting}{self._reason(shortage)}"
             )
-        if self.table.dropped:
-            dropped = [f"{count} {reason}" for reason, count in sorted(self.table.dropped.items())]
+        counts = self.table.stats.counts
+        if counts:
+            dropped = [f"{count} {reason}" for reason, count in sorted(counts.items())]
             lines.append(f"  rows that were dropped before: {', '.join(dropped)}")
         remedy = "Give these experts more rows, or lower the numbers"
         if self.settings.short == "error":

@@ -58,7 +58,7 @@ def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> I
             tables.append(path)
         annotated = annotated or path.suffix in SIDECARS
     for table in tables:
-        yield from task_files.rows_of(name, data, table, base)
+        yield from task_files.rows_of(setting(name), data, table, base)
     if not tables:
         yield from _sidecars(base, folder, start, annotated)
 

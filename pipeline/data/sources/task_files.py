@@ -52,7 +52,7 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
             raise DataError(
                 f"{setting(name)}: {file} does not exist; correct path, or the name under {wanted}"
             )
-        yield wanted, rows_of(name, data, file, base if base.is_dir() else file.parent)
+        yield wanted, rows_of(setting(name), data, file, base if base.is_dir() else file.parent)
 
 
 def is_table(file: Path) -> bool:
@@ -61,8 +61,9 @@ def is_table(file: Path) -> bool:
     return stem in _TABLE_NAMES and any(suffix in kind for kind in (*_KINDS, _OF_HUB))
 
 
-def rows_of(name: str, data: TaskDataConfig, file: Path, base: Path) -> Iterator[Found]:
-    """Yield the rows of a file below base, where paths of pictures start, too.
+def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterator[Found]:
+    """Yield the rows of a file below base, where paths of pictures start, too; `named` is what
+    errors call the settings.
 
     Raises DataError for a file that is torn or of a kind that is not read here.
     """
@@ -74,14 +75,14 @@ def rows_of(name: str, data: TaskDataConfig, file: Path, base: Path) -> Iterator
     path = str(file)
     if suffix in _OF_HUB:
         raise DataError(
-            f"{setting(name)}: {where} is read by the source hub; set source to hub, id to its "
+            f"{named}: {where} is read by the source hub; set source to hub, id to its "
             "folder and revision to any word"
         )
     if suffix in (".csv", ".tsv"):
         wanted = {*image_columns(data.image_field), *data.fields.values(), "prompt", "answer"}
         found = csv_rows(local, path, None, wanted, "\t" if suffix == ".tsv" else None)
     elif suffix == ".json":
-        found = _unwrapped(name, where, data, json_rows(local, path, None))
+        found = _unwrapped(where, data, json_rows(local, path, None))
     else:
         found = jsonl_rows(local, path, None)
     try:
@@ -93,7 +94,7 @@ def rows_of(name: str, data: TaskDataConfig, file: Path, base: Path) -> Iterator
     except (DataError, OSError) as error:
         # What reads a file says which it is, in the words of documents' settings.
         told = str(error).replace(path, where).removeprefix("data.files: ")
-        raise DataError(f"{setting(name)}: {told}") from None
+        raise DataError(f"{named}: {told}") from None
 
 
 def _placed(row: dict, here: Path, base: Path, data: TaskDataConfig) -> dict:
@@ -177,7 +178,7 @@ def _table(name: str, data: TaskDataConfig, base: Path) -> Path:
 
 
 def _unwrapped(
-    name: str, where: str, data: TaskDataConfig, found: Iterator[tuple[str, Any]]
+    where: str, data: TaskDataConfig, found: Iterator[tuple[str, Any]]
 ) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a .json file; of one that is a single object around lists, its lists'."""
     rows = (item for item in found if not isinstance(item[1], Note))

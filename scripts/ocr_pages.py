@@ -1,0 +1,71 @@
+"""Pages for generate_ocr_crops.py: the images of a folder, or of a file's rows, each once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config.task_data import TaskDataConfig
+from pipeline.data.drop_stats import DropStats
+from pipeline.data.images.formats import SUFFIXES
+from pipeline.data.images.inline import bytes_in
+from pipeline.data.sources import SkippedRow, task_files
+from pipeline.data.sources.columns import listed
+from pipeline.data.sources.tasks import structured, value_at
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True)
+class Page:
+    """One image to cut crops from, and what is known about it."""
+
+    number: int
+    where: str
+    image: str
+    row: dict
+    content: bytes | None = None  # of a picture that stands in its row
+
+
+def read_pages(source: Path, image_field: str, stats: DropStats) -> Iterator[Page]:
+    """Yield every image of a folder or of a file's rows once; rows that have none are counted.
+
+    Raises DataError for a file that cannot be read.
+    """
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+        for number, path in enumerate(files):
+            stats.seen += 1
+            name = path.relative_to(source).as_posix()
+            yield Page(number, name, name, {})
+        return
+
+    # Several questions about one image are one page, and the first row with boxes says them.
+    pages: dict[str, Page] = {}
+    data = TaskDataConfig(source="jsonl", path=str(source), image_field=image_field)
+    if not source.is_file():
+        raise DataError(f"{source} cannot be read: it is no file")
+    for where, row in task_files.rows_of("input", data, source, source.parent):
+        if isinstance(row, SkippedRow):
+            stats.seen += 1
+            stats.drop(row.reason, where, row.detail)
+            continue
+        image = value_at(row, image_field)
+        if not isinstance(image, str) or not image:
+            stats.seen += 1
+            detail = f"no path under {image_field!r} of {listed(row)}; set --image-field"
+            stats.drop("no picture", where, detail)
+            continue
+        try:
+            content = bytes_in(image)
+        except ValueError as error:
+            stats.seen += 1
+            stats.drop("no picture", where, str(error))
+            continue
+        row["boxes"] = structured(row.get("boxes"))
+        known = pages.get(image)
+        if known is None:
+            stats.seen += 1
+            name = image if content is None else where
+            pages[image] = Page(len(pages), where, name, row, content)
+        elif row["boxes"] and not known.row.get("boxes"):
+            pages[image] = replace(known, where=where, row=row)
+    yield from pages.values()
