@@ -397,7 +397,7 @@ JOINED = {"routing", "train_router", "evaluate", "deploy"}
 REPORT = {"evaluate", "deploy"}
 CHANGES = {
     "an expert's options": (("loras.experts.0.overrides", {"lr": 0.1}), COLOR | REPORT),
-    "an expert's label": (("loras.experts.0.label", "C"), COLOR | JOINED),
+    "an expert's label": (("loras.experts.0.label", "C"), JOINED),
     "an expert's data": (
         ("loras.experts.0.dataset.limit", 7),
         {"preprocess color"} | COLOR | JOINED,

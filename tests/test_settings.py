@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
-from pipeline.train import loop
+from pipeline.train import loop, memory_plan
 from tests import small, test_wiring
 from tests.test_trunk import whole
 
@@ -296,6 +296,8 @@ EFFECTS = {
     "evaluate.min_expert_share": ("evaluate", 1.0, {}),
     "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
 }
+# Of an expert alone: no baseline is trained by them
+OF_EXPERTS_ALONE = ("init", "coordinate", "coordinate_bias", "z_weight", "statistics_tokens")
 BY_NAME = {  # settings whose effect is not in a product: the test in test_wiring that shows it
     "family": "test_the_family_is_looked_up",
     "data.source": "test_source_and_hub_decide_what_is_opened",
@@ -383,6 +385,72 @@ def test_changing_a_setting_changes_the_product(dotted, trained, tmp_path):
         product(trained, stage, base | _changes(dotted, value), tmp_path / "changed")
         != PRODUCED[key]
     )
+
+
+BASELINES = {"dense__baselines": ("path", "wide")}
+FITS = ("expert.", "router.", "dense.")  # a trunk's settings are all in or come by its address
+
+
+def content_of(trained, stage: str, changes: dict) -> dict:
+    """Return what the address of a job holds of a configuration, its inputs' addresses apart."""
+    name, _, item = stage.partition(" ")
+    return small.config(**resolved(trained, changes)).content(name, item or None)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "dotted", "value"),
+    [
+        ("train_shared", "trunk.checkpointing", True),
+        (ALPHA, "expert.checkpointing", True),
+        (PATH, "expert.checkpointing", True),
+        ("train_dense wide", "trunk.checkpointing", True),
+        *((PATH, f"expert.{name}", EFFECTS[f"expert.{name}"][1]) for name in OF_EXPERTS_ALONE),
+    ],
+)
+def test_what_cannot_change_a_result_is_not_in_its_address(
+    stage, dotted, value, dtype, trained, tmp_path
+):
+    for more in ({}, {f"{dotted.partition('.')[0]}__micro_batch_sequences": 2}):
+        base = BASELINES | more | {"dtype": dtype}
+        changes = base | _changes(dotted, value)
+        assert content_of(trained, stage, changes) == content_of(trained, stage, base)
+        one, other = (
+            product(trained, stage, each, tmp_path / f"{name}{len(more)}")
+            for name, each in (("one", base), ("other", changes))
+        )
+        assert one == other
+        assert ": " not in one[:40], one
+
+
+def test_fused_steps_stay_in_addresses_as_they_forbid_micro_batches(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_plan, "FAST_TOKENS", 2 * small.CONTEXT)
+    fused = {"trunk__clip_norm": 0.0, "trunk__fuse_optimizer": True}
+    plain = {"trunk__clip_norm": 0.0}
+    assert product(trained, "train_shared", fused, tmp_path / "1") != product(
+        trained, "train_shared", plain, tmp_path / "2"
+    )
+    assert content_of(trained, "train_shared", fused) != content_of(trained, "train_shared", plain)
+
+
+@pytest.mark.parametrize("item", ["path", "wide"])
+def test_the_address_of_a_baseline_moves_with_what_it_is_trained_by_and_nothing_else(
+    item, trained, tmp_path
+):
+    """Whatever setting of the other trainings is changed: bytes and address move together."""
+    stage, made, moved, changed = f"train_dense {item}", {}, set(), set()
+    for i, (dotted, (_, value, base)) in enumerate(EFFECTS.items()):
+        if not dotted.startswith(FITS) or dotted == "dense.baselines":
+            continue
+        one = BASELINES | {"trunk__steps": 1} | base
+        other = one | _changes(dotted, value)
+        if repr(one) not in made:
+            made[repr(one)] = product(trained, stage, one, tmp_path / f"one{i}")
+        if product(trained, stage, other, tmp_path / f"other{i}") != made[repr(one)]:
+            changed.add(dotted)
+        if content_of(trained, stage, one) != content_of(trained, stage, other):
+            moved.add(dotted)
+    assert moved == changed > {"expert.steps", "expert.domains"}
 
 
 @pytest.mark.parametrize(

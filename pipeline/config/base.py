@@ -85,9 +85,10 @@ def _types(annotation: Any) -> Iterator[Any]:
 
 
 def not_hashed(default: Any, description: str, **rules: Any) -> Any:
-    """Return a field that its own stage does not read, so that its addresses leave it out.
+    """Return a field that its own stage does not read, or that cannot change its result, so that
+    its addresses leave it out.
 
-    The stages that do read it put it into theirs by name (`content` of a run's configuration).
+    Other stages that read it put it into theirs by name (`content` of a run's configuration).
     """
     extra: JsonDict = {"not_hashed": True}
     return Field(default, description=description, json_schema_extra=extra, **rules)

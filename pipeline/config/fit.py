@@ -1,14 +1,15 @@
 """What every training has, of whatever family: its length, its steps, and how they are spent.
 
 Defaults live in the classes; files state only what differs. A field marked `not_hashed` is not read
-by the stage its section is named after, so changing it leaves that stage's artifacts alone.
+by the stage its section is named after, or leaves its result as it is to the last bit: changing it
+leaves that stage's artifacts alone.
 """
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Section, Share
+from .base import Section, Share, not_hashed
 
 
 class FitConfig(Section):
@@ -33,10 +34,10 @@ class FitConfig(Section):
         description="Sums of gradients over micro-batches; none: fp32, or bf16 where memory_budget "
         "asks for it",
     )
-    checkpointing: bool | None = Field(
+    # The same numbers, made twice
+    checkpointing: bool | None = not_hashed(
         None,
-        description="Make each layer's activations again in the backward pass; none: where "
-        "memory_budget asks",
+        "Make each layer's activations again in the backward pass; none: where memory_budget asks",
     )
     fuse_optimizer: bool = Field(
         False,

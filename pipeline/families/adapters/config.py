@@ -125,10 +125,9 @@ class AdapterConfig(FitConfig):
     compile: bool = Field(
         False, description="Not for adapters: each length of rows would be compiled again"
     )
-    checkpointing: bool | None = Field(
+    checkpointing: bool | None = not_hashed(
         True,
-        description="Make each layer's activations again in the backward pass; none: where "
-        "memory_budget asks",
+        "Make each layer's activations again in the backward pass; none: where memory_budget asks",
     )
     neutral_share: Share = Field(
         0.0,
@@ -313,11 +312,8 @@ class AdapterRunConfig(RunConfig):
         """Return what one expert's adapter is trained by."""
         options = self.loras.options(item)
         neutral = self.dataset.neutral.seen if options.neutral_share else ()
-        return {
-            "options": hashed_fields(options),
-            "label": self.loras.entry(item).label,
-            "neutral": list(neutral),
-        }
+        # not its label: that is what the router answers, and no tensor of the expert knows it
+        return {"options": hashed_fields(options), "neutral": list(neutral)}
 
     def routing_reads(self, _item: None) -> dict:
         """Return what the routing set's answers are."""
@@ -325,7 +321,9 @@ class AdapterRunConfig(RunConfig):
 
     def router_reads(self, _item: None) -> dict:
         """Return what the router's adapter is trained by."""
-        return {"router": hashed_fields(self.loras.router), "labels": self.loras.labels}
+        # its requests are asked as they are, whatever share of neutral prompts the defaults have
+        router = hashed_fields(self.loras.router, frozenset({"neutral_share"}))
+        return {"router": router, "labels": self.loras.labels}
 
     def report_reads(self, _item: None) -> dict:
         """Return what the report depends on beside its own section and the trainings."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...config.base import hashed_fields
 from ...data.routing.dataset import RoutingRows
 from ...data.tasks.rows import TaskRows
 from ...errors import DataError
@@ -56,10 +57,8 @@ def expert_task(
     training = _start(cfg, base, item, cfg.section("train_experts", item))
     # a neutral prompt must fit wherever it may be asked, so none is encoded where none ever is
     neutral = cfg.dataset.neutral.seen if options.neutral_share else ()
-    about = {
-        "label": cfg.loras.labels[item],
-        "options": options.model_dump(mode="json"),
-    }
+    # what its address holds, so that equal addresses give equal bytes
+    about = {"options": hashed_fields(options)}
     return training.task(examples, neutral, about, dict)
 
 
@@ -104,7 +103,8 @@ def router_task(
         # pairs, as their order is that of the logits and JSON keeps none
         "labels": [list(pair) for pair in labels.items()],
         "instruction": entry.instruction,
-        "options": options.model_dump(mode="json"),
+        # nobody asks the router in neutral words
+        "options": hashed_fields(options, frozenset({"neutral_share"})),
     }
     return training.task(examples, (), about, calibration)
 

@@ -203,7 +203,7 @@ class FfnMoeConfig(TextRunConfig):
         return self.expert.domains or self.partition.names
 
     def dense_reads(self, item: str) -> dict:
-        """Return what a dense baseline's budget and size depend on beside the experts' settings."""
+        """Return what a dense baseline's budget, size and training depend on."""
         return fields(self, BASELINE_READS[item])
 
     def paths(self) -> Iterator[tuple[str, str]]:

@@ -1,17 +1,24 @@
 """The stages of an ffn_moe run: one row each, in the order of a run."""
 
+from ...config.base import is_hashed
+from ...config.fit import FitConfig
 from ...config.stage import Stage, table
 
 _TRAINED = ("family", "seed", "dtype")  # what every training depends on
-_ROUTER_TOKENS = tuple(f"router.{key}" for key in ("steps", "epochs", "tokens", "batch_sequences"))
-# What a dense baseline's budget and size depend on beside the expert's settings. Those that start
-# from zero train with the trunk's.
+_DURATION = ("steps", "epochs", "tokens", "batch_sequences")
+_ROUTER_TOKENS = tuple(f"router.{key}" for key in _DURATION)
+# Of an expert's settings those that every training has: a baseline is no expert in anything else
+_FITTED = tuple(key for key, field in FitConfig.model_fields.items() if is_hashed(field))
+_AS_EXPERTS = (*(f"expert.{key}" for key in _FITTED), "dense.lr")
+# Those that start from zero train with the trunk's, for as many tokens as trunk and experts had
+_FROM_ZERO = (*(f"expert.{key}" for key in _DURATION), *_ROUTER_TOKENS, "trunk")
+# What a dense baseline's budget, size and training depend on beside the domains
 BASELINE_READS: dict[str | None, tuple[str, ...]] = {
-    "path": (),
-    "total": _ROUTER_TOKENS,
-    "ffn": _ROUTER_TOKENS,
-    "scratch": (*_ROUTER_TOKENS, "trunk"),
-    "wide": (*_ROUTER_TOKENS, "trunk", "router.top_k"),
+    "path": _AS_EXPERTS,
+    "total": (*_AS_EXPERTS, *_ROUTER_TOKENS),
+    "ffn": (*_AS_EXPERTS, *_ROUTER_TOKENS),
+    "scratch": _FROM_ZERO,
+    "wide": (*_FROM_ZERO, "router.top_k"),
 }
 
 
@@ -86,7 +93,7 @@ STAGES = table(
         kind="training",
         items="dense.baselines",
         needs=("preprocess", "train_shared"),
-        reads=(*_TRAINED, "dense", "expert", "expert.domains"),
+        reads=(*_TRAINED, "expert.domains"),
         reads_also="dense_reads",
         settings=_dense_settings,
         secrets=("wandb",),
