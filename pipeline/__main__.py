@@ -375,6 +375,13 @@ def _outcome(metrics: dict) -> str:
 def _text_outcome(metrics: dict) -> str:
     domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
     text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
+    if "tokenizer" in metrics:
+        tried = metrics["tokenizer"]
+        text += f"; the tokenizer puts {tried['front']} in front"
+        if tried["lost_share"]:
+            text += f", loses {tried['lost_share']:.2%} of the bytes"
+        if tried["unknown_share"]:
+            text += f", has no entry for {tried['unknown_share']:.2%} of the tokens"
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
     if dropped:
         text = f"{text}; dropped: {dropped}"

@@ -42,11 +42,13 @@ def _no_measuring(monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
-def bundle_of(cfg, parts, folder: Path) -> Path:
-    """Bundle a small run, given a tokenizer and a report to go with it."""
+def bundle_of(cfg, parts, folder: Path, model: Tokenizer | None = None) -> Path:
+    """Bundle a small run, given a tokenizer (none: one of words) and a report to go with it."""
     parts = FolderParts(cfg, parts.root)
-    model = Tokenizer(models.WordLevel({f"w{i}": i for i in range(small.VOCAB)}, unk_token="w0"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    if model is None:
+        words = {f"w{i}": i for i in range(small.VOCAB)}
+        model = Tokenizer(models.WordLevel(words, unk_token="w1"))
+        model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save(str(parts.root / "preprocess" / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
     (parts.root / "preprocess" / "tokenizer_config.json").write_text(json.dumps(about))
@@ -99,7 +101,8 @@ def test_transformers_loads_it_and_computes_what_the_stack_computes(kind, tied, 
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(IDS_BT).logits, wanted, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=0)
-    assert AutoTokenizer.from_pretrained(folder)("w3 w1 w4").input_ids == [3, 1, 4]
+    start = [] if cfg.trunk.init else [0]
+    assert AutoTokenizer.from_pretrained(folder)("w3 w1 w4").input_ids == [*start, 3, 1, 4]
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 0
     assert wanted.std() > 0.1
 
@@ -239,8 +242,8 @@ def test_what_is_no_bundle_is_told_apart_from_a_damaged_or_newer_one(bundled, tm
     with pytest.raises(DamagedArtifact, match="not a list of sha256 sums"):
         bundle.read_sums(folder)
     shutil.copy(bundled[2] / "SHA256SUMS", folder)
-    (folder / "experts.json").write_text(json.dumps(bundle.about(bundled[2]) | {"format": 2}))
-    with pytest.raises(NewerStore, match=r"format 2.*up to 1"):
+    (folder / "experts.json").write_text(json.dumps(bundle.about(bundled[2]) | {"format": 3}))
+    with pytest.raises(NewerStore, match=r"format 3.*up to 2"):
         bundle.about(folder)
     (folder / "experts.json").write_text("[]")
     with pytest.raises(DamagedArtifact, match=r"experts\.json cannot be read"):

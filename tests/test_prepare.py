@@ -239,7 +239,7 @@ def test_a_full_disk_passes_through_and_ends_every_thread(tmp_path, monkeypatch)
         def add(self, *_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(encode, "ShardWriter", lambda *_: Full())
+    monkeypatch.setattr(encode, "ShardWriter", lambda *_, **__: Full())
     monkeypatch.setattr(encode, "BATCH_BYTES", 300)
     with pytest.raises(OSError, match="No space left"):
         run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "out")

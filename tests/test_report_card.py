@@ -12,7 +12,7 @@ ABOUT = {
     "architecture": "X",
     "trunk": {"address": "t"},
     "router": {"address": "r"},
-    "start_id": 0,
+    "start_ids": [0],
     "context_tokens": 8,
 }
 ABOUT_ADAPTERS = {

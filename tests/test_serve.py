@@ -119,14 +119,12 @@ def test_health_and_models_name_the_experts(client):
 
 
 def test_a_greedy_completion_is_what_transformers_generates(client, bundled):
-    """The same text as plain transformers code on the bundle's files, the start token in front as
-    in training."""
+    """The same text as plain transformers code on the bundle's files, with no step of its own."""
     tokenizer = AutoTokenizer.from_pretrained(bundled[2])
     model = AutoModelForCausalLM.from_pretrained(bundled[2], dtype=torch.float32)
-    ids_BT = torch.tensor([[tokenizer.eos_token_id, *tokenizer(PROMPT).input_ids]])
-    out_BT = model.generate(
-        ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False, max_new_tokens=12
-    )
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids_BT = prompt.input_ids
+    out_BT = model.generate(**prompt, do_sample=False, max_new_tokens=12)
     answer = complete(client, max_tokens=12)
     assert answer["choices"][0]["text"] == tokenizer.decode(
         out_BT[0, ids_BT.shape[1] :], skip_special_tokens=True

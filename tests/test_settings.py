@@ -309,6 +309,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "hub.domain": "test_source_and_hub_decide_what_is_opened",
     "hub.allow_fewer_rows": "test_fewer_rows_are_taken_where_they_are_allowed",
     "tokenizer.revision": "test_revisions_reach_the_hub",
+    "tokenizer.max_lost_share": "test_a_lossy_one_is_refused_by_preprocess_or_told_in_its_metrics",
     "trunk.revision": "test_revisions_reach_the_hub",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",

@@ -231,6 +231,11 @@ class TokenizerConfig(Section):
         None, description="Folder, tokenizer.json or Hub name; none: train one"
     )
     revision: str | None = Field(None, description="Commit to pin when pretrained is a Hub name")
+    max_lost_share: Share = not_hashed(
+        0.01,
+        "Share of the text's bytes that a pretrained one may lose (lower-cased, unknown, dropped) "
+        "before preprocess refuses it",
+    )
     # At least one entry per byte, the end of a text, and one merge.
     vocab_size: int = Field(
         4096, ge=258, le=2**20, description="Entries to train, with the end-of-text token"

@@ -31,12 +31,13 @@ class Documents:
     domain: str
     starts_n: ndarray  # token offsets of the documents, then the end
     bytes_n: ndarray
+    lead: int = 1  # tokens before each document, which nobody has to guess
 
     @property
     def tokens(self) -> int:
-        """Tokens that are predicted: all but each document's leading end-of-text."""
+        """Tokens that are predicted: all but those that lead a document."""
         span = self.starts_n[-1] - self.starts_n[0]
-        return int(span) - len(self.bytes_n)
+        return int(span) - self.lead * len(self.bytes_n)
 
     def sums(self, nats_T: ndarray) -> ndarray:
         """Return nats per document of nats_T, one value per token of the stream; leading tokens

@@ -328,6 +328,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
+prompt = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
 
 ```
@@ -335,9 +337,14 @@ sha256sum --check --quiet SHA256SUMS       # every file is what was bundled
 python -m pipeline serve --bundle .        # /v1/completions; /v1/route: which expert took what
 ```
 
-While it trained, every text began with token {{ about.start_id }} and ended where the next one
-began. Put that token in front of a prompt, as the server above does. Texts were cut at
-{{ about.context_tokens }} tokens at most.
+{% if about.start_ids %}
+The tokenizer puts token {{ about.start_ids|join(", ") }} in front of a text, as every text had it
+while the model trained; so does the server above.
+{% else %}
+The tokenizer puts nothing in front of a text, as that of the pretrained trunk; nor does the server
+above.
+{% endif %}
+Texts were cut at {{ about.context_tokens }} tokens at most.
 
 ## How good it is
 

@@ -25,7 +25,7 @@ from ..families import PRELOAD, family
 from ..hardware import device
 from ..model.loading import quiet_library
 from ..protocols import check_wanted, held, is_unwanted
-from ..store.bundle import SUMS, about, verify
+from ..store.bundle import SUMS, about, start_ids, verify
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -125,21 +125,24 @@ class CompletionEngine(Engine):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.context_tokens: int = self.about["context_tokens"]
+        self.start_ids = start_ids(self.about)
         # The stack first: it looks at all files before a library does, and is gone before the
         # model is opened, so that both are never held.
         expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
         self.tokenizer = tokenizer.pretrained(str(folder))
         self.model = _open_model(folder)
         self._check_logits(folder, expected_TV)
+        self._check_tokens(folder)
         # generate keeps state in the model, and the gates' hooks would hear of both requests.
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's tokens, led by the one that began every text of the training; markup in
-        it is plain text."""
-        start_id = self.about["start_id"]
-        encoding = self.tokenizer.encode([text])[0]
-        return [start_id, *encoding.ids]
+        """Return a text's tokens, led by what began every text of the training; markup in it is
+        plain text."""
+        (encoded,) = self.tokenizer.encode([text])
+        ids = [*self.start_ids, *encoded.ids]
+        # An empty text begins as generate does when it is given nothing
+        return ids or [self.tokenizer.end_id]
 
     def complete(self, ids: Sequence[int], sampling: Sampling) -> Completion:
         """Go on with a text of encoded ids. Raises Abandoned within a token of nobody's waiting for
@@ -179,13 +182,14 @@ class CompletionEngine(Engine):
         return Completion(text, finish, len(drawn), tokens)
 
     def route(self, ids: Sequence[int]) -> list[Token]:
-        """Return an encoded text's tokens after the first, each with the experts that read it."""
+        """Return an encoded text's own tokens, each with the experts that read it."""
         ids_BT = torch.tensor([ids], device=device())
         with self._exclusive() as gates:
             # Without the head, whose logits over the vocabulary nobody reads here.
             self.model.base_model(input_ids=ids_BT, use_cache=False)
-        choices = gates.positions(1, len(ids))
-        return self._tokens(list(ids[1:]), choices)
+        led = len(self.start_ids)
+        choices = gates.positions(led, len(ids))
+        return self._tokens(list(ids[led:]), choices)
 
     @contextmanager
     def _exclusive(self) -> Iterator["_GateRecorders"]:
@@ -279,6 +283,27 @@ class CompletionEngine(Engine):
                 f"{folder} loaded by transformers gives other logits than its own stack "
                 f"(typically {off:.2g} of their spread apart): transformers reads it in another "
                 "way; install the version of requirements.txt"
+            )
+
+    def _check_tokens(self, folder: Path) -> None:
+        """Raise MismatchError unless the stock tokenizer gives a text the tokens it has here."""
+        from transformers import AutoTokenizer
+
+        # Before, whoever used the stock one had to put the first token there.
+        if self.about["format"] < 2:
+            return
+        drawn = [place * 7919 % self.tokenizer.vocab_size for place in range(PROBE_TOKENS)]
+        # Text that spells a special token is plain here, and that token there.
+        plain = [token for token in drawn if token not in self.tokenizer.special]
+        text = self.tokenizer.model.decode(plain)
+        with quiet_library():
+            stock = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        if stock(text)["input_ids"] != self.encode(text):
+            raise MismatchError(
+                f"{folder} opened by transformers gives text other tokens than it was trained on; "
+                "install the version of requirements.txt"
             )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 # Of experts.json; raised when an older program could not serve the bundle.
-FORMAT = 1
+FORMAT = 2
 SUMS = "SHA256SUMS"
 ABOUT = "experts.json"
 INDEX = "model.safetensors.index.json"
@@ -123,6 +123,12 @@ def about(folder: Path) -> dict[str, Any]:
             "update MoleForge"
         )
     return found
+
+
+def start_ids(described: Mapping[str, Any]) -> list[int]:
+    """Return the tokens that lead a text, from what a bundle says of itself."""
+    # Of format 1 there was one
+    return described["start_ids"] if "start_ids" in described else [described["start_id"]]
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -225,11 +231,20 @@ def _place(file: BundleFile, target: Path) -> str:
         # people edit these, and must not edit the store
         shutil.copyfile(file.source, target)
         found = placed = sha256(target)
+    _check_digest(file, found)
+    return placed
+
+
+def check_source(file: BundleFile) -> None:
+    """Raise DamagedArtifact when a file of the store is not what its manifest says."""
+    _check_digest(file, sha256(file.source))
+
+
+def _check_digest(file: BundleFile, found: str) -> None:
     if found != file.sha256:
         raise DamagedArtifact(
             f"{file.source} is not what was written (sha256 differs)", remove=file.source.parent
         )
-    return placed
 
 
 def _link(source: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ from .shards import ShardWriter
 from .splits import Splits
 from .tokenizer import Tokenizer
 
+TRIED = "tokenizer_check.json"  # what a pretrained tokenizer did to a sample of the text
 BATCH_BYTES = 2 << 20  # enough documents to keep every core encoding
 _PREFETCHED = 2  # batches waiting between two steps
 T = TypeVar("T")
@@ -83,7 +84,13 @@ class Encoder:
     def writer(self, folder: Path) -> ShardWriter:
         """Return a writer of such shards."""
         tokenizer = self.tokenizer
-        return ShardWriter(folder, self.domains.names, tokenizer.vocab_size, tokenizer.end_id)
+        return ShardWriter(
+            folder,
+            self.domains.names,
+            tokenizer.vocab_size,
+            tokenizer.end_id,
+            lead=tokenizer.lead,
+        )
 
     def write(
         self,
@@ -227,7 +234,11 @@ def finalize(
         documents[split] = {domain: count.documents for domain, count in counts.items()}
         sizes[split] = {domain: count.bytes for domain, count in counts.items()}
         tokens[split] = {domain: count.tokens for domain, count in counts.items()}
-    return {
+    tried = folder / TRIED
+    about = {}
+    if tried.exists():
+        about["tokenizer"] = json.loads(tried.read_text("utf-8"))
+    return about | {
         "documents": documents,
         "bytes": sizes,
         "tokens": tokens,

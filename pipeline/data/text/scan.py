@@ -4,24 +4,28 @@ tokenizer follow.
 Invariant: memory holds samples, keys and a line per batch, never the corpus.
 """
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Progress
+from ...store.artifacts import write_text
 from ..drop_stats import DropStats
 from . import partition
 from . import tokenizer as tokenizers
 from .documents import Document, Stream, drop_stats
-from .encode import Batching, DocRange, all_cores
+from .encode import TRIED, Batching, DocRange, all_cores
 from .partition import Domains
 from .splits import Sample, SmallDomains, Splits
 from .tokenizer import Tokenizer
+from .tokenizer_check import SAMPLE_BYTES, check
 
 FIT_BYTES = 64 << 20  # text that clusters and difficulty are fitted on, at most
 _SPARE = 1.2  # sampled over what is wanted, because chance may hold out more than its share
@@ -60,6 +64,10 @@ def first_pass(cfg: TextRunConfig, folder: Path, progress: Progress) -> FirstPas
         with all_cores(cfg.runtime.threads):
             tokenizer = _tokenizer(cfg, scan.samples, domains, splits)
         tokenizer.save(folder)
+        if cfg.tokenizer.pretrained is not None:
+            progress("trying the tokenizer on a sample of the text", None)
+            tried = check(tokenizer, scan.sampled(), cfg.tokenizer.max_lost_share)
+            write_text(folder / TRIED, json.dumps(tried, indent=1) + "\n")
     return FirstPass(domains, splits, tokenizer, scan.stats, scan.batches, clock.seconds)
 
 
@@ -125,12 +133,20 @@ class _Scan:
         data = self.cfg.data
         wanted = self.cfg.tokenizer.sample_megabytes * 1e6
         if self.cfg.tokenizer.pretrained:
-            wanted = 0
+            wanted = SAMPLE_BYTES
         if not self.by_label:
             return max(FIT_BYTES, 2 * wanted)
         # Held-out documents are sampled too, and left out once splits are decided
         train_share = 1 - data.valid_share - data.test_share
         return _SPARE * wanted / len(self.cfg.partition.names) / train_share
+
+    def sampled(self) -> Iterator[str]:
+        """Yield sampled training texts, the domains by turns."""
+        found = [sample.documents() for sample in self.samples.values()]
+        for turn in zip_longest(*found):
+            for document in filter(None, turn):
+                if self.splits.of(document) == "train":
+                    yield document.text
 
     def _check(self) -> None:
         data = self.cfg.data

@@ -64,6 +64,7 @@ class _About:
     end_id: int
     domains: tuple[str, ...]
     splits: dict[str, dict[str, ShardCount]]
+    lead: tuple[int, ...] = ()  # earlier versions knew the end of the last one alone
 
 
 class Shards:
@@ -75,6 +76,7 @@ class Shards:
         self.domains = self._about.domains
         self.vocab_size = self._about.vocab_size
         self.end_id = self._about.end_id
+        self.lead = self._about.lead or (self.end_id,)
         self.dtype = np.dtype(self._about.dtype)
         self._maps: dict[StreamName, ndarray] = {}
 
@@ -83,7 +85,7 @@ class Shards:
         return self.count(split, domain).tokens
 
     def stream(self, split: str, domain: str) -> ndarray:
-        """Return ids_S, the flat tokens of a domain, every document led by end_id.
+        """Return ids_S, the flat tokens of a domain, every document led by `lead`.
 
         Raises DamagedArtifact if torn.
         """
@@ -93,7 +95,7 @@ class Shards:
         return self._maps[name]
 
     def documents(self, split: str, domain: str) -> tuple[ndarray, ndarray]:
-        """Return starts (n+1,), token offsets of each document's end_id, and bytes (n,), its UTF-8
+        """Return starts (n+1,), token offsets of each document's lead, and bytes (n,), its UTF-8
         length."""
         count = self.count(split, domain)
         path = _index_path(self.folder, (split, domain))
@@ -190,7 +192,7 @@ class _StreamWriter:
         return len(self._tokens) + _INDEX_ROW_BYTES * len(self._index)
 
     def add(self, tokens: ndarray, document_bytes: int) -> None:
-        """Append a document with its end_id."""
+        """Append a document with its lead."""
         count = self.count
         self._index.append((count.tokens, document_bytes))
         self._tokens += tokens.tobytes()
@@ -236,11 +238,19 @@ class _StreamWriter:
 class ShardWriter:
     """Appends documents to their streams in bounded memory; finish() writes shards.json."""
 
-    def __init__(self, folder: Path, domains: tuple[str, ...], vocab_size: int, end_id: int):
+    def __init__(
+        self,
+        folder: Path,
+        domains: tuple[str, ...],
+        vocab_size: int,
+        end_id: int,
+        lead: tuple[int, ...] = (),
+    ):
         self.folder = Path(folder)
         self.domains = domains
         self.vocab_size = vocab_size
         self.end_id = end_id
+        self.lead = lead or (end_id,)
         # Half the space and reading where ids fit into it, as those of most trained here do
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._streams: dict[StreamName, _StreamWriter] = {}
@@ -257,7 +267,7 @@ class ShardWriter:
         return self._streams[split, domain].count
 
     def add(self, split: str, domain: str, ids: list[int], document_bytes: int) -> None:
-        """Append one document, end_id first. Raises DataError for an id the vocabulary has not."""
+        """Append one document, `lead` first. Raises DataError for an id the vocabulary has not."""
         if ids and max(ids) >= self.vocab_size:
             raise DataError(
                 f"the tokenizer gave id {max(ids)} and has {self.vocab_size} entries; its "
@@ -265,7 +275,7 @@ class ShardWriter:
                 "one (tokenizer.pretrained: null)"
             )
         stream = self._streams[split, domain]
-        tokens = np.array([self.end_id, *ids], self.dtype)
+        tokens = np.array([*self.lead, *ids], self.dtype)
         stream.add(tokens, document_bytes)
         if stream.buffered_bytes > self._flush_bytes:
             stream.flush()
@@ -286,6 +296,7 @@ class ShardWriter:
             "dtype": self.dtype.str,
             "vocab_size": self.vocab_size,
             "end_id": self.end_id,
+            "lead": self.lead,
             "domains": self.domains,
             "splits": splits,
         }
@@ -364,8 +375,8 @@ class DomainMixture:
 class _Pool:
     """One index space over the windows of a few domains.
 
-    A stream is a ring: a window may run over its end into its first document, which end_id leads as
-    any other. So every epoch has the same number of windows whatever the offset of its grid.
+    A stream is a ring: a window may run over its end into its first document, which is led as any
+    other. So every epoch has the same number of windows whatever the offset of its grid.
     """
 
     def __init__(self, mixture: DomainMixture, domains: tuple[str, ...], salt: int):

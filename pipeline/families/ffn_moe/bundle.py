@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...data.text.shards import Shards
+from ...data.text.tokenizer import Tokenizer, load
 from ...errors import DamagedArtifact, MismatchError
 from ...hardware import device
 from ...model.experts import from_tensors
@@ -22,7 +22,7 @@ from ...model.router import gate_name
 from ...model.trunk import open_tensors
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
+from ...store.bundle import ABOUT, FORMAT, BundleFile, about, check_source, listed, start_ids, write
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from .. import Parts
 from ..report_files import report_files
@@ -66,12 +66,14 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     """
     settings = stored_settings(parts, "train_shared")
     members = _members(cfg, parts)
-    end_id = Shards(parts.folder("preprocess")).end_id
+    tokenizer = _tokenizer(parts)
+    start = _start(cfg, tokenizer)
     stock = stock_settings(settings, len(members), cfg.router.top_k)
-    described = _described(cfg, parts, members, stock, end_id)
+    described = _described(cfg, parts, members, stock, start)
     texts: dict[str, str | dict] = {
         "config.json": stock,
-        "generation_config.json": _generation(settings, end_id),
+        "generation_config.json": _generation(settings, tokenizer.end_id, start),
+        **tokenizer.stock_files(start),
         ABOUT: described,
         **report_files(cfg, parts, described),
     }
@@ -132,9 +134,12 @@ def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     check_kind(read_object(folder, "config.json"), "config.json", CLASSES)
     settings = read_object(folder, "trunk.json")
     check_kind(settings, "trunk.json", MIXTURES)
-    for key in ("top_k", "context_tokens", "start_id"):
+    for key in ("top_k", "context_tokens"):
         if type(described[key]) is not int:
             raise ForeignFile(f"{key} is {described[key]!r}")
+    for token in start_ids(described):
+        if type(token) is not int:
+            raise ForeignFile(f"a start of texts is {token!r}")
     for entry in described["experts"]:
         if entry["file"] not in names:
             raise ForeignFile(f"{entry['file']!r} is no file of it")
@@ -199,6 +204,23 @@ def _check_fits(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _tokenizer(parts: Parts) -> Tokenizer:
+    """Return the run's tokenizer. Raises DamagedArtifact."""
+    folder = parts.folder("preprocess")
+    files = parts.manifest("preprocess").files
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        check_source(BundleFile(name, folder / name, files[name]["sha256"]))
+    return load(folder)
+
+
+def _start(cfg: FfnMoeConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that lead a text: those the trunk was trained with before, or what led
+    each document here."""
+    if tokenizer.front or cfg.trunk.init:
+        return tokenizer.front
+    return tokenizer.lead
+
+
 def _members(cfg: FfnMoeConfig, parts: Parts) -> list[_Member]:
     """Return the stack's experts in order."""
     found: list[tuple[str, str | None, str, str | None, str]] = []
@@ -220,7 +242,7 @@ def _described(
     parts: Parts,
     members: Sequence[_Member],
     stock: Mapping[str, Any],
-    end_id: int,
+    start: Sequence[int],
 ) -> dict[str, Any]:
     """Return experts.json."""
     experts = []
@@ -242,7 +264,7 @@ def _described(
         "architecture": stock["architectures"][0],
         "top_k": cfg.router.top_k,
         "context_tokens": stock["max_position_embeddings"],
-        "start_id": end_id,
+        "start_ids": list(start),
         "experts": experts,
         "trunk": {"address": parts.manifest("train_shared").address, "file": TRUNK},
         "router": {"address": parts.manifest("train_router").address, "file": ROUTER},
@@ -251,7 +273,7 @@ def _described(
     }
 
 
-def _generation(settings: Mapping[str, Any], end_id: int) -> dict[str, Any]:
+def _generation(settings: Mapping[str, Any], end_id: int, start: Sequence[int]) -> dict[str, Any]:
     """Return generation_config.json; a pretrained trunk's own end tokens end a text too."""
     own = settings.get("eos_token_id")
     ends = {end_id}
@@ -260,7 +282,8 @@ def _generation(settings: Mapping[str, Any], end_id: int) -> dict[str, Any]:
     elif own is not None:
         ends.add(own)
     return {
-        "bos_token_id": end_id,
+        # Where there is nothing to go on from, generate begins with it
+        "bos_token_id": start[-1] if start else end_id,
         "eos_token_id": sorted(ends) if len(ends) > 1 else end_id,
         "pad_token_id": end_id,
     }
@@ -291,8 +314,6 @@ def _files(parts: Parts, members: Sequence[_Member], architecture: str) -> list[
     for number, member in enumerate(members):
         rename = partial(naming.expert, number)
         out.append(stored(member.file, member.stage, member.stored, member.item, rename))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        out.append(stored(name, "preprocess", name))
     out.append(stored("trunk.json", "train_shared", "trunk.json"))
     return out
 

@@ -202,6 +202,11 @@ class FfnMoeConfig(TextRunConfig):
         """Domains that get an expert, in stack order."""
         return self.expert.domains or self.partition.names
 
+    def shards_read(self, _item: None) -> dict:
+        """Return what shards depend on beside their settings: how documents are led."""
+        # Before, a pretrained tokenizer's own bos was left out; those of other runs are unchanged
+        return {"led_by": "its own"} if self.tokenizer.pretrained else {}
+
     def dense_reads(self, item: str) -> dict:
         """Return what a dense baseline's budget, size and training depend on."""
         return fields(self, BASELINE_READS[item])

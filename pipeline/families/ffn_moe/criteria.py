@@ -3,8 +3,9 @@
 B sequences, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -148,8 +149,9 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
     return out
 
 
-def notes(cfg: FfnMoeConfig) -> list[str]:
-    """Return what a reader of the report has to know beside it."""
+def notes(cfg: FfnMoeConfig, prepared: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the report has to know beside it; `prepared` are the metrics of
+    preprocess."""
     out = [
         "Intervals resample documents within each domain (paired across rows); "
         "they do not cover training seeds."
@@ -158,6 +160,12 @@ def notes(cfg: FfnMoeConfig) -> list[str]:
     if labels:
         named = [f"{name} is “{label}”" for name, label in labels.items()]
         out.append(f"Domains by what their data calls them: {', '.join(named)}.")
+    lost = prepared.get("tokenizer", {}).get("lost_share", 0)
+    if lost:
+        out.append(
+            f"{lost:.2%} of the text's bytes do not survive the tokenizer, so nobody had to guess "
+            "them, and bits per byte are too good by about as much."
+        )
     if cfg.router.balance == "bias":
         out.append(
             "The selection bias shaped training only: Qwen3-MoE has no place for it, "

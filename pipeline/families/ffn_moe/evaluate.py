@@ -98,7 +98,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         wins=wins(quality, TRUNK),
         speed=jobs,
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
-        notes=notes(cfg),
+        notes=notes(cfg, parts.manifest("preprocess").metrics),
         criteria=criteria(cfg, evaluator, networks, jobs, token_routing),
     )
 

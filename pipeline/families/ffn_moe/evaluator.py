@@ -84,8 +84,9 @@ class Evaluator:
         found = torch.cat(losses).cpu().numpy()
         nats_T = np.zeros(end)
         nats_T[1:] = found[: end - 1]
-        # Each document is led by an end-of-text, which nobody has to guess
-        nats_T[documents.starts_n[:-1]] = 0.0
+        # Nobody has to guess what leads a document
+        for place in range(documents.lead):
+            nats_T[documents.starts_n[:-1] + place] = 0.0
         return nats_T
 
     def score(
@@ -121,4 +122,4 @@ def _documents(
     # Copied, or the index of a whole shard would live as long as these few
     starts_n = starts_n[: count + 1].copy()
     bytes_n = bytes_n[:count].copy()
-    return Documents(domain, starts_n, bytes_n)
+    return Documents(domain, starts_n, bytes_n, len(shards.lead))

@@ -52,6 +52,7 @@ STAGES = table(
         "read documents, make tokenizer, domains and token shards",
         "family.prepare",
         reads=("family", "data", "partition", "tokenizer"),
+        reads_also="shards_read",
         secrets=("hub", "storage"),
     ),
     Stage(
@@ -117,6 +118,7 @@ STAGES = table(
         kind="bundle",
         needs=("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
         reads=("family", "name"),
+        version=2,  # its tokenizer puts in front what led every text
         in_run=False,
         secrets=("hub", "storage"),
     ),
