@@ -241,11 +241,10 @@ def _special(model: "Model", end: str, front: tuple[int, ...]) -> frozenset[int]
 
 def unknown_ids(model: "Model") -> set[int]:
     """Return the id that stands for text without an entry; of most there is none."""
-    name = getattr(model.model, "unk_token", None)
-    if name is None and type(model.model).__name__ == "Unigram":
-        found = json.loads(model.to_str())["model"].get("unk_id")
-    else:
-        found = model.token_to_id(name) if name else None
+    raw = json.loads(model.to_str())["model"]
+    found = raw.get("unk_id")
+    if raw.get("unk_token") is not None:
+        found = model.token_to_id(raw["unk_token"])
     return set() if found is None else {found}
 
 
@@ -255,9 +254,11 @@ def _plain(model: "Model") -> "Model":
     A tokenizer.json may bring truncation, padding and dropout of merges, which all change what a
     document becomes.
     """
+    from tokenizers import models
+
     model.no_truncation()
     model.no_padding()
-    if getattr(model.model, "dropout", None):
+    if isinstance(model.model, models.BPE):
         model.model.dropout = None
     # A document that spells a special token gets its plain bytes
     model.encode_special_tokens = True
