@@ -245,7 +245,7 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
         ),
         ("trunk: {steps: 1, domains: [cobol]}", "trunk.domains: no such domain cobol"),
         ("trunk: {steps: 1, domains: [python, python]}", "trunk.domains: a domain is named twice"),
-        ("partition: {domains: [a, a]}", "domains must name at least one label, each once"),
+        ("partition: {domains: [a, a]}", r"domains must name each label once, and has a twice"),
         ("partition: {domains: []}", "domains must name at least one label"),
         (
             "partition: {by: random, count: 2}\n"

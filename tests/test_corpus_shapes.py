@@ -272,7 +272,7 @@ def test_several_labels_may_be_one_domain(tmp_path):
     for wrong, match in (
         ({"labels": {"music": ["x"]}}, "music, not one of domains"),
         ({"labels": {"law": ["x"], "code": ["x"]}}, "x belongs to two domains"),
-        ({"domains": ["Family law", "Family-law"], "labels": {}}, "each once"),
+        ({"domains": ["Family law", "Family-law"], "labels": {}}, "has Family-law twice"),
     ):
         with pytest.raises(ValueError, match=match):
             config(path, partition=partition | wrong)

@@ -259,6 +259,30 @@ def test_a_reader_error_reaches_the_caller_from_its_thread(tmp_path, monkeypatch
     assert calls and not [t for t in threading.enumerate() if t.name == "prepare"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: [*lines, lines[0]],
+        lambda lines: [lines[0].replace("0: ", "9: "), *lines[1:]],
+        lambda lines: [*lines[:60], lines[60][:40] + "\n", *lines[61:]],
+    ],
+    ids=["shorter", "longer", "edited", "a torn row"],
+)
+def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, change):
+    path = tmp_path / "rows.jsonl"
+    cfg = config(path, rows())
+
+    def edit(text, share):
+        if text.startswith("training"):
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(change(lines)))
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="has changed since it was scanned: of 120 documents"):
+        prepare(cfg, tmp_path / "out", edit)
+
+
 def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     run(config(tmp_path / "rows.jsonl", rows()), tmp_path / "out")

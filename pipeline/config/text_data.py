@@ -185,8 +185,14 @@ class PartitionConfig(Section):
     def _names_differ(self) -> Self:
         if self.by != "labels":
             return self
-        if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise ValueError("domains must name at least one label, each once")
+        if not self.domains:
+            raise ValueError("domains must name at least one label")
+        again = sorted({name for name in self.domains if self.domains.count(name) > 1})
+        if again:
+            raise ValueError(
+                f"domains must name each label once, and has {', '.join(again)} twice; where two "
+                "labels get one name, name the domains yourself and give their labels under labels"
+            )
         strange = [name for name in self.labels if name not in self.domains]
         if strange:
             raise ValueError(f"labels are given for {', '.join(strange)}, not one of domains")

@@ -140,16 +140,7 @@ def _divided(batches: list[DocRange], jobs: int) -> list[DocRange]:
     """Return ranges of batches, nearly equal in number."""
     count = min(jobs, len(batches))
     cuts = [number * len(batches) // count for number in range(count + 1)]
-    return [_joined(batches[first:end]) for first, end in pairwise(cuts)]
-
-
-def _joined(batches: list[DocRange]) -> DocRange:
-    return DocRange(
-        start=batches[0].start,
-        documents=sum(batch.documents for batch in batches),
-        bytes=sum(batch.bytes for batch in batches),
-        keys=sum(batch.keys for batch in batches) % 2**64,
-    )
+    return [DocRange.joined(batches[first:end]) for first, end in pairwise(cuts)]
 
 
 def _encoder(cfg: TextRunConfig, jobs_folder: Path) -> Encoder:
@@ -194,12 +185,10 @@ def _encode_range(
 
 
 def _read(cfg: TextRunConfig, wanted: DocRange, found: DocRange) -> Iterator[Document]:
-    """Yield the documents of a range and count them in `found`."""
+    """Return the documents of a range, counted in `found`."""
     # What the rows drop on the way was counted by the scan, so these counts are thrown away
     stream = Stream(cfg, drop_stats(), wanted.start)
-    for document in islice(stream, wanted.documents):
-        found.add(document)
-        yield document
+    return found.counting(islice(stream, wanted.documents))
 
 
 def _write_manifest(folder: Path, about: dict) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,22 @@ class DocRange:
         self.documents += 1
         self.bytes += document.bytes
         self.keys = (self.keys + document.key + document.piece) % 2**64
+
+    @classmethod
+    def joined(cls, ranges: "Sequence[DocRange]") -> "DocRange":
+        """Return ranges that follow each other as one."""
+        return cls(
+            start=ranges[0].start,
+            documents=sum(each.documents for each in ranges),
+            bytes=sum(each.bytes for each in ranges),
+            keys=sum(each.keys for each in ranges) % 2**64,
+        )
+
+    def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield documents as they are, counted."""
+        for document in documents:
+            self.add(document)
+            yield document
 
 
 class _Placed(NamedTuple):

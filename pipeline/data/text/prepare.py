@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from ...config.text_data import TextRunConfig
+from ...errors import DataError
 from ...protocols import Progress, quiet
 from . import distributed
 from .documents import documents, drop_stats
-from .encode import Encoder, finalize
+from .encode import DocRange, Encoder, finalize
 from .scan import first_pass
 
 
@@ -36,9 +37,17 @@ def prepare(
     start = time.perf_counter()
     encoder = Encoder(cfg, found.domains, found.splits, found.tokenizer)
     writer = encoder.writer(folder)
+    scanned = DocRange.joined(found.batches)
+    read = DocRange(scanned.start)
     # The first pass has counted what the rows drop; only the leaks are new in this one
-    stream = documents(cfg, drop_stats())
+    stream = read.counting(documents(cfg, drop_stats()))
     leaks = encoder.write(stream, writer, found.bytes, progress)
+    if read != scanned:
+        raise DataError(
+            f"data.{cfg.data.source} has changed since it was scanned: of {scanned.documents} "
+            f"documents of {scanned.bytes} bytes, {read.documents} of {read.bytes} were read "
+            "again. Let nothing write to the source and start again"
+        )
     found.stats.merge(leaks)
     seconds = found.seconds | {"write": time.perf_counter() - start}
     return finalize(cfg, folder, writer, found.stats, found.bytes, seconds)
