@@ -166,7 +166,7 @@ BOMB = (
             "there is no 'poet'; there are color, count, locate and base",
             "expert",
         ),
-        (asking() | {"max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
+        (asking() | {"max_tokens": 0}, "must be at least 1", "max_tokens"),
         (
             asking() | {"temperature": 0.7},
             "not supported yet; leave it out or set it to 0",
@@ -182,7 +182,7 @@ BOMB = (
             "messages",
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "messages: ", "messages"),
-        ({}, "messages: field required", "messages"),
+        ({}, "messages: must be given", "messages"),
     ],
 )
 def test_a_wrong_request_is_refused_and_the_next_is_answered(client, body, said, param):

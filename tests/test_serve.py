@@ -240,18 +240,18 @@ WRONG = {
     "n": ({"prompt": "x", "n": 2}, "n: not supported yet.*1", "n"),
     "echo": ({"prompt": "x", "echo": True}, "echo: not supported", "echo"),
     "logprobs": ({"prompt": "x", "logprobs": 3}, "logprobs: not supported yet.*null", "logprobs"),
-    "no prompt": ({}, "prompt: field required", "prompt"),
-    "null prompt": ({"prompt": None}, "prompt: field required", "prompt"),
-    "list prompt": ({"prompt": ["x"]}, "prompt: input should be a valid string", "prompt"),
+    "no prompt": ({}, "prompt: must be given", "prompt"),
+    "null prompt": ({"prompt": None}, "prompt: must be given", "prompt"),
+    "list prompt": ({"prompt": ["x"]}, "prompt: must be a text", "prompt"),
     "strange field": ({"prompt": "x", "min_tokens": 1}, "min_tokens: no such field", "min_tokens"),
     "text for a number": (
         {"prompt": "x", "max_tokens": "5"},
-        "max_tokens: input should be a valid integer",
+        "max_tokens: must be a whole number",
         "max_tokens",
     ),
     "no tokens": (
         {"prompt": "x", "max_tokens": 0},
-        "max_tokens: .*greater than or equal to 1",
+        "max_tokens: must be at least 1",
         "max_tokens",
     ),
     "too many tokens": (
@@ -261,7 +261,7 @@ WRONG = {
     ),
     "hot": (
         {"prompt": "x", "temperature": 2.1},
-        "temperature: .*less than or equal to 2",
+        "temperature: must be at most 2",
         "temperature",
     ),
     "no share": ({"prompt": "x", "top_p": 0}, "top_p: .*greater than 0", "top_p"),

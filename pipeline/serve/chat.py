@@ -5,9 +5,6 @@ Invariant: pictures come inside the request and are checked before anything is r
 fetches nothing. What answers is the stack that the report measured.
 """
 
-import base64
-import binascii
-import re
 import secrets
 import threading
 import time
@@ -19,14 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.params import Depends
 from PIL import Image
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..config.task_data import ImageLimitsConfig
 from ..data.images.images import claimed_size, open_checked, resized
+from ..data.images.inline import bytes_in
 from ..errors import DataError
 from ..families import family
 from ..protocols import POLL_S, check_wanted
 from .engine import Engine
+from .messages import one_question
 from .protocol import (
     DIGITS,
     ApiError,
@@ -50,8 +49,6 @@ BODY_BYTES = 32 << 20  # pictures come inside
 # Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
 # pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
 PICTURE_PIXELS = 64_000_000
-# Whatever kind it says: what it is, is read from its bytes.
-_DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.I)
 
 T = TypeVar("T")
 
@@ -87,13 +84,14 @@ class Message(Body):
     content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]] = Field(
         description="Text, or parts: text and image_url"
     )
+    name: str | None = Field(None, description="Taken and not used")
 
 
 class RoutingBody(Body):
     """What /v1/route takes: what a request holds that is only to be routed."""
 
     model: str | None = Field(None, description="Name of the model; none: the one that is served")
-    messages: list[Message] = Field(
+    messages: Annotated[list[Message], BeforeValidator(one_question)] = Field(
         min_length=1, max_length=1, description="One message, of the user"
     )
     user: str | None = Field(None, description="Taken and not used")
@@ -286,15 +284,15 @@ class ChatEngine(Engine):
     def _picture(self, url: str, until: float) -> Image.Image:
         """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
         TimeoutError where there is no room for it by `until`."""
-        head = _DATA_URI.match(url)
-        if head is None:
+        # Whatever kind it says: what it is, is read from its bytes.
+        if url[:5].lower() != "data:":
             raise DataError(
                 "image_url must be a data: URI (data:image/png;base64,...), "
                 f"not {url[:40]!r}: this server fetches nothing"
             )
         try:
-            data = base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
+            data = bytes_in(url) or b""
+        except ValueError as error:
             raise DataError(f"image_url is not base64: {error}") from None
         width, height = claimed_size(data, PICTURE_PIXELS)
         # One picture at a time: a request that held room and waited for more could wait for ever.

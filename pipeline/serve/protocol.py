@@ -25,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..config.wording import sentence
 from ..errors import plain
 from ..protocols import Abandoned, while_wanted
 from .engine import Engine
@@ -235,9 +236,12 @@ def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
     """Return the error that names every wrong field."""
     texts = []
     for problem in problems:
-        text = problem["msg"].removeprefix("Value error, ")
+        # The words for settings are right for fields too, but not for the body as a whole.
+        text = sentence(problem) if problem["loc"] else problem["msg"]
         if problem["type"] == "extra_forbidden":
-            text = "no such field"
+            # Of a message's part, the whole path would say no more.
+            inner = f" {problem['loc'][-1]}" if len(problem["loc"]) > 1 else ""
+            text = f"no such field{inner}"
         else:
             text = text[:1].lower() + text[1:]
         name = _field(problem)

@@ -36,7 +36,7 @@ def reading_order(texts: Sequence[str], page_to_the_left: bool) -> list[int]:
     base = -1 if page_to_the_left else 1
     if base not in directions and any(directions):
         base = -base
-    order = []
+    order: list[int] = []
     run: list[int] = []
     places = range(len(texts)) if base > 0 else range(len(texts) - 1, -1, -1)
     for place in places:

@@ -1,0 +1,174 @@
+"""The real openai client in front of a bundle of adapters: what it sends in its many forms is
+answered alike, and what is not served is told in a sentence that names the field."""
+
+import base64
+import io
+import random
+import re
+
+import openai
+import pytest
+from PIL import Image
+
+from pipeline.families.lora_vlm import family
+from pipeline.protocols import quiet
+from pipeline.report import RequestReport
+from pipeline.serve.app import create
+from tests import small_stack
+from tests.test_serve import running
+
+PICTURE = small_stack.pictures(1)[0]
+QUESTION = {"type": "text", "text": "what color?"}
+# What no message may hold: Python's types and pydantic's phrases
+JARGON = re.compile(r"input should|validation|literal|NoneType|<class|\bdict\b|discriminator|0x")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    cfg, parts = small_stack.run(root / "parts")
+    (parts.root / "evaluate").mkdir()
+    report = RequestReport(run="small", family="lora_vlm").to_json()
+    (parts.root / "evaluate/report.json").write_text(report)
+    (parts.root / "evaluate/report.html").write_text("")
+    (root / "bundle").mkdir()
+    family.bundle(cfg, parts, root / "bundle", quiet)
+    with running(create(root / "bundle")) as plain:
+        address = f"{plain.base_url}/v1"
+        yield openai.OpenAI(base_url=address, api_key="unused", max_retries=0, timeout=30)
+
+
+def packed(image, kind="PNG", **options):
+    held = io.BytesIO()
+    image.save(held, kind, **options)
+    return held.getvalue()
+
+
+def part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def ask(client, content, before=(), **more):
+    messages = [*before, {"role": "user", "content": content}]
+    done = client.chat.completions.create(model="small", messages=messages, **more)
+    return done.choices[0].message.content, done.model_extra["confidence"]
+
+
+def told(client, *args, **more):
+    """Return what the client's exception says of a request that is refused."""
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, *args, **more)
+    message = error.value.body["message"]
+    assert not JARGON.search(message) and len(message) < 400 and message.count(". ") <= 1
+    return error.value.param, message
+
+
+CONTENT = packed(PICTURE)
+PLAIN = base64.b64encode(CONTENT).decode()
+SPELLINGS = {
+    "plain": f"data:image/png;base64,{PLAIN}",
+    "in lines": f"data:image/png;base64,{base64.encodebytes(CONTENT).decode()}",
+    "no type": f"data:;base64,{PLAIN}",
+    "any bytes": f"data:application/octet-stream;base64,{PLAIN}",
+    "another type": f"data:image/jpg;base64,{PLAIN}",
+    "with a parameter": f"data:image/png;charset=utf-8;base64,{PLAIN}",
+    "in capitals": f"DATA:image/PNG;BASE64,{PLAIN}",
+    "for addresses": f"data:image/png;base64,{base64.urlsafe_b64encode(CONTENT).decode()}",
+    "not padded": f"data:image/png;base64,{PLAIN.rstrip('=')}",
+    "escaped": "data:image/png," + "".join(f"%{byte:02x}" for byte in CONTENT),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_picture_is_the_same_however_its_address_is_spelled(client, spelling):
+    wanted = ask(client, [part(SPELLINGS["plain"]), QUESTION])
+    assert ask(client, [part(SPELLINGS[spelling]), QUESTION]) == wanted
+    assert ask(client, [QUESTION, part(SPELLINGS[spelling])]) == wanted
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF", "PPM", "GIF"])
+def test_every_kind_of_picture_is_taken(client, kind):
+    assert ask(client, [part(SPELLINGS["plain"].replace(PLAIN, _packed(kind))), QUESTION])
+
+
+def _packed(kind):
+    return base64.b64encode(packed(PICTURE, kind)).decode()
+
+
+def test_a_photo_turned_by_its_data_is_seen_upright(client):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = packed(PICTURE.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    url = f"data:image/png;base64,{base64.b64encode(turned).decode()}"
+    wanted = ask(client, [part(SPELLINGS["plain"]), QUESTION])
+    assert ask(client, [part(url), QUESTION]) == wanted
+
+
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+REFUSED = [
+    ("hi", {"before": [SYSTEM]}, "messages", "system message is not read"),
+    ("hi", {"before": [SYSTEM | {"role": "developer"}]}, "messages", "developer message"),
+    ("and now?", {"before": TURNS}, "messages", "3 messages came, and one message is answered"),
+    ([part("https://example.org/a.png"), QUESTION], {}, "messages", "fetches nothing"),
+    (
+        [{"type": "image_url", "image_url": SPELLINGS["plain"]}, QUESTION],
+        {},
+        "messages",
+        "part 0 of content: image_url must be an object with a url",
+    ),
+    ([{"type": "input_image", "image_url": "x"}], {}, "messages", "has type 'input_image'"),
+    ([QUESTION, {"type": "file", "file": {"file_id": "a"}}], {}, "messages", "part 1 of content"),
+    ([{"text": "hi"}], {}, "messages", "it has no type"),
+    ([{"type": "text", "text": 3}], {}, "messages", "text must be a text"),
+    (["hi"], {}, "messages", "text and image_url are read"),
+    ([], {}, "messages", "content must be a text, or a list of parts"),
+    (None, {}, "messages", "content must be a text, or a list of parts"),
+    ("hi", {"temperature": 0.2}, "temperature", "temperature"),
+    ("hi", {"top_p": 0.9}, "top_p", "top_p"),
+    ("hi", {"n": 2}, "n", "n: not supported yet"),
+    ("hi", {"stop": ["."]}, "stop", "stop"),
+    ("hi", {"max_tokens": 0}, "max_tokens", "must be at least 1"),
+    ("hi", {"max_tokens": "9"}, "max_tokens", "must be a whole number"),
+    ("hi", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools"),
+    ("hi", {"response_format": {"type": "json_object"}}, "response_format", "no such field"),
+    ("hi", {"extra_body": {"expert": "poet"}}, "expert", "there is no 'poet'"),
+    ([part("data:image/png;base64,@@@"), QUESTION], {}, "messages", "no base64"),
+    ([part("data:image/png;base64"), QUESTION], {}, "messages", "without a comma"),
+    ([part(SPELLINGS["plain"][:300]), QUESTION], {}, "messages", "picture"),
+    ([part(SPELLINGS["plain"])] * 5, {}, "messages", "at most 4"),
+]
+
+
+@pytest.mark.parametrize(("content", "more", "param", "said"), REFUSED)
+def test_what_is_not_served_is_told_to_the_client(client, content, more, param, said):
+    found, message = told(client, content, **more)
+    assert found == param and said in message, message
+
+
+def test_whatever_a_client_puts_into_a_message_is_answered_or_told(client):
+    """Values of every JSON type at every place of a message."""
+    draw = random.Random(0)
+    values = [None, True, 3, -1.5, "", "hi", [], [1], {}, {"url": 3}, {"type": "text"}, [[]]]
+    places = [
+        lambda v: {"role": v, "content": "hi"},
+        lambda v: {"role": "user", "content": v},
+        lambda v: {"role": "user", "content": [v]},
+        lambda v: {"role": "user", "content": [{"type": v, "text": "hi"}]},
+        lambda v: {"role": "user", "content": [{"type": "text", "text": v}]},
+        lambda v: {"role": "user", "content": [{"type": "image_url", "image_url": v}]},
+        lambda v: {"role": "user", "content": [{"type": "image_url", "image_url": {"url": v}}]},
+        lambda v: {"role": "user", "content": [QUESTION | {"odd": v}]},
+        lambda v: {"role": "user", "content": "hi", "odd": v},
+        lambda v: v,
+    ]
+    said = []
+    for _ in range(60):
+        message = draw.choice(places)(draw.choice(values))
+        messages = draw.choice([[message], message, [message, message]])
+        try:
+            client.chat.completions.create(model="small", messages=messages, max_tokens=1)
+        except openai.BadRequestError as error:
+            said.append((error.param, error.body["message"]))
+    assert len(said) > 30 and {param for param, _ in said} == {"messages"}
+    assert not [message for _, message in said if JARGON.search(message)]
