@@ -66,6 +66,13 @@ def test_the_bundle_alone_answers_as_the_runs_stack(made):
     )
 
 
+def test_no_file_of_it_is_a_file_of_the_store(made):
+    _, parts, folder = made
+    stored = {file.stat().st_ino for file in parts.root.rglob("*") if file.is_file()}
+    own = {file.stat().st_ino for file in folder.rglob("*") if file.is_file()}
+    assert len(own) > 10 and stored.isdisjoint(own)
+
+
 def test_it_is_whole_without_the_run(made, tmp_path):
     """Nothing in it leads outside, and it can be moved."""
     _, parts, folder = made

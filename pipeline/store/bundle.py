@@ -2,14 +2,13 @@
 checked, and uploaded.
 
 Invariant: SHA256SUMS is written last, here and at an upload's target, and names every other file
-but made.json; a folder without it is no bundle. Tensors are never held: weights are hard-linked, or
-copied a block at a time behind a rewritten header.
+but made.json; a folder without it is no bundle. Tensors are never held: weights are copied a
+block at a time, some behind a rewritten header. No file of a bundle is a file of the store.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +33,7 @@ ABOUT = "experts.json"
 INDEX = "model.safetensors.index.json"
 METADATA = "__metadata__"  # the one entry of a safetensors header that is no tensor
 BLOCK_BYTES = 4 << 20
+FICLONE = 0x40049409  # of Linux's ioctl: share the blocks of another file
 # Of a list of sums, and of what is said of a bundle: people's own are of some kilobytes.
 TEXT_BYTES = 16 << 20
 # What the store keeps beside a bundle; a copy of it has neither.
@@ -224,12 +224,8 @@ def _place(file: BundleFile, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.rename:
         found, placed = _copy_renamed(file.source, target, file.rename)
-    elif target.suffix == ".safetensors":
-        _link(file.source, target)
-        found = placed = sha256(target)
     else:
-        # people edit these, and must not edit the store
-        shutil.copyfile(file.source, target)
+        _copy(file.source, target)
         found = placed = sha256(target)
     _check_digest(file, found)
     return placed
@@ -247,12 +243,19 @@ def _check_digest(file: BundleFile, found: str) -> None:
         )
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give the file a second name, or copy it where the disk has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, its blocks shared where the disk can do that until either is written to.
+
+    Never a second name of the same file: who saves into a bundle would write into the store.
+    """
+    with source.open("rb") as old, target.open("wb") as new:
+        # Most disks cannot, no two disks can together, and Windows has no such module
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+            return
+        shutil.copyfileobj(old, new, BLOCK_BYTES)
 
 
 def _copy_renamed(source: Path, target: Path, rename: Callable[[str], str]) -> tuple[str, str]:

@@ -305,7 +305,7 @@ def _files(parts: Parts, members: Sequence[_Member], architecture: str) -> list[
         return BundleFile(name, folder(stage, item) / source, digest, rename)
 
     naming = NAMINGS[architecture]
-    # The store has Qwen3-MoE's names of gates: that file is linked and not written again
+    # The store has Qwen3-MoE's names of gates: that file is copied as it is
     gate = None if architecture == CLASSES["qwen3_moe"] else naming.gate
     out = [
         stored(TRUNK, "train_shared", "trunk.safetensors"),
