@@ -132,10 +132,11 @@ class NewerStore(StoreError):
 
 
 class DiskFull(StoreError):
-    """There is no room for what is being written; with `in_store` it is the store that is full."""
+    """There is no room for `path`; with `in_store` it is the store that is full."""
 
-    def __init__(self, text: str, *, in_store: bool = False) -> None:
+    def __init__(self, text: str, *, path: Path | None = None, in_store: bool = False) -> None:
         super().__init__(text)
+        self.path = path
         self.in_store = in_store
 
 

@@ -6,6 +6,7 @@ See the README beside.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -38,6 +39,7 @@ from pipeline.protocols import Progress
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Reader, Store
+from pipeline.store.room import writing
 
 # A row of the contact sheet.
 PER_EXPERT_PICTURES = 4
@@ -153,24 +155,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(args: argparse.Namespace, console: Console) -> None:
-    """Write the routing set that the command asks for. Raises ConfigError or DataError."""
+    """Write the routing set that the command asks for. Raises ConfigError, DataError, DiskFull."""
     settings, cfg = configured(args)
     folder = args.output.parent
     work = args.work or folder / "routing-work"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
-            shown = bar.add_task("", total=1.0)
+    with ProgressBar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("", total=1.0)
 
-            def progress(text: str, share: float | None) -> None:
-                bar.update(shown, description=escape(text), completed=share)
+        def progress(text: str, share: float | None) -> None:
+            bar.update(shown, description=escape(text), completed=share)
 
+        with _writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             tasks: dict[str, Path] = {}
             labels: dict[str, str] = {}
             if cfg is not None:
                 tasks = dict(prepared(cfg, Store(args.store), work, progress))
                 labels = cfg.loras.labels
             dataset.generate(settings, tasks, labels, folder, progress, args.output.name)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Tell what the system does not let be written. Raises DiskFull, DataError."""
+    try:
+        with writing(folder):
+            yield
     except OSError as error:
         raise DataError(
             f"{error.filename}: {error.strerror}; choose another --output or --work"
@@ -353,8 +363,7 @@ def _draw(rows: RoutingRows, file: Path) -> None:
         raise DataError(
             f"{file}: no row has a picture, so there is nothing to show; leave --contact-sheet away"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet.draw(cells, most=len(cells)).save(file)
+    contact_sheet.save(cells, file, most=len(cells))
 
 
 if __name__ == "__main__":

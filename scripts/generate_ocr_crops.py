@@ -8,6 +8,7 @@ crops of an image carry its group, so preprocess never spreads them over two spl
 import argparse
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,8 @@ from pipeline.data.images import boxes, contact_sheet, images, text_regions
 from pipeline.data.images.box_formats import BoxFault, BoxFormat
 from pipeline.data.images.boxes import Box
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.store.artifacts import write_text
+from pipeline.store.room import PART, writing
 from scripts.ocr_pages import Page, read_pages
 
 IMAGES = "images"
@@ -116,7 +119,7 @@ def main(words: list[str] | None = None) -> int:
 
 def generate(asked: argparse.Namespace) -> None:
     """Cut the crops of every image, write rows, report and contact sheet. Raises ConfigError,
-    DataError."""
+    DataError, DiskFull."""
     settings = Settings(**{each.name: getattr(asked, each.name) for each in fields(Settings)})
     source = Path(asked.input)
     output = Path(asked.output)
@@ -131,9 +134,28 @@ def generate(asked: argparse.Namespace) -> None:
         raise DataError(
             f"{asked.input} has no image; a JSON lines file or a folder of images was wanted"
         )
-    (output / IMAGES).mkdir(parents=True, exist_ok=True)
+    # Under another name until it is whole, so that the same command begins again after it was ended
+    part = output.with_name(output.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(part):
+        rows = _cut_all(asked, settings, pages, part, stats, box_stats)
+        _write_report(settings, part, rows, stats, box_stats)
+        part.rename(output)
+    _finish(asked, output, rows, stats, box_stats)
 
-    cut = partial(_cut, settings=settings, root=_root(source, asked.image_root), output=output)
+
+def _cut_all(
+    asked: argparse.Namespace,
+    settings: Settings,
+    pages: list[Page],
+    output: Path,
+    stats: DropStats,
+    box_stats: DropStats,
+) -> list[dict]:
+    """Write the crops of all pages and their rows, count what is dropped; return the rows."""
+    (output / IMAGES).mkdir(parents=True)
+    root = _root(Path(asked.input), asked.image_root)
+    cut = partial(_cut, settings=settings, root=root, output=output)
     rows: list[dict] = []
     with (
         open(output / CROPS, "w", encoding="utf-8") as crops,
@@ -150,19 +172,16 @@ def generate(asked: argparse.Namespace) -> None:
             box_stats.seen += found.boxes
             for detail in found.bad_boxes:
                 box_stats.drop("bad box", page.where, detail)
-    _finish(asked, settings, output, rows, stats, box_stats)
+    return rows
 
 
-def _finish(
-    asked: argparse.Namespace,
+def _write_report(
     settings: Settings,
     output: Path,
     rows: list[dict],
     stats: DropStats,
     box_stats: DropStats,
 ) -> None:
-    """Write the report and the contact sheet, print what was done. Raises DataError when no region
-    was kept, or too much of the input is bad."""
     bare = sum(not row["answer"] for row in rows)
     if not bare:
         (output / UNTRANSCRIBED).unlink()
@@ -176,10 +195,22 @@ def _finish(
         "boxes": box_stats.as_json(),
     }
     report = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    (output / "report.json").write_text(report, "utf-8")
+    write_text(output / "report.json", report)
+
+
+def _finish(
+    asked: argparse.Namespace,
+    output: Path,
+    rows: list[dict],
+    stats: DropStats,
+    box_stats: DropStats,
+) -> None:
+    """Draw the contact sheet, print what was done. Raises DataError when no region was kept, or too
+    much of the input is bad, and DiskFull."""
     if asked.contact_sheet and rows:
         cells = [(output / row["image"], row["id"], row["answer"]) for row in rows]
-        contact_sheet.draw(cells, asked.sheet_crops).save(asked.contact_sheet)
+        contact_sheet.save(cells, Path(asked.contact_sheet), asked.sheet_crops)
+    bare = sum(not row["answer"] for row in rows)
     print(f"{len(rows)} crops of {stats.seen} images in {output}, {bare} without a transcript")
     for each in (stats, box_stats):
         for reason, count in each.counts.most_common():
@@ -356,7 +387,8 @@ def _write(
         width_px = max(1, round(crop.width * height_px / crop.height))
         crop = crop.resize((width_px, height_px), Image.Resampling.LANCZOS)
     name = f"{IMAGES}/{page.number:06d}-{number:03d}.png"
-    (output / name).write_bytes(images.png(crop))
+    with writing(output / name):
+        (output / name).write_bytes(images.png(crop))
     row = {
         "id": f"{page.row.get('id', page.image)}/{number}",
         "image": name,

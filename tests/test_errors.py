@@ -20,7 +20,7 @@ def kinds(base: type = PipelineError) -> list[type]:
 
 
 OBJECTS = (object(), io.BytesIO(), threading.Lock(), kinds, map(str, ()), iter("").__next__)
-OTHERS = {"items": (), "failed": {}, "remove": Path("x")}
+OTHERS = {"address": "a", "stages": (), "items": (), "failed": {}, "remove": Path("x")}
 
 
 @pytest.mark.parametrize("value", OBJECTS, ids=lambda value: type(value).__name__)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import resource
 import signal
 import struct
 import subprocess
@@ -254,8 +255,27 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_full_disk_says_so(tmp_path):
     recorder = record(tmp_path / "rows.jsonl", 0, [])
     (tmp_path / "rows.jsonl").symlink_to("/dev/full")
-    with pytest.raises(DiskFull, match="no room left"):
+    with pytest.raises(DiskFull, match=r"no room to write .*rows.jsonl"):
         recorder.row({"step": 1})
+
+
+def test_a_row_that_only_half_fits_is_told_and_written_again(tmp_path):
+    """The system takes what it has room for, and says so at the next write alone."""
+    path = tmp_path / "rows.jsonl"
+    record(path, 0, [1, 2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (1, 9, 20):
+        recorder = record(path, 2, [])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+        try:
+            with pytest.raises(DiskFull, match=r"no room to write .*rows.jsonl \(File too large"):
+                recorder.row({"step": 3, "train_nats": 1.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    record(path, 2, [3])
+    found = read(path, 3)
+    assert [row["step"] for row in found.rows] == [1, 2, 3]
+    assert not found.missing
 
 
 def test_without_a_terminal_there_is_a_line_at_start_and_end(tmp_path):

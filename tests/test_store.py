@@ -31,8 +31,8 @@ from pipeline.store.artifacts import (
     inventory,
     parse_format,
     save_tensors,
-    translate_disk_errors,
 )
+from pipeline.store.room import translate_disk_errors
 
 HERE = "train_shared-0123456789ab"
 

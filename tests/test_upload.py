@@ -208,7 +208,7 @@ def test_an_upload_that_cannot_work_names_the_target_and_not_its_password(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torn, "put_file", full)
-    with pytest.raises(DiskFull, match="no room at torn://b"):
+    with pytest.raises(DiskFull, match="no room to write torn://b"):
         bundle.upload(bundled[2], "torn://b", quiet)
 
 

@@ -20,6 +20,7 @@ from ..families.load import load
 from ..run.dry_run import figures
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store, check_format, parse_format
+from ..store.room import writing
 from .containers import JobResult
 from .prices import Prices, most_gpus
 
@@ -182,7 +183,7 @@ def mirror(
     checkpoints.
 
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and
-    None. Raises OldStore, NewerStore or StoreError.
+    None. Raises OldStore, NewerStore, DiskFull or StoreError.
     """
     # The volume may hold hundreds of runs, and each file read costs a request.
     reachable = set(Addresses(cfg).reachable())
@@ -208,8 +209,9 @@ def mirror(
         content = read(path)
         if content is not None:
             copy = root / path
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content)
+            with writing(copy):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(content)
     return Store(root)
 
 

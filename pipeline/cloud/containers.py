@@ -21,8 +21,9 @@ from ..run.advice import account, sentence
 from ..run.backend import printed_progress
 from ..run.job import done, run_job
 from ..run.stages import STEPS, Addresses, label, without_jobs
-from ..store.artifacts import Manifest, Store, translate_disk_errors
+from ..store.artifacts import Manifest, Store
 from ..store.lineage import Lineage
+from ..store.room import translate_disk_errors
 from ..train.memory_meter import trim_heap
 
 Items = list[str | None]

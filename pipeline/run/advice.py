@@ -86,9 +86,10 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         return f"{text}: {edge.remove(error.remove)} and run {edge.stage(error.stage)} again"
     if isinstance(error, MismatchError) and error.stage:
         return f"{text}: run {edge.stage(error.stage)} again"
-    if isinstance(error, DiskFull) and error.in_store:
+    if isinstance(error, DiskFull):
         kept = "What was finished is kept"
-        return f"{text}. {kept}: {edge.make_room()}, then run the same command again"
+        way = edge.make_room() if error.in_store else "make room there"
+        return f"{text}. {kept}: {way}, then run the same command again"
     if isinstance(error, UnreadableFile):
         return f"{text}; nothing was changed: mend the cause and run the same command again"
     if isinstance(error, OtherCheckpoint):

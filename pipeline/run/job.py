@@ -19,10 +19,10 @@ from ..store.artifacts import (
     Store,
     inventory,
     now,
-    translate_disk_errors,
     write_text,
 )
 from ..store.lineage import Lineage
+from ..store.room import translate_disk_errors
 from .context import JobContext, StoredParts
 from .stages import Addresses
 

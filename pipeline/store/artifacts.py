@@ -5,7 +5,6 @@ one it is absent. One writer per address; nothing is edited once its manifest ex
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -40,6 +39,7 @@ from .reading import (
     sealed,
     unsealed,
 )
+from .room import PART, no_room, writing
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,6 @@ MARK = "store.json"
 FOLDERS = ("artifacts", "resume", "jobs", "history", "locks", "runs")
 # Of these it takes seconds to read one through, and a job says what it is doing.
 TOLD_BYTES = 1_000_000_000
-# A quota and a limit on the size of files leave no room either.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _nothing() -> None: ...
@@ -90,7 +87,7 @@ class Store:
     def open(self, create: bool = True) -> "Store":
         """Check who wrote the store and create it if need be; returns itself.
 
-        Raises OldStore, NewerStore, DamagedArtifact, UnreadableFile or StoreError.
+        Raises OldStore, NewerStore, DamagedArtifact, UnreadableFile, DiskFull or StoreError.
         """
         mark = self.root / MARK
         try:
@@ -102,7 +99,14 @@ class Store:
                     # Asked again under the lock, as two commands may be the first at once
                     if not exists(mark):
                         write_text(mark, sealed({"format": FORMAT}))
+        except DiskFull as error:
+            error.in_store = True
+            raise
         except OSError as error:
+            full = no_room(error, self.root)
+            if full:
+                full.in_store = True
+                raise full from None
             raise StoreError(
                 f"{self.root} cannot be used as a store: {error}", root=self.root
             ) from None
@@ -366,42 +370,40 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Force a file and its folder's entry to disk."""
+    """Force a file and its folder's entry to disk. Raises DiskFull."""
     # a file whose entry is lost in a power cut is as good as never written
     for target in (path, path.parent):
         handle = os.open(target, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            # some systems find out only now that there is no room
+            with writing(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: part file, flush, rename, flush of the folder."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    flush(path)
+    """Write a whole file or none: part file, flush, rename, flush of the folder. Raises
+    DiskFull."""
+    part = path.with_name(path.name + PART)
+    with writing(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        flush(path)
 
 
 def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     """Write a safetensors file. Raises DiskFull."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with writing(path):
         # transformers before 5 insists on the format
         save_file(plain, path, metadata={"format": "pt"})
         set_mode(path)
-    except SafetensorError as error:
-        # it has no numbers of its own, and puts the system's into its text
-        if any(f"(os error {number})" in str(error) for number in NO_ROOM):
-            raise _no_room(path, str(error)) from None
-        raise
 
 
 def set_mode(path: Path) -> None:
@@ -432,41 +434,6 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
         if isinstance(error, OSError) or "os error" in str(error):
             raise UnreadableFile(f"{path} cannot be read: {error}", path=path) from None
         raise damaged(path, f"cannot be read: {error}") from None
-
-
-@contextlib.contextmanager
-def translate_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's "no space left" into DiskFull and its "not allowed" into StoreError.
-
-    The folder is an artifact's, or that of its checkpoints; what other files refuse is not the
-    store's affair. Raises DiskFull or StoreError.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise _no_room(folder, str(error.strerror)) from None
-        root = folder.parents[1]
-        if not Path(str(error.filename)).is_relative_to(root):
-            raise
-        if error.errno not in NOT_ALLOWED:
-            # Not laid out as a store is, or out of reach: either way a person has to look there
-            raise StoreError(
-                f"{error.filename} cannot be used: {error.strerror}; what was finished is kept: "
-                "mend the cause and run the same command again"
-            ) from None
-        raise StoreError(
-            f"{error.filename} cannot be written: {error.strerror}",
-            root=root,
-            remedy=f"give this user the right to write to {root}",
-        ) from None
-
-
-def _no_room(path: Path, reason: str) -> DiskFull:
-    # a file that could not be written does not exist, nor need its folder
-    there = next(each for each in (path, *path.parents) if each.exists())
-    free_mb = shutil.disk_usage(there).free / 1e6
-    return DiskFull(f"no room to write {path} ({reason}; {free_mb:.1f} MB free)", in_store=True)
 
 
 def now() -> str:

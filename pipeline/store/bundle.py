@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
 from ..protocols import Progress
-from .artifacts import NO_ROOM, sha256, write_text
+from .artifacts import sha256, write_text
 from .foreign import ForeignFile, check_name, files_in, read_object
 from .reading import reading
+from .room import no_room, writing
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -221,12 +222,13 @@ def _damaged(text: str, folder: Path) -> DamagedArtifact:
 
 def _place(file: BundleFile, target: Path) -> str:
     """Bring a file to its place; return the sha256 of what is there now."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if file.rename:
-        found, placed = _copy_renamed(file.source, target, file.rename)
-    else:
-        _copy(file.source, target)
-        found = placed = sha256(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.rename:
+            found, placed = _copy_renamed(file.source, target, file.rename)
+        else:
+            _copy(file.source, target)
+            found = placed = sha256(target)
     _check_digest(file, found)
     return placed
 
@@ -421,8 +423,8 @@ def _translate_errors(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # each filesystem raises what it likes
         shown = _without_password(url)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise DiskFull(f"deploy.upload: no room at {shown}: {error}") from None
+        if no_room(error, Path(shown)):
+            raise DiskFull(f"deploy.upload: no room to write {shown} ({error})") from None
         raise StoreError(
             f"deploy.upload: {shown} cannot be written or read back: {type(error).__name__}: "
             f"{error}. Check the URL, its credentials and the network, then run the same command "

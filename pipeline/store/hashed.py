@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ..errors import DiskFull
+
 FOLDER = "hashed"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A file that is written to again within one tick of the clock keeps its times.
@@ -67,7 +69,7 @@ class Hashed:
         if not self._boot or not settled or "\n" in line:
             return
         # a list that cannot be written, in a store that may only be read, is no fault of the job's
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DiskFull):
             if self._line(path, path.stat(), sha256) != line:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)

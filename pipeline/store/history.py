@@ -6,7 +6,6 @@ hangs on it, so damage to it stops nobody: what can be read is, and what is miss
 stays open between two rows, because a volume that is refreshed on Modal may hold none.
 """
 
-import errno
 import json
 import math
 import os
@@ -22,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from ..errors import ConfigError, DiskFull, StoreError
+from ..errors import ConfigError, StoreError
 from .reading import reading
+from .room import no_room
 
 # Between lines where there is no terminal.
 LINE_EVERY_S = 15.0
@@ -223,16 +223,19 @@ def _append(path: Path, entry: Row) -> None:
     try:
         # one write of the whole line, so that a kill leaves it out or tears it at one place
         with path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+            data = line.encode()
+            written = file.write(data)
+            # a disk that fills up takes what it has room for, and says so at the next write
+            while written < len(data):
+                written += file.write(data[written:])
     except OSError as error:
         raise _unwritable(path, error) from None
 
 
 def _unwritable(path: Path, error: OSError) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(
-            f"no room left to add a row to {path}; free some space and run the same command again"
-        )
+    full = no_room(error, path)
+    if full:
+        return full
     return StoreError(
         f"history {path} cannot be written: {error.strerror}; check path and permissions"
     )

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..errors import DamagedArtifact
+from ..errors import DamagedArtifact, DiskFull
 from .artifacts import Store, write_text
 from .reading import reading, sealed, unsealed
 
@@ -44,7 +44,7 @@ def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
     note = note_path(store, name)
     with contextlib.ExitStack() as held:
         # nobody removes from a store that cannot be written; on a full disk the first job says so
-        with contextlib.suppress(OSError), store.lock(RUNS):
+        with contextlib.suppress(OSError, DiskFull), store.lock(RUNS):
             held.enter_context(store.lock(name))
             note.parent.mkdir(exist_ok=True)
             write_text(note, sealed({"addresses": sorted(addresses)}))

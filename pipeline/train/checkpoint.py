@@ -26,10 +26,10 @@ from ..store.artifacts import (
     load_tensors,
     save_tensors,
     sha256,
-    translate_disk_errors,
     write_text,
 )
 from ..store.reading import reading, sealed, unsealed
+from ..store.room import translate_disk_errors
 from .optimizer import AdamW, merge
 from .optimizer_state import SCALE
 

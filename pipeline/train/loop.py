@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config.fit import FitConfig
 from ..errors import Interrupted, NotFiniteError, PipelineError
 from ..hardware import product_flops_per_s
-from ..store.artifacts import translate_disk_errors
+from ..store.room import translate_disk_errors
 from .checkpoint import TrainState, load_best, restore, save, save_best
 from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded

@@ -3,10 +3,14 @@
 Invariant: the same pictures and captions give the same sheet.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ...errors import DataError
+from ...store.room import PART, writing
 
 Cell = tuple[Path, str, str]  # picture, title, caption
 
@@ -46,6 +50,22 @@ def draw(cells: Sequence[Cell], most: int = 60) -> Image.Image:
         cell = cells[place * len(cells) // count]
         _fill(sheet, pen, left, top, cell)
     return sheet
+
+
+def save(cells: Sequence[Cell], file: Path, most: int = 60) -> None:
+    """Draw a sheet into a file, in the format that its name ends in. Raises DataError for a name
+    that tells none, DiskFull."""
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        raise DataError(f"{file}: a contact sheet is a picture; let its name end in .png")
+    # In memory first: Pillow's own writing loses what the system says of a full disk
+    whole = io.BytesIO()
+    draw(cells, most).save(whole, kind)
+    part = file.with_name(file.name + PART)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(whole.getvalue())
+        part.replace(file)
 
 
 def _fill(

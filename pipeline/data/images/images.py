@@ -21,6 +21,7 @@ from typing import TypeVar
 from PIL import Image, ImageStat, UnidentifiedImageError
 
 from ...errors import DataError
+from ...store.room import writing
 from .formats import (
     FORMATS,
     is_heic,
@@ -373,5 +374,6 @@ def _write_once(file: Path, content: bytes) -> None:
     if file.exists():
         return
     part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
-    part.write_bytes(content)
-    part.replace(file)
+    with writing(file):
+        part.write_bytes(content)
+        part.replace(file)

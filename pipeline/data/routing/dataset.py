@@ -5,6 +5,7 @@ Invariant: no picture is in two splits and no held-out wording outside test_held
 settings and seed give the same bytes, whatever the order of the rows.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,10 +23,11 @@ import numpy as np
 from ... import __version__
 from ...config.base import NONE
 from ...config.routing_set import RoutingSetConfig, RoutingSourceConfig
-from ...errors import DamagedArtifact, DataError, DiskFull
+from ...errors import DamagedArtifact, DataError
 from ...protocols import Progress, quiet
 from ...store.artifacts import sha256, write_text
 from ...store.reading import damaged, read_object, reading
+from ...store.room import writing
 from ..drop_stats import DropStats
 from ..sources.task_streams import split_named
 from ..tasks.rows import ROWS
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NAME = "routing.jsonl"
+_ROOM = "; a table beside it takes about 1.5 kB for each row while it is made"
+_PAGE_BYTES = 4096
 
 # Left out of the hash of the settings: the same rows elsewhere make the same set.
 _PLACES = {"sources": {"__all__": {"path", "image_root"}}}
@@ -80,13 +84,8 @@ def generate(
     feeds: list[Feed] = []
     for i, source in enumerate(settings.sources):
         feeds += _feeds(i, source, tasks)
-    try:
+    with writing(file, _ROOM):
         manifest = _merge(settings, prompts, feeds, file, progress)
-    except sqlite3.OperationalError as error:
-        raise DiskFull(
-            f"the table of rows beside {file} cannot be written ({error}); make room, about "
-            "1.5 kB for each row while it is made, then run the same command again"
-        ) from None
     # The manifest comes last: a set without one is not read.
     manifest |= {"labels": dict(labels), "sha256": sha256(file)}
     write_text(manifest_of(file), json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -113,6 +112,7 @@ def _merge(
     # Beside the set and not in /tmp, which may be small or memory.
     with (
         tempfile.TemporaryDirectory(dir=file.parent, prefix=".routing-") as place,
+        _faults_of_table(Path(place) / "rows.sqlite", file),
         CandidateTable(Path(place) / "rows.sqlite", settings) as table,
     ):
         counts = []
@@ -139,6 +139,22 @@ def _merge(
         progress(f"writing {file.name}", 0.9)
         _write(file, settings, table.picked())
         return _manifest(settings, list(zip(feeds, counts, strict=True)), sample)
+
+
+@contextlib.contextmanager
+def _faults_of_table(table: Path, file: Path) -> Iterator[None]:
+    """Tell why SQLite cannot write the table of rows beside file. Raises DataError, OSError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+            raise
+        # it says the same of a quota as of a broken disk: ask the system, at a file of no use now
+        with table.open("ab") as probe:
+            probe.write(bytes(_PAGE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+        raise DataError(f"the table of rows beside {file} cannot be written: {error}") from None
 
 
 def manifest_of(file: Path) -> Path:

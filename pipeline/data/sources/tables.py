@@ -5,10 +5,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ...config.text_data import DataConfig
 from ...errors import DataError
+from ...store.room import writing
 from . import FoundRow, SkippedRow
 from .columns import class_names, field_value, listed, named, root_column
 from .packed import is_packed, open_unpacked, refuse_pointer
@@ -86,7 +88,9 @@ def _seekable(fs: "AbstractFileSystem", path: str) -> Iterator[IO[bytes]]:
             open_unpacked(fs, path) as packed,
             tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as whole,
         ):
-            shutil.copyfileobj(packed, whole)
+            # not the store's disk
+            with writing(Path(tempfile.gettempdir())):
+                shutil.copyfileobj(packed, whole)
             whole.seek(0)
             yield whole
         return

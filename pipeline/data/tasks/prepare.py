@@ -22,6 +22,7 @@ from ...config.task_data import ImageLimitsConfig, TaskConfig
 from ...errors import DataError
 from ...protocols import Progress, quiet
 from ...store.artifacts import write_text
+from ...store.room import writing
 from ..drop_stats import DropStats
 from ..sources.tasks import Record, records
 from ..text.documents import SPLITS
@@ -81,7 +82,7 @@ def prepare(
 
     # Rows go to disk first: a group is known only when the last row of the source has been seen.
     spool = folder / "rows.part"
-    with open(spool, "w", encoding="utf-8") as file:
+    with writing(spool), open(spool, "w", encoding="utf-8") as file:
         outcomes = _outcomes(builder, processes, stats, progress)
         for built in _with_own_ids(outcomes, stats, counts):
             _count_boxes(built, box_stats)
@@ -241,7 +242,7 @@ def _write_rows(
     the pictures of these rows."""
     used: set[str] = set()
     seen: set[bytes] = set()
-    with open(folder / ROWS, "w", encoding="utf-8") as file:
+    with writing(folder / ROWS), open(folder / ROWS, "w", encoding="utf-8") as file:
         for key, row in _spooled(spool):
             group = groups.of(key)
             split = assignment.splits[group]

@@ -19,6 +19,7 @@ from ...errors import DataError, MissingArtifact
 from ...protocols import Progress
 from ...store.artifacts import flush, inventory, sha256, write_text
 from ...store.reading import reading, sealed, unsealed
+from ...store.room import writing
 from ..drop_stats import DropStats
 from . import partition, tokenizer
 from .documents import HARMLESS, Cursor, Document, Stream, drop_stats
@@ -95,7 +96,8 @@ def merge(
     total = len(plan.ranges)
     for path in (jobs_folder / _SCAN).iterdir():
         if path.name not in (_SPLITS, _MANIFEST):
-            shutil.copyfile(path, folder / path.name)
+            with writing(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
     writer = _encoder(cfg, jobs_folder).writer(folder)
     start = time.perf_counter()
     slowest_s = 0.0

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Progress
+from ...store.artifacts import write_text
 from ..drop_stats import DropStats
 from .documents import SPLITS, Cursor, Document, drop_stats
 from .partition import Domains
@@ -241,7 +242,7 @@ def finalize(
     _check(cfg, writer)
     writer.finish()
     dropped = json.dumps(stats.as_json(), indent=1, ensure_ascii=False)
-    (folder / "dropped.json").write_text(dropped + "\n", encoding="utf-8")
+    write_text(folder / "dropped.json", dropped + "\n")
     documents: dict[str, dict[str, int]] = {}
     sizes: dict[str, dict[str, int]] = {}
     tokens: dict[str, dict[str, int]] = {}

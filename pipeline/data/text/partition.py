@@ -18,7 +18,9 @@ from numpy import float32, float64, ndarray
 
 from ...config.text_data import TextRunConfig
 from ...errors import DamagedArtifact, DataError, MissingArtifact
+from ...store.artifacts import write_text
 from ...store.reading import exists, read_as, read_bytes
+from ...store.room import writing
 from .documents import Document, key_of
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Domains:
         return np.searchsorted(thresholds, score_N, side="right").tolist()
 
     def save(self, folder: Path) -> None:
-        """Write partition.safetensors and partition.json."""
+        """Write partition.safetensors and partition.json. Raises DiskFull."""
         from safetensors.numpy import save
 
         about = {
@@ -99,9 +101,10 @@ class Domains:
             "difficulty": self.difficulty,
             "scored_chars": SCORED_CHARS,
         }
-        (folder / "partition.safetensors").write_bytes(save(self.tensors))
-        text = json.dumps(about, indent=1)
-        (folder / "partition.json").write_text(text + "\n", encoding="utf-8")
+        tensors = folder / "partition.safetensors"
+        with writing(tensors):
+            tensors.write_bytes(save(self.tensors))
+        write_text(folder / "partition.json", json.dumps(about, indent=1) + "\n")
 
 
 def load(folder: Path) -> Domains:

@@ -18,7 +18,9 @@ from numpy import int64, ndarray, uint64
 from numpy.typing import ArrayLike
 
 from ...errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
+from ...store.artifacts import write_text
 from ...store.reading import absence, as_kind, exists, read_object, reading
+from ...store.room import writing
 from .documents import SPLITS
 
 FORMAT = 1
@@ -183,8 +185,9 @@ class _StreamWriter:
         self._tokens = bytearray()
         self._index: list[tuple[int, int]] = []
         # A stream of no document has its files too: empty, not missing
-        self.tokens_path.write_bytes(b"")
-        self.index_path.write_bytes(b"")
+        for path in (self.tokens_path, self.index_path):
+            with writing(path):
+                path.write_bytes(b"")
 
     @property
     def buffered_bytes(self) -> int:
@@ -204,6 +207,7 @@ class _StreamWriter:
         """Append the same stream of other shards, copied block by block."""
         self.flush()
         with (
+            writing(self.tokens_path),
             open(self.tokens_path, "ab") as file,
             open(_tokens_path(part.folder, name), "rb") as of,
         ):
@@ -212,8 +216,7 @@ class _StreamWriter:
         # Without the part's closing row, and from where this stream ends so far
         starts = starts[:-1] + self.count.tokens
         rows = np.stack([starts, sizes], axis=1)
-        with open(self.index_path, "ab") as file:
-            file.write(rows.astype(_INDEX).tobytes())
+        _append(self.index_path, rows.astype(_INDEX).tobytes())
         found = part.count(*name)
         self.count.tokens += found.tokens
         self.count.documents += found.documents
@@ -227,12 +230,15 @@ class _StreamWriter:
     def flush(self) -> None:
         """Write what is buffered."""
         rows = np.array(self._index, _INDEX)
-        with open(self.tokens_path, "ab") as file:
-            file.write(self._tokens)
-        with open(self.index_path, "ab") as file:
-            file.write(rows.tobytes())
+        _append(self.tokens_path, self._tokens)
+        _append(self.index_path, rows.tobytes())
         self._tokens = bytearray()
         self._index.clear()
+
+
+def _append(path: Path, data: bytes | bytearray) -> None:
+    with writing(path), open(path, "ab") as file:
+        file.write(data)
 
 
 class ShardWriter:
@@ -301,7 +307,7 @@ class ShardWriter:
             "splits": splits,
         }
         text = json.dumps(about, indent=1)
-        (self.folder / _ABOUT).write_text(text + "\n", encoding="utf-8")
+        write_text(self.folder / _ABOUT, text + "\n")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numpy import ndarray, uint64
 from ...config.text_data import DataConfig
 from ...errors import DataError
 from ...store.reading import damaged, read_bytes
+from ...store.room import writing
 from .documents import SPLITS, Document, key_of
 
 SMALL = 100  # distinct documents: below, a domain's splits always go by rank, not by threshold
@@ -93,7 +94,8 @@ class Splits:
             "decided": np.array(keys, uint64),
             "splits": np.array(splits, np.uint8),
         }
-        path.write_bytes(save(tensors))
+        with writing(path):
+            path.write_bytes(save(tensors))
 
     def load(self, path: Path) -> "Splits":
         """Take over what save wrote; returns itself. Raises DamagedArtifact or UnreadableFile."""

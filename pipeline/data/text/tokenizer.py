@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
+from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile
 from ...store.foreign import read_object as read_foreign
 from ...store.reading import damaged, read_bytes, read_object
@@ -113,15 +114,14 @@ class Tokenizer:
         return _plain(Model.from_str(json.dumps(raw)))
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and a tokenizer_config.json that PreTrainedTokenizerFast loads."""
+        """Write tokenizer.json and a tokenizer_config.json that PreTrainedTokenizerFast loads.
+        Raises DiskFull."""
         settings = self.settings | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end,
         }
-        with open(folder / "tokenizer.json", "w", encoding="utf-8") as file:
-            file.write(self.model.to_str(pretty=True))
-        with open(folder / "tokenizer_config.json", "w", encoding="utf-8") as file:
-            file.write(_as_json(settings))
+        write_text(folder / "tokenizer.json", self.model.to_str(pretty=True))
+        write_text(folder / "tokenizer_config.json", _as_json(settings))
 
     def stock_files(self, start: Sequence[int]) -> dict[str, str]:
         """Return the texts of tokenizer.json and tokenizer_config.json by which transformers, left

@@ -19,6 +19,7 @@ from ...config.base import is_folder
 from ...errors import DataError, MismatchError
 from ...hardware import device
 from ...model.loading import check_finite, check_report, quiet_library
+from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile, check_model_files
 from ...store.model_files import ADAPTER, check_config, check_weights, from_hub
 from ...store.reading import damaged, reading
@@ -111,7 +112,7 @@ def pin_base(
         _check_files(where, kind)
         _check_tensors(where, kind)
         pin = ModelRef("hub", base.model, base.revision)
-    (folder / PIN).write_text(json.dumps(pin.values(), indent=1, sort_keys=True) + "\n", "utf-8")
+    write_text(folder / PIN, json.dumps(pin.values(), indent=1, sort_keys=True) + "\n")
     parameters = count_parameters(locate(pin, folder, kind))
     return {"parameters": parameters, "source": pin.source, "digest": pin.digest}
 

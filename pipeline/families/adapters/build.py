@@ -11,6 +11,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen
 
 from ...model.loading import quiet_library
 from ...store.artifacts import set_mode
+from ...store.room import writing
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -57,12 +58,13 @@ def train_tokenizer(
 def save_model(model: PreTrainedModel, tokenizer: Qwen2Tokenizer, dtype: str, folder: Path) -> None:
     """Write a model and its tokenizer to folder in a dtype, as on the Hub; it answers greedily."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    with writing(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     )
-    with quiet_library():
+    with writing(folder / "model.safetensors"), quiet_library():
         model.to(getattr(torch, dtype)).save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        set_mode(path)
+        for path in folder.glob("*.safetensors"):
+            set_mode(path)

@@ -14,6 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ...config.task_data import ImageLimitsConfig
 from ...errors import DataError
+from ...store.artifacts import write_text
 from ..adapters.base import LoadedBase, ModelKind, load_model, pin_base, pinned_files
 from ..adapters.build import END, START, save_model, train_tokenizer
 from ..adapters.chat import Chat
@@ -228,7 +229,7 @@ def _write_picture_settings(limits: ImageLimitsConfig, folder: Path) -> None:
         "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor"},
     }
     for name, kind in kinds.items():
-        (folder / name).write_text(json.dumps(both | kind, indent=1) + "\n", "utf-8")
+        write_text(folder / name, json.dumps(both | kind, indent=1) + "\n")
 
 
 def _size(limits: ImageLimitsConfig) -> dict[str, int]:
