@@ -4,7 +4,9 @@ import io
 import itertools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_config
@@ -12,14 +14,18 @@ from fakes import Killed
 from rich.console import Console
 
 from pipeline import cloud, hardware
+from pipeline.config.base import merge
 from pipeline.config.machines import ModalConfig, TrainerConfig
 from pipeline.families.load import RUN_CONFIGS, load, parse
 from pipeline.protocols import quiet
-from pipeline.run import backend, stages
+from pipeline.run import backend, dry_run, former, stages
 from pipeline.run.backend import Local, run_stage
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
+from pipeline.store.reading import sealed
 from pipeline.train import loop
+from pipeline.train.flops import JobCost
+from pipeline.train.memory_plan import MemoryPlan
 from tests import small, small_stack
 
 ROOT = Path(__file__).parents[1]
@@ -204,3 +210,171 @@ def test_on_modal_the_machines_that_train_decide_and_the_laptop_does_not(family,
         assert cloud.settled(given, PRICES, pytest.fail) is given
     nothing = cfg.model_copy(update={"modal": ModalConfig(**{s: {"gpu": []} for s in trains})})
     assert said(nothing)[0] == "fp32"
+
+
+def half(cfg, store, stage, item, step):
+    """Leave what a training leaves that was stopped at a step."""
+    address = stages.address(cfg, stage, item)
+    former.note_settings(store, address, stages.Addresses(cfg).cfg)
+    slot = store.resume(address) / "a"
+    slot.mkdir(parents=True)
+    (slot / "state.json").write_text(sealed({"run": {"step": step}}))
+
+
+# What a person changes of a run and what is said then: family, job, before, after, told of the job
+FORMER = {
+    "a rate": ("ffn_moe", ("train_experts", "alpha"), {"expert": {"lr": 0.5}}, {}, "expert.lr 0.5"),
+    "a duration": (
+        "ffn_moe",
+        ("train_shared", None),
+        {"trunk": {"tokens": 640}},
+        {},
+        "trunk.tokens 640",
+    ),
+    "a part that is read": (
+        "ffn_moe",
+        ("train_router", None),
+        {"trunk": {"layers": 1}},
+        {},
+        "trunk.layers 1",
+    ),
+    "two": (
+        "ffn_moe",
+        ("train_dense", "wide"),
+        {"trunk": {"beta2": 0.9}, "seed": 8},
+        {"name": "other", "expert": {"init": "fresh"}},
+        "seed 8, trunk.beta2 0.9",
+    ),
+    "arithmetic": ("ffn_moe", ("train_shared", None), {"dtype": "bf16"}, {}, "dtype bf16"),
+    "defaults of adapters": (
+        "lora_vlm",
+        ("train_experts", "color"),
+        {"loras": {"defaults": {"r": 8}}},
+        {},
+        "loras.defaults.r 8",
+    ),
+    "one expert's own": (
+        "lora_vlm",
+        ("train_experts", "count"),
+        {"loras": {"experts": {"count": {"overrides": {"lr": 0.5}}}}},
+        {},
+        "loras.experts.count.overrides.lr 0.5",
+    ),
+    "what is new": (
+        "lora_vlm",
+        ("train_experts", "count"),
+        {},
+        {"loras": {"experts": {"count": {"overrides": {"lr": 0.5}}}}},
+        "loras.experts.count.overrides.lr unset",
+    ),
+    "the router's": (
+        "lora_vlm",
+        ("train_router", None),
+        {"loras": {"router": {"alpha": 3.0}}},
+        {"evaluate": {"bootstrap": 99}},
+        "loras.router.alpha 3.0",
+    ),
+}
+
+
+def changed(family, changes):
+    """Return a run with changes by section."""
+    raw = {"ffn_moe": small.SETTINGS, "lora_vlm": small_stack.RUN}[family]
+    raw = merge(raw, {"dense": {"baselines": ["wide"]}}) if family == "ffn_moe" else raw
+    return parse(merge(raw, changes))
+
+
+def planned(cfg, store, monkeypatch):
+    """Return what `plan` prints, and what the plan of a mirror of this store prints on Modal."""
+    costs = JobCost.of(
+        "x", None, tokens=9, flops_per_token=1.0, parameters=1, plan=PLAN, peak_bytes=1
+    )
+    fake = SimpleNamespace(cost=lambda *_: costs)
+    monkeypatch.setattr(dry_run, "family", lambda _name: fake)
+    monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
+    here, far = (Console(file=io.StringIO(), width=300) for _ in range(2))
+    dry_run.show_plan(cfg, store, here)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def names(kind):
+            return [path.name for path in (store.root / kind).glob("*")]
+
+        def read(path):
+            return (store.root / path).read_bytes() if (store.root / path).exists() else None
+
+        mirror = cloud.mirror(cfg, Path(folder), names, read)
+        wanted = [stage for stage in stages.RUN if cfg.items(stage)]
+        cloud.show_estimate(cfg, cloud.estimate(cfg, wanted, mirror, PRICES), PRICES, False, far)
+    return here.file.getvalue(), far.file.getvalue()
+
+
+PLAN = MemoryPlan(micro_batch_sequences=1)
+
+
+@pytest.mark.parametrize("case", FORMER)
+def test_a_checkpoint_under_a_former_value_is_told(case, tmp_path, monkeypatch):
+    family, (stage, item), before, after, wanted = FORMER[case]
+    there, here, store = changed(family, before), changed(family, after), Store(tmp_path).open()
+    half(there, store, stage, item, 40)
+    name = stages.label(stage, item)
+    line = f"{name}: a checkpoint at step 40 exists under {wanted} (here "
+    for text in planned(here, store, monkeypatch):
+        assert text.count(line) == 1
+    told = former.former_checkpoint(stages.Addresses(here), stage, item, store)
+    assert told.startswith(line) and "begins at step 0" in told
+    # whoever sets that goes on from it, and is told nothing
+    assert former.former_checkpoint(stages.Addresses(there), stage, item, store) == ""
+    assert "exists under" not in "".join(planned(there, store, monkeypatch))
+    # neither is who has begun
+    half(here, store, stage, item, 3)
+    assert "exists under" not in "".join(planned(here, store, monkeypatch))
+
+
+def test_another_run_is_no_former_value_and_the_nearest_one_is_told(tmp_path):
+    store, here = Store(tmp_path).open(), changed("ffn_moe", {})
+    job = ("train_experts", "alpha")
+
+    def told():
+        return former.former_checkpoint(stages.Addresses(here), *job, store)
+
+    others = {"lr": 0.5, "beta2": 0.5, "weight_decay": 0.5, "warmup_steps": 3}
+    half(changed("ffn_moe", {"expert": others}), store, *job, 90)
+    assert told() == ""
+    half(changed("ffn_moe", {"expert": {"lr": 0.25, "beta2": 0.5}}), store, *job, 80)
+    assert "step 80 exists under expert.lr 0.25, expert.beta2 0.5 (here 0.01, 0.95)" in told()
+    half(changed("ffn_moe", {"expert": {"lr": 0.125}}), store, *job, 1)
+    half(changed("ffn_moe", {"expert": {"lr": 0.0625}}), store, *job, 2)
+    assert "step 2 exists under expert.lr 0.0625 (here 0.01)" in told()
+    # one that says nothing, or that no longer is what its settings say, is left out
+    for path in store.root.glob("resume/*/settings.json"):
+        path.write_text("{}")
+    assert told() == ""
+
+
+def test_a_training_that_begins_says_it_and_notes_its_settings(tmp_path, monkeypatch):
+    path = tiny_config(tmp_path / "tiny", runtime={"save_every_s": 1e-9})
+    store, said = Store(tmp_path / "store").open(), []
+
+    def do(stage, *overrides):
+        console = Console(file=io.StringIO(), width=200)
+        say = lambda text, _share: said.append(text)  # noqa: E731
+        run_job(stage, load(path, overrides), store, progress=say, console=console)
+
+    def die_at_7(*args):
+        save(*args)
+        if args[3].step == 7:
+            raise Killed
+
+    do("preprocess")
+    save = loop.save
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", die_at_7)
+        with pytest.raises(Killed):
+            do("train_shared", "trunk.lr=0.25")
+    do("train_shared", "trunk.steps=8")
+    [told] = [text for text in said if "exists under" in text]
+    assert told.startswith(
+        "train_shared: a checkpoint at step 7 exists under trunk.steps 40, trunk.lr 0.25 (here 8, 0"
+    )
+    half_done = stages.address(load(path, ("trunk.lr=0.25",)), "train_shared")
+    assert former.saved_step(store, half_done) == 7

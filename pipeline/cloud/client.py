@@ -18,6 +18,7 @@ from ..errors import ConfigError, StoreError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
+from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store, check_format, parse_format
 from ..store.room import writing
@@ -188,14 +189,20 @@ def mirror(
     # The volume may hold hundreds of runs, and each file read costs a request.
     reachable = set(Addresses(cfg).reachable())
     wanted = []
-    for name in names("artifacts"):
-        if name in reachable:
-            wanted.append(f"artifacts/{name}/manifest.json")
-    for name in names("resume"):
-        if name in reachable:
-            # A checkpoint is written to the slot that the last one is not in.
-            wanted.append(f"resume/{name}/a/state.json")
-            wanted.append(f"resume/{name}/b/state.json")
+    whole = reachable.intersection(names("artifacts"))
+    for name in whole:
+        wanted.append(f"artifacts/{name}/manifest.json")
+    begun = list(names("resume"))
+    # What was done under other settings is told of a job that has nothing itself.
+    former: dict[str, None] = {}
+    for address in reachable.difference(whole, begun):
+        former |= dict.fromkeys(same_job(address, begun))
+    for name in (*reachable.intersection(begun), *former):
+        # A checkpoint is written to the slot that the last one is not in.
+        wanted.append(f"resume/{name}/a/state.json")
+        wanted.append(f"resume/{name}/b/state.json")
+        if name in former:
+            wanted.append(f"resume/{name}/{NOTE}")
     mark = read("store.json")
     if mark is not None:
         try:

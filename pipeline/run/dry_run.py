@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +13,8 @@ from ..families import family
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
-from ..store.reading import unsealed
 from ..train.flops import JobCost
+from .former import former_checkpoint, saved
 from .stages import RUN, Addresses
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -29,7 +28,7 @@ class Entry:
 
     address: str
     state: str  # done, done?, stale, at step n, to do
-    why: str  # what makes it stale, or may
+    why: str  # what makes it stale, or may; or what was done under other settings
     job: JobCost | None  # None: no training
     seconds: float | None
     refused: str = ""  # why it cannot run under the memory budget
@@ -63,9 +62,10 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
         seconds = None
         if cost is not None and cost.flops is not None:
             seconds = 0.0 if state == "done" else cost.flops / rate
-        entries.append(
-            Entry(address, state, why_of(address, state, lineage), cost, seconds, refused)
-        )
+        why = why_of(address, state, lineage)
+        if cost is not None and not why:
+            why = former_checkpoint(addresses, stage, item, store)
+        entries.append(Entry(address, state, why, cost, seconds, refused))
     return entries
 
 
@@ -76,8 +76,7 @@ def state_of(address: str, lineage: Lineage) -> str:
             return "stale"
         return UNSURE if lineage.absent(address) else "done"
     steps = []
-    for path in lineage.store.resume(address).glob("?/state.json"):
-        step, inputs = _saved(path)
+    for step, inputs in saved(lineage.store, address):
         # Of other inputs it is set aside when the job begins
         if not lineage.differing(address, inputs):
             steps.append(step)
@@ -93,15 +92,6 @@ def why_of(address: str, state: str, lineage: Lineage) -> str:
         absent = lineage.absent(address)
         return f"{UNSURE}: stale if {absent}, which is not there, comes out otherwise than before"
     return ""
-
-
-def _saved(path: Path) -> tuple[int, dict[str, str]]:
-    """Return the step of a checkpoint, and the digests of what it was trained on."""
-    try:
-        run = unsealed(path.read_bytes())["run"]
-        return int(run["step"]), dict(run.get("inputs", {}))
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, {}
 
 
 def _flops_per_s(store: Store, bf16: bool) -> float:

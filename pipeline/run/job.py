@@ -24,6 +24,7 @@ from ..store.artifacts import (
 from ..store.lineage import Lineage
 from ..store.room import translate_disk_errors
 from .context import JobContext, StoredParts
+from .former import kept_settings
 from .stages import Addresses
 
 # What decides bytes beside the configuration and the machine; written down with every artifact
@@ -117,7 +118,7 @@ def _make(job: JobContext) -> Manifest:
     started = time.monotonic()
     folder = job.store.begin(job.address)
     metrics = _work(job)
-    write_text(folder / "run.json", json.dumps(_kept(job.cfg), indent=1, sort_keys=True))
+    write_text(folder / "run.json", json.dumps(kept_settings(job.cfg), indent=1, sort_keys=True))
     made = {
         "at": now(),
         "seconds": time.monotonic() - started,
@@ -164,10 +165,3 @@ def _report(job: JobContext) -> dict:
     write_text(job.folder / "report.html", report.page(measured, curves, missing))
     passed = {each.name: each.passed for each in measured.criteria}
     return {"criteria": passed}
-
-
-def _kept(cfg: RunConfig) -> dict:
-    """Return the resolved configuration less what no result depends on, so equal runs leave equal
-    bytes."""
-    left_out = {"runtime", "modal", "deploy", "name"}
-    return cfg.model_dump(mode="json", exclude=left_out)

@@ -13,6 +13,7 @@ from ..train.loop import NoTraining, Task, TrainIO, fit
 from ..train.memory_meter import Peak, lower_mmap_threshold
 from ..train.optimizer_state import import_int8
 from .context import JobContext
+from .former import former_checkpoint, note_settings
 
 
 def train(job: JobContext) -> dict:
@@ -29,6 +30,10 @@ def train(job: JobContext) -> dict:
     task = make_task(job.cfg, job.parts)
     if isinstance(task, NoTraining):
         return task.write(job.folder)
+    former = former_checkpoint(job.parts.addresses, job.stage, job.item, job.store)
+    if former:
+        job.progress(former, None)
+    note_settings(job.store, job.address, job.cfg)
     return fit_task(job, task, peak)
 
 
