@@ -206,6 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Told to whoever has to run it again
     typed = sys.argv[1:] if arguments is None else arguments
     try:
+        # These make nothing, and what they import would swallow a KeyboardInterrupt
+        if args.command in ("plan", "serve"):
+            return _done(args, typed)
         # Jobs save and end at either signal, so the command treats both as Ctrl-C
         with interrupts.raised_once(_give_up):
             return _done(args, typed)

@@ -20,6 +20,8 @@ STOPPED = 130  # a command's exit status after either signal, as shells have it 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # So many signals, and whoever sends them waits for nothing any more.
 IMPATIENT = 3
+# Libraries that import on demand, and destructors, swallow a KeyboardInterrupt now and then.
+SWALLOWED_S = 5.0
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 # The environment's name for the process that a helper process ends with.
 STARTER = "MOLEFORGE_STARTER"
@@ -39,21 +41,24 @@ def end_at_once(status: int, text: str) -> None:
         signal.signal(number, end)
 
 
-def raise_once(give_up: Callable[[], None] | None = None) -> None:
+def raise_once(give_up: Callable[[], None] | None = None, again_s: float = 0.0) -> None:
     """From here on have the first signal raise KeyboardInterrupt and later ones do nothing; the
-    third calls `give_up`."""
+    third calls `give_up`. With `again_s` it is raised again after so long, until `ignore`."""
     came = 0
 
-    def raise_first(_number: int, _frame: "FrameType | None") -> None:
+    def raise_first(number: int, _frame: "FrameType | None") -> None:
         nonlocal came
-        came += 1
-        if came == 1:
+        came += number in SIGNALS
+        if came == 1 or number == signal.SIGALRM:
+            signal.setitimer(signal.ITIMER_REAL, again_s)
             raise KeyboardInterrupt
         if came >= IMPATIENT and give_up:
             give_up()
 
     for number in SIGNALS:
         signal.signal(number, raise_first)
+    if again_s:
+        signal.signal(signal.SIGALRM, raise_first)
     # a process may have been started with them held back
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -75,7 +80,8 @@ def raised_once(give_up: Callable[[], None]) -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From here on have neither signal do anything."""
+    """From here on have neither signal do anything, nor one that was to be raised again."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -186,6 +186,50 @@ def test_ctrl_c_typed_twice_while_a_bundle_is_uploaded(bundled, silent_s3, secon
     assert {file: file.read_bytes() for file in before} == before
 
 
+@pytest.mark.parametrize("up", [False, True])
+def test_a_server_that_is_stopped_twice_ends_without_a_traceback(bundled, up):
+    process = start(["-m", "pipeline", "serve", "--bundle", bundled[2], "--port", "0"])
+    until(lambda: process.poll() is not None or catches(process))
+    if up:
+        until(lambda: "startup complete" in process.stderr.readline())
+    else:
+        # in the imports, some of which take a KeyboardInterrupt for a module that is missing
+        time.sleep(random.Random(4).uniform(1, 2))
+    for _ in range(2):
+        if process.poll() is None:
+            send(process, signal.SIGINT, True)
+            time.sleep(0.05)
+    status, lines = outcome(process)
+    assert status == interrupts.STOPPED and lines[-1] == "stopped", lines
+    assert not any("Traceback" in line for line in lines) and (up or len(lines) == 1), lines
+
+
+SWALLOWS = """
+import sys, time
+from pipeline import interrupts
+interrupts.raise_once(again_s=0.2)
+print("ready", flush=True)
+try:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("swallowed", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    interrupts.ignore()
+    time.sleep(0.4)
+    print("told", flush=True)
+"""
+
+
+def test_what_a_library_swallowed_is_raised_again_until_it_arrives():
+    process = start(["-c", SWALLOWS])
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert outcome(process) == (0, ["swallowed", "told"])
+
+
 STUCK = """
 import sys, time
 from pipeline import __main__
@@ -196,7 +240,7 @@ def stuck(*_):
         except KeyboardInterrupt:
             print("first", flush=True)
 __main__._dispatch = stuck
-sys.exit(__main__.main(["plan", "--config", "x"]))
+sys.exit(__main__.main(["run", "--config", "x"]))
 """
 
 

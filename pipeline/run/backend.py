@@ -175,7 +175,7 @@ def job(
     import torch
 
     torch.set_num_threads(threads)
-    interrupts.raise_once()
+    interrupts.raise_once(again_s=interrupts.SWALLOWED_S)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console = Console(stderr=True, force_terminal=False if plain else None)
     progress = printed_progress(console)

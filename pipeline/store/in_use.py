@@ -45,6 +45,7 @@ def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         # nobody removes from a store that cannot be written; on a full disk the first job says so
         with contextlib.suppress(OSError, DiskFull), store.lock(RUNS):
+            _sweep(store)
             held.enter_context(store.lock(name))
             note.parent.mkdir(exist_ok=True)
             write_text(note, sealed({"addresses": sorted(addresses)}))
@@ -54,6 +55,15 @@ def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
             for path in (note, lock_path(store, name)):
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def _sweep(store: Store) -> None:
+    """Remove the notes and locks of runs that are gone."""
+    for note in (store.root / RUNS).glob(f"{PREFIX}*.json"):
+        # another user's may not be ours to remove
+        with contextlib.suppress(InUse, OSError), store.lock(note.stem, _busy):
+            note.unlink()
+            lock_path(store, note.stem).unlink()
 
 
 def is_held(store: Store, name: str, unknown: bool = False) -> bool:
