@@ -113,6 +113,11 @@ class TaskDataConfig(Section):
         description="Rows that have one: every (others are dropped and counted), some, or none: "
         "text alone",
     )
+    frames: Literal["one", "first"] = Field(
+        "one",
+        description="Animations and documents of several pages: one refuses them, first takes the "
+        "first frame or page",
+    )
     fields: dict[str, str] = Field(
         {}, description="Columns by the names that templates and metrics use"
     )

@@ -22,6 +22,7 @@ from PIL import Image, ImageStat, UnidentifiedImageError
 
 from ...errors import DataError
 from ...store.room import writing
+from . import frames, tones
 from .formats import (
     FORMATS,
     is_heic,
@@ -57,7 +58,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+# What a file with several pictures is called where they are counted.
+SEVERAL = "several pictures in a file"
 
 # open_checked has its own limit and words; without this a refused picture also prints Pillow's.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -87,10 +89,13 @@ class StoredImage:
 
 
 def open_checked(
-    source: ImageSource, root: Path | None = None, max_pixels: int = MAX_DECODED_PX
+    source: ImageSource,
+    root: Path | None = None,
+    max_pixels: int = MAX_DECODED_PX,
+    first_frame: bool = False,
 ) -> Image.Image:
     """Return the picture of a path (inside root, when given) or bytes: whole, upright, RGB,
-    transparency over white.
+    transparency over white. With first_frame, a file of several pictures gives its first.
 
     Raises BadImage, a DataError, for what is missing, corrupt, too large, of another format, or
     outside root.
@@ -99,7 +104,7 @@ def open_checked(
     if root and isinstance(source, Path | str):
         named = Path(root, source)
     name = _name_of(named)
-    image, _ = _decoded(_content(source, root, name), name, max_pixels)
+    image, _ = _decoded(_content(source, root, name), name, max_pixels, first_frame)
     return image
 
 
@@ -152,6 +157,7 @@ def store(
     max_pixels: int,
     root: Path | None = None,
     max_decoded: int = MAX_DECODED_PX,
+    first_frame: bool = False,
 ) -> StoredImage:
     """Write a picture, fitted to an area, into folder under its digest; safe among processes.
 
@@ -160,7 +166,7 @@ def store(
     # No more of a path than the source says: the report of a task is the same on any machine.
     name = _name_of(source)
     data = _content(source, root, name)
-    image, as_is = _decoded(data, name, max_decoded)
+    image, as_is = _decoded(data, name, max_decoded, first_frame)
     try:
         fitted = resized(image, min_pixels, max_pixels)
     except BadImage as error:
@@ -240,7 +246,12 @@ def _inside(path: Path | str, root: Path, name: str) -> Path:
     return found
 
 
-def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Image.Image, bool]:
+def _decoded(
+    data: bytes | Image.Image,
+    name: str,
+    max_pixels: int,
+    first_frame: bool,
+) -> tuple[Image.Image, bool]:
     """Return the upright RGB picture, and whether data is a JPEG that already says just that."""
     if isinstance(data, Image.Image):
         with _faults(name, max_pixels):
@@ -253,6 +264,12 @@ def _decoded(data: bytes | Image.Image, name: str, max_pixels: int) -> tuple[Ima
             # The header alone is read so far, which says the size before anything is decoded.
             _check_size(first.size, name, max_pixels)
             first.verify()
+        with open_lazily(content) as every:
+            if not first_frame and frames.has_several(every):
+                raise BadImage(
+                    SEVERAL,
+                    f"{name} has several frames or pages; save the one that is meant by itself",
+                )
         with open_lazily(content) as image:
             image.load()
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
@@ -280,6 +297,8 @@ def _faults(name: str, max_pixels: int, data: bytes = b"") -> Iterator[None]:
         yield
     except BadImage:
         raise
+    except tones.UnknownTones as error:
+        raise BadImage("unread tones", f"{name}: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # What follows the comma guesses at an attack.
         told, _, _ = str(error).partition(",")
@@ -339,8 +358,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     # convert("L") would cut sixteen bits off at 255 instead of scaling them.
-    if image.mode in _SIXTEEN_BIT:
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in tones.DEEP:
+        image = tones.eight_bits(image)
     # convert("RGB") would show the colours that lie hidden under full transparency.
     if image.has_transparency_data:
         over = image.convert("RGBA")

@@ -88,7 +88,10 @@ class RowBuilder:
                 return self._region_rows(record)
             return [self._whole_row(record)]
         except (_Unusable, BadImage) as error:
-            return [DroppedRow(error.reason, record.where, str(error))]
+            detail = str(error)
+            if error.reason == images.SEVERAL:
+                detail += ", or set dataset.frames to first"
+            return [DroppedRow(error.reason, record.where, detail)]
         except BadBox as error:
             return [DroppedRow("bad box", record.where, str(error))]
 
@@ -139,7 +142,9 @@ class RowBuilder:
 
     def _region_rows(self, record: Record) -> list[BuiltRow | DroppedRow]:
         """Return one row for each box with text, in reading order."""
-        image = images.open_checked(record.images[0], self._start(record.images[0]))
+        first_frame = self.entry.dataset.frames == "first"
+        source = record.images[0]
+        image = images.open_checked(source, self._start(source), first_frame=first_frame)
         # All regions of a page carry its digest, so that they stay in one split.
         document = images.digest(image)
         with_text = []
@@ -283,6 +288,7 @@ class RowBuilder:
             self.limits.min_pixels,
             self.limits.max_pixels,
             root=self._start(image),
+            first_frame=self.entry.dataset.frames == "first",
         )
         # Only paths are remembered: to look bytes up, they would have to be hashed as well.
         if isinstance(image, str):
