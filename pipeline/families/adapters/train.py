@@ -75,6 +75,9 @@ def router_task(
     entry = cfg.loras.router
     labels = cfg.loras.labels
     rows = RoutingRows(parts.folder("routing"))
+    # its pictures are those of the tasks: opened, so that they are compared with their sums
+    for name in cfg.tasks:
+        parts.folder("preprocess", name)
     media = base.chat.media
     training = _start(cfg, base, entry.name, cfg.section("train_router", None))
     ids = label_ids(base.chat.tokenizer, labels)
