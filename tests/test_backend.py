@@ -7,6 +7,7 @@ processes in a session of their own, and what ends them ends all of it.
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
