@@ -31,7 +31,8 @@ from pipeline.run import stages
 from pipeline.run.dry_run import plan
 from pipeline.run.job import run_job
 from pipeline.store import manifest as manifests
-from pipeline.store.artifacts import Reader, Store, parse_format
+from pipeline.store.artifacts import Reader, Store
+from pipeline.store.mark import parse_format
 from pipeline.store.reading import parse_object, read_object, sealed, unsealed
 
 # What a system says of files that may be as good as ever.

@@ -24,14 +24,13 @@ from pipeline.errors import (
     StoreError,
 )
 from pipeline.store.artifacts import (
-    FORMAT,
     Manifest,
     Reader,
     Store,
     inventory,
-    parse_format,
     save_tensors,
 )
+from pipeline.store.mark import FORMAT, parse_format
 from pipeline.store.room import translate_disk_errors
 
 HERE = "train_shared-0123456789ab"

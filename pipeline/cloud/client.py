@@ -20,7 +20,8 @@ from ..families.load import load
 from ..run.dry_run import figures
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
-from ..store.artifacts import Store, check_format, parse_format
+from ..store.artifacts import Store
+from ..store.mark import check_format, parse_format
 from ..store.room import writing
 from .containers import JobResult
 from .prices import Prices, most_gpus

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import (
-    DamagedArtifact,
     DiskFull,
     MissingArtifact,
-    NewerStore,
-    OldStore,
     StoreError,
     UnreadableFile,
 )
@@ -28,16 +25,14 @@ from ..protocols import Progress, quiet
 from . import manifest as manifests
 from .hashed import Hashed
 from .manifest import Manifest
+from .mark import FORMAT, MARK, check_format, read_format
 from .reading import (
     absence,
     check_folder,
     damaged,
     exists,
-    parse_object,
-    read_bytes,
     reading,
     sealed,
-    unsealed,
 )
 from .room import PART, no_room, writing
 
@@ -46,11 +41,8 @@ if TYPE_CHECKING:
 
 # Files up to this are hashed by every job that opens their artifact, larger ones once on a machine.
 SMALL_BYTES = 16_000_000
-# Raised when what is in a store is laid out or written differently.
-FORMAT = 2
 # What an artifact that is made again is called meanwhile, below the folder of its checkpoints.
 FORMER = "former"
-MARK = "store.json"
 FOLDERS = ("artifacts", "resume", "jobs", "history", "locks", "runs")
 # Of these it takes seconds to read one through, and a job says what it is doing.
 TOLD_BYTES = 1_000_000_000
@@ -111,23 +103,10 @@ class Store:
                 f"{self.root} cannot be used as a store: {error}", root=self.root
             ) from None
         if create or self._is_there(mark):
-            check_format(self._format(mark), self.root)
+            check_format(read_format(self.root), self.root)
         for name in FOLDERS:
             check_folder(self.root / name)
         return self
-
-    def _format(self, mark: Path) -> int:
-        """Return the format that store.json states. Raises DamagedArtifact or UnreadableFile."""
-        try:
-            return parse_format(read_bytes(mark))
-        except (ValueError, DamagedArtifact) as error:
-            why = absence(mark) if isinstance(error, DamagedArtifact) else error
-            raise DamagedArtifact(
-                f"{self.root} cannot be used as a store: its {MARK} alone is damaged ({why}), and "
-                "what lies beside it is as good as it was",
-                remove=mark,
-                root=self.root,
-            ) from None
 
     def has(self, address: str) -> bool:
         """Whether the artifact is whole, as far as its manifest is there.
@@ -320,37 +299,6 @@ class Reader:
             raise damaged(path, "is not what was written (sha256 differs)")
         if remembered:
             remembered.note(path, before, found)
-
-
-def parse_format(data: bytes) -> int:
-    """Return the format that the bytes of a store.json state. Raises ValueError.
-
-    It is sealed, or a flipped bit would make the store another version's; one that states its
-    format alone is of a time when it was not.
-    """
-    values = parse_object(data)
-    if values.keys() != {"format"}:
-        values = unsealed(data)
-    found = values.get("format")
-    if type(found) is not int or found < 1:
-        raise ValueError("it states no format")
-    return found
-
-
-def check_format(found: int, root: Path | str) -> None:
-    """Raise OldStore or NewerStore when a store's format is not the one of this version."""
-    if found < FORMAT:
-        raise OldStore(
-            f"{root} has store format {found}, this version reads {FORMAT}: what an earlier "
-            "MoleForge made stays as it is and has to be made again in another store",
-            root=Path(root),
-        )
-    if found > FORMAT:
-        raise NewerStore(
-            f"{root} has store format {found}, this version reads up to {FORMAT}",
-            root=Path(root),
-            remedy="update MoleForge",
-        )
 
 
 def inventory(folder: Path) -> dict[str, dict]:
