@@ -512,6 +512,19 @@ def test_an_address_that_cannot_be_had_is_an_error_with_a_way_out(application):
         listen(application, "no such host", 0, lambda _text: None)
 
 
+def test_whoever_reads_the_address_may_ask_at_once(application):
+    class Told(Exception):
+        pass
+
+    def connects(text: str) -> None:
+        port = re.search(r":(\d+);", text)[1]
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+        raise Told
+
+    with pytest.raises(Told):
+        listen(application, "127.0.0.1", 0, connects)
+
+
 def test_the_command_serves_a_folder_until_it_is_told_to_stop(bundled):
     command = [
         sys.executable,

@@ -18,6 +18,7 @@ from .chat import ChatService
 from .completions import CompletionService
 from .protocol import RequestLimits, Service, add_error_handlers, check_key
 
+BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 # By what a bundle says that it serves.
 SERVICES: dict[str, type[Service]] = {
     "completions": CompletionService,
@@ -91,6 +92,8 @@ def listen(app: FastAPI, host: str, port: int, announce: Callable[[str], None]) 
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         server.bind((host, port))
+        # Before the address is told: whoever reads it may ask at once.
+        server.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         server.close()
         raise PipelineError(
