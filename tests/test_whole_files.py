@@ -196,6 +196,12 @@ def test_an_array_is_read_an_element_at_a_time(tmp_path, monkeypatch, how, block
     for size in range(1, len(whole), 5 if block > 7 else 61):
         assert outcome(path, whole[:size]) is None, f"cut at {size} of {len(whole)}"
     assert outcome(path, whole + b"x") is None
+    whole = whole.decode()
+    commas = [at for at in range(len(whole)) if whole[at] == "," and whole[at - 1] == "}"]
+    for at in commas:
+        for between in (" ", ";", ",,", ']["'):
+            broken = whole[:at] + between + whole[at + 1 :]
+            assert outcome(path, broken.encode()) is None
 
 
 def test_objects_spread_over_lines_are_rows(tmp_path):
