@@ -16,7 +16,9 @@ from test_whole_files import TABLES
 from pipeline.config.labels import domain_name, label_text
 from pipeline.config.text_data import PartitionConfig
 from pipeline.data.sources import files
+from pipeline.data.text.scan import _Scan
 from pipeline.errors import DataError
+from pipeline.protocols import quiet
 
 TEXTS = [f"text number {i} is long enough" for i in range(8)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -25,6 +27,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 def labels(cfg):
     """Return (text, label) of every document of a configuration."""
     return [(document.text, document.label) for document in read(cfg)[0]]
+
+
+def scan_all(cfg):
+    """Read every document as preprocess does first."""
+    _Scan(cfg).read(quiet)
 
 
 def write_lines(path, found):
@@ -163,6 +170,25 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path, suffix
     with pytest.raises(DataError, match=r"8 no label "):
         read(config(path, text_field="content"))
     assert len(read(config(path, text_field="content", label_field="topic"))[0]) == 8
+
+
+@pytest.mark.parametrize("column", ["text", "wide"])
+def test_no_message_is_longer_than_a_screen(tmp_path, column):
+    rows = [
+        {"text": f"{t} of many words\n" * 90} | {f"column {i}" * 9: i for i in range(99)}
+        for t in TEXTS
+    ]
+    if column == "wide":
+        rows = [row | {"wide": {"a": row["text"]}} for row in rows]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for fields in (
+        {"label_field": column},
+        {"split_field": column, "label_field": "column 1" * 9},
+        {"text_field": "b"},
+    ):
+        with pytest.raises(DataError) as error:
+            scan_all(config(path, domains=["1", "b"], **fields))
+        assert len(str(error.value)) < 2500 and str(error.value).count("\n") < 3, str(error.value)
 
 
 PARAGRAPHS = [" ".join([f"paragraph {i}:", *["word"] * (i * 7 % 90 + 3)]) + "." for i in range(400)]

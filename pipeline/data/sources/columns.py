@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_MOST_NAMES = 20  # of columns in a message
+_MOST_NAMES = 12  # of columns in a message
+_MOST_CHARACTERS = 40  # of one value in a message: a column may hold whole documents
 
 
 def field_value(row: Mapping[str, Any], name: str) -> Any:
@@ -44,10 +45,16 @@ def root_column(names: Iterable[str], name: str) -> str | None:
 
 def listed(names: Iterable[object]) -> str:
     """Return names of columns for a message: not longer than one can read."""
-    known = [str(name) for name in names]
+    known = [brief(str(name)) for name in names]
     shown = ", ".join(known[:_MOST_NAMES])
     more = len(known) - _MOST_NAMES
     return f"{shown} and {more} more" if more > 0 else shown or "none"
+
+
+def brief(text: str) -> str:
+    """Return a text for a message: on one line, its start where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 def class_names(features: object, name: str) -> tuple[str, ...] | None:

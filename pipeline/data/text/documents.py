@@ -18,7 +18,7 @@ from ...config.text_data import DataConfig, TextRunConfig
 from ..cut import cut
 from ..drop_stats import DropStats
 from ..sources import LargeFile, Note, Row, Rows, SkippedRow
-from ..sources.columns import field_value, listed
+from ..sources.columns import brief, field_value, listed
 from ..sources.text import sources
 
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
@@ -277,17 +277,17 @@ class _Reader:
         if self.keep is None:
             domain = domain or ""
         elif label is None:
-            detail = f"{data.label_field} is {given!r}; {_columns(row)}"
+            detail = f"{data.label_field} is {brief(repr(given))}; {_columns(row)}"
             return SkippedRow("no label", detail)
         elif domain not in self.keep:
             self._count_other(label)
-            return SkippedRow("other label", label)
+            return SkippedRow("other label", brief(label))
         split = None
         if data.split_field:
             given = field_value(row, data.split_field)
             split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
-                return SkippedRow("unknown split", f"{data.split_field} is {given!r}")
+                return SkippedRow("unknown split", f"{data.split_field} is {brief(repr(given))}")
         return _Fields(text, domain or "", split)
 
     def _count_other(self, label: str) -> None:

@@ -18,6 +18,7 @@ from ...errors import DataError
 from ...protocols import Progress
 from ...store.artifacts import write_text
 from ..drop_stats import DropStats
+from ..sources.columns import listed
 from . import partition
 from . import tokenizer as tokenizers
 from .documents import Document, Stream, drop_stats
@@ -165,8 +166,8 @@ class _Scan:
                 found.append(label)
             raise DataError(
                 f"partition.domains names {', '.join(missing)}, and no document has that label; "
-                f"data.label_field ({data.label_field}) holds {', '.join(found)}. Correct "
-                "partition.domains or the labels"
+                f"data.label_field ({data.label_field}) holds {listed(found)}. Correct "
+                "partition.domains, or say under partition.labels which labels a domain has"
             )
 
     def decide(self, progress: Progress) -> tuple[Domains, Splits]:
