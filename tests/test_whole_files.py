@@ -154,6 +154,12 @@ def test_one_value_that_is_no_text_costs_one_row(tmp_path, suffix):
         found, stats = texts(path)
         assert found == TEXTS[:3] + TEXTS[4:]
         assert stats.counts == {"not UTF-8": 1}
+        if suffix == "parquet":
+            found, stats = read(
+                config(hub=[{"dataset": str(tmp_path), "revision": "main"}], max_bad_share=1)
+            )
+            assert [document.text for document in found] == TEXTS[:3] + TEXTS[4:]
+            assert stats.counts == {"not UTF-8": 1}
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json"])

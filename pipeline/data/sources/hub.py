@@ -6,8 +6,8 @@ from typing import Any
 
 from ...config.text_data import DataConfig, HubConfig, TextRunConfig
 from ...errors import DataError
-from . import FoundRow, Row, Source
-from .columns import class_names, field_value, named
+from . import FoundRow, Row, SkippedRow, Source
+from .tables import BATCH_ROWS, TableColumns
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
@@ -33,7 +33,7 @@ def _rows(entry: HubConfig, data: DataConfig) -> Iterator[FoundRow]:
         ) from error
 
 
-def _streamed(entry: HubConfig, data: DataConfig) -> Iterator[Row]:
+def _streamed(entry: HubConfig, data: DataConfig) -> Iterator[Row | SkippedRow]:
     from datasets import load_dataset
 
     found = load_dataset(
@@ -46,13 +46,11 @@ def _streamed(entry: HubConfig, data: DataConfig) -> Iterator[Row]:
     )
     # A stream whose features nobody knows before the first row has None
     features = found.features.to_dict() if found.features else None
-    names = class_names(features, data.label_field)
     count = 0
-    for row in found:
-        count += 1
-        if names is not None:
-            row[data.label_field] = named(field_value(row, data.label_field), names)
-        yield row
+    # As tables: made into rows by the library, one value that is no text would end the stream
+    for table in found.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        count += table.num_rows
+        yield from TableColumns(table.schema, data, features).rows(table)
     if not entry.allow_fewer_rows:
         check_count(found, entry.split, count, f"data.hub: {entry.dataset}")
 

@@ -6,20 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from ...config.text_data import DataConfig
 from ...errors import DataError
 from ...store.room import writing
-from . import FoundRow, SkippedRow
+from . import FoundRow, Row, SkippedRow
 from .columns import class_names, field_value, listed, named, root_column
 from .packed import is_packed, open_unpacked, refuse_pointer
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-    from pyarrow import RecordBatch, Schema
+    from pyarrow import RecordBatch, Schema, Table
 
-_BATCH_ROWS = 256  # in memory at a time
+BATCH_ROWS = 256  # in memory at a time
 _HEAD_BYTES = 64
 _SPOOL_BYTES = 64 << 20  # of a packed table in memory; what is more goes to a temporary file
 _FILE_MARK = b"ARROW1"
@@ -33,9 +33,9 @@ def parquet_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Itera
 
     with _seekable(fs, path) as file:
         table = ParquetFile(file)
-        columns = _Columns(table.schema_arrow, data)
+        columns = TableColumns(table.schema_arrow, data)
         number = 0
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns.read):
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns.read):
             for row in columns.rows(batch):
                 number += 1
                 yield f"{path}:{number}", row
@@ -59,11 +59,11 @@ def arrow_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterato
             _check_end(file, path)
             opened = ipc.open_stream(file)
             batches = iter(opened)
-        columns = _Columns(opened.schema, data)
+        columns = TableColumns(opened.schema, data)
         number = 0
         for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for row in columns.rows(batch.slice(start, _BATCH_ROWS).select(columns.read)):
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for row in columns.rows(batch.slice(start, BATCH_ROWS)):
                     number += 1
                     yield f"{path}:{number}", row
 
@@ -100,45 +100,48 @@ def _seekable(fs: "AbstractFileSystem", path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-class _Columns:
+class TableColumns:
     """The columns of a table that documents need, and what stands for what in them."""
 
-    def __init__(self, schema: "Schema", data: DataConfig):
+    def __init__(self, schema: "Schema", data: DataConfig, features: object = None):
         wanted = (data.text_field, data.label_field, data.split_field or "")
         found = [root_column(schema.names, name) for name in wanted]
         self.read = list(dict.fromkeys(filter(None, found)))
         self._label_field = data.label_field
-        self._label_names = class_names(_features(schema), data.label_field)
+        self._label_names = class_names(features or _features(schema), data.label_field)
+        # Named without their values, so that who misses a column is told which there are
+        self._others = {} if found[1] else dict.fromkeys(schema.names)
         self._without_text = None
         if found[0] is None:
             detail = f"no column {data.text_field}; there are {listed(schema.names)}"
             self._without_text = SkippedRow("no text", detail)
 
-    def rows(self, batch: "RecordBatch") -> Iterator[dict[str, Any] | SkippedRow]:
-        """Yield the rows of a batch of the columns to be read."""
+    def rows(self, table: "RecordBatch | Table") -> Iterator[Row | SkippedRow]:
+        """Yield the rows of a table, or of a part of it."""
         if self._without_text is not None:
-            for _ in range(batch.num_rows):
+            for _ in range(table.num_rows):
                 yield self._without_text
             return
-        for row in _values(batch):
-            if self._label_names is not None and isinstance(row, dict):
+        for row in _values(table.select(self.read)):
+            if isinstance(row, dict) and self._label_names is not None:
                 value = field_value(row, self._label_field)
                 row[self._label_field] = named(value, self._label_names)
-            yield row
+            yield self._others | row if isinstance(row, dict) else row
 
 
-def _values(batch: "RecordBatch") -> Iterator[dict[str, Any] | SkippedRow]:
-    try:
-        yield from batch.to_pylist()
-        return
+def _values(table: "RecordBatch | Table") -> list[Row | SkippedRow]:
     # Columns of text are not checked when they are read: one value that is none raises here
+    try:
+        return table.to_pylist()
     except ValueError:
         pass
-    for number in range(batch.num_rows):
+    found: list[Row | SkippedRow] = []
+    for number in range(table.num_rows):
         try:
-            yield batch.slice(number, 1).to_pylist()[0]
+            found += table.slice(number, 1).to_pylist()
         except ValueError as error:
-            yield SkippedRow("not UTF-8", str(error))
+            found.append(SkippedRow("not UTF-8", str(error)))
+    return found
 
 
 def _features(schema: "Schema") -> object:
