@@ -37,6 +37,7 @@ CONFINED = {
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_"),
     "ruamel": ("pipeline/config/",),
     "pillow_heif": ("pipeline/data/images/",),
+    "imagehash": ("pipeline/data/images/",),
 }
 OUTSIDE = ("modal_app", "scripts", "benchmarks", "tests")  # the pipeline does not know who uses it
 FOLDERS = ("pipeline", "scripts", "benchmarks", "routing-generator")

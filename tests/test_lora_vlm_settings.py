@@ -222,6 +222,8 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "taskdata.subset": HERE + "test_a_data_set_is_asked_of_the_hub_as_it_is_named",
     "taskdata.allow_fewer_rows": "test_task_sources.py::"
     "test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused",
+    "taskdata.near_duplicates": "test_near_duplicates.py::"
+    "test_copies_are_in_one_split_or_dropped_from_the_laxer_or_told",
     "taskdata.turns": "test_layouts.py::test_a_chat_of_several_is_none_the_first_or_each",
     "taskdata.rows_field": "test_layouts.py::test_several_lists_of_rows_ask_which",
     "routingset.max_bad_share": "test_routing_rows.py::"

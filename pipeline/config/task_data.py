@@ -157,6 +157,11 @@ class TaskDataConfig(Section):
     max_bad_share: Share = Field(
         0.05, description="Share of dropped rows above which preprocess stops"
     )
+    near_duplicates: Literal["drop", "keep", "off"] = Field(
+        "drop",
+        description="Pictures compressed or resized anew: in one split, and rows that another "
+        "split states are bad (drop); told (keep); not looked for (off)",
+    )
     limit: int | None = Field(None, ge=1, description="Most rows to read of each split; none: all")
 
     @model_validator(mode="before")

@@ -31,6 +31,7 @@ from .formats import (
     without_addresses,
     without_long_texts,
 )
+from .near_duplicates import look
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ class StoredImage:
     resized: bool
     file_bytes: int
     tones: int  # levels between the darkest and the lightest point, of the colour with most
+    look: bytes = b""  # what near duplicates have in common; empty where nobody asked
 
 
 def open_checked(
@@ -158,6 +160,7 @@ def store(
     root: Path | None = None,
     max_decoded: int = MAX_DECODED_PX,
     first_frame: bool = False,
+    with_look: bool = False,
 ) -> StoredImage:
     """Write a picture, fitted to an area, into folder under its digest; safe among processes.
 
@@ -190,6 +193,7 @@ def store(
         resized=fitted is not image,
         file_bytes=len(content),
         tones=max(high - low for low, high in ImageStat.Stat(fitted).extrema),
+        look=look(fitted) if with_look else b"",
     )
 
 

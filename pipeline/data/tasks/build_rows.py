@@ -15,6 +15,7 @@ from ..images import boxes, images
 from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
+from ..images.near_duplicates import look
 from ..sources.tasks import Record, column, dataset_name, root, structured, value_at
 from . import markup, right_answers
 from .as_trained import strange_about
@@ -35,6 +36,7 @@ class BuiltRow:
     resized: bool = False  # whether a picture of it was
     unboxed: bool = False  # whether its boxes were left out, being wrong and not needed
     where: str = ""  # of its record, for messages
+    looks: tuple[tuple[str, bytes], ...] = ()  # of pictures by their digests, where they are asked
     boxes: int = 0  # that its record has and something was made of
     box_faults: tuple[BoxFault, ...] = ()  # the ones among them that were left out
     strange: tuple[str, ...] = ()  # what as_trained counts of it
@@ -70,6 +72,8 @@ class RowBuilder:
         data = self.entry.dataset
         self.root = root(data)
         self.cuts_regions = data.ocr and data.regions
+        # Synthetic pictures are different by how they are made.
+        self.compares_looks = data.near_duplicates != "off" and data.source != "synthetic"
         named = set()
         for what, template in (("prompt", self.entry.prompt), ("answer", self.entry.answer)):
             for _, name in template_parts(template, what):
@@ -147,6 +151,7 @@ class RowBuilder:
         image = images.open_checked(source, self._start(source), first_frame=first_frame)
         # All regions of a page carry its digest, so that they stay in one split.
         document = images.digest(image)
+        looks = ((document, look(image)),) if self.compares_looks else ()
         with_text = []
         found, faults = self._boxes(record, image.size)
         for line in boxes.lines(found):
@@ -165,7 +170,9 @@ class RowBuilder:
             try:
                 crop = boxes.crop(image, box, self.entry.dataset.region_padding)
                 stored = [self._stored(crop)]
-                rows.append(self._built(record, name, stored, values, [], document))
+                built = self._built(record, name, stored, values, [], document)
+                rows.append(replace(built, looks=looks))
+                looks = ()
             except (_Unusable, BadImage) as error:
                 where = f"{record.where} region {number}"
                 rows.append(DroppedRow(error.reason, where, str(error)))
@@ -229,9 +236,11 @@ class RowBuilder:
             keys.append(f"~{group}")  # ~ sorts behind every digest
         if not stored:
             keys.append(text_key(prompt))
+        looks = [(image.digest, image.look) for image in stored if image.look]
         return BuiltRow(
             row,
             tuple(keys),
+            looks=tuple(looks),
             resized=any(image.resized for image in stored),
             strange=strange_about(self.entry, row, stored, self.limits, placeholders),
         )
@@ -289,6 +298,8 @@ class RowBuilder:
             self.limits.max_pixels,
             root=self._start(image),
             first_frame=self.entry.dataset.frames == "first",
+            # Of a region the page counts: lines of many pages are alike.
+            with_look=self.compares_looks and not self.cuts_regions,
         )
         # Only paths are remembered: to look bytes up, they would have to be hashed as well.
         if isinstance(image, str):

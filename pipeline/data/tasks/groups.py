@@ -40,6 +40,12 @@ class Groups:
             self._parents.setdefault(other, other)
             union_find.unite(self._parents, first, other)
 
+    def copy(self) -> "Groups":
+        """Return the groups as they are now."""
+        out = Groups()
+        out._parents = dict(self._parents)
+        return out
+
     def of(self, key: str) -> str:
         """Return the key that stands for a key's group."""
         self._parents.setdefault(key, key)
@@ -79,7 +85,7 @@ class SplitAssignment:
         """Settle every group's split from (group, split or "" where none is given) pairs."""
         for group, split in given:
             found = self.splits.get(group, "")
-            stricter = min(found, split, key=_strictness)
+            stricter = min(found, split, key=strictness)
             self.splits[group] = stricter
         present = set(self.splits.values())
         for split in ("valid", "test"):
@@ -134,7 +140,9 @@ class SplitAssignment:
         return number / 2**64
 
 
-def _strictness(split: str) -> int:
+def strictness(split: str) -> int:
+    """Return a split's place among those that a group in several of them may go to, first ones
+    first."""
     if split == "":
         return len(_STRICTEST)
     return _STRICTEST.index(split)

@@ -29,6 +29,7 @@ from ..text.documents import SPLITS
 from .as_trained import AsTrained, told
 from .build_rows import BuiltRow, DroppedRow, RowBuilder
 from .groups import Groups, SplitAssignment, group_name
+from .look_alikes import LookAlikes
 from .rows import DROPPED, IMAGES, ROWS, TaskRow, TaskRows, read_rows
 
 __all__ = ["TaskRow", "TaskRows", "prepare", "read_rows"]
@@ -45,6 +46,10 @@ _CHUNK = 16
 _AHEAD = 4
 
 _PROGRESS_EVERY_S = 0.5
+
+# What a row is dropped for whose picture is one of another split, compressed or resized anew. A
+# fault: that two are the same is not as sure as of equal pixels, so there may not be many.
+_NEARLY = "picture nearly as in"
 
 # Not faults of a source: they come of dividing it.
 _HARMLESS = (
@@ -78,6 +83,7 @@ def prepare(
     box_stats = DropStats()
     trained = AsTrained(entry)
     groups = Groups()
+    alike = LookAlikes(folder / "looks.part", drop=data.near_duplicates == "drop")
     counts: Counter[str] = Counter()
 
     # Rows go to disk first: a group is known only when the last row of the source has been seen.
@@ -88,20 +94,29 @@ def prepare(
             _count_boxes(built, box_stats)
             trained.count(built.row, built.strange)
             groups.join(built.keys)
+            alike.add(built)
             file.write(f"{built.keys[0]}\t{built.row.line()}")
     _check_bad(stats, entry.name, data.max_bad_share)
     _check_boxes(box_stats, entry.name, data.max_bad_share)
     trained.check()
 
+    alike.join(groups, _spooled(spool))
     assignment = SplitAssignment(seed, data.valid_share, data.test_share)
     assignment.assign((groups.of(key), row.split) for key, row in _spooled(spool))
-    used = _write_rows(spool, folder, groups, assignment, stats, counts, trained)
+    alike.compare(groups, assignment)
+    alike.close()
+    used = _write_rows(spool, folder, groups, assignment, alike, stats, counts, trained)
     spool.unlink()
+    _check_bad(stats, entry.name, data.max_bad_share)
     _sweep_images(folder / IMAGES, used, counts)
     _check_splits(entry.name, counts, stats)
     shown = trained.examples(folder)
-    warnings = trained.warnings()
-    as_trained = {"as_trained": shown, "warnings": warnings}
+    warnings = trained.warnings() + alike.warnings()
+    as_trained = {
+        "as_trained": shown,
+        "warnings": warnings,
+        "near_duplicates": alike.as_json(),
+    }
     _write_dropped(folder, stats, box_stats, counts, assignment, as_trained)
     for line in told(entry.name, shown, warnings):
         progress(line, None)
@@ -234,6 +249,7 @@ def _write_rows(
     folder: Path,
     groups: Groups,
     assignment: SplitAssignment,
+    alike: LookAlikes,
     stats: DropStats,
     counts: Counter[str],
     trained: AsTrained,
@@ -250,6 +266,11 @@ def _write_rows(
             # A source may itself have put one picture in two splits: the stricter one keeps it.
             # Rows of a split that was carved out of the training rows say train, and stay.
             if row.split and row.split != split and split not in assignment.carved:
+                twin = alike.told_of(key, split)
+                if twin is not None:
+                    detail = f"{row.images[0]} of its {row.split} rows, nearly that of {twin}"
+                    stats.drop(f"{_NEARLY} {split}", row.id, detail)
+                    continue
                 what = "picture" if row.images else "text"
                 which = row.images[0] if row.images else "the prompt"
                 stats.drop(f"{what} also in {split}", row.id, f"{which} of its {row.split} rows")
@@ -291,12 +312,20 @@ def _check_bad(stats: DropStats, name: str, max_bad_share: float) -> None:
     where = f"loras.experts.{name}.dataset"
     if not stats.seen:
         raise DataError(f"{where}: the source has no rows; check path, the file names, or limit")
+    remedy = (
+        "Mend the source, set image_root, image_field or fields to what it has, or raise "
+        "max_bad_share"
+    )
+    if any(reason.startswith(_NEARLY) for reason in stats.counts):
+        remedy = (
+            "Have such pictures in one split, set near_duplicates to keep, which leaves them where "
+            "they are, or raise max_bad_share, which drops them"
+        )
     stats.check(
         max_bad_share,
         f"rows of {where} cannot be used",
         "max_bad_share",
-        "Mend the source, set image_root, image_field or fields to what it has, or raise "
-        "max_bad_share",
+        remedy,
     )
 
 
