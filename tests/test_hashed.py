@@ -1,6 +1,7 @@
 """Large files are hashed once on a machine: what is remembered is of the very file that was hashed,
 and nothing else is believed."""
 
+import errno
 import mmap
 import multiprocessing
 import os
@@ -205,6 +206,18 @@ def test_a_list_that_cannot_be_used_costs_time_alone(store_path, hashes, how):
     flip(store.folder(HERE) / NAMES[0])
     with pytest.raises(DamagedArtifact):
         Reader(store).folder(HERE)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_list_that_cannot_be_written_stops_nobody(store_path, monkeypatch, error):
+    store = made(store_path)
+
+    def refused(*_):
+        raise OSError(error, os.strerror(error), str(store_path / hashed.FOLDER))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    Reader(store).folder(HERE)
 
 
 def note_all(root, number):
