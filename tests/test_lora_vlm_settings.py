@@ -224,6 +224,12 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused",
     "taskdata.near_duplicates": "test_near_duplicates.py::"
     "test_copies_are_in_one_split_or_dropped_from_the_laxer_or_told",
+    "taskdata.box_units": "test_box_formats.py::test_a_box_is_the_same_however_it_is_written",
+    "taskdata.class_names": "test_box_formats.py::test_a_box_is_the_same_however_it_is_written",
+    "taskdata.markup": "test_conventions.py::"
+    "test_special_tokens_of_other_formats_are_refused_or_declared_text",
+    "taskdata.frames": "test_frames_and_tones.py::"
+    "test_rows_with_several_frames_are_counted_and_the_setting_is_named",
     "taskdata.turns": "test_layouts.py::test_a_chat_of_several_is_none_the_first_or_each",
     "taskdata.rows_field": "test_layouts.py::test_several_lists_of_rows_ask_which",
     "routingset.max_bad_share": "test_routing_rows.py::"
