@@ -33,7 +33,7 @@ from pipeline.data.routing.dataset import RoutingRow, RoutingRows
 from pipeline.data.routing.rows import SPLITS
 from pipeline.data.tasks import prepare
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.families.load import load
+from pipeline.families.load import PATHS, load
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
 from pipeline.run.advice import CommandLine, sentence
@@ -210,13 +210,13 @@ def configured(args: argparse.Namespace) -> tuple[RoutingSetConfig, LoraVlmConfi
     here = args.config.parent
     whole = {"dataset": resolve_routing_paths(raw, here)}
     for change in changes:
-        whole = overlay(whole, *override(change, here))
+        whole = overlay(whole, *override(change, here, PATHS))
     # Without experts the file's own settings are all there is to check.
     kind: type[BaseModel] = RoutingSetConfig
     checked = whole["dataset"]
     if loras is not None:
         kind = LoraVlmConfig
-        checked = resolve_paths({"family": "lora_vlm", "loras": loras, **whole}, here)
+        checked = resolve_paths({"family": "lora_vlm", "loras": loras, **whole}, here, PATHS)
     try:
         made = kind.model_validate(checked)
     except ValidationError as error:

@@ -109,8 +109,8 @@ def test_plain_peft_and_transformers_load_it_and_say_the_same(made):
     assert stack.generate([asked], [["locate"]])[0]["locate"].text == said
 
 
-def test_every_file_is_listed_and_weights_are_not_copied(made):
-    _, parts, folder = made
+def test_every_file_is_listed(made):
+    _, _, folder = made
     sums = read_sums(folder)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {*sums, "SHA256SUMS", "made.json"}
@@ -123,8 +123,6 @@ def test_every_file_is_listed_and_weights_are_not_copied(made):
         "README.md",
         "base/tokenizer.json",
     } <= files
-    stored = parts.folder("train_shared") / "base" / "model.safetensors"
-    assert (folder / "base" / "model.safetensors").samefile(stored)
     assert (
         "model.safetensors.index.json" not in files
     )  # the adapters' tensors have one name each, in every folder

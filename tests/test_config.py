@@ -332,6 +332,7 @@ NOWHERE = {
     "trunk.checkpointing": True,
     "expert.checkpointing": True,
     "router.checkpointing": False,
+    "tokenizer.max_lost_share": 0.5,
 }
 
 

@@ -6,7 +6,6 @@ that file.
 """
 
 import json
-from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from ..errors import ConfigError
-from .base import is_folder, merge
+from .base import merge
+from .paths import Tree, located, resolved, tree_of
+from .routing_set import RoutingSetConfig
 
 # Settings that may be the path of a file with what belongs there.
 NAMED_FILES = ("loras", "dataset")
-PATHS = ("path", "image_root")
 
 
 class _Constructor(SafeConstructor):
@@ -48,7 +48,7 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError(f"a key must be a name: {error}") from None
 
 
-def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:
     """Return what a file says over what it extends, named files read and paths resolved.
 
     Raises ConfigError.
@@ -58,17 +58,17 @@ def resolve(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"{path}: extends itself, by way of {way}")
     own = read(path)
     base = own.pop("extends", None)
-    raw = resolve_paths(own, path.parent)
+    raw = resolve_paths(own, path.parent, paths)
     if base is None:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
     way_here = (*seen, path.resolve())
-    under = resolve(path.parent / base, way_here)
+    under = resolve(Path(located(base, "path", path.parent)), paths, way_here)
     return overlay(under, own, raw)
 
 
-def override(item: str, here: Path) -> tuple[dict, dict]:
+def override(item: str, here: Path, paths: Tree) -> tuple[dict, dict]:
     """Return an `a.b=value` as typed, and with named files read and paths resolved against here.
 
     Raises ConfigError.
@@ -85,7 +85,7 @@ def override(item: str, here: Path) -> tuple[dict, dict]:
     # From the innermost name outwards: each mapping holds the one before it.
     for name in reversed(dotted.split(".")):
         value = {name: value}
-    return value, resolve_paths(value, here)
+    return value, resolve_paths(value, here, paths)
 
 
 def overlay(under: dict, own: dict, raw: dict) -> dict:
@@ -100,114 +100,36 @@ def overlay(under: dict, own: dict, raw: dict) -> dict:
     return merge(kept, raw)
 
 
-def resolve_paths(raw: dict, here: Path) -> dict:
-    """Return raw with the files it names read, and its relative paths made to start at here.
+def resolve_paths(raw: dict, here: Path, paths: Tree) -> dict:
+    """Return raw with the files it names read, and its relative paths made to start at here;
+    `paths` says which settings are paths.
 
     Raises ConfigError.
     """
-    # Nothing is validated yet: what has another form than expected is left for pydantic to name.
-    raw = dict(raw)
-    if isinstance(raw.get("data"), dict):
-        raw["data"] = _resolve_documents(raw["data"], here)
+    named = {}
     for key in NAMED_FILES:
-        if key in raw:
-            raw[key] = _resolve_named(key, raw[key], here)
-    return raw
-
-
-def _resolve_documents(data: dict, here: Path) -> dict:
-    """Return the section data with the paths of its files resolved."""
-    files = data.get("files")
-    if not isinstance(files, list):
-        return data
-    entries = [_resolve_text_files(entry, here) for entry in files]
-    return data | {"files": entries}
-
-
-def _resolve_text_files(entry: Any, here: Path) -> Any:
-    """Return an entry of data.files with its paths resolved."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("paths"), list):
-        return entry
-    paths = [_from(here, path) for path in entry["paths"]]
-    return entry | {"paths": paths}
-
-
-def _resolve_named(key: str, value: Any, here: Path) -> Any:
-    """Return loras or dataset, read from its file if value is a path, with its paths resolved."""
-    if isinstance(value, str):
-        path = here / value
-        return _resolve_named(key, read(path), path.parent)
-    if not isinstance(value, dict):
-        return value
-    if key == "loras":
-        return _resolve_adapters(value, here)
-    return resolve_routing_paths(value, here)
-
-
-def _resolve_adapters(loras: dict, here: Path) -> dict:
-    """Return what loras.json says with the paths of its base and experts resolved."""
-    resolved = dict(loras)
-    if isinstance(loras.get("base"), dict):
-        resolved["base"] = _resolve_base(loras["base"], here)
-    experts = loras.get("experts")
-    if isinstance(experts, list):
-        resolved["experts"] = [_resolve_expert(entry, here) for entry in experts]
-    elif isinstance(experts, dict):
-        # An override of some entries, by name.
-        resolved["experts"] = {
-            name: _resolve_expert(entry, here) for name, entry in experts.items()
-        }
-    return resolved
-
-
-def _resolve_base(base: dict, here: Path) -> dict:
-    model = base.get("model")
-    if not isinstance(model, str) or not is_folder(model):
-        return base
-    # An absolute or a ~ path replaces here, as Path's division has it.
-    folder = here.resolve() / Path(model).expanduser()
-    return base | {"model": str(folder.resolve())}
-
-
-def _resolve_expert(entry: Any, here: Path) -> Any:
-    if not isinstance(entry, dict) or "dataset" not in entry:
-        return entry
-    dataset = _resolve_task_data(entry["dataset"], here)
-    return entry | {"dataset": dataset}
+        if isinstance(raw.get(key), str):
+            file = Path(located(raw[key], "path", here))
+            named[key] = resolve_paths({key: read(file)}, file.parent, paths)[key]
+    rest = {key: value for key, value in raw.items() if key not in named}
+    if isinstance(rest.get("dataset"), dict):
+        rest["dataset"] = _with_paraphrases(rest["dataset"], here)
+    # In the order of the file, which messages follow
+    out = resolved(rest, paths, here) | named
+    return {key: out[key] for key in raw}
 
 
 def resolve_routing_paths(dataset: dict, here: Path) -> dict:
     """Return a routing set's settings with paraphrases read, if they are a path, and the paths of
     its sources resolved against here. Raises ConfigError."""
-    resolved = dict(dataset)
+    return resolved(_with_paraphrases(dataset, here), tree_of(RoutingSetConfig), here)
+
+
+def _with_paraphrases(dataset: dict, here: Path) -> dict:
     paraphrases = dataset.get("paraphrases")
-    if isinstance(paraphrases, str):
-        resolved["paraphrases"] = read(here / paraphrases)
-    sources = dataset.get("sources")
-    if isinstance(sources, list):
-        resolved["sources"] = [_resolve_task_data(source, here) for source in sources]
-    return resolved
-
-
-def _resolve_task_data(data: Any, here: Path) -> Any:
-    """Return where rows come from, with the folder or file of it resolved."""
-    if not isinstance(data, dict):
-        return data
-    resolved = dict(data)
-    for key in PATHS:
-        path = data.get(key)
-        if isinstance(path, str) and "://" not in path:
-            # An address holds these paths: a/../b and b must not be two data sets.
-            resolved[key] = normpath(_from(here, path))
-    return resolved
-
-
-def _from(here: Path, path: Any) -> Any:
-    """Return a path that starts at here, unless it is absolute or a URL."""
-    if not isinstance(path, str) or "://" in path:
-        return path
-    # No Path.resolve() of the whole: it would follow links, and globs are no paths.
-    return str(here.resolve() / path)
+    if not isinstance(paraphrases, str):
+        return dataset
+    return dataset | {"paraphrases": read(Path(located(paraphrases, "path", here)))}
 
 
 def read(path: Path) -> dict:

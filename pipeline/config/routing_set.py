@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from .base import NONE, AdapterName, Section, Share
+from .paths import path_field
 from .task_data import SyntheticConfig, TaskDataConfig, read_old_spelling
 
 ROUNDING = 1e-6  # by which shares may miss 1
@@ -75,9 +76,11 @@ class RoutingSourceConfig(Section):
     origin: Literal["loras", "jsonl", "synthetic"] = Field(
         "loras", alias="from", description="loras (the expert's own rows), jsonl, or synthetic"
     )
-    path: str | None = Field(None, description="File or folder of jsonl rows when from is jsonl")
-    image_root: str | None = Field(
-        None, description="Folder that image paths start at; none: the folder of path"
+    path: str | None = path_field(
+        "path", None, description="File or folder of jsonl rows when from is jsonl"
+    )
+    image_root: str | None = path_field(
+        "path", None, description="Folder that image paths start at; none: the folder of path"
     )
     image_field: str = Field("image", description="Column of the picture in jsonl rows")
     fields: dict[str, str] = Field(

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from .base import Bytes, Name, Section
 from .machines import ModalConfig, TrainerConfig, WorkerConfig
+from .paths import path_field
 from .stage import Stage, fields
 
 JobKey = tuple[str, str | None]  # stage and item
@@ -20,7 +21,8 @@ JobKey = tuple[str, str | None]  # stage and item
 class DeployConfig(Section):
     """What becomes of the bundle; no result depends on it, so no address does."""
 
-    upload: str | None = Field(
+    upload: str | None = path_field(
+        "target",
         None,
         min_length=1,
         description="Folder or fsspec URL (s3://bucket/path) for a checked copy; none: no copy",

@@ -6,6 +6,7 @@ from typing import Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from .base import AdapterName, Section, Share
+from .paths import path_field
 
 # What data/sources/synthetic.py can make; here because no layer below it may ask it.
 SyntheticKind = Literal["color", "digits", "count", "locate", "shape", "compare", "pattern"]
@@ -66,8 +67,8 @@ class TaskDataConfig(Section):
     source: Literal["hub", "jsonl", "folder", "synthetic"] = Field(
         description="hub, jsonl, folder (of images), or synthetic"
     )
-    path: str | None = Field(
-        None, description="Folder of the jsonl files or of the images, or one jsonl file"
+    path: str | None = path_field(
+        "path", None, description="Folder of the jsonl files or of the images, or one jsonl file"
     )
     id: str | None = Field(None, description="Dataset on the Hub")
     revision: str | None = Field(None, description="Commit of the dataset on the Hub")
@@ -94,8 +95,8 @@ class TaskDataConfig(Section):
     test_share: float = Field(
         0.1, gt=0, lt=0.5, description="Share of groups held out when test is none"
     )
-    image_root: str | None = Field(
-        None, description="Folder that image paths start at and stay in; none: path"
+    image_root: str | None = path_field(
+        "path", None, description="Folder that image paths start at and stay in; none: path"
     )
     image_field: str = Field(
         "image", description="Column of the picture: a path, bytes, or an image feature"

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .base import Name, Section, Share, not_hashed
 from .labels import DomainName, domain_name, label_text
+from .paths import path_field
 from .run import RunConfig
 
 # What data/sources/installed.py finds on every machine; here so that defaults need no data layer.
@@ -16,7 +17,8 @@ INSTALLED_DOMAINS = ("python", "headers", "manual", "licences")
 class FilesConfig(Section):
     """One entry of data.files."""
 
-    paths: tuple[str, ...] = Field(
+    paths: tuple[str, ...] = path_field(
+        "glob",
         min_length=1,
         description="Globs or fsspec URLs, compressed or not (docs/data.md lists the formats); "
         "relative ones start at the configuration file's folder",
@@ -233,8 +235,8 @@ class PartitionConfig(Section):
 class TokenizerConfig(Section):
     """Byte-level BPE trained on the mixture, or a pretrained one."""
 
-    pretrained: str | None = Field(
-        None, description="Folder, tokenizer.json or Hub name; none: train one"
+    pretrained: str | None = path_field(
+        "model", None, description="Folder, tokenizer.json or Hub name; none: train one"
     )
     revision: str | None = Field(None, description="Commit to pin when pretrained is a Hub name")
     max_lost_share: Share = not_hashed(

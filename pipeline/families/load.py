@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..config.files import overlay, override, read, resolve
+from ..config.paths import tree_of
 from ..config.problems import cross_section_problems, explain
 from ..config.run import RunConfig
 from ..config.wording import holder
@@ -18,6 +19,8 @@ RUN_CONFIGS: dict[str, type[RunConfig]] = {
     "ffn_moe": FfnMoeConfig,
     "lora_vlm": LoraVlmConfig,
 }
+# Of all of them, as the file that a file extends may be the one that names the family.
+PATHS = tree_of(*RUN_CONFIGS.values())
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -26,9 +29,9 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises ConfigError that lists every problem with its dotted name and line.
     """
     path = Path(path)
-    raw = resolve(path)
+    raw = resolve(path, PATHS)
     for item in overrides:
-        own, resolved = override(item, path.parent)
+        own, resolved = override(item, path.parent, PATHS)
         raw = overlay(raw, own, resolved)
     run_config = _run_config(raw)
     if not raw:

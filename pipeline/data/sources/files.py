@@ -95,7 +95,7 @@ def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
     for pattern in entry.paths:
         try:
             fs, path = url_to_fs(pattern)
-            hits = sorted(hit for hit in fs.glob(path) if not fs.isdir(hit))
+            hits = sorted(_hits(fs, path))
             is_folder = not hits and fs.isdir(path)
         except Exception as error:  # as above
             raise DataError(
@@ -112,6 +112,31 @@ def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
             found[hit] = fs
     for path, fs in found.items():
         yield fs, path
+
+
+def _hits(fs: "AbstractFileSystem", path: str) -> Iterator[str]:
+    """Yield the files that a pattern means; what exists by its very name means itself."""
+    # The settings' own folder is escaped already, so that it is found either way
+    literal = path.replace("[[]", "[").replace("[*]", "*").replace("[?]", "?")
+    if ("[" in literal or "*" in literal) and fs.isfile(literal):
+        yield literal
+        return
+    for hit in fs.glob(_literal_brackets(fs, path)):
+        if not fs.isdir(hit):
+            yield hit
+
+
+def _literal_brackets(fs: "AbstractFileSystem", path: str) -> str:
+    """Return a pattern in which the brackets of folders that there are mean themselves."""
+    walked: list[str] = []
+    pattern: list[str] = []
+    for part in path.split("/"):
+        walked.append(part.replace("[[]", "["))
+        # Asked of a few only: of a bucket it is a request
+        if "[" in part and fs.exists("/".join(walked)):
+            part = walked[-1].replace("[", "[[]")
+        pattern.append(part)
+    return "/".join(pattern)
 
 
 def _format(path: str) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, m
 
 from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folder, merge, not_hashed
 from ...config.fit import FitConfig
+from ...config.paths import path_field
 from ...config.routing_set import RoutingSetConfig
 from ...config.run import RunConfig
 from ...config.stage import Stage
@@ -62,8 +63,8 @@ Regex = Annotated[str, BeforeValidator(_of_names), AfterValidator(_regex)]
 class AdapterBaseConfig(Section):
     """The model under every adapter. A family says in `build` which random ones it can make."""
 
-    model: str | None = Field(
-        None, min_length=1, description="Model on the Hub, or a folder; none: build one"
+    model: str | None = path_field(
+        "model", None, min_length=1, description="Model on the Hub, or a folder; none: build one"
     )
     revision: str | None = Field(
         None, description="Commit of the model on the Hub, 40 hexadecimal digits"

@@ -6,9 +6,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...config.base import Section, Share, not_hashed
+from ...config.base import Section, Share, is_folder, not_hashed
 from ...config.fit import FitConfig
 from ...config.labels import DomainName
+from ...config.paths import path_field
 from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
 from .stages import BASELINE_READS, FROM_ZERO, STAGES
@@ -20,8 +21,10 @@ ANCHOR = "anchor"
 class TrunkConfig(FitConfig):
     """The shared trunk and its temporary feed-forward network, the dummy."""
 
-    init: str | None = Field(
-        None, description="Folder or Hub name of a Qwen3, Llama or Mistral model; none: new"
+    init: str | None = path_field(
+        "model",
+        None,
+        description="Folder or Hub name of a Qwen3, Llama or Mistral model; none: new",
     )
     revision: str | None = Field(None, description="Commit to pin when init is a Hub name")
     layers: int = Field(4, ge=1, description="Transformer layers (new trunk)")
@@ -222,7 +225,7 @@ class FfnMoeConfig(TextRunConfig):
         named = {"tokenizer.pretrained": self.tokenizer.pretrained, "trunk.init": self.trunk.init}
         for name, value in named.items():
             # What is neither there nor written as a path is a name on the Hub
-            if value and (Path(value).exists() or value.startswith(("/", "."))):
+            if value and (Path(value).exists() or is_folder(value)):
                 yield name, value
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ...config.base import Section
+from ...config.paths import path_field
 from ...config.task_data import ImageLimitsConfig
 from ..adapters.config import (
     AdapterBaseConfig,
@@ -68,8 +69,8 @@ class VlmBuildConfig(Section):
 class VlmBaseConfig(AdapterBaseConfig):
     """The frozen vision-language model under every adapter: pinned, or built at random."""
 
-    model: str | None = Field(
-        None, min_length=1, description="Qwen3-VL on the Hub, or a folder; none: build one"
+    model: str | None = path_field(
+        "model", None, min_length=1, description="Qwen3-VL on the Hub, or a folder; none: build one"
     )
     image: ImageLimitsConfig = Field(
         ImageLimitsConfig(), description="Picture sizes, the same in training and inference"
