@@ -7,7 +7,7 @@ import glob
 from collections.abc import Iterator, Mapping
 from os.path import normpath
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field
 from pydantic.config import JsonDict
@@ -91,7 +91,7 @@ def _below(annotation: Any, kind: str | None) -> Any:
     """Return the kind or the tree of what a field holds; None for what holds no path."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return tree_of(annotation)
-    several = getattr(annotation, "__origin__", None) in (tuple, list, dict)
+    several = get_origin(annotation) in (tuple, list, dict)
     found = None
     for each in get_args(annotation):
         found = _joined(found, _below(each, kind))
