@@ -278,6 +278,8 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
         wanted = list(stages) or [name for name in RUN if name in cfg.stages]
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)
+            for note in cloud.look_at_models(cfg, VOLUME, Path(folder), _read):
+                console.print(note, highlight=False, soft_wrap=True)
             lines = cloud.estimate(cfg, wanted, mirror, prices)
             cloud.show_estimate(cfg, lines, prices, sequential, console)
             cloud.refuse_without_inputs(cfg, wanted, mirror)

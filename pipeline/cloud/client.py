@@ -12,9 +12,11 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.table import Table
 
+from ..config.base import is_folder
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
+from ..families import family
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.dry_run import figures
@@ -22,6 +24,7 @@ from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store
 from ..store.mark import check_format, parse_format
+from ..store.model_files import CONFIG, settings_from_hub
 from ..store.room import writing
 from .containers import JobResult
 from .prices import Prices, most_gpus
@@ -173,6 +176,33 @@ def settled(cfg: RunConfig, prices: Prices, tell: Callable[[str], None]) -> RunC
     why = f"{', '.join(without)} need not have bf16" if without else "all GPUs that train have it"
     tell(f"dtype: auto is {dtype}, as {why}")
     return cfg.model_copy(update={"dtype": dtype})
+
+
+def look_at_models(
+    cfg: RunConfig, mount: str, root: Path, read: Callable[[str], bytes | None]
+) -> list[str]:
+    """Return what a person should know of the models that a run names; of those on the volume, at
+    mount there, the settings are read into root. Raises ConfigError."""
+
+    def find(setting: str, model: str, revision: str | None) -> Path | None:
+        if not is_folder(model):
+            return settings_from_hub(model, revision)
+        path = PurePosixPath(model)
+        if not path.is_relative_to(mount):
+            return None
+        below = path.relative_to(mount)
+        content = read(str(below / CONFIG))
+        if content is None:
+            raise ConfigError(
+                f"{setting}: the volume has no {below}/{CONFIG}: put the model's folder there with "
+                f"`modal volume put moleforge LOCAL /{below}`"
+            )
+        folder = root / "models" / below
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_bytes(content)
+        return folder
+
+    return family(cfg.family).preflight(cfg, find)
 
 
 def mirror(

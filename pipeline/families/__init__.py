@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..config.run import RunConfig
     from ..store.artifacts import Manifest
     from ..store.history import History
+    from ..store.model_files import FindModel
     from ..train.flops import JobCost
 
 # What every job of a family imports. Local jobs are forked from a process that has it already: it
@@ -69,6 +70,10 @@ class Family(Protocol):
     ) -> "JobCost | None":
         """What a training will spend, as far as the metrics of finished jobs tell; None for what
         needs no training."""
+
+    def preflight(self, cfg: "RunConfig", find: "FindModel") -> list[str]:
+        """What a person should know of the models that a run names, from their files as `find` has
+        them, before anything is made. Raises ConfigError for what no stage could use."""
 
     def assemble(self, cfg: "RunConfig", parts: Parts) -> Any:
         """The finished stack; what is measured is what is served."""

@@ -13,6 +13,7 @@ from ..families import family
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
+from ..store.model_files import on_this_machine
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .stages import RUN, Addresses
@@ -122,6 +123,7 @@ def show_plan(
 ) -> None:
     """Print a plan as a table, and how many experts fit into total_bytes side by side (none: what
     is free here)."""
+    notes = family(cfg.family).preflight(cfg, on_this_machine)
     entries = plan(cfg, store)
     table = Table(
         title=f"plan of {cfg.name} in {store.root}", title_justify="left", title_style="bold"
@@ -134,6 +136,8 @@ def show_plan(
     for entry in entries:
         table.add_row(entry.address, entry.state, *_cells(entry))
     console.print(table)
+    for note in notes:
+        console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for why in dict.fromkeys(entry.why for entry in entries if entry.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
     known = [entry.seconds for entry in entries if entry.seconds is not None]

@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ...config.base import is_folder
-from ...errors import DataError, MismatchError
+from ...errors import ConfigError, DataError, MismatchError
 from ...hardware import device
 from ...model.loading import check_finite, check_report, quiet_library
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile, check_model_files
-from ...store.model_files import ADAPTER, check_config, check_weights, from_hub
+from ...store.model_files import ADAPTER, FindModel, check_config, check_weights, from_hub
 from ...store.reading import damaged, reading
 from ...store.reading import read_object as stored_object
 from .chat import Chat
-from .config import AdapterBaseConfig
+from .config import AdapterBaseConfig, AdapterRunConfig
 from .cost import DecoderSizes
 
 PIN = "pin.json"
@@ -115,6 +115,34 @@ def pin_base(
     write_text(folder / PIN, json.dumps(pin.values(), indent=1, sort_keys=True) + "\n")
     parameters = count_parameters(locate(pin, folder, kind))
     return {"parameters": parameters, "source": pin.source, "digest": pin.digest}
+
+
+def preflight(cfg: AdapterRunConfig, find: FindModel, kind: ModelKind) -> list[str]:
+    """Return what a person should know of the base before a run, as far as it is seen from here:
+    nothing so far. Raises ConfigError for one that no adapter could be trained on."""
+    base = cfg.loras.base
+    if base.model is None:
+        return []
+    folder = find(MODEL, base.model, base.revision)
+    if folder is None:
+        return []
+    try:
+        settings = check_config(folder)
+        if settings["model_type"] != kind.model_type:
+            raise ForeignFile(f"it is a {settings['model_type']}, and no {kind.name}")
+        # Of the Hub's models, and of those elsewhere, only the settings are here
+        if folder == Path(base.model).expanduser():
+            check_weights(folder)
+    except (ForeignFile, OSError) as error:
+        raise ConfigError(f"{MODEL}: {base.model} cannot be the base: {error}") from None
+    most = settings.get("text_config", settings).get("max_position_embeddings")
+    longest = max(cfg.loras.options(name).max_tokens for name in cfg.experts)
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"loras.defaults.max_tokens: {longest} tokens, and {base.model} has positions for "
+            f"{most} (max_position_embeddings in its config.json); set it to {most} or less"
+        )
+    return []
 
 
 def locate(pin: ModelRef, folder: Path, kind: ModelKind) -> Path:

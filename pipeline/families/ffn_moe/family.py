@@ -7,11 +7,13 @@ from ...data.text import prepare as text
 from ...data.text.distributed import encode, scan
 from ...protocols import Progress
 from ...report import LanguageReport
+from ...store.model_files import on_this_machine
 from ...train.flops import JobCost
 from .. import Parts
 from . import cost as ffn_cost
 from .bundle import bundle, reassemble
 from .config import FfnMoeConfig
+from .preflight import preflight
 from .stack import assemble
 from .train import dense, expert, router, shared
 
@@ -23,6 +25,7 @@ __all__ = [
     "encode",
     "expert",
     "measure",
+    "preflight",
     "prepare",
     "reassemble",
     "router",
@@ -32,7 +35,10 @@ __all__ = [
 
 
 def prepare(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
-    """Write tokenizer, domains and shards to folder; return metrics. Raises DataError."""
+    """Write tokenizer, domains and shards to folder; return metrics. Raises DataError, and
+    ConfigError for a trunk that could not be trained on them."""
+    for note in preflight(cfg, on_this_machine):
+        progress(note, None)
     return text.prepare(cfg, folder, progress, parts.jobs_folder("preprocess"))
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from ...data.sources import synthetic
 from ...protocols import Progress
 from ...report import RequestReport
+from ...store.model_files import FindModel
 from ...train.loop import NoTraining, Task
 from .. import Parts
+from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
 from ..adapters.config import AdapterRouterConfig
@@ -29,12 +31,19 @@ __all__ = [
     "cost",
     "expert",
     "measure",
+    "preflight",
     "prepare",
     "reassemble",
     "route_data",
     "router",
     "shared",
 ]
+
+
+def preflight(cfg: LoraVlmConfig, find: FindModel) -> list[str]:
+    """Return what a person should know of the base before a run. Raises ConfigError for one that no
+    adapter could be trained on."""
+    return adapters_base.preflight(cfg, find, QWEN3_VL)
 
 
 def prepare(cfg: LoraVlmConfig, _parts: Parts, folder: Path, progress: Progress, item: str) -> dict:

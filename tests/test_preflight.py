@@ -1,0 +1,203 @@
+"""What the files of a pretrained model rule out is told by the plan, by the laptop before Modal,
+and by the first stage: before anything is paid for."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import lora_small
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline import cloud
+from pipeline.config.base import merge
+from pipeline.errors import ConfigError
+from pipeline.families import family
+from pipeline.families.load import parse
+from pipeline.protocols import quiet
+from pipeline.store.model_files import on_this_machine
+from tests import small
+from tests.test_parity import whole
+
+MOUNT = "/volume"
+VLM = lora_small.SETTINGS
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A sound model of each family, by its name; read them, never change them."""
+    root = tmp_path_factory.mktemp("sound")
+    whole("llama").save_pretrained(root / "ffn_moe")
+    parts = lora_small.prepared(root / "parts")
+    shutil.copytree(parts.folder("train_shared") / "base", root / "lora_vlm")
+    return root
+
+
+def config(name: str, model: str, **changes):
+    """Return a run's settings whose trunk or base is a model of some name or folder."""
+    if name == "ffn_moe":
+        return small.config(trunk__init=model, tokenizer__pretrained="own", **changes)
+    base = {"model": model, "dtype": "float32"}
+    if not model.startswith("/"):
+        base["revision"] = "0" * 40
+    loras = {key: value for key, value in VLM["loras"].items() if key != "base"}
+    return parse(merge(VLM | {"loras": loras | {"base": base}}, changes))
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change keys of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def here(cfg) -> list[str]:
+    """Look at a run's models as the plan does."""
+    return family(cfg.family).preflight(cfg, on_this_machine)
+
+
+def laptop(name: str, folder: Path, tmp_path: Path) -> list[str]:
+    """Look at a model as the laptop does that has none of it: a volume holds the folder."""
+    cfg = config(name, f"{MOUNT}/inputs/model")
+
+    def read(path):
+        file = folder / Path(path).relative_to("inputs/model")
+        return file.read_bytes() if file.exists() else None
+
+    return cloud.look_at_models(cfg, MOUNT, tmp_path / "mirror", read)
+
+
+FAMILIES = ("ffn_moe", "lora_vlm")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sound_model_is_nothing_to_speak_of(name, sound, tmp_path):
+    assert here(config(name, str(sound / name))) == []
+    assert laptop(name, sound / name, tmp_path) == []
+    # One of the Hub of which nothing is here is not waited for
+    assert here(config(name, "no/such")) == []
+
+
+WRONG = {
+    "another kind": ({"model_type": "bert"}, "bert"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    "no kind": ({"model_type": None}, "model_type"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_stage_could_use_is_refused_everywhere(name, what, sound, tmp_path):
+    folder = shutil.copytree(sound / name, tmp_path / "model")
+    changes, said = WRONG[what]
+    edit(folder, **changes)
+    for look in (
+        lambda: here(config(name, str(folder))),
+        lambda: laptop(name, folder, tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            look()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name, tmp_path):
+    with pytest.raises(ConfigError, match="is no folder here"):
+        here(config(name, str(tmp_path / "gone")))
+    with pytest.raises(ConfigError, match="the volume has no inputs/model/config.json.*volume put"):
+        laptop(name, tmp_path / "gone", tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torn_weights_are_told_by_the_plan(name, sound, tmp_path):
+    folder = shutil.copytree(sound / name, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="torn"):
+        here(config(name, str(folder)))
+
+
+@pytest.mark.parametrize("positions", [4, small.CONTEXT - 1, small.CONTEXT, 10**6])
+def test_a_context_longer_than_the_positions_is_refused(sound, tmp_path, positions):
+    folder = shutil.copytree(sound / "ffn_moe", tmp_path / "model")
+    edit(folder, max_position_embeddings=positions)
+    cfg = config("ffn_moe", str(folder))
+    if positions >= small.CONTEXT:
+        assert here(cfg) == []
+        return
+    with pytest.raises(ConfigError, match=rf"trunk\.context_tokens: .*set it to {positions} or"):
+        here(cfg)
+    folder = shutil.copytree(sound / "lora_vlm", tmp_path / "base")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder, text_config=text | {"max_position_embeddings": positions})
+    with pytest.raises(ConfigError, match=rf"max_tokens: .*set it to {positions} or less"):
+        here(config("lora_vlm", str(folder)))
+
+
+def odd(seed: int) -> tuple[str, dict]:
+    """Return a kind of model and settings of it, some of which stock mixtures have no place for."""
+    draw = random.Random(seed)
+    kind = draw.choice(["llama", "qwen3", "mistral"])
+    choices = {
+        "llama": [{"attention_bias": True}, {"mlp_bias": True}, {}],
+        "qwen3": [
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            {"attention_bias": True},
+            {},
+        ],
+        "mistral": [{"sliding_window": 8}, {"sliding_window": None}],
+    }
+    return kind, draw.choice(choices[kind])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_cannot_be_bundled_is_told_exactly_where_deploy_would_refuse(seed, tmp_path):
+    kind, changes = odd(seed)
+    sizes = {
+        "vocab_size": small.VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | changes))
+    model.save_pretrained(tmp_path / "model")
+    notes = here(config("ffn_moe", str(tmp_path / "model")))
+    # A bias, or layers that differ, are all that Mixtral and Qwen3-MoE lack
+    biased = any("bias" in name for name, _ in model.named_parameters())
+    mixed = len(set(model.config.to_dict().get("layer_types") or [0])) > 1
+    assert bool(notes) == (mixed or (biased and kind != "qwen3"))
+    for note in notes:
+        assert "cannot be bundled" in note and "choose another trunk.init" in note
+    assert notes == laptop("ffn_moe", tmp_path / "model", tmp_path)
+
+
+def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from pipeline.families.ffn_moe import family as ffn
+    from pipeline.run import dry_run
+    from pipeline.store.artifacts import Store
+
+    folder = tmp_path / "model"
+    whole("llama", attention_bias=True).save_pretrained(folder)
+    cfg = config("ffn_moe", str(folder))
+    console = Console(record=True, width=200)
+    monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
+    dry_run.show_plan(cfg, Store(tmp_path / "store"), console)
+    assert "note: trunk.init: the trunk (llama) has attention_bias" in console.export_text()
+    said = []
+    monkeypatch.setattr(ffn.text, "prepare", lambda *_: {})
+
+    class Parts:
+        def jobs_folder(self, _stage):
+            return tmp_path
+
+    ffn.prepare(cfg, Parts(), tmp_path, lambda text, _share: said.append(text))
+    assert any("cannot be bundled" in text for text in said)
+    edit(folder, model_type="bert")
+    with pytest.raises(ConfigError, match="bert"):
+        ffn.prepare(cfg, Parts(), tmp_path, quiet)
+    assert torch.is_tensor(whole("llama", attention_bias=True).lm_head.weight)
