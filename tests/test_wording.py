@@ -13,13 +13,9 @@ from pipeline.errors import ConfigError
 from pipeline.families.load import RUN_CONFIGS, load
 from tests.yaml_text import yaml_text
 
-ODD = [None, True, 3, -3, 0, 2.5, 1e30, "x", "", "12 apples", [], ["a", 1], [1]] + [
-    {},
-    {"zz": 1},
-    [{"zz": 1}],
-    [[]],
-    "1.2.3MB",
-]
+NUMBERS = [True, 3, -3, 0, 2.5, 1e30]
+ODD = [*NUMBERS, None, "x", "", "12 apples", "1.2.3MB", [], ["a", 1], [1], [[]], {}, {"zz": 1}]
+ODD += [[{"zz": 1}]]
 # Names of Python's or pydantic's that nobody writes into YAML
 JARGON = re.compile(
     r"Input should|tuple|dict|boolean|valid (string|integer|number)|instance of|pars(e|ing)|literal"

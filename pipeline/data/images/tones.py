@@ -3,6 +3,8 @@
 Scanners, microscopes, thermal and depth cameras write 10 to 16 bits, or fractions. How many of the
 bits are used is not in the file, so it is read off the brightest point: taken for 16 bits, what has
 12 would be nearly black.
+
+H height, W width.
 """
 
 import numpy as np
