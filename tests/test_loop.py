@@ -113,6 +113,23 @@ def test_learning_rate_warms_up_and_falls():
     assert lr_at(0, 1, FitConfig(steps=1, lr=1.0, warmup_steps=0)) == 1.0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 19, 20, 21, 50])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_peak_is_reached_however_long_the_warm_up(steps, schedule):
+    for warmup in (0, 1, 5, 20, 500):
+        opts = FitConfig(steps=steps, lr=3e-3, warmup_steps=warmup, schedule=schedule)
+        rates = [lr_at(step, steps, opts) for step in range(steps)]
+        assert max(rates) == pytest.approx(3e-3)
+        assert rates == sorted(rates) or rates.index(max(rates)) <= warmup
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(6, False), (7, True), (500, True)])
+def test_a_warm_up_longer_than_the_training_is_told(tmp_path, warmup, told):
+    here = train_io(tmp_path)
+    fit(small_task(steps=6, warmup_steps=warmup), here)
+    assert any("warmup_steps" in note for note in here.recorder.notes) == told
+
+
 def test_learning_rate_of_every_step_reaches_the_optimizer(tmp_path):
     task, here = small_task(steps=6), train_io(tmp_path)
     fit(task, here)

@@ -114,11 +114,13 @@ class TrainIO:
 def lr_at(step: int, steps: int, opts: FitConfig) -> float:
     """Return the learning rate of a step: linear warm-up, then cosine to min_lr_share, or
     constant."""
-    if step < opts.warmup_steps:
-        return opts.lr * (step + 1) / opts.warmup_steps
+    # A warm-up longer than the training would end it far below the rate that was asked for
+    warmup_steps = min(opts.warmup_steps, steps)
+    if step < warmup_steps:
+        return opts.lr * (step + 1) / warmup_steps
     if opts.schedule == "constant":
         return opts.lr
-    share = (step - opts.warmup_steps) / max(1, steps - opts.warmup_steps)
+    share = (step - warmup_steps) / max(1, steps - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * share))
     return opts.lr * (opts.min_lr_share + (1 - opts.min_lr_share) * cosine)
 
@@ -147,6 +149,11 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     io.recorder.start(run.step)
     for note in task.notes:
         io.recorder.note(note)
+    if 0 < task.steps < opts.warmup_steps:
+        io.recorder.note(
+            f"{io.settings}.warmup_steps: {opts.warmup_steps} are more than the training's "
+            f"{task.steps} steps, so the peak is reached at the last one; set it lower"
+        )
     saved_at_s = time.monotonic()
     logged_step = run.step
     buffers = gradients_in(
