@@ -1,0 +1,177 @@
+"""Every command that the READMEs show is carried out: as it stands there where that takes seconds,
+else with fewer steps; those of Modal by the real client on the loopback."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.rehearsal import LINUX, rehearsal
+
+ROOT = Path(__file__).parent.parent
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+STARTS = ("python -m pipeline", "python routing-generator", "python scripts", "modal ", "make ")
+# Without these a run takes minutes or the network; nothing else of a command is changed.
+SHORT_TEXT = [
+    *("data.source=installed", "data.hub=[]", "data.megabytes_per_domain=0.1"),
+    *("partition.domains=[python,headers,manual,licences]", "partition.min_tokens=100"),
+    *("trunk.tokens=2000", "expert.tokens=1000", "router.tokens=1000", "trunk.layers=2"),
+    *("trunk.d_model=32", "trunk.heads=2", "trunk.d_ff=64", "trunk.context_tokens=64"),
+    *("dense.baselines=[]", "evaluate.bootstrap=10", "evaluate.tokens_per_domain=512"),
+    *("expert.statistics_tokens=512", "tokenizer.vocab_size=512", "runtime.threads=1"),
+]
+SHORT_PICTURES = [
+    *("loras.defaults.steps=2", "loras.router.steps=2", "loras.defaults.eval_every_steps=0"),
+    *("evaluate.smoke=true", "evaluate.smoke_rows=4", "evaluate.bootstrap=10"),
+    *("dataset.per_expert={train: 8, valid: 4, test: 2}", "dataset.short=accept"),
+    "runtime.threads=1",
+    *(
+        f"loras.experts.{name}.dataset.synthetic={{train: 20, valid: 8, test: 8}}"
+        for name in ("color", "ocr", "count", "detect")
+    ),
+]
+# What takes a person's own data or the network, and the first thing that it then asks for
+NEEDS_MORE = {"config/dataset.yaml": "must be the folder of train.jsonl"}
+# The two whole targets: one is this suite, the other is the run that is shortened here.
+WHOLE = {"make demo", "make test"}
+
+
+def _commands(document: str) -> list[str]:
+    found = []
+    for language, block in FENCED.findall((ROOT / document).read_text("utf-8")):
+        if language:
+            continue
+        # A backslash continues a command on the next line.
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return [command for command in found if command.startswith(STARTS)]
+
+
+README = _commands("README.md")
+LOCAL = [command for command in README if command.startswith("python")]
+MODAL = [command for command in README if "modal" in command]
+ROUTING = _commands("routing-generator/README.md")
+
+
+def _shortened(command: str) -> list[str]:
+    """Return a command's words with fewer steps for what it trains."""
+    words = shlex.split(command)
+    trains = not {"plan", "prune"} & set(words) and {"pipeline", "modal"} & set(words)
+    if not trains or "--config" not in words:
+        return words
+    settings = SHORT_PICTURES if "vlm" in words[words.index("--config") + 1] else SHORT_TEXT
+    if words[0] == "modal":
+        return _with_one_override(words, settings)
+    for setting in settings:
+        words += ["--override", setting]
+    return words
+
+
+def _with_one_override(words: list[str], settings: list[str]) -> list[str]:
+    """Return a command of Modal's with settings put before those it has: its client passes on one
+    --override alone."""
+    if "--override" not in words:
+        return [*words, "--override", " ".join(settings)]
+    at = words.index("--override") + 1
+    return [*words[:at], " ".join([*settings, words[at]]), *words[at + 1 :]]
+
+
+def _run(words: list[str], cwd: Path, *more: str, code: int = 0) -> str:
+    """Run a command of this checkout, which has to end with that code; return what it printed."""
+    assert words[0] == "python"
+    if words[1].endswith(".py"):
+        words[1] = str(ROOT / words[1])
+    done = subprocess.run(
+        [sys.executable, *words[1:], *more],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_every_command_is_among_those_that_are_carried_out():
+    assert set(README) == {*LOCAL, *MODAL, *WHOLE}
+    assert len(LOCAL) > 8
+    assert len(MODAL) > 4
+    assert len(ROUTING) > 3
+
+
+def test_the_commands_on_this_machine_in_the_order_of_the_page(tmp_path):
+    """One store for all, so that each finds what those before it made."""
+    store = str(tmp_path / "store")
+    for command in LOCAL:
+        words = _shortened(command)
+        if "pipeline" not in words:
+            more = [] if "--help" in words else ["--output", str(tmp_path / "routing.jsonl")]
+            assert _run(words, ROOT, *more)
+        elif "serve" in words:
+            _serves(words, store)
+        elif "deploy" in words:
+            copy = tmp_path / "copy"
+            _run(words, ROOT, "--store", store, "--override", f"deploy.upload={copy}")
+            assert (copy / "SHA256SUMS").exists()
+        else:
+            assert _run(words, ROOT, "--store", store)
+    stages = {path.name.split("-")[0] for path in (tmp_path / "store/artifacts").iterdir()}
+    assert {"train_shared", "train_router", "evaluate", "deploy", "routing"} <= stages
+
+
+def _serves(words: list[str], store: str) -> None:
+    """Check that a server comes up at any free port and ends when it is told to."""
+    command = [sys.executable, *words[1:], "--store", store, "--port", "0"]
+    server = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert server.stderr is not None
+    try:
+        for line in server.stderr:
+            found = re.search(r"http://[\w.]+:\d+", line)
+            if found:
+                break
+        else:
+            raise AssertionError("no address was printed")
+        with urllib.request.urlopen(found[0] + "/healthz") as answer:  # noqa: S310
+            assert json.load(answer)
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("command", ROUTING)
+def test_the_commands_of_the_routing_generator(tmp_path, command):
+    text = (ROOT / "routing-generator/README.md").read_text("utf-8")
+    described = re.search(r"<<'YAML'\n(.*?)^YAML$", text, re.M | re.S)
+    assert described is not None
+    (tmp_path / "text.yaml").write_text(described[1], "utf-8")
+    for name in ("banking", "travel"):
+        rows = [json.dumps({"text": f"{name} question {i}"}) for i in range(1300)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), "utf-8")
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    words = shlex.split(command)
+    wanted = next((said for name, said in NEEDS_MORE.items() if name in words), None)
+    more = ["--output", str(tmp_path / "out/set.jsonl")]
+    if wanted is None:
+        assert "set.jsonl" in _run(words, tmp_path, *more)
+    else:
+        assert wanted in _run(words, tmp_path, *more, code=2)
+
+
+@LINUX
+def test_the_commands_of_modal_by_its_own_client(tmp_path):
+    with rehearsal(tmp_path) as modal:
+        modal("secret", "create", "my-key", "MOLEFORGE_API_KEY=sesame")
+        for command in MODAL:
+            # What `make modal-local` would start a server of its own for
+            rehearsed = re.search(r'ARGS="(.*)"', command)
+            words = _shortened(rehearsed[1] if rehearsed else command)
+            assert modal(*words[1:])
+    assert any(modal.state.rglob("served.json"))
