@@ -282,6 +282,7 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
                 console.print(note, highlight=False, soft_wrap=True)
             lines = cloud.estimate(cfg, wanted, mirror, prices)
             cloud.show_estimate(cfg, lines, prices, sequential, console)
+            cloud.refuse_what_cannot_start(cfg, lines, VOLUME, _names)
             cloud.refuse_without_inputs(cfg, wanted, mirror)
             cloud.refuse_above(cfg, lines)
     except PipelineError as error:

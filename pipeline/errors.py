@@ -15,6 +15,7 @@ PipelineError                what a person can act on; the command line prints i
 │   └── StaleArtifact        made on an input that was made again since
 ├── NotFiniteError           the loss became NaN or infinite
 ├── BudgetError              no way of running a job fits into the memory budget
+├── CannotStart              what is known of a run before it starts keeps jobs of it from starting
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
 Interrupted                  asked to stop; state is saved; the command line exits with 130
 
@@ -166,6 +167,19 @@ class NotFiniteError(PipelineError):
 
 class BudgetError(PipelineError):
     """No way of running a job fits into the memory budget."""
+
+
+class CannotStart(PipelineError):
+    """What is known of a run before it starts keeps jobs of it from starting.
+
+    `causes` has each error with the names of the jobs it keeps, none where it names its job itself.
+    """
+
+    def __init__(
+        self, text: str, *, causes: Sequence[tuple[Exception, Sequence[str]]] = ()
+    ) -> None:
+        super().__init__(text)
+        self.causes = tuple(causes)
 
 
 class JobsFailed(PipelineError):

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,25 +105,40 @@ def cores() -> int:
 
 
 def product_flops_per_s(bf16: bool) -> float:
-    """Return the rate of large matrix products on this machine, measured in about 0.2 s: what MFU
-    is relative to."""
+    """Return the rate of large matrix products on this machine with the threads that torch has now,
+    measured in about 0.2 s: what MFU is relative to."""
     import torch
 
-    on_gpu = device() == "cuda"
-    size = 4096 if on_gpu else 768
-    flops = 2 * size**3
+    if device() == "cuda":
+        return _best_rate(4096, bf16, torch.cuda.synchronize)
+    threads = torch.get_num_threads()
+    # One thread, times how many there are: where others use the cores too, several wait for the
+    # slowest at each product, and a probe of 0.2 s took half a minute
+    torch.set_num_threads(1)
+    try:
+        return threads * _best_rate(512, bf16, _nothing)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _nothing() -> None: ...
+
+
+def _best_rate(size: int, bf16: bool, wait: Callable[[], None]) -> float:
+    """Return the best rate of products of that size; `wait` ends when a product has."""
+    import torch
+
     dtype = torch.bfloat16 if bf16 else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device())
     rates: list[float] = []
     stop_s = time.perf_counter() + 0.2
-    while time.perf_counter() < stop_s or len(rates) < 3:
+    # The first one pays for what is set up once
+    while time.perf_counter() < stop_s or len(rates) < 2:
         start_s = time.perf_counter()
         a @ a
-        if on_gpu:
-            # on a GPU a call returns before its product is done
-            torch.cuda.synchronize()
-        rates.append(flops / (time.perf_counter() - start_s))
-    # the best one: what the machine can do, whatever else ran on it just now
+        wait()
+        rates.append(2 * size**3 / (time.perf_counter() - start_s))
+    # The best one: what the machine can do, whatever else ran on it just now
     return max(rates)
 
 

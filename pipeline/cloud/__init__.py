@@ -21,7 +21,13 @@ from .client import (
 )
 from .containers import JobResult, ModalEdge, orchestrate, work
 from .endpoint import SERVED, deployed, entered, serve_next, served
-from .estimate import estimate, refuse_above, refuse_without_inputs, show_estimate
+from .estimate import (
+    estimate,
+    refuse_above,
+    refuse_what_cannot_start,
+    refuse_without_inputs,
+    show_estimate,
+)
 from .prices import Prices, most_gpus
 
 __all__ = [
@@ -43,6 +49,7 @@ __all__ = [
     "orchestrate",
     "overrides",
     "refuse_above",
+    "refuse_what_cannot_start",
     "refuse_without_inputs",
     "serve_next",
     "served",

@@ -6,6 +6,7 @@ refused under a limit.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -13,12 +14,13 @@ from rich.table import Table
 
 from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
-from ..errors import BudgetError, ConfigError, MissingArtifact
-from ..run.dry_run import ASSUMED_MFU, duration, plan, state_of, why_of
+from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError
+from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, duration, plan, state_of, why_of
 from ..run.job import done
 from ..run.stages import Addresses, label
 from ..store.artifacts import Manifest, Store
 from ..store.lineage import Lineage
+from .inputs import not_on_volume
 from .prices import Prices, most_gpus, split
 
 STARTUP_S = 60.0  # until a container trains: start, imports, volume
@@ -39,15 +41,13 @@ class JobEstimate:
     trains: bool
     peak_bytes: int | None = None  # predicted, above the level after imports
     why: str = ""  # what makes it stale, or may
+    refused: PipelineError | None = None  # why it cannot run within runtime.memory_budget
 
 
 def estimate(
     cfg: RunConfig, wanted: tuple[str, ...], store: Store, prices: Prices
 ) -> list[JobEstimate]:
-    """Return the jobs of the wanted stages in order; store may be a mirror.
-
-    Raises BudgetError when a job cannot run within runtime.memory_budget.
-    """
+    """Return the jobs of the wanted stages in order; store may be a mirror."""
     planned = {entry.address: entry for entry in plan(cfg, store)}
     addresses = Addresses(cfg)
     lineage = Lineage(store)
@@ -66,9 +66,6 @@ def estimate(
                 none = JobEstimate(stage, address, state, machine, None, None, None, False)
                 estimates.append(replace(none, why=why_of(address, state, lineage)))
                 continue
-            # The prediction is of main memory and says nothing about a GPU's.
-            if entry.refused and not machine.gpu:
-                raise BudgetError(entry.refused)
             job = entry.job
             seconds = None
             if job is not None and job.flops is not None:
@@ -87,6 +84,8 @@ def estimate(
                     trains=job is not None,
                     peak_bytes=job.peak_bytes if job else None,
                     why=entry.why,
+                    # The prediction is of main memory and says nothing about a GPU's.
+                    refused=None if machine.gpu else entry.refused,
                 )
             )
     return estimates
@@ -123,6 +122,32 @@ def _rate(manifest: Manifest, machine: MachineConfig) -> float | None:
         return None
     # Processors differ in cores more than in what a core does.
     return rate / found.get("threads", 1) * machine.cpu
+
+
+def refuse_what_cannot_start(
+    cfg: RunConfig,
+    estimates: list[JobEstimate],
+    mount: str,
+    names: Callable[[str], Iterable[str]],
+) -> None:
+    """Raise CannotStart when a job to do has no room in its memory budget, or reads what is not on
+    the volume, which is at `mount` there and of which `names` lists a folder."""
+    items = {}
+    for stage in cfg.stages:
+        for _, item, address in Addresses(cfg).jobs(stage):
+            items[address] = item
+    found: dict[str, tuple[PipelineError, list[str]]] = {}
+    for each in estimates:
+        if each.state in DONE:
+            continue
+        if each.refused is not None:
+            found[str(each.refused)] = (each.refused, [])
+        item = items[each.address]
+        absent = not_on_volume(cfg, each.stage, item, mount, names)
+        if absent is not None:
+            found.setdefault(str(absent), (absent, []))[1].append(label(each.stage, item))
+    if found:
+        raise CannotStart(STUCK, causes=list(found.values()))
 
 
 def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:

@@ -137,6 +137,10 @@ class RunConfig(Section):
         """Return the container of a stage on Modal."""
         return getattr(self.modal, self.stages[stage].machine or stage)
 
+    def read_outside(self, stage: str, item: str | None) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
+        raise NotImplementedError
+
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of the files and folders that this run reads or writes outside its
         store."""

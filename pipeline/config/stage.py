@@ -22,6 +22,8 @@ class Stage:
     help: str
     function: str  # `module.name` in the family's package, imported when a job starts
     kind: Kind = "files"
+    # function that looks, without reading it, whether what a job reads outside the store is there
+    check: str = ""
     # property of the configuration with its jobs' names, may be dotted; none: the stage is one job
     items: str | None = None
     # stages whose artifacts a job reads, in order: every job of them

@@ -10,6 +10,8 @@ last:
     a step         f(cfg, folder, number, progress) -> how many jobs the next step has, or None;
                    the first step's number is how many jobs there may be at most, that of others
                    which of those jobs it is
+
+and what a row's check: check(cfg[, item]), raises PipelineError for what keeps a job from starting
 """
 
 from collections.abc import Callable, Mapping

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import (
+    CannotStart,
     DamagedArtifact,
     DiskFull,
     JobsFailed,
@@ -20,6 +21,9 @@ from ..errors import (
     UnreadableFile,
 )
 from .stages import label
+
+_MOST_LINES = 12
+_SHOWN = 4  # jobs that are named of those that one thing keeps from starting
 
 
 class Edge(Protocol):
@@ -67,6 +71,15 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, JobsFailed):
         failed = {item: f"failed: {sentence(each, edge)}" for item, each in error.failed.items()}
         return account(error.stage, failed, error.items, again)
+    if isinstance(error, CannotStart):
+        lines = [f"{text}:"]
+        for cause, jobs in error.causes[:_MOST_LINES]:
+            # Of one that names its job itself there are none
+            before = f"{_first_few(jobs)}: " if jobs else ""
+            lines.append(f"  {before}{sentence(cause, edge)}")
+        if len(error.causes) > _MOST_LINES:
+            lines.append(f"  and {len(error.causes) - _MOST_LINES} more")
+        return "\n".join(lines)
     if isinstance(error, MissingArtifact) and error.stages:
         commands = " and ".join(edge.stage(name) for name in error.stages)
         return f"{text}: run {commands} with this configuration first"
@@ -101,6 +114,12 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         remedies = [error.remedy, edge.other_store()]
         return f"{text}; {', or '.join(filter(None, remedies))}"
     return text
+
+
+def _first_few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    more = len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def account(

@@ -1,5 +1,6 @@
 """What a command would do, before it does it."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -8,19 +9,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..config.run import RunConfig
-from ..errors import BudgetError, StoreError
-from ..families import family
+from ..config.stage import Stage
+from ..errors import BudgetError, CannotStart, PipelineError, StoreError
+from ..families import family, stage_function
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
 from ..store.model_files import on_this_machine
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
-from .stages import RUN, Addresses
+from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
 ASSUMED_MFU = 0.3
+STUCK = "this run cannot start as it is"
 UNSURE = "done?"  # made on what is not there: it shows when that is made again
+DONE = ("done", UNSURE)  # such a job reads nothing any more
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,15 @@ class Entry:
     state: str  # done, done?, stale, at step n, to do
     why: str  # what makes it stale, or may; or what was done under other settings
     job: JobCost | None  # None: no training
-    seconds: float | None
-    refused: str = ""  # why it cannot run under the memory budget
+    name: str  # of the stage and the item
+    refused: PipelineError | None = None  # why it cannot run under the memory budget
 
 
 def plan(cfg: RunConfig, store: Store) -> list[Entry]:
-    """Return every job of a run in order: what is there already, an estimate of the rest."""
+    """Return every job of a run in order: what is there already, and what the rest will spend."""
     addresses = Addresses(cfg)
     cfg = addresses.cfg
     bf16 = cfg.dtype == "bf16"
-    rate = _flops_per_s(store, bf16)
     lineage = Lineage(store)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
     # What a family knows its costs from: the metrics of the run's finished jobs
@@ -53,21 +56,78 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     for stage, item, address in jobs:
         state = state_of(address, lineage)
         cost: JobCost | None = None
-        refused = ""
+        refused: PipelineError | None = None
         if cfg.stages[stage].kind == "training":
             try:
                 cost = family(cfg.family).cost(cfg, stage, item, made, bf16)
             except BudgetError as error:
                 # A job that is done needs no memory any more
-                refused = "" if state in ("done", UNSURE) else str(error)
-        seconds = None
-        if cost is not None and cost.flops is not None:
-            seconds = 0.0 if state == "done" else cost.flops / rate
+                refused = None if state in DONE else error
         why = why_of(address, state, lineage)
         if cost is not None and not why:
             why = former_checkpoint(addresses, stage, item, store)
-        entries.append(Entry(address, state, why, cost, seconds, refused))
+        entries.append(Entry(address, state, why, cost, label(stage, item), refused))
     return entries
+
+
+def refuse(
+    cfg: RunConfig, store: Store, entries: list[Entry], unfit: PipelineError | None = None
+) -> None:
+    """Raise CannotStart when a job of a plan cannot start on this machine: it has no room in the
+    memory budget, the store cannot be written, or what it reads outside the store is not there.
+    `unfit` is what is wrong with a model that it names."""
+    addresses = Addresses(cfg)
+    jobs = [job for stage in RUN for job in addresses.jobs(stage)]
+    found: dict[str, tuple[PipelineError, list[str]]] = {}
+    if unfit is not None:
+        found[str(unfit)] = (unfit, [])
+    for entry, (stage, item, _) in zip(entries, jobs, strict=True):
+        if entry.state in DONE:
+            continue
+        row = cfg.stages[stage]
+        if entry.refused is not None:
+            found[str(entry.refused)] = (entry.refused, [])
+        errors = (_not_writable(store), _not_there(cfg, row, item), _not_heard(cfg, row))
+        for error in filter(None, errors):
+            found.setdefault(str(error), (error, []))[1].append(entry.name)
+    if found:
+        raise CannotStart(STUCK, causes=list(found.values()))
+
+
+def _not_writable(store: Store) -> PipelineError | None:
+    """Return the error for a store that nothing can be written to, or that cannot be made."""
+    place = store.root.absolute()
+    while not place.exists():
+        place = place.parent
+    if os.access(place, os.W_OK):
+        return None
+    return StoreError(f"{place} cannot be written to", root=store.root)
+
+
+def _not_there(cfg: RunConfig, row: Stage, item: str | None) -> PipelineError | None:
+    """Return the error for what a job reads outside the store and is not there."""
+    if not row.check:
+        return None
+    look = stage_function(cfg.family, row.check)
+    try:
+        look(cfg, *(() if item is None else (item,)))
+    except PipelineError as error:
+        return error
+    return None
+
+
+def _not_heard(cfg: RunConfig, row: Stage) -> PipelineError | None:
+    """Return the error for a training that is to be told online, and no key is here."""
+    if row.kind != "training" or cfg.runtime.wandb != "online":
+        return None
+    # Only who asks for it pays for its import
+    from ..store.history import check_key
+
+    try:
+        check_key(cfg.runtime.wandb)
+    except PipelineError as error:
+        return error
+    return None
 
 
 def state_of(address: str, lineage: Lineage) -> str:
@@ -122,9 +182,10 @@ def show_plan(
     cfg: RunConfig, store: Store, console: Console, total_bytes: int | None = None
 ) -> None:
     """Print a plan as a table, and how many experts fit into total_bytes side by side (none: what
-    is free here)."""
-    notes = family(cfg.family).preflight(cfg, on_this_machine)
+    is free here). Raises CannotStart after that."""
+    notes, unfit = _models(cfg)
     entries = plan(cfg, store)
+    seconds = _seconds(cfg, store, entries)
     table = Table(
         title=f"plan of {cfg.name} in {store.root}", title_justify="left", title_style="bold"
     )
@@ -134,19 +195,19 @@ def show_plan(
         table.add_column(name, justify="right")
     table.add_column("how it runs")
     for entry in entries:
-        table.add_row(entry.address, entry.state, *_cells(entry))
+        table.add_row(entry.address, entry.state, *_cells(entry, seconds.get(entry.address)))
     console.print(table)
     for note in notes:
         console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for why in dict.fromkeys(entry.why for entry in entries if entry.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
-    known = [entry.seconds for entry in entries if entry.seconds is not None]
-    unknown = any(entry.job and entry.seconds is None for entry in entries)
+    unknown = any(entry.job and entry.address not in seconds for entry in entries)
     least = "at least " if unknown else ""
     where = gpu_name() or f"{cpu_name()}, {cores()} cores"
     dtype = Addresses(cfg).cfg.dtype
     console.print(
-        f"to train: {least}{duration(sum(known))} in {dtype} on {where}, one job after another"
+        f"to train: {least}{duration(sum(seconds.values()))} in {dtype} on {where}, one job after "
+        "another"
     )
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is "
@@ -157,10 +218,33 @@ def show_plan(
         "tells)."
     )
     console.print(_beside(entries, total_bytes))
-    for refused in dict.fromkeys(entry.refused for entry in entries if entry.refused):
-        console.print(f"[bold red]refused:[/] {escape(refused)}")
     if unknown:
         console.print("Durations in epochs are known after preprocess has counted the tokens.")
+    refuse(cfg, store, entries, unfit)
+
+
+def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
+    """Return what a person should know of the models that a run names, and why one cannot be had."""
+    try:
+        return family(cfg.family).preflight(cfg, on_this_machine), None
+    except PipelineError as error:
+        return [], error
+
+
+def _seconds(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float]:
+    """Return how long jobs will take here, by address; those that nobody can tell are left out."""
+    seconds = {}
+    rate = 0.0
+    for entry in entries:
+        if entry.job is None or entry.job.flops is None:
+            continue
+        seconds[entry.address] = 0.0
+        if entry.state == "done":
+            continue
+        # Only what is still to do needs a rate, and measuring one takes a moment
+        rate = rate or _flops_per_s(store, Addresses(cfg).cfg.dtype == "bf16")
+        seconds[entry.address] = entry.job.flops / rate
+    return seconds
 
 
 def _beside(entries: list[Entry], total_bytes: int | None) -> str:
@@ -183,13 +267,13 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
     )
 
 
-def _cells(entry: Entry) -> tuple[str, str, str, str, str]:
+def _cells(entry: Entry, seconds: float | None) -> tuple[str, str, str, str, str]:
     """Return tokens, parameters, time, memory and plan of a job that trains."""
     job = entry.job
     if job is None:
         return "", "", "", "", ""
     tokens = "after preprocess" if job.tokens is None else f"{job.tokens:,}"
-    time = "?" if entry.seconds is None else duration(entry.seconds)
+    time = "?" if seconds is None else duration(seconds)
     if entry.state == "done":
         time = ""
     return tokens, f"{job.parameters:,}", time, f"{job.peak_bytes / 1e6:,.0f} MB", job.summary

@@ -391,6 +391,23 @@ class _Lines:
         self._open = False
 
 
+def check_key(mode: str) -> None:
+    """Raise ConfigError when wandb is to be told online, and cannot be imported or has no key; its
+    servers are not asked."""
+    if mode == "online":
+        _log_in(_import_wandb())
+
+
+def _log_in(wandb: ModuleType) -> None:
+    # without a key wandb.init would ask for one, and a job has nobody to answer
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "runtime.wandb is online, but no Weights & Biases key was found: set "
+            "WANDB_API_KEY, or set runtime.wandb to offline and send the run later with "
+            "`wandb sync`"
+        )
+
+
 class _Mirror:
     """The same rows as a Weights & Biases run, one per address however often the job is resumed."""
 
@@ -407,13 +424,8 @@ class _Mirror:
         quiet = wandb.Settings(silent=True, console="off")
         try:
             wandb.setup(quiet)
-            # without a key wandb.init would ask for one, and a job has nobody to answer
-            if mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise ConfigError(
-                    "runtime.wandb is online, but no Weights & Biases key was found: set "
-                    "WANDB_API_KEY, or set runtime.wandb to offline and send the run later with "
-                    "`wandb sync`"
-                )
+            if mode == "online":
+                _log_in(wandb)
             folder.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
                 mode=mode,

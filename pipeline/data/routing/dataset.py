@@ -221,6 +221,19 @@ class RoutingRows:
             raise damaged(self.file, f"has a line that is no row ({error})") from None
 
 
+def look(settings: RoutingSetConfig) -> None:
+    """Raise DataError for a source's own rows that are not there; none is read."""
+    for source_index, source in enumerate(settings.sources):
+        # Those of none are a task of their own, which is looked at as one
+        if source.origin != "jsonl" or source.expert == NONE:
+            continue
+        for feed in _feeds(source_index, source, {}):
+            if not feed.file.is_file():
+                raise DataError(f"{feed.name}: there is no file {feed.file}; correct path")
+            if not feed.root.is_dir():
+                raise DataError(f"{feed.name}: there is no folder {feed.root}; correct image_root")
+
+
 def _feeds(
     source_index: int, source: RoutingSourceConfig, tasks: Mapping[str, Path]
 ) -> Iterator[Feed]:

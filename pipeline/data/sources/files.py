@@ -2,6 +2,7 @@
 not."""
 
 import codecs
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +59,41 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield the files of each entry of data.files. Raises DataError for one that matches none."""
     for entry in cfg.data.files:
         yield entry.domain, _rows_of_each(entry, cfg.data)
+
+
+def look(cfg: TextRunConfig) -> None:
+    """Raise DataError for entries whose files here are none, cannot be opened, or have no
+    known format, or when all are empty. What lies behind a URL is not asked."""
+    problems = []
+    sizes: list[int] = []
+    is_elsewhere = False
+    for entry in cfg.data.files:
+        here = tuple(filter(_is_here, entry.paths))
+        is_elsewhere = is_elsewhere or len(here) < len(entry.paths)
+        try:
+            sizes += _sizes(entry.model_copy(update={"paths": here}), cfg.data)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+    if not any(sizes) and not is_elsewhere:
+        raise DataError(f"data.files: all of its {len(sizes)} files are empty; correct the paths")
+
+
+def _sizes(entry: FilesConfig, data: DataConfig) -> Iterator[int]:
+    """Yield the bytes of the files here of one entry. Raises DataError for one that is not read."""
+    for fs, path in _matches(entry):
+        # Raises for a name that tells none
+        _ = _File(fs, path, entry, data, False).format
+        try:
+            with open(path, "rb") as file:
+                yield os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise DataError(f"data.files: {path} cannot be read: {error.strerror}") from None
+
+
+def _is_here(pattern: str) -> bool:
+    return "://" not in pattern or pattern.startswith(("file://", "local://"))
 
 
 def _rows_of_each(entry: FilesConfig, data: DataConfig) -> Iterator[Rows]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from ...config.base import is_folder
 from ...config.text_data import DataConfig, HubConfig, TextRunConfig
 from ...errors import DataError
 from . import FoundRow, Row, SkippedRow, Source
@@ -14,6 +16,13 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield each entry of data.hub, its split as one file of rows."""
     for entry in cfg.data.hub:
         yield entry.domain, iter([partial(_rows, entry, cfg.data)])
+
+
+def look(cfg: TextRunConfig) -> None:
+    """Raise DataError for a data set that is named as a folder here and is none."""
+    for entry in cfg.data.hub:
+        if is_folder(entry.dataset) and not Path(entry.dataset).expanduser().is_dir():
+            raise DataError(f"data.hub: there is no folder {entry.dataset}; correct the path")
 
 
 def _rows(entry: HubConfig, data: DataConfig) -> Iterator[FoundRow]:

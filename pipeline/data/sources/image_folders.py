@@ -47,6 +47,22 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
         yield split, _folder_rows(name, data, base, folder)
 
 
+def look(name: str, data: TaskDataConfig) -> None:
+    """Raise DataError for a folder that is not there or has no image; none is opened."""
+    for _ in streams(name, data):
+        continue
+    # One is enough: there may be a million
+    base = base_of(data)
+    places = [base]
+    if data.image_root:
+        places.append(Path(data.image_root))
+    for place in places:
+        for file in _files(place):
+            if file.suffix.lower() in SUFFIXES or task_files.is_table(file):
+                return
+    raise DataError(f"{setting(name)}.path: {base} has no images; correct path")
+
+
 def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> Iterator[Found]:
     """Yield the rows of a split's folder: from the tables in it, from what stands beside each
     image, or else from the names of the folders that images are in."""

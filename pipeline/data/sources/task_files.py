@@ -35,6 +35,26 @@ _TABLE_NAMES = ("annotations", "metadata")
 def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
     """Yield the splits of a source of files. Raises DataError for a file that is not there."""
     base = base_of(data)
+    for wanted, file in _files(name, data, base).items():
+        yield wanted, rows_of(setting(name), data, file, base if base.is_dir() else file.parent)
+
+
+def look(name: str, data: TaskDataConfig) -> None:
+    """Raise DataError for a file that is not there, empty, or not read here; none is opened for its
+    rows."""
+    for file in _files(name, data, base_of(data)).values():
+        _check_kind(setting(name), file, file.name)
+        try:
+            with file.open("rb") as opened:
+                is_empty = not opened.read(1)
+        except OSError as error:
+            raise DataError(f"{setting(name)}: {file} cannot be read: {error.strerror}") from None
+        if is_empty:
+            raise DataError(f"{setting(name)}: {file} is empty; correct path, or fetch it again")
+
+
+def _files(name: str, data: TaskDataConfig, base: Path) -> dict[str | None, Path]:
+    """Return the files of a source by split. Raises DataError for one that is not there."""
     given = given_splits(data)
     if not given and not data.split:
         given = _files_by_split(base)
@@ -52,7 +72,7 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
             raise DataError(
                 f"{setting(name)}: {file} does not exist; correct path, or the name under {wanted}"
             )
-        yield wanted, rows_of(setting(name), data, file, base if base.is_dir() else file.parent)
+    return files
 
 
 def is_table(file: Path) -> bool:
@@ -69,15 +89,10 @@ def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterato
     """
     from fsspec.implementations.local import LocalFileSystem
 
-    _, suffix = _parted(file)
     where = file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name
     local = LocalFileSystem()
     path = str(file)
-    if suffix in _OF_HUB:
-        raise DataError(
-            f"{named}: {where} is read by the source hub; set source to hub, id to its "
-            "folder and revision to any word"
-        )
+    suffix = _check_kind(named, file, where)
     if suffix in (".csv", ".tsv"):
         wanted = {*image_columns(data.image_field), *data.fields.values(), "prompt", "answer"}
         found = csv_rows(local, path, None, wanted, "\t" if suffix == ".tsv" else None)
@@ -95,6 +110,17 @@ def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterato
         # What reads a file says which it is, in the words of documents' settings.
         told = str(error).replace(path, where).removeprefix("data.files: ")
         raise DataError(f"{named}: {told}") from None
+
+
+def _check_kind(named: str, file: Path, where: str) -> str:
+    """Return the suffix of a file that has rows. Raises DataError for one that is not read here."""
+    _, suffix = _parted(file)
+    if suffix in _OF_HUB:
+        raise DataError(
+            f"{named}: {where} is read by the source hub; set source to hub, id to its "
+            "folder and revision to any word"
+        )
+    return suffix
 
 
 def _placed(row: dict, here: Path, base: Path, data: TaskDataConfig) -> dict:

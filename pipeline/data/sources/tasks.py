@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from ...config.base import is_folder
 from ...config.task_data import SyntheticConfig, TaskDataConfig
 from ...errors import DataError
 from ..images import images
@@ -24,7 +25,7 @@ from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
 from .columns import listed
-from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, split_named
+from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, setting, split_named
 
 # Where an object has its picture, in the order in which they are asked.
 _IMAGE_KEYS = ("bytes", "base64", "data", "path", "url", "image_url", "image", "file_name")
@@ -60,6 +61,20 @@ def records(name: str, data: TaskDataConfig) -> Iterator[Record]:
             taken[record.split] += 1
             number += 1
             yield record
+
+
+def look(name: str, data: TaskDataConfig) -> None:
+    """Raise DataError when a source on this machine is not there, or has nothing in it; no row is
+    read, and the Hub is not asked."""
+    named = setting(name)
+    if data.image_root and not Path(data.image_root).is_dir():
+        raise DataError(f"{named}.image_root: there is no folder {data.image_root}; correct it")
+    if data.source == "hub" and data.id and is_folder(data.id) and not Path(data.id).is_dir():
+        raise DataError(f"{named}.id: there is no folder {data.id}; correct it")
+    if data.source == "jsonl":
+        task_files.look(name, data)
+    if data.source == "folder":
+        image_folders.look(name, data)
 
 
 def _exchanges(rows: Iterator[Found], data: TaskDataConfig) -> Iterator[Found]:

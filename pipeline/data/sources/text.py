@@ -7,6 +7,7 @@ cannot be read is a DataError.
 
 from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
 
 from ...config.text_data import TextRunConfig
 from . import Source
@@ -17,6 +18,18 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
 
     The module beside this one that has the name of the source reads it.
     """
+    return _module(cfg).sources(cfg)
+
+
+def look(cfg: TextRunConfig) -> None:
+    """Raise DataError when what data.source reads on this machine is not there; nothing is read,
+    and no network is asked."""
+    module = _module(cfg)
+    # A source that needs nothing here has nothing to look for
+    if hasattr(module, "look"):
+        module.look(cfg)
+
+
+def _module(cfg: TextRunConfig) -> ModuleType:
     # By name: who adds a source need not come here, and only what is read is imported
-    module = import_module(f".{cfg.data.source}", __package__)
-    return module.sources(cfg)
+    return import_module(f".{cfg.data.source}", __package__)

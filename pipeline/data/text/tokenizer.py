@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...config.base import is_folder
+from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile
@@ -302,8 +304,17 @@ def _as_json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def _found(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
-    """Return the tokenizer.json and what the files beside it say."""
+def look(cfg: TextRunConfig) -> None:
+    """Raise DataError when a pretrained tokenizer is named as a folder or file here and is not
+    there; the Hub is not asked."""
+    name = cfg.tokenizer.pretrained
+    if name and _here(name) is None and is_folder(name):
+        raise DataError(f"tokenizer.pretrained: there is no {name}; correct the path")
+
+
+def _here(name: str) -> Path | None:
+    """Return the tokenizer.json that a name means here, or None. Raises DataError for a folder
+    without one."""
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -312,7 +323,13 @@ def _found(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
                 f"tokenizer.pretrained: {name} has no tokenizer.json. Save the fast tokenizer "
                 "there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
-    elif not path.is_file():
+    return path if path.is_file() else None
+
+
+def _found(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return the tokenizer.json and what the files beside it say."""
+    path = _here(name)
+    if path is None:
         return _from_hub(name, revision)
     beside = [path.parent / config for config in _CONFIGS]
     return path, _merged([config for config in beside if config.is_file()])

@@ -342,17 +342,28 @@ class AdapterRunConfig(RunConfig):
     def _said_of_experts(self, *keys: str) -> list[dict]:
         return [entry.model_dump(mode="json", include={*keys}) for entry in self.loras.experts]
 
-    def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""
+    def read_outside(self, stage: str, item: str | None) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
         base = self.loras.base.model
-        if base and is_folder(base):
+        if stage == "train_shared" and base and is_folder(base):
             yield "loras.base.model", base
         for entry in self.loras.experts:
-            for key, path in entry.dataset.paths():
-                yield f"loras.experts.{entry.name}.dataset.{key}", path
+            if stage == "preprocess" and entry.name == item:
+                for key, path in entry.dataset.paths():
+                    yield f"loras.experts.{entry.name}.dataset.{key}", path
         for i, source in enumerate(self.dataset.sources):
-            for key, path in source.paths():
-                yield f"dataset.sources.{i}.{key}", path
+            # Those of none are read as a task of their own
+            of_task = ("preprocess", NONE) if source.expert == NONE else ("routing", None)
+            if (stage, item) == of_task:
+                for key, path in source.paths():
+                    yield f"dataset.sources.{i}.{key}", path
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""
+        yield from self.read_outside("train_shared", None)
+        for name in self.tasks:
+            yield from self.read_outside("preprocess", name)
+        yield from self.read_outside("routing", None)
         if self.deploy.upload:
             yield "deploy.upload", self.deploy.upload
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ...config.task_data import ImageLimitsConfig
 from ...data.routing import dataset
+from ...data.sources import tasks
 from ...data.tasks.prepare import prepare
 from ...hardware import cores
 from ...protocols import Progress
@@ -33,6 +34,17 @@ def prepare_task(
         progress,
         processes,
     )
+
+
+def look_at_task(cfg: AdapterRunConfig, item: str) -> None:
+    """Raise DataError when a task's rows are not where the settings say; none is read."""
+    tasks.look(item, cfg.task(item).dataset)
+
+
+def look_at_routing(cfg: AdapterRunConfig) -> None:
+    """Raise DataError when rows that the routing set has of its own are not where the settings say;
+    none is read."""
+    dataset.look(cfg.dataset)
 
 
 def make_routing_set(cfg: AdapterRunConfig, parts: Parts, folder: Path, progress: Progress) -> dict:

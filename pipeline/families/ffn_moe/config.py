@@ -214,19 +214,28 @@ class FfnMoeConfig(TextRunConfig):
         """Return what a dense baseline's budget, size and training depend on."""
         return fields(self, BASELINE_READS[item])
 
-    def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
-        if self.data.source == "files":
-            for entry in self.data.files:
-                for path in entry.paths:
-                    yield "data.files", path
-        if self.deploy.upload:
-            yield "deploy.upload", self.deploy.upload
-        named = {"tokenizer.pretrained": self.tokenizer.pretrained, "trunk.init": self.trunk.init}
+    def read_outside(self, stage: str, _item: str | None) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
+        named = {}
+        if stage == "preprocess":
+            if self.data.source == "files":
+                for entry in self.data.files:
+                    for path in entry.paths:
+                        yield "data.files", path
+            named["tokenizer.pretrained"] = self.tokenizer.pretrained
+        if stage == "train_shared":
+            named["trunk.init"] = self.trunk.init
         for name, value in named.items():
             # What is neither there nor written as a path is a name on the Hub
             if value and (Path(value).exists() or is_folder(value)):
                 yield name, value
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
+        for stage in ("preprocess", "train_shared"):
+            yield from self.read_outside(stage, None)
+        if self.deploy.upload:
+            yield "deploy.upload", self.deploy.upload
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...data.sources.text import look
 from ...data.text import prepare as text
 from ...data.text.distributed import encode, scan
+from ...data.text.tokenizer import look as check_tokenizer
+from ...errors import DataError
 from ...protocols import Progress
 from ...report import LanguageReport
 from ...store.model_files import on_this_machine
@@ -24,6 +27,7 @@ __all__ = [
     "dense",
     "encode",
     "expert",
+    "look_at_documents",
     "measure",
     "preflight",
     "prepare",
@@ -40,6 +44,19 @@ def prepare(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -
     for note in preflight(cfg, on_this_machine):
         progress(note, None)
     return text.prepare(cfg, folder, progress, parts.jobs_folder("preprocess"))
+
+
+def look_at_documents(cfg: FfnMoeConfig) -> None:
+    """Raise DataError when documents or the tokenizer are not where the settings say; nothing is
+    read."""
+    problems = []
+    for check in (look, check_tokenizer):
+        try:
+            check(cfg)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
 
 
 def cost(

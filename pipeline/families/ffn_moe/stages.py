@@ -51,6 +51,7 @@ STAGES = table(
         "preprocess",
         "read documents, make tokenizer, domains and token shards",
         "family.prepare",
+        check="family.look_at_documents",
         reads=("family", "data", "partition", "tokenizer"),
         reads_also="shards_read",
         secrets=("hub", "storage"),

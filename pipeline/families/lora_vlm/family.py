@@ -16,8 +16,8 @@ from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
 from ..adapters.config import AdapterRouterConfig
+from ..adapters.rows import look_at_routing, look_at_task, prepare_task
 from ..adapters.rows import make_routing_set as route_data
-from ..adapters.rows import prepare_task
 from ..adapters.stack import AdapterStack
 from ..adapters.train import expert_task, router_task
 from .base import QWEN3_VL, open_base, settings_of, write
@@ -30,6 +30,8 @@ __all__ = [
     "bundle",
     "cost",
     "expert",
+    "look_at_routing",
+    "look_at_task",
     "measure",
     "preflight",
     "prepare",
