@@ -224,7 +224,7 @@ def show_plan(
 
 
 def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
-    """Return what a person should know of the models that a run names, and why one cannot be had."""
+    """Return what a person should know of the models of a run, and why one cannot be had."""
     try:
         return family(cfg.family).preflight(cfg, on_this_machine), None
     except PipelineError as error:
