@@ -12,6 +12,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ..config.run import RunConfig
+from ..hardware import set_fastest_threads
 from ..protocols import Progress
 from ..store import bundle
 from ..store.artifacts import (
@@ -157,6 +158,8 @@ def _report(job: JobContext) -> dict:
     from ..families.report_files import histories
 
     measure = job.function()
+    if job.cfg.runtime.threads == "auto":
+        set_fastest_threads()
     measured = measure(job.cfg, job.parts, job.progress)
     curves, missing = histories(job.cfg, job.parts)
     for name, words in missing.items():
