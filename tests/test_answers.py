@@ -272,3 +272,126 @@ def test_whatever_is_said_has_a_score_between_0_and_1(metric, found, wanted):
         return
     assert 0 <= judge(metric, found, [wanted])["score"] <= 1
     assert judge(metric, wanted, [wanted])["score"] == 1 or not wanted.split()
+
+
+def test_numbers_in_words_are_those_of_another_reader():
+    """Whisper's normalizer reads English numbers, too."""
+    from transformers.models.whisper.english_normalizer import EnglishNumberNormalizer
+
+    draw = random.Random(0)
+    reader = EnglishNumberNormalizer()
+    ones = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    teens = [
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+    ]
+    tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+    def below_1000():
+        small = draw.choice([draw.choice(teens), f"{draw.choice(tens)} {draw.choice(ones)}"])
+        small = draw.choice([small, draw.choice(ones), draw.choice(tens)])
+        joined = draw.choice([" ", " and "])
+        hundreds = f"{draw.choice(ones)} hundred"
+        return draw.choice([small, hundreds, f"{hundreds}{joined}{small}"])
+
+    for _ in range(300):
+        groups = [f"{below_1000()} {scale}" for scale in ("million", "thousand")]
+        words = " ".join([*draw.sample(groups, draw.randrange(2)), below_1000()])
+        # It leaves this one as it is.
+        wanted = "1" if words == "one" else reader(words)
+        said = draw.choice(["{}", "There are {} of them.", "about {}"]).format(words)
+        assert count(said, wanted)["score"] == 1, (words, wanted)
+        assert exact(words.title().replace("And", "and"), wanted)["score"] == 1, words
+        assert count(said, f"{int(wanted) + 1}")["absolute error"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        *[("a dozen", "12"), ("two dozen eggs", "24"), ("2 million", "2000000"), ("1/2", "0.5")],
+        *[("½", "0.5"), ("2½", "2.5"), ("2 1/2 cups", "2.5"), ("-1/4", "-0.25"), ("+3", "3")],
+        *[("1e3", "1000"), ("2.5E-1", "0.25"), ("10 000", "10000"), ("forty", "40")],
+        ("1" * 40, "1" * 40),
+    ],
+)
+def test_a_count_is_the_whole_number_and_not_its_beginning(said, wanted):
+    assert count(said, wanted)["score"] == 1 and count(wanted, said)["score"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "other"),
+    [
+        *[("Two hundred", "2"), ("1/2", "1"), ("2 million", "2"), ("twenty-one", "20")],
+        *[("1/2/2024", "0.5"), ("3/0", "0"), ("10 000", "10"), ("1" * 40, "1" * 39 + "2")],
+        *[("tennis", "10"), ("someone", "1"), ("-" + "1" * 40, "-" + "1" * 39 + "2")],
+    ],
+)
+def test_a_part_of_a_number_is_another_one(said, other):
+    assert count(said, other)["score"] == 0
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        *[["(A)", "A", "a)", "[A].", "Ａ"], ["it's", "it’s", "It‘s."], ["a-b", "a–b", "a‐b"]],
+        *[["$5.00", "$5", "5 $"], ["5%", "5 %", "5.0%", "５％"], ["$1,000", "$1000", "1'000 $"]],
+        *[["1,000 km", "1000km", "1000.0 km"], ["1 000", "1,000", "1e3"], ["+5", "5", "five"]],
+    ],
+)
+def test_one_short_answer_in_other_marks_is_the_same(alike):
+    for a in alike:
+        for b in alike:
+            assert exact(a, b)["score"] == 1, (a, b)
+
+
+def test_short_answers_in_other_marks_are_not_all_the_same():
+    answers = [
+        "A",
+        "5%",
+        "5",
+        "$5",
+        "€5",
+        "5 km",
+        "50%",
+        "f(x)",
+        "f",
+        "1/2",
+        "12",
+        ":)",
+        "C++",
+        "C",
+    ]
+    for a in answers:
+        for b in answers:
+            assert exact(a, b)["score"] == (a == b), (a, b)
+
+
+@pytest.mark.parametrize(
+    "wanted", ["[[5,5,5,9]]", "[[30,40,1,2]]", '[{"bbox_2d": [9,9,9,9], "label": "a"}]']
+)
+def test_a_box_that_nothing_can_overlap_is_no_right_answer(wanted):
+    assert "area" in unreadable("iou", wanted) and unreadable("iou", "[]") is None
+    with pytest.raises(UnreadableReference):
+        judge("iou", wanted, [wanted])
+
+
+def test_labels_of_boxes_are_short_answers():
+    box = '{"bbox_2d": [1,2,30,40], "label": %s}'
+    for label in ('"Cat"', '" cat"', '"the cat"', "null"):
+        assert boxes(box % label, box % '"cat"')["score"] == 1
+    assert boxes(box % '"dog"', box % '"cat"')["score"] == 0
+
+
+def test_accents_and_vowel_signs_belong_to_their_letters():
+    """To Python's expressions they are no part of a word: words without them were the same."""
+    split = "cafe\u0301"
+    assert overlap(split, "café")["score"] == characters(split, "café")["score"] == 1
+    for one, other in (("नमस्ते", "नमस्त"), ("கண்", "கண"), ("مُدَرِّس", "مدرس"), ("שָׁלוֹם", "שלום")):
+        assert overlap(one, one)["score"] == 1 and overlap(one, other)["score"] == 0, one

@@ -210,3 +210,116 @@ def test_the_shipped_detector_learns_which_kind_each_box_is(tmp_path, monkeypatc
         (417, 156, 625, 469),
         (729, 156, 938, 469),
     }
+
+
+def tools(corners, size):
+    """Return one box as tools and data sets write it that say what they mean, with its kind."""
+    x0, y0, x1, y1 = corners
+    width, height = size
+    outline = [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+    named = dict(zip(("xmin", "ymin", "xmax", "ymax"), map(str, corners), strict=True))
+    shares = {"XMin": x0 / width, "XMax": x1 / width, "YMin": y0 / height, "YMax": y1 / height}
+    return {
+        "LabelMe": {"label": "mask", "points": [[x1, y0], [x0, y1]], "shape_type": "rectangle"},
+        "PaddleOCR": {"label": "mask", "points": outline},
+        "vertices": {"label": "mask", "points": [{"x": x, "y": y} for x, y in outline]},
+        "VOC": {"name": "mask", "bndbox": named},
+        "Visual Genome": {"names": ["mask"], "x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0},
+        "an object's name": {"bbox": corners, "category": {"id": 4, "name": "mask"}},
+        "a table's number": {"bbox": corners, "label": "4"},
+        "with a gap": {"bbox": corners, "label": 4.0},
+        "Open Images": shares | {"label": "mask"},
+    }
+
+
+@pytest.mark.parametrize("tool", tools([1, 2, 3, 4], (9, 9)))
+def test_what_a_tool_writes_is_the_same_box_whatever_the_settings_say(tool):
+    draw = random.Random(tool)
+    for form in KEYS:
+        size = (draw.randrange(60, 400), draw.randrange(60, 300))
+        box = corners(draw, *size)
+        # bare numbers are what the setting is about
+        if form != "xyxy" and "bbox" in tools(box, size)[tool]:
+            continue
+        kind = "fractions" if tool == "Open Images" else None
+        reads = BoxFormat(form, kind, NAMES)
+        (found,) = reads.parse([tools(box, size)[tool]], reads.frame(None, None, size), size)
+        assert found.label == "mask" and units(found, *size) == [
+            round(x) for x in in_units(box, "thousandths", *size)
+        ]
+
+
+HUGE = 10**400
+NO_BOXES = [
+    ({"shape_type": "circle", "points": [[10, 20], [30, 40]]}, "a circle is no box"),
+    ({"shape_type": "linestrip", "points": [[1, 2], [30, 40]]}, "a linestrip is no box"),
+    ({"bbox": [1, 2, 30, 40], "iscrowd": 1}, "a crowd"),
+    ({"x": 1, "y": 2, "width": 30, "height": 40, "original_width": 9}, "box_units to fractions"),
+    ({"bbox": [1, 2, 30, 40], "labels": ["a", "b"]}, "2 labels in labels"),
+    ({"bbox": [0.1, 0.1, 1.0, 1.02]}, "box_units to fractions"),
+    ({"bbox": [0, 0, HUGE, 5]}, "not a list of numbers"),
+    ({"points": [{"x": 1}, {"x": 3}]}, "not a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("box", "said"), NO_BOXES)
+def test_what_stands_among_boxes_and_is_none_is_said(box, said):
+    with pytest.raises(BadBox, match=said) as caught:
+        BoxFormat().parse([box], (100, 200))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("form", ["xyxy", "xywh"])
+def test_coco_is_a_corner_and_a_size_and_its_outlines_are_not_nothing(tmp_path, form):
+    source = Source(tmp_path / "data")
+    rows = simple(12)
+    source(rows)
+    kinds = [{"id": 7, "name": "cup"}]
+    images = [{"id": i, "file_name": each["image"]} for i, each in enumerate(rows)]
+    around = [{"image_id": i, "category_id": 7, "bbox": [4, 8, 20, 12]} for i in range(12)]
+    path = tmp_path / "data/instances.json"
+
+    def said(annotations, out):
+        about = {"images": images, "annotations": annotations, "categories": kinds}
+        path.write_text(json.dumps(about))
+        task = entry(jsonl(path, box_format=form), prompt="Find.", answer="{boxes_json}")
+        return {row.answer for row in prepared(tmp_path, task, out)[1].values()}
+
+    assert said(around, "out") == {'[{"bbox_2d": [100, 200, 600, 500], "label": "cup"}]'}
+    outlines = [each | {"bbox": None, "segmentation": [[1, 2, 3, 4, 5, 6]]} for each in around]
+    with pytest.raises(DataError, match="no corners are among"):
+        said(outlines, "outlines")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_sides_of_a_table_scale_and_contradict_as_numbers_do(as_text):
+    """A CSV has all its numbers as text: boxes of the larger picture were taken as they stood."""
+    write = str if as_text else float
+    reads = BoxFormat()
+    frame = reads.frame(write(400), write(200), (200, 100))
+    (box,) = reads.parse([[100, 50, 300, 150]], frame, (200, 100))
+    assert units(box, 200, 100) == [250, 250, 750, 750]
+    with pytest.raises(BadBox, match="cannot be placed"):
+        reads.frame(write(100), write(200), (200, 100))
+    for none in (HUGE, "", "wide", "nan", 0, -3, True, None):
+        assert reads.frame(none, none, (200, 100)) == (200, 100)
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "said"),
+    [
+        ({}, {}, "no row of 12 has a box; name the column of boxes in fields.boxes"),
+        ({"box": [[1, 2, 30, 30]]}, {}, "no row of 12 has a box"),
+        ({"boxes": []}, {}, "no row of 12 has a box"),
+        ({"objects": {"bbox": [[1, 2, 30, 30]]}}, {"boxes": "objects.bboxes"}, "no row of 12"),
+        ({"boxes": [[1, 2, 30, 30]]}, {"labels": "kinds"}, "fields.labels is kinds"),
+        ({"boxes": [[1, 2, 30, 30]], "kind": "cup"}, {"labels": "kind"}, "no list of as many"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told_and_not_learned_as_none(
+    tmp_path, columns, fields, said
+):
+    source = Source(tmp_path / "data")
+    data = jsonl(source(simple(12, **columns)), fields=fields)
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path, entry(data, answer="{boxes_json}"))

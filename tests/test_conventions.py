@@ -38,6 +38,9 @@ PLACEHOLDERS = [
     "<start_of_image>",
     "<__media__>",
     "<IMG_CONTEXT><IMG_CONTEXT>",
+    "<image/>",
+    "<img src='{n}.png' alt='a cup'>",
+    "<fake_token_around_image><image><fake_token_around_image>",
 ]
 TEXTS = ["what is it?", "How many dots?\nAnswer with a number.", "Wo ist 3 < 4?", "读出文字。"]
 
@@ -94,6 +97,7 @@ def test_numbers_say_which_picture_is_meant():
         "Assistant: yes, and no",
         "images",
         "|box_start|",
+        "<table><tr><td>1</td></tr></table>",
     ],
 )
 def test_what_only_looks_like_a_mark_stays(text):
@@ -102,6 +106,13 @@ def test_what_only_looks_like_a_mark_stays(text):
 
 
 SPECIAL = [
+    "<phrase>a cup</phrase><object><patch_index_0001></object>",
+    "<bbox>1 2 3 4</bbox>",
+    "It is [SEG].",
+    "<extra_id_0> cup",
+    "<0x0A>",
+    "cup <EOS>",
+    "<video> of a cup",
     "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>",
     "<ref>the cup</ref><box>(100,200),(300,400)</box>",
     "<ref>cup</ref><box>[[100, 200, 300, 400]]</box>",
@@ -251,12 +262,14 @@ def strange(tmp_path, source, change, count=20, size=(40, 40), **task):
         image.paste((i, 0, 0), (0, 0, size[0], 3))
         image.save(tmp_path / "data" / row["image"])
         row |= change(i)
-    data = jsonl(source(rows), **task.pop("data", {}))
+    # Such stripes are one photo to who looks for near duplicates.
+    data = jsonl(source(rows), near_duplicates="off", **task.pop("data", {}))
     return prepared(tmp_path, entry(data, **task))[2]["warnings"]
 
 
 BOX = {"bbox": [1, 2, 30, 30]}
 STRANGE = {
+    "mark in angle brackets": (lambda i: {"answer": f"<tgt_{i}> a cup"}, {}),
     "any label": (lambda i: {"boxes": [BOX]}, {"answer": "{boxes_json}"}),
     "class_names": (lambda i: {"boxes": [BOX | {"label": i % 3}]}, {"answer": "{boxes_json}"}),
     "whole picture": (
@@ -292,7 +305,8 @@ def test_pictures_of_one_tone_or_far_too_small_are_said(tmp_path, source):
     rows = simple(20)
     for i, row in enumerate(rows):
         Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "data" / row["image"])
-    warnings = prepared(tmp_path, entry(jsonl(source(rows))))[2]["warnings"]
+    data = jsonl(source(rows), near_duplicates="off")
+    warnings = prepared(tmp_path, entry(data))[2]["warnings"]
     assert ["one tone" in w for w in warnings].count(True) == 1
     assert ["min_pixels" in w for w in warnings].count(True) == 1
 

@@ -376,3 +376,119 @@ def test_no_explanation_is_longer_than_a_screen():
             stats.drop(reason, "w" * rng.choice((5, 5000)), "d" * rng.choice((5, 100_000)))
         assert len(stats.explain()) < SCREEN + 500 and str(stats.total)
         assert len(json.dumps(stats.as_json())) < 400_000
+
+
+# ---------------------------------------------------------------- less for all
+
+
+@pytest.mark.parametrize("names", [("Train", "VAL", "Test"), ("Training", "dev", "testing")])
+def test_folders_of_splits_are_no_classes_however_they_are_spelled(tmp_path, names):
+    base = tmp_path / "pets"
+    for i in range(COUNT):
+        folder = base / names[i % 3] / ["cat", "dog"][i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture((5, i)).save(folder / f"{i}.png")
+    task = entry({"source": "folder", "path": str(base)}, prompt="Which?", answer="{label}")
+    _, found, report = prepared(tmp_path, task)
+    assert report["splits"] == dict.fromkeys(SPLITS, 6) and answers(found) == {"cat", "dog"}
+    (base / "validation").mkdir()
+    with pytest.raises(DataError, match=f"{names[1]} and validation .* both stand for valid"):
+        prepared(tmp_path, task, "twice")
+
+
+@pytest.mark.parametrize("suffix", [".TXT", ".JSON", ".gt.txt", ".caption", ".xml"])
+def test_what_stands_beside_pictures_is_read_or_named(tmp_path, suffix):
+    base = tmp_path / "lines"
+    base.mkdir()
+    for i in range(COUNT):
+        picture((5, i)).save(base / f"{i}.png")
+        text = f"it is {i}"
+        written = json.dumps({"answer": text}) if suffix == ".JSON" else text
+        (base / f"{i}{suffix}").write_text(written)
+    task = entry({"source": "folder", "path": str(base)}, prompt="Read.")
+    if suffix.isupper():
+        assert answers(prepared(tmp_path, task)[1]) == ALL
+        return
+    with pytest.raises(DataError, match=rf"0{suffix} is not read, write .* into 0\.json"):
+        prepared(tmp_path, task)
+
+
+SEVERAL_COLUMNS = {
+    "before_file_name": ("before_file_name", "after_file_name"),
+    "image": ("image", "images"),
+    "file_name": ("file_name", "mask_file_name"),
+}
+
+
+@pytest.mark.parametrize("first", SEVERAL_COLUMNS)
+def test_pictures_in_two_columns_are_asked_about(tmp_path, data, first):
+    one, other = SEVERAL_COLUMNS[first]
+    made = [
+        {"prompt": "?", "answer": f"it is {i}", one: f"{i}.png", other: [f"{i ^ 1}.png"]}
+        for i in range(COUNT)
+    ]
+    path = write_rows(data / "rows.jsonl", made)
+    with pytest.raises(DataError, match=f"columns {one} and {other} both have pictures"):
+        prepared(tmp_path, entry(jsonl(path)))
+    _, found, _ = prepared(tmp_path, entry(jsonl(path, image_field=other)), "said")
+    assert answers(found) == ALL
+    for each in made:
+        each[other] = each[one]
+    write_rows(path, made)
+    assert answers(prepared(tmp_path, entry(jsonl(path)), "same")[1]) == ALL
+
+
+PARTS = {
+    "of transformers": lambda i: {"type": "image", "path": f"{i}.png"},
+    "by address": lambda i: {"type": "image", "url": f"{i}.png"},
+    "as base64": lambda i: {"type": "image", "base64": spelled(i)},
+    "of Anthropic": lambda i: {"type": "image", "source": {"type": "base64", "data": spelled(i)}},
+}
+
+
+@pytest.mark.parametrize("style", PARTS)
+def test_pictures_in_the_parts_of_a_chat_are_read(tmp_path, data, style):
+    made = []
+    for i in range(COUNT):
+        asked = [PARTS[style](i), {"type": "text", "text": "What is it?"}]
+        said = {"role": "assistant", "content": f"it is {i}"}
+        made.append({"messages": [{"role": "user", "content": asked}, said]})
+    path = write_rows(data / "rows.jsonl", made)
+    metrics, found, _ = prepared(tmp_path, entry(jsonl(path, pictures="some")))
+    assert answers(found) == ALL and metrics["pictures"] == COUNT
+
+
+@pytest.mark.parametrize("turns", ["first", "each"])
+def test_a_later_question_with_a_picture_of_its_own_costs_the_row(tmp_path, data, turns):
+    made = []
+    for i in range(COUNT):
+        turn = [("human", "<image>\nWhat?"), ("gpt", f"it is {i}")]
+        turn += [("human", "And <image>?" if i == 0 else "Sure?"), ("gpt", "yes")]
+        chat = [{"from": who, "value": text} for who, text in turn]
+        pictures = [f"{i}.png", "17.png"] if i == 0 else [f"{i}.png"]
+        made.append({"images": pictures, "conversations": chat})
+    path = write_rows(data / "rows.jsonl", made)
+    report = prepared(tmp_path, entry(jsonl(path, turns=turns, max_bad_share=0.1)))[2]
+    assert report["dropped"] == {"pictures in later turns": 1}
+    assert "question 2" in report["examples"]["pictures in later turns"][0]
+
+
+SPELLED_PATHS = {
+    "of Windows": "..\\data\\{}.png",
+    "with a drive": "C:\\sets\\data\\{}.png",
+    "of another machine": "/mnt/sets/data/{}.png",
+    "with a folder too many": "data/{}.png",
+    "escaped": "%2E/{}.png",
+    "with a query": "{}.png?size=l",
+    "with blanks": " {}.png",
+    "in capitals": "{}.PNG",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLED_PATHS)
+def test_a_path_of_another_machine_is_told_by_what_is_there(tmp_path, data, spelling):
+    made = [row(i, image=SPELLED_PATHS[spelling].format(i)) for i in range(COUNT)]
+    path = write_rows(data / "rows.jsonl", made)
+    wanted = "image_root" if spelling == "of another machine" else r"0\.png does: "
+    with pytest.raises(DataError, match=wanted):
+        prepared(tmp_path, entry(jsonl(path)))

@@ -190,7 +190,8 @@ def test_a_text_in_two_splits_stays_in_the_stricter(tmp_path, source):
 
 
 def test_boxes_and_regions_need_a_picture(tmp_path, source):
-    rows = [*simple(12), {"id": "t", "prompt": "p", "answer": "a", "boxes": [[1, 2, 3, 4]]}]
+    placed = simple(12, boxes=[[1, 2, 30, 40]])
+    rows = [*placed, {"id": "t", "prompt": "p", "answer": "a", "boxes": [[1, 2, 3, 4]]}]
     path = source(rows)
     metrics, found, _ = prepared(tmp_path, entry(jsonl(path, pictures="some")), "unboxed")
     assert metrics["rows_without_boxes"] == 1 and found["t"].extra == {}

@@ -9,8 +9,10 @@ could be right.
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from unicodedata import category
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
@@ -22,7 +24,11 @@ _FENCE = re.compile(r"^```[a-z]*\s*|\s*```$")
 # Scripts that put no blanks between words are compared by their characters: Thai to Burmese, kana,
 # the ideographs of China and Japan.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}\U00020000-\U0003ffff]|(?:(?![{_UNSPACED}])\w)+")
+# Vowel signs and accents belong to their word, and are no \w to Python.
+_SIGNS = "".join(re.escape(c) for c in map(chr, range(0x300, 0x3100)) if category(c)[0] == "M")
+_WORD = re.compile(
+    rf"[{_UNSPACED}\U00020000-\U0003ffff]|(?:(?![{_UNSPACED}])\w)(?:(?![{_UNSPACED}])[\w{_SIGNS}])*"
+)
 
 Figures = dict[str, float | None]  # by name; `score` is always there
 Box = tuple[str, tuple[float, ...]]  # label (empty: none given) and x1, y1, x2, y2
@@ -49,8 +55,8 @@ class UnreadableReference(ValueError):
 
 def unreadable(metric: str, wanted: str) -> str | None:
     """Return what a metric misses in a right answer, in words; None where it can be judged by."""
-    if metric == "iou" and read_boxes(wanted) is None:
-        return f"no boxes as JSON in 0..{LARGEST_COORDINATE}"
+    if metric == "iou" and not _can_be_found(read_boxes(wanted)):
+        return f"no boxes with an area as JSON in 0..{LARGEST_COORDINATE}"
     if metric == "count" and number(wanted) is None:
         return "no number"
     # Nothing said would be right beside them.
@@ -59,6 +65,13 @@ def unreadable(metric: str, wanted: str) -> str | None:
     if metric in ("cer", "exact") and not wanted.strip():
         return "no text"
     return None
+
+
+def _can_be_found(wanted: Sequence[Box] | None) -> bool:
+    if wanted is None:
+        return False
+    # Nothing overlaps a box without an area, or one whose corners are the other way round.
+    return all(_area(corners) > 0 for _, corners in wanted)
 
 
 def _score(figures: Figures) -> float:
@@ -74,8 +87,9 @@ def exact(found: str, wanted: str) -> Figures:
 def characters(found: str, wanted: str) -> Figures:
     """Return the character error rate (edits over the wanted length) and 1 less it as score, never
     below 0."""
-    found = found.strip()
-    wanted = wanted.strip()
+    # An accent may be a character of its own, and looks the same.
+    found = unicodedata.normalize("NFC", found.strip())
+    wanted = unicodedata.normalize("NFC", wanted.strip())
     # Nothing may be wanted: then every character that was said is an error
     length = max(1, len(wanted))
     rate = edit_distance(found, wanted) / length
@@ -181,7 +195,8 @@ def _box(entry: object) -> Box | None:
     label = ""
     corners = entry
     if isinstance(entry, Mapping):
-        label = str(entry.get("label", ""))
+        given = entry.get("label")
+        label = "" if given is None else normalized(str(given))
         corners = entry.get("bbox_2d")
     if not isinstance(corners, list) or len(corners) != 4:
         return None
@@ -225,14 +240,18 @@ def overlap(found: str, wanted: str) -> Figures:
     """Return the F1 of the longest common word sequence (ROUGE-L of Lin 2004), and of the words
     without their order (ROUGE-1)."""
     # Not rouge-score's own tokenizer: it keeps a-z and 0-9 only, and no word of other scripts
-    said = _WORD.findall(found.lower())
-    right = _WORD.findall(wanted.lower())
+    said = _words(found)
+    right = _words(wanted)
     in_order = LCSseq.similarity(said, right)
     shared = Counter(said) & Counter(right)
     return {
         "score": _f1(in_order, said, right),
         "word F1": _f1(shared.total(), said, right),
     }
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def _f1(common: int, a: Sequence[str], b: Sequence[str]) -> float:

@@ -8,17 +8,17 @@ setting; nothing is guessed that another format would read as another box.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 from .boxes import UNITS, BadBox, Box
 
 Size = tuple[float, float]  # width and height
 
 # Where formats put corners, names and texts.
-_CORNERS = ("bbox", "bbox_2d", "box", "bboxes", "boxes", "polygon", "points", "quad")
+_CORNERS = ("bbox", "bbox_2d", "box", "bboxes", "boxes", "polygon", "points", "quad", "bndbox")
 LABELS = (
     *("label", "category", "category_name", "class_name", "class", "name", "labels", "categories"),
     *("class_names", "classes", "names", "category_id", "class_id", "label_id"),
+    "rectanglelabels",
 )
 TEXTS = ("text", "transcription", "word", "texts", "transcriptions", "words", "tokens")
 
@@ -46,8 +46,16 @@ _NAMED = {
 # Qwen3-VL's own key, and Qwen2.5-VL's: thousandths for the one, pixels for the other.
 _AMBIGUOUS = "bbox_2d"
 
+# LabelMe has points of other shapes under the same name as those of a polygon.
+_NO_AREAS = ("circle", "line", "linestrip", "point", "points")
+
+# What Label Studio writes beside x, y, width and height, which it counts in hundredths.
+_OF_HUNDREDTHS = ("original_width", "original_height", "rectanglelabels")
+
 # Annotation tools let boxes reach over the edge a little, boxes of another scale reach far over it.
 _OVER = 0.1
+
+_SHOWN = 120  # characters of what is no box, in a message
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,10 @@ class BoxFormat:
             return UNITS, UNITS
         if self.units == "fractions":
             return 1, 1
-        if not (_is_length(width) and _is_length(height)):
+        # Tables of text have numbers as text.
+        width = _length(width)
+        height = _length(height)
+        if width is None or height is None:
             return size_px
         # Of layout models: every page is said to be 1000 by 1000.
         if width == height == UNITS:
@@ -164,6 +175,7 @@ class BoxFormat:
         return self._described(box, entry)
 
     def _box(self, entry: Mapping, frame_px: Size) -> Box:
+        _check_kind(entry)
         key, corners = _corners(entry)
         if key == _AMBIGUOUS and self.units is None and frame_px != (UNITS, UNITS):
             raise BadBox(
@@ -187,6 +199,8 @@ class BoxFormat:
 
     def _described(self, box: Box, entry: Mapping) -> Box:
         label = _first(entry, LABELS)
+        if label is None:
+            label = _only_label(entry)
         text = _first(entry, TEXTS)
         return replace(box, label=self._name(label), text="" if text is None else str(text))
 
@@ -199,7 +213,8 @@ class BoxFormat:
         """Raise BadBox for what cannot be in the units that it is said to be in."""
         width_px, height_px = frame_px
         units = self.units or "pixels"
-        if units == "pixels" and max(extent) <= 1 < min(frame_px):
+        # Shares reach over an edge a little, too.
+        if units == "pixels" and max(extent) <= 1 + _OVER < min(frame_px):
             raise BadBox(
                 f"{corners} is less than a pixel; where boxes are shares of the sides, set "
                 "dataset.box_units to fractions"
@@ -215,9 +230,21 @@ class BoxFormat:
                 "height that boxes are of"
             )
 
+    def _number(self, label: object) -> object:
+        """Return the number of a class that a table has as text or with a point; others as they
+        are."""
+        if not self.class_names or label in self.class_names:
+            return label
+        if isinstance(label, float) and label.is_integer():
+            return int(label)
+        if isinstance(label, str) and label.strip().isdecimal():
+            return int(label)
+        return label
+
     def _name(self, label: object) -> str:
         if label is None:
             return ""
+        label = self._number(label)
         if isinstance(label, bool) or not isinstance(label, int):
             return str(label)
         if not self.class_names:
@@ -230,8 +257,28 @@ class BoxFormat:
         return self.class_names[label]
 
 
-def _is_length(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and 0 < value < math.inf
+def _length(value: object) -> float | None:
+    """Return a side's length, also of a text; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if 0 < found < math.inf else None
+
+
+def _check_kind(entry: Mapping) -> None:
+    """Raise BadBox for what stands among boxes and marks something else."""
+    if entry.get("shape_type") in _NO_AREAS:
+        raise BadBox(f"a {entry['shape_type']} is no box; draw a rectangle or polygon around it")
+    if entry.get("iscrowd") in (1, True):
+        raise BadBox("it marks a crowd (iscrowd), which is no single object")
+    if any(key in entry for key in _OF_HUNDREDTHS):
+        raise BadBox(
+            "Label Studio counts boxes in hundredths of the sides; divide by 100, leave out "
+            f"{' and '.join(_OF_HUNDREDTHS[:2])} and set dataset.box_units to fractions"
+        )
 
 
 def _entries(raw: object, beside: Mapping[str, Sequence]) -> list[Mapping]:
@@ -241,7 +288,10 @@ def _entries(raw: object, beside: Mapping[str, Sequence]) -> list[Mapping]:
     if isinstance(raw, Mapping):
         return _transposed(raw)
     if not isinstance(raw, list | tuple):
-        raise BadBox(f"boxes are {type(raw).__name__}, a list was wanted")
+        raise BadBox(
+            f"boxes are {type(raw).__name__}, a list was wanted; write them as JSON, as in "
+            "[[x0, y0, x1, y1]], and a row for each picture"
+        )
     # One box as four bare numbers.
     if len(raw) == 4 and all(map(_is_number, raw)):
         raw = [raw]
@@ -295,35 +345,71 @@ def _first(entry: Mapping, keys: Iterable[str]) -> object:
     return None
 
 
+def _only_label(entry: Mapping) -> object:
+    """Return the label of an entry that has it in a list, or in an object of its own; None where it
+    has none. Raises BadBox for several."""
+    for key in LABELS:
+        value = entry.get(key)
+        if isinstance(value, list | tuple) and value:
+            if len(value) > 1:
+                raise BadBox(f"it has {len(value)} labels in {key}, one was wanted")
+            value = value[0]
+        if isinstance(value, Mapping):
+            value = _first(value, ("name", "label", "id"))
+        if value is not None and not isinstance(value, list | tuple):
+            return value
+    return None
+
+
 def _numbers(corners: object, form: str) -> tuple[str, list[float]]:
     """Return the form of corners and their numbers, points taken apart. Raises BadBox."""
     if isinstance(corners, Mapping):
         form, corners = _named(corners)
     flat: list[float] = []
+    in_points = 0
     try:
         if isinstance(corners, str) or not isinstance(corners, Iterable):
             raise TypeError
         for point in corners:
             if isinstance(point, list | tuple):
                 flat.extend(float(number) for number in point)
+                in_points += 1
+            elif isinstance(point, Mapping):
+                flat += [float(point["x"]), float(point["y"])]
+                in_points += 1
             else:
                 flat.append(float(point))
-    except (TypeError, ValueError):
-        raise BadBox(f"{corners!r} is not a list of numbers") from None
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise BadBox(f"{_shown(corners)} is not a list of numbers") from None
     in_pairs = len(flat) >= 4 and len(flat) % 2 == 0
     if not in_pairs or not all(map(math.isfinite, flat)):
-        raise BadBox(f"{corners!r} is neither four numbers nor a polygon's points")
+        raise BadBox(f"{_shown(corners)} is neither four numbers nor a polygon's points")
+    if in_points == 2 and len(flat) == 4:
+        # Two opposite corners, in the order in which somebody drew them.
+        xs = sorted(flat[::2])
+        ys = sorted(flat[1::2])
+        return "xyxy", [xs[0], ys[0], xs[1], ys[1]]
     return form, flat
+
+
+def _shown(corners: object) -> str:
+    text = repr(corners)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _named(corners: Mapping) -> tuple[str, list]:
     """Return the form and the values of corners under names. Raises BadBox."""
+    # Some write XMin.
+    by_name = {str(name).lower(): value for name, value in corners.items()}
     for form, spellings in _NAMED.items():
         for names in spellings:
-            if all(corners.get(name) is not None for name in names):
-                return form, [corners[name] for name in names]
+            if all(by_name.get(name) is not None for name in names):
+                return form, [by_name[name] for name in names]
     known = ", ".join(map(str, corners))
-    raise BadBox(f"no corners are among {known}; {_CORNERS[0]} was wanted")
+    raise BadBox(
+        f"no corners are among {known}; name them {_CORNERS[0]} (four numbers) or "
+        f"{' '.join(_NAMED['xyxy'][0])}"
+    )
 
 
 def _extent(flat: Sequence[float], form: str) -> tuple[float, float, float, float]:

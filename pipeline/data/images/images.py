@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 from PIL import Image, ImageStat, UnidentifiedImageError
 
@@ -223,7 +224,7 @@ def _content(source: ImageSource, root: Path | None, name: str) -> bytes | Image
         # A pipe or a device would block or never end.
         if not path.is_file():
             fault = "is not a file" if path.exists() else "does not exist"
-            raise BadImage("missing picture", f"{name} {fault}")
+            raise BadImage("missing picture", f"{name} {fault}{_meant(source, root)}")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise BadImage(
@@ -235,6 +236,29 @@ def _content(source: ImageSource, root: Path | None, name: str) -> bytes | Image
     except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
         raise BadImage("missing picture", f"{name!r} cannot be read: {why}") from None
+
+
+def _meant(path: Path | str, root: Path | None) -> str:
+    """Return what to say where a path's file is there under a path that is spelled otherwise."""
+    if root is None:
+        return ""
+    root = root.resolve()
+    given = str(path).strip()
+    plain = unquote(given.partition("?")[0]).replace("\\", "/")
+    parts = [part for part in plain.split("/") if part]
+    # Whole first, then without the folders of the machine that it was written on.
+    for start in range(len(parts)):
+        rest = "/".join(parts[start:])
+        there = (root / rest).resolve()
+        if rest != given and there.is_relative_to(root) and there.is_file():
+            return f", {rest} does: write paths as they are from image_root on, with / in them"
+    if "\\" in given:
+        return "; folders are parted by / here, and paths start at image_root"
+    folder = root / "/".join(parts[:-1])
+    for file in folder.iterdir() if parts and folder.is_dir() else ():
+        if file.name.lower() == parts[-1].lower():
+            return f", {file.name} does: upper and lower case are different names"
+    return ""
 
 
 def _inside(path: Path | str, root: Path, name: str) -> Path:
@@ -304,8 +328,8 @@ def _faults(name: str, max_pixels: int, data: bytes = b"") -> Iterator[None]:
     except tones.UnknownTones as error:
         raise BadImage("unread tones", f"{name}: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # What follows the comma guesses at an attack.
-        told, _, _ = str(error).partition(",")
+        # What follows names Pillow's own limit, and guesses at an attack.
+        told, _, _ = str(error).partition(" exceeds limit")
         raise BadImage(
             "too large a picture",
             f"{name}: {told}; at most {max_pixels} square px are decoded. Make it smaller",

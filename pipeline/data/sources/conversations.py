@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..tasks.markup import placeholders
 from . import SkippedRow
 
 # Columns that hold chats, the first one that is there counts.
@@ -30,6 +31,8 @@ _SPEAKERS = {
 _KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
 
 _PICTURE_PARTS = ("image_url", "image", "input_image")
+# Where such a part has its picture, as OpenAI, transformers and Anthropic write it.
+_PICTURE_KEYS = ("image_url", "image", "url", "path", "base64", "bytes", "source")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -80,6 +83,7 @@ def rows(where: str, columns: dict, turns: str) -> Iterator[tuple[str, dict | Sk
                 f"{name} has {len(found)} exchanges, and an expert is asked one thing; set "
                 "dataset.turns to each (a row for each, without what came before) or first",
             )
+        _check_pictures(found)
     except UnreadChat as error:
         yield where, SkippedRow(error.reason, str(error))
         return
@@ -90,6 +94,18 @@ def rows(where: str, columns: dict, turns: str) -> Iterator[tuple[str, dict | Sk
     for number, exchange in enumerate(found, 1):
         own = {"id": f"{identity}/{number}", "group": columns.get("group") or str(identity)}
         yield f"{where} turn {number}", columns | own | _as_columns(exchange, columns)
+
+
+def _check_pictures(found: list[Exchange]) -> None:
+    """Raise UnreadChat where a later question brings pictures of its own: which of the row's they
+    are, the row does not say."""
+    for number, exchange in enumerate(found[1:], 2):
+        if placeholders(exchange.prompt) and not exchange.pictures:
+            raise UnreadChat(
+                "pictures in later turns",
+                f"question {number} has a placeholder of a picture; write a row for each question "
+                "with the pictures that it is about",
+            )
 
 
 def _as_columns(exchange: Exchange, columns: dict) -> dict:
@@ -179,7 +195,7 @@ def _parts(content: object) -> tuple[str, list[object]]:
             texts.append(str(part.get("text") or ""))
         elif isinstance(part, dict) and kind in _PICTURE_PARTS:
             # One without a picture only says where one of the row's own belongs.
-            pictures += [part[key] for key in ("image_url", "image") if part.get(key)]
+            pictures += [part[key] for key in _PICTURE_KEYS if part.get(key)]
         else:
             shown = kind or type(part).__name__
             raise UnreadChat(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 from ...config.task_data import TaskDataConfig
@@ -11,7 +12,6 @@ from . import SkippedRow, sidecars, task_files
 from .task_files import parsed
 from .task_streams import (
     IMAGE_COLUMNS,
-    SPLIT_NAMES,
     Found,
     Stream,
     base_of,
@@ -35,9 +35,7 @@ def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
             yield split, map(_with_split_of_folder, rows)
         return
     if not given:
-        for folder_name, split in SPLIT_NAMES.items():
-            if (base / folder_name).is_dir():
-                given[split] = folder_name
+        given = _folders_by_split(name, base)
     if not given:
         yield None, _folder_rows(name, data, base, base)
     for split, folder_name in given.items():
@@ -63,6 +61,22 @@ def look(name: str, data: TaskDataConfig) -> None:
     raise DataError(f"{setting(name)}.path: {base} has no images; correct path")
 
 
+def _folders_by_split(name: str, base: Path) -> dict[str, str]:
+    """Return the folders that are named for a split. Raises DataError for two of the same."""
+    found: dict[str, str] = {}
+    for folder in sorted(base.iterdir()):
+        split = split_named(folder.name)
+        if split is None or not folder.is_dir():
+            continue
+        if split in found:
+            raise DataError(
+                f"{setting(name)}: {found[split]} and {folder.name} in {base} both stand for "
+                f"{split}; name the one that is meant under {split}, and the other splits' too"
+            )
+        found[split] = folder.name
+    return found
+
+
 def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> Iterator[Found]:
     """Yield the rows of a split's folder: from the tables in it, from what stands beside each
     image, or else from the names of the folders that images are in."""
@@ -72,7 +86,7 @@ def _folder_rows(name: str, data: TaskDataConfig, base: Path, folder: Path) -> I
     for path in _files(folder):
         if task_files.is_table(path):
             tables.append(path)
-        annotated = annotated or path.suffix in SIDECARS
+        annotated = annotated or path.suffix.lower() in SIDECARS
     for table in tables:
         yield from task_files.rows_of(setting(name), data, table, base)
     if not tables:
@@ -118,7 +132,7 @@ def _sidecars(base: Path, folder: Path, start: Path, annotated: bool) -> Iterato
 
 
 def _annotated(path: Path, row: dict) -> dict | SkippedRow:
-    for suffix in SIDECARS:
+    for suffix in (*SIDECARS, *map(str.upper, SIDECARS)):
         beside = path.with_suffix(suffix)
         try:
             content = beside.read_bytes()
@@ -126,7 +140,7 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
             continue
         except OSError as error:
             return SkippedRow("unreadable annotation", f"{beside.name}: {error}")
-        if suffix == ".json":
+        if suffix.lower() == ".json":
             found = parsed(content)
             if isinstance(found, SkippedRow):
                 return found
@@ -135,8 +149,13 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            detail = f"{beside.name}: byte {error.start}: {error.reason}"
+            detail = f"{beside.name}: byte {error.start}: {error.reason}; save it as UTF-8"
             return SkippedRow("not UTF-8", detail)
         given = sidecars.columns(beside.name, text)
         return given if isinstance(given, SkippedRow) else row | given
-    return SkippedRow("no annotation", f"nothing beside it ends in {' or '.join(SIDECARS)}")
+    detail = f"nothing beside it is named {path.stem}{f' or {path.stem}'.join(SIDECARS)}"
+    others = (file.name for file in sorted(path.parent.glob(f"{escape(path.stem)}.*")))
+    other = next((name for name in others if name != path.name), None)
+    if other is not None:
+        detail += f"; {other} is not read, write what it says as columns into {path.stem}.json"
+    return SkippedRow("no annotation", detail)

@@ -26,6 +26,8 @@ _OF_HUB = (".parquet", ".arrow", ".tar", ".zip")
 # Files that say something of a data set and hold none of its rows.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
+_COCO_CORNERS = ("x", "y", "width", "height")
+
 _LONGEST_PATH = 1024  # characters; longer text is a picture itself
 
 # Of files in a folder of images that say what they show, without their suffix.
@@ -257,12 +259,21 @@ def _coco_rows(where: str, lists: dict[str, list[dict]]) -> Iterator[tuple[str, 
         boxes = []
         captions = []
         for annotation in by_image.get(image.get("id"), []):
-            if "bbox" in annotation:
+            # Outlines alone are boxes that cannot be read, not no boxes.
+            if "bbox" in annotation or "segmentation" in annotation:
                 label = names.get(annotation.get("category_id"))
-                boxes.append(annotation | ({} if label is None else {"label": label}))
+                about = annotation | {"bbox": _coco_corners(annotation.get("bbox"))}
+                boxes.append(about | ({} if label is None else {"label": label}))
             if "caption" in annotation:
                 captions.append(annotation["caption"])
         said: dict[str, object] = {"boxes": boxes}
         if captions:
             said |= {"answer": captions[0], "answers": captions}
         yield f"{where} images {number}", image | said
+
+
+def _coco_corners(bbox: object) -> object:
+    """Return COCO's four numbers under names that say what they are, whatever the settings say."""
+    if not isinstance(bbox, list) or len(bbox) != len(_COCO_CORNERS):
+        return bbox
+    return dict(zip(_COCO_CORNERS, bbox, strict=True))

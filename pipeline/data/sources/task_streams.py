@@ -26,12 +26,14 @@ SPLIT_NAMES = {
     "validation": "valid",
     "val": "valid",
     "dev": "valid",
+    "training": "train",
+    "testing": "test",
 }
 
 
 def split_named(name: str) -> str | None:
     """Return the split that a name stands for, None when it is no split's."""
-    return SPLIT_NAMES.get(name.lower())
+    return SPLIT_NAMES.get(name.strip().lower())
 
 
 def image_columns(setting: str) -> tuple[str, ...]:

@@ -197,25 +197,40 @@ def _images(columns: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
     """Yield the pictures of a row. Raises ValueError where there should be one and is none."""
     if data.pictures == "none":
         return
-    value = None
+    found: dict[str, list] = {}
     for name in _image_columns(columns, data):
         value = structured(value_at(columns, name))
         if value not in (None, "", [], ()):
-            break
-    else:
+            found[name] = list(value) if isinstance(value, list | tuple) else [value]
+    if not found:
         if data.pictures == "some":
             return
         raise ValueError(
             f"none in column {data.image_field!r} of {listed(columns)}; set dataset.image_field to "
             "the one that has them; for rows of text alone set dataset.pictures"
         )
-    items = value if isinstance(value, list | tuple) else [value]
+    items = _of_one_column(found)
     for number, item in enumerate(items, 1):
         try:
             yield _image(item, data)
         except ValueError as error:
             which = f"picture {number} of {len(items)}: " if len(items) > 1 else ""
             raise ValueError(f"{which}{error}") from None
+
+
+def _of_one_column(found: dict[str, list]) -> list:
+    """Return the pictures of the column that has them. Raises ValueError where several have some,
+    and none has all."""
+    name, items = next(iter(found.items()))
+    for other, others in found.items():
+        # The name of a file beside the picture itself says where it was.
+        is_same = others == items or other in ("file_name", "file_names")
+        if not is_same:
+            raise ValueError(
+                f"columns {name} and {other} both have pictures; set dataset.image_field to the "
+                "one that is meant, or write all into one list"
+            )
+    return items
 
 
 def _image_columns(columns: dict, data: TaskDataConfig) -> Iterator[str]:

@@ -29,8 +29,12 @@ _LEAST_ROWS = 10  # fewer say nothing of the rest
 _ONE_TONE = 8  # levels between the darkest and the lightest point of a colour
 _KEPT_ANSWERS = 1 << 14  # distinct ones that are counted: a task with more has no usual answer
 
-_NOTHING = re.compile(r"nan|none|null|n/a|<na>|undefined|nat", re.I)
-_PYTHON = re.compile(r"[\[({]\s*['(]|None\b|True\b|False\b")
+_NOTHING = re.compile(r"nan|none|null|n/?a|<na>|undefined|nat", re.I)
+_PYTHON = re.compile(
+    r"[\[({]\s*['(]|None\b|True\b|False\b|b'|np\.|\w+\((?:\[|')|<[\w.]+[^<>]* at 0x"
+)
+# What opens in angle brackets and is closed nowhere, as HTML is but for these.
+_MARK = re.compile(r"<(?!(?:br|hr|p|li|td|th|tr|img|input)>)(/?)([A-Za-z_]\w*)>")
 _FLOAT = re.compile(r"-?\d+\.0")
 _COORDINATES = re.compile(r"\W*(?:-?\d+(?:\.\d+)?[\s,]+){3,}-?\d+(?:\.\d+)?\W*")
 
@@ -48,6 +52,8 @@ STRANGE = {
     "coordinates": "have an answer of numbers alone, as coordinates are; write boxes as boxes",
     "echo": "have the prompt as their answer; see the templates and dataset.fields",
     "enlarged": "have a picture made over twice as wide and high to reach min_pixels",
+    "mark": "have a mark in angle brackets that nothing closes, as special tokens of other models "
+    "are; write what it means",
     "one tone": "have a picture of nearly one tone; see what its values mean",
 }
 
@@ -68,8 +74,10 @@ def strange_about(
         "fraction": _FLOAT.fullmatch(answer) is not None,
         "coordinates": not _is_json(answer) and _COORDINATES.fullmatch(answer) is not None,
         "echo": answer == row.prompt,
+        "mark": _has_mark(row.prompt) or _has_mark(answer),
         "enlarged": any(4 * each.width_px * each.height_px < limits.min_pixels for each in stored),
         "one tone": any(each.tones <= _ONE_TONE for each in stored),
+        "no box": "{boxes_json}" in entry.answer and not row.extra.get("boxes"),
         "unread": _unread(entry, row) is not None,
     }
     if row.extra.get("boxes") and "{boxes_json}" in entry.answer:
@@ -79,6 +87,14 @@ def strange_about(
 
 def _is_pythons(answer: str) -> bool:
     return _PYTHON.match(answer) is not None and not _is_json(answer)
+
+
+def _has_mark(text: str) -> bool:
+    names: set[str] = set()
+    closed: set[str] = set()
+    for slash, name in _MARK.findall(text):
+        (closed if slash else names).add(name)
+    return bool(names - closed)
 
 
 def _is_json(answer: str) -> bool:
@@ -166,6 +182,11 @@ class AsTrained:
                 f"loras.experts.{name}.dataset: no box of {fit} rows with pictures of over "
                 f"{1.25 * UNITS:.0f} px reaches beyond {UNITS}, so they seem to be in thousandths; "
                 "set box_units to thousandths, or to pixels where they are"
+            )
+        if self.rows and self.strange["no box"] == self.rows:
+            raise DataError(
+                f"loras.experts.{name}.dataset: the answer names {{boxes_json}}, and no row of "
+                f"{self.rows} has a box; name the column of boxes in fields.boxes"
             )
         unread = self.strange["unread"]
         if unread > self.entry.dataset.max_bad_share * self.rows:

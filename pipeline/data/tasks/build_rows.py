@@ -348,7 +348,12 @@ class RowBuilder:
             mapped = data.fields.get(f"{name}s")
             wanted = [mapped] if mapped else [f"{home}{dot}{key}" for key in known]
             for each in wanted:
-                values = value_at(record.columns, each)
+                values = structured(value_at(record.columns, each))
+                if mapped and not isinstance(values, list | tuple):
+                    raise BadBox(
+                        f"dataset.fields.{name}s is {mapped}, which holds no list of as many as "
+                        "there are boxes"
+                    )
                 # Of a list of objects that have no such key, there is a list of nothing.
                 if not isinstance(values, list | tuple) or all(each is None for each in values):
                     continue
@@ -381,6 +386,9 @@ class RowBuilder:
         metric = self.entry.metric
         # A list of numbers is a box, and one of texts never is.
         numbers = metric == "count"
+        # Of boxes none may be right, of answers a list of nothing says that nobody knows.
+        if metric != "iou" and right_answers.is_empty(values.get("answer")):
+            values["answer"] = None
         given = right_answers.listed(values.get("answer"), numbers)
         others = right_answers.listed(values.get("answers"), numbers)
         is_missing_one = is_missing(values.get("answer")) or values["answer"] == ""

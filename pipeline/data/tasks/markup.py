@@ -12,19 +12,22 @@ import re
 _PADS = r"<\|image_pad\|>|<im_patch>|<image_soft_token>|<IMG_CONTEXT>|\[IMG\]|\[IMG_BREAK\]"
 # Tokens that stand for a picture each, perhaps with its number.
 _ONES = (
-    r"<\|?(?:image|img|picture)[ _-]?(?P<number>\d{1,3})?\|?>|<(?:ImageHere|__media__|__image__)>"
-    r"|<image[_-]placeholder>|<start_of_image>"
+    r"<\|?(?:image|img|picture)[ _-]?(?P<number>\d{1,3})?\s?/?\|?>"
+    r"|<(?:ImageHere|__media__|__image__)>|<image[_-]placeholder>|<start_of_image>"
+    r"|<img\s[^<>]{1,500}>"
     r"|(?<!!)\[(?:image|picture)[ _-]?(?P<listed>\d{1,3})?\]"
 )
 _PLACEHOLDER = re.compile(
     rf"""
-    (?: <\|vision_start\|> | <\|?image_start\|?> | <im_start> | <start_of_image>(?=\s*<image_s) )?
+    (?: <\|vision_start\|> | <\|?image_start\|?> | <im_start> | <start_of_image>(?=\s*<image_s)
+      | <fake_token_around_image> )?
     (?:
         (?:Picture[ ]\d+:[ ]?)? <img>(?P<path>[^<>\n]{{1,500}})</img>
       | (?P<pads>(?:{_PADS})(?:\s*(?:{_PADS}))*)
       | {_ONES}
     )
-    (?: <\|vision_end\|> | <\|?image_end\|?> | <im_end> | <end_of_image> | \[IMG_END\] )?
+    (?: <\|vision_end\|> | <\|?image_end\|?> | <im_end> | <end_of_image> | \[IMG_END\]
+      | <fake_token_around_image> )?
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -33,12 +36,15 @@ _SPECIAL = re.compile(
     r"""
     <\|/?[A-Za-z](?:[A-Za-z0-9_ .-]{0,38}[A-Za-z0-9])?\|>  # of chat templates, of Qwen2-VL's boxes
   | <｜[^｜<>\n]{1,40}｜>                     # of DeepSeek, with wide bars
-  | </?(?:ref|box|quad|det|grounding)>      # of Qwen-VL, InternVL, Kosmos-2
+  | </?(?:ref|box|bbox|quad|poly|det|delim|phrase|grounding)>  # of Qwen-VL, InternVL, Kosmos-2
   | <(?:loc_?|seg|bin_|patch_index_)\d{1,4}>  # of PaliGemma, Florence-2, Kosmos-2
   | <points?\ x\d*="                        # of Molmo
   | </?s_[a-z_]+>|<sep/>                    # of Donut
-  | \[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>
-  | \[(?:CLS|SEP|PAD|UNK|MASK)\]
+  | \[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>
+  | <(?:bos|eos|cls|sep|pad|unk|mask|BOS|EOS|CLS|SEP|PAD|UNK|MASK)>
+  | \[(?:CLS|SEP|PAD|UNK|MASK|SEG)\]
+  | <(?:extra_id_|unused|image_newline|end_of_utterance)\d{0,4}>|<0x[0-9A-F]{2}>
+  | <(?:video|audio)>                        # nothing of the kind is read
   | \A\s*<s>|</s>\s*\Z                      # elsewhere HTML's for what is struck out
   | \b(?:ASSISTANT|GPT|Assistant):\s*\Z       # a whole chat as one text
     """,
@@ -58,8 +64,15 @@ def special_token(text: str, is_answer: bool) -> str | None:
     found = _SPECIAL.search(text)
     if found is None and is_answer:
         # [image] is Markdown's and anybody's way to say that one is left out.
-        found = next((each for each in _PLACEHOLDER.finditer(text) if each[0][0] == "<"), None)
+        # An answer in HTML may have pictures in it.
+        marks = (each for each in _PLACEHOLDER.finditer(text) if each[0][0] == "<")
+        found = next((each for each in marks if not each[0].startswith("<img ")), None)
     return found[0].strip() if found else None
+
+
+def placeholders(prompt: str) -> int:
+    """Return how many pictures a prompt has placeholders of."""
+    return sum(1 for _ in _PLACEHOLDER.finditer(prompt))
 
 
 def without_placeholders(prompt: str, pictures: int) -> tuple[str, int]:

@@ -109,7 +109,7 @@ def prepare(
     spool.unlink()
     _check_bad(stats, entry.name, data.max_bad_share)
     _sweep_images(folder / IMAGES, used, counts)
-    _check_splits(entry.name, counts, stats)
+    _check_splits(entry.name, counts, stats, len(assignment.splits))
     shown = trained.examples(folder)
     warnings = trained.warnings() + alike.warnings()
     as_trained = {
@@ -345,13 +345,13 @@ def _check_boxes(stats: DropStats, name: str, max_bad_share: float) -> None:
     )
 
 
-def _check_splits(name: str, counts: Counter[str], stats: DropStats) -> None:
+def _check_splits(name: str, counts: Counter[str], stats: DropStats, groups: int) -> None:
     missing = [split for split in SPLITS if not counts[split]]
     if missing:
         raise DataError(
             f"loras.experts.{name}.dataset gives no {' and no '.join(missing)} row, out of "
-            f"{stats.seen} seen and {stats.total} dropped: name a file or split for it, or give "
-            "more pictures"
+            f"{stats.seen} seen and {stats.total} dropped, with {groups} different pictures or "
+            "groups of them: name a file or split for it, or give more pictures"
         )
 
 

@@ -38,6 +38,15 @@ def listed(value: object, numbers: bool = False) -> list[str]:
     return [answer for answer in answers if answer]
 
 
+def is_empty(value: object) -> bool:
+    """Whether a value is a list of answers with none in it, at any depth."""
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_empty, value))
+    return is_missing(value) or value == ""
+
+
 def chosen(answers: list[str]) -> str:
     """Return the answer that most people gave, of equally many the first."""
     counts = Counter(answers)
