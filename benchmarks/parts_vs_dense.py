@@ -387,16 +387,17 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, ""]
 
 
-def _spread(mean: float, interval: Interval) -> str:
-    return f"{mean:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def _spread(mean: float, interval: Interval | None) -> str:
+    # none over too few documents
+    return f"{mean:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
-def _pair(found: Difference) -> tuple[float, Interval]:
+def _pair(found: Difference) -> tuple[float, Interval | None]:
     return found.difference, found.interval
 
 
-def _against(difference: float, interval: Interval) -> str:
-    return f"{difference:+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+def _against(difference: float, interval: Interval | None) -> str:
+    return f"{difference:+.4f}" + (f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else "")
 
 
 def _share(value: float | None) -> str:

@@ -238,18 +238,19 @@ def _outside(bench, rows: list[dict]) -> dict | None:
 
 
 def _report(cfg, tables, metrics: dict, outside: dict | None) -> str:
+    from pipeline.report.format import interval
+
     test = tables.sets[0]
     rows = []
     for row in test.rows:
-        low, high = row.interval
         ahead = ""
         if row.router_ahead is not None:
-            less, more = row.router_ahead.interval
-            ahead = f"{row.router_ahead.difference:+.3f} [{less:+.3f}, {more:+.3f}]"
+            spread = interval(row.router_ahead.interval)
+            ahead = f"{row.router_ahead.difference:+.3f} {spread}"
         rows.append(
             [
                 {"text only": "TF-IDF, logistic regression"}.get(row.name, row.name),
-                f"{row.accuracy:.3f} [{low:.3f}, {high:.3f}]",
+                f"{row.accuracy:.3f} {interval(row.interval)}",
                 f"{row.top_k_accuracy:.3f}",
                 f"{row.nats:.3f}",
                 f"{row.ece:.3f}",

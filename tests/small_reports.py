@@ -131,14 +131,12 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
                 "text": "beats dense",
                 "passed": True,
                 "detail": "by 0.1",
-                "of_machine": False,
             },
             {
                 "name": "tertiary",
                 "text": "all used",
                 "passed": False,
                 "detail": "4 %",
-                "of_machine": True,
             },
         ],
         "wins": [
@@ -310,7 +308,6 @@ def request_values() -> dict:
                 "text": "sends well",
                 "passed": True,
                 "detail": "93 %",
-                "of_machine": False,
             },
         ],
         "speed": [dict(JOB, job="train_experts color")],

@@ -262,6 +262,7 @@ def routed(name: str, own: list[int], router: list[int], text: list[int]):
     return SimpleNamespace(
         name=name,
         requests=own,
+        bootstrap=resamples,
         hits=lambda row="router": hits[row].astype(float),
         ahead=ahead,
         one=one,
@@ -273,12 +274,19 @@ def verdicts(router: list[int], scores: dict, stack: float) -> dict[str, bool]:
     own = [0, 1] * 10
     sets = {name: routed(name, own, router, [0] * 20) for name in ("test", "test, neutral prompts")}
     tasks = [
-        TaskScores(task=task, metric="exact", requests=20, scores=each, intervals={}, figures={})
+        TaskScores(
+            task=task,
+            metric="exact",
+            requests=20,
+            scores=each,
+            intervals={task: (0.0, 1.0)},
+            figures={},
+        )
         for task, each in scores.items()
     ]
     adapters = AdapterScores(adapters=("a", "b", "base"), tasks=tuple(tasks))
     ways = {
-        way: AnswerScore(score=score, interval=None)
+        way: AnswerScore(score=score, interval=(0.0, 1.0))
         for way, score in {"stack": stack, "choice": stack, "oracle": 0.9, "base": 0.0}.items()
     }
     row = AnswerRow(requests=20, behind_oracle=None, **ways)

@@ -234,7 +234,7 @@ def test_what_a_history_lost_is_told(tmp_path, seed, how):
     assert found.missing
     assert len(found.rows) < len(rows)
     if how == "one line gone":
-        assert "is missing" in found.missing
+        assert "not in it" in found.missing
     # who goes on with it hears of it, once, and adds to what is left
     console = screen()
     recorder = Recorder(path, job="trunk", total_steps=500, every=10, console=console)

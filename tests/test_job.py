@@ -45,7 +45,10 @@ def stored(folder):
             needs = [addresses.of(*need) for need in cfg.needs(stage, item)]
             inputs = {need: store.manifest(need).digest for need in needs}
             files = inventory(store.folder(address))
-            store.finish(Manifest(address, stage, item, inputs, files, {"seconds": 1.5}))
+            metrics = {"seconds": 1.5}
+            if cfg.stages[stage].kind == "training":
+                metrics |= {"planned_steps": 8, "steps": 8}
+            store.finish(Manifest(address, stage, item, inputs, files, metrics))
     return cfg, store
 
 
@@ -85,6 +88,30 @@ def test_a_job_reads_and_hashes_each_input_once(runs, monkeypatch, family, stage
     assert set(counted.manifests.values()) == {1}
     # What the job writes itself is hashed once too, in its inventory
     assert counted.hashed and set(counted.hashed.values()) == {1}
+
+
+@pytest.mark.parametrize("family", ["ffn_moe", "lora_vlm"])
+def test_histories_are_read_before_anything_is_measured_and_done_without(runs, family):
+    cfg, store = runs[family]
+    trained = [name for name, stage in cfg.stages.items() if stage.kind == "training"]
+    jobs = [job for name in trained for job in stages.Addresses(cfg).jobs(name)]
+    folder = store.folder(stages.address(cfg, "evaluate"))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(store.root / "history", ignore_errors=True)
+    *_, (_, _, last) = jobs
+    store.history(last).mkdir(parents=True)
+    said = []
+    with pytest.raises(errors.StoreError, match="history"):
+        run_job("evaluate", cfg, store, progress=lambda text, _: said.append(text))
+    assert said == []
+    store.history(last).rmdir()
+    run_job("evaluate", cfg, store, progress=lambda text, _: said.append(text))
+    told = [text for text in said if text.startswith("history of ")]
+    names = [f"{stage} {item}" if item else stage for stage, item, _ in jobs]
+    assert told == [f"history of {name}: the file is gone" for name in names]
+    assert len(told) < len(said)
+    page = (folder / "report.html").read_text()
+    assert page.count("is not whole: the file is gone") == len(names)
 
 
 def test_the_trunk_is_opened_once_by_the_evaluation(runs, monkeypatch):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from pipeline.metrics.bootstrap import LEAST_UNITS
 from pipeline.metrics.language import (
     Documents,
     Scores,
@@ -22,6 +23,12 @@ from pipeline.metrics.language import (
 
 A = Documents("a", np.array([0, 3, 7]), np.array([10, 20]))
 B = Documents("b", np.array([0, 2, 4, 9]), np.array([5, 6, 9]))
+
+
+MANY = tuple(
+    Documents(name, np.arange(count + 1) * 3, np.random.default_rng(count).integers(5, 40, count))
+    for name, count in (("a", LEAST_UNITS), ("b", 31))
+)
 
 
 def scores(resamples: int = 300) -> Scores:
@@ -46,19 +53,30 @@ def test_bits_per_byte_and_perplexity_by_hand():
     assert table.nats_per_token("one") == pytest.approx((13 / 5 + 14 / 6) / 2)
 
 
+def many(resamples: int = 300, seed: int = 1) -> Scores:
+    """Return scores over as many documents as an interval needs and a few more."""
+    draw = np.random.default_rng(7)
+    table = Scores({each.domain: each for each in MANY}, resamples, seed)
+    base = {each.domain: draw.gamma(3.0, 4.0, len(each.bytes_n)) for each in MANY}
+    table.add("one", base)
+    noisy = {name: nats + draw.normal(0.5, 0.3, len(nats)) for name, nats in base.items()}
+    table.add("two", noisy)
+    return table
+
+
 def test_intervals_are_those_of_a_loop_over_resamples():
     """Documents are drawn within each domain, by the same generator in the same order."""
     draw, means = np.random.default_rng(1), []
     picked = {
         d.domain: draw.multinomial(len(d.bytes_n), [1 / len(d.bytes_n)] * len(d.bytes_n), 300)
-        for d in (A, B)
+        for d in MANY
     }
-    table = scores()
+    table = many()
     for row in ("one", "two"):
         resampled = []
         for s in range(300):
             each = []
-            for d in (A, B):
+            for d in MANY:
                 chosen = np.repeat(np.arange(len(d.bytes_n)), picked[d.domain][s])
                 each.append(
                     table.nats[row][d.domain][chosen].sum() / d.bytes_n[chosen].sum() / math.log(2)
@@ -89,10 +107,25 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_the_same_seed_gives_the_same_interval():
-    assert scores().interval("one") == scores().interval("one")
-    other = Scores({"a": A, "b": B}, 300, seed=2)
-    other.nats = scores().nats
-    assert other.interval("one") != scores().interval("one")
+    assert many().interval("one") == many().interval("one")
+    assert many(seed=2).interval("one") != many().interval("one")
+
+
+@pytest.mark.parametrize("few", [1, 2, 7, LEAST_UNITS - 1])
+@pytest.mark.parametrize("others", [(), (500,), (LEAST_UNITS, 40)])
+def test_too_few_documents_of_one_domain_leave_no_interval(few, others):
+    counts = {"few": few} | {f"domain {i}": count for i, count in enumerate(others)}
+    draw = np.random.default_rng(few)
+    documents = {}
+    for name, count in counts.items():
+        documents[name] = Documents(name, np.arange(count + 1) * 9, np.full(count, 30))
+    table = Scores(documents, 100, seed=0)
+    for row, more in (("one", 0.0), ("two", 5.0)):
+        table.add(row, {name: draw.random(count) + more for name, count in counts.items()})
+    assert table.too_few == ("few",)
+    assert table.interval("one") is None
+    difference, interval = table.difference("two", "one")
+    assert difference > 0 and interval is None and verdict(interval) == "undecided"
 
 
 def test_the_posterior_ensemble_is_bayes_rule_token_by_token():
@@ -180,7 +213,8 @@ def test_routing_without_any_own_expert_has_no_agreement():
         ((-0.1, 0.1), "tie"),
         ((0.0, 0.1), "tie"),
         ((-0.1, 0.0), "tie"),
-        ((0.1, 0.1), "tie"),
+        ((0.0, 0.0), "tie"),
+        (None, "undecided"),
     ],
 )
 def test_a_verdict_needs_an_interval_that_leaves_out_zero(interval, word):

@@ -190,7 +190,8 @@ EFFECTS = {
     "dedupe.prompt": ("routing", "exact", {}),
     "routinglimits.max_images": ("routing", 1, {}),
     "routinglimits.max_prompt_chars": ("routing", 30, {}),
-    "adapterevaluate.bootstrap": ("evaluate", 10, {}),
+    # over as many requests as an interval needs
+    "adapterevaluate.bootstrap": ("evaluate", 10, {"evaluate.smoke_rows": 30}),
     "adapterevaluate.rows_per_task": ("rows of the report", 9, {"evaluate.smoke": False}),
     "adapterevaluate.baseline_rows": ("rows of the report", 8, {"evaluate.smoke_rows": 3}),
     "adapterevaluate.smoke": ("rows of the report", False, {}),

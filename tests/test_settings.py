@@ -27,7 +27,7 @@ from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
 from pipeline.train import loop, memory_plan
-from tests import small, test_wiring
+from tests import small, test_foreign_tokenizers, test_wiring
 from tests.test_trunk import whole
 
 LABELS = ("a", "b")
@@ -292,13 +292,12 @@ EFFECTS = {
     "dense.baselines": ("evaluate", ("path",), {}),
     "dense.lr": (PATH, 0.5, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
-    "evaluate.bootstrap": ("evaluate", 500, {}),
     "evaluate.min_expert_share": ("evaluate", 1.0, {}),
     "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
 }
 # Of an expert alone: no baseline is trained by them
 OF_EXPERTS_ALONE = ("init", "coordinate", "coordinate_bias", "z_weight", "statistics_tokens")
-BY_NAME = {  # settings whose effect is not in a product: the test in test_wiring that shows it
+BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "family": "test_the_family_is_looked_up",
     "data.source": "test_source_and_hub_decide_what_is_opened",
     "data.hub": "test_source_and_hub_decide_what_is_opened",
@@ -312,6 +311,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "tokenizer.max_lost_share": "test_a_lossy_one_is_refused_by_preprocess_or_told_in_its_metrics",
     "trunk.revision": "test_revisions_reach_the_hub",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
+    "evaluate.bootstrap": "test_documents_are_resampled_as_often_as_asked",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     **{
         f"{section}.{name}": "test_means_reach_their_training"
@@ -325,6 +325,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test in test_wirin
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
+SHOWN_IN = (test_wiring, test_foreign_tokenizers)
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")
 
@@ -355,7 +356,8 @@ def test_every_setting_is_listed_with_its_effect():
     own = {name for name in settings() if name.partition(".")[0] not in ON_MODAL}
     assert own == EFFECTS.keys() | BY_NAME.keys()
     assert not EFFECTS.keys() & BY_NAME.keys()
-    assert all(callable(getattr(test_wiring, test)) for test in BY_NAME.values())
+    shown = {name for home in SHOWN_IN for name in vars(home) if name.startswith("test_")}
+    assert set(BY_NAME.values()) <= shown
 
 
 def test_every_setting_of_modal_is_in_the_tests_of_modal():

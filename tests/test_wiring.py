@@ -138,6 +138,16 @@ def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkey
     np.testing.assert_allclose(scores[2], scores[16], rtol=1e-4, atol=1e-5)
 
 
+def test_documents_are_resampled_as_often_as_asked(trained, monkeypatch):
+    """Its documents are too few for an interval, so no figure of the report moves."""
+    asked = []
+    monkeypatch.setattr(evaluating, "Scores", lambda *given: asked.append(given[1:]))
+    for resamples in (17, 321):
+        cfg = small.config(evaluate__bootstrap=resamples)
+        evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), quiet)
+    assert asked == [(17, cfg.data.seed), (321, cfg.data.seed)]
+
+
 def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
     kept = {}
 

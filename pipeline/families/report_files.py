@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import report
 from ..config.run import RunConfig
+from ..report.curves import LOST
 from ..store.artifacts import now
 from ..store.bundle import MADE
 from ..store.history import Row
@@ -41,6 +42,7 @@ def report_files(cfg: RunConfig, parts: Parts, described: Mapping[str, Any]) -> 
 def histories(cfg: RunConfig, parts: Parts) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Return the history of each training by its job, and in a few words what is missing of it.
 
+    Where rows are gone stands a mark for the curves: the first such step, and the last as LOST.
     Raises MissingArtifact, DamagedArtifact, UnreadableFile.
     """
     rows = {}
@@ -53,7 +55,8 @@ def histories(cfg: RunConfig, parts: Parts) -> tuple[dict[str, list[Row]], dict[
             if "planned_steps" in parts.manifest(stage.name, item).metrics:
                 name = f"{stage.name} {item}" if item else stage.name
                 history = parts.history(stage.name, item)
-                rows[name] = history.rows
+                marks = [{"step": first, LOST: last} for first, last in history.lost]
+                rows[name] = [*history.rows, *marks]
                 if history.missing:
                     missing[name] = history.missing
     return rows, missing

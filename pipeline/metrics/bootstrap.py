@@ -9,6 +9,9 @@ import numpy as np
 from numpy import ndarray
 
 CONFIDENCE = (2.5, 97.5)  # percentiles of a 95 % interval
+# Units of a stratum below which there is no interval: resamples of few vary less than new ones
+# would, and those of a single unit not at all
+LEAST_UNITS = 20
 Interval = tuple[float, float]
 
 
@@ -24,6 +27,7 @@ class PairedBootstrap:
         """Draw units; sizes holds size_U of each stratum."""
         # One generator through all strata: their draws are independent, and depend on their order
         generator = np.random.default_rng(seed)
+        self.decides = all(len(size) >= LEAST_UNITS for size in sizes)
         self._sizes = sizes
         self._weights = []
         for size_U in sizes:

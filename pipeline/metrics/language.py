@@ -14,7 +14,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.special import entr, logsumexp
 
-from .bootstrap import Interval, PairedBootstrap, interval
+from .bootstrap import LEAST_UNITS, Interval, PairedBootstrap, interval
 
 LN2 = math.log(2)
 LEAST_GAIN = 1e-6  # nats a token below which the oracle's lead over the trunk is noise
@@ -60,6 +60,12 @@ class Scores:
         sizes = [each.bytes_n for each in documents.values()]
         self._bootstrap = PairedBootstrap(sizes, resamples, seed)
 
+    @property
+    def too_few(self) -> tuple[str, ...]:
+        """Domains with fewer than LEAST_UNITS documents: no interval counts them as sure."""
+        documents = self.documents.items()
+        return tuple(name for name, each in documents if len(each.bytes_n) < LEAST_UNITS)
+
     def add(self, row: str, nats: ByDomain) -> None:
         """Keep a row's nats per document, by domain."""
         self.nats[row] = nats
@@ -97,15 +103,18 @@ class Scores:
         each = self.bits_per_byte(row)
         return _mean(each.values())
 
-    def interval(self, row: str) -> Interval:
-        """Return the 95 % interval of a row's mean, documents resampled within each domain."""
-        return interval(self._resampled(row))
+    def interval(self, row: str) -> Interval | None:
+        """Return the 95 % interval of a row's mean, documents resampled within each domain; None
+        where a domain has too few."""
+        return interval(self._resampled(row)) if self._bootstrap.decides else None
 
-    def difference(self, row: str, against: str) -> tuple[float, Interval]:
+    def difference(self, row: str, against: str) -> tuple[float, Interval | None]:
         """Return row minus against in bits per byte, and its 95 % interval over the same resamples
-        (paired)."""
-        spread_S = self._resampled(row) - self._resampled(against)
+        (paired); None for that as in `interval`."""
         difference = self.mean(row) - self.mean(against)
+        if not self._bootstrap.decides:
+            return difference, None
+        spread_S = self._resampled(row) - self._resampled(against)
         return difference, interval(spread_S)
 
     def _resampled(self, row: str) -> ndarray:
@@ -237,13 +246,12 @@ def _shares(count_LE: ndarray) -> ndarray:
     return count_LE / total_L1
 
 
-def verdict(interval: Interval) -> Literal["better", "worse", "tie"]:
+def verdict(interval: Interval | None) -> Literal["better", "worse", "tie", "undecided"]:
     """Return better, worse or tie for the stack, from the 95 % interval of another row minus the
-    stack."""
+    stack; undecided without one."""
+    if interval is None:
+        return "undecided"
     low, high = interval
-    # An interval without width comes from one document per domain, which decides nothing
-    if low == high:
-        return "tie"
     if low > 0:
         return "better"
     return "worse" if high < 0 else "tie"

@@ -44,23 +44,25 @@ class GroupBootstrap:
         self._groups = max(1, len(number))
         size_G = np.bincount(self._group_N, minlength=self._groups)
         self._bootstrap = PairedBootstrap([size_G], resamples, seed)
+        self.decides = self._bootstrap.decides
 
     def interval(self, score_N: ndarray) -> Interval | None:
-        """Return the 95 % interval of the mean of score_N; None where there is nothing to draw
-        from."""
-        if not len(score_N):
+        """Return the 95 % interval of the mean of score_N; None over fewer than LEAST_UNITS
+        groups."""
+        if not self.decides:
             return None
         return interval(self._means(score_N))
 
     def difference(self, score_N: ndarray, against_N: ndarray) -> dict[str, Any] | None:
-        """Return mean(score_N) - mean(against_N) and its 95 % interval over the same resamples."""
+        """Return mean(score_N) - mean(against_N) and its 95 % interval over the same resamples;
+        None without requests."""
         if not len(score_N):
             return None
         # Booleans cannot be subtracted
         spread_N = np.subtract(score_N, against_N, dtype=np.float64)
         return {
             "difference": float(spread_N.mean()),
-            "interval": interval(self._means(spread_N)),
+            "interval": self.interval(spread_N),
         }
 
     def _means(self, score_N: ndarray) -> ndarray:

@@ -7,12 +7,18 @@ classes, so a chart follows the page into the dark; the same rows always give th
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from .format import count, figures, finite, fixed, ticks
 from .table import at
 
 # a row without them has no place in a chart
 AXES = ("step", "tokens")
+# in place of a row: from its step to this one rows were written and are gone
+LOST = "lost"
+# in a validation's row, which stands beside the training's of the same step
+VALIDATION = "valid_nats"
 # most points of a drawn line, and of one whose points are marked one by one: more run together at
 # the width that a chart has on a page
 POINTS = 200
@@ -163,9 +169,9 @@ def load_curves(histories: Histories, experts: Sequence[str]) -> list[Chart]:
     load."""
     charts = []
     for job, rows in histories.items():
-        rows = [row for row in _ordered(rows) if _load(row)]
+        rows = _ordered(rows)
         # only a router's training tells it, and two points make a line
-        if len(rows) > 1:
+        if sum(bool(_load(row)) for row in rows) > 1:
             charts.append(_loads(job, rows, experts))
             charts.append(_single(job, rows, "entropy", "nats"))
             charts.append(_single(job, rows, "temperature"))
@@ -181,11 +187,14 @@ def _loads(job: str, rows: Rows, experts: Sequence[str]) -> Chart | None:
         name = f"expert {i}"
         if i < len(experts):
             name = experts[i]
-        points: Points = []
+        shares = []
         for row in rows:
-            share = at(_load(row), i)
-            points.append((_tokens(row), finite(share)))
-        lines.append(Line(name, _thin(points), colour=i))
+            if LOST in row:
+                shares.append(row)
+            elif _load(row):
+                shares.append(row | {"share": at(_load(row), i)})
+        points = _thin(_points(shares, "share"))
+        lines.append(Line(name, points, colour=i))
     title = f"{job}: load of each expert"
     return _chart(title, "share of tokens", lines, bottom=0.0)
 
@@ -214,7 +223,10 @@ def _stage(name: str, jobs: Mapping[str, Rows]) -> list[Chart]:
 def _loss(title: str, rows: Rows) -> Chart | None:
     trained = _thin(_points(rows, "train_nats"))
     train = Line("train", trained, faint=True)
-    valid = Line("validation", _points(rows, "valid_nats"), colour=1, dots=True)
+    # rows lost between two validations that follow each other as usual took none along
+    usual = _usual_steps(rows, VALIDATION)
+    points = _points(rows, VALIDATION, apart=1.5 * usual)
+    valid = Line("validation", points, colour=1, dots=True)
     settled: list[float] = []
     for line in (train, valid):
         first = int(len(line.points) * UNSETTLED)
@@ -241,15 +253,21 @@ def _overlay(
 
 
 def _ordered(rows: Iterable[dict]) -> Rows:
-    """Sort rows by step, without those that have no place in a chart."""
+    """Sort rows and marks of lost ones by step, without those that have no place in a chart; empty
+    without any row."""
     last: dict[float, dict] = {}
+    marks = []
     for row in rows:
         places = [finite(row.get(axis)) for axis in AXES]
-        if None not in places:
+        if LOST in row:
+            marks.append(row)
+        elif None not in places:
             # a job that was resumed wrote some steps twice, of which the later row counts; that of
             # a validation stands beside the training's
             last[row["step"]] = last.get(row["step"], {}) | row
-    return [last[step] for step in sorted(last)]
+    placed = [*last.values(), *marks] if last else []
+    # a validation's row may be left of a step whose training row is lost: the mark comes first
+    return sorted(placed, key=lambda row: (row["step"], LOST not in row))
 
 
 def _tokens(row: dict) -> float:
@@ -261,14 +279,30 @@ def _load(row: dict) -> list:
     return load if isinstance(load, list) else []
 
 
-def _points(rows: Rows, field: str) -> Points:
+def _points(rows: Rows, field: str, apart: float = 0.0) -> Points:
+    """Return the values of a field; a gap where rows are lost between two that are more than
+    `apart` steps from each other."""
     points: Points = []
+    before: dict | None = None
+    lost_until = 0
     for row in rows:
+        if LOST in row:
+            lost_until = row[LOST]
         # a row without the field is of something else, and no gap in this line
-        if field in row:
+        elif field in row:
+            if before and lost_until > before["step"] and row["step"] - before["step"] > apart:
+                points.append((_tokens(before), None))
             value = finite(row[field])
             points.append((_tokens(row), value))
+            before = row
     return points
+
+
+def _usual_steps(rows: Rows, field: str) -> float:
+    """Return how many steps usually lie between two rows with a field; 0 for fewer than two."""
+    steps = [row["step"] for row in rows if field in row]
+    distances = [later - earlier for earlier, later in pairwise(steps)]
+    return float(median(distances)) if distances else 0.0
 
 
 def _mean(values: list[float]) -> float:
@@ -290,6 +324,9 @@ def _thin(points: Points, merge: Merge | None = None) -> Points:
         x, _ = part[len(part) // 2]
         merged = merge(found) if found else None
         out.append((x, merged))
+        # a gap of a few rows must not vanish among those that it is merged with
+        if found and len(found) < len(part):
+            out.append((x, None))
     return [*out, points[-1]]
 
 
@@ -352,40 +389,47 @@ def _tick(value: float, values: list[float]) -> str:
 
 
 def _drawn(line: Line, plot: Plot) -> DrawnLine:
-    is_single = len(line.present) == 1
     is_sparse = line.dots and len(line.present) <= DOTS
     dots = []
-    # a single value makes no line, only a dot shows it
-    if is_sparse or is_single:
-        for x, value in line.present:
-            y = plot.y.at(value)
-            if y >= FRAME.top:
-                dots.append((plot.x.at(x), y))
+    paths = []
+    for run in _runs(line.points):
+        # a single value makes no line, only a dot shows it
+        if is_sparse or len(run) == 1:
+            for x, value in run:
+                y = plot.y.at(value)
+                if y >= FRAME.top:
+                    dots.append((plot.x.at(x), y))
+        if len(run) > 1:
+            paths.append(_path(run, plot))
     last = line.values[-1]
     return DrawnLine(
         name=line.name,
         look=line.look,
         last=figures(last),
         legend=_legend(last),
-        paths=_paths(line.points, plot),
+        paths=paths,
         dots=dots,
     )
 
 
-def _paths(points: Points, plot: Plot) -> list[str]:
-    """Return one path per run of present values; values out of the top stay at the frame."""
-    runs: list[list[str]] = [[]]
+def _runs(points: Points) -> list[list[tuple[float, float]]]:
+    """Return present values in runs without a gap."""
+    runs: list[list[tuple[float, float]]] = [[]]
     for x, value in points:
         if value is None:
             runs.append([])
         else:
-            y = max(FRAME.top - 2, plot.y.at(value))
-            runs[-1].append(f"{plot.x.at(x):.1f} {y:.1f}")
-    paths = []
-    for run in runs:
-        if len(run) > 1:
-            paths.append("M" + "L".join(run))
-    return paths
+            runs[-1].append((x, value))
+    return [run for run in runs if run]
+
+
+def _path(run: Sequence[tuple[float, float]], plot: Plot) -> str:
+    """Return the path through a run; values out of the top stay at the frame."""
+    places = []
+    for x, value in run:
+        y = max(FRAME.top - 2, plot.y.at(value))
+        places.append(f"{plot.x.at(x):.1f} {y:.1f}")
+    return "M" + "L".join(places)
 
 
 def _legend(value: float) -> str:

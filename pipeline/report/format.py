@@ -5,11 +5,14 @@ infinity and anything not a number.
 """
 
 import math
+from collections.abc import Callable
 
 from .schema import Interval
 
 DASH = "–"
 MINUS = "−"
+# Decimal places that count in a comparison: 0.93 less 0.91 is above 0.02 in the seventeenth
+MOST_PLACES = 12
 STEPS = (
     (1e12, " T"),
     (1e9, " G"),
@@ -66,6 +69,34 @@ def share(value: object, places: int = 0) -> str:
     """Write a fraction as a percentage."""
     number = finite(value)
     return DASH if number is None else _minus(f"{100 * number:.{places}f} %")
+
+
+def reaches(value: float, least: float) -> bool:
+    """Return whether value is at least `least`, as far as both can be written."""
+    return round(value - least, MOST_PLACES) >= 0
+
+
+def places(holds: Callable[..., bool], *values: float, least: int) -> int:
+    """Return how many decimal places, at least `least`, let values be rounded without changing
+    whether `holds` holds of them."""
+    wanted = holds(*values)
+    for number in range(least, MOST_PLACES):
+        rounded = [round(value, number) for value in values]
+        if holds(*rounded) == wanted:
+            return number
+    return MOST_PLACES
+
+
+def limit(value: float) -> str:
+    """Write a fraction that is asked for as a percentage, with the digits that it was given."""
+    return f"{100 * value:.12g}%"
+
+
+def beside_limit(value: float, least: float, decimals: int) -> str:
+    """Write a fraction as a percentage with as many decimals as show whether it reaches `least`."""
+    number = places(lambda each: reaches(each, least), value, least=decimals + 2)
+    rounded = round(value, number)
+    return f"{100 * rounded:.{number - 2}f}%"
 
 
 def seconds(value: object) -> str:

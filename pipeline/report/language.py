@@ -12,7 +12,7 @@ from .table import Cell, Row, Table, Values, at, diverge, extremes, less, lowest
 
 # Kinds of rows that are told the domain or know only one: never the best
 PARTIAL = ("oracle", "expert")
-TONES: dict[Verdict, str] = {"better": "good", "worse": "bad", "tie": ""}
+TONES: dict[Verdict, str] = {"better": "good", "worse": "bad", "tie": "", "undecided": ""}
 
 # A word in a row's name, and where such a row comes from
 ORIGINS = {
@@ -48,10 +48,14 @@ def quality(report: LanguageReport) -> Table:
     rows = report.quality
     # marks are found before the cells, over whole columns
     best_mean = _best(rows, [row.mean for row in rows])
-    best_by_domain = {
-        domain: _best(rows, [row.bits_per_byte.get(domain) for row in rows])
-        for domain in report.domains
-    }
+    best_by_domain = {}
+    for domain in report.domains:
+        best_by_domain[domain] = _best(rows, [row.bits_per_byte.get(domain) for row in rows])
+    # too few documents decide nothing, neither of their domain nor of a mean that it is part of
+    if report.too_few:
+        best_mean = set()
+    for domain in report.too_few:
+        best_by_domain[domain] = set()
     lines = []
     for i, row in enumerate(rows):
         # the stack is not compared with itself
@@ -84,7 +88,7 @@ def quality(report: LanguageReport) -> Table:
 def cost(report: LanguageReport) -> Table:
     """What each row of `quality` costs to run and to train, and its perplexity."""
     rows = report.quality
-    best_mean = _best(rows, [row.mean_perplexity for row in rows])
+    best_mean = set() if report.too_few else _best(rows, [row.mean_perplexity for row in rows])
     lines = []
     for i, row in enumerate(rows):
         cells = [
@@ -139,7 +143,8 @@ def matrix(report: LanguageReport) -> Table:
     lines = report.matrix.bits_per_byte if report.matrix else ()
     trunk = lines[0] if lines else ()
     gains = [_gains(trunk, line, len(report.domains)) for line in lines[1:]]
-    heats = diverge(gains)
+    sure = [_sure(report, gain) for gain in gains]
+    heats = diverge(sure)
     rows = []
     for j, domain in enumerate(report.domains):
         cells = [Cell(fixed(at(trunk, j)))]
@@ -150,7 +155,7 @@ def matrix(report: LanguageReport) -> Table:
             own = name == domain
             cells.append(Cell(bits, signed(gain[j]), heat=heat[j], own=own))
         rows.append(Row(domain, tuple(cells)))
-    most, least = extremes(gains)
+    most, least = extremes(sure)
     return Table(
         name="Map",
         title="Who is good at what",
@@ -173,7 +178,7 @@ def opt_out(report: LanguageReport) -> Table:
     """What is lost on each domain when one expert leaves the stack."""
     found = report.opt_out
     # perplexity ratios are coloured by what is saved, so that red is a loss as in the heat map
-    gains = [_saved(row.ratio, report.domains) for row in found]
+    gains = [_sure(report, _saved(row.ratio, report.domains)) for row in found]
     heats = diverge(gains)
     rows = []
     for row, heat in zip(found, heats, strict=True):
@@ -201,7 +206,7 @@ def opt_out(report: LanguageReport) -> Table:
 
 def active(report: LanguageReport) -> Table:
     """The same stack with one to all experts per token."""
-    best_mean = lowest([row.mean for row in report.active])
+    best_mean = set() if report.too_few else lowest([row.mean for row in report.active])
     # all its rows are one model, so any may be the best
     served = report.model.top_k if report.model else None
     rows = []
@@ -248,7 +253,7 @@ def wins(report: LanguageReport) -> Table:
         reading=(
             "Rival minus stack in bits per byte, on the same documents; above zero the stack is "
             "better, and a tie is an interval that holds zero. A verdict holds on the named axis "
-            "only."
+            "only; undecided: a domain has too few test documents."
         ),
         words=(0, 1),
     )
@@ -267,6 +272,7 @@ def lead(report: LanguageReport) -> str:
         "better": "better than",
         "tie": "level with",
         "worse": "worse than",
+        "undecided": "on too few test documents to be compared with",
     }
     for verdict, word in words.items():
         rivals = []
@@ -336,6 +342,15 @@ def _best(rows: Sequence[QualityRow], values: Sequence[float | None]) -> set[int
     for row, value in zip(rows, values, strict=True):
         contending.append(None if row.kind in PARTIAL else value)
     return lowest(contending)
+
+
+def _sure(report: LanguageReport, gains: Values) -> Values:
+    """Return what is coloured, in the domains' order: nothing of a domain with too few
+    documents."""
+    return [
+        None if domain in report.too_few else gain
+        for domain, gain in zip(report.domains, gains, strict=True)
+    ]
 
 
 def _gains(trunk: Sequence[float], line: Sequence[float], domains: int) -> Values:

@@ -17,18 +17,15 @@ R = TypeVar("R", bound=BaseReport)
 
 
 def split(report: R, note: str) -> tuple[R, dict[str, Any]]:
-    """Return a report without times, memory, machine and what was judged by them, and those as
-    JSON.
+    """Return a report without times, memory and machine, and those as JSON.
 
     `note` is added to the report's notes: where a reader finds the rest.
     """
-    of_machine = [each for each in report.criteria if each.of_machine]
     lasting = report.model_copy(
         update={
             "made": "",
             "machine": None,
             "speed": (),
-            "criteria": tuple(each for each in report.criteria if not each.of_machine),
             "notes": (*report.notes, note),
         }
     )
@@ -36,7 +33,6 @@ def split(report: R, note: str) -> tuple[R, dict[str, Any]]:
         "evaluated": report.made,
         "machine": report.machine and report.machine.model_dump(mode="json"),
         "speed": [each.model_dump(mode="json") for each in report.speed],
-        "criteria": [each.model_dump(mode="json") for each in of_machine],
     }
     return lasting, moment
 

@@ -26,7 +26,7 @@ class Mean:
 
     name: str
     mean: float
-    interval: Interval
+    interval: Interval | None
     note: str = ""
     is_stack: bool = False
     is_trunk: bool = False

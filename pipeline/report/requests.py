@@ -232,10 +232,12 @@ def adapters(report: RequestReport) -> Table:
         cells = []
         for name in names:
             score = line.scores.get(name)
-            spread = interval(line.intervals.get(name))
+            spread = line.intervals.get(name)
             # an expert is named after its task
             own = name == line.task
-            cells.append(Cell(fixed(score), spread, heat=finite(score), own=own))
+            # without one there were too few rows for a colour
+            heat = finite(score) if spread else None
+            cells.append(Cell(fixed(score), interval(spread), heat=heat, own=own))
         note = f"{line.metric}, {count(line.requests)} rows"
         rows.append(Row(line.task, tuple(cells), note))
     return Table(

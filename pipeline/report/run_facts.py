@@ -4,13 +4,18 @@ from .format import count, megabytes, seconds
 from .schema import BaseReport, Report
 from .table import Cell, Row, Table
 
+RESULTS = {
+    True: Cell("pass", tone="good"),
+    False: Cell("fail", tone="bad"),
+    None: Cell("open"),
+}
+
 
 def criteria(report: BaseReport) -> Table:
     """The success criteria of the configuration, passed or failed."""
     rows = []
     for item in report.criteria:
-        verdict = Cell("pass", tone="good") if item.passed else Cell("fail", tone="bad")
-        rows.append(Row(item.name, (verdict, Cell(item.text), Cell(item.detail))))
+        rows.append(Row(item.name, (RESULTS[item.passed], Cell(item.text), Cell(item.detail))))
     return Table(
         name="Criteria",
         title="Success criteria",
@@ -19,7 +24,7 @@ def criteria(report: BaseReport) -> Table:
         rows=tuple(rows),
         reading=(
             "What the run was asked to achieve; thresholds come from the evaluate section of the "
-            "configuration."
+            "configuration. Open: too little was measured to tell."
         ),
         words=(0, 1, 2),
     )
@@ -90,8 +95,10 @@ def tiles(report: BaseReport) -> list[tuple[str, str, str]]:
     """Return the numbers at the top that every report has: name, value, what stands beside it."""
     if not report.criteria:
         return []
-    passed = sum(item.passed for item in report.criteria)
-    return [("criteria passed", f"{passed} of {len(report.criteria)}", "")]
+    passed = sum(item.passed is True for item in report.criteria)
+    still_open = sum(item.passed is None for item in report.criteria)
+    beside = f"{still_open} open" if still_open else ""
+    return [("criteria passed", f"{passed} of {len(report.criteria)}", beside)]
 
 
 def model_facts(report: Report) -> list[tuple[str, str]]:

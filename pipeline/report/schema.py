@@ -22,7 +22,8 @@ Interval = tuple[float, float]
 ByDomain = dict[str, float]
 # an "expert" knows one domain and the "oracle" is told which; the others serve any text
 RowKind = Literal["part", "expert", "dense", "merge", "router", "oracle"]
-Verdict = Literal["better", "worse", "tie"]
+# "undecided": too few documents for an interval
+Verdict = Literal["better", "worse", "tie", "undecided"]
 
 
 class ReportPart(BaseModel):
@@ -37,7 +38,9 @@ class Difference(ReportPart):
     """One figure less another, on the same documents or requests."""
 
     difference: float
-    interval: Interval = Field(description="95 % interval, resampled in pairs")
+    interval: Interval | None = Field(
+        description="95 % interval, resampled in pairs; None over too few"
+    )
 
 
 class Criterion(ReportPart):
@@ -45,11 +48,8 @@ class Criterion(ReportPart):
 
     name: str
     text: str = Field(description="what was asked")
-    passed: bool
+    passed: bool | None = Field(description="None where too little was measured to tell")
     detail: str = Field(description="what was found")
-    of_machine: bool = Field(
-        False, description="whether times or memory decide it, which each run measures anew"
-    )
 
 
 class JobSpeed(ReportPart):
@@ -135,6 +135,7 @@ class TextCounts(ReportPart):
     test_tokens: dict[str, int] = Field(description="tokens that are predicted")
     test_documents: dict[str, int]
     train_tokens: dict[str, int]
+    too_few: tuple[str, ...] = Field((), description="domains with too few documents for a verdict")
 
 
 class QualityRow(ReportPart):
@@ -145,7 +146,9 @@ class QualityRow(ReportPart):
     axis: str = Field("", description="what it has in common with the stack")
     bits_per_byte: ByDomain
     mean: float = Field(description="bits per byte, mean over domains")
-    interval: Interval = Field(description="95 % interval of mean, bits per byte")
+    interval: Interval | None = Field(
+        description="95 % interval of mean, bits per byte; None where documents are too few"
+    )
     perplexity: ByDomain = Field(description="per token")
     mean_perplexity: float = Field(description="exp of the mean loss over domains")
     active_parameters: int = Field(description="parameters that run per token")
@@ -210,7 +213,7 @@ class ActiveRow(ReportPart):
     top_k: int
     bits_per_byte: ByDomain
     mean: float = Field(description="bits per byte, mean over domains")
-    interval: Interval
+    interval: Interval | None
     active_parameters: int
 
 
@@ -229,7 +232,7 @@ class Win(ReportPart):
     against: str
     axis: str = Field(description="what the two have in common")
     difference: float = Field(description="rival less stack, bits per byte")
-    interval: Interval
+    interval: Interval | None
     verdict: Verdict = Field(description="what the stack is")
 
 
@@ -249,6 +252,11 @@ class LanguageReport(BaseReport):
     active: tuple[ActiveRow, ...] = Field((), description="one to all experts per token")
     matrix: DomainMatrix | None = Field(None, description="who is good at what")
     wins: tuple[Win, ...] = ()
+
+    @property
+    def too_few(self) -> tuple[str, ...]:
+        """Domains with too few test documents for a verdict."""
+        return self.data.too_few if self.data else ()
 
     @property
     def stack(self) -> QualityRow | None:

@@ -288,7 +288,8 @@ CURVES = """\
 {% endfor %}
 {{ blocks.reading("Horizontal: tokens the job has trained on. The first steps of a loss may run " ~
   "out of the top; the number behind a name is the last value; a gap is a value that was not " ~
-  "finite. Long histories are drawn as means over neighbours (memory: the greatest).") }}
+  "finite" ~ (", or steps that the history has lost" if missing) ~ ". Long histories are drawn " ~
+  "as means over neighbours (memory: the greatest).") }}
 """
 
 NOTES = """\

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,6 @@ from ..store.reading import reading, sealed, unsealed
 from ..train.loop import NoTraining, Task, TrainIO, fit
 from ..train.memory_meter import Peak, lower_mmap_threshold
 from ..train.optimizer_state import import_int8
-from ..train.thread_watch import ThreadWatch
 from .context import JobContext
 from .former import former_checkpoint, note_settings
 
@@ -28,7 +26,7 @@ def train(job: JobContext) -> dict:
     # is loaded yet
     peak = Peak()
     lower_mmap_threshold()
-    watch = set_threads(job)
+    set_threads(job)
     task = make_task(job.cfg, job.parts)
     if isinstance(task, NoTraining):
         return task.write(job.folder)
@@ -36,48 +34,36 @@ def train(job: JobContext) -> dict:
     if former:
         job.progress(former, None)
     note_settings(job.store, job.address, job.cfg)
-    return fit_task(job, task, peak, watch)
+    return fit_task(job, task, peak)
 
 
-def set_threads(job: JobContext) -> ThreadWatch | None:
+def set_threads(job: JobContext) -> None:
     """Choose the threads of a job when they are to be measured; a job that goes on keeps those it
-    had last. Returns who lowers them when the machine gets busy."""
+    began with."""
     if job.cfg.runtime.threads != "auto":
-        return None
+        return
     note = job.store.resume(job.address) / "threads.json"
-
-    def keep(had: tuple[int, ...], first_s: float) -> None:
+    threads = _noted_threads(note)
+    if threads is None:
+        threads = fastest_threads(torch.get_num_threads())
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, sealed({"threads": had, "first_s": first_s}))
-
-    noted = _noted_threads(note)
-    if noted is None:
-        noted = (fastest_threads(torch.get_num_threads()),), 0.0
-        keep(*noted)
-    watch = ThreadWatch(*noted, keep)
-    torch.set_num_threads(watch.threads)
-    return watch
+        write_text(note, sealed({"threads": threads}))
+    torch.set_num_threads(threads)
 
 
-def _noted_threads(note: Path) -> tuple[tuple[int, ...], float] | None:
-    """Return the threads that a job had, one after another, and the seconds of its first steps.
-
-    None when it begins, or the note is damaged, which costs no more than measuring again. Raises
-    UnreadableFile.
-    """
+def _noted_threads(note: Path) -> int | None:
+    """Return how many threads a job began with; None when it begins, or the note is damaged, which
+    costs no more than measuring again. Raises UnreadableFile."""
     try:
         with reading(note):
-            raw = unsealed(note.read_bytes())
-        had, first_s = tuple(raw["threads"]), float(raw["first_s"])
-    except (OSError, ValueError, KeyError, TypeError):
+            threads = unsealed(note.read_bytes())["threads"]
+    except (OSError, ValueError, KeyError):
         return None
     # true is an int too
-    if not had or not all(type(threads) is int and threads > 0 for threads in had):
-        return None
-    return (had, first_s) if 0 <= first_s < float("inf") else None
+    return threads if type(threads) is int and threads > 0 else None
 
 
-def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None = None) -> dict:
+def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
     """Fit a task and write what it exports; return metrics."""
     runtime = job.cfg.runtime
     recorder = _recorder(job, task.steps)
@@ -91,7 +77,6 @@ def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None 
         runtime.log_every_steps,
         inputs=job.inputs,
         peak=peak,
-        watch=watch,
     )
     try:
         metrics = fit(task, io)
@@ -103,11 +88,7 @@ def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None 
         _write(job.folder / name, content)
     # Once more, as the export needs memory too
     metrics |= peak.report()
-    made: dict[str, Any] = {"machine": machine(torch.get_num_threads(), task.bf16)}
-    if watch is not None and len(watch.had) > 1:
-        # One after another, as the machine got busy
-        made["threads"] = list(watch.had)
-    return metrics | {"made": made}
+    return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
 
 
 def _recorder(job: JobContext, steps: int) -> Recorder:

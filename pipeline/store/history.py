@@ -29,19 +29,27 @@ from .room import no_room
 LINE_EVERY_S = 15.0
 # Names that a row may have for its loss; the first one that is there counts.
 LOSSES = ("train_nats", "loss")
+# What a validation adds, in a row of its own beside the training's of the same step.
+VALIDATION = "valid_nats"
 # What is on disk and on screen of a row: numbers, lists of them, null.
 Row = dict[str, Any]
 # What stands around a line without meaning anything; a lost block of the disk is zeros.
 BLANK = b"\0 \t\r"
+# Stretches of lost steps that are named one by one; a history with more is not readable for them.
+NAMED = 4
 
 
 @dataclass(frozen=True)
 class History:
     """The rows that count, in step order, and a few words on what is missing; none when all is
-    there."""
+    there.
+
+    `lost`: first and last step of each stretch whose rows are gone.
+    """
 
     rows: list[Row]
     missing: str = ""
+    lost: tuple[tuple[int, int], ...] = ()
 
 
 class Recorder:
@@ -93,7 +101,7 @@ class Recorder:
             _append(self.path, {"start": step})
         self._display.start(step)
         if missing:
-            self._display.note(f"of this job's history {missing}; its curves will lack that")
+            self._display.note(f"this job's history: {missing}; its curves will lack that")
         self._started = True
 
     def row(self, row: Row) -> None:
@@ -152,38 +160,61 @@ def read(path: Path, steps: int | None = None) -> History:
         starts = [each for each in starts if each["start"] < entry["start"]]
         starts.append(entry)
     rows = sorted(_overlay(kept, fresh), key=lambda row: row["step"])
-    return History(rows, _missing(rows, starts, damaged, steps))
-
-
-def _missing(rows: list[Row], starts: list[Row], damaged: int, steps: int | None) -> str:
-    """Return in words what rows lack of what their attempts must have written."""
-    words = []
-    if damaged:
-        words.append(f"{damaged} line{'s' * (damaged > 1)} cannot be read")
     last = steps
     if last is None:
         last = max((row["step"] for row in rows), default=0)
-    found = {row["step"] for row in rows}
-    lost = []
+    stretches = _lost(rows, starts, last)
+    words = []
+    if damaged:
+        words.append(f"{damaged} line{'s' * (damaged > 1)} cannot be read")
+    if stretches:
+        words.append(_lost_steps(stretches))
+    elif steps and not rows:
+        words.append("no row is left")
+    return History(rows, " and ".join(words), tuple(stretches))
+
+
+def _lost(rows: list[Row], starts: list[Row], last: int) -> list[tuple[int, int]]:
+    """Return the stretches of steps up to last whose rows attempts must have written."""
+    found = set()
+    for row in rows:
+        # a validation's row says nothing of the training's beside it
+        if VALIDATION not in row or any(name in row for name in LOSSES):
+            found.add(row["step"])
+    lost: list[tuple[int, int]] = []
+    goes_on = False
     for start, end in pairwise([*starts, {"start": last}]):
         every = start.get("every")
         if isinstance(every, int) and every > 0:
             first = (start["start"] // every + 1) * every
-            due = range(first, end["start"] + 1, every)
-            lost += [step for step in due if step not in found]
-    if len(lost) == 1:
-        words.append(f"the row of step {lost[0]} is missing")
-    elif lost:
-        words.append(f"{len(lost)} rows from step {lost[0]} to {lost[-1]} are missing")
-    elif steps and not rows:
-        words.append("no row is left")
-    return " and ".join(words)
+            for step in range(first, end["start"] + 1, every):
+                if step in found:
+                    goes_on = False
+                    continue
+                begins = lost.pop()[0] if goes_on else step
+                lost.append((begins, step))
+                goes_on = True
+    return lost
+
+
+def _lost_steps(lost: list[tuple[int, int]]) -> str:
+    """Return stretches of steps in words."""
+    named = []
+    for first, last in lost[:NAMED]:
+        named.append(str(first) if first == last else f"{first} to {last}")
+    if len(lost) > NAMED:
+        named.append(f"{len(lost) - NAMED} further stretches up to {lost[-1][1]}")
+    text = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
+    if text.isdecimal():
+        return f"step {text} is not in it"
+    return f"steps {text} are not in it"
 
 
 def _overlay(kept: list[Row], fresh: list[Row]) -> list[Row]:
     """Return kept rows but those that were made again, then the fresh ones."""
-    again = {row["step"] for row in fresh}
-    return [row for row in kept if row["step"] not in again] + fresh
+    # a step's training and its validation are two rows, and one of them may be made again alone
+    again = {(row["step"], VALIDATION in row) for row in fresh}
+    return [row for row in kept if (row["step"], VALIDATION in row) not in again] + fresh
 
 
 def _parse(line: bytes) -> Row | None:

@@ -37,7 +37,7 @@ Tensors = dict[str, ndarray]
 
 
 @dataclass(frozen=True)
-class _About:
+class _Fitted:
     """What partition.json holds."""
 
     by: str
@@ -116,7 +116,7 @@ def load(folder: Path) -> Domains:
         if not exists(folder / name):
             raise MissingArtifact(f"{folder / name} does not exist", stages=("preprocess",))
     try:
-        about = read_as(_About, folder / "partition.json")
+        about = read_as(_Fitted, folder / "partition.json")
         tensors = read(read_bytes(folder / "partition.safetensors"))
     except (DamagedArtifact, SafetensorError) as error:
         raise DamagedArtifact(

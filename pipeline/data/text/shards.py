@@ -57,7 +57,7 @@ class ShardCount:
 
 
 @dataclass(frozen=True)
-class _About:
+class _Index:
     """What shards.json holds."""
 
     format: int
@@ -158,7 +158,7 @@ def _check_bytes(path: Path, wanted: int) -> None:
     )
 
 
-def _read_about(folder: Path) -> _About:
+def _read_about(folder: Path) -> _Index:
     path = folder / _ABOUT
     if not exists(path):
         raise MissingArtifact(f"{path} does not exist", stages=("preprocess",))
@@ -169,7 +169,7 @@ def _read_about(folder: Path) -> _About:
             raise NewerStore(
                 f"{path} has format {found}, this program reads up to {FORMAT}; update MoleForge"
             )
-        return as_kind(_About, values)
+        return as_kind(_Index, values)
     except (DamagedArtifact, ValueError) as error:
         said = str(error) if isinstance(error, DamagedArtifact) else f"{path}: {error}"
         raise DamagedArtifact(said, remove=folder, stage="preprocess") from None

@@ -23,7 +23,6 @@ from ...report.schema import (
     AnswerRow,
     AnswerScore,
     AnswerSet,
-    Criterion,
     Difference,
     JobSpeed,
     MachineFacts,
@@ -37,10 +36,11 @@ from ...store.artifacts import now
 from ...store.reading import read_object
 from .. import Parts
 from .config import AdapterRunConfig
+from .criteria import criteria, measured_on_few
 from .eval_data import AdapterEvaluator, EvalRequest
 from .inference import BASE
 from .peft_io import ABOUT
-from .routing_eval import NEUTRAL, REORDERED, REWORDED, TEXT, Routed, routed_sets, routing
+from .routing_eval import NEUTRAL, REORDERED, REWORDED, Routed, routed_sets, routing
 from .stack import ROUTER, AdapterStack
 
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
@@ -75,87 +75,8 @@ def evaluate(
         answers=tuple(answers),
         speed=tuple(_jobs(cfg, parts)),
         machine=MachineFacts.model_validate(facts),
-        notes=tuple(_notes(evaluator, routes)),
+        notes=(*_notes(evaluator, routes), *measured_on_few(sets, adapters, evaluator.media.name)),
         criteria=tuple(criteria(cfg, sets, adapters, answers)),
-    )
-
-
-def criteria(
-    cfg: AdapterRunConfig,
-    sets: Mapping[str, Routed],
-    adapters: AdapterScores,
-    answers: Sequence[AnswerSet],
-) -> Iterator[Criterion]:
-    """Yield the success criteria of the run, each passed or not and why."""
-    wanted = cfg.evaluate
-    neutral = [name for name in sets if name.endswith(NEUTRAL)]
-    whole = [name for name in sets if not name.endswith(NEUTRAL)]
-    for name in neutral:
-        yield _beats_words(sets[name])
-    # whole splits first: they are what a reader looks for
-    for name in (*whole, *neutral):
-        accuracy = float(sets[name].hits().mean())
-        yield Criterion(
-            name=f"router, {name}",
-            text=f"the router is right for at least {wanted.min_router_accuracy:.0%}",
-            passed=accuracy >= wanted.min_router_accuracy,
-            detail=f"{accuracy:.1%} of {len(sets[name].requests)} requests",
-        )
-    yield _all_learned(adapters, wanted.min_expert_score)
-    yield _all_specialised(adapters)
-    for each in answers:
-        oracle = each.all.oracle.score or 0.0
-        own = each.all.stack.score or 0.0
-        points = 100 * wanted.oracle_gap
-        yield Criterion(
-            name=f"stack, {each.set}",
-            text=f"the stack's answers score at most {points:g} points below the right expert's",
-            passed=oracle - own <= wanted.oracle_gap,
-            detail=f"{own:.3f} against {oracle:.3f}",
-        )
-
-
-def _beats_words(routed: Routed) -> Criterion:
-    ahead = routed.ahead(TEXT)
-    if ahead is None:
-        raise ValueError(f"{routed.name} has no requests, so nothing was compared")
-    low, high = ahead.interval
-    return Criterion(
-        name=f"looks, {routed.name}",
-        text="where the words tell nothing, the router beats a router that reads them alone",
-        passed=low > 0,
-        detail=f"{routed.hits().mean():.1%} against {routed.hits(TEXT).mean():.1%}; "
-        f"ahead by {ahead.difference:+.3f} [{low:+.3f}, {high:+.3f}]",
-    )
-
-
-def _all_learned(adapters: AdapterScores, least: float) -> Criterion:
-    # a score that could not be measured is none that was reached
-    own = {task.task: task.scores[task.task] or 0.0 for task in adapters.tasks}
-    worst = min(own, key=lambda name: own[name])
-    return Criterion(
-        name="experts",
-        text=f"every expert scores at least {least:g} on its own task",
-        passed=own[worst] >= least,
-        detail=f"least: {worst} with {own[worst]:.3f}",
-    )
-
-
-def _all_specialised(adapters: AdapterScores) -> Criterion:
-    """Return whether each expert beats every other adapter and the base on its own task."""
-    lost = []
-    for task in adapters.tasks:
-        others = {name: score or 0.0 for name, score in task.scores.items()}
-        own = others.pop(task.task)
-        best = max(others, key=lambda name: others[name])
-        # as good as another is no reason to have it
-        if others[best] >= own:
-            lost.append(f"{best} on {task.task} ({others[best]:.3f} against {own:.3f})")
-    return Criterion(
-        name="specialised",
-        text="every expert is the best on its own task, the base included",
-        passed=not lost,
-        detail=f"not so: {', '.join(lost)}" if lost else "each one leads on its own",
     )
 
 

@@ -78,7 +78,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     _score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(evaluator, stack)
-    jobs = speed(cfg, parts)
+    counts = _text_counts(evaluator)
     return LanguageReport(
         run=cfg.name,
         family=cfg.family,
@@ -89,17 +89,17 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         labels=cfg.partition.shown_labels,
         metric="bits per byte on held-out text",
         model=_model(cfg, shape, stack),
-        data=_text_counts(evaluator),
+        data=counts,
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack),
         routing=token_routing,
         active=_active(evaluator, stack, shape),
         matrix=_matrix(evaluator, networks),
         wins=wins(quality, TRUNK),
-        speed=jobs,
+        speed=speed(cfg, parts),
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
-        notes=notes(cfg, parts.manifest("preprocess").metrics),
-        criteria=criteria(cfg, evaluator, networks, jobs, token_routing),
+        notes=notes(cfg, parts.manifest("preprocess").metrics, counts),
+        criteria=criteria(cfg, evaluator, networks, token_routing),
     )
 
 
@@ -454,4 +454,5 @@ def _text_counts(evaluator: Evaluator) -> TextCounts:
         test_tokens={domain: each.tokens for domain, each in documents.items()},
         test_documents={domain: len(each.bytes_n) for domain, each in documents.items()},
         train_tokens={domain: shards.tokens("train", domain) for domain in documents},
+        too_few=evaluator.scores.too_few,
     )
