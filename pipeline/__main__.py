@@ -385,9 +385,6 @@ def _text_outcome(metrics: dict) -> str:
             text += f", loses {tried['lost_share']:.2%} of the bytes"
         if tried["unknown_share"]:
             text += f", has no entry for {tried['unknown_share']:.2%} of the tokens"
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped"].items())
-    if dropped:
-        text = f"{text}; dropped: {dropped}"
     return "\n".join([text, *metrics.get("notes", ())])
 
 

@@ -3,6 +3,7 @@ can be killed."""
 
 import errno
 import hashlib
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm import family, image_cache
 from pipeline.families.lora_vlm.image_cache import ImageCache
 from pipeline.protocols import quiet
+from pipeline.train import loop
 from pipeline.train.loop import fit
 
 
@@ -403,3 +405,18 @@ def test_a_training_waits_for_what_it_needs(tmp_path):
     for item in ("color", "router"):
         with pytest.raises(MissingArtifact):
             lora_small.task_of(parts, item)
+
+
+def test_rates_and_peaks_of_a_killed_adapter_cover_all_attempts(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
+    parts = lora_small.prepared(tmp_path)
+    first = train_io(tmp_path / "slots")
+    first.peak.carry(3 * 10**15, 4 * 10**15)
+    with pytest.raises(Killed):
+        fit(dying(lora_small.task_of(parts, "color"), 4), first)
+    again = fit(lora_small.task_of(parts, "color"), train_io(tmp_path / "slots"))
+    once = fit(lora_small.task_of(parts, "color"), train_io(tmp_path / "other"))
+    for name in ("forward_s", "backward_s", "tokens_per_s", "tokens", "steps"):
+        assert again[name] == once[name]
+    assert (again["peak_mb"], again["host_peak_mb"]) == (3e9, 4e9) != (once["peak_mb"], 0)

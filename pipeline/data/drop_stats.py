@@ -117,15 +117,16 @@ class DropStats:
                 phrases.append(f"and {len(counts) - _SHOWN_REASONS} other reasons")
         return "; ".join(phrases) or "none dropped"
 
-    def told(self) -> list[str]:
-        """Return the notes with their examples, the most frequent first, then what was bad."""
+    def told(self, what: str = "") -> list[str]:
+        """Return the notes with their examples, the most frequent first, then what was left out,
+        whether or not it is a fault; `what` names the items where there are several kinds."""
         phrases = []
         for text, count in self.notes.most_common():
             shown = self.examples[text]
             more = f" and {count - len(shown)} more" if count > len(shown) else ""
             phrases.append(f"{', '.join(shown)}{more}: {text}")
-        if self.bad:
-            phrases.append(f"left out: {self.explain(bad_only=True)}")
+        if self.total:
+            phrases.append(f"{f'{what} ' if what else ''}left out: {self.explain()}")
         return phrases
 
     def as_json(self) -> dict[str, Any]:

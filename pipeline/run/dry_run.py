@@ -287,9 +287,10 @@ def duration(seconds: float) -> str:
 
 
 def figures(metrics: dict) -> str:
-    """Return what came out of a job in a line: a training's losses, else its numbers by name."""
+    """Return what came out of a job in a line: a training's losses, else its numbers by name; then
+    its notes, a line each."""
     if "valid_nats" not in metrics:
-        return "; ".join(_named(metrics))
+        return "\n".join(["; ".join(_named(metrics)), *metrics.get("notes", ())])
     steps = metrics["steps"]
     planned = metrics.get("planned_steps", steps)
     if not steps:

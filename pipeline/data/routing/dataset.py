@@ -12,6 +12,7 @@ import os
 import platform
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -94,10 +95,12 @@ def generate(
     for shortage in manifest["short"]:
         which = f"{shortage['expert']} {shortage['split']}"
         short[which] = f"{shortage['found']} of {shortage['wanted']}"
+    stats = DropStats(counts=Counter(manifest["dropped"]), examples=manifest["examples"])
     return {
         "rows": manifest["rows"],
         "groups": manifest["groups"],
         "dropped": manifest["dropped"],
+        "notes": stats.told(),
         "short": short,
     }
 

@@ -398,6 +398,7 @@ def _metrics(
         "ids_changed": counts["ids_changed"],
         "seen": stats.seen,
         "dropped": dict(stats.counts),
+        "notes": [*stats.told(), *box_stats.told("boxes")],
         "seconds": round(spent_s, 3),
         "rows_per_s": round(stats.seen / spent_s, 1),
     }
