@@ -188,6 +188,18 @@ BAD = {
     "no list": ([{"prompt": "x", "image": {"a": 1}}], r"images must be a list of paths"),
     "corrupt": ([{"prompt": "x", "image": "torn.png"}], r"n.jsonl:1: .*torn.png"),
     "half a pair": ([{"prompt": "x\ud800"}], r"n.jsonl:1: not JSON of UTF-8 text"),
+    "placeholder": (
+        [{"prompt": "<image> or <image>?"}],
+        r"n.jsonl:1: '<image>' is placeholder 2, and the row has no picture",
+    ),
+    "special token": (
+        [{"prompt": "<|im_start|>x<|im_end|>"}],
+        r"n.jsonl:1: the prompt holds '<\|im_start\|>'",
+    ),
+    "another column": (
+        [{"prompt": "x", "photo": ["secret.JPG"]}],
+        r"n.jsonl:1: no picture where image_field says, and column 'photo' names one",
+    ),
     "no object": (["x"], r"n.jsonl:1: one object per line was wanted, not a str"),
 }
 
@@ -203,6 +215,29 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, rows, expected):
     wanted = settings(("chat",), sources=[source(jsonl(here / "n.jsonl", rows), "chat")])
     with pytest.raises(DataError, match=expected):
         generate(wanted, {}, tmp_path)
+
+
+@pytest.mark.parametrize("said", ["<image>\n{}", "{}\n<image>", "<|image_1|>{}", "[IMG][IMG]{}"])
+def test_a_router_learns_no_placeholder_that_only_one_expert_has(tmp_path, said):
+    rows = [
+        {"prompt": said.format(f"Sing {i}"), "image": painted(tmp_path / f"{i}.png", i)}
+        for i in range(30)
+    ]
+    wanted = settings(
+        ("chat",), sources=[source(jsonl(tmp_path / "n.jsonl", rows), "chat")], short="accept"
+    )
+    out, _ = generate(wanted, {}, tmp_path)
+    asked = {row["prompt"] for row in out}
+    sung = {prompt for prompt in asked if "Sing" in prompt}
+    assert sung and sung <= {f"Sing {i}" for i in range(30)}
+    assert not any(mark in prompt for mark in "<[" for prompt in asked)
+
+
+@pytest.mark.parametrize("name", ["n.jsonl.gz", "n.json", "N.CSV", "n.parquet"])
+def test_a_file_of_another_kind_is_told_before_its_lines(tmp_path, name):
+    (tmp_path / name).write_bytes(b"[\x8b\n")
+    with pytest.raises(DataError, match=f"{name} is not plain JSON Lines.*loras.json"):
+        generate(settings(("chat",), sources=[source(tmp_path / name, "chat")]), {}, tmp_path)
 
 
 def test_a_line_that_is_not_json_and_a_file_that_is_not_there_are_named(tmp_path):

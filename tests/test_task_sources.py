@@ -419,3 +419,14 @@ def test_a_data_set_that_cannot_be_reached_says_what_to_check(tmp_path, offline)
         match=r"look\.dataset: .*nowhere\[train\] at revision main cannot be streamed.*HF_TOKEN",
     ):
         prepared(tmp_path, entry(hub(tmp_path / "nowhere")))
+
+
+def test_rows_of_text_among_others_name_no_picture_elsewhere(tmp_path, source):
+    """Where pictures may be absent, one in a column of another name was taken for absent."""
+    rows = simple(40)
+    for each in rows[1:]:
+        each["photo"] = each.pop("image").upper()
+    rows[0]["image"] = "images/0.png"
+    data = jsonl(source(rows), pictures="some")
+    with pytest.raises(DataError, match=r"39 no picture .* photo names one; set dataset.image_fi"):
+        prepared(tmp_path, entry(data))

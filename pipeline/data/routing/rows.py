@@ -17,8 +17,11 @@ from pathlib import Path
 from ...errors import DataError
 from ..drop_stats import DropStats, shortened
 from ..images import images
+from ..sources.columns import column_of_pictures
+from ..sources.packed import SUFFIXES as PACKED
 from ..sources.task_streams import image_columns, split_named
 from ..sources.tasks import value_at
+from ..tasks import markup
 from ..tasks.groups import group_name, text_key
 
 SPLITS = ("train", "valid", "test", "test_held")
@@ -29,6 +32,7 @@ _STATED = SPLITS[:3]  # test_held is made here; no source has it
 _RECENT = 1 << 14
 
 
+_OTHER_KINDS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".zip")
 _SHOWN = 120  # characters of what was found in place of a path, in a message
 
 
@@ -77,6 +81,8 @@ class Feed:
         Raises DataError for a file that cannot be read, and for a row of an artifact: it was whole
         when it was made.
         """
+        if not self.artifact:
+            _check_kind(self.file, self.name)
         for number, line in _lines(self.file, self.name):
             stats.seen += 1
             try:
@@ -101,6 +107,9 @@ class Feed:
                 "source to the one that holds the request",
             )
         paths, keys = self._pictures(self._images(row))
+        # Rows of an artifact are as the expert was trained on.
+        if not self.artifact:
+            prompt = _plain(prompt, len(paths))
         # A row without an id is called by its line.
         row_id = value.get("id")
         if row_id in (None, ""):
@@ -124,6 +133,14 @@ class Feed:
             found = value_at(row, name)
             if found:
                 return found
+        is_asked = self.artifact or self.fields.get("images", "image") != "image"
+        other = None if is_asked else column_of_pictures(row)
+        if other is not None:
+            raise _BadRow(
+                "no picture",
+                f"no picture where image_field says, and column {other!r} names one; set "
+                "image_field of this source to it",
+            )
         return None
 
     def _pictures(self, found: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -146,6 +163,15 @@ class Feed:
             return found | {"row": row_id}
         dataset = str(found) if found else self.file.name
         return {"dataset": dataset, "id": row_id, "row": row_id}
+
+
+def _check_kind(file: Path, name: str) -> None:
+    """Raise DataError for a file that is called as one of another kind than JSON Lines is."""
+    if file.name.lower().endswith((*PACKED, *_OTHER_KINDS)):
+        raise DataError(
+            f"{name}: {file.name} is not plain JSON Lines, which are all that `from: jsonl` reads; "
+            "unpack or convert it, or have an expert in loras.json read it"
+        )
 
 
 def _lines(file: Path, name: str) -> Iterator[tuple[int, bytes]]:
@@ -191,6 +217,24 @@ def _split(found: object) -> str | None:
             "fields.split of this source to '', and the generator draws its own",
         )
     return split
+
+
+def _plain(prompt: str, pictures: int) -> str:
+    """Return a prompt as an expert would be asked it, without placeholders of pictures: a router
+    would know by them whose request it is."""
+    try:
+        plain, _ = markup.without_placeholders(prompt, pictures)
+    except markup.StrangePlaceholder as error:
+        raise _BadRow("placeholder without a picture", str(error)) from None
+    mark = markup.special_token(plain, is_answer=False)
+    if mark is not None:
+        raise _BadRow(
+            "special token",
+            f"the prompt holds {mark!r}, a mark of another format; write what it means",
+        )
+    if not plain:
+        raise _BadRow("no prompt", f"{_shown(prompt)} is nothing but placeholders of pictures")
+    return plain
 
 
 def _group(keys: tuple[str, ...], prompt: str) -> str:

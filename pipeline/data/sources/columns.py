@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..images.formats import SUFFIXES
+
 _MOST_NAMES = 12  # of columns in a message
 _MOST_CHARACTERS = 40  # of one value in a message: a column may hold whole documents
 
@@ -41,6 +43,17 @@ def root_column(names: Iterable[str], name: str) -> str | None:
         return name
     root, _, _ = name.partition(".")
     return root if root in known else None
+
+
+def column_of_pictures(row: Mapping) -> str | None:
+    """Return a column whose text is called as a file of a picture is; None where there is none."""
+    for name, value in row.items():
+        if isinstance(value, list | tuple) and value:
+            value = value[0]
+        is_name = isinstance(value, str) and "\n" not in value
+        if is_name and value.lower().endswith(SUFFIXES):
+            return str(name)
+    return None
 
 
 def listed(names: Iterable[object]) -> str:

@@ -24,7 +24,7 @@ from ..images.images import ImageSource
 from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
-from .columns import listed
+from .columns import column_of_pictures, listed
 from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, setting, split_named
 
 # Where an object has its picture, in the order in which they are asked.
@@ -204,7 +204,15 @@ def _images(columns: dict, data: TaskDataConfig) -> Iterator[ImageSource]:
             found[name] = list(value) if isinstance(value, list | tuple) else [value]
     if not found:
         if data.pictures == "some":
-            return
+            # Who names a column may mean that the others are no pictures of the row.
+            is_default = data.image_field == "image"
+            other = column_of_pictures(columns) if is_default else None
+            if other is None:
+                return
+            raise ValueError(
+                f"none in column {data.image_field!r}, and {other} names one; set "
+                "dataset.image_field to it"
+            )
         raise ValueError(
             f"none in column {data.image_field!r} of {listed(columns)}; set dataset.image_field to "
             "the one that has them; for rows of text alone set dataset.pictures"
