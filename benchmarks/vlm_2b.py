@@ -297,7 +297,7 @@ def _step(cfg, parts, work: Path, peak: Peak) -> dict:
     slots = Path(tempfile.mkdtemp(dir=work))
     recorder = Recorder(slots / "history", job=EXPERT, total_steps=STEPS, settings={})
     metrics = fit(
-        task, TrainIO(slots, recorder, parts.store.publish, EXPERT, "loras", 1e9, 1, peak)
+        task, TrainIO(slots, recorder, parts.store.publish, EXPERT, "loras", 1e9, 1, peak=peak)
     )
     recorder.close()
     write_files(task.export(metrics["kept_step"]), work / "adapter")
