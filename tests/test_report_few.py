@@ -41,9 +41,11 @@ def test_nothing_is_marked_where_documents_are_few(seed):
     for row in language.matrix(report).rows:
         heats = {cell.heat for cell in row.cells}
         assert (heats == {None}) == (row.name in few)
+        assert any(cell.own for cell in row.cells) != (row.name in few)
     for row in language.opt_out(report).rows:
         for domain, cell in zip(DOMAINS, row.cells, strict=True):
             assert (cell.heat is None) == (domain in few)
+            assert cell.own == (domain == row.name and domain not in few)
     assert {row.cells[1].tone for row in language.wins(report).rows} == {""}
     said = language.lead(report)
     assert "too few test documents" in said and "better than" not in said

@@ -40,7 +40,8 @@ Merge = Callable[[list[float]], float]
 class Frame:
     """A chart's size and its plot's edges inside it, units of the SVG's view box."""
 
-    width: int = 420
+    # room for half of the last tick's text beyond the plot's edge
+    width: int = 430
     height: int = 210
     left: int = 50
     right: int = 408

@@ -152,7 +152,7 @@ def matrix(report: LanguageReport) -> Table:
         for name, line, gain, heat in zip(names[1:], lines[1:], gains, heats, strict=True):
             bits = fixed(at(line, j))
             # an expert is named after its domain
-            own = name == domain
+            own = name == domain and domain not in report.too_few
             cells.append(Cell(bits, signed(gain[j]), heat=heat[j], own=own))
         rows.append(Row(domain, tuple(cells)))
     most, least = extremes(sure)
@@ -186,7 +186,8 @@ def opt_out(report: LanguageReport) -> Table:
         for domain, strength in zip(report.domains, heat, strict=True):
             ratio = fixed(row.ratio.get(domain))
             change = signed(row.delta_bits.get(domain))
-            cells.append(Cell(ratio, change, heat=strength, own=domain == row.removed))
+            own = domain == row.removed and domain not in report.too_few
+            cells.append(Cell(ratio, change, heat=strength, own=own))
         rows.append(Row(row.removed, tuple(cells)))
     most, least = extremes(gains)
     return Table(
