@@ -25,6 +25,7 @@ from rich.table import Table
 from .config.run import RunConfig
 from .errors import ConfigError, Interrupted, PipelineError
 from .families.load import describes_run, load
+from .report.narrow import print_table
 from .run.advice import CommandLine, sentence
 from .run.stages import (
     RUN,
@@ -359,7 +360,7 @@ def _show_jobs(manifests: list[Manifest]) -> None:
     for made in manifests:
         seconds = f"{made.made['seconds']:.0f}"
         table.add_row(made.address, f"{made.bytes / 1e6:.1f}", seconds, _outcome(made.metrics))
-    _out().print(table)
+    print_table(_out(), table)
 
 
 def _outcome(metrics: dict) -> str:

@@ -19,6 +19,7 @@ from ..errors import ConfigError, StoreError
 from ..families import family
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
+from ..report.narrow import print_table
 from ..run.dry_run import figures
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
@@ -272,7 +273,7 @@ def show_results(results: list[JobResult], console: Console) -> None:
             f"{result.seconds:.0f}",
             figures(result.metrics),
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def show_report(

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
 from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError
+from ..report.narrow import print_table
 from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, duration, plan, state_of, why_of
 from ..run.job import done
 from ..run.stages import Addresses, label
@@ -222,7 +223,7 @@ def show_estimate(
         table.add_column(name, justify="right", overflow="fold")
     for each in estimates:
         table.add_row(each.address, each.state, _where(cfg, each), *_cells(each))
-    console.print(table)
+    print_table(console, table)
     for why in dict.fromkeys(each.why for each in estimates if each.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
     training = [each for each in estimates if each.trains]

@@ -13,6 +13,7 @@ from ..config.stage import Stage
 from ..errors import BudgetError, CannotStart, PipelineError, StoreError
 from ..families import family, stage_function
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
+from ..report.narrow import print_table
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
 from ..store.model_files import on_this_machine
@@ -196,7 +197,7 @@ def show_plan(
     table.add_column("how it runs")
     for entry in entries:
         table.add_row(entry.address, entry.state, *_cells(entry, seconds.get(entry.address)))
-    console.print(table)
+    print_table(console, table)
     for note in notes:
         console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for why in dict.fromkeys(entry.why for entry in entries if entry.why):

@@ -1,0 +1,29 @@
+"""Tables on a terminal that is too narrow for them: a block of lines for each row, nothing cut."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 10_000  # columns: more than any table wants
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, or where its rows do not fit on a line each, their cells one after another
+    with what each column is called."""
+    wanted = table.__rich_measure__(console, console.options.update(max_width=_WIDE)).maximum
+    if not console.is_terminal or wanted <= console.width:
+        console.print(table)
+        return
+    if table.title:
+        console.print(Text(str(table.title), style="bold"), soft_wrap=True)
+    names = [str(column.header) for column in table.columns]
+    for row in zip(*[list(column.cells) for column in table.columns], strict=True):
+        first, *others = [str(cell) for cell in row]
+        # The first is an address, which is searched for and typed as it stands
+        console.print(Text(first, style=table.columns[0].style), soft_wrap=True)
+        said = []
+        for name, cell in zip(names[1:], others, strict=True):
+            if cell:
+                said.append(f"{name} {cell}")
+        if said:
+            console.print(Text(f"  {', '.join(said)}"))
