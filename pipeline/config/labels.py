@@ -21,11 +21,11 @@ _DIGEST_CHARACTERS = 6
 
 
 def label_text(value: object) -> str | None:
-    """Return a label as text: whole numbers as such however they are stored, none for what is no
-    label."""
+    """Return a label as text: whole numbers as such however they are stored, letters with marks in
+    one form, no blanks around it; none for what is no label."""
     if isinstance(value, bytes):
         try:
-            return value.decode() or None
+            value = value.decode()
         except UnicodeDecodeError:
             return None
     if isinstance(value, bool):
@@ -35,7 +35,9 @@ def label_text(value: object) -> str | None:
         return str(int(value))
     if isinstance(value, int):
         return str(value)
-    return value or None if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return unicodedata.normalize("NFC", value).strip() or None
 
 
 def domain_name(label: str) -> str:

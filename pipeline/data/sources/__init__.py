@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# The end of what is told of bytes that are not UTF-8
+ENCODING = "set encoding beside paths where it is another"
 Row = dict[str, Any]  # column -> value
 
 

@@ -2,9 +2,10 @@
 for names."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...errors import DataError
 from ..images.formats import SUFFIXES
 
 _MOST_NAMES = 12  # of columns in a message
@@ -34,6 +35,16 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def check_once(names: Sequence[str], wanted: Iterable[str], path: str) -> None:
+    """Raise DataError where a table has a column that is wanted twice."""
+    for name in wanted:
+        if names.count(name) > 1:
+            raise DataError(
+                f"data.files: {path} has the column {name} twice, so which one is meant cannot be "
+                f"told; its columns are {listed(names)}. Rename one"
+            )
 
 
 def root_column(names: Iterable[str], name: str) -> str | None:

@@ -3,26 +3,33 @@ not."""
 
 import codecs
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ...config.text_data import DataConfig, FilesConfig, TextRunConfig
 from ...errors import DataError, PipelineError
 from ..cut import cut
-from . import FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
+from . import ENCODING, FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
 from .csv_rows import csv_rows
 from .json_rows import json_rows, jsonl_rows
 from .packed import SUFFIXES, open_text
+from .saved_sets import missing_shards, of_saved_sets
 from .tables import arrow_rows, parquet_rows
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+    _Found = list[tuple[AbstractFileSystem, str]]
+
 STREAM_BYTES = 8 << 20  # text files above this are read twice, block by block
 FEW_FILES = 20  # with fewer, as many documents would be too few to hold any out
 _BLOCK_BYTES = 1 << 20
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+_HOLE = b"\0" * 8  # of zeros: what a disk that was full or switched off leaves in a file
 _MOST_SHOWN = 10  # characters of bytes that are not UTF-8, in a message
 
 
@@ -56,9 +63,23 @@ class _File:
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
-    """Yield the files of each entry of data.files. Raises DataError for one that matches none."""
-    for entry in cfg.data.files:
-        yield entry.domain, _rows_of_each(entry, cfg.data)
+    """Yield the files of each entry of data.files. Raises DataError for one that matches none, and
+    for a file that two entries match."""
+    for entry, found in _entries(cfg):
+        yield entry.domain, _rows_of_each(entry, found, cfg.data)
+
+
+def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
+    entries = [(entry, list(of_saved_sets(_matches(entry)))) for entry in cfg.data.files]
+    owners: dict[str, FilesConfig] = {}
+    for entry, found in entries:
+        for _, path in found:
+            if owners.setdefault(path, entry) is not entry:
+                raise DataError(
+                    f"data.files: {path} is matched by two entries, and its documents would be "
+                    "read twice. Make the paths of one of them narrower"
+                )
+    return entries
 
 
 def look(cfg: TextRunConfig) -> None:
@@ -76,13 +97,15 @@ def look(cfg: TextRunConfig) -> None:
             problems.append(str(error))
     if problems:
         raise DataError("; ".join(problems))
+    if not is_elsewhere:
+        _entries(cfg)
     if not any(sizes) and not is_elsewhere:
         raise DataError(f"data.files: all of its {len(sizes)} files are empty; correct the paths")
 
 
 def _sizes(entry: FilesConfig, data: DataConfig) -> Iterator[int]:
     """Yield the bytes of the files here of one entry. Raises DataError for one that is not read."""
-    for fs, path in _matches(entry):
+    for fs, path in of_saved_sets(_matches(entry)):
         # Raises for a name that tells none
         _ = _File(fs, path, entry, data, False).format
         try:
@@ -96,32 +119,46 @@ def _is_here(pattern: str) -> bool:
     return "://" not in pattern or pattern.startswith(("file://", "local://"))
 
 
-def _rows_of_each(entry: FilesConfig, data: DataConfig) -> Iterator[Rows]:
-    found = list(_matches(entry))
+def _rows_of_each(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[Rows]:
     texts = 0
     for _, path in found:
         texts += entry.format == "text" or (entry.format == "auto" and _format(path) == "text")
     is_few = entry.documents == "auto" and texts < FEW_FILES
     is_split = is_few or entry.documents == "paragraphs"
+    told = missing_shards(path for _, path in found)
     for fs, path in found:
-        yield partial(_rows, _File(fs, path, entry, data, is_split))
+        yield partial(_rows, _File(fs, path, entry, data, is_split), told.get(path))
 
 
-def _rows(file: _File) -> Iterator[FoundRow]:
+def _rows(file: _File, told: str | None) -> Iterator[FoundRow]:
     read = _READERS[file.format]
+    if told:
+        yield file.name, Note(told)
     count = 0
     try:
         for where, row in read(file):
             count += not isinstance(row, Note)
+            if isinstance(row, SkippedRow) and row.reason == "not UTF-8":
+                row = SkippedRow(row.reason, f"{row.detail}{_encoding_of(file)}")
             yield where, row
     except PipelineError:
         raise
+    except FileNotFoundError:
+        raise DataError(
+            f"data.files: {file.path} is gone, or a link to a file that is not there. Fetch it "
+            "again, or take it away"
+        ) from None
     except Exception as error:  # a filesystem or a decoder raises what it likes
         raise DataError(
             f"data.files: {file.path} cannot be read: {type(error).__name__}: {error}"
         ) from error
     if not count:
         yield file.path, SkippedRow("empty file", "it has no rows")
+
+
+def _encoding_of(file: _File) -> str:
+    # A table says itself how its text is encoded
+    return "" if file.format in ("parquet", "arrow") else f"; {ENCODING}"
 
 
 def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
@@ -132,15 +169,20 @@ def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
         try:
             fs, path = url_to_fs(pattern)
             hits = sorted(_hits(fs, path))
-            is_folder = not hits and fs.isdir(path)
+            # é may be one letter or two in a name: which, depends on the machine that wrote it
+            for form in _FORMS:
+                hits = hits or sorted(_hits(fs, unicodedata.normalize(form, path)))
+            folders = [] if hits else [path] if fs.isdir(path) else fs.glob(path)
         except Exception as error:  # as above
             raise DataError(
                 f"data.files: {pattern} cannot be reached: {type(error).__name__}: {error}"
             ) from error
         if not hits:
             why = "matches no file"
-            if is_folder:
-                why = f"is a folder; write {pattern.rstrip('/')}/*.txt or the like"
+            if folders:
+                folder = pattern.rstrip("/")
+                what = "is a folder" if fs.isdir(path) else "matches only folders"
+                why = f"{what}; write {folder}/*.txt or the like"
             raise DataError(
                 f"data.files: {pattern} {why}. Paths start at the configuration file's folder"
             )
@@ -157,9 +199,19 @@ def _hits(fs: "AbstractFileSystem", path: str) -> Iterator[str]:
     if ("[" in literal or "*" in literal) and fs.isfile(literal):
         yield literal
         return
+    named = [part for part in path.split("/") if part.startswith(".")]
     for hit in fs.glob(_literal_brackets(fs, path)):
-        if not fs.isdir(hit):
+        if not fs.isdir(hit) and not _is_hidden(hit, named):
             yield hit
+
+
+def _is_hidden(path: str, named: list[str]) -> bool:
+    """Whether a part of a path begins with a point that is not in its pattern: as in shells, what
+    systems and editors keep beside people's files is not meant."""
+    for part in path.split("/"):
+        if part.startswith(".") and not any(fnmatchcase(part, each) for each in named):
+            return True
+    return False
 
 
 def _literal_brackets(fs: "AbstractFileSystem", path: str) -> str:
@@ -222,13 +274,15 @@ def _documents(file: _File, blocks: Iterable[bytes], size: int) -> Iterator[Foun
 
 
 def _document(content: bytes, file: _File) -> Row | SkippedRow:
+    if _HOLE in content:
+        return SkippedRow("not text", f"byte {content.index(_HOLE)}: zeros")
     try:
         return {file.data.text_field: content.decode()}
     except UnicodeDecodeError as error:
         shown = content[error.start : error.start + _MOST_SHOWN]
         return SkippedRow(
             "not UTF-8",
-            f"byte {error.start}: {shown!r}; set encoding beside paths where it is another",
+            f"byte {error.start}: {shown!r}",
         )
 
 

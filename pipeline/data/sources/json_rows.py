@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,30 @@ _HEAD_LINES = 20  # of which one is a whole object where each of them is a row
 _BLOCK_BYTES = 1 << 20
 # A value that goes on after the block ends in a text, or so near to its end
 _NEAR_END = 16
+_MOST_SHOWN = 20  # characters of what is no JSON, in a message
 _WHITE = " \t\n\r"
+# Of rows: the commas of an array that has lost its brackets, the mark of JSON text sequences
+_BETWEEN = f"{_WHITE},\x1e"
+# An array of objects, or an object that is spread over lines
+_OTHER_LAYOUT = re.compile(rb"\s*(\[\s*\{|\{[ \t]*\r?\n)")
+_ARRAY_NOTE = "read as one JSON array, though its name stands for a row a line"
+_SPREAD_NOTE = "read as objects spread over lines, though its name stands for a row a line"
 
 
 def jsonl_rows(fs: "AbstractFileSystem", path: str, encoding: str | None) -> Iterator[FoundRow]:
-    """Yield the rows of a file that has one a line. Raises DataError for a file that is torn."""
+    """Yield the rows of a file that has one a line, or is JSON of another layout under that name.
+    Raises DataError for a file that is torn."""
     with open_text(fs, path, encoding) as text:
         if text.note:
             yield text.name, Note(text.note)
-        yield from _lines(text.file, path)
+        head = text.file.peek(_BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+        # Line by line, a whole array would be one bad row
+        if _OTHER_LAYOUT.match(head):
+            is_array = head.lstrip().startswith(b"[")
+            yield text.name, Note(_ARRAY_NOTE if is_array else _SPREAD_NOTE)
+            yield from _values(text.file, path, is_array)
+        else:
+            yield from _lines(text.file, path)
 
 
 def json_rows(fs: "AbstractFileSystem", path: str, encoding: str | None) -> Iterator[FoundRow]:
@@ -47,11 +63,50 @@ def json_row(line: bytes) -> Row | SkippedRow:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
+        return SkippedRow("not UTF-8", f"byte {error.start}")
     # RecursionError: for brackets nested without end
     except (ValueError, RecursionError) as error:
-        return SkippedRow("not JSON", str(error))
+        return SkippedRow("not JSON", why(error))
     return _row(row)
+
+
+def _rows_of(line: bytes) -> list[Row | SkippedRow]:
+    """Return the objects that a line holds, or why there is none.
+
+    They are several where the ends of lines were lost, or are those of old Macs: taken for one row
+    that is bad, a whole file would be.
+    """
+    alone = json_row(line)
+    if not isinstance(alone, SkippedRow) or alone.reason != "not JSON":
+        return [alone]
+    text = line.decode("utf-8-sig").strip(_BETWEEN)
+    decoder = json.JSONDecoder()
+    rows: list[Row | SkippedRow] = []
+    at = 0
+    while text.startswith("{", at):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            return [*rows, SkippedRow("not JSON", why(error))]
+        rows.append(value)
+        while at < len(text) and text[at] in _BETWEEN:
+            at += 1
+    if at == len(text) and rows:
+        return rows
+    # What follows a single row is a part of it that went wrong
+    return [*rows, alone] if len(rows) > 1 else [alone]
+
+
+def why(error: ValueError | RecursionError) -> str:
+    """Return in words for people why a text is no JSON."""
+    if not isinstance(error, json.JSONDecodeError):
+        return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    if error.msg.startswith("Unterminated"):
+        return f"the quote at character {error.pos + 1} is not closed"
+    found = error.doc[error.pos : error.pos + _MOST_SHOWN]
+    if not found:
+        return f"it ends at character {error.pos + 1}, before its brackets are closed"
+    return f"no JSON from character {error.pos + 1} on: {found!r}"
 
 
 def _row(value: object) -> Row | SkippedRow:
@@ -65,11 +120,12 @@ def _lines(file: io.BufferedReader, path: str) -> Iterator[FoundRow]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        row = json_row(line)
-        # Only the last one has no end
-        if isinstance(row, SkippedRow) and not line.endswith(b"\n"):
-            row = SkippedRow(row.reason, f"the last line, cut off: {row.detail}")
-        yield f"{path}:{number}", row
+        rows = _rows_of(line)
+        for count, row in enumerate(rows, 1):
+            # Only the last one has no end
+            if isinstance(row, SkippedRow) and not line.endswith(b"\n"):
+                row = SkippedRow(row.reason, f"the last line, cut off: {row.detail}")
+            yield f"{path}:{number}" + (f" row {count}" if len(rows) > 1 else ""), row
 
 
 def _has_row_a_line(head: bytes) -> bool:
@@ -153,7 +209,7 @@ def _values(file: io.BufferedReader, path: str, is_array: bool) -> Iterator[Foun
         try:
             value = buffer.value()
         except (ValueError, RecursionError) as error:
-            raise _damaged(path, number, f"cannot be read ({error})") from None
+            raise _damaged(path, number, f"cannot be read ({why(error)})") from None
         yield f"{path} row {number}", _row(value)
     buffer.at += 1
     if buffer.next():

@@ -24,6 +24,27 @@ _BUFFER_BYTES = 1 << 20
 # What is unpacked at once. Small, because a thousandfold of it may come out, and is held.
 _FEED_BYTES = 4 << 10
 _POINTER = b"version https://git-lfs.github.com/spec/"
+# What is not text though it may have that name, or be packed as text is: read as such, headers and
+# zeros between the files of an archive would be learned
+_NO_TEXT: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"(?s).{257}ustar"), "an archive of files (tar), which has to be unpacked"),
+    (re.compile(rb"PK\x03\x04"), "an archive of files (zip), which has to be unpacked"),
+    (re.compile(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"), "an archive, which has to be unpacked"),
+    (re.compile(rb"\x04\x22\x4d\x18"), "packed with lz4, which has to be unpacked"),
+    (re.compile(rb"\x1f\x9d|LZIP\x01"), "packed in a way that is not read, so unpack it"),
+    (
+        re.compile(rb"WARC/1\.\d\r?\n"),
+        "records of a web archive (WARC), whose texts have to be taken out, to one JSON row a line",
+    ),
+    (re.compile(rb"PAR1"), "a Parquet file: say format: parquet beside paths"),
+    (re.compile(rb"ARROW1"), "an Arrow file: say format: arrow beside paths"),
+    (re.compile(rb"SQLite format 3\0"), "a data base: export its rows as CSV or JSON Lines"),
+    (
+        re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"),
+        "a document of an office program: save it as text or CSV",
+    ),
+    (re.compile(rb"%PDF-\d"), "a PDF file, whose text has to be taken out"),
+)
 # Archives of the longest texts are packed with windows of 2 GB; only such a file takes that memory
 _ZSTD_WINDOW_BYTES = 1 << 31
 _HEAD_BYTES = 4096  # enough to tell an encoding
@@ -95,7 +116,9 @@ def open_text(fs: "AbstractFileSystem", path: str, encoding: str | None) -> Cont
     them.
     """
     file = open_unpacked(fs, path)
-    found = _encoding(file.peek(_HEAD_BYTES)[:_HEAD_BYTES])
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    _refuse_no_text(head, path)
+    found = _encoding(head)
     wanted = encoding or found or "utf-8"
     if codecs.lookup(wanted).name in ("utf-8", "utf-8-sig"):
         return Contents(file, path, "")
@@ -136,6 +159,17 @@ def refuse_pointer(head: bytes, path: str) -> None:
         )
 
 
+def _refuse_no_text(head: bytes, path: str) -> None:
+    for begins, _ in _PACKINGS:
+        if begins.match(head):
+            raise DataError(
+                f"data.files: {path} is packed twice, one packing inside the other; unpack it once"
+            )
+    for begins, what in _NO_TEXT:
+        if begins.match(head):
+            raise DataError(f"data.files: {path} holds no text. It is {what}")
+
+
 def _encoding(head: bytes) -> str | None:
     """Return how a text that begins so is encoded; None for UTF-8, or what cannot be told."""
     for mark, name in _MARKS:
@@ -145,7 +179,9 @@ def _encoding(head: bytes) -> str | None:
     # UTF-8 it would be valid, and every other character a zero.
     for offset, name in ((1, "utf-16-le"), (0, "utf-16-be")):
         half = head[offset::2]
-        if len(head) >= 8 and half.count(0) > _ZEROS * len(half) > 0:
+        # Zeros in the others too are no text at all
+        others = head[1 - offset :: 2].count(0)
+        if len(head) >= 8 and half.count(0) > _ZEROS * len(half) > 0 and others < half.count(0) / 8:
             return name
     return None
 

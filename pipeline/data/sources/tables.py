@@ -12,7 +12,7 @@ from ...config.text_data import DataConfig
 from ...errors import DataError
 from ...store.room import writing
 from . import FoundRow, Row, SkippedRow
-from .columns import class_names, field_value, listed, named, root_column
+from .columns import check_once, class_names, field_value, listed, named, root_column
 from .packed import is_packed, open_unpacked, refuse_pointer
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ BATCH_ROWS = 256  # in memory at a time
 _HEAD_BYTES = 64
 _SPOOL_BYTES = 64 << 20  # of a packed table in memory; what is more goes to a temporary file
 _FILE_MARK = b"ARROW1"
+_PARQUET_MARK = b"PAR1"
+_SECRET_MARK = b"PARE"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -32,8 +34,10 @@ def parquet_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Itera
     from pyarrow.parquet import ParquetFile
 
     with _seekable(fs, path) as file:
+        _check_marks(file, path)
         table = ParquetFile(file)
         columns = TableColumns(table.schema_arrow, data)
+        check_once(table.schema_arrow.names, columns.read, path)
         number = 0
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns.read):
             for row in columns.rows(batch):
@@ -44,6 +48,22 @@ def parquet_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Itera
                 f"data.files: {path} gave {number} rows of the {table.metadata.num_rows} that it "
                 "says it has. Fetch or write it again"
             )
+
+
+def _check_marks(file: IO[bytes], path: str) -> None:
+    """Leave a Parquet file at its start. Raises DataError for one that is none, or torn."""
+    begins = file.read(len(_PARQUET_MARK))
+    size = file.seek(0, 2)
+    file.seek(max(0, size - len(_PARQUET_MARK)))
+    ends = file.read()
+    file.seek(0)
+    # Where names of columns are secret, the mark is another at both ends
+    if begins == ends and begins in (_PARQUET_MARK, _SECRET_MARK):
+        return
+    what = "it does not end as a Parquet file does, so it is torn. Fetch or write it again"
+    if begins != _PARQUET_MARK:
+        what = "it is no Parquet file. Say what it is with format, beside paths, or fetch it again"
+    raise DataError(f"data.files: {path} cannot be read: {what}")
 
 
 def arrow_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterator[FoundRow]:
@@ -60,6 +80,7 @@ def arrow_rows(fs: "AbstractFileSystem", path: str, data: DataConfig) -> Iterato
             opened = ipc.open_stream(file)
             batches = iter(opened)
         columns = TableColumns(opened.schema, data)
+        check_once(opened.schema.names, columns.read, path)
         number = 0
         for batch in batches:
             for start in range(0, batch.num_rows, BATCH_ROWS):

@@ -17,7 +17,7 @@ from ...config.labels import label_text
 from ...config.text_data import DataConfig, TextRunConfig
 from ..cut import cut
 from ..drop_stats import DropStats
-from ..sources import LargeFile, Note, Row, Rows, SkippedRow
+from ..sources import ENCODING, LargeFile, Note, Row, Rows, SkippedRow
 from ..sources.columns import brief, field_value, listed
 from ..sources.text import sources
 
@@ -44,6 +44,7 @@ _SPLIT_NAMES = {
 }
 _WHITE = b" \t\n\r\x0b\x0c"
 _MOST_OTHER_LABELS = 1000  # a column of free text must not fill memory
+_MOST_INNER = 12  # names inside a column; more are rows, written by column
 _Share = tuple[str, str | None]  # label and given split, which have a limit of their own
 ReadBytes = tuple[tuple[str, str | None, int], ...]  # label, split, bytes of text
 
@@ -163,8 +164,33 @@ def _hasher(seed: int, purpose: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=8, key=key, person=purpose)
 
 
-def _columns(row: Row) -> str:
+def _columns(row: Row, wanted: str = "") -> str:
+    for name, value in row.items():
+        # One object around all rows, as some write JSON
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and wanted in first:
+            return f"{name} is a list of rows, which has to be a file of its own"
     return f"the columns are {listed(row)}"
+
+
+def _no_letters(error: UnicodeEncodeError) -> str:
+    """Return what is wrong with a text that has half a character."""
+    # Readers keep bytes that are no text as such halves
+    if 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF:
+        return f"character {error.start + 1}; {ENCODING}"
+    return f"character {error.start + 1} is half a surrogate"
+
+
+def _no_text(name: str, value: object) -> str:
+    """Return what is wrong with what stands where a text should."""
+    if value is None:
+        return f"{name} is missing"
+    if isinstance(value, dict) and len(value) <= _MOST_INNER:
+        first = next(iter(value), "")
+        return f"{name} holds {listed(value)}: name the one that is meant, {name}.{first} or so"
+    if isinstance(value, list | dict):
+        return f"{name} is a list of {len(value)}, and a row needs one text"
+    return f"{name} is {brief(repr(value))}"
 
 
 def _limits(data: DataConfig) -> dict[str | None, float]:
@@ -204,6 +230,7 @@ class _Reader:
         by_label = cfg.partition.by == "labels"
         self.keep = frozenset(cfg.partition.domains) if by_label else None
         self._domain_of = cfg.partition.domain_of if by_label else {}
+        self._in_small_letters = {label.casefold(): label for label in self._domain_of}
         self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
         self._limits = _limits(cfg.data)
         self.bytes: Counter[_Share] = Counter()  # read so far
@@ -226,7 +253,7 @@ class _Reader:
         if self.judges and stats.seen == EARLY and stats.bad > EARLY / 2:
             _check(stats, self.data.max_bad_share)
         stats.seen += 1
-        found = self._fields(row, label)
+        found = self._fields(where, row, label)
         if isinstance(found, SkippedRow):
             stats.drop(found.reason, where, found.detail)
             return
@@ -254,7 +281,7 @@ class _Reader:
     def _full(self, label: str, split: str | None) -> bool:
         return self.bytes[label, split] >= self._limits[split]
 
-    def _fields(self, row: Row | SkippedRow, label: str | None) -> _Fields | SkippedRow:
+    def _fields(self, where: str, row: Row | SkippedRow, label: str | None) -> _Fields | SkippedRow:
         """Return text, label and given split of a row, or what it lacks."""
         if isinstance(row, SkippedRow):
             return row
@@ -266,8 +293,8 @@ class _Reader:
             except UnicodeDecodeError as error:
                 return SkippedRow("not UTF-8", f"byte {error.start}: {error.reason}")
         if not isinstance(text, (str, LargeFile)):
-            found = "missing" if text is None else type(text).__name__
-            return SkippedRow("no text", f"{data.text_field} is {found}; {_columns(row)}")
+            what = _no_text(data.text_field, text)
+            return SkippedRow("no text", f"{what}; {_columns(row, data.text_field)}")
         domain = label
         if label is None:
             given = field_value(row, data.label_field)
@@ -281,6 +308,13 @@ class _Reader:
             return SkippedRow("no label", detail)
         elif domain not in self.keep:
             self._count_other(label)
+            meant = self._in_small_letters.get(label.casefold())
+            if meant:
+                self.stats.note(
+                    f"the label {brief(label)} is left out, for partition.domains has "
+                    f"{brief(meant)}; where they are one, list both under partition.labels",
+                    where,
+                )
             return SkippedRow("other label", brief(label))
         split = None
         if data.split_field:
@@ -308,7 +342,7 @@ class _Reader:
             try:
                 raw = text.encode()
             except UnicodeEncodeError as error:
-                self.stats.drop("not UTF-8", where, error.reason)
+                self.stats.drop("not UTF-8", where, _no_letters(error))
                 return
             if not text.strip():
                 self.stats.drop("empty", where)
