@@ -104,6 +104,20 @@ def test_a_photo_turned_by_its_data_is_seen_upright(client):
     assert ask(client, [part(url), QUESTION]) == wanted
 
 
+@pytest.mark.parametrize("asked", ["<image>\n{}", "{}\n<image>", "<|image_1|>{}", "<img>a</img>{}"])
+def test_a_placeholder_is_taken_out_of_a_question_as_it_was_in_training(client, asked):
+    wanted = ask(client, [part(SPELLINGS["plain"]), QUESTION])
+    question = {"type": "text", "text": asked.format(QUESTION["text"])}
+    assert ask(client, [part(SPELLINGS["plain"]), question]) == wanted
+
+
+def test_what_asks_for_nothing_is_as_good_as_left_out(client):
+    wanted = ask(client, "hi")
+    nothing = {"tools": [], "stop": [], "logprobs": False, "logit_bias": {}}
+    nothing["response_format"] = {"type": "text"}
+    assert ask(client, "hi", **nothing) == wanted
+
+
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 REFUSED = [
@@ -131,8 +145,15 @@ REFUSED = [
     ("hi", {"max_tokens": 0}, "max_tokens", "must be at least 1"),
     ("hi", {"max_tokens": "9"}, "max_tokens", "must be a whole number"),
     ("hi", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools"),
-    ("hi", {"response_format": {"type": "json_object"}}, "response_format", "no such field"),
+    ("hi", {"response_format": {"type": "json_object"}}, "response_format", '{"type": "text"}'),
     ("hi", {"extra_body": {"expert": "poet"}}, "expert", "there is no 'poet'"),
+    ("<image>\nhi", {}, "messages", "the message has no picture; send it as an image_url"),
+    (
+        [part(SPELLINGS["plain"]), {"type": "text", "text": "<image> or <image>?"}],
+        {},
+        "messages",
+        "2",
+    ),
     ([part("data:image/png;base64,@@@"), QUESTION], {}, "messages", "no base64"),
     ([part("data:image/png;base64"), QUESTION], {}, "messages", "without a comma"),
     ([part(SPELLINGS["plain"][:300]), QUESTION], {}, "messages", "picture"),

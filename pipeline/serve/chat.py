@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field
 from ..config.task_data import ImageLimitsConfig
 from ..data.images.images import claimed_size, open_checked, resized
 from ..data.images.inline import bytes_in
+from ..data.tasks.markup import StrangePlaceholder, without_placeholders
 from ..errors import DataError
 from ..families import family
 from ..protocols import POLL_S, check_wanted
@@ -33,6 +34,7 @@ from .protocol import (
     OnlyFalse,
     OnlyNone,
     OnlyOne,
+    OnlyText,
     OnlyZero,
     RequestLimits,
     Service,
@@ -119,6 +121,8 @@ class ChatBody(RoutingBody):
     logprobs: OnlyNone = None
     stop: OnlyNone = None
     tools: OnlyNone = None
+    logit_bias: OnlyNone = None
+    response_format: OnlyText = None
     seed: int | None = Field(
         None, description="Taken and not used: answers are not drawn at random"
     )
@@ -265,7 +269,7 @@ class ChatEngine(Engine):
     def _request(self, message: Message, seconds: float) -> "StackRequest":
         """Return a message as the stack takes it: one text, and its pictures in order."""
         if isinstance(message.content, str):
-            return self.stack.request(message.content, ())
+            return self.stack.request(_plain(message.content, 0), ())
         texts = []
         urls = []
         for part in message.content:
@@ -279,7 +283,7 @@ class ChatEngine(Engine):
             raise DataError(f"{len(urls)} images; at most {most} are taken")
         until = time.monotonic() + seconds
         images = [self._picture(url, until) for url in urls]
-        return self.stack.request("\n".join(texts), images)
+        return self.stack.request(_plain("\n".join(texts), len(images)), images)
 
     def _picture(self, url: str, until: float) -> Image.Image:
         """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
@@ -299,6 +303,17 @@ class ChatEngine(Engine):
         with self.room.taken(width * height, until):
             image = open_checked(data, max_pixels=PICTURE_PIXELS)
             return resized(image, self.image.min_pixels, self.image.max_pixels)
+
+
+def _plain(text: str, pictures: int) -> str:
+    """Return a question as experts were asked it in training, without placeholders of pictures.
+    Raises DataError."""
+    try:
+        plain, _ = without_placeholders(text, pictures)
+    except StrangePlaceholder as error:
+        told = str(error).replace("the row has", "the message has")
+        raise DataError(f"{told}; send it as an image_url, or leave the mark out") from None
+    return plain
 
 
 def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:

@@ -73,7 +73,9 @@ def only(value: object) -> AfterValidator:
     """
 
     def check(given: object) -> object:
-        if given != value:
+        # To ask for no tools, or for no probabilities, is to ask for nothing.
+        is_nothing = value is None and (given is False or given in ([], {}))
+        if given != value and not is_nothing:
             raise ValueError(f"not supported yet; leave it out or set it to {json.dumps(value)}")
         return value
 
@@ -85,6 +87,7 @@ OnlyFalse = Annotated[Any, only(False)]
 OnlyOne = Annotated[Any, only(1)]
 OnlyZero = Annotated[Any, only(0)]
 OnlyNone = Annotated[Any, only(None)]
+OnlyText = Annotated[Any, only({"type": "text"})]
 
 
 class Body(BaseModel):
