@@ -601,7 +601,8 @@ def test_a_run_whose_moments_are_kept_otherwise_from_now_on_goes_on(tmp_path, be
         train_io(tmp_path / "run"),
     )
     fit(task, here)
-    assert here.recorder.starts == [5] and here.recorder.notes == []
+    assert here.recorder.starts == [5] and len(here.recorder.notes) == 1
+    assert f"with moments {after} ({before} before)" in here.recorder.notes[0]
     for name, value in values(plain).items():
         assert (values(task)[name] - value).norm() < 0.1 * (value - start[name]).norm()
 
@@ -665,23 +666,46 @@ def test_kills_with_damage_and_a_clock_that_jumps_between_them_end_the_same(
     assert min(metrics[key] for key in ("seconds", "tokens_per_s", "training_s")) >= 0
 
 
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_a_run_goes_on_with_other_threads_and_moments(tmp_path, undisturbed, threads, moments):
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_run_goes_on_with_other_threads_moments_and_rows_and_says_so(
+    tmp_path, undisturbed, threads, moments, rows
+):
     start = values(small_task())
-    with pytest.raises(Killed):
-        fit(dying(small_task(), 5), train_io(tmp_path))
-    task, here = (
-        replace(small_task(), memory_plan=MemoryPlan(8, moments=moments)),
-        train_io(tmp_path),
-    )
-    before = torch.get_num_threads()
+    for step in (3, 5):
+        with pytest.raises(Killed):
+            fit(dying(small_task(), step), train_io(tmp_path))
+    plan = MemoryPlan(rows, moments=moments)
+    task, here = replace(small_task(), memory_plan=plan), train_io(tmp_path)
     torch.set_num_threads(threads)
-    try:
-        fit(task, here)
-    finally:
-        torch.set_num_threads(before)
-    assert here.recorder.starts == [5] and here.recorder.notes == []
+    metrics = fit(task, here)
+    assert here.recorder.starts == [5]
+    words = {
+        f"threads {threads} (1 before)": threads != 1,
+        f"moments {moments} (fp32 before)": moments != "fp32",
+        f"sequences at a time {rows} (8 before)": rows != 8,
+    }
+    changes = [word for word, differs in words.items() if differs]
+    wanted = []
+    if changes:
+        wanted = [
+            f"from step 5 on with {', '.join(changes)}: it rounds otherwise from there, so the "
+            "result is not that of an undisturbed run bit for bit"
+        ]
+    assert here.recorder.notes == wanted
+    # what the manifest has to say of it
+    steps = [each["step"] for each in metrics["rounding"]]
+    assert steps == ([0, 5] if changes else [0])
+    if not changes:
+        assert equal(values(task), undisturbed)
     for name, value in undisturbed.items():
         moved = (value - start[name]).norm()
         assert (values(task)[name] - value).norm() < 0.1 * moved
+
+
+def test_a_checkpoint_from_before_jobs_and_rounding_were_noted_is_gone_on_from(stopped):
+    folder, wanted = stopped
+    rewritten(folder, lambda numbers: [numbers["run"].pop(k) for k in ("address", "rounding")])
+    got, recorder = resume(folder)
+    assert recorder.starts == [7] and recorder.notes == [] and equal(got, wanted)

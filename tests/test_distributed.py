@@ -7,6 +7,7 @@ BATCH_BYTES is small here, so that small text has many batches; one run has the 
 import csv
 import errno
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from pipeline.data.text import distributed, documents
 from pipeline.data.text import encode as encoding
 from pipeline.data.text.distributed import encode, scan
 from pipeline.data.text.prepare import prepare
-from pipeline.errors import DataError, MissingArtifact, UnreadableFile
+from pipeline.errors import DataError, MissingArtifact, StoreError, UnreadableFile
 from pipeline.protocols import quiet
 
 
@@ -310,6 +311,66 @@ def test_jobs_of_another_scan_do_not_count(whole, tmp_path):
     (tmp_path / "out").mkdir()
     prepare(cfg, tmp_path / "out", quiet, home)
     assert bytes_of(tmp_path / "out") == bytes_of(wanted)
+
+
+def put(home, source, target):
+    """Let one folder be a copy of another."""
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def misplacements(home, other):
+    """Yield (what, how) of every way in which whole folders of jobs may lie in wrong places."""
+    names = ("scan", "0", "1", "2")
+    for one, two in itertools.permutations(names, 2):
+        yield f"{one} over {two}", lambda one=one, two=two: put(home, home / one, home / two)
+    for one, two in itertools.combinations(names, 2):
+
+        def swap(one=one, two=two):
+            (home / one).rename(home / "between")
+            (home / two).rename(home / one)
+            (home / "between").rename(home / two)
+
+        yield f"{one} and {two} swapped", swap
+    for name in names:
+        yield f"{name} of another address", lambda name=name: put(home, other / name, home / name)
+    yield "all of another address", lambda: put(home, other, home)
+
+
+def test_what_lies_in_a_wrong_place_does_not_count(whole, tmp_path):
+    """Each folder is whole, and of other documents or other settings than its name says."""
+    cfg, wanted, home = whole
+    other = tmp_path / "other"
+    larger = config(tmp_path / "rows.jsonl", rows(), tokenizer={"vocab_size": 280})
+    for number in range(scan(larger, other, 3, quiet)):
+        encode(larger, other, number, quiet)
+    kept = shutil.copytree(home, tmp_path / "kept")
+    count = 0
+    # every second one, the last too: each takes a third of a second
+    for what, misplace in list(misplacements(home, other))[::2]:
+        put(home, kept, home)
+        misplace()
+        out = tmp_path / "out"
+        out.mkdir()
+        prepare(cfg, out, quiet, home)
+        assert bytes_of(out) == bytes_of(wanted), what
+        shutil.rmtree(out)
+        count += 1
+    assert count == 12
+
+
+@pytest.mark.parametrize("name", ["", "1"])
+@pytest.mark.parametrize("shape", ["a file", "a link"])
+def test_what_is_no_folder_is_said_and_left(whole, name, shape):
+    cfg, _, home = whole
+    path = home / name
+    path.rename(home.with_name("elsewhere"))
+    path.write_text("mine") if shape == "a file" else path.symlink_to("nowhere")
+    told = "is a file where a folder is wanted" if shape == "a file" else "leads nowhere"
+    again = encode if name else scan
+    with pytest.raises(StoreError, match=told):
+        again(cfg, home, int(name or 3), quiet)
+    assert path.is_symlink() if shape == "a link" else path.read_text() == "mine"
 
 
 def test_a_torn_scan_leads_to_one_run_and_to_a_new_scan(whole, tmp_path):

@@ -8,17 +8,20 @@ which leaves the disk as the end of the process would.
 import errno
 import io
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
 
+import lora_small
 import pytest
 from conftest import tiny_config
 from fakes import Killed, contents
 from rich.console import Console
 
+from pipeline.config.base import merge
 from pipeline.errors import StoreError
-from pipeline.families.load import load
+from pipeline.families.load import load, parse
 from pipeline.protocols import quiet
 from pipeline.run import stages
 from pipeline.run.job import run_job
@@ -124,9 +127,9 @@ def disk(_audited, monkeypatch):
     assert fsync is not os.fsync
 
 
-def make(stage, cfg, store_path):
-    """Do one job of a stage as the job's process does it."""
-    item = cfg.items(stage)[0]
+def make(stage, cfg, store_path, item=None):
+    """Do one job of a stage, the first unless it is named, as the job's process does it."""
+    item = item or cfg.items(stage)[0]
     store, nowhere = Store(store_path).open(), Console(file=io.StringIO())
     return run_job(stage, cfg, store, item, progress=quiet, console=nowhere)
 
@@ -148,20 +151,34 @@ def prepared(tmp_path_factory):
     return cfg, folder / "store"
 
 
-def crash_points(disk, stage, prepared, tmp_path, how, ends_with, first=0, stride=2):
-    """End the stage after `first`, `first` + `stride`, ... file operations and run it again; return
-    how many it has."""
-    cfg, before = prepared
-    if stage == "preprocess":
-        before = tmp_path / "empty"
-        before.mkdir()
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """The same of adapters: everything but the trainings."""
+    quick = {"steps": 2, "warmup_steps": 1, "eval_every_steps": 1, "eval_tokens": 60}
+    changed = {"runtime": {"save_every_s": 1e-9}, "loras": {"defaults": quick}}
+    cfg, store_path = parse(merge(lora_small.SETTINGS, changed)), tmp_path_factory.mktemp("lora")
+    for stage in ("preprocess", "train_shared", "routing"):
+        for item in cfg.items(stage):
+            make(stage, cfg, store_path, item)
+    return cfg, store_path
+
+
+def crash_points(disk, stage, prepared, tmp_path, how, ends_with, first=0, stride=2, points=None):
+    """End the stage after `first`, `first` + `stride`, ... file operations, or at these shares of
+    them in twentieths, and run it again; return how many it has."""
+    cfg, given = prepared
+    before = tmp_path / "before"
     address = stages.address(cfg, stage, cfg.items(stage)[0])
+    shutil.copytree(given, before, ignore=shutil.ignore_patterns(f"{address}*"))
     whole, here = tmp_path / "whole", tmp_path / "one"
     shutil.copytree(before, whole)
     disk.watch(whole, how=how)
     make(stage, cfg, whole)
     wanted, operations, disk.root = contents(whole), disk.seen, None
-    for n in range(first, operations, stride):
+    chosen = range(first, operations, stride)
+    if points:
+        chosen = [operations * point // 20 for point in points]
+    for n in chosen:
         shutil.copytree(before, here)
         disk.watch(here, n, how)
         with pytest.raises(ends_with):
@@ -191,3 +208,22 @@ def test_expert_ends_between_any_two_file_operations(
 )
 def test_preprocess_ends_between_any_two_file_operations(disk, prepared, tmp_path, how, ends_with):
     assert crash_points(disk, "preprocess", prepared, tmp_path, how, ends_with, stride=3) > 20
+
+
+# Of adapters each stage, and a training in either way that it may be lost.
+ENDS = [
+    ("preprocess", "power", Killed),
+    ("train_shared", "full", StoreError),
+    ("routing", "kill", Killed),
+    ("train_experts", "kill", Killed),
+    ("train_router", "power", Killed),
+]
+
+
+@pytest.mark.parametrize(("stage", "how", "ends_with"), ENDS)
+def test_a_stage_of_adapters_ends_between_two_file_operations(
+    disk, adapters, tmp_path, stage, how, ends_with
+):
+    points = random.Random(stage).sample(range(1, 20), 3)
+    operations = crash_points(disk, stage, adapters, tmp_path, how, ends_with, points=points)
+    assert operations > 10

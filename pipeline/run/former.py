@@ -82,11 +82,12 @@ def saved_step(store: Store, address: str) -> int:
 
 def saved(store: Store, address: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the step of each checkpoint of a job, and the digests of what it was trained on; 0 for
-    one that cannot be read."""
+    one that cannot be read, or that another job wrote."""
     for path in store.resume(address).glob("?/state.json"):
         try:
             run = unsealed(path.read_bytes())["run"]
-            yield int(run["step"]), dict(run.get("inputs", {}))
+            own = run.get("address") in (None, "", address)
+            yield (int(run["step"]), dict(run.get("inputs", {}))) if own else (0, {})
         except (OSError, ValueError, KeyError, TypeError):
             yield 0, {}
 

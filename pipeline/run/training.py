@@ -76,6 +76,7 @@ def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
         runtime.save_every_s,
         runtime.log_every_steps,
         inputs=job.inputs,
+        address=job.address,
         peak=peak,
     )
     try:

@@ -164,6 +164,9 @@ class Store:
         Raises StoreError.
         """
         folder = self.folder(address)
+        # before anything is moved: what a job leaves on its way goes there
+        for beside in (self.resume(address), self.jobs_folder(address)):
+            check_folder(beside)
         if self.has(address):
             former = self.resume(address) / FORMER
             if former.exists():

@@ -107,14 +107,15 @@ def translate_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not Path(str(error.filename)).is_relative_to(root):
             raise
+        named = _named(error, folder)
         if error.errno not in NOT_ALLOWED:
             # Not laid out as a store is, or out of reach: either way a person has to look there
             raise StoreError(
-                f"{error.filename} cannot be used: {error.strerror}; what was finished is kept: "
+                f"{named} cannot be used: {error.strerror}; what was finished is kept: "
                 "mend the cause and run the same command again"
             ) from None
         raise StoreError(
-            f"{error.filename} cannot be written: {error.strerror}",
+            f"{named} cannot be written: {error.strerror}",
             root=root,
             remedy=f"give this user the right to write to {root}",
         ) from None

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..errors import DamagedArtifact, OtherCheckpoint, UnreadableFile
@@ -31,7 +31,7 @@ from ..store.artifacts import (
 from ..store.reading import reading, sealed, unsealed
 from ..store.room import translate_disk_errors
 from .optimizer import AdamW, merge
-from .optimizer_state import SCALE
+from .state_tensors import Resumable, by_kind, load_state, masters, shapes, state_tensors
 
 SLOTS = ("a", "b")
 TENSORS = "state.safetensors"
@@ -39,28 +39,15 @@ NUMBERS = "state.json"
 # Raised when a slot's files or numbers mean something else than before; `run.step` and how numbers
 # are sealed stay, so that any version knows a checkpoint of another for one.
 FORMAT = 1
-# In the name of what is kept aside, before the time: what was found wrong, and what is of inputs
-# that were made again since.
+# Fields of the numbers that the first checkpoints of this format are without, and need not have.
+SINCE = {"address", "rounding"}
+# In the name of what is kept aside, before the time: what was found wrong, what is of inputs that
+# were made again since, and what is another job's.
 DAMAGED = ".damaged-"
 STALE = ".stale-"
+OTHER = ".other-"
 # Something lies there, and it is no file or no folder as a slot has it.
 NOT_A_SLOT = (NotADirectoryError, IsADirectoryError)
-
-
-class Resumable(Protocol):
-    """What of a task has to survive."""
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, by name."""
-
-    @property
-    def state(self) -> Mapping[str, Tensor]:
-        """Other tensors that the next step depends on, by name."""
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the network computes in bf16, whatever its parameters are kept in."""
 
 
 @dataclass
@@ -79,9 +66,11 @@ class TrainState:
     saved_step: int = 0
     micro_batch: int = 0  # rows of a forward pass; 0: none was made yet
     max_micro_batch: int = 0  # what it may still grow to
+    rounding: list[dict[str, Any]] = field(default_factory=list)  # by attempt, where they differ
     best_sha256: str = ""  # of the file that holds the best state; empty: none is kept
     # address -> digest of what the job reads: with others a training goes on from nothing here
     inputs: dict[str, str] = field(default_factory=dict)
+    address: str = ""  # of what is trained
     # above the level at which an attempt began, the highest of all attempts
     peak_bytes: int = 0
     host_peak_bytes: int = 0
@@ -123,7 +112,7 @@ def save(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) -> No
     shutil.rmtree(slot, ignore_errors=True)
     slot.mkdir(parents=True, exist_ok=True)
 
-    _write_tensors(slot / TENSORS, _state_tensors(task, optimizer))
+    _write_tensors(slot / TENSORS, state_tensors(task, optimizer))
     # the tensors are whole on the disk before the numbers name them
     run.saved_step = run.step
     numbers = {
@@ -144,9 +133,10 @@ def restore(
     optimizer: AdamW,
     note: Callable[[str], None],
     inputs: Mapping[str, str] | None = None,
+    address: str = "",
 ) -> TrainState | None:
-    """Load the newest good slot into task and optimizer; renames aside what is damaged, or was
-    trained on other inputs than these, and tells by `note` what that costs.
+    """Load the newest good slot into task and optimizer; renames aside what is damaged, was trained
+    on other inputs than these or for another address, and tells by `note` what that costs.
 
     Raises UnreadableFile when anything on the way cannot be read, and OtherCheckpoint for slots
     that another kind of run wrote; both leave every file as it was.
@@ -159,6 +149,7 @@ def restore(
             continue
         try:
             numbers = _read_numbers(slot)
+            _check_job(slot, numbers, address)
             _check_inputs(slot, numbers, inputs)
             slots[slot] = numbers
         except _Damage as damage:
@@ -175,14 +166,15 @@ def restore(
             continue
         _check_tensors(slot, tensors, task, optimizer)
         run = TrainState(**slots[slot]["run"])
-        _load_state(tensors, task, optimizer, run)
+        load_state(tensors, task, optimizer, run.step)
         break
     # only now: had a read failed, the next attempt had to find everything where it was
     goes_on = "starting over at step 0"
     if run:
         goes_on = f"going on from the other one, step {run.step}"
+    needed = _best_path(folder, run) if run else None
     for found in damages:
-        note(f"{found}{_set_aside(found)}; {goes_on}")
+        note(f"{found}{_set_aside(found, needed)}; {goes_on}")
     return run
 
 
@@ -191,7 +183,7 @@ def save_best(folder: Path, task: Resumable, optimizer: AdamW, run: TrainState) 
     path = _best_path(folder, run)
     with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tensors(path, _masters(task, optimizer))
+        _write_tensors(path, masters(task, optimizer))
     run.best_sha256 = sha256(path)
 
 
@@ -203,7 +195,7 @@ def load_best(folder: Path, task: Resumable, run: TrainState) -> None:
     """
     if not run.best_sha256 or run.best_step == run.step:
         return
-    kinds = _by_kind(_verified_tensors(_best_path(folder, run), run.best_sha256))
+    kinds = by_kind(_verified_tensors(_best_path(folder, run), run.best_sha256))
     residuals = kinds.get("residual", {})
     with torch.no_grad():
         for name, best in kinds["parameter"].items():
@@ -230,7 +222,7 @@ def _remove_unused_best(folder: Path, run: TrainState) -> None:
             return
         named.add(f"best-{state['best_step']}.safetensors")
     for path in folder.glob("best-*"):
-        is_aside = DAMAGED in path.name or STALE in path.name
+        is_aside = any(kind in path.name for kind in (DAMAGED, STALE, OTHER))
         if path.name not in named and not is_aside:
             path.unlink()
 
@@ -249,11 +241,14 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _set_aside(damage: _Damage) -> str:
-    """Rename what was found wrong; return the end of a sentence that says where it is now."""
+def _set_aside(damage: _Damage, needed: Path | None) -> str:
+    """Rename what was found wrong, less what the run that goes on needs; return the end of a
+    sentence that says where it is now."""
     at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     names = []
     for path in damage.paths:
+        if path == needed:
+            continue
         aside = path.with_name(f"{path.name}{damage.kind}{at}")
         # a clock may be set back, and a name be taken
         again = 1
@@ -274,6 +269,20 @@ def _step_of(slot: Path) -> int:
         return _read_numbers(slot)["run"]["step"]
     except DamagedArtifact:
         return -1
+
+
+def _check_job(slot: Path, numbers: dict[str, Any], address: str) -> None:
+    """Raise _Damage for a slot of another job: of two experts all tensors have the same sizes."""
+    run = numbers["run"]
+    stored = run.get("address")
+    if not address or not stored or stored == address:
+        return
+    raise _Damage(
+        f"checkpoint {slot} (step {run['step']}) is of {stored}, and this job makes {address}",
+        slot,
+        slot.parent / f"best-{run['best_step']}.safetensors",
+        kind=OTHER,
+    )
 
 
 def _check_inputs(slot: Path, numbers: dict[str, Any], inputs: Mapping[str, str] | None) -> None:
@@ -299,7 +308,8 @@ def _check_kind(slot: Path, numbers: dict[str, Any], task: Resumable, optimizer:
     run = numbers["run"]
     named = f"checkpoint {slot} (step {run['step']})"
     fields_now = {field.name for field in fields(TrainState)}
-    if numbers.get("format") != FORMAT or run.keys() != fields_now:
+    is_known = fields_now - SINCE <= run.keys() <= fields_now
+    if numbers.get("format") != FORMAT or not is_known:
         writer = (
             f"MoleForge {numbers['version']}" if "version" in numbers else "an earlier MoleForge"
         )
@@ -338,8 +348,8 @@ def _check_tensors(
     slot: Path, tensors: dict[str, Tensor], task: Resumable, optimizer: AdamW
 ) -> None:
     """Raise OtherCheckpoint unless tensors are those that the task and its optimizer have."""
-    stored = _shapes(tensors)
-    own = _shapes(_state_tensors(task, optimizer))
+    stored = shapes(tensors)
+    own = shapes(state_tensors(task, optimizer))
     for name in sorted(stored.keys() | own.keys()):
         if stored.get(name) != own.get(name):
             there = list(stored[name]) if name in stored else "absent"
@@ -413,64 +423,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise
     flush(part)
     part.replace(path)
-
-
-def _state_tensors(task: Resumable, optimizer: AdamW) -> dict[str, Tensor]:
-    """Collect at save time everything the next step depends on, by kind and name."""
-    tensors = _masters(task, optimizer) | optimizer.tensors()
-    for name, tensor in task.state.items():
-        tensors[f"state/{name}"] = tensor
-    tensors["generator/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["generator/cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _masters(task: Resumable, optimizer: AdamW) -> dict[str, Tensor]:
-    """Return the fp32 masters by name, those that compute in bf16 in two halves."""
-    tensors = {}
-    for name, parameter in task.parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach()
-    for name, residual_bits in optimizer.residual_bits.items():
-        tensors[f"residual/{name}"] = residual_bits
-    return tensors
-
-
-def _load_state(
-    tensors: dict[str, Tensor], task: Resumable, optimizer: AdamW, run: TrainState
-) -> None:
-    """Put back what `_state_tensors` collected."""
-    kinds = _by_kind(tensors)
-    with torch.no_grad():
-        for name, parameter in task.parameters.items():
-            parameter.copy_(kinds["parameter"][name])
-        for name, tensor in task.state.items():
-            tensor.copy_(kinds["state"][name])
-        optimizer.load(kinds, run.step)
-    generators = kinds["generator"]
-    torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"])
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Return what a checkpoint must have in common with the task that it is for.
-
-    Not the generators' states, which differ between devices, nor the scales of 8-bit moments: a
-    run may go on with moments of another kind.
-    """
-    shapes = {}
-    for name, tensor in tensors.items():
-        kind = name.partition("/")[0]
-        if kind != "generator" and not kind.endswith(SCALE):
-            shapes[name] = tensor.shape
-    return shapes
-
-
-def _by_kind(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return {kind: {name: tensor}} of tensors named kind/name."""
-    kinds: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        kinds.setdefault(kind, {})[name] = tensor
-    return kinds

@@ -27,6 +27,7 @@ from .checkpoint import TrainState, load_best, restore, save, save_best
 from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
+from .rounding import go_on, rounding
 
 # Training loss in the manifest is the mean over the last so many steps.
 TAIL_STEPS = 50
@@ -108,6 +109,7 @@ class TrainIO:
     log_every_steps: int = 10
     # address -> digest of what the training reads; none: unknown, and nobody compares
     inputs: Mapping[str, str] | None = None
+    address: str = ""  # of what is trained; empty: unknown, and nobody compares
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
 
 
@@ -140,13 +142,20 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
     clock = _StepClock(next(iter(task.parameters.values())).device)
     optimizer = AdamW(task.parameters, opts, task.bf16_params, plan.moments)
-    run = restore(io.slots, task, optimizer, io.recorder.note, io.inputs)
+    run = restore(io.slots, task, optimizer, io.recorder.note, io.inputs, io.address)
     if run is None:
-        run = TrainState(start_checksums=_checksums(task, optimizer), inputs=dict(io.inputs or {}))
+        run = TrainState(
+            start_checksums=_checksums(task, optimizer),
+            inputs=dict(io.inputs or {}),
+            address=io.address,
+        )
     clock.add_to(run.seconds)
     io.peak.carry(run.peak_bytes, run.host_peak_bytes)
+    micro_batch = run.micro_batch
     guard = MemoryGuard(plan, io.peak, run, io.recorder.note)
     io.recorder.start(run.step)
+    now = rounding(plan, run.micro_batch)
+    go_on(run.rounding, micro_batch, now, run.step, io.recorder.note)
     for note in task.notes:
         io.recorder.note(note)
     if 0 < task.steps < opts.warmup_steps:
@@ -349,6 +358,7 @@ def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[
         "mfu": tokens_per_s * task.flops_per_token / product_flops_per_s(task.bf16),
         "parameters": sum(parameter.numel() for parameter in task.parameters.values()),
         "memory_plan": asdict(plan) | {"micro_batch_sequences": run.micro_batch},
+        "rounding": run.rounding,
         **peak.report(),
     }
 

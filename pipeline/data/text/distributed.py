@@ -2,8 +2,8 @@
 merge to the bytes of one run.
 
 Invariant: a job's range is a run of whole batches, so every document meets the same numbers as in
-one run; a folder counts only with its manifest, written last, and files that still are what it
-says; anything else is made again.
+one run; a folder counts only with its manifest, written last, where that was written, and with
+files that still are what it says; anything else is made again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ...config.text_data import TextRunConfig
 from ...errors import DataError, MissingArtifact
 from ...protocols import Progress
 from ...store.artifacts import flush, inventory, sha256, write_text
-from ...store.reading import reading, sealed, unsealed
+from ...store.reading import check_folder, reading, sealed, unsealed
 from ...store.room import writing
 from ..drop_stats import DropStats
 from . import partition, tokenizer
@@ -55,6 +55,7 @@ def scan(cfg: TextRunConfig, jobs_folder: Path, jobs: int, progress: Progress) -
 
     What jobs made after an earlier scan is removed. Raises DataError.
     """
+    check_folder(jobs_folder)
     plan = planned(jobs_folder)
     if plan is not None and plan.jobs == jobs:
         return len(plan.ranges)
@@ -165,6 +166,7 @@ def _encode_range(
     """Encode the documents of one job into its folder; return its manifest."""
     start = time.perf_counter()
     folder = jobs_folder / str(number)
+    check_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     wanted = plan.ranges[number]
@@ -198,7 +200,13 @@ def _write_manifest(folder: Path, about: dict) -> None:
     files = inventory(folder)
     for name in files:
         flush(folder / name)
-    write_text(folder / _MANIFEST, sealed(about | {"files": files}))
+    write_text(folder / _MANIFEST, sealed(about | {"files": files, "place": _place(folder)}))
+
+
+def _place(folder: Path) -> str:
+    """Return which folder of which artifact this is: whole as it may be, what another job made is
+    of other documents, and what was made for another address is of other settings."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _holds(folder: Path, files: dict[str, dict]) -> bool:
@@ -222,7 +230,7 @@ def _read_manifest(folder: Path) -> dict | None:
         with reading(folder):
             text = (folder / _MANIFEST).read_bytes()
             about = unsealed(text)
-            whole = _holds(folder, about["files"])
+            whole = about["place"] == _place(folder) and _holds(folder, about["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Absent, torn, or JSON of something else: all the same to who asks
         return None
