@@ -142,8 +142,8 @@ def test_all_problems_are_told_at_once(tmp_path):
     assert [line.split(":")[0].strip() for line in lines] == [
         "modal.evaluate.gpu",
         "data.files",
-        "deploy.upload",
         "trunk.init",
+        "deploy.upload",
         "runtime.save_every_s",
         "runtime.wandb",
     ]
