@@ -152,7 +152,7 @@ REFUSED = [
         [part(SPELLINGS["plain"]), {"type": "text", "text": "<image> or <image>?"}],
         {},
         "messages",
-        "2",
+        "is placeholder 2, and the message has 1 picture",
     ),
     ([part("data:image/png;base64,@@@"), QUESTION], {}, "messages", "no base64"),
     ([part("data:image/png;base64"), QUESTION], {}, "messages", "without a comma"),
