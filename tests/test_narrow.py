@@ -13,7 +13,7 @@ from pipeline.run.dry_run import show_plan
 from pipeline.store.artifacts import Store
 from tests import small
 
-WORD = re.compile(r"[a-z_]+-[0-9a-f]{12}|[0-9,]{4,}")
+WORD = re.compile(r"[a-z_]+-[0-9a-f]{12}|[0-9][0-9,]+[0-9]")
 
 
 def of_width(width, terminal=True):
