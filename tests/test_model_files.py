@@ -243,3 +243,52 @@ def test_a_config_of_something_else_is_told(family, own, text):
     (own / "config.json").write_text(text)
     said = refusal(family, own)
     assert "config.json" in said or "bert" in said or "model_type" in said
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_into_it(family, own):
+    (own / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(PipelineError, match=r"adapter_config\.json .*merge_and_unload"):
+        opened(family, own)
+
+
+@pytest.mark.parametrize("part", ["norm.weight", "embed_tokens.weight"])
+def test_zeros_where_a_copy_was_broken_off_are_told(family, own, part):
+    tensors = load_file(own / WEIGHTS)
+    hit = [name for name in tensors if name.endswith(part)]
+    for name in hit:
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, own / WEIGHTS, metadata={"format": "pt"})
+    noun = "tensor is" if len(hit) == 1 else "tensors are"
+    with pytest.raises(PipelineError, match=f"{len(hit)} {noun} nothing but zeros"):
+        opened(family, own)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.Q4_K_M.gguf", "tf_model.h5"])
+def test_a_folder_of_another_format_alone_is_told_by_it(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / name).write_bytes(b"GGUF")
+    with pytest.raises(PipelineError, match=f"{name} holds .*save_pretrained it as safetensors"):
+        opened("ffn_moe", folder)
+
+
+@pytest.mark.parametrize(
+    "names", [["consolidated"], ["model-00001-of-00002", "model-00002-of-00002"]]
+)
+def test_weights_without_their_index_are_named(family, own, names):
+    for name in names:
+        shutil.copy(own / WEIGHTS, own / f"{name}.safetensors")
+    (own / WEIGHTS).unlink()
+    with pytest.raises(PipelineError, match=rf"index\.json is not there.*{names[0]}\.safetensors"):
+        opened(family, own)
+
+
+def test_dropout_of_a_config_stays_off_whatever_memory_plan(sound, tmp_path):
+    folder = Path(shutil.copytree(sound / "ffn_moe", tmp_path / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))
+    trunk, dummy = opened("ffn_moe", folder)
+    ids_BT = torch.arange(16)[None] % 8
+    plain = trunk.hidden(ids_BT, dummy)
+    trunk.checkpoint()
+    assert torch.equal(trunk.hidden(ids_BT, dummy), plain)

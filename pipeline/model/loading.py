@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 _SHOWN = 3  # names in a message
+_NEVER_ZERO = ("norm.weight", "embed_tokens.weight")
 _PIECE = 1 << 24  # values looked at together
 
 
@@ -52,12 +53,23 @@ def check_report(info: Mapping[str, Any]) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise ValueError for tensors with NaN or infinite values, by name and count."""
+    """Raise ValueError for tensors with NaN or infinite values, and those of nothing but zeros that
+    no training leaves so, by name and count."""
     bad = []
+    empty = []
     for name, tensor in tensors:
         if tensor.is_floating_point() and not _finite(tensor.detach()):
             bad.append(name)
+        # Layers that are added to a model may begin with matrices of zeros, but none with these
+        elif name.endswith(_NEVER_ZERO) and not tensor.detach().any():
+            empty.append(name)
     bad.sort()
+    empty.sort()
+    if empty:
+        raise ValueError(
+            f"{_counted(empty, 'nothing but zeros')}, as a copy that was broken off leaves them; "
+            "copy the file again"
+        )
     if bad:
         raise ValueError(
             f"{_counted(bad, 'not finite (NaN or infinite)')}; the file is damaged, or its "

@@ -186,6 +186,8 @@ def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
     networks = []
     for number, layer in enumerate(network.model.layers):
         networks.append(layer.mlp)
+        # Training mode, which checkpointing needs, would wake it up: figures would depend on memory
+        layer.self_attn.attention_dropout = 0.0
         layer.mlp = _Slot(number)
     patch_attention(network)
     patch_norm(network)

@@ -108,6 +108,9 @@ def read_object(folder: Path, name: str, limit_bytes: int = JSON_BYTES) -> dict[
         raise ForeignFile(f"{name} is over {limit_bytes:,} bytes")
     try:
         found = json.loads(data)
+    except json.JSONDecodeError as error:
+        where = f"from line {error.lineno}, character {error.colno} on"
+        raise ForeignFile(f"{name} is not JSON: it is cut off or damaged {where}") from None
     except ValueError as error:
         raise ForeignFile(f"{name} is not JSON: {error}") from None
     except RecursionError:

@@ -48,12 +48,15 @@ def check_config(folder: Path) -> dict[str, Any]:
     Raises ForeignFile when there are none, or they say that the weights are quantised; OSError.
     """
     _check_pointers(folder)
+    # Beside a model too: transformers would load it into the model, from wherever it says
+    if (folder / ADAPTER).is_file():
+        raise ForeignFile(
+            f"{ADAPTER} says that this is an adapter and no model alone; put it into its base with "
+            "PEFT's merge_and_unload, and save_pretrained that"
+        )
     if not (folder / CONFIG).is_file():
-        if (folder / ADAPTER).is_file():
-            raise ForeignFile(
-                f"{ADAPTER} says that this is an adapter and no model; put it into its base with "
-                "PEFT's merge_and_unload, and save_pretrained that"
-            )
+        if other := _other_weights(folder):
+            raise ForeignFile(other)
         raise ForeignFile(f"{CONFIG} is not there; a model folder is laid out by save_pretrained")
     settings = read_object(folder, CONFIG)
     if not isinstance(settings.get("model_type"), str):
@@ -176,6 +179,18 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _without_weights(folder: Path) -> str:
+    if other := _other_weights(folder):
+        return other
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        return (
+            f"{INDEX} is not there, and without it nobody can tell whether {named(found)} is all; "
+            f"copy it too, or name a single file {WEIGHTS}"
+        )
+    return f"{WEIGHTS} is not there, and no {INDEX}; copy the model's weights too"
+
+
+def _other_weights(folder: Path) -> str:
+    """Return what to say of weights of another format in a folder; nothing where there are none."""
     for path in sorted(folder.iterdir()):
         what = _OTHER_WEIGHTS.get(path.suffix.lower())
         if what and path.is_file():
@@ -183,7 +198,7 @@ def _without_weights(folder: Path) -> str:
                 f"{path.name} holds {what}, and there is no {WEIGHTS}; load it where you trust it, "
                 "and save_pretrained it as safetensors"
             )
-    return f"{WEIGHTS} is not there, and no {INDEX}; copy the model's weights too"
+    return ""
 
 
 def _is_quantized(file: Any, name: str) -> bool:
