@@ -289,7 +289,7 @@ def planned(cfg, store, monkeypatch):
     costs = JobCost.of(
         "x", None, tokens=9, flops_per_token=1.0, parameters=1, plan=PLAN, peak_bytes=1
     )
-    fake = SimpleNamespace(cost=lambda *_: costs)
+    fake = SimpleNamespace(cost=lambda *_: costs, preflight=lambda *_: [])
     monkeypatch.setattr(dry_run, "family", lambda _name: fake)
     monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
     here, far = (Console(file=io.StringIO(), width=300) for _ in range(2))

@@ -18,6 +18,7 @@ from fakes import FaultyReads, Killed, dying, equal, small_task, train_io, value
 from pipeline import hardware
 from pipeline.errors import UnreadableFile
 from pipeline.hardware import fastest_threads
+from pipeline.store.reading import sealed, unsealed
 from pipeline.train import memory_meter
 from pipeline.train.checkpoint import TrainState
 from pipeline.train.loop import fit
@@ -290,17 +291,25 @@ def test_a_job_that_goes_on_keeps_its_threads(tmp_path, monkeypatch):
     asked = []
     assert settled(tmp_path, monkeypatch, lambda most: asked.append(most) or 4) == 4
     assert asked == [8]
-    assert [json.loads(p.read_text()) for p in tmp_path.rglob("threads.json")] == [4]
+    (note,) = tmp_path.rglob("threads.json")
+    assert unsealed(note.read_bytes()) == {"threads": [4], "first_s": 0.0}
     assert settled(tmp_path, monkeypatch, lambda _most: pytest.fail("measured again")) == 4
 
 
-@pytest.mark.parametrize("note", [b"", b"\0\0", b"4 4", b"[4]", b"0", b"-1", b"true", b"\xff"])
+NOT_SEALED = [b"", b"\0\0", b"4 4", b"[4]", b"0", b"-1", b"true", b"\xff"]
+NOT_THREADS = [None, 4, [], [0], [-1], [True], ["4"], [2, 0]]
+NOTES = [{"threads": threads, "first_s": 0.0} for threads in NOT_THREADS]
+NOTES += [{"threads": [2], "first_s": time} for time in (-1.0, "x", None, [])]
+NOTES += [{"threads": [2]}, {"first_s": 0.0}, {}]
+
+
+@pytest.mark.parametrize("note", [*NOT_SEALED, *[sealed(note).encode() for note in NOTES]])
 def test_a_damaged_note_of_threads_is_measured_again(tmp_path, monkeypatch, note):
     settled(tmp_path, monkeypatch, lambda _most: 4)
     (path,) = tmp_path.rglob("threads.json")
     path.write_bytes(note)
     assert settled(tmp_path, monkeypatch, lambda _most: 2) == 2
-    assert json.loads(path.read_text()) == 2
+    assert unsealed(path.read_bytes())["threads"] == [2]
 
 
 def test_a_note_of_threads_that_cannot_be_read_ends_the_job(tmp_path, monkeypatch):

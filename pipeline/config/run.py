@@ -34,8 +34,9 @@ class RuntimeConfig(Section):
 
     threads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="Processor threads per job; auto: measured as a job starts, 0: all cores over "
-        "the parallel jobs (give a number where two runs must agree bit for bit)",
+        description="Processor threads per job; auto: measured as a job starts, lowered when the "
+        "machine gets busy, 0: all cores over the parallel jobs (give a number where two runs must "
+        "agree bit for bit)",
     )
     memory_budget: Bytes | None = Field(
         None,

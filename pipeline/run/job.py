@@ -12,6 +12,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from ..config.run import RunConfig
+from ..hardware import set_fastest_threads
 from ..protocols import Progress
 from ..store import bundle
 from ..store.artifacts import (
@@ -159,6 +160,8 @@ def _report(job: JobContext) -> dict:
     # Before hours of measuring: one that cannot be read must not end them
     curves, missing = histories(job.cfg, job.parts)
     measure = job.function()
+    if job.cfg.runtime.threads == "auto":
+        set_fastest_threads()
     measured = measure(job.cfg, job.parts, job.progress)
     for name, words in missing.items():
         job.progress(f"history of {name}: {words}", None)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from ..store.reading import reading, sealed, unsealed
 from ..train.loop import NoTraining, Task, TrainIO, fit
 from ..train.memory_meter import Peak, lower_mmap_threshold
 from ..train.optimizer_state import import_int8
+from ..train.thread_watch import ThreadWatch
 from .context import JobContext
 from .former import former_checkpoint, note_settings
 
@@ -26,7 +28,7 @@ def train(job: JobContext) -> dict:
     # is loaded yet
     peak = Peak()
     lower_mmap_threshold()
-    set_threads(job)
+    watch = set_threads(job)
     task = make_task(job.cfg, job.parts)
     if isinstance(task, NoTraining):
         return task.write(job.folder)
@@ -34,36 +36,48 @@ def train(job: JobContext) -> dict:
     if former:
         job.progress(former, None)
     note_settings(job.store, job.address, job.cfg)
-    return fit_task(job, task, peak)
+    return fit_task(job, task, peak, watch)
 
 
-def set_threads(job: JobContext) -> None:
+def set_threads(job: JobContext) -> ThreadWatch | None:
     """Choose the threads of a job when they are to be measured; a job that goes on keeps those it
-    began with."""
+    had last. Returns who lowers them when the machine gets busy."""
     if job.cfg.runtime.threads != "auto":
-        return
+        return None
     note = job.store.resume(job.address) / "threads.json"
-    threads = _noted_threads(note)
-    if threads is None:
-        threads = fastest_threads(torch.get_num_threads())
+
+    def keep(had: tuple[int, ...], first_s: float) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, sealed({"threads": threads}))
-    torch.set_num_threads(threads)
+        write_text(note, sealed({"threads": had, "first_s": first_s}))
+
+    noted = _noted_threads(note)
+    if noted is None:
+        noted = (fastest_threads(torch.get_num_threads()),), 0.0
+        keep(*noted)
+    watch = ThreadWatch(*noted, keep)
+    torch.set_num_threads(watch.threads)
+    return watch
 
 
-def _noted_threads(note: Path) -> int | None:
-    """Return how many threads a job began with; None when it begins, or the note is damaged, which
-    costs no more than measuring again. Raises UnreadableFile."""
+def _noted_threads(note: Path) -> tuple[tuple[int, ...], float] | None:
+    """Return the threads that a job had, one after another, and the seconds of its first steps.
+
+    None when it begins, or the note is damaged, which costs no more than measuring again. Raises
+    UnreadableFile.
+    """
     try:
         with reading(note):
-            threads = unsealed(note.read_bytes())["threads"]
-    except (OSError, ValueError, KeyError):
+            raw = unsealed(note.read_bytes())
+        had, first_s = tuple(raw["threads"]), float(raw["first_s"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     # true is an int too
-    return threads if type(threads) is int and threads > 0 else None
+    if not had or not all(type(threads) is int and threads > 0 for threads in had):
+        return None
+    return (had, first_s) if 0 <= first_s < float("inf") else None
 
 
-def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
+def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None = None) -> dict:
     """Fit a task and write what it exports; return metrics."""
     runtime = job.cfg.runtime
     recorder = _recorder(job, task.steps)
@@ -78,6 +92,7 @@ def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
         inputs=job.inputs,
         address=job.address,
         peak=peak,
+        watch=watch,
     )
     try:
         metrics = fit(task, io)
@@ -89,7 +104,11 @@ def fit_task(job: JobContext, task: Task, peak: Peak) -> dict:
         _write(job.folder / name, content)
     # Once more, as the export needs memory too
     metrics |= peak.report()
-    return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
+    made: dict[str, Any] = {"machine": machine(torch.get_num_threads(), task.bf16)}
+    if watch is not None and len(watch.had) > 1:
+        # One after another, as the machine got busy
+        made["threads"] = list(watch.had)
+    return metrics | {"made": made}
 
 
 def _recorder(job: JobContext, steps: int) -> Recorder:

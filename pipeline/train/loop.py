@@ -28,6 +28,7 @@ from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
 from .rounding import go_on, rounding
+from .thread_watch import ThreadWatch
 
 # Training loss in the manifest is the mean over the last so many steps.
 TAIL_STEPS = 50
@@ -111,6 +112,7 @@ class TrainIO:
     inputs: Mapping[str, str] | None = None
     address: str = ""  # of what is trained; empty: unknown, and nobody compares
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
+    watch: ThreadWatch | None = None  # none: the threads stay as they are
 
 
 def lr_at(step: int, steps: int, opts: FitConfig) -> float:
@@ -246,6 +248,8 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             numbers = task.after_step()
             clock.lap("optimizer")
             run.step += 1
+            if io.watch is not None:
+                _lower_threads(io.watch, clock.since_step(), io.recorder)
             run.recent_nats = [*run.recent_nats, nats][-TAIL_STEPS:]
 
             if run.step % io.log_every_steps == 0 or run.step == task.steps:
@@ -311,6 +315,7 @@ class _StepClock:
         self.device = device
         self.row_laps: dict[str, float] = {}  # since the last history row
         self.totals: dict[str, float] = {}
+        self.step_s = 0.0
         self.last_s = time.perf_counter()
 
     def add_to(self, totals: dict[str, float]) -> None:
@@ -325,7 +330,15 @@ class _StepClock:
         now_s = time.perf_counter()
         for laps in (self.row_laps, self.totals):
             laps[phase] = laps.get(phase, 0.0) + now_s - self.last_s
+        if phase in PHASES:
+            self.step_s += now_s - self.last_s
         self.last_s = now_s
+
+    def since_step(self) -> float:
+        """Return seconds of steps since the last call: of one, when asked after each."""
+        seconds = self.step_s
+        self.step_s = 0.0
+        return seconds
 
     def since_row(self) -> dict[str, float]:
         """Return seconds by phase of a step since the last call."""
@@ -361,6 +374,15 @@ def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[
         "rounding": run.rounding,
         **peak.report(),
     }
+
+
+def _lower_threads(watch: ThreadWatch, seconds: float, recorder: HistoryWriter) -> None:
+    before = watch.threads
+    told = watch.after_step(seconds)
+    if watch.threads != before:
+        torch.set_num_threads(watch.threads)
+    if told:
+        recorder.note(told)
 
 
 def _in_seconds(phases: dict[str, float]) -> dict[str, float]:
