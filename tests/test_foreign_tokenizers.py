@@ -338,3 +338,19 @@ def test_the_endpoint_and_stock_tools_give_the_same_text(tmp_path, front):
     # An empty text begins somewhere in either
     assert engine.complete(engine.encode(""), Sampling(max_tokens=2, temperature=0)).text
     assert len(engine.route(ids)) == 3
+
+
+@pytest.mark.parametrize("end", [0, [ours.END], [0], {"content": 0}, {"id": 0}, None, True])
+def test_an_end_that_is_no_text_names_the_setting(tmp_path, end):
+    ours.train(300, ["some text"]).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    with pytest.raises(DataError, match='Put "eos_token" into the tokenizer_config'):
+        ours.pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "version https://git-lfs.github.com/spec/v1\n", ""])
+def test_a_torn_or_other_tokenizer_file_says_what_to_do(tmp_path, content):
+    ours.train(300, ["some text"]).save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"Copy it again, or save the tokenizer anew"):
+        ours.pretrained(str(tmp_path))

@@ -188,7 +188,11 @@ def pretrained(name: str, revision: str | None = None) -> Tokenizer:
     try:
         model = Model.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"tokenizer.pretrained: {path} is not a tokenizer.json: {error}") from error
+        raise DataError(
+            f"tokenizer.pretrained: {path} is not a tokenizer.json: it is torn, a pointer of Git "
+            "LFS or of another layout. Copy it again, or save the tokenizer anew with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        ) from error
     end = _token(config, "eos_token")
     if end is None or model.token_to_id(end) is None:
         found = "names none" if end is None else f"names {end!r}, which is not in its vocabulary"
@@ -372,4 +376,6 @@ def _merged(paths: Iterable[Path]) -> dict[str, Any]:
 def _token(config: dict[str, Any], key: str) -> str | None:
     value = config.get(key)
     # transformers writes a special token as its text, or as a dict with its flags
-    return value.get("content") if isinstance(value, dict) else value
+    name = value.get("content") if isinstance(value, dict) else value
+    # Ids and lists, which a generation_config.json has, are no text to look up
+    return name if isinstance(name, str) else None

@@ -12,6 +12,7 @@ from .tokenizer import Tokenizer, unknown_ids
 
 SAMPLE_BYTES = 1e6  # text that is tried
 PIECE_CHARS = 1000  # compared at a time, as the time goes by the square
+_BEFORE = 15  # characters of a text in a message, before what does not survive
 _LEAST_SHARE = 1e-5  # of bytes; less is not told
 
 
@@ -48,9 +49,12 @@ def check(tokenizer: Tokenizer, texts: Iterable[str], most_lost: float) -> dict[
             example = text
     share = lost / max(sizes, 1)
     if share > most_lost:
+        back = _back(tokenizer, example)
+        # From where they differ, or a little before it
+        at = max(0, _same(example, back) - _BEFORE)
         raise DataError(
             f"tokenizer.pretrained: {share:.1%} of the text's bytes do not survive it (of "
-            f"{_shown(example)} it gives back {_shown(_back(tokenizer, example))}), more than "
+            f"{_shown(example, at)} it gives back {_shown(back, at)}), more than "
             f"tokenizer.max_lost_share ({most_lost:g}), and bits per byte would be too good by as "
             "much; choose another tokenizer, or raise the setting"
         )
@@ -90,5 +94,13 @@ def _back(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.model.decode(encoded.ids, skip_special_tokens=False)
 
 
-def _shown(text: str) -> str:
-    return repr(text[:40])
+def _same(text: str, back: str) -> int:
+    """Return how many characters two texts have in common at their beginnings."""
+    for at, (one, other) in enumerate(zip(text, back, strict=False)):
+        if one != other:
+            return at
+    return min(len(text), len(back))
+
+
+def _shown(text: str, at: int) -> str:
+    return repr(text[at : at + 40])
