@@ -146,7 +146,9 @@ def test_a_stage_reads_no_setting_that_its_address_does_not_hold(trained, stage,
     task.validate()
     task.export(1)
     assert len(watched.read) > 5
-    assert not {name for name in watched.read if not _in_address(name, _held(stage, item))}
+    outside = {name for name in watched.read if not _in_address(name, _held(stage, item))}
+    # Read, but no byte of a result depends on it: test_settings.py trains with and without
+    assert not {name for name in outside if name.rpartition(".")[2] != "checkpointing"}
 
 
 LARGE = {"layers": 4, "d_model": 512, "heads": 8, "d_ff": 1365, "context_tokens": 512}
