@@ -249,7 +249,11 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             clock.lap("optimizer")
             run.step += 1
             if io.watch is not None:
-                _lower_threads(io.watch, clock.since_step(), io.recorder)
+                told = io.watch.after_step(clock.since_step())
+                if told:
+                    io.recorder.note(told)
+                    lowered = {"step": run.step, "threads": io.watch.threads}
+                    run.rounding.append(run.rounding[-1] | lowered)
             run.recent_nats = [*run.recent_nats, nats][-TAIL_STEPS:]
 
             if run.step % io.log_every_steps == 0 or run.step == task.steps:
@@ -374,15 +378,6 @@ def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[
         "rounding": run.rounding,
         **peak.report(),
     }
-
-
-def _lower_threads(watch: ThreadWatch, seconds: float, recorder: HistoryWriter) -> None:
-    before = watch.threads
-    told = watch.after_step(seconds)
-    if watch.threads != before:
-        torch.set_num_threads(watch.threads)
-    if told:
-        recorder.note(told)
 
 
 def _in_seconds(phases: dict[str, float]) -> dict[str, float]:

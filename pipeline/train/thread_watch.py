@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
+import torch
+
 from ..hardware import fastest_threads
 
 # A step of a training may take longer for many reasons: only much longer is looked into
@@ -71,6 +73,7 @@ class ThreadWatch:
         if fewer >= before:
             return ""
         self.had = (*self.had, fewer)
+        torch.set_num_threads(fewer)
         # With fewer threads a step may well take that much longer on an idle machine
         self.first_s *= before / fewer
         self._since_look_s = LOOK_EVERY_S
