@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -104,11 +103,7 @@ def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None 
         _write(job.folder / name, content)
     # Once more, as the export needs memory too
     metrics |= peak.report()
-    made: dict[str, Any] = {"machine": machine(torch.get_num_threads(), task.bf16)}
-    if watch is not None and len(watch.had) > 1:
-        # One after another, as the machine got busy
-        made["threads"] = list(watch.had)
-    return metrics | {"made": made}
+    return metrics | {"made": {"machine": machine(torch.get_num_threads(), task.bf16)}}
 
 
 def _recorder(job: JobContext, steps: int) -> Recorder:
