@@ -256,7 +256,7 @@ if ENTERED:
 def _console() -> Console:
     console = Console()
     # A log is searched for addresses and paths, which no line end may cut.
-    return console if console.is_terminal else Console(width=1000)
+    return console if console.is_terminal else Console(width=10_000)
 
 
 def _names(folder: str) -> list[str]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .run.backend import Local
 
 KEY = "MOLEFORGE_API_KEY"
-UNWRAPPED = 1000  # columns of an output that is no terminal: what greps it wants whole lines
+UNWRAPPED = 10_000  # columns of an output that is no terminal: what greps it wants whole lines
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",

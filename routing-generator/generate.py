@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     # Into a file the tables would be cut to 80 columns.
     if not console.is_terminal:
-        console = Console(width=1000)
+        console = Console(width=10_000)
     # Not wrapped: a message is searched for, and paths in it are copied.
     errors = Console(stderr=True, soft_wrap=True)
     try:

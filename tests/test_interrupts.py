@@ -208,9 +208,9 @@ SWALLOWS = """
 import sys, time
 from pipeline import interrupts
 interrupts.raise_once(again_s=0.2)
-print("ready", flush=True)
 try:
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("swallowed", flush=True)

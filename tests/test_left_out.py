@@ -38,7 +38,7 @@ TASK = {
 def last_lines(manifests, capsys):
     """Return what a command prints at its end, here and on Modal."""
     __main__._show_jobs(manifests)
-    far = Console(file=io.StringIO(), width=1000)
+    far = Console(file=io.StringIO(), width=10_000)
     done = []
     for each in manifests:
         result = cloud.JobResult(each.stage, each.item, each.address, "made")

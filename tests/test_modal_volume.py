@@ -190,7 +190,7 @@ def test_a_manifest_before_its_tensors_shows_and_ours_comes_last(volume, monkeyp
     def hasty(home, look):
         manifest = manifest_of(home)
         (home.folder("thing-1") / "tensors").unlink()
-        artifacts.write_text(home.folder("thing-1") / "manifest.json", json.dumps(vars(manifest)))
+        artifacts.write_text(home.folder("thing-1") / "manifest.json", manifest.text())
         look()  # Modal commits in the background, whenever it likes
         (home.folder("thing-1") / "tensors").write_bytes(b"0" * 1000)
 
@@ -280,8 +280,8 @@ def test_a_damaged_artifact_is_a_failure_told_in_commands_of_modal(prepared):
     assert (made.state, found.state) == ("made", "failed")
     assert "trunk.safetensors is gone" in found.error
     assert (
-        f"`modal volume rm -r moleforge artifacts/{address}` and run the same command"
-        in found.error
+        f"`modal volume rm -r moleforge artifacts/{address}` and run "
+        "`modal run modal_app.py::train_shared` again" in found.error
     )
     assert "0 of 1 jobs of train_shared" in lines[-1]
 

@@ -71,9 +71,9 @@ def _files(name: str, data: TaskDataConfig, base: Path) -> dict[str | None, Path
         files[None] = _table(name, data, base)
     for wanted, file in files.items():
         if not file.is_file():
-            raise DataError(
-                f"{setting(name)}: {file} does not exist; correct path, or the name under {wanted}"
-            )
+            # A source of one file has no name of its own for a split.
+            fix = f"path, or the name under {wanted}" if wanted else "path"
+            raise DataError(f"{setting(name)}: {file} does not exist; correct {fix}")
     return files
 
 
