@@ -111,6 +111,11 @@ def test_a_placeholder_is_taken_out_of_a_question_as_it_was_in_training(client, 
     assert ask(client, [part(SPELLINGS["plain"]), question]) == wanted
 
 
+def test_the_models_own_mark_in_a_text_without_pictures_is_text(client):
+    question = "what is <|vision_start|><|image_pad|><|vision_end|> for?"
+    assert ask(client, question)
+
+
 def test_what_asks_for_nothing_is_as_good_as_left_out(client):
     wanted = ask(client, "hi")
     nothing = {"tools": [], "stop": [], "logprobs": False, "logit_bias": {}}

@@ -19,6 +19,7 @@ from ..store.lineage import Lineage
 from ..store.model_files import on_this_machine
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
+from .outside import changed_since
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -67,6 +68,8 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
         why = why_of(address, state, lineage)
         if cost is not None and not why:
             why = former_checkpoint(addresses, stage, item, store)
+        if not why:
+            why = changed_since(cfg, store, stage, item, address)
         entries.append(Entry(address, state, why, cost, label(stage, item), refused))
     return entries
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ..families.adapters.inference import Request as StackRequest
     from ..families.adapters.stack import AdapterStack, Answer, Choice
 
+OWN_MARK = "<|image_pad|>"  # what the base's own template has for a picture
 BODY_BYTES = 32 << 20  # pictures come inside
 # Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
 # pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
@@ -308,6 +309,9 @@ class ChatEngine(Engine):
 def _plain(text: str, pictures: int) -> str:
     """Return a question as experts were asked it in training, without placeholders of pictures.
     Raises DataError."""
+    # Who writes the model's own mark without a picture writes about it; it is encoded as words.
+    if not pictures and OWN_MARK in text:
+        return text
     try:
         plain, _ = without_placeholders(text, pictures)
     except StrangePlaceholder as error:
