@@ -27,13 +27,15 @@ def changed_since(cfg: RunConfig, store: Store, stage: str, item: str | None, ad
     for setting, path in cfg.read_outside(stage, item):
         for file in islice(_files(path), MOST_FILES):
             if _mtime_ns(file) > made_ns:
-                newer.append(f"{setting}: {file}")
+                newer.append((setting, file))
     if not newer:
         return ""
+    setting, file = newer[0]
     more = f" and {len(newer) - 1} more" if len(newer) > 1 else ""
     return (
-        f"{newer[0]}{more} changed after {address} was made, which stands, as its address holds "
-        "settings and no file's content; to have it read, put it under another name and set that"
+        f"{setting}: {file}{more} changed after {address} was made, which stands, as its address holds "
+        f"settings and no file's content; to have it read, move it to a path that {setting} does "
+        "not name yet, and name that"
     )
 
 
