@@ -34,8 +34,8 @@ def changed_since(cfg: RunConfig, store: Store, stage: str, item: str | None, ad
     more = f" and {len(newer) - 1} more" if len(newer) > 1 else ""
     return (
         f"{setting}: {file}{more} changed after {address} was made, which stands, as its address "
-        f"holds settings and no file's content; to have it read, move it to a path that {setting} does "
-        "not name yet, and name that"
+        f"holds settings and no file's content; to have it read, move it to a path that "
+        f"{setting} does not name yet, and name that"
     )
 
 
