@@ -169,8 +169,20 @@ def _preempted(modal, saved: Path, whole: Path) -> list[bool]:
             time.sleep(0.05)
             taken = modal.client.preempt("train_shared_job", grace_s)
         preempted.append(taken)
-    wait_for(whole.exists)
+    wait_for(lambda: _is_whole(whole))
     return preempted
+
+
+def _is_whole(manifest: Path) -> bool:
+    """Whether a container's last commit has arrived: who looks into the volume from outside may see
+    the manifest before the files that it lists."""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        return all(
+            (manifest.parent / name).stat().st_size == files[name]["bytes"] for name in files
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def _moved(saved: Path, before: dict[Path, str]) -> bool:
