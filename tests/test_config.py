@@ -91,7 +91,11 @@ def test_lines_are_of_lists_too(tmp_path):
         ("? [{trunk: 1}]\n: 2", "is not YAML: a key must be a name"),
         ("- a\n- b", "must hold sections"),
         ("extends: [a.yaml]", "extends must be the path of one file"),
-        ("extends: gone.yaml", "gone.yaml does not exist"),
+        (
+            "extends: gone.yaml",
+            "gone.yaml does not exist. What it names starts at the folder of a.yaml",
+        ),
+        ("extends: ../gone.yaml", "extends ../gone.yaml, but"),
         ("extends: a.yaml", "extends itself"),
         ("extends: b/back.yaml", "extends itself, by way of a.yaml -> back.yaml"),
         ("trunk:", "trunk: must be a section of its own"),
@@ -237,7 +241,8 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
         ("router: {steps: 1, top_k: 5}", "router.top_k: 5 experts per token, but the stack has 4"),
         (
             "expert: {steps: 1, domains: [python]}",
-            "router.top_k: 2 experts per token, but the stack has 1",
+            "router.top_k: 2 experts per token, but the stack has 1; lower it, or name more in "
+            "expert.domains",
         ),
         (
             "expert: {steps: 1, domains: [python, cobol]}",

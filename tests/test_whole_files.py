@@ -19,7 +19,9 @@ import zstandard
 from pyarrow import ipc, parquet
 from test_documents import ROWS, config, read
 
+from pipeline.config.text_data import TextRunConfig
 from pipeline.data.sources import json_rows, packed
+from pipeline.data.sources.files import look
 from pipeline.errors import DataError
 
 TEXTS = [row["text"] for row in ROWS]
@@ -298,7 +300,7 @@ def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path, suffix):
     with pytest.raises(
         DataError, match=rf"rows\.{suffix} holds a pointer of git-lfs.*git lfs pull"
     ):
-        texts(path)
+        texts(path, domain="a")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -311,9 +313,32 @@ def test_a_file_with_nothing_in_it_is_counted_or_refused(tmp_path, suffix):
         with pytest.raises(DataError, match=path.name):
             read(config(good, path))
         return
-    found, stats = read(config(good, path))
+    found, stats = read(config(good, path, domain="a"))
     assert len(found) == len(ROWS) and stats.bad == 0
     assert stats.counts == {"empty file": 1}
+
+
+@pytest.mark.parametrize("name", ["law.txt", "law.md", "law.TXT", "law.txt.gz", "law"])
+def test_plain_text_of_which_nothing_says_a_domain_is_refused(tmp_path, name):
+    """It was left out whole, as one document without a label."""
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(b"".join(LINES))
+    path = tmp_path / name
+    content = b"text of the law\n\n" * 400
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    raw = config(good, domain="a").model_dump(mode="json")
+    entry = raw["data"]["files"][0] | {"paths": [str(path)], "domain": None}
+    if "." not in name:
+        entry["format"] = "text"
+    raw["data"]["files"].append(entry)
+    for act in (read, look):
+        with pytest.raises(DataError, match=rf"{name} is plain text.* Give its entry a domain"):
+            act(TextRunConfig.model_validate(raw))
+    entry["domain"] = "b"
+    assert {document.label for document in read(TextRunConfig.model_validate(raw))[0]} == {"a", "b"}
+    raw["partition"] = {"by": "clusters", "count": 2}
+    entry["domain"] = None
+    assert len(read(TextRunConfig.model_validate(raw))[0]) > len(LINES)
 
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be")

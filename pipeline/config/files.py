@@ -64,7 +64,13 @@ def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
     way_here = (*seen, path.resolve())
-    under = resolve(Path(located(base, "path", path.parent)), paths, way_here)
+    below = Path(located(base, "path", path.parent))
+    if not below.exists():
+        raise ConfigError(
+            f"{path}: extends {base}, but {below} does not exist. What it names starts at the "
+            f"folder of {path.name}; a configuration that ships with MoleForge lies in its config/"
+        )
+    under = resolve(below, paths, way_here)
     return overlay(under, own, raw)
 
 

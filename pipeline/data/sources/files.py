@@ -63,14 +63,16 @@ class _File:
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
-    """Yield the files of each entry of data.files. Raises DataError for one that matches none, and
-    for a file that two entries match."""
+    """Yield the files of each entry of data.files. Raises DataError for one that matches none, for
+    a file that two entries match, and for plain text that no domain is named for."""
     for entry, found in _entries(cfg):
         yield entry.domain, _rows_of_each(entry, found, cfg.data)
 
 
 def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
     entries = [(entry, list(of_saved_sets(_matches(entry)))) for entry in cfg.data.files]
+    if cfg.partition.by == "labels":
+        _refuse_unlabelled(entries)
     owners: dict[str, FilesConfig] = {}
     for entry, found in entries:
         for _, path in found:
@@ -80,6 +82,22 @@ def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
                     "read twice. Make the paths of one of them narrower"
                 )
     return entries
+
+
+def _refuse_unlabelled(entries: "list[tuple[FilesConfig, _Found]]") -> None:
+    """Raise DataError for plain text of which nothing says what domain it is of: it would be left
+    out whole."""
+    for entry, found in entries:
+        for _, path in found:
+            if entry.domain is None and _is_text(entry, path):
+                raise DataError(
+                    f"data.files: {path} is plain text, which has no column for a label. Give its "
+                    "entry a domain, or make the entry's paths narrower"
+                )
+
+
+def _is_text(entry: FilesConfig, path: str) -> bool:
+    return entry.format == "text" or (entry.format == "auto" and _format(path) == "text")
 
 
 def look(cfg: TextRunConfig) -> None:
@@ -120,9 +138,7 @@ def _is_here(pattern: str) -> bool:
 
 
 def _rows_of_each(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[Rows]:
-    texts = 0
-    for _, path in found:
-        texts += entry.format == "text" or (entry.format == "auto" and _format(path) == "text")
+    texts = sum(_is_text(entry, path) for _, path in found)
     is_few = entry.documents == "auto" and texts < FEW_FILES
     is_split = is_few or entry.documents == "paragraphs"
     told = missing_shards(path for _, path in found)

@@ -249,7 +249,8 @@ class FfnMoeConfig(TextRunConfig):
         slots = len(self.experts) + (self.trunk.anchor == "keep")
         if self.router.top_k > slots:
             problems.append(
-                f"router.top_k: {self.router.top_k} experts per token, but the stack has {slots}"
+                f"router.top_k: {self.router.top_k} experts per token, but the stack has "
+                f"{slots}; lower it, or name more in expert.domains"
             )
         if problems:
             raise ValueError("\n".join(problems))
