@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import modal
-from rich.console import Console
 
 from pipeline import cloud
 from pipeline.config.machines import MachineConfig
@@ -25,6 +24,7 @@ from pipeline.config.run import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
+from pipeline.report.narrow import output
 from pipeline.run.advice import sentence
 from pipeline.run.stages import ROWS, RUN, STAGES, STEPS, about, has_several_jobs
 from pipeline.store.artifacts import Store
@@ -253,12 +253,6 @@ if ENTERED:
             return self.served
 
 
-def _console() -> Console:
-    console = Console()
-    # A log is searched for addresses and paths, which no line end may cut.
-    return console if console.is_terminal else Console(width=10_000)
-
-
 def _names(folder: str) -> list[str]:
     try:
         return [Path(entry.path).name for entry in volume.listdir(folder)]
@@ -271,7 +265,7 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
 
     No stages: all of a run.
     """
-    console = _console()
+    console = output()
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
         cfg = cloud.settled(load(config, cloud.overrides(override)), prices, console.print)

@@ -25,7 +25,7 @@ from rich.table import Table
 from .config.run import RunConfig
 from .errors import ConfigError, Interrupted, PipelineError
 from .families.load import describes_run, load
-from .report.narrow import print_table
+from .report.narrow import output, print_table
 from .run.advice import CommandLine, sentence
 from .run.stages import (
     RUN,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from .run.backend import Local
 
 KEY = "MOLEFORGE_API_KEY"
-UNWRAPPED = 10_000  # columns of an output that is no terminal: what greps it wants whole lines
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
@@ -248,7 +247,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         paths = args.config or runs(Path("config"))
         configs = read_configs(paths, lambda path: load(path, tuple(args.override)))
         store = Store(args.store)
-        prune(configs, store, _out(), remove=args.yes, damaged=args.damaged)
+        prune(configs, store, output(), remove=args.yes, damaged=args.damaged)
         return
     if args.command == "serve":
         _serve(args)
@@ -262,7 +261,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.dry_run import show_plan
 
         # A plan makes no store, but it must not show as done what another version left
-        show_plan(cfg, store.open(create=False), _out())
+        show_plan(cfg, store.open(create=False), output())
         return
     _run(args, cfg, store.open())
 
@@ -275,7 +274,7 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     elif cfg.items(args.command):
         wanted = [args.command]
     else:
-        _out().print(without_jobs(args.command, cfg), highlight=False)
+        output().print(without_jobs(args.command, cfg), highlight=False)
         return
     backend = Local(store, parallel=getattr(args, "parallel", 1))
     # Between two of its jobs nothing else says that what is there is needed
@@ -296,7 +295,7 @@ def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
             _show_jobs(manifests)
         if kind == "bundle":
             folder = store.folder(manifests[0].address)
-            _out().print(f"bundle: {folder}", highlight=False, soft_wrap=True)
+            output().print(f"bundle: {folder}", highlight=False, soft_wrap=True)
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -344,12 +343,6 @@ def _only_this_machine(host: str) -> bool:
         return False
 
 
-def _out() -> Console:
-    console = Console()
-    # Into a file or a pipe rich would write 80 columns, which breaks addresses over lines
-    return console if console.is_terminal else Console(width=UNWRAPPED)
-
-
 def _show_jobs(manifests: list[Manifest]) -> None:
     """Print what a stage left: one row per job."""
     table = Table(title=manifests[0].stage, title_justify="left", title_style="bold")
@@ -360,7 +353,7 @@ def _show_jobs(manifests: list[Manifest]) -> None:
     for made in manifests:
         seconds = f"{made.made['seconds']:.0f}"
         table.add_row(made.address, f"{made.bytes / 1e6:.1f}", seconds, _outcome(made.metrics))
-    print_table(_out(), table)
+    print_table(output(), table)
 
 
 def _outcome(metrics: dict) -> str:
@@ -392,7 +385,7 @@ def _text_outcome(metrics: dict) -> str:
 def _show_report(folder: Path) -> None:
     from . import report
 
-    console = _out()
+    console = output()
     report.show(report.read(read_bytes(folder / "report.json")), console)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 

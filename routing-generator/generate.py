@@ -36,6 +36,7 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import PATHS, load
 from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
+from pipeline.report.narrow import output
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Reader, Store
@@ -135,10 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Make a routing set; return the exit code: 0 done, 2 a person has to mend something, 130
     stopped."""
     args = parser().parse_args(arguments)
-    console = Console()
-    # Into a file the tables would be cut to 80 columns.
-    if not console.is_terminal:
-        console = Console(width=10_000)
+    console = output()
     # Not wrapped: a message is searched for, and paths in it are copied.
     errors = Console(stderr=True, soft_wrap=True)
     try:

@@ -1,10 +1,17 @@
-"""Tables on a terminal that is too narrow for them: a block of lines for each row, nothing cut."""
+"""Tables where a line has too little room for them, and output whose lines nothing cuts."""
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 _WIDE = 10_000  # columns: more than any table wants
+
+
+def output() -> Console:
+    """Return a console over standard output whose lines are whole where that is no terminal: they
+    are searched for addresses and paths, which rich would break after 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 def print_table(console: Console, table: Table) -> None:
