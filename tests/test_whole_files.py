@@ -381,6 +381,17 @@ def test_text_of_another_encoding_names_the_setting(tmp_path):
         read(config(tmp_path / "a.txt", domain="a"))
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_header_of_another_encoding_costs_no_row_of_plain_letters(tmp_path, delimiter):
+    path = tmp_path / ("a.tsv" if delimiter == "\t" else "a.csv")
+    rows = [[f"a plain text of number {number}", "a"] for number in range(3)]
+    whole = _csv(rows, delimiter=delimiter).replace("domain", "catégorie")
+    path.write_bytes(whole.encode("cp1252"))
+    found, stats = read(config(path, domain="a"))
+    assert [[document.text, "a"] for document in found] == rows
+    assert stats.bad == 0
+
+
 def test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused(tmp_path):
     about = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: domain\n"
     about += "    dtype: string\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: "

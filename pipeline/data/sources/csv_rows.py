@@ -51,21 +51,22 @@ def csv_rows(
             lines.readline()
             head = head[said.end() :]
             delimiter = said[1].decode()
+        # Its names may be of another encoding, as the rows below may
+        first = b"".join(head.splitlines()[:1]).decode("utf-8", "replace")
         if delimiter is None:
-            delimiter = _delimiter(head, wanted)
+            delimiter = _delimiter(first, wanted)
             if delimiter != _DELIMITERS[0]:
                 yield (
                     text.name,
                     Note(f"read as fields parted by {delimiter!r}, for so the header is"),
                 )
-        first = head.splitlines()[:1]
         kept = _Kept(lines)
         rows = csv.reader(
             kept,
             delimiter=delimiter,
             strict=True,
             # Else a quote behind a blank were a letter, and each label began with the blank
-            skipinitialspace=bool(first) and _has_blanks(first[0].decode(), delimiter),
+            skipinitialspace=_has_blanks(first, delimiter),
         )
         yield from _rows(rows, kept, delimiter, path, wanted)
 
@@ -86,15 +87,12 @@ class _Kept:
         return line
 
 
-def _delimiter(head: bytes, wanted: Collection[str]) -> str:
+def _delimiter(header: str, wanted: Collection[str]) -> str:
     """Return what parts the fields: that with which the header has a column that is wanted."""
-    first = head.splitlines()[:1]
-    for line in first:
-        for delimiter in _DELIMITERS:
-            names = _header(line.decode("utf-8", "replace"), delimiter)
-            found = dict.fromkeys(names, "")
-            if any(field_value(found, name) is not None for name in wanted):
-                return delimiter
+    for delimiter in _DELIMITERS:
+        found = dict.fromkeys(_names(header, delimiter), "")
+        if any(field_value(found, name) is not None for name in wanted):
+            return delimiter
     return _DELIMITERS[0]
 
 
@@ -104,8 +102,8 @@ def _has_blanks(header: str, delimiter: str) -> bool:
     return bool(others) and all(name.startswith(" ") for name in others)
 
 
-def _header(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line], delimiter=delimiter), [])
+def _names(header: str, delimiter: str) -> list[str]:
+    return next(csv.reader([header], delimiter=delimiter), [])
 
 
 def _rows(
