@@ -89,7 +89,7 @@ def test_classes_have_their_names_at_any_depth():
     )
     row = {
         "one": 2,
-        "some": [0, -1, 1],
+        "some": [0, -1, len(KINDS)],
         "objects": {"category": [1, 1], "area": [4, 5]},
         "parts": [{"kind": 0, "parents": []}, {"kind": 2, "parents": [0, 1]}],
         "plain": 2,
@@ -98,7 +98,8 @@ def test_classes_have_their_names_at_any_depth():
     named = {key: naming(row[key]) for key, naming in namings.items()}
     assert named == {
         "one": "newt",
-        "some": ["cat", None, "dog"],
+        # Neither a secret nor a number that stands for nothing ends the stream.
+        "some": ["cat", None, None],
         "objects": {"category": ["dog", "dog"], "area": [4, 5]},
         "parts": [{"kind": "cat", "parents": []}, {"kind": "newt", "parents": ["cat", "dog"]}],
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
+from .columns import named
 from .hub import check_count
 from .task_streams import Found, Stream, given_splits, setting
 
@@ -40,8 +41,7 @@ def _rows(name: str, data: TaskDataConfig, wanted: str) -> Iterator[Found]:
         namings = _namings(features)
         count = 0
         for row in found:
-            named = {key: naming(row[key]) for key, naming in namings.items()}
-            yield f"{what} row {count}", row | named
+            yield f"{what} row {count}", _members_named(namings, row)
             count += 1
         if not data.allow_fewer_rows:
             check_count(found, wanted, count, f"{setting(name)}: {data.id}")
@@ -72,7 +72,7 @@ def _naming(feature: Any) -> Naming | None:
     from datasets import ClassLabel, LargeList, List
 
     if isinstance(feature, ClassLabel):
-        return partial(_label, feature)
+        return partial(named, names=tuple(feature.names))
     if isinstance(feature, dict):
         namings = _namings(feature)
         return partial(_members_named, namings) if namings else None
@@ -83,18 +83,11 @@ def _naming(feature: Any) -> Naming | None:
 def _members_named(namings: dict[str, Naming], value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    named = {key: naming(value[key]) for key, naming in namings.items() if key in value}
-    return value | named
+    found = {key: naming(value[key]) for key, naming in namings.items() if key in value}
+    return value | found
 
 
 def _items_named(naming: Naming, value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     return [naming(item) for item in value]
-
-
-def _label(feature: Any, value: object) -> object:
-    # Test splits of the Hub often have -1 for labels that are kept secret.
-    if isinstance(value, int) and value >= 0:
-        return feature.int2str(value)
-    return None
