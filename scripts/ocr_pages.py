@@ -9,8 +9,7 @@ from pipeline.data.drop_stats import DropStats
 from pipeline.data.images.formats import SUFFIXES
 from pipeline.data.images.inline import bytes_in
 from pipeline.data.sources import SkippedRow, task_files
-from pipeline.data.sources.columns import listed
-from pipeline.data.sources.tasks import structured, value_at
+from pipeline.data.sources.columns import listed, structured, value_at
 from pipeline.errors import DataError
 
 

@@ -1,9 +1,9 @@
-"""Columns of a row: nested ones, what there is in place of one that is missing, numbers that stand
-for names."""
+"""Columns of a row, of a document or of a task: nested ones, what there is in place of one that is
+missing, numbers that stand for names."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
 
 from ...errors import DataError
 from ..images.formats import SUFFIXES
@@ -12,29 +12,47 @@ _MOST_NAMES = 12  # of columns in a message
 _MOST_CHARACTERS = 40  # of one value in a message: a column may hold whole documents
 
 
-def field_value(row: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a column, of one inside it where the name has dots; None without one.
+def value_at(columns: dict, wanted: str) -> object:
+    """Return a column's value, or what lies in it behind dots; None where there is none.
 
-    A column that has the dots in its own name comes first. Text that holds JSON is looked into,
-    for many sets keep what they know of a document in one column of it.
+    Dots lead into objects by name, into lists by number or, for a list of objects, to what each of
+    them has there, and into text that is JSON as into what it says.
     """
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            value = _parsed(value)
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
+    # A column that has a dot in its name comes first.
+    if wanted in columns:
+        return columns[wanted]
+    value: object = columns
+    for part in wanted.split("."):
+        value = _member(structured(value), part)
     return value
 
 
-def _parsed(text: str) -> Any:
+def structured(value: object) -> object:
+    """Return what a text that is a JSON object or list says; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        return _of_json(value)
+    return value
+
+
+# The same text is asked for each of its fields in turn.
+@lru_cache(8)
+def _of_json(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
+        return text
+
+
+def _member(value: object, part: str) -> object:
+    if isinstance(value, dict):
+        return value.get(part)
+    if not isinstance(value, list | tuple):
         return None
+    if part.isdecimal():
+        return value[int(part)] if int(part) < len(value) else None
+    if not value or not all(isinstance(item, dict) for item in value):
+        return None
+    return [item.get(part) for item in value]
 
 
 def check_once(names: Sequence[str], wanted: Iterable[str], path: str) -> None:
@@ -48,7 +66,7 @@ def check_once(names: Sequence[str], wanted: Iterable[str], path: str) -> None:
 
 
 def root_column(names: Iterable[str], name: str) -> str | None:
-    """Return the column that holds the value that field_value looks for, None where none does."""
+    """Return the column that holds the value that value_at looks for, None where none does."""
     known = set(names)
     if name in known:
         return name
@@ -84,7 +102,7 @@ def brief(text: str) -> str:
 def class_names(features: object, name: str) -> tuple[str, ...] | None:
     """Return what the numbers of a column stand for, by the features that `datasets` writes down;
     None for a column of anything else."""
-    found = field_value(features, name) if isinstance(features, Mapping) else None
+    found = value_at(features, name) if isinstance(features, dict) else None
     if isinstance(found, Mapping) and found.get("_type") == "ClassLabel":
         names = found.get("names")
         if isinstance(names, list | tuple):

@@ -5,12 +5,12 @@ Invariant: an exchange is a question and its answer as they stand; nothing of a 
 out of its rows passes without a reason to count.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..tasks.markup import placeholders
 from . import SkippedRow
+from .columns import structured
 
 # Columns that hold chats, the first one that is there counts.
 COLUMNS = ("messages", "conversations", "conversation", "texts")
@@ -120,11 +120,7 @@ def _as_columns(exchange: Exchange, columns: dict) -> dict:
 
 def _turns(value: object) -> list:
     # Tables of text alone have a chat as JSON.
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
+    value = structured(value)
     return list(value) if isinstance(value, list | tuple) else []
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import DataError
 from . import FoundRow, Note, SkippedRow
-from .columns import check_once, field_value
+from .columns import check_once, value_at
 from .packed import open_text
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _delimiter(header: str, wanted: Collection[str]) -> str:
     """Return what parts the fields: that with which the header has a column that is wanted."""
     for delimiter in _DELIMITERS:
         found = dict.fromkeys(_names(header, delimiter), "")
-        if any(field_value(found, name) is not None for name in wanted):
+        if any(value_at(found, name) is not None for name in wanted):
             return delimiter
     return _DELIMITERS[0]
 

@@ -12,7 +12,7 @@ from ...config.text_data import DataConfig
 from ...errors import DataError
 from ...store.room import writing
 from . import FoundRow, Row, SkippedRow
-from .columns import check_once, class_names, field_value, listed, named, root_column
+from .columns import check_once, class_names, listed, named, root_column, value_at
 from .packed import is_packed, open_unpacked, refuse_pointer
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class TableColumns:
             return
         for row in _values(table.select(self.read)):
             if isinstance(row, dict) and self._label_names is not None:
-                value = field_value(row, self._label_field)
+                value = value_at(row, self._label_field)
                 row[self._label_field] = named(value, self._label_names)
             yield self._others | row if isinstance(row, dict) else row
 

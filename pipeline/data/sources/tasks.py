@@ -7,11 +7,9 @@ Invariant: records come in a fixed order, one at a time, with pictures still as 
 stream, a source that cannot be read is a DataError.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from PIL.Image import Image
@@ -24,7 +22,7 @@ from ..images.images import ImageSource
 from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
-from .columns import column_of_pictures, listed
+from .columns import column_of_pictures, listed, structured, value_at
 from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, setting, split_named
 
 # Where an object has its picture, in the order in which they are asked.
@@ -116,49 +114,6 @@ def column(columns: dict, name: str, data: TaskDataConfig) -> object:
     data.fields may rename it, with dots into what the column holds (see value_at).
     """
     return value_at(columns, data.fields.get(name, name))
-
-
-def value_at(columns: dict, wanted: str) -> object:
-    """Return a column's value, or what lies in it behind dots; None where there is none.
-
-    Dots lead into objects by name, into lists by number or, for a list of objects, to what each of
-    them has there, and into text that is JSON as into what it says.
-    """
-    # A column that has a dot in its name comes first.
-    if wanted in columns:
-        return columns[wanted]
-    value: object = columns
-    for part in wanted.split("."):
-        value = _member(structured(value), part)
-    return value
-
-
-def structured(value: object) -> object:
-    """Return what a text that is a JSON object or list says; anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        return _of_json(value)
-    return value
-
-
-# The same text is asked for each of its fields in turn.
-@lru_cache(8)
-def _of_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _member(value: object, part: str) -> object:
-    if isinstance(value, dict):
-        return value.get(part)
-    if not isinstance(value, list | tuple):
-        return None
-    if part.isdecimal():
-        return value[int(part)] if int(part) < len(value) else None
-    if not value or not all(isinstance(item, dict) for item in value):
-        return None
-    return [item.get(part) for item in value]
 
 
 def _record(

@@ -16,7 +16,8 @@ from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
 from ..images.near_duplicates import look
-from ..sources.tasks import Record, column, dataset_name, root, structured, value_at
+from ..sources.columns import structured, value_at
+from ..sources.tasks import Record, column, dataset_name, root
 from . import markup, right_answers
 from .as_trained import strange_about
 from .groups import text_key

@@ -18,7 +18,7 @@ from ...config.text_data import DataConfig, TextRunConfig
 from ..cut import cut
 from ..drop_stats import DropStats
 from ..sources import ENCODING, LargeFile, Note, Row, Rows, SkippedRow
-from ..sources.columns import brief, field_value, listed
+from ..sources.columns import brief, listed, value_at
 from ..sources.text import sources
 
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
@@ -286,7 +286,7 @@ class _Reader:
         if isinstance(row, SkippedRow):
             return row
         data = self.data
-        text = field_value(row, data.text_field)
+        text = value_at(row, data.text_field)
         if isinstance(text, bytes):
             try:
                 text = text.decode()
@@ -297,7 +297,7 @@ class _Reader:
             return SkippedRow("no text", f"{what}; {_columns(row, data.text_field)}")
         domain = label
         if label is None:
-            given = field_value(row, data.label_field)
+            given = value_at(row, data.label_field)
             label = label_text(given)
             domain = self._domain_of.get(label or "")
         # Only a partition by labels needs one; others must not refuse rows without it
@@ -318,7 +318,7 @@ class _Reader:
             return SkippedRow("other label", brief(label))
         split = None
         if data.split_field:
-            given = field_value(row, data.split_field)
+            given = value_at(row, data.split_field)
             split = _SPLIT_NAMES.get(str(given).lower())
             if split is None:
                 return SkippedRow("unknown split", f"{data.split_field} is {brief(repr(given))}")
