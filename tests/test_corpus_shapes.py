@@ -155,6 +155,15 @@ def test_a_column_that_has_the_dot_in_its_name_comes_first(tmp_path):
         assert labels(config(path, label_field="meta.source")) == [(t, "a") for t in TEXTS]
 
 
+def test_dots_lead_into_lists_by_number(tmp_path):
+    rows = [{"turns": [{"said": t}], "tags": json.dumps(["a", "x"])} for t in TEXTS]
+    lines = write_lines(tmp_path / "rows.jsonl", rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for path in (lines, tmp_path / "rows.parquet"):
+        found = labels(config(path, text_field="turns.0.said", label_field="tags.0"))
+        assert found == [(t, "a") for t in TEXTS]
+
+
 @pytest.mark.parametrize("suffix", [*TABLES, "jsonl", "csv"])
 def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path, suffix):
     rows = [{"content": t, "topic": "a"} for t in TEXTS]

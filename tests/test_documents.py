@@ -131,10 +131,10 @@ def test_the_limit_holds_per_label_and_stops_reading(tmp_path):
 
 
 def test_splits_come_from_the_field_and_unknown_ones_are_bad(tmp_path):
-    names = ["train", "validation", "test", "dev", "holdout"]
+    names = ["train", "validation", "test", "dev", "holdout", "Training", "testing "]
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0] | {"split": name} for name in names])
     kept, stats = read(config(path, split_field="split", max_bad_share=0.5))
-    assert [d.split for d in kept] == ["train", "valid", "test", "valid"]
+    assert [d.split for d in kept] == ["train", "valid", "test", "valid", "train", "test"]
     assert stats.counts == {"unknown split": 1}
 
 

@@ -30,7 +30,7 @@ from ...store.artifacts import sha256, write_text
 from ...store.reading import damaged, read_object, reading
 from ...store.room import writing
 from ..drop_stats import DropStats
-from ..sources.task_streams import split_named
+from ..sources.columns import split_named
 from ..tasks.rows import ROWS
 from .candidates import CandidateTable
 from .prompts import PromptChooser

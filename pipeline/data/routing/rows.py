@@ -17,9 +17,9 @@ from pathlib import Path
 from ...errors import DataError
 from ..drop_stats import DropStats, shortened
 from ..images import images
-from ..sources.columns import column_of_pictures, value_at
+from ..sources.columns import column_of_pictures, split_named, value_at
 from ..sources.packed import SUFFIXES as PACKED
-from ..sources.task_streams import image_columns, split_named
+from ..sources.task_streams import image_columns
 from ..tasks import markup
 from ..tasks.groups import group_name, text_key
 

@@ -1,5 +1,5 @@
 """Columns of a row, of a document or of a task: nested ones, what there is in place of one that is
-missing, numbers that stand for names."""
+missing, numbers and words that stand for names."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +8,17 @@ from functools import lru_cache
 from ...errors import DataError
 from ..images.formats import SUFFIXES
 
+# What files, folders and columns call a split
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "test": "test",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "training": "train",
+    "testing": "test",
+}
 _MOST_NAMES = 12  # of columns in a message
 _MOST_CHARACTERS = 40  # of one value in a message: a column may hold whole documents
 
@@ -116,3 +127,8 @@ def named(value: object, names: tuple[str, ...]) -> object:
     if not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None
+
+
+def split_named(name: str) -> str | None:
+    """Return the split that a name stands for, None when it is no split's."""
+    return SPLIT_NAMES.get(name.strip().lower())

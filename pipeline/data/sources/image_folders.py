@@ -9,7 +9,8 @@ from ...config.task_data import TaskDataConfig
 from ...errors import DataError
 from ..images.formats import SUFFIXES
 from . import SkippedRow, sidecars, task_files
-from .task_files import parsed
+from .columns import split_named
+from .json_rows import json_row
 from .task_streams import (
     IMAGE_COLUMNS,
     Found,
@@ -17,7 +18,6 @@ from .task_streams import (
     base_of,
     given_splits,
     setting,
-    split_named,
 )
 
 SIDECARS = (".json", ".txt")
@@ -141,7 +141,7 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
         except OSError as error:
             return SkippedRow("unreadable annotation", f"{beside.name}: {error}")
         if suffix.lower() == ".json":
-            found = parsed(content)
+            found = json_row(content)
             if isinstance(found, SkippedRow):
                 return found
             # An id of its own counts, a picture of its own does not: it stands beside this one.

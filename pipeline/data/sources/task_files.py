@@ -10,11 +10,12 @@ from typing import Any
 
 from ...config.task_data import TaskDataConfig
 from ...errors import DataError
-from . import Note, SkippedRow
+from . import Note
+from .columns import split_named
 from .csv_rows import csv_rows
-from .json_rows import json_row, json_rows, jsonl_rows
+from .json_rows import json_rows, jsonl_rows
 from .packed import SUFFIXES as PACKED
-from .task_streams import Found, Stream, base_of, given_splits, image_columns, setting, split_named
+from .task_streams import Found, Stream, base_of, given_splits, image_columns, setting
 
 # Of files with rows, and in a folder the first kind that is there counts: a report in .json lies
 # beside rows in .jsonl more often than not.
@@ -102,9 +103,11 @@ def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterato
         found = _unwrapped(where, data, json_rows(local, path, None))
     else:
         found = jsonl_rows(local, path, None)
+    is_below = file.parent != base and file.parent.is_relative_to(base)
+    moves = is_table(file) and is_below and not data.image_root
     try:
         for place, row in found:
-            if isinstance(row, dict) and is_table(file) and not data.image_root:
+            if moves and isinstance(row, dict):
                 row = _placed(row, file.parent, base, data)
             if not isinstance(row, Note):
                 yield place.replace(path, where), row
@@ -128,8 +131,6 @@ def _check_kind(named: str, file: Path, where: str) -> str:
 def _placed(row: dict, here: Path, base: Path, data: TaskDataConfig) -> dict:
     """Return a row of a table of images, whose paths start at the table's own folder, with paths
     from the source's folder on."""
-    if here == base or not here.is_relative_to(base):
-        return row
     placed = dict(row)
     for column in row:
         is_named = str(column).endswith(("file_name", "file_names"))
@@ -145,11 +146,6 @@ def _path_from(here: Path, base: Path, value: object) -> object:
     if not isinstance(value, str) or len(value) > _LONGEST_PATH or not (here / value).is_file():
         return value
     return (here / value).relative_to(base).as_posix()
-
-
-def parsed(content: bytes) -> dict | SkippedRow:
-    """Return the row of a line of JSON, or why it is none."""
-    return json_row(content)
 
 
 def _parted(file: Path) -> tuple[str, str]:

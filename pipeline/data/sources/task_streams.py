@@ -1,5 +1,5 @@
-"""What the sources of task rows share: the shapes that they yield, what a split may be called, and
-how messages name a setting."""
+"""What the sources of task rows share: the shapes that they yield, and how messages name a
+setting."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,23 +17,6 @@ Stream = tuple[str | None, Iterator[Found]]
 
 # Where pictures are when nothing else is set; those of the Hub's folders of images come last.
 IMAGE_COLUMNS = ("image", "images", "file_name", "file_names")
-
-# What files, folders and columns call a split.
-SPLIT_NAMES = {
-    "train": "train",
-    "valid": "valid",
-    "test": "test",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "training": "train",
-    "testing": "test",
-}
-
-
-def split_named(name: str) -> str | None:
-    """Return the split that a name stands for, None when it is no split's."""
-    return SPLIT_NAMES.get(name.strip().lower())
 
 
 def image_columns(setting: str) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from ..images.images import ImageSource
 from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
-from .columns import column_of_pictures, listed, structured, value_at
-from .task_streams import SPLIT_NAMES, Found, Stream, base_of, image_columns, setting, split_named
+from .columns import SPLIT_NAMES, column_of_pictures, listed, split_named, structured, value_at
+from .task_streams import Found, Stream, base_of, image_columns, setting
 
 # Where an object has its picture, in the order in which they are asked.
 _IMAGE_KEYS = ("bytes", "base64", "data", "path", "url", "image_url", "image", "file_name")

@@ -18,7 +18,7 @@ from ...config.text_data import DataConfig, TextRunConfig
 from ..cut import cut
 from ..drop_stats import DropStats
 from ..sources import ENCODING, LargeFile, Note, Row, Rows, SkippedRow
-from ..sources.columns import brief, listed, value_at
+from ..sources.columns import brief, listed, split_named, value_at
 from ..sources.text import sources
 
 EARLY = 10_000  # documents after which a wrong column name is reported without reading on
@@ -34,14 +34,6 @@ HARMLESS = frozenset(
     }
 )
 SPLITS = ("train", "valid", "test")
-_SPLIT_NAMES = {
-    "train": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "test": "test",
-}
 _WHITE = b" \t\n\r\x0b\x0c"
 _MOST_OTHER_LABELS = 1000  # a column of free text must not fill memory
 _MOST_INNER = 12  # names inside a column; more are rows, written by column
@@ -319,7 +311,7 @@ class _Reader:
         split = None
         if data.split_field:
             given = value_at(row, data.split_field)
-            split = _SPLIT_NAMES.get(str(given).lower())
+            split = split_named(str(given))
             if split is None:
                 return SkippedRow("unknown split", f"{data.split_field} is {brief(repr(given))}")
         return _Fields(text, domain or "", split)
