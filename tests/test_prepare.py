@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.config.text_data import TextRunConfig
 from pipeline.data.text import encode, partition, tokenizer
+from pipeline.data.text.mixture import DomainMixture
 from pipeline.data.text.prepare import prepare
-from pipeline.data.text.shards import DomainMixture, Shards
+from pipeline.data.text.shards import Shards
 from pipeline.errors import DataError
 
 WORDS = {

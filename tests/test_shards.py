@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.text.shards import DomainMixture, Shards, ShardWriter, shuffled
+from pipeline.data.text.mixture import DomainMixture, shuffled
+from pipeline.data.text.shards import Shards, ShardWriter
 from pipeline.errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
 
 C = 8

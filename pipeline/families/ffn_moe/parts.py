@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from ...data.text.shards import DomainMixture, Shards
+from ...data.text.mixture import DomainMixture
+from ...data.text.shards import Shards
 from ...errors import MismatchError
 from ...hardware import device, uses_bf16
 from ...model import router_init

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...config.fit import FitConfig
-from ...data.text.shards import DomainMixture, Shards
+from ...data.text.mixture import DomainMixture
+from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
 from ...model.experts import Expert, clone, reinit_like
 from ...model.loss import chunk_of, cross_entropy
