@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.data.images import images
 from pipeline.data.images.images import BadImage, open_checked, resized
@@ -60,6 +60,39 @@ def test_every_orientation_comes_out_upright(orientation):
     exif[0x0112] = orientation
     found = open_checked(encoded(Image.fromarray(stored), exif=exif))
     np.testing.assert_array_equal(np.asarray(found), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_what_is_cut_from_an_upright_picture_is_not_turned_again(tmp_path, form, orientation):
+    """As the regions of a photo that a phone took: each goes through the same checks."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = open_checked(encoded(Image.fromarray(grain(70, 40)), form, exif=exif))
+    cut = whole.crop((5, 5, 35, 15))
+    stored = images.store(cut, tmp_path, 1, 10_000)
+    with Image.open(tmp_path / stored.name) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(cut))
+
+
+def test_a_file_has_the_same_bytes_whatever_its_source_said_beside_the_pixels(tmp_path):
+    plain = Image.fromarray(grain(40, 40))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    files = []
+    for i, more in enumerate(({}, {"icc_profile": profile}, {"dpi": (300, 300)})):
+        folder = tmp_path / f"{i}"
+        folder.mkdir()
+        stored = images.store(encoded(plain, **more), folder, 1, 10_000)
+        files.append((folder / stored.name).read_bytes())
+    assert len(set(files)) == 1
+
+
+def test_a_picture_that_is_there_is_not_encoded_again(tmp_path, monkeypatch):
+    """As in rows that hold their picture's bytes, one for each question about it."""
+    data = encoded(Image.fromarray(grain(40, 40)))
+    first = images.store(data, tmp_path, 1, 10_000)
+    monkeypatch.setattr(images, "png", lambda image: pytest.fail("encoded again"))
+    assert images.store(data, tmp_path, 1, 10_000) == first
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,6 @@ class StoredImage:
     width_px: int  # of the upright original
     height_px: int
     resized: bool
-    file_bytes: int
     tones: int  # levels between the darkest and the lightest point, of the colour with most
     look: bytes = b""  # what near duplicates have in common; empty where nobody asked
 
@@ -177,22 +176,19 @@ def store(
         raise BadImage(error.reason, f"{name}: {error}") from None
 
     found = digest(image)
-    if as_is and fitted is image and isinstance(data, bytes):
-        # Encoded once more, a JPEG loses quality; as a PNG it takes several times the room.
-        content = data
-        suffix = ".jpg"
-    else:
-        content = png(fitted)
-        suffix = ".png"
+    # Encoded once more, a JPEG loses quality; as a PNG it takes several times the room.
+    kept = data if as_is and fitted is image and isinstance(data, bytes) else None
+    suffix = ".png" if kept is None else ".jpg"
     file = folder / f"{found[:DIGEST_CHARS]}{suffix}"
-    _write_once(file, content)
+    # Whoever else writes the same picture writes the same bytes; encoding takes longest of all.
+    if not file.exists():
+        _write(file, png(fitted) if kept is None else kept)
     return StoredImage(
         name=file.name,
         digest=found,
         width_px=image.width,
         height_px=image.height,
         resized=fitted is not image,
-        file_bytes=len(content),
         tones=max(high - low for low, high in ImageStat.Stat(fitted).extrema),
         look=look(fitted) if with_look else b"",
     )
@@ -393,9 +389,11 @@ def _upright(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         paper = Image.new("RGBA", over.size, "white")
         image = Image.alpha_composite(paper, over)
-    if image.mode == "RGB":
-        return image.copy()
-    return image.convert("RGB")
+    out = image.copy() if image.mode == "RGB" else image.convert("RGB")
+    # What the file said beside its pixels goes along to every crop: an orientation would turn it
+    # once more, a profile would be written into its PNG.
+    out.info = {}
+    return out
 
 
 def _fitted_size(width: int, height: int, least: int, most: int) -> tuple[int, int]:
@@ -415,11 +413,7 @@ def _fitted_size(width: int, height: int, least: int, most: int) -> tuple[int, i
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def _write_once(file: Path, content: bytes) -> None:
-    """Write unless it is there; another process that writes the same picture writes the same
-    bytes."""
-    if file.exists():
-        return
+def _write(file: Path, content: bytes) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     with writing(file):
         part.write_bytes(content)
