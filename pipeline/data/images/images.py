@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -47,6 +49,9 @@ MAX_ASPECT = 200
 
 # Of a digest, in a file's name: 64 bits, so a million pictures collide with odds of 3 in 10^8.
 DIGEST_CHARS = 16
+
+# Of a folder, looked through for a name that is spelled otherwise.
+_MOST_NAMES = 1 << 17
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -250,11 +255,19 @@ def _meant(path: Path | str, root: Path | None) -> str:
             return f", {rest} does: write paths as they are from image_root on, with / in them"
     if "\\" in given:
         return "; folders are parted by / here, and paths start at image_root"
-    folder = root / "/".join(parts[:-1])
-    for file in folder.iterdir() if parts and folder.is_dir() else ():
-        if file.name.lower() == parts[-1].lower():
-            return f", {file.name} does: upper and lower case are different names"
-    return ""
+    there = _spellings(root / "/".join(parts[:-1])).get(parts[-1].lower()) if parts else None
+    return f", {there} does: upper and lower case are different names" if there else ""
+
+
+@lru_cache(1)
+def _spellings(folder: Path) -> dict[str, str]:
+    """Return a folder's names by what they are in lower case; of a very large one, some."""
+    # Remembered: where one picture is missing, many are, and a folder may have a million.
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name.lower(): entry.name for entry in islice(entries, _MOST_NAMES)}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def _inside(path: Path | str, root: Path, name: str) -> Path:
