@@ -171,6 +171,23 @@ def test_what_tables_have_where_nothing_was_is_no_answer(tmp_path, source, seed)
     assert set(report["dropped"]) <= {"no field answer", "no field prompt"}
 
 
+@pytest.mark.parametrize("gap", NOTHING, ids=str)
+def test_a_gap_in_a_table_is_no_name_of_a_row_or_a_group(tmp_path, source, gap):
+    """Rows without a group are no group of their own, which one split would get whole."""
+    rows = [row | {"id": gap, "group": gap, "split": gap} for row in simple(40)]
+    metrics, found, _ = prepared(tmp_path, entry(jsonl(source(rows))))
+    assert metrics["groups"] == 40
+    assert set(found) == {f"look-{i}" for i in range(40)}
+
+
+@pytest.mark.parametrize("gap", NOTHING, ids=str)
+def test_a_gap_for_an_answer_leaves_it_to_the_texts_of_boxes(tmp_path, source, gap):
+    box = {"bbox": [4, 4, 30, 20], "text": "total"}
+    rows = [row | {"answer": gap, "boxes": [box]} for row in simple(40)]
+    _, found, _ = prepared(tmp_path, entry(jsonl(source(rows), ocr=True)))
+    assert {row.answer for row in found.values()} == {"total"}
+
+
 def test_values_of_tables_are_written_as_text():
     assert as_text({"a": math.nan, "b": [1, None]}) == '{"a": null, "b": [1, null]}'
     assert as_text(b"ja") == "ja" and as_text(True) == "true"

@@ -87,6 +87,21 @@ def test_a_file_has_the_same_bytes_whatever_its_source_said_beside_the_pixels(tm
     assert len(set(files)) == 1
 
 
+def test_a_name_in_another_case_is_told_and_a_folder_is_listed_once(tmp_path, monkeypatch):
+    for i in range(30):
+        Image.fromarray(grain(4, 4)).save(tmp_path / f"Scan{i}.PNG")
+    listed = []
+    monkeypatch.setattr(
+        images.os, "scandir", lambda path, scandir=os.scandir: listed.append(path) or scandir(path)
+    )
+    for i in range(30):
+        with pytest.raises(BadImage, match=f"scan{i}.png does not exist, Scan{i}.PNG does: upper"):
+            open_checked(f"scan{i}.png", tmp_path)
+    with pytest.raises(BadImage, match="other/a.png does not exist$"):
+        open_checked("other/a.png", tmp_path)
+    assert listed.count(tmp_path) == 1
+
+
 def test_a_picture_that_is_there_is_not_encoded_again(tmp_path, monkeypatch):
     """As in rows that hold their picture's bytes, one for each question about it."""
     data = encoded(Image.fromarray(grain(40, 40)))

@@ -2,6 +2,7 @@
 missing, numbers and words that stand for names."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -21,6 +22,16 @@ SPLIT_NAMES = {
 }
 _MOST_NAMES = 12  # of columns in a message
 _MOST_CHARACTERS = 40  # of one value in a message: a column may hold whole documents
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value stands for nothing: null, or the NaN that tables have where nothing was."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def is_blank(value: object) -> bool:
+    """Whether nothing is said: by a missing value, or an empty text."""
+    return is_missing(value) or value == ""
 
 
 def value_at(columns: dict, wanted: str) -> object:

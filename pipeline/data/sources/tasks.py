@@ -22,7 +22,15 @@ from ..images.images import ImageSource
 from ..images.inline import bytes_in, is_address
 from ..text.documents import SPLITS
 from . import SkippedRow, conversations, image_folders, synthetic, task_files, task_hub
-from .columns import SPLIT_NAMES, column_of_pictures, listed, split_named, structured, value_at
+from .columns import (
+    SPLIT_NAMES,
+    column_of_pictures,
+    is_missing,
+    listed,
+    split_named,
+    structured,
+    value_at,
+)
 from .task_streams import Found, Stream, base_of, image_columns, setting
 
 # Where an object has its picture, in the order in which they are asked.
@@ -109,11 +117,13 @@ def dataset_name(data: TaskDataConfig) -> str:
 
 
 def column(columns: dict, name: str, data: TaskDataConfig) -> object:
-    """Return the value of a column under the name that templates use; None where there is none.
+    """Return the value of a column under the name that templates use; None where there is none, or
+    what tables have instead.
 
     data.fields may rename it, with dots into what the column holds (see value_at).
     """
-    return value_at(columns, data.fields.get(name, name))
+    value = value_at(columns, data.fields.get(name, name))
+    return None if is_missing(value) else value
 
 
 def _record(

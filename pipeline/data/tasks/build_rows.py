@@ -16,13 +16,13 @@ from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
 from ..images.images import BadImage, ImageSource, StoredImage
 from ..images.near_duplicates import look
-from ..sources.columns import structured, value_at
+from ..sources.columns import is_blank, is_missing, structured, value_at
 from ..sources.tasks import Record, column, dataset_name, root
 from . import markup, right_answers
 from .as_trained import strange_about
 from .groups import text_key
 from .rows import IMAGES, TaskRow
-from .templates import as_text, is_missing, template_parts
+from .templates import as_text, template_parts
 
 # Pictures of a process that need no second look: questions about one picture follow one another.
 _REMEMBERED = 64
@@ -141,7 +141,7 @@ class RowBuilder:
         # Many OCR sets have the text in their boxes alone.
         return self.needs_text or (
             data.ocr
-            and column(record.columns, "answer", data) in (None, "")
+            and is_blank(column(record.columns, "answer", data))
             and bool(column(record.columns, "boxes", data))
         )
 
@@ -233,7 +233,7 @@ class RowBuilder:
             keys.append(document)
         group = column(record.columns, "group", data)
         # A group that the source names joins rows whose pictures differ: the pages of a document.
-        if group not in (None, ""):
+        if not is_blank(group):
             keys.append(f"~{group}")  # ~ sorts behind every digest
         if not stored:
             keys.append(text_key(prompt))
@@ -283,7 +283,7 @@ class RowBuilder:
 
     def _id(self, record: Record) -> str:
         found = column(record.columns, "id", self.entry.dataset)
-        if found in (None, ""):
+        if is_blank(found):
             return f"{self.entry.name}-{record.number}"
         return str(found)
 
@@ -377,7 +377,7 @@ class RowBuilder:
             else:
                 values["text"] = "\n".join(box.text for box in found)
         # Many OCR sets have the text in their boxes alone.
-        if data.ocr and values.get("answer") in (None, "") and values.get("text"):
+        if data.ocr and is_blank(values.get("answer")) and values.get("text"):
             values["answer"] = values["text"]
         self._choose_answer(values)
         return values
@@ -392,8 +392,7 @@ class RowBuilder:
             values["answer"] = None
         given = right_answers.listed(values.get("answer"), numbers)
         others = right_answers.listed(values.get("answers"), numbers)
-        is_missing_one = is_missing(values.get("answer")) or values["answer"] == ""
-        if not given and is_missing_one:
+        if not given and is_blank(values.get("answer")):
             given = others
         if given:
             values["answer"] = right_answers.chosen(given)

@@ -6,7 +6,8 @@ As in VQA (ten people's answers), DocVQA and Donut's sets (every spelling), SQuA
 from collections import Counter
 from collections.abc import Mapping
 
-from .templates import as_text, is_missing
+from ..sources.columns import is_blank, is_missing
+from .templates import as_text
 
 # Under what an answer stands where a list holds objects.
 _UNDER = ("answer", "text", "value", "raw_answer")
@@ -44,7 +45,7 @@ def is_empty(value: object) -> bool:
         return all(map(is_empty, value.values()))
     if isinstance(value, list | tuple):
         return all(map(is_empty, value))
-    return is_missing(value) or value == ""
+    return is_blank(value)
 
 
 def chosen(answers: list[str]) -> str:

@@ -2,17 +2,12 @@
 is written."""
 
 import json
-import math
 import string
 from collections.abc import Mapping
 from functools import lru_cache
 
 from ...errors import ConfigError
-
-
-def is_missing(value: object) -> bool:
-    """Whether a value stands for nothing: null, or the NaN that tables have where nothing was."""
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+from ..sources.columns import is_missing
 
 
 def as_text(value: object) -> str:
