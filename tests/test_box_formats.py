@@ -323,3 +323,16 @@ def test_a_column_that_is_not_there_is_told_and_not_learned_as_none(
     data = jsonl(source(simple(12, **columns)), fields=fields)
     with pytest.raises(DataError, match=said):
         prepared(tmp_path, entry(data, answer="{boxes_json}"))
+
+
+@pytest.mark.parametrize("scale", [0.001, 1, 9])
+@pytest.mark.parametrize("points", [5, 500])
+def test_what_to_set_is_told_of_a_polygon_of_any_length(scale, points):
+    """A report cuts a message after 300 characters."""
+    around = [scale * (x + 100 * (x % 2)) for x in range(points) for _ in "xy"]
+    flat = [scale * 7, *around[1:]] if scale < 9 else around
+    if scale == 1:
+        flat = [7.0, 3.0] * points  # no area
+    with pytest.raises(BadBox) as caught:
+        BoxFormat().parse([flat], (800, 600))
+    assert "dataset.box_" in str(caught.value)[:300]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..drop_stats import shortened
 from .boxes import UNITS, BadBox, Box
 
 Size = tuple[float, float]  # width and height
@@ -185,7 +186,7 @@ class BoxFormat:
         form, flat = _numbers(corners, self.form)
         x0, y0, x1, y1 = _extent(flat, form)
         if x1 <= x0 or y1 <= y0:
-            raise BadBox(f"{corners} has no area as {form}; see dataset.box_format")
+            raise BadBox(f"{_shown(corners)} has no area as {form}; see dataset.box_format")
         self._check_scale(corners, (x0, y0, x1, y1), frame_px)
 
         width_px, height_px = frame_px
@@ -194,7 +195,8 @@ class BoxFormat:
         x1 = min(x1, width_px)
         y1 = min(y1, height_px)
         if x1 <= x0 or y1 <= y0:
-            raise BadBox(f"{corners} lies outside the picture of {width_px:g} x {height_px:g} px")
+            where = f"the picture of {width_px:g} x {height_px:g} px"
+            raise BadBox(f"{_shown(corners)} lies outside {where}")
         return self._described(Box(x0, y0, x1, y1), entry)
 
     def _described(self, box: Box, entry: Mapping) -> Box:
@@ -216,7 +218,7 @@ class BoxFormat:
         # Shares reach over an edge a little, too.
         if units == "pixels" and max(extent) <= 1 + _OVER < min(frame_px):
             raise BadBox(
-                f"{corners} is less than a pixel; where boxes are shares of the sides, set "
+                f"{_shown(corners)} is less than a pixel; where boxes are shares of the sides, set "
                 "dataset.box_units to fractions"
             )
         x0, y0, x1, y1 = extent
@@ -225,9 +227,9 @@ class BoxFormat:
         across = (x0 < 0 and x1 > width_px) or (y0 < 0 and y1 > height_px)
         if over and not across:
             raise BadBox(
-                f"{corners} reaches beyond {width_px:g} x {height_px:g}, so it is not in {units} "
-                f"as {self.form}; set dataset.box_units or box_format, or give the width and "
-                "height that boxes are of"
+                f"{_shown(corners)} reaches beyond {width_px:g} x {height_px:g}, so it is not in "
+                f"{units} as {self.form}; set dataset.box_units or box_format, or give the width "
+                "and height that boxes are of"
             )
 
     def _number(self, label: object) -> object:
@@ -393,8 +395,7 @@ def _numbers(corners: object, form: str) -> tuple[str, list[float]]:
 
 
 def _shown(corners: object) -> str:
-    text = repr(corners)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(repr(corners), _SHOWN)
 
 
 def _named(corners: Mapping) -> tuple[str, list]:
