@@ -204,14 +204,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("rows", "expected"), BAD.values(), ids=BAD)
-def test_a_bad_row_is_named_with_its_line(tmp_path, rows, expected):
+@pytest.fixture
+def here(tmp_path):
+    """A folder with what BAD names in it, and a picture beside it that no row may reach."""
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
     painted(tmp_path / "secret.png", 1)
     (here / "link.png").symlink_to(tmp_path / "secret.png")
     (here / "linked").symlink_to(tmp_path)
     (here / "torn.png").write_bytes((tmp_path / "secret.png").read_bytes()[:50])
+    return here
+
+
+@pytest.mark.parametrize(("rows", "expected"), BAD.values(), ids=BAD)
+def test_a_bad_row_is_named_with_its_line(tmp_path, here, rows, expected):
     wanted = settings(("chat",), sources=[source(jsonl(here / "n.jsonl", rows), "chat")])
     with pytest.raises(DataError, match=expected):
         generate(wanted, {}, tmp_path)
@@ -252,15 +258,9 @@ def test_a_line_that_is_not_json_and_a_file_that_is_not_there_are_named(tmp_path
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_row_of_a_merge_is_dropped_and_named(tmp_path, two, name, place):
+def test_one_bad_row_of_a_merge_is_dropped_and_named(tmp_path, here, two, name, place):
     """Whatever is wrong with it and wherever it stands; the other sources lose nothing."""
     bad, _ = BAD[name]
-    here = tmp_path / "here"
-    (here / "sub").mkdir(parents=True)
-    painted(tmp_path / "secret.png", 1)
-    (here / "link.png").symlink_to(tmp_path / "secret.png")
-    (here / "linked").symlink_to(tmp_path)
-    (here / "torn.png").write_bytes((tmp_path / "secret.png").read_bytes()[:50])
     rows = [{"id": f"g{i}", "prompt": f"Sing {i}"} for i in range(40)]
     at = {"first": 0, "middle": 20, "last": 40}[place]
     rows[at:at] = bad

@@ -28,12 +28,12 @@ class RowTable(Protocol):
 def drop_equal_ids(table: RowTable) -> None:
     """Drop rows with the id of another one. Raises DataError where they are too many."""
     found = table.sql.execute("""
-        SELECT r.expert, MIN(t.id), COUNT(*) - COUNT(DISTINCT t.id)
+        SELECT r.expert, COUNT(*) - COUNT(DISTINCT t.id)
         FROM rows r JOIN text t USING (n)
         GROUP BY r.expert HAVING COUNT(*) > COUNT(DISTINCT t.id)
         ORDER BY r.expert
     """).fetchall()
-    for expert, _, count in found:
+    for expert, count in found:
         name, times = table.sql.execute(
             """
             SELECT t.id, COUNT(*) FROM rows r JOIN text t USING (n)
@@ -79,7 +79,7 @@ def check_stated_splits(table: RowTable) -> None:
     """Raise DataError where too many of an expert's rows state another split for a picture than
     the strictest of its rows."""
     found = table.sql.execute("""
-        SELECT expert, COUNT(*), MIN(group_hash), MIN(stated), MAX(latest)
+        SELECT expert, COUNT(*), MIN(group_hash)
         FROM (
             SELECT expert, group_hash, stated,
                    MAX(stated) OVER (PARTITION BY group_hash, expert) AS latest
@@ -88,7 +88,7 @@ def check_stated_splits(table: RowTable) -> None:
         WHERE stated < latest
         GROUP BY expert ORDER BY expert
     """).fetchall()
-    for expert, count, group_hash, _, _ in found:
+    for expert, count, group_hash in found:
         first, last = table.sql.execute(
             """
             SELECT MIN(stated), MAX(stated) FROM rows

@@ -30,7 +30,6 @@ _STATED = SPLITS[:3]  # test_held is made here; no source has it
 # Pictures and folders whose checks are remembered: rows about one picture follow one another.
 _RECENT = 1 << 14
 
-
 _OTHER_KINDS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".zip")
 _SHOWN = 120  # characters of what was found in place of a path, in a message
 
