@@ -255,8 +255,8 @@ def _meant(path: Path | str, root: Path | None) -> str:
             return f", {rest} does: write paths as they are from image_root on, with / in them"
     if "\\" in given:
         return "; folders are parted by / here, and paths start at image_root"
-    there = _spellings(root / "/".join(parts[:-1])).get(parts[-1].lower()) if parts else None
-    return f", {there} does: upper and lower case are different names" if there else ""
+    other = _spellings(root / "/".join(parts[:-1])).get(parts[-1].lower()) if parts else None
+    return f", {other} does: upper and lower case are different names" if other else ""
 
 
 @lru_cache(1)
