@@ -31,7 +31,7 @@ _KEPT_ANSWERS = 1 << 14  # distinct ones that are counted: a task with more has 
 
 _NOTHING = re.compile(r"nan|none|null|n/?a|<na>|undefined|nat", re.I)
 _PYTHON = re.compile(
-    r"[\[({]\s*['(]|None\b|True\b|False\b|b'|np\.|\w+\((?:\[|')|<[\w.]+[^<>]* at 0x"
+    r"[\[({]\s*['(]|None\b|True\b|False\b|b'|np\.|\w+\((?:\[|')|<[\w.][^<>]* at 0x"
 )
 # What opens in angle brackets and is closed nowhere, as HTML is but for these.
 _MARK = re.compile(r"<(?!(?:br|hr|p|li|td|th|tr|img|input)>)(/?)([A-Za-z_]\w*)>")
