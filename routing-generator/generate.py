@@ -139,15 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
     console = output()
     # Not wrapped: a message is searched for, and paths in it are copied.
     errors = Console(stderr=True, soft_wrap=True)
+    done = "nothing was written"
     try:
         generate(args, errors)
+        done = f"{args.output} is written"
         show(RoutingRows(args.output.parent, args.output.name), args, console)
     except PipelineError as error:
         message = escape(sentence(error, CommandLine()))
         errors.print(f"[bold red]error:[/] {message}", highlight=False)
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
+        errors.print(f"stopped; {done}", markup=False, highlight=False)
         return 130
     return 0
 
@@ -180,8 +182,10 @@ def _writing_to(folder: Path) -> Iterator[None]:
         with writing(folder):
             yield
     except OSError as error:
+        # A file that is open already is not named.
+        where = error.filename or folder
         raise DataError(
-            f"{error.filename}: {error.strerror}; choose another --output or --work"
+            f"{where}: {error.strerror or error}; choose another --output or --work"
         ) from None
 
 

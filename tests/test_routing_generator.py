@@ -1,6 +1,7 @@
 """routing-generator/generate.py: from JSONL alone, or the experts' rows, in a store or prepared
 here."""
 
+import errno
 import importlib.util
 import json
 import re
@@ -98,6 +99,27 @@ def test_text_from_jsonl_needs_nothing_else(program, here, capsys):
     said = capsys.readouterr().out
     assert re.search(r"banking +│ +8 │ +2 │ +2 │ +0", said)
     assert len(re.findall(r"│ banking-\d+ +│", said)) == 3
+
+
+@pytest.mark.parametrize("part", ["generate", "show"])
+def test_who_stops_it_is_told_whether_the_set_is_there(program, here, monkeypatch, capsys, part):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, part, stop)
+    assert program.main(["--config", "text.yaml", "--output", "out/[a].jsonl"]) == 130
+    said = {"generate": "nothing was written", "show": "out/[a].jsonl is written"}[part]
+    assert capsys.readouterr().err == f"stopped; {said}\n"
+    assert Path("out/[a].jsonl").exists() == (part == "show")
+
+
+def test_a_fault_of_an_open_file_names_the_folder(program, here, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(dataset, "generate", fail)
+    assert program.main(["--config", "text.yaml", "--output", "out/a.jsonl"]) == 2
+    assert "error: out: Input/output error; choose another" in capsys.readouterr().err
 
 
 def test_rows_of_synthetic_experts_are_prepared_once(program, here, monkeypatch, capsys):
