@@ -29,6 +29,15 @@ def shortened(text: str, most: int) -> str:
     return f"{text[:most]}... ({len(text):,} characters)"
 
 
+class Dropped(DataError):
+    """Raised of one item that cannot be used: `reason` is the kind of fault, for counting, the text
+    what is wrong with this one."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
 @dataclass
 class DropStats:
     """How many items were seen, and how many were dropped for which reason, with examples of each.

@@ -23,8 +23,8 @@ from urllib.parse import unquote
 
 from PIL import Image, ImageStat, UnidentifiedImageError
 
-from ...errors import DataError
 from ...store.room import writing
+from ..drop_stats import Dropped
 from . import frames, tones
 from .formats import (
     FORMATS,
@@ -74,12 +74,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
-class BadImage(DataError):
-    """A picture that cannot be used; reason is the kind of fault, for counting."""
-
-    def __init__(self, reason: str, text: str):
-        super().__init__(text)
-        self.reason = reason
+class BadImage(Dropped):
+    """A picture that cannot be used."""
 
 
 @dataclass(frozen=True)

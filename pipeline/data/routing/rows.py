@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...errors import DataError
-from ..drop_stats import DropStats, shortened
+from ..drop_stats import Dropped, DropStats, shortened
 from ..images import images
 from ..sources.columns import column_of_pictures, split_named, value_at
 from ..sources.packed import SUFFIXES as PACKED
@@ -32,14 +32,6 @@ _RECENT = 1 << 14
 
 _OTHER_KINDS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".zip")
 _SHOWN = 120  # characters of what was found in place of a path, in a message
-
-
-class _BadRow(Exception):
-    """A row that cannot be used; reason is the kind of fault, for counting."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +77,7 @@ class Feed:
             stats.seen += 1
             try:
                 yield self._candidate(number, _parsed(line))
-            except _BadRow as error:
+            except Dropped as error:
                 if self.artifact:
                     raise DataError(f"{self.file}:{number}: {error}") from None
                 stats.drop(error.reason, f"{self.file.name}:{number}", str(error))
@@ -98,7 +90,7 @@ class Feed:
                 value[name] = value_at(row, column)
         prompt = value.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise _BadRow(
+            raise Dropped(
                 "no prompt",
                 f"no prompt in column {self.fields.get('prompt', 'prompt')!r} (found "
                 f"{_shown(prompt)}); its columns are {', '.join(row)}. Set fields.prompt of this "
@@ -134,7 +126,7 @@ class Feed:
         is_asked = self.artifact or self.fields.get("images", "image") != "image"
         other = None if is_asked else column_of_pictures(row)
         if other is not None:
-            raise _BadRow(
+            raise Dropped(
                 "no picture",
                 f"no picture where image_field says, and column {other!r} names one; set "
                 "image_field of this source to it",
@@ -145,7 +137,7 @@ class Feed:
         """Return the paths of a row's pictures, and their keys."""
         names = [found] if isinstance(found, str) else found or []
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise _BadRow(
+            raise Dropped(
                 "no picture",
                 f"images must be a list of paths, not {_shown(found)}; pictures that stand in rows "
                 "are read where the rows are those of an expert, in loras.json",
@@ -154,7 +146,7 @@ class Feed:
         # preprocess has named its pictures by their digest: a million need not be opened again.
         if self.artifact:
             return paths, tuple(path.rpartition(os.sep)[2][: images.DIGEST_CHARS] for path in paths)
-        return paths, tuple(map(_key, paths))
+        return paths, tuple(map(_digest, paths))
 
     def _origin(self, found: object, row_id: str) -> dict:
         if isinstance(found, dict):
@@ -191,12 +183,12 @@ def _parsed(line: bytes) -> dict:
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise _BadRow(
+        raise Dropped(
             "not JSON",
             f"not JSON of UTF-8 text ({error}); a JSONL file has one object per line",
         ) from None
     if not isinstance(row, dict):
-        raise _BadRow("not JSON", f"one object per line was wanted, not a {type(row).__name__}")
+        raise Dropped("not JSON", f"one object per line was wanted, not a {type(row).__name__}")
     return row
 
 
@@ -209,7 +201,7 @@ def _split(found: object) -> str | None:
         return None
     split = split_named(str(found))
     if split is None:
-        raise _BadRow(
+        raise Dropped(
             "unknown split",
             f"unknown split {_shown(found)}; a row may state {', '.join(_STATED)}, or set "
             "fields.split of this source to '', and the generator draws its own",
@@ -223,15 +215,15 @@ def _plain(prompt: str, pictures: int) -> str:
     try:
         plain, _ = markup.without_placeholders(prompt, pictures)
     except markup.StrangePlaceholder as error:
-        raise _BadRow("placeholder without a picture", str(error)) from None
+        raise Dropped("placeholder without a picture", str(error)) from None
     mark = markup.special_token(plain, is_answer=False)
     if mark is not None:
-        raise _BadRow(
+        raise Dropped(
             "special token",
             f"the prompt holds {mark!r}, a mark of another format; write what it means",
         )
     if not plain:
-        raise _BadRow("no prompt", f"{_shown(prompt)} is nothing but placeholders of pictures")
+        raise Dropped("no prompt", f"{_shown(prompt)} is nothing but placeholders of pictures")
     return plain
 
 
@@ -265,12 +257,12 @@ def _inside(name: str, root: Path) -> str:
         outside = not _is_below(folder, os.path.abspath(root))  # noqa: PTH100
         fault = str(error)
     if outside:
-        raise _BadRow(
+        raise Dropped(
             "path outside its root",
             f"picture {_shown(name)} leads outside {root}; move it there, or set image_root",
         )
     if fault is not None:
-        raise _BadRow(
+        raise Dropped(
             "missing picture",
             f"picture {_shown(name)} is missing from {root} ({shortened(fault, _SHOWN)}); put it "
             "there, or set image_root",
@@ -286,13 +278,6 @@ def _resolved(folder: str) -> str:
 def _is_below(folder: str, base: str) -> bool:
     # With the separator: /data/images-2 begins with /data/images and is not in it.
     return folder == base or folder.startswith(base.rstrip(os.sep) + os.sep)
-
-
-def _key(path: str) -> str:
-    try:
-        return _digest(path)
-    except images.BadImage as error:
-        raise _BadRow(error.reason, str(error)) from None
 
 
 @lru_cache(_RECENT)

@@ -8,6 +8,7 @@ out of its rows passes without a reason to count.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..drop_stats import Dropped
 from ..tasks.markup import placeholders
 from . import SkippedRow
 from .columns import structured
@@ -34,14 +35,6 @@ _PICTURE_PARTS = ("image_url", "image", "input_image")
 # Where such a part has its picture, as OpenAI, transformers and Anthropic write it.
 _PICTURE_KEYS = ("image_url", "image", "url", "path", "base64", "bytes", "source")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-
-
-class UnreadChat(ValueError):
-    """A chat that cannot be taken apart; reason is the kind of fault, for counting."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass
@@ -76,15 +69,15 @@ def rows(where: str, columns: dict, turns: str) -> Iterator[tuple[str, dict | Sk
     try:
         found = list(_exchanges(_turns(columns[name])))
         if not found:
-            raise UnreadChat("no exchange", f"{name} holds no question with an answer")
+            raise Dropped("no exchange", f"{name} holds no question with an answer")
         if len(found) > 1 and turns == "one":
-            raise UnreadChat(
+            raise Dropped(
                 "several turns",
                 f"{name} has {len(found)} exchanges, and an expert is asked one thing; set "
                 "dataset.turns to each (a row for each, without what came before) or first",
             )
         _check_pictures(found)
-    except UnreadChat as error:
+    except Dropped as error:
         yield where, SkippedRow(error.reason, str(error))
         return
     if len(found) == 1 or turns == "first":
@@ -97,11 +90,11 @@ def rows(where: str, columns: dict, turns: str) -> Iterator[tuple[str, dict | Sk
 
 
 def _check_pictures(found: list[Exchange]) -> None:
-    """Raise UnreadChat where a later question brings pictures of its own: which of the row's they
+    """Raise Dropped where a later question brings pictures of its own: which of the row's they
     are, the row does not say."""
     for number, exchange in enumerate(found[1:], 2):
         if placeholders(exchange.prompt) and not exchange.pictures:
-            raise UnreadChat(
+            raise Dropped(
                 "pictures in later turns",
                 f"question {number} has a placeholder of a picture; write a row for each question "
                 "with the pictures that it is about",
@@ -125,7 +118,7 @@ def _turns(value: object) -> list:
 
 
 def _exchanges(turns: list) -> Iterator[Exchange]:
-    """Yield the exchanges of a chat. Raises UnreadChat."""
+    """Yield the exchanges of a chat. Raises Dropped."""
     system: list[str] = []
     pictures: list[object] = []
     asked: str | None = None
@@ -141,7 +134,7 @@ def _exchanges(turns: list) -> Iterator[Exchange]:
                 yield Exchange(asked, text, "\n".join(system), list(pictures))
                 asked = None
             else:
-                raise UnreadChat(
+                raise Dropped(
                     "turns out of order",
                     f"the {speaker} speaks where the other one should; user and assistant take "
                     "turns, the user first",
@@ -150,14 +143,14 @@ def _exchanges(turns: list) -> Iterator[Exchange]:
 
 
 def _said(turn: object) -> Iterator[tuple[str, object]]:
-    """Yield who speaks in a turn and what is said, of a pair both. Raises UnreadChat."""
+    """Yield who speaks in a turn and what is said, of a pair both. Raises Dropped."""
     if isinstance(turn, dict):
         for who, what in _KEYS:
             if who in turn and what in turn:
                 speaker = _SPEAKERS.get(str(turn[who]).lower())
                 if speaker is None:
                     known = ", ".join(_SPEAKERS)
-                    raise UnreadChat(
+                    raise Dropped(
                         "unknown speaker", f"{turn[who]!r} is none of {known}; rename or leave out"
                     )
                 yield speaker, turn[what]
@@ -167,13 +160,13 @@ def _said(turn: object) -> Iterator[tuple[str, object]]:
             yield "assistant", turn["assistant"]
             return
     shown = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__
-    raise UnreadChat(
+    raise Dropped(
         "unread turn", f"a turn has {shown}, where role and content or from and value were wanted"
     )
 
 
 def _parts(content: object) -> tuple[str, list[object]]:
-    """Return the text of a turn and the pictures in it. Raises UnreadChat."""
+    """Return the text of a turn and the pictures in it. Raises Dropped."""
     if content is None:
         return "", []
     if isinstance(content, str):
@@ -194,7 +187,5 @@ def _parts(content: object) -> tuple[str, list[object]]:
             pictures += [part[key] for key in _PICTURE_KEYS if part.get(key)]
         else:
             shown = kind or type(part).__name__
-            raise UnreadChat(
-                "unread part", f"a message has a part {shown!r}, not text or a picture"
-            )
+            raise Dropped("unread part", f"a message has a part {shown!r}, not text or a picture")
     return "\n".join(filter(None, texts)), pictures

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...config.task_data import ImageLimitsConfig, TaskConfig
+from ..drop_stats import Dropped
 from ..images import boxes, images
 from ..images.box_formats import LABELS, TEXTS, BoxFault, BoxFormat
 from ..images.boxes import BadBox, Box
-from ..images.images import BadImage, ImageSource, StoredImage
+from ..images.images import ImageSource, StoredImage
 from ..images.near_duplicates import look
 from ..sources.columns import is_blank, is_missing, structured, value_at
 from ..sources.tasks import Record, column, dataset_name, root
@@ -52,14 +53,6 @@ class DroppedRow:
     detail: str
 
 
-class _Unusable(Exception):
-    """A record that becomes no row."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass
 class RowBuilder:
     """Makes rows of one task into one folder; travels to other processes."""
@@ -92,7 +85,7 @@ class RowBuilder:
             if self.cuts_regions:
                 return self._region_rows(record)
             return [self._whole_row(record)]
-        except (_Unusable, BadImage) as error:
+        except Dropped as error:
             detail = str(error)
             if error.reason == images.SEVERAL:
                 detail += ", or set dataset.frames to first"
@@ -174,7 +167,7 @@ class RowBuilder:
                 built = self._built(record, name, stored, values, [], document)
                 rows.append(replace(built, looks=looks))
                 looks = ()
-            except (_Unusable, BadImage) as error:
+            except Dropped as error:
                 where = f"{record.where} region {number}"
                 rows.append(DroppedRow(error.reason, where, str(error)))
         if not rows:
@@ -196,7 +189,7 @@ class RowBuilder:
         answer = self._filled(self.entry.answer, values, "answer")
         self._check_marks(prompt, answer)
         if len(answer) > data.max_answer_chars:
-            raise _Unusable(
+            raise Dropped(
                 "answer too long",
                 f"{len(answer)} characters, max_answer_chars is {data.max_answer_chars}",
             )
@@ -226,7 +219,7 @@ class RowBuilder:
         try:
             row.line().encode()
         except UnicodeEncodeError as error:
-            raise _Unusable("not Unicode", f"half of a surrogate pair: {error.reason}") from None
+            raise Dropped("not Unicode", f"half of a surrogate pair: {error.reason}") from None
 
         keys = [image.digest for image in stored]
         if document:
@@ -252,9 +245,9 @@ class RowBuilder:
         try:
             prompt, count = markup.without_placeholders(text, pictures)
         except markup.StrangePlaceholder as error:
-            raise _Unusable("placeholder without a picture", str(error)) from None
+            raise Dropped("placeholder without a picture", str(error)) from None
         if not prompt:
-            raise _Unusable("empty prompt", f"{text!r} is nothing but placeholders of pictures")
+            raise Dropped("empty prompt", f"{text!r} is nothing but placeholders of pictures")
         return prompt, count
 
     def _check_marks(self, prompt: str, answer: str) -> None:
@@ -263,7 +256,7 @@ class RowBuilder:
         for what, text in (("prompt", prompt), ("answer", answer)):
             mark = markup.special_token(text, is_answer=what == "answer")
             if mark is not None:
-                raise _Unusable(
+                raise Dropped(
                     "special token",
                     f"the {what} holds {mark!r}, which is no text but a mark of another format; "
                     "write what it means, or set dataset.markup to text to learn it letter by "
@@ -312,7 +305,7 @@ class RowBuilder:
     def _start(self, image: ImageSource) -> Path | None:
         """Return the folder that a picture's path starts at."""
         if isinstance(image, str) and self.root is None:
-            raise _Unusable(
+            raise Dropped(
                 "no picture",
                 f"{image!r} is a path; set dataset.image_root to the folder it starts at",
             )
@@ -408,7 +401,7 @@ class RowBuilder:
         is_transcript = what == "answer" and self.entry.dataset.ocr
         text = boxes.clean(text) if is_transcript else text.strip()
         if not text:
-            raise _Unusable(f"empty {what}", f"{template!r} gives no text")
+            raise Dropped(f"empty {what}", f"{template!r} gives no text")
         return text
 
 
@@ -422,7 +415,7 @@ def _check_transcript(faults: list[BoxFault]) -> None:
 def _value(name: str, values: dict) -> str:
     if is_missing(values.get(name)):
         given = [str(key) for key, value in values.items() if not is_missing(value)]
-        raise _Unusable(
+        raise Dropped(
             f"no field {name}",
             f"a template names {{{name}}}, and the row has {', '.join(sorted(given))}; "
             "see dataset.fields",
@@ -430,4 +423,4 @@ def _value(name: str, values: dict) -> str:
     try:
         return as_text(values[name])
     except UnicodeDecodeError as error:
-        raise _Unusable("not UTF-8", f"{name}: byte {error.start}: {error.reason}") from None
+        raise Dropped("not UTF-8", f"{name}: byte {error.start}: {error.reason}") from None
