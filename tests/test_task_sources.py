@@ -398,6 +398,20 @@ def test_a_picture_from_elsewhere_is_not_fetched(url):
         tasks._fetched(url, "some/set")
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"), [(FileNotFoundError("x"), ValueError), (ConnectionError("x"), DataError)]
+)
+def test_a_picture_that_cannot_be_fetched_costs_its_row_only_where_it_is_gone(
+    monkeypatch, raised, told
+):
+    def refuse(*_args):
+        raise raised
+
+    monkeypatch.setattr("fsspec.open", refuse)
+    with pytest.raises(told, match="some/set@main/x.png"):
+        tasks._fetched("hf://datasets/some/set@main/x.png", "some/set")
+
+
 def test_a_data_set_may_not_point_out_of_itself(tmp_path, offline):
     from datasets import Dataset, Features, Image, Value
     from pyarrow.parquet import write_table

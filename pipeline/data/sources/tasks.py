@@ -252,8 +252,8 @@ def _of_object(value: dict) -> object:
 
 
 def _fetched(url: str, name: str | None) -> bytes:
-    """Return a picture's bytes from its own data set on the Hub, packed or not; ValueError for any
-    other place."""
+    """Return a picture's bytes from its own data set on the Hub, packed or not. Raises ValueError
+    for any other place and for a file that is not there, DataError for a Hub out of reach."""
     home = f"hf://datasets/{name}"
     # A row could name any address that this machine reaches, so only the data set's own counts.
     # Of a packed one (zip://a.png::hf://...) the last part says where the archive lies.
@@ -265,8 +265,15 @@ def _fetched(url: str, name: str | None) -> bytes:
         )
     import fsspec
 
-    with fsspec.open(url, "rb") as file:
-        return file.read(images.MAX_FILE_BYTES)
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read(images.MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{url[:_SHOWN]!r} is not there") from None
+    except Exception as error:  # the hub client and the network raise what they like
+        raise DataError(
+            f"the picture {url[:_SHOWN]!r} cannot be fetched: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _synthetic(_name: str, data: TaskDataConfig) -> Iterator[Stream]:
