@@ -409,3 +409,26 @@ def test_a_split_of_the_hub_with_fewer_rows_than_it_says_is_refused(tmp_path):
         with pytest.raises(DataError, match=r"\[train\] gave 4 rows, and its metadata says 6"):
             read(config(hub=[entry]))
         assert len(read(config(hub=[entry | {"allow_fewer_rows": True}]))[0]) == 4
+
+
+def test_files_of_two_entries_are_told_before_anything_starts_also_beside_an_address(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a text that two entries name, long enough to be one\n")
+    both = [
+        {"paths": [str(path)], "domain": "a"},
+        {"paths": [str(path), "https://host.invalid/b.txt"], "domain": "b"},
+    ]
+    with pytest.raises(DataError, match=r"a\.txt is matched by two entries"):
+        look(config(files=both, source="files"))
+
+
+def test_a_saved_set_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(_self, path):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "state.json").write_text("{}")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.cat_file", refuse)
+    with pytest.raises(DataError, match=r"state\.json cannot be read: .*Permission denied"):
+        read(config(path))

@@ -70,7 +70,13 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
 
 
 def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
-    entries = [(entry, list(of_saved_sets(_matches(entry)))) for entry in cfg.data.files]
+    entries = [(entry, list(of_saved_sets(_matches(entry.paths)))) for entry in cfg.data.files]
+    _check(entries, cfg)
+    return entries
+
+
+def _check(entries: "list[tuple[FilesConfig, _Found]]", cfg: TextRunConfig) -> None:
+    """Raise DataError as sources does for what is found."""
     if cfg.partition.by == "labels":
         _refuse_unlabelled(entries)
     owners: dict[str, FilesConfig] = {}
@@ -81,7 +87,6 @@ def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
                     f"data.files: {path} is matched by two entries, and its documents would be "
                     "read twice. Make the paths of one of them narrower"
                 )
-    return entries
 
 
 def _refuse_unlabelled(entries: "list[tuple[FilesConfig, _Found]]") -> None:
@@ -105,25 +110,27 @@ def look(cfg: TextRunConfig) -> None:
     known format, or when all are empty. What lies behind a URL is not asked."""
     problems = []
     sizes: list[int] = []
+    entries = []
     is_elsewhere = False
     for entry in cfg.data.files:
         here = tuple(filter(_is_here, entry.paths))
         is_elsewhere = is_elsewhere or len(here) < len(entry.paths)
         try:
-            sizes += _sizes(entry.model_copy(update={"paths": here}), cfg.data)
+            found = list(of_saved_sets(_matches(here)))
+            sizes += _sizes(entry, found, cfg.data)
+            entries.append((entry, found))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("; ".join(problems))
-    if not is_elsewhere:
-        _entries(cfg)
+    _check(entries, cfg)
     if not any(sizes) and not is_elsewhere:
         raise DataError(f"data.files: all of its {len(sizes)} files are empty; correct the paths")
 
 
-def _sizes(entry: FilesConfig, data: DataConfig) -> Iterator[int]:
+def _sizes(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[int]:
     """Yield the bytes of the files here of one entry. Raises DataError for one that is not read."""
-    for fs, path in of_saved_sets(_matches(entry)):
+    for fs, path in found:
         # Raises for a name that tells none
         _ = _File(fs, path, entry, data, False).format
         try:
@@ -177,11 +184,11 @@ def _encoding_of(file: _File) -> str:
     return "" if file.format in ("parquet", "arrow") else f"; {ENCODING}"
 
 
-def _matches(entry: FilesConfig) -> "Iterator[tuple[AbstractFileSystem, str]]":
+def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str]]":
     from fsspec.core import url_to_fs
 
     found: dict[str, AbstractFileSystem] = {}  # each file once, whatever number of globs match it
-    for pattern in entry.paths:
+    for pattern in patterns:
         try:
             fs, path = url_to_fs(pattern)
             hits = sorted(_hits(fs, path))

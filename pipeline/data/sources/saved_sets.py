@@ -37,6 +37,8 @@ def _files_of_set(fs: "AbstractFileSystem", folder: str) -> set[str] | None:
         return None
     try:
         found = {str(each["filename"]) for each in json.loads(fs.cat_file(state))["_data_files"]}
+    except OSError as error:
+        raise DataError(f"data.files: {state} cannot be read: {error}") from None
     except (ValueError, TypeError, KeyError):
         return None  # another program's
     missing = [name for name in sorted(found) if not fs.isfile(f"{folder}/{name}")]
