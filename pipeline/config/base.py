@@ -33,8 +33,10 @@ SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-AdapterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+ADAPTER_NAME = r"^[a-z][a-z0-9_]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME, max_length=64)]
 
 
 def _parse_bytes(value: object) -> object:
@@ -71,17 +73,17 @@ class Section(BaseModel):
         """Refuse `steps: true`, which Python would take for 1."""
         if not isinstance(value, bool) or about.field_name is None:
             return value
-        types = set(_types(cls.model_fields[about.field_name].annotation))
+        types = set(types_of(cls.model_fields[about.field_name].annotation))
         if types & {int, float} and bool not in types:
             raise PydanticKnownError("float_type" if float in types else "int_type")
         return value
 
 
-def _types(annotation: Any) -> Iterator[Any]:
+def types_of(annotation: Any) -> Iterator[Any]:
     """Yield what a field's annotation is made of: int of `Annotated[int, ...] | None`."""
     yield annotation
     for inner in get_args(annotation):
-        yield from _types(inner)
+        yield from types_of(inner)
 
 
 def not_hashed(default: Any, description: str, **rules: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from .base import Name
+from .base import NAME, Name
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME = re.compile(NAME)
 _SPOKEN = {"+": "plus", "#": "sharp", "&": "and"}  # else C, C++ and C# would be one
 _MOST_CHARACTERS = 40  # of a label in its name, before what tells it from others
 _DIGEST_CHARACTERS = 6

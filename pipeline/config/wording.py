@@ -3,10 +3,12 @@ and the name that was meant where one is near."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
+
+from .base import ADAPTER_NAME, NAME, types_of
 
 # By pydantic's own names of its checks; a brace is filled from the problem's context.
 SENTENCES = {
@@ -39,10 +41,10 @@ SENTENCES = {
 }
 # What a name of a run, a domain or an expert may be, for people who read no patterns.
 PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": "be a name of at most 64 letters, digits, dots, dashes "
+    NAME: "be a name of at most 64 letters, digits, dots, dashes "
     "and underscores that begins with a letter or digit",
     r"^\S+$": "be one word",
-    r"^[a-z][a-z0-9_]*$": "be a name of lower-case letters, digits and underscores that begins "
+    ADAPTER_NAME: "be a name of lower-case letters, digits and underscores that begins "
     "with a letter",
 }
 
@@ -109,12 +111,9 @@ def _section(above: Sequence[int | str], kind: type[BaseModel]) -> type[BaseMode
 
 def section_class(annotation: Any) -> type[BaseModel] | None:
     """Return the section that a field holds, alone, optional or in a list; None for a value."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in get_args(annotation):
-        found = section_class(inner)
-        if found is not None:
-            return found
+    for each in types_of(annotation):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
     return None
 
 
