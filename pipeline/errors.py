@@ -166,13 +166,22 @@ class NotFiniteError(PipelineError):
 
 
 class BudgetError(PipelineError):
-    """No way of running a job fits into the memory budget."""
+    """No way of running a job fits into the memory budget.
+
+    `smallest_bytes` is the least budget that works, `why` the text without the job's name, for who
+    tells of several jobs.
+    """
+
+    def __init__(self, name: str, why: str, *, smallest_bytes: int) -> None:
+        super().__init__(f"{name} {why}")
+        self.why = why
+        self.smallest_bytes = smallest_bytes
 
 
 class CannotStart(PipelineError):
     """What is known of a run before it starts keeps jobs of it from starting.
 
-    `causes` has each error with the names of the jobs it keeps, none where it names its job itself.
+    `causes` has each error with the names of the jobs it keeps, none where it is of the whole run.
     """
 
     def __init__(

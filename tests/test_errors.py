@@ -21,6 +21,7 @@ def kinds(base: type = PipelineError) -> list[type]:
 
 OBJECTS = (object(), io.BytesIO(), threading.Lock(), kinds, map(str, ()), iter("").__next__)
 OTHERS = {"address": "a", "stages": (), "items": (), "failed": {}, "remove": Path("x")}
+OTHERS |= {"smallest_bytes": 1}
 
 
 @pytest.mark.parametrize("value", OBJECTS, ids=lambda value: type(value).__name__)

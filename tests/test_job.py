@@ -144,6 +144,7 @@ ERRORS = [
     errors.DiskFull("no room for e", in_store=True),
     errors.UnreadableFile("/store/f cannot be read: Input/output error", path=Path("/store/f")),
     errors.OtherCheckpoint("g is in bf16", remove=Path("/store/resume/g"), setting="dtype: bf16"),
+    errors.BudgetError("h", "does not fit", smallest_bytes=9),
     errors.OldStore("/store is old", root=Path("/store")),
     errors.NewerStore("/store is new", root=Path("/store"), remedy="update MoleForge"),
     errors.JobsFailed("evaluate", (None,), {None: errors.DataError("no rows")}),
@@ -188,6 +189,7 @@ SENTENCES = {
         "g is in bf16; set dtype: bf16 to go on from it, or type `modal volume rm -r moleforge "
         "resume/g` to start over at step 0",
     ),
+    "h does not fit": ("h does not fit", "h does not fit"),
     "/store is old": (
         "/store is old; choose another directory with --store",
         "/store is old; type `modal volume rename moleforge NAME`, and the next command makes a "

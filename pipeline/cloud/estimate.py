@@ -16,7 +16,17 @@ from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
 from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError
 from ..report.narrow import print_table
-from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, duration, plan, state_of, why_of
+from ..run.dry_run import (
+    ASSUMED_MFU,
+    DONE,
+    STUCK,
+    causes,
+    duration,
+    plan,
+    state_of,
+    trained,
+    why_of,
+)
 from ..run.job import done
 from ..run.stages import Addresses, label
 from ..store.artifacts import Manifest, Store
@@ -52,6 +62,7 @@ def estimate(
     planned = {entry.address: entry for entry in plan(cfg, store)}
     addresses = Addresses(cfg)
     lineage = Lineage(store)
+    finished_jobs = list(trained(store))
     estimates = []
     for stage in wanted:
         for _, item, address in addresses.jobs(stage):
@@ -70,7 +81,7 @@ def estimate(
             job = entry.job
             seconds = None
             if job is not None and job.flops is not None:
-                rate = _flops_per_s(machine, store, prices)
+                rate = _flops_per_s(machine, finished_jobs, prices)
                 # What may turn out to be stale is counted: a limit on the cost has to hold
                 seconds = 0.0 if entry.state == "done" else STARTUP_S + job.flops / rate
             estimates.append(
@@ -92,14 +103,15 @@ def estimate(
     return estimates
 
 
-def _flops_per_s(machine: MachineConfig, store: Store, prices: Prices) -> float:
+def _flops_per_s(
+    machine: MachineConfig, finished_jobs: Iterable[tuple[Manifest, float]], prices: Prices
+) -> float:
     """Return the median rate of finished jobs on such a machine, else a share of its peak."""
     rates = []
-    for address in store.addresses():
-        if store.has(address):
-            rate = _rate(store.manifest(address), machine)
-            if rate:
-                rates.append(rate)
+    for manifest, rate in finished_jobs:
+        rate_there = _rate_on(machine, manifest, rate)
+        if rate_there:
+            rates.append(rate_there)
     if not rates:
         return ASSUMED_MFU * prices.flops_per_s(machine)
     # The median: a job that was preempted, or shared its machine, is not the measure.
@@ -107,13 +119,11 @@ def _flops_per_s(machine: MachineConfig, store: Store, prices: Prices) -> float:
     return rates[len(rates) // 2]
 
 
-def _rate(manifest: Manifest, machine: MachineConfig) -> float | None:
-    """Return the operations per second a job reached, None when it trained nothing or on something
-    else."""
+def _rate_on(machine: MachineConfig, manifest: Manifest, rate: float) -> float | None:
+    """Return the operations per second that a job's rate is on such a machine, None when it was
+    done on something else."""
     found = manifest.made.get("machine") or {}
     gpu = found.get("gpu") or ""
-    tokens_per_s = manifest.metrics.get("tokens_per_s") or 0
-    rate = tokens_per_s * manifest.metrics.get("flops_per_token", 0)
     if machine.gpu:
         # A100-80GB! as asked for is NVIDIA A100-SXM4-80GB as found: the first part is in both.
         asked, _ = split(machine.gpu[0])
@@ -137,18 +147,16 @@ def refuse_what_cannot_start(
     for stage in cfg.stages:
         for _, item, address in Addresses(cfg).jobs(stage):
             items[address] = item
-    found: dict[str, tuple[PipelineError, list[str]]] = {}
+    found: list[tuple[PipelineError, str]] = []
     for each in estimates:
         if each.state in DONE:
             continue
-        if each.refused is not None:
-            found[str(each.refused)] = (each.refused, [])
         item = items[each.address]
         absent = not_on_volume(cfg, each.stage, item, mount, names)
-        if absent is not None:
-            found.setdefault(str(absent), (absent, []))[1].append(label(each.stage, item))
+        for error in filter(None, (each.refused, absent)):
+            found.append((error, label(each.stage, item)))
     if found:
-        raise CannotStart(STUCK, causes=list(found.values()))
+        raise CannotStart(STUCK, causes=causes(found))
 
 
 def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:

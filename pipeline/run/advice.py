@@ -74,7 +74,7 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
     if isinstance(error, CannotStart):
         lines = [f"{text}:"]
         for cause, jobs in error.causes[:_MOST_LINES]:
-            # Of one that names its job itself there are none
+            # Of one that is of the whole run there are none
             before = f"{_first_few(jobs)}: " if jobs else ""
             lines.append(f"  {before}{sentence(cause, edge)}")
         if len(error.causes) > _MOST_LINES:

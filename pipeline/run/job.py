@@ -6,12 +6,14 @@ process makes it, and what is written down of it, is the same for all of them an
 
 import importlib.metadata
 import json
+import shutil
 import time
 from dataclasses import replace
 
 from rich.console import Console
 
 from ..config.run import RunConfig
+from ..errors import PipelineError
 from ..hardware import set_fastest_threads
 from ..protocols import Progress
 from ..store import bundle
@@ -118,7 +120,12 @@ def _inputs(job: JobContext) -> dict[str, str]:
 def _make(job: JobContext) -> Manifest:
     started = time.monotonic()
     folder = job.store.begin(job.address)
-    metrics = _work(job)
+    try:
+        metrics = _work(job)
+    except PipelineError:
+        # Refused: whoever mends a setting is at another address, and this would lie here for good
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     write_text(folder / "run.json", json.dumps(kept_settings(job.cfg), indent=1, sort_keys=True))
     made = {
         "at": now(),

@@ -158,9 +158,12 @@ def plan_memory(
         if predict(plan) <= budget_bytes:
             return replace(plan, bytes_per_row=_bytes_per_row(plan, predict))
     smallest = min(tried, key=predict)
+    smallest_bytes = predict(smallest)
     raise BudgetError(
-        f"{name} does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest "
-        f"that works is {ceil(predict(smallest) / 1e6)}MB ({smallest.summary})"
+        name,
+        f"does not fit into runtime.memory_budget {budget_bytes / 1e6:.0f}MB: the smallest that "
+        f"works is {ceil(smallest_bytes / 1e6)}MB ({smallest.summary})",
+        smallest_bytes=smallest_bytes,
     )
 
 
