@@ -21,7 +21,7 @@ from fakes import FaultyReads
 from rich.console import Console
 
 from pipeline.errors import ConfigError, DiskFull, StoreError, UnreadableFile
-from pipeline.store import history
+from pipeline.store import display, history
 from pipeline.store.history import Recorder, read
 
 ROOT = Path(__file__).parent.parent
@@ -300,7 +300,7 @@ def test_without_a_terminal_there_is_a_line_at_start_and_end(tmp_path):
 
 def test_without_a_terminal_lines_come_now_and_then(tmp_path, monkeypatch):
     clock_s = 0.0
-    monkeypatch.setattr(history.time, "monotonic", lambda: clock_s)
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock_s)
     console = screen()
     recorder = Recorder(tmp_path / "rows.jsonl", job="trunk", total_steps=100, console=console)
     recorder.start(10)
