@@ -302,10 +302,11 @@ def _serve(args: argparse.Namespace) -> None:
     folder = args.bundle
     in_store: contextlib.AbstractContextManager = contextlib.nullcontext()
     store = None
-    if folder and (folder.resolve().parents[1] / "store.json").exists():
+    # Twice the parent and not parents[1]: a folder right below / has no second one
+    if folder and (folder.resolve().parent.parent / "store.json").exists():
         # One in its store, whichever way it was named; a copy of it stands for itself
         folder = folder.resolve()
-        store = Store(folder.parents[1])
+        store = Store(folder.parent.parent)
     if args.config:
         cfg = load(args.config, tuple(args.override))
         store = Store(args.store)

@@ -1,7 +1,9 @@
 """What addresses hold: the arithmetic that a machine chose, and nothing that changes no result."""
 
+import errno
 import io
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from rich.console import Console
 from pipeline import cloud, hardware
 from pipeline.config.base import merge
 from pipeline.config.machines import ModalConfig, TrainerConfig
+from pipeline.errors import UnreadableFile
 from pipeline.families.load import RUN_CONFIGS, load, parse
 from pipeline.protocols import quiet
 from pipeline.run import backend, dry_run, former, stages
@@ -311,6 +314,11 @@ def planned(cfg, store, monkeypatch):
 PLAN = MemoryPlan(micro_batch_sequences=1)
 
 
+def refused(path):
+    """Take the place of Path.iterdir in a folder that this user may not read."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 @pytest.mark.parametrize("case", FORMER)
 def test_a_checkpoint_under_a_former_value_is_told(case, tmp_path, monkeypatch):
     family, (stage, item), before, after, wanted = FORMER[case]
@@ -325,6 +333,11 @@ def test_a_checkpoint_under_a_former_value_is_told(case, tmp_path, monkeypatch):
     # whoever sets that goes on from it, and is told nothing
     assert former.former_checkpoint(stages.Addresses(there), stage, item, store) == ""
     assert "exists under" not in "".join(planned(there, store, monkeypatch))
+    # what may not be looked at is not taken for absent
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(UnreadableFile, match="resume cannot be read"):
+            former.former_checkpoint(stages.Addresses(here), stage, item, store)
     # neither is who has begun
     half(here, store, stage, item, 3)
     assert "exists under" not in "".join(planned(here, store, monkeypatch))

@@ -68,7 +68,8 @@ def test_a_file_that_is_newer_than_its_artifact_is_named(made, change, seed):
     CHANGES[change](file)
     now = (store.folder("preprocess-0123456789ab") / "manifest.json").stat().st_mtime_ns + 1
     os.utime(file, ns=(now, now))
-    for each in (cfg, Reads(str(texts)), Reads(str(file))):
+    ways = (str(texts), f"{literal}/**", f"{literal}/**/*.txt", str(file))
+    for each in (cfg, *map(Reads, ways)):
         told = changed_since(each, store, "preprocess", None, "preprocess-0123456789ab")
         assert f"data.files: {file} changed after preprocess-0123456789ab was made" in told
 

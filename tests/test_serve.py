@@ -589,6 +589,10 @@ def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monk
         assert opened.pop() == (host, 8000)
     assert main(["serve", "--config", str(path), "--store", str(tmp_path / "none")]) == 2
     assert "run `python -m pipeline deploy`" in capsys.readouterr().err
+    monkeypatch.undo()
+    # a folder as high as there is one, as containers have them
+    assert main(["serve", "--bundle", "/"]) == 2
+    assert "is not a bundle" in capsys.readouterr().err
     for wrong in (
         ["serve"],
         ["serve", "--bundle", "x", "--config", "y"],

@@ -28,7 +28,7 @@ from ..families import PRELOAD
 from ..families.load import parse
 from ..hardware import cores
 from ..protocols import Progress
-from ..store.artifacts import Manifest, Store
+from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
 from .job import done, run_job
 from .outside import changed_since
@@ -120,8 +120,10 @@ def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
     if failed:
         raise JobsFailed(stage, cfg.items(stage), failed)
     # Read again: what is shown is what is there now, and no other process may have changed it
-    Lineage(local.store).check(*(address for _, _, address in jobs))
-    return [local.store.require(address) for _, _, address in jobs]
+    reader = Reader(local.store)
+    made = [reader.manifest(address) for _, _, address in jobs]
+    Lineage(local.store, reader.recorded).check(*(manifest.address for manifest in made))
+    return made
 
 
 def _start(

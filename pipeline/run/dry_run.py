@@ -14,7 +14,7 @@ from ..errors import BudgetError, CannotStart, PipelineError, StoreError
 from ..families import family, stage_function
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..report.narrow import print_table
-from ..store.artifacts import Manifest, Store
+from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
 from ..store.model_files import on_this_machine
 from ..train.flops import JobCost
@@ -50,11 +50,12 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     addresses = Addresses(cfg)
     cfg = addresses.cfg
     bf16 = cfg.dtype == "bf16"
-    lineage = Lineage(store)
+    reader = Reader(store)
+    lineage = Lineage(store, reader.recorded)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
     # What a family knows its costs from: the metrics of the run's finished jobs
     made = {
-        (stage, item): store.manifest(address).metrics
+        (stage, item): reader.recorded(address).metrics
         for stage, item, address in jobs
         if store.has(address)
     }

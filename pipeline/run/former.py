@@ -16,7 +16,7 @@ from ..config.run import RunConfig
 from ..errors import ConfigError
 from ..families.load import parse
 from ..store.artifacts import Store, write_text
-from ..store.reading import sealed, unsealed
+from ..store.reading import reading, sealed, unsealed
 from .stages import Addresses, label
 
 NOTE = "settings.json"
@@ -54,13 +54,13 @@ def same_job(address: str, names: list[str]) -> list[str]:
 
 def former_checkpoint(addresses: Addresses, stage: str, item: str | None, store: Store) -> str:
     """Return a sentence about the checkpoint of this job that differs in the fewest settings, of
-    those with the most steps; "" when there is none, or this job has one itself."""
+    those with the most steps; "" when there is none, or this job has one itself. Raises
+    UnreadableFile."""
     own = addresses.of(stage, item)
-    folder = store.root / "resume"
-    if store.has(own) or saved_step(store, own) or not folder.exists():
+    if store.has(own) or saved_step(store, own):
         return ""
     best: tuple[int, int, str] | None = None
-    for address in same_job(own, [path.name for path in folder.iterdir()]):
+    for address in same_job(own, _begun(store)):
         step = saved_step(store, address)
         changes = _changes(addresses, (stage, item), store, address) if step else {}
         if not changes:
@@ -73,6 +73,16 @@ def former_checkpoint(addresses: Addresses, stage: str, item: str | None, store:
         )
         best = min(filter(None, (best, (len(changes), -step, text))))
     return best[2] if best else ""
+
+
+def _begun(store: Store) -> list[str]:
+    """Return the names of all checkpoints' folders. Raises UnreadableFile."""
+    folder = store.root / "resume"
+    try:
+        with reading(folder):
+            return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def saved_step(store: Store, address: str) -> int:

@@ -47,7 +47,10 @@ def _files(path: str) -> Iterator[Path]:
     if here.is_file():
         yield here
         return
-    folder, pattern = (here, "**/*") if here.is_dir() else _parted(here)
+    folder, pattern = (here, "**") if here.is_dir() else _parted(here)
+    # At the end it means files too where data are read; Path takes it for folders alone
+    if pattern.endswith("**"):
+        pattern += "/*"
     for found in folder.glob(pattern):
         if found.is_file():
             yield found
