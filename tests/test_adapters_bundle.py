@@ -142,9 +142,11 @@ def test_upload_takes_its_folders_along(made, tmp_path):
     _, _, folder = made
     upload(folder, str(tmp_path / "there"), quiet)
     verify(tmp_path / "there")
-    (tmp_path / "there" / "adapters" / "color" / "adapter.json").write_text("{}")
+    sent = tmp_path / "there" / "adapters" / "color" / "adapter.json"
+    sent.write_text("{}")
     upload(folder, str(tmp_path / "there"), quiet)
     verify(tmp_path / "there")
+    assert sent.read_bytes() == (folder / "adapters" / "color" / "adapter.json").read_bytes()
 
 
 def test_a_folder_that_is_no_bundle_is_refused(made, tmp_path):
