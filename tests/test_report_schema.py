@@ -81,6 +81,8 @@ def test_every_field_of_a_report_is_shown_somewhere():
         before = shown(kind, values, about)
         for path in leaves(values):
             name = ".".join(key for key in path if isinstance(key, str))
+            if name in seen:
+                continue
             try:
                 after = shown(kind, changed(values, path), about)
             except ValidationError:  # a word of a fixed list, which a model checks already
