@@ -7,9 +7,11 @@ B rows, D inputs, H hidden units.
 import hashlib
 import io
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
 import torch
 from loopback_modal.volumes import View, Volume, open_below
 from torch import nn
@@ -21,6 +23,7 @@ from pipeline.families import Parts
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.store.artifacts import Manifest, inventory, load_tensors
 from pipeline.store.history import History
+from pipeline.train import loop
 from pipeline.train.checkpoint import restore
 from pipeline.train.loop import HistoryWriter, Task, TrainIO
 from pipeline.train.optimizer import AdamW
@@ -172,6 +175,22 @@ def dying(task, step, how=Killed):
             raise how
 
     return replace(task, before_step=before_step)
+
+
+@contextmanager
+def killed_at(step):
+    """Run what trains and ends as if killed, once the checkpoint of a step is written."""
+    real = loop.save
+
+    def save(folder, task, optimizer, run):
+        real(folder, task, optimizer, run)
+        if run.step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save", save)
+        with pytest.raises(Killed):
+            yield
 
 
 def elsewhere(task):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_config
-from fakes import Killed
+from fakes import killed_at
 from rich.console import Console
 
 from pipeline import cloud, hardware
@@ -140,18 +140,10 @@ def test_another_machine_leaves_a_checkpoint_alone_and_this_one_goes_on_from_it(
         console = Console(file=io.StringIO(), width=200)
         run_job(stage, cfg, store, progress=quiet, console=console)
 
-    def die_at_7(*args):
-        save(*args)
-        if args[3].step == 7:
-            raise Killed
-
     do("preprocess")
-    save = loop.save
     on(monkeypatch, BF16)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save", die_at_7)
-        with pytest.raises(Killed):
-            do("train_shared")
+    with killed_at(7):
+        do("train_shared")
     slots = store.resume(stages.address(cfg, "train_shared"))
     before = {p: p.stat().st_mtime_ns for p in slots.rglob("*") if p.is_file()}
     on(monkeypatch, FP32)
@@ -364,7 +356,7 @@ def test_another_run_is_no_former_value_and_the_nearest_one_is_told(tmp_path):
     assert told() == ""
 
 
-def test_a_training_that_begins_says_it_and_notes_its_settings(tmp_path, monkeypatch):
+def test_a_training_that_begins_says_it_and_notes_its_settings(tmp_path):
     path = tiny_config(tmp_path / "tiny", runtime={"save_every_s": 1e-9})
     store, said = Store(tmp_path / "store").open(), []
 
@@ -373,17 +365,9 @@ def test_a_training_that_begins_says_it_and_notes_its_settings(tmp_path, monkeyp
         say = lambda text, _share: said.append(text)  # noqa: E731
         run_job(stage, load(path, overrides), store, progress=say, console=console)
 
-    def die_at_7(*args):
-        save(*args)
-        if args[3].step == 7:
-            raise Killed
-
     do("preprocess")
-    save = loop.save
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save", die_at_7)
-        with pytest.raises(Killed):
-            do("train_shared", "trunk.lr=0.25")
+    with killed_at(7):
+        do("train_shared", "trunk.lr=0.25")
     do("train_shared", "trunk.steps=8")
     [told] = [text for text in said if "exists under" in text]
     assert told.startswith(

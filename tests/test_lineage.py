@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from fakes import Killed, StubbedVolume, contents
+from fakes import StubbedVolume, contents, killed_at
 from rich.console import Console
 from test_modal_volume import Hands
 
@@ -27,7 +27,6 @@ from pipeline.run.backend import Local, run_stage
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import FORMER, Manifest, Store
 from pipeline.store.lineage import Lineage
-from pipeline.train import loop
 from tests import small, small_stack
 
 CONFIGS = {
@@ -308,7 +307,7 @@ def test_modal_s_side_knows_it_by_mirrored_manifests_and_makes_it_again(world, t
     assert Lineage(far).change(other.address) is None
 
 
-def test_the_real_thing_trains_again_what_stands_on_other_text(tmp_path, monkeypatch):
+def test_the_real_thing_trains_again_what_stands_on_other_text(tmp_path):
     """Other documents under the same address, as when data was mended and preprocess made again;
     one expert is done by then, the other stopped half-way."""
     path = tiny_config(tmp_path / "tiny", runtime={"save_every_s": 1e-9})
@@ -320,19 +319,11 @@ def test_the_real_thing_trains_again_what_stands_on_other_text(tmp_path, monkeyp
         run_job(stage, cfg, at, item, progress=quiet, console=console)
         said.append(console.file.getvalue())
 
-    def die_at_7(folder, task, optimizer, progress):
-        save(folder, task, optimizer, progress)
-        if progress.step == 7:
-            raise Killed
-
     jobs = [("preprocess", None), ("train_shared", None), ("train_experts", "sea")]
     for each in jobs:
         do(store, *each)
-    save = loop.save
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save", die_at_7)
-        with pytest.raises(Killed):
-            do(store, "train_experts", "shop")
+    with killed_at(7):
+        do(store, "train_experts", "shop")
     half = stages.address(cfg, "train_experts", "shop")
     assert dry_run.state_of(half, Lineage(store)) == "at step 7"
 
