@@ -5,6 +5,7 @@ transformers warns of what did not fit and draws the rest at random, which train
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,30 @@ def quiet_library() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def open_checkpoint(kind: Any, folder: Path, dtype: "torch.dtype | str", attn: str) -> Any:
+    """Return a checkpoint as a class or auto class of transformers opens it, from the folder's own
+    files: nothing is fetched, nor is a missing one taken from somewhere else.
+
+    Raises ValueError for tensors that are missing, unknown or of another shape; OSError and other
+    errors of the library when nothing can be loaded.
+    """
+    with quiet_library():
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn,
+            # safetensors only, as a pickled checkpoint may run what it likes while it is opened
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            # What does not fit is reported by name, in place of an error that shows the first
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_report(report)
+    return model
 
 
 def check_report(info: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .experts import Expert
 from .kernels.attention import patch_attention
 from .kernels.norm import patch_norm
-from .loading import check_finite, check_report, quiet_library
+from .loading import check_finite, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,21 +154,7 @@ def pretrained(folder: Path) -> tuple[Trunk, Expert]:
     # read as data: a class that is chosen by the file could be the file's own
     settings, _ = PretrainedConfig.get_config_dict(str(folder))
     check_kind(settings)
-    # safetensors only, as a pickled checkpoint may run what it likes while it is opened
-    with quiet_library():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            # What does not fit is reported by name, in place of an error that shows the first
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    network, report = opened
-    check_report(report)
+    network = open_checkpoint(AutoModelForCausalLM, folder, torch.float32, "sdpa")
     check_finite(network.named_parameters())
     head, embedding = network.lm_head.weight, network.model.embed_tokens.weight
     # A file may have both, and differ from what it says: one of them would be lost

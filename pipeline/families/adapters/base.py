@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from ...config.base import is_folder
 from ...errors import ConfigError, DataError, MismatchError
 from ...hardware import device
-from ...model.loading import check_finite, check_report, quiet_library
+from ...model.loading import check_finite, open_checkpoint
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile, check_model_files
 from ...store.model_files import ADAPTER, FindModel, check_config, check_weights, from_hub
@@ -101,8 +100,9 @@ def pin_base(
     Raises DataError when a folder or the Hub does not hold a model of this kind.
     """
     if base.model is None:
-        build(folder / BUILT)
-        pin = ModelRef("built", BUILT, files=file_hashes(folder / BUILT))
+        where = folder / BUILT
+        build(where)
+        pin = ModelRef("built", BUILT, files=file_hashes(where))
     elif is_folder(base.model):
         where = _model_folder(Path(base.model).expanduser(), kind)
         _check_tensors(where, kind)
@@ -113,7 +113,7 @@ def pin_base(
         _check_tensors(where, kind)
         pin = ModelRef("hub", base.model, base.revision)
     write_text(folder / PIN, json.dumps(pin.values(), indent=1, sort_keys=True) + "\n")
-    parameters = count_parameters(locate(pin, folder, kind))
+    parameters = count_parameters(where)
     return {"parameters": parameters, "source": pin.source, "digest": pin.digest}
 
 
@@ -170,7 +170,9 @@ def pinned_files(folder: Path, kind: ModelKind) -> tuple[ModelRef, Path]:
             "train_shared. Put the files back, or make the base and what follows it again",
             stage="train_shared",
         )
-    _check_files(where, kind)
+    # a folder elsewhere was looked at where it was found
+    if pin.source != "folder":
+        _check_files(where, kind)
     return pin, where
 
 
@@ -188,24 +190,8 @@ def load_model(where: Path, base: AdapterBaseConfig, kind: ModelKind) -> PreTrai
 
 
 def _open(where: Path, kind: ModelKind, dtype: "torch.dtype | str", attn: str) -> PreTrainedModel:
-    # a base that is named is opened from its files alone: nothing is fetched here, nor is a missing
-    # one taken from somewhere else
     try:
-        with quiet_library():
-            opened: Any = kind.model_class.from_pretrained(
-                where,
-                dtype=dtype,
-                attn_implementation=attn,
-                # pickles could run code
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                # what does not fit is reported by name, in place of an error that shows the first
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        model, report = opened
-        check_report(report)
+        model: PreTrainedModel = open_checkpoint(kind.model_class, where, dtype, attn)
     except Exception as error:  # a library raises what it likes at a file it cannot read
         reason = " ".join(str(error).split())
         raise DataError(
