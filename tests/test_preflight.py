@@ -4,6 +4,7 @@ and by the first stage: before anything is paid for."""
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import lora_small
@@ -131,6 +132,44 @@ def test_a_context_longer_than_the_positions_is_refused(sound, tmp_path, positio
     edit(folder, text_config=text | {"max_position_embeddings": positions})
     with pytest.raises(ConfigError, match=rf"max_tokens: .*set it to {positions} or less"):
         here(config("lora_vlm", str(folder)))
+
+
+@pytest.mark.parametrize("value", ["many", [4], {}, 1.5, True])
+def test_positions_that_are_no_number_are_refused_in_a_sentence(sound, tmp_path, value):
+    for name in FAMILIES:
+        folder = shutil.copytree(sound / name, tmp_path / name)
+        positions = {"max_position_embeddings": value}
+        edit(folder, **(positions if name == "ffn_moe" else {"text_config": positions}))
+        with pytest.raises(ConfigError, match="cannot be .*max_position_embeddings"):
+            here(config(name, str(folder)))
+    edit(folder, text_config=value)
+    with pytest.raises(ConfigError, match="cannot be the base") if value != {} else nullcontext():
+        here(config("lora_vlm", str(folder)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": "many"},
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": [2]},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"layer_types": ["unheard of"]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_that_are_none_leave_a_plan_without_them(name, sound, tmp_path, changes):
+    folder = shutil.copytree(sound / name, tmp_path / "model")
+    stated = json.loads((folder / "config.json").read_text())
+    if name == "lora_vlm":
+        changes = {"text_config": stated["text_config"] | changes}
+    edit(folder, **changes)
+    cfg = config(name, str(folder))
+    for item in cfg.items("train_experts"):
+        assert family(name).cost(cfg, "train_experts", item, {}, False) is None
+    (folder / "config.json").write_text("{")
+    assert family(name).cost(cfg, "train_experts", item, {}, False) is None
 
 
 def odd(seed: int) -> tuple[str, dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ...config.base import is_folder
 from ...errors import ConfigError, DataError, MismatchError
@@ -133,11 +133,14 @@ def preflight(cfg: AdapterRunConfig, find: FindModel, kind: ModelKind) -> list[s
         # Of the Hub's models, and of those elsewhere, only the settings are here
         if folder == Path(base.model).expanduser():
             check_weights(folder)
-    except (ForeignFile, OSError) as error:
-        raise ConfigError(f"{MODEL}: {base.model} cannot be the base: {error}") from None
-    most = settings.get("text_config", settings).get("max_position_embeddings")
+        # with the library's defaults, and refused where a setting is not of its type
+        text = AutoConfig.for_model(**settings).get_text_config()
+    except Exception as error:  # a library raises what it likes at settings of another version
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{MODEL}: {base.model} cannot be the base: {reason}") from error
+    most = text.max_position_embeddings
     longest = max(cfg.loras.options(name).max_tokens for name in cfg.experts)
-    if most is not None and longest > most:
+    if longest > most:
         raise ConfigError(
             f"loras.defaults.max_tokens: {longest} tokens, and {base.model} has positions for "
             f"{most} (max_position_embeddings in its config.json); set it to {most} or less"

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from transformers import AutoConfig
+
 from ...config.base import NONE, is_folder
 from ...errors import DataError
 from ...hardware import device
 from ...model.loss import workspace_bytes
-from ...store.foreign import ForeignFile, read_object
+from ...store.foreign import read_object
 from ...train.flops import JobCost
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import AdapterBaseConfig, AdapterConfig, AdapterRunConfig
@@ -219,9 +221,12 @@ def read_config(base: AdapterBaseConfig) -> dict | None:
     if path is None:
         return None
     try:
-        return read_object(path.parent, path.name)
-    except (ForeignFile, OSError) as error:
+        settings = read_object(path.parent, path.name)
+        # what is not of its type is refused here, before anybody reckons with it
+        AutoConfig.for_model(**settings)
+    except Exception as error:  # a library raises what it likes at settings of another version
         raise DataError(f"loras.base.model: {path} cannot be read: {error}") from None
+    return settings
 
 
 def _train_rows(

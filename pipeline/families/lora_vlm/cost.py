@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...errors import DataError
 from ...train.flops import JobCost
 from ..adapters.cost import DecoderSizes, job_cost, read_config
 from .config import PICTURE_TOKEN_PX, LoraVlmConfig, VlmBaseConfig, VlmBuildConfig
@@ -99,8 +100,8 @@ def sizes_of(base: VlmBaseConfig) -> VlmSizes | None:
         raw = read_config(base)
         if raw is not None:
             return VlmSizes.of_config(raw)
-    except (OSError, ValueError, KeyError, TypeError):
-        # the plan is made without it, and train_shared will say what is wrong
+    except (DataError, OSError, ValueError, KeyError, TypeError):
+        # the plan is made without it, and what is wrong is said by `preflight`
         return None
     return PUBLISHED.get(base.model or "")
 
