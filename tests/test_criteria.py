@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.families.adapters import criteria as of_adapters
 from pipeline.families.adapters.config import AdapterEvaluateConfig
-from pipeline.families.ffn_moe.criteria import TrainTestGap, against
+from pipeline.families.ffn_moe.criteria import TrainTestGap, against, all_used, notes
 from pipeline.metrics.bootstrap import LEAST_UNITS
 from pipeline.metrics.routing import GroupBootstrap
 from pipeline.report import run_facts
@@ -24,9 +24,12 @@ from pipeline.report.schema import (
     AnswerSet,
     Criterion,
     Difference,
+    ExpertShare,
     LanguageReport,
     TaskScores,
+    TextCounts,
 )
+from tests import small
 
 NUMBER = r"([+-]?[0-9]+(?:[.][0-9]+)?)"
 NOISE = Decimal("4e-11")  # per cent: less than half of the twelfth place of a share
@@ -177,6 +180,23 @@ def test_what_was_measured_on_few_stays_open_and_is_named(few):
     enough = {"test, neutral prompts": routed(LEAST_UNITS, LEAST_UNITS)}
     scores = adapters({"a": 0.99}, LEAST_UNITS)
     assert not list(of_adapters.measured_on_few(enough, scores, "picture"))
+
+
+def test_experts_and_domains_are_named_as_the_tables_show_them():
+    routing = SimpleNamespace(least=ExpertShare("Family-law", 0.03), entropy=0.5, max_entropy=0.7)
+    labels = {"Family-law": "Family law"}
+    assert all_used(routing, 0.05, labels).detail.startswith("least Family law 3.0%,")
+    assert all_used(routing, 0.05, {}).detail.startswith("least Family-law 3.0%,")
+    cfg = small.config(partition__domains=("Family law", "code"))
+    names = cfg.partition.names
+    counts = TextCounts(
+        test_tokens=dict.fromkeys(names, 9),
+        test_documents=dict.fromkeys(names, 2),
+        train_tokens=dict.fromkeys(names, 9),
+        too_few=names,
+    )
+    few = notes(cfg, {}, counts)[1]
+    assert "measured: Family law 2, code 2." in few
 
 
 def test_an_open_criterion_is_neither_passed_nor_failed_nor_coloured():

@@ -84,18 +84,22 @@ def criteria(
                     detail=detail,
                 )
             )
-    least = cfg.evaluate.min_expert_share
-    share = routing.least.share
-    out.append(
-        Criterion(
-            name="tertiary",
-            text=f"every expert is used by at least {limit(least)} of tokens",
-            passed=reaches(share, least),
-            detail=f"least {routing.least.expert} {beside_limit(share, least, 1)}, "
-            f"entropy {routing.entropy:.3f} of {routing.max_entropy:.3f} nats",
-        )
-    )
+    labels = cfg.partition.shown_labels
+    out.append(all_used(routing, cfg.evaluate.min_expert_share, labels))
     return out
+
+
+def all_used(routing: TokenRouting, least: float, labels: Mapping[str, str]) -> Criterion:
+    """Return whether every expert gets a share of tokens; its words name experts by their domains'
+    labels, as the tables beside them do."""
+    expert, share = routing.least
+    return Criterion(
+        name="tertiary",
+        text=f"every expert is used by at least {limit(least)} of tokens",
+        passed=reaches(share, least),
+        detail=f"least {labels.get(expert, expert)} {beside_limit(share, least, 1)}, "
+        f"entropy {routing.entropy:.3f} of {routing.max_entropy:.3f} nats",
+    )
 
 
 def against(mine: TrainTestGap, theirs: TrainTestGap, wanted: float) -> tuple[bool, str]:
@@ -165,14 +169,16 @@ def notes(cfg: FfnMoeConfig, prepared: Mapping[str, Any], counts: TextCounts) ->
         f"its pieces of {longest:,} bytes, though these are alike; they do not cover training "
         "seeds."
     ]
+    labels = cfg.partition.shown_labels
     if counts.too_few:
-        found = [f"{name} {counts.test_documents[name]}" for name in counts.too_few]
+        found = []
+        for name in counts.too_few:
+            found.append(f"{labels.get(name, name)} {counts.test_documents[name]}")
         out.append(
             f"Test documents that were measured: {', '.join(found)}. Over fewer than {LEAST_UNITS} "
             "in a domain there is no interval, and nothing is decided: raise "
             "evaluate.tokens_per_domain or data.test_share, or lower data.max_document_bytes."
         )
-    labels = cfg.partition.shown_labels
     if labels:
         named = [f"{name} is “{label}”" for name, label in labels.items()]
         out.append(f"Domains by what their data calls them: {', '.join(named)}.")
