@@ -26,6 +26,7 @@ from ..hardware import device
 from ..model.loading import quiet_library
 from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, start_ids, verify
+from .gates import GateChoice, GateRecorders, recorded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -85,14 +86,6 @@ class Completion:
     finish: str
     completion_tokens: int
     tokens: list[Token]
-
-
-@dataclass(frozen=True)
-class GateChoice:
-    """What the gates chose at one position, per layer: numbers of experts and their weights."""
-
-    experts: list[list[int]]
-    weights: list[list[float]]
 
 
 class Engine:
@@ -192,9 +185,9 @@ class CompletionEngine(Engine):
         return self._tokens(list(ids[led:]), choices)
 
     @contextmanager
-    def _exclusive(self) -> Iterator["_GateRecorders"]:
+    def _exclusive(self) -> Iterator[GateRecorders]:
         """Have the model to oneself, for inference, and record what its gates choose."""
-        with held(self._lock), torch.no_grad(), _gates(self.model.base_model) as gates:
+        with held(self._lock), torch.no_grad(), recorded(self.model.base_model) as gates:
             yield gates
 
     def _tokens(
@@ -372,52 +365,6 @@ class _StopOnText:
         text = self.decode(recent_T.tolist())
         found = any(string in text for string in self.strings)
         return torch.tensor([found], device=ids_BT.device)
-
-
-class _GateRecorder:
-    """What one layer's gate chose, as its forward hook."""
-
-    def __init__(self) -> None:
-        # One tensor of (T, K) per call: the prompt's positions, then one position each.
-        self.index: list[torch.Tensor] = []
-        self.weight: list[torch.Tensor] = []
-
-    def __call__(self, _gate: nn.Module, _inputs: Any, outputs: Sequence[torch.Tensor]) -> None:
-        _, weight_TK, index_TK = outputs
-        self.index.append(index_TK)
-        self.weight.append(weight_TK)
-
-
-class _GateRecorders(list[_GateRecorder]):
-    """The recorders of all layers, in their order."""
-
-    def positions(self, first: int, end: int) -> list[GateChoice]:
-        """Return what was chosen at positions first to end - 1."""
-        index = [torch.cat(layer.index) for layer in self]
-        index_TLK = torch.stack(index, 1)
-        weight = [torch.cat(layer.weight) for layer in self]
-        weight_TLK = torch.stack(weight, 1)
-        experts = index_TLK[first:end].tolist()
-        weights = weight_TLK[first:end].tolist()
-        return list(map(GateChoice, experts, weights))
-
-
-@contextmanager
-def _gates(model: nn.Module) -> Iterator[_GateRecorders]:
-    """Record what the gates choose while the context is open."""
-    recorders = _GateRecorders()
-    hooks = []
-    # named_modules goes by registration, which for layers is their order.
-    for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
-            recorder = _GateRecorder()
-            recorders.append(recorder)
-            hooks.append(module.register_forward_hook(recorder))
-    try:
-        yield recorders
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
