@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from ..families.adapters.inference import Request as StackRequest
     from ..families.adapters.stack import AdapterStack, Answer, Choice
 
-OWN_MARK = "<|image_pad|>"  # what the base's own template has for a picture
 BODY_BYTES = 32 << 20  # pictures come inside
 # Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
 # pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
@@ -270,7 +269,7 @@ class ChatEngine(Engine):
     def _request(self, message: Message, seconds: float) -> "StackRequest":
         """Return a message as the stack takes it: one text, and its pictures in order."""
         if isinstance(message.content, str):
-            return self.stack.request(_plain(message.content, 0), ())
+            return self.stack.request(self._plain(message.content, 0), ())
         texts = []
         urls = []
         for part in message.content:
@@ -284,7 +283,7 @@ class ChatEngine(Engine):
             raise DataError(f"{len(urls)} images; at most {most} are taken")
         until = time.monotonic() + seconds
         images = [self._picture(url, until) for url in urls]
-        return self.stack.request(_plain("\n".join(texts), len(images)), images)
+        return self.stack.request(self._plain("\n".join(texts), len(images)), images)
 
     def _picture(self, url: str, until: float) -> Image.Image:
         """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
@@ -305,19 +304,19 @@ class ChatEngine(Engine):
             image = open_checked(data, max_pixels=PICTURE_PIXELS)
             return resized(image, self.image.min_pixels, self.image.max_pixels)
 
-
-def _plain(text: str, pictures: int) -> str:
-    """Return a question as experts were asked it in training, without placeholders of pictures.
-    Raises DataError."""
-    # Who writes the model's own mark without a picture writes about it; it is encoded as words.
-    if not pictures and OWN_MARK in text:
-        return text
-    try:
-        plain, _ = without_placeholders(text, pictures)
-    except StrangePlaceholder as error:
-        told = str(error).replace("the row has", "the message has")
-        raise DataError(f"{told}; send it as an image_url, or leave the mark out") from None
-    return plain
+    def _plain(self, text: str, pictures: int) -> str:
+        """Return a question as experts were asked it in training, without placeholders of pictures.
+        Raises DataError."""
+        mark = self.stack.model.chat.media.placeholder
+        # Who writes the model's own mark without a picture writes about it; it is encoded as words.
+        if not pictures and mark and mark in text:
+            return text
+        try:
+            plain, _ = without_placeholders(text, pictures)
+        except StrangePlaceholder as error:
+            told = str(error).replace("the row has", "the message has")
+            raise DataError(f"{told}; send it as an image_url, or leave the mark out") from None
+        return plain
 
 
 def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:

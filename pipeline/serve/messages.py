@@ -4,7 +4,7 @@ Checked before pydantic sees it: a message is one of several things to it, and i
 wrong with each of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 PARTS = ("text", "image_url")
 _INSTRUCTING = ("system", "developer")
@@ -50,7 +50,7 @@ def _problem(part: object) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or kind not in PARTS:
         found = f"type {kind!r}" if kind is not None else "no type"
-        return f"it has {found}, and {_listed(PARTS)} are read; a picture is {_EXAMPLE}"
+        return f"it has {found}, and {' and '.join(PARTS)} are read; a picture is {_EXAMPLE}"
     value = part.get(kind)
     if kind == "text":
         return "" if isinstance(value, str) else "text must be a text"
@@ -58,7 +58,3 @@ def _problem(part: object) -> str:
     if not isinstance(url, str):
         return f"image_url must be an object with a url, as in {_EXAMPLE}"
     return ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)

@@ -52,7 +52,8 @@ class Media:
 
     name = "attachment"  # of one medium, in messages and in what a bundle says of its limits
     shorten_hint = ""  # how else than by max_tokens rows can be made to fit, for messages
-    placeholder_id: int | None = None  # the token that stands for one medium until it is expanded
+    placeholder: str | None = None  # what stands for one medium until it is expanded
+    placeholder_id: int | None = None  # its token
     # changes that should not change who answers, by the name that the report gives them
     perturbations: Mapping[str, Callable[[Medium], Medium]] = {}
 

@@ -58,6 +58,7 @@ class Images(Media):
         self.processor = processor
         self.preparation = processor.image_processor
         self.image_id: int = processor.image_token_id
+        self.placeholder = processor.image_token
         self.placeholder_id = self.image_id
 
     def content(self, text: str, count: int) -> list[dict]:
