@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
-from ...errors import DamagedArtifact, DataError
-from ...store.reading import read_object
+from ...errors import DataError
+from ...store.reading import damaged, read_object
 from .chat import Chat
 from .media import Medium
 
@@ -58,9 +58,7 @@ class Calibration:
         try:
             return cls(**raw | {"labels": dict(raw["labels"])})
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedArtifact(
-                f"{folder / CALIBRATION} is no calibration ({error})", stage="train_router"
-            ) from None
+            raise damaged(folder / CALIBRATION, f"is no calibration ({error})") from None
 
     def probabilities(self, logits_BK: torch.Tensor) -> torch.Tensor:
         """Return p_BK of the labels."""
