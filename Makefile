@@ -11,10 +11,11 @@ ARGS ?=
 BENCHMARKS := preprocess
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench modal-local clean
+.PHONY: help demo demo-from-zero test lint bench modal-local clean
 
 help:
 	@echo 'make demo    run the whole pipeline on text this machine has: preprocess to report'
+	@echo 'make demo-from-zero   the same with a trunk that is trained here too, from nothing'
 	@echo 'make test    run the tests (ARGS="-k store" picks some)'
 	@echo 'make lint    check style, formatting, docstrings, density and types'
 	@echo 'make bench   run the benchmarks that need no extra data'
@@ -23,6 +24,9 @@ help:
 
 demo: $(VENV)/runtime.stamp
 	$(RUN) -m pipeline run --config config/demo.yaml $(ARGS)
+
+demo-from-zero: $(VENV)/runtime.stamp
+	$(RUN) -m pipeline run --config config/demo_from_zero.yaml $(ARGS)
 
 test: $(VENV)/development.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

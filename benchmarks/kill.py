@@ -1,7 +1,7 @@
 """Kills a whole run with SIGKILL, all of its processes at once, at random moments, and compares
 what it leaves.
 
-python -m benchmarks.kill --config config/demo.yaml --kills 20
+python -m benchmarks.kill --config config/demo_from_zero.yaml --kills 20
 
 The run is done once undisturbed; then again in a new store, killed, and started again by the same
 command until the kills, spread over all its jobs, are spent. Every file of every artifact must have
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Kill a run at random moments and compare the result."
     )
-    parser.add_argument("--config", type=Path, default=Path("config/demo.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("config/demo_from_zero.yaml"))
     parser.add_argument(
         "--override", action="append", default=["runtime.save_every_s=1"], metavar="A.B=VALUE"
     )

@@ -138,7 +138,7 @@ MAKES = [
     ["/site-packages/modal/__main__.py", "deploy", "modal_app.py"],
 ]
 MAKES_NONE = [
-    ["modal", "run", "-d", "modal_app.py::deploy", "--config", "config/demo.yaml"],
+    ["modal", "run", "-d", "modal_app.py::deploy", "--config", "config/demo_from_zero.yaml"],
     ["modal", "run", "modal_app.py::run_all", "--override", "name=deploy"],
     ["modal", "shell", "modal_app.py::orchestrate"],
     ["modal", "deploy", "modal_app.py", "--help"],

@@ -222,7 +222,7 @@ def test_each_edge_says_what_to_type_there(error):
 
 def test_no_command_takes_what_an_older_version_left_for_done(tmp_path, capsys):
     (tmp_path / "store.json").write_text('{"format": 1}')
-    config = Path(__file__).parent.parent / "config/demo.yaml"
+    config = Path(__file__).parent.parent / "config/demo_from_zero.yaml"
     for command in ("plan", "preprocess", "prune"):
         assert main([command, "--config", str(config), "--store", str(tmp_path)]) == 2
         said = capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_what_comes_from_the_hub_stays_on_the_volume(app):
 
 
 def test_a_stage_that_has_no_jobs_starts_no_container(tmp_path):
-    cfg, said = load(ROOT / "config/demo.yaml"), []
+    cfg, said = load(ROOT / "config/demo_from_zero.yaml"), []
     assert cloud.orchestrate(cfg, ("routing",), Store(tmp_path), None, "again", said.append) == []
     assert said == [stages.without_jobs("routing", cfg)]
 
@@ -141,8 +141,8 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
     with pytest.raises(
         SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"
     ):
-        app._command(("preprocess",), str(ROOT / "config/demo.yaml"), "")
-    assert "plan of demo on Modal" in capsys.readouterr().out
+        app._command(("preprocess",), str(ROOT / "config/demo_from_zero.yaml"), "")
+    assert "plan of demo_from_zero on Modal" in capsys.readouterr().out
 
 
 def test_what_hands_out_jobs_asks_for(app):
@@ -155,7 +155,7 @@ def test_what_hands_out_jobs_asks_for(app):
 def test_a_configuration_from_the_environment_decides(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        f"extends: {ROOT}/config/demo.yaml\nruntime: {{wandb: online}}\n"
+        f"extends: {ROOT}/config/demo_from_zero.yaml\nruntime: {{wandb: online}}\n"
         "modal:\n  wandb_secret: my-wandb\n  max_gpus: 4\n"
         "  train_experts: {gpu: ['H100:2', H200], retries: 1}\n"
     )
@@ -165,13 +165,14 @@ def test_a_configuration_from_the_environment_decides(tmp_path):
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[('H100', 2), ('H200', 1)] 1 {'wandb': 'my-wandb'} 2 demo"
+    facts = "[('H100', 2), ('H200', 1)] 1 {'wandb': 'my-wandb'} 2 demo_from_zero"
+    assert done.stdout.strip() == facts
 
 
 def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration_s(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        f"extends: {ROOT}/config/demo.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
+        f"extends: {ROOT}/config/demo_from_zero.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
         "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n  endpoint_public: true\n"
         "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
     )
@@ -196,7 +197,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
 
 def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):
     (tmp_path / "mine.yaml").write_text(
-        f"extends: {ROOT}/config/demo.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n"
+        f"extends: {ROOT}/config/demo_from_zero.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n"
     )
     done = python("import modal_app", MOLEFORGE_CONFIG=str(tmp_path / "mine.yaml"))
     assert done.returncode == 1
