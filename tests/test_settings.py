@@ -258,6 +258,10 @@ EFFECTS = {
     "trunk.anchor": ("train_router", "keep", {}),
     **_fit("expert", ALPHA),
     "expert.init": (ALPHA, "fresh", {}),
+    "expert.form": (ALPHA, "low_rank", {}),
+    "expert.rank": (ALPHA, 3, {"expert__form": "low_rank"}),
+    "expert.alpha": (ALPHA, 3.0, {"expert__form": "low_rank"}),
+    "expert.layers": (ALPHA, "last:1", {}),
     "expert.coordinate": (ALPHA, True, {}),
     "expert.coordinate_bias": (ALPHA, -2.0, {"expert__coordinate": True}),
     "expert.z_weight": (ALPHA, 1.0, {"expert__coordinate": True}),
@@ -296,7 +300,10 @@ EFFECTS = {
     "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
 }
 # Of an expert alone: no baseline is trained by them
-OF_EXPERTS_ALONE = ("init", "coordinate", "coordinate_bias", "z_weight", "statistics_tokens")
+OF_EXPERTS_ALONE = (
+    *("init", "form", "rank", "alpha", "layers"),
+    *("coordinate", "coordinate_bias", "z_weight", "statistics_tokens"),
+)
 BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "family": "test_the_family_is_looked_up",
     "data.source": "test_source_and_hub_decide_what_is_opened",

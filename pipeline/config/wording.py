@@ -44,6 +44,7 @@ PATTERNS = {
     NAME: "be a name of at most 64 letters, digits, dots, dashes "
     "and underscores that begins with a letter or digit",
     r"^\S+$": "be one word",
+    r"^last:[1-9]\d*$": "be last:N, with a number of layers",
     ADAPTER_NAME: "be a name of lower-case letters, digits and underscores that begins "
     "with a letter",
 }

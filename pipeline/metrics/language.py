@@ -181,9 +181,10 @@ def routing(
     counts: Mapping[str, ndarray],
     first: Mapping[str, ndarray],
     experts: Sequence[str],
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return the token routing table from counts_LE per domain: all assignments, and first choices
-    for the agreement.
+    for the agreement. numbers: of the layers counted, where they are not all.
 
     Domains weigh the same. Agreement is the share of tokens whose first choice is their own
     domain's expert.
@@ -200,14 +201,14 @@ def routing(
             chosen_LE = _shares(first[domain])
             agreement_L[domain] = chosen_LE[:, own]
     layers = []
-    for layer, row_E in enumerate(mean_LE):
-        agreed = [each_L[layer] for each_L in agreement_L.values()]
+    for place, row_E in enumerate(mean_LE):
+        agreed = [each_L[place] for each_L in agreement_L.values()]
         share = {}
         for domain, each_LE in share_LE.items():
-            share[domain] = each_LE[layer].tolist()
+            share[domain] = each_LE[place].tolist()
         layers.append(
             {
-                "layer": layer,
+                "layer": place if numbers is None else numbers[place],
                 "share": share,
                 "agreement": _mean(agreed) if agreed else None,
                 "entropy": entropy(row_E),

@@ -6,7 +6,7 @@ R = N*K routed rows.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,24 +26,40 @@ HF_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
 
 class Expert(nn.Module):
     """One feed-forward network per layer; the dummy, the anchor and a dense baseline's FFN are
-    Experts too."""
+    Experts too.
 
-    def __init__(self, layers: Iterable[nn.Module]):
+    An expert of chosen layers has None elsewhere, where the networks of its `base` stand.
+    """
+
+    base: "Expert | None"
+
+    def __init__(self, layers: Iterable[nn.Module | None], base: "Expert | None" = None):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        # torch keeps a place without a module, though it does not declare so
+        self.layers = nn.ModuleList(cast("Iterable[nn.Module]", layers))
+        # past nn.Module: the base is everyone's, and no part of what is trained, moved or stored
+        object.__setattr__(self, "base", base)
+
+    @property
+    def own_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a network of the expert's own."""
+        return tuple(i for i, network in enumerate(self.layers) if network is not None)
 
     def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer's network; this is what the trunk takes as its `ffn`."""
         network = self.layers[layer]
+        if network is None and self.base is not None:
+            return self.base(layer, x_BTD)
         if is_swiglu(network):
             return swiglu(network, x_BTD)
         return network(x_BTD)
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Return parameters under the names they have in a dense Hugging Face model."""
+        """Return the expert's own parameters under the names they have in a dense Hugging Face
+        model."""
         names = {}
-        for layer, network in enumerate(self.layers):
-            for name, parameter in network.named_parameters():
+        for layer in self.own_layers:
+            for name, parameter in self.layers[layer].named_parameters():
                 names[f"model.layers.{layer}.mlp.{name}"] = parameter
         return names
 
@@ -61,19 +77,42 @@ class Expert(nn.Module):
 
 
 def clone(expert: Expert) -> Expert:
-    """Return a trainable copy, whatever was frozen in the original."""
-    return copy.deepcopy(expert).requires_grad_(True)
+    """Return a trainable copy, whatever was frozen in the original; a base stays the one it is."""
+    shared = {id(expert.base): expert.base}
+    return copy.deepcopy(expert, shared).requires_grad_(True)
 
 
-def from_tensors(like: Expert, tensors: Mapping[str, Tensor]) -> Expert:
+def in_layers(expert: Expert, base: Expert, layers: Collection[int]) -> Expert:
+    """Return an expert of chosen layers: its networks there, the base's elsewhere."""
+    networks = []
+    for layer, network in enumerate(expert.layers):
+        networks.append(network if layer in layers else None)
+    return Expert(networks, base)
+
+
+def common_layers(experts: Sequence[Expert]) -> tuple[int, ...]:
+    """Return the numbers of the layers in which every expert has a network of its own; those of a
+    base are its own in all."""
+    everywhere = [set(expert.own_layers) for expert in experts]
+    return tuple(sorted(set.intersection(*everywhere)))
+
+
+def from_tensors(
+    like: Expert,
+    tensors: Mapping[str, Tensor],
+    layers: Collection[int] | None = None,
+) -> Expert:
     """Return a frozen expert of the same architecture around stored tensors, which are neither
     copied nor cast.
 
+    layers: those it has networks of its own in, all by default; elsewhere those of `like` stand.
     Raises RuntimeError when names are missing or strange or a shape differs.
     """
     # on the meta device a network has shapes and no memory, so building it costs nothing
     with torch.device("meta"):
         expert = Expert(_same_kind(network) for network in like.layers)
+    if layers is not None and len(layers) < len(like.layers):
+        expert = in_layers(expert, like, layers)
     expert.load(tensors, assign=True)
     return expert.requires_grad_(False).eval()
 

@@ -7,7 +7,8 @@ convention of Mixtral and of Qwen3-MoE with norm_topk_prob, so an expert trained
 B sequences, T tokens, N = B*T, D model width, E experts, K experts per token, R = N*K, L layers.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Expert, mix
+
+GATE_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,27 @@ class RouterStats:
 
 
 class Router(nn.Module):
-    """Gates weight_ED per layer, with a selection bias that only training uses."""
+    """Gates weight_ED per layer with experts, with a selection bias that only training uses.
+
+    layers: the numbers of those layers, where they are not all; gates and buffers are in their
+    order.
+    """
 
     bias_LE: Tensor
     count_LE: Tensor
 
-    def __init__(self, weight_LED: Tensor, gating: Gating):
+    def __init__(self, weight_LED: Tensor, gating: Gating, layers: Sequence[int] | None = None):
         super().__init__()
-        layers, n_experts = weight_LED.shape[:2]
+        count, n_experts = weight_LED.shape[:2]
+        self.layers = tuple(layers or range(count))
+        self.place = {layer: place for place, layer in enumerate(self.layers)}
         self.gates = nn.ParameterList()
         for gate_ED in weight_LED:
             # a copy, as what came from a closed form or a file is left as it was
             self.gates.append(gate_ED.detach().clone().float())
-        self.register_buffer("bias_LE", torch.zeros(layers, n_experts))
+        self.register_buffer("bias_LE", torch.zeros(count, n_experts))
         # counts are of one step, which is never saved in its middle
-        self.register_buffer("count_LE", torch.zeros(layers, n_experts), persistent=False)
+        self.register_buffer("count_LE", torch.zeros(count, n_experts), persistent=False)
         self.gating = gating
         self.temperature = 1.0
         self.stats: dict[int, RouterStats] = {}  # by layer
@@ -65,7 +74,7 @@ class Router(nn.Module):
         top_k = self.gating.top_k
         # the gate stays fp32 under autocast: a tie broken by bf16 rounding would change experts
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.gates[layer])
+            logits_NE = F.linear(x_ND.float(), self.gates[self.place[layer]])
             logits_NE = logits_NE / self.temperature
         if self.training and self.gating.noise:
             noise_NE = torch.randn_like(logits_NE)
@@ -75,7 +84,7 @@ class Router(nn.Module):
         if self.training:
             # only while training, as an exported gate has no place for a bias; it decides who is
             # picked and never how much the picked ones weigh
-            selection_NE = logits_NE + self.bias_LE[layer]
+            selection_NE = logits_NE + self.bias_LE[self.place[layer]]
         index_NK = selection_NE.topk(top_k).indices
         weight_NK = logits_NE.gather(1, index_NK).softmax(-1)
         if top_k == 1:
@@ -90,7 +99,7 @@ class Router(nn.Module):
         """Keep the layer's stats; return index_NK with -1 where an expert is over capacity."""
         n_experts = logits_NE.shape[1]
         count_E = index_NK.flatten().bincount(minlength=n_experts).float()
-        self.count_LE[layer] += count_E
+        self.count_LE[self.place[layer]] += count_E
         kept_NK = within_capacity(index_NK, n_experts, self.gating.capacity_factor)
         self.stats[layer] = RouterStats(
             share_E=count_E / count_E.sum(),
@@ -135,9 +144,13 @@ class Router(nn.Module):
         """Return gate weight_ED per layer by Hugging Face name, the temperature folded in; the bias
         has no place."""
         exported = {}
-        for layer, gate_ED in enumerate(self.gates):
-            exported[gate_name(layer)] = gate_ED.detach() / self.temperature
+        for name, gate_ED in self.named().items():
+            exported[name] = gate_ED.detach() / self.temperature
         return exported
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the gates by Hugging Face name."""
+        return {gate_name(layer): self.gates[place] for layer, place in self.place.items()}
 
 
 def gate_name(layer: int) -> str:
@@ -145,8 +158,26 @@ def gate_name(layer: int) -> str:
     return f"model.layers.{layer}.mlp.gate.weight"
 
 
+def gate_layers(stored: Mapping[str, Tensor]) -> list[int]:
+    """Return the numbers of the layers that stored gates are of, in order.
+
+    Raises ValueError for what is no gate.
+    """
+    layers = []
+    for name in stored:
+        found = GATE_NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name} is no gate")
+        layers.append(int(found[1]))
+    # by number: the names of ten layers and more do not sort as their numbers do
+    return sorted(layers)
+
+
 class Mixture(nn.Module):
-    """Experts joined by a router; the trunk takes it as its `ffn`."""
+    """Experts joined by a router; the trunk takes it as its `ffn`.
+
+    Where the router has no gate every expert has its base's network, which runs once.
+    """
 
     def __init__(self, experts: Sequence[Expert], router: Router):
         super().__init__()
@@ -155,6 +186,9 @@ class Mixture(nn.Module):
 
     def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer."""
+        if layer not in self.router.place:
+            y_BTD: Tensor = self.experts[0](layer, x_BTD)
+            return y_BTD
         x_ND = x_BTD.flatten(0, -2)
         index_NK, weight_NK = self.router.route(layer, x_ND)
         y_ND = mix(self.experts, layer, x_ND, index_NK, weight_NK)

@@ -51,21 +51,35 @@ class FeatureStatistics:
             "tokens": tokens,
         }
 
-    def observe(self, ffn: Ffn) -> Ffn:
-        """Return an ffn that adds every input x_BTD to the sums before `ffn` handles it."""
+    def observe(self, ffn: Ffn, layers: Sequence[int] | None = None) -> Ffn:
+        """Return an ffn that adds every input x_BTD to the sums before `ffn` handles it.
+
+        layers: the numbers of those that are summed, all by default.
+        """
+        if layers is None:
+            layers = range(len(self.sum_LD))
+        place_of = {layer: place for place, layer in enumerate(layers)}
 
         def observed(layer: int, x_BTD: Tensor) -> Tensor:
+            place = place_of.get(layer)
+            if place is None:
+                return ffn(layer, x_BTD)
             x_ND = x_BTD.detach().flatten(0, -2).float()
             # autocast would round the products to bf16
             with torch.autocast(x_ND.device.type, enabled=False):
-                self.sum_LD[layer] += x_ND.sum(0).cpu()
-                self.gram_LDD[layer] += (x_ND.T @ x_ND).cpu()
+                self.sum_LD[place] += x_ND.sum(0).cpu()
+                self.gram_LDD[place] += (x_ND.T @ x_ND).cpu()
             # a token passes every layer and is counted in the first
-            if layer == 0:
+            if place == 0:
                 self.tokens += x_ND.shape[0]
             return ffn(layer, x_BTD)
 
         return observed
+
+    def of_layers(self, layers: Sequence[int]) -> "FeatureStatistics":
+        """Return the statistics of some of the layers alone."""
+        chosen = list(layers)
+        return FeatureStatistics(self.sum_LD[chosen], self.gram_LDD[chosen], self.tokens)
 
     @property
     def mean_LD(self) -> Tensor:

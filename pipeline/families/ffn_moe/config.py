@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...config.base import Section, Share, is_folder, not_hashed
 from ...config.fit import FitConfig
@@ -16,6 +16,9 @@ from .stages import BASELINE_READS, FROM_ZERO, STAGES
 
 # the dummy where it stays as an expert; reports call it so, so that no domain may be
 ANCHOR = "anchor"
+DEFAULT_RANK = 16
+LayerNumber = Annotated[int, Field(ge=0)]
+LastLayers = Annotated[str, Field(pattern=r"^last:[1-9]\d*$")]
 
 
 class TrunkConfig(FitConfig):
@@ -74,6 +77,22 @@ class ExpertConfig(FitConfig):
     init: Literal["trunk", "fresh"] = Field(
         "trunk", description="Start from a copy of the dummy, or at random"
     )
+    form: Literal["full", "low_rank"] = Field(
+        "full",
+        description="full: networks of its own; low_rank: a delta of few numbers on the frozen "
+        "dummy's matrices",
+    )
+    rank: int | None = Field(None, ge=1, description="Rank of a low-rank expert's deltas; none: 16")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="A low-rank delta counts alpha / rank times; none: twice the rank",
+    )
+    layers: Literal["all"] | LastLayers | tuple[LayerNumber, ...] = Field(
+        "all",
+        description="Layers with experts and gates: all, last:N, or their numbers from 0; "
+        "elsewhere the dummy's networks stay",
+    )
     coordinate: bool = Field(
         False,
         description="Train beside the frozen dummy with a two-way gate (FlexOlmo) instead of alone",
@@ -91,6 +110,62 @@ class ExpertConfig(FitConfig):
     domains: tuple[DomainName, ...] | None = not_hashed(
         None, "Domains that get an expert, in order; none: all"
     )
+
+    @property
+    def delta_rank(self) -> int:
+        """The rank of the deltas that stand for an expert; 0 where it has networks of its own."""
+        return (self.rank or DEFAULT_RANK) if self.form == "low_rank" else 0
+
+    @property
+    def delta_scale(self) -> float:
+        """What a low-rank product B A is multiplied by."""
+        rank = self.rank or DEFAULT_RANK
+        return (self.alpha or 2 * rank) / rank
+
+    def in_layers(self, count: int) -> tuple[int, ...]:
+        """Return the numbers of the layers with experts in a trunk of so many.
+
+        Raises ValueError where the trunk has not so many.
+        """
+        if self.layers == "all":
+            return tuple(range(count))
+        if isinstance(self.layers, str):
+            last = int(self.layers.removeprefix("last:"))
+            if last > count:
+                raise ValueError(f"{self.layers} are more layers than the trunk has, {count}")
+            return tuple(range(count - last, count))
+        if self.layers[-1] >= count:
+            raise ValueError(
+                f"there is no layer {self.layers[-1]}; the trunk has layers 0 to {count - 1}"
+            )
+        return self.layers
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_ascend(cls, layers: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(layers, str):
+            return layers
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError("must name at least one layer, each once, the lowest first")
+        return layers
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> Self:
+        if self.form == "low_rank" and self.init == "fresh":
+            raise ValueError(
+                "init: fresh starts at random, and a low-rank expert is a change of the trunk's "
+                "own networks; set form: full or init: trunk"
+            )
+        given = [name for name in ("rank", "alpha") if getattr(self, name) is not None]
+        if given and self.form == "full":
+            raise ValueError(
+                f"{given[0]} is of low-rank experts; set form: low_rank, or leave it out"
+            )
+        if self.coordinate and self.layers != "all":
+            raise ValueError(
+                "coordinate trains a gate beside an expert in every layer; set layers: all"
+            )
+        return self
 
 
 class TemperatureConfig(Section):
@@ -240,7 +315,12 @@ class FfnMoeConfig(TextRunConfig):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         # All at once: whoever mends one should not meet the next one only then
-        problems = [*_unknown_domains(self), *_durations(self), *_pretrained(self)]
+        problems = [
+            *_unknown_domains(self),
+            *_durations(self),
+            *_pretrained(self),
+            *_expert_layers(self),
+        ]
         if self.router.init == "rows" and not self.expert.coordinate:
             problems.append(
                 "router.init: rows are learned by coordinated experts; set expert.coordinate: true"
@@ -282,6 +362,16 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
             "domains"
         )
     return out
+
+
+def _expert_layers(cfg: FfnMoeConfig) -> list[str]:
+    if cfg.trunk.init:
+        return []  # its own config.json says how many layers it has
+    try:
+        cfg.expert.in_layers(cfg.trunk.layers)
+    except ValueError as error:
+        return [f"expert.layers: {error}"]
+    return []
 
 
 def _durations(cfg: FfnMoeConfig) -> list[str]:

@@ -204,12 +204,15 @@ class _ChoiceCounter:
         self.first_LE = np.zeros((layers, experts))
 
     def __call__(self, layer: int, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_ND = x_BTD.flatten(0, -2)
-        # Routed twice, here and by the mixture: the router itself counts only while it trains
-        index_NK, _ = self.mixture.router.route(layer, x_ND)
-        self.all_LE[layer] += self._counts(index_NK.flatten())
-        # Of the k chosen the most probable one stands first
-        self.first_LE[layer] += self._counts(index_NK[:, 0])
+        router = self.mixture.router
+        # Where there are no experts nothing is chosen
+        if layer in router.place:
+            place = router.place[layer]
+            # Routed twice, here and by the mixture: the router itself counts only while it trains
+            index_NK, _ = router.route(layer, x_BTD.flatten(0, -2))
+            self.all_LE[place] += self._counts(index_NK.flatten())
+            # Of the k chosen the most probable one stands first
+            self.first_LE[place] += self._counts(index_NK[:, 0])
         return self.mixture(layer, x_BTD)
 
     def _counts(self, index: torch.Tensor) -> np.ndarray:
@@ -226,7 +229,8 @@ def _routing(evaluator: Evaluator, stack: FfnStack) -> TokenRouting:
         evaluator.token_nats(stack.trunk, counter, domain)
         counts[domain] = counter.all_LE
         first[domain] = counter.first_LE
-    return TokenRouting.model_validate(routing(counts, first, stack.names))
+    numbers = stack.mixture.router.layers
+    return TokenRouting.model_validate(routing(counts, first, stack.names, numbers))
 
 
 def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveRow]:

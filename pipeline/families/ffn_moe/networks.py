@@ -10,7 +10,8 @@ import torch
 
 from ...data.text.shards import Shards
 from ...hardware import device
-from ...model.experts import Expert, average
+from ...model.experts import Expert
+from ...model.low_rank import average
 from ...model.router import UniformMixture
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Trunk, build, load_dense

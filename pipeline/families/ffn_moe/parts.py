@@ -13,9 +13,10 @@ from ...data.text.mixture import DomainMixture
 from ...data.text.shards import Shards
 from ...errors import MismatchError
 from ...hardware import device, uses_bf16
-from ...model import router_init
-from ...model.experts import Expert, from_tensors
+from ...model import low_rank, router_init
+from ...model.experts import Expert, common_layers, from_tensors
 from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
+from ...model.low_rank import LowRankExpert
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, build, open_tensors
@@ -35,8 +36,9 @@ def mixture_of(
     weight_LED: torch.Tensor,
     top_k: int,
 ) -> Mixture:
-    """Return frozen experts joined by fixed gates."""
-    router = Router(weight_LED, Gating(top_k))
+    """Return frozen experts joined by fixed gates, in the layers where they have networks of their
+    own."""
+    router = Router(weight_LED, Gating(top_k), common_layers(experts))
     mixture = Mixture(experts, router).to(device())
     return mixture.requires_grad_(False).eval()
 
@@ -215,10 +217,24 @@ def in_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def training_expert(cfg: FfnMoeConfig, expert: Expert) -> Expert:
     """Return a frozen expert as a training computes with it: rounded once where trainings are
-    bf16."""
-    if not uses_bf16(cfg.dtype):
+    bf16.
+
+    Deltas stay in fp32, as they are small and each product casts them anyway.
+    """
+    if not uses_bf16(cfg.dtype) or isinstance(expert, LowRankExpert):
         return expert
-    return from_tensors(expert, in_bf16(expert.named()))
+    if all(parameter.dtype == torch.bfloat16 for parameter in expert.parameters()):
+        # As it is: experts on one base are known by it
+        return expert
+    return from_tensors(expert.base or expert, in_bf16(expert.named()), expert.own_layers)
+
+
+def expert_layers(cfg: FfnMoeConfig, count: int) -> tuple[int, ...]:
+    """Return the numbers of the layers with experts in a trunk of so many. Raises MismatchError."""
+    try:
+        return cfg.expert.in_layers(count)
+    except ValueError as error:
+        raise MismatchError(f"expert.layers: {error}") from None
 
 
 def stored_experts(
@@ -234,25 +250,33 @@ def stored_experts(
     if cfg.trunk.anchor == "keep":
         yield ANCHOR, dummy
     for name in cfg.experts:
-        yield name, _stored_expert(parts, dummy, name)
+        yield name, _stored_expert(cfg, parts, dummy, name)
 
 
-def _stored_expert(parts: Parts, dummy: Expert, name: str) -> Expert:
+def _stored_expert(cfg: FfnMoeConfig, parts: Parts, dummy: Expert, name: str) -> Expert:
     # A function of its own: in the loop above its names would keep one file mapped while the next
     # one is opened
     tensors = parts.tensors("train_experts", "expert.safetensors", name)
-    return from_tensors(dummy, tensors).to(device())
+    if cfg.expert.delta_rank:
+        return low_rank.from_tensors(dummy, tensors, cfg.expert.delta_scale).to(device())
+    layers = expert_layers(cfg, len(dummy.layers))
+    return from_tensors(dummy, tensors, layers).to(device())
 
 
 def stored_statistics(cfg: FfnMoeConfig, parts: Parts, anchor: bool) -> list[FeatureStatistics]:
     """Return the feature statistics of the stack's experts in order, the dummy's first when
     `anchor`."""
-    stored = []
+    found = []
     if anchor:
-        stored.append(parts.tensors("train_shared", "statistics.safetensors"))
+        tensors = parts.tensors("train_shared", "statistics.safetensors")
+        everywhere = FeatureStatistics.from_tensors(tensors)
+        # The trunk's are of every layer: it does not know where experts will be
+        layers = expert_layers(cfg, len(everywhere.sum_LD))
+        found.append(everywhere.of_layers(layers))
     for name in cfg.experts:
-        stored.append(parts.tensors("train_experts", "statistics.safetensors", name))
-    return [FeatureStatistics.from_tensors(tensors) for tensors in stored]
+        tensors = parts.tensors("train_experts", "statistics.safetensors", name)
+        found.append(FeatureStatistics.from_tensors(tensors))
+    return found
 
 
 def _coordinated_rows(cfg: FfnMoeConfig, parts: Parts) -> torch.Tensor:
@@ -273,12 +297,15 @@ def feature_statistics(
     ffn: Ffn,
     rows: DomainMixture,
     tokens: int,
+    layers: Sequence[int] | None = None,
 ) -> FeatureStatistics:
     """Return statistics of the feed-forward inputs over the first tokens of rows, in evaluation
-    mode."""
+    mode; of some layers alone where they are given."""
     settings = trunk.config
-    statistics = FeatureStatistics.empty(settings.num_hidden_layers, settings.hidden_size)
-    observed = statistics.observe(ffn)
+    if layers is None:
+        layers = range(settings.num_hidden_layers)
+    statistics = FeatureStatistics.empty(len(layers), settings.hidden_size)
+    observed = statistics.observe(ffn, layers)
     available = min(tokens, rows.tokens())
     wanted = max(1, available // rows.context_tokens)
     # Under a budget one at a time, as the training that follows starts with

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import MismatchError
 from ...model.experts import Expert
-from ...model.router import Mixture, gate_name
+from ...model.router import Mixture, gate_layers, gate_name
 from ...model.trunk import Trunk
 from .. import Parts
 from .config import FfnMoeConfig
@@ -63,8 +63,7 @@ def join(
     Raises MissingArtifact, DamagedArtifact, or MismatchError for a router of other experts.
     """
     stored = parts.tensors("train_router", "router.safetensors")
-    # By number: the names of ten layers and more do not sort as their numbers do
-    gates = [stored[gate_name(layer)] for layer in range(len(stored))]
+    gates = [stored[gate_name(layer)] for layer in gate_layers(stored)]
     weight_LED = torch.stack(gates)
     rows = weight_LED.shape[1]
     if rows != len(experts):

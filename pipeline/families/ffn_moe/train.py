@@ -18,9 +18,10 @@ from ...config.fit import FitConfig
 from ...data.text.mixture import DomainMixture
 from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
-from ...model.experts import Expert, clone, reinit_like
+from ...model.experts import Expert, clone, in_layers, reinit_like
 from ...model.loss import chunk_of, cross_entropy
-from ...model.router import CoordinatedExpert, Gating, Mixture, Router, gate_name
+from ...model.low_rank import DRAWN, LowRankExpert
+from ...model.router import CoordinatedExpert, Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, settings_of
 from ...train.flops import Shape
@@ -32,6 +33,7 @@ from .parts import (
     ANCHOR_STATISTICS_TOKENS,
     FROZEN,
     batch_of,
+    expert_layers,
     feature_statistics,
     in_bf16,
     initial_gates,
@@ -94,8 +96,8 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = training_trunk(cfg, parts)
     torch.manual_seed(cfg.seed_of("expert", item))
-    own = clone(dummy) if cfg.expert.init == "trunk" else reinit_like(dummy)
-    own = own.to(device())
+    layers = expert_layers(cfg, len(dummy.layers))
+    own = _new_expert(cfg, dummy, layers).to(device())
     rows = training_rows(
         cfg,
         shards,
@@ -108,7 +110,9 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
 
     def export_of(ffn: Ffn) -> dict[str, dict]:
-        statistics = feature_statistics(cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens)
+        statistics = feature_statistics(
+            cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens, layers
+        )
         return {
             "expert.safetensors": own.named(),
             "statistics.safetensors": statistics.tensors(),
@@ -123,12 +127,18 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         rows=rows,
         judged_on=(item,),
     )
+    parameters = own.named()
+    # Deltas are too small to gain by bf16, and what multiplies a zero has no gradient at first
+    deltas = tuple(parameters) if cfg.expert.delta_rank else ()
+    still = tuple(name for name in deltas if DRAWN in name)
     if not cfg.expert.coordinate:
-        return common(
+        task = common(
             ffn=own,
-            parameters=own.named(),
+            parameters=parameters,
             export=lambda _kept_step: export_of(own),
+            fp32=deltas,
         )
+        return replace(task, zero_first_gradient=still)
 
     pair = _coordinated(cfg, parts, trunk, dummy, own, own_rows)
     gate = {"row": pair.row_LD, "bias": pair.bias_L}
@@ -139,11 +149,23 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 
     task = common(
         ffn=pair,
-        parameters={**own.named(), **gate},
+        parameters={**parameters, **gate},
         export=lambda _kept_step: {**export_of(pair), "gate.safetensors": gate},
-        fp32=tuple(gate),
+        fp32=(*gate, *deltas),
     )
-    return replace(task, penalty=penalty)
+    return replace(task, penalty=penalty, zero_first_gradient=still)
+
+
+def _new_expert(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> Expert:
+    """Return an expert to train: deltas on the dummy, or networks of its own, in those layers;
+    elsewhere the frozen dummy's stand."""
+    if cfg.expert.delta_rank:
+        base = training_expert(cfg, dummy)
+        return LowRankExpert(base, cfg.expert.delta_rank, cfg.expert.delta_scale, layers)
+    if len(layers) == len(dummy.layers):
+        return clone(dummy) if cfg.expert.init == "trunk" else reinit_like(dummy)
+    start = dummy if cfg.expert.init == "trunk" else reinit_like(dummy)
+    return clone(in_layers(start, training_expert(cfg, dummy), layers))
 
 
 def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
@@ -154,10 +176,13 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     opts = cfg.router
     gating = Gating(opts.top_k, opts.noise, opts.capacity_factor, opts.balance)
     weight_LED = initial_gates(cfg, parts, opts.init)
-    gates = Router(weight_LED, gating).to(device())
+    gates = Router(weight_LED, gating, expert_layers(cfg, len(dummy.layers))).to(device())
+    # Full experts need the dummy for a pattern alone; on others' way its own networks run
+    alone = not cfg.expert.delta_rank and cfg.expert.layers == "all"
+    base = dummy if alone else training_expert(cfg, dummy)
     # One after another, each rounded before the next is opened
     experts = []
-    for _, stored in stored_experts(cfg, parts, dummy):
+    for _, stored in stored_experts(cfg, parts, base):
         experts.append(training_expert(cfg, stored))
     rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
@@ -194,7 +219,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         gates.temperature = temperature(max(0, kept_step - 1))
         return {"router.safetensors": gates.exported()}
 
-    parameters = {gate_name(layer): gate for layer, gate in enumerate(gates.gates)}
+    parameters = gates.named()
     task = _task(
         cfg,
         opts,

@@ -1,0 +1,193 @@
+"""Experts that are deltas, and experts in chosen layers: trained, joined, measured, as the settings
+say.
+
+B sequences, T tokens, L layers, E experts.
+"""
+
+import pytest
+import torch
+from fakes import Killed, dying, equal, train_io, values
+
+from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.parts import stored_trunk
+from pipeline.families.ffn_moe.stack import assemble
+from pipeline.model.low_rank import LowRankExpert
+from pipeline.protocols import quiet
+from pipeline.train import loop
+from tests import small
+
+FORMS = {
+    "low rank": {"expert__form": "low_rank", "expert__rank": 3},
+    "low rank, last layer, anchor": {
+        "expert__form": "low_rank",
+        "expert__layers": "last:1",
+        "trunk__anchor": "keep",
+    },
+    "full, first layer": {"expert__layers": [0]},
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def made(request, tmp_path_factory):
+    """A whole small run of one form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        cfg = small.config(**FORMS[request.param])
+        return small.run(cfg, tmp_path_factory.mktemp("forms") / "run")
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+
+
+def layers_of(cfg) -> tuple[int, ...]:
+    """Return the layers with experts of a small run."""
+    return {"all": (0, 1), "last:1": (1,)}.get(cfg.expert.layers, cfg.expert.layers)
+
+
+def test_an_expert_is_what_its_form_holds_in_its_layers_alone(made):
+    layers = layers_of(made.cfg)
+    low_rank = made.cfg.expert.form == "low_rank"
+    ends = ("lora_A.weight", "lora_B.weight") if low_rank else ("weight",)
+    names = [
+        f"model.layers.{i}.mlp.{p}_proj.{end}"
+        for i in layers
+        for p in ("gate", "up", "down")
+        for end in ends
+    ]
+    stored = made.tensors("train_experts", "expert.safetensors", "beta")
+    assert sorted(stored) == sorted(names)
+    assert all(t.dtype == torch.float32 and t.any() for t in stored.values())
+    if low_rank:
+        assert len(stored["model.layers.1.mlp.up_proj.lora_A.weight"]) == (
+            made.cfg.expert.rank or 16
+        )
+    assert made.metrics["train_experts", "beta"]["parameters"] == sum(
+        t.numel() for t in stored.values()
+    )
+    gates = made.tensors("train_router", "router.safetensors")
+    assert sorted(gates) == [f"model.layers.{i}.mlp.gate.weight" for i in layers]
+    statistics = made.tensors("train_experts", "statistics.safetensors", "beta")
+    assert statistics["sum"].shape == (len(layers), made.cfg.trunk.d_model)
+    assert statistics["tokens"].item() == 256
+    everywhere = made.tensors("train_shared", "statistics.safetensors")
+    assert everywhere["sum"].shape == (2, made.cfg.trunk.d_model)
+
+
+def test_the_stack_is_the_mixture_of_the_merged_experts(made):
+    """Written out for one layer after another: every expert on every token, weighed by its gate."""
+    stack = assemble(made.cfg, made)
+    layers = layers_of(made.cfg)
+    experts = []
+    for each in stack.experts.values():
+        experts.append(each.merged() if isinstance(each, LowRankExpert) else each)
+    gates = made.tensors("train_router", "router.safetensors")
+    _, dummy = stored_trunk(made.cfg, made)
+
+    def written_out(layer, x_BTD):
+        if layer not in layers:
+            return dummy(layer, x_BTD)
+        logits_BTE = x_BTD @ gates[f"model.layers.{layer}.mlp.gate.weight"].T
+        chosen = logits_BTE.topk(made.cfg.router.top_k)
+        weight_BTE = torch.zeros_like(logits_BTE)
+        weight_BTE.scatter_(-1, chosen.indices, chosen.values.softmax(-1))
+        y_EBTD = torch.stack([expert(layer, x_BTD) for expert in experts])
+        return (y_EBTD * weight_BTE.movedim(-1, 0).unsqueeze(-1)).sum(0)
+
+    ids_BT = torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = stack.trunk.hidden(ids_BT, stack.mixture)
+        wanted = stack.trunk.hidden(ids_BT, written_out)
+        apart = stack.trunk.hidden(ids_BT, dummy)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (found - apart).abs().max() > 1e-3
+
+
+def test_a_report_measures_it_in_its_layers(made):
+    report = evaluate.tables(made.cfg, made, quiet)
+    assert [layer.layer for layer in report.routing.layers] == list(layers_of(made.cfg))
+    rows = {row.name: row for row in report.quality}
+    assert len({rows[name].mean for name in ("alpha", "beta", "gamma", "weight soup")}) == 4
+
+
+def test_a_killed_training_ends_the_same_bit_for_bit(made, tmp_path):
+    for make, item in ((ffn_moe.expert, ("alpha",)), (ffn_moe.router, ())):
+        whole = make(made.cfg, made, *item)
+        loop.fit(whole, train_io(tmp_path / f"{make.__name__} whole"))
+        folder = tmp_path / make.__name__
+        with pytest.raises(Killed):
+            loop.fit(dying(make(made.cfg, made, *item), 2), train_io(folder))
+        again = make(made.cfg, made, *item)
+        torch.manual_seed(77)
+        loop.fit(again, train_io(folder))
+        assert equal(values(again), values(whole))
+
+
+def test_deltas_stay_fp32_in_a_bf16_training_over_a_rounded_base(tmp_path):
+    cfg = small.config(dtype="bf16", expert__form="low_rank", trunk__anchor="keep")
+    parts = small.run(cfg, tmp_path / "run")
+    task = ffn_moe.expert(cfg, parts, "alpha")
+    assert task.bf16 and not task.bf16_params
+    assert task.zero_first_gradient == tuple(n for n in task.parameters if "lora_A" in n)
+    # one step moves them all but what a zero multiplies, and that is no fault
+    one = small.config(
+        dtype="bf16", expert__form="low_rank", expert__steps=1, expert__weight_decay=0.0
+    )
+    moved = ffn_moe.expert(one, parts, "alpha")
+    before = values(moved)
+    loop.fit(moved, train_io(tmp_path / "one"))
+    still = [name for name, value in values(moved).items() if torch.equal(value, before[name])]
+    assert still == [name for name in before if "lora_A" in name]
+
+
+def test_layers_below_the_first_expert_keep_nothing_for_a_backward_pass(tmp_path):
+    cfg = small.config(trunk__layers=3, expert__form="low_rank", expert__layers=[2])
+    parts = small.FolderParts(cfg, tmp_path / "run")
+    small.write_shards(tmp_path / "run" / "preprocess", cfg.partition.names)
+    small.train(cfg, parts, "train_shared")
+    kept = {}
+    for layers in ("all", "last:1"):
+        own = small.config(trunk__layers=3, expert__form="low_rank", expert__layers=layers)
+        task = ffn_moe.expert(own, parts, "alpha")
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            task.loss(task.batch(0, 4)).backward()
+        kept[layers] = sum(sizes)
+    # of three layers one is kept; what is left is its share, and the loss
+    assert kept["last:1"] < 0.5 * kept["all"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"expert__layers": "last:3"},
+            "expert.layers: last:3 are more layers than the trunk has, 2",
+        ),
+        (
+            {"expert__layers": [2]},
+            "expert.layers: there is no layer 2; the trunk has layers 0 to 1",
+        ),
+        ({"expert__layers": [1, 0]}, "each once, the lowest first"),
+        ({"expert__layers": []}, "must name at least one layer"),
+        ({"expert__rank": 4}, "rank is of low-rank experts; set form: low_rank"),
+        ({"expert__alpha": 4.0}, "alpha is of low-rank experts; set form: low_rank"),
+        ({"expert__form": "low_rank", "expert__init": "fresh"}, "set form: full or init: trunk"),
+        ({"expert__coordinate": True, "expert__layers": [1]}, "set layers: all"),
+    ],
+)
+def test_what_no_form_has_is_refused_in_a_sentence(changes, told):
+    with pytest.raises(ValueError, match=told):
+        small.config(**changes)
+
+
+def test_rank_and_alpha_have_defaults_of_each_other():
+    expert = small.config(expert__form="low_rank").expert
+    assert (expert.delta_rank, expert.delta_scale) == (16, 2.0)
+    expert = small.config(expert__form="low_rank", expert__rank=4, expert__alpha=2.0).expert
+    assert (expert.delta_rank, expert.delta_scale) == (4, 0.5)
+    assert small.config().expert.delta_rank == 0
