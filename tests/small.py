@@ -49,7 +49,7 @@ SETTINGS = {
     "expert": FITTED | {"statistics_tokens": 256},
     "router": FITTED,
     "dense": {"baselines": ()},
-    "evaluate": {"tokens_per_domain": 200, "bootstrap": 50},
+    "evaluate": {"tokens_per_domain": 200, "bootstrap": 50, "continuation_tokens": 0},
 }
 
 

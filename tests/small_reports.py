@@ -155,6 +155,14 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
                 "verdict": "worse",
             },
         ],
+        "continuations": [
+            {
+                "domain": "code",
+                "prompt": "def first(",
+                "held_out": "items): return items[0]",
+                "written": [["trunk + dummy", "the the the"], ["dense total", "x): return x"]],
+            }
+        ],
         "speed": [dict(JOB)],
         "machine": dict(MACHINE),
         "notes": ["one seed only; see https://example.org for more"],

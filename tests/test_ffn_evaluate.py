@@ -7,9 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.data.text import tokenizer
 from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.evaluate import tables
+from pipeline.families.load import load
 from pipeline.protocols import quiet
+from pipeline.run.context import StoredParts
+from pipeline.store.artifacts import Store
 from tests import small
 
 
@@ -71,3 +75,46 @@ def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(
     wanted = nats / sizes[: len(starts) - 1].sum() / np.log(2)
     row = next(row for row in report.quality if row.name == "beta")
     assert row.bits_per_byte["gamma"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_texts_go_on_as_stock_transformers_generates_them(finished):
+    """The base's and the dense baseline's texts, from generate of plain models with their
+    tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path, store = finished
+    # both within the context, beyond which generate would look further back
+    cfg = load(path, ("evaluate.continuation_tokens=12",))
+    parts = StoredParts(cfg, Store(store).open())
+    report = tables(cfg, parts, quiet)
+    assert [text.domain for text in report.continuations] == list(report.domains)
+    settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text())
+    words = tokenizer.load(parts.folder("preprocess"))
+    models = {
+        "trunk + dummy": {
+            **parts.tensors("train_shared", "trunk.safetensors"),
+            **parts.tensors("train_shared", "dummy.safetensors"),
+        },
+        "dense total": parts.tensors("train_dense", "model.safetensors", "total"),
+    }
+    for name, tensors in models.items():
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**settings), dtype=torch.float32
+        ).eval()
+        model.load_state_dict(tensors, strict=False)
+        model.generation_config.pad_token_id = words.end_id
+        for text in report.continuations:
+            texts = dict(text.written)
+            assert set(texts) == {*models, report.stack.name}
+            (prompt,) = words.encode([text.prompt])
+            ids = torch.tensor([[*words.lead, *prompt.ids]])
+            out = model.generate(ids, max_new_tokens=12, do_sample=False)
+            written = out[0, ids.shape[1] :].tolist()
+            if words.end_id in written:
+                written = written[: written.index(words.end_id)]
+            assert words.model.decode(written) == texts[name]
+            assert len(prompt.ids) == cfg.trunk.context_tokens // 2
+
+
+def test_no_text_goes_on_where_none_is_asked_for(trained):
+    assert tables(small.config(), trained, quiet).continuations == ()

@@ -296,6 +296,7 @@ EFFECTS = {
     "dense.baselines": ("evaluate", ("path",), {}),
     "dense.lr": (PATH, 0.5, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
+    "evaluate.continuation_tokens": ("evaluate", 4, {}),
     "evaluate.min_expert_share": ("evaluate", 1.0, {}),
     "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
 }

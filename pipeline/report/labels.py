@@ -6,7 +6,22 @@ from typing import TypeVar
 from .schema import LanguageReport, ReportPart
 
 # Words of the report's own, whatever a domain is called
-_OWN_WORDS = frozenset({"run", "family", "kind", "verdict", "axis", "labels", "machine"})
+_OWN_WORDS = frozenset(
+    {
+        "run",
+        "family",
+        "kind",
+        "verdict",
+        "axis",
+        "labels",
+        "machine",
+        "prompt",
+        "held_out",
+        "written",
+    }
+)
+# Texts, which may be no longer than a label
+_TEXTS = frozenset({"prompt", "held_out", "written"})
 Part = TypeVar("Part", bound=ReportPart)
 
 
@@ -18,7 +33,7 @@ def with_labels(report: LanguageReport) -> LanguageReport:
 def _part(part: Part, labels: Mapping[str, str]) -> Part:
     changed = {}
     for field, value in part:
-        if field not in _OWN_WORDS:
+        if field not in _OWN_WORDS | _TEXTS:
             changed[field] = _renamed(value, labels)
     return part.model_copy(update=changed)
 

@@ -260,6 +260,32 @@ def wins(report: LanguageReport) -> Table:
     )
 
 
+def continuations(report: LanguageReport) -> Table:
+    """A held-out text of every domain, and how base, dense baseline and stack go on with it."""
+    texts = report.continuations
+    # each was given to the same networks
+    writers = tuple(each.row for each in texts[0].written) if texts else ()
+    rows = []
+    for text in texts:
+        cells = [Cell(_one_line(text.prompt)), Cell(_one_line(text.held_out))]
+        cells += [Cell(_one_line(each.text)) for each in text.written]
+        # a line between any two, as each takes several
+        rows.append(Row(text.domain, tuple(cells), kind=text.domain))
+    return Table(
+        name="Texts",
+        title="How texts go on",
+        corner="domain",
+        columns=("beginning", "as it was written", *writers),
+        rows=tuple(rows),
+        reading=(
+            "The first held-out text of each domain, chosen by nobody: its beginning, how it goes "
+            "on, and the most probable tokens of each model after that beginning. To look at, not "
+            "to judge by: the tables above do that."
+        ),
+        words=tuple(range(2 + len(writers))),
+    )
+
+
 def lead(report: LanguageReport) -> str:
     """Return the result in two sentences: what the stack reached, and how it compares on each axis;
     empty without a stack."""
@@ -330,6 +356,10 @@ def data(report: LanguageReport) -> Table:
             "on."
         ),
     )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()) or DASH
 
 
 def _line(row: QualityRow, cells: Sequence[Cell]) -> Row:

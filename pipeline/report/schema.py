@@ -236,6 +236,22 @@ class Win(ReportPart):
     verdict: Verdict = Field(description="what the stack is")
 
 
+class WrittenText(NamedTuple):
+    """What one network wrote."""
+
+    row: str  # of `quality`
+    text: str
+
+
+class Continuation(ReportPart):
+    """How one held-out text goes on, and how networks go on with it."""
+
+    domain: str
+    prompt: str = Field(description="the beginning that all were given")
+    held_out: str = Field(description="what stands there")
+    written: tuple[WrittenText, ...] = Field(description="greedily, by each of the same rows")
+
+
 class LanguageReport(BaseReport):
     """The report of a stack that predicts text."""
 
@@ -252,6 +268,7 @@ class LanguageReport(BaseReport):
     active: tuple[ActiveRow, ...] = Field((), description="one to all experts per token")
     matrix: DomainMatrix | None = Field(None, description="who is good at what")
     wins: tuple[Win, ...] = ()
+    continuations: tuple[Continuation, ...] = Field((), description="texts, as they are written on")
 
     @property
     def too_few(self) -> tuple[str, ...]:

@@ -252,6 +252,9 @@ class EvaluateConfig(Section):
         32_768, ge=64, description="Test tokens per domain, whole documents"
     )
     batch_sequences: int = Field(16, ge=1, description="Sequences per forward pass")
+    continuation_tokens: int = Field(
+        32, ge=0, description="Tokens written after a held-out text of each domain; 0: none"
+    )
     bootstrap: int = Field(
         1000, ge=10, description="Resamples of documents behind each 95 % interval"
     )

@@ -30,6 +30,7 @@ from ...store.artifacts import now
 from ...train.flops import Shape
 from .. import Parts
 from .config import FfnMoeConfig
+from .continuations import RIVALS, ContinuationWriter
 from .criteria import criteria, notes, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .networks import SOUP, TRUNK, network_rows, stack_row
@@ -55,9 +56,13 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     evaluator = Evaluator(cfg, shards, progress)
     # Kept to the end: the criteria measure some of them on training text too
     networks = list(network_rows(cfg, parts, shards, dummy, stack))
+    writer = ContinuationWriter(cfg, shards, progress)
+    writers = _writers(cfg)
     for row in networks:
         is_expert = row.kind == "expert"
         evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=is_expert)
+        if row.name in writers:
+            writer.add(row.name, row.trunk, row.ffn)
     _score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(evaluator, stack)
@@ -83,7 +88,17 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
         notes=notes(cfg, parts.manifest("preprocess").metrics, counts),
         criteria=criteria(cfg, evaluator, networks, token_routing),
+        continuations=writer.texts(),
     )
+
+
+def _writers(cfg: FfnMoeConfig) -> set[str]:
+    """Return the names of the rows that go on with texts: base, closest dense rival, stack."""
+    names = {TRUNK, stack_row(cfg)}
+    rivals = [rival for rival in RIVALS if rival in cfg.dense.baselines]
+    if rivals:
+        names.add(f"dense {rivals[0]}")
+    return names
 
 
 def _score_combined(evaluator: Evaluator) -> None:

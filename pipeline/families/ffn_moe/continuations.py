@@ -1,0 +1,104 @@
+"""How held-out texts go on: as they were written, and as several networks write them, greedily.
+
+B sequences, T tokens, D model width, V vocabulary.
+"""
+
+import numpy as np
+import torch
+
+from ...data.text.shards import Shards
+from ...data.text.tokenizer import load
+from ...hardware import device, uses_bf16
+from ...model.trunk import Ffn, Trunk
+from ...protocols import Progress
+from ...report.schema import Continuation, WrittenText
+from .config import FfnMoeConfig
+
+PROMPT_TOKENS = 32  # or half of the context, where that is less
+# Of the dense baselines the first that a run has: the closest rival before the others
+RIVALS = ("total", "ffn", "path", "scratch", "wide")
+_LEAST_TOKENS = 8  # that a document goes on for after its prompt
+
+
+class ContinuationWriter:
+    """The beginnings of held-out texts, one a domain, and what was written after them so far."""
+
+    def __init__(self, cfg: FfnMoeConfig, shards: Shards, progress: Progress):
+        self.tokens = cfg.evaluate.continuation_tokens
+        self.context = cfg.trunk.context_tokens
+        self.prompt = min(PROMPT_TOKENS, self.context // 2)
+        self.bf16 = uses_bf16(cfg.dtype)
+        self.progress = progress
+        self.end_id = shards.end_id
+        self.lead = len(shards.lead)
+        self.documents: dict[str, np.ndarray] = {}
+        self.found: dict[str, list[WrittenText]] = {}
+        if not self.tokens:
+            return
+        self.tokenizer = load(shards.folder)
+        for domain in shards.domains:
+            ids_T = _first_document(shards, domain, self.prompt)
+            if ids_T is not None:
+                self.documents[domain] = ids_T
+                self.found[domain] = []
+
+    def add(self, name: str, trunk: Trunk, ffn: Ffn) -> None:
+        """Let a network go on with every text, under its row's name."""
+        if not self.documents:
+            return
+        self.progress(f"{name} writes on", None)
+        prompts = [ids_T[: self.lead + self.prompt] for ids_T in self.documents.values()]
+        # Prompts are equally long, so that they run together
+        ids_BT = torch.from_numpy(np.stack(prompts)).to(device())
+        written_BT = self._greedy(trunk, ffn, ids_BT)
+        for domain, written_T in zip(self.documents, written_BT.tolist(), strict=True):
+            if self.end_id in written_T:
+                written_T = written_T[: written_T.index(self.end_id)]
+            self.found[domain].append(WrittenText(name, self._text(written_T)))
+
+    def texts(self) -> tuple[Continuation, ...]:
+        """Return each domain's prompt with all that came after it."""
+        out = []
+        for domain, ids_T in self.documents.items():
+            # What leads a document is nobody's text
+            own_T = ids_T[self.lead :].tolist()
+            held_out = own_T[self.prompt : self.prompt + self.tokens]
+            out.append(
+                Continuation(
+                    domain=domain,
+                    prompt=self._text(own_T[: self.prompt]),
+                    held_out=self._text(held_out),
+                    written=tuple(self.found[domain]),
+                )
+            )
+        return tuple(out)
+
+    def _greedy(self, trunk: Trunk, ffn: Ffn, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return the ids after a prompt, each the most probable one."""
+        start = ids_BT.shape[1]
+        autocast = torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.bf16)
+        for _ in range(self.tokens):
+            # The slots of a trunk know no cache: all that it can look back at runs again
+            seen_BT = ids_BT[:, -self.context :]
+            with torch.no_grad(), autocast:
+                h_BTD = trunk.hidden(seen_BT, ffn)
+                logits_BV = trunk.network.lm_head(h_BTD[:, -1])
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+            ids_BT = torch.cat([ids_BT, next_B1], 1)
+        return ids_BT[:, start:]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.model.decode(ids, skip_special_tokens=True)
+
+
+def _first_document(shards: Shards, domain: str, prompt: int) -> np.ndarray | None:
+    """Return ids_T of the first held-out document that is long enough, what leads it included; None
+    where there is none."""
+    starts_n, _ = shards.documents("test", domain)
+    least = len(shards.lead) + prompt + _LEAST_TOKENS
+    long_enough = np.flatnonzero(np.diff(starts_n) >= least)
+    if not long_enough.size:
+        return None
+    first = int(long_enough[0])
+    stream = shards.stream("test", domain)
+    return np.asarray(stream[starts_n[first] : starts_n[first + 1]], dtype=np.int64)
