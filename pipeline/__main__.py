@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .config.run import RunConfig
 from .errors import ConfigError, Interrupted, PipelineError
+from .families import DTYPES, FORMATS, ExportWish
 from .families.load import describes_run, load
 from .report.narrow import output, print_table
 from .run.advice import CommandLine, sentence
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 KEY = "MOLEFORGE_API_KEY"
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
+    "export": "bring the stack, or a part of it, to a folder or URL in a format of other programs",
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
@@ -82,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
             _add_smoke(sub)
         if has_several_jobs(name):
             _add_parallel(sub)
+    _add_export(_add_command(commands, "export", OTHER_COMMANDS["export"]))
     _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
@@ -139,6 +142,26 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
             "--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/"
         )
     _add_store(sub)
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    sub.add_argument("--format", required=True, choices=FORMATS, help=formats)
+    sub.add_argument(
+        "--to", required=True, metavar="DIR|URL", help="a new folder, or s3://bucket/path and such"
+    )
+    sub.add_argument(
+        "--expert", metavar="NAME", help="this expert alone; anchor: the trunk with its own network"
+    )
+    sub.add_argument(
+        "--dense", action="store_true", help="gguf: the mean of the experts as a dense model"
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what weights are rounded to (default: as stored); q8_0 is for gguf",
+    )
+    _add_common(sub, several_configs=False)
 
 
 def _add_serve(sub: argparse.ArgumentParser) -> None:
@@ -263,7 +286,20 @@ def _dispatch(args: argparse.Namespace) -> None:
         # A plan makes no store, but it must not show as done what another version left
         show_plan(cfg, store.open(create=False), output())
         return
+    if args.command == "export":
+        _export(args, cfg, store.open())
+        return
     _run(args, cfg, store.open())
+
+
+def _export(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
+    from .run.backend import printed_progress
+    from .run.export import export
+
+    wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
+    progress = printed_progress(Console(stderr=True))
+    with using(store, Addresses(cfg).reachable()):
+        export(cfg, store, wish, args.to, progress)
 
 
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:

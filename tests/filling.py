@@ -32,9 +32,9 @@ from pipeline.protocols import quiet
 from pipeline.run import stages
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.job import run_job
-from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
 from pipeline.store.room import translate_disk_errors
+from pipeline.store.upload import upload
 from pipeline.train import loop
 
 ROOT = Path(__file__).parent.parent
@@ -178,10 +178,10 @@ def run(family, path, root):
             tried(name, act, root / "whole", root / "here")
     made = Store(root / "whole").folder(stages.address(cfg, "deploy"))
 
-    def upload(folder):
-        bundle.upload(made, str(folder), quiet)
+    def send(folder):
+        upload(made, str(folder), quiet)
 
-    tried(f"{family} upload", upload, root / "sent", root / "here sent", files)
+    tried(f"{family} upload", send, root / "sent", root / "here sent", files)
 
 
 def text(root):

@@ -2,7 +2,10 @@
 transformers read it."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,12 +13,14 @@ import torch
 from peft import PeftModel
 from transformers import Qwen3VLForConditionalGeneration
 
-from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
+from pipeline.errors import ConfigError, DamagedArtifact, MismatchError, MissingArtifact
+from pipeline.families import ExportWish
 from pipeline.families.adapters.stack import ROUTER
 from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
-from pipeline.store.bundle import read_sums, upload, verify
+from pipeline.store.bundle import read_sums, verify
+from pipeline.store.upload import upload
 from tests import small_stack
 from tests.small_stack import EXPERTS, requests
 
@@ -178,3 +183,34 @@ def test_a_list_of_files_that_leads_outside_is_damaged(copied, name):
         file.write(f"{'0' * 64}  {name}\n")
     with pytest.raises(DamagedArtifact, match="not a list of sha256 sums"):
         read_sums(copied)
+
+
+def example_of(folder) -> str:
+    """Return the block of Python in a folder's card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+def test_adapters_are_exported_as_they_stand_and_the_example_of_the_cards_runs(made, tmp_path):
+    cfg, parts, bundled = made
+    (tmp_path / "out").mkdir()
+    family.export(cfg, parts, ExportWish("adapters"), tmp_path / "out", quiet)
+    verify(tmp_path / "out")
+    files = read_sums(tmp_path / "out")
+    for name in (*EXPERTS, ROUTER):
+        tensors = f"adapters/{name}/adapter/adapter_model.safetensors"
+        assert files[tensors] == read_sums(bundled)[tensors]
+    code = example_of(tmp_path / "out")
+    assert code == example_of(bundled)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path / "out", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("wish", [{"format": "gguf"}, {"format": "hf"}, {"format": "dense"}])
+def test_what_no_single_network_holds_is_refused_by_name(made, wish):
+    with pytest.raises(ConfigError, match=f"--format {wish['format']}: .*use --format adapters"):
+        family.check_export(made[0], ExportWish(**wish))

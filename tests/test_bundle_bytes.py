@@ -19,6 +19,7 @@ from pipeline.protocols import quiet
 from pipeline.run.job import run_job
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store
+from pipeline.store.upload import upload
 
 ROOT = Path(__file__).parent.parent
 OTHER = {"PYTHONHASHSEED": "4711", "TZ": "Pacific/Apia", "LC_ALL": "C", "COLUMNS": "40"}
@@ -129,15 +130,15 @@ def test_the_curves_that_no_clock_moves_stay_on_the_page(twice, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_upload_takes_it_along_and_sends_a_later_one_over_it(twice, family, tmp_path):
     for folder in twice[family]:
-        bundle.upload(folder, str(tmp_path / "there"), quiet)
+        upload(folder, str(tmp_path / "there"), quiet)
         assert of(tmp_path / "there") == of(folder)
         bundle.verify(tmp_path / "there")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bundle_without_it_is_whole(twice, family, tmp_path):
-    bundle.upload(twice[family][0], str(tmp_path / "there"), quiet)
+    upload(twice[family][0], str(tmp_path / "there"), quiet)
     (tmp_path / "there" / "made.json").unlink()
     bundle.verify(tmp_path / "there")
-    bundle.upload(tmp_path / "there", str(tmp_path / "further"), quiet)
+    upload(tmp_path / "there", str(tmp_path / "further"), quiet)
     assert of(tmp_path / "further") == of(tmp_path / "there")

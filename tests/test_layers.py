@@ -36,6 +36,7 @@ CONFINED = {
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_"),
     "ruamel": ("pipeline/config/",),
+    "gguf": ("pipeline/families/ffn_moe/export/",),
     "pillow_heif": ("pipeline/data/images/",),
     "imagehash": ("pipeline/data/images/",),
 }

@@ -9,10 +9,12 @@ import pytest
 from fakes import flip
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.__main__ import main
 from pipeline.errors import DamagedArtifact, DiskFull, StoreError
 from pipeline.protocols import quiet
 from pipeline.store import bundle
 from pipeline.store.artifacts import inventory
+from pipeline.store.upload import upload
 
 BESIDE = ("made.json", "SHA256SUMS")  # what a bundle holds that its sums do not
 
@@ -51,12 +53,12 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     with pytest.raises(
         StoreError, match=r"tokenizer\.json came back with other bytes.*Run the same command again"
     ):
-        bundle.upload(folder, url, quiet)
+        upload(folder, url, quiet)
     assert "/somewhere/bundle/tokenizer.json" in torn.store
     assert "/somewhere/bundle/SHA256SUMS" not in torn.store, "an unfinished copy is no bundle"
     sent, torn.sent, torn.tears = torn.sent, [], set()
     said = []
-    bundle.upload(folder, url, lambda text, _share: said.append(text))
+    upload(folder, url, lambda text, _share: said.append(text))
     assert torn.sent[0] == "tokenizer.json" and torn.sent[-1] == "SHA256SUMS", "the list goes last"
     assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), *BESIDE]), (
         "nothing goes twice"
@@ -64,7 +66,7 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     assert said[-1] == "uploaded 17 files to torn://somewhere/bundle, each read back and compared"
     assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), *BESIDE}
     torn.tears, torn.sent = {"SHA256SUMS"}, []
-    bundle.upload(folder, url, quiet)
+    upload(folder, url, quiet)
     assert torn.sent == []
 
 
@@ -123,10 +125,10 @@ def test_ctrl_c_typed_again_and_again_leaves_a_bundle_or_none(bundled, tmp_path)
     }
     Torn.store, Torn.tears, Torn.sent = {}, set(), []
     Interrupted.begin(None)
-    bundle.upload(older, url, quiet)
+    upload(older, url, quiet)
     begun = dict(Torn.store)
     Interrupted.begin(None)
-    bundle.upload(folder, url, quiet)
+    upload(folder, url, quiet)
     operations = Interrupted.seen
     assert operations > 30
     fs = Interrupted()
@@ -135,7 +137,7 @@ def test_ctrl_c_typed_again_and_again_leaves_a_bundle_or_none(bundled, tmp_path)
         for again in (at, at // 2):
             Interrupted.begin(again)
             with pytest.raises(KeyboardInterrupt):
-                bundle.upload(folder, url, quiet)
+                upload(folder, url, quiet)
             Interrupted.begin(None)
             stored = {name.removeprefix("/shelf/"): fs.cat_file(name) for name in Torn.store}
             # what is taken for a bundle is one: its list goes last, and half a list lists nothing
@@ -143,17 +145,17 @@ def test_ctrl_c_typed_again_and_again_leaves_a_bundle_or_none(bundled, tmp_path)
                 if stored.get(bundle.SUMS) == (home / bundle.SUMS).read_bytes():
                     for name in bundle.read_sums(home):
                         assert stored[name] == (home / name).read_bytes(), f"{at}: {name}"
-        bundle.upload(folder, url, quiet)
+        upload(folder, url, quiet)
         found = {name: fs.cat_file(f"/shelf/{name}") for name in whole}
         assert found == whole
 
 
 def test_a_file_that_changed_at_the_target_is_sent_again(bundled, torn):
-    bundle.upload(bundled[2], "torn://b", quiet)
+    upload(bundled[2], "torn://b", quiet)
     fs, torn.sent = torn(), []
     data = fs.cat_file("/b/model-trunk.safetensors")
     fs.pipe_file("/b/model-trunk.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
-    bundle.upload(bundled[2], "torn://b", quiet)
+    upload(bundled[2], "torn://b", quiet)
     assert (
         torn.sent == ["model-trunk.safetensors"]
         and fs.cat_file("/b/model-trunk.safetensors") == data
@@ -166,10 +168,10 @@ def test_an_earlier_bundle_at_the_target_is_replaced_whole(bundled, tmp_path):
     extra.write_bytes(b"x")
     sums = bundle.read_sums(older) | {extra.name: inventory(older)[extra.name]["sha256"]}
     (older / "SHA256SUMS").write_text("".join(f"{d}  {n}\n" for n, d in sums.items()))
-    bundle.upload(older, str(target), quiet)
+    upload(older, str(target), quiet)
     (target / "notes.txt").write_text("not ours")
     assert (target / extra.name).exists()
-    bundle.upload(bundled[2], f"file://{target}", quiet)
+    upload(bundled[2], f"file://{target}", quiet)
     assert not (target / extra.name).exists() and (target / "notes.txt").exists()
     bundle.verify(target)
     assert (
@@ -184,7 +186,7 @@ def test_a_damaged_bundle_is_not_uploaded(bundled, tmp_path, torn):
     folder = shutil.copytree(bundled[2], tmp_path / "copy")
     flip(folder / "report.html")
     with pytest.raises(DamagedArtifact, match=r"report\.html"):
-        bundle.upload(folder, "torn://b", quiet)
+        upload(folder, "torn://b", quiet)
     assert torn.store == {}
 
 
@@ -192,30 +194,30 @@ def test_an_upload_that_cannot_work_names_the_target_and_not_its_password(
     bundled, tmp_path, monkeypatch, torn
 ):
     with pytest.raises(StoreError, match="s4://bucket/x is no folder and no URL"):
-        bundle.upload(bundled[2], "s4://bucket/x", quiet)
+        upload(bundled[2], "s4://bucket/x", quiet)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/below cannot be written"):
-        bundle.upload(bundled[2], str(tmp_path / "file" / "below"), quiet)
+        upload(bundled[2], str(tmp_path / "file" / "below"), quiet)
 
     def refuse(*_, **__):
         raise PermissionError("no such key")
 
     monkeypatch.setattr(torn, "put_file", refuse)
     with pytest.raises(StoreError, match=r"torn://\*\*\*@host/.* PermissionError: no such key"):
-        bundle.upload(bundled[2], "torn://me:secret@host/x", quiet)
+        upload(bundled[2], "torn://me:secret@host/x", quiet)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torn, "put_file", full)
     with pytest.raises(DiskFull, match="no room to write torn://b"):
-        bundle.upload(bundled[2], "torn://b", quiet)
+        upload(bundled[2], "torn://b", quiet)
 
 
 def test_upload_to_memory(bundled):
     import fsspec
 
-    bundle.upload(bundled[2], "memory://some/bundle/", quiet)
+    upload(bundled[2], "memory://some/bundle/", quiet)
     fs = fsspec.filesystem("memory")
     for name in [*bundle.read_sums(bundled[2]), *BESIDE]:
         assert fs.cat_file(f"/some/bundle/{name}") == (bundled[2] / name).read_bytes()
@@ -246,7 +248,7 @@ def s3(monkeypatch):
 
 def test_upload_to_an_s3_server(bundled, s3, tmp_path):
     folder = bundled[2]
-    bundle.upload(folder, "s3://shelf/models/tiny", quiet)
+    upload(folder, "s3://shelf/models/tiny", quiet)
     listed = {o["Key"]: o for o in s3.list_objects_v2(Bucket="shelf")["Contents"]}
     assert listed.keys() == {f"models/tiny/{n}" for n in [*bundle.read_sums(folder), *BESIDE]}
     for key in listed:
@@ -254,11 +256,56 @@ def test_upload_to_an_s3_server(bundled, s3, tmp_path):
         assert body == (folder / Path(key).name).read_bytes()
     before = {key: o["LastModified"] for key, o in listed.items()}
     s3.put_object(Bucket="shelf", Key="models/tiny/README.md", Body=b"other")
-    bundle.upload(folder, "s3://shelf/models/tiny", quiet)
+    upload(folder, "s3://shelf/models/tiny", quiet)
     after = s3.get_object(Bucket="shelf", Key="models/tiny/README.md")["Body"].read()
     assert after == (folder / "README.md").read_bytes() and len(before) == 17
     with pytest.raises(StoreError, match="s3://nowhere/x"):
-        bundle.upload(folder, "s3://nowhere/x", quiet)
+        upload(folder, "s3://nowhere/x", quiet)
     assert [b["Name"] for b in s3.list_buckets()["Buckets"]] == ["shelf"], (
         "a misspelt bucket is not made"
     )
+
+
+def exported(bundled, to, *options) -> int:
+    """Return the exit code of an export of the finished run."""
+    command = ["export", "--config", str(bundled[0]), "--store", str(bundled[1]), "--to", str(to)]
+    return main([*command, *options])
+
+
+def test_the_command_brings_the_bundle_to_a_folder_and_to_a_url(bundled, tmp_path, torn):
+    assert exported(bundled, tmp_path / "here", "--format", "hf") == 0
+    assert exported(bundled, "torn://shelf", "--format", "hf") == 0
+    bundle.verify(tmp_path / "here")
+    names = {*bundle.read_sums(bundled[2]), *BESIDE}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == names
+    assert {Path(path).name for path in torn.store} == names
+
+
+def test_what_is_exported_is_there_whole_or_not_at_all(bundled, tmp_path, capsys, monkeypatch):
+    here = tmp_path / "here"
+
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.families.ffn_moe.export.formats.write_sums", full)
+        assert exported(bundled, here, "--format", "dense") == 2
+    assert "no room to write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert exported(bundled, here, "--format", "dense") == 0
+    first = bundle.read_sums(here)
+    bundle.verify(here)
+    # Of another kind over it: what that has not is taken away
+    assert exported(bundled, here, "--format", "gguf", "--dense") == 0
+    bundle.verify(here)
+    found = {path.name for path in here.iterdir()}
+    assert "model.safetensors" in first and "model.safetensors" not in found
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_an_export_is_not_put_among_somebodys_files(bundled, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert exported(bundled, tmp_path, "--format", "hf") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--to:" in said and "holds something else; name a new or empty folder" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

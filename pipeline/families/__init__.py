@@ -15,6 +15,7 @@ and what a row's check: check(cfg[, item]), raises PipelineError for what keeps 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config.run import RunConfig
+    from ..protocols import Progress
     from ..store.artifacts import Manifest
     from ..store.history import History
     from ..store.model_files import FindModel
@@ -37,6 +39,17 @@ PRELOAD = {
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
     ],
 }
+
+
+# What `export` writes, and what it may round weights to.
+FORMATS = {
+    "hf": "the stack as Qwen3MoeForCausalLM or MixtralForCausalLM, as deploy bundles it",
+    "gguf": "the stack, or with --expert or --dense a dense model, for llama.cpp",
+    "dense": "the mean of the experts as one dense model of the trunk's own class",
+    "expert": "one expert as a dense model of the trunk's own class (--expert)",
+    "adapters": "the experts as PEFT adapters",
+}
+DTYPES = ("fp32", "bf16", "fp16", "q8_0")
 
 
 class Parts(Protocol):
@@ -57,6 +70,16 @@ class Parts(Protocol):
 
     def jobs_folder(self, stage: str, item: str | None = None) -> Path:
         """Where the steps before a job left what it puts together; need not exist."""
+
+
+@dataclass(frozen=True)
+class ExportWish:
+    """What of a run is wanted, in which format."""
+
+    format: str  # of FORMATS
+    expert: str | None = None  # this one alone, as a dense model
+    dense: bool = False  # the mean of the experts as a dense model
+    dtype: str | None = None  # of DTYPES; none: as stored
 
 
 class Family(Protocol):
@@ -82,6 +105,15 @@ class Family(Protocol):
 
     def reassemble(self, folder: Path) -> Any:
         """The finished stack again, from a bundle alone."""
+
+    def check_export(self, cfg: "RunConfig", wish: ExportWish) -> None:
+        """Raises ConfigError for a format that a run has nothing for."""
+
+    def export(
+        self, cfg: "RunConfig", parts: Parts, wish: ExportWish, folder: Path, progress: "Progress"
+    ) -> None:
+        """Write what is wanted, with a card and SHA256SUMS, to an empty folder. Raises
+        MissingArtifact, DamagedArtifact, MismatchError for what the format cannot hold."""
 
 
 def family(name: str) -> Family:

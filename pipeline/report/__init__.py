@@ -4,7 +4,7 @@ A report is one of the models of `schema`, which evaluate builds. Nothing here c
 and any table of a report may be missing: what is absent, NaN or infinite is shown as a dash.
 """
 
-from .card import card
+from .card import card, export_card, stock_base
 from .lasting import lasting_rows, split
 from .page import page
 from .schema import LanguageReport, Report, RequestReport, read
@@ -15,9 +15,11 @@ __all__ = [
     "Report",
     "RequestReport",
     "card",
+    "export_card",
     "lasting_rows",
     "page",
     "read",
     "show",
     "split",
+    "stock_base",
 ]

@@ -13,11 +13,11 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from . import language, requests, run_facts
+from .card_templates import CARDS
 from .format import count
 from .labels import with_labels
 from .schema import LanguageReport, Report, RequestReport
 from .table import Row, Table
-from .templates import TEMPLATES
 
 About = Mapping[str, Any]
 
@@ -27,6 +27,33 @@ def card(report: Report, about: About) -> str:
     if isinstance(report, LanguageReport):
         return _language_card(with_labels(report), about)
     return _request_card(report, about)
+
+
+def export_card(report: LanguageReport | None, about: About) -> str:
+    """Return README.md of what was exported in one format; about says what, `report` how good its
+    run is, where that was measured."""
+    front = ModelCardData(
+        library_name=about["library"],
+        pipeline_tag="text-generation",
+        tags=["moleforge", *about["tags"]],
+    )
+    tables = [language.quality(with_labels(report))] if report else []
+    # What the example fills in beside that
+    use = about.get("use")
+    made = Markup(front.to_yaml())
+    return _render("export_card.md", about=about, front=made, tables=tables, use=use)
+
+
+def stock_base(name: str, revision: str | None, adapter: str, architecture: str) -> dict[str, Any]:
+    """Return what the example of an adapter fills in: its base in a folder, or on the Hub at a
+    revision, whose tokenizer then stands in the folder `processor`."""
+    pretrained = f'"{name}", revision="{revision}"' if revision else f'"{name}"'
+    return {
+        "architecture": architecture,
+        "pretrained": Markup(pretrained),
+        "tokenizer": "processor" if revision else name,
+        "adapter": adapter,
+    }
 
 
 def _language_card(report: LanguageReport, about: About) -> str:
@@ -57,12 +84,9 @@ def _request_card(report: RequestReport, about: About) -> str:
         tags=["mixture-of-experts", "lora", "moleforge"],
     )
     # without a revision nobody could get the same base again, so the bundle holds it
-    if base["revision"]:
-        origin = code(base["revision"])
-        pretrained = f'"{base["model"]}", revision="{base["revision"]}"'
-    else:
-        origin = code("base")
-        pretrained = '"base"'
+    origin = code(base["revision"] or "base")
+    name = base["model"] if base["revision"] else "base"
+    adapter = f"{about['experts'][0]['folder']}/adapter"
     return _render(
         "request_card.md",
         report=report,
@@ -70,7 +94,7 @@ def _request_card(report: RequestReport, about: About) -> str:
         front=Markup(front.to_yaml()),
         kind="vision-language model" if sees else "model",
         origin=("revision " if base["revision"] else "in the folder ") + origin,
-        pretrained=Markup(pretrained),
+        use=stock_base(name, base["revision"], adapter, about["architecture"]),
         tables=[
             requests.routes(report),
             requests.answers(report),
@@ -131,7 +155,7 @@ def _bold(text: str, on: bool) -> Markup:
 # Nothing is HTML here: finalize escapes for Markdown and marks the result, which autoescape then
 # leaves alone; without autoescape what a macro returns would be escaped again
 _ENVIRONMENT = Environment(
-    loader=DictLoader(TEMPLATES),
+    loader=DictLoader(CARDS),
     autoescape=True,
     finalize=plain,
     undefined=StrictUndefined,

@@ -16,7 +16,6 @@ from ..config.run import RunConfig
 from ..errors import PipelineError
 from ..hardware import set_fastest_threads
 from ..protocols import Progress
-from ..store import bundle
 from ..store.artifacts import (
     Manifest,
     Store,
@@ -26,6 +25,7 @@ from ..store.artifacts import (
 )
 from ..store.lineage import Lineage
 from ..store.room import translate_disk_errors
+from ..store.upload import upload
 from .context import JobContext, StoredParts
 from .former import kept_settings
 from .stages import Addresses
@@ -68,7 +68,7 @@ def run_job(
         manifest = _make_once(job)
     # Not a part of making it: a bundle that was made before has to get there too
     if job.row.kind == "bundle" and cfg.deploy.upload:
-        bundle.upload(job.folder, cfg.deploy.upload, progress)
+        upload(job.folder, cfg.deploy.upload, progress)
     return manifest
 
 

@@ -1,9 +1,9 @@
-"""A bundle: one self-contained folder that stock tools load, written from parts of the store,
-checked, and uploaded.
+"""A bundle: one self-contained folder that stock tools load, written from parts of the store and
+checked.
 
-Invariant: SHA256SUMS is written last, here and at an upload's target, and names every other file
-but made.json; a folder without it is no bundle. Tensors are never held: weights are copied a
-block at a time, some behind a rewritten header. No file of a bundle is a file of the store.
+Invariant: SHA256SUMS is written last, and names every other file but made.json; a folder without
+it is no bundle. Tensors are never held: weights are copied a block at a time, some behind a
+rewritten header. No file of a bundle is a file of the store.
 """
 
 import contextlib
@@ -11,21 +11,18 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from ..errors import DamagedArtifact, DiskFull, MissingArtifact, NewerStore, StoreError
+from ..errors import DamagedArtifact, MissingArtifact, NewerStore
 from ..protocols import Progress
 from .artifacts import sha256, write_text
 from .foreign import ForeignFile, check_name, files_in, read_object
 from .reading import reading
-from .room import no_room, writing
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from .room import writing
 
 # Of experts.json; raised when an older program could not serve the bundle.
 FORMAT = 2
@@ -46,8 +43,6 @@ NOTES = {"", ".md", ".txt"}
 NO_NOTES = {"merges.txt", "vocab.txt"}  # parts of a tokenizer
 # What safetensors itself takes for a header at most.
 HEADER_BYTES = 100_000_000
-# Filesystems where a folder must exist before its files; stores of objects have no folders.
-FOLDERS = {"file", "local", "sftp", "ssh", "smb", "ftp"}
 # As sha256sum writes it. It puts a backslash before names that it had to change: we have none.
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\\\n]+)")
 
@@ -96,12 +91,16 @@ def write(
         if name != MADE:
             sums[name] = sha256(folder / name)
 
-    # last, as it is what makes the folder a bundle
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    write_text(folder / SUMS, "".join(lines))
+    write_sums(folder, sums)
     size = sum((folder / name).stat().st_size for name in sums)
     files_beside = 1 + (MADE in texts)
     return {"files": len(sums) + files_beside, "bytes": size, "parameters": parameters}
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write SHA256SUMS of {file name: sha256}: last, as it is what makes the folder a bundle."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    write_text(folder / SUMS, "".join(lines))
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(f"{folder / SUMS} cannot be read: {error}", folder) from None
-    sums = _parse_sums(text)
+    sums = parse_sums(text)
     if sums is None:
         raise _damaged(f"{folder / SUMS} is not a list of sha256 sums", folder)
     return sums
@@ -187,31 +186,6 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
             raise _damaged(f"{folder / name} cannot be read: {error.strerror}", folder) from None
         if found != digest:
             raise _damaged(f"{folder / name} is not what was bundled (sha256 differs)", folder)
-
-
-def upload(folder: Path, url: str, progress: Progress) -> None:
-    """Copy a bundle to a folder or fsspec URL; every file is read back and compared, SHA256SUMS
-    goes last.
-
-    What is there already is not sent again; files of an earlier bundle that this one has not are
-    removed. Raises StoreError when the target cannot be used or gives back other bytes than were
-    sent.
-    """
-    verify(folder)
-    fs, root = _open_url(url)
-    sums = read_sums(folder)
-    if (folder / MADE).exists():
-        sums[MADE] = sha256(folder / MADE)
-    # last, as at the target too it is what makes the folder a bundle
-    sums[SUMS] = sha256(folder / SUMS)
-    shown = _without_password(url)
-    with _translate_errors(url):
-        _clear(fs, root, folder)
-    for done, (name, digest) in enumerate(sums.items()):
-        progress(f"uploading {len(sums)} files to {shown}", done / len(sums))
-        with _translate_errors(f"{url}/{name}"):
-            _send(fs, folder / name, f"{root}/{name}", digest)
-    progress(f"uploaded {len(sums)} files to {shown}, each read back and compared", None)
 
 
 def _damaged(text: str, folder: Path) -> DamagedArtifact:
@@ -329,7 +303,7 @@ def _index(folder: Path, names: list[str]) -> tuple[dict[str, Any], int]:
     return index, parameters
 
 
-def _parse_sums(text: str) -> dict[str, str] | None:
+def parse_sums(text: str) -> dict[str, str] | None:
     """Return {file name: sha256} of a list as sha256sum writes it, None of what is no such list."""
     sums = {}
     for line in text.splitlines():
@@ -344,94 +318,3 @@ def _inside(name: str) -> bool:
     """Whether a name leads nowhere but below the folder that lists it."""
     # a colon names a drive on Windows
     return all(part not in ("", ".", "..") and ":" not in part for part in name.split("/"))
-
-
-def _open_url(url: str) -> tuple["AbstractFileSystem", str]:
-    """Return the filesystem and the path of a URL. Raises StoreError."""
-    from fsspec.core import url_to_fs
-
-    shown = _without_password(url)
-    try:
-        # nothing is remembered: what was listed a minute ago may be stale
-        fs, root = url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-    except ImportError as error:
-        raise StoreError(
-            f"deploy.upload: {shown} needs a package that is not installed: {error}"
-        ) from None
-    except ValueError as error:
-        raise StoreError(
-            f"deploy.upload: {shown} is no folder and no URL that fsspec knows ({error}); write a "
-            "folder, s3://bucket/path or another fsspec URL"
-        ) from None
-    return fs, root.rstrip("/")
-
-
-def _clear(fs: "AbstractFileSystem", root: str, folder: Path) -> None:
-    """Make an earlier bundle at the target incomplete before it is changed, and remove what the new
-    one has not."""
-    if _has_folders(fs):
-        fs.makedirs(root, exist_ok=True)
-    there = f"{root}/{SUMS}"
-    if not fs.exists(there) or _digest(fs, there) == sha256(folder / SUMS):
-        return
-    # a torn list names nothing
-    earlier = None
-    with contextlib.suppress(UnicodeDecodeError):
-        earlier = _parse_sums(fs.cat_file(there).decode())
-    for name in (earlier or {}).keys() - read_sums(folder).keys():
-        if fs.exists(f"{root}/{name}"):
-            fs.rm_file(f"{root}/{name}")
-    fs.rm_file(there)
-
-
-def _has_folders(fs: "AbstractFileSystem") -> bool:
-    protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
-    return bool(FOLDERS.intersection(protocols))
-
-
-def _send(fs: "AbstractFileSystem", source: Path, target: str, digest: str) -> None:
-    """Send a file unless it is there already. Raises StoreError when other bytes come back."""
-    if fs.exists(target) and _digest(fs, target) == digest:
-        return
-    if _has_folders(fs):
-        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-    fs.put_file(str(source), target)
-    found = _digest(fs, target)
-    if found != digest:
-        raise StoreError(
-            f"deploy.upload: {target} came back with other bytes than were sent (sha256 "
-            f"{found[:12]}, sent {digest[:12]}): the copy is torn. Run the same command again; it "
-            "sends what is missing or different"
-        )
-
-
-def _digest(fs: "AbstractFileSystem", path: str) -> str:
-    """Return the sha256 of what is at the target, read in constant memory."""
-    digest = hashlib.sha256()
-    with fs.open(path, "rb", block_size=BLOCK_BYTES) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _translate_errors(url: str) -> Iterator[None]:
-    """Turn whatever a filesystem raises into a StoreError that names the URL."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:  # each filesystem raises what it likes
-        shown = _without_password(url)
-        if no_room(error, Path(shown)):
-            raise DiskFull(f"deploy.upload: no room to write {shown} ({error})") from None
-        raise StoreError(
-            f"deploy.upload: {shown} cannot be written or read back: {type(error).__name__}: "
-            f"{error}. Check the URL, its credentials and the network, then run the same command "
-            "again; nothing is sent twice"
-        ) from None
-
-
-def _without_password(url: str) -> str:
-    """Return a URL without the password it may hold."""
-    return re.sub(r"//[^/@]*@", "//***@", url)

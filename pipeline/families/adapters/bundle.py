@@ -93,8 +93,8 @@ def bundle(
     }
     where = locate(pin, of_base, kind)
     files = [
-        *_adapter_files(cfg, parts),
-        *_base_files(pin, where),
+        *adapter_files(cfg, parts),
+        *base_files(pin, where),
     ]
     return write(folder, files, texts, progress) | {"experts": len(cfg.experts)}
 
@@ -210,7 +210,8 @@ def _described(cfg: AdapterRunConfig, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _adapter_files(cfg: AdapterRunConfig, parts: Parts) -> Iterator[BundleFile]:
+def adapter_files(cfg: AdapterRunConfig, parts: Parts) -> Iterator[BundleFile]:
+    """Yield every adapter's files, the router's last."""
     jobs: list[tuple[str, str, str | None]] = [(n, "train_experts", n) for n in cfg.experts]
     jobs.append((ROUTER, "train_router", None))
     for name, stage, item in jobs:
@@ -223,7 +224,7 @@ def _adapter_files(cfg: AdapterRunConfig, parts: Parts) -> Iterator[BundleFile]:
             yield BundleFile(f"{ADAPTERS}/{name}/{file}", folder / file, known[file]["sha256"])
 
 
-def _base_files(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
+def base_files(pin: ModelRef, where: Path) -> Iterator[BundleFile]:
     """Yield the base's own files where they go along, else those that make its requests, to look
     at."""
     for name, digest in pin.files.items():

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ...data.text.tokenizer import Tokenizer, load
 from ...errors import DamagedArtifact, MismatchError
 from ...hardware import device
 from ...model.experts import from_tensors
@@ -22,13 +21,14 @@ from ...model.router import gate_name
 from ...model.trunk import open_tensors
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, check_source, listed, start_ids, write
+from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, start_ids, write
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from .. import Parts
 from ..report_files import report_files
 from .config import ANCHOR, FfnMoeConfig
 from .parts import mixture_of, stored_settings
 from .stack import FfnStack
+from .stock import generation_settings, old_rope, run_tokenizer, text_start
 
 # llama.cpp reads only names with model in front
 TRUNK = "model-trunk.safetensors"
@@ -66,13 +66,13 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     """
     settings = stored_settings(parts, "train_shared")
     members = _members(cfg, parts)
-    tokenizer = _tokenizer(parts)
-    start = _start(cfg, tokenizer)
+    tokenizer = run_tokenizer(parts)
+    start = text_start(cfg, tokenizer)
     stock = stock_settings(settings, len(members), cfg.router.top_k)
     described = _described(cfg, parts, members, stock, start)
     texts: dict[str, str | dict] = {
         "config.json": stock,
-        "generation_config.json": _generation(settings, tokenizer.end_id, start),
+        "generation_config.json": generation_settings(settings, tokenizer.end_id, start),
         **tokenizer.stock_files(start),
         ABOUT: described,
         **report_files(cfg, parts, described),
@@ -173,17 +173,7 @@ def stock_settings(settings: Mapping[str, Any], experts: int, top_k: int) -> dic
     # Readers before transformers 5 know the second name only
     written["num_local_experts"] = experts
     written["num_experts"] = experts
-    return written | _old_rope(written.get("rope_parameters") or {})
-
-
-def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary embedding as readers before transformers 5 look for it."""
-    out: dict[str, Any] = {}
-    if "rope_theta" in rope:
-        out["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        out["rope_scaling"] = dict(rope)
-    return out
+    return written | old_rope(written.get("rope_parameters") or {})
 
 
 def _check_fits(settings: Mapping[str, Any]) -> None:
@@ -202,23 +192,6 @@ def _check_fits(settings: Mapping[str, Any]) -> None:
             "place for, so the stack cannot be bundled as a stock checkpoint; choose another "
             "trunk.init. Evaluation is not affected"
         )
-
-
-def _tokenizer(parts: Parts) -> Tokenizer:
-    """Return the run's tokenizer. Raises DamagedArtifact."""
-    folder = parts.folder("preprocess")
-    files = parts.manifest("preprocess").files
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        check_source(BundleFile(name, folder / name, files[name]["sha256"]))
-    return load(folder)
-
-
-def _start(cfg: FfnMoeConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens that lead a text: those the trunk was trained with before, or what led
-    each document here."""
-    if tokenizer.front or cfg.trunk.init:
-        return tokenizer.front
-    return tokenizer.lead
 
 
 def _members(cfg: FfnMoeConfig, parts: Parts) -> list[_Member]:
@@ -270,22 +243,6 @@ def _described(
         "router": {"address": parts.manifest("train_router").address, "file": ROUTER},
         "tokenizer": {"address": parts.manifest("preprocess").address},
         "report": {"address": parts.manifest("evaluate").address},
-    }
-
-
-def _generation(settings: Mapping[str, Any], end_id: int, start: Sequence[int]) -> dict[str, Any]:
-    """Return generation_config.json; a pretrained trunk's own end tokens end a text too."""
-    own = settings.get("eos_token_id")
-    ends = {end_id}
-    if isinstance(own, list):
-        ends.update(own)
-    elif own is not None:
-        ends.add(own)
-    return {
-        # Where there is nothing to go on from, generate begins with it
-        "bos_token_id": start[-1] if start else end_id,
-        "eos_token_id": sorted(ends) if len(ends) > 1 else end_id,
-        "pad_token_id": end_id,
     }
 
 

@@ -12,7 +12,7 @@ from ...protocols import Progress
 from ...report import LanguageReport
 from ...store.model_files import on_this_machine
 from ...train.flops import JobCost
-from .. import Parts
+from .. import ExportWish, Parts
 from . import cost as ffn_cost
 from .bundle import bundle, reassemble
 from .config import FfnMoeConfig
@@ -23,10 +23,12 @@ from .train import dense, expert, router, shared
 __all__ = [
     "assemble",
     "bundle",
+    "check_export",
     "cost",
     "dense",
     "encode",
     "expert",
+    "export",
     "look_at_documents",
     "measure",
     "preflight",
@@ -83,3 +85,19 @@ def measure(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepo
     from .evaluate import tables
 
     return tables(cfg, parts, progress)
+
+
+def check_export(cfg: FfnMoeConfig, wish: ExportWish) -> None:
+    """Raise ConfigError for what no run of these settings can be exported as."""
+    from .export.formats import check
+
+    check(cfg, wish)
+
+
+def export(
+    cfg: FfnMoeConfig, parts: Parts, wish: ExportWish, folder: Path, progress: Progress
+) -> None:
+    """Write what is wanted to an empty folder; see export/formats.py."""
+    from .export.formats import export
+
+    export(cfg, parts, wish, folder, progress)

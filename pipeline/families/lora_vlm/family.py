@@ -11,7 +11,7 @@ from ...protocols import Progress
 from ...report import RequestReport
 from ...store.model_files import FindModel
 from ...train.loop import NoTraining, Task
-from .. import Parts
+from .. import ExportWish, Parts
 from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
@@ -28,8 +28,10 @@ from .vision import Images
 __all__ = [
     "assemble",
     "bundle",
+    "check_export",
     "cost",
     "expert",
+    "export",
     "look_at_routing",
     "look_at_task",
     "measure",
@@ -107,6 +109,22 @@ def bundle(cfg: LoraVlmConfig, parts: Parts, folder: Path, progress: Progress) -
         opening=opening,
         media_name=Images.name,
     )
+
+
+def check_export(cfg: LoraVlmConfig, wish: ExportWish) -> None:
+    """Raise ConfigError for any format but the adapters that the experts are."""
+    from ..adapters.export import check
+
+    check(cfg, wish)
+
+
+def export(
+    cfg: LoraVlmConfig, parts: Parts, wish: ExportWish, folder: Path, progress: Progress
+) -> None:
+    """Write the experts' adapters and the router's to an empty folder."""
+    from ..adapters.export import export
+
+    export(cfg, parts, wish, folder, progress, QWEN3_VL)
 
 
 def reassemble(folder: Path) -> AdapterStack:

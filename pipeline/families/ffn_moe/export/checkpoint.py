@@ -1,0 +1,61 @@
+"""A model as a stock checkpoint: config.json, tokenizer and one file of weights, for a class that
+transformers has.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....data.text.tokenizer import Tokenizer
+from ....protocols import Progress
+from ....store.artifacts import write_text
+from ....store.streamed import Streamed, write_tensors
+from ..stock import generation_settings
+
+WEIGHTS = "model.safetensors"
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_checkpoint(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Streamed],
+    tokenizer: Tokenizer,
+    start: tuple[int, ...],
+    dtype: str | None,
+    progress: Progress,
+) -> tuple[dict[str, str], str]:
+    """Write a checkpoint that transformers opens; return the sha256 of its weights by file, and
+    their dtype.
+
+    `settings` is its config.json, whose dtype becomes the weights': `dtype`, or where that is None
+    the widest one there is. Raises DiskFull.
+    """
+    wanted = TORCH[dtype] if dtype else _widest(tensors)
+    rounded = {name: tensor.to(wanted) for name, tensor in tensors.items()}
+    name_of_it = str(wanted).removeprefix("torch.")
+    written = {**settings, "dtype": name_of_it}
+    generation = generation_settings(settings, tokenizer.end_id, start)
+    texts = {
+        "config.json": _as_json(written),
+        "generation_config.json": _as_json(generation),
+        **tokenizer.stock_files(start),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return {WEIGHTS: write_tensors(folder / WEIGHTS, rounded, progress)}, name_of_it
+
+
+def _widest(tensors: Mapping[str, Streamed]) -> torch.dtype:
+    """Return a dtype that loses nothing of any tensor."""
+    found = next(iter(tensors.values())).dtype
+    for tensor in tensors.values():
+        found = torch.promote_types(found, tensor.dtype)
+    return found
+
+
+def _as_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"

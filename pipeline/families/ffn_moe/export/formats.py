@@ -1,0 +1,226 @@
+"""One run, in the format and of the part that somebody wants.
+
+L layers, E experts, D model width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .... import report
+from ....data.text.tokenizer import Tokenizer
+from ....errors import ConfigError, MissingArtifact
+from ....model.router import gate_name
+from ....model.trunk import Trunk
+from ....protocols import Progress
+from ....report import LanguageReport
+from ....store.artifacts import sha256, write_text
+from ....store.bundle import SUMS, write_sums
+from ....store.reading import read_bytes
+from ....store.streamed import Streamed
+from ... import ExportWish, Parts
+from ..bundle import NAMINGS, stock_settings
+from ..config import ANCHOR, FfnMoeConfig
+from ..networks import SOUP, TRUNK, stack_row
+from ..parts import stored_experts, stored_settings, stored_trunk
+from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
+from .checkpoint import write_checkpoint
+from .tensors import Tensors, expert_tensors, mean_tensors, mixture_tensors, trunk_tensors
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be written, and where."""
+
+    cfg: FfnMoeConfig
+    wish: ExportWish
+    settings: Mapping[str, Any]  # Hugging Face config fields of the trunk
+    tokenizer: Tokenizer
+    start: tuple[int, ...]  # tokens that lead a text
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A part of a run, opened."""
+
+    tensors: Tensors  # of a dense model; of a mixture without its feed-forward networks
+    experts: list[Tensors]  # of a mixture, in the order of its gates
+    gates: Mapping[str, Tensor]  # of a mixture, by the store's names
+    what: str  # for people: a noun with its article
+    row: str  # of the report's quality table
+    parts: dict[str, str]  # addresses by name
+    slug: str  # for a file's name
+
+
+def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
+    """Raise ConfigError for what no run of these settings has."""
+    known = (*cfg.experts, ANCHOR)
+    if wish.format == "expert" and wish.expert is None:
+        raise ConfigError(f"--format expert: name one with --expert; there are {', '.join(known)}")
+    if wish.expert is not None and wish.expert not in known:
+        raise ConfigError(
+            f"--expert {wish.expert}: there is no such expert; there are {', '.join(known)} "
+            f"({ANCHOR} is the trunk with its own network)"
+        )
+    takes = {"expert": ("expert", "gguf"), "dense": ("gguf",), "q8_0": ("gguf",)}
+    given = {"expert": wish.expert, "dense": wish.dense, "q8_0": wish.dtype == "q8_0"}
+    for name, formats in takes.items():
+        if given[name] and wish.format not in formats:
+            option = f"--dtype {name}" if name == "q8_0" else f"--{name}"
+            raise ConfigError(f"{option} is for --format {' or '.join(formats)}, not {wish.format}")
+    if wish.expert and wish.dense:
+        raise ConfigError("--expert and --dense: one expert, or the mean of them; give one")
+    if wish.format == "adapters" and wish.dtype:
+        raise ConfigError("--dtype: adapters are kept as they are stored; leave it out")
+    if wish.format == "adapters":
+        raise ConfigError(
+            "--format adapters: the experts of this run are whole networks and no low-rank ones, "
+            "which PEFT adapters are; compress them first, or export with --format expert"
+        )
+
+
+def export(
+    cfg: FfnMoeConfig, parts: Parts, wish: ExportWish, folder: Path, progress: Progress
+) -> None:
+    """Write what is wanted to an empty folder, with a card and SHA256SUMS.
+
+    Raises ConfigError, MissingArtifact, DamagedArtifact, or MismatchError for what the format
+    cannot hold.
+    """
+    check(cfg, wish)
+    tokenizer = run_tokenizer(parts)
+    start = text_start(cfg, tokenizer)
+    settings = stored_settings(parts, "train_shared")
+    job = _Job(cfg, wish, settings, tokenizer, start, folder, progress)
+    wanted = _opened(cfg, parts, wish)
+    about, sums = _gguf(job, wanted) if wish.format == "gguf" else _stock(job, wanted)
+    about |= {"run": cfg.name, "parts": wanted.parts, "row": wanted.row}
+    _seal(folder, report.export_card(_report(parts), about), sums)
+
+
+def _gguf(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write a GGUF file; return what the card says of it, and sums of files by name."""
+    # Only this format needs what these import
+    from .gguf_file import Experts, Gguf, kept_as, write_gguf
+    from .gguf_tokenizer import vocabulary
+
+    generation = generation_settings(job.settings, job.tokenizer.end_id, job.start)
+    named = generation["eos_token_id"]
+    others = named if isinstance(named, list) else []
+    ends = dict.fromkeys([job.tokenizer.end_id, *others])
+    words = vocabulary(job.tokenizer, job.settings["vocab_size"], job.start, tuple(ends))
+    dtype = job.wish.dtype
+    file = "-".join(filter(None, (job.cfg.name, wanted.slug, dtype))) + ".gguf"
+    experts = None
+    if wanted.experts:
+        gates = {}
+        for layer in range(job.settings["num_hidden_layers"]):
+            gates[layer] = Streamed.of(wanted.gates[gate_name(layer)])
+        experts = Experts(tuple(wanted.experts), gates, job.cfg.router.top_k)
+    model = Gguf(job.cfg.name, job.settings, wanted.tensors, experts)
+    notes = write_gguf(job.folder / file, model, words, dtype, job.progress)
+    about = {
+        "what": f"{wanted.what}, as a GGUF file of {kept_as(dtype)}, made with MoleForge.",
+        "library": "gguf",
+        "tags": ["gguf"],
+        "example": "gguf_example.md",
+        "file": file,
+        "context_tokens": job.settings["max_position_embeddings"],
+        "notes": notes,
+    }
+    return about, {}
+
+
+def _stock(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write a stock checkpoint; return what the card says of it, and sums of files by name."""
+    tensors = wanted.tensors
+    if wanted.experts:
+        settings = stock_settings(job.settings, len(wanted.experts), job.cfg.router.top_k)
+        naming = NAMINGS[settings["architectures"][0]]
+        tensors |= mixture_tensors(wanted.experts, wanted.gates, naming.expert, naming.gate)
+    else:
+        settings = dense_settings(job.settings)
+    sums, dtype = write_checkpoint(
+        job.folder, settings, tensors, job.tokenizer, job.start, job.wish.dtype, job.progress
+    )
+    kind = settings["architectures"][0]
+    about = {
+        "what": f"{wanted.what}, as an ordinary `{kind}` in {dtype}, made with MoleForge.",
+        "library": "transformers",
+        "tags": ["mixture-of-experts"] if wanted.experts else [],
+        "example": "transformers_example.md",
+        "notes": [],
+    }
+    return about, sums
+
+
+def _seal(folder: Path, card: str, sums: Mapping[str, str]) -> None:
+    """Write the card, and last what makes the folder whole."""
+    write_text(folder / "README.md", card)
+    found = dict(sums)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != SUMS and name not in found:
+            found[name] = sha256(path)
+    write_sums(folder, found)
+
+
+def _report(parts: Parts) -> LanguageReport | None:
+    """Return the run's report, None where it was not evaluated."""
+    try:
+        found = report.read(read_bytes(parts.folder("evaluate") / "report.json"))
+    except MissingArtifact:
+        return None
+    return found if isinstance(found, LanguageReport) else None
+
+
+def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
+    """Return the part of a run that is wanted, its tensors mapped."""
+    trunk, dummy = stored_trunk(cfg, parts)
+    addresses = {"trunk": parts.manifest("train_shared").address}
+    if wish.expert == ANCHOR:
+        what = "The trunk with its own feed-forward network"
+        return _dense(trunk, expert_tensors(dummy), what, TRUNK, addresses, "base")
+    names = (wish.expert,) if wish.expert else cfg.experts
+    for name in names:
+        addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
+    # Opened and hashed one by one, so those that are not wanted are left alone
+    fewer = cfg.expert.model_copy(update={"domains": names})
+    found = dict(stored_experts(cfg.model_copy(update={"expert": fewer}), parts, dummy))
+    own = {name: expert_tensors(expert) for name, expert in found.items()}
+    if wish.expert:
+        what = f"The trunk with the feed-forward network of the expert {wish.expert}"
+        return _dense(trunk, own[wish.expert], what, wish.expert, addresses, wish.expert)
+    if wish.format == "dense" or wish.dense:
+        what = "The trunk with the mean of the experts' feed-forward networks"
+        mean = mean_tensors([own[name] for name in cfg.experts])
+        return _dense(trunk, mean, what, SOUP, addresses, "dense")
+    addresses["router"] = parts.manifest("train_router").address
+    return _Wanted(
+        tensors=trunk_tensors(trunk),
+        experts=list(own.values()),
+        gates=parts.tensors("train_router", "router.safetensors"),
+        what=f"A mixture of {len(own)} experts, {cfg.router.top_k} of them active per token",
+        row=stack_row(cfg),
+        parts=addresses,
+        slug="stack",
+    )
+
+
+def _dense(
+    trunk: Trunk, ffn: Tensors, what: str, row: str, parts: dict[str, str], slug: str
+) -> _Wanted:
+    return _Wanted(
+        tensors=trunk_tensors(trunk) | ffn,
+        experts=[],
+        gates={},
+        what=what,
+        row=row,
+        parts=parts,
+        slug=slug,
+    )

@@ -1,0 +1,322 @@
+"""What is exported computes what the run computes: in transformers' own classes, and in llama.cpp.
+
+B sequences, T tokens, V vocabulary.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import xllamacpp
+from conftest import documents
+from fakes import FolderParts
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.data.text.tokenizer import Tokenizer, train
+from pipeline.errors import ConfigError
+from pipeline.families import ExportWish
+from pipeline.families.ffn_moe.bundle import bundle as bundle_of_run
+from pipeline.families.ffn_moe.export.formats import check, export
+from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
+from pipeline.families.ffn_moe.stack import assemble
+from pipeline.model.experts import average
+from pipeline.protocols import quiet
+from pipeline.store import bundle
+from pipeline.train import loop
+from tests import small
+from tests.small_reports import language_report, quality_row
+from tests.test_trunk import whole
+
+TEXTS = [text for domain in ("sea", "shop", "hall") for text in documents(domain, 20)]
+DOMAINS = {3: small.DOMAINS, 5: ("a", "b", "c", "d", "e")}
+EXACT = 1e-5
+RELATIVE = 1e-3  # of perplexity, against llama.cpp
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE as a run trains one."""
+    return train(300, TEXTS)
+
+
+def made(root: Path, tokenizer: Tokenizer, kind: str, tied: bool, experts: int = 3, **given):
+    """Return configuration and parts of a whole run with a tokenizer that texts can be put to,
+    on a trunk of one kind: new (qwen3) or from a checkpoint."""
+    changes = {"trunk__tie_embeddings": tied, "partition__domains": DOMAINS[experts]}
+    changes |= {"trunk__context_tokens": 48}
+    if kind != "qwen3":
+        biased = given.pop("biased", False)
+        sizes = {"tie_word_embeddings": tied, "vocab_size": tokenizer.vocab_size}
+        if biased:
+            sizes |= {"attention_bias": True, "mlp_bias": True}
+        model = whole(kind, max_position_embeddings=64, **sizes)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root / "checkpoint")
+        tokenizer.save(root / "checkpoint")
+        changes |= {
+            "trunk__init": str(root / "checkpoint"),
+            "tokenizer__pretrained": str(root / "checkpoint"),
+        }
+    cfg = small.config(**changes, **given)
+    parts = FolderParts(cfg, root / "run")
+    folder = parts.root / "preprocess"
+    small.write_shards(folder, cfg.partition.names, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(folder)
+    small.train(cfg, parts, "train_shared")
+    for name in cfg.experts:
+        small.train(cfg, parts, "train_experts", name)
+    small.train(cfg, parts, "train_router")
+    return cfg, parts
+
+
+def exported(cfg, parts, folder: Path, **wish) -> Path:
+    """Return a folder with an export."""
+    folder.mkdir()
+    export(cfg, parts, ExportWish(**wish), folder, quiet)
+    bundle.verify(folder)
+    return folder
+
+
+def logits_of(trunk, ffn, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return logits_BTV of our own network."""
+    with torch.no_grad():
+        return trunk.hidden(ids_BT, ffn) @ trunk.head.T
+
+
+def ours(cfg, parts, which: str):
+    """Return trunk and network of what was exported."""
+    trunk, dummy = stored_trunk(cfg, parts)
+    experts = dict(stored_experts(cfg, parts, dummy))
+    if which == "dense":
+        return trunk, average([experts[name] for name in cfg.experts])
+    if which == "stack":
+        stack = assemble(cfg, parts)
+        return stack.trunk, stack.mixture
+    return trunk, dummy if which == "anchor" else experts[which]
+
+
+class Llama:
+    """llama.cpp with one model loaded."""
+
+    def __init__(self, file: Path):
+        given = xllamacpp.CommonParams()
+        given.model.path = str(file)
+        given.n_ctx = 256
+        given.n_parallel = 1
+        given.cpuparams.n_threads = 1
+        given.warmup = given.fit_params = False
+        given.verbosity = -1
+        # its caches round to fp16 otherwise
+        given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self.server = xllamacpp.Server(given)
+
+    def ask(self, path: str, **body) -> dict:
+        """Return the answer to a request."""
+        return httpx.post(self.server.listening_address + path, json=body).json()
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, with what is put in front of it."""
+        return self.ask("/tokenize", content=text, add_special=True)["tokens"]
+
+    def nats(self, ids: list[int]) -> list[float]:
+        """Return what each token after the first costs."""
+        out = []
+        for at in range(1, len(ids)):
+            # the bias makes it take the token; what it tells is the model's own
+            found = self.ask(
+                "/completion",
+                prompt=ids[:at],
+                n_predict=1,
+                n_probs=1,
+                temperature=0,
+                logit_bias=[[ids[at], 1e9]],
+                return_tokens=True,
+            )
+            assert found["tokens"] == [ids[at]]
+            out.append(-found["completion_probabilities"][0]["logprob"])
+        return out
+
+    def greedy(self, ids: list[int], count: int) -> list[int]:
+        """Return what the model goes on with."""
+        body = {"prompt": ids, "n_predict": count, "temperature": 0, "return_tokens": True}
+        return self.ask("/completion", **body, ignore_eos=True)["tokens"]
+
+
+def perplexity(nats) -> float:
+    """Return the perplexity of tokens."""
+    return math.exp(sum(nats) / len(nats))
+
+
+def same_in_llama(file: Path, folder: Path, text: str) -> float:
+    """Compare a GGUF file with the same model in transformers; return the perplexity."""
+    llama = Llama(file)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer(text).input_ids
+    assert llama.ids(text) == ids
+    ids = ids[:20]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([ids])).logits[0]
+        wanted = model.generate(
+            torch.tensor([ids[:8]]), min_new_tokens=8, max_new_tokens=8, do_sample=False
+        )
+    nats_T = -logits_TV.log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+    found = perplexity(llama.nats(ids))
+    assert found == pytest.approx(perplexity(nats_T.tolist()), rel=RELATIVE)
+    assert llama.greedy(ids[:8], 8) == wanted[0, 8:].tolist()
+    return found
+
+
+CASES = {
+    "qwen3, tied": ("qwen3", True, 3, {}),
+    "qwen3, untied, five, anchor": ("qwen3", False, 5, {"trunk__anchor": "keep"}),
+    "llama, untied": ("llama", False, 5, {}),
+    "mistral, tied": ("mistral", True, 3, {"router__top_k": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
+    kind, tied, experts, changes = CASES[case]
+    cfg, parts = made(tmp_path, tokenizer, kind, tied, experts, **changes)
+    first = cfg.experts[0]
+    wishes = {
+        first: {"format": "expert", "expert": first},
+        "anchor": {"format": "expert", "expert": "anchor"},
+        "dense": {"format": "dense"},
+        "stack": {"format": "hf", "dtype": "fp32"},
+    }
+    in_gguf = {
+        first: {"expert": first},
+        "anchor": {"expert": "anchor"},
+        "dense": {"dense": True},
+        "stack": {},
+    }
+    ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))
+    found = set()
+    for which, wish in wishes.items():
+        folder = exported(cfg, parts, tmp_path / f"stock-{which}", **wish)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys"))
+        with torch.no_grad():
+            logits_BTV = model.eval()(ids_BT).logits
+        wanted = logits_of(*ours(cfg, parts, which), ids_BT)
+        torch.testing.assert_close(logits_BTV, wanted, rtol=0, atol=EXACT)
+        assert wanted.std() > 0.1
+        gguf = exported(cfg, parts, tmp_path / f"gguf-{which}", format="gguf", **in_gguf[which])
+        (file,) = gguf.glob("*.gguf")
+        found.add(same_in_llama(file, folder, TEXTS[0]))
+    assert len(found) == 4, "four networks, and each is another"
+
+
+@pytest.fixture(scope="module")
+def small_run(tokenizer, tmp_path_factory):
+    """(configuration, parts) of a run with a report; read it, never change it."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        cfg, parts = made(root, tokenizer, "qwen3", True, trunk__d_model=32, trunk__d_ff=32)
+    parts.new("evaluate")
+    rows = [quality_row("alpha", "expert", 2.0), quality_row("weight soup", "merge", 1.5)]
+    report = language_report(quality=rows)
+    (parts.path("evaluate") / "report.json").write_text(report.to_json())
+    return cfg, parts
+
+
+def example_of(folder: Path) -> str:
+    """Return the block of Python in a folder's card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+def printed(folder: Path) -> str:
+    """Return what the example of a card prints, run as it stands in its folder."""
+    code = example_of(folder)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_of_a_bundles_card_runs_as_it_stands(small_run, tmp_path):
+    cfg, parts = small_run
+    (tmp_path / "bundle").mkdir()
+    bundle_of_run(cfg, parts, tmp_path / "bundle", quiet)
+    text = printed(tmp_path / "bundle")
+    assert text.startswith("Once upon a time") and len(text) > 30
+    assert example_of(tmp_path / "bundle") == example_of(
+        exported(cfg, parts, tmp_path / "dense", format="dense")
+    )
+
+
+def test_the_example_of_a_gguf_files_card_runs_as_it_stands(small_run, tmp_path):
+    folder = exported(*small_run, tmp_path / "gguf", format="gguf", dtype="q8_0")
+    text = printed(folder)
+    card = (folder / "README.md").read_text()
+    assert len(text) > 10
+    assert "A mixture of 3 experts, 2 of them active per token, as a GGUF file of q8_0" in card
+
+
+def test_a_card_says_where_it_is_from_and_how_good_the_row_is(small_run, tmp_path):
+    cfg, parts = small_run
+    folder = exported(cfg, parts, tmp_path / "one", format="expert", expert="alpha")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "`Qwen3ForCausalLM` in float32" in card.text
+    address = parts.manifest("train_experts", "alpha").address
+    assert f"| expert alpha | `{address}` |" in card.text
+    assert "What this is, is the row alpha." in card.text and "2.000" in card.text
+
+
+DTYPES = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 1e-3)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_rounded_once_to_what_is_asked_for(small_run, tmp_path, dtype):
+    cfg, parts = small_run
+    wanted, error = DTYPES[dtype]
+    folder = exported(cfg, parts, tmp_path / "one", format="dense", dtype=dtype)
+    trunk, ffn = ours(cfg, parts, "dense")
+    stored = load_file(folder / "model.safetensors")
+    for name, parameter in {**trunk.named(), **ffn.named()}.items():
+        torch.testing.assert_close(stored.pop(name), parameter.to(wanted), rtol=0, atol=1e-7)
+    assert not stored
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(wanted)[6:]
+    gguf = exported(cfg, parts, tmp_path / "gguf", format="gguf", dense=True, dtype=dtype)
+    (file,) = gguf.glob("*.gguf")
+    found = perplexity(Llama(file).nats(list(range(1, 12))))
+    with torch.no_grad():
+        ids_BT = torch.tensor([list(range(1, 12))])
+        nats = -logits_of(trunk, ffn, ids_BT)[0].log_softmax(-1)[range(10), ids_BT[0, 1:]]
+    assert found == pytest.approx(perplexity(nats.tolist()), rel=error or RELATIVE)
+
+
+REFUSED = {
+    "no expert": ({"format": "expert"}, "--format expert: name one with --expert"),
+    "unknown": ({"format": "expert", "expert": "omega"}, "there is no such expert"),
+    "both": ({"format": "gguf", "expert": "alpha", "dense": True}, "give one"),
+    "not for hf": ({"format": "hf", "expert": "alpha"}, "--expert is for --format expert or gguf"),
+    "8 bits": ({"format": "dense", "dtype": "q8_0"}, "--dtype q8_0 is for --format gguf"),
+    "whole networks": ({"format": "adapters"}, "whole networks and no low-rank ones.*compress"),
+}
+
+
+@pytest.mark.parametrize(("wish", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_no_run_has_is_refused_before_anything_is_read(wish, said):
+    with pytest.raises(ConfigError, match=said):
+        check(small.config(), ExportWish(**wish))
