@@ -209,6 +209,12 @@ def test_a_fused_step_takes_its_batch_whole():
     assert chosen(3000, opts).whole_batch and chosen(3000, opts).fuse_optimizer
 
 
+def test_a_gpu_takes_the_whole_batch_and_a_large_chunk_of_logits():
+    here, there = (unbounded(options(), 1024, True, gpu) for gpu in (False, True))
+    assert (here.micro_batch_sequences, there.micro_batch_sequences) == (2, 16)
+    assert there.chunk_logits == 2**5 * here.chunk_logits == 2**27
+
+
 def test_no_second_forward_pass_where_it_would_count_twice():
     with pytest.raises(BudgetError) as error:
         chosen(300, can_checkpoint=False)

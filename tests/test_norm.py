@@ -10,7 +10,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pipeline.model import trunk as trunks
-from pipeline.model.kernels.norm import RMSNorm, patch_norm
+from pipeline.model.kernels.norm import RMSNorm, fused_norm, patch_norm
 
 D = 24
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -98,3 +98,14 @@ def test_a_norm_of_another_form_is_left_alone():
     net = torch.nn.Sequential(torch.nn.RMSNorm(D), torch.nn.LayerNorm(D))
     patch_norm(net)
     assert [type(m) for m in net] == [torch.nn.RMSNorm, torch.nn.LayerNorm]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_kernel_of_a_gpu_gives_the_same(dtype):
+    mine = RMSNorm(norm(dtype=dtype))
+    other = RMSNorm(norm(dtype=dtype))
+    other.forward = lambda x: fused_norm(x, other.weight, other.variance_epsilon)
+    # It rounds once where ours, as Hugging Face's, rounds before and after the weight
+    limit = 2e-5 if dtype is FP32 else 2e-2
+    for a, b in zip(result(mine, drawn(dtype)), result(other, drawn(dtype)), strict=True):
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)

@@ -283,6 +283,22 @@ def test_a_checksum_sees_low_bits():
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16])
+def test_the_checksum_of_a_gpu_sees_low_bits(dtype):
+    tensor = (100 * torch.randn(7, 5)).to(dtype)
+    changed = tensor.clone()
+    changed.view(torch.int32 if dtype is torch.float32 else torch.int16)[3, 3] ^= 1
+    before = optimizers.sum_of_bits(tensor)
+    assert 0 <= before < 2**32 and before == optimizers.sum_of_bits(tensor.clone())
+    assert abs(optimizers.sum_of_bits(changed) - before) in (1, 2**32 - 1)
+
+
+def test_a_gpu_moves_whole_matrices_where_a_processor_takes_pieces():
+    size = 5000 * 3000
+    assert [*optimizers._pieces(torch.empty(size, device="meta"))] == [slice(0, size)]
+    assert len([*optimizers._pieces(torch.empty(size))]) == 58
+
+
 def test_the_norm_is_that_of_all_gradients():
     ours = AdamW(drawn(), OPTIONS)
     assert ours.norm() == 0.0

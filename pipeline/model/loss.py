@@ -13,10 +13,17 @@ from .autograd import Context
 
 # Logits of a chunk. With 16,384 entries that is 256 tokens, the fastest where it was measured.
 CHUNK_LOGITS = 2**22
+# On a GPU, which would wait for the start of every small product, and read the head for each.
+GPU_CHUNK_LOGITS = 2**27
 # Below so many tokens the matrix products slow down, however large the vocabulary is.
 MIN_CHUNK_TOKENS = 64
 # Products that are added up in bf16. A longer sum stops growing, as bf16 rounds away what comes.
 MAX_BF16_SUMS = 32
+
+
+def chunk_logits_on(device_type: str) -> int:
+    """Return the logits of a chunk on a kind of device."""
+    return CHUNK_LOGITS if device_type == "cpu" else GPU_CHUNK_LOGITS
 
 
 def chunk_of(vocab_size: int, chunk_logits: int = CHUNK_LOGITS) -> int:

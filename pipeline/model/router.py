@@ -40,7 +40,7 @@ class RouterStats:
     share_E: Tensor  # of assignments, sums to 1
     probability_E: Tensor  # mean softmax over all experts, differentiable
     z: Tensor  # mean squared logsumexp of the logits, differentiable
-    dropped: float  # share of assignments over capacity
+    dropped: Tensor  # share of assignments over capacity
 
 
 class Router(nn.Module):
@@ -105,7 +105,8 @@ class Router(nn.Module):
             share_E=count_E / count_E.sum(),
             probability_E=logits_NE.softmax(-1).mean(0),
             z=logits_NE.logsumexp(-1).square().mean(),
-            dropped=(kept_NK < 0).float().mean().item(),
+            # a number of it would make a GPU wait at every layer
+            dropped=(kept_NK < 0).float().mean(),
         )
         return kept_NK
 

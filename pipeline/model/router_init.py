@@ -65,10 +65,12 @@ class FeatureStatistics:
             if place is None:
                 return ffn(layer, x_BTD)
             x_ND = x_BTD.detach().flatten(0, -2).float()
+            # where the inputs are: a GPU that hands over every layer's sums waits for each
+            self._move_to(x_ND.device)
             # autocast would round the products to bf16
             with torch.autocast(x_ND.device.type, enabled=False):
-                self.sum_LD[place] += x_ND.sum(0).cpu()
-                self.gram_LDD[place] += (x_ND.T @ x_ND).cpu()
+                self.sum_LD[place] += x_ND.sum(0)
+                self.gram_LDD[place] += x_ND.T @ x_ND
             # a token passes every layer and is counted in the first
             if place == 0:
                 self.tokens += x_ND.shape[0]
@@ -80,6 +82,15 @@ class FeatureStatistics:
         """Return the statistics of some of the layers alone."""
         chosen = list(layers)
         return FeatureStatistics(self.sum_LD[chosen], self.gram_LDD[chosen], self.tokens)
+
+    def on_processor(self) -> "FeatureStatistics":
+        """Return these statistics with their sums in main memory, where gates are made."""
+        self._move_to(torch.device("cpu"))
+        return self
+
+    def _move_to(self, device: torch.device) -> None:
+        self.sum_LD = self.sum_LD.to(device)
+        self.gram_LDD = self.gram_LDD.to(device)
 
     @property
     def mean_LD(self) -> Tensor:

@@ -288,7 +288,7 @@ class _FusedStep:
 
     def __init__(self, optimizer: AdamW):
         self.optimizer = optimizer
-        self.square = 0.0
+        self.norms: list[Tensor] = []
         self.hooks = []
         for name, parameter in optimizer.parameters.items():
             hook = parameter.register_post_accumulate_grad_hook(partial(self._move, name))
@@ -300,14 +300,16 @@ class _FusedStep:
             hook.remove()
 
     def _move(self, name: str, parameter: Tensor) -> None:
-        self.square += self.optimizer.norm([name]) ** 2
+        # Read at the end of the step alone: in the backward pass a GPU would wait each time
+        self.norms.append(self.optimizer.norm_of(name))
         self.optimizer.move(name)
         parameter.grad = None
 
     def norm(self) -> float:
         """Return the gradient norm of the step just taken, and count it."""
-        norm = math.sqrt(self.square)
-        self.square = 0.0
+        square = sum(norm.item() ** 2 for norm in self.norms)
+        norm = math.sqrt(square)
+        self.norms = []
         self.optimizer.steps += 1
         return norm
 

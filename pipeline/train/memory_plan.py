@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..config.fit import FitConfig
 from ..errors import BudgetError, ConfigError
+from ..model.loss import CHUNK_LOGITS, chunk_logits_on
 from .memory_meter import LOW_MMAP_THRESHOLD_BYTES, Peak
 from .optimizer_state import has_int8
 
@@ -49,7 +50,7 @@ class MemoryPlan:
     moments: str = "fp32"
     gradients: str = "fp32"
     checkpointing: bool = False
-    chunk_logits: int = 2**22
+    chunk_logits: int = CHUNK_LOGITS
     fuse_optimizer: bool = False
     compile: bool = False
     # larger blocks go back to the system at once, which costs page faults
@@ -116,6 +117,7 @@ def unbounded(opts: FitConfig, tokens_per_row: int, divisible: bool, gpu: bool) 
         moments=opts.moments or "fp32",
         gradients=opts.gradients or "fp32",
         checkpointing=bool(opts.checkpointing),
+        chunk_logits=chunk_logits_on("cuda" if gpu else "cpu"),
         fuse_optimizer=opts.fuse_optimizer,
         compile=opts.compile,
         whole_batch=whole_batch,

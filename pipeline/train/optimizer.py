@@ -20,6 +20,8 @@ from .optimizer_state import SCALE, Moment, new_moment
 # Elements whose master and moments are fp32 at a time: 4 MB of workspace. A whole number of the
 # blocks that share a scale in 8 bits.
 PIECE = 2**18
+# On a GPU, where each piece costs the start of a dozen kernels: whole matrices, and 400 MB
+GPU_PIECE = 2**24
 BETA1 = 0.9
 EPSILON = 1e-8
 FIRST = "exp_avg"
@@ -58,13 +60,17 @@ class AdamW:
         fp32."""
         norms = []
         for name in names or self.parameters:
-            grad = self.parameters[name].grad
-            if grad is not None:
-                norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            if self.parameters[name].grad is not None:
+                norms.append(self.norm_of(name))
         if not norms:
             return 0.0
         total = torch.linalg.vector_norm(torch.stack(norms))
         return total.item()
+
+    def norm_of(self, name: str) -> Tensor:
+        """Return the norm of one parameter's gradient where that is, without waiting for a GPU."""
+        grad = _grad_of(self.parameters[name])
+        return torch.linalg.vector_norm(grad, dtype=torch.float32)
 
     def step(self, scale: float = 1.0) -> None:
         """Move every parameter by its gradient times scale, and clear the gradients; count a
@@ -90,7 +96,7 @@ class AdamW:
         # norms and biases are vectors: decay would pull them from where they have to be
         decay = self.weight_decay if parameter.ndim >= 2 else 0.0
 
-        for piece in _pieces(parameter.numel()):
+        for piece in _pieces(values):
             master_P = values[piece]
             if residual_bits is not None:
                 master_P = merge(values[piece], residual_bits[piece])
@@ -125,7 +131,7 @@ class AdamW:
             halves.append(self.residual_bits[name])
         sums = b""
         for half in halves:
-            sums += zlib.crc32(_bytes_of(half)).to_bytes(4, "big")
+            sums += _checksum(half).to_bytes(4, "big")
         return zlib.crc32(sums)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -202,7 +208,7 @@ def _round_to_bf16(parameter: nn.Parameter) -> Tensor:
     flat_high = high.view(-1)
     flat_residual = residual_bits.view(-1)
     # in pieces, as the shifted bits of a whole matrix would be two more of its size
-    for piece in _pieces(master.numel()):
+    for piece in _pieces(flat):
         _split(flat[piece], flat_high[piece], flat_residual[piece])
     parameter.data = high
     return residual_bits
@@ -227,14 +233,16 @@ def _load_moment(moment: Moment, stored: Mapping[str, Tensor], signed: bool) -> 
         return
     other = new_moment("int8" if SCALE in stored else "fp32", moment.kept, signed)
     _load_moment(other, stored, signed)
-    for piece in _pieces(other.kept.numel()):
+    for piece in _pieces(other.kept):
         moment.write(piece, other.read(piece))
 
 
-def _pieces(size: int) -> Iterator[slice]:
-    """Yield slices of at most PIECE elements that make up a tensor of that size."""
-    for start in range(0, size, PIECE):
-        yield slice(start, min(start + PIECE, size))
+def _pieces(flat_P: Tensor) -> Iterator[slice]:
+    """Yield slices that make up a flat tensor, of as many elements as suits its device."""
+    size = flat_P.numel()
+    most = PIECE if flat_P.device.type == "cpu" else GPU_PIECE
+    for start in range(0, size, most):
+        yield slice(start, min(start + most, size))
 
 
 def _grad_of(parameter: nn.Parameter) -> Tensor:
@@ -243,6 +251,16 @@ def _grad_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes without copying what is in main memory."""
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+def _checksum(tensor: Tensor) -> int:
+    """Return a number of 32 bits that changes when a tensor does."""
+    if tensor.device.type == "cpu":
+        return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    # Bringing gigabytes over for it would take longer than a step
+    return sum_of_bits(tensor)
+
+
+def sum_of_bits(tensor: Tensor) -> int:
+    """Return the sum of all numbers of a tensor, each read as an integer, in 32 bits."""
+    kind = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
+    total = tensor.view(kind).sum(dtype=torch.int64)
+    return int(total.item()) % 2**32

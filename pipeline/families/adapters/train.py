@@ -17,7 +17,7 @@ from ...data.routing.dataset import RoutingRows
 from ...data.tasks.rows import TaskRows
 from ...errors import DataError
 from ...hardware import device, uses_bf16
-from ...model.loss import CHUNK_LOGITS, chunk_of, cross_entropy
+from ...model.loss import chunk_logits_on, chunk_of, cross_entropy
 from ...train.loop import Task
 from ...train.memory_plan import MemoryPlan
 from .. import Parts
@@ -277,7 +277,7 @@ class Training:
         return inputs
 
     def token_loss(
-        self, inputs: Mapping[str, Any], chunk_logits: int = CHUNK_LOGITS
+        self, inputs: Mapping[str, Any], chunk_logits: int | None = None
     ) -> torch.Tensor:
         """Return the summed nats of the learned tokens, a scalar; logits are only ever made of
         those."""
@@ -293,7 +293,7 @@ class Training:
         h_ND = h_BTD[:, :-1][learned_BT]
         head_VD = self.core.get_output_embeddings().weight
         target_N = labels_BT[learned_BT]
-        chunk = chunk_of(len(head_VD), chunk_logits)
+        chunk = chunk_of(len(head_VD), chunk_logits or chunk_logits_on(head_VD.device.type))
         return cross_entropy(h_ND, head_VD, target_N, self.dtype, chunk)
 
     def logits(self, examples: Sequence[Example], ids: Sequence[int]) -> torch.Tensor:

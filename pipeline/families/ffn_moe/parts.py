@@ -15,7 +15,7 @@ from ...errors import MismatchError
 from ...hardware import device, uses_bf16
 from ...model import low_rank, router_init
 from ...model.experts import Expert, common_layers, from_tensors
-from ...model.loss import CHUNK_LOGITS, chunk_of, chunked_token_loss
+from ...model.loss import chunk_logits_on, chunk_of, chunked_token_loss
 from ...model.low_rank import LowRankExpert
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
@@ -48,7 +48,7 @@ def token_loss(
     ffn: Ffn,
     ids_BT: torch.Tensor,
     bf16: bool,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> torch.Tensor:
     """Return nats_BT of every token after the first, without gradients."""
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -57,7 +57,7 @@ def token_loss(
         h_BTD = trunk.hidden(ids_BT[:, :-1], ffn)
     h_ND = h_BTD.flatten(0, 1)
     target_N = ids_BT[:, 1:].flatten()
-    chunk = chunk_of(len(trunk.head), chunk_logits)
+    chunk = chunk_of(len(trunk.head), chunk_logits or chunk_logits_on(ids_BT.device.type))
     nats_N = chunked_token_loss(h_ND, trunk.head, target_N, dtype, chunk)
     return nats_N.view(len(ids_BT), -1)
 
@@ -318,4 +318,4 @@ def feature_statistics(
             # Entered for each batch: leaving it lets go of the weights it cast
             with torch.autocast(device(), torch.bfloat16, enabled=bf16):
                 trunk.hidden(ids_BT[:, :-1], observed)
-    return statistics
+    return statistics.on_processor()

@@ -198,7 +198,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         mean_E = share_LE.mean(0)
         log_E = mean_E.clamp(min=LEAST_SHARE).log()
         entropy = -(mean_E * log_E).sum()
-        dropped = [stats.dropped for stats in gates.stats.values()]
+        dropped = [stats.dropped.item() for stats in gates.stats.values()]
         return {
             "load": [round(share, 4) for share in mean_E.tolist()],
             "entropy": entropy.item(),
