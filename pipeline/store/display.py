@@ -77,7 +77,7 @@ def _joined(*parts: str) -> str:
     return " · ".join(part for part in parts if part)
 
 
-class Bar:
+class ProgressLine:
     """Progress on a terminal: one line that is drawn over."""
 
     def __init__(self, console: Console, job: str, total_steps: int) -> None:

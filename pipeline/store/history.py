@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, StoreError
-from .display import LOSSES, Bar, Lines, Row
+from .display import LOSSES, Lines, ProgressLine, Row
 from .reading import reading
 from .room import no_room
 
@@ -78,7 +78,8 @@ class Recorder:
         # rich would take the variable FORCE_COLOR for a terminal: ask the stream itself
         console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         live = console.is_terminal and not console.is_dumb_terminal
-        self._display = Bar(console, job, total_steps) if live else Lines(console, job, total_steps)
+        shown = ProgressLine if live else Lines
+        self._display = shown(console, job, total_steps)
 
     def start(self, step: int) -> None:
         """Begin at step: 0, or where a killed attempt goes on; rows of that attempt after step no
