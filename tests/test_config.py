@@ -259,10 +259,6 @@ def test_paths_start_at_the_file_that_names_them(tmp_path, monkeypatch):
         ),
         ("router: {steps: 1, init: rows}", "set expert.coordinate: true"),
         (
-            "trunk: {steps: 1, init: some/model}",
-            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own",
-        ),
-        (
             "trunk: {steps: 1, init: m}\ntokenizer: {pretrained: m}",
             "dense.baselines: wide trains from zero",
         ),

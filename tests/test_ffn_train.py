@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import FolderParts, Killed, dying, elsewhere, train_io, unreadable
+from torch import nn
 
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
@@ -351,7 +352,7 @@ def test_dtype_is_the_arithmetic_and_never_the_storage(trained, dtype):
     cfg = small.config(dtype=dtype)
     task, seen = ffn_moe.expert(cfg, trained, "alpha"), []
     hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, _, out: seen.append(out.dtype) if type(module).__name__ == "Linear" else None
+        lambda module, _, out: seen.append(out.dtype) if isinstance(module, nn.Linear) else None
     )
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(hook.remove)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.model import loss
 from pipeline.model.loss import MIN_CHUNK_TOKENS, chunked_token_loss, cross_entropy
 
 D, V = 16, 37
@@ -117,3 +118,29 @@ def test_a_long_sum_of_bf16_gradients_does_not_stop_growing():
         loss = cross_entropy(h_ND, head, target_N, torch.bfloat16, 1)
         found.append(torch.autograd.grad(loss, head)[0].double())
     assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+
+
+@pytest.mark.parametrize("piece", [3, 8, V])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_a_stored_head_of_another_dtype_is_cast_in_pieces(monkeypatch, stored, piece):
+    monkeypatch.setattr(loss, "PIECE_NUMBERS", piece * D)
+    h_ND, head_VD, target_N = drawn(20)
+    stored_VD = head_VD.detach().to(stored)
+    cast = []
+    to = torch.Tensor.to
+
+    def spied(tensor, *args, **kwargs):
+        cast.append(tensor.numel() if tensor.dtype == stored else 0)
+        return to(tensor, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", spied)
+        ours = cross_entropy(h_ND, stored_VD, target_N, chunk_tokens=7)
+        nats_N = chunked_token_loss(h_ND, stored_VD, target_N, chunk_tokens=7)
+    assert max(cast) == piece * D
+    reference = full(h_ND, stored_VD.float(), target_N)
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(nats_N.sum(), reference, rtol=1e-6, atol=1e-6)
+    (got,) = torch.autograd.grad(ours, h_ND)
+    (wanted,) = torch.autograd.grad(reference, h_ND)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

@@ -13,16 +13,16 @@ import pytest
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.families.adapters.base import ModelRef, locate
+from pipeline.families.ffn_moe.pretrained import open_pretrained
 from pipeline.families.lora_vlm import family as vlm
 from pipeline.families.lora_vlm.base import QWEN3_VL, open_chat
-from pipeline.model.trunk import pretrained
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from pipeline.store.artifacts import sha256
 from pipeline.store.bundle import SUMS
 from pipeline.train import loop
-from tests import small_stack
+from tests import small, small_stack
 from tests.test_bundle import bundle_of
 from tests.test_parity import made
 
@@ -350,6 +350,7 @@ def test_a_base_folder_that_names_code_is_refused(file, bundles, sentinel, tmp_p
 def test_a_trunk_that_names_code_is_refused(kind, sentinel, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": AUTO}))
     (tmp_path / "evil.py").write_text(EVIL)
-    with pytest.raises(ValueError, match=r"a trunk can be one of|names code to run"):
-        pretrained(tmp_path)
+    cfg = small.config(trunk__init=str(tmp_path))
+    with pytest.raises(PipelineError, match=r"a trunk can be one of|names code to run"):
+        open_pretrained(cfg)
     assert not sentinel.exists()

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.families import family
 from pipeline.families.load import parse
 from pipeline.protocols import quiet
-from pipeline.store.model_files import on_this_machine
+from pipeline.store.model_sources import on_this_machine
 from tests import small
 from tests.test_parity import whole
 

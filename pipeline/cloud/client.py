@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.table import Table
 
-from ..config.base import is_folder
+from ..config.base import GGUF, is_folder
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
@@ -189,7 +189,8 @@ def look_at_models(
         if not is_folder(model):
             return settings_from_hub(model, revision)
         path = PurePosixPath(model)
-        if not path.is_relative_to(mount):
+        # A .gguf file has its settings in it, and is too large to be fetched for them
+        if not path.is_relative_to(mount) or path.suffix == GGUF:
             return None
         below = path.relative_to(mount)
         content = read(str(below / CONFIG))

@@ -30,6 +30,9 @@ UNITS = {
     "GiB": 2**30,
 }
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*")
+# How models are named: in an installed package, and by the ending of llama.cpp's files.
+PACKAGE = "package:"
+GGUF = ".gguf"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -161,5 +164,7 @@ def _name(entry: object) -> str | None:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a base's name means a folder and not a model on the Hub."""
-    return path.startswith(("/", "./", "../", "~"))
+    """Whether a model's name means a folder or a .gguf file, and no package or model on the Hub."""
+    if path.startswith(PACKAGE):
+        return False
+    return path.startswith(("/", "./", "../", "~")) or path.endswith(GGUF)

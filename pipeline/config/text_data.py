@@ -236,7 +236,10 @@ class TokenizerConfig(Section):
     """Byte-level BPE trained on the mixture, or a pretrained one."""
 
     pretrained: str | None = path_field(
-        "model", None, description="Folder, tokenizer.json or Hub name; none: train one"
+        "model",
+        None,
+        description="Folder, tokenizer.json, .gguf file, package:NAME or Hub name; none: that of a "
+        "pretrained trunk, or train one",
     )
     revision: str | None = Field(None, description="Commit to pin when pretrained is a Hub name")
     max_lost_share: Share = not_hashed(

@@ -53,7 +53,10 @@ DTYPES = ("fp32", "bf16", "fp16", "q8_0")
 
 
 class Parts(Protocol):
-    """What earlier stages of a run left behind, loaded on asking and checked once."""
+    """What earlier stages of a run left behind, loaded on asking and checked once; and who hears
+    what a job is doing."""
+
+    progress: "Progress"
 
     def folder(self, stage: str, item: str | None = None) -> Path:
         """Where an artifact is. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
@@ -67,6 +70,10 @@ class Parts(Protocol):
     def history(self, stage: str, item: str | None = None) -> "History":
         """What a training that is done did, step by step. Raises UnreadableFile and what `manifest`
         does."""
+
+    def file_sum(self, path: Path, expected: str = "") -> str:
+        """The sha256 of a file outside the store; of one that was found to be what is expected, and
+        is unchanged since, without reading it. Raises OSError, UnreadableFile."""
 
     def jobs_folder(self, stage: str, item: str | None = None) -> Path:
         """Where the steps before a job left what it puts together; need not exist."""

@@ -7,12 +7,13 @@ R = N*K routed rows.
 import copy
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels.frozen import patch_linear
 from .kernels.swiglu import is_swiglu, swiglu
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Expert(nn.Module):
         super().__init__()
         # torch keeps a place without a module, though it does not declare so
         self.layers = nn.ModuleList(cast("Iterable[nn.Module]", layers))
+        patch_linear(self.layers)
         # past nn.Module: the base is everyone's, and no part of what is trained, moved or stored
         object.__setattr__(self, "base", base)
 
@@ -77,9 +79,13 @@ class Expert(nn.Module):
 
 
 def clone(expert: Expert) -> Expert:
-    """Return a trainable copy, whatever was frozen in the original; a base stays the one it is."""
-    shared = {id(expert.base): expert.base}
-    return copy.deepcopy(expert, shared).requires_grad_(True)
+    """Return a trainable copy in fp32, whatever was frozen in the original and in which dtype; a
+    base stays the one it is."""
+    memo: dict[int, Any] = {id(expert.base): expert.base}
+    for parameter in expert.parameters():
+        # deepcopy takes these in place of copies of its own
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+    return copy.deepcopy(expert, memo).requires_grad_(True)
 
 
 def in_layers(expert: Expert, base: Expert, layers: Collection[int]) -> Expert:

@@ -1,9 +1,10 @@
 """Cross-entropy that never holds the full logits: each chunk's gradient is formed in the forward
 pass.
 
-N tokens, D model width, V vocabulary, C tokens of a chunk.
+N tokens, D model width, V vocabulary, C tokens of a chunk, P entries of a piece.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ CHUNK_LOGITS = 2**22
 GPU_CHUNK_LOGITS = 2**27
 # Below so many tokens the matrix products slow down, however large the vocabulary is.
 MIN_CHUNK_TOKENS = 64
+# Numbers of a head that has another dtype than its products, cast at a time: a piece stays in the
+# processor's cache between the cast and the product.
+PIECE_NUMBERS = 2**20
 # Products that are added up in bf16. A longer sum stops growing, as bf16 rounds away what comes.
 MAX_BF16_SUMS = 32
 
@@ -60,7 +64,7 @@ def chunked_token_loss(
 ) -> Tensor:
     """Return nats_N, the loss of each token, for evaluation."""
     chunk_tokens = chunk_tokens or chunk_of(len(head_VD))
-    buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), head_VD.to(dtype))
+    buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), _Head(head_VD, dtype))
     nats = []
     for start in range(0, len(h_ND), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -86,11 +90,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         needs_h, needs_head = ctx.needs_input_grad[:2]
-        cast_VD = head_VD.to(dtype)
+        head = _Head(head_VD, dtype)
         grad_ND = torch.empty_like(h_ND) if needs_h else None
         n_chunks = -(-len(h_ND) // chunk_tokens)
         head_sum = _GradientSum(head_VD, n_chunks) if needs_head else None
-        buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), cast_VD)
+        buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), head)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
 
         for start in range(0, len(h_ND), chunk_tokens):
@@ -101,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             grad_logits_CV = buffers.grad_logits(target_N[chunk])
             if grad_ND is not None:
-                grad_ND[chunk] = grad_logits_CV @ cast_VD
+                grad_ND[chunk] = head.grad_h(grad_logits_CV)
             if head_sum is not None:
                 head_sum.add(grad_logits_CV.T, h_CD)
 
@@ -125,22 +129,60 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_ND, grad_VD, None, None, None
 
 
+class _Head:
+    """The head in its products' dtype; a large one that is stored in another is never cast as a
+    whole, but piece by piece of the vocabulary."""
+
+    def __init__(self, head_VD: Tensor, dtype: torch.dtype):
+        self.vocab_size, width = head_VD.shape
+        self.dtype = dtype
+        whole = head_VD.dtype == dtype or head_VD.numel() <= PIECE_NUMBERS
+        self.stored_VD = head_VD.to(dtype) if whole else head_VD
+        self.piece_rows = self.vocab_size if whole else max(1, PIECE_NUMBERS // width)
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield each piece's entries and its weights, cast."""
+        for start in range(0, self.vocab_size, self.piece_rows):
+            entries = slice(start, start + self.piece_rows)
+            yield entries, self.stored_VD[entries].to(self.dtype)
+
+    def logits(self, h_CD: Tensor, out_CV: Tensor) -> None:
+        """Leave the logits of a chunk in out_CV."""
+        if self.piece_rows == self.vocab_size:
+            torch.mm(h_CD, self.stored_VD.T, out=out_CV)
+            return
+        for entries, piece_PD in self._pieces():
+            out_CV[:, entries] = h_CD @ piece_PD.T
+
+    def grad_h(self, grad_logits_CV: Tensor) -> Tensor:
+        """Return d loss / d h_CD from that of the logits."""
+        if self.piece_rows == self.vocab_size:
+            return grad_logits_CV @ self.stored_VD
+        size = len(grad_logits_CV), self.stored_VD.shape[1]
+        # The pieces' products are of the whole sum that one product would make
+        sum_dtype = torch.promote_types(self.dtype, torch.float32)
+        sum_CD = grad_logits_CV.new_zeros(size, dtype=sum_dtype)
+        for entries, piece_PD in self._pieces():
+            sum_CD += grad_logits_CV[:, entries] @ piece_PD
+        return sum_CD
+
+
 class _ChunkBuffers:
     """Two buffers that every chunk uses again: a chunk's logits and its softmax."""
 
-    def __init__(self, chunk_tokens: int, head_VD: Tensor):
-        size = (chunk_tokens, len(head_VD))
-        softmax_dtype = torch.promote_types(head_VD.dtype, torch.float32)
-        self.head_VD = head_VD
-        self.logits_CV = head_VD.new_empty(size)
-        self.softmax_CV = head_VD.new_empty(size, dtype=softmax_dtype)
+    def __init__(self, chunk_tokens: int, head: _Head):
+        size = (chunk_tokens, head.vocab_size)
+        softmax_dtype = torch.promote_types(head.dtype, torch.float32)
+        self.head = head
+        self.logits_CV = head.stored_VD.new_empty(size, dtype=head.dtype)
+        self.softmax_CV = head.stored_VD.new_empty(size, dtype=softmax_dtype)
 
     def token_loss(self, h_CD: Tensor, target_C: Tensor) -> Tensor:
         """Return nats_C of a chunk and leave its softmax in the buffer."""
         # the last chunk may have fewer tokens than the buffers have rows
         logits_CV = self.logits_CV[: len(h_CD)]
         softmax_CV = self.softmax_CV[: len(h_CD)]
-        torch.mm(h_CD, self.head_VD.T, out=logits_CV)
+        self.head.logits(h_CD, logits_CV)
         dtype = softmax_CV.dtype
         target_logit_C1 = logits_CV.gather(1, target_C[:, None])
         target_logit_C = target_logit_C1.squeeze(1).to(dtype)

@@ -7,7 +7,6 @@ B sequences, T tokens, D model width.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from .experts import Expert
 from .kernels.attention import patch_attention
-from .kernels.norm import patch_norm
-from .loading import check_finite, open_checkpoint
+from .kernels.frozen import patch_linear
+from .kernels.norm import cast_norms, patch_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,11 +43,19 @@ class Trunk(nn.Module):
         return self.network.model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def unfreeze(self) -> None:
-        """Make every parameter trainable, in memory of its own."""
+        """Make every parameter trainable, in memory of its own and in fp32."""
+        self.network.model.embed_tokens.dtype = None
         for parameter in self.network.parameters():
             # stored tensors are mapped read-only: an optimizer must not write to the file
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Have what passes from layer to layer in a dtype, whatever the stored tensors have: rows
+        of the embedding are cast as they are looked up, norms once, other weights for each
+        product."""
+        self.network.model.embed_tokens.dtype = dtype
+        cast_norms(self.network, dtype)
 
     def checkpoint(self) -> None:
         """Keep only what enters each layer and make the rest again in the backward pass
@@ -117,11 +124,13 @@ def open_tensors(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     ffn: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Trunk, Expert]:
     """Return trunk and dummy around stored tensors, which are neither copied nor cast, both frozen.
 
-    Without `ffn` the dummy stays on the meta device: only a pattern for experts. Raises
-    RuntimeError when names are missing or strange or a shape differs.
+    With a dtype, what passes between layers has that one, whatever the tensors have; norms, which
+    are small, are cast to it. Without `ffn` the dummy stays on the meta device: only a pattern for
+    experts. Raises RuntimeError when names are missing or strange or a shape differs.
     """
     with torch.device("meta"):
         trunk, dummy = build(settings)
@@ -129,6 +138,8 @@ def open_tensors(
     rotary = trunk.network.model.rotary_emb
     trunk.network.model.rotary_emb = type(rotary)(config=trunk.config)
     trunk.load(tensors, assign=True)
+    if dtype is not None:
+        trunk.compute_in(dtype)
     if ffn is not None:
         dummy.load(ffn, assign=True)
     return trunk.requires_grad_(False).eval(), dummy.requires_grad_(False).eval()
@@ -143,29 +154,6 @@ def check_kind(settings: Mapping[str, Any]) -> None:
         raise ValueError("it names code to run in its config.json (auto_map)")
 
 
-def pretrained(folder: Path) -> tuple[Trunk, Expert]:
-    """Load a Qwen3, Llama or Mistral checkpoint as trunk and dummy.
-
-    Raises ValueError for another architecture, or tensors that are missing, unknown, of another
-    shape or not finite; OSError and other errors of the library when nothing can be loaded.
-    """
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-
-    # read as data: a class that is chosen by the file could be the file's own
-    settings, _ = PretrainedConfig.get_config_dict(str(folder))
-    check_kind(settings)
-    network = open_checkpoint(AutoModelForCausalLM, folder, torch.float32, "sdpa")
-    check_finite(network.named_parameters())
-    head, embedding = network.lm_head.weight, network.model.embed_tokens.weight
-    # A file may have both, and differ from what it says: one of them would be lost
-    if network.config.tie_word_embeddings and head is not embedding:
-        raise ValueError(
-            f"its config.json ties {HEAD} to {EMBEDDING} (tie_word_embeddings), and its weights "
-            "have both, which differ; set it to false there"
-        )
-    return extract_ffn(network)
-
-
 def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
     """Take the feed-forward networks out of a causal LM; return it as a trunk, and them as the
     dummy."""
@@ -177,6 +165,7 @@ def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
         layer.mlp = _Slot(number)
     patch_attention(network)
     patch_norm(network)
+    patch_linear(network)
     return Trunk(network), Expert(networks)
 
 

@@ -58,6 +58,11 @@ class StoredParts:
         """A file's tensors. Raises MissingArtifact, DamagedArtifact, StaleArtifact."""
         return self.reader.tensors(self.manifest(stage, item).address, name)
 
+    def file_sum(self, path: Path, expected: str = "") -> str:
+        """The sha256 of a file outside the store, read once on a machine. Raises OSError,
+        UnreadableFile."""
+        return self.reader.file_sum(path, expected)
+
     def jobs_folder(self, stage: str, item: str | None = None) -> Path:
         """Where the steps before a job left what it puts together; need not exist."""
         return self.store.jobs_folder(self.addresses.of(stage, item))

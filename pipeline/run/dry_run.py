@@ -16,7 +16,7 @@ from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_
 from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
-from ..store.model_files import on_this_machine
+from ..store.model_sources import on_this_machine
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .outside import changed_since

@@ -30,7 +30,7 @@ def train(job: JobContext) -> dict:
     watch = set_threads(job)
     task = make_task(job.cfg, job.parts)
     if isinstance(task, NoTraining):
-        return task.write(job.folder)
+        return task.write(job.folder) | peak.report()
     former = former_checkpoint(job.parts.addresses, job.stage, job.item, job.store)
     if former:
         job.progress(former, None)

@@ -244,6 +244,7 @@ class Reader:
         self._manifests: dict[str, Manifest] = {}
         self._whole: set[str] = set()
         self._right: set[tuple[str, str]] = set()
+        self._sums: dict[Path, str] = {}
         self._hashed: Hashed | None = None
         # A store that is published is one of many machines that live for one job each
         if store.publish is _nothing:
@@ -278,6 +279,34 @@ class Reader:
         self._check(address, name)
         return load_tensors(self.store.folder(address) / name)
 
+    def file_sum(self, path: Path, expected: str = "") -> str:
+        """Return the sha256 of a file outside the store. One that this machine has found to be what
+        is expected, and that is unchanged since, is not read again.
+
+        Raises OSError when it is not there, UnreadableFile.
+        """
+        if path not in self._sums:
+            remembered = self._hashed
+            if remembered and expected and remembered.holds(path, expected):
+                self._sums[path] = expected
+            else:
+                self._sums[path] = self._read_through(path)
+        return self._sums[path]
+
+    def _read_through(self, path: Path) -> str:
+        """Hash a file outside the store, and remember what it was found to be."""
+        with reading(path):
+            before = path.stat()
+            self._tell(path, before.st_size)
+            found = sha256(path)
+        if self._hashed:
+            self._hashed.note(path, before, found)
+        return found
+
+    def _tell(self, path: Path, size: int) -> None:
+        if size > TOLD_BYTES:
+            self._progress(f"checking {path} ({size / 1e9:.1f} GB)", None)
+
     def _check(self, address: str, name: str) -> None:
         if (address, name) in self._right:
             return
@@ -290,8 +319,7 @@ class Reader:
 
     def _hash(self, path: Path, entry: dict, remembered: Hashed | None) -> None:
         """Compare a file with its sum. Raises DamagedArtifact or UnreadableFile."""
-        if entry["bytes"] > TOLD_BYTES:
-            self._progress(f"checking {path} ({entry['bytes'] / 1e9:.1f} GB)", None)
+        self._tell(path, entry["bytes"])
         try:
             with reading(path):
                 before = path.stat()

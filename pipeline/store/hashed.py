@@ -78,7 +78,7 @@ class Hashed:
 
     def _with(self, path: Path, line: str) -> str:
         """Return the list with one more line, less what other boots and earlier states said."""
-        name = f" {path.relative_to(self.root).as_posix()}"
+        name = f" {self._name(path)}"
         kept = []
         for known in self._lines():
             if known.startswith(f"{self._boot} ") and not known.endswith(name):
@@ -103,6 +103,12 @@ class Hashed:
             state.st_ctime_ns,
             state.st_dev,
             state.st_ino,
-            path.relative_to(self.root).as_posix(),
+            self._name(path),
         )
         return " ".join(map(str, words))
+
+    def _name(self, path: Path) -> str:
+        """Return how a file is called in the list: from the store on, or all of its path."""
+        if path.is_relative_to(self.root):
+            return path.relative_to(self.root).as_posix()
+        return path.absolute().as_posix()

@@ -11,13 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..config.base import is_folder
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .foreign import ForeignFile, read_object
 
 # what opening a model needs, from the Hub: no pickles, no picture of a cat
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
-# (setting, folder or name on the Hub, revision) -> a folder with at least its config.json
+# (setting, a model's name, revision) -> a folder with at least its config.json, or a .gguf file
 FindModel = Callable[[str, str, str | None], Path | None]
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -122,20 +121,6 @@ def from_hub(setting: str, model: str, revision: str | None) -> Path:
     return Path(found)
 
 
-def on_this_machine(setting: str, model: str, revision: str | None) -> Path | None:
-    """Return a folder with at least the config.json of a model: its own, or what the Hub's cache
-    has; None for a Hub model that is not there. Raises ConfigError where no folder is."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if is_folder(model):
-        raise ConfigError(f"{setting}: {model} is no folder here; correct the path")
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, CONFIG, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def settings_from_hub(model: str, revision: str | None) -> Path | None:
     """Return a folder with the config.json of a Hub model, fetched; None without an answer."""
     import huggingface_hub
@@ -144,6 +129,12 @@ def settings_from_hub(model: str, revision: str | None) -> Path | None:
         return Path(huggingface_hub.hf_hub_download(model, CONFIG, revision=revision)).parent
     except Exception:  # the hub client and the network raise what they like
         return None
+
+
+def shards(folder: Path) -> list[Path]:
+    """Return the files that a model folder's weights are in. Raises ForeignFile when one is
+    missing, OSError."""
+    return [path for path, _ in _files(folder)]
 
 
 def named(names: list[str]) -> str:

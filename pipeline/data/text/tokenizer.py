@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config.base import is_folder
+from ...config.base import GGUF, PACKAGE, is_folder
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile
 from ...store.foreign import read_object as read_foreign
+from ...store.model_sources import in_package
 from ...store.reading import damaged, read_bytes, read_object
 
 if TYPE_CHECKING:
@@ -178,21 +179,12 @@ def train(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def pretrained(name: str, revision: str | None = None) -> Tokenizer:
-    """Load a folder, a tokenizer.json, or a tokenizer of the Hub at a revision.
+    """Load the tokenizer of a folder, a tokenizer.json, a .gguf file, a package or the Hub at a
+    revision.
 
     Raises DataError when it cannot be found or names no end-of-text token.
     """
-    from tokenizers import Tokenizer as Model
-
-    path, config = _found(name, revision)
-    try:
-        model = Model.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(
-            f"tokenizer.pretrained: {path} is not a tokenizer.json: it is torn, a pointer of Git "
-            "LFS or of another layout. Copy it again, or save the tokenizer anew with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
-        ) from error
+    model, config = _opened(name, revision)
     end = _token(config, "eos_token")
     if end is None or model.token_to_id(end) is None:
         found = "names none" if end is None else f"names {end!r}, which is not in its vocabulary"
@@ -203,6 +195,46 @@ def pretrained(name: str, revision: str | None = None) -> Tokenizer:
     # auto_map names code of its repository, which a bundle does not have and must not run
     settings = {key: value for key, value in config.items() if key != "auto_map"}
     return _ready(model, end, settings)
+
+
+def _opened(name: str, revision: str | None) -> tuple["Model", dict[str, Any]]:
+    """Return a pretrained tokenizer, and what its configuration says. Raises DataError."""
+    from tokenizers import Tokenizer as Model
+
+    path, config = _found(name, revision)
+    if path.suffix == GGUF:
+        return _of_gguf(path)
+    try:
+        return Model.from_file(str(path)), config
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(
+            f"tokenizer.pretrained: {path} is not a tokenizer.json: it is torn, a pointer of Git "
+            "LFS or of another layout. Copy it again, or save the tokenizer anew with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        ) from error
+
+
+def _of_gguf(path: Path) -> tuple["Model", dict[str, Any]]:
+    """Return the tokenizer in a .gguf file, and its configuration. Raises DataError."""
+    # Here, as it brings transformers
+    from ...model.gguf_reading import tokenizer
+
+    try:
+        found = tokenizer(path)
+    except Exception as error:  # a library raises what it likes at a file it cannot read
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"tokenizer.pretrained: {path} has no tokenizer that transformers can read: {reason}. "
+            "Name the tokenizer.json of the model that it was made from"
+        ) from error
+    config = {
+        "bos_token": found.bos_token,
+        "eos_token": found.eos_token,
+        "add_bos_token": bool(found.init_kwargs.get("add_bos_token")),
+        "chat_template": found.chat_template,
+    }
+    stated = {key: value for key, value in config.items() if value is not None}
+    return found.backend_tokenizer, stated
 
 
 def load(folder: Path) -> Tokenizer:
@@ -317,9 +349,11 @@ def look(cfg: TextRunConfig) -> None:
 
 
 def _here(name: str) -> Path | None:
-    """Return the tokenizer.json that a name means here, or None. Raises DataError for a folder
-    without one."""
+    """Return the tokenizer.json or .gguf file that a name means here, or None. Raises DataError for
+    a folder without one."""
     path = Path(name).expanduser()
+    if name.startswith(PACKAGE):
+        path = in_package("tokenizer.pretrained", name)
     if path.is_dir():
         path = path / "tokenizer.json"
         if not path.is_file():
@@ -335,6 +369,8 @@ def _found(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     path = _here(name)
     if path is None:
         return _from_hub(name, revision)
+    if path.suffix == GGUF:
+        return path, {}
     beside = [path.parent / config for config in _CONFIGS]
     return path, _merged([config for config in beside if config.is_file()])
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ...config.base import Section, Share, is_folder, not_hashed
+from ...config.base import PACKAGE, Section, Share, is_folder, not_hashed
 from ...config.fit import FitConfig
 from ...config.labels import DomainName
 from ...config.paths import path_field
@@ -27,7 +27,9 @@ class TrunkConfig(FitConfig):
     init: str | None = path_field(
         "model",
         None,
-        description="Folder or Hub name of a Qwen3, Llama or Mistral model; none: new",
+        description="Folder, .gguf file, package:NAME (an installed package that carries a model) "
+        "or Hub name of a Qwen3, Llama or Mistral model; none: new. With steps 0 its files are "
+        "pinned and not copied",
     )
     revision: str | None = Field(None, description="Commit to pin when init is a Hub name")
     layers: int = Field(4, ge=1, description="Transformer layers (new trunk)")
@@ -55,6 +57,11 @@ class TrunkConfig(FitConfig):
     anchor: Literal["discard", "keep"] = not_hashed(
         "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
     )
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a pretrained trunk is taken as it is: its files are named, and not copied."""
+        return self.init is not None and self.steps == 0
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -278,6 +285,17 @@ class FfnMoeConfig(TextRunConfig):
     dense: DenseConfig = Field(DenseConfig(), description="Baselines")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_trunk(cls, raw: Any) -> Any:
+        """Take a pretrained trunk's own tokenizer where none is named."""
+        trunk = _values(raw, "trunk")
+        tokenizer = _values(raw, "tokenizer")
+        if trunk.get("init") is None or tokenizer.get("pretrained") is not None:
+            return raw
+        own = {"pretrained": trunk["init"], "revision": trunk.get("revision")}
+        return {**raw, "tokenizer": tokenizer | own}
+
     @property
     def experts(self) -> tuple[str, ...]:
         """Domains that get an expert, in stack order."""
@@ -301,11 +319,12 @@ class FfnMoeConfig(TextRunConfig):
                     for path in entry.paths:
                         yield "data.files", path
             named["tokenizer.pretrained"] = self.tokenizer.pretrained
-        if stage == "train_shared":
+        # A pinned trunk is read by whatever stands on it
+        if stage == "train_shared" or (self.trunk.is_pinned and stage != "preprocess"):
             named["trunk.init"] = self.trunk.init
         for name, value in named.items():
             # What is neither there nor written as a path is a name on the Hub
-            if value and (Path(value).exists() or is_folder(value)):
+            if value and (_is_here(value) or is_folder(value)):
                 yield name, value
 
     def paths(self) -> Iterator[tuple[str, str]]:
@@ -338,6 +357,19 @@ class FfnMoeConfig(TextRunConfig):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _values(raw: Any, section: str) -> dict[str, Any]:
+    """Return what is given of a section's settings, before they are checked."""
+    given = raw.get(section) if isinstance(raw, dict) else None
+    if isinstance(given, BaseModel):
+        return given.model_dump()
+    return given if isinstance(given, dict) else {}
+
+
+def _is_here(name: str) -> bool:
+    """Whether a model's name means something of this machine."""
+    return name.startswith(PACKAGE) or Path(name).exists()
 
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
@@ -394,11 +426,6 @@ def _durations(cfg: FfnMoeConfig) -> list[str]:
 def _pretrained(cfg: FfnMoeConfig) -> list[str]:
     if not cfg.trunk.init:
         return []
-    if not cfg.tokenizer.pretrained:
-        return [
-            "tokenizer.pretrained: a pretrained trunk (trunk.init) needs its own tokenizer; name "
-            "it here"
-        ]
     out = []
     for name in sorted(FROM_ZERO):
         if name in cfg.dense.baselines:

@@ -6,9 +6,11 @@ from math import ceil
 from ...config.fit import FitConfig
 from ...hardware import device
 from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
+from ...store.model_sources import ModelSource, on_this_machine
 from ...train.flops import JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import FfnMoeConfig
+from .pretrained import stated_settings
 from .stages import FROM_ZERO
 
 # of a processor; a GPU's peak is what was asked for
@@ -178,13 +180,12 @@ def _shape(cfg: FfnMoeConfig) -> Shape | None:
     from transformers import AutoConfig
 
     try:
-        stored = AutoConfig.from_pretrained(
-            cfg.trunk.init,
-            revision=cfg.trunk.revision,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        return Shape.from_hf_config(stored.to_dict(), cfg.trunk.context_tokens)
+        place = on_this_machine("trunk.init", cfg.trunk.init, cfg.trunk.revision)
+        if place is None:
+            return None
+        stated = stated_settings(ModelSource(place), weights=False)
+        settings = AutoConfig.for_model(**stated).to_dict()
+        return Shape.from_hf_config(settings, cfg.trunk.context_tokens)
     except Exception:  # a library raises what it likes at settings that it cannot read
         return None  # the plan is made without it, and what is wrong is said by `preflight`
 

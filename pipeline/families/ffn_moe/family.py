@@ -10,7 +10,7 @@ from ...data.text.tokenizer import look as check_tokenizer
 from ...errors import DataError
 from ...protocols import Progress
 from ...report import LanguageReport
-from ...store.model_files import on_this_machine
+from ...store.model_sources import on_this_machine
 from ...train.flops import JobCost
 from .. import ExportWish, Parts
 from . import cost as ffn_cost

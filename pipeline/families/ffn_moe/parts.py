@@ -20,10 +20,11 @@ from ...model.low_rank import LowRankExpert
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, build, open_tensors
+from ...protocols import Progress, quiet
 from ...store.reading import read_object
 from .. import Parts
 from .config import ANCHOR, FfnMoeConfig
-from .pretrained import open_pretrained
+from .pretrained import is_pinned, open_pretrained, pinned_tensors
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
@@ -128,6 +129,7 @@ def new_trunk(
     cfg: FfnMoeConfig,
     shards: Shards,
     d_ff: int | None = None,
+    progress: Progress = quiet,
 ) -> tuple[Trunk, Expert]:
     """Return trunk and dummy to train: from trunk.init, or drawn from torch's generator, optionally
     of width d_ff.
@@ -138,8 +140,13 @@ def new_trunk(
         settings = _hf_config(cfg, shards, d_ff or cfg.trunk.d_ff)
         trunk, dummy = build(settings)
         return trunk.to(device()), dummy.to(device())
-    trunk, dummy = open_pretrained(cfg)
-    entries = trunk.head.shape[0]
+    trunk, dummy = open_pretrained(cfg, progress)
+    check_vocabulary(cfg, shards, len(trunk.head))
+    return trunk.to(device()), dummy.to(device())
+
+
+def check_vocabulary(cfg: FfnMoeConfig, shards: Shards, entries: int) -> None:
+    """Raise MismatchError when the shards' tokenizer has more entries than a pretrained trunk."""
     # A trunk may have more rows than its tokenizer has entries: they are padding
     if shards.vocab_size > entries:
         raise MismatchError(
@@ -147,7 +154,6 @@ def new_trunk(
             f"{cfg.trunk.init} has {entries}: name the trunk's own tokenizer in "
             "tokenizer.pretrained"
         )
-    return trunk.to(device()), dummy.to(device())
 
 
 def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:
@@ -172,8 +178,10 @@ def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:
 
 
 def stored_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
-    """Return the run's trunk and dummy in fp32, frozen, memory-mapped where they are in main
-    memory."""
+    """Return the run's trunk and dummy as they are stored, computing in fp32, frozen, memory-mapped
+    where they are in main memory."""
+    if is_pinned(parts):
+        return _pinned(parts, torch.float32)
     tensors = parts.tensors("train_shared", "trunk.safetensors")
     return _opened(parts, tensors)
 
@@ -183,12 +191,23 @@ def training_trunk(cfg: FfnMoeConfig, parts: Parts) -> tuple[Trunk, Expert]:
     they are bf16."""
     if not uses_bf16(cfg.dtype):
         return stored_trunk(cfg, parts)
+    if is_pinned(parts):
+        return _pinned(parts, torch.bfloat16)
     if FROZEN in parts.manifest("train_shared").files:
         rounded = parts.tensors("train_shared", FROZEN)
         return _opened(parts, rounded)
     # The trunk was trained where bf16 is not native: rounded here, in memory of this job's own
     exact = parts.tensors("train_shared", "trunk.safetensors")
     return _opened(parts, in_bf16(exact))
+
+
+def _pinned(parts: Parts, dtype: torch.dtype) -> tuple[Trunk, Expert]:
+    """Return trunk and dummy mapped from the pinned model's own files, in the dtype that these
+    have; what passes between layers has the dtype that is asked for."""
+    settings = stored_settings(parts, "train_shared")
+    tensors = pinned_tensors(parts, settings)
+    trunk, dummy = open_tensors(settings, *tensors, dtype)
+    return trunk.to(device()), dummy.to(device())
 
 
 def _opened(
@@ -298,6 +317,7 @@ def feature_statistics(
     rows: DomainMixture,
     tokens: int,
     layers: Sequence[int] | None = None,
+    progress: Progress = quiet,
 ) -> FeatureStatistics:
     """Return statistics of the feed-forward inputs over the first tokens of rows, in evaluation
     mode; of some layers alone where they are given."""
@@ -313,6 +333,7 @@ def feature_statistics(
     bf16 = uses_bf16(cfg.dtype)
     with torch.no_grad():
         for at in range(0, wanted, sequences):
+            progress(f"statistics of {wanted * rows.context_tokens:,} tokens", at / wanted)
             count = min(sequences, wanted - at)
             ids_BT = batch_of(rows, at, count)
             # Entered for each batch: leaving it lets go of the weights it cast

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from ...config.base import PACKAGE
 from ...errors import ConfigError, MismatchError
-from ...model.trunk import check_kind
-from ...store.model_files import FindModel, check_config, check_weights
+from ...store.model_files import FindModel
+from ...store.model_sources import ModelSource
 from .bundle import stock_settings
 from .config import FfnMoeConfig
+from .pretrained import stated_settings
 
 
 def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
@@ -19,10 +21,10 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
     name = cfg.trunk.init
     if name is None:
         return []
-    folder = find("trunk.init", name, cfg.trunk.revision)
-    if folder is None:
+    place = find("trunk.init", name, cfg.trunk.revision)
+    if place is None:
         return []
-    settings = _settings(name, folder)
+    settings = _settings(name, place)
     most = settings["max_position_embeddings"]
     if cfg.trunk.context_tokens > most:
         raise ConfigError(
@@ -37,16 +39,14 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
     return []
 
 
-def _settings(name: str, folder: Path) -> dict[str, Any]:
+def _settings(name: str, place: Path) -> dict[str, Any]:
     """Return a trunk's settings with all defaults. Raises ConfigError."""
     from transformers import AutoConfig
 
     try:
-        stated = check_config(folder)
-        check_kind(stated)
         # Of the Hub's models, and of those elsewhere, only the settings are here
-        if folder == Path(name).expanduser():
-            check_weights(folder)
+        own = name.startswith(PACKAGE) or place == Path(name).expanduser()
+        stated = stated_settings(ModelSource(place), weights=own)
         return AutoConfig.for_model(**stated).to_dict()
     except Exception as error:  # a library raises what it likes at settings of another version
         reason = " ".join(str(error).split())

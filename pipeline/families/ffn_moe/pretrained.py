@@ -1,40 +1,181 @@
-"""The pretrained trunk that a run's settings name: found, looked at and opened."""
+"""The pretrained trunk that a run's settings name: found, looked at, opened and pinned.
 
+L layers, B sequences, T tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ...config.base import is_folder
+import torch
+from torch import Tensor
+
 from ...errors import MismatchError, PipelineError
-from ...model.experts import Expert
-from ...model.trunk import Trunk, check_kind, pretrained
-from ...store.model_files import check_config, check_weights, from_hub
+from ...model.experts import Expert, clone
+from ...model.gguf_reading import GgufTensors
+from ...model.gguf_reading import settings as gguf_settings
+from ...model.loading import check_finite
+from ...model.pretrained import fitted, mapped
+from ...model.trunk import Trunk, check_kind, open_tensors
+from ...protocols import Progress, quiet
+from ...store.model_files import check_config, check_weights
+from ...store.model_sources import ModelSource, find
+from ...store.pins import DECODED, NAME, FileSum, Pin, pinned_files
+from ...store.tensor_files import write_one_by_one
+from .. import Parts
 from .config import FfnMoeConfig
 
+SETTING = "trunk.init"
 
-def open_pretrained(cfg: FfnMoeConfig) -> tuple[Trunk, Expert]:
-    """Return trunk and dummy of trunk.init.
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's settings, as Hugging Face config fields, and its tensors in two parts."""
+
+    settings: dict[str, Any]
+    trunk: dict[str, Tensor]
+    dummy: dict[str, Tensor]
+
+    @property
+    def dtype(self) -> str:
+        """The dtypes of its tensors, by torch's names."""
+        tensors = (*self.trunk.values(), *self.dummy.values())
+        names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+        return " and ".join(sorted(names))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        tensors = (*self.trunk.values(), *self.dummy.values())
+        return sum(tensor.numel() for tensor in tensors)
+
+
+def open_pretrained(cfg: FfnMoeConfig, progress: Progress = quiet) -> tuple[Trunk, Expert]:
+    """Return trunk and dummy of trunk.init to train: in fp32, in memory of their own.
 
     Raises MismatchError for a model that no trunk can be made of, or that is not complete,
-    DataError when the Hub does not give it.
+    DataError when it is not where the settings say.
     """
-    name = cfg.trunk.init
-    if name is None:
+    source = _found(cfg)
+    with _refusing(cfg):
+        stated = stated_settings(source)
+        if source.is_gguf:
+            tensors = dict(GgufTensors(source.place).decoded())
+        else:
+            tensors = mapped(source.weights())
+        checkpoint = _checked(stated, tensors, progress)
+        settings, parts = checkpoint.settings, (checkpoint.trunk, checkpoint.dummy)
+        trunk, dummy = open_tensors(settings, *parts, torch.float32)
+    trunk.unfreeze()
+    return trunk, clone(dummy)
+
+
+def pin_pretrained(
+    cfg: FfnMoeConfig, folder: Path, sum_of: FileSum, progress: Progress
+) -> tuple[Pin, Checkpoint]:
+    """Write to folder which model trunk.init is; return that, and the model, mapped.
+
+    What cannot be mapped from its file, a .gguf, is decoded into folder. Raises what
+    `open_pretrained` does, UnreadableFile and DiskFull.
+    """
+    source = _found(cfg)
+    with _refusing(cfg):
+        stated = stated_settings(source)
+        files = pinned_files(source, sum_of, progress)
+        if source.is_gguf:
+            _decode(source.place, folder / DECODED, progress)
+            tensors = mapped([folder / DECODED])
+        else:
+            tensors = mapped(source.weights())
+        checkpoint = _checked(stated, tensors, progress)
+    pin = Pin(str(cfg.trunk.init), source.revision, checkpoint.dtype, source.is_gguf, files)
+    pin.write(folder)
+    return pin, checkpoint
+
+
+def is_pinned(parts: Parts) -> bool:
+    """Whether the run's trunk is a pin and no copy. Raises what `parts.manifest` does."""
+    return NAME in parts.manifest("train_shared").files
+
+
+def pinned_weights(parts: Parts) -> list[Path]:
+    """Return the files of a pinned trunk's tensors, checked. Raises DataError when they are gone,
+    MismatchError when they have changed, and what `parts.folder` does."""
+    folder = parts.folder("train_shared")
+    pin = Pin.read(folder)
+    if pin.decoded:
+        return [folder / DECODED]
+    return pin.weights(SETTING, parts.file_sum)
+
+
+def pinned_tensors(
+    parts: Parts, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a pinned model's tensors, mapped from its own files: the trunk's and the dummy's."""
+    return fitted(settings, mapped(pinned_weights(parts)))
+
+
+def _found(cfg: FfnMoeConfig) -> ModelSource:
+    if cfg.trunk.init is None:
         raise ValueError("only settings with trunk.init name a trunk to open")
+    return find(SETTING, cfg.trunk.init, cfg.trunk.revision)
+
+
+@contextmanager
+def _refusing(cfg: FfnMoeConfig) -> Iterator[None]:
+    """Say of whatever goes wrong that trunk.init cannot be loaded."""
     try:
-        folder = _folder(name, cfg.trunk.revision)
-        check_kind(check_config(folder))
-        check_weights(folder)
-        return pretrained(folder)
+        yield
     except PipelineError:
         raise
     except Exception as error:  # a library raises what it likes at a file it cannot read
         reason = " ".join(str(error).split())
-        raise MismatchError(f"trunk.init: {name} cannot be loaded: {reason}") from error
+        text = f"{SETTING}: {cfg.trunk.init} cannot be loaded: {reason}"
+        raise MismatchError(text) from error
 
 
-def _folder(name: str, revision: str | None) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if is_folder(name):
-        raise FileNotFoundError("there is no such folder")
-    return from_hub("trunk.init", name, revision)
+def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]:
+    """Return a model's settings as its files state them, after a look at the files.
+
+    weights: they are here too. Raises ForeignFile, ValueError, OSError and what libraries raise.
+    """
+    stated = gguf_settings(source.place) if source.is_gguf else check_config(source.place)
+    check_kind(stated)
+    if weights and not source.is_gguf:
+        check_weights(source.place)
+    return stated
+
+
+def _checked(
+    stated: Mapping[str, Any], tensors: Mapping[str, Tensor], progress: Progress
+) -> Checkpoint:
+    """Return a checkpoint whose tensors are all in their places and finite. Raises ValueError."""
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(**stated).to_dict()
+    for key in ("_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    trunk, dummy = fitted(settings, tensors)
+    check_finite(_looked_at({**trunk, **dummy}, progress))
+    return Checkpoint(settings, trunk, dummy)
+
+
+def _looked_at(tensors: Mapping[str, Tensor], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for done, (name, tensor) in enumerate(tensors.items()):
+        progress("looking for values that are not finite", done / len(tensors))
+        yield name, tensor
+
+
+def _decode(source: Path, target: Path, progress: Progress) -> None:
+    progress(f"reading {source.name}", None)
+    found = GgufTensors(source)
+    stored = {each.name: (each.shape, each.dtype) for each in found.stored}
+
+    def told() -> Iterator[tuple[str, Tensor]]:
+        for done, decoded in enumerate(found.decoded()):
+            progress(f"decoding {source.name}", done / len(stored))
+            yield decoded
+
+    write_one_by_one(target, stored, told())

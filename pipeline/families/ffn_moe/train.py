@@ -25,12 +25,13 @@ from ...model.router import CoordinatedExpert, Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, settings_of
 from ...train.flops import Shape
-from ...train.loop import Task
+from ...train.loop import NoTraining, Task
 from .. import Parts
 from .config import FfnMoeConfig
 from .cost import Trains, dense_options, dense_width, memory_plan
 from .parts import (
     ANCHOR_STATISTICS_TOKENS,
+    EVALUATION_SEQUENCES,
     FROZEN,
     batch_of,
     expert_layers,
@@ -46,26 +47,34 @@ from .parts import (
     training_tokens,
     training_trunk,
 )
+from .pinning import write_pin
 from .stages import FROM_ZERO
 
 LEAST_SHARE = 1e-9  # of an expert in the logarithm of the history's entropy
 
 
-def shared(cfg: FfnMoeConfig, parts: Parts) -> Task:
-    """Return the trunk's training: trunk and dummy on all of the trunk's domains.
+def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
+    """Return the trunk's training: trunk and dummy on all of the trunk's domains; what is written
+    instead for a pretrained trunk that is pinned as it is.
 
     Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
     """
     shards = Shards(parts.folder("preprocess"))
-    torch.manual_seed(cfg.seed_of("shared"))
-    trunk, dummy = new_trunk(cfg, shards)
     domains = cfg.trunk.domains or shards.domains
+    if cfg.trunk.is_pinned:
+        mixed = training_rows(cfg, shards, "statistics", domains, how="equal")
+        held_out = _validation(cfg, shards, cfg.trunk, domains, EVALUATION_SEQUENCES)
+        return NoTraining(partial(write_pin, cfg, parts, mixed, held_out))
+    torch.manual_seed(cfg.seed_of("shared"))
+    trunk, dummy = new_trunk(cfg, shards, progress=parts.progress)
     rows = training_rows(cfg, shards, "shared", domains, how=cfg.trunk.mixture)
 
     def export(_kept_step: int) -> dict[str, dict]:
         # The anchor competes with experts of every domain, so its statistics weigh these equally
         mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
-        statistics = feature_statistics(cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS)
+        statistics = feature_statistics(
+            cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS, progress=parts.progress
+        )
         files: dict[str, dict] = {
             "trunk.safetensors": trunk.named(),
             "dummy.safetensors": dummy.named(),
@@ -111,7 +120,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 
     def export_of(ffn: Ffn) -> dict[str, dict]:
         statistics = feature_statistics(
-            cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens, layers
+            cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens, layers, parts.progress
         )
         return {
             "expert.safetensors": own.named(),
@@ -408,7 +417,9 @@ def _coordinated(
     less the mixture's."""
     stored = parts.tensors("train_shared", "statistics.safetensors")
     mixed = FeatureStatistics.from_tensors(stored)
-    domain = feature_statistics(cfg, trunk, dummy, rows, cfg.expert.statistics_tokens)
+    domain = feature_statistics(
+        cfg, trunk, dummy, rows, cfg.expert.statistics_tokens, progress=parts.progress
+    )
     apart_LD = domain.mean_LD - mixed.mean_LD
     row_LD = F.normalize(apart_LD, dim=-1).float()
     anchor = training_expert(cfg, dummy)

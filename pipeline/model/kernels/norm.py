@@ -48,6 +48,14 @@ def patch_norm(network: nn.Module) -> None:
                 setattr(parent, name, RMSNorm(child))
 
 
+def cast_norms(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give every such norm below a module its weight in a dtype; one that has it is left alone."""
+    for module in network.modules():
+        if isinstance(module, RMSNorm) and module.weight.dtype != dtype:
+            weight = module.weight.detach().to(dtype)
+            module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
