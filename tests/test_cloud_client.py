@@ -227,6 +227,18 @@ def test_time_and_cost_follow_from_operations_and_price(tmp_path):
     assert line.usd == pytest.approx(line.seconds * PRICES.usd_per_s(cfg.modal.train_shared))
 
 
+def test_a_limit_on_the_cost_refuses_a_model_whose_sizes_nobody_knows_here(tmp_path):
+    there = ("trunk.init=/store/inputs/model", "tokenizer.pretrained=/store/inputs/model")
+    given = (*there, "dense.baselines=[]", "modal.max_cost_usd=1000")
+    cfg = load(tiny_config(tmp_path / "tiny"), given)
+    lines = cloud.estimate(cfg, stages.RUN, Store(tmp_path / "none"), PRICES)
+    unknown = [line.stage for line in lines if line.unknown]
+    assert unknown == ["train_shared", *["train_experts"] * len(cfg.experts), "train_router"]
+    with pytest.raises(ConfigError, match=r"trunk\.init .* are not known on this machine"):
+        cloud.refuse_above(cfg, lines)
+    cloud.refuse_above(load(tiny_config(tmp_path / "tiny"), given[:-1]), lines)
+
+
 def test_finished_jobs_on_the_same_kind_of_machine_are_the_measure(finished, tmp_path):
     path, store = finished
     shutil.copytree(store, tmp_path / "store")

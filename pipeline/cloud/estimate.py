@@ -46,13 +46,19 @@ class JobEstimate:
     state: str  # done, done?, stale, at step n, to do
     machine: MachineConfig
     tokens: int | None
-    # None: not training, or not known before preprocess has counted the tokens
+    # None: not training, or not known: before preprocess has counted the tokens, or of a model
+    # whose sizes are not known here
     seconds: float | None
     usd: float | None
     trains: bool
     peak_bytes: int | None = None  # predicted, above the level after imports
     why: str = ""  # what makes it stale, or may
     refused: PipelineError | None = None  # why it cannot run within runtime.memory_budget
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it will cost something that nobody knows yet."""
+        return self.trains and self.usd is None and self.state not in DONE
 
 
 def estimate(
@@ -93,7 +99,7 @@ def estimate(
                     tokens=job.tokens if job else None,
                     seconds=seconds,
                     usd=None if seconds is None else seconds * prices.usd_per_s(machine),
-                    trains=job is not None,
+                    trains=cfg.stages[stage].kind == "training",
                     peak_bytes=job.peak_bytes if job else None,
                     why=entry.why,
                     # The prediction is of main memory and says nothing about a GPU's.
@@ -165,7 +171,14 @@ def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:
     limit_usd = cfg.modal.max_cost_usd
     if limit_usd is None:
         return
-    if any(each.trains and each.usd is None for each in estimates):
+    unknown = [each for each in estimates if each.unknown]
+    if any(each.peak_bytes is None for each in unknown):
+        raise ConfigError(
+            f"modal.max_cost_usd is {limit_usd:.2f}, and the sizes of the model that trunk.init "
+            "names are not known on this machine, so no cost is: name it as on the Hub, or set "
+            "modal.max_cost_usd to null to run without a limit"
+        )
+    if unknown:
         raise ConfigError(
             f"modal.max_cost_usd is {limit_usd:.2f}, and a duration in epochs cannot be priced "
             "before the tokens are counted: run preprocess first, then this command again, or "
@@ -238,7 +251,7 @@ def show_estimate(
     if not training:
         console.print("nothing to train, so no estimate of time and cost", highlight=False)
         return
-    unknown = any(each.seconds is None for each in training)
+    unknown = any(each.unknown for each in training)
     least = "at least " if unknown else ""
     wall_s = 0.0
     # Stages wait for each other, the jobs of one do not.
@@ -278,8 +291,10 @@ def _where(cfg: RunConfig, job: JobEstimate) -> str:
 
 def _cells(job: JobEstimate) -> tuple[str, str, str, str]:
     """Return tokens, memory, time and price of a job that trains."""
-    if not job.trains or job.state == "done" or job.peak_bytes is None:
+    if not job.trains or job.state == "done":
         return "", "", "", ""
+    if job.peak_bytes is None:
+        return "?", "?", "?", "?"
     memory = f"{job.peak_bytes / 1e6:,.0f} MB"
     if job.seconds is None:
         return "after preprocess", memory, "?", "?"

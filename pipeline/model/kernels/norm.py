@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 def fused_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Return the same from torch's one kernel, which keeps as little: a GPU starts seven for what
+    """Return the same, of the shape of x, from torch's one kernel: a GPU starts seven for what
     stands below, and each reads and writes all rows."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
