@@ -20,6 +20,8 @@ from pipeline.hardware import cores, cpu_name
 from pipeline.hardware import device as found_device
 from pipeline.train.flops import Shape
 
+# Tasks of contenders that train a few numbers beside frozen weights
+FORMS = ("low_rank", "adapter")
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
 
@@ -44,12 +46,17 @@ class Sizes:
         return self.batch_sequences * self.context_tokens
 
     def flops_per_token(self, task: str) -> float:
-        """Operations that training a trunk or an expert needs per token, the same for every
-        contender."""
+        """Operations that a training needs per token, the same for every contender.
+
+        Low-rank experts and adapters: none for the gradients of what is frozen, and their own
+        products, a few percent, are left out.
+        """
         width = self.d_model  # of all heads together, for keys and values too
         shape = Shape(
             self.layers, width, width, width, self.d_ff, self.vocab_size, self.context_tokens
         )
+        if task in FORMS:
+            return 2 * shape.forward_flops_per_token()
         return shape.train_flops_per_token({"trunk": "all", "expert": "ffn"}[task])
 
 
@@ -67,8 +74,8 @@ class Job:
     """What one fresh process does."""
 
     peer: str  # a module of benchmarks.peers
-    # trunk, expert, router, bundle, open; prepare before all of them; product: the machine's own
-    # rate
+    # trunk, expert, low_rank, adapter, router, bundle, open; prepare before all of them; product:
+    # the machine's own rate
     task: str
     sizes: Sizes
     work: str  # folder with the data and parts that `prepare` made

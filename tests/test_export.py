@@ -17,6 +17,7 @@ import xllamacpp
 from conftest import documents
 from fakes import FolderParts
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,7 @@ from pipeline.families.ffn_moe.bundle import bundle as bundle_of_run
 from pipeline.families.ffn_moe.export.formats import check, export
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
-from pipeline.model.experts import average
+from pipeline.model.low_rank import average
 from pipeline.protocols import quiet
 from pipeline.store import bundle
 from pipeline.train import loop
@@ -58,14 +59,8 @@ def made(root: Path, tokenizer: Tokenizer, kind: str, tied: bool, experts: int =
     changes = {"trunk__tie_embeddings": tied, "partition__domains": DOMAINS[experts]}
     changes |= {"trunk__context_tokens": 48}
     if kind != "qwen3":
-        biased = given.pop("biased", False)
         sizes = {"tie_word_embeddings": tied, "vocab_size": tokenizer.vocab_size}
-        if biased:
-            sizes |= {"attention_bias": True, "mlp_bias": True}
         model = whole(kind, max_position_embeddings=64, **sizes)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(root / "checkpoint")
         tokenizer.save(root / "checkpoint")
         changes |= {
@@ -162,8 +157,8 @@ def perplexity(nats) -> float:
     return math.exp(sum(nats) / len(nats))
 
 
-def same_in_llama(file: Path, folder: Path, text: str) -> float:
-    """Compare a GGUF file with the same model in transformers; return the perplexity."""
+def same_in_llama(file: Path, folder: Path, text: str) -> None:
+    """Compare a GGUF file with the same model in transformers."""
     llama = Llama(file)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -179,14 +174,24 @@ def same_in_llama(file: Path, folder: Path, text: str) -> float:
     found = perplexity(llama.nats(ids))
     assert found == pytest.approx(perplexity(nats_T.tolist()), rel=RELATIVE)
     assert llama.greedy(ids[:8], 8) == wanted[0, 8:].tolist()
-    return found
 
 
+LOW_RANK = {"expert__form": "low_rank", "expert__rank": 3, "expert__lr": 0.1}
 CASES = {
-    "qwen3, tied": ("qwen3", True, 3, {}),
+    "qwen3, tied, low rank, last layer": (
+        "qwen3",
+        True,
+        3,
+        LOW_RANK | {"expert__layers": "last:1", "trunk__anchor": "keep"},
+    ),
     "qwen3, untied, five, anchor": ("qwen3", False, 5, {"trunk__anchor": "keep"}),
-    "llama, untied": ("llama", False, 5, {}),
-    "mistral, tied": ("mistral", True, 3, {"router__top_k": 1}),
+    "llama, untied, five, low rank": ("llama", False, 5, LOW_RANK | {"expert__alpha": 5.0}),
+    "mistral, tied, first layer": (
+        "mistral",
+        True,
+        3,
+        {"router__top_k": 1, "expert__layers": [0], "expert__lr": 0.1},
+    ),
 }
 
 
@@ -208,7 +213,7 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         "stack": {},
     }
     ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))
-    found = set()
+    found = []
     for which, wish in wishes.items():
         folder = exported(cfg, parts, tmp_path / f"stock-{which}", **wish)
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -218,10 +223,12 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         wanted = logits_of(*ours(cfg, parts, which), ids_BT)
         torch.testing.assert_close(logits_BTV, wanted, rtol=0, atol=EXACT)
         assert wanted.std() > 0.1
+        for other in found:
+            assert (wanted - other).abs().max() > 100 * EXACT, "each network is another"
+        found.append(wanted)
         gguf = exported(cfg, parts, tmp_path / f"gguf-{which}", format="gguf", **in_gguf[which])
         (file,) = gguf.glob("*.gguf")
-        found.add(same_in_llama(file, folder, TEXTS[0]))
-    assert len(found) == 4, "four networks, and each is another"
+        same_in_llama(file, folder, TEXTS[0])
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +288,23 @@ def test_a_card_says_where_it_is_from_and_how_good_the_row_is(small_run, tmp_pat
     address = parts.manifest("train_experts", "alpha").address
     assert f"| expert alpha | `{address}` |" in card.text
     assert "What this is, is the row alpha." in card.text and "2.000" in card.text
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_low_rank_experts_are_adapters_that_peft_puts_on_the_trunk(tokenizer, tmp_path):
+    changes = LOW_RANK | {"expert__layers": "last:1", "expert__alpha": 5.0}
+    cfg, parts = made(tmp_path, tokenizer, "llama", False, **changes)
+    folder = exported(cfg, parts, tmp_path / "out", format="adapters")
+    ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))
+    for name in cfg.experts:
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = PeftModel.from_pretrained(base, folder / "adapters" / name)
+        with torch.no_grad():
+            found = model.eval()(ids_BT).logits
+        wanted = logits_of(*ours(cfg, parts, name), ids_BT)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=EXACT)
+        assert (wanted - logits_of(*ours(cfg, parts, "anchor"), ids_BT)).abs().max() > 0.01
+    assert printed(folder).startswith("Once upon a time")
 
 
 DTYPES = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 1e-3)}

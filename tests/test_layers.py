@@ -34,7 +34,7 @@ CONFINED = {
     "modal": ("modal_app.py",),
     "wandb": ("pipeline/store/history.py",),
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
-    "peft": ("pipeline/families/adapters/", "pipeline/families/lora_"),
+    "peft": ("pipeline/families/adapters/", "pipeline/families/lora_", "benchmarks/"),
     "ruamel": ("pipeline/config/",),
     "gguf": ("pipeline/families/ffn_moe/export/", "pipeline/model/gguf_reading.py"),
     "pillow_heif": ("pipeline/data/images/",),

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401 (imports count before)
 
-from benchmarks.measuring import MB, Job
+from benchmarks.measuring import FORMS, MB, Job
 from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
 from benchmarks.watching import Watch
 from pipeline import report
@@ -35,7 +35,14 @@ from pipeline.train.loop import TrainIO, fit
 from pipeline.train.memory_meter import Peak, lower_mmap_threshold
 from pipeline.train.optimizer_state import import_int8
 
-STAGES = {"trunk": "train_shared", "expert": "train_experts", "router": "train_router"}
+STAGES = {
+    "trunk": "train_shared",
+    "expert": "train_experts",
+    "low_rank": "train_experts",
+    "adapter": "train_experts",
+    "router": "train_router",
+}
+RANK = 64  # of low-rank experts and adapters
 
 
 class Parts:
@@ -91,9 +98,14 @@ def train(job: Job, watch: Watch) -> None:
     watch.clears(peak)
     lower_mmap_threshold()
     cfg, parts = config(job), Parts(Path(job.work), job.experts)
-    item = domain(job.item) if job.task == "expert" else None
+    item = domain(job.item) if STAGES[job.task] == "train_experts" else None
     watch.extra["predicted_mb"] = predicted(cfg, job.task, item) / MB
-    make = {"trunk": ffn_moe.shared, "expert": ffn_moe.expert, "router": ffn_moe.router}[job.task]
+    stages = {
+        "train_shared": ffn_moe.shared,
+        "train_experts": ffn_moe.expert,
+        "train_router": ffn_moe.router,
+    }
+    make = stages[STAGES[job.task]]
     task = make(cfg, parts, *([item] if item else []))
     with TemporaryDirectory(dir=job.work) as slots:
         place = TrainIO(
@@ -140,6 +152,8 @@ def config(job: Job) -> FfnMoeConfig:
         "router": fitted | {"top_k": min(2, job.experts)},
         "dense": {"baselines": []},
     }
+    if job.task in FORMS:
+        raw["expert"] |= {"form": job.task, "rank": RANK}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(json.dumps(raw))

@@ -6,6 +6,7 @@ T tokens of a window.
 import tempfile
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
@@ -17,9 +18,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.measuring import Job, Sizes
+from benchmarks.measuring import FORMS, Job, Sizes
 from benchmarks.peers.tokens import batches
 from benchmarks.watching import Watch
+
+RANK = 64
+LINEARS = {"low_rank": ["gate_proj", "up_proj", "down_proj"], "adapter": "all-linear"}
 
 
 class Windows(Dataset):
@@ -57,7 +61,11 @@ def train(job: Job, watch: Watch) -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     model = network(job.sizes)
-    if job.task == "expert":
+    if job.task in FORMS:
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS[job.task])
+        )
+    elif job.task == "expert":
         model.requires_grad_(False)
         for layer in model.model.layers:
             layer.mlp.requires_grad_(True)

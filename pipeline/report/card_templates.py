@@ -37,9 +37,9 @@ ADAPTERS_EXAMPLE = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("base")
-base = AutoModelForCausalLM.from_pretrained("base", dtype="auto")
-model = PeftModel.from_pretrained(base, "{{ about.experts[0].folder }}")
+tokenizer = AutoTokenizer.from_pretrained({{ use.pretrained }})
+base = AutoModelForCausalLM.from_pretrained({{ use.pretrained }}, dtype="auto")
+model = PeftModel.from_pretrained(base, "{{ use.adapter }}")
 prompt = tokenizer("Once upon a time", return_tensors="pt")
 ids = model.generate(**prompt, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))

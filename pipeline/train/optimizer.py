@@ -68,7 +68,7 @@ class AdamW:
         return total.item()
 
     def norm_of(self, name: str) -> Tensor:
-        """Return the norm of one parameter's gradient where that is, without waiting for a GPU."""
+        """Return a scalar, the norm of one parameter's gradient, where that is: no GPU is waited for."""
         grad = _grad_of(self.parameters[name])
         return torch.linalg.vector_norm(grad, dtype=torch.float32)
 
@@ -260,7 +260,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def sum_of_bits(tensor: Tensor) -> int:
-    """Return the sum of all numbers of a tensor, each read as an integer, in 32 bits."""
+    """Return the sum of all numbers of a tensor of any shape, read as integers, in 32 bits."""
     kind = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
     total = tensor.view(kind).sum(dtype=torch.int64)
     return int(total.item()) % 2**32

@@ -170,10 +170,7 @@ def _belongs_to(key: str, name: str) -> bool:
 def files(model: PeftModel, name: str, pin: ModelRef, about: Mapping) -> dict[str, dict]:
     """Return one adapter's files by name, as PEFT and vLLM load them; `about` enters
     adapter.json."""
-    settings: dict[str, Any] = {}
-    for key, value in model.peft_config[peft_name(name)].to_dict().items():
-        # a set has no order, and the same adapter should give the same bytes
-        settings[key] = sorted(value) if isinstance(value, set) else value
+    settings = _plain_values(model.peft_config[peft_name(name)])
     settings["base_model_name_or_path"] = pin.model
     settings["revision"] = pin.revision
     settings["inference_mode"] = True
@@ -189,6 +186,38 @@ def files(model: PeftModel, name: str, pin: ModelRef, about: Mapping) -> dict[st
         **about,
     }
     return {TENSORS: tensors, SETTINGS: settings, ABOUT: described}
+
+
+def lora_settings(
+    rank: int,
+    alpha: float,
+    modules: list[str],
+    layers: list[int] | None,
+    base: str,
+    revision: str | None,
+) -> dict[str, Any]:
+    """Return the adapter_config.json of an adapter that was not made here; layers None: in all."""
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number, vLLM reads one too
+        target_modules=modules,
+        layers_to_transform=layers,
+        layers_pattern=None if layers is None else "layers",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+    )
+    return _plain_values(settings)
+
+
+def _plain_values(settings: Any) -> dict[str, Any]:
+    """Return PEFT's settings as JSON has them."""
+    values: dict[str, Any] = {}
+    for key, value in settings.to_dict().items():
+        # a set has no order, and the same adapter should give the same bytes
+        values[key] = sorted(value) if isinstance(value, set) else value
+    return values
 
 
 def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: ModelRef) -> PeftModel:

@@ -9,44 +9,38 @@ from typing import Any
 
 import torch
 
-from ....data.text.tokenizer import Tokenizer
-from ....protocols import Progress
 from ....store.artifacts import write_text
 from ....store.streamed import Streamed, write_tensors
 from ..stock import generation_settings
+from .job import Job
 
 WEIGHTS = "model.safetensors"
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_checkpoint(
-    folder: Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, Streamed],
-    tokenizer: Tokenizer,
-    start: tuple[int, ...],
-    dtype: str | None,
-    progress: Progress,
+    job: Job, folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Streamed]
 ) -> tuple[dict[str, str], str]:
     """Write a checkpoint that transformers opens; return the sha256 of its weights by file, and
     their dtype.
 
-    `settings` is its config.json, whose dtype becomes the weights': `dtype`, or where that is None
-    the widest one there is. Raises DiskFull.
+    `settings` is its config.json, whose dtype becomes the weights': the one that is wished for, or
+    where there is none the widest. Raises DiskFull.
     """
+    dtype = job.wish.dtype
     wanted = TORCH[dtype] if dtype else _widest(tensors)
     rounded = {name: tensor.to(wanted) for name, tensor in tensors.items()}
     name_of_it = str(wanted).removeprefix("torch.")
     written = {**settings, "dtype": name_of_it}
-    generation = generation_settings(settings, tokenizer.end_id, start)
+    generation = generation_settings(settings, job.tokenizer.end_id, job.start)
     texts = {
         "config.json": _as_json(written),
         "generation_config.json": _as_json(generation),
-        **tokenizer.stock_files(start),
+        **job.tokenizer.stock_files(job.start),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    return {WEIGHTS: write_tensors(folder / WEIGHTS, rounded, progress)}, name_of_it
+    return {WEIGHTS: write_tensors(folder / WEIGHTS, rounded, job.progress)}, name_of_it
 
 
 def _widest(tensors: Mapping[str, Streamed]) -> torch.dtype:

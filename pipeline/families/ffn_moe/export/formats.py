@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from .... import report
-from ....data.text.tokenizer import Tokenizer
 from ....errors import ConfigError, MissingArtifact
 from ....model.router import gate_name
 from ....model.trunk import Trunk
@@ -28,20 +27,15 @@ from ..networks import SOUP, TRUNK, stack_row
 from ..parts import stored_experts, stored_settings, stored_trunk
 from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
 from .checkpoint import write_checkpoint
-from .tensors import Tensors, expert_tensors, mean_tensors, mixture_tensors, trunk_tensors
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be written, and where."""
-
-    cfg: FfnMoeConfig
-    wish: ExportWish
-    settings: Mapping[str, Any]  # Hugging Face config fields of the trunk
-    tokenizer: Tokenizer
-    start: tuple[int, ...]  # tokens that lead a text
-    folder: Path
-    progress: Progress
+from .job import Job
+from .tensors import (
+    Tensors,
+    all_gates,
+    expert_tensors,
+    mean_tensors,
+    mixture_tensors,
+    trunk_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
         raise ConfigError("--expert and --dense: one expert, or the mean of them; give one")
     if wish.format == "adapters" and wish.dtype:
         raise ConfigError("--dtype: adapters are kept as they are stored; leave it out")
-    if wish.format == "adapters":
+    if wish.format == "adapters" and not cfg.expert.delta_rank:
         raise ConfigError(
             "--format adapters: the experts of this run are whole networks and no low-rank ones, "
             "which PEFT adapters are; compress them first, or export with --format expert"
@@ -96,14 +90,21 @@ def export(
     tokenizer = run_tokenizer(parts)
     start = text_start(cfg, tokenizer)
     settings = stored_settings(parts, "train_shared")
-    job = _Job(cfg, wish, settings, tokenizer, start, folder, progress)
-    wanted = _opened(cfg, parts, wish)
-    about, sums = _gguf(job, wanted) if wish.format == "gguf" else _stock(job, wanted)
-    about |= {"run": cfg.name, "parts": wanted.parts, "row": wanted.row}
+    job = Job(cfg, wish, settings, tokenizer, start, folder, progress)
+    if wish.format == "adapters":
+        # Only this format needs what this imports
+        from .adapters import write_adapters
+
+        about, sums = write_adapters(job, parts)
+    else:
+        wanted = _opened(cfg, parts, wish)
+        about, sums = _gguf(job, wanted) if wish.format == "gguf" else _stock(job, wanted)
+        about |= {"parts": wanted.parts, "row": wanted.row}
+    about["run"] = cfg.name
     _seal(folder, report.export_card(_report(parts), about), sums)
 
 
-def _gguf(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
+def _gguf(job: Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     """Write a GGUF file; return what the card says of it, and sums of files by name."""
     # Only this format needs what these import
     from .gguf_file import Experts, Gguf, kept_as, write_gguf
@@ -136,7 +137,7 @@ def _gguf(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     return about, {}
 
 
-def _stock(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
+def _stock(job: Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     """Write a stock checkpoint; return what the card says of it, and sums of files by name."""
     tensors = wanted.tensors
     if wanted.experts:
@@ -145,9 +146,7 @@ def _stock(job: _Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
         tensors |= mixture_tensors(wanted.experts, wanted.gates, naming.expert, naming.gate)
     else:
         settings = dense_settings(job.settings)
-    sums, dtype = write_checkpoint(
-        job.folder, settings, tensors, job.tokenizer, job.start, job.wish.dtype, job.progress
-    )
+    sums, dtype = write_checkpoint(job, job.folder, settings, tensors)
     kind = settings["architectures"][0]
     about = {
         "what": f"{wanted.what}, as an ordinary `{kind}` in {dtype}, made with MoleForge.",
@@ -201,10 +200,11 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
         mean = mean_tensors([own[name] for name in cfg.experts])
         return _dense(trunk, mean, what, SOUP, addresses, "dense")
     addresses["router"] = parts.manifest("train_router").address
+    gates = parts.tensors("train_router", "router.safetensors")
     return _Wanted(
         tensors=trunk_tensors(trunk),
         experts=list(own.values()),
-        gates=parts.tensors("train_router", "router.safetensors"),
+        gates=all_gates(gates, trunk.config.num_hidden_layers, len(own)),
         what=f"A mixture of {len(own)} experts, {cfg.router.top_k} of them active per token",
         row=stack_row(cfg),
         parts=addresses,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ....model.experts import Expert
+from ....model.low_rank import Delta, LowRankExpert
+from ....model.router import gate_name
 from ....model.trunk import Trunk
 from ....store.streamed import Streamed
 
@@ -21,8 +23,18 @@ def trunk_tensors(trunk: Trunk) -> Tensors:
 
 
 def expert_tensors(expert: Expert) -> Tensors:
-    """Return an expert's tensors by the names they have in a dense model."""
-    return _streamed(expert.named())
+    """Return the tensors of an expert's networks in all layers, by the names they have in a dense
+    model: its base's where it has none of its own, and with a low-rank delta on it in fp32."""
+    whole = _streamed((expert.base or expert).named())
+    if not isinstance(expert, LowRankExpert):
+        return whole | _streamed(expert.named())
+    for layer in expert.own_layers:
+        for projection, delta in expert.deltas(layer).items():
+            name = f"model.layers.{layer}.mlp.{projection}.weight"
+            stored = whole[name]
+            read = _merged(stored, delta, expert.scale)
+            whole[name] = Streamed(stored.shape, torch.float32, read)
+    return whole
 
 
 def mean_tensors(experts: Sequence[Mapping[str, Streamed]]) -> Tensors:
@@ -38,7 +50,7 @@ def mixture_tensors(
     experts: Iterable[Mapping[str, Streamed]],
     gates: Mapping[str, Tensor],
     expert_name: Callable[[int, str], str],
-    gate_name: Callable[[str], str],
+    naming_gate: Callable[[str], str],
 ) -> Tensors:
     """Return a mixture's experts and gates by the names that a stock class gives them."""
     out = {}
@@ -46,12 +58,29 @@ def mixture_tensors(
         for name, tensor in tensors.items():
             out[expert_name(number, name)] = tensor
     for name, gate_ED in gates.items():
-        out[gate_name(name)] = Streamed.of(gate_ED)
+        out[naming_gate(name)] = Streamed.of(gate_ED)
     return out
 
 
 def _streamed(named: Mapping[str, nn.Parameter]) -> Tensors:
     return {name: Streamed.of(parameter) for name, parameter in named.items()}
+
+
+def _merged(stored: Streamed, delta: Delta, scale: float) -> Callable[[], Tensor]:
+    # A function of its own, as one of a loop would have the last layer's delta
+    def read() -> Tensor:
+        with torch.no_grad():
+            return torch.add(stored.read().float(), delta.product_OI, alpha=scale)
+
+    return read
+
+
+def all_gates(gates: Mapping[str, Tensor], layers: int, experts: int) -> dict[str, Tensor]:
+    """Return the gates of every layer: of zeros where there is none, as all experts are the base's
+    network there and it is all the same which of them are taken."""
+    like_ED = next(iter(gates.values()))
+    nothing_ED = like_ED.new_zeros(experts, like_ED.shape[1])
+    return {gate_name(at): gates.get(gate_name(at), nothing_ED) for at in range(layers)}
 
 
 def _mean(each: Sequence[Streamed], dtype: torch.dtype) -> Callable[[], Tensor]:

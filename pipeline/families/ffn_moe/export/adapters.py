@@ -1,0 +1,103 @@
+"""Low-rank experts as adapters that PEFT puts on the trunk, each in a folder of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .... import report
+from ....config.base import is_folder
+from ....store.artifacts import write_text
+from ....store.streamed import Streamed, write_tensors
+from ... import Parts
+from ...adapters.peft_io import lora_settings
+from ..config import FfnMoeConfig
+from ..parts import expert_layers, stored_trunk
+from ..stock import DENSE_CLASSES, dense_settings
+from .checkpoint import write_checkpoint
+from .job import Job
+from .tensors import expert_tensors, trunk_tensors
+
+ADAPTERS = "adapters"  # a folder of the export
+BASE = "base"  # and the trunk's, where the Hub does not have it
+PREFIX = "base_model.model."  # of PEFT's names
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
+
+
+def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write a run's experts, and the trunk that they stand on where the Hub does not have it;
+    return what the card says of them, and sums of files by name.
+
+    Raises MissingArtifact, DamagedArtifact, DiskFull.
+    """
+    cfg = job.cfg
+    on_hub = _on_the_hub(cfg)
+    base, revision = on_hub or (BASE, None)
+    addresses = {"trunk": parts.manifest("train_shared").address}
+    sums = {}
+    for name in cfg.experts:
+        addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
+        settings = _settings(job, base, revision)
+        folder = job.folder / ADAPTERS / name
+        folder.mkdir(parents=True)
+        write_text(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
+        tensors = {}
+        stored = parts.tensors("train_experts", "expert.safetensors", name)
+        for key, tensor in stored.items():
+            tensors[f"{PREFIX}{key}"] = Streamed.of(tensor)
+        file = f"{ADAPTERS}/{name}/adapter_model.safetensors"
+        sums[file] = write_tensors(job.folder / file, tensors, job.progress)
+    if on_hub is None:
+        sums |= _write_base(job, parts)
+    kind = DENSE_CLASSES[job.settings["model_type"]]
+    first = f"{ADAPTERS}/{cfg.experts[0]}"
+    about = {
+        "what": f"{len(cfg.experts)} experts as PEFT adapters of rank {cfg.expert.delta_rank} on "
+        f"the feed-forward networks of a frozen `{kind}`, made with MoleForge.",
+        "parts": addresses,
+        "row": "of each expert",
+        "library": "peft",
+        "tags": ["lora"],
+        "example": "adapters_example.md",
+        "use": report.stock_base(base, revision, first, kind),
+        "notes": [
+            "An adapter answers for its own domain. The router, which picks experts for each token "
+            "of a text, is in the stack's other formats."
+        ],
+    }
+    return about, sums
+
+
+def _settings(job: Job, base: str, revision: str | None) -> dict[str, Any]:
+    """Return an adapter_config.json."""
+    expert = job.cfg.expert
+    count = job.settings["num_hidden_layers"]
+    layers = list(expert_layers(job.cfg, count))
+    return lora_settings(
+        rank=expert.delta_rank,
+        alpha=expert.delta_scale * expert.delta_rank,
+        modules=PROJECTIONS,
+        layers=layers if len(layers) < count else None,
+        base=base,
+        revision=revision,
+    )
+
+
+def _write_base(job: Job, parts: Parts) -> dict[str, str]:
+    """Write the trunk with its own networks as a checkpoint; return sums of files by name."""
+    folder = job.folder / BASE
+    folder.mkdir()
+    trunk, dummy = stored_trunk(job.cfg, parts)
+    tensors = trunk_tensors(trunk) | expert_tensors(dummy)
+    sums, _ = write_checkpoint(job, folder, dense_settings(job.settings), tensors)
+    return {f"{BASE}/{name}": digest for name, digest in sums.items()}
+
+
+def _on_the_hub(cfg: FfnMoeConfig) -> tuple[str, str] | None:
+    """Return name and revision of the trunk on the Hub, None where it is not there as it is."""
+    name = cfg.trunk.init
+    revision = cfg.trunk.revision
+    if name is None or revision is None or cfg.trunk.steps != 0:
+        return None
+    # A package's, a file's or a folder's, which others do not have
+    here = ":" in name or name.endswith(".gguf") or is_folder(name)
+    return None if here or Path(name).expanduser().exists() else (name, revision)

@@ -1,0 +1,186 @@
+"""What a GGUF file holds of a trunk and of a tokenizer, held against llama.cpp, and what is refused
+by name.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Regex, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer as Model
+from tokenizers import pre_tokenizers as pre
+
+from pipeline.data.text.tokenizer import END, Tokenizer, _ready, train
+from pipeline.errors import MismatchError
+from pipeline.families.ffn_moe.export.gguf_file import Gguf, write_gguf
+from pipeline.families.ffn_moe.export.gguf_tokenizer import LLAMA3, QWEN2, vocabulary
+from pipeline.protocols import quiet
+from pipeline.store.streamed import Streamed
+from tests.test_export import TEXTS, Llama, same_in_llama
+from tests.test_trunk import whole
+
+STRANGE = (
+    "Ünïcödé  naïve, \t\n\n  x\r\n\r\n   end   ",
+    "你好，世界。 мир ١٢٣٤٥ ½ ² Ⅷ ＡＢＣ １２３",
+    "I'M it'S we'Ve they'rE don't 'S 'll I'LL",
+    "🙂👩‍👩‍👧 ok..!!??\n\n\n 12345678 1,234.56 x=1;y=22",
+    "a\u00a0b\u3000c\u2028d\u200b e   ",
+    f"{END} spelled",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE as a run trains one."""
+    return train(300, TEXTS)
+
+
+def written(model, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Write a dense model as a stock checkpoint and as a GGUF file; return the notes."""
+    settings = model.config.to_dict()
+    words = vocabulary(tokenizer, settings["vocab_size"], (), (tokenizer.end_id,))
+    tensors = {name: Streamed.of(p) for name, p in model.named_parameters()}
+    model.save_pretrained(folder)
+    for name, text in tokenizer.stock_files(()).items():
+        (folder / name).write_text(text)
+    return write_gguf(folder / "x.gguf", Gguf("x", settings, tensors), words, None, quiet)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e3,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+HELD = {
+    "biases": ("llama", BIASED | {"tie_word_embeddings": True}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "linear": ("mistral", {"rope_parameters": LINEAR}),
+    "qwen3, linear": ("qwen3", {"rope_parameters": LINEAR}),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_what_a_trunk_may_have_is_held(case, tokenizer, tmp_path):
+    kind, sizes = HELD[case]
+    torch.manual_seed(1)
+    sizes = sizes | {"max_position_embeddings": 128, "vocab_size": tokenizer.vocab_size}
+    model = whole(kind, **sizes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert written(model, tokenizer, tmp_path) == []
+    same_in_llama(tmp_path / "x.gguf", tmp_path, TEXTS[0])
+
+
+NOT_HELD = {
+    "bias": ("qwen3", {"attention_bias": True}, r"no place for .*o_proj\.bias in a qwen3 model"),
+    "llama3": ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "stretch positions by llama3 in a qwen3"),
+    "layers": (
+        "qwen3",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 8,
+            "use_sliding_window": True,
+        },
+        "layers differ in attention",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes", "said"), NOT_HELD.values(), ids=NOT_HELD)
+def test_what_it_cannot_hold_is_refused_by_name(kind, sizes, said, tokenizer, tmp_path):
+    model = whole(kind, vocab_size=tokenizer.vocab_size, **sizes)
+    with pytest.raises(MismatchError, match=f"{said}.*export it in the format hf"):
+        written(model, tokenizer, tmp_path)
+
+
+def test_a_short_window_becomes_the_context(tokenizer, tmp_path):
+    model = whole("mistral", vocab_size=tokenizer.vocab_size, sliding_window=8)
+    (note,) = written(model, tokenizer, tmp_path)
+    assert "Texts are of 8 tokens at most" in note
+    found = GGUFReader(tmp_path / "x.gguf").get_field("llama.context_length")
+    assert found.contents() == 8
+
+
+def bpe(cuts, ignore_merges: bool = False, normalizer=None) -> Tokenizer:
+    """Return a byte-level BPE that cuts texts in some way."""
+    model = Model(models.BPE(ignore_merges=ignore_merges))
+    model.pre_tokenizer = cuts
+    model.decoder = decoders.ByteLevel()
+    if normalizer:
+        model.normalizer = normalizer
+    alphabet = sorted(pre.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([*TEXTS, *STRANGE], trainer)
+    return _ready(model, END, {})
+
+
+def bytes_after(*cuts) -> pre.PreTokenizer:
+    """Return some cuts, and then bytes without GPT-2's own."""
+    return pre.Sequence([*cuts, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+WORDS = pre.ByteLevel(add_prefix_space=False)
+KNOWN = {
+    "gpt-2": lambda: bpe(WORDS),
+    "smollm": lambda: bpe(pre.Sequence([pre.Digits(individual_digits=True), WORDS])),
+    "smaug-bpe": lambda: bpe(bytes_after(pre.Split(Regex(LLAMA3), "isolated"))),
+    "llama-bpe": lambda: bpe(bytes_after(pre.Split(Regex(LLAMA3), "isolated")), True),
+    "qwen2": lambda: bpe(bytes_after(pre.Split(Regex(QWEN2), "removed", invert=True))),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
+    tokenizer = KNOWN[name]()
+    # More rows than entries, as pretrained embeddings have
+    written(whole("llama", vocab_size=tokenizer.vocab_size + 3), tokenizer, tmp_path)
+    words = vocabulary(tokenizer, tokenizer.vocab_size + 3, (), (tokenizer.end_id,))
+    assert words.pre == name
+    llama = Llama(tmp_path / "x.gguf")
+    for text in (*STRANGE, *TEXTS[:5]):
+        (encoded,) = tokenizer.encode([text])
+        # What spells a special token is text, as in a run
+        found = llama.ask("/tokenize", content=text, add_special=True, parse_special=False)
+        assert found["tokens"] == encoded.ids, text
+
+
+def words_only() -> Tokenizer:
+    """Return a tokenizer of whole words."""
+    model = Model(models.WordLevel({END: 0, "w": 1}, unk_token=END))
+    return _ready(model, END, {})
+
+
+UNKNOWN = {
+    "words": (words_only, "it is a WordLevel model and no byte-level BPE"),
+    "lower case": (lambda: bpe(WORDS, normalizer=normalizers.Lowercase()), "changes the text"),
+    "own pattern": (
+        lambda: bpe(bytes_after(pre.Split(Regex("..?"), "isolated"))),
+        r"cuts texts by '\.\.\?'",
+    ),
+    "prefix": (lambda: bpe(pre.ByteLevel(add_prefix_space=True)), "add_prefix_space"),
+    "whole words": (lambda: bpe(WORDS, ignore_merges=True), "cuts texts by"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_tokenizer_that_llama_cpp_has_none_like_is_refused(make, said):
+    tokenizer = make()
+    with pytest.raises(MismatchError, match=f"{said}.*export it in the format hf"):
+        vocabulary(tokenizer, tokenizer.vocab_size, (), (tokenizer.end_id,))
+
+
+def test_two_tokens_in_front_are_refused_and_nfc_is_told(tokenizer):
+    with pytest.raises(MismatchError, match="begins with 2 tokens"):
+        vocabulary(tokenizer, 300, (0, 1), (0,))
+    composed = bpe(WORDS, normalizer=normalizers.NFC())
+    (note,) = vocabulary(composed, composed.vocab_size, (), (composed.end_id,)).notes
+    assert "NFC" in note
