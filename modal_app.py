@@ -110,8 +110,19 @@ def _secret(purpose: str, name: str) -> modal.Secret:
     return secret
 
 
+def _packages() -> list[str]:
+    """Return the packages with models that the image needs; a container is told, as of secrets."""
+    if not modal.is_local():
+        return os.environ.get("MOLEFORGE_PACKAGES", "").split()
+    try:
+        return cloud.packages(CFG)
+    except PipelineError as error:
+        sys.exit(f"error: {sentence(error, EDGE)}")
+
+
 CFG = _asked_for()
 NAMES = _secret_names()
+PACKAGES = _packages()
 ENTERED = _entered()
 ENV = {
     # On the volume: what one container has fetched from the Hub, the next ones find
@@ -119,15 +130,18 @@ ENV = {
     "MOLEFORGE_VOLUME_PATH": VOLUME,
     "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
     "MOLEFORGE_ENDPOINT": ENTERED,
+    "MOLEFORGE_PACKAGES": " ".join(PACKAGES),
 }
 
 app = modal.App("moleforge")
 secrets = {purpose: _secret(purpose, name) for purpose, name in NAMES.items()}
-image = (
-    modal.Image.debian_slim(python_version="3.12")
-    .uv_pip_install(requirements=[str(HERE / "requirements.txt")], uv_version="0.9.5")
-    .add_local_python_source("pipeline")
+image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(
+    requirements=[str(HERE / "requirements.txt")], uv_version="0.9.5"
 )
+if PACKAGES:
+    # What they ask for is not used, and would change the versions that were just installed
+    image = image.uv_pip_install(*PACKAGES, extra_options="--no-deps", uv_version="0.9.5")
+image = image.add_local_python_source("pipeline")
 
 
 def _container(machine: MachineConfig, *purposes: str) -> dict:

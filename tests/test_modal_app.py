@@ -195,6 +195,31 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "True", "[2, 2, 1]"]
 
 
+def test_the_package_that_carries_the_model_is_in_the_image_without_what_it_asks_for(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"extends: {ROOT}/config/demo_from_zero.yaml\ntokenizer: {{pretrained: 'package:rich'}}\n"
+        "trunk: {init: 'package:rich'}\ndense: {baselines: []}\n"
+    )
+    code = (
+        "import modal; seen = []; real = modal.Image.uv_pip_install\n"
+        "def install(self, *names, **how): seen.append((names, how)); "
+        "return real(self, *names, **how)\n"
+        "modal.Image.uv_pip_install = install\n"
+        "import modal_app as m\n"
+        "print(seen[1][0], seen[1][1]['extra_options'], len(seen), m.ENV['MOLEFORGE_PACKAGES'])"
+    )
+    pinned = f"rich=={importlib.metadata.version('rich')}"
+    done = python(code, MOLEFORGE_CONFIG=str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"('{pinned}',) --no-deps 2 {pinned}"
+
+    path.write_text(path.read_text().replace("package:rich", "package:absent"))
+    done = python("import modal_app", MOLEFORGE_CONFIG=str(path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the package absent is not installed here" in done.stderr
+
+
 def test_a_configuration_that_cannot_run_stops_the_import(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         f"extends: {ROOT}/config/demo_from_zero.yaml\nmodal: {{evaluate: {{gpu: [K80]}}}}\n"

@@ -28,6 +28,7 @@ from .estimate import (
     refuse_without_inputs,
     show_estimate,
 )
+from .inputs import packages
 from .prices import Prices, most_gpus
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "most_gpus",
     "orchestrate",
     "overrides",
+    "packages",
     "refuse_above",
     "refuse_what_cannot_start",
     "refuse_without_inputs",

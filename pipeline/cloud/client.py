@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.table import Table
 
-from ..config.base import GGUF, is_folder
+from ..config.base import GGUF, PACKAGE, is_folder
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
@@ -26,6 +26,7 @@ from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store
 from ..store.mark import check_format, parse_format
 from ..store.model_files import CONFIG, settings_from_hub
+from ..store.model_sources import on_this_machine
 from ..store.room import writing
 from .containers import JobResult
 from .prices import Prices, most_gpus
@@ -150,7 +151,10 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
 
 
 def _is_here(path: str, mount: str) -> bool:
-    """Whether a path means this machine: not a URL, and not on the volume."""
+    """Whether a path means this machine: not a URL, not on the volume, not in a package, which
+    containers have too."""
+    if path.startswith(PACKAGE):
+        return False
     # fsspec's two ways to write a local path as a URL.
     if "://" in path and not path.startswith(("file://", "local://")):
         return False
@@ -186,6 +190,8 @@ def look_at_models(
     mount there, the settings are read into root. Raises ConfigError."""
 
     def find(setting: str, model: str, revision: str | None) -> Path | None:
+        if model.startswith(PACKAGE):
+            return on_this_machine(setting, model, revision)
         if not is_folder(model):
             return settings_from_hub(model, revision)
         path = PurePosixPath(model)

@@ -1,11 +1,14 @@
-"""Whether what a run reads beside its store is on the volume: asked by names, from the laptop."""
+"""What a run reads beside its store: whether it is on the volume, asked by names from the laptop,
+and the packages that containers need for it."""
 
+import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+from ..config.base import PACKAGE
 from ..config.run import RunConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
 Names = Callable[[str], Iterable[str]]  # a folder of the volume -> the names in it
 
@@ -28,6 +31,24 @@ def not_on_volume(
         f"not on the volume: {', '.join(lacking)}; put it there with "
         f"`modal volume put moleforge LOCAL /inputs/` and write {mount}/inputs/..."
     )
+
+
+def packages(cfg: RunConfig) -> list[str]:
+    """Return the packages that carry a model of this run, each with the version that is installed
+    here, so that every container has the model that was looked at. Raises ConfigError."""
+    found = {}
+    for setting, path in cfg.paths():
+        if not path.startswith(PACKAGE):
+            continue
+        name, _, _ = path.removeprefix(PACKAGE).partition("/")
+        try:
+            found[name] = importlib.metadata.version(name)
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            raise ConfigError(
+                f"{setting}: the package {name} is not installed here, where its version is read "
+                f"for the containers; `pip install --no-deps {name}` brings it"
+            ) from None
+    return [f"{name}=={version}" for name, version in found.items()]
 
 
 def _found(folder: PurePosixPath, parts: tuple[str, ...], names: Names) -> Iterator[PurePosixPath]:
