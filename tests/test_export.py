@@ -61,7 +61,8 @@ def made(root: Path, tokenizer: Tokenizer, kind: str, tied: bool, experts: int =
     if kind != "qwen3":
         sizes = {"tie_word_embeddings": tied, "vocab_size": tokenizer.vocab_size}
         model = whole(kind, max_position_embeddings=64, **sizes)
-        model.save_pretrained(root / "checkpoint")
+        # A trunk of 0 steps is a pin of these files, in the dtype that they have
+        model.to(given.pop("stored", torch.float32)).save_pretrained(root / "checkpoint")
         tokenizer.save(root / "checkpoint")
         changes |= {
             "trunk__init": str(root / "checkpoint"),
@@ -90,7 +91,7 @@ def exported(cfg, parts, folder: Path, **wish) -> Path:
 def logits_of(trunk, ffn, ids_BT: torch.Tensor) -> torch.Tensor:
     """Return logits_BTV of our own network."""
     with torch.no_grad():
-        return trunk.hidden(ids_BT, ffn) @ trunk.head.T
+        return trunk.hidden(ids_BT, ffn) @ trunk.head.T.float()
 
 
 def ours(cfg, parts, which: str):
@@ -177,6 +178,7 @@ def same_in_llama(file: Path, folder: Path, text: str) -> None:
 
 
 LOW_RANK = {"expert__form": "low_rank", "expert__rank": 3, "expert__lr": 0.1}
+PINNED = {"trunk__steps": 0, "stored": torch.bfloat16}
 CASES = {
     "qwen3, tied, low rank, last layer": (
         "qwen3",
@@ -185,7 +187,12 @@ CASES = {
         LOW_RANK | {"expert__layers": "last:1", "trunk__anchor": "keep"},
     ),
     "qwen3, untied, five, anchor": ("qwen3", False, 5, {"trunk__anchor": "keep"}),
-    "llama, untied, five, low rank": ("llama", False, 5, LOW_RANK | {"expert__alpha": 5.0}),
+    "llama, untied, five, low rank, pinned bf16": (
+        "llama",
+        False,
+        5,
+        LOW_RANK | {"expert__alpha": 5.0} | PINNED,
+    ),
     "mistral, tied, first layer": (
         "mistral",
         True,
@@ -212,10 +219,12 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         "dense": {"dense": True},
         "stack": {},
     }
+    # llama.cpp would compute in bf16 with what is stored so
+    exact = {"dtype": "fp32"}
     ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))
     found = []
     for which, wish in wishes.items():
-        folder = exported(cfg, parts, tmp_path / f"stock-{which}", **wish)
+        folder = exported(cfg, parts, tmp_path / f"stock-{which}", **wish | exact)
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys"))
         with torch.no_grad():
@@ -226,7 +235,9 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         for other in found:
             assert (wanted - other).abs().max() > 100 * EXACT, "each network is another"
         found.append(wanted)
-        gguf = exported(cfg, parts, tmp_path / f"gguf-{which}", format="gguf", **in_gguf[which])
+        gguf = exported(
+            cfg, parts, tmp_path / f"gguf-{which}", format="gguf", **in_gguf[which], **exact
+        )
         (file,) = gguf.glob("*.gguf")
         same_in_llama(file, folder, TEXTS[0])
 

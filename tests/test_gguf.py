@@ -10,10 +10,12 @@ from gguf import GGUFReader
 from tokenizers import Regex, decoders, models, normalizers, trainers
 from tokenizers import Tokenizer as Model
 from tokenizers import pre_tokenizers as pre
+from transformers.convert_slow_tokenizer import generate_merges
 
 from pipeline.data.text.tokenizer import END, Tokenizer, _ready, train
 from pipeline.errors import MismatchError
 from pipeline.families.ffn_moe.export.gguf_file import Gguf, write_gguf
+from pipeline.families.ffn_moe.export.gguf_sentencepiece import BYTES
 from pipeline.families.ffn_moe.export.gguf_tokenizer import LLAMA3, QWEN2, vocabulary
 from pipeline.protocols import quiet
 from pipeline.store.streamed import Streamed
@@ -138,13 +140,47 @@ KNOWN = {
 }
 
 
+def sentencepiece(legacy: bool, complete: bool = True) -> Tokenizer:
+    """Return a tokenizer as transformers converts one from SentencePiece; incomplete: with one way
+    to each piece alone, as a BPE learns them."""
+    learned = Model(models.BPE())
+    learned.normalizer = normalizers.Replace(" ", "▁")
+    learned.pre_tokenizer = pre.Split(Regex("▁?[^▁]+"), "isolated")
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    learned.train_from_iterator(TEXTS, trainer)
+    order = sorted(learned.get_vocab(), key=learned.token_to_id)
+    pieces = ["<unk>", "<s>", "</s>", *BYTES, *order]
+    vocab = {piece: token for token, piece in enumerate(pieces)}
+    ranked = {piece: -float(token) for piece, token in vocab.items()}
+    merges = generate_merges(vocab, ranked, {"<unk>", "<s>", "</s>", *BYTES})
+    if not complete:
+        merges = list({left + right: (left, right) for left, right in merges}.values())
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = Model(bpe)
+    if legacy:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        model.normalizer = normalizers.Sequence(steps)
+    else:
+        model.pre_tokenizer = pre.Metaspace(prepend_scheme="first", split=False)
+    model.add_special_tokens(["<unk>", "<s>", "</s>"])
+    ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model.decoder = decoders.Sequence([*ends, decoders.Strip(" ", 1, 0)])
+    return _ready(model, "</s>", {"bos_token": "<s>", "add_bos_token": True})
+
+
+KNOWN |= {
+    "legacy": lambda: sentencepiece(True),
+    "default": lambda: sentencepiece(False),
+}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(name, tmp_path):
     tokenizer = KNOWN[name]()
     # More rows than entries, as pretrained embeddings have
     written(whole("llama", vocab_size=tokenizer.vocab_size + 3), tokenizer, tmp_path)
     words = vocabulary(tokenizer, tokenizer.vocab_size + 3, (), (tokenizer.end_id,))
-    assert words.pre == name
+    assert words.pre == ("default" if name == "legacy" else name)
     llama = Llama(tmp_path / "x.gguf")
     for text in (*STRANGE, *TEXTS[:5]):
         (encoded,) = tokenizer.encode([text])
@@ -167,6 +203,7 @@ UNKNOWN = {
         r"cuts texts by '\.\.\?'",
     ),
     "prefix": (lambda: bpe(pre.ByteLevel(add_prefix_space=True)), "add_prefix_space"),
+    "pieces in one way alone": (lambda: sentencepiece(True, False), "some of its parts alone"),
     "whole words": (lambda: bpe(WORDS, ignore_merges=True), "cuts texts by"),
 }
 

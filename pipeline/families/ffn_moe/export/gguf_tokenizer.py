@@ -14,6 +14,7 @@ from gguf import GGUFWriter, TokenType
 
 from ....data.text.tokenizer import Tokenizer
 from ....errors import MismatchError
+from .gguf_sentencepiece import BYTES, is_sentencepiece, puts_space_first, scores
 
 # GPT-2's, which byte-level pre-tokenizers apply where they are told to
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -37,10 +38,13 @@ INSTEAD = "export it in the format hf, which holds any tokenizer"
 class Vocabulary:
     """What a GGUF file says of a tokenizer."""
 
+    model: str  # of llama.cpp: gpt2 of byte-level BPE, llama of SentencePiece
     pre: str
     tokens: list[str]
     types: list[TokenType]
     merges: list[str]
+    scores: list[float]  # of SentencePiece, in place of merges
+    space_first: bool  # whether a text gets a space in front
     start: tuple[int, ...]  # what stands before a text: one token or none
     end: int
     more_ends: tuple[int, ...]
@@ -49,11 +53,15 @@ class Vocabulary:
 
     def write(self, writer: GGUFWriter) -> None:
         """Add it to a file's metadata."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        else:
+            writer.add_token_merges(self.merges)
+        writer.add_add_space_prefix(self.space_first)
         # llama.cpp takes token 11 for the beginning where none is named
         writer.add_bos_token_id(self.start[0] if self.start else self.end)
         writer.add_eos_token_id(self.end)
@@ -76,30 +84,39 @@ def vocabulary(
     the format cannot hold.
     """
     raw = json.loads(tokenizer.model.to_str())
-    model = raw["model"]
-    pre = _pre(raw)
     if len(start) > 1:
         raise MismatchError(
             f"a text begins with {len(start)} tokens here, and llama.cpp puts one in front of it "
             f"at most; {INSTEAD}"
         )
     names, types = _entries(raw, rows)
-    merges = []
-    for merge in model["merges"]:
-        merges.append(merge if isinstance(merge, str) else " ".join(merge))
     notes = []
-    if raw["normalizer"]:
-        notes.append(
-            "llama.cpp takes a text as it is written, where the tokenizer composes accents first "
-            "(NFC): the same for text that is composed, as nearly all is."
-        )
+    if is_sentencepiece(raw):
+        kind, pre, merges = "llama", "default", []
+        space_first, scored = _sentencepiece(raw, names)
+        if space_first and raw["pre_tokenizer"]:
+            notes.append(
+                "llama.cpp puts a space in front of every text, the tokenizer of none that begins "
+                "with one."
+            )
+    else:
+        kind, pre, merges = "gpt2", _pre(raw), _merges(raw)
+        space_first, scored = False, []
+        if raw["normalizer"]:
+            notes.append(
+                "llama.cpp takes a text as it is written, where the tokenizer composes accents "
+                "first (NFC): the same for text that is composed, as nearly all is."
+            )
     end, *more = ends
     template = tokenizer.settings.get("chat_template")
     return Vocabulary(
+        model=kind,
         pre=pre,
         tokens=names,
         types=types,
         merges=merges,
+        scores=scored,
+        space_first=space_first,
         start=tuple(start),
         end=end,
         more_ends=tuple(more),
@@ -108,12 +125,27 @@ def vocabulary(
     )
 
 
+def _sentencepiece(raw: Mapping[str, Any], names: Sequence[str]) -> tuple[bool, list[float]]:
+    """Return whether a text gets a space in front, and the score of each entry. Raises
+    MismatchError."""
+    try:
+        found = scores(raw)
+        return puts_space_first(raw), [found.get(name, 0.0) for name in names]
+    except ValueError as error:
+        raise _refused(str(error)) from None
+
+
+def _merges(raw: Mapping[str, Any]) -> list[str]:
+    merges = raw["model"]["merges"]
+    return [each if isinstance(each, str) else " ".join(each) for each in merges]
+
+
 def _pre(raw: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for how a tokenizer.json cuts texts. Raises MismatchError."""
     model = raw["model"]
     if model.get("type") != "BPE":
         raise _refused(f"it is a {model.get('type')} model and no byte-level BPE")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise _refused(f"its model has {key}")
     normalizer = raw.get("normalizer")
@@ -172,15 +204,17 @@ def _refused(why: str) -> MismatchError:
 
 def _entries(raw: Mapping[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
     """Return the text and kind of every row of the embedding."""
+    bytes_of = BYTES if is_sentencepiece(raw) else ()
     names: dict[int, str] = {}
     types: dict[int, TokenType] = {}
     for text, token in raw["model"]["vocab"].items():
         names[token] = text
-        types[token] = TokenType.NORMAL
+        types[token] = TokenType.BYTE if text in bytes_of else TokenType.NORMAL
+    unknown = raw["model"].get("unk_token")
     for added in raw["added_tokens"]:
         names[added["id"]] = added["content"]
         special = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        types[added["id"]] = special
+        types[added["id"]] = TokenType.UNKNOWN if added["content"] == unknown else special
     for token in range(rows):
         # Holes, and rows that pretrained embeddings have for nobody
         names.setdefault(token, f"[PAD{token}]")
