@@ -108,6 +108,7 @@ def train(
     parts.metrics[stage, item] = fit(task, place)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in task.export(parts.metrics[stage, item]["kept_step"]).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".json"):
             (folder / name).write_text(json.dumps(content))
         else:

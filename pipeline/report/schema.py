@@ -207,6 +207,34 @@ class TokenRouting(ReportPart):
     dead: tuple[str, ...] = Field(description="experts that get next to nothing")
 
 
+class PromptRow(ReportPart):
+    """Texts that are routed by their first tokens, for one number of them."""
+
+    prompt_tokens: int
+    agreement: float | None = Field(
+        description="share of texts of a domain with an expert that reach it, mean over domains"
+    )
+    base_share: float | None = Field(
+        description="share of the other domains' texts that the base reads, mean over "
+        "domains; None where every domain has an expert"
+    )
+    bits_per_byte: ByDomain
+    mean: float = Field(description="bits per byte, mean over domains")
+    is_served: bool
+
+
+class TextRouting(ReportPart):
+    """Where a router that chooses one expert for a whole text sends texts."""
+
+    choices: tuple[str, ...] = Field(description="experts, then the base")
+    prompt_tokens: int = Field(description="first tokens of a text, which choose")
+    temperature: float
+    threshold: float = Field(description="probability of an expert below which the base reads")
+    texts: dict[str, tuple[int, ...]] = Field(description="by domain, texts that each choice reads")
+    agreement_by_domain: ByDomain = Field(description="of domains with an expert")
+    prompts: tuple[PromptRow, ...] = Field(description="by the number of first tokens")
+
+
 class ActiveRow(ReportPart):
     """The stack with top_k experts per token, not trained again."""
 
@@ -265,6 +293,9 @@ class LanguageReport(BaseReport):
     quality: tuple[QualityRow, ...] = Field((), description="the stack and everything to beat")
     opt_out: tuple[OptOutRow, ...] = Field((), description="when one expert leaves")
     routing: TokenRouting | None = Field(None, description="where tokens go")
+    text_routing: TextRouting | None = Field(
+        None, description="where texts go, when one expert reads a whole text"
+    )
     active: tuple[ActiveRow, ...] = Field((), description="one to all experts per token")
     matrix: DomainMatrix | None = Field(None, description="who is good at what")
     wins: tuple[Win, ...] = ()

@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 
 from .memory_plan import MemoryPlan
 
-# What moves: everything, the feed-forward networks on a frozen trunk, or the gates alone.
-Trains = Literal["all", "ffn", "gates"]
+# What moves: everything, the feed-forward networks on a frozen trunk, a LoRA on all linear layers
+# of a frozen model, or the gates alone.
+Trains = Literal["all", "ffn", "adapter", "gates"]
 
 
 class TrunkSizes(Protocol):
@@ -90,6 +91,14 @@ class Shape:
         """Parameters of the attention projections."""
         return self.layers * 2 * self.d_model * (self.heads_width + self.kv_width)
 
+    def adapter_parameters(self, rank: int, layers: int | None = None) -> int:
+        """Parameters of a LoRA of a rank on all seven linear layers of so many layers; none: of
+        every one."""
+        attention = 2 * (self.d_model + self.heads_width) + 2 * (self.d_model + self.kv_width)
+        ffn = 3 * (self.d_model + self.d_ff)
+        chosen = self.layers if layers is None else layers
+        return chosen * rank * (attention + ffn)
+
     @property
     def trunk_parameters(self) -> int:
         """Parameters of the trunk: embedding, attention, norms (approximately), LM head."""
@@ -122,9 +131,9 @@ class Shape:
             return 2 * self.forward_flops_per_token(ffn_active=2.0)
         forward = self.forward_flops_per_token()
         # the backward pass to the inputs costs as much as the forward pass, and so does that to
-        # the weights, of those that move
-        to_weights = forward if trains == "all" else 2 * self.ffn_parameters
-        return 2 * forward + to_weights
+        # the weights, of those that move; an adapter's are too small to count
+        to_weights = {"all": forward, "ffn": 2.0 * self.ffn_parameters, "adapter": 0.0}
+        return 2 * forward + to_weights[trains]
 
     def layer_activations(self, trains: Trains, active: int = 1) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need
@@ -139,6 +148,9 @@ class Shape:
         kept += 2 * active * self.d_ff
         if trains == "all":
             kept += self.d_model + self.heads_width
+        elif trains == "adapter":
+            # also what enters each linear layer: PEFT computes the network module by module
+            kept += self.d_model + self.heads_width + 2 * self.d_ff
         elif trains == "gates":
             kept += (2 * active - 1) * self.d_model
         return kept

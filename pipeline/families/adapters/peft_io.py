@@ -8,10 +8,11 @@ place.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import (
@@ -29,7 +30,6 @@ from ...errors import ConfigError, MismatchError
 from ...store.artifacts import load_tensors
 from ...store.reading import read_object
 from .base import ModelRef
-from .config import AdapterConfig
 
 TENSORS = "adapter/adapter_model.safetensors"
 SETTINGS = "adapter/adapter_config.json"
@@ -47,12 +47,28 @@ OWN_SETTINGS = (
 TOLD_SETTINGS = ("base_model_name_or_path", "revision", "peft_version")
 PACKAGES = ("torch", "transformers", "peft")
 _MARK = "-"
+# for families that import no peft
+Adapters = PeftModel
+
+
+class LoraOptions(Protocol):
+    """What of a new adapter is chosen, wherever it is written."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def targets(self) -> str: ...
+
 
 # what a family says to an adapter's modules: (their names, the options, the options' setting)
-CheckTargets = Callable[[Sequence[str], AdapterConfig, str], None]
+CheckTargets = Callable[[Sequence[str], Any, str], None]
 
 
-def _allow_all(_modules: Sequence[str], _options: AdapterConfig, _where: str) -> None: ...
+def _allow_all(_modules: Sequence[str], _options: LoraOptions, _where: str) -> None: ...
 
 
 def peft_name(name: str) -> str:
@@ -79,7 +95,7 @@ def core_of(model: PeftModel) -> PreTrainedModel:
 def add(
     model: PreTrainedModel | PeftModel,
     name: str,
-    options: AdapterConfig,
+    options: LoraOptions,
     where: str = "loras.defaults",
     check: CheckTargets = _allow_all,
 ) -> PeftModel:
@@ -111,7 +127,7 @@ def add(
 
 def find_targets(
     core: nn.Module,
-    options: AdapterConfig,
+    options: LoraOptions,
     where: str = "loras.defaults",
     check: CheckTargets = _allow_all,
 ) -> list[str]:
@@ -156,6 +172,18 @@ def select(model: PeftModel, name: str) -> None:
     model.set_adapter(peft_name(name))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(_belongs_to(key, name))
+
+
+@contextmanager
+def active(model: PeftModel, name: str | None) -> Iterator[None]:
+    """Compute with one of a base's adapters while the context is open, or with none of them."""
+    if name is None:
+        with model.disable_adapter():
+            yield
+        return
+    # frozen: what is compared or served is not trained
+    model.set_adapter(peft_name(name), inference_mode=True)
+    yield
 
 
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:

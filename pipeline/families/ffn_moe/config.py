@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ...config.base import PACKAGE, Section, Share, is_folder, not_hashed
+from ...config.base import DURATIONS, PACKAGE, Section, Share, is_folder, not_hashed
 from ...config.fit import FitConfig
 from ...config.labels import DomainName
 from ...config.paths import path_field
@@ -19,6 +19,9 @@ ANCHOR = "anchor"
 DEFAULT_RANK = 16
 LayerNumber = Annotated[int, Field(ge=0)]
 LastLayers = Annotated[str, Field(pattern=r"^last:[1-9]\d*$")]
+# of expert.form, and what reports and answers call the model without any of them
+ADAPTER = "adapter"
+BASE = "base"
 
 
 class TrunkConfig(FitConfig):
@@ -84,16 +87,18 @@ class ExpertConfig(FitConfig):
     init: Literal["trunk", "fresh"] = Field(
         "trunk", description="Start from a copy of the dummy, or at random"
     )
-    form: Literal["full", "low_rank"] = Field(
+    form: Literal["full", "low_rank", "adapter"] = Field(
         "full",
         description="full: networks of its own; low_rank: a delta of few numbers on the frozen "
-        "dummy's matrices",
+        "dummy's matrices; adapter: a LoRA on all linear layers of the model, one for a whole text",
     )
-    rank: int | None = Field(None, ge=1, description="Rank of a low-rank expert's deltas; none: 16")
+    rank: int | None = Field(
+        None, ge=1, description="Rank of what a low-rank expert or an adapter adds; none: 16"
+    )
     alpha: float | None = Field(
         None,
         gt=0,
-        description="A low-rank delta counts alpha / rank times; none: twice the rank",
+        description="What is added counts alpha / rank times; none: twice the rank",
     )
     layers: Literal["all"] | LastLayers | tuple[LayerNumber, ...] = Field(
         "all",
@@ -122,6 +127,11 @@ class ExpertConfig(FitConfig):
     def delta_rank(self) -> int:
         """The rank of the deltas that stand for an expert; 0 where it has networks of its own."""
         return (self.rank or DEFAULT_RANK) if self.form == "low_rank" else 0
+
+    @property
+    def adapter_rank(self) -> int:
+        """The rank of the two matrices that an adapter adds to each linear layer."""
+        return self.rank or DEFAULT_RANK
 
     @property
     def delta_scale(self) -> float:
@@ -166,7 +176,8 @@ class ExpertConfig(FitConfig):
         given = [name for name in ("rank", "alpha") if getattr(self, name) is not None]
         if given and self.form == "full":
             raise ValueError(
-                f"{given[0]} is of low-rank experts; set form: low_rank, or leave it out"
+                f"{given[0]} is of low-rank experts and adapters; set form: low_rank or adapter, "
+                "or leave it out"
             )
         if self.coordinate and self.layers != "all":
             raise ValueError(
@@ -206,7 +217,15 @@ class RouterConfig(FitConfig):
         description="Mean lead of a domain's own expert in gate logits after centroid or ridge, "
         "nats",
     )
-    top_k: int = Field(2, ge=1, description="Experts that run per token")
+    top_k: int = Field(2, ge=1, description="Experts that run per token (adapters: 1)")
+    prompt_tokens: int = Field(
+        64, ge=2, description="First tokens of a text that choose its adapter; the base reads them"
+    )
+    threshold: Share | None = Field(
+        None,
+        description="Least probability of an adapter, below which the base answers; none: that "
+        "with the least loss on validation text",
+    )
     temperature: TemperatureConfig = Field(
         TemperatureConfig(), description="Softmax temperature while training"
     )
@@ -334,6 +353,22 @@ class FfnMoeConfig(TextRunConfig):
         if self.deploy.upload:
             yield "deploy.upload", self.deploy.upload
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_need_no_steps(cls, given: Any) -> Any:
+        """Give a router of adapters what it has in place of the gates' defaults."""
+        if not isinstance(given, dict):
+            return given
+        expert = given.get("expert")
+        router = given.get("router", {})
+        is_adapter = isinstance(expert, dict) and expert.get("form") == ADAPTER
+        if not is_adapter or not isinstance(router, dict):
+            return given
+        own: dict[str, Any] = {"top_k": 1}
+        if not DURATIONS & router.keys():
+            own["steps"] = 0
+        return given | {"router": own | router}
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         # All at once: whoever mends one should not meet the next one only then
@@ -342,6 +377,7 @@ class FfnMoeConfig(TextRunConfig):
             *_durations(self),
             *_pretrained(self),
             *_expert_layers(self),
+            *_not_for_adapters(self),
         ]
         if self.router.init == "rows" and not self.expert.coordinate:
             problems.append(
@@ -420,6 +456,41 @@ def _durations(cfg: FfnMoeConfig) -> list[str]:
         # FitConfig refuses two of them; that there is one is asked here, of the whole
         if fit.steps is None and fit.epochs is None and fit.tokens is None:
             out.append(f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens")
+    return out
+
+
+def _not_for_adapters(cfg: FfnMoeConfig) -> list[str]:
+    if cfg.expert.form != ADAPTER:
+        return []
+    router = cfg.router
+    trains = router.steps != 0
+    refused = {
+        "expert.coordinate: an adapter has no gate to train beside it": cfg.expert.coordinate,
+        "expert.init: an adapter starts from nothing added; leave it at trunk": (
+            cfg.expert.init != "trunk"
+        ),
+        "trunk.anchor: the base answers beside adapters in any case; leave it at discard": (
+            cfg.trunk.anchor == "keep"
+        ),
+        "router.steps: the router of adapters follows from statistics alone; set router.steps to "
+        "0": trains,
+        "router.top_k: one adapter reads a text; set it to 1": router.top_k > 1,
+        "router.balance: nothing balances texts between adapters; leave it at none": (
+            router.balance != "none"
+        ),
+    }
+    out = [f"{sentence} (expert.form: adapter)" for sentence, is_so in refused.items() if is_so]
+    if router.prompt_tokens > cfg.trunk.context_tokens:
+        out.append(
+            f"router.prompt_tokens: {router.prompt_tokens} tokens, and trunk.context_tokens is "
+            f"{cfg.trunk.context_tokens}; lower it"
+        )
+    reserved = {BASE, "none", "default"} & set(cfg.experts)
+    if reserved:
+        out.append(
+            f"partition.domains: {', '.join(sorted(reserved))} has a meaning of its own where "
+            "experts are adapters; name that domain otherwise"
+        )
     return out
 
 

@@ -9,7 +9,7 @@ from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
 from ...store.model_sources import ModelSource, on_this_machine
 from ...train.flops import JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
-from .config import FfnMoeConfig
+from .config import ADAPTER, FfnMoeConfig
 from .pretrained import stated_settings
 from .stages import FROM_ZERO
 
@@ -110,6 +110,8 @@ def cost(
 
     None for a pretrained trunk that is not on this machine yet.
     """
+    if stage == "train_router" and cfg.expert.form == ADAPTER:
+        return None  # it follows from statistics
     shape = _shape(cfg)
     if shape is None:
         return None
@@ -117,10 +119,15 @@ def cost(
         trunk = cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)})
         shape = Shape.from_config(trunk, cfg.tokenizer.vocab_size)
     opts, trains = _settings(cfg, stage, item)
+    # asked here alone: what others make of an expert's duration does not depend on its form
+    if stage == "train_experts" and cfg.expert.form == ADAPTER:
+        trains = "adapter"
     if trains == "gates":
         parameters = shape.layers * shape.d_model * _stacked(cfg)
     elif trains == "ffn":
         parameters = shape.ffn_parameters
+    elif trains == "adapter":
+        parameters = adapter_parameters(cfg, shape)
     else:
         parameters = shape.trunk_parameters + shape.ffn_parameters
     try:
@@ -129,6 +136,7 @@ def cost(
         tokens = None
     name = f"{stage}-{item}" if item else stage
     plan = memory_plan(cfg, opts, shape, trains, bf16, name)
+    adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     return JobCost.of(
         stage,
         item,
@@ -136,8 +144,22 @@ def cost(
         flops_per_token=shape.train_flops_per_token(trains),
         parameters=parameters,
         plan=plan,
-        peak_bytes=peak_bytes(shape, trains, plan, bf16, _stacked(cfg), cfg.router.top_k),
+        peak_bytes=peak_bytes(
+            shape,
+            trains,
+            plan,
+            bf16,
+            _stacked(cfg),
+            cfg.router.top_k,
+            adapter,
+        ),
     )
+
+
+def adapter_parameters(cfg: FfnMoeConfig, shape: Shape) -> int:
+    """Return how many numbers one expert of a run is that adds to linear layers."""
+    layers = len(cfg.expert.in_layers(shape.layers))
+    return shape.adapter_parameters(cfg.expert.adapter_rank, layers)
 
 
 def memory_plan(
@@ -157,8 +179,19 @@ def memory_plan(
         per_batch = cfg.router.balance == "aux" or cfg.router.capacity_factor or cfg.router.noise
         divisible = not per_batch
 
+    # no other training reads how an expert is made: its address has none of it
+    adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
+
     def predict(tried: MemoryPlan) -> int:
-        return peak_bytes(shape, trains, tried, bf16, _stacked(cfg), cfg.router.top_k)
+        return peak_bytes(
+            shape,
+            trains,
+            tried,
+            bf16,
+            _stacked(cfg),
+            cfg.router.top_k,
+            adapter,
+        )
 
     return plan_memory(
         opts,
@@ -202,9 +235,10 @@ def peak_bytes(
     bf16: bool,
     experts: int,
     top_k: int = 2,
+    adapter: int = 0,
 ) -> int:
-    """Return the predicted peak above imports of a training: of `all`, of an `ffn`, or of the
-    `gates` over experts.
+    """Return the predicted peak above imports of a training: of `all`, of an `ffn`, of an `adapter`
+    of so many numbers, or of the `gates` over experts.
 
     Weights, moments and gradients are counted, activations estimated; the constants are fitted to
     benchmarks/memory.py, which compares this with what is measured.
@@ -217,6 +251,9 @@ def peak_bytes(
     elif trains == "ffn":
         trained = shape.ffn_parameters
         frozen = shape.trunk_parameters
+    elif trains == "adapter":
+        trained = adapter
+        frozen = shape.trunk_parameters + shape.ffn_parameters
     else:
         trained = 0  # gates are too small to count
         frozen = shape.trunk_parameters + experts * shape.ffn_parameters

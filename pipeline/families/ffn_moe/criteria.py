@@ -21,9 +21,13 @@ from .parts import batch_of, token_loss, training_rows
 TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all domains together
 
 
-def wins(rows: Sequence[QualityRow], trunk: str) -> list[Win]:
+def wins(
+    rows: Sequence[QualityRow],
+    trunk: str,
+    alone: str = "best single expert, which runs one FFN a token",
+) -> list[Win]:
     """Return the stack against every dense row, best single expert, the trunk and random routing,
-    each with its axis."""
+    each with its axis; `alone` is that of the expert."""
     # Each expert alone would be beaten on average: it knows one domain. The best one decides
     experts = [row for row in rows if row.kind == "expert"]
     best_expert = min(experts, key=lambda row: row.mean).name
@@ -31,7 +35,7 @@ def wins(rows: Sequence[QualityRow], trunk: str) -> list[Win]:
     for row in rows:
         axis = row.axis
         if row.name == best_expert:
-            axis = "best single expert, which runs one FFN a token"
+            axis = alone
         elif row.name == trunk or row.name.startswith("random"):
             axis = "same trunk"
         elif row.kind != "dense":

@@ -11,7 +11,7 @@ import torch
 
 from ...data.text.shards import Shards
 from ...hardware import machine
-from ...metrics.language import oracle_gain, posterior_mix, routing
+from ...metrics.language import Scores, oracle_gain, posterior_mix, routing
 from ...model.router import Mixture
 from ...protocols import Progress
 from ...report.schema import (
@@ -63,10 +63,10 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=is_expert)
         if row.name in writers:
             writer.add(row.name, row.trunk, row.ffn)
-    _score_combined(evaluator)
+    score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(evaluator, stack)
-    counts = _text_counts(evaluator)
+    counts = text_counts(evaluator)
     return LanguageReport(
         run=cfg.name,
         family=cfg.family,
@@ -101,7 +101,7 @@ def _writers(cfg: FfnMoeConfig) -> set[str]:
     return names
 
 
-def _score_combined(evaluator: Evaluator) -> None:
+def score_combined(evaluator: Evaluator) -> None:
     """Add the rows that follow from the experts' own: posterior ensemble and oracle."""
     experts = evaluator.token_nats_of
     mixed = {}
@@ -152,19 +152,41 @@ def _quality_row(
 ) -> QualityRow:
     """Return one row of the quality table; sizes count the trunk and the feed-forward networks that
     run or are kept."""
-    scores = evaluator.scores
-    nats = scores.nats_per_token(row.name)
-    trunk_nats = scores.nats_per_token(TRUNK)
-    oracle_nats = scores.nats_per_token(ORACLE)
-    versus_stack = None
-    if row.name != stack:
-        difference, interval = scores.difference(row.name, stack)
-        versus_stack = Difference(difference=difference, interval=interval)
     if row.name == ENSEMBLE:
         # Its experts share no layer: each runs a whole network
         flops = row.active_ffns * shape.forward_flops_per_token(1.0)
     else:
         flops = shape.forward_flops_per_token(row.active_ffns)
+    return measured_row(
+        evaluator.scores,
+        row,
+        active_parameters=shape.stack_parameters(row.active_ffns),
+        total_parameters=shape.stack_parameters(row.kept_ffns),
+        flops_per_token=int(flops),
+        trunk=TRUNK,
+        stack=stack,
+    )
+
+
+def measured_row(
+    scores: Scores,
+    row: EvalRow,
+    *,
+    active_parameters: int,
+    total_parameters: int,
+    flops_per_token: int,
+    trunk: str,
+    stack: str,
+) -> QualityRow:
+    """Return a row of the quality table of given sizes; `trunk` and `stack` are the names of the
+    rows that its gain and its distance are told from."""
+    nats = scores.nats_per_token(row.name)
+    trunk_nats = scores.nats_per_token(trunk)
+    oracle_nats = scores.nats_per_token(ORACLE)
+    versus_stack = None
+    if row.name != stack:
+        difference, interval = scores.difference(row.name, stack)
+        versus_stack = Difference(difference=difference, interval=interval)
     return QualityRow(
         name=row.name,
         kind=row.kind,
@@ -174,9 +196,9 @@ def _quality_row(
         interval=scores.interval(row.name),
         perplexity=scores.perplexity(row.name),
         mean_perplexity=float(np.exp(nats)),
-        active_parameters=shape.stack_parameters(row.active_ffns),
-        total_parameters=shape.stack_parameters(row.kept_ffns),
-        flops_per_token=int(flops),
+        active_parameters=active_parameters,
+        total_parameters=total_parameters,
+        flops_per_token=flops_per_token,
         train_tokens=row.train_tokens,
         oracle_gain=oracle_gain(nats, trunk=trunk_nats, oracle=oracle_nats),
         versus_stack=versus_stack,
@@ -188,9 +210,6 @@ def _opt_out(cfg: FfnMoeConfig, evaluator: Evaluator, stack: FfnStack) -> list[O
     """Return the opt-out table: the stack with one expert and its gate rows taken away."""
     if len(stack.names) == 1:
         return []
-    scores = evaluator.scores
-    full_perplexity = scores.perplexity(stack_row(cfg))
-    full_bits = scores.bits_per_byte(stack_row(cfg))
     every = list(stack.experts.values())
     rows = []
     for gone, name in enumerate(stack.names):
@@ -200,14 +219,21 @@ def _opt_out(cfg: FfnMoeConfig, evaluator: Evaluator, stack: FfnStack) -> list[O
         without = f"without {name}"
         mixture = mixture_of(experts, stack.weight_LED[:, keep], k)
         evaluator.score(without, stack.trunk, mixture)
-        ratio = {}
-        for domain, perplexity in scores.perplexity(without).items():
-            ratio[domain] = perplexity / full_perplexity[domain]
-        delta_bits = {}
-        for domain, bits in scores.bits_per_byte(without).items():
-            delta_bits[domain] = bits - full_bits[domain]
-        rows.append(OptOutRow(removed=name, ratio=ratio, delta_bits=delta_bits))
+        rows.append(opt_out_row(evaluator.scores, name, without, stack_row(cfg)))
     return rows
+
+
+def opt_out_row(scores: Scores, removed: str, without: str, stack: str) -> OptOutRow:
+    """Return what is lost in the row `without` an expert, against the stack's."""
+    full_perplexity = scores.perplexity(stack)
+    full_bits = scores.bits_per_byte(stack)
+    ratio = {}
+    for domain, perplexity in scores.perplexity(without).items():
+        ratio[domain] = perplexity / full_perplexity[domain]
+    delta_bits = {}
+    for domain, bits in scores.bits_per_byte(without).items():
+        delta_bits[domain] = bits - full_bits[domain]
+    return OptOutRow(removed=removed, ratio=ratio, delta_bits=delta_bits)
 
 
 class _ChoiceCounter:
@@ -292,7 +318,8 @@ def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFac
     )
 
 
-def _text_counts(evaluator: Evaluator) -> TextCounts:
+def text_counts(evaluator: Evaluator) -> TextCounts:
+    """Return how much text stands behind the figures."""
     shards = evaluator.shards
     documents = evaluator.documents
     return TextCounts(

@@ -2,23 +2,32 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...data.sources.text import look
 from ...data.text import prepare as text
 from ...data.text.distributed import encode, scan
 from ...data.text.tokenizer import look as check_tokenizer
-from ...errors import DataError
+from ...errors import DataError, MismatchError
 from ...protocols import Progress
 from ...report import LanguageReport
 from ...store.model_sources import on_this_machine
 from ...train.flops import JobCost
+from ...train.loop import NoTraining, Task
 from .. import ExportWish, Parts
 from . import cost as ffn_cost
-from .bundle import bundle, reassemble
-from .config import FfnMoeConfig
+from .bundle import bundle as bundle_mixture
+from .bundle import reassemble as reassemble_mixture
+from .config import ADAPTER, FfnMoeConfig
 from .preflight import preflight
-from .stack import assemble
-from .train import dense, expert, router, shared
+from .stack import assemble as assemble_mixture
+from .train import dense, shared
+from .train import expert as ffn_expert
+from .train import router as gates
+
+if TYPE_CHECKING:
+    from .adapter.stack import RequestStack
+    from .stack import FfnStack
 
 __all__ = [
     "assemble",
@@ -79,9 +88,35 @@ def cost(
     return ffn_cost.cost(cfg, stage, item, tokens, bf16)
 
 
+# What follows is of one form of experts or the other. An adapter's modules are imported where a run
+# has them: PEFT takes a second, and no other run needs it
+
+
+def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
+    """Return one expert's training; see train and adapter.train."""
+    if cfg.expert.form != ADAPTER:
+        return ffn_expert(cfg, parts, item)
+    from .adapter.train import expert as adapter
+
+    return adapter(cfg, parts, item)
+
+
+def router(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
+    """Return the gates' training, or how the router of adapters is made without any."""
+    if cfg.expert.form != ADAPTER:
+        return gates(cfg, parts)
+    from .adapter.router import router as of_texts
+
+    return of_texts(cfg, parts)
+
+
 def measure(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
-    """Return the report; see evaluate."""
+    """Return the report; see evaluate and adapter.evaluate."""
     # Here, as no training needs what the report brings along
+    if cfg.expert.form == ADAPTER:
+        from .adapter.evaluate import tables as of_adapters
+
+        return of_adapters(cfg, parts, progress)
     from .evaluate import tables
 
     return tables(cfg, parts, progress)
@@ -101,3 +136,28 @@ def export(
     from .export.formats import export
 
     export(cfg, parts, wish, folder, progress)
+
+
+def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
+    """Write the stack to a folder; return metrics. Raises MismatchError for a form of experts that
+    no bundle holds, and what bundle.bundle does."""
+    if cfg.expert.form == ADAPTER:
+        raise MismatchError(
+            "expert.form: a stack of adapters is not bundled yet; its adapters lie in "
+            "PEFT's own format in the store"
+        )
+    return bundle_mixture(cfg, parts, folder, progress)
+
+
+def assemble(cfg: FfnMoeConfig, parts: Parts) -> "FfnStack | RequestStack":
+    """Return the finished stack; see stack and adapter.stack."""
+    if cfg.expert.form != ADAPTER:
+        return assemble_mixture(cfg, parts)
+    from .adapter.stack import assemble as of_adapters
+
+    return of_adapters(cfg, parts)
+
+
+def reassemble(folder: Path) -> "FfnStack":
+    """Return the finished stack again, from a bundle alone."""
+    return reassemble_mixture(folder)

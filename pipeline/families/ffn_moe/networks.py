@@ -84,7 +84,7 @@ def network_rows(
             ffn=expert,
             train_tokens=trunk_tokens + expert_tokens,
         )
-    yield from _dense(cfg, parts, domain_tokens)
+    yield from dense_rows(cfg, parts, domain_tokens)
     # What needs no router: experts merged into one, or all of them run on every token
     yield NetworkRow(
         name=SOUP,
@@ -184,7 +184,7 @@ def _other_anchor(
     )
 
 
-def _dense(
+def dense_rows(
     cfg: FfnMoeConfig, parts: Parts, domain_tokens: Mapping[str, int]
 ) -> Iterator[NetworkRow]:
     """Yield the dense baselines, each with the axis it shares with the stack."""

@@ -86,7 +86,7 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
             files[FROZEN] = in_bf16(trunk.named())
         return files
 
-    return _task(
+    return text_task(
         cfg,
         cfg.trunk,
         trunk=trunk,
@@ -128,7 +128,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         }
 
     common = partial(
-        _task,
+        text_task,
         cfg,
         cfg.expert,
         trunk=trunk,
@@ -229,7 +229,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         return {"router.safetensors": gates.exported()}
 
     parameters = gates.named()
-    task = _task(
+    task = text_task(
         cfg,
         opts,
         trunk=trunk,
@@ -283,7 +283,7 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
             "trunk.json": settings_of(trunk),
         }
 
-    return _task(
+    return text_task(
         cfg,
         dense_options(cfg, item, training_tokens(shards)),
         trunk=trunk,
@@ -296,7 +296,7 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     )
 
 
-def _task(
+def text_task(
     cfg: FfnMoeConfig,
     opts: FitConfig,
     *,

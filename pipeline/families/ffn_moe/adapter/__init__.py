@@ -1,0 +1,1 @@
+"""Experts that are LoRA adapters on the whole language model, one for a whole text."""

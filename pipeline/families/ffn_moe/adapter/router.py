@@ -1,0 +1,188 @@
+"""The router of adapters: a closed form of the experts' statistics, fitted to validation text.
+
+Nothing here is trained. The temperature is that with the least nats of the right domains; the
+threshold that whose choices lose least on validation text of all domains, taught or not.
+
+B texts, T tokens, S layers that are read, C classes, E experts, D model width.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....data.text.mixture import DomainMixture
+from ....data.text.shards import Shards
+from ....hardware import device, uses_bf16
+from ....model.language_model import LanguageModel, filled, first_tokens
+from ....model.request_router import RequestRouter, fit_temperature, fit_threshold, nats
+from ....model.router_init import FeatureStatistics
+from ....store.artifacts import save_tensors, write_text
+from ....store.reading import damaged, read_object
+from ....train.loop import NoTraining
+from ... import Parts
+from ..config import FfnMoeConfig
+from ..parts import batch_of, gates_from, token_loss, training_rows
+from .model import Adapted, stored_adapters
+from .statistics import read_layers, text_statistics
+
+WEIGHTS = "router.safetensors"
+SETTINGS = "router.json"
+# Texts of a domain whose first tokens fit the temperature
+STARTS = 64
+# and how many of these are read to the end under every adapter, for the threshold
+TEXTS = 8
+
+
+@dataclass(frozen=True)
+class TextRouter:
+    """A request router with what it reads: which states, of how many first tokens."""
+
+    router: RequestRouter
+    layers: tuple[int, ...]
+    prompt_tokens: int
+
+    def features(self, base: LanguageModel, ids_BT: torch.Tensor, bf16: bool) -> torch.Tensor:
+        """Return x_BSD of texts as the base reads their first tokens."""
+        x_BTSD = base.states(ids_BT[:, : self.prompt_tokens], self.layers, bf16)
+        return first_tokens(x_BTSD, self.prompt_tokens)
+
+    def values(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what router.json holds: all but the rows."""
+        return {
+            "experts": list(names),
+            "base_class": self.router.weight_SCD.shape[1] > len(names),
+            "layers": list(self.layers),
+            "prompt_tokens": self.prompt_tokens,
+            "temperature": self.router.temperature,
+            "threshold": self.router.threshold,
+        }
+
+    @classmethod
+    def read(cls, settings: Path, weight_SCD: torch.Tensor, names: Sequence[str]) -> "TextRouter":
+        """Return what was written; `names` are the experts that are there. Raises
+        DamagedArtifact."""
+        raw = read_object(settings)
+        try:
+            if list(raw["experts"]) != list(names):
+                raise ValueError(f"it is of {raw['experts']} and the stack of {list(names)}")
+            classes = len(names) + bool(raw["base_class"])
+            layers = tuple(int(layer) for layer in raw["layers"])
+            if weight_SCD.shape[:2] != (len(layers), classes):
+                raise ValueError(f"it has rows of the shape {tuple(weight_SCD.shape)}")
+            router = RequestRouter(
+                weight_SCD, len(names), float(raw["temperature"]), float(raw["threshold"])
+            )
+            return cls(router, layers, int(raw["prompt_tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(settings, f"is no router of this stack ({error})") from None
+
+
+def router(cfg: FfnMoeConfig, parts: Parts) -> NoTraining:
+    """Return how the router is made: from statistics, and fitted to validation text."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        shards = Shards(parts.folder("preprocess"))
+        adapted = stored_adapters(cfg, parts)
+        plain = untrained(cfg, parts, shards, adapted, cfg.router.init)
+        fitted, metrics = calibrated(cfg, shards, adapted, plain)
+        save_tensors(folder / WEIGHTS, {"weight": fitted.router.weight_SCD})
+        values = fitted.values(cfg.experts)
+        write_text(folder / SETTINGS, json.dumps(values, indent=1) + "\n")
+        return metrics
+
+    return NoTraining(write)
+
+
+def general_domains(cfg: FfnMoeConfig, shards: Shards) -> tuple[str, ...]:
+    """Return the domains of general text that no expert is taught: the base's own class."""
+    domains = cfg.trunk.domains or shards.domains
+    return tuple(domain for domain in domains if domain not in cfg.experts)
+
+
+def untrained(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    shards: Shards,
+    adapted: Adapted,
+    init: str,
+) -> TextRouter:
+    """Return the closed form, not fitted to any text."""
+    statistics = []
+    for name in cfg.experts:
+        stored = parts.tensors("train_experts", "statistics.safetensors", name)
+        statistics.append(FeatureStatistics.from_tensors(stored))
+    general = general_domains(cfg, shards)
+    if general:
+        rows = training_rows(cfg, shards, "statistics", general, how="equal")
+        statistics.append(text_statistics(cfg, adapted, rows, cfg.expert.statistics_tokens))
+    weight_SCD = gates_from(cfg, statistics, init)
+    router = RequestRouter(weight_SCD.to(device()), len(cfg.experts))
+    return TextRouter(router, read_layers(adapted), cfg.router.prompt_tokens)
+
+
+def calibrated(
+    cfg: FfnMoeConfig, shards: Shards, adapted: Adapted, plain: TextRouter
+) -> tuple[TextRouter, dict[str, Any]]:
+    """Return a router with the temperature and the threshold of validation text, and metrics."""
+    bf16 = uses_bf16(cfg.dtype)
+    router = plain.router
+    general = general_domains(cfg, shards)
+    features = []
+    classes: list[int] = []
+    losses = []
+    judged = []
+    for domain in (*cfg.experts, *general):
+        ids_BT = _windows(cfg, shards, domain)
+        x_BSD = plain.features(adapted, ids_BT, bf16)
+        features.append(x_BSD)
+        number = cfg.experts.index(domain) if domain in cfg.experts else len(cfg.experts)
+        classes += [number] * len(ids_BT)
+        few_BT = ids_BT[:TEXTS]
+        judged.append(x_BSD[:TEXTS])
+        losses.append(_losses(cfg, adapted, few_BT, bf16))
+    logit_BC = router.logits(torch.cat(features))
+    class_B = torch.tensor(classes, device=logit_BC.device)
+    temperature = fit_temperature(logit_BC, class_B)
+    router = replace(router, temperature=temperature)
+    p_BC = router.probabilities(torch.cat(judged))
+    loss_BE = torch.cat(losses)
+    threshold = cfg.router.threshold
+    if threshold is None:
+        threshold = fit_threshold(router, p_BC, loss_BE)
+    router = replace(router, threshold=threshold)
+    chosen_B = router.decide(p_BC)
+    told = (logit_BC.argmax(-1) == class_B).double().mean().item()
+    metrics = {
+        "temperature": temperature,
+        "threshold": threshold,
+        "accuracy": told,
+        "valid_nats": nats(logit_BC, class_B, temperature),
+        "base_share": (chosen_B == len(cfg.experts)).double().mean().item(),
+        "routed_nats": loss_BE.gather(1, chosen_B[:, None]).mean().item(),
+        "base_nats": loss_BE[:, -1].mean().item(),
+    }
+    return replace(plain, router=router), metrics
+
+
+def _windows(cfg: FfnMoeConfig, shards: Shards, domain: str) -> torch.Tensor:
+    """Return ids_BT of some validation text of a domain, the same for every router."""
+    context = cfg.trunk.context_tokens
+    rows = DomainMixture(shards, "valid", (domain,), context, seed=0)
+    windows = max(1, shards.tokens("valid", domain) // context - 1)
+    return batch_of(rows, 0, min(STARTS, windows))
+
+
+def _losses(cfg: FfnMoeConfig, adapted: Adapted, ids_BT: torch.Tensor, bf16: bool) -> torch.Tensor:
+    """Return loss_BE: mean nats of what follows the first tokens, under each adapter and the
+    base."""
+    # the last token of those that choose is the first whose successor the chosen one predicts
+    first = cfg.router.prompt_tokens - 1
+    losses = []
+    for name in (*cfg.experts, None):
+        nats_BT = token_loss(adapted.under(name), filled, ids_BT, bf16)
+        losses.append(nats_BT[:, first:].mean(1))
+    return torch.stack(losses, 1).double()

@@ -1,0 +1,63 @@
+"""What an adapter's training is, and what the router of adapters is made of instead of a training.
+
+B sequences, T tokens.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from ....data.text.shards import Shards
+from ....hardware import device
+from ....train.loop import Task
+from ... import Parts
+from ...adapters import peft_io
+from ..config import FfnMoeConfig
+from ..parts import training_rows
+from ..train import text_task
+from .model import Options, base_ref, training_base
+from .statistics import text_statistics
+
+
+def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
+    """Return one adapter's training: a LoRA on the language model, on its own domain, the model
+    frozen."""
+    shards = Shards(parts.folder("preprocess"))
+    base = training_base(cfg, parts)
+    # The first weights are drawn from torch's generator
+    torch.manual_seed(cfg.seed_of("expert", item))
+    options = Options.of(cfg, base.config.num_hidden_layers)
+    adapters = peft_io.add(base.network, item, options, "expert").to(device())
+    parameters = peft_io.adapter_parameters(adapters, item)
+    rows = training_rows(
+        cfg,
+        shards,
+        f"expert {item}",
+        (item,),
+        general=cfg.trunk.domains or shards.domains,
+        general_share=cfg.partition.overlap,
+    )
+
+    def export(_kept_step: int) -> dict[str, dict]:
+        # Of the domain alone, and as the base reads it: texts are routed before an adapter has
+        # read them
+        own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
+        with peft_io.active(adapters, None):
+            statistics = text_statistics(cfg, base, own_rows, cfg.expert.statistics_tokens)
+        files = peft_io.files(adapters, item, base_ref(cfg, parts), {"domain": item})
+        return {**files, "statistics.safetensors": statistics.tensors()}
+
+    task = text_task(
+        cfg,
+        cfg.expert,
+        trunk=base,
+        ffn=base,  # whose slots are filled: only its mode is asked for
+        trains="adapter",
+        parameters=parameters,
+        rows=rows,
+        judged_on=(item,),
+        export=export,
+    )
+    # lora_B is zero in the first step, and so is every gradient of lora_A
+    still = tuple(name for name in parameters if "lora_A" in name)
+    return replace(task, zero_first_gradient=still)

@@ -1,0 +1,321 @@
+"""Adapters as experts of a language model: PEFT's own, one for a whole text, chosen by its first
+tokens.
+
+B texts, T tokens, V vocabulary, S layers that are read, D model width.
+"""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from fakes import Killed, dying, train_io
+from peft import PeftModel
+from pydantic import ValidationError
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from pipeline.config.base import merge
+from pipeline.data.text.shards import Shards
+from pipeline.families.adapters import peft_io
+from pipeline.families.ffn_moe import family
+from pipeline.families.ffn_moe.adapter.evaluate import stack_row, tables
+from pipeline.families.ffn_moe.adapter.router import SETTINGS, general_domains
+from pipeline.families.ffn_moe.adapter.stack import assemble
+from pipeline.families.ffn_moe.config import BASE, FfnMoeConfig
+from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
+from pipeline.model.language_model import filled, first_tokens, pieces
+from pipeline.model.request_router import RequestRouter, fit_threshold
+from pipeline.protocols import quiet
+from pipeline.train import loop
+from pipeline.train.loop import fit
+from tests import small
+
+# peft asks transformers in a way that it is leaving
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+TAUGHT = ("alpha", "beta")
+PROMPT = 4
+ADAPTER = {
+    "expert": {"form": "adapter", "rank": 4, "alpha": 8.0, "domains": TAUGHT, "lr": 3e-2},
+    "dense": {"baselines": ("path",)},
+}
+
+
+def config(**router) -> FfnMoeConfig:
+    """Return a small run of adapters on two of three domains."""
+    raw = merge(small.SETTINGS, ADAPTER) | {"router": {"prompt_tokens": PROMPT} | router}
+    return FfnMoeConfig.model_validate(raw)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole small run of adapters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        patch.setitem(small.MAKERS, "train_experts", family.expert)
+        cfg = config()
+        parts = small.FolderParts(cfg, tmp_path_factory.mktemp("run"))
+        small.write_shards(parts.root / "preprocess", cfg.partition.names)
+        small.train(cfg, parts, "train_shared")
+        parts.tasks = {}
+        for name in TAUGHT:
+            parts.tasks[name] = small.train(cfg, parts, "train_experts", name).task
+        folder = parts.new("train_router")
+        parts.metrics["train_router", None] = family.router(cfg, parts).write(folder)
+        small.train(cfg, parts, "train_dense", "path")
+        yield parts
+
+
+@pytest.fixture(scope="module")
+def stack(run):
+    """Its stack."""
+    return assemble(run.cfg, run)
+
+
+def texts(count=12, tokens=small.CONTEXT + 1, seed=0) -> torch.Tensor:
+    """Return ids_BT."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(1, small.VOCAB, (count, tokens), generator=draw)
+
+
+def stock(run) -> Qwen3ForCausalLM:
+    """Return the base as transformers' own class, from its stored tensors alone."""
+    settings = json.loads((run.folder("train_shared") / "trunk.json").read_text())
+    model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    tensors = run.tensors("train_shared", "trunk.safetensors")
+    tensors |= run.tensors("train_shared", "dummy.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def test_an_adapter_loads_in_stock_peft_on_the_stock_model(run, stack):
+    ids_BT = texts()
+    with torch.no_grad():
+        plain_BTV = stock(run)(ids_BT).logits
+        own_BTV = stack.model.hidden(ids_BT) @ stack.model.head.T
+        torch.testing.assert_close(own_BTV, plain_BTV, rtol=0, atol=1e-5)
+        for name in TAUGHT:
+            folder = run.folder("train_experts", name) / "adapter"
+            wanted_BTV = PeftModel.from_pretrained(stock(run), folder).eval()(ids_BT).logits
+            own_BTV = stack.model.under(name).hidden(ids_BT) @ stack.model.head.T
+            torch.testing.assert_close(own_BTV, wanted_BTV, rtol=0, atol=1e-5)
+            assert (wanted_BTV - plain_BTV).abs().max() > 1e-2
+
+
+def test_training_computes_what_pefts_own_forward_does(run):
+    task = run.tasks["alpha"]
+    ids_BT = task.batch(0, 4)
+    folder = run.folder("train_experts", "alpha") / "adapter"
+    model = PeftModel.from_pretrained(stock(run), folder, is_trainable=True)
+    given_BT, next_BT = ids_BT[:, :-1], ids_BT[:, 1:].contiguous()
+    wanted = model(input_ids=given_BT, labels=given_BT, shift_labels=next_BT).loss
+    wanted.backward()
+    for parameter in task.parameters.values():
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    found = task.loss(ids_BT)
+    found.backward()
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-5)
+    own = {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads = 0
+    for name, parameter in task.parameters.items():
+        name = name.replace(f".{peft_io.peft_name('alpha')}.", ".default.")
+        torch.testing.assert_close(parameter.grad, own[name], atol=1e-5, rtol=0)
+        grads += bool(parameter.grad.any())
+    assert grads == len(task.parameters) == 2 * 7 * 2
+
+
+def test_only_the_adapter_moves(run):
+    task = family.expert(run.cfg, run, "alpha")
+    network = task.loss.__closure__
+    inside = dict(zip(task.loss.__code__.co_freevars, network, strict=True))
+    trunk = inside["trunk"].cell_contents
+    own = {id(parameter) for parameter in task.parameters.values()}
+    task.loss(task.batch(0, 2)).backward()
+    for parameter in trunk.network.parameters():
+        assert parameter.requires_grad == (id(parameter) in own)
+        assert (parameter.grad is None) == (id(parameter) not in own)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_adapter_goes_on_after_a_kill_bit_for_bit(run, step, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    with pytest.raises(Killed):
+        fit(dying(family.expert(run.cfg, run, "beta"), step), train_io(tmp_path))
+    again = family.expert(run.cfg, run, "beta")
+    fit(again, train_io(tmp_path))
+    kept = again.export(0)[peft_io.TENSORS]
+    stored = run.tensors("train_experts", peft_io.TENSORS, "beta")
+    assert kept.keys() == stored.keys()
+    assert all(torch.equal(kept[name], stored[name]) for name in stored)
+
+
+def test_no_later_token_changes_a_choice(run, stack):
+    ids_BT = texts(64)
+    before_B = stack.choose(ids_BT)
+    later_BT = ids_BT.clone()
+    later_BT[:, PROMPT:] = texts(64, seed=1)[:, PROMPT:]
+    assert torch.equal(stack.choose(later_BT), before_B)
+    # and the first tokens do: every choice is made of some text
+    assert len(before_B.unique()) > 1
+    nats_BT = stack.token_loss(ids_BT)
+    for at in range(1, ids_BT.shape[1] - 1):
+        changed_BT = ids_BT.clone()
+        changed_BT[:, at + 1 :] = texts(64, seed=2)[:, at + 1 :]
+        same_BT = stack.token_loss(changed_BT)[:, :at]
+        torch.testing.assert_close(same_BT, nats_BT[:, :at], rtol=0, atol=1e-5)
+
+
+def test_the_first_tokens_are_the_bases_and_the_rest_the_chosen_ones(run, stack):
+    ids_BT = texts(32)
+    index_B = stack.choose(ids_BT)
+    found_BT = stack.token_loss(ids_BT)
+    for row, number in enumerate(index_B.tolist()):
+        one_BT = ids_BT[row : row + 1]
+        base_BT = token_loss(stack.model, filled, one_BT, False)
+        own_BT = token_loss(stack.reader(number), filled, one_BT, False)
+        wanted_T = torch.cat([base_BT[0, : PROMPT - 1], own_BT[0, PROMPT - 1 :]])
+        torch.testing.assert_close(found_BT[row], wanted_T, rtol=0, atol=1e-5)
+        assert stack.choice(one_BT[0].tolist()).name == stack.names[number]
+
+
+def test_the_base_reads_what_no_expert_is_sure_of(run, stack):
+    ids_BT = texts(32)
+    sure = replace(stack.text_router.router, threshold=1.0)
+    strict = replace(stack, text_router=replace(stack.text_router, router=sure))
+    assert strict.choose(ids_BT).unique().tolist() == [len(TAUGHT)]
+    base_BT = token_loss(stack.model, filled, ids_BT, False)
+    torch.testing.assert_close(strict.token_loss(ids_BT), base_BT, rtol=0, atol=1e-6)
+    p_BC = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5], [0.45, 0.4, 0.15]])
+    router = RequestRouter(torch.zeros(1, 3, 2), 2, threshold=0.5)
+    assert router.decide(p_BC).tolist() == [0, 2, 2]
+    assert replace(router, threshold=0.0).decide(p_BC).tolist() == [0, 2, 0]
+    assert router.decide(p_BC[:, :2]).tolist() == [0, 2, 2]
+
+
+def test_the_threshold_is_that_with_the_least_loss():
+    # two texts are their expert's own and gain from it, the least sure one loses
+    p_BC = torch.tensor([[0.92, 0.08], [0.9, 0.1], [0.65, 0.35]], dtype=torch.float64)
+    loss_BE = torch.tensor([[1.0, 9, 3], [1, 9, 3], [5, 9, 3]], dtype=torch.float64)
+    router = RequestRouter(torch.zeros(1, 2, 2), 2)
+    assert fit_threshold(router, p_BC, loss_BE) == 0.7
+    loss_BE[2, 0] = 1
+    assert fit_threshold(router, p_BC, loss_BE) == 0.0
+
+
+def test_first_tokens_and_pieces_are_means_without_the_first_token():
+    x_BTSD = torch.arange(2 * 9 * 1 * 3, dtype=torch.float32).view(2, 9, 1, 3)
+    torch.testing.assert_close(first_tokens(x_BTSD, 4), x_BTSD[:, 1:4].mean(1))
+    torch.testing.assert_close(first_tokens(x_BTSD[:, :1], 4), x_BTSD[:, 0])
+    wanted = torch.stack([x_BTSD[b, at : at + 4].mean(0) for b in (0, 1) for at in (1, 5)])
+    torch.testing.assert_close(pieces(x_BTSD, 4), wanted)
+    assert len(pieces(x_BTSD, 16)) == 2
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    """The run's report."""
+    return tables(run.cfg, run, quiet)
+
+
+def test_the_reports_rows_are_what_the_stack_computes(run, stack, report):
+    rows = {row.name: row for row in report.quality}
+    assert list(rows) == [
+        BASE,
+        *TAUGHT,
+        "dense path",
+        "random adapter for each text",
+        "centroid from 4 tokens",
+        "ridge from 4 tokens, never the base",
+        "posterior ensemble",
+        stack_row(run.cfg),
+        "oracle expert",
+    ]
+    assert [row.name for row in report.quality if row.is_stack] == [stack_row(run.cfg)]
+    adapter = sum(p.numel() for p in run.tasks["alpha"].parameters.values())
+    base = rows[BASE]
+    assert rows["alpha"].active_parameters - base.active_parameters == adapter
+    assert rows[stack_row(run.cfg)].total_parameters - base.total_parameters == 2 * adapter
+    # the base is trunk and dummy, as any run of FFN experts has them
+    trunk, dummy = stored_trunk(run.cfg, run)
+    shards = Shards(run.folder("preprocess"))
+    for domain in shards.domains:
+        starts_n, bytes_n = shards.documents("test", domain)
+        stream = torch.from_numpy(shards.stream("test", domain).astype(np.int64))
+        nats = {}
+        for name, model in ((BASE, None), *((name, name) for name in TAUGHT)):
+            nats[name] = _stream_nats(stack.model.under(model), stream, small.CONTEXT)
+        torch.testing.assert_close(nats[BASE], _stream_nats(trunk, stream, small.CONTEXT, dummy))
+        total = 0.0
+        chosen = [0, 0, 0]
+        for start, end in pairwise(starts_n):
+            number = stack.choose(stream[None, start:end]).item()
+            chosen[number] += 1
+            split = min(end, start + PROMPT)
+            own = nats[BASE] if number == len(TAUGHT) else nats[TAUGHT[number]]
+            total += nats[BASE][start + 1 : split].sum() + own[split:end].sum()
+        found = rows[stack_row(run.cfg)].bits_per_byte[domain]
+        assert found == pytest.approx(total.item() / bytes_n.sum() / np.log(2), rel=1e-4)
+        assert report.text_routing.texts[domain] == tuple(chosen)
+
+
+def _stream_nats(trunk, stream, context, ffn=filled) -> torch.Tensor:
+    """Return nats_T of a stream in windows that follow each other."""
+    out = torch.zeros(len(stream))
+    for at in range(0, len(stream) - 1, context):
+        ids_BT = stream[None, at : at + context + 1]
+        out[at + 1 : at + context + 1] = token_loss(trunk, ffn, ids_BT, False)[0]
+    return out
+
+
+def test_the_report_tells_where_texts_go(run, report):
+    routing = report.text_routing
+    assert routing.choices == (*TAUGHT, BASE)
+    assert [sum(counts) for counts in routing.texts.values()] == [8, 8, 8]
+    assert routing.agreement_by_domain["alpha"] == routing.texts["alpha"][0] / 8
+    assert [row.prompt_tokens for row in routing.prompts] == [PROMPT]
+    assert routing.prompts[0].base_share == routing.texts["gamma"][2] / 8
+    assert report.matrix.rows == (BASE, *TAUGHT, "stack")
+    assert [row.removed for row in report.opt_out] == list(TAUGHT)
+    for row in report.opt_out:
+        assert row.ratio.keys() == set(small.DOMAINS)
+    assert {win.against for win in report.wins} >= {BASE, "dense path"}
+    assert [criterion.name for criterion in report.criteria] == ["primary, dense path", "tertiary"]
+
+
+def test_general_text_is_the_bases_class_and_a_router_without_it_has_none(run, tmp_path):
+    shards = Shards(run.folder("preprocess"))
+    assert general_domains(run.cfg, shards) == ("gamma",)
+    stored = run.tensors("train_router", "router.safetensors")["weight"]
+    assert stored.shape == (1, 3, 16)
+    raw = merge(small.SETTINGS, ADAPTER) | {"router": {"prompt_tokens": PROMPT}}
+    only = FfnMoeConfig.model_validate(merge(raw, {"trunk": {"domains": TAUGHT}}))
+    family.router(only, run).write(tmp_path)
+    assert json.loads((tmp_path / SETTINGS).read_text())["base_class"] is False
+
+
+REFUSED = {
+    "expert.coordinate": {"expert": {"coordinate": True}},
+    "expert.init": {"expert": {"init": "fresh"}},
+    "trunk.anchor": {"trunk": {"anchor": "keep"}},
+    "router.steps": {"router": {"steps": 3}},
+    "router.top_k": {"router": {"top_k": 2}},
+    "router.balance": {"router": {"balance": "aux"}},
+    "router.prompt_tokens": {"router": {"prompt_tokens": 99}},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_place_beside_adapters_is_refused_by_name(name):
+    raw = merge(small.SETTINGS, ADAPTER) | {"router": {"prompt_tokens": PROMPT}}
+    FfnMoeConfig.model_validate(raw)
+    with pytest.raises(ValidationError, match=name):
+        FfnMoeConfig.model_validate(merge(raw, REFUSED[name]))
+
+
+def test_a_run_of_adapters_reads_back_as_it_was_dumped():
+    cfg = config()
+    assert (cfg.router.steps, cfg.router.top_k) == (0, 1)
+    assert FfnMoeConfig.model_validate(cfg.model_dump(mode="json")) == cfg
