@@ -80,6 +80,18 @@ VARIANTS = {
         True,
         {"expert__coordinate": True, "router__init": "rows", "trunk__anchor": "keep"},
     ),
+    "low rank": ("qwen3", True, {"expert__form": "low_rank"}),
+    "low rank, last layer, anchor": (
+        "qwen3",
+        True,
+        {"expert__form": "low_rank", "expert__layers": "last:1", "trunk__anchor": "keep"},
+    ),
+    "first layer": ("qwen3", False, {"expert__layers": [0]}),
+    "llama, low rank, last layer": (
+        "llama",
+        False,
+        {"expert__form": "low_rank", "expert__layers": "last:1"},
+    ),
     "llama": ("llama", False, {"trunk__anchor": "keep"}),
     "mistral": ("mistral", True, {"router__top_k": 1}),
 }
@@ -100,7 +112,9 @@ def test_transformers_loads_it_and_computes_what_the_stack_computes(kind, tied, 
     )
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(IDS_BT).logits, wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=0)
+    # as it was assembled to the last bit, but for merged deltas, which round
+    far = 1e-5 if cfg.expert.delta_rank or cfg.expert.layers != "all" else 0
+    torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=far)
     start = [] if cfg.trunk.init else [0]
     assert AutoTokenizer.from_pretrained(folder)("w3 w1 w4").input_ids == [*start, 3, 1, 4]
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 0

@@ -14,14 +14,17 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from pipeline.model.experts import Expert, clone, in_layers
+from pipeline.model.experts import Expert, clone, in_layers, mix
+from pipeline.model.kernels import shared_base
 from pipeline.model.low_rank import (
     PROJECTIONS,
     LowRankExpert,
     average,
     compress,
     from_tensors,
+    mix_on_base,
 )
+from pipeline.model.router import Gating, Mixture, Router
 
 D, F, N, RANK, SCALE, LAYERS = 24, 40, 30, 4, 1.5, 3
 SIZES = {"hidden_size": D, "intermediate_size": F, "num_attention_heads": 2}
@@ -197,3 +200,76 @@ def test_a_compressed_expert_is_the_nearest_of_its_rank():
     torch.testing.assert_close(whole(0, x_ND), full(0, x_ND), rtol=1e-4, atol=1e-4)
     chosen = compress(in_layers(full, base, [1]), base, RANK)
     assert chosen.own_layers == (1,)
+
+
+def routed(tokens: int, experts: int, top_k: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random index_NK and weight_NK, some choices dropped."""
+    draw = torch.Generator().manual_seed(tokens)
+    index_NK = torch.rand(tokens, experts, generator=draw).topk(top_k).indices
+    index_NK[::7, -1] = -1
+    return index_NK, torch.rand(tokens, top_k, generator=draw)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 300])
+@pytest.mark.parametrize("chunk", [1024, 100])
+def test_experts_on_one_base_are_the_mixture_of_the_merged_ones(tokens, chunk, monkeypatch):
+    """In value, and in the gradients that gates and layers below need; the base is one of them."""
+    monkeypatch.setattr(shared_base, "CHUNK_TOKENS", chunk)
+    base = a_base()
+    deltas = [an_expert(base, seed).requires_grad_(False) for seed in range(3)]
+    merged = [base, *(each.merged() for each in deltas)]
+    # one expert without any token
+    index_NK, weight_NK = routed(tokens, len(merged) - 1)
+    results = []
+    for join in (
+        lambda *given: mix_on_base(base, [base, *deltas], 1, *given),
+        lambda *given: mix(merged, 1, *given),
+    ):
+        x_ND = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        weight = weight_NK.clone().requires_grad_()
+        y_ND = join(x_ND, index_NK, weight)
+        dy_ND = torch.randn(tokens, D, generator=torch.Generator().manual_seed(2))
+        results.append([y_ND, *torch.autograd.grad(y_ND, [x_ND, weight], dy_ND)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_the_base_runs_once_whatever_the_number_of_experts(monkeypatch):
+    base = a_base()
+    deltas = [an_expert(base, seed).requires_grad_(False) for seed in range(6)]
+    seen = {}
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            for given in args:
+                if isinstance(given, torch.Tensor) and set(given.shape) == {D, F}:
+                    seen[str(func)] = seen.get(str(func), 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    mixture = Mixture(deltas, Router(torch.randn(LAYERS, 6, D), Gating(3))).eval()
+    assert mixture.base is base and base not in list(mixture.modules())
+    with torch.no_grad(), Counted():
+        mixture(1, torch.randn(2, 40, D))
+    assert sum(count for name, count in seen.items() if "mm" in name) == 3
+    others = [base, a_base()]
+    assert Mixture(others, mixture.router).base is None
+    assert Mixture([an_expert(each) for each in others], mixture.router).base is None
+
+
+def test_under_bf16_the_shared_base_stays_within_its_rounding():
+    base = a_base()
+    deltas = [an_expert(base, seed).requires_grad_(False) for seed in range(3)]
+    index_NK, weight_NK = routed(200, 3)
+    x_ND = torch.randn(200, D)
+    exact = mix_on_base(base, deltas, 1, x_ND, index_NK, weight_NK)
+    rounded = []
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded.append(mix_on_base(base, deltas, 1, x_ND, index_NK, weight_NK))
+        # what was cast is cast again after a change
+        with torch.no_grad():
+            deltas[0].layers[1].up_proj.lora_B.weight.mul_(2)
+        rounded.append(mix_on_base(base, deltas, 1, x_ND, index_NK, weight_NK))
+    changed = mix_on_base(base, deltas, 1, x_ND, index_NK, weight_NK)
+    for found, wanted in zip(rounded, (exact, changed), strict=True):
+        assert 0 < (found - wanted).norm() / wanted.norm() < 0.02
+    assert (changed - exact).norm() / exact.norm() > 0.05

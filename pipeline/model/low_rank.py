@@ -5,7 +5,7 @@ a full expert as the best of its rank (FlexMoRE, 2602.08818). Tensors are named 
 less its prefix `base_model.model.`.
 
 B sequences, T tokens, N = B*T, D model width, I numbers in, O out, M the lesser of both, r rank,
-E experts.
+E experts, K experts per token.
 """
 
 import re
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from . import experts as full
 from .experts import Expert
-from .kernels.frozen import frozen_linear
+from .kernels.frozen import frozen_linear, product_dtype
 from .kernels.low_rank import low_rank_swiglu
+from .kernels.shared_base import Factors, shared_base_mix
 from .kernels.swiglu import is_swiglu
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -75,6 +76,7 @@ class LowRankExpert(Expert):
         super().__init__(deltas, base)
         self.rank = rank
         self.scale = scale
+        self._cast: dict[tuple[int, torch.dtype], tuple[list, Factors]] = {}
 
     def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer's network."""
@@ -90,6 +92,25 @@ class LowRankExpert(Expert):
         """Return the deltas of one layer by projection; none where the base stands."""
         found = self.layers[layer]
         return {} if found is None else {name: getattr(found, name) for name in PROJECTIONS}
+
+    def factors(self, layer: int, dtype: torch.dtype) -> Factors | None:
+        """Return what the deltas of one layer are multiplied with, cast; None where the base
+        stands.
+
+        A cast copy is kept, as every batch asks for it again; what was changed since is cast anew.
+        """
+        deltas = self.layers[layer]
+        if deltas is None:
+            return None
+        stored = [parameter.detach() for parameter in deltas.parameters()]
+        if all(factor.dtype == dtype for factor in stored):
+            return Factors(self.scale, *stored)
+        seen = [(factor.data_ptr(), factor._version) for factor in stored]
+        kept = self._cast.get((layer, dtype))
+        if kept is None or kept[0] != seen:
+            made = Factors(self.scale, *[factor.to(dtype) for factor in stored])
+            kept = self._cast[layer, dtype] = (seen, made)
+        return kept[1]
 
     @torch.no_grad()
     def merged_layers(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,6 +128,36 @@ class LowRankExpert(Expert):
     def merged(self) -> Expert:
         """Return the frozen full expert that computes the same, in fp32."""
         return full.from_tensors(self.base, dict(self.merged_layers()), self.own_layers)
+
+
+def base_of(experts: Sequence[Expert]) -> Expert | None:
+    """Return the base that all experts are deltas on, or are; None where there are others."""
+    bases = []
+    for expert in experts:
+        bases.append(expert.base if isinstance(expert, LowRankExpert) else expert)
+    first = bases[0]
+    alone = not any(isinstance(expert, LowRankExpert) for expert in experts)
+    return None if alone or any(base is not first for base in bases) else first
+
+
+def mix_on_base(
+    base: Expert,
+    experts: Sequence[Expert] | nn.ModuleList,
+    layer: int,
+    x_ND: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+) -> Tensor:
+    """Return y_ND as `experts.mix` does, of frozen experts on one base, whose products run once."""
+    network = base.layers[layer]
+    if not is_swiglu(network):
+        return full.mix(experts, layer, x_ND, index_NK, weight_NK)
+    dtype = product_dtype(x_ND)
+    members = []
+    for expert in experts:
+        member = expert.factors(layer, dtype) if isinstance(expert, LowRankExpert) else None
+        members.append(member)
+    return shared_base_mix(network, members, x_ND, index_NK, weight_NK)
 
 
 def _plain(network: Any, deltas: Any, scale: float, x: Tensor) -> Tensor:

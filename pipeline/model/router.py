@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import Expert, mix
+from .low_rank import base_of, mix_on_base
 
 GATE_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 
@@ -180,10 +181,14 @@ class Mixture(nn.Module):
     Where the router has no gate every expert has its base's network, which runs once.
     """
 
+    base: Expert | None  # of which all experts are deltas
+
     def __init__(self, experts: Sequence[Expert], router: Router):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.router = router
+        # past nn.Module, as an expert does: the base is no part of the mixture
+        object.__setattr__(self, "base", base_of(experts))
 
     def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer."""
@@ -192,7 +197,8 @@ class Mixture(nn.Module):
             return y_BTD
         x_ND = x_BTD.flatten(0, -2)
         index_NK, weight_NK = self.router.route(layer, x_ND)
-        y_ND = mix(self.experts, layer, x_ND, index_NK, weight_NK)
+        routed = (self.experts, layer, x_ND, index_NK, weight_NK)
+        y_ND = mix(*routed) if self.base is None else mix_on_base(self.base, *routed)
         return y_ND.view_as(x_BTD)
 
 

@@ -23,6 +23,7 @@ from .artifacts import sha256, write_text
 from .foreign import ForeignFile, check_name, files_in, read_object
 from .reading import reading
 from .room import writing
+from .streamed import Streamed, write_tensors
 
 # Of experts.json; raised when an older program could not serve the bundle.
 FORMAT = 2
@@ -58,9 +59,18 @@ class BundleFile:
     rename: Callable[[str], str] | None = None
 
 
+@dataclass(frozen=True)
+class MadeFile:
+    """A file of weights that is made of the store's tensors, one after another, as no file there
+    holds them so."""
+
+    name: str  # a path with / below the bundle's folder
+    tensors: Mapping[str, Streamed]
+
+
 def write(
     folder: Path,
-    files: Iterable[BundleFile],
+    files: Iterable[BundleFile | MadeFile],
     texts: Mapping[str, str | dict[str, Any]],
     progress: Progress,
 ) -> dict[str, int]:
@@ -74,7 +84,10 @@ def write(
     sums = {}
     for done, file in enumerate(files):
         progress(f"bundling {len(files)} files", done / len(files))
-        sums[file.name] = _place(file, folder / file.name)
+        if isinstance(file, MadeFile):
+            sums[file.name] = write_tensors(folder / file.name, file.tensors, progress)
+        else:
+            sums[file.name] = _place(file, folder / file.name)
 
     weights = [file.name for file in files if file.name.endswith(".safetensors")]
     index, parameters = _index(folder, [name for name in weights if "/" not in name])

@@ -2,11 +2,12 @@
 from it.
 
 What is written is the stored tensors under the names that transformers gives them; nothing is
-computed. L layers, E experts, D model width.
+computed but the matrices of low-rank experts, merged one after another. L layers, E experts, D
+model width.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,23 +17,35 @@ import torch
 
 from ...errors import DamagedArtifact, MismatchError
 from ...hardware import device
-from ...model.experts import from_tensors
+from ...model.experts import Expert, from_tensors
 from ...model.router import gate_name
 from ...model.trunk import open_tensors
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, start_ids, write
+from ...store.bundle import (
+    ABOUT,
+    FORMAT,
+    BundleFile,
+    MadeFile,
+    about,
+    listed,
+    start_ids,
+    write,
+)
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
+from ...store.streamed import Streamed
 from .. import Parts
 from ..report_files import report_files
 from .config import ANCHOR, FfnMoeConfig
-from .parts import mixture_of, stored_settings
+from .export.tensors import all_gates, expert_tensors
+from .parts import expert_layers, mixture_of, stored_experts, stored_settings, stored_trunk
 from .stack import FfnStack
 from .stock import generation_settings, old_rope, run_tokenizer, text_start
 
 # llama.cpp reads only names with model in front
 TRUNK = "model-trunk.safetensors"
 ROUTER = "model-router.safetensors"
+BASE = "model-base.safetensors"  # the networks of layers without experts
 MIXTURES = {"qwen3": "qwen3_moe", "llama": "mixtral", "mistral": "mixtral"}
 CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
 # All that a bundle holds. A library reads some other names too, wherever it finds them.
@@ -68,7 +81,8 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     members = _members(cfg, parts)
     tokenizer = run_tokenizer(parts)
     start = text_start(cfg, tokenizer)
-    stock = stock_settings(settings, len(members), cfg.router.top_k)
+    layers = expert_layers(cfg, settings["num_hidden_layers"])
+    stock = stock_settings(settings, len(members), cfg.router.top_k, layers)
     described = _described(cfg, parts, members, stock, start)
     texts: dict[str, str | dict] = {
         "config.json": stock,
@@ -77,7 +91,11 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
         ABOUT: described,
         **report_files(cfg, parts, described),
     }
-    files = _files(parts, members, stock["architectures"][0])
+    architecture = stock["architectures"][0]
+    if cfg.expert.delta_rank or cfg.expert.layers != "all":
+        files = list(_made_files(cfg, parts, members, architecture, layers))
+    else:
+        files = _files(parts, members, architecture)
     metrics = write(folder, files, texts, progress)
     return metrics | {"experts": len(members)}
 
@@ -92,16 +110,20 @@ def reassemble(folder: Path) -> FfnStack:
         settings = _checked(folder, described)
         trunk, like = open_tensors(settings, load_tensors(folder / TRUNK))
         naming = NAMINGS[described["architecture"]]
+        count = len(like.layers)
+        layers = tuple(described.get("layers") or range(count))
+        if len(layers) < count:
+            _fill(like, load_tensors(folder / BASE), layers)
         experts = {}
         for number, entry in enumerate(described["experts"]):
             stored = load_tensors(folder / entry["file"])
             own = {}
-            for name in like.named():
+            for name in _names_in(like, layers):
                 own[name] = stored[naming.expert(number, name)]
-            experts[entry["name"]] = from_tensors(like, own)
+            experts[entry["name"]] = from_tensors(like, own, layers)
         gates = load_tensors(folder / ROUTER)
         rows = []
-        for layer in range(len(gates)):
+        for layer in layers:
             rows.append(gates[naming.gate(gate_name(layer))])
         weight_LED = torch.stack(rows)
         mixture = mixture_of(list(experts.values()), weight_LED, described["top_k"])
@@ -146,8 +168,36 @@ def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def stock_settings(settings: Mapping[str, Any], experts: int, top_k: int) -> dict[str, Any]:
+def _names_in(like: Expert, layers: Collection[int]) -> list[str]:
+    """Return the names that an expert's tensors have in a dense model, of some layers alone."""
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    return [name for name in like.named() if name.startswith(prefixes)]
+
+
+def _fill(like: Expert, stored: Mapping[str, torch.Tensor], layers: Collection[int]) -> None:
+    """Give an expert that is a pattern the networks of the layers that have no experts.
+
+    Raises KeyError when one is not there.
+    """
+    plain = [layer for layer in range(len(like.layers)) if layer not in layers]
+    for layer in plain:
+        found = {}
+        prefix = f"model.layers.{layer}.mlp."
+        for name in _names_in(like, [layer]):
+            found[name.removeprefix(prefix)] = stored[name]
+        like.layers[layer].load_state_dict(found, assign=True)
+    like.requires_grad_(False)
+
+
+def stock_settings(
+    settings: Mapping[str, Any],
+    experts: int,
+    top_k: int,
+    layers: Collection[int] | None = None,
+) -> dict[str, Any]:
     """Return config.json of the stock mixture on a trunk with these Hugging Face config fields.
+
+    layers: those with experts, all by default; Mixtral knows no others.
 
     Raises MismatchError for what the stock mixture has no place for.
     """
@@ -165,7 +215,9 @@ def stock_settings(settings: Mapping[str, Any], experts: int, top_k: int) -> dic
         fields["moe_intermediate_size"] = settings["intermediate_size"]
         fields["norm_topk_prob"] = True  # an expert that trained alone keeps weight 1
         fields["decoder_sparse_step"] = 1
-        fields["mlp_only_layers"] = []
+        every = range(settings["num_hidden_layers"])
+        sparse = every if layers is None else layers
+        fields["mlp_only_layers"] = [layer for layer in every if layer not in sparse]
     written = AutoConfig.for_model(kind, **fields).to_diff_dict()
     written["architectures"] = [CLASSES[kind]]
     written["dtype"] = "float32"
@@ -230,7 +282,7 @@ def _described(
         if member.domain is not None and member.domain in labels:
             entry["label"] = labels[member.domain]
         experts.append(entry)
-    return {
+    return _form(cfg, stock) | {
         "format": FORMAT,
         "family": cfg.family,
         "run": cfg.name,
@@ -246,7 +298,60 @@ def _described(
     }
 
 
-def _files(parts: Parts, members: Sequence[_Member], architecture: str) -> list[BundleFile]:
+def _form(cfg: FfnMoeConfig, stock: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what experts.json says of experts that are no whole networks in every layer."""
+    out: dict[str, Any] = {}
+    if cfg.expert.delta_rank:
+        # Merged in what is written: told, as it says what they were and how they were trained
+        out["form"] = cfg.expert.form
+        out["rank"] = cfg.expert.delta_rank
+    without = stock.get("mlp_only_layers")
+    if without:
+        every = range(stock["num_hidden_layers"])
+        out["layers"] = [layer for layer in every if layer not in without]
+    return out
+
+
+def _made_files(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    members: Sequence[_Member],
+    architecture: str,
+    layers: Sequence[int],
+) -> Iterator[BundleFile | MadeFile]:
+    """Yield the files of a stack whose experts are deltas or of chosen layers: merged, and where a
+    class knows no layers without experts, with the base's networks as everyone's."""
+    naming = NAMINGS[architecture]
+    yield _stored(parts, TRUNK, "train_shared", "trunk.safetensors")
+    _, dummy = stored_trunk(cfg, parts)
+    every = range(len(dummy.layers))
+    held: Sequence[int] = layers if architecture == CLASSES["qwen3_moe"] else every
+    gates = parts.tensors("train_router", "router.safetensors")
+    filled = all_gates(gates, len(every), len(members))
+    kept = {naming.gate(gate_name(layer)): filled[gate_name(layer)] for layer in held}
+    yield MadeFile(ROUTER, {name: Streamed.of(gate_ED) for name, gate_ED in kept.items()})
+    plain = [layer for layer in every if layer not in held]
+    if plain:
+        base = expert_tensors(dummy)
+        yield MadeFile(BASE, {name: base[name] for name in _names_in(dummy, plain)})
+    experts = stored_experts(cfg, parts, dummy)
+    for number, (member, (_, expert)) in enumerate(zip(members, experts, strict=True)):
+        tensors = expert_tensors(expert)
+        named = {}
+        for name in _names_in(dummy, held):
+            named[naming.expert(number, name)] = tensors[name]
+        yield MadeFile(member.file, named)
+    yield _stored(parts, "trunk.json", "train_shared", "trunk.json")
+
+
+def _stored(parts: Parts, name: str, stage: str, source: str) -> BundleFile:
+    digest = parts.manifest(stage).files[source]["sha256"]
+    return BundleFile(name, parts.folder(stage) / source, digest)
+
+
+def _files(
+    parts: Parts, members: Sequence[_Member], architecture: str
+) -> list[BundleFile | MadeFile]:
     # Each reads and checks files, and most artifacts give several
     folder = cache(parts.folder)
     manifest = cache(parts.manifest)
@@ -264,7 +369,7 @@ def _files(parts: Parts, members: Sequence[_Member], architecture: str) -> list[
     naming = NAMINGS[architecture]
     # The store has Qwen3-MoE's names of gates: that file is copied as it is
     gate = None if architecture == CLASSES["qwen3_moe"] else naming.gate
-    out = [
+    out: list[BundleFile | MadeFile] = [
         stored(TRUNK, "train_shared", "trunk.safetensors"),
         stored(ROUTER, "train_router", "router.safetensors", rename=gate),
     ]

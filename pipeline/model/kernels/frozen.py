@@ -21,7 +21,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Gradients reach x and a bias that is trained; the backward pass keeps the stored weight alone.
     A weight that is trained itself takes torch's own way.
     """
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     if weight.requires_grad or weight.dtype == dtype == x.dtype:
         # torch keeps what it was given, and here that is the stored weight itself
         return F.linear(x, weight, bias)
@@ -30,7 +30,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return y
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that products of x, of any shape, run in: autocast's, else its own."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

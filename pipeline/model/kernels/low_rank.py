@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autograd import Context
+from .frozen import product_dtype
 
 
 class _Scaled(Context, Protocol):
@@ -104,11 +105,8 @@ def low_rank_swiglu(network: Any, deltas: nn.Module, scale: float, x: Tensor) ->
 
     deltas: modules gate_proj, up_proj and down_proj, each of lora_A and lora_B.
     """
-    device_type = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, enabled=False):
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         y_ND = _LowRankSwiGLU.apply(
             x.flatten(0, -2).to(dtype),
             scale,
