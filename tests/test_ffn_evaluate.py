@@ -118,3 +118,17 @@ def test_texts_go_on_as_stock_transformers_generates_them(finished):
 
 def test_no_text_goes_on_where_none_is_asked_for(trained):
     assert tables(small.config(), trained, quiet).continuations == ()
+
+
+def test_few_rivals_leave_the_other_rows_and_their_figures_as_they_are(trained):
+    whole = tables(small.config(), trained, quiet)
+    few = tables(small.config(evaluate__rivals="few"), trained, quiet)
+    kept = {row.name: row for row in whole.quality}
+    names = [row.name for row in few.quality]
+    assert few.quality == tuple(kept[name] for name in names)
+    assert few.stack == whole.stack and few.opt_out == whole.opt_out
+    # what is left out are ways to join the experts, none of them dense or an expert
+    for name in kept.keys() - names:
+        assert kept[name].kind in ("merge", "router")
+    assert len(kept) - len(names) >= 5
+    assert whole.active and not few.active

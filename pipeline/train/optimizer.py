@@ -68,7 +68,8 @@ class AdamW:
         return total.item()
 
     def norm_of(self, name: str) -> Tensor:
-        """Return a scalar, the norm of one parameter's gradient, where that is: no GPU is waited for."""
+        """Return a scalar, the norm of one parameter's gradient, on its device: no GPU is waited
+        for."""
         grad = _grad_of(self.parameters[name])
         return torch.linalg.vector_norm(grad, dtype=torch.float32)
 

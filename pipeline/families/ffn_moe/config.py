@@ -56,6 +56,9 @@ class TrunkConfig(FitConfig):
     mixture: Literal["natural", "equal"] = Field(
         "natural", description="Share of domains in a batch: by size, or equal"
     )
+    statistics_tokens: int = Field(
+        65_536, ge=1, description="Tokens of its domains summed into the dummy's router statistics"
+    )
     # Of the stack and not of the trunk: a trunk serves both, so its address holds neither
     anchor: Literal["discard", "keep"] = not_hashed(
         "discard", "keep: the dummy stays in the stack as expert 0; discard: it only helps training"
@@ -278,6 +281,11 @@ class EvaluateConfig(Section):
         32_768, ge=64, description="Test tokens per domain, whole documents"
     )
     batch_sequences: int = Field(16, ge=1, description="Sequences per forward pass")
+    rivals: Literal["all", "few"] = Field(
+        "all",
+        description="all: every way to join the experts, and every number of them a token; few: "
+        "base, experts, dense baselines and weight soup beside the stack",
+    )
     continuation_tokens: int = Field(
         32, ge=0, description="Tokens written after a held-out text of each domain; 0: none"
     )

@@ -81,7 +81,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack),
         routing=token_routing,
-        active=_active(evaluator, stack, shape),
+        active=_active(evaluator, stack, shape) if cfg.evaluate.rivals == "all" else (),
         matrix=_matrix(evaluator, networks),
         wins=wins(quality, TRUNK),
         speed=speed(cfg, parts),

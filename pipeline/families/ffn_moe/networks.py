@@ -93,33 +93,21 @@ def network_rows(
         ffn=average(only_own),
         train_tokens=joined_tokens,
     )
-    yield NetworkRow(
-        name="uniform mixture",
-        kind="merge",
-        trunk=trunk,
-        ffn=UniformMixture(only_own),
-        active_ffns=len(own),
-        kept_ffns=len(own),
-        train_tokens=joined_tokens,
-    )
-
-    anchored = stored_statistics(cfg, parts, anchor=True)
-    yield from _untrained(cfg, anchored, stack, joined_tokens)
-
-    # The trained router, with another number of experts a token and as it is served
     all_tokens = joined_tokens + stage_tokens(cfg, "train_router", None, domain_tokens)
-    for other in (1, 2):
-        if other != k and other <= len(experts):
-            yield NetworkRow(
-                name=f"the stack's router, top-{other}",
-                kind="router",
-                trunk=trunk,
-                ffn=mixture_of(experts, stack.weight_LED, other),
-                active_ffns=other,
-                kept_ffns=kept,
-                train_tokens=all_tokens,
-            )
-    yield _other_anchor(cfg, anchored, trunk, [dummy, *only_own], joined_tokens)
+    if cfg.evaluate.rivals == "all":
+        yield NetworkRow(
+            name="uniform mixture",
+            kind="merge",
+            trunk=trunk,
+            ffn=UniformMixture(only_own),
+            active_ffns=len(own),
+            kept_ffns=len(own),
+            train_tokens=joined_tokens,
+        )
+        anchored = stored_statistics(cfg, parts, anchor=True)
+        yield from _untrained(cfg, anchored, stack, joined_tokens)
+        yield from _other_top_k(cfg, stack, all_tokens)
+        yield _other_anchor(cfg, anchored, trunk, [dummy, *only_own], joined_tokens)
     yield NetworkRow(
         name=stack_row(cfg),
         kind="router",
@@ -156,6 +144,22 @@ def _untrained(
             kept_ffns=float(len(experts)),
             train_tokens=train_tokens,
         )
+
+
+def _other_top_k(cfg: FfnMoeConfig, stack: FfnStack, train_tokens: int) -> Iterator[NetworkRow]:
+    """Yield the stack's router with another number of experts a token."""
+    experts = list(stack.experts.values())
+    for other in (1, 2):
+        if other != cfg.router.top_k and other <= len(experts):
+            yield NetworkRow(
+                name=f"the stack's router, top-{other}",
+                kind="router",
+                trunk=stack.trunk,
+                ffn=mixture_of(experts, stack.weight_LED, other),
+                active_ffns=other,
+                kept_ffns=float(len(experts)),
+                train_tokens=train_tokens,
+            )
 
 
 def _other_anchor(

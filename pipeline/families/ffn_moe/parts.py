@@ -28,8 +28,6 @@ from .pretrained import is_pinned, open_pretrained, pinned_tensors
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EVALUATION_SEQUENCES = 16
-# no setting of expert.*, as the trunk's address does not hold those
-ANCHOR_STATISTICS_TOKENS = 65_536
 
 
 def mixture_of(

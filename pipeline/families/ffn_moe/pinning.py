@@ -20,7 +20,6 @@ from ...store.artifacts import save_tensors, write_text
 from .. import Parts
 from .config import FfnMoeConfig
 from .parts import (
-    ANCHOR_STATISTICS_TOKENS,
     check_vocabulary,
     feature_statistics,
     token_loss,
@@ -49,7 +48,7 @@ def write_pin(
     trunk, dummy = trunk.to(device()), dummy.to(device())
     nats = _validated(cfg, parts, trunk, dummy, held_out)
     statistics = feature_statistics(
-        cfg, trunk, dummy, rows, ANCHOR_STATISTICS_TOKENS, progress=parts.progress
+        cfg, trunk, dummy, rows, cfg.trunk.statistics_tokens, progress=parts.progress
     )
     save_tensors(folder / "statistics.safetensors", statistics.tensors())
     write_text(folder / "trunk.json", json.dumps(checkpoint.settings, indent=1, sort_keys=True))

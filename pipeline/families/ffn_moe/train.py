@@ -30,7 +30,6 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .cost import Trains, dense_options, dense_width, memory_plan
 from .parts import (
-    ANCHOR_STATISTICS_TOKENS,
     EVALUATION_SEQUENCES,
     FROZEN,
     batch_of,
@@ -73,7 +72,7 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
         # The anchor competes with experts of every domain, so its statistics weigh these equally
         mixed = training_rows(cfg, shards, "statistics", rows.domains, how="equal")
         statistics = feature_statistics(
-            cfg, trunk, dummy, mixed, ANCHOR_STATISTICS_TOKENS, progress=parts.progress
+            cfg, trunk, dummy, mixed, cfg.trunk.statistics_tokens, progress=parts.progress
         )
         files: dict[str, dict] = {
             "trunk.safetensors": trunk.named(),
