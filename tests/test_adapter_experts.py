@@ -5,6 +5,7 @@ B texts, T tokens, V vocabulary, S layers that are read, D model width.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,10 +15,13 @@ import torch
 from fakes import Killed, dying, train_io
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config.base import merge
 from pipeline.data.text.shards import Shards
+from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
+from pipeline.families import ExportWish
 from pipeline.families.adapters import peft_io
 from pipeline.families.ffn_moe import family
 from pipeline.families.ffn_moe.adapter.evaluate import stack_row, tables
@@ -28,9 +32,14 @@ from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
 from pipeline.model.language_model import filled, first_tokens, pieces
 from pipeline.model.request_router import RequestRouter, fit_threshold
 from pipeline.protocols import quiet
+from pipeline.report import routing
+from pipeline.serve.adapters import AdapterEngine
+from pipeline.serve.engine import Sampling
+from pipeline.store.artifacts import load_tensors, sha256
 from pipeline.train import loop
 from pipeline.train.loop import fit
 from tests import small
+from tests.test_pins import saved
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -319,3 +328,120 @@ def test_a_run_of_adapters_reads_back_as_it_was_dumped():
     cfg = config()
     assert (cfg.router.steps, cfg.router.top_k) == (0, 1)
     assert FfnMoeConfig.model_validate(cfg.model_dump(mode="json")) == cfg
+
+
+@pytest.fixture(scope="module")
+def bundled(run, report, tmp_path_factory):
+    """Its bundle."""
+    root = run.root
+    words = {f"w{i}": i for i in range(small.VOCAB)}
+    model = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save(str(root / "preprocess" / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
+    (root / "preprocess" / "tokenizer_config.json").write_text(json.dumps(about))
+    run.new("evaluate")
+    (root / "evaluate" / "report.json").write_text(report.to_json())
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    folder.mkdir()
+    family.bundle(run.cfg, run, folder, quiet)
+    return folder
+
+
+def test_a_bundle_loads_in_stock_tools_and_is_the_stack_again(bundled, run, stack):
+    again = family.reassemble(bundled)
+    ids_BT = texts(32)
+    assert torch.equal(again.choose(ids_BT), stack.choose(ids_BT))
+    torch.testing.assert_close(again.token_loss(ids_BT), stack.token_loss(ids_BT))
+    base = AutoModelForCausalLM.from_pretrained(bundled)
+    adapted = PeftModel.from_pretrained(base, bundled / "adapters" / "beta" / "adapter").eval()
+    with torch.no_grad():
+        own_BTV = stack.model.under("beta").hidden(ids_BT) @ stack.model.head.T
+        torch.testing.assert_close(adapted(ids_BT).logits, own_BTV, rtol=0, atol=1e-5)
+
+
+def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
+    engine = AdapterEngine(bundled)
+    assert engine.experts == (*TAUGHT, BASE)
+    readers = set()
+    for row in range(12):
+        words = " ".join(f"w{token}" for token in texts()[row].tolist())
+        ids = engine.encode(words)
+        choice = stack.choice(ids)
+        readers.add(choice.number)
+        assert [token.experts for token in engine.route(ids)] == [[[choice.number]]] * 9
+        done = engine.complete(ids, Sampling(4, 0.0))
+        wanted_BT = torch.tensor([ids])
+        with torch.no_grad():
+            for _ in range(4):
+                h_BTD = stack.reader(choice.number).hidden(wanted_BT)
+                following = (h_BTD[:, -1] @ stack.model.head.T).argmax(-1, keepdim=True)
+                wanted_BT = torch.cat([wanted_BT, following], 1)
+        wanted = wanted_BT[0, len(ids) :].tolist()
+        if 0 in wanted:
+            wanted = wanted[: wanted.index(0)]
+        assert [token.id for token in done.tokens] == wanted
+        assert all(token.experts == [[choice.number]] for token in done.tokens)
+    assert len(readers) > 1
+
+
+def test_adapters_are_exported_as_they_are_and_nothing_else_is(run, bundled, stack, tmp_path):
+    wish = ExportWish(format="adapters")
+    family.export(run.cfg, run, wish, tmp_path, quiet)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapters" / "alpha").eval()
+    ids_BT = texts()
+    with torch.no_grad():
+        own_BTV = stack.model.under("alpha").hidden(ids_BT) @ stack.model.head.T
+        torch.testing.assert_close(adapted(ids_BT).logits, own_BTV, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="export them with --format adapters"):
+        family.check_export(run.cfg, ExportWish(format="hf"))
+
+
+def test_adapters_stand_on_a_pinned_model_in_its_own_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    monkeypatch.setitem(small.MAKERS, "train_experts", family.expert)
+    source = saved(tmp_path / "model")
+    pin = {"init": str(source), "steps": 0}
+    raw = merge(small.SETTINGS, ADAPTER) | {"router": {"prompt_tokens": PROMPT}}
+    raw = merge(raw, {"trunk": pin, "expert": {"layers": [1], "domains": ["beta"]}})
+    cfg = FfnMoeConfig.model_validate(raw)
+    parts = small.FolderParts(cfg, tmp_path / "run")
+    small.write_shards(parts.root / "preprocess", cfg.partition.names)
+    small.train(cfg, parts, "train_shared")
+    small.train(cfg, parts, "train_experts", "beta")
+    family.router(cfg, parts).write(parts.new("train_router"))
+    own = assemble(cfg, parts).model.under("beta")
+    assert own.network.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    stored = parts.folder("train_experts", "beta") / "adapter"
+    assert all(".layers.1." in name for name in load_tensors(stored / "adapter_model.safetensors"))
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(base, stored).eval()
+    ids_BT = texts()
+    with torch.no_grad():
+        own_BTV = own.hidden(ids_BT) @ own.head.float().T
+        torch.testing.assert_close(own_BTV, wanted(ids_BT).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["router/router.json", "adapters/alpha/adapter.json"])
+def test_a_bundle_whose_parts_are_not_of_one_stack_is_not_served(file, bundled, tmp_path):
+    folder = shutil.copytree(bundled, tmp_path / "copy")
+    before = sha256(folder / file)
+    raw = json.loads((folder / file).read_text())
+    raw |= {"experts": ["beta", "alpha"]} if "experts" in raw else {"pin": "0" * 64}
+    (folder / file).write_text(json.dumps(raw))
+    sums = (folder / "SHA256SUMS").read_text().replace(before, sha256(folder / file))
+    (folder / "SHA256SUMS").write_text(sums)
+    with pytest.raises((DamagedArtifact, MismatchError)):
+        AdapterEngine(folder)
+
+
+def test_the_cards_tables_and_example_are_of_adapters(bundled, report):
+    card = (bundled / "README.md").read_text()
+    assert '"adapters/alpha/adapter"' in card and "Where texts go" in card
+    assert "library_name: peft" in card
+    assert [row.name for row in routing.texts(report).rows] == list(small.DOMAINS)
+    assert [row.name for row in routing.prompts(report).rows] == [str(PROMPT)]
+    page = (bundled / "report.html").read_text()
+    assert "Where texts go" in page and "First tokens that choose" in page
+    assert "Where tokens go" not in page

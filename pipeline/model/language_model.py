@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Expert
+from .kernels.frozen import patch_linear
 from .trunk import Ffn, Trunk
 
 # of a state, below which it is not divided by
@@ -26,6 +27,8 @@ class LanguageModel(Trunk):
         """Return the model that a trunk is with a network of each layer, which are not copied."""
         for layer, network in zip(trunk.network.model.layers, ffn.layers, strict=True):
             layer.mlp = network
+        # a network may be stored in another dtype than the one that is computed in
+        patch_linear(trunk.network)
         return cls(trunk.network)
 
     def hidden(self, ids_BT: Tensor, ffn: Ffn | None = None) -> Tensor:

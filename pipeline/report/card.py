@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import language, requests, run_facts
+from . import language, requests, routing, run_facts
 from .card_templates import CARDS
 from .format import count
 from .labels import with_labels
@@ -57,21 +57,29 @@ def stock_base(name: str, revision: str | None, adapter: str, architecture: str)
 
 
 def _language_card(report: LanguageReport, about: About) -> str:
+    adapts = about.get("form") == "adapter"
     front = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapts else "transformers",
         pipeline_tag="text-generation",
-        tags=["mixture-of-experts", "moleforge"],
+        tags=["mixture-of-experts", *(["lora"] if adapts else []), "moleforge"],
     )
     model = report.model
+    use = None
+    tables = [language.wins(report), language.quality(report)]
+    if adapts:
+        first = about["experts"][0]["folder"]
+        use = stock_base(".", None, f"{first}/adapter", about["architecture"])
+        tables += [routing.texts(report), routing.prompts(report)]
     return _render(
-        "language_card.md",
+        "text_adapters_card.md" if adapts else "language_card.md",
+        use=use,
         report=report,
         about=about,
         front=Markup(front.to_yaml()),
         total=count(model.total_parameters if model else None),
         active=count(model.active_parameters if model else None),
         names=", ".join(expert.get("label", expert["name"]) for expert in about["experts"]),
-        tables=[language.wins(report), language.quality(report), run_facts.criteria(report)],
+        tables=[*tables, run_facts.criteria(report)],
     )
 
 

@@ -158,6 +158,48 @@ On held-out text; report.html has it in full. A win holds on the axis it names.
 {% endblock %}
 """
 
+TEXT_ADAPTERS_CARD = """\
+{% extends "card.md" %}
+{% block body %}
+{{ about.experts|length }} experts, each a LoRA adapter on all linear layers of one
+`{{ about.architecture }}`, which is in this folder, and a router that chooses one of them, or none,
+for a whole text by its first {{ about.prompt_tokens }} tokens. Made with MoleForge. The adapters
+never met while they trained.
+
+## Experts
+
+| expert | domain | trained as | folder |
+| --- | --- | --- | --- |
+{% for each in about.experts %}
+{{ line([each.name, each.label|default(each.domain), code(each.address), code(each.folder)]) }}
+{% endfor %}
+
+Base `{{ about.trunk.address }}`, router `{{ about.router.address }}` in
+`{{ about.router.folder }}`.
+{{ total }} parameters, of which {{ active }} run per token.
+
+## Use
+
+One expert, in stock tools:
+
+{% include "adapters_example.md" %}
+
+All of them, each text with its own:
+
+```
+sha256sum --check --quiet SHA256SUMS       # every file is what was bundled
+python -m pipeline serve --bundle .        # /v1/completions; /v1/route: who reads a text
+```
+
+## How good it is
+
+On held-out text; report.html has it in full. A win holds on the axis it names.
+{% endblock %}
+{% block notes %}
+- A base model: it goes on with a text and was not taught to follow instructions or to refuse any.
+{% endblock %}
+"""
+
 REQUEST_CARD = """\
 {% extends "card.md" %}
 {% block body %}
@@ -231,6 +273,7 @@ CARD = """\
 CARDS = {
     "card.md": CARD,
     "language_card.md": LANGUAGE_CARD,
+    "text_adapters_card.md": TEXT_ADAPTERS_CARD,
     "request_card.md": REQUEST_CARD,
     "export_card.md": EXPORT_CARD,
     "transformers_example.md": TRANSFORMERS_EXAMPLE,

@@ -88,11 +88,13 @@ def _language_sections(report: LanguageReport, histories: Histories) -> list[Pag
         by_layer=routing.by_layer(report),
         charts=load_curves(histories, report.experts),
     )
+    where_texts_go = _heat(routing.texts(report), "up") + _table(routing.prompts(report))
     return [
         PageSection("verdict", "Verdict", verdict),
         PageSection("quality", "The stack and everything it should beat", quality),
         PageSection("map", "Who is good at what", _heat(language.matrix(report), "turn")),
         PageSection("routing", "Where tokens go", where_tokens_go),
+        PageSection("texts", "Where texts go", where_texts_go),
         PageSection("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
         PageSection("active", "Active experts", active),
         PageSection("texts", "How texts go on", _table(language.continuations(report))),

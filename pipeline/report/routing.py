@@ -6,7 +6,7 @@ Shares are drawn on one fixed scale from 0 to 100 %, so layers and runs can be c
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from .format import finite, fixed, percent, share
+from .format import count, finite, fixed, percent, share
 from .schema import ExpertShare, LanguageReport
 from .table import Cell, Row, Table, at
 
@@ -33,6 +33,65 @@ def mean(report: LanguageReport) -> Table:
         agreement = Cell(share(routing.agreement_by_domain.get(row.name)))
         rows.append(replace(row, cells=(*row.cells, agreement)))
     return replace(table, columns=(*table.columns, "agreement"), rows=tuple(rows))
+
+
+def texts(report: LanguageReport) -> Table:
+    """Where whole texts go: by domain, how many of them each choice reads."""
+    routing = report.text_routing
+    if routing is None:
+        return Table(name="Texts", title="", corner="", columns=(), rows=(), reading="")
+    rows = []
+    for domain in report.domains:
+        line = routing.texts.get(domain, ())
+        total = sum(line)
+        cells = []
+        for choice, read in zip(routing.choices, line, strict=False):
+            heat = read / total if total else None
+            cells.append(Cell(count(read), heat=heat, own=choice == domain))
+        cells.append(Cell(share(routing.agreement_by_domain.get(domain))))
+        rows.append(Row(domain, tuple(cells)))
+    prompt = routing.prompt_tokens
+    threshold = fixed(routing.threshold, 2)
+    return Table(
+        name="Texts",
+        title="Where texts go",
+        corner="domain",
+        columns=(*routing.choices, "agreement"),
+        rows=tuple(rows),
+        reading=(
+            f"Held-out texts of each domain, by who reads them after their first {prompt} tokens; "
+            f"the base reads what no adapter reaches a probability of {threshold} on. Agreement: "
+            "share that reaches the domain's own adapter."
+        ),
+        colours="Colour: share of the row; framed: the domain's own adapter.",
+        scale=("0 %", "100 %"),
+    )
+
+
+def prompts(report: LanguageReport) -> Table:
+    """How many first tokens it takes to choose."""
+    rows = []
+    for line in report.text_routing.prompts if report.text_routing else ():
+        cells = [
+            Cell(fixed(line.mean)),
+            Cell(share(line.agreement, 1)),
+            Cell(share(line.base_share, 1)),
+        ]
+        cells += [Cell(fixed(line.bits_per_byte.get(domain))) for domain in report.domains]
+        note = "as served" if line.is_served else ""
+        rows.append(Row(str(line.prompt_tokens), tuple(cells), note=note, main=line.is_served))
+    return Table(
+        name="Prompts",
+        title="First tokens that choose",
+        corner="tokens",
+        columns=("mean", "agreement", "left to the base", *report.domains),
+        rows=tuple(rows),
+        reading=(
+            "Bits per byte when so many tokens of a text, which the base says, choose who says the "
+            "rest. Agreement: texts that reach their domain's own adapter; left to the base: those "
+            "of domains without one."
+        ),
+    )
 
 
 def layers(report: LanguageReport) -> list[Table]:

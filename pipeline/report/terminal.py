@@ -54,7 +54,13 @@ def _show_language(report: LanguageReport, console: Console) -> None:
     facts = [f"{name} {value}" for name, value in routing.facts(report)]
     if facts:
         _line(console, "; ".join(facts))
-    for table in (language.active, language.wins, language.continuations):
+    for table in (
+        routing.texts,
+        routing.prompts,
+        language.active,
+        language.wins,
+        language.continuations,
+    ):
         _print(console, table(report))
 
 

@@ -11,6 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.params import Depends
 from pydantic import Field
 
+from ..store.bundle import about
+from .adapters import AdapterEngine
 from .engine import CompletionEngine, Sampling, Token, expert_shares, top_expert
 from .protocol import (
     DIGITS,
@@ -31,6 +33,9 @@ from .protocol import (
 # for in.
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
+
+# By the form of a bundle's experts, where it says one; who chooses for each token says none.
+ENGINES: dict[str, type[CompletionEngine]] = {"adapter": AdapterEngine}
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -94,7 +99,8 @@ class CompletionService(Service):
 
     def __init__(self, folder: Path, limits: RequestLimits | None):
         super().__init__(folder, limits)
-        self.engine = CompletionEngine(folder)
+        kind = ENGINES.get(str(about(folder).get("form")), CompletionEngine)
+        self.engine = kind(folder)
         self.limits = limits or RequestLimits()
 
     def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:

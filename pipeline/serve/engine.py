@@ -26,7 +26,7 @@ from ..hardware import device
 from ..model.loading import quiet_library
 from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, start_ids, verify
-from .gates import GateChoice, GateRecorders, recorded
+from .gates import GateChoice, recorded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -38,6 +38,13 @@ PROBE_LIMIT = 1e-4
 COLDEST = 1e-3
 MARGIN_TOKENS = 4  # more than a decoder looks back
 HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
+
+
+class Chosen(Protocol):
+    """Who reads a text, token by token."""
+
+    def positions(self, first: int, end: int) -> list[GateChoice]:
+        """Return what was chosen at positions first to end - 1."""
 
 
 class CausalModel(Protocol):
@@ -119,15 +126,19 @@ class CompletionEngine(Engine):
         super().__init__(folder)
         self.context_tokens: int = self.about["context_tokens"]
         self.start_ids = start_ids(self.about)
-        # The stack first: it looks at all files before a library does, and is gone before the
-        # model is opened, so that both are never held.
-        expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
         self.tokenizer = tokenizer.pretrained(str(folder))
-        self.model = _open_model(folder)
-        self._check_logits(folder, expected_TV)
+        self._open(folder)
         self._check_tokens(folder)
         # generate keeps state in the model, and the gates' hooks would hear of both requests.
         self._lock = threading.Lock()
+
+    def _open(self, folder: Path) -> None:
+        """Open the model, once it is held against the stack."""
+        # The stack first: it looks at all files before a library does, and is gone before the
+        # model is opened, so that both are never held.
+        expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
+        self.model: CausalModel = open_model(folder)
+        self._check_logits(folder, expected_TV)
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens, led by what began every text of the training; markup in it is
@@ -145,7 +156,7 @@ class CompletionEngine(Engine):
         criteria: list[Any] = [_stop_unwanted]
         if sampling.stop:
             criteria.append(_StopOnText(self._decode, prompt_tokens, sampling.stop))
-        with self._exclusive() as gates, _seeded(sampling.seed):
+        with self._exclusive(ids) as gates, _seeded(sampling.seed):
             out_BT = self.model.generate(
                 prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
@@ -177,7 +188,7 @@ class CompletionEngine(Engine):
     def route(self, ids: Sequence[int]) -> list[Token]:
         """Return an encoded text's own tokens, each with the experts that read it."""
         ids_BT = torch.tensor([ids], device=device())
-        with self._exclusive() as gates:
+        with self._exclusive(ids) as gates:
             # Without the head, whose logits over the vocabulary nobody reads here.
             self.model.base_model(input_ids=ids_BT, use_cache=False)
         led = len(self.start_ids)
@@ -185,8 +196,9 @@ class CompletionEngine(Engine):
         return self._tokens(list(ids[led:]), choices)
 
     @contextmanager
-    def _exclusive(self) -> Iterator[GateRecorders]:
-        """Have the model to oneself, for inference, and record what its gates choose."""
+    def _exclusive(self, _ids: Sequence[int]) -> Iterator[Chosen]:
+        """Have the model to oneself for a text, for inference, and record what its gates
+        choose."""
         with held(self._lock), torch.no_grad(), recorded(self.model.base_model) as gates:
             yield gates
 
@@ -261,7 +273,7 @@ class CompletionEngine(Engine):
 
     def _check_logits(self, folder: Path, expected_TV: torch.Tensor) -> None:
         """Raise MismatchError unless the stock model gives the stack's logits of shape (T, V)."""
-        ids_BT = _probe(self.context_tokens, expected_TV.shape[1])
+        ids_BT = probe(self.context_tokens, expected_TV.shape[1])
         with torch.no_grad():
             output = self.model(input_ids=ids_BT)
         logits_TV = output.logits[0].float()
@@ -300,7 +312,7 @@ class CompletionEngine(Engine):
             )
 
 
-def _open_model(folder: Path) -> CausalModel:
+def open_model(folder: Path) -> CausalModel:
     """Return the bundle as transformers opens it, frozen, on the device."""
     from transformers import AutoModelForCausalLM
 
@@ -322,14 +334,14 @@ def _stack_logits(family_name: str, folder: Path, context_tokens: int) -> torch.
     """Return logits_TV of the stack on the probe; the stack itself is gone afterwards."""
     stack = family(family_name).reassemble(folder)
     head_VD = stack.trunk.head
-    ids_BT = _probe(context_tokens, len(head_VD))
+    ids_BT = probe(context_tokens, len(head_VD))
     with torch.no_grad():
         x_BTD = stack.trunk.hidden(ids_BT, stack.mixture)
         logits_TV = x_BTD[0] @ head_VD.T
     return logits_TV.float()
 
 
-def _probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
+def probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
     """Return ids_BT of one sequence spread over the vocabulary."""
     count = min(PROBE_TOKENS, context_tokens)
     place_T = torch.arange(count, device=device())

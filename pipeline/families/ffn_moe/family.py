@@ -8,9 +8,10 @@ from ...data.sources.text import look
 from ...data.text import prepare as text
 from ...data.text.distributed import encode, scan
 from ...data.text.tokenizer import look as check_tokenizer
-from ...errors import DataError, MismatchError
+from ...errors import DataError
 from ...protocols import Progress
 from ...report import LanguageReport
+from ...store.bundle import about
 from ...store.model_sources import on_this_machine
 from ...train.flops import JobCost
 from ...train.loop import NoTraining, Task
@@ -139,13 +140,11 @@ def export(
 
 
 def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
-    """Write the stack to a folder; return metrics. Raises MismatchError for a form of experts that
-    no bundle holds, and what bundle.bundle does."""
+    """Write the stack to a folder; return metrics. See bundle and adapter.bundle."""
     if cfg.expert.form == ADAPTER:
-        raise MismatchError(
-            "expert.form: a stack of adapters is not bundled yet; its adapters lie in "
-            "PEFT's own format in the store"
-        )
+        from .adapter.bundle import bundle as of_adapters
+
+        return of_adapters(cfg, parts, folder, progress)
     return bundle_mixture(cfg, parts, folder, progress)
 
 
@@ -158,6 +157,10 @@ def assemble(cfg: FfnMoeConfig, parts: Parts) -> "FfnStack | RequestStack":
     return of_adapters(cfg, parts)
 
 
-def reassemble(folder: Path) -> "FfnStack":
+def reassemble(folder: Path) -> "FfnStack | RequestStack":
     """Return the finished stack again, from a bundle alone."""
+    if about(folder).get("form") == ADAPTER:
+        from .adapter.bundle import reassemble as of_adapters
+
+        return of_adapters(folder)
     return reassemble_mixture(folder)

@@ -37,7 +37,7 @@ from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
 from ..parts import training_tokens
 from .criteria import criteria
-from .router import TextRouter, calibrated, untrained
+from .router import TextRouter, ValidationTexts, calibrated, untrained
 from .stack import RequestStack, assemble
 from .texts import Texts, first_tokens_of, routed_nats
 
@@ -141,6 +141,7 @@ def _ways(
 ) -> Iterator[RoutedTexts]:
     """Yield the ways of choosing that the report compares, the stack's own last."""
     own = cfg.router.prompt_tokens
+    held_out = ValidationTexts(cfg, shards, stack.model)
     draw = np.random.default_rng(cfg.seed_of("random router"))
     index = {}
     for domain, documents in evaluator.documents.items():
@@ -148,7 +149,8 @@ def _ways(
     yield RoutedTexts("random adapter for each text", own, index)
     other = "ridge" if cfg.router.init == "centroid" else "centroid"
     plain = untrained(cfg, parts, shards, stack.model, other)
-    yield _way(f"{other} from {own} tokens", _fitted(cfg, shards, stack, plain), texts)
+    fitted, _ = calibrated(plain, held_out)
+    yield _way(f"{other} from {own} tokens", fitted, texts)
     always = replace(stack.text_router.router, threshold=0.0)
     always = replace(always, weight_SCD=always.weight_SCD[:, : len(cfg.experts)])
     named = f"{cfg.router.init} from {own} tokens, never the base"
@@ -156,16 +158,9 @@ def _ways(
     for prompt in _prompts(cfg):
         if prompt != own:
             shorter = replace(stack.text_router, prompt_tokens=prompt)
-            fitted = _fitted(cfg, shards, stack, shorter)
+            fitted, _ = calibrated(shorter, held_out)
             yield _way(f"{cfg.router.init} from {prompt} tokens", fitted, texts)
     yield _way(stack_row(cfg), stack.text_router, texts)
-
-
-def _fitted(
-    cfg: FfnMoeConfig, shards: Shards, stack: RequestStack, plain: TextRouter
-) -> TextRouter:
-    fitted, _ = calibrated(cfg, shards, stack.model, plain)
-    return fitted
 
 
 def _way(name: str, router: TextRouter, texts: Texts) -> RoutedTexts:

@@ -88,7 +88,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> NoTraining:
         shards = Shards(parts.folder("preprocess"))
         adapted = stored_adapters(cfg, parts)
         plain = untrained(cfg, parts, shards, adapted, cfg.router.init)
-        fitted, metrics = calibrated(cfg, shards, adapted, plain)
+        fitted, metrics = calibrated(plain, ValidationTexts(cfg, shards, adapted))
         save_tensors(folder / WEIGHTS, {"weight": fitted.router.weight_SCD})
         values = fitted.values(cfg.experts)
         write_text(folder / SETTINGS, json.dumps(values, indent=1) + "\n")
@@ -124,26 +124,47 @@ def untrained(
     return TextRouter(router, read_layers(adapted), cfg.router.prompt_tokens)
 
 
-def calibrated(
-    cfg: FfnMoeConfig, shards: Shards, adapted: Adapted, plain: TextRouter
-) -> tuple[TextRouter, dict[str, Any]]:
+class ValidationTexts:
+    """Held-out texts that a router is fitted to, and what the base and each adapter lose on some of
+    them: read once, however many routers are fitted."""
+
+    def __init__(self, cfg: FfnMoeConfig, shards: Shards, adapted: Adapted):
+        self.cfg = cfg
+        self.adapted = adapted
+        self.bf16 = uses_bf16(cfg.dtype)
+        self.domains = (*cfg.experts, *general_domains(cfg, shards))
+        self.ids = {domain: _windows(cfg, shards, domain) for domain in self.domains}
+        self._nats: dict[str, torch.Tensor] = {}
+
+    def losses(self, domain: str, prompt_tokens: int) -> torch.Tensor:
+        """Return loss_BE of the first texts of a domain: mean nats of what follows the tokens that
+        choose, under each adapter and the base."""
+        if domain not in self._nats:
+            nats = []
+            for name in (*self.cfg.experts, None):
+                model = self.adapted.under(name)
+                nats.append(token_loss(model, filled, self.ids[domain][:TEXTS], self.bf16))
+            self._nats[domain] = torch.stack(nats, 1).double()
+        # the last token of those that choose is the first whose successor the chosen one predicts
+        return self._nats[domain][:, :, prompt_tokens - 1 :].mean(2)
+
+
+def calibrated(plain: TextRouter, held_out: ValidationTexts) -> tuple[TextRouter, dict[str, Any]]:
     """Return a router with the temperature and the threshold of validation text, and metrics."""
-    bf16 = uses_bf16(cfg.dtype)
+    cfg = held_out.cfg
     router = plain.router
-    general = general_domains(cfg, shards)
     features = []
     classes: list[int] = []
     losses = []
     judged = []
-    for domain in (*cfg.experts, *general):
-        ids_BT = _windows(cfg, shards, domain)
-        x_BSD = plain.features(adapted, ids_BT, bf16)
+    for domain in held_out.domains:
+        ids_BT = held_out.ids[domain]
+        x_BSD = plain.features(held_out.adapted, ids_BT, held_out.bf16)
         features.append(x_BSD)
         number = cfg.experts.index(domain) if domain in cfg.experts else len(cfg.experts)
         classes += [number] * len(ids_BT)
-        few_BT = ids_BT[:TEXTS]
         judged.append(x_BSD[:TEXTS])
-        losses.append(_losses(cfg, adapted, few_BT, bf16))
+        losses.append(held_out.losses(domain, plain.prompt_tokens))
     logit_BC = router.logits(torch.cat(features))
     class_B = torch.tensor(classes, device=logit_BC.device)
     temperature = fit_temperature(logit_BC, class_B)
@@ -174,15 +195,3 @@ def _windows(cfg: FfnMoeConfig, shards: Shards, domain: str) -> torch.Tensor:
     rows = DomainMixture(shards, "valid", (domain,), context, seed=0)
     windows = max(1, shards.tokens("valid", domain) // context - 1)
     return batch_of(rows, 0, min(STARTS, windows))
-
-
-def _losses(cfg: FfnMoeConfig, adapted: Adapted, ids_BT: torch.Tensor, bf16: bool) -> torch.Tensor:
-    """Return loss_BE: mean nats of what follows the first tokens, under each adapter and the
-    base."""
-    # the last token of those that choose is the first whose successor the chosen one predicts
-    first = cfg.router.prompt_tokens - 1
-    losses = []
-    for name in (*cfg.experts, None):
-        nats_BT = token_loss(adapted.under(name), filled, ids_BT, bf16)
-        losses.append(nats_BT[:, first:].mean(1))
-    return torch.stack(losses, 1).double()

@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .... import report
 from ....config.base import is_folder
 from ....store.artifacts import write_text
+from ....store.reading import read_object
 from ....store.streamed import Streamed, write_tensors
 from ... import Parts
-from ...adapters.peft_io import lora_settings
-from ..config import FfnMoeConfig
+from ...adapters.peft_io import SETTINGS, TENSORS, lora_settings
+from ..config import ADAPTER, FfnMoeConfig
 from ..parts import expert_layers, stored_trunk
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
@@ -36,14 +39,11 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     sums = {}
     for name in cfg.experts:
         addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
-        settings = _settings(job, base, revision)
+        settings, stored = _stored(job, parts, name, base, revision)
         folder = job.folder / ADAPTERS / name
         folder.mkdir(parents=True)
         write_text(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
-        tensors = {}
-        stored = parts.tensors("train_experts", "expert.safetensors", name)
-        for key, tensor in stored.items():
-            tensors[f"{PREFIX}{key}"] = Streamed.of(tensor)
+        tensors = {key: Streamed.of(tensor) for key, tensor in stored.items()}
         file = f"{ADAPTERS}/{name}/adapter_model.safetensors"
         sums[file] = write_tensors(job.folder / file, tensors, job.progress)
     if on_hub is None:
@@ -51,8 +51,8 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     kind = DENSE_CLASSES[job.settings["model_type"]]
     first = f"{ADAPTERS}/{cfg.experts[0]}"
     about = {
-        "what": f"{len(cfg.experts)} experts as PEFT adapters of rank {cfg.expert.delta_rank} on "
-        f"the feed-forward networks of a frozen `{kind}`, made with MoleForge.",
+        "what": f"{len(cfg.experts)} experts as PEFT adapters of rank {cfg.expert.adapter_rank} on "
+        f"{_where(cfg)} of a frozen `{kind}`, made with MoleForge.",
         "parts": addresses,
         "row": "of each expert",
         "library": "peft",
@@ -60,15 +60,32 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
         "example": "adapters_example.md",
         "use": report.stock_base(base, revision, first, kind),
         "notes": [
-            "An adapter answers for its own domain. The router, which picks experts for each token "
-            "of a text, is in the stack's other formats."
+            "An adapter answers for its own domain. The router, which picks between them, is in "
+            "the run's bundle and not here."
         ],
     }
     return about, sums
 
 
+def _where(cfg: FfnMoeConfig) -> str:
+    return "all linear layers" if cfg.expert.form == ADAPTER else "the feed-forward networks"
+
+
+def _stored(
+    job: Job, parts: Parts, name: str, base: str, revision: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an expert's adapter_config.json on a base, and its tensors by PEFT's names."""
+    if job.cfg.expert.form == ADAPTER:
+        settings = read_object(parts.folder("train_experts", name) / SETTINGS)
+        settings |= {"base_model_name_or_path": base, "revision": revision}
+        return settings, parts.tensors("train_experts", TENSORS, name)
+    stored = parts.tensors("train_experts", "expert.safetensors", name)
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
+    return _settings(job, base, revision), tensors
+
+
 def _settings(job: Job, base: str, revision: str | None) -> dict[str, Any]:
-    """Return an adapter_config.json."""
+    """Return the adapter_config.json of deltas on feed-forward networks."""
     expert = job.cfg.expert
     count = job.settings["num_hidden_layers"]
     layers = list(expert_layers(job.cfg, count))

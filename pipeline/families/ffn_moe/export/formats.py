@@ -22,7 +22,7 @@ from ....store.reading import read_bytes
 from ....store.streamed import Streamed
 from ... import ExportWish, Parts
 from ..bundle import NAMINGS, stock_settings
-from ..config import ANCHOR, FfnMoeConfig
+from ..config import ADAPTER, ANCHOR, FfnMoeConfig
 from ..networks import SOUP, TRUNK, stack_row
 from ..parts import stored_experts, stored_settings, stored_trunk
 from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
@@ -71,7 +71,12 @@ def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
         raise ConfigError("--expert and --dense: one expert, or the mean of them; give one")
     if wish.format == "adapters" and wish.dtype:
         raise ConfigError("--dtype: adapters are kept as they are stored; leave it out")
-    if wish.format == "adapters" and not cfg.expert.delta_rank:
+    if cfg.expert.form == ADAPTER and wish.format != "adapters":
+        raise ConfigError(
+            f"--format {wish.format}: the experts of this run are adapters, each for a whole text, "
+            "which no one model holds; export them with --format adapters"
+        )
+    if wish.format == "adapters" and cfg.expert.form == "full":
         raise ConfigError(
             "--format adapters: the experts of this run are whole networks and no low-rank ones, "
             "which PEFT adapters are; compress them first, or export with --format expert"
