@@ -424,7 +424,11 @@ def _show_report(folder: Path) -> None:
 
     console = output()
     report.show(report.read(read_bytes(folder / "report.json")), console)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    page = folder / "report.html"
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    # a command, as a path of a terminal is seldom a link
+    command = shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
+    console.print(f"open it: {command}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
