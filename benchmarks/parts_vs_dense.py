@@ -23,7 +23,7 @@ from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
 from pipeline.hardware import cores, cpu_name, uses_bf16
-from pipeline.model.trunk import build, load_dense
+from pipeline.model.trunk import open_dense
 from pipeline.report.schema import Difference, Interval, LanguageReport
 from pipeline.report.schema import read as read_report
 from pipeline.run.context import StoredParts
@@ -209,13 +209,10 @@ def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ..
         evaluator.score(row, stack.trunk, stack.mixture)
     variant = runner.config(*dense)
     parts = runner.parts(variant)
-    model, ffn = build(
-        json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8"))
-    )
-    load_dense(model, ffn, parts.tensors("train_dense", "model.safetensors", "path"))
-    evaluator.score(
-        "dense: trunk trained on with the added domain, same tokens", model.eval(), ffn.eval()
-    )
+    settings = json.loads((parts.folder("train_dense", "path") / "trunk.json").read_text("utf-8"))
+    stored = parts.tensors("train_dense", "model.safetensors", "path")
+    model, ffn = open_dense(settings, stored)
+    evaluator.score("dense: trunk trained on with the added domain, same tokens", model, ffn)
     rows = []
     for row in evaluator.scores.nats:
         difference, interval = evaluator.scores.difference(row, "stack before")

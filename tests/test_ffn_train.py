@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline import hardware
 from pipeline.data.text.shards import Shards
-from pipeline.errors import MismatchError
+from pipeline.errors import DataError, MismatchError
 from pipeline.families import family, stage_function
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
@@ -395,7 +395,7 @@ def test_a_tokenizer_larger_than_the_pretrained_trunk_is_a_mismatch(trained, tmp
     ):
         ffn_moe.shared(cfg, trained)
     cfg = small.config(trunk__init=str(tmp_path / "gone"), tokenizer__pretrained="other")
-    with pytest.raises(MismatchError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="is no folder here"):
         ffn_moe.shared(cfg, trained)
 
 

@@ -23,6 +23,7 @@ from transformers import (
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.model.trunk import open_dense
 from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
@@ -174,11 +175,9 @@ def test_dense_baselines_are_ordinary_models(item, tmp_path):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert model.config.intermediate_size == cfg.trunk.d_ff * (2 if item == "wide" else 1)
-    from pipeline.model.trunk import build, load_dense
-
-    trunk, ffn = build(json.loads((folder / "trunk.json").read_text()))
-    load_dense(trunk, ffn, parts.tensors("train_dense", "model.safetensors", item))
-    same(model.eval(), ours(trunk, ffn))
+    settings = json.loads((folder / "trunk.json").read_text())
+    stored = parts.tensors("train_dense", "model.safetensors", item)
+    same(model.eval(), ours(*open_dense(settings, stored)))
 
 
 def test_the_exported_gate_is_that_of_the_last_step_of_training(tmp_path):

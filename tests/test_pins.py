@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import DataError, MismatchError
 from pipeline.families.ffn_moe import parts as ffn_parts
+from pipeline.families.ffn_moe.bundle import reassemble
 from pipeline.families.ffn_moe.pretrained import open_pretrained
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.gguf_reading import GgufTensors
@@ -23,6 +24,8 @@ from pipeline.store.artifacts import sha256
 from pipeline.store.model_sources import find
 from pipeline.train import loop
 from tests import small
+from tests.test_bundle import IDS_BT as BUNDLE_IDS_BT
+from tests.test_bundle import bundle_of
 from tests.test_ffn_parts import mapped
 from tests.test_parity import whole
 
@@ -59,6 +62,13 @@ def run(tmp_path_factory):
 
 def nats(trunk, ffn) -> torch.Tensor:
     return ffn_parts.token_loss(trunk, ffn, IDS_BT, bf16=False)
+
+
+def logits_of(stack) -> torch.Tensor:
+    """Return fp32 logits_BTV of a stack whose head may be stored in bf16."""
+    with torch.no_grad():
+        h_BTD = stack.trunk.hidden(BUNDLE_IDS_BT, stack.mixture)
+    return h_BTD @ stack.trunk.head.float().T
 
 
 def test_the_artifact_names_the_files_and_holds_no_tensor_of_them(run):
@@ -120,6 +130,24 @@ def test_a_training_in_bf16_maps_the_same_files(run):
     trunk, _ = ffn_parts.training_trunk(cfg, run)
     assert trunk.hidden(IDS_BT, lambda _layer, x: x).dtype == torch.bfloat16
     assert Path(mapped(trunk.head)).parent == Path(cfg.trunk.init)
+
+
+def test_a_bundle_holds_the_models_tensors_in_stock_names(run, tmp_path):
+    cfg = run.cfg.model_copy(update={"trunk": run.cfg.trunk.model_copy(update={"anchor": "keep"})})
+    parts = type(run)(cfg, Path(shutil.copytree(run.root, tmp_path / "run")), dict(run.metrics))
+    shutil.rmtree(parts.folder("train_router"))
+    small.train(cfg, parts, "train_router")
+    wanted = logits_of(assemble(cfg, parts))
+    folder = bundle_of(cfg, parts, tmp_path / "bundle")
+    trunk = load_file(folder / "model-trunk.safetensors")
+    assert {tensor.dtype for tensor in trunk.values()} == {torch.bfloat16}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(BUNDLE_IDS_BT).logits, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=0)
 
 
 def moved(run, root: Path):
@@ -192,7 +220,7 @@ def written(path: Path, kind: str, quantised: str) -> Path:
 def test_a_gguf_file_is_decoded_as_transformers_decodes_it(tmp_path, kind, quantised, dtypes):
     path = written(tmp_path / "model.gguf", kind, quantised)
     found = GgufTensors(path)
-    tensors = dict(found.decoded())
+    tensors = {each.name: found.decoded(place) for place, each in enumerate(found.stored)}
     stock = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )

@@ -5,7 +5,6 @@ A quantised tensor can not be computed with as it lies in the file: it is turned
 tensor after another, so that no more than one is ever held in fp32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -19,7 +18,7 @@ from .loading import quiet_library
 
 MAGIC = b"GGUF"
 # By the names of gguf's types; every other is a quantised one
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 DECODED = torch.bfloat16
 
 
@@ -121,16 +120,17 @@ class GgufTensors:
             return found
         return [StoredTensor(each.name, each.shape, DECODED) for each in found]
 
-    def decoded(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor, of the shape and dtype that `stored` says."""
+    def decoded(self, place: int) -> Tensor:
+        """Return the tensor at a place of `stored`, of the shape and dtype that it says."""
         from gguf import dequantize
 
-        for stored, (_, tensor) in zip(self.stored, self._found, strict=True):
-            weights = dequantize(tensor.data, tensor.tensor_type)
-            # Of llama's files the rows of queries and keys stand in another order
-            weights = self._processor.process(weights=weights, name=tensor.name).weights
-            decoded = torch.from_numpy(weights.copy()).to(stored.dtype)
-            yield stored.name, decoded.reshape(stored.shape)
+        stored = self.stored[place]
+        tensor = self._found[place][1]
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        # Of llama's files the rows of queries and keys stand in another order
+        weights = self._processor.process(weights=weights, name=tensor.name).weights
+        # dequantize gives fp32 or the file's own pages, which nobody may write to
+        return torch.from_numpy(weights.copy()).to(stored.dtype).reshape(stored.shape)
 
 
 def tokenizer(path: Path) -> Any:

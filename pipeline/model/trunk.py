@@ -169,14 +169,12 @@ def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
     return Trunk(network), Expert(networks)
 
 
-def load_dense(trunk: Trunk, ffn: Expert, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a dense model's tensors into the trunk and the network that it consists of here.
-
-    Raises RuntimeError when names are missing or strange or a shape differs.
-    """
+def open_dense(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Trunk, Expert]:
+    """Return a dense model's stored tensors as the trunk and the network that it consists of here,
+    as `open_tensors` does, computing in fp32. Raises what that raises."""
     in_ffn = {name: tensor for name, tensor in tensors.items() if ".mlp." in name}
-    ffn.load(in_ffn)
-    trunk.load({name: tensor for name, tensor in tensors.items() if name not in in_ffn})
+    others = {name: tensor for name, tensor in tensors.items() if name not in in_ffn}
+    return open_tensors(settings, others, in_ffn, torch.float32)
 
 
 def settings_of(trunk: Trunk) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ..report_files import report_files
 from .config import ANCHOR, FfnMoeConfig
 from .export.tensors import all_gates, expert_tensors
 from .parts import expert_layers, mixture_of, stored_experts, stored_settings, stored_trunk
+from .pretrained import is_pinned, pinned_tensors
 from .stack import FfnStack
 from .stock import generation_settings, old_rope, run_tokenizer, text_start
 
@@ -93,9 +94,9 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
     }
     architecture = stock["architectures"][0]
     if cfg.expert.delta_rank or cfg.expert.layers != "all":
-        files = list(_made_files(cfg, parts, members, architecture, layers))
+        files = list(_made_files(cfg, parts, members, architecture, layers, settings))
     else:
-        files = _files(parts, members, architecture)
+        files = _files(parts, members, architecture, settings)
     metrics = write(folder, files, texts, progress)
     return metrics | {"experts": len(members)}
 
@@ -108,7 +109,7 @@ def reassemble(folder: Path) -> FfnStack:
     described = about(folder)
     try:
         settings = _checked(folder, described)
-        trunk, like = open_tensors(settings, load_tensors(folder / TRUNK))
+        trunk, like = open_tensors(settings, load_tensors(folder / TRUNK), dtype=torch.float32)
         naming = NAMINGS[described["architecture"]]
         count = len(like.layers)
         layers = tuple(described.get("layers") or range(count))
@@ -318,11 +319,12 @@ def _made_files(
     members: Sequence[_Member],
     architecture: str,
     layers: Sequence[int],
+    settings: Mapping[str, Any],
 ) -> Iterator[BundleFile | MadeFile]:
     """Yield the files of a stack whose experts are deltas or of chosen layers: merged, and where a
     class knows no layers without experts, with the base's networks as everyone's."""
     naming = NAMINGS[architecture]
-    yield _stored(parts, TRUNK, "train_shared", "trunk.safetensors")
+    yield _trunk_file(parts, settings)
     _, dummy = stored_trunk(cfg, parts)
     every = range(len(dummy.layers))
     held: Sequence[int] = layers if architecture == CLASSES["qwen3_moe"] else every
@@ -349,8 +351,17 @@ def _stored(parts: Parts, name: str, stage: str, source: str) -> BundleFile:
     return BundleFile(name, parts.folder(stage) / source, digest)
 
 
+def _trunk_file(parts: Parts, settings: Mapping[str, Any]) -> BundleFile | MadeFile:
+    """Return the file of the trunk's weights; settings are the trunk's."""
+    if is_pinned(parts):
+        # The files of a pinned model hold the dummy too, and lie elsewhere
+        trunk, _ = pinned_tensors(parts, settings)
+        return MadeFile(TRUNK, _streamed(trunk))
+    return _stored(parts, TRUNK, "train_shared", "trunk.safetensors")
+
+
 def _files(
-    parts: Parts, members: Sequence[_Member], architecture: str
+    parts: Parts, members: Sequence[_Member], architecture: str, settings: Mapping[str, Any]
 ) -> list[BundleFile | MadeFile]:
     # Each reads and checks files, and most artifacts give several
     folder = cache(parts.folder)
@@ -370,14 +381,24 @@ def _files(
     # The store has Qwen3-MoE's names of gates: that file is copied as it is
     gate = None if architecture == CLASSES["qwen3_moe"] else naming.gate
     out: list[BundleFile | MadeFile] = [
-        stored(TRUNK, "train_shared", "trunk.safetensors"),
+        _trunk_file(parts, settings),
         stored(ROUTER, "train_router", "router.safetensors", rename=gate),
     ]
+    # A pinned model's own network is among its tensors
+    dummy = pinned_tensors(parts, settings)[1] if is_pinned(parts) else {}
     for number, member in enumerate(members):
         rename = partial(naming.expert, number)
+        if dummy and member.domain is None:
+            renamed = {rename(name): tensor for name, tensor in dummy.items()}
+            out.append(MadeFile(member.file, _streamed(renamed)))
+            continue
         out.append(stored(member.file, member.stage, member.stored, member.item, rename))
     out.append(stored("trunk.json", "train_shared", "trunk.json"))
     return out
+
+
+def _streamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, Streamed]:
+    return {name: Streamed.of(tensor) for name, tensor in tensors.items()}
 
 
 def _in_qwen3_moe(number: int, name: str) -> str:

@@ -14,7 +14,7 @@ from ...model.experts import Expert
 from ...model.low_rank import average
 from ...model.router import UniformMixture
 from ...model.router_init import FeatureStatistics
-from ...model.trunk import Trunk, build, load_dense
+from ...model.trunk import Trunk, open_dense
 from .. import Parts
 from .config import ANCHOR, FfnMoeConfig
 from .cost import stage_tokens
@@ -193,9 +193,9 @@ def dense_rows(
 ) -> Iterator[NetworkRow]:
     """Yield the dense baselines, each with the axis it shares with the stack."""
     for item in cfg.dense.baselines:
-        trunk, ffn = build(stored_settings(parts, "train_dense", item))
+        # Mapped, as one after another is held to the end
         stored = parts.tensors("train_dense", "model.safetensors", item)
-        load_dense(trunk, ffn, stored)
+        trunk, ffn = open_dense(stored_settings(parts, "train_dense", item), stored)
         width = cfg.router.top_k if item == "wide" else 1.0
         tokens = stage_tokens(cfg, "train_dense", item, domain_tokens)
         if item not in FROM_ZERO:

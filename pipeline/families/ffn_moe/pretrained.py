@@ -6,6 +6,7 @@ L layers, B sequences, T tokens.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ...protocols import Progress, quiet
 from ...store.model_files import check_config, check_weights
 from ...store.model_sources import ModelSource, find
 from ...store.pins import DECODED, NAME, FileSum, Pin, pinned_files
-from ...store.tensor_files import write_one_by_one
+from ...store.streamed import Streamed, write_tensors
 from .. import Parts
 from .config import FfnMoeConfig
 
@@ -62,7 +63,9 @@ def open_pretrained(cfg: FfnMoeConfig, progress: Progress = quiet) -> tuple[Trun
     with _refusing(cfg):
         stated = stated_settings(source)
         if source.is_gguf:
-            tensors = dict(GgufTensors(source.place).decoded())
+            found = GgufTensors(source.place)
+            names = [stored.name for stored in found.stored]
+            tensors = {name: found.decoded(place) for place, name in enumerate(names)}
         else:
             tensors = mapped(source.weights())
         checkpoint = _checked(stated, tensors, progress)
@@ -171,11 +174,8 @@ def _looked_at(tensors: Mapping[str, Tensor], progress: Progress) -> Iterator[tu
 def _decode(source: Path, target: Path, progress: Progress) -> None:
     progress(f"reading {source.name}", None)
     found = GgufTensors(source)
-    stored = {each.name: (each.shape, each.dtype) for each in found.stored}
-
-    def told() -> Iterator[tuple[str, Tensor]]:
-        for done, decoded in enumerate(found.decoded()):
-            progress(f"decoding {source.name}", done / len(stored))
-            yield decoded
-
-    write_one_by_one(target, stored, told())
+    tensors = {}
+    for place, stored in enumerate(found.stored):
+        read = partial(found.decoded, place)
+        tensors[stored.name] = Streamed(stored.shape, stored.dtype, read)
+    write_tensors(target, tensors, progress)
