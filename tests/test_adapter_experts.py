@@ -25,7 +25,8 @@ from pipeline.families import ExportWish
 from pipeline.families.adapters import peft_io
 from pipeline.families.ffn_moe import family
 from pipeline.families.ffn_moe.adapter.evaluate import stack_row, tables
-from pipeline.families.ffn_moe.adapter.router import SETTINGS, general_domains
+from pipeline.families.ffn_moe.adapter.model import stored_adapters
+from pipeline.families.ffn_moe.adapter.router import SETTINGS, TextRouter, general_domains
 from pipeline.families.ffn_moe.adapter.stack import assemble
 from pipeline.families.ffn_moe.config import BASE, FfnMoeConfig
 from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
@@ -303,6 +304,22 @@ def test_general_text_is_the_bases_class_and_a_router_without_it_has_none(run, t
     only = FfnMoeConfig.model_validate(merge(raw, {"trunk": {"domains": TAUGHT}}))
     family.router(only, run).write(tmp_path)
     assert json.loads((tmp_path / SETTINGS).read_text())["base_class"] is False
+
+
+def test_prompt_tokens_and_threshold_reach_the_router(run, tmp_path):
+    cfg = config(prompt_tokens=6, threshold=0.9)
+    family.router(cfg, run).write(tmp_path)
+    written = json.loads((tmp_path / SETTINGS).read_text())
+    assert (written["prompt_tokens"], written["threshold"]) == (6, 0.9)
+    kept = json.loads((run.folder("train_router") / SETTINGS).read_text())
+    assert kept["prompt_tokens"] == PROMPT and kept["threshold"] != 0.9
+    weight_SCD = run.tensors("train_router", "router.safetensors")["weight"]
+    ids_BT = texts(64)
+    base = stored_adapters(run.cfg, run)
+    longer = TextRouter.read(tmp_path / SETTINGS, weight_SCD, TAUGHT)
+    assert longer.features(base, ids_BT, False).shape == (64, 1, 16)
+    short = replace(longer, prompt_tokens=PROMPT).features(base, ids_BT, False)
+    assert not torch.equal(longer.features(base, ids_BT, False), short)
 
 
 REFUSED = {

@@ -27,7 +27,7 @@ from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
 from pipeline.train import loop, memory_plan
-from tests import small, test_foreign_tokenizers, test_wiring
+from tests import small, test_adapter_experts, test_foreign_tokenizers, test_wiring
 from tests.test_trunk import whole
 
 LABELS = ("a", "b")
@@ -320,6 +320,8 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "tokenizer.revision": "test_revisions_reach_the_hub",
     "tokenizer.max_lost_share": "test_a_lossy_one_is_refused_by_preprocess_or_told_in_its_metrics",
     "trunk.revision": "test_revisions_reach_the_hub",
+    "router.prompt_tokens": "test_prompt_tokens_and_threshold_reach_the_router",
+    "router.threshold": "test_prompt_tokens_and_threshold_reach_the_router",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
     "evaluate.bootstrap": "test_documents_are_resampled_as_often_as_asked",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
@@ -335,7 +337,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
-SHOWN_IN = (test_wiring, test_foreign_tokenizers)
+SHOWN_IN = (test_wiring, test_foreign_tokenizers, test_adapter_experts)
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")
 

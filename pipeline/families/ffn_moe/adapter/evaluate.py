@@ -141,7 +141,7 @@ def _ways(
 ) -> Iterator[RoutedTexts]:
     """Yield the ways of choosing that the report compares, the stack's own last."""
     own = cfg.router.prompt_tokens
-    held_out = ValidationTexts(cfg, shards, stack.model)
+    held_out = ValidationTexts(cfg, shards, stack.model, parts.progress)
     draw = np.random.default_rng(cfg.seed_of("random router"))
     index = {}
     for domain, documents in evaluator.documents.items():

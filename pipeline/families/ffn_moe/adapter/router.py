@@ -20,6 +20,7 @@ from ....hardware import device, uses_bf16
 from ....model.language_model import LanguageModel, filled, first_tokens
 from ....model.request_router import RequestRouter, fit_temperature, fit_threshold, nats
 from ....model.router_init import FeatureStatistics
+from ....protocols import Progress
 from ....store.artifacts import save_tensors, write_text
 from ....store.reading import damaged, read_object
 from ....train.loop import NoTraining
@@ -88,7 +89,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> NoTraining:
         shards = Shards(parts.folder("preprocess"))
         adapted = stored_adapters(cfg, parts)
         plain = untrained(cfg, parts, shards, adapted, cfg.router.init)
-        fitted, metrics = calibrated(plain, ValidationTexts(cfg, shards, adapted))
+        fitted, metrics = calibrated(plain, ValidationTexts(cfg, shards, adapted, parts.progress))
         save_tensors(folder / WEIGHTS, {"weight": fitted.router.weight_SCD})
         values = fitted.values(cfg.experts)
         write_text(folder / SETTINGS, json.dumps(values, indent=1) + "\n")
@@ -118,7 +119,9 @@ def untrained(
     general = general_domains(cfg, shards)
     if general:
         rows = training_rows(cfg, shards, "statistics", general, how="equal")
-        statistics.append(text_statistics(cfg, adapted, rows, cfg.expert.statistics_tokens))
+        tokens = cfg.expert.statistics_tokens
+        found = text_statistics(cfg, adapted, rows, tokens, parts.progress)
+        statistics.append(found)
     weight_SCD = gates_from(cfg, statistics, init)
     router = RequestRouter(weight_SCD.to(device()), len(cfg.experts))
     return TextRouter(router, read_layers(adapted), cfg.router.prompt_tokens)
@@ -128,7 +131,8 @@ class ValidationTexts:
     """Held-out texts that a router is fitted to, and what the base and each adapter lose on some of
     them: read once, however many routers are fitted."""
 
-    def __init__(self, cfg: FfnMoeConfig, shards: Shards, adapted: Adapted):
+    def __init__(self, cfg: FfnMoeConfig, shards: Shards, adapted: Adapted, progress: Progress):
+        self.progress = progress
         self.cfg = cfg
         self.adapted = adapted
         self.bf16 = uses_bf16(cfg.dtype)
@@ -140,6 +144,7 @@ class ValidationTexts:
         """Return loss_BE of the first texts of a domain: mean nats of what follows the tokens that
         choose, under each adapter and the base."""
         if domain not in self._nats:
+            self.progress(f"what validation text of {domain} loses under each adapter", None)
             nats = []
             for name in (*self.cfg.experts, None):
                 model = self.adapted.under(name)

@@ -10,6 +10,7 @@ from ....data.text.mixture import DomainMixture
 from ....hardware import uses_bf16
 from ....model.language_model import LanguageModel, pieces
 from ....model.router_init import FeatureStatistics
+from ....protocols import Progress, quiet
 from ..config import FfnMoeConfig
 from ..parts import EVALUATION_SEQUENCES, batch_of
 
@@ -27,7 +28,11 @@ def read_layers(model: LanguageModel) -> tuple[int, ...]:
 
 
 def text_statistics(
-    cfg: FfnMoeConfig, model: LanguageModel, rows: DomainMixture, tokens: int
+    cfg: FfnMoeConfig,
+    model: LanguageModel,
+    rows: DomainMixture,
+    tokens: int,
+    progress: Progress = quiet,
 ) -> FeatureStatistics:
     """Return the sums over the first tokens of rows, cut into pieces, as the model without adapters
     reads them."""
@@ -38,6 +43,7 @@ def text_statistics(
     wanted = max(1, available // rows.context_tokens)
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     for at in range(0, wanted, sequences):
+        progress(f"statistics of {wanted * rows.context_tokens:,} tokens", at / wanted)
         ids_BT = batch_of(rows, at, min(sequences, wanted - at))
         x_BTSD = model.states(ids_BT[:, :-1], layers, uses_bf16(cfg.dtype))
         x_SND = pieces(x_BTSD, PIECE_TOKENS).transpose(0, 1).cpu().double()

@@ -43,7 +43,9 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         # read them
         own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
         with peft_io.active(adapters, None):
-            statistics = text_statistics(cfg, base, own_rows, cfg.expert.statistics_tokens)
+            statistics = text_statistics(
+                cfg, base, own_rows, cfg.expert.statistics_tokens, parts.progress
+            )
         files = peft_io.files(adapters, item, base_ref(cfg, parts), {"domain": item})
         return {**files, "statistics.safetensors": statistics.tensors()}
 
