@@ -4,17 +4,21 @@ say.
 B sequences, T tokens, L layers, E experts.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fakes import Killed, dying, equal, train_io, values
 
-from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe import cost, evaluate
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.low_rank import LowRankExpert
 from pipeline.protocols import quiet
 from pipeline.train import loop
+from pipeline.train.flops import ExpertShape, Shape
+from pipeline.train.memory_plan import MemoryPlan
 from tests import small
 
 FORMS = {
@@ -191,3 +195,57 @@ def test_rank_and_alpha_have_defaults_of_each_other():
     expert = small.config(expert__form="low_rank", expert__rank=4, expert__alpha=2.0).expert
     assert (expert.delta_rank, expert.delta_scale) == (4, 0.5)
     assert small.config().expert.delta_rank == 0
+
+
+def test_plan_and_report_count_what_is_trained_and_what_runs(made):
+    """Parameters and operations of each form, held against the tensors themselves."""
+    cfg = made.cfg
+    stored = made.tensors("train_experts", "expert.safetensors", "beta")
+    own = sum(t.numel() for t in stored.values())
+    planned = cost.cost(cfg, "train_experts", "beta", None, False)
+    assert planned.parameters == own
+    gates = made.tensors("train_router", "router.safetensors")
+    assert cost.cost(cfg, "train_router", None, None, False).parameters == sum(
+        t.numel() for t in gates.values()
+    )
+    dummy = made.tensors("train_shared", "dummy.safetensors")
+    trunk, _ = stored_trunk(cfg, made)
+    shape = Shape.from_hf_config(trunk.config.to_dict(), small.CONTEXT)
+    whole = sum(t.numel() for t in dummy.values())
+    low_rank = cfg.expert.form == "low_rank"
+    # one base for all experts: below deltas all of it, else in the layers without experts
+    shared = whole if low_rank else whole - own
+    expert = cost.expert_shape(cfg, shape)
+    for count in (1, 2, 3):
+        found = shape.stack_parameters(shape.ffns(count, expert))
+        assert found == shape.trunk_parameters + shared + count * own
+    rows = {row.name: row for row in evaluate.tables(cfg, made, quiet).quality}
+    assert rows["trunk + dummy"].active_parameters == shape.trunk_parameters + whole
+    assert rows["weight soup"].active_parameters == shape.trunk_parameters + whole
+    assert rows["beta"].active_parameters == shape.trunk_parameters + shared + own
+    assert rows["oracle expert"].total_parameters == shape.trunk_parameters + shared + 3 * own
+    # less than a full expert's: no gradient of frozen weights, nothing below the first layer
+    task = ffn_moe.expert(cfg, made, "beta")
+    assert task.flops_per_token == shape.train_flops_per_token("expert", expert)
+    if low_rank and cfg.expert.layers == "last:1":
+        below = shape.train_flops_per_token("expert", replace(expert, layers=(0,)))
+        assert task.flops_per_token < below < shape.train_flops_per_token("ffn") * 1.5
+
+
+def test_deltas_and_few_layers_are_predicted_to_take_less_memory():
+    shape = Shape(30, 576, 576, 192, 1536, 49_152, 256)
+    plan = MemoryPlan(micro_batch_sequences=4)
+    every = tuple(range(30))
+
+    def peak(expert, trains="expert"):
+        return cost.peak_bytes(shape, trains, plan, True, 3, 2, 0, expert, True)
+
+    full = peak(None, "ffn")
+    deltas = peak(ExpertShape(every, 64))
+    assert deltas < 0.6 * full
+    assert peak(ExpertShape(every, 16)) < deltas
+    last = peak(ExpertShape(every[20:], 64))
+    # of the activations two thirds are not kept
+    kept = shape.layer_activations("expert") * 20 * 1024 * 2
+    assert deltas - last > 0.9 * kept
+    assert peak(ExpertShape(every[20:])) < 0.6 * full

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 
 from .memory_plan import MemoryPlan
 
-# What moves: everything, the feed-forward networks on a frozen trunk, a LoRA on all linear layers
-# of a frozen model, or the gates alone.
-Trains = Literal["all", "ffn", "adapter", "gates"]
+# What moves: everything, the feed-forward networks on a frozen trunk, an expert that is deltas on
+# them or of chosen layers, a LoRA on all linear layers of a frozen model, or the gates alone.
+Trains = Literal["all", "ffn", "expert", "adapter", "gates"]
 
 
 class TrunkSizes(Protocol):
@@ -33,6 +33,14 @@ class TrunkSizes(Protocol):
     def context_tokens(self) -> int: ...
     @property
     def tie_embeddings(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What one expert adds to a trunk: low-rank deltas (rank 0: whole networks) in some layers."""
+
+    layers: tuple[int, ...]
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,23 @@ class Shape:
             + norms * self.d_model
         )
 
+    def expert_parameters(self, expert: ExpertShape) -> int:
+        """Parameters of one expert's own."""
+        a_layer = 3 * self.d_model * self.d_ff
+        if expert.rank:
+            a_layer = 3 * expert.rank * (self.d_model + self.d_ff)
+        return len(expert.layers) * a_layer
+
+    def ffns(self, experts: float, expert: ExpertShape) -> float:
+        """How many feed-forward networks in every layer so many experts are together, with the
+        trunk's own below deltas and in the layers without experts."""
+        own = self.expert_parameters(expert) / self.ffn_parameters
+        shared = 1.0 if expert.rank else 1.0 - own
+        return shared + experts * own
+
     def stack_parameters(self, ffns: float) -> int:
         """Parameters of the trunk with so many feed-forward networks a layer."""
-        return int(self.trunk_parameters + ffns * self.ffn_parameters)
+        return round(self.trunk_parameters + ffns * self.ffn_parameters)
 
     def forward_flops_per_token(self, ffn_active: float = 1.0) -> float:
         """Matrix-product operations of one forward pass, causal attention counted at half."""
@@ -123,17 +145,23 @@ class Shape:
         attention = 2 * self.layers * self.context_tokens * self.heads_width
         return 2 * weights + attention
 
-    def train_flops_per_token(self, trains: Trains) -> float:
-        """Operations of forward and backward; `trains` is all, ffn or gates (frozen weights need no
-        gradient)."""
+    def train_flops_per_token(self, trains: Trains, expert: ExpertShape | None = None) -> float:
+        """Operations of forward and backward (frozen weights need no gradient); expert: which one
+        trains."""
+        if trains == "expert" and expert is not None:
+            forward = self.forward_flops_per_token(self.ffns(1, expert))
+            # nothing below the lowest expert has a backward pass
+            body = forward - 2 * self.vocab_size * self.d_model
+            backward = forward - body * min(expert.layers) / self.layers
+            return forward + backward + 2 * self.expert_parameters(expert)
         if trains == "gates":
             # two experts a token; the gates' own products are too small to count
             return 2 * self.forward_flops_per_token(ffn_active=2.0)
         forward = self.forward_flops_per_token()
         # the backward pass to the inputs costs as much as the forward pass, and so does that to
         # the weights, of those that move; an adapter's are too small to count
-        to_weights = {"all": forward, "ffn": 2.0 * self.ffn_parameters, "adapter": 0.0}
-        return 2 * forward + to_weights[trains]
+        to_weights = {"all": forward, "ffn": 2.0 * self.ffn_parameters}
+        return 2 * forward + to_weights.get(trains, 0.0)
 
     def layer_activations(self, trains: Trains, active: int = 1) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need

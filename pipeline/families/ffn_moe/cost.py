@@ -7,7 +7,7 @@ from ...config.fit import FitConfig
 from ...hardware import device
 from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
 from ...store.model_sources import ModelSource, on_this_machine
-from ...train.flops import JobCost, Shape, Trains
+from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import ADAPTER, FfnMoeConfig
 from .pretrained import stated_settings
@@ -122,8 +122,14 @@ def cost(
     # asked here alone: what others make of an expert's duration does not depend on its form
     if stage == "train_experts" and cfg.expert.form == ADAPTER:
         trains = "adapter"
+    expert = expert_shape(cfg, shape)
+    if stage == "train_experts" and expert is not None:
+        trains = "expert"
     if trains == "gates":
-        parameters = shape.layers * shape.d_model * _stacked(cfg)
+        gated = shape.layers if expert is None else len(expert.layers)
+        parameters = gated * shape.d_model * _stacked(cfg)
+    elif expert is not None and trains == "expert":
+        parameters = shape.expert_parameters(expert)
     elif trains == "ffn":
         parameters = shape.ffn_parameters
     elif trains == "adapter":
@@ -141,7 +147,7 @@ def cost(
         stage,
         item,
         tokens=tokens,
-        flops_per_token=shape.train_flops_per_token(trains),
+        flops_per_token=shape.train_flops_per_token(trains, expert),
         parameters=parameters,
         plan=plan,
         peak_bytes=peak_bytes(
@@ -152,8 +158,24 @@ def cost(
             _stacked(cfg),
             cfg.router.top_k,
             adapter,
+            expert,
+            cfg.trunk.is_pinned,
         ),
     )
+
+
+def expert_shape(cfg: FfnMoeConfig, shape: Shape) -> ExpertShape | None:
+    """Return what an expert is where it is not whole networks in every layer.
+
+    None too for layers that the trunk does not have, which is told elsewhere.
+    """
+    plain = not cfg.expert.delta_rank and cfg.expert.layers == "all"
+    if plain or cfg.expert.form == ADAPTER:
+        return None
+    try:
+        return ExpertShape(cfg.expert.in_layers(shape.layers), cfg.expert.delta_rank)
+    except ValueError:
+        return None
 
 
 def adapter_parameters(cfg: FfnMoeConfig, shape: Shape) -> int:
@@ -181,6 +203,7 @@ def memory_plan(
 
     # no other training reads how an expert is made: its address has none of it
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
+    expert = expert_shape(cfg, shape) if trains == "expert" else None
 
     def predict(tried: MemoryPlan) -> int:
         return peak_bytes(
@@ -191,6 +214,8 @@ def memory_plan(
             _stacked(cfg),
             cfg.router.top_k,
             adapter,
+            expert,
+            cfg.trunk.is_pinned,
         )
 
     return plan_memory(
@@ -236,6 +261,8 @@ def peak_bytes(
     experts: int,
     top_k: int = 2,
     adapter: int = 0,
+    expert: ExpertShape | None = None,
+    pinned: bool = False,
 ) -> int:
     """Return the predicted peak above imports of a training: of `all`, of an `ffn`, of an `adapter`
     of so many numbers, or of the `gates` over experts.
@@ -254,6 +281,12 @@ def peak_bytes(
     elif trains == "adapter":
         trained = adapter
         frozen = shape.trunk_parameters + shape.ffn_parameters
+    elif expert is not None and trains == "expert":
+        trained = shape.expert_parameters(expert)
+        frozen = shape.trunk_parameters
+        below = shape.ffn_parameters if expert.rank else shape.ffn_parameters - trained
+        # a trunk that was trained here has its networks in fp32, which are rounded beside the file
+        frozen += below if pinned or not bf16 else below * (4 + unit) // unit
     else:
         trained = 0  # gates are too small to count
         frozen = shape.trunk_parameters + experts * shape.ffn_parameters
@@ -265,10 +298,13 @@ def peak_bytes(
     code = 0
     if device() != "cuda":
         code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
-    return int(kept + _pass_bytes(shape, plan, unit, trains, active) + code)
+    lowest = min(expert.layers) if trains == "expert" and expert is not None else 0
+    return int(kept + _pass_bytes(shape, plan, unit, trains, active, lowest) + code)
 
 
-def _pass_bytes(shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, active: int) -> float:
+def _pass_bytes(
+    shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, active: int, lowest: int = 0
+) -> float:
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
     row_bytes = tokens * shape.d_model * unit
@@ -280,10 +316,11 @@ def _pass_bytes(shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, activ
     inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
     if plan.checkpointing:
         # What enters each layer, and one layer that is made again
-        held = shape.layers * row_bytes
+        held = (shape.layers - lowest) * row_bytes
         in_use = held + max(logits, layer + inner)
     else:
-        held = shape.layers * layer
+        # below the lowest expert nothing is kept
+        held = (shape.layers - lowest) * layer
         in_use = held + max(logits, inner)
     if device() == "cuda":
         return in_use

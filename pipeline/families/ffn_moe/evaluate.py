@@ -31,6 +31,7 @@ from ...train.flops import Shape
 from .. import Parts
 from .config import FfnMoeConfig
 from .continuations import RIVALS, ContinuationWriter
+from .cost import expert_shape
 from .criteria import criteria, notes, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .networks import SOUP, TRUNK, network_rows, stack_row
@@ -152,16 +153,24 @@ def _quality_row(
 ) -> QualityRow:
     """Return one row of the quality table; sizes count the trunk and the feed-forward networks that
     run or are kept."""
+    expert = expert_shape(evaluator.cfg, shape)
+    active = row.active_ffns
+    kept = row.kept_ffns
+    # The trunk's own network, a dense model and the mean of all experts are whole networks
+    if expert is not None and row.kind not in ("part", "dense") and row.name != SOUP:
+        active = shape.ffns(active, expert)
+        kept = shape.ffns(kept, expert)
     if row.name == ENSEMBLE:
         # Its experts share no layer: each runs a whole network
-        flops = row.active_ffns * shape.forward_flops_per_token(1.0)
+        one = 1.0 if expert is None else shape.ffns(1, expert)
+        flops = row.active_ffns * shape.forward_flops_per_token(one)
     else:
-        flops = shape.forward_flops_per_token(row.active_ffns)
+        flops = shape.forward_flops_per_token(active)
     return measured_row(
         evaluator.scores,
         row,
-        active_parameters=shape.stack_parameters(row.active_ffns),
-        total_parameters=shape.stack_parameters(row.kept_ffns),
+        active_parameters=shape.stack_parameters(active),
+        total_parameters=shape.stack_parameters(kept),
         flops_per_token=int(flops),
         trunk=TRUNK,
         stack=stack,
@@ -289,7 +298,7 @@ def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveR
                 bits_per_byte=scores.bits_per_byte(name),
                 mean=scores.mean(name),
                 interval=scores.interval(name),
-                active_parameters=shape.stack_parameters(k),
+                active_parameters=_parameters(evaluator.cfg, shape, k),
             )
         )
     return rows
@@ -313,9 +322,16 @@ def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFac
         vocab_size=shape.vocab_size,
         context_tokens=shape.context_tokens,
         top_k=cfg.router.top_k,
-        active_parameters=shape.stack_parameters(cfg.router.top_k),
-        total_parameters=shape.stack_parameters(len(stack.names)),
+        active_parameters=_parameters(cfg, shape, cfg.router.top_k),
+        total_parameters=_parameters(cfg, shape, len(stack.names)),
     )
+
+
+def _parameters(cfg: FfnMoeConfig, shape: Shape, experts: int) -> int:
+    """Return the parameters of the trunk with so many experts."""
+    expert = expert_shape(cfg, shape)
+    ffns = float(experts) if expert is None else shape.ffns(experts, expert)
+    return shape.stack_parameters(ffns)
 
 
 def text_counts(evaluator: Evaluator) -> TextCounts:

@@ -28,7 +28,7 @@ from ...train.flops import Shape
 from ...train.loop import NoTraining, Task
 from .. import Parts
 from .config import FfnMoeConfig
-from .cost import Trains, dense_options, dense_width, memory_plan
+from .cost import Trains, dense_options, dense_width, expert_shape, memory_plan
 from .parts import (
     EVALUATION_SEQUENCES,
     FROZEN,
@@ -131,7 +131,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         cfg,
         cfg.expert,
         trunk=trunk,
-        trains="ffn",
+        trains="expert" if cfg.expert.delta_rank or cfg.expert.layers != "all" else "ffn",
         rows=rows,
         judged_on=(item,),
     )
@@ -350,7 +350,7 @@ def text_task(
         steps=opts.resolve_steps(rows.context_tokens, rows.tokens()),
         tokens_per_row=rows.context_tokens,
         bf16=bf16,
-        flops_per_token=shape.train_flops_per_token(trains),
+        flops_per_token=shape.train_flops_per_token(trains, expert_shape(cfg, shape)),
         bf16_params=bf16_params,
     )
 
