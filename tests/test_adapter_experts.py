@@ -324,6 +324,7 @@ def test_prompt_tokens_and_threshold_reach_the_router(run, tmp_path):
 
 REFUSED = {
     "expert.coordinate": {"expert": {"coordinate": True}},
+    "expert.statistics_path": {"expert": {"statistics_path": "base"}},
     "expert.init": {"expert": {"init": "fresh"}},
     "trunk.anchor": {"trunk": {"anchor": "keep"}},
     "router.steps": {"router": {"steps": 3}},

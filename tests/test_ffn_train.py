@@ -159,6 +159,36 @@ def test_statistics_are_of_the_experts_own_text_only(trained):
     torch.testing.assert_close(found.gram_LDD, sums.gram_LDD, rtol=1e-4, atol=1e-4)
 
 
+def _statistics(trained, name: str, path: str) -> FeatureStatistics:
+    """Return what an expert that is trained already leaves for the gates, summed along a path."""
+    cfg = small.config(expert__statistics_path=path)
+    task = ffn_moe.expert(cfg, trained, name)
+    stored = trained.tensors("train_experts", "expert.safetensors", name)
+    for tensor, parameter in task.parameters.items():
+        parameter.data.copy_(stored[tensor])
+    exported = task.export(0)
+    assert all(torch.equal(exported["expert.safetensors"][n], stored[n]) for n in stored)
+    return FeatureStatistics.from_tensors(exported["statistics.safetensors"])
+
+
+def test_text_that_came_along_the_base_is_told_from_general_text_by_what_it_says(trained):
+    cfg = small.config(trunk__anchor="keep")
+    general = ffn_parts.stored_statistics(cfg, trained, anchor=True)[0]
+    lead_LE = {}
+    for path in ("own", "base"):
+        classes = [_statistics(trained, name, path) for name in cfg.experts]
+        gates = ffn_parts.gates_from(cfg, [general, *classes], "ridge")
+        # A domain's text as it comes where the base ran below
+        text_LED = torch.stack(
+            [_statistics(trained, n, "base").mean_LD.float() for n in cfg.experts], 1
+        )
+        score_LEE = torch.einsum("ldi,lei->lde", text_LED, gates)
+        lead_LE[path] = score_LEE[:, :, 1:].diagonal(dim1=1, dim2=2) - score_LEE[:, :, 0]
+    # Below the first network both are the same; above, what ran is no longer taken for the domain
+    assert torch.equal(lead_LE["own"][0], lead_LE["base"][0])
+    assert (lead_LE["base"][1] > 2.5).all() and lead_LE["own"][1].min() < 0.5
+
+
 def share_of(cfg, trained, item: str, monkeypatch) -> float:
     """Return the share of an expert's rows that come from the general mixture."""
     captured = {}
@@ -235,6 +265,31 @@ def test_a_router_of_another_number_of_experts_is_refused(trained):
     # What to type is the edge's to say, from the stage
     told = sentence(error.value, CommandLine())
     assert told.endswith("for 2 experts: run `python -m pipeline train_router` again")
+
+
+@pytest.mark.parametrize(
+    ("path", "taught", "left"),
+    [
+        ("base", ("alpha", "gamma"), ("beta",)),
+        ("base", ("gamma",), ("alpha", "beta")),
+        ("base", small.DOMAINS, small.DOMAINS),  # nothing would be left
+        ("own", ("alpha", "gamma"), small.DOMAINS),
+    ],
+)
+def test_the_anchors_class_is_general_text_that_no_expert_has(trained, path, taught, left):
+    cfg = small.config(expert__statistics_path=path, expert__domains=taught, trunk__anchor="keep")
+    found = ffn_parts.stored_statistics(cfg, trained, anchor=True)
+    trunk, dummy = ffn_parts.stored_trunk(cfg, trained)
+    shards = Shards(trained.folder("preprocess"))
+    rows = ffn_parts.training_rows(cfg, shards, "statistics", small.DOMAINS, how="equal")
+    count = min(cfg.trunk.statistics_tokens, rows.tokens()) // small.CONTEXT
+    numbers = [g for g in range(count) if small.DOMAINS[g % 3] in left]
+    ids_BT = torch.from_numpy(np.concatenate([rows.rows(g, 1) for g in numbers]))
+    sums = FeatureStatistics.empty(2, 16)
+    with torch.no_grad():
+        trunk.hidden(ids_BT[:, :-1], sums.observe(dummy))
+    assert found[0].tokens == sums.tokens and len(found) == 1 + len(taught)
+    torch.testing.assert_close(found[0].mean_LD, sums.mean_LD, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("anchor", ["keep", "discard"])

@@ -70,6 +70,28 @@ def test_stored_statistics_come_back():
     assert {str(t.dtype) for t in PARTS[0].tensors().values()} == {"torch.float32", "torch.int64"}
 
 
+def test_a_mixture_without_some_of_its_domains_has_the_mean_of_the_others():
+    parts = [inputs(5 * 7, seed) for seed in range(3)]
+    mixed = FeatureStatistics.empty(L, D, domains=3)
+    ffn = mixed.observe(lambda layer, x: x)
+    # Rows of the domains in turn, 15 of 7 tokens, in batches that end anywhere
+    rows = [(m, parts[m][:, 7 * i : 7 * i + 7]) for i in range(5) for m in range(3)]
+    for batch in (rows[:4], rows[4:8], rows[8:]):
+        for layer in range(L):
+            ffn(layer, torch.tensor(np.stack([x[layer] for _, x in batch]), dtype=torch.float32))
+    back = FeatureStatistics.from_tensors(mixed.tensors())
+    for gone in ((1,), (0, 2)):
+        wanted = np.concatenate([parts[m] for m in range(3) if m not in gone], 1)
+        found = back.without(gone)
+        assert found.tokens == wanted.shape[1]
+        np.testing.assert_allclose(found.mean_LD, wanted.mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.mean_gram_LDD, back.mean_gram_LDD)
+    assert back.without((0, 1, 2)) is back and PARTS[0].without((0,)) is PARTS[0]
+    last = back.of_layers([1]).without((1,))
+    torch.testing.assert_close(last.sum_LD[0], back.without((1,)).sum_LD[1])
+    np.testing.assert_allclose(mixed.sum_LD, np.concatenate(parts, 1).sum(1), rtol=1e-5, atol=1e-4)
+
+
 def lead(weight_LED: torch.Tensor) -> np.ndarray:
     """Return by how much a domain's mean input favours its own expert over the mean of the others,
     per layer."""

@@ -267,6 +267,7 @@ EFFECTS = {
     "expert.coordinate_bias": (ALPHA, -2.0, {"expert__coordinate": True}),
     "expert.z_weight": (ALPHA, 1.0, {"expert__coordinate": True}),
     "expert.statistics_tokens": (ALPHA, 64, {}),
+    "expert.statistics_path": (ALPHA, "base", {}),
     "expert.domains": ("train_router", ("gamma", "alpha"), {}),
     **_fit("router", "train_router"),
     "router.init": ("train_router", "centroid", {}),
@@ -305,7 +306,7 @@ EFFECTS = {
 # Of an expert alone: no baseline is trained by them
 OF_EXPERTS_ALONE = (
     *("init", "form", "rank", "alpha", "layers"),
-    *("coordinate", "coordinate_bias", "z_weight", "statistics_tokens"),
+    *("coordinate", "coordinate_bias", "z_weight", "statistics_tokens", "statistics_path"),
 )
 BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "family": "test_the_family_is_looked_up",

@@ -2,11 +2,11 @@
 
 They are sums, so an expert can be added or removed, and its router fitted, without anyone's data.
 
-B sequences, T tokens, N = B*T, D model width, E experts, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, M domains of a mixture, L layers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,29 @@ SAME_SHARE = 1e-4
 
 
 @dataclass
+class DomainSums:
+    """Sum of x per layer and domain, and tokens per domain, of a mixture whose row g is of domain
+    g mod M."""
+
+    sum_LMD: Tensor
+    tokens_M: Tensor
+    rows: int = 0
+
+    def add(self, place: int, x_BTD: Tensor) -> None:
+        """Add the next rows as the layer at `place` sees them; the layers come in order."""
+        sequences, tokens, _ = x_BTD.shape
+        domains = len(self.tokens_M)
+        number_B = torch.arange(sequences, device=x_BTD.device)
+        if place == 0:
+            self.rows += sequences
+        of_B = (self.rows - sequences + number_B) % domains
+        sum_BD = x_BTD.float().sum(1).double()
+        self.sum_LMD[place].index_add_(0, of_B, sum_BD)
+        if place == 0:
+            self.tokens_M += tokens * of_B.bincount(minlength=domains)
+
+
+@dataclass
 class FeatureStatistics:
     """Per layer: sum of x, sum of x x^T, and how many tokens, of a feed-forward network's input
     x."""
@@ -26,13 +49,19 @@ class FeatureStatistics:
     sum_LD: Tensor
     gram_LDD: Tensor
     tokens: int = 0
+    by_domain: DomainSums | None = None  # of a mixture that knows its rows' domains
 
     @classmethod
-    def empty(cls, layers: int, d_model: int) -> "FeatureStatistics":
-        """Return zeros in fp64, which a billion tokens do not round away."""
+    def empty(cls, layers: int, d_model: int, domains: int = 0) -> "FeatureStatistics":
+        """Return zeros in fp64, which a billion tokens do not round away; with sums by domain where
+        there are domains."""
         sum_LD = torch.zeros(layers, d_model, dtype=torch.float64)
         gram_LDD = torch.zeros(layers, d_model, d_model, dtype=torch.float64)
-        return cls(sum_LD, gram_LDD)
+        if not domains:
+            return cls(sum_LD, gram_LDD)
+        sum_LMD = torch.zeros(layers, domains, d_model, dtype=torch.float64)
+        tokens_M = torch.zeros(domains, dtype=torch.int64)
+        return cls(sum_LD, gram_LDD, by_domain=DomainSums(sum_LMD, tokens_M))
 
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor]) -> "FeatureStatistics":
@@ -40,16 +69,24 @@ class FeatureStatistics:
         sum_LD = stored["sum"].double()
         gram_LDD = stored["gram"].double()
         tokens = stored["tokens"].item()
-        return cls(sum_LD, gram_LDD, int(tokens))
+        by_domain = None
+        if "domain_sum" in stored:
+            by_domain = DomainSums(stored["domain_sum"].double(), stored["domain_tokens"])
+        return cls(sum_LD, gram_LDD, int(tokens), by_domain)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is stored: sum_LD and gram_LDD in fp32, the token count."""
+        """Return what is stored: sum_LD and gram_LDD in fp32, the token count; sums and tokens by
+        domain where there are some."""
         tokens = torch.tensor([self.tokens], dtype=torch.int64)
-        return {
+        stored = {
             "sum": self.sum_LD.float(),
             "gram": self.gram_LDD.float(),
             "tokens": tokens,
         }
+        if self.by_domain is not None:
+            stored["domain_sum"] = self.by_domain.sum_LMD.float()
+            stored["domain_tokens"] = self.by_domain.tokens_M
+        return stored
 
     def observe(self, ffn: Ffn, layers: Sequence[int] | None = None) -> Ffn:
         """Return an ffn that adds every input x_BTD to the sums before `ffn` handles it.
@@ -71,6 +108,8 @@ class FeatureStatistics:
             with torch.autocast(x_ND.device.type, enabled=False):
                 self.sum_LD[place] += x_ND.sum(0)
                 self.gram_LDD[place] += x_ND.T @ x_ND
+            if self.by_domain is not None:
+                self.by_domain.add(place, x_BTD.detach())
             # a token passes every layer and is counted in the first
             if place == 0:
                 self.tokens += x_ND.shape[0]
@@ -81,7 +120,26 @@ class FeatureStatistics:
     def of_layers(self, layers: Sequence[int]) -> "FeatureStatistics":
         """Return the statistics of some of the layers alone."""
         chosen = list(layers)
-        return FeatureStatistics(self.sum_LD[chosen], self.gram_LDD[chosen], self.tokens)
+        by_domain = None
+        if self.by_domain is not None:
+            by_domain = replace(self.by_domain, sum_LMD=self.by_domain.sum_LMD[chosen])
+        return FeatureStatistics(self.sum_LD[chosen], self.gram_LDD[chosen], self.tokens, by_domain)
+
+    def without(self, gone: Collection[int]) -> "FeatureStatistics":
+        """Return the statistics of the mixture less the domains of those numbers.
+
+        Sums are exact. The mean x x^T stays that of the whole mixture: it says how inputs are
+        spread, not of which class they are, and is not kept by domain, as it is D times as large.
+        Without sums by domain, or with nothing left, the statistics are returned as they are.
+        """
+        if self.by_domain is None:
+            return self
+        left = [m for m in range(len(self.by_domain.tokens_M)) if m not in gone]
+        if not left:
+            return self
+        tokens = int(self.by_domain.tokens_M[left].sum())
+        sum_LD = self.by_domain.sum_LMD[:, left].sum(1)
+        return FeatureStatistics(sum_LD, self.mean_gram_LDD * tokens, tokens)
 
     def on_processor(self) -> "FeatureStatistics":
         """Return these statistics with their sums in main memory, where gates are made."""
@@ -91,6 +149,9 @@ class FeatureStatistics:
     def _move_to(self, device: torch.device) -> None:
         self.sum_LD = self.sum_LD.to(device)
         self.gram_LDD = self.gram_LDD.to(device)
+        if self.by_domain is not None:
+            self.by_domain.sum_LMD = self.by_domain.sum_LMD.to(device)
+            self.by_domain.tokens_M = self.by_domain.tokens_M.to(device)
 
     @property
     def mean_LD(self) -> Tensor:

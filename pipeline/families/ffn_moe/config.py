@@ -121,6 +121,11 @@ class ExpertConfig(FitConfig):
     statistics_tokens: int = Field(
         65_536, ge=1, description="Own tokens summed into the expert's router statistics"
     )
+    statistics_path: Literal["own", "base"] = Field(
+        "own",
+        description="Networks that run while they are summed: the expert's own, or the dummy's, as "
+        "those of the anchor are",
+    )
     # An expert does not depend on which others there are: one can be added without training again
     domains: tuple[DomainName, ...] | None = not_hashed(
         None, "Domains that get an expert, in order; none: all"
@@ -474,6 +479,8 @@ def _not_for_adapters(cfg: FfnMoeConfig) -> list[str]:
     trains = router.steps != 0
     refused = {
         "expert.coordinate: an adapter has no gate to train beside it": cfg.expert.coordinate,
+        "expert.statistics_path: an adapter's text is read by the base in any case; leave it at "
+        "own": cfg.expert.statistics_path != "own",
         "expert.init: an adapter starts from nothing added; leave it at trunk": (
             cfg.expert.init != "trunk"
         ),

@@ -284,16 +284,25 @@ def stored_statistics(cfg: FfnMoeConfig, parts: Parts, anchor: bool) -> list[Fea
     """Return the feature statistics of the stack's experts in order, the dummy's first when
     `anchor`."""
     found = []
-    if anchor:
-        tensors = parts.tensors("train_shared", "statistics.safetensors")
-        everywhere = FeatureStatistics.from_tensors(tensors)
-        # The trunk's are of every layer: it does not know where experts will be
-        layers = expert_layers(cfg, len(everywhere.sum_LD))
-        found.append(everywhere.of_layers(layers))
     for name in cfg.experts:
         tensors = parts.tensors("train_experts", "statistics.safetensors", name)
         found.append(FeatureStatistics.from_tensors(tensors))
-    return found
+    if not anchor:
+        return found
+    tensors = parts.tensors("train_shared", "statistics.safetensors")
+    everywhere = FeatureStatistics.from_tensors(tensors)
+    # The trunk's are of every layer: it does not know where experts will be
+    layers = expert_layers(cfg, len(everywhere.sum_LD))
+    general = everywhere.of_layers(layers)
+    if cfg.expert.statistics_path == "base":
+        general = general.without(_taught(cfg))
+    return [general, *found]
+
+
+def _taught(cfg: FfnMoeConfig) -> list[int]:
+    """Return the numbers of the trunk's domains that have an expert in the stack."""
+    mixed = cfg.trunk.domains or cfg.partition.names
+    return [number for number, domain in enumerate(mixed) if domain in cfg.experts]
 
 
 def _coordinated_rows(cfg: FfnMoeConfig, parts: Parts) -> torch.Tensor:
@@ -322,7 +331,9 @@ def feature_statistics(
     settings = trunk.config
     if layers is None:
         layers = range(settings.num_hidden_layers)
-    statistics = FeatureStatistics.empty(len(layers), settings.hidden_size)
+    # Of an equal mixture row g is of domain g mod n, so its sums can be kept by domain
+    domains = len(rows.domains) if rows.how == "equal" else 0
+    statistics = FeatureStatistics.empty(len(layers), settings.hidden_size, domains)
     observed = statistics.observe(ffn, layers)
     available = min(tokens, rows.tokens())
     wanted = max(1, available // rows.context_tokens)

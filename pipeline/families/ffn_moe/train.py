@@ -118,8 +118,11 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
 
     def export_of(ffn: Ffn) -> dict[str, dict]:
+        # The anchor's are along the dummy: a class that is summed along another network is told
+        # from the anchor's by what ran, and gates then follow what was picked in earlier layers
+        runs = dummy if cfg.expert.statistics_path == "base" else ffn
         statistics = feature_statistics(
-            cfg, trunk, ffn, own_rows, cfg.expert.statistics_tokens, layers, parts.progress
+            cfg, trunk, runs, own_rows, cfg.expert.statistics_tokens, layers, parts.progress
         )
         return {
             "expert.safetensors": own.named(),
