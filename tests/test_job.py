@@ -16,7 +16,7 @@ from pipeline.cloud import ModalEdge
 from pipeline.config.run import RunConfig
 from pipeline.families.load import load
 from pipeline.protocols import quiet
-from pipeline.run import stages
+from pipeline.run import job, stages
 from pipeline.run.advice import sentence
 from pipeline.run.context import StoredParts
 from pipeline.run.job import run_job
@@ -235,3 +235,8 @@ def test_a_stage_without_steps_or_jobs_of_another_family_is_nothing(runs):
     assert cfg.items("train_dense") == cfg.items("preprocess_scan") == ()
     assert runs["ffn_moe"][0].items("preprocess_scan") == ()
     assert list(stages.STEPS) == ["preprocess_scan", "preprocess_encode"]
+
+
+def test_a_package_that_is_not_here_is_left_out_of_what_a_job_was_made_with(monkeypatch):
+    monkeypatch.setattr(job, "PACKAGES", ("torch", "no-such-package"))
+    assert list(job._versions()) == ["torch"]

@@ -48,6 +48,8 @@ RANK = 64  # of low-rank experts and adapters
 class Parts:
     """What a family sees of earlier stages, from the work folder of a benchmark."""
 
+    progress = staticmethod(quiet)
+
     def __init__(self, root: Path, experts: int):
         self.root, self.experts = root, experts
 

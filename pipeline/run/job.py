@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from rich.console import Console
@@ -117,6 +118,16 @@ def _inputs(job: JobContext) -> dict[str, str]:
     return digests
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that are here: a machine that only trains needs no
+    `datasets`."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _make(job: JobContext) -> Manifest:
     started = time.monotonic()
     folder = job.store.begin(job.address)
@@ -130,7 +141,7 @@ def _make(job: JobContext) -> Manifest:
     made = {
         "at": now(),
         "seconds": time.monotonic() - started,
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": _versions(),
     }
     # What a training says of the machine it ran on
     made |= metrics.pop("made", {})
