@@ -153,11 +153,12 @@ def _run(found: Found, results: Results, work: Path, end_s: float) -> None:
         # It, and whatever it has started
         timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
-        for line in process.stdout:
-            if line.startswith("{"):
-                results.add(found, json.loads(line))
-        status = process.wait()
+        with process:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    results.add(found, json.loads(line))
         timer.cancel()
+    status = process.returncode
     found.seconds = time.time() - start_s
     found.ended = "finished"
     if status == -signal.SIGKILL:

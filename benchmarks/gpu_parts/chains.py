@@ -39,7 +39,7 @@ TEXT = (
 FORMS = {
     "full experts": (),
     "low-rank experts": ("expert.form=low_rank", "expert.rank=8"),
-    "adapters": ("expert.form=adapter", "expert.rank=8"),
+    "adapters": ("expert.form=adapter", "expert.rank=8", "router.steps=0", "router.top_k=1"),
 }
 VLM_FILES = ("tiny_vlm.yaml", "tiny_loras.json", "tiny_dataset.yaml", "paraphrases.yaml")
 

@@ -24,7 +24,7 @@ from pipeline.data.text import tokenizer
 from pipeline.data.text.shards import ShardWriter
 from pipeline.families.ffn_moe import bundle as ffn_bundle
 from pipeline.families.ffn_moe import cost
-from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe import family as ffn_moe
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load
 from pipeline.hardware import uses_bf16
@@ -156,6 +156,9 @@ def config(job: Job) -> FfnMoeConfig:
     }
     if job.task in FORMS:
         raw["expert"] |= {"form": job.task, "rank": RANK}
+    if job.task == "adapter":
+        # One for each text, chosen from statistics alone
+        raw["router"] |= {"steps": 0, "top_k": 1, "prompt_tokens": min(64, s.context_tokens)}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(json.dumps(raw))
