@@ -416,6 +416,17 @@ def test_adapters_are_exported_as_they_are_and_nothing_else_is(run, bundled, sta
         family.check_export(run.cfg, ExportWish(format="hf"))
 
 
+def test_one_adapter_is_exported_merged_into_the_trunk(run, bundled, stack, tmp_path):
+    family.export(run.cfg, run, ExportWish(format="expert", expert="beta"), tmp_path, quiet)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids_BT = texts()
+    with torch.no_grad():
+        own_BTV = stack.model.under("beta").hidden(ids_BT) @ stack.model.head.T
+        base_BTV = stack.model.under(None).hidden(ids_BT) @ stack.model.head.T
+        torch.testing.assert_close(merged(ids_BT).logits, own_BTV, rtol=0, atol=1e-5)
+    assert (own_BTV - base_BTV).abs().max() > 1e-3
+
+
 def test_adapters_stand_on_a_pinned_model_in_its_own_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     monkeypatch.setitem(small.MAKERS, "train_experts", family.expert)

@@ -219,6 +219,9 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         "dense": {"dense": True},
         "stack": {},
     }
+    if case != next(iter(CASES)):
+        # The rest is alike, and each is written twice
+        del wishes["anchor"], wishes["dense"]
     # llama.cpp would compute in bf16 with what is stored so
     exact = {"dtype": "fp32"}
     ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))

@@ -18,11 +18,10 @@ from ..parts import expert_layers, stored_trunk
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .job import Job
-from .tensors import expert_tensors, trunk_tensors
+from .tensors import PREFIX, expert_tensors, trunk_tensors
 
 ADAPTERS = "adapters"  # a folder of the export
 BASE = "base"  # and the trunk's, where the Hub does not have it
-PREFIX = "base_model.model."  # of PEFT's names
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 
 

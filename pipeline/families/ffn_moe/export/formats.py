@@ -30,12 +30,15 @@ from .checkpoint import write_checkpoint
 from .job import Job
 from .tensors import (
     Tensors,
+    adapted_tensors,
     all_gates,
     expert_tensors,
     mean_tensors,
     mixture_tensors,
     trunk_tensors,
 )
+
+LORA = "adapter/adapter_model.safetensors"  # of an expert that is an adapter
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,11 @@ def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
         raise ConfigError("--expert and --dense: one expert, or the mean of them; give one")
     if wish.format == "adapters" and wish.dtype:
         raise ConfigError("--dtype: adapters are kept as they are stored; leave it out")
-    if cfg.expert.form == ADAPTER and wish.format != "adapters":
+    if cfg.expert.form == ADAPTER and wish.format != "adapters" and not wish.expert:
         raise ConfigError(
             f"--format {wish.format}: the experts of this run are adapters, each for a whole text, "
-            "which no one model holds; export them with --format adapters"
+            "which no one model holds; export them with --format adapters, or merge one with "
+            "--expert"
         )
     if wish.format == "adapters" and cfg.expert.form == "full":
         raise ConfigError(
@@ -193,6 +197,12 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
     names = (wish.expert,) if wish.expert else cfg.experts
     for name in names:
         addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
+    if wish.expert and cfg.expert.form == ADAPTER:
+        what = f"The trunk with the adapter of the expert {wish.expert} merged into it"
+        lora = parts.tensors("train_experts", LORA, wish.expert)
+        whole = trunk_tensors(trunk) | expert_tensors(dummy)
+        merged = adapted_tensors(whole, lora, cfg.expert.delta_scale)
+        return _dense(trunk, merged, what, wish.expert, addresses, wish.expert)
     # Opened and hashed one by one, so those that are not wanted are left alone
     fewer = cfg.expert.model_copy(update={"domains": names})
     found = dict(stored_experts(cfg.model_copy(update={"expert": fewer}), parts, dummy))

@@ -51,6 +51,7 @@ KEPT = {
 _STORED = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _TORCH = {KEPT[name][0]: dtype for dtype, name in _STORED.items()}
 BLOCK = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0]  # values that share a scale
+ROWS = 4096  # of a matrix that are rounded together
 # Of a layer's experts, all in one tensor E F D
 STACKED = {
     "gate_proj": "ffn_gate_exps",
@@ -162,7 +163,9 @@ def _nbytes(tensor: Streamed, kind: GGMLQuantizationType) -> int:
 def _packed(tensor: Streamed, kind: GGMLQuantizationType) -> np.ndarray:
     """Return a tensor's bytes as the file has them."""
     if kind == GGMLQuantizationType.Q8_0:
-        return quantize(tensor.read().float().cpu().numpy(), kind)
+        rows = tensor.read().flatten(0, -2).split(ROWS)
+        # Some at a time: an embedding in fp32 is larger than all that is done with it
+        return np.concatenate([quantize(some.float().cpu().numpy(), kind) for some in rows])
     values = tensor.read().to(_TORCH[kind])
     return np.frombuffer(raw_bytes(values), np.uint8)
 
@@ -210,13 +213,29 @@ def _stacked(settings: Mapping[str, Any], experts: Experts) -> dict[str, Streame
             own = f"model.layers.{layer}.mlp.{projection}.weight"
             each = [tensors[own] for tensors in experts.tensors]
             shape = (len(each), *each[0].shape)
-            out[f"blk.{layer}.{name}.weight"] = Streamed(shape, each[0].dtype, _stack(each))
+            stacked = Streamed(shape, _widest(each), _stack(each, shape))
+            out[f"blk.{layer}.{name}.weight"] = stacked
     return out
 
 
-def _stack(each: list[Streamed]) -> Callable[[], torch.Tensor]:
+def _stack(each: list[Streamed], shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
     # A function of its own, as one of a loop would have the last layer's tensors
-    return lambda: torch.stack([tensor.read() for tensor in each])
+    def read() -> torch.Tensor:
+        # Put in one after another, so that no second copy of all of them is there
+        stacked = torch.empty(shape, dtype=_widest(each))
+        for place, tensor in zip(stacked, each, strict=True):
+            place.copy_(tensor.read())
+        return stacked
+
+    return read
+
+
+def _widest(each: list[Streamed]) -> torch.dtype:
+    """Return a dtype that loses nothing of any tensor: a kept anchor may be of another."""
+    found = each[0].dtype
+    for tensor in each:
+        found = torch.promote_types(found, tensor.dtype)
+    return found
 
 
 def _describe(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, Streamed]:

@@ -1,6 +1,6 @@
 """The tensors of what is exported, each read from its part of the store when it is written.
 
-D model width, E experts, L layers.
+D model width, E experts, L layers, I numbers in, O out, r rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +13,8 @@ from ....model.low_rank import Delta, LowRankExpert
 from ....model.router import gate_name
 from ....model.trunk import Trunk
 from ....store.streamed import Streamed
+
+PREFIX = "base_model.model."  # of PEFT's names
 
 Tensors = dict[str, Streamed]  # by Hugging Face names
 
@@ -35,6 +37,23 @@ def expert_tensors(expert: Expert) -> Tensors:
             read = _merged(stored, delta, expert.scale)
             whole[name] = Streamed(stored.shape, torch.float32, read)
     return whole
+
+
+def adapted_tensors(
+    whole: Mapping[str, Streamed], lora: Mapping[str, Tensor], scale: float
+) -> Tensors:
+    """Return a dense model's tensors with an adapter added, in fp32 where it adds something.
+
+    lora: by PEFT's names.
+    """
+    out = dict(whole)
+    for name, stored in whole.items():
+        stem = f"{PREFIX}{name.removesuffix('.weight')}"
+        a_rI = lora.get(f"{stem}.lora_A.weight")
+        if a_rI is not None:
+            read = _added(stored, lora[f"{stem}.lora_B.weight"], a_rI, scale)
+            out[name] = Streamed(stored.shape, torch.float32, read)
+    return out
 
 
 def mean_tensors(experts: Sequence[Mapping[str, Streamed]]) -> Tensors:
@@ -64,6 +83,11 @@ def mixture_tensors(
 
 def _streamed(named: Mapping[str, nn.Parameter]) -> Tensors:
     return {name: Streamed.of(parameter) for name, parameter in named.items()}
+
+
+def _added(stored: Streamed, b_Or: Tensor, a_rI: Tensor, scale: float) -> Callable[[], Tensor]:
+    # A function of its own, as one of a loop would have the last name's matrices
+    return lambda: torch.add(stored.read().float(), b_Or @ a_rI, alpha=scale)
 
 
 def _merged(stored: Streamed, delta: Delta, scale: float) -> Callable[[], Tensor]:
