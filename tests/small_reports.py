@@ -28,6 +28,16 @@ JOB = {
     "peak_mb": 812.0,
     "mfu": 0.41,
 }
+SEARCH = {
+    "job": "lr_experts",
+    "lr": 3e-4,
+    "steps": 14,
+    "tried": [
+        {"lr": 1e-4, "nats": 2.75},
+        {"lr": 3e-4, "nats": 2.625},
+        {"lr": 1e-3, "nats": 2.875},
+    ],
+}
 
 
 def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
@@ -164,6 +174,7 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
             }
         ],
         "speed": [dict(JOB)],
+        "rates": [dict(SEARCH)],
         "machine": dict(MACHINE),
         "notes": ["one seed only; see https://example.org for more"],
     }

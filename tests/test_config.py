@@ -55,12 +55,12 @@ def test_all_problems_at_once_each_with_name_and_line(tmp_path):
     text = problems(path, "dense.lr=no")
     assert "(7 problems)" in text
     for line in (
-        "trunk.lr: must be greater than 0 (found -1) [bad.yaml line 3]",
+        "trunk.lr: must be greater than 0 or 'auto' (found -1) [bad.yaml line 3]",
         "trunk.layers: must be a whole number (found 'two') [bad.yaml line 4]",
         "expert.init: must be 'trunk' or 'fresh' (found 'old') [bad.yaml line 7]",
         "rooter: no such setting; did you mean router? [bad.yaml line 8]",
         "router.top_kk: no such setting (found 3); did you mean top_k? [bad.yaml line 13]",
-        "dense.lr: must be a number (found 'no') [--override]",
+        "dense.lr: must be a number or 'auto' (found 'no') [--override]",
         "router.init: rows are learned by coordinated experts; set expert.coordinate: true",
     ):
         assert f"\n  {line}" in text
@@ -100,7 +100,7 @@ def test_lines_are_of_lists_too(tmp_path):
         ("extends: b/back.yaml", "extends itself, by way of a.yaml -> back.yaml"),
         ("trunk:", "trunk: must be a section of its own"),
         ("trunk: {steps: .nan}", "trunk.steps"),
-        ("trunk: {steps: 1, lr: .inf}", "trunk.lr: must be a finite number"),
+        ("trunk: {steps: 1, lr: .inf}", "trunk.lr: must be a finite number or 'auto'"),
     ],
 )
 def test_files_that_cannot_be_read_say_why(tmp_path, text, wanted):

@@ -71,13 +71,15 @@ def test_families_agree_on_the_machine_of_a_stage(stage):
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app, stage):
     flags = inspect.signature(getattr(app, stage).info.raw_f).parameters
-    wanted = stage in ("preprocess", "train_experts", "train_dense")
+    wanted = stage in ("preprocess", "train_experts", "lr_dense", "train_dense")
     assert ("sequential" in flags) == wanted
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_what_each_stage_asks_for(app, stage):
-    info, machine = app.JOBS[stage].info(), getattr(app.CFG.modal, stage)
+    # A search has the container of the training that it is for
+    row = next(iter(stages.ROWS[stage].values()))
+    info, machine = app.JOBS[stage].info(), getattr(app.CFG.modal, row.machine or stage)
     assert [f"{kind}" for kind, _ in info.gpus or ()] == list(machine.gpu)
     assert (info.cpu, info.memory_mib, info.timeout) == (
         machine.cpu,

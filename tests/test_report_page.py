@@ -127,8 +127,8 @@ def test_same_input_same_bytes_and_input_is_left_alone():
 def test_the_best_of_each_column_is_marked():
     text = bare(language_report())
     assert "oracle expert" in text
-    # mean, three domains, perplexity, and the best number of active experts
-    assert len(re.findall('class="best"', text)) == 6
+    # mean, three domains, perplexity, the best number of active experts, the rate that was taken
+    assert len(re.findall('class="best"', text)) == 7
 
 
 def test_a_win_is_always_drawn_with_its_axis():

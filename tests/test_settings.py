@@ -27,7 +27,13 @@ from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
 from pipeline.train import loop, memory_plan
-from tests import small, test_adapter_experts, test_foreign_tokenizers, test_wiring
+from tests import (
+    small,
+    test_adapter_experts,
+    test_foreign_tokenizers,
+    test_lr_search,
+    test_wiring,
+)
 from tests.test_trunk import whole
 
 LABELS = ("a", "b")
@@ -325,6 +331,8 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "router.threshold": "test_prompt_tokens_and_threshold_reach_the_router",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
     "evaluate.bootstrap": "test_documents_are_resampled_as_often_as_asked",
+    "lrsearch.share": "test_a_search_is_planned_at_a_share_of_its_trainings",
+    "lrsearch.steps": "test_steps_of_each_rate_can_be_given",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     **{
         f"{section}.{name}": "test_means_reach_their_training"
@@ -338,7 +346,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
-SHOWN_IN = (test_wiring, test_foreign_tokenizers, test_adapter_experts)
+SHOWN_IN = (test_wiring, test_foreign_tokenizers, test_adapter_experts, test_lr_search)
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")
 

@@ -5,11 +5,14 @@ by the stage its section is named after, or leaves its result as it is to the la
 leaves that stage's artifacts alone.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .base import Section, Share, not_hashed
+
+SEARCHED = "auto"  # a rate that is found by short trainings before the training itself
+LearningRate = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
 class FitConfig(Section):
@@ -47,7 +50,9 @@ class FitConfig(Section):
     compile: bool = Field(
         False, description="torch.compile the forward pass (needs a C++ compiler; about a minute)"
     )
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
+    lr: LearningRate = Field(
+        1e-3, description="Peak learning rate; auto: found by short trainings first (lr_search)"
+    )
     min_lr_share: Share = Field(0.1, description="Learning rate at the end as a share of the peak")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field(
@@ -66,6 +71,14 @@ class FitConfig(Section):
         0, ge=0, description="Evaluations without improvement before stopping; 0: never"
     )
     keep: Literal["best", "last"] = Field("best", description="State that becomes the artifact")
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, of a training whose rate is known."""
+        if isinstance(self.lr, str):
+            # Whoever makes a Task has put the rate that was found in its place
+            raise AssertionError("a training whose rate nobody has searched")
+        return self.lr
 
     def resolve_steps(self, context_tokens: int, epoch_tokens: int) -> int:
         """Return optimizer steps, whichever way the duration was given.
@@ -105,3 +118,18 @@ class FitConfig(Section):
                 f"batch_sequences {self.batch_sequences}, not {self.micro_batch_sequences}"
             )
         return self
+
+
+class LrSearchConfig(Section):
+    """How a rate that is `auto` is found: each of a few rates trains for a few steps, and the one
+    with the lowest validation loss is taken."""
+
+    share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Training tokens of a search as a share of the trainings that it is for",
+    )
+    steps: int | None = Field(
+        None, ge=1, description="Steps of each rate; none: what share allows, at least a few"
+    )

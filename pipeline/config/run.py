@@ -103,6 +103,8 @@ class RunConfig(Section):
         row = self.stages.get(stage)
         if row is None or row.step_of is not None:
             return ()
+        if row.when is not None and not getattr(self, row.when):
+            return ()
         if row.items is None:
             return (None,)
         found: Any = self
@@ -116,10 +118,16 @@ class RunConfig(Section):
         found: list[JobKey] = []
         for need in row.needs:
             if need in row.needs_own:
-                found.append((need, item))
+                own = self.own_item(need, item)
+                if own in self.items(need):
+                    found.append((need, own))
             else:
                 found += [(need, each) for each in self.items(need)]
         return found
+
+    def own_item(self, need: str, item: str | None) -> str | None:
+        """Return which job of a stage is an item's own, where others are not read."""
+        return item
 
     def content(self, stage: str, item: str | None) -> dict:
         """Return what a job's address holds of this configuration: everything that its result

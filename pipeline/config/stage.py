@@ -16,7 +16,7 @@ Kind = Literal["files", "training", "report", "bundle"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One row. Of its fields, `name items needs reads reads_also version` decide addresses."""
+    """One row. Of its fields, `name items when needs reads reads_also version` decide addresses."""
 
     name: str
     help: str
@@ -26,6 +26,8 @@ class Stage:
     check: str = ""
     # property of the configuration with its jobs' names, may be dotted; none: the stage is one job
     items: str | None = None
+    # property of the configuration: whether a stage that is one job has it; none: it always has
+    when: str | None = None
     # stages whose artifacts a job reads, in order: every job of them
     needs: tuple[str, ...] = ()
     # those of `needs` of which a job reads only the one of its own item

@@ -53,6 +53,12 @@ def figures(value: object) -> str:
     return _minus(f"{number:,.{places}f}")
 
 
+def rate(value: object) -> str:
+    """Return a learning rate as people write it, or a dash."""
+    number = finite(value)
+    return DASH if number is None else f"{number:g}"
+
+
 def count(value: object) -> str:
     """Write a count in steps of a thousand: 812, 33.6 k, 1.05 M, 67 G."""
     number = finite(value)

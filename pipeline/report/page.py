@@ -133,6 +133,7 @@ def _common_sections(
     speed = _block("bars", bars(report)) + _table(run_facts.speed(report))
     model = _block("fact_list", run_facts.model_facts(report))
     if isinstance(report, LanguageReport):
+        charts += _table(language.rates(report))
         model += _table(language.data(report))
     notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")
     return [

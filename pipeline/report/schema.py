@@ -79,6 +79,22 @@ class JobSpeed(ReportPart):
         )
 
 
+class TriedRate(ReportPart):
+    """A learning rate that a search tried."""
+
+    lr: float
+    nats: float | None = Field(description="validation loss at its end; None where it diverged")
+
+
+class RateSearch(ReportPart):
+    """How a learning rate that was left open was found."""
+
+    job: str = Field(description="stage and item")
+    lr: float = Field(description="the rate that was taken")
+    steps: int = Field(description="training steps of each rate")
+    tried: tuple[TriedRate, ...]
+
+
 class MachineFacts(ReportPart):
     """What timings and roundings must be read with; the values of `hardware.machine`."""
 
@@ -299,6 +315,7 @@ class LanguageReport(BaseReport):
     active: tuple[ActiveRow, ...] = Field((), description="one to all experts per token")
     matrix: DomainMatrix | None = Field(None, description="who is good at what")
     wins: tuple[Win, ...] = ()
+    rates: tuple[RateSearch, ...] = Field((), description="learning rates that were searched")
     continuations: tuple[Continuation, ...] = Field((), description="texts, as they are written on")
 
     @property

@@ -60,6 +60,7 @@ def _show_language(report: LanguageReport, console: Console) -> None:
         language.active,
         language.wins,
         language.continuations,
+        language.rates,
     ):
         _print(console, table(report))
 

@@ -1,15 +1,17 @@
 """A training stage, whatever is trained: the family says what a Task is, this fits it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..hardware import fastest_threads, machine
+from ..hardware import fastest_threads, machine, uses_bf16
 from ..store.artifacts import save_tensors, write_text
 from ..store.history import Recorder
 from ..store.reading import reading, sealed, unsealed
-from ..train.loop import NoTraining, Task, TrainIO, fit
+from ..train.loop import HistoryWriter, NoTraining, Task, TrainIO, fit
+from ..train.lr_search import FOUND, Search, search
 from ..train.memory_meter import Peak, lower_mmap_threshold
 from ..train.optimizer_state import import_int8
 from ..train.thread_watch import ThreadWatch
@@ -31,6 +33,8 @@ def train(job: JobContext) -> dict:
     task = make_task(job.cfg, job.parts)
     if isinstance(task, NoTraining):
         return task.write(job.folder) | peak.report()
+    if isinstance(task, Search):
+        return search_rate(job, task, peak, watch)
     former = former_checkpoint(job.parts.addresses, job.stage, job.item, job.store)
     if former:
         job.progress(former, None)
@@ -76,11 +80,50 @@ def _noted_threads(note: Path) -> tuple[tuple[int, ...], float] | None:
     return (had, first_s) if 0 <= first_s < float("inf") else None
 
 
-def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None = None) -> dict:
-    """Fit a task and write what it exports; return metrics."""
+class _Told(HistoryWriter):
+    """Tells a search's steps to a person; nothing of them is kept."""
+
+    def __init__(self, job: JobContext, rate: float, before: int, rates: int, steps: int):
+        self.progress = job.progress
+        self.text = f"{job.name}: rate {rate:g}, {before + 1} of {rates}"
+        self.before_steps = before * steps
+        self.all_steps = rates * steps
+
+    def start(self, step: int) -> None:
+        """Begin a rate."""
+        self.progress(self.text, self.before_steps / self.all_steps)
+
+    def row(self, row: dict) -> None:
+        """Tell how far the search is."""
+        self.progress(self.text, (self.before_steps + row["step"]) / self.all_steps)
+
+    def note(self, text: str) -> None:
+        """Tell something on the way."""
+        self.progress(text, None)
+
+
+def search_rate(job: JobContext, wanted: Search, peak: Peak, watch: ThreadWatch | None) -> dict:
+    """Find a rate and write it with all that were tried; return metrics."""
+
+    def tell(rate: float, before: int, rates: int) -> HistoryWriter:
+        return _Told(job, rate, before, rates, wanted.steps)
+
+    io = _io(job, tell(wanted.middle, 0, 1), peak, watch)
+    found, metrics = search(wanted, io, tell)
+    write_text(job.folder / FOUND, json.dumps(asdict(found), indent=1))
+    return {
+        "lr": found.lr,
+        "losses": {f"{each.lr:g}": each.valid_nats for each in found.tried},
+        **metrics,
+        **peak.report(),
+        "made": {"machine": machine(torch.get_num_threads(), uses_bf16(job.cfg.dtype))},
+    }
+
+
+def _io(job: JobContext, recorder: HistoryWriter, peak: Peak, watch: ThreadWatch | None) -> TrainIO:
+    """Return where a training of this job keeps its checkpoints and reports."""
     runtime = job.cfg.runtime
-    recorder = _recorder(job, task.steps)
-    io = TrainIO(
+    return TrainIO(
         job.store.resume(job.address),
         recorder,
         job.store.publish,
@@ -93,6 +136,12 @@ def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None 
         peak=peak,
         watch=watch,
     )
+
+
+def fit_task(job: JobContext, task: Task, peak: Peak, watch: ThreadWatch | None = None) -> dict:
+    """Fit a task and write what it exports; return metrics."""
+    recorder = _recorder(job, task.steps)
+    io = _io(job, recorder, peak, watch)
     try:
         metrics = fit(task, io)
     except BaseException:

@@ -113,6 +113,7 @@ class TrainIO:
     address: str = ""  # of what is trained; empty: unknown, and nobody compares
     peak: Peak = field(default_factory=Peak)  # made before the network was loaded, to count it
     watch: ThreadWatch | None = None  # none: the threads stay as they are
+    resumable: bool = True  # False: so short that it is made again, and no checkpoint is written
 
 
 def lr_at(step: int, steps: int, opts: FitConfig) -> float:
@@ -121,12 +122,12 @@ def lr_at(step: int, steps: int, opts: FitConfig) -> float:
     # A warm-up longer than the training would end it far below the rate that was asked for
     warmup_steps = min(opts.warmup_steps, steps)
     if step < warmup_steps:
-        return opts.lr * (step + 1) / warmup_steps
+        return opts.rate * (step + 1) / warmup_steps
     if opts.schedule == "constant":
-        return opts.lr
+        return opts.rate
     share = (step - warmup_steps) / max(1, steps - warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * share))
-    return opts.lr * (opts.min_lr_share + (1 - opts.min_lr_share) * cosine)
+    return opts.rate * (opts.min_lr_share + (1 - opts.min_lr_share) * cosine)
 
 
 def fit(task: Task, io: TrainIO) -> dict[str, Any]:
@@ -144,7 +145,9 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
     clock = _StepClock(next(iter(task.parameters.values())).device)
     optimizer = AdamW(task.parameters, opts, task.bf16_params, plan.moments)
-    run = restore(io.slots, task, optimizer, io.recorder.note, io.inputs, io.address)
+    run = None
+    if io.resumable:
+        run = restore(io.slots, task, optimizer, io.recorder.note, io.inputs, io.address)
     if run is None:
         run = TrainState(
             start_checksums=_checksums(task, optimizer),
@@ -201,17 +204,18 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             out_of_patience = opts.patience and run.evaluations_since_best >= opts.patience
             done = run.step >= task.steps or out_of_patience
             waited_s = time.monotonic() - saved_at_s
-            if done or stop.is_set() or waited_s >= io.save_every_s:
+            saves = done or stop.is_set() or waited_s >= io.save_every_s
+            if saves and io.resumable:
                 run.peak_bytes, run.host_peak_bytes = io.peak.reached()
                 with translate_disk_errors(io.slots):
                     save(io.slots, task, optimizer, run)
                 io.publish()
                 saved_at_s = time.monotonic()
                 clock.lap("save")
-            if stop.is_set() and not done:
-                raise Interrupted(
-                    f"{io.name}: stopped and saved at step {run.step} of {task.steps}"
-                )
+            # One of several short trainings may be done while the job is not
+            if stop.is_set() and not (done and io.resumable):
+                how = "stopped and saved" if io.resumable else "stopped"
+                raise Interrupted(f"{io.name}: {how} at step {run.step} of {task.steps}")
             if done:
                 break
 

@@ -42,7 +42,7 @@ class AdamW:
         moments: str = "fp32",
     ):
         self.parameters = parameters
-        self.lr = opts.lr
+        self.lr = opts.rate
         self.beta2 = opts.beta2
         self.weight_decay = opts.weight_decay
         self.steps = 0

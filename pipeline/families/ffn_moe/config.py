@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ...config.base import DURATIONS, PACKAGE, Section, Share, is_folder, not_hashed
-from ...config.fit import FitConfig
+from ...config.fit import SEARCHED, FitConfig, LearningRate, LrSearchConfig
 from ...config.labels import DomainName
 from ...config.paths import path_field
 from ...config.stage import Stage, fields
@@ -274,8 +274,10 @@ class DenseConfig(Section):
         "path; ffn: total, but only its FFN trains; wide: same active parameters, from zero; "
         "scratch: total, from zero",
     )
-    lr: float | None = Field(
-        None, gt=0, description="Peak learning rate of continued baselines; none: expert.lr"
+    lr: LearningRate | None = Field(
+        None,
+        description="Peak learning rate of continued baselines; none: expert.lr, found for them "
+        "where that is auto",
     )
 
 
@@ -315,6 +317,9 @@ class FfnMoeConfig(TextRunConfig):
     expert: ExpertConfig = Field(ExpertConfig(steps=200), description="Each expert")
     router: RouterConfig = Field(RouterConfig(steps=50), description="The gates")
     dense: DenseConfig = Field(DenseConfig(), description="Baselines")
+    lr_search: LrSearchConfig = Field(
+        LrSearchConfig(), description="How learning rates that are auto are found"
+    )
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report")
 
     @model_validator(mode="before")
@@ -332,6 +337,39 @@ class FfnMoeConfig(TextRunConfig):
     def experts(self) -> tuple[str, ...]:
         """Domains that get an expert, in stack order."""
         return self.expert.domains or self.partition.names
+
+    @property
+    def searches_shared(self) -> bool:
+        """Whether the trunk's rate is searched."""
+        return _searches(self.trunk)
+
+    @property
+    def searches_experts(self) -> bool:
+        """Whether the experts' rate is searched."""
+        return _searches(self.expert)
+
+    @property
+    def searches_router(self) -> bool:
+        """Whether the gates' rate is searched."""
+        return _searches(self.router)
+
+    @property
+    def searches_dense(self) -> tuple[str, ...]:
+        """The searches for continued baselines' rates: one for each choice of weights."""
+        lr = self.dense.lr or self.expert.lr
+        if lr != SEARCHED:
+            return ()
+        continued = [name for name in self.dense.baselines if name not in FROM_ZERO]
+        kinds = [self.own_item("lr_dense", name) for name in continued]
+        return tuple(kind for kind in ("all", "ffn") if kind in kinds)
+
+    def own_item(self, need: str, item: str | None) -> str | None:
+        """Return which job of a stage is an item's own, where others are not read."""
+        if need == "lr_dense" and item in FROM_ZERO:
+            return None  # these train at the trunk's rate
+        if need == "lr_dense":
+            return "ffn" if item == "ffn" else "all"
+        return super().own_item(need, item)
 
     def shards_read(self, _item: None) -> dict:
         """Return what shards depend on beside their settings: how documents are led."""
@@ -419,6 +457,11 @@ def _values(raw: Any, section: str) -> dict[str, Any]:
 def _is_here(name: str) -> bool:
     """Whether a model's name means something of this machine."""
     return name.startswith(PACKAGE) or Path(name).exists()
+
+
+def _searches(fit: FitConfig) -> bool:
+    """Whether something is trained whose rate is not known."""
+    return fit.lr == SEARCHED and fit.steps != 0
 
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:

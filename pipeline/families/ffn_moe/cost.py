@@ -1,6 +1,7 @@
 """What each job of an ffn_moe run will spend: tokens, parameters, operations, memory."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 
 from ...config.fit import FitConfig
@@ -11,7 +12,8 @@ from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import ADAPTER, FfnMoeConfig
 from .pretrained import stated_settings
-from .stages import FROM_ZERO
+from .rates import PLANNED_RATES, in_small, search_of, trained_by
+from .stages import FROM_ZERO, SEARCHES
 
 # of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
@@ -32,6 +34,10 @@ def stage_tokens(
     """
     if stage == "train_dense":
         return _dense_tokens(cfg, item, domain_tokens)
+    if stage in SEARCHES.values():
+        opts, _ = search_settings(cfg, stage, item, domain_tokens)
+        steps = opts.resolve_steps(cfg.trunk.context_tokens, 0)
+        return PLANNED_RATES * steps * opts.batch_sequences * cfg.trunk.context_tokens
     opts, _ = _settings(cfg, stage, item)
     domains: Sequence[str]
     if stage == "train_shared":
@@ -74,13 +80,34 @@ def dense_options(cfg: FfnMoeConfig, item: str, domain_tokens: Mapping[str, int]
     return base.model_copy(update={"steps": steps, "epochs": None, "tokens": None, "lr": lr})
 
 
+def search_settings(
+    cfg: FfnMoeConfig, search: str, item: str | None, domain_tokens: Mapping[str, int]
+) -> tuple[FitConfig, Trains]:
+    """Return the settings of a search's short trainings, whose rate is still open, and what they
+    move.
+
+    Raises KeyError for a duration in epochs over a domain that was not counted.
+    """
+    opts, trains = _settings(cfg, search, item)
+    stage = trained_by(search)
+    if stage in ("train_shared", "train_router"):
+        tokens = stage_tokens(cfg, stage, None, domain_tokens)
+        return in_small(cfg, opts, tokens, 1), trains
+    # An expert for every domain there is: which of them get one is no part of the search
+    domains = cfg.partition.names
+    counted = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
+    return in_small(cfg, opts, sum(counted), len(domains)), trains
+
+
 def dense_width(cfg: FfnMoeConfig, item: str) -> int:
     """Return the feed-forward width of a dense baseline that starts from zero."""
     return cfg.trunk.d_ff * (cfg.router.top_k if item == "wide" else 1)
 
 
 def _settings(cfg: FfnMoeConfig, stage: str, item: str | None) -> tuple[FitConfig, Trains]:
-    """Return the settings that a training goes by, and what it moves."""
+    """Return the settings that a training goes by, or that a search is for, and what it moves."""
+    if stage in SEARCHES.values():
+        stage = trained_by(stage)
     if stage == "train_shared":
         return cfg.trunk, "all"
     if stage == "train_experts":
@@ -143,7 +170,7 @@ def cost(
     name = f"{stage}-{item}" if item else stage
     plan = memory_plan(cfg, opts, shape, trains, bf16, name)
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
-    return JobCost.of(
+    found = JobCost.of(
         stage,
         item,
         tokens=tokens,
@@ -162,6 +189,21 @@ def cost(
             cfg.trunk.is_pinned,
         ),
     )
+    if stage in SEARCHES.values():
+        return _of_rates(found, opts, shape)
+    search = search_of(cfg, stage, item)
+    if search is None:
+        return found
+    return replace(found, summary=f"{found.summary}; lr from {search[0]}")
+
+
+def _of_rates(found: JobCost, opts: FitConfig, shape: Shape) -> JobCost:
+    """Return the cost of a search, each of whose rates ends with a validation."""
+    summary = f"{found.summary}; {PLANNED_RATES} rates"
+    if found.flops is None:
+        return replace(found, summary=summary)
+    judged = PLANNED_RATES * opts.eval_tokens * shape.forward_flops_per_token()
+    return replace(found, summary=summary, flops=found.flops + judged)
 
 
 def expert_shape(cfg: FfnMoeConfig, shape: Shape) -> ExpertShape | None:

@@ -12,11 +12,22 @@ import numpy as np
 from ...metrics.bootstrap import LEAST_UNITS
 from ...metrics.language import verdict
 from ...report.format import beside_limit, limit, places, reaches
-from ...report.schema import Criterion, JobSpeed, QualityRow, TextCounts, TokenRouting, Win
+from ...report.schema import (
+    Criterion,
+    JobSpeed,
+    QualityRow,
+    RateSearch,
+    TextCounts,
+    TokenRouting,
+    TriedRate,
+    Win,
+)
 from .. import Parts
 from .config import FfnMoeConfig
 from .evaluator import Evaluator, NetworkRow
 from .parts import batch_of, token_loss, training_rows
+from .rates import found_rate
+from .stages import SEARCHES
 
 TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all domains together
 
@@ -156,11 +167,24 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
     jobs += [("train_experts", name) for name in cfg.experts]
     jobs.append(("train_router", None))
     jobs += [("train_dense", name) for name in cfg.dense.baselines]
+    jobs += [(stage, item) for stage in SEARCHES.values() for item in cfg.items(stage)]
     out = []
     for stage, item in jobs:
         name = f"{stage} {item}" if item else stage
         metrics = parts.manifest(stage, item).metrics
         out.append(JobSpeed.from_metrics(name, metrics))
+    return out
+
+
+def rates(cfg: FfnMoeConfig, parts: Parts) -> list[RateSearch]:
+    """Return what each search of a learning rate tried, from their artifacts."""
+    out = []
+    for stage in SEARCHES.values():
+        for item in cfg.items(stage):
+            found = found_rate(parts, stage, item)
+            tried = [TriedRate(lr=each.lr, nats=each.valid_nats) for each in found.tried]
+            name = f"{stage} {item}" if item else stage
+            out.append(RateSearch(job=name, lr=found.lr, steps=found.steps, tried=tried))
     return out
 
 

@@ -32,7 +32,7 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .continuations import RIVALS, ContinuationWriter
 from .cost import expert_shape
-from .criteria import criteria, notes, speed, wins
+from .criteria import criteria, notes, rates, speed, wins
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .networks import SOUP, TRUNK, network_rows, stack_row
 from .parts import (
@@ -86,6 +86,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         matrix=_matrix(evaluator, networks),
         wins=wins(quality, TRUNK),
         speed=speed(cfg, parts),
+        rates=rates(cfg, parts),
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
         notes=notes(cfg, parts.manifest("preprocess").metrics, counts),
         criteria=criteria(cfg, evaluator, networks, token_routing),

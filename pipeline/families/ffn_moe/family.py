@@ -20,6 +20,7 @@ from . import cost as ffn_cost
 from .bundle import bundle as bundle_mixture
 from .bundle import reassemble as reassemble_mixture
 from .config import ADAPTER, FfnMoeConfig
+from .lr_search import lr_dense, lr_experts, lr_router, lr_shared
 from .preflight import preflight
 from .stack import assemble as assemble_mixture
 from .train import dense, shared
@@ -40,6 +41,10 @@ __all__ = [
     "expert",
     "export",
     "look_at_documents",
+    "lr_dense",
+    "lr_experts",
+    "lr_router",
+    "lr_shared",
     "measure",
     "preflight",
     "prepare",

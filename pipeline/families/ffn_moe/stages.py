@@ -24,6 +24,15 @@ BASELINE_READS: dict[str | None, tuple[str, ...]] = {
 
 # Dense baselines that do not continue the trunk
 FROM_ZERO = ("wide", "scratch")
+# Of a search, by the stage whose rate it finds
+SEARCHES = {
+    "train_shared": "lr_shared",
+    "train_experts": "lr_experts",
+    "train_router": "lr_router",
+    "train_dense": "lr_dense",
+}
+# A baseline's length and rate are what it is searched without
+_AS_BASELINES = tuple(f"expert.{key}" for key in _FITTED if key != "lr")
 
 
 def _dense_settings(item: str | None) -> str:
@@ -56,16 +65,43 @@ STAGES = table(
         reads_also="shards_read",
         secrets=("hub", "storage"),
     ),
+    # Searches have no jobs where a rate is a number, so that addresses of such runs know none
+    Stage(
+        "lr_shared",
+        "find the trunk's learning rate, where it is auto",
+        "family.lr_shared",
+        kind="training",
+        when="searches_shared",
+        needs=("preprocess",),
+        reads=(*_TRAINED, "trunk", "lr_search"),
+        settings="trunk",
+        machine="train_shared",
+        secrets=("wandb", "hub"),
+        after=("preprocess",),
+    ),
     Stage(
         "train_shared",
         "train the shared trunk with its temporary feed-forward network, the dummy",
         "family.shared",
         kind="training",
-        needs=("preprocess",),
+        needs=("preprocess", "lr_shared"),
         reads=(*_TRAINED, "trunk"),
         settings="trunk",
         secrets=("wandb", "hub"),
-        after=("preprocess",),
+        after=("preprocess", "lr_shared"),
+    ),
+    # On all domains mixed: which of them get an expert is no part of it, so that one can be added
+    Stage(
+        "lr_experts",
+        "find the learning rate of all experts on all domains mixed, where it is auto",
+        "family.lr_experts",
+        kind="training",
+        when="searches_experts",
+        needs=("preprocess", "train_shared"),
+        reads=(*_TRAINED, "expert", "partition.overlap", "lr_search"),
+        settings="expert",
+        machine="train_experts",
+        secrets=("wandb", "hub"),
     ),
     Stage(
         "train_experts",
@@ -73,9 +109,22 @@ STAGES = table(
         "family.expert",
         kind="training",
         items="experts",
-        needs=("preprocess", "train_shared"),
+        needs=("preprocess", "train_shared", "lr_experts"),
         reads=(*_TRAINED, "expert", "partition.overlap"),
         settings="expert",
+        secrets=("wandb", "hub"),
+        after=("lr_experts",),
+    ),
+    Stage(
+        "lr_router",
+        "find the gates' learning rate, where it is auto",
+        "family.lr_router",
+        kind="training",
+        when="searches_router",
+        needs=("preprocess", "train_shared", "train_experts"),
+        reads=(*_TRAINED, "router", "trunk.anchor", "lr_search"),
+        settings="router",
+        machine="train_router",
         secrets=("wandb", "hub"),
     ),
     Stage(
@@ -83,10 +132,23 @@ STAGES = table(
         "join the experts: train the gates alone, from a closed form",
         "family.router",
         kind="training",
-        needs=("preprocess", "train_shared", "train_experts"),
+        needs=("preprocess", "train_shared", "train_experts", "lr_router"),
         reads=(*_TRAINED, "router", "trunk.anchor"),
         settings="router",
         secrets=("wandb", "hub"),
+        after=("lr_router",),
+    ),
+    Stage(
+        "lr_dense",
+        "find the learning rate of continued baselines by what they train, where it is auto",
+        "family.lr_dense",
+        kind="training",
+        items="searches_dense",
+        needs=("preprocess", "train_shared"),
+        reads=(*_TRAINED, *_AS_BASELINES, "lr_search"),
+        settings="dense",
+        machine="train_dense",
+        secrets=("wandb",),
     ),
     Stage(
         "train_dense",
@@ -94,18 +156,28 @@ STAGES = table(
         "family.dense",
         kind="training",
         items="dense.baselines",
-        needs=("preprocess", "train_shared"),
+        needs=("preprocess", "train_shared", "lr_shared", "lr_dense"),
+        # Of the searches the one for as much as it trains, whichever others are compared
+        needs_own=("lr_dense",),
         reads=(*_TRAINED, "expert.domains"),
         reads_also="dense_reads",
         settings=_dense_settings,
         secrets=("wandb",),
+        after=("lr_dense",),
     ),
     Stage(
         "evaluate",
         "measure the stack, write report.json and report.html, print the tables",
         "family.measure",
         kind="report",
-        needs=("preprocess", "train_shared", "train_experts", "train_router", "train_dense"),
+        needs=(
+            "preprocess",
+            "train_shared",
+            "train_experts",
+            "train_router",
+            "train_dense",
+            *SEARCHES.values(),
+        ),
         # The run's name stands in the report
         reads=("name", "evaluate"),
         version=2,  # the report is of a schema

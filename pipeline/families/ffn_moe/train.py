@@ -47,6 +47,7 @@ from .parts import (
     training_trunk,
 )
 from .pinning import write_pin
+from .rates import known
 from .stages import FROM_ZERO
 
 LEAST_SHARE = 1e-9  # of an expert in the logarithm of the history's entropy
@@ -58,6 +59,7 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
 
     Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
     """
+    cfg = known(cfg, parts, "train_shared")
     shards = Shards(parts.folder("preprocess"))
     domains = cfg.trunk.domains or shards.domains
     if cfg.trunk.is_pinned:
@@ -101,6 +103,12 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
 def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return one expert's training: its own feed-forward networks on its own domain, the trunk
     frozen."""
+    return expert_task(known(cfg, parts, "train_experts", item), parts, item, (item,))
+
+
+def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[str]) -> Task:
+    """Return the training of an expert of some domains, each as often; `item` is whose seeds it
+    has."""
     shards = Shards(parts.folder("preprocess"))
     trunk, dummy = training_trunk(cfg, parts)
     torch.manual_seed(cfg.seed_of("expert", item))
@@ -110,12 +118,13 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         cfg,
         shards,
         f"expert {item}",
-        (item,),
+        domains,
+        how="equal",
         general=cfg.trunk.domains or shards.domains,
         general_share=cfg.partition.overlap,
     )
     # Statistics are of the domain alone, whatever general text the expert trains on beside it
-    own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
+    own_rows = training_rows(cfg, shards, f"statistics {item}", domains, how="equal")
 
     def export_of(ffn: Ffn) -> dict[str, dict]:
         # The anchor's are along the dummy: a class that is summed along another network is told
@@ -136,7 +145,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         trunk=trunk,
         trains="expert" if cfg.expert.delta_rank or cfg.expert.layers != "all" else "ffn",
         rows=rows,
-        judged_on=(item,),
+        judged_on=domains,
     )
     parameters = own.named()
     # Deltas are too small to gain by bf16, and what multiplies a zero has no gradient at first
@@ -181,6 +190,7 @@ def _new_expert(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> Expe
 
 def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     """Return the gates' training: everything else frozen, on all domains mixed."""
+    cfg = known(cfg, parts, "train_router")
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("router"))
     trunk, dummy = training_trunk(cfg, parts)
@@ -256,9 +266,19 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
 def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return one dense baseline's training; see DenseConfig.baselines for what each has in common
     with the stack."""
+    cfg = known(cfg, parts, "train_dense", item)
+    shards = Shards(parts.folder("preprocess"))
+    opts = dense_options(cfg, item, training_tokens(shards))
+    return dense_task(cfg, parts, item, opts, cfg.experts)
+
+
+def dense_task(
+    cfg: FfnMoeConfig, parts: Parts, item: str, opts: FitConfig, domains: Sequence[str]
+) -> Task:
+    """Return the training of a dense model on some domains; a continued one is known by what it
+    trains."""
     shards = Shards(parts.folder("preprocess"))
     torch.manual_seed(cfg.seed_of("dense", item))
-    domains = cfg.experts
     if item in FROM_ZERO:
         trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
         trunk_domains = cfg.trunk.domains or shards.domains
@@ -287,7 +307,7 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 
     return text_task(
         cfg,
-        dense_options(cfg, item, training_tokens(shards)),
+        opts,
         trunk=trunk,
         ffn=ffn,
         trains="ffn" if item == "ffn" else "all",

@@ -3,6 +3,7 @@
 B sequences, T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from ... import Parts
 from ...adapters import peft_io
 from ..config import FfnMoeConfig
 from ..parts import training_rows
+from ..rates import known
 from ..train import text_task
 from .model import Options, base_ref, training_base
 from .statistics import text_statistics
@@ -22,6 +24,12 @@ from .statistics import text_statistics
 def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return one adapter's training: a LoRA on the language model, on its own domain, the model
     frozen."""
+    return expert_task(known(cfg, parts, "train_experts", item), parts, item, (item,))
+
+
+def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[str]) -> Task:
+    """Return the training of an adapter on some domains, each as often; `item` is its name, and
+    whose seeds it has."""
     shards = Shards(parts.folder("preprocess"))
     base = training_base(cfg, parts)
     # The first weights are drawn from torch's generator
@@ -33,7 +41,8 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         cfg,
         shards,
         f"expert {item}",
-        (item,),
+        domains,
+        how="equal",
         general=cfg.trunk.domains or shards.domains,
         general_share=cfg.partition.overlap,
     )
@@ -41,7 +50,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     def export(_kept_step: int) -> dict[str, dict]:
         # Of the domain alone, and as the base reads it: texts are routed before an adapter has
         # read them
-        own_rows = training_rows(cfg, shards, f"statistics {item}", (item,))
+        own_rows = training_rows(cfg, shards, f"statistics {item}", domains, how="equal")
         with peft_io.active(adapters, None):
             statistics = text_statistics(
                 cfg, base, own_rows, cfg.expert.statistics_tokens, parts.progress
@@ -57,7 +66,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
         trains="adapter",
         parameters=parameters,
         rows=rows,
-        judged_on=(item,),
+        judged_on=domains,
         export=export,
     )
     # lora_B is zero in the first step, and so is every gradient of lora_A

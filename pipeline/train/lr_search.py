@@ -1,0 +1,122 @@
+"""Which learning rate a training gets when nobody says: a few of them, each for a few steps.
+
+Every rate starts from the same weights, sees the same rows and is judged on the same validation
+text, with a whole schedule in small, so that it ends as the training will. Nothing is kept of it
+but its losses, and one is let go of before the next is made.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import NotFiniteError, PipelineError
+from .loop import HistoryWriter, Task, TrainIO, fit
+from .memory_meter import trim_heap
+
+FOUND = "lr.json"  # what a search leaves
+FIRST_RATES = 3  # that every search tries: the middle one and its neighbours
+MOST_RATES = 7  # three decades: whatever is best beyond them has another fault
+# Of a finished rate's metrics those that add up
+ADDED = ("tokens", "seconds", "training_s", "evaluate_s")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A rate to be found instead of a training to be done."""
+
+    task: Callable[[float], Task]  # the short training at a rate, its network opened anew
+    middle: float  # the rate that the first ones lie around
+    steps: int  # of each rate
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A rate and what came of it; None where the loss was not finite on the way."""
+
+    lr: float
+    valid_nats: float | None
+    train_nats: float | None
+
+    @property
+    def loss(self) -> float:
+        """The loss that rates are compared by."""
+        return math.inf if self.valid_nats is None else self.valid_nats
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search leaves: equal searches leave equal bytes."""
+
+    lr: float
+    steps: int  # of each rate
+    tried: tuple[Tried, ...]  # by rate
+
+
+def rate_of(rung: int) -> float:
+    """Return a rate of the ladder, whose rungs are a factor of about 3 apart: -8 is 1e-4, -7 is
+    3e-4."""
+    return float(f"{(1, 3)[rung % 2]}e{rung // 2}")
+
+
+def rung_of(rate: float) -> int:
+    """Return the rung that is nearest to a rate."""
+    return round(2 * math.log10(rate))
+
+
+def search(
+    wanted: Search, io: TrainIO, tell: Callable[[float, int, int], HistoryWriter]
+) -> tuple[Found, dict[str, Any]]:
+    """Return the rate whose short training ends with the lowest validation loss, and metrics of all
+    rates together, as `fit` names them.
+
+    The ladder grows where its best rate is at an end of it. `tell` gives who hears of a rate's
+    steps: the rate, which one it is and of how many so far. Raises PipelineError when no rate
+    gives a finite loss, and what `fit` raises but NotFiniteError.
+    """
+    middle = rung_of(wanted.middle)
+    reach = FIRST_RATES // 2
+    waiting = list(range(middle - reach, middle + reach + 1))
+    tried: dict[int, Tried] = {}
+    metrics: dict[str, Any] = dict.fromkeys(ADDED, 0.0)
+    while waiting:
+        rung = waiting.pop(0)
+        rate = rate_of(rung)
+        count = len(tried) + len(waiting) + 1
+        heard = replace(io, recorder=tell(rate, len(tried), count), resumable=False)
+        tried[rung] = _try(wanted, rate, heard, metrics)
+        best = min(sorted(tried), key=lambda rung: tried[rung].loss)
+        if not waiting and len(tried) < MOST_RATES:
+            # Of rates that all diverge the lowest counts as the best
+            if best == min(tried):
+                waiting.append(best - 1)
+            elif best == max(tried):
+                waiting.append(best + 1)
+    if math.isinf(tried[best].loss):
+        raise PipelineError(
+            f"{io.name}: the loss is not finite at any rate from {rate_of(min(tried)):g} to "
+            f"{rate_of(max(tried)):g}; set {io.settings}.lr to a lower one, or dtype: fp32"
+        )
+    ordered = tuple(tried[rung] for rung in sorted(tried))
+    trained_s = metrics["training_s"]
+    metrics["tokens_per_s"] = metrics["tokens"] / trained_s if trained_s else 0.0
+    return Found(tried[best].lr, wanted.steps, ordered), metrics
+
+
+def _try(wanted: Search, rate: float, io: TrainIO, metrics: dict[str, Any]) -> Tried:
+    """Return what comes of one rate, its metrics added to those of the others."""
+    try:
+        done = fit(wanted.task(rate), io)
+    except NotFiniteError:
+        io.recorder.note(f"{io.name}: the loss at rate {rate:g} is not finite")
+        return Tried(rate, None, None)
+    finally:
+        # Its weights, gradients and moments, before those of the next are made
+        gc.collect()
+        trim_heap()
+    for name in ADDED:
+        metrics[name] += done.get(name, 0.0)
+    kept = ("flops_per_token", "memory_plan", "rounding", "parameters")
+    metrics.update({name: done[name] for name in kept})
+    return Tried(rate, done["valid_nats"], done["train_nats"])
