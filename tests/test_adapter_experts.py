@@ -474,3 +474,14 @@ def test_the_cards_tables_and_example_are_of_adapters(bundled, report):
     page = (bundled / "report.html").read_text()
     assert "Where texts go" in page and "First tokens that choose" in page
     assert "Where tokens go" not in page
+
+
+def test_an_adapter_takes_less_than_all_and_plan_tells_its_numbers():
+    adapter = config()
+    found = family.cost(adapter, "train_experts", "alpha", {}, False)
+    assert found.parameters == 2 * 4 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * (16 + 24))
+    assert family.cost(adapter, "train_router", None, {}, False) is None
+    some = config()
+    some = some.model_copy(update={"expert": some.expert.model_copy(update={"layers": (1,)})})
+    half = family.cost(some, "train_experts", "alpha", {}, False)
+    assert half.parameters * 2 == found.parameters
