@@ -34,6 +34,7 @@ from pipeline.model.language_model import filled, first_tokens, pieces
 from pipeline.model.request_router import RequestRouter, fit_threshold
 from pipeline.protocols import quiet
 from pipeline.report import routing
+from pipeline.run.dry_run import figures
 from pipeline.serve.adapters import AdapterEngine
 from pipeline.serve.engine import Sampling
 from pipeline.store.artifacts import load_tensors, sha256
@@ -304,6 +305,11 @@ def test_general_text_is_the_bases_class_and_a_router_without_it_has_none(run, t
     only = FfnMoeConfig.model_validate(merge(raw, {"trunk": {"domains": TAUGHT}}))
     family.router(only, run).write(tmp_path)
     assert json.loads((tmp_path / SETTINGS).read_text())["base_class"] is False
+
+
+def test_a_router_without_training_is_told_as_such_when_the_run_is_done(run):
+    told = figures(run.metrics["train_router", None])
+    assert told.startswith("no training, valid ") and told.endswith("nats")
 
 
 def test_prompt_tokens_and_threshold_reach_the_router(run, tmp_path):

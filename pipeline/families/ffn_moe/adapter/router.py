@@ -186,6 +186,7 @@ def calibrated(plain: TextRouter, held_out: ValidationTexts) -> tuple[TextRouter
         "temperature": temperature,
         "threshold": threshold,
         "accuracy": told,
+        "steps": 0,
         "valid_nats": nats(logit_BC, class_B, temperature),
         "base_share": (chosen_B == len(cfg.experts)).double().mean().item(),
         "routed_nats": loss_BE.gather(1, chosen_B[:, None]).mean().item(),
