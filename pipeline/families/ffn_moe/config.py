@@ -227,7 +227,7 @@ class RouterConfig(FitConfig):
     )
     top_k: int = Field(2, ge=1, description="Experts that run per token (adapters: 1)")
     prompt_tokens: int = Field(
-        64, ge=2, description="First tokens of a text that choose its adapter; the base reads them"
+        16, ge=2, description="First tokens of a text that choose its adapter; the base reads them"
     )
     threshold: Share | None = Field(
         None,
