@@ -13,9 +13,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from pipeline.model.experts import (
     BLOCK_ROWS,
     Expert,
+    Soup,
     average,
     clone,
     from_tensors,
+    in_layers,
     mix,
     reinit_like,
 )
@@ -174,6 +176,17 @@ def test_average_is_the_mean_of_the_weights_and_leaves_the_experts_alone():
         torch.testing.assert_close(parameter, mean)
         assert not parameter.requires_grad
     assert all(p.requires_grad for e in experts for p in e.parameters())
+
+
+def test_a_soup_computes_what_the_mean_of_the_weights_does():
+    experts = [an_expert(i) for i in range(3)]
+    x_BTD = torch.randn(2, 3, D)
+    base = an_expert(7)
+    chosen = [in_layers(expert, base, (1,)) for expert in experts]
+    for members in (experts, chosen):
+        mean = average(members)
+        for layer in range(LAYERS):
+            assert torch.equal(Soup(members)(layer, x_BTD), mean(layer, x_BTD))
 
 
 def test_names_are_those_of_a_dense_checkpoint():

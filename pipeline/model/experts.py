@@ -157,9 +157,34 @@ def average(experts: Sequence[Expert]) -> Expert:
     soup = clone(experts[0]).requires_grad_(False)
     named = [expert.named() for expert in experts]
     for name, parameter in soup.named().items():
-        stacked = torch.stack([own[name] for own in named])
-        parameter.copy_(stacked.mean(0))
+        parameter.copy_(_mean([own[name] for own in named]))
     return soup
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
+
+
+class Soup(nn.Module):
+    """The weight soup as `average` makes it, each layer's mean made when the layer runs and let go
+    after it: nobody holds one more expert."""
+
+    def __init__(self, experts: Sequence[Expert]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    @torch.no_grad()
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD of one layer's mean network."""
+        members = [cast("Expert", expert).layers[layer] for expert in self.experts]
+        if members[0] is None:  # there the base of all of them stands
+            return self.experts[0](layer, x_BTD)
+        with torch.device("meta"):
+            network = _same_kind(members[0])
+        stored = [dict(member.named_parameters()) for member in members]
+        mean = {name: _mean([own[name] for own in stored]) for name in stored[0]}
+        network.load_state_dict(mean, assign=True)
+        return Expert([network]).requires_grad_(False)(0, x_BTD)
 
 
 def mix(

@@ -24,7 +24,7 @@ from ...report.schema import (
 )
 from .. import Parts
 from .config import FfnMoeConfig
-from .evaluator import Evaluator, NetworkRow
+from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import batch_of, token_loss, training_rows
 from .rates import found_rate
 from .stages import SEARCHES
@@ -77,19 +77,19 @@ class TrainTestGap:
 def criteria(
     cfg: FfnMoeConfig,
     evaluator: Evaluator,
-    networks: Sequence[NetworkRow],
+    networks: Sequence[EvalRow],
+    gaps: Mapping[str, TrainTestGap],
     routing: TokenRouting,
 ) -> list[Criterion]:
     """Return the success criteria of the run, each passed or not and why; networks end with the
-    stack."""
+    stack. gaps are of it and of the dense baselines, by name."""
     wanted = cfg.evaluate.gap_share
     decides = not evaluator.scores.too_few
-    mine = _gap(cfg, evaluator, networks[-1])
+    mine = gaps[networks[-1].name]
     out = []
     for rival in networks:
         if rival.kind == "dense":
-            theirs = _gap(cfg, evaluator, rival)
-            passed, detail = against(mine, theirs, wanted)
+            passed, detail = against(mine, gaps[rival.name], wanted)
             out.append(
                 Criterion(
                     name=f"primary, {rival.name}",
@@ -144,7 +144,9 @@ def against(mine: TrainTestGap, theirs: TrainTestGap, wanted: float) -> tuple[bo
     return is_better or is_closed, f"{half}: {better} on the test ({losses}); {gap}"
 
 
-def _gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> TrainTestGap:
+def train_test_gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> TrainTestGap:
+    """Return how far a network's loss on held-out text, which was measured before, is above that on
+    training text."""
     evaluator.progress(f"train-test gap of {row.name}", None)
     domains = evaluator.shards.domains
     per_domain = []

@@ -32,8 +32,8 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .continuations import RIVALS, ContinuationWriter
 from .cost import expert_shape
-from .criteria import criteria, notes, rates, speed, wins
-from .evaluator import EvalRow, Evaluator, NetworkRow
+from .criteria import TrainTestGap, criteria, notes, rates, speed, train_test_gap, wins
+from .evaluator import EvalRow, Evaluator
 from .networks import SOUP, TRUNK, network_rows, stack_row
 from .parts import (
     mixture_of,
@@ -55,15 +55,20 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     stack = join(cfg, parts, trunk, experts)
     shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
-    # Kept to the end: the criteria measure some of them on training text too
-    networks = list(network_rows(cfg, parts, shards, dummy, stack))
     writer = ContinuationWriter(cfg, shards, progress)
     writers = _writers(cfg)
-    for row in networks:
+    networks: list[EvalRow] = []
+    gaps: dict[str, TrainTestGap] = {}
+    for row in network_rows(cfg, parts, shards, dummy, stack):
         is_expert = row.kind == "expert"
         evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=is_expert)
         if row.name in writers:
             writer.add(row.name, row.trunk, row.ffn)
+        if row.kind == "dense" or row.name == stack_row(cfg):
+            gaps[row.name] = train_test_gap(cfg, evaluator, row)
+        networks.append(row.told)
+        # A dense model goes before the next one is opened
+        del row
     score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(evaluator, stack)
@@ -89,7 +94,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         rates=rates(cfg, parts),
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
         notes=notes(cfg, parts.manifest("preprocess").metrics, counts),
-        criteria=criteria(cfg, evaluator, networks, token_routing),
+        criteria=criteria(cfg, evaluator, networks, gaps, token_routing),
         continuations=writer.texts(),
     )
 
@@ -122,7 +127,7 @@ def score_combined(evaluator: Evaluator) -> None:
 def _quality(
     cfg: FfnMoeConfig,
     evaluator: Evaluator,
-    networks: Sequence[NetworkRow],
+    networks: Sequence[EvalRow],
     shape: Shape,
 ) -> list[QualityRow]:
     experts = float(sum(row.kind == "expert" for row in networks))
@@ -305,7 +310,7 @@ def _active(evaluator: Evaluator, stack: FfnStack, shape: Shape) -> list[ActiveR
     return rows
 
 
-def _matrix(evaluator: Evaluator, networks: Sequence[NetworkRow]) -> DomainMatrix:
+def _matrix(evaluator: Evaluator, networks: Sequence[EvalRow]) -> DomainMatrix:
     names = [row.name for row in networks if row.kind in ("part", "expert")]
     values = []
     for name in [*names, networks[-1].name]:

@@ -4,7 +4,7 @@ scores.
 B sequences, T tokens, N = B*T, n documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import ceil
 
 import numpy as np
@@ -39,6 +39,11 @@ class NetworkRow(EvalRow):
 
     trunk: Trunk
     ffn: Ffn
+
+    @property
+    def told(self) -> EvalRow:
+        """What it is called and cost, without the network."""
+        return EvalRow(**{each.name: getattr(self, each.name) for each in fields(EvalRow)})
 
 
 class Evaluator:

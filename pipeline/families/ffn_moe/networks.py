@@ -10,8 +10,8 @@ import torch
 
 from ...data.text.shards import Shards
 from ...hardware import device
-from ...model.experts import Expert
-from ...model.low_rank import average
+from ...model.experts import Expert, Soup
+from ...model.low_rank import LowRankExpert, average
 from ...model.router import UniformMixture
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Trunk, open_dense
@@ -90,7 +90,7 @@ def network_rows(
         name=SOUP,
         kind="merge",
         trunk=trunk,
-        ffn=average(only_own),
+        ffn=_soup(only_own),
         train_tokens=joined_tokens,
     )
     all_tokens = joined_tokens + stage_tokens(cfg, "train_router", None, domain_tokens)
@@ -117,6 +117,12 @@ def network_rows(
         kept_ffns=kept,
         train_tokens=all_tokens,
     )
+
+
+def _soup(experts: Sequence[Expert]) -> Expert | Soup:
+    deltas = all(isinstance(expert, LowRankExpert) for expert in experts)
+    # The mean of deltas is small; that of whole networks is made layer by layer, where it runs
+    return average(experts) if deltas else Soup(experts)
 
 
 def _untrained(
@@ -191,23 +197,31 @@ def _other_anchor(
 def dense_rows(
     cfg: FfnMoeConfig, parts: Parts, domain_tokens: Mapping[str, int]
 ) -> Iterator[NetworkRow]:
-    """Yield the dense baselines, each with the axis it shares with the stack."""
+    """Yield the dense baselines, each opened when its turn comes, with the axis it shares with the
+    stack."""
     for item in cfg.dense.baselines:
-        # Mapped, as one after another is held to the end
-        stored = parts.tensors("train_dense", "model.safetensors", item)
-        trunk, ffn = open_dense(stored_settings(parts, "train_dense", item), stored)
-        width = cfg.router.top_k if item == "wide" else 1.0
-        tokens = stage_tokens(cfg, "train_dense", item, domain_tokens)
-        if item not in FROM_ZERO:
-            # It continues the trunk, so what went into that went into it
-            tokens += stage_tokens(cfg, "train_shared", None, domain_tokens)
-        yield NetworkRow(
-            name=f"dense {item}",
-            kind="dense",
-            trunk=trunk.to(device()).eval(),
-            ffn=ffn.to(device()).eval(),
-            active_ffns=width,
-            kept_ffns=width,
-            axis=AXES[item],
-            train_tokens=tokens,
-        )
+        yield _dense_row(cfg, parts, domain_tokens, item)
+
+
+def _dense_row(
+    cfg: FfnMoeConfig, parts: Parts, domain_tokens: Mapping[str, int], item: str
+) -> NetworkRow:
+    # A function of its own: in the loop above its names would hold one model while the next one is
+    # opened
+    stored = parts.tensors("train_dense", "model.safetensors", item)
+    trunk, ffn = open_dense(stored_settings(parts, "train_dense", item), stored)
+    width = cfg.router.top_k if item == "wide" else 1.0
+    tokens = stage_tokens(cfg, "train_dense", item, domain_tokens)
+    if item not in FROM_ZERO:
+        # It continues the trunk, so what went into that went into it
+        tokens += stage_tokens(cfg, "train_shared", None, domain_tokens)
+    return NetworkRow(
+        name=f"dense {item}",
+        kind="dense",
+        trunk=trunk.to(device()).eval(),
+        ffn=ffn.to(device()).eval(),
+        active_ffns=width,
+        kept_ffns=width,
+        axis=AXES[item],
+        train_tokens=tokens,
+    )

@@ -6,7 +6,7 @@ read, D model width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,9 +82,9 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     dense = []
     for row in dense_rows(cfg, parts, training_tokens(shards)):
         evaluator.score(row.name, row.trunk, row.ffn)
-        # a rival is a whole model: what is kept of it is what it is called and cost
-        told = {each.name: getattr(row, each.name) for each in fields(EvalRow)}
-        dense.append(EvalRow(**told))
+        dense.append(row.told)
+        # A rival is a whole model: it goes before the next one is opened
+        del row
     score_combined(evaluator)
     progress("what the first tokens of each text choose", None)
     texts = first_tokens_of(evaluator, stack, _prompts(cfg))
