@@ -8,26 +8,22 @@ The documents need the fields text, domain and split (train, valid, test).
 
 import argparse
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.runner import Runner
 from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
-from pipeline.families.load import load
 from pipeline.hardware import cores, cpu_name, uses_bf16
 from pipeline.model.trunk import open_dense
 from pipeline.report.schema import Difference, Interval, LanguageReport
 from pipeline.report.schema import read as read_report
-from pipeline.run.context import StoredParts
-from pipeline.store.artifacts import Store
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 ABLATIONS = {  # name -> what differs from the run
@@ -64,53 +60,12 @@ ABLATIONS = {  # name -> what differs from the run
 }
 
 
-class Runner:
-    """Runs stages by the command line, and opens what they leave."""
-
-    def __init__(self, files: Sequence[str], store: Path, common: Sequence[str], parallel: int):
-        paths = json.dumps([{"paths": [str(Path(f).resolve()) for f in files]}])
-        self.common, self.parallel = (f"data.files={paths}", *common), parallel
-        self.store = Store(store)
-        self.seconds: dict[str, float] = {}
-
-    def run(self, stage: str, *overrides: str) -> None:
-        """Run one stage as a user would; raises CalledProcessError when it fails."""
-        side_by_side = (
-            ["--parallel", str(self.parallel)]
-            if stage in ("run", "train_experts", "train_dense")
-            else []
-        )
-        pairs = [x for item in (*self.common, *overrides) for x in ("--override", item)]
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline",
-            stage,
-            "--config",
-            str(CONFIG),
-            "--store",
-            str(self.store.root),
-        ]
-        started = time.monotonic()
-        subprocess.run([*command, *side_by_side, *pairs], check=True, stdout=subprocess.DEVNULL)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-
-    def config(self, *overrides: str) -> FfnMoeConfig:
-        """Return the configuration the command line would use."""
-        return load(CONFIG, (*self.common, *overrides))
-
-    def parts(self, cfg: FfnMoeConfig) -> StoredParts:
-        """Return what the stages of a configuration left."""
-        return StoredParts(cfg, self.store)
-
-
 def main() -> None:
     """Run everything and write the dated result."""
     args = _arguments()
     torch.set_num_threads(args.threads)
-    runner = Runner(
-        args.files, args.store, [f"runtime.threads={args.threads}", *args.override], args.parallel
-    )
+    common = [f"runtime.threads={args.threads}", *args.override]
+    runner = Runner(CONFIG, args.files, args.store, common, args.parallel)
     started = time.monotonic()
     runner.run("run")
     cfg = runner.config()

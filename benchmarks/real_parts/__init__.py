@@ -1,0 +1,1 @@
+"""The pieces of `benchmarks.real_model`: what is compared, how it is scored, the page."""
