@@ -134,6 +134,26 @@ def test_a_context_longer_than_the_positions_is_refused(sound, tmp_path, positio
         here(config("lora_vlm", str(folder)))
 
 
+@pytest.mark.parametrize("layers", ["last:2", [1], "last:3", [0, 2]])
+def test_layers_that_the_trunk_has_not_are_refused(layers, sound, tmp_path):
+    cfg = config("ffn_moe", str(sound / "ffn_moe"), expert__layers=layers)
+    elsewhere = config("ffn_moe", f"{MOUNT}/inputs/model", expert__layers=layers)
+
+    def read(path):
+        return (sound / "ffn_moe" / Path(path).relative_to("inputs/model")).read_bytes()
+
+    looks = (
+        lambda: here(cfg),
+        lambda: cloud.look_at_models(elsewhere, MOUNT, tmp_path, read),
+    )
+    for look in looks:
+        if layers in ("last:2", [1]):
+            assert look() == []
+            continue
+        with pytest.raises(ConfigError, match=r"expert\.layers: .*the trunk has.*(model|ffn_moe)"):
+            look()
+
+
 @pytest.mark.parametrize("value", ["many", [4], {}, 1.5, True])
 def test_positions_that_are_no_number_are_refused_in_a_sentence(sound, tmp_path, value):
     for name in FAMILIES:

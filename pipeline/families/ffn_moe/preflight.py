@@ -31,9 +31,13 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
             f"trunk.context_tokens: {cfg.trunk.context_tokens} tokens, and {name} has positions "
             f"for {most} (max_position_embeddings in its config.json); set it to {most} or less"
         )
+    try:
+        layers = cfg.expert.in_layers(settings["num_hidden_layers"])
+    except ValueError as error:
+        raise ConfigError(f"expert.layers: {error} ({name})") from None
     # A bundle is asked for by name after everything was trained: too late to hear this first
     try:
-        stock_settings(settings, len(cfg.experts), cfg.router.top_k)
+        stock_settings(settings, len(cfg.experts), cfg.router.top_k, layers)
     except MismatchError as error:
         return [f"trunk.init: {error}"]
     return []
