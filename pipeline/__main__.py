@@ -50,6 +50,7 @@ KEY = "MOLEFORGE_API_KEY"
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "export": "bring the stack, or a part of it, to a folder or URL in a format of other programs",
+    "compress": "write full experts as PEFT adapters of low rank, the nearest there are",
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         if has_several_jobs(name):
             _add_parallel(sub)
     _add_export(_add_command(commands, "export", OTHER_COMMANDS["export"]))
+    _add_compress(_add_command(commands, "compress", OTHER_COMMANDS["compress"]))
     _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
@@ -147,9 +149,7 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
 def _add_export(sub: argparse.ArgumentParser) -> None:
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     sub.add_argument("--format", required=True, choices=FORMATS, help=formats)
-    sub.add_argument(
-        "--to", required=True, metavar="DIR|URL", help="a new folder, or s3://bucket/path and such"
-    )
+    _add_target(sub)
     sub.add_argument(
         "--expert", metavar="NAME", help="this expert alone; anchor: the trunk with its own network"
     )
@@ -162,6 +162,21 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
         help="what weights are rounded to (default: as stored); q8_0 is for gguf",
     )
     _add_common(sub, several_configs=False)
+
+
+def _add_compress(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--rank", required=True, type=_positive, metavar="N", help="rank of each matrix's change"
+    )
+    sub.add_argument("--expert", metavar="NAME", help="this expert alone (default: all)")
+    _add_target(sub)
+    _add_common(sub, several_configs=False)
+
+
+def _add_target(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--to", required=True, metavar="DIR|URL", help="a new folder, or s3://bucket/path and such"
+    )
 
 
 def _add_serve(sub: argparse.ArgumentParser) -> None:
@@ -287,19 +302,23 @@ def _dispatch(args: argparse.Namespace) -> None:
         show_plan(cfg, store.open(create=False), output())
         return
     if args.command == "export":
-        _export(args, cfg, store.open())
+        wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
+        _export(wish, args.to, cfg, store.open())
+        return
+    if args.command == "compress":
+        wish = ExportWish("adapters", args.expert, rank=args.rank)
+        _export(wish, args.to, cfg, store.open())
         return
     _run(args, cfg, store.open())
 
 
-def _export(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
+def _export(wish: ExportWish, to: str, cfg: RunConfig, store: Store) -> None:
     from .run.backend import printed_progress
     from .run.export import export
 
-    wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
     progress = printed_progress(Console(stderr=True))
     with using(store, Addresses(cfg).reachable()):
-        export(cfg, store, wish, args.to, progress)
+        export(cfg, store, wish, to, progress)
 
 
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:

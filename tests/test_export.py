@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 import xllamacpp
@@ -28,6 +29,7 @@ from pipeline.families.ffn_moe.bundle import bundle as bundle_of_run
 from pipeline.families.ffn_moe.export.formats import check, export
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.model.experts import from_tensors
 from pipeline.model.low_rank import average
 from pipeline.protocols import quiet
 from pipeline.store import bundle
@@ -235,6 +237,8 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
         wanted = logits_of(*ours(cfg, parts, which), ids_BT)
         torch.testing.assert_close(logits_BTV, wanted, rtol=0, atol=EXACT)
         assert wanted.std() > 0.1
+        if which == "stack" and cfg.expert.layers == "last:1":
+            assert model.config.mlp_only_layers == [0], "and no copies of the base's network"
         for other in found:
             assert (wanted - other).abs().max() > 100 * EXACT, "each network is another"
         found.append(wanted)
@@ -321,6 +325,43 @@ def test_low_rank_experts_are_adapters_that_peft_puts_on_the_trunk(tokenizer, tm
     assert printed(folder).startswith("Once upon a time")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_full_experts_are_compressed_to_the_nearest_adapters_of_a_rank(tokenizer, tmp_path):
+    """Against numpy's singular values, and what PEFT computes against the merged matrices."""
+    changes = {"expert__layers": "last:1", "expert__lr": 0.1, "trunk__anchor": "keep"}
+    cfg, parts = made(tmp_path, tokenizer, "llama", True, **changes, **PINNED)
+    said = []
+    (tmp_path / "out").mkdir()
+    wish = ExportWish("adapters", expert="beta", rank=2)
+    export(cfg, parts, wish, tmp_path / "out", lambda text, _share: said.append(text))
+    bundle.verify(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "adapters").iterdir()] == ["beta"]
+    trunk, dummy = stored_trunk(cfg, parts)
+    stored = parts.tensors("train_experts", "expert.safetensors", "beta")
+    nearest, kept, whole_change = {}, 0.0, 0.0
+    for name, tensor in stored.items():
+        start = dummy.named()[name].detach().float()
+        u, s, v = np.linalg.svd((tensor - start).numpy(), full_matrices=False)
+        nearest[name] = start + torch.from_numpy(u[:, :2] * s[:2] @ v[:2])
+        kept, whole_change = kept + (s[:2] ** 2).sum(), whole_change + (s**2).sum()
+    assert 0.1 < kept / whole_change < 0.99
+    told = f"Rank 2 keeps {kept / whole_change:.0%} of the squared change that the expert beta"
+    assert any(text.startswith(told) for text in said)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert told in card and "1 expert as PEFT adapters of rank 2" in card
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "beta")
+    ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))
+    with torch.no_grad():
+        found = model.eval()(ids_BT).logits
+    expert = from_tensors(dummy, nearest, [1])
+    torch.testing.assert_close(found, logits_of(trunk, expert, ids_BT), rtol=0, atol=EXACT)
+    full = ours(cfg, parts, "beta")
+    assert (found - logits_of(*full, ids_BT)).abs().max() > 10 * EXACT
+    with pytest.raises(ConfigError, match="--rank 99: .* have a rank of [0-9]+ at most"):
+        export(cfg, parts, ExportWish("adapters", rank=99), tmp_path, quiet)
+
+
 DTYPES = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 1e-3)}
 
 
@@ -351,6 +392,10 @@ REFUSED = {
     "not for hf": ({"format": "hf", "expert": "alpha"}, "--expert is for --format expert or gguf"),
     "8 bits": ({"format": "dense", "dtype": "q8_0"}, "--dtype q8_0 is for --format gguf"),
     "whole networks": ({"format": "adapters"}, "whole networks and no low-rank ones.*compress"),
+    "unknown to compress": (
+        {"format": "adapters", "rank": 2, "expert": "anchor"},
+        "--expert anchor: there is no such expert; there are alpha, beta, gamma",
+    ),
 }
 
 
@@ -358,3 +403,11 @@ REFUSED = {
 def test_what_no_run_has_is_refused_before_anything_is_read(wish, said):
     with pytest.raises(ConfigError, match=said):
         check(small.config(), ExportWish(**wish))
+
+
+@pytest.mark.parametrize("form", ["low_rank", "adapter"])
+def test_experts_of_a_rank_are_not_compressed(form):
+    adapter = {"router": {"steps": 0, "top_k": 1, "prompt_tokens": 4}} if form == "adapter" else {}
+    cfg = small.config(expert__form=form, **adapter)
+    with pytest.raises(ConfigError, match="are of rank 16 as they are.*--format adapters"):
+        check(cfg, ExportWish("adapters", rank=2))

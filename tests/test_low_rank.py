@@ -182,13 +182,14 @@ def test_a_compressed_expert_is_the_nearest_of_its_rank():
     exact = an_expert(base).merged()
     x_ND = torch.randn(N, D)
     torch.testing.assert_close(
-        compress(exact, base, RANK)(1, x_ND), exact(1, x_ND), rtol=1e-4, atol=1e-4
+        compress(exact, base, RANK).expert(1, x_ND), exact(1, x_ND), rtol=1e-4, atol=1e-4
     )
     full = clone(base)
     with torch.no_grad():
         for parameter in full.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    small = compress(full, base, RANK)
+    made = compress(full, base, RANK)
+    small = made.expert
     for name, delta in small.deltas(1).items():
         change_OI = getattr(full.layers[1], name).weight - getattr(base.layers[1], name).weight
         lost = (change_OI - delta.product_OI).norm()
@@ -197,8 +198,9 @@ def test_a_compressed_expert_is_the_nearest_of_its_rank():
         torch.testing.assert_close(lost, least, rtol=1e-4, atol=1e-5)
     # more rank than a matrix has is no more than the whole matrix
     whole = compress(full, base, D + 8)
-    torch.testing.assert_close(whole(0, x_ND), full(0, x_ND), rtol=1e-4, atol=1e-4)
-    chosen = compress(in_layers(full, base, [1]), base, RANK)
+    assert whole.kept == whole.whole > made.kept > 0
+    torch.testing.assert_close(whole.expert(0, x_ND), full(0, x_ND), rtol=1e-4, atol=1e-4)
+    chosen = compress(in_layers(full, base, [1]), base, RANK).expert
     assert chosen.own_layers == (1,)
 
 

@@ -1,6 +1,7 @@
 """An upload is the bundle or says that it is not: folders, memory, a real S3 server, and one that
 tears files."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -301,6 +302,21 @@ def test_what_is_exported_is_there_whole_or_not_at_all(bundled, tmp_path, capsys
     found = {path.name for path in here.iterdir()}
     assert "model.safetensors" in first and "model.safetensors" not in found
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_the_command_that_compresses_writes_adapters_and_says_what_they_keep(
+    bundled, tmp_path, capsys
+):
+    to = tmp_path / "here"
+    common = ["--config", str(bundled[0]), "--store", str(bundled[1]), "--to", str(to)]
+    assert main(["compress", *common, "--rank", "2"]) == 0
+    bundle.verify(to)
+    names = [path.name for path in (to / "adapters").iterdir()]
+    assert len(names) > 1 and [path.name for path in tmp_path.iterdir()] == ["here"]
+    said = " ".join(capsys.readouterr().err.split())
+    kept = re.findall(r"Rank 2 keeps (\d+)% of the squared change that the expert (\w+)", said)
+    assert sorted(names) == sorted(name for _, name in kept)
+    assert all(0 < int(share) < 100 for share, _ in kept)
 
 
 def test_an_export_is_not_put_among_somebodys_files(bundled, tmp_path, capsys):

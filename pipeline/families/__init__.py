@@ -87,6 +87,7 @@ class ExportWish:
     expert: str | None = None  # this one alone, as a dense model
     dense: bool = False  # the mean of the experts as a dense model
     dtype: str | None = None  # of DTYPES; none: as stored
+    rank: int | None = None  # that full experts are compressed to, as adapters
 
 
 class Family(Protocol):

@@ -10,6 +10,7 @@ E experts, K experts per token.
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -224,10 +225,19 @@ def average(experts: Sequence[Expert]) -> Expert:
     return soup
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A full expert as deltas, and how much of its change they are."""
+
+    expert: LowRankExpert
+    kept: float  # sum of squares of all numbers of B A
+    whole: float  # and of the full expert's change
+
+
 @torch.no_grad()
 def compress(
     expert: Expert, base: Expert, rank: int, layers: Collection[int] | None = None
-) -> LowRankExpert:
+) -> Compressed:
     """Return the low-rank expert that is nearest to a full one over a base: the truncated singular
     value decomposition of each matrix's change (FlexMoRE, 2602.08818), at scale 1.
 
@@ -235,6 +245,8 @@ def compress(
     """
     chosen = expert.own_layers if layers is None else layers
     small = LowRankExpert(base, rank, 1.0, chosen)
+    kept = 0.0
+    whole = 0.0
     for layer in small.own_layers:
         for name, delta in small.deltas(layer).items():
             trained = getattr(expert.layers[layer], name).weight
@@ -243,9 +255,11 @@ def compress(
             u_OM, s_M, v_MI = torch.linalg.svd(change_OI, full_matrices=False)
             # the root of each singular value to either side, so that both train at like rates
             root_r = s_M[:rank].sqrt()
-            kept = len(root_r)
+            found = len(root_r)
             delta.lora_A.weight.zero_()
-            delta.lora_A.weight[:kept] = root_r[:, None] * v_MI[:rank]
-            delta.lora_B.weight[:, :kept] = u_OM[:, :rank] * root_r
+            delta.lora_A.weight[:found] = root_r[:, None] * v_MI[:rank]
+            delta.lora_B.weight[:, :found] = u_OM[:, :rank] * root_r
+            kept += s_M[:rank].square().sum().item()
+            whole += s_M.square().sum().item()
     small.requires_grad_(False).eval()
-    return small
+    return Compressed(small, kept, whole)

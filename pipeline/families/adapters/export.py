@@ -23,6 +23,10 @@ def check(cfg: AdapterRunConfig, wish: ExportWish) -> None:
             f"--format {wish.format}: the experts of a {cfg.family} run are adapters on one base, "
             "chosen for a whole request, which no single network holds; use --format adapters"
         )
+    if wish.rank:
+        raise ConfigError(
+            f"--rank: the experts of a {cfg.family} run are adapters already; export them"
+        )
     if wish.dense or wish.dtype or wish.expert:
         raise ConfigError(
             "--format adapters has all adapters of the run, as they are stored; leave --expert, "

@@ -7,7 +7,7 @@ model width.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +37,8 @@ from ...store.streamed import Streamed
 from .. import Parts
 from ..report_files import report_files
 from .config import ANCHOR, FfnMoeConfig
-from .export.tensors import all_gates, expert_tensors
+from .export.tensors import Tensors, expert_tensors, mixture_tensors
+from .naming import NAMINGS
 from .parts import expert_layers, mixture_of, stored_experts, stored_settings, stored_trunk
 from .pretrained import is_pinned, pinned_tensors
 from .stack import FfnStack
@@ -55,7 +56,6 @@ FILES = re.compile(
     r"|generation_config\.json|tokenizer(_config)?\.json|model\.safetensors\.index\.json"
     r"|model-[^/]+\.safetensors"
 )
-IN_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,10 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
         ABOUT: described,
         **report_files(cfg, parts, described),
     }
-    architecture = stock["architectures"][0]
     if cfg.expert.delta_rank or cfg.expert.layers != "all":
-        files = list(_made_files(cfg, parts, members, architecture, layers, settings))
+        files = _made_files(cfg, parts, members, stock, settings)
     else:
-        files = _files(parts, members, architecture, settings)
+        files = _files(parts, members, stock["architectures"][0], settings)
     metrics = write(folder, files, texts, progress)
     return metrics | {"experts": len(members)}
 
@@ -317,33 +316,26 @@ def _made_files(
     cfg: FfnMoeConfig,
     parts: Parts,
     members: Sequence[_Member],
-    architecture: str,
-    layers: Sequence[int],
+    stock: Mapping[str, Any],
     settings: Mapping[str, Any],
-) -> Iterator[BundleFile | MadeFile]:
-    """Yield the files of a stack whose experts are deltas or of chosen layers: merged, and where a
-    class knows no layers without experts, with the base's networks as everyone's."""
-    naming = NAMINGS[architecture]
-    yield _trunk_file(parts, settings)
+) -> list[BundleFile | MadeFile]:
+    """Return the files of a stack whose experts are deltas, merged, or of chosen layers."""
     _, dummy = stored_trunk(cfg, parts)
-    every = range(len(dummy.layers))
-    held: Sequence[int] = layers if architecture == CLASSES["qwen3_moe"] else every
+    experts: list[Tensors] = []
+    for _, expert in stored_experts(cfg, parts, dummy):
+        experts.append(expert_tensors(expert))
     gates = parts.tensors("train_router", "router.safetensors")
-    filled = all_gates(gates, len(every), len(members))
-    kept = {naming.gate(gate_name(layer)): filled[gate_name(layer)] for layer in held}
-    yield MadeFile(ROUTER, {name: Streamed.of(gate_ED) for name, gate_ED in kept.items()})
-    plain = [layer for layer in every if layer not in held]
-    if plain:
-        base = expert_tensors(dummy)
-        yield MadeFile(BASE, {name: base[name] for name in _names_in(dummy, plain)})
-    experts = stored_experts(cfg, parts, dummy)
-    for number, (member, (_, expert)) in enumerate(zip(members, experts, strict=True)):
-        tensors = expert_tensors(expert)
-        named = {}
-        for name in _names_in(dummy, held):
-            named[naming.expert(number, name)] = tensors[name]
-        yield MadeFile(member.file, named)
-    yield _stored(parts, "trunk.json", "train_shared", "trunk.json")
+    made = mixture_tensors(experts, expert_tensors(dummy), gates, stock)
+    out: list[BundleFile | MadeFile] = [
+        _trunk_file(parts, settings),
+        MadeFile(ROUTER, made.gates),
+    ]
+    if made.base:
+        out.append(MadeFile(BASE, made.base))
+    for member, tensors in zip(members, made.experts, strict=True):
+        out.append(MadeFile(member.file, tensors))
+    out.append(_stored(parts, "trunk.json", "train_shared", "trunk.json"))
+    return out
 
 
 def _stored(parts: Parts, name: str, stage: str, source: str) -> BundleFile:
@@ -399,35 +391,3 @@ def _files(
 
 def _streamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, Streamed]:
     return {name: Streamed.of(tensor) for name, tensor in tensors.items()}
-
-
-def _in_qwen3_moe(number: int, name: str) -> str:
-    return name.replace(".mlp.", f".mlp.experts.{number}.")
-
-
-def _in_mixtral(number: int, name: str) -> str:
-    head, _, tail = name.partition(".mlp.")
-    projection, _, end = tail.partition(".")
-    return f"{head}.block_sparse_moe.experts.{number}.{IN_MIXTRAL[projection]}.{end}"
-
-
-def _gate_in_qwen3_moe(name: str) -> str:
-    return name
-
-
-def _gate_in_mixtral(name: str) -> str:
-    return name.replace(".mlp.", ".block_sparse_moe.")
-
-
-@dataclass(frozen=True)
-class _Naming:
-    """What a stock class calls tensors, from what they are called in the store."""
-
-    expert: Callable[[int, str], str]  # of the expert with that number in the stack
-    gate: Callable[[str], str]
-
-
-NAMINGS = {
-    "Qwen3MoeForCausalLM": _Naming(_in_qwen3_moe, _gate_in_qwen3_moe),
-    "MixtralForCausalLM": _Naming(_in_mixtral, _gate_in_mixtral),
-}

@@ -1,4 +1,6 @@
-"""Low-rank experts as adapters that PEFT puts on the trunk, each in a folder of its own."""
+"""Low-rank experts as adapters that PEFT puts on the trunk, each in a folder of its own; full ones
+compressed to such.
+"""
 
 import json
 from pathlib import Path
@@ -17,6 +19,7 @@ from ..config import ADAPTER, FfnMoeConfig
 from ..parts import expert_layers, stored_trunk
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
+from .compressing import Compressing
 from .job import Job
 from .tensors import PREFIX, expert_tensors, trunk_tensors
 
@@ -35,10 +38,18 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     on_hub = _on_the_hub(cfg)
     base, revision = on_hub or (BASE, None)
     addresses = {"trunk": parts.manifest("train_shared").address}
+    names = (job.wish.expert,) if job.wish.expert else cfg.experts
+    compressed = Compressing(job, parts) if job.wish.rank else None
     sums = {}
-    for name in cfg.experts:
+    notes = []
+    for name in names:
         addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
-        settings, stored = _stored(job, parts, name, base, revision)
+        if compressed:
+            settings = _settings(job, base, revision, rank=compressed.rank, scale=1.0)
+            stored, kept = compressed.tensors(name)
+            notes.append(kept)
+        else:
+            settings, stored = _stored(job, parts, name, base, revision)
         folder = job.folder / ADAPTERS / name
         folder.mkdir(parents=True)
         write_text(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
@@ -48,10 +59,12 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     if on_hub is None:
         sums |= _write_base(job, parts)
     kind = DENSE_CLASSES[job.settings["model_type"]]
-    first = f"{ADAPTERS}/{cfg.experts[0]}"
+    first = f"{ADAPTERS}/{names[0]}"
+    rank = job.wish.rank or cfg.expert.adapter_rank
+    count = "1 expert" if len(names) == 1 else f"{len(names)} experts"
     about = {
-        "what": f"{len(cfg.experts)} experts as PEFT adapters of rank {cfg.expert.adapter_rank} on "
-        f"{_where(cfg)} of a frozen `{kind}`, made with MoleForge.",
+        "what": f"{count} as PEFT adapters of rank {rank} on {_where(cfg)} of a frozen `{kind}`, "
+        "made with MoleForge.",
         "parts": addresses,
         "row": "of each expert",
         "library": "peft",
@@ -60,7 +73,8 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
         "use": report.stock_base(base, revision, first, kind),
         "notes": [
             "An adapter answers for its own domain. The router, which picks between them, is in "
-            "the run's bundle and not here."
+            "the run's bundle and not here.",
+            *notes,
         ],
     }
     return about, sums
@@ -80,17 +94,17 @@ def _stored(
         return settings, parts.tensors("train_experts", TENSORS, name)
     stored = parts.tensors("train_experts", "expert.safetensors", name)
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
-    return _settings(job, base, revision), tensors
-
-
-def _settings(job: Job, base: str, revision: str | None) -> dict[str, Any]:
-    """Return the adapter_config.json of deltas on feed-forward networks."""
     expert = job.cfg.expert
+    return _settings(job, base, revision, expert.delta_rank, expert.delta_scale), tensors
+
+
+def _settings(job: Job, base: str, revision: str | None, rank: int, scale: float) -> dict[str, Any]:
+    """Return the adapter_config.json of deltas on feed-forward networks."""
     count = job.settings["num_hidden_layers"]
     layers = list(expert_layers(job.cfg, count))
     return lora_settings(
-        rank=expert.delta_rank,
-        alpha=expert.delta_scale * expert.delta_rank,
+        rank=rank,
+        alpha=scale * rank,
         modules=PROJECTIONS,
         layers=layers if len(layers) < count else None,
         base=base,

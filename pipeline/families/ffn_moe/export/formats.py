@@ -21,10 +21,10 @@ from ....store.bundle import SUMS, write_sums
 from ....store.reading import read_bytes
 from ....store.streamed import Streamed
 from ... import ExportWish, Parts
-from ..bundle import NAMINGS, stock_settings
+from ..bundle import stock_settings
 from ..config import ADAPTER, ANCHOR, FfnMoeConfig
 from ..networks import SOUP, TRUNK, stack_row
-from ..parts import stored_experts, stored_settings, stored_trunk
+from ..parts import expert_layers, stored_experts, stored_settings, stored_trunk
 from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
 from .checkpoint import write_checkpoint
 from .job import Job
@@ -47,7 +47,8 @@ class _Wanted:
 
     tensors: Tensors  # of a dense model; of a mixture without its feed-forward networks
     experts: list[Tensors]  # of a mixture, in the order of its gates
-    gates: Mapping[str, Tensor]  # of a mixture, by the store's names
+    base: Tensors  # of a mixture: the networks of layers that have no experts
+    gates: Mapping[str, Tensor]  # of a mixture, by the store's names, in layers with experts
     what: str  # for people: a noun with its article
     row: str  # of the report's quality table
     parts: dict[str, str]  # addresses by name
@@ -56,6 +57,9 @@ class _Wanted:
 
 def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
     """Raise ConfigError for what no run of these settings has."""
+    if wish.rank:
+        _check_compressing(cfg, wish)
+        return
     known = (*cfg.experts, ANCHOR)
     if wish.format == "expert" and wish.expert is None:
         raise ConfigError(f"--format expert: name one with --expert; there are {', '.join(known)}")
@@ -83,7 +87,20 @@ def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
     if wish.format == "adapters" and cfg.expert.form == "full":
         raise ConfigError(
             "--format adapters: the experts of this run are whole networks and no low-rank ones, "
-            "which PEFT adapters are; compress them first, or export with --format expert"
+            "which PEFT adapters are; compress makes such of them (it takes a --rank), or export "
+            "with --format expert"
+        )
+
+
+def _check_compressing(cfg: FfnMoeConfig, wish: ExportWish) -> None:
+    if cfg.expert.form != "full":
+        raise ConfigError(
+            f"--rank: the experts of this run are of rank {cfg.expert.adapter_rank} as they are "
+            "(expert.form); export them with --format adapters"
+        )
+    if wish.expert is not None and wish.expert not in cfg.experts:
+        raise ConfigError(
+            f"--expert {wish.expert}: there is no such expert; there are {', '.join(cfg.experts)}"
         )
 
 
@@ -128,9 +145,12 @@ def _gguf(job: Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     file = "-".join(filter(None, (job.cfg.name, wanted.slug, dtype))) + ".gguf"
     experts = None
     if wanted.experts:
+        # llama.cpp knows no layers without experts where others have some
+        count = job.settings["num_hidden_layers"]
+        filled = all_gates(wanted.gates, count, len(wanted.experts))
         gates = {}
-        for layer in range(job.settings["num_hidden_layers"]):
-            gates[layer] = Streamed.of(wanted.gates[gate_name(layer)])
+        for layer in range(count):
+            gates[layer] = Streamed.of(filled[gate_name(layer)])
         experts = Experts(tuple(wanted.experts), gates, job.cfg.router.top_k)
     model = Gguf(job.cfg.name, job.settings, wanted.tensors, experts)
     notes = write_gguf(job.folder / file, model, words, dtype, job.progress)
@@ -150,9 +170,13 @@ def _stock(job: Job, wanted: _Wanted) -> tuple[dict[str, Any], dict[str, str]]:
     """Write a stock checkpoint; return what the card says of it, and sums of files by name."""
     tensors = wanted.tensors
     if wanted.experts:
-        settings = stock_settings(job.settings, len(wanted.experts), job.cfg.router.top_k)
-        naming = NAMINGS[settings["architectures"][0]]
-        tensors |= mixture_tensors(wanted.experts, wanted.gates, naming.expert, naming.gate)
+        top_k = job.cfg.router.top_k
+        layers = expert_layers(job.cfg, job.settings["num_hidden_layers"])
+        settings = stock_settings(job.settings, len(wanted.experts), top_k, layers)
+        made = mixture_tensors(wanted.experts, wanted.base, wanted.gates, settings)
+        tensors |= made.gates | made.base
+        for expert in made.experts:
+            tensors |= expert
     else:
         settings = dense_settings(job.settings)
     sums, dtype = write_checkpoint(job, job.folder, settings, tensors)
@@ -219,7 +243,8 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
     return _Wanted(
         tensors=trunk_tensors(trunk),
         experts=list(own.values()),
-        gates=all_gates(gates, trunk.config.num_hidden_layers, len(own)),
+        base=expert_tensors(dummy),
+        gates=gates,
         what=f"A mixture of {len(own)} experts, {cfg.router.top_k} of them active per token",
         row=stack_row(cfg),
         parts=addresses,
@@ -233,6 +258,7 @@ def _dense(
     return _Wanted(
         tensors=trunk_tensors(trunk) | ffn,
         experts=[],
+        base={},
         gates={},
         what=what,
         row=row,

@@ -4,6 +4,8 @@ D model width, E experts, L layers, I numbers in, O out, r rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ....model.low_rank import Delta, LowRankExpert
 from ....model.router import gate_name
 from ....model.trunk import Trunk
 from ....store.streamed import Streamed
+from ..naming import NAMINGS
 
 PREFIX = "base_model.model."  # of PEFT's names
 
@@ -65,20 +68,46 @@ def mean_tensors(experts: Sequence[Mapping[str, Streamed]]) -> Tensors:
     return out
 
 
+@dataclass(frozen=True)
+class MixtureTensors:
+    """The feed-forward networks and gates of a mixture, by a stock class's names."""
+
+    gates: Tensors
+    base: Tensors  # the networks of layers that have no experts
+    experts: list[Tensors]  # in the order of the gates' rows
+
+
 def mixture_tensors(
-    experts: Iterable[Mapping[str, Streamed]],
+    experts: Sequence[Mapping[str, Streamed]],
+    base: Mapping[str, Streamed],
     gates: Mapping[str, Tensor],
-    expert_name: Callable[[int, str], str],
-    naming_gate: Callable[[str], str],
-) -> Tensors:
-    """Return a mixture's experts and gates by the names that a stock class gives them."""
-    out = {}
+    stock: Mapping[str, Any],
+) -> MixtureTensors:
+    """Return what is put into a stock class with these settings: where it knows no layers without
+    experts, the base's networks there as everyone's.
+
+    experts, base: tensors in all layers by a dense model's names. gates: of the layers that have
+    some, by the store's.
+    """
+    naming = NAMINGS[stock["architectures"][0]]
+    every = range(stock["num_hidden_layers"])
+    plain = stock.get("mlp_only_layers") or ()
+    sparse = [layer for layer in every if layer not in plain]
+    filled = all_gates(gates, len(every), len(experts))
+    kept = {}
+    for layer in sparse:
+        name = gate_name(layer)
+        kept[naming.gate(name)] = Streamed.of(filled[name])
+    named = []
     for number, tensors in enumerate(experts):
-        for name, tensor in tensors.items():
-            out[expert_name(number, name)] = tensor
-    for name, gate_ED in gates.items():
-        out[naming_gate(name)] = Streamed.of(gate_ED)
-    return out
+        own = _of_layers(tensors, sparse)
+        named.append({naming.expert(number, name): own[name] for name in own})
+    return MixtureTensors(kept, _of_layers(base, plain), named)
+
+
+def _of_layers(tensors: Mapping[str, Streamed], layers: Iterable[int]) -> Tensors:
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    return {name: tensors[name] for name in tensors if name.startswith(prefixes)}
 
 
 def _streamed(named: Mapping[str, nn.Parameter]) -> Tensors:
