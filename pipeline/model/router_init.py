@@ -50,6 +50,7 @@ class FeatureStatistics:
     gram_LDD: Tensor
     tokens: int = 0
     by_domain: DomainSums | None = None  # of a mixture that knows its rows' domains
+    gram_tokens: int | None = None  # behind gram_LDD, where it is of more text than the rest
 
     @classmethod
     def empty(cls, layers: int, d_model: int, domains: int = 0) -> "FeatureStatistics":
@@ -65,9 +66,13 @@ class FeatureStatistics:
 
     @classmethod
     def from_tensors(cls, stored: dict[str, Tensor]) -> "FeatureStatistics":
-        """Return statistics from what `tensors` gave."""
+        """Return statistics from what `tensors` gave.
+
+        gram_LDD stays as it is stored, fp32 and mapped: in fp64 those of a model of 8 B parameters
+        are 5 GB an expert.
+        """
         sum_LD = stored["sum"].double()
-        gram_LDD = stored["gram"].double()
+        gram_LDD = stored["gram"]
         tokens = stored["tokens"].item()
         by_domain = None
         if "domain_sum" in stored:
@@ -123,7 +128,12 @@ class FeatureStatistics:
         by_domain = None
         if self.by_domain is not None:
             by_domain = replace(self.by_domain, sum_LMD=self.by_domain.sum_LMD[chosen])
-        return FeatureStatistics(self.sum_LD[chosen], self.gram_LDD[chosen], self.tokens, by_domain)
+        return replace(
+            self,
+            sum_LD=self.sum_LD[chosen],
+            gram_LDD=self.gram_LDD[chosen],
+            by_domain=by_domain,
+        )
 
     def without(self, gone: Collection[int]) -> "FeatureStatistics":
         """Return the statistics of the mixture less the domains of those numbers.
@@ -139,7 +149,7 @@ class FeatureStatistics:
             return self
         tokens = int(self.by_domain.tokens_M[left].sum())
         sum_LD = self.by_domain.sum_LMD[:, left].sum(1)
-        return FeatureStatistics(sum_LD, self.mean_gram_LDD * tokens, tokens)
+        return FeatureStatistics(sum_LD, self.gram_LDD, tokens, gram_tokens=self.tokens)
 
     def on_processor(self) -> "FeatureStatistics":
         """Return these statistics with their sums in main memory, where gates are made."""
@@ -158,10 +168,10 @@ class FeatureStatistics:
         """Mean input per layer."""
         return self.sum_LD / max(1, self.tokens)
 
-    @property
-    def mean_gram_LDD(self) -> Tensor:
-        """Mean x x^T per layer."""
-        return self.gram_LDD / max(1, self.tokens)
+    def mean_gram_DD(self, place: int) -> Tensor:
+        """Return the mean x x^T of one layer, in fp64."""
+        tokens = self.tokens if self.gram_tokens is None else self.gram_tokens
+        return self.gram_LDD[place].double() / max(1, tokens)
 
 
 def uniform(statistics: Sequence[FeatureStatistics]) -> Tensor:
@@ -193,13 +203,16 @@ def ridge(statistics: Sequence[FeatureStatistics], penalty: float, margin: float
     penalty is relative to the mean squared input.
     """
     mean_LED = torch.stack([domain.mean_LD for domain in statistics], 1)
-    gram_LDD = torch.stack([domain.mean_gram_LDD for domain in statistics]).mean(0)
-    d_model = gram_LDD.shape[-1]
-    power_L = gram_LDD.diagonal(dim1=1, dim2=2).mean(1)
-    eye_DD = torch.eye(d_model, dtype=gram_LDD.dtype)
-    damped_LDD = gram_LDD + penalty * power_L[:, None, None] * eye_DD
-    weight_LDE = torch.linalg.solve(damped_LDD, mean_LED.mT)
-    weight_LED = normalize(weight_LDE.mT, dim=-1)
+    eye_DD = torch.eye(mean_LED.shape[-1], dtype=mean_LED.dtype)
+    solved = []
+    # one layer after another, as the squares of widths are what takes memory
+    for place, mean_ED in enumerate(mean_LED):
+        grams = [domain.mean_gram_DD(place) for domain in statistics]
+        gram_DD = torch.stack(grams).mean(0)
+        power = gram_DD.diagonal().mean()
+        weight_DE = torch.linalg.solve(gram_DD + penalty * power * eye_DD, mean_ED.mT)
+        solved.append(weight_DE.mT)
+    weight_LED = normalize(torch.stack(solved), dim=-1)
     return _scale_to_margin(weight_LED, mean_LED, margin)
 
 
