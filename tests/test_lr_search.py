@@ -145,6 +145,12 @@ def searched(parts, cfg, stage, *item):
     return found, tasks
 
 
+# What the settings of an expert's form ask for beside it
+FORMS = {
+    "full": {},
+    "low_rank": {"expert__rank": 2},
+    "adapter": {"expert__rank": 8, "router": {"steps": 0, "top_k": 1, "prompt_tokens": 4}},
+}
 # A search, its job, and a training that it is for
 OF = [
     ("lr_shared", (), "train_shared", ()),
@@ -165,6 +171,21 @@ def test_a_search_is_its_training_in_small(trained, stage, item, training, of):
         assert task.parameters.keys() == whole.parameters.keys()
         assert task.memory_plan == whole.memory_plan
         assert task.steps == found.steps <= whole.steps
+
+
+@pytest.mark.parametrize(
+    ("form", "middle"), [("full", 3e-4), ("low_rank", 3e-3), ("adapter", 3e-3)]
+)
+def test_a_search_has_the_form_of_the_experts(trained, form, middle):
+    cfg = small.config(expert__lr="auto", expert__form=form, **FORMS[form])
+    wanted = lr_search.lr_experts(cfg, trained)
+    assert wanted.middle == middle
+    task = wanted.task(0.125)
+    assert any("lora_A" in name for name in task.parameters) == (form != "full")
+    assert task.options.lr == 0.125 and task.steps == wanted.steps
+    assert cost.cost(cfg, "lr_experts", None, None, bf16=False).parameters == sum(
+        parameter.numel() for parameter in task.parameters.values()
+    )
 
 
 @pytest.mark.parametrize(("stage", "item", "training", "of"), OF)

@@ -5,7 +5,8 @@ What a row's function is called with, by the row's kind; a stage of several jobs
 last:
 
     files, bundle  f(cfg, parts, folder, progress[, item]) -> metrics; writes to folder
-    training       f(cfg, parts[, item]) -> Task, or NoTraining for what is only written
+    training       f(cfg, parts[, item]) -> Task, NoTraining for what is only written, or Search for
+                   a rate that is to be found
     report         f(cfg, parts, progress) -> the report
     a step         f(cfg, folder, number, progress) -> how many jobs the next step has, or None;
                    the first step's number is how many jobs there may be at most, that of others

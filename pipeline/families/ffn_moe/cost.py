@@ -152,10 +152,11 @@ def cost(
         shape = Shape.from_config(trunk, cfg.tokenizer.vocab_size)
     opts, trains = _settings(cfg, stage, item)
     # asked here alone: what others make of an expert's duration does not depend on its form
-    if stage == "train_experts" and cfg.expert.form == ADAPTER:
+    of_experts = stage in ("train_experts", SEARCHES["train_experts"])
+    if of_experts and cfg.expert.form == ADAPTER:
         trains = "adapter"
     expert = expert_shape(cfg, shape)
-    if stage == "train_experts" and expert is not None:
+    if of_experts and expert is not None:
         trains = "expert"
     if trains == "gates":
         gated = shape.layers if expert is None else len(expert.layers)

@@ -21,8 +21,8 @@ PLANNED_RATES = 4
 # Fewer tell rates apart by noise
 LEAST_STEPS = 6
 # Where a ladder begins, by what trains; it grows towards what is better
-MIDDLE: dict[Trains, float] = {"all": 3e-4, "ffn": 3e-4, "adapter": 1e-3, "gates": 1e-2}
-LOW_RANK_MIDDLE = 1e-3
+MIDDLE: dict[Trains, float] = {"all": 3e-4, "ffn": 3e-4, "gates": 1e-2}
+DELTA_MIDDLE = 3e-3  # of low-rank experts and adapters, whose products start at zero
 FROM_ZERO_MIDDLE = 1e-3
 
 Fit = TypeVar("Fit", bound=FitConfig)
@@ -74,8 +74,8 @@ def middle_of(cfg: FfnMoeConfig, search: str, trains: Trains) -> float:
     """Return the rate that a search starts around."""
     if search == SEARCHES["train_shared"] and cfg.trunk.init is None:
         return FROM_ZERO_MIDDLE
-    if search == SEARCHES["train_experts"] and cfg.expert.delta_rank:
-        return LOW_RANK_MIDDLE
+    if search == SEARCHES["train_experts"] and cfg.expert.form != "full":
+        return DELTA_MIDDLE
     return MIDDLE[trains]
 
 
