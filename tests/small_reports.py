@@ -32,6 +32,7 @@ SEARCH = {
     "job": "lr_experts",
     "lr": 3e-4,
     "steps": 14,
+    "before_nats": 3.125,
     "tried": [
         {"lr": 1e-4, "nats": 2.75},
         {"lr": 3e-4, "nats": 2.625},

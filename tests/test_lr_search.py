@@ -41,12 +41,14 @@ def trained(tmp_path_factory):
         return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
 
 
-def judged(loss_at, middle, notes=None):
-    """Return what a search finds where a rate's validation loss is loss_at(rate)."""
+def judged(loss_at, middle, notes=None, before=-math.inf):
+    """Return what a search finds where a rate's validation loss is loss_at(rate), and `before` at
+    the start: then nothing is gained, and no rates are alike."""
+    losses = [before]
 
     def task(rate):
         made = small_task(steps=2, noisy=False, lr=rate, warmup_steps=0, keep="last")
-        object.__setattr__(made, "validate", lambda: loss_at(rate))
+        object.__setattr__(made, "validate", lambda: losses.pop() if losses else loss_at(rate))
         return made
 
     recorder = FakeRecorder()
@@ -77,6 +79,15 @@ def test_the_lowest_validation_loss_wins_and_a_best_at_an_end_extends(best, trie
     found, metrics = judged(lambda rate: abs(math.log(rate / best)), 3e-4)
     assert (found.lr, [each.lr for each in found.tried]) == (best, tried)
     assert metrics["tokens"] == len(tried) * 2 * 8 * 4  # steps, rows, tokens of each
+
+
+def test_of_rates_that_gain_alike_the_lowest_is_taken():
+    losses = {1e-4: 3.0, 3e-4: 2.08, 1e-3: 2.0}  # from 3: gains of 0, .92 and 1
+    found, _ = judged(lambda rate: losses.get(rate, 3.0), 3e-4, before=3.0)
+    assert found.lr == 3e-4 and len(found.tried) == 3
+    losses[3e-4] = 2.12
+    found, _ = judged(lambda rate: losses.get(rate, 3.0), 3e-4, before=3.0)
+    assert found.lr == 1e-3 and len(found.tried) == 4
 
 
 def test_a_ladder_ends_somewhere():
@@ -196,7 +207,9 @@ def test_a_training_goes_by_what_its_search_found(trained, tmp_path, stage, item
     cfg = small.config(**AUTO, dense__baselines=("path", "ffn", "wide"))
     with pytest.raises(MissingArtifact, match=stage):
         small.MAKERS[training](cfg, parts, *of)
-    (parts.new(stage, *item) / FOUND).write_text('{"lr": 0.0625, "steps": 1, "tried": []}')
+    (parts.new(stage, *item) / FOUND).write_text(
+        '{"lr": 0.0625, "steps": 1, "before_nats": 3, "tried": []}'
+    )
     assert small.MAKERS[training](cfg, parts, *of).options.lr == 0.0625
     if stage == "lr_shared":  # baselines from zero train as the trunk does
         assert small.MAKERS["train_dense"](cfg, parts, "wide").options.lr == 0.0625

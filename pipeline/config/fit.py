@@ -121,8 +121,8 @@ class FitConfig(Section):
 
 
 class LrSearchConfig(Section):
-    """How a rate that is `auto` is found: each of a few rates trains for a few steps, and the one
-    with the lowest validation loss is taken."""
+    """How a rate that is `auto` is found: each of a few rates trains for a few steps, and the
+    lowest that gains about as much on validation text as the best is taken."""
 
     share: float = Field(
         0.1,

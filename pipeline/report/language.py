@@ -400,7 +400,7 @@ def rates(report: LanguageReport) -> Table:
     rows = []
     for found in report.rates:
         nats = {each.lr: each.nats for each in found.tried}
-        cells = [Cell(rate(found.lr)), Cell(count(found.steps))]
+        cells = [Cell(rate(found.lr)), Cell(count(found.steps)), Cell(fixed(found.before_nats))]
         for lr in ladder:
             text = fixed(nats.get(lr))
             if lr in nats and nats[lr] is None:
@@ -411,10 +411,11 @@ def rates(report: LanguageReport) -> Table:
         name="Rates",
         title="Learning rates that were searched",
         corner="job",
-        columns=("taken", "steps", *(f"at {rate(lr)}" for lr in ladder)),
+        columns=("taken", "steps", "before", *(f"at {rate(lr)}" for lr in ladder)),
         rows=tuple(rows),
         reading=(
-            "Validation loss, nats per token, after a short training at each rate from the same "
-            "weights on the same text; the lowest one is taken for the whole training."
+            "Validation loss, nats per token, before and after a short training at each rate from "
+            "the same weights on the same text. Taken is the lowest rate that gains about as much "
+            "as the best: a few steps flatter high ones."
         ),
     )

@@ -92,6 +92,7 @@ class RateSearch(ReportPart):
     job: str = Field(description="stage and item")
     lr: float = Field(description="the rate that was taken")
     steps: int = Field(description="training steps of each rate")
+    before_nats: float = Field(description="validation loss before any step")
     tried: tuple[TriedRate, ...]
 
 

@@ -17,6 +17,9 @@ from .memory_meter import trim_heap
 
 FOUND = "lr.json"  # what a search leaves
 FIRST_RATES = 3  # that every search tries: the middle one and its neighbours
+# A few steps flatter high rates: on SmolLM2-135M rank 16 gained 6 % more at 1e-2 than at 3e-3 in 6
+# steps, and in 39 .11 nats less. Of rates that gain as much but for this share the lowest is taken
+CLOSE = 0.1
 MOST_RATES = 7  # three decades: whatever is best beyond them has another fault
 # Of a finished rate's metrics those that add up
 ADDED = ("tokens", "seconds", "training_s", "evaluate_s")
@@ -51,6 +54,7 @@ class Found:
 
     lr: float
     steps: int  # of each rate
+    before_nats: float  # validation loss of what all of them start from
     tried: tuple[Tried, ...]  # by rate
 
 
@@ -68,8 +72,8 @@ def rung_of(rate: float) -> int:
 def search(
     wanted: Search, io: TrainIO, tell: Callable[[float, int, int], HistoryWriter]
 ) -> tuple[Found, dict[str, Any]]:
-    """Return the rate whose short training ends with the lowest validation loss, and metrics of all
-    rates together, as `fit` names them.
+    """Return the lowest rate whose short training gains about as much as the best one's, and
+    metrics of all rates together, as `fit` names them.
 
     The ladder grows where its best rate is at an end of it. `tell` gives who hears of a rate's
     steps: the rate, which one it is and of how many so far. Raises PipelineError when no rate
@@ -80,13 +84,14 @@ def search(
     waiting = list(range(middle - reach, middle + reach + 1))
     tried: dict[int, Tried] = {}
     metrics: dict[str, Any] = dict.fromkeys(ADDED, 0.0)
+    before_nats = _before(wanted)
     while waiting:
         rung = waiting.pop(0)
         rate = rate_of(rung)
         count = len(tried) + len(waiting) + 1
         heard = replace(io, recorder=tell(rate, len(tried), count), resumable=False)
         tried[rung] = _try(wanted, rate, heard, metrics)
-        best = min(sorted(tried), key=lambda rung: tried[rung].loss)
+        best = _best(tried, before_nats)
         if not waiting and len(tried) < MOST_RATES:
             # Of rates that all diverge the lowest counts as the best
             if best == min(tried):
@@ -101,7 +106,26 @@ def search(
     ordered = tuple(tried[rung] for rung in sorted(tried))
     trained_s = metrics["training_s"]
     metrics["tokens_per_s"] = metrics["tokens"] / trained_s if trained_s else 0.0
-    return Found(tried[best].lr, wanted.steps, ordered), metrics
+    return Found(tried[best].lr, wanted.steps, before_nats, ordered), metrics
+
+
+def _before(wanted: Search) -> float:
+    """Return the validation loss before any step."""
+    try:
+        validate = wanted.task(wanted.middle).validate
+        if validate is None:
+            raise AssertionError("a search without validation text")
+        return validate()
+    finally:
+        gc.collect()
+        trim_heap()
+
+
+def _best(tried: dict[int, Tried], before_nats: float) -> int:
+    """Return the lowest rung that keeps most of what the best one gains."""
+    least = min(each.loss for each in tried.values())
+    slack = CLOSE * max(0.0, before_nats - least)
+    return min(rung for rung, each in tried.items() if each.loss <= least + slack)
 
 
 def _try(wanted: Search, rate: float, io: TrainIO, metrics: dict[str, Any]) -> Tried:

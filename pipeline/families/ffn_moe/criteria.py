@@ -186,7 +186,15 @@ def rates(cfg: FfnMoeConfig, parts: Parts) -> list[RateSearch]:
             found = found_rate(parts, stage, item)
             tried = [TriedRate(lr=each.lr, nats=each.valid_nats) for each in found.tried]
             name = f"{stage} {item}" if item else stage
-            out.append(RateSearch(job=name, lr=found.lr, steps=found.steps, tried=tried))
+            out.append(
+                RateSearch(
+                    job=name,
+                    lr=found.lr,
+                    steps=found.steps,
+                    before_nats=found.before_nats,
+                    tried=tried,
+                )
+            )
     return out
 
 

@@ -362,6 +362,8 @@ def text_task(
                 nats.append(nats_BT.flatten())
         return torch.cat(nats).mean().item()
 
+    # No other training reads how an expert is made: its address has none of it
+    expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
     return Task(
         options=opts,
         parameters=dict(parameters),
@@ -373,7 +375,7 @@ def text_task(
         steps=opts.resolve_steps(rows.context_tokens, rows.tokens()),
         tokens_per_row=rows.context_tokens,
         bf16=bf16,
-        flops_per_token=shape.train_flops_per_token(trains, expert_shape(cfg, shape)),
+        flops_per_token=shape.train_flops_per_token(trains, expert),
         bf16_params=bf16_params,
     )
 
