@@ -102,6 +102,7 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
             "top_k": 2,
             "active_parameters": 11_800_000,
             "total_parameters": 30_100_000,
+            "expert_bytes": 4_912_345,
         },
         "data": {
             "test_tokens": dict.fromkeys(domains, 41),

@@ -246,6 +246,8 @@ def test_the_reports_rows_are_what_the_stack_computes(run, stack, report):
     ]
     assert [row.name for row in report.quality if row.is_stack] == [stack_row(run.cfg)]
     adapter = sum(p.numel() for p in run.tasks["alpha"].parameters.values())
+    sizes = [(run.path("train_experts", name) / peft_io.TENSORS).stat().st_size for name in TAUGHT]
+    assert report.model.expert_bytes == max(sizes)
     base = rows[BASE]
     assert rows["alpha"].active_parameters - base.active_parameters == adapter
     assert rows[stack_row(run.cfg)].total_parameters - base.total_parameters == 2 * adapter

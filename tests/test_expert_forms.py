@@ -112,6 +112,8 @@ def test_the_stack_is_the_mixture_of_the_merged_experts(made):
 def test_a_report_measures_it_in_its_layers(made):
     report = evaluate.tables(made.cfg, made, quiet)
     assert [layer.layer for layer in report.routing.layers] == list(layers_of(made.cfg))
+    stored = made.path("train_experts", "beta") / "expert.safetensors"
+    assert report.model.expert_bytes == stored.stat().st_size
     rows = {row.name: row for row in report.quality}
     assert len({rows[name].mean for name in ("alpha", "beta", "gamma", "weight soup")}) == 4
 

@@ -1,8 +1,9 @@
 """The model card of a bundle. That it holds a real run's figures is tested with the bundles."""
 
 from huggingface_hub import ModelCard
+from rich.console import Console
 
-from pipeline.report import card
+from pipeline.report import card, page, show
 from tests.small_reports import language_report, quality_row, request_report
 
 ABOUT = {
@@ -58,6 +59,18 @@ def test_the_hub_reads_library_and_task_from_the_front_matter():
         assert found.data.pipeline_tag == task
         assert "mixture-of-experts" in found.data.tags
         assert found.text.lstrip().startswith("# ")
+
+
+def test_the_size_of_an_expert_is_told_everywhere():
+    """On the terminal, on the page and in the card; nowhere where a report does not know it."""
+    known = language_report()
+    old = language_report(model=known.model.model_copy(update={"expert_bytes": None}))
+    for report, told in ((known, True), (old, False)):
+        console = Console(record=True, width=200)
+        show(report, console)
+        assert ("An expert's own weights are 4.91 MB, as stored." in console.export_text()) == told
+        assert ("own weights are 4.91 MB" in card(report, ABOUT)) == told
+        assert ("4.91 MB" in page(report, {})) == told
 
 
 def test_every_section_of_an_adapters_card_is_there():

@@ -436,7 +436,8 @@ def test_what_cannot_change_a_result_is_not_in_its_address(
     stage, dotted, value, dtype, trained, tmp_path
 ):
     for more in ({}, {f"{dotted.partition('.')[0]}__micro_batch_sequences": 2}):
-        base = BASELINES | more | {"dtype": dtype}
+        _, _, own = EFFECTS.get(dotted, (None, None, {}))
+        base = BASELINES | own | more | {"dtype": dtype}
         changes = base | _changes(dotted, value)
         assert content_of(trained, stage, changes) == content_of(trained, stage, base)
         one, other = (

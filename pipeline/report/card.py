@@ -78,6 +78,7 @@ def _language_card(report: LanguageReport, about: About) -> str:
         front=Markup(front.to_yaml()),
         total=count(model.total_parameters if model else None),
         active=count(model.active_parameters if model else None),
+        size=language.sizes(report),
         names=", ".join(expert.get("label", expert["name"]) for expert in about["experts"]),
         tables=[*tables, run_facts.criteria(report)],
     )

@@ -116,7 +116,7 @@ LANGUAGE_CARD = """\
 A mixture of {{ about.experts|length }} experts, {{ about.top_k }} of them active per token, trained
 in parts with MoleForge: a shared trunk, experts that never met while they trained, and a router
 that joins them. It is an ordinary `{{ about.architecture }}` with {{ total }} parameters,
-{{ active }} of them active per token, in fp32.
+{{ active }} of them active per token, in fp32. {{ size }}
 
 ## Experts
 
@@ -176,7 +176,7 @@ never met while they trained.
 
 Base `{{ about.trunk.address }}`, router `{{ about.router.address }}` in
 `{{ about.router.folder }}`.
-{{ total }} parameters, of which {{ active }} run per token.
+{{ total }} parameters, of which {{ active }} run per token. {{ size }}
 
 ## Use
 

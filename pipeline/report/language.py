@@ -312,6 +312,18 @@ def lead(report: LanguageReport) -> str:
     return f"The stack reaches {reached}. {compared}"
 
 
+def sizes(report: LanguageReport) -> str:
+    """Return how large an expert is in a sentence, or nothing where it is not known."""
+    if not report.model or report.model.expert_bytes is None:
+        return ""
+    return f"An expert's own weights are {_bytes(report.model.expert_bytes)}, as stored."
+
+
+def _bytes(number: int) -> str:
+    # a delta may be a few hundred kB, and whole MB would hide it
+    return f"{count(number)}B"
+
+
 def tiles(report: LanguageReport) -> list[tuple[str, str, str]]:
     """Return the numbers at the top as name, value and what stands beside it."""
     out = []
@@ -327,6 +339,9 @@ def tiles(report: LanguageReport) -> list[tuple[str, str, str]]:
     if report.model:
         whole = f"of {count(report.model.total_parameters)}"
         out.append(("parameters per token", count(report.model.active_parameters), whole))
+        if report.model.expert_bytes is not None:
+            size = _bytes(report.model.expert_bytes)
+            out.append(("an expert", size, "its own weights, as stored"))
     if report.routing:
         agreement = share(report.routing.agreement)
         out.append(("routing agreement", agreement, f"{len(report.experts)} experts"))

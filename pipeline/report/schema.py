@@ -144,6 +144,7 @@ class LanguageModelFacts(ReportPart):
     top_k: int = Field(description="experts that run per token")
     active_parameters: int = Field(description="parameters that run per token")
     total_parameters: int
+    expert_bytes: int | None = Field(None, description="of one expert's own weights, as stored")
 
 
 class TextCounts(ReportPart):

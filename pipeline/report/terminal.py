@@ -54,6 +54,9 @@ def _show_language(report: LanguageReport, console: Console) -> None:
     facts = [f"{name} {value}" for name, value in routing.facts(report)]
     if facts:
         _line(console, "; ".join(facts))
+    size = language.sizes(report)
+    if size:
+        _line(console, size)
     for table in (
         routing.texts,
         routing.prompts,

@@ -36,6 +36,7 @@ from .criteria import TrainTestGap, criteria, notes, rates, speed, train_test_ga
 from .evaluator import EvalRow, Evaluator
 from .networks import SOUP, TRUNK, network_rows, stack_row
 from .parts import (
+    expert_bytes,
     mixture_of,
     stored_experts,
     stored_trunk,
@@ -82,7 +83,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         domains=shards.domains,
         labels=cfg.partition.shown_labels,
         metric="bits per byte on held-out text",
-        model=_model(cfg, shape, stack),
+        model=_model(cfg, parts, shape, stack),
         data=counts,
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack),
@@ -320,7 +321,7 @@ def _matrix(evaluator: Evaluator, networks: Sequence[EvalRow]) -> DomainMatrix:
     return DomainMatrix(rows=(*names, "stack"), bits_per_byte=values)
 
 
-def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFacts:
+def _model(cfg: FfnMoeConfig, parts: Parts, shape: Shape, stack: FfnStack) -> LanguageModelFacts:
     return LanguageModelFacts(
         layers=shape.layers,
         d_model=shape.d_model,
@@ -330,6 +331,7 @@ def _model(cfg: FfnMoeConfig, shape: Shape, stack: FfnStack) -> LanguageModelFac
         top_k=cfg.router.top_k,
         active_parameters=_parameters(cfg, shape, cfg.router.top_k),
         total_parameters=_parameters(cfg, shape, len(stack.names)),
+        expert_bytes=expert_bytes(cfg, parts),
     )
 
 

@@ -27,6 +27,7 @@ from .config import ANCHOR, FfnMoeConfig
 from .pretrained import is_pinned, open_pretrained, pinned_tensors
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
+EXPERT = "expert.safetensors"  # an expert's own networks, or deltas
 EVALUATION_SEQUENCES = 16
 
 
@@ -273,11 +274,19 @@ def stored_experts(
 def _stored_expert(cfg: FfnMoeConfig, parts: Parts, dummy: Expert, name: str) -> Expert:
     # A function of its own: in the loop above its names would keep one file mapped while the next
     # one is opened
-    tensors = parts.tensors("train_experts", "expert.safetensors", name)
+    tensors = parts.tensors("train_experts", EXPERT, name)
     if cfg.expert.delta_rank:
         return low_rank.from_tensors(dummy, tensors, cfg.expert.delta_scale).to(device())
     layers = expert_layers(cfg, len(dummy.layers))
     return from_tensors(dummy, tensors, layers).to(device())
+
+
+def expert_bytes(cfg: FfnMoeConfig, parts: Parts, file: str = EXPERT) -> int:
+    """Return how many bytes the largest expert's own weights take, in a file of its artifact."""
+    sizes = []
+    for name in cfg.experts:
+        sizes.append((parts.folder("train_experts", name) / file).stat().st_size)
+    return max(sizes)
 
 
 def stored_statistics(cfg: FfnMoeConfig, parts: Parts, anchor: bool) -> list[FeatureStatistics]:

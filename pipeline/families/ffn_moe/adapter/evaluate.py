@@ -29,13 +29,14 @@ from ....report.schema import (
 from ....store.artifacts import now
 from ....train.flops import Shape
 from ... import Parts
+from ...adapters.peft_io import TENSORS
 from ..config import BASE, FfnMoeConfig
 from ..cost import adapter_parameters, stage_tokens
 from ..criteria import notes, speed, wins
 from ..evaluate import ENSEMBLE, ORACLE, measured_row, opt_out_row, score_combined, text_counts
 from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
-from ..parts import training_tokens
+from ..parts import expert_bytes, training_tokens
 from .criteria import criteria
 from .router import TextRouter, ValidationTexts, calibrated, untrained
 from .stack import RequestStack, assemble
@@ -103,7 +104,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         domains=shards.domains,
         labels=cfg.partition.shown_labels,
         metric="bits per byte on held-out text",
-        model=_model(cfg, shape),
+        model=_model(cfg, parts, shape),
         data=counts,
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack, texts),
@@ -311,7 +312,7 @@ def _matrix(cfg: FfnMoeConfig, evaluator: Evaluator) -> DomainMatrix:
     return DomainMatrix(rows=(*names, "stack"), bits_per_byte=values)
 
 
-def _model(cfg: FfnMoeConfig, shape: Shape) -> LanguageModelFacts:
+def _model(cfg: FfnMoeConfig, parts: Parts, shape: Shape) -> LanguageModelFacts:
     adapter = adapter_parameters(cfg, shape)
     base = shape.stack_parameters(1)
     return LanguageModelFacts(
@@ -323,4 +324,5 @@ def _model(cfg: FfnMoeConfig, shape: Shape) -> LanguageModelFacts:
         top_k=1,
         active_parameters=base + adapter,
         total_parameters=base + len(cfg.experts) * adapter,
+        expert_bytes=expert_bytes(cfg, parts, TENSORS),
     )

@@ -16,7 +16,7 @@ from ....store.streamed import Streamed, write_tensors
 from ... import Parts
 from ...adapters.peft_io import SETTINGS, TENSORS, lora_settings
 from ..config import ADAPTER, FfnMoeConfig
-from ..parts import expert_layers, stored_trunk
+from ..parts import EXPERT, expert_layers, stored_trunk
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .compressing import Compressing
@@ -92,7 +92,7 @@ def _stored(
         settings = read_object(parts.folder("train_experts", name) / SETTINGS)
         settings |= {"base_model_name_or_path": base, "revision": revision}
         return settings, parts.tensors("train_experts", TENSORS, name)
-    stored = parts.tensors("train_experts", "expert.safetensors", name)
+    stored = parts.tensors("train_experts", EXPERT, name)
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
     expert = job.cfg.expert
     return _settings(job, base, revision, expert.delta_rank, expert.delta_scale), tensors
