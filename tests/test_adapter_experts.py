@@ -5,6 +5,7 @@ B texts, T tokens, V vocabulary, S layers that are read, D model width.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 from fakes import Killed, dying, train_io
 from peft import PeftModel
 from pydantic import ValidationError
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -33,7 +35,8 @@ from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
 from pipeline.model.language_model import filled, first_tokens, pieces
 from pipeline.model.request_router import RequestRouter, fit_threshold
 from pipeline.protocols import quiet
-from pipeline.report import routing
+from pipeline.report import routing, show
+from pipeline.report.format import share
 from pipeline.run.dry_run import figures
 from pipeline.serve.adapters import AdapterEngine
 from pipeline.serve.engine import Sampling
@@ -290,6 +293,14 @@ def test_the_report_tells_where_texts_go(run, report):
     assert routing.agreement_by_domain["alpha"] == routing.texts["alpha"][0] / 8
     assert [row.prompt_tokens for row in routing.prompts] == [PROMPT]
     assert routing.prompts[0].base_share == routing.texts["gamma"][2] / 8
+    console = Console(record=True, width=200)
+    show(report, console)
+    printed = console.export_text()
+    for counts in routing.texts.values():
+        # domain by domain, how many texts each choice has
+        row = r"\s+".join(re.escape(str(count)) for count in counts)
+        assert re.search(rf"\b{row}\b", printed), counts
+    assert share(routing.prompts[0].base_share, 1) in printed
     assert report.matrix.rows == (BASE, *TAUGHT, "stack")
     assert [row.removed for row in report.opt_out] == list(TAUGHT)
     for row in report.opt_out:
