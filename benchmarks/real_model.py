@@ -161,7 +161,9 @@ class Benchmark:
         """Write the page of what is there so far."""
         args, cfg = self.args, self.cfg
         processor = cpu_name().split()[-1].lower()
-        path = args.out / f"real_model_{processor}_{time.strftime('%Y-%m-%d')}.md"
+        # Some of the rows must not take the place of all of them
+        part = "_part" if args.only else ""
+        path = args.out / f"real_model{part}_{processor}_{time.strftime('%Y-%m-%d')}.md"
         minutes = (time.monotonic() - self.started) / 60
         unfinished = []
         if done < len(self.steps) or args.only:
@@ -198,8 +200,10 @@ class Benchmark:
             "validation text by short trainings that the tokens below do not count. Intervals "
             "(95 %) resample documents, paired between rows; seeds are apart. Which form is the "
             "best, for the rows made of it, was told by this table, so the seeds that follow are "
-            "the ones that it was not picked by. Active parameters: one expert of any form can "
-            "stand in the place of what it was made from; top-2 runs two side by side. Held-out "
+            "the ones that it was not picked by. One expert, or the base where its class is the "
+            "likeliest, reads a token but in rows of top-2. Active parameters: one expert of any "
+            "form can stand in the place of what it was made from (a delta is added to it), so it "
+            "adds none; two run side by side. Held-out "
             f"documents, cut at {cfg.data.max_document_bytes:,} bytes: {', '.join(documents)}."
             f"{told}\n"
         )

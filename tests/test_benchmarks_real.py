@@ -141,9 +141,9 @@ def test_rows_are_made_scored_and_judged_and_a_second_run_does_nothing_again(
         f"{TOTAL}, seed 1",
         f"{TOTAL}, mean of 2 seeds",
         "low rank 64: oracle",
-        "low rank 64, top-1",
+        "low rank 64, top-2",
         "low rank 64, no class of the base's",
-        "low rank 64, trained gates",
+        "low rank 64, top-2, trained gates",
         "adapter 64: oracle",
         "adapter 64, chosen by 16 tokens",
         "best single (",
@@ -236,15 +236,15 @@ def test_the_best_rows_of_two_forms_are_trained_again_with_other_seeds():
     standings = [
         scored("full", "full", 1.2),
         scored("low rank 16", "low rank 16", 1.1),
-        scored("low rank 16, top-1", "low rank 16", 1.0, "router.top_k=1"),
+        scored("low rank 16, top-2", "low rank 16", 1.0, "router.top_k=2"),
         scored("adapter 16", "adapter 16", 1.05, "expert.form=adapter"),
     ]
     best = steps["best form, seed 1"].make(standings)
-    assert best.name == "low rank 16, top-1, seed 1" and best.form == "low rank 16, top-1"
-    assert best.overrides == ("router.top_k=1", "seed=1")
+    assert best.name == "low rank 16, top-2, seed 1" and best.form == "low rank 16, top-2"
+    assert best.overrides == ("router.top_k=2", "seed=1")
     assert steps["second form, seed 1"].make(standings).name == "adapter 16, seed 1"
     # by token, adapters are none of those
-    gates = steps["best by token, trained gates"].make(standings)
+    gates = steps["best by token, top-2, trained gates"].make(standings)
     assert gates.made_of == "low rank 16" and "router.tokens=64" in gates.overrides
 
 

@@ -63,7 +63,7 @@ def forms(last_third: str) -> dict[str, tuple[str, ...]]:
     """Return the forms of experts by name; `last_third` is a value of expert.layers."""
     # The router of adapters has a class of general text in any case
     base_reads = ("trunk.anchor=discard", "expert.statistics_path=own")
-    adapter = (f"expert.form={ADAPTER}", "router.top_k=1", *base_reads)
+    adapter = (f"expert.form={ADAPTER}", *base_reads)
     low_rank = "expert.form=low_rank"
     third = f"expert.layers={last_third}"
     return {
@@ -79,7 +79,7 @@ def forms(last_third: str) -> dict[str, tuple[str, ...]]:
 
 # What is tried on the best form whose experts are chosen token by token
 ON_TOKENS = {
-    "top-1": ("router.top_k=1",),
+    "top-2": ("router.top_k=2",),
     "no class of the base's": ("trunk.anchor=discard",),
 }
 # and on the best adapters
@@ -133,12 +133,14 @@ class Plan:
         for what, overrides in ON_TOKENS.items():
             yield Step(f"best by token, {what}", self._changed(False, what, overrides), 0.0)
         router = (
+            # one expert a token weighs 1 whatever its gate says, which then learns nothing
+            "router.top_k=2",
             "router.steps=null",
             f"router.tokens={max(1, self.expert_tokens // 2)}",
             "router.lr=auto",
         )
-        trained = self._changed(False, "trained gates", router)
-        yield Step("best by token, trained gates", trained, 0.5)
+        trained = self._changed(False, "top-2, trained gates", router)
+        yield Step("best by token, top-2, trained gates", trained, 0.5 * OF_A_SEARCH)
         for prompt in PROMPTS:
             what = f"chosen by {prompt} tokens"
             overrides = (f"router.prompt_tokens={prompt}",)
@@ -180,8 +182,7 @@ class Plan:
         if name is None:
             return None
         tokens = self.expert_tokens * len(self.taught)
-        # one expert is never chosen among two
-        made = (*forms(self.last_third)[name], f"expert.tokens={tokens}", "router.top_k=1")
+        made = (*forms(self.last_third)[name], f"expert.tokens={tokens}")
         shown = f"{name} on {self.general} alone"
         return Variant(shown, "expert", made, (self.general,), shown)
 
