@@ -7,6 +7,9 @@ One layer's forward pass without gradients. All experts' products must be equal;
 take turns, each round in another order, and the claim is the median of the rounds' ratios. The exit
 status is 1 when one is above the target. The CUDA path has not been run yet.
 
+Low-rank experts on one base have tables of their own, of the networks of a whole small model: there
+the dense one is the base alone, and what a whole model's pass may take is judged elsewhere.
+
 N tokens, D model width, F feed-forward width, E experts, K experts per token.
 """
 
@@ -16,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -26,12 +29,21 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.measuring import device_here, finish, hardware, progress, spread, table
-from pipeline.model.experts import Expert, mix, reinit_like
+from pipeline.model.experts import Expert, from_tensors, mix, reinit_like
+from pipeline.model.low_rank import LowRankExpert, mix_on_base
 
 TARGET = 1.25  # times the dense network's time
 OURS, DENSE = "ours", "dense"
 PEERS = {"transformers, eager": "eager", "transformers, grouped_mm": "grouped_mm"}
 WORDS = {OURS: "ours, sorted blocks (`experts.mix`)", DENSE: "one dense SwiGLU, width K F"}
+MERGED = "merged"
+OF_DELTAS = {
+    DENSE: "the base alone, width F",
+    OURS: "deltas on it (`low_rank.mix_on_base`)",
+    MERGED: "the same merged, sorted blocks (`experts.mix`)",
+}
+SMALL_MODEL, LAYERS = "576x1536", 30  # of SmolLM2-135M
+SCALE = 2.0  # alpha / rank, as runs have it by default
 PLACES = {"cpu": "CPU", "cuda": "GPU"}
 KINDS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NEAR = {"bf16": 0.02, "fp32": 1e-5}  # of the norm, between two ways to compute the same
@@ -55,11 +67,16 @@ class Case:
     top_k: int = 2
     device: str = "cpu"
     dtype: str = "bf16"
+    rank: int = 0  # of deltas on one base; 0: experts are whole networks
+    layers: int = 1
 
     @property
     def title(self) -> str:
         """The case for people."""
-        return f"{PLACES[self.device]}, D {self.d_model:,}, F {self.d_ff:,}, {self.load} load"
+        sizes = f"{PLACES[self.device]}, D {self.d_model:,}, F {self.d_ff:,}"
+        if self.rank:
+            return f"{sizes}, {self.layers} layers, rank {self.rank}, {self.dtype}"
+        return f"{sizes}, {self.load} load"
 
     @property
     def flops(self) -> float:
@@ -78,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
             common = (args.tokens, args.experts, args.top_k, device, args.dtype)
             part, kept = compared([Case(*sizes, load, *common) for load in LOADS], args.rounds)
             text, reached = text + part, reached and kept
+        sizes = [int(number) for number in args.low_rank_shape.split("x")]
+        for rank in args.ranks:
+            for dtype in KINDS:
+                common = (args.tokens, args.experts, args.top_k, device, dtype)
+                text += of_deltas(Case(*sizes, "even", *common, rank, args.layers), args.rounds)
     clock = (
         "the time of the process on the core" if args.threads == 1 else "by the clock on the wall"
     )
@@ -126,6 +148,67 @@ def compared(cases: Sequence[Case], rounds: int) -> tuple[str, bool]:
             f"{'reached' if kept else 'missed'}\n\n"
         )
     return text, reached
+
+
+def of_deltas(case: Case, rounds: int) -> str:
+    """Return a table of a case of low-rank experts."""
+    found = measured(case, delta_contenders(case, choices(case)), rounds)
+    times = [r[OURS] / r[DENSE] for r in found]
+    rows = []
+    for name, words in OF_DELTAS.items():
+        milliseconds = [r[name] * 1e3 for r in found]
+        ratios = [r[name] / r[DENSE] for r in found]
+        rows.append([words, spread(milliseconds, 2), spread(ratios, 2)])
+    return (
+        f"## {case.title}\n\n{case.tokens:,} tokens, top-{case.top_k} of {case.experts} experts, "
+        f"{rounds} rounds.\n\n{table(['networks', 'ms', 'times the base alone'], rows)}\n"
+        f"- {case.title}: deltas take {spread(times, 2)} times the base's time; by operations "
+        f"{1 + delta_share(case):.3f}\n\n"
+    )
+
+
+def delta_share(case: Case) -> float:
+    """Return the operations of K experts' deltas as a share of the base network's."""
+    delta = case.rank * (case.d_model + case.d_ff)
+    return case.top_k * delta / (case.d_model * case.d_ff)
+
+
+def delta_contenders(case: Case, index_NK: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what computes y_ND of each layer in turn, by contender: the base, deltas on it, and
+    the same experts merged.
+
+    Raises SystemExit where the last two differ.
+    """
+    torch.manual_seed(1)
+    dtype = KINDS[case.dtype]
+    (one,) = drawn(replace(case, experts=1))
+    base = reinit_like(Expert([one.layers[0]] * case.layers)).to(case.device, dtype)
+    base.requires_grad_(False)
+    deltas, merged = [], []
+    for _ in range(case.experts):
+        expert = LowRankExpert(base, case.rank, SCALE).requires_grad_(False)
+        for name, factor in expert.named().items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(factor, std=0.02)
+        deltas.append(expert.to(case.device))
+        rounded = {name: whole.to(dtype) for name, whole in deltas[-1].merged_layers()}
+        merged.append(from_tensors(base, rounded))
+    x_ND = torch.randn(case.tokens, case.d_model).to(case.device, dtype)
+    weight_NK = torch.rand(case.tokens, case.top_k).softmax(-1).to(case.device)
+    every = range(case.layers)
+    given = (x_ND, index_NK, weight_NK)
+    ways = {
+        DENSE: lambda: [base(layer, x_ND) for layer in every][-1],
+        OURS: lambda: [mix_on_base(base, deltas, layer, *given) for layer in every][-1],
+        MERGED: lambda: [mix(merged, layer, *given) for layer in every][-1],
+    }
+    with torch.no_grad():
+        wanted_ND = ways[MERGED]().float()
+        far = ((ways[OURS]().float() - wanted_ND).norm() / wanted_ND.norm()).item()
+        apart = ((ways[DENSE]().float() - wanted_ND).norm() / wanted_ND.norm()).item()
+    if not far <= NEAR[case.dtype] < apart:
+        raise SystemExit(f"{case.title}: deltas are {far:.2g} of the norm away from the merged")
+    return ways
 
 
 def choices(case: Case) -> torch.Tensor:
@@ -268,6 +351,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="model and feed-forward width (default: "
         f"{', '.join(SHAPES['cpu'])}; on a GPU also {', '.join(SHAPES['cuda'][2:])})",
     )
+    made.add_argument(
+        "--ranks",
+        type=int,
+        nargs="*",
+        default=[16, 64],
+        help="of low-rank experts; none: leave them out (default: 16 64)",
+    )
+    made.add_argument(
+        "--low-rank-shape",
+        metavar="DxF",
+        default=SMALL_MODEL,
+        help="theirs (default: %(default)s)",
+    )
+    made.add_argument("--layers", type=int, default=LAYERS, help="of them (default: %(default)s)")
     made.add_argument("--tokens", type=int, default=4096, help="in the pass (default: %(default)s)")
     made.add_argument("--experts", type=int, default=8, help="of the layer (default: %(default)s)")
     made.add_argument(
@@ -285,13 +382,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = made.parse_args(argv)
     args.devices = args.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    strange = [
-        shape for shape in args.shapes or [] if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)
-    ]
+    given = [*(args.shapes or []), args.low_rank_shape]
+    strange = [shape for shape in given if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)]
     if strange:
         made.error(f"--shapes takes two numbers, as 512x1368, not {strange[0]}")
-    if min(args.tokens, args.rounds, args.threads) < 1 or not 1 <= args.top_k <= args.experts:
-        made.error("--tokens, --rounds, --threads must be at least 1, --top-k from 1 to --experts")
+    counts = [args.tokens, args.rounds, args.threads, args.layers, *args.ranks]
+    if min(counts) < 1 or not 1 <= args.top_k <= args.experts:
+        made.error(
+            "--tokens, --rounds, --threads and such must be at least 1, --top-k from 1 to --experts"
+        )
     return args
 
 

@@ -113,6 +113,7 @@ def test_a_result_is_dated_and_a_missed_target_fails(times, status, monkeypatch,
         "cpu",
         "--rounds",
         "2",
+        "--ranks",
         "--out",
         str(out),
     ]
@@ -131,12 +132,44 @@ def test_a_result_is_dated_and_a_missed_target_fails(times, status, monkeypatch,
     assert verdict in written and written.count("missed" if status else "reached") == 2
 
 
+def test_deltas_are_compared_with_their_base_and_the_merged_experts(monkeypatch, capsys):
+    made = {}
+
+    def timed(case, ways, rounds):
+        made[case.rank, case.dtype] = {name: way() for name, way in ways.items()}
+        seconds = {experts_forward.DENSE: 0.1, OURS: 0.12, experts_forward.MERGED: 0.25}
+        if not case.rank:
+            seconds = dict.fromkeys(ways, 0.1)
+        return [seconds] * rounds
+
+    monkeypatch.setattr(experts_forward, "measured", timed)
+    small = ["--shapes", "16x24", "--low-rank-shape", "16x24", "--layers", "2", "--tokens", "64"]
+    assert experts_forward.main([*small, "--devices", "cpu", "--rounds", "2", "--ranks", "2"]) == 0
+    written = capsys.readouterr().out
+    for dtype in ("fp32", "bf16"):
+        title = f"CPU, D 16, F 24, 2 layers, rank 2, {dtype}"
+        # 2 * 2 * (16 + 24) of 16 * 24
+        ends = "deltas take 1.20 (1.20-1.20) times the base's time; by operations 1.417"
+        assert f"- {title}: {ends}" in written
+    found = made[2, "fp32"]
+    torch.testing.assert_close(found[OURS], found[experts_forward.MERGED], rtol=0, atol=1e-5)
+    assert (found[OURS] - found[DENSE]).abs().max() > 1e-3
+    monkeypatch.setattr(
+        experts_forward, "mix_on_base", lambda base, _d, layer, x, *_: base(layer, x)
+    )
+    case = Case(16, 24, tokens=64, dtype="fp32", rank=2)
+    with pytest.raises(SystemExit, match="rank 2, fp32: deltas are .* away from the merged"):
+        experts_forward.delta_contenders(case, choices(case))
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         (["--shapes", "16by24"], "two numbers, as 512x1368, not 16by24"),
         (["--top-k", "9"], "--top-k from 1 to --experts"),
         (["--rounds", "0"], "must be at least 1"),
+        (["--ranks", "0"], "must be at least 1"),
+        (["--low-rank-shape", "9"], "two numbers, as 512x1368, not 9"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(command, words, capsys):

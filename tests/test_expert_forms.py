@@ -81,6 +81,10 @@ def test_an_expert_is_what_its_form_holds_in_its_layers_alone(made):
 
 
 def test_the_stack_is_the_mixture_of_the_merged_experts(made):
+    is_the_mixture_of_the_merged_experts(made)
+
+
+def is_the_mixture_of_the_merged_experts(made) -> None:
     """Written out for one layer after another: every expert on every token, weighed by its gate."""
     stack = assemble(made.cfg, made)
     layers = layers_of(made.cfg)
@@ -129,6 +133,35 @@ def test_a_killed_training_ends_the_same_bit_for_bit(made, tmp_path):
         torch.manual_seed(77)
         loop.fit(again, train_io(folder))
         assert equal(values(again), values(whole))
+
+
+def test_coordinated_deltas_join_by_the_rows_that_they_learned(tmp_path):
+    """A whole run: deltas beside the dummy under a gate each, then those gates' rows together."""
+    cfg = small.config(
+        expert__form="low_rank",
+        expert__rank=3,
+        expert__coordinate=True,
+        router__init="rows",
+        router__steps=0,
+        trunk__anchor="keep",
+    )
+    parts = small.run(cfg, tmp_path / "run")
+    stored = parts.tensors("train_experts", "expert.safetensors", "beta")
+    assert all("lora_" in name and tensor.any() for name, tensor in stored.items())
+    rows = [parts.tensors("train_experts", "gate.safetensors", name)["row"] for name in cfg.experts]
+    gates = parts.tensors("train_router", "router.safetensors")
+    for layer in (0, 1):
+        wanted_ED = torch.stack([torch.zeros(16), *(row_LD[layer] for row_LD in rows)])
+        torch.testing.assert_close(gates[f"model.layers.{layer}.mlp.gate.weight"], wanted_ED)
+    is_the_mixture_of_the_merged_experts(parts)
+    quality = {row.name: row.mean for row in evaluate.tables(cfg, parts, quiet).quality}
+    assert len({quality[name] for name in ("trunk + dummy", "alpha", "beta", "gamma")}) == 4
+    folder = tmp_path / "again"
+    with pytest.raises(Killed):
+        loop.fit(dying(ffn_moe.expert(cfg, parts, "beta"), 2), train_io(folder))
+    again = ffn_moe.expert(cfg, parts, "beta")
+    loop.fit(again, train_io(folder))
+    assert all(torch.equal(values(again)[name], tensor) for name, tensor in stored.items())
 
 
 def test_deltas_stay_fp32_in_a_bf16_training_over_a_rounded_base(tmp_path):
