@@ -30,8 +30,9 @@ from pipeline.families.ffn_moe.adapter.evaluate import stack_row, tables
 from pipeline.families.ffn_moe.adapter.model import stored_adapters
 from pipeline.families.ffn_moe.adapter.router import SETTINGS, TextRouter, general_domains
 from pipeline.families.ffn_moe.adapter.stack import assemble
-from pipeline.families.ffn_moe.config import BASE, FfnMoeConfig
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
+from pipeline.families.ffn_moe.sections import BASE
 from pipeline.model.language_model import filled, first_tokens, pieces
 from pipeline.model.request_router import RequestRouter, fit_threshold
 from pipeline.protocols import quiet

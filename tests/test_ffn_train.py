@@ -20,7 +20,7 @@ from pipeline.errors import DataError, MismatchError
 from pipeline.families import family, stage_function
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
-from pipeline.families.ffn_moe.config import RouterConfig
+from pipeline.families.ffn_moe.sections import RouterConfig
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import RUN_CONFIGS
 from pipeline.model.router import gate_name

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.config.fit import FitConfig
 from pipeline.config.run import RuntimeConfig
 from pipeline.errors import BudgetError, ConfigError
-from pipeline.families.ffn_moe.config import RouterConfig
+from pipeline.families.ffn_moe.sections import RouterConfig
 from pipeline.train import loop
 from pipeline.train.loop import fit
 from pipeline.train.memory_plan import (

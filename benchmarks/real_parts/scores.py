@@ -21,11 +21,12 @@ from pipeline.families.ffn_moe.adapter.evaluate import RoutedTexts
 from pipeline.families.ffn_moe.adapter.model import Adapted, stored_adapters
 from pipeline.families.ffn_moe.adapter.stack import assemble as assemble_adapters
 from pipeline.families.ffn_moe.adapter.texts import first_tokens_of, routed_nats
-from pipeline.families.ffn_moe.config import BASE, FfnMoeConfig
+from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.cost import stage_tokens
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.families.ffn_moe.networks import dense_rows
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk, training_tokens
+from pipeline.families.ffn_moe.sections import BASE
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.metrics.language import ByDomain, Scores
 from pipeline.model.language_model import filled

@@ -36,11 +36,12 @@ from ...store.foreign import ForeignFile, check_kind, check_model_files, read_ob
 from ...store.streamed import Streamed
 from .. import Parts
 from ..report_files import report_files
-from .config import ANCHOR, FfnMoeConfig
+from .config import FfnMoeConfig
 from .export.tensors import Tensors, expert_tensors, mixture_tensors
 from .naming import NAMINGS
 from .parts import expert_layers, mixture_of, stored_experts, stored_settings, stored_trunk
 from .pretrained import is_pinned, pinned_tensors
+from .sections import ANCHOR
 from .stack import FfnStack
 from .stock import generation_settings, old_rope, run_tokenizer, text_start
 

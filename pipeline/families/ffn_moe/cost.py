@@ -10,9 +10,10 @@ from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
 from ...store.model_sources import ModelSource, on_this_machine
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
-from .config import ADAPTER, FfnMoeConfig
+from .config import FfnMoeConfig
 from .pretrained import stated_settings
 from .rates import PLANNED_RATES, in_small, search_of, trained_by
+from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
 
 # of a processor; a GPU's peak is what was asked for

@@ -19,9 +19,10 @@ from .. import ExportWish, Parts
 from . import cost as ffn_cost
 from .bundle import bundle as bundle_mixture
 from .bundle import reassemble as reassemble_mixture
-from .config import ADAPTER, FfnMoeConfig
+from .config import FfnMoeConfig
 from .lr_search import lr_dense, lr_experts, lr_router, lr_shared
 from .preflight import preflight
+from .sections import ADAPTER
 from .stack import assemble as assemble_mixture
 from .train import dense, shared
 from .train import expert as ffn_expert

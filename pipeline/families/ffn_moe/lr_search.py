@@ -7,10 +7,11 @@ from ...data.text.shards import Shards
 from ...train.loop import NoTraining, Task
 from ...train.lr_search import Search
 from .. import Parts
-from .config import ADAPTER, FfnMoeConfig
+from .config import FfnMoeConfig
 from .cost import search_settings
 from .parts import training_tokens
 from .rates import middle_of
+from .sections import ADAPTER
 from .train import dense_task, expert_task, router, shared
 
 EVERY = "every_domain"  # whose seeds the expert of a search has

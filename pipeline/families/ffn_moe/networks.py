@@ -16,7 +16,7 @@ from ...model.router import UniformMixture
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Trunk, open_dense
 from .. import Parts
-from .config import ANCHOR, FfnMoeConfig
+from .config import FfnMoeConfig
 from .cost import stage_tokens
 from .evaluator import NetworkRow
 from .parts import (
@@ -26,6 +26,7 @@ from .parts import (
     stored_statistics,
     training_tokens,
 )
+from .sections import ANCHOR
 from .stack import FfnStack
 from .stages import FROM_ZERO
 

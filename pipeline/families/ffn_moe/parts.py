@@ -23,8 +23,9 @@ from ...model.trunk import Ffn, Trunk, build, open_tensors
 from ...protocols import Progress, quiet
 from ...store.reading import read_object
 from .. import Parts
-from .config import ANCHOR, FfnMoeConfig
+from .config import FfnMoeConfig
 from .pretrained import is_pinned, open_pretrained, pinned_tensors
+from .sections import ANCHOR
 
 FROZEN = "frozen.safetensors"  # the trunk in bf16, for jobs to map
 EXPERT = "expert.safetensors"  # an expert's own networks, or deltas

@@ -28,9 +28,10 @@ from ... import Parts
 from ...adapters import peft_io
 from ...adapters.base import PIN, ModelRef
 from ...report_files import report_files
-from ..config import ADAPTER, FfnMoeConfig
+from ..config import FfnMoeConfig
 from ..parts import stored_settings
 from ..pretrained import is_pinned, pinned_weights
+from ..sections import ADAPTER
 from ..stock import DENSE_CLASSES, dense_settings, generation_settings, run_tokenizer, text_start
 from .model import base_ref, opened
 from .router import SETTINGS, WEIGHTS, TextRouter

@@ -30,13 +30,14 @@ from ....store.artifacts import now
 from ....train.flops import Shape
 from ... import Parts
 from ...adapters.peft_io import TENSORS
-from ..config import BASE, FfnMoeConfig
+from ..config import FfnMoeConfig
 from ..cost import adapter_parameters, stage_tokens
 from ..criteria import notes, speed, wins
 from ..evaluate import ENSEMBLE, ORACLE, measured_row, opt_out_row, score_combined, text_counts
 from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
 from ..parts import expert_bytes, training_tokens
+from ..sections import BASE
 from .criteria import criteria
 from .router import TextRouter, ValidationTexts, calibrated, untrained
 from .stack import RequestStack, assemble

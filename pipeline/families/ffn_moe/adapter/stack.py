@@ -15,8 +15,9 @@ import torch
 
 from ....model.language_model import filled
 from ... import Parts
-from ..config import BASE, FfnMoeConfig
+from ..config import FfnMoeConfig
 from ..parts import token_loss
+from ..sections import BASE
 from .model import Adapted, stored_adapters
 from .router import SETTINGS, WEIGHTS, TextRouter
 

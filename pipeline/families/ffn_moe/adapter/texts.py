@@ -16,8 +16,8 @@ from ....data.text.shards import Shards
 from ....hardware import device
 from ....metrics.language import ByDomain, Documents
 from ....model.language_model import first_tokens
-from ..config import BASE
 from ..evaluator import Evaluator
+from ..sections import BASE
 from .stack import RequestStack
 
 # x_nSD by number of first tokens, then by domain

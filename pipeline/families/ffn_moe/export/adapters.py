@@ -15,8 +15,9 @@ from ....store.reading import read_object
 from ....store.streamed import Streamed, write_tensors
 from ... import Parts
 from ...adapters.peft_io import SETTINGS, TENSORS, lora_settings
-from ..config import ADAPTER, FfnMoeConfig
+from ..config import FfnMoeConfig
 from ..parts import EXPERT, expert_layers, stored_trunk
+from ..sections import ADAPTER
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .compressing import Compressing

@@ -22,9 +22,10 @@ from ....store.reading import read_bytes
 from ....store.streamed import Streamed
 from ... import ExportWish, Parts
 from ..bundle import stock_settings
-from ..config import ADAPTER, ANCHOR, FfnMoeConfig
+from ..config import FfnMoeConfig
 from ..networks import SOUP, TRUNK, stack_row
 from ..parts import expert_layers, stored_experts, stored_settings, stored_trunk
+from ..sections import ADAPTER, ANCHOR
 from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
 from .checkpoint import write_checkpoint
 from .job import Job
