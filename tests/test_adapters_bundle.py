@@ -214,3 +214,8 @@ def test_adapters_are_exported_as_they_stand_and_the_example_of_the_cards_runs(m
 def test_what_no_single_network_holds_is_refused_by_name(made, wish):
     with pytest.raises(ConfigError, match=f"--format {wish['format']}: .*use --format adapters"):
         family.check_export(made[0], ExportWish(**wish))
+
+
+def test_adapters_are_not_compressed(made):
+    with pytest.raises(ConfigError, match="--rank: the experts of a .* run are adapters already"):
+        family.check_export(made[0], ExportWish("adapters", rank=4))
