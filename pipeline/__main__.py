@@ -401,6 +401,8 @@ def _only_this_machine(host: str) -> bool:
 
 def _show_jobs(manifests: list[Manifest]) -> None:
     """Print what a stage left: one row per job."""
+    from .run.outcome import outcome
+
     table = Table(title=manifests[0].stage, title_justify="left", title_style="bold")
     table.add_column("artifact", style="cyan", overflow="fold")
     table.add_column("MB", justify="right", overflow="fold")
@@ -408,34 +410,8 @@ def _show_jobs(manifests: list[Manifest]) -> None:
     table.add_column("what came out", overflow="fold")
     for made in manifests:
         seconds = f"{made.made['seconds']:.0f}"
-        table.add_row(made.address, f"{made.bytes / 1e6:.1f}", seconds, _outcome(made.metrics))
+        table.add_row(made.address, f"{made.bytes / 1e6:.1f}", seconds, outcome(made.metrics))
     print_table(output(), table)
-
-
-def _outcome(metrics: dict) -> str:
-    from .run.dry_run import figures
-
-    # What tells a bundle, and a preprocess of documents, by their metrics: a new stage needs no
-    # line here
-    if {"files", "experts", "parameters"} <= metrics.keys():
-        return (
-            f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, "
-            f"{metrics['files']} files"
-        )
-    return _text_outcome(metrics) if "vocab_size" in metrics else figures(metrics)
-
-
-def _text_outcome(metrics: dict) -> str:
-    domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
-    text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
-    if "tokenizer" in metrics:
-        tried = metrics["tokenizer"]
-        text += f"; the tokenizer puts {tried['front']} in front"
-        if tried["lost_share"]:
-            text += f", loses {tried['lost_share']:.2%} of the bytes"
-        if tried["unknown_share"]:
-            text += f", has no entry for {tried['unknown_share']:.2%} of the tokens"
-    return "\n".join([text, *metrics.get("notes", ())])
 
 
 def _show_report(folder: Path) -> None:
