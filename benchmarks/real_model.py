@@ -135,7 +135,9 @@ class Benchmark:
             self.tables.add(self.held_out.row(variant, cfg, self.runner.parts(cfg)))
         except (PipelineError, StageFailed) as error:
             progress(f"{variant.name} failed: {error}")
-            self.tables.failed.append((variant.name, str(error)))
+            # The page is shown to others, and this machine's folders are not
+            told = str(error).replace(str(self.runner.store.root), "the store")
+            self.tables.failed.append((variant.name, told))
             return True
         return trained
 
