@@ -273,7 +273,7 @@ def test_deltas_and_few_layers_are_predicted_to_take_less_memory():
     every = tuple(range(30))
 
     def peak(expert, trains="expert"):
-        return cost.peak_bytes(shape, trains, plan, True, 3, 2, 0, expert, True)
+        return cost.peak_bytes(shape, trains, plan, True, 3, 2, 0, expert, 2)
 
     full = peak(None, "ffn")
     deltas = peak(ExpertShape(every, 64))

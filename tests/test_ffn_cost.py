@@ -276,3 +276,43 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(monkeypatch):
         assert ffn_cost.peak_bytes(shape, trains, plan, True, 5) == pytest.approx(
             count, rel=0.03
         ), (trains, moments)
+
+
+def test_a_pinned_trunk_is_mapped_and_its_passes_cost_time(tmp_path):
+    config = Qwen3Config(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    numbers = 3 * (4 * 64 * 64 + 3 * 64 * 96) + 100 * 64
+
+    def cost(stage, item=None, **changes):
+        cfg = small.config(
+            trunk__init=str(tmp_path),
+            trunk__tokens=None,
+            trunk__steps=0,
+            tokenizer__pretrained="own",
+            **changes,
+        )
+        return ffn_cost.cost(cfg, stage, item, dict.fromkeys(small.DOMAINS, 5000), bf16=True)
+
+    pin = cost("train_shared")
+    # In the file's dtype, and once, norms beside it
+    assert (pin.tokens, pin.parameters) == (0, 0) and pin.mapped_bytes == pytest.approx(
+        2 * numbers, rel=0.05
+    )
+    assert cost("train_experts", "alpha").mapped_bytes == pin.mapped_bytes
+    assert cost("train_dense", "total").mapped_bytes == 0
+    more = cost("train_shared", trunk__statistics_tokens=10**6)
+    a_token = 2 * 3 * (4 * 64 * 64 + 3 * 64 * 96 + 64**2)
+    assert more.flops - pin.flops > 0.9 * a_token * (10**6 - 65_536)
+    few, every = (cost("evaluate", evaluate__rivals=rivals) for rivals in ("few", "all"))
+    assert 0 < few.flops < every.flops
+    assert few.mapped_bytes > pin.mapped_bytes

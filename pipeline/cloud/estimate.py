@@ -291,7 +291,8 @@ def _where(cfg: RunConfig, job: JobEstimate) -> str:
 
 def _cells(job: JobEstimate) -> tuple[str, str, str, str]:
     """Return tokens, memory, time and price of a job that trains."""
-    if not job.trains or job.state == "done":
+    measures = job.peak_bytes is not None  # the report, where its cost is known
+    if not (job.trains or measures) or job.state == "done":
         return "", "", "", ""
     if job.peak_bytes is None:
         return "?", "?", "?", "?"

@@ -64,7 +64,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
         state = state_of(address, lineage)
         cost: JobCost | None = None
         refused: PipelineError | None = None
-        if cfg.stages[stage].kind == "training":
+        if cfg.stages[stage].kind in ("training", "report"):
             try:
                 cost = family(cfg.family).cost(cfg, stage, item, made, bf16)
             except BudgetError as error:
@@ -248,6 +248,10 @@ def show_plan(
         "above the level after imports. Both are measured while a job runs (its manifest.json "
         "tells)."
     )
+    console.print(
+        "Mapped is the part of it that is pages of files: jobs share them, and the kernel drops "
+        "them when memory is short."
+    )
     console.print(_beside(entries, total_bytes))
     if unknown:
         console.print("Durations in epochs are known after preprocess has counted the tokens.")
@@ -282,9 +286,11 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
     """Return how many experts fit side by side; what they import is shared, as they are forked with
     it."""
     needed = 0
+    mapped = 0
     for entry in entries:
         if entry.job and entry.job.stage == "train_experts":
             needed = max(needed, entry.job.peak_bytes)
+            mapped = entry.job.mapped_bytes
     if not needed:
         return (
             "how many experts fit side by side cannot be told: none is planned, or the model is "
@@ -292,8 +298,10 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
         )
     total = total_bytes or free_bytes()
     where = "" if total_bytes else " that are free here"
+    # What they map is in memory once
+    fit = max(0, total - mapped) // (needed - mapped)
     return (
-        f"side by side: {total // needed} experts of {needed / 1e6:,.0f} MB fit into the "
+        f"side by side: {fit} experts of {needed / 1e6:,.0f} MB fit into the "
         f"{total / 1e9:,.1f} GB{where} (--parallel N; a runtime.memory_budget makes each smaller)"
     )
 
@@ -307,7 +315,10 @@ def _cells(entry: Entry, seconds: float | None) -> tuple[str, str, str, str, str
     time = "?" if seconds is None else duration(seconds)
     if entry.state == "done":
         time = ""
-    return tokens, f"{job.parameters:,}", time, f"{job.peak_bytes / 1e6:,.0f} MB", job.summary
+    memory = f"{job.peak_bytes / 1e6:,.0f} MB"
+    if job.mapped_bytes:
+        memory += f", {job.mapped_bytes / 1e6:,.0f} mapped"
+    return tokens, f"{job.parameters:,}", time, memory, job.summary
 
 
 def duration(seconds: float) -> str:

@@ -195,6 +195,7 @@ class JobCost:
     flops: float | None
     peak_bytes: int
     summary: str = ""  # how it will run
+    mapped_bytes: int = 0  # of the peak, pages of files: the kernel drops them when memory is short
 
     @classmethod
     def of(
@@ -207,8 +208,10 @@ class JobCost:
         parameters: int,
         plan: MemoryPlan,
         peak_bytes: int,
+        mapped_bytes: int = 0,
+        beside_flops: float = 0.0,
     ) -> "JobCost":
         """Return the cost of a job of `tokens` tokens (None: not known yet) that trains
-        `parameters` numbers and runs as planned."""
-        flops = None if tokens is None else tokens * flops_per_token
-        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.summary)
+        `parameters` numbers and runs as planned; beside_flops are of passes that train nothing."""
+        flops = None if tokens is None else tokens * flops_per_token + beside_flops
+        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.summary, mapped_bytes)

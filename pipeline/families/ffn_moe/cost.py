@@ -6,26 +6,30 @@ from math import ceil
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
-from ...store.model_sources import ModelSource, on_this_machine
+from ...model.loss import (
+    MAX_BF16_SUMS,
+    PIECE_NUMBERS,
+    WHOLE_NUMBERS,
+    chunk_of,
+    workspace_bytes,
+)
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
+from . import passes
 from .config import FfnMoeConfig
-from .pretrained import stated_settings
 from .rates import PLANNED_RATES, in_small, search_of, trained_by
 from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
+from .trunk_sizes import stored_bytes, trunk_shape
 
 # of a processor; a GPU's peak is what was asked for
 KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
 INT8_BYTES = 5_000_000  # code of the library that keeps 8-bit moments
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 PEFT_BYTES = 58_000_000  # code of PEFT, which a job of adapters imports
-# and as much as there are activations, up to this
+# and as much as there are activations, up to this; where they are more, this share of them
 MOST_FRAGMENTS_BYTES = 155_000_000
-# PEFT computes module by module, and what that leaves lies between what is kept; measured on
-# SmolLM2-135M at rank 16 alone
-MOST_ADAPTER_FRAGMENTS_BYTES = 600_000_000
+FRAGMENTS_SHARE = 0.85
 
 
 def stage_tokens(
@@ -138,16 +142,21 @@ def cost(
     domain_tokens: Mapping[str, int] | None,
     bf16: bool,
 ) -> JobCost | None:
-    """Return what a training job will spend; tokens and operations are None while the token counts
-    are unknown.
+    """Return what a training job, or the report, will spend; tokens and operations are None while
+    the token counts are unknown.
 
     None for a pretrained trunk that is not on this machine yet.
     """
-    if stage == "train_router" and cfg.expert.form == ADAPTER:
+    if stage in ("train_router", "evaluate") and cfg.expert.form == ADAPTER:
         return None  # it follows from statistics
-    shape = _shape(cfg)
+    shape = trunk_shape(cfg)
     if shape is None:
         return None
+    stack = _stack(cfg, shape)
+    if stage == "evaluate":
+        return passes.of_report(cfg, stack)
+    if stage == "train_shared" and cfg.trunk.is_pinned:
+        return passes.of_pin(cfg, stack)
     if stage == "train_dense" and item in FROM_ZERO:
         trunk = cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)})
         shape = Shape.from_config(trunk, cfg.tokenizer.vocab_size)
@@ -177,6 +186,23 @@ def cost(
     name = f"{stage}-{item}" if item else stage
     plan = memory_plan(cfg, opts, shape, trains, bf16, name)
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
+    stored = stored_bytes(cfg)
+    frozen = frozen_bytes(shape, trains, bf16, _stacked(cfg), expert, stored)
+    peak = peak_bytes(
+        shape,
+        trains,
+        plan,
+        bf16,
+        _stacked(cfg),
+        cfg.router.top_k,
+        adapter,
+        expert,
+        stored,
+    )
+    if tokens == 0:
+        # Nothing is kept for a backward pass that is never made
+        batch = min(opts.eval_tokens, plan.micro_batch_sequences * shape.context_tokens)
+        peak = int(sum(frozen)) + passes.forward_bytes(stack, batch, bf16)
     found = JobCost.of(
         stage,
         item,
@@ -184,17 +210,9 @@ def cost(
         flops_per_token=shape.train_flops_per_token(trains, expert),
         parameters=parameters,
         plan=plan,
-        peak_bytes=peak_bytes(
-            shape,
-            trains,
-            plan,
-            bf16,
-            _stacked(cfg),
-            cfg.router.top_k,
-            adapter,
-            expert,
-            cfg.trunk.is_pinned,
-        ),
+        peak_bytes=peak,
+        mapped_bytes=int(frozen[0]),
+        beside_flops=passes.beside_training(cfg, stack, stage, opts, tokens or 0),
     )
     if stage in SEARCHES.values():
         return _of_rates(found, opts, shape)
@@ -252,7 +270,8 @@ def memory_plan(
 
     # no other training reads how an expert is made: its address has none of it
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
-    expert = expert_shape(cfg, shape) if trains == "expert" else None
+    expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
+    stored = stored_bytes(cfg)
 
     def predict(tried: MemoryPlan) -> int:
         return peak_bytes(
@@ -264,7 +283,7 @@ def memory_plan(
             cfg.router.top_k,
             adapter,
             expert,
-            cfg.trunk.is_pinned,
+            stored,
         )
 
     return plan_memory(
@@ -280,21 +299,9 @@ def memory_plan(
     )
 
 
-def _shape(cfg: FfnMoeConfig) -> Shape | None:
-    """Return the trunk's shape; None when it is a pretrained one of which no settings are here."""
-    if not cfg.trunk.init:
-        return Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
-    from transformers import AutoConfig
-
-    try:
-        place = on_this_machine("trunk.init", cfg.trunk.init, cfg.trunk.revision)
-        if place is None:
-            return None
-        stated = stated_settings(ModelSource(place), weights=False)
-        settings = AutoConfig.for_model(**stated).to_dict()
-        return Shape.from_hf_config(settings, cfg.trunk.context_tokens)
-    except Exception:  # a library raises what it likes at settings that it cannot read
-        return None  # the plan is made without it, and what is wrong is said by `preflight`
+def _stack(cfg: FfnMoeConfig, shape: Shape) -> passes.StackShape:
+    """Return the sizes of a run's stack."""
+    return passes.StackShape(shape, _stacked(cfg), expert_shape(cfg, shape), stored_bytes(cfg))
 
 
 def _stacked(cfg: FfnMoeConfig) -> int:
@@ -311,36 +318,30 @@ def peak_bytes(
     top_k: int = 2,
     adapter: int = 0,
     expert: ExpertShape | None = None,
-    pinned: bool = False,
+    stored: int | None = None,
 ) -> int:
     """Return the predicted peak above imports of a training: of `all`, of an `ffn`, of an `adapter`
-    of so many numbers, or of the `gates` over experts.
+    of so many numbers, or of the `gates` over experts. stored: bytes of a number in the files of a
+    pinned trunk.
 
     Weights, moments and gradients are counted, activations estimated; the constants are fitted to
     benchmarks/memory.py, which compares this with what is measured.
     """
     unit = 2 if bf16 else 4
-    active = 1
+    active = top_k if trains == "gates" else 1
+    trained = 0  # gates are too small to count
     if trains == "all":
         trained = shape.trunk_parameters + shape.ffn_parameters
-        frozen = 0
     elif trains == "ffn":
         trained = shape.ffn_parameters
-        frozen = shape.trunk_parameters
     elif trains == "adapter":
         trained = adapter
-        frozen = shape.trunk_parameters + shape.ffn_parameters
     elif expert is not None and trains == "expert":
         trained = shape.expert_parameters(expert)
-        frozen = shape.trunk_parameters
-        below = shape.ffn_parameters if expert.rank else shape.ffn_parameters - trained
-        # a trunk that was trained here has its networks in fp32, which are rounded beside the file
-        frozen += below if pinned or not bf16 else below * (4 + unit) // unit
-    else:
-        trained = 0  # gates are too small to count
-        frozen = shape.trunk_parameters + experts * shape.ffn_parameters
-        active = top_k
-    kept = trained * plan.state_bytes + frozen * unit
+    kept = trained * plan.state_bytes
+    kept += sum(frozen_bytes(shape, trains, bf16, experts, expert, stored))
+    if trains != "all" and stored not in (None, unit):
+        kept += cast_bytes(shape, unit)
     if trains == "all":
         # gradients of head and embedding until they are added up
         kept += 2 * unit * shape.vocab_size * shape.d_model
@@ -349,7 +350,62 @@ def peak_bytes(
         code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
         code += PEFT_BYTES * (trains == "adapter")
     lowest = min(expert.layers) if trains == "expert" and expert is not None else 0
-    return int(kept + _pass_bytes(shape, plan, unit, trains, active, lowest) + code)
+    training = kept + _pass_bytes(shape, plan, unit, trains, active, lowest)
+    ended = 0.0
+    if trains in ("ffn", "expert"):
+        layers = shape.layers if expert is None else len(expert.layers)
+        # Then the optimizer's state is gone, and the statistics come
+        ended = sum(frozen_bytes(shape, trains, bf16, experts, expert, stored)) + 4 * trained
+        ended += passes.statistics_bytes(layers, shape.d_model)
+    return int(max(training, ended) + code)
+
+
+def frozen_bytes(
+    shape: Shape,
+    trains: Trains,
+    bf16: bool,
+    experts: int,
+    expert: ExpertShape | None,
+    stored: int | None,
+) -> tuple[float, float]:
+    """Return the bytes of what a training does not move: mapped from files, and in memory of its
+    own."""
+    unit = 2 if bf16 else 4
+    own = shape.ffn_parameters if expert is None else shape.expert_parameters(expert)
+    if trains == "all":
+        return 0, 0
+    # What stands below deltas and between chosen layers, or below an adapter
+    below = 0
+    if trains == "adapter" or (expert is not None and expert.rank):
+        below = shape.ffn_parameters
+    elif expert is not None:
+        below = shape.ffn_parameters - (own if trains == "expert" else 0)
+    mapped: float = shape.trunk_parameters * unit + below * unit
+    rounded: float = 0
+    if stored is not None:
+        # A copy of the networks is made of the file, whose pages stay
+        mapped = (shape.trunk_parameters + shape.ffn_parameters) * stored
+    elif trains != "adapter" and bf16:
+        # A trunk that was trained here has its networks in fp32, which are rounded beside the file
+        mapped += 4 * below
+    if trains != "gates":
+        return mapped, rounded
+    if expert is not None and expert.rank:
+        mapped += experts * own * 4  # deltas stay in fp32
+    elif bf16:
+        rounded = experts * own * unit
+    else:
+        mapped += experts * own * unit
+    return mapped, rounded
+
+
+def cast_bytes(shape: Shape, unit: int) -> int:
+    """Return the bytes of stored weights that are cast at a time: the head, for a whole pass where
+    it is small, and one matrix."""
+    head = shape.vocab_size * shape.d_model
+    if head > WHOLE_NUMBERS:
+        head = PIECE_NUMBERS
+    return (head + shape.d_model * shape.d_ff) * unit
 
 
 def _pass_bytes(
@@ -384,6 +440,9 @@ def _pass_bytes(
     if plan.low_mmap_threshold:
         return in_use + (layer + inner) * plan.trim_each_pass
     again = layer / 2 if plan.checkpointing else 0  # holes where a layer was computed again
-    most = MOST_ADAPTER_FRAGMENTS_BYTES if trains == "adapter" else MOST_FRAGMENTS_BYTES
-    fragments = min(held, most) if in_heap else 0
+    fragments = 0.0
+    if in_heap:
+        # glibc finds no room for a block in the hole that one of its size left: with 30 layers of
+        # SmolLM2-135M holes were .7 to 1.1 of what was kept (glibc 2.36, three steps)
+        fragments = max(min(held, MOST_FRAGMENTS_BYTES), FRAGMENTS_SHARE * held)
     return in_use + HEAP_BYTES + again + fragments

@@ -22,6 +22,7 @@ from ...model.router_init import FeatureStatistics
 from ...model.trunk import Ffn, Trunk, build, open_tensors
 from ...protocols import Progress, quiet
 from ...store.reading import read_object
+from ...train.memory_meter import trim_heap
 from .. import Parts
 from .config import FfnMoeConfig
 from .pretrained import is_pinned, open_pretrained, pinned_tensors
@@ -347,6 +348,9 @@ def feature_statistics(
     observed = statistics.observe(ffn, layers)
     available = min(tokens, rows.tokens())
     wanted = max(1, available // rows.context_tokens)
+    # The sums are a few times the size of a small expert: what a training before left free in the
+    # heap goes first (624 MB after a rank-64 expert of 1.5 B numbers, beside sums of 1,309)
+    trim_heap()
     # Under a budget one at a time, as the training that follows starts with
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     bf16 = uses_bf16(cfg.dtype)

@@ -1,0 +1,130 @@
+"""What the passes of an ffn_moe run cost that train nothing: validation, statistics, the report.
+
+L layers, D model width, F feed-forward width, V vocabulary, N tokens of a batch.
+"""
+
+from dataclasses import dataclass
+
+from ...config.fit import FitConfig
+from ...hardware import device
+from ...model.loss import CHUNK_LOGITS, workspace_bytes
+from ...train.flops import ExpertShape, JobCost, Shape
+from .config import FfnMoeConfig
+from .continuations import PROMPT_TOKENS
+
+GAP_SEQUENCES = 128  # of training text behind a train-test gap
+STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
+CODE_BYTES = 42_000_000  # what the first pass touches of the libraries
+HEAP_BYTES = 15_000_000
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """The sizes of a trunk and of the experts on it."""
+
+    shape: Shape
+    experts: int
+    expert: ExpertShape | None  # None: whole networks in every layer
+    stored: int | None  # bytes of a number in the files of a pinned trunk
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of trunk and dummy as they are mapped."""
+        return (self.shape.trunk_parameters + self.shape.ffn_parameters) * (self.stored or 4)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's file."""
+        if self.expert is None:
+            return 4 * self.shape.ffn_parameters
+        return 4 * self.shape.expert_parameters(self.expert)
+
+    def forward(self, experts: float) -> float:
+        """Operations of a token's forward pass with so many experts."""
+        ffns = experts if self.expert is None else self.shape.ffns(experts, self.expert)
+        return self.shape.forward_flops_per_token(ffns)
+
+
+def forward_bytes(stack: StackShape, tokens: int, bf16: bool) -> int:
+    """Return what a pass over N tokens takes that keeps nothing, beside the weights."""
+    shape = stack.shape
+    # What passes between layers stays fp32; of a network three products, and half a dozen rows
+    row = 4 * 6 * shape.d_model + (2 if bf16 else 4) * 3 * shape.d_ff
+    logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, 2 if bf16 else 4)
+    code = 0 if device() == "cuda" else CODE_BYTES + HEAP_BYTES
+    return tokens * row + logits + code
+
+
+def statistics_bytes(layers: int, d_model: int) -> int:
+    """Return the bytes of the sums of x x^T of so many layers."""
+    return STATISTICS_BYTES * layers * d_model**2
+
+
+def statistics_flops(shape: Shape, tokens: int) -> float:
+    """Operations of the statistics of so many tokens: a pass without the head, and x x^T of every
+    layer."""
+    body = shape.forward_flops_per_token() - 2 * shape.vocab_size * shape.d_model
+    return tokens * (body + 2 * shape.layers * shape.d_model**2)
+
+
+def beside_training(
+    cfg: FfnMoeConfig, stack: StackShape, stage: str, opts: FitConfig, tokens: int
+) -> float:
+    """Operations of a training's validations, and of the statistics that it ends with."""
+    steps = tokens // (opts.batch_sequences * cfg.trunk.context_tokens)
+    validations = 1
+    if opts.eval_every_steps and steps:
+        validations += (steps - 1) // opts.eval_every_steps
+    experts = cfg.router.top_k if stage == "train_router" else 1
+    flops = validations * opts.eval_tokens * stack.forward(experts)
+    if stage == "train_shared":
+        flops += statistics_flops(stack.shape, cfg.trunk.statistics_tokens)
+    elif stage == "train_experts":
+        flops += statistics_flops(stack.shape, cfg.expert.statistics_tokens)
+    return flops
+
+
+def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
+    """Return the cost of a pinned trunk: nothing is trained, but it is validated once and its
+    statistics are taken."""
+    shape = stack.shape
+    most = 16 * cfg.trunk.context_tokens  # tokens of a batch
+    batch = min(most, max(cfg.trunk.eval_tokens, cfg.trunk.statistics_tokens))
+    sums = statistics_bytes(shape.layers, shape.d_model)
+    flops = cfg.trunk.eval_tokens * shape.forward_flops_per_token()
+    flops += statistics_flops(shape, cfg.trunk.statistics_tokens)
+    peak = stack.model_bytes + sums + forward_bytes(stack, batch, False)
+    return JobCost(
+        "train_shared", None, 0, 0, flops, peak, "pinned, not trained", stack.model_bytes
+    )
+
+
+def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
+    """Return the cost of the report: a pass over the held-out text for every row."""
+    own = len(cfg.experts)
+    k = min(cfg.router.top_k, stack.experts)
+    dense = len(cfg.dense.baselines)
+    everything = cfg.evaluate.rivals == "all"
+    # Base, experts, dense baselines, soup; the stack is run twice, as its choices are counted
+    passes = 2 + own + dense
+    flops = passes * stack.shape.forward_flops_per_token() + 2 * stack.forward(k)
+    if stack.experts > 1:
+        # One expert less at a time
+        flops += stack.experts * stack.forward(min(k, stack.experts - 1))
+    if everything:
+        flops += stack.forward(own) + 4 * stack.forward(k) + stack.forward(3 - min(k, 2))
+        for active in range(1, stack.experts + 1):
+            flops += stack.forward(active)
+    tokens = len(cfg.partition.names) * cfg.evaluate.tokens_per_domain
+    flops *= tokens
+    gaps = GAP_SEQUENCES * cfg.trunk.context_tokens * (dense + 1)
+    written = cfg.evaluate.continuation_tokens
+    # Every token that is written runs all before it again, for base, one dense baseline and stack
+    writing = 3 * len(cfg.partition.names) * written * (PROMPT_TOKENS + written // 2)
+    flops += (gaps + writing) * stack.forward(k)
+    mapped = stack.model_bytes + own * stack.expert_bytes
+    if dense:
+        mapped += 4 * (stack.shape.trunk_parameters + stack.shape.ffn_parameters)
+    batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
+    peak = mapped + forward_bytes(stack, min(batch, tokens), False)
+    return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped)
