@@ -127,4 +127,7 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
         mapped += 4 * (stack.shape.trunk_parameters + stack.shape.ffn_parameters)
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
     peak = mapped + forward_bytes(stack, min(batch, tokens), False)
+    if stack.expert is not None and stack.expert.rank:
+        # The mean of deltas holds all their factors once more, and what runs in bf16 is cast
+        peak += own * stack.expert_bytes * 3 // 2
     return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped)
