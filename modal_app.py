@@ -1,8 +1,8 @@
 """The pipeline on Modal: image, volume, secrets, a function per stage, the endpoint; what they do
 is in pipeline/.
 
-`modal run modal_app.py::train_experts --config config/demo.yaml` does a stage, `::run_all` all of
-them, `modal deploy modal_app.py` serves the bundle that `::deploy` made last. What is typed is
+`modal run modal_app.py::train_experts --config config/qwen3_8b.yaml` does a stage, `::run_all` all
+of them, `modal deploy modal_app.py` serves the bundle that `::deploy` made last. What is typed is
 checked on this machine first; the rest is in the hands of `orchestrate`, so that with `modal run
 --detach` a closed laptop stops nothing. Functions and commands come from the families' tables of
 stages: a new stage needs nothing here.

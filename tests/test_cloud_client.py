@@ -51,9 +51,9 @@ def test_a_command_names_its_configuration(here, typed):
     assert cloud.announced([*RUN, *typed], {"MOLEFORGE_CONFIG": "other.yaml"}).name == "mine"
 
 
-def test_without_a_name_it_is_the_demo(monkeypatch):
+def test_without_a_name_it_is_the_demo_from_zero(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cloud.announced(RUN, {}).name == "demo"
+    assert cloud.announced(RUN, {}).name == "demo_from_zero"
 
 
 def test_overrides_of_a_command(here):

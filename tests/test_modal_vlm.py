@@ -103,7 +103,8 @@ def test_every_stage_is_done_and_leaves_the_bytes_of_a_local_run(client, config,
     run_job("deploy", cfg, local, progress=lambda _text, _share: None)
     far, near = (but_last_bits(root) for root in (client.volume("moleforge"), local.root))
     assert far == near
-    assert {name.split("-")[0] for name in far} == {*stages.STAGES} - {"train_dense"}
+    made = {stage for stage in stages.STAGES if stages.jobs(cfg, stage)}
+    assert {name.split("-")[0] for name in far} == made
 
 
 def test_plan_and_report_are_printed(said):

@@ -159,7 +159,10 @@ def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, mo
     read = stages.address(cfg, "preprocess")
     shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
     manifest = run("train_shared", cfg, store)
-    assert manifest.metrics == {"files": 1} and "pin.json" in manifest.files
+    # what it took is told of any job
+    told = {key: value for key, value in manifest.metrics.items() if not key.endswith("_mb")}
+    assert told == {"files": 1}
+    assert "pin.json" in manifest.files
     assert not store.history(manifest.address).exists()
 
 

@@ -237,7 +237,7 @@ def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
 def test_a_bundle_is_uploaded_where_it_is_asked_to_go(monkeypatch, tmp_path, target):
     asked = []
     monkeypatch.setattr(
-        job.bundle, "upload", lambda folder, where, _progress: asked.append((folder, where))
+        job, "upload", lambda folder, where, _progress: asked.append((folder, where))
     )
     cfg, store = small.config(deploy={"upload": target}), Store(tmp_path)
     folder = store.begin(stages.address(cfg, "deploy"))

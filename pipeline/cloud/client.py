@@ -31,7 +31,8 @@ from ..store.room import writing
 from .containers import JobResult
 from .prices import Prices, most_gpus
 
-DEFAULT = "config/demo.yaml"
+# The demo on a pretrained model needs its package where the command is typed
+DEFAULT = "config/demo_from_zero.yaml"
 MOST_BETWEEN_SAVES_S = 300
 HELP_FLAGS = {"--help", "-h"}
 FLAGS_HELP = f"""What the flags below mean:
@@ -170,13 +171,14 @@ def settled(cfg: RunConfig, prices: Prices, tell: Callable[[str], None]) -> RunC
     """
     if cfg.dtype != AUTO:
         return cfg
-    without = []
+    # by name once, as a search runs on the machine of its training
+    without: dict[str, None] = {}
     for name, row in cfg.stages.items():
         # A stage that reads it trains something, and one that has no jobs trains nothing here.
         if "dtype" not in row.reads or not cfg.items(name):
             continue
         if not prices.has_bf16(cfg.machine(name)):
-            without.append(f"modal.{row.machine or name}.gpu")
+            without[f"modal.{row.machine or name}.gpu"] = None
     dtype = "fp32" if without else "bf16"
     why = f"{', '.join(without)} need not have bf16" if without else "all GPUs that train have it"
     tell(f"dtype: auto is {dtype}, as {why}")
