@@ -29,7 +29,7 @@ from .parts import batch_of, token_loss, training_rows
 from .rates import found_rate
 from .stages import SEARCHES
 
-TRAIN_SAMPLE_SEQUENCES = 128  # of training text behind a train-test gap, all domains together
+TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 
 
 def wins(
@@ -154,7 +154,8 @@ def train_test_gap(cfg: FfnMoeConfig, evaluator: Evaluator, row: NetworkRow) -> 
         rows = training_rows(cfg, evaluator.shards, "gap", (domain,))
         windows = rows.tokens() // rows.context_tokens - 1
         # The first rows of an order of their own, which no training goes by
-        count = max(1, min(TRAIN_SAMPLE_SEQUENCES // len(domains), windows))
+        wanted = TRAIN_SAMPLE_TOKENS // rows.context_tokens // len(domains)
+        count = max(1, min(wanted, windows))
         ids_BT = batch_of(rows, 0, count)
         nats_BT = token_loss(row.trunk, row.ffn, ids_BT, evaluator.bf16)
         per_domain.append(nats_BT.mean().item())

@@ -4,7 +4,7 @@ tokens.
 B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,19 +60,23 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     writers = _writers(cfg)
     networks: list[EvalRow] = []
     gaps: dict[str, TrainTestGap] = {}
+    counters = _counters(evaluator, stack)
     for row in network_rows(cfg, parts, shards, dummy, stack):
         is_expert = row.kind == "expert"
-        evaluator.score(row.name, row.trunk, row.ffn, keep_tokens=is_expert)
+        is_stack = row.name == stack_row(cfg)
+        # Of the stack's one pass both figures come: what it scores, and where tokens go
+        watched = counters if is_stack else None
+        evaluator.score(row.name, row.trunk, row.ffn, is_expert, watched)
         if row.name in writers:
             writer.add(row.name, row.trunk, row.ffn)
-        if row.kind == "dense" or row.name == stack_row(cfg):
+        if row.kind == "dense" or is_stack:
             gaps[row.name] = train_test_gap(cfg, evaluator, row)
         networks.append(row.told)
         # A dense model goes before the next one is opened
         del row
     score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
-    token_routing = _routing(evaluator, stack)
+    token_routing = _routing(counters, stack)
     counts = text_counts(evaluator)
     return LanguageReport(
         run=cfg.name,
@@ -277,15 +281,18 @@ class _ChoiceCounter:
         return index.bincount(minlength=experts).cpu().numpy()
 
 
-def _routing(evaluator: Evaluator, stack: FfnStack) -> TokenRouting:
-    counts = {}
-    first = {}
+def _counters(evaluator: Evaluator, stack: FfnStack) -> dict[str, _ChoiceCounter]:
+    """Return by domain what stands for the stack's mixture and counts."""
     layers = len(stack.weight_LED)
+    counters = {}
     for domain in evaluator.documents:
-        counter = _ChoiceCounter(stack.mixture, layers, len(stack.names))
-        evaluator.token_nats(stack.trunk, counter, domain)
-        counts[domain] = counter.all_LE
-        first[domain] = counter.first_LE
+        counters[domain] = _ChoiceCounter(stack.mixture, layers, len(stack.names))
+    return counters
+
+
+def _routing(counters: Mapping[str, _ChoiceCounter], stack: FfnStack) -> TokenRouting:
+    counts = {domain: counter.all_LE for domain, counter in counters.items()}
+    first = {domain: counter.first_LE for domain, counter in counters.items()}
     numbers = stack.mixture.router.layers
     return TokenRouting.model_validate(routing(counts, first, stack.names, numbers))
 

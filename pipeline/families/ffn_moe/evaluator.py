@@ -4,6 +4,7 @@ scores.
 B sequences, T tokens, N = B*T, n documents.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import ceil
 
@@ -100,13 +101,18 @@ class Evaluator:
         trunk: Trunk,
         ffn: Ffn,
         keep_tokens: bool = False,
+        watched: Mapping[str, Ffn] | None = None,
     ) -> None:
-        """Run a network over all domains and keep what it scores under a row's name."""
+        """Run a network over all domains and keep what it scores under a row's name.
+
+        watched: by domain what stands for the network there, computes the same and looks on.
+        """
         self.progress(f"evaluating {name}", None)
         nats = {}
         sums = {}
         for domain, documents in self.documents.items():
-            nats[domain] = self.token_nats(trunk, ffn, domain)
+            on_domain = ffn if watched is None else watched[domain]
+            nats[domain] = self.token_nats(trunk, on_domain, domain)
             sums[domain] = documents.sums(nats[domain])
         self.scores.add(name, sums)
         if keep_tokens:

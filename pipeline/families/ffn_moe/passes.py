@@ -11,8 +11,8 @@ from ...model.loss import CHUNK_LOGITS, workspace_bytes
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS
+from .criteria import TRAIN_SAMPLE_TOKENS
 
-GAP_SEQUENCES = 128  # of training text behind a train-test gap
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
 CODE_BYTES = 42_000_000  # what the first pass touches of the libraries
 HEAP_BYTES = 15_000_000
@@ -105,9 +105,9 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     k = min(cfg.router.top_k, stack.experts)
     dense = len(cfg.dense.baselines)
     everything = cfg.evaluate.rivals == "all"
-    # Base, experts, dense baselines, soup; the stack is run twice, as its choices are counted
+    # Base, experts, dense baselines, soup; then the stack
     passes = 2 + own + dense
-    flops = passes * stack.shape.forward_flops_per_token() + 2 * stack.forward(k)
+    flops = passes * stack.shape.forward_flops_per_token() + stack.forward(k)
     if stack.experts > 1:
         # One expert less at a time
         flops += stack.experts * stack.forward(min(k, stack.experts - 1))
@@ -117,7 +117,7 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
             flops += stack.forward(active)
     tokens = len(cfg.partition.names) * cfg.evaluate.tokens_per_domain
     flops *= tokens
-    gaps = GAP_SEQUENCES * cfg.trunk.context_tokens * (dense + 1)
+    gaps = TRAIN_SAMPLE_TOKENS * (dense + 1)
     written = cfg.evaluate.continuation_tokens
     # Every token that is written runs all before it again, for base, one dense baseline and stack
     writing = 3 * len(cfg.partition.names) * written * (PROMPT_TOKENS + written // 2)
