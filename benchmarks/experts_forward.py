@@ -385,7 +385,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     given = [*(args.shapes or []), args.low_rank_shape]
     strange = [shape for shape in given if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)]
     if strange:
-        made.error(f"--shapes takes two numbers, as 512x1368, not {strange[0]}")
+        made.error(f"a shape is two numbers, as 512x1368, not {strange[0]}")
     counts = [args.tokens, args.rounds, args.threads, args.layers, *args.ranks]
     if min(counts) < 1 or not 1 <= args.top_k <= args.experts:
         made.error(

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu_parts import SECTIONS, Row, Section, Setup
+from benchmarks.gpu_parts.aims import verdicts
 from benchmarks.gpu_parts.wheels import how_to_bring
 from benchmarks.measuring import ROOT, add_device, device_here, progress, spread, table
 
@@ -244,8 +245,6 @@ def _verdicts(found: Found) -> list[str]:
     module, _, _ = found.section.place.partition(".")
     if module != "training":
         return []
-    from benchmarks.gpu_parts.aims import verdicts
-
     medians = []
     for one in merged(found.rows):
         row: Row = {}

@@ -22,6 +22,7 @@ from pipeline.train.flops import Shape
 
 # Tasks of contenders that train a few numbers beside frozen weights
 FORMS = ("low_rank", "adapter")
+RANK = 64  # of both
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
 

@@ -30,10 +30,10 @@ from benchmarks.real_parts.variants import OF_A_PASS, Plan, Step, Variant
 from benchmarks.runner import Runner, StageFailed
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.stages import SEARCHES
 from pipeline.hardware import cpu_name, uses_bf16
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-SEARCHES = {"train_experts": "lr_experts", "train_router": "lr_router", "train_dense": "lr_dense"}
 
 
 @dataclass

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.measuring import RANK
+
 Row = dict[str, str | float]
 
 
@@ -64,7 +66,7 @@ SECTIONS = {
         135,
         "Rates count the steps after the first, skipped ones. MFU: operations that the task needs, "
         "of the peak named above. Memory is the peak that PyTorch allocated; predicted is what "
-        "`plan` promises. Low rank and adapters have rank 64.",
+        f"`plan` promises. Low rank and adapters have rank {RANK}.",
     ),
     "forward": Section(
         "One layer's forward pass: a mixture beside one dense network",

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.experts_forward import DENSE, Case, drawn, measured
+from benchmarks.experts_forward import DENSE, SCALE, Case, drawn, measured
 from benchmarks.gpu_parts import Row, Setup
+from benchmarks.measuring import RANK
 from pipeline.model.experts import Expert
 from pipeline.model.low_rank import LowRankExpert
 from pipeline.model.router import Gating, Mixture, Router
 
 ACTIVE = (1, 2, 4)
 EXPERTS = 8
-RANK = 64
 SHAPES = {True: ((64, 172),), False: ((2048, 5632), (4096, 12288))}
 Way = Callable[[], torch.Tensor]
 
@@ -46,7 +46,7 @@ def _ways(case: Case) -> dict[str, Way]:
     dtype = next(dense.parameters()).dtype
     x_BTD = torch.randn(1, case.tokens, case.d_model).to(case.device, dtype)
     ways: dict[str, Way] = {DENSE: lambda: dense(0, x_BTD)}
-    deltas = [LowRankExpert(dense, RANK, 2.0).to(case.device) for _ in range(case.experts)]
+    deltas = [LowRankExpert(dense, RANK, SCALE).to(case.device) for _ in range(case.experts)]
     for form, experts in (("full", full), (f"rank-{RANK}", deltas)):
         for active in ACTIVE:
             name = f"{active} of {case.experts} {form} experts"

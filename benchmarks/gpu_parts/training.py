@@ -18,7 +18,6 @@ from benchmarks.gpu_parts.peak import flops_per_s
 from benchmarks.measuring import SIZES, Job, progress
 from benchmarks.peers.__main__ import work
 
-RANK = 64
 MEMORY_DISK = Path("/dev/shm")  # noqa: S108 (a mount, not a file of ours)
 
 

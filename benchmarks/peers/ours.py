@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401 (imports count before)
 
-from benchmarks.measuring import FORMS, MB, Job
+from benchmarks.measuring import FORMS, MB, RANK, Job, write_files
 from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
 from benchmarks.watching import Watch
 from pipeline import report
@@ -42,7 +42,6 @@ STAGES = {
     "adapter": "train_experts",
     "router": "train_router",
 }
-RANK = 64  # of low-rank experts and adapters
 
 
 class Parts:
@@ -175,7 +174,7 @@ def prepare(job: Job) -> int:
             _write_text(job, folder)
     with _whole(parts.folder("train_shared")) as folder:
         if folder:
-            _write_all(folder, ffn_moe.shared(cfg, parts).export(0))
+            write_files(ffn_moe.shared(cfg, parts).export(0), folder)
     like = parts.tensors("train_shared", "dummy.safetensors")
     for number in range(job.experts):
         with _whole(parts.folder("train_experts", domain(number))) as folder:
@@ -187,7 +186,7 @@ def prepare(job: Job) -> int:
     for stage, files in (("train_router", {"router.safetensors": gates}), ("evaluate", _EVALUATED)):
         with _whole(parts.folder(stage)) as folder:
             if folder:
-                _write_all(folder, files)
+                write_files(files, folder)
     return len(list(root.glob("train_experts-d??")))
 
 
@@ -210,14 +209,6 @@ def _whole(folder: Path) -> Iterator[Path | None]:
     yield part
     folder.with_suffix(".files.json").write_text(json.dumps(inventory(part)))
     part.rename(folder)
-
-
-def _write_all(folder: Path, files: dict[str, dict]) -> None:
-    for name, content in files.items():
-        if name.endswith(".safetensors"):
-            save_tensors(folder / name, content)
-        else:
-            (folder / name).write_text(json.dumps(content))
 
 
 def _write_expert(parts: Parts, folder: Path, like: dict[str, torch.Tensor], number: int) -> None:

@@ -18,11 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.measuring import FORMS, Job, Sizes
+from benchmarks.measuring import FORMS, RANK, Job, Sizes
 from benchmarks.peers.tokens import batches
 from benchmarks.watching import Watch
 
-RANK = 64
 LINEARS = {"low_rank": ["gate_proj", "up_proj", "down_proj"], "adapter": "all-linear"}
 
 

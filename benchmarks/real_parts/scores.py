@@ -272,7 +272,7 @@ class HeldOut:
     def _dense_facts(self, cfg: FfnMoeConfig, parts: StoredParts) -> Facts:
         (item,) = cfg.dense.baselines
         metrics = parts.manifest("train_dense", item).metrics
-        given = getattr(cfg.dense, "lr", None) or cfg.expert.lr
+        given = cfg.dense.lr or cfg.expert.lr
         return Facts(
             tokens=stage_tokens(cfg, "train_dense", item, training_tokens(self.shards)),
             lr=_rate(parts, "lr_dense", "all", given),

@@ -9,15 +9,14 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.experts_forward import DENSE, Case, measured
-from benchmarks.measuring import progress, ratios, spread, table
+from benchmarks.experts_forward import DENSE, SCALE, Case, measured
+from benchmarks.measuring import RANK, progress, ratios, spread, table
 from benchmarks.runner import Runner
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.parts import mixture_of, stored_trunk, token_loss
 from pipeline.hardware import device, uses_bf16
 from pipeline.model.low_rank import LowRankExpert
 
-RANK = 64
 EXPERTS = 8
 TOP_K = 2
 PASS = (4, 256)  # sequences, tokens
@@ -100,7 +99,7 @@ def _forward(runner: Runner, cfg: FfnMoeConfig, rounds: int) -> tuple[str, bool]
     trunk, dummy = stored_trunk(cfg, runner.parts(cfg))
     shape = trunk.config
     torch.manual_seed(0)
-    experts = [LowRankExpert(dummy, RANK, 2.0).to(device()) for _ in range(EXPERTS)]
+    experts = [LowRankExpert(dummy, RANK, SCALE).to(device()) for _ in range(EXPERTS)]
     # Gates at random share the tokens about evenly
     weight_LED = torch.randn(shape.num_hidden_layers, EXPERTS, shape.hidden_size)
     mixture = mixture_of(experts, weight_LED.to(device()), TOP_K).requires_grad_(False).eval()
