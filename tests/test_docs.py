@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_the_readme_shows_the_commands_people_need():
 
 def test_the_readme_is_short_enough_to_read():
     assert len(README.splitlines()) < 250
+
+
+@pytest.mark.parametrize("form", ["low_rank, rank: 16", "adapter", "full, rank: null"])
+def test_a_configuration_of_ones_own_loads_as_the_readme_has_it(tmp_path, form):
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.M | re.S)
+    shown = "form: low_rank, rank: 16"
+    assert shown in text
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace(shown, f"form: {form}"), "utf-8")
+    cfg = load(path)
+    assert cfg.experts == ("law", "code", "recipes")
+    assert cfg.trunk.is_pinned and cfg.tokenizer.pretrained == cfg.trunk.init
+    assert cfg.expert.form == form.partition(",")[0] and cfg.searches_experts
 
 
 @pytest.mark.parametrize("path", runs(ROOT / "config"), ids=lambda p: p.name)
