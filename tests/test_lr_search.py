@@ -20,6 +20,7 @@ from pipeline.families.ffn_moe.rates import trained_by
 from pipeline.families.ffn_moe.stages import SEARCHES
 from pipeline.families.load import load
 from pipeline.protocols import quiet
+from pipeline.run.dry_run import figures
 from pipeline.run.job import run_job
 from pipeline.run.stages import RUN, Addresses, label
 from pipeline.store.artifacts import Store
@@ -315,6 +316,11 @@ def test_a_run_finds_a_rate_trains_with_it_and_leaves_equal_bytes(finished, tmp_
     file = store.folder(made.address) / FOUND
     first = file.read_bytes()
     assert made.metrics["lr"] == json.loads(first)["lr"]
+    # What came out is one line of rates, without the numbers that plans are made with
+    tried = json.loads(first)["tried"]
+    each = ", ".join(f"{one['lr']:g} {one['valid_nats']:.3f}" for one in tried)
+    assert figures(made.metrics) == f"lr {made.metrics['lr']:g}; valid nats by rate: {each}"
+    assert "0.1 diverged" in figures({"lr": 0.03, "losses": {"0.03": 2.0, "0.1": None}})
     # Every rate is told of, and how far the search is
     assert told[0] == ("lr_experts: rate 0.0001, 1 of 3", 0.0)
     assert max(share for _, share in told if share is not None) == 1

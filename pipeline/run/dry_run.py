@@ -329,8 +329,10 @@ def duration(seconds: float) -> str:
 
 
 def figures(metrics: dict) -> str:
-    """Return what came out of a job in a line: a training's losses, else its numbers by name; then
-    its notes, a line each."""
+    """Return what came out of a job in a line: a training's losses, the rates of a search, else its
+    numbers by name; then its notes, a line each."""
+    if "losses" in metrics:
+        return _searched(metrics)
     if "valid_nats" not in metrics:
         return "\n".join(["; ".join(_named(metrics)), *metrics.get("notes", ())])
     steps = metrics["steps"]
@@ -346,6 +348,14 @@ def figures(metrics: dict) -> str:
     if "peak_mb" in metrics:
         out.append(f"peak {metrics['peak_mb']:.0f} MB")
     return ", ".join(out)
+
+
+def _searched(metrics: dict) -> str:
+    """Return the rate that a search took, and what each that it tried came to."""
+    tried = []
+    for rate, nats in metrics["losses"].items():
+        tried.append(f"{rate} diverged" if nats is None else f"{rate} {nats:.3f}")
+    return f"lr {metrics['lr']:g}; valid nats by rate: {', '.join(tried)}"
 
 
 def _named(metrics: Mapping[str, object]) -> Iterator[str]:
