@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,15 +31,15 @@ STARTER = "MOLEFORGE_STARTER"
 def end_at_once(status: int, text: str) -> None:
     """From here on have either signal write a text and end this process, nothing else: for when
     there is nothing to be saved."""
-
-    def end(_number: int, _frame: "FrameType | None") -> None:
-        # neither print nor an exception: either may be in the middle of anything, an import too
-        with suppress(OSError):
-            os.write(2, text.encode())
-        os._exit(status)
-
     for number in SIGNALS:
-        signal.signal(number, end)
+        signal.signal(number, partial(_end, status, text))
+
+
+def _end(status: int, text: str, _number: int, _frame: "FrameType | None") -> None:
+    # neither print nor an exception: either may be in the middle of anything, an import too
+    with suppress(OSError):
+        os.write(2, text.encode())
+    os._exit(status)
 
 
 def raise_once(give_up: Callable[[], None] | None = None, again_s: float = 0.0) -> None:
@@ -65,12 +66,17 @@ def raise_once(give_up: Callable[[], None] | None = None, again_s: float = 0.0) 
 
 @contextmanager
 def raised_once(give_up: Callable[[], None]) -> Iterator[None]:
-    """Handle signals as `raise_once` does, and as before afterwards; nothing but in the main
-    thread, as Python lets no other set handlers."""
+    """Handle signals as `raise_once` does, and as before afterwards, but after `end_at_once` not at
+    all; nothing but in the main thread, as Python lets no other set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {}
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        at_once = isinstance(handler, partial) and handler.func is _end
+        # Its text would come after the one that tells how it ended
+        before[number] = signal.SIG_IGN if at_once else handler
     try:
         raise_once(give_up)
         yield

@@ -16,7 +16,7 @@ import pytest
 from small_tasks import Source, simple
 from test_backend import PATIENCE_S, ROOT, until
 
-from pipeline import interrupts
+from pipeline import __main__, interrupts
 
 GONE_S = 1.5  # less than the imports take that a process is in the middle of
 
@@ -191,6 +191,44 @@ def test_ctrl_c_typed_twice_while_a_bundle_is_uploaded(bundled, silent_s3, secon
     assert lines[-1] == "deploy: stopped; the same command goes on from there", lines
     assert not any("Traceback" in line for line in lines), lines
     assert {file: file.read_bytes() for file in before} == before
+
+
+LATE = """
+import os, runpy, signal, sys, time
+from pipeline import interrupts
+from pipeline.families import load
+ignore = interrupts.ignore
+second = int(sys.argv.pop())
+def stopped(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+def late():
+    os.kill(os.getpid(), second)
+    ignore()
+load.load = stopped
+interrupts.ignore = late
+runpy.run_module("pipeline", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_the_end_of_a_command_and_the_process_says_nothing_more(second):
+    process = start(["-c", LATE, "run", "--config", "x", int(second)])
+    assert outcome(process) == (interrupts.STOPPED, ["stopped"])
+
+
+def test_a_command_that_is_called_gives_back_the_handlers_it_found(monkeypatch):
+    def own(_number, _frame):
+        raise AssertionError
+
+    monkeypatch.setattr(__main__, "_dispatch", lambda _args: None)
+    before = {number: signal.signal(number, own) for number in interrupts.SIGNALS}
+    try:
+        assert __main__.main(["run", "--config", "x"]) == 0
+        assert {signal.getsignal(number) for number in before} == {own}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("up", [False, True])
