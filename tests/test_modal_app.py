@@ -68,6 +68,12 @@ def test_families_agree_on_the_machine_of_a_stage(stage):
     assert len({row.machine for row in stages.ROWS[stage].values()}) == 1
 
 
+@pytest.mark.parametrize("stage", stages.ROWS)
+def test_whatever_reads_a_trunk_may_open_a_gated_one(stage):
+    for row in stages.ROWS[stage].values():
+        assert "train_shared" not in row.needs or "hub" in row.secrets
+
+
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app, stage):
     flags = inspect.signature(getattr(app, stage).info.raw_f).parameters
@@ -194,7 +200,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "True", "[2, 2, 1]"]
+    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "True", "[2, 2, 2]"]
 
 
 def test_the_package_that_carries_the_model_is_in_the_image_without_what_it_asks_for(tmp_path):

@@ -148,7 +148,7 @@ STAGES = table(
         reads=(*_TRAINED, *_AS_BASELINES, "lr_search"),
         settings="dense",
         machine="train_dense",
-        secrets=("wandb",),
+        secrets=("wandb", "hub"),
     ),
     Stage(
         "train_dense",
@@ -162,7 +162,7 @@ STAGES = table(
         reads=(*_TRAINED, "expert.domains"),
         reads_also="dense_reads",
         settings=_dense_settings,
-        secrets=("wandb",),
+        secrets=("wandb", "hub"),
         after=("lr_dense",),
     ),
     Stage(
