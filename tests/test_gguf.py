@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Model
 from tokenizers import pre_tokenizers as pre
 from transformers.convert_slow_tokenizer import generate_merges
 
-from pipeline.data.text.tokenizer import END, Tokenizer, _ready, train
+from pipeline.data.text.tokenizer import END, Tokenizer, _ready, pretrained, train
 from pipeline.errors import MismatchError
 from pipeline.families.ffn_moe.export.gguf_file import Gguf, write_gguf
 from pipeline.families.ffn_moe.export.gguf_sentencepiece import BYTES
@@ -47,6 +47,15 @@ def written(model, tokenizer: Tokenizer, folder: Path) -> list[str]:
     for name, text in tokenizer.stock_files(()).items():
         (folder / name).write_text(text)
     return write_gguf(folder / "x.gguf", Gguf("x", settings, tensors), words, None, quiet)
+
+
+def test_the_tokenizer_of_a_file_is_its_own_whatever_lies_beside_it(tokenizer, tmp_path):
+    written(whole("llama", vocab_size=tokenizer.vocab_size), tokenizer, tmp_path)
+    for name, text in train(270, TEXTS[:1]).stock_files(()).items():
+        (tmp_path / name).write_text(text)
+    own = pretrained(str(tmp_path / "x.gguf"))
+    assert own.end_id == tokenizer.end_id
+    assert own.encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
 LLAMA3_ROPE = {

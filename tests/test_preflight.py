@@ -21,6 +21,7 @@ from pipeline.protocols import quiet
 from pipeline.store.model_sources import on_this_machine
 from tests import small
 from tests.test_parity import whole
+from tests.test_pins import written
 
 MOUNT = "/volume"
 VLM = lora_small.SETTINGS
@@ -115,6 +116,23 @@ def test_torn_weights_are_told_by_the_plan(name, sound, tmp_path):
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="torn"):
         here(config(name, str(folder)))
+
+
+@pytest.mark.parametrize("model", ["a/b/c", "models/of mine", "no name"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_can_be_no_name_on_the_hub_is_told(name, model):
+    with pytest.raises(ConfigError, match=f"{model} is no folder here and no name on the Hub"):
+        here(config(name, model))
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.5, 0.95])
+def test_a_gguf_file_that_ends_anywhere_is_torn(share, tmp_path):
+    file = written(tmp_path / "x.gguf", "llama", "F32")
+    assert here(config("ffn_moe", str(file))) == []
+    with file.open("r+b") as cut:
+        cut.truncate(round(share * file.stat().st_size))
+    with pytest.raises(ConfigError, match="the file is torn .*; copy it again"):
+        here(config("ffn_moe", str(file)))
 
 
 @pytest.mark.parametrize("positions", [4, small.CONTEXT - 1, small.CONTEXT, 10**6])

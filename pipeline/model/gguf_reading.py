@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -53,8 +54,22 @@ def _settings(path: str, _mtime_ns: int, _bytes: int) -> dict[str, Any]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     check_magic(Path(path))
-    with quiet_library():
-        return dict(load_gguf_checkpoint(path)["config"])
+    try:
+        with quiet_library():
+            return dict(load_gguf_checkpoint(path)["config"])
+    except Exception:
+        _check_whole(path)
+        raise
+
+
+def _check_whole(path: str) -> None:
+    """Raise ValueError for a file that ends before what its header says it has."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as error:  # numpy's, of whatever array was cut
+        raise ValueError(f"the file is torn ({error}); copy it again") from None
 
 
 class GgufTensors:
@@ -141,8 +156,9 @@ def tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_magic(path)
-    with quiet_library():
+    # A tokenizer.json in the folder it is looked for in would be taken in its place
+    with quiet_library(), TemporaryDirectory() as empty:
         found: Any = AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            empty, gguf_file=str(path.resolve()), local_files_only=True, trust_remote_code=False
         )
         return found

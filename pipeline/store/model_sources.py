@@ -72,7 +72,7 @@ def find(setting: str, model: str, revision: str | None) -> ModelSource:
 def on_this_machine(setting: str, model: str, revision: str | None) -> Path | None:
     """Return a folder with at least the config.json of a model, or its .gguf file: its own, or what
     the Hub's cache has; None for a Hub model that is not there. Raises ConfigError where it is
-    named as something here, and is not."""
+    named as something here, and is not, or as nothing that may be on the Hub."""
     try:
         place = here(setting, model)
     except DataError as error:
@@ -80,8 +80,14 @@ def on_this_machine(setting: str, model: str, revision: str | None) -> Path | No
     if place is not None:
         return place
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model, CONFIG, revision=revision)
+    try:
+        found = try_to_load_from_cache(model, CONFIG, revision=revision)
+    except HFValidationError:
+        raise ConfigError(
+            f"{setting}: {model} is no folder here and no name on the Hub; correct the path"
+        ) from None
     return Path(found).parent if isinstance(found, str) else None
 
 
