@@ -22,8 +22,9 @@ from pipeline.families.ffn_moe.parts import stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.hardware import cores, cpu_name, uses_bf16
 from pipeline.model.trunk import open_dense
-from pipeline.report.schema import Difference, Interval, LanguageReport
-from pipeline.report.schema import read as read_report
+from pipeline.report.schema.base import Difference, Interval
+from pipeline.report.schema.language import LanguageReport
+from pipeline.report.schema.reading import read as read_report
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 ABLATIONS = {  # name -> what differs from the run

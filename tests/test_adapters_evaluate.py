@@ -23,12 +23,12 @@ from pipeline.families.lora_vlm.perturb import PERTURBATIONS, crop, recompress, 
 from pipeline.metrics.routing import GroupBootstrap
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport, page, read, show
-from pipeline.report.schema import (
+from pipeline.report.schema.base import Difference
+from pipeline.report.schema.requests import (
     AdapterScores,
     AnswerRow,
     AnswerScore,
     AnswerSet,
-    Difference,
     TaskScores,
 )
 from tests import small_stack

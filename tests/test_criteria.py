@@ -17,17 +17,14 @@ from pipeline.metrics.bootstrap import LEAST_UNITS
 from pipeline.metrics.routing import GroupBootstrap
 from pipeline.report import run_facts
 from pipeline.report.format import beside_limit, limit, reaches
-from pipeline.report.schema import (
+from pipeline.report.schema.base import Criterion, Difference
+from pipeline.report.schema.language import ExpertShare, LanguageReport, TextCounts
+from pipeline.report.schema.requests import (
     AdapterScores,
     AnswerRow,
     AnswerScore,
     AnswerSet,
-    Criterion,
-    Difference,
-    ExpertShare,
-    LanguageReport,
     TaskScores,
-    TextCounts,
 )
 from tests import small
 

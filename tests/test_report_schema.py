@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline.errors import NewerStore, StoreError
 from pipeline.report import LanguageReport, RequestReport, card, page, read, show
-from pipeline.report.schema import SCHEMA_VERSION, ReportPart
+from pipeline.report.schema.base import SCHEMA_VERSION, ReportPart
 from tests.small_reports import language_values, request_values
 from tests.test_report_card import ABOUT, ABOUT_ADAPTERS
 

@@ -7,7 +7,9 @@ and any table of a report may be missing: what is absent, NaN or infinite is sho
 from .card import card, export_card, stock_base
 from .lasting import lasting_rows, split
 from .page import page
-from .schema import LanguageReport, Report, RequestReport, read
+from .schema.language import LanguageReport
+from .schema.reading import Report, read
+from .schema.requests import RequestReport
 from .terminal import show
 
 __all__ = [

@@ -16,7 +16,9 @@ from . import language, requests, routing, run_facts
 from .card_templates import CARDS
 from .format import count
 from .labels import with_labels
-from .schema import LanguageReport, Report, RequestReport
+from .schema.language import LanguageReport
+from .schema.reading import Report
+from .schema.requests import RequestReport
 from .table import Row, Table
 
 About = Mapping[str, Any]

@@ -7,7 +7,7 @@ infinity and anything not a number.
 import math
 from collections.abc import Callable
 
-from .schema import Interval
+from .schema.base import Interval
 
 DASH = "–"
 MINUS = "−"

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .schema import LanguageReport, ReportPart
+from .schema.base import ReportPart
+from .schema.language import LanguageReport
 
 # Words of the report's own, whatever a domain is called
 _OWN_WORDS = frozenset(

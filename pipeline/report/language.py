@@ -7,7 +7,7 @@ is never marked as best: it is told the domain of each document, so nobody can s
 from collections.abc import Sequence
 
 from .format import DASH, count, figures, fixed, interval, rate, share, signed
-from .schema import ByDomain, LanguageReport, QualityRow, Verdict
+from .schema.language import ByDomain, LanguageReport, QualityRow, Verdict
 from .table import Cell, Row, Table, Values, at, diverge, extremes, less, lowest
 
 # Kinds of rows that are told the domain or know only one: never the best

@@ -7,7 +7,7 @@ the second in a file of its own.
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .schema import BaseReport
+from .schema.base import BaseReport
 
 # Of a history: seconds, and what is per second, go by their unit
 MEASURED_ANEW = {"time", "rss_mb"}

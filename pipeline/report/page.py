@@ -17,7 +17,9 @@ from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .labels import with_labels
 from .pictures import PHASES, active_forest, bars, quality_forest
-from .schema import LanguageReport, Report, RequestReport
+from .schema.language import LanguageReport
+from .schema.reading import Report
+from .schema.requests import RequestReport
 from .style import style
 from .table import Cell, Table
 from .templates import TEMPLATES

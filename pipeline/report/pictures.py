@@ -7,7 +7,8 @@ computed here is where everything lies, in per cent; the templates draw it.
 from dataclasses import dataclass
 
 from .format import ends, finite, fixed, seconds, ticks
-from .schema import BaseReport, Interval, JobSpeed, LanguageReport
+from .schema.base import BaseReport, Interval, JobSpeed
+from .schema.language import LanguageReport
 
 # What a job's time goes to, and its colour's class in the style sheet; the last is what remains
 PHASES = (

@@ -15,7 +15,8 @@ from .format import (
     share,
     signed,
 )
-from .schema import AnswerRow, Difference, RequestReport, RequestRouting, RoutedSet, RouterRow
+from .schema.base import Difference
+from .schema.requests import AnswerRow, RequestReport, RequestRouting, RoutedSet, RouterRow
 from .table import Cell, Row, Table, at, names_in_order
 
 # the row of the router's rival that sees no picture

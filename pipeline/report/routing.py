@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .format import count, finite, fixed, percent, share
-from .schema import ExpertShare, LanguageReport
+from .schema.language import ExpertShare, LanguageReport
 from .table import Cell, Row, Table, at
 
 

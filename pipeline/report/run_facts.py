@@ -1,7 +1,8 @@
 """The tables that every report has, whatever its kind: what was asked, and what it took."""
 
 from .format import count, megabytes, seconds
-from .schema import BaseReport, Report
+from .schema.base import BaseReport
+from .schema.reading import Report
 from .table import Cell, Row, Table
 
 RESULTS = {

@@ -16,7 +16,9 @@ from rich.text import Text
 
 from . import language, requests, routing, run_facts
 from .labels import with_labels
-from .schema import LanguageReport, Report, RequestReport
+from .schema.language import LanguageReport
+from .schema.reading import Report
+from .schema.requests import RequestReport
 from .table import Cell, Row, Table
 
 # of a log, which has no width of its own

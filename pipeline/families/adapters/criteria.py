@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...metrics.bootstrap import LEAST_UNITS
 from ...report.format import beside_limit, limit, places, reaches
-from ...report.schema import AdapterScores, AnswerSet, Criterion, TaskScores
+from ...report.schema.base import Criterion
+from ...report.schema.requests import AdapterScores, AnswerSet, TaskScores
 from .config import AdapterRunConfig
 from .routing_eval import NEUTRAL, TEXT, Routed
 

@@ -17,15 +17,13 @@ from ...hardware import machine
 from ...metrics.answers import mean
 from ...metrics.routing import GroupBootstrap
 from ...protocols import Progress
-from ...report.schema import (
+from ...report.schema.base import Difference, JobSpeed, MachineFacts
+from ...report.schema.requests import (
     AdapterModelFacts,
     AdapterScores,
     AnswerRow,
     AnswerScore,
     AnswerSet,
-    Difference,
-    JobSpeed,
-    MachineFacts,
     RequestCounts,
     RequestReport,
     RequestRouting,

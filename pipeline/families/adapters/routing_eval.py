@@ -16,12 +16,12 @@ from ...config.base import NONE
 from ...data.routing.dataset import RoutingRow
 from ...metrics import routing as metrics
 from ...metrics.routing import GroupBootstrap, softmax
-from ...report.schema import (
+from ...report.schema.base import Difference
+from ...report.schema.requests import (
     CalibrationRow,
     ConsistencyRow,
     CoverageCurve,
     CoveragePoint,
-    Difference,
     NoneDetection,
     ReliabilityBin,
     RequestRouting,

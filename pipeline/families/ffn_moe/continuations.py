@@ -11,7 +11,7 @@ from ...data.text.tokenizer import load
 from ...hardware import device, uses_bf16
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
-from ...report.schema import Continuation, WrittenText
+from ...report.schema.language import Continuation, WrittenText
 from .config import FfnMoeConfig
 
 PROMPT_TOKENS = 32  # or half of the context, where that is less

@@ -12,9 +12,8 @@ import numpy as np
 from ...metrics.bootstrap import LEAST_UNITS
 from ...metrics.language import verdict
 from ...report.format import beside_limit, limit, places, reaches
-from ...report.schema import (
-    Criterion,
-    JobSpeed,
+from ...report.schema.base import Criterion, JobSpeed
+from ...report.schema.language import (
     QualityRow,
     RateSearch,
     TextCounts,

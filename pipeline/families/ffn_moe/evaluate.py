@@ -14,13 +14,12 @@ from ...hardware import machine
 from ...metrics.language import Scores, oracle_gain, posterior_mix, routing
 from ...model.router import Mixture
 from ...protocols import Progress
-from ...report.schema import (
+from ...report.schema.base import Difference, MachineFacts
+from ...report.schema.language import (
     ActiveRow,
-    Difference,
     DomainMatrix,
     LanguageModelFacts,
     LanguageReport,
-    MachineFacts,
     OptOutRow,
     QualityRow,
     TextCounts,

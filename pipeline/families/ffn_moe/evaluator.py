@@ -17,7 +17,7 @@ from ...hardware import device, uses_bf16
 from ...metrics.language import ByDomain, Documents, Scores
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
-from ...report.schema import RowKind
+from ...report.schema.language import RowKind
 from .config import FfnMoeConfig
 from .parts import token_loss
 

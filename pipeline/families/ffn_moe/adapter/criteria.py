@@ -9,7 +9,8 @@ import numpy as np
 
 from ....metrics.language import Scores
 from ....report.format import beside_limit, limit, reaches
-from ....report.schema import Criterion, TextRouting
+from ....report.schema.base import Criterion
+from ....report.schema.language import TextRouting
 from ..config import FfnMoeConfig
 from ..evaluator import Evaluator
 

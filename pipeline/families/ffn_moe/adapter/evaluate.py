@@ -16,11 +16,11 @@ from ....data.text.shards import Shards
 from ....hardware import machine
 from ....model.language_model import filled
 from ....protocols import Progress
-from ....report.schema import (
+from ....report.schema.base import MachineFacts
+from ....report.schema.language import (
     DomainMatrix,
     LanguageModelFacts,
     LanguageReport,
-    MachineFacts,
     OptOutRow,
     PromptRow,
     QualityRow,
