@@ -2,6 +2,9 @@
 
 Each has one block of Python that is whole: typed in the folder it loads the model, asks it and
 prints its text. The tests run it as it stands.
+
+In Markdown a paragraph may run over several lines, but a row of a table may not: rows are made by
+functions of card.py. {{ }} escapes for Markdown here, not for HTML.
 """
 
 TRANSFORMERS_EXAMPLE = """\
@@ -64,6 +67,18 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 """
 
+DRAWN_TABLE = """\
+### {{ drawn.title }}
+
+{{ table_head(drawn) }}
+{% for row in drawn.rows %}
+{{ table_line(row) }}
+{% endfor %}
+
+{{ drawn.reading }}
+
+"""
+
 EXPORT_CARD = """\
 ---
 {{ front }}
@@ -92,15 +107,7 @@ sha256sum --check --quiet SHA256SUMS       # every file is what was exported
 
 What this is, is the row {{ about.row }}.
 
-### {{ drawn.title }}
-
-{{ table_head(drawn) }}
-{% for row in drawn.rows %}
-{{ table_line(row) }}
-{% endfor %}
-
-{{ drawn.reading }}
-
+{% include "drawn_table.md" %}
 {% endfor %}
 ## To know
 
@@ -252,15 +259,7 @@ CARD = """\
 {% block body %}{% endblock %}
 
 {% for drawn in tables if drawn.rows %}
-### {{ drawn.title }}
-
-{{ table_head(drawn) }}
-{% for row in drawn.rows %}
-{{ table_line(row) }}
-{% endfor %}
-
-{{ drawn.reading }}
-
+{% include "drawn_table.md" %}
 {% endfor %}
 ## To know
 
@@ -276,6 +275,7 @@ CARDS = {
     "text_adapters_card.md": TEXT_ADAPTERS_CARD,
     "request_card.md": REQUEST_CARD,
     "export_card.md": EXPORT_CARD,
+    "drawn_table.md": DRAWN_TABLE,
     "transformers_example.md": TRANSFORMERS_EXAMPLE,
     "gguf_example.md": GGUF_EXAMPLE,
     "adapters_example.md": ADAPTERS_EXAMPLE,

@@ -1,4 +1,4 @@
-"""The templates of page and card, for Jinja2.
+"""The templates of the page, for Jinja2.
 
 They are text in a module and no files beside it, because Modal ships a package's .py files only
 (`Image.add_local_python_source`).
@@ -300,8 +300,6 @@ NOTES = """\
 </ul>
 """
 
-# Markdown, in which a paragraph may run over several lines, but a row of a table may not: rows are
-# made by functions of card.py. {{ }} escapes for Markdown here, not for HTML.
 TEMPLATES = {
     "page.html": PAGE,
     "blocks.html": BLOCKS,
