@@ -119,6 +119,7 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
             for name in experts
         ],
         "routing": routing,
+        "text_routing": text_routing(domains),
         "active": [
             {
                 "top_k": k,
@@ -179,6 +180,34 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
         "rates": [dict(SEARCH)],
         "machine": dict(MACHINE),
         "notes": ["one seed only; see https://example.org for more"],
+    }
+
+
+def text_routing(domains: tuple[str, ...]) -> dict:
+    """Return where whole texts go, half of them to the base, as values."""
+    prompts = []
+    for i, tokens in enumerate((16, 64)):
+        prompts.append(
+            {
+                "prompt_tokens": tokens,
+                "agreement": 0.61 + 0.1 * i,
+                "base_share": 0.36 + 0.1 * i,
+                "bits_per_byte": dict.fromkeys(domains, 1.61 + 0.1 * i),
+                "mean": 1.62 + 0.1 * i,
+                "is_served": bool(i),
+            }
+        )
+    texts = {}
+    for domain in domains:
+        texts[domain] = [*(6 if name == domain else 2 for name in domains), 10]
+    return {
+        "choices": [*domains, "base"],
+        "prompt_tokens": 64,
+        "temperature": 0.8,
+        "threshold": 0.45,
+        "texts": texts,
+        "agreement_by_domain": dict.fromkeys(domains, 0.3),
+        "prompts": prompts,
     }
 
 

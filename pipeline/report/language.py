@@ -272,7 +272,7 @@ def continuations(report: LanguageReport) -> Table:
         # a line between any two, as each takes several
         rows.append(Row(text.domain, tuple(cells), kind=text.domain))
     return Table(
-        name="Texts",
+        name="Continuations",
         title="How texts go on",
         corner="domain",
         columns=("beginning", "as it was written", *writers),

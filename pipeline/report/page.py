@@ -99,7 +99,7 @@ def _language_sections(report: LanguageReport, histories: Histories) -> list[Pag
         PageSection("texts", "Where texts go", where_texts_go),
         PageSection("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
         PageSection("active", "Active experts", active),
-        PageSection("texts", "How texts go on", _table(language.continuations(report))),
+        PageSection("continuations", "How texts go on", _table(language.continuations(report))),
     ]
 
 
