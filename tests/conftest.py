@@ -35,6 +35,7 @@ LONGEST = (
     "test_modal_loopback",
     "test_backend",
     "test_modal_vlm",
+    "test_modal_qwen3",
     "test_readme_commands",
     "test_robustness",
     "test_stages",

@@ -5,9 +5,6 @@ B sequences, T tokens, V vocabulary.
 
 import json
 import math
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -35,6 +32,7 @@ from pipeline.protocols import quiet
 from pipeline.store import bundle
 from pipeline.train import loop
 from tests import small
+from tests.cards import example_of, printed
 from tests.small_reports import language_report, quality_row
 from tests.test_trunk import whole
 
@@ -263,21 +261,6 @@ def small_run(tokenizer, tmp_path_factory):
     return cfg, parts
 
 
-def example_of(folder: Path) -> str:
-    """Return the block of Python in a folder's card."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    return code
-
-
-def printed(folder: Path) -> str:
-    """Return what the example of a card prints, run as it stands in its folder."""
-    code = example_of(folder)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_example_of_a_bundles_card_runs_as_it_stands(small_run, tmp_path):
     cfg, parts = small_run
     (tmp_path / "bundle").mkdir()
@@ -289,7 +272,14 @@ def test_the_example_of_a_bundles_card_runs_as_it_stands(small_run, tmp_path):
     )
 
 
-def test_the_example_of_a_gguf_files_card_runs_as_it_stands(small_run, tmp_path):
+def test_the_example_of_a_gguf_files_card_runs_as_it_stands(small_run, tmp_path, monkeypatch):
+    def on_one_thread(made=xllamacpp.CommonParams):
+        # Threads that outnumber the free cores wait for each other for seconds
+        settings = made()
+        settings.cpuparams.n_threads, settings.verbosity = 1, -1
+        return settings
+
+    monkeypatch.setattr(xllamacpp, "CommonParams", on_one_thread)
     folder = exported(*small_run, tmp_path / "gguf", format="gguf", dtype="q8_0")
     text = printed(folder)
     card = (folder / "README.md").read_text()

@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from fakes import FakeRecorder, FolderParts, small_task, train_io
@@ -26,6 +27,7 @@ from pipeline.run.stages import RUN, Addresses, label
 from pipeline.store.artifacts import Store
 from pipeline.store.history import read
 from pipeline.train import loop
+from pipeline.train import lr_search as lr_searching
 from pipeline.train.lr_search import FOUND, MOST_RATES, Search, rate_of, rung_of, search
 from tests import small
 
@@ -33,6 +35,8 @@ from tests import small
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    # In a process of all these tests it takes longer than anything else here
+    monkeypatch.setattr(lr_searching, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture(scope="module")
