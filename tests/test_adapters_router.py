@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pipeline.data.routing.dataset import RoutingRows
 from pipeline.errors import DamagedArtifact, DataError
 from pipeline.families.adapters import peft_io, router
-from pipeline.families.adapters.router import Calibration, calibrate, fit_temperature, nats
+from pipeline.families.adapters.router import LOWEST, Calibration, calibrate
 from pipeline.families.lora_vlm import base
+from pipeline.model.request_router import HIGHEST, fit_temperature, nats
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def drawn(temperature, count=4000, labels=4, seed=0):
 @pytest.mark.parametrize("temperature", [1.2, 2.0, 5.0])
 def test_the_temperature_is_found_again(temperature):
     logits_BK, target_B = drawn(temperature)
-    assert fit_temperature(logits_BK, target_B) == pytest.approx(temperature, rel=0.1)
+    assert fit_temperature(logits_BK, target_B, LOWEST) == pytest.approx(temperature, rel=0.1)
 
 
 @pytest.mark.parametrize("count", [5, 4000])
@@ -41,7 +42,7 @@ def test_confidence_is_never_sharpened(count):
     means anything."""
     logits_BK, target_B = drawn(0.2, count=count)
     target_B = logits_BK.argmax(-1) if count < 10 else target_B
-    assert fit_temperature(logits_BK, target_B) == pytest.approx(1.0)
+    assert fit_temperature(logits_BK, target_B, LOWEST) == pytest.approx(1.0)
     labels = {"a": "A", "b": "B", "c": "C", "none": "Z"}
     found = calibrate(logits_BK, target_B.tolist(), "Which?", labels)
     torch.testing.assert_close(found.probabilities(logits_BK), logits_BK.softmax(-1))
@@ -62,14 +63,14 @@ def test_the_temperature_is_what_torchs_lbfgs_finds(seed):
         return loss
 
     solver.step(closure)
-    assert fit_temperature(logits_BK, target_B) == pytest.approx(log_t.exp().item(), rel=1e-3)
+    assert fit_temperature(logits_BK, target_B, LOWEST) == pytest.approx(log_t.exp().item(), rel=1e-3)
 
 
 def test_a_router_that_is_always_right_or_knows_nothing_ends_at_the_range():
     logits_BK = torch.eye(4).repeat(5, 1)
-    assert fit_temperature(logits_BK, torch.arange(4).repeat(5)) == pytest.approx(router.LOWEST)
-    wrong_B = (torch.arange(4).repeat(5) + 1) % 4
-    assert fit_temperature(logits_BK, wrong_B) == pytest.approx(router.HIGHEST)
+    right_B = torch.arange(4).repeat(5)
+    assert fit_temperature(logits_BK, right_B, LOWEST) == pytest.approx(LOWEST)
+    assert fit_temperature(logits_BK, (right_B + 1) % 4, LOWEST) == pytest.approx(HIGHEST)
 
 
 def test_calibration_never_costs_nats_and_keeps_the_order():

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Temperatures that are sought between, in logarithms, each halving step keeping .618 of the range
-LEAST, MOST = math.log(0.05), math.log(20.0)
+# Temperatures that are sought between
+LOWEST = 0.05
+HIGHEST = 20.0
+# each halving step keeps .618 of the range: after 60 what is left is far below what float32 tells
 SEARCH_STEPS = 60
 # Thresholds that are tried, from none at all to only the surest
 THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -57,10 +59,15 @@ class RequestRouter:
         return replace(self, weight_SCD=self.weight_SCD[:, keep], experts=self.experts - 1)
 
 
-def fit_temperature(logit_BC: Tensor, class_B: Tensor) -> float:
-    """Return the temperature with the least nats of the right classes, by golden section over its
-    logarithm: they are convex in 1 / temperature."""
-    low, high = LEAST, MOST
+def fit_temperature(logit_BC: Tensor, class_B: Tensor, lowest: float = LOWEST) -> float:
+    """Return the temperature, at least `lowest`, with the least nats of the right classes, by golden
+    section over its logarithm.
+
+    The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the
+    end is returned.
+    """
+    low = math.log(lowest)
+    high = math.log(HIGHEST)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(SEARCH_STEPS):
         left = high - ratio * (high - low)
@@ -74,7 +81,7 @@ def fit_temperature(logit_BC: Tensor, class_B: Tensor) -> float:
 
 def nats(logit_BC: Tensor, class_B: Tensor, temperature: float = 1.0) -> float:
     """Return the mean nats of the right classes."""
-    return F.cross_entropy(logit_BC / temperature, class_B).item()
+    return F.cross_entropy(logit_BC.double() / temperature, class_B).item()
 
 
 def fit_threshold(router: RequestRouter, p_BC: Tensor, loss_BE: Tensor) -> float:

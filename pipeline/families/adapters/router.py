@@ -6,28 +6,24 @@ has been fitted to requests it did not train on.
 B requests, K labels, T tokens.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 
 from ...errors import DataError
+from ...model.request_router import fit_temperature, nats
 from ...store.reading import damaged, read_object
 from .chat import Chat
 from .media import Medium
 
 CALIBRATION = "calibration.json"
-# Temperatures that are sought between. Never below 1: where validation has no mistake every smaller
-# one fits better, down to any end, and says only that no mistake was seen. Too much confidence
-# undoes thresholds, too little only asks one expert more.
+# The least temperature. Never below 1: where validation has no mistake every smaller one fits
+# better, down to any end, and says only that no mistake was seen. Too much confidence undoes
+# thresholds, too little only asks one expert more.
 LOWEST = 1.0
-HIGHEST = 20.0
-# each halving step keeps .618 of the range: after 60 what is left is far below what float32 tells
-SEARCH_STEPS = 60
 
 
 @dataclass(frozen=True)
@@ -87,31 +83,6 @@ def ask(
     return chat.requests((routing_prompt(instruction, prompt), media) for prompt, media in requests)
 
 
-def fit_temperature(logits_BK: torch.Tensor, target_B: torch.Tensor) -> float:
-    """Return the temperature, at least 1, with the least nats on these requests, by golden section
-    over its logarithm.
-
-    The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the
-    end is returned.
-    """
-    low = math.log(LOWEST)
-    high = math.log(HIGHEST)
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(SEARCH_STEPS):
-        left = high - ratio * (high - low)
-        right = low + ratio * (high - low)
-        if nats(logits_BK, target_B, math.exp(left)) < nats(logits_BK, target_B, math.exp(right)):
-            high = right
-        else:
-            low = left
-    return math.exp((low + high) / 2)
-
-
-def nats(logits_BK: torch.Tensor, target_B: torch.Tensor, temperature: float = 1.0) -> float:
-    """Return the mean nats of the right labels."""
-    return F.cross_entropy(logits_BK.double() / temperature, target_B).item()
-
-
 def calibrate(
     logits_BK: torch.Tensor, targets: Sequence[int], instruction: str, labels: Mapping[str, str]
 ) -> Calibration:
@@ -123,7 +94,7 @@ def calibrate(
             "fitted on"
         )
     target_B = torch.tensor(targets)
-    temperature = fit_temperature(logits_BK, target_B)
+    temperature = fit_temperature(logits_BK, target_B, LOWEST)
     return Calibration(
         temperature,
         dict(labels),
