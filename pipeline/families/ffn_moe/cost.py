@@ -17,17 +17,16 @@ from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.memory_plan import MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
+from .passes import HEAP_BYTES, KERNEL_BYTES
 from .rates import PLANNED_RATES, in_small, search_of, trained_by
 from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
 from .trunk_sizes import stored_bytes, trunk_shape
 
-# of a processor; a GPU's peak is what was asked for
-KERNEL_BYTES = 42_000_000  # code that the first step touches, compiled kernels
+# of a processor, beside those of every pass
 INT8_BYTES = 5_000_000  # code of the library that keeps 8-bit moments
-HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 PEFT_BYTES = 58_000_000  # code of PEFT, which a job of adapters imports
-# and as much as there are activations, up to this; where they are more, this share of them
+# holes in the heap: as much as there are activations, up to this; where they are more, this share
 MOST_FRAGMENTS_BYTES = 155_000_000
 FRAGMENTS_SHARE = 0.85
 

@@ -25,10 +25,9 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import batch_of, token_loss, training_rows
+from .passes import TRAIN_SAMPLE_TOKENS
 from .rates import found_rate
 from .stages import SEARCHES
-
-TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 
 
 def wins(

@@ -11,11 +11,13 @@ from ...model.loss import CHUNK_LOGITS, workspace_bytes
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS
-from .criteria import TRAIN_SAMPLE_TOKENS
+from .parts import EVALUATION_SEQUENCES
 
+TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
-CODE_BYTES = 42_000_000  # what the first pass touches of the libraries
-HEAP_BYTES = 15_000_000
+# of a processor; a GPU's peak is what was asked for
+KERNEL_BYTES = 42_000_000  # code that the first step or pass touches, compiled kernels
+HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def forward_bytes(stack: StackShape, tokens: int, bf16: bool) -> int:
     # What passes between layers stays fp32; of a network three products, and half a dozen rows
     row = 4 * 6 * shape.d_model + (2 if bf16 else 4) * 3 * shape.d_ff
     logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, 2 if bf16 else 4)
-    code = 0 if device() == "cuda" else CODE_BYTES + HEAP_BYTES
+    code = 0 if device() == "cuda" else KERNEL_BYTES + HEAP_BYTES
     return tokens * row + logits + code
 
 
@@ -88,7 +90,7 @@ def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     """Return the cost of a pinned trunk: nothing is trained, but it is validated once and its
     statistics are taken."""
     shape = stack.shape
-    most = 16 * cfg.trunk.context_tokens  # tokens of a batch
+    most = EVALUATION_SEQUENCES * cfg.trunk.context_tokens  # tokens of a batch
     batch = min(most, max(cfg.trunk.eval_tokens, cfg.trunk.statistics_tokens))
     sums = statistics_bytes(shape.layers, shape.d_model)
     flops = cfg.trunk.eval_tokens * shape.forward_flops_per_token()
