@@ -265,6 +265,19 @@ def test_plan_and_report_count_what_is_trained_and_what_runs(made):
     if low_rank and cfg.expert.layers == "last:1":
         below = shape.train_flops_per_token("expert", replace(expert, layers=(0,)))
         assert task.flops_per_token < below < shape.train_flops_per_token("ffn") * 1.5
+    # gates choose between what these experts add, and have no backward pass below the lowest
+    forward = shape.forward_flops_per_token(shape.ffns(cfg.router.top_k, expert))
+    gates = ffn_moe.router(cfg, made).flops_per_token
+    assert forward < gates <= 2 * forward
+    assert (gates == 2 * forward) == (min(expert.layers) == 0)
+    assert gates < shape.train_flops_per_token("gates", None, cfg.router.top_k)
+
+
+def test_gates_over_one_expert_a_token_cost_less_than_over_two():
+    shape = Shape(30, 576, 576, 192, 1536, 49_152, 256)
+    one, two = (shape.train_flops_per_token("gates", active=count) for count in (1, 2))
+    # a whole network more runs in each layer, forwards and backwards
+    assert two - one == 2 * 2 * shape.ffn_parameters
 
 
 def test_deltas_and_few_layers_are_predicted_to_take_less_memory():

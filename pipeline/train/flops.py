@@ -145,23 +145,32 @@ class Shape:
         attention = 2 * self.layers * self.context_tokens * self.heads_width
         return 2 * weights + attention
 
-    def train_flops_per_token(self, trains: Trains, expert: ExpertShape | None = None) -> float:
-        """Operations of forward and backward (frozen weights need no gradient); expert: which one
-        trains."""
+    def train_flops_per_token(
+        self, trains: Trains, expert: ExpertShape | None = None, active: int = 2
+    ) -> float:
+        """Operations of forward and backward (frozen weights need no gradient); expert: what trains,
+        or what gates choose between; active: how many of these run for a token."""
         if trains == "expert" and expert is not None:
             forward = self.forward_flops_per_token(self.ffns(1, expert))
-            # nothing below the lowest expert has a backward pass
-            body = forward - 2 * self.vocab_size * self.d_model
-            backward = forward - body * min(expert.layers) / self.layers
-            return forward + backward + 2 * self.expert_parameters(expert)
+            to_weights = 2.0 * self.expert_parameters(expert)
+            return forward + self._backward_flops(forward, expert) + to_weights
         if trains == "gates":
-            # two experts a token; the gates' own products are too small to count
-            return 2 * self.forward_flops_per_token(ffn_active=2.0)
+            # the gates' own products are too small to count
+            ffns = float(active) if expert is None else self.ffns(active, expert)
+            forward = self.forward_flops_per_token(ffns)
+            return forward + self._backward_flops(forward, expert)
         forward = self.forward_flops_per_token()
         # the backward pass to the inputs costs as much as the forward pass, and so does that to
         # the weights, of those that move; an adapter's are too small to count
-        to_weights = {"all": forward, "ffn": 2.0 * self.ffn_parameters}
-        return 2 * forward + to_weights.get(trains, 0.0)
+        of_weights = {"all": forward, "ffn": 2.0 * self.ffn_parameters}
+        return 2 * forward + of_weights.get(trains, 0.0)
+
+    def _backward_flops(self, forward: float, expert: ExpertShape | None) -> float:
+        """Operations of the backward pass to the inputs: nothing below the lowest expert has one."""
+        if expert is None:
+            return forward
+        body = forward - 2 * self.vocab_size * self.d_model
+        return forward - body * min(expert.layers) / self.layers
 
     def layer_activations(self, trains: Trains, active: int = 1) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need

@@ -206,7 +206,7 @@ def cost(
         stage,
         item,
         tokens=tokens,
-        flops_per_token=shape.train_flops_per_token(trains, expert),
+        flops_per_token=shape.train_flops_per_token(trains, expert, cfg.router.top_k),
         parameters=parameters,
         plan=plan,
         peak_bytes=peak,

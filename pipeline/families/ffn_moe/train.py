@@ -362,8 +362,9 @@ def text_task(
                 nats.append(nats_BT.flatten())
         return torch.cat(nats).mean().item()
 
-    # No other training reads how an expert is made: its address has none of it
+    # No other training reads how an expert is made, or how many are chosen: its address has neither
     expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
+    active = cfg.router.top_k if trains == "gates" else 1
     return Task(
         options=opts,
         parameters=dict(parameters),
@@ -375,7 +376,7 @@ def text_task(
         steps=opts.resolve_steps(rows.context_tokens, rows.tokens()),
         tokens_per_row=rows.context_tokens,
         bf16=bf16,
-        flops_per_token=shape.train_flops_per_token(trains, expert),
+        flops_per_token=shape.train_flops_per_token(trains, expert, active),
         bf16_params=bf16_params,
     )
 
