@@ -114,6 +114,22 @@ def training_rows(
     )
 
 
+def expert_rows(
+    cfg: FfnMoeConfig, shards: Shards, item: str, domains: Sequence[str]
+) -> DomainMixture:
+    """Return the training rows of an expert of some domains, each as often, with its share of
+    general text; `item` is whose order they have."""
+    return training_rows(
+        cfg,
+        shards,
+        f"expert {item}",
+        domains,
+        how="equal",
+        general=cfg.trunk.domains or shards.domains,
+        general_share=cfg.partition.overlap,
+    )
+
+
 def batch_of(rows: DomainMixture, first: int, count: int) -> torch.Tensor:
     """Return ids_BT of rows first..first+count, each with the token after its last, on the
     device."""

@@ -34,6 +34,7 @@ from .parts import (
     FROZEN,
     batch_of,
     expert_layers,
+    expert_rows,
     feature_statistics,
     in_bf16,
     initial_gates,
@@ -114,15 +115,7 @@ def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[st
     torch.manual_seed(cfg.seed_of("expert", item))
     layers = expert_layers(cfg, len(dummy.layers))
     own = _new_expert(cfg, dummy, layers).to(device())
-    rows = training_rows(
-        cfg,
-        shards,
-        f"expert {item}",
-        domains,
-        how="equal",
-        general=cfg.trunk.domains or shards.domains,
-        general_share=cfg.partition.overlap,
-    )
+    rows = expert_rows(cfg, shards, item, domains)
     # Statistics are of the domain alone, whatever general text the expert trains on beside it
     own_rows = training_rows(cfg, shards, f"statistics {item}", domains, how="equal")
 

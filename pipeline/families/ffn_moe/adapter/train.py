@@ -14,7 +14,7 @@ from ....train.loop import Task
 from ... import Parts
 from ...adapters import peft_io
 from ..config import FfnMoeConfig
-from ..parts import training_rows
+from ..parts import expert_rows, training_rows
 from ..rates import known
 from ..train import text_task
 from .model import Options, base_ref, training_base
@@ -37,15 +37,7 @@ def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[st
     options = Options.of(cfg, base.config.num_hidden_layers)
     adapters = peft_io.add(base.network, item, options, "expert").to(device())
     parameters = peft_io.adapter_parameters(adapters, item)
-    rows = training_rows(
-        cfg,
-        shards,
-        f"expert {item}",
-        domains,
-        how="equal",
-        general=cfg.trunk.domains or shards.domains,
-        general_share=cfg.partition.overlap,
-    )
+    rows = expert_rows(cfg, shards, item, domains)
 
     def export(_kept_step: int) -> dict[str, dict]:
         # Of the domain alone, and as the base reads it: texts are routed before an adapter has
