@@ -44,6 +44,7 @@ from pipeline.serve.engine import Sampling
 from pipeline.store.artifacts import load_tensors, sha256
 from pipeline.train import loop
 from pipeline.train.loop import fit
+from pipeline.train.lr_search import FOUND
 from tests import small
 from tests.test_pins import saved
 
@@ -421,6 +422,43 @@ def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
         assert [token.id for token in done.tokens] == wanted
         assert all(token.experts == [[choice.number]] for token in done.tokens)
     assert len(readers) > 1
+
+
+def test_texts_go_on_as_the_base_and_whoever_the_endpoint_chooses_write_them(run, bundled):
+    written_tokens = 3  # within the context, beyond which generate would look further back
+    evaluate = run.cfg.evaluate.model_copy(update={"continuation_tokens": written_tokens})
+    found = tables(run.cfg.model_copy(update={"evaluate": evaluate}), run, quiet).continuations
+    assert [text.domain for text in found] == list(small.DOMAINS)
+    engine = AdapterEngine(bundled)
+    model = stock(run)
+    model.generation_config.pad_token_id = 0
+    for text in found:
+        own = dict(text.written)
+        assert list(own) == [BASE, "dense path", stack_row(run.cfg)]
+        ids = engine.encode(text.prompt)
+        served = engine.complete(ids, Sampling(written_tokens, 0.0)).tokens
+        out = model.generate(torch.tensor([ids]), max_new_tokens=written_tokens, do_sample=False)
+        written = {stack_row(run.cfg): [token.id for token in served]}
+        written[BASE] = out[0, len(ids) :].tolist()
+        for name, tokens in written.items():
+            tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
+            assert own[name].split() == [f"w{token}" for token in tokens]
+
+
+def test_the_report_tells_the_rates_that_were_searched_for_adapters(run):
+    searched = run.path("lr_experts")
+    searched.mkdir(exist_ok=True)
+    tried = []
+    for lr, nats in ((0.01, 2.5), (0.003, 2.75)):
+        tried.append({"lr": lr, "valid_nats": nats, "train_nats": nats})
+    told = {"lr": 0.01, "steps": 2, "before_nats": 3.0, "tried": tried}
+    (searched / FOUND).write_text(json.dumps(told))
+    expert = run.cfg.expert.model_copy(update={"lr": "auto"})
+    dense = run.cfg.dense.model_copy(update={"lr": 1e-2})
+    cfg = run.cfg.model_copy(update={"expert": expert, "dense": dense})
+    (search,) = tables(cfg, run, quiet).rates
+    assert search.job == "lr_experts"
+    assert (search.lr, search.steps, [each.nats for each in search.tried]) == (0.01, 2, [2.5, 2.75])
 
 
 def test_adapters_are_exported_as_they_are_and_nothing_else_is(run, bundled, stack, tmp_path):

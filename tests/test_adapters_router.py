@@ -63,7 +63,9 @@ def test_the_temperature_is_what_torchs_lbfgs_finds(seed):
         return loss
 
     solver.step(closure)
-    assert fit_temperature(logits_BK, target_B, LOWEST) == pytest.approx(log_t.exp().item(), rel=1e-3)
+    assert fit_temperature(logits_BK, target_B, LOWEST) == pytest.approx(
+        log_t.exp().item(), rel=1e-3
+    )
 
 
 def test_a_router_that_is_always_right_or_knows_nothing_ends_at_the_range():

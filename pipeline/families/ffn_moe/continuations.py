@@ -3,6 +3,8 @@
 B sequences, T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import torch
 
@@ -18,6 +20,15 @@ PROMPT_TOKENS = 32  # or half of the context, where that is less
 # Of the dense baselines the first that a run has: the closest rival before the others
 RIVALS = ("total", "ffn", "path", "scratch", "wide")
 _LEAST_TOKENS = 8  # that a document goes on for after its prompt
+
+
+def writers(cfg: FfnMoeConfig, base: str, stack: str) -> set[str]:
+    """Return the names of the rows that go on with texts: base, closest dense rival, stack."""
+    names = {base, stack}
+    rivals = [rival for rival in RIVALS if rival in cfg.dense.baselines]
+    if rivals:
+        names.add(f"dense {rivals[0]}")
+    return names
 
 
 class ContinuationWriter:
@@ -42,16 +53,27 @@ class ContinuationWriter:
                 self.documents[domain] = ids_T
                 self.found[domain] = []
 
-    def add(self, name: str, trunk: Trunk, ffn: Ffn) -> None:
-        """Let a network go on with every text, under its row's name."""
-        if not self.documents:
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those that a text of goes on; none where no text is asked for."""
+        return tuple(self.documents)
+
+    def prompts(self, domains: Sequence[str]) -> torch.Tensor:
+        """Return ids_BT of the beginnings of some domains' texts, with what leads them."""
+        # Equally long, so that they run together
+        ids = [self.documents[domain][: self.lead + self.prompt] for domain in domains]
+        return torch.from_numpy(np.stack(ids)).to(device())
+
+    def add(
+        self, name: str, trunk: Trunk, ffn: Ffn, domains: Collection[str] | None = None
+    ) -> None:
+        """Let a network go on with the texts of all domains, or of some, under its row's name."""
+        own = [domain for domain in self.documents if domains is None or domain in domains]
+        if not own:
             return
         self.progress(f"{name} writes on", None)
-        prompts = [ids_T[: self.lead + self.prompt] for ids_T in self.documents.values()]
-        # Prompts are equally long, so that they run together
-        ids_BT = torch.from_numpy(np.stack(prompts)).to(device())
-        written_BT = self._greedy(trunk, ffn, ids_BT)
-        for domain, written_T in zip(self.documents, written_BT.tolist(), strict=True):
+        written_BT = self._greedy(trunk, ffn, self.prompts(own))
+        for domain, written_T in zip(own, written_BT.tolist(), strict=True):
             if self.end_id in written_T:
                 written_T = written_T[: written_T.index(self.end_id)]
             self.found[domain].append(WrittenText(name, self._text(written_T)))

@@ -5,6 +5,7 @@ B sequences, T tokens, N = B*T, E experts, K experts per token, L layers, D mode
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ...store.artifacts import now
 from ...train.flops import Shape
 from .. import Parts
 from .config import FfnMoeConfig
-from .continuations import RIVALS, ContinuationWriter
+from .continuations import ContinuationWriter, writers
 from .cost import expert_shape
 from .criteria import TrainTestGap, criteria, notes, rates, speed, train_test_gap, wins
 from .evaluator import EvalRow, Evaluator
@@ -56,7 +57,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
     writer = ContinuationWriter(cfg, shards, progress)
-    writers = _writers(cfg)
+    writing = writers(cfg, TRUNK, stack_row(cfg))
     networks: list[EvalRow] = []
     gaps: dict[str, TrainTestGap] = {}
     counters = _counters(evaluator, stack)
@@ -66,7 +67,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         # Of the stack's one pass both figures come: what it scores, and where tokens go
         watched = counters if is_stack else None
         evaluator.score(row.name, row.trunk, row.ffn, is_expert, watched)
-        if row.name in writers:
+        if row.name in writing:
             writer.add(row.name, row.trunk, row.ffn)
         if row.kind == "dense" or is_stack:
             gaps[row.name] = train_test_gap(cfg, evaluator, row)
@@ -76,40 +77,51 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     score_combined(evaluator)
     quality = _quality(cfg, evaluator, networks, shape)
     token_routing = _routing(counters, stack)
-    counts = text_counts(evaluator)
-    return LanguageReport(
-        run=cfg.name,
-        family=cfg.family,
-        seed=cfg.seed,
-        made=now(),
+    return language_report(
+        cfg,
+        parts,
+        evaluator,
+        writer,
         experts=stack.names,
-        domains=shards.domains,
-        labels=cfg.partition.shown_labels,
-        metric="bits per byte on held-out text",
         model=_model(cfg, parts, shape, stack),
-        data=counts,
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack),
         routing=token_routing,
         active=_active(evaluator, stack, shape) if cfg.evaluate.rivals == "all" else (),
         matrix=_matrix(evaluator, networks),
         wins=wins(quality, TRUNK),
-        speed=speed(cfg, parts),
-        rates=rates(cfg, parts),
-        machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
-        notes=notes(cfg, parts.manifest("preprocess").metrics, counts),
         criteria=criteria(cfg, evaluator, networks, gaps, token_routing),
-        continuations=writer.texts(),
     )
 
 
-def _writers(cfg: FfnMoeConfig) -> set[str]:
-    """Return the names of the rows that go on with texts: base, closest dense rival, stack."""
-    names = {TRUNK, stack_row(cfg)}
-    rivals = [rival for rival in RIVALS if rival in cfg.dense.baselines]
-    if rivals:
-        names.add(f"dense {rivals[0]}")
-    return names
+def language_report(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    evaluator: Evaluator,
+    writer: ContinuationWriter,
+    *,
+    more_notes: Sequence[str] = (),
+    **own: Any,
+) -> LanguageReport:
+    """Return a report of what every run has, whatever its experts are, and of a run's own fields by
+    their names."""
+    counts = text_counts(evaluator)
+    return LanguageReport(
+        run=cfg.name,
+        family=cfg.family,
+        seed=cfg.seed,
+        made=now(),
+        domains=evaluator.shards.domains,
+        labels=cfg.partition.shown_labels,
+        metric="bits per byte on held-out text",
+        data=counts,
+        speed=speed(cfg, parts),
+        rates=rates(cfg, parts),
+        machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
+        notes=[*notes(cfg, parts.manifest("preprocess").metrics, counts), *more_notes],
+        continuations=writer.texts(),
+        **own,
+    )
 
 
 def score_combined(evaluator: Evaluator) -> None:

@@ -286,7 +286,8 @@ class EvaluateConfig(Section):
     rivals: Literal["all", "few"] = Field(
         "all",
         description="all: every way to join the experts, and every number of them a token; few: "
-        "base, experts, dense baselines and weight soup beside the stack",
+        "base, experts, dense baselines and weight soup beside the stack. Adapters: all, as no "
+        "way to choose one needs a pass of its own",
     )
     continuation_tokens: int = Field(
         32, ge=0, description="Tokens written after a held-out text of each domain; 0: none"
@@ -295,8 +296,12 @@ class EvaluateConfig(Section):
         1000, ge=10, description="Resamples of documents behind each 95 % interval"
     )
     min_expert_share: Share = Field(
-        0.05, description="Least share of tokens of every expert (tertiary criterion)"
+        0.05,
+        description="Least share of tokens, of adapters of texts, of every expert (tertiary "
+        "criterion)",
     )
     gap_share: Share = Field(
-        0.25, description="Share of dense's train-test gap to close (primary criterion)"
+        0.25,
+        description="Share of dense's train-test gap to close (primary criterion); adapters have "
+        "to beat it",
     )

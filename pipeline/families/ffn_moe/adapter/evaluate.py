@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy import ndarray
 
 from ....data.text.shards import Shards
-from ....hardware import machine
 from ....model.language_model import filled
 from ....protocols import Progress
 from ....report.schema.base import MachineFacts
@@ -26,14 +24,21 @@ from ....report.schema.language import (
     QualityRow,
     TextRouting,
 )
-from ....store.artifacts import now
 from ....train.flops import Shape
 from ... import Parts
 from ...adapters.peft_io import TENSORS
 from ..config import FfnMoeConfig
+from ..continuations import ContinuationWriter, writers
 from ..cost import adapter_parameters, stage_tokens
-from ..criteria import notes, speed, wins
-from ..evaluate import ENSEMBLE, ORACLE, measured_row, opt_out_row, score_combined, text_counts
+from ..criteria import wins
+from ..evaluate import (
+    ENSEMBLE,
+    ORACLE,
+    language_report,
+    measured_row,
+    opt_out_row,
+    score_combined,
+)
 from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
 from ..parts import expert_bytes, training_tokens
@@ -77,16 +82,22 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     stack = assemble(cfg, parts)
     shape = Shape.from_hf_config(stack.model.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
+    writer = ContinuationWriter(cfg, shards, progress)
+    writing = writers(cfg, BASE, stack_row(cfg))
     for name in (None, *cfg.experts):
         # The base first: a document's oracle and the ensemble may be the base too
         model = stack.model.under(name)
         evaluator.score(name or BASE, model, filled, keep_tokens=True)
+    writer.add(BASE, stack.reader(len(cfg.experts)), filled)
     dense = []
     for row in dense_rows(cfg, parts, training_tokens(shards)):
         evaluator.score(row.name, row.trunk, row.ffn)
+        if row.name in writing:
+            writer.add(row.name, row.trunk, row.ffn)
         dense.append(row.told)
         # A rival is a whole model: it goes before the next one is opened
         del row
+    _write_on(cfg, writer, stack)
     score_combined(evaluator)
     progress("what the first tokens of each text choose", None)
     texts = first_tokens_of(evaluator, stack, _prompts(cfg))
@@ -95,28 +106,31 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         evaluator.scores.add(way.name, routed_nats(evaluator, cfg.experts, way))
     quality = _quality(cfg, evaluator, shards, dense, ways, shape)
     routing = _routing(cfg, evaluator, stack, ways)
-    counts = text_counts(evaluator)
-    return LanguageReport(
-        run=cfg.name,
-        family=cfg.family,
-        seed=cfg.seed,
-        made=now(),
+    return language_report(
+        cfg,
+        parts,
+        evaluator,
+        writer,
+        more_notes=[_causal(cfg)],
         experts=cfg.experts,
-        domains=shards.domains,
-        labels=cfg.partition.shown_labels,
-        metric="bits per byte on held-out text",
         model=_model(cfg, parts, shape),
-        data=counts,
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack, texts),
         text_routing=routing,
         matrix=_matrix(cfg, evaluator),
         wins=wins(quality, BASE, "best single adapter on every text"),
-        speed=speed(cfg, parts),
-        machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
-        notes=[*notes(cfg, parts.manifest("preprocess").metrics, counts), _causal(cfg)],
         criteria=criteria(cfg, evaluator, [row.name for row in dense], stack_row(cfg), routing),
     )
+
+
+def _write_on(cfg: FfnMoeConfig, writer: ContinuationWriter, stack: RequestStack) -> None:
+    """Let the stack go on with every text: whoever its first tokens choose."""
+    if not writer.domains:
+        return
+    chosen = stack.choose(writer.prompts(writer.domains), writer.bf16).tolist()
+    for number in sorted(set(chosen)):
+        own = [domain for domain, at in zip(writer.domains, chosen, strict=True) if at == number]
+        writer.add(stack_row(cfg), stack.reader(number), filled, own)
 
 
 def _causal(cfg: FfnMoeConfig) -> str:
@@ -240,10 +254,10 @@ def _opt_out(
     cfg: FfnMoeConfig, evaluator: Evaluator, stack: RequestStack, texts: Texts
 ) -> list[OptOutRow]:
     """Return the opt-out table: the stack without one expert and its rows of the router."""
+    if len(cfg.experts) == 1:
+        return []
     rows = []
     for gone, name in enumerate(cfg.experts):
-        if len(cfg.experts) == 1:
-            break
         router = replace(stack.text_router, router=stack.text_router.router.without(gone))
         way = _way(f"without {name}", router, texts)
         left = tuple(each for each in cfg.experts if each != name)
