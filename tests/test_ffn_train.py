@@ -198,7 +198,8 @@ def share_of(cfg, trained, item: str, monkeypatch) -> float:
         captured[purpose] = real(cfg, shards, purpose, domains, **how)
         return captured[purpose]
 
-    monkeypatch.setattr(ffn_moe, "training_rows", spy)
+    for module in (ffn_moe, ffn_parts):
+        monkeypatch.setattr(module, "training_rows", spy)
     ffn_moe.expert(cfg, trained, item)
     rows = captured[f"expert {item}"]
     return float(rows._general(np.arange(1000))[1].mean())
@@ -214,9 +215,13 @@ def test_overlap_is_the_share_of_general_rows(trained, overlap, monkeypatch):
 def test_the_trunks_domains_and_mixture_decide_what_it_reads(trained, monkeypatch):
     seen = []
     real = ffn_moe.training_rows
-    monkeypatch.setattr(
-        ffn_moe, "training_rows", lambda *a, **k: seen.append((a[2], a[3], k)) or real(*a, **k)
-    )
+
+    def spy(*given, **how):
+        seen.append((*given[2:], how))
+        return real(*given, **how)
+
+    for module in (ffn_moe, ffn_parts):
+        monkeypatch.setattr(module, "training_rows", spy)
     ffn_moe.shared(small.config(trunk__domains=("gamma", "alpha"), trunk__mixture="equal"), trained)
     ffn_moe.expert(small.config(trunk__domains=("gamma", "alpha")), trained, "beta")
     assert seen[0][1:] == (("gamma", "alpha"), {"how": "equal"})

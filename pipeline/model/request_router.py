@@ -60,8 +60,8 @@ class RequestRouter:
 
 
 def fit_temperature(logit_BC: Tensor, class_B: Tensor, lowest: float = LOWEST) -> float:
-    """Return the temperature, at least `lowest`, with the least nats of the right classes, by golden
-    section over its logarithm.
+    """Return the temperature, at least `lowest`, with the least nats of the right classes, by
+    golden section over its logarithm.
 
     The nats are convex in 1 / temperature, so there is one lowest place; at an end of the range the
     end is returned.

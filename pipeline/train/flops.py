@@ -148,8 +148,8 @@ class Shape:
     def train_flops_per_token(
         self, trains: Trains, expert: ExpertShape | None = None, active: int = 2
     ) -> float:
-        """Operations of forward and backward (frozen weights need no gradient); expert: what trains,
-        or what gates choose between; active: how many of these run for a token."""
+        """Operations of forward and backward (frozen weights need no gradient); expert: what
+        trains, or what gates choose between; active: how many of these run for a token."""
         if trains == "expert" and expert is not None:
             forward = self.forward_flops_per_token(self.ffns(1, expert))
             to_weights = 2.0 * self.expert_parameters(expert)
@@ -166,7 +166,7 @@ class Shape:
         return 2 * forward + of_weights.get(trains, 0.0)
 
     def _backward_flops(self, forward: float, expert: ExpertShape | None) -> float:
-        """Operations of the backward pass to the inputs: nothing below the lowest expert has one."""
+        """Operations of the backward pass to inputs: nothing below the lowest expert has one."""
         if expert is None:
             return forward
         body = forward - 2 * self.vocab_size * self.d_model

@@ -33,11 +33,10 @@ from ...store.bundle import (
     write,
 )
 from ...store.foreign import ForeignFile, check_kind, check_model_files, read_object
-from ...store.streamed import Streamed
 from .. import Parts
 from ..report_files import report_files
 from .config import FfnMoeConfig
-from .export.tensors import Tensors, expert_tensors, mixture_tensors
+from .export.tensors import Tensors, expert_tensors, mixture_tensors, streamed
 from .naming import NAMINGS
 from .parts import expert_layers, mixture_of, stored_experts, stored_settings, stored_trunk
 from .pretrained import is_pinned, pinned_tensors
@@ -93,10 +92,10 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
         ABOUT: described,
         **report_files(cfg, parts, described),
     }
-    if cfg.expert.delta_rank or cfg.expert.layers != "all":
-        files = _made_files(cfg, parts, members, stock, settings)
-    else:
+    if cfg.expert.is_whole:
         files = _files(parts, members, stock["architectures"][0], settings)
+    else:
+        files = _made_files(cfg, parts, members, stock, settings)
     metrics = write(folder, files, texts, progress)
     return metrics | {"experts": len(members)}
 
@@ -349,7 +348,7 @@ def _trunk_file(parts: Parts, settings: Mapping[str, Any]) -> BundleFile | MadeF
     if is_pinned(parts):
         # The files of a pinned model hold the dummy too, and lie elsewhere
         trunk, _ = pinned_tensors(parts, settings)
-        return MadeFile(TRUNK, _streamed(trunk))
+        return MadeFile(TRUNK, streamed(trunk))
     return _stored(parts, TRUNK, "train_shared", "trunk.safetensors")
 
 
@@ -383,12 +382,8 @@ def _files(
         rename = partial(naming.expert, number)
         if dummy and member.domain is None:
             renamed = {rename(name): tensor for name, tensor in dummy.items()}
-            out.append(MadeFile(member.file, _streamed(renamed)))
+            out.append(MadeFile(member.file, streamed(renamed)))
             continue
         out.append(stored(member.file, member.stage, member.stored, member.item, rename))
     out.append(stored("trunk.json", "train_shared", "trunk.json"))
     return out
-
-
-def _streamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, Streamed]:
-    return {name: Streamed.of(tensor) for name, tensor in tensors.items()}

@@ -235,8 +235,7 @@ def expert_shape(cfg: FfnMoeConfig, shape: Shape) -> ExpertShape | None:
 
     None too for layers that the trunk does not have, which is told elsewhere.
     """
-    plain = not cfg.expert.delta_rank and cfg.expert.layers == "all"
-    if plain or cfg.expert.form == ADAPTER:
+    if cfg.expert.is_whole or cfg.expert.form == ADAPTER:
         return None
     try:
         return ExpertShape(cfg.expert.in_layers(shape.layers), cfg.expert.delta_rank)

@@ -7,6 +7,7 @@ B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ...data.text.mixture import DomainMixture
@@ -135,6 +136,15 @@ def batch_of(rows: DomainMixture, first: int, count: int) -> torch.Tensor:
     device."""
     ids = rows.rows(first, count)
     return torch.from_numpy(ids).to(device())
+
+
+def validation_rows(cfg: FfnMoeConfig, shards: Shards, domain: str, most: int) -> np.ndarray:
+    """Return ids_BT of the first rows of a domain's validation text, at most so many: one order for
+    all of a run, so that whatever is judged there is judged on the same rows."""
+    context = cfg.trunk.context_tokens
+    rows = DomainMixture(shards, "valid", (domain,), context, seed=0)
+    windows = max(1, shards.tokens("valid", domain) // context - 1)
+    return rows.rows(0, min(most, windows))
 
 
 def training_tokens(shards: Shards) -> dict[str, int]:

@@ -127,6 +127,11 @@ class ExpertConfig(FitConfig):
     )
 
     @property
+    def is_whole(self) -> bool:
+        """Whether an expert has networks of its own in every layer."""
+        return self.form == "full" and self.layers == "all"
+
+    @property
     def delta_rank(self) -> int:
         """The rank of the deltas that stand for an expert; 0 where it has networks of its own."""
         return (self.rank or DEFAULT_RANK) if self.form == "low_rank" else 0
@@ -287,7 +292,7 @@ class EvaluateConfig(Section):
         "all",
         description="all: every way to join the experts, and every number of them a token; few: "
         "base, experts, dense baselines and weight soup beside the stack. Adapters: all, as no "
-        "way to choose one needs a pass of its own",
+        "way to choose one runs over the held-out text again",
     )
     continuation_tokens: int = Field(
         32, ge=0, description="Tokens written after a held-out text of each domain; 0: none"

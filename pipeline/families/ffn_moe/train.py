@@ -46,6 +46,7 @@ from .parts import (
     training_rows,
     training_tokens,
     training_trunk,
+    validation_rows,
 )
 from .pinning import write_pin
 from .rates import known
@@ -136,7 +137,7 @@ def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[st
         cfg,
         cfg.expert,
         trunk=trunk,
-        trains="expert" if cfg.expert.delta_rank or cfg.expert.layers != "all" else "ffn",
+        trains="ffn" if cfg.expert.is_whole else "expert",
         rows=rows,
         judged_on=domains,
     )
@@ -192,8 +193,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     weight_LED = initial_gates(cfg, parts, opts.init)
     gates = Router(weight_LED, gating, expert_layers(cfg, len(dummy.layers))).to(device())
     # Full experts need the dummy for a pattern alone; on others' way its own networks run
-    alone = not cfg.expert.delta_rank and cfg.expert.layers == "all"
-    base = dummy if alone else training_expert(cfg, dummy)
+    base = dummy if cfg.expert.is_whole else training_expert(cfg, dummy)
     # One after another, each rounded before the next is opened
     experts = []
     for _, stored in stored_experts(cfg, parts, base):
@@ -411,14 +411,8 @@ def _validation(
 ) -> list[torch.Tensor]:
     """Return batches of ids_BT from the shared validation split, equal shares of the domains judged
     on."""
-    context = cfg.trunk.context_tokens
-    share = max(1, opts.eval_tokens // context // len(domains))
-    parts = []
-    for name in domains:
-        # One seed for every training: all of a run are judged on the same rows
-        rows = DomainMixture(shards, "valid", (name,), context, seed=0)
-        windows = max(1, shards.tokens("valid", name) // context - 1)
-        parts.append(rows.rows(0, min(share, windows)))
+    share = max(1, opts.eval_tokens // cfg.trunk.context_tokens // len(domains))
+    parts = [validation_rows(cfg, shards, name, share) for name in domains]
     ids_BT = torch.from_numpy(np.concatenate(parts)).to(device())
     return list(ids_BT.split(sequences))
 

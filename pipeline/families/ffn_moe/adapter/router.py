@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ....data.text.mixture import DomainMixture
 from ....data.text.shards import Shards
 from ....hardware import device, uses_bf16
 from ....model.language_model import LanguageModel, filled, first_tokens
@@ -26,7 +25,7 @@ from ....store.reading import damaged, read_object
 from ....train.loop import NoTraining
 from ... import Parts
 from ..config import FfnMoeConfig
-from ..parts import batch_of, gates_from, token_loss, training_rows
+from ..parts import gates_from, token_loss, training_rows, validation_rows
 from .model import Adapted, stored_adapters
 from .statistics import read_layers, text_statistics
 
@@ -137,7 +136,10 @@ class ValidationTexts:
         self.adapted = adapted
         self.bf16 = uses_bf16(cfg.dtype)
         self.domains = (*cfg.experts, *general_domains(cfg, shards))
-        self.ids = {domain: _windows(cfg, shards, domain) for domain in self.domains}
+        self.ids = {}
+        for domain in self.domains:
+            ids = validation_rows(cfg, shards, domain, STARTS)
+            self.ids[domain] = torch.from_numpy(ids).to(device())
         self._nats: dict[str, torch.Tensor] = {}
 
     def losses(self, domain: str, prompt_tokens: int) -> torch.Tensor:
@@ -193,11 +195,3 @@ def calibrated(plain: TextRouter, held_out: ValidationTexts) -> tuple[TextRouter
         "base_nats": loss_BE[:, -1].mean().item(),
     }
     return replace(plain, router=router), metrics
-
-
-def _windows(cfg: FfnMoeConfig, shards: Shards, domain: str) -> torch.Tensor:
-    """Return ids_BT of some validation text of a domain, the same for every router."""
-    context = cfg.trunk.context_tokens
-    rows = DomainMixture(shards, "valid", (domain,), context, seed=0)
-    windows = max(1, shards.tokens("valid", domain) // context - 1)
-    return batch_of(rows, 0, min(STARTS, windows))

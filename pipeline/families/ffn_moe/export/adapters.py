@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .... import report
 from ....config.base import is_folder
+from ....model.low_rank import PROJECTIONS
 from ....store.artifacts import write_text
 from ....store.reading import read_object
 from ....store.streamed import Streamed, write_tensors
@@ -26,7 +27,6 @@ from .tensors import PREFIX, expert_tensors, trunk_tensors
 
 ADAPTERS = "adapters"  # a folder of the export
 BASE = "base"  # and the trunk's, where the Hub does not have it
-PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 
 
 def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, str]]:
@@ -106,7 +106,7 @@ def _settings(job: Job, base: str, revision: str | None, rank: int, scale: float
     return lora_settings(
         rank=rank,
         alpha=scale * rank,
-        modules=PROJECTIONS,
+        modules=list(PROJECTIONS),
         layers=layers if len(layers) < count else None,
         base=base,
         revision=revision,

@@ -13,6 +13,7 @@ from ....store.artifacts import write_text
 from ....store.streamed import Streamed, write_tensors
 from ..stock import generation_settings
 from .job import Job
+from .tensors import widest
 
 WEIGHTS = "model.safetensors"
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +29,7 @@ def write_checkpoint(
     where there is none the widest. Raises DiskFull.
     """
     dtype = job.wish.dtype
-    wanted = TORCH[dtype] if dtype else _widest(tensors)
+    wanted = TORCH[dtype] if dtype else widest(tensors.values())
     rounded = {name: tensor.to(wanted) for name, tensor in tensors.items()}
     name_of_it = str(wanted).removeprefix("torch.")
     written = {**settings, "dtype": name_of_it}
@@ -41,14 +42,6 @@ def write_checkpoint(
     for name, text in texts.items():
         write_text(folder / name, text)
     return {WEIGHTS: write_tensors(folder / WEIGHTS, rounded, job.progress)}, name_of_it
-
-
-def _widest(tensors: Mapping[str, Streamed]) -> torch.dtype:
-    """Return a dtype that loses nothing of any tensor."""
-    found = next(iter(tensors.values())).dtype
-    for tensor in tensors.values():
-        found = torch.promote_types(found, tensor.dtype)
-    return found
 
 
 def _as_json(values: Mapping[str, Any]) -> str:

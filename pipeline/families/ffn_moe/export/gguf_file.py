@@ -33,6 +33,7 @@ from ....protocols import Progress
 from ....store.room import writing
 from ....store.streamed import Streamed, raw_bytes
 from .gguf_tokenizer import INSTEAD, Vocabulary
+from .tensors import widest
 
 # Whose code llama.cpp runs, by the trunk's kind, as a dense model and as a mixture
 DENSE = {
@@ -213,7 +214,7 @@ def _stacked(settings: Mapping[str, Any], experts: Experts) -> dict[str, Streame
             own = f"model.layers.{layer}.mlp.{projection}.weight"
             each = [tensors[own] for tensors in experts.tensors]
             shape = (len(each), *each[0].shape)
-            stacked = Streamed(shape, _widest(each), _stack(each, shape))
+            stacked = Streamed(shape, widest(each), _stack(each, shape))
             out[f"blk.{layer}.{name}.weight"] = stacked
     return out
 
@@ -222,20 +223,12 @@ def _stack(each: list[Streamed], shape: tuple[int, ...]) -> Callable[[], torch.T
     # A function of its own, as one of a loop would have the last layer's tensors
     def read() -> torch.Tensor:
         # Put in one after another, so that no second copy of all of them is there
-        stacked = torch.empty(shape, dtype=_widest(each))
+        stacked = torch.empty(shape, dtype=widest(each))
         for place, tensor in zip(stacked, each, strict=True):
             place.copy_(tensor.read())
         return stacked
 
     return read
-
-
-def _widest(each: list[Streamed]) -> torch.dtype:
-    """Return a dtype that loses nothing of any tensor: a kept anchor may be of another."""
-    found = each[0].dtype
-    for tensor in each:
-        found = torch.promote_types(found, tensor.dtype)
-    return found
 
 
 def _describe(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, Streamed]:

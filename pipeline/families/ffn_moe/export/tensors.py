@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....model.experts import Expert
 from ....model.low_rank import Delta, LowRankExpert
@@ -24,15 +24,15 @@ Tensors = dict[str, Streamed]  # by Hugging Face names
 
 def trunk_tensors(trunk: Trunk) -> Tensors:
     """Return a trunk's tensors; a tied head is the embedding and not among them."""
-    return _streamed(trunk.named())
+    return streamed(trunk.named())
 
 
 def expert_tensors(expert: Expert) -> Tensors:
     """Return the tensors of an expert's networks in all layers, by the names they have in a dense
     model: its base's where it has none of its own, and with a low-rank delta on it in fp32."""
-    whole = _streamed((expert.base or expert).named())
+    whole = streamed((expert.base or expert).named())
     if not isinstance(expert, LowRankExpert):
-        return whole | _streamed(expert.named())
+        return whole | streamed(expert.named())
     for layer in expert.own_layers:
         for projection, delta in expert.deltas(layer).items():
             name = f"model.layers.{layer}.mlp.{projection}.weight"
@@ -110,8 +110,17 @@ def _of_layers(tensors: Mapping[str, Streamed], layers: Iterable[int]) -> Tensor
     return {name: tensors[name] for name in tensors if name.startswith(prefixes)}
 
 
-def _streamed(named: Mapping[str, nn.Parameter]) -> Tensors:
-    return {name: Streamed.of(parameter) for name, parameter in named.items()}
+def streamed(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors that are open as such that are read when they are written."""
+    return {name: Streamed.of(tensor) for name, tensor in tensors.items()}
+
+
+def widest(tensors: Iterable[Streamed]) -> torch.dtype:
+    """Return a dtype that loses nothing of any tensor: a kept anchor may be of another."""
+    first, *others = [tensor.dtype for tensor in tensors]
+    for dtype in others:
+        first = torch.promote_types(first, dtype)
+    return first
 
 
 def _added(stored: Streamed, b_Or: Tensor, a_rI: Tensor, scale: float) -> Callable[[], Tensor]:
