@@ -14,7 +14,6 @@ from numpy import ndarray
 from ....data.text.shards import Shards
 from ....model.language_model import filled
 from ....protocols import Progress
-from ....report.schema.base import MachineFacts
 from ....report.schema.language import (
     DomainMatrix,
     LanguageModelFacts,
