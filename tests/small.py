@@ -15,6 +15,7 @@ from fakes import FakeRecorder, FolderParts
 
 from pipeline.config.base import merge
 from pipeline.data.text.shards import ShardWriter
+from pipeline.families.ffn_moe import family
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.store.artifacts import save_tensors
@@ -83,7 +84,7 @@ def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) 
 
 MAKERS = {
     "train_shared": ffn_moe.shared,
-    "train_experts": ffn_moe.expert,
+    "train_experts": family.expert,
     "train_router": ffn_moe.router,
     "train_dense": ffn_moe.dense,
 }

@@ -30,6 +30,7 @@ from pipeline.train import loop, memory_plan
 from tests import (
     small,
     test_adapter_experts,
+    test_expert_package,
     test_foreign_tokenizers,
     test_lr_search,
     test_wiring,
@@ -327,6 +328,9 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "tokenizer.revision": "test_revisions_reach_the_hub",
     "tokenizer.max_lost_share": "test_a_lossy_one_is_refused_by_preprocess_or_told_in_its_metrics",
     "trunk.revision": "test_revisions_reach_the_hub",
+    "expert.imported": "test_what_was_packed_is_imported_bit_for_bit",
+    "expert.imported_text": "test_without_statistics_public_text_is_summed",
+    "expert.imported_bytes": "test_a_package_over_the_limit_is_refused_before_it_is_read",
     "router.prompt_tokens": "test_prompt_tokens_and_threshold_reach_the_router",
     "router.threshold": "test_prompt_tokens_and_threshold_reach_the_router",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
@@ -346,7 +350,13 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
 }
-SHOWN_IN = (test_wiring, test_foreign_tokenizers, test_adapter_experts, test_lr_search)
+SHOWN_IN = (
+    test_wiring,
+    test_foreign_tokenizers,
+    test_adapter_experts,
+    test_lr_search,
+    test_expert_package,
+)
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")
 

@@ -22,9 +22,17 @@ Tree = Mapping[str, Any]
 ENTRIES = "[]"
 
 
-def path_field(kind: Kind, default: Any = ..., *, description: str, **rules: Any) -> Any:
-    """Return a field whose value is a path of some kind, or several of them."""
-    extra: JsonDict = {"path": kind}
+def path_field(
+    kind: Kind,
+    default: Any = ...,
+    *,
+    description: str,
+    not_hashed: bool = False,
+    **rules: Any,
+) -> Any:
+    """Return a field whose value is a path of some kind, or several of them; not_hashed as
+    `base.not_hashed` has it."""
+    extra: JsonDict = {"path": kind, "not_hashed": not_hashed}
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
 

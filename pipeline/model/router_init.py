@@ -151,6 +151,26 @@ class FeatureStatistics:
         sum_LD = self.by_domain.sum_LMD[:, left].sum(1)
         return FeatureStatistics(sum_LD, self.gram_LDD, tokens, gram_tokens=self.tokens)
 
+    def around(self, sum_LD: Tensor, tokens: int) -> "FeatureStatistics":
+        """Return statistics of other text of which the means alone are known: spread as this text
+        is, around means of its own.
+
+        E[x x^T] = Cov + mean mean^T, and one covariance for all classes is what linear
+        discriminant analysis assumes of them.
+        """
+        gram_LDD = torch.empty_like(self.gram_LDD)
+        for place, mean_D in enumerate(sum_LD / tokens):
+            own_D = self.mean_LD[place]
+            spread_DD = self.mean_gram_DD(place) - torch.outer(own_D, own_D)
+            gram_LDD[place] = (spread_DD + torch.outer(mean_D, mean_D)) * tokens
+        return FeatureStatistics(sum_LD, gram_LDD, tokens)
+
+    def is_possible(self) -> bool:
+        """Whether there is text with these sums: no mean is longer than the inputs are in the root
+        of their mean square (Jensen), rounding to fp32 allowed for."""
+        square_L = self.gram_LDD.diagonal(dim1=1, dim2=2).double().sum(1) / max(1, self.tokens)
+        return bool((self.mean_LD.square().sum(1) <= square_L * (1 + 1e-3)).all())
+
     def on_processor(self) -> "FeatureStatistics":
         """Return these statistics with their sums in main memory, where gates are made."""
         self._move_to(torch.device("cpu"))

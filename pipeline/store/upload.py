@@ -32,13 +32,13 @@ def upload(folder: Path, url: str, progress: Progress, setting: str = "deploy.up
     target cannot be used or gives back other bytes than were sent.
     """
     verify(folder)
-    fs, root = _open_url(url, setting)
+    fs, root = open_url(url, setting)
     sums = read_sums(folder)
     if (folder / MADE).exists():
         sums[MADE] = sha256(folder / MADE)
     # last, as at the target too it is what makes the folder a bundle
     sums[SUMS] = sha256(folder / SUMS)
-    shown = _without_password(url)
+    shown = without_password(url)
     with _translate_errors(url, setting):
         _clear(fs, root, folder)
     for done, (name, digest) in enumerate(sums.items()):
@@ -48,11 +48,11 @@ def upload(folder: Path, url: str, progress: Progress, setting: str = "deploy.up
     progress(f"uploaded {len(sums)} files to {shown}, each read back and compared", None)
 
 
-def _open_url(url: str, setting: str) -> tuple["AbstractFileSystem", str]:
+def open_url(url: str, setting: str) -> tuple["AbstractFileSystem", str]:
     """Return the filesystem and the path of a URL. Raises StoreError."""
     from fsspec.core import url_to_fs
 
-    shown = _without_password(url)
+    shown = without_password(url)
     try:
         # nothing is remembered: what was listed a minute ago may be stale
         fs, root = url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
@@ -124,7 +124,7 @@ def _translate_errors(url: str, setting: str) -> Iterator[None]:
     except StoreError:
         raise
     except Exception as error:  # each filesystem raises what it likes
-        shown = _without_password(url)
+        shown = without_password(url)
         if no_room(error, Path(shown)):
             raise DiskFull(f"{setting}: no room to write {shown} ({error})") from None
         raise StoreError(
@@ -134,6 +134,6 @@ def _translate_errors(url: str, setting: str) -> Iterator[None]:
         ) from None
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
     """Return a URL without the password it may hold."""
     return re.sub(r"//[^/@]*@", "//***@", url)

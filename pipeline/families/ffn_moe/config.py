@@ -8,8 +8,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from ...config.base import DURATIONS, PACKAGE, is_folder
 from ...config.fit import SEARCHED, FitConfig, LrSearchConfig
+from ...config.run import JobKey
 from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
+from ...store.expert_package import package_print
 from .sections import (
     ADAPTER,
     ANCHOR,
@@ -51,8 +53,51 @@ class FfnMoeConfig(TextRunConfig):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Domains that get an expert, in stack order."""
-        return self.expert.domains or self.partition.names
+        """Names of the experts, in stack order: domains that get one, then imported ones of no text
+        here."""
+        if self.expert.domains:
+            return self.expert.domains
+        names = self.partition.names
+        beside = [name for name in self.expert.imported if name not in names]
+        return (*names, *beside)
+
+    @property
+    def experts_with_text(self) -> tuple[str, ...]:
+        """Those of the experts whose domain has text here to train and measure on."""
+        return tuple(name for name in self.experts if name in self.partition.names)
+
+    def has_text_for(self, expert: str) -> bool:
+        """Whether there is text here to fit the gates of an imported expert on."""
+        return expert in self.partition.names or expert in self.expert.imported_text
+
+    def needs(self, stage: str, item: str | None) -> list[JobKey]:
+        """Return the jobs whose artifacts a job reads, in order."""
+        found = super().needs(stage, item)
+        if stage == "train_experts" and item in self.expert.imported:
+            # Nothing is trained, so no rate is
+            return [job for job in found if job[0] != "lr_experts"]
+        return found
+
+    def content(self, stage: str, item: str | None) -> dict:
+        """Return what a job's address holds of this configuration."""
+        if stage == "train_experts" and item in self.expert.imported:
+            return self._imported_content(item)
+        return super().content(stage, item)
+
+    def _imported_content(self, item: str) -> dict:
+        """Return what an imported expert depends on here: what it is held against, and what its
+        statistics are made of where it brings none. How experts are trained is no part of it."""
+        held_to = ("form", "rank", "alpha", "layers", "statistics_path", "statistics_tokens")
+        source = self.expert.imported[item]
+        found = fields(self, ("family", "dtype", "seed"))
+        found |= fields(self, tuple(f"expert.{key}" for key in held_to))
+        found["imported"] = package_print(source) or source
+        text = self.expert.imported_text.get(item)
+        if text:
+            read_by = ("text_field", "min_document_bytes", "max_document_bytes", "paragraph_bytes")
+            found |= fields(self, tuple(f"data.{key}" for key in read_by))
+            found["text"] = text
+        return found
 
     @property
     def searches_shared(self) -> bool:
@@ -96,7 +141,7 @@ class FfnMoeConfig(TextRunConfig):
         """Return what a dense baseline's budget, size and training depend on."""
         return fields(self, BASELINE_READS[item])
 
-    def read_outside(self, stage: str, _item: str | None) -> Iterator[tuple[str, str]]:
+    def read_outside(self, stage: str, item: str | None) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
         named = {}
         if stage == "preprocess":
@@ -105,6 +150,10 @@ class FfnMoeConfig(TextRunConfig):
                     for path in entry.paths:
                         yield "data.files", path
             named["tokenizer.pretrained"] = self.tokenizer.pretrained
+        if stage == "train_experts" and item in self.expert.imported:
+            yield "expert.imported", self.expert.imported[item]
+            for path in self.expert.imported_text.get(item, ()):
+                yield "expert.imported_text", path
         # A pinned trunk is read by whatever stands on it
         if stage == "train_shared" or (self.trunk.is_pinned and stage != "preprocess"):
             named["trunk.init"] = self.trunk.init
@@ -117,6 +166,8 @@ class FfnMoeConfig(TextRunConfig):
         """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
         for stage in ("preprocess", "train_shared"):
             yield from self.read_outside(stage, None)
+        for name in self.expert.imported:
+            yield from self.read_outside("train_experts", name)
         if self.deploy.upload:
             yield "deploy.upload", self.deploy.upload
 
@@ -145,6 +196,7 @@ class FfnMoeConfig(TextRunConfig):
             *_pretrained(self),
             *_expert_layers(self),
             *_not_for_adapters(self),
+            *_imported(self),
         ]
         if self.router.init == "rows" and not self.expert.coordinate:
             problems.append(
@@ -182,11 +234,14 @@ def _searches(fit: FitConfig) -> bool:
 
 def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
     known = cfg.partition.names
-    given = {"trunk": cfg.trunk.domains, "expert": cfg.expert.domains}
+    given = {
+        "trunk": (cfg.trunk.domains, known),
+        "expert": (cfg.expert.domains, (*known, *cfg.expert.imported)),
+    }
     out = []
-    for key, domains in given.items():
+    for key, (domains, allowed) in given.items():
         wanted = domains or ()
-        unknown = [domain for domain in wanted if domain not in known]
+        unknown = [domain for domain in wanted if domain not in allowed]
         if unknown:
             out.append(
                 f"{key}.domains: no such domain {', '.join(unknown)}; partition has "
@@ -199,11 +254,10 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
             f"partition.domains: {ANCHOR} is the trunk's own network among experts; name that "
             "domain otherwise"
         )
-    if len(cfg.experts) > len(known):
-        out.append(
-            f"expert.domains: {len(cfg.experts)} experts, but the partition has {len(known)} "
-            "domains"
-        )
+    beside = cfg.expert.imported.keys() - set(known)
+    taught = len([name for name in cfg.experts if name not in beside])
+    if taught > len(known):
+        out.append(f"expert.domains: {taught} experts, but the partition has {len(known)} domains")
     return out
 
 
@@ -264,6 +318,41 @@ def _not_for_adapters(cfg: FfnMoeConfig) -> list[str]:
         out.append(
             f"partition.domains: {', '.join(sorted(reserved))} has a meaning of its own where "
             "experts are adapters; name that domain otherwise"
+        )
+    return out
+
+
+def _imported(cfg: FfnMoeConfig) -> list[str]:
+    own = cfg.expert
+    out = []
+    strange = [name for name in own.imported_text if name not in own.imported]
+    if strange:
+        out.append(
+            f"expert.imported_text: {', '.join(strange)} is not imported; name its package under "
+            "expert.imported"
+        )
+    if not own.imported:
+        return out
+    left_out = [name for name in own.imported if name not in cfg.experts]
+    if left_out:
+        out.append(
+            f"expert.imported: {', '.join(left_out)} is not among expert.domains; name it there"
+        )
+    if own.form == ADAPTER:
+        out.append(
+            "expert.imported: packages hold feed-forward networks; set expert.form to full or "
+            "low_rank"
+        )
+    if own.coordinate:
+        out.append(
+            "expert.imported: a package has no gate of its own; set expert.coordinate to false"
+        )
+    without = [name for name in own.imported if name not in cfg.partition.names]
+    if without and cfg.router.steps != 0:
+        out.append(
+            f"router.steps: gates would be trained away from {', '.join(without)}, which has no "
+            "text here; set router.steps to 0, or name public text of it in data and "
+            "partition.domains"
         )
     return out
 

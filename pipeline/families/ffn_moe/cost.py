@@ -47,12 +47,14 @@ def stage_tokens(
         opts, _ = search_settings(cfg, stage, item, domain_tokens)
         steps = opts.resolve_steps(cfg.trunk.context_tokens, 0)
         return PLANNED_RATES * steps * opts.batch_sequences * cfg.trunk.context_tokens
+    if stage == "train_experts" and item in cfg.expert.imported:
+        return 0  # nothing of it is spent here
     opts, _ = _settings(cfg, stage, item)
     domains: Sequence[str]
     if stage == "train_shared":
         domains = cfg.trunk.domains or cfg.partition.names
     elif stage == "train_router":
-        domains = cfg.experts
+        domains = cfg.experts_with_text
     else:
         domains = (_named(item),)
     context = cfg.trunk.context_tokens
@@ -148,6 +150,8 @@ def cost(
     """
     if stage in ("train_router", "evaluate") and cfg.expert.form == ADAPTER:
         return None  # it follows from statistics
+    if stage == "train_experts" and item in cfg.expert.imported:
+        return None
     shape = trunk_shape(cfg)
     if shape is None:
         return None

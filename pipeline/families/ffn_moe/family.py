@@ -20,6 +20,7 @@ from . import cost as ffn_cost
 from .bundle import bundle as bundle_mixture
 from .bundle import reassemble as reassemble_mixture
 from .config import FfnMoeConfig
+from .imported import imported, look_at_package
 from .lr_search import lr_dense, lr_experts, lr_router, lr_shared
 from .preflight import preflight
 from .sections import ADAPTER
@@ -42,6 +43,7 @@ __all__ = [
     "expert",
     "export",
     "look_at_documents",
+    "look_at_package",
     "lr_dense",
     "lr_experts",
     "lr_router",
@@ -99,8 +101,10 @@ def cost(
 # has them: PEFT takes a second, and no other run needs it
 
 
-def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
-    """Return one expert's training; see train and adapter.train."""
+def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task | NoTraining:
+    """Return one expert's training, or how it is imported; see train, imported, adapter.train."""
+    if item in cfg.expert.imported:
+        return imported(cfg, parts, item)
     if cfg.expert.form != ADAPTER:
         return ffn_expert(cfg, parts, item)
     from .adapter.train import expert as adapter

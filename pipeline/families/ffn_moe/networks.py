@@ -77,6 +77,9 @@ def network_rows(
     )
     for name, expert in own.items():
         expert_tokens = stage_tokens(cfg, "train_experts", name, domain_tokens)
+        if name in cfg.expert.imported:
+            # Spent elsewhere, and told all the same
+            expert_tokens = parts.manifest("train_experts", name).metrics["tokens"]
         joined_tokens += expert_tokens
         yield NetworkRow(
             name=name,

@@ -302,7 +302,11 @@ def stored_experts(
 def _stored_expert(cfg: FfnMoeConfig, parts: Parts, dummy: Expert, name: str) -> Expert:
     # A function of its own: in the loop above its names would keep one file mapped while the next
     # one is opened
-    tensors = parts.tensors("train_experts", EXPERT, name)
+    return open_expert(cfg, dummy, parts.tensors("train_experts", EXPERT, name))
+
+
+def open_expert(cfg: FfnMoeConfig, dummy: Expert, tensors: Mapping[str, torch.Tensor]) -> Expert:
+    """Return a frozen expert of the run's form around stored tensors."""
     if cfg.expert.delta_rank:
         return low_rank.from_tensors(dummy, tensors, cfg.expert.delta_scale).to(device())
     layers = expert_layers(cfg, len(dummy.layers))

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ...config.base import Section, Share, not_hashed
+from ...config.base import Bytes, Section, Share, not_hashed
 from ...config.fit import FitConfig, LearningRate
 from ...config.labels import DomainName
 from ...config.paths import path_field
@@ -126,6 +126,25 @@ class ExpertConfig(FitConfig):
         None, "Domains that get an expert, in order; none: all"
     )
 
+    # None of them says anything of the experts that are trained here, whose addresses have none
+    imported: dict[DomainName, str] = path_field(
+        "path",
+        {},
+        not_hashed=True,
+        description="Experts that were trained elsewhere, by name: the folder or fsspec URL of "
+        "each one's package (docs/kits.md)",
+    )
+    imported_text: dict[DomainName, tuple[str, ...]] = path_field(
+        "glob",
+        {},
+        not_hashed=True,
+        description="Public text like that of an imported expert, by its name, for the gates "
+        "where its package has no statistics: globs or fsspec URLs",
+    )
+    imported_bytes: Bytes = not_hashed(
+        8 * 10**9, "Largest package that is imported, refused before it is read"
+    )
+
     @property
     def is_whole(self) -> bool:
         """Whether an expert has networks of its own in every layer."""
@@ -146,6 +165,11 @@ class ExpertConfig(FitConfig):
         """What a low-rank product B A is multiplied by."""
         rank = self.rank or DEFAULT_RANK
         return (self.alpha or 2 * rank) / rank
+
+    @property
+    def packed_scale(self) -> float:
+        """What an expert's package says of it; 0 of networks of its own."""
+        return self.delta_scale if self.delta_rank else 0.0
 
     def in_layers(self, count: int) -> tuple[int, ...]:
         """Return the numbers of the layers with experts in a trunk of so many.

@@ -108,6 +108,7 @@ STAGES = table(
         "train each expert on its own domain over the frozen trunk",
         "family.expert",
         kind="training",
+        check="family.look_at_package",
         items="experts",
         needs=("preprocess", "train_shared", "lr_experts"),
         reads=(*_TRAINED, "expert", "partition.overlap"),

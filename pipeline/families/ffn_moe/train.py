@@ -198,7 +198,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     experts = []
     for _, stored in stored_experts(cfg, parts, base):
         experts.append(training_expert(cfg, stored))
-    rows = training_rows(cfg, shards, "router", cfg.experts, how="equal")
+    rows = training_rows(cfg, shards, "router", cfg.experts_with_text, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
     temperature = partial(_temperature, cfg, steps, rows.tokens())
     gates.temperature = temperature(0)
@@ -242,7 +242,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         trains="gates",
         parameters=parameters,
         rows=rows,
-        judged_on=cfg.experts,
+        judged_on=cfg.experts_with_text,
         export=export,
         # A tie broken by rounding would change experts
         fp32=tuple(parameters),
@@ -262,7 +262,7 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     cfg = known(cfg, parts, "train_dense", item)
     shards = Shards(parts.folder("preprocess"))
     opts = dense_options(cfg, item, training_tokens(shards))
-    return dense_task(cfg, parts, item, opts, cfg.experts)
+    return dense_task(cfg, parts, item, opts, cfg.experts_with_text)
 
 
 def dense_task(

@@ -1,0 +1,218 @@
+"""An expert that was trained elsewhere, in the place of one that is trained here: its package is
+held against the run, part by part, before a number of it is used.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ...data.text.public_text import write_public_text
+from ...data.text.shards import Shards
+from ...errors import DataError, MismatchError, PipelineError
+from ...model.experts import Expert, in_layers
+from ...model.loading import check_finite
+from ...model.low_rank import LowRankExpert
+from ...model.router_init import FeatureStatistics
+from ...store.artifacts import load_tensors, save_tensors
+from ...store.expert_package import EXPERT, STATISTICS, ExpertFacts, Package, open_package
+from ...store.foreign import ForeignFile
+from ...store.tensor_header import Wanted
+from ...store.upload import without_password
+from ...train.loop import NoTraining
+from .. import Parts
+from .config import FfnMoeConfig
+from .fingerprint import tokenizer_fingerprint, trunk_fingerprint
+from .parts import (
+    expert_layers,
+    feature_statistics,
+    open_expert,
+    stored_settings,
+    stored_trunk,
+    training_rows,
+)
+from .stock import run_tokenizer
+
+SETTING = "expert.imported"
+# Sums are stored in fp32: a text's own may break the inequality by rounding
+_ROUNDING = 1.001
+
+
+def imported(cfg: FfnMoeConfig, parts: Parts, item: str) -> NoTraining:
+    """Return how an expert is made whose package the settings name. Nothing is read yet."""
+    return NoTraining(partial(_write, cfg, parts, item))
+
+
+def look_at_package(cfg: FfnMoeConfig, item: str) -> None:
+    """Raise DataError for an imported expert whose package is not there, not whole, or too large;
+    its tensors are not read. Nothing for an expert that is trained here."""
+    if item in cfg.expert.imported:
+        with _refusing(cfg, item):
+            _opened(cfg, item)
+
+
+def _opened(cfg: FfnMoeConfig, item: str) -> Package:
+    package = open_package(cfg.expert.imported[item], cfg.expert.imported_bytes)
+    if STATISTICS not in package.facts.files and not cfg.has_text_for(item):
+        raise DataError(
+            f"{SETTING}: {item} brings no statistics, and there is no text of its domain to fit "
+            f"the gates on; name some that is like it under expert.imported_text.{item}"
+        )
+    return package
+
+
+@contextmanager
+def _refusing(cfg: FfnMoeConfig, item: str) -> Iterator[None]:
+    """Name the expert and its package in whatever keeps it from being taken."""
+    shown = without_password(cfg.expert.imported[item])
+    try:
+        yield
+    except PipelineError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{SETTING}: {item} ({shown}) is refused: {error}") from None
+    except Exception as error:  # a filesystem raises what it likes
+        reason = " ".join(str(error).split())
+        raise DataError(f"{SETTING}: {item} ({shown}) cannot be read: {reason}") from None
+
+
+def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str, Any]:
+    """Check a package and write its tensors to folder; return metrics.
+
+    Raises DataError for a package that is none, not whole or not finite, MismatchError for one
+    that was made for another run.
+    """
+    started_s = time.monotonic()
+    with _refusing(cfg, item):
+        package = _opened(cfg, item)
+        facts = package.facts
+        _check_fits(cfg, parts, item, facts)
+        _, dummy = stored_trunk(cfg, parts)
+        layers = expert_layers(cfg, len(dummy.layers))
+        package.check_tensors(EXPERT, _expert_tensors(cfg, dummy, layers))
+        parts.progress(f"copying {item}", None)
+        package.copy(EXPERT, folder / EXPERT)
+        check_finite(load_tensors(folder / EXPERT).items())
+        if STATISTICS in facts.files:
+            statistics = _brought(parts, package, layers, folder / STATISTICS)
+        else:
+            statistics = _summed(cfg, parts, item, folder)
+    save_tensors(folder / STATISTICS, statistics.tensors())
+    return {
+        "steps": 0,
+        # What it was trained on elsewhere
+        "tokens": facts.tokens,
+        "seconds": time.monotonic() - started_s,
+        "package": package.sha256,
+        "trained_in": facts.dtype,
+        "licence": facts.licence,
+        "statistics": _origin(cfg, item, facts),
+    }
+
+
+def _origin(cfg: FfnMoeConfig, item: str, facts: ExpertFacts) -> str:
+    """Return in words where the statistics are from."""
+    if STATISTICS not in facts.files:
+        return "of public text" if item in cfg.expert.imported_text else "of the text here"
+    if facts.noise:
+        return f"brought, with noise (epsilon {facts.noise.epsilon:g}, {facts.noise.delta:g})"
+    return "brought"
+
+
+def _check_fits(cfg: FfnMoeConfig, parts: Parts, item: str, facts: ExpertFacts) -> None:
+    """Raise MismatchError for an expert that was made for another trunk, tokenizer or form."""
+    own = cfg.expert
+    prints = {
+        "on another trunk": (facts.trunk, trunk_fingerprint(parts)),
+        "with another tokenizer": (facts.tokenizer, tokenizer_fingerprint(run_tokenizer(parts))),
+    }
+    for what, (theirs, ours) in prints.items():
+        if theirs != ours:
+            raise MismatchError(
+                f"{SETTING}: {item} was trained {what} (fingerprint {theirs[:12]}, this run's is "
+                f"{ours[:12]}); have it trained from a kit of this run"
+            )
+    count = stored_settings(parts, "train_shared")["num_hidden_layers"]
+    settings: dict[str, tuple[Any, Any]] = {
+        "form": (facts.form, own.form),
+        "rank": (facts.rank, own.delta_rank),
+        "scale (alpha over rank)": (facts.scale, own.packed_scale),
+        "layers": (list(facts.layers), list(expert_layers(cfg, count))),
+        "statistics_path": (facts.statistics_path, own.statistics_path),
+    }
+    for name, (its_own, here) in settings.items():
+        if its_own != here:
+            raise MismatchError(
+                f"{SETTING}: {item} has another {name}, {its_own}, than the experts here, {here}; "
+                "have it trained from a kit of this run"
+            )
+
+
+def _expert_tensors(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> Wanted:
+    """Return the tensors that an expert of this run has, none of them drawn."""
+    if cfg.expert.delta_rank:
+        with torch.device("meta"):
+            rank, scale = cfg.expert.delta_rank, cfg.expert.delta_scale
+            like: Expert = LowRankExpert(dummy, rank, scale, layers)
+    else:
+        like = in_layers(dummy, dummy, layers)
+    return {name: ("F32", tuple(each.shape)) for name, each in like.named().items()}
+
+
+def _brought(
+    parts: Parts, package: Package, layers: Sequence[int], target: Path
+) -> FeatureStatistics:
+    """Return a package's own statistics, copied to target; where their second moments were left
+    out, with those of the trunk's text around the mean of theirs."""
+    general = FeatureStatistics.from_tensors(
+        parts.tensors("train_shared", "statistics.safetensors")
+    ).of_layers(layers)
+    _, d_model = general.sum_LD.shape
+    wanted = {
+        "sum": ("F32", (len(layers), d_model)),
+        "gram": ("F32", (len(layers), d_model, d_model)),
+        "tokens": ("I64", (1,)),
+    }
+    if package.facts.noise:
+        del wanted["gram"]
+    package.check_tensors(STATISTICS, wanted)
+    package.copy(STATISTICS, target)
+    stored = load_tensors(target)
+    check_finite(stored.items())
+    if stored["tokens"].item() < 1:
+        raise ForeignFile(f"{STATISTICS} is of no token")
+    if package.facts.noise:
+        return general.around(stored["sum"].double(), int(stored["tokens"].item()))
+    statistics = FeatureStatistics.from_tensors(stored)
+    if not statistics.is_possible():
+        raise ForeignFile(f"{STATISTICS} is of no text: means are longer than what they are of")
+    return statistics
+
+
+def _summed(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> FeatureStatistics:
+    """Return statistics of text that is here: that of the setting, else of the expert's domain."""
+    trunk, dummy = stored_trunk(cfg, parts)
+    layers = expert_layers(cfg, len(dummy.layers))
+    expert = open_expert(cfg, dummy, load_tensors(folder / EXPERT))
+    runs = dummy if cfg.expert.statistics_path == "base" else expert
+    tokens = cfg.expert.statistics_tokens
+    with TemporaryDirectory(dir=folder) as made:
+        shards = Shards(parts.folder("preprocess"))
+        if item in cfg.expert.imported_text:
+            wanted = tokens + cfg.trunk.context_tokens + 1
+            paths = cfg.expert.imported_text[item]
+            tokenizer = run_tokenizer(parts)
+            try:
+                shards = write_public_text(cfg, Path(made), item, paths, tokenizer, wanted)
+            except DataError as error:
+                said = str(error).removeprefix("data.files: ")
+                raise DataError(f"expert.imported_text: {item}: {said}") from None
+        rows = training_rows(cfg, shards, f"statistics {item}", (item,), how="equal")
+        found = feature_statistics(cfg, trunk, runs, rows, tokens, layers, parts.progress)
+        shards.close()
+    return found
