@@ -31,7 +31,6 @@ from .run.advice import CommandLine, sentence
 from .run.stages import (
     RUN,
     STAGES,
-    Addresses,
     about,
     address,
     has_several_jobs,
@@ -54,7 +53,9 @@ OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
-    "prune": "list what no configuration reaches and what was left half done; --yes removes it",
+    "runs": "list the runs that a store knows: name, date, size, configuration, report",
+    "prune": "list what was left half done and what no run reaches; --yes removes it",
+    "rm": "list what a store has of a run and of no other; --yes removes it",
 }
 EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
@@ -93,12 +94,19 @@ def parser() -> argparse.ArgumentParser:
     _add_smoke(run)
     _add_parallel(run)
     _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
+    _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
     prune = _add_command(commands, "prune", OTHER_COMMANDS["prune"])
-    _add_common(prune, several_configs=True)
-    prune.add_argument("--yes", action="store_true", help="remove what is listed")
+    prune.add_argument(
+        "--orphans", action="store_true", help="remove what no run and no configuration reaches too"
+    )
     prune.add_argument(
         "--damaged", action="store_true", help="what was found damaged and kept aside, too"
     )
+    rm = _add_command(commands, "rm", OTHER_COMMANDS["rm"])
+    rm.add_argument("run", nargs="+", metavar="RUN", help="name or id, as `runs` lists them")
+    for removing in (prune, rm):
+        removing.add_argument("--yes", action="store_true", help="remove what is listed")
+        _add_common(removing, several_configs=True)
     return top
 
 
@@ -137,12 +145,14 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
             nargs="+",
             type=Path,
             metavar="FILE",
-            help="configurations whose results are kept, may be repeated (default: all in config/)",
+            help="configurations whose results are kept beside those of the runs that a store "
+            "knows, may be repeated (default: all in config/)",
         )
     else:
         sub.add_argument(
             "--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/"
         )
+    _add_override(sub)
     _add_store(sub)
 
 
@@ -203,10 +213,11 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
         help="serve other machines without a key, which else is refused",
     )
     sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
+    _add_override(sub)
     _add_store(sub)
 
 
-def _add_store(sub: argparse.ArgumentParser) -> None:
+def _add_override(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--override",
         action="append",
@@ -214,6 +225,9 @@ def _add_store(sub: argparse.ArgumentParser) -> None:
         metavar="a.b=value",
         help="change one setting, may be repeated; the README lists them all",
     )
+
+
+def _add_store(sub: argparse.ArgumentParser) -> None:
     default = os.environ.get("MOLEFORGE_STORE", "store")
     sub.add_argument(
         "--store",
@@ -279,21 +293,13 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> None:
-    if args.command == "prune":
-        from .run.prune import prune, read_configs
-
-        paths = args.config or runs(Path("config"))
-        configs = read_configs(paths, lambda path: load(path, tuple(args.override)))
-        store = Store(args.store)
-        prune(configs, store, output(), remove=args.yes, damaged=args.damaged)
+    if args.command in ("prune", "rm", "runs"):
+        _tend(args, Store(args.store))
         return
     if args.command == "serve":
         _serve(args)
         return
-    overrides = tuple(args.override)
-    if getattr(args, "smoke", False):
-        overrides = (*overrides, "evaluate.smoke=true")
-    cfg = load(args.config, overrides)
+    cfg = load(args.config, _overrides(args))
     store = Store(args.store)
     if args.command == "plan":
         from .run.dry_run import show_plan
@@ -303,26 +309,51 @@ def _dispatch(args: argparse.Namespace) -> None:
         return
     if args.command == "export":
         wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
-        _export(wish, args.to, cfg, store.open())
+        _export(args, wish, cfg, store.open())
         return
     if args.command == "compress":
         wish = ExportWish("adapters", args.expert, rank=args.rank)
-        _export(wish, args.to, cfg, store.open())
+        _export(args, wish, cfg, store.open())
         return
     _run(args, cfg, store.open())
 
 
-def _export(wish: ExportWish, to: str, cfg: RunConfig, store: Store) -> None:
+def _overrides(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return what a command changes of its configuration."""
+    smoke = ["evaluate.smoke=true"] if getattr(args, "smoke", False) else []
+    return (*args.override, *smoke)
+
+
+def _tend(args: argparse.Namespace, store: Store) -> None:
+    """Show or remove what a store has."""
+    from .run.prune import prune, read_configs
+    from .run.remove_run import remove_runs
+    from .run.show_runs import show_runs
+
+    if args.command == "runs":
+        show_runs(store, output())
+        return
+    paths = args.config or runs(Path("config"))
+    configs = read_configs(paths, lambda path: load(path, tuple(args.override)), store)
+    if args.command == "rm":
+        remove_runs(args.run, configs, store, output(), remove=args.yes)
+        return
+    prune(configs, store, output(), remove=args.yes, damaged=args.damaged, orphans=args.orphans)
+
+
+def _export(args: argparse.Namespace, wish: ExportWish, cfg: RunConfig, store: Store) -> None:
     from .run.backend import printed_progress
     from .run.export import export
+    from .run.reach import working
 
     progress = printed_progress(Console(stderr=True))
-    with using(store, Addresses(cfg).reachable()):
-        export(cfg, store, wish, to, progress)
+    with working(store, cfg, args.config, tuple(args.override)):
+        export(cfg, store, wish, args.to, progress)
 
 
 def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     from .run.backend import Local
+    from .run.reach import working
 
     if args.command == "run":
         wanted = [stage for stage in RUN if cfg.items(stage)]
@@ -333,7 +364,7 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
         return
     backend = Local(store, parallel=getattr(args, "parallel", 1))
     # Between two of its jobs nothing else says that what is there is needed
-    with using(store, Addresses(cfg).reachable()):
+    with working(store, cfg, args.config, _overrides(args)):
         _run_stages(wanted, cfg, backend)
 
 

@@ -249,7 +249,17 @@ SHAPES = {
     "a file": lambda path: path.write_text("mine"),
     "a loop": lambda path: path.symlink_to(path),
 }
-PLACES = ("", "artifacts", "resume", "history", "locks", "jobs", "runs", "artifacts/ADDRESS")
+PLACES = (
+    "",
+    "artifacts",
+    "resume",
+    "history",
+    "locks",
+    "jobs",
+    "runs",
+    "roots",
+    "artifacts/ADDRESS",
+)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -40,6 +40,8 @@ def test_the_check_sees_a_stale_reference(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_parses_and_its_configuration_loads(command):
     args = parser().parse_args(shlex.split(command))
+    if args.command == "runs":
+        return
     # prune reads all of a folder where none is named
     named = args.config or runs(ROOT / "config")
     configs = named if isinstance(named, list) else [named]

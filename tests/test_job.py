@@ -171,9 +171,9 @@ SENTENCES = {
         "`modal run modal_app.py::train_experts` again",
     ),
     "no room for e": (
-        "no room for e. What was finished is kept: make room (`python -m pipeline prune` lists "
-        "artifacts that no configuration uses) or choose another directory with --store, then run "
-        "the same command again",
+        "no room for e. What was finished is kept: make room (`python -m pipeline runs` lists "
+        "what each run takes, `rm` removes one, `prune` what none needs) or choose another "
+        "directory with --store, then run the same command again",
         "no room for e. What was finished is kept: make room (`modal volume rm -r moleforge "
         "artifacts/NAME` removes what is not needed), then run the same command again",
     ),

@@ -1,11 +1,13 @@
 """What prune lists and removes: plants of every kind, runs in progress, links, stores that cannot
-be written. Nothing that a configuration or a run needs may go."""
+be written. Nothing that a configuration or a run needs may go; what runs are kept by is in
+test_roots.py."""
 
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,8 @@ def write(path, text="x"):
 
 
 def plants(store, whole, outside):
-    """Yield (what is planted, how) for every kind of thing that may go; `whole`: an address that is
-    finished and reachable."""
+    """Yield (what is planted, how) for every kind of thing that may go, orphans among them;
+    `whole`: an address that is finished and reachable."""
     root = store.root
     for address in (GONE, "train_experts-a-b.c-fedcba987654", "evaluate-aaaaaaaaaaaa"):
         yield root / "artifacts" / address, lambda at: write(at / "deep" / "x.bin")
@@ -95,7 +97,7 @@ def test_every_plant_goes_and_nothing_else(copied, tmp_path, capfd):
         assert {name: planted[name] for name in planted} == {
             name: held for name, held in tree(store.root).items() if name in planted
         }, "listed only"
-        told = pruned(capfd, path, store, "--yes")
+        told = pruned(capfd, path, store, "--yes", "--orphans")
         assert "removed from" in told
         left = {name: held for name, held in tree(store.root).items() if held is not None}
         assert left == {name: held for name, held in before.items() if held is not None}
@@ -161,7 +163,7 @@ def test_it_says_what_it_read_and_refuses_to_read_nothing(copied, tmp_path, capf
         assert f"configurations read, 2, whose results are kept: {path} {second}" in told
         other = () if more else ("trunk.steps=0",)
         assert stages.address(load(second, more), "train_shared") not in told
-        assert f"{stages.address(load(second, other), 'train_shared')} no configuration" in told
+        assert f"{stages.address(load(second, other), 'train_shared')} no run and no" in told
     assert "preprocess-" not in typed(capfd, 0, *both)
 
 
@@ -204,14 +206,14 @@ def test_what_is_in_use_is_left_and_named_without_waiting(copied, capfd):
     write(in_use.note_path(store, "run-333333333333"), sealed({"addresses": [used]}))
     holder = hold(store, [GONE, "run-333333333333"])
     try:
-        for more in ((), ("--yes",)):
+        for more in ((), ("--yes", "--orphans")):
             told = pruned(capfd, path, store, *more)
             for place in places:
                 assert f"{place} in use by a run in progress, left alone" in told
         assert all(place.exists() for place in places)
     finally:
         holder.communicate(timeout=PATIENCE_S)
-    told = pruned(capfd, path, store, "--yes")
+    told = pruned(capfd, path, store, "--yes", "--orphans")
     assert not any(place.exists() for place in places)
     assert not in_use.note_path(store, "run-333333333333").exists()
 
@@ -222,22 +224,24 @@ def test_a_run_of_another_configuration_goes_on_beside_it(finished, store_path, 
     store = store_with(store_path, finished, "preprocess", "train_shared", "train_experts")
     cfg = load(finished[0])
     ours = [stages.address(cfg, name) for name in ("preprocess", "train_shared")]
-    unknown = ["prune", "--yes", "--config", "config/tiny_vlm.yaml", "--store", store_path]
+    unknown = ["--yes", "--config", "config/tiny_vlm.yaml", "--store", store_path]
     process = command(finished[0], store_path)
     until(lambda: list(store.root.glob("runs/*.json")) or process.poll() is not None)
     rounds = 0
     while process.poll() is None and not list(store.root.glob("artifacts/evaluate-*")):
-        told = typed(capfd, 0, *unknown)
-        assert all(f"{address} in use" in told for address in ours)
+        told = typed(capfd, 0, "prune", "--orphans", *unknown)
+        assert not any(address in told for address in ours)
+        assert "is in use: a run in progress needs" in typed(capfd, 2, "rm", "tiny", *unknown)
         rounds += 1
+        # it is to make something between two looks
+        time.sleep(0.1)
     assert rounds > 3
-    # what it made may go from the moment that it ends, and is to be looked at
-    with in_use.using(store, stages.Addresses(cfg).reachable()):
-        ended(process, 0)
-        typed(capfd, 0, *unknown)
-        assert contents(store_path) == contents(finished[1])
-    typed(capfd, 0, *unknown)
-    folders = {"artifacts", "resume", "jobs", "history", "locks", "runs"}
+    ended(process, 0)
+    # what it made stays as long as nobody asks for the run to go
+    assert "nothing to prune" in typed(capfd, 0, "prune", "--orphans", *unknown)
+    assert contents(store_path) == contents(finished[1])
+    typed(capfd, 0, "rm", "tiny", *unknown)
+    folders = {"artifacts", "resume", "jobs", "history", "locks", "runs", "roots"}
     files = {"store.json", "locks/store.lock", "locks/runs.lock"}
     assert tree(store_path).keys() <= folders | files
 
@@ -253,9 +257,7 @@ def test_a_store_that_cannot_be_written_is_listed_and_said_so(finished, tmp_path
         write(store.folder(GONE) / "x.bin")
         write(store.root / "locks" / f"{GONE}.lock")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        assert f"{store.folder(GONE)} no configuration reaches it" in pruned(
-            capfd, finished[0], store
-        )
+        assert f"{store.folder(GONE)} unfinished" in pruned(capfd, finished[0], store)
         told = pruned(capfd, finished[0], store, "--yes", code=2)
         assert "Read-only file system" in told and "right to write" in told
     finally:

@@ -56,8 +56,8 @@ class CommandLine:
     def make_room(self) -> str:
         """How room is made in the store, as an imperative."""
         return (
-            "make room (`python -m pipeline prune` lists artifacts that no configuration uses) or "
-            "choose another directory with --store"
+            "make room (`python -m pipeline runs` lists what each run takes, `rm` removes one, "
+            "`prune` what none needs) or choose another directory with --store"
         )
 
     def other_store(self) -> str:

@@ -1,16 +1,12 @@
-"""What of a store no configuration reaches, and what interrupted jobs left in it: listed, and
-removed when asked to.
+"""Listing what of a store may go, and removing it when asked to: what was left half done, what runs
+left that are being removed, and orphans.
 
-Nothing is removed that a run in progress makes or may read, and no link is followed: what is kept
-elsewhere under a name in the store is not the store's.
+Nothing is removed that a run in progress makes or may read, nor what the root of a run or a
+configuration reaches.
 """
 
-import os
-import re
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,45 +16,105 @@ from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
 from ..store import in_use
 from ..store.artifacts import Store
-from ..store.reading import reading
-from .stages import Addresses
-
-ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
-# What lies below these is named by its address
-BY_ADDRESS = ("artifacts", "resume", "jobs", "history")
-# A file that was being written: ours, and those of the library that writes tensors
-PART = re.compile(r".+\.part|\.tmp\w{6}")
-HALF = "was being written when its writer was killed"
-DAMAGED = ".damaged-"
-RUN_NOTE = re.compile(in_use.PREFIX + r"[0-9a-f]{12}")
+from ..store.roots import root_states
+from .leftovers import ORPHANS, Leftover, Say, leftovers, remove, size_of
+from .reach import Reach
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """Something that may go: whose lock has to be free for it, and why it may."""
-
-    path: Path
-    lock: str  # an address, the name of a run, or "store"
-    why: str
-    stamp: tuple[int, int]  # of the path when it was listed
-
-    @classmethod
-    def at(cls, path: Path, lock: str, why: str) -> "Iterator[Leftover]":
-        """Yield a leftover as it is now, unless a run has removed it meanwhile."""
-        with suppress(FileNotFoundError):
-            yield cls(path, lock, why, _stamp(path))
+def said(console: Console) -> Say:
+    """Return what prints a line as it is."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
-def read_configs(paths: Iterable[Path], load: Callable[[Path], RunConfig]) -> dict[Path, RunConfig]:
-    """Return the configurations whose results are kept. Raises ConfigError, also when there is
-    none: without one everything would seem to be of no use."""
+def opened(store: Store) -> Store:
+    """Return a store that is there. Raises StoreError where none is, and what opening raises."""
+    if not (store.root / "store.json").exists():
+        raise StoreError(
+            f"there is no store in {store.root}: it has no store.json", root=store.root
+        )
+    return store.open()
+
+
+def read_configs(
+    paths: Iterable[Path], load: Callable[[Path], RunConfig], store: Store
+) -> dict[Path, RunConfig]:
+    """Return the configurations whose results are kept. Raises ConfigError, also where there is
+    none and no run has left a root either: everything would seem to be of no use."""
     configs = {path: load(path) for path in paths}
-    if not configs:
+    if not configs and not root_states(store):
         raise ConfigError(
-            f"there is no configuration in {Path('config').absolute()}, so nothing would be kept: "
-            "name those whose results you want to keep with --config"
+            f"there is no configuration in {Path('config').absolute()}, and no run has left a root "
+            f"in {store.root}, so nothing would be kept: name those whose results you want to keep "
+            "with --config"
         )
     return configs
+
+
+@dataclass
+class Sweep:
+    """What becomes of leftovers, told one by one."""
+
+    store: Store
+    reach: Reach
+    say: Say
+    wanted: Callable[[Leftover], bool]  # whether one is to be removed, else it is only listed
+    listed: int = 0
+    removed: int = 0
+    failed: int = 0
+    bytes: int = 0  # of what was listed or removed
+    _used: set[str] = field(default_factory=set)  # addresses that runs in progress need
+    _left: set[str] = field(default_factory=set)  # groups of which something stays
+    _counted: set[tuple[int, int]] = field(default_factory=set)
+
+    def over(self, found: Sequence[Leftover]) -> None:
+        """Tell of leftovers group by group, and remove those that are wanted. Raises StoreError
+        when something could not be removed."""
+        self._used = in_use.addresses(self.store)
+        groups: dict[str, list[Leftover]] = {}
+        for leftover in found:
+            groups.setdefault(leftover.group, []).append(leftover)
+        # the group that wants a second look is read last
+        for group in sorted(groups, key=lambda name: name == ORPHANS):
+            self.say(f"{group}:")
+            for leftover in groups[group]:
+                self._one(leftover)
+        if self.failed:
+            raise StoreError(
+                f"{self.failed} of {len(found)} could not be removed from {self.store.root}; give "
+                "this user the right to write to it, or leave it as it is"
+            )
+
+    def _one(self, leftover: Leftover) -> None:
+        size = size_of(leftover.path, self._counted)
+        shown = f"{size / 1e6:10.1f} MB  {leftover.path}"
+        if leftover.lock in self._used or in_use.is_held(self.store, leftover.lock):
+            self._stays(leftover, f"{shown}  in use by a run in progress, left alone")
+        elif not self.wanted(leftover):
+            self.say(f"{shown}  {leftover.why}")
+            self.listed += 1
+            self.bytes += size
+        elif leftover.is_root and leftover.group in self._left:
+            self._stays(leftover, f"{shown}  {leftover.why}, kept until the rest is gone")
+        else:
+            self._remove(leftover, shown, size)
+
+    def _remove(self, leftover: Leftover, shown: str, size: int) -> None:
+        try:
+            remove(self.store, self.reach, leftover, self.say)
+        except (in_use.InUse, FileNotFoundError):
+            text = f"{shown}  a run has just begun to use it, or made it anew: left alone"
+            self._stays(leftover, text)
+        except OSError as error:
+            self.failed += 1
+            self._stays(leftover, f"{shown}  cannot be removed: {error.strerror or error}")
+        else:
+            self.say(f"{shown}  {leftover.why}, removed")
+            self.removed += 1
+            self.bytes += size
+
+    def _stays(self, leftover: Leftover, text: str) -> None:
+        self._left.add(leftover.group)
+        self.say(text)
 
 
 def prune(
@@ -68,214 +124,39 @@ def prune(
     *,
     remove: bool,
     damaged: bool = False,
+    orphans: bool = False,
 ) -> None:
-    """List what may go, and remove it when asked to; `damaged`: what was found damaged and renamed
-    aside too.
+    """List what may go, and remove it when asked to, orphans only when asked for them too;
+    `damaged`: also what was found damaged and renamed aside.
 
     Raises ConfigError, UnreadableFile, or StoreError when there is no store or something could not
     be removed.
     """
-    if not (store.root / "store.json").exists():
-        raise StoreError(
-            f"there is no store in {store.root}: it has no store.json", root=store.root
-        )
-    store.open()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    kept: set[str] = set()
-    for cfg in configs.values():
-        kept.update(Addresses(cfg).reachable())
-    say(f"configurations read, {len(configs)}, whose results are kept:")
+    say = said(console)
+    reach = Reach(opened(store), configs)
+    say(f"runs that have left a root in {store.root}, {len(reach.roots)}, keep their results")
+    if configs:
+        say(f"configurations read, {len(configs)}, whose results are kept:")
     for path in configs:
         say(f"  {path.absolute()}")
-    found = list(_leftovers(store, kept, damaged, say))
-    used = in_use.addresses(store)
-    counted: set[tuple[int, int]] = set()
-    done = 0
-    failed = 0
-    for leftover in found:
-        shown = f"{_bytes(leftover.path, counted) / 1e6:10.1f} MB  {leftover.path}"
-        if leftover.lock in used or in_use.is_held(store, leftover.lock):
-            say(f"{shown}  in use by a run in progress, left alone")
-            continue
-        if not remove:
-            say(f"{shown}  {leftover.why}")
-            done += 1
-            continue
-        try:
-            _remove(store, leftover, say)
-        except (in_use.InUse, FileNotFoundError):
-            say(f"{shown}  a run has just begun to use it, or made it anew: left alone")
-        except OSError as error:
-            failed += 1
-            say(f"{shown}  cannot be removed: {error.strerror or error}")
-        else:
-            say(f"{shown}  {leftover.why}, removed")
-            done += 1
-    if failed:
-        raise StoreError(
-            f"{failed} of {len(found)} could not be removed from {store.root}; give this user the "
-            "right to write to it, or leave it as it is"
-        )
+    for why in reach.unknown.values():
+        say(f"{why}; it may need anything, so what every run has made is kept")
+    found = list(leftovers(store, reach, damaged, say))
+
+    def wanted(leftover: Leftover) -> bool:
+        return remove and (orphans or leftover.group != ORPHANS)
+
+    sweep = Sweep(store, reach, say, wanted)
+    sweep.over(found)
     if not found:
         say(f"nothing to prune in {store.root}")
-    elif remove:
-        say(f"{done} removed from {store.root}")
-    else:
-        say(
-            f"{done} may go, none was removed: results of a configuration that is not in the list "
-            "above, or of --override, are among them; add --yes to remove"
-        )
-
-
-def _leftovers(
-    store: Store, kept: set[str], damaged: bool, say: Callable[[str], None]
-) -> Iterator[Leftover]:
-    """Yield what may go, in an order in which each may go before what comes after it."""
-    strangers = 0
-    for kind in BY_ADDRESS:
-        for path in _below(store.root / kind, say):
-            address = path.name.removesuffix(".jsonl") if kind == "history" else path.name
-            if PART.fullmatch(path.name):
-                yield from Leftover.at(path, "store", HALF)
-            elif not ADDRESS.fullmatch(address):
-                strangers += 1
-            elif why := _reason(store, kept, kind, address):
-                yield from Leftover.at(path, address, why)
-            elif not path.is_symlink() and path.is_dir():
-                yield from _inside(store, kind, path, damaged, say)
-    yield from _of_no_run(store, kept, say)
-    for path in _below(store.root, say):
-        if PART.fullmatch(path.name):
-            yield from Leftover.at(path, "store", HALF)
-    if strangers:
-        say(f"{strangers} names in {store.root} are no addresses and are left alone")
-
-
-def _reason(store: Store, kept: set[str], kind: str, address: str) -> str:
-    """Return why what a kind has at an address may go; empty when it may not."""
-    if address not in kept:
-        return "no configuration reaches it"
-    if kind == "artifacts":
-        # whoever makes it begins with an empty folder
-        return "" if store.has(address) else "unfinished, and nobody is making it"
-    if kind == "history":
-        needed = store.has(address) or store.resume(address).exists()
-        return "" if needed else "of no artifact and no checkpoint"
-    return "its artifact is finished" if _is_whole(store, address) else ""
-
-
-def _is_whole(store: Store, address: str) -> bool:
-    """Whether an artifact has all its files, so that nobody needs its checkpoints."""
-    try:
-        store.require(address)
-    except StoreError:
-        return False
-    return True
-
-
-def _inside(
-    store: Store, kind: str, folder: Path, damaged: bool, say: Callable[[str], None]
-) -> Iterator[Leftover]:
-    """Yield what may go of an address that stays."""
-    known: Collection[str] = ()
-    if kind == "artifacts":
-        try:
-            known = store.manifest(folder.name).files
-        except StoreError:
-            # damaged, which is for whoever reads it to say
-            return
-    # jobs: several containers write there at a time and hold no lock
-    elif kind != "resume":
         return
-    for above, folders, files in os.walk(folder):
-        for name in sorted([*folders, *files]):
-            path = Path(above) / name
-            if PART.fullmatch(name) and path.relative_to(folder).as_posix() not in known:
-                yield from Leftover.at(path, folder.name, HALF)
-            elif kind == "resume" and DAMAGED in name:
-                if damaged:
-                    yield from Leftover.at(path, folder.name, "was found damaged and renamed aside")
-                else:
-                    say(f"{path} was found damaged and is kept; --damaged removes it too")
-        folders[:] = [name for name in folders if DAMAGED not in name]
-
-
-def _of_no_run(store: Store, kept: set[str], say: Callable[[str], None]) -> Iterator[Leftover]:
-    """Yield the notes of runs that are gone, and locks of what is not there."""
-    for path in _below(store.root / in_use.RUNS, say):
-        if RUN_NOTE.fullmatch(path.stem):
-            yield from Leftover.at(path, path.stem, "of a run that is gone")
-    for path in _below(store.root / "locks", say):
-        name = path.stem
-        if RUN_NOTE.fullmatch(name):
-            if not in_use.note_path(store, name).exists():
-                yield from Leftover.at(path, name, "of a run that is gone")
-        elif ADDRESS.fullmatch(name) and name not in kept and not _anything_at(store, name):
-            yield from Leftover.at(path, name, "of nothing that is there")
-
-
-def _anything_at(store: Store, address: str) -> bool:
-    places = [store.root / kind / address for kind in BY_ADDRESS]
-    places.append(store.history(address))
-    return any(os.path.lexists(place) for place in places)
-
-
-def _remove(store: Store, leftover: Leftover, say: Callable[[str], None]) -> None:
-    """Remove a leftover, and its lock when that was all of it. Raises InUse, OSError."""
-    path = leftover.path
-
-    def claim() -> None:
-        # what a run has made since, and ended, is another one
-        if _stamp(path) != leftover.stamp:
-            raise in_use.InUse
-        # without its manifest the rest is no artifact, whenever this is stopped
-        if path.is_dir() and not path.is_symlink():
-            (path / "manifest.json").unlink(missing_ok=True)
-
-    def waiting() -> None:
-        say("waiting for a run that is just beginning")
-
-    with in_use.taken(store, leftover.lock, claim, waiting):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path)
-        lock = in_use.lock_path(store, leftover.lock)
-        gone = RUN_NOTE.fullmatch(leftover.lock) or not _anything_at(store, leftover.lock)
-        if gone and leftover.lock != "store":
-            lock.unlink(missing_ok=True)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return what is another when a folder was emptied or filled, or a file written again."""
-    status = os.lstat(path)
-    return status.st_ino, status.st_mtime_ns
-
-
-def _below(folder: Path, say: Callable[[str], None]) -> list[Path]:
-    """Return what is in a folder of the store by name; nothing of one that is a link. Raises
-    UnreadableFile."""
-    if folder.is_symlink():
-        say(f"{folder} is a link, and what it leads to is left alone")
-        return []
-    try:
-        with reading(folder):
-            return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _bytes(path: Path, counted: set[tuple[int, int]]) -> int:
-    """Return how much a file or folder takes, a file with several names once."""
-    places = [path]
-    if not path.is_symlink():
-        places += [Path(above) / name for above, _, files in os.walk(path) for name in files]
-    size = 0
-    for place in places:
-        # a run in progress removes what is its own
-        with suppress(FileNotFoundError):
-            status = os.lstat(place)
-            inode = (status.st_dev, status.st_ino)
-            size += 0 if inode in counted else status.st_size
-            counted.add(inode)
-    return size
+    if remove:
+        say(f"{sweep.removed} removed from {store.root}")
+    else:
+        say(f"{sweep.listed} may go, none was removed; add --yes to remove")
+    if any(leftover.group == ORPHANS for leftover in found) and not orphans:
+        say(
+            "orphans are what was made before runs left roots, or by a program that leaves none: "
+            "they may be somebody's work, and only --orphans --yes removes them"
+        )

@@ -27,6 +27,9 @@ def _busy() -> None:
     raise InUse
 
 
+def _nothing() -> None: ...
+
+
 def note_path(store: Store, name: str) -> Path:
     """Where the run of that name notes what it needs."""
     return store.root / RUNS / f"{name}.json"
@@ -38,8 +41,11 @@ def lock_path(store: Store, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
-    """Have what lies at these addresses left alone for as long as this lasts."""
+def using(
+    store: Store, addresses: Iterable[str], noted: Callable[[], None] = _nothing
+) -> Iterator[None]:
+    """Have what lies at these addresses left alone for as long as this lasts. `noted` is called
+    before anybody can act upon the note, and may write to the store."""
     name = f"{PREFIX}{uuid.uuid4().hex[:12]}"
     note = note_path(store, name)
     with contextlib.ExitStack() as held:
@@ -49,6 +55,7 @@ def using(store: Store, addresses: Iterable[str]) -> Iterator[None]:
             held.enter_context(store.lock(name))
             note.parent.mkdir(exist_ok=True)
             write_text(note, sealed({"addresses": sorted(addresses)}))
+            noted()
         try:
             yield
         finally:
