@@ -28,6 +28,7 @@ from .families import DTYPES, FORMATS, ExportWish
 from .families.load import describes_run, load
 from .report.narrow import output, print_table
 from .run.advice import CommandLine, sentence
+from .run.domain_words import ABOUT, add_arguments
 from .run.stages import (
     RUN,
     STAGES,
@@ -95,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
     _add_parallel(run)
     _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
     _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
+    for name, text in ABOUT.items():
+        domains = _add_command(commands, name, text)
+        add_arguments(domains, name)
+        _add_common(domains, several_configs=False)
+        _add_parallel(domains)
     prune = _add_command(commands, "prune", OTHER_COMMANDS["prune"])
     prune.add_argument(
         "--orphans", action="store_true", help="remove what no run and no configuration reaches too"
@@ -280,16 +286,27 @@ def _give_up() -> None:
 def _done(args: argparse.Namespace, typed: list[str]) -> int:
     """Do a command and tell how it ended; return the exit code."""
     errors = Console(stderr=True, soft_wrap=True)
+    # A command that has changed its configuration says itself what goes on from there
+    args.again = None
     try:
         _dispatch(args)
     except PipelineError as error:
-        text = sentence(error, CommandLine(), again=f"python -m pipeline {shlex.join(typed)}")
+        again = args.again or f"python -m pipeline {shlex.join(typed)}"
+        text = sentence(error, CommandLine(), again=again)
         errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+        _tell_how_to_go_on(args, errors)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         errors.print(escape(str(stopped) or "stopped"), highlight=False)
+        _tell_how_to_go_on(args, errors)
         return interrupts.STOPPED
     return 0
+
+
+def _tell_how_to_go_on(args: argparse.Namespace, console: Console) -> None:
+    if args.again:
+        text = f"{args.config} is changed already; what is missing is made by: {args.again}"
+        console.print(text, highlight=False, markup=False)
 
 
 def _dispatch(args: argparse.Namespace) -> None:
@@ -298,6 +315,11 @@ def _dispatch(args: argparse.Namespace) -> None:
         return
     if args.command == "serve":
         _serve(args)
+        return
+    if args.command in ABOUT:
+        from .run.domains import come_and_go
+
+        come_and_go(args, output())
         return
     cfg = load(args.config, _overrides(args))
     store = Store(args.store)

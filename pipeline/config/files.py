@@ -53,14 +53,20 @@ def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:
 
     Raises ConfigError.
     """
+    own, under = with_extended(path, paths, seen)
+    return overlay(under, own, resolve_paths(own, path.parent, paths))
+
+
+def with_extended(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> tuple[dict, dict]:
+    """Return what a file says itself, less `extends`, and what the file says that it extends,
+    named files read and paths resolved. Raises ConfigError."""
     if path.resolve() in seen:
         way = " -> ".join(each.name for each in seen)
         raise ConfigError(f"{path}: extends itself, by way of {way}")
     own = read(path)
     base = own.pop("extends", None)
-    raw = resolve_paths(own, path.parent, paths)
     if base is None:
-        return raw
+        return own, {}
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends must be the path of one file, not {base!r}")
     way_here = (*seen, path.resolve())
@@ -70,8 +76,7 @@ def resolve(path: Path, paths: Tree, seen: tuple[Path, ...] = ()) -> dict:
             f"{path}: extends {base}, but {below} does not exist. What it names starts at the "
             f"folder of {path.name}; a configuration that ships with MoleForge lies in its config/"
         )
-    under = resolve(below, paths, way_here)
-    return overlay(under, own, raw)
+    return own, resolve(below, paths, way_here)
 
 
 def override(item: str, here: Path, paths: Tree) -> tuple[dict, dict]:
@@ -79,19 +84,26 @@ def override(item: str, here: Path, paths: Tree) -> tuple[dict, dict]:
 
     Raises ConfigError.
     """
+    value = assigned(item, "--override")
+    return value, resolve_paths(value, here, paths)
+
+
+def assigned(item: str, flag: str) -> dict:
+    """Return an `a.b=value` that was typed after a flag as mappings in each other. Raises
+    ConfigError."""
     dotted, equals, text = item.partition("=")
     if not equals or not all(dotted.split(".")):
         raise ConfigError(
-            f"--override {item}: write it as section.field=value, for example expert.steps=2000"
+            f"{flag} {item}: write it as section.field=value, for example expert.steps=2000"
         )
     try:
         value = parse_yaml(text)
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"--override {item}: the value is not YAML: {error}") from None
+        raise ConfigError(f"{flag} {item}: the value is not YAML: {error}") from None
     # From the innermost name outwards: each mapping holds the one before it.
     for name in reversed(dotted.split(".")):
         value = {name: value}
-    return value, resolve_paths(value, here, paths)
+    return value
 
 
 def overlay(under: dict, own: dict, raw: dict) -> dict:
@@ -143,9 +155,7 @@ def read(path: Path) -> dict:
     is_json = path.suffix == ".json"
     language = "JSON" if is_json else "YAML"
     try:
-        text = path.read_text("utf-8")
-        # Not all JSON is YAML: "\ud83d\ude00", one character in JSON, would be two halves.
-        raw = json.loads(text, object_pairs_hook=_object) if is_json else parse_yaml(text)
+        raw = parse_text(path.read_text("utf-8"), is_json)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; configurations that ship with MoleForge are in config/"
@@ -161,6 +171,12 @@ def read(path: Path) -> dict:
             f"{path} must hold sections (`trunk:` and so on), not a {type(raw).__name__}"
         )
     return raw
+
+
+def parse_text(text: str, is_json: bool) -> Any:
+    """Return what a text says. Raises YAMLError or ValueError."""
+    # Not all JSON is YAML: "\ud83d\ude00", one character in JSON, would be two halves.
+    return json.loads(text, object_pairs_hook=_object) if is_json else parse_yaml(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:

@@ -4,8 +4,8 @@ Invariant: `~`, a relative path, `..` and a name with brackets mean the same in 
 """
 
 import glob
-from collections.abc import Iterator, Mapping
-from os.path import normpath
+from collections.abc import Callable, Iterator, Mapping
+from os.path import commonpath, normpath, relpath, sep
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -62,17 +62,36 @@ def settings(tree: Tree, above: str = "") -> Iterator[tuple[str, Kind]]:
 def resolved(value: Any, tree: Tree | Kind, here: Path) -> Any:
     """Return settings as they were read with the paths among them made to start at here; what has
     another form than expected is left for the check of the whole to name."""
+    return mapped(value, tree, lambda text, kind: located(text, kind, here))
+
+
+def relative(value: Any, tree: Tree | Kind, here: Path) -> Any:
+    """Return settings with the paths among them written as a file in a folder would state them."""
+
+    def stated(text: str, kind: Kind) -> str:
+        if not Path(text).is_absolute():
+            return text
+        base = str(here.resolve())
+        base = glob.escape(base) if kind == "glob" else base
+        # Of nothing in common a person would write the whole path too
+        return text if commonpath([text, base]) == sep else relpath(text, base)
+
+    return mapped(value, tree, stated)
+
+
+def mapped(value: Any, tree: Tree | Kind, change: Callable[[str, Kind], str]) -> Any:
+    """Return settings with each path among them changed."""
     if isinstance(tree, str):
-        return located(value, tree, here) if isinstance(value, str) else value
+        return change(value, tree) if isinstance(value, str) else value
     if isinstance(value, list):
-        return [resolved(each, tree.get(ENTRIES, {}), here) for each in value]
+        return [mapped(each, tree.get(ENTRIES, {}), change) for each in value]
     if not isinstance(value, dict):
         return value
     out = {}
     for key, each in value.items():
         # An override of a list names its entries
         below = tree.get(key, tree.get(ENTRIES))
-        out[key] = each if below is None else resolved(each, below, here)
+        out[key] = each if below is None else mapped(each, below, change)
     return out
 
 

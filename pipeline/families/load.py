@@ -1,16 +1,21 @@
 """From files and overrides to one checked run; one check reports every problem at once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from ..config.domain_wish import DomainWish
 from ..config.files import overlay, override, read, resolve
 from ..config.paths import tree_of
 from ..config.problems import cross_section_problems, explain
 from ..config.run import RunConfig
+from ..config.stated import Stated
 from ..config.wording import holder
 from ..errors import ConfigError
+from .adapters import domains as adapters_domains
+from .ffn_moe import domains as ffn_moe_domains
 from .ffn_moe.config import FfnMoeConfig
 from .lora_vlm.config import LoraVlmConfig
 
@@ -18,6 +23,11 @@ from .lora_vlm.config import LoraVlmConfig
 RUN_CONFIGS: dict[str, type[RunConfig]] = {
     "ffn_moe": FfnMoeConfig,
     "lora_vlm": LoraVlmConfig,
+}
+# By the same names: how a run's own files are made to say that a domain comes, goes or is another.
+_CHANGES: dict[str, Callable[[Any, DomainWish, Stated], list[str]]] = {
+    "ffn_moe": ffn_moe_domains.change_domains,
+    "lora_vlm": adapters_domains.change_domains,
 }
 # Of all of them, as the file that a file extends may be the one that names the family.
 PATHS = tree_of(*RUN_CONFIGS.values())
@@ -33,6 +43,12 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     for item in overrides:
         own, resolved = override(item, path.parent, PATHS)
         raw = overlay(raw, own, resolved)
+    return checked(raw, path, overrides)
+
+
+def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Return the run that the resolved settings of a file describe. Raises ConfigError as `load`
+    does."""
     run_config = _run_config(raw)
     if not raw:
         # An empty file is a mistake far more often than a wish for hours of defaults.
@@ -62,6 +78,12 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         problems = error.errors()
         problems += cross_section_problems(run_config, raw, error)
         raise ConfigError(explain(problems, raw, path, run_config, overrides)) from None
+
+
+def change_domains(cfg: RunConfig, wish: DomainWish, stated: Stated) -> list[str]:
+    """Make a domain come, go, or be another one in what a run's own files state; return what a
+    person should know of it. Raises ConfigError."""
+    return _CHANGES[cfg.family](cfg, wish, stated)
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:

@@ -10,7 +10,7 @@ from .page import page
 from .schema.language import LanguageReport
 from .schema.reading import Report, read
 from .schema.requests import RequestReport
-from .terminal import show
+from .terminal import show, show_changes
 
 __all__ = [
     "LanguageReport",
@@ -22,6 +22,7 @@ __all__ = [
     "page",
     "read",
     "show",
+    "show_changes",
     "split",
     "stock_base",
 ]

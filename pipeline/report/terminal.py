@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from . import language, requests, routing, run_facts
+from .changes import changes
 from .labels import with_labels
 from .schema.language import LanguageReport
 from .schema.reading import Report
@@ -48,6 +49,13 @@ def show(report: Report, console: Console) -> None:
         _print(console, run_facts.criteria(report))
         for note in report.notes:
             _line(console, f"note: {note}")
+
+
+def show_changes(before: Report | None, after: Report, console: Console) -> None:
+    """Print a stack's figures beside those of a former report of it."""
+    with _plain(console):
+        for table in changes(before, after):
+            _print(console, table)
 
 
 def _show_language(report: LanguageReport, console: Console) -> None:

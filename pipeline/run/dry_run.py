@@ -17,6 +17,7 @@ from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
 from ..store.model_sources import on_this_machine
+from ..store.removed import Removed, removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .outside import changed_since
@@ -216,7 +217,7 @@ def show_plan(
     is free here). Raises CannotStart after that."""
     notes, unfit = _models(cfg)
     entries = plan(cfg, store)
-    seconds = _seconds(cfg, store, entries)
+    seconds = times(cfg, store, entries)
     table = Table(
         title=f"plan of {cfg.name} in {store.root}", title_justify="left", title_style="bold"
     )
@@ -255,7 +256,17 @@ def show_plan(
     console.print(_beside(entries, total_bytes))
     if unknown:
         console.print("Durations in epochs are known after preprocess has counted the tokens.")
+    for gone in removed(store, cfg.name):
+        if gone.domain not in cfg.experts:
+            console.print(told_removed(gone, store), highlight=False, markup=False, soft_wrap=True)
     refuse(cfg, store, entries, unfit)
+
+
+def told_removed(gone: Removed, store: Store) -> str:
+    """Return a sentence about an expert that was taken out."""
+    there = [address for address in gone.addresses if store.has(address)]
+    files = f"; still in the store: {', '.join(there)}" if there else ""
+    return f"removed: {gone.domain}, at {gone.at} from {gone.file}{files}"
 
 
 def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
@@ -266,7 +277,7 @@ def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
         return [], error
 
 
-def _seconds(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float]:
+def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float]:
     """Return how long jobs will take here, by address; those that nobody can tell are left out."""
     seconds = {}
     rate = 0.0

@@ -1,0 +1,118 @@
+"""How a run of adapters says that a task comes, goes, or has other rows.
+
+Invariant: what is said of one expert is in no other expert's address (config.py); with it comes and
+goes a source of the routing set and a label of the router.
+"""
+
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from ...config.base import merge
+from ...config.domain_wish import DomainWish
+from ...config.paths import ENTRIES
+from ...config.stated import Stated
+from ...errors import ConfigError
+from .config import AdapterRunConfig
+
+EXPERTS = ("loras", "experts")
+SOURCES = ("dataset", "sources")
+_SPLITS = ("train", "valid", "test")
+
+
+def change_domains(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> list[str]:
+    """Change what a run's files state; return what a person should know. Raises ConfigError."""
+    if wish.expert:
+        raise ConfigError(
+            f"a run of {cfg.family} trains its experts from rows, and takes no finished one; give "
+            "its rows"
+        )
+    if wish.what == "add":
+        _add(cfg, wish, stated)
+        return []
+    if wish.domain not in cfg.experts:
+        known = ", ".join(cfg.experts)
+        raise ConfigError(f"no such expert {wish.domain}; the run has {known}")
+    if wish.what == "remove":
+        _remove(cfg, wish, stated)
+        return []
+    data = _data(wish)
+    if not data and not wish.options:
+        raise ConfigError(f"{wish.domain}: nothing names what replaces its rows; give their files")
+    entries = stated.entries(*EXPERTS)
+    at = [entry.get("name") for entry in entries].index(wish.domain)
+    given = merge({"dataset": data or entries[at]["dataset"]}, dict(wish.options))
+    entries[at] |= _typed(stated, given)
+    stated.put(*EXPERTS, value=entries)
+    return []
+
+
+def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
+    name = wish.domain
+    if name in cfg.experts:
+        raise ConfigError(
+            f"{name} has an expert already; replace it, or give this one another name"
+        )
+    _refuse_shares(cfg)
+    data = _data(wish)
+    given = merge({"dataset": data} if data else {}, dict(wish.options))
+    label = given.pop("label", None) or _free_label(cfg)
+    entry = {"name": name, "label": label} | _typed(stated, given)
+    if "dataset" not in entry:
+        raise ConfigError(f"{name}: nothing names its rows; give their files or a data set")
+    stated.put(*EXPERTS, value=[*stated.entries(*EXPERTS), entry])
+    source = {"expert": name, "from": "loras"}
+    stated.put(*SOURCES, value=[*stated.entries(*SOURCES), source])
+
+
+def _remove(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
+    name = wish.domain
+    if cfg.experts == (name,):
+        raise ConfigError(f"{name} is the last expert, and a stack needs one")
+    _refuse_shares(cfg)
+    entries = stated.entries(*EXPERTS)
+    stated.put(*EXPERTS, value=[entry for entry in entries if entry.get("name") != name])
+    sources = stated.entries(*SOURCES)
+    stated.put(*SOURCES, value=[each for each in sources if each.get("expert") != name])
+    stated.drop("dataset", "paraphrases", name)
+
+
+def _refuse_shares(cfg: AdapterRunConfig) -> None:
+    if isinstance(cfg.dataset.balance, dict):
+        raise ConfigError(
+            "dataset.balance gives each expert a share, and only you know what the others' become; "
+            "set it to equal or natural, or change it by hand together with the expert"
+        )
+
+
+def _free_label(cfg: AdapterRunConfig) -> str:
+    """Return the first letter that no expert has."""
+    taken = {*cfg.loras.labels.values()}
+    free = [letter for letter in ascii_uppercase if letter not in taken]
+    if not free:
+        raise ConfigError("every letter is an expert's label; give the new one with label")
+    return free[0]
+
+
+def _typed(stated: Stated, given: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of an entry with their paths as its file would state them."""
+    return stated.typed(given, *EXPERTS, ENTRIES)
+
+
+def _data(wish: DomainWish) -> dict[str, Any]:
+    """Return the settings of a task's rows that a wish asks for; none where it names no rows."""
+    if wish.hub:
+        data = {"source": "hub", "id": wish.hub.dataset, "revision": wish.hub.revision}
+        return data | ({"subset": wish.hub.subset} if wish.hub.subset else {})
+    if not wish.paths:
+        return {}
+    if len(wish.paths) > 1:
+        raise ConfigError(
+            f"{wish.domain}: {len(wish.paths)} paths, and a task's rows are in one file or folder"
+        )
+    data = {"source": "jsonl", "path": wish.paths[0]}
+    # A folder with a file of each split is read as that
+    for split in _SPLITS:
+        if (Path(wish.paths[0]) / f"{split}.jsonl").is_file():
+            data[split] = f"{split}.jsonl"
+    return data

@@ -1,0 +1,282 @@
+"""A domain comes, goes, or is replaced: the run's file is changed, what that takes is made, and the
+figures before and after stand side by side.
+
+Invariant: nothing is written before the changed file describes a whole run that can start here; a
+file that was changed by somebody else meanwhile is left alone.
+"""
+
+import os
+import shlex
+import stat
+import sys
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass, field
+from difflib import unified_diff
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import report
+from ..config.domain_wish import DomainWish
+from ..config.run import RunConfig
+from ..config.stated import FileChange, stated
+from ..errors import ConfigError, DamagedArtifact, StoreError
+from ..families.load import PATHS, change_domains, checked, load
+from ..report.format import count
+from ..report.narrow import print_table
+from ..store.artifacts import Manifest, Store
+from ..store.reading import read_bytes
+from ..store.removed import Removed, note_removed
+from .backend import Local, run_stage
+from .domain_words import wish_of
+from .dry_run import DONE, Entry, duration, plan, refuse, times
+from .reach import working
+from .stages import RUN, Addresses, is_report, label
+
+FORMER = ".former"  # behind a file's name: what it was, where somebody asks for it
+CONTEXT = 1  # lines that a difference shows around what has changed
+# of a difference, by the first sign of a line
+STYLES = {"+": "green", "-": "red", "@": "dim"}
+
+
+@dataclass(frozen=True)
+class DomainChange:
+    """A run as it is, and as it is to be."""
+
+    path: Path
+    wish: DomainWish
+    before: RunConfig
+    after: RunConfig
+    files: tuple[FileChange, ...]
+    told: tuple[str, ...]  # what a person should know
+
+
+def changed(path: Path, wish: DomainWish) -> DomainChange:
+    """Return what a wish makes of a run, nothing written yet. Raises ConfigError for a wish that
+    cannot be granted, or whose outcome is no run."""
+    before = load(path)
+    own = stated(path, PATHS)
+    told = change_domains(before, wish, own)
+    after = checked(own.resolved(), path)
+    files = own.changes()
+    for change in files:
+        _refuse_unwritable(change.path)
+    return DomainChange(path, wish, before, after, tuple(files), tuple(told))
+
+
+def _refuse_unwritable(path: Path) -> None:
+    target = path.resolve()
+    # It is replaced, so its folder has to be written as well
+    if not (os.access(target, os.W_OK) and os.access(target.parent, os.W_OK)):
+        raise ConfigError(f"{path} cannot be written; give this user the right to, and its folder")
+
+
+def write(files: tuple[FileChange, ...], keep_former: bool) -> None:
+    """Put what is to be in the place of what was, each file whole or not at all. Raises ConfigError
+    where a file is no longer what was read."""
+    for change in files:
+        target = change.path.resolve()
+        try:
+            if target.read_bytes() != change.before.encode():
+                raise ConfigError(f"{change.path} was changed meanwhile, and stays as it is")
+            if keep_former:
+                _write(target.with_name(target.name + FORMER), change.before, target)
+            _write(target, change.after, target)
+        except OSError as error:
+            raise ConfigError(f"{change.path} cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, text: str, like: Path) -> None:
+    """Write a whole file or none, with the rights of another."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), stat.S_IMODE(like.stat().st_mode))
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def show(change: DomainChange, store: Store, console: Console) -> list[Entry]:
+    """Print what a change writes and what it makes; return the jobs that are to be done. Raises
+    CannotStart."""
+    for file in change.files:
+        _show_difference(file, console)
+    tell(change, console)
+    entries = plan(change.after, store)
+    refuse(change.after, store, entries)
+    wanted = [entry for entry in entries if entry.state not in DONE]
+    if not wanted:
+        console.print("nothing is to be made: all of it is in the store", highlight=False)
+        return []
+    seconds = times(change.after, store, wanted)
+    table = Table(title="to be made", title_justify="left", title_style="bold")
+    table.add_column("job", style="cyan", overflow="fold")
+    table.add_column("state")
+    for name in ("tokens", "time"):
+        table.add_column(name, justify="right")
+    for entry in wanted:
+        table.add_row(entry.name, entry.state, *_expected(entry, seconds.get(entry.address)))
+    print_table(console, table)
+    kept = len(entries) - len(wanted)
+    console.print(
+        f"{kept} of {len(entries)} jobs stay as they are; to train: about "
+        f"{duration(sum(seconds.values()))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return wanted
+
+
+def tell(change: DomainChange, console: Console) -> None:
+    """Print what a person should know of a change."""
+    for sentence in change.told:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _expected(entry: Entry, seconds: float | None) -> tuple[str, str]:
+    if entry.job is None:
+        return "", ""
+    tokens = "after preprocess" if entry.job.tokens is None else f"{entry.job.tokens:,}"
+    return tokens, "?" if seconds is None else duration(seconds)
+
+
+def _show_difference(file: FileChange, console: Console) -> None:
+    lines = unified_diff(
+        file.before.splitlines(),
+        file.after.splitlines(),
+        str(file.path),
+        f"{file.path}, changed",
+        lineterm="",
+        n=CONTEXT,
+    )
+    for line in lines:
+        console.print(Text(line, style=STYLES.get(line[:1], "")), soft_wrap=True)
+
+
+@dataclass
+class Made:
+    """What was made of a change."""
+
+    jobs: list[Manifest] = field(default_factory=list)  # that were not in the store
+
+    @property
+    def seconds(self) -> float:
+        """Time of all of them, one after another."""
+        return sum(job.made["seconds"] for job in self.jobs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were trained on."""
+        return sum(job.metrics.get("tokens") or 0 for job in self.jobs)
+
+
+def make(change: DomainChange, wanted: list[Entry], local: Local) -> Made:
+    """Make all of a run that is not there. Raises what its stages raise."""
+    new = {entry.address for entry in wanted}
+    made = Made()
+    for stage in RUN:
+        if change.after.items(stage):
+            for manifest in run_stage(stage, change.after, local):
+                if manifest.address in new:
+                    made.jobs.append(manifest)
+    return made
+
+
+def note_gone(change: DomainChange, store: Store) -> Removed:
+    """Write down that an expert was taken out of a run, with what was made of it alone."""
+    name = change.wish.name
+    before, after = Addresses(change.before), set(Addresses(change.after).reachable())
+    gone = []
+    for stage in RUN:
+        for _, item, address in before.jobs(stage):
+            # The text of one that the trunk has learned from stays
+            if item == name and address not in after and store.has(address):
+                gone.append(address)
+    return note_removed(store, name, change.before.name, str(change.path), tuple(gone))
+
+
+def compare(
+    change: DomainChange, made: Made, former: Path | None, store: Store, console: Console
+) -> None:
+    """Print the figures of the report before beside those after, and what the change cost."""
+    after = report_of(change.after, store)
+    if after is not None:
+        before = _read(former) if former else None
+        if before is None:
+            console.print("no report of the run as it was is in the store", highlight=False)
+        report.show_changes(before, report.read(read_bytes(after)), console)
+        page = after.with_name("report.html")
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    jobs = [label(job.stage, job.item) for job in made.jobs]
+    console.print(
+        f"made: {', '.join(jobs) or 'nothing'}; {duration(made.seconds)}, "
+        f"{count(made.tokens)} training tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def report_of(cfg: RunConfig, store: Store) -> Path | None:
+    """Return where the report of a run is; None where it is not in the store."""
+    addresses = Addresses(cfg)
+    for stage in RUN:
+        for _, _, address in addresses.jobs(stage) if is_report(stage) else ():
+            if store.has(address):
+                return store.folder(address) / "report.json"
+    return None
+
+
+def _read(path: Path) -> report.Report | None:
+    """Return a former report; None where it can no longer be read: it is only compared with."""
+    try:
+        return report.read(read_bytes(path))
+    except (StoreError, DamagedArtifact):
+        return None
+
+
+def come_and_go(args: Namespace, console: Console) -> None:
+    """Carry out a command about a domain: tell what it takes, ask, write it, make it, compare.
+
+    From the moment that the files say what is wanted, `args.again` is what makes the rest. Raises
+    PipelineError.
+    """
+    change = changed(args.config, wish_of(args))
+    shown = shlex.quote(str(args.config))
+    if args.modal:
+        for file in change.files:
+            _show_difference(file, console)
+        tell(change, console)
+        if _agreed(args):
+            write(change.files, args.keep_former)
+            made_by = f"modal run modal_app.py::run_all --config {shown}"
+            console.print(f"made on Modal by: {made_by}", highlight=False, soft_wrap=True)
+        return
+    store = Store(args.store).open()
+    former = report_of(change.before, store)
+    wanted = show(change, store, console)
+    if (change.files or wanted) and not _agreed(args):
+        console.print("nothing was changed", highlight=False)
+        return
+    with working(store, change.after, args.config):
+        write(change.files, args.keep_former)
+        args.again = f"python -m pipeline run --config {shown}"
+        if change.wish.what == "remove":
+            note_gone(change, store)
+        made = make(change, wanted, Local(store, parallel=args.parallel))
+    compare(change, made, former, store, console)
+
+
+def _agreed(args: Namespace) -> bool:
+    """Whether a person agrees, who is only asked where there is one."""
+    if args.yes or not sys.stdin.isatty():
+        return True
+    answer = Console(stderr=True).input("go on? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")

@@ -1,0 +1,62 @@
+"""What was taken out of a run: a sealed note for each expert that is gone, so that a person can
+show what left, when, and by which configuration.
+
+Invariant: a note is written once and names what there was; whether its files are still in the store
+is for those who remove files to say.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .artifacts import Store, now, write_text
+from .reading import as_kind, damaged, read_bytes, reading, sealed, unsealed
+
+FOLDER = "removed"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An expert that was taken out of a run."""
+
+    domain: str
+    run: str  # name of the run
+    file: str  # the configuration that it was taken out of
+    at: str  # ISO 8601
+    addresses: tuple[str, ...]  # what was made of it alone, as far as it was in the store
+
+
+def note_removed(
+    store: Store, domain: str, run: str, file: str, addresses: tuple[str, ...]
+) -> Removed:
+    """Write down that a domain was taken out. Raises DiskFull, OSError."""
+    found = Removed(domain, run, file, now(), addresses)
+    folder = store.root / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    # Signs of a time that no file system takes
+    name = f"{found.at}-{domain}".replace(":", "")
+    write_text(folder / f"{name}.json", sealed(asdict(found)))
+    store.publish()
+    return found
+
+
+def removed(store: Store, run: str) -> Iterator[Removed]:
+    """Yield what was taken out of a run, the first one first. Raises DamagedArtifact or
+    UnreadableFile."""
+    folder = store.root / FOLDER
+    with reading(folder), suppress(FileNotFoundError):
+        paths = sorted(folder.iterdir())
+        for path in paths:
+            if path.suffix == ".json":
+                found = _read(path)
+                if found.run == run:
+                    yield found
+
+
+def _read(path: Path) -> Removed:
+    data = read_bytes(path)
+    try:
+        return as_kind(Removed, unsealed(data))
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"is torn or its bytes have changed ({error})") from None
