@@ -27,6 +27,7 @@ from .errors import ConfigError, Interrupted, PipelineError
 from .families import DTYPES, FORMATS, ExportWish
 from .families.load import describes_run, load
 from .report.narrow import output, print_table
+from .run import kits
 from .run.advice import CommandLine, sentence
 from .run.domain_words import ABOUT, add_arguments
 from .run.stages import (
@@ -50,6 +51,7 @@ KEY = "MOLEFORGE_API_KEY"
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "export": "bring the stack, or a part of it, to a folder or URL in a format of other programs",
+    "kit": "hand out one expert to be trained where its text lies (DOMAIN), or train and pack one",
     "compress": "write full experts as PEFT adapters of low rank, the nearest there are",
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
@@ -89,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
             _add_parallel(sub)
     _add_export(_add_command(commands, "export", OTHER_COMMANDS["export"]))
     _add_compress(_add_command(commands, "compress", OTHER_COMMANDS["compress"]))
+    kit = _add_command(commands, "kit", OTHER_COMMANDS["kit"])
+    kits.add_arguments(kit)
+    _add_override(kit)
+    _add_store(kit)
     _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
@@ -320,6 +326,11 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.domains import come_and_go
 
         come_and_go(args, output())
+        return
+    if args.command == "kit":
+        from .run.backend import printed_progress
+
+        output().print(kits.kit(args, printed_progress(Console(stderr=True))), highlight=False)
         return
     cfg = load(args.config, _overrides(args))
     store = Store(args.store)

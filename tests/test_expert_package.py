@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.text.tokenizer import train
 from pipeline.errors import ConfigError, DataError, MismatchError
+from pipeline.families import PackWish
 from pipeline.families.ffn_moe import family, networks
 from pipeline.families.ffn_moe.evaluate import tables
-from pipeline.families.ffn_moe.packing import PackWish, pack
+from pipeline.families.ffn_moe.packing import pack
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.protocols import quiet
 from pipeline.run.stages import address

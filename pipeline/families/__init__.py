@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..config.run import RunConfig
     from ..protocols import Progress
     from ..store.artifacts import Manifest
+    from ..store.expert_package import Noise
     from ..store.history import History
     from ..store.model_files import FindModel
     from ..train.flops import JobCost
@@ -91,6 +92,16 @@ class ExportWish:
     rank: int | None = None  # that full experts are compressed to, as adapters
 
 
+@dataclass(frozen=True)
+class PackWish:
+    """What of an expert is given away, and the words beside it."""
+
+    statistics: bool = True
+    noise: "Noise | None" = None  # none: statistics as they are
+    licence: str = ""
+    description: str = ""
+
+
 class Family(Protocol):
     """What is asked of a kind of experts beside its stages."""
 
@@ -123,6 +134,20 @@ class Family(Protocol):
     ) -> None:
         """Write what is wanted, with a card and SHA256SUMS, to an empty folder. Raises
         MissingArtifact, DamagedArtifact, MismatchError for what the format cannot hold."""
+
+    def write_kit(self, cfg: "RunConfig", parts: Parts, domain: str, folder: Path) -> None:
+        """Write what somebody needs to train one expert elsewhere to an empty folder. Raises
+        ConfigError for experts that cannot be, MissingArtifact, DamagedArtifact."""
+
+    def check_kit(self, cfg: "RunConfig", parts: Parts, kit: Path) -> None:
+        """Raises MismatchError where what a kit's expert is trained on is not here, DataError for
+        what is no kit."""
+
+    def pack(
+        self, cfg: "RunConfig", parts: Parts, item: str, wish: PackWish, folder: Path, kit: Path
+    ) -> None:
+        """Write a kit's trained expert to an empty folder, to be imported elsewhere. Raises
+        ConfigError, MissingArtifact, DamagedArtifact."""
 
 
 def family(name: str) -> Family:

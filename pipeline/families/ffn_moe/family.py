@@ -15,7 +15,7 @@ from ...store.bundle import about
 from ...store.model_sources import on_this_machine
 from ...train.flops import JobCost
 from ...train.loop import NoTraining, Task
-from .. import ExportWish, Parts
+from .. import ExportWish, PackWish, Parts
 from . import cost as ffn_cost
 from .bundle import bundle as bundle_mixture
 from .bundle import reassemble as reassemble_mixture
@@ -37,6 +37,7 @@ __all__ = [
     "assemble",
     "bundle",
     "check_export",
+    "check_kit",
     "cost",
     "dense",
     "encode",
@@ -49,12 +50,14 @@ __all__ = [
     "lr_router",
     "lr_shared",
     "measure",
+    "pack",
     "preflight",
     "prepare",
     "reassemble",
     "router",
     "scan",
     "shared",
+    "write_kit",
 ]
 
 
@@ -147,6 +150,30 @@ def export(
     from .export.formats import export
 
     export(cfg, parts, wish, folder, progress)
+
+
+def write_kit(cfg: FfnMoeConfig, parts: Parts, domain: str, folder: Path) -> None:
+    """Write what somebody needs to train one expert elsewhere; see kit."""
+    from .kit import write_kit
+
+    write_kit(cfg, parts, domain, folder)
+
+
+def check_kit(_cfg: FfnMoeConfig, parts: Parts, kit: Path) -> None:
+    """Raise MismatchError where trunk or tokenizer are not a kit's; see kit."""
+    from .kit import check_kit, read_kit
+
+    check_kit(parts, read_kit(kit))
+
+
+def pack(
+    cfg: FfnMoeConfig, parts: Parts, item: str, wish: PackWish, folder: Path, kit: Path
+) -> None:
+    """Write a kit's trained expert to an empty folder; see packing."""
+    from .kit import centre_of
+    from .packing import pack
+
+    pack(cfg, parts, item, wish, folder, centre_of(kit))
 
 
 def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:

@@ -105,8 +105,9 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
     save_tensors(folder / STATISTICS, statistics.tensors())
     return {
         "steps": 0,
-        # What it was trained on elsewhere
-        "tokens": facts.tokens,
+        # None of it was spent here
+        "tokens": 0,
+        "trained_tokens": facts.tokens,
         "seconds": time.monotonic() - started_s,
         "package": package.sha256,
         "trained_in": facts.dtype,

@@ -79,7 +79,7 @@ def network_rows(
         expert_tokens = stage_tokens(cfg, "train_experts", name, domain_tokens)
         if name in cfg.expert.imported:
             # Spent elsewhere, and told all the same
-            expert_tokens = parts.manifest("train_experts", name).metrics["tokens"]
+            expert_tokens = parts.manifest("train_experts", name).metrics["trained_tokens"]
         joined_tokens += expert_tokens
         yield NetworkRow(
             name=name,

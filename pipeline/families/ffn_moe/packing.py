@@ -1,31 +1,30 @@
 """A trained expert as a package that can be given away: its tensors, its statistics as they are
-wanted, a sealed description, and nothing of the run or its text beside."""
+wanted, a sealed description, and nothing of the run or its text beside.
 
-from dataclasses import dataclass
+L layers with experts, B documents, D model width.
+"""
+
+import secrets
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.text.shards import Shards
 from ...errors import ConfigError
 from ...store.artifacts import save_tensors
 from ...store.expert_package import EXPERT, STATISTICS, ExpertFacts, Noise, write_package
-from .. import Parts
+from .. import PackWish, Parts
 from .config import FfnMoeConfig
+from .document_means import Centre, all_documents, clipped, document_means, noised
 from .fingerprint import tokenizer_fingerprint, trunk_fingerprint
-from .parts import expert_layers, stored_settings
+from .parts import expert_layers, open_expert, stored_settings, stored_trunk
 from .sections import ADAPTER
 from .stock import run_tokenizer
 
 # Whose versions decide how a package is read again
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
-
-
-@dataclass(frozen=True)
-class PackWish:
-    """What of an expert is given away, and the words beside it."""
-
-    statistics: bool = True
-    noise: Noise | None = None
-    licence: str = ""
-    description: str = ""
 
 
 def check_packable(cfg: FfnMoeConfig) -> None:
@@ -41,17 +40,29 @@ def check_packable(cfg: FfnMoeConfig) -> None:
         )
 
 
-def pack(cfg: FfnMoeConfig, parts: Parts, item: str, wish: PackWish, folder: Path) -> None:
+def pack(
+    cfg: FfnMoeConfig,
+    parts: Parts,
+    item: str,
+    wish: PackWish,
+    folder: Path,
+    centre: Centre | None = None,
+) -> None:
     """Write the package of a trained expert to an empty folder.
 
-    Raises ConfigError for experts that no package holds, and what `parts` does.
+    centre: for noise, of public text. Noise is drawn anew each time, and each time spends what it
+    promises. Raises ConfigError for experts that no package holds, and what `parts` does.
     """
     check_packable(cfg)
     settings = stored_settings(parts, "train_shared")
     made = parts.manifest("train_experts", item)
     versions = made.made.get("packages", {})
+    # A copy: of the file in the store nobody knows what its header says
     save_tensors(folder / EXPERT, parts.tensors("train_experts", EXPERT, item))
-    if wish.statistics:
+    if wish.noise and centre:
+        made_private = _private(cfg, parts, item, wish.noise, centre)
+        save_tensors(folder / STATISTICS, made_private)
+    elif wish.statistics:
         stored = parts.tensors("train_experts", STATISTICS, item)
         # Sums by domain are of a mixture; of one domain they say nothing more
         save_tensors(folder / STATISTICS, {key: stored[key] for key in ("sum", "gram", "tokens")})
@@ -67,9 +78,27 @@ def pack(cfg: FfnMoeConfig, parts: Parts, item: str, wish: PackWish, folder: Pat
         context_tokens=cfg.trunk.context_tokens,
         tokens=made.metrics["tokens"],
         statistics_path=cfg.expert.statistics_path,
-        noise=wish.noise,
+        noise=wish.noise if wish.statistics else None,
         licence=wish.licence,
         description=wish.description,
         versions={name: versions[name] for name in PACKAGES if name in versions},
     )
     write_package(folder, facts)
+
+
+def _private(
+    cfg: FfnMoeConfig, parts: Parts, item: str, noise: Noise, centre: Centre
+) -> dict[str, Tensor]:
+    """Return statistics that hide each document of the expert's domain."""
+    shards = Shards(parts.folder("preprocess"))
+    trunk, dummy = stored_trunk(cfg, parts)
+    expert = open_expert(cfg, dummy, parts.tensors("train_experts", EXPERT, item))
+    runs = dummy if cfg.expert.statistics_path == "base" else expert
+    layers = expert_layers(cfg, len(dummy.layers))
+    documents = all_documents(shards, item)
+    sum_LD = torch.zeros_like(centre.mean_LD)
+    for mean_BLD in document_means(cfg, trunk, runs, layers, documents, parts.progress):
+        sum_LD += clipped(mean_BLD, centre, noise.clip).sum(0)
+    # Of the system's own entropy: whoever knows the seed can take the noise away again
+    random = np.random.default_rng(secrets.randbits(128))
+    return noised(sum_LD, len(documents), centre, noise, random)

@@ -7,11 +7,12 @@ pinned base and leaves one adapter, which knows the base that it belongs to.
 from pathlib import Path
 
 from ...data.sources import synthetic
+from ...errors import ConfigError
 from ...protocols import Progress
 from ...report import RequestReport
 from ...store.model_files import FindModel
 from ...train.loop import NoTraining, Task
-from .. import ExportWish, Parts
+from .. import ExportWish, PackWish, Parts
 from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
@@ -125,6 +126,26 @@ def export(
     from ..adapters.export import export
 
     export(cfg, parts, wish, folder, progress, QWEN3_VL)
+
+
+def write_kit(cfg: LoraVlmConfig, _parts: Parts, _domain: str, _folder: Path) -> None:
+    """Raise ConfigError: kits are of experts that are networks of their own."""
+    raise ConfigError(
+        f"family: {cfg.family} has no kits; an adapter is trained anywhere on the pinned base, and "
+        "export gives it in PEFT's own format"
+    )
+
+
+def check_kit(cfg: LoraVlmConfig, parts: Parts, kit: Path) -> None:
+    """Raise ConfigError, as there are no kits."""
+    write_kit(cfg, parts, "", kit)
+
+
+def pack(
+    cfg: LoraVlmConfig, parts: Parts, item: str, _wish: PackWish, folder: Path, _kit: Path
+) -> None:
+    """Raise ConfigError, as there are no kits."""
+    write_kit(cfg, parts, item, folder)
 
 
 def reassemble(folder: Path) -> AdapterStack:

@@ -1,0 +1,170 @@
+"""Kits: one expert handed out to be trained where its text lies, and what comes back of it."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config.run import RunConfig
+from ..errors import ConfigError, StoreError
+from ..families import PackWish, family
+from ..families.load import load
+from ..model.gaussian_mechanism import least_sigma
+from ..protocols import Progress
+from ..store.artifacts import Store
+from ..store.expert_package import Noise
+from ..store.room import writing
+from .backend import Local, run_stage
+from .context import StoredParts
+from .reach import working
+from .stages import RUN
+
+# Of a kit: what its expert needs is made by the stages up to this one
+LAST = "train_experts"
+SHARED = "train_shared"
+CLIP = 0.5
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Give the command line of `kit` its arguments; --override and --store are everybody's."""
+    sub.add_argument("domain", nargs="?", metavar="DOMAIN", help="the expert that is handed out")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="the run that it is for")
+    sub.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    pack = sub.add_argument_group("with a kit, where the text is")
+    pack.add_argument("--pack", type=Path, metavar="KIT", help="train its expert and pack it")
+    pack.add_argument(
+        "--paths", nargs="+", metavar="GLOB", help="files of the text (default: text/ in the kit)"
+    )
+    pack.add_argument(
+        "--without-statistics", action="store_true", help="give away the expert alone"
+    )
+    pack.add_argument(
+        "--epsilon", type=float, help="give means alone, with noise that hides each document"
+    )
+    pack.add_argument("--delta", type=float, default=1e-5, help="of epsilon (default 1e-5)")
+    pack.add_argument(
+        "--clip",
+        type=float,
+        default=CLIP,
+        help=f"how far from the public mean a document counts, in spreads (default {CLIP})",
+    )
+    pack.add_argument("--licence", default="", metavar="TEXT", help="goes into the package")
+    pack.add_argument("--description", default="", metavar="TEXT", help="goes into the package")
+
+
+def kit(args: argparse.Namespace, progress: Progress) -> str:
+    """Do what a command line of `kit` asks for; return a line that says what was made.
+
+    Raises ConfigError for arguments that do not go together, and what making and packing raise.
+    """
+    _check_target(args.to)
+    store = Store(args.store)
+    if args.pack:
+        if args.domain or args.config:
+            raise ConfigError("--pack takes a kit, which knows its expert; leave out the others")
+        return _pack(args, store, progress)
+    if not args.domain or not args.config:
+        raise ConfigError("a kit is of one DOMAIN of a run's --config FILE")
+    overrides = tuple(args.override)
+    cfg = load(args.config, overrides)
+    with working(store.open(), cfg, args.config, overrides):
+        make_kit(cfg, store, args.domain, args.to, progress)
+    return f"kit for {args.domain}: {args.to}"
+
+
+def make_kit(cfg: RunConfig, store: Store, domain: str, to: Path, progress: Progress) -> None:
+    """Write the kit for an expert to a folder.
+
+    Raises ConfigError for a family that has none, MissingArtifact where the trunk is not made yet.
+    """
+    with _made_whole(to) as folder:
+        family(cfg.family).write_kit(cfg, StoredParts(cfg, store, progress), domain, folder)
+
+
+def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
+    settings = args.pack / "expert.yaml"
+    if not settings.is_file():
+        raise ConfigError(f"--pack: {args.pack} is no kit, as it has no {settings.name}")
+    overrides = list(args.override)
+    chosen = load(settings, tuple(overrides))
+    (domain,) = chosen.experts
+    if args.paths:
+        here = [path if "://" in path else str(Path(path).absolute()) for path in args.paths]
+        files = json.dumps([{"paths": here, "domain": domain}])
+        overrides.append(f"data.files={files}")
+    cfg = load(settings, tuple(overrides))
+    statistics = not args.without_statistics
+    noise = _noise(args) if args.epsilon is not None else None
+    if noise and not statistics:
+        raise ConfigError("--epsilon is of statistics, which --without-statistics leaves out")
+    wish = PackWish(statistics, noise, args.licence, args.description)
+    with working(store.open(), cfg, settings, tuple(overrides)):
+        train_and_pack(cfg, store, args.pack, args.to, wish, progress)
+    return f"packed {domain}: {args.to}"
+
+
+def _noise(args: argparse.Namespace) -> Noise:
+    try:
+        least_sigma(args.epsilon, args.delta)
+    except ValueError as error:
+        raise ConfigError(
+            f"--epsilon, --delta: {error}; epsilon is over 0 and 100 at most, delta between 0 and 1"
+        ) from None
+    if not 0 < args.clip < float("inf"):
+        raise ConfigError(f"--clip: {args.clip:g} counts nothing; 0.5 is half a spread")
+    return Noise(args.epsilon, args.delta, args.clip)
+
+
+def train_and_pack(
+    cfg: RunConfig,
+    store: Store,
+    source: Path,
+    to: Path,
+    wish: PackWish,
+    progress: Progress,
+) -> None:
+    """Train the expert of a kit and write its package to a folder, with nothing beside.
+
+    Raises MismatchError where trunk or tokenizer are not the kit's, before the expert is trained,
+    and what the stages raise.
+    """
+    chosen = family(cfg.family)
+    backend = Local(store)
+    for stage in RUN[: RUN.index(LAST) + 1]:
+        if cfg.items(stage):
+            run_stage(stage, cfg, backend)
+        if stage == SHARED:
+            chosen.check_kit(cfg, StoredParts(cfg, store, progress), source)
+    parts = StoredParts(cfg, store, progress)
+    with _made_whole(to) as folder:
+        chosen.pack(cfg, parts, cfg.experts[0], wish, folder, source)
+
+
+def _check_target(folder: Path) -> None:
+    """Raise ConfigError for what is no new or empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--to: {folder} holds something else; name a new or empty folder")
+
+
+@contextmanager
+def _made_whole(to: Path) -> Iterator[Path]:
+    """Have a folder to write in that is at its target when it is whole. Raises DiskFull,
+    StoreError."""
+    beside = to.absolute().parent
+    try:
+        with writing(beside):
+            beside.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".kit-", dir=beside) as made:
+                folder = Path(made) / "kit"
+                folder.mkdir()
+                yield folder
+                if to.exists():
+                    to.rmdir()
+                folder.rename(to)
+    except OSError as error:
+        raise StoreError(
+            f"--to: {to} cannot be written ({error.strerror}: {error.filename}); name a folder "
+            "that this user may write to"
+        ) from None
