@@ -13,6 +13,7 @@ from pipeline.config.domain_wish import DomainWish, HubText
 from pipeline.errors import ConfigError
 from pipeline.families.load import load
 from pipeline.run.domains import changed, write
+from pipeline.run.stages import Addresses
 
 ROOT = Path(__file__).parent.parent
 TEXT = """\
@@ -270,6 +271,19 @@ def test_a_task_comes_and_goes_in_the_files_that_a_run_names(pictures):
     assert json.loads(there["tiny_loras.json"])["experts"][-1]["dataset"]["path"] == "../rows"
     after(pictures, "remove", "plates")
     assert _texts(pictures.parent) == before
+
+
+def test_a_task_more_is_its_rows_its_adapter_and_what_joins_them(pictures):
+    change = changed(pictures, DomainWish("add", "plates", MORE))
+    before, after_ = (set(Addresses(cfg).reachable()) for cfg in (change.before, change.after))
+    new = sorted(address.rpartition("-")[0] for address in after_ - before)
+    assert new == [
+        *("deploy", "evaluate", "preprocess-plates", "routing"),
+        *("train_experts-plates", "train_router"),
+    ]
+    # All the others' are there, with equal addresses
+    stay = {address for address in before if address.startswith(("train_experts", "preprocess"))}
+    assert stay <= after_
 
 
 def test_a_task_that_goes_takes_its_requests_and_its_wording(pictures):

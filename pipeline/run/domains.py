@@ -32,11 +32,13 @@ from ..store.reading import read_bytes
 from ..store.removed import Removed, note_removed
 from .backend import Local, run_stage
 from .domain_words import wish_of
-from .dry_run import DONE, Entry, duration, plan, refuse, times
+from .dry_run import DONE, Entry, duration, plan, refuse, times, told_removed
 from .reach import working
 from .stages import RUN, Addresses, is_report, label
 
 FORMER = ".former"  # behind a file's name: what it was, where somebody asks for it
+# A run keeps what it has made; what it is called, `runs` says
+STAYS = ", until the run that made it is removed (`python -m pipeline rm RUN`)"
 CONTEXT = 1  # lines that a difference shows around what has changed
 # of a difference, by the first sign of a line
 STYLES = {"+": "green", "-": "red", "@": "dim"}
@@ -175,7 +177,9 @@ class Made:
     @property
     def tokens(self) -> int:
         """Tokens that were trained on."""
-        return sum(job.metrics.get("tokens") or 0 for job in self.jobs)
+        spent = [job.metrics.get("tokens") for job in self.jobs]
+        # preprocess has them by split and domain, and trains on none
+        return sum(tokens for tokens in spent if isinstance(tokens, int))
 
 
 def make(change: DomainChange, wanted: list[Entry], local: Local) -> Made:
@@ -268,10 +272,12 @@ def come_and_go(args: Namespace, console: Console) -> None:
     with working(store, change.after, args.config):
         write(change.files, args.keep_former)
         args.again = f"python -m pipeline run --config {shown}"
-        if change.wish.what == "remove":
-            note_gone(change, store)
+        gone = note_gone(change, store) if change.wish.what == "remove" else None
         made = make(change, wanted, Local(store, parallel=args.parallel))
     compare(change, made, former, store, console)
+    if gone is not None:
+        text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _agreed(args: Namespace) -> bool:

@@ -256,8 +256,8 @@ def show_plan(
     console.print(_beside(entries, total_bytes))
     if unknown:
         console.print("Durations in epochs are known after preprocess has counted the tokens.")
-    for gone in removed(store, cfg.name):
-        if gone.domain not in cfg.experts:
+    for gone in removed(store):
+        if gone.run == cfg.name and gone.domain not in cfg.experts:
             console.print(told_removed(gone, store), highlight=False, markup=False, soft_wrap=True)
     refuse(cfg, store, entries, unfit)
 
@@ -265,8 +265,8 @@ def show_plan(
 def told_removed(gone: Removed, store: Store) -> str:
     """Return a sentence about an expert that was taken out."""
     there = [address for address in gone.addresses if store.has(address)]
-    files = f"; still in the store: {', '.join(there)}" if there else ""
-    return f"removed: {gone.domain}, at {gone.at} from {gone.file}{files}"
+    files = f"; still in {store.root}: {', '.join(there)}" if there else ""
+    return f"removed: {gone.domain} at {gone.at} from {gone.run} ({gone.file}){files}"
 
 
 def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:

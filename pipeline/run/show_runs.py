@@ -10,7 +10,9 @@ from rich.table import Table
 
 from ..report.narrow import print_table
 from ..store.artifacts import Store
+from ..store.removed import removed
 from ..store.roots import Root
+from .dry_run import told_removed
 from .leftovers import BY_ADDRESS, size_of
 from .prune import opened, said
 from .reach import Reach
@@ -27,6 +29,8 @@ def show_runs(store: Store, console: Console) -> None:
     say = said(console)
     for why in reach.unknown.values():
         say(why)
+    for gone in removed(store):
+        say(told_removed(gone, store))
     if not reach.roots:
         say(f"no run has left a root in {store.root}")
         return

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 16_000_000
 # What an artifact that is made again is called meanwhile, below the folder of its checkpoints.
 FORMER = "former"
-FOLDERS = ("artifacts", "resume", "jobs", "history", "locks", "runs", "roots")
+FOLDERS = ("artifacts", "resume", "jobs", "history", "locks", "runs", "roots", "removed")
 # Of these it takes seconds to read one through, and a job says what it is doing.
 TOLD_BYTES = 1_000_000_000
 

@@ -41,17 +41,14 @@ def note_removed(
     return found
 
 
-def removed(store: Store, run: str) -> Iterator[Removed]:
-    """Yield what was taken out of a run, the first one first. Raises DamagedArtifact or
-    UnreadableFile."""
+def removed(store: Store) -> Iterator[Removed]:
+    """Yield what was taken out of the runs of a store, the first one first. Raises DamagedArtifact
+    or UnreadableFile."""
     folder = store.root / FOLDER
     with reading(folder), suppress(FileNotFoundError):
-        paths = sorted(folder.iterdir())
-        for path in paths:
+        for path in sorted(folder.iterdir()):
             if path.suffix == ".json":
-                found = _read(path)
-                if found.run == run:
-                    yield found
+                yield _read(path)
 
 
 def _read(path: Path) -> Removed:

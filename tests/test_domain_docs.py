@@ -1,0 +1,102 @@
+"""The commands of docs/domains.md, which has those of the README too, typed as they stand there,
+one after another, on a small run whose trunk is trained from zero."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import documents
+from test_domain_commands import FEW, in_this_process
+from yaml_text import yaml_text
+
+from pipeline.__main__ import main
+from pipeline.config.files import parse_yaml
+from pipeline.families.load import load
+from pipeline.run.backend import Local
+from pipeline.run.domain_words import ABOUT
+from pipeline.store.roots import read_root
+from pipeline.train import loop
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/domains.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+# config/demo_from_zero.yaml, as a test can afford it
+FROM_ZERO = {
+    "data": {"megabytes_per_domain": 0.05, "valid_share": 0.1, "test_share": 0.1},
+    "partition": {"min_tokens": 100},
+    "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.05},
+    "trunk": FEW
+    | {"steps": 4, "layers": 1, "d_model": 32, "heads": 2, "d_ff": 64, "context_tokens": 32},
+    "expert": FEW | {"steps": 2, "statistics_tokens": 512},
+    "router": {"steps": 0},
+    "dense": {"baselines": []},
+    "evaluate": {"tokens_per_domain": 256, "rivals": "few", "continuation_tokens": 0},
+    "runtime": {"threads": 1},
+}
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a page that have a line of their own."""
+    return re.findall(r"^python -m pipeline (.+)$", text, re.M)
+
+
+def typed(command: str) -> None:
+    """Carry out a command as it stands, a run of experts on this machine."""
+    assert main(shlex.split(command)) == 0
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder as the page has it: configurations, its own file, text."""
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "config/demo_from_zero.yaml").write_text(yaml_text(FROM_ZERO), "utf-8")
+    for name, text in re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", PAGE, re.M | re.S):
+        assert parse_yaml(text)
+        (tmp_path / name).write_text(f"# {name}\n{text}", "utf-8")
+    texts = {"wiki": "sea", "code": "shop", "medicine/a": "hall", "corrected": "hall"}
+    for name, domain in texts.items():
+        file = tmp_path / f"texts/{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = documents(domain) if name != "corrected" else documents(domain)[::-1]
+        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOLEFORGE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(Local, "run_jobs", in_this_process)
+    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    return tmp_path
+
+
+def test_the_commands_of_the_page_in_its_order(place, capsys):
+    found = commands(PAGE)
+    assert {command.split()[0] for command in found} == {*ABOUT, "run", "plan", "runs"}
+    file = place / "mine.yaml"
+    text = file.read_text("utf-8")
+    before = (place / "config/tiny_loras.json").read_bytes()
+    experts = []
+    for command in found:
+        typed(command)
+        experts.append(len(load(file).experts))
+    assert experts == [2, 3, 3, 2, 2, 2, 2, 2]
+    # What has come and gone leaves the trunk's domains written out, and what is told of it
+    assert file.read_text("utf-8") == text + "trunk:\n  domains: [wiki, code]\n"
+    assert (place / "config/tiny_loras.json").read_bytes() == before
+    told = capsys.readouterr().out
+    assert "removed: medicine at" in told and "modal run modal_app.py::run_all" in told
+    assert told.count("Bits per byte of the stack") == 3
+    # As the page says, its files go with the run that made them
+    (rm,) = re.findall(r"`python -m pipeline (rm RUN)`", PAGE)
+    (note,) = (place / "store/removed").iterdir()
+    gone = set(json.loads(note.read_text("utf-8"))["addresses"])
+    assert gone
+    for path in sorted((place / "store/roots").iterdir()):
+        if gone & set(read_root(path).addresses):
+            typed(f"{rm.replace('RUN', path.stem)} --yes")
+    assert not [address for address in gone if (place / "store/artifacts" / address).exists()]
+
+
+def test_the_commands_of_the_readme_are_the_pages():
+    shown = [command for command in commands(README) if command.split()[0] in ABOUT]
+    assert set(shown) <= set(commands(PAGE))
