@@ -32,7 +32,6 @@ from pipeline.store.artifacts import Store
 HERE = Path(__file__).parent
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
 EDGE = cloud.ModalEdge(Path(VOLUME))
-DAY_S = 86_400
 # until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
 LOADING_S = 900
 # purpose -> what the secret has to hold
@@ -215,7 +214,7 @@ for _stage in ROWS:
     env=ENV,
     cpu=0.5,
     memory=1024,
-    timeout=DAY_S,
+    timeout=cloud.RUN_S,
     nonpreemptible=True,
 )
 def orchestrate(
@@ -228,11 +227,28 @@ def orchestrate(
         ended = JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True)
         return zip(batches, ended, strict=True)
 
-    store = Store(Path(VOLUME), refresh=volume.reload)
+    store = Store(Path(VOLUME), publish=volume.commit, refresh=volume.reload)
     cfg = parse(raw)
-    results = cloud.orchestrate(cfg, stages, store, hand_out, command)
-    cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
+    with cloud.begun(cfg, store, command):
+        results = cloud.orchestrate(cfg, stages, store, hand_out, command)
+        cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
     return results
+
+
+# One that was preempted would leave its mark, and what it has removed half.
+@app.function(
+    image=image,
+    volumes={VOLUME: volume},
+    env=ENV,
+    cpu=0.5,
+    memory=1024,
+    timeout=cloud.REMOVAL_S,
+    nonpreemptible=True,
+)
+def tend(command: str, names: list[str], flags: dict[str, bool]) -> tuple[str, str]:
+    """Show the runs that the volume knows, or remove from it; return what to print, and what is
+    wrong."""
+    return cloud.tend(command, names, flags, Path(VOLUME), volume.commit, volume.reload)
 
 
 if ENTERED:
@@ -339,3 +355,34 @@ for _stage in STAGES:
 def run_all(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
     """Do every stage of a run on Modal; what is on the volume is not done again."""
     _command((), config, override, sequential)
+
+
+def _tend(command: str, names: list[str], **flags: bool) -> None:
+    """Have a container look at the volume, or remove from it; exit with 1 when something is
+    wrong."""
+    try:
+        printed, wrong = tend.remote(command, names, flags)
+    except modal.exception.Error as error:
+        sys.exit(f"error: {type(error).__name__}: {error}; the same command goes on from there")
+    sys.stdout.write(printed)
+    if wrong:
+        sys.exit(f"error: {wrong}")
+
+
+@app.local_entrypoint()
+def runs():
+    """List the runs that the volume knows: name, date, size, configuration, report."""
+    _tend("runs", [])
+
+
+@app.local_entrypoint()
+def prune(yes: bool = False, orphans: bool = False, damaged: bool = False):
+    """List what was left half done on the volume and what no run reaches; --yes removes it."""
+    _tend("prune", [], yes=yes, orphans=orphans, damaged=damaged)
+
+
+@app.local_entrypoint()
+def rm(run: str, yes: bool = False):
+    """List what the volume has of a run, or of several in one text, and of no other; --yes removes
+    it."""
+    _tend("rm", shlex.split(run), yes=yes)

@@ -174,8 +174,9 @@ SENTENCES = {
         "no room for e. What was finished is kept: make room (`python -m pipeline runs` lists "
         "what each run takes, `rm` removes one, `prune` what none needs) or choose another "
         "directory with --store, then run the same command again",
-        "no room for e. What was finished is kept: make room (`modal volume rm -r moleforge "
-        "artifacts/NAME` removes what is not needed), then run the same command again",
+        "no room for e. What was finished is kept: make room (`modal run modal_app.py::runs` "
+        "lists what each run takes, `::rm --run NAME` removes one, `::prune` what none needs), "
+        "then run the same command again",
     ),
     "/store/f cannot be read: Input/output error": (
         "/store/f cannot be read: Input/output error; nothing was changed: mend the cause and run "

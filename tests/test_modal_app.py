@@ -57,7 +57,7 @@ def test_every_stage_has_a_function_and_a_command(app):
         for name, found in vars(app).items()
         if isinstance(found, app.modal.app.LocalEntrypoint)
     }
-    assert commands == {*stages.STAGES, "run_all"}
+    assert commands == {*stages.STAGES, "run_all", "runs", "prune", "rm"}
     # In a container Modal finds a function by its name in this module
     for stage, job in app.JOBS.items():
         assert getattr(app, f"{stage}_job") is job
@@ -261,7 +261,7 @@ TYPED = re.findall(
 def test_every_command_of_the_readme_exists_and_its_configuration_can_run(
     app, command, config, override
 ):
-    assert command in (*stages.STAGES, "run_all")
+    assert command in (*stages.STAGES, "run_all", "runs", "prune", "rm")
     cfg = load(ROOT / (config.rstrip('`"') or cloud.DEFAULT), cloud.overrides(override))
     cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), app.VOLUME)
 

@@ -30,14 +30,18 @@ from .estimate import (
 )
 from .inputs import packages
 from .prices import Prices, most_gpus
+from .roots import REMOVAL_S, RUN_S, begun, tend
 
 __all__ = [
     "DEFAULT",
+    "REMOVAL_S",
+    "RUN_S",
     "SERVED",
     "JobResult",
     "ModalEdge",
     "Prices",
     "announced",
+    "begun",
     "check",
     "deployed",
     "deploys",
@@ -59,6 +63,7 @@ __all__ = [
     "show_estimate",
     "show_report",
     "show_results",
+    "tend",
     "typed",
     "work",
 ]

@@ -48,7 +48,8 @@ class ModalEdge:
     def make_room(self) -> str:
         """How room is made in the store, as an imperative."""
         return (
-            "make room (`modal volume rm -r moleforge artifacts/NAME` removes what is not needed)"
+            "make room (`modal run modal_app.py::runs` lists what each run takes, "
+            "`::rm --run NAME` removes one, `::prune` what none needs)"
         )
 
     def other_store(self) -> str:

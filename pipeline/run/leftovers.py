@@ -26,7 +26,6 @@ BY_ADDRESS = ("artifacts", "resume", "jobs", "history")
 PART = re.compile(r".+\.part|\.tmp\w{6}")
 HALF = "was being written when its writer was killed"
 DAMAGED = ".damaged-"
-RUN_NOTE = re.compile(in_use.PREFIX + r"[0-9a-f]{12}")
 NO_RUN = "of no run"
 ORPHANS = "orphans"
 _SHOWN = 3  # of the runs that reach the same
@@ -164,11 +163,11 @@ def _inside(
 def _of_no_run(store: Store, reach: Reach, say: Say) -> Iterator[Leftover]:
     """Yield the notes of runs that are gone, and locks of what is not there."""
     for path in _below(store.root / in_use.RUNS, say):
-        if RUN_NOTE.fullmatch(path.stem):
+        if in_use.RUN.fullmatch(path.stem):
             yield from _at(path, path.stem, "of a run that is gone")
     for path in _below(store.root / "locks", say):
         name = path.stem
-        if RUN_NOTE.fullmatch(name):
+        if in_use.RUN.fullmatch(name):
             if not in_use.note_path(store, name).exists():
                 yield from _at(path, name, "of a run that is gone")
         elif ADDRESS.fullmatch(name) and not (reach.keepers(name) or anything_at(store, name)):
@@ -208,7 +207,7 @@ def remove(store: Store, reach: Reach, leftover: Leftover, say: Say) -> None:
         else:
             shutil.rmtree(path)
         lock = in_use.lock_path(store, leftover.lock)
-        gone = RUN_NOTE.fullmatch(leftover.lock) or not anything_at(store, leftover.lock)
+        gone = in_use.RUN.fullmatch(leftover.lock) or not anything_at(store, leftover.lock)
         if gone and leftover.lock != "store":
             lock.unlink(missing_ok=True)
 

@@ -118,6 +118,7 @@ def _mark(runs: Sequence[str], reach: Reach) -> None:
                 with suppress(DiskFull):
                     write_root(root_path(store, run), replace(reach.roots[run], removed=True))
             reach.refresh()
+        store.publish()
     except OSError as error:
         raise StoreError(
             f"nothing can be removed from {store.root}: {error.strerror or error}; give this user "

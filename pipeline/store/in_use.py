@@ -3,20 +3,22 @@
 A run notes its addresses in runs/ and holds a lock of its own as long as it lasts; the system lets
 go of that when the run dies, however it dies, and then the note means nothing. Notes are written
 and acted upon under one lock: what a run has noted stays, what was taken before is gone when it
-looks.
+looks. Where machines share no locks, a note says until when it counts.
 """
 
 import contextlib
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import DamagedArtifact, DiskFull
-from .artifacts import Store, write_text
+from .artifacts import Store, now, write_text
 from .reading import reading, sealed, unsealed
 
 RUNS = "runs"  # the folder of notes, and the lock they are written and acted upon under
 PREFIX = "run-"  # of a run's note and lock
+RUN = re.compile(PREFIX + r"[0-9a-f]{12}")
 
 
 class InUse(Exception):
@@ -28,6 +30,11 @@ def _busy() -> None:
 
 
 def _nothing() -> None: ...
+
+
+def new_name() -> str:
+    """Return what no other run is called."""
+    return f"{PREFIX}{uuid.uuid4().hex[:12]}"
 
 
 def note_path(store: Store, name: str) -> Path:
@@ -46,7 +53,7 @@ def using(
 ) -> Iterator[None]:
     """Have what lies at these addresses left alone for as long as this lasts. `noted` is called
     before anybody can act upon the note, and may write to the store."""
-    name = f"{PREFIX}{uuid.uuid4().hex[:12]}"
+    name = new_name()
     note = note_path(store, name)
     with contextlib.ExitStack() as held:
         # nobody removes from a store that cannot be written; on a full disk the first job says so
@@ -69,13 +76,25 @@ def _sweep(store: Store) -> None:
     for note in (store.root / RUNS).glob(f"{PREFIX}*.json"):
         # another user's may not be ours to remove
         with contextlib.suppress(InUse, OSError), store.lock(note.stem, _busy):
+            if lasts(note):
+                continue
             note.unlink()
             lock_path(store, note.stem).unlink()
 
 
+def lasts(note: Path) -> bool:
+    """Whether a note says until when it counts, and that time is to come."""
+    try:
+        return str(unsealed(note.read_bytes()).get("until", "")) > now()
+    except (OSError, ValueError):
+        return False
+
+
 def is_held(store: Store, name: str, unknown: bool = False) -> bool:
-    """Whether another process has the lock of an address or a run; `unknown` where this user may
-    not ask."""
+    """Whether another process has the lock of an address or a run, or a run's note lasts; `unknown`
+    where this user may not ask."""
+    if RUN.fullmatch(name) and lasts(note_path(store, name)):
+        return True
     if not lock_path(store, name).exists():
         return False
     try:

@@ -1,0 +1,152 @@
+"""Roots on a volume that each container sees in its own way, and removing from it.
+
+Containers share no locks. Whoever hands out jobs notes until when they may last, whoever removes
+leaves a mark; both publish theirs first and look for the other's then, so that one of them sees it.
+"""
+
+import argparse
+import contextlib
+import io
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config.run import RunConfig
+from ..errors import PipelineError, StoreError
+from ..run.advice import sentence
+from ..run.prune import opened, prune
+from ..run.reach import root_of
+from ..run.remove_run import remove_runs
+from ..run.show_runs import show_runs
+from ..store import in_use
+from ..store.artifacts import Store, now, write_text
+from ..store.reading import sealed
+from ..store.roots import leave, root_states
+from .containers import ModalEdge
+
+# How long the containers that hand out jobs, and that remove, may live.
+RUN_S = 86_400
+REMOVAL_S = 3_600
+LOOK_EVERY_S = 5.0
+MARK = "removing.json"
+_WIDE = 10_000  # columns: lines are for another terminal to break
+
+
+@contextlib.contextmanager
+def begun(
+    cfg: RunConfig,
+    store: Store,
+    command: str,
+    progress: Callable[[str], None] = print,
+    wait: Callable[[float], None] = time.sleep,
+) -> Iterator[None]:
+    """Leave the root of a run whose jobs are handed out meanwhile, and have its results left alone;
+    `command` is what was typed. Waits while somebody removes."""
+    file, overrides = _named(command)
+    root = root_of(cfg, file, overrides)
+    note = in_use.note_path(store, in_use.new_name())
+    # what is wrong with the store is for the first job to say
+    with contextlib.suppress(PipelineError, OSError):
+        store.open()
+        note.parent.mkdir(exist_ok=True)
+        write_text(note, sealed({"addresses": list(root.addresses), "until": _in(RUN_S)}))
+        leave(store, root)
+        store.publish()
+        store.refresh()
+        while in_use.lasts(store.root / in_use.RUNS / MARK):
+            progress("something is being removed from the volume; waiting for that to end")
+            wait(LOOK_EVERY_S)
+            store.refresh()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            note.unlink()
+            store.publish()
+
+
+def _named(command: str) -> tuple[str, tuple[str, ...]]:
+    """Return the configuration that a command of `modal` names as typed, and its overrides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="")
+    parser.add_argument("--override", default="")
+    try:
+        found, _ = parser.parse_known_args(shlex.split(command))
+        return found.config, tuple(shlex.split(found.override))
+    except ValueError:
+        return "", ()
+
+
+def _in(seconds: float) -> str:
+    """Return the time that it will be, as `now` writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+
+
+def tend(
+    command: str,
+    names: Sequence[str],
+    flags: Mapping[str, bool],
+    root: Path,
+    publish: Callable[[], None],
+    refresh: Callable[[], None],
+) -> tuple[str, str]:
+    """Do `runs`, `prune` or `rm` on a volume; return what it printed, and what is wrong."""
+    refresh()
+    store = Store(root, publish=publish, refresh=refresh)
+    printed = io.StringIO()
+    console = Console(file=printed, width=_WIDE)
+    try:
+        if command == "runs":
+            show_runs(store, console)
+        else:
+            with _alone(opened(store), flags["yes"]):
+                _remove(command, names, flags, store, console)
+    except PipelineError as error:
+        return printed.getvalue(), sentence(error, ModalEdge(root))
+    return printed.getvalue(), ""
+
+
+def _remove(
+    command: str, names: Sequence[str], flags: Mapping[str, bool], store: Store, console: Console
+) -> None:
+    # configurations lie where commands are typed, and what they reach there is told by roots
+    if not root_states(store):
+        raise StoreError(
+            "no run has left a root on the volume, so nothing would be kept: do a command of each "
+            "run whose results you want to keep, which makes nothing again that is there"
+        )
+    if command == "rm":
+        remove_runs(names, {}, store, console, remove=flags["yes"])
+        return
+    prune(
+        {},
+        store,
+        console,
+        remove=flags["yes"],
+        damaged=flags["damaged"],
+        orphans=flags["orphans"],
+    )
+
+
+@contextlib.contextmanager
+def _alone(store: Store, removes: bool) -> Iterator[None]:
+    """Have runs wait that begin, and others that remove refused. Raises StoreError."""
+    if not removes:
+        yield
+        return
+    mark = store.root / in_use.RUNS / MARK
+    if in_use.lasts(mark):
+        raise StoreError("somebody else is removing from the volume: wait until that has ended")
+    mark.parent.mkdir(exist_ok=True)
+    write_text(mark, sealed({"since": now(), "until": _in(REMOVAL_S)}))
+    store.publish()
+    # what began before is seen from here on
+    store.refresh()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+        store.publish()

@@ -1,0 +1,148 @@
+"""Roots, removals and runs on a volume whose containers see nothing of each other before a commit
+and a reload, and share no locks."""
+
+import shutil
+
+import pytest
+from fakes import StubbedVolume
+from test_prune import write
+
+from pipeline import cloud
+from pipeline.cloud import roots as far_roots
+from pipeline.families.load import load
+from pipeline.run.reach import root_of
+from pipeline.store import in_use
+from pipeline.store.artifacts import Store
+from pipeline.store.reading import sealed, unsealed
+from pipeline.store.roots import leave, read_root, root_path
+
+COMMAND = 'modal run modal_app.py::run_all --config config/x.yaml --override "seed=3 dtype=fp32"'
+LISTED = {"yes": False, "orphans": False, "damaged": False}
+REMOVED = LISTED | {"yes": True}
+
+
+@pytest.fixture
+def volume(tmp_path, finished):
+    """A volume with the results of a finished run, which left no root there."""
+    volume = StubbedVolume(tmp_path)
+    view = volume.view()
+    shutil.copytree(finished[1], view.path, dirs_exist_ok=True)
+    view.commit()
+    return volume
+
+
+def store_of(view):
+    return Store(view.path, publish=view.commit, refresh=view.reload)
+
+
+def tend(volume, command, names=(), flags=LISTED):
+    """Do a command in a container of its own."""
+    view = volume.view()
+    printed, wrong = cloud.tend(command, list(names), flags, view.path, view.commit, view.reload)
+    return " ".join(printed.split()), wrong
+
+
+def artifacts(volume):
+    return sorted(path.name for path in (volume.path / "artifacts").iterdir())
+
+
+def test_who_hands_out_jobs_leaves_a_root_and_is_left_alone(volume, finished):
+    cfg = load(finished[0])
+    run = root_of(cfg).id
+    before = artifacts(volume)
+    with cloud.begun(cfg, store_of(volume.view()), COMMAND):
+        root = read_root(root_path(Store(volume.path), run))
+        assert (root.file, root.overrides) == ("config/x.yaml", ("seed=3", "dtype=fp32"))
+        # a job is just writing what a container that looks for half done work takes for left over
+        half = write(volume.path / "artifacts" / root.addresses[0] / "x.bin")
+        said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
+        assert f"{run} is in use" in wrong
+        said, wrong = tend(volume, "prune", flags=REMOVED | {"orphans": True})
+        assert not wrong and "in use by a run in progress" in said and half.exists()
+        shutil.rmtree(half.parent)
+    assert artifacts(volume) == before
+    assert not list((volume.path / "runs").glob("run-*.json"))
+    said, wrong = tend(volume, "runs")
+    assert not wrong and run in said and "config/x.yaml --override seed=3" in said
+    said, wrong = tend(volume, "rm", ["tiny"])
+    assert not wrong and "add --yes" in said and artifacts(volume) == before
+    said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
+    assert not wrong and not artifacts(volume) and not list((volume.path / "roots").iterdir())
+    assert not (volume.path / "runs" / far_roots.MARK).exists()
+
+
+def test_a_run_that_was_lost_keeps_its_results_as_long_as_it_might_have_lasted(volume, finished):
+    cfg = load(finished[0])
+    # taken away with its container: nobody clears up after it
+    lost = cloud.begun(cfg, store_of(volume.view()), COMMAND)
+    lost.__enter__()
+    (note,) = (volume.path / "runs").glob("run-*.json")
+    assert "is in use" in tend(volume, "rm", ["tiny"], REMOVED)[1]
+    values = unsealed(note.read_bytes())
+    note.write_text(sealed(values | {"until": "2020-01-01T00:00:00Z"}))
+    assert not tend(volume, "rm", ["tiny"], REMOVED)[1]
+    assert not artifacts(volume)
+    # of a run that is gone, which the next look at the volume clears away
+    leave(Store(volume.path), root_of(cfg))
+    tend(volume, "prune", flags=REMOVED)
+    assert not note.exists()
+
+
+def test_a_run_waits_for_a_removal_and_a_removal_for_nobody(volume, finished):
+    cfg = load(finished[0])
+    leave(Store(volume.path), root_of(cfg))
+    remover = store_of(volume.view())
+    waited = []
+
+    def wait(_seconds):
+        waited.append(1)
+        ending.__exit__(None, None, None)
+
+    ending = far_roots._alone(remover, True)
+    ending.__enter__()
+    assert "somebody else is removing" in tend(volume, "prune", flags=REMOVED)[1]
+    # to look changes nothing, and needs nobody to wait
+    assert not tend(volume, "prune")[1]
+    with cloud.begun(cfg, store_of(volume.view()), COMMAND, wait=wait):
+        assert waited
+    # one whose container was lost holds nobody up for good
+    write(volume.path / "runs" / far_roots.MARK, sealed({"until": "2020-01-01T00:00:00Z"}))
+    assert not tend(volume, "prune", flags=REMOVED)[1]
+
+
+def test_a_removal_sees_a_run_that_began_just_before_its_mark(volume, finished, monkeypatch):
+    """Its container was started, and has seen the volume, before the run wrote its note."""
+    cfg = load(finished[0])
+    leave(Store(volume.path), root_of(cfg))
+    opened = far_roots.opened
+    running = []
+
+    def begins(store):
+        running.append(cloud.begun(cfg, store_of(volume.view()), COMMAND))
+        running[0].__enter__()
+        return opened(store)
+
+    monkeypatch.setattr(far_roots, "opened", begins)
+    before = artifacts(volume)
+    assert "is in use" in tend(volume, "rm", ["tiny"], REMOVED)[1]
+    assert artifacts(volume) == before
+    running[0].__exit__(None, None, None)
+
+
+def test_on_a_volume_without_roots_nothing_is_removed(volume):
+    before = artifacts(volume)
+    for command, names in (("prune", ()), ("rm", ["tiny"])):
+        wrong = tend(volume, command, names, REMOVED | {"orphans": True})[1]
+        assert "no run has left a root on the volume" in wrong
+    assert artifacts(volume) == before
+
+
+def test_a_store_of_another_version_is_left_as_it_is(tmp_path, finished):
+    volume = StubbedVolume(tmp_path)
+    view = volume.view()
+    (view.path / "store.json").write_text('{"format": 1}')
+    view.commit()
+    with cloud.begun(load(finished[0]), store_of(volume.view()), COMMAND):
+        assert [path.name for path in volume.path.iterdir()] == ["store.json"]
+    assert "store format 1" in tend(volume, "prune")[1]
+    assert in_use.addresses(Store(volume.path)) == set()
