@@ -131,6 +131,22 @@ def test_whatever_becomes_of_a_configuration_its_results_stay(kept, elsewhere, c
     assert files(store) == left
 
 
+def test_what_a_root_says_stays_whatever_its_settings_come_to_now(kept, elsewhere, capfd):
+    """As when what a run read was edited since, or another version names things otherwise."""
+    path, store, root = kept
+    former = "preprocess-0123456789ab"
+    shutil.copytree(store.folder(stages.address(load(path), "preprocess")), store.folder(former))
+    root_path(store, root.id).unlink()
+    other = replace(root, addresses=(former,))
+    leave(store, other)
+    # both: what it says, and what the same settings lead to
+    told = typed(capfd, 0, "prune", "--orphans", "--store", store.root)
+    assert "nothing to prune" in told
+    # of the second another may be the maker
+    told = typed(capfd, 0, "rm", other.id, "--yes", "--store", store.root)
+    assert former in told and "2 removed" in told and len(list(store.root.glob("artifacts/*"))) > 5
+
+
 def test_two_stores_know_nothing_of_each_other(kept, elsewhere, capfd):
     _, store, root = kept
     other = Store(shutil.copytree(store.root, elsewhere / "other"))
@@ -172,6 +188,9 @@ def test_beside_a_root_that_is_not_understood_everything_is_kept(kept, elsewhere
     other = root_of(load(path, (SWEEP,)), path)
     leave(store, other)
     strange = root_path(store, root.id)
+    # one that somebody has begun to remove beside it stays known as that
+    half_gone = replace(root_of(load(path, ("seed=9",))), removed=True)
+    leave(store, half_gone)
     NOT_UNDERSTOOD[how](strange)
     # what is left half done goes all the same
     part = write(store.folder(next(iter(other.addresses))) / "x.part")

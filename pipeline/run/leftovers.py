@@ -71,7 +71,7 @@ def leftovers(store: Store, reach: Reach, damaged: bool, say: Say) -> Iterator[L
             if PART.fullmatch(path.name):
                 yield from _at(path, "store", HALF)
     # last: as long as it is there, whoever looks goes on with what it names
-    for run in reach.removing():
+    for run in [] if reach.unknown else reach.removing():
         yield from _at(root_path(store, run), "store", f"the root of {run}", removed(run))
     if strangers:
         say(f"{strangers} names in {store.root} are no addresses and are left alone")

@@ -125,12 +125,13 @@ class Reach:
         self._removed = {}
         gone = set(self._removing)
         gone.update(run for run, root in self._roots.items() if root.removed)
-        for run in self._roots:
+        for run, root in self._roots.items():
+            if run in gone:
+                # what it says and no more: the rest may be another's, who left no root
+                self._removed |= dict.fromkeys(root.addresses, run)
+                continue
             for address in self._addresses[run]:
-                if run in gone:
-                    self._removed.setdefault(address, run)
-                else:
-                    self._keepers.setdefault(address, []).append(run)
+                self._keepers.setdefault(address, []).append(run)
         said = {self._roots[run].id for run in gone & self._roots.keys()}
         for path, root in self._configs.items():
             if root.id in said:
@@ -153,7 +154,7 @@ class Reach:
 
     def own(self, run: str) -> set[str]:
         """Return what a run that is being removed reaches and nobody keeps."""
-        return {address for address in self._addresses[run] if not self.keeps(address)}
+        return {address for address in self._roots[run].addresses if not self.keeps(address)}
 
     def removing(self) -> list[str]:
         """Return the ids of the runs that are being removed."""
