@@ -11,6 +11,7 @@ import stat
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
@@ -30,11 +31,12 @@ from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Store
 from ..store.reading import read_bytes
 from ..store.removed import Removed, note_removed
+from ..store.roots import read_root, root_states
 from .backend import Local, run_stage
 from .domain_words import wish_of
 from .dry_run import DONE, Entry, duration, plan, refuse, times, told_removed
-from .reach import working
-from .stages import RUN, Addresses, is_report, label
+from .reach import as_given, working
+from .stages import RUN, STAGES, Addresses, is_report, label
 
 FORMER = ".former"  # behind a file's name: what it was, where somebody asks for it
 # A run keeps what it has made; what it is called, `runs` says
@@ -217,8 +219,11 @@ def compare(
         if before is None:
             console.print("no report of the run as it was is in the store", highlight=False)
         report.show_changes(before, report.read(read_bytes(after)), console)
-        page = after.with_name("report.html")
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        pages = {"before": former, "after": after}
+        for name, path in pages.items():
+            if path is not None:
+                page = path.with_name("report.html")
+                console.print(f"{name}: {page}", highlight=False, soft_wrap=True)
     jobs = [label(job.stage, job.item) for job in made.jobs]
     console.print(
         f"made: {', '.join(jobs) or 'nothing'}; {duration(made.seconds)}, "
@@ -234,6 +239,28 @@ def report_of(cfg: RunConfig, store: Store) -> Path | None:
     for stage in RUN:
         for _, _, address in addresses.jobs(stage) if is_report(stage) else ():
             if store.has(address):
+                return store.folder(address) / "report.json"
+    return None
+
+
+def former_report(change: DomainChange, store: Store) -> Path | None:
+    """Return where the report of a run as it was is; where its text has changed since, the last
+    one that the same file has led to."""
+    found = report_of(change.before, store)
+    if found is not None:
+        return found
+    file = as_given(change.path)
+    roots = []
+    for path in root_states(store):
+        # One that cannot be read has nothing to compare with
+        with suppress(StoreError):
+            root = read_root(path)
+            if (root.name, root.file) == (change.before.name, file):
+                roots.append(root)
+    for root in sorted(roots, key=lambda each: each.at, reverse=True):
+        for address in root.addresses:
+            stage, _, _ = address.partition("-")
+            if stage in STAGES and is_report(stage) and store.has(address):
                 return store.folder(address) / "report.json"
     return None
 
@@ -264,7 +291,7 @@ def come_and_go(args: Namespace, console: Console) -> None:
             console.print(f"made on Modal by: {made_by}", highlight=False, soft_wrap=True)
         return
     store = Store(args.store).open()
-    former = report_of(change.before, store)
+    former = former_report(change, store)
     wanted = show(change, store, console)
     if (change.files or wanted) and not _agreed(args):
         console.print("nothing was changed", highlight=False)

@@ -28,14 +28,14 @@ def root_of(cfg: RunConfig, file: Path | str = "", overrides: tuple[str, ...] = 
         name=cfg.name,
         family=cfg.family,
         at=now(),
-        file=_as_given(file),
+        file=as_given(file),
         overrides=overrides,
         addresses=tuple(sorted(set(addresses.reachable()))),
         settings=settings.model_dump(mode="json"),
     )
 
 
-def _as_given(file: Path | str) -> str:
+def as_given(file: Path | str) -> str:
     """Return a path as it was given, from here on where it is below: a store is moved and shared
     more often than the folder in which people work is renamed."""
     path = Path(file)
