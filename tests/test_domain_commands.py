@@ -1,17 +1,20 @@
-"""`add`, `remove` and `replace` from the file to the report, on two domains and a third one.
+"""What `add`, `remove` and `replace` do before anything is made, where that fails, and of tasks
+with pictures; of text test_domain_docs.py carries them out.
 
 Jobs are done in the tests' own process; that they end as well in processes of their own is shown
 for every stage elsewhere.
 """
 
 import json
-import shutil
+import re
 from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_config
+from yaml_text import yaml_text
 
 from pipeline.__main__ import main
+from pipeline.config.base import merge
 from pipeline.errors import DataError, Interrupted
 from pipeline.families.load import load
 from pipeline.protocols import quiet
@@ -21,6 +24,7 @@ from pipeline.run.job import run_job
 from pipeline.run.stages import RUN, jobs
 from pipeline.store.artifacts import Store
 from pipeline.train import loop
+from tests import lora_small
 
 # As a name it stands nowhere else: not in a text, a word or a setting
 GUEST = "quokka"
@@ -50,35 +54,21 @@ def _quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A run of two domains that is done, and the text of a third; copy it, never change it."""
-    folder = tmp_path_factory.mktemp("domains")
-    # Whole paths, as the copies that tests make of this read the same files
-    files = [{"paths": [f"{folder}/tiny/{name}.jsonl"], "domain": name} for name in ("sea", "shop")]
-    path = tiny_config(folder / "tiny", **SMALL, data={"files": files})
-    path.write_text("# by hand\n" + path.read_text("utf-8"), "utf-8")
-    assert main(["run", "--config", str(path), "--store", str(folder / "store")]) == 0
-    return folder
-
-
 @pytest.fixture
-def run(made, tmp_path, monkeypatch, capsys):
-    """A copy of that run: its file, its store, and what carries out a command on it."""
-    folder = shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(folder)
+def run(tmp_path, monkeypatch, capsys):
+    """A run of two domains and the text of a third: its file, its store, and what carries out a
+    command on it."""
+    files = [{"paths": [f"{name}.jsonl"], "domain": name} for name in ("sea", "shop")]
+    path = tiny_config(tmp_path / "tiny", **SMALL, data={"files": files})
+    monkeypatch.chdir(tmp_path)
 
     def command(*words: str, code: int = 0) -> str:
         where = ("--config", "tiny/tiny.yaml", "--store", "store")
         assert main([*words, *where]) == code
-        return told()
+        told = capsys.readouterr()
+        return told.out + told.err
 
-    def told() -> str:
-        found = capsys.readouterr()
-        return found.out + found.err
-
-    store = Store(folder / "store")
-    return SimpleNamespace(command=command, told=told, path=folder / "tiny/tiny.yaml", store=store)
+    return SimpleNamespace(command=command, path=path, store=Store(tmp_path / "store"))
 
 
 def there(run) -> dict[str, bytes]:
@@ -89,45 +79,6 @@ def there(run) -> dict[str, bytes]:
             if run.store.has(address):
                 found[address] = (run.store.folder(address) / "manifest.json").read_bytes()
     return found
-
-
-def test_a_domain_comes_and_goes_and_leaves_a_note_alone(run):
-    text = run.path.read_text("utf-8")
-    told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl")
-    assert "+  - paths: [hall.jsonl]" in told.replace("    ", "  ")
-    assert f"train_experts {GUEST}" in told.partition("to be made")[2]
-    assert "trunk.domains now names sea, shop" in told
-    assert "made: preprocess" in told and "training tokens" in told
-    figures = told.partition("Bits per byte of the stack")[2]
-    # before, after and their difference of what was there; of the new one what it has now
-    assert len(row(figures, "sea")) == 4
-    assert row(figures, GUEST)[1] == row(figures, GUEST)[3] == "–"
-    assert "made: nothing" in run.command("replace", GUEST, "--paths", "tiny/hall.jsonl")
-    with_guest = there(run)
-    told = run.command("remove", GUEST)
-    assert row(told.partition("Bits per byte of the stack")[2], GUEST)[2] == "–"
-    assert run.path.read_text("utf-8") == text.replace("trunk:\n", "trunk:\n", 1).replace(
-        "statistics_tokens: 1024\nexpert:",
-        "statistics_tokens: 1024\n  domains: [sea, shop]\nexpert:",
-    )
-    (note,) = (run.store.root / "removed").iterdir()
-    gone = json.loads(note.read_text())
-    assert (gone["domain"], gone["run"], gone["file"]) == (GUEST, "tiny", "tiny/tiny.yaml")
-    assert gone["addresses"] and set(gone["addresses"]) <= with_guest.keys() - there(run).keys()
-    noted = f"removed: {GUEST} at {gone['at']} from tiny (tiny/tiny.yaml); still in store: train_"
-    assert noted in told and noted in run.command("plan")
-    assert main(["runs", "--store", "store"]) == 0
-    assert noted in run.told()
-    # Nothing that is given away knows of it any more
-    run.command("deploy")
-    (bundle,) = (run.store.root / "artifacts").glob("deploy-*")
-    for file in bundle.rglob("*"):
-        if file.is_file():
-            assert GUEST.encode() not in file.read_bytes().lower(), file.name
-    assert len(json.loads((bundle / "experts.json").read_text())["experts"]) == 2
-    # Once it is back, it is not among what was taken out
-    run.command("add", GUEST, "--paths", "tiny/hall.jsonl")
-    assert f"removed: {GUEST}" not in run.command("plan")
 
 
 def row(text: str, name: str) -> list[str]:
@@ -163,8 +114,43 @@ def test_what_is_missing_after_a_failure_is_made_by_run(run, monkeypatch):
 
 
 def test_on_modal_the_file_is_changed_here_and_the_rest_made_there(run):
-    before = there(run)
     told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl", "--modal")
     assert "made on Modal by: modal run modal_app.py::run_all --config tiny/tiny.yaml" in told
     assert load(run.path).experts == ("sea", "shop", GUEST)
-    assert there(run).keys() <= before.keys()
+    assert not run.store.root.exists()
+
+
+def test_a_task_comes_and_goes_and_no_other_adapter_is_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raw = merge(lora_small.SETTINGS, {"loras": {"defaults": {"steps": 1, "eval_every_steps": 0}}})
+    raw |= {"evaluate": {"smoke": True, "smoke_rows": 2, "bootstrap": 10, "consistency_rows": 0}}
+    (tmp_path / "loras.json").write_text(json.dumps(raw["loras"], indent=1), "utf-8")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_text(raw | {"loras": "loras.json"}), "utf-8")
+    before = {file.name: file.read_text("utf-8") for file in tmp_path.iterdir()}
+    where = ("--config", "run.yaml", "--store", "store")
+    assert main(["run", *where]) == 0
+    run = SimpleNamespace(path=path, store=Store(tmp_path / "store"))
+    made = there(run)
+    capsys.readouterr()
+    synthetic = (
+        "dataset={source: synthetic, synthetic: {kind: shape, train: 24, valid: 8, test: 8}}"
+    )
+    assert main(["add", GUEST, "--option", synthetic, "--option", "max_new_tokens=4", *where]) == 0
+    told = capsys.readouterr().out
+    assert row(told.partition("Score of each expert")[2], GUEST)[1] == "–"
+    jobs_made = re.findall(r"^made: (.*);", told, re.M)
+    assert jobs_made == [
+        f"preprocess {GUEST}, routing, train_experts {GUEST}, train_router, evaluate"
+    ]
+    assert main(["remove", GUEST, *where]) == 0
+    assert "made: nothing" in capsys.readouterr().out
+    assert there(run) == made
+    assert {name: (tmp_path / name).read_text("utf-8") for name in before} == before
+    assert main(["deploy", *where]) == 0
+    (bundle,) = (tmp_path / "store/artifacts").glob("deploy-*")
+    assert not [file for file in bundle.rglob("*") if GUEST.encode() in contents(file)]
+
+
+def contents(path) -> bytes:
+    return path.name.encode() + (path.read_bytes().lower() if path.is_file() else b"")

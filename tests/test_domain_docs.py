@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import documents
-from test_domain_commands import FEW, in_this_process
+from test_domain_commands import FEW, contents, in_this_process, row
 from yaml_text import yaml_text
 
 from pipeline.__main__ import main
@@ -71,30 +71,48 @@ def place(tmp_path, monkeypatch):
 
 def test_the_commands_of_the_page_in_its_order(place, capsys):
     found = commands(PAGE)
-    assert {command.split()[0] for command in found} == {*ABOUT, "run", "plan", "runs"}
+    assert [command.split()[0] for command in found[:6]] == [
+        *("run", "add", "replace", "remove", "plan", "runs")
+    ]
     file = place / "mine.yaml"
     text = file.read_text("utf-8")
-    before = (place / "config/tiny_loras.json").read_bytes()
+    pictures = (place / "config/tiny_loras.json").read_bytes()
+    told = []
     experts = []
     for command in found:
         typed(command)
+        told.append(capsys.readouterr().out)
         experts.append(len(load(file).experts))
     assert experts == [2, 3, 3, 2, 2, 2, 2, 2]
-    # What has come and gone leaves the trunk's domains written out, and what is told of it
+    # What has come and gone leaves the trunk's domains written out, and a note
     assert file.read_text("utf-8") == text + "trunk:\n  domains: [wiki, code]\n"
-    assert (place / "config/tiny_loras.json").read_bytes() == before
-    told = capsys.readouterr().out
-    assert "removed: medicine at" in told and "modal run modal_app.py::run_all" in told
-    assert told.count("Bits per byte of the stack") == 3
+    assert (place / "config/tiny_loras.json").read_bytes() == pictures
+    _, add, replace, remove, plan, runs, *modal = told
+    assert "+    - {paths: [texts/medicine/*.jsonl], domain: medicine}" in add
+    assert "train_experts medicine" in add.partition("to be made")[2]
+    assert len(row(add, "wiki")) == 4 and row(add, "medicine")[1::2] == ["–", "–"]
+    assert "–" not in row(replace, "medicine") and row(remove, "medicine")[2:] == ["–", "–"]
+    assert all("modal run modal_app.py::run_all" in each for each in modal)
+    (note,) = (place / "store/removed").iterdir()
+    gone = json.loads(note.read_text("utf-8"))
+    noted = f"removed: medicine at {gone['at']} from mine (mine.yaml); still in "
+    assert noted in remove and noted in plan and noted in runs
+    # Nothing that is given away knows of it any more
+    typed("deploy --config mine.yaml")
+    (bundle,) = (place / "store/artifacts").glob("deploy-*")
+    assert not [path for path in bundle.rglob("*") if b"medicine" in contents(path)]
     # As the page says, its files go with the run that made them
     (rm,) = re.findall(r"`python -m pipeline (rm RUN)`", PAGE)
-    (note,) = (place / "store/removed").iterdir()
-    gone = set(json.loads(note.read_text("utf-8"))["addresses"])
-    assert gone
     for path in sorted((place / "store/roots").iterdir()):
-        if gone & set(read_root(path).addresses):
+        if set(gone["addresses"]) & set(read_root(path).addresses):
             typed(f"{rm.replace('RUN', path.stem)} --yes")
-    assert not [address for address in gone if (place / "store/artifacts" / address).exists()]
+    left = {path.name for path in (place / "store/artifacts").iterdir()}
+    assert gone["addresses"] and left.isdisjoint(gone["addresses"])
+    # Once it is back, it is not among what was taken out
+    capsys.readouterr()
+    typed("add medicine --config mine.yaml --paths texts/corrected.jsonl --modal")
+    typed("plan --config mine.yaml")
+    assert "removed:" not in capsys.readouterr().out
 
 
 def test_the_commands_of_the_readme_are_the_pages():
