@@ -218,17 +218,22 @@ for _stage in ROWS:
     nonpreemptible=True,
 )
 def orchestrate(
-    raw: dict, stages: list[str], sequential: bool, command: str
+    raw: dict, stages: list[str], sequential: bool, command: str, frozen: bool = False
 ) -> list[cloud.JobResult]:
-    """Hand out the jobs of stages in order; runs to its end whether or not anybody listens."""
+    """Look at what the run reads and hand out the jobs of stages in order; runs to its end whether
+    or not anybody listens."""
 
     def hand_out(stage: str, items: list):
         batches = [items] if sequential else [[item] for item in items]
-        ended = JOBS[stage].map(batches, kwargs={"raw": raw}, return_exceptions=True)
+        ended = JOBS[stage].map(batches, kwargs={"raw": looked}, return_exceptions=True)
         return zip(batches, ended, strict=True)
 
     store = Store(Path(VOLUME), publish=volume.commit, refresh=volume.reload)
-    cfg = parse(raw)
+    try:
+        cfg = cloud.looked_at(parse(raw), store, frozen)
+    except PipelineError as error:
+        return cloud.not_done(parse(raw), stages, store, error)
+    looked = cfg.model_dump(mode="json")
     with cloud.begun(cfg, store, command):
         results = cloud.orchestrate(cfg, stages, store, hand_out, command)
         cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
@@ -290,7 +295,13 @@ def _names(folder: str) -> list[str]:
         return []
 
 
-def _command(stages: tuple[str, ...], config: str, override: str, sequential: bool = False) -> None:
+def _command(
+    stages: tuple[str, ...],
+    config: str,
+    override: str,
+    sequential: bool = False,
+    frozen: bool = False,
+) -> None:
     """Plan, check the limit, hand over to `orchestrate`, wait, show; exit with 1 when a job failed.
 
     No stages: all of a run.
@@ -300,6 +311,9 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     try:
         cfg = cloud.settled(load(config, cloud.overrides(override)), prices, console.print)
         wanted = list(stages) or [name for name in RUN if name in cfg.stages]
+        cfg, notes = cloud.as_recorded(cfg, _names, _read, frozen=frozen)
+        for note in notes:
+            console.print(note, highlight=False, soft_wrap=True)
         with tempfile.TemporaryDirectory() as folder:
             mirror = cloud.mirror(cfg, Path(folder), _names, _read)
             for note in cloud.look_at_models(cfg, VOLUME, Path(folder), _read):
@@ -314,7 +328,7 @@ def _command(stages: tuple[str, ...], config: str, override: str, sequential: bo
     typed = f"modal {shlex.join(sys.argv[1:])}"
     raw = cfg.model_dump(mode="json")
     try:
-        results = orchestrate.spawn(raw, wanted, sequential, typed).get()
+        results = orchestrate.spawn(raw, wanted, sequential, typed, frozen).get()
     except modal.exception.Error as error:
         # A day is over, or the line is down
         sys.exit(
@@ -335,11 +349,16 @@ def _command_of(stage: str) -> Callable:
         before |= dict.fromkeys(row.after)
     stages = (*before, stage)
 
-    def several(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
-        _command(stages, config, override, sequential)
+    def several(
+        config: str = cloud.DEFAULT,
+        override: str = "",
+        sequential: bool = False,
+        frozen: bool = False,
+    ):
+        _command(stages, config, override, sequential, frozen)
 
-    def single(config: str = cloud.DEFAULT, override: str = ""):
-        _command(stages, config, override)
+    def single(config: str = cloud.DEFAULT, override: str = "", frozen: bool = False):
+        _command(stages, config, override, frozen=frozen)
 
     text = f"Do {stage} on Modal: {about(stage)}."
     if before:
@@ -352,9 +371,14 @@ for _stage in STAGES:
 
 
 @app.local_entrypoint()
-def run_all(config: str = cloud.DEFAULT, override: str = "", sequential: bool = False):
+def run_all(
+    config: str = cloud.DEFAULT,
+    override: str = "",
+    sequential: bool = False,
+    frozen: bool = False,
+):
     """Do every stage of a run on Modal; what is on the volume is not done again."""
-    _command((), config, override, sequential)
+    _command((), config, override, sequential, frozen)
 
 
 def _tend(command: str, names: list[str], **flags: bool) -> None:

@@ -164,6 +164,7 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
         sub.add_argument(
             "--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/"
         )
+        _add_frozen(sub)
     _add_override(sub)
     _add_store(sub)
 
@@ -225,8 +226,17 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
         help="serve other machines without a key, which else is refused",
     )
     sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
+    _add_frozen(sub)
     _add_override(sub)
     _add_store(sub)
+
+
+def _add_frozen(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--frozen",
+        action="store_true",
+        help="go on with the data that was read before, whatever has changed or is gone since",
+    )
 
 
 def _add_override(sub: argparse.ArgumentParser) -> None:
@@ -338,15 +348,16 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.dry_run import show_plan
 
         # A plan makes no store, but it must not show as done what another version left
-        show_plan(cfg, store.open(create=False), output())
+        store.open(create=False)
+        show_plan(_looked_at(args, cfg, store), store, output())
         return
     if args.command == "export":
         wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
-        _export(args, wish, cfg, store.open())
+        _export(args, wish, _looked_at(args, cfg, store.open()), store)
         return
     if args.command == "compress":
         wish = ExportWish("adapters", args.expert, rank=args.rank)
-        _export(args, wish, cfg, store.open())
+        _export(args, wish, _looked_at(args, cfg, store.open()), store)
         return
     _run(args, cfg, store.open())
 
@@ -359,6 +370,7 @@ def _overrides(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _tend(args: argparse.Namespace, store: Store) -> None:
     """Show or remove what a store has."""
+    from .run.identity import begin
     from .run.prune import prune, read_configs
     from .run.remove_run import remove_runs
     from .run.show_runs import show_runs
@@ -367,11 +379,31 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
         show_runs(store, output())
         return
     paths = args.config or runs(Path("config"))
-    configs = read_configs(paths, lambda path: load(path, tuple(args.override)), store)
+
+    def read(path: Path) -> RunConfig:
+        # looked at with the sums that the store has
+        return begin(load(path, tuple(args.override)), store)[0]
+
+    configs = read_configs(paths, read, store)
     if args.command == "rm":
         remove_runs(args.run, configs, store, output(), remove=args.yes)
         return
     prune(configs, store, output(), remove=args.yes, damaged=args.damaged, orphans=args.orphans)
+
+
+def _looked_at(
+    args: argparse.Namespace, cfg: RunConfig, store: Store, makes: bool = False
+) -> RunConfig:
+    """Return the run of a command, with what it reads outside the store looked at; tells of it."""
+    from .run.backend import printed_progress
+    from .run.identity import begin
+
+    errors = Console(stderr=True, soft_wrap=True)
+    progress = printed_progress(errors)
+    cfg, notes = begin(cfg, store, progress, frozen=args.frozen, makes=makes)
+    for note in notes:
+        errors.print(note, highlight=False, markup=False)
+    return cfg
 
 
 def _export(args: argparse.Namespace, wish: ExportWish, cfg: RunConfig, store: Store) -> None:
@@ -395,6 +427,7 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     else:
         output().print(without_jobs(args.command, cfg), highlight=False)
         return
+    cfg = _looked_at(args, cfg, store, makes=True)
     backend = Local(store, parallel=getattr(args, "parallel", 1))
     # Between two of its jobs nothing else says that what is there is needed
     with working(store, cfg, args.config, _overrides(args)):
@@ -429,6 +462,7 @@ def _serve(args: argparse.Namespace) -> None:
     if args.config:
         cfg = load(args.config, tuple(args.override))
         store = Store(args.store)
+        cfg = _looked_at(args, cfg, store)
         folder = store.folder(store.require(address(cfg, "deploy")).address)
     if store:
         Lineage(store).check(folder.name)

@@ -1,11 +1,17 @@
 """What is handed through the layers, as the layers see it; whoever makes such a thing need not know
 this module."""
 
+import hashlib
+import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+T = TypeVar("T")
 
 POLL_S = 0.1  # how often who waits looks whether anybody wants the result still
 
@@ -18,6 +24,50 @@ class Progress(Protocol):
     """Called with what is being done, and with the share of it that is done where that is known."""
 
     def __call__(self, text: str, share: float | None, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Something that a job reads outside the store, as it was when it was looked at."""
+
+    setting: str
+    name: str  # of a file its path, from what the setting names on
+    sum: str  # sha256; of a URL what its server says of it, of a package its version
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Looked:
+    """All that a job reads outside the store, and the print of it, which its address holds."""
+
+    print: str
+    seen: tuple[Seen, ...]
+
+    @classmethod
+    def of(cls, seen: Iterable[Seen]) -> Self:
+        """Return what was seen with the print of its names and sums, in their order."""
+        seen = tuple(seen)
+        # Not the settings' names: which setting a file is named by changes nothing that it holds
+        text = json.dumps([[each.name, each.sum] for each in seen])
+        return cls(hashlib.sha256(text.encode()).hexdigest(), seen)
+
+
+class Eye(Protocol):
+    """What looks at files outside the store; store/looking.py has the one there is."""
+
+    progress: Progress
+    folder: Path | None  # of the store, for what is worth keeping of a look; None: nothing is kept
+
+    def file(self, setting: str, path: Path, name: str) -> Seen:
+        """A file by its content, whatever is the matter with it."""
+
+    def below(
+        self, setting: str, folder: Path, wanted: Callable[[str], bool] | None = None
+    ) -> Iterator[Seen]:
+        """The files below a folder, those whose names are wanted, in order."""
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once in a look, whatever number of jobs asks for it."""
 
 
 class Abandoned(Exception):

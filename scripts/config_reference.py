@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.config.base import Section
+from pipeline.config.base import Section, is_hidden
 from pipeline.config.fit import FitConfig
 from pipeline.config.run import RunConfig
 from pipeline.families.load import RUN_CONFIGS
@@ -104,7 +104,7 @@ def settings(kind: type[Section], skip: set[str]) -> Iterator[tuple[str, FieldIn
     """
     for name, field in kind.model_fields.items():
         single = section_of(field) and get_origin(field.annotation) not in MARKS
-        if name not in skip and not single:
+        if name not in skip and not single and not is_hidden(field):
             yield name, field
 
 

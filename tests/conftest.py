@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 for name in [name for name in os.environ if name.startswith(("WANDB_", "MODAL_", "HF_TOKEN"))]:
@@ -25,6 +26,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # sums of files that tests made have no place among the developer's
+    "XDG_CACHE_HOME": f"{tempfile.gettempdir()}/moleforge-tests-{os.getuid()}",
 }
 
 import pytest  # noqa: E402

@@ -104,10 +104,10 @@ VLM = [
 FOLDER = [(away, "two", "image_root"), (hollow, "two", "has no images")]
 
 
-def planned(path, store, capsys, *overrides):
+def planned(path, store, capsys, *overrides, flags=()):
     """Return the exit code of `plan`, its table and what it says of errors."""
     changes = [word for each in overrides for word in ("--override", each)]
-    code = main(["plan", "--config", str(path), "--store", str(store), *changes])
+    code = main(["plan", "--config", str(path), "--store", str(store), *flags, *changes])
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -163,7 +163,7 @@ def test_what_is_done_reads_nothing_any_more(finished, tmp_path, capsys):
     for text in texts:
         text.rename(tmp_path / text.name)
     try:
-        assert planned(path, store, capsys)[0] == 0
+        assert planned(path, store, capsys, flags=["--frozen"])[0] == 0
         # of what is not done, all of it is needed
         code, _, errors = planned(path, store, capsys, "data.max_document_bytes=4096")
         assert code == 2 and "preprocess: " in errors

@@ -67,7 +67,7 @@ def test_whoever_makes_something_leaves_a_root_and_renews_it(finished, store_pat
     cfg = load(path)
     assert (root.name, root.family, root.id, root.file) == ("tiny", "ffn_moe", run, str(path))
     assert set(root.addresses) == set(stages.Addresses(cfg).reachable())
-    assert root.settings == cfg.model_dump(mode="json") and not root.overrides
+    assert root.settings == stages.Addresses(cfg).cfg.model_dump(mode="json") and not root.overrides
     leave(store, replace(root, at="1999-01-01T00:00:00Z", removed=True))
     again = ["--config", path, "--store", store.root]
     typed(capfd, 0, "preprocess", *again)

@@ -19,7 +19,7 @@ from .client import (
     show_results,
     typed,
 )
-from .containers import JobResult, ModalEdge, orchestrate, work
+from .containers import JobResult, ModalEdge, not_done, orchestrate, work
 from .endpoint import SERVED, deployed, entered, serve_next, served
 from .estimate import (
     estimate,
@@ -29,6 +29,7 @@ from .estimate import (
     show_estimate,
 )
 from .inputs import packages
+from .looks import as_recorded, looked_at
 from .prices import Prices, most_gpus
 from .roots import REMOVAL_S, RUN_S, begun, tend
 
@@ -41,6 +42,7 @@ __all__ = [
     "ModalEdge",
     "Prices",
     "announced",
+    "as_recorded",
     "begun",
     "check",
     "deployed",
@@ -49,8 +51,10 @@ __all__ = [
     "estimate",
     "explain",
     "look_at_models",
+    "looked_at",
     "mirror",
     "most_gpus",
+    "not_done",
     "orchestrate",
     "overrides",
     "packages",

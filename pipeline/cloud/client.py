@@ -41,6 +41,7 @@ FLAGS_HELP = f"""What the flags below mean:
   --sequential             the jobs of a stage one after another in one container, each within
                            runtime.memory_budget; without it each has a container of its own, as
                            many at once as modal.max_gpus allows
+  --frozen                 go on with the data that was read before, whatever has changed since
 """
 
 

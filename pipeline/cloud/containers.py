@@ -19,6 +19,7 @@ from ..families.load import parse
 from ..protocols import Progress
 from ..run.advice import account, sentence
 from ..run.backend import printed_progress
+from ..run.identity import note_made
 from ..run.job import done, run_job
 from ..run.stages import STEPS, Addresses, label, without_jobs
 from ..store.artifacts import Manifest, Store
@@ -169,6 +170,17 @@ def _do_step(
     return JobResult(step, item, address, "made", metrics=metrics)
 
 
+def not_done(
+    cfg: RunConfig, wanted: Sequence[str], store: Store, error: PipelineError
+) -> list[JobResult]:
+    """Return the jobs of the first stage as failed, where a run cannot begin."""
+    found = []
+    for stage in wanted[:1]:
+        for item in cfg.items(stage):
+            found.append(_failed(stage, item, "", error, store))
+    return found
+
+
 def _failed(
     stage: str, item: str | None, address: str, error: PipelineError, store: Store
 ) -> JobResult:
@@ -212,6 +224,7 @@ def orchestrate(
             progress(f"{result.name}: {result.error or result.state}")
         for item in items:
             if item not in made:
+                note_made(addresses.cfg, store, stage, item)
                 made[item] = _whole(addresses, stage, item, store, "found")
         results += [made[item] for item in items]
         errors = {item: result.error for item, result in made.items() if result.error}

@@ -99,6 +99,18 @@ def not_hashed(default: Any, description: str, **rules: Any) -> Any:
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
+def hidden(default: Any) -> Any:
+    """Return a field that is no setting: files cannot give it, and no reference lists it."""
+    extra: JsonDict = {"hidden": True}
+    return Field(default, json_schema_extra=extra)
+
+
+def is_hidden(field: FieldInfo) -> bool:
+    """Whether a field is no setting."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("hidden"))
+
+
 def is_hashed(field: FieldInfo) -> bool:
     """Whether the addresses of a section's own stage hold a field."""
     extra = field.json_schema_extra

@@ -10,12 +10,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from .base import Bytes, Name, Section
+from ..protocols import Eye, Looked
+from .base import Bytes, Name, Section, hidden
 from .machines import ModalConfig, TrainerConfig, WorkerConfig
 from .paths import path_field
 from .stage import Stage, fields
 
 JobKey = tuple[str, str | None]  # stage and item
+
+
+def source_key(stage: str, item: str | None) -> str:
+    """Return what a job is called in RunConfig.identity."""
+    return f"{stage}/{item or ''}"
 
 
 class DeployConfig(Section):
@@ -76,6 +82,9 @@ class RunConfig(Section):
     deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")
     modal: ModalConfig = Field(ModalConfig(), description="Where it runs when that is Modal")
+    # No setting: by job the print of what it reads outside the store, put here by whoever looks, as
+    # `dtype: auto` is settled, so that every process and container of a run goes by one look.
+    identity: dict[str, str] | None = hidden(None)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -132,11 +141,23 @@ class RunConfig(Section):
     def content(self, stage: str, item: str | None) -> dict:
         """Return what a job's address holds of this configuration: everything that its result
         depends on."""
+        found = self.read_settings(stage, item)
+        source = (self.identity or {}).get(source_key(stage, item))
+        return found if source is None else found | {"source": source}
+
+    def read_settings(self, stage: str, item: str | None) -> dict:
+        """Return the settings that a job reads."""
         row = self.stages[stage]
-        content = fields(self, row.reads)
+        found = fields(self, row.reads)
         if row.reads_also is not None:
-            content |= getattr(self, row.reads_also)(item)
-        return content
+            found |= getattr(self, row.reads_also)(item)
+        return found
+
+    def look(self, stage: str, item: str | None, eye: Eye) -> Looked | None:
+        """Return what a job reads outside the store as it is now, and the print of it that its
+        address holds; None for one that reads nothing there. Raises nothing that a file could be
+        the cause of."""
+        raise NotImplementedError
 
     def section(self, stage: str, item: str | None) -> str:
         """Return the dotted name of a training's settings, for messages."""

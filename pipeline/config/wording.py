@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from .base import ADAPTER_NAME, NAME, types_of
+from .base import ADAPTER_NAME, NAME, is_hidden, types_of
 
 # By pydantic's own names of its checks; a brace is filled from the problem's context.
 SENTENCES = {
@@ -78,7 +78,8 @@ def nearest(problem: ErrorDetails, kind: type[BaseModel]) -> str:
     section = _section(above, kind)
     if section is None or not isinstance(name, str):
         return ""
-    close = get_close_matches(name, list(section.model_fields), n=1, cutoff=0.7)
+    known = [each for each, field in section.model_fields.items() if not is_hidden(field)]
+    close = get_close_matches(name, known, n=1, cutoff=0.7)
     if close:
         return f"; did you mean {close[0]}?"
     # A right setting in the wrong place: told only where there is one place for it.

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..config.base import is_hidden
 from ..config.domain_wish import DomainWish
 from ..config.files import overlay, override, read, resolve
 from ..config.paths import tree_of
@@ -56,6 +57,12 @@ def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig
             f"{path} states nothing; write what differs from the defaults, or `extends: FILE` over "
             "a configuration that ships with MoleForge"
         )
+    for name, field in run_config.model_fields.items():
+        if name in raw and is_hidden(field):
+            raise ConfigError(
+                f"{path}: {name} is no setting, as what a run reads is looked at when a command "
+                "starts; remove it"
+            )
     known = run_config.model_fields.keys()
     strange = raw.keys() - known
     if strange:
@@ -67,7 +74,7 @@ def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig
             )
     if strange == raw.keys() and not overrides:
         keys = ", ".join(sorted(map(str, strange)))
-        sections = ", ".join(known)
+        sections = ", ".join(name for name in known if not is_hidden(run_config.model_fields[name]))
         raise ConfigError(
             f"{path} does not describe a run: none of its keys ({keys}) is among a run's "
             f"({sections})"

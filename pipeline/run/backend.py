@@ -30,8 +30,8 @@ from ..hardware import cores
 from ..protocols import Progress
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
+from .identity import note_made
 from .job import done, run_job
-from .outside import changed_since
 from .stages import Addresses, label
 
 # What the process that jobs are forked from imports first
@@ -106,14 +106,11 @@ def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
     jobs = addresses.jobs(stage)
     lineage = Lineage(local.store)
     missing = []
-    for _, item, address in jobs:
-        if not done(addresses, stage, item, lineage):
+    for _, item, _ in jobs:
+        if done(addresses, stage, item, lineage):
+            note_made(addresses.cfg, local.store, stage, item)
+        else:
             missing.append(item)
-            continue
-        told = changed_since(cfg, local.store, stage, item, address)
-        if told:
-            notes = Console(stderr=True, soft_wrap=True)
-            notes.print(told, highlight=False, markup=False)
     failed = local.run_jobs(stage, addresses.cfg, missing)
     if None in failed:
         raise failed[None]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import unified_diff
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from ..store.artifacts import Manifest, Store
 from ..store.reading import read_bytes
 from ..store.removed import Removed, note_removed
 from ..store.roots import read_root, root_states
-from .backend import Local, run_stage
+from .backend import Local, printed_progress, run_stage
 from .domain_words import wish_of
 from .dry_run import DONE, Entry, duration, plan, refuse, times, told_removed
+from .identity import begin
 from .reach import as_given, working
 from .stages import RUN, STAGES, Addresses, is_report, label
 
@@ -291,6 +292,7 @@ def come_and_go(args: Namespace, console: Console) -> None:
             console.print(f"made on Modal by: {made_by}", highlight=False, soft_wrap=True)
         return
     store = Store(args.store).open()
+    change = _looked_at(change, store, args.frozen)
     former = former_report(change, store)
     wanted = show(change, store, console)
     if (change.files or wanted) and not _agreed(args):
@@ -305,6 +307,17 @@ def come_and_go(args: Namespace, console: Console) -> None:
     if gone is not None:
         text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _looked_at(change: DomainChange, store: Store, frozen: bool) -> DomainChange:
+    """Return a change with what its runs read outside the store looked at."""
+    progress = printed_progress(Console(stderr=True))
+    # As it was when it was made, whatever has become of its data since
+    before, _ = begin(change.before, store, progress, frozen=True)
+    after, notes = begin(change.after, store, progress, frozen=frozen, makes=True)
+    for note in notes:
+        progress(note, None)
+    return replace(change, before=before, after=after)
 
 
 def _agreed(args: Namespace) -> bool:

@@ -20,7 +20,7 @@ from ..store.model_sources import on_this_machine
 from ..store.removed import Removed, removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
-from .outside import changed_since
+from .identity import since_made
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -74,8 +74,12 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
         why = why_of(address, state, lineage)
         if cost is not None and not why:
             why = former_checkpoint(addresses, stage, item, store)
-        if not why:
-            why = changed_since(cfg, store, stage, item, address)
+        changed = "" if store.has(address) else since_made(cfg, store, stage, item)
+        if changed:
+            why = (
+                f"{changed}, so {label(stage, item)} is made again, and what stands on it; "
+                "--frozen goes on with what was read then"
+            )
         entries.append(Entry(address, state, why, cost, label(stage, item), refused))
     return entries
 

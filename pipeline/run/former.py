@@ -32,7 +32,7 @@ Setting = tuple[str, ...]  # of a setting: loras, defaults, lr
 def kept_settings(cfg: RunConfig) -> dict[str, Any]:
     """Return the resolved configuration less what no result depends on, so equal runs leave equal
     bytes."""
-    left_out = {"runtime", "modal", "deploy", "name"}
+    left_out = {"runtime", "modal", "deploy", "name", "identity"}
     return cfg.model_dump(mode="json", exclude=left_out)
 
 

@@ -18,6 +18,7 @@ from ..store.expert_package import Noise
 from ..store.room import writing
 from .backend import Local, run_stage
 from .context import StoredParts
+from .identity import begin
 from .reach import working
 from .stages import RUN
 
@@ -68,8 +69,8 @@ def kit(args: argparse.Namespace, progress: Progress) -> str:
     if not args.domain or not args.config:
         raise ConfigError("a kit is of one DOMAIN of a run's --config FILE")
     overrides = tuple(args.override)
-    cfg = load(args.config, overrides)
-    with working(store.open(), cfg, args.config, overrides):
+    cfg, _ = begin(load(args.config, overrides), store.open(), progress)
+    with working(store, cfg, args.config, overrides):
         make_kit(cfg, store, args.domain, args.to, progress)
     return f"kit for {args.domain}: {args.to}"
 
@@ -100,7 +101,8 @@ def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
     if noise and not statistics:
         raise ConfigError("--epsilon is of statistics, which --without-statistics leaves out")
     wish = PackWish(statistics, noise, args.licence, args.description)
-    with working(store.open(), cfg, settings, tuple(overrides)):
+    cfg, _ = begin(cfg, store.open(), progress, makes=True)
+    with working(store, cfg, settings, tuple(overrides)):
         train_and_pack(cfg, store, args.pack, args.to, wish, progress)
     return f"packed {domain}: {args.to}"
 

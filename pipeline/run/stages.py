@@ -13,6 +13,7 @@ from ..config.run import JobKey, RunConfig
 from ..config.stage import Stage
 from ..families.load import RUN_CONFIGS
 from ..hardware import native_dtype
+from .identity import identified
 
 AUTO = "auto"
 DTYPES = ("bf16", "fp32")  # what it may stand for
@@ -97,12 +98,12 @@ class Addresses:
     """The addresses of one configuration, each computed once.
 
     `cfg` is the configuration that they are of: no address has arithmetic that another machine may
-    take for its own. They are kept here and not with the configuration: a copy of it with other
-    settings would take them along.
+    take for its own, and what is read outside the store has been looked at. They are kept here and
+    not with the configuration: a copy of it with other settings would take them along.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = settled(cfg)
+        self.cfg = identified(settled(cfg))
         self._asked = cfg
         self._known: dict[JobKey, str] = {}
 

@@ -5,11 +5,14 @@ Nothing of a package is imported: its own list of files says what it carries.
 """
 
 import importlib.metadata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.base import GGUF, PACKAGE, is_folder
 from ..errors import ConfigError, DataError
+from ..protocols import Eye, Seen
+from .foreign import ForeignFile
 from .model_files import CONFIG, INDEX, WEIGHTS, from_hub, named, shards
 
 
@@ -67,6 +70,20 @@ def find(setting: str, model: str, revision: str | None) -> ModelSource:
     snapshot = from_hub(setting, model, revision)
     # The cache calls a snapshot by its commit
     return ModelSource(snapshot, snapshot.name)
+
+
+def seen(setting: str, model: str, eye: Eye) -> Iterator[Seen]:
+    """Yield the files that say which model a name means on this machine, as they are now; of one on
+    the Hub the settings have the revision."""
+    try:
+        place = here(setting, model)
+        files = ModelSource(place).files() if place else []
+    except (DataError, ForeignFile, OSError):
+        # Not there, or not whole: whoever opens it is told
+        yield eye.file(setting, Path(model), model)
+        return
+    for path in files:
+        yield eye.file(setting, path, path.name)
 
 
 def on_this_machine(setting: str, model: str, revision: str | None) -> Path | None:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...config.text_data import DataConfig, FilesConfig, TextRunConfig
 from ...errors import DataError, PipelineError
+from ...protocols import Eye, Seen
+from ...store.looking import GONE, UNREACHABLE
 from ..cut import cut
 from . import ENCODING, FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
 from .csv_rows import csv_rows
@@ -19,6 +22,7 @@ from .json_rows import json_rows, jsonl_rows
 from .packed import SUFFIXES, open_text
 from .saved_sets import missing_shards, of_saved_sets
 from .tables import arrow_rows, parquet_rows
+from .urls import is_local, seen_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -126,6 +130,58 @@ def look(cfg: TextRunConfig) -> None:
     _check(entries, cfg)
     if not any(sizes) and not is_elsewhere:
         raise DataError(f"data.files: all of its {len(sizes)} files are empty; correct the paths")
+
+
+def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
+    """Yield the files of each entry of data.files as they are now, in the order in which they are
+    read; a pattern that matches none is gone."""
+    for entry in cfg.data.files:
+        yield from seen_paths("data.files", entry.paths, eye)
+
+
+def seen_paths(setting: str, paths: Iterable[str], eye: Eye) -> Iterator[Seen]:
+    """Yield the files that some patterns mean as they are now."""
+    found: dict[str, tuple[AbstractFileSystem, str]] = {}
+    for pattern in paths:
+        try:
+            hits = list(_matches([pattern]))
+        except DataError:
+            yield Seen(setting, pattern.rpartition("/")[2], _absence(pattern))
+            continue
+        for fs, path in hits:
+            found.setdefault(path, (fs, _from_pattern(pattern, path)))
+    for fs, path in _of_sets(found):
+        name = found[path][1]
+        if is_local(fs):
+            yield eye.file(setting, Path(path), name)
+        else:
+            yield seen_at(setting, fs, path, name)
+
+
+def _absence(pattern: str) -> str:
+    return GONE if _is_here(pattern) else UNREACHABLE
+
+
+def _of_sets(found: "dict[str, tuple[AbstractFileSystem, str]]") -> "_Found":
+    files = [(fs, path) for path, (fs, _) in found.items()]
+    try:
+        return list(of_saved_sets(files))
+    except DataError:
+        # A set that lacks a file, which whoever reads it is told
+        return files
+
+
+def _from_pattern(pattern: str, path: str) -> str:
+    """Return a file's path from the folder on that a pattern starts in, whatever lies above it."""
+    above = pattern.partition("://")[2] or pattern
+    folders = []
+    for part in above.split("/")[:-1]:
+        # Brackets of a folder's own name are escaped, each as [[]
+        if set("*?[") & set(part.replace("[[]", "")):
+            break
+        folders.append(part)
+    start = "/".join(folders).replace("[[]", "[") + "/"
+    return path.removeprefix(start) if path.startswith(start) else path.rpartition("/")[2]
 
 
 def _sizes(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from ...config.base import is_folder
 from ...config.text_data import DataConfig, HubConfig, TextRunConfig
 from ...errors import DataError
+from ...protocols import Eye, Seen
 from . import FoundRow, Row, SkippedRow, Source
 from .tables import BATCH_ROWS, TableColumns
 
@@ -23,6 +24,14 @@ def look(cfg: TextRunConfig) -> None:
     for entry in cfg.data.hub:
         if is_folder(entry.dataset) and not Path(entry.dataset).expanduser().is_dir():
             raise DataError(f"data.hub: there is no folder {entry.dataset}; correct the path")
+
+
+def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
+    """Yield the files of data sets that are folders here; of others the settings have the
+    revision."""
+    for entry in cfg.data.hub:
+        if is_folder(entry.dataset):
+            yield from eye.below("data.hub", Path(entry.dataset).expanduser())
 
 
 def _rows(entry: HubConfig, data: DataConfig) -> Iterator[FoundRow]:

@@ -8,17 +8,20 @@ network.
 import hashlib
 import importlib.metadata
 import importlib.util
+import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from email import message_from_string
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import Distribution
 from pathlib import Path
 
 from ...config.text_data import INSTALLED_DOMAINS as DOMAINS
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
+from ...protocols import Eye, Seen
 from . import FoundRow, Source
 
 GENERATED_BYTES = 1 << 18  # larger sources are generated tables
@@ -45,6 +48,39 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
             continue
         rows = partial(_rows, domain, cfg.data.text_field)
         yield domain, iter([rows])
+
+
+def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
+    """Yield the versions of what each domain that is asked for is taken from."""
+    del eye  # no file is opened
+    for domain, _ in sources(cfg):
+        for name, version in taken_from(str(domain)):
+            yield Seen("data.source", name, version)
+
+
+def taken_from(domain: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, version) of what holds the text of a domain."""
+    if domain in ("python", "manual"):
+        yield "Python", platform.python_version()
+    # Every package has a description, and most a licence
+    from_all = domain in ("manual", "licences")
+    for name, version in _versions(tuple(map(_changed_ns, sys.path))):
+        if from_all or (domain == "headers" and name == "torch"):
+            yield name, version
+
+
+@lru_cache(maxsize=4)
+def _versions(_folders_ns: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Return (name, version) of every package; read again once a folder of packages has changed, as
+    it takes a tenth of a second."""
+    return tuple((name, package.version) for name, package in _packages())
+
+
+def _changed_ns(folder: str) -> int:
+    try:
+        return Path(folder or ".").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _rows(domain: str, text_field: str) -> Iterator[FoundRow]:

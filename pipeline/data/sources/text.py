@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ...config.text_data import TextRunConfig
+from ...protocols import Eye, Seen
 from . import Source
 
 
@@ -28,6 +29,12 @@ def look(cfg: TextRunConfig) -> None:
     # A source that needs nothing here has nothing to look for
     if hasattr(module, "look"):
         module.look(cfg)
+
+
+def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
+    """Yield what data.source reads on this machine or behind a URL, in the order in which it is
+    read, as it is now; what the settings pin themselves is left out."""
+    yield from _module(cfg).seen(cfg, eye)
 
 
 def _module(cfg: TextRunConfig) -> ModuleType:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...config.base import GGUF, PACKAGE, is_folder
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
+from ...protocols import Eye, Seen
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile
 from ...store.foreign import read_object as read_foreign
@@ -346,6 +347,25 @@ def look(cfg: TextRunConfig) -> None:
     name = cfg.tokenizer.pretrained
     if name and _here(name) is None and is_folder(name):
         raise DataError(f"tokenizer.pretrained: there is no {name}; correct the path")
+
+
+def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
+    """Yield the files of a pretrained tokenizer that is here, as they are now; of one on the Hub
+    the settings have the revision."""
+    name = cfg.tokenizer.pretrained
+    if not name:
+        return
+    setting = "tokenizer.pretrained"
+    try:
+        path = _here(name)
+    except DataError:
+        path = Path(name)
+    if path is None:
+        return
+    yield eye.file(setting, path, path.name)
+    for beside in _CONFIGS if path.suffix != GGUF else ():
+        if (path.parent / beside).is_file():
+            yield eye.file(setting, path.parent / beside, beside)
 
 
 def _here(name: str) -> Path | None:

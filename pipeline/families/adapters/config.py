@@ -21,6 +21,7 @@ from ...config.routing_set import RoutingSetConfig
 from ...config.run import RunConfig
 from ...config.stage import Stage
 from ...config.task_data import TaskConfig
+from ...protocols import Eye, Looked
 from .stages import STAGES
 
 # vLLM refuses to load an adapter of any other rank
@@ -357,6 +358,10 @@ class AdapterRunConfig(RunConfig):
             if (stage, item) == of_task:
                 for key, path in source.paths():
                     yield f"dataset.sources.{i}.{key}", path
+
+    def look(self, stage: str, item: str | None, eye: Eye) -> Looked | None:
+        """Return what a job reads outside the store as it is now; None where it reads nothing."""
+        return None
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""

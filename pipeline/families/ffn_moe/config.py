@@ -11,7 +11,9 @@ from ...config.fit import SEARCHED, FitConfig, LrSearchConfig
 from ...config.run import JobKey
 from ...config.stage import Stage, fields
 from ...config.text_data import TextRunConfig
-from ...store.expert_package import package_print
+from ...protocols import Eye, Looked, Seen
+from ...store.expert_package import ABOUT, package_print
+from ...store.looking import GONE, UNREACHABLE
 from .sections import (
     ADAPTER,
     ANCHOR,
@@ -78,25 +80,21 @@ class FfnMoeConfig(TextRunConfig):
             return [job for job in found if job[0] != "lr_experts"]
         return found
 
-    def content(self, stage: str, item: str | None) -> dict:
-        """Return what a job's address holds of this configuration."""
+    def read_settings(self, stage: str, item: str | None) -> dict:
+        """Return the settings that a job reads."""
         if stage == "train_experts" and item in self.expert.imported:
-            return self._imported_content(item)
-        return super().content(stage, item)
+            return self._read_by_imported(item)
+        return super().read_settings(stage, item)
 
-    def _imported_content(self, item: str) -> dict:
+    def _read_by_imported(self, item: str) -> dict:
         """Return what an imported expert depends on here: what it is held against, and what its
         statistics are made of where it brings none. How experts are trained is no part of it."""
         held_to = ("form", "rank", "alpha", "layers", "statistics_path", "statistics_tokens")
-        source = self.expert.imported[item]
-        found = fields(self, ("family", "dtype", "seed"))
+        found = {"imported": True} | fields(self, ("family", "dtype", "seed"))
         found |= fields(self, tuple(f"expert.{key}" for key in held_to))
-        found["imported"] = package_print(source) or source
-        text = self.expert.imported_text.get(item)
-        if text:
+        if item in self.expert.imported_text:
             read_by = ("text_field", "min_document_bytes", "max_document_bytes", "paragraph_bytes")
             found |= fields(self, tuple(f"data.{key}" for key in read_by))
-            found["text"] = text
         return found
 
     @property
@@ -161,6 +159,33 @@ class FfnMoeConfig(TextRunConfig):
             # What is neither there nor written as a path is a name on the Hub
             if value and (_is_here(value) or is_folder(value)):
                 yield name, value
+
+    def look(self, stage: str, item: str | None, eye: Eye) -> Looked | None:
+        """Return what a job reads outside the store as it is now; None where it reads nothing."""
+        # What reads files is imported by who looks, and not with the settings
+        if stage == "preprocess":
+            from ...data.sources import text
+            from ...data.text import tokenizer
+
+            return Looked.of([*text.seen(self, eye), *tokenizer.seen(self, eye)])
+        if stage in ("lr_shared", "train_shared") and self.trunk.init:
+            from ...store import model_sources
+
+            return Looked.of(model_sources.seen("trunk.init", self.trunk.init, eye))
+        if stage == "train_experts" and item in self.expert.imported:
+            return Looked.of(self._seen_imported(item, eye))
+        return None
+
+    def _seen_imported(self, item: str, eye: Eye) -> Iterator[Seen]:
+        """Yield the description of a package, which has the sums of all its files, and the text
+        beside it."""
+        from ...data.sources import files
+
+        source = self.expert.imported[item]
+        absence = UNREACHABLE if "://" in source else GONE
+        yield Seen("expert.imported", ABOUT, package_print(source) or absence)
+        paths = self.expert.imported_text.get(item, ())
+        yield from files.seen_paths("expert.imported_text", paths, eye)
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""

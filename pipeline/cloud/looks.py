@@ -1,0 +1,88 @@
+"""Which data a run on Modal goes by: looked at by the container that hands out the jobs, before any
+other begins; the laptop, which does not see them, plans by what was looked at last.
+
+Invariant: containers look at nothing that decides an address, so no two of them can disagree.
+"""
+
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+
+from ..config.run import JobKey, RunConfig
+from ..errors import DataError
+from ..run.backend import printed_progress
+from ..run.identity import begin, recipe, with_prints
+from ..run.stages import label
+from ..store.artifacts import Store
+from ..store.looking import FOLDER
+from ..store.reading import parse_object
+from ..store.sources import When
+
+
+def as_recorded(
+    cfg: RunConfig,
+    names: Callable[[str], Iterable[str]],
+    read: Callable[[str], bytes | None],
+    *,
+    frozen: bool = False,
+) -> tuple[RunConfig, list[str]]:
+    """Return a run that goes by what the far store has of the data it reads, and what to tell of
+    what is not known there; `names` lists a folder of it, `read` returns a file's bytes."""
+    # What was looked at last may be newer than what anything was made of
+    kinds: tuple[When, ...] = ("made",) if frozen else ("looked", "made")
+    there: set[str] = set()
+    for kind in kinds:
+        there.update(f"{FOLDER}/{kind}/{name}" for name in names(f"{FOLDER}/{kind}"))
+    prints: dict[JobKey, str] = {}
+    unknown = []
+    for stage in cfg.stages:
+        for item in cfg.items(stage):
+            name = f"{recipe(cfg, stage, item)}.json"
+            places = [f"{FOLDER}/{kind}/{name}" for kind in kinds]
+            known = [place for place in places if place in there]
+            found = _print(read(known[0])) if known else ""
+            if found:
+                prints[stage, item] = found
+            elif any(cfg.read_outside(stage, item)):
+                unknown.append(label(stage, item))
+    notes = []
+    if unknown:
+        notes.append(
+            f"what {', '.join(unknown)} reads has not been looked at yet: its address, and what "
+            "stands on it, are known once a container has"
+        )
+    return with_prints(cfg, prints), notes
+
+
+def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:
+    """Look, in the container that hands out jobs, at what a run reads, and write it down for them;
+    return the run that all containers go by.
+
+    Raises DataError when it is not what the laptop planned with, under a limit on the cost, and
+    what opening a store raises.
+    """
+    store.refresh()
+    store.open()
+    planned = cfg.identity or {}
+    progress = printed_progress(Console())
+    bare = cfg.model_copy(update={"identity": None})
+    found, notes = begin(bare, store, progress, frozen=frozen, makes=True)
+    store.publish()
+    for note in notes:
+        print(note)
+    now = found.identity or {}
+    other = [job for job, was in planned.items() if now.get(job) != was]
+    if other and cfg.modal.max_cost_usd is not None:
+        jobs = ", ".join(name.strip("/").replace("/", " ") for name in other)
+        raise DataError(
+            f"what {jobs} reads has changed since it was looked at last, and so may the cost, "
+            "which is limited: nothing was started, and the same command estimates it anew"
+        )
+    return found
+
+
+def _print(data: bytes | None) -> str:
+    try:
+        return str(parse_object(data or b"")["print"])
+    except (ValueError, KeyError):
+        return ""
