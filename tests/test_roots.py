@@ -11,7 +11,7 @@ from fakes import Killed
 from test_backend import PATIENCE_S, store_with, typed
 from test_prune import hold, tree, write
 
-from pipeline.errors import DamagedArtifact, StoreError
+from pipeline.errors import DamagedArtifact, DiskFull, StoreError
 from pipeline.families.load import load
 from pipeline.run import leftovers as leftovers_module
 from pipeline.run import stages
@@ -330,6 +330,31 @@ def test_a_removal_killed_at_any_moment_is_gone_on_with(finished, tmp_path, capf
         wanted = {n for n in before if not any(a in n for a in (*root.addresses, root.id))}
         wanted |= {n for n in before if any(a in n for a in shared)}
         assert files(store).keys() == wanted
+
+
+def test_a_full_disk_is_no_reason_not_to_make_room(kept, elsewhere, capfd, monkeypatch):
+    _, store, _ = kept
+
+    def full(path, _root):
+        raise DiskFull(f"no room to write {path}", path=path)
+
+    monkeypatch.setattr("pipeline.run.remove_run.write_root", full)
+    assert "removed from" in typed(capfd, 0, "rm", "tiny", "--yes", "--store", store.root)
+    assert not roots(store) and not list(store.root.glob("artifacts/*"))
+
+
+def test_two_who_remove_the_same_run_are_no_accident(kept, elsewhere, capfd, monkeypatch):
+    _, store, root = kept
+
+    def lock(*args):
+        # the other one was a moment faster
+        root_path(store, root.id).unlink(missing_ok=True)
+        return inner(*args)
+
+    inner = Store.lock
+    monkeypatch.setattr(Store, "lock", lock)
+    told = typed(capfd, 2, "rm", "tiny", "--yes", "--store", store.root)
+    assert f"{root.id} is gone" in told
 
 
 def test_a_run_that_begins_while_it_is_removed_keeps_the_rest(kept, elsewhere, capfd, monkeypatch):

@@ -98,6 +98,8 @@ def _refuse(runs: Sequence[str], reach: Reach) -> None:
         )
     used = in_use.addresses(reach.store)
     for run in runs:
+        if run not in reach.roots:
+            raise StoreError(f"{run} is gone: somebody else has just removed it")
         for address in sorted(reach.own(run) & used):
             raise StoreError(
                 f"{run} is in use: a run in progress needs {address}, so nothing was removed; wait "
