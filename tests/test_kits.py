@@ -54,17 +54,18 @@ def guests(maker, tmp_path_factory):
     return packages
 
 
-def test_two_kits_on_two_stores_join_in_a_third(maker, guests, capsys):
+def test_two_kits_on_two_stores_join_in_a_third(maker, guests, tmp_path, capsys):
     config, store = maker
-    imports = json.dumps({name: str(path) for name, path in guests.items()})
-    changes = [f"expert.imported={imports}", "router.steps=0", "dense.baselines=[]"]
-    given = [part for change in changes for part in ("--override", change)]
+    joined = tmp_path / "joined.yaml"
+    joined.write_text(f"extends: {config}\nrouter: {{steps: 0}}\ndense: {{baselines: []}}\n")
     before = inventory(store / "artifacts")
-    done("run", "--config", config, "--store", store, *given)
+    # Both are in the file before anything is made
+    for name, more in {"ledger": ["--modal"], "harbour": []}.items():
+        done("add", name, "--config", joined, "--expert", guests[name], "--store", store, *more)
     after = inventory(store / "artifacts")
     # Nothing that was there was made again
     assert {name: after.get(name) for name in before} == before
-    cfg = load(config, tuple(changes))
+    cfg = load(joined)
     made = {name.split("/")[0] for name in after.keys() - before.keys()}
     stages = {"train_experts": GUESTS, "train_router": [None], "evaluate": [None]}
     assert made == {address(cfg, stage, item) for stage in stages for item in stages[stage]}

@@ -92,8 +92,8 @@ def _remove_expert(cfg: FfnMoeConfig, name: str, stated: Stated) -> list[str]:
     told = _write_out_dense(cfg, stated)
     _put(cfg, stated, "expert", "domains", value=_without(list(cfg.experts), name))
     return [
-        f"{name} is one of trunk.domains: its expert goes, but the trunk has learned from its text "
-        "and stays as it is, and reports go on measuring that text",
+        f"{name} is one of trunk.domains: its expert goes, but {_have_text(cfg)} its text and stay "
+        "as they are, and reports go on measuring that text",
         *told,
     ]
 
@@ -124,8 +124,8 @@ def _replace(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
         stated.drop("expert", "imported", name)
     if name in _of_trunk(cfg):
         return [
-            f"{name} is one of trunk.domains: the trunk learns from its text, so that the trunk "
-            "and all that stands on it are made again"
+            f"{name} is one of trunk.domains: {_have_text(cfg)} its text, so that they and all "
+            "that stands on them are made again"
         ]
     return []
 
@@ -138,6 +138,13 @@ def _refuse_unknown(cfg: FfnMoeConfig, name: str) -> None:
 
 def _of_trunk(cfg: FfnMoeConfig) -> tuple[str, ...]:
     return cfg.trunk.domains or cfg.partition.names
+
+
+def _have_text(cfg: FfnMoeConfig) -> str:
+    """Return in words who has the text of a domain of the trunk beside its own expert."""
+    who = "the trunk's statistics" if cfg.trunk.is_pinned else "the trunk and its statistics"
+    general = " and the other experts' general text (partition.overlap)"
+    return f"{who}{general if cfg.partition.overlap else ''} have"
 
 
 def _with_text(cfg: FfnMoeConfig) -> tuple[str, ...]:
