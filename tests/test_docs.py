@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import OTHER_COMMANDS, parser, runs
+from pipeline.__main__ import runs
 from pipeline.families.load import load
+from pipeline.run.arguments import OTHER_COMMANDS, parser
 from pipeline.run.domain_words import ABOUT
 from pipeline.run.stages import STAGES
 

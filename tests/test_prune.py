@@ -66,6 +66,7 @@ def plants(store, whole, outside):
     yield root / "history" / f"{whole}.jsonl.part", write
     yield root / "store.json.part", write
     yield root / "roots" / "tiny-0123456789ab.json.part", write
+    yield root / "sources" / "0f.json.part", write
     yield root / "runs" / "run-0123456789ab.json", lambda at: write(at, "[]")
     yield root / "locks" / "run-ba9876543210.lock", write
     # links go, what they lead to stays

@@ -147,6 +147,25 @@ def test_what_a_root_says_stays_whatever_its_settings_come_to_now(kept, elsewher
     assert former in told and "2 removed" in told and len(list(store.root.glob("artifacts/*"))) > 5
 
 
+def test_what_was_made_of_a_file_stays_when_the_file_is_edited(elsewhere, tiny, capfd):
+    store = Store(elsewhere / "store").open()
+    before = root_of(load(tiny), tiny)
+    leave(store, before)
+    made = stages.address(load(tiny), "preprocess")
+    write(store.folder(made) / "manifest.json")
+    data = tiny.with_name("sea.jsonl")
+    data.write_text(data.read_text() + '{"text": "one more"}\n')
+    # the same configuration, and it leads elsewhere now
+    after = root_of(load(tiny), tiny)
+    assert made not in after.addresses and before.id != after.id
+    assert _addresses(before) == set(before.addresses), "its settings say what it had read"
+    leave(store, after)
+    listed = ["prune", "--orphans", "--yes", "--config", tiny, "--store", store.root]
+    assert "nothing to prune" in typed(capfd, 0, *listed)
+    told = typed(capfd, 0, "rm", before.id, "--yes", "--config", tiny, "--store", store.root)
+    assert made in told and not store.folder(made).exists() and roots(store) == [after.id]
+
+
 def test_two_stores_know_nothing_of_each_other(kept, elsewhere, capfd):
     _, store, root = kept
     other = Store(shutil.copytree(store.root, elsewhere / "other"))

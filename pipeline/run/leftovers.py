@@ -14,7 +14,10 @@ from pathlib import Path
 from ..errors import StoreError
 from ..store import in_use
 from ..store.artifacts import Store
+from ..store.hashed import FOLDER as HASHED
+from ..store.looking import FOLDER as SOURCES
 from ..store.reading import reading
+from ..store.removed import FOLDER as REMOVED
 from ..store.roots import FOLDER as ROOTS
 from ..store.roots import SUFFIX, root_path
 from .reach import Reach
@@ -22,6 +25,17 @@ from .reach import Reach
 ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
 # What lies below these is named by its address
 BY_ADDRESS = ("artifacts", "resume", "jobs", "history")
+# Where else files are written, from the store on
+WRITTEN = (
+    ROOTS,
+    REMOVED,
+    HASHED,
+    SOURCES,
+    f"{SOURCES}/seen",
+    f"{SOURCES}/looked",
+    f"{SOURCES}/made",
+    "",
+)
 # A file that was being written: ours, and those of the library that writes tensors
 PART = re.compile(r".+\.part|\.tmp\w{6}")
 HALF = "was being written when its writer was killed"
@@ -66,8 +80,8 @@ def leftovers(store: Store, reach: Reach, damaged: bool, say: Say) -> Iterator[L
             else:
                 yield from _of_address(store, reach, kind, path, address, damaged, say)
     yield from _of_no_run(store, reach, say)
-    for folder in (store.root / ROOTS, store.root):
-        for path in _below(folder, say):
+    for folder in WRITTEN:
+        for path in _below(store.root / folder, say):
             if PART.fullmatch(path.name):
                 yield from _at(path, "store", HALF)
     # last: as long as it is there, whoever looks goes on with what it names

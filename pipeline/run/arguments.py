@@ -1,0 +1,230 @@
+"""What can be typed: the commands, their arguments, and what `--help` says of each."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..families import DTYPES, FORMATS
+from . import kits
+from .domain_words import ABOUT, add_arguments
+from .stages import STAGES, about, has_several_jobs, is_report
+
+KEY = "MOLEFORGE_API_KEY"
+# What is no stage, or not one alone
+OTHER_COMMANDS = {
+    "export": "bring the stack, or a part of it, to a folder or URL in a format of other programs",
+    "kit": "hand out one expert to be trained where its text lies (DOMAIN), or train and pack one",
+    "compress": "write full experts as PEFT adapters of low rank, the nearest there are",
+    "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
+    "run": "all stages in order up to evaluate; what is already in the store is not done again",
+    "plan": "show what would run, what is already there, and an estimate of time and memory",
+    "runs": "list the runs that a store knows: name, date, size, configuration, report",
+    "prune": "list what was left half done and what no run reaches; --yes removes it",
+    "rm": "list what a store has of a run and of no other; --yes removes it",
+}
+EXAMPLES = """examples:
+  python -m pipeline run --config config/demo.yaml
+  python -m pipeline plan --config config/wikitext103.yaml
+  python -m pipeline train_experts --config config/demo.yaml --parallel 2
+  python -m pipeline train_router --config config/demo.yaml --override router.top_k=1 \\
+      --override router.steps=0
+
+Results live under addresses computed from the configuration, so a stage that is already done is
+skipped, changing router.* keeps trunk and experts, and an interrupted command goes on when typed
+again."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Train a mixture of experts in parts and put it together as one model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Whatever the family: which one a run is of is known when its file is read
+    for name in STAGES:
+        sub = _add_command(commands, name, about(name))
+        _add_common(sub, several_configs=False)
+        if is_report(name):
+            _add_smoke(sub)
+        if has_several_jobs(name):
+            _add_parallel(sub)
+    _add_export(_add_command(commands, "export", OTHER_COMMANDS["export"]))
+    _add_compress(_add_command(commands, "compress", OTHER_COMMANDS["compress"]))
+    kit = _add_command(commands, "kit", OTHER_COMMANDS["kit"])
+    kits.add_arguments(kit)
+    _add_override(kit)
+    _add_store(kit)
+    _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
+    run = _add_command(commands, "run", OTHER_COMMANDS["run"])
+    _add_common(run, several_configs=False)
+    _add_smoke(run)
+    _add_parallel(run)
+    _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
+    _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
+    for name, text in ABOUT.items():
+        domains = _add_command(commands, name, text)
+        add_arguments(domains, name)
+        _add_common(domains, several_configs=False)
+        _add_parallel(domains)
+    prune = _add_command(commands, "prune", OTHER_COMMANDS["prune"])
+    prune.add_argument(
+        "--orphans", action="store_true", help="remove what no run and no configuration reaches too"
+    )
+    prune.add_argument(
+        "--damaged", action="store_true", help="what was found damaged and kept aside, too"
+    )
+    rm = _add_command(commands, "rm", OTHER_COMMANDS["rm"])
+    rm.add_argument("run", nargs="+", metavar="RUN", help="name or id, as `runs` lists them")
+    for removing in (prune, rm):
+        removing.add_argument("--yes", action="store_true", help="remove what is listed")
+        _add_common(removing, several_configs=True)
+    return top
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+
+def _add_smoke(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--smoke", action="store_true", help="evaluate a few rows of everything: does it work"
+    )
+
+
+def _add_parallel(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--parallel",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="jobs side by side, cores shared (default 1)",
+    )
+
+
+def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
+    if several_configs:
+        sub.add_argument(
+            "--config",
+            action="extend",
+            nargs="+",
+            type=Path,
+            metavar="FILE",
+            help="configurations whose results are kept beside those of the runs that a store "
+            "knows, may be repeated (default: all in config/)",
+        )
+    else:
+        sub.add_argument(
+            "--config", required=True, type=Path, metavar="FILE", help="YAML file, see config/"
+        )
+        _add_frozen(sub)
+    _add_override(sub)
+    _add_store(sub)
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    sub.add_argument("--format", required=True, choices=FORMATS, help=formats)
+    _add_target(sub)
+    sub.add_argument(
+        "--expert", metavar="NAME", help="this expert alone; anchor: the trunk with its own network"
+    )
+    sub.add_argument(
+        "--dense", action="store_true", help="gguf: the mean of the experts as a dense model"
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what weights are rounded to (default: as stored); q8_0 is for gguf",
+    )
+    _add_common(sub, several_configs=False)
+
+
+def _add_compress(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--rank", required=True, type=_positive, metavar="N", help="rank of each matrix's change"
+    )
+    sub.add_argument("--expert", metavar="NAME", help="this expert alone (default: all)")
+    _add_target(sub)
+    _add_common(sub, several_configs=False)
+
+
+def _add_target(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--to", required=True, metavar="DIR|URL", help="a new folder, or s3://bucket/path and such"
+    )
+
+
+def _add_serve(sub: argparse.ArgumentParser) -> None:
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="serve the bundle that deploy made of this YAML file",
+    )
+    which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default 127.0.0.1)",
+    )
+    sub.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)"
+    )
+    sub.add_argument(
+        "--public",
+        action="store_true",
+        help="serve other machines without a key, which else is refused",
+    )
+    sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
+    _add_frozen(sub)
+    _add_override(sub)
+    _add_store(sub)
+
+
+def _add_frozen(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--frozen",
+        action="store_true",
+        help="go on with the data that was read before, whatever has changed or is gone since",
+    )
+
+
+def _add_override(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change one setting, may be repeated; the README lists them all",
+    )
+
+
+def _add_store(sub: argparse.ArgumentParser) -> None:
+    default = os.environ.get("MOLEFORGE_STORE", "store")
+    sub.add_argument(
+        "--store",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help="where results are kept (default: $MOLEFORGE_STORE, else ./store)",
+    )
+
+
+def _positive(text: str) -> int:
+    # int() would also take -1 and 1_000, and argparse would name this function.
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
