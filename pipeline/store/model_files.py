@@ -12,10 +12,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import DataError
+from ..protocols import Eye, Seen
 from .foreign import ForeignFile, read_object
 
 # what opening a model needs, from the Hub: no pickles, no picture of a cat
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+# Of a folder's files those that opening reads: a README may change
+TELLING = (".json", ".safetensors", ".jinja")
 # (setting, a model's name, revision) -> a folder with at least its config.json, or a .gguf file
 FindModel = Callable[[str, str, str | None], Path | None]
 CONFIG = "config.json"
@@ -100,6 +103,19 @@ def check_weights(folder: Path) -> None:
                 f"{path.name} has not the {len(lacking)} tensors that {INDEX} says it has "
                 f"({named(lacking)}); copy both again"
             )
+
+
+def seen_in_folder(setting: str, folder: Path, eye: Eye) -> Iterator[Seen]:
+    """Yield the files of a model folder that say which model it is, as they are now."""
+    folder = folder.expanduser()
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        # Not there, or no folder: whoever opens it is told
+        paths = [folder]
+    for path in paths:
+        if path == folder or path.suffix in TELLING:
+            yield eye.file(setting, path, path.name)
 
 
 def from_hub(setting: str, model: str, revision: str | None) -> Path:

@@ -18,6 +18,7 @@ from ...errors import DataError
 from ..drop_stats import Dropped, DropStats, shortened
 from ..images import images
 from ..sources.columns import column_of_pictures, split_named, value_at
+from ..sources.file_kinds import is_odd
 from ..sources.packed import SUFFIXES as PACKED
 from ..sources.task_streams import image_columns
 from ..tasks import markup
@@ -162,6 +163,8 @@ def _check_kind(file: Path, name: str) -> None:
             f"{name}: {file.name} is not plain JSON Lines, which are all that `from: jsonl` reads; "
             "unpack or convert it, or have an expert in loras.json read it"
         )
+    if is_odd(str(file)):
+        raise DataError(f"{name}: {file} is a pipe or a device and no file; set the source's path")
 
 
 def _lines(file: Path, name: str) -> Iterator[tuple[int, bytes]]:

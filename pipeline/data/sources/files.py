@@ -18,11 +18,11 @@ from ...store.looking import GONE, UNREACHABLE
 from ..cut import cut
 from . import ENCODING, FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
 from .csv_rows import csv_rows
+from .file_kinds import is_local, is_odd, seen_at
 from .json_rows import json_rows, jsonl_rows
 from .packed import SUFFIXES, open_text
 from .saved_sets import missing_shards, of_saved_sets
 from .tables import arrow_rows, parquet_rows
-from .urls import is_local, seen_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -266,6 +266,12 @@ def _matches(patterns: Iterable[str]) -> "Iterator[tuple[AbstractFileSystem, str
                 f"data.files: {pattern} {why}. Paths start at the configuration file's folder"
             )
         for hit in hits:
+            # Whoever opens a pipe waits for somebody to write to it
+            if is_local(fs) and is_odd(hit):
+                raise DataError(
+                    f"data.files: {hit} is a pipe or a device and no file; write what it gives to "
+                    "a file, or leave it out"
+                )
             found[hit] = fs
     for path, fs in found.items():
         yield fs, path

@@ -135,6 +135,9 @@ def _annotated(path: Path, row: dict) -> dict | SkippedRow:
     for suffix in (*SIDECARS, *map(str.upper, SIDECARS)):
         beside = path.with_suffix(suffix)
         try:
+            # A pipe of that name would block
+            if not beside.is_file():
+                continue
             content = beside.read_bytes()
         except FileNotFoundError:
             continue

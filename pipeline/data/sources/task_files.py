@@ -13,6 +13,7 @@ from ...errors import DataError
 from . import Note
 from .columns import split_named
 from .csv_rows import csv_rows
+from .file_kinds import is_odd
 from .json_rows import json_rows, jsonl_rows
 from .packed import SUFFIXES as PACKED
 from .task_streams import Found, Stream, base_of, given_splits, image_columns, setting
@@ -38,14 +39,14 @@ _TABLE_NAMES = ("annotations", "metadata")
 def streams(name: str, data: TaskDataConfig) -> Iterator[Stream]:
     """Yield the splits of a source of files. Raises DataError for a file that is not there."""
     base = base_of(data)
-    for wanted, file in _files(name, data, base).items():
+    for wanted, file in files_of(name, data, base).items():
         yield wanted, rows_of(setting(name), data, file, base if base.is_dir() else file.parent)
 
 
 def look(name: str, data: TaskDataConfig) -> None:
     """Raise DataError for a file that is not there, empty, or not read here; none is opened for its
     rows."""
-    for file in _files(name, data, base_of(data)).values():
+    for file in files_of(name, data, base_of(data)).values():
         _check_kind(setting(name), file, file.name)
         try:
             with file.open("rb") as opened:
@@ -56,7 +57,7 @@ def look(name: str, data: TaskDataConfig) -> None:
             raise DataError(f"{setting(name)}: {file} is empty; correct path, or fetch it again")
 
 
-def _files(name: str, data: TaskDataConfig, base: Path) -> dict[str | None, Path]:
+def files_of(name: str, data: TaskDataConfig, base: Path) -> dict[str | None, Path]:
     """Return the files of a source by split. Raises DataError for one that is not there."""
     given = given_splits(data)
     if not given and not data.split:
@@ -92,6 +93,8 @@ def rows_of(named: str, data: TaskDataConfig, file: Path, base: Path) -> Iterato
     """
     from fsspec.implementations.local import LocalFileSystem
 
+    if is_odd(str(file)):
+        raise DataError(f"{named}: {file} is a pipe or a device and no file; take it away")
     where = file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name
     local = LocalFileSystem()
     path = str(file)

@@ -20,7 +20,14 @@ from ...hardware import device
 from ...model.loading import check_finite, open_checkpoint
 from ...store.artifacts import write_text
 from ...store.foreign import ForeignFile, check_model_files
-from ...store.model_files import ADAPTER, FindModel, check_config, check_weights, from_hub
+from ...store.model_files import (
+    ADAPTER,
+    TELLING,
+    FindModel,
+    check_config,
+    check_weights,
+    from_hub,
+)
 from ...store.reading import damaged, reading
 from ...store.reading import read_object as stored_object
 from .chat import Chat
@@ -262,8 +269,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file at the top of a model folder."""
     out = {}
     for path in sorted(folder.iterdir()):
-        # a README may change: only what opening reads says which model this is
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja"):
+        if path.is_file() and path.suffix in TELLING:
             with reading(path), path.open("rb") as file:
                 out[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return out

@@ -10,6 +10,7 @@ nobody asks a second time what the defaults were.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
@@ -21,7 +22,7 @@ from ...config.routing_set import RoutingSetConfig
 from ...config.run import RunConfig
 from ...config.stage import Stage
 from ...config.task_data import TaskConfig
-from ...protocols import Eye, Looked
+from ...protocols import Eye, Looked, Seen
 from .stages import STAGES
 
 # vLLM refuses to load an adapter of any other rank
@@ -304,7 +305,12 @@ class AdapterRunConfig(RunConfig):
 
     def task_reads(self, item: str) -> dict:
         """Return what a task's rows are made of."""
-        return self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
+        read = self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
+        # Where they lie is no part of it, but for the name that rows have it by: of the files
+        # themselves the address holds the content
+        path = read["dataset"].pop("path", None)
+        read["dataset"].pop("image_root", None)
+        return read | {"named": Path(path).name if path else None}
 
     def base_reads(self, _item: None) -> dict:
         """Return what pins the base."""
@@ -361,7 +367,27 @@ class AdapterRunConfig(RunConfig):
 
     def look(self, stage: str, item: str | None, eye: Eye) -> Looked | None:
         """Return what a job reads outside the store as it is now; None where it reads nothing."""
+        # What reads files is imported by who looks, and not with the settings
+        if stage == "preprocess" and item is not None:
+            from ...data.sources.task_seen import seen
+
+            return Looked.of(seen(item, self.task(item).dataset, eye))
+        if stage == "routing":
+            return Looked.of(self._seen_by_routing(eye))
+        base = self.loras.base.model
+        if stage == "train_shared" and base and is_folder(base):
+            from ...store.model_files import seen_in_folder
+
+            return Looked.of(seen_in_folder("loras.base.model", Path(base), eye))
         return None
+
+    def _seen_by_routing(self, eye: Eye) -> Iterator[Seen]:
+        from ...data.sources.task_seen import seen
+
+        for source in self.dataset.sources:
+            # Those of none are read as a task of their own
+            if source.origin == "jsonl" and source.expert != NONE:
+                yield from seen(source.expert, source.data(self.dataset.splits), eye)
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""

@@ -1,5 +1,7 @@
-"""What lies behind a URL, by what its server says of it: nothing is read."""
+"""Files by what is said of them without a look into them: what lies behind a URL, what is none."""
 
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...protocols import Seen
@@ -31,6 +33,15 @@ def is_local(fs: "AbstractFileSystem") -> bool:
     """Whether the files of a file system are this machine's."""
     named = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return "file" in named
+
+
+def is_odd(path: str) -> bool:
+    """Whether what lies at a path of this machine is there and no file, such as a pipe."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def seen_at(setting: str, fs: "AbstractFileSystem", path: str, name: str) -> Seen:

@@ -1,0 +1,264 @@
+"""A look at what a run reads outside its store: what is remembered of it, what people are told, and
+that no job makes anything of what has changed since."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+
+import pytest
+from conftest import WORDS, tiny_config
+from small_sources import added, deleted, edited, hidden, picture_run, renamed, text_run
+from small_tasks import picture
+
+from pipeline.__main__ import main
+from pipeline.data.sources import task_seen
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.families.load import load, parse
+from pipeline.protocols import quiet
+from pipeline.run import identity, job, stages
+from pipeline.run.identity import begin
+from pipeline.run.job import run_job
+from pipeline.store import looking, sources
+from pipeline.store.artifacts import Store
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(configuration, store) of a run of texts whose preprocess is made."""
+    path = text_run(tmp_path / "run")
+    store = Store(tmp_path / "store").open()
+    cfg, _ = begin(load(path), store, makes=True)
+    run_job("preprocess", cfg, store, progress=quiet)
+    return path, store
+
+
+def planned(path, store, capsys, *flags):
+    """Return the exit code of `plan`, and all that it says, on one line."""
+    code = main(["plan", "--config", str(path), "--store", str(store.root), *flags])
+    said = capsys.readouterr()
+    return code, " ".join((said.out + said.err).split())
+
+
+TOLD = {
+    edited: "1.jsonl changed",
+    deleted: "1.jsonl is gone",
+    added: "9.jsonl was added",
+    renamed: "1.jsonl is now z-1.jsonl",
+}
+
+
+@pytest.mark.parametrize("change", TOLD)
+def test_plan_says_which_file_it_was_and_frozen_goes_on(made, change, capsys):
+    path, store = made
+    address = stages.address(load(path), "preprocess")
+    change(path.parent / "sea/1.jsonl")
+    code, said = planned(path, store, capsys)
+    assert code == 0 and address not in said
+    assert f"data.files: {TOLD[change]} since it was read last, so preprocess is made again" in said
+    code, said = planned(path, store, capsys, "--frozen")
+    assert code == 0 and address in said and "since it was read last" not in said
+    assert "frozen: what preprocess read before is gone on with" in said
+
+
+def test_a_plan_leaves_no_trace_of_what_it_saw(made, capsys):
+    path, store = made
+    edited(path.parent / "sea/1.jsonl")
+    # a second time too, as the first one has made nothing
+    for _ in range(2):
+        assert "sea" in str(planned(path, store, capsys)) and "1.jsonl changed" in str(
+            planned(path, store, capsys)
+        )
+
+
+def test_frozen_makes_nothing_of_files_that_are_others_now(made, tmp_path):
+    """Its address would say that it was made of what was read before."""
+    path, store = made
+    cfg, _ = begin(load(path), store, frozen=True)
+    shutil.rmtree(store.folder(stages.address(cfg, "preprocess")))
+    edited(path.parent / "sea/1.jsonl")
+    again, notes = begin(load(path), store, frozen=True, makes=True)
+    assert again.identity == cfg.identity and len(notes) == 1
+    with pytest.raises(DataError, match=r"data.files: 1.jsonl changed since it was looked at"):
+        run_job("preprocess", again, store, progress=quiet)
+    assert not list(store.root.glob("artifacts/*"))
+    other, notes = begin(load(path, ("data.valid_share=0.2",)), store, frozen=True)
+    assert other.identity != cfg.identity
+    assert notes == ["not made yet under these settings, so looked at now: what preprocess read"]
+
+
+@pytest.mark.parametrize("when", ["before", "while it is read"])
+@pytest.mark.parametrize("change", TOLD)
+def test_a_job_refuses_what_is_no_longer_what_was_looked_at(change, when, tmp_path, monkeypatch):
+    path = text_run(tmp_path / "run")
+    store = Store(tmp_path / "store").open()
+    cfg, _ = begin(load(path), store, makes=True)
+    file = path.parent / "sea/1.jsonl"
+    if when == "before":
+        change(file)
+    else:
+        real = job._work
+
+        def work(context):
+            done = real(context)
+            change(file)
+            return done
+
+        monkeypatch.setattr(job, "_work", work)
+    with pytest.raises(DataError, match=f"data.files: {TOLD[change]} since it was looked at"):
+        run_job("preprocess", cfg, store, progress=quiet)
+    assert not list(store.root.glob("artifacts/*"))
+    monkeypatch.undo()
+    # the same command looks anew, and makes what is there now
+    made = run_job("preprocess", begin(load(path), store)[0], store, progress=quiet)
+    assert made.address == stages.address(load(path), "preprocess")
+
+
+def test_a_file_that_is_torn_while_it_is_read_is_told_as_changed(tmp_path, monkeypatch):
+    path = tiny_config(tmp_path / "run")
+    sea = tmp_path / "run/sea.jsonl"
+    packed = sea.with_name("sea.jsonl.gz")
+    packed.write_bytes(gzip.compress(sea.read_bytes()))
+    path.write_text(path.read_text().replace("sea.jsonl", "sea.jsonl.gz"))
+    store = Store(tmp_path / "store").open()
+    cfg, _ = begin(load(path), store, makes=True)
+    real = job._work
+
+    def torn(context):
+        packed.write_bytes(packed.read_bytes()[:200])
+        return real(context)
+
+    monkeypatch.setattr(job, "_work", torn)
+    with pytest.raises(DataError, match=r"sea.jsonl.gz changed since it was looked at"):
+        run_job("preprocess", cfg, store, progress=quiet)
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    texts, pictures = text_run(tmp_path / "text"), picture_run(tmp_path / "pictures")
+    for place in ("text/sea/pipe.jsonl", "pictures/two/train/class1/pipe.txt"):
+        os.mkfifo(tmp_path / place)
+    picture(1).save(tmp_path / "pictures/two/train/class1/pipe.png")
+    for place in ("one/images/3.png", "own/images/3.png"):
+        hidden(tmp_path / "pictures" / place)
+
+    def waited(_signal, _frame):
+        raise AssertionError("it waits for somebody to write")
+
+    store = Store(tmp_path / "store").open()
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(60)
+    try:
+        cfg, _ = begin(load(texts), store)
+        with pytest.raises(DataError, match=r"pipe.jsonl is a pipe or a device"):
+            run_job("preprocess", cfg, store, progress=quiet)
+        cfg, _ = begin(load(pictures), store)
+        for task in cfg.tasks:
+            with suppress(DataError):
+                run_job("preprocess", cfg, store, task, progress=quiet)
+        hidden(tmp_path / "pictures/own/rows.jsonl")
+        with pytest.raises(PipelineError):
+            run_job("routing", begin(load(pictures), store)[0], store, progress=quiet)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_sums_outlive_a_process_and_a_list_that_is_damaged_costs_time_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "a"
+    file.write_text("one")
+    monkeypatch.setattr(looking, "SETTLED_NS", -(10**18))
+    read = []
+    real = looking.FileSums._hash
+    monkeypatch.setattr(
+        looking.FileSums, "_hash", lambda self, name: read.append(name) or real(self, name)
+    )
+
+    def look(root):
+        monkeypatch.setattr(looking, "_known", {})
+        sums = looking.FileSums(root)
+        found = sums.of(file)
+        sums.save()
+        return found
+
+    store = Store(tmp_path / "store").open().root
+    assert look(store) == look(store) and len(read) == 1
+    kept = store / "sources/sums.txt"
+    kept.write_bytes(kept.read_bytes().replace(b"0", b"1", 1))
+    first = look(store)
+    assert len(read) == 2 and first == look(store)
+    # no store, or one that may not be written: the user's own list
+    for root in (tmp_path / "none", tmp_path / "readonly"):
+        assert look(root) == first
+    assert look(tmp_path / "none") == first and len(read) == 3
+    assert not (tmp_path / "none").exists()
+    file.write_text("two")
+    assert look(store) != first
+    assert len(read) == 4
+    # within a tick of the clock a file may change and keep its times: it is read again
+    monkeypatch.setattr(looking, "SETTLED_NS", 10**18)
+    file.write_text("six")
+    assert look(store) == look(store) and len(read) == 6
+
+
+def test_links_are_followed_to_files_and_not_to_folders(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.png").write_text("a")
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere/a.png")
+    (folder / "lost.png").symlink_to(tmp_path / "nothing")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "all").symlink_to(tmp_path / "elsewhere")
+    eye = looking.Looking(looking.FileSums())
+    found = {each.name: each.sum for each in eye.below("x", folder)}
+    assert found.keys() == {"link.png", "lost.png", "loop.png"}
+    assert found["link.png"] == eye.file("x", tmp_path / "elsewhere/a.png", "a").sum
+    assert found["lost.png"] == looking.GONE and found["loop.png"] == looking.UNREADABLE
+
+
+def test_what_a_command_looked_at_is_not_a_setting(tmp_path):
+    path = tiny_config(tmp_path / "run")
+    for override in ("identity.a=b", "identity=null"):
+        with pytest.raises(ConfigError, match="identity is no setting"):
+            load(path, (override,))
+    with pytest.raises(ConfigError) as raised:
+        load(path, ("identitty=1",))
+    assert "did you mean identity" not in str(raised.value)
+    cfg = stages.Addresses(load(path)).cfg
+    assert parse(json.loads(cfg.model_dump_json())) == cfg
+
+
+def test_pictures_that_rows_name_are_remembered_by_what_the_rows_are(tmp_path, monkeypatch):
+    path = picture_run(tmp_path / "run")
+    store = Store(tmp_path / "store").open()
+    read = []
+    real = task_seen._read
+    monkeypatch.setattr(
+        task_seen, "_read", lambda name, *more: read.append(name) or real(name, *more)
+    )
+    for _ in range(2):
+        monkeypatch.setattr(task_seen, "_named", {})
+        first = begin(load(path), store)[0].identity
+    # the rows of two sources are alike
+    assert read == ["one", "none"]
+    kept = next((store.root / "sources").glob("pictures-*.json"))
+    kept.write_text(kept.read_text().replace("images", "imagos"))
+    monkeypatch.setattr(task_seen, "_named", {})
+    assert begin(load(path), store)[0].identity == first and len(read) == 3
+
+
+def test_a_record_that_is_lost_or_torn_tells_nothing(made):
+    path, store = made
+    cfg, _ = begin(load(path), store)
+    name = identity.recipe(cfg, "preprocess", None)
+    assert sources.print_of(store, "made", name) == cfg.identity["preprocess/"]
+    seen = sources.looked_at(store, cfg.identity["preprocess/"])
+    assert {each.name for each in seen.seen} == {"0.jsonl", "1.jsonl", "2.jsonl"} | {
+        f"{domain}.jsonl" for domain in WORDS if domain != "sea"
+    }
+    (store.root / f"sources/made/{name}.json").write_text("{")
+    assert sources.print_of(store, "made", name) == ""
+    assert identity.recorded(cfg, store, "made") == {}
