@@ -9,6 +9,7 @@ from test_prune import write
 
 from pipeline import cloud
 from pipeline.cloud import roots as far_roots
+from pipeline.cloud.endpoint import ServedNote
 from pipeline.families.load import load
 from pipeline.run.reach import root_of
 from pipeline.store import in_use
@@ -127,6 +128,26 @@ def test_a_removal_sees_a_run_that_began_just_before_its_mark(volume, finished, 
     assert "is in use" in tend(volume, "rm", ["tiny"], REMOVED)[1]
     assert artifacts(volume) == before
     running[0].__exit__(None, None, None)
+
+
+def test_the_bundle_that_is_served_stays_when_its_run_goes(volume, finished):
+    root = root_of(load(finished[0]))
+    leave(Store(volume.path), root)
+    (bundle,) = [address for address in root.addresses if address.startswith("deploy-")]
+    write(volume.path / "artifacts" / bundle / "manifest.json")
+    note = write(volume.path / "served.json", ServedNote(address=bundle).model_dump_json())
+    said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
+    assert not wrong and "as others reach them: the endpoint" in said
+    assert artifacts(volume) == [bundle]
+    leave(Store(volume.path), root_of(load(finished[0], ("seed=4",))))
+    assert not tend(volume, "prune", flags=REMOVED | {"orphans": True})[1]
+    assert artifacts(volume) == [bundle]
+    # nobody knows what is served
+    note.write_text("{")
+    assert "does not say what to serve" in tend(volume, "prune", flags=REMOVED)[1]
+    note.unlink()
+    assert not tend(volume, "prune", flags=REMOVED | {"orphans": True})[1]
+    assert not artifacts(volume)
 
 
 def test_on_a_volume_without_roots_nothing_is_removed(volume):

@@ -64,6 +64,16 @@ def serve_next(
     publish()
 
 
+def served_address(root: Path) -> str:
+    """Return the address of the bundle that is served, "" where none is. Raises DamagedArtifact,
+    UnreadableFile."""
+    try:
+        with reading(root / SERVED):
+            return _note((root / SERVED).read_bytes()).address
+    except FileNotFoundError:
+        return ""
+
+
 def served(root: Path, key: str | None, entered: str) -> Path:
     """Return the folder of the bundle to serve, for a process that has that key and was deployed to
     be entered that way.

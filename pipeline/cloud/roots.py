@@ -26,6 +26,7 @@ from ..store.artifacts import Store, now, write_text
 from ..store.reading import sealed
 from ..store.roots import leave, root_states
 from .containers import ModalEdge
+from .endpoint import served_address
 
 # How long the containers that hand out jobs, and that remove, may live.
 RUN_S = 86_400
@@ -118,8 +119,10 @@ def _remove(
             "no run has left a root on the volume, so nothing would be kept: do a command of each "
             "run whose results you want to keep, which makes nothing again that is there"
         )
+    # it holds all that it needs, and has no lock here
+    others = {"the endpoint": [served_address(store.root)]}
     if command == "rm":
-        remove_runs(names, {}, store, console, remove=flags["yes"])
+        remove_runs(names, {}, store, console, remove=flags["yes"], others=others)
         return
     prune(
         {},
@@ -128,6 +131,7 @@ def _remove(
         remove=flags["yes"],
         damaged=flags["damaged"],
         orphans=flags["orphans"],
+        others=others,
     )
 
 

@@ -5,7 +5,7 @@ Nothing is removed that a run in progress makes or may read, nor what the root o
 configuration reaches.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,15 +125,17 @@ def prune(
     remove: bool,
     damaged: bool = False,
     orphans: bool = False,
+    others: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """List what may go, and remove it when asked to, orphans only when asked for them too;
-    `damaged`: also what was found damaged and renamed aside.
+    `damaged`: also what was found damaged and renamed aside. `others`: addresses by who else needs
+    them.
 
     Raises ConfigError, UnreadableFile, or StoreError when there is no store or something could not
     be removed.
     """
     say = said(console)
-    reach = Reach(opened(store), configs)
+    reach = Reach(opened(store), configs, others=others)
     say(f"runs that have left a root in {store.root}, {len(reach.roots)}, keep their results")
     if configs:
         say(f"configurations read, {len(configs)}, whose results are kept:")

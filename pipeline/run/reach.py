@@ -64,8 +64,11 @@ class Reach:
         store: Store,
         configs: Mapping[Path, RunConfig],
         removing: Collection[str] = (),
+        others: Mapping[str, Collection[str]] | None = None,
     ) -> None:
+        """`others`: addresses by whoever needs them and is neither."""
         self.store = store
+        self._others = others or {}
         self.unknown: dict[Path, str] = {}  # roots that were not understood, and why
         self._configs: dict[str, Root] = {}
         for path, cfg in configs.items():
@@ -138,9 +141,12 @@ class Reach:
                 continue
             for address in root.addresses:
                 self._keepers.setdefault(address, []).append(path)
+        for who, addresses in self._others.items():
+            for address in addresses:
+                self._keepers.setdefault(address, []).append(who)
 
     def keepers(self, address: str) -> tuple[str, ...]:
-        """Return who reaches an address: ids of runs, then paths of configurations."""
+        """Return who reaches an address: ids of runs, then paths of configurations, then others."""
         return tuple(self._keepers.get(address, ()))
 
     def keeps(self, address: str) -> bool:

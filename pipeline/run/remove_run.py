@@ -4,7 +4,7 @@ Invariant: however it is stopped, what is left is known for what it is. The root
 being removed before anything goes, and is what goes last; the same command, or prune, goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,10 @@ def remove_runs(
     console: Console,
     *,
     remove: bool,
+    others: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """List what goes with some runs, named by their names or ids, and remove it when asked to.
+    `others`: addresses by who else needs them.
 
     Raises ConfigError for a name that is not that of one run, StoreError while something of them is
     in use or another root cannot be understood.
@@ -37,7 +39,7 @@ def remove_runs(
     say = said(console)
     everybody = Reach(opened(store), {})
     runs = [_run(name, everybody, store) for name in names]
-    reach = Reach(store, configs, removing=runs)
+    reach = Reach(store, configs, removing=runs, others=others)
     _refuse(runs, reach)
     if remove:
         _mark(runs, reach)
