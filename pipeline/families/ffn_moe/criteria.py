@@ -219,6 +219,13 @@ def notes(cfg: FfnMoeConfig, prepared: Mapping[str, Any], counts: TextCounts) ->
     if labels:
         named = [f"{name} is “{label}”" for name, label in labels.items()]
         out.append(f"Domains by what their data calls them: {', '.join(named)}.")
+    without = [name for name in cfg.experts if name not in cfg.experts_with_text]
+    if without:
+        out.append(
+            f"Trained elsewhere, on text that is not here: {', '.join(without)}. What others gain "
+            "or lose by it is told; what it is for was not measured, and its share of tokens is of "
+            "other domains' text."
+        )
     lost = prepared.get("tokenizer", {}).get("lost_share", 0)
     if lost:
         out.append(

@@ -170,6 +170,8 @@ def _settings(cfg: FfnMoeConfig, domain: str, trunk: Mapping[str, Any]) -> str:
         "name": f"kit-{domain}",
         "family": cfg.family,
         "seed": cfg.seed,
+        # Of the machine there: an expert's arithmetic is its own affair
+        "dtype": "auto",
         "data": {"source": "files", "files": [{"paths": [TEXT], "domain": domain}]},
         # General text stays with whoever made the kit
         "partition": {"domains": [domain], "overlap": 0.0},
