@@ -48,6 +48,26 @@ def test_it_is_torchs_attention_with_its_gradients(tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_heads_that_share_keys_keep_these_once():
+    q, k, v, dout = drawn(2 * BLOCK_TOKENS + 5, FP64, heads=6)
+    k, v = k[:, ::3], v[:, ::3]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        ours = result(causal_attention, q, k, v, dout)
+    theirs = result(
+        lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True),
+        q,
+        k,
+        v,
+        dout,
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    assert sorted(kept) == [k.numel(), v.numel(), q.numel()]
+
+
 def test_a_scale_may_be_given():
     q, k, v, dout = drawn(BLOCK_TOKENS + 3, FP64)
     ours = result(lambda *x: causal_attention(*x, scale=0.7), q, k, v, dout)

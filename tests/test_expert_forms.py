@@ -18,7 +18,7 @@ from pipeline.model.low_rank import LowRankExpert
 from pipeline.protocols import quiet
 from pipeline.train import loop
 from pipeline.train.flops import ExpertShape, Shape
-from pipeline.train.memory_plan import MemoryPlan
+from pipeline.train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan
 from tests import small
 
 FORMS = {
@@ -294,6 +294,23 @@ def test_deltas_and_few_layers_are_predicted_to_take_less_memory():
     assert peak(ExpertShape(every, 16)) < deltas
     last = peak(ExpertShape(every[20:], 64))
     # of the activations two thirds are not kept
-    kept = shape.layer_activations("expert") * 20 * 1024 * 2
+    kept = shape.layer_activations("expert", in_blocks=True) * 20 * 1024 * 2
     assert deltas - last > 0.9 * kept
     assert peak(ExpertShape(every[20:])) < 0.6 * full
+
+
+@pytest.mark.parametrize(
+    ("form", "trains", "tokens"),
+    [
+        ("full", "ffn", FAST_TOKENS),
+        ("low_rank", "expert", LEAN_TOKENS),
+        ("adapter", "adapter", LEAN_TOKENS),
+    ],
+)
+def test_what_trains_few_numbers_has_fewer_tokens_in_a_pass(form, trains, tokens):
+    cfg = small.config(expert={"batch_sequences": 600})
+    opts = cfg.expert.model_copy(update={"form": form})
+    cfg = cfg.model_copy(update={"expert": opts})
+    shape = Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
+    plan = cost.memory_plan(cfg, cfg.expert, shape, trains, True)
+    assert plan.micro_batch_sequences == tokens // small.CONTEXT

@@ -172,16 +172,18 @@ class Shape:
         body = forward - 2 * self.vocab_size * self.d_model
         return forward - body * min(expert.layers) / self.layers
 
-    def layer_activations(self, trains: Trains, active: int = 1) -> int:
+    def layer_activations(self, trains: Trains, active: int = 1, in_blocks: bool = False) -> int:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need
-        what they multiply.
+        what they multiply. in_blocks: attention is ours, which repeats no keys.
 
         What enters the norms and the feed-forward networks (`active` a token), queries and keys
         before and after, values, W_gate x, W_up x; of gates also what each network gives.
         """
         kept = 3 * self.d_model
-        kept += 4 * self.heads_width
-        kept += self.kv_width
+        if in_blocks:
+            kept += 2 * self.heads_width + 3 * self.kv_width
+        else:
+            kept += 4 * self.heads_width + self.kv_width
         kept += 2 * active * self.d_ff
         if trains == "all":
             kept += self.d_model + self.heads_width

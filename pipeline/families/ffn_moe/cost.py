@@ -14,7 +14,7 @@ from ...model.loss import (
     workspace_bytes,
 )
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
-from ...train.memory_plan import MemoryPlan, plan_memory
+from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
 from .passes import HEAP_BYTES, KERNEL_BYTES
@@ -274,6 +274,7 @@ def memory_plan(
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
     stored = stored_bytes(cfg)
+    small = trains == "adapter" or (trains == "expert" and cfg.expert.delta_rank > 0)
 
     def predict(tried: MemoryPlan) -> int:
         return peak_bytes(
@@ -297,6 +298,7 @@ def memory_plan(
         divisible=divisible,
         can_checkpoint=not gates,
         gpu=device() == "cuda",
+        fast_tokens=LEAN_TOKENS if small else FAST_TOKENS,
         name=name,
     )
 
@@ -416,7 +418,8 @@ def _pass_bytes(
     """Return what one forward and backward pass holds, with what the allocator holds beside it."""
     tokens = plan.micro_batch_sequences * shape.context_tokens
     row_bytes = tokens * shape.d_model * unit
-    layer = tokens * shape.layer_activations(trains, active) * unit
+    in_blocks = unit == 2 and device() != "cuda"
+    layer = tokens * shape.layer_activations(trains, active, in_blocks) * unit
     logits = workspace_bytes(tokens, shape.vocab_size, plan.chunk_logits, unit)
     chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
     if trains == "all" and unit == 2 and tokens > MAX_BF16_SUMS * chunk:
@@ -447,4 +450,6 @@ def _pass_bytes(
         # glibc finds no room for a block in the hole that one of its size left: with 30 layers of
         # SmolLM2-135M holes were .7 to 1.1 of what was kept (glibc 2.36, three steps)
         fragments = max(min(held, MOST_FRAGMENTS_BYTES), FRAGMENTS_SHARE * held)
+        # the passes below the lowest expert keep nothing and leave room for what is kept above
+        fragments *= (shape.layers - lowest) / shape.layers
     return in_use + HEAP_BYTES + again + fragments

@@ -5,8 +5,8 @@ FlashAttention's way to save memory (2205.14135) without a kernel: in bf16 on pr
 spends most of its time outside the products. Elsewhere, and with a mask, a cache or dropout,
 torch's is called.
 
-B sequences, H heads, T tokens, C tokens of a block, S tokens up to a block's end, K width of a
-head.
+B sequences, H heads of queries, M heads of keys and values, G = H/M heads of queries to one of
+these, T tokens, C tokens of a block, R = G*C, S tokens up to a block's end, K width of a head.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return out_BTHK and no weights, as Hugging Face's attention functions do."""
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = module.is_causal if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout
@@ -69,9 +69,7 @@ def _forward(
             is_causal=is_causal,
             **kwargs,
         )
-    groups = query.shape[1] // key.shape[1]
-    out_BHTK = causal_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), scaling)
-    return out_BHTK.transpose(1, 2), None
+    return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
 
 def _pays(x: Tensor) -> bool:
@@ -88,10 +86,10 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def causal_attention(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, scale: float | None = None
+    q_BHTK: Tensor, k_BMTK: Tensor, v_BMTK: Tensor, scale: float | None = None
 ) -> Tensor:
     """Return out_BHTK = softmax(scale * q k^T) v, each token over itself and those before; scale
-    1/sqrt(K) by default.
+    1/sqrt(K) by default. M may be a part of H: then G heads of queries in a row share one of keys.
 
     Products run in autocast's dtype, else in that of q; the softmax in fp32.
     """
@@ -99,7 +97,7 @@ def causal_attention(
     if scale is None:
         scale = q_BHTK.shape[-1] ** -0.5
     with torch.autocast(q_BHTK.device.type, enabled=False):
-        return _BlockAttention.apply(q_BHTK.to(dtype), k_BHTK.to(dtype), v_BHTK.to(dtype), scale)
+        return _BlockAttention.apply(q_BHTK.to(dtype), k_BMTK.to(dtype), v_BMTK.to(dtype), scale)
 
 
 class _AttentionContext(Context, Protocol):
@@ -107,51 +105,68 @@ class _AttentionContext(Context, Protocol):
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Keeps scaled q, k and v; the weights of a block are made again in the backward pass."""
+    """Keeps scaled q, k and v; the weights of a block are made again in the backward pass.
+
+    Keys are never repeated for the heads of queries that share them: these stand below each other,
+    as more rows of one product.
+    """
 
     @staticmethod
     def forward(
         ctx: _AttentionContext,
         q_BHTK: Tensor,
-        k_BHTK: Tensor,
-        v_BHTK: Tensor,
+        k_BMTK: Tensor,
+        v_BMTK: Tensor,
         scale: float,
     ) -> Tensor:
         # contiguous once here, or else every product copies what it is given
         q_BHTK = (q_BHTK * scale).contiguous()
-        k_BHTK = k_BHTK.contiguous()
-        v_BHTK = v_BHTK.contiguous()
-        ctx.save_for_backward(q_BHTK, k_BHTK, v_BHTK)
+        k_BMTK = k_BMTK.contiguous()
+        v_BMTK = v_BMTK.contiguous()
+        ctx.save_for_backward(q_BHTK, k_BMTK, v_BMTK)
         ctx.scale = scale
         out_BHTK = torch.empty_like(q_BHTK)
+        q_BMGTK = _in_groups(q_BHTK, k_BMTK)
+        out_BMGTK = _in_groups(out_BHTK, k_BMTK)
         for block, seen in _blocks(q_BHTK.shape[2]):
-            p_BHCS = _weights(q_BHTK[:, :, block], k_BHTK[:, :, seen])
-            out_BHTK[:, :, block] = p_BHCS @ v_BHTK[:, :, seen]
+            p_BMRS = _weights(q_BMGTK[:, :, :, block], k_BMTK[:, :, seen])
+            out_BMRK = p_BMRS @ v_BMTK[:, :, seen]
+            out_BMGCK = out_BMGTK[:, :, :, block]
+            out_BMGCK.copy_(out_BMRK.view_as(out_BMGCK))
         return out_BHTK
 
     @staticmethod
     def backward(ctx: _AttentionContext, dout_BHTK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BHTK, k_BHTK, v_BHTK = ctx.saved_tensors
-        dout_BHTK = dout_BHTK.contiguous()
+        q_BHTK, k_BMTK, v_BMTK = ctx.saved_tensors
         dtype = q_BHTK.dtype
         tokens = q_BHTK.shape[2]
         sum_dtype = dtype
         if tokens > MAX_BF16_SUMS * BLOCK_TOKENS:
             sum_dtype = torch.promote_types(dtype, torch.float32)
         dq_BHTK = torch.empty_like(q_BHTK)
-        dk_BHTK = torch.zeros_like(k_BHTK, dtype=sum_dtype)
-        dv_BHTK = torch.zeros_like(v_BHTK, dtype=sum_dtype)
+        dk_BMTK = torch.zeros_like(k_BMTK, dtype=sum_dtype)
+        dv_BMTK = torch.zeros_like(v_BMTK, dtype=sum_dtype)
+        q_BMGTK = _in_groups(q_BHTK, k_BMTK)
+        dq_BMGTK = _in_groups(dq_BHTK, k_BMTK)
+        dout_BMGTK = _in_groups(dout_BHTK.contiguous(), k_BMTK)
         for block, seen in _blocks(tokens):
-            q_BHCK = q_BHTK[:, :, block]
-            dout_BHCK = dout_BHTK[:, :, block]
-            p_BHCS = _weights(q_BHCK, k_BHTK[:, :, seen])
-            dv_BHTK[:, :, seen] += p_BHCS.mT @ dout_BHCK
-            dp_BHCS = dout_BHCK @ v_BHTK[:, :, seen].mT
-            ds_BHCS = torch._softmax_backward_data(dp_BHCS, p_BHCS, -1, p_BHCS.dtype)
-            dq_BHTK[:, :, block] = ds_BHCS @ k_BHTK[:, :, seen]
-            dk_BHTK[:, :, seen] += ds_BHCS.mT @ q_BHCK
+            q_BMRK = q_BMGTK[:, :, :, block].flatten(2, 3)
+            dout_BMRK = dout_BMGTK[:, :, :, block].flatten(2, 3)
+            p_BMRS = _weights(q_BMGTK[:, :, :, block], k_BMTK[:, :, seen])
+            dv_BMTK[:, :, seen] += p_BMRS.mT @ dout_BMRK
+            dp_BMRS = dout_BMRK @ v_BMTK[:, :, seen].mT
+            ds_BMRS = torch._softmax_backward_data(dp_BMRS, p_BMRS, -1, p_BMRS.dtype)
+            dq_BMGCK = dq_BMGTK[:, :, :, block]
+            dq_BMGCK.copy_((ds_BMRS @ k_BMTK[:, :, seen]).view_as(dq_BMGCK))
+            dk_BMTK[:, :, seen] += ds_BMRS.mT @ q_BMRK
         # k met the scaled q, so only dq still lacks the scale
-        return dq_BHTK.mul_(ctx.scale), dk_BHTK.to(dtype), dv_BHTK.to(dtype), None
+        return dq_BHTK.mul_(ctx.scale), dk_BMTK.to(dtype), dv_BMTK.to(dtype), None
+
+
+def _in_groups(x_BHTK: Tensor, k_BMTK: Tensor) -> Tensor:
+    """Return the same numbers with the heads that share one of keys in a dimension of their
+    own."""
+    return x_BHTK.unflatten(1, (k_BMTK.shape[1], -1))
 
 
 def _blocks(tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -161,14 +176,15 @@ def _blocks(tokens: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(0, end)
 
 
-def _weights(q_BHCK: Tensor, k_BHSK: Tensor) -> Tensor:
-    """Return p_BHCS, the attention of a block of scaled queries, the last of which sees all S
+def _weights(q_BMGCK: Tensor, k_BMSK: Tensor) -> Tensor:
+    """Return p_BMRS, the attention of a block of scaled queries, the last of which sees all S
     keys."""
-    s_BHCS = q_BHCK @ k_BHSK.mT
-    block_tokens = s_BHCS.shape[2]
+    heads, block_tokens = q_BMGCK.shape[2:4]
+    s_BMRS = q_BMGCK.flatten(2, 3) @ k_BMSK.mT
+    s_BMGCS = s_BMRS.unflatten(2, (heads, block_tokens))
     # every query sees all keys before its block: only the last C x C square needs a mask
-    ones_CC = torch.ones(block_tokens, block_tokens, dtype=torch.bool, device=s_BHCS.device)
+    ones_CC = torch.ones(block_tokens, block_tokens, dtype=torch.bool, device=s_BMRS.device)
     later_CC = ones_CC.triu_(1)
-    s_BHCS[..., -block_tokens:].masked_fill_(later_CC, float("-inf"))
+    s_BMGCS[..., -block_tokens:].masked_fill_(later_CC, float("-inf"))
     # torch's kernel computes in fp32 whatever goes in
-    return torch.softmax(s_BHCS, -1)
+    return torch.softmax(s_BMRS, -1)
