@@ -58,7 +58,7 @@ class Eye(Protocol):
     progress: Progress
     folder: Path | None  # of the store, for what is worth keeping of a look; None: nothing is kept
 
-    def file(self, setting: str, path: Path, name: str) -> Seen:
+    def file(self, setting: str, path: Path | str, name: str) -> Seen:
         """A file by its content, whatever is the matter with it."""
 
     def below(

@@ -1,7 +1,7 @@
 """Files by what is said of them without a look into them: what lies behind a URL, what is none."""
 
+import os
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...protocols import Seen
@@ -38,7 +38,8 @@ def is_local(fs: "AbstractFileSystem") -> bool:
 def is_odd(path: str) -> bool:
     """Whether what lies at a path of this machine is there and no file, such as a pipe."""
     try:
-        mode = Path(path).stat().st_mode
+        # Of a hundred thousand files Path would take a second
+        mode = os.stat(path).st_mode  # noqa: PTH116
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)

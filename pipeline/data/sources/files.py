@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...config.text_data import DataConfig, FilesConfig, TextRunConfig
@@ -148,12 +147,15 @@ def seen_paths(setting: str, paths: Iterable[str], eye: Eye) -> Iterator[Seen]:
         except DataError:
             yield Seen(setting, pattern.rpartition("/")[2], _absence(pattern))
             continue
+        start = _start(pattern)
         for fs, path in hits:
-            found.setdefault(path, (fs, _from_pattern(pattern, path)))
+            inside = path.startswith(start)
+            name = path[len(start) :] if inside else path.rpartition("/")[2]
+            found.setdefault(path, (fs, name))
     for fs, path in _of_sets(found):
         name = found[path][1]
         if is_local(fs):
-            yield eye.file(setting, Path(path), name)
+            yield eye.file(setting, path, name)
         else:
             yield seen_at(setting, fs, path, name)
 
@@ -171,8 +173,8 @@ def _of_sets(found: "dict[str, tuple[AbstractFileSystem, str]]") -> "_Found":
         return files
 
 
-def _from_pattern(pattern: str, path: str) -> str:
-    """Return a file's path from the folder on that a pattern starts in, whatever lies above it."""
+def _start(pattern: str) -> str:
+    """Return the folder that a pattern starts in, whose own name says nothing of its files."""
     above = pattern.partition("://")[2] or pattern
     folders = []
     for part in above.split("/")[:-1]:
@@ -180,8 +182,7 @@ def _from_pattern(pattern: str, path: str) -> str:
         if set("*?[") & set(part.replace("[[]", "")):
             break
         folders.append(part)
-    start = "/".join(folders).replace("[[]", "[") + "/"
-    return path.removeprefix(start) if path.startswith(start) else path.rpartition("/")[2]
+    return "/".join(folders).replace("[[]", "[") + "/"
 
 
 def _sizes(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[int]:
