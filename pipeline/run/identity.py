@@ -135,6 +135,11 @@ def recipe(cfg: RunConfig, stage: str, item: str | None) -> str:
     return "-".join(filter(None, (stage, item, digest)))
 
 
+def recipes(cfg: RunConfig) -> dict[str, JobKey]:
+    """Return all jobs of a run by their names under its settings."""
+    return {recipe(cfg, *job): job for job in _jobs(cfg)}
+
+
 def unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) -> Looked | None:
     """Return what a job reads outside the store, which is what its command looked at; None where it
     reads nothing. Raises DataError when it has changed since."""

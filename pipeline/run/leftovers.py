@@ -20,6 +20,7 @@ from ..store.reading import reading
 from ..store.removed import FOLDER as REMOVED
 from ..store.roots import FOLDER as ROOTS
 from ..store.roots import SUFFIX, root_path
+from ..store.sources import SEEN, records, seen_path
 from .reach import Reach
 
 ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
@@ -80,6 +81,7 @@ def leftovers(store: Store, reach: Reach, damaged: bool, say: Say) -> Iterator[L
             else:
                 yield from _of_address(store, reach, kind, path, address, damaged, say)
     yield from _of_no_run(store, reach, say)
+    yield from _looks(store, reach)
     for folder in WRITTEN:
         for path in _below(store.root / folder, say):
             if PART.fullmatch(path.name):
@@ -186,6 +188,34 @@ def _of_no_run(store: Store, reach: Reach, say: Say) -> Iterator[Leftover]:
                 yield from _at(path, name, "of a run that is gone")
         elif ADDRESS.fullmatch(name) and not (reach.keepers(name) or anything_at(store, name)):
             yield from _at(path, name, "of nothing that is there")
+
+
+def _looks(store: Store, reach: Reach) -> Iterator[Leftover]:
+    """Yield what was noted of data that no run reads any more."""
+    readers = reach.readers()
+    if readers is None:
+        return
+    # of what was seen the last one that goes says with whom
+    groups: dict[Path, str] = {}
+    for path, print_ in records(store).items():
+        run = readers.get(path.stem)
+        seen = seen_path(store, print_)
+        if run:
+            groups.setdefault(seen, run)
+            # nobody else has them, so that they tell when it has begun anew
+            own = min(reach.own(run), default="")
+            yield from _at(path, "store", f"of data that {run} read", removed(run), own)
+            continue
+        groups[seen] = ""
+        if run is None:
+            yield from _at(path, "store", "of data that no run reads", ORPHANS)
+    for path in sorted((store.root / SOURCES / SEEN).glob("*.json")):
+        run = groups.get(path)
+        if run:
+            own = min(reach.own(run), default="")
+            yield from _at(path, "store", f"of data that {run} read", removed(run), own)
+        elif run is None:
+            yield from _at(path, "store", "of data that no run reads")
 
 
 def anything_at(store: Store, address: str) -> bool:

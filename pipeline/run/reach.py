@@ -16,6 +16,7 @@ from ..families.load import RUN_CONFIGS, parse
 from ..store.artifacts import Store, now
 from ..store.in_use import using
 from ..store.roots import Root, leave, read_root, root_states
+from .identity import recipes
 from .stages import Addresses
 
 
@@ -169,6 +170,27 @@ class Reach:
             if root.removed or run in self._removing:
                 gone.append(run)
         return gone
+
+    def readers(self) -> dict[str, str] | None:
+        """Return, by the names under which a store notes what jobs read, the run that is being
+        removed and alone has such a job, "" where one that is kept has; None where settings are not
+        understood, so that any may be one."""
+        gone = self.removing()
+        found: dict[str, str] = {}
+        try:
+            for run in gone:
+                root = self._roots[run]
+                addresses = Addresses(parse(root.settings))
+                for name, job in recipes(addresses.cfg).items():
+                    # of what else its settings come to now another may be the maker
+                    if addresses.of(*job) in root.addresses:
+                        found[name] = run
+            kept = [root for run, root in self._roots.items() if run not in gone]
+            for root in (*kept, *self._configs.values()):
+                found |= dict.fromkeys(recipes(parse(root.settings)), "")
+        except (PipelineError, ValidationError, KeyError, TypeError, AttributeError):
+            return None
+        return None if self.unknown else found
 
 
 def _addresses(root: Root) -> set[str]:

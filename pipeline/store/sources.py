@@ -12,6 +12,7 @@ at anew, and nothing tells what it was before.
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Literal
 
 from ..protocols import Looked, Seen
@@ -21,6 +22,8 @@ from .reading import as_kind, parse_object
 
 # When: the last look of a command that makes something, or what the result there is was made of
 When = Literal["looked", "made"]
+KINDS: tuple[When, ...] = ("looked", "made")
+SEEN = "seen"
 
 
 def keep(store: Store, when: When, recipe: str, looked: Looked) -> None:
@@ -28,7 +31,7 @@ def keep(store: Store, when: When, recipe: str, looked: Looked) -> None:
     if print_of(store, when, recipe) == looked.print:
         return
     root = store.root / FOLDER
-    seen = root / "seen" / f"{looked.print}.json"
+    seen = seen_path(store, looked.print)
     record = root / when / f"{recipe}.json"
     for path in (seen, record):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +50,25 @@ def print_of(store: Store, when: When, recipe: str) -> str:
     return ""
 
 
+def records(store: Store) -> dict[Path, str]:
+    """Return the print by the record that has it, of all that are written down; "" for one that
+    cannot be read."""
+    found = {}
+    for when in KINDS:
+        for path in sorted((store.root / FOLDER / when).glob("*.json")):
+            found[path] = print_of(store, when, path.stem)
+    return found
+
+
+def seen_path(store: Store, print_: str) -> Path:
+    """Where the files of a print are."""
+    return store.root / FOLDER / SEEN / f"{print_}.json"
+
+
 def looked_at(store: Store, print_: str) -> Looked | None:
     """Return what has a print; None where it is not written down, or cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        data = (store.root / FOLDER / "seen" / f"{print_}.json").read_bytes()
+        data = seen_path(store, print_).read_bytes()
         seen = parse_object(data)["seen"]
         return Looked(print_, tuple(as_kind(Seen, each) for each in seen))
     return None
