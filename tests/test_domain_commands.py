@@ -88,9 +88,10 @@ def row(text: str, name: str) -> list[str]:
 
 def test_nothing_is_changed_before_a_person_agrees_or_where_it_cannot_be_made(run, monkeypatch):
     text = run.path.read_text("utf-8")
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "n\n"))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda *_: "n")
-    assert "nothing was changed" in run.command("add", GUEST, "--paths", "tiny/hall.jsonl")
+    told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl")
+    assert "go on? [y/N] " in told and "nothing was changed" in told
     assert run.path.read_text("utf-8") == text
     told = run.command("add", GUEST, "--paths", "nowhere/*.jsonl", "--yes", code=2)
     assert "nowhere" in told

@@ -324,5 +324,5 @@ def _agreed(args: Namespace) -> bool:
     """Whether a person agrees, who is only asked where there is one."""
     if args.yes or not sys.stdin.isatty():
         return True
-    answer = Console(stderr=True).input("go on? [y/N] ")
+    answer = Console(stderr=True).input("go on? [y/N] ", markup=False)
     return answer.strip().lower() in ("y", "yes")
