@@ -125,7 +125,8 @@ def test_what_was_packed_is_imported_bit_for_bit(tmp_path, tokenizer, changes):
         assert found
         for name, tensor in found.items():
             assert torch.equal(tensor, wanted[name])
-    assert guest.metrics["train_experts", "guest"]["licence"] == "CC0"
+    assert (folder / "expert.json").read_bytes() == (package / "expert.json").read_bytes()
+    assert json.loads((folder / "expert.json").read_text())["licence"] == "CC0"
     small.train(guest.cfg, guest, "train_router")
     assert assemble(guest.cfg, guest).names == ("alpha", "guest")
 
@@ -191,6 +192,7 @@ def refused(run, package, root: Path, words: str, kind=DataError, **changes) -> 
     assert words in told, told
     assert "guest" in told
     assert "\n" not in told
+    assert told.isprintable()
     assert len(told) < 400
 
 
@@ -223,6 +225,11 @@ def _nan(tensors):
     next(iter(tensors.values())).view(-1)[3] = float("nan")
 
 
+def _huge(tensors):
+    for tensor in tensors.values():
+        tensor *= 1e30
+
+
 def _infinite_sum(tensors):
     tensors["sum"][0, 0] = float("inf")
 
@@ -247,7 +254,7 @@ def _renamed(tensors):
 
 
 def _one_more(tensors):
-    tensors["a"] = torch.zeros(3)
+    tensors["a\x1b[2J\n" * 50] = torch.zeros(3)
 
 
 def torn(package):
@@ -349,6 +356,7 @@ REFUSED = {
     "2 GB of padding, sealed": (pad_and_seal, "nothing may stand behind them"),
     "2 GB of header": (long_header, "has a header of 2,147,483,640 bytes"),
     "NaN": (lambda p: with_tensors(p, _nan), "1 tensor is not finite"),
+    "numbers that overflow": (lambda p: with_tensors(p, _huge), "computes what is not finite"),
     "another dtype": (lambda p: with_tensors(p, _half), "as F16"),
     "another shape": (lambda p: with_tensors(p, _narrow), "and here it is F32"),
     "another name": (lambda p: with_tensors(p, _renamed), "expert.safetensors lacks model.layers"),
@@ -377,6 +385,8 @@ REFUSED = {
     "no description": (without("expert.json"), "expert.json is not there"),
     "statistics taken out": (without("statistics.safetensors"), "has 0 bytes"),
     "an edited description": (edited, "its checksum differs"),
+    "words that move a cursor": (lambda p: resealed(p, trunk="\x1b[2J"), "no description of"),
+    "tokens without end": (lambda p: resealed(p, tokens=10**400), "no description of"),
     "a later format": (newer, "is of format 2"),
     "a bit of a tensor": (swapped, "is not what was packed (sha256 differs)"),
 }
@@ -421,6 +431,7 @@ def test_without_statistics_public_text_is_summed(run, tmp_path):
     given = {"expert__imported_text": {"guest": [str(text)]}}
     folder = imported(importing(run, package, tmp_path / "other", **given))
     assert {path.name for path in folder.iterdir()} == {
+        "expert.json",
         "expert.safetensors",
         "statistics.safetensors",
     }

@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Protocol, cast
+
+from pydantic import Field
 
 from .artifacts import flush, sha256, write_text
 from .foreign import ForeignFile, check_name
@@ -33,14 +35,17 @@ ABOUT_BYTES = 1 << 20
 BLOCK_BYTES = 4 << 20
 # Filesystems that cannot say what lies in a folder
 UNLISTED = {"http", "https"}
+# What strangers wrote is printed and put into reports: no word of theirs but these
+Sum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Tokens = Annotated[int, Field(ge=0, le=10**15)]
 
 
 @dataclass(frozen=True)
 class PackedFile:
     """A file of a package as it was packed."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sum
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,11 @@ class ExpertFacts:
     rank: int  # 0: full
     scale: float  # of a low-rank product
     layers: tuple[int, ...]
-    trunk: str  # fingerprints, see families/ffn_moe/fingerprint.py
-    tokenizer: str
-    dtype: str  # of the arithmetic it was trained in
+    trunk: Sum  # fingerprints, see families/ffn_moe/fingerprint.py
+    tokenizer: Sum
+    dtype: Literal["fp32", "bf16"]  # of the arithmetic it was trained in
     context_tokens: int
-    tokens: int  # it was trained on
+    tokens: Tokens  # it was trained on
     statistics_path: Literal["own", "base"]
     noise: Noise | None = None
     licence: str = ""
@@ -92,17 +97,22 @@ class Package:
 
     place: _Place
     facts: ExpertFacts
-    sha256: str  # of expert.json, which holds those of the others
+    about: bytes  # of expert.json, which holds the sums of the others
 
-    def check_tensors(self, name: str, wanted: Wanted) -> None:
-        """Raise ForeignFile unless a file's header is of the tensors that are wanted and of nothing
-        else; OSError."""
+    def take(self, name: str, wanted: Wanted, target: Path) -> None:
+        """Copy a file of the tensors that are wanted, no byte more than it was said to have.
+
+        Raises ForeignFile for a header of other tensors, before anything is copied, and for what is
+        not what was packed; DiskFull, OSError.
+        """
         with self.place.open(name) as file:
             check_tensors(file, name, self.facts.files[name].bytes, wanted)
+        self._copy(name, target)
+        # Again, of the bytes that stay: those out there may be others by now
+        with target.open("rb") as file:
+            check_tensors(file, name, self.facts.files[name].bytes, wanted)
 
-    def copy(self, name: str, target: Path) -> None:
-        """Copy a file, no byte more than it was said to have. Raises ForeignFile when it is not
-        what was packed, DiskFull, OSError."""
+    def _copy(self, name: str, target: Path) -> None:
         packed = self.facts.files[name]
         digest = hashlib.sha256()
         left = packed.bytes
@@ -133,9 +143,10 @@ def open_package(source: str, most_bytes: int) -> Package:
         raise ForeignFile(f"{ABOUT} is not what was written: {error}; copy it again") from None
     facts = _facts(values)
     if sizes is None:
-        sizes = {name: place.size(name) for name in facts.files} | {ABOUT: len(data)}
+        # A server need not say how much it has; no more than was said is read in any case
+        sizes = {name: place.size(name) or said.bytes for name, said in facts.files.items()}
     _check_sizes(facts, sizes, most_bytes)
-    return Package(place, facts, hashlib.sha256(data).hexdigest())
+    return Package(place, facts, data)
 
 
 def package_print(source: str) -> str:
@@ -201,7 +212,8 @@ def _facts(values: Mapping[str, Any]) -> ExpertFacts:
     try:
         return as_kind(ExpertFacts, dict(values))
     except ValueError as error:
-        raise ForeignFile(f"{ABOUT} is no description of an expert: {error}") from None
+        said = ascii(str(error)[:120])
+        raise ForeignFile(f"{ABOUT} is no description of an expert: {said}") from None
 
 
 def _check_sizes(facts: ExpertFacts, sizes: Mapping[str, int], most_bytes: int) -> None:

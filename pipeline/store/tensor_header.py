@@ -56,7 +56,8 @@ def _header(file: BinaryIO, name: str, size: int) -> tuple[dict[str, Any], int]:
     try:
         return parse_object(file.read(length)), LENGTH_BYTES + length
     except ValueError as error:
-        raise ForeignFile(f"{name} has no safetensors header: {error}") from None
+        said = ascii(str(error)[:120])
+        raise ForeignFile(f"{name} has no safetensors header: {said}") from None
 
 
 def _start(item: tuple[str, Any]) -> int:
@@ -72,9 +73,8 @@ def _next(name: str, tensor: str, entry: Any, wanted: tuple[str, tuple[int, ...]
     fields = entry if isinstance(entry, dict) else {}
     found = fields.get("dtype"), fields.get("shape")
     if found != (dtype, list(shape)):
-        raise ForeignFile(
-            f"{name} has {tensor} as {found[0]} {found[1]}, and here it is {dtype} {list(shape)}"
-        )
+        text = ascii(f"{found[0]} {found[1]}"[:60]).strip("'")
+        raise ForeignFile(f"{name} has {tensor} as {text}, and here it is {dtype} {list(shape)}")
     end = at + WIDTHS[dtype] * prod(shape)
     if fields != {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}:
         raise ForeignFile(f"{name} says of {tensor} that it lies elsewhere than it can")
@@ -83,5 +83,6 @@ def _next(name: str, tensor: str, entry: Any, wanted: tuple[str, tuple[int, ...]
 
 def _shown(names: list[str]) -> str:
     more = len(names) - _SHOWN
-    text = ", ".join(names[:_SHOWN])
+    # As their maker wrote them they may be anything, also what moves a terminal's cursor
+    text = ", ".join(ascii(name[:60]).strip("'") for name in names[:_SHOWN])
     return f"{text} and {more} more" if more > 0 else text

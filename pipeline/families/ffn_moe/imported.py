@@ -1,5 +1,7 @@
 """An expert that was trained elsewhere, in the place of one that is trained here: its package is
 held against the run, part by part, before a number of it is used.
+
+B sequences, T tokens, D model width.
 """
 
 import time
@@ -19,8 +21,16 @@ from ...model.experts import Expert, in_layers
 from ...model.loading import check_finite
 from ...model.low_rank import LowRankExpert
 from ...model.router_init import FeatureStatistics
+from ...model.trunk import Trunk
 from ...store.artifacts import load_tensors, save_tensors
-from ...store.expert_package import EXPERT, STATISTICS, ExpertFacts, Package, open_package
+from ...store.expert_package import (
+    ABOUT,
+    EXPERT,
+    STATISTICS,
+    ExpertFacts,
+    Package,
+    open_package,
+)
 from ...store.foreign import ForeignFile
 from ...store.tensor_header import Wanted
 from ...store.upload import without_password
@@ -92,26 +102,26 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
         package = _opened(cfg, item)
         facts = package.facts
         _check_fits(cfg, parts, item, facts)
-        _, dummy = stored_trunk(cfg, parts)
+        trunk, dummy = stored_trunk(cfg, parts)
         layers = expert_layers(cfg, len(dummy.layers))
-        package.check_tensors(EXPERT, _expert_tensors(cfg, dummy, layers))
         parts.progress(f"copying {item}", None)
-        package.copy(EXPERT, folder / EXPERT)
-        check_finite(load_tensors(folder / EXPERT).items())
+        package.take(EXPERT, _expert_tensors(cfg, dummy, layers), folder / EXPERT)
+        tensors = load_tensors(folder / EXPERT)
+        check_finite(tensors.items())
+        _check_runs(trunk, open_expert(cfg, dummy, tensors), cfg.trunk.context_tokens)
         if STATISTICS in facts.files:
             statistics = _brought(parts, package, layers, folder / STATISTICS)
         else:
             statistics = _summed(cfg, parts, item, folder)
     save_tensors(folder / STATISTICS, statistics.tensors())
+    (folder / ABOUT).write_bytes(package.about)
     return {
         "steps": 0,
         # None of it was spent here
         "tokens": 0,
         "trained_tokens": facts.tokens,
         "seconds": time.monotonic() - started_s,
-        "package": package.sha256,
         "trained_in": facts.dtype,
-        "licence": facts.licence,
         "statistics": _origin(cfg, item, facts),
     }
 
@@ -165,6 +175,17 @@ def _expert_tensors(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> 
     return {name: ("F32", tuple(each.shape)) for name, each in like.named().items()}
 
 
+def _check_runs(trunk: Trunk, expert: Expert, tokens: int) -> None:
+    """Raise ForeignFile for an expert whose numbers are finite and what they compute is not: one
+    token that it gets would be lost, and all that look back at it."""
+    count = len(trunk.head)
+    ids_BT = torch.arange(tokens, device=trunk.head.device)[None] * max(1, count // tokens) % count
+    with torch.no_grad():
+        h_BTD = trunk.hidden(ids_BT, expert)
+    if not torch.isfinite(h_BTD).all():
+        raise ForeignFile(f"{EXPERT} computes what is not finite (NaN or infinite)")
+
+
 def _brought(
     parts: Parts, package: Package, layers: Sequence[int], target: Path
 ) -> FeatureStatistics:
@@ -181,8 +202,7 @@ def _brought(
     }
     if package.facts.noise:
         del wanted["gram"]
-    package.check_tensors(STATISTICS, wanted)
-    package.copy(STATISTICS, target)
+    package.take(STATISTICS, wanted, target)
     stored = load_tensors(target)
     check_finite(stored.items())
     if stored["tokens"].item() < 1:
