@@ -16,9 +16,11 @@ from test_backend import PATIENCE_S, command, ended, store_with, typed, until
 
 from pipeline.families.load import load
 from pipeline.run import stages
+from pipeline.run.reach import root_of
 from pipeline.store import in_use
 from pipeline.store.artifacts import Store
 from pipeline.store.reading import sealed
+from pipeline.store.roots import leave
 
 GONE = "train_shared-0123456789ab"
 
@@ -260,9 +262,16 @@ def test_a_store_that_cannot_be_written_is_listed_and_said_so(finished, tmp_path
         store = store_with(disk / "store", finished, "preprocess")
         write(store.folder(GONE) / "x.bin")
         write(store.root / "locks" / f"{GONE}.lock")
+        leave(store, root_of(load(finished[0])))
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert f"{store.folder(GONE)} unfinished" in pruned(capfd, finished[0], store)
         told = pruned(capfd, finished[0], store, "--yes", code=2)
         assert "Read-only file system" in told and "right to write" in told
+        # on it a command that finds all of it there leaves no root, and does its work
+        for code, *words in ((2, "rm", "tiny", "--yes"), (0, "runs"), (0, "rm", "tiny")):
+            told = typed(capfd, code, *words, "--store", store.root)
+            assert ("right to write" in told) == bool(code)
+        again = ["--config", finished[0], "--override", "evaluate.bootstrap=30"]
+        assert "preprocess" in typed(capfd, 0, "preprocess", *again, "--store", store.root)
     finally:
         subprocess.run(["umount", disk], check=True)
