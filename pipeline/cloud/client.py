@@ -29,6 +29,7 @@ from ..store.model_files import CONFIG, settings_from_hub
 from ..store.model_sources import on_this_machine
 from ..store.room import writing
 from .containers import JobResult
+from .looks import changed_looks
 from .prices import Prices, most_gpus
 
 # The demo on a pretrained model needs its package where the command is typed
@@ -254,7 +255,7 @@ def mirror(
                 f"store.json of the volume moleforge cannot be read: {error}"
             ) from None
         check_format(found, "the volume moleforge")
-    for path in wanted:
+    for path in (*wanted, *changed_looks(cfg, names, read)):
         content = read(path)
         if content is not None:
             copy = root / path

@@ -4,19 +4,19 @@ other begins; the laptop, which does not see them, plans by what was looked at l
 Invariant: containers look at nothing that decides an address, so no two of them can disagree.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 
-from ..config.run import JobKey, RunConfig
+from ..config.run import JobKey, RunConfig, source_key
 from ..errors import DataError
 from ..run.backend import printed_progress
-from ..run.identity import begin, recipe, with_prints
+from ..run.identity import begin, recipe, recipes, with_prints
 from ..run.stages import label
 from ..store.artifacts import Store
 from ..store.looking import FOLDER
 from ..store.reading import parse_object
-from ..store.sources import When
+from ..store.sources import SEEN, When
 
 
 def as_recorded(
@@ -52,6 +52,26 @@ def as_recorded(
             "stands on it, are known once a container has"
         )
     return with_prints(cfg, prints), notes
+
+
+def changed_looks(
+    cfg: RunConfig,
+    names: Callable[[str], Iterable[str]],
+    read: Callable[[str], bytes | None],
+) -> Iterator[str]:
+    """Yield the files of the far store that tell what has changed of the data of a run, between
+    what its results were made of and what it goes by."""
+    there = set(names(f"{FOLDER}/made"))
+    for name, job in recipes(cfg).items():
+        now = (cfg.identity or {}).get(source_key(*job))
+        if now is None or f"{name}.json" not in there:
+            continue
+        record = f"{FOLDER}/made/{name}.json"
+        was = _print(read(record))
+        if was and was != now:
+            yield record
+            yield f"{FOLDER}/{SEEN}/{was}.json"
+            yield f"{FOLDER}/{SEEN}/{now}.json"
 
 
 def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:

@@ -1,0 +1,101 @@
+"""Which data a run on Modal goes by: one container looks, all go by that look, and the laptop by
+what was looked at last."""
+
+import pytest
+from fakes import StubbedVolume
+from small_sources import edited, text_run
+from test_cloud_client import PRICES, far
+
+from pipeline import cloud
+from pipeline.errors import DataError
+from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.load import load, parse
+from pipeline.run import stages
+from pipeline.store.artifacts import Store
+
+
+class Looked:
+    """A run whose data lie where its containers see them, on a volume of this test's own."""
+
+    def __init__(self, folder):
+        self.volume = StubbedVolume(folder / "volume")
+        self.path = text_run(folder / "run")
+        self.file = folder / "run/sea/1.jsonl"
+        self.cfg = load(self.path)
+
+    def laptop(self, cfg=None, **how):
+        """Return what a laptop goes by, and what it says."""
+        return cloud.as_recorded(cfg or self.cfg, *far(self.volume.path), **how)
+
+    def conductor(self, cfg, frozen=False):
+        """Return the run that whoever hands out jobs goes by."""
+        view = self.volume.view()
+        store = Store(view.path, publish=view.commit, refresh=view.reload)
+        return cloud.looked_at(parse(cfg.model_dump(mode="json")), store, frozen)
+
+    def work(self, cfg):
+        """Do preprocess in a container of its own; return how it ended."""
+        view = self.volume.view()
+        raw = cfg.model_dump(mode="json")
+        [result] = cloud.work("preprocess", raw, [None], view.path, view.commit, view.reload)
+        return result
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    return Looked(tmp_path)
+
+
+def test_the_laptop_looks_at_nothing_and_says_what_is_not_known(run, tmp_path, monkeypatch):
+    there = run.conductor(run.laptop()[0])
+
+    def look(*_args):
+        raise AssertionError("a laptop does not see the volume")
+
+    monkeypatch.setattr(FfnMoeConfig, "look", look)
+    here, notes = run.laptop()
+    assert here.identity == there.identity != {} and notes == []
+    other, notes = run.laptop(load(run.path, ("data.valid_share=0.2",)))
+    assert other.identity == {} and "what preprocess reads has not been looked at yet" in notes[0]
+    mirror = cloud.mirror(here, tmp_path / "mirror", *far(run.volume.path))
+    [job] = cloud.estimate(here, ("preprocess",), mirror, PRICES)
+    assert (job.address, job.state) == (stages.address(there, "preprocess"), "to do")
+
+
+def test_containers_make_what_was_looked_at_or_nothing(run, tmp_path):
+    cfg = run.conductor(run.laptop()[0])
+    edited(run.file)
+    late = run.work(cfg)
+    assert late.state == "failed" and "1.jsonl changed since it was looked at" in late.error
+    again = run.conductor(run.laptop()[0])
+    made = run.work(again)
+    # whatever becomes of the data while others are still to begin
+    edited(run.file)
+    assert run.work(again).address == made.address == stages.address(again, "preprocess")
+    assert late.address == stages.address(cfg, "preprocess") != made.address
+    # another look, under --frozen, goes on with what was made
+    assert run.conductor(run.laptop()[0]).identity != again.identity
+    frozen, notes = run.laptop(frozen=True)
+    assert frozen.identity == again.identity == run.conductor(frozen, frozen=True).identity
+    assert notes == []
+    # what the laptop plans with is newer than what stands, and it says so
+    here, _ = run.laptop()
+    mirror = cloud.mirror(here, tmp_path / "mirror", *far(run.volume.path))
+    [job] = cloud.estimate(here, ("preprocess",), mirror, PRICES)
+    assert job.state == "to do" and "1.jsonl changed since it was read last" in job.why
+
+
+def test_under_a_limit_on_the_cost_nothing_begins_that_was_not_planned_for(run):
+    limited = run.cfg.model_copy(
+        update={"modal": run.cfg.modal.model_copy(update={"max_cost_usd": 5.0})}
+    )
+    # what nobody knew was counted as to be done
+    first = run.conductor(run.laptop(limited)[0])
+    edited(run.file)
+    with pytest.raises(DataError, match="what preprocess reads has changed since it was looked at"):
+        run.conductor(run.laptop(limited)[0])
+    second, _ = run.laptop(limited)
+    assert run.conductor(second).identity == second.identity != first.identity
+    edited(run.file)
+    assert run.conductor(run.laptop()[0]).identity != second.identity
