@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...data.text.shards import Shards
 from ...errors import ConfigError
+from ...hardware import uses_bf16
 from ...store.artifacts import save_tensors
 from ...store.expert_package import EXPERT, STATISTICS, ExpertFacts, Noise, write_package
 from .. import PackWish, Parts
@@ -74,7 +75,7 @@ def pack(
         layers=expert_layers(cfg, settings["num_hidden_layers"]),
         trunk=trunk_fingerprint(parts),
         tokenizer=tokenizer_fingerprint(run_tokenizer(parts)),
-        dtype=cfg.dtype,
+        dtype="bf16" if uses_bf16(cfg.dtype) else "fp32",
         context_tokens=cfg.trunk.context_tokens,
         tokens=made.metrics["tokens"],
         statistics_path=cfg.expert.statistics_path,
