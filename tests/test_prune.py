@@ -230,7 +230,8 @@ def test_a_run_of_another_configuration_goes_on_beside_it(finished, store_path, 
     ours = [stages.address(cfg, name) for name in ("preprocess", "train_shared")]
     unknown = ["--yes", "--config", "config/tiny_vlm.yaml", "--store", store_path]
     process = command(finished[0], store_path)
-    until(lambda: list(store.root.glob("runs/*.json")) or process.poll() is not None)
+    # a moment after its note
+    until(lambda: list(store.root.glob("roots/*.json")) or process.poll() is not None)
     rounds = 0
     while process.poll() is None and not list(store.root.glob("artifacts/evaluate-*")):
         told = typed(capfd, 0, "prune", "--orphans", *unknown)
