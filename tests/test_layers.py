@@ -27,7 +27,13 @@ LAYERS = (
     ("cloud",),
     ("__main__",),
 )
-FAMILIES = (("__init__",), ("report_files",), ("adapters",), ("ffn_moe", "lora_vlm"), ("load",))
+FAMILIES = (
+    ("__init__",),
+    ("report_files", "searches"),
+    ("adapters",),
+    ("ffn_moe", "lora_vlm"),
+    ("load",),
+)
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 FAMILY_RANK = {part: rank for rank, layer in enumerate(FAMILIES) for part in layer}
 CONFINED = {

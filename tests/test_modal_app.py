@@ -77,7 +77,9 @@ def test_whatever_reads_a_trunk_may_open_a_gated_one(stage):
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app, stage):
     flags = inspect.signature(getattr(app, stage).info.raw_f).parameters
-    wanted = stage in ("preprocess", "train_experts", "lr_dense", "train_dense")
+    # Of adapters each has a search of its own
+    several = ("preprocess", "lr_experts", "train_experts", "lr_dense", "train_dense")
+    wanted = stage in several
     assert ("sequential" in flags) == wanted
 
 

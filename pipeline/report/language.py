@@ -6,7 +6,7 @@ is never marked as best: it is told the domain of each document, so nobody can s
 
 from collections.abc import Sequence
 
-from .format import DASH, count, figures, fixed, interval, rate, share, signed
+from .format import DASH, count, figures, fixed, interval, share, signed
 from .schema.language import ByDomain, LanguageReport, QualityRow, Verdict
 from .table import Cell, Row, Table, Values, at, diverge, extremes, less, lowest
 
@@ -406,31 +406,3 @@ def _gains(trunk: Sequence[float], line: Sequence[float], domains: int) -> Value
 def _saved(ratio: ByDomain, domains: Sequence[str]) -> Values:
     """Return what is saved on each domain by an expert's absence, as a share of the perplexity."""
     return [less(1, ratio.get(domain)) for domain in domains]
-
-
-def rates(report: LanguageReport) -> Table:
-    """The learning rates that were searched: what each that was tried came to."""
-    tried = {each.lr for found in report.rates for each in found.tried}
-    ladder = sorted(tried)
-    rows = []
-    for found in report.rates:
-        nats = {each.lr: each.nats for each in found.tried}
-        cells = [Cell(rate(found.lr)), Cell(count(found.steps)), Cell(fixed(found.before_nats))]
-        for lr in ladder:
-            text = fixed(nats.get(lr))
-            if lr in nats and nats[lr] is None:
-                text = "diverged"
-            cells.append(Cell(text if lr in nats else DASH, best=lr == found.lr))
-        rows.append(Row(found.job, tuple(cells)))
-    return Table(
-        name="Rates",
-        title="Learning rates that were searched",
-        corner="job",
-        columns=("taken", "steps", "before", *(f"at {rate(lr)}" for lr in ladder)),
-        rows=tuple(rows),
-        reading=(
-            "Validation loss, nats per token, before and after a short training at each rate from "
-            "the same weights on the same text. Taken is the lowest rate that gains about as much "
-            "as the best: a few steps flatter high ones."
-        ),
-    )

@@ -134,8 +134,8 @@ def _common_sections(
         charts = _render("curves.html", stages=stages, missing=missing)
     speed = _block("bars", bars(report)) + _table(run_facts.speed(report))
     model = _block("fact_list", run_facts.model_facts(report))
+    charts += _table(run_facts.rates(report))
     if isinstance(report, LanguageReport):
-        charts += _table(language.rates(report))
         model += _table(language.data(report))
     notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")
     return [

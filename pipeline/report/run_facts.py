@@ -1,6 +1,6 @@
 """The tables that every report has, whatever its kind: what was asked, and what it took."""
 
-from .format import count, megabytes, seconds
+from .format import DASH, count, fixed, megabytes, rate, seconds
 from .schema.base import BaseReport
 from .schema.reading import Report
 from .table import Cell, Row, Table
@@ -112,3 +112,31 @@ def model_facts(report: Report) -> list[tuple[str, str]]:
             text = count(value) if "parameters" in name else str(value)
             out.append((name.replace("_", " "), text))
     return out
+
+
+def rates(report: Report) -> Table:
+    """The learning rates that were searched: what each that was tried came to."""
+    tried = {each.lr for found in report.rates for each in found.tried}
+    ladder = sorted(tried)
+    rows = []
+    for found in report.rates:
+        nats = {each.lr: each.nats for each in found.tried}
+        cells = [Cell(rate(found.lr)), Cell(count(found.steps)), Cell(fixed(found.before_nats))]
+        for lr in ladder:
+            text = fixed(nats.get(lr))
+            if lr in nats and nats[lr] is None:
+                text = "diverged"
+            cells.append(Cell(text if lr in nats else DASH, best=lr == found.lr))
+        rows.append(Row(found.job, tuple(cells)))
+    return Table(
+        name="Rates",
+        title="Learning rates that were searched",
+        corner="job",
+        columns=("taken", "steps", "before", *(f"at {rate(lr)}" for lr in ladder)),
+        rows=tuple(rows),
+        reading=(
+            "Validation loss, nats per token, before and after a short training at each rate from "
+            "the same weights on the same text. Taken is the lowest rate that gains about as much "
+            "as the best: a few steps flatter high ones."
+        ),
+    )

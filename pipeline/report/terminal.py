@@ -73,7 +73,7 @@ def _show_language(report: LanguageReport, console: Console) -> None:
         language.active,
         language.wins,
         language.continuations,
-        language.rates,
+        run_facts.rates,
     ):
         _print(console, table(report))
 
@@ -91,6 +91,7 @@ def _show_requests(report: RequestReport, console: Console) -> None:
         requests.adapters,
         requests.metric_figures,
         requests.answers,
+        run_facts.rates,
     ):
         _print(console, table(report))
 

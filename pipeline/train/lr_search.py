@@ -9,8 +9,9 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from ..config.fit import FitConfig, LrSearchConfig
 from ..errors import NotFiniteError, PipelineError
 from .loop import HistoryWriter, Task, TrainIO, fit
 from .memory_meter import trim_heap
@@ -21,8 +22,14 @@ FIRST_RATES = 3  # that every search tries: the middle one and its neighbours
 # steps, and in 39 .11 nats less. Of rates that gain as much but for this share the lowest is taken
 CLOSE = 0.1
 MOST_RATES = 7  # three decades: whatever is best beyond them has another fault
+# What a search is planned with: three rates, and one more where the best of them is at an end
+PLANNED_RATES = 4
+# Fewer tell rates apart by noise
+LEAST_STEPS = 6
 # Of a finished rate's metrics those that add up
 ADDED = ("tokens", "seconds", "training_s", "evaluate_s")
+
+Fit = TypeVar("Fit", bound=FitConfig)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,29 @@ class Found:
     steps: int  # of each rate
     before_nats: float  # validation loss of what all of them start from
     tried: tuple[Tried, ...]  # by rate
+
+
+def in_small(opts: Fit, how: LrSearchConfig, all_steps: float, jobs: int = 1) -> Fit:
+    """Return the settings of a search's trainings, whose rate is still open; all_steps are those of
+    all trainings that the rate is for, `jobs` how many these are."""
+    whole = max(1, round(all_steps / jobs))
+    steps = how.steps
+    if steps is None:
+        fitting = round(how.share * all_steps / PLANNED_RATES)
+        steps = min(max(fitting, LEAST_STEPS), whole)
+    # As much of the whole as in the training itself
+    warmup_steps = round(min(opts.warmup_steps, whole) * steps / whole)
+    return opts.model_copy(
+        update={
+            "steps": steps,
+            "epochs": None,
+            "tokens": None,
+            "warmup_steps": warmup_steps,
+            "eval_every_steps": 0,
+            "patience": 0,
+            "keep": "last",
+        }
+    )
 
 
 def rate_of(rung: int) -> float:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
 from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folder, merge, not_hashed
-from ...config.fit import FitConfig
+from ...config.fit import SEARCHED, FitConfig, LearningRate, LrSearchConfig
 from ...config.paths import path_field
 from ...config.routing_set import RoutingSetConfig
 from ...config.run import RunConfig
@@ -108,7 +108,9 @@ class AdapterConfig(FitConfig):
         None, gt=0, description="Training tokens, those of prompts and what they come with included"
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the training rows")
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate")
+    lr: LearningRate = Field(
+        1e-4, description="Peak learning rate; auto: found by short trainings first (lr_search)"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW decay of matrices; vectors get none")
     beta2: float = Field(
         0.98, gt=0, lt=1, description="AdamW second-moment decay; the first is 0.9"
@@ -282,12 +284,31 @@ class AdapterRunConfig(RunConfig):
     dataset: RoutingSetConfig = Field(
         description="The routing set; a YAML file's path, or what is in it"
     )
+    lr_search: LrSearchConfig = Field(
+        LrSearchConfig(), description="How learning rates that are auto are found"
+    )
     evaluate: AdapterEvaluateConfig = Field(AdapterEvaluateConfig(), description="The report")
 
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts, in the order of loras.experts."""
         return tuple(entry.name for entry in self.loras.experts)
+
+    @property
+    def searches_experts(self) -> tuple[str, ...]:
+        """The experts whose own rate is searched."""
+        return tuple(name for name in self.experts if self.searches(name))
+
+    @property
+    def searches_router(self) -> bool:
+        """Whether the router's rate is searched."""
+        return self.searches(self.loras.router.name)
+
+    def searches(self, name: str) -> bool:
+        """Whether the rate of an expert's or the router's adapter is found before its training."""
+        options = self.loras.options(name)
+        # Without steps nothing moves
+        return options.lr == SEARCHED and options.steps != 0
 
     @property
     def tasks(self) -> tuple[str, ...]:

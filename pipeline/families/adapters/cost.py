@@ -8,7 +8,7 @@ D width, H width of all heads, K of all key-value heads, F of a feed-forward net
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +20,10 @@ from ...hardware import device
 from ...model.loss import workspace_bytes
 from ...store.foreign import read_object
 from ...train.flops import JobCost
+from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import MemoryPlan, plan_memory
 from .config import AdapterBaseConfig, AdapterConfig, AdapterRunConfig
+from .stages import SEARCHES
 
 KERNEL_BYTES = 60_000_000  # code that the first step touches, the allocator's arenas
 
@@ -187,18 +189,23 @@ def job_cost(
     `made` has the metrics of finished jobs, `sizes` are the base's (None: unknown), `row_tokens`
     gives the assumed tokens of a row by the adapter's name.
     """
-    if stage not in ("train_experts", "train_router") or sizes is None:
+    trained = {search: training for training, search in SEARCHES.items()}
+    searches = stage in trained
+    training = trained.get(stage, stage)
+    if training not in SEARCHES or sizes is None:
         return None
     name = item or cfg.loras.router.name
     options = cfg.loras.options(name)
     row = row_tokens(name)
-    rows = _train_rows(cfg, stage, item, made)
+    rows = _train_rows(cfg, training, item, made)
     steps = options.steps
     if steps is None and (options.tokens is not None or rows):
         steps = options.resolve_steps(row, row * (rows or 0))
+    if searches and steps is not None:
+        steps = PLANNED_RATES * (in_small(options, cfg.lr_search, steps).steps or 0)
     tokens = None if steps is None else steps * options.batch_sequences * row
     plan = memory_plan(cfg, options, sizes, row, row, f"{stage} {name}")
-    return JobCost.of(
+    found = JobCost.of(
         stage,
         item,
         tokens=tokens,
@@ -207,6 +214,11 @@ def job_cost(
         plan=plan,
         peak_bytes=sizes.peak_bytes(cfg.loras.base, options, plan, row),
     )
+    if searches:
+        return replace(found, summary=f"{found.summary}; {PLANNED_RATES} rates")
+    if item in cfg.items(SEARCHES[training]):
+        return replace(found, summary=f"{found.summary}; lr from {SEARCHES[training]}")
+    return found
 
 
 def read_config(base: AdapterBaseConfig) -> dict | None:

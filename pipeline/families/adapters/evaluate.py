@@ -33,6 +33,7 @@ from ...report.schema.requests import (
 from ...store.artifacts import now
 from ...store.reading import read_object
 from .. import Parts
+from ..searches import searched
 from .config import AdapterRunConfig
 from .criteria import criteria, measured_on_few
 from .eval_data import AdapterEvaluator, EvalRequest
@@ -40,6 +41,7 @@ from .inference import BASE
 from .peft_io import ABOUT
 from .routing_eval import NEUTRAL, REORDERED, REWORDED, Routed, routed_sets, routing
 from .stack import ROUTER, AdapterStack
+from .stages import SEARCHES
 
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
 
@@ -71,6 +73,7 @@ def evaluate(
         routing=routes,
         adapters=adapters,
         answers=tuple(answers),
+        rates=tuple(searched(cfg, parts, SEARCHES.values())),
         speed=tuple(_jobs(cfg, parts)),
         machine=MachineFacts.model_validate(facts),
         notes=(*_notes(evaluator, routes), *measured_on_few(sets, adapters, evaluator.media.name)),
@@ -220,7 +223,7 @@ def _model(cfg: AdapterRunConfig, stack: AdapterStack) -> AdapterModelFacts:
 
 def _jobs(cfg: AdapterRunConfig, parts: Parts) -> Iterator[JobSpeed]:
     """Yield throughput, time by phase and peak memory of every training, from the manifests."""
-    for stage in ("train_experts", "train_router"):
+    for stage in (*SEARCHES, *SEARCHES.values()):
         for item in cfg.items(stage):
             name = f"{stage} {item}" if item else stage
             yield JobSpeed.from_metrics(name, parts.manifest(stage, item).metrics)

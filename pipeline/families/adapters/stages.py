@@ -7,6 +7,7 @@ set, the router and the report, and no other expert's.
 from ...config.stage import Stage, table
 
 _TRAINED = ("family", "seed", "dtype")  # what every training depends on
+SEARCHES = {"train_experts": "lr_experts", "train_router": "lr_router"}  # of a training's rate
 _UP_TO_ROUTER = ("preprocess", "train_shared", "train_experts", "routing", "train_router")
 
 
@@ -44,18 +45,47 @@ STAGES = table(
         secrets=("wandb", "hub"),
         after=("preprocess",),
     ),
+    # Each on its own rows: an expert's rate moves with what is said of it, as its adapter does
+    Stage(
+        "lr_experts",
+        "find the learning rate of each expert on its own task, where it is auto",
+        "family.lr_expert",
+        kind="training",
+        items="searches_experts",
+        needs=("preprocess", "train_shared"),
+        needs_own=("preprocess",),
+        reads=(*_TRAINED, "lr_search"),
+        reads_also="expert_reads",
+        settings="loras.experts.{item}.overrides",
+        machine="train_experts",
+        secrets=("wandb", "hub"),
+    ),
     Stage(
         "train_experts",
         "train each expert's adapter on its own task over the frozen base",
         "family.expert",
         kind="training",
         items="experts",
-        needs=("preprocess", "train_shared"),
+        needs=("preprocess", "train_shared", "lr_experts"),
         # Its own rows alone: what is said of another expert's data leaves this adapter as it is
-        needs_own=("preprocess",),
+        needs_own=("preprocess", "lr_experts"),
         reads=_TRAINED,
         reads_also="expert_reads",
         settings="loras.experts.{item}.overrides",
+        secrets=("wandb", "hub"),
+        after=("lr_experts",),
+    ),
+    Stage(
+        "lr_router",
+        "find the learning rate of the router's adapter, where it is auto",
+        "family.lr_router",
+        kind="training",
+        when="searches_router",
+        needs=("train_shared", "routing"),
+        reads=(*_TRAINED, "lr_search"),
+        reads_also="router_reads",
+        settings="loras.router",
+        machine="train_router",
         secrets=("wandb", "hub"),
     ),
     Stage(
@@ -63,18 +93,19 @@ STAGES = table(
         "join the experts: train the router's adapter on the routing set",
         "family.router",
         kind="training",
-        needs=("train_shared", "routing"),
+        needs=("train_shared", "routing", "lr_router"),
         reads=_TRAINED,
         reads_also="router_reads",
         settings="loras.router",
         secrets=("wandb", "hub"),
+        after=("lr_router",),
     ),
     Stage(
         "evaluate",
         "measure the stack, write report.json and report.html, print the tables",
         "family.measure",
         kind="report",
-        needs=_UP_TO_ROUTER,
+        needs=(*_UP_TO_ROUTER, *SEARCHES.values()),
         # The name too, as the report shows it
         reads=("family", "name", "evaluate"),
         reads_also="report_reads",

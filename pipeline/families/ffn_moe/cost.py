@@ -14,11 +14,12 @@ from ...model.loss import (
     workspace_bytes,
 )
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
+from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
 from .passes import HEAP_BYTES, KERNEL_BYTES
-from .rates import PLANNED_RATES, in_small, search_of, trained_by
+from .rates import search_of, trained_by
 from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
 from .trunk_sizes import stored_bytes, trunk_shape
@@ -100,14 +101,15 @@ def search_settings(
     Raises KeyError for a duration in epochs over a domain that was not counted.
     """
     opts, trains = _settings(cfg, search, item)
+    step_tokens = opts.batch_sequences * cfg.trunk.context_tokens
     stage = trained_by(search)
     if stage in ("train_shared", "train_router"):
         tokens = stage_tokens(cfg, stage, None, domain_tokens)
-        return in_small(cfg, opts, tokens, 1), trains
+        return in_small(opts, cfg.lr_search, tokens / step_tokens), trains
     # An expert for every domain there is: which of them get one is no part of the search
     domains = cfg.partition.names
     counted = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
-    return in_small(cfg, opts, sum(counted), len(domains)), trains
+    return in_small(opts, cfg.lr_search, sum(counted) / step_tokens, len(domains)), trains
 
 
 def dense_width(cfg: FfnMoeConfig, item: str) -> int:

@@ -15,10 +15,8 @@ from ...report.format import beside_limit, limit, places, reaches
 from ...report.schema.base import Criterion, JobSpeed
 from ...report.schema.language import (
     QualityRow,
-    RateSearch,
     TextCounts,
     TokenRouting,
-    TriedRate,
     Win,
 )
 from .. import Parts
@@ -26,7 +24,6 @@ from .config import FfnMoeConfig
 from .evaluator import EvalRow, Evaluator, NetworkRow
 from .parts import batch_of, token_loss, training_rows
 from .passes import TRAIN_SAMPLE_TOKENS
-from .rates import found_rate
 from .stages import SEARCHES
 
 
@@ -174,26 +171,6 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
         name = f"{stage} {item}" if item else stage
         metrics = parts.manifest(stage, item).metrics
         out.append(JobSpeed.from_metrics(name, metrics))
-    return out
-
-
-def rates(cfg: FfnMoeConfig, parts: Parts) -> list[RateSearch]:
-    """Return what each search of a learning rate tried, from their artifacts."""
-    out = []
-    for stage in SEARCHES.values():
-        for item in cfg.items(stage):
-            found = found_rate(parts, stage, item)
-            tried = [TriedRate(lr=each.lr, nats=each.valid_nats) for each in found.tried]
-            name = f"{stage} {item}" if item else stage
-            out.append(
-                RateSearch(
-                    job=name,
-                    lr=found.lr,
-                    steps=found.steps,
-                    before_nats=found.before_nats,
-                    tried=tried,
-                )
-            )
     return out
 
 

@@ -29,10 +29,11 @@ from ...report.schema.language import (
 from ...store.artifacts import now
 from ...train.flops import Shape
 from .. import Parts
+from ..searches import searched
 from .config import FfnMoeConfig
 from .continuations import ContinuationWriter, writers
 from .cost import expert_shape
-from .criteria import TrainTestGap, criteria, notes, rates, speed, train_test_gap, wins
+from .criteria import TrainTestGap, criteria, notes, speed, train_test_gap, wins
 from .evaluator import EvalRow, Evaluator
 from .networks import SOUP, TRUNK, network_rows, stack_row
 from .parts import (
@@ -42,6 +43,7 @@ from .parts import (
     stored_trunk,
 )
 from .stack import FfnStack, join
+from .stages import SEARCHES
 
 ENSEMBLE = "posterior ensemble"
 ORACLE = "oracle expert"
@@ -116,7 +118,7 @@ def language_report(
         metric="bits per byte on held-out text",
         data=counts,
         speed=speed(cfg, parts),
-        rates=rates(cfg, parts),
+        rates=searched(cfg, parts, SEARCHES.values()),
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
         notes=[*notes(cfg, parts.manifest("preprocess").metrics, counts), *more_notes],
         continuations=writer.texts(),

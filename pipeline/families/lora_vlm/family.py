@@ -12,11 +12,13 @@ from ...protocols import Progress
 from ...report import RequestReport
 from ...store.model_files import FindModel
 from ...train.loop import NoTraining, Task
+from ...train.lr_search import Search
 from .. import ExportWish, PackWish, Parts
 from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
 from ..adapters.config import AdapterRouterConfig
+from ..adapters.rates import known, search_for
 from ..adapters.rows import look_at_routing, look_at_task, prepare_task
 from ..adapters.rows import make_routing_set as route_data
 from ..adapters.stack import AdapterStack
@@ -35,6 +37,8 @@ __all__ = [
     "export",
     "look_at_routing",
     "look_at_task",
+    "lr_expert",
+    "lr_router",
     "measure",
     "preflight",
     "prepare",
@@ -67,16 +71,26 @@ def shared(cfg: LoraVlmConfig, _parts: Parts) -> NoTraining:
     return NoTraining(lambda folder: write(base, corpus, folder))
 
 
+def lr_expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Search:
+    """Return the search for the rate of one expert's adapter."""
+    return search_for(cfg, item, lambda tried: expert_task(tried, parts, item, _base(cfg, parts)))
+
+
 def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task:
     """Return one expert's training: its adapter on its own task's rows, some asked in neutral
     words."""
-    return expert_task(cfg, parts, item, _base(cfg, parts))
+    return expert_task(known(cfg, parts, "train_experts", item), parts, item, _base(cfg, parts))
+
+
+def lr_router(cfg: LoraVlmConfig, parts: Parts) -> Search:
+    """Return the search for the rate of the router's adapter."""
+    return search_for(cfg, None, lambda tried: router_task(tried, parts, _base(cfg, parts)))
 
 
 def router(cfg: LoraVlmConfig, parts: Parts) -> Task:
     """Return the router's training: its adapter answers each request of the routing set with a
     label."""
-    return router_task(cfg, parts, _base(cfg, parts))
+    return router_task(known(cfg, parts, "train_router"), parts, _base(cfg, parts))
 
 
 def assemble(cfg: LoraVlmConfig, parts: Parts) -> AdapterStack:

@@ -21,7 +21,11 @@ from ..autograd import Context
 from .frozen import product_dtype
 
 BLOCK_ROWS = 64  # as in experts.py, for the same reason
-CHUNK_TOKENS = 1024  # of a processor: more, and what lies between products leaves its caches
+# Of a processor, in bf16; in fp32 half as many. With more what lies between products leaves its
+# caches, with fewer the experts' small products and their starts cost more. SmolLM2-135M, top-2 of
+# 8 of rank 64: 1.44, 1.37 and 1.56 times the dense model's forward with 1,024, 2,048 and 4,096
+# tokens in bf16, 1.26 and 1.35 with 1,024 and 2,048 in fp32.
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,9 @@ def shared_base_mix(
     weight_NK = weight_NK.masked_fill(index_NK < 0, 0.0)
     index_NK = index_NK.clamp(min=0)
     with torch.autocast(device_type, enabled=False):
-        size = CHUNK_TOKENS if device_type == "cpu" else len(x_ND)
+        size = len(x_ND)
+        if device_type == "cpu":
+            size = max(1, CHUNK_TOKENS * torch.bfloat16.itemsize // dtype.itemsize)
         outputs = []
         for start in range(0, len(x_ND), size):
             chunk = slice(start, start + size)

@@ -37,6 +37,23 @@ class Criterion(ReportPart):
     detail: str = Field(description="what was found")
 
 
+class TriedRate(ReportPart):
+    """A learning rate that a search tried."""
+
+    lr: float
+    nats: float | None = Field(description="validation loss at its end; None where it diverged")
+
+
+class RateSearch(ReportPart):
+    """How a learning rate that was left open was found."""
+
+    job: str = Field(description="stage and item")
+    lr: float = Field(description="the rate that was taken")
+    steps: int = Field(description="training steps of each rate")
+    before_nats: float = Field(description="validation loss before any step")
+    tried: tuple[TriedRate, ...]
+
+
 class JobSpeed(ReportPart):
     """Time and memory of one training job, from its manifest."""
 

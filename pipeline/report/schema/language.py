@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from .base import BaseReport, Difference, Interval, ReportPart
+from .base import BaseReport, Difference, Interval, RateSearch, ReportPart
 
 ByDomain = dict[str, float]
 # an "expert" knows one domain and the "oracle" is told which; the others serve any text
@@ -176,23 +176,6 @@ class Continuation(ReportPart):
     prompt: str = Field(description="the beginning that all were given")
     held_out: str = Field(description="what stands there")
     written: tuple[WrittenText, ...] = Field(description="greedily, by each of the same rows")
-
-
-class TriedRate(ReportPart):
-    """A learning rate that a search tried."""
-
-    lr: float
-    nats: float | None = Field(description="validation loss at its end; None where it diverged")
-
-
-class RateSearch(ReportPart):
-    """How a learning rate that was left open was found."""
-
-    job: str = Field(description="stage and item")
-    lr: float = Field(description="the rate that was taken")
-    steps: int = Field(description="training steps of each rate")
-    before_nats: float = Field(description="validation loss before any step")
-    tried: tuple[TriedRate, ...]
 
 
 class LanguageReport(BaseReport):

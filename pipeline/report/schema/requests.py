@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import BaseReport, Difference, Interval, ReportPart
+from .base import BaseReport, Difference, Interval, RateSearch, ReportPart
 
 
 class AdapterModelFacts(ReportPart):
@@ -190,3 +190,4 @@ class RequestReport(BaseReport):
     routing: RequestRouting | None = Field(None, description="where requests go")
     adapters: AdapterScores | None = Field(None, description="who can do what")
     answers: tuple[AnswerSet, ...] = ()
+    rates: tuple[RateSearch, ...] = Field((), description="learning rates that were searched")
