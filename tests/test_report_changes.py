@@ -30,15 +30,23 @@ def test_text_is_compared_domain_by_domain_and_the_mean_comes_last():
     after = moved(language_report((*DOMAINS, "new")), 0.25)
     bits, routes = changes(before, after)
     found = cells(bits)
-    assert list(found) == [*DOMAINS, "new", "mean"]
+    # The means are over other domains, so of those that both have there is one more
+    assert list(found) == [*DOMAINS, "new", "mean", "mean of both"]
     for domain in DOMAINS:
         was = before.stack.bits_per_byte[domain]
         now = after.stack.bits_per_byte[domain]
         assert found[domain] == [f"{was:.3f}", f"{now:.3f}", f"{now - was:+.3f}".replace("-", "−")]
     assert found["new"][0] == found["new"][2] == "–"
-    assert found["mean"][2] == "+0.250"
+    assert found["mean"][2] == "–"
+    shared = [
+        sum(report.stack.bits_per_byte[name] for name in DOMAINS) / len(DOMAINS)
+        for report in (before, after)
+    ]
+    assert found["mean of both"][2] == f"{shared[1] - shared[0]:+.3f}".replace("-", "−")
+    same = cells(changes(before, moved(before, 0.25))[0])
+    assert same["mean"][2] == "+0.250" and "mean of both" not in same
     # Reports have an interval of the mean, and of nothing else here
-    assert [cell.small != "" for cell in bits.rows[-1].cells] == [True, True, False]
+    assert [cell.small != "" for cell in bits.rows[-2].cells] == [True, True, False]
     # Where a whole text goes to one adapter, tokens have no ways of their own
     share = after.text_routing.agreement_by_domain[DOMAINS[0]]
     assert cells(routes)[DOMAINS[0]][1] == f"{100 * share:.1f} %"

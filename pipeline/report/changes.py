@@ -13,6 +13,7 @@ from .table import Cell, Row, Table, less, names_in_order
 
 MEAN = "mean"
 STACK = "stack's answers"
+BOTH = "mean of both"  # of what either report has
 Figure = tuple[float | None, Interval | None]
 Figures = dict[str, Figure]
 COLUMNS = ("before", "after", "difference")
@@ -64,18 +65,32 @@ def _table(title: str, before: Figures, after: Figures, unit: _Unit, reading: st
     def cell(figure: Figure | None) -> Cell:
         return Cell(DASH) if figure is None else Cell(unit.text(figure[0]), unit.bounds(figure[1]))
 
+    names = names_in_order([*after, *before])
+    both = [name for name in names if name in before and name in after and not _is_whole(name)]
+    others = [name for name in names if name not in both and not _is_whole(name)]
+    if before and others and both:
+        # A mean over other domains says nothing of these
+        before, after = (known | {BOTH: _mean(known, both)} for known in (before, after))
+        names = (*names, BOTH)
     rows = []
     # What stands for all of them comes last
-    for name in sorted(names_in_order([*after, *before]), key=_is_whole):
+    for name in sorted(names, key=_is_whole):
         old, new = before.get(name), after.get(name)
-        moved = less(new[0], old[0]) if old and new else None
+        is_same = old and new and (name == BOTH or not (_is_whole(name) and others))
+        moved = less(new[0], old[0]) if old and new and is_same else None
         cells = (cell(old), cell(new), Cell(unit.change(moved)))
         rows.append(Row(name, cells, kind="all" if _is_whole(name) else ""))
     return Table("Change", title, "of", COLUMNS, tuple(rows), reading)
 
 
+def _mean(figures: Figures, names: list[str]) -> Figure:
+    values = [finite(figures[name][0]) for name in names]
+    known = [value for value in values if value is not None]
+    return (sum(known) / len(known) if len(known) == len(values) else None), None
+
+
 def _is_whole(name: str) -> bool:
-    return name in (MEAN, STACK)
+    return name in (MEAN, STACK, BOTH)
 
 
 def _bits(report: LanguageReport | None) -> Figures:

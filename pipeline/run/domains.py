@@ -130,6 +130,8 @@ def show(change: DomainChange, store: Store, console: Console) -> list[Entry]:
     for entry in wanted:
         table.add_row(entry.name, entry.state, *_expected(entry, seconds.get(entry.address)))
     print_table(console, table)
+    for why in dict.fromkeys(entry.why for entry in wanted if entry.why):
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
     kept = len(entries) - len(wanted)
     console.print(
         f"{kept} of {len(entries)} jobs stay as they are; to train: about "
