@@ -171,11 +171,14 @@ def _looked_at(
 ) -> RunConfig:
     """Return the run of a command, with what it reads outside the store looked at; tells of it."""
     from .run.backend import printed_progress
-    from .run.identity import begin
+    from .run.identity import begin, changed
 
     errors = Console(stderr=True, soft_wrap=True)
     progress = printed_progress(errors)
     cfg, notes = begin(cfg, store, progress, frozen=args.frozen, makes=makes)
+    if args.command != "plan":
+        # Whose table says so, job by job
+        notes += changed(cfg, store)
     for note in notes:
         errors.print(note, highlight=False, markup=False)
     return cfg

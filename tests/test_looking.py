@@ -8,6 +8,7 @@ import shutil
 import signal
 from contextlib import suppress
 
+import fsspec
 import pytest
 from conftest import WORDS, tiny_config
 from small_sources import added, deleted, edited, hidden, picture_run, renamed, text_run
@@ -18,11 +19,12 @@ from pipeline.data.sources import task_seen
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import load, parse
 from pipeline.protocols import quiet
-from pipeline.run import identity, job, stages
+from pipeline.run import former, identity, job, stages
 from pipeline.run.identity import begin
 from pipeline.run.job import run_job
 from pipeline.store import looking, sources
 from pipeline.store.artifacts import Store
+from pipeline.store.reading import sealed
 
 
 @pytest.fixture
@@ -262,3 +264,86 @@ def test_a_record_that_is_lost_or_torn_tells_nothing(made):
     (store.root / f"sources/made/{name}.json").write_text("{")
     assert sources.print_of(store, "made", name) == ""
     assert identity.recorded(cfg, store, "made") == {}
+
+
+def test_a_checkpoint_on_other_data_is_no_former_value(made):
+    """Whoever has edited a file is told which; that a rate was another beside it helps nobody."""
+    path, store = made
+    job, now = ("train_experts", "sea"), ("expert.lr=0.25",)
+    there = stages.Addresses(load(path))
+    former.note_settings(store, there.of(*job), there.cfg)
+    slot = store.resume(there.of(*job)) / "a"
+    slot.mkdir()
+    (slot / "state.json").write_text(sealed({"run": {"step": 40}}))
+    told = former.former_checkpoint(stages.Addresses(load(path, now)), *job, store)
+    assert "at step 40 exists under expert.lr 0.003 (here 0.25)" in told
+    file = path.parent / "sea/1.jsonl"
+    before = file.read_bytes()
+    edited(file)
+    for overrides in ((), now):
+        here = stages.Addresses(load(path, overrides))
+        assert former.former_checkpoint(here, *job, store) == ""
+    file.write_bytes(before)
+    assert former.former_checkpoint(stages.Addresses(load(path, now)), *job, store) == told
+
+
+def test_pictures_that_a_routing_set_only_names_are_held_against_the_look_again(tmp_path):
+    path = picture_run(tmp_path / "run")
+    store = Store(tmp_path / "store").open()
+    cfg, _ = begin(load(path), store, makes=True)
+    for stage, item in (("train_router", None), ("evaluate", None), ("train_experts", "one")):
+        identity.check_unchanged(cfg, store, stage, item)
+    edited(tmp_path / "run/own/images/3.png")
+    for stage in ("routing", "train_router", "evaluate"):
+        with pytest.raises(DataError, match=r"images/3.png changed since it was looked at"):
+            identity.check_unchanged(cfg, store, stage, None)
+    identity.check_unchanged(cfg, store, "train_experts", "one")
+
+
+def test_a_url_is_known_by_what_its_server_says(tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    path = text_run(tmp_path / "run")
+    for i in range(3):
+        file = tmp_path / f"run/sea/{i}.jsonl"
+        memory.pipe(f"/looking/sea/{i}.jsonl", file.read_bytes())
+    path.write_text(path.read_text().replace("sea/*.jsonl", "memory://looking/sea/*.jsonl"))
+    store = Store(tmp_path / "store").open()
+    first, notes = begin(load(path), store, makes=True)
+    assert notes == [] and begin(load(path), store)[0].identity == first.identity
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "glob", _lost)
+        # never read: without its server nobody knows what it is
+        assert begin(load(path), store)[0].identity != first.identity
+    run_job("preprocess", first, store, progress=quiet)
+    for lost in ("glob", "info"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), lost, _lost)
+            again, notes = begin(load(path), store)
+        assert again.identity == first.identity
+        assert notes == [
+            "a server cannot be asked for what preprocess read, so what was read before is gone "
+            "on with"
+        ]
+    memory.pipe("/looking/sea/1.jsonl", b'{"text": "another tide"}\n' * 40)
+    assert begin(load(path), store)[0].identity != first.identity
+    memory.rm("/looking", recursive=True)
+    assert begin(load(path), store)[0].identity != first.identity
+
+
+def _lost(*_args, **_kwargs):
+    raise OSError("the line is down")
+
+
+def test_a_command_says_what_has_changed_and_frozen_does_nothing_again(made, capsys):
+    path, store = made
+    typed = ["preprocess", "--config", str(path), "--store", str(store.root), "--frozen"]
+    edited(path.parent / "sea/1.jsonl")
+    assert main(typed) == 0
+    assert len(list(store.root.glob("artifacts/*"))) == 1
+    assert "frozen: what preprocess read before is gone on with" in capsys.readouterr().err
+    gone = ["deploy", "--config", str(path), "--store", str(store.root)]
+    shutil.rmtree(path.parent / "sea")
+    assert main(gone) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data.files: 0.jsonl is gone, 1.jsonl is gone, 2.jsonl is gone" in said
+    assert "since it was read last; --frozen goes on with what was read then" in said

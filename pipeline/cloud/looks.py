@@ -11,7 +11,7 @@ from rich.console import Console
 from ..config.run import JobKey, RunConfig, source_key
 from ..errors import DataError
 from ..run.backend import printed_progress
-from ..run.identity import begin, recipe, recipes, with_prints
+from ..run.identity import begin, changed, recipe, recipes, with_prints
 from ..run.stages import label
 from ..store.artifacts import Store
 from ..store.looking import FOLDER
@@ -88,7 +88,7 @@ def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:
     bare = cfg.model_copy(update={"identity": None})
     found, notes = begin(bare, store, progress, frozen=frozen, makes=True)
     store.publish()
-    for note in notes:
+    for note in (*notes, *changed(found, store)):
         print(note)
     now = found.identity or {}
     other = [job for job, was in planned.items() if now.get(job) != was]

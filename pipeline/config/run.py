@@ -159,6 +159,11 @@ class RunConfig(Section):
         the cause of."""
         raise NotImplementedError
 
+    def reads_through(self, stage: str, item: str | None) -> tuple[JobKey, ...]:
+        """Return the jobs of which a job reads anew what they have read outside the store, as their
+        artifacts only name it."""
+        return ()
+
     def section(self, stage: str, item: str | None) -> str:
         """Return the dotted name of a training's settings, for messages."""
         return self.stages[stage].setting_name(item)

@@ -20,7 +20,7 @@ from ..store.model_sources import on_this_machine
 from ..store.removed import Removed, removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
-from .identity import since_made
+from .identity import FROZEN, since_made
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -77,8 +77,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
         changed = "" if store.has(address) else since_made(cfg, store, stage, item)
         if changed:
             why = (
-                f"{changed}, so {label(stage, item)} is made again, and what stands on it; "
-                "--frozen goes on with what was read then"
+                f"{changed}, so {label(stage, item)} is made again, and what stands on it; {FROZEN}"
             )
         entries.append(Entry(address, state, why, cost, label(stage, item), refused))
     return entries

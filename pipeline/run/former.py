@@ -21,6 +21,7 @@ from .stages import Addresses, label
 
 NOTE = "settings.json"
 UNSET = "unset"
+IDENTITY = "identity"  # of the note beside the settings: what was read outside the store
 # More is no setting that somebody has changed but another run.
 MOST_CHANGES = 3
 # Of one job that are looked at: on Modal each costs requests.
@@ -40,7 +41,7 @@ def note_settings(store: Store, address: str, cfg: RunConfig) -> None:
     """Write down beside a job's checkpoints what it began with."""
     folder = store.resume(address)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / NOTE, sealed(kept_settings(cfg)))
+    write_text(folder / NOTE, sealed(kept_settings(cfg) | {IDENTITY: cfg.identity}))
 
 
 def same_job(address: str, names: list[str]) -> list[str]:
@@ -111,10 +112,15 @@ def _changes(
         there = unsealed((store.resume(address) / NOTE).read_bytes())
     except (OSError, ValueError):
         return {}
-    if _address(there, job) != address:
-        return {}
     here = kept_settings(addresses.cfg)
     own = addresses.of(*job)
+    read_here = {IDENTITY: addresses.cfg.identity}
+    read_there = {IDENTITY: there.pop(IDENTITY, None)}
+    if _address(there | read_there, job) != address:
+        return {}
+    if _address(there | read_here, job) != address:
+        # Of other data: no setting goes on from it, and what has changed of them is told anyway
+        return {}
     ours = dict(_leaves(here))
     theirs = dict(_leaves(there))
     changes = {}
@@ -126,9 +132,9 @@ def _changes(
             continue
         # Of each setting alone: whether it matters to this job
         if now == UNSET:
-            moves = _address(merge(here, _nested(path, was)), job) != own
+            moves = _address(merge(here, _nested(path, was)) | read_here, job) != own
         else:
-            moves = _address(merge(there, _nested(path, now)), job) != address
+            moves = _address(merge(there, _nested(path, now)) | read_here, job) != address
         if moves:
             changes[".".join(path)] = (was, now)
         if len(changes) > MOST_CHANGES:

@@ -19,6 +19,8 @@ from ..store.looking import FOLDER, UNREACHABLE, FileSums, Looking
 from ..store.sources import When
 from .changes import changes
 
+# What goes on with what stands, as people are told who did not mean to change anything
+FROZEN = "--frozen goes on with what was read then"
 # What this process has looked at, by its print: for who tells of it later
 _seen: dict[str, Looked] = {}
 
@@ -140,18 +142,28 @@ def recipes(cfg: RunConfig) -> dict[str, JobKey]:
     return {recipe(cfg, *job): job for job in _jobs(cfg)}
 
 
-def unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) -> Looked | None:
-    """Return what a job reads outside the store, which is what its command looked at; None where it
-    reads nothing. Raises DataError when it has changed since."""
-    wanted = (cfg.identity or {}).get(source_key(stage, item))
-    if wanted is None:
-        return None
+def check_unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) -> None:
+    """Raise DataError when what a job reads outside the store is no longer what its command has
+    looked at."""
     eye, _ = _eye(store, quiet)
-    found = cfg.look(stage, item, eye)
-    if found is not None and found.print == wanted:
-        return found
-    told = changes(_details(store, wanted), found)
-    raise DataError(f"{told} since it was looked at, before this began; do it again")
+    for job in ((stage, item), *cfg.reads_through(stage, item)):
+        wanted = (cfg.identity or {}).get(source_key(*job))
+        if wanted is None:
+            continue
+        found = cfg.look(*job, eye)
+        if found is None or found.print != wanted:
+            told = changes(_details(store, wanted), found)
+            raise DataError(f"{told} since it was looked at, before this began; do it again")
+
+
+def changed(cfg: RunConfig, store: Store) -> list[str]:
+    """Return what has changed of what a run reads since its results were made, in sentences."""
+    told = []
+    for job in _jobs(cfg):
+        clause = since_made(cfg, store, *job)
+        if clause:
+            told.append(f"{clause}; {FROZEN}")
+    return list(dict.fromkeys(told))
 
 
 def note_made(cfg: RunConfig, store: Store, stage: str, item: str | None) -> None:

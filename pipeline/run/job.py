@@ -29,7 +29,7 @@ from ..store.room import translate_disk_errors
 from ..store.upload import upload
 from .context import JobContext, StoredParts
 from .former import kept_settings
-from .identity import note_made, unchanged
+from .identity import check_unchanged, note_made
 from .stages import Addresses
 
 # What decides bytes beside the configuration and the machine; written down with every artifact
@@ -132,17 +132,17 @@ def _versions() -> dict[str, str]:
 def _make(job: JobContext) -> Manifest:
     started = time.monotonic()
     read = (job.cfg, job.store, job.stage, job.item)
-    unchanged(*read)
+    check_unchanged(*read)
     folder = job.store.begin(job.address)
     try:
         metrics = _work(job)
         # What has changed while it was read is neither what it was nor what it is now
-        unchanged(*read)
+        check_unchanged(*read)
     except PipelineError:
         # Refused: whoever mends a setting is at another address, and this would lie here for good
         shutil.rmtree(folder, ignore_errors=True)
         # A file that was cut off meanwhile is told as such, and not as torn
-        unchanged(*read)
+        check_unchanged(*read)
         raise
     write_text(folder / "run.json", json.dumps(kept_settings(job.cfg), indent=1, sort_keys=True))
     made = {

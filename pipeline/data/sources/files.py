@@ -144,8 +144,10 @@ def seen_paths(setting: str, paths: Iterable[str], eye: Eye) -> Iterator[Seen]:
     for pattern in paths:
         try:
             hits = list(_matches([pattern]))
-        except DataError:
-            yield Seen(setting, pattern.rpartition("/")[2], _absence(pattern))
+        except DataError as error:
+            # Of a cause other than that there is nothing
+            odd = UNREACHABLE if error.__cause__ and not _is_here(pattern) else GONE
+            yield Seen(setting, pattern.rpartition("/")[2], odd)
             continue
         start = _start(pattern)
         for fs, path in hits:
@@ -158,10 +160,6 @@ def seen_paths(setting: str, paths: Iterable[str], eye: Eye) -> Iterator[Seen]:
             yield eye.file(setting, path, name)
         else:
             yield seen_at(setting, fs, path, name)
-
-
-def _absence(pattern: str) -> str:
-    return GONE if _is_here(pattern) else UNREACHABLE
 
 
 def _of_sets(found: "dict[str, tuple[AbstractFileSystem, str]]") -> "_Found":

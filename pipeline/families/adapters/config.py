@@ -19,7 +19,7 @@ from ...config.base import COMMIT, NONE, Section, Share, hashed_fields, is_folde
 from ...config.fit import SEARCHED, FitConfig, LearningRate, LrSearchConfig
 from ...config.paths import path_field
 from ...config.routing_set import RoutingSetConfig
-from ...config.run import RunConfig
+from ...config.run import JobKey, RunConfig
 from ...config.stage import Stage
 from ...config.task_data import TaskConfig
 from ...protocols import Eye, Looked, Seen
@@ -401,6 +401,11 @@ class AdapterRunConfig(RunConfig):
 
             return Looked.of(seen_in_folder("loras.base.model", Path(base), eye))
         return None
+
+    def reads_through(self, stage: str, item: str | None) -> tuple[JobKey, ...]:
+        """Return the jobs of which a job reads anew what they have read outside the store."""
+        # The routing set names pictures of its own rows where they lie
+        return (("routing", None),) if stage in ("train_router", "evaluate") else ()
 
     def _seen_by_routing(self, eye: Eye) -> Iterator[Seen]:
         from ...data.sources.task_seen import seen
