@@ -106,11 +106,13 @@ def look_at(
 
 
 def _eye(store: Store | None, progress: Progress) -> tuple[Looking, FileSums]:
-    if store is None or not (store.root / "store.json").exists():
-        sums = FileSums(None if store is None else store.root, progress)
+    if store is None:
+        sums = FileSums(None, progress)
         return Looking(sums, progress), sums
-    sums = FileSums(store.root, progress)
-    return Looking(sums, progress, store.root / FOLDER), sums
+    sums = FileSums(store.root, progress, by_ctime=not store.is_published)
+    # A plan makes no store, and leaves nothing in a folder that is none
+    is_made = (store.root / "store.json").exists()
+    return Looking(sums, progress, store.root / FOLDER if is_made else None), sums
 
 
 def recorded(cfg: RunConfig, store: Store, when: When) -> dict[JobKey, str]:

@@ -59,6 +59,12 @@ class Store:
     publish: Callable[[], None] = _nothing  # let other machines see our writes
     refresh: Callable[[], None] = _nothing  # see theirs; no file may be open
 
+    @property
+    def is_published(self) -> bool:
+        """Whether it is one of many machines, which live for a job each and have views of their
+        own."""
+        return self.publish is not _nothing
+
     def folder(self, address: str) -> Path:
         """Where an artifact is or will be."""
         return self.root / "artifacts" / address
@@ -246,8 +252,7 @@ class Reader:
         self._right: set[tuple[str, str]] = set()
         self._sums: dict[Path, str] = {}
         self._hashed: Hashed | None = None
-        # A store that is published is one of many machines that live for one job each
-        if store.publish is _nothing:
+        if not store.is_published:
             self._hashed = Hashed(store.root, lambda: store.lock("hashed"), write_text)
 
     def manifest(self, address: str) -> Manifest:

@@ -48,8 +48,12 @@ class FileSums:
     time and nothing else.
     """
 
-    def __init__(self, root: Path | None = None, progress: Progress = quiet) -> None:
-        """Read the lists of the store at `root`; none: this process alone."""
+    def __init__(
+        self, root: Path | None = None, progress: Progress = quiet, by_ctime: bool = True
+    ) -> None:
+        """Read the lists of the store at `root`; none: this process alone. `by_ctime`: unless each
+        machine sees times of its own of when a file was put where it is."""
+        self._by_ctime = by_ctime
         self._places = []
         if root is not None:
             self._places = [root / FOLDER / SUMS, _user_cache() / SUMS]
@@ -71,7 +75,7 @@ class FileSums:
         if used is not None:
             return used[0][0], used[1]
         try:
-            state = _state(os.stat(name))  # noqa: PTH116
+            state = self._state(os.stat(name))  # noqa: PTH116
         except OSError as error:
             return 0, _oddness(error)
         known = _known.get(name) or self._kept.get(name)
@@ -107,6 +111,14 @@ class FileSums:
                 self._has_new = False
                 return
 
+    def _state(self, found: os.stat_result) -> State | None:
+        """Return what changes with a file's content; None for what is no file."""
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        # ctime too: who unpacks another version of a file may give it the size and time of the old
+        ctime_ns = found.st_ctime_ns if self._by_ctime else 0
+        return found.st_size, found.st_mtime_ns, ctime_ns
+
     def _hash(self, name: str) -> tuple[State | None, str]:
         """Read a file through; return its state before that, None with one of ODD for no file."""
         try:
@@ -115,7 +127,7 @@ class FileSums:
         except OSError as error:
             return None, _oddness(error)
         try:
-            state = _state(os.fstat(handle))
+            state = self._state(os.fstat(handle))
             if state is None:
                 return None, NO_FILE
             with open(handle, "rb", closefd=False) as file:
@@ -178,14 +190,6 @@ class Looking:
 def _user_cache() -> Path:
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "moleforge"
-
-
-def _state(found: os.stat_result) -> State | None:
-    """Return what changes with a file's content; None for what is no file."""
-    if not stat.S_ISREG(found.st_mode):
-        return None
-    # ctime too: who unpacks another version of a file may give it the size and time of the old one
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _oddness(error: OSError) -> str:
