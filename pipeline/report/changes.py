@@ -13,7 +13,7 @@ from .table import Cell, Row, Table, less, names_in_order
 
 MEAN = "mean"
 STACK = "stack's answers"
-BOTH = "mean of both"  # of what either report has
+BOTH = "mean of both"  # of what both reports have
 Figure = tuple[float | None, Interval | None]
 Figures = dict[str, Figure]
 COLUMNS = ("before", "after", "difference")
