@@ -19,7 +19,7 @@ from fakes import FakeRecorder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.base import Section
+from pipeline.config.base import Section, is_hidden
 from pipeline.config.run import RunConfig
 from pipeline.data.text.prepare import prepare
 from pipeline.errors import PipelineError
@@ -374,7 +374,7 @@ def settings(run: type[RunConfig] = FfnMoeConfig) -> set[str]:
                 if _is_section(t)
             ]
             waiting += [(kind.__name__.removesuffix("Config").lower(), kind) for kind in inner]
-            if not inner or name:
+            if (not inner or name) and not is_hidden(field):
                 found.add(f"{name}.{key}" if name else key)
     return found
 
