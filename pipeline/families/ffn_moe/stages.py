@@ -113,7 +113,8 @@ STAGES = table(
         needs=("preprocess", "train_shared", "lr_experts"),
         reads=(*_TRAINED, "expert", "partition.overlap"),
         settings="expert",
-        secrets=("wandb", "hub"),
+        # An imported one comes from where packages lie
+        secrets=("wandb", "hub", "storage"),
         after=("lr_experts",),
     ),
     Stage(
