@@ -40,6 +40,7 @@ class Sizes:
     d_ff: int = 1368  # 3 matrices: 8.405 M parameters in 4 layers
     gelu_d_ff: int = 2048  # 2 matrices: 8.389 M
     batch_sequences: int = 16
+    kv_heads: int | None = None  # none: as many as heads; peers know no other
 
     @property
     def step_tokens(self) -> int:
@@ -91,6 +92,7 @@ class Job:
     overrides: tuple[str, ...] = ()  # of our configuration
     modularforge: str | None = None  # path of its repository
     device: str = "cpu"  # or cuda: the first GPU
+    pinned: bool = False  # on a random model in a folder; else on a trunk of ours
 
 
 def run(job: Job) -> dict:

@@ -4,10 +4,11 @@ as predicted.
 python -m benchmarks.memory --modularforge ../ModularForge --out
 benchmarks/memory_epyc_2026-11-20.md
 
-Three tables: `budgets` (one expert trained under each of --budgets, and by the peers), `experts`
+Four tables: `budgets` (one expert trained under each of --budgets, and by the peers), `experts`
 (peak against the number of experts: training in sequence, a fresh process each, and making a
 bundle), `prediction` (what the plan promises against what was taken, over the configurations of
-GRID). The exit status is 1 when a target is missed.
+GRID), `pinned` (the same on a random model of SmolLM2-135M's sizes, pinned in bf16). The exit
+status is 1 when a target is missed.
 
 On a GPU a peak is what PyTorch allocated there (this path has not been run yet); bundles are made
 without it:
@@ -26,6 +27,8 @@ from pathlib import Path
 from benchmarks.measuring import (
     SIZES,
     Contender,
+    Job,
+    Sizes,
     add_device,
     finish,
     job_of,
@@ -62,6 +65,19 @@ GRID = (  # task, micro-batch, changes of the sizes, overrides
     ("trunk", 4, {"d_model": 256, "heads": 4, "d_ff": 684}, ()),
     ("router", 4, {}, ()),
     ("router", 1, {"vocab_size": 4096}, ()),
+)
+# A random model in a folder, and what trains on it: task, overrides
+SMOLLM2 = Sizes(49_152, 256, 576, 30, 9, 1536, 2304, 4, kv_heads=3)
+ON_A_PIN = (
+    ("low_rank", ()),
+    ("low_rank", ("expert.rank=16",)),
+    ("low_rank", ("expert.layers=last:10",)),
+    ("low_rank", ("dtype=fp32",)),
+    ("low_rank", ("runtime.memory_budget=800MB",)),
+    ("adapter", ()),
+    ("adapter", ("expert.rank=16",)),
+    ("expert", ()),
+    ("expert", ("expert.layers=last:10",)),
 )
 NOTES = """Budgets: the same expert, text and steps in every row; a loss is the last step's.
 "Mapped" is the part of the peak that is pages of files: kernels of the libraries first used after
@@ -279,21 +295,42 @@ def _by_experts(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
 
 def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
     """Return predicted against measured peaks over GRID, and whether all are near."""
-    rows, ratio = [], []
-    for number, (task, micro, changes, overrides) in enumerate(GRID):
+    jobs = {}
+    for task, micro, changes, overrides in GRID:
         sizes = replace(SIZES[args.size], **changes if args.size != "toy" else {})
         place = work / f"{args.size}-{'-'.join(f'{k}{v}' for k, v in changes.items()) or 'plain'}"
         base = job_of(
             args, place, task=task, micro=min(micro, sizes.batch_sequences), steps=2, skip=1
         )
         job = replace(base, sizes=sizes, overrides=(*args.override, *overrides))
+        what = ", ".join([f"{k} {v}" for k, v in changes.items()] + list(overrides))
+        jobs[f"{task}, {job.micro} sequences per pass{', ' if what else ''}{what}"] = job
+    return _compared("Predicted and measured", jobs)
+
+
+def _pinned(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
+    """Return predicted against measured peaks of what trains on a pinned model."""
+    sizes = SIZES["toy"] if args.size == "toy" else SMOLLM2
+    jobs = {}
+    for task, overrides in ON_A_PIN:
+        if args.size == "toy" and "expert.layers=last:10" in overrides:
+            continue
+        base = job_of(args, work / f"{args.size}-pinned", task=task, steps=3, skip=1, pinned=True)
+        job = replace(base, sizes=sizes, overrides=(*args.override, *overrides))
+        jobs[", ".join((task, *overrides))] = job
+    return _compared("Predicted and measured on a pinned model of SmolLM2-135M's sizes", jobs)
+
+
+def _compared(title: str, jobs: dict[str, Job]) -> tuple[str, bool]:
+    """Return a table of predicted against measured peaks, and whether all are near."""
+    rows, ratio = [], []
+    for what, job in jobs.items():
         run(replace(job, task="prepare"))
         found = run(job)
         ratio.append(found["predicted_mb"] / found["peak_mb"])
-        what = ", ".join([f"{k} {v}" for k, v in changes.items()] + list(overrides))
         rows.append(
             [
-                f"{task}, {job.micro} sequences per pass{', ' if what else ''}{what}",
+                what,
                 f"{found['predicted_mb']:,.0f}",
                 f"{found['peak_mb']:,.0f}",
                 f"{found['fit_mb']:,.0f}",
@@ -301,8 +338,7 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
             ]
         )
         progress(
-            f"prediction {number + 1} of {len(GRID)}: {rows[-1][0]}: {rows[-1][1]} of "
-            f"{rows[-1][2]} MB"
+            f"prediction {len(rows)} of {len(jobs)}: {what}: {rows[-1][1]} of {rows[-1][2]} MB"
         )
     head = [
         "configuration",
@@ -316,10 +352,15 @@ def _prediction(args: argparse.Namespace, work: Path) -> tuple[str, bool]:
         f"- {len(ratio) - len(far)} of {len(ratio)} within {NEAR:.0%}, from {min(ratio):.2f} to "
         f"{max(ratio):.2f}\n"
     )
-    return f"## Predicted and measured\n\n{table(head, rows)}\n{verdict}", not far
+    return f"## {title}\n\n{table(head, rows)}\n{verdict}", not far
 
 
-TABLES = {"budgets": _budgets, "experts": _by_experts, "prediction": _prediction}
+TABLES = {
+    "budgets": _budgets,
+    "experts": _by_experts,
+    "prediction": _prediction,
+    "pinned": _pinned,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

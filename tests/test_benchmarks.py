@@ -113,6 +113,15 @@ def test_what_does_not_fit_is_declined_with_its_reason(job):
     assert "expert.lr" in found["refused"]
 
 
+def test_low_rank_experts_train_on_a_pinned_model(job, tmp_path):
+    here = replace(job, work=str(tmp_path), pinned=True, task="low_rank")
+    here = replace(here, overrides=("expert.rank=2",))
+    assert work(ours, replace(here, task="prepare")) == {"made": 0}
+    assert (tmp_path / "train_shared" / "pin.json").exists()
+    found = work(ours, here)
+    assert found["steps"] == 3 and found["predicted_mb"] > 0
+
+
 def test_a_fresh_process_prints_what_it_measured(job):
     found = measuring.run(replace(job, peer="plain", task="expert"))
     assert found["steps"] == 3 and found["imports_mb"] > 50

@@ -14,7 +14,11 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401 (imports count before)
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,  # noqa: F401 (imports count before)
+)
 
 from benchmarks.measuring import FORMS, MB, RANK, Job, write_files
 from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
@@ -30,11 +34,12 @@ from pipeline.families.load import load
 from pipeline.hardware import uses_bf16
 from pipeline.model.router import gate_name
 from pipeline.protocols import quiet
-from pipeline.store.artifacts import inventory, load_tensors, save_tensors
-from pipeline.train.loop import TrainIO, fit
+from pipeline.store.artifacts import inventory, load_tensors, save_tensors, sha256
+from pipeline.train.loop import NoTraining, TrainIO, fit
 from pipeline.train.memory_meter import Peak, lower_mmap_threshold
 from pipeline.train.optimizer_state import import_int8
 
+MODEL = "model"  # the folder of a model that is pinned
 STAGES = {
     "trunk": "train_shared",
     "expert": "train_experts",
@@ -62,6 +67,10 @@ class Parts:
         folder = self.folder(stage, item)
         files = json.loads((folder.with_suffix(".files.json")).read_text("utf-8"))
         return SimpleNamespace(address=f"{folder.name}-0123456789ab", files=files, metrics={})
+
+    def file_sum(self, path: Path, _expected: str = "") -> str:
+        """Return the sha256 of a file of a pinned model."""
+        return sha256(path)
 
     def tensors(self, stage: str, name: str, item: str | None = None) -> dict[str, torch.Tensor]:
         """Return the tensors of a file."""
@@ -153,6 +162,13 @@ def config(job: Job) -> FfnMoeConfig:
         "router": fitted | {"top_k": min(2, job.experts)},
         "dense": {"baselines": []},
     }
+    if job.pinned:
+        pinned = ("domains", "context_tokens", "eval_tokens")
+        raw["trunk"] = {key: raw["trunk"][key] for key in pinned}
+        raw["trunk"] |= {"init": str(Path(job.work) / MODEL), "steps": 0}
+        raw["trunk"]["statistics_tokens"] = s.step_tokens
+    elif s.kv_heads:
+        raw["trunk"]["kv_heads"] = s.kv_heads
     if job.task in FORMS:
         raw["expert"] |= {"form": job.task, "rank": RANK}
     if job.task == "adapter":
@@ -161,20 +177,31 @@ def config(job: Job) -> FfnMoeConfig:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(json.dumps(raw))
-        return load(path, job.overrides)
+        overrides = job.overrides
+        if job.task == "prepare":
+            # What an expert has a form for is said by the task that trains it
+            overrides = tuple(each for each in overrides if not each.startswith("expert."))
+        return load(path, overrides)
 
 
 def prepare(job: Job) -> int:
     """Write text of all domains, the trunk and the experts that are not there yet; return how many
     experts are."""
     root = Path(job.work)
+    if job.pinned and not (root / MODEL).exists():
+        _write_model(job, root / MODEL)
     parts, cfg = Parts(root, job.experts), config(job)
     with _whole(root / "preprocess") as folder:
         if folder:
             _write_text(job, folder)
     with _whole(parts.folder("train_shared")) as folder:
-        if folder:
-            write_files(ffn_moe.shared(cfg, parts).export(0), folder)
+        made = ffn_moe.shared(cfg, parts) if folder else None
+        if folder and isinstance(made, NoTraining):
+            made.write(folder)
+        elif folder:
+            write_files(made.export(0), folder)
+    if job.pinned:
+        return 0
     like = parts.tensors("train_shared", "dummy.safetensors")
     for number in range(job.experts):
         with _whole(parts.folder("train_experts", domain(number))) as folder:
@@ -188,6 +215,24 @@ def prepare(job: Job) -> int:
             if folder:
                 write_files(files, folder)
     return len(list(root.glob("train_experts-d??")))
+
+
+def _write_model(job: Job, folder: Path) -> None:
+    """Write a random model in bf16 as the Hub has it, with a tokenizer, which nobody asks here."""
+    s = job.sizes
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=s.vocab_size,
+        hidden_size=s.d_model,
+        intermediate_size=s.d_ff,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads or s.heads,
+        max_position_embeddings=s.context_tokens,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.train(s.vocab_size, ["a text"]).save(folder)
 
 
 _EVALUATED = {
