@@ -26,7 +26,7 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
 from pipeline.report.narrow import output
 from pipeline.run.advice import sentence
-from pipeline.run.stages import ROWS, RUN, STAGES, STEPS, about, has_several_jobs
+from pipeline.run.stages import ROWS, RUN, STAGES, about, has_several_jobs
 from pipeline.store.artifacts import Store
 
 HERE = Path(__file__).parent
@@ -173,7 +173,7 @@ def _job(name: str) -> dict:
     purposes: dict[str, None] = {}
     for row in rows:
         purposes |= dict.fromkeys(row.secrets)
-    if name in STEPS:
+    if machine is CFG.modal.preprocess:
         at_once = CFG.modal.preprocess_jobs
     else:
         at_once = max(1, CFG.modal.max_gpus // cloud.most_gpus(machine))

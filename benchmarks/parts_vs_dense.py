@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.runner import Runner
-from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.evaluator import Evaluator
-from pipeline.families.ffn_moe.parts import stored_trunk
+from pipeline.families.ffn_moe.parts import shards_of, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.hardware import cores, cpu_name, uses_bf16
 from pipeline.model.trunk import open_dense
@@ -113,7 +112,7 @@ def _arguments() -> argparse.Namespace:
 def _ablations(runner: Runner, cfg: FfnMoeConfig) -> list[dict]:
     """Return the ablations: the stack of every variant on the same documents, against the run's
     own."""
-    evaluator = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    evaluator = Evaluator(cfg, shards_of(runner.parts(cfg), cfg.partition.names), _say)
     first = next(iter(ABLATIONS))
     out = []
     for name, overrides in ABLATIONS.items():
@@ -152,7 +151,7 @@ def _added(runner: Runner, cfg: FfnMoeConfig, added: str, changes: tuple[str, ..
             runner.run(stage, *overrides)
     runner.run("train_router", *six, "router.steps=0")
     runner.run("train_dense", *dense)
-    evaluator = Evaluator(cfg, Shards(runner.parts(cfg).folder("preprocess")), _say)
+    evaluator = Evaluator(cfg, shards_of(runner.parts(cfg), cfg.partition.names), _say)
     trunk, dummy = stored_trunk(runner.config(*six), runner.parts(runner.config(*six)))
     evaluator.score("trunk + dummy, never saw it", trunk, dummy)
     for row, overrides in (

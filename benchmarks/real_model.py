@@ -69,7 +69,7 @@ class Benchmark:
         self.runner = Runner(CONFIG, args.files, args.store, common, args.parallel)
         self.taught = tuple(args.taught)
         self.cfg = self.runner.config(_experts(self.taught))
-        for stage in ("preprocess", "train_shared"):
+        for stage in ("tokenizer", "preprocess", "train_shared"):
             self.runner.make(stage, *self._alone())
         parts = self.runner.parts(self.cfg)
         folder = args.store.with_name(f"{args.store.name}-scores")
@@ -229,7 +229,7 @@ def _speed(args: argparse.Namespace) -> int:
     threads = args.threads * args.parallel
     common = [f"runtime.threads={threads}", *args.override]
     runner = Runner(CONFIG, args.files, args.store, common, 1)
-    for stage in ("preprocess", "train_shared"):
+    for stage in ("tokenizer", "preprocess", "train_shared"):
         runner.make(stage)
     text, reached = sections(runner, args.taught[0], args.rounds)
     date = time.strftime("%Y-%m-%d")

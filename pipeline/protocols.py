@@ -57,6 +57,7 @@ class Eye(Protocol):
 
     progress: Progress
     folder: Path | None  # of the store, for what is worth keeping of a look; None: nothing is kept
+    fetches: bool  # whether what is far away may be read for it
 
     def file(self, setting: str, path: Path | str, name: str) -> Seen:
         """A file by its content, whatever is the matter with it."""

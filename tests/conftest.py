@@ -210,6 +210,15 @@ def make_all(path: Path, store_path: Path, *overrides: str) -> None:
                 )
 
 
+def make_text(cfg, store) -> None:
+    """Make a run's tokenizer and the tokens of all its domains, without what is printed."""
+    from pipeline.run.job import run_job
+
+    for stage in ("tokenizer", "preprocess"):
+        for item in cfg.items(stage):
+            run_job(stage, cfg, store, item, progress=lambda _text, _share: None)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Path of a tiny configuration of this test's own."""

@@ -25,7 +25,6 @@ from fakes import contents
 from rich.console import Console
 from test_ocr_crops import page
 
-from pipeline.data.text import distributed
 from pipeline.errors import DiskFull, PipelineError
 from pipeline.families.load import load
 from pipeline.protocols import quiet
@@ -33,7 +32,6 @@ from pipeline.run import stages
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store, inventory
-from pipeline.store.room import translate_disk_errors
 from pipeline.store.upload import upload
 from pipeline.train import loop
 
@@ -190,18 +188,6 @@ def text(root):
     each_step = {"save_every_s": 1e-9, "log_every_steps": 1}
     path = tiny_config(root / "text", **fits, dense={"baselines": ["total"]}, runtime=each_step)
     run("ffn_moe", path, root)
-    cfg = load(path)
-
-    def divided(folder):
-        jobs = folder / "jobs" / "preprocess-0123456789ab"
-        with translate_disk_errors(jobs):
-            for number in range(distributed.scan(cfg, jobs, 2, quiet)):
-                distributed.encode(cfg, jobs, number, quiet)
-
-    def shards(folder):
-        return {name: data for name, data in files(folder).items() if name != "manifest.json"}
-
-    tried("scan and encode", divided, root / "scan", root / "here scan", shards)
 
 
 def pictures(root):

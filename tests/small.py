@@ -65,21 +65,27 @@ def config(**changes) -> FfnMoeConfig:
     return FfnMoeConfig.model_validate(raw)
 
 
-def write_shards(folder: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> Path:
-    """Write token shards in which domain i prefers the i-th part of the vocabulary; documents have
-    12 to 30 tokens."""
-    folder.mkdir(parents=True)
-    writer, draw = ShardWriter(folder, domains, vocab_size, end_id=0), np.random.default_rng(0)
+def write_shards(root: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> list[Path]:
+    """Write token shards, a folder for each domain below root, in which domain i prefers the i-th
+    part of the vocabulary; documents have 12 to 30 tokens. Returns the folders."""
+    draw = np.random.default_rng(0)
     part = (vocab_size - 1) // len(domains)
+    # Whatever tokenizer a test wants beside them
+    (root / "tokenizer").mkdir(parents=True)
+    folders = []
     for i, domain in enumerate(domains):
+        folder = root / f"preprocess-{domain}"
+        folder.mkdir(parents=True)
+        writer = ShardWriter(folder, (domain,), vocab_size, end_id=0)
         for split, count in (("train", documents), ("valid", 8), ("test", 8)):
             for _ in range(count):
                 length = int(draw.integers(12, 30))
                 own = 1 + i * part + draw.zipf(1.5, length) % part
                 ids = np.where(draw.random(length) < 0.8, own, draw.integers(1, vocab_size, length))
                 writer.add(split, domain, ids.tolist(), document_bytes=3 * length)
-    writer.finish()
-    return folder
+        writer.finish()
+        folders.append(folder)
+    return folders
 
 
 MAKERS = {
@@ -123,7 +129,7 @@ def train(
 def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:
     """Train everything a configuration asks for, in order, on new shards below root."""
     parts = FolderParts(cfg, root)
-    write_shards(root / "preprocess", cfg.partition.names)
+    write_shards(root, cfg.partition.names)
     train(cfg, parts, "train_shared")
     for name in cfg.experts:
         train(cfg, parts, "train_experts", name)

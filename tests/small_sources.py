@@ -77,7 +77,7 @@ def moved(path: Path) -> None:
     (folder / name).rename(elsewhere / name)
     settings = folder / "run.yaml"
     given = re.sub(rf"(path|image_root): {name}\b", rf"\1: elsewhere/{name}", settings.read_text())
-    settings.write_text(given.replace(f"[{name}/*", f"[elsewhere/{name}/*"))
+    settings.write_text(given.replace(f"- {name}/*", f"- elsewhere/{name}/*"))
 
 
 def beside(path: Path) -> None:

@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config.base import merge
-from pipeline.data.text.shards import Shards
 from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
 from pipeline.families import ExportWish
 from pipeline.families.adapters import peft_io
@@ -31,7 +30,7 @@ from pipeline.families.ffn_moe.adapter.model import stored_adapters
 from pipeline.families.ffn_moe.adapter.router import SETTINGS, TextRouter, general_domains
 from pipeline.families.ffn_moe.adapter.stack import assemble
 from pipeline.families.ffn_moe.config import FfnMoeConfig
-from pipeline.families.ffn_moe.parts import stored_trunk, token_loss
+from pipeline.families.ffn_moe.parts import shards_of, stored_trunk, token_loss
 from pipeline.families.ffn_moe.sections import BASE
 from pipeline.model.language_model import filled, first_tokens, pieces
 from pipeline.model.request_router import RequestRouter, fit_threshold
@@ -72,7 +71,7 @@ def run(tmp_path_factory):
         patch.setitem(small.MAKERS, "train_experts", family.expert)
         cfg = config()
         parts = small.FolderParts(cfg, tmp_path_factory.mktemp("run"))
-        small.write_shards(parts.root / "preprocess", cfg.partition.names)
+        small.write_shards(parts.root, cfg.partition.names)
         small.train(cfg, parts, "train_shared")
         parts.tasks = {}
         for name in TAUGHT:
@@ -258,7 +257,7 @@ def test_the_reports_rows_are_what_the_stack_computes(run, stack, report):
     assert rows[stack_row(run.cfg)].total_parameters - base.total_parameters == 2 * adapter
     # the base is trunk and dummy, as any run of FFN experts has them
     trunk, dummy = stored_trunk(run.cfg, run)
-    shards = Shards(run.folder("preprocess"))
+    shards = shards_of(run, run.cfg.partition.names)
     for domain in shards.domains:
         starts_n, bytes_n = shards.documents("test", domain)
         stream = torch.from_numpy(shards.stream("test", domain).astype(np.int64))
@@ -312,8 +311,7 @@ def test_the_report_tells_where_texts_go(run, report):
 
 
 def test_general_text_is_the_bases_class_and_a_router_without_it_has_none(run, tmp_path):
-    shards = Shards(run.folder("preprocess"))
-    assert general_domains(run.cfg, shards) == ("gamma",)
+    assert general_domains(run.cfg) == ("gamma",)
     stored = run.tensors("train_router", "router.safetensors")["weight"]
     assert stored.shape == (1, 3, 16)
     raw = merge(small.SETTINGS, ADAPTER) | {"router": {"prompt_tokens": PROMPT}}
@@ -376,9 +374,9 @@ def bundled(run, report, tmp_path_factory):
     words = {f"w{i}": i for i in range(small.VOCAB)}
     model = Tokenizer(models.WordLevel(words, unk_token="w1"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.save(str(root / "preprocess" / "tokenizer.json"))
+    model.save(str(root / "tokenizer" / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
-    (root / "preprocess" / "tokenizer_config.json").write_text(json.dumps(about))
+    (root / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(about))
     run.new("evaluate")
     (root / "evaluate" / "report.json").write_text(report.to_json())
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
@@ -494,7 +492,7 @@ def test_adapters_stand_on_a_pinned_model_in_its_own_dtype(tmp_path, monkeypatch
     raw = merge(raw, {"trunk": pin, "expert": {"layers": [1], "domains": ["beta"]}})
     cfg = FfnMoeConfig.model_validate(raw)
     parts = small.FolderParts(cfg, tmp_path / "run")
-    small.write_shards(parts.root / "preprocess", cfg.partition.names)
+    small.write_shards(parts.root, cfg.partition.names)
     small.train(cfg, parts, "train_shared")
     small.train(cfg, parts, "train_experts", "beta")
     family.router(cfg, parts).write(parts.new("train_router"))

@@ -165,7 +165,7 @@ def test_a_command_killed_with_all_its_processes(finished, store_path):
 
 @pytest.mark.parametrize(("number", "whole_group"), STOPS)
 def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, number, whole_group):
-    store = store_with(store_path, finished, "preprocess")
+    store = store_with(store_path, finished, "tokenizer", "preprocess")
     process = command(
         finished[0], store_path, "--override", "runtime.save_every_s=1e-9", stage="train_shared"
     )
@@ -188,7 +188,7 @@ def test_a_command_that_is_stopped_saves_and_tells_where(finished, store_path, n
 
 
 def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
-    store = store_with(store_path, finished, "preprocess")
+    store = store_with(store_path, finished, "tokenizer", "preprocess")
     long = ("--override", "trunk.steps=5000", "--override", "runtime.save_every_s=1e6")
     process = command(finished[0], store_path, *long, stage="train_shared")
     until(lambda: stepping(store) == 1)
@@ -201,7 +201,7 @@ def test_a_job_whose_parent_is_killed_saves_and_ends(finished, store_path):
 
 
 def test_two_commands_at_once_make_one_artifact(finished, store_path):
-    store = store_with(store_path, finished, "preprocess", "train_shared")
+    store = store_with(store_path, finished, "tokenizer", "preprocess", "train_shared")
     both = [command(finished[0], store_path, stage="train_experts") for _ in range(2)]
     texts = [ended(process, 0) for process in both]
     assert sum("another process is making" in text for text in texts) >= 1
@@ -225,7 +225,10 @@ def test_a_second_run_starts_no_process_and_changes_no_file(finished, monkeypatc
 
 
 def test_one_failing_expert_costs_only_itself(finished, store_path):
-    cfg, store = load(finished[0]), store_with(store_path, finished, "preprocess", "train_shared")
+    cfg, store = (
+        load(finished[0]),
+        store_with(store_path, finished, "tokenizer", "preprocess", "train_shared"),
+    )
     here = {item: stages.address(cfg, "train_experts", item) for item in cfg.experts}
     store.history(here["shop"]).mkdir(parents=True)  # a folder where a file belongs
     with pytest.raises(JobsFailed) as error:
@@ -251,7 +254,10 @@ def test_one_failing_expert_costs_only_itself(finished, store_path):
 
 
 def test_side_by_side_leaves_the_same_bytes(finished, store_path):
-    cfg, store = load(finished[0]), store_with(store_path, finished, "preprocess", "train_shared")
+    cfg, store = (
+        load(finished[0]),
+        store_with(store_path, finished, "tokenizer", "preprocess", "train_shared"),
+    )
     run_stage("train_experts", cfg, Local(store, parallel=3))
     found = {
         name: sha for name, sha in contents(store_path).items() if name.startswith("train_experts-")
@@ -263,7 +269,7 @@ def test_side_by_side_leaves_the_same_bytes(finished, store_path):
 
 
 def test_a_killed_job_is_told_apart(finished, store_path, monkeypatch):
-    store = store_with(store_path, finished, "preprocess")
+    store = store_with(store_path, finished, "tokenizer", "preprocess")
     Killer(monkeypatch).delay_s = 0.05
     with pytest.raises(
         PipelineError, match=r"train_shared was killed by SIGKILL \(out of memory\?\)"
@@ -273,7 +279,7 @@ def test_a_killed_job_is_told_apart(finished, store_path, monkeypatch):
 
 def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatch):
     store, start, found = (
-        store_with(store_path, finished, "preprocess", "train_shared"),
+        store_with(store_path, finished, "tokenizer", "preprocess", "train_shared"),
         backend._start,
         [],
     )
@@ -305,7 +311,7 @@ def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatc
 @pytest.mark.parametrize("how", ["bit", "manifest", "newer", "file"])
 def test_what_a_person_must_mend_ends_with_2(finished, store_path, how, capfd):
     cfg = load(finished[0])
-    store = store_with(store_path, finished, "preprocess", "train_shared")
+    store = store_with(store_path, finished, "tokenizer", "preprocess", "train_shared")
     folder = store.folder(stages.address(cfg, "train_shared"))
     if how == "bit":
         flip(folder / "trunk.safetensors", -5)
@@ -376,7 +382,7 @@ def test_a_full_disk_keeps_what_is_finished_and_goes_on_after(finished, small_di
 
 def test_a_store_that_cannot_be_written(finished, small_disk, capfd):
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    store_with(small_disk / "store", finished, "preprocess")
+    store_with(small_disk / "store", finished, "tokenizer", "preprocess")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     text = typed(capfd, 2, "train_shared", "--config", finished[0], "--store", small_disk / "store")
     assert "Read-only file system" in text and "--store" in text

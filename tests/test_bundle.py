@@ -49,9 +49,9 @@ def bundle_of(cfg, parts, folder: Path, model: Tokenizer | None = None) -> Path:
         words = {f"w{i}": i for i in range(small.VOCAB)}
         model = Tokenizer(models.WordLevel(words, unk_token="w1"))
         model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.save(str(parts.root / "preprocess" / "tokenizer.json"))
+    model.save(str(parts.root / "tokenizer" / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
-    (parts.root / "preprocess" / "tokenizer_config.json").write_text(json.dumps(about))
+    (parts.root / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(about))
     (parts.root / "evaluate").mkdir(exist_ok=True)
     report = LanguageReport(run=cfg.name, family=cfg.family)
     (parts.root / "evaluate" / "report.json").write_text(report.to_json())
@@ -290,7 +290,7 @@ def test_whoever_writes_into_a_bundle_does_not_write_into_the_store(bundled, tmp
 
 
 @pytest.mark.parametrize(
-    "stage", ["train_shared", "train_experts", "train_router", "preprocess", "evaluate"]
+    "stage", ["train_shared", "train_experts", "train_router", "tokenizer", "evaluate"]
 )
 def test_a_part_that_is_not_what_was_written_is_not_bundled(stage, bundled, tmp_path):
     path, store_path, folder = bundled
@@ -299,7 +299,7 @@ def test_a_part_that_is_not_what_was_written_is_not_bundled(stage, bundled, tmp_
     names = {
         "train_shared": "trunk.safetensors",
         "train_experts": "expert.safetensors",
-        "preprocess": "tokenizer.json",
+        "tokenizer": "tokenizer.json",
         "train_router": "router.safetensors",
         "evaluate": "report.html",
     }
@@ -417,7 +417,7 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
 def test_deploy_without_a_run_names_the_stage_to_run(tiny, store_path):
     with pytest.raises(MissingArtifact) as error:
         run_job("deploy", load(tiny), Store(store_path).open(), progress=quiet)
-    assert "run `python -m pipeline preprocess`" in told(error.value)
+    assert "run `python -m pipeline tokenizer`" in told(error.value)
 
 
 def test_the_card_has_every_row_of_quality_and_an_axis_for_every_win(bundled):

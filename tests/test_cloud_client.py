@@ -273,7 +273,8 @@ def test_a_command_whose_inputs_are_not_there_is_refused_before_anything_is_rent
     ):
         cloud.refuse_without_inputs(other, ("train_experts",), Store(store))
     with pytest.raises(
-        MissingArtifact, match=r"train_router needs preprocess, train_shared, train_experts sea, "
+        MissingArtifact,
+        match=r"train_router needs preprocess sea, preprocess shop, preprocess hall, train_shared",
     ):
         cloud.refuse_without_inputs(cfg, ("train_router",), Store(tmp_path / "none"))
 

@@ -327,6 +327,7 @@ ELSEWHERE = {  # a `not_hashed` field leaves its own stage alone and moves the s
     "expert.domains": (("headers", "python"), "train_shared", "train_router"),
     "partition.overlap": (0.3, "preprocess", "train_experts"),
     "dense.baselines": (("path",), "train_shared", "evaluate"),
+    "dense.domains": (("python",), "train_router", "train_dense"),
     "expert.imported": ({"python": "packed"}, "train_shared", "train_experts"),
 }
 # Beside an import alone; test_expert_package.py has its address
@@ -356,7 +357,7 @@ def moved(dotted: str, value) -> set[tuple[str, str | None]]:
     """Return the jobs whose address is another after one setting has changed."""
     old, new = FfnMoeConfig(), changed(dotted, value)
     jobs = [
-        ("preprocess", None),
+        ("preprocess", "python"),
         ("train_shared", None),
         ("train_experts", "python"),
         ("train_router", None),

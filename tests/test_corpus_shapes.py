@@ -10,15 +10,14 @@ import pyarrow.csv
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
+from small_text import prepared
 from test_documents import config, read
 from test_whole_files import TABLES
 
 from pipeline.config.labels import domain_name, label_text
 from pipeline.config.text_data import PartitionConfig
 from pipeline.data.sources import files
-from pipeline.data.text.scan import _Scan
 from pipeline.errors import DataError
-from pipeline.protocols import quiet
 
 TEXTS = [f"text number {i} is long enough" for i in range(8)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -27,11 +26,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 def labels(cfg):
     """Return (text, label) of every document of a configuration."""
     return [(document.text, document.label) for document in read(cfg)[0]]
-
-
-def scan_all(cfg):
-    """Read every document as preprocess does first."""
-    _Scan(cfg).read(quiet)
 
 
 def write_lines(path, found):
@@ -190,13 +184,15 @@ def test_no_message_is_longer_than_a_screen(tmp_path, column):
     if column == "wide":
         rows = [row | {"wide": {"a": row["text"]}} for row in rows]
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    for fields in (
-        {"label_field": column},
-        {"split_field": column, "label_field": "column 1" * 9},
-        {"text_field": "b"},
+    for number, fields in enumerate(
+        (
+            {"label_field": column},
+            {"split_field": column, "label_field": "column 1" * 9},
+            {"text_field": "b"},
+        )
     ):
         with pytest.raises(DataError) as error:
-            scan_all(config(path, domains=["1", "b"], **fields))
+            prepared(config(path, domains=["1", "b"], **fields), tmp_path / str(number))
         assert len(str(error.value)) < 2500 and str(error.value).count("\n") < 3, str(error.value)
 
 

@@ -192,7 +192,7 @@ def test_experts_and_domains_are_named_as_the_tables_show_them():
         train_tokens=dict.fromkeys(names, 9),
         too_few=names,
     )
-    few = notes(cfg, {}, counts)[1]
+    few = notes(cfg, 0.0, counts)[1]
     assert "measured: Family law 2, code 2." in few
 
 

@@ -184,7 +184,7 @@ def test_deltas_stay_fp32_in_a_bf16_training_over_a_rounded_base(tmp_path):
 def test_layers_below_the_first_expert_keep_nothing_for_a_backward_pass(tmp_path):
     cfg = small.config(trunk__layers=3, expert__form="low_rank", expert__layers=[2])
     parts = small.FolderParts(cfg, tmp_path / "run")
-    small.write_shards(tmp_path / "run" / "preprocess", cfg.partition.names)
+    small.write_shards(tmp_path / "run", cfg.partition.names)
     small.train(cfg, parts, "train_shared")
     kept = {}
     for layers in ("all", "last:1"):

@@ -53,9 +53,8 @@ def run_of(root: Path, tokenizer, **changes) -> FolderParts:
     """Return the parts of a run up to its first expert."""
     cfg = small.config(**{"router__steps": 0, "router__top_k": 1} | changes)
     parts = FolderParts(cfg, root)
-    folder = root / "preprocess"
-    small.write_shards(folder, cfg.partition.names, vocab_size=tokenizer.vocab_size)
-    tokenizer.save(folder)
+    small.write_shards(root, cfg.partition.names, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(parts.folder("tokenizer"))
     small.train(cfg, parts, "train_shared")
     small.train(cfg, parts, "train_experts", "alpha")
     return parts
@@ -527,9 +526,9 @@ def test_a_pinned_trunk_stays_out_of_a_kit_and_its_expert_fits(pinned, tmp_path)
     shutil.copytree(model, kit / "trunk")
     theirs = FolderParts(cfg, tmp_path / "theirs")
     vocab_size = tokenizer_size(parts)
-    folder = small.write_shards(theirs.path("preprocess"), ("guest",), vocab_size=vocab_size)
-    for path in parts.folder("preprocess").glob("tokenizer*"):
-        shutil.copy(path, folder)
+    small.write_shards(theirs.root, ("guest",), vocab_size=vocab_size)
+    for path in parts.folder("tokenizer").glob("tokenizer*"):
+        shutil.copy(path, theirs.folder("tokenizer"))
     small.train(cfg, theirs, "train_shared")
     family.check_kit(cfg, theirs, kit)
     small.train(cfg, theirs, "train_experts", "guest")
@@ -544,7 +543,8 @@ def test_a_pinned_trunk_stays_out_of_a_kit_and_its_expert_fits(pinned, tmp_path)
 
 
 def tokenizer_size(parts: FolderParts) -> int:
-    return json.loads((parts.folder("preprocess") / "shards.json").read_text())["vocab_size"]
+    shards = parts.folder("preprocess", "alpha") / "shards.json"
+    return json.loads(shards.read_text())["vocab_size"]
 
 
 def pinned_settings(parts: FolderParts) -> dict:

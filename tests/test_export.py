@@ -70,9 +70,8 @@ def made(root: Path, tokenizer: Tokenizer, kind: str, tied: bool, experts: int =
         }
     cfg = small.config(**changes, **given)
     parts = FolderParts(cfg, root / "run")
-    folder = parts.root / "preprocess"
-    small.write_shards(folder, cfg.partition.names, vocab_size=tokenizer.vocab_size)
-    tokenizer.save(folder)
+    small.write_shards(parts.root, cfg.partition.names, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(parts.folder("tokenizer"))
     small.train(cfg, parts, "train_shared")
     for name in cfg.experts:
         small.train(cfg, parts, "train_experts", name)

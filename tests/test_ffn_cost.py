@@ -9,11 +9,11 @@ import torch
 from transformers import Qwen3Config
 
 from pipeline.config.base import Section, is_hashed
-from pipeline.data.text.shards import Shards
 from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
 from pipeline.families.ffn_moe import passes, train
 from pipeline.families.ffn_moe.config import FfnMoeConfig
+from pipeline.families.ffn_moe.parts import shards_of
 from pipeline.families.ffn_moe.stages import BASELINE_READS, STAGES
 from pipeline.model.loss import MAX_BF16_SUMS
 from pipeline.train.flops import Shape
@@ -47,7 +47,7 @@ def test_dense_baselines_see_the_tokens_they_promise(trained):
 def test_budgets_given_in_epochs_are_what_the_trainings_do(trained, batch):
     changes = {f"{s}__epochs": e for s, e in (("trunk", 1.3), ("expert", 0.7), ("router", 0.4))}
     cfg = small.config(**changes, expert__batch_sequences=batch, partition__overlap=0.0)
-    shards = Shards(trained.folder("preprocess"))
+    shards = shards_of(trained, trained.cfg.partition.names)
     budgets = {d: shards.tokens("train", d) for d in shards.domains}
     done = {}
     for stage, item in [
@@ -94,6 +94,18 @@ def test_dense_lr_is_for_the_baselines_that_continue():
     assert ffn_cost.dense_options(small.config(expert__lr=0.5), "total", tokens).lr == 0.5
 
 
+# What names domains: an address holds which ones come of it, and what was made for each
+DOMAINS_HELD = {
+    "partition.by",
+    "partition.count",
+    "partition.domains",
+    "trunk.domains",
+    "expert.domains",
+    "expert.imported",
+    "dense.domains",
+}
+
+
 class _Watched:
     """Notes every setting that is read."""
 
@@ -116,8 +128,6 @@ def _held(stage: str, item: str | None) -> set[str]:
     out = set(row.reads) | set(BASELINE_READS[item] if stage == "train_dense" else ())
     for need in row.needs:
         out |= _held(need, None if need != "train_dense" else "total")
-    if "train_experts" in row.needs:
-        out.add("expert.domains")  # by the addresses of the experts
     return out
 
 
@@ -147,6 +157,7 @@ def test_a_stage_reads_no_setting_that_its_address_does_not_hold(trained, stage,
     task.export(1)
     assert len(watched.read) > 5
     outside = {name for name in watched.read if not _in_address(name, _held(stage, item))}
+    outside -= DOMAINS_HELD
     # Read, but no byte of a result depends on it: test_settings.py trains with and without
     assert not {name for name in outside if name.rpartition(".")[2] != "checkpointing"}
 

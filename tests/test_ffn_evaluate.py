@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.data.text import tokenizer
-from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.evaluate import tables
+from pipeline.families.ffn_moe.parts import shards_of
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run.context import StoredParts
@@ -62,7 +62,7 @@ def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(
         **trained.tensors("train_experts", "expert.safetensors", "beta"),
     }
     model.load_state_dict(tensors, strict=False)
-    shards = Shards(trained.folder("preprocess"))
+    shards = shards_of(trained, trained.cfg.partition.names)
     starts, sizes = shards.documents("test", "gamma")
     starts = starts[: np.searchsorted(starts, 200, side="right")]
     stream = shards.stream("test", "gamma")[: starts[-1]].astype(np.int64)
@@ -89,7 +89,7 @@ def test_texts_go_on_as_stock_transformers_generates_them(finished):
     report = tables(cfg, parts, quiet)
     assert [text.domain for text in report.continuations] == list(report.domains)
     settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text())
-    words = tokenizer.load(parts.folder("preprocess"))
+    words = tokenizer.load(parts.folder("tokenizer"))
     models = {
         "trunk + dummy": {
             **parts.tensors("train_shared", "trunk.safetensors"),

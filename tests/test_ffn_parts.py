@@ -83,7 +83,7 @@ def test_the_frozen_trunk_is_the_trunk_rounded(rounded, tmp_path):
     assert equal(frozen, {n: t.bfloat16() for n, t in exact.items()})
     cfg = small.config(trunk__steps=1)
     parts = FolderParts(cfg, tmp_path)
-    small.write_shards(tmp_path / "preprocess")
+    small.write_shards(tmp_path)
     assert not (small.train(cfg, parts, "train_shared").folder / ffn_parts.FROZEN).exists()
 
 
@@ -158,7 +158,7 @@ def test_a_bf16_training_that_was_killed_ends_the_same_bit_for_bit(rounded, stag
 def test_a_bf16_run_ends_near_the_fp32_one(rounded, tmp_path):
     exact = small.config()
     parts = FolderParts(exact, tmp_path)
-    small.write_shards(tmp_path / "preprocess")
+    small.write_shards(tmp_path)
     small.train(exact, parts, "train_shared")
     small.train(exact, parts, "train_experts", "alpha")
     for job in (("train_shared", None), ("train_experts", "alpha")):

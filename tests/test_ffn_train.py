@@ -15,11 +15,11 @@ from fakes import FolderParts, Killed, dying, elsewhere, train_io, unreadable
 from torch import nn
 
 from pipeline import hardware
-from pipeline.data.text.shards import Shards
 from pipeline.errors import DataError, MismatchError
 from pipeline.families import family, stage_function
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.parts import shards_of
 from pipeline.families.ffn_moe.sections import RouterConfig
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import RUN_CONFIGS
@@ -116,7 +116,7 @@ def test_a_coordinated_expert_starts_at_its_domain_less_the_mixture(trained, mon
     assert task.parameters["bias"].tolist() == [-0.25, -0.25]
     trunk, dummy = ffn_parts.stored_trunk(cfg, trained)
     rows = ffn_parts.training_rows(
-        cfg, Shards(trained.folder("preprocess")), "statistics alpha", ("alpha",)
+        cfg, shards_of(trained, trained.cfg.partition.names), "statistics alpha", ("alpha",)
     )
     own = ffn_parts.feature_statistics(
         cfg, trunk, dummy, rows, cfg.expert.statistics_tokens
@@ -149,7 +149,7 @@ def test_statistics_are_of_the_experts_own_text_only(trained):
     task = ffn_moe.expert(cfg, trained, "alpha")
     found = FeatureStatistics.from_tensors(task.export(0)["statistics.safetensors"])
     assert found.tokens == 160
-    shards = Shards(trained.folder("preprocess"))
+    shards = shards_of(trained, trained.cfg.partition.names)
     own = ffn_parts.training_rows(cfg, shards, "statistics alpha", ("alpha",))
     seen = own.rows(0, 20)
     trunk, dummy = ffn_parts.stored_trunk(cfg, trained)  # the expert has not moved: it is the dummy
@@ -287,7 +287,7 @@ def test_the_anchors_class_is_general_text_that_no_expert_has(trained, path, tau
     cfg = small.config(expert__statistics_path=path, expert__domains=taught, trunk__anchor="keep")
     found = ffn_parts.stored_statistics(cfg, trained, anchor=True)
     trunk, dummy = ffn_parts.stored_trunk(cfg, trained)
-    shards = Shards(trained.folder("preprocess"))
+    shards = shards_of(trained, trained.cfg.partition.names)
     rows = ffn_parts.training_rows(cfg, shards, "statistics", small.DOMAINS, how="equal")
     count = min(cfg.trunk.statistics_tokens, rows.tokens()) // small.CONTEXT
     numbers = [g for g in range(count) if small.DOMAINS[g % 3] in left]
@@ -335,7 +335,7 @@ def test_zero_steps_assemble_the_stack_without_training(trained, init):
             [
                 stack.token_loss(ids).flatten()
                 for ids in ffn_moe._validation(
-                    cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4
+                    cfg, shards_of(trained, trained.cfg.partition.names), cfg.router, cfg.experts, 4
                 )
             ]
         )
@@ -357,7 +357,7 @@ def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(
     found = small.train(cfg, trained, "train_router")
     stack = assemble(cfg, trained)
     held_out = ffn_moe._validation(
-        cfg, Shards(trained.folder("preprocess")), cfg.router, cfg.experts, 4
+        cfg, shards_of(trained, trained.cfg.partition.names), cfg.router, cfg.experts, 4
     )
     judged = torch.cat([stack.token_loss(ids).flatten() for ids in held_out]).mean().item()
     assert found.metrics["valid_nats"] == pytest.approx(judged, abs=1e-5)

@@ -15,14 +15,13 @@ from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.text import tokenizer as ours
-from pipeline.data.text.prepare import prepare
-from pipeline.data.text.shards import Shards
 from pipeline.data.text.tokenizer_check import check
 from pipeline.errors import DataError
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.protocols import quiet
 from pipeline.serve.engine import CompletionEngine, Sampling
 from tests import small
+from tests.small_text import opened, prepared
 from tests.test_bundle import bundle_of
 from tests.test_parity import made
 
@@ -280,10 +279,9 @@ def config(root: Path, **sections):
 def test_documents_are_led_by_it_in_shards_and_nobody_guesses_it(tmp_path, flags, bos):
     own = write(tmp_path / "own", "bytes", **flags)
     cfg = config(tmp_path, tokenizer__pretrained=str(own))
-    (tmp_path / "out").mkdir()
-    metrics = prepare(cfg, tmp_path / "out", quiet)
-    shards = Shards(tmp_path / "out")
-    found = ours.load(tmp_path / "out")
+    metrics = prepared(cfg, tmp_path / "out")
+    shards = opened(tmp_path / "out")
+    found = ours.load(tmp_path / "out/tokenizer")
     lead = [found.end_id, found.model.token_to_id("<s>")] if bos else [found.end_id]
     assert metrics["tokenizer"]["front"] == ("<s>" if bos else "nothing")
     assert metrics["tokenizer"]["lost_share"] == 0 and list(shards.lead) == lead
@@ -304,12 +302,10 @@ def test_documents_are_led_by_it_in_shards_and_nobody_guesses_it(tmp_path, flags
 
 def test_a_lossy_one_is_refused_by_preprocess_or_told_in_its_metrics(tmp_path):
     own = write(tmp_path / "own", "word pieces")
-    (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="do not survive it"):
-        prepare(config(tmp_path, tokenizer__pretrained=str(own)), tmp_path / "out", quiet)
-    (tmp_path / "told").mkdir()
+        prepared(config(tmp_path, tokenizer__pretrained=str(own)), tmp_path / "out")
     cfg = config(tmp_path, tokenizer={"pretrained": str(own), "max_lost_share": 0.9})
-    assert prepare(cfg, tmp_path / "told", quiet)["tokenizer"]["lost_share"] > 0.1
+    assert prepared(cfg, tmp_path / "told")["tokenizer"]["lost_share"] > 0.1
 
 
 @pytest.mark.parametrize("front", ["bos", "nothing", "from zero"])

@@ -256,7 +256,7 @@ def test_processes_that_note_at_once_lose_nothing(store_path, monkeypatch, hashe
 
 # What trainings of each family open as a whole.
 TRAININGS = [
-    ("ffn_moe", "train_shared", None, [("preprocess", None)]),
+    ("ffn_moe", "train_shared", None, [("preprocess", "sea")]),
     ("lora_vlm", "train_experts", "color", [("preprocess", "color"), ("train_shared", None)]),
     ("lora_vlm", "train_router", None, [("preprocess", "count"), ("routing", None)]),
 ]

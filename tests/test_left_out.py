@@ -70,7 +70,9 @@ def test_documents_that_are_left_out_are_named(tmp_path, capsys, seed):
     lines = [json.dumps(row) + "\n" for row in rows]
     (path.parent / "sea.jsonl").write_text("".join(lines))
     store = Store(tmp_path / "store").open()
-    manifest = run_job("preprocess", load(path), store, progress=lambda *_: None)
+    cfg = load(path)
+    run_job("tokenizer", cfg, store, progress=lambda *_: None)
+    manifest = run_job("preprocess", cfg, store, "sea", progress=lambda *_: None)
     for text in last_lines([manifest], capsys):
         found = told(text, store.folder(manifest.address))
         assert sum(found.values()) == sum(wanted.values()) and len(found) >= 2

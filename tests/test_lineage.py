@@ -320,7 +320,8 @@ def test_the_real_thing_trains_again_what_stands_on_other_text(tmp_path):
         run_job(stage, cfg, at, item, progress=quiet, console=console)
         said.append(console.file.getvalue())
 
-    jobs = [("preprocess", None), ("train_shared", None), ("train_experts", "sea")]
+    text = [("tokenizer", None), *(("preprocess", name) for name in cfg.partition.names)]
+    jobs = [*text, ("train_shared", None), ("train_experts", "sea")]
     for each in jobs:
         do(store, *each)
     with killed_at(7):
@@ -328,10 +329,12 @@ def test_the_real_thing_trains_again_what_stands_on_other_text(tmp_path):
     half = stages.address(cfg, "train_experts", "shop")
     assert dry_run.state_of(half, Lineage(store)) == "at step 7"
 
-    text = (tmp_path / "tiny/sea.jsonl").read_text()
-    (tmp_path / "tiny/sea.jsonl").write_text(text.replace("tide", "wave"))
-    shutil.rmtree(store.folder(stages.address(cfg, "preprocess")))
-    do(store, "preprocess")
+    rows = (tmp_path / "tiny/sea.jsonl").read_text()
+    (tmp_path / "tiny/sea.jsonl").write_text(rows.replace("tide", "wave"))
+    for each in text:
+        shutil.rmtree(store.folder(stages.address(cfg, *each)))
+    for each in text:
+        do(store, *each)
     assert dry_run.state_of(half, Lineage(store)) == "to do"
     del said[:]
     for at in (store, wanted):

@@ -51,7 +51,7 @@ def test_there_is_no_folder_that_would_hide_the_package():
 
 
 def test_every_stage_has_a_function_and_a_command(app):
-    assert app.JOBS.keys() == {*stages.STAGES, *stages.STEPS}
+    assert app.JOBS.keys() == set(stages.STAGES)
     commands = {
         name
         for name, found in vars(app).items()
@@ -99,12 +99,9 @@ def test_what_each_stage_asks_for(app, stage):
     assert list(info.volumes) == ["/store"]
 
 
-@pytest.mark.parametrize("step", stages.STEPS)
-def test_what_the_steps_of_a_divided_preprocess_ask_for(app, step):
-    asked, stage = (job.info() for job in (app.JOBS[step], app.JOBS["preprocess"]))
-    for name in ("cpu", "memory_mib", "timeout", "max_retries", "single_use_containers"):
-        assert getattr(asked, name) == getattr(stage, name)
-    assert list(asked.volumes) == ["/store"]
+def test_so_many_domains_are_made_side_by_side(app):
+    for stage in ("tokenizer", "preprocess"):
+        assert app._job(stage)["max_containers"] == app.CFG.modal.preprocess_jobs
 
 
 def test_the_routing_set_is_made_without_a_gpu(app):
@@ -122,8 +119,8 @@ def test_a_stage_that_has_no_jobs_starts_no_container(tmp_path):
     assert said == [stages.without_jobs("routing", cfg)]
 
 
-def test_tasks_have_a_container_each_and_are_not_divided(tmp_path):
-    cfg = load(ROOT / "config/tiny_vlm.yaml", ("modal.preprocess_jobs=5",))
+def test_tasks_have_a_container_each(tmp_path):
+    cfg = load(ROOT / "config/tiny_vlm.yaml")
     asked = []
 
     def do(stage, items):
@@ -147,11 +144,11 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
     monkeypatch.setattr(app, "orchestrate", Lost())
     monkeypatch.setattr(app, "_names", lambda _folder: [])
     monkeypatch.setattr(app, "_read", lambda _path: None)
-    monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::preprocess"])
+    monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::tokenizer"])
     with pytest.raises(
-        SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::preprocess$"
+        SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::tokenizer$"
     ):
-        app._command(("preprocess",), str(ROOT / "config/demo_from_zero.yaml"), "")
+        app._command(("tokenizer",), str(ROOT / "config/demo_from_zero.yaml"), "")
     assert "plan of demo_from_zero on Modal" in capsys.readouterr().out
 
 

@@ -34,11 +34,15 @@ class Looked:
         return cloud.looked_at(parse(cfg.model_dump(mode="json")), store, frozen)
 
     def work(self, cfg):
-        """Do preprocess in a container of its own; return how it ended."""
-        view = self.volume.view()
+        """Make tokenizer and domains in containers of their own; return how the first ended."""
         raw = cfg.model_dump(mode="json")
-        [result] = cloud.work("preprocess", raw, [None], view.path, view.commit, view.reload)
-        return result
+        results = []
+        for stage in ("tokenizer", "preprocess"):
+            view = self.volume.view()
+            items = list(cfg.items(stage))
+            results += cloud.work(stage, raw, items, view.path, view.commit, view.reload)
+        assert len({result.state for result in results}) == 1
+        return results[0]
 
 
 @pytest.fixture
@@ -57,10 +61,10 @@ def test_the_laptop_looks_at_nothing_and_says_what_is_not_known(run, tmp_path, m
     here, notes = run.laptop()
     assert here.identity == there.identity != {} and notes == []
     other, notes = run.laptop(load(run.path, ("data.valid_share=0.2",)))
-    assert other.identity == {} and "what preprocess reads has not been looked at yet" in notes[0]
+    assert other.identity == {} and "what tokenizer, preprocess sea, " in notes[0]
     mirror = cloud.mirror(here, tmp_path / "mirror", *far(run.volume.path))
-    [job] = cloud.estimate(here, ("preprocess",), mirror, PRICES)
-    assert (job.address, job.state) == (stages.address(there, "preprocess"), "to do")
+    [job] = cloud.estimate(here, ("tokenizer",), mirror, PRICES)
+    assert (job.address, job.state) == (stages.address(there, "tokenizer"), "to do")
 
 
 def test_containers_make_what_was_looked_at_or_nothing(run, tmp_path):
@@ -72,8 +76,8 @@ def test_containers_make_what_was_looked_at_or_nothing(run, tmp_path):
     made = run.work(again)
     # whatever becomes of the data while others are still to begin
     edited(run.file)
-    assert run.work(again).address == made.address == stages.address(again, "preprocess")
-    assert late.address == stages.address(cfg, "preprocess") != made.address
+    assert run.work(again).address == made.address == stages.address(again, "tokenizer")
+    assert late.address == stages.address(cfg, "tokenizer") != made.address
     # another look, under --frozen, goes on with what was made
     assert run.conductor(run.laptop()[0]).identity != again.identity
     frozen, notes = run.laptop(frozen=True)
@@ -82,7 +86,7 @@ def test_containers_make_what_was_looked_at_or_nothing(run, tmp_path):
     # what the laptop plans with is newer than what stands, and it says so
     here, _ = run.laptop()
     mirror = cloud.mirror(here, tmp_path / "mirror", *far(run.volume.path))
-    [job] = cloud.estimate(here, ("preprocess",), mirror, PRICES)
+    [job] = cloud.estimate(here, ("tokenizer",), mirror, PRICES)
     assert job.state == "to do" and "1.jsonl changed since it was read last" in job.why
 
 
@@ -93,7 +97,9 @@ def test_under_a_limit_on_the_cost_nothing_begins_that_was_not_planned_for(run):
     # what nobody knew was counted as to be done
     first = run.conductor(run.laptop(limited)[0])
     edited(run.file)
-    with pytest.raises(DataError, match="what preprocess reads has changed since it was looked at"):
+    with pytest.raises(
+        DataError, match=r"what .*tokenizer.* reads has changed since it was looked at"
+    ):
         run.conductor(run.laptop(limited)[0])
     second, _ = run.laptop(limited)
     assert run.conductor(second).identity == second.identity != first.identity

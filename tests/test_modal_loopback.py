@@ -41,7 +41,7 @@ FIT = {
 TINY = {
     "name": "tiny",
     "dtype": "fp32",
-    "data": {"source": "installed", "megabytes_per_domain": 3},  # enough for three jobs
+    "data": {"source": "installed", "megabytes_per_domain": 3},
     "partition": {"domains": list(EXPERTS), "min_tokens": 100},
     "tokenizer": {"vocab_size": 300, "sample_megabytes": 0.1},
     "trunk": FIT
@@ -120,13 +120,10 @@ def wait_for(true, seconds: float = 300.0) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(modal):
-    """What preprocess printed; one of the containers that share it was taken away."""
-    jobs = modal.volume / "jobs" / stages.address(load(modal.config), "preprocess")
+    """What preprocess printed; one domain's container was taken away."""
     command = modal.client.start("run", "modal_app.py::preprocess", "--config", str(modal.config))
     try:
-        wait_for((jobs / "scan/manifest.json").exists)
-        assert len(json.loads((jobs / "scan/manifest.json").read_text())["ranges"]) == 3
-        wait_for(lambda: modal.client.preempt("preprocess_encode_job", 0))
+        wait_for(lambda: modal.client.preempt("preprocess_job", 0))
     finally:
         said, _ = command.communicate(timeout=300)
     assert command.returncode == 0, said
@@ -210,14 +207,13 @@ def whole(modal, experts):
     return modal.run("run_all")
 
 
-def test_a_preprocess_among_three_containers_one_of_them_taken_away_is_that_of_a_local_run(
+def test_domains_in_containers_one_of_them_taken_away_are_those_of_a_local_run(
     modal, prepared, local
 ):
     assert "plan of tiny on Modal" in prepared
     assert "tokens" in prepared
-    assert "up to 3 x 8 cores" in re.sub(r"\s+", " ", prepared)
+    assert made(modal.volume, "tokenizer") == made(local, "tokenizer") != {}
     assert made(modal.volume, "preprocess") == made(local, "preprocess") != {}
-    assert not list((modal.volume / "jobs").glob("*"))
 
 
 def test_a_closed_laptop_and_five_preemptions_change_nothing(modal, trunk, local):

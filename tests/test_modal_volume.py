@@ -6,20 +6,20 @@ import mmap
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import make_text
 from fakes import StubbedVolume, contents
 
 from pipeline import cloud
 from pipeline.cloud import containers
 from pipeline.errors import DamagedArtifact, Interrupted, MissingArtifact, OldStore, StoreError
-from pipeline.families.load import load
+from pipeline.families.load import load, parse
 from pipeline.run import stages
 from pipeline.run.advice import sentence
-from pipeline.run.job import run_job
 from pipeline.store import artifacts
 from pipeline.store.artifacts import Store
 
 EDGE = cloud.ModalEdge(Path("/store"))
+TEXT = ("tokenizer", "preprocess")
 
 
 def nothing():
@@ -96,7 +96,9 @@ def prepared(early, finished):
     it."""
     volume, _ = early
     cfg = load(finished[0])
-    assert [outcome.state for outcome in work(volume.view(), cfg, "preprocess")] == ["made"]
+    for stage in TEXT:
+        outcomes = work(volume.view(), cfg, stage, cfg.items(stage))
+        assert {outcome.state for outcome in outcomes} == {"made"}
     return volume, cfg
 
 
@@ -114,7 +116,7 @@ def test_stages_find_each_others_artifacts_across_containers(prepared, finished)
     assert expert.reloads == 1
     router = volume.view()
     assert work(router, cfg, "train_router")[0].metrics["steps"] == 16
-    done = ("preprocess", "train_shared", "train_experts", "train_router")
+    done = (*TEXT, "train_shared", "train_experts", "train_router")
     wanted = {
         name: sha for name, sha in contents(finished[1]).items() if name.split("-")[0] in done
     }
@@ -124,7 +126,7 @@ def test_stages_find_each_others_artifacts_across_containers(prepared, finished)
 def test_a_missing_refresh_shows(early, prepared):
     _, cfg = prepared
     [outcome] = work(early[1], cfg, "train_shared", refresh=nothing)
-    assert "is not in" in outcome.error and "modal run modal_app.py::preprocess" in outcome.error
+    assert "is not in" in outcome.error and "modal run modal_app.py::tokenizer" in outcome.error
 
 
 def test_a_missing_commit_shows(prepared):
@@ -252,10 +254,10 @@ def test_what_failed_is_named_the_rest_is_kept_and_only_the_missing_is_done_agai
     cfg = cfg.model_copy(update={"expert": cfg.expert.model_copy(update={"steps": steps})})
     hands, lines = Hands(volume, cfg, lost=["shop"], together=together), []
     outcomes = orchestrate(
-        volume, cfg, ("preprocess", "train_shared", "train_experts", "train_router"), hands, lines
+        volume, cfg, (*TEXT, "train_shared", "train_experts", "train_router"), hands, lines
     )
     states = {each.name: each.state for each in outcomes}
-    assert states["preprocess"] == "found"
+    assert states["tokenizer"] == states["preprocess sea"] == "found"
     assert [states[f"train_experts {name}"] for name in cfg.experts] == ["made", "failed", "made"]
     assert not any(each.stage == "train_router" for each in outcomes)
     assert "2 of 3 jobs of train_experts are finished and kept" in lines[-1]
@@ -286,71 +288,29 @@ def test_a_damaged_artifact_is_a_failure_told_in_commands_of_modal(prepared):
     assert "0 of 1 jobs of train_shared" in lines[-1]
 
 
-@pytest.fixture
-def divided(tmp_path, monkeypatch):
-    """A configuration whose preprocess goes to three containers, with small batches."""
-    from pipeline.data.text import encode
-
-    monkeypatch.setattr(encode, "BATCH_BYTES", 5000)
-    return load(tiny_config(tmp_path / "tiny", modal={"preprocess_jobs": 3}))
-
-
-GIVEN = [
-    ("preprocess_scan", None),
-    *(("preprocess_encode", str(n)) for n in range(3)),
-    ("preprocess", None),
-]
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_a_preprocess_among_three_containers_leaves_the_bytes_of_one(
-    volume, divided, tmp_path, together
-):
-    hands = Hands(volume, divided, together=together)
-    [outcome] = orchestrate(volume, divided, ("preprocess",), hands)
-    assert (outcome.state, hands.given) == ("made", GIVEN)
+def test_domains_made_by_containers_have_the_bytes_of_a_local_run(volume, tiny, tmp_path):
+    cfg = load(tiny)
+    hands, lines = Hands(volume, cfg, lost=["shop"]), []
+    outcomes = orchestrate(volume, cfg, TEXT, hands, lines)
+    assert [each.state for each in outcomes] == ["made", "made", "failed", "made"]
+    assert "2 of 3 jobs of preprocess are finished and kept" in lines[-1]
+    again = Hands(volume, cfg)
+    outcomes = orchestrate(volume, cfg, TEXT, again)
+    assert [each.state for each in outcomes] == ["found", "found", "made", "found"]
+    assert again.given == [("preprocess", "shop")]
     local = Store(tmp_path / "store").open()
-    run_job("preprocess", divided, local, progress=lambda _text, _share: None)
+    make_text(cfg, local)
     assert contents(volume.path) == contents(local.root) != {}
-    assert not list((volume.path / "jobs").glob("*"))
-    assert [each.state for each in orchestrate(volume, divided, ("preprocess",), hands)] == [
-        "found"
-    ]
-    assert hands.given == GIVEN
 
 
-def test_a_lost_job_is_named_and_the_next_command_makes_it(volume, divided):
-    lines = []
-    [failed] = orchestrate(
-        volume, divided, ("preprocess", "train_shared"), Hands(volume, divided, lost=["1"]), lines
-    )
-    assert (failed.stage, failed.item, failed.state) == ("preprocess_encode", "1", "failed")
-    assert "2 of 3 jobs of preprocess_encode are finished and kept" in lines[-1]
-    assert "preprocess_encode 1: TimeoutError: hit its timeout" in lines[-1]
-    [kept] = (volume.path / "jobs").glob("*/2/manifest.json")
-    made = kept.stat().st_mtime_ns
-    lines.clear()
-    [outcome] = orchestrate(volume, divided, ("preprocess",), Hands(volume, divided), lines)
-    assert outcome.state == "made"
-    assert not kept.exists() and made
-    assert "preprocess_encode 1: made" in lines
-
-
-def test_a_scan_that_cannot_be_is_an_answer(volume, divided):
-    wrong = divided.model_copy(
-        update={"partition": divided.partition.model_copy(update={"domains": ("sea", "moon")})}
-    )
-    lines = []
-    [failed] = orchestrate(volume, wrong, ("preprocess",), Hands(volume, wrong), lines)
-    assert failed.stage == "preprocess_scan" and "names moon" in failed.error
+def test_a_domain_that_cannot_be_is_an_answer(volume, tiny):
+    raw = load(tiny).model_dump(mode="json")
+    raw["partition"]["domains"] += ["moon"]
+    wrong, lines = parse(raw), []
+    *made, failed = orchestrate(volume, wrong, TEXT, Hands(volume, wrong), lines)
+    assert all(each.state == "made" for each in made)
+    assert failed.item == "moon" and "names moon" in failed.error
     assert "run again: modal run x::y" in lines[-1]
-
-
-def test_a_job_without_the_scan_s_commit_shows(volume, divided):
-    late = volume.view()
-    assert work(volume.view(), divided, "preprocess_scan")[0].metrics == {"jobs": 3}
-    [outcome] = work(late, divided, "preprocess_encode", ["0"], refresh=nothing)
-    assert "has no scan" in outcome.error
 
 
 def test_the_bundle_made_last_is_served(volume, tiny):

@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings), "utf-8")
     cfg, store = load(path), Store(folder / "store").open()
-    for stage in ("preprocess", "train_shared", "train_experts"):
+    for stage in ("tokenizer", "preprocess", "train_shared", "train_experts"):
         for item in cfg.items(stage):
             run_job(stage, cfg, store, item, progress=quiet)
     return path, store.root

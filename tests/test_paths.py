@@ -166,7 +166,7 @@ def read_files(root: Path, text: str) -> set[str]:
     found = set()
     for _, files in sources(cfg):
         for file in files:
-            found |= {row["text"] for _, row in file() if isinstance(row, dict)}
+            found |= {row["text"] for _, row in file.rows() if isinstance(row, dict)}
     return found
 
 

@@ -104,7 +104,9 @@ def test_statistics_are_those_of_a_copy_in_fp32(run, tmp_path):
     model.save_pretrained(tmp_path / "copy")
     cfg = pinned(tmp_path / "copy")
     parts = type(run)(cfg, tmp_path / "run")
-    shutil.copytree(run.folder("preprocess"), tmp_path / "run" / "preprocess")
+    for name in cfg.partition.names:
+        folder = run.folder("preprocess", name)
+        shutil.copytree(folder, tmp_path / "run" / folder.name)
     made = small.train(cfg, parts, "train_shared")
     wanted = run.tensors("train_shared", "statistics.safetensors")
     for name, found in load_file(made.folder / "statistics.safetensors").items():

@@ -266,15 +266,16 @@ def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
     dry_run.show_plan(cfg, Store(tmp_path / "store"), console)
     assert "note: trunk.init: the trunk (llama) has attention_bias" in console.export_text()
     said = []
-    monkeypatch.setattr(ffn.text, "prepare", lambda *_: {})
+    monkeypatch.setattr(ffn.text, "make_tokenizer", lambda *_: {})
+    monkeypatch.setattr(ffn, "survey", lambda *_: None)
 
     class Parts:
-        def jobs_folder(self, _stage):
-            return tmp_path
+        def eye(self):
+            return None
 
-    ffn.prepare(cfg, Parts(), tmp_path, lambda text, _share: said.append(text))
+    ffn.tokenizer(cfg, Parts(), tmp_path, lambda text, _share: said.append(text))
     assert any("cannot be bundled" in text for text in said)
     edit(folder, model_type="bert")
     with pytest.raises(ConfigError, match="bert"):
-        ffn.prepare(cfg, Parts(), tmp_path, quiet)
+        ffn.tokenizer(cfg, Parts(), tmp_path, quiet)
     assert torch.is_tensor(whole("llama", attention_bias=True).lm_head.weight)

@@ -7,14 +7,12 @@ import random
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
+from small_text import opened, prepared
 
 from pipeline.config.text_data import TextRunConfig
 from pipeline.data.text import encode, partition, tokenizer
 from pipeline.data.text.mixture import DomainMixture
-from pipeline.data.text.prepare import prepare
-from pipeline.data.text.shards import Shards
 from pipeline.errors import DataError
 
 WORDS = {
@@ -49,16 +47,15 @@ def config(path, found=None, **sections):
 
 
 def run(cfg, folder):
-    folder.mkdir()
-    return prepare(cfg, folder)
+    return prepared(cfg, folder)
 
 
 def texts(folder, split, domain):
     """Return a shard's documents as text, decoded by transformers."""
     from transformers import PreTrainedTokenizerFast
 
-    decoder, out = PreTrainedTokenizerFast.from_pretrained(folder), []
-    with Shards(folder) as shards:
+    decoder, out = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"), []
+    with opened(folder) as shards:
         starts, sizes = shards.documents(split, domain)
         stream = shards.stream(split, domain)
         for start, end, size in zip(starts[:-1], starts[1:], sizes, strict=True):
@@ -89,12 +86,9 @@ def test_every_document_comes_back_once_in_its_domain(tmp_path):
         )
         assert {split: len(t) for split, t in back.items()} == {"train": 36, "valid": 2, "test": 2}
         assert metrics["bytes"]["train"][domain] == sum(len(t.encode()) for t in back["train"])
-        assert metrics["tokens"]["train"][domain] == Shards(out).tokens("train", domain)
-    assert (
-        set(metrics["seconds"]) == {"scan", "partition", "tokenizer", "write"}
-        and metrics["dropped"] == {}
-    )
-    assert DomainMixture(Shards(out), "train", tuple(WORDS), 16, 0).rows(0, 4).max() < 300
+        assert metrics["tokens"]["train"][domain] == opened(out).tokens("train", domain)
+    assert metrics["dropped"] == {} and metrics["vocab_size"] == 300
+    assert DomainMixture(opened(out), "train", tuple(WORDS), 16, 0).rows(0, 4).max() < 300
 
 
 def test_the_same_run_leaves_the_same_bytes(tmp_path):
@@ -120,7 +114,7 @@ def test_batches_and_threads_change_nothing(tmp_path, monkeypatch):
 def test_a_new_document_finds_its_domain(tmp_path, by, extra):
     out = tmp_path / "out"
     run(config(tmp_path / "rows.jsonl", rows(), partition={"by": by, "count": 3} | extra), out)
-    domains = partition.load(out)
+    domains = partition.load(out / "tokenizer")
     from pipeline.data.text.documents import Document, key_of
 
     for name in domains.names:
@@ -157,9 +151,9 @@ def test_given_splits_are_kept_and_leaks_dropped(tmp_path):
     }
     assert (
         "rows.jsonl:151"
-        in json.loads((out / "dropped.json").read_text())["examples"]["equals a held-out document"][
-            0
-        ]
+        in json.loads((out / "preprocess-sea/dropped.json").read_text())["examples"][
+            "equals a held-out document"
+        ][0]
     )
 
 
@@ -196,8 +190,7 @@ def test_the_tokenizer_hears_every_domain_equally_and_no_held_out_text(tmp_path,
 
 def test_progress_is_told_and_ends_at_one(tmp_path):
     told = []
-    (tmp_path / "out").mkdir()
-    prepare(
+    prepared(
         config(tmp_path / "rows.jsonl", rows()),
         tmp_path / "out",
         lambda text, share: told.append((text, share)),
@@ -209,7 +202,11 @@ def test_progress_is_told_and_ends_at_one(tmp_path):
     ("found", "sections", "match"),
     [
         ([], {}, "no usable document"),
-        (rows()[:2], {}, "partition.domains names hall, and no document has that label.*sea, shop"),
+        (
+            [row for row in rows() if row["domain"] != "hall"],
+            {},
+            "partition.domains names hall, and no document has that label.*sea, shop",
+        ),
         (rows(), {"partition": {"domains": ["sea", "moon"]}}, "names moon.*holds sea, (hall|shop)"),
         (
             rows(),
@@ -232,7 +229,9 @@ def test_progress_is_told_and_ends_at_one(tmp_path):
 def test_data_that_is_not_as_asked_is_refused(tmp_path, found, sections, match):
     with pytest.raises(DataError, match=match):
         run(config(tmp_path / "rows.jsonl", found, **sections), tmp_path / "out")
-    assert not (tmp_path / "out/shards.json").exists()
+    assert len(list(tmp_path.rglob("shards.json"))) < len(
+        list(tmp_path.glob("out/preprocess-*"))
+    ) or (not (tmp_path / "out/preprocess-sea").exists())
 
 
 def test_a_full_disk_passes_through_and_ends_every_thread(tmp_path, monkeypatch):
@@ -254,9 +253,8 @@ def test_a_reader_error_reaches_the_caller_from_its_thread(tmp_path, monkeypatch
         if text.startswith("training"):
             calls.append(Path(tmp_path / "rows.jsonl").unlink())
 
-    (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="matches no file"):
-        prepare(cfg, tmp_path / "out", remove)
+        prepared(cfg, tmp_path / "out", remove)
     assert calls and not [t for t in threading.enumerate() if t.name == "prepare"]
 
 
@@ -279,9 +277,8 @@ def test_a_source_that_changes_between_the_passes_is_refused(tmp_path, change):
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(change(lines)))
 
-    (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="has changed since it was scanned: of 120 documents"):
-        prepare(cfg, tmp_path / "out", edit)
+    with pytest.raises(DataError, match="has changed since it was looked at: the documents of"):
+        prepared(cfg, tmp_path / "out", edit)
 
 
 def test_the_environment_is_left_as_it_was(tmp_path, monkeypatch):
@@ -296,4 +293,3 @@ def test_installed_text_makes_four_domains(tmp_path):
     )
     metrics = run(cfg, tmp_path / "out")
     assert all(metrics["tokens"]["train"][d] >= 10_000 for d in cfg.partition.domains)
-    assert np.isfinite(metrics["megabytes_per_s"])

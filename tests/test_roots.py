@@ -58,7 +58,9 @@ def files(store):
 
 def test_whoever_makes_something_leaves_a_root_and_renews_it(finished, store_path, capfd, tmp_path):
     path = finished[0]
-    store = store_with(store_path, finished, "preprocess", "train_shared", "train_experts")
+    store = store_with(
+        store_path, finished, "tokenizer", "preprocess", "train_shared", "train_experts"
+    )
     typed(capfd, 0, "plan", "--config", path, "--store", store.root)
     assert not roots(store)
     typed(capfd, 0, "train_shared", "--config", path, "--store", store.root)
@@ -134,8 +136,8 @@ def test_whatever_becomes_of_a_configuration_its_results_stay(kept, elsewhere, c
 def test_what_a_root_says_stays_whatever_its_settings_come_to_now(kept, elsewhere, capfd):
     """As when what a run read was edited since, or another version names things otherwise."""
     path, store, root = kept
-    former = "preprocess-0123456789ab"
-    shutil.copytree(store.folder(stages.address(load(path), "preprocess")), store.folder(former))
+    former = "tokenizer-0123456789ab"
+    shutil.copytree(store.folder(stages.address(load(path), "tokenizer")), store.folder(former))
     root_path(store, root.id).unlink()
     other = replace(root, addresses=(former,))
     leave(store, other)

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.base import Section, is_hidden
 from pipeline.config.run import RunConfig
-from pipeline.data.text.prepare import prepare
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe import evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -35,6 +34,7 @@ from tests import (
     test_lr_search,
     test_wiring,
 )
+from tests.small_text import prepared
 from tests.test_trunk import whole
 
 LABELS = ("a", "b")
@@ -133,9 +133,8 @@ def product(trained, stage: str, changes: dict, folder) -> str:
 
 
 def _preprocessed(cfg, _trained_parts, _stage, folder) -> str:
-    (folder / "out").mkdir()
-    prepare(cfg, folder / "out")
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    prepared(cfg, folder / "out")
+    files = sorted(p for p in folder.glob("out/[pt]*/**/*") if p.is_file())
     return _digest([(p.relative_to(folder).as_posix(), p.read_bytes()) for p in files])
 
 
@@ -235,7 +234,7 @@ EFFECTS = {
     "data.test_share": ("preprocess", 0.3, {}),
     "data.seed": ("preprocess", 1, {}),
     "partition.by": ("preprocess", "random", {"partition__count": 2}),
-    "partition.domains": ("preprocess", ("b", "a"), {}),
+    "partition.domains": ("preprocess", ("a",), {}),
     "partition.labels": ("preprocess", {"a": ("b",), "b": ("a",)}, {}),
     "partition.count": ("preprocess", 3, CLUSTERS),
     "partition.difficulty": (
@@ -303,6 +302,7 @@ EFFECTS = {
     "router.noise": ("train_router", 1.0, {}),
     "router.capacity_factor": ("train_router", 0.5, {}),
     "dense.baselines": ("evaluate", ("path",), {}),
+    "dense.domains": (PATH, ("beta",), {}),
     "dense.lr": (PATH, 0.5, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
     "evaluate.rivals": ("evaluate", "few", {}),

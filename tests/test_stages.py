@@ -50,6 +50,7 @@ def changed(path, *overrides):
     return {job for job in before if before[job] != after.get(job)}
 
 
+TEXT = {"tokenizer", "preprocess sea", "preprocess shop", "preprocess hall"}
 EXPERTS = {"train_experts sea", "train_experts shop", "train_experts hall"}
 DENSE = {"train_dense total", "train_dense path"}
 END = {"train_router", "evaluate"}
@@ -72,7 +73,7 @@ END = {"train_router", "evaluate"}
         ("trunk.lr=1e-2", {"train_shared", *EXPERTS, *END, *DENSE}),
         ("trunk.anchor=keep", END),
         ("seed=1", {"train_shared", *EXPERTS, *END, *DENSE}),
-        ("tokenizer.vocab_size=310", {"preprocess", "train_shared", *EXPERTS, *END, *DENSE}),
+        ("tokenizer.vocab_size=310", {*TEXT, "train_shared", *EXPERTS, *END, *DENSE}),
     ],
 )
 def test_a_setting_changes_the_addresses_of_what_reads_it(finished, override, wanted):
@@ -87,7 +88,10 @@ def test_addresses_tell_stage_and_item(finished):
     found = addresses(finished[0])
     assert list(found) == [
         *(
-            "preprocess",
+            "tokenizer",
+            "preprocess sea",
+            "preprocess shop",
+            "preprocess hall",
             "train_shared",
             "train_experts sea",
             "train_experts shop",
@@ -143,7 +147,7 @@ def test_a_missing_input_names_the_command(tmp_path, finished):
     with pytest.raises(MissingArtifact) as error:
         run("train_shared", cfg, store)
     assert str(error.value) == f"{error.value.address} is not in {store.root}"
-    assert "run `python -m pipeline preprocess`" in told(error.value)
+    assert "run `python -m pipeline tokenizer`" in told(error.value)
 
 
 def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, monkeypatch):
@@ -156,8 +160,9 @@ def test_a_part_that_is_given_is_written_without_training(tmp_path, finished, mo
 
     monkeypatch.setattr(context, "stage_function", lambda _family, _name: shared)
     cfg, store = load(finished[0]), Store(tmp_path / "copy").open()
-    read = stages.address(cfg, "preprocess")
-    shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
+    for need in cfg.needs("train_shared", None):
+        read = stages.address(cfg, *need)
+        shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
     manifest = run("train_shared", cfg, store)
     # what it took is told of any job
     told = {key: value for key, value in manifest.metrics.items() if not key.endswith("_mb")}
@@ -250,8 +255,9 @@ def noisy(request, finished, tmp_path_factory):
         load(finished[0], settings),
         Store(tmp_path_factory.mktemp("noisy") / "store").open(),
     )
-    read = stages.address(cfg, "preprocess")
-    shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
+    for need in cfg.needs("train_shared", None):
+        read = stages.address(cfg, *need)
+        shutil.copytree(Store(finished[1]).folder(read), store.folder(read))
     for stage in ("train_shared", "train_experts", "train_router"):
         for _, item, _ in stages.jobs(cfg, stage):
             run(stage, cfg, store, item)

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from test_documents import ROWS, config, read, write_jsonl
 
-from pipeline.data.sources import installed
+from pipeline.data.sources import SourceFile, installed
 from pipeline.errors import DataError
 
 
@@ -113,7 +113,9 @@ def test_headers_without_torch_say_what_to_install(monkeypatch):
 def test_a_new_source_is_a_module_with_its_name(monkeypatch):
     """Its settings aside, nothing names the sources there are."""
     poems = ModuleType("pipeline.data.sources.poems")
-    poems.sources = lambda cfg: iter([("a", iter([lambda: iter([("poem 1", ROWS[0])])]))])
+    poems.sources = lambda cfg: iter(
+        [("a", iter([SourceFile(lambda: iter([("poem 1", ROWS[0])]), iter, {})]))]
+    )
     monkeypatch.setitem(sys.modules, poems.__name__, poems)
     cfg = config("unread.txt")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"source": "poems"})})

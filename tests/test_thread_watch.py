@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import make_text, tiny_config
 from fakes import Killed, dying, small_task, train_io
 
 from pipeline.families.load import load
@@ -135,7 +135,7 @@ def test_a_run_is_lowered_says_so_once_and_goes_on_with_fewer(tmp_path, busy, ca
     path = tiny_config(tmp_path / "tiny", runtime={"threads": "auto", "save_every_s": 1e-9})
     store = Store(tmp_path / "store").open()
     cfg = load(path)
-    run_job("preprocess", cfg, store, progress=lambda *_: None)
+    make_text(cfg, store)
     real = JobContext.function
 
     def killed_at_30(job):
@@ -165,7 +165,7 @@ def test_a_run_is_lowered_says_so_once_and_goes_on_with_fewer(tmp_path, busy, ca
 def test_a_number_of_threads_is_kept_whatever_happens(tmp_path, busy):
     path = tiny_config(tmp_path / "tiny", runtime={"threads": 2})
     cfg, store = load(path), Store(tmp_path / "store").open()
-    run_job("preprocess", cfg, store, progress=lambda *_: None)
+    make_text(cfg, store)
     manifest = run_job("train_shared", cfg, store, progress=lambda *_: None)
     assert busy == [] and len(manifest.metrics["rounding"]) == 1
 

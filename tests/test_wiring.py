@@ -8,11 +8,10 @@ import pytest
 
 from pipeline.data.sources import text
 from pipeline.data.text import tokenizer
-from pipeline.data.text.shards import Shards
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.families.ffn_moe import evaluator as evaluating
 from pipeline.families.ffn_moe import train as ffn_moe
-from pipeline.families.ffn_moe.parts import stored_trunk
+from pipeline.families.ffn_moe.parts import shards_of, stored_trunk
 from pipeline.model.trunk import Trunk
 from pipeline.protocols import quiet
 from pipeline.run import backend, context, job, stages, training
@@ -38,8 +37,8 @@ def test_the_family_is_looked_up(monkeypatch, tmp_path):
 
     monkeypatch.setattr(context, "stage_function", stage_function)
     cfg = small.config()
-    job.run_job("preprocess", cfg, Store(tmp_path), progress=print)
-    assert asked == [(cfg.family, "family.prepare")]
+    job.run_job("tokenizer", cfg, Store(tmp_path), progress=print)
+    assert asked == [(cfg.family, "family.tokenizer")]
 
 
 def test_source_and_hub_decide_what_is_opened(monkeypatch):
@@ -64,7 +63,7 @@ def test_source_and_hub_decide_what_is_opened(monkeypatch):
         (domain, row["text"])
         for domain, files in text.sources(cfg)
         for file in files
-        for _, row in file()
+        for _, row in file.rows()
     ]
     assert found == [("a", "x" * 20)]
     assert asked == [
@@ -90,10 +89,10 @@ def test_fewer_rows_are_taken_where_they_are_allowed(monkeypatch):
         cfg = small.config(data={"source": "hub", "hub": [given]}, partition__domains=LABELS)
         [(_, [found])] = [(label, list(files)) for label, files in text.sources(cfg)]
         if allowed:
-            assert len(list(found())) == 3
+            assert len(list(found.rows())) == 3
         else:
             with pytest.raises(PipelineError, match=r"some/set\[train\] gave 3 rows, .* says 4"):
-                list(found())
+                list(found.rows())
 
 
 def test_revisions_reach_the_hub(monkeypatch, trained):
@@ -131,7 +130,7 @@ def test_batches_of_the_report_change_their_number_and_no_figure(trained, monkey
             "token_loss",
             lambda *a, batch=batch: sizes[batch].append(len(a[2])) or real(*a),
         )
-        bench = evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), quiet)
+        bench = evaluating.Evaluator(cfg, shards_of(trained, trained.cfg.partition.names), quiet)
         trunk, dummy = stored_trunk(cfg, trained)
         scores[batch] = np.concatenate([bench.token_nats(trunk, dummy, d) for d in small.DOMAINS])
     assert max(sizes[2]) == 2 and max(sizes[16]) == 16 and sum(sizes[2]) == sum(sizes[16])
@@ -144,7 +143,7 @@ def test_documents_are_resampled_as_often_as_asked(trained, monkeypatch):
     monkeypatch.setattr(evaluating, "Scores", lambda *given: asked.append(given[1:]))
     for resamples in (17, 321):
         cfg = small.config(evaluate__bootstrap=resamples)
-        evaluating.Evaluator(cfg, Shards(trained.folder("preprocess")), quiet)
+        evaluating.Evaluator(cfg, shards_of(trained, trained.cfg.partition.names), quiet)
     assert asked == [(17, cfg.data.seed), (321, cfg.data.seed)]
 
 

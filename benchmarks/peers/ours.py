@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from benchmarks.measuring import FORMS, MB, RANK, Job, write_files
-from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, windows
+from benchmarks.peers.tokens import DOCUMENT_TOKENS, END_ID, domain, draw, text_folder, windows
 from benchmarks.watching import Watch
 from pipeline import report
 from pipeline.data.text import tokenizer
@@ -191,9 +191,14 @@ def prepare(job: Job) -> int:
     if job.pinned and not (root / MODEL).exists():
         _write_model(job, root / MODEL)
     parts, cfg = Parts(root, job.experts), config(job)
-    with _whole(root / "preprocess") as folder:
+    with _whole(root / "tokenizer") as folder:
         if folder:
-            _write_text(job, folder)
+            # A small one of the real kind: a bundle opens it, and its size is beside the tensors'
+            tokenizer.train(job.sizes.vocab_size, ["a text"]).save(folder)
+    for number in range(job.domains):
+        with _whole(text_folder(job, number)) as folder:
+            if folder:
+                _write_text(job, number, folder)
     with _whole(parts.folder("train_shared")) as folder:
         made = ffn_moe.shared(cfg, parts) if folder else None
         if folder and isinstance(made, NoTraining):
@@ -268,20 +273,17 @@ def _write_expert(parts: Parts, folder: Path, like: dict[str, torch.Tensor], num
     )
 
 
-def _write_text(job: Job, folder: Path) -> None:
-    """Write shards and, for bundles, the files of a tokenizer."""
-    s, names = job.sizes, tuple(domain(i) for i in range(job.domains))
-    writer = ShardWriter(folder, names, s.vocab_size, END_ID)
-    for number, name in enumerate(names):
-        for split, count in (("train", windows(s)), ("valid", 2 * s.batch_sequences), ("test", 4)):
-            ids = draw(s.vocab_size, count * s.context_tokens + 1, number).tolist()
-            for at in range(0, len(ids), DOCUMENT_TOKENS):
-                writer.add(
-                    split, name, ids[at : at + DOCUMENT_TOKENS], document_bytes=3 * DOCUMENT_TOKENS
-                )
+def _write_text(job: Job, number: int, folder: Path) -> None:
+    """Write the shards of a domain."""
+    s, name = job.sizes, domain(number)
+    writer = ShardWriter(folder, (name,), s.vocab_size, END_ID)
+    for split, count in (("train", windows(s)), ("valid", 2 * s.batch_sequences), ("test", 4)):
+        ids = draw(s.vocab_size, count * s.context_tokens + 1, number).tolist()
+        for at in range(0, len(ids), DOCUMENT_TOKENS):
+            writer.add(
+                split, name, ids[at : at + DOCUMENT_TOKENS], document_bytes=3 * DOCUMENT_TOKENS
+            )
     writer.finish()
-    # A small one of the real kind: a bundle opens it, and its size is beside that of the tensors
-    tokenizer.train(s.vocab_size, ["a text"]).save(folder)
 
 
 def bundle(job: Job, watch: Watch) -> None:

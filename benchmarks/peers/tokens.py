@@ -32,8 +32,13 @@ def stream(job: Job) -> np.ndarray:
     """Return tokens_N of the training text of the domain that a job is about, as they stand on the
     disk."""
     return np.memmap(
-        Path(job.work) / "preprocess" / "train" / f"{domain(job.item)}.bin", "<u2", mode="r"
+        text_folder(job, job.item) / "train" / f"{domain(job.item)}.bin", "<u2", mode="r"
     )
+
+
+def text_folder(job: Job, number: int) -> Path:
+    """Return where the tokens of a domain are."""
+    return Path(job.work) / f"preprocess-{domain(number)}"
 
 
 def domain(number: int) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.real_parts.variants import Variant
-from pipeline.data.text.shards import Shards
 from pipeline.families.ffn_moe.adapter.evaluate import RoutedTexts
 from pipeline.families.ffn_moe.adapter.model import Adapted, stored_adapters
 from pipeline.families.ffn_moe.adapter.stack import assemble as assemble_adapters
@@ -25,7 +24,12 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.cost import stage_tokens
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.families.ffn_moe.networks import dense_rows
-from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk, training_tokens
+from pipeline.families.ffn_moe.parts import (
+    shards_of,
+    stored_experts,
+    stored_trunk,
+    training_tokens,
+)
 from pipeline.families.ffn_moe.sections import BASE
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.metrics.language import ByDomain, Scores
@@ -67,7 +71,7 @@ class HeldOut:
 
     def __init__(self, cfg: FfnMoeConfig, parts: StoredParts, folder: Path, progress: Progress):
         self.cfg = cfg
-        self.shards = Shards(parts.folder("preprocess"))
+        self.shards = shards_of(parts, cfg.partition.names)
         self.evaluator = Evaluator(cfg, self.shards, progress)
         self.progress = progress
         self.folder = folder
@@ -75,7 +79,7 @@ class HeldOut:
         trunk, dummy = stored_trunk(cfg, parts)
         self.shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
         read = [
-            parts.addresses.of("preprocess"),
+            [parts.addresses.of("preprocess", name) for name in cfg.partition.names],
             cfg.evaluate.tokens_per_domain,
             cfg.trunk.context_tokens,
             self.evaluator.bf16,

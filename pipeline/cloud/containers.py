@@ -14,17 +14,14 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..errors import Interrupted, PipelineError
-from ..families import stage_function
 from ..families.load import parse
-from ..protocols import Progress
 from ..run.advice import account, sentence
 from ..run.backend import printed_progress
 from ..run.identity import note_made
 from ..run.job import done, run_job
-from ..run.stages import STEPS, Addresses, label, without_jobs
+from ..run.stages import Addresses, label, without_jobs
 from ..store.artifacts import Manifest, Store
 from ..store.lineage import Lineage
-from ..store.room import translate_disk_errors
 from ..train.memory_meter import trim_heap
 
 Items = list[str | None]
@@ -103,8 +100,7 @@ def work(
     publish: Callable[[], None],
     refresh: Callable[[], None],
 ) -> list[JobResult]:
-    """Do jobs of a stage, or of a step before it, in this container, one after another; return how
-    each ended.
+    """Do jobs of a stage in this container, one after another; return how each ended.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run
     again.
@@ -124,10 +120,7 @@ def work(
     results = []
     for item in items:
         try:
-            if stage in STEPS:
-                results.append(_do_step(stage, cfg, store, item, printed_progress(console)))
-            else:
-                results.append(_do_job(stage, cfg, store, item, console))
+            results.append(_do_job(stage, cfg, store, item, console))
         finally:
             # The next job of this container has a memory budget of its own
             gc.collect()
@@ -149,25 +142,6 @@ def _do_job(
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
     return JobResult.of(manifest, "made")
-
-
-def _do_step(
-    step: str, cfg: RunConfig, store: Store, item: str | None, progress: Progress
-) -> JobResult:
-    """Do the first step, which says how many jobs the next one has, or one job of that, whose
-    number is item."""
-    row = cfg.stages[step]
-    address = Addresses(cfg).of(str(row.step_of))
-    folder = store.jobs_folder(address)
-    number = cfg.modal.preprocess_jobs if item is None else int(item)
-    try:
-        with translate_disk_errors(folder):
-            count = stage_function(cfg.family, row.function)(cfg, folder, number, progress)
-    except PipelineError as error:
-        return _failed(step, item, address, error, store)
-    store.publish()
-    metrics = {} if count is None else {"jobs": count}
-    return JobResult(step, item, address, "made", metrics=metrics)
 
 
 def not_done(
@@ -214,10 +188,6 @@ def orchestrate(
             return results + [
                 _failed(stage, item, addresses.of(stage, item), error, store) for item in items
             ]
-        if missing and cfg.modal.preprocess_jobs > 1:
-            failed = _do_steps(addresses, stage, hand_out, command, progress)
-            if failed:
-                return results + failed
         made: dict[str | None, JobResult] = {}
         for result in _handed_out(addresses, stage, missing, store, hand_out):
             made[result.item] = result
@@ -242,43 +212,6 @@ def _missing(addresses: Addresses, stage: str, store: Store) -> Items:
         if not done(addresses, stage, item, lineage):
             missing.append(item)
     return missing
-
-
-def _do_steps(
-    addresses: Addresses,
-    stage: str,
-    hand_out: HandOut,
-    command: str,
-    progress: Callable[[str], None],
-) -> list[JobResult]:
-    """Do the steps that containers share before a stage, for its job to put together; return what
-    failed.
-
-    The first step is one job and says how many the next one has.
-    """
-    items: Items = [None]
-    for step, row in addresses.cfg.stages.items():
-        if row.step_of != stage:
-            continue
-        # Only a stage of one job has steps
-        address = addresses.of(stage)
-        failed = []
-        count = 0
-        for given, ended in hand_out(step, items):
-            if isinstance(ended, BaseException):
-                lost = f"{type(ended).__name__}: {ended}"
-                ended = [JobResult(step, item, address, "failed", lost) for item in given]
-            for result in ended:
-                progress(f"{result.name}: {result.error or result.state}")
-                count = result.metrics.get("jobs", count)
-                if result.error:
-                    failed.append(result)
-        if failed:
-            errors = {result.item: result.error for result in failed}
-            progress(account(step, errors, items, command))
-            return failed
-        items = [str(number) for number in range(count)]
-    return []
 
 
 def _handed_out(

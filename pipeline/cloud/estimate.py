@@ -243,7 +243,7 @@ def show_estimate(
     for name in ("tokens", "memory", "time", "US$"):
         table.add_column(name, justify="right", overflow="fold")
     for each in estimates:
-        table.add_row(each.address, each.state, _where(cfg, each), *_cells(each))
+        table.add_row(each.address, each.state, _where(each), *_cells(each))
     print_table(console, table)
     for why in dict.fromkeys(each.why for each in estimates if each.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
@@ -279,14 +279,9 @@ def _wall_s(cfg: RunConfig, stage: str, estimates: list[JobEstimate], sequential
     return max(max(seconds), math.fsum(seconds) / at_once)
 
 
-def _where(cfg: RunConfig, job: JobEstimate) -> str:
+def _where(job: JobEstimate) -> str:
     """Return what a job's container has, and of how many containers it may be."""
-    machine = " or ".join(job.machine.gpu) or f"{job.machine.cpu:g} cores"
-    containers = cfg.modal.preprocess_jobs
-    divided = any(row.step_of == job.stage for row in cfg.stages.values())
-    if divided and containers > 1:
-        return f"up to {containers} x {machine}"
-    return machine
+    return " or ".join(job.machine.gpu) or f"{job.machine.cpu:g} cores"
 
 
 def _cells(job: JobEstimate) -> tuple[str, str, str, str]:

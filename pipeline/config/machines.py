@@ -93,14 +93,14 @@ class ModalConfig(Section):
         False, description="Serve without a key: whoever knows the address may use the endpoint"
     )
     preprocess_jobs: int = Field(
-        1,
+        8,
         ge=1,
         le=1000,
-        description="Most containers of a preprocess of documents (ffn_moe), once it has seen them",
+        description="Most containers of preprocess at once, each with a domain or a task",
     )
     # One per stage, under the stage's name: it is looked up by that.
     preprocess: WorkerConfig = Field(
-        WorkerConfig(), description="Container of preprocess, of each when there are several"
+        WorkerConfig(), description="Container of the tokenizer, and of each domain or task"
     )
     train_shared: TrainerConfig = Field(TrainerConfig(), description="Container of train_shared")
     train_experts: TrainerConfig = Field(TrainerConfig(), description="Container of each expert")

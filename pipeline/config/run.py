@@ -110,7 +110,7 @@ class RunConfig(Section):
         """Return the jobs of a stage by their items: (None,) when it is one job, () when this
         family has none."""
         row = self.stages.get(stage)
-        if row is None or row.step_of is not None:
+        if row is None:
             return ()
         if row.when is not None and not getattr(self, row.when):
             return ()
@@ -126,13 +126,16 @@ class RunConfig(Section):
         row = self.stages[stage]
         found: list[JobKey] = []
         for need in row.needs:
-            if need in row.needs_own:
-                own = self.own_item(need, item)
-                if own in self.items(need):
-                    found.append((need, own))
-            else:
-                found += [(need, each) for each in self.items(need)]
+            found += [(need, each) for each in self.needed_items(stage, item, need)]
         return found
+
+    def needed_items(self, stage: str, item: str | None, need: str) -> tuple[str | None, ...]:
+        """Return the jobs of another stage that a job reads, in order."""
+        known = self.items(need)
+        if need not in self.stages[stage].needs_own:
+            return known
+        own = self.own_item(need, item)
+        return (own,) if own in known else ()
 
     def own_item(self, need: str, item: str | None) -> str | None:
         """Return which job of a stage is an item's own, where others are not read."""

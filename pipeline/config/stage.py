@@ -45,8 +45,6 @@ class Stage:
     secrets: tuple[str, ...] = ()  # purposes of the secrets that its containers get
     # stages that its command on Modal makes first, so that the first command of a run works
     after: tuple[str, ...] = ()
-    # not a stage but a step that containers share before that stage; it leaves no artifact
-    step_of: str | None = None
 
     def setting_name(self, item: str | None) -> str:
         """Return the dotted name of a training's settings, for messages."""

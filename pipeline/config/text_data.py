@@ -264,3 +264,8 @@ class TextRunConfig(RunConfig):
         PartitionConfig(), description="How documents become domains"
     )
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens")
+
+    @property
+    def tokenizer_domains(self) -> tuple[str, ...]:
+        """The domains whose text a tokenizer is trained on, where documents have labels."""
+        return self.partition.names

@@ -8,9 +8,6 @@ last:
     training       f(cfg, parts[, item]) -> Task, NoTraining for what is only written, or Search for
                    a rate that is to be found
     report         f(cfg, parts, progress) -> the report
-    a step         f(cfg, folder, number, progress) -> how many jobs the next step has, or None;
-                   the first step's number is how many jobs there may be at most, that of others
-                   which of those jobs it is
 
 and what a row's check: check(cfg[, item]), raises PipelineError for what keeps a job from starting
 """
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config.run import RunConfig
-    from ..protocols import Progress
+    from ..protocols import Eye, Progress
     from ..store.artifacts import Manifest
     from ..store.expert_package import Noise
     from ..store.history import History
@@ -77,8 +74,8 @@ class Parts(Protocol):
         """The sha256 of a file outside the store; of one that was found to be what is expected, and
         is unchanged since, without reading it. Raises OSError, UnreadableFile."""
 
-    def jobs_folder(self, stage: str, item: str | None = None) -> Path:
-        """Where the steps before a job left what it puts together; need not exist."""
+    def eye(self) -> "Eye":
+        """What looks at files outside the store."""
 
 
 @dataclass(frozen=True)

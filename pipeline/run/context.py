@@ -10,10 +10,11 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..config.stage import Stage
 from ..families import stage_function
-from ..protocols import Progress, quiet
+from ..protocols import Eye, Progress, quiet
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.history import History, read
 from ..store.lineage import Lineage
+from .identity import eye_of
 from .stages import Addresses, label
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class StoredParts:
         UnreadableFile."""
         return self.reader.file_sum(path, expected)
 
-    def jobs_folder(self, stage: str, item: str | None = None) -> Path:
-        """Where the steps before a job left what it puts together; need not exist."""
-        return self.store.jobs_folder(self.addresses.of(stage, item))
+    def eye(self) -> Eye:
+        """What looks at files outside the store, as this job's command did."""
+        return eye_of(self.store, self.progress)
 
     def history(self, stage: str, item: str | None = None) -> History:
         """The history of a training job that is done. Raises UnreadableFile and what `manifest`

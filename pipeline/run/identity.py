@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
 from ..config.run import JobKey, RunConfig, source_key
-from ..errors import DataError, DiskFull
+from ..errors import DataError, DiskFull, StoreError
 from ..protocols import Looked, Progress, quiet
 from ..store import sources
 from ..store.artifacts import Store
@@ -49,7 +49,7 @@ def begin(
     prints: dict[JobKey, str] = {}
     if frozen:
         prints = recorded(cfg, store, "made")
-    looked = look_at(cfg, store, progress, leave_out=prints)
+    looked = look_at(cfg, store, progress, leave_out=prints, fetches=makes)
     for job, found in looked.items():
         was = sources.print_of(store, "made", recipe(cfg, *job))
         # Without its server nobody can say that it has changed, nor read it
@@ -88,10 +88,11 @@ def look_at(
     store: Store | None = None,
     progress: Progress = quiet,
     leave_out: Collection[JobKey] = (),
+    fetches: bool = False,
 ) -> dict[JobKey, Looked]:
     """Return what each job of a run reads outside the store as it is now. With a store its list of
     sums is used, so that what is unchanged is not read again."""
-    eye, sums = _eye(store, progress)
+    eye, sums = _eye(store, progress, fetches)
     found = {}
     for stage, item in _jobs(cfg):
         if (stage, item) in leave_out:
@@ -105,14 +106,26 @@ def look_at(
     return found
 
 
-def _eye(store: Store | None, progress: Progress) -> tuple[Looking, FileSums]:
+def eye_of(store: Store, progress: Progress) -> Looking:
+    """Return what a job looks with at what its command has looked at."""
+    eye, _ = _eye(store, progress, fetches=True)
+    return eye
+
+
+def _eye(
+    store: Store | None, progress: Progress, fetches: bool = False
+) -> tuple[Looking, FileSums]:
     if store is None:
         sums = FileSums(None, progress)
-        return Looking(sums, progress), sums
+        return Looking(sums, progress, fetches=fetches), sums
     sums = FileSums(store.root, progress, by_ctime=not store.is_published)
+    folder = None
     # A plan makes no store, and leaves nothing in a folder that is none
-    is_made = (store.root / "store.json").exists()
-    return Looking(sums, progress, store.root / FOLDER if is_made else None), sums
+    if (store.root / "store.json").exists():
+        # Nor in one of another format, which whoever opens it is told
+        with suppress(StoreError):
+            folder = store.open(create=False).root / FOLDER
+    return Looking(sums, progress, folder, fetches), sums
 
 
 def recorded(cfg: RunConfig, store: Store, when: When) -> dict[JobKey, str]:

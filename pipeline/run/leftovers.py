@@ -25,6 +25,7 @@ from .reach import Reach
 
 ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
 # What lies below these is named by its address
+# jobs/: of earlier versions, whose containers shared a preprocess
 BY_ADDRESS = ("artifacts", "resume", "jobs", "history")
 # Where else files are written, from the store on
 WRITTEN = (
@@ -35,6 +36,7 @@ WRITTEN = (
     f"{SOURCES}/seen",
     f"{SOURCES}/looked",
     f"{SOURCES}/made",
+    f"{SOURCES}/text",
     "",
 )
 # A file that was being written: ours, and those of the library that writes tensors

@@ -5,8 +5,8 @@ from .dry_run import figures
 
 def outcome(metrics: dict) -> str:
     """Return what came of a job, from its metrics."""
-    # What tells a bundle, and a preprocess of documents, by their metrics: a new stage needs no
-    # line here
+    # What tells a bundle, a tokenizer and a preprocess of documents by their metrics: a new stage
+    # needs no line here
     if {"files", "experts", "parameters"} <= metrics.keys():
         return (
             f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, "
@@ -16,8 +16,13 @@ def outcome(metrics: dict) -> str:
 
 
 def _text_outcome(metrics: dict) -> str:
-    domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
-    text = f"training tokens: {domains}; vocabulary {metrics['vocab_size']:,}"
+    text = f"vocabulary {metrics['vocab_size']:,}"
+    if "tokens" in metrics:
+        domains = ", ".join(f"{d} {n:,}" for d, n in metrics["tokens"]["train"].items())
+        text = f"training tokens: {domains}"
+    elif "documents" in metrics:
+        domains = ", ".join(f"{d} {n:,}" for d, n in metrics["documents"].items())
+        text += f"; documents: {domains}"
     if "tokenizer" in metrics:
         tried = metrics["tokenizer"]
         text += f"; the tokenizer puts {tried['front']} in front"

@@ -7,7 +7,6 @@ share a prefix of work share its artifacts. Everything here is read from the fam
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from itertools import filterfalse
 
 from ..config.run import JobKey, RunConfig
 from ..config.stage import Stage
@@ -45,18 +44,13 @@ def _merged(tables: Mapping[str, Mapping[str, Stage]]) -> Rows:
 ROWS = _merged({family: kind.stages for family, kind in RUN_CONFIGS.items()})
 
 
-def _is_step(name: str) -> bool:
-    return any(row.step_of for row in ROWS[name].values())
-
-
 def _is_in_run(name: str) -> bool:
     return any(row.in_run for row in ROWS[name].values())
 
 
 # What a run may consist of, in order, whichever its family: a stage that a family does not have has
 # no jobs there, so whoever goes through these needs no case for it
-STAGES = tuple(filterfalse(_is_step, ROWS))
-STEPS = tuple(filter(_is_step, ROWS))
+STAGES = tuple(ROWS)
 RUN = tuple(filter(_is_in_run, STAGES))
 
 

@@ -73,11 +73,6 @@ class Store:
         """Where the checkpoints of a run in progress are."""
         return self.root / "resume" / address
 
-    def jobs_folder(self, address: str) -> Path:
-        """Where what several containers make of one artifact waits for its merge; one folder and
-        writer per job."""
-        return self.root / "jobs" / address
-
     def history(self, address: str) -> Path:
         """The history file of the job that makes an address; one writer."""
         return self.root / "history" / f"{address}.jsonl"
@@ -171,8 +166,7 @@ class Store:
         """
         folder = self.folder(address)
         # before anything is moved: what a job leaves on its way goes there
-        for beside in (self.resume(address), self.jobs_folder(address)):
-            check_folder(beside)
+        check_folder(self.resume(address))
         if self.has(address):
             former = self.resume(address) / FORMER
             if former.exists():
@@ -191,14 +185,12 @@ class Store:
         return folder
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Flush every file, write the manifest last, drop what its jobs left, publish, and drop the
-        checkpoints."""
+        """Flush every file, write the manifest last, publish, and drop the checkpoints."""
         folder = self.folder(manifest.address)
         for name in manifest.files:
             flush(folder / name)
         flush(folder)
         write_text(folder / manifests.NAME, manifest.text())
-        shutil.rmtree(self.jobs_folder(manifest.address), ignore_errors=True)
         self.publish()
         # after it is published: until others see the artifact, the checkpoints are all that they
         # could go on from

@@ -151,10 +151,15 @@ class Looking:
     """One look at what a run reads: an Eye."""
 
     def __init__(
-        self, sums: FileSums, progress: Progress = quiet, folder: Path | None = None
+        self,
+        sums: FileSums,
+        progress: Progress = quiet,
+        folder: Path | None = None,
+        fetches: bool = False,
     ) -> None:
         self.progress = progress
         self.folder = folder
+        self.fetches = fetches
         self._sums = sums
         self._made: dict[str, object] = {}
 

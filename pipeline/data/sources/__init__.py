@@ -6,9 +6,11 @@ which a plan asks whether what is read is there, and its settings in config/text
 else knows which sources there are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ...protocols import Eye, Seen
 
 # The end of what is told of bytes that are not UTF-8
 ENCODING = "set encoding beside paths where it is another"
@@ -39,7 +41,21 @@ class Note:
 
 # Where a row is, for messages, and what it holds
 FoundRow = tuple[str, Row | SkippedRow | Note]
-# The rows of one file. Called to open it: one that lies before a cursor never is
+# The rows of one file. Called to open it: one that nobody wants never is
 Rows = Callable[[], Iterator[FoundRow]]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, or what stands for one: a split on the Hub, a kind of installed
+    text."""
+
+    rows: Rows
+    seen: Callable[[Eye], Iterable[Seen]]  # what tells that it is the same as before
+    read_by: Mapping[str, Any]  # what decides its rows beside its bytes and the section data
+    is_whole: bool = False  # read to its end whatever limit there is, for its bytes are here
+    is_remote: bool = False  # reading it takes a network
+
+
 # The label of every row of a source, if it has one, and its files in order
-Source = tuple[str | None, Iterator[Rows]]
+Source = tuple[str | None, Iterator[SourceFile]]

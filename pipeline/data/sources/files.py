@@ -15,7 +15,7 @@ from ...errors import DataError, PipelineError
 from ...protocols import Eye, Seen
 from ...store.looking import GONE, UNREACHABLE
 from ..cut import cut
-from . import ENCODING, FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source
+from . import ENCODING, FoundRow, LargeFile, Note, Row, Rows, SkippedRow, Source, SourceFile
 from .csv_rows import csv_rows
 from .file_kinds import is_local, is_odd, seen_at
 from .json_rows import json_rows, jsonl_rows
@@ -69,7 +69,7 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield the files of each entry of data.files. Raises DataError for one that matches none, for
     a file that two entries match, and for plain text that no domain is named for."""
     for entry, found in _entries(cfg):
-        yield entry.domain, _rows_of_each(entry, found, cfg.data)
+        yield entry.domain, _files(entry, found, cfg.data)
 
 
 def _entries(cfg: TextRunConfig) -> "list[tuple[FilesConfig, _Found]]":
@@ -199,13 +199,37 @@ def _is_here(pattern: str) -> bool:
     return "://" not in pattern or pattern.startswith(("file://", "local://"))
 
 
-def _rows_of_each(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[Rows]:
+def _files(entry: FilesConfig, found: "_Found", data: DataConfig) -> Iterator[SourceFile]:
     texts = sum(_is_text(entry, path) for _, path in found)
     is_few = entry.documents == "auto" and texts < FEW_FILES
     is_split = is_few or entry.documents == "paragraphs"
     told = missing_shards(path for _, path in found)
+    starts = tuple(_start(pattern) for pattern in entry.paths)
     for fs, path in found:
-        yield partial(_rows, _File(fs, path, entry, data, is_split), told.get(path))
+        file = _File(fs, path, entry, data, is_split)
+        yield _source_file(file, partial(_rows, file, told.get(path)), starts)
+
+
+def _source_file(file: _File, rows: Rows, starts: tuple[str, ...]) -> SourceFile:
+    read_by = {
+        "format": file.format,
+        "encoding": file.entry.encoding,
+        "paragraphs": file.data.paragraph_bytes if file.is_split else None,
+    }
+    here = is_local(file.fs)
+    seen_by = partial(_seen, file, starts)
+    return SourceFile(rows, seen_by, read_by, is_whole=here, is_remote=not here)
+
+
+def _seen(file: _File, starts: tuple[str, ...], eye: Eye) -> Iterator[Seen]:
+    # From what its entry names on, wherever that lies
+    inside = [file.path[len(start) :] for start in starts if file.path.startswith(start)]
+    name = max(inside, key=len, default=file.name)
+    if is_local(file.fs):
+        yield eye.file("data.files", file.path, name)
+    else:
+        # What a storage says of a file stands for its bytes: a change of either is one reading more
+        yield seen_at("data.files", file.fs, file.path, name)
 
 
 def _rows(file: _File, told: str | None) -> Iterator[FoundRow]:

@@ -9,14 +9,29 @@ from ...config.base import is_folder
 from ...config.text_data import DataConfig, HubConfig, TextRunConfig
 from ...errors import DataError
 from ...protocols import Eye, Seen
-from . import FoundRow, Row, SkippedRow, Source
+from . import FoundRow, Row, SkippedRow, Source, SourceFile
 from .tables import BATCH_ROWS, TableColumns
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
     """Yield each entry of data.hub, its split as one file of rows."""
     for entry in cfg.data.hub:
-        yield entry.domain, iter([partial(_rows, entry, cfg.data)])
+        rows = partial(_rows, entry, cfg.data)
+        read_by = entry.model_dump(exclude={"domain"})
+        file = SourceFile(rows, partial(_seen, entry), read_by, is_remote=not _is_here(entry))
+        yield entry.domain, iter([file])
+
+
+def _is_here(entry: HubConfig) -> bool:
+    return Path(entry.dataset).expanduser().is_dir()
+
+
+def _seen(entry: HubConfig, eye: Eye) -> Iterator[Seen]:
+    if _is_here(entry):
+        # A folder has no revisions
+        yield from eye.below("data.hub", Path(entry.dataset).expanduser())
+    else:
+        yield Seen("data.hub", f"{entry.dataset}[{entry.split}]", entry.revision)
 
 
 def look(cfg: TextRunConfig) -> None:

@@ -22,7 +22,7 @@ from ...config.text_data import INSTALLED_DOMAINS as DOMAINS
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Eye, Seen
-from . import FoundRow, Source
+from . import FoundRow, Source, SourceFile
 
 GENERATED_BYTES = 1 << 18  # larger sources are generated tables
 _NOT_PROSE = {
@@ -47,15 +47,19 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
         if cfg.partition.by == "labels" and domain not in cfg.partition.domains:
             continue
         rows = partial(_rows, domain, cfg.data.text_field)
-        yield domain, iter([rows])
+        yield domain, iter([SourceFile(rows, partial(_seen, domain), {"domain": domain})])
 
 
 def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
     """Yield the versions of what each domain that is asked for is taken from."""
-    del eye  # no file is opened
     for domain, _ in sources(cfg):
-        for name, version in taken_from(str(domain)):
-            yield Seen("data.source", name, version)
+        yield from _seen(str(domain), eye)
+
+
+def _seen(domain: str, _eye: Eye) -> Iterator[Seen]:
+    # No file is opened
+    for name, version in taken_from(domain):
+        yield Seen("data.source", name, version)
 
 
 def taken_from(domain: str) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Documents of any source as one stream of pieces, with what was dropped counted and named.
 
 Invariant: nothing here holds more than one block of one file; a document's key depends only on its
-text (ASCII white space aside) and data.seed, so equal documents always carry equal keys.
+text (ASCII white space aside) and data.seed, so equal documents always carry equal keys. Which
+documents a domain has depends on no other domain.
 """
 
 import codecs
@@ -10,14 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
 from ...config.labels import label_text
 from ...config.text_data import DataConfig, TextRunConfig
 from ..cut import cut
 from ..drop_stats import DropStats
-from ..sources import ENCODING, LargeFile, Note, Row, Rows, SkippedRow
+from ..sources import ENCODING, LargeFile, Note, Row, SkippedRow, SourceFile
 from ..sources.columns import brief, listed, split_named, value_at
 from ..sources.text import sources
 
@@ -31,14 +31,16 @@ HARMLESS = frozenset(
         "other label",
         "over the limit",
         "equals a held-out document",
+        "equals a document that an earlier split or domain has",
     }
 )
 SPLITS = ("train", "valid", "test")
+DIGEST_BYTES = 16
 _WHITE = b" \t\n\r\x0b\x0c"
 _MOST_OTHER_LABELS = 1000  # a column of free text must not fill memory
 _MOST_INNER = 12  # names inside a column; more are rows, written by column
 _Share = tuple[str, str | None]  # label and given split, which have a limit of their own
-ReadBytes = tuple[tuple[str, str | None, int], ...]  # label, split, bytes of text
+Place = tuple[int, int]  # number of a source, and of a file in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +54,15 @@ class Document:
     label: str  # "" when nothing names one
     split: str | None  # as given by data.split_field
     where: str
+    digest: str = ""  # of the whole document's bytes, hexadecimal
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """A place in the stream of documents from which it can be read on as if it had been read up to
-    there."""
+@dataclass(frozen=True)
+class Part:
+    """The part of all documents that a job reads."""
 
-    source: int = 0
-    file: int = 0  # of the source
-    row: int = 0  # of the file
-    piece: int = 0  # of the row's document
-    read_before: ReadBytes = ()  # what limits have counted before the row; () without a limit
+    domains: frozenset[str]  # rows with other labels are none of its business
+    files: frozenset[Place]  # others are not opened
 
 
 def drop_stats() -> DropStats:
@@ -71,67 +70,34 @@ def drop_stats() -> DropStats:
     return DropStats(HARMLESS)
 
 
-def documents(cfg: TextRunConfig, stats: DropStats) -> Iterator[Document]:
-    """Yield every usable piece in a fixed order and count the rest in stats.
+def documents(cfg: TextRunConfig, stats: DropStats, part: Part | None = None) -> Iterator[Document]:
+    """Yield every usable piece in a fixed order and count the rest in stats; of a part of them
+    alone where one is given.
 
     Raises DataError for a source that cannot be read, or whose documents mostly cannot.
     """
-    return iter(Stream(cfg, stats))
+    reader = _Reader(cfg, stats, part)
+    for source, (label, files) in enumerate(sources(cfg)):
+        for number, file in enumerate(files):
+            if part is None or (source, number) in part.files:
+                yield from reader.read(file, label)
+                if reader.done(label):
+                    break
+    _check(stats, cfg.data.max_bad_share)
 
 
-class Stream:
-    """The documents of a configuration, to be read once: all of them, or those from a cursor on.
-
-    What lies before a cursor is skipped: whole files unopened, the rows of its own file read and
-    not looked at.
-    """
-
-    def __init__(self, cfg: TextRunConfig, stats: DropStats, start: Cursor | None = None):
-        self.cfg = cfg
-        self.stats = stats
-        self.start = start or Cursor()
-        # Only one that starts at the beginning judges how many could not be read: a part of the
-        # stream may have far more of them than the whole, and must not refuse what the whole takes
-        self._judges = start is None
-        self._at = (0, 0, 0)  # source, file and row of the last document
-        self._reader = _Reader(cfg, stats, self.start.read_before, self._judges)
-
-    def cursor(self, document: Document) -> Cursor:
-        """Return where the stream starts with this document, the last one it has given."""
-        return Cursor(*self._at, document.piece, self._reader.read_before())
-
-    @property
-    def other_labels(self) -> Counter[str]:
-        """Documents by label of those that partition.domains does not name, so far."""
-        return self._reader.other_labels
-
-    def __iter__(self) -> Iterator[Document]:
-        for source, (label, files) in enumerate(sources(self.cfg)):
-            if source >= self.start.source:
-                yield from self._source(source, label, files)
-        if self._judges:
-            _check(self.stats, self.cfg.data.max_bad_share)
-
-    def _source(self, source: int, label: str | None, files: Iterable[Rows]) -> Iterator[Document]:
-        start = self.start
-        first_file = (start.source, start.file)
-        first_row = (start.source, start.file, start.row)
-        for file, rows in enumerate(files):
-            if (source, file) < first_file:
-                continue
-            skipped = start.row if (source, file) == first_file else 0
-            left = islice(rows(), skipped, None)
-            for row, (where, found) in enumerate(left, skipped):
-                self._at = (source, file, row)
-                if isinstance(found, Note):
-                    self.stats.note(found.text, where)
-                    continue
-                pieces = self._reader.accept(where, found, label)
-                # The pieces before the cursor are made all the same, for the limits count them
-                given = start.piece if self._at == first_row else 0
-                yield from islice(pieces, given, None)
-                if self._reader.done(label):
-                    return
+def documents_of(
+    cfg: TextRunConfig,
+    stats: DropStats,
+    others: Counter[str],
+    file: SourceFile,
+    label: str | None,
+) -> Iterator[Document]:
+    """Yield the pieces of one file, for itself, and count in `others` the labels that no domain
+    has; whoever makes tokens judges how many documents cannot be read."""
+    reader = _Reader(cfg, stats)
+    reader.other_labels = others
+    return reader.read(file, label)
 
 
 def _check(stats: DropStats, max_bad_share: float) -> None:
@@ -149,6 +115,10 @@ def key_of(text: bytes, seed: int, purpose: bytes = b"") -> int:
     hasher = _hasher(seed, purpose)
     hasher.update(text.translate(None, _WHITE))
     return int.from_bytes(hasher.digest(), "little")
+
+
+def _digester() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
 def _hasher(seed: int, purpose: bytes = b"") -> hashlib.blake2b:
@@ -185,7 +155,7 @@ def _no_text(name: str, value: object) -> str:
     return f"{name} is {brief(repr(value))}"
 
 
-def _limits(data: DataConfig) -> dict[str | None, float]:
+def limits(data: DataConfig) -> dict[str | None, float]:
     """Return the bytes after which a label is full, by split; None is that of no given split."""
     megabytes = data.megabytes_per_domain or math.inf
     # Where splits are given, each has its share of the limit: held-out rows may all come last
@@ -209,43 +179,39 @@ class _Fields(NamedTuple):
 class _Reader:
     """Turns rows into documents under one run's rules."""
 
-    def __init__(
-        self,
-        cfg: TextRunConfig,
-        stats: DropStats,
-        read_before: ReadBytes,
-        judges: bool,
-    ):
+    def __init__(self, cfg: TextRunConfig, stats: DropStats, part: Part | None = None):
         self.data = cfg.data
         self.stats = stats
-        self.judges = judges
         by_label = cfg.partition.by == "labels"
         self.keep = frozenset(cfg.partition.domains) if by_label else None
+        # Of a part, which labels other domains have must not show in what is counted
+        self.is_part = part is not None and by_label
+        self.wanted = part.domains if part is not None and by_label else self.keep
         self._domain_of = cfg.partition.domain_of if by_label else {}
         self._in_small_letters = {label.casefold(): label for label in self._domain_of}
         self.other_labels: Counter[str] = Counter()  # of documents dropped for their label
-        self._limits = _limits(cfg.data)
+        self._limits = limits(cfg.data)
         self.bytes: Counter[_Share] = Counter()  # read so far
-        for label, split, size in read_before:
-            self.bytes[label, split] = size
-        # What the row at hand has changed of that, as it was before
-        self._before: dict[_Share, int] = {}
 
-    def read_before(self) -> ReadBytes:
-        """Return the bytes by label and split before the row at hand; none where no limit asks for
-        them."""
-        if not self.data.megabytes_per_domain:
-            return ()
-        before = dict(self.bytes) | self._before
-        return tuple((*share, size) for share, size in before.items())
+    def read(self, file: SourceFile, label: str | None) -> Iterator[Document]:
+        """Yield the pieces of one file whose rows have this label, if one is given."""
+        for where, found in file.rows():
+            if isinstance(found, Note):
+                self.stats.note(found.text, where)
+                continue
+            yield from self.accept(where, found, label)
+            if self.done(label):
+                return
 
     def accept(self, where: str, row: Row | SkippedRow, label: str | None) -> Iterator[Document]:
         """Yield the row's pieces, or count why there are none."""
         stats = self.stats
-        if self.judges and stats.seen == EARLY and stats.bad > EARLY / 2:
+        if stats.seen == EARLY and stats.bad > EARLY / 2:
             _check(stats, self.data.max_bad_share)
         stats.seen += 1
         found = self._fields(where, row, label)
+        if found is None:
+            return
         if isinstance(found, SkippedRow):
             stats.drop(found.reason, where, found.detail)
             return
@@ -254,7 +220,6 @@ class _Reader:
         if self._full(label, split):
             stats.drop("over the limit", where)
             return
-        self._before = {(label, split): self.bytes[label, split]}
         yield from self._pieces(where, found)
 
     def done(self, label: str | None) -> bool:
@@ -265,16 +230,19 @@ class _Reader:
         labels = [""]
         if label:
             labels = [label]
-        elif self.keep:
-            labels = sorted(self.keep)
+        elif self.wanted:
+            labels = sorted(self.wanted)
         splits: tuple[str | None, ...] = SPLITS if self.data.split_field else (None,)
         return all(self._full(one, split) for one in labels for split in splits)
 
     def _full(self, label: str, split: str | None) -> bool:
         return self.bytes[label, split] >= self._limits[split]
 
-    def _fields(self, where: str, row: Row | SkippedRow, label: str | None) -> _Fields | SkippedRow:
-        """Return text, label and given split of a row, or what it lacks."""
+    def _fields(
+        self, where: str, row: Row | SkippedRow, label: str | None
+    ) -> _Fields | SkippedRow | None:
+        """Return text, label and given split of a row, or what it lacks; None for one that is of
+        another part."""
         if isinstance(row, SkippedRow):
             return row
         data = self.data
@@ -299,15 +267,19 @@ class _Reader:
             detail = f"{data.label_field} is {brief(repr(given))}; {_columns(row)}"
             return SkippedRow("no label", detail)
         elif domain not in self.keep:
-            self._count_other(label)
             meant = self._in_small_letters.get(label.casefold())
-            if meant:
+            if meant and self._domain_of[meant] in (self.wanted or ()):
                 self.stats.note(
                     f"the label {brief(label)} is left out, for partition.domains has "
                     f"{brief(meant)}; where they are one, list both under partition.labels",
                     where,
                 )
+            if self.is_part:
+                return None
+            self._count_other(label)
             return SkippedRow("other label", brief(label))
+        elif domain not in (self.wanted or ()):
+            return None
         split = None
         if data.split_field:
             given = value_at(row, data.split_field)
@@ -325,7 +297,7 @@ class _Reader:
         blocks: Iterable[bytes]
         if isinstance(text, LargeFile):
             try:
-                key = self._key_of_blocks(text)
+                key, digest = self._hashes_of_blocks(text)
             except UnicodeDecodeError as error:
                 self.stats.drop("not UTF-8", where, error.reason)
                 return
@@ -343,26 +315,32 @@ class _Reader:
                 self.stats.drop("too short", where)
                 return
             key = key_of(raw, self.data.seed)
+            hasher = _digester()
+            hasher.update(raw)
+            digest = hasher.hexdigest()
             # Nearly every document: one piece, its text handed on as it is
             if len(raw) <= self.data.max_document_bytes:
                 self.bytes[label, split] += len(raw)
-                yield Document(text, len(raw), key, 0, label, split, where)
+                yield Document(text, len(raw), key, 0, label, split, where, digest)
                 return
             blocks = [raw]
-        base = Document("", 0, key, 0, label, split, where)
+        base = Document("", 0, key, 0, label, split, where, digest)
         for number, piece in enumerate(cut(blocks, self.data.max_document_bytes)):
             if self._full(label, split):  # one endless document must not pass the limit either
                 return
             self.bytes[label, split] += len(piece)
             yield replace(base, text=piece.decode(), bytes=len(piece), piece=number)
 
-    def _key_of_blocks(self, text: LargeFile) -> int:
-        """Return what key_of gives for the whole text. Raises UnicodeDecodeError."""
+    def _hashes_of_blocks(self, text: LargeFile) -> tuple[int, str]:
+        """Return what key_of gives for the whole text, and the digest of its bytes. Raises
+        UnicodeDecodeError."""
         # Decoded only to find what is not UTF-8 before the first piece of it is given
         decoder = codecs.getincrementaldecoder("utf-8")()
         hasher = _hasher(self.data.seed)
+        digester = _digester()
         for block in text.blocks():
             decoder.decode(block)
             hasher.update(block.translate(None, _WHITE))
+            digester.update(block)
         decoder.decode(b"", final=True)
-        return int.from_bytes(hasher.digest(), "little")
+        return int.from_bytes(hasher.digest(), "little"), digester.hexdigest()

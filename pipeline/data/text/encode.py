@@ -1,17 +1,11 @@
-"""The second pass: documents to domains, splits and tokens, batch by batch; and what closes a
-folder of shards.
-
-Invariant: where batches begin depends only on the documents, so a pass that starts where one begins
-has the same ones.
-"""
+"""A domain's documents to splits and tokens, batch by batch; and what closes a folder of shards."""
 
 import json
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,8 +14,7 @@ from ...errors import DataError
 from ...protocols import Progress
 from ...store.artifacts import write_text
 from ..drop_stats import DropStats
-from .documents import SPLITS, Cursor, Document, drop_stats
-from .partition import Domains
+from .documents import SPLITS, Document, drop_stats
 from .shards import ShardWriter
 from .splits import Splits
 from .tokenizer import Tokenizer
@@ -29,6 +22,11 @@ from .tokenizer import Tokenizer
 TRIED = "tokenizer_check.json"  # what a pretrained tokenizer did to a sample of the text
 BATCH_BYTES = 2 << 20  # enough documents to keep every core encoding
 _PREFETCHED = 2  # batches waiting between two steps
+# What a document is dropped as that another split has too, by whether it was to be trained on
+_LEAKS = {
+    True: "equals a held-out document",
+    False: "equals a document that an earlier split or domain has",
+}
 T = TypeVar("T")
 
 
@@ -48,53 +46,19 @@ class Batching:
         return first
 
 
-@dataclass
-class DocRange:
-    """A run of documents in the stream: where it starts, and what tells that the same ones were
-    read again."""
-
-    start: Cursor
-    documents: int = 0
-    bytes: int = 0
-    keys: int = 0  # sum of the keys, modulo 2**64
-
-    def add(self, document: Document) -> None:
-        """Count one document."""
-        self.documents += 1
-        self.bytes += document.bytes
-        self.keys = (self.keys + document.key + document.piece) % 2**64
-
-    @classmethod
-    def joined(cls, ranges: "Sequence[DocRange]") -> "DocRange":
-        """Return ranges that follow each other as one."""
-        return cls(
-            start=ranges[0].start,
-            documents=sum(each.documents for each in ranges),
-            bytes=sum(each.bytes for each in ranges),
-            keys=sum(each.keys for each in ranges) % 2**64,
-        )
-
-    def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield documents as they are, counted."""
-        for document in documents:
-            self.add(document)
-            yield document
-
-
 class _Placed(NamedTuple):
     """A document and the shard it goes to."""
 
     split: str
-    domain: str
     document: Document
 
 
 class Encoder:
-    """Writes documents as the first pass has settled."""
+    """Writes the documents of one domain."""
 
-    def __init__(self, cfg: TextRunConfig, domains: Domains, splits: Splits, tokenizer: Tokenizer):
+    def __init__(self, cfg: TextRunConfig, domain: str, splits: Splits, tokenizer: Tokenizer):
         self.cfg = cfg
-        self.domains = domains
+        self.domain = domain
         self.splits = splits
         self.tokenizer = tokenizer
 
@@ -103,7 +67,7 @@ class Encoder:
         tokenizer = self.tokenizer
         return ShardWriter(
             folder,
-            self.domains.names,
+            (self.domain,),
             tokenizer.vocab_size,
             tokenizer.end_id,
             lead=tokenizer.lead,
@@ -127,10 +91,10 @@ class Encoder:
                 for batch, encodings in encoded:
                     for placed, encoding in zip(batch, encodings, strict=True):
                         size = placed.document.bytes
-                        writer.add(placed.split, placed.domain, encoding.ids, size)
+                        writer.add(placed.split, self.domain, encoding.ids, size)
                         done += size
                     text = f"writing: {done / 1e6:.1f} of {total_bytes / 1e6:.1f} MB"
-                    progress(text, done / total_bytes)
+                    progress(text, min(1.0, done / max(total_bytes, 1)))
         return leaks
 
     def _encoded(
@@ -143,18 +107,19 @@ class Encoder:
     def _batches(
         self, found: Iterator[Document], leaks: DropStats
     ) -> Generator[list[_Placed], None, None]:
-        for group in _grouped(found):
+        for group in grouped(found):
             batch = []
-            for document, domain in zip(group, self.domains.assign(group), strict=True):
+            for document in group:
                 split = self.splits.of(document)
                 if split is None:
-                    leaks.drop("equals a held-out document", document.where)
+                    leaks.drop(_LEAKS[document.split == "train"], document.where)
                 else:
-                    batch.append(_Placed(split, domain, document))
+                    batch.append(_Placed(split, document))
             yield batch
 
 
-def _grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
+def grouped(found: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents in batches."""
     group: list[Document] = []
     batching = Batching()
     for document in found:
@@ -234,8 +199,7 @@ def finalize(
     folder: Path,
     writer: ShardWriter,
     stats: DropStats,
-    text_bytes: int,
-    seconds: dict[str, float],
+    seconds: float,
 ) -> dict[str, Any]:
     """Check and close the shards of folder, note what was dropped, return the metrics. Raises
     DataError."""
@@ -262,9 +226,18 @@ def finalize(
         "vocab_size": writer.vocab_size,
         "dropped": dict(stats.counts),
         "notes": stats.told(),
-        "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
-        "megabytes_per_s": text_bytes / 1e6 / sum(seconds.values()),
+        "seconds": {"write": round(seconds, 3)},
+        "megabytes_per_s": sum(sum(each.values()) for each in sizes.values()) / 1e6 / seconds,
     }
+
+
+def changed(cfg: TextRunConfig, domain: str | None) -> DataError:
+    """Return the error for documents that are others than a moment ago."""
+    of = f" of domain {domain}" if domain else ""
+    return DataError(
+        f"data.{cfg.data.source} has changed since it was looked at: the documents{of} are others. "
+        "Let nothing write to the source and start again"
+    )
 
 
 def _check(cfg: TextRunConfig, writer: ShardWriter) -> None:

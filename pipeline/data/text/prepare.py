@@ -1,53 +1,137 @@
-"""Documents to shards: one streaming pass to sample and count, one to encode and write.
+"""Documents to shards: first the tokenizer, then one domain after another or side by side.
 
-Invariant: both passes see the same documents in the same order, and memory holds samples and
-batches, never the corpus.
+Invariant: what is made for a domain depends on no other, but for documents that an earlier one has
+too; memory holds samples and batches, never the corpus.
 """
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Progress, quiet
-from . import distributed
-from .documents import documents, drop_stats
-from .encode import DocRange, Encoder, finalize
-from .scan import first_pass
+from ...store.artifacts import write_text
+from ..drop_stats import DropStats
+from ..sources.columns import listed
+from . import tokenizer as tokenizers
+from .documents import Document, documents, drop_stats
+from .encode import TRIED, Encoder, changed, finalize
+from .fitting import assigned, fit, fitted_splits, no_documents
+from .held_out import HeldOut
+from .splits import Sample
+from .survey import Print, Survey
+from .tokenizer_check import SAMPLE_BYTES, check
+
+
+def make_tokenizer(
+    cfg: TextRunConfig, survey: Survey, folder: Path, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Leave the tokenizer in folder, which is empty; return metrics. Raises DataError."""
+    start = time.perf_counter()
+    metrics = fit(cfg, survey, folder, progress)
+    return metrics | {"seconds": {"tokenizer": round(time.perf_counter() - start, 3)}}
 
 
 def prepare(
     cfg: TextRunConfig,
+    survey: Survey,
+    domain: str,
+    tokenizer: Path,
     folder: Path,
     progress: Progress = quiet,
-    jobs_folder: Path | None = None,
-) -> dict:
-    """Read cfg.data and leave tokenizer, partition and shards in folder, which is empty; return
-    metrics.
+) -> dict[str, Any]:
+    """Leave the shards of one domain in folder, which is empty; return metrics. `tokenizer` is
+    where make_tokenizer left what it made.
 
-    Where a scan left a plan in jobs_folder, merge what jobs made by it: the same bytes. Raises
-    DataError for everything about the data that is not as asked; OSError (a full disk) passes
-    through.
+    Raises DataError for everything about the data that is not as asked; OSError (a full disk)
+    passes through.
     """
-    if jobs_folder is not None:
-        plan = distributed.planned(jobs_folder)
-        if plan is not None:
-            return distributed.merge(cfg, jobs_folder, plan, folder, progress)
-    found = first_pass(cfg, folder, progress)
     start = time.perf_counter()
-    encoder = Encoder(cfg, found.domains, found.splits, found.tokenizer)
+    stats = drop_stats()
+    reading = _Reading(cfg, survey, domain, tokenizer, stats)
+    encoder = Encoder(cfg, domain, reading.splits, tokenizers.load(tokenizer))
     writer = encoder.writer(folder)
-    scanned = DocRange.joined(found.batches)
-    read = DocRange(scanned.start)
-    # The first pass has counted what the rows drop; only the leaks are new in this one
-    stream = read.counting(documents(cfg, drop_stats()))
-    leaks = encoder.write(stream, writer, found.bytes, progress)
-    if read != scanned:
-        raise DataError(
-            f"data.{cfg.data.source} has changed since it was scanned: of {scanned.documents} "
-            f"documents of {scanned.bytes} bytes, {read.documents} of {read.bytes} were read "
-            "again. Let nothing write to the source and start again"
+    total_bytes = survey.bytes(domain if survey.by_label else None)
+    leaks = encoder.write(reading.documents(), writer, total_bytes, progress)
+    reading.check()
+    stats.merge(leaks)
+    if cfg.tokenizer.pretrained is not None:
+        progress("trying the tokenizer on a sample of the text", None)
+        tried = check(encoder.tokenizer, reading.sampled(), cfg.tokenizer.max_lost_share)
+        write_text(folder / TRIED, json.dumps(tried, indent=1) + "\n")
+    return finalize(cfg, folder, writer, stats, time.perf_counter() - start)
+
+
+class _Reading:
+    """The documents of one domain, read once, and what is seen of them on the way."""
+
+    def __init__(
+        self, cfg: TextRunConfig, survey: Survey, domain: str, tokenizer: Path, stats: DropStats
+    ):
+        self.cfg = cfg
+        self.survey = survey
+        self.domain = domain
+        self.stats = stats
+        self.tokenizer = tokenizer
+        self.distinct: int | None = None
+        if survey.by_label:
+            held_out = HeldOut(survey)
+            self.splits = held_out.splits(domain)
+            self.distinct = held_out.distinct(domain)
+        else:
+            self.splits = fitted_splits(cfg, tokenizer)
+        self._print = Print()
+        self._sample = Sample(SAMPLE_BYTES, cfg.data.seed)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the domain's documents."""
+        part = self.survey.part(self.domain) if self.survey.by_label else None
+        found = self._watched(documents(self.cfg, self.stats, part))
+        if not self.survey.by_label:
+            number = self.cfg.partition.names.index(self.domain)
+            found = assigned(self.tokenizer, found, number)
+        for document in found:
+            # A sample costs a hash a document, and only one tokenizer is tried on it
+            if self.cfg.tokenizer.pretrained and self.splits.of(document) == "train":
+                self._sample.add(document)
+            yield document
+
+    def sampled(self) -> Iterator[str]:
+        """Yield sampled training texts."""
+        for document in self._sample.documents():
+            yield document.text
+
+    def check(self) -> None:
+        """Raise DataError where the documents are not those that were surveyed, or too few."""
+        surveyed = self.domain if self.survey.by_label else None
+        if self._print.text != self.survey.print_of(surveyed):
+            raise changed(self.cfg, surveyed)
+        if not self.survey.count(surveyed):
+            raise self._nothing()
+        if self.distinct is not None and self.distinct < 3:
+            raise DataError(
+                f"domain {self.domain} has {self.distinct} distinct documents, and one each is "
+                "needed to train, validate and test. Give it more documents, or cut its long ones "
+                "into several files or rows"
+            )
+
+    def _watched(self, found: Iterator[Document]) -> Iterator[Document]:
+        for document in found:
+            self._print.add(document)
+            yield document
+
+    def _nothing(self) -> DataError:
+        """Return the error for a domain without a document."""
+        labels = self.survey.labels
+        others = self.survey.others
+        if not labels and not others:
+            return no_documents(self.cfg, self.stats.seen, self.stats.explain())
+        labels += [label for label, _ in others.most_common(20)]
+        return DataError(
+            f"partition.domains names {self.domain}, and no document has that label; "
+            f"data.label_field ({self.cfg.data.label_field}) holds {listed(labels)}. Correct "
+            "partition.domains, or say under partition.labels which labels a domain has"
         )
-    found.stats.merge(leaks)
-    seconds = found.seconds | {"write": time.perf_counter() - start}
-    return finalize(cfg, folder, writer, found.stats, found.bytes, seconds)

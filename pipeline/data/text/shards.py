@@ -1,10 +1,10 @@
-"""Token shards: one flat little-endian stream per split and domain, and its document index.
+"""Token shards: one flat little-endian stream per split and domain, and its document index; those
+of several domains lie in several folders and are read as one.
 
 Legend: S tokens of a stream.
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy import int64, ndarray
 
-from ...errors import DamagedArtifact, DataError, MissingArtifact, NewerStore
+from ...errors import DamagedArtifact, DataError, MismatchError, MissingArtifact, NewerStore
 from ...store.artifacts import write_text
 from ...store.reading import absence, as_kind, exists, read_object, reading
 from ...store.room import writing
@@ -25,7 +25,6 @@ _INDEX = np.dtype("<i8")
 _BUFFER_BYTES = 32 << 20  # all streams together
 _LEAST_BYTES = 1 << 16  # of one stream
 _INDEX_ROW_BYTES = 128  # what a row of the index takes as a tuple of Python, roughly
-_COPY_BYTES = 1 << 24
 StreamName = tuple[str, str]  # split, domain
 
 
@@ -60,18 +59,36 @@ class _Index:
     splits: dict[str, dict[str, ShardCount]]
     lead: tuple[int, ...] = ()  # earlier versions knew the end of the last one alone
 
+    @property
+    def tokens_of(self) -> tuple[object, ...]:
+        """What tokens mean: the same of all domains of a run."""
+        return self.dtype, self.vocab_size, self.end_id, self.lead
+
 
 class Shards:
     """Shards opened for reading. Streams are mapped on first use; close() drops the maps."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self._about = _read_about(self.folder)
-        self.domains = self._about.domains
-        self.vocab_size = self._about.vocab_size
-        self.end_id = self._about.end_id
-        self.lead = self._about.lead or (self.end_id,)
-        self.dtype = np.dtype(self._about.dtype)
+    def __init__(self, *folders: Path):
+        """Open the shards in some folders. Raises MissingArtifact, DamagedArtifact, NewerStore, and
+        MismatchError for those of several tokenizers."""
+        self.folders: dict[str, Path] = {}  # by domain, in the order of the folders
+        self._counts: dict[StreamName, ShardCount] = {}
+        abouts = [_read_about(Path(folder)) for folder in folders]
+        for folder, about in zip(folders, abouts, strict=True):
+            if about.tokens_of != abouts[0].tokens_of:
+                raise MismatchError(
+                    f"{folder} and {folders[0]} are not of one tokenizer", stage="preprocess"
+                )
+            self.folders |= dict.fromkeys(about.domains, Path(folder))
+            for split, counts in about.splits.items():
+                for domain, count in counts.items():
+                    self._counts[split, domain] = count
+        self.domains = tuple(self.folders)
+        first = abouts[0]
+        self.vocab_size = first.vocab_size
+        self.end_id = first.end_id
+        self.lead = first.lead or (first.end_id,)
+        self.dtype = np.dtype(first.dtype)
         self._maps: dict[StreamName, ndarray] = {}
 
     def tokens(self, split: str, domain: str) -> int:
@@ -92,7 +109,7 @@ class Shards:
         """Return starts (n+1,), token offsets of each document's lead, and bytes (n,), its UTF-8
         length."""
         count = self.count(split, domain)
-        path = _index_path(self.folder, (split, domain))
+        path = _index_path(self.folders[domain], (split, domain))
         rows = count.documents + 1
         _check_bytes(path, rows * 2 * _INDEX.itemsize)
         with reading(path):
@@ -117,16 +134,16 @@ class Shards:
     def count(self, split: str, domain: str) -> ShardCount:
         """Return how much a stream holds. Raises DataError when there is none."""
         try:
-            return self._about.splits[split][domain]
+            return self._counts[split, domain]
         except KeyError:
             raise DataError(
-                f"{self.folder} has no {split} shard of domain {domain}; its splits are "
-                f"{', '.join(SPLITS)}, its domains {', '.join(self.domains)}"
+                f"there is no {split} shard of domain {domain} here; the splits are "
+                f"{', '.join(SPLITS)}, the domains {', '.join(self.domains)}"
             ) from None
 
     def _map(self, name: StreamName) -> ndarray:
         tokens = self.tokens(*name)
-        path = _tokens_path(self.folder, name)
+        path = _tokens_path(self.folders[name[1]], name)
         _check_bytes(path, tokens * self.dtype.itemsize)
         if not tokens:  # an empty file cannot be mapped
             return np.empty(0, self.dtype)
@@ -195,25 +212,6 @@ class _StreamWriter:
         count.documents += 1
         count.bytes += document_bytes
 
-    def append(self, part: Shards, name: StreamName) -> None:
-        """Append the same stream of other shards, copied block by block."""
-        self.flush()
-        with (
-            writing(self.tokens_path),
-            open(self.tokens_path, "ab") as file,
-            open(_tokens_path(part.folder, name), "rb") as of,
-        ):
-            shutil.copyfileobj(of, file, _COPY_BYTES)
-        starts, sizes = part.documents(*name)
-        # Without the part's closing row, and from where this stream ends so far
-        starts = starts[:-1] + self.count.tokens
-        rows = np.stack([starts, sizes], axis=1)
-        _append(self.index_path, rows.astype(_INDEX).tobytes())
-        found = part.count(*name)
-        self.count.tokens += found.tokens
-        self.count.documents += found.documents
-        self.count.bytes += found.bytes
-
     def close(self) -> None:
         """Write what is buffered and the closing row of the index."""
         self._index.append((self.count.tokens, self.count.bytes))
@@ -277,11 +275,6 @@ class ShardWriter:
         stream.add(tokens, document_bytes)
         if stream.buffered_bytes > self._flush_bytes:
             stream.flush()
-
-    def append(self, part: Shards) -> None:
-        """Append every document of other shards with the same domains and tokenizer."""
-        for name, stream in self._streams.items():
-            stream.append(part, name)
 
     def finish(self) -> None:
         """Write what is buffered, the closing index rows, and shards.json last."""

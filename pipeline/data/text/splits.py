@@ -1,13 +1,13 @@
 """Which documents are held out, and a bounded sample of the rest.
 
-Invariant: the split is a function of a document's key, so equal documents never fall into two
-splits, whatever their order, domain or number.
+Invariant: equal documents never fall into two splits, whatever their order, domain or number: the
+first domain that has a document decides, by its key, and no later one changes that.
 """
 
 import heapq
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,12 @@ class Splits:
     Without data.split_field a document whose key is in the lowest test_share of the 64-bit range is
     test, in the next valid_share valid. A small domain (see SmallDomains) is ranked by key instead:
     the lowest max(1, round(share * n)) of its n documents are test, the next valid; what it decides
-    holds for the same text in every domain.
+    holds for the same text in every later domain.
     """
 
     def __init__(self, data: DataConfig):
         self.data = data
-        held_share = data.test_share + data.valid_share
-        self._test_below = int(data.test_share * 2**64)
-        self._valid_below = int(held_share * 2**64)
-        self._decided: dict[int, str] = {}  # key -> split, of small domains
+        self._decided: dict[int, str] = {}  # key -> split, of small domains and earlier ones
         # Keys that are held out as given by data.split_field; an array takes 8 bytes a document
         self._held = {"valid": array("Q"), "test": array("Q")}
         self._sorted: dict[str, ndarray] | None = None
@@ -55,6 +52,17 @@ class Splits:
         """Remember a document that is given as held out, so that no training document equals it."""
         if document.split in self._held and not document.piece:
             self._held[document.split].append(document.key)
+
+    def rule(self, decided: Mapping[int, str]) -> None:
+        """Take over what is decided of some keys, whatever else would be said of them."""
+        self._decided |= decided
+
+    def hold(self, split: str, keys: ndarray) -> None:
+        """Remember keys (K,) that are given as held out; other splits leave nothing to be
+        remembered."""
+        if split in self._held:
+            self._held[split].frombytes(keys.astype(uint64).tobytes())
+            self._sorted = None
 
     def decide(self, domain: str, keys: set[int]) -> None:
         """Fix the splits of a small domain by rank. Raises DataError when it has fewer than three
@@ -65,22 +73,8 @@ class Splits:
                 "train, validate and test. Give it more documents, or cut its long ones into "
                 "several files or rows"
             )
-        # What another domain has decided for the same text counts towards this one's shares
-        shared = keys & self._decided.keys()
-        taken = Counter(self._decided[key] for key in shared)
-        left = sorted(keys - shared)
-        shares = {
-            "test": self.data.test_share,
-            "valid": self.data.valid_share,
-        }
-        for split, share in shares.items():
-            wanted = max(1, round(share * len(keys)))
-            count = max(0, wanted - taken[split])
-            for key in left[:count]:
-                self._decided[key] = split
-            left = left[count:]
-        for key in left:
-            self._decided[key] = "train"
+        before = {key: self._decided[key] for key in keys & self._decided.keys()}
+        self._decided |= ranked(self.data, keys, before)
 
     def save(self, path: Path) -> None:
         """Write what was remembered and decided to a safetensors file."""
@@ -122,15 +116,12 @@ class Splits:
         dropped."""
         key = document.key
         given = document.split
-        if given is not None:
-            return None if self._leaks(key, given) else given
-        if key in self._decided:
-            return self._decided[key]
-        if key < self._test_below:
-            return "test"
-        if key < self._valid_below:
-            return "valid"
-        return "train"
+        decided = self._decided.get(key)
+        if given is None:
+            return decided or by_threshold(self.data, key)
+        if decided is not None:
+            return given if given == decided else None
+        return None if self._leaks(key, given) else given
 
     def _leaks(self, key: int, split: str) -> bool:
         """Say whether a document of a given split is held out in a stricter one too."""
@@ -140,16 +131,47 @@ class Splits:
             for name, keys in self._held.items():
                 held = np.array(keys, uint64)
                 self._sorted[name] = np.unique(held)
-        found = [_contains(self._sorted[name], key) for name in _STRICTER[split]]
+        found = [contains(self._sorted[name], key) for name in _STRICTER[split]]
         return any(found)
 
 
-def _contains(sorted_keys: ndarray, key: int) -> bool:
+def by_threshold(data: DataConfig, key: int) -> str:
+    """Return the split of a key that nothing else decides."""
+    held_share = data.test_share + data.valid_share
+    if key < int(data.test_share * 2**64):
+        return "test"
+    return "valid" if key < int(held_share * 2**64) else "train"
+
+
+def ranked(data: DataConfig, keys: Collection[int], before: Mapping[int, str]) -> dict[int, str]:
+    """Return the split of each key of a small domain by rank; what an earlier domain has decided
+    `before` stays, and counts towards this one's shares."""
+    decided = dict(before)
+    taken = Counter(before.values())
+    left = sorted(key for key in keys if key not in before)
+    shares = {"test": data.test_share, "valid": data.valid_share}
+    for split, share in shares.items():
+        wanted = max(1, round(share * len(keys)))
+        count = max(0, wanted - taken[split])
+        decided |= dict.fromkeys(left[:count], split)
+        left = left[count:]
+    return decided | dict.fromkeys(left, "train")
+
+
+def contains(sorted_keys: ndarray, key: int) -> bool:
+    """Whether a key is among sorted ones (K,)."""
     # As uint64: numpy would compare a Python int above 2**63 as a float
     place = np.searchsorted(sorted_keys, uint64(key))
     if place == len(sorted_keys):
         return False
     return bool(sorted_keys[place] == key)
+
+
+def enough_keys(data: DataConfig) -> int:
+    """Return the distinct documents from which on thresholds decide."""
+    least_share = min(data.valid_share, data.test_share)
+    enough = max(SMALL, int(_EXPECTED / least_share))
+    return min(enough, _MOST_KEYS)
 
 
 class SmallDomains:
@@ -160,9 +182,7 @@ class SmallDomains:
     """
 
     def __init__(self, data: DataConfig):
-        least_share = min(data.valid_share, data.test_share)
-        enough = max(SMALL, int(_EXPECTED / least_share))
-        self._small = min(enough, _MOST_KEYS)
+        self._small = enough_keys(data)
         self._keys: dict[str, set[int] | None] = defaultdict(set)  # None: not small
 
     def add(self, domain: str, key: int) -> None:

@@ -293,7 +293,7 @@ def _described(
         "experts": experts,
         "trunk": {"address": parts.manifest("train_shared").address, "file": TRUNK},
         "router": {"address": parts.manifest("train_router").address, "file": ROUTER},
-        "tokenizer": {"address": parts.manifest("preprocess").address},
+        "tokenizer": {"address": parts.manifest("tokenizer").address},
         "report": {"address": parts.manifest("evaluate").address},
     }
 

@@ -10,7 +10,7 @@ from ...config.base import DURATIONS, PACKAGE, is_folder
 from ...config.fit import SEARCHED, FitConfig, LrSearchConfig
 from ...config.run import JobKey
 from ...config.stage import Stage, fields
-from ...config.text_data import TextRunConfig
+from ...config.text_data import FilesConfig, TextRunConfig
 from ...protocols import Eye, Looked, Seen
 from ...store.expert_package import ABOUT, package_print
 from ...store.looking import GONE, UNREACHABLE
@@ -84,7 +84,12 @@ class FfnMoeConfig(TextRunConfig):
         """Return the settings that a job reads."""
         if stage == "train_experts" and item in self.expert.imported:
             return self._read_by_imported(item)
-        return super().read_settings(stage, item)
+        settings = super().read_settings(stage, item)
+        # Named or all that there are: the same domains make the same trunk
+        trunk = settings.get("trunk")
+        if trunk is not None:
+            settings["trunk"] = trunk | {"domains": self.trunk_domains}
+        return settings
 
     def _read_by_imported(self, item: str) -> dict:
         """Return what an imported expert depends on here: what it is held against, and what its
@@ -96,6 +101,21 @@ class FfnMoeConfig(TextRunConfig):
             read_by = ("text_field", "min_document_bytes", "max_document_bytes", "paragraph_bytes")
             found |= fields(self, tuple(f"data.{key}" for key in read_by))
         return found
+
+    @property
+    def trunk_domains(self) -> tuple[str, ...]:
+        """Domains that the trunk sees: those of general text too."""
+        return self.trunk.domains or self.partition.names
+
+    @property
+    def dense_domains(self) -> tuple[str, ...]:
+        """Domains that dense baselines are trained on."""
+        return self.dense.domains or self.experts_with_text
+
+    @property
+    def tokenizer_domains(self) -> tuple[str, ...]:
+        """The domains whose text a tokenizer is trained on, where documents have labels."""
+        return self.trunk_domains
 
     @property
     def searches_shared(self) -> bool:
@@ -130,44 +150,97 @@ class FfnMoeConfig(TextRunConfig):
             return "ffn" if item == "ffn" else "all"
         return super().own_item(need, item)
 
-    def shards_read(self, _item: None) -> dict:
-        """Return what shards depend on beside their settings: how documents are led."""
-        # Before, a pretrained tokenizer's own bos was left out; those of other runs are unchanged
-        return {"led_by": "its own"} if self.tokenizer.pretrained else {}
+    def needed_items(self, stage: str, item: str | None, need: str) -> tuple[str | None, ...]:
+        """Return the jobs of another stage that a job reads, in order: of domains those alone whose
+        text it needs, so that others come and go without it."""
+        if need != "preprocess":
+            return super().needed_items(stage, item, need)
+        return self.domains_read(stage, item)
+
+    def domains_read(self, stage: str, item: str | None) -> tuple[str, ...]:
+        """Return the domains whose text a job reads, each once and wherever it stands among all."""
+        wanted: tuple[str, ...] = ()
+        if stage in ("lr_shared", "train_shared", "lr_experts", "lr_dense"):
+            wanted = self.trunk_domains
+        elif stage == "train_experts":
+            wanted = self._expert_reads(str(item))
+        elif stage in ("lr_router", "train_router"):
+            # Where no adapter is taught a domain, the base answers
+            general = self.trunk_domains if self.expert.form == ADAPTER else ()
+            wanted = (*self.experts_with_text, *general)
+        elif stage == "train_dense":
+            wanted = (*(self.trunk_domains if item in FROM_ZERO else ()), *self.dense_domains)
+        elif stage == "evaluate":
+            wanted = self.partition.names
+        return tuple(name for name in dict.fromkeys(wanted) if name in self.partition.names)
+
+    def _expert_reads(self, item: str) -> tuple[str, ...]:
+        if item in self.expert.imported:
+            # For statistics, where its package brings none and no other text is named
+            return () if item in self.expert.imported_text else (item,)
+        return (item, *(self.trunk_domains if self.partition.overlap else ()))
+
+    def tokenizer_reads(self, _item: None) -> dict:
+        """Return what the tokenizer depends on beside the documents that it is made of; where they
+        have no labels also what the domains depend on."""
+        pretrained = self.tokenizer.pretrained is not None
+        named = ("pretrained", "revision") if pretrained else ("vocab_size", "sample_megabytes")
+        found = fields(self, tuple(f"tokenizer.{name}" for name in named))
+        if not pretrained or self.partition.by != "labels":
+            found |= fields(self, _DOCUMENTS_READ)
+        if self.partition.by != "labels":
+            names = ("by", "count", "difficulty", "sample_documents")
+            found |= fields(self, tuple(f"partition.{name}" for name in names))
+        return found
+
+    def shards_read(self, _item: str) -> dict:
+        """Return what the shards of a domain depend on beside its documents and the tokenizer."""
+        return fields(self, _DOCUMENTS_READ)
 
     def dense_reads(self, item: str) -> dict:
         """Return what a dense baseline's budget, size and training depend on."""
-        return fields(self, BASELINE_READS[item])
+        return fields(self, BASELINE_READS[item]) | {"domains": self.dense_domains}
 
     def read_outside(self, stage: str, item: str | None) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
         named = {}
-        if stage == "preprocess":
-            if self.data.source == "files":
-                for entry in self.data.files:
-                    for path in entry.paths:
-                        yield "data.files", path
+        if stage in ("tokenizer", "preprocess"):
+            for entry in self._entries_read(stage, item):
+                for path in entry.paths:
+                    yield "data.files", path
+        if stage == "tokenizer":
             named["tokenizer.pretrained"] = self.tokenizer.pretrained
         if stage == "train_experts" and item in self.expert.imported:
             yield "expert.imported", self.expert.imported[item]
             for path in self.expert.imported_text.get(item, ()):
                 yield "expert.imported_text", path
         # A pinned trunk is read by whatever stands on it
-        if stage == "train_shared" or (self.trunk.is_pinned and stage != "preprocess"):
+        before = ("tokenizer", "preprocess")
+        if stage == "train_shared" or (self.trunk.is_pinned and stage not in before):
             named["trunk.init"] = self.trunk.init
         for name, value in named.items():
             # What is neither there nor written as a path is a name on the Hub
             if value and (_is_here(value) or is_folder(value)):
                 yield name, value
 
+    def _entries_read(self, stage: str, item: str | None) -> Iterator[FilesConfig]:
+        """Yield the entries of data.files that may have documents for a job of text."""
+        domains: set[str | None] = {None, item}
+        if stage == "tokenizer":
+            domains |= set(self.tokenizer_domains)
+        for entry in self.data.files if self.data.source == "files" else ():
+            if self.partition.by != "labels" or entry.domain in domains:
+                yield entry
+
     def look(self, stage: str, item: str | None, eye: Eye) -> Looked | None:
         """Return what a job reads outside the store as it is now; None where it reads nothing."""
         # What reads files is imported by who looks, and not with the settings
-        if stage == "preprocess":
-            from ...data.sources import text
-            from ...data.text import tokenizer
+        if stage in ("tokenizer", "preprocess"):
+            from ...data.text import looked
 
-            return Looked.of([*text.seen(self, eye), *tokenizer.seen(self, eye)])
+            if stage == "tokenizer":
+                return looked.look_at_tokenizer(self, eye)
+            return looked.look_at_domain(self, str(item), eye)
         if stage in ("lr_shared", "train_shared") and self.trunk.init:
             from ...store import model_sources
 
@@ -189,8 +262,11 @@ class FfnMoeConfig(TextRunConfig):
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of documents, pretrained parts and where the bundle goes."""
-        for stage in ("preprocess", "train_shared"):
-            yield from self.read_outside(stage, None)
+        found = dict.fromkeys(self.read_outside("tokenizer", None))
+        for domain in self.partition.names:
+            found |= dict.fromkeys(self.read_outside("preprocess", domain))
+        yield from found
+        yield from self.read_outside("train_shared", None)
         for name in self.expert.imported:
             yield from self.read_outside("train_experts", name)
         if self.deploy.upload:
@@ -239,6 +315,13 @@ class FfnMoeConfig(TextRunConfig):
         return self
 
 
+# How documents become pieces and splits; which ones there are is told by their print
+_DOCUMENTS_READ = tuple(
+    f"data.{name}"
+    for name in ("seed", "valid_share", "test_share", "max_document_bytes", "megabytes_per_domain")
+)
+
+
 def _values(raw: Any, section: str) -> dict[str, Any]:
     """Return what is given of a section's settings, before they are checked."""
     given = raw.get(section) if isinstance(raw, dict) else None
@@ -262,6 +345,7 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
     given = {
         "trunk": (cfg.trunk.domains, known),
         "expert": (cfg.expert.domains, (*known, *cfg.expert.imported)),
+        "dense": (cfg.dense.domains, known),
     }
     out = []
     for key, (domains, allowed) in given.items():

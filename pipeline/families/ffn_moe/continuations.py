@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from ...data.text.shards import Shards
-from ...data.text.tokenizer import load
 from ...hardware import device, uses_bf16
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
 from ...report.schema.language import Continuation, WrittenText
+from .. import Parts
 from .config import FfnMoeConfig
+from .stock import run_tokenizer
 
 PROMPT_TOKENS = 32  # or half of the context, where that is less
 # Of the dense baselines the first that a run has: the closest rival before the others
@@ -34,7 +35,7 @@ def writers(cfg: FfnMoeConfig, base: str, stack: str) -> set[str]:
 class ContinuationWriter:
     """The beginnings of held-out texts, one a domain, and what was written after them so far."""
 
-    def __init__(self, cfg: FfnMoeConfig, shards: Shards, progress: Progress):
+    def __init__(self, cfg: FfnMoeConfig, parts: Parts, shards: Shards, progress: Progress):
         self.tokens = cfg.evaluate.continuation_tokens
         self.context = cfg.trunk.context_tokens
         self.prompt = min(PROMPT_TOKENS, self.context // 2)
@@ -46,7 +47,7 @@ class ContinuationWriter:
         self.found: dict[str, list[WrittenText]] = {}
         if not self.tokens:
             return
-        self.tokenizer = load(shards.folder)
+        self.tokenizer = run_tokenizer(parts)
         for domain in shards.domains:
             ids_T = _first_document(shards, domain, self.prompt)
             if ids_T is not None:

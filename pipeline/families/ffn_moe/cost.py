@@ -51,13 +51,20 @@ def stage_tokens(
     if stage == "train_experts" and item in cfg.expert.imported:
         return 0  # nothing of it is spent here
     opts, _ = _settings(cfg, stage, item)
-    domains: Sequence[str]
     if stage == "train_shared":
-        domains = cfg.trunk.domains or cfg.partition.names
-    elif stage == "train_router":
-        domains = cfg.experts_with_text
-    else:
-        domains = (_named(item),)
+        return _tokens_on(cfg, opts, cfg.trunk_domains, domain_tokens)
+    if stage == "train_router":
+        return _tokens_on(cfg, opts, cfg.experts_with_text, domain_tokens)
+    return _tokens_on(cfg, opts, (_named(item),), domain_tokens)
+
+
+def _tokens_on(
+    cfg: FfnMoeConfig,
+    opts: FitConfig,
+    domains: Sequence[str],
+    domain_tokens: Mapping[str, int],
+) -> int:
+    """Return the tokens of a training on some domains. Raises KeyError as stage_tokens does."""
     context = cfg.trunk.context_tokens
     epoch_tokens = 0
     if opts.epochs is not None:  # else nobody need have counted
@@ -70,10 +77,11 @@ def stage_tokens(
 
 
 def _dense_tokens(cfg: FfnMoeConfig, item: str | None, domain_tokens: Mapping[str, int]) -> int:
-    experts = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in cfg.experts]
+    domains = cfg.dense_domains
+    experts = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
     if item == "path":
         return max(experts)
-    total = sum(experts) + stage_tokens(cfg, "train_router", None, domain_tokens)
+    total = sum(experts) + _tokens_on(cfg, cfg.router, domains, domain_tokens)
     if item in FROM_ZERO:
         total += stage_tokens(cfg, "train_shared", None, domain_tokens)
     return total
@@ -106,8 +114,8 @@ def search_settings(
     if stage in ("train_shared", "train_router"):
         tokens = stage_tokens(cfg, stage, None, domain_tokens)
         return in_small(opts, cfg.lr_search, tokens / step_tokens), trains
-    # An expert for every domain there is: which of them get one is no part of the search
-    domains = cfg.partition.names
+    # An expert for each of the trunk's domains: which of all get one is no part of the search
+    domains = cfg.trunk_domains
     counted = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
     return in_small(opts, cfg.lr_search, sum(counted) / step_tokens, len(domains)), trains
 

@@ -5,7 +5,6 @@ B sequences, T tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -174,9 +173,9 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
     return out
 
 
-def notes(cfg: FfnMoeConfig, prepared: Mapping[str, Any], counts: TextCounts) -> list[str]:
-    """Return what a reader of the report has to know beside it; `prepared` are the metrics of
-    preprocess."""
+def notes(cfg: FfnMoeConfig, lost: float, counts: TextCounts) -> list[str]:
+    """Return what a reader of the report has to know beside it; `lost` is the share of the text's
+    bytes that did not survive the tokenizer."""
     longest = cfg.data.max_document_bytes
     out = [
         "Intervals resample documents within each domain (paired across rows), of a longer text "
@@ -203,7 +202,6 @@ def notes(cfg: FfnMoeConfig, prepared: Mapping[str, Any], counts: TextCounts) ->
             "or lose by it is told; what it is for was not measured, and its share of tokens is of "
             "other domains' text."
         )
-    lost = prepared.get("tokenizer", {}).get("lost_share", 0)
     if lost:
         out.append(
             f"{lost:.2%} of the text's bytes do not survive the tokenizer, so nobody had to guess "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...data.text.shards import Shards
+from ...data.text.figures import lost_share
 from ...hardware import machine
 from ...metrics.language import Scores, oracle_gain, posterior_mix, routing
 from ...model.router import Mixture
@@ -39,6 +39,7 @@ from .networks import SOUP, TRUNK, network_rows, stack_row
 from .parts import (
     expert_bytes,
     mixture_of,
+    shards_of,
     stored_experts,
     stored_trunk,
 )
@@ -52,13 +53,13 @@ ORACLE = "oracle expert"
 def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
     """Return the report of a run: quality, opt-out, routing, active experts, the domain x expert
     matrix, criteria, speed."""
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, cfg.partition.names)
     trunk, dummy = stored_trunk(cfg, parts)
     experts = dict(stored_experts(cfg, parts, dummy))
     stack = join(cfg, parts, trunk, experts)
     shape = Shape.from_hf_config(trunk.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
-    writer = ContinuationWriter(cfg, shards, progress)
+    writer = ContinuationWriter(cfg, parts, shards, progress)
     writing = writers(cfg, TRUNK, stack_row(cfg))
     networks: list[EvalRow] = []
     gaps: dict[str, TrainTestGap] = {}
@@ -120,10 +121,14 @@ def language_report(
         speed=speed(cfg, parts),
         rates=searched(cfg, parts, SEARCHES.values()),
         machine=MachineFacts(**machine(torch.get_num_threads(), evaluator.bf16)),
-        notes=[*notes(cfg, parts.manifest("preprocess").metrics, counts), *more_notes],
+        notes=[*notes(cfg, _lost_share(parts, evaluator.shards.domains), counts), *more_notes],
         continuations=writer.texts(),
         **own,
     )
+
+
+def _lost_share(parts: Parts, domains: Sequence[str]) -> float:
+    return lost_share(parts.manifest("preprocess", domain).metrics for domain in domains)
 
 
 def score_combined(evaluator: Evaluator) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ...data.sources.text import look
 from ...data.text import prepare as text
-from ...data.text.distributed import encode, scan
+from ...data.text.figures import training_tokens
+from ...data.text.survey import Survey, survey
 from ...data.text.tokenizer import look as check_tokenizer
 from ...errors import DataError
 from ...protocols import Progress
@@ -40,7 +41,6 @@ __all__ = [
     "check_kit",
     "cost",
     "dense",
-    "encode",
     "expert",
     "export",
     "look_at_documents",
@@ -55,21 +55,31 @@ __all__ = [
     "prepare",
     "reassemble",
     "router",
-    "scan",
     "shared",
+    "tokenizer",
     "write_kit",
 ]
 
 
-def prepare(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
-    """Write tokenizer, domains and shards to folder; return metrics. Raises DataError, and
-    ConfigError for a trunk that could not be trained on them."""
+def tokenizer(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
+    """Write the tokenizer to folder, and the domains where documents have no labels; return
+    metrics. Raises DataError, and ConfigError for a trunk that could not be trained on them."""
     for note in preflight(cfg, on_this_machine):
         progress(note, None)
-    return text.prepare(cfg, folder, progress, parts.jobs_folder("preprocess"))
+    return text.make_tokenizer(cfg, _surveyed(cfg, parts), folder, progress)
 
 
-def look_at_documents(cfg: FfnMoeConfig) -> None:
+def prepare(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress, item: str) -> dict:
+    """Write the shards of a domain to folder; return metrics. Raises DataError."""
+    found = _surveyed(cfg, parts)
+    return text.prepare(cfg, found, item, parts.folder("tokenizer"), folder, progress)
+
+
+def _surveyed(cfg: FfnMoeConfig, parts: Parts) -> Survey:
+    return survey(cfg, parts.eye())
+
+
+def look_at_documents(cfg: FfnMoeConfig, _item: str | None = None) -> None:
     """Raise DataError when documents or the tokenizer are not where the settings say; nothing is
     read."""
     problems = []
@@ -95,8 +105,8 @@ def cost(
     None for a pretrained trunk that is not on this machine yet.
     """
     # Nothing is opened for an estimate: what preprocess has counted stands in its metrics
-    prepared = made.get(("preprocess", None))
-    tokens = prepared["tokens"]["train"] if prepared else None
+    prepared = [made[job] for job in made if job[0] == "preprocess"]
+    tokens = training_tokens(prepared) if prepared else None
     return ffn_cost.cost(cfg, stage, item, tokens, bf16)
 
 

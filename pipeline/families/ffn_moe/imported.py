@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ...data.text.public_text import write_public_text
-from ...data.text.shards import Shards
 from ...errors import DataError, MismatchError, PipelineError
 from ...model.experts import Expert, in_layers
 from ...model.loading import check_finite
@@ -42,6 +41,7 @@ from .parts import (
     expert_layers,
     feature_statistics,
     open_expert,
+    shards_of,
     stored_settings,
     stored_trunk,
     training_rows,
@@ -223,8 +223,9 @@ def _summed(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> Feature
     runs = dummy if cfg.expert.statistics_path == "base" else expert
     tokens = cfg.expert.statistics_tokens
     with TemporaryDirectory(dir=folder) as made:
-        shards = Shards(parts.folder("preprocess"))
-        if item in cfg.expert.imported_text:
+        if item not in cfg.expert.imported_text:
+            shards = shards_of(parts, (item,))
+        else:
             wanted = tokens + cfg.trunk.context_tokens + 1
             paths = cfg.expert.imported_text[item]
             tokenizer = run_tokenizer(parts)

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 from ...config.fit import FitConfig
-from ...data.text.shards import Shards
 from ...train.loop import NoTraining, Task
 from ...train.lr_search import Search
 from .. import Parts
 from .config import FfnMoeConfig
 from .cost import search_settings
-from .parts import training_tokens
+from .parts import shards_of, training_tokens
 from .rates import middle_of
 from .sections import ADAPTER
 from .train import dense_task, expert_task, router, shared
@@ -30,9 +29,9 @@ def lr_shared(cfg: FfnMoeConfig, parts: Parts) -> Search:
 
 
 def lr_experts(cfg: FfnMoeConfig, parts: Parts) -> Search:
-    """Return the search for the rate that all experts share: one expert of their form on all
-    domains, each as often."""
-    domains = Shards(parts.folder("preprocess")).domains
+    """Return the search for the rate that all experts share: one expert of their form on all of the
+    trunk's domains, each as often."""
+    domains = cfg.trunk_domains
 
     def task(opts: FitConfig) -> Task:
         searching = cfg.model_copy(update={"expert": opts})
@@ -57,7 +56,7 @@ def lr_router(cfg: FfnMoeConfig, parts: Parts) -> Search:
 
 def lr_dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Search:
     """Return the search for the rate of continued baselines that train all weights, or an ffn."""
-    domains = Shards(parts.folder("preprocess")).domains
+    domains = cfg.trunk_domains
 
     def task(opts: FitConfig) -> Task:
         return dense_task(cfg, parts, item, opts, domains)
@@ -72,7 +71,7 @@ def _search(
     item: str | None,
     task: Callable[[FitConfig], Task],
 ) -> Search:
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, cfg.domains_read(stage, item))
     opts, trains = search_settings(cfg, stage, item, training_tokens(shards))
 
     def at(rate: float) -> Task:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.text.shards import Shards
 from ...errors import ConfigError
 from ...hardware import uses_bf16
 from ...store.artifacts import save_tensors
@@ -20,7 +19,7 @@ from .. import PackWish, Parts
 from .config import FfnMoeConfig
 from .document_means import Centre, all_documents, clipped, document_means, noised
 from .fingerprint import tokenizer_fingerprint, trunk_fingerprint
-from .parts import expert_layers, open_expert, stored_settings, stored_trunk
+from .parts import expert_layers, open_expert, shards_of, stored_settings, stored_trunk
 from .sections import ADAPTER
 from .stock import run_tokenizer
 
@@ -91,7 +90,7 @@ def _private(
     cfg: FfnMoeConfig, parts: Parts, item: str, noise: Noise, centre: Centre
 ) -> dict[str, Tensor]:
     """Return statistics that hide each document of the expert's domain."""
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, (item,))
     trunk, dummy = stored_trunk(cfg, parts)
     expert = open_expert(cfg, dummy, parts.tensors("train_experts", EXPERT, item))
     runs = dummy if cfg.expert.statistics_path == "base" else expert

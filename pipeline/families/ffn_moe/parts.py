@@ -4,7 +4,7 @@ on the device.
 B sequences, T tokens, N = B*T, D model width, E experts, L layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -92,6 +92,18 @@ def gates_from(
     raise NotImplementedError(f"router.init: no gates are made for {init}")
 
 
+def shards_of(parts: Parts, domains: Iterable[str]) -> Shards:
+    """Return the token shards of some domains, each once."""
+    folders = [parts.folder("preprocess", domain) for domain in dict.fromkeys(domains)]
+    return Shards(*folders)
+
+
+def expert_shards(cfg: FfnMoeConfig, parts: Parts, domains: Sequence[str]) -> Shards:
+    """Return the token shards that an expert of some domains is trained on."""
+    general = cfg.trunk_domains if cfg.partition.overlap else ()
+    return shards_of(parts, (*domains, *general))
+
+
 def training_rows(
     cfg: FfnMoeConfig,
     shards: Shards,
@@ -126,7 +138,8 @@ def expert_rows(
         f"expert {item}",
         domains,
         how="equal",
-        general=cfg.trunk.domains or shards.domains,
+        # Of what the trunk has seen: a domain that is added changes no other's expert
+        general=cfg.trunk_domains,
         general_share=cfg.partition.overlap,
     )
 
@@ -342,7 +355,7 @@ def stored_statistics(cfg: FfnMoeConfig, parts: Parts, anchor: bool) -> list[Fea
 
 def _taught(cfg: FfnMoeConfig) -> list[int]:
     """Return the numbers of the trunk's domains that have an expert in the stack."""
-    mixed = cfg.trunk.domains or cfg.partition.names
+    mixed = cfg.trunk_domains
     return [number for number, domain in enumerate(mixed) if domain in cfg.experts]
 
 

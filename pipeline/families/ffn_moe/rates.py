@@ -2,7 +2,7 @@
 it found.
 
 A search is a few trainings with the weights, rows, batches and arithmetic of the training that it
-is for, on all domains mixed where there is one such training a domain.
+is for, on the trunk's domains mixed where there is one such training a domain.
 """
 
 from ...config.fit import SEARCHED

@@ -298,6 +298,11 @@ class DenseConfig(Section):
         "path; ffn: total, but only its FFN trains; wide: same active parameters, from zero; "
         "scratch: total, from zero",
     )
+    domains: tuple[DomainName, ...] | None = not_hashed(
+        None,
+        "Domains that baselines train on and whose experts' tokens they are given; none: those of "
+        "the experts",
+    )
     lr: LearningRate | None = Field(
         None,
         description="Peak learning rate of continued baselines; none: expert.lr, found for them "

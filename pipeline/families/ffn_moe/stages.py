@@ -41,29 +41,27 @@ def _dense_settings(item: str | None) -> str:
 
 STAGES = table(
     Stage(
-        "preprocess_scan",
-        "read documents, make the tokenizer and domains, divide the rest among containers",
-        "family.scan",
-        step_of="preprocess",
+        "tokenizer",
+        "make the tokenizer, and the domains where documents have no labels",
+        "family.tokenizer",
+        check="family.look_at_documents",
+        reads=("family",),
+        reads_also="tokenizer_reads",
         machine="preprocess",
         secrets=("hub", "storage"),
     ),
-    Stage(
-        "preprocess_encode",
-        "make the token shards of one part of the documents, which preprocess then puts together",
-        "family.encode",
-        step_of="preprocess",
-        machine="preprocess",
-        secrets=("hub", "storage"),
-    ),
+    # A domain's tokens know of no other domain, so that one can be added and another taken away
     Stage(
         "preprocess",
-        "read documents, make tokenizer, domains and token shards",
+        "read the documents of each domain and make its token shards",
         "family.prepare",
         check="family.look_at_documents",
-        reads=("family", "data", "partition", "tokenizer"),
+        items="partition.names",
+        needs=("tokenizer",),
+        reads=("family",),
         reads_also="shards_read",
         secrets=("hub", "storage"),
+        after=("tokenizer",),
     ),
     # Searches have no jobs where a rate is a number, so that addresses of such runs know none
     Stage(
@@ -72,28 +70,28 @@ STAGES = table(
         "family.lr_shared",
         kind="training",
         when="searches_shared",
-        needs=("preprocess",),
+        needs=("tokenizer", "preprocess"),
         reads=(*_TRAINED, "trunk", "lr_search"),
         settings="trunk",
         machine="train_shared",
         secrets=("wandb", "hub"),
-        after=("preprocess",),
+        after=("tokenizer", "preprocess"),
     ),
     Stage(
         "train_shared",
         "train the shared trunk with its temporary feed-forward network, the dummy",
         "family.shared",
         kind="training",
-        needs=("preprocess", "lr_shared"),
+        needs=("tokenizer", "preprocess", "lr_shared"),
         reads=(*_TRAINED, "trunk"),
         settings="trunk",
         secrets=("wandb", "hub"),
-        after=("preprocess", "lr_shared"),
+        after=("tokenizer", "preprocess", "lr_shared"),
     ),
-    # On all domains mixed: which of them get an expert is no part of it, so that one can be added
+    # On the trunk's domains mixed: which get an expert is no part of it, so that one can be added
     Stage(
         "lr_experts",
-        "find the learning rate of all experts on all domains mixed, where it is auto",
+        "find the learning rate of all experts on the trunk's domains mixed, where it is auto",
         "family.lr_experts",
         kind="training",
         when="searches_experts",
@@ -110,7 +108,7 @@ STAGES = table(
         kind="training",
         check="family.look_at_package",
         items="experts",
-        needs=("preprocess", "train_shared", "lr_experts"),
+        needs=("tokenizer", "preprocess", "train_shared", "lr_experts"),
         reads=(*_TRAINED, "expert", "partition.overlap"),
         settings="expert",
         # An imported one comes from where packages lie
@@ -161,7 +159,7 @@ STAGES = table(
         needs=("preprocess", "train_shared", "lr_shared", "lr_dense"),
         # Of the searches the one for as much as it trains, whichever others are compared
         needs_own=("lr_dense",),
-        reads=(*_TRAINED, "expert.domains"),
+        reads=_TRAINED,
         reads_also="dense_reads",
         settings=_dense_settings,
         secrets=("wandb", "hub"),
@@ -173,6 +171,7 @@ STAGES = table(
         "family.measure",
         kind="report",
         needs=(
+            "tokenizer",
             "preprocess",
             "train_shared",
             "train_experts",
@@ -191,7 +190,7 @@ STAGES = table(
         "deploy.upload says",
         "family.bundle",
         kind="bundle",
-        needs=("preprocess", "train_shared", "train_experts", "train_router", "evaluate"),
+        needs=("tokenizer", "train_shared", "train_experts", "train_router", "evaluate"),
         reads=("family", "name"),
         version=2,  # its tokenizer puts in front what led every text
         in_run=False,

@@ -40,8 +40,8 @@ def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_tokenizer(parts: Parts) -> Tokenizer:
     """Return the run's tokenizer. Raises DamagedArtifact."""
-    folder = parts.folder("preprocess")
-    files = parts.manifest("preprocess").files
+    folder = parts.folder("tokenizer")
+    files = parts.manifest("tokenizer").files
     for name in ("tokenizer.json", "tokenizer_config.json"):
         check_source(BundleFile(name, folder / name, files[name]["sha256"]))
     return load(folder)

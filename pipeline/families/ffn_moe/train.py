@@ -35,10 +35,12 @@ from .parts import (
     batch_of,
     expert_layers,
     expert_rows,
+    expert_shards,
     feature_statistics,
     in_bf16,
     initial_gates,
     new_trunk,
+    shards_of,
     stored_experts,
     stored_trunk,
     token_loss,
@@ -62,8 +64,8 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
     Raises MismatchError when the tokenizer has tokens that a pretrained trunk has not.
     """
     cfg = known(cfg, parts, "train_shared")
-    shards = Shards(parts.folder("preprocess"))
-    domains = cfg.trunk.domains or shards.domains
+    domains = cfg.trunk_domains
+    shards = shards_of(parts, domains)
     if cfg.trunk.is_pinned:
         mixed = training_rows(cfg, shards, "statistics", domains, how="equal")
         held_out = _validation(cfg, shards, cfg.trunk, domains, EVALUATION_SEQUENCES)
@@ -111,7 +113,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[str]) -> Task:
     """Return the training of an expert of some domains, each as often; `item` is whose seeds it
     has."""
-    shards = Shards(parts.folder("preprocess"))
+    shards = expert_shards(cfg, parts, domains)
     trunk, dummy = training_trunk(cfg, parts)
     torch.manual_seed(cfg.seed_of("expert", item))
     layers = expert_layers(cfg, len(dummy.layers))
@@ -183,9 +185,9 @@ def _new_expert(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> Expe
 
 
 def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
-    """Return the gates' training: everything else frozen, on all domains mixed."""
+    """Return the gates' training: everything else frozen, on all experts' domains mixed."""
     cfg = known(cfg, parts, "train_router")
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, cfg.experts_with_text)
     torch.manual_seed(cfg.seed_of("router"))
     trunk, dummy = training_trunk(cfg, parts)
     opts = cfg.router
@@ -260,9 +262,9 @@ def dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return one dense baseline's training; see DenseConfig.baselines for what each has in common
     with the stack."""
     cfg = known(cfg, parts, "train_dense", item)
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, cfg.domains_read("train_dense", item))
     opts = dense_options(cfg, item, training_tokens(shards))
-    return dense_task(cfg, parts, item, opts, cfg.experts_with_text)
+    return dense_task(cfg, parts, item, opts, cfg.dense_domains)
 
 
 def dense_task(
@@ -270,13 +272,13 @@ def dense_task(
 ) -> Task:
     """Return the training of a dense model on some domains; a continued one is known by what it
     trains."""
-    shards = Shards(parts.folder("preprocess"))
+    if item in FROM_ZERO:
+        # What the trunk saw and what the experts saw, each domain once
+        domains = tuple(dict.fromkeys((*cfg.trunk_domains, *domains)))
+    shards = shards_of(parts, domains)
     torch.manual_seed(cfg.seed_of("dense", item))
     if item in FROM_ZERO:
         trunk, ffn = new_trunk(cfg, shards, dense_width(cfg, item))
-        trunk_domains = cfg.trunk.domains or shards.domains
-        # What the trunk saw and what the experts saw, each domain once
-        domains = tuple(dict.fromkeys((*trunk_domains, *domains)))
     elif item == "ffn":
         # Frozen, so it may be rounded where trainings are bf16; below it goes on training
         trunk, dummy = training_trunk(cfg, parts)

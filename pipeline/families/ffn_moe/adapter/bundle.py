@@ -102,7 +102,7 @@ def _described(
         "experts": experts,
         "trunk": {"address": parts.manifest("train_shared").address},
         "router": {"address": parts.manifest("train_router").address, "folder": ROUTER},
-        "tokenizer": {"address": parts.manifest("preprocess").address},
+        "tokenizer": {"address": parts.manifest("tokenizer").address},
         "report": {"address": parts.manifest("evaluate").address},
     }
 

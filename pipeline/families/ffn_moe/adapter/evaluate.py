@@ -40,7 +40,7 @@ from ..evaluate import (
 )
 from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
-from ..parts import expert_bytes, training_tokens
+from ..parts import expert_bytes, shards_of, training_tokens
 from ..sections import BASE
 from .criteria import criteria
 from .router import TextRouter, ValidationTexts, calibrated, untrained
@@ -77,11 +77,11 @@ def stack_row(cfg: FfnMoeConfig) -> str:
 def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageReport:
     """Return the report of a run: quality, opt-out, where texts go, the domain x expert matrix,
     criteria, speed."""
-    shards = Shards(parts.folder("preprocess"))
+    shards = shards_of(parts, cfg.partition.names)
     stack = assemble(cfg, parts)
     shape = Shape.from_hf_config(stack.model.config.to_dict(), cfg.trunk.context_tokens)
     evaluator = Evaluator(cfg, shards, progress)
-    writer = ContinuationWriter(cfg, shards, progress)
+    writer = ContinuationWriter(cfg, parts, shards, progress)
     writing = writers(cfg, BASE, stack_row(cfg))
     for name in (None, *cfg.experts):
         # The base first: a document's oracle and the ensemble may be the base too

@@ -25,7 +25,7 @@ from ....store.reading import damaged, read_object
 from ....train.loop import NoTraining
 from ... import Parts
 from ..config import FfnMoeConfig
-from ..parts import gates_from, token_loss, training_rows, validation_rows
+from ..parts import gates_from, shards_of, token_loss, training_rows, validation_rows
 from .model import Adapted, stored_adapters
 from .statistics import read_layers, text_statistics
 
@@ -85,7 +85,7 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> NoTraining:
     """Return how the router is made: from statistics, and fitted to validation text."""
 
     def write(folder: Path) -> dict[str, Any]:
-        shards = Shards(parts.folder("preprocess"))
+        shards = shards_of(parts, cfg.domains_read("train_router", None))
         adapted = stored_adapters(cfg, parts)
         plain = untrained(cfg, parts, shards, adapted, cfg.router.init)
         fitted, metrics = calibrated(plain, ValidationTexts(cfg, shards, adapted, parts.progress))
@@ -97,10 +97,9 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> NoTraining:
     return NoTraining(write)
 
 
-def general_domains(cfg: FfnMoeConfig, shards: Shards) -> tuple[str, ...]:
+def general_domains(cfg: FfnMoeConfig) -> tuple[str, ...]:
     """Return the domains of general text that no expert is taught: the base's own class."""
-    domains = cfg.trunk.domains or shards.domains
-    return tuple(domain for domain in domains if domain not in cfg.experts)
+    return tuple(domain for domain in cfg.trunk_domains if domain not in cfg.experts)
 
 
 def untrained(
@@ -115,7 +114,7 @@ def untrained(
     for name in cfg.experts:
         stored = parts.tensors("train_experts", "statistics.safetensors", name)
         statistics.append(FeatureStatistics.from_tensors(stored))
-    general = general_domains(cfg, shards)
+    general = general_domains(cfg)
     if general:
         rows = training_rows(cfg, shards, "statistics", general, how="equal")
         tokens = cfg.expert.statistics_tokens
@@ -135,7 +134,7 @@ class ValidationTexts:
         self.cfg = cfg
         self.adapted = adapted
         self.bf16 = uses_bf16(cfg.dtype)
-        self.domains = (*cfg.experts, *general_domains(cfg, shards))
+        self.domains = (*cfg.experts, *general_domains(cfg))
         self.ids = {}
         for domain in self.domains:
             ids = validation_rows(cfg, shards, domain, STARTS)

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from ....data.text.shards import Shards
 from ....hardware import device
 from ....train.loop import Task
 from ... import Parts
 from ...adapters import peft_io
 from ..config import FfnMoeConfig
-from ..parts import expert_rows, training_rows
+from ..parts import expert_rows, expert_shards, training_rows
 from ..rates import known
 from ..train import text_task
 from .model import Options, base_ref, training_base
@@ -30,7 +29,7 @@ def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
 def expert_task(cfg: FfnMoeConfig, parts: Parts, item: str, domains: Sequence[str]) -> Task:
     """Return the training of an adapter on some domains, each as often; `item` is its name, and
     whose seeds it has."""
-    shards = Shards(parts.folder("preprocess"))
+    shards = expert_shards(cfg, parts, domains)
     base = training_base(cfg, parts)
     # The first weights are drawn from torch's generator
     torch.manual_seed(cfg.seed_of("expert", item))
