@@ -109,15 +109,15 @@ class Bench:
         counts = [min(self.most, BESIDE), 0, 0, PUBLIC, args.test]
         if name == self.private:
             counts[:3] = [self.most, args.others, args.others]
-        # One of a row where there are rows enough, else pieces one after another
-        pieces = 1 if len(texts) > 2 * sum(counts) else 10**6
+        # The first piece of every row before the second of any: one row is one kind of text
         found: list[list[int]] = []
+        length = args.tokens - len(tokenizer.lead)
         order = np.random.default_rng(0).permutation(len(texts))
-        for number in order:
-            (encoded,) = tokenizer.encode([texts[number][: 200 * args.tokens]])
-            length = args.tokens - len(tokenizer.lead)
-            for start in range(0, len(encoded.ids) - length + 1, length)[:pieces]:
-                found.append([*tokenizer.lead, *encoded.ids[start : start + length]])
+        rows = [tokenizer.encode([texts[row][: 200 * args.tokens]])[0].ids for row in order]
+        for start in range(0, max(map(len, rows)), length):
+            for ids in rows:
+                if len(ids) >= start + length:
+                    found.append([*tokenizer.lead, *ids[start : start + length]])
             if len(found) >= sum(counts):
                 break
         if len(found) < sum(counts):
@@ -125,7 +125,7 @@ class Bench:
                 f"--text: {name} has {len(found)} documents of {args.tokens} tokens, and "
                 f"{sum(counts)} are needed; lower --sizes, --others or --tokens"
             )
-        ids_NT = np.array(found[: sum(counts)])
+        ids_NT = np.random.default_rng(1).permutation(np.array(found[: sum(counts)]))
         return Split(*np.split(ids_NT, np.cumsum(counts)[:-1]))
 
     def read(self, ids_NT: np.ndarray, see: Callable[[int, int, Tensor], None]) -> None:
@@ -143,12 +143,20 @@ class Bench:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 self.trunk.hidden(ids_BT, observed)
 
-    def sums(self, ids_NT: np.ndarray, sizes: Sequence[int]) -> dict[int, FeatureStatistics]:
-        """Return the statistics of the first so many documents, each read alone, of every size."""
+    def sums(
+        self,
+        ids_NT: np.ndarray,
+        sizes: Sequence[int],
+        also: Callable[[int, int, Tensor], None] | None = None,
+    ) -> dict[int, FeatureStatistics]:
+        """Return the statistics of the first so many documents, each read alone, of every size;
+        `also` sees what is read too."""
         running = FeatureStatistics.empty(self.layers, self.width)
         kept = {}
 
         def see(first: int, layer: int, x_BTD: Tensor) -> None:
+            if also:
+                also(first, layer, x_BTD)
             x_ND = x_BTD.flatten(0, 1)
             running.sum_LD[layer] += x_ND.sum(0)
             running.gram_LDD[layer] += x_ND.T @ x_ND
@@ -163,8 +171,11 @@ class Bench:
         self.read(ids_NT, see)
         return kept
 
-    def alone(self, ids_NT: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return mean_NLD of documents read alone, and x_KNTD of the K layers under attack."""
+    def alone(
+        self, ids_NT: np.ndarray, sizes: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, dict[int, FeatureStatistics]]:
+        """Return mean_NLD of documents read alone, x_KNTD of the K layers under attack, and the
+        statistics of the first so many of them of every size."""
         mean_NLD = torch.zeros(len(ids_NT), self.layers, self.width)
         shape = len(self.attacked), *ids_NT.shape, self.width
         x_KNTD = torch.zeros(shape)
@@ -175,8 +186,7 @@ class Bench:
             if layer in self.attacked:
                 x_KNTD[self.attacked.index(layer), here] = x_BTD
 
-        self.read(ids_NT, see)
-        return mean_NLD, x_KNTD
+        return mean_NLD, x_KNTD, self.sums(ids_NT, sizes, see)
 
     def blocks(self, ids_NT: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return sum_MLD and gram_MKDD of M blocks of documents, in windows as a run has them."""
@@ -203,15 +213,15 @@ class Bench:
         public = public[: len(public) // BATCH * BATCH]
         general = self.sums(public, [len(public)])[len(public)]
         centre = Centre.of(general)
-        member_NLD, member_x = self.alone(own.members)
-        other_NLD, other_x = self.alone(own.others)
-        known_NLD, known_x = self.alone(own.known)
+        member_NLD, member_x, own_grams = self.alone(own.members, args.sizes)
+        other_NLD, other_x, _ = self.alone(own.others)
+        known_NLD, known_x, _ = self.alone(own.known)
         known_MLD, _ = self.blocks(own.known)
         known_tokens = len(known_MLD) * BATCH * own.known.shape[1]
         sum_MLD, gram_MKDD = self.blocks(own.members)
         attack = Attack(known_NLD, known_x, known_MLD.sum(0) / known_tokens)
         sizes = {size: min(size, BESIDE) for size in args.sizes}
-        grams = {self.private: self.sums(own.members, args.sizes)}
+        grams = {self.private: own_grams}
         for name, split in self.splits.items():
             if name != self.private:
                 found_of = self.sums(split.members, list(sizes.values()))
