@@ -343,6 +343,7 @@ def request_values() -> dict:
                 )
             ],
         },
+        "rates": [SEARCH | {"job": "lr_experts color"}],
         "answers": [
             {
                 "set": "test",
