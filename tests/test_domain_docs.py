@@ -17,6 +17,7 @@ from pipeline.config.files import parse_yaml
 from pipeline.families.load import load
 from pipeline.run.backend import Local
 from pipeline.run.domain_words import ABOUT
+from pipeline.store.artifacts import inventory
 from pipeline.store.roots import read_root
 from pipeline.train import loop
 
@@ -32,10 +33,13 @@ FROM_ZERO = {
     | {"steps": 4, "layers": 1, "d_model": 32, "heads": 2, "d_ff": 64, "context_tokens": 32},
     "expert": FEW | {"steps": 2, "statistics_tokens": 512},
     "router": {"steps": 0},
-    "dense": {"baselines": []},
+    "dense": {"baselines": ["path"]},
     "evaluate": {"tokens_per_domain": 256, "rivals": "few", "continuation_tokens": 0},
     "runtime": {"threads": 1},
 }
+
+# What a domain that has come and gone leaves in the file
+WRITTEN_OUT = "trunk:\n  domains: [wiki, code]\ndense:\n  domains: [wiki, code]\n"
 
 
 def commands(text: str) -> list[str]:
@@ -79,19 +83,31 @@ def test_the_commands_of_the_page_in_its_order(place, capsys):
     pictures = (place / "config/tiny_loras.json").read_bytes()
     told = []
     experts = []
+    run = {}
     for command in found:
         typed(command)
         told.append(capsys.readouterr().out)
         experts.append(len(load(file).experts))
+        if not run:
+            run = inventory(place / "store/artifacts")
     assert experts == [2, 3, 3, 2, 2, 2, 2, 2]
     # What has come and gone leaves the trunk's domains written out, and a note
-    assert file.read_text("utf-8") == text + "trunk:\n  domains: [wiki, code]\n"
+    assert file.read_text("utf-8") == text + WRITTEN_OUT
     assert (place / "config/tiny_loras.json").read_bytes() == pictures
     _, add, replace, remove, plan, runs, *modal = told
     assert "+    - {paths: [texts/medicine/*.jsonl], domain: medicine}" in add
     assert "train_experts medicine" in add.partition("to be made")[2]
     assert len(row(add, "wiki")) == 4 and row(add, "medicine")[1::2] == ["–", "–"]
     assert "–" not in row(replace, "medicine") and row(remove, "medicine")[2:] == ["–", "–"]
+    # What there was is what it was, and is found again once the guest has left
+    (made, again, left) = (made_jobs(each) for each in (add, replace, remove))
+    assert made == [
+        *("preprocess medicine", "train_experts medicine"),
+        *("train_router", "evaluate"),
+    ]
+    assert again == made and left == ["nothing"]
+    now = inventory(place / "store/artifacts")
+    assert {name: now.get(name) for name in run} == run
     assert all("modal run modal_app.py::run_all" in each for each in modal)
     (note,) = (place / "store/removed").iterdir()
     gone = json.loads(note.read_text("utf-8"))
@@ -113,6 +129,12 @@ def test_the_commands_of_the_page_in_its_order(place, capsys):
     typed("add medicine --config mine.yaml --paths texts/corrected.jsonl --modal")
     typed("plan --config mine.yaml")
     assert "removed:" not in capsys.readouterr().out
+
+
+def made_jobs(told: str) -> list[str]:
+    """Return the jobs that a command says it has made."""
+    (made,) = re.findall(r"^made: (.*);", told, re.M)
+    return made.split(", ")
 
 
 def test_the_commands_of_the_readme_are_the_pages():

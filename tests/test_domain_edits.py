@@ -126,10 +126,7 @@ def test_a_source_that_every_machine_has_gets_the_domains_it_did_not_name(file):
     assert after(file, "add", "licences") == (
         "data: {source: installed}\npartition: {domains: [python, manual, licences]}\n"
         "trunk:\n  steps: 1000\n  domains: [python, manual]\n"
-    ) + (
         "dense:\n  domains: [python, manual]\n"
-        if "domains" in load(file).dense.model_dump()
-        else ""
     )
     file.write_text("name: all\n", "utf-8")
     with pytest.raises(ConfigError, match="nothing names its text"):

@@ -65,7 +65,7 @@ def _remove(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
         raise ConfigError(f"{name} is the last domain with an expert, and a stack needs one")
     stated.drop("expert", "imported", name)
     stated.drop("expert", "imported_text", name)
-    if name in _of_trunk(cfg):
+    if name in cfg.trunk_domains:
         return _remove_expert(cfg, name, stated)
     others = [entry for entry in _entries(cfg, stated) if _domain(entry) != name]
     if len(others) < len(_entries(cfg, stated)):
@@ -122,7 +122,7 @@ def _replace(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
     _put_entries(cfg, stated, kept)
     if not wish.expert:
         stated.drop("expert", "imported", name)
-    if name in _of_trunk(cfg):
+    if name in cfg.trunk_domains:
         return [
             f"{name} is one of trunk.domains: {_have_text(cfg)} its text, so that they and all "
             "that stands on them are made again"
@@ -136,19 +136,11 @@ def _refuse_unknown(cfg: FfnMoeConfig, name: str) -> None:
         raise ConfigError(f"no such domain {name}; the run has {', '.join(known)}")
 
 
-def _of_trunk(cfg: FfnMoeConfig) -> tuple[str, ...]:
-    return cfg.trunk.domains or cfg.partition.names
-
-
 def _have_text(cfg: FfnMoeConfig) -> str:
     """Return in words who has the text of a domain of the trunk beside its own expert."""
     who = "the trunk's statistics" if cfg.trunk.is_pinned else "the trunk and its statistics"
     general = " and the other experts' general text (partition.overlap)"
     return f"{who}{general if cfg.partition.overlap else ''} have"
-
-
-def _with_text(cfg: FfnMoeConfig) -> tuple[str, ...]:
-    return tuple(name for name in cfg.experts if name in cfg.partition.names)
 
 
 def _write_out(
@@ -167,10 +159,9 @@ def _write_out(
 
 
 def _write_out_dense(cfg: FfnMoeConfig, stated: Stated) -> list[str]:
-    said = cfg.dense.model_dump()
-    if "domains" not in said or not cfg.dense.baselines:
+    if not cfg.dense.baselines:
         return []
-    return _write_out(cfg, stated, "dense", said["domains"], _with_text(cfg))
+    return _write_out(cfg, stated, "dense", cfg.dense.domains, cfg.dense_domains)
 
 
 def _put(cfg: FfnMoeConfig, stated: Stated, section: str, *place: str, value: Any) -> None:
