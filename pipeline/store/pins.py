@@ -67,8 +67,8 @@ class Pin:
             if found != file.sha256:
                 raise MismatchError(
                     f"{setting}: {path} has changed since it was pinned: its sha256 is {found} "
-                    f"and was {file.sha256}. Bring the old file back, or give the new one another "
-                    f"path and name that in {setting}"
+                    f"and was {file.sha256}. Bring the old file back; a command that looks at it "
+                    "anew pins the new one, for trainings of its own"
                 )
         return [
             source.folder / file.name for file in self.files if file.name.endswith(".safetensors")
