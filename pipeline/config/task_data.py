@@ -61,6 +61,10 @@ def read_old_spelling(raw: object) -> object:
     return renamed
 
 
+# Fields that say where rows lie
+PLACES = ("path", "image_root")
+
+
 class TaskDataConfig(Section):
     """Where the rows of one task come from."""
 
@@ -199,10 +203,10 @@ class TaskDataConfig(Section):
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of the files and folders that the rows are read from."""
-        if self.path:
-            yield "path", self.path
-        if self.image_root:
-            yield "image_root", self.image_root
+        for name in PLACES:
+            place = getattr(self, name)
+            if place:
+                yield name, place
 
 
 class TaskConfig(Section):

@@ -56,7 +56,7 @@ _known: dict[str, "_Small"] = {}
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """The documents of one file."""
+    """What a survey has noted of one file: a row a document, without its text."""
 
     place: Place
     label: str | None  # of all of them, as the settings say

@@ -21,7 +21,7 @@ from ...config.paths import path_field
 from ...config.routing_set import RoutingSetConfig
 from ...config.run import JobKey, RunConfig
 from ...config.stage import Stage
-from ...config.task_data import TaskConfig
+from ...config.task_data import PLACES, TaskConfig
 from ...protocols import Eye, Looked, Seen
 from .stages import STAGES
 
@@ -329,8 +329,9 @@ class AdapterRunConfig(RunConfig):
         read = self.task(item).model_dump(mode="json", include={"dataset", "prompt", "answer"})
         # Where they lie is no part of it, but for the name that rows have it by: of the files
         # themselves the address holds the content
-        path = read["dataset"].pop("path", None)
-        read["dataset"].pop("image_root", None)
+        path = read["dataset"]["path"]
+        for place in PLACES:
+            del read["dataset"][place]
         return read | {"named": Path(path).name if path else None}
 
     def base_reads(self, _item: None) -> dict:
