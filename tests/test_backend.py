@@ -89,7 +89,7 @@ def test_jobs_killed_at_random_moments_leave_the_same_bytes(finished, store_path
             most_s = killed(killer, Local(store), cfg, (stage, item, here), draw, most_s)
         killer.delay_s = None
         assert not Local(store).run_jobs(stage, cfg, [item])
-    assert len(jobs) == 9 and contents(store_path) == contents(finished[1])
+    assert len(jobs) == 12 and contents(store_path) == contents(finished[1])
 
 
 def killed(killer, local, cfg, job, draw, most_s: float) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lora_small
 import pytest
-from conftest import tiny_config
+from conftest import make_text, tiny_config
 from fakes import Killed, contents
 from rich.console import Console
 
@@ -146,7 +146,7 @@ def prepared(tmp_path_factory):
     """Configuration, and a store that holds what comes before the stages below."""
     folder = tmp_path_factory.mktemp("prepared")
     cfg = load(tiny_config(folder / "tiny", runtime={"save_every_s": 1e-9}), QUICK)
-    make("preprocess", cfg, folder / "store")
+    make_text(cfg, Store(folder / "store").open())
     make("train_shared", cfg, folder / "store")
     return cfg, folder / "store"
 

@@ -234,7 +234,7 @@ EFFECTS = {
     "data.test_share": ("preprocess", 0.3, {}),
     "data.seed": ("preprocess", 1, {}),
     "partition.by": ("preprocess", "random", {"partition__count": 2}),
-    "partition.domains": ("preprocess", ("a",), {}),
+    "partition.domains": ("preprocess", ("a",), {"router__top_k": 1}),
     "partition.labels": ("preprocess", {"a": ("b",), "b": ("a",)}, {}),
     "partition.count": ("preprocess", 3, CLUSTERS),
     "partition.difficulty": (
