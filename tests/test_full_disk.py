@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     reason="the calls of every library are only seen below them, which takes a C compiler",
 )
 KINDS = ("text", "pictures")
-# What a library or SQLite writes under names of their own, crops in a folder for the time being, and
-# notes of looks, which may be lost: what is written next says it
+# What a library or SQLite writes under names of their own, crops in a folder for the time being,
+# and notes of looks, which may be lost: what is written next says it
 FOREIGN = (".tmp??????", ".mode.part", "/.routing-*/", "/base/", "/crops.part", "/sources/")
 
 
