@@ -23,6 +23,26 @@ class StageFailed(Exception):
     """A stage that ended without its result, and what it told last."""
 
 
+def typed(words: Sequence[str]) -> float:
+    """Carry out a command of the pipeline as a person types it, its progress shown; return its
+    seconds. Raises StageFailed."""
+    started = time.monotonic()
+    told: deque[str] = deque(maxlen=LAST_LINES)
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr or ():
+            sys.stderr.write(line)
+            told.append(line)
+    if process.returncode:
+        last = "".join(told).strip()
+        raise StageFailed(f"{words[0]} ended with {process.returncode}: {last[-1500:]}")
+    return time.monotonic() - started
+
+
 class Runner:
     """Runs stages by the command line, and opens what they leave."""
 
@@ -45,24 +65,12 @@ class Runner:
 
     def run(self, stage: str, *overrides: str) -> None:
         """Run one stage as a user would. Raises StageFailed."""
-        command = [sys.executable, "-m", "pipeline", stage]
-        command += ["--config", str(self.file), "--store", str(self.store.root)]
+        command = [stage, "--config", str(self.file), "--store", str(self.store.root)]
         if stage in SIDE_BY_SIDE:
             command += ["--parallel", str(self.parallel)]
         for change in (*self.common, *overrides):
             command += ["--override", change]
-        started = time.monotonic()
-        told: deque[str] = deque(maxlen=LAST_LINES)
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            for line in process.stderr or ():
-                sys.stderr.write(line)
-                told.append(line)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-        if process.returncode:
-            last = "".join(told).strip()
-            raise StageFailed(f"{stage} ended with {process.returncode}: {last[-1500:]}")
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + typed(command)
 
     def make(self, stage: str, *overrides: str) -> bool:
         """Run one stage unless all of it is in the store; return whether there was something to
