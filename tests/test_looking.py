@@ -206,6 +206,21 @@ def test_sums_outlive_a_process_and_a_list_that_is_damaged_costs_time_alone(tmp_
     assert look(store) == look(store) and len(read) == 6
 
 
+@pytest.mark.parametrize("name", ["a\u2028b", "a\nb", "a\rb", "a\udcffb", "a b"])
+def test_sums_are_kept_of_files_of_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(looking, "SETTLED_NS", -(10**18))
+    store = Store(tmp_path / "store").open().root
+    file = tmp_path / name
+    file.write_text("one")
+    sums = looking.FileSums(store)
+    found = sums.of(file)
+    sums.save()
+    monkeypatch.setattr(looking, "_known", {})
+    monkeypatch.setattr(looking.FileSums, "_hash", _lost)
+    assert looking.FileSums(store).of(file) == found
+
+
 def test_links_are_followed_to_files_and_not_to_folders(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -5,6 +5,7 @@ may not be read or is no file has a sum that says so, which is another than that
 """
 
 import hashlib
+import json
 import os
 import stat
 import time
@@ -98,14 +99,14 @@ class FileSums:
         kept = self._kept if len(self._kept) < MOST_KEPT else {}
         lines = []
         for name, (state, found) in (kept | self._used).items():
-            if "\n" not in name:
-                lines.append(f"{found} {state[0]} {state[1]} {state[2]} {name}\n")
+            # Written as JSON: a name may hold ends of lines, and bytes that are no UTF-8
+            lines.append(f"{found} {state[0]} {state[1]} {state[2]} {json.dumps(name)}\n")
         text = "".join(lines)
         for place in self._places:
             # A plan makes no store, and leaves nothing in a folder that is none
             if place.parent.name == FOLDER and not (place.parents[1] / "store.json").exists():
                 continue
-            with suppress(OSError, DiskFull, UnicodeError):
+            with suppress(OSError, DiskFull):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_text(place, f"{_sum_of(text)}\n{text}")
                 self._has_new = False
@@ -213,9 +214,10 @@ def _read(place: Path) -> dict[str, tuple[State, str]]:
     if seal != _sum_of(text):
         return {}
     found = {}
-    for line in text.splitlines():
-        digest, size, mtime_ns, ctime_ns, name = line.split(" ", 4)
-        found[name] = ((int(size), int(mtime_ns), int(ctime_ns)), digest)
+    with suppress(ValueError):
+        for line in text.splitlines():
+            digest, size, mtime_ns, ctime_ns, name = line.split(" ", 4)
+            found[json.loads(name)] = ((int(size), int(mtime_ns), int(ctime_ns)), digest)
     return found
 
 
