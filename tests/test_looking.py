@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from conftest import make_text, tiny_config
 from small_sources import added, deleted, edited, hidden, picture_run, renamed, text_run
-from small_tasks import picture
+from small_tasks import picture, write_rows
 
 from pipeline.__main__ import main
 from pipeline.data.sources import task_seen
@@ -266,6 +266,21 @@ def test_pictures_that_rows_name_are_remembered_by_what_the_rows_are(tmp_path, m
     kept.write_text(kept.read_text().replace("images", "imagos"))
     monkeypatch.setattr(task_seen, "_named", {})
     assert begin(load(path), store)[0].identity == first and len(read) == 3
+
+
+def test_a_picture_that_a_row_names_by_its_whole_path_is_looked_at(tmp_path):
+    path = picture_run(tmp_path / "run")
+    # The folder has two names, and the row has the other one
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "run/one")
+    rows = tmp_path / "run/one/rows.jsonl"
+    first, *more = map(json.loads, rows.read_text().splitlines())
+    shown = tmp_path / "run/one" / first["image"]
+    first["image"] = str(link / first["image"])
+    write_rows(rows, [first, *more])
+    before = stages.address(load(path), "preprocess", "one")
+    edited(shown)
+    assert stages.address(load(path), "preprocess", "one") != before
 
 
 def test_a_record_that_is_lost_or_torn_tells_nothing(made):

@@ -89,18 +89,24 @@ def _pictures(
             # Never opened: the row is dropped for it
             yield Seen(called, picture, OUTSIDE)
         else:
-            yield eye.file(called, f"{top}/{picture}", picture)
+            yield eye.file(called, _place(picture, top), picture)
 
 
 def _leads_out(picture: str, top: str) -> bool:
-    """Whether a path in a row leads out of its folder by what is written; links are followed to
-    files by whoever reads them."""
+    """Whether a path in a row leads out of its folder, which is resolved; of one that starts there
+    and never goes up, links are followed by whoever reads it."""
     if "\0" in picture:
         return True
     if not picture.startswith("/") and ".." not in picture:
         return False
-    place = picture if picture.startswith("/") else f"{top}/{picture}"
-    return not os.path.normpath(place).startswith(f"{top}/")
+    # Through links, as whoever reads it goes: the folder may be named by one
+    return not os.path.realpath(_place(picture, top)).startswith(f"{top}/")
+
+
+def _place(picture: str, top: str) -> str:
+    """Return where a picture of a row lies; a whole path stands for itself."""
+    # As text: of a hundred thousand pictures Path would take seconds
+    return picture if picture.startswith("/") else f"{top}/{picture}"
 
 
 def _names(name: str, data: TaskDataConfig, rows: list[Seen], eye: Eye) -> list[str]:
