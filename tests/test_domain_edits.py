@@ -304,6 +304,17 @@ def test_other_rows_for_a_task(pictures):
     assert now.model_copy(update={"dataset": before.dataset}) == before
 
 
+def test_a_setting_of_a_task_that_is_another_leaves_the_others_and_its_rows(pictures):
+    # Named in the file from its own folder on, which commands need not run in
+    rows = Path("rows.jsonl")
+    rows.write_text("{}\n", "utf-8")
+    after(pictures, "add", "plates", paths=("rows.jsonl",), options={"overrides": {"steps": 9}})
+    after(pictures, "replace", "plates", options={"overrides": {"lr": 0.5}, "task": "plates"})
+    entry = load(pictures).loras.entry("plates")
+    assert entry.dataset.path == str(rows.resolve())
+    assert (entry.task, entry.overrides.steps, entry.overrides.lr) == ("plates", 9, 0.5)
+
+
 def test_experts_of_an_extended_file_are_written_out(pictures):
     over = pictures.with_name("over.yaml")
     over.write_text("extends: tiny_vlm.yaml\nname: over\n", "utf-8")

@@ -36,14 +36,7 @@ def change_domains(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> l
     if wish.what == "remove":
         _remove(cfg, wish, stated)
         return []
-    data = _data(wish)
-    if not data and not wish.options:
-        raise ConfigError(f"{wish.domain}: nothing names what replaces its rows; give their files")
-    entries = stated.entries(*EXPERTS)
-    at = [entry.get("name") for entry in entries].index(wish.domain)
-    given = merge({"dataset": data or entries[at]["dataset"]}, dict(wish.options))
-    entries[at] |= _typed(stated, given)
-    stated.put(*EXPERTS, value=entries)
+    _replace(wish, stated)
     return []
 
 
@@ -54,8 +47,7 @@ def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
             f"{name} has an expert already; replace it, or give this one another name"
         )
     _refuse_shares(cfg)
-    data = _data(wish)
-    given = merge({"dataset": data} if data else {}, dict(wish.options))
+    given = _given(wish)
     label = given.pop("label", None) or _free_label(cfg)
     entry = {"name": name, "label": label} | _typed(stated, given)
     if "dataset" not in entry:
@@ -63,6 +55,19 @@ def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
     stated.put(*EXPERTS, value=[*stated.entries(*EXPERTS), entry])
     source = {"expert": name, "from": "loras"}
     stated.put(*SOURCES, value=[*stated.entries(*SOURCES), source])
+
+
+def _replace(wish: DomainWish, stated: Stated) -> None:
+    given = _given(wish)
+    if not given:
+        raise ConfigError(f"{wish.domain}: nothing names what replaces its rows; give their files")
+    entries = stated.entries(*EXPERTS)
+    at = [entry.get("name") for entry in entries].index(wish.domain)
+    # Other rows come with all that is said of them; settings come one by one
+    kept = entries[at] | ({"dataset": {}} if wish.paths or wish.hub else {})
+    # Of what stays no path was typed
+    entries[at] = merge(kept, _typed(stated, given))
+    stated.put(*EXPERTS, value=entries)
 
 
 def _remove(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
@@ -97,6 +102,12 @@ def _free_label(cfg: AdapterRunConfig) -> str:
 def _typed(stated: Stated, given: dict[str, Any]) -> dict[str, Any]:
     """Return settings of an entry with their paths as its file would state them."""
     return stated.typed(given, *EXPERTS, ENTRIES)
+
+
+def _given(wish: DomainWish) -> dict[str, Any]:
+    """Return the settings of an entry that a wish asks for."""
+    data = _data(wish)
+    return merge({"dataset": data} if data else {}, dict(wish.options))
 
 
 def _data(wish: DomainWish) -> dict[str, Any]:
