@@ -19,8 +19,9 @@ from pipeline.__main__ import main
 from pipeline.data.sources import task_seen
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.families.load import load, parse
-from pipeline.protocols import quiet
+from pipeline.protocols import Looked, Seen, quiet
 from pipeline.run import former, identity, job, stages
+from pipeline.run.changes import changes
 from pipeline.run.identity import begin
 from pipeline.run.job import run_job
 from pipeline.store import looking, sources
@@ -295,7 +296,7 @@ def test_a_record_that_is_lost_or_torn_tells_nothing(made):
     assert ("preprocess", "sea") not in identity.recorded(cfg, store, "made")
 
 
-def test_a_checkpoint_on_other_data_is_no_former_value(made):
+def test_a_checkpoint_on_other_data_is_no_former_value(made, monkeypatch):
     """Whoever has edited a file is told which; that a rate was another beside it helps nobody."""
     path, store = made
     job, now = ("train_experts", "sea"), ("expert.lr=0.25",)
@@ -313,7 +314,25 @@ def test_a_checkpoint_on_other_data_is_no_former_value(made):
         here = stages.Addresses(load(path, overrides))
         assert former.former_checkpoint(here, *job, store) == ""
     file.write_bytes(before)
-    assert former.former_checkpoint(stages.Addresses(load(path, now)), *job, store) == told
+    here = stages.Addresses(load(path, now))
+    assert former.former_checkpoint(here, *job, store) == told
+    # A version that did not look has noted none: nothing is read to find out
+    note = slot.parent / former.NOTE
+    note.write_text(sealed(former.kept_settings(there.cfg)))
+    monkeypatch.setattr(identity, "look_at", _lost)
+    assert former.former_checkpoint(here, *job, store) == ""
+
+
+def test_files_that_are_the_same_are_not_said_to_have_changed():
+    one, two = (Seen("data.files", name, name * 64, 9) for name in "ab")
+    before = Looked("before", (one, two))
+    assert changes(before, Looked("after", (two, one))).endswith(
+        "the order in which files are read has changed"
+    )
+    # What an earlier domain holds out of shared documents, say
+    assert changes(before, Looked("after", (one, two))).endswith(
+        "which documents of the same files count has changed"
+    )
 
 
 def test_pictures_that_a_routing_set_only_names_are_held_against_the_look_again(tmp_path):

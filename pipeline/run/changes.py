@@ -16,8 +16,11 @@ def changes(was: Looked | None, now: Looked | None) -> str:
     before = _by_file(was)
     after = _by_file(now)
     told = list(_told(before, after))
-    if not told:
+    if not told and list(before) != list(after):
         return f"{now.seen[0].setting}: the order in which files are read has changed"
+    if not told:
+        # Text is known by its documents, of which an earlier domain may have some too
+        return f"{now.seen[0].setting}: which documents of the same files count has changed"
     setting, _ = next(iter(_differing(before, after)))
     more = f" and {len(told) - _SHOWN} more changes" if len(told) > _SHOWN else ""
     return f"{setting}: {', '.join(told[:_SHOWN])}{more}"

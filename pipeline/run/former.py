@@ -112,10 +112,13 @@ def _changes(
         there = unsealed((store.resume(address) / NOTE).read_bytes())
     except (OSError, ValueError):
         return {}
+    read_there = {IDENTITY: there.pop(IDENTITY, None)}
+    if read_there[IDENTITY] is None:
+        # Of a version that did not look: to ask for its address would read all data for nothing
+        return {}
     here = kept_settings(addresses.cfg)
     own = addresses.of(*job)
     read_here = {IDENTITY: addresses.cfg.identity}
-    read_there = {IDENTITY: there.pop(IDENTITY, None)}
     if _address(there | read_there, job) != address:
         return {}
     if _address(there | read_here, job) != address:
