@@ -366,8 +366,11 @@ def test_a_url_is_known_by_what_its_server_says(tmp_path, monkeypatch):
     for lost in ("glob", "info"):
         with monkeypatch.context() as patch:
             patch.setattr(type(memory), lost, _lost)
-            again, notes = begin(load(path), store)
+            again, notes = begin(load(path), store, makes=True)
         assert again.identity == first.identity
+        # a laptop, which goes by the last look, does so too
+        looked = identity.recorded(again, store, "looked")
+        assert looked.items() <= identity.recorded(again, store, "made").items()
         (note,) = notes
         assert note.startswith("a server cannot be asked for what preprocess ")
         assert note.endswith("tokenizer read, so what was read before is gone on with")

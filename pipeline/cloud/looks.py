@@ -11,7 +11,7 @@ from rich.console import Console
 from ..config.run import JobKey, RunConfig, source_key
 from ..errors import DataError
 from ..run.backend import printed_progress
-from ..run.identity import begin, changed, recipe, recipes, with_prints
+from ..run.identity import begin, changed, recipes, with_prints
 from ..run.stages import label
 from ..store.artifacts import Store
 from ..store.looking import FOLDER
@@ -35,16 +35,14 @@ def as_recorded(
         there.update(f"{FOLDER}/{kind}/{name}" for name in names(f"{FOLDER}/{kind}"))
     prints: dict[JobKey, str] = {}
     unknown = []
-    for stage in cfg.stages:
-        for item in cfg.items(stage):
-            name = f"{recipe(cfg, stage, item)}.json"
-            places = [f"{FOLDER}/{kind}/{name}" for kind in kinds]
-            known = [place for place in places if place in there]
-            found = _print(read(known[0])) if known else ""
-            if found:
-                prints[stage, item] = found
-            elif any(cfg.read_outside(stage, item)):
-                unknown.append(label(stage, item))
+    for name, job in recipes(cfg).items():
+        places = [f"{FOLDER}/{kind}/{name}.json" for kind in kinds]
+        known = [place for place in places if place in there]
+        found = _print(read(known[0])) if known else ""
+        if found:
+            prints[job] = found
+        elif any(cfg.read_outside(*job)):
+            unknown.append(label(*job))
     notes = []
     if unknown:
         notes.append(

@@ -60,7 +60,9 @@ def begin(
     if makes:
         with suppress(OSError, DiskFull):
             for job, found in looked.items():
-                sources.keep(store, "looked", recipe(cfg, *job), found)
+                # Nobody goes by a look at what could not be reached
+                if found.print == prints[job]:
+                    sources.keep(store, "looked", recipe(cfg, *job), found)
     return with_prints(cfg, prints), notes
 
 
@@ -136,11 +138,6 @@ def recorded(cfg: RunConfig, store: Store, when: When) -> dict[JobKey, str]:
         if known:
             found[job] = known
     return found
-
-
-def with_recorded(cfg: RunConfig, store: Store, when: When) -> RunConfig:
-    """Return a run that goes by what a store has of it, where nothing can be looked at."""
-    return with_prints(cfg, recorded(cfg, store, when))
 
 
 def recipe(cfg: RunConfig, stage: str, item: str | None) -> str:
