@@ -35,8 +35,8 @@ def change_domains(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> l
         raise ConfigError(f"no such expert {wish.domain}; the run has {known}")
     if wish.what == "remove":
         _remove(cfg, wish, stated)
-        return []
-    _replace(wish, stated)
+    else:
+        _replace(wish, stated)
     return []
 
 
