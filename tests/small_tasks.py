@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.config.task_data import ImageLimitsConfig
 from pipeline.data.tasks import prepare
 from pipeline.data.tasks.rows import read_rows
-from pipeline.families.adapters.config import AdapterExpertConfig
+from pipeline.families.adapters.sections import AdapterExpertConfig
 
 LIMITS = ImageLimitsConfig(min_pixels=1024, max_pixels=4096)
 SPLITS = ("train", "valid", "test")

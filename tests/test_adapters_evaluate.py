@@ -12,11 +12,11 @@ from PIL import Image, ImageChops
 from rich.console import Console
 
 from pipeline.families.adapters import eval_data, evaluate
-from pipeline.families.adapters.config import AdapterEvaluateConfig
 from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
 from pipeline.families.adapters.evaluate import criteria
 from pipeline.families.adapters.peft_io import peft_name
 from pipeline.families.adapters.perturb import change_media, reorder_labels, reword
+from pipeline.families.adapters.sections import AdapterEvaluateConfig
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.perturb import PERTURBATIONS, crop, recompress, resize

@@ -25,11 +25,12 @@ from pipeline.families.adapters.base import (
 )
 from pipeline.families.adapters.build import END, START, save_model, train_tokenizer
 from pipeline.families.adapters.chat import Chat
-from pipeline.families.adapters.config import AdapterBaseConfig, AdapterRunConfig, AdaptersConfig
+from pipeline.families.adapters.config import AdapterRunConfig
 from pipeline.families.adapters.cost import DecoderSizes, job_cost
 from pipeline.families.adapters.evaluate import evaluate
 from pipeline.families.adapters.inference import Request
 from pipeline.families.adapters.rows import make_routing_set, prepare_task
+from pipeline.families.adapters.sections import AdapterBaseConfig, AdaptersConfig
 from pipeline.families.adapters.train import expert_task, router_task
 from pipeline.protocols import quiet
 from pipeline.store.artifacts import write_text

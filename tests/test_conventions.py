@@ -15,7 +15,7 @@ from pipeline.data.tasks.markup import StrangePlaceholder, special_token, withou
 from pipeline.data.tasks.right_answers import chosen, listed
 from pipeline.data.tasks.templates import as_text
 from pipeline.errors import DataError
-from pipeline.families.adapters.config import AdapterExpertConfig
+from pipeline.families.adapters.sections import AdapterExpertConfig
 
 # As model cards and conversion scripts write them, some with a number.
 PLACEHOLDERS = [

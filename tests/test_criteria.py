@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.families.adapters import criteria as of_adapters
-from pipeline.families.adapters.config import AdapterEvaluateConfig
+from pipeline.families.adapters.sections import AdapterEvaluateConfig
 from pipeline.families.ffn_moe.criteria import TrainTestGap, against, all_used, notes
 from pipeline.metrics.bootstrap import LEAST_UNITS
 from pipeline.metrics.routing import GroupBootstrap

@@ -12,8 +12,8 @@ from torch import nn
 
 from pipeline.config.base import AdapterName
 from pipeline.families.adapters import peft_io
-from pipeline.families.adapters.config import RESERVED
 from pipeline.families.adapters.inference import BatchRow, GenerationLimits, MultiAdapterModel
+from pipeline.families.adapters.sections import RESERVED
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import base
 

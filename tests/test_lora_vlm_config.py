@@ -11,7 +11,7 @@ from yaml_text import yaml_text
 from pipeline.config import task_data
 from pipeline.data.sources.synthetic import KINDS
 from pipeline.errors import ConfigError
-from pipeline.families.adapters.config import RANKS
+from pipeline.families.adapters.sections import RANKS
 from pipeline.families.load import describes_run, load, parse
 from pipeline.hardware import native_dtype
 from pipeline.run import stages

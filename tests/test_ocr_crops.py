@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.config.task_data import ImageLimitsConfig
 from pipeline.data.images import contact_sheet, images, text_regions
 from pipeline.data.tasks import prepare
-from pipeline.families.adapters.config import AdapterExpertConfig
+from pipeline.families.adapters.sections import AdapterExpertConfig
 from scripts.generate_ocr_crops import main
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate_ocr_crops.py"

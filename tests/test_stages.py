@@ -15,7 +15,7 @@ from rich.console import Console
 from pipeline.config.machines import ModalConfig
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact, PipelineError
 from pipeline.families import PRELOAD
-from pipeline.families.adapters.config import AdapterExpertConfig
+from pipeline.families.adapters.sections import AdapterExpertConfig
 from pipeline.families.load import RUN_CONFIGS, load
 from pipeline.metrics.answers import METRICS
 from pipeline.protocols import quiet

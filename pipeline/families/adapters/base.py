@@ -31,8 +31,9 @@ from ...store.model_files import (
 from ...store.reading import damaged, reading
 from ...store.reading import read_object as stored_object
 from .chat import Chat
-from .config import AdapterBaseConfig, AdapterRunConfig
+from .config import AdapterRunConfig
 from .cost import DecoderSizes
+from .sections import AdapterBaseConfig
 
 PIN = "pin.json"
 MODEL = "loras.base.model"

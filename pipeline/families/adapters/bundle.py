@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from ...config.base import COMMIT
 from ...errors import DamagedArtifact
 from ...protocols import Progress
 from ...store.artifacts import sha256
@@ -20,11 +21,12 @@ from ...store.foreign import ForeignFile, check_model_files
 from .. import Parts
 from ..report_files import report_files
 from .base import BUILT, PIN, LoadedBase, ModelKind, ModelRef, locate
-from .config import COMMIT, AdapterBaseConfig, AdapterRunConfig
+from .config import AdapterRunConfig
 from .inference import GenerationLimits
 from .peft_io import ABOUT as ADAPTER
 from .peft_io import SETTINGS, TENSORS
 from .router import CALIBRATION, Calibration
+from .sections import AdapterBaseConfig
 from .stack import ROUTER, AdapterStack, ExpertInfo, Policy, build_stack, limits_of, policy_of
 
 # folders of the bundle

@@ -22,7 +22,8 @@ from ...store.foreign import read_object
 from ...train.flops import JobCost
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import MemoryPlan, plan_memory
-from .config import AdapterBaseConfig, AdapterConfig, AdapterRunConfig
+from .config import AdapterRunConfig
+from .sections import AdapterBaseConfig, AdapterConfig
 from .stages import SEARCHES
 
 KERNEL_BYTES = 60_000_000  # code that the first step touches, the allocator's arenas

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ...data.routing.dataset import RoutingRow
 from ...data.tasks.rows import TaskRow
-from .config import AdapterConfig
+from .sections import AdapterConfig
 
 # An opened medium, and media made ready for the base's encoder. Only the family that made one looks
 # into it, so there is no type that all families share.

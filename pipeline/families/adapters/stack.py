@@ -23,11 +23,12 @@ from ...errors import MismatchError
 from ...metrics.routing import softmax
 from .. import Parts
 from .base import LoadedBase
-from .config import AdapterExpertConfig, AdapterRunConfig
+from .config import AdapterRunConfig
 from .inference import BASE, BatchRow, Generation, GenerationLimits, MultiAdapterModel, Request
 from .media import MediaFeatures, Medium
 from .peft_io import label_ids, load
 from .router import Calibration, routing_prompt
+from .sections import AdapterExpertConfig
 
 ROUTER = "router"  # the router's adapter
 CHUNK = 64  # requests whose features are held at once

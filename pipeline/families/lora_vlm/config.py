@@ -7,12 +7,12 @@ from pydantic import Field, model_validator
 from ...config.base import Section
 from ...config.paths import path_field
 from ...config.task_data import ImageLimitsConfig
-from ..adapters.config import (
+from ..adapters.config import AdapterRunConfig
+from ..adapters.sections import (
     AdapterBaseConfig,
     AdapterConfig,
     AdapterExpertConfig,
     AdapterRouterConfig,
-    AdapterRunConfig,
     AdaptersConfig,
     Regex,
 )

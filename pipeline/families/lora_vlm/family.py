@@ -17,10 +17,10 @@ from .. import ExportWish, PackWish, Parts
 from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
-from ..adapters.config import AdapterRouterConfig
 from ..adapters.rates import known, search_for
 from ..adapters.rows import look_at_routing, look_at_task, prepare_task
 from ..adapters.rows import make_routing_set as route_data
+from ..adapters.sections import AdapterRouterConfig
 from ..adapters.stack import AdapterStack
 from ..adapters.train import expert_task, router_task
 from .base import QWEN3_VL, open_base, settings_of, write

@@ -21,9 +21,9 @@ from ...data.routing.dataset import RoutingRow
 from ...data.tasks.rows import TaskRow
 from ...errors import ConfigError, DataError
 from ...hardware import cores
-from ..adapters.config import AdapterConfig
 from ..adapters.media import Media
 from ..adapters.peft_io import own_name
+from ..adapters.sections import AdapterConfig
 from .perturb import PERTURBATIONS
 
 TOWER_PATCHES = 16_384  # that go through the vision tower together
