@@ -147,3 +147,8 @@ def test_second_moments_that_were_left_out_are_the_publics_around_the_own_mean()
     assert (public.mean_gram_DD(0) - own.mean_gram_DD(0)).norm() > 10 * error
     assert public.is_possible()
     assert not FeatureStatistics(own.sum_LD * 50, own.gram_LDD, own.tokens).is_possible()
+    # Lengths are those of text, and no inputs have these products
+    for forged in (-own.gram_LDD, own.gram_LDD.triu() * 2):
+        diagonal = torch.eye(16, dtype=torch.bool)
+        gram_LDD = torch.where(diagonal, own.gram_LDD, forged)
+        assert not FeatureStatistics(own.sum_LD * 0, gram_LDD, own.tokens).is_possible()

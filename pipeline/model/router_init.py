@@ -16,6 +16,9 @@ from .trunk import Ffn
 
 # Share of the mean input's length: domains whose scores differ by less are one to a gate.
 SAME_SHARE = 1e-4
+# Of the mean squared input: what rounding may take from a covariance's least eigenvalue. Storing
+# sums in fp32 takes 6e-8 times the width at most; as much as the ridge's penalty does no harm.
+ROUNDED_SHARE = 1e-2
 
 
 @dataclass
@@ -166,10 +169,20 @@ class FeatureStatistics:
         return FeatureStatistics(sum_LD, gram_LDD, tokens)
 
     def is_possible(self) -> bool:
-        """Whether there is text with these sums: no mean is longer than the inputs are in the root
-        of their mean square (Jensen), rounding to fp32 allowed for."""
-        square_L = self.gram_LDD.diagonal(dim1=1, dim2=2).double().sum(1) / max(1, self.tokens)
-        return bool((self.mean_LD.square().sum(1) <= square_L * (1 + 1e-3)).all())
+        """Whether there is text with these sums: inputs of which they are the mean and the mean
+        product with themselves have a covariance, which is symmetric and shortens no direction
+        below zero, rounding to fp32 allowed for."""
+        for place, mean_D in enumerate(self.mean_LD):
+            gram_DD = self.mean_gram_DD(place)
+            allowed = ROUNDED_SHARE * gram_DD.diagonal().mean()
+            if not (gram_DD - gram_DD.mT).abs().max() <= allowed:
+                return False
+            spread_DD = gram_DD - torch.outer(mean_D, mean_D)
+            spread_DD.diagonal().add_(allowed)
+            # What has a Cholesky factor, and nothing else, is positive definite
+            if torch.linalg.cholesky_ex(spread_DD).info:
+                return False
+        return True
 
     def on_processor(self) -> "FeatureStatistics":
         """Return these statistics with their sums in main memory, where gates are made."""

@@ -7,6 +7,7 @@ with its sha256 in the sealed description, and nothing but tensors and that desc
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -258,7 +259,11 @@ class _Folder:
         return (self.folder / name).stat().st_size
 
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return (self.folder / name).open("rb")
+        path = self.folder / name
+        # A look opens what nobody has listed: a pipe would be waited for, a link lead elsewhere
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ForeignFile(f"{name} is no file, and a package holds files alone")
+        return path.open("rb")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,10 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
             statistics = _brought(parts, package, layers, folder / STATISTICS)
         else:
             statistics = _summed(cfg, parts, item, folder)
-    save_tensors(folder / STATISTICS, statistics.tensors())
+        summed = statistics.tensors()
+        # Again: second moments that are made of finite means may be beyond fp32
+        check_finite(summed.items())
+    save_tensors(folder / STATISTICS, summed)
     (folder / ABOUT).write_bytes(package.about)
     return {
         "steps": 0,
@@ -211,7 +214,7 @@ def _brought(
         return general.around(stored["sum"].double(), int(stored["tokens"].item()))
     statistics = FeatureStatistics.from_tensors(stored)
     if not statistics.is_possible():
-        raise ForeignFile(f"{STATISTICS} is of no text: means are longer than what they are of")
+        raise ForeignFile(f"{STATISTICS} is of no text: no inputs have these means and products")
     return statistics
 
 
