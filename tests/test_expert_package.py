@@ -29,6 +29,7 @@ from pipeline.families.lora_vlm import family as lora_family
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
 from pipeline.store.artifacts import sha256
+from pipeline.store.expert_package import Noise, package_print
 from pipeline.store.reading import sealed
 from pipeline.train import loop
 from tests import small, small_stack
@@ -237,6 +238,22 @@ def _impossible(tensors):
     tensors["sum"] *= 100
 
 
+def _impossible_products(tensors):
+    """Leave lengths and means as they are, and products that no inputs have."""
+    gram_LDD = tensors["gram"]
+    gram_LDD[:, 0, 1] = gram_LDD[:, 1, 0] = gram_LDD.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def with_noise_beyond_numbers(package):
+    """Give means alone, of which products overflow."""
+    path = package / "statistics.safetensors"
+    tensors = load_file(path)
+    del tensors["gram"]
+    tensors["sum"] += 1e30
+    save_file(tensors, path, metadata={"format": "pt"})
+    resealed(package, noise={"epsilon": 8.0, "delta": 1e-5, "clip": 0.5})
+
+
 def _half(tensors):
     for name in tensors:
         tensors[name] = tensors[name].half()
@@ -368,6 +385,11 @@ REFUSED = {
         lambda p: with_tensors(p, _impossible, "statistics.safetensors"),
         "statistics.safetensors is of no text",
     ),
+    "products of no text": (
+        lambda p: with_tensors(p, _impossible_products, "statistics.safetensors"),
+        "statistics.safetensors is of no text",
+    ),
+    "means whose products overflow": (with_noise_beyond_numbers, "1 tensor is not finite"),
     "a header that lies of offsets": (lie("data_offsets", [0, 4]), "lies elsewhere than it can"),
     "of negative ones": (lie("data_offsets", [-4, 4]), "lies elsewhere than it can"),
     "of a shape": (lie("shape", [1 << 40, 1 << 40]), "and here it is F32"),
@@ -480,6 +502,18 @@ def test_settings_that_do_not_go_with_an_import_are_named(changes, words):
     given = {"router__steps": 0, "router__top_k": 1, "expert__imported": {"guest": "here"}}
     with pytest.raises(ValueError, match=words):
         small.config(**given | changes)
+
+
+def test_a_pipe_in_the_place_of_a_description_is_not_waited_for(package):
+    (package / "expert.json").unlink()
+    os.mkfifo(package / "expert.json")
+    assert package_print(str(package)) == ""
+
+
+def test_statistics_as_they_are_never_stand_for_those_with_noise(run, tmp_path):
+    with pytest.raises(ValueError, match="noise is measured by a centre"):
+        packed(run, tmp_path / "package", noise=Noise(8.0, 1e-5, 0.5))
+    assert not any((tmp_path / "package").iterdir())
 
 
 def test_an_adapter_is_not_packed(run, tmp_path):

@@ -157,6 +157,19 @@ def test_another_trunk_is_refused_before_the_expert_is_trained(guests, tmp_path,
     assert "train_experts" not in made
 
 
+def test_brackets_of_the_folder_where_text_is_typed_are_of_its_name(
+    guests, tmp_path, capsys, monkeypatch
+):
+    home = guests["ledger"].parent
+    here = Path(shutil.copytree(home / "private", tmp_path / "mine [1]" / "text")).parent
+    monkeypatch.chdir(here)
+    target = ("--to", tmp_path / "package", "--store", tmp_path / "store")
+    # All that it is refused for is that there is too little of it
+    few = ("--override", "partition.min_tokens=1000000000")
+    told = refused(capsys, "kit", "--pack", home / "kit", "--paths", "text/*.txt", *target, *few)
+    assert "partition.min_tokens" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -167,6 +180,10 @@ def test_another_trunk_is_refused_before_the_expert_is_trained(guests, tmp_path,
         (["--pack", "KIT", "--epsilon", "0"], "epsilon is over 0"),
         (["--pack", "KIT", "--epsilon", "1", "--delta", "1"], "epsilon is over 0"),
         (["--pack", "KIT", "--epsilon", "1", "--clip", "0"], "counts nothing"),
+        (["--pack", "KIT", "--delta", "1e-6"], "which alone hides something"),
+        (["--pack", "KIT", "--override", "partition.domains=[a, b]"], "a kit trains one"),
+        (["new", "--config", "CONFIG", "--epsilon", "8"], "--epsilon is of --pack"),
+        (["new", "--config", "CONFIG", "--without-statistics"], "statistics is of --pack"),
         (["a/b", "--config", "CONFIG"], "cannot be a domain's name"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..config.paths import located
 from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
 from ..families import PackWish, family
@@ -26,6 +27,17 @@ from .stages import RUN
 LAST = "train_experts"
 SHARED = "train_shared"
 CLIP = 0.5
+DELTA = 1e-5
+# What says nothing of a kit that goes out
+OF_PACKING = (
+    "paths",
+    "without_statistics",
+    "epsilon",
+    "delta",
+    "clip",
+    "licence",
+    "description",
+)
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
@@ -44,11 +56,10 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     pack.add_argument(
         "--epsilon", type=float, help="give means alone, with noise that hides each document"
     )
-    pack.add_argument("--delta", type=float, default=1e-5, help="of epsilon (default 1e-5)")
+    pack.add_argument("--delta", type=float, help=f"of epsilon (default {DELTA:g})")
     pack.add_argument(
         "--clip",
         type=float,
-        default=CLIP,
         help=f"how far from the public mean a document counts, in spreads (default {CLIP})",
     )
     pack.add_argument("--licence", default="", metavar="TEXT", help="goes into the package")
@@ -68,6 +79,10 @@ def kit(args: argparse.Namespace, progress: Progress) -> str:
         return _pack(args, store, progress)
     if not args.domain or not args.config:
         raise ConfigError("a kit is of one DOMAIN of a run's --config FILE")
+    for name in OF_PACKING:
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is of --pack, where the text is; a kit goes out without")
     overrides = tuple(args.override)
     cfg, _ = begin(load(args.config, overrides), store.open(), progress)
     with working(store, cfg, args.config, overrides):
@@ -91,14 +106,17 @@ def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
         raise ConfigError(f"--pack: {args.pack} is no kit, as it has no {settings.name}")
     overrides = list(args.override)
     chosen = load(settings, tuple(overrides))
+    if len(chosen.experts) != 1:
+        names = ", ".join(chosen.experts)
+        raise ConfigError(f"--pack: {settings} has the experts {names}, and a kit trains one")
     (domain,) = chosen.experts
     if args.paths:
-        here = [path if "://" in path else str(Path(path).absolute()) for path in args.paths]
+        here = [located(path, "glob", Path.cwd()) for path in args.paths]
         files = json.dumps([{"paths": here, "domain": domain}])
         overrides.append(f"data.files={files}")
     cfg = load(settings, tuple(overrides))
     statistics = not args.without_statistics
-    noise = _noise(args) if args.epsilon is not None else None
+    noise = _noise(args)
     if noise and not statistics:
         raise ConfigError("--epsilon is of statistics, which --without-statistics leaves out")
     wish = PackWish(statistics, noise, args.licence, args.description)
@@ -108,16 +126,24 @@ def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
     return f"packed {domain}: {args.to}"
 
 
-def _noise(args: argparse.Namespace) -> Noise:
+def _noise(args: argparse.Namespace) -> Noise | None:
+    """Return the noise that is asked for; None where statistics go as they are."""
+    if args.epsilon is None:
+        if (args.delta, args.clip) != (None, None):
+            # Whoever names them means to hide something
+            raise ConfigError("--delta and --clip are of --epsilon, which alone hides something")
+        return None
+    delta = DELTA if args.delta is None else args.delta
+    clip = CLIP if args.clip is None else args.clip
     try:
-        least_sigma(args.epsilon, args.delta)
+        least_sigma(args.epsilon, delta)
     except ValueError as error:
         raise ConfigError(
             f"--epsilon, --delta: {error}; epsilon is over 0 and 100 at most, delta between 0 and 1"
         ) from None
-    if not 0 < args.clip < float("inf"):
-        raise ConfigError(f"--clip: {args.clip:g} counts nothing; 0.5 is half a spread")
-    return Noise(args.epsilon, args.delta, args.clip)
+    if not 0 < clip < float("inf"):
+        raise ConfigError(f"--clip: {clip:g} counts nothing; 0.5 is half a spread")
+    return Noise(args.epsilon, delta, clip)
 
 
 def train_and_pack(

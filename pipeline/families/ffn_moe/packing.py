@@ -54,6 +54,9 @@ def pack(
     promises. Raises ConfigError for experts that no package holds, and what `parts` does.
     """
     check_packable(cfg)
+    if wish.noise and centre is None:
+        # Never statistics as they are in the place of those that hide something
+        raise ValueError("noise is measured by a centre, and none is given")
     settings = stored_settings(parts, "train_shared")
     made = parts.manifest("train_experts", item)
     versions = made.made.get("packages", {})
