@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config.domain_wish import DomainWish, HubText
+from pipeline.config.stated import FileChange
 from pipeline.errors import ConfigError
 from pipeline.families.load import load
 from pipeline.run.domains import changed, write
@@ -157,6 +158,16 @@ REFUSED = {
     "there already": (TEXT, DomainWish("add", "sea", MORE), "sea has an expert already"),
     "no text": (TEXT, DomainWish("add", "law"), "law: nothing names its text"),
     "nothing to replace it": (TEXT, DomainWish("replace", "sea"), "nothing names what replaces it"),
+    "all that dense baselines have": (
+        TEXT.replace("[]", "[], domains: [shop]") + WRITTEN.replace("sea, shop", "sea"),
+        DomainWish("remove", "shop"),
+        "dense.domains names shop alone",
+    ),
+    "settings of no entry": (
+        TEXT,
+        DomainWish("add", "law", expert="packed", options={"format": "csv"}),
+        "format: of an entry of data, and no text is named for one",
+    ),
     "another source": (TEXT, DomainWish("add", "law", hub=HUB), "data.source is files, and a run"),
     "no name": (TEXT, DomainWish("add", "law", MORE, options={"formt": "csv"}), "no such setting"),
     "last": (
@@ -213,6 +224,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_made(file, 
     with pytest.raises(ConfigError, match="was changed meanwhile, and stays as it is"):
         write(change.files, keep_former=False)
     assert file.read_text("utf-8") == TEXT + "# by somebody else\n"
+    # Nor is another file of the same change
+    other = file.with_name("other.yaml")
+    other.write_text("a: 1\n", "utf-8")
+    files = (FileChange(other, "a: 1\n", "a: 2\n"), *change.files)
+    with pytest.raises(ConfigError, match="was changed meanwhile"):
+        write(files, keep_former=False)
+    assert other.read_text("utf-8") == "a: 1\n"
 
 
 def test_a_link_stays_one_and_rights_stay_what_they_were(file):
@@ -388,3 +406,8 @@ def test_a_finished_expert_needs_no_text_here(file):
     assert load(file).expert.imported["sea"] == "s3://b/sea"
     after(file, "replace", "legal", paths=MORE)
     assert set(load(file).expert.imported) == {"sea"}
+    # The text that stood for statistics it did not bring goes with it, and a person is told
+    file.write_text(text + "expert: {steps: 1, imported: {sea: a}, imported_text: {sea: [b]}}\n")
+    change = changed(file, DomainWish("replace", "sea", MORE))
+    assert change.told[0].startswith("sea was imported from a package, and is trained here")
+    assert not change.after.expert.imported_text

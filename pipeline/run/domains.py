@@ -81,12 +81,16 @@ def _refuse_unwritable(path: Path) -> None:
 
 def write(files: tuple[FileChange, ...], keep_former: bool) -> None:
     """Put what is to be in the place of what was, each file whole or not at all. Raises ConfigError
-    where a file is no longer what was read."""
+    where a file is no longer what was read, with none of them changed."""
+    for change in files:
+        try:
+            if change.path.read_bytes() != change.before.encode():
+                raise ConfigError(f"{change.path} was changed meanwhile, and stays as it is")
+        except OSError as error:
+            raise ConfigError(f"{change.path} cannot be read: {error.strerror}") from None
     for change in files:
         target = change.path.resolve()
         try:
-            if target.read_bytes() != change.before.encode():
-                raise ConfigError(f"{change.path} was changed meanwhile, and stays as it is")
             if keep_former:
                 _write(target.with_name(target.name + FORMER), change.before, target)
             _write(target, change.after, target)

@@ -76,8 +76,14 @@ def _remove(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
         stated.put("partition", "domains", value=_without(names, name))
     for section in ("expert", "dense"):
         domains = stated.entries(section, "domains")
-        if len(_without(domains, name)) < len(domains):
-            stated.put(section, "domains", value=_without(domains, name))
+        left = _without(domains, name)
+        if domains and not left:
+            raise ConfigError(
+                f"{section}.domains names {name} alone, and none would mean all of the experts'; "
+                "name others there first"
+            )
+        if len(left) < len(domains):
+            stated.put(section, "domains", value=left)
     stated.drop("partition", "labels", name)
     return []
 
@@ -120,14 +126,17 @@ def _replace(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
     kept = [each for at, each in enumerate(entries) if at not in own[1:]]
     kept[own[0]] = entry
     _put_entries(cfg, stated, kept)
-    if not wish.expert:
+    told = []
+    if not wish.expert and name in cfg.expert.imported:
         stated.drop("expert", "imported", name)
+        stated.drop("expert", "imported_text", name)
+        told.append(f"{name} was imported from a package, and is trained here on this text now")
     if name in cfg.trunk_domains:
-        return [
+        told.append(
             f"{name} is one of trunk.domains: {_have_text(cfg)} its text, so that they and all "
             "that stands on them are made again"
-        ]
-    return []
+        )
+    return told
 
 
 def _refuse_unknown(cfg: FfnMoeConfig, name: str) -> None:
@@ -197,6 +206,11 @@ def _entry(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> dict[str, Any
         if wish.hub.subset:
             given["subset"] = wish.hub.subset
         return given | dict(wish.options) | {"domain": wish.domain}
+    if wish.options:
+        raise ConfigError(
+            f"{', '.join(wish.options)}: of an entry of data, and no text is named for one; give "
+            "its files or its data set as well"
+        )
     return None
 
 
