@@ -231,6 +231,14 @@ def test_beside_a_root_that_is_not_understood_everything_is_kept(kept, elsewhere
         assert not Reach(store, {}).unknown
 
 
+def test_a_torn_note_of_what_was_taken_out_hides_no_run(kept, elsewhere, capfd):
+    path, store, root = kept
+    torn = write(store.root / "removed/torn.json")
+    told = typed(capfd, 0, "runs", "--store", store.root)
+    assert f"{torn} is torn" in told and root.name in told
+    assert f"{torn} is torn" in typed(capfd, 0, "plan", "--config", path, "--store", store.root)
+
+
 def test_a_root_that_may_not_be_read_keeps_everything(kept, monkeypatch):
     _, store, root = kept
     read_bytes = Path.read_bytes

@@ -259,7 +259,10 @@ def show_plan(
     console.print(_beside(entries, total_bytes))
     if unknown:
         console.print("Durations in epochs are known after preprocess has counted the tokens.")
-    for gone in removed(store):
+    taken_out, wrong = removed(store)
+    for text in wrong:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for gone in taken_out:
         if gone.run == cfg.name and gone.domain not in cfg.experts:
             console.print(told_removed(gone, store), highlight=False, markup=False, soft_wrap=True)
     refuse(cfg, store, entries, unfit)

@@ -27,9 +27,10 @@ def show_runs(store: Store, console: Console) -> None:
     there is no store."""
     reach = Reach(opened(store), {})
     say = said(console)
-    for why in reach.unknown.values():
+    taken_out, wrong = removed(store)
+    for why in (*reach.unknown.values(), *wrong):
         say(why)
-    for gone in removed(store):
+    for gone in taken_out:
         say(told_removed(gone, store))
     if not reach.roots:
         say(f"no run has left a root in {store.root}")

@@ -5,11 +5,11 @@ Invariant: a note is written once and names what there was; whether its files ar
 is for those who remove files to say.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..errors import StoreError
 from .artifacts import Store, now, write_text
 from .reading import as_kind, damaged, read_bytes, reading, sealed, unsealed
 
@@ -41,14 +41,21 @@ def note_removed(
     return found
 
 
-def removed(store: Store) -> Iterator[Removed]:
-    """Yield what was taken out of the runs of a store, the first one first. Raises DamagedArtifact
-    or UnreadableFile."""
+def removed(store: Store) -> tuple[list[Removed], list[str]]:
+    """Return what was taken out of the runs of a store, the first one first, and what is wrong with
+    notes that cannot be read: nobody needs one to go on. Raises UnreadableFile."""
     folder = store.root / FOLDER
+    found = []
+    wrong = []
     with reading(folder), suppress(FileNotFoundError):
         for path in sorted(folder.iterdir()):
-            if path.suffix == ".json":
-                yield _read(path)
+            if path.suffix != ".json":
+                continue
+            try:
+                found.append(_read(path))
+            except StoreError as error:
+                wrong.append(str(error))
+    return found, wrong
 
 
 def _read(path: Path) -> Removed:
