@@ -22,6 +22,51 @@ OTHER_COMMANDS = {
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
 }
+# What a person has to know of a command before trying it, behind its arguments
+_CHANGES = """Shows the lines that change in FILE and the jobs that are to be made, and asks
+where there is a terminal; then FILE is written, what is new is made, and the
+figures before and after are printed."""
+MORE = {
+    "add": f"""{_CHANGES}
+The experts that are there keep their bytes.
+
+  python -m pipeline add medicine --config mine.yaml --paths 'texts/medicine/*.jsonl'
+  python -m pipeline add medicine --config mine.yaml --expert packages/medicine""",
+    "remove": f"""{_CHANGES}
+The other experts keep their bytes. Files of the removed one stay in the store
+until the run that made them is removed (`runs`, `rm`); a note in the store says
+what went when.
+
+  python -m pipeline remove medicine --config mine.yaml""",
+    "replace": f"""{_CHANGES}
+The other experts keep their bytes, unless the text is the trunk's too
+(trunk.domains). Text that was corrected where it lies needs no command: `run`
+finds it.
+
+  python -m pipeline replace medicine --config mine.yaml --paths texts/corrected.jsonl""",
+    "kit": """\
+A kit holds the trunk or its pin, the tokenizer and settings, and no text; a
+package the trained expert and statistics of its text. What these tell of the
+text: docs/kits.md.
+
+  python -m pipeline kit medicine --config mine.yaml --to kit-medicine
+  python -m pipeline kit --pack kit-medicine --paths 'notes/*.txt' --to package
+  python -m pipeline add medicine --config mine.yaml --expert package""",
+    "runs": """\
+Every command that makes something leaves its run in the store, so that `prune`
+takes nothing of it, whatever became of its configuration. "MB of it alone" is
+what no other run needs.""",
+    "prune": """\
+Without --yes nothing is removed. What a run of the store or a configuration
+reaches stays, and so does what a run in progress needs. Orphans may be
+somebody's work from before runs were noted: they go with --orphans --yes alone.""",
+    "rm": """\
+Without --yes nothing is removed. What other runs or a configuration reach as
+well stays, and a run in progress is refused.
+
+  python -m pipeline runs
+  python -m pipeline rm mine --yes""",
+}
 EXAMPLES = """examples:
   python -m pipeline run --config config/demo.yaml
   python -m pipeline plan --config config/wikitext103.yaml
@@ -74,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         "--orphans", action="store_true", help="remove what no run and no configuration reaches too"
     )
     prune.add_argument(
-        "--damaged", action="store_true", help="what was found damaged and kept aside, too"
+        "--damaged", action="store_true", help="remove what was found damaged and kept aside too"
     )
     rm = _add_command(commands, "rm", OTHER_COMMANDS["rm"])
     rm.add_argument("run", nargs="+", metavar="RUN", help="name or id, as `runs` lists them")
@@ -87,7 +132,11 @@ def parser() -> argparse.ArgumentParser:
 def _add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    if name in MORE:
+        sub.epilog = MORE[name]
+        sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    return sub
 
 
 def _add_smoke(sub: argparse.ArgumentParser) -> None:
