@@ -432,7 +432,7 @@ def test_nothing_that_any_root_reaches_is_ever_listed(tmp_path, tiny):
         store = Store(tmp_path / str(trial)).open()
         there = draw.sample(every, draw.randrange(1, 16))
         for address in there:
-            place = draw.choice((store.folder, store.resume, store.jobs_folder))(address)
+            place = draw.choice((store.folder, store.resume))(address)
             write(place / ("manifest.json" if place == store.folder(address) else "x.json"))
         reached: dict[str, set[str]] = {}
         for number in range(draw.randrange(5)):
