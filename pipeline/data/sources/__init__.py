@@ -1,9 +1,9 @@
 """Where data comes from: one file a source, and the shapes that sources of documents share.
 
 A new source of documents is a file here that is called as data.source calls it and has
-`sources(cfg)` and `seen(cfg, eye)`, which says what is read as it is now, may have `look(cfg)`,
-which a plan asks whether what is read is there, and its settings in config/text_data.py; nothing
-else knows which sources there are.
+`sources(cfg)`, may have `look(cfg)`, which a plan asks whether what is read is there, and
+`seen(cfg, eye)`, which says what there is now where `sources` raises, and its settings in
+config/text_data.py; nothing else knows which sources there are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

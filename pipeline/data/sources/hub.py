@@ -41,14 +41,6 @@ def look(cfg: TextRunConfig) -> None:
             raise DataError(f"data.hub: there is no folder {entry.dataset}; correct the path")
 
 
-def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
-    """Yield the files of data sets that are folders here; of others the settings have the
-    revision."""
-    for entry in cfg.data.hub:
-        if is_folder(entry.dataset):
-            yield from eye.below("data.hub", Path(entry.dataset).expanduser())
-
-
 def _rows(entry: HubConfig, data: DataConfig) -> Iterator[FoundRow]:
     name = f"{entry.dataset}[{entry.split}]"
     number = 0

@@ -50,12 +50,6 @@ def sources(cfg: TextRunConfig) -> Iterator[Source]:
         yield domain, iter([SourceFile(rows, partial(_seen, domain), {"domain": domain})])
 
 
-def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
-    """Yield the versions of what each domain that is asked for is taken from."""
-    for domain, _ in sources(cfg):
-        yield from _seen(str(domain), eye)
-
-
 def _seen(domain: str, _eye: Eye) -> Iterator[Seen]:
     # No file is opened
     for name, version in taken_from(domain):

@@ -32,9 +32,11 @@ def look(cfg: TextRunConfig) -> None:
 
 
 def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
-    """Yield what data.source reads on this machine or behind a URL, in the order in which it is
-    read, as it is now; what the settings pin themselves is left out."""
-    yield from _module(cfg).seen(cfg, eye)
+    """Yield what data.source means on this machine or behind a URL, as it is now, where `sources`
+    cannot say which files that are."""
+    module = _module(cfg)
+    if hasattr(module, "seen"):
+        yield from module.seen(cfg, eye)
 
 
 def _module(cfg: TextRunConfig) -> ModuleType:

@@ -17,11 +17,11 @@ from ...store.artifacts import write_text
 from ..drop_stats import DropStats
 from ..sources.columns import listed
 from . import tokenizer as tokenizers
-from .documents import Document, documents, drop_stats
+from .documents import SPLITS, Document, documents, drop_stats
 from .encode import TRIED, Encoder, changed, finalize
 from .fitting import assigned, fit, fitted_splits, no_documents
 from .held_out import HeldOut
-from .splits import Sample
+from .splits import Sample, too_few
 from .survey import Print, Survey
 from .tokenizer_check import SAMPLE_BYTES, check
 
@@ -111,12 +111,8 @@ class _Reading:
             raise changed(self.cfg, surveyed)
         if not self.survey.count(surveyed):
             raise self._nothing()
-        if self.distinct is not None and self.distinct < 3:
-            raise DataError(
-                f"domain {self.domain} has {self.distinct} distinct documents, and one each is "
-                "needed to train, validate and test. Give it more documents, or cut its long ones "
-                "into several files or rows"
-            )
+        if self.distinct is not None and self.distinct < len(SPLITS):
+            raise too_few(self.domain, self.distinct)
 
     def _watched(self, found: Iterator[Document]) -> Iterator[Document]:
         for document in found:

@@ -68,11 +68,7 @@ class Splits:
         """Fix the splits of a small domain by rank. Raises DataError when it has fewer than three
         documents."""
         if len(keys) < len(SPLITS):
-            raise DataError(
-                f"domain {domain} has {len(keys)} distinct documents, and one each is needed to "
-                "train, validate and test. Give it more documents, or cut its long ones into "
-                "several files or rows"
-            )
+            raise too_few(domain, len(keys))
         before = {key: self._decided[key] for key in keys & self._decided.keys()}
         self._decided |= ranked(self.data, keys, before)
 
@@ -156,6 +152,14 @@ def ranked(data: DataConfig, keys: Collection[int], before: Mapping[int, str]) -
         decided |= dict.fromkeys(left[:count], split)
         left = left[count:]
     return decided | dict.fromkeys(left, "train")
+
+
+def too_few(domain: str, count: int) -> DataError:
+    """Return the error for a domain that has fewer distinct documents than splits."""
+    return DataError(
+        f"domain {domain} has {count} distinct documents, and one each is needed to train, "
+        "validate and test. Give it more documents, or cut its long ones into several files or rows"
+    )
 
 
 def contains(sorted_keys: ndarray, key: int) -> bool:
