@@ -77,6 +77,18 @@ def test_dense_baselines_train_what_they_say(trained):
     assert scratch["model.layers.0.mlp.up_proj.weight"].shape == (24, 16)
 
 
+def test_no_import_changes_what_others_spend_at_the_same_address():
+    tokens = dict.fromkeys(small.DOMAINS, 500)
+    searched = {"expert__lr": "auto", "router__steps": 0, "router__top_k": 1}
+    own = small.config(**searched)
+    imported = small.config(**searched, expert__imported=dict.fromkeys(small.DOMAINS, "packed"))
+    jobs = [("train_dense", "total"), ("train_dense", "path"), ("lr_experts", None)]
+    for stage, item in jobs:
+        assert imported.read_settings(stage, item) == own.read_settings(stage, item)
+        spent = [ffn_cost.stage_tokens(cfg, stage, item, tokens) for cfg in (own, imported)]
+        assert spent[0] == spent[1] > 0, (stage, item)
+
+
 def test_dense_lr_is_for_the_baselines_that_continue():
     cfg = small.config(dense__lr=0.125)
     tokens = dict.fromkeys(small.DOMAINS, 500)

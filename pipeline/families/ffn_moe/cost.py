@@ -58,6 +58,15 @@ def stage_tokens(
     return _tokens_on(cfg, opts, (_named(item),), domain_tokens)
 
 
+def _taught_tokens(
+    cfg: FfnMoeConfig, domains: Sequence[str], domain_tokens: Mapping[str, int]
+) -> list[int]:
+    """Return the tokens of an expert of each domain as it is trained here, whichever are imported:
+    what others are given by them has no import in its address. Raises KeyError as stage_tokens
+    does."""
+    return [_tokens_on(cfg, cfg.expert, (domain,), domain_tokens) for domain in domains]
+
+
 def _tokens_on(
     cfg: FfnMoeConfig,
     opts: FitConfig,
@@ -78,7 +87,7 @@ def _tokens_on(
 
 def _dense_tokens(cfg: FfnMoeConfig, item: str | None, domain_tokens: Mapping[str, int]) -> int:
     domains = cfg.dense_domains
-    experts = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
+    experts = _taught_tokens(cfg, domains, domain_tokens)
     if item == "path":
         return max(experts)
     total = sum(experts) + _tokens_on(cfg, cfg.router, domains, domain_tokens)
@@ -116,7 +125,7 @@ def search_settings(
         return in_small(opts, cfg.lr_search, tokens / step_tokens), trains
     # An expert for each of the trunk's domains: which of all get one is no part of the search
     domains = cfg.trunk_domains
-    counted = [stage_tokens(cfg, "train_experts", name, domain_tokens) for name in domains]
+    counted = _taught_tokens(cfg, domains, domain_tokens)
     return in_small(opts, cfg.lr_search, sum(counted) / step_tokens, len(domains)), trains
 
 
