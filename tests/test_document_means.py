@@ -65,7 +65,7 @@ def test_what_promises_nothing_is_refused(epsilon, delta):
 def network(tmp_path_factory):
     """Settings, trunk and its network, shards and the documents of one domain."""
     cfg = small.config()
-    shards = Shards(small.write_shards(tmp_path_factory.mktemp("means") / "shards"))
+    shards = Shards(*small.write_shards(tmp_path_factory.mktemp("means") / "shards"))
     torch.manual_seed(0)
     trunk, dummy = new_trunk(cfg, shards)
     return cfg, trunk, dummy, shards, all_documents(shards, "alpha")

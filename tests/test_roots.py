@@ -153,10 +153,10 @@ def test_what_was_made_of_a_file_stays_when_the_file_is_edited(elsewhere, tiny, 
     store = Store(elsewhere / "store").open()
     before = root_of(load(tiny), tiny)
     leave(store, before)
-    made = stages.address(load(tiny), "preprocess")
+    made = stages.address(load(tiny), "preprocess", "sea")
     write(store.folder(made) / "manifest.json")
     data = tiny.with_name("sea.jsonl")
-    data.write_text(data.read_text() + '{"text": "one more"}\n')
+    data.write_text(data.read_text() + '{"text": "one more document of the sea"}\n')
     # the same configuration, and it leads elsewhere now
     after = root_of(load(tiny), tiny)
     assert made not in after.addresses and before.id != after.id

@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.base import Section, is_hidden
 from pipeline.config.run import RunConfig
+from pipeline.data.text import tokenizer as tokenizers
 from pipeline.errors import PipelineError
-from pipeline.families.ffn_moe import evaluate
+from pipeline.families.ffn_moe import cost, evaluate
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
-from pipeline.train import loop, memory_plan
+from pipeline.train import loop
 from tests import (
     small,
     test_adapter_experts,
@@ -49,6 +50,7 @@ def trained(tmp_path_factory):
         parts = small.run(
             small.config(expert__coordinate=True, dense__baselines=("path",)), root / "run"
         )
+    tokenizers.train(270, ["a text that goes on"]).save(root / "run" / "tokenizer")
     whole(vocab_size=small.VOCAB).save_pretrained(root / "checkpoint")
     _write_tokenizer(root / "tokenizer")
     for name in ("documents", "others"):
@@ -459,7 +461,7 @@ def test_what_cannot_change_a_result_is_not_in_its_address(
 
 
 def test_fused_steps_stay_in_addresses_as_they_forbid_micro_batches(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_plan, "FAST_TOKENS", 2 * small.CONTEXT)
+    monkeypatch.setattr(cost, "FAST_TOKENS", 2 * small.CONTEXT)
     fused = {"trunk__clip_norm": 0.0, "trunk__fuse_optimizer": True}
     plain = {"trunk__clip_norm": 0.0}
     assert product(trained, "train_shared", fused, tmp_path / "1") != product(

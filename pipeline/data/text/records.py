@@ -245,9 +245,9 @@ class Reading:
                 yield np.array(rows, ROW)
                 rows = []
             rows.append(self._row(document))
+            number += 1
             if number % _TOLD_EVERY == 0:
                 self.progress(f"looking at documents: {number:,} in {document.where}", None)
-            number += 1
         yield np.array(rows, ROW)
 
     def _row(self, document: Document) -> tuple:
