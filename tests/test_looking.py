@@ -207,6 +207,29 @@ def test_sums_outlive_a_process_and_a_list_that_is_damaged_costs_time_alone(tmp_
     assert look(store) == look(store) and len(read) == 6
 
 
+def test_a_file_that_holds_nothing_any_more_is_not_gone_and_is_named(made, capsys):
+    path, store = made
+    for name in ("shop", "hall"):
+        (path.parent / f"{name}.jsonl").write_text("")
+    _, said = planned(path, store, capsys)
+    assert "shop.jsonl changed since it was read last, so preprocess shop is made again" in said
+    assert "hall.jsonl changed since it was read last, so preprocess hall is made again" in said
+    assert "is gone" not in said
+    typed = ("--config", str(path), "--store", str(store.root))
+    assert main(["tokenizer", *typed]) == 0 and main(["preprocess", *typed]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "preprocess hall: failed: no usable document in data.files, 1 seen: 1 empty" in said
+
+
+def test_frozen_says_so_where_what_was_made_is_gone_too(made):
+    path, store = made
+    edited(path.parent / "sea/1.jsonl")
+    cfg, _ = begin(load(path), store, frozen=True, makes=True)
+    shutil.rmtree(store.folder(stages.address(cfg, "preprocess", "sea")))
+    with pytest.raises(DataError, match=r"1.jsonl changed .* do it again, without --frozen, as"):
+        run_job("preprocess", cfg, store, "sea", progress=quiet)
+
+
 @pytest.mark.parametrize("name", ["a\u2028b", "a\nb", "a\rb", "a\udcffb", "a b"])
 def test_sums_are_kept_of_files_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

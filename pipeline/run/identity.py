@@ -165,7 +165,11 @@ def check_unchanged(cfg: RunConfig, store: Store, stage: str, item: str | None) 
         found = cfg.look(*job, eye)
         if found is None or found.print != wanted:
             told = changes(_details(store, wanted), found)
-            raise DataError(f"{told} since it was looked at, before this began; do it again")
+            again = "do it again"
+            if sources.print_of(store, "made", recipe(cfg, *job)) == wanted:
+                # Read once, and what was made of it has gone: no look brings that back
+                again += ", without --frozen, as what was made of it is not in the store"
+            raise DataError(f"{told} since it was looked at, before this began; {again}")
 
 
 def changed(cfg: RunConfig, store: Store) -> list[str]:

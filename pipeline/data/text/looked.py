@@ -54,7 +54,11 @@ class _Prints:
 
     def print_of(self, domain: str) -> str:
         """Return the print of a domain's documents and of what earlier domains decide of them."""
-        return _hashed([self.survey.print_of(domain), self.held_out.print_of(domain)])
+        own = self.survey.print_of(domain)
+        if not self.survey.count(domain):
+            # Two domains without a document are not told by each other's files
+            return _hashed([own, domain])
+        return _hashed([own, self.held_out.print_of(domain)])
 
 
 def _surveyed(cfg: TextRunConfig, eye: Eye) -> _Prints | Looked:
@@ -71,11 +75,11 @@ def _survey(cfg: TextRunConfig, eye: Eye) -> _Prints | Looked:
 
 
 def _seen(found: Survey, domains: Iterable[str] | None = None) -> tuple[Seen, ...]:
-    """Return what documents were taken from, of some domains or all."""
-    wanted = None if domains is None else set(domains)
+    """Return what jobs of some domains read, or of all."""
+    names = None if domains is None else tuple(domains)
     every: dict[Seen, None] = {}
     for file in found.files:
-        if wanted is None or wanted & set(file.labels) or (file.unread and not file.labels):
+        if names is None or any(found.is_of(file, name) for name in names):
             every |= dict.fromkeys(file.seen)
     return tuple(every)
 

@@ -123,7 +123,8 @@ class _Reading:
         """Return the error for a domain without a document."""
         labels = self.survey.labels
         others = self.survey.others
-        if not labels and not others:
+        is_named = any(file.label == self.domain for file in self.survey.files)
+        if is_named or not (labels or others):
             return no_documents(self.cfg, self.stats.seen, self.stats.explain())
         labels += [label for label, _ in others.most_common(20)]
         return DataError(

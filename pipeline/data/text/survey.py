@@ -105,11 +105,12 @@ class Survey:
         that hold nobody's, whose faults count for all."""
         places = set()
         for file in self.files:
-            if any(self._is_of(file, domain) for domain in domains):
+            if any(self.is_of(file, domain) for domain in domains):
                 places.add(file.place)
         return Part(frozenset(domains), frozenset(places))
 
-    def _is_of(self, file: FileDocuments, domain: str) -> bool:
+    def is_of(self, file: FileDocuments, domain: str) -> bool:
+        """Whether a job of a domain reads a file."""
         if not self.by_label or domain in file.labels:
             return True
         return not file.labels and file.may_hold(domain)
