@@ -3,7 +3,7 @@ became of configurations, and that what one run alone has made goes when it is a
 
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from test_backend import PATIENCE_S, store_with, typed
 from test_prune import hold, tree, write
 
 from pipeline.errors import DamagedArtifact, DiskFull, StoreError
-from pipeline.families.load import load
+from pipeline.families.load import load, parse
 from pipeline.run import leftovers as leftovers_module
 from pipeline.run import stages
 from pipeline.run.leftovers import ORPHANS, leftovers
@@ -69,7 +69,8 @@ def test_whoever_makes_something_leaves_a_root_and_renews_it(finished, store_pat
     cfg = load(path)
     assert (root.name, root.family, root.id, root.file) == ("tiny", "ffn_moe", run, str(path))
     assert set(root.addresses) == set(stages.Addresses(cfg).reachable())
-    assert root.settings == stages.Addresses(cfg).cfg.model_dump(mode="json") and not root.overrides
+    settings = stages.Addresses(cfg).cfg.model_dump(mode="json", exclude={"deploy"})
+    assert root.settings == settings and not root.overrides
     leave(store, replace(root, at="1999-01-01T00:00:00Z", removed=True))
     again = ["--config", path, "--store", store.root]
     typed(capfd, 0, "preprocess", *again)
@@ -229,6 +230,17 @@ def test_beside_a_root_that_is_not_understood_everything_is_kept(kept, elsewhere
     if how not in ("a folder", "of tomorrow"):
         leave(store, root)
         assert not Reach(store, {}).unknown
+
+
+def test_no_password_of_where_a_bundle_goes_is_in_a_root(finished):
+    path = finished[0]
+    target = "deploy.upload=s3://me:hunter2@bucket/x"
+    root = root_of(load(path, (target,)), path, (target,))
+    assert "hunter2" not in sealed(asdict(root))
+    assert root.overrides == ("deploy.upload=s3://***@bucket/x",)
+    plain = load(path)
+    assert parse(root.settings).deploy == plain.deploy
+    assert root.addresses == root_of(plain).addresses
 
 
 def test_a_torn_note_of_what_was_taken_out_hides_no_run(kept, elsewhere, capfd):
