@@ -207,16 +207,19 @@ for _stage in ROWS:
     globals()[f"{_stage}_job"] = JOBS[_stage]
 
 
+# Of what trains nothing and must not begin again in its middle
+CONDUCTING: dict[str, Any] = {
+    "image": image,
+    "volumes": {VOLUME: volume},
+    "env": ENV,
+    "cpu": 0.5,
+    "memory": 1024,
+    "nonpreemptible": True,
+}
+
+
 # One that was preempted would hand out again what its containers are still doing.
-@app.function(
-    image=image,
-    volumes={VOLUME: volume},
-    env=ENV,
-    cpu=0.5,
-    memory=1024,
-    timeout=cloud.RUN_S,
-    nonpreemptible=True,
-)
+@app.function(**CONDUCTING, timeout=cloud.RUN_S)
 def orchestrate(
     raw: dict, stages: list[str], sequential: bool, command: str, frozen: bool = False
 ) -> list[cloud.JobResult]:
@@ -241,15 +244,7 @@ def orchestrate(
 
 
 # One that was preempted would leave its mark, and what it has removed half.
-@app.function(
-    image=image,
-    volumes={VOLUME: volume},
-    env=ENV,
-    cpu=0.5,
-    memory=1024,
-    timeout=cloud.REMOVAL_S,
-    nonpreemptible=True,
-)
+@app.function(**CONDUCTING, timeout=cloud.REMOVAL_S)
 def tend(command: str, names: list[str], flags: dict[str, bool]) -> tuple[str, str]:
     """Show the runs that the volume knows, or remove from it; return what to print, and what is
     wrong."""
