@@ -86,7 +86,12 @@ def raised_once(give_up: Callable[[], None]) -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From here on have neither signal do anything, nor one that was to be raised again."""
+    """From here on have neither signal do anything, nor one that was to be raised again, nor one
+    that has been dealt with."""
+    # A KeyboardInterrupt that came up through `exec` of a text, as dataclasses do while modules are
+    # imported, CPython keeps in mind even if it was caught, and ends `python -m` with the signal's
+    # status instead of the module's; the next text forgets it.
+    eval("None")  # noqa: S307
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -217,6 +217,24 @@ def test_a_signal_between_the_end_of_a_command_and_the_process_says_nothing_more
     assert outcome(process) == (interrupts.STOPPED, ["stopped"])
 
 
+IN_A_TEXT = """
+import sys
+from pipeline import interrupts
+interrupts.raise_once()
+try:
+    exec("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+except KeyboardInterrupt:
+    interrupts.ignore()
+    sys.exit(interrupts.STOPPED)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_text_that_a_library_executes_changes_no_status(tmp_path):
+    (tmp_path / "in_a_text.py").write_text(IN_A_TEXT)
+    process = start(["-m", "in_a_text"], PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert outcome(process) == (interrupts.STOPPED, [])
+
+
 def test_a_command_that_is_called_gives_back_the_handlers_it_found(monkeypatch):
     def own(_number, _frame):
         raise AssertionError
