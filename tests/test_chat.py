@@ -20,7 +20,7 @@ from pipeline.protocols import quiet
 from pipeline.report import RequestReport
 from pipeline.serve import chat
 from pipeline.serve.app import create
-from pipeline.serve.protocol import RequestLimits
+from pipeline.serve.limits import RequestLimits
 from tests import small_stack
 from tests.small_stack import EXPERTS
 from tests.test_serve import asked, check_leaving, refused, running, wait_for

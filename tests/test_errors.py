@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.data.images.images import BadImage, open_checked
 from pipeline.errors import PipelineError
-from pipeline.serve.protocol import ApiError
+from pipeline.serve.refusals import ApiError
 
 
 def kinds(base: type = PipelineError) -> list[type]:

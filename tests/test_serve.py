@@ -30,8 +30,9 @@ from pipeline.families.ffn_moe.stack import assemble
 from pipeline.families.load import load
 from pipeline.run.context import StoredParts
 from pipeline.serve import app as app_module
-from pipeline.serve.app import RequestLimits, create, listen
+from pipeline.serve.app import create, listen
 from pipeline.serve.engine import Sampling
+from pipeline.serve.limits import RequestLimits
 from pipeline.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent

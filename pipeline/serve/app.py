@@ -16,7 +16,10 @@ from ..errors import ConfigError, DamagedArtifact, PipelineError
 from ..store.bundle import about
 from .chat import ChatService
 from .completions import CompletionService
-from .protocol import RequestLimits, Service, add_error_handlers, check_key
+from .keys import check_key
+from .limits import RequestLimits
+from .protocol import Service
+from .refusals import add_error_handlers
 
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 # By what a bundle says that it serves.

@@ -26,22 +26,22 @@ from ..errors import DataError
 from ..families import family
 from ..protocols import POLL_S, check_wanted
 from .engine import Engine
+from .limits import RequestLimits
 from .messages import one_question
 from .protocol import (
     DIGITS,
-    ApiError,
     Body,
     OnlyFalse,
     OnlyNone,
     OnlyOne,
     OnlyText,
     OnlyZero,
-    RequestLimits,
     Service,
     body_schema,
     following,
     read_body,
 )
+from .refusals import ApiError
 
 if TYPE_CHECKING:
     from ..families.adapters.inference import Request as StackRequest

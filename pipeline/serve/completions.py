@@ -14,20 +14,20 @@ from pydantic import Field
 from ..store.bundle import about
 from .adapters import AdapterEngine
 from .engine import CompletionEngine, Sampling, Token, expert_shares, top_expert
+from .limits import RequestLimits
 from .protocol import (
     DIGITS,
-    ApiError,
     Body,
     OnlyFalse,
     OnlyNone,
     OnlyOne,
     OnlyZero,
-    RequestLimits,
     Service,
     body_schema,
     following,
     read_body,
 )
+from .refusals import ApiError
 
 # OpenAI's own limit of stop strings; their length bounds how much text each new token is looked
 # for in.

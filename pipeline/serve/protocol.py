@@ -1,68 +1,34 @@
-"""What every endpoint has in common: limits, bodies that are checked, the waiting line, errors in
-OpenAI's form.
+"""What every endpoint has in common: bodies that are checked, and the waiting line.
 
 Invariant: whatever a client sends, it gets JSON back, with the status that says whose fault an
 error is. A model runs one request at a time, in a thread; the rest wait, up to a limit.
 """
 
 import asyncio
-import hmac
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.params import Depends
-from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..config.wording import sentence
-from ..errors import plain
 from ..protocols import Abandoned, while_wanted
 from .engine import Engine
+from .limits import RequestLimits
+from .refusals import ApiError
 
 DIGITS = 4  # of a probability, a weight or a time in an answer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """What a request may ask for; above it, it is refused with 4xx, or 503 when too many wait."""
-
-    body_bytes: int = 1 << 20
-    new_tokens: int = 1024
-    waiting: int = 32  # fewer than starlette has threads, which is 40
-    seconds: float = 120.0  # then a completion ends where it is
-
-
-class ApiError(Exception):
-    """A request that is answered with an error; raised anywhere below an endpoint."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        **headers: str,
-    ):
-        message = plain(message)
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers
 
 
 def only(value: object) -> AfterValidator:
@@ -169,25 +135,6 @@ class Service(ABC):
             self.in_flight -= 1
 
 
-def check_key(key: str | None, request: Request) -> None:
-    """Raise ApiError unless there is no key, or the request brings it."""
-    if key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Headers are latin-1. The comparison takes as long for a nearly right key as for a wrong one,
-    # so that its time does not tell how much of it is right.
-    same = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
-    if scheme.lower() == "bearer" and same:
-        return
-    if given:
-        problem = "is not the one this server was started with"
-    else:
-        problem = "is missing: send Authorization: Bearer KEY"
-    raise ApiError(
-        401, f"the API key {problem}", None, "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
-    )
-
-
 @asynccontextmanager
 async def following(request: Request) -> AsyncIterator[None]:
     """Have the work inside, threads included, end with Abandoned once the client is gone. The body
@@ -268,47 +215,3 @@ def body_schema(kind: type[Body]) -> dict:
             "content": {"application/json": {"schema": kind.model_json_schema()}},
         }
     }
-
-
-def _response(
-    status: int,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    """Return an error in OpenAI's form."""
-    if status == 401:
-        kind = "authentication_error"
-    elif status == 404:
-        kind = "not_found_error"
-    else:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Have an application answer every error in OpenAI's form."""
-
-    @app.exception_handler(ApiError)
-    async def refused(_request: Request, error: ApiError) -> JSONResponse:
-        return _response(error.status, error.message, error.param, error.code, error.headers)
-
-    @app.exception_handler(HTTPException)
-    async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
-        asked = f"{request.method} {request.url.path}"
-        known = request.app.state.service.addresses
-        message = f"{asked} is not served here; {known} are"
-        return _response(error.status_code, message, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, _error: Exception) -> JSONResponse:
-        # Nothing of the error: it may hold what another client sent. uvicorn closes the connection
-        # after this, and says so only if told; a client that kept it could have its next request
-        # reset.
-        return _response(
-            500,
-            "the server failed at this request; its log tells more",
-            headers={"Connection": "close"},
-        )
