@@ -18,7 +18,7 @@ from pipeline.families.adapters.inference import Request
 from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
-from pipeline.serve import chat
+from pipeline.serve import pictures
 from pipeline.serve.app import create
 from pipeline.serve.limits import RequestLimits
 from tests import small_stack
@@ -242,7 +242,7 @@ def watched(monkeypatch):
             held.pop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat, "open_checked", decode)
+        patch.setattr(pictures, "open_checked", decode)
         yield seen
 
 
@@ -252,7 +252,7 @@ def test_a_burst_of_large_pictures_is_decoded_under_one_bound(
 ):
     """Squares of 640 px, so many of which may be decoded together."""
     bound = together * 640 * 640
-    monkeypatch.setattr(application.state.service.engine, "room", chat.PixelRoom(bound))
+    monkeypatch.setattr(application.state.service.engine, "room", pictures.PixelRoom(bound))
     kinds = [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "L"), ("WEBP", "RGB")]
     urls = [encoded(Image.new(mode, (640, 640)), kind) for kind, mode in kinds]
     with watched(monkeypatch) as seen, ThreadPoolExecutor(8) as pool:

@@ -17,8 +17,9 @@ import torch
 
 from ..families import family
 from ..protocols import held
-from .engine import CompletionEngine, Token, open_model, probe
+from .engine import CompletionEngine, open_model, probe
 from .gates import GateChoice
+from .generation import Token
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,17 @@ fetches nothing. What answers is the stack that the report measured.
 """
 
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.params import Depends
-from PIL import Image
 from pydantic import BeforeValidator, Field
 
-from ..config.task_data import ImageLimitsConfig
-from ..data.images.images import claimed_size, open_checked, resized
-from ..data.images.inline import bytes_in
-from ..data.tasks.markup import StrangePlaceholder, without_placeholders
 from ..errors import DataError
-from ..families import family
-from ..protocols import POLL_S, check_wanted
-from .engine import Engine
+from .chat_engine import ChatEngine, Question
 from .limits import RequestLimits
 from .messages import one_question
 from .protocol import (
@@ -43,14 +34,7 @@ from .protocol import (
 )
 from .refusals import ApiError
 
-if TYPE_CHECKING:
-    from ..families.adapters.inference import Request as StackRequest
-    from ..families.adapters.stack import AdapterStack, Answer, Choice
-
 BODY_BYTES = 32 << 20  # pictures come inside
-# Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
-# pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
-PICTURE_PIXELS = 64_000_000
 
 T = TypeVar("T")
 
@@ -87,6 +71,19 @@ class Message(Body):
         description="Text, or parts: text and image_url"
     )
     name: str | None = Field(None, description="Taken and not used")
+
+    def question(self) -> Question:
+        """Return one text, and its pictures in order."""
+        if isinstance(self.content, str):
+            return Question(self.content)
+        texts = []
+        urls = []
+        for part in self.content:
+            if isinstance(part, TextPart):
+                texts.append(part.text)
+            else:
+                urls.append(part.image_url.url)
+        return Question("\n".join(texts), urls)
 
 
 class RoutingBody(Body):
@@ -132,7 +129,7 @@ class ChatService(Service):
     """Answers of experts to questions about pictures."""
 
     addresses = "GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/route"
-    engine: "ChatEngine"
+    engine: ChatEngine
 
     def __init__(self, folder: Path, limits: RequestLimits | None):
         super().__init__(folder, limits)
@@ -167,7 +164,11 @@ class ChatService(Service):
             raise ApiError(
                 400, f"expert: there is no {body.expert!r}; there are {known} and base", "expert"
             )
-        done = await self._run(lambda: self.engine.answer(body, self.limits.seconds))
+        # Clients send the old name, the new one, or both alike.
+        most = body.max_completion_tokens or body.max_tokens
+        question = body.messages[0].question()
+        seconds = self.limits.seconds
+        done = await self._run(lambda: self.engine.answer(question, seconds, most, body.expert))
         message = {"role": "assistant", "content": done.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
         return {
@@ -193,7 +194,8 @@ class ChatService(Service):
     async def route(self, body: RoutingBody) -> dict:
         """Return which expert a request goes to. Raises ApiError."""
         self.check_model(body.model)
-        choice = await self._run(lambda: self.engine.route(body, self.limits.seconds))
+        question = body.messages[0].question()
+        choice = await self._run(lambda: self.engine.route(question, self.limits.seconds))
         return {
             "object": "route",
             "model": self.engine.name,
@@ -209,114 +211,6 @@ class ChatService(Service):
             return await self.run(work)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", "messages") from None
-
-
-class PixelRoom:
-    """How many pixels may be decoded at once, over all requests."""
-
-    def __init__(self, pixels: int):
-        self.pixels = pixels
-        self._free = pixels
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self, pixels: int, until: float) -> Iterator[None]:
-        """Have room for so many pixels, at most all there is. Raises TimeoutError where there is
-        none by `until`, on the monotonic clock, and Abandoned."""
-        with self._changed:
-            while self._free < pixels:
-                check_wanted()
-                if time.monotonic() > until:
-                    raise TimeoutError("too many large pictures at once; try again in a moment")
-                self._changed.wait(POLL_S)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-class ChatEngine(Engine):
-    """An open bundle of adapters.
-
-    Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that cannot be
-    served.
-    """
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.stack: AdapterStack = family(self.about["family"]).reassemble(folder)
-        self.image = ImageLimitsConfig(**self.about["base"]["image"])
-        # As much as the largest picture that is taken needs, for all requests together.
-        self.room = PixelRoom(PICTURE_PIXELS)
-
-    def answer(self, body: ChatBody, seconds: float) -> "Answer":
-        """Return the answer to a request; past `seconds` no further token is begun, nor do its
-        pictures wait for room any longer. Raises DataError, TimeoutError."""
-        # Clients send the old name, the new one, or both alike.
-        most = body.max_completion_tokens or body.max_tokens
-        request = self._request(body.messages[0], seconds)
-        return self.stack.answer([request], seconds, most, body.expert)[0]
-
-    def route(self, body: RoutingBody, seconds: float) -> "Choice":
-        """Return where a request goes; its pictures wait for room no longer than `seconds`. Raises
-        DataError, TimeoutError."""
-        request = self._request(body.messages[0], seconds)
-        return self.stack.route([request])[0]
-
-    def _request(self, message: Message, seconds: float) -> "StackRequest":
-        """Return a message as the stack takes it: one text, and its pictures in order."""
-        if isinstance(message.content, str):
-            return self.stack.request(self._plain(message.content, 0), ())
-        texts = []
-        urls = []
-        for part in message.content:
-            if isinstance(part, TextPart):
-                texts.append(part.text)
-            else:
-                urls.append(part.image_url.url)
-        # Counted before any is opened, which is what takes memory.
-        most = self.stack.model.limits.media
-        if len(urls) > most:
-            raise DataError(f"{len(urls)} images; at most {most} are taken")
-        until = time.monotonic() + seconds
-        images = [self._picture(url, until) for url in urls]
-        return self.stack.request(self._plain("\n".join(texts), len(images)), images)
-
-    def _picture(self, url: str, until: float) -> Image.Image:
-        """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
-        TimeoutError where there is no room for it by `until`."""
-        # Whatever kind it says: what it is, is read from its bytes.
-        if url[:5].lower() != "data:":
-            raise DataError(
-                "image_url must be a data: URI (data:image/png;base64,...), "
-                f"not {url[:40]!r}: this server fetches nothing"
-            )
-        try:
-            data = bytes_in(url) or b""
-        except ValueError as error:
-            raise DataError(f"image_url is not base64: {error}") from None
-        width, height = claimed_size(data, PICTURE_PIXELS)
-        # One picture at a time: a request that held room and waited for more could wait for ever.
-        with self.room.taken(width * height, until):
-            image = open_checked(data, max_pixels=PICTURE_PIXELS)
-            return resized(image, self.image.min_pixels, self.image.max_pixels)
-
-    def _plain(self, text: str, pictures: int) -> str:
-        """Return a question as experts were asked it in training, without placeholders of pictures.
-        Raises DataError."""
-        mark = self.stack.model.chat.media.placeholder
-        # Who writes the model's own mark without a picture writes about it; it is encoded as words.
-        if not pictures and mark and mark in text:
-            return text
-        try:
-            plain, _ = without_placeholders(text, pictures)
-        except StrangePlaceholder as error:
-            told = str(error).replace("the row has", "the message has")
-            raise DataError(f"{told}; send it as an image_url, or leave the mark out") from None
-        return plain
 
 
 def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from ..store.bundle import about
 from .adapters import AdapterEngine
-from .engine import CompletionEngine, Sampling, Token, expert_shares, top_expert
+from .engine import CompletionEngine, expert_shares, top_expert
+from .generation import Sampling, Token
 from .limits import RequestLimits
 from .protocol import (
     DIGITS,

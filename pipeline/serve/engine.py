@@ -27,6 +27,7 @@ from ..model.loading import quiet_library
 from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, start_ids, verify
 from .gates import GateChoice, recorded
+from .generation import Sampling, Token
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -59,29 +60,6 @@ class CausalModel(Protocol):
 
     def generate(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         """Return ids_BT with what follows them."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token, its text, and per layer the numbers and weights of its experts, likeliest first."""
-
-    id: int
-    text: str
-    experts: list[list[int]]
-    weights: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a text goes on: temperature 0 takes the likeliest token, seed None draws another one each
-    time."""
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    seconds: float | None = None  # after which no further token is begun
 
 
 @dataclass(frozen=True)
