@@ -126,7 +126,7 @@ class RequestChoice:
 
 
 @dataclass(frozen=True)
-class Routed:
+class Route:
     """Where a text goes: by token, or as a whole."""
 
     tokens: tuple[Token, ...] = ()  # the text's own, with who reads each; () of a whole request
@@ -321,7 +321,7 @@ class Generating(Protocol):
         Raises Overloaded, NoSuchReader, and DataError for what is over the context.
         """
 
-    def route(self, prompt: Prompt, client: str = "") -> Future[Routed]:
+    def route(self, prompt: Prompt, client: str = "") -> Future[Route]:
         """Have it said where a prompt goes; `asyncio.wrap_future` makes it awaitable. Raises as
         `submit` does; cancelling the future gives it up."""
 

@@ -61,7 +61,7 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Reply:
     """What one adapter answered, and why it ended: stop or length."""
 
     text: str
@@ -165,7 +165,7 @@ class MultiAdapterModel:
         rows: Sequence[BatchRow],
         new_tokens: Sequence[int],
         seconds: float | None = None,
-    ) -> list[Generation]:
+    ) -> list[Reply]:
         """Return every row's greedy answer of at most its own number of new tokens, in the order of
         rows.
 
@@ -173,7 +173,7 @@ class MultiAdapterModel:
         loaded.
         """
         self._check_names(rows)
-        out: dict[int, Generation] = {}
+        out: dict[int, Reply] = {}
         until = None if seconds is None else time.monotonic() + seconds
         for batch in self._batches(rows, new_tokens):
             picked = [rows[i] for i in batch]
@@ -209,7 +209,7 @@ class MultiAdapterModel:
         rows: list[BatchRow],
         new_tokens: list[int],
         until: float | None,
-    ) -> list[Generation]:
+    ) -> list[Reply]:
         inputs = self._inputs(rows)
         given = inputs["input_ids"].shape[1]
         likelihood = _Likelihood()
@@ -242,14 +242,14 @@ class MultiAdapterModel:
         row: BatchRow,
         ids: list[int],
         nats: list[float],
-    ) -> Generation:
+    ) -> Reply:
         ends = [i for i, token in enumerate(ids) if token in self._ends]
         end = ends[0] if ends else len(ids)
         text = self.chat.tokenizer.decode(ids[:end], skip_special_tokens=True)
         # the token that ends an answer is one of it, as it was learned
         count = end + 1 if ends else end
         mean = sum(nats[:count]) / max(1, count)
-        return Generation(
+        return Reply(
             text=str(text),
             finish="stop" if ends else "length",
             prompt_tokens=len(row.ids),

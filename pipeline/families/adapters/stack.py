@@ -24,7 +24,7 @@ from ...metrics.routing import softmax
 from .. import Parts
 from .base import LoadedBase
 from .config import AdapterRunConfig
-from .inference import BASE, BatchRow, Generation, GenerationLimits, MultiAdapterModel, Request
+from .inference import BASE, BatchRow, GenerationLimits, MultiAdapterModel, Reply, Request
 from .media import MediaFeatures, Medium
 from .peft_io import label_ids, load
 from .router import Calibration, routing_prompt
@@ -180,7 +180,7 @@ class AdapterStack:
         requests: Sequence[Request],
         adapters: Sequence[Sequence[str]],
         max_new_tokens: Sequence[int | None] | None = None,
-    ) -> list[dict[str, Generation]]:
+    ) -> list[dict[str, Reply]]:
         """Return what each of a request's adapters answers, whatever the router would say; one
         sequence per request.
 
@@ -188,7 +188,7 @@ class AdapterStack:
         DataError for a request over the limits, or an adapter that is not there.
         """
         limits = max_new_tokens or [None] * len(requests)
-        out: list[dict[str, Generation]] = []
+        out: list[dict[str, Reply]] = []
         for chunk in self._chunks(requests):
             done = len(out)
             part = slice(done, done + len(chunk))
@@ -316,7 +316,7 @@ class AdapterStack:
         adapters: Sequence[Sequence[str]],
         max_new_tokens: Sequence[int | None],
         seconds: float | None = None,
-    ) -> list[dict[str, Generation]]:
+    ) -> list[dict[str, Reply]]:
         """Return what each of a request's adapters answers; all of them run in mixed batches."""
         rows = []
         limits = []
@@ -329,7 +329,7 @@ class AdapterStack:
                 own = self._new_tokens.get(name, 1)
                 limits.append(min(own, most))
                 owners.append(i)
-        out: list[dict[str, Generation]] = [{} for _ in requests]
+        out: list[dict[str, Reply]] = [{} for _ in requests]
         generations = self.model.generate(rows, limits, seconds)
         for i, row, generation in zip(owners, rows, generations, strict=True):
             out[i][row.adapter] = generation
@@ -338,7 +338,7 @@ class AdapterStack:
 
 def _best(
     choice: Choice,
-    generations: Mapping[str, Generation],
+    generations: Mapping[str, Reply],
     route_s: float,
     generate_s: float,
 ) -> Answer:
