@@ -272,7 +272,7 @@ if ENTERED:
             key = os.environ.get("MOLEFORGE_API_KEY")
             try:
                 folder = cloud.served(Path(VOLUME), key, ENTERED)
-                self.served = serving.create(folder, key)
+                self.served = serving.create(folder, access=serving.behind_a_proxy(key))
             except PipelineError as error:
                 # The log of the container is all that anybody sees of it
                 raise PipelineError(sentence(error, EDGE)) from None

@@ -29,8 +29,9 @@ from .families.load import describes_run, load
 from .report.narrow import output, print_table
 from .run import kits
 from .run.advice import CommandLine, sentence
-from .run.arguments import KEY, parser
+from .run.arguments import parser
 from .run.domain_words import ABOUT
+from .run.serve_flags import KEY
 from .run.stages import RUN, address, without_jobs
 from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
@@ -246,9 +247,13 @@ def _serve(args: argparse.Namespace) -> None:
         Lineage(store).check(folder.name)
         in_store = using(store, [folder.name])
     errors = Console(stderr=True, soft_wrap=True)
-    key = os.environ.get(KEY) or None
+    # Only this command needs the server's packages
+    from .serve.command import serve
+    from .serve.keys import Keys
+
+    keys = Keys(os.environ.get(KEY) or None, args.api_key_file)
     # To be asked for, as a server behind a proxy that wants a key needs none itself
-    if key is None and not args.public and not _only_this_machine(args.host):
+    if not keys.wanted and not args.public and not _only_this_machine(args.host):
         raise ConfigError(
             f"without a key whoever reaches {args.host} can use it: set {KEY}, or add --public "
             "to serve everybody"
@@ -257,11 +262,8 @@ def _serve(args: argparse.Namespace) -> None:
     def progress(text: str) -> None:
         errors.print(text, highlight=False)
 
-    # Only this command needs the server's packages, and not before there is a bundle
-    from .serve.app import create, listen
-
     with in_store:
-        listen(create(folder, key), args.host, args.port, progress)
+        serve(folder, args, keys, progress)
 
 
 def _only_this_machine(host: str) -> bool:

@@ -254,7 +254,7 @@ def test_a_server_that_is_stopped_twice_ends_without_a_traceback(bundled, up):
     process = start(["-m", "pipeline", "serve", "--bundle", bundled[2], "--port", "0"])
     until(lambda: process.poll() is not None or catches(process))
     if up:
-        until(lambda: "startup complete" in process.stderr.readline())
+        until(lambda: "serving tiny" in process.stderr.readline())
     else:
         # in the imports, some of which take a KeyboardInterrupt for a module that is missing
         time.sleep(random.Random(4).uniform(1, 2))

@@ -42,6 +42,7 @@ CONFINED = {
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_", "benchmarks/"),
     "ruamel": ("pipeline/config/",),
+    "prometheus_client": ("pipeline/serve/metrics.py",),
     "gguf": ("pipeline/families/ffn_moe/export/", "pipeline/model/gguf_reading.py"),
     "pillow_heif": ("pipeline/data/images/",),
     "imagehash": ("pipeline/data/images/",),

@@ -237,8 +237,7 @@ def test_no_stale_report_or_bundle_is_shown_as_current(world, monkeypatch, capsy
     (world.store.root / "served.json").write_text(json.dumps({"address": bundle.name}))
     monkeypatch.setattr(__main__, "load", lambda *_: world.cfg)
     shown = []
-    monkeypatch.setattr("pipeline.serve.app.create", lambda folder, _key: shown.append(folder))
-    monkeypatch.setattr("pipeline.serve.app.listen", lambda *_: None)
+    monkeypatch.setattr("pipeline.serve.command.serve", lambda folder, *_: shown.append(folder))
     store = ["--store", str(world.store.root)]
     copy = shutil.copytree(bundle, tmp_path / "copy")
     commands = (["--config", "x", *store], ["--bundle", str(bundle)])

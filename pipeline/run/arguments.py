@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 from ..families import DTYPES, FORMATS
-from . import kits
+from . import kits, serve_flags
 from .domain_words import ABOUT, add_arguments
 from .stages import STAGES, about, has_several_jobs, is_report
+from .typed_numbers import positive
 
-KEY = "MOLEFORGE_API_KEY"
 # What is no stage, or not one alone
 OTHER_COMMANDS = {
     "export": "bring the stack, or a part of it, to a folder or URL in a format of other programs",
@@ -102,7 +102,11 @@ def parser() -> argparse.ArgumentParser:
     kits.add_arguments(kit)
     _add_override(kit)
     _add_store(kit)
-    _add_serve(_add_command(commands, "serve", OTHER_COMMANDS["serve"]))
+    serve = _add_command(commands, "serve", OTHER_COMMANDS["serve"])
+    serve_flags.add_arguments(serve)
+    _add_frozen(serve)
+    _add_override(serve)
+    _add_store(serve)
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
     _add_smoke(run)
@@ -148,7 +152,7 @@ def _add_smoke(sub: argparse.ArgumentParser) -> None:
 def _add_parallel(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--parallel",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="jobs side by side, cores shared (default 1)",
@@ -195,7 +199,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 def _add_compress(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--rank", required=True, type=_positive, metavar="N", help="rank of each matrix's change"
+        "--rank", required=True, type=positive, metavar="N", help="rank of each matrix's change"
     )
     sub.add_argument("--expert", metavar="NAME", help="this expert alone (default: all)")
     _add_target(sub)
@@ -206,35 +210,6 @@ def _add_target(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--to", required=True, metavar="DIR|URL", help="a new folder, or s3://bucket/path and such"
     )
-
-
-def _add_serve(sub: argparse.ArgumentParser) -> None:
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="serve the bundle that deploy made of this YAML file",
-    )
-    which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
-    sub.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="NAME",
-        help="address to listen on (default 127.0.0.1)",
-    )
-    sub.add_argument(
-        "--port", type=_port, default=8000, metavar="N", help="port; 0: any free one (default 8000)"
-    )
-    sub.add_argument(
-        "--public",
-        action="store_true",
-        help="serve other machines without a key, which else is refused",
-    )
-    sub.epilog = f"With ${KEY} set, /v1 wants it as a bearer token."
-    _add_frozen(sub)
-    _add_override(sub)
-    _add_store(sub)
 
 
 def _add_frozen(sub: argparse.ArgumentParser) -> None:
@@ -264,16 +239,3 @@ def _add_store(sub: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where results are kept (default: $MOLEFORGE_STORE, else ./store)",
     )
-
-
-def _positive(text: str) -> int:
-    # int() would also take -1 and 1_000, and argparse would name this function.
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
-    return int(text)

@@ -1,52 +1,136 @@
-"""The HTTP application over a bundle: which service it has, and how it listens.
+"""The HTTP application over a bundle: which service it has, who may ask, and what it tells of
+itself.
 
-Invariant: what is served follows from what the bundle says that it serves.
+Invariant: what is served follows from what the bundle says that it serves. A request passes, from
+the outside in: the log, which gives it an id and answers for what fails; whose site it is from;
+its key; whether there is a model; the size and kind of its body.
 """
 
-import socket
-from collections.abc import Callable
-from functools import partial
+import logging
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Scope
 
 from .. import __version__
-from ..errors import ConfigError, DamagedArtifact, PipelineError
+from ..errors import DamagedArtifact, PipelineError
 from ..store.bundle import about
+from .bodies import BodyCheck
 from .chat import ChatService
 from .completions import CompletionService
-from .keys import check_key
-from .limits import RequestLimits
+from .gate import Gate, GateKeeper
+from .keys import KeyCheck, Keys
+from .limits import ConnectionLimits, RequestLimits
+from .logs import RequestLog, event
+from .metrics import Metrics, path_label
 from .protocol import Service
 from .refusals import add_error_handlers
+from .same_site import ANY, Hosts, SameSite
 
-BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
+log = logging.getLogger(__name__)
+
 # By what a bundle says that it serves.
 SERVICES: dict[str, type[Service]] = {
     "completions": CompletionService,
     "chat": ChatService,
 }
+METRICS = "/metrics"
+# Without a key, as probes of load balancers have none, and whatever becomes of the bundle.
+PROBES = ("/healthz", "/readyz")
 
 
-def create(folder: Path, key: str | None = None, limits: RequestLimits | None = None) -> FastAPI:
-    """Open a bundle and return the application that serves it; with a key, /v1 needs it as a bearer
-    token.
+@dataclass(frozen=True)
+class Access:
+    """Who may ask."""
+
+    keys: Keys = field(default_factory=Keys)
+    hosts: Hosts = field(default_factory=lambda: Hosts("127.0.0.1"))
+    origins: tuple[str, ...] = ()  # of pages that may ask from elsewhere
+    # As vLLM has it, whose scrapers bring no key: figures, and nothing of a request.
+    open_metrics: bool = True
+
+
+def behind_a_proxy(key: str | None) -> Access:
+    """Return who may ask where another server takes the requests, under names of its own and for
+    the open network: whoever has a key, for figures too."""
+    return Access(keys=Keys(key), hosts=Hosts("", (ANY,)), open_metrics=False)
+
+
+def create(
+    folder: Path,
+    key: str | None = None,
+    limits: RequestLimits | None = None,
+    access: Access | None = None,
+) -> FastAPI:
+    """Open a bundle and return the application that serves it; a key is one more way of giving
+    `access` its keys.
 
     Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for a bundle that cannot be
     served, and ConfigError for an empty key.
     """
-    if key == "":
-        raise ConfigError(
-            "the API key is empty, which would let everybody in; set one, or none at all"
-        )
-    folder = Path(folder)
+    app = closed(access or Access(keys=Keys(key)))
+    open_bundle(app, folder, limits)
+    return app
+
+
+def closed(access: Access, connections: ConnectionLimits | None = None) -> FastAPI:
+    """Return an application without a bundle: it says that it is alive and not ready, and has what
+    /v1 takes once `open_bundle` has opened one."""
+    # No pages of documentation: they would load scripts from elsewhere into the reader's browser.
+    app = FastAPI(title="MoleForge", version=__version__, docs_url=None, redoc_url=None)
+    gate = Gate()
+    metrics = Metrics()
+    app.state.gate = gate
+    app.state.metrics = metrics
+    app.state.connections = connections or ConnectionLimits()
+    _add_probes(app, gate, metrics)
+    add_error_handlers(app)
+
+    def told(scope: Scope, status: int, seconds: float) -> None:
+        metrics.answered(path_label(scope, lambda: _paths(app)), status, seconds)
+
+    always = (*PROBES, METRICS)
+    open_paths = always if access.open_metrics else PROBES
+    # the last one is the outermost
+    app.add_middleware(
+        BodyCheck,
+        limit_bytes=lambda: app.state.service.limits.body_bytes if gate.opened else 0,
+        seconds=app.state.connections.body_seconds,
+    )
+    app.add_middleware(GateKeeper, gate=gate, always=always)
+    app.add_middleware(KeyCheck, keys=access.keys, open_paths=open_paths)
+    app.add_middleware(SameSite, hosts=access.hosts, origins=access.origins)
+    app.add_middleware(RequestLog, told=told, quiet=frozenset(always))
+    return app
+
+
+def open_bundle(app: FastAPI, folder: Path, limits: RequestLimits | None = None) -> None:
+    """Open a bundle and have an application serve it from here on. Raises as `create` does."""
+    began = time.monotonic()
+    service = _service(Path(folder), limits)
+    app.state.service = service
+    # an engine that counts nothing has no figures
+    if hasattr(service.engine, "stats"):
+        app.state.metrics.follow(service.engine)
+    _add_models(app, service)
+    service.add_to(app, ())
+    app.state.gate.is_full = lambda: service.in_flight > service.limits.waiting
+    app.state.gate.opened = True
+    seconds = round(time.monotonic() - began, 2)
+    event(log, "ready", model=service.engine.name, seconds=seconds)
+
+
+def _service(folder: Path, limits: RequestLimits | None) -> Service:
     # Bundles that do not say it are of completions, as all were before there were others.
     serves = about(folder).get("serves", "completions")
     if not isinstance(serves, str) or serves not in SERVICES:
         raise DamagedArtifact(f"{folder} serves {serves!r}, which is no service here")
     try:
-        service = SERVICES[serves](folder, limits)
+        return SERVICES[serves](folder, limits)
     # What the memory has no room for is no fault of a file.
     except (PipelineError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -55,58 +139,39 @@ def create(folder: Path, key: str | None = None, limits: RequestLimits | None = 
         raise DamagedArtifact(
             f"{folder} cannot be opened: {type(error).__name__}: {reason}"
         ) from error
-    # No pages of documentation: they would load scripts from elsewhere into the reader's browser.
-    app = FastAPI(title="MoleForge", version=__version__, docs_url=None, redoc_url=None)
-    app.state.service = service
-    guarded = [Depends(partial(check_key, key))]
 
-    # Without the key, as probes of load balancers have none.
+
+def _paths(app: FastAPI) -> frozenset[str]:
+    """Return the addresses that an application has."""
+    return frozenset(getattr(route, "path", "") for route in app.routes)
+
+
+def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def healthz() -> dict:
-        return {
-            "status": "ok",
-            "model": service.engine.name,
-            "experts": list(service.engine.experts),
-        }
+        """Say that the process answers, whatever it is ready for."""
+        return {"status": "ok"}
 
-    @app.get("/v1/models", dependencies=guarded)
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Say whether another request would be taken: 503 while the bundle is opened, while too
+        many requests wait, and once the server is told to stop."""
+        problem = gate.problem
+        return JSONResponse({"status": problem or "ready"}, 503 if problem else 200)
+
+    @app.get(METRICS)
+    async def figures(request: Request) -> Response:
+        """Return what is counted, as Prometheus reads it."""
+        content, kind = metrics.shown(request.headers.get("accept", ""))
+        return Response(content, media_type=kind)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
     async def models() -> dict:
         return {"object": "list", "data": [service.model()]}
 
-    @app.get("/v1/models/{name}", dependencies=guarded)
+    @app.get("/v1/models/{name}")
     async def model(name: str) -> dict:
         service.check_model(name)
         return service.model()
-
-    service.add_to(app, guarded)
-    add_error_handlers(app)
-    return app
-
-
-def listen(app: FastAPI, host: str, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until interrupted; port 0 takes a free one. Raises PipelineError when the address
-    cannot be had."""
-    import uvicorn
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Bound here and not by uvicorn: it would end the process over an address in use, and with
-    # port 0 the address would be known to its log alone.
-    server = socket.socket(family)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        server.bind((host, port))
-        # Before the address is told: whoever reads it may ask at once.
-        server.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
-        server.close()
-        raise PipelineError(
-            f"cannot listen on {host} port {port}: {error}; "
-            "choose another with --host or --port (0: any free port)"
-        ) from None
-    with server:
-        name = app.state.service.engine.name
-        shown = f"[{host}]" if ":" in host else host
-        bound_port = server.getsockname()[1]
-        announce(f"serving {name} at http://{shown}:{bound_port}; Ctrl-C stops")
-        config = uvicorn.Config(app, log_level="info")
-        uvicorn.Server(config).run(sockets=[server])

@@ -1,13 +1,21 @@
 """Requests that are answered with an error, in OpenAI's form, with the status that says whose fault
 it is."""
 
+import asyncio
+import contextlib
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from ..errors import plain
+
+# For which what is still being sent is read and dropped: a socket that is closed over unread bytes
+# is reset, and the client may never see why.
+LINGER_S = 2.0
+FAILED = "the server failed at this request; its log tells more"
 
 
 class ApiError(Exception):
@@ -29,6 +37,10 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
+    def response(self) -> JSONResponse:
+        """Return what the client gets."""
+        return response(self.status, self.message, self.param, self.code, self.headers)
+
 
 def response(
     status: int,
@@ -49,11 +61,11 @@ def response(
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Have an application answer every error in OpenAI's form."""
+    """Have an application answer every error that is not its own in OpenAI's form."""
 
     @app.exception_handler(ApiError)
     async def refused(_request: Request, error: ApiError) -> JSONResponse:
-        return response(error.status, error.message, error.param, error.code, error.headers)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
@@ -62,13 +74,40 @@ def add_error_handlers(app: FastAPI) -> None:
         message = f"{asked} is not served here; {known} are"
         return response(error.status_code, message, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, _error: Exception) -> JSONResponse:
-        # Nothing of the error: it may hold what another client sent. uvicorn closes the connection
-        # after this, and says so only if told; a client that kept it could have its next request
-        # reset.
-        return response(
-            500,
-            "the server failed at this request; its log tells more",
-            headers={"Connection": "close"},
-        )
+
+def announces_body(scope: Scope) -> bool:
+    """Whether a request says that a body comes behind its headers."""
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
+            return True
+    return False
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error before the body was read; where one is on its way, the connection ends
+    with the answer, and not before the client can have read it."""
+    answer = error.response()
+    comes_more = announces_body(scope)
+    if comes_more:
+        answer.headers["Connection"] = "close"
+    await send(
+        {
+            "type": "http.response.start",
+            "status": answer.status_code,
+            "headers": answer.raw_headers,
+        }
+    )
+    # whole, so that the client has all of it while what it sends is read
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+    if comes_more:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await _drop_body(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drop_body(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return

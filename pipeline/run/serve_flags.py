@@ -1,0 +1,128 @@
+"""What can be typed behind `serve`: which bundle, where it listens, who may ask, and how much."""
+
+import argparse
+from pathlib import Path
+
+from .typed_numbers import port, positive, seconds
+
+KEY = "MOLEFORGE_API_KEY"
+EPILOG = f"""\
+Keys come from ${KEY} (several: one a line) and --api-key-file; with any, /v1 wants one as
+a bearer token. The file is read again when it has changed, and at SIGHUP.
+
+SIGTERM and Ctrl-C let what was asked come to its end, for --drain-seconds.
+
+  python -m pipeline serve --config mine.yaml
+  python -m pipeline serve --bundle DIR --host 0.0.0.0 --api-key-file keys.txt \\
+      --allowed-host llm.example.org --log-format json"""
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Give the command `serve` its arguments."""
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="serve the bundle that deploy made of this YAML file",
+    )
+    which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default 127.0.0.1)",
+    )
+    sub.add_argument(
+        "--port", type=port, default=8000, metavar="N", help="port; 0: any free one (default 8000)"
+    )
+    _add_access(sub.add_argument_group("who may ask"))
+    _add_limits(sub.add_argument_group("how much"))
+    _add_operation(sub.add_argument_group("operation"))
+    sub.epilog = EPILOG
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def _add_access(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--public",
+        action="store_true",
+        help="serve other machines without a key, which else is refused",
+    )
+    group.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line; # begins a comment"
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that requests may be sent to, beside what --host is; *.example.org: any below "
+        "it, *: any (may be repeated)",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages of this origin may ask, https://example.org for one (may be repeated; default: "
+        "pages of this server alone)",
+    )
+    group.add_argument(
+        "--metrics-key",
+        action="store_true",
+        help="/metrics wants a key too; else it is open, as vLLM's is",
+    )
+
+
+def _add_limits(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="of an answer (default 1024)"
+    )
+    group.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: what the model was trained on)",
+    )
+    group.add_argument(
+        "--max-seconds",
+        type=seconds,
+        metavar="S",
+        help="after which an answer ends where it is (default 120)",
+    )
+    group.add_argument(
+        "--max-waiting",
+        type=positive,
+        metavar="N",
+        help="requests that wait; those beyond get 503 (default 32)",
+    )
+    group.add_argument(
+        "--max-body-bytes",
+        type=positive,
+        metavar="N",
+        help="of a request (default 1 MiB; 32 MiB where pictures are asked about)",
+    )
+    group.add_argument(
+        "--max-connections",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="that are open at once (default 512)",
+    )
+
+
+def _add_operation(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--log-format",
+        choices=("plain", "json"),
+        default="plain",
+        help="json: an object a line (default plain)",
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=seconds,
+        default=25.0,
+        metavar="S",
+        help="for which SIGTERM and Ctrl-C let answers come to their end (default 25)",
+    )
