@@ -1,11 +1,13 @@
 """The tokenizer through transformers' own class, which is what users and servers load it with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.data.text import tokenizer
 from pipeline.errors import DataError
+from pipeline.store.foreign import TEMPLATE_BYTES
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog\n",
@@ -124,3 +126,34 @@ def test_a_hub_that_does_not_answer_is_a_data_error(monkeypatch):
         DataError, match="no/such is no folder.*ConnectionError: no route.*tokenizer.revision"
     ):
         tokenizer.pretrained("no/such")
+
+
+TEMPLATE = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+
+
+def test_a_chat_template_in_a_file_of_its_own_goes_where_the_tokenizer_goes(trained, tmp_path):
+    """As newer models have it, beside tokenizer_config.json; a bundle has one file of both."""
+    from transformers import AutoTokenizer
+
+    trained.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    found = tokenizer.pretrained(str(tmp_path))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name, text in found.stock_files([]).items():
+        (bundle / name).write_text(text)
+    turns = [{"role": "user", "content": "the fox"}]
+    wanted, ours = (
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, return_dict=False)
+        for folder in (tmp_path, bundle)
+    )
+    assert ours == wanted
+    # What changes what a bundle holds is looked at.
+    names = []
+    eye = SimpleNamespace(file=lambda _setting, _path, name: names.append(name))
+    named = SimpleNamespace(tokenizer=SimpleNamespace(pretrained=str(tmp_path)))
+    assert len(list(tokenizer.seen(named, eye))) == 3
+    assert names[-1] == "chat_template.jinja"
+    (tmp_path / "chat_template.jinja").write_text("x" * (TEMPLATE_BYTES + 1))
+    with pytest.raises(DataError, match="is no chat template: it has over 262,144 bytes"):
+        tokenizer.pretrained(str(tmp_path))

@@ -16,7 +16,7 @@ from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Eye, Seen
 from ...store.artifacts import write_text
-from ...store.foreign import ForeignFile
+from ...store.foreign import TEMPLATE_BYTES, ForeignFile
 from ...store.foreign import read_object as read_foreign
 from ...store.model_sources import in_package
 from ...store.reading import damaged, read_bytes, read_object
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+# Where newer models have it; in older ones it stands in tokenizer_config.json
+_TEMPLATE = "chat_template.jinja"
 # Of a tokenizer_config.json: what would put other tokens around a text than its tokenizer.json
 _AROUND = ("add_bos_token", "add_eos_token")
 
@@ -363,7 +365,7 @@ def seen(cfg: TextRunConfig, eye: Eye) -> Iterator[Seen]:
     if path is None:
         return
     yield eye.file(setting, path, path.name)
-    for beside in _CONFIGS if path.suffix != GGUF else ():
+    for beside in (*_CONFIGS, _TEMPLATE) if path.suffix != GGUF else ():
         if (path.parent / beside).is_file():
             yield eye.file(setting, path.parent / beside, beside)
 
@@ -392,20 +394,21 @@ def _found(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     if path.suffix == GGUF:
         return path, {}
     beside = [path.parent / config for config in _CONFIGS]
-    return path, _merged([config for config in beside if config.is_file()])
+    settings = _merged([config for config in beside if config.is_file()])
+    return path, settings | _template_in(path.parent / _TEMPLATE)
 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    configs = []
+    beside = {}
     try:
         path = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
-        for config in _CONFIGS:
+        for file in (*_CONFIGS, _TEMPLATE):
             try:
-                configs.append(Path(hf_hub_download(name, config, revision=revision)))
-            except EntryNotFoundError:  # either may be missing
+                beside[file] = Path(hf_hub_download(name, file, revision=revision))
+            except EntryNotFoundError:  # each may be missing
                 continue
     except Exception as error:  # the hub client and the network raise what they like
         raise DataError(
@@ -413,7 +416,27 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
             f"its tokenizer.json: {type(error).__name__}: {error}. Check the name, "
             "tokenizer.revision and the network"
         ) from error
-    return path, _merged(configs)
+    template = beside.pop(_TEMPLATE, None)
+    settings = _merged(beside.values())
+    return path, settings | (_template_in(template) if template else {})
+
+
+def _template_in(path: Path) -> dict[str, str]:
+    """Return the setting of a chat template that has a file of its own; {} where there is none.
+    Raises DataError."""
+    if not path.is_file():
+        return {}
+    try:
+        template = path.read_text("utf-8")
+        # A bundle with a longer one would not be opened
+        if len(template.encode()) > TEMPLATE_BYTES:
+            raise ValueError(f"it has over {TEMPLATE_BYTES:,} bytes")
+        return {"chat_template": template}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer.pretrained: {path} is no chat template: {error}. Copy it again, or remove "
+            "it, which leaves the bundle without chats"
+        ) from None
 
 
 def _merged(paths: Iterable[Path]) -> dict[str, Any]:
