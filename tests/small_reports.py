@@ -1,9 +1,22 @@
 """Whole reports of both kinds, made up: every field is filled, and differs from its neighbours."""
 
+import io
 import math
+from base64 import b64encode
+
+from PIL import Image
 
 from pipeline.report import LanguageReport, RequestReport
 
+
+def small_jpeg() -> str:
+    """Return a picture of one pixel in base64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), "grey").save(buffer, "JPEG")
+    return b64encode(buffer.getvalue()).decode()
+
+
+PICTURE = f"data:image/jpeg;base64,{small_jpeg()}"
 NASTY = '<script>alert("x")</script>&\x1b[31m\u202e'
 DOMAINS = ("python", "c", "docs")
 MACHINE = {
@@ -173,7 +186,26 @@ def language_values(domains: tuple[str, ...] = DOMAINS) -> dict:
                 "domain": "code",
                 "prompt": "def first(",
                 "held_out": "items): return items[0]",
-                "written": [["trunk + dummy", "the the the"], ["dense total", "x): return x"]],
+                "written": [
+                    ["trunk + dummy", "the the the"],
+                    ["dense total", "x): return x"],
+                    ["stack (top-2)", "list): return 1"],
+                ],
+                "spans": [
+                    {"speaker": "python", "tokens": 3, "text": "list): "},
+                    {"speaker": "c", "tokens": 2, "text": "return 1"},
+                ],
+            }
+        ],
+        "samples": [
+            {
+                "domain": "docs",
+                "spans": [
+                    {"speaker": "anchor", "tokens": 2, "text": "How to\n"},
+                    {"speaker": "docs", "tokens": 5, "text": "  begin"},
+                    {"speaker": "base", "tokens": 1, "text": "."},
+                ],
+                "goes_on": True,
             }
         ],
         "speed": [dict(JOB)],
@@ -344,6 +376,26 @@ def request_values() -> dict:
             ],
         },
         "rates": [SEARCH | {"job": "lr_experts color"}],
+        "misrouted": [
+            {
+                "set": "test_held",
+                "own": "count",
+                "prompt": "how many red ones?",
+                "pictures": [PICTURE],
+                "choice": "color",
+                "confidence": 0.765,
+            }
+        ],
+        "examples": [
+            {
+                "set": "test",
+                "own": "color",
+                "prompt": "what colour?",
+                "pictures": [PICTURE],
+                "right": "red",
+                "answers": [{"way": "stack", "by": "color", "text": "reddish", "score": 0.284}],
+            }
+        ],
         "answers": [
             {
                 "set": "test",

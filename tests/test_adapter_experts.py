@@ -424,9 +424,13 @@ def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
 
 def test_texts_go_on_as_the_base_and_whoever_the_endpoint_chooses_write_them(run, bundled):
     written_tokens = 3  # within the context, beyond which generate would look further back
-    evaluate = run.cfg.evaluate.model_copy(update={"continuation_tokens": written_tokens})
-    found = tables(run.cfg.model_copy(update={"evaluate": evaluate}), run, quiet).continuations
+    asked = {"continuation_tokens": written_tokens, "samples": 2}
+    evaluate = run.cfg.evaluate.model_copy(update=asked)
+    report = tables(run.cfg.model_copy(update={"evaluate": evaluate}), run, quiet)
+    found = report.continuations
     assert [text.domain for text in found] == list(small.DOMAINS)
+    # one reader of a whole text
+    assert [len(each.spans) for each in report.samples] == [1] * len(report.samples)
     engine = AdapterEngine(bundled)
     model = stock(run)
     model.generation_config.pad_token_id = 0
@@ -441,6 +445,12 @@ def test_texts_go_on_as_the_base_and_whoever_the_endpoint_chooses_write_them(run
         for name, tokens in written.items():
             tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
             assert own[name].split() == [f"w{token}" for token in tokens]
+        (reader,) = {token.experts[0][0] for token in engine.route(ids)}
+        assert {span.speaker for span in text.spans} <= {engine.experts[reader]}
+    for sample in report.samples:
+        read = engine.route(engine.encode(sample.spans[0].text))
+        assert sample.spans[0].tokens == len(read)
+        assert sample.spans[0].speaker == engine.experts[read[0].experts[0][0]]
 
 
 def test_the_report_tells_the_rates_that_were_searched_for_adapters(run):

@@ -3,6 +3,7 @@ it."""
 
 import io
 import json
+from base64 import b64decode
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageChops
 from rich.console import Console
 
-from pipeline.families.adapters import eval_data, evaluate
+from pipeline.families.adapters import eval_data, evaluate, shown
 from pipeline.families.adapters.eval_data import AdapterEvaluator, EvalRequest
 from pipeline.families.adapters.evaluate import criteria
 from pipeline.families.adapters.peft_io import peft_name
@@ -180,6 +181,56 @@ def test_a_smoke_evaluation_takes_few_rows_of_everything(smoke):
     assert smoke.requests.sets["test"] == 8
     assert all(each.requests <= 2 for each in smoke.routing.consistency)
     assert any("smoke" in note for note in smoke.notes)
+
+
+def test_some_requests_are_shown_with_their_pictures_and_answers(made, bench, smoke):
+    report = made[2]
+    assert report.misrouted and report.examples
+    for told in report.misrouted:
+        routed = bench.routed(told.set)
+        (asked,) = [each for each in routed if _is_shown(each, told)]
+        (choice,) = bench.stack.route([asked.request()])
+        assert (choice.expert, asked.expert) == (told.choice, told.own)
+        assert choice.expert != told.own
+        assert choice.confidence == pytest.approx(told.confidence, abs=1e-5)
+    assert [each.own for each in report.examples] == [name for name in EXPERTS for _ in range(2)]
+    for told in report.examples:
+        first = next(each for each in bench.routed(told.set) if _is_shown(each, told))
+        assert told.right == first.wanted[0] and first.expert == told.own
+        (answer,) = bench.stack.answer([first.request()])
+        ways = {given.way: given for given in told.answers}
+        assert (ways["stack"].by, ways["stack"].text) == (answer.expert, answer.text)
+        most = bench.cfg.loras.entry(told.own).max_new_tokens
+        (said,) = bench.stack.generate([first.request()], [[told.own, "base"]], [most])
+        assert ways["right expert"].text == said[told.own].text
+        assert ways["base"].text == said["base"].text
+        for given in told.answers:
+            assert given.score == bench.judge(first, given.text)["score"]
+    none = changed(made[0], smoke=True, smoke_rows=2, samples=0)
+    silent = family.measure(none, made[1], quiet)
+    assert silent == smoke.model_copy(update={"made": silent.made, "misrouted": (), "examples": ()})
+
+
+def _is_shown(asked, told) -> bool:
+    """Whether a request is the one that a report shows, by its words and what its picture shows."""
+    pictures = [Image.open(io.BytesIO(b64decode(each.split(",")[1]))) for each in told.pictures]
+    media = asked.open()
+    if asked.prompt != told.prompt or len(media) != len(pictures):
+        return False
+    for medium, small in zip(media, pictures, strict=True):
+        assert max(small.size) <= 192 and not small.getexif()
+        difference = ImageChops.difference(medium.convert("RGB").resize(small.size), small)
+        if np.asarray(difference, dtype=float).mean() > 8:
+            return False
+    return True
+
+
+def test_pictures_of_a_report_are_small_all_together(bench, monkeypatch):
+    asked = bench.routed("test")
+    monkeypatch.setattr(shown, "PICTURES_BYTES", 9000)
+    gallery = shown.Gallery(bench)
+    pictures = [gallery._pictures(each) for each in asked]
+    assert 5000 < sum(len(each) for row in pictures for each in row) <= 9000
 
 
 def test_rows_over_the_limits_are_left_out_and_counted(made, monkeypatch):

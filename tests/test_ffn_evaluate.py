@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from pipeline.data.text import tokenizer
 from pipeline.families.ffn_moe.evaluate import tables
 from pipeline.families.ffn_moe.parts import shards_of
+from pipeline.families.ffn_moe.speakers import spans
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run.context import StoredParts
@@ -50,7 +52,7 @@ def test_the_report_measures_what_the_settings_say(trained):
 def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(trained):
     """Bits per byte of one expert from AutoModel, whole held-out rows, windows as the report cuts
     them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     report = tables(small.config(), trained, quiet)
     settings = json.loads((trained.folder("train_shared") / "trunk.json").read_text())
@@ -80,7 +82,7 @@ def test_an_experts_row_in_the_report_is_its_loss_in_a_plain_transformers_model(
 def test_texts_go_on_as_stock_transformers_generates_them(finished):
     """The base's and the dense baseline's texts, from generate of plain models with their
     tensors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path, store = finished
     # both within the context, beyond which generate would look further back
@@ -116,8 +118,73 @@ def test_texts_go_on_as_stock_transformers_generates_them(finished):
             assert len(prompt.ids) == cfg.trunk.context_tokens // 2
 
 
-def test_no_text_goes_on_where_none_is_asked_for(trained):
-    assert tables(small.config(), trained, quiet).continuations == ()
+def test_who_speaks_is_whom_the_gates_of_stock_transformers_choose(finished, bundled):
+    """Of held-out texts by who reads each token, of the stack's own by who chose it."""
+    path, store = finished
+    cfg = load(path, ("evaluate.continuation_tokens=12", "evaluate.rivals=few"))
+    parts = StoredParts(cfg, Store(store).open())
+    report = tables(cfg, parts, quiet)
+    model = AutoModelForCausalLM.from_pretrained(bundled[2], dtype=torch.float32).eval()
+    shards = shards_of(parts, cfg.partition.names)
+    lead = len(shards.lead)
+    assert [each.domain for each in report.samples] == [d for d in shards.domains for _ in range(2)]
+    for number, sample in enumerate(report.samples):
+        starts, _ = shards.documents("test", sample.domain)
+        stream = shards.stream("test", sample.domain).astype(np.int64)
+        at = number % 2
+        ids = torch.from_numpy(stream[starts[at] : starts[at + 1]][: cfg.trunk.context_tokens])
+        said = chosen(model, ids, report.experts)[lead:]
+        assert by_token(sample.spans) == said
+        assert sample.goes_on == (starts[at + 1] - starts[at] > len(ids))
+    words = tokenizer.load(parts.folder("tokenizer"))
+    for text in report.continuations:
+        written = dict(text.written)[report.stack.name]
+        assert "".join(span.text for span in text.spans) == written
+        prompt, own = words.encode([text.prompt, written])
+        ids = torch.tensor([*words.lead, *prompt.ids, *own.ids])
+        # a token is chosen where the one before it is read
+        said = chosen(model, ids, report.experts)[lead + len(prompt.ids) - 1 : -1]
+        assert by_token(text.spans) == said
+
+
+def by_token(spans) -> list[str]:
+    """Return the speaker of each token."""
+    return [span.speaker for span in spans for _ in range(span.tokens)]
+
+
+def chosen(model, ids, names) -> list[str]:
+    """Return by token of a text the expert with the most weight over all layers of a stock
+    model."""
+    heard = []
+    hooks = [
+        module.register_forward_hook(lambda _gate, _inputs, out: heard.append(out))
+        for name, module in model.named_modules()
+        if name.endswith(".mlp.gate")
+    ]
+    with torch.no_grad():
+        model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    total_TE = torch.zeros(len(ids), len(names), dtype=torch.float64)
+    for _, weight_TK, index_TK in heard:
+        total_TE.scatter_add_(1, index_TK, weight_TK.double())
+    return [names[number] for number in total_TE.argmax(1)]
+
+
+def test_no_text_is_shown_where_none_is_asked_for(trained):
+    report = tables(small.config(), trained, quiet)
+    assert report.continuations == () and report.samples == ()
+
+
+def test_a_character_of_two_speakers_is_the_last_ones_and_nothing_is_lost():
+    words = tokenizer.train(270, ["a text"])
+    (found,) = words.encode(["ab é 読 \n c"])
+    for turn in (1, 2, 3):
+        speakers = [f"s{i // turn % 2}" for i in range(len(found.ids))]
+        told = spans(words, found.ids, speakers)
+        assert "".join(span.text for span in told) == "ab é 読 \n c"
+        assert by_token(told) == speakers
+        assert "\ufffd" not in repr(told)
 
 
 def test_few_rivals_leave_the_other_rows_and_their_figures_as_they_are(trained):

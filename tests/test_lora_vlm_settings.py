@@ -245,6 +245,8 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
         for name in VlmAdapterConfig.model_fields
         if name != "compile"
     },
+    "adapterevaluate.samples": "test_adapters_evaluate.py::"
+    "test_some_requests_are_shown_with_their_pictures_and_answers",
     "adapterevaluate.batch_rows": HERE + "test_rows_of_a_forward_pass_are_those_of_the_setting",
 }
 

@@ -23,7 +23,7 @@ from tests.small_reports import (
 )
 from tests.test_report_terminal import printed
 
-VOID = {"meta"}  # elements without an end
+VOID = {"meta", "img"}  # elements without an end
 
 
 class Reader(HTMLParser):
@@ -82,16 +82,20 @@ def test_links_lead_to_sections_that_exist(report):
     assert {value.removeprefix("#") for key, value in attributes if key == "href"} == set(ids)
 
 
-def test_page_refers_to_nothing_outside():
-    text = page(language_report(), histories())
+@pytest.mark.parametrize("report", [language_report(), request_report()])
+def test_page_refers_to_nothing_outside(report):
+    text = page(report, histories())
     reader = Reader(text)
-    assert not {"script", "link", "iframe", "img", "object", "base"} & set(reader.tags)
+    assert not {"script", "link", "iframe", "object", "base"} & set(reader.tags)
     for key, value in reader.attributes:
-        assert "//" not in (value or ""), (key, value)
+        # a picture is in the page; its base64 may hold any letters
+        inside = key == "src" and value.startswith("data:image/jpeg;base64,")
+        assert inside or "//" not in (value or ""), (key, value)
     style = re.search("<style>(.*?)</style>", text, re.S).group(1)
     assert "url(" not in style
     assert "@import" not in style
-    assert any("https://example.org" in words for words in reader.texts)
+    note = report.notes[0]
+    assert any(note in words for words in reader.texts)
 
 
 def test_names_are_escaped_everywhere():
@@ -102,6 +106,8 @@ def test_names_are_escaped_everywhere():
     values["wins"][0] |= {"against": NASTY, "axis": NASTY}
     values["quality"][0] |= {"name": NASTY, "axis": NASTY}
     values["speed"][0]["job"] = NASTY
+    values["samples"][0]["spans"][0] |= {"speaker": NASTY, "text": NASTY}
+    values["continuations"][0] |= {"prompt": NASTY, "held_out": NASTY, "written": [["x", NASTY]]}
     rows = histories()["train_router"]
     told = {f"train_router {NASTY}": rows, f"train_experts {NASTY}": rows, "train_experts b": rows}
     text = page(LanguageReport.model_validate(values), told)

@@ -308,7 +308,8 @@ EFFECTS = {
     "dense.lr": (PATH, 0.5, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
     "evaluate.rivals": ("evaluate", "few", {}),
-    "evaluate.continuation_tokens": ("evaluate", 4, {}),
+    "evaluate.continuation_tokens": ("evaluate", 4, {"evaluate__samples": 1}),
+    "evaluate.samples": ("evaluate", 1, {}),
     "evaluate.min_expert_share": ("evaluate", 1.0, {}),
     "evaluate.gap_share": ("evaluate", 1.0, {"dense__baselines": ("path",)}),
 }

@@ -18,7 +18,10 @@ from ..store.history import Row
 from ..store.reading import read_bytes
 from . import Parts
 
-NOTE = f"Times, memory and the machine that they were measured on are in {MADE}."
+NOTE = (
+    f"Times, memory and the machine that they were measured on are in {MADE}; texts and pictures "
+    "of the data are in the run's own report alone."
+)
 
 
 def report_files(cfg: RunConfig, parts: Parts, described: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from .schema.language import LanguageReport
 # Words of the report's own, whatever a domain is called
 _OWN_WORDS = frozenset({"run", "family", "kind", "verdict", "axis", "labels", "machine"})
 # Texts, which may be no longer than a label
-_TEXTS = frozenset({"prompt", "held_out", "written"})
+_TEXTS = frozenset({"prompt", "held_out", "written", "text"})
 Part = TypeVar("Part", bound=ReportPart)
 
 

@@ -17,7 +17,8 @@ R = TypeVar("R", bound=BaseReport)
 
 
 def split(report: R, note: str) -> tuple[R, dict[str, Any]]:
-    """Return a report without times, memory and machine, and those as JSON.
+    """Return a report without times, memory and machine, and those as JSON; and without texts and
+    pictures of the data, which whoever gets the bundle need not have.
 
     `note` is added to the report's notes: where a reader finds the rest.
     """
@@ -27,6 +28,7 @@ def split(report: R, note: str) -> tuple[R, dict[str, Any]]:
             "machine": None,
             "speed": (),
             "notes": (*report.notes, note),
+            **dict.fromkeys(report.texts, ()),
         }
     )
     moment = {

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import language, requests, routing, run_facts
+from . import language, requests, routing, run_facts, shown_requests, spoken
 from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .labels import with_labels
@@ -99,8 +99,27 @@ def _language_sections(report: LanguageReport, histories: Histories) -> list[Pag
         PageSection("texts", "Where texts go", where_texts_go),
         PageSection("opt_out", "When one expert leaves", _heat(language.opt_out(report), "turn")),
         PageSection("active", "Active experts", active),
-        PageSection("continuations", "How texts go on", _table(language.continuations(report))),
+        PageSection("samples", "Who speaks", _samples(report)),
+        PageSection("continuations", "How texts go on", _continuations(report)),
     ]
+
+
+def _samples(report: LanguageReport) -> Markup:
+    passages = spoken.samples(report)
+    if not passages:
+        return Markup("")
+    return _render("samples.html", passages=passages, speakers=spoken.speakers(report))
+
+
+def _continuations(report: LanguageReport) -> Markup:
+    if not report.continuations:
+        return Markup("")
+    return _render(
+        "continuations.html",
+        beginnings=spoken.beginnings(report),
+        speakers=spoken.speakers(report),
+        reading=spoken.continuations_reading(report),
+    )
 
 
 def _request_sections(report: RequestReport) -> list[PageSection]:
@@ -116,12 +135,15 @@ def _request_sections(report: RequestReport) -> list[PageSection]:
             requests.consistency(report),
         ],
     )
+    where_requests_go += _block("cards", shown_requests.misrouted(report))
     adapters = _heat(requests.adapters(report), "up") + _table(requests.metric_figures(report))
+    answers = _table(requests.answers(report))
+    answers += _block("cards", shown_requests.examples(report))
     return [
         PageSection("verdict", "Verdict", _table(run_facts.criteria(report))),
         PageSection("routes", "Where requests go", where_requests_go),
         PageSection("adapters", "Who can do what", adapters),
-        PageSection("answers", "What the answers are worth", _table(requests.answers(report))),
+        PageSection("answers", "What the answers are worth", answers),
     ]
 
 

@@ -201,6 +201,29 @@ max-width:none}
 .facts dt{color:var(--soft);font-size:.8rem}
 .facts dd{margin:0;font-weight:600;overflow-wrap:anywhere}
 ul.notes{max-width:88ch;padding-left:1.2rem;overflow-wrap:anywhere}
+.passage{white-space:pre-wrap;overflow-wrap:anywhere;max-width:88ch;margin:.4rem 0;
+font-size:.92rem;line-height:1.7}
+.said{background:color-mix(in srgb,var(--key) 25%,var(--paper));border-radius:3px;
+padding:.08em 0;-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.said.dotted{text-decoration:underline dotted var(--key) 2px}
+.said.double{text-decoration:underline double var(--key)}
+.key.block.dotted{outline:2px dotted var(--key);outline-offset:1px}
+.key.block.double{outline:3px double var(--key);outline-offset:1px}
+.key.plain{border:1px solid var(--soft)}
+.spoken{border-left:3px solid var(--rule);padding-left:.8rem;margin:.7rem 0}
+.sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:.8rem}
+.sides>div{border:1px solid var(--rule);border-radius:10px;padding:.5rem .8rem;min-width:0}
+.sides>.main{border-color:var(--accent)}
+h4{font-size:.82rem;font-weight:600;color:var(--soft);margin:0;overflow-wrap:anywhere}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:.8rem}
+.card{border:1px solid var(--rule);border-radius:10px;padding:.7rem .8rem;min-width:0;
+overflow-wrap:anywhere;break-inside:avoid;font-size:.88rem}
+.card img{max-width:100%;border-radius:6px;vertical-align:top;margin:0 .3rem .4rem 0}
+.card p{margin:.2rem 0 .5rem;white-space:pre-wrap}
+.card small{display:block;color:var(--soft);font-size:.76rem}
+.card dl{margin:0;display:grid;grid-template-columns:max-content 1fr;gap:.15rem .7rem}
+.card dt{color:var(--soft);max-width:7rem}
+.card dd{margin:0;white-space:pre-wrap}
 details{margin:.9rem 0 0}
 summary{cursor:pointer;font-size:.9rem;font-weight:600}
 .origins{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .9rem;font-size:.86rem;

@@ -188,6 +188,54 @@ any: turn (loss to gain) or up (share). #}
 {% endif %}
 {% endmacro %}
 
+{# Who speaks: names in the colours of their pieces. #}
+{% macro speakers(drawn) %}
+<div class="legend">
+{% for each in drawn %}
+<span><i class="key block {{ each.look }}"></i>{{ each.name }}
+{%- if each.share %} <b>{{ each.share }}</b>{% endif %}</span>
+{% endfor %}
+</div>
+{% endmacro %}
+
+{# A text as it is, blanks and lines included: nothing of the template may come between. #}
+{% macro passage(said, goes_on=false) %}
+<p class="passage" dir="auto">
+{%- for each in said -%}
+{%- if each.look -%}
+<span class="said {{ each.look }}" title="{{ each.speaker }}">{{ each.text }}</span>
+{%- else -%}
+{{ each.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- if goes_on %} …{% endif -%}
+</p>
+{% endmacro %}
+
+{# Requests with their pictures, which are in the page. #}
+{% macro cards(drawn) %}
+{% if drawn.cards %}
+<h3>{{ drawn.title }}</h3>
+<div class="cards">
+{% for card in drawn.cards %}
+<div class="card">
+{% for picture in card.pictures %}
+<img src="{{ picture }}" alt="picture {{ loop.index }} of the request">
+{% endfor %}
+<p dir="auto">{{ card.prompt }}{{ small(card.note) }}</p>
+<dl>
+{% for line in card.lines %}
+<dt>{{ line.name }}</dt>
+<dd dir="auto"{{ {"class": line.tone or none}|xmlattr }}>{{ line.text }}{{ small(line.small) }}</dd>
+{% endfor %}
+</dl>
+</div>
+{% endfor %}
+</div>
+{{ reading(drawn.reading) }}
+{% endif %}
+{% endmacro %}
+
 {% macro charts(drawn) %}
 <div class="charts">
 {% for each in drawn %}
@@ -292,6 +340,46 @@ CURVES = """\
   "as means over neighbours (memory: the greatest).") }}
 """
 
+SAMPLES = """\
+{% import "blocks.html" as blocks %}
+{{ blocks.speakers(speakers) }}
+{% for domain, texts in passages.items() %}
+<h3>{{ domain }}</h3>
+{% for each in texts %}
+<div class="spoken">
+{{ blocks.passage(each.said, each.goes_on) }}
+{{ blocks.speakers(each.speakers) }}
+</div>
+{% endfor %}
+{% endfor %}
+{{ blocks.reading("The first held-out texts of each domain, chosen by nobody. A colour is the " ~
+  "expert with the most weight over all layers where a token is read, or the one that reads the " ~
+  "whole text; without a colour: the base. Below each text, shares of its tokens.") }}
+"""
+
+CONTINUATIONS = """\
+{% import "blocks.html" as blocks %}
+{% if speakers %}
+{{ blocks.speakers(speakers) }}
+{% endif %}
+{% for each in beginnings %}
+<h3>{{ each.domain }}</h3>
+<p class="passage" dir="auto">{{ each.prompt }}</p>
+<div class="sides">
+{% for side in each.written %}
+<div{{ {"class": "main" if side.main else none}|xmlattr }}>
+<h4>{{ side.writer }}</h4>
+{{ blocks.passage(side.said) }}
+{% if side.speakers %}
+{{ blocks.speakers(side.speakers) }}
+{% endif %}
+</div>
+{% endfor %}
+</div>
+{% endfor %}
+{{ blocks.reading(reading) }}
+"""
+
 NOTES = """\
 <ul class="notes">
 {% for note in notes %}
@@ -307,5 +395,7 @@ TEMPLATES = {
     "routing.html": ROUTING,
     "requests.html": REQUESTS,
     "curves.html": CURVES,
+    "samples.html": SAMPLES,
+    "continuations.html": CONTINUATIONS,
     "notes.html": NOTES,
 }

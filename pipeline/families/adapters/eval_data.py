@@ -50,6 +50,14 @@ class EvalRequest:
         return Request(self.prompt, tuple(media))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An answer and its figures."""
+
+    text: str
+    figures: Figures
+
+
 @dataclass
 class AdapterEvaluator:
     """The run's rows, opened on first asking, and its stack."""
@@ -166,9 +174,9 @@ class AdapterEvaluator:
         requests: Sequence[EvalRequest],
         adapters: Sequence[Sequence[str]],
         what: str,
-    ) -> list[dict[str, Figures]]:
-        """Return the figures of each request's answers by adapter, none of them longer than its own
-        expert's may be."""
+    ) -> list[dict[str, Judged]]:
+        """Return each request's answers by adapter with their figures, none of them longer than its
+        own expert's may be."""
         out = []
         for opened, part in self._opened(requests, what):
             own = requests[part]
@@ -179,10 +187,11 @@ class AdapterEvaluator:
                 limits.append(entry.max_new_tokens)
             generated = self.stack.generate(opened, adapters[part], limits)
             for request, generations in zip(own, generated, strict=True):
-                figures = {}
+                judged = {}
                 for name, generation in generations.items():
-                    figures[name] = self.judge(request, generation.text)
-                out.append(figures)
+                    figures = self.judge(request, generation.text)
+                    judged[name] = Judged(generation.text, figures)
+                out.append(judged)
         return out
 
     def judge(self, request: EvalRequest, text: str) -> Figures:

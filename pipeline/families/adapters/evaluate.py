@@ -21,6 +21,7 @@ from ...report.schema.base import Difference, JobSpeed, MachineFacts
 from ...report.schema.requests import (
     AdapterModelFacts,
     AdapterScores,
+    AnsweredRequest,
     AnswerRow,
     AnswerScore,
     AnswerSet,
@@ -36,11 +37,12 @@ from .. import Parts
 from ..searches import searched
 from .config import AdapterRunConfig
 from .criteria import criteria, measured_on_few
-from .eval_data import AdapterEvaluator, EvalRequest
+from .eval_data import AdapterEvaluator, EvalRequest, Judged
 from .inference import BASE
 from .peft_io import ABOUT
 from .routing_eval import NEUTRAL, REORDERED, REWORDED, Routed, routed_sets, routing
-from .stack import ROUTER, AdapterStack
+from .shown import Gallery
+from .stack import ROUTER, AdapterStack, Answer
 from .stages import SEARCHES
 
 WAYS = ("stack", "choice", "oracle", "base")  # who answers a routed request
@@ -54,7 +56,9 @@ def evaluate(
     adapters = _adapters(evaluator)
     sets = routed_sets(evaluator)
     routes = routing(evaluator, sets)
-    answers = _answers(evaluator, sets)
+    gallery = Gallery(evaluator)
+    misrouted = gallery.misrouted(sets)
+    answers, examples = _answers(evaluator, sets, gallery)
     # figures of time mean little without it, and bf16 rounds them all
     facts = machine(torch.get_num_threads(), stack.model.core.dtype == torch.bfloat16)
     return RequestReport(
@@ -73,6 +77,8 @@ def evaluate(
         routing=routes,
         adapters=adapters,
         answers=tuple(answers),
+        misrouted=misrouted,
+        examples=tuple(examples),
         rates=tuple(searched(cfg, parts, SEARCHES.values())),
         speed=tuple(_jobs(cfg, parts)),
         machine=MachineFacts.model_validate(facts),
@@ -92,7 +98,7 @@ def _adapters(evaluator: AdapterEvaluator) -> AdapterScores:
         scores = {}
         intervals = {}
         for name in names:
-            score_N = np.array([figures[name]["score"] for figures in judged])
+            score_N = np.array([answers[name].figures["score"] for answers in judged])
             scores[name] = _mean(score_N)
             intervals[name] = bootstrap.interval(score_N)
         tasks.append(
@@ -102,16 +108,19 @@ def _adapters(evaluator: AdapterEvaluator) -> AdapterScores:
                 requests=len(requests),
                 scores=scores,
                 intervals=intervals,
-                figures=_figures([figures[task] for figures in judged]),
+                figures=_figures([answers[task].figures for answers in judged]),
             )
         )
     return AdapterScores(adapters=names, tasks=tuple(tasks))
 
 
-def _answers(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> list[AnswerSet]:
+def _answers(
+    evaluator: AdapterEvaluator, sets: Mapping[str, Routed], gallery: Gallery
+) -> tuple[list[AnswerSet], list[AnsweredRequest]]:
     """Return per test split how well the stack answers beside the router's first choice, the oracle
-    and the base."""
-    out = []
+    and the base; and some of the first split's answers."""
+    out: list[AnswerSet] = []
+    examples: list[AnsweredRequest] = []
     for name, routed in sets.items():
         # what is right is known of requests made from a task's row, and of nobody's never
         keep = []
@@ -124,15 +133,18 @@ def _answers(evaluator: AdapterEvaluator, sets: Mapping[str, Routed]) -> list[An
         for number in routed.prob_NC[keep].argmax(1):
             chosen.append(evaluator.answered_by(evaluator.stack.choices[number]))
         requests = [routed.requests[i] for i in keep]
-        out.append(_answer_set(evaluator, name, requests, chosen))
-    return out
+        judged, answers = _answered(evaluator, requests, chosen)
+        if not out:
+            examples += gallery.answered(name, requests, answers, judged)
+        out.append(_answer_set(evaluator, name, requests, chosen, judged, answers))
+    return out, examples
 
 
-def _answer_set(
-    evaluator: AdapterEvaluator, name: str, requests: list[EvalRequest], chosen: Sequence[str]
-) -> AnswerSet:
-    """Return how well requests are answered; `chosen` is who answers when the router's first choice
-    always does."""
+def _answered(
+    evaluator: AdapterEvaluator, requests: list[EvalRequest], chosen: Sequence[str]
+) -> tuple[list[dict[str, Judged]], list[Answer]]:
+    """Return the answers of the right expert, the base and `chosen` to requests, and the stack's
+    own."""
     adapters = []
     for request, first in zip(requests, chosen, strict=True):
         # one generation where two of them are the same
@@ -140,13 +152,25 @@ def _answer_set(
     # the stack's own answers are made again, as it may have ranked several experts' answers
     what = "the right expert and the base on routed requests"
     judged = evaluator.scores(requests, adapters, what)
-    answers = evaluator.answers(requests)
+    return judged, evaluator.answers(requests)
+
+
+def _answer_set(
+    evaluator: AdapterEvaluator,
+    name: str,
+    requests: list[EvalRequest],
+    chosen: Sequence[str],
+    judged: Sequence[Mapping[str, Judged]],
+    answers: Sequence[Answer],
+) -> AnswerSet:
+    """Return how well requests are answered; `chosen` is who answers when the router's first choice
+    always does."""
     score: dict[str, list] = {way: [] for way in WAYS}
     for i, request in enumerate(requests):
         score["stack"].append(evaluator.judge(request, answers[i].text)["score"])
-        score["choice"].append(judged[i][chosen[i]]["score"])
-        score["oracle"].append(judged[i][request.expert]["score"])
-        score["base"].append(judged[i][BASE]["score"])
+        score["choice"].append(judged[i][chosen[i]].figures["score"])
+        score["oracle"].append(judged[i][request.expert].figures["score"])
+        score["base"].append(judged[i][BASE].figures["score"])
     score_N = {way: np.array(values) for way, values in score.items()}
     own_N = np.array([request.expert for request in requests])
     tasks = []

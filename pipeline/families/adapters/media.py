@@ -81,6 +81,11 @@ class Media:
         """Return the tokens of an opened medium. Raises DataError for one that cannot be read."""
         raise NotImplementedError
 
+    def small_picture(self, medium: Medium) -> str | None:
+        """Return a small copy of a medium for the report, a data: URI of a JPEG; None where it
+        cannot be seen."""
+        return None
+
     def token_inputs(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what the model takes for each token beside its id and the mask."""
         return {}

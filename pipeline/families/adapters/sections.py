@@ -246,6 +246,13 @@ class AdapterEvaluateConfig(Section):
     consistency_rows: int = Field(
         100, ge=0, description="Requests whose route is compared after each change"
     )
+    samples: int = Field(
+        2,
+        ge=0,
+        le=20,
+        description="Requests of each task that the report shows with their pictures and answers, "
+        "and of each set that went to a wrong expert; 0: none",
+    )
     bootstrap: int = Field(1000, ge=10, description="Resamples of rows behind each 95 % interval")
     thresholds: tuple[Share, ...] = Field(
         (0.5, 0.7, 0.8, 0.9, 0.95, 0.99), description="Confidences in the table of coverage"

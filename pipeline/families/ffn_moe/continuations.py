@@ -12,9 +12,10 @@ from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
-from ...report.schema.language import Continuation, WrittenText
+from ...report.schema.language import Continuation, Span, WrittenText
 from .. import Parts
 from .config import FfnMoeConfig
+from .speakers import Heard, spans
 from .stock import run_tokenizer
 
 PROMPT_TOKENS = 32  # or half of the context, where that is less
@@ -36,7 +37,8 @@ class ContinuationWriter:
     """The beginnings of held-out texts, one a domain, and what was written after them so far."""
 
     def __init__(self, cfg: FfnMoeConfig, parts: Parts, shards: Shards, progress: Progress):
-        self.tokens = cfg.evaluate.continuation_tokens
+        # Who wants no text in the report wants none here either
+        self.tokens = cfg.evaluate.continuation_tokens if cfg.evaluate.samples else 0
         self.context = cfg.trunk.context_tokens
         self.prompt = min(PROMPT_TOKENS, self.context // 2)
         self.bf16 = uses_bf16(cfg.dtype)
@@ -45,6 +47,7 @@ class ContinuationWriter:
         self.lead = len(shards.lead)
         self.documents: dict[str, np.ndarray] = {}
         self.found: dict[str, list[WrittenText]] = {}
+        self.spoken: dict[str, tuple[Span, ...]] = {}
         if not self.tokens:
             return
         self.tokenizer = run_tokenizer(parts)
@@ -66,18 +69,26 @@ class ContinuationWriter:
         return torch.from_numpy(np.stack(ids)).to(device())
 
     def add(
-        self, name: str, trunk: Trunk, ffn: Ffn, domains: Collection[str] | None = None
+        self,
+        name: str,
+        trunk: Trunk,
+        ffn: Ffn,
+        domains: Collection[str] | None = None,
+        heard: Heard | None = None,
     ) -> None:
-        """Let a network go on with the texts of all domains, or of some, under its row's name."""
+        """Let a network go on with the texts of all domains, or of some, under its row's name;
+        `heard`, of the stack alone, tells who chose each token."""
         own = [domain for domain in self.documents if domains is None or domain in domains]
         if not own:
             return
         self.progress(f"{name} writes on", None)
-        written_BT = self._greedy(trunk, ffn, self.prompts(own))
-        for domain, written_T in zip(own, written_BT.tolist(), strict=True):
+        written_BT, speakers_BT = self._greedy(trunk, ffn, self.prompts(own), heard)
+        for i, (domain, written_T) in enumerate(zip(own, written_BT.tolist(), strict=True)):
             if self.end_id in written_T:
                 written_T = written_T[: written_T.index(self.end_id)]
             self.found[domain].append(WrittenText(name, self._text(written_T)))
+            if heard is not None:
+                self.spoken[domain] = spans(self.tokenizer, written_T, speakers_BT[i])
 
     def texts(self) -> tuple[Continuation, ...]:
         """Return each domain's prompt with all that came after it."""
@@ -92,13 +103,17 @@ class ContinuationWriter:
                     prompt=self._text(own_T[: self.prompt]),
                     held_out=self._text(held_out),
                     written=tuple(self.found[domain]),
+                    spans=self.spoken.get(domain, ()),
                 )
             )
         return tuple(out)
 
-    def _greedy(self, trunk: Trunk, ffn: Ffn, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Return the ids after a prompt, each the most probable one."""
+    def _greedy(
+        self, trunk: Trunk, ffn: Ffn, ids_BT: torch.Tensor, heard: Heard | None
+    ) -> tuple[torch.Tensor, list[list[str]]]:
+        """Return the ids after a prompt, each the most probable one, and by row who chose them."""
         start = ids_BT.shape[1]
+        speakers_BT: list[list[str]] = [[] for _ in ids_BT]
         autocast = torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.bf16)
         for _ in range(self.tokens):
             # The slots of a trunk know no cache: all that it can look back at runs again
@@ -108,7 +123,10 @@ class ContinuationWriter:
                 logits_BV = trunk.network.lm_head(h_BTD[:, -1])
             next_B1 = logits_BV.argmax(-1, keepdim=True)
             ids_BT = torch.cat([ids_BT, next_B1], 1)
-        return ids_BT[:, start:]
+            # A token is chosen where the one before it is read
+            for row, spoken_T in zip(speakers_BT, heard() if heard else (), strict=False):
+                row.append(spoken_T[-1])
+        return ids_BT[:, start:], speakers_BT
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.model.decode(ids, skip_special_tokens=True)

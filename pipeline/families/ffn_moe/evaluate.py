@@ -43,6 +43,8 @@ from .parts import (
     stored_experts,
     stored_trunk,
 )
+from .samples import by_token, samples
+from .speakers import Listener
 from .stack import FfnStack, join
 from .stages import SEARCHES
 
@@ -70,7 +72,10 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         # Of the stack's one pass both figures come: what it scores, and where tokens go
         watched = counters if is_stack else None
         evaluator.score(row.name, row.trunk, row.ffn, is_expert, watched)
-        if row.name in writing:
+        if is_stack:
+            heard = Listener(stack.mixture, stack.names)
+            writer.add(row.name, row.trunk, heard, heard=heard.speakers)
+        elif row.name in writing:
             writer.add(row.name, row.trunk, row.ffn)
         if row.kind == "dense" or is_stack:
             gaps[row.name] = train_test_gap(cfg, evaluator, row)
@@ -94,6 +99,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         matrix=_matrix(evaluator, networks),
         wins=wins(quality, TRUNK),
         criteria=criteria(cfg, evaluator, networks, gaps, token_routing),
+        samples=samples(cfg, parts, shards, progress, by_token(stack, cfg)),
     )
 
 

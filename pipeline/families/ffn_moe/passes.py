@@ -12,6 +12,7 @@ from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS
 from .parts import EVALUATION_SEQUENCES
+from .samples import shown_tokens
 
 TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
@@ -117,13 +118,15 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
         flops += stack.forward(own) + 4 * stack.forward(k) + stack.forward(3 - min(k, 2))
         for active in range(1, stack.experts + 1):
             flops += stack.forward(active)
-    tokens = len(cfg.partition.names) * cfg.evaluate.tokens_per_domain
+    domains = len(cfg.partition.names)
+    tokens = domains * cfg.evaluate.tokens_per_domain
     flops *= tokens
     gaps = TRAIN_SAMPLE_TOKENS * (dense + 1)
-    written = cfg.evaluate.continuation_tokens
+    written = cfg.evaluate.continuation_tokens if cfg.evaluate.samples else 0
     # Every token that is written runs all before it again, for base, one dense baseline and stack
-    writing = 3 * len(cfg.partition.names) * written * (PROMPT_TOKENS + written // 2)
-    flops += (gaps + writing) * stack.forward(k)
+    writing = 3 * domains * written * (PROMPT_TOKENS + written // 2)
+    read = domains * cfg.evaluate.samples * shown_tokens(cfg, domains)
+    flops += (gaps + writing + read) * stack.forward(k)
     mapped = stack.model_bytes + own * stack.expert_bytes
     if dense:
         mapped += 4 * (stack.shape.trunk_parameters + stack.shape.ffn_parameters)

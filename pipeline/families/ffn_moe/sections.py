@@ -326,6 +326,13 @@ class EvaluateConfig(Section):
     continuation_tokens: int = Field(
         32, ge=0, description="Tokens written after a held-out text of each domain; 0: none"
     )
+    samples: int = Field(
+        2,
+        ge=0,
+        le=20,
+        description="Held-out texts of each domain whose beginning the report shows, with who read "
+        "each token; 0: no text at all, continuations neither",
+    )
     bootstrap: int = Field(
         1000, ge=10, description="Resamples of documents behind each 95 % interval"
     )

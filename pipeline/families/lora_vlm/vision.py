@@ -3,9 +3,11 @@
 B requests, N pictures, P patches, T tokens of one picture, D width.
 """
 
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from ..adapters.sections import AdapterConfig
 from .perturb import PERTURBATIONS
 
 TOWER_PATCHES = 16_384  # that go through the vision tower together
+SMALL_PX = 192  # longer side of a picture in the report
+SMALL_QUALITY = 80  # of its JPEG
 READERS = 8  # most threads that open pictures
 
 # pixel_values [P, values] of pictures one after another, and image_grid_thw [N, 3]
@@ -109,6 +113,15 @@ class Images(Media):
             raise DataError(
                 f"an image of {medium.width} x {medium.height} px cannot be read: {error}"
             ) from None
+
+    def small_picture(self, medium: Image.Image) -> str:
+        """Return a small copy of a picture for the report, with nothing of its file but what it
+        shows."""
+        small = medium.convert("RGB")
+        small.thumbnail((SMALL_PX, SMALL_PX))
+        buffer = BytesIO()
+        small.save(buffer, "JPEG", quality=SMALL_QUALITY)
+        return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
 
     def patches(self, images: Sequence[Image.Image]) -> Patches:
         """Return pictures as patches."""

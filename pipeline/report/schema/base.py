@@ -1,7 +1,7 @@
 """What reports of both kinds are made of."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -96,6 +96,9 @@ class MachineFacts(ReportPart):
 
 class BaseReport(ReportPart):
     """What both kinds of reports have."""
+
+    # the fields that hold text or pictures of the data, which stay with the run
+    texts: ClassVar[tuple[str, ...]] = ()
 
     # first in the file, where a reader looks for it
     schema_version: int = SCHEMA_VERSION

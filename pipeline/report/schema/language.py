@@ -1,6 +1,6 @@
 """The report of a stack that predicts text, and its tables."""
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -169,6 +169,22 @@ class WrittenText(NamedTuple):
     text: str
 
 
+class Span(ReportPart):
+    """Tokens of a text, one after another, that have one speaker."""
+
+    speaker: str = Field(description="an expert, or the base")
+    tokens: int
+    text: str
+
+
+class SampleText(ReportPart):
+    """The beginning of a held-out text, and who read each of its tokens."""
+
+    domain: str
+    spans: tuple[Span, ...]
+    goes_on: bool = Field(description="whether the text is longer")
+
+
 class Continuation(ReportPart):
     """How one held-out text goes on, and how networks go on with it."""
 
@@ -176,10 +192,13 @@ class Continuation(ReportPart):
     prompt: str = Field(description="the beginning that all were given")
     held_out: str = Field(description="what stands there")
     written: tuple[WrittenText, ...] = Field(description="greedily, by each of the same rows")
+    spans: tuple[Span, ...] = Field((), description="the stack's, by who chose each token")
 
 
 class LanguageReport(BaseReport):
     """The report of a stack that predicts text."""
+
+    texts: ClassVar[tuple[str, ...]] = ("continuations", "samples")
 
     kind: Literal["language"] = "language"
     domains: tuple[str, ...] = ()
@@ -199,6 +218,7 @@ class LanguageReport(BaseReport):
     wins: tuple[Win, ...] = ()
     rates: tuple[RateSearch, ...] = Field((), description="learning rates that were searched")
     continuations: tuple[Continuation, ...] = Field((), description="texts, as they are written on")
+    samples: tuple[SampleText, ...] = Field((), description="texts, with who read each token")
 
     @property
     def too_few(self) -> tuple[str, ...]:

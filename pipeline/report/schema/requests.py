@@ -1,10 +1,14 @@
 """The report of a stack that answers requests, one expert each, and its tables."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from .base import BaseReport, Difference, Interval, RateSearch, ReportPart
+
+# A small picture inside the report. Nothing else: a page with an address in its place would tell
+# whoever has that address who reads it.
+Picture = Annotated[str, Field(pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}$")]
 
 
 class AdapterModelFacts(ReportPart):
@@ -181,8 +185,42 @@ class AnswerSet(ReportPart):
     cut_share: float = Field(description="share of answers that ran into the limit of tokens")
 
 
+class ShownRequest(ReportPart):
+    """A test request that the report shows."""
+
+    set: str
+    own: str = Field(description="the expert that it is of, or none")
+    prompt: str = Field(description="its beginning, where it is long")
+    pictures: tuple[Picture, ...] = Field(description="small copies of what it came with")
+
+
+class MisroutedRequest(ShownRequest):
+    """One that the router sent elsewhere."""
+
+    choice: str = Field(description="where it was sent")
+    confidence: float
+
+
+class GivenAnswer(ReportPart):
+    """What somebody answered."""
+
+    way: str = Field(description="stack, right expert or base")
+    by: str = Field(description="who answered: an expert, or the base")
+    text: str
+    score: float | None
+
+
+class AnsweredRequest(ShownRequest):
+    """One of a task's row, so that it is known what is right."""
+
+    right: str = Field(description="the right answer, the first where there are several")
+    answers: tuple[GivenAnswer, ...]
+
+
 class RequestReport(BaseReport):
     """The report of a stack that answers requests, one expert each."""
+
+    texts: ClassVar[tuple[str, ...]] = ("misrouted", "examples")
 
     kind: Literal["requests"] = "requests"
     model: AdapterModelFacts | None = None
@@ -191,3 +229,7 @@ class RequestReport(BaseReport):
     adapters: AdapterScores | None = Field(None, description="who can do what")
     answers: tuple[AnswerSet, ...] = ()
     rates: tuple[RateSearch, ...] = Field((), description="learning rates that were searched")
+    misrouted: tuple[MisroutedRequest, ...] = Field(
+        (), description="requests that went to a wrong expert"
+    )
+    examples: tuple[AnsweredRequest, ...] = Field((), description="requests with their answers")

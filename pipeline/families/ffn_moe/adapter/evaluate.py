@@ -7,8 +7,10 @@ read, D model width.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import torch
 from numpy import ndarray
 
 from ....data.text.shards import Shards
@@ -41,6 +43,7 @@ from ..evaluate import (
 from ..evaluator import EvalRow, Evaluator
 from ..networks import dense_rows
 from ..parts import expert_bytes, shards_of, training_tokens
+from ..samples import Reading, samples
 from ..sections import BASE
 from .criteria import criteria
 from .router import TextRouter, ValidationTexts, calibrated, untrained
@@ -119,6 +122,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         matrix=_matrix(cfg, evaluator),
         wins=wins(quality, BASE, "best single adapter on every text"),
         criteria=criteria(cfg, evaluator, [row.name for row in dense], stack_row(cfg), routing),
+        samples=samples(cfg, parts, shards, progress, _reading(stack, evaluator.bf16)),
     )
 
 
@@ -129,7 +133,24 @@ def _write_on(cfg: FfnMoeConfig, writer: ContinuationWriter, stack: RequestStack
     chosen = stack.choose(writer.prompts(writer.domains), writer.bf16).tolist()
     for number in sorted(set(chosen)):
         own = [domain for domain, at in zip(writer.domains, chosen, strict=True) if at == number]
-        writer.add(stack_row(cfg), stack.reader(number), filled, own)
+        speaker = stack.names[number]
+        heard = partial(_of_one, speaker, len(own))
+        writer.add(stack_row(cfg), stack.reader(number), filled, own, heard)
+
+
+def _of_one(speaker: str, texts: int) -> list[list[str]]:
+    """Return who speaks the newest token of some texts that one speaker goes on with."""
+    return [[speaker]] * texts
+
+
+def _reading(stack: RequestStack, bf16: bool) -> Reading:
+    """Return who reads a text: whom its first tokens choose, from its beginning."""
+
+    def read(ids_BT: torch.Tensor) -> list[str]:
+        (number,) = stack.choose(ids_BT, bf16).tolist()
+        return [stack.names[number]] * ids_BT.shape[1]
+
+    return read
 
 
 def _causal(cfg: FfnMoeConfig) -> str:
