@@ -217,10 +217,9 @@ def test_the_interface_describes_itself(client):
 
 def test_a_client_that_leaves_stops_its_answer_and_frees_its_place(client, application, stack):
     body = asking(text="what color?") | {"expert": "locate"}
-    model = stack.model
-    core = model.core.base_model.language_model
+    core = stack.model.core.base_model.language_model
     # one pass for the router, one for each of eight tokens
-    check_leaving(client, application.state.service, CHAT, body, core, model._lock, 9)
+    check_leaving(client, application.state.service, CHAT, body, core, 9)
 
 
 @contextmanager

@@ -9,22 +9,20 @@ import torch
 from fakes import flip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.serve.app import create
-from pipeline.serve.engine import (
-    HELD_TOKENS,
-    CompletionEngine,
-    Sampling,
-    Token,
-    expert_shares,
-    top_expert,
-)
+from pipeline.serve.engine import CompletionEngine, expert_shares, top_expert
+from pipeline.serve.generation import Prompt, Sampling, Token
+from pipeline.serve.networks import UnmergedMixture
+from pipeline.serve.text_stream import HELD_TOKENS, TextStream
 from pipeline.store.artifacts import sha256
 from pipeline.train import loop
 from tests import small
 from tests.test_bundle import bundle_of
 from tests.test_parity import made
+from tests.test_serve import slowed
 
 PROMPT = "3: tide reef"
 
@@ -54,16 +52,19 @@ def test_the_end_token_ends_a_text(engine, monkeypatch):
     assert done.text == "".join(t.text for t in free.tokens[:at])
 
 
-def test_time_ends_a_text_too(engine):
-    done = engine.complete(engine.encode(""), Sampling(20, 0.0, seconds=1e-9))
-    assert done.completion_tokens < 20 and done.finish == "length"
+def test_time_ends_a_text_where_it_is_or_says_that_it_was_not_begun(engine):
+    with pytest.raises(TimeoutError, match="before it was its turn"):
+        engine.complete(engine.encode(""), Sampling(20, 0.0, seconds=0.0))
+    with slowed(engine.model.base_model, 0.1):
+        done = engine.complete(engine.encode(""), Sampling(20, 0.0, seconds=0.45))
+    assert 1 <= done.completion_tokens < 6 and done.finish == "length"
 
 
 def test_a_tokens_experts_are_those_that_spoke_it(engine):
     """A drawn token was chosen where the one before it was read, whatever the cache did since."""
     ids = engine.encode(PROMPT)
     done = engine.complete(ids, Sampling(8, 0.0))
-    read = engine.route([*ids, *(t.id for t in done.tokens)])
+    read = engine.trace([*ids, *(t.id for t in done.tokens)])
     places = read[len(ids) - 2 : len(ids) - 2 + 8]
     assert [t.experts for t in done.tokens] == [t.experts for t in places]
     for spoke, place in zip(done.tokens, places, strict=True):
@@ -85,17 +86,24 @@ def test_shares_and_the_top_expert_by_hand():
     assert expert_shares([], 2) == [{"share": 0.0, "weight": 0.0}] * 2
 
 
+def shares(engine, ids: list[int]) -> list[str]:
+    """Return each token's share of a text."""
+    stream = TextStream(engine._decode)
+    texts = [text for token in ids for text in stream.add(token)]
+    return texts + stream.end()
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_the_token_texts_of_any_text_are_that_text(text, engine):
     ids = engine.tokenizer.encode([text])[0].ids
-    assert "".join(engine._token_texts(ids)) == text
+    assert "".join(shares(engine, ids)) == text
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ids=st.lists(st.integers(1, 299), max_size=HELD_TOKENS - 1))
 def test_the_token_texts_of_any_tokens_are_what_they_say_together(ids, engine):
-    texts = list(engine._token_texts(ids))
+    texts = shares(engine, ids)
     assert "".join(texts) == engine._decode(ids) and len(texts) == len(ids)
 
 
@@ -139,6 +147,11 @@ KINDS = {
     "anchor kept, top-1": ("qwen3", {"trunk__anchor": "keep", "router__top_k": 1}),
     "gates alike": ("qwen3", {"router__init": "uniform", "router__steps": 0}),
     "mixtral": ("llama", {"trunk__anchor": "keep"}),
+    "low rank": ("qwen3", {"expert__form": "low_rank"}),
+    "low rank, last layer, anchor": (
+        "llama",
+        {"expert__form": "low_rank", "expert__layers": "last:1", "trunk__anchor": "keep"},
+    ),
 }
 
 
@@ -146,10 +159,12 @@ KINDS = {
 def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     cfg, parts = made(tmp_path, kind, False, **changes)
-    engine = CompletionEngine(bundle_of(cfg, parts, tmp_path / "bundle"))
+    folder = bundle_of(cfg, parts, tmp_path / "bundle")
+    engine = CompletionEngine(folder)
+    assert isinstance(engine.network, UnmergedMixture) == bool(cfg.expert.delta_rank)
     kept = ("anchor",) if cfg.trunk.anchor == "keep" else ()
     assert engine.experts == (*kept, *small.DOMAINS)
-    tokens = engine.route(engine.encode("w3 w20 w40"))
+    tokens = engine.trace(engine.encode("w3 w20 w40"))
     assert [t.id for t in tokens] == [3, 20, 40]
     assert all(
         len(k) == cfg.router.top_k and max(k) < len(engine.experts)
@@ -157,4 +172,12 @@ def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_pat
         for k in t.experts
     )
     assert sum(s["share"] for s in expert_shares(tokens, len(engine.experts))) == pytest.approx(1)
-    assert engine.complete(engine.encode("w3"), Sampling(4, 0.0)).completion_tokens >= 1
+    ids = engine.encode("w3")
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    out_BT = stock.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    said = [token.id for token in engine.complete(ids, Sampling(4, 0.0)).tokens]
+    assert said == [token for token in out_BT[0, len(ids) :].tolist() if token]
+    # the base reads where the bundle has it: kept as an expert, or what low-rank ones stand on
+    assert ("base" in engine.readers) == bool(kept or cfg.expert.delta_rank)
+    for reader in engine.readers:
+        assert engine.submit(Prompt(tuple(ids), reader=reader), Sampling(4, 0.0)).wait()

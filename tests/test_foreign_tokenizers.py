@@ -19,7 +19,8 @@ from pipeline.data.text.tokenizer_check import check
 from pipeline.errors import DataError
 from pipeline.families.ffn_moe.evaluator import Evaluator
 from pipeline.protocols import quiet
-from pipeline.serve.engine import CompletionEngine, Sampling
+from pipeline.serve.engine import CompletionEngine
+from pipeline.serve.generation import Sampling
 from tests import small
 from tests.small_text import opened, prepared
 from tests.test_bundle import bundle_of
@@ -323,17 +324,17 @@ def test_the_endpoint_and_stock_tools_give_the_same_text(tmp_path, front):
     engine = CompletionEngine(folder)
     ids = engine.encode("w5 w7 w11")
     assert ids == {"bos": [2], "nothing": [], "from zero": [0]}[front] + [5, 7, 11]
-    done = engine.complete(ids, Sampling(max_tokens=8, temperature=0))
+    done = engine.complete(ids, Sampling(max_tokens=4, temperature=0))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("w5 w7 w11", return_tensors="pt")
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    out_BT = stock.generate(**prompt, do_sample=False, max_new_tokens=8)
+    out_BT = stock.generate(**prompt, do_sample=False, max_new_tokens=4)
     assert out_BT[0, : len(ids)].tolist() == ids
     said = tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True)
     assert done.text == said
     # An empty text begins somewhere in either
     assert engine.complete(engine.encode(""), Sampling(max_tokens=2, temperature=0)).text
-    assert len(engine.route(ids)) == 3
+    assert len(engine.trace(ids)) == 3
 
 
 @pytest.mark.parametrize("end", [0, [ours.END], [0], {"content": 0}, {"id": 0}, None, True])

@@ -31,7 +31,7 @@ from pipeline.families.load import load
 from pipeline.run.context import StoredParts
 from pipeline.serve import command
 from pipeline.serve.app import create
-from pipeline.serve.engine import Sampling
+from pipeline.serve.generation import Sampling
 from pipeline.serve.limits import RequestLimits
 from pipeline.serve.listening import listen
 from pipeline.store.artifacts import Store
@@ -478,7 +478,7 @@ def test_past_the_queue_a_request_is_sent_away_and_may_come_back(bundled):
             )
             for _ in range(2)
         ]
-        with service.engine._lock:
+        with held_up(service.engine.model.base_model):
             for count, thread in enumerate(threads, start=1):
                 thread.start()
                 while service.in_flight < count:
@@ -647,9 +647,21 @@ def wait_for(condition, seconds: float = 10) -> None:
         time.sleep(0.005)
 
 
-def check_leaving(client, service, path: str, body: dict, module, lock, steps: int) -> None:
-    """Ask and leave at each of several passes, and in the waiting line: the work ends, the slot is
-    free, and the next request gets its answer."""
+@contextmanager
+def held_up(module: torch.nn.Module):
+    """Let no pass of a model go on while the context is open."""
+    goes_on = threading.Event()
+    hook = module.register_forward_pre_hook(lambda *_: goes_on.wait(60) and None)
+    try:
+        yield
+    finally:
+        goes_on.set()
+        hook.remove()
+
+
+def check_leaving(client, service, path: str, body: dict, module, steps: int) -> None:
+    """Ask and leave at each of several passes, and while others are held up: the work ends, the
+    place is free, and the next request gets its answer."""
     for leave_at in (1, 2, steps // 2):
         with slowed(module, 0.06) as passes:
             connection = asked(client, path, body)
@@ -658,7 +670,7 @@ def check_leaving(client, service, path: str, body: dict, module, lock, steps: i
             wait_for(lambda: not service.in_flight)
             # the one that ran, and one in which the server heard of it
             assert len(passes) <= leave_at + 2 < steps
-    with lock:
+    with held_up(module):
         connections = [asked(client, path, body) for _ in range(3)]
         wait_for(lambda: service.in_flight == 3)
         connections.pop().close()
@@ -674,4 +686,4 @@ def test_a_client_that_leaves_stops_its_text_and_frees_its_place(client, applica
     body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
     assert complete(client, max_tokens=20)["usage"]["completion_tokens"] == 20
     model = engine.model.base_model
-    check_leaving(client, service, "/v1/completions", body, model, engine._lock, 20)
+    check_leaving(client, service, "/v1/completions", body, model, 20)

@@ -1,36 +1,30 @@
 """A bundle of adapters opened to answer: who reads a text is chosen by its first tokens, and goes
-on with it.
+on with it; texts of different readers run in one batch.
 
 The network is the stack that `reassemble` builds, which is transformers' own class with PEFT's
 layers; on opening, what it computes without adapters is held against the class that any user of the
 bundle would load.
 
-B sequences, T tokens, V vocabulary, D model width.
+B rows, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..families import family
-from ..protocols import held
-from .engine import CompletionEngine, open_model, probe
-from .gates import GateChoice
-from .generation import Token
+from ..model.language_model import filled
+from .engine import CompletionEngine
+from .generation import BASE_READER, RequestChoice
+from .networks import Batch, Network, OneReader
+from .opening import check_logits, open_model, probe_logits
+from .rows import ServedRow
 
-
-@dataclass(frozen=True)
-class OneReader:
-    """The same choice at every position of a text."""
-
-    number: int
-
-    def positions(self, first: int, end: int) -> list[GateChoice]:
-        """Return what was chosen at positions first to end - 1."""
-        return [GateChoice([[self.number]], [[1.0]])] * (end - first)
+if TYPE_CHECKING:
+    from ..families.ffn_moe.adapter.stack import RequestStack, TextChoice
 
 
 class AdapterEngine(CompletionEngine):
@@ -40,32 +34,61 @@ class AdapterEngine(CompletionEngine):
     MismatchError for one that does not compute what its stack does.
     """
 
-    def _open(self, folder: Path) -> None:
-        self.stack = family(self.about["family"]).reassemble(folder)
+    def _opened(self, folder: Path) -> Network:
+        """Return the base with its adapters, once it is held against the stock class."""
+        self.stack: RequestStack = family(self.about["family"]).reassemble(folder)
         self.experts = self.stack.names
-        self.model = open_model(folder)
-        self._check_logits(folder, self._base_logits())
-        # both are the same base: one of them is enough
-        self.model = self.stack.model.network
+        self.readers = self.stack.names
+        expected_TV = probe_logits(self.stack.model, filled, self.context_tokens)
+        # Both are the same base: one of them is enough
+        check_logits(folder, open_model(folder), expected_TV, self.context_tokens)
+        return TextAdapters(self.stack)
 
-    def _base_logits(self) -> torch.Tensor:
-        """Return logits_TV of the stack's base on the probe."""
-        base = self.stack.model
-        ids_BT = probe(self.context_tokens, len(base.head))
-        with torch.no_grad():
-            h_BTD = base.hidden(ids_BT)
-        return (h_BTD[0].float() @ base.head.float().T).float()
 
-    def route(self, ids: Sequence[int]) -> list[Token]:
-        """Return an encoded text's own tokens, each with who reads the text."""
-        with self._exclusive(ids) as reader:
-            led = len(self.start_ids)
-            return self._tokens(list(ids[led:]), reader.positions(led, len(ids)))
+class TextAdapters(OneReader):
+    """A language model whose rows are read under adapters of their own."""
 
-    @contextmanager
-    def _exclusive(self, ids: Sequence[int]) -> Iterator[OneReader]:
-        """Have the model to oneself, as the one who reads a text of these tokens changes it."""
-        with held(self._lock), torch.no_grad():
-            choice = self.stack.choice(ids)
-            with self.stack.reading(choice.number):
-                yield OneReader(choice.number)
+    def __init__(self, stack: "RequestStack"):
+        # not above: it imports PEFT, which only bundles of adapters need
+        from ..families.adapters.peft_io import RowAdapters
+
+        super().__init__(stack.model.network, stack.names)
+        self._stack = stack
+        self._adapters = RowAdapters(stack.model.adapters)
+
+    def prepare(self, rows: Sequence[ServedRow]) -> None:
+        """Choose who reads the rows that have no reader yet."""
+        super().prepare(rows)
+        without = [row for row in rows if row.reader is None]
+        if not without:
+            return
+        found = self._stack.choices([row.ids for row in without])
+        for row, choice in zip(without, found, strict=True):
+            row.chosen(choice.name, choice.number, _as_told(choice))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return x_BTD after the final norm."""
+        names = [row_adapter(chunk.row) for chunk in batch.chunks]
+        with self._adapters.reading(names):
+            out = self.model.base_model(
+                input_ids=batch.ids_BT,
+                attention_mask=self.masks(batch),
+                position_ids=batch.place_BT,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        x_BTD: torch.Tensor = out.last_hidden_state
+        return x_BTD
+
+
+def row_adapter(row: ServedRow) -> str | None:
+    """Return the adapter that a row is read under; None: the base reads it."""
+    return None if row.reader == BASE_READER else row.reader
+
+
+def _as_told(choice: "TextChoice") -> RequestChoice:
+    """Return a router's choice as it is told, likeliest first."""
+    # stable: of equally likely ones the first stays first
+    ranked = sorted(choice.probabilities.items(), key=lambda each: -each[1])
+    expert, confidence = ranked[0]
+    return RequestChoice(expert, confidence, tuple(ranked), (choice.name,))

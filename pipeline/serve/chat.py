@@ -195,7 +195,7 @@ class ChatService(Service):
         """Return which expert a request goes to. Raises ApiError."""
         self.check_model(body.model)
         question = body.messages[0].question()
-        choice = await self._run(lambda: self.engine.route(question, self.limits.seconds))
+        choice = await self._run(lambda: self.engine.chosen(question, self.limits.seconds))
         return {
             "object": "route",
             "model": self.engine.name,

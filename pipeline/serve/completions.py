@@ -161,7 +161,7 @@ class CompletionService(Service):
         """Return a text's tokens with the experts that read them. Raises ApiError."""
         self.check_model(body.model)
         ids = await self.run(lambda: self._encode(body.text, "text", 0))
-        tokens = await self.run(lambda: self.engine.route(ids))
+        tokens = await self.run(lambda: self.engine.trace(ids))
         return {"object": "route", "model": self.engine.name, **self._routing(tokens)}
 
     def _encode(self, text: str, param: str, new_tokens: int) -> list[int]:
@@ -183,7 +183,7 @@ class CompletionService(Service):
 
     def _routing(self, tokens: list[Token]) -> dict:
         """Return tokens with their experts, and each expert's share."""
-        names = self.engine.experts
+        names = self.engine.speakers
         experts = []
         for name, shares in zip(names, expert_shares(tokens, len(names)), strict=True):
             rounded = {key: round(value, DIGITS) for key, value in shares.items()}

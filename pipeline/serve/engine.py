@@ -1,65 +1,41 @@
-"""A bundle opened to answer: texts go on, and every token tells its experts.
+"""A bundle opened to answer: texts go on, many at once, and every token tells its experts.
 
-The model is the stock class that any user of the bundle would load, and its own `generate` decodes.
-On opening, its logits are held against the stack that `reassemble` builds, so what was measured is
-what is served. One request at a time has the model.
-
-B sequences, T tokens, V vocabulary, D model width, L layers, E experts, K experts per token,
-A assignments of tokens to experts.
+T tokens, V vocabulary, E experts, A assignments of tokens to experts.
 """
 
-import secrets
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.text import tokenizer
-from ..errors import DamagedArtifact, MismatchError
+from ..errors import DamagedArtifact, DataError
 from ..families import PRELOAD, family
-from ..hardware import device
-from ..model.loading import quiet_library
-from ..protocols import check_wanted, held, is_unwanted
 from ..store.bundle import SUMS, about, start_ids, verify
-from .gates import GateChoice, recorded
-from .generation import Sampling, Token
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-PROBE_TOKENS = 64
-# Of the logits' spread: fp32 rounds by a hundredth of it, another convention is off by more.
-PROBE_LIMIT = 1e-4
-# Logits over a smaller temperature overflow; the most likely token it is.
-COLDEST = 1e-3
-MARGIN_TOKENS = 4  # more than a decoder looks back
-HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
-
-
-class Chosen(Protocol):
-    """Who reads a text, token by token."""
-
-    def positions(self, first: int, end: int) -> list[GateChoice]:
-        """Return what was chosen at positions first to end - 1."""
-
-
-class CausalModel(Protocol):
-    """What is used of the models that AutoModelForCausalLM opens; they share no class that has
-    all of it."""
-
-    generation_config: "GenerationConfig"
-    base_model: nn.Module  # without the head
-
-    def __call__(self, *, input_ids: torch.Tensor) -> Any:
-        """Run the model; the result has logits of shape (B, T, V)."""
-
-    def generate(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Return ids_BT with what follows them."""
+from .gates import GateChoice
+from .generation import (
+    BASE_READER,
+    Capacity,
+    Generation,
+    NoSuchReader,
+    Prompt,
+    Route,
+    Sampling,
+    Stats,
+    Token,
+    Watcher,
+    result_of,
+)
+from .networks import Network, StockMixture, UnmergedMixture
+from .opening import check_logits, check_tokens, open_model, probe_logits
+from .rows import Order, ServedRow, TextRow, TextSink, TracedRow
+from .sampling import TokenSampler
+from .scheduler import Scheduler
+from .text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -72,14 +48,27 @@ class Completion:
     completion_tokens: int
     tokens: list[Token]
 
+    @classmethod
+    def of(cls, generation: Generation) -> "Completion":
+        """Return a text once it has ended. Raises what `Generation.wait` does."""
+        pieces = generation.wait()
+        text = "".join(piece.text for piece in pieces)
+        tokens = [piece.token for piece in pieces if piece.token]
+        finish = pieces[-1].finish or "stop"
+        return cls(text, finish, generation.completion_tokens, tokens)
 
-class Engine:
+
+class Engine(ABC):
     """An open bundle, as far as every service needs it.
 
     Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served.
     """
 
-    def __init__(self, folder: Path):
+    context_tokens: int
+    readers: tuple[str, ...]  # who can be asked for by name
+    speakers: tuple[str, ...]  # by the numbers that tokens tell
+
+    def __init__(self, folder: Path, capacity: Capacity | None = None):
         verify(folder)
         self.about = about(folder)
         # The name of a module, which is imported, so that only those that there are may be said.
@@ -91,6 +80,72 @@ class Engine:
         # The sums are written last, so they are as old as the bundle.
         sums = folder / SUMS
         self.made_at = int(sums.stat().st_mtime)
+        self.capacity = capacity or Capacity()
+        self.stats = Stats()
+        self.watcher: Watcher | None = None
+
+    def _serve(self, network: Network) -> None:
+        """Have a network run what is asked from now on."""
+        self.network = network
+        self.speakers = network.speakers
+        self.model: Any = network.model
+        self.scheduler = Scheduler(network, self.capacity, self.stats)
+        self.scheduler.stepped = self._stepped
+        self.scheduler.ended = self._ended
+
+    @abstractmethod
+    def submit(self, prompt: Prompt, sampling: Sampling, client: str = "") -> Generation:
+        """Have a text generated; of clients that wait, the one with the fewest running is first.
+
+        Raises Overloaded, NoSuchReader, and DataError for what is over the context.
+        """
+
+    @abstractmethod
+    def route(self, prompt: Prompt, client: str = "") -> Future[Route]:
+        """Have it said where a prompt goes. Raises as `submit` does; cancelling the future gives it
+        up."""
+
+    def close(self, seconds: float | None = None) -> None:
+        """Take nothing more on, bring to an end what is asked already, for at most so long, and end
+        the rest with Overloaded. Returns once nothing runs any more."""
+        self.scheduler.close(seconds)
+
+    def _stepped(self, rows: int, seconds: float) -> None:
+        if self.watcher:
+            self.watcher.stepped(rows, seconds)
+
+    def _ended(self, row: ServedRow, finish: str) -> None:
+        if self.watcher and isinstance(row, TextRow):
+            self.watcher.ended(row.sink.generation, finish)
+
+    def _check(self, prompt: Prompt, sampling: Sampling | None = None) -> None:
+        """Raise NoSuchReader or DataError for what cannot be run."""
+        if prompt.reader is not None and prompt.reader not in self.readers:
+            raise NoSuchReader(prompt.reader, self.readers, self._why_not(prompt.reader))
+        size = self.network.vocab_size
+        biased: Iterable[int] = sampling.logit_bias if sampling else ()
+        for token in (*prompt.ids, *biased):
+            if not 0 <= token < size:
+                raise DataError(f"{token} is no token: there are {size:,}, counted from 0")
+        count = len(prompt.ids)
+        if not count:
+            raise DataError("there is no token to go on from")
+        # a text that is only routed draws none; one without a limit needs room for one
+        wanted = 0 if sampling is None else sampling.max_tokens or 1
+        if count + wanted > self.context_tokens:
+            raise DataError(
+                f"{count} tokens and {wanted} to be drawn are over the context of "
+                f"{self.context_tokens} tokens"
+            )
+
+    def _why_not(self, _reader: str) -> str:
+        """Return why a reader is not there, where there is more to say than that."""
+        return ""
+
+    def _end_ids(self) -> frozenset[int]:
+        """Return the tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset(ends if isinstance(ends, list) else [ends])
 
 
 class CompletionEngine(Engine):
@@ -100,23 +155,49 @@ class CompletionEngine(Engine):
     MismatchError for one that does not compute what its stack does.
     """
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
+    def __init__(self, folder: Path, capacity: Capacity | None = None):
+        super().__init__(folder, capacity)
         self.context_tokens: int = self.about["context_tokens"]
         self.start_ids = start_ids(self.about)
         self.tokenizer = tokenizer.pretrained(str(folder))
-        self._open(folder)
-        self._check_tokens(folder)
-        # generate keeps state in the model, and the gates' hooks would hear of both requests.
-        self._lock = threading.Lock()
+        self._serve(self._opened(folder))
+        # Before, whoever used the stock one had to put the first token there.
+        if self.about["format"] >= 2:
+            check_tokens(folder, self.tokenizer, self.start_ids)
 
-    def _open(self, folder: Path) -> None:
-        """Open the model, once it is held against the stack."""
-        # The stack first: it looks at all files before a library does, and is gone before the
-        # model is opened, so that both are never held.
-        expected_TV = _stack_logits(self.about["family"], folder, self.context_tokens)
-        self.model: CausalModel = open_model(folder)
-        self._check_logits(folder, expected_TV)
+    def _opened(self, folder: Path) -> Network:
+        """Return the model, once it is held against the stack."""
+        # The stack first: it looks at all files before a library does.
+        stack = family(self.about["family"]).reassemble(folder)
+        expected_TV = probe_logits(stack.trunk, stack.mixture, self.context_tokens)
+        if self.about.get("unmerged"):
+            stock = open_model(folder)
+            check_logits(folder, stock, expected_TV, self.context_tokens)
+            stack.trunk.network.generation_config = stock.generation_config
+            self.readers = (*self.experts, BASE_READER)
+            return UnmergedMixture(stack.trunk, stack.experts, stack.mixture.router)
+        # It is gone before the model is opened, so that both are never held
+        del stack
+        model = open_model(folder)
+        check_logits(folder, model, expected_TV, self.context_tokens)
+        base = self._anchor()
+        self.readers = self.experts if base is None else (*self.experts, BASE_READER)
+        return StockMixture(model, self.experts, base)
+
+    def _anchor(self) -> int | None:
+        """Return the number of the expert that is the trunk's own network, where one is kept."""
+        for number, expert in enumerate(self.about["experts"]):
+            if expert.get("domain") is None:
+                return number
+        return None
+
+    def _why_not(self, reader: str) -> str:
+        if reader != BASE_READER:
+            return ""
+        return (
+            "this bundle holds full experts without the base's own network (trunk.anchor: drop), "
+            "so the base cannot read a text"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens, led by what began every text of the training; markup in it is
@@ -126,246 +207,68 @@ class CompletionEngine(Engine):
         # An empty text begins as generate does when it is given nothing
         return ids or [self.tokenizer.end_id]
 
+    def submit(self, prompt: Prompt, sampling: Sampling, client: str = "") -> Generation:
+        """Have a text go on; of clients that wait, the one with the fewest running is first.
+
+        Raises Overloaded, NoSuchReader, and DataError for what is over the context.
+        """
+        self._check(prompt, sampling)
+        generation = Generation(prompt, sampling)
+        room = self.context_tokens - len(prompt.ids)
+        row = TextRow(
+            Order.of_text(generation, client),
+            prompt.ids,
+            prompt.reader,
+            TextSink(generation, self.watcher),
+            TokenSampler(sampling),
+            TextStream(self._decode, sampling.stop),
+            self._end_ids(),
+            min(sampling.max_tokens or room, room),
+        )
+        self.scheduler.add(row)
+        return generation
+
+    def route(self, prompt: Prompt, client: str = "") -> Future[Route]:
+        """Have it said who reads each token of a text, less those that begin every text. Raises as
+        `submit` does; cancelling the future gives it up."""
+        self._check(prompt)
+        future: Future[Route] = Future()
+        led = len(self.start_ids)
+
+        def done(choices: list[GateChoice]) -> None:
+            tokens = self._tokens(prompt.ids[led:], choices[led:])
+            if future.set_running_or_notify_cancel():
+                future.set_result(Route(tuple(tokens), row.choice))
+
+        row = TracedRow(Order.of_route(future, client), prompt.ids, prompt.reader, done)
+        self.scheduler.add(row)
+        return future
+
     def complete(self, ids: Sequence[int], sampling: Sampling) -> Completion:
         """Go on with a text of encoded ids. Raises Abandoned within a token of nobody's waiting for
         it any more."""
-        prompt_BT = torch.tensor([ids], device=device())
-        prompt_tokens = len(ids)
-        criteria: list[Any] = [_stop_unwanted]
-        if sampling.stop:
-            criteria.append(_StopOnText(self._decode, prompt_tokens, sampling.stop))
-        with self._exclusive(ids) as gates, _seeded(sampling.seed):
-            out_BT = self.model.generate(
-                prompt_BT,
-                attention_mask=torch.ones_like(prompt_BT),
-                generation_config=self._generation_config(sampling),
-                stopping_criteria=criteria,
-            )
-            check_wanted()
-        drawn_T = out_BT[0, prompt_tokens:]
-        drawn = drawn_T.tolist()
-        # A token was chosen where the one before it was read: the first new one at the last of
-        # the prompt. The last one was never read.
-        first = prompt_tokens - 1
-        choices = gates.positions(first, first + len(drawn))
-        kept = list(drawn)
-        finish = "length"
-        # The end of a text is drawn, but no part of it.
-        if drawn[-1] in self._end_ids():
-            kept.pop()
-            finish = "stop"
-        text = self._decode(kept)
-        # The earliest counts: cut one after another, one could hide where another began.
-        ends = [text.find(stop) for stop in sampling.stop if stop in text]
-        if ends:
-            text = text[: min(ends)]
-            finish = "stop"
-        tokens = self._tokens(kept, choices, len(text))
-        return Completion(text, finish, len(drawn), tokens)
+        prompt = Prompt(tuple(ids))
+        return Completion.of(self.submit(prompt, sampling))
 
-    def route(self, ids: Sequence[int]) -> list[Token]:
+    def trace(self, ids: Sequence[int]) -> list[Token]:
         """Return an encoded text's own tokens, each with the experts that read it."""
-        ids_BT = torch.tensor([ids], device=device())
-        with self._exclusive(ids) as gates:
-            # Without the head, whose logits over the vocabulary nobody reads here.
-            self.model.base_model(input_ids=ids_BT, use_cache=False)
-        led = len(self.start_ids)
-        choices = gates.positions(led, len(ids))
-        return self._tokens(list(ids[led:]), choices)
+        found = result_of(self.route(Prompt(tuple(ids))))
+        return list(found.tokens)
 
-    @contextmanager
-    def _exclusive(self, _ids: Sequence[int]) -> Iterator[Chosen]:
-        """Have the model to oneself for a text, for inference, and record what its gates
-        choose."""
-        with held(self._lock), torch.no_grad(), recorded(self.model.base_model) as gates:
-            yield gates
-
-    def _tokens(
-        self, ids: list[int], choices: list[GateChoice], length: int | None = None
-    ) -> list[Token]:
-        """Return tokens whose texts, put together, are the first `length` characters of what ids
-        say."""
+    def _tokens(self, ids: Sequence[int], choices: Sequence[GateChoice]) -> list[Token]:
+        """Return tokens whose texts, put together, are what ids say."""
+        stream = TextStream(self._decode)
+        texts = []
+        for token in ids:
+            texts += stream.add(token)
+        texts += stream.end()
         tokens = []
-        at = 0
-        texts = self._token_texts(ids)
-        # Not strict: the choice of an end token is the last of choices and not among ids.
-        for token, text, choice in zip(ids, texts, choices, strict=False):
-            if length is not None:
-                if at >= length:
-                    break
-                text = text[: length - at]
-            at += len(text)
-            spoken = Token(token, text, choice.experts, choice.weights)
-            tokens.append(spoken)
+        for token, text, choice in zip(ids, texts, choices, strict=True):
+            tokens.append(Token(token, text, choice.experts, choice.weights))
         return tokens
-
-    def _token_texts(self, ids: list[int]) -> Iterator[str]:
-        """Yield each token's share of the text; a character of several tokens belongs to its last
-        one."""
-        # Decoded behind the tokens before them, because a decoder may treat a text's start
-        # otherwise, but not behind all of them, which would take time by the square.
-        before: list[int] = []
-        held: list[int] = []
-        for i, token in enumerate(ids):
-            held.append(token)
-            known = self._decode(before)
-            text = self._decode(before + held)
-            text = text[len(known) :]
-            # U+FFFD stands for bytes that are no whole character yet.
-            partial = text.endswith("\ufffd")
-            last = i == len(ids) - 1
-            if partial and not last and len(held) < HELD_TOKENS:
-                yield ""
-                continue
-            yield text
-            before = held
-            held = []
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.model.decode(ids)
-
-    def _end_ids(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        if isinstance(ends, list):
-            return set(ends)
-        return {ends}
-
-    def _generation_config(self, sampling: Sampling) -> "GenerationConfig":
-        """Return the request as transformers takes it."""
-        from transformers import GenerationConfig
-
-        own = self.model.generation_config
-        settings: dict[str, Any] = {
-            "eos_token_id": own.eos_token_id,
-            "pad_token_id": own.pad_token_id,
-            "max_new_tokens": sampling.max_tokens,
-            "max_time": sampling.seconds,
-        }
-        if sampling.temperature >= COLDEST:
-            settings["do_sample"] = True
-            settings["temperature"] = float(sampling.temperature)
-            settings["top_p"] = float(sampling.top_p)
-            # Left out, transformers would keep the 50 likeliest.
-            settings["top_k"] = 0
-        return GenerationConfig(**settings)
-
-    def _check_logits(self, folder: Path, expected_TV: torch.Tensor) -> None:
-        """Raise MismatchError unless the stock model gives the stack's logits of shape (T, V)."""
-        ids_BT = probe(self.context_tokens, expected_TV.shape[1])
-        with torch.no_grad():
-            output = self.model(input_ids=ids_BT)
-        logits_TV = output.logits[0].float()
-        difference_TV = logits_TV - expected_TV
-        worst_T = difference_TV.abs().amax(-1)
-        # The median: a tie between gates may fall differently, and shows at its own token only.
-        typical = worst_T.median() / expected_TV.std()
-        off = typical.item()
-        # Not `off > limit`, which NaN would pass.
-        if not off <= PROBE_LIMIT:
-            raise MismatchError(
-                f"{folder} loaded by transformers gives other logits than its own stack "
-                f"(typically {off:.2g} of their spread apart): transformers reads it in another "
-                "way; install the version of requirements.txt"
-            )
-
-    def _check_tokens(self, folder: Path) -> None:
-        """Raise MismatchError unless the stock tokenizer gives a text the tokens it has here."""
-        from transformers import AutoTokenizer
-
-        # Before, whoever used the stock one had to put the first token there.
-        if self.about["format"] < 2:
-            return
-        drawn = [place * 7919 % self.tokenizer.vocab_size for place in range(PROBE_TOKENS)]
-        # Text that spells a special token is plain here, and that token there.
-        plain = [token for token in drawn if token not in self.tokenizer.special]
-        text = self.tokenizer.model.decode(plain)
-        with quiet_library():
-            stock = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        if stock(text)["input_ids"] != self.encode(text):
-            raise MismatchError(
-                f"{folder} opened by transformers gives text other tokens than it was trained on; "
-                "install the version of requirements.txt"
-            )
-
-
-def open_model(folder: Path) -> CausalModel:
-    """Return the bundle as transformers opens it, frozen, on the device."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_library():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            # As the stack computes, so that both can be compared.
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            # Pickles could run code, and names could be looked up on the Hub.
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    return model.eval().requires_grad_(False).to(device())
-
-
-def _stack_logits(family_name: str, folder: Path, context_tokens: int) -> torch.Tensor:
-    """Return logits_TV of the stack on the probe; the stack itself is gone afterwards."""
-    stack = family(family_name).reassemble(folder)
-    head_VD = stack.trunk.head
-    ids_BT = probe(context_tokens, len(head_VD))
-    with torch.no_grad():
-        x_BTD = stack.trunk.hidden(ids_BT, stack.mixture)
-        logits_TV = x_BTD[0] @ head_VD.T
-    return logits_TV.float()
-
-
-def probe(context_tokens: int, vocab_size: int) -> torch.Tensor:
-    """Return ids_BT of one sequence spread over the vocabulary."""
-    count = min(PROBE_TOKENS, context_tokens)
-    place_T = torch.arange(count, device=device())
-    # Steps of a prime, so that ids repeat only where the vocabulary is a multiple of it.
-    ids_T = place_T * 7919 % vocab_size
-    return ids_T.unsqueeze(0)
-
-
-def _stop_unwanted(ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-    """End a text that nobody waits for any more."""
-    return torch.full((len(ids_BT),), is_unwanted(), device=ids_BT.device)
-
-
-@dataclass(frozen=True)
-class _StopOnText:
-    """Ends a text once one of some strings is in it; looks only where a new token can have
-    completed one."""
-
-    decode: Callable[[list[int]], str]
-    prompt_tokens: int
-    strings: tuple[str, ...]
-
-    @property
-    def window_tokens(self) -> int:
-        """How far back a string can begin that the newest token completes."""
-        # A token says a byte at least, so this many hold the longest string.
-        longest_bytes = max(len(string.encode()) for string in self.strings)
-        return longest_bytes + MARGIN_TOKENS
-
-    def __call__(self, ids_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        new_T = ids_BT[0, self.prompt_tokens :]
-        recent_T = new_T[-self.window_tokens :]
-        text = self.decode(recent_T.tolist())
-        found = any(string in text for string in self.strings)
-        return torch.tensor([found], device=ids_BT.device)
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a seed, or from one nobody can guess, and leave torch's generators as they were."""
-    gpus = range(torch.cuda.device_count())
-    with torch.random.fork_rng(gpus):
-        if seed is None:
-            seed = secrets.randbits(63)
-        torch.manual_seed(seed)
-        yield
 
 
 def expert_shares(tokens: Sequence[Token], experts: int) -> list[dict[str, float]]:

@@ -1,7 +1,7 @@
-"""What the gates of a stack choose while a model runs: heard by hooks, as the stock classes keep
-none of it.
+"""What the gates of a stack choose while a model runs, and who is chosen in their place where a
+text has one reader.
 
-T tokens, L layers, K experts per token.
+B rows, T tokens, N = B*T, L layers, K experts per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+FREE = -1  # in the place of a reader's number: whom the gates choose
 
 
 @dataclass(frozen=True)
@@ -20,48 +22,83 @@ class GateChoice:
     experts: list[list[int]]
     weights: list[list[float]]
 
+    @classmethod
+    def of_reader(cls, number: int, layers: int = 1) -> "GateChoice":
+        """Return the choice of one expert in every layer."""
+        return cls([[number]] * layers, [[1.0]] * layers)
 
-class GateRecorder:
-    """What one layer's gate chose, as its forward hook."""
+
+class GateHearing:
+    """Hears all gates of a model, layer after layer, and has them choose a text's one reader.
+
+    The stock classes keep nothing of what they choose; `hear` is called with it by hooks, or by a
+    mixture of ours.
+    """
 
     def __init__(self) -> None:
-        # One tensor of (T, K) per call: the prompt's positions, then one position each.
-        self.index: list[torch.Tensor] = []
-        self.weight: list[torch.Tensor] = []
+        self._reader_N: Tensor | None = None
+        self._is_on = False
+        self._index: list[Tensor] = []
+        self._weight: list[Tensor] = []
 
-    def __call__(self, _gate: nn.Module, _inputs: Any, outputs: Sequence[torch.Tensor]) -> None:
-        _, weight_TK, index_TK = outputs
-        self.index.append(index_TK)
-        self.weight.append(weight_TK)
+    def hook(self, model: nn.Module) -> None:
+        """Hear the gates of a stock class from now on, whenever `listening`."""
+        for name, module in model.named_modules():
+            if name.endswith(".mlp.gate"):
+                module.register_forward_hook(self._on_gate)
+
+    def _on_gate(
+        self, _gate: nn.Module, _inputs: Any, outputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not self._is_on:
+            return None
+        logits, weight_NK, index_NK = outputs
+        index_NK, weight_NK = self.hear(index_NK, weight_NK)
+        return logits, weight_NK, index_NK
+
+    @contextmanager
+    def listening(self, readers: Sequence[int], tokens: int) -> Iterator[None]:
+        """Hear the gates of one pass over rows of so many tokens, each with its reader's number or
+        FREE."""
+        self._index = []
+        self._weight = []
+        self._reader_N = None
+        if any(reader != FREE for reader in readers):
+            self._reader_N = torch.tensor(readers).repeat_interleave(tokens)
+        self._is_on = True
+        try:
+            yield
+        finally:
+            self._is_on = False
+
+    def hear(self, index_NK: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what a layer's gate chose; return who is to read instead, and with which weight."""
+        if self._reader_N is not None:
+            reader_N1 = self._reader_N.to(index_NK.device).unsqueeze(1)
+            is_free_N1 = reader_N1 == FREE
+            # the same expert in each place, in the first of them with all the weight
+            alone_NK = torch.zeros_like(weight_NK)
+            alone_NK[:, 0] = 1
+            index_NK = torch.where(is_free_N1, index_NK, reader_N1)
+            weight_NK = torch.where(is_free_N1, weight_NK, alone_NK)
+        self._index.append(index_NK)
+        self._weight.append(weight_NK)
+        return index_NK, weight_NK
+
+    def heard(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return index_BTLK and weight_BTLK of the pass."""
+        index_NLK = torch.stack(self._index, 1)
+        weight_NLK = torch.stack(self._weight, 1)
+        return index_NLK.unflatten(0, (rows, -1)), weight_NLK.unflatten(0, (rows, -1))
+
+    @property
+    def layers(self) -> int:
+        """How many layers were heard."""
+        return len(self._index)
 
 
-class GateRecorders(list[GateRecorder]):
-    """The recorders of all layers, in their order."""
-
-    def positions(self, first: int, end: int) -> list[GateChoice]:
-        """Return what was chosen at positions first to end - 1."""
-        index = [torch.cat(layer.index) for layer in self]
-        index_TLK = torch.stack(index, 1)
-        weight = [torch.cat(layer.weight) for layer in self]
-        weight_TLK = torch.stack(weight, 1)
-        experts = index_TLK[first:end].tolist()
-        weights = weight_TLK[first:end].tolist()
-        return list(map(GateChoice, experts, weights))
-
-
-@contextmanager
-def recorded(model: nn.Module) -> Iterator[GateRecorders]:
-    """Record what the gates choose while the context is open."""
-    recorders = GateRecorders()
-    hooks = []
-    # named_modules goes by registration, which for layers is their order.
-    for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
-            recorder = GateRecorder()
-            recorders.append(recorder)
-            hooks.append(module.register_forward_hook(recorder))
-    try:
-        yield recorders
-    finally:
-        for hook in hooks:
-            hook.remove()
+def choices(index_TLK: Tensor, weight_TLK: Tensor) -> list[GateChoice]:
+    """Return what was chosen at each position."""
+    experts = index_TLK.tolist()
+    weights = weight_TLK.tolist()
+    return list(map(GateChoice, experts, weights))

@@ -8,15 +8,17 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import DataError
 from ..protocols import POLL_S, Abandoned, is_unwanted
 
 BASE_READER = "base"  # who reads a text that no expert does
+
+T = TypeVar("T")
 
 Finish = Literal["stop", "length"]
 # An opened picture, say. Only the family that takes it looks into it.
@@ -54,7 +56,9 @@ class Capacity:
     rows: int = 32  # texts that are generated at once
     waiting: int = 256  # texts that wait for a row
     # of prompts in one step, so that a long one does not hold up those that are being generated
-    prefill_tokens: int = 512
+    prefill_tokens: int = 256
+    # of keys and values; a text that needs more runs alone
+    cache_bytes: int = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Sampling:
     """How a text goes on: temperature 0 takes the likeliest token, seed None draws another one each
     time."""
 
-    max_tokens: int = 16
+    max_tokens: int | None = 16  # None: as many as its reader was taught, or the context has
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -91,7 +95,8 @@ class Prompt:
 class Token:
     """A token, its text, and per layer the numbers and weights of its experts, likeliest first.
 
-    Where one expert reads the whole text there is one layer, with that number and weight 1.
+    Where one expert reads the whole text it has that number and weight 1. `speakers` of the engine
+    has the name of each number.
     """
 
     id: int
@@ -102,17 +107,18 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to a text.
+    """A token whose text may be shown, or the end.
 
-    `text` is what may be shown now: a character that is not whole, or what may be the start of a
-    stop string, is held back until a later piece. All of them together are the text.
+    A token is held back while its character is not whole, or while it may be the start of a stop
+    string; so a step adds none, one or several. What a stop string cuts off is in no piece. All
+    texts together are the whole, and each is its token's.
     """
 
-    token: Token | None  # None: only an end, or only text that was held back
+    token: Token | None  # None: the end
     text: str
     logprob: float | None = None  # of the token, where they are asked for; nats
     likeliest: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
-    finish: Finish | None = None  # in the last piece
+    finish: Finish | None = None  # of the end
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,26 @@ class Generation:
             if not self.finished:
                 self.cancel()
 
+    def follow(self) -> Iterator[Piece]:
+        """Yield its pieces as they come, in a thread that waits for them, as `pieces` does. Raises
+        Abandoned where the work of this thread is not wanted any more."""
+        done = 0
+        try:
+            while True:
+                for piece in self._since(done):
+                    done += 1
+                    yield piece
+                    if piece.finish:
+                        return
+                with self._changed:
+                    if len(self._pieces) == done and not self.finished:
+                        self._changed.wait(POLL_S)
+                if is_unwanted():
+                    self.cancel()
+        finally:
+            if not self.finished:
+                self.cancel()
+
     def wait(self) -> list[Piece]:
         """Return all its pieces, once the last one is there, and raise as `pieces` does. Raises
         Abandoned where the work of this thread is not wanted any more."""
@@ -269,6 +295,21 @@ class Generation:
             wake()
 
 
+def result_of(future: Future[T]) -> T:
+    """Return what a future gives, or raise what it raises. Raises Abandoned where the work of this
+    thread is not wanted any more, and gives it up."""
+    while True:
+        try:
+            return future.result(POLL_S)
+        except TimeoutError:
+            # or it is the work itself that was too late
+            if future.done():
+                raise
+        if is_unwanted():
+            future.cancel()
+            raise Abandoned("nobody waits for the answer any more")
+
+
 @dataclass
 class Stats:
     """What an engine has done so far, and does now. Only counted up, but for the first three."""
@@ -310,6 +351,7 @@ class Generating(Protocol):
 
     name: str
     experts: tuple[str, ...]
+    speakers: tuple[str, ...]  # by the numbers that tokens tell
     readers: tuple[str, ...]  # who can be asked for by name: the experts, and "base" where it is
     context_tokens: int
     stats: Stats

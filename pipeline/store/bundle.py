@@ -25,8 +25,10 @@ from .reading import reading
 from .room import writing
 from .streamed import Streamed, write_tensors
 
-# Of experts.json; raised when an older program could not serve the bundle.
-FORMAT = 2
+# Of experts.json, at most; raised when an older program could not serve the bundle.
+FORMAT = 3
+# Of a bundle that holds nothing which a version before would refuse.
+EARLIER_FORMAT = 2
 SUMS = "SHA256SUMS"
 ABOUT = "experts.json"
 INDEX = "model.safetensors.index.json"

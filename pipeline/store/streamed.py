@@ -66,6 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Streamed], progress: Progres
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the payload stays aligned
     digest = hashlib.sha256()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("wb") as file:
 
         def write(data: bytes | memoryview) -> None:

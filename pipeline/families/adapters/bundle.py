@@ -16,7 +16,7 @@ from ...config.base import COMMIT
 from ...errors import DamagedArtifact
 from ...protocols import Progress
 from ...store.artifacts import sha256
-from ...store.bundle import ABOUT, FORMAT, BundleFile, about, listed, write
+from ...store.bundle import ABOUT, EARLIER_FORMAT, BundleFile, about, listed, write
 from ...store.foreign import ForeignFile, check_model_files
 from .. import Parts
 from ..report_files import report_files
@@ -200,7 +200,7 @@ def _described(cfg: AdapterRunConfig, parts: Parts) -> dict[str, Any]:
         "folder": f"{ADAPTERS}/{ROUTER}",
     }
     return {
-        "format": FORMAT,
+        "format": EARLIER_FORMAT,
         "family": cfg.family,
         "run": cfg.name,
         "serves": "chat",

@@ -24,12 +24,11 @@ from ...errors import DataError
 from ...protocols import check_wanted, held, is_unwanted
 from .chat import Chat
 from .media import MediaFeatures, Medium
-from .peft_io import core_of, own_name, peft_name
+from .peft_io import NO_ADAPTER, core_of, own_name, peft_name
 
 BASE = "base"  # the name of a row that runs under no adapter
 # tokens; rows whose lengths differ by less are padded to one length without much waste
 SIMILAR = 32
-_NO_ADAPTER = "__base__"  # PEFT's word for it
 
 
 @dataclass(frozen=True)
@@ -342,7 +341,7 @@ class MultiAdapterModel:
 
 def _names(rows: Sequence[BatchRow]) -> list[str]:
     """Return each row's adapter as PEFT calls it."""
-    return [_NO_ADAPTER if row.adapter == BASE else peft_name(row.adapter) for row in rows]
+    return [NO_ADAPTER if row.adapter == BASE else peft_name(row.adapter) for row in rows]
 
 
 def _unhook(model: torch.nn.Module) -> int:

@@ -108,6 +108,18 @@ class Media:
         another over the rows of a batch."""
         return {}
 
+    def cut(self, features: Sequence[Any], first: int, end: int) -> list[Any]:
+        """Return what some tokens of a row's media read, counted over all of them; for
+        `feature_inputs` of a pass over a part of the row."""
+        return []
+
+    def positions(
+        self, core: PreTrainedModel, ids: Sequence[int], features: Sequence[Any]
+    ) -> torch.Tensor | None:
+        """Return the position of each token of a row as the model counts them, [3, T]; None where
+        they are counted one after another. What follows goes on after the largest."""
+        return None
+
     def feature_cache(
         self,
         core: PreTrainedModel,

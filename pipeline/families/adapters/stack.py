@@ -5,7 +5,7 @@ Invariant: weights of experts are never averaged. Media are encoded once per req
 experts alike; which adapters answer follows from the router's probabilities alone.
 
 N requests, C choices (the experts, then none where there is one), F features of a request,
-D width of the base.
+D width of the base, V vocabulary.
 """
 
 import math
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from peft import PeftModel
 
 from ...config.base import NONE
@@ -222,6 +223,28 @@ class AdapterStack:
             parts.append(x_ND.numpy())
         return np.concatenate(parts)
 
+    def new_tokens(self, reader: str) -> int:
+        """Return how many tokens a reader's answer may have; an adapter that is no expert of this
+        stack (the router) answers with its label."""
+        return self._new_tokens.get(reader, 1)
+
+    def prompt_ids(self, prompt: str, media: Sequence[Medium]) -> tuple[int, ...]:
+        """Return what is read of a request: its turn, with a place for every token of its
+        media."""
+        chat = self.model.chat
+        ids = chat.prompt_ids(prompt, len(media))
+        return tuple(chat.expand(ids, [chat.media.tokens(medium) for medium in media]))
+
+    def routing_ids(self, prompt: str, media: Sequence[Medium]) -> tuple[int, ...]:
+        """Return what the router reads of it."""
+        return self.prompt_ids(routing_prompt(self.calibration.instruction, prompt), media)
+
+    def choice(self, logit_V: torch.Tensor) -> Choice:
+        """Return where a request goes, by the router's logits after its `routing_ids`."""
+        logit_C = logit_V[self._label_ids].float().cpu()
+        logit_NC = logit_C.unsqueeze(0).numpy()
+        return self._choice(softmax(logit_NC, self.calibration.temperature)[0])
+
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         # all are checked before any runs, so that a bad one costs nothing
         for request in requests:
@@ -325,15 +348,21 @@ class AdapterStack:
             most = max_new_tokens[i] or sys.maxsize
             for name in adapters[i]:
                 rows.append(self._row(request, encoded[i], name))
-                # an adapter that is no expert of this stack (the router) answers with its label
-                own = self._new_tokens.get(name, 1)
-                limits.append(min(own, most))
+                limits.append(min(self.new_tokens(name), most))
                 owners.append(i)
         out: list[dict[str, Reply]] = [{} for _ in requests]
         generations = self.model.generate(rows, limits, seconds)
         for i, row, generation in zip(owners, rows, generations, strict=True):
             out[i][row.adapter] = generation
         return out
+
+
+def rank(choice: Choice, reader: str, log_probability: float) -> float:
+    """Return the logarithm of the router's probability of a reader times that of its answer, the
+    mean over its tokens."""
+    # the base has no probability of its own, and a probability of 0 no logarithm
+    probability = max(dict(choice.alternatives).get(reader, 1.0), 1e-12)
+    return math.log(probability) + log_probability
 
 
 def _best(
@@ -343,14 +372,11 @@ def _best(
     generate_s: float,
 ) -> Answer:
     """Return the answer with the greatest product of the router's and its own mean probability."""
-    prior = dict(choice.alternatives)
 
-    def rank(name: str) -> float:
-        # the base has no probability of its own, and a probability of 0 no logarithm
-        probability = max(prior.get(name, 1.0), 1e-12)
-        return math.log(probability) + generations[name].log_probability
+    def own_rank(name: str) -> float:
+        return rank(choice, name, generations[name].log_probability)
 
-    best, *rest = sorted(generations, key=rank, reverse=True)
+    best, *rest = sorted(generations, key=own_rank, reverse=True)
     kept = generations[best]
     others = [(name, generations[name].text) for name in rest]
     return Answer(

@@ -2,8 +2,9 @@
 from it.
 
 What is written is the stored tensors under the names that transformers gives them; nothing is
-computed but the matrices of low-rank experts, merged one after another. L layers, E experts, D
-model width.
+computed but the matrices of low-rank experts, merged one after another. Their base and deltas go
+along as they are, so that who serves them runs the base's products once for all of a token's
+experts. L layers, E experts, D model width.
 """
 
 import re
@@ -17,13 +18,15 @@ import torch
 
 from ...errors import DamagedArtifact, MismatchError
 from ...hardware import device
-from ...model.experts import Expert, from_tensors
+from ...model import low_rank
+from ...model.experts import Expert, common_layers, from_tensors
 from ...model.router import gate_name
 from ...model.trunk import open_tensors
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
 from ...store.bundle import (
     ABOUT,
+    EARLIER_FORMAT,
     FORMAT,
     BundleFile,
     MadeFile,
@@ -48,13 +51,15 @@ from .stock import generation_settings, old_rope, run_tokenizer, text_start
 TRUNK = "model-trunk.safetensors"
 ROUTER = "model-router.safetensors"
 BASE = "model-base.safetensors"  # the networks of layers without experts
+UNMERGED = "unmerged"  # folder of a low-rank stack's base and deltas, which no index names
+UNMERGED_BASE = f"{UNMERGED}/base.safetensors"
 MIXTURES = {"qwen3": "qwen3_moe", "llama": "mixtral", "mistral": "mixtral"}
 CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}
 # All that a bundle holds. A library reads some other names too, wherever it finds them.
 FILES = re.compile(
     r"experts\.json|made\.json|README\.md|report\.(json|html)|config\.json|trunk\.json"
     r"|generation_config\.json|tokenizer(_config)?\.json|model\.safetensors\.index\.json"
-    r"|model-[^/]+\.safetensors"
+    r"|model-[^/]+\.safetensors|unmerged/[^/]+\.safetensors"
 )
 
 
@@ -69,6 +74,11 @@ class _Member:
     item: str | None
     stored: str  # file of the artifact
     file: str  # file of the bundle
+
+    @property
+    def unmerged(self) -> str:
+        """File of the bundle with its deltas, where it has any."""
+        return f"{UNMERGED}/{self.file.removeprefix('model-')}"
 
 
 def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) -> dict:
@@ -115,12 +125,17 @@ def reassemble(folder: Path) -> FfnStack:
         if len(layers) < count:
             _fill(like, load_tensors(folder / BASE), layers)
         experts = {}
-        for number, entry in enumerate(described["experts"]):
-            stored = load_tensors(folder / entry["file"])
-            own = {}
-            for name in _names_in(like, layers):
-                own[name] = stored[naming.expert(number, name)]
-            experts[entry["name"]] = from_tensors(like, own, layers)
+        if described.get("unmerged"):
+            experts = _unmerged(folder, described, like)
+            # A class that knows no layers without experts has gates there, of zeros
+            layers = common_layers(list(experts.values()))
+        else:
+            for number, entry in enumerate(described["experts"]):
+                stored = load_tensors(folder / entry["file"])
+                own = {}
+                for name in _names_in(like, layers):
+                    own[name] = stored[naming.expert(number, name)]
+                experts[entry["name"]] = from_tensors(like, own, layers)
         gates = load_tensors(folder / ROUTER)
         rows = []
         for layer in layers:
@@ -163,9 +178,28 @@ def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
         if type(token) is not int:
             raise ForeignFile(f"a start of texts is {token!r}")
     for entry in described["experts"]:
-        if entry["file"] not in names:
-            raise ForeignFile(f"{entry['file']!r} is no file of it")
+        for file in (entry["file"], entry.get("unmerged")):
+            if file is not None and file not in names:
+                raise ForeignFile(f"{file!r} is no file of it")
     return settings
+
+
+def _unmerged(folder: Path, described: Mapping[str, Any], like: Expert) -> dict[str, Expert]:
+    """Return a low-rank stack's experts as they were trained: deltas on one base.
+
+    Raises OSError, KeyError, ValueError, RuntimeError.
+    """
+    base = from_tensors(like, load_tensors(folder / UNMERGED_BASE)).to(device())
+    experts: dict[str, Expert] = {}
+    for entry in described["experts"]:
+        file = entry.get("unmerged")
+        if file is None:
+            experts[entry["name"]] = base
+            continue
+        tensors = load_tensors(folder / file)
+        scale = float(described["unmerged"]["scale"])
+        experts[entry["name"]] = low_rank.from_tensors(base, tensors, scale).to(device())
+    return experts
 
 
 def _names_in(like: Expert, layers: Collection[int]) -> list[str]:
@@ -279,11 +313,13 @@ def _described(
             "address": member.address,
             "file": member.file,
         }
+        if cfg.expert.delta_rank and member.domain is not None:
+            entry["unmerged"] = member.unmerged
         if member.domain is not None and member.domain in labels:
             entry["label"] = labels[member.domain]
         experts.append(entry)
     return _form(cfg, stock) | {
-        "format": FORMAT,
+        "format": FORMAT if cfg.expert.delta_rank else EARLIER_FORMAT,
         "family": cfg.family,
         "run": cfg.name,
         "architecture": stock["architectures"][0],
@@ -305,6 +341,7 @@ def _form(cfg: FfnMoeConfig, stock: Mapping[str, Any]) -> dict[str, Any]:
         # Merged in what is written: told, as it says what they were and how they were trained
         out["form"] = cfg.expert.form
         out["rank"] = cfg.expert.delta_rank
+        out["unmerged"] = {"file": UNMERGED_BASE, "scale": cfg.expert.delta_scale}
     without = stock.get("mlp_only_layers")
     if without:
         every = range(stock["num_hidden_layers"])
@@ -322,8 +359,11 @@ def _made_files(
     """Return the files of a stack whose experts are deltas, merged, or of chosen layers."""
     _, dummy = stored_trunk(cfg, parts)
     experts: list[Tensors] = []
-    for _, expert in stored_experts(cfg, parts, dummy):
+    unmerged = [MadeFile(UNMERGED_BASE, expert_tensors(dummy))]
+    for member, (_, expert) in zip(members, stored_experts(cfg, parts, dummy), strict=True):
         experts.append(expert_tensors(expert))
+        if member.domain is not None:
+            unmerged.append(MadeFile(member.unmerged, streamed(expert.named())))
     gates = parts.tensors("train_router", "router.safetensors")
     made = mixture_tensors(experts, expert_tensors(dummy), gates, stock)
     out: list[BundleFile | MadeFile] = [
@@ -334,6 +374,8 @@ def _made_files(
         out.append(MadeFile(BASE, made.base))
     for member, tensors in zip(members, made.experts, strict=True):
         out.append(MadeFile(member.file, tensors))
+    if cfg.expert.delta_rank:
+        out += unmerged
     out.append(_stored(parts, "trunk.json", "train_shared", "trunk.json"))
     return out
 

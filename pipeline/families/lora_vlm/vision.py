@@ -206,6 +206,33 @@ class Images(Media):
             "image_grid_thw": torch.tensor(grids),
         }
 
+    def cut(self, features: Sequence[ImageFeatures], first: int, end: int) -> list[ImageFeatures]:
+        """Return what some tokens of a row's pictures read, counted over all of them."""
+        parts = []
+        for each in features:
+            own = slice(max(0, first), max(0, min(end, each.tokens)))
+            if own.start < own.stop:
+                deep = tuple(layer[own] for layer in each.deep)
+                parts.append(ImageFeatures(each.grid, each.embed_TD[own], deep))
+            first -= each.tokens
+            end -= each.tokens
+        return parts
+
+    def positions(
+        self, core: PreTrainedModel, ids: Sequence[int], features: Sequence[ImageFeatures]
+    ) -> torch.Tensor | None:
+        """Return the position of each token in time, height and width, [3, T]; None where there is
+        no picture."""
+        if not features:
+            return None
+        ids_BT = torch.tensor([list(ids)])
+        grid_N3 = torch.tensor([each.grid for each in features])
+        model: Any = core.model
+        position_3BT, _ = model.get_rope_index(
+            ids_BT, self.token_inputs(ids_BT)["mm_token_type_ids"], image_grid_thw=grid_N3
+        )
+        return position_3BT[:, 0]
+
     def changed_by(self, core: PreTrainedModel) -> frozenset[str]:
         """Return the adapters that have weights in the vision tower."""
         found = set()

@@ -50,12 +50,12 @@ class _Rows:
     blocks: list[int]
 
     @classmethod
-    def sorted_by_expert(cls, index_NK: Tensor, experts: int) -> "_Rows":
+    def sorted_by_expert(cls, index_NK: Tensor, experts: int, block_rows: int) -> "_Rows":
         """Return the places of routed rows, those of an expert beside each other."""
         expert_R = index_NK.flatten()
         order_R = expert_R.argsort(stable=True)
         rows_E = expert_R.bincount(minlength=experts)
-        blocks_E = (rows_E + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+        blocks_E = (rows_E + block_rows - 1) // block_rows * block_rows
         # how far filled blocks push the rows of each expert back
         pushed_E = (blocks_E - rows_E).cumsum(0) - (blocks_E - rows_E)
         sorted_R = torch.arange(len(expert_R), device=expert_R.device)
@@ -177,12 +177,13 @@ def shared_base_mix(
     x_ND: Tensor,
     index_NK: Tensor,
     weight_NK: Tensor,
+    block_rows: int = BLOCK_ROWS,
 ) -> Tensor:
     """Return y_ND, each token's weighted sum over its chosen experts on one SwiGLU network. They
     run in autocast's dtype, else in that of x; index -1 drops a choice.
 
     members: each expert's factors in that dtype, None for the network itself; no gradient reaches
-    them.
+    them. block_rows: what each expert's block is filled up to a multiple of.
     """
     device_type = x_ND.device.type
     dtype = product_dtype(x_ND)
@@ -199,7 +200,7 @@ def shared_base_mix(
             y_ND = _SharedBase.apply(
                 x_ND[chunk].to(dtype),
                 weight_NK[chunk].to(dtype),
-                _Rows.sorted_by_expert(index_NK[chunk], len(members)),
+                _Rows.sorted_by_expert(index_NK[chunk], len(members), block_rows),
                 members,
                 network.gate_proj.weight,
                 network.up_proj.weight,

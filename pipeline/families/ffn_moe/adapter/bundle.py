@@ -22,7 +22,7 @@ from ....model.pretrained import fitted, mapped
 from ....model.trunk import open_tensors
 from ....protocols import Progress
 from ....store.artifacts import load_tensors, sha256
-from ....store.bundle import ABOUT, FORMAT, BundleFile, about, listed, start_ids, write
+from ....store.bundle import ABOUT, EARLIER_FORMAT, BundleFile, about, listed, start_ids, write
 from ....store.foreign import ForeignFile, check_kind, check_model_files, read_object
 from ... import Parts
 from ...adapters import peft_io
@@ -90,7 +90,7 @@ def _described(
             entry["label"] = labels[name]
         experts.append(entry)
     return {
-        "format": FORMAT,
+        "format": EARLIER_FORMAT,
         "family": cfg.family,
         "form": ADAPTER,
         "run": cfg.name,

@@ -51,13 +51,33 @@ class RequestStack:
 
     def choice(self, ids: Sequence[int]) -> TextChoice:
         """Return who reads one text."""
-        ids_BT = torch.tensor([list(ids)], device=self.model.head.device)
+        return self.choices([ids])[0]
+
+    def choices(self, texts: Sequence[Sequence[int]]) -> list[TextChoice]:
+        """Return who reads each text."""
+        # equally long ones run together, and most are at least as long as what chooses
+        by_length: dict[int, list[int]] = {}
+        for at, ids in enumerate(texts):
+            length = min(len(ids), self.text_router.prompt_tokens)
+            by_length.setdefault(length, []).append(at)
+        found: dict[int, TextChoice] = {}
+        for length, places in by_length.items():
+            first = [list(texts[at][:length]) for at in places]
+            found |= zip(places, self._choices(first), strict=True)
+        return [found[at] for at in range(len(texts))]
+
+    def _choices(self, ids: list[list[int]]) -> list[TextChoice]:
+        """Return who reads texts of which these are the first tokens, equally many."""
+        ids_BT = torch.tensor(ids, device=self.model.head.device)
         router = self.text_router.router
         p_BC = router.probabilities(self.text_router.features(self.model, ids_BT, False))
-        number = int(router.decide(p_BC).item())
-        likely = [round(p, 6) for p in p_BC[0].tolist()]
-        # a base without a class of its own has no probability, only what is below the threshold
-        return TextChoice(number, self.names[number], dict(zip(self.names, likely, strict=False)))
+        out = []
+        for number, p_C in zip(router.decide(p_BC).tolist(), p_BC.tolist(), strict=True):
+            likely = [round(p, 6) for p in p_C]
+            # a base without a class of its own has no probability, only what is below the threshold
+            probabilities = dict(zip(self.names, likely, strict=False))
+            out.append(TextChoice(number, self.names[number], probabilities))
+        return out
 
     def reader(self, number: int) -> Adapted:
         """Return the model as the expert of that number changes it, or as the base is."""

@@ -1,0 +1,274 @@
+"""The model of a bundle as the scheduler runs it: rows of their own lengths in one pass, each with
+its reader.
+
+B rows, T tokens of the longest, S places that are looked at, L layers, K experts per token, D model
+width, V vocabulary, N = B*T.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.experts import BLOCK_ROWS, Expert
+from ..model.low_rank import base_of, mix_on_base
+from ..model.router import Router
+from ..model.trunk import Trunk
+from .gates import FREE, GateChoice, GateHearing, choices
+from .generation import BASE_READER
+from .rows import ServedRow
+from .slot_cache import SlotCache
+
+FEW_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a row reads in one pass: some of its tokens, and the place of the first of them."""
+
+    row: ServedRow
+    slot: int
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Place after the last."""
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The chunks of one pass, filled up on the right."""
+
+    chunks: tuple[Chunk, ...]
+    pad_id: int
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        """T."""
+        return max(len(chunk.ids) for chunk in self.chunks)
+
+    @cached_property
+    def seen(self) -> int:
+        """S."""
+        return max(chunk.end for chunk in self.chunks)
+
+    @cached_property
+    def ids_BT(self) -> Tensor:
+        """Tokens."""
+        rows = []
+        for chunk in self.chunks:
+            padding = (self.pad_id,) * (self.longest - len(chunk.ids))
+            rows.append(chunk.ids + padding)
+        return torch.tensor(rows, device=self.device)
+
+    @cached_property
+    def count_B(self) -> Tensor:
+        """How many tokens of each row are its own."""
+        return torch.tensor([len(chunk.ids) for chunk in self.chunks], device=self.device)
+
+    @cached_property
+    def place_BT(self) -> Tensor:
+        """Place of each token in its text."""
+        start_B = torch.tensor([chunk.start for chunk in self.chunks], device=self.device)
+        return start_B.unsqueeze(1) + torch.arange(self.longest, device=self.device)
+
+    def written_BT(self, beyond: int) -> Tensor:
+        """Return where each token is kept; what fills rows up goes `beyond` all texts."""
+        is_own_BT = torch.arange(self.longest, device=self.device) < self.count_B.unsqueeze(1)
+        return torch.where(is_own_BT, self.place_BT, beyond)
+
+    def mask_B1TS(self, window: int | None = None) -> Tensor:
+        """Return what each token sees: itself and those before it, of its own text, at most
+        `window` of them."""
+        # Whole, and given as it is: what transformers makes itself takes all rows for equally long
+        at_S = torch.arange(self.seen, device=self.device)
+        place_BT1 = self.place_BT.unsqueeze(-1)
+        sees_BTS = at_S <= place_BT1
+        if window is not None:
+            sees_BTS = sees_BTS & (at_S > place_BT1 - window)
+        return sees_BTS.unsqueeze(1)
+
+    def last(self, x_BTD: Tensor) -> Tensor:
+        """Return x_BD of the last token of each row."""
+        row_B = torch.arange(len(self.chunks), device=x_BTD.device)
+        return x_BTD[row_B, self.count_B.to(x_BTD.device) - 1]
+
+
+class Network(ABC):
+    """A frozen model with slots for the texts that it reads."""
+
+    pad_id = 0
+
+    def __init__(self, model: Any, speakers: Sequence[str]):
+        self.model = model  # transformers' own class, with its head
+        self.speakers = tuple(speakers)  # by number
+        config = model.config.get_text_config()
+        self.cache = SlotCache(config.num_hidden_layers)
+        self.vocab_size = model.lm_head.weight.shape[0]
+        self.device = model.lm_head.weight.device
+        self._config = config
+
+    @property
+    def place_bytes(self) -> int:
+        """Bytes of keys and values of one token."""
+        known = self.cache.place_bytes
+        if known is not None:
+            return known
+        config = self._config
+        width = getattr(config, "head_dim", None)
+        if width is None:
+            width = config.hidden_size // config.num_attention_heads
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+        return numbers * torch.float32.itemsize
+
+    def number(self, reader: str) -> int:
+        """Return the number of who can read a text. Raises ValueError for others."""
+        return self.speakers.index(reader)
+
+    def prepare(self, rows: Sequence[ServedRow]) -> None:
+        """Do what has to be done once before rows are read; no pass is under way. Rows with a
+        reader get his number."""
+        for row in rows:
+            if row.reader is not None and row.number == FREE:
+                row.chosen(row.reader, self.number(row.reader))
+
+    def read(self, batch: Batch) -> tuple[Tensor, list[list[GateChoice]]]:
+        """Run one pass, whose keys and values are kept; return x_BD after the last token of each
+        row, and per row who read its tokens: all of them where the row tells all, else the last
+        one."""
+        slots = [chunk.slot for chunk in batch.chunks]
+        self.cache.write(slots, batch.written_BT(self.cache.places), batch.seen)
+        x_BTD = self.hidden(batch)
+        return batch.last(x_BTD), self.heard(batch)
+
+    @abstractmethod
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return x_BTD after the final norm."""
+
+    @abstractmethod
+    def heard(self, batch: Batch) -> list[list[GateChoice]]:
+        """Return who read the tokens of the pass that has just run, as `read` does."""
+
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """Return logit_BV."""
+        logits: Tensor = self.model.lm_head(x_BD)
+        return logits
+
+    def masks(self, batch: Batch) -> Any:
+        """Return the mask as the class takes it: one, or one by kind of layer."""
+        config = self._config
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if config.model_type not in ("qwen3", "qwen2"):
+            return batch.mask_B1TS(window)
+        # of these not every layer has a window, whatever the configuration has for one
+        masks = {"full_attention": batch.mask_B1TS()}
+        if "sliding_attention" in kinds:
+            masks["sliding_attention"] = batch.mask_B1TS(window)
+        return masks
+
+
+class TokenRouted(Network):
+    """A network whose gates choose experts for each token."""
+
+    def __init__(self, model: Any, speakers: Sequence[str]):
+        super().__init__(model, speakers)
+        self.hearing = GateHearing()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return x_BTD after the final norm."""
+        readers = [chunk.row.number for chunk in batch.chunks]
+        with self.hearing.listening(readers, batch.longest):
+            out = self.model.base_model(
+                input_ids=batch.ids_BT,
+                attention_mask=self.masks(batch),
+                position_ids=batch.place_BT,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        x_BTD: Tensor = out.last_hidden_state
+        return x_BTD
+
+    def heard(self, batch: Batch) -> list[list[GateChoice]]:
+        """Return who read the tokens of the pass that has just run."""
+        index_BTLK, weight_BTLK = self.hearing.heard(len(batch.chunks))
+        told = []
+        for row, chunk in enumerate(batch.chunks):
+            count = len(chunk.ids)
+            first = 0 if chunk.row.tells_all else count - 1
+            if chunk.row.number == FREE:
+                own = slice(first, count)
+                told.append(choices(index_BTLK[row, own], weight_BTLK[row, own]))
+            else:
+                alone = GateChoice.of_reader(chunk.row.number, self.hearing.layers)
+                told.append([alone] * (count - first))
+        return told
+
+
+class StockMixture(TokenRouted):
+    """transformers' own class of mixtures: full experts, merged ones among them."""
+
+    def __init__(self, model: Any, experts: Sequence[str], base: int | None):
+        super().__init__(model, experts)
+        self._base = base  # the expert that is the base's own network, where one is
+        self.hearing.hook(model.base_model)
+
+    def number(self, reader: str) -> int:
+        """Return the number of who can read a text. Raises ValueError for others."""
+        if reader == BASE_READER and self._base is not None:
+            return self._base
+        return super().number(reader)
+
+
+class UnmergedMixture(TokenRouted):
+    """A trunk's own class with low-rank experts in its slots, unmerged: the base's products run
+    once for all of a token's experts."""
+
+    def __init__(self, trunk: Trunk, experts: dict[str, Expert], router: Router):
+        base = base_of(list(experts.values()))
+        if base is None:
+            raise ValueError("these experts are no deltas on one base")
+        super().__init__(trunk.network, (*experts, BASE_READER))
+        self._base = base
+        # the base is one more that can be chosen, by who asks for it alone
+        self._members = [*experts.values(), base]
+        self._router = router
+        for layer in trunk.network.model.layers:
+            layer.mlp.ffn = self._mixed
+
+    def _mixed(self, layer: int, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD of one layer."""
+        if layer not in self._router.place:
+            y_BTD: Tensor = self._base(layer, x_BTD)
+            return y_BTD
+        x_ND = x_BTD.flatten(0, -2)
+        index_NK, weight_NK = self._router.route(layer, x_ND)
+        index_NK, weight_NK = self.hearing.hear(index_NK, weight_NK)
+        routed = (self._members, layer, x_ND, index_NK, weight_NK)
+        y_ND = mix_on_base(self._base, *routed, _block_rows(len(x_ND)))
+        return y_ND.view_as(x_BTD)
+
+
+def _block_rows(tokens: int) -> int:
+    """Return what each expert's block is filled up to: of a token each of some texts most of a
+    large one would be filling."""
+    return FEW_ROWS if tokens <= BLOCK_ROWS else BLOCK_ROWS
+
+
+class OneReader(Network):
+    """A network whose texts are read by one reader each, from their beginning to their end."""
+
+    def heard(self, batch: Batch) -> list[list[GateChoice]]:
+        """Return who read the tokens of the pass that has just run."""
+        told = []
+        for chunk in batch.chunks:
+            count = len(chunk.ids) if chunk.row.tells_all else 1
+            told.append([GateChoice.of_reader(chunk.row.number)] * count)
+        return told

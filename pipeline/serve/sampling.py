@@ -1,0 +1,155 @@
+"""How the next token of a text is drawn from logits: penalties, bias, temperature and cuts, each
+text with a generator of its own, so that what others draw beside it changes nothing.
+
+B texts, V vocabulary, N tokens that may be drawn.
+"""
+
+import math
+import random
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .generation import Sampling
+
+# Logits over a smaller temperature overflow; the most likely token it is.
+COLDEST = 1e-3
+# Of the likeliest tokens, which are sorted first: in them is what top_p leaves of most texts, and
+# to sort a whole vocabulary takes longer than the rest of a draw.
+SORTED = 1024
+SEEDS = 2**64
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and what is told of its probability: in the model's own distribution, before what
+    the request asked for changed it."""
+
+    id: int
+    nats: float | None = None  # its log-probability
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class TokenSampler:
+    """Draws the tokens of one text."""
+
+    def __init__(self, sampling: Sampling, tells: bool = False):
+        self.sampling = sampling
+        # to be ranked an answer needs its probability, whoever asked for it or not
+        self.told = 0 if tells and sampling.logprobs is None else sampling.logprobs
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        # Python's, as it takes microseconds and draws the same on every machine
+        self._random = random.Random(seed % SEEDS)
+        self._drawn: Counter[int] = Counter()
+        self._bias = dict(sampling.logit_bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken as it is and nothing is told of it."""
+        return self._is_cold and self.told is None and not self._changes
+
+    @property
+    def _is_cold(self) -> bool:
+        return self.sampling.temperature < COLDEST
+
+    @property
+    def _changes(self) -> bool:
+        """Whether logits are changed before one is drawn."""
+        sampling = self.sampling
+        return bool(self._bias or sampling.presence_penalty or sampling.frequency_penalty)
+
+    def draw(self, logit_V: Tensor) -> Drawn:
+        """Return the next token. Raises ArithmeticError for logits that are no numbers."""
+        wide_V = logit_V.float()
+        changed_V = self._changed(wide_V) if self._changes else wide_V
+        # one that is minus infinity is a token that cannot be drawn
+        if not changed_V.max().isfinite():
+            raise ArithmeticError("the logits of the next token are no numbers")
+        token = int(changed_V.argmax()) if self._is_cold else self._drawn_from(changed_V)
+        self._drawn[token] += 1
+        if self.told is None:
+            return Drawn(token)
+        nats_V = wide_V - wide_V.logsumexp(-1)
+        likeliest = []
+        if self.told:
+            best = nats_V.topk(min(self.told, len(nats_V)))
+            likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Drawn(token, nats_V[token].item(), tuple(likeliest))
+
+    def _changed(self, wide_V: Tensor) -> Tensor:
+        """Return logits less penalties of what was drawn, with the bias that was asked for."""
+        changed_V = wide_V.clone()
+        sampling = self.sampling
+        if self._drawn:
+            drawn_N = torch.tensor(list(self._drawn))
+            often_N = torch.tensor(list(self._drawn.values()), dtype=torch.float32)
+            less_N = sampling.presence_penalty + sampling.frequency_penalty * often_N
+            changed_V[drawn_N] -= less_N
+        if self._bias:
+            biased_N = torch.tensor(list(self._bias))
+            changed_V[biased_N] += torch.tensor(list(self._bias.values()), dtype=torch.float32)
+        return changed_V
+
+    def _drawn_from(self, logit_V: Tensor) -> int:
+        """Return a token, drawn with its probability among those that are not cut."""
+        scaled_V = logit_V / self.sampling.temperature
+        token_N, nats_N = self._kept(scaled_V)
+        # in fp64, so that thousands of small probabilities do not add up to something else
+        sum_N = nats_N.double().softmax(-1).cumsum(-1)
+        place = torch.searchsorted(sum_N, self._random.random() * sum_N[-1].item(), right=True)
+        chosen = min(int(place), len(sum_N) - 1)
+        return chosen if token_N is None else int(token_N[chosen])
+
+    def _kept(self, scaled_V: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the tokens that may be drawn, likeliest first, with their logits; None for tokens
+        that are all in their own order."""
+        sampling = self.sampling
+        token_N = None
+        if sampling.top_k:
+            best = scaled_V.topk(min(sampling.top_k, len(scaled_V)))
+            token_N, scaled_V = best.indices, best.values
+        if sampling.top_p < 1:
+            order_N, scaled_V = _nucleus(scaled_V, sampling.top_p)
+            token_N = order_N if token_N is None else token_N[order_N]
+        if sampling.min_p:
+            likely_N = scaled_V >= scaled_V.max() + math.log(sampling.min_p)
+            scaled_V = scaled_V[likely_N]
+            token_N = likely_N.nonzero().flatten() if token_N is None else token_N[likely_N]
+        return token_N, scaled_V
+
+
+def _nucleus(logit_N: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the places of the fewest likeliest tokens that have a share of the probability
+    (1904.09751), likeliest first, and their logits."""
+    whole = logit_N.double().logsumexp(-1)
+    for count in (min(SORTED, len(logit_N)), len(logit_N)):
+        best = logit_N.topk(count)
+        probability_N = (best.values.double() - whole).exp()
+        # of those before a token
+        before_N = probability_N.cumsum(-1) - probability_N
+        is_kept_N = before_N < share
+        if count == len(logit_N) or not is_kept_N[-1]:
+            break
+    is_kept_N[0] = True
+    return best.indices[is_kept_N], best.values[is_kept_N]
+
+
+def draw_all(samplers: Sequence[TokenSampler], logit_BV: Tensor) -> list[Drawn | Exception]:
+    """Return each text's next token, or what is the matter with its own."""
+    plain_BV = logit_BV.max(-1)
+    likeliest = plain_BV.indices.tolist()
+    is_finite = plain_BV.values.isfinite().tolist()
+    drawn: list[Drawn | Exception] = []
+    for row, sampler in enumerate(samplers):
+        if sampler.is_plain and is_finite[row]:
+            drawn.append(Drawn(likeliest[row]))
+            continue
+        try:
+            drawn.append(sampler.draw(logit_BV[row].cpu()))
+        except Exception as error:  # of one text, and no reason to end the others
+            drawn.append(error)
+    return drawn

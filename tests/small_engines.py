@@ -1,0 +1,204 @@
+"""Engines over random models of a few thousand parameters, without a run or a bundle: what tests
+of serving need, made in a blink.
+
+Each comes with what computes the same in another way: `alone(ids, reader)` gives logits_TV of a
+plain pass over a text, without a cache, a batch or a scheduler.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.families.adapters.peft_io import peft_name
+from pipeline.families.ffn_moe.adapter.model import Adapted
+from pipeline.families.ffn_moe.adapter.router import TextRouter
+from pipeline.families.ffn_moe.adapter.stack import RequestStack
+from pipeline.model.language_model import LanguageModel
+from pipeline.model.low_rank import LowRankExpert
+from pipeline.model.request_router import RequestRouter
+from pipeline.model.router import Gating, Mixture, Router
+from pipeline.model.trunk import build
+from pipeline.serve.adapters import TextAdapters
+from pipeline.serve.engine import CompletionEngine
+from pipeline.serve.generation import BASE_READER, Capacity, Stats
+from pipeline.serve.networks import Network, StockMixture, UnmergedMixture
+
+VOCAB = 97
+END = 96
+CONTEXT = 96
+NAMES = ("ash", "birch", "cedar")
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.4,
+    "eos_token_id": END,
+    "pad_token_id": END,
+    "tie_word_embeddings": False,
+    # each class has others by default
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+SMALL = Capacity(rows=4, waiting=64, prefill_tokens=12)
+
+
+class SmallEngine(CompletionEngine):
+    """An engine over a network that no bundle holds; its tokens are letters, some of several."""
+
+    def __init__(self, network: Network, readers: tuple[str, ...], capacity: Capacity = SMALL):
+        self.experts = NAMES
+        self.readers = readers
+        self.context_tokens = CONTEXT
+        self.start_ids = []
+        self.capacity = capacity
+        self.stats = Stats()
+        self.watcher = None
+        self._serve(network)
+
+    def _decode(self, ids: list[int]) -> str:
+        return "".join(said(token) for token in ids)
+
+
+def said(token: int) -> str:
+    """Return what a token says: one, two or three of a few letters, so that stop strings begin and
+    end within tokens."""
+    return "abcde"[token % 5] + "fgh"[token % 3] * (token % 3)
+
+
+@dataclass
+class Small:
+    """An engine and what computes the same alone."""
+
+    engine: SmallEngine
+    alone: Callable[[list[int], str | None], torch.Tensor]
+
+    def greedy(self, ids: list[int], reader: str | None, count: int) -> list[int]:
+        """Return the likeliest tokens after a text, without the one that ends it."""
+        out = list(ids)
+        for _ in range(count):
+            token = int(self.alone(out, reader)[-1].argmax())
+            if token == END:
+                break
+            out.append(token)
+        return out[len(ids) :]
+
+
+def stock(kind: str = "qwen3_moe", **changes: Any) -> Small:
+    """Full experts in transformers' own class; a reader alone is its dense model."""
+    torch.manual_seed(1)
+    settings = SIZES | {
+        "moe_intermediate_size": 48,
+        "num_experts": len(NAMES),
+        "num_local_experts": len(NAMES),
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    config = AutoConfig.for_model(kind, **settings | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.eval().requires_grad_(False)
+    dense = {name: _dense(model, kind, number) for number, name in enumerate(NAMES)}
+
+    def alone(ids: list[int], reader: str | None) -> torch.Tensor:
+        network = model if reader is None else dense[reader]
+        with torch.no_grad():
+            return network(input_ids=torch.tensor([ids])).logits[0]
+
+    return Small(SmallEngine(StockMixture(model, NAMES, None), NAMES), alone)
+
+
+def _dense(model: Any, kind: str, number: int) -> nn.Module:
+    """Return the dense model that one expert of a stock class makes with the trunk."""
+    config = AutoConfig.for_model("qwen3" if kind == "qwen3_moe" else "mistral", **SIZES)
+    config.sliding_window = model.config.sliding_window
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kept = {name: each for name, each in model.state_dict().items() if ".mlp." not in name}
+    for at, layer in enumerate(model.model.layers):
+        gate, up = layer.mlp.experts.gate_up_proj[number].chunk(2)
+        down = layer.mlp.experts.down_proj[number]
+        for name, weight in (("gate", gate), ("up", up), ("down", down)):
+            kept[f"model.layers.{at}.mlp.{name}_proj.weight"] = weight
+    dense.load_state_dict(kept)
+    return dense.eval().requires_grad_(False)
+
+
+def unmerged(kind: str = "llama", layers: tuple[int, ...] | None = None) -> Small:
+    """Low-rank experts in the slots of a trunk; a reader alone is merged."""
+    torch.manual_seed(2)
+    trunk, base = build(SIZES | {"model_type": kind})
+    experts = {}
+    for name in NAMES:
+        expert = LowRankExpert(base, 4, 1.5, layers)
+        for parameter in expert.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        experts[name] = expert.requires_grad_(False).eval()
+    own = layers or tuple(range(2))
+    weight_LED = torch.randn(len(own), len(NAMES), 32)
+    router = Router(weight_LED, Gating(2), own)
+    mixture = Mixture(list(experts.values()), router).requires_grad_(False).eval()
+    trunk.requires_grad_(False).eval()
+    base.requires_grad_(False).eval()
+    engine = SmallEngine(UnmergedMixture(trunk, experts, router), (*NAMES, BASE_READER))
+    serving = [layer.mlp.ffn for layer in trunk.network.model.layers]
+
+    def alone(ids: list[int], reader: str | None) -> torch.Tensor:
+        ffns = {None: mixture, BASE_READER: base}
+        ffn = ffns[reader] if reader in ffns else experts[reader].merged()
+        with torch.no_grad():
+            x_BTD = trunk.hidden(torch.tensor([ids]), ffn)
+        for layer, kept in zip(trunk.network.model.layers, serving, strict=True):
+            layer.mlp.ffn = kept
+        return x_BTD[0] @ trunk.head.T
+
+    return Small(engine, alone)
+
+
+def adapters(kind: str = "qwen3") -> Small:
+    """Adapters of a language model, of which the first tokens choose one."""
+    torch.manual_seed(3)
+    network: Any = LanguageModel.of(*build(SIZES | {"model_type": kind})).network
+    network.requires_grad_(False).eval()
+    # each on other projections, as an expert may be
+    targets = (["q_proj", "down_proj"], ["v_proj", "o_proj", "up_proj"], ["gate_proj", "k_proj"])
+    for rank, (name, modules) in enumerate(zip(NAMES, targets, strict=True), start=2):
+        shape = LoraConfig(r=rank, lora_alpha=8, target_modules=modules, init_lora_weights=False)
+        with warnings.catch_warnings():  # peft asks transformers in a way that it is leaving
+            warnings.simplefilter("ignore", FutureWarning)
+            if rank == 2:
+                network = get_peft_model(network, shape, adapter_name=peft_name(name))
+            else:
+                network.add_adapter(peft_name(name), shape)
+    adapted = Adapted(network.requires_grad_(False).eval())
+    router = RequestRouter(torch.randn(1, len(NAMES) + 1, 32), len(NAMES), 1.0, 0.3)
+    stack = RequestStack(adapted, NAMES, TextRouter(router, (1,), 4))
+    engine = SmallEngine(TextAdapters(stack), stack.names)
+    engine.stack = stack  # as an AdapterEngine has it
+
+    def alone(ids: list[int], reader: str | None) -> torch.Tensor:
+        if reader is None:
+            raise ValueError("name who reads it: the router looks at the first tokens alone")
+        model = adapted.under(None if reader == BASE_READER else reader)
+        with torch.no_grad():
+            return model.hidden(torch.tensor([ids]))[0] @ adapted.head.T
+
+    return Small(engine, alone)
+
+
+KINDS: dict[str, Callable[[], Small]] = {
+    "full experts": stock,
+    "full experts, window": lambda: stock("mixtral", sliding_window=9),
+    "low rank": unmerged,
+    "low rank, last layer": lambda: unmerged("qwen3", (1,)),
+    "adapters": adapters,
+    "adapters, window": lambda: adapters("mistral"),
+}

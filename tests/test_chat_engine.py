@@ -1,0 +1,153 @@
+"""Questions with pictures, many at once under different adapters: each answer is the stack's own,
+as the report measures it, one request at a time."""
+
+import random
+
+import pytest
+import torch
+
+from pipeline.families.adapters.inference import Request
+from pipeline.families.adapters.stack import AdapterStack
+from pipeline.serve.chat_engine import ChatAdapters, ChatEngine
+from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats
+from tests import small_stack
+from tests.small_stack import EXPERTS
+
+READERS = (*EXPERTS, BASE_READER)
+
+
+class SmallChat(ChatEngine):
+    """An engine over a stack that no bundle holds."""
+
+    def __init__(self, stack: AdapterStack, capacity: Capacity):
+        self.stack = stack
+        self.experts = EXPERTS
+        self.readers = READERS
+        self.context_tokens = 4096
+        self.capacity = capacity
+        self.stats = Stats()
+        self.watcher = None
+        self._serve(ChatAdapters(stack.model, READERS))
+
+    def ask(self, request: Request, reader: str | None = None, **sampling):
+        """Have a request answered."""
+        stack, media = self.stack, request.media
+        prompt = Prompt(
+            stack.prompt_ids(request.prompt, media),
+            media,
+            reader,
+            stack.routing_ids(request.prompt, media),
+        )
+        return self.submit(prompt, Sampling(**{"max_tokens": None, "temperature": 0.0} | sampling))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random base."""
+    torch.set_num_threads(1)
+    return small_stack.built(tmp_path_factory.mktemp("base") / "base")
+
+
+# Of some adapters, one reaches into the vision tower: what it makes of a picture is its own
+TOWERS = {"language": None, "vision too": {"count": r".*(visual.*\.(qkv|proj)|\.q_proj)"}}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def model(request, folder):
+    """A base with adapters."""
+    return small_stack.on(small_stack.opened(folder), TOWERS[request.param])
+
+
+def text(generation) -> str:
+    """Return what was said."""
+    return "".join(piece.text for piece in generation.wait())
+
+
+# fewer tokens than a picture has, so that it is read in parts; or a prompt at once
+@pytest.mark.parametrize("prefill_tokens", [7, 64])
+def test_answers_together_are_those_of_the_stack_alone(model, prefill_tokens):
+    stack = small_stack.stack(model)
+    requests = small_stack.requests(14, seed=prefill_tokens)
+    draw = random.Random(prefill_tokens)
+    readers = [draw.choice((None, *READERS)) for _ in requests]
+    wanted = []
+    for request, reader in zip(requests, readers, strict=True):
+        wanted.append(stack.answer([request], expert=reader)[0])
+    engine = SmallChat(stack, Capacity(rows=5, prefill_tokens=prefill_tokens))
+    running = [engine.ask(*each) for each in zip(requests, readers, strict=True)]
+    for generation in running:
+        generation.wait()
+    for request, reader, generation, answer in zip(requests, readers, running, wanted, strict=True):
+        assert text(generation) == answer.text
+        assert generation.wait()[-1].finish == answer.finish
+        assert generation.reader == answer.expert
+        assert generation.prompt_tokens == answer.prompt_tokens
+        assert generation.completion_tokens == answer.completion_tokens
+        if reader is None:
+            choice = stack.route([request])[0]
+            assert generation.choice.answered_by == choice.answered_by
+            assert generation.choice.confidence == pytest.approx(choice.confidence, abs=1e-4)
+    assert len({generation.reader for generation in running}) > 2
+    assert engine.stats.failed == 0
+
+
+def test_the_best_of_several_answers_is_told_as_the_stack_ranks_them(model):
+    stack = small_stack.stack(model, threshold=1.0, top_k=2)
+    engine = SmallChat(stack, Capacity(rows=4, prefill_tokens=32))
+    requests = small_stack.requests(6, seed=3)
+    running = [engine.ask(request) for request in requests]
+    for generation in running:
+        generation.wait()
+    several = 0
+    for request, generation in zip(requests, running, strict=True):
+        answer = stack.answer([request])[0]
+        assert (text(generation), generation.reader) == (answer.text, answer.expert)
+        assert generation.others == answer.others
+        assert generation.completion_tokens == answer.completion_tokens
+        several += len(answer.others)
+    assert several > 2
+
+
+def test_pictures_are_encoded_once_for_router_and_answers(folder):
+    model = small_stack.mixed(folder)
+    stack = small_stack.stack(model, threshold=1.0, top_k=3)
+    engine = SmallChat(stack, Capacity(rows=4, prefill_tokens=7))
+    seen = []
+    hook = model.core.model.visual.register_forward_pre_hook(lambda *_: seen.append(1))
+    try:
+        pictures = tuple(small_stack.pictures(2))
+        text(engine.ask(Request("what color?", pictures)))
+    finally:
+        hook.remove()
+    assert len(seen) == 1
+
+
+def test_who_asks_where_a_request_goes_is_told_what_the_stack_says(model):
+    stack = small_stack.stack(model)
+    engine = SmallChat(stack, Capacity(rows=2, prefill_tokens=7))
+    requests = small_stack.requests(5, seed=9)
+    asked = []
+    for request in requests:
+        ids = stack.routing_ids(request.prompt, request.media)
+        own = stack.prompt_ids(request.prompt, request.media)
+        asked.append(engine.route(Prompt(own, request.media, None, ids)))
+    routes = [future.result() for future in asked]
+    # only now: the stack's model is the engine's
+    for wanted, route in zip(stack.route(requests), routes, strict=True):
+        found = route.choice
+        assert (found.expert, found.answered_by) == (wanted.expert, wanted.answered_by)
+        assert dict(found.alternatives) == pytest.approx(dict(wanted.alternatives), abs=1e-4)
+
+
+def test_a_seed_says_the_same_among_others(model):
+    stack = small_stack.stack(model)
+    engine = SmallChat(stack, Capacity(rows=4, prefill_tokens=16))
+
+    def asked(seed: int, request: Request):
+        return engine.ask(request, "locate", temperature=1.2, seed=seed)
+
+    numbered = list(enumerate(small_stack.requests(6, seed=4)))
+    running = [asked(*each) for each in numbered]
+    together = [text(each) for each in running]
+    assert together == [text(asked(*each)) for each in numbered]
+    assert len(set(together)) > 1

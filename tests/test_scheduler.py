@@ -1,0 +1,430 @@
+"""Many texts at once: each is what it is alone, whoever comes, leaves or fails beside it.
+
+T tokens, V vocabulary.
+"""
+
+import asyncio
+import random
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+
+from pipeline.errors import DataError
+from pipeline.protocols import Abandoned
+from pipeline.serve.generation import (
+    BASE_READER,
+    Capacity,
+    Generation,
+    NoSuchReader,
+    Overloaded,
+    Prompt,
+    Sampling,
+)
+from pipeline.serve.slot_cache import SlotLayer
+from pipeline.serve.waiting_line import WaitingLine
+from tests import small_engines
+from tests.small_engines import CONTEXT, END, KINDS, NAMES, VOCAB, SmallEngine, said
+
+POISON = 3e4  # of what stands in a slot that nobody wrote to
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def small(request):
+    """One kind of engine with what computes the same alone."""
+    torch.set_num_threads(1)
+    return KINDS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine of full experts."""
+    return small_engines.stock().engine
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Slots that hold large numbers where nothing was written, as a former text would leave."""
+    empty = SlotLayer._empty
+    monkeypatch.setattr(SlotLayer, "_empty", lambda self, like: empty(self, like).fill_(POISON))
+
+
+def asked(draw: random.Random, readers) -> tuple[Prompt, Sampling]:
+    """Return a random request."""
+    ids = tuple(draw.randrange(END) for _ in range(draw.choice((1, 2, 5, 11, 30, 60))))
+    reader = draw.choice((None, None, *readers))
+    stop = draw.choice(((), (), ("ea",), ("hhb", "cgd")))
+    sampling = Sampling(
+        max_tokens=draw.choice((1, 2, 7, 20, None)),
+        temperature=draw.choice((0.0, 0.0, 0.8, 2.0)),
+        top_p=draw.choice((1.0, 0.7)),
+        top_k=draw.choice((0, 0, 5)),
+        min_p=draw.choice((0.0, 0.05)),
+        seed=draw.randrange(100),
+        stop=stop,
+        presence_penalty=draw.choice((0.0, 0.5)),
+        frequency_penalty=draw.choice((0.0, 0.3)),
+        logit_bias=draw.choice(({}, {draw.randrange(VOCAB): 4.0})),
+        logprobs=draw.choice((None, 0, 3)),
+    )
+    return Prompt(ids, reader=reader), sampling
+
+
+def told(generation: Generation) -> list[tuple]:
+    """Return all that a text tells, probabilities as far as batches of other sizes agree."""
+    out = []
+    for piece in generation.wait():
+        token = piece.token
+        nats = None if piece.logprob is None else pytest.approx(piece.logprob, abs=1e-4)
+        experts = token and (token.id, token.text, tuple(map(tuple, token.experts)))
+        out.append((piece.text, piece.finish, nats, len(piece.likeliest), experts))
+    return [*out, (generation.completion_tokens, generation.reader)]
+
+
+def numbers(told_of_it: list[tuple]) -> list[tuple]:
+    """Return the same with plain numbers, to be held against it."""
+    out = []
+    for piece in told_of_it:
+        out.append(tuple(getattr(value, "expected", value) for value in piece))
+    return out
+
+
+def test_every_text_among_others_is_what_it_is_alone(small, poisoned):
+    """Of random lengths, readers, samplings, arrivals and cancellations, over rows that are used
+    again and again."""
+    draw, engine = random.Random(11), small.engine
+    requests = [asked(draw, engine.readers) for _ in range(18)]
+    running = []
+    for prompt, sampling in requests:
+        running.append(engine.submit(prompt, sampling, draw.choice("ab")))
+        if draw.random() < 0.3:
+            time.sleep(0.02)
+        if draw.random() < 0.3:
+            draw.choice(running).cancel()
+    together = []
+    for generation in running:
+        with suppress(Abandoned):
+            together.append((generation, told(generation)))
+    assert len(together) > 6
+    for generation, found in together:
+        alone = told(engine.submit(generation.prompt, generation.sampling))
+        assert found == numbers(alone)
+    assert engine.stats.running == engine.stats.waiting == engine.stats.failed == 0
+
+
+def test_greedy_texts_together_are_those_of_a_plain_model(small):
+    """The reference has no cache, no batch and, of one reader, no gates."""
+    draw, engine = random.Random(5), small.engine
+    running = []
+    for reader in (None, *engine.readers) * 2:
+        ids = tuple(draw.randrange(END) for _ in range(draw.randrange(1, 40)))
+        running.append(engine.submit(Prompt(ids, reader=reader), Sampling(9, 0.0, logprobs=2)))
+    for generation in running:
+        generation.wait()
+    # only now: the reference is the same network
+    for generation in running:
+        pieces = generation.wait()
+        ids = list(generation.prompt.ids)
+        reader = generation.prompt.reader
+        if generation.choice:
+            reader = generation.reader
+            assert reader == engine.stack.choice(ids).name
+        spoken = [piece.token.id for piece in pieces if piece.token]
+        assert spoken == small.greedy(ids, reader, 9)
+        nats_TV = small.alone([*ids, *spoken], reader)[len(ids) - 1 :].log_softmax(-1)
+        for piece, nats_V in zip(pieces, nats_TV, strict=False):
+            if piece.token:
+                assert piece.logprob == pytest.approx(nats_V[piece.token.id].item(), abs=1e-3)
+                assert [token for token, _ in piece.likeliest] == nats_V.topk(2).indices.tolist()
+
+
+def test_a_token_tells_who_spoke_it(small):
+    engine = small.engine
+    ids = (3, 1, 4, 1, 5)
+    for reader in (None, *engine.readers):
+        generation = engine.submit(Prompt(ids, reader=reader), Sampling(6, 0.0))
+        tokens = [piece.token for piece in generation.wait() if piece.token]
+        prompt = Prompt((*ids, *(token.id for token in tokens)), reader=reader)
+        read = engine.route(prompt).result().tokens
+        # a token was chosen where the one before it was read
+        assert [t.experts for t in tokens] == [t.experts for t in read[len(ids) - 1 : -1]]
+        assert "".join(t.text for t in read) == "".join(said(token) for token in prompt.ids)
+        if reader is not None:
+            names = {engine.speakers[e] for t in tokens for layer in t.experts for e in layer}
+            assert names <= {reader}
+
+
+def test_a_long_prompt_does_not_keep_a_short_one_from_beginning(engine):
+    """Read in pieces of twelve tokens, it has its first token in the ninth pass; the other in one
+    of the first."""
+    long = engine.submit(Prompt((7,) * 90), Sampling(1))
+    short = engine.submit(Prompt((5, 6)), Sampling(1))
+    long.wait()
+    short.wait()
+    assert short.times.first < long.times.first
+
+
+def test_who_cannot_read_is_named_with_those_who_can(engine):
+    with pytest.raises(NoSuchReader, match="there is no 'oak'; there are ash, birch, cedar"):
+        engine.submit(Prompt((1,), reader="oak"), Sampling())
+    with pytest.raises(NoSuchReader, match="full experts without the base's own network"):
+        engine.submit(Prompt((1,), reader=BASE_READER), Sampling())
+    for prompt, sampling, said_of_it in (
+        (Prompt(()), Sampling(), "no token to go on from"),
+        (Prompt((VOCAB,)), Sampling(), "97 is no token"),
+        (Prompt((1,)), Sampling(logit_bias={-1: 1.0}), "-1 is no token"),
+        (Prompt((1,) * CONTEXT), Sampling(None), "over the context of 96"),
+    ):
+        with pytest.raises(DataError, match=said_of_it):
+            engine.submit(prompt, sampling)
+
+
+@contextmanager
+def stepping(engine):
+    """Have every pass wait to be let go; yields what lets one go, and the tokens of each pass."""
+    permits, passes = threading.Semaphore(0), []
+
+    def wait(_model, _given, keywords):
+        passes.append(keywords["input_ids"].tolist())
+        assert permits.acquire(timeout=60)
+
+    hook = engine.model.base_model.register_forward_pre_hook(wait, with_kwargs=True)
+    try:
+        yield permits, passes
+    finally:
+        hook.remove()
+        permits.release(10_000)
+
+
+def wait_for(condition) -> None:
+    """Wait until something holds."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def one_row(**changes) -> SmallEngine:
+    """Return an engine that runs one text at a time."""
+    made = small_engines.stock()
+    capacity = Capacity(rows=1, prefill_tokens=12, **changes)
+    return SmallEngine(made.engine.network, NAMES, capacity)
+
+
+def test_who_leaves_frees_the_row_before_the_next_pass():
+    engine = one_row()
+    with stepping(engine) as (permits, passes):
+        first = engine.submit(Prompt((1, 2, 3)), Sampling(50, 0.0))
+        second = engine.submit(Prompt((4, 5)), Sampling(2, 0.0))
+        permits.release(2)
+        wait_for(lambda: len(passes) == 3)
+        first.cancel()
+        permits.release()
+        wait_for(lambda: len(passes) == 4)
+        assert passes[3] == [[4, 5]]
+        permits.release(2)
+        assert second.wait()[-1].finish == "length"
+    assert first.completion_tokens == 2
+    assert engine.stats.cancelled == 1
+    with pytest.raises(Abandoned):
+        first.wait()
+
+
+def test_who_waits_and_leaves_is_never_run():
+    engine = one_row()
+    with stepping(engine) as (permits, passes):
+        first = engine.submit(Prompt((1, 2, 3)), Sampling(3, 0.0))
+        waiting = engine.submit(Prompt((4, 5)), Sampling(2, 0.0))
+        route = engine.route(Prompt((6, 7)))
+        wait_for(lambda: len(passes) == 1)
+        waiting.cancel()
+        assert route.cancel()
+        permits.release(3)
+        first.wait()
+        wait_for(lambda: engine.stats.waiting == 0 and engine.stats.running == 0)
+    assert len(passes) == 3
+
+
+def test_past_the_line_a_request_is_refused_at_once():
+    engine = one_row(waiting=2)
+    with stepping(engine) as (permits, passes):
+        taken = [engine.submit(Prompt((1,)), Sampling(1))]
+        wait_for(lambda: len(passes) == 1)
+        taken += [engine.submit(Prompt((1,)), Sampling(1)) for _ in range(2)]
+        with pytest.raises(Overloaded, match="2 requests are waiting") as error:
+            engine.submit(Prompt((1,)), Sampling(1))
+        assert error.value.waiting == 2
+        permits.release(3)
+        assert [each.wait()[-1].finish for each in taken] == ["length"] * 3
+    assert engine.stats.refused == 1
+
+
+def test_a_client_with_many_waits_behind_one_with_few():
+    engine = one_row()
+    with stepping(engine) as (permits, passes):
+        running = [engine.submit(Prompt((at,)), Sampling(1), "many") for at in range(3)]
+        wait_for(lambda: len(passes) == 1)
+        running.append(engine.submit(Prompt((9,)), Sampling(1), "few"))
+        permits.release(4)
+        for each in running:
+            each.wait()
+    # a row is free when the next is chosen, so that both have none: they take turns
+    assert [row[0] for row in passes] == [[0], [1], [9], [2]]
+    line = WaitingLine()
+    for number, client in enumerate("aaabab"):
+        line.add(_Waiting(number, client))
+    order, runs = [], {"a": 1}
+    while (each := line.first(runs)) is not None:
+        line.remove(each)
+        runs[each.client] = runs.get(each.client, 0) + 1
+        order.append(each.number)
+    assert order == [3, 0, 5, 1, 2, 4]
+    assert len(line) == 0
+
+
+class _Waiting:
+    def __init__(self, number, client):
+        self.number = number
+        self.client = client
+
+
+def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
+    """In passes that fail wherever one token is among their rows, whatever else is."""
+    engine, bad = small.engine, 13
+    draw = random.Random(7)
+
+    def fail(_model, _given, keywords):
+        if (keywords["input_ids"] == bad).any():
+            raise RuntimeError("a token that cannot be read")
+
+    requests = []
+    for number in range(9):
+        ids = [draw.randrange(20, END) for _ in range(draw.randrange(2, 30))]
+        if number % 3 == 0:
+            ids[draw.randrange(1, len(ids))] = bad
+        # nobody draws it
+        sampling = Sampling(6, 1.0, seed=number, logit_bias={bad: -100.0})
+        requests.append((Prompt(tuple(ids), reader=draw.choice(engine.readers)), sampling))
+    hook = engine.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        running = [engine.submit(*request) for request in requests]
+        for number, generation in enumerate(running):
+            if number % 3 == 0:
+                with pytest.raises(RuntimeError, match="cannot be read"):
+                    generation.wait()
+        found = [told(each) for number, each in enumerate(running) if number % 3]
+    finally:
+        hook.remove()
+    wanted = [told(engine.submit(*each)) for number, each in enumerate(requests) if number % 3]
+    assert found == list(map(numbers, wanted))
+
+
+def test_an_error_in_drawing_or_decoding_is_of_one_text_too(engine, monkeypatch):
+    decode = engine._decode
+    wanted = told(engine.submit(Prompt((1, 2)), Sampling(8, 0.0)))
+
+    def fail(ids: list[int]) -> str:
+        if 50 in ids:
+            raise ValueError("no text")
+        return decode(ids)
+
+    monkeypatch.setattr(engine, "_decode", fail)
+    always = Sampling(8, 0.0, logit_bias={50: 1000.0})
+    never = Sampling(8, 1.0, logit_bias={token: float("nan") for token in range(VOCAB)})
+    running = [engine.submit(Prompt((1, 2)), each) for each in (always, never, Sampling(8, 0.0))]
+    with pytest.raises(ValueError, match="no text"):
+        running[0].wait()
+    with pytest.raises(Exception, match=r".") as error:
+        running[1].wait()
+    assert not isinstance(error.value, Abandoned)
+    if 50 not in [experts[0] for *_, experts in wanted[:-1] if experts]:
+        assert told(running[2]) == numbers(wanted)
+
+
+def test_time_ends_a_text_where_it_is(engine):
+    def slow(*_):
+        time.sleep(0.05)
+
+    hook = engine.model.base_model.register_forward_pre_hook(slow)
+    try:
+        late = engine.submit(Prompt((1, 2)), Sampling(60, 0.0, seconds=0.0))
+        with pytest.raises(TimeoutError, match="before it was its turn"):
+            late.wait()
+        cut = engine.submit(Prompt((1, 2)), Sampling(60, 0.0, seconds=0.4))
+        assert cut.wait()[-1].finish == "length"
+    finally:
+        hook.remove()
+    assert 0 < cut.completion_tokens < 10
+    assert cut.times.between("asked", "ended") < 5
+
+
+def test_closing_ends_what_was_begun_and_takes_on_nothing():
+    engine = one_row()
+    running = [engine.submit(Prompt((at, 2)), Sampling(5, 0.0)) for at in range(4)]
+    engine.close()
+    assert [each.wait()[-1].finish for each in running] == ["length"] * 4
+    with pytest.raises(Overloaded, match="is shutting down") as error:
+        engine.submit(Prompt((1,)), Sampling())
+    assert error.value.closing
+
+
+def test_closing_in_a_hurry_ends_the_rest_with_an_error():
+    engine = one_row()
+    with stepping(engine) as (permits, passes):
+        running = [engine.submit(Prompt((at, 2)), Sampling(5, 0.0)) for at in range(3)]
+        wait_for(lambda: passes)
+        threading.Timer(0.3, permits.release, (100,)).start()
+        engine.close(0.05)
+    for each in running:
+        with pytest.raises(Overloaded):
+            each.wait()
+
+
+def test_pieces_are_read_as_they_come_and_who_stops_gives_the_text_up(engine):
+    async def read() -> tuple[list, Generation]:
+        whole = engine.submit(Prompt((1, 2)), Sampling(9, 0.0))
+        pieces = [piece async for piece in whole.pieces()]
+        assert pieces == whole.wait()
+        left = engine.submit(Prompt((1, 2)), Sampling(90, 0.0))
+        stream = left.pieces()
+        await anext(stream)
+        await stream.aclose()
+        cancelled = engine.submit(Prompt((1, 2)), Sampling(90, 0.0))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(_last(cancelled), 0.001)
+        return pieces, left, cancelled
+
+    pieces, *given_up = asyncio.run(read())
+    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    for each in given_up:
+        assert each.cancelled
+        with pytest.raises(Abandoned):
+            each.wait()
+
+
+async def _last(generation: Generation):
+    return [piece async for piece in generation.pieces()][-1]
+
+
+def test_texts_that_do_not_fit_together_run_one_after_another(monkeypatch):
+    """Keys and values of two of these are more than the bound allows."""
+    made = small_engines.stock()
+    place = made.engine.network.place_bytes
+    capacity = Capacity(rows=4, prefill_tokens=96, cache_bytes=200 * place)
+    engine = SmallEngine(made.engine.network, NAMES, capacity)
+    largest = []
+    step = engine.scheduler._step
+
+    def watched() -> int:
+        largest.append(len(engine.scheduler._rows))
+        cache = engine.network.cache
+        assert cache.slots * cache.places <= 200
+        return step()
+
+    monkeypatch.setattr(engine.scheduler, "_step", watched)
+    long = [engine.submit(Prompt((at,) * 70), Sampling(20, 0.0)) for at in range(3)]
+    for each in long:
+        each.wait()
+    assert max(largest) == 1
