@@ -20,6 +20,7 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
+from tests.loopback_modal.nursery import Nursery, of_imports
 from tests.loopback_modal.plane import Plane, Result
 from tests.loopback_modal.records import App, Function, Task, wake
 from tests.loopback_modal.volumes import View, open_below
@@ -42,21 +43,16 @@ class Containers:
     def __init__(self, plane: Plane, serve: Callable[[Task, Path], Awaitable[str]]) -> None:
         self.plane, self.serve = plane, serve
         plane.launch = self.launch
+        self._nurseries: dict[frozenset, asyncio.Future[Nursery]] = {}
 
     async def launch(self, task: Task) -> None:
         """Run a container from start to end."""
         folder = self.plane.made("tasks", task.id)
-        spec = folder / "spec.json"
-        spec.write_text(json.dumps(await self._spec(task, folder)), "utf-8")
-        task.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            Path(__file__).parent / "namespace.py",
-            spec,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        path = folder / "spec.json"
+        spec = await self._spec(task, folder)
+        path.write_text(json.dumps(spec), "utf-8")
+        nursery = await self._nursery(of_imports(spec["env"]))
+        task.process = await nursery.launch(path)
         pumps = [
             asyncio.ensure_future(
                 self._pump(task, task.process.stdout, api_pb2.FILE_DESCRIPTOR_STDOUT)
@@ -72,6 +68,13 @@ class Containers:
         started, task.state = task.state == "active", "done"
         task.server.close()
         await self.plane.take_back(task, code, started)
+
+    async def _nursery(self, variables: dict[str, str]) -> Nursery:
+        """Return what starts containers of these variables; the first one waits for it."""
+        key = frozenset(variables.items())
+        if key not in self._nurseries:
+            self._nurseries[key] = asyncio.ensure_future(Nursery.start(variables))
+        return await self._nurseries[key]
 
     async def _spec(self, task: Task, folder: Path) -> dict:
         """Return what namespace.py has to build for this container."""

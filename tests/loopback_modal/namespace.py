@@ -67,6 +67,11 @@ def enter(spec: dict) -> None:
     os.chroot(root)
 
 
+def dies_with_parent() -> None:
+    """Have this process killed when the one that started it ends."""
+    _libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def unshare() -> None:
     """Take this process's mounts away from everyone else's, as root or in a user namespace of its
     own."""
@@ -153,7 +158,7 @@ def _place(root: Path, spec: dict) -> None:
 def main() -> None:
     """Build the view, then become the command."""
     spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    _libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    dies_with_parent()
     if spec["mode"] != "plain":
         enter(spec)
     os.chdir(spec["cwd"])

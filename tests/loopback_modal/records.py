@@ -14,6 +14,8 @@ from typing import Any
 
 from modal_proto import api_pb2
 
+from tests.loopback_modal.nursery import Container
+
 
 def known(message: type, **fields):
     """Return a message of the fields this version of the package has; they come and go between
@@ -149,7 +151,7 @@ class Task:
     id: str
     function: Function
     state: str = "starting"
-    process: asyncio.subprocess.Process | None = None
+    process: Container | None = None
     server: Any = None  # its own gRPC server: who calls is known by the socket it calls on
     inputs: dict[str, Input] = field(default_factory=dict)
     views: dict = field(default_factory=dict)  # volume id -> volumes.View
