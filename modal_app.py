@@ -237,8 +237,9 @@ def orchestrate(
     except PipelineError as error:
         return cloud.not_done(parse(raw), stages, store, error)
     looked = cfg.model_dump(mode="json")
-    with cloud.begun(cfg, store, command):
+    with cloud.begun(cfg, store, command) as before:
         results = cloud.orchestrate(cfg, stages, store, hand_out, command)
+        results = cloud.since(before, cfg, results, store)
         cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
     return results
 

@@ -4,6 +4,7 @@ is said to cost."""
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -364,4 +365,19 @@ def test_the_report_is_printed_from_the_far_store(finished, capsys):
     cfg = load(path)
     result = cloud.JobResult("evaluate", None, stages.address(cfg, "evaluate"), "made")
     cloud.show_report([result], far(store)[1], Console(width=120))
-    assert "oracle expert" in capsys.readouterr().out
+    assert "oracle expert" in (alone := capsys.readouterr().out) and "before" not in alone
+    # Its own figures in the place of those of another run
+    copied, torn = ("evaluate-0123456789ab", "evaluate-ba9876543210")
+    folder = Store(store).folder(result.address)
+    shutil.copytree(folder, folder.with_name(copied))
+    folder.with_name(torn).mkdir()
+    (folder.with_name(torn) / "report.json").write_text("{")
+    try:
+        for former, compared in ((copied, True), (torn, False)):
+            shown = replace(result, former=former)
+            cloud.show_report([shown], far(store)[1], Console(width=120))
+            text = capsys.readouterr().out
+            assert "oracle expert" in text and ("difference" in text) == compared
+    finally:
+        for name in (copied, torn):
+            shutil.rmtree(folder.with_name(name))

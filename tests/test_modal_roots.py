@@ -1,7 +1,9 @@
 """Roots, removals and runs on a volume whose containers see nothing of each other before a commit
 and a reload, and share no locks."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from fakes import StubbedVolume
@@ -11,10 +13,12 @@ from pipeline import cloud
 from pipeline.cloud import roots as far_roots
 from pipeline.cloud.endpoint import ServedNote
 from pipeline.families.load import load
+from pipeline.run import stages
 from pipeline.run.reach import root_of
 from pipeline.store import in_use
 from pipeline.store.artifacts import Store
 from pipeline.store.reading import sealed, unsealed
+from pipeline.store.removed import removed
 from pipeline.store.roots import leave, read_root, root_path
 
 COMMAND = 'modal run modal_app.py::run_all --config config/x.yaml --override "seed=3 dtype=fp32"'
@@ -70,6 +74,30 @@ def test_who_hands_out_jobs_leaves_a_root_and_is_left_alone(volume, finished):
     said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
     assert not wrong and not artifacts(volume) and not list((volume.path / "roots").iterdir())
     assert not (volume.path / "runs" / far_roots.MARK).exists()
+
+
+def test_who_hands_out_less_notes_what_is_gone_and_sets_the_reports_beside_each_other(
+    volume, finished, capsys
+):
+    cfg = load(finished[0])
+    gone, stays = cfg.experts[-1], cfg.experts[:-1]
+    less = load(finished[0], (f"expert.domains={json.dumps(stays)}",))
+    reports = [stages.address(each, "evaluate") for each in (cfg, less)]
+    made = [cloud.JobResult("evaluate", None, reports[1], "made")]
+    told = []
+    for each in (cfg, less, less):
+        store = store_of(volume.view())
+        with cloud.begun(each, store, COMMAND) as before:
+            told.append(cloud.since(before, each, made, store))
+    assert [results[0].former for results in told] == ["", reports[0], reports[0]]
+    # Once, however often the rest is handed out
+    (note,) = removed(Store(volume.path))[0]
+    assert (note.domain, note.run, note.file) == (gone, "tiny", "config/x.yaml")
+    assert f"train_experts-{gone}" in "".join(note.addresses)
+    assert capsys.readouterr().out.count(f"removed: {gone} at ") == 1
+    # What was found is compared with nothing, and neither is what has failed
+    for other in (replace(made[0], state="found"), replace(made[0], error="no room")):
+        assert cloud.since(before, less, [other], store) == [other]
 
 
 def test_a_run_that_was_lost_keeps_its_results_as_long_as_it_might_have_lasted(volume, finished):

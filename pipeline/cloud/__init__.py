@@ -31,7 +31,7 @@ from .estimate import (
 from .inputs import packages
 from .looks import as_recorded, looked_at
 from .prices import Prices, most_gpus
-from .roots import REMOVAL_S, RUN_S, begun, tend
+from .roots import REMOVAL_S, RUN_S, begun, since, tend
 
 __all__ = [
     "DEFAULT",
@@ -67,6 +67,7 @@ __all__ = [
     "show_estimate",
     "show_report",
     "show_results",
+    "since",
     "tend",
     "typed",
     "work",

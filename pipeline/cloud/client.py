@@ -7,6 +7,7 @@ Everything here happens before a machine is paid for, or after.
 import argparse
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 from ..config.base import GGUF, PACKAGE, is_folder
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, DamagedArtifact, StoreError
 from ..families import family
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
@@ -298,5 +299,12 @@ def show_report(
         if result.error or not is_report(result.stage):
             continue
         content = read(f"artifacts/{result.address}/report.json")
-        if content:
-            report.show(report.read(content), console)
+        if not content:
+            continue
+        made = report.read(content)
+        report.show(made, console)
+        former = read(f"artifacts/{result.former}/report.json") if result.former else None
+        if former and result.former != result.address:
+            # of this run as it was: one that can no longer be read is only not compared with
+            with suppress(StoreError, DamagedArtifact):
+                report.show_changes(report.read(former), made, console)

@@ -67,6 +67,7 @@ class JobResult:
     bytes: int = 0
     seconds: float = 0.0
     metrics: dict = field(default_factory=dict)
+    former: str = ""  # of a report: the address of the one before the run's domains changed
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ import io
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,15 +18,18 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..errors import PipelineError, StoreError
 from ..run.advice import sentence
+from ..run.dry_run import told_removed
+from ..run.predecessor import note_all_gone, predecessors, reported
 from ..run.prune import opened, prune
 from ..run.reach import root_of
 from ..run.remove_run import remove_runs
 from ..run.show_runs import show_runs
+from ..run.stages import is_report
 from ..store import in_use
 from ..store.artifacts import Store, now, write_text
 from ..store.reading import sealed
-from ..store.roots import leave, root_states
-from .containers import ModalEdge
+from ..store.roots import Root, leave, root_states
+from .containers import JobResult, ModalEdge
 from .endpoint import served_address
 
 # How long the containers that hand out jobs, and that remove, may live.
@@ -43,15 +47,18 @@ def begun(
     command: str,
     progress: Callable[[str], None] = print,
     wait: Callable[[float], None] = time.sleep,
-) -> Iterator[None]:
+) -> Iterator[list[Root]]:
     """Leave the root of a run whose jobs are handed out meanwhile, and have its results left alone;
-    `command` is what was typed. Waits while somebody removes."""
+    `command` is what was typed. Waits while somebody removes. Gives the roots of the same name
+    and configuration before it, the last one first."""
     file, overrides = _named(command)
     root = root_of(cfg, file, overrides)
     note = in_use.note_path(store, in_use.new_name())
+    before: list[Root] = []
     # what is wrong with the store is for the first job to say
     with contextlib.suppress(PipelineError, OSError):
         store.open()
+        before = predecessors(store, root.name, root.file, but=root.id)
         note.parent.mkdir(exist_ok=True)
         write_text(note, sealed({"addresses": list(root.addresses), "until": _in(RUN_S)}))
         leave(store, root)
@@ -62,11 +69,37 @@ def begun(
             wait(LOOK_EVERY_S)
             store.refresh()
     try:
-        yield
+        yield before
     finally:
         with contextlib.suppress(OSError):
             note.unlink()
             store.publish()
+
+
+def since(
+    before: Sequence[Root],
+    cfg: RunConfig,
+    results: list[JobResult],
+    store: Store,
+    progress: Callable[[str], None] = print,
+) -> list[JobResult]:
+    """Return the results of a run that was handed out, a report that was made with the one before
+    it, once the experts that the run has no more are noted; `before` is what `begun` gave."""
+    if not before or any(result.error for result in results):
+        return results
+    try:
+        for gone in note_all_gone(before[0], cfg, store):
+            progress(told_removed(gone, store))
+        former = reported(list(before), store)
+    except (PipelineError, OSError) as error:
+        # What was made is whole, whatever is wrong with what others left
+        progress(f"what this run was before is not told: {error}")
+        return results
+    told = []
+    for result in results:
+        is_new = is_report(result.stage) and result.state == "made"
+        told.append(replace(result, former=former) if is_new else result)
+    return told
 
 
 def _named(command: str) -> tuple[str, tuple[str, ...]]:

@@ -11,7 +11,6 @@ import stat
 import sys
 import tempfile
 from argparse import Namespace
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import unified_diff
 from pathlib import Path
@@ -30,14 +29,13 @@ from ..report.format import count
 from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Store
 from ..store.reading import read_bytes
-from ..store.removed import Removed, note_removed
-from ..store.roots import read_root, root_states
 from .backend import Local, printed_progress, run_stage
 from .domain_words import wish_of
 from .dry_run import DONE, Entry, duration, plan, refuse, times, told_removed
 from .identity import begin
+from .predecessor import note_gone, predecessors, reported
 from .reach import as_given, working
-from .stages import RUN, STAGES, Addresses, is_report, label
+from .stages import RUN, Addresses, is_report, label
 
 FORMER = ".former"  # behind a file's name: what it was, where somebody asks for it
 # A run keeps what it has made; what it is called, `runs` says
@@ -203,19 +201,6 @@ def make(change: DomainChange, wanted: list[Entry], local: Local) -> Made:
     return made
 
 
-def note_gone(change: DomainChange, store: Store) -> Removed:
-    """Write down that an expert was taken out of a run, with what was made of it alone."""
-    name = change.wish.name
-    before, after = Addresses(change.before), set(Addresses(change.after).reachable())
-    gone = []
-    for stage in RUN:
-        for _, item, address in before.jobs(stage):
-            # The text of one that the trunk has learned from stays
-            if item == name and address not in after and store.has(address):
-                gone.append(address)
-    return note_removed(store, name, change.before.name, str(change.path), tuple(gone))
-
-
 def compare(
     change: DomainChange, made: Made, former: Path | None, store: Store, console: Console
 ) -> None:
@@ -256,20 +241,9 @@ def former_report(change: DomainChange, store: Store) -> Path | None:
     found = report_of(change.before, store)
     if found is not None:
         return found
-    file = as_given(change.path)
-    roots = []
-    for path in root_states(store):
-        # One that cannot be read has nothing to compare with
-        with suppress(StoreError):
-            root = read_root(path)
-            if (root.name, root.file) == (change.before.name, file):
-                roots.append(root)
-    for root in sorted(roots, key=lambda each: each.at, reverse=True):
-        for address in root.addresses:
-            stage, _, _ = address.partition("-")
-            if stage in STAGES and is_report(stage) and store.has(address):
-                return store.folder(address) / "report.json"
-    return None
+    roots = predecessors(store, change.before.name, as_given(change.path))
+    address = reported(roots, store)
+    return store.folder(address) / "report.json" if address else None
 
 
 def _read(path: Path) -> report.Report | None:
@@ -307,7 +281,9 @@ def come_and_go(args: Namespace, console: Console) -> None:
     with working(store, change.after, args.config):
         write(change.files, args.keep_former)
         args.again = f"python -m pipeline run --config {shown}"
-        gone = note_gone(change, store) if change.wish.what == "remove" else None
+        gone = None
+        if change.wish.what == "remove":
+            gone = note_gone(change.wish.name, change.before, change.after, change.path, store)
         made = make(change, wanted, Local(store, parallel=args.parallel))
     compare(change, made, former, store, console)
     if gone is not None:

@@ -1,0 +1,76 @@
+"""What a run was before it came to be what it is, as far as the roots in its store tell.
+
+A domain that comes or goes gives a run other addresses under the same name and file; the root that
+it left as it was stays.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..config.run import RunConfig
+from ..errors import PipelineError, StoreError
+from ..families.load import parse
+from ..store.artifacts import Store
+from ..store.removed import Removed, note_removed, removed
+from ..store.roots import Root, read_root, root_states
+from .stages import RUN, STAGES, Addresses, is_report
+
+
+def predecessors(store: Store, name: str, file: str, but: str = "") -> list[Root]:
+    """Return the roots of the runs of that name and configuration, the last one first, less the one
+    with the id `but`. Raises UnreadableFile."""
+    found = []
+    for path in root_states(store):
+        # One that cannot be read has nothing to compare with
+        with suppress(StoreError):
+            root = read_root(path)
+            if (root.name, root.file) == (name, file) and root.id != but:
+                found.append(root)
+    return sorted(found, key=lambda each: each.at, reverse=True)
+
+
+def reported(roots: list[Root], store: Store) -> str:
+    """Return the address of the report of the first of the runs that has one in the store, ""
+    where none has."""
+    for root in roots:
+        for address in root.addresses:
+            stage, _, _ = address.partition("-")
+            if stage in STAGES and is_report(stage) and store.has(address):
+                return address
+    return ""
+
+
+def note_gone(
+    domain: str, before: RunConfig, after: RunConfig, file: Path | str, store: Store
+) -> Removed:
+    """Write down that an expert was taken out of a run, with what was made of it alone. Raises
+    DiskFull, OSError."""
+    kept = set(Addresses(after).reachable())
+    gone = []
+    for stage in RUN:
+        for _, item, address in Addresses(before).jobs(stage):
+            # The text of one that the trunk has learned from stays
+            if item == domain and address not in kept and store.has(address):
+                gone.append(address)
+    return note_removed(store, domain, before.name, str(file), tuple(gone))
+
+
+def note_all_gone(root: Root, after: RunConfig, store: Store) -> list[Removed]:
+    """Write down which experts of a former run another one has no more, once each. Raises DiskFull,
+    OSError, UnreadableFile."""
+    try:
+        before = parse(root.settings)
+    except (PipelineError, ValidationError, KeyError, TypeError):
+        # Of a version whose settings are none here: what it had is not known
+        return []
+    known = set()
+    for gone in removed(store)[0]:
+        if (gone.run, gone.file) == (before.name, root.file) and gone.at >= root.at:
+            known.add(gone.domain)
+    notes = []
+    for domain in before.experts:
+        if domain not in after.experts and domain not in known:
+            notes.append(note_gone(domain, before, after, root.file, store))
+    return notes
