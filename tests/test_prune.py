@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_config
 from fakes import contents, traces
 from test_backend import PATIENCE_S, command, ended, store_with, typed, until
 
+from pipeline.data.text import records
 from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.run.reach import root_of
@@ -220,6 +222,34 @@ def test_what_is_in_use_is_left_and_named_without_waiting(copied, capfd):
     told = pruned(capfd, path, store, "--yes", "--orphans")
     assert not any(place.exists() for place in places)
     assert not in_use.note_path(store, "run-333333333333").exists()
+
+
+def test_what_was_noted_of_documents_goes_with_the_last_run_that_reads_them(
+    tmp_path, capfd, monkeypatch
+):
+    path, store = tiny_config(tmp_path / "tiny"), Store(tmp_path / "store")
+    # Nothing that this process has read for another test
+    monkeypatch.setattr(records, "_own_folder", lambda: tmp_path / "own")
+    config = ("--config", path, "--store", store.root)
+    typed(capfd, 0, "tokenizer", *config)
+    folder = store.root / "sources/text"
+    kept = [*folder.glob("*.json"), *folder.glob("*.rows")]
+    assert len(kept) >= 2
+    stray = [write(folder / f"{'a' * 64}{end}", '{"of": "b"}') for end in (".json", ".rows")]
+    unsaid = write(folder / f"{'c' * 64}.json", "{}")
+    for each in folder.iterdir():
+        os.utime(each, (1, 1))
+    # whoever has just written one is about to read it
+    young = write(folder / f"{'d' * 64}.json", '{"of": "b"}')
+    told = pruned(capfd, path, store, "--yes")
+    assert all(f"{each} of documents that no run reads, removed" in told for each in stray)
+    assert not any(each.exists() for each in stray)
+    assert all(each.exists() for each in (*kept, unsaid, young))
+    pruned(capfd, path, store, "--yes", "--orphans")
+    assert not unsaid.exists() and all(each.exists() for each in (*kept, young))
+    others = ("--config", "config/tiny_vlm.yaml", "--store", store.root)
+    typed(capfd, 0, "rm", "tiny", "--yes", *others)
+    assert [each.name for each in sorted(folder.iterdir())] == [young.name]
 
 
 def test_a_run_of_another_configuration_goes_on_beside_it(finished, store_path, capfd):

@@ -6,7 +6,8 @@ No link is followed: what is kept elsewhere under a name in the store is not the
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..store.reading import reading
 from ..store.removed import FOLDER as REMOVED
 from ..store.roots import FOLDER as ROOTS
 from ..store.roots import SUFFIX, root_path
-from ..store.sources import SEEN, records, seen_path
+from ..store.sources import SEEN, TEXT, looked_at, records, seen_path, text_records
 from .reach import Reach
 
 ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
@@ -36,11 +37,13 @@ WRITTEN = (
     f"{SOURCES}/seen",
     f"{SOURCES}/looked",
     f"{SOURCES}/made",
-    f"{SOURCES}/text",
+    f"{SOURCES}/{TEXT}",
     "",
 )
 # A file that was being written: ours, and those of the library that writes tensors
 PART = re.compile(r".+\.part|\.tmp\w{6}")
+ROWS = ".rows"  # beside a record of documents
+RECENT_S = 3600.0  # a record that is younger may be one that a look is just making
 HALF = "was being written when its writer was killed"
 DAMAGED = ".damaged-"
 NO_RUN = "of no run"
@@ -218,6 +221,38 @@ def _looks(store: Store, reach: Reach) -> Iterator[Leftover]:
             yield from _at(path, "store", f"of data that {run} read", removed(run), own)
         elif run is None:
             yield from _at(path, "store", "of data that no run reads")
+    yield from _documents(store, reach, groups)
+
+
+def _documents(store: Store, reach: Reach, groups: Mapping[Path, str]) -> Iterator[Leftover]:
+    """Yield what was noted of the documents of files that no run reads any more. `groups`: of what
+    was seen the run that it goes with, "" for what stays."""
+    # of a file that several have seen, one that stays keeps it
+    readers: dict[str, str] = {}
+    for path, run in groups.items():
+        looked = looked_at(store, path.stem)
+        for each in looked.seen if looked else ():
+            readers[each.sum] = readers.get(each.sum, run) and run
+    for record, of in text_records(store).items():
+        # whoever has just written it is about to read it
+        if _is_young(record):
+            continue
+        reader = readers.get(of)
+        for part in (record, record.with_suffix(ROWS)):
+            if reader:
+                own = min(reach.own(reader), default="")
+                why = f"of data that {reader} read"
+                yield from _at(part, "store", why, removed(reader), own)
+            elif reader is None:
+                # one that does not say of which file it is was kept by an earlier version
+                group = NO_RUN if of else ORPHANS
+                yield from _at(part, "store", "of documents that no run reads", group)
+
+
+def _is_young(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - path.lstat().st_mtime < RECENT_S
+    return False
 
 
 def anything_at(store: Store, address: str) -> bool:

@@ -4,6 +4,8 @@ was made of.
     sources/seen/<print>.json      the files, URLs and packages that have the print, with their sums
     sources/looked/<recipe>.json   the print of what a job reads, when a run last looked
     sources/made/<recipe>.json     the print of what its result in the store was made of
+    sources/text/<key>.json        what documents a file has, and the sum of that file; beside it
+                                   a row for each of them (data/text/records.py)
 
 A recipe is a job under its settings, less what it reads. All of it may be lost: then it is looked
 at anew, and nothing tells what it was before.
@@ -24,6 +26,8 @@ from .reading import as_kind, parse_object
 When = Literal["looked", "made"]
 KINDS: tuple[When, ...] = ("looked", "made")
 SEEN = "seen"
+TEXT = "text"
+OF = "of"  # the sum of the file whose documents a record has
 
 
 def keep(store: Store, when: When, recipe: str, looked: Looked) -> None:
@@ -63,6 +67,17 @@ def records(store: Store) -> dict[Path, str]:
 def seen_path(store: Store, print_: str) -> Path:
     """Where the files of a print are."""
     return store.root / FOLDER / SEEN / f"{print_}.json"
+
+
+def text_records(store: Store) -> dict[Path, str]:
+    """Return the sum of the file that it is of by the record, of all records of documents that are
+    written down; "" for one that does not say it."""
+    found = {}
+    for path in sorted((store.root / FOLDER / TEXT).glob("*.json")):
+        found[path] = ""
+        with suppress(OSError, ValueError):
+            found[path] = str(parse_object(path.read_bytes()).get(OF, ""))
+    return found
 
 
 def looked_at(store: Store, print_: str) -> Looked | None:

@@ -27,6 +27,7 @@ from ...protocols import Progress, Seen
 from ...store.artifacts import write_text
 from ...store.reading import sealed, unsealed
 from ...store.room import writing
+from ...store.sources import OF
 from ..drop_stats import DropStats
 from ..sources import SourceFile
 from .documents import DIGEST_BYTES, SPLITS, Document, Place, documents_of, drop_stats
@@ -134,20 +135,21 @@ class Records:
             raise ValueError(f"{path} is not what was written")
         return np.memmap(path, ROW, mode="r")
 
-    def write(self, key: str, reading: Callable[[], "Reading"]) -> None:
-        """Read a file's documents and keep what they are. Raises DataError, and DiskFull or OSError
-        where they can be kept nowhere."""
+    def write(self, key: str, reading: Callable[[], "Reading"], of: str) -> None:
+        """Read a file's documents and keep what they are; `of` is the sum of the file, of several
+        that of the first, by which whoever removes records knows whose it is. Raises DataError, and
+        DiskFull or OSError where they can be kept nowhere."""
         self.has_read = True
         for number, folder in enumerate(self.folders, 1):
             try:
-                self._write(folder, key, reading())
+                self._write(folder, key, reading(), of)
             except (DiskFull, OSError):
                 if number == len(self.folders):
                     raise
             else:
                 return
 
-    def _write(self, folder: Path, key: str, found: "Reading") -> None:
+    def _write(self, folder: Path, key: str, found: "Reading", of: str) -> None:
         blocks = found.blocks()
         first = next(blocks)
         second = next(blocks, None)
@@ -166,6 +168,7 @@ class Records:
                     hasher.update(raw)
                     file.write(raw)
             about = {
+                OF: of,
                 "sha256": hasher.hexdigest(),
                 "labels": found.labels,
                 "others": dict(found.others.most_common(_MOST_LABELS)),

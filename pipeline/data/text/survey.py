@@ -22,12 +22,12 @@ from ...config.text_data import DataConfig, TextRunConfig
 from ...errors import DataError
 from ...protocols import Eye
 from ...store.looking import ODD, UNREACHABLE
+from ...store.sources import TEXT
 from ..sources import SourceFile
 from ..sources.text import sources
 from .documents import DIGEST_BYTES, SPLITS, Document, Part, Place, limits
 from .records import CODES, NO_ROWS, FileDocuments, Reading, Records
 
-FOLDER = "text"
 _TOLD = 5  # labels that no domain has
 _FORMAT = 1  # raised when the same bytes come to have other documents
 # What a domain's print is made of, document by document
@@ -203,7 +203,7 @@ def survey(cfg: TextRunConfig, eye: Eye) -> Survey:
     alone. Raises DataError for sources that are not as asked; a file that cannot be read is known
     by its sum alone, and told by whoever needs its documents.
     """
-    records = Records(eye.folder and eye.folder / FOLDER)
+    records = Records(eye.folder and eye.folder / TEXT)
     counted = Limits(cfg.data)
     kept = cfg.partition.names if cfg.partition.by == "labels" else ("",)
     found: list[FileDocuments] = []
@@ -249,7 +249,7 @@ def _of_file(
             read_by = _unlimited(cfg) if file.is_whole else cfg
             reading = partial(Reading, read_by, file, label, eye.progress)
             with suppress(DataError):
-                records.write(key, reading)
+                records.write(key, reading, seen[0].sum if seen else "")
                 known = records.read(key, place, label) or nothing
     return replace(known, seen=seen)
 
