@@ -339,6 +339,7 @@ NOWHERE = {
     "router.checkpointing": False,
     "tokenizer.max_lost_share": 0.5,
     "expert.imported_bytes": 10**9,
+    "expert.imported_slack": 1.0,
 }
 
 

@@ -314,6 +314,25 @@ def test_a_task_that_goes_takes_its_requests_and_its_wording(pictures):
     assert changed(pictures, DomainWish("add", "plates", MORE)).after.loras.labels["plates"] == "A"
 
 
+def test_a_finished_adapter_comes_with_rows_and_goes_where_others_are_to_be_learned(pictures):
+    before = _texts(pictures.parent)
+    after(pictures, "add", "plates", paths=("rows.jsonl",), expert="kits/plates")
+    there = json.loads(_texts(pictures.parent)["tiny_loras.json"])["experts"][-1]
+    assert there["imported"] == "../kits/plates"
+    assert load(pictures).imported == {"plates": str(Path("kits/plates").resolve())}
+    # Another adapter leaves the rows, other rows take its place
+    after(pictures, "replace", "plates", expert="s3://b/plates")
+    cfg = load(pictures)
+    assert cfg.imported == {"plates": "s3://b/plates"}
+    assert cfg.loras.entry("plates").dataset.path == str(Path("rows.jsonl").resolve())
+    told = changed(pictures, DomainWish("replace", "plates", paths=("more.jsonl",))).told
+    assert told == ("plates was imported, and is trained here on these rows now",)
+    after(pictures, "replace", "plates", paths=("more.jsonl",))
+    assert load(pictures).imported == {}
+    after(pictures, "remove", "plates")
+    assert _texts(pictures.parent) == before
+
+
 def test_other_rows_for_a_task(pictures):
     synthetic = {"dataset": {"source": "synthetic", "synthetic": {"kind": "shape"}}}
     change = changed(pictures, DomainWish("replace", "ocr", options=synthetic))
@@ -357,7 +376,7 @@ REFUSED_TASKS = {
     "two paths": (DomainWish("add", "law", ("a", "b")), "2 paths, and a task's rows are in one"),
     "no name": (DomainWish("add", "No Name", MORE), "must be a name of lower-case letters"),
     "none": (DomainWish("remove", "none"), "no such expert none"),
-    "finished": (DomainWish("add", "law", expert="x"), "takes no finished one"),
+    "finished": (DomainWish("add", "law", expert="x"), "expert comes with rows"),
 }
 
 

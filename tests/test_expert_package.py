@@ -24,15 +24,14 @@ from pipeline.families.ffn_moe import kit as kits
 from pipeline.families.ffn_moe.evaluate import tables
 from pipeline.families.ffn_moe.packing import pack
 from pipeline.families.ffn_moe.stack import assemble
-from pipeline.families.load import load, parse
-from pipeline.families.lora_vlm import family as lora_family
+from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
 from pipeline.store.artifacts import sha256
 from pipeline.store.expert_package import Noise, package_print
 from pipeline.store.reading import sealed
 from pipeline.train import loop
-from tests import small, small_stack
+from tests import small
 from tests.test_trunk import whole
 
 FORMS = {"full": {}, "low_rank": {"expert__form": "low_rank", "expert__rank": 2}}
@@ -487,10 +486,6 @@ def test_an_expert_of_a_domain_with_text_here_is_summed_on_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"expert__form": "adapter", "router__prompt_tokens": 4},
-            "packages hold feed-forward networks",
-        ),
         ({"expert__coordinate": True}, "a package has no gate of its own"),
         ({"router__steps": 4}, "gates would be trained away from guest"),
         ({"expert__domains": ("alpha",)}, "guest is not among expert.domains"),
@@ -514,12 +509,6 @@ def test_statistics_as_they_are_never_stand_for_those_with_noise(run, tmp_path):
     with pytest.raises(ValueError, match="noise is measured by a centre"):
         packed(run, tmp_path / "package", noise=Noise(8.0, 1e-5, 0.5))
     assert not any((tmp_path / "package").iterdir())
-
-
-def test_an_adapter_is_not_packed(run, tmp_path):
-    cfg = small.config(expert__form="adapter", router__steps=0, router__prompt_tokens=4)
-    with pytest.raises(ConfigError, match="no adapters"):
-        pack(cfg, run, "alpha", PackWish(), tmp_path)
 
 
 def test_a_look_says_what_is_wrong_before_a_run(run, package, tmp_path):
@@ -611,12 +600,10 @@ def test_a_kit_says_where_a_pinned_trunk_is_to_be_had(pinned, tmp_path, source, 
     assert trunk.steps == 0
 
 
-def test_a_kit_of_coordinated_experts_or_another_family_is_refused(run, tmp_path):
+def test_a_kit_of_coordinated_experts_is_refused(run, tmp_path):
     cfg = small.config(expert__coordinate=True)
     with pytest.raises(ConfigError, match="packages hold no gate"):
         family.write_kit(cfg, run, "guest", tmp_path)
-    with pytest.raises(ConfigError, match="lora_vlm has no kits"):
-        lora_family.write_kit(parse(small_stack.RUN), run, "guest", tmp_path)
     with pytest.raises(DataError, match="is no kit"):
         family.check_kit(run.cfg, run, tmp_path)
 

@@ -29,7 +29,7 @@ LAYERS = (
 )
 FAMILIES = (
     ("__init__",),
-    ("report_files", "searches"),
+    ("report_files", "searches", "kit_files"),
     ("adapters",),
     ("ffn_moe", "lora_vlm"),
     ("load",),

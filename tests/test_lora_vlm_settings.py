@@ -213,6 +213,12 @@ SHOWN = {  # settings whose effect is not in a product: the test that shows it
     "vlmadapters.experts": IN_CONFIG + "test_jobs_and_what_they_read",
     "vlmadapters.router": IN_CONFIG
     + "test_experts_and_router_have_of_the_defaults_what_they_do_not_state",
+    "vlmexpert.imported": "test_foreign_adapters_vlm.py::"
+    "test_what_peft_saved_is_an_expert_and_answers_in_the_stack",
+    "vlmexpert.imported_bytes": "test_foreign_adapters_vlm.py::"
+    "test_a_plan_looks_before_anything_is_made",
+    "vlmexpert.imported_slack": "test_foreign_adapters_vlm.py::"
+    "test_a_rank_that_is_not_served_is_filled_up_and_the_tower_needs_leave",
     "vlmexpert.overrides": IN_CONFIG + "test_an_override_reaches_an_expert_by_its_name",
     "vlmexpert.name": IN_CONFIG + "test_jobs_and_what_they_read",
     "vlmbase.model": "test_lora_vlm_base.py::test_a_folder_is_pinned_by_its_files_wherever_it_lies",

@@ -31,6 +31,7 @@ from tests import (
     small,
     test_adapter_experts,
     test_expert_package,
+    test_foreign_adapters,
     test_foreign_tokenizers,
     test_lr_search,
     test_wiring,
@@ -334,6 +335,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "expert.imported": "test_what_was_packed_is_imported_bit_for_bit",
     "expert.imported_text": "test_without_statistics_public_text_is_summed",
     "expert.imported_bytes": "test_a_package_over_the_limit_is_refused_before_it_is_read",
+    "expert.imported_slack": "test_an_adapter_of_another_base_is_told_by_text_of_its_domain",
     "router.prompt_tokens": "test_prompt_tokens_and_threshold_reach_the_router",
     "router.threshold": "test_prompt_tokens_and_threshold_reach_the_router",
     "evaluate.batch_sequences": "test_batches_of_the_report_change_their_number_and_no_figure",
@@ -359,6 +361,7 @@ SHOWN_IN = (
     test_adapter_experts,
     test_lr_search,
     test_expert_package,
+    test_foreign_adapters,
 )
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")

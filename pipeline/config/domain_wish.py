@@ -24,7 +24,7 @@ class DomainWish:
     domain: str  # its name, or what its data calls it
     paths: tuple[str, ...] = ()  # from where the command runs
     hub: HubText | None = None
-    expert: str | None = None  # file with a finished one
+    expert: str | None = None  # where a finished one is
     options: Mapping[str, Any] = field(default_factory=dict)  # of the new entry, beside these
 
     @property

@@ -94,11 +94,15 @@ class Stated:
                 f"{self.path}: {'.'.join(place)} is said in the file that this one extends; take "
                 "it out there"
             )
+        self._forget(place)
+
+    def _forget(self, place: Place) -> None:
         above = _at(self.raw, place[:-1])
         if isinstance(above, dict) and place[-1] in above:
             del above[place[-1]]
+            # An empty mapping states nothing, whatever the file that is extended has there
             if not above and place[:-1]:
-                self.drop(*place[:-1])
+                self._forget(place[:-1])
 
     def folder(self, place: Place) -> Path:
         """Return where the relative paths of a setting start: at the file that states it."""

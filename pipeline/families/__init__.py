@@ -140,6 +140,9 @@ class Family(Protocol):
         """Raises MismatchError where what a kit's expert is trained on is not here, DataError for
         what is no kit."""
 
+    def check_pack(self, cfg: "RunConfig", wish: PackWish) -> None:
+        """Raises ConfigError for what of an expert cannot be given away, before it is trained."""
+
     def pack(
         self, cfg: "RunConfig", parts: Parts, item: str, wish: PackWish, folder: Path, kit: Path
     ) -> None:

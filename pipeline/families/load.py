@@ -30,6 +30,11 @@ _CHANGES: dict[str, Callable[[Any, DomainWish, Stated], list[str]]] = {
     "ffn_moe": ffn_moe_domains.change_domains,
     "lora_vlm": adapters_domains.change_domains,
 }
+# And how text, or rows, that are typed for a kit's one expert are put into its settings.
+_GIVEN: dict[str, Callable[[str, list[str]], str]] = {
+    "ffn_moe": ffn_moe_domains.given_text,
+    "lora_vlm": adapters_domains.given_rows,
+}
 # Of all of them, as the file that a file extends may be the one that names the family.
 PATHS = tree_of(*RUN_CONFIGS.values())
 
@@ -91,6 +96,12 @@ def change_domains(cfg: RunConfig, wish: DomainWish, stated: Stated) -> list[str
     """Make a domain come, go, or be another one in what a run's own files state; return what a
     person should know of it. Raises ConfigError."""
     return _CHANGES[cfg.family](cfg, wish, stated)
+
+
+def given(cfg: RunConfig, domain: str, paths: list[str]) -> str:
+    """Return the override that has the one expert of a run trained on what paths name, from where
+    they are typed. Raises ConfigError."""
+    return _GIVEN[cfg.family](domain, paths)
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:

@@ -33,7 +33,9 @@ def add_arguments(sub: argparse.ArgumentParser, command: str) -> None:
             "--hub", type=_hub, metavar="DATASET@REVISION[:SUBSET]", help="a data set on the Hub"
         )
         sub.add_argument(
-            "--expert", metavar="FILE", help="package of an expert that was trained elsewhere"
+            "--expert",
+            metavar="PATH|URL",
+            help="a finished expert: its package, or an adapter's folder as PEFT saved it",
         )
         sub.add_argument("--task", metavar="KIND", help="kind of task, for reports (lora_vlm)")
         sub.add_argument(

@@ -1,17 +1,15 @@
 """Kits: one expert handed out to be trained where its text lies, and what comes back of it."""
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config.paths import located
-from ..config.run import RunConfig
+from ..config.run import JobKey, RunConfig
 from ..errors import ConfigError, StoreError
 from ..families import PackWish, family
-from ..families.load import load
+from ..families.load import given, load
 from ..model.gaussian_mechanism import least_sigma
 from ..protocols import Progress
 from ..store.artifacts import Store
@@ -48,7 +46,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     pack = sub.add_argument_group("with a kit, where the text is")
     pack.add_argument("--pack", type=Path, metavar="KIT", help="train its expert and pack it")
     pack.add_argument(
-        "--paths", nargs="+", metavar="GLOB", help="files of the text (default: text/ in the kit)"
+        "--paths",
+        nargs="+",
+        metavar="GLOB",
+        help="files of the text (default: text/ in the kit); of lora_vlm the file or the folder of "
+        "rows (default: rows/)",
     )
     pack.add_argument(
         "--without-statistics", action="store_true", help="give away the expert alone"
@@ -111,15 +113,14 @@ def _pack(args: argparse.Namespace, store: Store, progress: Progress) -> str:
         raise ConfigError(f"--pack: {settings} has the experts {names}, and a kit trains one")
     (domain,) = chosen.experts
     if args.paths:
-        here = [located(path, "glob", Path.cwd()) for path in args.paths]
-        files = json.dumps([{"paths": here, "domain": domain}])
-        overrides.append(f"data.files={files}")
+        overrides.append(given(chosen, domain, args.paths))
     cfg = load(settings, tuple(overrides))
     statistics = not args.without_statistics
     noise = _noise(args)
     if noise and not statistics:
         raise ConfigError("--epsilon is of statistics, which --without-statistics leaves out")
     wish = PackWish(statistics, noise, args.licence, args.description)
+    family(cfg.family).check_pack(cfg, wish)
     cfg, _ = begin(cfg, store.open(), progress, makes=True)
     with working(store, cfg, settings, tuple(overrides)):
         train_and_pack(cfg, store, args.pack, args.to, wish, progress)
@@ -161,8 +162,9 @@ def train_and_pack(
     """
     chosen = family(cfg.family)
     backend = Local(store)
-    for stage in RUN[: RUN.index(LAST) + 1]:
-        if cfg.items(stage):
+    needed = _stages_of(cfg, (LAST, cfg.experts[0]))
+    for stage in RUN:
+        if stage in needed:
             run_stage(stage, cfg, backend)
         if stage == SHARED:
             chosen.check_kit(cfg, StoredParts(cfg, store, progress), source)
@@ -170,6 +172,14 @@ def train_and_pack(
     parts = StoredParts(cfg, store, progress)
     with _made_whole(to) as folder:
         chosen.pack(parts.cfg, parts, cfg.experts[0], wish, folder, source)
+
+
+def _stages_of(cfg: RunConfig, job: JobKey) -> set[str]:
+    """Return the stages that a job needs, its own among them; of one expert each has its jobs."""
+    found = {job[0]}
+    for need in cfg.needs(*job):
+        found |= _stages_of(cfg, need)
+    return found
 
 
 def _check_target(folder: Path) -> None:

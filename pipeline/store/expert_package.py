@@ -6,26 +6,20 @@ with its sha256 in the sealed description, and nothing but tensors and that desc
 """
 
 import hashlib
-import os
-import stat
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Protocol, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .artifacts import flush, sha256, write_text
+from .artifacts import sha256, write_text
 from .foreign import ForeignFile, check_name
+from .package_place import ExpertSource, PackagePlace, place_of, read_start, take_tensors
 from .reading import as_kind, sealed, unsealed
-from .room import writing
-from .tensor_header import Wanted, check_tensors
-from .upload import open_url, without_password
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from .saved_adapter import SETTINGS, SavedAdapter, open_saved
+from .tensor_header import Wanted, found_tensors
 
 FORMAT = 1
 ABOUT = "expert.json"
@@ -33,9 +27,6 @@ EXPERT = "expert.safetensors"
 STATISTICS = "statistics.safetensors"
 FILES = {ABOUT, EXPERT, STATISTICS}
 ABOUT_BYTES = 1 << 20
-BLOCK_BYTES = 4 << 20
-# Filesystems that cannot say what lies in a folder
-UNLISTED = {"http", "https"}
 # What strangers wrote is printed and put into reports: no word of theirs but these
 Sum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Tokens = Annotated[int, Field(ge=0, le=10**15)]
@@ -63,11 +54,13 @@ class ExpertFacts:
     """What expert.json says."""
 
     name: str
-    form: Literal["full", "low_rank"]
+    form: Literal["full", "low_rank", "adapter"]
     rank: int  # 0: full
     scale: float  # of a low-rank product
     layers: tuple[int, ...]
-    trunk: Sum  # fingerprints, see families/ffn_moe/fingerprint.py
+    # Fingerprints, see families/ffn_moe/fingerprint.py; of a base with its own tokenizer both are
+    # the digest of its pin
+    trunk: Sum
     tokenizer: Sum
     dtype: Literal["fp32", "bf16"]  # of the arithmetic it was trained in
     context_tokens: int
@@ -81,24 +74,19 @@ class ExpertFacts:
     format: int = FORMAT
 
 
-class _Place(Protocol):
-    def sizes(self) -> dict[str, int] | None:
-        """Bytes by name of everything there; None where that cannot be listed."""
-
-    def size(self, name: str) -> int:
-        """Bytes of one file. Raises OSError."""
-
-    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """One file, for reading."""
-
-
 @dataclass(frozen=True)
 class Package:
     """A package that was looked at: its description is whole, its files have the sizes it says."""
 
-    place: _Place
+    place: PackagePlace
     facts: ExpertFacts
     about: bytes  # of expert.json, which holds the sums of the others
+
+    def tensors(self, name: str) -> Wanted:
+        """Return the dtype and the shape of each tensor of a file, as its header says. Raises
+        ForeignFile, OSError."""
+        with self.place.open(name) as file:
+            return found_tensors(file, name, self.facts.files[name].bytes)
 
     def take(self, name: str, wanted: Wanted, target: Path) -> None:
         """Copy a file of the tensors that are wanted, no byte more than it was said to have.
@@ -106,38 +94,21 @@ class Package:
         Raises ForeignFile for a header of other tensors, before anything is copied, and for what is
         not what was packed; DiskFull, OSError.
         """
-        with self.place.open(name) as file:
-            check_tensors(file, name, self.facts.files[name].bytes, wanted)
-        self._copy(name, target)
-        # Again, of the bytes that stay: those out there may be others by now
-        with target.open("rb") as file:
-            check_tensors(file, name, self.facts.files[name].bytes, wanted)
-
-    def _copy(self, name: str, target: Path) -> None:
         packed = self.facts.files[name]
-        digest = hashlib.sha256()
-        left = packed.bytes
-        with self.place.open(name) as source, writing(target), target.open("wb") as copy:
-            while left and (block := source.read(min(left, BLOCK_BYTES))):
-                copy.write(block)
-                digest.update(block)
-                left -= len(block)
-        if left or digest.hexdigest() != packed.sha256:
-            raise ForeignFile(f"{name} is not what was packed (sha256 differs); copy it again")
-        flush(target)
+        take_tensors(self.place, name, packed.bytes, wanted, target, packed.sha256)
 
 
-def open_package(source: str, most_bytes: int) -> Package:
+def open_package(source: ExpertSource) -> Package:
     """Look at a package in a folder or at an fsspec URL: what lies there, how large it is, and its
     description.
 
-    Raises ForeignFile for what is no package or over most_bytes; StoreError, OSError.
+    Raises ForeignFile for what is no package or too large; StoreError, OSError.
     """
-    place = _place(source)
+    place = place_of(source.source, source.setting)
     sizes = place.sizes()
     if sizes is not None:
         _check_names(sizes)
-    data = _described(place)
+    data = read_start(place, ABOUT, ABOUT_BYTES)
     try:
         values = unsealed(data, indent=1)
     except ValueError as error:
@@ -146,8 +117,22 @@ def open_package(source: str, most_bytes: int) -> Package:
     if sizes is None:
         # A server need not say how much it has; no more than was said is read in any case
         sizes = {name: place.size(name) or said.bytes for name, said in facts.files.items()}
-    _check_sizes(facts, sizes, most_bytes)
+    _check_sizes(facts, sizes, source)
     return Package(place, facts, data)
+
+
+def open_expert(source: ExpertSource) -> Package | SavedAdapter:
+    """Look at a package, or at an adapter as PEFT saves it. Raises ForeignFile for what is neither;
+    StoreError, OSError."""
+    place = place_of(source.source, source.setting)
+    if place.has(ABOUT):
+        return open_package(source)
+    if place.has(SETTINGS):
+        return open_saved(source)
+    raise ForeignFile(
+        f"there is neither {ABOUT}, of a package, nor {SETTINGS}, which PEFT's save_pretrained "
+        "writes; name the folder of one"
+    )
 
 
 def package_print(source: str) -> str:
@@ -158,7 +143,8 @@ def package_print(source: str) -> str:
 
 def _print(source: str) -> str:
     try:
-        return hashlib.sha256(_described(_place(source))).hexdigest()
+        data = read_start(place_of(source, ExpertSource.setting), ABOUT, ABOUT_BYTES)
+        return hashlib.sha256(data).hexdigest()
     except Exception:  # a filesystem raises what it likes
         return ""
 
@@ -176,31 +162,19 @@ def write_package(folder: Path, facts: ExpertFacts) -> None:
     write_text(folder / ABOUT, sealed(values, indent=1))
 
 
-def _place(source: str) -> _Place:
-    if "://" not in source:
-        return _Folder(Path(source))
-    fs, root = open_url(source, "expert.imported")
-    return _Remote(fs, root, without_password(source))
-
-
 def _check_names(sizes: Mapping[str, int]) -> None:
     """Raise ForeignFile for what is no part of a package, or a package that is not whole."""
+    if ABOUT not in sizes and SETTINGS in sizes:
+        raise ForeignFile(
+            f"{SETTINGS} says that this is an adapter as PEFT saves it, which stands among "
+            "adapters alone (expert.form: adapter, and lora_vlm)"
+        )
     for name in sorted(sizes.keys() - FILES):
         check_name(name)
         raise ForeignFile(f"{name} is no file of a package; remove it")
     for name in (ABOUT, EXPERT):
         if name not in sizes:
             raise ForeignFile(f"{name} is not there; name the folder of a packed expert")
-
-
-def _described(place: _Place) -> bytes:
-    """Return the bytes of expert.json. Raises ForeignFile when there are too many of them."""
-    # One more than may be, so that a long file is known without reading it
-    with place.open(ABOUT) as file:
-        data = file.read(ABOUT_BYTES + 1)
-    if len(data) > ABOUT_BYTES:
-        raise ForeignFile(f"{ABOUT} is over {ABOUT_BYTES:,} bytes")
-    return data
 
 
 def _facts(values: Mapping[str, Any]) -> ExpertFacts:
@@ -217,7 +191,7 @@ def _facts(values: Mapping[str, Any]) -> ExpertFacts:
         raise ForeignFile(f"{ABOUT} is no description of an expert: {said}") from None
 
 
-def _check_sizes(facts: ExpertFacts, sizes: Mapping[str, int], most_bytes: int) -> None:
+def _check_sizes(facts: ExpertFacts, sizes: Mapping[str, int], source: ExpertSource) -> None:
     """Raise ForeignFile for files that are others than the description names, or too large."""
     named = {name: packed.bytes for name, packed in facts.files.items()}
     if EXPERT not in named or not named.keys() < FILES:
@@ -226,69 +200,4 @@ def _check_sizes(facts: ExpertFacts, sizes: Mapping[str, int], most_bytes: int) 
         if sizes.get(name) != named.get(name):
             found, said = sizes.get(name, 0), named.get(name, 0)
             raise ForeignFile(f"{name} has {found:,} bytes, and {ABOUT} says {said:,}")
-    total = sum(named.values())
-    if total > most_bytes:
-        raise ForeignFile(
-            f"{EXPERT} and what is beside it have {total:,} bytes, over "
-            f"expert.imported_bytes ({most_bytes:,}); raise that if you trust it"
-        )
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """A folder of this machine, none of whose files is a link."""
-
-    folder: Path
-
-    def sizes(self) -> dict[str, int]:
-        if self.folder.is_file():
-            raise ForeignFile(f"{self.folder.name} is a file, and a package is a folder")
-        found = {}
-        with os.scandir(self.folder) as listing:
-            for entry in listing:
-                if entry.is_symlink():
-                    raise ForeignFile(
-                        f"{entry.name} is a link, and nothing in a package may lead elsewhere"
-                    )
-                if not entry.is_file(follow_symlinks=False):
-                    raise ForeignFile(f"{entry.name} is no file, and a package holds files alone")
-                found[entry.name] = entry.stat(follow_symlinks=False).st_size
-        return found
-
-    def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
-
-    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        path = self.folder / name
-        # A look opens what nobody has listed: a pipe would be waited for, a link lead elsewhere
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise ForeignFile(f"{name} is no file, and a package holds files alone")
-        return path.open("rb")
-
-
-@dataclass(frozen=True)
-class _Remote:
-    """A folder at an fsspec URL."""
-
-    fs: "AbstractFileSystem"
-    root: str
-    shown: str
-
-    def sizes(self) -> dict[str, int] | None:
-        protocol = self.fs.protocol
-        protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-        if protocols & UNLISTED:
-            return None
-        found = {}
-        for entry in self.fs.ls(self.root, detail=True):
-            name = entry["name"].rstrip("/").rpartition("/")[2]
-            if entry["type"] != "file" or entry.get("islink"):
-                raise ForeignFile(f"{name} is no file, and a package holds files alone")
-            found[name] = int(entry["size"])
-        return found
-
-    def size(self, name: str) -> int:
-        return int(self.fs.info(f"{self.root}/{name}")["size"] or 0)
-
-    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return cast("AbstractContextManager[BinaryIO]", self.fs.open(f"{self.root}/{name}", "rb"))
+    source.check_bytes(sum(named.values()), f"{EXPERT} and what is beside it have")

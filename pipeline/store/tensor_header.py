@@ -18,7 +18,7 @@ KNOWN_METADATA: tuple[dict[str, str], ...] = ({}, {"format": "pt"})
 LENGTH_BYTES = 8
 # Of some hundred bytes a tensor; a model of a hundred layers has a few hundred of them
 HEADER_BYTES = 4 << 20
-WIDTHS = {"F32": 4, "I64": 8}
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 # By name: dtype as safetensors calls it, and shape
 Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
 _SHOWN = 3
@@ -44,6 +44,23 @@ def check_tensors(file: BinaryIO, name: str, size: int, wanted: Wanted) -> None:
             f"{name} has {size:,} bytes, and its tensors take {end + at:,}; nothing may stand "
             "behind them"
         )
+
+
+def found_tensors(file: BinaryIO, name: str, size: int) -> Wanted:
+    """Return dtype and shape of each tensor that the header of a file of so many bytes tells of, to
+    be held against what is wanted of them. Raises ForeignFile, OSError."""
+    header, _ = _header(file, name, size)
+    header.pop(METADATA, None)
+    found = {}
+    for tensor, entry in header.items():
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape = fields.get("dtype"), fields.get("shape")
+        whole = isinstance(shape, list) and all(type(each) is int for each in shape)
+        if dtype not in WIDTHS or not isinstance(shape, list) or not whole:
+            text = ascii(f"{tensor[:60]} as {dtype} {shape}"[:120]).strip("'")
+            raise ForeignFile(f"{name} has {text}, and adapters here are {', '.join(WIDTHS)}")
+        found[tensor] = (str(dtype), tuple(shape))
+    return found
 
 
 def _header(file: BinaryIO, name: str, size: int) -> tuple[dict[str, Any], int]:

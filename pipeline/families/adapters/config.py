@@ -46,6 +46,11 @@ class AdapterRunConfig(RunConfig):
         return tuple(entry.name for entry in self.loras.experts)
 
     @property
+    def imported(self) -> dict[str, str]:
+        """Where the experts are that were trained elsewhere, by name."""
+        return {each.name: each.imported for each in self.loras.experts if each.imported}
+
+    @property
     def searches_experts(self) -> tuple[str, ...]:
         """The experts whose own rate is searched."""
         return tuple(name for name in self.experts if self.searches(name))
@@ -58,6 +63,8 @@ class AdapterRunConfig(RunConfig):
     def searches(self, name: str) -> bool:
         """Whether the rate of an expert's or the router's adapter is found before its training."""
         options = self.loras.options(name)
+        if name in self.imported:
+            return False
         # Without steps nothing moves
         return options.lr == SEARCHED and options.steps != 0
 
@@ -90,7 +97,10 @@ class AdapterRunConfig(RunConfig):
         return {"base": hashed_fields(self.loras.base)}
 
     def expert_reads(self, item: str) -> dict:
-        """Return what one expert's adapter is trained by."""
+        """Return what one expert's adapter is trained by; of one that was trained elsewhere its
+        files tell."""
+        if item in self.imported:
+            return {"imported": True}
         options = self.loras.options(item)
         neutral = self.dataset.neutral.seen if options.neutral_share else ()
         # not its label: that is what the router answers, and no tensor of the expert knows it
@@ -127,6 +137,8 @@ class AdapterRunConfig(RunConfig):
         base = self.loras.base.model
         if stage == "train_shared" and base and is_folder(base):
             yield "loras.base.model", base
+        if stage == "train_experts" and item in self.imported:
+            yield f"loras.experts.{item}.imported", self.imported[item]
         for entry in self.loras.experts:
             if stage == "preprocess" and entry.name == item:
                 for key, path in entry.dataset.paths():
@@ -145,6 +157,11 @@ class AdapterRunConfig(RunConfig):
             from ...data.sources.task_seen import seen
 
             return Looked.of(seen(item, self.task(item).dataset, eye))
+        if stage == "train_experts" and item in self.imported:
+            from ...data.sources import experts
+
+            setting = f"loras.experts.{item}.imported"
+            return Looked.of(experts.seen(setting, self.imported[item], eye))
         if stage == "routing":
             return Looked.of(self._seen_by_routing(eye))
         base = self.loras.base.model
@@ -168,11 +185,14 @@ class AdapterRunConfig(RunConfig):
                 yield from seen(source.expert, source.data(self.dataset.splits), eye)
 
     def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield (setting, path) of tasks' data, a base in a folder, and where the bundle goes."""
+        """Yield (setting, path) of tasks' data, a base in a folder, finished adapters, and where
+        the bundle goes."""
         yield from self.read_outside("train_shared", None)
         for name in self.tasks:
             yield from self.read_outside("preprocess", name)
         yield from self.read_outside("routing", None)
+        for name in self.imported:
+            yield from self.read_outside("train_experts", name)
         if self.deploy.upload:
             yield "deploy.upload", self.deploy.upload
 

@@ -184,8 +184,8 @@ def job_cost(
     sizes: DecoderSizes | None,
     row_tokens: Callable[[str], int],
 ) -> JobCost | None:
-    """Return what a training will spend, as far as finished jobs tell; None for the base, which
-    needs none.
+    """Return what a training will spend, as far as finished jobs tell; None for the base and for an
+    imported adapter, which need none.
 
     `made` has the metrics of finished jobs, `sizes` are the base's (None: unknown), `row_tokens`
     gives the assumed tokens of a row by the adapter's name.
@@ -194,6 +194,8 @@ def job_cost(
     searches = stage in trained
     training = trained.get(stage, stage)
     if training not in SEARCHES or sizes is None:
+        return None
+    if training == "train_experts" and item in cfg.imported:
         return None
     name = item or cfg.loras.router.name
     options = cfg.loras.options(name)

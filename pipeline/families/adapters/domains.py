@@ -4,13 +4,14 @@ Invariant: what is said of one expert is in no other expert's address (config.py
 goes a source of the routing set and a label of the router.
 """
 
+import json
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from ...config.base import merge
 from ...config.domain_wish import DomainWish
-from ...config.paths import ENTRIES
+from ...config.paths import ENTRIES, located
 from ...config.stated import Stated
 from ...errors import ConfigError
 from .config import AdapterRunConfig
@@ -22,11 +23,6 @@ _SPLITS = ("train", "valid", "test")
 
 def change_domains(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> list[str]:
     """Change what a run's files state; return what a person should know. Raises ConfigError."""
-    if wish.expert:
-        raise ConfigError(
-            f"a run of {cfg.family} trains its experts from rows, and takes no finished one; give "
-            "its rows"
-        )
     if wish.what == "add":
         _add(cfg, wish, stated)
         return []
@@ -35,9 +31,16 @@ def change_domains(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> l
         raise ConfigError(f"no such expert {wish.domain}; the run has {known}")
     if wish.what == "remove":
         _remove(cfg, wish, stated)
-    else:
-        _replace(wish, stated)
-    return []
+        return []
+    return _replace(wish, stated)
+
+
+def given_rows(name: str, paths: list[str]) -> str:
+    """Return the override that has an expert's rows read from a path, a relative one from here on.
+    Raises ConfigError for several."""
+    here = tuple(located(path, "path", Path.cwd()) for path in paths)
+    data = _data(DomainWish("add", name, here))
+    return f"loras.experts.{name}.dataset={json.dumps(data)}"
 
 
 def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
@@ -50,6 +53,11 @@ def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
     given = _given(wish)
     label = given.pop("label", None) or _free_label(cfg)
     entry = {"name": name, "label": label} | _typed(stated, given)
+    if "dataset" not in entry and wish.expert:
+        raise ConfigError(
+            f"{name}: the router is taught by requests, so a finished expert comes with rows of "
+            "its task; give their files (--paths) or a data set"
+        )
     if "dataset" not in entry:
         raise ConfigError(f"{name}: nothing names its rows; give their files or a data set")
     stated.put(*EXPERTS, value=[*stated.entries(*EXPERTS), entry])
@@ -57,7 +65,8 @@ def _add(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
     stated.put(*SOURCES, value=[*stated.entries(*SOURCES), source])
 
 
-def _replace(wish: DomainWish, stated: Stated) -> None:
+def _replace(wish: DomainWish, stated: Stated) -> list[str]:
+    """Change an expert's entry; return what a person should know."""
     given = _given(wish)
     if not given:
         raise ConfigError(f"{wish.domain}: nothing names what replaces its rows; give their files")
@@ -67,7 +76,12 @@ def _replace(wish: DomainWish, stated: Stated) -> None:
     kept = entries[at] | ({"dataset": {}} if wish.paths or wish.hub else {})
     # Of what stays no path was typed
     entries[at] = merge(kept, _typed(stated, given))
+    told = []
+    # Settings come one by one, and leave a finished adapter where it is
+    if (wish.paths or wish.hub) and not wish.expert and entries[at].pop("imported", None):
+        told.append(f"{wish.domain} was imported, and is trained here on these rows now")
     stated.put(*EXPERTS, value=entries)
+    return told
 
 
 def _remove(cfg: AdapterRunConfig, wish: DomainWish, stated: Stated) -> None:
@@ -107,7 +121,10 @@ def _typed(stated: Stated, given: dict[str, Any]) -> dict[str, Any]:
 def _given(wish: DomainWish) -> dict[str, Any]:
     """Return the settings of an entry that a wish asks for."""
     data = _data(wish)
-    return merge({"dataset": data} if data else {}, dict(wish.options))
+    given: dict[str, Any] = {"dataset": data} if data else {}
+    if wish.expert:
+        given["imported"] = wish.expert
+    return merge(given, dict(wish.options))
 
 
 def _data(wish: DomainWish) -> dict[str, Any]:

@@ -285,6 +285,14 @@ def _notes(evaluator: AdapterEvaluator, routes: RequestRouting) -> Iterator[str]
             f"{count} rows of {name} were left out: over the limits of a request, or with a right "
             "answer that their metric cannot read."
         )
+    for name in cfg.imported:
+        metrics = evaluator.parts.manifest("train_experts", name).metrics
+        if not metrics["base_is_proven"]:
+            yield (
+                f"Nothing proves that {name}, which came as PEFT saves it, was trained on this "
+                f"base: on answers of its task it has {metrics['probe_nats']:.4f} nats a token, "
+                f"and the base without it {metrics['probe_base_nats']:.4f}."
+            )
     for name in cfg.experts:
         yield from _dropped_rows(evaluator.parts, name, "train_experts", name)
     yield from _dropped_rows(evaluator.parts, ROUTER, "train_router", None)

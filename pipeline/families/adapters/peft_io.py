@@ -6,6 +6,7 @@ itself says nothing when none of an adapter's keys match, and the base would the
 place.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConfigError, MismatchError
-from ...store.artifacts import load_tensors
+from ...store.artifacts import load_tensors, save_tensors, write_text
 from ...store.reading import read_object
 from .base import ModelRef
 
@@ -124,6 +125,25 @@ def add(
             f"{where}.targets: {options.targets!r} matches modules that PEFT gives no adapter"
         )
     return out
+
+
+def put(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    options: LoraOptions,
+    tensors: Mapping[str, torch.Tensor],
+    where: str,
+    check: CheckTargets = _allow_all,
+) -> PeftModel:
+    """Put an adapter with these tensors, of any shape, on a base, frozen. Raises ConfigError as
+    `add` does, MismatchError when the options call for other tensors."""
+    out = add(model, name, options, where, check)
+    wanted = get_peft_model_state_dict(out, adapter_name=peft_name(name))
+    problem = _difference(wanted, tensors)
+    if problem:
+        raise MismatchError(f"{where}: {name} does not fit this base: {problem}")
+    set_peft_model_state_dict(out, dict(tensors), adapter_name=peft_name(name))
+    return out.requires_grad_(False).eval()
 
 
 def find_targets(
@@ -252,6 +272,17 @@ def files(model: PeftModel, name: str, pin: ModelRef, about: Mapping) -> dict[st
         **about,
     }
     return {TENSORS: tensors, SETTINGS: settings, ABOUT: described}
+
+
+def write_files(folder: Path, content: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write an adapter's files to its artifact's folder. Raises DiskFull."""
+    for name, values in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_tensors(path, dict(values))
+        else:
+            write_text(path, json.dumps(values, indent=1, sort_keys=True))
 
 
 def lora_settings(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 
-from ...config.base import COMMIT, NONE, Section, Share, is_folder, merge, not_hashed
+from ...config.base import COMMIT, NONE, Bytes, Section, Share, is_folder, merge, not_hashed
 from ...config.fit import FitConfig, LearningRate
 from ...config.paths import path_field
 from ...config.task_data import TaskConfig
@@ -152,6 +152,23 @@ class AdapterExpertConfig(TaskConfig):
         description="What the router answers for this expert; one token of the base's tokenizer"
     )
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer, tokens")
+    imported: str | None = path_field(
+        "path",
+        None,
+        min_length=1,
+        not_hashed=True,
+        description="Folder or fsspec URL of a finished adapter, a package (docs/kits.md) or what "
+        "PEFT saved, in place of training; its rows teach the router",
+    )
+    imported_bytes: Bytes = not_hashed(
+        8 * 10**9, "Largest finished adapter that is imported, refused before it is read"
+    )
+    imported_slack: float = not_hashed(
+        0.0,
+        "Nats a token by which an adapter as PEFT saves it, whose base nothing proves, may be "
+        "worse than the base on answers of its task",
+        ge=0,
+    )
     overrides: AdapterConfig = Field(
         AdapterConfig(), description="Settings of defaults that are different here"
     )

@@ -65,6 +65,7 @@ STAGES = table(
         "train each expert's adapter on its own task over the frozen base",
         "family.expert",
         kind="training",
+        check="family.look_at_adapter",
         items="experts",
         needs=("preprocess", "train_shared", "lr_experts"),
         # Its own rows alone: what is said of another expert's data leaves this adapter as it is
@@ -72,7 +73,8 @@ STAGES = table(
         reads=_TRAINED,
         reads_also="expert_reads",
         settings="loras.experts.{item}.overrides",
-        secrets=("wandb", "hub"),
+        # An imported one comes from where packages lie
+        secrets=("wandb", "hub", "storage"),
         after=("lr_experts",),
     ),
     Stage(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ...config.base import hashed_fields
 from ...data.routing.dataset import RoutingRows
@@ -25,7 +26,7 @@ from .base import LoadedBase
 from .chat import IGNORED, Example, Sampler, TokenizedDataset, encode, prompt_augmentation
 from .config import AdapterRunConfig
 from .cost import memory_plan
-from .media import FeatureCache
+from .media import FeatureCache, Media
 from .peft_io import adapter_parameters, add, core_of, files, label_ids
 from .router import CALIBRATION, calibrate, label_logits, routing_prompt
 
@@ -48,18 +49,22 @@ def expert_task(
     options = cfg.loras.options(item)
     rows = TaskRows(parts.folder("preprocess", item))
     media = base.chat.media
-    examples: dict[str, list[Example]] = {}
-    for split in SPLITS:
-        examples[split] = []
-        for row in rows.rows(split):
-            paths = media.paths(rows.folder, row)
-            examples[split].append(Example(paths, row.prompt, row.answer))
+    examples = {split: examples_of(media, rows, split) for split in SPLITS}
     training = _start(cfg, base, item, cfg.section("train_experts", item))
     # a neutral prompt must fit wherever it may be asked, so none is encoded where none ever is
     neutral = cfg.dataset.neutral.seen if options.neutral_share else ()
     # what its address holds, so that equal addresses give equal bytes
     about = {"options": hashed_fields(options)}
     return training.task(examples, neutral, about, dict)
+
+
+def examples_of(media: Media, rows: TaskRows, split: str) -> list[Example]:
+    """Return a task's rows of a split as they are asked and answered."""
+    found = []
+    for row in rows.rows(split):
+        paths = media.paths(rows.folder, row)
+        found.append(Example(paths, row.prompt, row.answer))
+    return found
 
 
 def router_task(
@@ -267,34 +272,14 @@ class Training:
         at: Sequence[int],
         prompts: Sequence[str | None],
     ) -> dict[str, Any]:
-        """Return what `token_loss` takes for some rows, each asked as it is (None) or otherwise, on
-        the device."""
-        text = dataset.batch(at, prompts)
-        inputs = text | cache.inputs(text, dataset.media(at))
-        for key, value in inputs.items():
-            if torch.is_tensor(value):
-                inputs[key] = value.to(device())
-        return inputs
+        """Return what `token_loss` takes for some rows; see batch_inputs."""
+        return batch_inputs(dataset, cache, at, prompts)
 
     def token_loss(
         self, inputs: Mapping[str, Any], chunk_logits: int | None = None
     ) -> torch.Tensor:
-        """Return the summed nats of the learned tokens, a scalar; logits are only ever made of
-        those."""
-        rest = dict(inputs)
-        # the model would make logits of every token for them
-        del rest["labels"]
-        # the state at a token predicts the one after it
-        labels_BT = inputs["labels"][:, 1:]
-        learned_BT = labels_BT != IGNORED
-        with torch.autocast(labels_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.core.base_model(**rest, use_cache=False)
-        h_BTD = out.last_hidden_state
-        h_ND = h_BTD[:, :-1][learned_BT]
-        head_VD = self.core.get_output_embeddings().weight
-        target_N = labels_BT[learned_BT]
-        chunk = chunk_of(len(head_VD), chunk_logits or chunk_logits_on(head_VD.device.type))
-        return cross_entropy(h_ND, head_VD, target_N, self.dtype, chunk)
+        """Return the summed nats of the learned tokens, a scalar; see answer_nats."""
+        return answer_nats(self.core, inputs, self.bf16, chunk_logits)
 
     def logits(self, examples: Sequence[Example], ids: Sequence[int]) -> torch.Tensor:
         """Return logits_BK of the labels' tokens for requests, as the stack will compute them: no
@@ -369,6 +354,48 @@ class Training:
                 yield
         finally:
             self.model.train()
+
+
+def batch_inputs(
+    dataset: TokenizedDataset,
+    cache: FeatureCache,
+    at: Sequence[int],
+    prompts: Sequence[str | None],
+) -> dict[str, Any]:
+    """Return what `answer_nats` takes for some rows, each asked as it is (None) or otherwise, on
+    the device."""
+    text = dataset.batch(at, prompts)
+    inputs = text | cache.inputs(text, dataset.media(at))
+    for key, value in inputs.items():
+        if torch.is_tensor(value):
+            inputs[key] = value.to(device())
+    return inputs
+
+
+def answer_nats(
+    core: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    bf16: bool,
+    chunk_logits: int | None = None,
+) -> torch.Tensor:
+    """Return the summed nats of the learned tokens, a scalar; logits are only ever made of
+    those."""
+    rest = dict(inputs)
+    # the model would make logits of every token for them
+    del rest["labels"]
+    # the state at a token predicts the one after it
+    labels_BT = inputs["labels"][:, 1:]
+    learned_BT = labels_BT != IGNORED
+    with torch.autocast(labels_BT.device.type, torch.bfloat16, enabled=bf16):
+        out = core.base_model(**rest, use_cache=False)
+    h_BTD = out.last_hidden_state
+    h_ND = h_BTD[:, :-1][learned_BT]
+    head: Any = core.get_output_embeddings()
+    head_VD = head.weight
+    target_N = labels_BT[learned_BT]
+    chunk = chunk_of(len(head_VD), chunk_logits or chunk_logits_on(head_VD.device.type))
+    dtype = torch.bfloat16 if bf16 else core.dtype
+    return cross_entropy(h_ND, head_VD, target_N, dtype, chunk)
 
 
 def _held_out(valid: TokenizedDataset, tokens: int) -> list[list[int]]:

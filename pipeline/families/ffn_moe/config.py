@@ -12,8 +12,6 @@ from ...config.run import JobKey
 from ...config.stage import Stage, fields
 from ...config.text_data import FilesConfig, TextRunConfig
 from ...protocols import Eye, Looked, Seen
-from ...store.expert_package import ABOUT, package_print
-from ...store.looking import GONE, UNREACHABLE
 from .sections import (
     ADAPTER,
     ANCHOR,
@@ -94,7 +92,10 @@ class FfnMoeConfig(TextRunConfig):
     def _read_by_imported(self, item: str) -> dict:
         """Return what an imported expert depends on here: what it is held against, and what its
         statistics are made of where it brings none. How experts are trained is no part of it."""
-        held_to = ("form", "rank", "alpha", "layers", "statistics_path", "statistics_tokens")
+        held_to: tuple[str, ...] = ("form", "statistics_tokens")
+        if self.expert.form != ADAPTER:
+            # An adapter brings its own, whatever those have that are trained here
+            held_to = (*held_to, "rank", "alpha", "layers", "statistics_path")
         found = {"imported": True} | fields(self, ("family", "dtype", "seed"))
         found |= fields(self, tuple(f"expert.{key}" for key in held_to))
         if item in self.expert.imported_text:
@@ -250,13 +251,10 @@ class FfnMoeConfig(TextRunConfig):
         return None
 
     def _seen_imported(self, item: str, eye: Eye) -> Iterator[Seen]:
-        """Yield the description of a package, which has the sums of all its files, and the text
-        beside it."""
-        from ...data.sources import files
+        """Yield what tells of a finished expert, and of the text beside it."""
+        from ...data.sources import experts, files
 
-        source = self.expert.imported[item]
-        absence = UNREACHABLE if "://" in source else GONE
-        yield Seen("expert.imported", ABOUT, package_print(source) or absence)
+        yield from experts.seen("expert.imported", self.expert.imported[item], eye)
         paths = self.expert.imported_text.get(item, ())
         yield from files.seen_paths("expert.imported_text", paths, eye)
 
@@ -446,11 +444,6 @@ def _imported(cfg: FfnMoeConfig) -> list[str]:
     if left_out:
         out.append(
             f"expert.imported: {', '.join(left_out)} is not among expert.domains; name it there"
-        )
-    if own.form == ADAPTER:
-        out.append(
-            "expert.imported: packages hold feed-forward networks; set expert.form to full or "
-            "low_rank"
         )
     if own.coordinate:
         out.append(

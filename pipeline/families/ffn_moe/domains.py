@@ -4,12 +4,14 @@ Invariant: what is not of that domain keeps its addresses. What follows from the
 not stated (the trunk's, the dense baselines') is written out before they change.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ...config.base import DURATIONS
 from ...config.domain_wish import DomainWish
 from ...config.labels import domain_name, label_text
-from ...config.paths import ENTRIES
+from ...config.paths import ENTRIES, located
 from ...config.stated import Stated
 from ...config.text_data import INSTALLED_DOMAINS
 from ...errors import ConfigError
@@ -27,6 +29,13 @@ def change_domains(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[
         )
     change = {"add": _add, "remove": _remove, "replace": _replace}[wish.what]
     return change(cfg, wish, stated)
+
+
+def given_text(domain: str, paths: list[str]) -> str:
+    """Return the override that has a domain's text read from paths, relative ones from here on."""
+    here = [located(path, "glob", Path.cwd()) for path in paths]
+    files = json.dumps([{"paths": here, "domain": domain}])
+    return f"data.files={files}"
 
 
 def _add(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:

@@ -21,7 +21,8 @@ from . import cost as ffn_cost
 from .bundle import bundle as bundle_mixture
 from .bundle import reassemble as reassemble_mixture
 from .config import FfnMoeConfig
-from .imported import imported, look_at_package
+from .imported import imported
+from .imported import look_at_package as look_at_networks
 from .lr_search import lr_dense, lr_experts, lr_router, lr_shared
 from .preflight import preflight
 from .sections import ADAPTER
@@ -39,6 +40,7 @@ __all__ = [
     "bundle",
     "check_export",
     "check_kit",
+    "check_pack",
     "cost",
     "dense",
     "expert",
@@ -116,13 +118,27 @@ def cost(
 
 def expert(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task | NoTraining:
     """Return one expert's training, or how it is imported; see train, imported, adapter.train."""
-    if item in cfg.expert.imported:
-        return imported(cfg, parts, item)
     if cfg.expert.form != ADAPTER:
-        return ffn_expert(cfg, parts, item)
+        make = imported if item in cfg.expert.imported else ffn_expert
+        return make(cfg, parts, item)
+    if item in cfg.expert.imported:
+        from .adapter.imported import imported as of_another
+
+        return of_another(cfg, parts, item)
     from .adapter.train import expert as adapter
 
     return adapter(cfg, parts, item)
+
+
+def look_at_package(cfg: FfnMoeConfig, item: str) -> None:
+    """Raise DataError for an imported expert that is not there or is none; see imported and
+    adapter.imported."""
+    if cfg.expert.form != ADAPTER:
+        look_at_networks(cfg, item)
+    elif item in cfg.expert.imported:
+        from .adapter.imported import look_at_adapter
+
+        look_at_adapter(cfg, item)
 
 
 def router(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
@@ -171,15 +187,29 @@ def write_kit(cfg: FfnMoeConfig, parts: Parts, domain: str, folder: Path) -> Non
 
 def check_kit(_cfg: FfnMoeConfig, parts: Parts, kit: Path) -> None:
     """Raise MismatchError where trunk or tokenizer are not a kit's; see kit."""
-    from .kit import check_kit, read_kit
+    from ..kit_files import read_kit
+    from .kit import check_kit
 
     check_kit(parts, read_kit(kit))
+
+
+def check_pack(cfg: FfnMoeConfig, _wish: PackWish) -> None:
+    """Raise ConfigError for experts that no package holds; see packing."""
+    from .packing import check_packable
+
+    check_packable(cfg)
 
 
 def pack(
     cfg: FfnMoeConfig, parts: Parts, item: str, wish: PackWish, folder: Path, kit: Path
 ) -> None:
-    """Write a kit's trained expert to an empty folder; see packing."""
+    """Write a kit's trained expert to an empty folder; see packing and adapter.packing."""
+    if cfg.expert.form == ADAPTER:
+        from .adapter.packing import pack as of_adapter
+        from .kit import public_statistics
+
+        of_adapter(cfg, parts, item, wish, folder, public_statistics(kit))
+        return
     from .kit import centre_of
     from .packing import pack
 

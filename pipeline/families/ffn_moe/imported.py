@@ -13,14 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...data.text.mixture import DomainMixture
 from ...data.text.public_text import write_public_text
-from ...errors import DataError, MismatchError, PipelineError
+from ...errors import DataError, MismatchError
 from ...model.experts import Expert, in_layers
 from ...model.loading import check_finite
 from ...model.low_rank import LowRankExpert
 from ...model.router_init import FeatureStatistics
-from ...model.trunk import Trunk
+from ...model.trunk import Ffn, Trunk
 from ...store.artifacts import load_tensors, save_tensors
 from ...store.expert_package import (
     ABOUT,
@@ -31,8 +33,8 @@ from ...store.expert_package import (
     open_package,
 )
 from ...store.foreign import ForeignFile
+from ...store.package_place import ExpertSource, refusing
 from ...store.tensor_header import Wanted
-from ...store.upload import without_password
 from ...train.loop import NoTraining
 from .. import Parts
 from .config import FfnMoeConfig
@@ -49,8 +51,6 @@ from .parts import (
 from .stock import run_tokenizer
 
 SETTING = "expert.imported"
-# Sums are stored in fp32: a text's own may break the inequality by rounding
-_ROUNDING = 1.001
 
 
 def imported(cfg: FfnMoeConfig, parts: Parts, item: str) -> NoTraining:
@@ -62,33 +62,24 @@ def look_at_package(cfg: FfnMoeConfig, item: str) -> None:
     """Raise DataError for an imported expert whose package is not there, not whole, or too large;
     its tensors are not read. Nothing for an expert that is trained here."""
     if item in cfg.expert.imported:
-        with _refusing(cfg, item):
-            _opened(cfg, item)
+        source = source_of(cfg, item)
+        with refusing(source, item):
+            check_statistics(cfg, item, open_package(source))
 
 
-def _opened(cfg: FfnMoeConfig, item: str) -> Package:
-    package = open_package(cfg.expert.imported[item], cfg.expert.imported_bytes)
-    if STATISTICS not in package.facts.files and not cfg.has_text_for(item):
+def source_of(cfg: FfnMoeConfig, item: str) -> ExpertSource:
+    """Return where the settings say that an imported expert is."""
+    return ExpertSource(cfg.expert.imported[item], cfg.expert.imported_bytes)
+
+
+def check_statistics(cfg: FfnMoeConfig, item: str, opened: object) -> None:
+    """Raise DataError for an expert that neither brings statistics nor has text here."""
+    brings = isinstance(opened, Package) and STATISTICS in opened.facts.files
+    if not brings and not cfg.has_text_for(item):
         raise DataError(
             f"{SETTING}: {item} brings no statistics, and there is no text of its domain to fit "
             f"the gates on; name some that is like it under expert.imported_text.{item}"
         )
-    return package
-
-
-@contextmanager
-def _refusing(cfg: FfnMoeConfig, item: str) -> Iterator[None]:
-    """Name the expert and its package in whatever keeps it from being taken."""
-    shown = without_password(cfg.expert.imported[item])
-    try:
-        yield
-    except PipelineError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{SETTING}: {item} ({shown}) is refused: {error}") from None
-    except Exception as error:  # a filesystem raises what it likes
-        reason = " ".join(str(error).split())
-        raise DataError(f"{SETTING}: {item} ({shown}) cannot be read: {reason}") from None
 
 
 def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str, Any]:
@@ -98,17 +89,20 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
     that was made for another run.
     """
     started_s = time.monotonic()
-    with _refusing(cfg, item):
-        package = _opened(cfg, item)
+    source = source_of(cfg, item)
+    with refusing(source, item):
+        package = open_package(source)
         facts = package.facts
-        _check_fits(cfg, parts, item, facts)
+        check_statistics(cfg, item, package)
+        check_fingerprints(parts, item, facts)
+        _check_form(cfg, parts, item, facts)
         trunk, dummy = stored_trunk(cfg, parts)
         layers = expert_layers(cfg, len(dummy.layers))
         parts.progress(f"copying {item}", None)
         package.take(EXPERT, _expert_tensors(cfg, dummy, layers), folder / EXPERT)
         tensors = load_tensors(folder / EXPERT)
         check_finite(tensors.items())
-        _check_runs(trunk, open_expert(cfg, dummy, tensors), cfg.trunk.context_tokens)
+        check_runs(trunk, open_expert(cfg, dummy, tensors), cfg.trunk.context_tokens)
         if STATISTICS in facts.files:
             statistics = _brought(parts, package, layers, folder / STATISTICS)
         else:
@@ -125,22 +119,21 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
         "trained_tokens": facts.tokens,
         "seconds": time.monotonic() - started_s,
         "trained_in": facts.dtype,
-        "statistics": _origin(cfg, item, facts),
+        "statistics": origin(cfg, item, facts),
     }
 
 
-def _origin(cfg: FfnMoeConfig, item: str, facts: ExpertFacts) -> str:
-    """Return in words where the statistics are from."""
-    if STATISTICS not in facts.files:
+def origin(cfg: FfnMoeConfig, item: str, facts: ExpertFacts | None) -> str:
+    """Return in words where the statistics are from; facts of a package, none of another."""
+    if facts is None or STATISTICS not in facts.files:
         return "of public text" if item in cfg.expert.imported_text else "of the text here"
     if facts.noise:
         return f"brought, with noise (epsilon {facts.noise.epsilon:g}, {facts.noise.delta:g})"
     return "brought"
 
 
-def _check_fits(cfg: FfnMoeConfig, parts: Parts, item: str, facts: ExpertFacts) -> None:
-    """Raise MismatchError for an expert that was made for another trunk, tokenizer or form."""
-    own = cfg.expert
+def check_fingerprints(parts: Parts, item: str, facts: ExpertFacts) -> None:
+    """Raise MismatchError for an expert that was trained on another trunk or tokenizer."""
     prints = {
         "on another trunk": (facts.trunk, trunk_fingerprint(parts)),
         "with another tokenizer": (facts.tokenizer, tokenizer_fingerprint(run_tokenizer(parts))),
@@ -151,6 +144,11 @@ def _check_fits(cfg: FfnMoeConfig, parts: Parts, item: str, facts: ExpertFacts) 
                 f"{SETTING}: {item} was trained {what} (fingerprint {theirs[:12]}, this run's is "
                 f"{ours[:12]}); have it trained from a kit of this run"
             )
+
+
+def _check_form(cfg: FfnMoeConfig, parts: Parts, item: str, facts: ExpertFacts) -> None:
+    """Raise MismatchError for an expert that is made otherwise than those here."""
+    own = cfg.expert
     count = stored_settings(parts, "train_shared")["num_hidden_layers"]
     settings: dict[str, tuple[Any, Any]] = {
         "form": (facts.form, own.form),
@@ -178,13 +176,13 @@ def _expert_tensors(cfg: FfnMoeConfig, dummy: Expert, layers: Sequence[int]) -> 
     return {name: ("F32", tuple(each.shape)) for name, each in like.named().items()}
 
 
-def _check_runs(trunk: Trunk, expert: Expert, tokens: int) -> None:
+def check_runs(trunk: Trunk, ffn: Ffn, tokens: int) -> None:
     """Raise ForeignFile for an expert whose numbers are finite and what they compute is not: one
     token that it gets would be lost, and all that look back at it."""
     count = len(trunk.head)
     ids_BT = torch.arange(tokens, device=trunk.head.device)[None] * max(1, count // tokens) % count
     with torch.no_grad():
-        h_BTD = trunk.hidden(ids_BT, expert)
+        h_BTD = trunk.hidden(ids_BT, ffn)
     if not torch.isfinite(h_BTD).all():
         raise ForeignFile(f"{EXPERT} computes what is not finite (NaN or infinite)")
 
@@ -198,38 +196,56 @@ def _brought(
         parts.tensors("train_shared", "statistics.safetensors")
     ).of_layers(layers)
     _, d_model = general.sum_LD.shape
+    if not package.facts.noise:
+        return taken_statistics(package, len(layers), d_model, target)
+    stored = _taken(package, {"sum": ("F32", (len(layers), d_model))}, target)
+    return general.around(stored["sum"].double(), int(stored["tokens"].item()))
+
+
+def taken_statistics(
+    package: Package, layers: int, d_model: int, target: Path
+) -> FeatureStatistics:
+    """Return a package's own statistics of so many layers, copied to target. Raises ForeignFile
+    for those of no text."""
     wanted = {
-        "sum": ("F32", (len(layers), d_model)),
-        "gram": ("F32", (len(layers), d_model, d_model)),
-        "tokens": ("I64", (1,)),
+        "sum": ("F32", (layers, d_model)),
+        "gram": ("F32", (layers, d_model, d_model)),
     }
-    if package.facts.noise:
-        del wanted["gram"]
-    package.take(STATISTICS, wanted, target)
-    stored = load_tensors(target)
-    check_finite(stored.items())
-    if stored["tokens"].item() < 1:
-        raise ForeignFile(f"{STATISTICS} is of no token")
-    if package.facts.noise:
-        return general.around(stored["sum"].double(), int(stored["tokens"].item()))
-    statistics = FeatureStatistics.from_tensors(stored)
+    statistics = FeatureStatistics.from_tensors(_taken(package, wanted, target))
     if not statistics.is_possible():
         raise ForeignFile(f"{STATISTICS} is of no text: no inputs have these means and products")
     return statistics
 
 
+def _taken(package: Package, wanted: Wanted, target: Path) -> dict[str, Tensor]:
+    package.take(STATISTICS, {**wanted, "tokens": ("I64", (1,))}, target)
+    stored = load_tensors(target)
+    check_finite(stored.items())
+    if stored["tokens"].item() < 1:
+        raise ForeignFile(f"{STATISTICS} is of no token")
+    return stored
+
+
 def _summed(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> FeatureStatistics:
-    """Return statistics of text that is here: that of the setting, else of the expert's domain."""
+    """Return statistics of text that is here."""
     trunk, dummy = stored_trunk(cfg, parts)
     layers = expert_layers(cfg, len(dummy.layers))
     expert = open_expert(cfg, dummy, load_tensors(folder / EXPERT))
     runs = dummy if cfg.expert.statistics_path == "base" else expert
     tokens = cfg.expert.statistics_tokens
+    with text_for(cfg, parts, item, folder) as rows:
+        return feature_statistics(cfg, trunk, runs, rows, tokens, layers, parts.progress)
+
+
+@contextmanager
+def text_for(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> Iterator[DomainMixture]:
+    """Have rows of text that is here for an imported expert: that of the setting, which lies in
+    folder meanwhile, else of its domain. Raises DataError for files that cannot be read."""
     with TemporaryDirectory(dir=folder) as made:
         if item not in cfg.expert.imported_text:
             shards = shards_of(parts, (item,))
         else:
-            wanted = tokens + cfg.trunk.context_tokens + 1
+            wanted = cfg.expert.statistics_tokens + cfg.trunk.context_tokens + 1
             paths = cfg.expert.imported_text[item]
             tokenizer = run_tokenizer(parts)
             try:
@@ -237,7 +253,5 @@ def _summed(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> Feature
             except DataError as error:
                 said = str(error).removeprefix("data.files: ")
                 raise DataError(f"expert.imported_text: {item}: {said}") from None
-        rows = training_rows(cfg, shards, f"statistics {item}", (item,), how="equal")
-        found = feature_statistics(cfg, trunk, runs, rows, tokens, layers, parts.progress)
+        yield training_rows(cfg, shards, f"statistics {item}", (item,), how="equal")
         shards.close()
-    return found

@@ -5,24 +5,31 @@ is to be had, its tokenizer, settings, instructions. No text of the run goes alo
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from ...config.base import GGUF, PACKAGE
 from ...config.fit import SEARCHED
 from ...config.text_data import PartitionConfig
-from ...errors import ConfigError, DataError, MismatchError, MissingArtifact
+from ...errors import ConfigError, MismatchError, MissingArtifact
 from ...model.router_init import FeatureStatistics
 from ...store.artifacts import load_tensors, save_tensors, write_text
 from ...store.model_files import CONFIG, WEIGHTS
 from ...store.model_sources import here
 from ...store.pins import Pin
-from ...store.reading import as_kind, sealed, unsealed
 from ...store.streamed import Streamed, write_tensors
 from .. import Parts
+from ..kit_files import (
+    README,
+    SETTINGS,
+    KitFacts,
+    readme_text,
+    settings_text,
+    write_facts,
+)
 from .config import FfnMoeConfig
 from .document_means import Centre
 from .fingerprint import tokenizer_fingerprint, trunk_fingerprint, trunk_tensors
@@ -30,29 +37,16 @@ from .packing import check_packable
 from .parts import expert_layers, stored_settings
 from .pretrained import SETTING, is_pinned
 from .rates import known
+from .sections import ADAPTER
 from .stock import dense_settings, run_tokenizer
 
-FORMAT = 1
-ABOUT = "kit.json"
-SETTINGS = "expert.yaml"
-README = "README.md"
 CENTRE = "centre.safetensors"
 TRUNK = "trunk"
 TOKENIZER = "tokenizer"
 # Where whoever trains puts text, unless other paths are named
 TEXT = "text/**"
 # Of an expert's settings those that say what becomes of it in a stack
-_OF_STACK = {"domains", "imported", "imported_text", "imported_bytes"}
-
-
-@dataclass(frozen=True)
-class KitFacts:
-    """What kit.json says: which expert is wanted, and on what."""
-
-    domain: str
-    trunk: str  # fingerprints
-    tokenizer: str
-    format: int = FORMAT
+_OF_STACK = {"domains", "imported", "imported_text", "imported_bytes", "imported_slack"}
 
 
 def write_kit(cfg: FfnMoeConfig, parts: Parts, domain: str, folder: Path) -> None:
@@ -65,18 +59,25 @@ def write_kit(cfg: FfnMoeConfig, parts: Parts, domain: str, folder: Path) -> Non
     _check_name(domain)
     tokenizer = run_tokenizer(parts)
     settings = stored_settings(parts, "train_shared")
-    layers = expert_layers(cfg, settings["num_hidden_layers"])
     (folder / TOKENIZER).mkdir()
     tokenizer.save(folder / TOKENIZER)
     trunk, words = _trunk(parts, settings, folder)
-    stored = parts.tensors("train_shared", "statistics.safetensors")
-    centre = Centre.of(FeatureStatistics.from_tensors(stored).of_layers(layers))
-    save_tensors(folder / CENTRE, centre.tensors())
+    save_tensors(folder / CENTRE, _public(cfg, parts, settings))
     facts = KitFacts(domain, trunk_fingerprint(parts), tokenizer_fingerprint(tokenizer))
     write_text(folder / SETTINGS, _settings(_with_rate(cfg, parts), domain, trunk))
     write_text(folder / README, _readme(domain, words))
-    # Last, as it is what makes the folder a kit
-    write_text(folder / ABOUT, sealed(asdict(facts), indent=1))
+    write_facts(folder, facts)
+
+
+def _public(cfg: FfnMoeConfig, parts: Parts, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what noise on statistics is measured by, of the trunk's own text."""
+    if cfg.expert.form == ADAPTER:
+        from .adapter.statistics import general_statistics
+
+        return general_statistics(cfg, parts).tensors()
+    layers = expert_layers(cfg, settings["num_hidden_layers"])
+    stored = parts.tensors("train_shared", "statistics.safetensors")
+    return Centre.of(FeatureStatistics.from_tensors(stored).of_layers(layers)).tensors()
 
 
 def _check_name(domain: str) -> None:
@@ -90,24 +91,15 @@ def _check_name(domain: str) -> None:
         )
 
 
-def read_kit(folder: Path) -> KitFacts:
-    """Return what a kit is for. Raises DataError for a folder that is none."""
-    try:
-        values = unsealed((folder / ABOUT).read_bytes(), indent=1)
-        facts = as_kind(KitFacts, values)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is no kit: {ABOUT}: {error}; name the folder of one") from None
-    if facts.format > FORMAT:
-        raise DataError(
-            f"{folder} is of format {facts.format}, and this version reads up to {FORMAT}; update "
-            "MoleForge"
-        )
-    return facts
-
-
 def centre_of(folder: Path) -> Centre:
     """Return the public text's means in a kit. Raises DamagedArtifact, UnreadableFile."""
     return Centre.from_tensors(load_tensors(folder / CENTRE))
+
+
+def public_statistics(folder: Path) -> FeatureStatistics:
+    """Return what a kit of an adapter has of the trunk's text. Raises DamagedArtifact,
+    UnreadableFile."""
+    return FeatureStatistics.from_tensors(load_tensors(folder / CENTRE))
 
 
 def check_kit(parts: Parts, facts: KitFacts) -> None:
@@ -164,6 +156,9 @@ def _trunk(parts: Parts, settings: Mapping[str, Any], folder: Path) -> tuple[dic
 
 def _settings(cfg: FfnMoeConfig, domain: str, trunk: Mapping[str, Any]) -> str:
     """Return expert.yaml: one expert on one domain, over the kit's trunk."""
+    router: dict[str, Any] = {"steps": 0, "top_k": 1}
+    if cfg.expert.form == ADAPTER:
+        router["prompt_tokens"] = cfg.router.prompt_tokens
     expert = cfg.expert.model_dump(mode="json", exclude=_OF_STACK, exclude_none=True)
     context = cfg.trunk.context_tokens
     sections = {
@@ -184,41 +179,21 @@ def _settings(cfg: FfnMoeConfig, domain: str, trunk: Mapping[str, Any]) -> str:
             "statistics_tokens": context,
         },
         "expert": expert,
-        "router": {"steps": 0, "top_k": 1},
+        "router": router,
         "dense": {"baselines": []},
     }
-    lines = [
-        "# One expert, trained where its text lies. What it must agree in with the others is in",
-        "# trunk, tokenizer and expert; data, partition.min_tokens and runtime are yours.",
-    ]
-    for key, value in sections.items():
-        if not isinstance(value, dict):
-            lines.append(f"{key}: {json.dumps(value)}")
-            continue
-        lines.append(f"{key}:")
-        lines += [f"  {name}: {json.dumps(each)}" for name, each in value.items()]
-    return "\n".join(lines) + "\n"
+    return settings_text(sections, "data, partition.min_tokens and runtime")
 
 
 def _readme(domain: str, trunk: str) -> str:
-    return f"""# An expert for {domain}
-
-This folder has what it takes to train one expert on text of your own, here, and to give away that
-expert and nothing else.
-
-{trunk}
-
-Install MoleForge, put text files into `text/` beside this file (or name others with `--paths`), and
-run in this folder:
-
-    python -m pipeline kit --pack . --to ../expert-{domain}
-
-It trains, and leaves in `../expert-{domain}` what to give back: `expert.safetensors` (the trained
-network), `statistics.safetensors` (what a router needs to know of your text) and `expert.json`
-(what they are of, and their sums). Nothing else leaves your machine, and that only by your hand.
-
-What they tell of your text: the network may repeat what it was trained on often. The statistics are
-the sum of the hidden states of your text and of their products; `--without-statistics` leaves them
-out, `--epsilon 8 --delta 1e-5` gives means alone, with noise that hides each single document.
-`docs/kits.md` of MoleForge says what each of them shows, and what was measured.
-"""
+    return readme_text(
+        domain,
+        trunk,
+        "text files into `text/` beside this file",
+        "`expert.safetensors` (the trained network), `statistics.safetensors` (what a router needs "
+        "to know of your text) and `expert.json` (what they are of, and their sums)",
+        "What they tell of your text: the network may repeat what it was trained on often. The "
+        "statistics are\nthe sum of the hidden states of your text and of their products; "
+        "`--without-statistics` leaves them\nout, `--epsilon 8 --delta 1e-5` gives means alone, "
+        "with noise that hides each single document.",
+    )

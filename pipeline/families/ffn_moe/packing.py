@@ -20,7 +20,6 @@ from .config import FfnMoeConfig
 from .document_means import Centre, all_documents, clipped, document_means, noised
 from .fingerprint import tokenizer_fingerprint, trunk_fingerprint
 from .parts import expert_layers, open_expert, shards_of, stored_settings, stored_trunk
-from .sections import ADAPTER
 from .stock import run_tokenizer
 
 # Whose versions decide how a package is read again
@@ -29,11 +28,6 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 def check_packable(cfg: FfnMoeConfig) -> None:
     """Raise ConfigError for experts that no package holds."""
-    if cfg.expert.form == ADAPTER:
-        raise ConfigError(
-            "expert.form: packages hold feed-forward networks, and no adapters; set it to full or "
-            "low_rank"
-        )
     if cfg.expert.coordinate:
         raise ConfigError(
             "expert.coordinate: packages hold no gate of an expert's own; set it to false"

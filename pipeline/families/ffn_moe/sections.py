@@ -132,7 +132,7 @@ class ExpertConfig(FitConfig):
         {},
         not_hashed=True,
         description="Experts that were trained elsewhere, by name: the folder or fsspec URL of "
-        "each one's package (docs/kits.md)",
+        "each one's package (docs/kits.md); among adapters also of one that PEFT saved",
     )
     imported_text: dict[DomainName, tuple[str, ...]] = path_field(
         "glob",
@@ -143,6 +143,12 @@ class ExpertConfig(FitConfig):
     )
     imported_bytes: Bytes = not_hashed(
         8 * 10**9, "Largest package that is imported, refused before it is read"
+    )
+    imported_slack: float = not_hashed(
+        0.0,
+        "Nats a token by which an adapter as PEFT saves it, whose base nothing proves, may be "
+        "worse than the base on text of its domain",
+        ge=0,
     )
 
     @property

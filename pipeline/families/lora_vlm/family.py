@@ -7,7 +7,6 @@ pinned base and leaves one adapter, which knows the base that it belongs to.
 from pathlib import Path
 
 from ...data.sources import synthetic
-from ...errors import ConfigError
 from ...protocols import Progress
 from ...report import RequestReport
 from ...store.model_files import FindModel
@@ -17,6 +16,7 @@ from .. import ExportWish, PackWish, Parts
 from ..adapters import base as adapters_base
 from ..adapters import stack
 from ..adapters.base import LoadedBase
+from ..adapters.imported import imported, look_at_adapter
 from ..adapters.rates import known, search_for
 from ..adapters.rows import look_at_routing, look_at_task, prepare_task
 from ..adapters.rows import make_routing_set as route_data
@@ -35,6 +35,7 @@ __all__ = [
     "cost",
     "expert",
     "export",
+    "look_at_adapter",
     "look_at_routing",
     "look_at_task",
     "lr_expert",
@@ -76,9 +77,11 @@ def lr_expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Search:
     return search_for(cfg, item, lambda tried: expert_task(tried, parts, item, _base(cfg, parts)))
 
 
-def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task:
+def expert(cfg: LoraVlmConfig, parts: Parts, item: str) -> Task | NoTraining:
     """Return one expert's training: its adapter on its own task's rows, some asked in neutral
-    words."""
+    words; or how it is imported."""
+    if item in cfg.imported:
+        return imported(cfg, parts, item, lambda: _base(cfg, parts))
     return expert_task(known(cfg, parts, "train_experts", item), parts, item, _base(cfg, parts))
 
 
@@ -142,24 +145,35 @@ def export(
     export(cfg, parts, wish, folder, progress, QWEN3_VL)
 
 
-def write_kit(cfg: LoraVlmConfig, _parts: Parts, _domain: str, _folder: Path) -> None:
-    """Raise ConfigError: kits are of experts that are networks of their own."""
-    raise ConfigError(
-        f"family: {cfg.family} has no kits; an adapter is trained anywhere on the pinned base, and "
-        "export gives it in PEFT's own format"
-    )
+def write_kit(cfg: LoraVlmConfig, parts: Parts, domain: str, folder: Path) -> None:
+    """Write what somebody needs to train one adapter elsewhere; see adapters/kit.py."""
+    from ..adapters.kit import write_kit
+
+    write_kit(cfg, parts, domain, folder, QWEN3_VL)
 
 
-def check_kit(cfg: LoraVlmConfig, parts: Parts, kit: Path) -> None:
-    """Raise ConfigError, as there are no kits."""
-    write_kit(cfg, parts, "", kit)
+def check_kit(_cfg: LoraVlmConfig, parts: Parts, kit: Path) -> None:
+    """Raise MismatchError where the base is not a kit's; see adapters/kit.py."""
+    from ..adapters.kit import check_kit
+    from ..kit_files import read_kit
+
+    check_kit(parts, read_kit(kit))
+
+
+def check_pack(cfg: LoraVlmConfig, wish: PackWish) -> None:
+    """Raise ConfigError for noise, as there are no statistics; see adapters/packing.py."""
+    from ..adapters.packing import check_pack
+
+    check_pack(cfg, wish)
 
 
 def pack(
-    cfg: LoraVlmConfig, parts: Parts, item: str, _wish: PackWish, folder: Path, _kit: Path
+    cfg: LoraVlmConfig, parts: Parts, item: str, wish: PackWish, folder: Path, _kit: Path
 ) -> None:
-    """Raise ConfigError, as there are no kits."""
-    write_kit(cfg, parts, item, folder)
+    """Write a kit's trained adapter to an empty folder; see adapters/packing.py."""
+    from ..adapters.packing import pack
+
+    pack(cfg, parts, item, wish, folder)
 
 
 def reassemble(folder: Path) -> AdapterStack:

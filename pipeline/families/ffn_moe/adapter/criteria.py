@@ -26,7 +26,8 @@ def criteria(
     scores = evaluator.scores
     decides = not scores.too_few
     out = [_beats(scores, name, stack, decides) for name in dense]
-    out.append(_all_used(cfg, routing))
+    if cfg.experts_with_text:
+        out.append(_all_used(cfg, routing))
     return out
 
 
@@ -42,17 +43,18 @@ def _beats(scores: Scores, rival: str, stack: str, decides: bool) -> Criterion:
 
 
 def _all_used(cfg: FfnMoeConfig, routing: TextRouting) -> Criterion:
-    """Return whether every adapter reads a share of the texts, domains weighing the same."""
+    """Return whether every adapter whose domain has texts here reads a share of them, domains
+    weighing the same."""
     shares = []
     for counts in routing.texts.values():
         count_C = np.array(counts, float)
         shares.append(count_C / count_C.sum())
-    mean_E = np.mean(shares, axis=0)[: len(cfg.experts)]
-    least = int(mean_E.argmin())
-    name = cfg.experts[least]
+    mean_C = np.mean(shares, axis=0)
+    share_of = {name: float(mean_C[cfg.experts.index(name)]) for name in cfg.experts_with_text}
     labels = cfg.partition.shown_labels
     wanted = cfg.evaluate.min_expert_share
-    share = float(mean_E[least])
+    name = min(share_of, key=share_of.__getitem__)
+    share = share_of[name]
     return Criterion(
         name="tertiary",
         text=f"every adapter reads at least {limit(wanted)} of the texts",

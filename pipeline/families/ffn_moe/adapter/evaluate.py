@@ -30,7 +30,7 @@ from ... import Parts
 from ...adapters.peft_io import TENSORS
 from ..config import FfnMoeConfig
 from ..continuations import ContinuationWriter, writers
-from ..cost import adapter_parameters, stage_tokens
+from ..cost import stage_tokens
 from ..criteria import wins
 from ..evaluate import (
     ENSEMBLE,
@@ -58,8 +58,8 @@ PROMPTS = (16, 64, 128)
 class AdapterRow(EvalRow):
     """A row whose models are the base, with or without adapters."""
 
-    active_adapters: float = 1.0  # that run per token
-    kept_adapters: float = 1.0
+    active_numbers: int = 0  # of the adapters that run per token
+    kept_numbers: int = 0
     passes: float = 1.0  # of the whole model per token
 
 
@@ -106,16 +106,17 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
     ways = list(_ways(cfg, parts, shards, evaluator, stack, texts))
     for way in ways:
         evaluator.scores.add(way.name, routed_nats(evaluator, cfg.experts, way))
-    quality = _quality(cfg, evaluator, shards, dense, ways, shape)
+    numbers = _numbers(cfg, parts)
+    quality = _quality(cfg, parts, numbers, evaluator, shards, dense, ways, shape)
     routing = _routing(cfg, evaluator, stack, ways)
     return language_report(
         cfg,
         parts,
         evaluator,
         writer,
-        more_notes=[_causal(cfg)],
+        more_notes=[_causal(cfg), *_unproven(cfg, parts)],
         experts=cfg.experts,
-        model=_model(cfg, parts, shape),
+        model=_model(cfg, parts, shape, numbers),
         quality=quality,
         opt_out=_opt_out(cfg, evaluator, stack, texts),
         text_routing=routing,
@@ -159,6 +160,28 @@ def _causal(cfg: FfnMoeConfig) -> str:
         "row; from the next one on they are those of the adapter that these tokens chose, which "
         "has read the document from its beginning."
     )
+
+
+def _unproven(cfg: FfnMoeConfig, parts: Parts) -> Iterator[str]:
+    """Yield what is not known of adapters that PEFT saved elsewhere."""
+    for name in cfg.expert.imported:
+        metrics = parts.manifest("train_experts", name).metrics
+        if not metrics["base_is_proven"]:
+            yield (
+                f"Nothing proves that {name}, which came as PEFT saves it, was trained on this "
+                f"base: on text of its domain it has {metrics['probe_nats']:.4f} nats a token, and "
+                f"the base without it {metrics['probe_base_nats']:.4f}."
+            )
+
+
+def _numbers(cfg: FfnMoeConfig, parts: Parts) -> dict[str, int]:
+    """Return how many numbers each expert's adapter is: one from elsewhere may have another rank,
+    and other modules."""
+    found = {}
+    for name in cfg.experts:
+        tensors = parts.tensors("train_experts", TENSORS, name)
+        found[name] = sum(tensor.numel() for tensor in tensors.values())
+    return found
 
 
 def _prompts(cfg: FfnMoeConfig) -> list[int]:
@@ -208,6 +231,8 @@ def _way(name: str, router: TextRouter, texts: Texts) -> RoutedTexts:
 
 def _quality(
     cfg: FfnMoeConfig,
+    parts: Parts,
+    numbers: Mapping[str, int],
     evaluator: Evaluator,
     shards: Shards,
     dense: Sequence[EvalRow],
@@ -218,52 +243,66 @@ def _quality(
     the oracle."""
     domain_tokens = training_tokens(shards)
     shared = stage_tokens(cfg, "train_shared", None, domain_tokens)
-    rows: list[EvalRow] = [
-        AdapterRow(
-            name=BASE, kind="part", train_tokens=shared, active_adapters=0.0, kept_adapters=0.0
-        )
-    ]
+    rows: list[EvalRow] = [AdapterRow(name=BASE, kind="part", train_tokens=shared)]
     joined = shared
     for name in cfg.experts:
         tokens = stage_tokens(cfg, "train_experts", name, domain_tokens)
+        if name in cfg.expert.imported:
+            # Spent elsewhere, and told where a package says it
+            tokens = parts.manifest("train_experts", name).metrics["trained_tokens"]
         joined += tokens
-        rows.append(AdapterRow(name=name, kind="expert", train_tokens=shared + tokens))
+        rows.append(
+            AdapterRow(
+                name=name,
+                kind="expert",
+                train_tokens=shared + tokens,
+                active_numbers=numbers[name],
+                kept_numbers=numbers[name],
+            )
+        )
     rows += dense
-    every = float(len(cfg.experts))
+    every = sum(numbers.values())
+    # Of the largest: whichever reads a text
+    largest = max(numbers.values())
     ensemble = AdapterRow(
         name=ENSEMBLE,
         kind="merge",
         train_tokens=joined,
-        active_adapters=every,
-        kept_adapters=every,
-        passes=every + 1,
+        active_numbers=every,
+        kept_numbers=every,
+        passes=len(cfg.experts) + 1.0,
     )
     routed = []
     for way in ways:
         routed.append(
-            AdapterRow(name=way.name, kind="router", train_tokens=joined, kept_adapters=every)
+            AdapterRow(
+                name=way.name,
+                kind="router",
+                train_tokens=joined,
+                active_numbers=largest,
+                kept_numbers=every,
+            )
         )
     *before, stack = routed
-    oracle = AdapterRow(name=ORACLE, kind="oracle", train_tokens=joined, kept_adapters=every)
+    oracle = replace(stack, name=ORACLE, kind="oracle")
     rows += [*before, ensemble, stack, oracle]
     return [_quality_row(cfg, evaluator, row, shape) for row in rows]
 
 
 def _quality_row(cfg: FfnMoeConfig, evaluator: Evaluator, row: EvalRow, shape: Shape) -> QualityRow:
-    adapter = adapter_parameters(cfg, shape)
-    active = kept = 0.0
+    active = kept = 0
     passes = 1.0
     if isinstance(row, AdapterRow):
-        active = row.active_adapters
-        kept = row.kept_adapters
+        active = row.active_numbers
+        kept = row.kept_numbers
         passes = row.passes
     base = shape.stack_parameters(1)
-    flops = passes * shape.forward_flops_per_token() + 2 * active * adapter
+    flops = passes * shape.forward_flops_per_token() + 2 * active
     return measured_row(
         evaluator.scores,
         row,
-        active_parameters=int(base + active * adapter),
-        total_parameters=int(base + kept * adapter),
+        active_parameters=int(base + active),
+        total_parameters=int(base + kept),
         flops_per_token=int(flops),
         trunk=BASE,
         stack=stack_row(cfg),
@@ -347,8 +386,9 @@ def _matrix(cfg: FfnMoeConfig, evaluator: Evaluator) -> DomainMatrix:
     return DomainMatrix(rows=(*names, "stack"), bits_per_byte=values)
 
 
-def _model(cfg: FfnMoeConfig, parts: Parts, shape: Shape) -> LanguageModelFacts:
-    adapter = adapter_parameters(cfg, shape)
+def _model(
+    cfg: FfnMoeConfig, parts: Parts, shape: Shape, numbers: Mapping[str, int]
+) -> LanguageModelFacts:
     base = shape.stack_parameters(1)
     return LanguageModelFacts(
         layers=shape.layers,
@@ -357,7 +397,7 @@ def _model(cfg: FfnMoeConfig, parts: Parts, shape: Shape) -> LanguageModelFacts:
         vocab_size=shape.vocab_size,
         context_tokens=shape.context_tokens,
         top_k=1,
-        active_parameters=base + adapter,
-        total_parameters=base + len(cfg.experts) * adapter,
+        active_parameters=base + max(numbers.values()),
+        total_parameters=base + sum(numbers.values()),
         expert_bytes=expert_bytes(cfg, parts, TENSORS),
     )

@@ -134,7 +134,8 @@ class ValidationTexts:
         self.cfg = cfg
         self.adapted = adapted
         self.bf16 = uses_bf16(cfg.dtype)
-        self.domains = (*cfg.experts, *general_domains(cfg))
+        # One that was trained elsewhere may have no text here
+        self.domains = (*cfg.experts_with_text, *general_domains(cfg))
         self.ids = {}
         for domain in self.domains:
             ids = validation_rows(cfg, shards, domain, STARTS)

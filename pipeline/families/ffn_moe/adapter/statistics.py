@@ -11,8 +11,10 @@ from ....hardware import uses_bf16
 from ....model.language_model import LanguageModel, pieces
 from ....model.router_init import FeatureStatistics
 from ....protocols import Progress, quiet
+from ... import Parts
 from ..config import FfnMoeConfig
-from ..parts import EVALUATION_SEQUENCES, batch_of
+from ..parts import EVALUATION_SEQUENCES, batch_of, shards_of, training_rows
+from .model import stored_base
 
 # Of a model's layers, how far up the states are read: the middle tells texts apart, the last layers
 # predict tokens
@@ -25,6 +27,14 @@ def read_layers(model: LanguageModel) -> tuple[int, ...]:
     """Return the layers whose states are read."""
     layers = model.config.num_hidden_layers
     return tuple(min(layers - 1, int(share * layers)) for share in READ_AT)
+
+
+def general_statistics(cfg: FfnMoeConfig, parts: Parts) -> FeatureStatistics:
+    """Return the sums over the trunk's own text, which everybody may know of who has the trunk."""
+    shards = shards_of(parts, cfg.trunk_domains)
+    rows = training_rows(cfg, shards, "statistics", cfg.trunk_domains, how="equal")
+    base = stored_base(cfg, parts)
+    return text_statistics(cfg, base, rows, cfg.expert.statistics_tokens, parts.progress)
 
 
 def text_statistics(

@@ -43,6 +43,7 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     compressed = Compressing(job, parts) if job.wish.rank else None
     sums = {}
     notes = []
+    ranks = set()
     for name in names:
         addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
         if compressed:
@@ -51,6 +52,7 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
             notes.append(kept)
         else:
             settings, stored = _stored(job, parts, name, base, revision)
+        ranks.add(settings["r"])
         folder = job.folder / ADAPTERS / name
         folder.mkdir(parents=True)
         write_text(folder / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
@@ -61,10 +63,12 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
         sums |= _write_base(job, parts)
     kind = DENSE_CLASSES[job.settings["model_type"]]
     first = f"{ADAPTERS}/{names[0]}"
-    rank = job.wish.rank or cfg.expert.adapter_rank
+    # One that was trained elsewhere may have another than those that are trained here
+    shown = " and ".join(map(str, sorted(ranks)))
+    rank = f"rank {shown}" if len(ranks) == 1 else f"the ranks {shown}"
     count = "1 expert" if len(names) == 1 else f"{len(names)} experts"
     about = {
-        "what": f"{count} as PEFT adapters of rank {rank} on {_where(cfg)} of a frozen `{kind}`, "
+        "what": f"{count} as PEFT adapters of {rank} on {_where(cfg)} of a frozen `{kind}`, "
         "made with MoleForge.",
         "parts": addresses,
         "row": "of each expert",
@@ -82,7 +86,9 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
 
 
 def _where(cfg: FfnMoeConfig) -> str:
-    return "all linear layers" if cfg.expert.form == ADAPTER else "the feed-forward networks"
+    if cfg.expert.form != ADAPTER:
+        return "the feed-forward networks"
+    return "linear layers" if cfg.expert.imported else "all linear layers"
 
 
 def _stored(
