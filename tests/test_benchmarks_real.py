@@ -145,7 +145,7 @@ def test_rows_are_made_scored_and_judged_and_a_second_run_does_nothing_again(
         "low rank 64, no class of the base's",
         "low rank 64, top-2, trained gates",
         "adapter 64: oracle",
-        "adapter 64, chosen by 16 tokens",
+        "adapter 64, chosen by 64 tokens",
         "best single (",
     ):
         assert f"| {name}" in text, name

@@ -82,8 +82,8 @@ ON_TOKENS = {
     "top-2": ("router.top_k=2",),
     "no class of the base's": ("trunk.anchor=discard",),
 }
-# and on the best adapters
-PROMPTS = (16, 128)
+# and on the best adapters, which are chosen by 16 where nothing says otherwise
+PROMPTS = (64, 128)
 
 
 @dataclass(frozen=True)
