@@ -10,6 +10,7 @@ stages: a new stage needs nothing here.
 
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -119,16 +120,35 @@ def _packages() -> list[str]:
         sys.exit(f"error: {sentence(error, EDGE)}")
 
 
+def _pinned() -> str:
+    """Return the bundle that all containers of this deployment serve, "" where they go by the
+    note; they are told, as of secrets."""
+    if not modal.is_local():
+        return os.environ.get("MOLEFORGE_BUNDLE", "")
+    return cloud.pinned(_read(cloud.SERVED)) if cloud.deploys(sys.argv) else ""
+
+
+def _snapshots() -> bool:
+    """Whether containers start from an image of memory; they are told, as of secrets."""
+    if not modal.is_local():
+        return bool(os.environ.get("MOLEFORGE_SNAPSHOT"))
+    return CFG.modal.endpoint.memory_snapshot
+
+
 CFG = _asked_for()
 NAMES = _secret_names()
 PACKAGES = _packages()
 ENTERED = _entered()
+PINNED = _pinned()
+SNAPSHOTS = _snapshots()
 ENV = {
     # On the volume: what one container has fetched from the Hub, the next ones find
     "HF_HOME": f"{VOLUME}/hub",
     "MOLEFORGE_VOLUME_PATH": VOLUME,
     "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
     "MOLEFORGE_ENDPOINT": ENTERED,
+    "MOLEFORGE_BUNDLE": PINNED,
+    "MOLEFORGE_SNAPSHOT": "1" if SNAPSHOTS else "",
     "MOLEFORGE_PACKAGES": " ".join(PACKAGES),
 }
 
@@ -259,20 +279,34 @@ if ENTERED:
         startup_timeout=LOADING_S,
         max_containers=CFG.modal.endpoint.max_containers,
         scaledown_window=CFG.modal.endpoint.idle_s,
+        enable_memory_snapshot=SNAPSHOTS,
     )
-    @modal.concurrent(max_inputs=64)
+    @modal.concurrent(
+        max_inputs=CFG.modal.endpoint.max_inputs,
+        target_inputs=CFG.modal.endpoint.target_inputs,
+    )
     class Endpoint:
         """The bundle that was deployed last, behind an OpenAI-compatible address."""
+
+        # What is in a snapshot all containers have in common. So not the bundle, whose files are
+        # mapped and whose weights belong on a GPU that there is none of then, nor the key
+        @modal.enter(snap=SNAPSHOTS)
+        def prepare(self) -> None:
+            """Import what serving needs, which takes as long as opening a small bundle."""
+            import pipeline.serve.app  # noqa: F401
 
         @modal.enter()
         def load(self) -> None:
             """Open the bundle, once per container. Raises PipelineError."""
             from pipeline.serve import app as serving
 
+            if SNAPSHOTS:
+                # Every container would draw the same numbers as the others
+                cloud.draw_anew()
             volume.reload()
             key = os.environ.get("MOLEFORGE_API_KEY")
             try:
-                folder = cloud.served(Path(VOLUME), key, ENTERED)
+                folder = cloud.served(Path(VOLUME), key, ENTERED, PINNED)
                 self.served = serving.create(folder, access=serving.behind_a_proxy(key))
             except PipelineError as error:
                 # The log of the container is all that anybody sees of it
@@ -335,6 +369,8 @@ def _command(
     cloud.show_report(results, _read, console)
     if any(result.error for result in results):
         sys.exit(1)
+    if "deploy" in stages:
+        console.print("to serve it: modal deploy modal_app.py", highlight=False)
 
 
 def _command_of(stage: str) -> Callable:
@@ -393,6 +429,27 @@ def _tend(command: str, names: list[str], **flags: bool) -> None:
 def runs():
     """List the runs that the volume knows: name, date, size, configuration, report."""
     _tend("runs", [])
+
+
+@app.local_entrypoint()
+def versions():
+    """List the bundles that may be served, and which one is."""
+    _tend("versions", [])
+
+
+@app.local_entrypoint()
+def rollback(to: str = ""):
+    """Serve a former bundle again: the one before, or --to. An endpoint that is deployed is
+    deployed anew, as its containers serve the bundle that it was deployed with."""
+    _tend("rollback", [to] if to else [])
+    try:
+        modal.App.lookup(app.name)
+    except modal.exception.NotFoundError:
+        sys.stdout.write("no endpoint is deployed; `modal deploy modal_app.py` serves it\n")
+        return
+    command = [sys.executable, "-m", "modal", "deploy", str(HERE / "modal_app.py")]
+    # Another process, as what an app is made of is settled while this module is imported
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 @app.local_entrypoint()

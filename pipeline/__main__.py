@@ -106,6 +106,11 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "serve":
         _serve(args)
         return
+    if args.command in ("versions", "rollback"):
+        from .run.versions import tend_versions
+
+        tend_versions(args.target, output(), args.command, getattr(args, "to", None))
+        return
     if args.command in ABOUT:
         from .run.domains import come_and_go
 
@@ -231,6 +236,10 @@ def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     folder = args.bundle
+    if folder:
+        from .store.versions import served_folder
+
+        folder = served_folder(folder)
     in_store: contextlib.AbstractContextManager = contextlib.nullcontext()
     store = None
     # Twice the parent and not parents[1]: a folder right below / has no second one

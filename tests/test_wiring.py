@@ -235,11 +235,17 @@ def test_threads_reach_the_job(monkeypatch, tmp_path, threads, wanted):
 @pytest.mark.parametrize("target", [None, "s3://bucket/path"])
 def test_a_bundle_is_uploaded_where_it_is_asked_to_go(monkeypatch, tmp_path, target):
     asked = []
-    monkeypatch.setattr(
-        job, "upload", lambda folder, where, _progress: asked.append((folder, where))
-    )
-    cfg, store = small.config(deploy={"upload": target}), Store(tmp_path)
+
+    class Asked:
+        def __init__(self, where):
+            self.where = where
+
+        def publish(self, folder, address, keep, _progress):
+            asked.append((folder, address, self.where, keep))
+
+    monkeypatch.setattr(job, "Versions", Asked)
+    cfg, store = small.config(deploy={"upload": target, "keep": 7}), Store(tmp_path)
     folder = store.begin(stages.address(cfg, "deploy"))
     store.finish(Manifest(folder.name, "deploy", None, {}, {}))
     assert job.run_job("deploy", cfg, store, progress=print).address == folder.name
-    assert asked == ([(folder, target)] if target else [])
+    assert asked == ([(folder, folder.name, target, 7)] if target else [])

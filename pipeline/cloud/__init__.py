@@ -19,8 +19,8 @@ from .client import (
     show_results,
     typed,
 )
-from .containers import JobResult, ModalEdge, not_done, orchestrate, work
-from .endpoint import SERVED, deployed, entered, serve_next, served
+from .containers import JobResult, ModalEdge, draw_anew, not_done, orchestrate, work
+from .endpoint import SERVED, deployed, entered, pinned, serve_next, served
 from .estimate import (
     estimate,
     refuse_above,
@@ -47,6 +47,7 @@ __all__ = [
     "check",
     "deployed",
     "deploys",
+    "draw_anew",
     "entered",
     "estimate",
     "explain",
@@ -58,6 +59,7 @@ __all__ = [
     "orchestrate",
     "overrides",
     "packages",
+    "pinned",
     "refuse_above",
     "refuse_what_cannot_start",
     "refuse_without_inputs",

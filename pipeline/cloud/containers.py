@@ -6,6 +6,7 @@ last published checkpoint.
 """
 
 import gc
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,15 @@ def _do_job(
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
     return JobResult.of(manifest, "made")
+
+
+def draw_anew() -> None:
+    """Draw random numbers of one's own, in a process that began as an image of another one's
+    memory."""
+    import torch
+
+    random.seed()
+    torch.seed()
 
 
 def not_done(

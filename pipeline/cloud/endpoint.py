@@ -1,9 +1,11 @@
 """What is served on Modal and how: the note beside the bundles that `deploy` leaves, what a later
 deployment makes of it, and the key that the endpoint's process has to have.
 
-Invariant: nobody gets an endpoint without a key who has not asked for one.
+Invariant: nobody gets an endpoint without a key who has not asked for one, and the containers of
+one deployment serve one bundle: it is pinned when the deployment is made.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from ..config.base import Name
 from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, DamagedArtifact, MissingArtifact
-from ..store.artifacts import Store, write_text
+from ..store.artifacts import Store, now, sha256, write_text
+from ..store.bundle import SUMS
 from ..store.lineage import Lineage
 from ..store.reading import parse_object, reading
+from ..store.versions import FORMAT, Version, chosen
 from .containers import JobResult
 
 SERVED = "served.json"
@@ -40,17 +44,28 @@ class EndpointNote(BaseModel, frozen=True, extra="forbid"):
 
 
 class ServedNote(BaseModel, frozen=True, extra="forbid"):
-    """Which bundle is served, and how; older notes do not say how."""
+    """Which bundle is served, and how; older notes do not say how, nor what was served before."""
 
     address: str
+    sums: str = ""  # sha256 of its SHA256SUMS
     endpoint: EndpointNote | None = None
+    # What `deploy` left, the last one last; each is named by its address
+    versions: tuple[Version, ...] = ()
+
+    @property
+    def pin(self) -> str:
+        """The bundle as the containers of a deployment are told of it."""
+        return f"{self.address}@{self.sums}" if self.sums else self.address
 
 
 def serve_next(
     results: list[JobResult], cfg: RunConfig, root: Path, publish: Callable[[], None]
 ) -> None:
     """Note a bundle among the results, new or found, as the one to serve, with how its
-    configuration wants it served, and publish the note."""
+    configuration wants it served, and publish the note.
+
+    The bundles before it stay named, as many as `deploy.keep` says, so that nobody prunes them.
+    """
     bundles = [each.address for each in results if each.stage == "deploy" and not each.error]
     if not bundles:
         return
@@ -59,34 +74,90 @@ def serve_next(
         public=cfg.modal.endpoint_public,
         machine=cfg.modal.endpoint,
     )
-    note = ServedNote(address=bundles[-1], endpoint=how)
+    address = bundles[-1]
+    version = Version(FORMAT, address, address, _sums(root, address), now())
+    # One that was made again at its address is what it is now
+    before = [each for each in _versions(root) if each.address != address]
+    kept = before[max(0, len(before) - cfg.deploy.keep) :]
+    note = ServedNote(address=address, sums=version.sums, endpoint=how, versions=(*kept, version))
     write_text(root / SERVED, note.model_dump_json())
     publish()
 
 
-def served_address(root: Path) -> str:
-    """Return the address of the bundle that is served, "" where none is. Raises DamagedArtifact,
+def _sums(root: Path, address: str) -> str:
+    """Return what a bundle's list of sums hashes to, "" where there is no list."""
+    with contextlib.suppress(FileNotFoundError):
+        return sha256(Store(root).folder(address) / SUMS)
+    return ""
+
+
+def _versions(root: Path) -> tuple[Version, ...]:
+    """Return the bundles that a note names so far; of one that says nothing there are none."""
+    try:
+        note = _read(root)
+    except DamagedArtifact:
+        return ()
+    if note is None:
+        return ()
+    # Older notes name one bundle and no versions
+    return note.versions or (Version(FORMAT, note.address, note.address, note.sums, ""),)
+
+
+def served_addresses(root: Path) -> list[str]:
+    """Return the addresses of the bundle that is served and of those that a rollback leads to.
+    Raises DamagedArtifact, UnreadableFile."""
+    note = _read(root)
+    if note is None:
+        return []
+    return list(dict.fromkeys([note.address, *(each.address for each in note.versions)]))
+
+
+def roll_back(root: Path, to: str | None, publish: Callable[[], None]) -> None:
+    """Name a former bundle as the one to serve, by its address or the start of it, or the one
+    before; how it is served stays. Raises StoreError, StaleArtifact, MissingArtifact."""
+    note = _required(root)
+    version = chosen(list(_versions(root)), note.address, to, SERVED)
+    store = Store(root)
+    store.require(version.address)
+    Lineage(store).check(version.address)
+    changes = {"address": version.address, "sums": _sums(root, version.address)}
+    write_text(root / SERVED, note.model_copy(update=changes).model_dump_json())
+    publish()
+
+
+def shown_versions(root: Path) -> tuple[list[Version], str]:
+    """Return the bundles that may be served, the last one last, and which one is."""
+    note = _required(root)
+    return list(_versions(root)), note.address
+
+
+def _read(root: Path) -> ServedNote | None:
+    """Return what is to be served, None where there is no note. Raises DamagedArtifact,
     UnreadableFile."""
     try:
         with reading(root / SERVED):
-            return _note((root / SERVED).read_bytes()).address
+            return _note((root / SERVED).read_bytes())
     except FileNotFoundError:
-        return ""
+        return None
 
 
-def served(root: Path, key: str | None, entered: str) -> Path:
+def _required(root: Path) -> ServedNote:
+    note = _read(root)
+    if note is None:
+        raise MissingArtifact("there is no bundle to serve yet", stages=("deploy",))
+    return note
+
+
+def served(root: Path, key: str | None, entered: str, pin: str = "") -> Path:
     """Return the folder of the bundle to serve, for a process that has that key and was deployed to
     be entered that way.
 
-    Raises MissingArtifact when no bundle was made, ConfigError when it would be open unasked,
+    `pin` is what the deployment was told of the bundle: all of its containers serve that one,
+    whatever the note has come to say; "" goes by the note. Raises MissingArtifact when no bundle
+    was made, ConfigError when it would be open unasked or is not the one that was deployed,
     StaleArtifact when the bundle is of parts that were made again since.
     """
-    try:
-        with reading(root / SERVED):
-            content = (root / SERVED).read_bytes()
-    except FileNotFoundError:
-        raise MissingArtifact("there is no bundle to serve yet", stages=("deploy",)) from None
-    note = _note(content)
+    note = _required(root)
     if not key and entered != PUBLIC:
         raise ConfigError(f"there is no {KEY}, and nobody asked for an open endpoint: {WAYS}")
     # A bundle may be made after the deployment: the open endpoint is not to serve it meanwhile.
@@ -95,9 +166,24 @@ def served(root: Path, key: str | None, entered: str) -> Path:
             f"this bundle is to be served with the key in {note.endpoint.secret}, and the endpoint "
             "was deployed without one: type `modal deploy modal_app.py`"
         )
+    address, _, sums = (pin or note.pin).partition("@")
     store = Store(root)
-    Lineage(store).check(note.address)
-    return store.folder(note.address)
+    Lineage(store).check(address)
+    found = _sums(root, address)
+    if sums and not found:
+        raise MissingArtifact(f"{address}, which is to be served, is not on the volume any more")
+    if sums and found != sums:
+        raise ConfigError(
+            f"{address} was made again since it was deployed, and the containers of a deployment "
+            "serve one bundle: type `modal deploy modal_app.py`"
+        )
+    return store.folder(address)
+
+
+def pinned(content: bytes | None) -> str:
+    """Return the bundle that a deployment is to serve, "" where none is made yet; `content` is the
+    note's. Raises DamagedArtifact."""
+    return "" if content is None else _note(content).pin
 
 
 def deployed(cfg: RunConfig, environ: Mapping[str, str], content: bytes | None) -> RunConfig:

@@ -25,12 +25,13 @@ from ..run.reach import root_of
 from ..run.remove_run import remove_runs
 from ..run.show_runs import show_runs
 from ..run.stages import is_report
+from ..run.versions import show_versions
 from ..store import in_use
 from ..store.artifacts import Store, now, write_text
 from ..store.reading import sealed
 from ..store.roots import Root, leave, root_states
 from .containers import JobResult, ModalEdge
-from .endpoint import served_address
+from .endpoint import roll_back, served_addresses, shown_versions
 
 # How long the containers that hand out jobs, and that remove, may live.
 RUN_S = 86_400
@@ -127,7 +128,8 @@ def tend(
     publish: Callable[[], None],
     refresh: Callable[[], None],
 ) -> tuple[str, str]:
-    """Do `runs`, `prune` or `rm` on a volume; return what it printed, and what is wrong."""
+    """Do `runs`, `prune`, `rm`, `versions` or `rollback` on a volume; return what it printed, and
+    what is wrong."""
     refresh()
     store = Store(root, publish=publish, refresh=refresh)
     printed = io.StringIO()
@@ -135,6 +137,11 @@ def tend(
     try:
         if command == "runs":
             show_runs(store, console)
+        elif command in ("versions", "rollback"):
+            if command == "rollback":
+                roll_back(root, names[0] if names else None, publish)
+            known, current = shown_versions(root)
+            show_versions(known, current, "the volume", console)
         else:
             with _alone(opened(store), flags["yes"]):
                 _remove(command, names, flags, store, console)
@@ -153,7 +160,7 @@ def _remove(
             "run whose results you want to keep, which makes nothing again that is there"
         )
     # it holds all that it needs, and has no lock here
-    others = {"the endpoint": [served_address(store.root)]}
+    others = {"the endpoint": served_addresses(store.root)}
     if command == "rm":
         remove_runs(names, {}, store, console, remove=flags["yes"], others=others)
         return

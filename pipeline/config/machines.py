@@ -1,6 +1,8 @@
 """Where stages run on Modal, and what they may cost. No address holds any of it."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from .base import Name, Section
 
@@ -63,6 +65,28 @@ class EndpointConfig(MachineConfig):
     idle_s: int = Field(
         300, ge=2, le=3600, description="Seconds without a request after which a container ends"
     )
+    # Above it a container's server would refuse what another container could answer.
+    max_inputs: int = Field(
+        64, ge=1, le=288, description="Most requests at once in a container, waiting ones too"
+    )
+    target_inputs: int = Field(
+        32,
+        ge=1,
+        le=288,
+        description="Requests at once in a container above which Modal starts another",
+    )
+    memory_snapshot: bool = Field(
+        False, description="Start containers from an image of memory after the imports"
+    )
+
+    @model_validator(mode="after")
+    def _target_is_reached(self) -> Self:
+        if self.target_inputs > self.max_inputs:
+            raise ValueError(
+                f"target_inputs is {self.target_inputs}, but no container gets more than "
+                f"max_inputs, {self.max_inputs}"
+            )
+        return self
 
 
 class ModalConfig(Section):

@@ -31,7 +31,13 @@ class DeployConfig(Section):
         "target",
         None,
         min_length=1,
-        description="Folder or fsspec URL (s3://bucket/path) for a checked copy; none: no copy",
+        description="Folder or fsspec URL (s3://bucket/path) for checked copies, one beside "
+        "another, of which latest.json names the last; none: no copy",
+    )
+    keep: int = Field(
+        3,
+        ge=0,
+        description="Former bundles kept at deploy.upload, and named on Modal, beside the last one",
     )
 
 

@@ -21,6 +21,8 @@ OTHER_COMMANDS = {
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
+    "versions": "list the bundles at a folder or URL that deploy.upload named",
+    "rollback": "make a former bundle there the current one",
 }
 # What a person has to know of a command before trying it, behind its arguments
 _CHANGES = """Shows the lines that change in FILE and the jobs that are to be made, and asks
@@ -60,6 +62,12 @@ what no other run needs.""",
 Without --yes nothing is removed. What a run of the store or a configuration
 reaches stays, and so does what a run in progress needs. Orphans may be
 somebody's work from before runs were noted: they go with --orphans --yes alone.""",
+    "rollback": """\
+What serves TARGET serves another bundle when it is started anew. No bundle is
+removed or sent.
+
+  python -m pipeline versions s3://bucket/demo
+  python -m pipeline rollback s3://bucket/demo""",
     "rm": """\
 Without --yes nothing is removed. What other runs or a configuration reach as
 well stays, and a run in progress is refused.
@@ -127,6 +135,15 @@ def parser() -> argparse.ArgumentParser:
     )
     rm = _add_command(commands, "rm", OTHER_COMMANDS["rm"])
     rm.add_argument("run", nargs="+", metavar="RUN", help="name or id, as `runs` lists them")
+    for name in ("versions", "rollback"):
+        moved = _add_command(commands, name, OTHER_COMMANDS[name])
+        moved.add_argument("target", metavar="DIR|URL", help="what deploy.upload named")
+        if name == "rollback":
+            moved.add_argument(
+                "--to",
+                metavar="VERSION",
+                help="which one, as `versions` lists them (default: the one before)",
+            )
     for removing in (prune, rm):
         removing.add_argument("--yes", action="store_true", help="remove what is listed")
         _add_common(removing, several_configs=True)

@@ -26,7 +26,7 @@ from ..store.artifacts import (
 )
 from ..store.lineage import Lineage
 from ..store.room import translate_disk_errors
-from ..store.upload import upload
+from ..store.versions import Versions
 from .context import JobContext, StoredParts
 from .former import kept_settings
 from .identity import check_unchanged, note_made
@@ -70,7 +70,8 @@ def run_job(
         manifest = _make_once(job)
     # Not a part of making it: a bundle that was made before has to get there too
     if job.row.kind == "bundle" and cfg.deploy.upload:
-        upload(job.folder, cfg.deploy.upload, progress)
+        versions = Versions(cfg.deploy.upload)
+        versions.publish(job.folder, job.address, cfg.deploy.keep, progress)
     return manifest
 
 

@@ -26,7 +26,12 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="serve the bundle that deploy made of this YAML file",
     )
-    which.add_argument("--bundle", type=Path, metavar="DIR", help="serve this folder")
+    which.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="serve this folder, or what the latest.json in it names",
+    )
     sub.add_argument(
         "--host",
         default="127.0.0.1",

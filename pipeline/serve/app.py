@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from .. import __version__
 from ..errors import DamagedArtifact, PipelineError
-from ..store.bundle import about
+from ..store.bundle import about, identity
 from .bodies import BodyCheck
 from .chat import ChatService
 from .completions import CompletionService
@@ -113,10 +113,11 @@ def open_bundle(app: FastAPI, folder: Path, limits: RequestLimits | None = None)
     began = time.monotonic()
     service = _service(Path(folder), limits)
     app.state.service = service
+    app.state.bundle = identity(Path(folder))
     # an engine that counts nothing has no figures
     if hasattr(service.engine, "stats"):
         app.state.metrics.follow(service.engine)
-    _add_models(app, service)
+    _add_models(app, service, app.state.bundle)
     service.add_to(app, ())
     app.state.gate.is_full = lambda: service.in_flight > service.limits.waiting
     app.state.gate.opened = True
@@ -149,8 +150,10 @@ def _paths(app: FastAPI) -> frozenset[str]:
 def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
     @app.get("/healthz")
     async def healthz() -> dict:
-        """Say that the process answers, whatever it is ready for."""
-        return {"status": "ok"}
+        """Say that the process answers, whatever it is ready for, and which bundle it has opened:
+        of several behind one address all should have the same."""
+        bundle = getattr(app.state, "bundle", None)
+        return {"status": "ok"} | ({"bundle": bundle} if bundle else {})
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
@@ -166,12 +169,12 @@ def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
         return Response(content, media_type=kind)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
+def _add_models(app: FastAPI, service: Service, bundle: dict[str, str]) -> None:
     @app.get("/v1/models")
     async def models() -> dict:
-        return {"object": "list", "data": [service.model()]}
+        return {"object": "list", "data": [service.model() | {"bundle": bundle}]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict:
         service.check_model(name)
-        return service.model()
+        return service.model() | {"bundle": bundle}

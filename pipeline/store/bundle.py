@@ -46,6 +46,8 @@ NOTES = {"", ".md", ".txt"}
 NO_NOTES = {"merges.txt", "vocab.txt"}  # parts of a tokenizer
 # What safetensors itself takes for a header at most.
 HEADER_BYTES = 100_000_000
+# At the start of the name of a bundle's folder, in the store and where versions lie.
+_ADDRESS = re.compile(r"deploy-[0-9a-f]{12}\b")
 # As sha256sum writes it. It puts a backslash before names that it had to change: we have none.
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\\\n]+)")
 
@@ -138,6 +140,13 @@ def about(folder: Path) -> dict[str, Any]:
             "update MoleForge"
         )
     return found
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Return which bundle lies in a folder, as whoever asks a server is told: its address, "" where
+    the folder's name says none, and the sha256 of its list of sums. Raises OSError."""
+    found = _ADDRESS.match(folder.name)
+    return {"address": found[0] if found else "", "sha256": sha256(folder / SUMS)}
 
 
 def start_ids(described: Mapping[str, Any]) -> list[int]:

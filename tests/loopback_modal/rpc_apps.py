@@ -45,6 +45,13 @@ class Apps:
             app_id=app.id if app else "", environment_name="main"
         )
 
+    async def AppGetOrCreate(self, request, task):
+        """Find a deployment, as who looks it up does."""
+        app = self.plane.deployed.get(request.app_name)
+        if app is None:
+            raise GRPCError(Status.NOT_FOUND, f"No App named {request.app_name!r}")
+        return api_pb2.AppGetOrCreateResponse(app_id=app.id)
+
     async def AppGetLayout(self, request, task):
         """Tell what an app consists of."""
         return api_pb2.AppGetLayoutResponse(
@@ -62,6 +69,9 @@ class Apps:
         if request.app_state == api_pb2.APP_STATE_DEPLOYED:
             app.name = request.name
             self.plane.deployed[app.name] = app
+            # As it rolls on, what began before ends its requests and gets no more
+            for task in app.tasks:
+                await self.containers.drain(task)
         return api_pb2.AppPublishResponse(
             url=f"{self.plane.http}/apps/{app.id}", deployed_at=time.time()
         )

@@ -1,0 +1,40 @@
+"""The bundles at a target, shown, and the pointer to the current one moved."""
+
+from rich.console import Console
+from rich.table import Table
+
+from ..report.narrow import print_table
+from ..store.versions import Version, Versions
+from .prune import said
+
+CURRENT = "latest"
+
+
+def tend_versions(target: str, console: Console, command: str, to: str | None) -> None:
+    """List the versions at a folder or URL, after the pointer was moved where that is the command.
+
+    Raises StoreError.
+    """
+    versions = Versions(target, "TARGET")
+    say = said(console)
+    if command == "rollback":
+        versions.roll_back(to, lambda text, _share: say(text))
+    known = versions.known()
+    current = versions.current()
+    if not known:
+        say(f"there is no version in {versions.shown}")
+        return
+    show_versions(known, current.name if current else None, versions.shown, console)
+
+
+def show_versions(known: list[Version], current: str | None, place: str, console: Console) -> None:
+    """Print versions, the newest first, and which one is current."""
+    table = Table(title=f"versions in {place}", title_justify="left", title_style="bold")
+    table.add_column("version", overflow="fold")
+    table.add_column("whole since", overflow="fold")
+    table.add_column("", overflow="fold")
+    for version in reversed(known):
+        # Down to the second
+        at = f"{version.at[:19]}Z"
+        table.add_row(version.name, at, CURRENT if version.name == current else "")
+    print_table(console, table)
