@@ -133,7 +133,8 @@ def test_a_large_picture_is_made_as_large_as_in_training(client):
 
 
 def test_health_and_models(client):
-    assert client.get("/healthz").json() == {"status": "ok"}
+    told = client.get("/healthz").json()
+    assert told["status"] == "ok" and len(told["bundle"]["sha256"]) == 64
     listed = client.get("/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["small"] and listed[0]["experts"] == list(EXPERTS)
 

@@ -4,6 +4,7 @@ client may send.
 B sequences, T tokens, D model width, E experts, K experts per token.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -106,8 +107,10 @@ def refused(
     return error
 
 
-def test_health_and_models_name_the_experts(client):
-    assert client.get("/healthz").json() == {"status": "ok"}
+def test_health_and_models_name_the_experts_and_the_bundle(client, bundled):
+    sums = hashlib.sha256((bundled[2] / "SHA256SUMS").read_bytes()).hexdigest()
+    bundle = {"address": bundled[2].name, "sha256": sums}
+    assert client.get("/healthz").json() == {"status": "ok", "bundle": bundle}
     assert client.get("/readyz").json() == {"status": "ready"}
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["tiny"]
@@ -120,6 +123,7 @@ def test_health_and_models_name_the_experts(client):
         "experts": NAMES,
         "top_k": 2,
         "context_tokens": 32,
+        "bundle": bundle,
     }
 
 
