@@ -33,7 +33,7 @@ SHA256 = "SHA256"
 Answer = dict[str, Any]
 
 
-class FileSums:
+class ToldSums:
     """What a store says of a file: its sha256 and ETag, of one in parts over those of its parts."""
 
     def __init__(self, file: Outgoing) -> None:
@@ -112,7 +112,7 @@ class S3Files:
 
     def is_large(self, file: Outgoing) -> bool:
         """Whether a file is sent in parts, several at once."""
-        return FileSums(file).is_large
+        return ToldSums(file).is_large
 
     def begin(self, names: Collection[str]) -> str:
         """Look for uploads that were begun; return what is wrong where they cannot be listed, which
@@ -183,7 +183,7 @@ class S3Files:
     def send(self, file: Outgoing, sending: Sending) -> None:
         """Send a file unless it is there already. Raises StoreError when other bytes are there
         after that, OSError."""
-        sums = FileSums(file)
+        sums = ToldSums(file)
         if self._is_there(sums):
             sending.add(file.bytes, sent=False)
             return
@@ -199,7 +199,7 @@ class S3Files:
                 "command again; it sends what is missing or different"
             )
 
-    def _is_there(self, sums: FileSums) -> bool:
+    def _is_there(self, sums: ToldSums) -> bool:
         file = sums.file
         key = self._key(file.name)
         try:
@@ -223,7 +223,7 @@ class S3Files:
                 digest.update(block)
         return digest.hexdigest()
 
-    def _send_whole(self, sums: FileSums) -> None:
+    def _send_whole(self, sums: ToldSums) -> None:
         file = sums.file
         self._call(
             "put_object",
@@ -235,7 +235,7 @@ class S3Files:
             **_kind(file.name),
         )
 
-    def _send_large(self, sums: FileSums, sending: Sending) -> None:
+    def _send_large(self, sums: ToldSums, sending: Sending) -> None:
         for attempt in range(ATTEMPTS):
             upload = self._going_on(sums)
             try:
@@ -247,7 +247,7 @@ class S3Files:
                 if self._is_there(sums) or attempt == ATTEMPTS - 1:
                     return
 
-    def _going_on(self, sums: FileSums) -> Answer:
+    def _going_on(self, sums: ToldSums) -> Answer:
         """Return the upload of a file that was begun, or a new one."""
         key = self._key(sums.file.name)
         for upload in self._begun:
@@ -258,7 +258,7 @@ class S3Files:
         made = self._call("create_multipart_upload", Key=key, ChecksumAlgorithm=SHA256, **kind)
         return made | {"Key": key}
 
-    def _send_parts(self, sums: FileSums, upload: Answer, sending: Sending) -> None:
+    def _send_parts(self, sums: ToldSums, upload: Answer, sending: Sending) -> None:
         known = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
         has_sums = upload.get("ChecksumAlgorithm") == SHA256
         there = {part["PartNumber"]: part for part in self._parts(upload)[0]}

@@ -1,0 +1,90 @@
+"""The endpoint as the real client deploys it and the real container entrypoint serves it, on the
+loopback server: which bundle a deployment serves, and what brings a former one back."""
+
+import json
+import re
+import shutil
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+from rehearsal import LINUX, ROOT, rehearsal
+
+from pipeline import cloud
+from pipeline.families.load import load
+from pipeline.store.artifacts import Store
+
+pytestmark = LINUX
+KEY = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def bundles(bundled, tmp_path_factory):
+    """(volume's folder, addresses) of two bundles, the second one to be served."""
+    path, store_path, first = bundled
+    folder = tmp_path_factory.mktemp("endpoint")
+    root = shutil.copytree(store_path, folder / "state/volumes/moleforge.v2")
+    store, addresses = Store(root), (first.name, "deploy-bbbbbbbbbbbb")
+    made = store.manifest(first.name)
+    shutil.copytree(first, store.begin(addresses[1]), dirs_exist_ok=True)
+    store.finish(replace(made, address=addresses[1]))
+    cfg = load(path, ("modal.endpoint_secret=my-key",))
+    for address in addresses:
+        result = cloud.JobResult("deploy", None, address, "found")
+        cloud.serve_next([result], cfg, root, lambda: None)
+    return folder, addresses
+
+
+@pytest.fixture(scope="module")
+def modal(bundles):
+    """The client, with the bundles on its volume."""
+    folder = bundles[0]
+    place = {"MOLEFORGE_VOLUME_PATH": str(folder / "store")}
+    with rehearsal(folder, ROOT, "--max-tasks", "2", **place) as client:
+        client("secret", "create", "my-key", f"MOLEFORGE_API_KEY={KEY}")
+        yield client
+
+
+def ask(url: str) -> dict:
+    """Return the endpoint's answer."""
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {KEY}"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=300) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def served_by(url: str) -> str:
+    """Return the address of the bundle that a container tells."""
+    told = ask(f"{url}/healthz")["bundle"]
+    assert ask(f"{url}/v1/models")["data"][0]["bundle"] == told
+    return told["address"]
+
+
+def deployed(text: str) -> str:
+    """Return the endpoint's address in what a deployment prints."""
+    return re.search(r"Endpoint\.web -> (http://\S+)", text.replace("\n", " "))[1]
+
+
+def test_a_deployment_serves_one_bundle_and_a_rollback_is_one_command(modal, bundles):
+    first, second = bundles[1]
+    told = modal("run", "modal_app.py::rollback")
+    assert "no endpoint is deployed" in told
+    url = deployed(modal("deploy", "modal_app.py"))
+    definition = modal.recorded("Endpoint.*")[0]
+    assert definition["max_concurrent_inputs"] == 64
+    assert definition["target_concurrent_inputs"] == 32
+    assert served_by(url) == first
+    told = modal("run", "modal_app.py::rollback", "--to", second)
+    assert served_by(deployed(told)) == second
+    # Those that start now serve what it was deployed with, whatever the note has come to say
+    note = modal.volume("moleforge") / "served.json"
+    note.write_text(
+        note.read_text().replace(f'"address":"{second}","sums"', '"address":"x","sums"')
+    )
+    tasks = modal.state / "tasks"
+    before = len(list(tasks.iterdir()))
+    # Who idles for three seconds ends
+    time.sleep(4)
+    assert served_by(deployed(told)) == second
+    assert len(list(tasks.iterdir())) > before
+    modal("app", "stop", "-y", "moleforge")
