@@ -57,14 +57,17 @@ class GateHearing:
         return logits, weight_NK, index_NK
 
     @contextmanager
-    def listening(self, readers: Sequence[int], tokens: int) -> Iterator[None]:
+    def listening(
+        self, readers: Sequence[int], tokens: int, device: torch.device
+    ) -> Iterator[None]:
         """Hear the gates of one pass over rows of so many tokens, each with its reader's number or
         FREE."""
         self._index = []
         self._weight = []
         self._reader_N = None
         if any(reader != FREE for reader in readers):
-            self._reader_N = torch.tensor(readers).repeat_interleave(tokens)
+            reader_B = torch.tensor(readers, device=device)
+            self._reader_N = reader_B.repeat_interleave(tokens)
         self._is_on = True
         try:
             yield
@@ -74,7 +77,7 @@ class GateHearing:
     def hear(self, index_NK: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what a layer's gate chose; return who is to read instead, and with which weight."""
         if self._reader_N is not None:
-            reader_N1 = self._reader_N.to(index_NK.device).unsqueeze(1)
+            reader_N1 = self._reader_N.unsqueeze(1)
             is_free_N1 = reader_N1 == FREE
             # the same expert in each place, in the first of them with all the weight
             alone_NK = torch.zeros_like(weight_NK)
@@ -86,9 +89,9 @@ class GateHearing:
         return index_NK, weight_NK
 
     def heard(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return index_BTLK and weight_BTLK of the pass."""
-        index_NLK = torch.stack(self._index, 1)
-        weight_NLK = torch.stack(self._weight, 1)
+        """Return index_BTLK and weight_BTLK of the pass, where Python reads them."""
+        index_NLK = torch.stack(self._index, 1).cpu()
+        weight_NLK = torch.stack(self._weight, 1).cpu()
         return index_NLK.unflatten(0, (rows, -1)), weight_NLK.unflatten(0, (rows, -1))
 
     @property

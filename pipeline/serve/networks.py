@@ -185,7 +185,7 @@ class TokenRouted(Network):
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD after the final norm."""
         readers = [chunk.row.number for chunk in batch.chunks]
-        with self.hearing.listening(readers, batch.longest):
+        with self.hearing.listening(readers, batch.longest, batch.device):
             out = self.model.base_model(
                 input_ids=batch.ids_BT,
                 attention_mask=self.masks(batch),

@@ -7,7 +7,8 @@ L layers, V vocabulary, C choices of a router.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +41,8 @@ class Order:
         """Return the one of a question where a text goes, which has no end."""
 
         def fail(error: BaseException) -> None:
-            if not future.done():
+            # it may be given up at any moment
+            with suppress(InvalidStateError):
                 future.set_exception(error)
 
         return cls(client, None, future.done, fail)
