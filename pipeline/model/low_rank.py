@@ -20,7 +20,7 @@ from . import experts as full
 from .experts import Expert
 from .kernels.frozen import frozen_linear, product_dtype
 from .kernels.low_rank import low_rank_swiglu
-from .kernels.shared_base import BLOCK_ROWS, Factors, shared_base_mix
+from .kernels.shared_base import Factors, shared_base_mix
 from .kernels.swiglu import is_swiglu
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -148,12 +148,8 @@ def mix_on_base(
     x_ND: Tensor,
     index_NK: Tensor,
     weight_NK: Tensor,
-    block_rows: int = BLOCK_ROWS,
 ) -> Tensor:
-    """Return y_ND as `experts.mix` does, of frozen experts on one base, whose products run once.
-
-    block_rows: what each expert's block is filled up to a multiple of.
-    """
+    """Return y_ND as `experts.mix` does, of frozen experts on one base, whose products run once."""
     network = base.layers[layer]
     if not is_swiglu(network):
         return full.mix(experts, layer, x_ND, index_NK, weight_NK)
@@ -162,7 +158,7 @@ def mix_on_base(
     for expert in experts:
         member = expert.factors(layer, dtype) if isinstance(expert, LowRankExpert) else None
         members.append(member)
-    return shared_base_mix(network, members, x_ND, index_NK, weight_NK, block_rows)
+    return shared_base_mix(network, members, x_ND, index_NK, weight_NK)
 
 
 def _plain(network: Any, deltas: Any, scale: float, x: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ..model.experts import BLOCK_ROWS, Expert
-from ..model.low_rank import base_of, mix_on_base
+from ..model.kernels.frozen import product_dtype
+from ..model.kernels.shared_base import Factors, shared_base_mix
+from ..model.kernels.swiglu import is_swiglu
+from ..model.low_rank import LowRankExpert, base_of, mix_on_base
 from ..model.router import Router
 from ..model.trunk import Trunk
 from .gates import FREE, GateChoice, GateHearing, choices
@@ -240,6 +243,7 @@ class UnmergedMixture(TokenRouted):
         # the base is one more that can be chosen, by who asks for it alone
         self._members = [*experts.values(), base]
         self._router = router
+        self._kept: dict[tuple[int, torch.dtype], list[Factors | None]] = {}
         for layer in trunk.network.model.layers:
             layer.mlp.ffn = self._mixed
 
@@ -251,9 +255,25 @@ class UnmergedMixture(TokenRouted):
         x_ND = x_BTD.flatten(0, -2)
         index_NK, weight_NK = self._router.route(layer, x_ND)
         index_NK, weight_NK = self.hearing.hear(index_NK, weight_NK)
-        routed = (self._members, layer, x_ND, index_NK, weight_NK)
-        y_ND = mix_on_base(self._base, *routed, _block_rows(len(x_ND)))
-        return y_ND.view_as(x_BTD)
+        routed = (x_ND, index_NK, weight_NK)
+        network = self._base.layers[layer]
+        if not is_swiglu(network):
+            return mix_on_base(self._base, self._members, layer, *routed).view_as(x_BTD)
+        factors = self._factors(layer, product_dtype(x_ND))
+        return shared_base_mix(network, factors, *routed, _block_rows(len(x_ND))).view_as(x_BTD)
+
+    def _factors(self, layer: int, dtype: torch.dtype) -> list[Factors | None]:
+        """Return what each member's deltas are multiplied with; kept, as nothing here is trained
+        and to gather them takes a tenth of a small model's pass."""
+        if (layer, dtype) not in self._kept:
+            found: list[Factors | None] = []
+            for member in self._members:
+                if isinstance(member, LowRankExpert):
+                    found.append(member.factors(layer, dtype))
+                else:
+                    found.append(None)
+            self._kept[layer, dtype] = found
+        return self._kept[layer, dtype]
 
 
 def _block_rows(tokens: int) -> int:
