@@ -76,7 +76,7 @@ class Asking:
         reader = draw.choice((None, None, None, *engine.readers))
         if isinstance(engine, ChatEngine):
             return self._question(reader), Sampling(None, 0.0)
-        new = draw.choice(NEW_TOKENS)
+        new = min(draw.choice(NEW_TOKENS), engine.context_tokens // 2)
         most = max(1, engine.context_tokens - new)
         count = min(draw.choice(PROMPT_TOKENS), most)
         return Prompt(drawn_ids(draw, engine, count), reader=reader), Sampling(new, 0.0)

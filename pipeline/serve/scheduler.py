@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..protocols import POLL_S
 from .gates import GateChoice
 from .generation import Capacity, Overloaded, Stats
 from .networks import Batch, Chunk, Network
@@ -67,7 +68,7 @@ class Scheduler:
             self._line.add(row)
             self.stats.waiting = len(self._line)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="scheduler")
                 self._thread.start()
             self._changed.notify_all()
 
@@ -89,7 +90,9 @@ class Scheduler:
             thread.join()
 
     def _run(self) -> None:
-        while self._wait():
+        # No daemon, as Python ends those in the middle of a product, and torch ends the process
+        # then as if it had failed; so it looks itself whether the program is over
+        while self._wait() and threading.main_thread().is_alive():
             started = time.monotonic()
             try:
                 with torch.no_grad():
@@ -104,8 +107,11 @@ class Scheduler:
     def _wait(self) -> bool:
         """Wait until there is work; False where the thread is to end."""
         with self._changed:
-            if not self._has_work and not self._closing:
-                self._changed.wait(LINGER_S)
+            until = time.monotonic() + LINGER_S
+            while not self._has_work and not self._closing and time.monotonic() < until:
+                if not threading.main_thread().is_alive():
+                    break
+                self._changed.wait(POLL_S)
             if self._has_work:
                 return True
             if not self._closing:
