@@ -18,7 +18,7 @@ from pipeline.serve.keys import Keys
 from pipeline.serve.limits import ConnectionLimits, RequestLimits
 from pipeline.serve.listening import Server
 
-PATIENCE_S = 20
+PATIENCE_S = 120  # longer than anything here takes; then a test fails instead of hanging
 
 
 def application(limits=None, connections=None, opened=True, **access):
@@ -28,6 +28,7 @@ def application(limits=None, connections=None, opened=True, **access):
     app = closed(Access(**access), connections or ConnectionLimits())
     app.state.release = asyncio.Event()
     app.state.left = []
+    app.state.waiting = 0
     app.state.service = SimpleNamespace(
         limits=limits or RequestLimits(body_bytes=1000), addresses="POST /v1/echo"
     )
@@ -40,6 +41,7 @@ def application(limits=None, connections=None, opened=True, **access):
     @app.post("/v1/wait")
     async def wait(request: Request) -> dict:
         await request.body()
+        app.state.waiting += 1
         await app.state.release.wait()
         return {"waited": True}
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data.images import images
-from pipeline.data.images.images import claimed_size
+from pipeline.data.images.images import decoding_bytes
+from pipeline.data.images.inline import bytes_in
 from pipeline.families.adapters.inference import Request
 from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
@@ -225,12 +226,12 @@ def test_a_client_that_leaves_stops_its_answer_and_frees_its_place(client, appli
 
 @contextmanager
 def watched(monkeypatch):
-    """Yield a list of how many pixels were being decoded, one entry for each picture begun."""
+    """Yield a list of what those being decoded take, one entry for each picture begun."""
     held, seen = [], []
 
     def decode(data, **options):
-        held.append(claimed_size(data))
-        seen.append(sum(width * height for width, height in held))
+        held.append(decoding_bytes(data, options["area_px"]))
+        seen.append(sum(held))
         time.sleep(0.02)  # long enough that all of a burst come together
         try:
             return images.open_checked(data, **options)
@@ -247,10 +248,12 @@ def test_a_burst_of_large_pictures_is_decoded_under_one_bound(
     together, client, application, monkeypatch
 ):
     """Squares of 640 px, so many of which may be decoded together."""
-    bound = together * 640 * 640
-    monkeypatch.setattr(application.state.service.engine, "room", pictures.PixelRoom(bound))
+    engine = application.state.service.engine
     kinds = [("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "L"), ("WEBP", "RGB")]
     urls = [encoded(Image.new(mode, (640, 640)), kind) for kind, mode in kinds]
+    area = engine.image.max_pixels
+    bound = together * max(decoding_bytes(bytes_in(url), area) for url in urls)
+    monkeypatch.setattr(engine, "room", pictures.DecodingRoom(bound))
     with watched(monkeypatch) as seen, ThreadPoolExecutor(8) as pool:
         bodies = [asking(urls[i % 4], urls[(i + 1) % 4]) for i in range(8)]
         answers = list(pool.map(lambda body: client.post("/v1/route", json=body), bodies))
@@ -266,7 +269,7 @@ def test_who_finds_no_room_for_a_picture_is_sent_away_or_may_leave(
     service = application.state.service
     room = service.engine.room
     monkeypatch.setattr(service, "limits", RequestLimits(body_bytes=1 << 25, seconds=0.2))
-    with room.taken(room.pixels, time.monotonic()):
+    with room.taken(room.most_bytes, time.monotonic()):
         answer = client.post("/v1/route", json=asking(encoded(PICTURE)))
         refused(answer, 503, "too many large pictures at once", None, "overloaded")
         assert answer.headers["retry-after"] == "1"

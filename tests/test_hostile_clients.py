@@ -4,6 +4,7 @@ requests. A real server, and behind it a service without a model."""
 import json
 import random
 import re
+import threading
 import time
 
 import pytest
@@ -27,12 +28,11 @@ def client():
 
 @pytest.fixture(scope="module")
 def hasty():
-    """A client of a server that waits for nothing long, and takes three connections."""
+    """A client of a server that waits for nothing long."""
     limits = ConnectionLimits(
-        connections=3, header_seconds=0.4, body_seconds=0.4, write_seconds=0.4, idle_seconds=1
+        header_seconds=0.4, body_seconds=0.4, write_seconds=0.4, idle_seconds=60
     )
     with served(application(connections=limits)) as client:
-        client.close()  # its own connection would be one of the three
         yield client
 
 
@@ -95,6 +95,12 @@ def test_who_may_ask(client, headers, wanted):
             assert answer.json()["error"]["code"] in ("host_not_allowed", "origin_not_allowed")
 
 
+def test_a_probe_of_http_1_0_needs_no_host_and_a_page_does(client):
+    probe = b"GET /healthz HTTP/1.0\r\n"
+    assert status(raw(client, probe + b"\r\n")) == 200
+    assert status(raw(client, probe + b"Origin: http://127.0.0.1\r\n\r\n")) == 421
+
+
 def test_the_names_of_a_server():
     everywhere = Hosts("0.0.0.0", ["llm.example.org", "*.lab.example"])  # noqa: S104
     for name in ("192.168.0.9", "8.8.8.8", "localhost", "llm.example.org", "a.lab.example"):
@@ -142,7 +148,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(client, monkeypatch)
         began = time.monotonic()
         sock.sendall(announced)
         first = sock.recv(1 << 16)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         # still read for a while, so that no reset takes the answer away
         sock.sendall(b"x" * 1001)
         refused(first + rest(sock), 413, "over 1,000 bytes")
@@ -167,7 +173,7 @@ def test_what_does_not_come_to_its_end_is_ended(hasty):
     first = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
     both = raw(hasty, first, b"GET /hea", pause_s=0.1)
     assert both.count(b"HTTP/1.1") == 2 and status(both) == 200 and b"408" in both
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
 
 
 def test_who_does_not_read_is_let_go(hasty):
@@ -179,18 +185,22 @@ def test_who_does_not_read_is_let_go(hasty):
         until(lambda: not hasty.server.server_state.connections)
 
 
-def test_connections_beyond_the_limit_are_told_so_or_ended(hasty):
-    until(lambda: not hasty.server.server_state.connections)
-    held = [connection(hasty) for _ in range(3)]
-    try:
-        until(lambda: len(hasty.server.server_state.connections) == 3)
-        get = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
-        refused(raw(hasty, get), 503, "too many connections")
-    finally:
+def test_connections_beyond_the_limit_are_told_so_or_ended():
+    limits = ConnectionLimits(connections=3, header_seconds=60)
+    get = b"GET /healthz HTTP/1.1\r\n" + HOST
+    with served(application(connections=limits)) as client:
+        open_now = client.server.server_state.connections
+        held = [connection(client) for _ in range(3)]
+        until(lambda: len(open_now) == 3)
+        refused(raw(client, get + b"\r\n"), 503, "too many connections")
+        # those that say nothing are not held for ever either
+        held += [connection(client) for _ in range(3)]
+        until(lambda: len(open_now) == 6)
+        assert raw(client) == b""
         for sock in held:
             sock.close()
-    until(lambda: not hasty.server.server_state.connections)
-    assert status(raw(hasty, get.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))) == 200
+        until(lambda: not open_now)
+        assert status(raw(client, get + b"Connection: close\r\n\r\n")) == 200
 
 
 LENGTH = b"Content-Length: 5\r\n"
@@ -253,6 +263,28 @@ def test_garbage_behind_a_request_that_is_being_answered_ends_its_connection_alo
         assert status(sock.recv(1 << 16)) == 200
     assert client.post("/v1/echo", json={}).status_code == 200
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_bodies_of_all_requests_have_one_bound():
+    app = application(connections=ConnectionLimits(bodies_bytes=2500))
+    with served(app) as client:
+        held = []
+
+        def wait():
+            held.append(client.post("/v1/wait", content=b"x" * 1000, headers=JSON))
+
+        threads = [threading.Thread(target=wait) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: app.state.waiting == 2)
+        answer = client.post("/v1/echo", content=b"x" * 1000, headers=JSON)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+        assert client.post("/v1/echo", content=b"x" * 400, headers=JSON).status_code == 200
+        app.state.release.set()
+        for thread in threads:
+            thread.join()
+        assert [each.status_code for each in held] == [200, 200]
+        assert client.post("/v1/echo", content=b"x" * 1000, headers=JSON).status_code == 200
 
 
 def test_a_large_limit_is_not_held_in_memory_for_what_is_not_sent():

@@ -1,6 +1,7 @@
 """Folders that somebody else made: nothing in them runs or leads outside, and what is wrong with
 them is said in a sentence."""
 
+import ast
 import builtins
 import contextlib
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 from pipeline.errors import DataError, PipelineError
 from pipeline.families.adapters.base import ModelRef, locate
 from pipeline.families.ffn_moe.pretrained import open_pretrained
@@ -139,6 +141,12 @@ def crafted(name: str):
         out[f"auto_map in {file}"] = in_model(file, auto_map=AUTO)
         out[f"auto_map below in {file}"] = in_model(file, text_config={"auto_map": AUTO})
         out[f"a kernel in {file}"] = in_model(file, _attn_implementation="someone/kernels")
+    for key, value in (("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("head_dim", 1e8)):
+        out[f"a model of {key} {value}"] = in_model("config.json", **{key: value})
+        out[f"a part of {key} {value}"] = in_model("config.json", text_config={key: value})
+    if name == "ffn_moe":
+        for value in (["EvilForCausalLM"], "Qwen3MoeForCausalLM", [3], [["x"]], {"x": "y"}):
+            out[f"the class {value}"] = in_model("config.json", architectures=value)
     for kind in ("evil", "gpt2", None, 3, ["qwen3_moe"]):
         out[f"the kind {kind}"] = in_model("config.json", model_type=kind, auto_map=AUTO)
         out[f"the kind {kind}, no code"] = in_model("config.json", model_type=kind)
@@ -282,6 +290,61 @@ MALFORMED = (
     b'{"format": 1e999}',
     b"{" + b'"a": ' + b"9" * 5000 + b"}",
 )
+# What Python's own reader takes, and JSON's grammar or a second reader does not
+ODD = {
+    "a key twice": (b"{", b'{"model_type": "evil", "model_type": "evil", '),
+    "a key of theirs twice": (b"{", b'{"x": {"a": 1, "a": 2}, '),
+    "no number": (b"{", b'{"x": NaN, '),
+    "no end": (b"{", b'{"x": -Infinity, '),
+    "too large": (b"{", b'{"x": 1e999, '),
+    "too long": (b"{", b'{"x": ' + b"9" * 400 + b", "),
+    "no UTF-8": (b"{", b'{"x": "\xff", '),
+    "another encoding": (b"{", b"\xef\xbb\xbf{"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_json_that_two_may_read_otherwise_is_refused(name, odd, bundles, sentinel, tmp_path):
+    folder = shutil.copytree(bundles[name], tmp_path / "copy")
+    own = ["experts.json", "config.json", "tokenizer_config.json", "generation_config.json"]
+    if name == "lora_vlm":
+        own += ["pin.json", "adapters/color/adapter/adapter_config.json"]
+    for file in own:
+        path = folder / file if (folder / file).exists() else model_of(folder) / file
+        before = path.read_bytes()
+        path.write_bytes(before.replace(*odd, 1))
+        resum(folder)
+        assert path.name in refused(folder, sentinel)
+        path.write_bytes(before)
+
+
+def test_nothing_in_the_program_lets_a_library_run_what_a_file_names():
+    """Every call that opens a model, a tokenizer or a processor says so itself."""
+    root = Path(pipeline.__file__).parent.parent
+    files = [*root.glob("*.py")]
+    for folder in ("pipeline", "scripts", "benchmarks"):
+        files += (root / folder).rglob("*.py")
+    opened = 0
+    for file in files:
+        text = file.read_text("utf-8")
+        if "from_pretrained" not in text and "from_config" not in text:
+            assert "trust_remote_code" not in text
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", (file, node.value.lineno)
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            # one of our own has the name of transformers'
+            ours = ast.unparse(node.func.value) in ("Shape", "cls")
+            if node.func.attr not in ("from_pretrained", "from_config") or ours:
+                continue
+            if file.is_relative_to(root / "pipeline"):
+                said = {keyword.arg for keyword in node.keywords}
+                assert "trust_remote_code" in said, (file, node.lineno)
+                opened += 1
+    assert opened > 5
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -74,6 +74,15 @@ def _add_access(group: "argparse._ArgumentGroup") -> None:
         "pages of this server alone)",
     )
     group.add_argument(
+        "--allow-image-hosts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures that requests name at these hosts; *: any of the open network, and "
+        "never one of a private network (default: pictures come inside requests alone)",
+    )
+    group.add_argument(
         "--metrics-key",
         action="store_true",
         help="/metrics wants a key too; else it is open, as vLLM's is",

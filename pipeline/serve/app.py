@@ -21,7 +21,9 @@ from ..errors import DamagedArtifact, PipelineError
 from ..store.bundle import about, identity
 from .bodies import BodyCheck
 from .chat import ChatService
+from .chat_engine import ChatEngine
 from .completions import CompletionService
+from .fetching import Fetcher
 from .gate import Gate, GateKeeper
 from .keys import KeyCheck, Keys
 from .limits import ConnectionLimits, RequestLimits
@@ -86,6 +88,7 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     metrics = Metrics()
     app.state.gate = gate
     app.state.metrics = metrics
+    app.state.close = None  # what ends the engine, once there is one
     app.state.connections = connections or ConnectionLimits()
     _add_probes(app, gate, metrics)
     add_error_handlers(app)
@@ -99,7 +102,7 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     app.add_middleware(
         BodyCheck,
         limit_bytes=lambda: app.state.service.limits.body_bytes if gate.opened else 0,
-        seconds=app.state.connections.body_seconds,
+        limits=app.state.connections,
     )
     app.add_middleware(GateKeeper, gate=gate, always=always)
     app.add_middleware(KeyCheck, keys=access.keys, open_paths=open_paths)
@@ -114,9 +117,11 @@ def open_bundle(app: FastAPI, folder: Path, limits: RequestLimits | None = None)
     service = _service(Path(folder), limits)
     app.state.service = service
     app.state.bundle = identity(Path(folder))
-    # an engine that counts nothing has no figures
-    if hasattr(service.engine, "stats"):
-        app.state.metrics.follow(service.engine)
+    engine = service.engine
+    if isinstance(engine, ChatEngine):
+        engine.room.fetcher = Fetcher(service.limits.image_hosts)
+    app.state.close = engine.close
+    app.state.metrics.follow(engine)
     _add_models(app, service, app.state.bundle)
     service.add_to(app, ())
     app.state.gate.is_full = lambda: service.in_flight > service.limits.waiting

@@ -1,6 +1,7 @@
 """Bodies of requests before they are read: of one kind, not too long, and not too slow.
 
-Invariant: no more of a body is read than a request may have, and for no longer than it may take.
+Invariant: no more of a body is read than a request may have, of all bodies together no more than
+the server has room for, and for no longer than one may take.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .limits import ConnectionLimits
 from .refusals import ApiError, announces_body, refuse
 
 JSON = "application/json"
@@ -30,10 +32,11 @@ class BodyCheck:
     """Refuses bodies that are too long, of another kind or ambiguous, before any of it is read, and
     ends the reading of one that does not come to its end."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: Callable[[], int], seconds: float):
+    def __init__(self, app: ASGIApp, limit_bytes: Callable[[], int], limits: ConnectionLimits):
         self.app = app
         self.limit_bytes = limit_bytes
-        self.seconds = seconds
+        self.limits = limits
+        self.held_bytes = 0  # of the requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it with 400, 413 or 415."""
@@ -46,41 +49,51 @@ class BodyCheck:
         except ApiError as error:
             await refuse(error, scope, receive, send)
             return
-        if announces_body(scope):
-            receive = self._bounded(receive, limit_bytes)
-        await self.app(scope, receive, send)
+        if not announces_body(scope):
+            await self.app(scope, receive, send)
+            return
+        body = _Body(self, receive, limit_bytes)
+        try:
+            await self.app(scope, body.receive, send)
+        finally:
+            self.held_bytes -= body.count
 
-    def _bounded(self, receive: Receive, limit_bytes: int) -> Receive:
-        """Return what receives a body's blocks while it is short and quick enough. That raises
-        ApiError, which comes up where the body is read."""
-        until = asyncio.get_running_loop().time() + self.seconds
-        count = 0
-        whole = False
 
-        async def bounded() -> Message:
-            nonlocal count, whole
-            # then only the client's leaving comes, for which an answer may wait long
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the request was not whole after {self.seconds:.0f} seconds",
-                    None,
-                    "too_slow",
-                    Connection="close",
-                ) from None
-            # the length that a client announces is only its word
-            count += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if count > limit_bytes:
-                raise too_large(limit_bytes)
-            return message
+class _Body:
+    """A body that is read while it is short and quick enough, and there is room for it."""
 
-        return bounded
+    def __init__(self, check: BodyCheck, receive: Receive, limit_bytes: int):
+        self.count = 0
+        self._check = check
+        self._receive = receive
+        self._limit_bytes = limit_bytes
+        self._until = asyncio.get_running_loop().time() + check.limits.body_seconds
+        self._whole = False
+
+    async def receive(self) -> Message:
+        """Return the next block. Raises ApiError, which comes up where the body is read."""
+        # then only the client's leaving comes, for which an answer may wait long
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = self._check.limits.body_seconds
+            text = f"the request was not whole after {seconds:.0f} seconds"
+            raise ApiError(408, text, None, "too_slow", Connection="close") from None
+        # the length that a client announces is only its word
+        size = len(message.get("body", b""))
+        self.count += size
+        self._check.held_bytes += size
+        self._whole = not message.get("more_body", False)
+        if self.count > self._limit_bytes:
+            raise too_large(self._limit_bytes)
+        if self._check.held_bytes > self._check.limits.bodies_bytes:
+            text = "too many large requests at once; try again in a moment"
+            wait = {"Retry-After": "1", "Connection": "close"}
+            raise ApiError(503, text, None, "overloaded", **wait)
+        return message
 
 
 def _check(scope: Scope, limit_bytes: int) -> None:

@@ -34,7 +34,7 @@ from .generation import (
     result_of,
 )
 from .networks import Batch, Chunk, OneReader
-from .pictures import PixelRoom, opened
+from .pictures import DecodingRoom, opened
 from .rows import Contest, Order, QuestionRow, ServedRow, Sink, TextRow, TextSink
 from .sampling import TokenSampler
 from .text_stream import TextStream
@@ -67,8 +67,8 @@ class ChatEngine(Engine):
         super().__init__(folder, capacity)
         self.stack: AdapterStack = family(self.about["family"]).reassemble(folder)
         self.image = ImageLimitsConfig(**self.about["base"]["image"])
-        # As much as the largest picture that is taken needs, for all requests together.
-        self.room = PixelRoom()
+        # Of all requests together.
+        self.room = DecodingRoom()
         self.readers = (*self.experts, BASE_READER)
         model = self.stack.model
         self.context_tokens: int = model.core.config.get_text_config().max_position_embeddings

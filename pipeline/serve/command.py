@@ -60,4 +60,5 @@ def _changes(args: argparse.Namespace) -> dict:
         "context_tokens": args.max_context,
         "waiting": args.max_waiting,
         "seconds": args.max_seconds,
+        "image_hosts": tuple(args.allow_image_hosts),
     }

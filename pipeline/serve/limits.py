@@ -17,6 +17,7 @@ class RequestLimits:
     waiting: int = 32  # fewer than starlette has threads, which is 40
     seconds: float = 120.0  # then a completion ends where it is
     context_tokens: int | None = None  # of prompt and answer; None: the model's own
+    image_hosts: tuple[str, ...] = ()  # whose pictures are fetched; *: any of the open network
 
     @classmethod
     def of(cls, serves: str, changes: Mapping[str, Any]) -> Self:
@@ -37,6 +38,8 @@ class ConnectionLimits:
     # OpenAI's client sends a kilobyte; cookies of other servers on localhost may come along
     header_bytes: int = 32 << 10
     header_seconds: float = 10.0  # from the first moment on to the end of the headers
+    # of all requests that are being answered: each is held some times over while it is read
+    bodies_bytes: int = 256 << 20
     # as large a body as is taken, over 5 Mbit/s
     body_seconds: float = 60.0
     # for whoever does not read what was asked for; shorter than a laptop is closed

@@ -190,6 +190,9 @@ def listen(
         else:
             opened()
         server.run(sockets=[listening])
+    if app.state.close:
+        # what was asked has been waited for, or cut
+        app.state.close(0.0)
     if loading and loading.error is not None:
         raise loading.error
     if loading and loading.goes_on:

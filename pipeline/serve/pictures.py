@@ -1,5 +1,5 @@
-"""Pictures that come inside a request: opened from data: URIs under one bound of memory, over all
-requests."""
+"""Pictures of requests: opened from data: URIs, or fetched where that was allowed, under one bound
+of memory over all requests."""
 
 import threading
 import time
@@ -9,58 +9,70 @@ from contextlib import contextmanager
 from PIL import Image
 
 from ..config.task_data import ImageLimitsConfig
-from ..data.images.images import claimed_size, open_checked, resized
+from ..data.images.images import BadImage, decoding_bytes, open_checked, resized
 from ..data.images.inline import bytes_in
 from ..errors import DataError
 from ..protocols import POLL_S, check_wanted
+from .fetching import Fetcher
 
-# Of one picture before it is resized, and of all that are being decoded. Pillow keeps 4 bytes of a
-# pixel, and up to five copies while it turns one and puts it over white: 1.3 GB.
+# Of one picture, by what its header says.
 PICTURE_PIXELS = 64_000_000
+# Of what all that are being decoded take: one of the largest JPEG or PNG, or some tens of photos of
+# a phone.
+DECODING_BYTES = 640 << 20
 
 
-class PixelRoom:
-    """How many pixels may be decoded at once, over all requests."""
+class DecodingRoom:
+    """How much memory pictures take while they are decoded, over all requests, and where they may
+    come from."""
 
-    def __init__(self, pixels: int = PICTURE_PIXELS):
-        self.pixels = pixels
-        self._free = pixels
+    def __init__(self, most_bytes: int = DECODING_BYTES, fetcher: Fetcher | None = None):
+        self.most_bytes = most_bytes
+        self.fetcher = fetcher or Fetcher()
+        self._free = most_bytes
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, pixels: int, until: float) -> Iterator[None]:
-        """Have room for so many pixels, at most all there is. Raises TimeoutError where there is
-        none by `until`, on the monotonic clock, and Abandoned."""
+    def taken(self, count: int, until: float) -> Iterator[None]:
+        """Have room for so many bytes. Raises TimeoutError where there is none by `until`, on the
+        monotonic clock, BadImage where there never is, and Abandoned."""
+        if count > self.most_bytes:
+            raise BadImage(
+                "too large a picture",
+                f"a picture takes {count >> 20} MiB to decode, and {self.most_bytes >> 20} are "
+                "taken at most. Make it smaller, or save it as a JPEG",
+            )
         with self._changed:
-            while self._free < pixels:
+            while self._free < count:
                 check_wanted()
                 if time.monotonic() > until:
                     raise TimeoutError("too many large pictures at once; try again in a moment")
                 self._changed.wait(POLL_S)
-            self._free -= pixels
+            self._free -= count
         try:
             yield
         finally:
             with self._changed:
-                self._free += pixels
+                self._free += count
                 self._changed.notify_all()
 
 
-def opened(url: str, limits: ImageLimitsConfig, room: PixelRoom, until: float) -> Image.Image:
-    """Return the picture in a data: URI, checked and resized as in training. Raises DataError,
-    TimeoutError where there is no room for it by `until`."""
+def opened(url: str, limits: ImageLimitsConfig, room: DecodingRoom, until: float) -> Image.Image:
+    """Return the picture at a data: URI or an address, checked and resized as in training. Raises
+    DataError, TimeoutError where there is no room for it by `until`, Abandoned."""
+    data = _content(url, room.fetcher, until)
+    most = limits.max_pixels
+    # One picture at a time: a request that held room and waited for more could wait for ever.
+    with room.taken(decoding_bytes(data, most, PICTURE_PIXELS), until):
+        image = open_checked(data, max_pixels=PICTURE_PIXELS, area_px=most)
+        return resized(image, limits.min_pixels, most)
+
+
+def _content(url: str, fetcher: Fetcher, until: float) -> bytes:
     # Whatever kind it says: what it is, is read from its bytes.
     if url[:5].lower() != "data:":
-        raise DataError(
-            "image_url must be a data: URI (data:image/png;base64,...), "
-            f"not {url[:40]!r}: this server fetches nothing"
-        )
+        return fetcher.fetch(url, until)
     try:
-        data = bytes_in(url) or b""
+        return bytes_in(url) or b""
     except ValueError as error:
         raise DataError(f"image_url is not base64: {error}") from None
-    width, height = claimed_size(data, PICTURE_PIXELS)
-    # One picture at a time: a request that held room and waited for more could wait for ever.
-    with room.taken(width * height, until):
-        image = open_checked(data, max_pixels=PICTURE_PIXELS)
-        return resized(image, limits.min_pixels, limits.max_pixels)

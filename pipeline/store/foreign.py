@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .reading import parse_object
+
 # A tokenizer of a quarter million entries takes 20 MB, all other files far less.
 JSON_BYTES = 256 << 20
 # Those of models are of some thousand characters; each request renders it.
@@ -52,6 +54,30 @@ KNOWN_CLASSES = {
 NEVER = {"adapter_config.json", "adapter_model.safetensors"}
 INDEX = ".safetensors.index.json"
 TEMPLATE = ".jinja"
+# What says how much a model builds before a tensor of it is read, and more than any has.
+SIZES = {
+    "num_hidden_layers": 1000,
+    "depth": 1000,
+    "num_experts": 10_000,
+    "num_local_experts": 10_000,
+    "num_attention_heads": 10_000,
+    "num_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "head_dim": 100_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "moe_intermediate_size": 10_000_000,
+    "vocab_size": 100_000_000,
+    "max_position_embeddings": 1 << 31,
+}
+# Of the models that bundles hold: classes of transformers' own.
+ARCHITECTURES = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+}
 # Too large to be looked through, and read by a library that knows data alone.
 ONLY_DATA = {"tokenizer.json", "vocab.json", "report.json"}
 
@@ -107,17 +133,14 @@ def read_object(folder: Path, name: str, limit_bytes: int = JSON_BYTES) -> dict[
     if len(data) > limit_bytes:
         raise ForeignFile(f"{name} is over {limit_bytes:,} bytes")
     try:
-        found = json.loads(data)
+        return parse_object(data)
     except json.JSONDecodeError as error:
         where = f"from line {error.lineno}, character {error.colno} on"
         raise ForeignFile(f"{name} is not JSON: it is cut off or damaged {where}") from None
     except ValueError as error:
-        raise ForeignFile(f"{name} is not JSON: {error}") from None
-    except RecursionError:
-        raise ForeignFile(f"{name} is not JSON that can be read: it is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ForeignFile(f"{name} holds no JSON object")
-    return found
+        # of bytes that are no text it would quote some
+        why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise ForeignFile(f"{name} is not JSON that can be read: {why}") from None
 
 
 def check_model_files(folder: Path, names: Iterable[str]) -> None:
@@ -156,11 +179,17 @@ def check_settings(settings: Mapping[str, Any], name: str) -> None:
 
 
 def check_kind(settings: Mapping[str, Any], name: str, kinds: Collection[str]) -> None:
-    """Raise ForeignFile for a model that is of none of some kinds (`model_type`)."""
+    """Raise ForeignFile for a model that is of none of some kinds (`model_type`), or of a class
+    (`architectures`) that is not known here."""
     found = settings.get("model_type")
-    if found not in kinds:
+    # one that is no text may be nothing that a set can hold
+    if not isinstance(found, str) or found not in kinds:
         known = ", ".join(sorted(kinds))
         raise ForeignFile(f"{name} is of a model of the kind {found!r}; here it is {known}")
+    classes = settings.get("architectures") or []
+    texts = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
+    if not texts or not ARCHITECTURES.issuperset(classes):
+        raise ForeignFile(f"{name} is of a model of the class {classes!r}, which is not known here")
 
 
 def _check_setting(key: str, value: Any, name: str) -> None:
@@ -170,6 +199,9 @@ def _check_setting(key: str, value: Any, name: str) -> None:
         raise ForeignFile(f"{name} names code to run ({key}: {value!r})")
     if key in CLASSES and value not in (None, *KNOWN_CLASSES):
         raise ForeignFile(f"{name} names a class that is not known here ({key}: {value!r})")
+    most = SIZES.get(key)
+    if most is not None and isinstance(value, int | float) and value > most:
+        raise ForeignFile(f"{name} says that {key} is {value}, and no model here is so large")
     if key == "chat_template":
         _check_template(name, len(str(value)))
 

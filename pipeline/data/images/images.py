@@ -25,7 +25,7 @@ from PIL import Image, ImageStat, UnidentifiedImageError
 
 from ...store.room import writing
 from ..drop_stats import Dropped
-from . import frames, tones
+from . import frames, reduced, tones
 from .formats import (
     FORMATS,
     is_heic,
@@ -96,9 +96,11 @@ def open_checked(
     root: Path | None = None,
     max_pixels: int = MAX_DECODED_PX,
     first_frame: bool = False,
+    area_px: int | None = None,
 ) -> Image.Image:
     """Return the picture of a path (inside root, when given) or bytes: whole, upright, RGB,
-    transparency over white. With first_frame, a file of several pictures gives its first.
+    transparency over white. With first_frame, a file of several pictures gives its first; with
+    area_px, a picture that is far larger is made smaller as it is decoded.
 
     Raises BadImage, a DataError, for what is missing, corrupt, too large, of another format, or
     outside root.
@@ -107,23 +109,33 @@ def open_checked(
     if root and isinstance(source, Path | str):
         named = Path(root, source)
     name = _name_of(named)
-    image, _ = _decoded(_content(source, root, name), name, max_pixels, first_frame)
+    image, _ = _decoded(_content(source, root, name), name, max_pixels, first_frame, area_px)
     return image
 
 
 def claimed_size(data: bytes, max_pixels: int = MAX_DECODED_PX) -> tuple[int, int]:
     """Return the width and height in px that a file's header says; nothing is decoded. Raises
     BadImage."""
+    return _of_header(data, max_pixels, lambda image: image.size)
+
+
+def decoding_bytes(data: bytes, area_px: int, max_pixels: int = MAX_DECODED_PX) -> int:
+    """Return how much memory a file takes to decode for an area, by what its header says; nothing
+    is decoded. Raises BadImage."""
+    return _of_header(data, max_pixels, lambda image: reduced.bytes_needed(image, data, area_px))
+
+
+def _of_header(data: bytes, max_pixels: int, tell: Callable[[Image.Image], T]) -> T:
+    """Return what `tell` makes of a picture of which the header was read. Raises BadImage."""
     name = _name_of(data)
 
-    def read(content: bytes) -> tuple[int, int]:
+    def read(content: bytes) -> T:
         with open_lazily(content) as image:
-            return image.size
+            _check_size(image.size, name, max_pixels)
+            return tell(image)
 
     with _faults(name, max_pixels, data):
-        size = _despite_texts(read, data)
-        _check_size(size, name, max_pixels)
-        return size
+        return _despite_texts(read, data)
 
 
 def resized(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
@@ -284,6 +296,7 @@ def _decoded(
     name: str,
     max_pixels: int,
     first_frame: bool,
+    area_px: int | None = None,
 ) -> tuple[Image.Image, bool]:
     """Return the upright RGB picture, and whether data is a JPEG that already says just that."""
     if isinstance(data, Image.Image):
@@ -304,6 +317,9 @@ def _decoded(
                     f"{name} has several frames or pages; save the one that is meant by itself",
                 )
         with open_lazily(content) as image:
+            if area_px is not None:
+                reduced.draft(image, area_px)
+                return _upright(reduced.reduced(image, area_px)), False
             image.load()
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             return _upright(image), plain and _turn(image) is None
@@ -330,6 +346,8 @@ def _faults(name: str, max_pixels: int, data: bytes = b"") -> Iterator[None]:
         yield
     except BadImage:
         raise
+    except reduced.TooManyScans as error:
+        raise BadImage("too large a picture", f"{name}: {error}; save it once more") from None
     except tones.UnknownTones as error:
         raise BadImage("unread tones", f"{name}: {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
