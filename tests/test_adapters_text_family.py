@@ -237,7 +237,7 @@ def test_its_plan_has_a_cost(trained):
 
 PICTURES = re.compile(r"image|picture|pixel|qwen3.?vl|(?<!re)vision|visual", re.IGNORECASE)
 # file names of the Hub, a class of settings that data asks for, and what the settings' key is
-KNOWN = {"preprocessor_config.json", "ImageLimitsConfig"}
+KNOWN = {"preprocessor_config.json", "ImageLimitsConfig", "pictures"}
 
 
 def test_adapters_name_nothing_of_pictures():

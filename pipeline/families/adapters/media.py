@@ -81,7 +81,7 @@ class Media:
         """Return the tokens of an opened medium. Raises DataError for one that cannot be read."""
         raise NotImplementedError
 
-    def small_picture(self, medium: Medium) -> str | None:
+    def thumbnail(self, medium: Medium) -> str | None:
         """Return a small copy of a medium for the report, a data: URI of a JPEG; None where it
         cannot be seen."""
         return None

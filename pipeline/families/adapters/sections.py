@@ -267,7 +267,7 @@ class AdapterEvaluateConfig(Section):
         2,
         ge=0,
         le=20,
-        description="Requests of each task that the report shows with their pictures and answers, "
+        description="Requests of each task that the report shows with their media and answers, "
         "and of each set that went to a wrong expert; 0: none",
     )
     bootstrap: int = Field(1000, ge=10, description="Resamples of rows behind each 95 % interval")

@@ -13,7 +13,7 @@ from .routing_eval import NEUTRAL, Routed
 from .stack import Answer
 
 CHARACTERS = 600  # of a prompt or an answer
-PICTURES_BYTES = 2_000_000  # of all, as they stand in the report
+THUMBNAILS_BYTES = 2_000_000  # of all, as they stand in the report
 
 
 class Gallery:
@@ -22,7 +22,7 @@ class Gallery:
     def __init__(self, evaluator: AdapterEvaluator):
         self.evaluator = evaluator
         self.most: int = evaluator.cfg.evaluate.samples
-        self.left = PICTURES_BYTES
+        self.left = THUMBNAILS_BYTES
 
     def misrouted(self, sets: Mapping[str, Routed]) -> tuple[MisroutedRequest, ...]:
         """Return of each split requests that the router sent elsewhere, those first that it was
@@ -42,7 +42,7 @@ class Gallery:
             set=routed.name,
             own=request.expert,
             prompt=_cut(request.prompt),
-            pictures=self._pictures(request),
+            pictures=self._thumbnails(request),
             choice=self.evaluator.stack.choices[choice],
             confidence=float(prob_C[choice]),
         )
@@ -73,7 +73,7 @@ class Gallery:
                     set=split,
                     own=request.expert,
                     prompt=_cut(request.prompt),
-                    pictures=self._pictures(request),
+                    pictures=self._thumbnails(request),
                     right=_cut(request.wanted[0]),
                     answers=tuple(given),
                 )
@@ -81,15 +81,15 @@ class Gallery:
         experts = self.evaluator.cfg.experts
         return tuple(sorted(out, key=lambda each: experts.index(each.own)))
 
-    def _pictures(self, request: EvalRequest) -> tuple[str, ...]:
+    def _thumbnails(self, request: EvalRequest) -> tuple[str, ...]:
         """Return small copies of what a request came with, as far as there is room."""
         out = []
         for medium in request.open():
-            picture = self.evaluator.media.small_picture(medium)
-            if picture is None or len(picture) > self.left:
+            thumbnail = self.evaluator.media.thumbnail(medium)
+            if thumbnail is None or len(thumbnail) > self.left:
                 continue
-            self.left -= len(picture)
-            out.append(picture)
+            self.left -= len(thumbnail)
+            out.append(thumbnail)
         return tuple(out)
 
 

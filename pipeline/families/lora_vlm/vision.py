@@ -114,7 +114,7 @@ class Images(Media):
                 f"an image of {medium.width} x {medium.height} px cannot be read: {error}"
             ) from None
 
-    def small_picture(self, medium: Image.Image) -> str:
+    def thumbnail(self, medium: Image.Image) -> str:
         """Return a small copy of a picture for the report, with nothing of its file but what it
         shows."""
         small = medium.convert("RGB")
