@@ -227,7 +227,7 @@ def _is_shown(asked, told) -> bool:
 
 def test_pictures_of_a_report_are_small_all_together(bench, monkeypatch):
     asked = bench.routed("test")
-    monkeypatch.setattr(shown, "PICTURES_BYTES", 9000)
+    monkeypatch.setattr(shown, "THUMBNAILS_BYTES", 9000)
     gallery = shown.Gallery(bench)
     pictures = [gallery._pictures(each) for each in asked]
     assert 5000 < sum(len(each) for row in pictures for each in row) <= 9000
