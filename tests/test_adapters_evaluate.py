@@ -229,7 +229,7 @@ def test_pictures_of_a_report_are_small_all_together(bench, monkeypatch):
     asked = bench.routed("test")
     monkeypatch.setattr(shown, "THUMBNAILS_BYTES", 9000)
     gallery = shown.Gallery(bench)
-    pictures = [gallery._pictures(each) for each in asked]
+    pictures = [gallery._thumbnails(each) for each in asked]
     assert 5000 < sum(len(each) for row in pictures for each in row) <= 9000
 
 
