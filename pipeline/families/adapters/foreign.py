@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...model.loading import check_finite
 from ...store.artifacts import load_tensors
-from ...store.expert_package import EXPERT, Package, open_expert
+from ...store.expert_package import ABOUT, EXPERT, Package, open_expert
 from ...store.foreign import ForeignFile
 from ...store.package_place import ExpertSource
 from ...store.saved_adapter import TENSORS, SavedAdapter
@@ -216,6 +217,25 @@ def _folded(
 
 def _key(module: str, part: str) -> str:
     return f"{PREFIX}{module}.lora_{part}.weight"
+
+
+def kept(opened: Opened, found: ForeignAdapter, folder: Path, seconds: float) -> dict[str, Any]:
+    """Keep what a package says of itself beside its adapter; return the metrics of a job that took
+    in what was trained elsewhere."""
+    facts = None
+    if isinstance(opened, Package):
+        facts = opened.facts
+        (folder / ABOUT).write_bytes(opened.about)
+    return {
+        "steps": 0,
+        # None of it was spent here
+        "tokens": 0,
+        "trained_tokens": facts.tokens if facts else 0,
+        "seconds": seconds,
+        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
+        "rank": found.r,
+        "base_is_proven": facts is not None,
+    }
 
 
 def check_probe(

@@ -16,7 +16,7 @@ import torch
 from ...data.tasks.rows import TaskRows
 from ...errors import DataError, MismatchError
 from ...hardware import uses_bf16
-from ...store.expert_package import ABOUT, Package
+from ...store.expert_package import Package
 from ...store.foreign import ForeignFile
 from ...store.package_place import ExpertSource, refusing
 from ...train.loop import NoTraining
@@ -99,19 +99,8 @@ def _write(
             foreign.check_probe(base_nats, own_nats, slack, setting, numbers)
             probed = {"probe_base_nats": base_nats, "probe_nats": own_nats}
     peft_io.write_files(folder, peft_io.files(model, item, base.pin, {}))
-    if isinstance(opened, Package):
-        (folder / ABOUT).write_bytes(opened.about)
-    return {
-        "steps": 0,
-        # None of it was spent here
-        "tokens": 0,
-        "trained_tokens": facts.tokens if facts else 0,
-        "seconds": time.monotonic() - started_s,
-        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-        "rank": found.r,
-        "base_is_proven": facts is not None,
-        **probed,
-    }
+    made = foreign.kept(opened, found, folder, time.monotonic() - started_s)
+    return made | probed
 
 
 class Probe:

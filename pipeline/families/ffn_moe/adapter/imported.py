@@ -16,7 +16,7 @@ from ....data.text.mixture import DomainMixture
 from ....hardware import device, uses_bf16
 from ....model.language_model import filled
 from ....model.router_init import FeatureStatistics
-from ....store.expert_package import ABOUT, STATISTICS, Package
+from ....store.expert_package import STATISTICS, Package
 from ....store.package_place import refusing
 from ....train.loop import NoTraining
 from ... import Parts
@@ -81,20 +81,8 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
     pin = base_ref(cfg, parts)
     peft_io.write_files(folder, peft_io.files(adapters, item, pin, {"domain": item}))
     peft_io.write_files(folder, {STATISTICS: statistics.tensors()})
-    if isinstance(opened, Package):
-        (folder / ABOUT).write_bytes(opened.about)
-    return {
-        "steps": 0,
-        # None of it was spent here
-        "tokens": 0,
-        "trained_tokens": facts.tokens if facts else 0,
-        "seconds": time.monotonic() - started_s,
-        "parameters": sum(tensor.numel() for tensor in found.tensors.values()),
-        "rank": found.r,
-        "statistics": origin(cfg, item, facts),
-        "base_is_proven": facts is not None,
-        **probed,
-    }
+    made = foreign.kept(opened, found, folder, time.monotonic() - started_s)
+    return made | {"statistics": origin(cfg, item, facts)} | probed
 
 
 def _known_by(
