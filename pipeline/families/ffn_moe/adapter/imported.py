@@ -82,7 +82,7 @@ def _write(cfg: FfnMoeConfig, parts: Parts, item: str, folder: Path) -> dict[str
     peft_io.write_files(folder, peft_io.files(adapters, item, pin, {"domain": item}))
     peft_io.write_files(folder, {STATISTICS: statistics.tensors()})
     made = foreign.kept(opened, found, folder, time.monotonic() - started_s)
-    return made | {"statistics": origin(cfg, item, facts)} | probed
+    return {**made, "statistics": origin(cfg, item, facts), **probed}
 
 
 def _known_by(
