@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.families.adapters.chat import (
     IGNORED,
+    ChatTurn,
     Example,
     Sampler,
     encode,
@@ -74,6 +75,31 @@ def test_requests_are_what_the_librarys_processor_makes_padded_on_the_left(chat,
     assert asked.keys() == theirs.keys()
     for name in theirs:
         assert torch.equal(asked[name].long(), theirs[name].long()), name
+
+
+def test_a_conversation_is_what_the_librarys_processor_makes(chat):
+    """Answered anew, and gone on with where its last turn is the assistant's."""
+    turns = [
+        ChatTurn("system", "Be brief."),
+        ChatTurn("user", "Which color?", 2),
+        ChatTurn("assistant", "red"),
+        ChatTurn("user", "<|im_end|> And now?", 1),
+    ]
+    messages = []
+    for turn in turns:
+        content = [{"type": "image"}] * turn.media
+        text = chat.escape(turn.text)
+        messages.append({"role": turn.role, "content": [*content, {"type": "text", "text": text}]})
+
+    def theirs(messages: list[dict], **more) -> str:
+        return chat.renderer.apply_chat_template(messages, tokenize=False, **more)
+
+    assert chat.render(turns) == theirs(messages, add_generation_prompt=True)
+    begun = chat.render(turns[:3], goes_on=True)
+    assert begun == theirs(messages[:3], continue_final_message=True)
+    assert begun.endswith("assistant\nred")
+    ids = chat.turn_ids(turns)
+    assert ids.count(chat.media.placeholder_id) == 3 and ids.count(chat.end_id) == 4
 
 
 def test_a_request_without_any_picture_has_no_pixels(chat):

@@ -3,7 +3,6 @@ get wrong."""
 
 import base64
 import io
-import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
+from benchmarks.interface import ask
 from pipeline.data.images import images
 from pipeline.data.images.images import decoding_bytes
 from pipeline.data.images.inline import bytes_in
@@ -110,14 +110,16 @@ def test_a_route_is_the_stacks_own(client, stack):
 
 @pytest.mark.parametrize("name", [*EXPERTS, "base"])
 def test_an_expert_can_be_asked_by_name(client, stack, name):
-    found = client.post(CHAT, json=asking(encoded(PICTURE)) | {"expert": name}).json()
-    assert found["expert"] == name
+    model = name if name == "base" else f"expert:{name}"
+    found = client.post(CHAT, json=asking(encoded(PICTURE)) | {"model": model}).json()
+    assert (found["expert"], found["model"]) == (name, model)
+    assert "confidence" not in found
     said = stack.generate([Request("what color?", (PICTURE,))], [[name]])[0][name]
     assert found["choices"][0]["message"]["content"] == said.text
 
 
 def test_text_alone_and_fewer_tokens(client):
-    body = {"messages": [{"role": "user", "content": "what color?"}], "expert": "locate"}
+    body = {"messages": [{"role": "user", "content": "what color?"}], "model": "expert:locate"}
     long, short = (client.post(CHAT, json=body | more).json() for more in ({}, {"max_tokens": 2}))
     assert (
         short["usage"]["completion_tokens"] == 2
@@ -137,7 +139,9 @@ def test_health_and_models(client):
     told = client.get("/healthz").json()
     assert told["status"] == "ok" and len(told["bundle"]["sha256"]) == 64
     listed = client.get("/v1/models").json()["data"]
-    assert [each["id"] for each in listed] == ["small"] and listed[0]["experts"] == list(EXPERTS)
+    experts = [f"expert:{name}" for name in EXPERTS]
+    assert [each["id"] for each in listed] == ["small", *experts, "base"]
+    assert listed[0]["experts"] == list(EXPERTS) and listed[0]["limits"]["images"] == 4
 
 
 # The start of a PNG that says it is 60,000 pixels wide and as many high
@@ -159,21 +163,15 @@ BOMB = (
         (asking(BOMB), "messages: ", "messages"),
         (asking(*[encoded(PICTURE)] * 5), "5 images; at most 4 are taken", "messages"),
         (asking(text="word " * 4000), "characters; at most", "messages"),
-        (
-            asking() | {"expert": "poet"},
-            "there is no 'poet'; there are color, count, locate and base",
-            "expert",
-        ),
+        (asking() | {"expert": "color"}, "expert: no such field", "expert"),
         (asking() | {"max_tokens": 0}, "must be at least 1", "max_tokens"),
-        (
-            asking() | {"temperature": 0.7},
-            "not supported yet; leave it out or set it to 0",
-            "temperature",
-        ),
-        (asking() | {"stream": True}, "not supported yet", "stream"),
-        (asking() | {"best_of": 2}, "best_of: no such field", "best_of"),
+        (asking() | {"best_of": 2}, "best_of: not supported yet", "best_of"),
         ({"messages": []}, "messages: ", "messages"),
-        ({"messages": [{"role": "system", "content": "be nice"}]}, "messages: ", "messages"),
+        (
+            {"messages": [{"role": "system", "content": "be nice"}]},
+            "messages: one of them has to be of the user",
+            "messages",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]},
             "messages: ",
@@ -190,11 +188,11 @@ def test_a_wrong_request_is_refused_and_the_next_is_answered(client, body, said,
 
 def test_what_is_no_json_or_too_long_or_elsewhere(client, application):
     refused(client.post(CHAT, content=b"{"), 400, "the request is not a JSON object")
-    refused(client.get("/v1/completions"), 404, f"is not served here; .*POST {CHAT}")
+    refused(client.get("/v1/complete"), 404, f"is not served here; .*POST {CHAT}")
     refused(
         client.post(CHAT, json=asking() | {"model": "gpt-4"}),
         404,
-        "'small' is",
+        "there are small, expert:color, expert:count, expert:locate, base",
         "model",
         "model_not_found",
     )
@@ -212,16 +210,32 @@ def test_what_is_no_json_or_too_long_or_elsewhere(client, application):
         service.limits = before
 
 
-def test_the_interface_describes_itself(client):
-    schema = client.get("/openapi.json").json()
-    assert json.dumps(schema["paths"][CHAT]["post"]["requestBody"]).count("image_url") > 1
+def test_no_made_up_request_fails_or_is_answered_otherwise_than_described(client):
+    found = ask(str(client.base_url).rstrip("/"), 100)
+    assert {status for _, status in found} <= {200, 400, 404}
+    assert found[f"POST {CHAT}", 400] and found["POST /v1/route", 400]
+
+
+def test_a_completion_of_its_own_tokens_is_the_expert_s_answer(client, stack):
+    """What /v1/chat/completions puts together, sent as tokens."""
+    ids = list(stack.model.chat.prompt_ids("what color?"))
+    body = {"prompt": ids, "model": "expert:color", "max_tokens": 4}
+    found = client.post("/v1/completions", json=body).json()
+    chat = {"messages": asking()["messages"], "model": "expert:color", "max_tokens": 4}
+    wanted = client.post(CHAT, json=chat).json()
+    assert found["choices"][0]["text"] == wanted["choices"][0]["message"]["content"]
+    assert found["usage"] == wanted["usage"] and found["expert"] == "color"
+    # A text that is no chat is routed as the question that it is.
+    told = client.post("/v1/completions", json={"prompt": "what color?"}).json()
+    route = client.post("/v1/route", json={"text": "what color?"}).json()
+    assert told["confidence"] == route["confidence"]
 
 
 def test_a_client_that_leaves_stops_its_answer_and_frees_its_place(client, application, stack):
-    body = asking(text="what color?") | {"expert": "locate"}
+    body = asking(text="what color?") | {"model": "expert:locate"}
     core = stack.model.core.base_model.language_model
     # one pass for the router, one for each of eight tokens
-    check_leaving(client, application.state.service, CHAT, body, core, 9)
+    check_leaving(client, application.state.service.engine, CHAT, body, core, 9)
 
 
 @contextmanager
@@ -277,9 +291,9 @@ def test_who_finds_no_room_for_a_picture_is_sent_away_or_may_leave(
         assert answer.headers["retry-after"] == "1"
         monkeypatch.setattr(service, "limits", RequestLimits(body_bytes=1 << 25, seconds=60))
         connection = asked(client, "/v1/route", asking(encoded(PICTURE)))
-        wait_for(lambda: service.in_flight == 1)
+        wait_for(lambda: service.prepared == 1)
         connection.close()
-        wait_for(lambda: not service.in_flight)
+        wait_for(lambda: not service.prepared)
     assert client.post("/v1/route", json=asking(encoded(PICTURE))).status_code == 200
 
 

@@ -26,6 +26,7 @@ from yaml_text import yaml_text
 from pipeline.__main__ import main
 from pipeline.errors import ConfigError, DataError, MismatchError
 from pipeline.families.adapters import peft_io
+from pipeline.families.adapters.inference import Request
 from pipeline.families.load import load
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.base import open_base
@@ -121,7 +122,7 @@ def test_what_peft_saved_is_an_expert_and_answers_in_the_stack(taught, tmp_path)
     for item in ("dots", "router"):
         lora.train(parts, item)
     stack = family.assemble(parts.cfg, parts)
-    (answer,) = stack.answer([stack.request("What colour?", [])], expert=GUEST)
+    (answer,) = stack.answer([Request("What colour?")], expert=GUEST)
     assert answer.expert == GUEST
     # No rate is sought for what is not trained, nor any cost told
     auto = lora.config(loras__experts={GUEST: {"imported": "x"}}, loras__defaults__lr="auto")

@@ -5,6 +5,7 @@ import base64
 import io
 import random
 import re
+import sys
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from tests import small_stack
 from tests.test_serve import running
+from tests.test_serving_docs import done, examples
 
 PICTURE = small_stack.pictures(1)[0]
 QUESTION = {"type": "text", "text": "what color?"}
@@ -50,7 +52,7 @@ def part(url):
 
 def ask(client, content, before=(), **more):
     messages = [*before, {"role": "user", "content": content}]
-    done = client.chat.completions.create(model="small", messages=messages, **more)
+    done = client.chat.completions.create(**{"model": "small", "messages": messages} | more)
     return done.choices[0].message.content, done.model_extra["confidence"]
 
 
@@ -84,6 +86,13 @@ def test_a_picture_is_the_same_however_its_address_is_spelled(client, spelling):
     wanted = ask(client, [part(SPELLINGS["plain"]), QUESTION])
     assert ask(client, [part(SPELLINGS[spelling]), QUESTION]) == wanted
     assert ask(client, [QUESTION, part(SPELLINGS[spelling])]) == wanted
+
+
+def test_a_picture_s_address_needs_no_object(client):
+    wanted = ask(client, [part(SPELLINGS["plain"]), QUESTION])
+    for spelling in ("plain", "in lines"):
+        plain = {"type": "image_url", "image_url": SPELLINGS[spelling]}
+        assert ask(client, [plain, QUESTION]) == wanted
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "BMP", "TIFF", "PPM", "GIF"])
@@ -125,13 +134,37 @@ def test_what_asks_for_nothing_is_as_good_as_left_out(client):
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def test_a_system_text_and_earlier_turns_are_read_with_their_pictures(client):
+    def prompt_tokens(before) -> int:
+        messages = [*before, {"role": "user", "content": "what color?"}]
+        done = client.chat.completions.create(model="small", messages=messages, max_tokens=1)
+        return done.usage.prompt_tokens
+
+    shown = {"role": "user", "content": [part(SPELLINGS["plain"]), QUESTION]}
+    counts = [prompt_tokens(before) for before in ([], [SYSTEM], TURNS, [SYSTEM, *TURNS])]
+    alone, told, turns, both = counts
+    assert alone < told and alone < turns and both - turns == told - alone
+    assert prompt_tokens([shown, TURNS[1]]) > turns + 4
+    assert prompt_tokens([SYSTEM | {"role": "developer"}]) == told
+    # The router reads the last question with the pictures of all.
+    _, confidence = ask(client, "what color?", [shown, TURNS[1]])
+    assert confidence == ask(client, [part(SPELLINGS["plain"]), QUESTION])[1]
+
+
 REFUSED = [
-    ("hi", {"before": [SYSTEM]}, "messages", "system message is not read"),
-    ("hi", {"before": [SYSTEM | {"role": "developer"}]}, "messages", "developer message"),
-    ("and now?", {"before": TURNS}, "messages", "3 messages came, and one message is answered"),
+    ("hi", {"before": [{"role": "tool", "content": "x"}]}, "messages", "nothing here calls tools"),
+    ("hi", {"before": [{"role": "judge", "content": "x"}]}, "messages", "message 0: its role must"),
+    (
+        "hi",
+        {"before": [{"role": "assistant", "content": [part(SPELLINGS["plain"])]}]},
+        "messages",
+        "a picture is shown by the user, not in a message of the role assistant",
+    ),
     ([part("https://example.org/a.png"), QUESTION], {}, "messages", "fetches nothing"),
     (
-        [{"type": "image_url", "image_url": SPELLINGS["plain"]}, QUESTION],
+        [{"type": "image_url", "image_url": 3}, QUESTION],
         {},
         "messages",
         "part 0 of content: image_url must be an object with a url",
@@ -143,15 +176,13 @@ REFUSED = [
     (["hi"], {}, "messages", "text and image_url are read"),
     ([], {}, "messages", "content must be a text, or a list of parts"),
     (None, {}, "messages", "content must be a text, or a list of parts"),
-    ("hi", {"temperature": 0.2}, "temperature", "temperature"),
-    ("hi", {"top_p": 0.9}, "top_p", "top_p"),
-    ("hi", {"n": 2}, "n", "n: not supported yet"),
-    ("hi", {"stop": ["."]}, "stop", "stop"),
+    ("hi", {"temperature": 2.5}, "temperature", "must be at most 2"),
+    ("hi", {"n": 99}, "n", "must be at most 16"),
     ("hi", {"max_tokens": 0}, "max_tokens", "must be at least 1"),
     ("hi", {"max_tokens": "9"}, "max_tokens", "must be a whole number"),
     ("hi", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools"),
     ("hi", {"response_format": {"type": "json_object"}}, "response_format", '{"type": "text"}'),
-    ("hi", {"extra_body": {"expert": "poet"}}, "expert", "there is no 'poet'"),
+    ("hi", {"extra_body": {"expert": "poet"}}, "expert", "no such field"),
     ("<image>\nhi", {}, "messages", "the message has no picture; send it as an image_url"),
     (
         [part(SPELLINGS["plain"]), {"type": "text", "text": "<image> or <image>?"}],
@@ -196,5 +227,21 @@ def test_whatever_a_client_puts_into_a_message_is_answered_or_told(client):
             client.chat.completions.create(model="small", messages=messages, max_tokens=1)
         except openai.BadRequestError as error:
             said.append((error.param, error.body["message"]))
-    assert len(said) > 30 and {param for param, _ in said} == {"messages"}
+    assert len(said) > 20 and {param for param, _ in said} == {"messages"}
     assert not [message for _, message in said if JARGON.search(message)]
+
+
+def test_the_example_with_a_picture_of_the_page_runs(client, tmp_path):
+    """docs/serving.md, as it stands but for the address and the model's name."""
+    _, program = examples("python")
+    program = program.replace("http://localhost:8000/v1/", str(client.base_url))
+    program = program.replace("http://localhost:8000/v1", str(client.base_url))
+    (tmp_path / "picture.png").write_bytes(CONTENT)
+    told = done(
+        [sys.executable, "-c", program.replace("tiny-vlm", "small")], "http://localhost", tmp_path
+    )
+    wanted, confidence = ask(
+        client,
+        [part(SPELLINGS["plain"]), {"type": "text", "text": "What color is the shape?"}],
+    )
+    assert told.startswith(wanted) and told.strip().endswith(str(confidence))

@@ -109,7 +109,7 @@ def _add_limits(group: "argparse._ArgumentGroup") -> None:
         "--max-waiting",
         type=positive,
         metavar="N",
-        help="requests that wait; those beyond get 503 (default 32)",
+        help="texts that wait; requests beyond get 503 (default 256)",
     )
     group.add_argument(
         "--max-body-bytes",

@@ -11,36 +11,30 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Scope
 
 from .. import __version__
-from ..errors import DamagedArtifact, PipelineError
-from ..store.bundle import about, identity
 from .bodies import BodyCheck
-from .chat import ChatService
 from .chat_engine import ChatEngine
-from .completions import CompletionService
+from .endpoints import add_endpoints
 from .fetching import Fetcher
+from .from_bundle import open_service
 from .gate import Gate, GateKeeper
+from .interface import probe
 from .keys import KeyCheck, Keys
 from .limits import ConnectionLimits, RequestLimits
 from .logs import RequestLog, event
 from .metrics import Metrics, path_label
-from .protocol import Service
 from .refusals import add_error_handlers
 from .same_site import ANY, Hosts, SameSite
 
 log = logging.getLogger(__name__)
 
-# By what a bundle says that it serves.
-SERVICES: dict[str, type[Service]] = {
-    "completions": CompletionService,
-    "chat": ChatService,
-}
 METRICS = "/metrics"
+READY = {200: "It would", 503: "It would not: the status says why"}
+FIGURES = {200: "As Prometheus reads them"}
 # Without a key, as probes of load balancers have none, and whatever becomes of the bundle.
 PROBES = ("/healthz", "/readyz")
 
@@ -87,6 +81,7 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     gate = Gate()
     metrics = Metrics()
     app.state.gate = gate
+    app.state.wants_key = access.keys.wanted
     app.state.metrics = metrics
     app.state.close = None  # what ends the engine, once there is one
     app.state.connections = connections or ConnectionLimits()
@@ -114,37 +109,19 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
 def open_bundle(app: FastAPI, folder: Path, limits: RequestLimits | None = None) -> None:
     """Open a bundle and have an application serve it from here on. Raises as `create` does."""
     began = time.monotonic()
-    service = _service(Path(folder), limits)
+    service = open_service(Path(folder), limits)
     app.state.service = service
-    app.state.bundle = identity(Path(folder))
+    app.state.bundle = service.bundle
     engine = service.engine
     if isinstance(engine, ChatEngine):
         engine.room.fetcher = Fetcher(service.limits.image_hosts)
     app.state.close = engine.close
     app.state.metrics.follow(engine)
-    _add_models(app, service, app.state.bundle)
-    service.add_to(app, ())
-    app.state.gate.is_full = lambda: service.in_flight > service.limits.waiting
+    add_endpoints(app, service, wants_key=app.state.wants_key)
+    app.state.gate.is_full = lambda: service.is_full
     app.state.gate.opened = True
     seconds = round(time.monotonic() - began, 2)
     event(log, "ready", model=service.engine.name, seconds=seconds)
-
-
-def _service(folder: Path, limits: RequestLimits | None) -> Service:
-    # Bundles that do not say it are of completions, as all were before there were others.
-    serves = about(folder).get("serves", "completions")
-    if not isinstance(serves, str) or serves not in SERVICES:
-        raise DamagedArtifact(f"{folder} serves {serves!r}, which is no service here")
-    try:
-        return SERVICES[serves](folder, limits)
-    # What the memory has no room for is no fault of a file.
-    except (PipelineError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # libraries raise what they like at files of others
-        reason = " ".join(str(error).split())
-        raise DamagedArtifact(
-            f"{folder} cannot be opened: {type(error).__name__}: {reason}"
-        ) from error
 
 
 def _paths(app: FastAPI) -> frozenset[str]:
@@ -153,33 +130,26 @@ def _paths(app: FastAPI) -> frozenset[str]:
 
 
 def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", **probe("Say that the process answers", {200: "It does"}))
     async def healthz() -> dict:
         """Say that the process answers, whatever it is ready for, and which bundle it has opened:
         of several behind one address all should have the same."""
         bundle = getattr(app.state, "bundle", None)
         return {"status": "ok"} | ({"bundle": bundle} if bundle else {})
 
-    @app.get("/readyz")
+    @app.get("/readyz", **probe("Say whether a request would be taken", READY))
     async def readyz() -> JSONResponse:
         """Say whether another request would be taken: 503 while the bundle is opened, while too
         many requests wait, and once the server is told to stop."""
         problem = gate.problem
         return JSONResponse({"status": problem or "ready"}, 503 if problem else 200)
 
-    @app.get(METRICS)
+    @app.get(
+        METRICS,
+        response_class=PlainTextResponse,
+        **probe("Tell what is counted", FIGURES, kind="text/plain"),
+    )
     async def figures(request: Request) -> Response:
         """Return what is counted, as Prometheus reads it."""
         content, kind = metrics.shown(request.headers.get("accept", ""))
         return Response(content, media_type=kind)
-
-
-def _add_models(app: FastAPI, service: Service, bundle: dict[str, str]) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [service.model() | {"bundle": bundle}]}
-
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict:
-        service.check_model(name)
-        return service.model() | {"bundle": bundle}

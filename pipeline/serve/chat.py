@@ -1,221 +1,186 @@
-"""Chats with pictures over a bundle of adapters, in OpenAI's format, and which expert a request
-goes to.
+"""POST /v1/chat/completions: answers to chats, in OpenAI's form.
 
-Invariant: pictures come inside the request and are checked before anything is run; this server
-fetches nothing. What answers is the stack that the report measured.
+Every field of OpenAI's is taken where it asks for nothing that is not done here.
 """
 
-import secrets
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
-from fastapi.params import Depends
-from pydantic import BeforeValidator, Field
+from fastapi.responses import Response
+from pydantic import Field, ValidationInfo, field_validator
 
-from ..errors import DataError
-from .chat_engine import ChatEngine, Question
-from .limits import RequestLimits
-from .messages import one_question
-from .protocol import (
-    DIGITS,
-    Body,
-    OnlyFalse,
-    OnlyNone,
-    OnlyOne,
-    OnlyText,
-    OnlyZero,
-    Service,
-    body_schema,
-    following,
-    read_body,
-)
-from .refusals import ApiError
+from .answering import answered
+from .answers import ChatChoice, ChatCompletion, ChatDelta, ChatEvent, ChatLogprobs, ChatPart
+from .forms import Form, Json
+from .generation import Piece, Prompt, Sampling
+from .interface import described
+from .messages import Messages
+from .protocol import OnlyFalse, OnlyNone, OnlyText, only, read_body
+from .sampling_body import MAX_LIKELIEST, SamplingBody
+from .service import Service
+from .told import Telling, chat_logprobs
 
-BODY_BYTES = 32 << 20  # pictures come inside
-
-T = TypeVar("T")
+# What each of these says where it is left out, or what it says where there are no tools.
+Modalities = Annotated[Any, only(None, ["text"])]
+NoTool = Annotated[Any, only(None, "none", "auto")]
+NoThought = Annotated[Any, only(None, "none", "medium")]
+Medium = Annotated[Any, only(None, "medium")]
+AnyTier = Annotated[Any, only(None, "auto", "default")]
 
 
-class Picture(Body):
-    """Where a picture is: a data: URI."""
-
-    url: str = Field(
-        description="data:image/png;base64,... or another kind of picture; nothing is fetched"
-    )
-    detail: str | None = Field(None, description="Taken and not used")
-
-
-class TextPart(Body):
-    """A part of a message that is text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class PicturePart(Body):
-    """A part of a message that is a picture."""
-
-    type: Literal["image_url"]
-    image_url: Picture
-
-
-class Message(Body):
-    """A turn of a chat."""
-
-    # No system text and no earlier turns: no expert has seen any.
-    role: Literal["user"] = Field(description="user; experts were trained on single questions")
-    content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]] = Field(
-        description="Text, or parts: text and image_url"
-    )
-    name: str | None = Field(None, description="Taken and not used")
-
-    def question(self) -> Question:
-        """Return one text, and its pictures in order."""
-        if isinstance(self.content, str):
-            return Question(self.content)
-        texts = []
-        urls = []
-        for part in self.content:
-            if isinstance(part, TextPart):
-                texts.append(part.text)
-            else:
-                urls.append(part.image_url.url)
-        return Question("\n".join(texts), urls)
-
-
-class RoutingBody(Body):
-    """What /v1/route takes: what a request holds that is only to be routed."""
-
-    model: str | None = Field(None, description="Name of the model; none: the one that is served")
-    messages: Annotated[list[Message], BeforeValidator(one_question)] = Field(
-        min_length=1, max_length=1, description="One message, of the user"
-    )
-    user: str | None = Field(None, description="Taken and not used")
-
-
-class ChatBody(RoutingBody):
+class ChatBody(SamplingBody):
     """What /v1/chat/completions takes."""
 
-    expert: str | None = Field(
-        None, description="Who answers: an expert or base; none: whom the router chooses"
-    )
+    messages: Messages = Field(description="What was said so far, the last one to be answered")
     max_tokens: int | None = Field(
-        None, ge=1, description="Tokens to draw at most; none: the expert's own limit"
+        None, ge=1, description="Tokens to draw at most; above the limit there is, as many as that"
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="The same under its newer name"
     )
-    # Answers are the likeliest text, as those that the report measured, so nothing is drawn.
-    temperature: OnlyZero = 0
-    top_p: OnlyOne = 1
-    stream: OnlyFalse = False
-    n: OnlyOne = 1
-    presence_penalty: OnlyZero = 0
-    frequency_penalty: OnlyZero = 0
-    logprobs: OnlyNone = None
-    stop: OnlyNone = None
-    tools: OnlyNone = None
-    logit_bias: OnlyNone = None
-    response_format: OnlyText = None
-    seed: int | None = Field(
-        None, description="Taken and not used: answers are not drawn at random"
+    logprobs: bool = Field(False, description="Tell each token's probability")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LIKELIEST, description="Also those of so many likeliest tokens"
     )
+    add_generation_prompt: bool = Field(
+        True, description="Have the answer begin anew; false only to go on with the last message"
+    )
+    continue_final_message: bool = Field(
+        False, description="Go on with the last message, which is the assistant's"
+    )
+    # What a provider may do better for it; nothing here depends on it.
+    metadata: dict[str, str] | None = Field(None, description="Taken and not used")
+    parallel_tool_calls: bool | None = Field(None, description="Taken and not used")
+    prompt_cache_key: str | None = Field(None, description="Taken and not used")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="Taken and not used")
+    prompt_cache_retention: str | None = Field(None, description="Taken and not used")
+    safety_identifier: str | None = Field(None, description="Taken and not used")
+    # The rest of OpenAI's fields, of which only what asks for nothing is served.
+    audio: OnlyNone = None
+    function_call: NoTool = None
+    functions: OnlyNone = None
+    modalities: Modalities = None
+    moderation: OnlyNone = None
+    prediction: OnlyNone = None
+    reasoning_effort: NoThought = None
+    response_format: OnlyText = None
+    service_tier: AnyTier = None
+    store: OnlyFalse = False
+    tool_choice: NoTool = None
+    tools: OnlyNone = None
+    verbosity: Medium = None
+    web_search_options: OnlyNone = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _goes_with_logprobs(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if given and not info.data.get("logprobs"):
+            raise ValueError("it goes with logprobs; set logprobs to true")
+        return given
 
-class ChatService(Service):
-    """Answers of experts to questions about pictures."""
+    @field_validator("continue_final_message")
+    @classmethod
+    def _is_the_assistants(cls, given: bool, info: ValidationInfo) -> bool:
+        messages = info.data.get("messages")
+        if given and info.data.get("add_generation_prompt"):
+            raise ValueError("it goes on with a message, so add_generation_prompt must be false")
+        if given and messages and messages[-1].role != "assistant":
+            raise ValueError("the last message must be the assistant's, which is gone on with")
+        return given
 
-    addresses = "GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/route"
-    engine: ChatEngine
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are told with each one; None: no probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def __init__(self, folder: Path, limits: RequestLimits | None):
-        super().__init__(folder, limits)
-        self.engine = ChatEngine(folder)
-        self.limits = limits or RequestLimits(body_bytes=BODY_BYTES)
-
-    def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:
-        """Give an application /v1/chat/completions and /v1/route, behind the guards."""
-
-        @app.post("/v1/chat/completions", dependencies=guarded, openapi_extra=body_schema(ChatBody))
-        async def completions(request: Request) -> dict:
-            body = await read_body(request, ChatBody, self.limits.body_bytes)
-            async with following(request):
-                return await self.complete(body)
-
-        @app.post("/v1/route", dependencies=guarded, openapi_extra=body_schema(RoutingBody))
-        async def route(request: Request) -> dict:
-            body = await read_body(request, RoutingBody, self.limits.body_bytes)
-            async with following(request):
-                return await self.route(body)
-
-    def details(self) -> dict:
-        """Return the base and the limits of a request."""
-        about = self.engine.about
-        return {"base": about["base"]["model"], "limits": about["limits"]}
-
-    async def complete(self, body: ChatBody) -> dict:
-        """Return the stack's answer, or that of the expert asked for. Raises ApiError."""
-        self.check_model(body.model)
-        if body.expert not in (None, "base", *self.engine.experts):
-            known = ", ".join(self.engine.experts)
-            raise ApiError(
-                400, f"expert: there is no {body.expert!r}; there are {known} and base", "expert"
-            )
+    @property
+    def most(self) -> int | None:
+        """How many tokens may be drawn; None: as many as there is room for."""
         # Clients send the old name, the new one, or both alike.
-        most = body.max_completion_tokens or body.max_tokens
-        question = body.messages[0].question()
-        seconds = self.limits.seconds
-        done = await self._run(lambda: self.engine.answer(question, seconds, most, body.expert))
-        message = {"role": "assistant", "content": done.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
-        return {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.engine.name,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": done.prompt_tokens,
-                "completion_tokens": done.completion_tokens,
-                "total_tokens": done.prompt_tokens + done.completion_tokens,
-            },
-            "expert": done.expert,
-            **_routing(done.confidence, done.alternatives),
-            "others": [{"expert": name, "content": text} for name, text in done.others],
-            "seconds": {
-                "route": round(done.route_s, DIGITS),
-                "generate": round(done.generate_s, DIGITS),
-            },
+        return self.max_completion_tokens or self.max_tokens
+
+
+class ChatForm(Form):
+    """How answers are told."""
+
+    kind = "chatcmpl"
+    whole_object = "chat.completion"
+    event_object = "chat.completion.chunk"
+    body: ChatBody
+
+    @property
+    def tells_probabilities(self) -> bool:
+        """Whether probabilities are told."""
+        return self.body.logprobs
+
+    def choice(self, number: int, telling: Telling) -> Json:
+        """Return an answer that has ended."""
+        assert telling.finish is not None  # noqa: S101  # only then is it told
+        choice: ChatChoice = {
+            "index": number,
+            "message": {"role": "assistant", "content": telling.text, "refusal": None},
+            "logprobs": self._logprobs(telling.drawn),
+            "finish_reason": telling.finish,
         }
+        generation = self.generations[number]
+        # Of a router that was not sure, the answers that were ranked below.
+        if generation.choice is not None:
+            others = generation.others
+            choice["others"] = [{"expert": name, "content": text} for name, text in others]
+        return {**choice}
 
-    async def route(self, body: RoutingBody) -> dict:
-        """Return which expert a request goes to. Raises ApiError."""
-        self.check_model(body.model)
-        question = body.messages[0].question()
-        choice = await self._run(lambda: self.engine.chosen(question, self.limits.seconds))
-        return {
-            "object": "route",
-            "model": self.engine.name,
-            "expert": choice.expert,
-            **_routing(choice.confidence, choice.alternatives),
-            "answered_by": list(choice.answered_by),
+    def part(self, number: int, piece: Piece, _offset: int) -> Json:
+        """Return what a piece adds to an answer."""
+        delta: ChatDelta = {"content": piece.text} if piece.text else {}
+        return self._part(number, delta, piece)
+
+    def first(self) -> Iterator[Json]:
+        """Yield an event for each answer that says whose it is."""
+        for number in range(len(self.generations)):
+            delta: ChatDelta = {"role": "assistant", "content": ""}
+            yield self.of_choices([self._part(number, delta, None)])
+
+    def _part(self, number: int, delta: ChatDelta, piece: Piece | None) -> Json:
+        told: ChatPart = {
+            "index": number,
+            "delta": delta,
+            "logprobs": self._logprobs([piece]) if piece and piece.token else None,
+            "finish_reason": piece.finish if piece else None,
         }
+        return {**told}
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run work in a thread; what is wrong with the request's content becomes a 400."""
-        # Pictures are opened inside work, as decoding one takes long enough to hold up the rest.
-        try:
-            return await self.run(work)
-        except DataError as error:
-            raise ApiError(400, f"messages: {error}", "messages") from None
+    def _logprobs(self, drawn: Iterable[Piece]) -> ChatLogprobs | None:
+        if not self.tells_probabilities:
+            return None
+        return chat_logprobs(drawn, self.service.prompts.token_texts)
 
 
-def _routing(confidence: float, alternatives: Iterable[tuple[str, float]]) -> dict:
-    """Return the router's part of an answer."""
-    others = []
-    for name, probability in alternatives:
-        others.append({"expert": name, "probability": round(probability, DIGITS)})
-    return {"confidence": round(confidence, DIGITS), "alternatives": others}
+def add_chat(app: FastAPI, service: Service) -> None:
+    """Give an application /v1/chat/completions."""
+
+    @app.post(
+        "/v1/chat/completions",
+        **described("Answer a chat", body=ChatBody, answer=ChatCompletion, event=ChatEvent),
+    )
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, ChatBody, service.limits.body_bytes)
+        reader = service.reader(body.model)
+        service.check_bias(body.logit_bias)
+        turns = [message.turn() for message in body.messages]
+        limit_s = service.limits.seconds
+
+        def prompts() -> list[Prompt]:
+            # Pictures are opened here, as decoding one takes long enough to hold up the rest.
+            prompt = service.prompts.chat(
+                turns, reader, goes_on=body.continue_final_message, seconds=limit_s
+            )
+            return [prompt]
+
+        def samplings(prompt: Prompt) -> Iterator[Sampling]:
+            most = service.most(prompt, "messages", body.most)
+            return body.samplings(most, service.prompts.temperature, body.likeliest, limit_s)
+
+        return await answered(
+            service, request, body, ChatForm, prompts, samplings, param="messages"
+        )

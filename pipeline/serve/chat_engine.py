@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ..config.task_data import ImageLimitsConfig
-from ..data.tasks.markup import StrangePlaceholder, without_placeholders
-from ..errors import DataError
 from ..families import family
 from .adapters import row_adapter
 from .engine import Engine
@@ -26,34 +24,23 @@ from .generation import (
     Capacity,
     Generation,
     Medium,
-    Piece,
     Prompt,
     RequestChoice,
     Route,
     Sampling,
-    result_of,
 )
 from .networks import Batch, Chunk, OneReader
-from .pictures import DecodingRoom, opened
+from .pictures import DecodingRoom
 from .rows import Contest, Order, QuestionRow, ServedRow, Sink, TextRow, TextSink
 from .sampling import TokenSampler
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
     from ..families.adapters.inference import MultiAdapterModel
-    from ..families.adapters.inference import Request as StackRequest
     from ..families.adapters.media import MediaFeatures
-    from ..families.adapters.stack import AdapterStack, Answer, Choice
+    from ..families.adapters.stack import AdapterStack, Choice
 
 ROUTER = "router"  # the router's adapter, which reads questions and no text
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked: a text, and data: URIs of the pictures that it is about."""
-
-    text: str
-    pictures: Sequence[str] = ()
 
 
 class ChatEngine(Engine):
@@ -73,18 +60,6 @@ class ChatEngine(Engine):
         model = self.stack.model
         self.context_tokens: int = model.core.config.get_text_config().max_position_embeddings
         self._serve(ChatAdapters(model, self.readers))
-
-    def prompt(self, question: Question, seconds: float, reader: str | None = None) -> Prompt:
-        """Return a question as it is read; its pictures wait for room no longer than `seconds`.
-        Raises DataError, TimeoutError, Abandoned."""
-        request = self._request(question, seconds)
-        self.stack.model.check(request)
-        return Prompt(
-            self.stack.prompt_ids(request.prompt, request.media),
-            request.media,
-            reader,
-            self.stack.routing_ids(request.prompt, request.media),
-        )
 
     def submit(self, prompt: Prompt, sampling: Sampling, client: str = "") -> Generation:
         """Have a question answered; of clients that wait, the one with the fewest running is first.
@@ -125,40 +100,6 @@ class ChatEngine(Engine):
         order = Order.of_route(future, client)
         self.scheduler.add(self._asking(order, prompt, _Media(prompt.media), answered))
         return future
-
-    def answer(
-        self, question: Question, seconds: float, most: int | None, expert: str | None
-    ) -> "Answer":
-        """Return the answer to a question, of at most so many tokens, by an expert or by whom the
-        router chooses; past `seconds` no further token is begun, nor do its pictures wait for room
-        any longer. Raises DataError, TimeoutError, Abandoned."""
-        from ..families.adapters.stack import Answer
-
-        started = time.monotonic()
-        prompt = self.prompt(question, seconds, expert)
-        left = max(0.0, seconds - (time.monotonic() - started))
-        generation = self.submit(prompt, Sampling(most, 0.0, seconds=left))
-        pieces: list[Piece] = generation.wait()
-        choice = generation.choice
-        return Answer(
-            text="".join(piece.text for piece in pieces),
-            expert=generation.reader or BASE_READER,
-            confidence=choice.confidence if choice else 1.0,
-            alternatives=choice.alternatives if choice else (),
-            finish=pieces[-1].finish or "stop",
-            prompt_tokens=generation.prompt_tokens,
-            completion_tokens=generation.completion_tokens,
-            route_s=generation.times.between("asked", "routed"),
-            generate_s=generation.times.between("routed", "ended"),
-            others=generation.others,
-        )
-
-    def chosen(self, question: Question, seconds: float) -> RequestChoice:
-        """Return where a question goes; its pictures wait for room no longer than `seconds`. Raises
-        DataError, TimeoutError, Abandoned."""
-        route = result_of(self.route(self.prompt(question, seconds)))
-        assert route.choice is not None  # noqa: S101 (a router of whole requests has one)
-        return route.choice
 
     def _asking(
         self,
@@ -217,31 +158,6 @@ class ChatEngine(Engine):
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.stack.model.chat.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _request(self, question: Question, seconds: float) -> "StackRequest":
-        """Return a question as the stack takes it: one text, and its pictures in order."""
-        # Counted before any is opened, which is what takes memory.
-        most = self.stack.model.limits.media
-        count = len(question.pictures)
-        if count > most:
-            raise DataError(f"{count} images; at most {most} are taken")
-        until = time.monotonic() + seconds
-        images = [opened(url, self.image, self.room, until) for url in question.pictures]
-        return self.stack.request(self._plain(question.text, count), images)
-
-    def _plain(self, text: str, pictures: int) -> str:
-        """Return a question as experts were asked it in training, without placeholders of pictures.
-        Raises DataError."""
-        mark = self.stack.model.chat.media.placeholder
-        # Who writes the model's own mark without a picture writes about it; it is encoded as words.
-        if not pictures and mark and mark in text:
-            return text
-        try:
-            plain, _ = without_placeholders(text, pictures)
-        except StrangePlaceholder as error:
-            told = str(error).replace("the row has", "the message has")
-            raise DataError(f"{told}; send it as an image_url, or leave the mark out") from None
-        return plain
 
 
 class ChatAdapters(OneReader):

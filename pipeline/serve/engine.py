@@ -233,7 +233,9 @@ class CompletionEngine(Engine):
         `submit` does; cancelling the future gives it up."""
         self._check(prompt)
         future: Future[Route] = Future()
-        led = len(self.start_ids)
+        # a chat is begun as its template has it
+        begins = prompt.ids[: len(self.start_ids)] == tuple(self.start_ids)
+        led = len(self.start_ids) if begins else 0
 
         def done(choices: list[GateChoice]) -> None:
             tokens = self._tokens(prompt.ids[led:], choices[led:])

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -195,7 +195,7 @@ class Generation:
         self._cancelled = True
         self.fail(Abandoned("nobody waits for the answer any more"))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Yield its pieces as they come; who stops before the last one gives the text up.
 
         Raises what the engine raised over it: Abandoned where it was cancelled, TimeoutError where
@@ -215,12 +215,15 @@ class Generation:
         try:
             while True:
                 news.clear()
-                for piece in self._since(done):
+                found = self._since(done)
+                for piece in found:
                     done += 1
                     yield piece
                     if piece.finish:
                         return
-                await news.wait()
+                # What ended it may have come while these were read.
+                if not found:
+                    await news.wait()
         finally:
             with self._changed:
                 self._wakes.remove(wake)
@@ -350,6 +353,8 @@ class Generating(Protocol):
     """What HTTP knows of an engine."""
 
     name: str
+    made_at: int  # seconds since 1970
+    about: dict[str, Any]  # what its bundle says of itself
     experts: tuple[str, ...]
     speakers: tuple[str, ...]  # by the numbers that tokens tell
     readers: tuple[str, ...]  # who can be asked for by name: the experts, and "base" where it is

@@ -14,7 +14,7 @@ class RequestLimits:
 
     body_bytes: int = 1 << 20
     new_tokens: int = 1024
-    waiting: int = 32  # fewer than starlette has threads, which is 40
+    waiting: int = 256  # texts that wait until there is a place for them
     seconds: float = 120.0  # then a completion ends where it is
     context_tokens: int | None = None  # of prompt and answer; None: the model's own
     image_hosts: tuple[str, ...] = ()  # whose pictures are fetched; *: any of the open network

@@ -1,59 +1,64 @@
-"""What every endpoint has in common: bodies that are checked, and the waiting line.
+"""What every endpoint has in common: bodies that are read under a limit and checked.
 
 Invariant: whatever a client sends, it gets JSON back, with the status that says whose fault an
-error is. A model runs one request at a time, in a thread; the rest wait, up to a limit.
+error is.
 """
 
-import asyncio
 import json
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.params import Depends
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails
-from starlette.concurrency import run_in_threadpool
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, core_schema
 from starlette.requests import ClientDisconnect
 
 from ..config.wording import sentence
-from ..protocols import Abandoned, while_wanted
-from .engine import Engine
-from .limits import RequestLimits
 from .refusals import ApiError
 
-DIGITS = 4  # of a probability, a weight or a time in an answer
 
-T = TypeVar("T")
-
-
-def only(value: object) -> AfterValidator:
-    """Return the check of a field of OpenAI's that has one value here.
+# Not compared: typing makes one type of what is equal, and to Python 1 is True.
+@dataclass(frozen=True, eq=False)
+class Only:
+    """The check of a field of OpenAI's that has one value here, the first of some that mean it.
 
     Clients send such fields with their defaults; taken and not used, another value would be a
     promise that is not kept.
     """
 
-    def check(given: object) -> object:
+    values: tuple[Any, ...]
+
+    def check(self, given: object) -> object:
+        """Return the field's one value. Raises ValueError for another."""
+        value = self.values[0]
         # To ask for no tools, or for no probabilities, is to ask for nothing.
         is_nothing = value is None and (given is False or given in ([], {}))
-        if given != value and not is_nothing:
-            raise ValueError(f"not supported yet; leave it out or set it to {json.dumps(value)}")
+        if given not in self.values and not is_nothing:
+            wanted = " or ".join(json.dumps(each) for each in self.values)
+            raise ValueError(f"not supported yet; leave it out or set it to {wanted}")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, _kind: Any, _handler: Any) -> core_schema.CoreSchema:
+        # Any, so that a wrong type is told as not supported too, and 1.0 passes for 1.
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+        nothing: list[Any] = [False, [], {}] if self.values[0] is None else [None]
+        return {"enum": [*self.values, *nothing]}
 
 
-# Any, so that a wrong type is told as not supported too, and 1.0 passes for 1.
+def only(*values: object) -> Only:
+    """Return the check of a field that may have one of some values, which all mean the first."""
+    return Only(values)
+
+
 OnlyFalse = Annotated[Any, only(False)]
+OnlyTrue = Annotated[Any, only(True)]
 OnlyOne = Annotated[Any, only(1)]
 OnlyZero = Annotated[Any, only(0)]
 OnlyNone = Annotated[Any, only(None)]
-OnlyText = Annotated[Any, only({"type": "text"})]
+OnlyText = Annotated[Any, only(None, {"type": "text"})]
 
 
 class Body(BaseModel):
@@ -68,92 +73,6 @@ class Body(BaseModel):
         if not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if value is not None}
-
-
-class Service(ABC):
-    """What the endpoints of one bundle do, less HTTP."""
-
-    addresses = ""  # for who asks for another
-    engine: Engine
-    limits: RequestLimits
-
-    @abstractmethod
-    def __init__(self, folder: Path, limits: RequestLimits | None):
-        """Open the bundle in folder; without limits it has those of its kind."""
-        self.in_flight = 0
-
-    @abstractmethod
-    def add_to(self, app: FastAPI, guarded: Sequence[Depends]) -> None:
-        """Give an application the endpoints of this service, behind the guards."""
-
-    @abstractmethod
-    def details(self) -> dict:
-        """Return what /v1/models says of this kind of bundle alone."""
-
-    def model(self) -> dict:
-        """Return what /v1/models says of the bundle."""
-        return {
-            "id": self.engine.name,
-            "object": "model",
-            "created": self.engine.made_at,
-            "owned_by": "moleforge",
-            "experts": list(self.engine.experts),
-            **self.details(),
-        }
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError for another model's name."""
-        if name in (None, self.engine.name):
-            return
-        raise ApiError(
-            404,
-            f"the model {name!r} is not served here; {self.engine.name!r} is",
-            "model",
-            "model_not_found",
-        )
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run work in a thread; raise ApiError while too many requests wait already."""
-        # Counted without a lock: only the event loop's own thread comes here.
-        if self.in_flight > self.limits.waiting:
-            raise ApiError(
-                503,
-                f"{self.in_flight} requests are waiting already; try again in a moment",
-                None,
-                "overloaded",
-                **{"Retry-After": "1"},
-            )
-        self.in_flight += 1
-        try:
-            return await run_in_threadpool(work)
-        except Abandoned:
-            # heard by nobody; the status is nginx's for it, in this server's log
-            raise ApiError(499, "the client left before its answer was there") from None
-        except TimeoutError as error:
-            raise ApiError(503, str(error), None, "overloaded", **{"Retry-After": "1"}) from None
-        finally:
-            self.in_flight -= 1
-
-
-@asynccontextmanager
-async def following(request: Request) -> AsyncIterator[None]:
-    """Have the work inside, threads included, end with Abandoned once the client is gone. The body
-    must have been read: both would read the same messages."""
-    gone = threading.Event()
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            continue
-        gone.set()
-
-    while_wanted(gone.is_set)
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        # a thread outlives its request where the server is told to stop
-        gone.set()
-        watcher.cancel()
 
 
 B = TypeVar("B", bound=Body)
@@ -185,6 +104,8 @@ async def read_body(request: Request, kind: type[B], limit_bytes: int) -> B:
 def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
     """Return the error that names every wrong field."""
     texts = []
+    # Of what may be left out pydantic says beside the rest that it might be null.
+    problems = [each for each in problems if each["type"] != "none_required"]
     for problem in problems:
         # The words for settings are right for fields too, but not for the body as a whole.
         text = sentence(problem) if problem["loc"] else problem["msg"]
@@ -204,14 +125,3 @@ def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
 def _field(problem: ErrorDetails) -> str:
     """Return the field of the body that a problem is in; "" when the body itself is wrong."""
     return str(problem["loc"][0]) if problem["loc"] else ""
-
-
-def body_schema(kind: type[Body]) -> dict:
-    """Return the part of the interface's own description that tells a body's fields."""
-    # By hand, as FastAPI knows only bodies that it reads itself, without a limit.
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": kind.model_json_schema()}},
-        }
-    }

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from ..errors import plain
+from .answers import ErrorAnswer
 
 # For which what is still being sent is read and dropped: a socket that is closed over unread bytes
 # is reset, and the client may never see why.
@@ -49,6 +50,13 @@ def response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
+    """Return the answer that is an error."""
+    return JSONResponse(error_body(status, message, param, code), status, headers)
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> ErrorAnswer:
     """Return an error in OpenAI's form."""
     if status == 401:
         kind = "authentication_error"
@@ -56,8 +64,7 @@ def response(
         kind = "not_found_error"
     else:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def add_error_handlers(app: FastAPI) -> None:

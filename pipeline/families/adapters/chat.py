@@ -24,9 +24,19 @@ from .media import Media, Medium
 IGNORED = -100  # label of a token that is not learned
 PROMPTS_KEPT = 8192  # rendered and encoded prompts kept, as they repeat
 
+Role = Literal["system", "user", "assistant"]
 Tensors = dict[str, torch.Tensor]  # what a model takes, by name
 Side = Literal["left", "right"]  # where shorter rows are padded
 Prompts = Sequence[str | None]  # by row: what to ask instead of its own prompt, or None
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """What one side of a chat said, and how many media it showed with it."""
+
+    role: Role
+    text: str
+    media: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,15 +92,20 @@ class Chat:
         self.prompt_ids = lru_cache(PROMPTS_KEPT)(self._prompt_ids)
         self.answer_ids = lru_cache(PROMPTS_KEPT)(self._answer_ids)
 
-    def render(self, prompt: str, media: int = 0) -> str:
-        """Return a request as text up to and including the assistant's header."""
-        text = self.escape(prompt)
-        # the library's types know no content but a text
-        turn: Any = {"role": "user", "content": self.media.content(text, media)}
+    def render(self, turns: Sequence[ChatTurn], *, goes_on: bool = False) -> str:
+        """Return turns as text up to and including the assistant's header, or, where the last one
+        goes on, up to its own end."""
+        messages: list[Any] = []
+        for turn in turns:
+            text = self.escape(turn.text)
+            # the library's types know no content but a text
+            content = self.media.content(text, turn.media)
+            messages.append({"role": turn.role, "content": content})
         rendered = self.renderer.apply_chat_template(
-            [turn],
+            messages,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
         )
         return str(rendered)
 
@@ -145,11 +160,15 @@ class Chat:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
         return inputs | self.media.token_inputs(ids_BT)
 
-    def _prompt_ids(self, prompt: str, media: int = 0) -> tuple[int, ...]:
-        text = self.render(prompt, media)
+    def turn_ids(self, turns: Sequence[ChatTurn], *, goes_on: bool = False) -> tuple[int, ...]:
+        """Return the ids of turns, a placeholder for each medium, ready to be answered."""
+        text = self.render(turns, goes_on=goes_on)
         # the template writes every special token itself: the tokenizer must not add its own
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return tuple(ids)
+
+    def _prompt_ids(self, prompt: str, media: int = 0) -> tuple[int, ...]:
+        return self.turn_ids([ChatTurn("user", prompt, media)])
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         text = self.escape(answer)

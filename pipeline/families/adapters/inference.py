@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from ...errors import DataError
 from ...protocols import check_wanted, held, is_unwanted
-from .chat import Chat
+from .chat import Chat, ChatTurn
 from .media import MediaFeatures, Medium
 from .peft_io import NO_ADAPTER, core_of, own_name, peft_name
 
@@ -99,31 +99,68 @@ class MultiAdapterModel:
 
     def check(self, request: Request) -> None:
         """Raise DataError for a request over the limits, before anything is run."""
-        limits = self.limits
-        prompt = request.prompt
         count = len(request.media)
-        kind = f"{self.chat.media.name}s"
-        if count > limits.media:
-            raise DataError(f"the request has {count} {kind}; at most {limits.media} are taken")
+        self._check_parts(len(request.prompt), count)
+        # each medium takes the place of one placeholder of the prompt
+        of_prompt = len(self.chat.prompt_ids(request.prompt, count)) - count
+        self._check_tokens(of_prompt, self._media_tokens(request.media))
+
+    def read(
+        self, turns: Sequence[ChatTurn], media: Sequence[Medium], *, goes_on: bool = False
+    ) -> tuple[int, ...]:
+        """Return the ids of a conversation with all its media in order, ready to be answered; where
+        its last turn goes on, that is gone on with. Raises DataError for one over the limits, or
+        that the base's chat template does not take."""
+        characters = sum(len(turn.text) for turn in turns)
+        self._check_parts(characters, len(media))
+        try:
+            ids = self.chat.turn_ids(turns, goes_on=goes_on)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"the base's chat template does not take them: {error}") from None
+        tokens = self._media_tokens(media)
+        self._check_tokens(len(ids) - len(media), tokens)
+        return tuple(self.chat.expand(ids, tokens))
+
+    def read_plain(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text that is no turn of a chat. Raises DataError for one over the
+        limits."""
+        self._check_parts(len(text), 0)
+        ids = self.chat.tokenizer.encode(self.chat.escape(text), add_special_tokens=False)
+        self._check_tokens(len(ids), ())
+        # a text needs something to go on from
+        return tuple(ids) or (self.chat.pad_id,)
+
+    def _media_tokens(self, media: Sequence[Medium]) -> list[int]:
+        return [self.chat.media.tokens(medium) for medium in media]
+
+    def _check_parts(self, characters: int, media: int) -> None:
+        """Raise DataError for more than is worth encoding."""
+        limits = self.limits
+        if media > limits.media:
+            kind = f"{self.chat.media.name}s"
+            raise DataError(f"the request has {media} {kind}; at most {limits.media} are taken")
         # before it is encoded, which takes long for a long one
-        if len(prompt) > limits.prompt_characters:
+        if characters > limits.prompt_characters:
             raise DataError(
-                f"the prompt has {len(prompt):,} characters; at most "
+                f"the prompt has {characters:,} characters; at most "
                 f"{limits.prompt_characters:,} are taken"
             )
-        of_media = 0
-        for medium in request.media:
-            of_media += self.chat.media.tokens(medium)
-        # each medium takes the place of one placeholder of the prompt
-        of_prompt = len(self.chat.prompt_ids(prompt, count)) - count
+
+    def _check_tokens(self, of_prompt: int, media_tokens: Sequence[int]) -> None:
+        """Raise DataError for more tokens than a request may have."""
+        limits = self.limits
+        of_media = sum(media_tokens)
         tokens = of_prompt + of_media
-        if tokens > limits.tokens:
-            share = f"{of_media:,} of them for {count} {kind}; " if count else ""
-            smaller = f"smaller or fewer {kind}, or " if count else ""
-            raise DataError(
-                f"the request has {tokens:,} tokens, {share}at most {limits.tokens:,} are taken. "
-                f"Send {smaller}a shorter prompt"
-            )
+        if tokens <= limits.tokens:
+            return
+        count = len(media_tokens)
+        kind = f"{self.chat.media.name}s"
+        share = f"{of_media:,} of them for {count} {kind}; " if count else ""
+        smaller = f"smaller or fewer {kind}, or " if count else ""
+        raise DataError(
+            f"the request has {tokens:,} tokens, {share}at most {limits.tokens:,} are taken. "
+            f"Send {smaller}a shorter prompt"
+        )
 
     def encode_media(self, media: Sequence[Medium], adapter: str = BASE) -> list[MediaFeatures]:
         """Run the encoder, the base's own or that of an adapter in `encoder_adapters`, once over

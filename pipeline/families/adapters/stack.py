@@ -153,11 +153,6 @@ class AdapterStack:
         prob_NC = softmax(logit_NC, self.calibration.temperature)
         return [self._choice(prob_C) for prob_C in prob_NC]
 
-    def request(self, prompt: str, media: Sequence[Medium]) -> Request:
-        """Return a question with its media as `answer` and `route` take it; serving knows no other
-        class of ours."""
-        return Request(prompt, tuple(media))
-
     def answer(
         self,
         requests: Sequence[Request],

@@ -17,7 +17,7 @@ from ...errors import DataError
 from ...store.artifacts import write_text
 from ..adapters.base import LoadedBase, ModelKind, load_model, pin_base, pinned_files
 from ..adapters.build import END, START, save_model, train_tokenizer
-from ..adapters.chat import Chat
+from ..adapters.chat import Chat, ChatTurn
 from .config import VlmBaseConfig, VlmBuildConfig
 from .cost import VlmSizes
 from .image_cache import CachedImages
@@ -120,7 +120,7 @@ def open_chat(folder: Path, limits: ImageLimitsConfig) -> Chat:
     chat = Chat(processor.tokenizer, processor, CachedImages(processor), END)
     try:
         # here and not at the first request; the library renders in Jinja's sandbox
-        chat.render("", 1)
+        chat.render([ChatTurn("user", "", 1)])
     except Exception as error:  # a template raises what it likes
         raise DataError(
             f"{folder} has a chat template that cannot be rendered: {type(error).__name__}: {error}"

@@ -1,0 +1,34 @@
+"""A bundle opened to be asked over HTTP: its engine, how requests become prompts, its limits."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import DamagedArtifact, PipelineError
+from ..store.bundle import about, identity
+from .chat_engine import ChatEngine
+from .engines import engine_of
+from .generation import Capacity
+from .limits import RequestLimits
+from .prompts import TaskPrompts, TextPrompts
+from .service import Service
+
+
+def open_service(folder: Path, limits: RequestLimits | None) -> Service:
+    """Open a bundle; without limits it has those of its kind. Raises MissingArtifact,
+    DamagedArtifact, NewerStore or MismatchError for one that cannot be served."""
+    if limits is None:
+        limits = RequestLimits.of(str(about(folder).get("serves")), {})
+    try:
+        engine = engine_of(folder, Capacity(waiting=limits.waiting))
+        if isinstance(engine, ChatEngine):
+            return Service(engine, TaskPrompts(engine), limits, identity(folder))
+        return Service(engine, TextPrompts(engine, folder), limits, identity(folder))
+    # What the memory has no room for is no fault of a file.
+    except (PipelineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise what they like at files of others
+        reason = " ".join(str(error).split())
+        raise DamagedArtifact(
+            f"{folder} cannot be opened: {type(error).__name__}: {reason}"
+        ) from error
