@@ -54,7 +54,7 @@ class ToldToken(TypedDict):
 
 
 @_whole
-class ExpertShare(TypedDict):
+class AnswerShare(TypedDict):
     """Of all assignments of tokens the share that an expert had, and its mean weight."""
 
     name: str
@@ -67,7 +67,7 @@ class ToldExperts(TypedDict):
     """Who spoke: token by token, and in all. In a stream each event has its own tokens, and the
     last one of a text the shares."""
 
-    experts: NotRequired[list[ExpertShare]]
+    experts: NotRequired[list[AnswerShare]]
     tokens: list[ToldToken]
 
 
@@ -209,7 +209,7 @@ class _Answer(_Routed):
 
 
 @_whole
-class Completion(_Answer):
+class CompletionAnswer(_Answer):
     """Texts that go on."""
 
     object: Literal["text_completion"]
@@ -252,7 +252,7 @@ class TokenRoute(TypedDict):
 
     object: Literal["route"]
     model: str
-    experts: list[ExpertShare]
+    experts: list[AnswerShare]
     tokens: list[ToldToken]
 
 

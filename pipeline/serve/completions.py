@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from .answering import answered
 from .answers import (
-    Completion,
+    CompletionAnswer,
     CompletionChoice,
     CompletionEvent,
     CompletionLogprobs,
@@ -123,7 +123,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/completions",
         **described(
-            "Go on with a text", body=CompletionBody, answer=Completion, event=CompletionEvent
+            "Go on with a text", body=CompletionBody, answer=CompletionAnswer, event=CompletionEvent
         ),
     )
     async def completions(request: Request) -> Response:

@@ -5,7 +5,7 @@ from fastapi import FastAPI
 from .answers import (
     ChatCompletion,
     ChatEvent,
-    Completion,
+    CompletionAnswer,
     CompletionEvent,
     ModelCard,
     ModelList,
@@ -21,7 +21,7 @@ from .service import Service
 
 KINDS = (
     CompletionBody,
-    Completion,
+    CompletionAnswer,
     CompletionEvent,
     ChatBody,
     ChatCompletion,

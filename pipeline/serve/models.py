@@ -16,7 +16,7 @@ _OF_STACK = ("top_k", "form", "rank", "limits")
 _OF_EXPERT = ("label", "domain", "task", "description")
 
 
-class Cards:
+class ModelCards:
     """What is told of each model, of the stack with some facts of its bundle's."""
 
     def __init__(self, service: Service):
@@ -63,7 +63,7 @@ def _with(card: ModelCard, facts: Mapping[str, Any]) -> ModelCard:
 
 def add_models(app: FastAPI, service: Service) -> None:
     """Give an application /v1/models."""
-    cards = Cards(service)
+    cards = ModelCards(service)
 
     @app.get("/v1/models", **described("List the models", answer=ModelList))
     async def models() -> Response:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .answers import (
     Alternative,
+    AnswerShare,
     ChatLogprobs,
     ChatToken,
     CompletionLogprobs,
-    ExpertShare,
     LikelyToken,
     ToldToken,
 )
@@ -66,9 +66,9 @@ def experts_told(tokens: Iterable[Token], names: Sequence[str]) -> list[ToldToke
     return told
 
 
-def shares_told(tokens: Sequence[Token], names: Sequence[str]) -> list[ExpertShare]:
+def shares_told(tokens: Sequence[Token], names: Sequence[str]) -> list[AnswerShare]:
     """Return each expert's share of tokens."""
-    out: list[ExpertShare] = []
+    out: list[AnswerShare] = []
     for name, shares in zip(names, expert_shares(tokens, len(names)), strict=True):
         share = round(shares["share"], DIGITS)
         weight = round(shares["weight"], DIGITS)
