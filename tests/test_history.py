@@ -392,6 +392,7 @@ def test_offline_wandb_records_the_numbers_under_the_address_and_a_resumed_job_g
             job="trunk",
             total_steps=3,
             wandb_mode="offline",
+            group="these-together",
             run_id="0badcafe",
             folder=wandb_home / "logs",
             settings={"seed": 7},
@@ -414,6 +415,7 @@ def test_offline_wandb_records_the_numbers_under_the_address_and_a_resumed_job_g
             time.sleep(0.02)
     runs = sorted((wandb_home / "logs" / "wandb").glob("offline-run-*-0badcafe/run-0badcafe.wandb"))
     assert len(runs) == 2
+    assert all(b"these-together" in run.read_bytes() for run in runs)
     sent = [logged(run) for run in runs]
     assert {(row["_step"], row["loss"], row["load/1"]) for rows in sent for row in rows} == {
         (step, 0.5 * step, 0.75) for step in (1, 2, 3)

@@ -350,6 +350,8 @@ def test_rows_tell_where_the_time_went(tmp_path):
 def test_rates_and_peaks_of_a_killed_run_cover_all_attempts(tmp_path, monkeypatch, step):
     ticks = itertools.count()
     monkeypatch.setattr("pipeline.train.loop.time.perf_counter", lambda: float(next(ticks)))
+    spent = itertools.count(step=3)
+    monkeypatch.setattr("pipeline.train.loop.time.process_time", lambda: float(next(spent)))
     # rows come seldom and checkpoints after every step: most kills fall between a row and the next
     first = train_io(tmp_path, log_every_steps=4)
     first.peak.carry(3 * 10**15, 4 * 10**15)
@@ -359,6 +361,7 @@ def test_rates_and_peaks_of_a_killed_run_cover_all_attempts(tmp_path, monkeypatc
     # each phase of a step ends with one look at the clock, and ten steps are in the result
     phases = [metrics[f"{phase}_s"] for phase in ("data", "forward", "backward", "optimizer")]
     assert phases == [10, 10, 10, 10]
+    assert metrics["cpu_s"] == dict.fromkeys(("data", "forward", "backward", "optimizer"), 30)
     assert metrics["tokens_per_s"] == 10 * 8 * 4 / 40
     assert (metrics["peak_mb"], metrics["host_peak_mb"]) == (3e9, 4e9)
 

@@ -355,6 +355,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "runtime.log_every_steps": "test_runtime_reaches_the_training_loop",
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
+    "runtime.wandb_group": "test_runtime_reaches_the_training_loop",
 }
 SHOWN_IN = (
     test_wiring,

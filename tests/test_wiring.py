@@ -170,11 +170,13 @@ def test_runtime_reaches_the_training_loop(monkeypatch, tmp_path):
         "log_every_steps": 3,
         "wandb": "offline",
         "wandb_project": "mine",
+        "wandb_group": "ours",
     }
     parts = context.StoredParts(small.config(runtime=runtime), Store(tmp_path))
     training.train(context.JobContext("train_shared", None, parts, "x", print))
     assert (kept["io"].save_every_s, kept["io"].log_every_steps) == (7.5, 3)
     assert (kept["recorder"]["wandb_mode"], kept["recorder"]["project"]) == ("offline", "mine")
+    assert kept["recorder"]["group"] == "ours"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,9 @@ class RuntimeConfig(Section):
         "off", description="Also log to Weights & Biases"
     )
     wandb_project: str = Field("moleforge", description="Project name there")
+    wandb_group: str | None = Field(
+        None, description="Group of runs there; `experiments` gives its trials the name of its file"
+    )
 
     def most_threads(self, share: int) -> int:
         """Return the threads of a job whose share of the cores is that many; auto may settle for

@@ -163,6 +163,7 @@ def _recorder(job: JobContext, steps: int) -> Recorder:
         every=job.cfg.runtime.log_every_steps,
         wandb_mode=job.cfg.runtime.wandb,
         project=job.cfg.runtime.wandb_project,
+        group=job.cfg.runtime.wandb_group,
         run_id=job.address,
         folder=job.store.root / "wandb",
         settings=job.cfg.model_dump(mode="json"),

@@ -62,6 +62,7 @@ class Recorder:
         every: int = 0,
         wandb_mode: str = "off",
         project: str = "moleforge",
+        group: str | None = None,
         run_id: str = "",
         folder: Path | None = None,
         settings: dict | None = None,
@@ -74,7 +75,7 @@ class Recorder:
         self._mirror = None
         if wandb_mode != "off":
             beside = Path(folder or self.path.parent)
-            self._mirror = _Mirror(wandb_mode, project, run_id, job, beside, settings or {})
+            self._mirror = _Mirror(wandb_mode, project, group, run_id, job, beside, settings or {})
         # rich would take the variable FORCE_COLOR for a terminal: ask the stream itself
         console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         live = console.is_terminal and not console.is_dumb_terminal
@@ -302,6 +303,7 @@ class _Mirror:
         self,
         mode: str,
         project: str,
+        group: str | None,
         run_id: str,
         job: str,
         folder: Path,
@@ -317,6 +319,7 @@ class _Mirror:
             self._run = wandb.init(
                 mode=mode,
                 project=project,
+                group=group,
                 id=run_id or None,
                 resume="allow",
                 name=job,

@@ -40,7 +40,7 @@ NUMBERS = "state.json"
 # are sealed stay, so that any version knows a checkpoint of another for one.
 FORMAT = 1
 # Fields of the numbers that the first checkpoints of this format are without, and need not have.
-SINCE = {"address", "rounding"}
+SINCE = {"address", "rounding", "cpu_seconds"}
 # In the name of what is kept aside, before the time: what was found wrong, what is of inputs that
 # were made again since, and what is another job's.
 DAMAGED = ".damaged-"
@@ -62,6 +62,7 @@ class TrainState:
     evaluations_since_best: int = 0
     recent_nats: list[float] = field(default_factory=list)  # training loss of the last steps
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # of all threads, by phase
     start_checksums: dict[str, int] = field(default_factory=dict)  # by parameter, before step 0
     saved_step: int = 0
     micro_batch: int = 0  # rows of a forward pass; 0: none was made yet

@@ -135,7 +135,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     parameters, in fp32.
 
     Returns metrics: steps, tokens, train_nats, valid_nats, best_step, seconds and their breakdown,
-    tokens_per_s, peak_mb; rates and peaks are of all attempts. Raises NotFiniteError, Interrupted
+    cpu_s (processor seconds of steps by phase, of all threads), tokens_per_s, peak_mb; rates and peaks are of all attempts. Raises NotFiniteError, Interrupted
     after saving, DiskFull, UnreadableFile, OtherCheckpoint, and PipelineError when nothing was
     trained.
     """
@@ -154,7 +154,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             inputs=dict(io.inputs or {}),
             address=io.address,
         )
-    clock.add_to(run.seconds)
+    clock.add_to(run.seconds, run.cpu_seconds)
     io.peak.carry(run.peak_bytes, run.host_peak_bytes)
     micro_batch = run.micro_batch
     guard = MemoryGuard(plan, io.peak, run, io.recorder.note)
@@ -325,13 +325,16 @@ class _StepClock:
         self.device = device
         self.row_laps: dict[str, float] = {}  # since the last history row
         self.totals: dict[str, float] = {}
+        self.cpu_totals: dict[str, float] = {}
         self.step_s = 0.0
         self.last_s = time.perf_counter()
+        self.last_cpu_s = time.process_time()
 
-    def add_to(self, totals: dict[str, float]) -> None:
+    def add_to(self, totals: dict[str, float], cpu_totals: dict[str, float]) -> None:
         """Add every lap from now on to these: those of the attempts before, so that a checkpoint
         always has the seconds of the steps that it has."""
         self.totals = totals
+        self.cpu_totals = cpu_totals
 
     def lap(self, phase: str) -> None:
         """End a phase that began with the last lap."""
@@ -340,9 +343,14 @@ class _StepClock:
         now_s = time.perf_counter()
         for laps in (self.row_laps, self.totals):
             laps[phase] = laps.get(phase, 0.0) + now_s - self.last_s
+        # What others do on this machine makes a phase longer, and takes it hardly more of this
+        cpu_s = time.process_time()
         if phase in PHASES:
             self.step_s += now_s - self.last_s
+            spent_s = cpu_s - self.last_cpu_s
+            self.cpu_totals[phase] = self.cpu_totals.get(phase, 0.0) + spent_s
         self.last_s = now_s
+        self.last_cpu_s = cpu_s
 
     def since_step(self) -> float:
         """Return seconds of steps since the last call: of one, when asked after each."""
@@ -376,6 +384,7 @@ def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[
         "seconds": sum(run.seconds.values()),
         "training_s": training_s,
         **_in_seconds(dict(sorted(run.seconds.items()))),
+        "cpu_s": {phase: run.cpu_seconds.get(phase, 0.0) for phase in PHASES},
         "tokens_per_s": tokens_per_s,
         "flops_per_token": task.flops_per_token,
         "mfu": tokens_per_s * task.flops_per_token / product_flops_per_s(task.bf16),
