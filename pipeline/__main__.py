@@ -103,6 +103,11 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command in ("prune", "rm", "runs"):
         _tend(args, Store(args.store))
         return
+    if args.command == "metrics":
+        from .run.show_trainings import show_metrics
+
+        show_metrics(args.name, Store(args.store), output(), args.json)
+        return
     if args.command == "serve":
         _serve(args)
         return

@@ -18,6 +18,7 @@ OTHER_COMMANDS = {
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
+    "metrics": "show what trainings were: losses, speed, how experts are used, memory",
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
@@ -54,6 +55,12 @@ text: docs/kits.md.
   python -m pipeline kit medicine --config mine.yaml --to kit-medicine
   python -m pipeline kit --pack kit-medicine --paths 'notes/*.txt' --to package
   python -m pipeline add medicine --config mine.yaml --expert package""",
+    "metrics": """\
+NAME is an address or the beginning of one, or a run (by default the latest), a
+stage of it and what the stage trains. docs/metrics.md says what each figure is.
+
+  python -m pipeline metrics mine
+  python -m pipeline metrics mine train_experts medicine --json""",
     "runs": """\
 Every command that makes something leaves its run in the store, so that `prune`
 takes nothing of it, whatever became of its configuration. "MB of it alone" is
@@ -120,6 +127,10 @@ def parser() -> argparse.ArgumentParser:
     _add_smoke(run)
     _add_parallel(run)
     _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
+    metrics = _add_command(commands, "metrics", OTHER_COMMANDS["metrics"])
+    metrics.add_argument("name", nargs="*", metavar="NAME", help="what of which run; see below")
+    metrics.add_argument("--json", action="store_true", help="all of it, as JSON")
+    _add_store(metrics)
     _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
     for name, text in ABOUT.items():
         domains = _add_command(commands, name, text)

@@ -22,9 +22,9 @@ from ..store.removed import FOLDER as REMOVED
 from ..store.roots import FOLDER as ROOTS
 from ..store.roots import SUFFIX, root_path
 from ..store.sources import SEEN, TEXT, looked_at, records, seen_path, text_records
+from .find import ADDRESS
 from .reach import Reach
 
-ADDRESS = re.compile(r"[a-z]\w*(-.+)?-[0-9a-f]{12}")
 # What lies below these is named by its address
 # jobs/: of earlier versions, whose containers shared a preprocess
 BY_ADDRESS = ("artifacts", "resume", "jobs", "history")

@@ -4,17 +4,16 @@ A domain that comes or goes gives a run other addresses under the same name and 
 it left as it was stays.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from ..config.run import RunConfig
-from ..errors import PipelineError, StoreError
+from ..errors import PipelineError
 from ..families.load import parse
 from ..store.artifacts import Store
 from ..store.removed import Removed, note_removed, removed
-from ..store.roots import Root, read_root, root_states
+from ..store.roots import Root, readable_roots
 from .stages import RUN, STAGES, Addresses, is_report
 
 
@@ -22,13 +21,11 @@ def predecessors(store: Store, name: str, file: str, but: str = "") -> list[Root
     """Return the roots of the runs of that name and configuration, the last one first, less the one
     with the id `but`. Raises UnreadableFile."""
     found = []
-    for path in root_states(store):
-        # One that cannot be read has nothing to compare with
-        with suppress(StoreError):
-            root = read_root(path)
-            if (root.name, root.file) == (name, file) and root.id != but:
-                found.append(root)
-    return sorted(found, key=lambda each: each.at, reverse=True)
+    # One that cannot be read has nothing to compare with
+    for root in readable_roots(store):
+        if (root.name, root.file) == (name, file) and root.id != but:
+            found.append(root)
+    return found
 
 
 def reported(roots: list[Root], store: Store) -> str:

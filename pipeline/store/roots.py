@@ -89,6 +89,17 @@ def root_states(store: Store) -> dict[Path, tuple[int, int, int]]:
     return states
 
 
+def readable_roots(store: Store) -> list[Root]:
+    """Return the roots that can be read, the latest run first: what only looks needs no others.
+    Raises UnreadableFile."""
+    found = []
+    for path in root_states(store):
+        with suppress(StoreError):
+            found.append(read_root(path))
+    # by name where two were begun in one second, so that the order is always the same
+    return sorted(found, key=lambda root: (root.at, root.id), reverse=True)
+
+
 def read_root(path: Path) -> Root:
     """Read a root. Raises DamagedArtifact, UnreadableFile, or NewerStore for one that a later
     version has left."""

@@ -377,6 +377,7 @@ def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[
     return {
         "steps": run.step,
         "planned_steps": task.steps,
+        "patience": opts.patience,
         "tokens": tokens,
         "train_nats": train_nats,
         "valid_nats": run.best_nats if keeps_best else run.valid_nats,
