@@ -15,6 +15,7 @@ import contextlib
 import ipaddress
 import multiprocessing
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from .errors import ConfigError, Interrupted, PipelineError
 from .families import ExportWish
 from .families.load import describes_run, load
 from .report.narrow import output, print_table
-from .run import kits
+from .run import kits, speak_flags
 from .run.advice import CommandLine, sentence
 from .run.arguments import parser
 from .run.domain_words import ABOUT
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else arguments
     try:
         # These make nothing, and what they import would swallow a KeyboardInterrupt
-        if args.command in ("plan", "serve"):
+        if args.command in ("plan", "serve", *speak_flags.ABOUT):
             return _done(args, typed)
         # Jobs save and end at either signal, so the command treats both as Ctrl-C
         with interrupts.raised_once(_give_up):
@@ -115,6 +116,9 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.versions import tend_versions
 
         tend_versions(args.target, output(), args.command, getattr(args, "to", None))
+        return
+    if args.command in speak_flags.ABOUT:
+        _speak(args)
         return
     if args.command in ABOUT:
         from .run.domains import come_and_go
@@ -239,7 +243,10 @@ def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
             output().print(f"bundle: {folder}", highlight=False, soft_wrap=True)
 
 
-def _serve(args: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def _bundle(args: argparse.Namespace) -> Iterator[Path]:
+    """Give the folder of the bundle that a command names; until it is done with, nothing removes it
+    from its store."""
     folder = args.bundle
     if folder:
         from .store.versions import served_folder
@@ -260,6 +267,11 @@ def _serve(args: argparse.Namespace) -> None:
     if store:
         Lineage(store).check(folder.name)
         in_store = using(store, [folder.name])
+    with in_store:
+        yield folder
+
+
+def _serve(args: argparse.Namespace) -> None:
     errors = Console(stderr=True, soft_wrap=True)
     # Only this command needs the server's packages
     from .serve.command import serve
@@ -276,8 +288,42 @@ def _serve(args: argparse.Namespace) -> None:
     def progress(text: str) -> None:
         errors.print(text, highlight=False)
 
-    with in_store:
+    with _bundle(args) as folder:
         serve(folder, args, keys, progress)
+
+
+def _speak(args: argparse.Namespace) -> None:
+    """Have a bundle go on with a text, or talk with it."""
+    sampling = speak_flags.sampling(args)
+    if args.command == "chat":
+        with _bundle(args) as folder:
+            # Only these commands and the server need the packages of both
+            from .serve.terminal.command import chat_with
+
+            chat_with(
+                folder,
+                sampling,
+                _give_up,
+                reader=args.expert,
+                pictures=args.image,
+                experts=args.experts,
+            )
+        return
+    # What comes in is read before anything is opened, which takes longer
+    text = speak_flags.prompt(args)
+    with _bundle(args) as folder:
+        from .serve.terminal.command import generate_from
+
+        generate_from(
+            folder,
+            text,
+            sampling,
+            _give_up,
+            readers=speak_flags.readers(args),
+            pictures=args.image,
+            experts=args.experts,
+            as_json=args.json,
+        )
 
 
 def _only_this_machine(host: str) -> bool:

@@ -85,6 +85,26 @@ def raised_once(give_up: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def first_for(what: Callable[[], None]) -> Iterator[None]:
+    """Have the first Ctrl-C inside do something and raise nothing; the next one, and SIGTERM, are
+    handled as before. Nothing but in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(_number: int, _frame: "FrameType | None") -> None:
+        signal.signal(signal.SIGINT, before)
+        what()
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def ignore() -> None:
     """From here on have neither signal do anything, nor one that was to be raised again, nor one
     that has been dealt with."""

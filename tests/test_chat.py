@@ -3,6 +3,7 @@ get wrong."""
 
 import base64
 import io
+import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from benchmarks.interface import ask
 from pipeline.data.images import images
 from pipeline.data.images.images import decoding_bytes
 from pipeline.data.images.inline import bytes_in
+from pipeline.errors import DataError
 from pipeline.families.adapters.inference import Request
 from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
@@ -22,6 +25,10 @@ from pipeline.report import RequestReport
 from pipeline.serve import pictures
 from pipeline.serve.app import create
 from pipeline.serve.limits import RequestLimits
+from pipeline.serve.terminal.bundle import OpenBundle
+from pipeline.serve.terminal.conversation import chat
+from pipeline.serve.terminal.drawing import drawing
+from pipeline.serve.terminal.one_text import Asked, generate
 from tests import small_stack
 from tests.small_stack import EXPERTS
 from tests.test_serve import asked, check_leaving, refused, running, wait_for
@@ -90,6 +97,29 @@ def test_an_answer_is_the_stacks_own(client, stack):
         usage["completion_tokens"] == wanted.completion_tokens
         and usage["total_tokens"] == wanted.prompt_tokens + wanted.completion_tokens
     )
+
+
+def test_in_a_terminal_the_same_is_answered_to_a_file_and_in_turns(application, stack, tmp_path):
+    PICTURE.save(tmp_path / "p.png")
+    service = application.state.service
+    bundle = OpenBundle(service.engine, service.prompts, {})
+    console = Console(file=io.StringIO())
+    drawn = drawing(console, service.engine.speakers, experts=False, as_json=True)
+    generate(bundle, Asked("what color?", [tmp_path / "p.png"]), drawn)
+    wanted = stack.answer([Request("what color?", (PICTURE,))])[0]
+    assert drawn.text == wanted.text
+    *tokens, end = [json.loads(line) for line in console.file.getvalue().splitlines()]
+    assert {token["expert"] for token in tokens} <= {wanted.expert}
+    assert (end["finish"], end["choice"]["answered_by"]) == (wanted.finish, wanted.expert)
+    assert end["choice"]["confidence"] == pytest.approx(wanted.confidence, abs=1e-4)
+    said = []
+    lines = [f"/image {tmp_path}/p.png", "/expert count", "what color?"]
+    chat(bundle, drawn, lines, said.append)
+    (by_count,) = stack.generate([Request("what color?", (PICTURE,))], [["count"]])
+    assert drawn.text == by_count["count"].text
+    assert said == ["pictures of the next question: 1", "count answers from now on"]
+    with pytest.raises(DataError, match="cannot be read"):
+        generate(bundle, Asked("what color?", [tmp_path / "none.png"]), drawn)
 
 
 def test_the_picture_counts(client):

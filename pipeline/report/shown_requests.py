@@ -31,15 +31,15 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Cards:
-    """Cards with a heading, and how to read them."""
+class RequestCards:
+    """RequestCards with a heading, and how to read them."""
 
     title: str
     cards: tuple[Card, ...]
     reading: str
 
 
-def misrouted(report: RequestReport) -> Cards:
+def misrouted(report: RequestReport) -> RequestCards:
     """Return requests that went to another than their own expert."""
     cards = []
     for request in report.misrouted:
@@ -48,7 +48,7 @@ def misrouted(report: RequestReport) -> Cards:
             CardLine("sent to", request.choice, f"{share(request.confidence)} sure", "bad"),
         )
         cards.append(_card(request, lines))
-    return Cards(
+    return RequestCards(
         title="Requests that went elsewhere",
         cards=tuple(cards),
         reading=(
@@ -58,7 +58,7 @@ def misrouted(report: RequestReport) -> Cards:
     )
 
 
-def examples(report: RequestReport) -> Cards:
+def examples(report: RequestReport) -> RequestCards:
     """Return requests with the right answer, and what the stack and others answered."""
     cards = []
     for request in report.examples:
@@ -67,7 +67,7 @@ def examples(report: RequestReport) -> Cards:
             name = given.way if given.way == given.by else f"{given.way} ({given.by})"
             lines.append(CardLine(name, given.text, fixed(given.score)))
         cards.append(_card(request, tuple(lines)))
-    return Cards(
+    return RequestCards(
         title="Some answers",
         cards=tuple(cards),
         reading=(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..families import DTYPES, FORMATS
-from . import kits, serve_flags
+from . import kits, serve_flags, speak_flags
 from .domain_words import ABOUT, add_arguments
 from .stages import STAGES, about, has_several_jobs, is_report
 from .typed_numbers import positive
@@ -122,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
     _add_frozen(serve)
     _add_override(serve)
     _add_store(serve)
+    for name, add in speak_flags.ADD.items():
+        speak = _add_command(commands, name, speak_flags.ABOUT[name])
+        add(speak)
+        _add_frozen(speak)
+        _add_override(speak)
+        _add_store(speak)
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
     _add_smoke(run)
@@ -165,8 +171,9 @@ def _add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
     sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    if name in MORE:
-        sub.epilog = MORE[name]
+    more = MORE.get(name) or speak_flags.MORE.get(name)
+    if more:
+        sub.epilog = more
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
     return sub
 
