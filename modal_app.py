@@ -160,7 +160,9 @@ image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(
 if PACKAGES:
     # What they ask for is not used, and would change the versions that were just installed
     image = image.uv_pip_install(*PACKAGES, extra_options="--no-deps", uv_version="0.9.5")
-image = image.add_local_python_source("pipeline")
+# Modal would ship the package's .py files alone, and it has a page for browsers as well
+LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "serve/page/*")
+image = image.add_local_python_source("pipeline", ignore=LEFT_OUT)
 
 
 def _container(machine: MachineConfig, *purposes: str) -> dict:

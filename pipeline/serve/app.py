@@ -27,6 +27,7 @@ from .keys import KeyCheck, Keys
 from .limits import ConnectionLimits, RequestLimits
 from .logs import RequestLog, event
 from .metrics import Metrics, path_label
+from .playground import add_playground, page_files
 from .refusals import add_error_handlers
 from .same_site import ANY, Hosts, SameSite
 
@@ -85,14 +86,18 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     app.state.metrics = metrics
     app.state.close = None  # what ends the engine, once there is one
     app.state.connections = connections or ConnectionLimits()
+    page = page_files()
     _add_probes(app, gate, metrics)
+    add_playground(app, page)
     add_error_handlers(app)
 
     def told(scope: Scope, status: int, seconds: float) -> None:
         metrics.answered(path_label(scope, lambda: _paths(app)), status, seconds)
 
-    always = (*PROBES, METRICS)
-    open_paths = always if access.open_metrics else PROBES
+    # The page asks for the key, and tells that the bundle is still being opened.
+    without_key = (*PROBES, *page)
+    always = (*without_key, METRICS)
+    open_paths = always if access.open_metrics else without_key
     # the last one is the outermost
     app.add_middleware(
         BodyCheck,
