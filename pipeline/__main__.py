@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config.run import RunConfig
+from .credentials import masked
 from .errors import ConfigError, Interrupted, PipelineError
 from .families import ExportWish
 from .families.load import describes_run, load
@@ -82,7 +83,7 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
     try:
         _dispatch(args)
     except PipelineError as error:
-        again = args.again or f"python -m pipeline {shlex.join(typed)}"
+        again = args.again or f"python -m pipeline {masked(shlex.join(typed))}"
         text = sentence(error, CommandLine(), again=again)
         errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         _tell_how_to_go_on(args, errors)

@@ -28,13 +28,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .credentials import masked
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def plain(text: Any) -> Any:
-    """Return a text without the addresses of objects, which libraries put into theirs: they differ
-    from run to run, and tell a stranger of this process's memory. Other values stay."""
-    return _ADDRESS.sub("", text) if isinstance(text, str) else text
+    """Return a text without credentials, and without the addresses of objects, which libraries put
+    into theirs: they differ from run to run, and tell a stranger of this process's memory. Other
+    values stay."""
+    return masked(_ADDRESS.sub("", text)) if isinstance(text, str) else text
 
 
 class PipelineError(Exception):

@@ -1,9 +1,9 @@
 """Who may import whom, read from the syntax trees of the whole program.
 
-The rule: errors < hardware, config, model, metrics, report < store < data, train < families < run,
-serve < cloud < __main__. A module imports only lower layers, families only what lies below them
-(`adapters`), and no files import each other in a circle, also inside a folder. Some packages are
-confined to the one place that knows them.
+The rule: credentials < errors < hardware, config, model, metrics, report < store < data, train <
+families < run, serve < cloud < __main__. A module imports only lower layers, families only what
+lies below them (`adapters`), and no files import each other in a circle, also inside a folder. Some
+packages are confined to the one place that knows them.
 """
 
 import ast
@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
+    ("credentials",),
     ("errors", "protocols", "interrupts"),
     ("hardware", "config", "model", "metrics", "report"),
     ("store",),

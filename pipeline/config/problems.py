@@ -1,7 +1,7 @@
 """What is wrong with a configuration, as lines for people: dotted names, what was found, file and
 line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
+from ..credentials import credential
+from ..errors import ConfigError
 from .files import NAMED_FILES
 from .wording import nearest, sentence
 
@@ -97,6 +99,34 @@ def _short(value: Any) -> str:
     if len(text) <= LONGEST:
         return text
     return f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def refuse_credentials(raw: dict, path: Path) -> None:
+    """Raise ConfigError for the settings of a file that hold a credential, without repeating it: a
+    configuration is shown, and kept with what was made by it."""
+    found = []
+    for loc, text in _texts(raw):
+        kind = credential(text)
+        if kind:
+            found.append(f"{_dotted(loc, raw)} holds {kind}")
+    if found:
+        raise ConfigError(
+            f"{path}: {'; '.join(found)}. What a configuration says is shown and kept, so take it "
+            "out: the environment holds it, as HF_TOKEN, AWS_SECRET_ACCESS_KEY or "
+            "FSSPEC_<PROTOCOL>_PASSWORD, and on Modal a secret, which modal.*_secret names"
+        )
+
+
+def _texts(raw: Any, above: Location = ()) -> Iterator[tuple[Location, str]]:
+    """Yield the texts in settings as they were read, with where they stand."""
+    if isinstance(raw, str):
+        yield above, raw
+    elif isinstance(raw, dict):
+        for key, value in raw.items():
+            yield from _texts(value, (*above, key))
+    elif isinstance(raw, list):
+        for index, value in enumerate(raw):
+            yield from _texts(value, (*above, index))
 
 
 def cross_section_problems(

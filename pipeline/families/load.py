@@ -10,7 +10,7 @@ from ..config.base import is_hidden
 from ..config.domain_wish import DomainWish
 from ..config.files import overlay, override, read, resolve
 from ..config.paths import tree_of
-from ..config.problems import cross_section_problems, explain
+from ..config.problems import cross_section_problems, explain, refuse_credentials
 from ..config.run import RunConfig
 from ..config.stated import Stated
 from ..config.wording import holder
@@ -55,6 +55,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Return the run that the resolved settings of a file describe. Raises ConfigError as `load`
     does."""
+    refuse_credentials(raw, path)
     run_config = _run_config(raw)
     if not raw:
         # An empty file is a mistake far more often than a wish for hours of defaults.

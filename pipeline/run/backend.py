@@ -23,6 +23,7 @@ from rich.console import Console
 
 from .. import interrupts
 from ..config.run import RunConfig
+from ..credentials import masked
 from ..errors import Interrupted, JobsFailed, PipelineError
 from ..families import PRELOAD
 from ..families.load import parse
@@ -234,6 +235,6 @@ def printed_progress(console: Console) -> Progress:
         last_text = text
         last_at = time.monotonic()
         shown = text if share is None else f"{text} {share:4.0%}"
-        console.print(shown, highlight=False, markup=False)
+        console.print(masked(shown), highlight=False, markup=False)
 
     return progress

@@ -16,7 +16,6 @@ from ..families.load import RUN_CONFIGS, parse
 from ..store.artifacts import Store, now
 from ..store.in_use import using
 from ..store.roots import Root, leave, read_root, root_states
-from ..store.upload import without_password
 from .identity import recipes
 from .stages import Addresses
 
@@ -31,9 +30,9 @@ def root_of(cfg: RunConfig, file: Path | str = "", overrides: tuple[str, ...] = 
         family=cfg.family,
         at=now(),
         file=as_given(file),
-        overrides=tuple(map(without_password, overrides)),
+        overrides=overrides,
         addresses=tuple(sorted(set(addresses.reachable()))),
-        # Where a bundle goes is in no address, and may hold a password that others must not read
+        # Where a bundle goes is in no address
         settings=settings.model_dump(mode="json", exclude={"deploy"}),
     )
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
+from ..credentials import masked
 from ..errors import DataError, PipelineError
 from .artifacts import flush
 from .foreign import ForeignFile
 from .room import writing
 from .tensor_header import Wanted, check_tensors
-from .upload import open_url, without_password
+from .upload import open_url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -40,7 +41,7 @@ class ExpertSource:
     @property
     def shown(self) -> str:
         """The source without the password that a URL may hold."""
-        return without_password(self.source)
+        return masked(self.source)
 
     def check_bytes(self, total: int, what: str) -> None:
         """Raise ForeignFile for more bytes than there may be."""
@@ -90,7 +91,7 @@ def place_of(source: str, setting: str) -> PackagePlace:
     if "://" not in source:
         return _Folder(Path(source))
     fs, root = open_url(source, setting)
-    return _Remote(fs, root, without_password(source))
+    return _Remote(fs, root, masked(source))
 
 
 def read_start(place: PackagePlace, name: str, most_bytes: int) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from ..credentials import masked
 from ..errors import DiskFull, StoreError
 from ..protocols import Progress
 from .artifacts import sha256
@@ -136,7 +137,7 @@ def upload(folder: Path, url: str, progress: Progress, setting: str = "deploy.up
     fs, root = open_url(url, setting)
     names = [file.name for file in files]
     place = _place(fs, root, setting)
-    shown = without_password(url)
+    shown = masked(url)
     with translate_errors(url, setting):
         _clear(fs, root, folder)
         wrong = place.begin(names)
@@ -193,7 +194,7 @@ def open_url(url: str, setting: str) -> tuple["AbstractFileSystem", str]:
     """Return the filesystem and the path of a URL. Raises StoreError."""
     from fsspec.core import url_to_fs
 
-    shown = without_password(url)
+    shown = masked(url)
     try:
         # nothing is remembered: what was listed a minute ago may be stale
         fs, root = url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
@@ -278,7 +279,7 @@ def translate_errors(url: str, setting: str) -> Iterator[None]:
     except StoreError:
         raise
     except Exception as error:  # each filesystem raises what it likes
-        shown = without_password(url)
+        shown = masked(url)
         if no_room(error, Path(shown)):
             raise DiskFull(f"{setting}: no room to write {shown} ({error})") from None
         raise StoreError(
@@ -286,8 +287,3 @@ def translate_errors(url: str, setting: str) -> Iterator[None]:
             f"{error}. Check the URL, its credentials and the network, then run the same command "
             "again; nothing is sent twice"
         ) from None
-
-
-def without_password(url: str) -> str:
-    """Return a URL without the password it may hold."""
-    return re.sub(r"//[^/@]*@", "//***@", url)

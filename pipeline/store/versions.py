@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from ..credentials import masked
 from ..errors import DamagedArtifact, MissingArtifact, NewerStore, StoreError
 from ..protocols import Progress
 from .artifacts import sha256, write_text
@@ -31,7 +32,6 @@ from .upload import (
     open_url,
     translate_errors,
     upload,
-    without_password,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Versions:
 
     def __init__(self, url: str, setting: str = SETTING) -> None:
         self.url = url
-        self.shown = without_password(url)
+        self.shown = masked(url)
         self._setting = setting
         self._fs, self._root = open_url(url, setting)
 
