@@ -55,6 +55,7 @@ class Round:
     first_s: list[float] = field(default_factory=list)
     next_s: list[float] = field(default_factory=list)
     different: int = 0
+    early_mb: float = 0.0  # highest in the first tenth of the time
     peak_mb: float = 0.0
 
     @property
@@ -139,6 +140,8 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
     process = psutil.Process()
     while any(thread.is_alive() for thread in threads):
         found.peak_mb = max(found.peak_mb, process.memory_info().rss / 1e6)
+        if time.monotonic() < started + seconds / 10:
+            found.early_mb = found.peak_mb
         time.sleep(0.1)
     found.seconds = time.monotonic() - started
     # a sample, as all of them alone would take as long again as clients are
@@ -240,8 +243,8 @@ def _rounds(rounds: Sequence[Round]) -> str:
                 f"{each.rate / one:.2f}",
                 f"{each.requests}, {each.left} left",
                 _spread(each.first_s),
-                _spread(each.next_s),
-                f"{each.peak_mb:,.0f}",
+                _spread(each.next_s, 1e3, 0),
+                f"{each.early_mb:,.0f}, {each.peak_mb:,.0f}",
                 f"{each.different}",
             ]
         )
@@ -252,7 +255,7 @@ def _rounds(rounds: Sequence[Round]) -> str:
         "requests",
         "first token, p50 / p95 s",
         "next token, p50 / p95 ms",
-        "peak MB",
+        "peak MB: first tenth, whole",
         "answers unlike alone",
     ]
     return table(heads, lines)
@@ -268,11 +271,11 @@ def _beside_generate(args: argparse.Namespace, engine: CompletionEngine) -> str:
     return table(["texts", "engine, tokens/s", "`generate`, tokens/s", "ratio"], lines)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], times: float = 1.0, digits: int = 3) -> str:
     if len(values) < 2:
         return "-"
     cuts = statistics.quantiles(values, n=20)
-    return f"{cuts[9]:.3f} / {cuts[18]:.3f}"
+    return f"{times * cuts[9]:.{digits}f} / {times * cuts[18]:.{digits}f}"
 
 
 NOTES = (

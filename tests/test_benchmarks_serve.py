@@ -1,8 +1,15 @@
 """The benchmark of serving many clients, for a moment on a random model."""
 
-from benchmarks import serve_throughput
+import random
+from subprocess import Popen
+from unittest.mock import create_autospec
+
+from benchmarks import serve_peers, serve_throughput
+from benchmarks.serve_peers import Peer, turn
 from benchmarks.serve_throughput import Asking, alike, served
+from pipeline.serve.app import create
 from tests import small_engines
+from tests.test_serve import running
 
 
 def test_what_clients_are_told_is_counted_and_held_against_the_same_alone():
@@ -30,3 +37,23 @@ def test_what_generate_is_given_is_drawn_to_its_end():
     engine = small_engines.stock().engine
     assert alike(engine, 3, 1) > 0
     assert engine.stats.completion_tokens == 3 * 32
+
+
+def test_what_a_server_streams_is_counted_as_its_usage_tells(bundled, monkeypatch):
+    monkeypatch.setattr(serve_peers, "PROMPT_CHARACTERS", (8,))
+    monkeypatch.setattr(serve_peers, "NEW_TOKENS", (3,))
+    with running(create(bundled[2])) as client:
+        peer = Peer("ours", str(client.base_url), "", create_autospec(Popen, instance=True))
+        told = client.get("/v1/models").json()["data"][0]["id"]
+        found = turn(Peer("ours", peer.address, told, peer.process), 2, 0.3, 0)
+    assert found.tokens
+    assert found.tokens % 3 == 0
+    assert found.failed == 0
+    assert len(found.first_s) == found.tokens // 3
+
+
+def test_beginnings_of_texts_are_the_same_for_the_same_seed():
+    first, again = (serve_peers.texts(random.Random(3)) for _ in range(2))
+    drawn = [next(first) for _ in range(5)]
+    assert drawn == [next(again) for _ in range(5)]
+    assert len(set(drawn)) == 5

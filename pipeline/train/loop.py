@@ -135,9 +135,9 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     parameters, in fp32.
 
     Returns metrics: steps, tokens, train_nats, valid_nats, best_step, seconds and their breakdown,
-    cpu_s (processor seconds of steps by phase, of all threads), tokens_per_s, peak_mb; rates and peaks are of all attempts. Raises NotFiniteError, Interrupted
-    after saving, DiskFull, UnreadableFile, OtherCheckpoint, and PipelineError when nothing was
-    trained.
+    cpu_s (processor seconds of steps by phase, of all threads), tokens_per_s, peak_mb; rates and
+    peaks are of all attempts. Raises NotFiniteError, Interrupted after saving, DiskFull,
+    UnreadableFile, OtherCheckpoint, and PipelineError when nothing was trained.
     """
     _check_trainable(task, io)
     opts = task.options
