@@ -110,6 +110,12 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         show_metrics(args.name, Store(args.store), output(), args.json)
         return
+    if args.command == "history":
+        from .run.backend import printed_progress
+        from .run.history.command import history
+
+        history(args, Store(args.store), output(), printed_progress(Console(stderr=True)))
+        return
     if args.command == "serve":
         _serve(args)
         return

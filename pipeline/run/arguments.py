@@ -7,6 +7,7 @@ from pathlib import Path
 from ..families import DTYPES, FORMATS
 from . import kits, serve_flags, speak_flags
 from .domain_words import ABOUT, add_arguments
+from .history.arguments import add_history
 from .stages import STAGES, about, has_several_jobs, is_report
 from .typed_numbers import positive
 
@@ -20,6 +21,7 @@ OTHER_COMMANDS = {
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "metrics": "show what trainings were: losses, speed, how experts are used, memory",
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
+    "history": "what runs did: list, show, compare, export (csv, jsonl, TensorBoard)",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
     "versions": "list the bundles at a folder or URL that deploy.upload named",
@@ -138,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     metrics.add_argument("--json", action="store_true", help="all of it, as JSON")
     _add_store(metrics)
     _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
+    add_history(_add_command(commands, "history", OTHER_COMMANDS["history"]), _add_store)
     for name, text in ABOUT.items():
         domains = _add_command(commands, name, text)
         add_arguments(domains, name)

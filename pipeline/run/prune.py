@@ -16,6 +16,7 @@ from ..config.run import RunConfig
 from ..errors import ConfigError, StoreError
 from ..store import in_use
 from ..store.artifacts import Store
+from ..store.history_db import forget_removed
 from ..store.roots import root_states
 from .leftovers import ORPHANS, Leftover, Say, leftovers, remove, size_of
 from .reach import Reach
@@ -78,6 +79,9 @@ class Sweep:
             self.say(f"{group}:")
             for leftover in groups[group]:
                 self._one(leftover)
+        if self.removed:
+            # it must not go on telling of what is gone
+            forget_removed(self.store)
         if self.failed:
             raise StoreError(
                 f"{self.failed} of {len(found)} could not be removed from {self.store.root}; give "

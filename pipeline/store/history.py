@@ -37,12 +37,16 @@ class History:
     """The rows that count, in step order, and a few words on what is missing; none when all is
     there.
 
-    `lost`: first and last step of each stretch whose rows are gone.
+    `lost`: first and last step of each stretch whose rows are gone; `steps`: of the training as it
+    was begun last, 0 where an older history does not say; `torn`: the last line is not whole, as
+    its writer was killed or is just writing it.
     """
 
     rows: list[Row]
     missing: str = ""
     lost: tuple[tuple[int, int], ...] = ()
+    steps: int = 0
+    torn: bool = False
 
 
 class Recorder:
@@ -70,6 +74,7 @@ class Recorder:
     ) -> None:
         self.path = Path(path)
         self._every = every
+        self._steps = total_steps
         self._started = False
         _repair(self.path)
         self._mirror = None
@@ -88,10 +93,11 @@ class Recorder:
         missing = ""
         if self._every:
             missing = read(self.path, step).missing if step else ""
-            _append(self.path, {"start": step, "every": self._every})
+            begun = {"start": step, "every": self._every, "steps": self._steps}
+            _append(self.path, begun)
         # the first attempt's rows need no mark then: everything in the file is theirs
         elif self.path.exists() and self.path.stat().st_size:
-            _append(self.path, {"start": step})
+            _append(self.path, {"start": step, "steps": self._steps})
         self._display.start(step)
         if missing:
             self._display.note(f"this job's history: {missing}; its curves will lack that")
@@ -135,6 +141,7 @@ def read(path: Path, steps: int | None = None) -> History:
     fresh: list[Row] = []  # of the attempt that is read just now
     starts: list[Row] = []  # of the attempts that count
     damaged = 0
+    steps_wanted = 0
     # a job that goes on has mended its last line: only one that is being written may be torn
     for line in [*lines, tail]:
         entry = _parse(line)
@@ -152,6 +159,8 @@ def read(path: Path, steps: int | None = None) -> History:
         fresh = []
         starts = [each for each in starts if each["start"] < entry["start"]]
         starts.append(entry)
+        told = entry.get("steps")
+        steps_wanted = told if isinstance(told, int) else 0
     rows = sorted(_overlay(kept, fresh), key=lambda row: row["step"])
     last = steps
     if last is None:
@@ -164,7 +173,8 @@ def read(path: Path, steps: int | None = None) -> History:
         words.append(_lost_steps(stretches))
     elif steps and not rows:
         words.append("no row is left")
-    return History(rows, " and ".join(words), tuple(stretches))
+    is_torn = bool(tail.strip(BLANK)) and _parse(tail) is None
+    return History(rows, " and ".join(words), tuple(stretches), steps_wanted, is_torn)
 
 
 def _lost(rows: list[Row], starts: list[Row], last: int) -> list[tuple[int, int]]:
@@ -341,7 +351,7 @@ class _Mirror:
         if row["step"] < self._next:
             return
         self._next = row["step"]
-        self._run.log(dict(_numbers(row)), step=row["step"])
+        self._run.log(dict(numbers(row, "/")), step=row["step"])
 
     def close(self, ok: bool) -> None:
         self._run.finish(exit_code=0 if ok else 1)
@@ -359,12 +369,13 @@ def _import_wandb() -> ModuleType:
     return wandb
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number in a row with a path for its name, as wandb's charts want them."""
+def numbers(value: Any, joint: str, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number in a row with a path for its name, whose parts `joint` joins: wandb's
+    charts want a slash."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, each in value.items():
-            yield from _numbers(each, f"{name}/{key}" if name else str(key))
+            yield from numbers(each, joint, f"{name}{joint}{key}" if name else str(key))
     elif isinstance(value, int | float):
         yield name, value

@@ -1,0 +1,1 @@
+"""What runs did, from the histories of a store: listed, shown, compared, exported, drawn."""

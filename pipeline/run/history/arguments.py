@@ -1,0 +1,63 @@
+"""What can be typed behind `history` and `watch`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from ..typed_numbers import positive
+from .exporting import FORMATS
+
+ABOUT = {
+    "list": "list runs, the latest first: jobs, last training, score, time",
+    "show": "show a run and its trainings, or all series of one training",
+    "compare": "put runs side by side with the settings they differ in; many are ranked",
+    "export": "write rows for other programs: csv, jsonl, tensorboard",
+}
+_RUNS = "names, ids, or patterns such as 'sweep-*' (default: all)"
+LISTED = 30
+
+
+def add_history(
+    sub: argparse.ArgumentParser, add_store: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    """Add what `history` takes."""
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    made = {}
+    for name, text in ABOUT.items():
+        made[name] = actions.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}."
+        )
+        add_store(made[name])
+    made["list"].add_argument(
+        "--last",
+        type=_number,
+        default=LISTED,
+        metavar="N",
+        help=f"how many (default {LISTED}; 0: all)",
+    )
+    made["show"].add_argument(
+        "what", metavar="RUN|ADDRESS", help="a run by name or id, or a training by its address"
+    )
+    made["compare"].add_argument("runs", nargs="*", metavar="RUN", help=_RUNS)
+    made["compare"].add_argument(
+        "--job",
+        metavar="NAME",
+        help='rank by this training, "train_experts medicine" say (default, of more than a few '
+        "runs: the one that tells most of them apart)",
+    )
+    export = made["export"]
+    export.add_argument(
+        "what", nargs="*", metavar="RUN|ADDRESS", help="runs, patterns or trainings (default: all)"
+    )
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    export.add_argument("--format", required=True, choices=FORMATS, help=formats)
+    export.add_argument(
+        "--to", required=True, type=Path, metavar="FILE|DIR", help="what is not there yet"
+    )
+
+
+def _number(text: str) -> int:
+    try:
+        return 0 if text == "0" else positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on") from None

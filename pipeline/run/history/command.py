@@ -1,0 +1,41 @@
+"""The command `history`."""
+
+import argparse
+
+from rich.console import Console
+
+from ...protocols import Progress
+from ...store.artifacts import Store
+from ...store.history_db import history_db
+from ..prune import opened, said
+from .chosen import one_of, runs_of, trainings_of
+from .comparing import compare
+from .exporting import export
+from .lines import PastRun, known
+from .listing import list_runs
+from .showing import show_run, show_training
+
+
+def history(args: argparse.Namespace, store: Store, console: Console, progress: Progress) -> None:
+    """Do an action of `history`. Raises StoreError where there is no store, ConfigError,
+    UnreadableFile, DiskFull."""
+    opened(store)
+    say = said(console)
+    with history_db(store, progress) as index:
+        everything = known(index)
+        if args.action == "list":
+            list_runs(everything, args.last, console)
+        elif args.action == "show":
+            found = one_of(args.what, everything)
+            if isinstance(found, PastRun):
+                show_run(found, everything, store, console)
+            else:
+                show_training(found, index, store, console)
+        elif args.action == "compare":
+            compare(runs_of(args.runs, everything), args.job, store, console)
+        else:
+            chosen = trainings_of(args.what, everything)
+            rows = export(chosen, everything, index, store, args.to, args.format)
+            say(f"{rows:,} rows of {len(chosen):,} trainings: {args.to}")
+            if args.format == "tensorboard":
+                say(f"next: tensorboard --logdir {args.to}")

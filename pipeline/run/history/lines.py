@@ -1,0 +1,256 @@
+"""Runs and trainings as `history` tells of them, read from history.db."""
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ...report.scores import Score
+from ...store.history_db import job_of
+from ..stages import STAGES, label
+
+_TRAININGS = """
+SELECT h.address, h.rows, h.last_step, h.steps, h.first_time, h.last_time, h.torn, h.missing,
+    a.address IS NOT NULL, a.seconds, a.machine,
+    train.last, valid.low, valid.low_step, tokens.last, rate.last, peak.high
+FROM histories AS h
+LEFT JOIN artifacts AS a ON a.address = h.address
+LEFT JOIN series AS train ON train.address = h.address AND train.key = 'train_nats'
+LEFT JOIN series AS valid ON valid.address = h.address AND valid.key = 'valid_nats'
+LEFT JOIN series AS tokens ON tokens.address = h.address AND tokens.key = 'tokens'
+LEFT JOIN series AS rate ON rate.address = h.address AND rate.key = 'tokens_per_s'
+LEFT JOIN series AS peak ON peak.address = h.address AND peak.key = 'rss_mb'
+"""
+_TOTALS = """
+SELECT run, count(*), total(seconds), total(bytes)
+FROM run_addresses JOIN artifacts USING (address) GROUP BY run
+"""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PastTraining:
+    """One training, by its history."""
+
+    address: str
+    rows: int
+    last_step: int
+    steps: int  # of the whole training; 0 where it does not say
+    first_time: float | None
+    last_time: float | None
+    torn: bool
+    missing: str
+    is_done: bool
+    seconds: float | None
+    machine: str | None
+    train_nats: float | None  # the last one
+    valid_nats: float | None  # the best one
+    valid_step: int | None
+    tokens: float | None
+    tokens_per_s: float | None
+    peak_mb: float | None
+
+    @property
+    def stage(self) -> str:
+        """The stage, as the address says."""
+        return job_of(self.address)[0]
+
+    @property
+    def name(self) -> str:
+        """The stage and the item, for people; the whole of what is no address."""
+        return label(*job_of(self.address))
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it stands among the trainings of its run."""
+        # what no stage has made comes last
+        number = STAGES.index(self.stage) if self.stage in STAGES else len(STAGES)
+        return number, self.address
+
+    @property
+    def position(self) -> str:
+        """How far it is."""
+        if self.steps and self.steps != self.last_step:
+            return f"{self.last_step:,} of {self.steps:,}"
+        return f"{self.last_step:,}"
+
+    @property
+    def wrong(self) -> str:
+        """What is not as it should be with its history, in words; empty where nothing is."""
+        words = [self.missing] if self.missing else []
+        if self.torn:
+            words.append("its last line is torn (being written, or its writer was killed)")
+        return "; ".join(words)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A report in figures."""
+
+    address: str
+    run: str
+    family: str
+    made: str
+    passed: int
+    failed: int
+    untold: int
+    scores: tuple[Score, ...]
+
+    @property
+    def score(self) -> Score | None:
+        """The figure that stands for the run."""
+        return next((score for score in self.scores if score.serves), None)
+
+    @property
+    def criteria(self) -> str:
+        """How many criteria were met, in words; empty where there were none."""
+        all_of_them = self.passed + self.failed + self.untold
+        return f"{self.passed} of {all_of_them} met" if all_of_them else ""
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """A bundle that `deploy` left."""
+
+    address: str
+    made: str
+    bytes: int
+    served: bool  # on Modal, now
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run and what a store has of it."""
+
+    id: str
+    name: str
+    family: str
+    begun: str
+    file: str
+    overrides: tuple[str, ...]
+    removed: bool
+    made: int = 0  # artifacts
+    seconds: float = 0.0  # of all jobs that are done
+    bytes: int = 0
+    trainings: tuple[PastTraining, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    deploys: tuple[Deploy, ...] = ()
+
+    @property
+    def last(self) -> PastTraining | None:
+        """The training that the others led to."""
+        return self.trainings[-1] if self.trainings else None
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The newest report."""
+        return max(self.evaluations, key=lambda each: each.made, default=None)
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is not as it should be with its histories."""
+        return [f"{each.address}: {each.wrong}" for each in self.trainings if each.wrong]
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that a store's history.db knows of runs."""
+
+    runs: tuple[PastRun, ...]  # the one that was begun last first
+    strays: tuple[PastTraining, ...]  # trainings that no run reaches
+    wrong: tuple[str, ...]  # files that could not be read
+
+
+@dataclass
+class _Places:
+    """What lies at the addresses of a store, by address."""
+
+    trainings: Mapping[str, PastTraining]
+    evaluations: Mapping[str, Evaluation]
+    deploys: Mapping[str, Deploy]
+    of_run: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def known(index: sqlite3.Connection) -> Known:
+    """Return what a history.db knows of runs."""
+    places = _Places(
+        {each.address: each for each in _trainings(index)},
+        {each.address: each for each in _evaluations(index)},
+        {each.address: each for each in _deploys(index)},
+    )
+    reached = set()
+    for table in ("histories", "evaluations", "deploys"):
+        # names of ours, no values
+        there = f"SELECT address FROM {table}"  # noqa: S608
+        pairs = f"SELECT run, address FROM run_addresses WHERE address IN ({there})"  # noqa: S608
+        for run, address in index.execute(pairs):
+            places.of_run[run].append(address)
+            reached.add(address)
+    totals = {run: rest for run, *rest in index.execute(_TOTALS)}
+    runs = []
+    for row in index.execute(
+        "SELECT id, name, family, begun, file, overrides, removed FROM runs ORDER BY begun DESC, id"
+    ):
+        runs.append(_run(row, totals.get(row[0], [0, 0.0, 0]), places))
+    strays = [each for address, each in places.trainings.items() if address not in reached]
+    wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
+    return Known(tuple(runs), tuple(strays), tuple(wrong))
+
+
+def _run(row: tuple, totals: list, places: _Places) -> PastRun:
+    run, name, family, begun, file, overrides, removed = row
+    addresses = places.of_run.get(run, [])
+    made, seconds, size = totals
+    trainings = _at(addresses, places.trainings)
+    return PastRun(
+        run,
+        name,
+        family,
+        begun,
+        file,
+        tuple(json.loads(overrides)),
+        bool(removed),
+        made,
+        seconds,
+        int(size),
+        tuple(sorted(trainings, key=lambda each: each.place)),
+        tuple(_at(addresses, places.evaluations)),
+        tuple(_at(addresses, places.deploys)),
+    )
+
+
+def _at(addresses: Iterable[str], found: Mapping[str, T]) -> list[T]:
+    return [found[address] for address in addresses if address in found]
+
+
+def _trainings(index: sqlite3.Connection) -> list[PastTraining]:
+    found = []
+    for row in index.execute(_TRAININGS):
+        address, rows, last_step, steps, first, last, torn, missing, is_done, *rest = row
+        told = (rows, last_step, steps, first, last)
+        found.append(PastTraining(address, *told, bool(torn), missing, bool(is_done), *rest))
+    return found
+
+
+def _evaluations(index: sqlite3.Connection) -> list[Evaluation]:
+    scores: dict[str, list[Score]] = defaultdict(list)
+    for address, name, measure, value, serves in index.execute(
+        "SELECT address, name, measure, value, serves FROM scores ORDER BY address, place"
+    ):
+        scores[address].append(Score(name, measure, value, bool(serves)))
+    found = []
+    for row in index.execute("SELECT * FROM evaluations"):
+        address, run, family, made, passed, failed, untold = row
+        criteria = (passed, failed, untold)
+        found.append(Evaluation(address, run, family, made, *criteria, tuple(scores[address])))
+    return found
+
+
+def _deploys(index: sqlite3.Connection) -> list[Deploy]:
+    current = {address for (address,) in index.execute("SELECT address FROM served WHERE current")}
+    found = []
+    for address, made, size in index.execute("SELECT address, made, bytes FROM deploys"):
+        found.append(Deploy(address, made, size, address in current))
+    return found

@@ -1,0 +1,115 @@
+"""`history list`: a line for each run, the latest first."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ...report.format import DASH, figures, seconds
+from ...report.narrow import print_table
+from ..prune import said
+from .lines import Evaluation, Known, PastRun, PastTraining
+
+COLUMNS = ("run", "begun", "family", "jobs", "last training", "best valid", "score", "time", "more")
+# Columns that hold numbers.
+NUMBERS = ("jobs", "best valid", "time")
+# A library's table takes seconds for thousands of rows.
+MOST_IN_TABLE = 200
+
+
+def list_runs(known: Known, last: int, console: Console) -> None:
+    """Print the runs that were begun last, as many as asked for (0: all), then trainings that are
+    of no run, then what is wrong."""
+    say = said(console)
+    shown = known.runs[:last] if last else known.runs
+    if shown:
+        print_rows("runs, the latest first", COLUMNS, [_cells(run) for run in shown], console)
+    for run in shown:
+        for text in run.wrong:
+            say(text)
+    if known.strays:
+        say(f"{len(known.strays):,} trainings are of no run that is known:")
+        for training in known.strays[: last or None]:
+            say(f"  {training.address}: {trained(training)}")
+    for text in known.wrong:
+        say(text)
+    if len(shown) < len(known.runs):
+        say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
+    if shown:
+        say(f"next: python -m pipeline history show {shown[0].id}")
+    elif not known.strays:
+        say("no run has left anything here yet")
+
+
+def _cells(run: PastRun) -> tuple[str, ...]:
+    last = run.last
+    named = f"{last.name}, step {last.position}" if last else DASH
+    return (
+        run.id,
+        run.begun,
+        run.family,
+        f"{run.made:,}",
+        named,
+        figures(last.valid_nats) if last else DASH,
+        scored(run.evaluation),
+        seconds(run.seconds) if run.made else DASH,
+        "; ".join(_more(run)),
+    )
+
+
+def _more(run: PastRun) -> Iterator[str]:
+    if run.removed:
+        yield "being removed"
+    if run.evaluation and run.evaluation.criteria:
+        yield run.evaluation.criteria
+    if any(each.served for each in run.deploys):
+        yield "served"
+    elif run.deploys:
+        yield "deployed"
+
+
+def scored(evaluation: Evaluation | None) -> str:
+    """Return what a report says of what the run serves, in a few words."""
+    score = evaluation.score if evaluation else None
+    return f"{figures(score.value)} {score.measure}" if score else DASH
+
+
+def trained(training: PastTraining) -> str:
+    """Return how far a training is and what it came to, in a line."""
+    words = [f"step {training.position}"]
+    if training.train_nats is not None:
+        words.append(f"train {figures(training.train_nats)}")
+    if training.valid_nats is not None:
+        words.append(f"best valid {figures(training.valid_nats)} at step {training.valid_step:,}")
+    if training.wrong:
+        words.append(training.wrong)
+    return ", ".join(words)
+
+
+def print_rows(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console
+) -> None:
+    """Print a table; one of very many rows as lines whose columns are aligned."""
+    if len(rows) > MOST_IN_TABLE:
+        _print_lines(title, columns, rows, console)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print_table(console, table)
+
+
+def _print_lines(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console
+) -> None:
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [title]
+    for row in (columns, *rows):
+        cells = []
+        for name, cell, width in zip(columns, row, widths, strict=True):
+            cells.append(cell.rjust(width) if name in NUMBERS else cell.ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    # not through rich, which looks at every character
+    console.file.write("\n".join(lines) + "\n")

@@ -1,0 +1,193 @@
+"""`history`: what its actions print and write of a store."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import small_histories as small
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from pipeline.__main__ import main
+from pipeline.run.history import listing
+from pipeline.run.history.sparks import BLOCKS, spark
+from pipeline.run.remove_run import remove_runs
+from pipeline.store.history import numbers, read
+from pipeline.store.history_db import FILE, history_db
+from pipeline.store.history_schema import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A filled store that nobody changes."""
+    return small.filled(tmp_path_factory.mktemp("made") / "store")
+
+
+@pytest.fixture
+def history(made, capsys):
+    """Do an action of `history` on that store; return what it printed."""
+
+    def done(*arguments, store=made[0], code=0):
+        assert main(["history", *map(str, arguments), "--store", str(store.root)]) == code
+        printed = capsys.readouterr()
+        return printed.err if code else printed.out
+
+    return done
+
+
+def test_list_has_runs_the_latest_first_and_tells_what_is_torn(history, made):
+    printed = history("list")
+    first, second = made[1]
+    assert printed.index(second) < printed.index(first)
+    row = next(line for line in printed.splitlines() if line.startswith("│ first"))
+    assert "train_router, step 60 of 80" in row and "bits per byte" in row and "deployed" in row
+    torn = small.address("train_router", None, 21)
+    assert f"{torn}: its last line is torn" in printed
+    assert "1 trainings are of no run" in printed
+    assert printed.splitlines()[-1] == f"next: python -m pipeline history show {second}"
+    assert "1 of 2 runs" in history("list", "--last", 1)
+
+
+def test_a_run_is_shown_by_its_name_or_id_and_a_training_by_its_address(history, made):
+    run = made[1][0]
+    assert history("show", run) == history("show", "first")
+    printed = history("show", run)
+    expert = small.address("train_experts", "sea", 10)
+    assert expert in printed and "█" in printed
+    assert f"{small.address('evaluate', None, 30)}, made" in printed
+    series = history("show", small.address("train_router", None, 20))
+    assert "experts.layer.2.shares.0" in series and "valid_nats" in series
+    assert "there is no run and no training nothing" in history("show", "nothing", code=2)
+
+
+def test_few_runs_stand_side_by_side_with_the_settings_they_differ_in(history):
+    lines = history("compare", "first", "second").splitlines()
+    best = next(line for line in lines if "train_experts sea: best valid" in line)
+    # the second began a nat lower
+    _, _, first, second, _ = (cell.strip() for cell in best.split("│"))
+    assert float(first) > float(second)
+    (width,) = [line for line in lines if line.startswith("│ width")]
+    assert "64" in width and "65" in width
+    # what is the same in both
+    assert not [line for line in lines if line.startswith("│ family")]
+
+
+def test_runs_are_ranked_by_the_job_that_tells_them_apart(tmp_path, history):
+    store = small.new_store(tmp_path / "store")
+    shared = small.address("train_shared", None, 1)
+    small.write_history(store, shared, small.rows())
+    for number in range(9):
+        at = small.address("train_experts", "sea", 100 + number)
+        small.write_history(store, at, small.rows(start=9.0 - number))
+        small.leave_run(store, f"try{number}", [shared, at])
+    printed = history("compare", store=store)
+    assert "by the best validation of train_experts sea" in printed
+    names = [line.split("-")[0][2:] for line in printed.splitlines() if line.startswith("│ try")]
+    assert names == [f"try{number}" for number in reversed(range(9))]
+    assert "try3-" in history("compare", "try[34]", "--job", "train_experts sea", store=store)
+    told = history("compare", "try*", "--job", "train_all", store=store, code=2)
+    assert "none of these runs has trained train_all; they have train_experts sea" in told
+
+
+def test_very_many_runs_are_lines_whose_columns_are_aligned(tmp_path, history, monkeypatch):
+    monkeypatch.setattr(listing, "MOST_IN_TABLE", 8)
+    store = small.new_store(tmp_path / "store")
+    for number in range(9, 21):
+        small.leave_run(store, f"run{number}", ["train_router-0123456789ab"])
+    lines = history("list", "--last", 0, store=store).splitlines()
+    runs = [line for line in lines if line.startswith("run") and "ffn_moe" in line]
+    assert len(runs) == 12
+    assert len({line.index("ffn_moe") for line in runs}) == 1
+
+
+def test_csv_and_json_lines_have_every_row_and_number(history, made, tmp_path):
+    store = made[0]
+    for name in ("csv", "jsonl"):
+        assert "rows of 6 trainings" in history(
+            "export", "--format", name, "--to", tmp_path / f"all.{name}"
+        )
+    with (tmp_path / "all.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    wanted = 0
+    for path in sorted(store.root.glob("history/*.jsonl")):
+        found = read(path).rows
+        wanted += len(found)
+        of_csv = [row for row in table if row["address"] == path.stem]
+        of_lines = [line for line in lines if line["address"] == path.stem]
+        for row, cells, line in zip(found, of_csv, of_lines, strict=True):
+            flat = dict(numbers(row, "."))
+            assert {key: float(cells[key]) for key in flat} == flat
+            assert {key: line[key] for key in row} == row
+    assert len(table) == len(lines) == wanted
+    shared = next(row for row in table if row["stage"] == "train_shared")
+    assert set(shared["runs"].split()) == set(made[1])
+    assert "there is a" in history("export", "--format", "csv", "--to", tmp_path, code=2)
+
+
+def test_tensorboard_reads_the_numbers_of_its_events_back(history, made, tmp_path):
+    to = tmp_path / "events"
+    router = small.address("train_router", None, 20)
+    history("export", router, "--format", "tensorboard", "--to", to)
+    events = EventAccumulator(str(to / router)).Reload()
+    found = read(made[0].history(router)).rows
+    for key in ("train_nats", "experts/layer/2/shares/1"):
+        wanted = [(row["step"], dict(numbers(row, "/"))) for row in found]
+        wanted = [(step, row[key]) for step, row in wanted if key in row]
+        told = []
+        for event in events.Tensors(key):
+            told.append((event.step, tensor_util.make_ndarray(event.tensor_proto).item()))
+        assert told == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+    assert {"step", "time"}.isdisjoint(events.Tags()["tensors"])
+
+
+def test_what_is_removed_is_in_no_table_any_more_nor_in_the_file(made, history, tmp_path):
+    shutil.copytree(made[0].root, tmp_path / "store")
+    store = small.new_store(tmp_path / "store")
+    history("list", store=store)
+    gone = small.address("train_experts", "sea", 11)
+    assert gone.encode() in (store.root / FILE).read_bytes()
+    remove_runs(["second"], {}, store, Console(file=io.StringIO()), remove=True)
+    assert not store.history(gone).exists()
+    assert gone.encode() not in (store.root / FILE).read_bytes()
+    with history_db(store) as index:
+        assert index.execute("SELECT name FROM runs").fetchall() == [("first",)]
+    trunk = small.address("train_shared", None, 1)
+    assert store.history(trunk).exists()
+
+
+def test_a_store_without_any_run_says_so(tmp_path, history):
+    empty = small.new_store(tmp_path / "empty")
+    assert "no run has left anything here yet" in history("list", store=empty)
+    told = main(["history", "list", "--store", str(tmp_path / "none")])
+    assert told == 2
+
+
+def test_the_question_in_the_documents_is_answered(made):
+    text = (ROOT / "docs/history.md").read_text("utf-8")
+    (question,) = re.findall(r'sqlite3 store/history.db "(.+?)"', text, re.DOTALL)
+    with history_db(made[0]) as index:
+        found = index.execute(question).fetchall()
+        columns = {}
+        for name in re.findall(r"CREATE TABLE (\w+)", SCHEMA):
+            columns[name] = [row[1] for row in index.execute(f"PRAGMA table_info({name})")]
+    lows = [low for _, _, low, _ in found]
+    assert len(found) == 6 and lows == sorted(lows)
+    # and each table stands there with its columns
+    for name, told in columns.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        assert re.findall(r"`(\w+)`", line)[1:] == told
+
+
+def test_a_spark_runs_from_the_lowest_to_the_highest():
+    assert spark([]) == ""
+    assert spark([1.0, 1.0]) == BLOCKS[0] * 2
+    assert spark([0.0, 7.0, 3.5]) == BLOCKS[0] + BLOCKS[-1] + BLOCKS[4]
+    assert spark(list(range(1000)), width=8) == BLOCKS
