@@ -50,6 +50,7 @@ SETTINGS = {
     "expert": FITTED | {"statistics_tokens": 256},
     "router": FITTED,
     "dense": {"baselines": ()},
+    "joint": FITTED | {"experts": 3, "layers": (1,)},
     # no text of this run could be decoded: most tests have no tokenizer beside it
     "evaluate": {"tokens_per_domain": 200, "bootstrap": 50, "samples": 0},
 }
@@ -94,6 +95,7 @@ MAKERS = {
     "train_experts": family.expert,
     "train_router": ffn_moe.router,
     "train_dense": ffn_moe.dense,
+    "train_joint": family.joint,
 }
 
 
@@ -137,6 +139,8 @@ def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:
     train(cfg, parts, "train_router")
     for item in cfg.dense.baselines if baselines else ():
         train(cfg, parts, "train_dense", item)
+    for item in cfg.joint.models:
+        train(cfg, parts, "train_joint", item)
     return parts
 
 

@@ -334,7 +334,7 @@ def test_zero_steps_assemble_the_stack_without_training(trained, init):
         torch.cat(
             [
                 stack.token_loss(ids).flatten()
-                for ids in ffn_moe._validation(
+                for ids in ffn_moe.held_out_batches(
                     cfg, shards_of(trained, trained.cfg.partition.names), cfg.router, cfg.experts, 4
                 )
             ]
@@ -356,7 +356,7 @@ def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(
     )
     found = small.train(cfg, trained, "train_router")
     stack = assemble(cfg, trained)
-    held_out = ffn_moe._validation(
+    held_out = ffn_moe.held_out_batches(
         cfg, shards_of(trained, trained.cfg.partition.names), cfg.router, cfg.experts, 4
     )
     judged = torch.cat([stack.token_loss(ids).flatten() for ids in held_out]).mean().item()
@@ -369,9 +369,8 @@ def test_the_validation_loss_of_a_trained_router_is_that_of_the_assembled_stack(
 )
 def test_temperature_is_linear_then_constant(epochs, wanted):
     cfg = small.config(router__temperature={"start": 4.0, "end": 1.0, "epochs": epochs})
-    found = [
-        ffn_moe._temperature(cfg, 4, 4 * 32, step) for step in range(4)
-    ]  # 32 tokens per step, 4 steps an epoch
+    ramp = cfg.router.temperature
+    found = [ramp.at(step, steps=4, epoch_steps=4.0) for step in range(4)]
     assert found == pytest.approx(wanted or [4 - 3 * s / 400 for s in range(4)])
 
 

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.model import loss
-from pipeline.model.loss import MIN_CHUNK_TOKENS, chunked_token_loss, cross_entropy
+from pipeline.model.loss import (
+    MIN_CHUNK_TOKENS,
+    chunked_token_loss,
+    cross_entropy,
+    smoothed_cross_entropy,
+)
 
 D, V = 16, 37
 
@@ -145,3 +150,19 @@ def test_a_stored_head_of_another_dtype_is_cast_in_pieces(monkeypatch, stored, p
     (got,) = torch.autograd.grad(ours, h_ND)
     (wanted,) = torch.autograd.grad(reference, h_ND)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_smoothed_targets_are_torchs_own(smoothing, chunk):
+    h_ND, head_VD, target_N = drawn(11)
+    ours, plain = smoothed_cross_entropy(h_ND, head_VD, target_N, smoothing, chunk_tokens=chunk)
+    logits_NV = h_ND @ head_VD.T
+    reference = F.cross_entropy(logits_NV, target_N, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(plain, full(h_ND, head_VD, target_N).detach())
+    assert not plain.requires_grad
+    got = torch.autograd.grad(2 * ours, (h_ND, head_VD))
+    wanted = torch.autograd.grad(2 * reference, (h_ND, head_VD))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

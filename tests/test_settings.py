@@ -49,7 +49,10 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         parts = small.run(
-            small.config(expert__coordinate=True, dense__baselines=("path",)), root / "run"
+            small.config(
+                expert__coordinate=True, dense__baselines=("path",), joint__models=("moe",)
+            ),
+            root / "run",
         )
     tokenizers.train(270, ["a text that goes on"]).save(root / "run" / "tokenizer")
     whole(vocab_size=small.VOCAB).save_pretrained(root / "checkpoint")
@@ -179,6 +182,7 @@ def _digest(content) -> str:
 PRODUCTS = {"preprocess": _preprocessed, "evaluate": _reported}
 ALPHA = "train_experts alpha"
 PATH = "train_dense path"
+MOE = "train_joint moe"
 WORSE = {"eval_every_steps": 1}  # _trained lets every evaluation be worse than the last
 
 
@@ -307,6 +311,18 @@ EFFECTS = {
     "dense.baselines": ("evaluate", ("path",), {}),
     "dense.domains": (PATH, ("beta",), {}),
     "dense.lr": (PATH, 0.5, {}),
+    **_fit("joint", MOE),
+    "joint.models": ("evaluate", ("moe",), {}),
+    "joint.domains": (MOE, ("beta",), {}),
+    "joint.mixture": (MOE, "equal", {}),
+    "joint.layers": (MOE, "all", {}),
+    "joint.experts": (MOE, 2, {}),
+    "joint.top_k": (MOE, 2, {}),
+    "joint.aux_weight": (MOE, 9.0, {}),
+    "joint.capacity_factor": (MOE, 0.5, {}),
+    "joint.temperature": (MOE, {"start": 3.0}, {}),
+    "joint.dropout": (MOE, 0.5, {}),
+    "joint.label_smoothing": (MOE, 0.5, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
     "evaluate.rivals": ("evaluate", "few", {}),
     "evaluate.continuation_tokens": ("evaluate", 4, {"evaluate__samples": 1}),
@@ -346,7 +362,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "deploy.keep": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     **{
         f"{section}.{name}": "test_means_reach_their_training"
-        for section in ("trunk", "expert", "router")
+        for section in ("trunk", "expert", "router", "joint")
         for name in ("checkpointing", "fuse_optimizer", "compile")
     },
     "runtime.memory_budget": "test_means_reach_their_training",

@@ -52,8 +52,25 @@ def cross_entropy(
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Return the summed nats of target_N; matrix products run in `dtype`, the softmax in fp32."""
+    total, _ = smoothed_cross_entropy(h_ND, head_VD, target_N, 0.0, dtype, chunk_tokens)
+    return total
+
+
+def smoothed_cross_entropy(
+    h_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    smoothing: float,
+    dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed nats against smoothed targets, and those of target_N, without a gradient.
+
+    A smoothed target is 1 - smoothing at its token, and smoothing spread evenly over all entries
+    (1512.00567, section 7).
+    """
     chunk_tokens = chunk_tokens or chunk_of(len(head_VD))
-    return _ChunkedCrossEntropy.apply(h_ND, head_VD, target_N, dtype, chunk_tokens)
+    return _ChunkedCrossEntropy.apply(h_ND, head_VD, target_N, dtype, chunk_tokens, smoothing)
 
 
 @torch.no_grad()
@@ -78,6 +95,8 @@ def chunked_token_loss(
 class _LossContext(Context, Protocol):
     head_VD: Tensor
 
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of nats over tokens; keeps d loss / d h and d loss / d head instead of logits_NV."""
@@ -90,7 +109,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         dtype: torch.dtype,
         chunk_tokens: int,
-    ) -> Tensor:
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
         needs_h, needs_head = ctx.needs_input_grad[:2]
         head = _Head(head_VD, dtype)
         grad_ND = torch.empty_like(h_ND) if needs_h else None
@@ -98,14 +118,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_sum = _GradientSum(head_VD, n_chunks) if needs_head else None
         buffers = _ChunkBuffers(min(chunk_tokens, len(h_ND)), head)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        plain = torch.zeros_like(total)
 
         for start in range(0, len(h_ND), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             h_CD = h_ND[chunk].to(dtype)
-            total += buffers.token_loss(h_CD, target_N[chunk]).sum()
+            target_C = target_N[chunk]
+            nats_C = buffers.token_loss(h_CD, target_C)
+            plain += nats_C.sum()
+            if smoothing:
+                even_C = buffers.even_loss(nats_C, target_C)
+                nats_C = (1 - smoothing) * nats_C + smoothing * even_C
+            total += nats_C.sum()
             if grad_ND is None and head_sum is None:
                 continue
-            grad_logits_CV = buffers.grad_logits(target_N[chunk])
+            grad_logits_CV = buffers.grad_logits(target_C, smoothing)
             if grad_ND is not None:
                 grad_ND[chunk] = head.grad_h(grad_logits_CV)
             if head_sum is not None:
@@ -115,12 +142,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_ND, grad_VD)
         # not among the saved tensors, as backward adds to its .grad and has to find the leaf itself
         ctx.head_VD = head_VD
-        return total
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     def backward(
-        ctx: _LossContext, upstream: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        ctx: _LossContext, upstream: Tensor, _of_plain: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_ND: Tensor | None
         grad_VD: Tensor | None
         grad_ND, grad_VD = ctx.saved_tensors
@@ -128,7 +156,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_ND = grad_ND * upstream.to(grad_ND.dtype)
         if grad_VD is not None:
             grad_VD = _add_to_leaf(ctx.head_VD, grad_VD, upstream)
-        return grad_ND, grad_VD, None, None, None
+        return grad_ND, grad_VD, None, None, None, None
 
 
 class _Head:
@@ -195,11 +223,22 @@ class _ChunkBuffers:
         top_probability_C = softmax_CV.amax(-1)
         return top_logit_C - top_probability_C.log() - target_logit_C
 
-    def grad_logits(self, target_C: Tensor) -> Tensor:
+    def even_loss(self, nats_C: Tensor, target_C: Tensor) -> Tensor:
+        """Return the nats of a target spread evenly over all entries, from those of target_C in
+        the chunk just seen."""
+        logits_CV = self.logits_CV[: len(target_C)]
+        dtype = nats_C.dtype
+        target_logit_C1 = logits_CV.gather(1, target_C[:, None])
+        mean_logit_C = logits_CV.mean(-1, dtype=dtype)
+        return nats_C + target_logit_C1.squeeze(1).to(dtype) - mean_logit_C
+
+    def grad_logits(self, target_C: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return d nats / d logits_CV of the chunk just seen, in the products' dtype."""
         softmax_CV = self.softmax_CV[: len(target_C)]
-        minus_one_C1 = softmax_CV.new_full((len(target_C), 1), -1.0)
-        softmax_CV.scatter_add_(1, target_C[:, None], minus_one_C1)
+        at_target_C1 = softmax_CV.new_full((len(target_C), 1), smoothing - 1.0)
+        softmax_CV.scatter_add_(1, target_C[:, None], at_target_C1)
+        if smoothing:
+            softmax_CV -= smoothing / softmax_CV.shape[1]
         # the logits have done their work: their buffer takes the gradient
         return self.logits_CV[: len(target_C)].copy_(softmax_CV)
 

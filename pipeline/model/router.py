@@ -8,7 +8,7 @@ B sequences, T tokens, N = B*T, D model width, E experts, K experts per token, R
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,8 @@ class Router(nn.Module):
         self.gating = gating
         self.temperature = 1.0
         self.stats: dict[int, RouterStats] = {}  # by layer
+        # told (layer, logits_NE, index_NK) of every pass in evaluation
+        self.listener: Callable[[int, Tensor, Tensor], None] | None = None
 
     def route(self, layer: int, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return (index_NK, weight_NK); while training also records the layer's RouterStats."""
@@ -94,6 +96,8 @@ class Router(nn.Module):
             weight_NK = weight_NK + (probability_NK - probability_NK.detach())
         if self.training:
             index_NK = self._record(layer, logits_NE, index_NK)
+        elif self.listener is not None:
+            self.listener(layer, logits_NE, index_NK)
         return index_NK, weight_NK
 
     def _record(self, layer: int, logits_NE: Tensor, index_NK: Tensor) -> Tensor:

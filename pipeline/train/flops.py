@@ -172,14 +172,16 @@ class Shape:
         body = forward - 2 * self.vocab_size * self.d_model
         return forward - body * min(expert.layers) / self.layers
 
-    def layer_activations(self, trains: Trains, active: int = 1, in_blocks: bool = False) -> int:
+    def layer_activations(
+        self, trains: Trains, active: float = 1, in_blocks: bool = False
+    ) -> float:
         """Numbers per token that a layer keeps for its backward pass; frozen weights do not need
         what they multiply. in_blocks: attention is ours, which repeats no keys.
 
         What enters the norms and the feed-forward networks (`active` a token), queries and keys
         before and after, values, W_gate x, W_up x; of gates also what each network gives.
         """
-        kept = 3 * self.d_model
+        kept: float = 3 * self.d_model
         if in_blocks:
             kept += 2 * self.heads_width + 3 * self.kv_width
         else:

@@ -49,6 +49,10 @@ def _no_numbers() -> dict[str, Any]:
     return {}
 
 
+def _no_numbers_at(_step: int) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Task:
     """What one training run is."""
@@ -66,6 +70,10 @@ class Task:
     # balance and z-loss of the forward pass just made
     penalty: Callable[[], Tensor | float] = _no_penalty
     after_step: Callable[[], dict[str, Any]] = _no_numbers  # numbers for the history row
+    # after which steps to validate beside the last; none: as the options say
+    validates_at: Callable[[int], bool] | None = None
+    # step of a validation just made -> numbers for its history row
+    after_validation: Callable[[int], dict[str, Any]] = _no_numbers_at
     state: dict[str, Tensor] = field(default_factory=dict)  # other tensors that must survive
     flops_per_token: float = 0.0
     bf16: bool = False
@@ -182,7 +190,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
         clock.lap("start")
         # one round more than steps: the last one evaluates and saves what the last step made
         while True:
-            due = _due(run.step, task.steps, opts.eval_every_steps)
+            due = _due(run.step, task)
             # a resumed run does not evaluate its first step again
             if task.validate and due and run.evaluated_step < run.step:
                 valid_nats = task.validate()
@@ -197,6 +205,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
                         "step": run.step,
                         "tokens": run.step * step_tokens,
                         "valid_nats": run.valid_nats,
+                        **task.after_validation(run.step),
                         "time": time.time(),
                     }
                 )
@@ -401,10 +410,14 @@ def _in_seconds(phases: dict[str, float]) -> dict[str, float]:
     return {f"{phase}_s": seconds for phase, seconds in phases.items()}
 
 
-def _due(step: int, steps: int, every: int) -> bool:
-    """Whether to evaluate at a step: at the last one, and every so many unless that is 0."""
-    if step == steps:
+def _due(step: int, task: Task) -> bool:
+    """Whether to evaluate at a step: at the last one, and every so many unless that is 0, or where
+    the task says."""
+    if step == task.steps:
         return True
+    if task.validates_at is not None:
+        return task.validates_at(step)
+    every = task.options.eval_every_steps
     return bool(every) and step > 0 and step % every == 0
 
 

@@ -12,6 +12,7 @@ from ...config.run import JobKey
 from ...config.stage import Stage, fields
 from ...config.text_data import FilesConfig, TextRunConfig
 from ...protocols import Eye, Looked, Seen
+from .joint.section import MOE, JointConfig
 from .sections import (
     ADAPTER,
     ANCHOR,
@@ -22,7 +23,7 @@ from .sections import (
     RouterConfig,
     TrunkConfig,
 )
-from .stages import BASELINE_READS, FROM_ZERO, STAGES
+from .stages import BASELINE_READS, FROM_ZERO, JOINT_READS, MIXTURE_READS, STAGES
 
 
 class FfnMoeConfig(TextRunConfig):
@@ -35,6 +36,9 @@ class FfnMoeConfig(TextRunConfig):
     expert: ExpertConfig = Field(ExpertConfig(steps=200), description="Each expert")
     router: RouterConfig = Field(RouterConfig(steps=50), description="The gates")
     dense: DenseConfig = Field(DenseConfig(), description="Baselines")
+    joint: JointConfig = Field(
+        JointConfig(epochs=20), description="Models that are trained end to end"
+    )
     lr_search: LrSearchConfig = Field(
         LrSearchConfig(), description="How learning rates that are auto are found"
     )
@@ -114,6 +118,12 @@ class FfnMoeConfig(TextRunConfig):
         return self.dense.domains or self.experts_with_text
 
     @property
+    def joint_domains(self) -> tuple[str, ...]:
+        """Domains that joint models are trained on."""
+        both = (*self.trunk_domains, *self.dense_domains)
+        return self.joint.domains or tuple(dict.fromkeys(both))
+
+    @property
     def tokenizer_domains(self) -> tuple[str, ...]:
         """The domains whose text a tokenizer is trained on, where documents have labels."""
         return self.trunk_domains
@@ -171,6 +181,8 @@ class FfnMoeConfig(TextRunConfig):
             wanted = (*self.experts_with_text, *general)
         elif stage == "train_dense":
             wanted = (*(self.trunk_domains if item in FROM_ZERO else ()), *self.dense_domains)
+        elif stage == "train_joint":
+            wanted = self.joint_domains
         elif stage == "evaluate":
             wanted = self.partition.names
         return tuple(name for name in dict.fromkeys(wanted) if name in self.partition.names)
@@ -201,6 +213,11 @@ class FfnMoeConfig(TextRunConfig):
     def dense_reads(self, item: str) -> dict:
         """Return what a dense baseline's budget, size and training depend on."""
         return fields(self, BASELINE_READS[item]) | {"domains": self.dense_domains}
+
+    def joint_reads(self, item: str) -> dict:
+        """Return what a joint model's size and training depend on."""
+        read = (*JOINT_READS, *(MIXTURE_READS if item == MOE else ()))
+        return fields(self, read) | {"domains": self.joint_domains}
 
     def read_outside(self, stage: str, item: str | None) -> Iterator[tuple[str, str]]:
         """Yield (setting, path) of what a job reads outside the store, not on the Hub."""
@@ -344,6 +361,7 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
         "trunk": (cfg.trunk.domains, known),
         "expert": (cfg.expert.domains, (*known, *cfg.expert.imported)),
         "dense": (cfg.dense.domains, known),
+        "joint": (cfg.joint.domains, known),
     }
     out = []
     for key, (domains, allowed) in given.items():
@@ -371,11 +389,13 @@ def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
 def _expert_layers(cfg: FfnMoeConfig) -> list[str]:
     if cfg.trunk.init:
         return []  # its own config.json says how many layers it has
-    try:
-        cfg.expert.in_layers(cfg.trunk.layers)
-    except ValueError as error:
-        return [f"expert.layers: {error}"]
-    return []
+    out = []
+    for key, section in (("expert", cfg.expert), ("joint", cfg.joint)):
+        try:
+            section.in_layers(cfg.trunk.layers)
+        except ValueError as error:
+            out.append(f"{key}.layers: {error}")
+    return out
 
 
 def _durations(cfg: FfnMoeConfig) -> list[str]:
@@ -384,6 +404,8 @@ def _durations(cfg: FfnMoeConfig) -> list[str]:
         "expert": cfg.expert,
         "router": cfg.router,
     }
+    if cfg.joint.models:
+        sections["joint"] = cfg.joint
     out = []
     for key, fit in sections.items():
         # FitConfig refuses two of them; that there is one is asked here, of the whole
@@ -468,4 +490,9 @@ def _pretrained(cfg: FfnMoeConfig) -> list[str]:
             out.append(
                 f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out"
             )
+    if cfg.joint.models:
+        out.append(
+            "joint.models: they train from zero, with sizes that a pretrained trunk does not give; "
+            "set trunk.init to null, or joint.models to []"
+        )
     return out

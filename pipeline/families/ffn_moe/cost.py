@@ -6,19 +6,14 @@ from math import ceil
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import (
-    MAX_BF16_SUMS,
-    PIECE_NUMBERS,
-    WHOLE_NUMBERS,
-    chunk_of,
-    workspace_bytes,
-)
+from ...model.loss import PIECE_NUMBERS, WHOLE_NUMBERS
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
-from .passes import HEAP_BYTES, KERNEL_BYTES
+from .pass_memory import pass_bytes
+from .passes import KERNEL_BYTES
 from .rates import search_of, trained_by
 from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
@@ -27,9 +22,6 @@ from .trunk_sizes import stored_bytes, trunk_shape
 # of a processor, beside those of every pass
 INT8_BYTES = 5_000_000  # code of the library that keeps 8-bit moments
 PEFT_BYTES = 58_000_000  # code of PEFT, which a job of adapters imports
-# holes in the heap: as much as there are activations, up to this; where they are more, this share
-MOST_FRAGMENTS_BYTES = 155_000_000
-FRAGMENTS_SHARE = 0.85
 
 
 def stage_tokens(
@@ -52,10 +44,10 @@ def stage_tokens(
         return 0  # nothing of it is spent here
     opts, _ = _settings(cfg, stage, item)
     if stage == "train_shared":
-        return _tokens_on(cfg, opts, cfg.trunk_domains, domain_tokens)
+        return tokens_on(cfg, opts, cfg.trunk_domains, domain_tokens)
     if stage == "train_router":
-        return _tokens_on(cfg, opts, cfg.experts_with_text, domain_tokens)
-    return _tokens_on(cfg, opts, (_named(item),), domain_tokens)
+        return tokens_on(cfg, opts, cfg.experts_with_text, domain_tokens)
+    return tokens_on(cfg, opts, (_named(item),), domain_tokens)
 
 
 def _taught_tokens(
@@ -64,10 +56,10 @@ def _taught_tokens(
     """Return the tokens of an expert of each domain as it is trained here, whichever are imported:
     what others are given by them has no import in its address. Raises KeyError as stage_tokens
     does."""
-    return [_tokens_on(cfg, cfg.expert, (domain,), domain_tokens) for domain in domains]
+    return [tokens_on(cfg, cfg.expert, (domain,), domain_tokens) for domain in domains]
 
 
-def _tokens_on(
+def tokens_on(
     cfg: FfnMoeConfig,
     opts: FitConfig,
     domains: Sequence[str],
@@ -90,7 +82,7 @@ def _dense_tokens(cfg: FfnMoeConfig, item: str | None, domain_tokens: Mapping[st
     experts = _taught_tokens(cfg, domains, domain_tokens)
     if item == "path":
         return max(experts)
-    total = sum(experts) + _tokens_on(cfg, cfg.router, domains, domain_tokens)
+    total = sum(experts) + tokens_on(cfg, cfg.router, domains, domain_tokens)
     if item in FROM_ZERO:
         total += stage_tokens(cfg, "train_shared", None, domain_tokens)
     return total
@@ -373,7 +365,7 @@ def peak_bytes(
         code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
         code += PEFT_BYTES * (trains == "adapter")
     lowest = min(expert.layers) if trains == "expert" and expert is not None else 0
-    training = kept + _pass_bytes(shape, plan, unit, trains, active, lowest)
+    training = kept + pass_bytes(shape, plan, unit, trains, active, lowest)
     ended = 0.0
     if trains in ("ffn", "expert"):
         layers = shape.layers if expert is None else len(expert.layers)
@@ -429,46 +421,3 @@ def cast_bytes(shape: Shape, unit: int) -> int:
     if head > WHOLE_NUMBERS:
         head = PIECE_NUMBERS
     return (head + shape.d_model * shape.d_ff) * unit
-
-
-def _pass_bytes(
-    shape: Shape, plan: MemoryPlan, unit: int, trains: Trains, active: int, lowest: int = 0
-) -> float:
-    """Return what one forward and backward pass holds, with what the allocator holds beside it."""
-    tokens = plan.micro_batch_sequences * shape.context_tokens
-    row_bytes = tokens * shape.d_model * unit
-    in_blocks = unit == 2 and device() != "cuda"
-    layer = tokens * shape.layer_activations(trains, active, in_blocks) * unit
-    logits = workspace_bytes(tokens, shape.vocab_size, plan.chunk_logits, unit)
-    chunk = chunk_of(shape.vocab_size, plan.chunk_logits)
-    if trains == "all" and unit == 2 and tokens > MAX_BF16_SUMS * chunk:
-        logits += 4 * shape.vocab_size * shape.d_model  # the head's gradient is added up in fp32
-    inner = 2 * tokens * shape.d_ff * unit  # of a feed-forward network's backward pass
-    if plan.checkpointing:
-        # What enters each layer, and one layer that is made again
-        held = (shape.layers - lowest) * row_bytes
-        in_use = held + max(logits, layer + inner)
-    else:
-        # below the lowest expert nothing is kept
-        held = (shape.layers - lowest) * layer
-        in_use = held + max(logits, inner)
-    if device() == "cuda":
-        return in_use
-
-    # A processor's heap holds more than is in use. Under a budget the batch starts with one row and
-    # grows, and the first rows' blocks are too small for what comes after them
-    grown = plan.budget_bytes is not None and plan.micro_batch_sequences > 1
-    in_heap = grown or row_bytes < plan.mmap_threshold_bytes
-    if plan.checkpointing and in_heap and (grown or not plan.low_mmap_threshold):
-        return 2 * (2 * held + layer + inner) + logits + HEAP_BYTES
-    if plan.low_mmap_threshold:
-        return in_use + (layer + inner) * plan.trim_each_pass
-    again = layer / 2 if plan.checkpointing else 0  # holes where a layer was computed again
-    fragments = 0.0
-    if in_heap:
-        # glibc finds no room for a block in the hole that one of its size left: with 30 layers of
-        # SmolLM2-135M holes were .7 to 1.1 of what was kept (glibc 2.36, three steps)
-        fragments = max(min(held, MOST_FRAGMENTS_BYTES), FRAGMENTS_SHARE * held)
-        # the passes below the lowest expert keep nothing and leave room for what is kept above
-        fragments *= (shape.layers - lowest) / shape.layers
-    return in_use + HEAP_BYTES + again + fragments

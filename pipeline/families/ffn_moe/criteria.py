@@ -43,7 +43,7 @@ def wins(
             axis = alone
         elif row.name == trunk or row.name.startswith("random"):
             axis = "same trunk"
-        elif row.kind != "dense":
+        elif row.kind not in ("dense", "joint"):
             continue
         against = row.versus_stack
         if against is None:  # the stack is no rival of its own
@@ -164,6 +164,7 @@ def speed(cfg: FfnMoeConfig, parts: Parts) -> list[JobSpeed]:
     jobs += [("train_experts", name) for name in cfg.experts]
     jobs.append(("train_router", None))
     jobs += [("train_dense", name) for name in cfg.dense.baselines]
+    jobs += [("train_joint", name) for name in cfg.joint.models]
     jobs += [(stage, item) for stage in SEARCHES.values() for item in cfg.items(stage)]
     out = []
     for stage, item in jobs:

@@ -59,7 +59,7 @@ def _add(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
         stated.put("partition", "domains", value=[*domains, wish.domain])
         has_text = True
     if has_text:
-        told += _write_out_dense(cfg, stated)
+        told += _write_out_rivals(cfg, stated)
     if wish.expert:
         _put(cfg, stated, "expert", "imported", name, value=stated.typed(wish.expert, *_IMPORTED))
     if cfg.expert.domains is not None:
@@ -83,7 +83,7 @@ def _remove(cfg: FfnMoeConfig, wish: DomainWish, stated: Stated) -> list[str]:
         # Where none is stated they are those of the source, which has it
         names = stated.entries("partition", "domains") or list(cfg.partition.domains)
         stated.put("partition", "domains", value=_without(names, name))
-    for section in ("expert", "dense"):
+    for section in ("expert", "dense", "joint"):
         domains = stated.entries(section, "domains")
         left = _without(domains, name)
         if domains and not left:
@@ -104,7 +104,7 @@ def _remove_expert(cfg: FfnMoeConfig, name: str, stated: Stated) -> list[str]:
             f"{name} has no expert, and its text is the trunk's (trunk.domains); a trunk without "
             "it is another one, with a configuration of its own"
         )
-    told = _write_out_dense(cfg, stated)
+    told = _write_out_rivals(cfg, stated)
     _put(cfg, stated, "expert", "domains", value=_without(list(cfg.experts), name))
     return [
         f"{name} is one of trunk.domains: its expert goes, but {_have_text(cfg)} its text and stay "
@@ -176,10 +176,13 @@ def _write_out(
     return [f"{section}.domains now names {', '.join(meant)}, so that nothing of it is made again"]
 
 
-def _write_out_dense(cfg: FfnMoeConfig, stated: Stated) -> list[str]:
-    if not cfg.dense.baselines:
-        return []
-    return _write_out(cfg, stated, "dense", cfg.dense.domains, cfg.dense_domains)
+def _write_out_rivals(cfg: FfnMoeConfig, stated: Stated) -> list[str]:
+    told = []
+    if cfg.dense.baselines:
+        told += _write_out(cfg, stated, "dense", cfg.dense.domains, cfg.dense_domains)
+    if cfg.joint.models:
+        told += _write_out(cfg, stated, "joint", cfg.joint.domains, cfg.joint_domains)
+    return told
 
 
 def _put(cfg: FfnMoeConfig, stated: Stated, section: str, *place: str, value: Any) -> None:

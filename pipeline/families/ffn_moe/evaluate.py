@@ -191,8 +191,8 @@ def _quality_row(
     expert = expert_shape(evaluator.cfg, shape)
     active = row.active_ffns
     kept = row.kept_ffns
-    # The trunk's own network, a dense model and the mean of all experts are whole networks
-    if expert is not None and row.kind not in ("part", "dense") and row.name != SOUP:
+    # The trunk's own network, rivals and the mean of all experts are told in whole networks
+    if expert is not None and row.kind not in ("part", "dense", "joint") and row.name != SOUP:
         active = shape.ffns(active, expert)
         kept = shape.ffns(kept, expert)
     if row.name == ENSEMBLE:

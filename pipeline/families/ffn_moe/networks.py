@@ -19,6 +19,7 @@ from .. import Parts
 from .config import FfnMoeConfig
 from .cost import stage_tokens
 from .evaluator import NetworkRow
+from .joint.rows import joint_rows
 from .parts import (
     gates_from,
     mixture_of,
@@ -88,7 +89,7 @@ def network_rows(
             ffn=expert,
             train_tokens=trunk_tokens + expert_tokens,
         )
-    yield from dense_rows(cfg, parts, domain_tokens)
+    yield from rival_rows(cfg, parts, domain_tokens)
     # What needs no router: experts merged into one, or all of them run on every token
     yield NetworkRow(
         name=SOUP,
@@ -198,13 +199,14 @@ def _other_anchor(
     )
 
 
-def dense_rows(
+def rival_rows(
     cfg: FfnMoeConfig, parts: Parts, domain_tokens: Mapping[str, int]
 ) -> Iterator[NetworkRow]:
     """Yield the dense baselines, each opened when its turn comes, with the axis it shares with the
-    stack."""
+    stack, and the joint models."""
     for item in cfg.dense.baselines:
         yield _dense_row(cfg, parts, domain_tokens, item)
+    yield from joint_rows(cfg, parts)
 
 
 def _dense_row(

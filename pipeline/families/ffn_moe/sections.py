@@ -14,9 +14,34 @@ ANCHOR = "anchor"
 DEFAULT_RANK = 16
 LayerNumber = Annotated[int, Field(ge=0)]
 LastLayers = Annotated[str, Field(pattern=r"^last:[1-9]\d*$")]
+LayerChoice = Literal["all"] | LastLayers | tuple[LayerNumber, ...]
 # of expert.form, and what reports and answers call the model without any of them
 ADAPTER = "adapter"
 BASE = "base"
+
+
+def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...]:
+    """Return the numbers of chosen layers in a trunk of so many. Raises ValueError where the trunk
+    has not so many."""
+    if layers == "all":
+        return tuple(range(count))
+    if isinstance(layers, str):
+        last = int(layers.removeprefix("last:"))
+        if last > count:
+            raise ValueError(f"{layers} are more layers than the trunk has, {count}")
+        return tuple(range(count - last, count))
+    if layers[-1] >= count:
+        raise ValueError(f"there is no layer {layers[-1]}; the trunk has layers 0 to {count - 1}")
+    return layers
+
+
+def ascending(layers: LayerChoice) -> LayerChoice:
+    """Return layers as they were chosen. Raises ValueError for numbers that do not ascend."""
+    if isinstance(layers, str):
+        return layers
+    if not layers or list(layers) != sorted(set(layers)):
+        raise ValueError("must name at least one layer, each once, the lowest first")
+    return layers
 
 
 class TrunkConfig(FitConfig):
@@ -98,7 +123,7 @@ class ExpertConfig(FitConfig):
         gt=0,
         description="What is added counts alpha / rank times; none: twice the rank",
     )
-    layers: Literal["all"] | LastLayers | tuple[LayerNumber, ...] = Field(
+    layers: LayerChoice = Field(
         "all",
         description="Layers with experts and gates: all, last:N, or their numbers from 0; "
         "elsewhere the dummy's networks stay",
@@ -182,27 +207,12 @@ class ExpertConfig(FitConfig):
 
         Raises ValueError where the trunk has not so many.
         """
-        if self.layers == "all":
-            return tuple(range(count))
-        if isinstance(self.layers, str):
-            last = int(self.layers.removeprefix("last:"))
-            if last > count:
-                raise ValueError(f"{self.layers} are more layers than the trunk has, {count}")
-            return tuple(range(count - last, count))
-        if self.layers[-1] >= count:
-            raise ValueError(
-                f"there is no layer {self.layers[-1]}; the trunk has layers 0 to {count - 1}"
-            )
-        return self.layers
+        return chosen_layers(self.layers, count)
 
     @field_validator("layers")
     @classmethod
-    def _layers_ascend(cls, layers: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(layers, str):
-            return layers
-        if not layers or list(layers) != sorted(set(layers)):
-            raise ValueError("must name at least one layer, each once, the lowest first")
-        return layers
+    def _layers_ascend(cls, layers: LayerChoice) -> LayerChoice:
+        return ascending(layers)
 
     @model_validator(mode="after")
     def _form_fits(self) -> Self:
@@ -233,9 +243,18 @@ class TemperatureConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="Length of the ramp in passes over the training tokens; none: all of router "
+        description="Length of the ramp in passes over the training tokens; none: all of the "
         "training",
     )
+
+    def at(self, step: int, steps: int, epoch_steps: float) -> float:
+        """Return the temperature at one of the steps of a training, of which a pass over the
+        training tokens takes `epoch_steps`."""
+        length: float = steps - 1  # steps count from 0: the last one is at the end
+        if self.epochs is not None:
+            length = self.epochs * epoch_steps
+        done = min(1.0, step / max(1.0, length))
+        return self.start + (self.end - self.start) * done
 
 
 class RouterConfig(FitConfig):

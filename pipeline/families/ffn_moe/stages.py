@@ -22,6 +22,22 @@ BASELINE_READS: dict[str | None, tuple[str, ...]] = {
 }
 
 
+# What a joint model's size and training depend on beside the domains
+_SIZES = (
+    *("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff"),
+    *("context_tokens", "rope_theta", "tie_embeddings"),
+)
+JOINT_READS = (
+    *(f"joint.{key}" for key in _FITTED),
+    *("joint.mixture", "joint.dropout", "joint.label_smoothing"),
+    *(f"trunk.{key}" for key in _SIZES),
+)
+# Of a mixture alone
+MIXTURE_READS = tuple(
+    f"joint.{key}"
+    for key in ("layers", "experts", "top_k", "aux_weight", "capacity_factor", "temperature")
+)
+
 # Dense baselines that do not continue the trunk
 FROM_ZERO = ("wide", "scratch")
 # Of a search, by the stage whose rate it finds
@@ -165,6 +181,21 @@ STAGES = table(
         secrets=("wandb", "hub"),
         after=("lr_dense",),
     ),
+    # Reads no trunk of the run, nor anything that was trained for it
+    Stage(
+        "train_joint",
+        "train whole models from zero, a mixture or dense, to hold the stack against",
+        "family.joint",
+        kind="training",
+        items="joint.models",
+        needs=("tokenizer", "preprocess"),
+        reads=_TRAINED,
+        reads_also="joint_reads",
+        settings="joint",
+        machine="train_dense",
+        secrets=("wandb", "hub"),
+        after=("tokenizer", "preprocess"),
+    ),
     Stage(
         "evaluate",
         "measure the stack, write report.json and report.html, print the tables",
@@ -177,6 +208,7 @@ STAGES = table(
             "train_experts",
             "train_router",
             "train_dense",
+            "train_joint",
             *SEARCHES.values(),
         ),
         # The run's name stands in the report

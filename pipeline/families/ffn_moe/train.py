@@ -68,7 +68,7 @@ def shared(cfg: FfnMoeConfig, parts: Parts) -> Task | NoTraining:
     shards = shards_of(parts, domains)
     if cfg.trunk.is_pinned:
         mixed = training_rows(cfg, shards, "statistics", domains, how="equal")
-        held_out = _validation(cfg, shards, cfg.trunk, domains, EVALUATION_SEQUENCES)
+        held_out = held_out_batches(cfg, shards, cfg.trunk, domains, EVALUATION_SEQUENCES)
         return NoTraining(partial(write_pin, cfg, parts, mixed, held_out))
     torch.manual_seed(cfg.seed_of("shared"))
     trunk, dummy = new_trunk(cfg, shards, progress=parts.progress)
@@ -202,7 +202,8 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
         experts.append(training_expert(cfg, stored))
     rows = training_rows(cfg, shards, "router", cfg.experts_with_text, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
-    temperature = partial(_temperature, cfg, steps, rows.tokens())
+    epoch_steps = rows.tokens() / (opts.batch_sequences * rows.context_tokens)
+    temperature = partial(opts.temperature.at, steps=steps, epoch_steps=epoch_steps)
     gates.temperature = temperature(0)
 
     def before_step(step: int) -> None:
@@ -337,7 +338,7 @@ def text_task(
     if plan.checkpointing:
         trunk.checkpoint()
     # Drawn once: every validation of a training is on the same rows
-    held_out = _validation(cfg, rows.shards, opts, judged_on, plan.micro_batch_sequences)
+    held_out = held_out_batches(cfg, rows.shards, opts, judged_on, plan.micro_batch_sequences)
 
     bf16_params: tuple[str, ...] = ()
     if bf16:
@@ -351,7 +352,7 @@ def text_task(
 
     def validate() -> float:
         nats = []
-        with _evaluating(ffn):
+        with evaluating(ffn):
             for ids_BT in held_out:
                 nats_BT = token_loss(trunk, ffn, ids_BT, bf16, plan.chunk_logits)
                 nats.append(nats_BT.flatten())
@@ -394,7 +395,7 @@ def _mean_nats(
 
 
 @contextmanager
-def _evaluating(ffn: nn.Module) -> Iterator[None]:
+def evaluating(ffn: nn.Module) -> Iterator[None]:
     """Put a feed-forward network into evaluation mode, and back into the one it was in."""
     before = ffn.training
     ffn.eval()
@@ -404,7 +405,7 @@ def _evaluating(ffn: nn.Module) -> Iterator[None]:
         ffn.train(before)
 
 
-def _validation(
+def held_out_batches(
     cfg: FfnMoeConfig,
     shards: Shards,
     opts: FitConfig,
@@ -439,15 +440,3 @@ def _coordinated(
     anchor = training_expert(cfg, dummy)
     pair = CoordinatedExpert(anchor, own, row_LD, cfg.expert.coordinate_bias)
     return pair.to(device())
-
-
-def _temperature(cfg: FfnMoeConfig, steps: int, epoch_tokens: int, step: int) -> float:
-    """Return the gates' temperature at a step: linear from start to end, then constant."""
-    ramp = cfg.router.temperature
-    if ramp.epochs is None:
-        length: float = steps - 1  # steps count from 0: the last one is at the end
-    else:
-        step_tokens = cfg.router.batch_sequences * cfg.trunk.context_tokens
-        length = ramp.epochs * (epoch_tokens / step_tokens)
-    done = min(1.0, step / max(1.0, length))
-    return ramp.start + (ramp.end - ramp.start) * done

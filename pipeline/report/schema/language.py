@@ -7,8 +7,9 @@ from pydantic import Field
 from .base import BaseReport, Difference, Interval, RateSearch, ReportPart
 
 ByDomain = dict[str, float]
-# an "expert" knows one domain and the "oracle" is told which; the others serve any text
-RowKind = Literal["part", "expert", "dense", "merge", "router", "oracle"]
+# an "expert" knows one domain and the "oracle" is told which; the others serve any text, a "joint"
+# mixture being trained end to end
+RowKind = Literal["part", "expert", "dense", "joint", "merge", "router", "oracle"]
 # "undecided": too few documents for an interval
 Verdict = Literal["better", "worse", "tie", "undecided"]
 

@@ -41,7 +41,7 @@ from ..evaluate import (
     score_combined,
 )
 from ..evaluator import EvalRow, Evaluator
-from ..networks import dense_rows
+from ..networks import rival_rows
 from ..parts import expert_bytes, shards_of, training_tokens
 from ..samples import Reading, samples
 from ..sections import BASE
@@ -92,7 +92,7 @@ def tables(cfg: FfnMoeConfig, parts: Parts, progress: Progress) -> LanguageRepor
         evaluator.score(name or BASE, model, filled, keep_tokens=True)
     writer.add(BASE, stack.reader(len(cfg.experts)), filled)
     dense = []
-    for row in dense_rows(cfg, parts, training_tokens(shards)):
+    for row in rival_rows(cfg, parts, training_tokens(shards)):
         evaluator.score(row.name, row.trunk, row.ffn)
         if row.name in writing:
             writer.add(row.name, row.trunk, row.ffn)

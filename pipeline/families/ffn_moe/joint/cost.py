@@ -1,0 +1,138 @@
+"""What a joint training will spend: tokens, parameters, operations, memory.
+
+L layers, D model width, F feed-forward width, E experts, K experts per token.
+"""
+
+from collections.abc import Mapping
+
+from ....hardware import device
+from ....train.flops import ExpertShape, JobCost, Shape
+from ....train.memory_plan import MemoryPlan, plan_memory
+from ..config import FfnMoeConfig
+from ..cost import INT8_BYTES, tokens_on
+from ..pass_memory import pass_bytes
+from ..passes import KERNEL_BYTES
+from .network import mixture_layers
+from .section import MOE
+
+# Masks of dropout behind attention and network, a number for each of what they add
+DROPOUT_ROWS = 2
+
+
+def joint_cost(
+    cfg: FfnMoeConfig, item: str, domain_tokens: Mapping[str, int] | None, bf16: bool
+) -> JobCost:
+    """Return what the training of one of joint.models will spend, if no patience ends it sooner;
+    tokens and operations are None while the token counts are unknown."""
+    shape = Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
+    try:
+        tokens = tokens_on(cfg, cfg.joint, cfg.joint_domains, domain_tokens or {})
+    except KeyError:  # a duration in epochs, before preprocess has counted the text
+        tokens = None
+    plan = joint_plan(cfg, item, shape, bf16, f"train_joint-{item}")
+    return JobCost.of(
+        "train_joint",
+        item,
+        tokens=tokens,
+        flops_per_token=train_flops_per_token(cfg, item, shape),
+        parameters=parameters(cfg, item, shape),
+        plan=plan,
+        peak_bytes=peak_bytes(cfg, item, shape, plan, bf16),
+        beside_flops=_validation_flops(cfg, item, shape, tokens or 0, domain_tokens or {}),
+    )
+
+
+def ffns(cfg: FfnMoeConfig, item: str, shape: Shape, experts: int) -> float:
+    """Return how many feed-forward networks in every layer a model with so many experts has."""
+    if item != MOE:
+        return 1.0
+    return shape.ffns(experts, ExpertShape(mixture_layers(cfg)))
+
+
+def active_ffns(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:
+    """Return how many feed-forward networks in every layer run per token."""
+    return ffns(cfg, item, shape, cfg.joint.top_k)
+
+
+def kept_ffns(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:
+    """Return how many feed-forward networks in every layer a model has."""
+    return ffns(cfg, item, shape, cfg.joint.experts)
+
+
+def parameters(cfg: FfnMoeConfig, item: str, shape: Shape) -> int:
+    """Return how many numbers are trained."""
+    gates = 0
+    if item == MOE:
+        gates = len(mixture_layers(cfg)) * cfg.joint.experts * shape.d_model
+    return shape.stack_parameters(kept_ffns(cfg, item, shape)) + gates
+
+
+def train_flops_per_token(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:
+    """Operations of forward and backward, the gates' own products left out; a token over capacity
+    counts as any other."""
+    return 3 * shape.forward_flops_per_token(active_ffns(cfg, item, shape))
+
+
+def _validation_flops(
+    cfg: FfnMoeConfig, item: str, shape: Shape, tokens: int, domain_tokens: Mapping[str, int]
+) -> float:
+    opts = cfg.joint
+    steps = tokens // (opts.batch_sequences * cfg.trunk.context_tokens)
+    validations: float = 1
+    if opts.eval_every_steps:
+        validations += max(0, steps - 1) // opts.eval_every_steps
+    elif opts.epochs is not None:
+        validations = max(1.0, opts.epochs)
+    elif all(domain in domain_tokens for domain in cfg.joint_domains):
+        an_epoch = sum(domain_tokens[domain] for domain in cfg.joint_domains)
+        validations += tokens // an_epoch
+    forward = shape.forward_flops_per_token(active_ffns(cfg, item, shape))
+    return validations * opts.eval_tokens * forward
+
+
+def joint_plan(
+    cfg: FfnMoeConfig, item: str, shape: Shape, bf16: bool, name: str = "this training"
+) -> MemoryPlan:
+    """Return how a joint training runs under cfg.runtime.memory_budget. Raises BudgetError when
+    nothing fits."""
+    opts = cfg.joint
+    is_mixture = item == MOE
+    # A balance and a capacity are of all tokens of a batch, and in pieces other numbers are dropped
+    per_batch = opts.dropout > 0
+    if is_mixture:
+        per_batch = per_batch or opts.aux_weight > 0 or opts.capacity_factor is not None
+
+    def predict(tried: MemoryPlan) -> int:
+        return peak_bytes(cfg, item, shape, tried, bf16)
+
+    return plan_memory(
+        opts,
+        shape.context_tokens,
+        cfg.runtime.memory_budget,
+        predict,
+        row_bytes=shape.context_tokens * shape.d_model * (2 if bf16 else 4),
+        divisible=not per_batch,
+        can_checkpoint=not is_mixture,
+        gpu=device() == "cuda",
+        name=name,
+    )
+
+
+def peak_bytes(cfg: FfnMoeConfig, item: str, shape: Shape, plan: MemoryPlan, bf16: bool) -> int:
+    """Return the predicted peak above imports of a joint training."""
+    opts = cfg.joint
+    unit = 2 if bf16 else 4
+    kept = parameters(cfg, item, shape) * plan.state_bytes
+    # gradients of head and embedding until they are added up
+    kept += 2 * unit * shape.vocab_size * shape.d_model
+    more: float = DROPOUT_ROWS * shape.d_model if opts.dropout else 0
+    if item == MOE:
+        # Of each choice what enters its expert and what comes out; one is counted with the layer
+        in_mixtures = (2 * opts.top_k - 1) * shape.d_model
+        more += in_mixtures * len(mixture_layers(cfg)) / shape.layers
+    active = active_ffns(cfg, item, shape)
+    in_pass = pass_bytes(shape, plan, unit, "all", active, more_numbers=more)
+    code = 0
+    if device() != "cuda":
+        code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
+    return int(kept + in_pass + code)
