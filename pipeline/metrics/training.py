@@ -119,6 +119,7 @@ class TrainingMetrics:
     tokens_per_s: float | None
     seconds: float | None  # wall-clock of all attempts
     phases: PhaseSeconds
+    cpu: PhaseSeconds  # processor seconds of the steps' phases, of all threads together
     train_nats: float | None  # mean over the last steps
     valid_nats: float | None  # of the state that is kept
     best_nats: float | None  # lowest validation loss
@@ -166,6 +167,8 @@ def training_metrics(
     steps = made.get("steps", rows[-1]["step"] if rows else 0)
     planned = made.get("planned_steps")
     phases = _phases(made or _summed(rows))
+    processor = made.get("cpu_s", {})
+    cpu = _phases({f"{phase}_s": seconds for phase, seconds in processor.items()})
     tokens = made.get("tokens", _last(rows, "tokens"))
     return TrainingMetrics(
         address=address,
@@ -179,6 +182,7 @@ def training_metrics(
         tokens_per_s=made.get("tokens_per_s", _rate(logged)),
         seconds=made.get("seconds"),
         phases=phases,
+        cpu=cpu,
         train_nats=made.get("train_nats", _last(rows, "train_nats")),
         valid_nats=made.get("valid_nats", _last(rows, VALIDATION)),
         best_nats=best.valid.ce if best else None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..store.artifacts import Store
+from ..store.imported import STAGE as IMPORTED
 from ..store.roots import Root, readable_roots
 from .stages import STAGES, label
 
@@ -95,10 +96,12 @@ def _run(store: Store, names: Sequence[str]) -> tuple[Root | None, Sequence[str]
 def _begun(store: Store, names: Sequence[str]) -> str:
     """Return the one address that a name begins. Raises ConfigError where none does, or several."""
     wanted = "/".join(names)
+    # An imported one is called by its name alone too
+    starts = (wanted, f"{IMPORTED}-{wanted}")
     begun = set()
     histories = [path.stem for path in (store.root / "history").glob("*.jsonl")]
     for address in (*store.addresses(), *histories):
-        if wanted and address.startswith(wanted) and ADDRESS.fullmatch(address):
+        if wanted and address.startswith(starts) and ADDRESS.fullmatch(address):
             begun.add(address)
     if len(begun) == 1:
         return begun.pop()

@@ -16,6 +16,7 @@ from ..errors import StoreError
 from ..store import in_use
 from ..store.artifacts import Store
 from ..store.hashed import FOLDER as HASHED
+from ..store.imported import is_imported
 from ..store.looking import FOLDER as SOURCES
 from ..store.reading import reading
 from ..store.removed import FOLDER as REMOVED
@@ -83,6 +84,9 @@ def leftovers(store: Store, reach: Reach, damaged: bool, say: Say) -> Iterator[L
                 yield from _at(path, "store", HALF)
             elif not ADDRESS.fullmatch(address):
                 strangers += 1
+            elif is_imported(address):
+                # somebody brought it here, and no run could make it again
+                continue
             else:
                 yield from _of_address(store, reach, kind, path, address, damaged, say)
     yield from _of_no_run(store, reach, say)

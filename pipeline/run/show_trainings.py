@@ -17,6 +17,7 @@ from ..metrics.training import (
 from ..report.format import DASH, count, fixed, megabytes, seconds, share
 from ..report.narrow import print_table
 from ..store.artifacts import Store
+from ..store.imported import STAGE as IMPORTED
 from .find import found
 from .stages import label
 from .trainings import trainings
@@ -75,7 +76,7 @@ def _show_all(known: Sequence[TrainingMetrics], run: str, console: Console) -> N
 def ended(training: TrainingMetrics) -> str:
     """Return in a few words how a training ended, or that it has not."""
     if not training.finished:
-        return "not finished"
+        return IMPORTED if training.stage == IMPORTED else "not finished"
     if training.stopped_early:
         patience = training.patience or 0
         why = f", {patience} validations without a better one" if patience else ""

@@ -6,6 +6,7 @@ from ..errors import ConfigError
 from ..metrics.training import TrainingMetrics, training_metrics
 from ..store.artifacts import Store
 from ..store.history import read
+from ..store.imported import origin_of
 from .find import Named, found
 
 
@@ -38,5 +39,8 @@ def trainings(store: Store, names: Sequence[Named]) -> Iterator[TrainingMetrics]
                 continue
         elif not store.history(each.address).exists():
             continue
-        past = read(store.history(each.address), made["steps"] if made else None)
+        elif origin := origin_of(store, each.address):
+            made = origin.metrics or None
+        steps = made.get("steps") if made else None
+        past = read(store.history(each.address), steps)
         yield training_metrics(each.address, each.stage, each.item, made, past.rows, past.missing)
