@@ -40,7 +40,7 @@ FAMILY_RANK = {part: rank for rank, layer in enumerate(FAMILIES) for part in lay
 CONFINED = {
     "modal": ("modal_app.py",),
     "wandb": ("pipeline/store/history.py",),
-    "tensorboard": ("pipeline/run/history/tensorboard.py",),
+    "tensorboard": ("pipeline/run/history/tensorboard.py", "scripts/foreign_histories.py"),
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_", "benchmarks/"),
     "ruamel": ("pipeline/config/",),
