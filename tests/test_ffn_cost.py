@@ -11,7 +11,7 @@ from transformers import Qwen3Config
 from pipeline.config.base import Section, is_hashed
 from pipeline.errors import BudgetError
 from pipeline.families.ffn_moe import cost as ffn_cost
-from pipeline.families.ffn_moe import passes, train
+from pipeline.families.ffn_moe import pass_memory, passes, train
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.parts import shards_of
 from pipeline.families.ffn_moe.stages import BASELINE_READS, STAGES
@@ -228,6 +228,11 @@ def test_a_budget_that_a_job_cannot_keep_names_the_job_and_one_that_it_can():
     assert cost(f"{least}MB").peak_bytes <= int(least) * 10**6 < 300 * 10**6
 
 
+def _on(monkeypatch, device: str) -> None:
+    for module in (ffn_cost, pass_memory):
+        monkeypatch.setattr(module, "device", lambda: device)
+
+
 @pytest.mark.parametrize("trains", ["all", "ffn", "gates"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointing):
@@ -240,10 +245,10 @@ def test_on_a_gpu_only_what_is_asked_for_counts(monkeypatch, trains, checkpointi
         for plan in plans
     ]
     here = [peak(plan, trains) for plan in plans]
-    monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
+    _on(monkeypatch, "cuda")
     there = {peak(plan, trains) for plan in plans}
     assert len(there) == 1 and there.pop() + passes.KERNEL_BYTES <= min(here)
-    monkeypatch.setattr(ffn_cost, "device", lambda: "cpu")
+    _on(monkeypatch, "cpu")
     assert [peak(plan, trains) for plan in plans] == here
 
 
@@ -259,9 +264,9 @@ def test_an_anchor_in_the_stack_needs_memory_too():
 
 
 def test_a_long_pass_through_the_head_needs_its_sum_in_fp32(monkeypatch):
-    assert MAX_BF16_SUMS == ffn_cost.MAX_BF16_SUMS > 2048 // 256 > 1  # chunks of a pass
+    assert MAX_BF16_SUMS == pass_memory.MAX_BF16_SUMS > 2048 // 256 > 1  # chunks of a pass
     few = [peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)]
-    monkeypatch.setattr(ffn_cost, "MAX_BF16_SUMS", 1)
+    monkeypatch.setattr(pass_memory, "MAX_BF16_SUMS", 1)
     many = [
         peak(MemoryPlan(4), trains, bf16) for trains in ("all", "ffn") for bf16 in (True, False)
     ]
@@ -281,7 +286,7 @@ def test_the_plan_of_a_pretrained_trunk_has_that_trunks_sizes(tmp_path):
 
 def test_weights_gradients_and_moments_are_counted_to_the_byte(monkeypatch):
     """With a GPU there is no slack, and a row of 8 tokens holds next to nothing."""
-    monkeypatch.setattr(ffn_cost, "device", lambda: "cuda")
+    _on(monkeypatch, "cuda")
     cfg = small.config(
         trunk=LARGE | {"kv_heads": None, "context_tokens": 8}, tokenizer__vocab_size=16_384
     )
