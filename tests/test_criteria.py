@@ -63,7 +63,8 @@ def test_which_half_of_a_primary_criterion_passed_is_said_and_shown(seed):
     draw = random.Random(seed)
     wanted = draw.choice(LIMITS[:-1])
     theirs = TrainTestGap(draw.uniform(1, 4), draw.choice((draw.uniform(1e-4, 1), -0.1, 0.0)))
-    mine = TrainTestGap(close_to(theirs.test, draw), close_to(theirs.gap * (1 - wanted), draw))
+    gap = draw.choice((close_to(theirs.gap * (1 - wanted), draw), -abs(theirs.gap)))
+    mine = TrainTestGap(close_to(theirs.test, draw), gap)
     passed, said = against(mine, theirs, wanted)
     one, other = map(Decimal, re.search(f"{NUMBER} against {NUMBER} nats", said).groups())
     is_better = one < other
@@ -71,10 +72,13 @@ def test_which_half_of_a_primary_criterion_passed_is_said_and_shown(seed):
         assert is_better == (mine.test < theirs.test)
     assert ("no better" not in said) == is_better
     is_closed = False
-    found = re.search(rf"{NUMBER}% of its gap closed [(]{NUMBER} against {NUMBER}[)]", said)
+    figures = rf"of its gap closed [(]{NUMBER} against {NUMBER}[)]"
+    found = re.search(rf"(?:{NUMBER}%|all) {figures}", said)
     assert bool(found) == (theirs.gap > 0)
     if found:
-        closed, gap, whole = map(Decimal, found.groups())
+        closed, gap, whole = (each and Decimal(each) for each in found.groups())
+        assert (closed is None) == (mine.gap <= 0)
+        closed = 100 if closed is None else closed
         is_closed = closed >= Decimal(limit(wanted).rstrip("%")) - NOISE
         assert (float(1 - gap / (whole or 1)) >= wanted - 4e-13) == is_closed
         share = 1 - mine.gap / theirs.gap

@@ -79,7 +79,7 @@ def share(value: object, places: int = 0) -> str:
 
 def reaches(value: float, least: float) -> bool:
     """Return whether value is at least `least`, as far as both can be written."""
-    return round(value - least, MOST_PLACES) >= 0
+    return round(value, MOST_PLACES) >= round(least, MOST_PLACES)
 
 
 def places(holds: Callable[..., bool], *values: float, least: int) -> int:

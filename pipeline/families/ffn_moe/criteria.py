@@ -125,10 +125,9 @@ def against(mine: TrainTestGap, theirs: TrainTestGap, wanted: float) -> tuple[bo
         is_closed = reaches(closed, wanted)
         gaps = mine.gap, theirs.gap
         digits = places(lambda one, other: reaches(1 - one / (other or 1), wanted), *gaps, least=4)
-        gap = (
-            f"{beside_limit(closed, wanted, 0)} of its gap closed "
-            f"({mine.gap:.{digits}f} against {theirs.gap:.{digits}f})"
-        )
+        # A gap that is none any more is closed, by how much beyond that says nothing
+        share = beside_limit(closed, wanted, 0) if mine.gap > 0 else "all"
+        gap = f"{share} of its gap closed ({mine.gap:.{digits}f} against {theirs.gap:.{digits}f})"
     half = "neither"
     if is_better:
         half = "both" if is_closed else "by the test alone"
