@@ -21,7 +21,7 @@ OTHER_COMMANDS = {
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "metrics": "show what trainings were: losses, speed, how experts are used, memory",
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
-    "history": "what runs did: list, show, compare, export (csv, jsonl, TensorBoard)",
+    "history": "what runs did: list, show, compare, export (csv, jsonl, TensorBoard), report",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
     "versions": "list the bundles at a folder or URL that deploy.upload named",

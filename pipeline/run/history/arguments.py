@@ -12,9 +12,12 @@ ABOUT = {
     "show": "show a run and its trainings, or all series of one training",
     "compare": "put runs side by side with the settings they differ in; many are ranked",
     "export": "write rows for other programs: csv, jsonl, tensorboard",
+    "report": "write a page with interactive curves of runs, complete in itself",
 }
 _RUNS = "names, ids, or patterns such as 'sweep-*' (default: all)"
 LISTED = 30
+DRAWN = 8
+REPORT = Path("history.html")
 
 
 def add_history(
@@ -53,6 +56,25 @@ def add_history(
     export.add_argument("--format", required=True, choices=FORMATS, help=formats)
     export.add_argument(
         "--to", required=True, type=Path, metavar="FILE|DIR", help="what is not there yet"
+    )
+    report = made["report"]
+    report.add_argument("runs", nargs="*", metavar="RUN", help=_RUNS)
+    report.add_argument(
+        "--last",
+        type=_number,
+        default=DRAWN,
+        metavar="N",
+        help=f"without RUN: how many of the latest runs (default {DRAWN}; 0: all)",
+    )
+    report.add_argument(
+        "--to",
+        type=Path,
+        default=REPORT,
+        metavar="FILE",
+        help=f"the page, written over (default {REPORT})",
+    )
+    report.add_argument(
+        "--no-png", action="store_true", help="do not draw the losses of each stage beside it"
     )
 
 

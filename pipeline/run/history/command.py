@@ -33,9 +33,17 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
                 show_training(found, index, store, console)
         elif args.action == "compare":
             compare(runs_of(args.runs, everything), args.job, store, console)
-        else:
+        elif args.action == "export":
             chosen = trainings_of(args.what, everything)
             rows = export(chosen, everything, index, store, args.to, args.format)
             say(f"{rows:,} rows of {len(chosen):,} trainings: {args.to}")
             if args.format == "tensorboard":
                 say(f"next: tensorboard --logdir {args.to}")
+        else:
+            # with its templates and the library
+            from .reporting import report
+
+            drawn = runs_of(args.runs, everything)
+            if not args.runs and args.last:
+                drawn = drawn[: args.last]
+            report(drawn, everything, index, store, args.to, not args.no_png, say)
