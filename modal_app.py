@@ -19,7 +19,7 @@ from typing import Any
 
 import modal
 
-from pipeline import cloud
+from pipeline import cloud, report
 from pipeline.config.machines import MachineConfig
 from pipeline.config.run import RunConfig
 from pipeline.errors import PipelineError
@@ -27,6 +27,7 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
 from pipeline.report.narrow import output
 from pipeline.run.advice import sentence
+from pipeline.run.experiments.reading import read_experiments
 from pipeline.run.stages import ROWS, RUN, STAGES, about, has_several_jobs
 from pipeline.store.artifacts import Store
 
@@ -266,6 +267,22 @@ def orchestrate(
     return results
 
 
+# As long as a sweep lasts nobody else knows what is still to do
+@app.function(**CONDUCTING, timeout=cloud.RUN_S)
+def conduct(sweep: cloud.FarSweep, command: str, frozen: bool = False) -> tuple[str, str]:
+    """Do a sweep of experiments, stage after stage over all its trials; return its results as
+    JSON, and what is wrong."""
+
+    def containers(stage: str, inputs):
+        return JOBS[stage].starmap(inputs, return_exceptions=True)
+
+    store = Store(Path(VOLUME), publish=volume.commit, refresh=volume.reload)
+    try:
+        return cloud.conducted(sweep, store, containers, command, frozen).to_json(), ""
+    except PipelineError as error:
+        return "", sentence(error, EDGE)
+
+
 # One that was preempted would leave its mark, and what it has removed half.
 @app.function(**CONDUCTING, timeout=cloud.REMOVAL_S)
 def tend(command: str, names: list[str], flags: dict[str, bool]) -> tuple[str, str]:
@@ -413,6 +430,41 @@ def run_all(
 ):
     """Do every stage of a run on Modal; what is on the volume is not done again."""
     _command((), config, override, sequential, frozen)
+
+
+@app.local_entrypoint()
+def experiments(
+    config: str = cloud.EXPERIMENTS,
+    override: str = "",
+    frozen: bool = False,
+    text_only: bool = False,
+):
+    """Do the trials of an experiments file on Modal, all jobs of a stage side by side; what is on
+    the volume is not done again. With --text-only nothing is trained, and durations in epochs can
+    be priced afterwards."""
+    console = output()
+    prices = cloud.Prices.load(HERE / "config/prices.yaml")
+    try:
+        read = read_experiments(Path(config), cloud.overrides(override))
+        with tempfile.TemporaryDirectory() as folder:
+            place = cloud.FarStore.asked_once(_names, _read, VOLUME, Path(folder))
+            sweep, lines = cloud.planned(read, prices, place, console.print, text_only)
+            cloud.show_estimate(CFG, lines, prices, False, console)
+            cloud.refuse_above(CFG, lines)
+    except PipelineError as error:
+        sys.exit(f"error: {sentence(error, EDGE)}")
+    typed = f"modal {shlex.join(sys.argv[1:])}"
+    try:
+        results, wrong = conduct.spawn(sweep, typed, frozen).get()
+    except modal.exception.Error as error:
+        sys.exit(
+            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
+            f"by: {typed}"
+        )
+    if wrong:
+        sys.exit(f"error: {wrong}")
+    report.show_experiments(report.ExperimentResults.model_validate_json(results), console)
+    console.print(f"results: modal volume get moleforge experiments/{read.name} .", highlight=False)
 
 
 def _tend(command: str, names: list[str], **flags: bool) -> None:

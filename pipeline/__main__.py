@@ -132,6 +132,11 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         come_and_go(args, output())
         return
+    if args.command == "experiments":
+        from .run.experiments.command import run_experiments
+
+        run_experiments(args)
+        return
     if args.command == "kit":
         from .run.backend import printed_progress
 

@@ -14,6 +14,7 @@ PipelineError                what a person can act on; the command line prints i
 ├── MismatchError            parts that were not made for each other
 │   └── StaleArtifact        made on an input that was made again since
 ├── NotFiniteError           the loss became NaN or infinite
+├── GivenUp              a training was ended before its time, as others do better
 ├── BudgetError              no way of running a job fits into the memory budget
 ├── CannotStart              what is known of a run before it starts keeps jobs of it from starting
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
@@ -166,6 +167,10 @@ class StaleArtifact(MismatchError):
 
 class NotFiniteError(PipelineError):
     """The loss became NaN or infinite."""
+
+
+class GivenUp(PipelineError):
+    """A training was ended before its time, as others do better; what it saved is kept."""
 
 
 class BudgetError(PipelineError):

@@ -20,12 +20,13 @@ import pytest
 from fakes import contents, flip, traces
 
 from pipeline.__main__ import main
-from pipeline.errors import Interrupted, JobsFailed, PipelineError
+from pipeline.errors import GivenUp, Interrupted, JobsFailed, PipelineError
 from pipeline.families.load import load
 from pipeline.run import backend, stages
 from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.backend import Local, run_stage
 from pipeline.store.artifacts import Store
+from pipeline.store.history import read
 
 ROOT = Path(__file__).parents[1]
 STOPS = [
@@ -275,6 +276,25 @@ def test_a_killed_job_is_told_apart(finished, store_path, monkeypatch):
         PipelineError, match=r"train_shared was killed by SIGKILL \(out of memory\?\)"
     ):
         run_stage("train_shared", load(finished[0], ("trunk.steps=5000",)), Local(store))
+
+
+def test_a_job_that_is_given_up_saves_and_ends_and_the_next_one_is_done(finished, store_path):
+    store, came = store_with(store_path, finished, "tokenizer", "preprocess"), []
+    # Of two runs, as trials of experiments are
+    long, short = (load(finished[0], (f"trunk.steps={steps}",)) for steps in (10**6, 3))
+    address = stages.address(long, "train_shared")
+
+    def gives_up(at):
+        rows = read(store.history(address)).rows
+        return at == 0 and any("valid_nats" in row for row in rows)
+
+    jobs = [(long, None), (short, None)]
+    Local(store).run_several("train_shared", jobs, lambda *each: came.append(each), gives_up)
+    (first, error), (second, none) = came
+    assert (first, type(error), second, none) == (0, GivenUp, 1, None)
+    assert str(error) == "train_shared was given up"
+    assert not store.has(address) and store.has(stages.address(short, "train_shared"))
+    assert (store.resume(address) / "a/state.json").exists()
 
 
 def test_a_job_that_is_stopped_stops_the_others(finished, store_path, monkeypatch):

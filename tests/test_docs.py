@@ -13,6 +13,8 @@ from pipeline.__main__ import runs
 from pipeline.families.load import load
 from pipeline.run.arguments import OTHER_COMMANDS, parser
 from pipeline.run.domain_words import ABOUT
+from pipeline.run.experiments.reading import read_experiments
+from pipeline.run.experiments.trials import listed_trials
 from pipeline.run.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,9 @@ def test_every_command_of_the_readme_parses_and_its_configuration_loads(command)
     args = parser().parse_args(shlex.split(command))
     # Those about domains are of a file of one's own, which test_domain_docs.py has
     if args.command == "runs" or args.command in ABOUT:
+        return
+    if args.command == "experiments":
+        assert listed_trials(read_experiments(ROOT / args.config, tuple(args.override)))
         return
     # prune reads all of a folder where none is named
     named = args.config or runs(ROOT / "config")

@@ -45,6 +45,7 @@ CONFINED = {
     "peft": ("pipeline/families/adapters/", "pipeline/families/lora_", "benchmarks/"),
     "ruamel": ("pipeline/config/",),
     "prometheus_client": ("pipeline/serve/metrics.py",),
+    "optuna": ("pipeline/run/experiments/search.py",),
     "gguf": ("pipeline/families/ffn_moe/export/", "pipeline/model/gguf_reading.py"),
     "pillow_heif": ("pipeline/data/images/",),
     "imagehash": ("pipeline/data/images/",),

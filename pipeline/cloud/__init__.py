@@ -7,6 +7,7 @@ it with its cost; the other side does jobs in containers and says of each how it
 # modal_app.py takes all of it from here, so that it names no module of this folder.
 from .client import (
     DEFAULT,
+    EXPERIMENTS,
     announced,
     check,
     deploys,
@@ -28,6 +29,7 @@ from .estimate import (
     refuse_without_inputs,
     show_estimate,
 )
+from .experiments import FarStore, FarSweep, conducted, planned
 from .inputs import packages
 from .looks import as_recorded, looked_at
 from .prices import Prices, most_gpus
@@ -35,9 +37,12 @@ from .roots import REMOVAL_S, RUN_S, begun, since, tend
 
 __all__ = [
     "DEFAULT",
+    "EXPERIMENTS",
     "REMOVAL_S",
     "RUN_S",
     "SERVED",
+    "FarStore",
+    "FarSweep",
     "JobResult",
     "ModalEdge",
     "Prices",
@@ -45,6 +50,7 @@ __all__ = [
     "as_recorded",
     "begun",
     "check",
+    "conducted",
     "deployed",
     "deploys",
     "draw_anew",
@@ -60,6 +66,7 @@ __all__ = [
     "overrides",
     "packages",
     "pinned",
+    "planned",
     "refuse_above",
     "refuse_what_cannot_start",
     "refuse_without_inputs",

@@ -22,6 +22,7 @@ from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..report.narrow import print_table
 from ..run.dry_run import figures
+from ..run.experiments.reading import base_of, read_experiments
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store
@@ -35,6 +36,8 @@ from .prices import Prices, most_gpus
 
 # The demo on a pretrained model needs its package where the command is typed
 DEFAULT = "config/demo_from_zero.yaml"
+EXPERIMENTS = "config/experiments.yaml"
+EXPERIMENTS_COMMAND = "::experiments"  # how that entrypoint is named
 MOST_BETWEEN_SAVES_S = 300
 HELP_FLAGS = {"--help", "-h"}
 FLAGS_HELP = f"""What the flags below mean:
@@ -62,10 +65,12 @@ def announced(argv: list[str], environ: Mapping[str, str]) -> RunConfig:
 
 
 def _of_command(argv: list[str]) -> RunConfig:
-    """Return the configuration of a `modal run`. Raises ConfigError."""
+    """Return the configuration of a `modal run`; of experiments the one that all their trials start
+    from. Raises ConfigError."""
+    of_experiments = any(word.endswith(EXPERIMENTS_COMMAND) for word in argv)
     # Modal reads the same flags later, and its own among them, which are left over here.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=DEFAULT)
+    parser.add_argument("--config", default=EXPERIMENTS if of_experiments else DEFAULT)
     parser.add_argument("--override", action="append", default=[])
     found, _ = parser.parse_known_args(argv[1:])
     count = len(found.override)
@@ -75,6 +80,8 @@ def _of_command(argv: list[str]) -> RunConfig:
             f"--override is given {count} times, and Modal passes on only the last: "
             f"write --override {together}"
         )
+    if of_experiments:
+        return base_of(read_experiments(Path(found.config), overrides(*found.override)))
     return load(found.config, overrides(*found.override))
 
 

@@ -150,6 +150,29 @@ class Family(Protocol):
         ConfigError, MissingArtifact, DamagedArtifact."""
 
 
+class TrialModels(Protocol):
+    """What is asked of a family whose runs may be trials of experiments."""
+
+    def model_job(self, cfg: Any, makes: str) -> tuple[str, str | None]:
+        """The job in which a trial's model ends: its validation rows are the model's. Raises
+        ConfigError for what no job of the run makes."""
+
+    def model_sizes(self, cfg: Any, parts: Parts, job: tuple[str, str | None]) -> tuple[int, int]:
+        """The parameters of that model that run per token, and all of them. Raises
+        MissingArtifact, DamagedArtifact."""
+
+    def write_model(
+        self,
+        cfg: Any,
+        parts: Parts,
+        job: tuple[str, str | None],
+        folder: Path,
+        progress: "Progress",
+    ) -> None:
+        """Write a dense model to an empty folder as a checkpoint that stock tools open. Raises
+        MissingArtifact, DamagedArtifact, DiskFull."""
+
+
 def family(name: str) -> Family:
     """Return the family's module; importing it brings torch."""
     return import_module(f".{name}.family", __name__)

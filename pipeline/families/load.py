@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ..config.base import is_hidden
 from ..config.domain_wish import DomainWish
+from ..config.experiments import ExperimentsConfig
 from ..config.files import overlay, override, read, resolve
 from ..config.paths import tree_of
 from ..config.problems import cross_section_problems, explain, refuse_credentials
@@ -15,8 +16,10 @@ from ..config.run import RunConfig
 from ..config.stated import Stated
 from ..config.wording import holder
 from ..errors import ConfigError
+from . import TrialModels
 from .adapters import domains as adapters_domains
 from .ffn_moe import domains as ffn_moe_domains
+from .ffn_moe import trials as ffn_moe_trials
 from .ffn_moe.config import FfnMoeConfig
 from .lora_vlm.config import LoraVlmConfig
 
@@ -35,6 +38,8 @@ _GIVEN: dict[str, Callable[[str, list[str]], str]] = {
     "ffn_moe": ffn_moe_domains.given_text,
     "lora_vlm": adapters_domains.given_rows,
 }
+# And what trials of experiments make; of adapters there is no loss to compare before a report.
+_TRIALS: dict[str, TrialModels] = {"ffn_moe": ffn_moe_trials}
 # Of all of them, as the file that a file extends may be the one that names the family.
 PATHS = tree_of(*RUN_CONFIGS.values())
 
@@ -71,6 +76,8 @@ def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig
             )
     known = run_config.model_fields.keys()
     strange = raw.keys() - known
+    if strange & ExperimentsConfig.model_fields.keys():
+        raise ConfigError(f"{path} describes experiments, which are many runs, and not one run")
     if strange:
         place = holder(raw, tuple(RUN_CONFIGS.values()))
         if place is not None:
@@ -99,6 +106,14 @@ def change_domains(cfg: RunConfig, wish: DomainWish, stated: Stated) -> list[str
     return _CHANGES[cfg.family](cfg, wish, stated)
 
 
+def trial_models(cfg: RunConfig) -> TrialModels:
+    """Return what knows the models that trials of a run make. Raises ConfigError."""
+    if cfg.family not in _TRIALS:
+        known = ", ".join(_TRIALS)
+        raise ConfigError(f"family: {cfg.family} has no trials; those of {known} can be compared")
+    return _TRIALS[cfg.family]
+
+
 def given(cfg: RunConfig, domain: str, paths: list[str]) -> str:
     """Return the override that has the one expert of a run trained on what paths name, from where
     they are typed. Raises ConfigError."""
@@ -125,7 +140,8 @@ def describes_run(path: Path) -> bool:
         known |= run_config.model_fields.keys()
     # A routing set has a seed too.
     known.remove("seed")
-    return not known.isdisjoint(raw)
+    # And experiments may extend others.
+    return not known.isdisjoint(raw) and ExperimentsConfig.model_fields.keys().isdisjoint(raw)
 
 
 def _run_config(raw: dict[str, Any]) -> type[RunConfig]:

@@ -6,23 +6,27 @@ and any table of a report may be missing: what is absent, NaN or infinite is sho
 
 from .card import card, export_card, stock_base
 from .lasting import lasting_rows, split
-from .page import page
+from .page import experiments_page, page
+from .schema.experiments import ExperimentResults
 from .schema.language import LanguageReport
 from .schema.reading import Report, read
 from .schema.requests import RequestReport
-from .terminal import show, show_changes
+from .terminal import show, show_changes, show_experiments
 
 __all__ = [
+    "ExperimentResults",
     "LanguageReport",
     "Report",
     "RequestReport",
     "card",
+    "experiments_page",
     "export_card",
     "lasting_rows",
     "page",
     "read",
     "show",
     "show_changes",
+    "show_experiments",
     "split",
     "stock_base",
 ]

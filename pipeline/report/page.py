@@ -5,18 +5,19 @@ bytes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import language, requests, routing, run_facts, shown_requests, spoken
+from . import experiments, language, requests, routing, run_facts, shown_requests, spoken
 from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .labels import with_labels
 from .pictures import PHASES, active_forest, bars, quality_forest
+from .schema.experiments import ExperimentResults
 from .schema.language import LanguageReport
 from .schema.reading import Report
 from .schema.requests import RequestReport
@@ -55,18 +56,60 @@ def page(report: Report, histories: Histories, missing: Mapping[str, str] | None
         tiles = requests.tiles(report)
     sections += _common_sections(report, histories, missing or {})
     tiles += run_facts.tiles(report)
+    return _document("report", report.run, run_facts.facts(report), lead, tiles, sections)
+
+
+def experiments_page(results: ExperimentResults, histories: Histories) -> str:
+    """Return the page of experiments as text, to be written as UTF-8."""
+    charts = _render("curves.html", stages=curves(histories), missing={}) if histories else ""
+    sections = [
+        PageSection("trials", "Trials", _table(experiments.overview(results))),
+        PageSection("criteria", "What was asked", _table(experiments.criteria(results))),
+        PageSection("experts", "Where tokens go", _table(experiments.experts(results))),
+        PageSection("timing", "Where the time went", _table(experiments.timing(results))),
+        PageSection("curves", "Training curves", Markup(charts)),
+        PageSection("settings", "What each trial changes", _table(experiments.changes(results))),
+        PageSection("runs", "Every seed", _table(experiments.each_run(results))),
+        PageSection("notes", "Notes", _notes(results.notes)),
+    ]
+    return _document(
+        "experiments",
+        results.experiments,
+        experiments.facts(results),
+        "",
+        experiments.tiles(results),
+        sections,
+        numbers="experiment_results.json",
+    )
+
+
+def _document(
+    kind: str,
+    name: str,
+    facts: Sequence[str],
+    lead: str,
+    tiles: Sequence[tuple[str, str, str]],
+    sections: Sequence[PageSection],
+    numbers: str = "report.json",
+) -> str:
     # a tile or a section without content is left out, and with it the link that leads there
     text = _render(
         "page.html",
-        report=report,
+        kind=kind,
+        title=name,
+        numbers=numbers,
         style=Markup(style()),
-        facts=run_facts.facts(report),
+        facts=facts,
         lead=lead,
         tiles=[tile for tile in tiles if tile[1] != DASH],
         sections=[section for section in sections if section.body.strip()],
     )
     # names may hold anything; what escaping leaves must still be writable as UTF-8
     return FORBIDDEN.sub("\ufffd", text)
+
+
+def _notes(notes: Sequence[str]) -> Markup:
+    return _render("notes.html", notes=notes) if notes else Markup("")
 
 
 def _language_sections(report: LanguageReport, histories: Histories) -> list[PageSection]:
@@ -159,12 +202,11 @@ def _common_sections(
     charts += _table(run_facts.rates(report))
     if isinstance(report, LanguageReport):
         model += _table(language.data(report))
-    notes = _render("notes.html", notes=report.notes) if report.notes else Markup("")
     return [
         PageSection("curves", "Training curves", charts),
         PageSection("speed", "Time and memory", speed),
         PageSection("data", "Data and model", model),
-        PageSection("notes", "Notes", notes),
+        PageSection("notes", "Notes", _notes(report.notes)),
     ]
 
 

@@ -13,14 +13,14 @@ PAGE = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{{ report.run }}: MoleForge report</title>
+<title>{{ title }}: MoleForge {{ kind }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <main>
 <header>
-<p class="kicker">MoleForge report</p>
-<h1>{{ report.run }}</h1>
+<p class="kicker">MoleForge {{ kind }}</p>
+<h1>{{ title }}</h1>
 <p class="meta">{{ facts|join(" · ") }}</p>
 {% if lead %}
 <p class="lead">{{ lead }}</p>
@@ -45,7 +45,7 @@ PAGE = """\
 </section>
 {% endfor %}
 <footer>Made by MoleForge. This file is complete in itself; the numbers behind it are in
-report.json.</footer>
+{{ numbers }}.</footer>
 </main>
 </body>
 </html>

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import language, requests, routing, run_facts
+from . import experiments, language, requests, routing, run_facts
 from .changes import changes
 from .labels import with_labels
+from .schema.experiments import ExperimentResults
 from .schema.language import LanguageReport
 from .schema.reading import Report
 from .schema.requests import RequestReport
@@ -48,6 +49,22 @@ def show(report: Report, console: Console) -> None:
         # last, so that a reader of a long log finds the verdict at its end
         _print(console, run_facts.criteria(report))
         for note in report.notes:
+            _line(console, f"note: {note}")
+
+
+def show_experiments(results: ExperimentResults, console: Console) -> None:
+    """Print the tables of experiments and their notes, what was asked last."""
+    with _plain(console):
+        _line(console, f"experiments {results.experiments}", "bold")
+        for table in (
+            experiments.each_run,
+            experiments.timing,
+            experiments.experts,
+            experiments.overview,
+            experiments.criteria,
+        ):
+            _print(console, table(results))
+        for note in results.notes:
             _line(console, f"note: {note}")
 
 

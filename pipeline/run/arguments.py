@@ -18,6 +18,7 @@ OTHER_COMMANDS = {
     "compress": "write full experts as PEFT adapters of low rank, the nearest there are",
     "serve": "serve a bundle on this machine: /v1/completions, /v1/route, /healthz",
     "run": "all stages in order up to evaluate; what is already in the store is not done again",
+    "experiments": "train variants of a run and hold them against each other; a file says which",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "metrics": "show what trainings were: losses, speed, how experts are used, memory",
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
@@ -49,6 +50,13 @@ The other experts keep their bytes, unless the text is the trunk's too
 finds it.
 
   python -m pipeline replace medicine --config mine.yaml --paths texts/corrected.jsonl""",
+    "experiments": """\
+FILE names a base, trials, grids and searches over it, seeds and criteria
+(docs/experiments.md). What trials share is made once, finished ones are not made
+again, and one that fails does not stop the others.
+
+  python -m pipeline experiments --config config/experiments_small.yaml
+  python -m pipeline experiments --config mine.yaml --override seeds=[0] --parallel 2""",
     "kit": """\
 A kit holds the trunk or its pin, the tokenizer and settings, and no text; a
 package the trained expert and statistics of its text. What these tell of the
@@ -134,6 +142,15 @@ def parser() -> argparse.ArgumentParser:
     _add_common(run, several_configs=False)
     _add_smoke(run)
     _add_parallel(run)
+    experiments = _add_command(commands, "experiments", OTHER_COMMANDS["experiments"])
+    experiments.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="where results go (default: experiments/NAME in the store)",
+    )
+    _add_common(experiments, several_configs=False)
+    _add_parallel(experiments)
     _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
     metrics = _add_command(commands, "metrics", OTHER_COMMANDS["metrics"])
     metrics.add_argument("name", nargs="*", metavar="NAME", help="what of which run; see below")

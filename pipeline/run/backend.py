@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -24,7 +24,7 @@ from rich.console import Console
 from .. import interrupts
 from ..config.run import RunConfig
 from ..credentials import masked
-from ..errors import Interrupted, JobsFailed, PipelineError
+from ..errors import GivenUp, Interrupted, JobsFailed, PipelineError
 from ..families import PRELOAD
 from ..families.load import parse
 from ..hardware import cores
@@ -39,7 +39,10 @@ from .stages import Addresses, label
 FORKED = f"{__package__}.forked"
 FORKS = sys.platform == "linux"
 Failures = dict[str | None, PipelineError]  # by item
-Running = dict[Connection, tuple[BaseProcess, str | None]]
+Running = dict[Connection, tuple[BaseProcess, int]]
+# Jobs of a stage, of one run or of several that share what they can
+Jobs = Sequence[tuple[RunConfig, str | None]]
+LOOK_EVERY_S = 1.0  # at what running jobs have come to, where somebody may give one up
 
 
 @dataclass
@@ -51,32 +54,60 @@ class Local:
 
     def run_jobs(self, stage: str, cfg: RunConfig, items: Sequence[str | None]) -> Failures:
         """Run jobs in processes; return the error of each that failed. Raises Interrupted."""
-        if not items:
-            return {}
-        waiting = deque(items)
-        running: Running = {}
         failed: Failures = {}
-        threads = cfg.runtime.most_threads(cores() // min(self.parallel, len(items)))
+
+        def ended(at: int, error: PipelineError | None) -> None:
+            if error is not None:
+                failed[items[at]] = error
+
+        self.run_several(stage, [(cfg, item) for item in items], ended)
+        return failed
+
+    def run_several(
+        self,
+        stage: str,
+        jobs: Jobs,
+        ended: Callable[[int, PipelineError | None], None],
+        gives_up: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Run jobs of a stage in processes, whichever runs they are of; `ended` is told the
+        position of each that has, and its error where it failed. Raises Interrupted.
+
+        `gives_up` is asked now and then whether a job that runs is to save and end: a GivenUp.
+        """
+        if not jobs:
+            return
+        waiting = deque(range(len(jobs)))
+        running: Running = {}
+        given_up: set[int] = set()
+        share = cores() // min(self.parallel, len(jobs))
         beside = self.parallel > 1
         try:
             while waiting or running:
                 while waiting and len(running) < self.parallel:
-                    item = waiting.popleft()
+                    at = waiting.popleft()
+                    cfg, item = jobs[at]
+                    threads = cfg.runtime.most_threads(share)
                     process, pipe = _start(stage, cfg, self.store, item, threads, beside)
-                    running[pipe] = (process, item)
-                for ready in wait(list(running)):
+                    running[pipe] = (process, at)
+                for ready in wait(list(running), LOOK_EVERY_S if gives_up else None):
                     pipe = cast(Connection, ready)
-                    process, item = running[pipe]
-                    error = _result(process, pipe, label(stage, item))
+                    process, at = running[pipe]
+                    name = label(stage, jobs[at][1])
+                    error = _result(process, pipe, name)
                     # Only now: who is stopped before has it among those to wait for
                     del running[pipe]
+                    if isinstance(error, Interrupted) and at in given_up:
+                        error = GivenUp(f"{name} was given up")
                     if isinstance(error, Interrupted):
                         raise error
-                    if error is not None:
-                        failed[item] = error
+                    ended(at, error)
+                for process, at in running.values():
+                    if gives_up and at not in given_up and gives_up(at):
+                        given_up.add(at)
+                        process.terminate()
         except (KeyboardInterrupt, Interrupted) as stopped:
             raise _stop_all(stage, running, stopped) from None
-        return failed
 
 
 def _stop_all(

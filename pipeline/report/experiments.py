@@ -1,0 +1,303 @@
+"""The tables of experiments, described once and drawn on terminal and page."""
+
+from collections.abc import Iterable, Iterator
+from statistics import median
+
+from .format import DASH, count, figures, fixed, limit, seconds, share, signed
+from .run_facts import RESULTS
+from .schema.experiments import (
+    ExperimentResults,
+    TrialCriterion,
+    TrialRun,
+    TrialSummary,
+    TrialTiming,
+)
+from .table import Cell, Row, Table, lowest
+
+# Phases of a step, in order
+PHASES = ("data", "forward", "backward", "optimizer")
+ASKED = ("primary", "secondary", "tertiary")
+HALVES = {
+    "loss": "by the loss alone",
+    "gap": "by the gap alone",
+    "both": "by loss and gap",
+    "neither": "neither loss nor gap",
+}
+
+
+def overview(results: ExperimentResults) -> Table:
+    """Every trial over its seeds: losses, sizes, what it took, and what was asked."""
+    best = lowest([trial.valid for trial in results.trials])
+    rows = []
+    for number, trial in enumerate(results.trials):
+        cells = [
+            Cell(trial.makes),
+            Cell(_states(trial)),
+            Cell(fixed(trial.valid, 4), _spread(trial), best=number in best),
+            Cell(signed(trial.gap, 4)),
+            Cell(count(_of_first(trial, "active"))),
+            Cell(count(_of_first(trial, "total"))),
+            Cell(count(_median(each.tokens for each in _times(trial)))),
+            Cell(count(_speed(trial))),
+            *(_asked(trial, name) for name in ASKED),
+        ]
+        rows.append(Row(trial.name, tuple(cells), kind=trial.origin, main=trial.is_dense))
+    return Table(
+        name="Trials",
+        title="Validation loss, sizes and speed of every trial",
+        corner="trial",
+        columns=(
+            "makes",
+            "seeds",
+            "valid nats",
+            "gap",
+            "active",
+            "total",
+            "tokens",
+            "tokens per CPU second",
+            *ASKED,
+        ),
+        rows=tuple(rows),
+        reading=(
+            "Lower loss is better; ± is the standard deviation over seeds. Gap: validation less "
+            "training loss. Active and total are parameters; tokens are those of all trainings "
+            "that a model is made of. The marked row is the dense model that others are held "
+            "against."
+        ),
+        words=(0, 1, 8, 9, 10),
+    )
+
+
+def criteria(results: ExperimentResults) -> Table:
+    """What was asked of each trial, with the number behind it."""
+    rows = []
+    for trial in results.trials:
+        for each in trial.criteria:
+            half = HALVES[each.half] if each.half else ""
+            cells = (
+                RESULTS[each.passed],
+                Cell(_number(each)),
+                Cell("; ".join(filter(None, (half, each.detail)))),
+            )
+            rows.append(Row(f"{trial.name}, {each.name}", cells, kind=trial.name))
+    return Table(
+        name="Criteria",
+        title="What was asked of each trial",
+        corner="trial, criterion",
+        columns=("result", "number", "found"),
+        rows=tuple(rows),
+        reading=(
+            "Primary: validation loss less the dense model's, below zero, or a gap that is smaller "
+            "by the share that is asked. Secondary: tokens per second of processor time as a share "
+            "of the dense model's, which other programs on the machine hardly move. Tertiary: "
+            "share of tokens of the expert that gets least. Open: it cannot be told."
+        ),
+        words=(0, 2),
+    )
+
+
+def timing(results: ExperimentResults) -> Table:
+    """Where the time of each trial's trainings went, the median over its seeds."""
+    rows = []
+    for trial in results.trials:
+        times = _times(trial)
+        if not times:
+            continue
+        cells = [Cell(seconds(median(each.seconds for each in times)))]
+        whole = median(sum(each.cpu_s.values()) for each in times)
+        cells.append(Cell(seconds(whole)))
+        for phase in PHASES:
+            spent = median(each.cpu_s.get(phase, 0.0) for each in times)
+            cells.append(Cell(share(spent / whole) if whole else DASH))
+        cells.append(Cell(count(_median(each.tokens_per_s for each in times))))
+        cells.append(Cell(count(_speed(trial))))
+        rows.append(Row(trial.name, tuple(cells), main=trial.is_dense))
+    return Table(
+        name="Timing",
+        title="Where the time went",
+        corner="trial",
+        columns=(
+            "clock",
+            "processor",
+            *PHASES,
+            "tokens per second",
+            "tokens per CPU second",
+        ),
+        rows=tuple(rows),
+        reading=(
+            "Steps alone, of all trainings of a model, median over seeds. Processor time is that "
+            "of all threads, and its phases are shares of it: unlike the clock it grows hardly "
+            "when others use the machine. On a GPU it says nothing and is not counted."
+        ),
+    )
+
+
+def experts(results: ExperimentResults) -> Table:
+    """Where the gates of each trial send tokens, seed by seed."""
+    rows = []
+    for trial in results.trials:
+        for run in trial.done:
+            if run.use is None:
+                continue
+            cells = (
+                Cell(share(run.use.least, 1)),
+                Cell(run.use.where),
+                Cell(fixed(run.use.entropy)),
+                Cell(fixed(run.use.max_entropy)),
+                Cell(share(run.use.dropped, 1)),
+            )
+            rows.append(Row(f"{trial.name}, seed {run.seed}", cells, kind=trial.name))
+    return Table(
+        name="Experts",
+        title="Where tokens go",
+        corner="trial, seed",
+        columns=("least share", "of", "entropy", "of an even load", "over capacity"),
+        rows=tuple(rows),
+        reading=(
+            "Of the whole stack an expert is one in all layers, and the load is that of the gates' "
+            "last training steps; of a joint model each layer has experts of its own, and it is "
+            "that of the validation rows. Entropy in nats, mean over layers."
+        ),
+        words=(1,),
+    )
+
+
+def each_run(results: ExperimentResults) -> Table:
+    """Every trial with every seed, also those that failed."""
+    rows = []
+    for trial in results.trials:
+        for run in trial.runs:
+            rows.append(Row(f"{trial.name}, seed {run.seed}", _run_cells(run), kind=trial.name))
+    return Table(
+        name="Runs",
+        title="Every trial with every seed",
+        corner="trial, seed",
+        columns=("state", "valid nats", "train nats", "steps", "kept at", "artifact", "why"),
+        rows=tuple(rows),
+        reading="Kept at: the step whose state is the model. Early: patience ended the training.",
+        words=(0, 5, 6),
+    )
+
+
+def _run_cells(run: TrialRun) -> tuple[Cell, ...]:
+    tones = {"failed": "bad", "missing": "bad"}
+    losses = run.losses
+    early = "early" if losses and losses.stopped_early else ""
+    return (
+        Cell(run.state, tone=tones.get(run.state, "")),
+        Cell(fixed(losses and losses.valid, 4)),
+        Cell(fixed(losses and losses.train, 4)),
+        Cell(count(losses and losses.steps), early),
+        Cell(count(losses and losses.kept_step)),
+        Cell(run.address),
+        Cell(run.error),
+    )
+
+
+def changes(results: ExperimentResults) -> Table:
+    """What each trial changes of the base."""
+    rows = []
+    for trial in results.trials:
+        words = ", ".join(f"{name} {value}" for name, value in flat(trial.changes))
+        rows.append(Row(trial.name, (Cell(trial.makes), Cell(words or "nothing"))))
+    return Table(
+        name="Settings",
+        title="What each trial changes",
+        corner="trial",
+        columns=("makes", "changes"),
+        rows=tuple(rows),
+        reading="Over the base; whole configurations stand in experiment_results.json.",
+        words=(0, 1),
+    )
+
+
+def flat(changes: dict, above: str = "") -> Iterator[tuple[str, object]]:
+    """Yield settings of sections in each other by dotted name."""
+    for name, value in changes.items():
+        dotted = f"{above}.{name}" if above else str(name)
+        if isinstance(value, dict):
+            yield from flat(value, dotted)
+        else:
+            yield dotted, value
+
+
+def tiles(results: ExperimentResults) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top: name, value, what stands beside it."""
+    found = []
+    ended = [trial for trial in results.trials if trial.valid is not None]
+    best = min(ended, key=lambda trial: trial.valid or 0.0, default=None)
+    if best is not None:
+        found.append(("lowest validation loss", fixed(best.valid, 4), f"{best.name}, nats"))
+    dense = next((trial for trial in results.trials if trial.is_dense), None)
+    if dense is not None and dense.valid is not None:
+        found.append(("dense", fixed(dense.valid, 4), f"{dense.name}, nats"))
+    for name in ASKED:
+        asked = [each for trial in results.trials for each in trial.criteria if each.name == name]
+        passed = sum(each.passed is True for each in asked)
+        if asked:
+            found.append((f"{name} passed", f"{passed} of {len(asked)}", ""))
+    failed = sum(run.state == "failed" for trial in results.trials for run in trial.runs)
+    if failed:
+        found.append(("failed", str(failed), "runs"))
+    return found
+
+
+def facts(results: ExperimentResults) -> list[str]:
+    """Return what the figures must be read with, in a few words each."""
+    found = [f"seeds {', '.join(map(str, results.seeds))}", results.made]
+    machine = results.machine
+    if machine is not None:
+        found.append(machine.gpu or machine.cpu)
+        found.append(f"{machine.threads} of {machine.cores} cores")
+        found.append(machine.dtype)
+        found.append(f"torch {machine.torch}")
+    return [fact for fact in found if fact]
+
+
+def _asked(trial: TrialSummary, name: str) -> Cell:
+    for each in trial.criteria:
+        if each.name == name:
+            result = RESULTS[each.passed]
+            return Cell(result.text, _number(each), tone=result.tone)
+    return Cell(DASH)
+
+
+def _number(each: TrialCriterion) -> str:
+    if each.number is None:
+        return ""
+    if each.name == "primary":
+        return signed(each.number, 4)
+    return f"{share(each.number, 1)} of {limit(each.limit or 0.0)}"
+
+
+def _states(trial: TrialSummary) -> str:
+    done = len(trial.done)
+    others = [run.state for run in trial.runs if run.state != "done"]
+    if not others:
+        return str(done)
+    told = ", ".join(f"{others.count(state)} {state}" for state in dict.fromkeys(others))
+    return f"{done}, {told}"
+
+
+def _spread(trial: TrialSummary) -> str:
+    return "" if trial.spread is None else f"± {figures(trial.spread)}"
+
+
+def _of_first(trial: TrialSummary, name: str) -> int | None:
+    for run in trial.done:
+        if run.sizes is not None:
+            return getattr(run.sizes, name)
+    return None
+
+
+def _speed(trial: TrialSummary) -> float | None:
+    return _median(each.tokens_per_cpu_s for each in _times(trial))
+
+
+def _times(trial: TrialSummary) -> list[TrialTiming]:
+    return [run.timing for run in trial.done if run.timing]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return median(found) if found else None

@@ -1,0 +1,44 @@
+"""`experiments` as it is typed: read, made on this machine, shown and written."""
+
+import argparse
+import shlex
+
+from rich.console import Console
+
+from ... import report
+from ...report.narrow import output
+from ...store.artifacts import Store
+from ..advice import CommandLine, sentence
+from ..backend import Local, printed_progress
+from .conduct import PAGE, RESULTS, conduct, local_hand_out, results_folder, write_results
+from .reading import read_experiments
+
+
+def run_experiments(args: argparse.Namespace) -> None:
+    """Do a sweep on this machine; print its tables, and where its results are. Raises ConfigError
+    before anything starts, StoreError, Interrupted."""
+    experiments = read_experiments(args.config, tuple(args.override))
+    errors = Console(stderr=True, soft_wrap=True)
+    progress = printed_progress(errors)
+    store = Store(args.store).open()
+
+    def tell(text: str) -> None:
+        errors.print(text, highlight=False, markup=False)
+
+    hand_out = local_hand_out(
+        Local(store, args.parallel), lambda error: sentence(error, CommandLine())
+    )
+    results, trials = conduct(experiments, store, hand_out, tell, progress, frozen=args.frozen)
+    folder = args.to or results_folder(store, experiments)
+    results = write_results(results, trials, store, folder, progress)
+    console = output()
+    report.show_experiments(results, console)
+    console.print(f"results: {folder / RESULTS}", highlight=False, soft_wrap=True)
+    if results.dense_weights:
+        places = ", ".join(str(folder / place) for place in results.dense_weights.values())
+        console.print(f"dense weights: {places}", highlight=False, soft_wrap=True)
+    page = folder / PAGE
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    # a command, as a path of a terminal is seldom a link
+    opened = shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
+    console.print(f"open it: {opened}", highlight=False, soft_wrap=True)

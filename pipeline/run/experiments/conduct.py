@@ -1,0 +1,180 @@
+"""A whole sweep: trials that are listed, then searches, then what came of them, held against what
+was asked."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ... import report
+from ...errors import PipelineError
+from ...families.load import trial_models
+from ...protocols import Progress
+from ...report.schema.experiments import ExperimentResults, TrialSummary
+from ...store.artifacts import Store, now, write_text
+from ...store.history import Row
+from ..backend import Local
+from ..context import StoredParts
+from .criteria import judged
+from .reading import Experiments
+from .results import machine_of, run_of, summary
+from .searches import Searched, searched
+from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to, looked_at
+from .trials import Trial, listed_trials
+
+RESULTS = "experiment_results.json"
+PAGE = "report.html"
+DENSE = "dense"
+MADE_FROM = "made_from.json"
+FOLDER = "experiments"  # of a store, where results lie by the names of files
+
+
+def results_folder(store: Store, experiments: Experiments) -> Path:
+    """Where the results of an experiments file lie unless told otherwise."""
+    return store.root / FOLDER / experiments.name
+
+
+def _agreed(_trials: Sequence[Trial]) -> None: ...
+
+
+def conduct(
+    experiments: Experiments,
+    store: Store,
+    hand_out: HandOut,
+    tell: Callable[[str], None],
+    progress: Progress,
+    *,
+    frozen: bool = False,
+    text_only: bool = False,
+    known: Known = known_to,
+    agree: Callable[[Sequence[Trial]], None] = _agreed,
+) -> tuple[ExperimentResults, list[Trial]]:
+    """Do what is missing of a sweep; return what came of it, and the trials that were made.
+
+    With `text_only` nothing is trained. `known` has what trials make left alone while it lasts;
+    `agree` is asked once they are looked at, before anything starts. Raises ConfigError then too,
+    StoreError, Interrupted.
+    """
+    settings = experiments.settings
+    # All of them are checked before the first one starts
+    trials, notes = looked_at(listed_trials(experiments), store, progress, frozen)
+    for note in notes:
+        tell(note)
+    agree(trials)
+    sweep = TrialSweep(store, hand_out, tell, known)
+    with known(store, trials, str(experiments.file)):
+        sweep.make(trials, text_only=text_only)
+        summaries = _listed(sweep, trials, settings.criteria.dense)
+        for name in () if text_only else settings.searches:
+            made = searched(experiments, name, sweep, progress, frozen)
+            summaries += [_searched(each, name) for each in made]
+            trials += [each.trial for each in made if each.trial is not None]
+    results = ExperimentResults(
+        experiments=experiments.name,
+        made=now(),
+        seeds=settings.seeds,
+        trials=tuple(judged(summaries, settings.criteria)),
+        machine=machine_of(trials, store),
+        notes=tuple(_notes(summaries)),
+    )
+    return results, trials
+
+
+def _listed(sweep: TrialSweep, trials: Sequence[Trial], dense: str) -> list[TrialSummary]:
+    found = []
+    for name in dict.fromkeys(trial.name for trial in trials):
+        seeds = [trial for trial in trials if trial.name == name]
+        runs = [run_of(trial, sweep.store, sweep.error_of(trial)) for trial in seeds]
+        found.append(summary(seeds[0], runs, name == dense))
+    return found
+
+
+def _searched(each: Searched, origin: str) -> TrialSummary:
+    if each.trial is not None:
+        return summary(each.trial, [each.run], False, origin)
+    return TrialSummary(
+        name=each.name, makes=each.makes, changes=each.changes, origin=origin, runs=(each.run,)
+    )
+
+
+def _notes(summaries: Sequence[TrialSummary]) -> list[str]:
+    found = [
+        "Losses are of the state that is kept, on validation rows in one order: they compare where "
+        "trials have the same text, tokenizer, context_tokens and eval_tokens.",
+        "What trials share is made once and counted in each of them.",
+    ]
+    texts = {json.dumps(run.config.get("data")) for each in summaries for run in each.done}
+    if len(texts) > 1:
+        found.append("Some trials read other text than others, so their losses do not compare.")
+    return found
+
+
+def local_hand_out(local: Local, sentence: Callable[[PipelineError], str]) -> HandOut:
+    """Return what does jobs on this machine; `sentence` is how an error is told."""
+
+    def hand_out(stage: str, wanted: Wanted, ended: Ended, gives_up: GivesUp | None) -> None:
+        def told(at: int, error: PipelineError | None) -> None:
+            ended(at, "" if error is None else sentence(error))
+
+        local.run_several(stage, wanted, told, gives_up)
+
+    return hand_out
+
+
+def write_results(
+    results: ExperimentResults,
+    trials: Sequence[Trial],
+    store: Store,
+    folder: Path,
+    progress: Progress,
+) -> ExperimentResults:
+    """Write results, page and dense weights to a folder; return the results with where those
+    are. Raises DiskFull, DamagedArtifact, MissingArtifact."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dense = next((each.name for each in results.trials if each.is_dense), None)
+    weights = {}
+    for trial in trials:
+        address = trial.jobs[trial.model]
+        is_made = any(run.address == address for each in results.trials for run in each.done)
+        if trial.name == dense and is_made and not trial.makes.startswith("stack"):
+            place = folder / DENSE / f"seed-{trial.seed}"
+            _write_dense(trial, store, place, progress)
+            weights[str(trial.seed)] = place.relative_to(folder).as_posix()
+    results = results.model_copy(update={"dense_weights": weights})
+    write_text(folder / RESULTS, results.to_json())
+    write_text(folder / PAGE, report.experiments_page(results, _histories(trials, store)))
+    return results
+
+
+def _write_dense(trial: Trial, store: Store, place: Path, progress: Progress) -> None:
+    """Write a dense model as a checkpoint, unless the very same lies there."""
+    address = trial.jobs[trial.model]
+    parts = StoredParts(trial.cfg, store, progress)
+    digest = parts.manifest(*trial.model).digest
+    made_from = json.dumps({"address": address, "digest": digest}, indent=1) + "\n"
+    mark = place / MADE_FROM
+    if mark.is_file() and mark.read_text("utf-8") == made_from:
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    trial_models(trial.cfg).write_model(trial.cfg, parts, trial.model, place, progress)
+    # Last, as it says that all of it is there
+    write_text(mark, made_from)
+
+
+def _histories(trials: Sequence[Trial], store: Store) -> dict[str, list[Row]]:
+    """Return the history of each trial's model, of one seed each; those that have none are left
+    out."""
+    found: dict[str, list[Row]] = {}
+    for trial in trials:
+        name = f"trial {trial.name}"
+        if name in found:
+            continue
+        try:
+            rows = StoredParts(trial.cfg, store).history(*trial.model).rows
+        except PipelineError:
+            # It failed, as the tables say
+            continue
+        if rows:
+            found[name] = rows
+    return found

@@ -1,0 +1,143 @@
+"""What is asked of each trial, held against the dense one: passed or not, with its number."""
+
+import statistics
+from collections.abc import Sequence
+
+from ...config.experiments import CriteriaConfig
+from ...report.format import beside_limit, fixed, limit, reaches
+from ...report.schema.experiments import Asked, TrialCriterion, TrialSummary
+
+
+def judged(summaries: Sequence[TrialSummary], wanted: CriteriaConfig) -> list[TrialSummary]:
+    """Return trials with what is asked of each and whether it holds; of the dense one nothing
+    is."""
+    by_name = {each.name: each for each in summaries}
+    dense = by_name.get(wanted.dense)
+    gap_of = by_name.get(wanted.gap_of or wanted.dense)
+    found = []
+    for each in summaries:
+        if each.is_dense:
+            found.append(each)
+            continue
+        asked = [
+            primary(each, dense, gap_of, wanted.gap_share),
+            secondary(each, dense, wanted.speed_share),
+        ]
+        if not _runs_whole(each):
+            asked.append(tertiary(each, wanted.min_expert_share))
+        found.append(each.model_copy(update={"criteria": tuple(asked)}))
+    return found
+
+
+def _runs_whole(summary: TrialSummary) -> bool:
+    """Whether all of a model runs for every token, so that it has nothing to spread tokens over."""
+    sizes = [run.sizes for run in summary.done if run.sizes]
+    return bool(sizes) and all(each.active == each.total for each in sizes)
+
+
+def primary(
+    mine: TrialSummary, dense: TrialSummary | None, gap_of: TrialSummary | None, share: float
+) -> TrialCriterion:
+    """Whether a trial has a lower validation loss than the dense one, or a gap smaller by a share
+    than another's; its number is the difference of the losses."""
+    if mine.valid is None or dense is None or dense.valid is None:
+        why = "it has no loss" if mine.valid is None else "there is no dense model to compare with"
+        return _open("primary", why)
+    # A seed that only one of them has would be compared with nothing
+    difference = _paired(mine, dense)
+    if difference is None:
+        return _open("primary", "it has no seed in common with the dense model")
+    is_lower = difference < 0
+    detail = f"validation {fixed(mine.valid, 4)} against {fixed(dense.valid, 4)} nats"
+    closed = _closed(mine, gap_of)
+    is_closed = closed is not None and reaches(closed, share)
+    if closed is None:
+        detail += "; there is no gap to close"
+    else:
+        name = gap_of.name if gap_of else dense.name
+        detail += f"; {beside_limit(closed, share, 0)} of {name}'s gap closed"
+    half = "neither"
+    if is_lower:
+        half = "both" if is_closed else "loss"
+    elif is_closed:
+        half = "gap"
+    return TrialCriterion(
+        name="primary",
+        passed=is_lower or is_closed,
+        number=difference,
+        limit=0.0,
+        half=half,
+        detail=detail,
+    )
+
+
+def _paired(mine: TrialSummary, dense: TrialSummary) -> float | None:
+    """Return the mean difference of validation losses over the seeds that both have."""
+    theirs = {run.seed: run.losses.valid for run in dense.done if run.losses}
+    found = []
+    for run in mine.done:
+        other = theirs.get(run.seed)
+        if run.losses and run.losses.valid is not None and other is not None:
+            found.append(run.losses.valid - other)
+    return statistics.fmean(found) if found else None
+
+
+def _closed(mine: TrialSummary, other: TrialSummary | None) -> float | None:
+    """Return the share by which a gap is smaller than another's; None where that one has none."""
+    if other is None or mine.gap is None or not other.gap or other.gap <= 0:
+        return None
+    return 1 - mine.gap / other.gap
+
+
+def secondary(mine: TrialSummary, dense: TrialSummary | None, share: float) -> TrialCriterion:
+    """Whether a trial trains as fast as a share of the dense one does, in processor time: what else
+    the machine does decides nothing. Its number is the share."""
+    own = _speed(mine)
+    theirs = None if dense is None else _speed(dense)
+    if own is None or theirs is None:
+        return _open("secondary", "there is no processor time of both, as of a model on a GPU")
+    found = own / theirs
+    return TrialCriterion(
+        name="secondary",
+        passed=reaches(found, share),
+        number=found,
+        limit=share,
+        detail=f"{beside_limit(found, share, 0)} of the dense model's tokens per second of "
+        f"processor time ({own:,.0f} against {theirs:,.0f}), asked {limit(share)}",
+    )
+
+
+def _speed(summary: TrialSummary) -> float | None:
+    """Return tokens per second of processor time, the median over seeds."""
+    found = []
+    for run in summary.done:
+        if run.timing and run.timing.tokens_per_cpu_s:
+            found.append(run.timing.tokens_per_cpu_s)
+    return statistics.median(found) if found else None
+
+
+def tertiary(mine: TrialSummary, share: float) -> TrialCriterion:
+    """Whether every expert gets a share of the tokens, with every seed; its number is the least
+    share."""
+    uses = [run.use for run in mine.done if run.use]
+    if not uses:
+        return _open("tertiary", "no gate of it was trained")
+    worst = min(uses, key=lambda use: use.least)
+    return TrialCriterion(
+        name="tertiary",
+        passed=reaches(worst.least, share),
+        number=worst.least,
+        limit=share,
+        detail=f"least {worst.where} {beside_limit(worst.least, share, 1)}, entropy "
+        f"{worst.entropy:.3f} of {worst.max_entropy:.3f} nats",
+    )
+
+
+def _open(name: Asked, why: str) -> TrialCriterion:
+    return TrialCriterion(
+        name=name,
+        passed=None,
+        number=None,
+        limit=None,
+        detail=why,
+    )

@@ -1,0 +1,149 @@
+"""The trainings of a sweep: stage after stage over all trials, so that what they share is made
+once, and the jobs of a stage may run side by side whichever trial they are of."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+from ...config.run import JobKey, RunConfig
+from ...errors import PipelineError
+from ...protocols import Progress
+from ...store.artifacts import Store
+from ...store.lineage import Lineage
+from ..identity import begin, changed, note_made
+from ..job import done
+from ..reach import working
+from ..stages import ROWS, STAGES, label
+from .trials import Trial
+
+# What is done where jobs run: (the run, the item) of each, all of one stage
+Wanted = Sequence[tuple[RunConfig, str | None]]
+# Whether a job is to be ended before its time, asked now and then by its position
+GivesUp = Callable[[int], bool]
+# Told the position of a job that has ended, and why it failed, "" where it did not
+Ended = Callable[[int, str], None]
+# Has what trials make in a store left alone while it lasts; the text is the file that names them
+Known = Callable[[Store, Sequence[Trial], str], AbstractContextManager[None]]
+# Does jobs of a stage
+HandOut = Callable[[str, Wanted, Ended, GivesUp | None], None]
+
+
+@dataclass
+class TrialSweep:
+    """Trials that are made in a store, and what went wrong with jobs of them."""
+
+    store: Store
+    hand_out: HandOut
+    tell: Callable[[str], None]
+    known: Known
+    errors: dict[str, str] = field(default_factory=dict)  # by address
+
+    def make(
+        self,
+        trials: Sequence[Trial],
+        gives_up: Callable[[str], bool] | None = None,
+        text_only: bool = False,
+    ) -> None:
+        """Do what is missing of trials, all of it that does not need what failed; with `text_only`
+        nothing is trained. `gives_up` is asked by a job's address whether it is to be ended before
+        its time."""
+        for stage in STAGES:
+            if text_only and not is_text(stage):
+                continue
+            missing = self._missing(stage, trials)
+            if missing:
+                self._do(stage, missing, gives_up)
+
+    def _do(
+        self,
+        stage: str,
+        missing: Mapping[str, tuple[Trial, str | None]],
+        gives_up: Callable[[str], bool] | None,
+    ) -> None:
+        addresses = list(missing)
+        wanted = [(trial.addresses.cfg, item) for trial, item in missing.values()]
+
+        def ended(at: int, error: str) -> None:
+            trial, item = missing[addresses[at]]
+            if error:
+                self.errors[addresses[at]] = error
+            told = error.removeprefix(f"{label(stage, item)}: ") or "done"
+            self.tell(f"{trial.label}: {label(stage, item)}: {told}")
+
+        asked = None if gives_up is None else _by_position(gives_up, addresses)
+        self.hand_out(stage, wanted, ended, asked)
+
+    def _missing(self, stage: str, trials: Sequence[Trial]) -> dict[str, tuple[Trial, str | None]]:
+        """Return the jobs of a stage that are to be done, by address, each with the first trial
+        that needs it."""
+        # What containers made meanwhile is seen from here on
+        self.store.refresh()
+        lineage = Lineage(self.store)
+        found: dict[str, tuple[Trial, str | None]] = {}
+        for trial in trials:
+            for (of_stage, item), address in trial.jobs.items():
+                if of_stage != stage or address in found or address in self.errors:
+                    continue
+                cause = self._cause(trial, (stage, item))
+                if cause:
+                    self.errors[address] = cause
+                    continue
+                try:
+                    is_done = done(trial.addresses, stage, item, lineage)
+                except PipelineError as error:
+                    self.errors[address] = str(error)
+                    continue
+                if is_done:
+                    note_made(trial.addresses.cfg, self.store, stage, item)
+                else:
+                    found[address] = trial, item
+        return found
+
+    def _cause(self, trial: Trial, job: JobKey) -> str:
+        """Return why a job cannot be done as one that it needs failed; "" where none did."""
+        for need in trial.cfg.needs(*job):
+            if trial.jobs[need] in self.errors:
+                return self.errors[trial.jobs[need]]
+        return ""
+
+    def error_of(self, trial: Trial) -> str:
+        """Return why a trial has no model; "" where nothing went wrong."""
+        for job, address in trial.jobs.items():
+            if address in self.errors:
+                # Most say themselves which job it was
+                error = self.errors[address].removeprefix(f"{label(*job)}: ")
+                return f"{label(*job)}: {error}"
+        return ""
+
+
+def is_text(stage: str) -> bool:
+    """Whether a stage makes what others are trained on."""
+    return all(row.kind == "files" for row in ROWS[stage].values())
+
+
+def _by_position(gives_up: Callable[[str], bool], addresses: Sequence[str]) -> GivesUp:
+    return lambda at: gives_up(addresses[at])
+
+
+def looked_at(
+    trials: Sequence[Trial], store: Store, progress: Progress, frozen: bool = False
+) -> tuple[list[Trial], list[str]]:
+    """Return trials that say what they read outside the store, looked at before any of them starts,
+    and what to tell of that, each once."""
+    found = []
+    told: dict[str, None] = {}
+    for trial in trials:
+        # What all of them read is looked at once: the store has its sums
+        cfg, notes = begin(trial.cfg, store, progress, frozen=frozen, makes=True)
+        found.append(replace(trial, cfg=cfg))
+        told |= dict.fromkeys((*notes, *changed(cfg, store)))
+    return found, list(told)
+
+
+@contextmanager
+def known_to(store: Store, trials: Iterable[Trial], file: str) -> Iterator[None]:
+    """Have what trials make or may read left alone while it lasts, and known to be theirs."""
+    with ExitStack() as stack:
+        for trial in trials:
+            stack.enter_context(working(store, trial.cfg, file))
+        yield

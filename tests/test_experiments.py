@@ -1,0 +1,515 @@
+"""Experiments: what a file says, sweeps that fail and are killed, searches, and what is asked."""
+
+import io
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+from rich.console import Console
+from yaml_text import yaml_text
+
+from pipeline import report
+from pipeline.config.experiments import CriteriaConfig, GridConfig, SearchConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.families.load import describes_run, load
+from pipeline.protocols import quiet
+from pipeline.report.schema.experiments import (
+    ExperimentResults,
+    ModelSizes,
+    TrialExperts,
+    TrialLosses,
+    TrialRun,
+    TrialSummary,
+    TrialTiming,
+)
+from pipeline.run.experiments.conduct import conduct, write_results
+from pipeline.run.experiments.criteria import judged
+from pipeline.run.experiments.reading import read_experiments
+from pipeline.run.experiments.search import Study, TriedTrial, groups
+from pipeline.run.experiments.trials import expanded, listed_trials
+from pipeline.run.job import run_job
+from pipeline.store.artifacts import Store
+from pipeline.store.history import Recorder, read
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "trunk": {"steps": 6, "layers": 1, "eval_every_steps": 3},
+    "expert": {"steps": 3, "eval_every_steps": 0},
+    "router": {"steps": 4, "eval_every_steps": 0},
+    "joint": {
+        "models": ["dense", "moe"],
+        "layers": [0],
+        "experts": 2,
+        "capacity_factor": 1.5,
+        "steps": 6,
+        "eval_every_steps": 2,
+        "batch_sequences": 8,
+        "eval_tokens": 768,
+    },
+    "runtime": {"log_every_steps": 1},
+}
+FILE = {
+    "base": "tiny.yaml",
+    "trials": {
+        "dense": {"makes": "joint dense", "seeds": [0, 1]},
+        "moe": {"makes": "joint moe"},
+        # At this rate the first step leaves nothing finite
+        "broken": {"change": {"expert.lr": 1e30, "expert.clip_norm": 0}},
+    },
+    "grids": {"parts": {"over": {"router.top_k": [1, 2]}}},
+    "searches": {
+        "find": {
+            "makes": "joint dense",
+            "space": {"joint.lr": {"low": 1e-5, "high": 1e-2, "log": True}},
+            "trials": 4,
+            "random_trials": 1,
+        }
+    },
+}
+
+
+class Killed(BaseException):
+    """A process that ends at once."""
+
+
+def written(folder, **sections):
+    """Write an experiments file beside a tiny run; return its path."""
+    if not (folder / "tiny.yaml").exists():
+        tiny_config(folder, **TINY)
+    path = folder / "tried.yaml"
+    path.write_text(yaml_text(FILE | sections), "utf-8")
+    return path
+
+
+def here(store, finished):
+    """Return what does jobs in this process, and counts those that ended well by address."""
+
+    def hand_out(stage, wanted, ended, _gives_up):
+        for at, (cfg, item) in enumerate(wanted):
+            with open(os.devnull, "w") as nowhere:
+                shown = Console(file=nowhere)
+                try:
+                    made = run_job(stage, cfg, store, item, progress=quiet, console=shown)
+                except PipelineError as error:
+                    ended(at, str(error))
+                    continue
+            finished[made.address] += 1
+            ended(at, "")
+
+    return hand_out
+
+
+def swept(path, root, finished=None):
+    store = Store(root).open()
+    done = Counter() if finished is None else finished
+    told = []
+    return *conduct(read_experiments(path), store, here(store, done), told.append, quiet), told
+
+
+def lasting(results):
+    """Return all of some results that does not depend on when and how fast they were made."""
+    kept = json.loads(results.to_json())
+    del kept["made"], kept["dense_weights"]
+    for trial in kept["trials"]:
+        # Of processor time
+        trial["criteria"] = [each for each in trial["criteria"] if each["name"] != "secondary"]
+        for run in trial["runs"]:
+            # What follows names the checkpoint that is left
+            run["error"] = run["error"].partition("(")[0]
+            if run["timing"]:
+                run["timing"] = run["timing"]["tokens"]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """(file, store, results, trials, jobs that ended by address, what was told) of one sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    path, finished = written(folder), Counter()
+    results, trials, told = swept(path, folder / "store", finished)
+    return path, folder / "store", results, trials, finished, told
+
+
+def test_what_trials_share_is_made_once_and_a_failed_one_stops_no_other(sweep):
+    _, _, results, _, finished, told = sweep
+    assert set(finished.values()) == {1}
+    stages = Counter(address.split("-")[0] for address in finished)
+    assert (stages["tokenizer"], stages["preprocess"], stages["train_shared"]) == (1, 3, 1)
+    assert (stages["train_experts"], stages["train_router"], stages["train_joint"]) == (3, 2, 7)
+    by_name = {trial.name: trial for trial in results.trials}
+    assert [*by_name] == [
+        *("dense", "moe", "broken", "parts-top_k_1", "parts-top_k_2"),
+        *("find-000", "find-001", "find-002", "find-003"),
+    ]
+    (broken,) = by_name["broken"].runs
+    assert broken.state == "failed" and broken.error.startswith("train_experts sea: the loss at")
+    assert [each.passed for each in by_name["broken"].criteria] == [None] * 3
+    assert any("broken seed 0: train_experts sea: the loss" in text for text in told)
+    assert [run.state for run in by_name["dense"].runs] == ["done", "done"]
+
+
+def test_results_have_losses_sizes_timing_and_where_tokens_go(sweep):
+    _, root, results, _, _, _ = sweep
+    moe, top_1, top_2 = (results.trials[at].runs[0] for at in (1, 3, 4))
+    store = Store(root)
+    manifest = store.require(top_1.address)
+    assert top_1.losses.valid == manifest.metrics["valid_nats"]
+    assert top_1.losses.train == manifest.metrics["train_nats"]
+    assert top_1.sizes.total == top_2.sizes.total
+    # A network of three matrices of 32 by 64 in the one layer
+    assert top_2.sizes.active - top_1.sizes.active == 3 * 32 * 64
+    jobs = [job.job for job in top_1.timing.jobs]
+    assert jobs == [
+        *("train_shared", "train_experts sea", "train_experts shop", "train_experts hall"),
+        "train_router",
+    ]
+    assert top_1.timing.tokens == (6 + 3 * 3 + 4) * 8 * 32
+    spent_s = sum(top_1.timing.cpu_s.values())
+    assert top_1.timing.tokens_per_cpu_s == pytest.approx(top_1.timing.tokens / spent_s)
+    assert 0 < top_1.use.least <= 1 / 3 and top_1.use.where in ("sea", "shop", "hall")
+    # Of a joint model the validation row of the kept state has the loss without what is beside it
+    row = next(
+        row
+        for row in read(store.history(moe.address)).rows
+        if row.get("valid_nats") == moe.losses.valid
+    )
+    assert (moe.losses.kept_step, moe.losses.train) == (row["step"], row["train_ce"])
+    layer = row["experts"]["layer"]["0"]
+    assert moe.use.least == min(layer["shares"]) and moe.use.where.startswith("layer 0 expert ")
+    assert (moe.use.entropy, moe.use.dropped) == (layer["entropy"], layer["dropped"])
+    # One of two experts runs, each as large as the dense model's network
+    assert moe.sizes.total - moe.sizes.active == 3 * 32 * 64
+    assert top_1.config["router"]["top_k"] == 1 and top_1.config["seed"] == 0
+    dense = results.trials[0]
+    assert dense.is_dense and dense.runs[0].sizes.active == dense.runs[0].sizes.total
+    losses = [run.losses.valid for run in dense.runs]
+    assert dense.valid == pytest.approx(sum(losses) / 2) and losses[0] != losses[1]
+    assert ExperimentResults.model_validate_json(results.to_json()) == results
+
+
+def test_a_sweep_that_is_killed_at_random_repeats_nothing_and_comes_to_the_same(
+    sweep, tmp_path, monkeypatch
+):
+    path, _, results, _, made, _ = sweep
+    draw, write, left = random.Random(16), Recorder.row, [0]
+
+    def row(self, values):
+        write(self, values)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    monkeypatch.setattr(Recorder, "row", row)
+    finished, kills = Counter(), 0
+    while True:
+        # In the middle of some training, as rows are written step by step
+        left[0] = draw.randrange(1, 25)
+        try:
+            again, _, _ = swept(path, tmp_path / "store", finished)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 4
+    # A training that was killed when its rows told that it is ended is not gone on with
+    assert set(finished.values()) == {1} and finished.keys() <= made.keys()
+    ended = {run.address for trial in results.trials for run in trial.runs if run.state == "pruned"}
+    assert made.keys() - finished.keys() <= ended
+    assert lasting(again) == lasting(results)
+    # And once more with nothing left to do but what had failed
+    left[0] = 0
+    before = Counter(finished)
+    once_more, _, _ = swept(path, tmp_path / "store", finished)
+    assert finished == before and lasting(once_more) == lasting(results)
+
+
+def test_results_are_written_with_weights_that_transformers_opens(sweep, tmp_path):
+    _, root, results, trials, _, _ = sweep
+    store = Store(root)
+    results = write_results(results, trials, store, tmp_path, quiet)
+    assert results.dense_weights == {"0": "dense/seed-0", "1": "dense/seed-1"}
+    read = json.loads((tmp_path / "experiment_results.json").read_text())
+    assert read["experiments"] == "tried" and read["dense_weights"] == results.dense_weights
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for name in ("find-002", "experiment_results.json", "Training curves", "of the dense model"):
+        assert name in page
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense/seed-0")
+    total = sum(each.numel() for each in model.parameters())
+    assert total == results.trials[0].runs[0].sizes.total
+    text = AutoTokenizer.from_pretrained(tmp_path / "dense/seed-0")(
+        "tide reef", return_tensors="pt"
+    )
+    assert model(text.input_ids).logits.shape[-1] == model.config.vocab_size
+    weights = tmp_path / "dense/seed-0/model.safetensors"
+    stamp = weights.stat().st_mtime_ns
+    write_results(results, trials, store, tmp_path, quiet)
+    assert weights.stat().st_mtime_ns == stamp
+
+
+def test_tables_fit_a_log(sweep):
+    console = Console(width=120, record=True, file=io.StringIO())
+    report.show_experiments(sweep[2], console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 120
+    for each in ("Trials", "Criteria", "Timing", "parts-top_k_2", "find-000", "pass", "failed"):
+        assert each in text
+
+
+GRIDS = {
+    "one": ({"router.top_k": [1, 2]}, ["g-top_k_1", "g-top_k_2"]),
+    "product": (
+        {"router.top_k": [1, 2], "expert.layers": [[0], "all"]},
+        [
+            "g-top_k_1-layers_0",
+            "g-top_k_1-layers_all",
+            "g-top_k_2-layers_0",
+            "g-top_k_2-layers_all",
+        ],
+    ),
+    "together": (
+        {"trunk.tokens, expert.tokens": [[900, 100], [500, 500]]},
+        ["g-tokens_900_100", "g-tokens_500_500"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("over", "names"), GRIDS.values(), ids=GRIDS)
+def test_a_grid_is_every_value_with_every_other(over, names):
+    found = dict(expanded("g", GridConfig(over=over)))
+    assert [*found] == names
+    settings = [name.strip() for names in over for name in names.split(",")]
+    assert all([*changes] == settings for changes in found.values())
+
+
+def test_values_of_settings_that_go_together_are_as_many():
+    with pytest.raises(
+        ConfigError, match="a, b are 2 settings, so each value is a list of as many"
+    ):
+        list(expanded("g", GridConfig(over={"a, b": [[1, 2, 3]]})))
+
+
+def test_a_file_extends_another_and_takes_trials_away(tmp_path):
+    first = written(tmp_path)
+    second = tmp_path / "second.yaml"
+    second.write_text(
+        yaml_text(
+            {
+                "extends": first.name,
+                "base": {"trunk": {"d_ff": 48}},
+                "trials": {"broken": None, "more": {"change": {"router": {"top_k": 3}}}},
+                "seeds": [3],
+            }
+        )
+    )
+    trials = listed_trials(read_experiments(second, ("base.trunk.steps=9",)))
+    assert [(each.name, each.seed) for each in trials] == [
+        *(("dense", 0), ("dense", 1), ("moe", 3), ("more", 3)),
+        *(("parts-top_k_1", 3), ("parts-top_k_2", 3)),
+    ]
+    cfg = trials[3].cfg
+    assert (cfg.trunk.d_ff, cfg.trunk.steps, cfg.router.top_k) == (48, 9, 3)
+    assert (cfg.name, cfg.runtime.wandb_group) == ("second.more", "second")
+    # Paths start where they are stated
+    assert cfg.data.files[0].paths == (str(tmp_path / "sea.jsonl"),)
+
+
+def test_a_base_that_is_named_stands_in_place_of_another(tmp_path):
+    first = written(tmp_path)
+    tiny_config(tmp_path / "other", **TINY, seed=4)
+    second = tmp_path / "second.yaml"
+    for base in ("other/tiny.yaml", {"extends": "other/tiny.yaml", "trunk.d_ff": 48}):
+        second.write_text(yaml_text({"extends": first.name, "base": base}))
+        (trial, *_) = listed_trials(read_experiments(second))
+        assert trial.cfg.data.files[0].paths == (str(tmp_path / "other/sea.jsonl"),)
+    assert trial.cfg.trunk.d_ff == 48
+
+
+WRONG = {
+    "makes": (
+        {"trials": {"x": {"makes": "dense wide"}}},
+        "trial x: makes: dense wide: this run has",
+    ),
+    "kind": (
+        {"trials": {"x": {"makes": "soup"}}},
+        "trials.x.makes: soup is no model; write stack, joint NAME or dense",
+    ),
+    "setting": (
+        {"trials": {"x": {"change": {"router.topk": 1}}}},
+        "(?s)trial x: .*router.topk: no such setting",
+    ),
+    "no trial": ({"trials": {}, "grids": {}, "searches": {}}, "name at least one trial"),
+    "dense": ({"criteria": {"gap_of": "baseline"}}, "criteria.gap_of: there is no trial baseline"),
+    "name": ({"trials": {"parts-top_k_1": {}}}, "two trials are called parts-top_k_1"),
+    "range": (
+        {"searches": {"x": {"space": {"a": {"low": 2, "high": 1}}, "trials": 1}}},
+        "give low and high, the lesser one first",
+    ),
+    "unknown": ({"trails": {}}, "trails"),
+}
+
+
+@pytest.mark.parametrize(("sections", "text"), WRONG.values(), ids=WRONG)
+def test_mistakes_are_named_before_anything_starts(sections, text, tmp_path):
+    with pytest.raises(ConfigError, match=text):
+        listed_trials(read_experiments(written(tmp_path, **sections)))
+
+
+def test_a_file_of_experiments_is_no_run_and_a_run_is_none(tmp_path):
+    path = written(tmp_path)
+    path.write_text(yaml_text({"extends": "other.yaml", "trials": {}}))
+    assert not describes_run(path) and describes_run(tmp_path / "tiny.yaml")
+    with pytest.raises(ConfigError, match="tried.yaml describes experiments, which are many runs"):
+        load(written(tmp_path))
+    with pytest.raises(ConfigError, match="does not describe experiments"):
+        read_experiments(tmp_path / "tiny.yaml")
+
+
+SEARCH = SearchConfig(
+    space={
+        "a.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+        "a.layers": {"choices": [[0, 1], "all"]},
+        "a.count": {"low": 1, "high": 4, "whole": True},
+    },
+    trials=5,
+    at_once=2,
+    random_trials=1,
+)
+
+
+def test_what_is_tried_next_follows_from_what_was_tried_alone():
+    first = Study("s", SEARCH, []).choose(2)
+    assert first == Study("s", SEARCH, []).choose(2) and first[0] != first[1]
+    assert {type(value["a.count"]) for value in first} == {int}
+    tried = [TriedTrial(first[0], [3.0, 2.0], 2.0), TriedTrial(first[1])]
+    second = Study("s", SEARCH, tried).choose(1)
+    assert second == Study("s", SEARCH, tried).choose(1) and second[0] not in first
+    assert [list(each) for each in groups(SEARCH)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("losses", "after", "expected"),
+    [
+        ([3.5], 0, 1),
+        ([2.0, 2.9], 0, None),
+        ([3.5], 2, None),
+        ([3.5, 2.9, 2.9], 3, 3),
+        ([], 0, None),
+    ],
+)
+def test_a_training_above_the_median_is_ended_at_the_first_such_validation(losses, after, expected):
+    search = SEARCH.model_copy(update={"prune_after": after})
+    values = {"a.lr": 1e-2, "a.layers": "all", "a.count": 1}
+    tried = [TriedTrial(values, [3.0, 2.5, 2.0], 2.0), TriedTrial(values, [3.2, 2.6, 2.2], 2.2)]
+    assert Study("s", search, tried).ended_at(losses) == expected
+    never = search.model_copy(update={"prune": False})
+    assert Study("s", never, tried).ended_at(losses) is None
+
+
+def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), dense=False):
+    """Return a trial's summary with these figures, the same with every seed."""
+    runs = []
+    for seed in seeds:
+        timing = TrialTiming(
+            tokens=1,
+            seconds=1.0,
+            cpu_s={},
+            tokens_per_s=1.0,
+            tokens_per_cpu_s=speed,
+            jobs=(),
+        )
+        use = None
+        if least is not None:
+            use = TrialExperts(least=least, where="e", entropy=1.0, max_entropy=1.1)
+        losses = TrialLosses(valid=valid, train=train)
+        sizes = ModelSizes(active=1, total=1 if dense else 2)
+        runs.append(
+            TrialRun(seed=seed, state="done", losses=losses, timing=timing, use=use, sizes=sizes)
+        )
+    gap = None if valid is None or train is None else valid - train
+    return TrialSummary(
+        name=name,
+        makes="joint moe",
+        changes={},
+        runs=tuple(runs),
+        valid=valid,
+        gap=gap,
+        is_dense=dense,
+    )
+
+
+DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True)
+ASKED = {
+    "loss": ({"valid": 2.9, "train": 2.5}, "primary", True, "loss"),
+    "gap": ({"valid": 3.1, "train": 2.8}, "primary", True, "gap"),
+    "both": ({"valid": 2.9, "train": 2.7}, "primary", True, "both"),
+    "neither": ({"valid": 3.1, "train": 2.799}, "primary", False, "neither"),
+    "equal": ({"valid": 3.0, "train": 2.6}, "primary", False, "neither"),
+    "no loss": ({}, "primary", None, None),
+    "no seed in common": ({"valid": 2.0, "seeds": (7,)}, "primary", None, None),
+    "fast": ({"speed": 50.0}, "secondary", True, None),
+    "slow": ({"speed": 49.9}, "secondary", False, None),
+    "no time": ({}, "secondary", None, None),
+    "spread": ({"least": 0.05}, "tertiary", True, None),
+    "starved": ({"least": 0.0499}, "tertiary", False, None),
+    "untrained": ({}, "tertiary", None, None),
+}
+
+
+@pytest.mark.parametrize(("figures", "name", "passed", "half"), ASKED.values(), ids=ASKED)
+def test_each_criterion_can_pass_fail_and_stay_open(figures, name, passed, half):
+    _, mine = judged([DENSE, summed("mine", **figures)], CriteriaConfig())
+    (found,) = [each for each in mine.criteria if each.name == name]
+    assert (found.passed, found.half) == (passed, half)
+    assert (found.number is None) == (passed is None)
+
+
+def test_gaps_are_held_against_the_trial_that_is_named_and_a_dense_one_is_asked_for_no_spread():
+    mine = summed("mine", valid=3.1, train=2.8)
+    other = summed("baseline", valid=3.2, train=2.9)
+    wanted = CriteriaConfig(gap_of="baseline")
+    found = judged([DENSE, other, mine, summed("wide", valid=2.0, dense=True)], wanted)
+    assert found[0].criteria == ()
+    assert (
+        found[2].criteria[0].half == "neither" and "0% of baseline's" in found[2].criteria[0].detail
+    )
+    alone = judged([mine], CriteriaConfig())
+    assert [each.passed for each in alone[0].criteria] == [None, None, None]
+
+
+def test_the_reference_set_up_is_as_it_is_stated():
+    trials = listed_trials(read_experiments(ROOT / "config/experiments.yaml"))
+    by_name = {each.name: each for each in trials if each.seed == 0}
+    assert {each.seed for each in trials} == {0, 1, 2} and len(trials) == 3 * len(by_name)
+    dense, baseline = by_name["dense"].cfg, by_name["baseline"].cfg
+    for cfg in (dense, baseline):
+        trunk = cfg.trunk
+        sizes = (trunk.context_tokens, trunk.d_model, trunk.layers, trunk.heads, trunk.d_ff)
+        assert sizes == (256, 256, 6, 8, 1024) and cfg.tokenizer.vocab_size == 10_000
+        joint = cfg.joint
+        assert (joint.batch_sequences, joint.epochs, joint.lr) == (16, 20, 3e-4)
+        assert (joint.experts, joint.layers) == (8, (2, 4))
+    assert (by_name["dense"].makes, dense.joint.patience) == ("joint dense", 3)
+    joint = baseline.joint
+    assert (joint.top_k, joint.aux_weight) == (1, 0.01)
+    assert (joint.capacity_factor, joint.dropout) == (1.25, 0.1)
+    changed = {
+        "top2": {"top_k": 2, "capacity_factor": 2.5},
+        "strong_reg": {"dropout": 0.2, "weight_decay": 1e-3, "label_smoothing": 0.1},
+        "throughput_opt": {"batch_sequences": 32},
+    }
+    for name, changes in changed.items():
+        assert by_name[name].makes == "joint moe"
+        assert by_name[name].cfg.joint == joint.model_copy(update=changes)
+    parts = [each for each in by_name.values() if each.makes == "stack"]
+    assert {len(each.cfg.experts) for each in parts} == {8}
+    # Trunk and experts see as many epochs as a joint model
+    assert {each.cfg.trunk.epochs + each.cfg.expert.epochs for each in parts} == {20}
+    small = listed_trials(read_experiments(ROOT / "config/experiments_small.yaml"))
+    assert [(each.name, each.makes) for each in small] == [
+        (each.name, each.makes) for each in by_name.values()
+    ]
