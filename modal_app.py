@@ -486,6 +486,17 @@ def runs():
 
 
 @app.local_entrypoint()
+def watch(run: str = "", once: bool = False):
+    """Follow a run, the one in progress where none is named: how far each job was when it last
+    published, how long the rest will take, its curves. --once looks once."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cloud.watch(run, once, Path(folder), _names, _read, output())
+        except PipelineError as error:
+            sys.exit(f"error: {sentence(error, EDGE)}")
+
+
+@app.local_entrypoint()
 def versions():
     """List the bundles that may be served, and which one is."""
     _tend("versions", [])

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else arguments
     try:
         # These make nothing, and what they import would swallow a KeyboardInterrupt
-        if args.command in ("plan", "serve", *speak_flags.ABOUT):
+        if args.command in ("plan", "serve", "watch", *speak_flags.ABOUT):
             return _done(args, typed)
         # Jobs save and end at either signal, so the command treats both as Ctrl-C
         with interrupts.raised_once(_give_up):
@@ -115,6 +115,11 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.history.command import history
 
         history(args, Store(args.store), output(), printed_progress(Console(stderr=True)))
+        return
+    if args.command == "watch":
+        from .run.history.watching import watch
+
+        watch(args.run, Store(args.store), output(), args.every, args.once)
         return
     if args.command == "serve":
         _serve(args)

@@ -57,7 +57,7 @@ def test_every_stage_has_a_function_and_a_command(app):
         for name, found in vars(app).items()
         if isinstance(found, app.modal.app.LocalEntrypoint)
     }
-    others = {"run_all", "experiments", "runs", "prune", "rm", "versions", "rollback"}
+    others = {"run_all", "experiments", "runs", "watch", "prune", "rm", "versions", "rollback"}
     assert commands == {*stages.STAGES, *others}
     # In a container Modal finds a function by its name in this module
     for stage, job in app.JOBS.items():

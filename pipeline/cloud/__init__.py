@@ -34,6 +34,7 @@ from .inputs import packages
 from .looks import as_recorded, looked_at
 from .prices import Prices, most_gpus
 from .roots import REMOVAL_S, RUN_S, begun, since, tend
+from .watching import watch
 
 __all__ = [
     "DEFAULT",
@@ -79,5 +80,6 @@ __all__ = [
     "since",
     "tend",
     "typed",
+    "watch",
     "work",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..families import DTYPES, FORMATS
 from . import kits, serve_flags, speak_flags
 from .domain_words import ABOUT, add_arguments
-from .history.arguments import add_history
+from .history.arguments import add_history, add_watch
 from .stages import STAGES, about, has_several_jobs, is_report
 from .typed_numbers import positive
 
@@ -22,6 +22,7 @@ OTHER_COMMANDS = {
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "metrics": "show what trainings were: losses, speed, how experts are used, memory",
     "runs": "list the runs that a store knows: name, date, size, configuration, report",
+    "watch": "follow a run: how far each job is, how long all of it will take, its curves",
     "history": "what runs did: list, show, compare, export (csv, jsonl, TensorBoard), report",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
     "rm": "list what a store has of a run and of no other; --yes removes it",
@@ -158,6 +159,9 @@ def parser() -> argparse.ArgumentParser:
     _add_store(metrics)
     _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
     add_history(_add_command(commands, "history", OTHER_COMMANDS["history"]), _add_store)
+    watch = _add_command(commands, "watch", OTHER_COMMANDS["watch"])
+    add_watch(watch)
+    _add_store(watch)
     for name, text in ABOUT.items():
         domains = _add_command(commands, name, text)
         add_arguments(domains, name)

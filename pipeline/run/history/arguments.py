@@ -17,6 +17,7 @@ ABOUT = {
 _RUNS = "names, ids, or patterns such as 'sweep-*' (default: all)"
 LISTED = 30
 DRAWN = 8
+WATCH_EVERY_S = 2
 REPORT = Path("history.html")
 
 
@@ -75,6 +76,24 @@ def add_history(
     )
     report.add_argument(
         "--no-png", action="store_true", help="do not draw the losses of each stage beside it"
+    )
+
+
+def add_watch(sub: argparse.ArgumentParser) -> None:
+    """Add what `watch` takes."""
+    sub.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="name or id (default: the run in progress, else the one that was begun last)",
+    )
+    sub.add_argument("--once", action="store_true", help="look once and end")
+    sub.add_argument(
+        "--every",
+        type=positive,
+        default=WATCH_EVERY_S,
+        metavar="SECONDS",
+        help=f"between two looks (default {WATCH_EVERY_S})",
     )
 
 
