@@ -22,6 +22,7 @@ import modal
 from pipeline import cloud, report
 from pipeline.config.machines import MachineConfig
 from pipeline.config.run import RunConfig
+from pipeline.config.serving import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.load import load, parse
@@ -136,12 +137,20 @@ def _snapshots() -> bool:
     return CFG.modal.endpoint.memory_snapshot
 
 
+def _limits() -> str:
+    """Return what the endpoint's server takes on; its containers are told, as of secrets."""
+    if not modal.is_local():
+        return os.environ.get("MOLEFORGE_SERVE", "{}")
+    return CFG.serve.model_dump_json()
+
+
 CFG = _asked_for()
 NAMES = _secret_names()
 PACKAGES = _packages()
 ENTERED = _entered()
 PINNED = _pinned()
 SNAPSHOTS = _snapshots()
+LIMITS = _limits()
 ENV = {
     # On the volume: what one container has fetched from the Hub, the next ones find
     "HF_HOME": f"{VOLUME}/hub",
@@ -150,6 +159,7 @@ ENV = {
     "MOLEFORGE_ENDPOINT": ENTERED,
     "MOLEFORGE_BUNDLE": PINNED,
     "MOLEFORGE_SNAPSHOT": "1" if SNAPSHOTS else "",
+    "MOLEFORGE_SERVE": LIMITS,
     "MOLEFORGE_PACKAGES": " ".join(PACKAGES),
 }
 
@@ -326,7 +336,9 @@ if ENTERED:
             key = os.environ.get("MOLEFORGE_API_KEY")
             try:
                 folder = cloud.served(Path(VOLUME), key, ENTERED, PINNED)
-                self.served = serving.create(folder, access=serving.behind_a_proxy(key))
+                wanted = ServeConfig.model_validate_json(LIMITS)
+                access = serving.behind_a_proxy(key)
+                self.served = serving.create(folder, wanted=wanted, access=access)
             except PipelineError as error:
                 # The log of the container is all that anybody sees of it
                 raise PipelineError(sentence(error, EDGE)) from None

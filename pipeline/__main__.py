@@ -305,8 +305,9 @@ def _serve(args: argparse.Namespace) -> None:
     def progress(text: str) -> None:
         errors.print(text, highlight=False)
 
+    cfg = load(args.config, tuple(args.override)) if args.config else RunConfig()
     with _bundle(args) as folder:
-        serve(folder, args, keys, progress)
+        serve(folder, args, keys, cfg.serve, progress)
 
 
 def _speak(args: argparse.Namespace) -> None:

@@ -184,6 +184,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99, max_inputs: 40, "
         "target_inputs: 20, memory_snapshot: true}\n  endpoint_public: true\n"
         "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
+        "serve: {max_seconds: 60, max_batch: 5}\n"
     )
     code = (
         "import sys, modal; seen = {}; real = modal.App.cls\n"
@@ -199,6 +200,8 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "dense.memory_mib)\n"
         "print(seen['startup_timeout'] > 600, seen['max_inputs'], seen['target_inputs'], "
         "seen['enable_memory_snapshot'], m.ENV['MOLEFORGE_SNAPSHOT'])\n"
+        "wanted = m.ServeConfig.model_validate_json(m.ENV['MOLEFORGE_SERVE'])\n"
+        "print(wanted == m.CFG.serve, wanted.max_seconds, wanted.max_batch)\n"
         "jobs = (m.preprocess_job, m.train_router_job, m.train_dense_job)\n"
         "print([len(job.info().secrets) for job in jobs])"
     )
@@ -207,6 +210,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     assert done.stdout.splitlines() == [
         "7 11 99 [('H100', 3)] 2048",
         "True 40 20 True 1",
+        "True 60.0 5",
         "[2, 2, 2]",
     ]
 

@@ -34,6 +34,7 @@ from tests import (
     test_foreign_adapters,
     test_foreign_tokenizers,
     test_lr_search,
+    test_serve_limits,
     test_wiring,
 )
 from tests.small_text import prepared
@@ -372,6 +373,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "runtime.wandb": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_project": "test_runtime_reaches_the_training_loop",
     "runtime.wandb_group": "test_runtime_reaches_the_training_loop",
+    **{f"serve.{name}": "test_limits_reach_the_server" for name in test_serve_limits.OTHERS},
 }
 SHOWN_IN = (
     test_wiring,
@@ -380,6 +382,7 @@ SHOWN_IN = (
     test_lr_search,
     test_expert_package,
     test_foreign_adapters,
+    test_serve_limits,
 )
 # Their effects need Modal's own client: test_modal*.py, test_cloud*.py
 ON_MODAL = ("modal", "trainer", "worker", "endpoint")

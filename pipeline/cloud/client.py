@@ -6,7 +6,7 @@ Everything here happens before a machine is paid for, or after.
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -139,6 +139,7 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
             f"modal.endpoint_public: true, but modal.endpoint_secret is {cfg.modal.endpoint_secret}"
             ": an endpoint is open or wants a key, so set only one of them"
         )
+    problems += _endpoint_problems(cfg)
     for name, path in cfg.paths():
         if _is_here(path, mount):
             problems.append(
@@ -159,6 +160,23 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
     if problems:
         lines = ["this configuration cannot run on Modal:", *problems]
         raise ConfigError("\n  ".join(lines))
+
+
+def _endpoint_problems(cfg: RunConfig) -> Iterator[str]:
+    """Yield what a container of the endpoint would be given and its server not take."""
+    machine = cfg.modal.endpoint
+    most = cfg.serve.max_batch + cfg.serve.max_waiting
+    if machine.max_inputs > most:
+        yield (
+            f"modal.endpoint.max_inputs: {machine.max_inputs} requests at once, but a server of "
+            f"serve.max_batch {cfg.serve.max_batch} and serve.max_waiting {cfg.serve.max_waiting} "
+            f"refuses those over {most}, which another container could answer"
+        )
+    if machine.timeout_s <= cfg.serve.max_seconds:
+        yield (
+            f"modal.endpoint.timeout_s: Modal ends a request after {machine.timeout_s} s, before "
+            f"its answer ends by itself after serve.max_seconds, {cfg.serve.max_seconds:g}"
+        )
 
 
 def _is_here(path: str, mount: str) -> bool:

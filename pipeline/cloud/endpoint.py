@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from ..config.base import Name
 from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
+from ..config.serving import ServeConfig
 from ..errors import ConfigError, DamagedArtifact, MissingArtifact
 from ..store.artifacts import Store, now, sha256, write_text
 from ..store.bundle import SUMS
@@ -41,6 +42,7 @@ class EndpointNote(BaseModel, frozen=True, extra="forbid"):
     secret: Name | None = None
     public: bool = False
     machine: EndpointConfig = EndpointConfig()
+    serve: ServeConfig = ServeConfig()  # older notes do not say it
 
 
 class ServedNote(BaseModel, frozen=True, extra="forbid"):
@@ -73,6 +75,7 @@ def serve_next(
         secret=cfg.modal.endpoint_secret,
         public=cfg.modal.endpoint_public,
         machine=cfg.modal.endpoint,
+        serve=cfg.serve,
     )
     address = bundles[-1]
     version = Version(FORMAT, address, address, _sums(root, address), now())
@@ -201,6 +204,7 @@ def deployed(cfg: RunConfig, environ: Mapping[str, str], content: bytes | None) 
         if not explicit:
             changes["endpoint"] = how.machine
         modal = modal.model_copy(update=changes)
+    serve = cfg.serve if how is None or explicit else how.serve
     if modal.endpoint_public and how and how.secret:
         raise ConfigError(
             f"the bundle is to be served with the key in {how.secret}, but $MOLEFORGE_CONFIG asks "
@@ -208,7 +212,7 @@ def deployed(cfg: RunConfig, environ: Mapping[str, str], content: bytes | None) 
         )
     if not entered(modal):
         raise ConfigError(f"this endpoint would be open to everybody, and nobody asked: {WAYS}")
-    return cfg.model_copy(update={"modal": modal})
+    return cfg.model_copy(update={"modal": modal, "serve": serve})
 
 
 def entered(modal: ModalConfig) -> str:

@@ -42,7 +42,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME, max_length=64)]
 
 
-def _parse_bytes(value: object) -> object:
+def parse_bytes(value: object) -> object:
     """Return the bytes that a text such as 172MB stands for, anything else unchanged."""
     # What is not a number with a unit is left for pydantic to judge, so that its message is shown.
     if not isinstance(value, str):
@@ -58,7 +58,7 @@ def _parse_bytes(value: object) -> object:
     return int(float(number) * UNITS[unit])
 
 
-Bytes = Annotated[int, Field(gt=0), BeforeValidator(_parse_bytes)]
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes)]
 
 
 class Section(BaseModel):

@@ -67,12 +67,12 @@ class EndpointConfig(MachineConfig):
     )
     # Above it a container's server would refuse what another container could answer.
     max_inputs: int = Field(
-        64, ge=1, le=288, description="Most requests at once in a container, waiting ones too"
+        64, ge=1, le=1000, description="Most requests at once in a container, waiting ones too"
     )
     target_inputs: int = Field(
         32,
         ge=1,
-        le=288,
+        le=1000,
         description="Requests at once in a container above which Modal starts another",
     )
     memory_snapshot: bool = Field(

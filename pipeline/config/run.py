@@ -14,6 +14,7 @@ from ..protocols import Eye, Looked
 from .base import Bytes, Name, Section, hidden
 from .machines import ModalConfig, TrainerConfig, WorkerConfig
 from .paths import path_field
+from .serving import ServeConfig
 from .stage import Stage, fields
 
 JobKey = tuple[str, str | None]  # stage and item
@@ -90,6 +91,7 @@ class RunConfig(Section):
     )
     deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")
+    serve: ServeConfig = Field(ServeConfig(), description="What the server of the bundle takes on")
     modal: ModalConfig = Field(ModalConfig(), description="Where it runs when that is Modal")
     # No setting: by job the print of what it reads outside the store, put here by whoever looks, as
     # `dtype: auto` is settled, so that every process and container of a run goes by one look.

@@ -1,11 +1,25 @@
 """What can be typed behind `serve`: which bundle, where it listens, who may ask, and how much."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from .typed_numbers import port, positive, seconds
+from ..config.serving import ServeConfig
+from .typed_numbers import port, positive, seconds, size
 
 KEY = "MOLEFORGE_API_KEY"
+# The settings of the section `serve`, each with how it is typed and in which unit.
+LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
+    "max_batch": (positive, "N"),
+    "max_prefill_tokens": (positive, "N"),
+    "max_cache": (size, "SIZE"),
+    "max_waiting": (positive, "N"),
+    "max_new_tokens": (positive, "N"),
+    "max_context": (positive, "N"),
+    "max_seconds": (seconds, "S"),
+    "max_body_bytes": (positive, "N"),
+    "max_connections": (positive, "N"),
+}
 EPILOG = f"""\
 Keys come from ${KEY} (several: one a line) and --api-key-file; with any, /v1 wants one as
 a bearer token. The file is read again when it has changed, and at SIGHUP.
@@ -90,40 +104,19 @@ def _add_access(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_limits(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="of an answer (default 1024)"
-    )
-    group.add_argument(
-        "--max-context",
-        type=positive,
-        metavar="N",
-        help="tokens of a prompt and its answer (default: what the model was trained on)",
-    )
-    group.add_argument(
-        "--max-seconds",
-        type=seconds,
-        metavar="S",
-        help="after which an answer ends where it is (default 120)",
-    )
-    group.add_argument(
-        "--max-waiting",
-        type=positive,
-        metavar="N",
-        help="texts that wait; requests beyond get 503 (default 256)",
-    )
-    group.add_argument(
-        "--max-body-bytes",
-        type=positive,
-        metavar="N",
-        help="of a request (default 1 MiB; 32 MiB where pictures are asked about)",
-    )
-    group.add_argument(
-        "--max-connections",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="that are open at once (default 512)",
-    )
+    # without a default: what is not typed is as the configuration's section `serve` has it
+    for name, (kind, unit) in LIMITS.items():
+        field = ServeConfig.model_fields[name]
+        told = str(field.description)
+        default = f" (default {_shown(field.default)})" if field.default is not None else ""
+        flag = f"--{name.replace('_', '-')}"
+        text = f"{told[:1].lower()}{told[1:]}{default}"
+        group.add_argument(flag, type=kind, metavar=unit, help=text)
+
+
+def _shown(default: float) -> str:
+    gibibytes = default / (1 << 30)
+    return f"{gibibytes:g}GiB" if gibibytes >= 1 else f"{default:g}"
 
 
 def _add_operation(group: "argparse._ArgumentGroup") -> None:

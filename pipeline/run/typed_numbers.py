@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from ..config.base import parse_bytes
+
 
 def positive(text: str) -> int:
     """Return a whole number of 1 or more. Raises ArgumentTypeError."""
@@ -27,4 +29,15 @@ def seconds(text: str) -> float:
         found = math.nan
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return found
+
+
+def size(text: str) -> int:
+    """Return the bytes of a size such as 350MB. Raises ArgumentTypeError."""
+    try:
+        found = parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+    if not isinstance(found, int) or found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has room for nothing")
     return found

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Scope
 
 from .. import __version__
+from ..config.serving import ServeConfig
 from .bodies import BodyCheck
 from .chat_engine import ChatEngine
 from .endpoints import add_endpoints
@@ -24,7 +25,7 @@ from .from_bundle import open_service
 from .gate import Gate, GateKeeper
 from .interface import probe
 from .keys import KeyCheck, Keys
-from .limits import ConnectionLimits, RequestLimits
+from .limits import ConnectionLimits
 from .logs import RequestLog, event
 from .metrics import Metrics, path_label
 from .playground import add_playground, page_files
@@ -60,7 +61,7 @@ def behind_a_proxy(key: str | None) -> Access:
 def create(
     folder: Path,
     key: str | None = None,
-    limits: RequestLimits | None = None,
+    wanted: ServeConfig | None = None,
     access: Access | None = None,
 ) -> FastAPI:
     """Open a bundle and return the application that serves it; a key is one more way of giving
@@ -70,7 +71,7 @@ def create(
     served, and ConfigError for an empty key.
     """
     app = closed(access or Access(keys=Keys(key)))
-    open_bundle(app, folder, limits)
+    open_bundle(app, folder, wanted)
     return app
 
 
@@ -78,7 +79,14 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     """Return an application without a bundle: it says that it is alive and not ready, and has what
     /v1 takes once `open_bundle` has opened one."""
     # No pages of documentation: they would load scripts from elsewhere into the reader's browser.
-    app = FastAPI(title="MoleForge", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="MoleForge",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        # The address that it would lead to has the scheme of this side of a proxy.
+        redirect_slashes=False,
+    )
     gate = Gate()
     metrics = Metrics()
     app.state.gate = gate
@@ -111,10 +119,15 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     return app
 
 
-def open_bundle(app: FastAPI, folder: Path, limits: RequestLimits | None = None) -> None:
+def open_bundle(
+    app: FastAPI,
+    folder: Path,
+    wanted: ServeConfig | None = None,
+    image_hosts: tuple[str, ...] = (),
+) -> None:
     """Open a bundle and have an application serve it from here on. Raises as `create` does."""
     began = time.monotonic()
-    service = open_service(Path(folder), limits)
+    service = open_service(Path(folder), wanted, image_hosts)
     app.state.service = service
     app.state.bundle = service.bundle
     engine = service.engine

@@ -5,11 +5,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config.serving import ServeConfig
 from ..store.bundle import about
 from . import logs
 from .app import Access, closed, open_bundle
 from .keys import Keys
-from .limits import ConnectionLimits, RequestLimits
+from .limits import ConnectionLimits
 from .listening import listen
 from .same_site import Hosts
 
@@ -17,15 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def serve(
-    folder: Path, args: argparse.Namespace, keys: Keys, announce: Callable[[str], None]
+    folder: Path,
+    args: argparse.Namespace,
+    keys: Keys,
+    wanted: ServeConfig,
+    announce: Callable[[str], None],
 ) -> None:
-    """Serve a bundle until told to stop, as the arguments of the command say.
+    """Serve a bundle until told to stop, as the arguments of the command say; `wanted` is what a
+    configuration says of it, of which they may change some.
 
     Raises PipelineError for a bundle that cannot be served or an address that cannot be had, and
     KeyboardInterrupt after Ctrl-C.
     """
     # What is wrong at first sight is told before anything listens.
-    serves = str(about(folder).get("serves"))
+    about(folder)
     logs.configure(args.log_format)
     if args.log_format == "json":
         announce = _announce
@@ -35,14 +41,15 @@ def serve(
         origins=tuple(args.allow_origin),
         open_metrics=not args.metrics_key,
     )
-    app = closed(access, ConnectionLimits(connections=args.max_connections))
-    limits = RequestLimits.of(serves, _changes(args))
+    wanted = wanted.model_copy(update=_typed(args))
+    app = closed(access, ConnectionLimits(connections=wanted.max_connections))
+    image_hosts = tuple(args.allow_image_hosts)
     listen(
         app,
         args.host,
         args.port,
         announce,
-        load=lambda: open_bundle(app, folder, limits),
+        load=lambda: open_bundle(app, folder, wanted, image_hosts),
         drain_seconds=args.drain_seconds,
         hang_up=keys.reload if args.api_key_file else None,
     )
@@ -52,13 +59,7 @@ def _announce(text: str) -> None:
     logs.event(log, text)
 
 
-def _changes(args: argparse.Namespace) -> dict:
+def _typed(args: argparse.Namespace) -> dict:
     """Return the limits that were typed."""
-    return {
-        "body_bytes": args.max_body_bytes,
-        "new_tokens": args.max_new_tokens,
-        "context_tokens": args.max_context,
-        "waiting": args.max_waiting,
-        "seconds": args.max_seconds,
-        "image_hosts": tuple(args.allow_image_hosts),
-    }
+    given = {name: getattr(args, name) for name in ServeConfig.model_fields}
+    return {name: value for name, value in given.items() if value is not None}

@@ -4,23 +4,25 @@ from pathlib import Path
 
 import torch
 
+from ..config.serving import ServeConfig
 from ..errors import DamagedArtifact, PipelineError
 from ..store.bundle import about, identity
 from .chat_engine import ChatEngine
 from .engines import engine_of
-from .generation import Capacity
-from .limits import RequestLimits
+from .limits import RequestLimits, capacity_of
 from .prompts import TaskPrompts, TextPrompts
 from .service import Service
 
 
-def open_service(folder: Path, limits: RequestLimits | None) -> Service:
-    """Open a bundle; without limits it has those of its kind. Raises MissingArtifact,
+def open_service(
+    folder: Path, wanted: ServeConfig | None = None, image_hosts: tuple[str, ...] = ()
+) -> Service:
+    """Open a bundle, whose requests' pictures may be at those hosts. Raises MissingArtifact,
     DamagedArtifact, NewerStore or MismatchError for one that cannot be served."""
-    if limits is None:
-        limits = RequestLimits.of(str(about(folder).get("serves")), {})
+    wanted = wanted or ServeConfig()
+    limits = RequestLimits.of(str(about(folder).get("serves")), wanted, image_hosts)
     try:
-        engine = engine_of(folder, Capacity(waiting=limits.waiting))
+        engine = engine_of(folder, capacity_of(wanted))
         if isinstance(engine, ChatEngine):
             return Service(engine, TaskPrompts(engine), limits, identity(folder))
         return Service(engine, TextPrompts(engine, folder), limits, identity(folder))

@@ -1,8 +1,10 @@
-"""What one request may ask for, and what one connection may take."""
+"""What one request may ask for, how many run at once, and what one connection may take."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
+
+from ..config.serving import ServeConfig
+from .generation import Capacity
 
 # By what a bundle serves: in chats pictures come inside the request.
 BODY_BYTES = {"chat": 32 << 20}
@@ -20,13 +22,26 @@ class RequestLimits:
     image_hosts: tuple[str, ...] = ()  # whose pictures are fetched; *: any of the open network
 
     @classmethod
-    def of(cls, serves: str, changes: Mapping[str, Any]) -> Self:
-        """Return those of a bundle that serves completions or chat, some of them changed; None
-        changes nothing."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        if serves in BODY_BYTES:
-            given = {"body_bytes": BODY_BYTES[serves]} | given
-        return cls(**given)
+    def of(cls, serves: str, wanted: ServeConfig, image_hosts: tuple[str, ...] = ()) -> Self:
+        """Return those of a bundle that serves completions or chat."""
+        return cls(
+            body_bytes=wanted.max_body_bytes or BODY_BYTES.get(serves, cls.body_bytes),
+            new_tokens=wanted.max_new_tokens,
+            waiting=wanted.max_waiting,
+            seconds=wanted.max_seconds,
+            context_tokens=wanted.max_context,
+            image_hosts=image_hosts,
+        )
+
+
+def capacity_of(wanted: ServeConfig) -> Capacity:
+    """Return how much an engine takes on."""
+    return Capacity(
+        rows=wanted.max_batch,
+        waiting=wanted.max_waiting,
+        prefill_tokens=wanted.max_prefill_tokens,
+        cache_bytes=wanted.max_cache,
+    )
 
 
 @dataclass(frozen=True)
