@@ -2,6 +2,7 @@
 said."""
 
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from pipeline.data.images import reduced
 from pipeline.data.images.formats import open_lazily, register_heic
 from pipeline.data.images.images import BadImage, decoding_bytes, open_checked, resized
+from pipeline.serve.pictures import DECODING_BYTES
 
 ROOT = Path(__file__).parent.parent
 AREA = 4096
@@ -109,6 +111,16 @@ def test_a_header_alone_says_what_decoding_takes():
     assert decoding_bytes(cut, AREA) == png
     with pytest.raises(BadImage, match="no whole"):
         decoding_bytes(b"\x89PNG", AREA)
+
+
+def test_a_tile_larger_than_its_picture_is_counted():
+    # a deflated one of this size comes in 764 KB, and was 772 MiB beside a picture of 64 px
+    side = 1 << 14
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 9}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    data = head + b"".join(entries) + bytes(4)
+    assert decoding_bytes(data, AREA) > DECODING_BYTES
 
 
 def test_a_jpeg_of_very_many_scans_is_refused_by_its_markers():

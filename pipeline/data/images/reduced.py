@@ -28,6 +28,9 @@ _DECODERS = {"WEBP": 12, "HEIF": 10, "AVIF": 12, "GIF": 8, "TIFF": 6, "PPM": 4, 
 # Of a JPEG in several scans libjpeg holds all coefficients, two bytes each, whatever is made of
 # them.
 _COEFFICIENT = 2
+# Of a TIFF: width and height of a tile; four bands of four bytes.
+_TILE_SIZE = (0x0142, 0x0143)
+_OF_TILE = 16
 # What turning, removing transparency and resizing hold at once of a picture that is small already.
 _COPIES = 4
 _START_OF_SCAN = b"\xff\xda"
@@ -76,7 +79,7 @@ def bytes_needed(image: Image.Image, data: bytes, area_px: int) -> int:
             own = _COEFFICIENT * len(image.getbands()) * whole_px
         draft(image, area_px)
     else:
-        own = _DECODERS.get(image.format or "", 0) * whole_px
+        own = _DECODERS.get(image.format or "", 0) * whole_px + _tile_bytes(image)
         if _is_converted(image):
             own += 4 * whole_px
     if image.mode not in (*_OF_TONES, "P", "PA", "1"):
@@ -84,6 +87,20 @@ def bytes_needed(image: Image.Image, data: bytes, area_px: int) -> int:
     loaded_px = image.width * image.height
     small_px = loaded_px // _factor(image, area_px) ** 2
     return own + _HELD.get(image.mode, 4) * loaded_px + 4 * _COPIES * small_px
+
+
+def _tile_bytes(image: Image.Image) -> int:
+    """Return what a decoder holds of a picture in tiles beside it: one of them, which may be far
+    larger than the picture."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (_whole(tags.get(tag)) for tag in _TILE_SIZE)
+    # as many bytes as the widest pixel has that is decoded, whatever the other tags say
+    return _OF_TILE * width * height
+
+
+def _whole(value: object) -> int:
+    # of a file, which says what it likes
+    return value if isinstance(value, int) else 0
 
 
 def _is_converted(image: Image.Image) -> bool:
