@@ -8,8 +8,9 @@ import torch
 
 from pipeline.families.adapters.inference import Request
 from pipeline.families.adapters.stack import AdapterStack
-from pipeline.serve.chat_engine import ChatAdapters, ChatEngine
+from pipeline.serve.chat_engine import ROUTER, ChatAdapters, ChatEngine, _Media, _Seen
 from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats
+from pipeline.serve.rows import Order, QuestionRow
 from tests import small_stack
 from tests.small_stack import EXPERTS
 
@@ -120,6 +121,34 @@ def test_pictures_are_encoded_once_for_router_and_answers(folder):
     finally:
         hook.remove()
     assert len(seen) == 1
+
+
+def test_pictures_of_several_requests_take_one_pass_of_the_tower(folder):
+    model = small_stack.mixed(folder)
+    stack = small_stack.stack(model)
+    network = SmallChat(stack, Capacity()).network
+    pictures = small_stack.pictures(5)
+    # the same one in two requests, two in one, and none
+    shown = [pictures[:1], pictures[:1], pictures[1:3], (), pictures[3:]]
+    rows = []
+    for each in shown:
+        order = Order("", None, lambda: False, print)
+        row = QuestionRow(order, stack.routing_ids("what color?", each), ROUTER, list)
+        row.features = _Seen(_Media(tuple(each)))
+        rows.append(row)
+    alone = [model.encode_media(each) for each in shown]
+    seen = []
+    hook = model.core.model.visual.register_forward_pre_hook(lambda *_: seen.append(1))
+    try:
+        with torch.no_grad():
+            network.prepare(rows)
+            network.prepare(rows)
+    finally:
+        hook.remove()
+    assert len(seen) == 1
+    for row, wanted in zip(rows, alone, strict=True):
+        for found, one in zip(row.features.encoded, wanted, strict=True):
+            torch.testing.assert_close(found.embed_TD, one.embed_TD)
 
 
 def test_who_asks_where_a_request_goes_is_told_what_the_stack_says(model):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,10 +180,29 @@ class ChatAdapters(OneReader):
         return FREE if reader == ROUTER else super().number(reader)
 
     def prepare(self, rows: Sequence[ServedRow]) -> None:
-        """Encode what rows come with, once for all who read it alike."""
+        """Encode what rows come with, together, and once for all who read it alike."""
         super().prepare(rows)
+        by_encoder: dict[str, list[_Media]] = {}
         for row in rows:
-            row.features.encode(self._multi, row.reader, row.ids)
+            media = row.features.media
+            encoder = self._encoder(row)
+            if encoder not in media.by_encoder:
+                by_encoder.setdefault(encoder, []).append(media)
+        for encoder, several in by_encoder.items():
+            opened = [medium for media in several for medium in media.opened]
+            # in passes that have a bound of their own, each medium once
+            features = iter(self._multi.encode_media(opened, encoder))
+            for media in several:
+                media.by_encoder[encoder] = tuple(islice(features, len(media.opened)))
+        for row in rows:
+            seen = row.features
+            seen.encoded = seen.media.by_encoder[self._encoder(row)]
+            seen.position_3T = self._media.positions(self.model, row.ids, seen.encoded)
+
+    def _encoder(self, row: ServedRow) -> str:
+        """Return whose encoder a row's media are read by: the base's, or an adapter's own."""
+        changed = row.reader in self._multi.encoder_adapters
+        return row.reader if row.reader is not None and changed else BASE_READER
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD after the final norm."""
@@ -248,15 +268,6 @@ class _Seen:
     media: _Media
     encoded: tuple["MediaFeatures", ...] = ()
     position_3T: Tensor | None = None
-
-    def encode(self, model: "MultiAdapterModel", reader: str | None, ids: Sequence[int]) -> None:
-        """Run the encoder that the reader has, unless that was done for another row."""
-        encoder = reader if reader in model.encoder_adapters else BASE_READER
-        if encoder not in self.media.by_encoder:
-            features = model.encode_media(self.media.opened, encoder)
-            self.media.by_encoder[encoder] = tuple(features)
-        self.encoded = self.media.by_encoder[encoder]
-        self.position_3T = model.chat.media.positions(model.core, ids, self.encoded)
 
 
 def _as_told(choice: "Choice") -> RequestChoice:
