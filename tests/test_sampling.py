@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -131,9 +132,10 @@ def decode(ids: list[int]) -> str:
 @given(
     ids=st.lists(st.integers(0, len(TOKENS) - 1), max_size=24),
     stops=st.lists(st.text("abcé ", min_size=1, max_size=4), max_size=3),
+    before=st.lists(st.integers(0, len(TOKENS) - 1), max_size=10),
 )
-def test_what_is_shown_is_the_text_before_the_first_stop_string(ids, stops):
-    stream, shown, count = TextStream(decode, stops), [], 0
+def test_what_is_shown_is_the_text_before_the_first_stop_string(ids, stops, before):
+    stream, shown, count = TextStream(decode, stops, before), [], 0
     for token in ids:
         shown += stream.add(token)
         count += 1
@@ -155,3 +157,14 @@ def test_what_is_shown_is_the_text_before_the_first_stop_string(ids, stops):
     before = decode(ids[: count - 1])
     if ends and not before.endswith("\ufffd"):
         assert not any(stop in before for stop in stops)
+
+
+def test_a_text_that_goes_on_keeps_the_space_that_a_decoder_drops_in_front():
+    words = ["▁the", "▁reef", "▁was", "ful"]
+    model = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, words[0]))
+    model.decoder = decoders.Metaspace()
+    for before, said in (([0, 1], " was reefful"), ([], "was reefful")):
+        stream = TextStream(model.decode, (), before)
+        assert "".join(text for token in (2, 1, 3) for text in stream.add(token)) == said
+    # where its characters are not whole yet, nothing is known of the text before
+    assert TextStream(decode, (), [0, 7]).add(0) == ["a"]

@@ -221,7 +221,7 @@ class CompletionEngine(Engine):
             prompt.reader,
             TextSink(generation, self.watcher),
             TokenSampler(sampling),
-            TextStream(self._decode, sampling.stop),
+            TextStream(self._decode, sampling.stop, prompt.ids if prompt.goes_on else ()),
             self._end_ids(),
             min(sampling.max_tokens or room, room),
         )

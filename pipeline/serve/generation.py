@@ -89,6 +89,7 @@ class Prompt:
     media: tuple[Medium, ...] = ()  # in the order of their places in ids
     reader: str | None = None  # "base" or an expert's name; None: whom the router chooses
     routing_ids: tuple[int, ...] = ()  # what a router that is asked in words of its own reads
+    goes_on: bool = False  # whether what comes is of one text with these tokens, and no answer
 
 
 @dataclass(frozen=True)

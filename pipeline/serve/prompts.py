@@ -59,7 +59,7 @@ class Prompts(ABC):
             raise DataError(
                 f"there is no token {strange[0]}; this model has {self.vocab_size} of them"
             )
-        return Prompt(tuple(ids), reader=reader)
+        return Prompt(tuple(ids), reader=reader, goes_on=True)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         """Return each token's own text, as it stands in the middle of a text."""
@@ -93,7 +93,7 @@ class TextPrompts(Prompts):
 
     def text(self, text: str, reader: str | None) -> Prompt:
         """Return a text to go on with."""
-        return Prompt(tuple(self.engine.encode(text)), reader=reader)
+        return Prompt(tuple(self.engine.encode(text)), reader=reader, goes_on=True)
 
     def chat(
         self, turns: Sequence[Turn], reader: str | None, *, goes_on: bool, seconds: float
@@ -119,7 +119,7 @@ class TextPrompts(Prompts):
                 )
         except Exception as error:  # a template raises what it likes
             raise DataError(f"the model's chat template does not take them: {error}") from None
-        return Prompt(tuple(ids), reader=reader)
+        return Prompt(tuple(ids), reader=reader, goes_on=goes_on)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens."""

@@ -3,6 +3,8 @@ out to be the start of a stop string, and nothing from a stop string on."""
 
 from collections.abc import Callable, Sequence
 
+# Tokens that a text goes on from: enough to see whether it begins with a space.
+BEFORE_TOKENS = 8
 HELD_TOKENS = 64  # of bytes that are no text, after which they are shown as they are
 PARTIAL = "\ufffd"  # stands for bytes that are no whole character yet
 
@@ -11,14 +13,23 @@ class TextStream:
     """Takes tokens one after another and gives back each one's share of the text, in order, once it
     may be shown; a character of several tokens belongs to its last one."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ):
         self.stopped = False  # a stop string was found: what comes after it is no text
         self._decode = decode
         self._stops = tuple(stops)
         # Decoded behind the tokens before them, because a decoder may treat a text's start
         # otherwise, but not behind all of them, which would take time by the square.
-        self._before: list[int] = []
-        self._known = ""  # what those say
+        self._before: list[int] = list(before[-BEFORE_TOKENS:])
+        self._known = decode(self._before)  # what those say
+        if self._known.endswith(PARTIAL):
+            # of a character that ends among the tokens to come, nobody knows how long it will be
+            self._before = []
+            self._known = ""
         self._open: list[int] = []  # tokens of a character that is not whole
         self._texts: list[str] = []  # shares that are held back, those of open tokens not among
 
