@@ -294,3 +294,13 @@ def test_a_large_limit_is_not_held_in_memory_for_what_is_not_sent():
         with connection(client) as sock:
             sock.sendall(announced)
         assert client.get("/healthz").status_code == 200
+
+
+def test_no_address_leads_to_another_and_a_long_one_is_told_in_part(client, caplog):
+    # as it would be of the scheme on this side of a proxy
+    assert client.post("/v1/echo/", json={}).status_code == 404
+    with caplog.at_level("INFO", "pipeline"):
+        answer = client.get("/" + "a" * 20_000)
+    assert answer.status_code == 404 and len(answer.content) < 1000
+    (line,) = (each for each in caplog.records if each.getMessage() == "request")
+    assert len(line.fields["path"]) <= 300

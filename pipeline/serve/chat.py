@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from .answering import answered
 from .answers import ChatChoice, ChatCompletion, ChatDelta, ChatEvent, ChatLogprobs, ChatPart
@@ -16,7 +16,7 @@ from .forms import Form, Json
 from .generation import Piece, Prompt, Sampling
 from .interface import described
 from .messages import Messages
-from .protocol import OnlyFalse, OnlyNone, OnlyText, only, read_body
+from .protocol import OnlyFalse, OnlyNone, OnlyText, few, only, read_body
 from .sampling_body import MAX_LIKELIEST, SamplingBody
 from .service import Service
 from .told import Telling, chat_logprobs
@@ -50,7 +50,9 @@ class ChatBody(SamplingBody):
         False, description="Go on with the last message, which is the assistant's"
     )
     # What a provider may do better for it; nothing here depends on it.
-    metadata: dict[str, str] | None = Field(None, description="Taken and not used")
+    metadata: Annotated[dict[str, str], BeforeValidator(few)] | None = Field(
+        None, description="Taken and not used"
+    )
     parallel_tool_calls: bool | None = Field(None, description="Taken and not used")
     prompt_cache_key: str | None = Field(None, description="Taken and not used")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Taken and not used")

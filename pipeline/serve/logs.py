@@ -32,6 +32,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # Whose text is of this machine alone.
 _OF_THE_MACHINE = (OSError, MemoryError, torch.OutOfMemoryError)
 _MOST_FRAMES = 8
+MOST_OF_A_PATH = 300
 # Of a line: what a log record has beside its message
 _FIELDS = "fields"
 CUT = "this server has shut down before the answer was whole; ask again"
@@ -180,7 +181,7 @@ class RequestLog:
             "client": client[0] if client else "",
             "method": scope["method"],
             # as it came, escaped, without the query: a key or a text may stand there
-            "path": scope.get("raw_path", path.encode()).decode("latin-1").partition("?")[0],
+            "path": _shown_path(scope),
             "status": status,
             "seconds": round(seconds, 4),
         }
@@ -190,6 +191,12 @@ class RequestLog:
         level = logging.ERROR if status >= 500 and problem else logging.INFO
         error = None if isinstance(problem, asyncio.CancelledError) else problem
         log.log(level, "request", extra={_FIELDS: fields}, exc_info=error)
+
+
+def _shown_path(scope: Scope) -> str:
+    raw = scope.get("raw_path", scope["path"].encode()).decode("latin-1")
+    # as long as an address of ours may be; who sends a longer one fills no disk with it
+    return raw.partition("?")[0][:MOST_OF_A_PATH]
 
 
 def event(logger: logging.Logger, text: str, **fields: object) -> None:

@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from .protocol import Body, OnlyNone
 
 PARTS = ("text", "image_url")
+# Messages and parts together; what a context holds of them is far less.
+MOST_PIECES = 8192
 SHOWN = 40  # characters of what a client sent, in a message about it
 ROLES = ("system", "developer", "user", "assistant")
 # Of clients that call tools; here nothing calls any.
@@ -105,6 +107,7 @@ def checked(given: object) -> object:
     who wrote the client."""
     if not isinstance(given, list) or not given:
         raise ValueError('give a list of messages, as in [{"role": "user", "content": "..."}]')
+    pieces = len(given)
     for number, message in enumerate(given):
         # Where there is one only, nobody asks which.
         where = f"message {number}: " if len(given) > 1 else ""
@@ -112,6 +115,10 @@ def checked(given: object) -> object:
             raise ValueError(
                 f'{where}it must be an object, as in {{"role": "user", "content": "..."}}'
             )
+        content = message.get("content")
+        pieces += len(content) if isinstance(content, list) else 0
+        if pieces > MOST_PIECES:
+            raise ValueError(f"over {MOST_PIECES} messages and parts of them; send fewer")
         problem = _problem(message)
         if problem:
             raise ValueError(f"{where}{problem}")

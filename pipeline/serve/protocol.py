@@ -17,6 +17,11 @@ from starlette.requests import ClientDisconnect
 from ..config.wording import sentence
 from .refusals import ApiError
 
+# Of an object; each field that is wrong costs more than it takes to send.
+MOST_FIELDS = 1024
+MOST_VALUES = 1 << 20
+MOST_PROBLEMS = 8  # that are told of one request
+
 
 # Not compared: typing makes one type of what is equal, and to Python 1 is True.
 @dataclass(frozen=True, eq=False)
@@ -72,10 +77,28 @@ class Body(BaseModel):
         # Clients in typed languages send null for what was not set.
         if not isinstance(given, dict):
             return given
+        few(given)
         return {key: value for key, value in given.items() if value is not None}
 
 
 B = TypeVar("B", bound=Body)
+
+
+def few(given: object) -> object:
+    """Return what maps names as it came. Raises ValueError where it has too many of them."""
+    if isinstance(given, dict) and len(given) > MOST_FIELDS:
+        raise ValueError(f"has {len(given)} fields; at most {MOST_FIELDS} are read")
+    return given
+
+
+def check_parts(body: bytes | bytearray) -> None:
+    """Raise ApiError for a body of more values than any request needs, before they are made: each
+    takes some times the room that it has in the body. What is large in a request is text."""
+    if len(body) <= MOST_VALUES:
+        return
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        message = f"the request has over {MOST_VALUES:,} values in it"
+        raise ApiError(413, message, None, "too_large")
 
 
 async def read_body(request: Request, kind: type[B], limit_bytes: int) -> B:
@@ -95,6 +118,7 @@ async def read_body(request: Request, kind: type[B], limit_bytes: int) -> B:
                 )
     except ClientDisconnect:
         raise ApiError(400, "the client left before the request was whole") from None
+    check_parts(body)
     try:
         return kind.model_validate_json(bytes(body))
     except ValidationError as error:
@@ -116,10 +140,15 @@ def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
         else:
             text = text[:1].lower() + text[1:]
         name = _field(problem)
-        texts.append(f"{name}: {text}" if name else f"the request is not a JSON object: {text}")
+        if not name and problem["type"] == "value_error":
+            texts.append(f"the request {sentence(problem)}")
+        else:
+            texts.append(f"{name}: {text}" if name else f"the request is not a JSON object: {text}")
     # A field with several allowed types has a problem with each, in the same words; once is enough.
-    message = "; ".join(dict.fromkeys(texts))
-    return ApiError(400, message, _field(problems[0]) or None)
+    told = list(dict.fromkeys(texts))
+    more = len(told) - MOST_PROBLEMS
+    told = told[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+    return ApiError(400, "; ".join(told), _field(problems[0]) or None)
 
 
 def _field(problem: ErrorDetails) -> str:

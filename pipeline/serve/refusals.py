@@ -17,6 +17,9 @@ from .answers import ErrorAnswer
 # is reset, and the client may never see why.
 LINGER_S = 2.0
 FAILED = "the server failed at this request; its log tells more"
+# Of what a client sent, an error repeats some, and no more than this.
+MOST_CHARACTERS = 2000
+MOST_OF_A_NAME = 100
 
 
 class ApiError(Exception):
@@ -30,11 +33,11 @@ class ApiError(Exception):
         code: str | None = None,
         **headers: str,
     ):
-        message = plain(message)
+        message = _cut(plain(message), MOST_CHARACTERS)
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = param and _cut(param, MOST_OF_A_NAME)
         self.code = code
         self.headers = headers
 
@@ -76,10 +79,14 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
-        asked = f"{request.method} {request.url.path}"
+        asked = f"{request.method} {_cut(request.url.path, MOST_OF_A_NAME)}"
         known = request.app.state.service.addresses
         message = f"{asked} is not served here; {known} are"
         return response(error.status_code, message, headers=error.headers)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def announces_body(scope: Scope) -> bool:

@@ -8,10 +8,10 @@ it asks for nothing, and else refused by its name.
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from .generation import Sampling
-from .protocol import Body, OnlyFalse, OnlyNone, OnlyOne, OnlyTrue, OnlyZero
+from .protocol import MOST_FIELDS, Body, OnlyFalse, OnlyNone, OnlyOne, OnlyTrue, OnlyZero, few
 
 # OpenAI's own limit of stop strings; their length bounds how much text each new token is looked
 # for in.
@@ -19,7 +19,6 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 200
 MAX_LIKELIEST = 20  # OpenAI's limit of a chat's top_logprobs
 MAX_CHOICES = 16  # each has a row of its own
-MAX_BIASES = 1024
 SEEDS = 2**64  # that torch takes, from -2**63 on
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -30,7 +29,7 @@ def _token_ids(given: dict[str, float]) -> dict[str, float]:
     """Return biases as they came. Raises ValueError for a key that is no token's number."""
     for key in given:
         # The form that JSON's own numbers have; what int() takes is more.
-        if not key.isdecimal() or not key.isascii() or len(key) > 9:
+        if not (key.isdecimal() and key.isascii() and len(key) <= 9 and str(int(key)) == key):
             raise ValueError(f"its keys are tokens' numbers, as in {{'50256': -100}}, not {key!r}")
     return given
 
@@ -77,9 +76,9 @@ class SamplingBody(Body):
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="Taken as often as the token was drawn"
     )
-    logit_bias: Annotated[dict[str, Bias], AfterValidator(_token_ids)] | None = Field(
-        None, max_length=MAX_BIASES, description="Added to logits, by the token's number"
-    )
+    logit_bias: (
+        Annotated[dict[str, Bias], BeforeValidator(few), AfterValidator(_token_ids)] | None
+    ) = Field(None, max_length=MOST_FIELDS, description="Added to logits, by the token's number")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Texts to each prompt")
     stream: bool = Field(False, description="Tell the text as it comes, in server-sent events")
     stream_options: StreamOptions | None = Field(None, description="Of a stream alone")

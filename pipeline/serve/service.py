@@ -26,8 +26,6 @@ from .prompts import NoChat, Prompts
 from .refusals import ApiError
 from .told import Telling
 
-# Requests that are encoded, or whose pictures are opened, at once: fewer than there are threads.
-THREADS = 32
 EXPERT = "expert:"  # before an expert's name, where a request names who reads
 
 T = TypeVar("T")
@@ -53,12 +51,12 @@ class Service:
         self.prompts = prompts
         self.limits = limits
         self.bundle = bundle  # which one it is, where it is one
-        self.prepared = 0  # requests that have a thread now
+        self.prepared = 0  # requests that have a thread or wait for one
 
     @property
     def is_full(self) -> bool:
         """Whether another request would be sent away."""
-        return self.engine.stats.waiting >= self.limits.waiting or self.prepared >= THREADS
+        return max(self.engine.stats.waiting, self.prepared) >= self.limits.waiting
 
     @property
     def context_tokens(self) -> int:
@@ -93,9 +91,9 @@ class Service:
 
     async def run(self, work: Callable[[], T], param: str) -> T:
         """Run work on a request in a thread; `param` is the field that it reads. Raises ApiError,
-        also while too many requests have one already."""
+        also while too many requests wait for one already."""
         # Counted without a lock: only the event loop's own thread comes here.
-        if self.prepared >= THREADS:
+        if self.prepared >= self.limits.waiting:
             raise refusal(Overloaded(self.prepared), param)
         self.prepared += 1
         try:
