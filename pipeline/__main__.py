@@ -39,6 +39,7 @@ from .store.artifacts import Manifest, Reader, Store
 from .store.in_use import using
 from .store.lineage import Lineage
 from .store.reading import read_bytes
+from .store.room import NO_ROOM
 
 if TYPE_CHECKING:
     from .run.backend import Local
@@ -92,6 +93,14 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
         errors.print(escape(str(stopped) or "stopped"), highlight=False)
         _tell_how_to_go_on(args, errors)
         return interrupts.STOPPED
+    except OSError as error:
+        # Of every other file it is told by name: this is what is shown
+        if error.errno not in NO_ROOM:
+            raise
+        # What is left of it would be tried again as the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        errors.print(f"[bold red]error:[/] standard output: {error.strerror}", highlight=False)
+        return 2
     return 0
 
 

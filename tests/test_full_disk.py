@@ -92,3 +92,17 @@ def test_every_kind_of_writer_was_tried(told):
     assert calls.keys() >= {"open", "write", "fsync", "mkdir", "rename", "copy"}
     wanted = {"rows.sqlite", "*.png", "*.idx", "tokenizer.json", "model.safetensors", "report.html"}
     assert {name for name in wanted if any(name in each for each in names)} == wanted
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+def test_what_is_shown_where_there_is_no_room_is_told(tmp_path):
+    (tmp_path / "store.json").write_text(json.dumps({"format": 2}))
+    words = [sys.executable, "-m", "pipeline", "runs", "--store", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            words, cwd=HERE.parent, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard output: No space left on device\n",
+    )
