@@ -78,3 +78,11 @@ def test_more_clients_at_once_than_threads_all_get_answers(tmp_path):
     with running(app) as client, ThreadPoolExecutor(90) as pool:
         wanted = [pool.submit(client.post, "/v1/completions", json=asked) for _ in range(90)]
         assert {each.result().status_code for each in wanted} == {200}
+
+
+def test_more_texts_than_there_is_ever_room_for_are_not_asked_to_come_back(tmp_path):
+    with running(served(tmp_path, FakeEngine(), waiting=3)) as client:
+        asked = {"prompt": "The", "max_tokens": 2}
+        assert client.post("/v1/completions", json=asked | {"n": 3}).status_code == 200
+        answer = client.post("/v1/completions", json=asked | {"n": 4})
+        refused(answer, 400, "4 texts are asked for, and there is room for 3", "n")

@@ -4,7 +4,7 @@ fault.
 Invariant: a text that was begun is told to its end, or given up.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from fastapi import Request
@@ -104,10 +104,17 @@ class Service:
             self.prepared -= 1
 
     def begin(
-        self, asked: Iterable[tuple[Prompt, Iterable[Sampling]]], request: Request, param: str
+        self, asked: Sequence[tuple[Prompt, Sequence[Sampling]]], request: Request, param: str
     ) -> list[Generation]:
         """Return texts that are generated from now on, some for each prompt. Raises ApiError, and
         then none of them is."""
+        texts = sum(len(samplings) for _, samplings in asked)
+        most = self.limits.waiting + self.engine.stats.rows
+        # to wait for more would be in vain
+        if texts > most:
+            raise ApiError(
+                400, f"n: {texts} texts are asked for, and there is room for {most}", "n"
+            )
         client = client_of(request)
         begun: list[Generation] = []
         try:
