@@ -13,6 +13,7 @@ of that header holds.
 import math
 
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 # As wide and high as wanted, times this: less would leave out what the resizing after it looks at.
 KEPT = 2
@@ -92,8 +93,9 @@ def bytes_needed(image: Image.Image, data: bytes, area_px: int) -> int:
 def _tile_bytes(image: Image.Image) -> int:
     """Return what a decoder holds of a picture in tiles beside it: one of them, which may be far
     larger than the picture."""
-    tags = getattr(image, "tag_v2", {})
-    width, height = (_whole(tags.get(tag)) for tag in _TILE_SIZE)
+    if not isinstance(image, TiffImageFile):
+        return 0
+    width, height = (_whole(image.tag_v2.get(tag)) for tag in _TILE_SIZE)
     # as many bytes as the widest pixel has that is decoded, whatever the other tags say
     return _OF_TILE * width * height
 
