@@ -3,6 +3,7 @@ opened."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import DamagedArtifact, MismatchError, MissingArtifact
 from pipeline.serve.app import create
-from pipeline.serve.engine import CompletionEngine, expert_shares, top_expert
+from pipeline.serve.engine import CompletionEngine, expert_shares, names, top_expert
 from pipeline.serve.generation import Prompt, Sampling, Token
 from pipeline.serve.networks import UnmergedMixture
 from pipeline.serve.text_stream import HELD_TOKENS, TextStream
@@ -181,3 +182,20 @@ def test_every_kind_of_bundle_opens_and_names_its_experts(kind, changes, tmp_pat
     assert ("base" in engine.readers) == bool(kept or cfg.expert.delta_rank)
     for reader in engine.readers:
         assert engine.submit(Prompt(tuple(ids), reader=reader), Sampling(4, 0.0)).wait()
+
+
+@pytest.mark.parametrize("name", ["", " sea", "a\nb", "\u202eaes", "\x1b[2J", "x" * 201, 7, None])
+def test_a_name_that_would_be_shown_as_another_is_refused(name):
+    for described in (
+        {"run": "r", "experts": [{"name": "sea"}, {"name": name}]},
+        {"run": name, "experts": []},
+    ):
+        with pytest.raises(DamagedArtifact, match="for a name"):
+            names(Path("b"), described)
+
+
+def test_experts_have_names_of_their_own():
+    of_run = {"run": "sea", "experts": [{"name": "sea"}, {"name": "Größe (2)"}]}
+    assert names(Path("b"), of_run) == ["sea", "sea", "Größe (2)"]
+    with pytest.raises(DamagedArtifact, match="two experts of one name"):
+        names(Path("b"), {"run": "r", "experts": [{"name": "sea"}, {"name": "sea"}]})

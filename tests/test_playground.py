@@ -279,6 +279,8 @@ def test_what_is_written_as_markup_stays_text(visit, texts):
     page.hover(".token >> nth=1")
     page.click("#legend button >> nth=2")
     assert page.locator("img, main svg, main script").count() == 0
+    # a letter with hundreds of marks over it covers nothing above the text
+    assert page.locator(".flow").evaluate("it => getComputedStyle(it).overflowY") == "clip"
     again = visit(texts.url, at=f"#prompt={MARKUP}&beside={MARKUP}")
     expect(again.locator("#prompt")).to_have_value(MARKUP)
 

@@ -4,7 +4,7 @@ T tokens, V vocabulary, E experts, A assignments of tokens to experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ from .rows import Order, ServedRow, TextRow, TextSink, TracedRow
 from .sampling import TokenSampler
 from .scheduler import Scheduler
 from .text_stream import TextStream
+
+MOST_OF_A_NAME = 200  # characters; configurations allow 64
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class Engine(ABC):
         # The name of a module, which is imported, so that only those that there are may be said.
         if self.about["family"] not in PRELOAD:
             raise DamagedArtifact(f"{folder} is of the family {self.about['family']!r}: none here")
-        self.name: str = str(self.about["run"])
-        experts = [expert["name"] for expert in self.about["experts"]]
+        self.name, *experts = names(folder, self.about)
         self.experts = tuple(experts)
         # The sums are written last, so they are as old as the bundle.
         sums = folder / SUMS
@@ -271,6 +272,19 @@ class CompletionEngine(Engine):
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.model.decode(ids)
+
+
+def names(folder: Path, described: Mapping[str, Any]) -> list[str]:
+    """Return what a bundle calls its run and its experts. Raises DamagedArtifact for names that a
+    log, a terminal or a page would show as something else than they are."""
+    found = [described["run"], *(expert["name"] for expert in described["experts"])]
+    for name in found:
+        plain = isinstance(name, str) and name.isprintable() and name.strip() == name != ""
+        if not plain or len(name) > MOST_OF_A_NAME:
+            raise DamagedArtifact(f"{folder} has {str(name)[:40]!r} for a name, which is none")
+    if len(set(found[1:])) < len(found) - 1:
+        raise DamagedArtifact(f"{folder} has two experts of one name")
+    return found
 
 
 def expert_shares(tokens: Sequence[Token], experts: int) -> list[dict[str, float]]:
