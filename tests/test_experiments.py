@@ -410,7 +410,7 @@ def test_a_training_above_the_median_is_ended_at_the_first_such_validation(losse
     assert Study("s", never, tried).ended_at(losses) is None
 
 
-def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), dense=False):
+def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), dense=False, gpu=None):
     """Return a trial's summary with these figures, the same with every seed."""
     runs = []
     for seed in seeds:
@@ -418,8 +418,9 @@ def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), den
             tokens=1,
             seconds=1.0,
             cpu_s={},
-            tokens_per_s=1.0,
-            tokens_per_cpu_s=speed,
+            tokens_per_s=speed or 1.0,
+            tokens_per_cpu_s=None if gpu else speed,
+            gpu=gpu,
             jobs=(),
         )
         use = None
@@ -454,6 +455,7 @@ ASKED = {
     "fast": ({"speed": 50.0}, "secondary", True, None),
     "slow": ({"speed": 49.9}, "secondary", False, None),
     "no time": ({}, "secondary", None, None),
+    "another machine": ({"speed": 90.0, "gpu": "H100"}, "secondary", None, None),
     "spread": ({"least": 0.05}, "tertiary", True, None),
     "starved": ({"least": 0.0499}, "tertiary", False, None),
     "untrained": ({}, "tertiary", None, None),
@@ -466,6 +468,15 @@ def test_each_criterion_can_pass_fail_and_stay_open(figures, name, passed, half)
     (found,) = [each for each in mine.criteria if each.name == name]
     assert (found.passed, found.half) == (passed, half)
     assert (found.number is None) == (passed is None)
+
+
+def test_on_gpus_of_one_kind_the_clock_counts():
+    dense = summed("dense", speed=100.0, dense=True, gpu="H100")
+    one, other = summed("one", speed=40.0, gpu="H100"), summed("other", speed=90.0, gpu="L40S")
+    _, one, other = judged([dense, one, other], CriteriaConfig())
+    assert (one.criteria[1].passed, one.criteria[1].number) == (False, 0.4)
+    assert "of the clock on H100 (40 against 100)" in one.criteria[1].detail
+    assert other.criteria[1].passed is None
 
 
 def test_gaps_are_held_against_the_trial_that_is_named_and_a_dense_one_is_asked_for_no_spread():

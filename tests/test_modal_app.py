@@ -79,7 +79,10 @@ def test_whatever_reads_a_trunk_may_open_a_gated_one(stage):
 def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app, stage):
     flags = inspect.signature(getattr(app, stage).info.raw_f).parameters
     # Of adapters each has a search of its own
-    several = ("preprocess", "lr_experts", "train_experts", "lr_dense", "train_dense")
+    several = (
+        *("preprocess", "lr_experts", "train_experts", "lr_dense", "train_dense"),
+        "train_joint",
+    )
     wanted = stage in several
     assert ("sequential" in flags) == wanted
 

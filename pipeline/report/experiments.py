@@ -89,8 +89,9 @@ def criteria(results: ExperimentResults) -> Table:
         reading=(
             "Primary: validation loss less the dense model's, below zero, or a gap that is smaller "
             "by the share that is asked. Secondary: tokens per second of processor time as a share "
-            "of the dense model's, which other programs on the machine hardly move. Tertiary: "
-            "share of tokens of the expert that gets least. Open: it cannot be told."
+            "of the dense model's, which other programs on the machine hardly move; on GPUs by the "
+            "clock. Tertiary: share of tokens of the expert that gets least. Open: it cannot be "
+            "told."
         ),
         words=(0, 2),
     )

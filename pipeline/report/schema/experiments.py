@@ -56,6 +56,7 @@ class TrialTiming(ReportPart):
     tokens_per_cpu_s: float | None = Field(
         description="tokens per second of processor time; None where a GPU computes"
     )
+    gpu: str | None = Field(None, description="what all trainings ran on, where that is one kind")
     jobs: tuple[JobSpeed, ...]
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...config.experiments import CriteriaConfig
 from ...report.format import beside_limit, fixed, limit, reaches
@@ -90,30 +91,46 @@ def _closed(mine: TrialSummary, other: TrialSummary | None) -> float | None:
 
 
 def secondary(mine: TrialSummary, dense: TrialSummary | None, share: float) -> TrialCriterion:
-    """Whether a trial trains as fast as a share of the dense one does, in processor time: what else
-    the machine does decides nothing. Its number is the share."""
+    """Whether a trial trains as fast as a share of the dense one does: in processor time, so that
+    what else the machine does decides nothing, or by the clock on GPUs of one kind, which nobody
+    else uses meanwhile. Its number is the share."""
     own = _speed(mine)
     theirs = None if dense is None else _speed(dense)
-    if own is None or theirs is None:
-        return _open("secondary", "there is no processor time of both, as of a model on a GPU")
-    found = own / theirs
+    if own is None or theirs is None or own.measure != theirs.measure:
+        return _open("secondary", "there are no times of both that could be compared")
+    found = own.tokens_per_s / theirs.tokens_per_s
     return TrialCriterion(
         name="secondary",
         passed=reaches(found, share),
         number=found,
         limit=share,
         detail=f"{beside_limit(found, share, 0)} of the dense model's tokens per second of "
-        f"processor time ({own:,.0f} against {theirs:,.0f}), asked {limit(share)}",
+        f"{own.measure} ({own.tokens_per_s:,.0f} against {theirs.tokens_per_s:,.0f}), asked "
+        f"{limit(share)}",
     )
 
 
-def _speed(summary: TrialSummary) -> float | None:
-    """Return tokens per second of processor time, the median over seeds."""
-    found = []
+@dataclass(frozen=True)
+class TrainingSpeed:
+    """How fast a model is trained, and what seconds are counted."""
+
+    measure: str
+    tokens_per_s: float
+
+
+def _speed(summary: TrialSummary) -> TrainingSpeed | None:
+    """Return the median over seeds; None where they were not measured alike."""
+    found: dict[str, list[float]] = {}
     for run in summary.done:
-        if run.timing and run.timing.tokens_per_cpu_s:
-            found.append(run.timing.tokens_per_cpu_s)
-    return statistics.median(found) if found else None
+        timing = run.timing
+        if timing and timing.tokens_per_cpu_s:
+            found.setdefault("processor time", []).append(timing.tokens_per_cpu_s)
+        elif timing and timing.gpu and timing.tokens_per_s:
+            found.setdefault(f"the clock on {timing.gpu}", []).append(timing.tokens_per_s)
+    if len(found) != 1:
+        return None
+    ((measure, speeds),) = found.items()
+    return TrainingSpeed(measure, statistics.median(speeds))
 
 
 def tertiary(mine: TrialSummary, share: float) -> TrialCriterion:

@@ -130,6 +130,7 @@ def _timing(trial: Trial, parts: StoredParts) -> TrialTiming:
     jobs = []
     cpu_s: dict[str, float] = {}
     counted = True
+    gpus = set()
     tokens = 0
     seconds = 0.0
     for job, address in trial.trainings.items():
@@ -138,9 +139,13 @@ def _timing(trial: Trial, parts: StoredParts) -> TrialTiming:
         jobs.append(JobSpeed.from_metrics(label(*job), metrics))
         tokens += metrics.get("tokens", 0)
         seconds += metrics.get("training_s", 0.0)
+        if not metrics.get("tokens"):
+            # Nothing was trained, as of gates in closed form
+            continue
         # A GPU computes while the processor waits, whose time then says nothing
-        on_gpu = bool(manifest.made.get("machine", {}).get("gpu"))
-        counted = counted and not on_gpu and ("cpu_s" in metrics or not metrics.get("tokens"))
+        gpu = manifest.made.get("machine", {}).get("gpu")
+        gpus.add(gpu)
+        counted = counted and not gpu and "cpu_s" in metrics
         for phase, spent_s in metrics.get("cpu_s", {}).items():
             cpu_s[phase] = cpu_s.get(phase, 0.0) + spent_s
     whole_s = sum(cpu_s.values())
@@ -150,6 +155,7 @@ def _timing(trial: Trial, parts: StoredParts) -> TrialTiming:
         cpu_s=cpu_s,
         tokens_per_s=tokens / seconds if seconds else None,
         tokens_per_cpu_s=tokens / whole_s if counted and whole_s else None,
+        gpu=gpus.pop() if len(gpus) == 1 else None,
         jobs=tuple(jobs),
     )
 
