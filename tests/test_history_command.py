@@ -50,9 +50,13 @@ def test_list_has_runs_the_latest_first_and_tells_what_is_torn(history, made):
     assert "train_router, step 60 of 80" in row and "bits per byte" in row and "deployed" in row
     torn = small.address("train_router", None, 21)
     assert f"{torn}: its last line is torn" in printed
-    assert "1 trainings are of no run" in printed
+    stray = small.address("train_dense", "total", 50)
+    (alone,) = [line for line in printed.splitlines() if "of no run" in line]
+    assert alone.startswith(f"│ {stray}")
+    assert stray in history("compare", "first", stray)
+    assert "train_nats" in history("show", stray)
     assert printed.splitlines()[-1] == f"next: python -m pipeline history show {second}"
-    assert "1 of 2 runs" in history("list", "--last", 1)
+    assert "1 of 3 runs" in history("list", "--last", 1)
 
 
 def test_a_run_is_shown_by_its_name_or_id_and_a_training_by_its_address(history, made):

@@ -36,7 +36,7 @@ KNOWN = {
     "temperature": ("gate temperature", ""),
     "balance": ("balance loss", ""),
     "z": ("z-loss", ""),
-    "dropped": ("tokens over capacity", "share"),
+    "dropped": ("choices over capacity", "share"),
     "forward_s": ("forward passes", "seconds per row"),
     "backward_s": ("backward passes", "seconds per row"),
     "optimizer_s": ("optimizer", "seconds per row"),
@@ -154,6 +154,11 @@ def _series(
                 numbers = [told(each) for each in found if each]
                 values.append(rounded(_mean(numbers)) if numbers else None)
             yield chart, name, values, further
+        dropped = []
+        for group in groups:
+            numbers = [each for each in (_dropped(row, layer) for row in group) if each is not None]
+            dropped.append(rounded(_mean(numbers)) if numbers else None)
+        yield "dropped", name, dropped, further
 
 
 def _merged(groups: Sequence[Rows], key: str, merge: Merge) -> list[float | None]:
@@ -186,6 +191,14 @@ def _used(row: dict[str, Any]) -> dict[str, list[float]]:
         if shares:
             found[f"layer {layer}"] = shares
     return found
+
+
+def _dropped(row: dict[str, Any], layer: str) -> float | None:
+    """Return the share of choices over capacity in a layer; None where a row does not say."""
+    experts = row.get("experts")
+    layers = experts.get("layer") if isinstance(experts, dict) else None
+    told = layers.get(layer.removeprefix("layer ")) if isinstance(layers, dict) else None
+    return finite(told.get("dropped")) if isinstance(told, dict) else None
 
 
 def _shares(value: Any) -> list[float]:

@@ -14,7 +14,8 @@ def one_of(name: str, known: Known) -> PastRun | PastTraining:
     """Return the run of an id or a name, of several the one that was begun last, or the training
     at an address. Raises ConfigError."""
     for run in known.runs:
-        if name == run.id:
+        # one that is a training by itself is shown as such
+        if name == run.id and run.has_root:
             return run
     for run in known.runs:
         if name == run.name:
@@ -36,7 +37,7 @@ def runs_of(names: Sequence[str], known: Known) -> list[PastRun]:
     found: dict[str, PastRun] = {}
     for name in names:
         if WILD.isdisjoint(name):
-            run = one_of(name, known)
+            run = next((each for each in known.runs if each.id == name), one_of(name, known))
             if isinstance(run, PastTraining):
                 raise ConfigError(
                     f"{name} is a training, not a run: `history show {name}` shows it alone"
@@ -73,9 +74,8 @@ def trainings_of(names: Sequence[str], known: Known) -> list[PastTraining]:
 
 
 def every_training(known: Known) -> list[PastTraining]:
-    """Return every training once, those of runs first."""
+    """Return every training once."""
     found: dict[str, PastTraining] = {}
     for run in known.runs:
         found |= {each.address: each for each in run.trainings}
-    found |= {each.address: each for each in known.strays}
     return list(found.values())

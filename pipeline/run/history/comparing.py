@@ -150,8 +150,11 @@ def _differing(
     runs: Sequence[PastRun], store: Store, console: Console
 ) -> Iterator[tuple[str, ...]]:
     """Yield a row for each setting that is not the same in all runs."""
-    settings = []
+    settings: list[dict[str, Any]] = []
     for run in runs:
+        if not run.has_root:
+            settings.append({})
+            continue
         try:
             settings.append(dict(flat(read_root(root_path(store, run.id)).settings)))
         except StoreError as error:

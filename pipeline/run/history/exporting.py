@@ -64,7 +64,7 @@ def _runs_of(known: Known) -> dict[str, list[str]]:
     """Return which runs each training is of."""
     found: dict[str, list[str]] = {}
     for run in known.runs:
-        for training in run.trainings:
+        for training in run.trainings if run.has_root else ():
             found.setdefault(training.address, []).append(run.id)
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Deploy:
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run and what a store has of it."""
+    """A run and what a store has of it; or a training that no run reaches, by itself."""
 
     id: str
     name: str
@@ -137,6 +138,7 @@ class PastRun:
     trainings: tuple[PastTraining, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     deploys: tuple[Deploy, ...] = ()
+    has_root: bool = True  # False: a history that was brought from elsewhere, or is of no run
 
     @property
     def last(self) -> PastTraining | None:
@@ -159,7 +161,6 @@ class Known:
     """All that a store's history.db knows of runs."""
 
     runs: tuple[PastRun, ...]  # the one that was begun last first
-    strays: tuple[PastTraining, ...]  # trainings that no run reaches
     wrong: tuple[str, ...]  # files that could not be read
 
 
@@ -190,13 +191,33 @@ def known(index: sqlite3.Connection) -> Known:
             reached.add(address)
     totals = {run: rest for run, *rest in index.execute(_TOTALS)}
     runs = []
-    for row in index.execute(
-        "SELECT id, name, family, begun, file, overrides, removed FROM runs ORDER BY begun DESC, id"
-    ):
+    for row in index.execute("SELECT id, name, family, begun, file, overrides, removed FROM runs"):
         runs.append(_run(row, totals.get(row[0], [0, 0.0, 0]), places))
-    strays = [each for address, each in places.trainings.items() if address not in reached]
+    runs += [_alone(each) for address, each in places.trainings.items() if address not in reached]
+    runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
     wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
-    return Known(tuple(runs), tuple(strays), tuple(wrong))
+    return Known(tuple(runs), tuple(wrong))
+
+
+def _alone(training: PastTraining) -> PastRun:
+    """Return a training that no run reaches as a run of its own."""
+    begun = ""
+    if training.first_time is not None:
+        begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(training.first_time))
+    stage, item = job_of(training.address)
+    return PastRun(
+        training.address,
+        item or stage,
+        "",
+        begun,
+        "",
+        (),
+        removed=False,
+        made=int(training.is_done),
+        seconds=training.seconds or 0.0,
+        trainings=(training,),
+        has_root=False,
+    )
 
 
 def _run(row: tuple, totals: list, places: _Places) -> PastRun:

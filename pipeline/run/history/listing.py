@@ -8,7 +8,7 @@ from rich.table import Table
 from ...report.format import DASH, figures, seconds
 from ...report.narrow import print_table
 from ..prune import said
-from .lines import Evaluation, Known, PastRun, PastTraining
+from .lines import Evaluation, Known, PastRun
 
 COLUMNS = ("run", "begun", "family", "jobs", "last training", "best valid", "score", "time", "more")
 # Columns that hold numbers.
@@ -18,8 +18,7 @@ MOST_IN_TABLE = 200
 
 
 def list_runs(known: Known, last: int, console: Console) -> None:
-    """Print the runs that were begun last, as many as asked for (0: all), then trainings that are
-    of no run, then what is wrong."""
+    """Print the runs that were begun last, as many as asked for (0: all), then what is wrong."""
     say = said(console)
     shown = known.runs[:last] if last else known.runs
     if shown:
@@ -27,17 +26,13 @@ def list_runs(known: Known, last: int, console: Console) -> None:
     for run in shown:
         for text in run.wrong:
             say(text)
-    if known.strays:
-        say(f"{len(known.strays):,} trainings are of no run that is known:")
-        for training in known.strays[: last or None]:
-            say(f"  {training.address}: {trained(training)}")
     for text in known.wrong:
         say(text)
     if len(shown) < len(known.runs):
         say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
     if shown:
         say(f"next: python -m pipeline history show {shown[0].id}")
-    elif not known.strays:
+    else:
         say("no run has left anything here yet")
 
 
@@ -47,7 +42,7 @@ def _cells(run: PastRun) -> tuple[str, ...]:
     return (
         run.id,
         run.begun,
-        run.family,
+        run.family or DASH,
         f"{run.made:,}",
         named,
         figures(last.valid_nats) if last else DASH,
@@ -60,6 +55,8 @@ def _cells(run: PastRun) -> tuple[str, ...]:
 def _more(run: PastRun) -> Iterator[str]:
     if run.removed:
         yield "being removed"
+    if not run.has_root:
+        yield "of no run"
     if run.evaluation and run.evaluation.criteria:
         yield run.evaluation.criteria
     if any(each.served for each in run.deploys):
@@ -72,18 +69,6 @@ def scored(evaluation: Evaluation | None) -> str:
     """Return what a report says of what the run serves, in a few words."""
     score = evaluation.score if evaluation else None
     return f"{figures(score.value)} {score.measure}" if score else DASH
-
-
-def trained(training: PastTraining) -> str:
-    """Return how far a training is and what it came to, in a line."""
-    words = [f"step {training.position}"]
-    if training.train_nats is not None:
-        words.append(f"train {figures(training.train_nats)}")
-    if training.valid_nats is not None:
-        words.append(f"best valid {figures(training.valid_nats)} at step {training.valid_step:,}")
-    if training.wrong:
-        words.append(training.wrong)
-    return ", ".join(words)
 
 
 def print_rows(

@@ -114,6 +114,8 @@ def _drawings(runs: Sequence[PastRun], store: Store) -> list[TrainingRows]:
 def _experts(run: PastRun, store: Store) -> tuple[str, ...]:
     """Return what a run calls its experts; nothing where its settings are those of a later
     version."""
+    if not run.has_root:
+        return ()
     with suppress(PipelineError, ValidationError, KeyError, TypeError, AttributeError):
         return tuple(parse(read_root(root_path(store, run.id)).settings).experts)
     return ()
