@@ -19,6 +19,7 @@ from ..families import family
 from ..model.language_model import filled
 from .engine import CompletionEngine
 from .generation import BASE_READER, RequestChoice
+from .held_weights import cast_weights
 from .networks import Batch, Network, OneReader
 from .opening import check_logits, open_model, probe_logits
 from .rows import ServedRow
@@ -53,6 +54,7 @@ class TextAdapters(OneReader):
         from ..families.adapters.peft_io import RowAdapters
 
         super().__init__(stack.model.network, stack.names)
+        cast_weights(stack.model.network)
         self._stack = stack
         self._adapters = RowAdapters(stack.model.adapters)
 

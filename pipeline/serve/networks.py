@@ -23,6 +23,7 @@ from ..model.router import Router
 from ..model.trunk import Trunk
 from .gates import FREE, GateChoice, GateHearing, choices
 from .generation import BASE_READER
+from .held_weights import cast_weights
 from .rows import ServedRow
 from .slot_cache import SlotCache
 
@@ -239,6 +240,7 @@ class UnmergedMixture(TokenRouted):
         if base is None:
             raise ValueError("these experts are no deltas on one base")
         super().__init__(trunk.network, (*experts, BASE_READER))
+        cast_weights(trunk.network, base)
         self._base = base
         # the base is one more that can be chosen, by who asks for it alone
         self._members = [*experts.values(), base]
