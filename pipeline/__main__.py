@@ -29,10 +29,11 @@ from .errors import ConfigError, Interrupted, PipelineError
 from .families import ExportWish
 from .families.load import describes_run, load
 from .report.narrow import output, print_table
-from .run import kits, speak_flags
+from .run import kits, next_step, speak_flags
 from .run.advice import CommandLine, sentence
 from .run.arguments import parser
 from .run.domain_words import ABOUT
+from .run.find import bundle_of
 from .run.serve_flags import KEY
 from .run.stages import RUN, address, without_jobs
 from .store.artifacts import Manifest, Reader, Store
@@ -81,8 +82,13 @@ def _done(args: argparse.Namespace, typed: list[str]) -> int:
     errors = Console(stderr=True, soft_wrap=True)
     # A command that has changed its configuration says itself what goes on from there
     args.again = None
+    # What to type next, which each command knows for itself
+    args.next = ""
     try:
         _dispatch(args)
+        if args.next:
+            text = f"next: {masked(args.next)}"
+            output().print(text, highlight=False, markup=False, soft_wrap=True)
     except PipelineError as error:
         again = args.again or f"python -m pipeline {masked(shlex.join(typed))}"
         text = sentence(error, CommandLine(), again=again)
@@ -117,7 +123,14 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "metrics":
         from .run.show_trainings import show_metrics
 
-        show_metrics(args.name, Store(args.store), output(), args.json)
+        shown = show_metrics(args.name, Store(args.store), output(), args.json)
+        args.next = next_step.after_metrics(args, [each.address for each in shown])
+        return
+    if args.command == "open":
+        from .run.open_report import open_report
+
+        open_report(args.run, Store(args.store), output(), args.browser)
+        args.next = next_step.after_open(args)
         return
     if args.command == "history":
         from .run.backend import printed_progress
@@ -136,7 +149,8 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command in ("versions", "rollback"):
         from .run.versions import tend_versions
 
-        tend_versions(args.target, output(), args.command, getattr(args, "to", None))
+        there = tend_versions(args.target, output(), args.command, getattr(args, "to", None))
+        args.next = next_step.after_versions(args, there)
         return
     if args.command in speak_flags.ABOUT:
         _speak(args)
@@ -155,6 +169,7 @@ def _dispatch(args: argparse.Namespace) -> None:
         from .run.backend import printed_progress
 
         output().print(kits.kit(args, printed_progress(Console(stderr=True))), highlight=False)
+        args.next = next_step.after_kit(args)
         return
     cfg = load(args.config, _overrides(args))
     store = Store(args.store)
@@ -163,15 +178,19 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         # A plan makes no store, but it must not show as done what another version left
         store.open(create=False)
-        show_plan(_looked_at(args, cfg, store), store, output())
+        cfg = _looked_at(args, cfg, store)
+        show_plan(cfg, store, output())
+        args.next = next_step.after_plan(args, cfg, store)
         return
     if args.command == "export":
         wish = ExportWish(args.format, args.expert, args.dense, args.dtype)
         _export(args, wish, _looked_at(args, cfg, store.open()), store)
+        args.next = next_step.after_export(args)
         return
     if args.command == "compress":
         wish = ExportWish("adapters", args.expert, rank=args.rank)
         _export(args, wish, _looked_at(args, cfg, store.open()), store)
+        args.next = next_step.after_export(args)
         return
     _run(args, cfg, store.open())
 
@@ -186,12 +205,15 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
     """Show or remove what a store has."""
     from .run.backend import printed_progress
     from .run.identity import begin
+    from .run.open_report import report_of_run
     from .run.prune import prune, read_configs
     from .run.remove_run import remove_runs
     from .run.show_runs import show_runs
 
     if args.command == "runs":
-        show_runs(store, output())
+        latest = show_runs(store, output())
+        has_report = latest is not None and report_of_run(store, latest) is not None
+        args.next = next_step.after_runs(args, latest, has_report)
         return
     paths = args.config or runs(Path("config"))
     progress = printed_progress(Console(stderr=True))
@@ -202,9 +224,11 @@ def _tend(args: argparse.Namespace, store: Store) -> None:
 
     configs = read_configs(paths, read, store)
     if args.command == "rm":
-        remove_runs(args.run, configs, store, output(), remove=args.yes)
-        return
-    prune(configs, store, output(), remove=args.yes, damaged=args.damaged, orphans=args.orphans)
+        left = remove_runs(args.run, configs, store, output(), remove=args.yes)
+    else:
+        also = {"damaged": args.damaged, "orphans": args.orphans}
+        left = prune(configs, store, output(), remove=args.yes, **also)
+    args.next = next_step.after_listing(args, left)
 
 
 def _looked_at(
@@ -245,12 +269,14 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
         wanted = [args.command]
     else:
         output().print(without_jobs(args.command, cfg), highlight=False)
+        args.next = next_step.same(args, "plan")
         return
     cfg = _looked_at(args, cfg, store, makes=True)
     backend = Local(store, parallel=getattr(args, "parallel", 1))
     # Between two of its jobs nothing else says that what is there is needed
     with working(store, cfg, args.config, _overrides(args)):
         _run_stages(wanted, cfg, backend)
+    args.next = next_step.after_stage(args, cfg, store)
 
 
 def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:
@@ -277,6 +303,9 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
     if folder:
         from .store.versions import served_folder
 
+        if not folder.exists():
+            # A run's name, unless it is one that nobody has
+            folder = bundle_of(Store(args.store), str(folder)) or folder
         folder = served_folder(folder)
     in_store: contextlib.AbstractContextManager = contextlib.nullcontext()
     store = None
@@ -386,9 +415,6 @@ def _show_report(folder: Path) -> None:
     report.show(report.read(read_bytes(folder / "report.json")), console)
     page = folder / "report.html"
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    # a command, as a path of a terminal is seldom a link
-    command = shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
-    console.print(f"open it: {command}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

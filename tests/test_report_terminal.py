@@ -2,14 +2,10 @@
 
 import io
 import re
-import shlex
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import pytest
 from rich.console import Console
 
-from pipeline.__main__ import _show_report
 from pipeline.report import LanguageReport, Report, RequestReport, show
 from tests.small_reports import (
     DOMAINS,
@@ -115,18 +111,3 @@ def test_a_win_is_always_printed_with_its_axis():
 @pytest.mark.parametrize("kind", [LanguageReport, RequestReport])
 def test_a_report_without_any_table_is_its_title(kind):
     assert printed(kind(run="empty", family="some")) == "empty  some\n"
-
-
-def test_the_command_after_a_report_opens_its_page(tmp_path, capsys):
-    """Whatever the folder is called, the shell and the browser find the file again."""
-    folder = tmp_path / "it's a run $HOME #1 ü"
-    folder.mkdir()
-    (folder / "report.json").write_text(
-        LanguageReport(run="x", family="ffn_moe").to_json(), "utf-8"
-    )
-    (folder / "report.html").write_text("<p>", "utf-8")
-    _show_report(folder)
-    told = capsys.readouterr().out
-    line = next(each for each in told.splitlines() if each.startswith("open it: "))
-    address = shlex.split(line.removeprefix("open it: "))[-1]
-    assert url2pathname(urlsplit(address).path) == str(folder / "report.html")

@@ -285,6 +285,8 @@ def test_an_interrupted_training_is_answered_from_its_history(kept, tmp_path, ca
     path.write_bytes(b"".join(lines[:6]) + lines[6][:20])
     found = pipeline.metrics_of("tiny/train_shared", store=copy.root)
     assert not found.finished and found.steps < 40 and not found.missing
+    # the store of this test was made just now, so its histories say how long they are to be
+    assert found.planned_steps == 40 and found.stopped_early is None
     shown = typed(capfd, 0, "metrics", "tiny", "train_shared", "--store", copy.root)
     assert "not finished" in shown
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from ..config.run import RunConfig
 from ..errors import PipelineError, StoreError
 from ..run.advice import sentence
-from ..run.dry_run import told_removed
 from ..run.predecessor import note_all_gone, predecessors, reported
 from ..run.prune import opened, prune
 from ..run.reach import root_of
@@ -29,6 +28,7 @@ from ..run.versions import show_versions
 from ..store import in_use
 from ..store.artifacts import Store, now, write_text
 from ..store.reading import sealed
+from ..store.removed import told_removed
 from ..store.roots import Root, leave, root_states
 from .containers import JobResult, ModalEdge
 from .endpoint import roll_back, served_addresses, shown_versions

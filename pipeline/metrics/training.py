@@ -113,7 +113,7 @@ class TrainingMetrics:
     item: str | None
     finished: bool  # False: it runs, was interrupted, or its artifact is not here
     steps: int
-    planned_steps: int | None  # None: known when it has finished
+    planned_steps: int | None  # None: an older history does not say before it has finished
     tokens: int | None
     epochs: int | None  # that have ended; None: the training counts none
     tokens_per_s: float | None
@@ -154,18 +154,20 @@ def training_metrics(
     metrics: Mapping[str, Any] | None,
     rows: Sequence[Row],
     missing: str = "",
+    *,
+    planned_steps: int | None = None,
 ) -> TrainingMetrics:
     """Return what a training was.
 
     `metrics`: of its artifact's manifest, None where it has not finished; `rows`: its history in
-    step order; `missing`: what of that is gone, in words.
+    step order; `missing`: what of that is gone, in words; `planned_steps`: as the history has them.
     """
     made = metrics or {}
     losses = tuple(_losses(rows))
     logged = tuple(map(_logged, filter(_is_step, rows)))
     best = _best(losses)
     steps = made.get("steps", rows[-1]["step"] if rows else 0)
-    planned = made.get("planned_steps")
+    planned = made.get("planned_steps", planned_steps)
     phases = _phases(made or _summed(rows))
     processor = made.get("cpu_s", {})
     cpu = _phases({f"{phase}_s": seconds for phase, seconds in processor.items()})
@@ -190,7 +192,7 @@ def training_metrics(
         best_epoch=best.epoch if best else None,
         since_best=len(losses) - 1 - losses.index(best) if best else 0,
         patience=made.get("patience"),
-        stopped_early=steps < planned if planned is not None else None,
+        stopped_early=steps < planned if metrics is not None and planned is not None else None,
         peak_mb=made.get("peak_mb", _peak(logged)),
         mfu=made.get("mfu"),
         parameters=made.get("parameters"),

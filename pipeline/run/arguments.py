@@ -21,7 +21,8 @@ OTHER_COMMANDS = {
     "experiments": "train variants of a run and hold them against each other; a file says which",
     "plan": "show what would run, what is already there, and an estimate of time and memory",
     "metrics": "show what trainings were: losses, speed, how experts are used, memory",
-    "runs": "list the runs that a store knows: name, date, size, configuration, report",
+    "open": "tell where the newest report is, of a run or of all; --browser opens it",
+    "runs": "list the runs that a store knows: name, date, score, size, configuration, report",
     "watch": "follow a run: how far each job is, how long all of it will take, its curves",
     "history": "what runs did: list, show, compare, export (csv, jsonl, TensorBoard), report",
     "prune": "list what was left half done and what no run reaches; --yes removes it",
@@ -74,8 +75,15 @@ stage of it and what the stage trains. docs/metrics.md says what each figure is.
   python -m pipeline metrics mine train_experts medicine --json""",
     "runs": """\
 Every command that makes something leaves its run in the store, so that `prune`
-takes nothing of it, whatever became of its configuration. "MB of it alone" is
-what no other run needs.""",
+takes nothing of it, whatever became of its configuration. "score" is of what the
+run serves, in its newest report: bits per byte, mean over domains (less is
+better), or the router's accuracy on the first set of requests. "MB of it alone"
+is what no other run needs.""",
+    "open": """\
+RUN is a name, or an id as `runs` lists it, or the name of an experiments file.
+
+  python -m pipeline open
+  python -m pipeline open mine --browser""",
     "prune": """\
 Without --yes nothing is removed. What a run of the store or a configuration
 reaches stays, and so does what a run in progress needs. Orphans may be
@@ -157,6 +165,10 @@ def parser() -> argparse.ArgumentParser:
     metrics.add_argument("name", nargs="*", metavar="NAME", help="what of which run; see below")
     metrics.add_argument("--json", action="store_true", help="all of it, as JSON")
     _add_store(metrics)
+    report = _add_command(commands, "open", OTHER_COMMANDS["open"])
+    report.add_argument("run", nargs="*", metavar="RUN", help="whose (default: the newest of all)")
+    report.add_argument("--browser", action="store_true", help="open it in a browser")
+    _add_store(report)
     _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
     add_history(_add_command(commands, "history", OTHER_COMMANDS["history"]), _add_store)
     watch = _add_command(commands, "watch", OTHER_COMMANDS["watch"])

@@ -29,9 +29,11 @@ from ..report.format import count
 from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Store
 from ..store.reading import read_bytes
+from ..store.removed import told_removed
+from . import next_step
 from .backend import Local, printed_progress, run_stage
 from .domain_words import wish_of
-from .dry_run import DONE, Entry, duration, plan, refuse, times, told_removed
+from .dry_run import DONE, Entry, duration, plan, refuse, times
 from .identity import begin
 from .predecessor import note_gone, predecessors, reported
 from .reach import as_given, working
@@ -257,8 +259,8 @@ def _read(path: Path) -> report.Report | None:
 def come_and_go(args: Namespace, console: Console) -> None:
     """Carry out a command about a domain: tell what it takes, ask, write it, make it, compare.
 
-    From the moment that the files say what is wanted, `args.again` is what makes the rest. Raises
-    PipelineError.
+    From the moment that the files say what is wanted, `args.again` is what makes the rest;
+    `args.next` is what to type when it is done. Raises PipelineError.
     """
     change = changed(args.config, wish_of(args))
     shown = shlex.quote(str(args.config))
@@ -270,6 +272,8 @@ def come_and_go(args: Namespace, console: Console) -> None:
             write(change.files, args.keep_former)
             made_by = f"modal run modal_app.py::run_all --config {shown}"
             console.print(f"made on Modal by: {made_by}", highlight=False, soft_wrap=True)
+        else:
+            args.next = next_step.same(args, "plan")
         return
     store = Store(args.store).open()
     change = _looked_at(change, store, args.frozen)
@@ -277,6 +281,7 @@ def come_and_go(args: Namespace, console: Console) -> None:
     wanted = show(change, store, console)
     if (change.files or wanted) and not _agreed(args):
         console.print("nothing was changed", highlight=False)
+        args.next = next_step.same(args, "plan")
         return
     with working(store, change.after, args.config):
         write(change.files, args.keep_former)
@@ -289,6 +294,7 @@ def come_and_go(args: Namespace, console: Console) -> None:
     if gone is not None:
         text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+    args.next = next_step.page(args, change.after.name)
 
 
 def _looked_at(change: DomainChange, store: Store, frozen: bool) -> DomainChange:

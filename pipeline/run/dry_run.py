@@ -17,7 +17,7 @@ from ..report.narrow import print_table
 from ..store.artifacts import Manifest, Reader, Store
 from ..store.lineage import Lineage
 from ..store.model_sources import on_this_machine
-from ..store.removed import Removed, removed
+from ..store.removed import removed, told_removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .identity import FROZEN, since_made
@@ -266,13 +266,6 @@ def show_plan(
         if gone.run == cfg.name and gone.domain not in cfg.experts:
             console.print(told_removed(gone, store), highlight=False, markup=False, soft_wrap=True)
     refuse(cfg, store, entries, unfit)
-
-
-def told_removed(gone: Removed, store: Store) -> str:
-    """Return a sentence about an expert that was taken out."""
-    there = [address for address in gone.addresses if store.has(address)]
-    files = f"; still in {store.root}: {', '.join(there)}" if there else ""
-    return f"removed: {gone.domain} at {gone.at} from {gone.run} ({gone.file}){files}"
 
 
 def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:

@@ -7,6 +7,7 @@ A name means the latest run that is called so; ids, as `runs` lists them, tell s
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..store.artifacts import Store
@@ -16,6 +17,7 @@ from .stages import STAGES, label
 
 # of a stage, an item where it has several jobs, and a digest
 ADDRESS = re.compile(r"(?P<stage>[a-z]\w*)(-(?P<item>.+))?-(?P<digest>[0-9a-f]{12})")
+BUNDLE = "deploy"
 _SHOWN = 8  # names that a message lists
 
 
@@ -46,25 +48,34 @@ def found(store: Store, words: Sequence[str]) -> list[Named]:
     """Return what somebody means, in the order in which a run makes it: one thing for an address,
     all that is there for a run. `words` may have slashes between them; none: the latest run.
 
-    Raises ConfigError for what nothing in the store is called, with what there is; StoreError where
-    the store cannot be read.
+    Of several runs of a name it is the latest that has it. Raises ConfigError for what nothing in
+    the store is called, with what there is; StoreError where the store cannot be read.
     """
     names = [name for word in words for name in word.split("/") if name]
     # A path into the store ends in an address
     if names and ADDRESS.fullmatch(names[-1]) and is_there(store, names[-1]):
         return [named(names[-1])]
-    root, wanted = _run(store, names)
-    if root is None:
+    roots, wanted = _runs(store, names)
+    if not roots:
         return [named(_begun(store, names))]
+    why = ""
+    # The latest that has it: one that was only planned with other settings has nothing yet
+    for root in roots:
+        there = _there(store, root)
+        chosen = [each for each in there if _is_wanted(each, wanted)]
+        if chosen:
+            return chosen
+        why = why or _nothing(root, there, wanted)
+    raise ConfigError(why)
+
+
+def _there(store: Store, root: Root) -> list[Named]:
+    """Return what of a run is in a store, in the order in which a run makes it."""
     there = []
     for address in root.addresses:
         if ADDRESS.fullmatch(address) and is_there(store, address):
             there.append(named(address, root.id))
-    there.sort(key=_place)
-    chosen = [each for each in there if _is_wanted(each, wanted)]
-    if not chosen:
-        raise ConfigError(_nothing(root, there, wanted))
-    return chosen
+    return sorted(there, key=_place)
 
 
 def is_there(store: Store, address: str) -> bool:
@@ -73,24 +84,34 @@ def is_there(store: Store, address: str) -> bool:
     return any(place.exists() for place in places)
 
 
-def latest(store: Store, name: str) -> Root | None:
-    """Return the latest run of a name, or that of an id; None where there is none."""
-    for root in readable_roots(store):
-        if name in (root.name, root.id):
-            return root
+def runs_called(store: Store, name: str) -> list[Root]:
+    """Return the runs of a name, the latest first, or that of an id."""
+    return [root for root in readable_roots(store) if name in (root.name, root.id)]
+
+
+def bundle_of(store: Store, run: str) -> Path | None:
+    """Return the bundle of the latest run of a name that has one, or of that with an id; None where
+    there is none."""
+    for root in runs_called(store, run):
+        made = {}
+        for address in root.addresses:
+            if address.startswith(f"{BUNDLE}-") and store.has(address):
+                made[store.manifest(address).made.get("at", "")] = store.folder(address)
+        if made:
+            return made[max(made)]
     return None
 
 
-def _run(store: Store, names: Sequence[str]) -> tuple[Root | None, Sequence[str]]:
-    """Return the run that is meant, and what of it; None where no run is called so."""
-    roots = readable_roots(store)
-    for root in roots:
-        if not names or names[0] in (root.name, root.id):
-            return root, names[1:]
+def _runs(store: Store, names: Sequence[str]) -> tuple[list[Root], Sequence[str]]:
+    """Return the runs that may be meant, the latest first, and what of them; none where no run is
+    called so."""
+    if not names:
+        return readable_roots(store), ()
+    meant = runs_called(store, names[0])
+    if meant:
+        return meant, names[1:]
     # A stage without a run is of the latest one
-    if roots and names[0] in STAGES:
-        return roots[0], names
-    return None, names
+    return (readable_roots(store), names) if names[0] in STAGES else ([], names)
 
 
 def _begun(store: Store, names: Sequence[str]) -> str:

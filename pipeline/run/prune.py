@@ -130,8 +130,10 @@ def prune(
     damaged: bool = False,
     orphans: bool = False,
     others: Mapping[str, Collection[str]] | None = None,
-) -> None:
-    """List what may go, and remove it when asked to, orphans only when asked for them too;
+) -> bool:
+    """List what may go, and remove it when asked to, orphans only when asked for them too; return
+    whether something is left that --yes removes.
+
     `damaged`: also what was found damaged and renamed aside. `others`: addresses by who else needs
     them.
 
@@ -156,7 +158,7 @@ def prune(
     sweep.over(found)
     if not found:
         say(f"nothing to prune in {store.root}")
-        return
+        return False
     if remove:
         say(f"{sweep.removed} removed from {store.root}")
     else:
@@ -166,3 +168,4 @@ def prune(
             "orphans are what was made before runs left roots, or by a program that leaves none: "
             "they may be somebody's work, and only --orphans --yes removes them"
         )
+    return not remove and any(orphans or leftover.group != ORPHANS for leftover in found)

@@ -29,9 +29,9 @@ def remove_runs(
     *,
     remove: bool,
     others: Mapping[str, Collection[str]] | None = None,
-) -> None:
-    """List what goes with some runs, named by their names or ids, and remove it when asked to.
-    `others`: addresses by who else needs them.
+) -> bool:
+    """List what goes with some runs, named by their names or ids, and remove it when asked to;
+    return whether something is left that --yes removes. `others`: addresses by who else needs them.
 
     Raises ConfigError for a name that is not that of one run, StoreError while something of them is
     in use or another root cannot be understood.
@@ -58,6 +58,7 @@ def remove_runs(
             f"{sweep.listed} would go, {sweep.bytes / 1e6:.1f} MB, none was removed; add --yes to "
             "remove"
         )
+    return not remove and bool(found)
 
 
 def _run(name: str, reach: Reach, store: Store) -> str:

@@ -43,8 +43,9 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--bundle",
         type=Path,
-        metavar="DIR",
-        help="serve this folder, or what the latest.json in it names",
+        metavar="DIR|RUN",
+        help="serve this folder, or what the latest.json in it names; or the bundle of a run, by "
+        "its name",
     )
     sub.add_argument(
         "--host",

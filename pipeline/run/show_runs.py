@@ -8,23 +8,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .. import report
+from ..errors import StoreError
 from ..report.narrow import print_table
+from ..report.scores import BITS, main_score, scores
 from ..store.artifacts import Store
-from ..store.removed import removed
+from ..store.reading import read_bytes
+from ..store.removed import removed, told_removed
 from ..store.roots import Root
-from .dry_run import told_removed
 from .leftovers import BY_ADDRESS, size_of
+from .open_report import report_of_run
 from .prune import opened, said
 from .reach import Reach
 from .remove_run import described
-from .stages import STAGES, is_report
 
-COLUMNS = ("run", "begun", "family", "MB", "MB of it alone", "configuration", "report")
+COLUMNS = ("run", "begun", "family", "score", "MB", "MB of it alone", "configuration", "report")
 
 
-def show_runs(store: Store, console: Console) -> None:
-    """Print the runs that have left a root in a store, the latest first. Raises StoreError where
-    there is no store."""
+def show_runs(store: Store, console: Console) -> Root | None:
+    """Print the runs that have left a root in a store, the latest first; return that one, None
+    where there is none. Raises StoreError where there is no store."""
     reach = Reach(opened(store), {})
     say = said(console)
     taken_out, wrong = removed(store)
@@ -34,7 +37,7 @@ def show_runs(store: Store, console: Console) -> None:
         say(told_removed(gone, store))
     if not reach.roots:
         say(f"no run has left a root in {store.root}")
-        return
+        return None
     reached: Counter[str] = Counter()
     for root in reach.roots.values():
         reached.update(root.addresses)
@@ -52,16 +55,19 @@ def show_runs(store: Store, console: Console) -> None:
         root = reach.roots[run]
         whole = sum(map(size, root.addresses))
         alone = sum(size(address) for address in root.addresses if reached[address] == 1)
+        page = report_of_run(store, root)
         table.add_row(
             run,
             root.at,
             root.family,
+            _score(page),
             f"{whole / 1e6:.1f}",
             f"{alone / 1e6:.1f}",
             described(root),
-            "being removed" if root.removed else _report(store, root),
+            "being removed" if root.removed else str(page or "none yet"),
         )
     print_table(console, table)
+    return reach.roots[latest[0]]
 
 
 def _size(store: Store, address: str) -> int:
@@ -72,12 +78,16 @@ def _size(store: Store, address: str) -> int:
     return sum(size_of(place, counted) for place in places)
 
 
-def _report(store: Store, root: Root) -> str:
-    """Return where a run's report is; of two, as of two kinds of arithmetic, the later one."""
-    found: list[tuple[int, Path]] = []
-    for address in root.addresses:
-        stage = address.split("-")[0]
-        page = store.folder(address) / "report.html"
-        if stage in STAGES and is_report(stage) and page.exists():
-            found.append((page.stat().st_mtime_ns, page))
-    return str(max(found)[1]) if found else "none yet"
+def _score(page: Path | None) -> str:
+    """Return what a report says of what its run serves, in the figure that runs are compared by."""
+    if page is None:
+        return ""
+    try:
+        score = main_score(scores(report.read(read_bytes(page.with_name("report.json")))))
+    except StoreError:
+        # of another version, or damaged, which is for whoever opens it to say
+        return ""
+    if score is None:
+        return ""
+    of = "" if score.measure == BITS else f", {score.name.partition(':')[0]}"
+    return f"{score.value:.3f} {score.measure}{of}"

@@ -26,9 +26,11 @@ from .trainings import trainings
 SHOWN = 20
 
 
-def show_metrics(words: Sequence[str], store: Store, console: Console, as_json: bool) -> str:
-    """Print the metrics of one training, or a line for each of a run; return the name of one that
-    can be looked at closer, "" for none.
+def show_metrics(
+    words: Sequence[str], store: Store, console: Console, as_json: bool
+) -> list[TrainingMetrics]:
+    """Print the metrics of one training, or a line for each of a run; return what a person was
+    shown, none as JSON.
 
     Raises ConfigError for what has no training, and what `metrics_of` does.
     """
@@ -44,12 +46,12 @@ def show_metrics(words: Sequence[str], store: Store, console: Console, as_json: 
         shown = values[0] if len(names) == 1 else values
         text = json.dumps(shown, indent=1, allow_nan=False)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-        return ""
+        return []
     if len(known) > 1:
         _show_all(known, names[0].run, console)
-        return known[-1].address
-    _show_one(known[0], console)
-    return ""
+    else:
+        _show_one(known[0], console)
+    return known
 
 
 def _show_all(known: Sequence[TrainingMetrics], run: str, console: Console) -> None:

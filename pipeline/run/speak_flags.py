@@ -102,7 +102,9 @@ def _add_bundle(sub: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--config", type=Path, metavar="FILE", help="the bundle that deploy made of this YAML file"
     )
-    which.add_argument("--bundle", type=Path, metavar="DIR", help="this folder")
+    which.add_argument(
+        "--bundle", type=Path, metavar="DIR|RUN", help="this folder, or the bundle of that run"
+    )
 
 
 def _add_expert(to: "argparse._ActionsContainer") -> None:

@@ -43,4 +43,12 @@ def trainings(store: Store, names: Sequence[Named]) -> Iterator[TrainingMetrics]
             made = origin.metrics or None
         steps = made.get("steps") if made else None
         past = read(store.history(each.address), steps)
-        yield training_metrics(each.address, each.stage, each.item, made, past.rows, past.missing)
+        yield training_metrics(
+            each.address,
+            each.stage,
+            each.item,
+            made,
+            past.rows,
+            past.missing,
+            planned_steps=past.steps or None,
+        )

@@ -10,8 +10,9 @@ from .prune import said
 CURRENT = "latest"
 
 
-def tend_versions(target: str, console: Console, command: str, to: str | None) -> None:
-    """List the versions at a folder or URL, after the pointer was moved where that is the command.
+def tend_versions(target: str, console: Console, command: str, to: str | None) -> int:
+    """List the versions at a folder or URL, after the pointer was moved where that is the command;
+    return how many there are.
 
     Raises StoreError.
     """
@@ -23,8 +24,9 @@ def tend_versions(target: str, console: Console, command: str, to: str | None) -
     current = versions.current()
     if not known:
         say(f"there is no version in {versions.shown}")
-        return
+        return 0
     show_versions(known, current.name if current else None, versions.shown, console)
+    return len(known)
 
 
 def show_versions(known: list[Version], current: str | None, place: str, console: Console) -> None:

@@ -64,3 +64,10 @@ def _read(path: Path) -> Removed:
         return as_kind(Removed, unsealed(data))
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"is torn or its bytes have changed ({error})") from None
+
+
+def told_removed(gone: Removed, store: Store) -> str:
+    """Return a sentence about an expert that was taken out."""
+    there = [address for address in gone.addresses if store.has(address)]
+    files = f"; still in {store.root}: {', '.join(there)}" if there else ""
+    return f"removed: {gone.domain} at {gone.at} from {gone.run} ({gone.file}){files}"
