@@ -41,4 +41,4 @@ def run_experiments(args: argparse.Namespace) -> None:
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     # a command, as a path of a terminal is seldom a link
     opened = shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
-    console.print(f"open it: {opened}", highlight=False, soft_wrap=True)
+    console.print(f"next: {opened}", highlight=False, soft_wrap=True)
