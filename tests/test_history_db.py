@@ -136,6 +136,28 @@ def test_what_is_folded_piece_by_piece_is_what_is_folded_at_once(made, tmp_path_
     assert folded(store) == anew(store)
 
 
+ODD = (
+    b'{"step":1,"valid_nats":[1,2],"tokens":"many","time":{},"epoch":true}',
+    b'{"step":2,"valid_nats":NaN,"lr":Infinity,"load":[1,null,"x"],"tokens":1e999}',
+    b'{"step":1' + b"0" * 40 + b',"valid_nats":1.0}',
+    b'{"step":3,"valid_nats":1' + b"0" * 400 + b',"huge":2' + b"0" * 30 + b"}",
+    b'{"start":3,"steps":1' + b"0" * 40 + b',"every":"x"}',
+    b'{"step":-5,"train_nats":1.5,"deep":{"a":{"b":[{"c":2}]}}}',
+    b'{"step":4,"valid_nats":2.5}',
+)
+
+
+def test_rows_that_nobody_of_ours_writes_stop_nothing(store):
+    at = small.address("train_shared", None, 1)
+    store.history(at).write_bytes(b"\n".join(ODD) + b"\n")
+    found = folded(store)
+    assert found == anew(store)
+    of = {row[1]: row[2:] for row in found["series"] if row[0] == at}
+    assert of["deep.a.b.0.c"] == (1, 2, 2, 2, -5, 2, -5)
+    assert of["valid_nats"][3] == 2.5 and "lr" not in of
+    assert not [row for row in found["files"] if row[5]]
+
+
 DAMAGE = {
     "a byte in a page": lambda data, at: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :],
     "cut off": lambda data, at: data[:at],

@@ -158,6 +158,12 @@ def test_the_command_finds_the_run_in_progress_else_the_latest(begun, capsys):
     assert "later-" in capsys.readouterr().out
     assert main(["watch", "small", *options]) == 0
     assert "train_experts beta" in capsys.readouterr().out
+    older = positions.Position("a", "train_router", None, positions.RUNNING, step=1_070)
+    odd = positions.Look("run", (older,), in_progress=True)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(watching.drawn(odd))
+    printed = console.file.getvalue()
+    assert "step 1,070" in printed and "time left not known: train_router" in printed
     assert main(["watch", "none", *options]) == 2
     assert "there is no run none" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ What cannot be read is no row and a sentence in `files`, so that it is told and 
 """
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,8 @@ REPORT = "report.json"
 # Where a row stands, and no figure of it.
 PLACES = ("step", "tokens", "time", "epoch")
 JOINT = "."
+# What SQLite has room for in an integer.
+MOST = 2**63
 _INSERTS = {
     "histories": 8,
     "series": 9,
@@ -79,15 +82,28 @@ def _history(index: sqlite3.Connection, address: str, path: Path) -> str:
         "SELECT value FROM results WHERE address = ? AND key = 'steps'", (address,)
     ).fetchone()
     found = read(path, int(done[0]) if done and done[0] is not None else None)
-    times = [row["time"] for row in found.rows if isinstance(row.get("time"), int | float)]
-    last_step = found.rows[-1]["step"] if found.rows else 0
+    # a line that was written by something else may hold whatever JSON can say
+    rows = [row for row in found.rows if abs(row["step"]) < MOST]
+    times = [time for time in (_real(row.get("time")) for row in rows) if time is not None]
+    last_step = rows[-1]["step"] if rows else 0
     first_time = times[0] if times else None
     last_time = max(times, default=None)
-    told = (address, len(found.rows), last_step, found.steps, first_time, last_time)
+    steps = found.steps if abs(found.steps) < MOST else 0
+    told = (address, len(rows), last_step, steps, first_time, last_time)
     _insert(index, "histories", [(*told, int(found.torn), found.missing)])
-    _insert(index, "series", _series(address, found.rows))
-    _insert(index, "validations", _validations(address, found.rows))
+    _insert(index, "series", _series(address, rows))
+    _insert(index, "validations", _validations(address, rows))
     return ""
+
+
+def _real(value: object) -> float | None:
+    """Return a number that SQLite can hold, None for anything else."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _series(address: str, rows: list[Row]) -> list[tuple]:
@@ -104,8 +120,13 @@ def _series(address: str, rows: list[Row]) -> list[tuple]:
                 for name, each in numbers(value, JOINT, key):
                     columns.setdefault(name, []).append((each, step))
     found = []
-    for key, points in columns.items():
-        if key == "step":
+    for key, numbered in columns.items():
+        points = []
+        for number, step in numbered:
+            value = _real(number)
+            if value is not None:
+                points.append((value, step))
+        if key == "step" or not points:
             continue
         # of equal ones the earlier step
         low, low_step = min(points)
@@ -119,8 +140,9 @@ def _validations(address: str, rows: list[Row]) -> list[tuple]:
     found = []
     for row in rows:
         if VALIDATION in row:
-            places = (row.get("tokens"), row.get("epoch"), row.get("time"))
-            found.append((address, row["step"], *places, row[VALIDATION]))
+            tokens = _real(row.get("tokens"))
+            told = (_real(row.get("epoch")), _real(row.get("time")), _real(row[VALIDATION]))
+            found.append((address, row["step"], tokens, *told))
     return found
 
 
@@ -134,7 +156,7 @@ def _artifact(index: sqlite3.Connection, address: str, path: Path) -> str:
     seconds = made.made.get("seconds")
     row = (address, made.stage, made.item, at, seconds, made.bytes, name)
     _insert(index, "artifacts", [row])
-    results = [(address, key, value) for key, value in numbers(made.metrics, JOINT)]
+    results = [(address, key, _real(value)) for key, value in numbers(made.metrics, JOINT)]
     _insert(index, "results", results)
     if SUMS in made.files:
         _insert(index, "deploys", [(address, at, made.bytes)])

@@ -53,9 +53,12 @@ def chosen(store: Store, name: str | None) -> Root:
         named = [root for root in roots if in_progress(store, root)] or roots
     if named:
         return named[0]
-    known = first_few([root.id for root in roots]) or "none"
-    wanted = f"there is no run {name}" if name else "no run has left anything"
-    raise ConfigError(f"{wanted} in {store.root}; the runs in it are {known}")
+    if not roots:
+        raise ConfigError(
+            f"no run has left anything in {store.root} yet, so there is none to watch"
+        )
+    known = first_few([root.id for root in roots])
+    raise ConfigError(f"there is no run {name} in {store.root}; the runs in it are {known}")
 
 
 def usual_seconds(store: Store, root: Root) -> dict[str, float]:
@@ -143,10 +146,12 @@ def overall(seen: Look) -> str:
         return words
     if not seen.in_progress:
         return f"{words}; the run is not in progress"
-    unknown = seen.unknown
-    least = "at least " if unknown else ""
-    words += f", {least}{seconds(seen.left_s)} left"
-    return f"{words} (not known: {first_few(unknown)})" if unknown else words
+    if not seen.unknown:
+        return f"{words}, {seconds(seen.left_s)} left"
+    unknown = f"not known: {first_few(seen.unknown)}"
+    if not seen.left_s:
+        return f"{words}, time left {unknown}"
+    return f"{words}, at least {seconds(seen.left_s)} left ({unknown})"
 
 
 def _cells(each: Position) -> tuple[str, ...]:
@@ -158,6 +163,9 @@ def _cells(each: Position) -> tuple[str, ...]:
             bar += f" {each.step:,} of {each.steps:,}"
         elif each.steps:
             bar += f" {each.steps:,} steps"
+    elif each.step:
+        # an older history does not say of how many
+        bar = f"step {each.step:,}"
     left = seconds(each.left_s)
     if each.state == DONE:
         left = f"took {seconds(each.taken_s)}"
