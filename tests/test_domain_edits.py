@@ -163,6 +163,13 @@ REFUSED = {
         DomainWish("remove", "shop"),
         "dense.domains names shop alone",
     ),
+    "all that joint models have": (
+        TEXT
+        + "joint: {models: [dense], steps: 9, domains: [shop]}\n"
+        + WRITTEN.replace("sea, shop", "sea"),
+        DomainWish("remove", "shop"),
+        "joint.domains names shop alone",
+    ),
     "settings of no entry": (
         TEXT,
         DomainWish("add", "law", expert="packed", options={"format": "csv"}),

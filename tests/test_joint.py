@@ -14,12 +14,14 @@ from fakes import FolderParts, train_io
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import Interrupted
-from pipeline.families.ffn_moe import family
+from pipeline.errors import BudgetError, Interrupted
+from pipeline.families.ffn_moe import evaluate, family
+from pipeline.families.ffn_moe.joint.cost import joint_cost
 from pipeline.families.ffn_moe.joint.epochs import Epochs
 from pipeline.families.ffn_moe.joint.network import opened
-from pipeline.families.ffn_moe.parts import stored_settings
+from pipeline.families.ffn_moe.parts import shards_of, stored_settings
 from pipeline.model.router import Gating, Router
+from pipeline.protocols import quiet
 from pipeline.train import loop
 from tests import small
 
@@ -348,3 +350,76 @@ def test_what_cannot_be_trained_is_refused(joint, sentence):
 def test_a_pretrained_trunk_gives_no_sizes(tmp_path):
     with pytest.raises(ValidationError, match=r"joint\.models: they train from zero"):
         small.config(joint__models=MODELS, trunk__init=str(tmp_path), dense__baselines=())
+
+
+def test_an_expert_that_no_token_reaches_is_told_and_no_error(shards, tmp_path, monkeypatch):
+    cfg = config(steps=1, epochs=None, weight_decay=0.0, aux_weight=0.0)
+    real, made = family.joint, []
+
+    def starved(*given):
+        task = real(*given)
+        [gate] = _model_of(task).router.gates
+        with torch.no_grad():
+            # The larger of a number and its negative is above zero
+            gate[1] = -gate[0]
+            gate[2] = 0
+        made.append({name: tensor.detach().clone() for name, tensor in task.parameters.items()})
+        return task
+
+    monkeypatch.setattr(family, "joint", starved)
+    _, rows, files = fitted(cfg, shards, "moe", tmp_path)
+    shares = rows[1, "valid"]["experts"]["layer"]["1"]["shares"]
+    assert shares[2] == 0 < min(shares[:2])
+    for name, tensor in files["model.safetensors"].items():
+        rests = ".experts.2." in name
+        assert torch.equal(tensor, made[0][name]) == rests
+
+
+@pytest.mark.parametrize("item", MODELS)
+def test_the_plan_counts_what_is_trained(shards, item):
+    cfg = config(layers=(0, 1), top_k=2)
+    tokens = {name: shards_tokens(shards, name) for name in small.DOMAINS}
+    task = family.joint(cfg, shards, item)
+    found = joint_cost(cfg, item, tokens, bf16=False)
+    assert found.tokens == task.steps * BATCH * small.CONTEXT
+    # The vocabulary of these shards is smaller than the settings say, and small norms are left out
+    more = (cfg.tokenizer.vocab_size - small.VOCAB) * cfg.trunk.d_model
+    trained = sum(parameter.numel() for parameter in task.parameters.values())
+    assert found.parameters - more == pytest.approx(trained, rel=0.02)
+    assert found.flops > found.tokens * task.flops_per_token
+    assert joint_cost(cfg, item, None, bf16=False).tokens is None
+
+
+def shards_tokens(parts, name: str) -> int:
+    return shards_of(parts, [name]).tokens("train", name)
+
+
+def test_a_budget_holds_or_is_refused(shards):
+    cfg = config()
+    needed = joint_cost(cfg, "moe", None, bf16=False).peak_bytes
+    kept = small.config(joint=cfg.joint.model_dump(), runtime={"memory_budget": needed})
+    plan = family.joint(kept, shards, "moe").memory_plan
+    # A mixture's batch is never cut in pieces to fit: balance and capacity are of all of it
+    assert (plan.micro_batch_sequences, plan.whole_batch) == (BATCH, True)
+    tight = small.config(joint=cfg.joint.model_dump(), runtime={"memory_budget": "1MB"})
+    with pytest.raises(BudgetError, match=r"train_joint-moe does not fit .* smallest that works"):
+        joint_cost(tight, "moe", None, bf16=False)
+
+
+def test_reports_show_joint_models_beside_the_stack(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        parts = small.trained(patch, tmp_path / "run")
+    cfg = config(steps=2, epochs=None, top_k=2)
+    parts = FolderParts(cfg, parts.root, parts.metrics)
+    for item in MODELS:
+        small.train(cfg, parts, "train_joint", item)
+    report = evaluate.tables(cfg, parts, quiet)
+    rows = {row.name: row for row in report.quality}
+    dense, moe = rows["joint dense"], rows["joint moe top-2"]
+    network = 3 * cfg.trunk.d_model * cfg.trunk.d_ff
+    assert moe.active_parameters - dense.active_parameters == network
+    assert moe.total_parameters - dense.total_parameters == 2 * network
+    assert dense.train_tokens == moe.train_tokens == 2 * BATCH * small.CONTEXT
+    assert {"joint dense", "joint moe top-2"} <= {win.against for win in report.wins}
+    assert "primary, joint dense" in {each.name for each in report.criteria}
+    assert {"train_joint dense", "train_joint moe"} <= {speed.job for speed in report.speed}

@@ -81,6 +81,8 @@ class Task:
     bf16_params: tuple[str, ...] = ()
     # parameters without a gradient in the first step, as those that multiply them are still zero
     zero_first_gradient: tuple[str, ...] = ()
+    # parameters that need not move, as no token may ever reach them
+    may_rest: tuple[str, ...] = ()
     memory_plan: MemoryPlan | None = None  # None: what the options say, nothing chosen
     notes: tuple[str, ...] = ()  # what a person should know before it starts
 
@@ -446,7 +448,9 @@ def _check_moved(task: Task, optimizer: AdamW, run: TrainState, io: TrainIO) -> 
     for one that did."""
     if not run.step:
         return
-    excused = task.zero_first_gradient if run.step == 1 else ()
+    excused = task.may_rest
+    if run.step == 1:
+        excused = (*excused, *task.zero_first_gradient)
     still = []
     for name, checksum in _checksums(task, optimizer).items():
         if checksum == run.start_checksums[name] and name not in excused:

@@ -111,25 +111,32 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     # Base, experts, dense baselines, soup; then the stack
     passes = 2 + own + dense
     flops = passes * stack.shape.forward_flops_per_token() + stack.forward(k)
+    rivals = [1.0] * dense  # in networks a layer that are kept
+    for item in cfg.joint.models:
+        active = cfg.joint.ffns(item, cfg.joint.top_k, stack.shape.layers)
+        flops += stack.shape.forward_flops_per_token(active)
+        rivals.append(cfg.joint.ffns(item, cfg.joint.experts, stack.shape.layers))
     if stack.experts > 1:
         # One expert less at a time
         flops += stack.experts * stack.forward(min(k, stack.experts - 1))
     if everything:
         flops += stack.forward(own) + 4 * stack.forward(k) + stack.forward(3 - min(k, 2))
-        for active in range(1, stack.experts + 1):
-            flops += stack.forward(active)
+        for experts in range(1, stack.experts + 1):
+            flops += stack.forward(experts)
     domains = len(cfg.partition.names)
     tokens = domains * cfg.evaluate.tokens_per_domain
     flops *= tokens
-    gaps = TRAIN_SAMPLE_TOKENS * (dense + 1)
+    compared = dense + cfg.joint.models.count("dense")
+    gaps = TRAIN_SAMPLE_TOKENS * (compared + 1)
     written = cfg.evaluate.continuation_tokens if cfg.evaluate.samples else 0
     # Every token that is written runs all before it again, for base, one dense baseline and stack
     writing = 3 * domains * written * (PROMPT_TOKENS + written // 2)
     read = domains * cfg.evaluate.samples * shown_tokens(cfg, domains)
     flops += (gaps + writing + read) * stack.forward(k)
     mapped = stack.model_bytes + own * stack.expert_bytes
-    if dense:
-        mapped += 4 * (stack.shape.trunk_parameters + stack.shape.ffn_parameters)
+    if rivals:
+        # One at a time
+        mapped += 4 * stack.shape.stack_parameters(max(rivals))
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
     peak = mapped + forward_bytes(stack, min(batch, tokens), False)
     if stack.expert is not None and stack.expert.rank:

@@ -6,7 +6,7 @@ L layers, D model width, F feed-forward width, E experts, K experts per token.
 from collections.abc import Mapping
 
 from ....hardware import device
-from ....train.flops import ExpertShape, JobCost, Shape
+from ....train.flops import JobCost, Shape
 from ....train.memory_plan import MemoryPlan, plan_memory
 from ..config import FfnMoeConfig
 from ..cost import INT8_BYTES, tokens_on
@@ -42,21 +42,14 @@ def joint_cost(
     )
 
 
-def ffns(cfg: FfnMoeConfig, item: str, shape: Shape, experts: int) -> float:
-    """Return how many feed-forward networks in every layer a model with so many experts has."""
-    if item != MOE:
-        return 1.0
-    return shape.ffns(experts, ExpertShape(mixture_layers(cfg)))
-
-
 def active_ffns(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:
-    """Return how many feed-forward networks in every layer run per token."""
-    return ffns(cfg, item, shape, cfg.joint.top_k)
+    """Return how many feed-forward networks a layer run per token on average."""
+    return cfg.joint.ffns(item, cfg.joint.top_k, shape.layers)
 
 
 def kept_ffns(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:
-    """Return how many feed-forward networks in every layer a model has."""
-    return ffns(cfg, item, shape, cfg.joint.experts)
+    """Return how many feed-forward networks a layer a model has on average."""
+    return cfg.joint.ffns(item, cfg.joint.experts, shape.layers)
 
 
 def parameters(cfg: FfnMoeConfig, item: str, shape: Shape) -> int:

@@ -35,6 +35,11 @@ class JointModel:
     parameters: dict[str, nn.Parameter]
     router: Router | None = None  # of a mixture
 
+    @property
+    def of_experts(self) -> tuple[str, ...]:
+        """Names of the parameters that only tokens of their expert reach."""
+        return tuple(name for name in self.parameters if ".mlp.experts." in name)
+
 
 def new_model(cfg: FfnMoeConfig, shards: Shards, item: str) -> JointModel:
     """Return a model to train, drawn from torch's generator: after the same draws trunk and first

@@ -77,6 +77,14 @@ class JointConfig(FitConfig):
         """
         return chosen_layers(self.layers, count)
 
+    def ffns(self, item: str, experts: int, layers: int) -> float:
+        """Return how many feed-forward networks a layer one of the models has on average with so
+        many experts, in a trunk of so many layers."""
+        if item != MOE:
+            return 1.0
+        mixtures = len(self.in_layers(layers))
+        return (layers - mixtures + experts * mixtures) / layers
+
     @field_validator("layers")
     @classmethod
     def _layers_ascend(cls, layers: LayerChoice) -> LayerChoice:

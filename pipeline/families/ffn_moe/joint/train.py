@@ -94,6 +94,8 @@ def _task(
         flops_per_token=flops_per_token,
         bf16=training.bf16,
         bf16_params=bf16_params,
+        # Routing that forgets an expert is a result, which the history tells
+        may_rest=model.of_experts,
         memory_plan=plan,
     )
 
