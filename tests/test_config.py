@@ -328,6 +328,7 @@ ELSEWHERE = {  # a `not_hashed` field leaves its own stage alone and moves the s
     "partition.overlap": (0.3, "preprocess", "train_experts"),
     "dense.baselines": (("path",), "train_shared", "evaluate"),
     "dense.domains": (("python",), "train_router", "train_dense"),
+    "joint.models": (("dense",), "train_shared", "evaluate"),
     "expert.imported": ({"python": "packed"}, "train_shared", "train_experts"),
 }
 # Beside an import alone; test_expert_package.py has its address
@@ -337,6 +338,7 @@ NOWHERE = {
     "trunk.checkpointing": True,
     "expert.checkpointing": True,
     "router.checkpointing": False,
+    "joint.checkpointing": True,
     "tokenizer.max_lost_share": 0.5,
     "expert.imported_bytes": 10**9,
     "expert.imported_slack": 1.0,

@@ -214,6 +214,15 @@ def test_an_interrupted_training_ends_with_the_same_bytes_and_rows(shards, whole
         assert torch.equal(tensors[name], tensor)
 
 
+def test_what_is_dropped_is_dropped_again_where_activations_are_made_again(shards, tmp_path):
+    files = []
+    for again in (False, True):
+        cfg = config(models=("dense",), checkpointing=again, dropout=0.4, steps=2, epochs=None)
+        files.append(fitted(cfg, shards, "dense", tmp_path / str(again))[2])
+    one, other = (each["model.safetensors"] for each in files)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_a_validation_ends_each_epoch(whole):
     for item in MODELS:
         valid = [row for (_, kind), row in whole[item][1].items() if kind == "valid"]

@@ -466,6 +466,7 @@ def content_of(trained, stage: str, changes: dict) -> dict:
         (ALPHA, "expert.checkpointing", True),
         (PATH, "expert.checkpointing", True),
         ("train_dense wide", "trunk.checkpointing", True),
+        ("train_joint dense", "joint.checkpointing", True),
         *((PATH, f"expert.{name}", EFFECTS[f"expert.{name}"][1]) for name in OF_EXPERTS_ALONE),
     ],
 )

@@ -17,6 +17,8 @@ from .section import MOE
 
 # Masks of dropout behind attention and network, a number for each of what they add
 DROPOUT_ROWS = 2
+# Copies of each choice's row that a mixture holds while it runs
+MIXED_ROWS = 3
 
 
 def joint_cost(
@@ -123,6 +125,9 @@ def peak_bytes(cfg: FfnMoeConfig, item: str, shape: Shape, plan: MemoryPlan, bf1
         # Of each choice what enters its expert and what comes out; one is counted with the layer
         in_mixtures = (2 * opts.top_k - 1) * shape.d_model
         more += in_mixtures * len(mixture_layers(cfg)) / shape.layers
+        # Beside that one mixture's rows at a time: sorted by expert, answered, back in order
+        tokens = plan.micro_batch_sequences * shape.context_tokens
+        kept += MIXED_ROWS * opts.top_k * tokens * shape.d_model * unit
     active = active_ffns(cfg, item, shape)
     in_pass = pass_bytes(shape, plan, unit, "all", active, more_numbers=more)
     code = 0
