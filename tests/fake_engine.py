@@ -85,7 +85,9 @@ class FakeEngine:
         return future
 
     def close(self, seconds=None) -> None:
-        """Do nothing."""
+        """End what is asked."""
+        for generation, _ in self.asked:
+            generation.fail(Overloaded(0, closing=True))
 
     def _say(self, generation: Generation) -> None:
         sampling = generation.sampling

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_engine
 import httpx
 import pytest
+from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
 from small_server import PATIENCE_S, application, served, until
 
 from pipeline.errors import ConfigError
 from pipeline.serve import logs
+from pipeline.serve.app import _end_texts
 from pipeline.serve.generation import (
     Generation,
     Piece,
@@ -110,6 +114,25 @@ def test_what_does_not_come_to_its_end_in_time_is_told_so():
         codes = {getattr(answer, "status_code", answer) for answer in answers}
         assert codes == {503, "cut off"}
         assert app.state.left == ["stream"]
+
+
+def test_a_text_that_is_cut_is_told_so_in_its_stream(tmp_path):
+    engine = FakeEngine(step_s=0.3)
+    app = fake_engine.served(tmp_path, engine, new_tokens=64)
+    app.state.gate.end_texts = lambda: _end_texts(engine)
+    app.state.release = threading.Event()  # which `served` sets in the end
+    asked = {"prompt": "The", "max_tokens": 60}
+    with served(app, drain_seconds=0.2) as client, ThreadPoolExecutor(2) as pool:
+        path = "/v1/completions"
+        whole = pool.submit(client.post, path, json=asked)
+        stream = pool.submit(client.post, path, json=asked | {"stream": True})
+        until(lambda: len(engine.asked) == 2)
+        client.server._stop(signal.SIGTERM, None)
+        client.thread.join(PATIENCE_S)
+    assert whole.result().status_code == 503
+    assert whole.result().json()["error"]["code"] == "stopping"
+    *_, told, done, rest = stream.result().text.split("\n\n")
+    assert '"code":"stopping"' in told and (done, rest) == ("data: [DONE]", "")
 
 
 def cut_off(client) -> str:

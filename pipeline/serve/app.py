@@ -7,6 +7,7 @@ its key; whether there is a model; the size and kind of its body.
 """
 
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .endpoints import add_endpoints
 from .fetching import Fetcher
 from .from_bundle import open_service
 from .gate import Gate, GateKeeper
+from .generation import Generating
 from .interface import probe
 from .keys import KeyCheck, Keys
 from .limits import ConnectionLimits
@@ -134,12 +136,18 @@ def open_bundle(
     if isinstance(engine, ChatEngine):
         engine.room.fetcher = Fetcher(service.limits.image_hosts)
     app.state.close = engine.close
+    app.state.gate.end_texts = lambda: _end_texts(engine)
     app.state.metrics.follow(engine)
     add_endpoints(app, service, wants_key=app.state.wants_key)
     app.state.gate.is_full = lambda: service.is_full
     app.state.gate.opened = True
     seconds = round(time.monotonic() - began, 2)
     event(log, "ready", model=service.engine.name, seconds=seconds)
+
+
+def _end_texts(engine: Generating) -> None:
+    """Have what an engine says end; not here, as it waits for the pass that is under way."""
+    threading.Thread(target=engine.close, args=(0.0,), name="closing", daemon=True).start()
 
 
 def _paths(app: FastAPI) -> frozenset[str]:

@@ -20,6 +20,10 @@ _TOLD: dict[str, tuple[str, str]] = {
 }
 
 
+# From when texts are ended to when whoever is still inside is: to send what tells of it.
+TOLD_S = 0.5
+
+
 class Gate:
     """What an application is ready for; shared by its layers, its probes and who stops it."""
 
@@ -28,6 +32,7 @@ class Gate:
         self.stopping = False
         # asked by /readyz alone: a full queue is told by the engine, which knows whose turn it is
         self.is_full: Callable[[], bool] = lambda: False
+        self.end_texts: Callable[[], None] = lambda: None  # has them end, and waits for nothing
         self._inside: set[asyncio.Task | None] = set()
 
     @property
@@ -55,7 +60,12 @@ class Gate:
             self._inside.discard(task)
 
     def cut(self) -> None:
-        """Have every request that is inside end now."""
+        """Have every request that is inside end: texts with an event that tells it, and what is
+        left a moment later as it is."""
+        self.end_texts()
+        asyncio.get_running_loop().call_later(TOLD_S, self._cancel)
+
+    def _cancel(self) -> None:
         for task in self._inside:
             if task:
                 task.cancel()
