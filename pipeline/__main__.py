@@ -276,7 +276,19 @@ def _run(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
     # Between two of its jobs nothing else says that what is there is needed
     with working(store, cfg, args.config, _overrides(args)):
         _run_stages(wanted, cfg, backend)
+        if args.command == "run":
+            _note_gone(args, cfg, store)
     args.next = next_step.after_stage(args, cfg, store)
+
+
+def _note_gone(args: argparse.Namespace, cfg: RunConfig, store: Store) -> None:
+    """Leave a note of the experts that a run has no more: a command that was killed between its
+    change of the file and its note, or a person with an editor, has left none."""
+    from .run.predecessor import note_since
+    from .store.removed import told_removed
+
+    for gone in note_since(cfg, args.config, _overrides(args), store):
+        output().print(told_removed(gone, store), highlight=False, markup=False, soft_wrap=True)
 
 
 def _run_stages(wanted: list[str], cfg: RunConfig, backend: "Local") -> None:

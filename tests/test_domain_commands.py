@@ -15,14 +15,18 @@ from yaml_text import yaml_text
 
 from pipeline.__main__ import main
 from pipeline.config.base import merge
+from pipeline.config.files import read
 from pipeline.errors import DataError, Interrupted
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run import domains
 from pipeline.run.backend import Local
 from pipeline.run.job import run_job
+from pipeline.run.reach import root_of
 from pipeline.run.stages import RUN, jobs
 from pipeline.store.artifacts import Store
+from pipeline.store.removed import removed
+from pipeline.store.roots import leave
 from pipeline.train import loop
 from tests import lora_small
 
@@ -114,11 +118,40 @@ def test_what_is_missing_after_a_failure_is_made_by_run(run, monkeypatch):
         assert load(run.path).experts == ("sea", "shop", GUEST)
 
 
+def test_what_went_without_a_note_gets_it_from_the_next_run_and_once(run, monkeypatch):
+    """Killed between the change of the file and the note, or taken out with an editor."""
+
+    def killed(*_):
+        raise Interrupted("killed")
+
+    # As one expert is left
+    alone = merge(read(run.path), {"router": {"top_k": 1}})
+    run.path.write_text(yaml_text(alone), "utf-8")
+    leave(run.store.open(), root_of(load(run.path), "tiny/tiny.yaml"))
+    with monkeypatch.context() as patch:
+        patch.setattr(domains, "note_gone", killed)
+        run.command("remove", "shop", code=130)
+    assert not (run.store.root / "removed").exists()
+    assert "removed: shop at " in run.command("run")
+    assert "removed: " not in run.command("run")
+    (note,) = removed(run.store)[0]
+    assert (note.domain, note.run, note.file) == ("shop", "tiny", "tiny/tiny.yaml")
+
+
 def test_on_modal_the_file_is_changed_here_and_the_rest_made_there(run):
     told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl", "--modal")
     assert "made on Modal by: modal run modal_app.py::run_all --config tiny/tiny.yaml" in told
     assert load(run.path).experts == ("sea", "shop", GUEST)
     assert not run.store.root.exists()
+
+
+def test_what_lies_behind_a_url_is_asked_for_before_the_file_changes(run):
+    text = run.path.read_text("utf-8")
+    told = run.command("add", GUEST, "--paths", "memory://absent/*.jsonl", code=2)
+    assert "data.files: *.jsonl is gone, so nothing was changed" in told
+    told = run.command("add", GUEST, "--paths", "https://me:hunter2@host/x.jsonl", code=2)
+    assert "holds a password in a URL" in told and "hunter2" not in told
+    assert run.path.read_text("utf-8") == text
 
 
 def test_a_task_comes_and_goes_and_no_other_adapter_is_made_again(tmp_path, monkeypatch, capsys):

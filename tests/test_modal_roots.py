@@ -74,7 +74,7 @@ def test_who_hands_out_jobs_leaves_a_root_and_is_left_alone(volume, finished):
     assert not wrong and "add --yes" in said and artifacts(volume) == before
     said, wrong = tend(volume, "rm", ["tiny"], REMOVED)
     assert not wrong and not artifacts(volume) and not list((volume.path / "roots").iterdir())
-    assert not (volume.path / "runs" / far_roots.MARK).exists()
+    assert not list((volume.path / "runs").glob(f"{far_roots.MARK}*"))
 
 
 def test_who_hands_out_less_notes_what_is_gone_and_sets_the_reports_beside_each_other(
@@ -136,8 +136,32 @@ def test_a_run_waits_for_a_removal_and_a_removal_for_nobody(volume, finished):
     with cloud.begun(cfg, store_of(volume.view()), COMMAND, wait=wait):
         assert waited
     # one whose container was lost holds nobody up for good
-    write(volume.path / "runs" / far_roots.MARK, sealed({"until": "2020-01-01T00:00:00Z"}))
+    lost = f"{far_roots.MARK}0.json"
+    mark = write(volume.path / "runs" / lost, sealed({"until": "2020-01-01T00:00:00Z"}))
     assert not tend(volume, "prune", flags=REMOVED)[1]
+    assert not mark.exists()
+
+
+def test_of_two_who_begin_to_remove_at_once_one_gives_way(volume, finished):
+    leave(Store(volume.path), root_of(load(finished[0])))
+    # Both containers have seen the volume before either has written its mark
+    first, second = volume.view(), volume.view()
+    looks = iter([lambda: None])
+    ended = []
+
+    def look():
+        next(looks, second.reload)()
+
+    def publish():
+        first.commit()
+        if not ended:
+            ended.append("begun")
+            ended.append(cloud.tend("rm", ["tiny"], REMOVED, second.path, second.commit, look))
+
+    wrong = cloud.tend("rm", ["tiny"], REMOVED, first.path, publish, first.reload)[1]
+    assert "somebody else is removing" in ended[1][1] and not wrong
+    assert not artifacts(volume)
+    assert not list((volume.path / "runs").glob(f"{far_roots.MARK}*"))
 
 
 def test_a_removal_sees_a_run_that_began_just_before_its_mark(volume, finished, monkeypatch):

@@ -20,6 +20,7 @@ from pipeline.run.reach import Reach, _addresses, root_of, working
 from pipeline.store import in_use
 from pipeline.store.artifacts import Store
 from pipeline.store.reading import sealed, unsealed
+from pipeline.store.removed import note_removed, removed
 from pipeline.store.roots import Root, leave, read_root, root_path
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,13 @@ def test_a_torn_note_of_what_was_taken_out_hides_no_run(kept, elsewhere, capfd):
     told = typed(capfd, 0, "runs", "--store", store.root)
     assert f"{torn} is torn" in told and root.name in told
     assert f"{torn} is torn" in typed(capfd, 0, "plan", "--config", path, "--store", store.root)
+
+
+def test_two_runs_that_lose_a_domain_of_one_name_in_one_second_leave_two_notes(tmp_path):
+    store = Store(tmp_path)
+    for run in ("one", "other"):
+        note_removed(store, "law", run, f"{run}.yaml", ())
+    assert {note.run for note in removed(store)[0]} == {"one", "other"}
 
 
 def test_a_root_that_may_not_be_read_keeps_everything(kept, monkeypatch):

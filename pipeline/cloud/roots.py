@@ -9,6 +9,7 @@ import contextlib
 import io
 import shlex
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,9 @@ from .endpoint import roll_back, served_addresses, shown_versions
 RUN_S = 86_400
 REMOVAL_S = 3_600
 LOOK_EVERY_S = 5.0
-MARK = "removing.json"
+# Before what tells one remover's mark from others': at one path the last that is published stays,
+# and two who remove would each see their own
+MARK = "removing-"
 _WIDE = 10_000  # columns: lines are for another terminal to break
 
 
@@ -65,7 +68,7 @@ def begun(
         leave(store, root)
         store.publish()
         store.refresh()
-        while in_use.lasts(store.root / in_use.RUNS / MARK):
+        while _marks(store):
             progress("something is being removed from the volume; waiting for that to end")
             wait(LOOK_EVERY_S)
             store.refresh()
@@ -181,16 +184,32 @@ def _alone(store: Store, removes: bool) -> Iterator[None]:
     if not removes:
         yield
         return
-    mark = store.root / in_use.RUNS / MARK
-    if in_use.lasts(mark):
-        raise StoreError("somebody else is removing from the volume: wait until that has ended")
+    _refuse_marks(store)
+    mark = store.root / in_use.RUNS / f"{MARK}{uuid.uuid4().hex[:12]}.json"
     mark.parent.mkdir(exist_ok=True)
     write_text(mark, sealed({"since": now(), "until": _in(REMOVAL_S)}))
     store.publish()
     # what began before is seen from here on
     store.refresh()
+    for lost in set(store.root.glob(f"{in_use.RUNS}/{MARK}*.json")) - set(_marks(store)):
+        lost.unlink(missing_ok=True)
     try:
+        # Of two who begin at once neither knows who is ahead, so both give way
+        _refuse_marks(store, mark)
         yield
     finally:
         mark.unlink(missing_ok=True)
         store.publish()
+
+
+def _refuse_marks(store: Store, own: Path | None = None) -> None:
+    """Raise StoreError where somebody else removes."""
+    if any(mark != own for mark in _marks(store)):
+        raise StoreError("somebody else is removing from the volume: wait until that has ended")
+
+
+def _marks(store: Store) -> list[Path]:
+    """Return the marks of those who remove; one of whom nothing was heard for long holds nobody
+    up."""
+    found = (store.root / in_use.RUNS).glob(f"{MARK}*.json")
+    return list(filter(in_use.lasts, found))

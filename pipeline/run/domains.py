@@ -23,7 +23,7 @@ from .. import report
 from ..config.domain_wish import DomainWish
 from ..config.run import RunConfig
 from ..config.stated import FileChange, stated
-from ..errors import ConfigError, DamagedArtifact, StoreError
+from ..errors import ConfigError, DamagedArtifact, DataError, StoreError
 from ..families.load import PATHS, change_domains, checked, load
 from ..report.format import count
 from ..report.narrow import print_table
@@ -34,7 +34,7 @@ from . import next_step
 from .backend import Local, printed_progress, run_stage
 from .domain_words import wish_of
 from .dry_run import DONE, Entry, duration, plan, refuse, times
-from .identity import begin
+from .identity import begin, not_there
 from .predecessor import note_gone, predecessors, reported
 from .reach import as_given, working
 from .stages import RUN, Addresses, is_report, label
@@ -279,6 +279,10 @@ def come_and_go(args: Namespace, console: Console) -> None:
     change = _looked_at(change, store, args.frozen)
     former = former_report(change, store)
     wanted = show(change, store, console)
+    # What a plan asks no server for
+    lacking = not_there(change.before, change.after, store)
+    if lacking:
+        raise DataError(f"{'; '.join(lacking)}, so nothing was changed; correct what was named")
     if (change.files or wanted) and not _agreed(args):
         console.print("nothing was changed", highlight=False)
         args.next = next_step.same(args, "plan")

@@ -15,7 +15,7 @@ from ..errors import DataError, DiskFull, StoreError
 from ..protocols import Looked, Progress, quiet
 from ..store import sources
 from ..store.artifacts import Store
-from ..store.looking import FOLDER, UNREACHABLE, FileSums, Looking
+from ..store.looking import FOLDER, ODD, UNREACHABLE, FileSums, Looking
 from ..store.sources import When
 from .changes import changes
 
@@ -179,6 +179,20 @@ def changed(cfg: RunConfig, store: Store) -> list[str]:
         clause = since_made(cfg, store, *job)
         if clause:
             told.append(f"{clause}; {FROZEN}")
+    return list(dict.fromkeys(told))
+
+
+def not_there(before: RunConfig, after: RunConfig, store: Store) -> list[str]:
+    """Return in clauses what a run reads that another one does not, and that is not there or cannot
+    be read; both have been looked at."""
+    known = set((before.identity or {}).values())
+    told = []
+    for job in _jobs(after):
+        print_ = (after.identity or {}).get(source_key(*job))
+        found = _details(store, print_) if print_ and print_ not in known else None
+        for each in found.seen if found else ():
+            if each.sum in ODD:
+                told.append(f"{each.setting}: {each.name} {ODD[each.sum]}")
     return list(dict.fromkeys(told))
 
 

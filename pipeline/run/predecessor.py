@@ -14,6 +14,7 @@ from ..families.load import parse
 from ..store.artifacts import Store
 from ..store.removed import Removed, note_removed, removed
 from ..store.roots import Root, readable_roots
+from .reach import as_given, root_of
 from .stages import RUN, STAGES, Addresses, is_report
 
 
@@ -51,7 +52,19 @@ def note_gone(
             # The text of one that the trunk has learned from stays
             if item == domain and address not in kept and store.has(address):
                 gone.append(address)
-    return note_removed(store, domain, before.name, str(file), tuple(gone))
+    return note_removed(store, domain, before.name, as_given(file), tuple(gone))
+
+
+def note_since(
+    cfg: RunConfig, file: Path | str, overrides: tuple[str, ...], store: Store
+) -> list[Removed]:
+    """Write down which experts the last run of the same name and configuration had that this one
+    has no more, however they were taken out. Raises DiskFull, OSError, UnreadableFile."""
+    own = root_of(cfg, file, overrides)
+    for root in predecessors(store, own.name, own.file, but=own.id):
+        if root.overrides == own.overrides:
+            return note_all_gone(root, cfg, store)
+    return []
 
 
 def note_all_gone(root: Root, after: RunConfig, store: Store) -> list[Removed]:

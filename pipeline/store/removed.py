@@ -5,6 +5,7 @@ Invariant: a note is written once and names what there was; whether its files ar
 is for those who remove files to say.
 """
 
+import hashlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,9 +35,12 @@ def note_removed(
     found = Removed(domain, run, file, now(), addresses)
     folder = store.root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    text = sealed(asdict(found))
+    # A run beside this one may lose a domain of that name in the same second
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     # Signs of a time that no file system takes
-    name = f"{found.at}-{domain}".replace(":", "")
-    write_text(folder / f"{name}.json", sealed(asdict(found)))
+    name = f"{found.at}-{domain}-{digest}".replace(":", "")
+    write_text(folder / f"{name}.json", text)
     store.publish()
     return found
 
