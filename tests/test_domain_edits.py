@@ -4,6 +4,7 @@ trained here."""
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,36 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_made(file, 
     with pytest.raises(ConfigError, match="was changed meanwhile"):
         write(files, keep_former=False)
     assert other.read_text("utf-8") == "a: 1\n"
+
+
+def test_of_two_commands_that_have_read_the_same_one_writes(file, monkeypatch):
+    """The second comes between the first one's look at the file and its change of it."""
+    monkeypatch.chdir(file.parents[1])
+    first, second = (changed(file, DomainWish("add", name, MORE)) for name in ("law", "maths"))
+    read_bytes = Path.read_bytes
+    refused = []
+
+    def write_second():
+        try:
+            write(second.files, keep_former=False)
+        except ConfigError as error:
+            refused.append(str(error))
+
+    beside = threading.Thread(target=write_second)
+
+    def looked_at(path):
+        found = read_bytes(path)
+        if beside.ident is None:
+            beside.start()
+            # Long enough to write, were it let
+            beside.join(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", looked_at)
+    write(first.files, keep_former=False)
+    beside.join()
+    assert len(refused) == 1 and "was changed meanwhile" in refused[0]
+    assert "law" in file.read_text("utf-8") and "maths" not in file.read_text("utf-8")
 
 
 def test_a_link_stays_one_and_rights_stay_what_they_were(file):

@@ -28,7 +28,9 @@ from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
 from pipeline.store.artifacts import sha256
-from pipeline.store.expert_package import Noise, package_print
+from pipeline.store.expert_package import Noise, open_expert, open_package, package_print
+from pipeline.store.foreign import ForeignFile
+from pipeline.store.package_place import ExpertSource
 from pipeline.store.reading import sealed
 from pipeline.train import loop
 from tests import small
@@ -518,6 +520,21 @@ def test_a_look_says_what_is_wrong_before_a_run(run, package, tmp_path):
     pad(package)
     with pytest.raises(DataError, match="guest .* is refused"):
         family.look_at_package(cfg, "guest")
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "gztar"])
+def test_an_archive_is_refused_with_what_to_do_and_is_not_opened(package, tmp_path, form):
+    packed_up = shutil.make_archive(str(tmp_path / "guest"), form, package)
+    name = Path(packed_up).name
+    for source in (packed_up, f"memory://there/{name}?token=x"):
+        for opening in (open_package, open_expert):
+            with pytest.raises(ForeignFile, match=rf"^{name} is an archive.*unpack it, and name"):
+                opening(ExpertSource(source, 1 << 20))
+    # A folder may be called as it likes
+    shutil.copytree(package, tmp_path / "folder.zip")
+    assert open_package(ExpertSource(str(tmp_path / "folder.zip"), 1 << 30)).facts.files
+    with pytest.raises(ForeignFile, match="is a file, and an expert is a folder; name the one"):
+        open_expert(ExpertSource(str(package / "expert.safetensors"), 1 << 20))
 
 
 @pytest.fixture(scope="module")

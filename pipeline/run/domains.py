@@ -5,16 +5,20 @@ Invariant: nothing is written before the changed file describes a whole run that
 file that was changed by somebody else meanwhile is left alone.
 """
 
+import hashlib
 import os
 import shlex
 import stat
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from difflib import unified_diff
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -82,6 +86,25 @@ def _refuse_unwritable(path: Path) -> None:
 def write(files: tuple[FileChange, ...], keep_former: bool) -> None:
     """Put what is to be in the place of what was, each file whole or not at all. Raises ConfigError
     where a file is no longer what was read, with none of them changed."""
+    with _alone_with(files):
+        _write_all(files, keep_former)
+
+
+@contextmanager
+def _alone_with(files: tuple[FileChange, ...]) -> Iterator[None]:
+    """Have others of these commands wait: of two that have read the same, one may write."""
+    with ExitStack() as held:
+        for path in sorted({change.path.resolve() for change in files}):
+            # Not beside the file, where people would find it, nor on it, as it is replaced
+            name = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+            lock = FileLock(Path(tempfile.gettempdir()) / f"moleforge-{name}.lock")
+            # One of another user may not be ours to take
+            with suppress(OSError):
+                held.enter_context(lock)
+        yield
+
+
+def _write_all(files: tuple[FileChange, ...], keep_former: bool) -> None:
     for change in files:
         try:
             if change.path.read_bytes() != change.before.encode():

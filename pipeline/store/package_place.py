@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 << 20
 # Filesystems that cannot say what lies in a folder
 UNLISTED = {"http", "https"}
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,16 @@ class PackagePlace(Protocol):
 
 
 def place_of(source: str, setting: str) -> PackagePlace:
-    """Return the place that a path or a URL means; `setting` names it. Raises StoreError."""
-    if "://" not in source:
+    """Return the place that a path or a URL means; `setting` names it. Raises ForeignFile for an
+    archive, StoreError."""
+    is_here = "://" not in source
+    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    if name.lower().endswith(ARCHIVES) and not (is_here and Path(source).is_dir()):
+        raise ForeignFile(
+            f"{name} is an archive, of which nobody knows what comes out before it is unpacked; "
+            "unpack it, and name the folder that the expert's files are in"
+        )
+    if is_here:
         return _Folder(Path(source))
     fs, root = open_url(source, setting)
     return _Remote(fs, root, masked(source))
@@ -182,7 +191,10 @@ class _Folder:
 
     def _check(self) -> None:
         if self.folder.is_file():
-            raise ForeignFile(f"{self.folder.name} is a file, and a package is a folder")
+            raise ForeignFile(
+                f"{self.folder.name} is a file, and an expert is a folder; name the one that it "
+                "is in"
+            )
 
 
 @dataclass(frozen=True)
