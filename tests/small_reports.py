@@ -252,6 +252,7 @@ def quality_row(name: str, kind: str, mean: float, domains=DOMAINS, **more) -> d
         "bits_per_byte": {domain: mean + 0.01 * i for i, domain in enumerate(domains)},
         "mean": mean,
         "interval": [mean - 0.01, mean + 0.01],
+        "intervals": {domain: [mean - 0.05, mean + 0.05] for domain in domains},
         "perplexity": dict.fromkeys(domains, 20 * mean),
         "mean_perplexity": 20 * mean,
         "active_parameters": 7_400_000,

@@ -81,8 +81,12 @@ def test_intervals_are_those_of_a_loop_over_resamples():
                 each.append(
                     table.nats[row][d.domain][chosen].sum() / d.bytes_n[chosen].sum() / math.log(2)
                 )
-            resampled.append(np.mean(each))
-        means.append(np.array(resampled))
+            resampled.append(each)
+        own = table.intervals(row)
+        for d, spread in zip(MANY, np.transpose(resampled), strict=True):
+            assert own[d.domain] == pytest.approx(np.percentile(spread, [2.5, 97.5]).tolist())
+        resampled = np.mean(resampled, axis=1)
+        means.append(resampled)
         assert table.interval(row) == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist())
     difference, interval = table.difference("two", "one")
     assert difference == pytest.approx(table.mean("two") - table.mean("one"))
@@ -124,6 +128,8 @@ def test_too_few_documents_of_one_domain_leave_no_interval(few, others):
         table.add(row, {name: draw.random(count) + more for name, count in counts.items()})
     assert table.too_few == ("few",)
     assert table.interval("one") is None
+    # The others have theirs
+    assert list(table.intervals("one")) == list(counts)[1:]
     difference, interval = table.difference("two", "one")
     assert difference > 0 and interval is None and verdict(interval) == "undecided"
 

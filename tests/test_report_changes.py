@@ -25,6 +25,14 @@ def moved(report: LanguageReport, by: float) -> LanguageReport:
     return report.model_copy(update={"quality": tuple(rows)})
 
 
+def with_intervals(report: LanguageReport, intervals: dict) -> LanguageReport:
+    """Return a report that says how sure the stack's figures are."""
+    rows = []
+    for row in report.quality:
+        rows.append(row.model_copy(update={"intervals": intervals if row.is_stack else {}}))
+    return report.model_copy(update={"quality": tuple(rows)})
+
+
 def test_text_is_compared_domain_by_domain_and_the_mean_comes_last():
     before = language_report()
     after = moved(language_report((*DOMAINS, "new")), 0.25)
@@ -45,8 +53,13 @@ def test_text_is_compared_domain_by_domain_and_the_mean_comes_last():
     assert found["mean of both"][2] == f"{shared[1] - shared[0]:+.3f}".replace("-", "−")
     same = cells(changes(before, moved(before, 0.25))[0])
     assert same["mean"][2] == "+0.250" and "mean of both" not in same
-    # Reports have an interval of the mean, and of nothing else here
-    assert [cell.small != "" for cell in bits.rows[-2].cells] == [True, True, False]
+    # Beside each figure its interval, where its report has one
+    for each in (bits.rows[0], bits.rows[-2]):
+        assert [cell.small != "" for cell in each.cells] == [True, True, False]
+    sure = with_intervals(after, {DOMAINS[0]: (1.0, 1.25)})
+    first, second, *_ = changes(with_intervals(before, {}), sure)[0].rows
+    assert [cell.small for cell in first.cells] == ["", "[1.000, 1.250]", ""]
+    assert not any(cell.small for cell in second.cells)
     # Where a whole text goes to one adapter, tokens have no ways of their own
     share = after.text_routing.agreement_by_domain[DOMAINS[0]]
     assert cells(routes)[DOMAINS[0]][1] == f"{100 * share:.1f} %"

@@ -108,6 +108,16 @@ class Scores:
         where a domain has too few."""
         return interval(self._resampled(row)) if self._bootstrap.decides else None
 
+    def intervals(self, row: str) -> dict[str, Interval]:
+        """Return the 95 % interval of a row's bits per byte in each domain that has enough
+        documents for one."""
+        few = self.too_few
+        found = {}
+        for name, bits_S in zip(self.documents, self._resampled_by_domain(row), strict=True):
+            if name not in few:
+                found[name] = interval(bits_S)
+        return found
+
     def difference(self, row: str, against: str) -> tuple[float, Interval | None]:
         """Return row minus against in bits per byte, and its 95 % interval over the same resamples
         (paired); None for that as in `interval`."""
@@ -119,11 +129,14 @@ class Scores:
 
     def _resampled(self, row: str) -> ndarray:
         """Return mean_S, the mean over domains in each resample, bits per byte."""
+        return np.mean(self._resampled_by_domain(row), axis=0)
+
+    def _resampled_by_domain(self, row: str) -> list[ndarray]:
+        """Return bits_S of each domain in each resample, bits per byte."""
         nats = [self.nats[row][name] for name in self.documents]
         # Bits per byte of each domain are a ratio of sums: a long document weighs as it is long
         ratios = self._bootstrap.ratios(nats)
-        bits = [ratio_S / LN2 for ratio_S in ratios]
-        return np.mean(bits, axis=0)
+        return [ratio_S / LN2 for ratio_S in ratios]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -97,7 +97,9 @@ def _bits(report: LanguageReport | None) -> Figures:
     stack = report.stack if report else None
     if stack is None:
         return {}
-    found: Figures = {name: (bits, None) for name, bits in stack.bits_per_byte.items()}
+    found: Figures = {}
+    for name, bits in stack.bits_per_byte.items():
+        found[name] = (bits, stack.intervals.get(name))
     return found | {MEAN: (stack.mean, stack.interval)}
 
 

@@ -67,7 +67,9 @@ def quality(report: LanguageReport) -> Table:
         ]
         for domain in report.domains:
             bits = fixed(row.bits_per_byte.get(domain))
-            cells.append(Cell(bits, best=i in best_by_domain[domain]))
+            # Of the stack alone: a line of them for each row would be more than a person reads
+            sure = interval(row.intervals.get(domain)) if row.is_stack else ""
+            cells.append(Cell(bits, sure, best=i in best_by_domain[domain]))
         lines.append(_line(row, cells))
     return Table(
         name="Quality",

@@ -238,6 +238,7 @@ def measured_row(
         bits_per_byte=scores.bits_per_byte(row.name),
         mean=scores.mean(row.name),
         interval=scores.interval(row.name),
+        intervals=scores.intervals(row.name),
         perplexity=scores.perplexity(row.name),
         mean_perplexity=float(np.exp(nats)),
         active_parameters=active_parameters,

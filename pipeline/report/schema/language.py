@@ -48,6 +48,11 @@ class QualityRow(ReportPart):
     interval: Interval | None = Field(
         description="95 % interval of mean, bits per byte; None where documents are too few"
     )
+    intervals: dict[str, Interval] = Field(
+        {},
+        description="95 % interval of bits per byte, by domain; none of one with too few "
+        "documents, nor in reports of before there were any",
+    )
     perplexity: ByDomain = Field(description="per token")
     mean_perplexity: float = Field(description="exp of the mean loss over domains")
     active_parameters: int = Field(description="parameters that run per token")
