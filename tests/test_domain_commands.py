@@ -16,7 +16,7 @@ from yaml_text import yaml_text
 from pipeline.__main__ import main
 from pipeline.config.base import merge
 from pipeline.config.files import read
-from pipeline.errors import DataError, Interrupted
+from pipeline.errors import DataError, Interrupted, JobsFailed
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run import domains
@@ -116,6 +116,26 @@ def test_what_is_missing_after_a_failure_is_made_by_run(run, monkeypatch):
         told = run.command("add", GUEST, "--paths", "tiny/hall.jsonl", code=code)
         assert "made by: python -m pipeline run --config tiny/tiny.yaml" in told
         assert load(run.path).experts == ("sea", "shop", GUEST)
+
+
+def test_a_finished_expert_that_is_refused_leaves_the_file_as_it_was(run, monkeypatch):
+    """No run could make what it says, and the next one would end in the same words."""
+    text = run.path.read_text("utf-8")
+    monkeypatch.setattr(domains, "show", lambda *_: [])
+    monkeypatch.setattr(domains, "not_there", lambda *_: [])
+    refused = DataError(f"{GUEST} was trained on another trunk")
+    for others, is_back in (({}, True), ({"sea": DataError("no room")}, False)):
+
+        def fail(_stage, cfg, _local, failed=others | {GUEST: refused}):
+            raise JobsFailed("train_experts", cfg.experts, failed)
+
+        run.path.write_text(text, "utf-8")
+        monkeypatch.setattr(domains, "run_stage", fail)
+        told = run.command("add", GUEST, "--expert", "package", code=2)
+        assert "was trained on another trunk" in told
+        assert (run.path.read_text("utf-8") == text) == is_back
+        assert ("tiny/tiny.yaml is what it was" in told) == is_back
+        assert ("is changed already" in told) != is_back
 
 
 def test_what_went_without_a_note_gets_it_from_the_next_run_and_once(run, monkeypatch):

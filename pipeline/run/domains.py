@@ -27,7 +27,7 @@ from .. import report
 from ..config.domain_wish import DomainWish
 from ..config.run import RunConfig
 from ..config.stated import FileChange, stated
-from ..errors import ConfigError, DamagedArtifact, DataError, StoreError
+from ..errors import ConfigError, DamagedArtifact, DataError, JobsFailed, StoreError
 from ..families.load import PATHS, change_domains, checked, load
 from ..report.format import count
 from ..report.narrow import print_table
@@ -61,6 +61,10 @@ class DomainChange:
     after: RunConfig
     files: tuple[FileChange, ...]
     told: tuple[str, ...]  # what a person should know
+
+    def taken_back(self) -> tuple[FileChange, ...]:
+        """Return what makes the files what they were."""
+        return tuple(FileChange(each.path, each.after, each.before) for each in self.files)
 
 
 def changed(path: Path, wish: DomainWish) -> DomainChange:
@@ -316,12 +320,25 @@ def come_and_go(args: Namespace, console: Console) -> None:
         gone = None
         if change.wish.what == "remove":
             gone = note_gone(change.wish.name, change.before, change.after, change.path, store)
-        made = make(change, wanted, Local(store, parallel=args.parallel))
+        try:
+            made = make(change, wanted, Local(store, parallel=args.parallel))
+        except JobsFailed as error:
+            if _refuses_expert(change.wish, error):
+                # No run could make it, so the file says again what it said
+                write(change.taken_back(), keep_former=False)
+                args.again = None
+                console.print(f"{args.config} is what it was", highlight=False, soft_wrap=True)
+            raise
     compare(change, made, former, store, console)
     if gone is not None:
         text = f"{told_removed(gone, store)}{STAYS if gone.addresses else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     args.next = next_step.page(args, change.after.name)
+
+
+def _refuses_expert(wish: DomainWish, error: JobsFailed) -> bool:
+    """Whether nothing failed but the taking in of the finished expert that was named."""
+    return bool(wish.expert) and error.stage == "train_experts" and [*error.failed] == [wish.name]
 
 
 def _looked_at(change: DomainChange, store: Store, frozen: bool) -> DomainChange:
