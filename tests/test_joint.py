@@ -20,6 +20,7 @@ from pipeline.families.ffn_moe.joint.cost import joint_cost
 from pipeline.families.ffn_moe.joint.epochs import Epochs
 from pipeline.families.ffn_moe.joint.network import opened
 from pipeline.families.ffn_moe.parts import shards_of, stored_settings
+from pipeline.metrics.training import training_metrics
 from pipeline.model.router import Gating, Router
 from pipeline.protocols import quiet
 from pipeline.train import loop
@@ -272,6 +273,25 @@ def test_shares_entropy_and_dropped_tokens_stand_by_layer(whole):
         assert told["entropy"] == pytest.approx(entropy)
         assert 0 <= told["dropped"] < 1
     assert "experts" not in whole["dense"][1][ENDS[0], "valid"]
+
+
+def test_metrics_of_a_training_have_each_epoch_and_layer(whole):
+    for item in MODELS:
+        metrics, rows, _ = whole[item]
+        # a validation's row comes after that of its step
+        ordered = [rows[key] for key in sorted(rows)]
+        found = training_metrics("x", "train_joint", item, metrics, ordered)
+        assert [point.epoch for point in found.losses] == [1, 2, 3] and found.epochs == 3
+        for point, end in zip(found.losses, ENDS[:3], strict=True):
+            told = rows[end, "valid"]
+            parts = (point.train.total, point.train.ce, point.train.aux)
+            assert parts == (told["train_total"], told["train_ce"], told["train_aux"])
+            assert point.valid.total == told["valid_total"] and point.valid.aux == told["valid_aux"]
+            assert point.temperature == told.get("temperature")
+        assert (found.best_step, found.best_nats) == (metrics["kept_step"], metrics["valid_nats"])
+        assert found.patience == metrics["patience"] and found.cpu.forward > 0
+        layers = [(layer.layer, len(layer.points)) for layer in found.experts]
+        assert layers == ([("1", 3)] if item == "moe" else [])
 
 
 def test_the_temperature_of_each_epoch_is_that_of_the_schedule(whole):

@@ -17,12 +17,12 @@ ALL_LAYERS = "mean"
 
 @dataclass(frozen=True)
 class LossParts:
-    """A loss and what it is the sum of, nats per predicted token; None: the training does not write
+    """A loss and what it is made of, nats per predicted token; None: the training does not write
     it."""
 
-    total: float | None = None  # what is minimised
+    total: float | None = None  # what is minimised: with smoothed targets, and aux times its weight
     ce: float | None = None  # cross-entropy
-    aux: float | None = None  # what keeps experts in use, with its weight
+    aux: float | None = None  # what keeps experts in use, before its weight; 1 at an even load
 
 
 @dataclass(frozen=True)
