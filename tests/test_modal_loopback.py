@@ -24,8 +24,12 @@ from fakes import contents
 from rehearsal import LINUX, ROOT, rehearsal
 from yaml_text import yaml_text
 
+from pipeline.families import PackWish
+from pipeline.families.ffn_moe.packing import pack
 from pipeline.families.load import load
+from pipeline.protocols import quiet
 from pipeline.run import stages
+from pipeline.run.context import StoredParts
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
 
@@ -254,6 +258,21 @@ def test_the_whole_run_is_that_of_a_local_run(modal, whole, local):
     report = f"artifacts/{stages.address(load(modal.config), 'evaluate')}/report.json"
     ours, theirs = (json.loads((root / report).read_text()) for root in (modal.volume, local))
     assert ours["quality"] == theirs["quality"]
+
+
+def test_an_expert_from_elsewhere_is_taken_from_the_volume(modal, experts, local, tmp_path):
+    """One that was trained on another store, packed there, and put beside the run's results."""
+    parts = StoredParts(load(modal.config), Store(local), quiet)
+    package = tmp_path / "package"
+    package.mkdir()
+    pack(parts.cfg, parts, BROKEN, PackWish(), package)
+    modal("volume", "put", "moleforge", str(package), "/inputs/")
+    there = modal.config.parent / "store/inputs/package"
+    told = modal.run("train_experts", override=f"expert.imported.guest={there} router.steps=0")
+    assert "train_experts guest: made" in told and told.count("found") == 2
+    (guest,) = modal.volume.glob("artifacts/train_experts-guest-*")
+    for name in ("expert.safetensors", "expert.json"):
+        assert (guest / name).read_bytes() == (package / name).read_bytes()
 
 
 def test_results_are_fetched_with_the_client(modal, whole, tmp_path):
