@@ -222,6 +222,11 @@ def test_every_problem_is_named_with_its_file_and_line(tmp_path):
 
 
 WRONG = {
+    "finished without rows": (
+        ("loras.experts.0", {"name": "color", "label": "A", "imported": "x"}),
+        "loras.experts.color: the router is taught by requests, so a finished adapter (imported) "
+        "comes with rows of its task; name them under dataset",
+    ),
     "no experts": (("loras.experts", []), "loras.experts: give at least one expert"),
     "name twice": (("loras.experts.1.name", "color"), "loras.experts: two experts are named color"),
     "reserved": (

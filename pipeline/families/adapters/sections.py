@@ -173,6 +173,16 @@ class AdapterExpertConfig(TaskConfig):
         AdapterConfig(), description="Settings of defaults that are different here"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imported_has_rows(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("imported") and "dataset" not in raw:
+            raise ValueError(
+                "the router is taught by requests, so a finished adapter (imported) comes with "
+                "rows of its task; name them under dataset"
+            )
+        return raw
+
     @field_serializer("overrides")
     def _only_what_differs(self, overrides: AdapterConfig) -> dict:
         return overrides.model_dump(mode="json", exclude_unset=True)
