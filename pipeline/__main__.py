@@ -341,9 +341,13 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
 def _serve(args: argparse.Namespace) -> None:
     errors = Console(stderr=True, soft_wrap=True)
     # Only this command needs the server's packages
+    from .serve import logs
     from .serve.command import serve
     from .serve.keys import Keys
 
+    if args.log_format == "json":
+        # Before the keys: what there is to say of them has that form too
+        logs.configure(args.log_format)
     keys = Keys(os.environ.get(KEY) or None, args.api_key_file)
     # To be asked for, as a server behind a proxy that wants a key needs none itself
     if not keys.wanted and not args.public and not _only_this_machine(args.host):
