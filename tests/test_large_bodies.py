@@ -2,12 +2,15 @@
 gets a short answer soon. And many usual ones at once."""
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import FakeEngine, served
 from test_serve import refused, running
+
+from pipeline.serve.forms import Form
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -86,3 +89,24 @@ def test_more_texts_than_there_is_ever_room_for_are_not_asked_to_come_back(tmp_p
         assert client.post("/v1/completions", json=asked | {"n": 3}).status_code == 200
         answer = client.post("/v1/completions", json=asked | {"n": 4})
         refused(answer, 400, "4 texts are asked for, and there is room for 3", "n")
+
+
+def test_a_long_answer_is_written_beside_the_loop_that_hears_others(tmp_path, monkeypatch):
+    threads = []
+    whole = Form.whole
+
+    def noted(form, tellings):
+        threads.append(threading.get_ident())
+        return whole(form, tellings)
+
+    monkeypatch.setattr(Form, "whole", noted)
+    app = served(tmp_path, FakeEngine(), new_tokens=64)
+
+    @app.get("/loop")
+    async def loop() -> int:
+        return threading.get_ident()
+
+    with running(app) as client:
+        asked = {"prompt": "The", "max_tokens": 4, "n": 16, "logprobs": 20}
+        assert len(client.post("/v1/completions", json=asked).json()["choices"]) == 16
+        assert threads != [client.get("/loop").json()]
