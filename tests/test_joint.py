@@ -452,3 +452,17 @@ def test_reports_show_joint_models_beside_the_stack(tmp_path):
     assert {"joint dense", "joint moe top-2"} <= {win.against for win in report.wins}
     assert "primary, joint dense" in {each.name for each in report.criteria}
     assert {"train_joint dense", "train_joint moe"} <= {speed.job for speed in report.speed}
+
+
+def test_in_bf16_gates_stay_exact_and_a_resume_is_the_same(shards, tmp_path):
+    own = config(steps=4, epochs=None, dropout=0.1).joint.model_dump()
+    cfg = small.config(joint=own, dtype="bf16")
+    task = family.joint(cfg, shards, "moe")
+    exact = set(task.parameters) - set(task.bf16_params)
+    assert exact == {"model.layers.1.mlp.gate.weight"}
+    _, rows, files = fitted(cfg, shards, "moe", tmp_path / "whole")
+    found = fitted(cfg, shards, "moe", tmp_path / "parts", stop_at=(2,))
+    assert found[1] == rows
+    stored = found[2]["model.safetensors"]
+    for name, tensor in files["model.safetensors"].items():
+        assert torch.equal(stored[name], tensor)
