@@ -313,9 +313,9 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
     from its store."""
     folder = args.bundle
     if folder:
-        from .store.versions import served_folder
+        from .store.versions import is_served_from, served_folder
 
-        if not folder.exists():
+        if not is_served_from(folder):
             # A run's name, unless it is one that nobody has
             folder = bundle_of(Store(args.store), str(folder)) or folder
         folder = served_folder(folder)

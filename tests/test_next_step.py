@@ -126,9 +126,12 @@ def test_a_bundle_is_found_by_its_runs_name(kept, tmp_path, monkeypatch):
         args = parser().parse_args([*words, "--store", str(kept.root)])
         with _bundle(args) as folder:
             assert folder == kept.folder("deploy-000000000001").resolve()
-    # a folder of that name is meant before a run
+    # a folder of that name is meant before a run, if it is a bundle
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
+    with _bundle(args) as folder:
+        assert folder == kept.folder("deploy-000000000001").resolve()
+    (tmp_path / "mine" / "SHA256SUMS").write_text("")
     with _bundle(args) as folder:
         assert str(folder) == "mine"
 

@@ -305,6 +305,11 @@ def chosen(known: list[Version], current: str | None, to: str | None, place: str
     return before[-1]
 
 
+def is_served_from(path: Path) -> bool:
+    """Whether a path is a bundle, a folder of versions, or its pointer, whatever is in it."""
+    return path.is_file() or (path / SUMS).is_file() or (path / POINTER).is_file()
+
+
 def served_folder(path: Path) -> Path:
     """Return the bundle to serve where a bundle is named, or a folder of versions, or its pointer.
 
