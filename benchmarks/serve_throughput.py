@@ -38,9 +38,10 @@ CLIENTS = (1, 4, 16, 64)
 SECONDS = 60.0
 LEAVING = 0.1  # of requests
 PROMPT_TOKENS = (4, 16, 64, 200)
-NEW_TOKENS = (8, 32, 64)
+NEW_TOKENS = (16, 64, 256)
 QUESTIONS = ("what is in the picture?", "how many are there?", "which one is it, and where?")
 WARM_UP = 3  # requests before anything is timed
+HELD = 12  # answers of a round that are held against the same alone
 
 
 @dataclass
@@ -145,7 +146,7 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
         time.sleep(0.1)
     found.seconds = time.monotonic() - started
     # a sample, as all of them alone would take as long again as clients are
-    for generation in random.Random(clients).sample(done, min(len(done), 24)):
+    for generation in random.Random(clients).sample(done, min(len(done), HELD)):
         alone = engine.submit(generation.prompt, generation.sampling)
         found.different += spoken(alone) != spoken(generation)
     return found
