@@ -67,16 +67,18 @@ def main(argv: list[str] | None = None) -> int:
     with folder as work:
         root = Path(work) / "store"
         try:
-            written_mb = made(root, args.runs, args.rows) / 1e6
-            first, index_mb = first_time(root)
+            if not args.reuse:
+                made(root, args.runs, args.rows)
+            written_mb = sum(path.stat().st_size for path in root.glob("history/*.jsonl")) / 1e6
+            folded = "It was folded by an earlier call" if args.reuse else first_time(root)
+            index_mb = (root / FILE).stat().st_size / 1e6
             rounds = [measure(root, args.runs, number) for number in range(1, args.rounds + 1)]
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            if not args.keep:
+                shutil.rmtree(root, ignore_errors=True)
     size = (
         f"{args.runs:,} runs of {args.rows:,} rows, {written_mb:,.0f} MB of histories; "
-        f"{args.rounds} rounds. The first `history list` folded all of it in {first.wall_s:.1f} s "
-        f"({first.cpu_s:.1f} processor seconds); "
-        f"history.db has {index_mb:.1f} MB."
+        f"{args.rounds} rounds. {folded}; history.db has {index_mb:.1f} MB."
     )
     text = f"{size}\n\n{_table(rounds)}"
     ending = f"{hardware(1, ('rich', 'pydantic'))}, SQLite {sqlite3.sqlite_version}."
@@ -90,27 +92,28 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--rows", type=int, default=1_000, help="of each history (default: 1000)")
     made.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
     made.add_argument("--work", type=Path, metavar="FOLDER", help="disk to measure on")
+    made.add_argument("--keep", action="store_true", help="leave the store where it is")
+    made.add_argument(
+        "--reuse", action="store_true", help="measure the store that a call with --keep has left"
+    )
     made.add_argument("--out", type=Path, metavar="FILE.md", help="also write the result here")
     return made.parse_args(argv)
 
 
-def made(root: Path, runs: int, rows: int) -> int:
-    """Make a store; return the bytes of its histories."""
+def made(root: Path, runs: int, rows: int) -> None:
+    """Make a store."""
     store = Store(root).open()
     for name in ("history", "artifacts", "roots"):
         (root / name).mkdir()
     draw = random.Random(0)
-    written = 0
     for number in range(runs):
         if number % 1_000 == 0:
             progress(f"writing run {number + 1:,} of {runs:,}")
         address = f"train_router-{number:012x}"
         text = _history(rows, draw)
         store.history(address).write_text(text, "utf-8")
-        written += len(text)
         _artifact(store, address, rows)
         _root(store, number, address)
-    return written
 
 
 def _history(rows: int, draw: random.Random) -> str:
@@ -118,10 +121,12 @@ def _history(rows: int, draw: random.Random) -> str:
     nats = 5.0
     for step in range(1, rows + 1):
         nats = 0.998 * nats + 0.004 + draw.gauss(0, 0.002)
-        row = {"step": step, "tokens": step * 4096, "train_nats": round(nats, 4), "lr": 3e-4}
+        places = {"step": step, "tokens": step * 4096, "time": 1_795_000_000 + step}
+        row = places | {"train_nats": round(nats, 4), "lr": 3e-4}
+        lines.append(json.dumps(row, separators=(",", ":")))
         if step % VALID_EVERY == 0:
-            row = {"step": step, "tokens": step * 4096, "valid_nats": round(nats + 0.1, 4)}
-        lines.append(json.dumps(row | {"time": 1_795_000_000 + step}, separators=(",", ":")))
+            row = places | {"valid_nats": round(nats + 0.1, 4)}
+            lines.append(json.dumps(row, separators=(",", ":")))
     return "\n".join(lines) + "\n"
 
 
@@ -151,13 +156,16 @@ def _root(store: Store, number: int, address: str) -> None:
     (store.root / "roots" / f"run{number:05}-{number:012x}.json").write_text(text, "utf-8")
 
 
-def first_time(root: Path) -> "tuple[Taken, float]":
-    """Return how long the first list takes, and the megabytes of what it leaves."""
+def first_time(root: Path) -> str:
+    """Return in words how long the first list takes."""
     progress("folding all of it")
     for name in (FILE, SUM):
         (root / name).unlink(missing_ok=True)
     taken = timed([*PIPELINE, "list", "--last", "0", "--store", str(root)])
-    return taken, (root / FILE).stat().st_size / 1e6
+    return (
+        f"The first `history list` folded all of it in {taken.wall_s:.1f} s "
+        f"({taken.cpu_s:.1f} processor seconds)"
+    )
 
 
 def measure(root: Path, runs: int, number: int) -> "dict[str, Taken]":

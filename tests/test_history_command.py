@@ -13,6 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from benchmarks import history as benchmark
 from pipeline.__main__ import main
 from pipeline.run.history import listing
 from pipeline.run.history.sparks import BLOCKS, spark
@@ -195,3 +196,27 @@ def test_a_spark_runs_from_the_lowest_to_the_highest():
     assert spark([1.0, 1.0]) == BLOCKS[0] * 2
     assert spark([0.0, 7.0, 3.5]) == BLOCKS[0] + BLOCKS[-1] + BLOCKS[4]
     assert spark(list(range(1000)), width=8) == BLOCKS
+
+
+def test_the_benchmark_lists_and_compares_what_it_has_made(tmp_path, monkeypatch, capsys):
+    printed = []
+
+    def timed(command):
+        # the same commands, without a process each
+        if command[: len(benchmark.PIPELINE)] == benchmark.PIPELINE:
+            assert main(command[len(benchmark.PIPELINE) - 1 :]) == 0
+            printed.append(capsys.readouterr().out)
+        return benchmark.Taken(1.5, 0.5)
+
+    monkeypatch.setattr(benchmark, "timed", timed)
+    options = ["--runs", "7", "--rows", "120", "--rounds", "1", "--work", str(tmp_path)]
+    assert benchmark.main([*options, "--out", str(tmp_path / "out.md")]) == 0
+    _, listed, ranked, beside, once_more = printed
+    assert all(f"run0000{number}" in listed for number in range(7))
+    assert "runs by the best validation of train_router" in ranked
+    assert "settings that differ" in beside and "section0.other" in beside
+    # a new row is seen
+    assert "10,001" in once_more and "10,001" not in listed
+    text = (tmp_path / "out.md").read_text()
+    assert all(words in text for words in benchmark.WORDS.values())
+    assert "7 runs of 120 rows" in text and not (tmp_path / "store").exists()

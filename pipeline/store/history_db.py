@@ -11,8 +11,8 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import DiskFull
 from ..protocols import Progress, quiet
@@ -37,13 +37,12 @@ MEMORY = ":memory:"
 ADDRESS = re.compile(r"(?P<stage>[a-z]\w*)(-(?P<item>.+))?-[0-9a-f]{12}")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of the store that the tables are made of."""
+class Source(NamedTuple):
+    """A file of the store that the tables are made of; plain text, as there may be very many."""
 
     kind: str
     subject: str  # an address, or the id of a run
-    path: Path
+    name: str  # below the store
     size: int
     mtime_ns: int
 
@@ -163,11 +162,11 @@ def _bring_up_to_date(
     known = {}
     changed = set()
     for path, kind, subject, size, mtime_ns, wrong in index.execute("SELECT * FROM files"):
-        known[path] = Source(kind, subject, store.root / path, size, mtime_ns)
+        known[path] = Source(kind, subject, path, size, mtime_ns)
         if wrong:
             # whoever mends rights leaves size and time as they were
             changed.add(path)
-    found = {source.path.relative_to(store.root).as_posix(): source for source in _sources(store)}
+    found = {source.name: source for source in _sources(str(store.root))}
     gone = [name for name in known if name not in found]
     changed &= found.keys()
     changed.update(name for name in found if found[name] != known.get(name))
@@ -180,7 +179,7 @@ def _bring_up_to_date(
         index.execute("BEGIN IMMEDIATE")
         try:
             for name in steps[start : start + BATCH]:
-                _take(index, name, found.get(name), known.get(name))
+                _take(index, store, found.get(name) or known[name], name in found)
             index.execute("COMMIT")
         except BaseException:
             index.execute("ROLLBACK")
@@ -204,45 +203,50 @@ def _with_them(
             yield name
 
 
-def _take(index: sqlite3.Connection, name: str, found: Source | None, known: Source | None) -> None:
+def _take(index: sqlite3.Connection, store: Store, source: Source, is_there: bool) -> None:
     """Fold one file, or take it out."""
-    if found is None:
-        if known:
-            forget(index, known.kind, known.subject)
-        index.execute("DELETE FROM files WHERE path = ?", (name,))
+    if not is_there:
+        forget(index, source.kind, source.subject)
+        index.execute("DELETE FROM files WHERE path = ?", (source.name,))
         return
-    wrong = fold(index, found.kind, found.subject, found.path)
-    row = (name, found.kind, found.subject, found.size, found.mtime_ns, wrong)
+    wrong = fold(index, source.kind, source.subject, store.root / source.name)
+    row = (source.name, source.kind, source.subject, source.size, source.mtime_ns, wrong)
     index.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
-def _sources(store: Store) -> Iterator[Source]:
+def _sources(root: str) -> Iterator[Source]:
     """Yield the files that the tables are made of, as they are now. Raises UnreadableFile."""
-    for entry in _below(store.root / "history"):
-        if entry.name.endswith(".jsonl"):
-            yield from _source("history", entry.name.removesuffix(".jsonl"), Path(entry.path))
-    for entry in _below(store.root / "artifacts"):
-        yield from _source("artifact", entry.name, Path(entry.path) / manifests.NAME)
-    for entry in _below(store.root / ROOTS):
-        if entry.name.endswith(SUFFIX):
-            yield from _source("root", entry.name.removesuffix(SUFFIX), Path(entry.path))
-    yield from _source("served", "", store.root / SERVED)
+    for name in _below(f"{root}/history"):
+        if name.endswith(".jsonl"):
+            yield from _source(root, "history", name.removesuffix(".jsonl"), f"history/{name}")
+    for name in _below(f"{root}/artifacts"):
+        yield from _source(root, "artifact", name, f"artifacts/{name}/{manifests.NAME}")
+    for name in _below(f"{root}/{ROOTS}"):
+        if name.endswith(SUFFIX):
+            yield from _source(root, "root", name.removesuffix(SUFFIX), f"{ROOTS}/{name}")
+    yield from _source(root, "served", "", SERVED)
 
 
-def _below(folder: Path) -> list[os.DirEntry[str]]:
+def _below(folder: str) -> list[str]:
     """Return what is in a folder, nothing of one that is not there. Raises UnreadableFile."""
     try:
-        with reading(folder), os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        with reading(Path(folder)):
+            return sorted(os.listdir(folder))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def _source(kind: str, subject: str, path: Path) -> Iterator[Source]:
-    # an artifact that is not whole has no manifest yet, and a file may go meanwhile
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), reading(path):
+def _source(root: str, kind: str, subject: str, name: str) -> Iterator[Source]:
+    path = f"{root}/{name}"
+    try:
         found = os.stat(path)  # noqa: PTH116
-        yield Source(kind, subject, path, found.st_size, found.st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        # an artifact that is not whole has no manifest yet, and a file may go meanwhile
+        return
+    except OSError:
+        with reading(Path(path)):
+            raise
+    yield Source(kind, subject, name, found.st_size, found.st_mtime_ns)
 
 
 def job_of(address: str) -> tuple[str, str | None]:

@@ -23,11 +23,10 @@ def list_runs(known: Known, last: int, console: Console) -> None:
     shown = known.runs[:last] if last else known.runs
     if shown:
         print_rows("runs, the latest first", COLUMNS, [_cells(run) for run in shown], console)
-    for run in shown:
-        for text in run.wrong:
-            say(text)
-    for text in known.wrong:
-        say(text)
+    wrong = [text for run in shown for text in run.wrong]
+    if wrong or known.wrong:
+        # at once: there may be thousands
+        say("\n".join([*wrong, *known.wrong]))
     if len(shown) < len(known.runs):
         say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
     if shown:
