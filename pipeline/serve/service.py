@@ -178,8 +178,8 @@ def refusal(error: Exception, param: str | None) -> ApiError:
         return ApiError(499, "the client left before its answer was there")
     if isinstance(error, (Overloaded, TimeoutError)):
         closing = isinstance(error, Overloaded) and error.closing
-        code = "stopping" if closing else "overloaded"
-        return ApiError(503, str(error), None, code, **{"Retry-After": "1"})
+        reason = "stopping" if closing else "overloaded"
+        return ApiError(503, str(error), None, reason, **{"Retry-After": "1"})
     if isinstance(error, NoSuchReader):
         return ApiError(404, f"model: {error}", "model", "model_not_found")
     code = "no_chat_template" if isinstance(error, NoChat) else None
