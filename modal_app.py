@@ -13,11 +13,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import modal
+from rich.console import Console
 
 from pipeline import cloud, report
 from pipeline.config.machines import MachineConfig
@@ -29,82 +32,60 @@ from pipeline.families.load import load, parse
 from pipeline.report.narrow import output
 from pipeline.run.advice import sentence
 from pipeline.run.experiments.reading import read_experiments
-from pipeline.run.stages import ROWS, RUN, STAGES, about, has_several_jobs
+from pipeline.run.stages import ROWS, RUN, STAGES, Addresses, about, has_several_jobs
 from pipeline.store.artifacts import Store
 
 HERE = Path(__file__).parent
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
-EDGE = cloud.ModalEdge(Path(VOLUME))
 # until an endpoint's container has opened its bundle; Modal's own limit would be that of a request
 LOADING_S = 900
-# purpose -> what the secret has to hold
-SECRETS = {
-    "wandb": ["WANDB_API_KEY"],
-    "hub": ["HF_TOKEN"],
-    "storage": ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
-    "endpoint": ["MOLEFORGE_API_KEY"],
-}
-# Version 2 is the one that many containers may write to at once
-volume = modal.Volume.from_name("moleforge", create_if_missing=True, version=2)
+UV = "0.13.9"
 
 
-def _read(path: str) -> bytes | None:
+def _volume(name: str) -> modal.Volume:
+    # Version 2 is the one that many containers may write to at once
+    return modal.Volume.from_name(name, create_if_missing=True, version=2)
+
+
+def _read(path: str, source: modal.Volume | None = None) -> bytes | None:
     try:
-        return b"".join(volume.read_file(path))
+        return b"".join((source or volume).read_file(path))
     except (FileNotFoundError, modal.exception.NotFoundError):
         return None
 
 
-def _asked_for() -> RunConfig:
-    """Return the configuration that the command is about; inside a container what it says is
-    settled already."""
+def _asked_for() -> tuple[RunConfig, cloud.Wiring]:
+    """Return the configuration that the command is about, and what is built by it; inside a
+    container that is settled already."""
     if not modal.is_local():
-        return FfnMoeConfig()
-    sys.stdout.write(cloud.explain(sys.argv))
+        return FfnMoeConfig(), cloud.Wiring.told()
+    edge = cloud.ModalEdge(Path(VOLUME))
+    serves = cloud.deploys(sys.argv)
+    note = None
     try:
+        cloud.refuse_client(modal.__version__)
         cfg = cloud.announced(sys.argv, os.environ)
-        if cloud.deploys(sys.argv):
-            cfg = cloud.deployed(cfg, os.environ, _read(cloud.SERVED))
+        edge = cloud.ModalEdge(Path(VOLUME), cfg.modal.volume)
+        if serves:
+            note = _read(cloud.SERVED, _volume(cfg.modal.volume))
+            cfg = cloud.deployed(cfg, os.environ, note)
         cloud.check(cfg, cloud.Prices.load(HERE / "config/prices.yaml"), VOLUME)
+        return cfg, cloud.Wiring.settled(cfg, note, serves)
     except PipelineError as error:
-        sys.exit(f"error: {sentence(error, EDGE)}")
+        sys.exit(f"error: {sentence(error, edge)}")
     except modal.exception.Error as error:
         sys.exit(f"error: what is to be served cannot be read from the volume: {error}")
-    return cfg
-
-
-def _entered() -> str:
-    """Return how the endpoint is entered, "" where there is none: only a deployment makes one, and
-    its containers are told, to build the same objects."""
-    if not modal.is_local():
-        return os.environ.get("MOLEFORGE_ENDPOINT", "")
-    return cloud.entered(CFG.modal) if cloud.deploys(sys.argv) else ""
-
-
-def _secret_names() -> dict[str, str]:
-    """Return {purpose: name} of the secrets to use; a container is told by a variable, to build the
-    same objects."""
-    names = {}
-    if modal.is_local():
-        for purpose in SECRETS:
-            name = getattr(CFG.modal, f"{purpose}_secret")
-            if name:
-                names[purpose] = name
-    else:
-        for pair in os.environ.get("MOLEFORGE_SECRETS", "").split():
-            purpose, _, name = pair.partition("=")
-            names[purpose] = name
-    return names
 
 
 def _secret(purpose: str, name: str) -> modal.Secret:
     """Return a secret; on the laptop it is looked up at once, before images are built."""
-    secret = modal.Secret.from_name(name, required_keys=SECRETS[purpose])
+    keys = cloud.SECRETS[purpose]
+    secret = modal.Secret.from_name(name, required_keys=keys)
     if modal.is_local() and cloud.typed(sys.argv):
         try:
             secret.hydrate()
         except modal.exception.Error as error:
-            pairs = " ".join(f"{key}=..." for key in SECRETS[purpose])
+            pairs = " ".join(f"{key}=..." for key in keys)
             sys.exit(
                 f"error: modal.{purpose}_secret: {error}; make it with `modal secret create {name} "
                 f"{pairs}`, or set modal.{purpose}_secret to null"
@@ -112,65 +93,25 @@ def _secret(purpose: str, name: str) -> modal.Secret:
     return secret
 
 
-def _packages() -> list[str]:
-    """Return the packages with models that the image needs; a container is told, as of secrets."""
-    if not modal.is_local():
-        return os.environ.get("MOLEFORGE_PACKAGES", "").split()
-    try:
-        return cloud.packages(CFG)
-    except PipelineError as error:
-        sys.exit(f"error: {sentence(error, EDGE)}")
-
-
-def _pinned() -> str:
-    """Return the bundle that all containers of this deployment serve, "" where they go by the
-    note; they are told, as of secrets."""
-    if not modal.is_local():
-        return os.environ.get("MOLEFORGE_BUNDLE", "")
-    return cloud.pinned(_read(cloud.SERVED)) if cloud.deploys(sys.argv) else ""
-
-
-def _snapshots() -> bool:
-    """Whether containers start from an image of memory; they are told, as of secrets."""
-    if not modal.is_local():
-        return bool(os.environ.get("MOLEFORGE_SNAPSHOT"))
-    return CFG.modal.endpoint.memory_snapshot
-
-
-def _limits() -> str:
-    """Return what the endpoint's server takes on; its containers are told, as of secrets."""
-    if not modal.is_local():
-        return os.environ.get("MOLEFORGE_SERVE", "{}")
-    return CFG.serve.model_dump_json()
-
-
-CFG = _asked_for()
-NAMES = _secret_names()
-PACKAGES = _packages()
-ENTERED = _entered()
-PINNED = _pinned()
-SNAPSHOTS = _snapshots()
-LIMITS = _limits()
-ENV = {
+CFG, WIRING = _asked_for()
+EDGE = cloud.ModalEdge(Path(VOLUME), WIRING.volume)
+ENV = WIRING.variables | {
     # On the volume: what one container has fetched from the Hub, the next ones find
     "HF_HOME": f"{VOLUME}/hub",
     "MOLEFORGE_VOLUME_PATH": VOLUME,
-    "MOLEFORGE_SECRETS": " ".join(f"{purpose}={name}" for purpose, name in NAMES.items()),
-    "MOLEFORGE_ENDPOINT": ENTERED,
-    "MOLEFORGE_BUNDLE": PINNED,
-    "MOLEFORGE_SNAPSHOT": "1" if SNAPSHOTS else "",
-    "MOLEFORGE_SERVE": LIMITS,
-    "MOLEFORGE_PACKAGES": " ".join(PACKAGES),
 }
 
-app = modal.App("moleforge")
-secrets = {purpose: _secret(purpose, name) for purpose, name in NAMES.items()}
+app = modal.App(WIRING.app)
+volume = _volume(WIRING.volume)
+# Who does what on it: a volume that many see differently can be no lock
+claims = modal.Dict.from_name(f"{WIRING.volume}-claims", create_if_missing=True)
+secrets = {purpose: _secret(purpose, name) for purpose, name in WIRING.secrets.items()}
 image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(
-    requirements=[str(HERE / "requirements.txt")], uv_version="0.9.5"
+    requirements=[str(HERE / "requirements.lock")], extra_options="--require-hashes", uv_version=UV
 )
-if PACKAGES:
+if WIRING.packages:
     # What they ask for is not used, and would change the versions that were just installed
-    image = image.uv_pip_install(*PACKAGES, extra_options="--no-deps", uv_version="0.9.5")
+    image = image.uv_pip_install(*WIRING.packages, extra_options="--no-deps", uv_version=UV)
 # Modal would ship the package's .py files alone, and it has a page for browsers as well
 LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "serve/page/*")
 image = image.add_local_python_source("pipeline", ignore=LEFT_OUT)
@@ -228,8 +169,13 @@ def _named(function: Callable, name: str, text: str) -> Callable:
 
 
 def _jobs_of(stage: str) -> Callable:
-    def job(items: list, raw: dict) -> list[cloud.JobResult]:
-        return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload)
+    def job(items: list, raw: dict, leases: dict | None = None) -> list[cloud.JobResult]:
+        def renewing(addresses: list[str]) -> AbstractContextManager:
+            # A sweep of experiments hands out without any
+            told = leases or {"by": "", "token": "", "held": {}}
+            return cloud.Leases.of(claims, told, addresses).kept()
+
+        return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload, renewing)
 
     return _named(job, f"{stage}_job", f"Do jobs of {stage}, one after another: {about(stage)}.")
 
@@ -251,34 +197,39 @@ CONDUCTING: dict[str, Any] = {
 }
 
 
-# One that was preempted would hand out again what its containers are still doing.
-@app.function(**CONDUCTING, timeout=cloud.RUN_S)
+# Days may be more than one, and machines crash: the next attempt waits for what this one has begun.
+@app.function(
+    **CONDUCTING,
+    timeout=CFG.modal.attempt_s,
+    retries=modal.Retries(max_retries=cloud.ATTEMPTS, initial_delay=1.0, backoff_coefficient=1.0),
+)
 def orchestrate(
-    raw: dict, stages: list[str], sequential: bool, command: str, frozen: bool = False
+    raw: dict, stages: list[str], sequential: bool, command: str, frozen: bool, run: str
 ) -> list[cloud.JobResult]:
-    """Look at what the run reads and hand out the jobs of stages in order; runs to its end whether
-    or not anybody listens."""
-
-    def hand_out(stage: str, items: list):
-        batches = [items] if sequential else [[item] for item in items]
-        ended = JOBS[stage].map(batches, kwargs={"raw": looked}, return_exceptions=True)
-        return zip(batches, ended, strict=True)
-
+    """Look at what the run reads and hand out the jobs of stages in order; goes on to its end
+    whether or not anybody listens. `run` is what all attempts are called."""
     store = Store(Path(VOLUME), publish=volume.commit, refresh=volume.reload)
     try:
         cfg = cloud.looked_at(parse(raw), store, frozen)
     except PipelineError as error:
         return cloud.not_done(parse(raw), stages, store, error)
     looked = cfg.model_dump(mode="json")
-    with cloud.begun(cfg, store, command) as before:
-        results = cloud.orchestrate(cfg, stages, store, hand_out, command)
+    leases = cloud.Leases(claims, cfg.name, run)
+
+    def start(stage: str, items: list) -> cloud.Call:
+        return JOBS[stage].spawn(items, raw=looked, leases=leases.told())
+
+    find = modal.FunctionCall.from_id
+    hand_out = cloud.by_calls(Addresses(cfg), run, claims, sequential, start, find)
+    with cloud.begun(cfg, store, command) as before, leases.kept():
+        results = cloud.orchestrate(cfg, stages, store, hand_out, command, leases=leases)
         results = cloud.since(before, cfg, results, store)
         cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
     return results
 
 
 # As long as a sweep lasts nobody else knows what is still to do
-@app.function(**CONDUCTING, timeout=cloud.RUN_S)
+@app.function(**CONDUCTING, timeout=CFG.modal.attempt_s)
 def conduct(sweep: cloud.FarSweep, command: str, frozen: bool = False) -> tuple[str, str]:
     """Do a sweep of experiments, stage after stage over all its trials; return its results as
     JSON, and what is wrong."""
@@ -293,22 +244,31 @@ def conduct(sweep: cloud.FarSweep, command: str, frozen: bool = False) -> tuple[
         return "", sentence(error, EDGE)
 
 
+@app.function(**CONDUCTING, timeout=cloud.PLAN_S)
+def plan(
+    raw: dict, stages: tuple[str, ...], sequential: bool, frozen: bool, prices: cloud.Prices
+) -> cloud.FarPlan:
+    """Plan a command for a laptop that has no torch."""
+    volume.reload()
+    return cloud.planned_there(raw, stages, sequential, frozen, prices, Path(VOLUME))
+
+
 # One that was preempted would leave its mark, and what it has removed half.
 @app.function(**CONDUCTING, timeout=cloud.REMOVAL_S)
 def tend(command: str, names: list[str], flags: dict[str, bool]) -> tuple[str, str]:
     """Show the runs that the volume knows, or remove from it; return what to print, and what is
     wrong."""
-    return cloud.tend(command, names, flags, Path(VOLUME), volume.commit, volume.reload)
+    return cloud.tend(command, names, flags, EDGE, volume.commit, volume.reload)
 
 
-if ENTERED:
+if WIRING.entered:
 
     @app.cls(
         **_container(CFG.modal.endpoint, "endpoint"),
         startup_timeout=LOADING_S,
         max_containers=CFG.modal.endpoint.max_containers,
         scaledown_window=CFG.modal.endpoint.idle_s,
-        enable_memory_snapshot=SNAPSHOTS,
+        enable_memory_snapshot=WIRING.snapshots,
     )
     @modal.concurrent(
         max_inputs=CFG.modal.endpoint.max_inputs,
@@ -319,7 +279,7 @@ if ENTERED:
 
         # What is in a snapshot all containers have in common. So not the bundle, whose files are
         # mapped and whose weights belong on a GPU that there is none of then, nor the key
-        @modal.enter(snap=SNAPSHOTS)
+        @modal.enter(snap=WIRING.snapshots)
         def prepare(self) -> None:
             """Import what serving needs, which takes as long as opening a small bundle."""
             import pipeline.serve.app  # noqa: F401
@@ -329,14 +289,14 @@ if ENTERED:
             """Open the bundle, once per container. Raises PipelineError."""
             from pipeline.serve import app as serving
 
-            if SNAPSHOTS:
+            if WIRING.snapshots:
                 # Every container would draw the same numbers as the others
                 cloud.draw_anew()
             volume.reload()
             key = os.environ.get("MOLEFORGE_API_KEY")
             try:
-                folder = cloud.served(Path(VOLUME), key, ENTERED, PINNED)
-                wanted = ServeConfig.model_validate_json(LIMITS)
+                folder = cloud.served(Path(VOLUME), key, WIRING.entered, WIRING.bundle)
+                wanted = ServeConfig.model_validate_json(WIRING.serve)
                 access = serving.behind_a_proxy(key)
                 self.served = serving.create(folder, wanted=wanted, access=access)
             except PipelineError as error:
@@ -345,7 +305,7 @@ if ENTERED:
 
         @modal.asgi_app()
         def web(self):
-            """Answer requests."""
+            """FarPlan requests."""
             return self.served
 
 
@@ -362,36 +322,32 @@ def _command(
     override: str,
     sequential: bool = False,
     frozen: bool = False,
+    deploy: bool = False,
 ) -> None:
     """Plan, check the limit, hand over to `orchestrate`, wait, show; exit with 1 when a job failed.
 
-    No stages: all of a run.
+    No stages: all of a run, with `deploy` its bundle too, which is then deployed.
     """
     console = output()
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
+    config = cloud.shipped(config)
     try:
-        cfg = cloud.settled(load(config, cloud.overrides(override)), prices, console.print)
-        wanted = list(stages) or [name for name in RUN if name in cfg.stages]
-        cfg, notes = cloud.as_recorded(cfg, _names, _read, frozen=frozen)
-        for note in notes:
-            console.print(note, highlight=False, soft_wrap=True)
-        with tempfile.TemporaryDirectory() as folder:
-            mirror = cloud.mirror(cfg, Path(folder), _names, _read)
-            for note in cloud.look_at_models(cfg, VOLUME, Path(folder), _read):
-                console.print(note, highlight=False, soft_wrap=True)
-            lines = cloud.estimate(cfg, wanted, mirror, prices)
-            cloud.show_estimate(cfg, lines, prices, sequential, console)
-            cloud.refuse_what_cannot_start(cfg, lines, VOLUME, _names)
-            cloud.refuse_without_inputs(cfg, wanted, mirror)
-            cloud.refuse_above(cfg, lines)
+        cfg = cloud.named(load(config, cloud.overrides(override)), os.environ)
+        if deploy and not cloud.entered(cfg.modal):
+            sys.exit(f"error: nobody said how the endpoint is entered: {cloud.WAYS}")
+        cfg = cloud.settled(cfg, prices, console.print)
+        run = [name for name in RUN if name in cfg.stages]
+        wanted = stages or (*run, *(["deploy"] if deploy else []))
+        wish = _planned(cloud.Wish(cfg, wanted, sequential, frozen), prices, console)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
+    raw = wish.cfg.model_dump(mode="json")
     typed = f"modal {shlex.join(sys.argv[1:])}"
-    raw = cfg.model_dump(mode="json")
+    given = (raw, list(wish.stages), sequential, typed, frozen, uuid.uuid4().hex)
     try:
-        results = orchestrate.spawn(raw, wanted, sequential, typed, frozen).get()
+        results = orchestrate.spawn(*given).get()
     except modal.exception.Error as error:
-        # A day is over, or the line is down
+        # All attempts are over, or the line is down
         sys.exit(
             f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
             f"by: {typed}"
@@ -400,8 +356,34 @@ def _command(
     cloud.show_report(results, _read, console)
     if any(result.error for result in results):
         sys.exit(1)
-    if "deploy" in stages:
-        console.print("to serve it: modal deploy modal_app.py", highlight=False)
+    if deploy:
+        sys.exit(_deployed_anew())
+    following = cloud.afterwards(wish.stages, config, override, cloud.entered(cfg.modal))
+    if following:
+        console.print(following, highlight=False, soft_wrap=True)
+
+
+def _planned(wish: cloud.Wish, prices: cloud.Prices, console: Console) -> cloud.Wish:
+    """Show the plan of a command; return what it comes to. Raises PipelineError."""
+    if cloud.plans_here():
+        with tempfile.TemporaryDirectory() as folder:
+            far = cloud.FarStore(_names, _read, VOLUME, Path(folder))
+            return cloud.planned_run(wish, prices, far, console)
+    console.print("there is no torch here, so a container makes the plan", highlight=False)
+    raw = wish.cfg.model_dump(mode="json")
+    answer = plan.remote(raw, wish.stages, wish.sequential, wish.frozen, prices)
+    sys.stdout.write(answer.printed)
+    if answer.wrong:
+        sys.exit(f"error: {answer.wrong}")
+    return cloud.Wish(parse(answer.raw), answer.stages, wish.sequential, wish.frozen)
+
+
+def _deployed_anew() -> int:
+    """Deploy what the note on the volume says; return the exit code."""
+    names = {"MOLEFORGE_APP": WIRING.app, "MOLEFORGE_VOLUME": WIRING.volume}
+    command = [sys.executable, "-m", "modal", "deploy", str(HERE / "modal_app.py")]
+    # Another process, as what an app is made of is settled while this module is imported
+    return subprocess.run(command, env=os.environ | names, check=False).returncode
 
 
 def _command_of(stage: str) -> Callable:
@@ -439,9 +421,11 @@ def run_all(
     override: str = "",
     sequential: bool = False,
     frozen: bool = False,
+    deploy: bool = False,
 ):
-    """Do every stage of a run on Modal; what is on the volume is not done again."""
-    _command((), config, override, sequential, frozen)
+    """Do every stage of a run on Modal; what is on the volume is not done again. With --deploy the
+    bundle too, and deploy an endpoint for it."""
+    _command((), config, override, sequential, frozen, deploy)
 
 
 @app.local_entrypoint()
@@ -457,7 +441,7 @@ def experiments(
     console = output()
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
-        read = read_experiments(Path(config), cloud.overrides(override))
+        read = read_experiments(Path(cloud.shipped(config)), cloud.overrides(override))
         with tempfile.TemporaryDirectory() as folder:
             place = cloud.FarStore.asked_once(_names, _read, VOLUME, Path(folder))
             sweep, lines = cloud.planned(read, prices, place, console.print, text_only)
@@ -476,7 +460,8 @@ def experiments(
     if wrong:
         sys.exit(f"error: {wrong}")
     report.show_experiments(report.ExperimentResults.model_validate_json(results), console)
-    console.print(f"results: modal volume get moleforge experiments/{read.name} .", highlight=False)
+    fetch = f"modal volume get {WIRING.volume} experiments/{read.name} ."
+    console.print(f"results: {fetch}", highlight=False)
 
 
 def _tend(command: str, names: list[str], **flags: bool) -> None:
@@ -491,14 +476,15 @@ def _tend(command: str, names: list[str], **flags: bool) -> None:
         sys.exit(f"error: {wrong}")
 
 
+# Of a configuration they want the names of app and volume, which are read while this is imported.
 @app.local_entrypoint()
-def runs():
+def runs(config: str = cloud.DEFAULT):
     """List the runs that the volume knows: name, date, size, configuration, report."""
     _tend("runs", [])
 
 
 @app.local_entrypoint()
-def watch(run: str = "", once: bool = False):
+def watch(run: str = "", once: bool = False, config: str = cloud.DEFAULT):
     """Follow a run, the one in progress where none is named: how far each job was when it last
     published, how long the rest will take, its curves. --once looks once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -509,13 +495,13 @@ def watch(run: str = "", once: bool = False):
 
 
 @app.local_entrypoint()
-def versions():
+def versions(config: str = cloud.DEFAULT):
     """List the bundles that may be served, and which one is."""
     _tend("versions", [])
 
 
 @app.local_entrypoint()
-def rollback(to: str = ""):
+def rollback(to: str = "", config: str = cloud.DEFAULT):
     """Serve a former bundle again: the one before, or --to. An endpoint that is deployed is
     deployed anew, as its containers serve the bundle that it was deployed with."""
     _tend("rollback", [to] if to else [])
@@ -524,19 +510,23 @@ def rollback(to: str = ""):
     except modal.exception.NotFoundError:
         sys.stdout.write("no endpoint is deployed; `modal deploy modal_app.py` serves it\n")
         return
-    command = [sys.executable, "-m", "modal", "deploy", str(HERE / "modal_app.py")]
-    # Another process, as what an app is made of is settled while this module is imported
-    sys.exit(subprocess.run(command, check=False).returncode)
+    sys.exit(_deployed_anew())
 
 
 @app.local_entrypoint()
-def prune(yes: bool = False, orphans: bool = False, damaged: bool = False):
+def prune(
+    yes: bool = False, orphans: bool = False, damaged: bool = False, config: str = cloud.DEFAULT
+):
     """List what was left half done on the volume and what no run reaches; --yes removes it."""
     _tend("prune", [], yes=yes, orphans=orphans, damaged=damaged)
 
 
 @app.local_entrypoint()
-def rm(run: str, yes: bool = False):
+def rm(run: str, yes: bool = False, config: str = cloud.DEFAULT):
     """List what the volume has of a run, or of several in one text, and of no other; --yes removes
     it."""
     _tend("rm", shlex.split(run), yes=yes)
+
+
+if modal.is_local():
+    sys.stdout.write(cloud.explain(sys.argv, cloud.flags_of(vars(), modal.app.LocalEntrypoint)))

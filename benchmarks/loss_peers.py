@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from benchmarks.measuring import finish, hardware, progress, spread, table
-from pipeline.model.loss import chunk_of, cross_entropy
+from pipeline.model.chunks import chunk_of
+from pipeline.model.loss import cross_entropy
 from pipeline.train.memory_meter import Peak, lower_mmap_threshold
 
 ROOT = Path(__file__).parents[1]

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,23 @@ ROOT = Path(__file__).parent.parent
 LINUX = pytest.mark.skipif(
     sys.platform != "linux", reason="the loopback server starts containers as Linux does"
 )
+
+
+def heavy_modules() -> list[str]:
+    """Return the modules of the requirements that a machine which only types commands needs not
+    have."""
+    names = {}
+    for file in ("requirements", "requirements-modal"):
+        text = (ROOT / f"{file}.txt").read_text("utf-8")
+        found = re.findall(r"^([A-Za-z][\w.-]*)", text, re.MULTILINE)
+        names[file] = {name.lower().replace("_", "-") for name in found}
+    light = names["requirements-modal"]
+    heavy = []
+    for module, packages in packages_distributions().items():
+        owners = {package.lower().replace("_", "-") for package in packages}
+        if owners & names["requirements"] and not owners & light:
+            heavy.append(module)
+    return sorted(heavy)
 
 
 class Client:

@@ -14,7 +14,7 @@ from fakes import MALFORMED
 from pydantic import ValidationError
 
 from pipeline import cloud
-from pipeline.cloud.endpoint import roll_back, served_addresses, shown_versions
+from pipeline.cloud.endpoint import pinned, roll_back, served_addresses, shown_versions
 from pipeline.config.machines import EndpointConfig, ModalConfig
 from pipeline.errors import ConfigError, DamagedArtifact, MissingArtifact, StoreError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -45,8 +45,8 @@ for words in json.loads(sys.argv[1]):
     sys.argv = words
     sys.modules.pop("modal_app", None)
     app = importlib.import_module("modal_app")
-    print(json.dumps([hasattr(app, "Endpoint"), sorted(app.app.registered_classes), app.NAMES,
-                      app.ENV["MOLEFORGE_ENDPOINT"], app.ENV["MOLEFORGE_BUNDLE"]]))
+    print(json.dumps([hasattr(app, "Endpoint"), sorted(app.app.registered_classes),
+                      app.WIRING.secrets, app.WIRING.entered, app.WIRING.bundle]))
 """
 
 
@@ -136,12 +136,12 @@ def test_the_containers_of_a_deployment_serve_the_bundle_that_it_was_made_with(t
     for address in (first, second):
         bundle_at(tmp_path, address, address)
     settle(tmp_path, first)
-    pin = cloud.pinned((tmp_path / cloud.SERVED).read_bytes())
+    pin = pinned((tmp_path / cloud.SERVED).read_bytes())
     settle(tmp_path, second)
     # What comes later is another deployment's
     assert cloud.served(tmp_path, "k", "key", pin).name == first
     assert cloud.served(tmp_path, "k", "key").name == second
-    assert cloud.pinned(None) == ""
+    assert pinned(None) == ""
     folder = tmp_path / "artifacts" / first
     (folder / "SHA256SUMS").write_text("made again")
     with pytest.raises(ConfigError, match="was made again.*type `modal deploy modal_app.py`"):

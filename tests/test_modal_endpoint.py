@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+import urllib.error
 import urllib.request
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -25,7 +26,7 @@ def bundles(bundled, tmp_path_factory):
     """(volume's folder, addresses) of two bundles, the second one to be served."""
     path, store_path, first = bundled
     folder = tmp_path_factory.mktemp("endpoint")
-    root = shutil.copytree(store_path, folder / "state/volumes/moleforge.v2")
+    root = shutil.copytree(store_path, folder / "state/volumes/ours.v2")
     store, addresses = Store(root), (first.name, "deploy-bbbbbbbbbbbb")
     made = store.manifest(first.name)
     shutil.copytree(first, store.begin(addresses[1]), dirs_exist_ok=True)
@@ -42,7 +43,9 @@ def modal(bundles):
     """The client, with the bundles on its volume."""
     folder = bundles[0]
     place = {"MOLEFORGE_VOLUME_PATH": str(folder / "store")}
-    with rehearsal(folder, ROOT, "--max-tasks", "2", **place) as client:
+    # An app and a volume of one's own, which a plain `modal deploy` is told of by variables
+    names = {"MOLEFORGE_APP": "mine", "MOLEFORGE_VOLUME": "ours"}
+    with rehearsal(folder, ROOT, "--max-tasks", "2", **place, **names) as client:
         client("secret", "create", "my-key", f"MOLEFORGE_API_KEY={KEY}")
         yield client
 
@@ -71,7 +74,7 @@ def url(modal):
     """The address of the endpoint; until it is deployed, a rollback says what serves a bundle."""
     assert "no endpoint is deployed" in modal("run", "modal_app.py::rollback")
     yield deployed(modal("deploy", "modal_app.py"))
-    modal("app", "stop", "-y", "moleforge")
+    modal("app", "stop", "-y", "mine")
 
 
 def chunks(url: str, path: str, body: dict) -> list[bytes]:
@@ -98,6 +101,26 @@ def test_a_stream_is_passed_on_as_it_comes(url):
     assert len(found) >= 8
 
 
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_a_plain_deployment_wants_the_key_that_was_settled(url, key):
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url}/v1/models", headers=headers)  # noqa: S310
+    with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        urllib.request.urlopen(request, timeout=300)  # noqa: S310
+    refused.value.close()
+    assert ask(f"{url}/v1/models")["data"]
+
+
+def test_the_key_is_kept_where_secrets_are_and_nowhere_else(modal, url):
+    assert ask(f"{url}/v1/models")["data"]
+    holding = set()
+    for path in modal.state.rglob("*"):
+        if path.is_file() and KEY.encode() in path.read_bytes():
+            holding.add(path.name)
+    # The server's own: secrets, and the environment that it starts a container in
+    assert holding == {"secrets.json", "spec.json"}
+
+
 def test_a_deployment_serves_one_bundle_and_a_rollback_is_one_command(modal, url, bundles):
     first, second = bundles[1]
     definition = modal.recorded("Endpoint.*")[0]
@@ -107,7 +130,7 @@ def test_a_deployment_serves_one_bundle_and_a_rollback_is_one_command(modal, url
     told = modal("run", "modal_app.py::rollback", "--to", second)
     assert served_by(deployed(told)) == second
     # Those that start now serve what it was deployed with, whatever the note has come to say
-    note = modal.volume("moleforge") / "served.json"
+    note = modal.volume("ours") / "served.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"address": "deploy-0"}))
     tasks = modal.state / "tasks"
     before = len(list(tasks.iterdir()))

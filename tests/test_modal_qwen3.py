@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from rehearsal import LINUX, ROOT, rehearsal
+from rehearsal import LINUX, ROOT, heavy_modules, rehearsal
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.families.adapters.build import train_tokenizer
@@ -37,7 +37,15 @@ SMALLER = {
     "modal.max_cost_usd": None,
     "partition.min_tokens": 100,
     "runtime.threads": 1,
+    "modal.app": "mine",
+    "modal.volume": "mine",
 }
+# A machine that has the light requirements alone, as far as the client sees
+WITHOUT = """
+import sys
+if sys.orig_argv[1:2] and sys.orig_argv[1].endswith("/modal"):
+    sys.modules |= dict.fromkeys({names!r})
+"""
 
 
 def documents(domain: str) -> list[str]:
@@ -81,12 +89,20 @@ def test_the_run_goes_from_text_to_report_with_a_small_model_of_that_architectur
         "tokenizer.pretrained": f"{store}/inputs/model",
     }
     given = " ".join(f"'{name}={json.dumps(value)}'" for name, value in changed.items())
-    with rehearsal(tmp_path, ROOT, MOLEFORGE_VOLUME_PATH=str(store), HF_HUB_OFFLINE="1") as modal:
-        modal("volume", "create", "moleforge", "--version=2")
-        modal("volume", "put", "moleforge", str(inputs), "/inputs")
-        command = ("run", "modal_app.py::run_all", "--config", str(CONFIG), "--sequential")
+    # Typed elsewhere, into a volume of one's own, by a client without torch
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "sitecustomize.py").write_text(WITHOUT.format(names=heavy_modules()))
+    place = {"MOLEFORGE_VOLUME_PATH": str(store), "PYTHONPATH": f"{ROOT}:{elsewhere}"}
+    with rehearsal(tmp_path, elsewhere, HF_HUB_OFFLINE="1", **place) as modal:
+        modal("volume", "create", "mine", "--version=2")
+        modal("volume", "put", "mine", str(inputs), "/inputs")
+        command = ("run", f"{ROOT}/modal_app.py::run_all", "--config", str(CONFIG), "--sequential")
         said = modal(*command, "--override", given)
-        volume = modal.volume("moleforge")
+        volume = modal.volume("mine")
+        assert not modal.volume("moleforge").exists()
+    assert "there is no torch here" in said
+    assert "to serve it: modal run modal_app.py::deploy --config" in said
     assert "H100 or H200" in said and "to train:" in said
     (report,) = volume.glob("artifacts/evaluate-*/report.json")
     assert json.loads(report.read_text("utf-8"))["experts"]

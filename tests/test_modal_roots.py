@@ -44,7 +44,8 @@ def store_of(view):
 def tend(volume, command, names=(), flags=LISTED):
     """Do a command in a container of its own."""
     view = volume.view()
-    printed, wrong = cloud.tend(command, list(names), flags, view.path, view.commit, view.reload)
+    edge = cloud.ModalEdge(view.path)
+    printed, wrong = cloud.tend(command, list(names), flags, edge, view.commit, view.reload)
     return " ".join(printed.split()), wrong
 
 
@@ -147,6 +148,7 @@ def test_of_two_who_begin_to_remove_at_once_one_gives_way(volume, finished):
     # Both containers have seen the volume before either has written its mark
     first, second = volume.view(), volume.view()
     looks = iter([lambda: None])
+    here, there = cloud.ModalEdge(first.path), cloud.ModalEdge(second.path)
     ended = []
 
     def look():
@@ -156,9 +158,9 @@ def test_of_two_who_begin_to_remove_at_once_one_gives_way(volume, finished):
         first.commit()
         if not ended:
             ended.append("begun")
-            ended.append(cloud.tend("rm", ["tiny"], REMOVED, second.path, second.commit, look))
+            ended.append(cloud.tend("rm", ["tiny"], REMOVED, there, second.commit, look))
 
-    wrong = cloud.tend("rm", ["tiny"], REMOVED, first.path, publish, first.reload)[1]
+    wrong = cloud.tend("rm", ["tiny"], REMOVED, here, publish, first.reload)[1]
     assert "somebody else is removing" in ended[1][1] and not wrong
     assert not artifacts(volume)
     assert not list((volume.path / "runs").glob(f"{far_roots.MARK}*"))

@@ -5,23 +5,25 @@ it with its cost; the other side does jobs in containers and says of each how it
 """
 
 # modal_app.py takes all of it from here, so that it names no module of this folder.
-from .client import (
+from .baselines import with_baselines
+from .calls import ATTEMPTS, Call, by_calls
+from .client import check, look_at_models, mirror, settled, show_report, show_results
+from .command import (
     DEFAULT,
     EXPERIMENTS,
+    afterwards,
     announced,
-    check,
     deploys,
     explain,
-    look_at_models,
-    mirror,
+    flags_of,
+    named,
     overrides,
-    settled,
-    show_report,
-    show_results,
+    refuse_client,
+    shipped,
     typed,
 )
 from .containers import JobResult, ModalEdge, draw_anew, not_done, orchestrate, work
-from .endpoint import SERVED, deployed, entered, pinned, serve_next, served
+from .endpoint import SERVED, WAYS, deployed, entered, serve_next, served
 from .estimate import (
     estimate,
     refuse_above,
@@ -30,26 +32,38 @@ from .estimate import (
     show_estimate,
 )
 from .experiments import FarStore, FarSweep, conducted, planned
-from .inputs import packages
+from .leases import Leases
 from .looks import as_recorded, looked_at
+from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_here
 from .prices import Prices, most_gpus
-from .roots import REMOVAL_S, RUN_S, begun, since, tend
+from .roots import REMOVAL_S, begun, since, tend
 from .watching import watch
+from .wiring import SECRETS, Wiring
 
 __all__ = [
+    "ATTEMPTS",
     "DEFAULT",
     "EXPERIMENTS",
+    "PLAN_S",
     "REMOVAL_S",
-    "RUN_S",
+    "SECRETS",
     "SERVED",
+    "WAYS",
+    "Call",
+    "FarPlan",
     "FarStore",
     "FarSweep",
     "JobResult",
+    "Leases",
     "ModalEdge",
     "Prices",
+    "Wiring",
+    "Wish",
+    "afterwards",
     "announced",
     "as_recorded",
     "begun",
+    "by_calls",
     "check",
     "conducted",
     "deployed",
@@ -58,22 +72,27 @@ __all__ = [
     "entered",
     "estimate",
     "explain",
+    "flags_of",
     "look_at_models",
     "looked_at",
     "mirror",
     "most_gpus",
+    "named",
     "not_done",
     "orchestrate",
     "overrides",
-    "packages",
-    "pinned",
     "planned",
+    "planned_run",
+    "planned_there",
+    "plans_here",
     "refuse_above",
+    "refuse_client",
     "refuse_what_cannot_start",
     "refuse_without_inputs",
     "serve_next",
     "served",
     "settled",
+    "shipped",
     "show_estimate",
     "show_report",
     "show_results",
@@ -81,5 +100,6 @@ __all__ = [
     "tend",
     "typed",
     "watch",
+    "with_baselines",
     "work",
 ]

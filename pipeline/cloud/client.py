@@ -1,12 +1,9 @@
-"""The client's side of a run elsewhere: read the command, refuse what cannot work, mirror the
-store, show results.
+"""The client's side of a run elsewhere: refuse what cannot work, mirror the store, show results.
 
 Everything here happens before a machine is paid for, or after.
 """
 
-import argparse
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -18,11 +15,8 @@ from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError, DamagedArtifact, StoreError
 from ..families import family
-from ..families.ffn_moe.config import FfnMoeConfig
-from ..families.load import load
 from ..report.narrow import print_table
 from ..run.dry_run import figures
-from ..run.experiments.reading import base_of, read_experiments
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store
@@ -30,101 +24,18 @@ from ..store.mark import check_format, parse_format
 from ..store.model_files import CONFIG, settings_from_hub
 from ..store.model_sources import on_this_machine
 from ..store.room import writing
-from .containers import JobResult
+from .containers import UNNAMED, JobResult
 from .looks import changed_looks
 from .prices import Prices, most_gpus
 
-# The demo on a pretrained model needs its package where the command is typed
-DEFAULT = "config/demo_from_zero.yaml"
-EXPERIMENTS = "config/experiments.yaml"
-EXPERIMENTS_COMMAND = "::experiments"  # how that entrypoint is named
 MOST_BETWEEN_SAVES_S = 300
-HELP_FLAGS = {"--help", "-h"}
-FLAGS_HELP = f"""What the flags below mean:
-  --config FILE            the run, a YAML file on this machine (default {DEFAULT}); see config/
-  --override TEXT          changes to it, one text: --override "expert.steps=200 router.top_k=1"
-  --sequential             the jobs of a stage one after another in one container, each within
-                           runtime.memory_budget; without it each has a container of its own, as
-                           many at once as modal.max_gpus allows
-  --frozen                 go on with the data that was read before, whatever has changed since
-"""
-
-
-def announced(argv: list[str], environ: Mapping[str, str]) -> RunConfig:
-    """Return the configuration that a command line of `modal` is about: its own, $MOLEFORGE_CONFIG,
-    or the defaults.
-
-    Raises ConfigError, so that a mistake ends here and not after images have been built.
-    """
-    if "run" in argv:
-        # With --help, or imported by a program that has a word like it, no run is meant.
-        return _of_command(argv) if typed(argv) else FfnMoeConfig()
-    # `modal deploy` and `modal serve` pass no flags on.
-    path = environ.get("MOLEFORGE_CONFIG")
-    return load(path) if path else FfnMoeConfig()
-
-
-def _of_command(argv: list[str]) -> RunConfig:
-    """Return the configuration of a `modal run`; of experiments the one that all their trials start
-    from. Raises ConfigError."""
-    of_experiments = any(word.endswith(EXPERIMENTS_COMMAND) for word in argv)
-    # Modal reads the same flags later, and its own among them, which are left over here.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=EXPERIMENTS if of_experiments else DEFAULT)
-    parser.add_argument("--override", action="append", default=[])
-    found, _ = parser.parse_known_args(argv[1:])
-    count = len(found.override)
-    if count > 1:
-        together = shlex.quote(" ".join(found.override))
-        raise ConfigError(
-            f"--override is given {count} times, and Modal passes on only the last: "
-            f"write --override {together}"
-        )
-    if of_experiments:
-        return base_of(read_experiments(Path(found.config), overrides(*found.override)))
-    return load(found.config, overrides(*found.override))
-
-
-def explain(argv: list[str]) -> str:
-    """Return what the flags of an entrypoint mean when help is asked for, which Modal itself does
-    not say; else ""."""
-    if "run" not in argv or HELP_FLAGS.isdisjoint(argv):
-        return ""
-    return FLAGS_HELP
-
-
-def typed(argv: list[str]) -> bool:
-    """Whether this is a command of `modal` that will do something: not an import by another
-    program, not --help."""
-    # A script called modal, or the package run by `python -m modal`.
-    command = Path(argv[0])
-    by_modal = "modal" in (command.stem, command.parent.name)
-    return by_modal and HELP_FLAGS.isdisjoint(argv)
-
-
-def deploys(argv: list[str]) -> bool:
-    """Whether this is a command of `modal` that makes an endpoint: a deployment, or `serve`."""
-    if not typed(argv):
-        return False
-    # The command comes first; an option before it takes no value.
-    words = [word for word in argv[1:] if not word.startswith("-")]
-    return words[:1] in (["deploy"], ["serve"])
-
-
-def overrides(text: str = "") -> tuple[str, ...]:
-    """Return the single overrides of one text. Raises ConfigError when its quotes do not pair."""
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise ConfigError(
-            f'--override {text}: {error}; write --override "section.field=value other=value"'
-        ) from None
 
 
 def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
     """Raise ConfigError with everything that cannot work on a machine elsewhere; mount is where its
     store is."""
     problems = []
+    volume = cfg.modal.volume or UNNAMED
     max_gpus = cfg.modal.max_gpus
     # All of them, also of stages that this command leaves out: they can be mended at once.
     for name, machine in cfg.modal:
@@ -144,7 +55,7 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
         if _is_here(path, mount):
             problems.append(
                 f"{name}: {path} is on this machine, where Modal does not see it: "
-                "put it on the volume with `modal volume put moleforge LOCAL /inputs/` "
+                f"put it on the volume with `modal volume put {volume} LOCAL /inputs/` "
                 f"and write {mount}/inputs/..., or name a URL"
             )
     if cfg.runtime.save_every_s > MOST_BETWEEN_SAVES_S:
@@ -233,7 +144,7 @@ def look_at_models(
         if content is None:
             raise ConfigError(
                 f"{setting}: the volume has no {below}/{CONFIG}: put the model's folder there with "
-                f"`modal volume put moleforge LOCAL /{below}`"
+                f"`modal volume put {cfg.modal.volume or UNNAMED} LOCAL /{below}`"
             )
         folder = root / "models" / below
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,15 +183,14 @@ def mirror(
         wanted.append(f"resume/{name}/b/state.json")
         if name in former:
             wanted.append(f"resume/{name}/{NOTE}")
+    volume = f"the volume {cfg.modal.volume or UNNAMED}"
     mark = read("store.json")
     if mark is not None:
         try:
             found = parse_format(mark)
         except ValueError as error:
-            raise StoreError(
-                f"store.json of the volume moleforge cannot be read: {error}"
-            ) from None
-        check_format(found, "the volume moleforge")
+            raise StoreError(f"store.json of {volume} cannot be read: {error}") from None
+        check_format(found, volume)
     for path in (*wanted, *changed_looks(cfg, names, read)):
         content = read(path)
         if content is not None:

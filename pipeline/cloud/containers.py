@@ -7,13 +7,16 @@ last published checkpoint.
 
 import gc
 import random
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from ..config.run import RunConfig
+from ..credentials import masked
 from ..errors import Interrupted, PipelineError
 from ..families.load import parse
 from ..run.advice import account, sentence
@@ -24,15 +27,20 @@ from ..run.stages import Addresses, label, without_jobs
 from ..store.artifacts import Manifest, Store
 from ..store.lineage import Lineage
 from ..train.memory_meter import trim_heap
+from .leases import Lease, Leases
 
 Items = list[str | None]
+LOOK_EVERY_S = 15.0  # whether another run has ended what this one waits for
+UNNAMED = "moleforge"  # app and volume where nobody names them
 
 
 class ModalEdge:
-    """Commands as they are typed for a run on Modal; `root` is where containers have the volume."""
+    """Commands as they are typed for a run on Modal; `root` is where containers have the volume of
+    that name."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, volume: str = UNNAMED) -> None:
         self.root = root
+        self.volume = volume
 
     def stage(self, name: str) -> str:
         """The command that does a stage, less its options."""
@@ -42,7 +50,7 @@ class ModalEdge:
         """How something in the store is removed, as an imperative."""
         if not path.is_relative_to(self.root):
             return f"remove {path}"
-        return f"type `modal volume rm -r moleforge {path.relative_to(self.root)}`"
+        return f"type `modal volume rm -r {self.volume} {path.relative_to(self.root)}`"
 
     def make_room(self) -> str:
         """How room is made in the store, as an imperative."""
@@ -53,7 +61,13 @@ class ModalEdge:
 
     def other_store(self) -> str:
         """How another store is chosen, as an imperative."""
-        return "type `modal volume rename moleforge NAME`, and the next command makes a new one"
+        rename = f"`modal volume rename {self.volume} NAME`"
+        return f"type {rename}, and the next command makes a new one"
+
+
+def edge_of(cfg: RunConfig, root: Path) -> ModalEdge:
+    """Return how the commands of a run are typed whose store is at root."""
+    return ModalEdge(root, cfg.modal.volume or UNNAMED)
 
 
 @dataclass(frozen=True)
@@ -101,15 +115,30 @@ def work(
     root: Path,
     publish: Callable[[], None],
     refresh: Callable[[], None],
+    renewing: Callable[[list[str]], AbstractContextManager] = nullcontext,
 ) -> list[JobResult]:
-    """Do jobs of a stage in this container, one after another; return how each ended.
+    """Do jobs of a stage in this container, one after another; return how each ended. `renewing`
+    keeps the leases of their addresses meanwhile.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run
     again.
     """
+    cfg = parse(raw)
+    addresses = Addresses(cfg)
+    with renewing([addresses.of(stage, item) for item in items]):
+        return _work(stage, cfg, items, root, publish, refresh)
+
+
+def _work(
+    stage: str,
+    cfg: RunConfig,
+    items: Items,
+    root: Path,
+    publish: Callable[[], None],
+    refresh: Callable[[], None],
+) -> list[JobResult]:
     import torch
 
-    cfg = parse(raw)
     torch.set_num_threads(cfg.runtime.most_threads(int(cfg.machine(stage).cpu)))
     refresh()
     store = Store(root, publish=publish)
@@ -118,7 +147,7 @@ def work(
         store.open()
     except PipelineError as error:
         # An answer, so that Modal does not try again what no other container can do either
-        return [_failed(stage, item, "", error, store) for item in items]
+        return [_failed(stage, item, "", error, edge_of(cfg, root)) for item in items]
     results = []
     for item in items:
         try:
@@ -139,7 +168,8 @@ def _do_job(
     except PipelineError as error:
         # Checkpoints and history up to here
         store.publish()
-        return _failed(stage, item, Addresses(cfg).of(stage, item), error, store)
+        edge = edge_of(cfg, store.root)
+        return _failed(stage, item, Addresses(cfg).of(stage, item), error, edge)
     except Interrupted as stopped:
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None
@@ -162,15 +192,14 @@ def not_done(
     found = []
     for stage in wanted[:1]:
         for item in cfg.items(stage):
-            found.append(_failed(stage, item, "", error, store))
+            found.append(_failed(stage, item, "", error, edge_of(cfg, store.root)))
     return found
 
 
 def _failed(
-    stage: str, item: str | None, address: str, error: PipelineError, store: Store
+    stage: str, item: str | None, address: str, error: PipelineError, edge: ModalEdge
 ) -> JobResult:
-    text = sentence(error, ModalEdge(store.root))
-    return JobResult(stage, item, address, "failed", text)
+    return JobResult(stage, item, address, "failed", sentence(error, edge))
 
 
 def orchestrate(
@@ -180,10 +209,13 @@ def orchestrate(
     hand_out: HandOut,
     command: str,
     progress: Callable[[str], None] = print,
+    leases: Leases | None = None,
+    wait: Callable[[float], None] = time.sleep,
 ) -> list[JobResult]:
     """Do stages in order, each job that has something left to do; stop after a stage with a
-    failure. `command` is what finishes the rest."""
+    failure. `command` is what finishes the rest; what others do by their `leases` is waited for."""
     addresses = Addresses(cfg)
+    edge = edge_of(cfg, store.root)
     results: list[JobResult] = []
     for stage in wanted:
         # What containers made meanwhile is seen from here on; no file is open
@@ -191,18 +223,17 @@ def orchestrate(
         items = list(cfg.items(stage))
         if not items and len(wanted) == 1:
             progress(without_jobs(stage, cfg))
+        made: dict[str | None, JobResult] = {}
         try:
-            missing = _missing(addresses, stage, store)
+            for result in _done(addresses, stage, store, hand_out, leases, progress, wait):
+                made[result.item] = result
+                progress(f"{result.name}: {result.error or result.state}")
         except PipelineError as error:
             # A manifest that cannot be read, which no container could do anything about either
-            progress(f"{stage}: {sentence(error, ModalEdge(store.root))}")
+            progress(f"{stage}: {sentence(error, edge)}")
             return results + [
-                _failed(stage, item, addresses.of(stage, item), error, store) for item in items
+                _failed(stage, item, addresses.of(stage, item), error, edge) for item in items
             ]
-        made: dict[str | None, JobResult] = {}
-        for result in _handed_out(addresses, stage, missing, store, hand_out):
-            made[result.item] = result
-            progress(f"{result.name}: {result.error or result.state}")
         for item in items:
             if item not in made:
                 note_made(addresses.cfg, store, stage, item)
@@ -213,6 +244,53 @@ def orchestrate(
             progress(account(stage, errors, items, command))
             return results
     return results
+
+
+def _done(
+    addresses: Addresses,
+    stage: str,
+    store: Store,
+    hand_out: HandOut,
+    leases: Leases | None,
+    progress: Callable[[str], None],
+    wait: Callable[[float], None],
+) -> Iterator[JobResult]:
+    """Yield the result of each job of a stage that is handed out, until none is missing that
+    nobody has tried. Raises DamagedArtifact."""
+    missing = _missing(addresses, stage, store)
+    if leases is None:
+        yield from _handed_out(addresses, stage, missing, store, hand_out)
+        return
+    known: set[tuple[str | None, str]] = set()
+    while missing:
+        mine: Items = []
+        others: dict[str | None, Lease] = {}
+        for item in missing:
+            lease = leases.claim(addresses.of(stage, item))
+            if lease is None:
+                mine.append(item)
+            else:
+                others[item] = lease
+        if mine:
+            # Who had it may have ended between the look and the claim
+            store.refresh()
+            left = _missing(addresses, stage, store)
+            leases.give_back(addresses.of(stage, item) for item in mine if item not in left)
+            mine = [item for item in mine if item in left]
+        # Whoever goes in the middle of it keeps the leases of what its containers are at
+        for result in _handed_out(addresses, stage, mine, store, hand_out):
+            leases.give_back([addresses.of(stage, result.item)])
+            yield result
+        for item, lease in others.items():
+            if (item, lease.token) not in known:
+                known.add((item, lease.token))
+                name = label(stage, item)
+                progress(f"{name}: {lease.by} does it since {lease.since}; waiting for it")
+        if others:
+            wait(LOOK_EVERY_S)
+            store.refresh()
+        left = _missing(addresses, stage, store)
+        missing = [item for item in others if item in left]
 
 
 def _missing(addresses: Addresses, stage: str, store: Store) -> Items:
@@ -240,7 +318,7 @@ def _handed_out(
         for item in items:
             result = _whole(addresses, stage, item, store, "made")
             if result.error:
-                text = f"{type(ended).__name__}: {ended}"
+                text = masked(f"{type(ended).__name__}: {ended}")
                 result = JobResult(stage, item, addresses.of(stage, item), "failed", text)
             yield result
 
@@ -255,4 +333,4 @@ def _whole(
         Lineage(store).check(address)
         return JobResult.of(store.require(address), state)
     except PipelineError as error:
-        return _failed(stage, item, address, error, store)
+        return _failed(stage, item, address, error, edge_of(addresses.cfg, store.root))

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from ..config.base import PACKAGE
 from ..config.run import RunConfig
 from ..errors import ConfigError, DataError
+from .containers import UNNAMED
 
 Names = Callable[[str], Iterable[str]]  # a folder of the volume -> the names in it
 
@@ -27,9 +28,10 @@ def not_on_volume(
             lacking.append(f"{setting}: {path}")
     if not lacking:
         return None
+    volume = cfg.modal.volume or UNNAMED
     return DataError(
         f"not on the volume: {', '.join(lacking)}; put it there with "
-        f"`modal volume put moleforge LOCAL /inputs/` and write {mount}/inputs/..."
+        f"`modal volume put {volume} LOCAL /inputs/` and write {mount}/inputs/..."
     )
 
 

@@ -127,12 +127,13 @@ def tend(
     command: str,
     names: Sequence[str],
     flags: Mapping[str, bool],
-    root: Path,
+    edge: ModalEdge,
     publish: Callable[[], None],
     refresh: Callable[[], None],
 ) -> tuple[str, str]:
     """Do `runs`, `prune`, `rm`, `versions` or `rollback` on a volume; return what it printed, and
     what is wrong."""
+    root = edge.root
     refresh()
     store = Store(root, publish=publish, refresh=refresh)
     printed = io.StringIO()
@@ -149,7 +150,7 @@ def tend(
             with _alone(opened(store), flags["yes"]):
                 _remove(command, names, flags, store, console)
     except PipelineError as error:
-        return printed.getvalue(), sentence(error, ModalEdge(root))
+        return printed.getvalue(), sentence(error, edge)
     return printed.getvalue(), ""
 
 

@@ -1,16 +1,24 @@
 """Where stages run on Modal, and what they may cost. No address holds any of it."""
 
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .base import Name, Section
+
+
+def _one_as_several(value: object) -> object:
+    """Return `H100` as the one of its kind, anything else unchanged."""
+    return (value,) if isinstance(value, str) else value
+
+
+Gpus = Annotated[tuple[str, ...], BeforeValidator(_one_as_several)]
 
 
 class MachineConfig(Section):
     """A container on Modal."""
 
-    gpu: tuple[str, ...] = Field(
+    gpu: Gpus = Field(
         (),
         description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; "
         "[]: none",
@@ -32,7 +40,7 @@ class TrainerConfig(MachineConfig):
     """The container of a stage that trains or measures."""
 
     # Two, as either may be out of stock; both have bf16 and at least 40 GB.
-    gpu: tuple[str, ...] = Field(
+    gpu: Gpus = Field(
         ("L40S", "A100-40GB"),
         description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none",
     )
@@ -93,6 +101,19 @@ class ModalConfig(Section):
     """What stages get on Modal, and what they may cost; no result depends on it, so no address
     does."""
 
+    # Names of one's own keep two people in one workspace apart.
+    app: Name | None = Field(None, description="App on Modal; none: $MOLEFORGE_APP, or moleforge")
+    volume: Name | None = Field(
+        None, description="Volume with the store; none: $MOLEFORGE_VOLUME, or moleforge"
+    )
+
+    attempt_s: int = Field(
+        86_400,
+        ge=1,
+        le=86_400,
+        description="Longest attempt of the container that hands out jobs, seconds; the next goes "
+        "on from there",
+    )
     max_gpus: int = Field(8, ge=1, description="Most GPUs at once over the jobs of a stage")
     max_cost_usd: float | None = Field(
         None,
@@ -115,6 +136,11 @@ class ModalConfig(Section):
     )
     endpoint_public: bool = Field(
         False, description="Serve without a key: whoever knows the address may use the endpoint"
+    )
+    missing_baselines: Literal["make", "skip", "refuse"] = Field(
+        "make",
+        description="Dense baselines that `::evaluate` compares with and nobody has trained: make "
+        "trains them first, skip reports without them, refuse says what to type",
     )
     preprocess_jobs: int = Field(
         8,

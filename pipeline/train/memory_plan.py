@@ -6,15 +6,15 @@ Every plan leaves the mathematics as it is; moments and gradients in bf16 round 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import product
 from math import ceil
 from typing import TYPE_CHECKING
 
 from ..config.fit import FitConfig
 from ..errors import BudgetError, ConfigError
-from ..model.loss import CHUNK_LOGITS, chunk_logits_on
+from ..model.chunks import CHUNK_LOGITS, chunk_logits_on
 from .memory_meter import LOW_MMAP_THRESHOLD_BYTES, Peak
-from .optimizer_state import has_int8
 
 if TYPE_CHECKING:
     from .checkpoint import TrainState
@@ -195,6 +195,11 @@ def _halves(size: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
+
+
+def has_int8() -> bool:
+    """Whether the library for 8-bit moments is installed; does not import it."""
+    return find_spec("bitsandbytes") is not None
 
 
 def _candidates(

@@ -3,7 +3,7 @@
 P elements of a piece, a whole number of blocks unless it is the last.
 """
 
-import importlib.util
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
 
@@ -86,14 +86,9 @@ def _blocks(piece: slice) -> slice:
     return slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
 
 
-def has_int8() -> bool:
-    """Whether the library for 8-bit moments is installed; does not import it."""
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
 def import_int8() -> None:
     """Import the library for 8-bit moments where it is installed."""
-    if has_int8():
+    with suppress(ConfigError):
         _library()
 
 

@@ -53,6 +53,7 @@ class Plane:
         self.inputs: dict[str, Input] = {}
         self.tasks: dict[str, Task] = {}
         self.volumes: dict[str, Volume] = {}
+        self.dicts: dict[str, dict[bytes, bytes]] = {}  # entries by name
         self.secrets: dict[str, dict[str, str]] = {}  # id -> variables
         self.secret_ids: dict[str, str] = {}  # name -> id
         self.mounts: dict[str, list[api_pb2.MountFile]] = {}

@@ -9,11 +9,12 @@ from tests.loopback_modal.containers import Containers
 from tests.loopback_modal.plane import Plane
 from tests.loopback_modal.records import Task
 from tests.loopback_modal.rpc_apps import Apps
+from tests.loopback_modal.rpc_dicts import Dicts
 from tests.loopback_modal.rpc_functions import Functions
 from tests.loopback_modal.rpc_volumes import Volumes
 
 
-class Api(Apps, Functions, Volumes):
+class Api(Apps, Dicts, Functions, Volumes):
     """All handlers, each named like the call it answers."""
 
     def __init__(self, plane: Plane, containers: Containers) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from ...config.base import NONE, is_folder
 from ...errors import DataError
 from ...hardware import device
-from ...model.loss import workspace_bytes
+from ...model.chunks import workspace_bytes
 from ...store.foreign import read_object
 from ...train.flops import JobCost
 from ...train.lr_search import PLANNED_RATES, in_small

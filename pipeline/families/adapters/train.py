@@ -18,7 +18,8 @@ from ...data.routing.dataset import RoutingRows
 from ...data.tasks.rows import TaskRows
 from ...errors import DataError
 from ...hardware import device, uses_bf16
-from ...model.loss import chunk_logits_on, chunk_of, cross_entropy
+from ...model.chunks import chunk_logits_on, chunk_of
+from ...model.loss import cross_entropy
 from ...train.loop import Task
 from ...train.memory_plan import MemoryPlan
 from .. import Parts

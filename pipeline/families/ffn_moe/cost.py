@@ -6,7 +6,7 @@ from math import ceil
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import PIECE_NUMBERS, WHOLE_NUMBERS
+from ...model.chunks import PIECE_NUMBERS, WHOLE_NUMBERS
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory

@@ -15,8 +15,9 @@ from ...data.text.shards import Shards
 from ...errors import MismatchError
 from ...hardware import device, uses_bf16
 from ...model import low_rank, router_init
+from ...model.chunks import chunk_logits_on, chunk_of
 from ...model.experts import Expert, common_layers, from_tensors
-from ...model.loss import chunk_logits_on, chunk_of, chunked_token_loss
+from ...model.loss import chunked_token_loss
 from ...model.low_rank import LowRankExpert
 from ...model.router import Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics

@@ -4,7 +4,8 @@ L layers, D model width, F feed-forward width, V vocabulary.
 """
 
 from ...hardware import device
-from ...model.loss import MAX_BF16_SUMS, chunk_of, workspace_bytes
+from ...model.chunks import chunk_of, workspace_bytes
+from ...model.loss import MAX_BF16_SUMS
 from ...train.flops import Shape, Trains
 from ...train.memory_plan import MemoryPlan
 from .passes import HEAP_BYTES

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.loss import CHUNK_LOGITS, workspace_bytes
+from ...model.chunks import CHUNK_LOGITS, workspace_bytes
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS

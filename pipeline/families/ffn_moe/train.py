@@ -18,8 +18,9 @@ from ...config.fit import FitConfig
 from ...data.text.mixture import DomainMixture
 from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
+from ...model.chunks import chunk_of
 from ...model.experts import Expert, clone, in_layers, reinit_like
-from ...model.loss import chunk_of, cross_entropy
+from ...model.loss import cross_entropy
 from ...model.low_rank import DRAWN, LowRankExpert
 from ...model.router import CoordinatedExpert, Gating, Mixture, Router
 from ...model.router_init import FeatureStatistics

@@ -10,7 +10,8 @@ import torch
 
 from ....data.text.mixture import DomainMixture
 from ....hardware import device, uses_bf16
-from ....model.loss import chunk_of, smoothed_cross_entropy
+from ....model.chunks import chunk_of
+from ....model.loss import smoothed_cross_entropy
 from ....model.trunk import settings_of
 from ....train.flops import Shape
 from ....train.loop import Task

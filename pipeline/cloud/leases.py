@@ -1,0 +1,162 @@
+"""Who does which job: a lease for each, in a table that all containers share, so that two runs that
+want the same are not paid for twice.
+
+Invariant: of those that claim a job one gets it. A lease that has expired is never written over:
+the next one has the next number, and the table takes each number once.
+"""
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
+
+from ..store.artifacts import now
+
+# Longer than several renewals that get no answer, shorter than anybody wants to wait for the dead
+LASTS_S = 300.0
+RENEW_S = 60.0
+
+
+class SharedTable(Protocol):
+    """What all containers read and write; of those that put a new key with `skip_if_exists` one is
+    told that it did."""
+
+    def get(self, key: str, default: str | None = None, /) -> str | None:
+        """Return what stands under a key."""
+
+    def put(self, key: str, value: str, /, *, skip_if_exists: bool = False) -> bool:
+        """Write, or with `skip_if_exists` only where nothing stands; return whether it did."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One job that somebody does."""
+
+    token: str  # whose it is
+    by: str  # for people
+    since: str
+    until: float  # seconds since the epoch; 0: given back
+
+    @classmethod
+    def read(cls, text: str) -> "Lease | None":
+        """Return a lease as it stands in the table, None for what is none."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+
+class Leases:
+    """The leases of one run, renewed while it lasts."""
+
+    def __init__(
+        self,
+        table: SharedTable,
+        by: str,
+        token: str = "",
+        held: Mapping[str, int] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.table = table
+        self.by = by
+        self.token = token or uuid.uuid4().hex
+        self.since = now()
+        self._clock = clock
+        # number by address; a thread renews what another one claims and gives back
+        self._held = dict(held or {})
+        self._lock = threading.Lock()
+
+    def claim(self, address: str) -> Lease | None:
+        """Return None where the job is this run's from now on, else the lease of who does it."""
+        number = 0
+        while True:
+            text = self.table.get(_key(address, number))
+            if text is None:
+                key, value = _key(address, number), self._value(LASTS_S)
+                if self.table.put(key, value, skip_if_exists=True):
+                    with self._lock:
+                        self._held[address] = number
+                    return None
+                # Somebody was faster, whose lease is looked at now
+                continue
+            lease = Lease.read(text)
+            if lease is None or lease.until <= self._clock():
+                number += 1
+                continue
+            if lease.token != self.token:
+                return lease
+            # An earlier attempt's, whose containers may be at work
+            with self._lock:
+                self._held[address] = number
+            return None
+
+    def give_back(self, addresses: Iterable[str]) -> None:
+        """Let others do these jobs, as far as they are this run's."""
+        for address in addresses:
+            with self._lock:
+                number = self._held.pop(address, None)
+            if number is not None:
+                self.table.put(_key(address, number), self._value(None))
+
+    def renew(self) -> None:
+        """Have the leases last longer; one that expired and was followed by another's is lost."""
+        with self._lock:
+            held = dict(self._held)
+        for address, number in held.items():
+            if self.table.get(_key(address, number + 1)) is not None:
+                with self._lock:
+                    self._held.pop(address, None)
+                continue
+            self.table.put(_key(address, number), self._value(LASTS_S))
+            for earlier in range(number):
+                # A table forgets what nobody reads for a week, and a number must not come twice
+                self.table.get(_key(address, earlier))
+            with self._lock:
+                given_back = address not in self._held
+            if given_back:
+                # Between the look and the renewal
+                self.table.put(_key(address, number), self._value(None))
+
+    @contextmanager
+    def kept(self) -> Iterator[Self]:
+        """Renew the leases in a thread meanwhile."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(RENEW_S):
+                try:
+                    self.renew()
+                except Exception as error:  # a table raises what it likes; the next time may do
+                    print(f"leases were not renewed: {type(error).__name__}: {error}")
+
+        thread = threading.Thread(target=renew, name="leases", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()
+
+    def told(self) -> dict[str, Any]:
+        """Return what `of` makes them of in a container that does the jobs."""
+        with self._lock:
+            return {"by": self.by, "token": self.token, "held": dict(self._held)}
+
+    @classmethod
+    def of(cls, table: SharedTable, told: Mapping[str, Any], addresses: Iterable[str]) -> "Leases":
+        """Return the leases of the jobs of a container, which go on while it works, also when
+        whoever handed them out has ended."""
+        held = {each: told["held"][each] for each in addresses if each in told["held"]}
+        return cls(table, told["by"], told["token"], held)
+
+    def _value(self, lasts_s: float | None) -> str:
+        until = 0.0 if lasts_s is None else self._clock() + lasts_s
+        return json.dumps(asdict(Lease(self.token, self.by, self.since, until)))
+
+
+def _key(address: str, number: int) -> str:
+    return f"{address}/{number}"

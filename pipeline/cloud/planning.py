@@ -1,0 +1,108 @@
+"""What a command comes to before it is handed over: planned where it was typed, or by a container
+where that has no torch, with which sizes are worked out.
+"""
+
+import io
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config.run import RunConfig
+from ..errors import PipelineError
+from ..families.load import parse
+from ..run.advice import sentence
+from .baselines import with_baselines
+from .client import look_at_models, mirror
+from .containers import edge_of
+from .estimate import (
+    estimate,
+    refuse_above,
+    refuse_what_cannot_start,
+    refuse_without_inputs,
+    show_estimate,
+)
+from .experiments import FarStore
+from .looks import as_recorded
+from .prices import Prices
+
+PLAN_S = 1_800  # a container that plans may live
+_WIDE = 10_000  # columns: lines are for another terminal to break
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was typed: the run, its stages, and how they are to be done."""
+
+    cfg: RunConfig
+    stages: tuple[str, ...]
+    sequential: bool = False
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class FarPlan:
+    """A plan that a container made, small enough to travel."""
+
+    printed: str
+    wrong: str  # why nothing can be started, "" where it can
+    raw: dict  # the settings that the run has come to
+    stages: tuple[str, ...]
+
+
+def plans_here() -> bool:
+    """Whether this machine can plan, without importing what that takes."""
+    return find_spec("torch") is not None
+
+
+def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> Wish:
+    """Show what a command will do and what it costs; return what it comes to, with what its data
+    was when it was looked at last, and with what modal.missing_baselines makes of its stages.
+
+    Raises PipelineError for what keeps it from starting.
+    """
+    cfg, notes = as_recorded(wish.cfg, far.names, far.read, frozen=wish.frozen)
+    near = mirror(cfg, far.folder, far.names, far.read)
+    settled, stages, more = with_baselines(cfg, wish.stages, near)
+    if settled != cfg:
+        # Its report is another one, which may be there
+        cfg, near = settled, mirror(settled, far.folder, far.names, far.read)
+    notes += [*more, *look_at_models(cfg, far.mount, far.folder, far.read)]
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    lines = estimate(cfg, stages, near, prices)
+    show_estimate(cfg, lines, prices, wish.sequential, console)
+    refuse_what_cannot_start(cfg, lines, far.mount, far.names)
+    refuse_without_inputs(cfg, stages, near)
+    refuse_above(cfg, lines)
+    return Wish(cfg, stages, wish.sequential, wish.frozen)
+
+
+def planned_there(
+    raw: dict, stages: tuple[str, ...], sequential: bool, frozen: bool, prices: Prices, root: Path
+) -> FarPlan:
+    """Plan in a container that has the volume at root."""
+
+    def names(folder: str) -> list[str]:
+        place = root / folder
+        return [path.name for path in place.iterdir()] if place.is_dir() else []
+
+    def read(path: str) -> bytes | None:
+        try:
+            return (root / path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    wish = Wish(parse(raw), stages, sequential, frozen)
+    printed = io.StringIO()
+    console = Console(file=printed, width=_WIDE)
+    wrong = ""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            far = FarStore(names, read, str(root), Path(folder))
+            wish = planned_run(wish, prices, far, console)
+    except PipelineError as error:
+        wrong = sentence(error, edge_of(wish.cfg, root))
+    return FarPlan(printed.getvalue(), wrong, wish.cfg.model_dump(mode="json"), wish.stages)

@@ -1,0 +1,255 @@
+"""Two runs that want the same: each job has one who does it, whoever claims at once, dies or comes
+back."""
+
+import shutil
+import threading
+
+import pytest
+
+from pipeline import cloud
+from pipeline.cloud.leases import LASTS_S, Leases
+from pipeline.families.load import load
+from pipeline.protocols import quiet
+from pipeline.run import stages
+from pipeline.run.job import run_job
+from pipeline.store.artifacts import Store
+
+
+class FakeTable:
+    """What containers share, with the promise that Modal makes: a new key is put once."""
+
+    def __init__(self):
+        self.entries, self._lock = {}, threading.Lock()
+
+    def get(self, key, default=None):
+        return self.entries.get(key, default)
+
+    def put(self, key, value, *, skip_if_exists=False):
+        with self._lock:
+            if skip_if_exists and key in self.entries:
+                return False
+            self.entries[key] = value
+            return True
+
+
+class Clock:
+    """A time that tests move."""
+
+    def __init__(self):
+        self.at = 1000.0
+
+    def __call__(self):
+        return self.at
+
+
+@pytest.fixture
+def pair():
+    """(table, clock, leases of one run, leases of another)."""
+    table, clock = FakeTable(), Clock()
+    return table, clock, Leases(table, "one", clock=clock), Leases(table, "two", clock=clock)
+
+
+def test_a_job_is_one_run_s_until_it_gives_it_back(pair):
+    _, _, one, two = pair
+    assert one.claim("a") is None
+    assert two.claim("a").by == "one"
+    assert two.claim("b") is None
+    one.give_back(["a", "b"])
+    assert two.claim("a") is None
+    assert one.claim("b").by == "two"
+
+
+def test_the_lease_of_who_died_ends_and_one_that_is_renewed_does_not(pair):
+    _, clock, one, two = pair
+    one.claim("a")
+    clock.at += LASTS_S - 1
+    assert two.claim("a").by == "one"
+    one.renew()
+    clock.at += LASTS_S - 1
+    assert two.claim("a").by == "one"
+    clock.at += 2
+    assert two.claim("a") is None
+    # Who was taken for dead takes nothing away when it is there again
+    one.renew()
+    assert one.told()["held"] == {}
+    assert one.claim("a").by == "two"
+    one.give_back(["a"])
+    assert Leases(one.table, "three", clock=clock).claim("a").by == "two"
+
+
+def test_another_attempt_of_a_run_has_its_leases(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+    again = Leases(table, "one", one.token, clock=clock)
+    assert again.claim("a") is None and again.told() == one.told()
+    again.give_back(["a"])
+    assert two.claim("a") is None
+
+
+def test_the_containers_of_a_run_renew_what_they_do_when_it_has_died(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+    one.claim("b")
+    theirs = Leases.of(table, one.told(), ["a", "elsewhere"])
+    theirs._clock = clock
+    assert theirs.told()["held"] == {"a": 0}
+    clock.at += LASTS_S - 1
+    theirs.renew()
+    clock.at += 2
+    assert two.claim("a").by == "one"
+    assert two.claim("b") is None
+
+
+@pytest.mark.parametrize("ended", ["never", "expired", "given back", "torn"])
+def test_of_those_that_claim_at_once_one_gets_it(ended):
+    for _ in range(20):
+        table, clock = FakeTable(), Clock()
+        before = Leases(table, "before", clock=clock)
+        if ended != "never":
+            before.claim("a")
+            clock.at += 0 if ended != "expired" else LASTS_S + 1
+            if ended == "given back":
+                before.give_back(["a"])
+            if ended == "torn":
+                table.entries["a/0"] = "{"
+        start, got = threading.Barrier(6), []
+
+        def claim(name, table=table, clock=clock, start=start, got=got):
+            leases = Leases(table, name, clock=clock)
+            start.wait()
+            if leases.claim("a") is None:
+                got.append(name)
+
+        threads = [threading.Thread(target=claim, args=(f"run {n}",)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 1
+
+
+@pytest.fixture
+def begun(bundled, tmp_path):
+    """(configuration, store) of a run whose experts are missing, and nothing before them."""
+    store = Store(shutil.copytree(bundled[1], tmp_path / "store"))
+    return load(bundled[0], ("expert.steps=3",)), store
+
+
+def orchestrated(cfg, store, table, name, hand_out, wait):
+    """Do train_experts as a run of that name; return (results, what it told)."""
+    told = []
+    leases = Leases(table, name)
+    results = cloud.orchestrate(
+        cfg, ("train_experts",), store, hand_out, "again", told.append, leases, wait
+    )
+    return results, told
+
+
+class Left(Exception):
+    """Who waits has gone."""
+
+
+def test_what_one_run_does_another_does_not_begin(begun):
+    cfg, store = begun
+    table, handed = FakeTable(), []
+
+    def other(_stage, items):
+        handed.extend(("two", item) for item in items)
+        return []
+
+    def leave(_seconds):
+        raise Left
+
+    def one(stage, items):
+        for item in items:
+            with pytest.raises(Left):
+                orchestrated(cfg, store, table, "two", other, leave)
+            handed.append(("one", item))
+            made = run_job(stage, cfg, store, item, progress=quiet)
+            yield [item], [cloud.JobResult.of(made, "made")]
+
+    results, told = orchestrated(cfg, store, table, "one", one, leave)
+    assert handed == [("one", item) for item in cfg.experts]
+    assert [result.state for result in results] == ["made"] * len(cfg.experts)
+    assert told == [f"train_experts {item}: made" for item in cfg.experts]
+
+
+def test_a_run_waits_for_another_and_takes_over_what_it_gives_up(begun):
+    cfg, store = begun
+    table, handed, waited = FakeTable(), [], []
+    first = Leases(table, "one")
+    addresses = {item: stages.address(cfg, "train_experts", item) for item in cfg.experts}
+    done, given_up, *_ = cfg.experts
+    for item in (done, given_up):
+        assert first.claim(addresses[item]) is None
+
+    def make(stage, items):
+        for item in items:
+            handed.append(item)
+            made = run_job(stage, cfg, store, item, progress=quiet)
+            yield [item], [cloud.JobResult.of(made, "made")]
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 1:
+            run_job("train_experts", cfg, store, done, progress=quiet)
+        first.give_back([addresses[(done, given_up)[len(waited) - 1]]])
+
+    results, told = orchestrated(cfg, store, table, "two", make, wait)
+    assert handed == [*cfg.experts[2:], given_up]
+    assert [result.state for result in results if result.item == done] == ["found"]
+    assert not any(result.error for result in results)
+    waiting = [text for text in told if "does it since" in text]
+    assert [text.partition(":")[0] for text in waiting] == [
+        f"train_experts {done}",
+        f"train_experts {given_up}",
+    ]
+    # All is given back
+    assert all(Leases(table, "three").claim(each) is None for each in addresses.values())
+
+
+class FakeCall:
+    """A container that was asked for."""
+
+    def __init__(self, number, results):
+        self.object_id, self._results = f"fc-{number}", results
+
+    def get(self):
+        if isinstance(self._results, Exception):
+            raise self._results
+        return self._results
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished, sequential):
+    cfg = load(finished[0])
+    table, calls, begun = FakeTable(), {}, []
+
+    def start(_stage, items):
+        if len(begun) == 2:
+            raise Left
+        begun.append(items)
+        results = [cloud.JobResult("train_experts", item, "x", "made") for item in items]
+        call = FakeCall(len(begun), results if len(begun) > 1 else ValueError("lost"))
+        return calls.setdefault(call.object_id, call)
+
+    def attempt(items):
+        addresses = stages.Addresses(cfg)
+        out = cloud.by_calls(addresses, "run", table, sequential, start, calls.__getitem__)
+        return list(out("train_experts", items))
+
+    sea, shop, hall = cfg.experts
+    if not sequential:
+        # Ended by its limit, when two of three were handed out
+        with pytest.raises(Left):
+            attempt([sea, shop, hall])
+        begun.clear()
+        ended = attempt([sea, shop, hall])
+        assert begun == [[hall]]
+        assert [items for items, _ in ended] == [[sea], [shop], [hall]]
+        assert isinstance(ended[0][1], ValueError) and ended[1][1][0].item == shop
+        return
+    attempt([sea, shop])
+    # The first is whole by now, and the container has the second
+    ended = attempt([shop])
+    assert begun == [[sea, shop]] and [items for items, _ in ended] == [[shop]]
