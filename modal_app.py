@@ -305,7 +305,7 @@ if WIRING.entered:
 
         @modal.asgi_app()
         def web(self):
-            """FarPlan requests."""
+            """Answer requests."""
             return self.served
 
 
