@@ -7,9 +7,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install --quiet
 ARGS ?=
-# locked: the build of torch that the lock has, on Linux with CUDA. any: the one of that version that pip prefers here,
-# for processors alone say, without CUDA's packages; the rest by the lock.
-TORCH ?= locked
+# any: the build of the pinned torch that pip prefers here, for processors alone say; the rest by the lock. locked: the
+# build that the lock has, on Linux with CUDA's packages, all of it by hash, as Modal's image has it.
+TORCH ?= any
+# What belongs to a build of torch
+OF_TORCH := (torch|triton|nvidia-|cuda-)
 UV_LOCK := $(RUN) -m uv --no-config pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-annotate --custom-compile-command 'make lock'
 
@@ -72,14 +74,15 @@ $(VENV)/created.stamp:
 
 # What a lock names is all that is needed, so nothing is looked for beside it.
 define install
-	@awk -v torch=$(TORCH) '/^[a-z]/ {skip = torch == "any" && /^(torch|triton|nvidia-|cuda-)/} !skip' $(1) >$(VENV)/$(1)
+	@awk -v torch=$(TORCH) '/^[a-z]/ {skip = torch == "any" && /^$(OF_TORCH)/} !skip' $(1) >$(VENV)/$(1)
 	@$(PIP) --no-deps --require-hashes -r $(VENV)/$(1)
 	@touch $@
 endef
 
 $(VENV)/runtime.stamp: requirements.lock $(VENV)/created.stamp
 	@echo 'installing requirements.lock into $(VENV) (minutes the first time: torch is large)'
-	@[ $(TORCH) = locked ] || $(PIP) --no-deps `sed -n '/^torch==/p' requirements.txt`
+	@awk '/^[a-z]/ && !/^$(OF_TORCH)/ {sub(/ *\\$$/, ""); print}' requirements.lock >$(VENV)/constraints.txt
+	@[ $(TORCH) = locked ] || $(PIP) --constraint $(VENV)/constraints.txt `sed -n '/^torch==/p' requirements.txt`
 	$(call install,requirements.lock)
 
 $(VENV)/model.stamp: requirements-demo.txt $(VENV)/runtime.stamp
