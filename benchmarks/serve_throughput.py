@@ -65,6 +65,28 @@ class Round:
         return self.tokens / self.seconds
 
 
+class Kept:
+    """A few of many answers, each as likely as any other to be among them (reservoir sampling):
+    all of them alone would take as long again as there are clients, and their pictures would be
+    what the memory of a round is full of."""
+
+    def __init__(self, most: int, seed: int):
+        self.generations: list[Generation] = []
+        self._most = most
+        self._offered = 0
+        self._draw = random.Random(seed)
+
+    def offer(self, generation: Generation) -> None:
+        """Keep an answer, or not."""
+        self._offered += 1
+        if len(self.generations) < self._most:
+            self.generations.append(generation)
+            return
+        place = self._draw.randrange(self._offered)
+        if place < self._most:
+            self.generations[place] = generation
+
+
 class Asking:
     """Random requests to an engine, the same for the same seed."""
 
@@ -115,7 +137,7 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
     """Let so many clients ask for so long, and hold what they were told against the same alone."""
     found = Round(clients)
     lock = threading.Lock()
-    done: list[Generation] = []
+    kept = Kept(HELD, clients)
     until = time.monotonic() + seconds
 
     def client(number: int) -> None:
@@ -132,7 +154,7 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
                     found.first_s.append(times[0] - generation.times.asked)
                     found.next_s += [later - before for before, later in pairwise(times)]
                 if not leaves:
-                    done.append(generation)
+                    kept.offer(generation)
 
     threads = [threading.Thread(target=client, args=(at,)) for at in range(clients)]
     started = time.monotonic()
@@ -145,8 +167,7 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
             found.early_mb = found.peak_mb
         time.sleep(0.1)
     found.seconds = time.monotonic() - started
-    # a sample, as all of them alone would take as long again as clients are
-    for generation in random.Random(clients).sample(done, min(len(done), HELD)):
+    for generation in kept.generations:
         alone = engine.submit(generation.prompt, generation.sampling)
         found.different += spoken(alone) != spoken(generation)
     return found

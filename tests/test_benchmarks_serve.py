@@ -6,7 +6,7 @@ from unittest.mock import create_autospec
 
 from benchmarks import serve_peers, serve_throughput
 from benchmarks.serve_peers import Peer, turn
-from benchmarks.serve_throughput import Asking, alike, served
+from benchmarks.serve_throughput import Asking, Kept, alike, served
 from pipeline.serve.app import create
 from tests import small_engines
 from tests.test_serve import running
@@ -57,3 +57,17 @@ def test_beginnings_of_texts_are_the_same_for_the_same_seed():
     drawn = [next(first) for _ in range(5)]
     assert drawn == [next(again) for _ in range(5)]
     assert len(set(drawn)) == 5
+
+
+def test_few_answers_are_kept_and_late_ones_as_often_as_early_ones():
+    counts = [0] * 10
+    for seed in range(400):
+        kept = Kept(3, seed)
+        for number in range(10):
+            kept.offer(number)
+        assert len(set(kept.generations)) == 3
+        for number in kept.generations:
+            counts[number] += 1
+    # 120 each, less or more by some 9
+    assert min(counts) > 80
+    assert max(counts) < 160
