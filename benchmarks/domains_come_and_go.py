@@ -32,7 +32,7 @@ from benchmarks.runner import StageFailed, typed
 from pipeline.config.base import merge
 from pipeline.config.files import assigned
 from pipeline.errors import PipelineError
-from pipeline.families.ffn_moe.networks import dense_rows
+from pipeline.families.ffn_moe.networks import rival_rows
 from pipeline.families.ffn_moe.parts import shards_of, stored_trunk, training_tokens
 from pipeline.families.ffn_moe.stages import SEARCHES
 from pipeline.hardware import cores, cpu_name, uses_bf16
@@ -132,7 +132,7 @@ class Benchmark:
         scores.add(page.with_guest, stack.trunk, stack.mixture)
         scores.add(page.expert, stack.trunk, stack.experts[guest], [guest])
         shards = shards_of(dense.parts, dense.cfg.partition.names)
-        (row,) = dense_rows(dense.cfg, dense.parts, training_tokens(shards))
+        (row,) = rival_rows(dense.cfg, dense.parts, training_tokens(shards))
         scores.add(page.dense, row.trunk, row.ffn)
         return scores
 

@@ -335,9 +335,10 @@ def _stack(cfg, parts, tokens: int):
 def _answer(stack, parts) -> dict:
     """Let the stack answer one request about the picture: the router, then the expert."""
     from pipeline.data.tasks.prepare import TaskRows
+    from pipeline.families.adapters.inference import Request
 
     rows = TaskRows(parts.folder("preprocess", EXPERT))
-    request = stack.request("Read.", rows.pictures(rows.rows("test")[0]))
+    request = Request("Read.", tuple(rows.pictures(rows.rows("test")[0])))
     said = stack.answer([request])[0]
     return {
         "tokens": said.prompt_tokens,

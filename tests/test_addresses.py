@@ -232,9 +232,9 @@ FORMER = {
     "a part that is read": (
         "ffn_moe",
         ("train_router", None),
-        {"trunk": {"layers": 1}},
+        {"trunk": {"layers": 3}},
         {},
-        "trunk.layers 1",
+        "trunk.layers 3",
     ),
     "two": (
         "ffn_moe",

@@ -551,7 +551,7 @@ def test_the_command_serves_a_folder_until_it_is_told_to_stop(bundled):
 def test_the_command_finds_the_bundle_of_a_configuration(bundled, tmp_path, monkeypatch, capsys):
     path, store_path, folder = bundled
     opened = []
-    monkeypatch.setattr(command, "open_bundle", lambda _app, folder, _: opened.append(folder))
+    monkeypatch.setattr(command, "open_bundle", lambda _app, folder, *_: opened.append(folder))
 
     def listened(_app, host, port, _say, load, **_):
         load()

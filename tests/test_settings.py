@@ -258,7 +258,7 @@ EFFECTS = {
     "tokenizer.sample_megabytes": ("preprocess", 0.001, {}),
     **_fit("trunk", "train_shared"),
     "trunk.init": ("train_shared", "checkpoint", {"tokenizer__pretrained": "tokenizer"}),
-    "trunk.layers": ("train_shared", 1, {}),
+    "trunk.layers": ("train_shared", 3, {}),
     "trunk.d_model": ("train_shared", 24, {}),
     "trunk.heads": ("train_shared", 4, {}),
     "trunk.kv_heads": ("train_shared", 2, {}),

@@ -66,7 +66,7 @@ def test_whatever_stands_at_a_setting_is_refused_in_plain_words(tmp_path, family
     [
         ("trunk: {step: 4}", "did you mean steps?"),
         ("trunk: {steps: 4}\nroutr: {top_k: 1}", "did you mean router?"),
-        ("trunk: {steps: 4, top_k: 2}", "there is router.top_k"),
+        ("trunk: {steps: 4, top_k: 2}", "there are joint.top_k and router.top_k"),
         ("partition: {by: label}", "did you mean labels?"),
         ("dtype: BF16", "did you mean bf16?"),
         ("runtime: {thread: 1}", "did you mean threads?"),

@@ -23,7 +23,7 @@ from pipeline.families.ffn_moe.adapter.texts import first_tokens_of, routed_nats
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.ffn_moe.cost import stage_tokens
 from pipeline.families.ffn_moe.evaluator import Evaluator
-from pipeline.families.ffn_moe.networks import dense_rows
+from pipeline.families.ffn_moe.networks import rival_rows
 from pipeline.families.ffn_moe.parts import (
     shards_of,
     stored_experts,
@@ -164,7 +164,7 @@ class HeldOut:
 
         @cache
         def opened() -> tuple[Trunk, Ffn]:
-            row = next(dense_rows(cfg, parts, training_tokens(self.shards)))
+            row = next(rival_rows(cfg, parts, training_tokens(self.shards)))
             return row.trunk, row.ffn
 
         return self._sums(partial(self._nats, _key(parts, "train_dense", item), opened))

@@ -118,6 +118,10 @@ class CriteriaConfig(Section):
     )
 
 
+# Every experiments file has one of these, and no run or part of one has any.
+KINDS = frozenset({"trials", "grids", "searches"})
+
+
 class ExperimentsConfig(Section):
     """Everything an experiments file says."""
 

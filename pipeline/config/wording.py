@@ -82,9 +82,11 @@ def nearest(problem: ErrorDetails, kind: type[BaseModel]) -> str:
     close = get_close_matches(name, known, n=1, cutoff=0.7)
     if close:
         return f"; did you mean {close[0]}?"
-    # A right setting in the wrong place: told only where there is one place for it.
+    # A right setting in the wrong place: told where there are few places for it.
     places = sorted({place for place in _places(kind) if place.rpartition(".")[2] == name})
-    return f"; there is {places[0]}" if len(places) == 1 else ""
+    if len(places) == 1:
+        return f"; there is {places[0]}"
+    return f"; there are {places[0]} and {places[1]}" if len(places) == 2 else ""
 
 
 def _nearest_value(problem: ErrorDetails) -> str:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ..config.base import is_hidden
 from ..config.domain_wish import DomainWish
-from ..config.experiments import ExperimentsConfig
+from ..config.experiments import KINDS
 from ..config.files import overlay, override, read, resolve
 from ..config.paths import tree_of
 from ..config.problems import cross_section_problems, explain, refuse_credentials
@@ -76,7 +76,7 @@ def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig
             )
     known = run_config.model_fields.keys()
     strange = raw.keys() - known
-    if strange & ExperimentsConfig.model_fields.keys():
+    if strange & KINDS:
         raise ConfigError(f"{path} describes experiments, which are many runs, and not one run")
     if strange:
         place = holder(raw, tuple(RUN_CONFIGS.values()))
@@ -141,7 +141,7 @@ def describes_run(path: Path) -> bool:
     # A routing set has a seed too.
     known.remove("seed")
     # And experiments may extend others.
-    return not known.isdisjoint(raw) and ExperimentsConfig.model_fields.keys().isdisjoint(raw)
+    return not known.isdisjoint(raw) and KINDS.isdisjoint(raw)
 
 
 def _run_config(raw: dict[str, Any]) -> type[RunConfig]:
