@@ -221,7 +221,7 @@ def orchestrate(
 
     find = modal.FunctionCall.from_id
     hand_out = cloud.by_calls(Addresses(cfg), run, claims, sequential, start, find)
-    with cloud.begun(cfg, store, command) as before, leases.kept():
+    with cloud.begun(cfg, store, command, run=run) as before, leases.kept():
         results = cloud.orchestrate(cfg, stages, store, hand_out, command, leases=leases)
         results = cloud.since(before, cfg, results, store)
         cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)

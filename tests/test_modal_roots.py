@@ -119,6 +119,18 @@ def test_a_run_that_was_lost_keeps_its_results_as_long_as_it_might_have_lasted(v
     assert not note.exists()
 
 
+def test_the_last_attempt_of_a_run_takes_away_what_a_killed_one_has_noted(volume, finished):
+    cfg = load(finished[0])
+    killed = cloud.begun(cfg, store_of(volume.view()), COMMAND, run="one")
+    killed.__enter__()
+    with cloud.begun(cfg, store_of(volume.view()), COMMAND, run="other"):
+        with cloud.begun(cfg, store_of(volume.view()), COMMAND, run="one"):
+            assert len(list((volume.path / "runs").glob("run-*.json"))) == 2
+        assert "is in use" in tend(volume, "rm", ["tiny"], REMOVED)[1]
+    assert not list((volume.path / "runs").glob("run-*.json"))
+    assert not tend(volume, "rm", ["tiny"], REMOVED)[1]
+
+
 def test_a_run_waits_for_a_removal_and_a_removal_for_nobody(volume, finished):
     cfg = load(finished[0])
     leave(Store(volume.path), root_of(cfg))

@@ -51,13 +51,15 @@ def begun(
     command: str,
     progress: Callable[[str], None] = print,
     wait: Callable[[float], None] = time.sleep,
+    run: str = "",
 ) -> Iterator[list[Root]]:
     """Leave the root of a run whose jobs are handed out meanwhile, and have its results left alone;
-    `command` is what was typed. Waits while somebody removes. Gives the roots of the same name
-    and configuration before it, the last one first."""
+    `command` is what was typed, `run` what all attempts are called: the last one takes away what
+    those that were killed have noted. Waits while somebody removes. Gives the roots of the same
+    name and configuration before it, the last one first."""
     file, overrides = _named(command)
     root = root_of(cfg, file, overrides)
-    note = in_use.note_path(store, in_use.new_name())
+    note = in_use.note_path(store, in_use.new_name(run))
     before: list[Root] = []
     # what is wrong with the store is for the first job to say
     with contextlib.suppress(PipelineError, OSError):

@@ -7,6 +7,7 @@ looks. Where machines share no locks, a note says until when it counts.
 """
 
 import contextlib
+import hashlib
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,10 @@ def _busy() -> None:
 def _nothing() -> None: ...
 
 
-def new_name() -> str:
-    """Return what no other run is called."""
+def new_name(attempts_of: str = "") -> str:
+    """Return what no other run is called, and what all attempts of one are where it has a name."""
+    if attempts_of:
+        return f"{PREFIX}{hashlib.sha256(attempts_of.encode()).hexdigest()[:12]}"
     return f"{PREFIX}{uuid.uuid4().hex[:12]}"
 
 
