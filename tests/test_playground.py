@@ -270,6 +270,19 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(visit, texts):
     expect(other.locator("#notice")).to_contain_text("the API key is missing")
 
 
+def test_what_is_asked_before_the_server_has_said_whom_it_has_is_asked_then(visit, texts):
+    page = visit(texts.url)
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.fill("#prompt", "The tide")
+    page.press("#prompt", "Control+Enter")
+    expect(page.locator("h1")).to_have_text("…")
+    (models,) = held
+    models.continue_()
+    expect(page.locator("#status")).to_contain_text(WHOLE)
+
+
 def test_what_is_written_as_markup_stays_text(visit, texts):
     texts.said = ["<script>alert(1)</script>", MARKUP, "&amp;"]
     page = visit(texts.url)
@@ -306,6 +319,7 @@ def test_a_picture_is_dropped_or_pasted_or_chosen_and_its_boxes_are_drawn(visit,
         assert shown.evaluate("async each => (await each.decode(), each.naturalWidth)") == 80
         page.click("#pictures button")
         expect(shown).to_have_count(0)
+    expect(page.locator("#picture-field")).to_be_visible()
     page.set_input_files("#pick", {"name": "a.png", "mimeType": "image/png", "buffer": content})
     expect(shown).to_have_count(1)
     generate(page, "locate the square")

@@ -85,6 +85,7 @@ def test_only_the_route_is_what_the_interface_says(visit, text):
 def test_a_question_about_a_picture_shows_whom_the_router_chose(visit, chat):
     page = visit(str(chat.base_url))
     content = picture((96, 64))
+    expect(page.locator("#picture-field")).to_be_visible()
     page.set_input_files("#pick", {"name": "a.png", "mimeType": "image/png", "buffer": content})
     expect(page.locator("#pictures img")).to_have_count(1)
     page.fill("#max_tokens", "4")

@@ -23,6 +23,7 @@ let looks = null;
 let columns = [];
 let running = null; // what stops the answers that come
 let opened = false;
+let wanted = null; // what was asked for before it was known whom to ask
 
 /* Say what went wrong, and what to do. */
 function notice(place, refusal, again = null) {
@@ -69,6 +70,9 @@ async function open() {
     settings.fromAddress();
   }
   arrange();
+  const first = wanted;
+  wanted = null;
+  first?.();
 }
 
 let onPoint = () => {};
@@ -177,9 +181,16 @@ function question(text) {
   return { role: "user", content: [...parts, { type: "text", text }] };
 }
 
+/* Whether the server has not said yet whom it has; what was asked for is done once it has. */
+function isEarly(wish) {
+  if (columns.length) return false;
+  wanted = wish;
+  return true;
+}
+
 /* Ask everybody the same, at once and with one seed. */
 async function generate() {
-  if (running || !columns.length) return;
+  if (running || isEarly(generate)) return;
   settings.clearMarks();
   settings.toAddress();
   at("notice").replaceChildren();
@@ -223,7 +234,7 @@ async function answer(column, request, signal) {
 
 /* Show who reads what was typed. */
 async function route() {
-  if (running || !columns.length) return;
+  if (running || isEarly(route)) return;
   settings.clearMarks();
   settings.toAddress();
   at("notice").replaceChildren();
