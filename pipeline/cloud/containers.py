@@ -126,28 +126,22 @@ def work(
     cfg = parse(raw)
     addresses = Addresses(cfg)
     with renewing([addresses.of(stage, item) for item in items]):
-        return _work(stage, cfg, items, root, publish, refresh)
+        refresh()
+        # Its jobs refresh nothing, as what a former one has read may still be mapped
+        return _work(stage, cfg, items, Store(root, publish=publish))
 
 
-def _work(
-    stage: str,
-    cfg: RunConfig,
-    items: Items,
-    root: Path,
-    publish: Callable[[], None],
-    refresh: Callable[[], None],
-) -> list[JobResult]:
+def _work(stage: str, cfg: RunConfig, items: Items, store: Store) -> list[JobResult]:
     import torch
 
     torch.set_num_threads(cfg.runtime.most_threads(int(cfg.machine(stage).cpu)))
-    refresh()
-    store = Store(root, publish=publish)
     console = Console(stderr=True)
     try:
         store.open()
     except PipelineError as error:
         # An answer, so that Modal does not try again what no other container can do either
-        return [_failed(stage, item, "", error, edge_of(cfg, root)) for item in items]
+        edge = edge_of(cfg, store.root)
+        return [_failed(stage, item, "", error, edge) for item in items]
     results = []
     for item in items:
         try:

@@ -29,14 +29,13 @@ def usable(mode: str, work: Path) -> bool:
         return True
     with tempfile.TemporaryDirectory(dir=work) as folder:
         (Path(folder) / "ns").mkdir()
-        code = [
-            [__file__, "/root/probe", 0o644]
-        ]  # containers have theirs there, where not everybody may write
+        # Where containers have their code, which not every user of this machine may write to
+        code = [__file__, "/root/probe", 0o644]
         spec = {
             "work": f"{folder}/ns",
             "mode": mode,
             "mounts": [],
-            "copies": code,
+            "copies": [code],
             "cwd": "/root",
             "argv": ["true"],
         }
