@@ -341,24 +341,16 @@ def _command(
         wish = _planned(cloud.Wish(cfg, wanted, sequential, frozen), prices, console)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
-    raw = wish.cfg.model_dump(mode="json")
-    typed = f"modal {shlex.join(sys.argv[1:])}"
+    raw, typed = wish.cfg.model_dump(mode="json"), cloud.as_typed(sys.argv)
     given = (raw, list(wish.stages), sequential, typed, frozen, uuid.uuid4().hex)
-    try:
-        results = orchestrate.spawn(*given).get()
-    except modal.exception.Error as error:
-        # All attempts are over, or the line is down
-        sys.exit(
-            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
-            f"by: {typed}"
-        )
+    results = _ended(orchestrate, typed, *given)
     cloud.show_results(results, console)
     cloud.show_report(results, _read, console)
     if any(result.error for result in results):
         sys.exit(1)
     if deploy:
         sys.exit(_deployed_anew())
-    following = cloud.afterwards(wish.stages, config, override, cloud.entered(cfg.modal))
+    following = cloud.afterwards(cfg.modal, wish.stages, config, override, os.environ)
     if following:
         console.print(following, highlight=False, soft_wrap=True)
 
@@ -376,6 +368,19 @@ def _planned(wish: cloud.Wish, prices: cloud.Prices, console: Console) -> cloud.
     if answer.wrong:
         sys.exit(f"error: {answer.wrong}")
     return cloud.Wish(parse(answer.raw), answer.stages, wish.sequential, wish.frozen)
+
+
+def _ended(conducting: modal.Function, typed: str, *given: Any) -> Any:
+    """Return what the container that hands out jobs comes to, however long that takes; end with
+    what does the rest when it is lost."""
+    try:
+        return conducting.spawn(*given).get()
+    except modal.exception.Error as error:
+        # All attempts are over, or the line is down
+        sys.exit(
+            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
+            f"by: {typed}"
+        )
 
 
 def _deployed_anew() -> int:
@@ -441,6 +446,7 @@ def experiments(
     console = output()
     prices = cloud.Prices.load(HERE / "config/prices.yaml")
     try:
+        cloud.refuse_planning_here()
         read = read_experiments(Path(cloud.shipped(config)), cloud.overrides(override))
         with tempfile.TemporaryDirectory() as folder:
             place = cloud.FarStore.asked_once(_names, _read, VOLUME, Path(folder))
@@ -449,14 +455,8 @@ def experiments(
             cloud.refuse_above(CFG, lines)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
-    typed = f"modal {shlex.join(sys.argv[1:])}"
-    try:
-        results, wrong = conduct.spawn(sweep, typed, frozen).get()
-    except modal.exception.Error as error:
-        sys.exit(
-            f"error: {type(error).__name__}: {error}; what is finished is kept, the rest is done "
-            f"by: {typed}"
-        )
+    typed = cloud.as_typed(sys.argv)
+    results, wrong = _ended(conduct, typed, sweep, typed, frozen)
     if wrong:
         sys.exit(f"error: {wrong}")
     report.show_experiments(report.ExperimentResults.model_validate_json(results), console)
@@ -508,7 +508,8 @@ def rollback(to: str = "", config: str = cloud.DEFAULT):
     try:
         modal.App.lookup(app.name)
     except modal.exception.NotFoundError:
-        sys.stdout.write("no endpoint is deployed; `modal deploy modal_app.py` serves it\n")
+        serving = cloud.deploying(CFG.modal, os.environ)
+        sys.stdout.write(f"no endpoint is deployed; `{serving}` serves it\n")
         return
     sys.exit(_deployed_anew())
 

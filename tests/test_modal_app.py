@@ -308,6 +308,15 @@ def test_a_machine_with_the_light_requirements_alone_can_type_commands():
     assert done.stdout.split() == ["False", "moleforge"]
 
 
+def test_experiments_are_refused_in_a_sentence_where_there_is_no_torch():
+    done = python(
+        f"import sys; sys.modules |= dict.fromkeys({heavy_modules()!r}); import modal_app as m; "
+        "m.experiments.info.raw_f()"
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "there is no torch here: `pip install -r requirements.txt`" in done.stderr
+
+
 README = (ROOT / "README.md").read_text("utf-8")
 TYPED = re.findall(
     r"modal run (?:--detach )?modal_app\.py::(\w+)(?: --config (\S+))?(?: --override \"(.*?)\")?",

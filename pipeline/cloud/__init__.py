@@ -13,6 +13,8 @@ from .command import (
     EXPERIMENTS,
     afterwards,
     announced,
+    as_typed,
+    deploying,
     deploys,
     explain,
     flags_of,
@@ -34,7 +36,15 @@ from .estimate import (
 from .experiments import FarStore, FarSweep, conducted, planned
 from .leases import Leases
 from .looks import as_recorded, looked_at
-from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_here
+from .planning import (
+    PLAN_S,
+    FarPlan,
+    Wish,
+    planned_run,
+    planned_there,
+    plans_here,
+    refuse_planning_here,
+)
 from .prices import Prices, most_gpus
 from .roots import REMOVAL_S, begun, since, tend
 from .watching import watch
@@ -62,11 +72,13 @@ __all__ = [
     "afterwards",
     "announced",
     "as_recorded",
+    "as_typed",
     "begun",
     "by_calls",
     "check",
     "conducted",
     "deployed",
+    "deploying",
     "deploys",
     "draw_anew",
     "entered",
@@ -87,6 +99,7 @@ __all__ = [
     "plans_here",
     "refuse_above",
     "refuse_client",
+    "refuse_planning_here",
     "refuse_what_cannot_start",
     "refuse_without_inputs",
     "serve_next",

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config.base import NAME
+from ..config.machines import ModalConfig
 from ..config.run import RunConfig
+from ..credentials import masked
 from ..errors import ConfigError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.experiments.reading import base_of, read_experiments
 from .containers import UNNAMED
+from .endpoint import entered
 
 ROOT = Path(__file__).parents[2]
 # The demo on a pretrained model needs its package where the command is typed
@@ -176,20 +179,44 @@ def overrides(text: str = "") -> tuple[str, ...]:
         ) from None
 
 
-def afterwards(stages: tuple[str, ...], config: str, override: str, entered: str) -> str:
-    """Return what to type once the stages of a command are done, "" where nothing follows;
-    `entered` is how an endpoint of its configuration is entered."""
+def as_typed(argv: list[str]) -> str:
+    """Return a command of `modal` as a person types it again, without the credentials in it."""
+    return masked(f"modal {shlex.join(argv[1:])}")
+
+
+def afterwards(
+    modal: ModalConfig,
+    stages: tuple[str, ...],
+    config: str,
+    override: str,
+    environ: Mapping[str, str],
+) -> str:
+    """Return what to type once the stages of a command are done, "" where nothing follows; `modal`
+    is that section of the run that was done."""
+    serving = deploying(modal, environ)
     if "deploy" in stages:
-        return "to serve it: modal deploy modal_app.py"
+        return f"to serve it: {serving}"
     if "evaluate" not in stages:
         return ""
     words = ["modal", "run", "modal_app.py::deploy", "--config", config]
     changes = list(overrides(override))
-    if not entered:
+    if not entered(modal):
         changes.append("modal.endpoint_secret=NAME")
     if changes:
         words += ["--override", " ".join(changes)]
-    return f"to serve it: {shlex.join(words)}, then modal deploy modal_app.py"
+    return f"to serve it: {shlex.join(words)}, then {serving}"
+
+
+def deploying(modal: ModalConfig, environ: Mapping[str, str]) -> str:
+    """Return the command that deploys an endpoint of this section; it reads no configuration, so
+    variables tell it the names of app and volume where the environment has others."""
+    words = []
+    for field in ("app", "volume"):
+        variable = f"MOLEFORGE_{field.upper()}"
+        name = getattr(modal, field) or UNNAMED
+        if name != (environ.get(variable) or UNNAMED):
+            words.append(f"{variable}={name}")
+    return " ".join([*words, "modal deploy modal_app.py"])
 
 
 def refuse_client(version: str) -> None:

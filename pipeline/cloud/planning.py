@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config.run import RunConfig
-from ..errors import PipelineError
+from ..errors import ConfigError, PipelineError
 from ..families.load import parse
 from ..run.advice import sentence
 from .baselines import with_baselines
@@ -55,6 +55,15 @@ class FarPlan:
 def plans_here() -> bool:
     """Whether this machine can plan, without importing what that takes."""
     return find_spec("torch") is not None
+
+
+def refuse_planning_here() -> None:
+    """Raise ConfigError on a machine that cannot plan."""
+    if not plans_here():
+        raise ConfigError(
+            "experiments are planned where they are typed, and there is no torch here: "
+            "`pip install -r requirements.txt` brings what that takes"
+        )
 
 
 def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> Wish:
