@@ -365,8 +365,11 @@ def test_a_file_of_experiments_is_no_run_and_a_run_is_none(tmp_path):
     assert not describes_run(path) and describes_run(tmp_path / "tiny.yaml")
     with pytest.raises(ConfigError, match="tried.yaml describes experiments, which are many runs"):
         load(written(tmp_path))
-    with pytest.raises(ConfigError, match="does not describe experiments"):
+    with pytest.raises(ConfigError, match="as base: tiny.yaml, beside trials") as wrong:
         read_experiments(tmp_path / "tiny.yaml")
+    assert len(str(wrong.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="does not describe experiments"):
+        read_experiments(written(tmp_path, seeds="none"))
 
 
 SEARCH = SearchConfig(

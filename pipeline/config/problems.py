@@ -27,9 +27,10 @@ def explain(
     path: Path,
     kind: type[BaseModel],
     overrides: tuple[str, ...] = (),
+    describes: str = "a run",
 ) -> str:
     """Return one text for all problems of a file, with the settings that kind has; a list's entries
-    are called by their names where they have one."""
+    are called by their names where they have one. `describes`: what the file should."""
     overridden = {item.partition("=")[0] for item in overrides}
     lines = []
     for loc, each in _by_setting(problems, raw):
@@ -42,7 +43,7 @@ def explain(
         where = " [--override]" if dotted in overridden else _where(loc, path)
         lines.append(f"{dotted}: {_text(each, kind)}{where}")
     plural = "s" if len(lines) > 1 else ""
-    head = f"{path} does not describe a run ({len(lines)} problem{plural}):"
+    head = f"{path} does not describe {describes} ({len(lines)} problem{plural}):"
     return "\n  ".join([head, *lines])
 
 

@@ -12,15 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...config.base import merge
-from ...config.experiments import ExperimentsConfig
+from ...config.experiments import KINDS, ExperimentsConfig
 from ...config.files import assigned, overlay, read, resolve, resolve_paths
 from ...config.paths import located
 from ...config.problems import explain
 from ...config.run import RunConfig
 from ...errors import ConfigError
 from ...families.load import PATHS, checked
-
-KINDS = ("trials", "grids", "searches")
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,20 @@ def read_experiments(path: Path, overrides: tuple[str, ...] = ()) -> Experiments
         if isinstance(entries, dict):
             # Null takes away what an extended file has
             raw[kind] = {name: each for name, each in entries.items() if each is not None}
+    known = ExperimentsConfig.model_fields
+    if raw.keys().isdisjoint(known):
+        # Each of a run's settings would be told of by itself
+        raise ConfigError(
+            f"{path} describes no experiments, as it has none of {', '.join(known)}: where it is a "
+            f"run's file, name it in another one, as base: {path.name}, beside trials"
+        )
     try:
         settings = ExperimentsConfig.model_validate(raw)
     except ValidationError as error:
-        text = explain(error.errors(), raw, path, ExperimentsConfig, overrides)
-        raise ConfigError(text.replace("describe a run", "describe experiments", 1)) from None
+        text = explain(
+            error.errors(), raw, path, ExperimentsConfig, overrides, describes="experiments"
+        )
+        raise ConfigError(text) from None
     return Experiments(path.stem, path, settings)
 
 
