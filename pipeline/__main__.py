@@ -141,7 +141,9 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.command == "watch":
         from .run.history.watching import watch
 
-        watch(args.run, Store(args.store), output(), args.every, args.once)
+        seen = watch(args.run, Store(args.store), output(), args.every, args.once)
+        is_done = seen.done == len(seen.positions)
+        args.next = next_step.after_watch(args, seen.run, is_done, seen.in_progress)
         return
     if args.command == "serve":
         _serve(args)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.errors import PipelineError
+from pipeline.run.next_step import command, in_store
 from pipeline.store.artifacts import Store
 from pipeline.store.imported import keep
 from scripts.foreign_histories import Found, Skipped, histories
@@ -64,7 +65,7 @@ def _import(args: argparse.Namespace, store: Store) -> int:
     if not read:
         print("next: name a file or folder with histories; --help says which are read")
         return 2
-    print(f"next: python -m pipeline metrics {last}")
+    print(f"next: {command('metrics', last, *in_store(args))}")
     return 0
 
 

@@ -60,7 +60,9 @@ def test_a_trainers_states_are_one_training_as_far_as_it_came(tmp_path, capsys, 
     first = trainer_state(tmp_path / "out" / "checkpoint-20", 20)
     told = run(capsys, tmp_path / "out", "--store", store_path)
     rows, origin = only(store_path)
-    assert "1 read, 0 skipped" in told and told.splitlines()[-1].startswith("next: python -m pipe")
+    assert "1 read, 0 skipped" in told
+    metrics = f"next: python -m pipeline metrics {origin.address} --store {store_path}"
+    assert told.splitlines()[-1] == metrics
     assert rows[:2] == [
         {"step": 10, "train_nats": 3.5, "grad_norm": 0.5, "lr": 1e-3, "passes": 0.5},
         {"step": 10, "valid_nats": 4.5},

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tensorboard.util import tensor_util
 
 from benchmarks import history as benchmark
 from pipeline.__main__ import main
+from pipeline.run.arguments import parser
 from pipeline.run.history import listing
 from pipeline.run.history.sparks import BLOCKS, spark
 from pipeline.run.remove_run import remove_runs
@@ -43,6 +45,15 @@ def history(made, capsys):
     return done
 
 
+def next_words(printed):
+    """Return the action that an output ends with, which finds the store that was looked at."""
+    line = printed.splitlines()[-1]
+    assert line.startswith("next: python -m pipeline history "), line
+    words = shlex.split(line)[4:]
+    assert Path(parser().parse_args(words).store).is_dir()
+    return words[1 : words.index("--store")]
+
+
 def test_list_has_runs_the_latest_first_and_tells_what_is_torn(history, made):
     printed = history("list")
     first, second = made[1]
@@ -56,7 +67,7 @@ def test_list_has_runs_the_latest_first_and_tells_what_is_torn(history, made):
     assert alone.startswith(f"│ {stray}")
     assert stray in history("compare", "first", stray)
     assert "train_nats" in history("show", stray)
-    assert printed.splitlines()[-1] == f"next: python -m pipeline history show {second}"
+    assert next_words(printed) == ["show", second]
     assert "1 of 3 runs" in history("list", "--last", 1)
 
 
@@ -64,16 +75,20 @@ def test_a_run_is_shown_by_its_name_or_id_and_a_training_by_its_address(history,
     run = made[1][0]
     assert history("show", run) == history("show", "first")
     printed = history("show", run)
+    assert next_words(printed) == ["show", small.address("train_router", None, 20)]
     expert = small.address("train_experts", "sea", 10)
     assert expert in printed and "█" in printed
     assert f"{small.address('evaluate', None, 30)}, made" in printed
     series = history("show", small.address("train_router", None, 20))
     assert "experts.layer.2.shares.0" in series and "valid_nats" in series
+    assert next_words(series)[0] == "export"
     assert "there is no run and no training nothing" in history("show", "nothing", code=2)
 
 
 def test_few_runs_stand_side_by_side_with_the_settings_they_differ_in(history):
-    lines = history("compare", "first", "second").splitlines()
+    printed = history("compare", "first", "second")
+    assert next_words(printed)[0] == "report"
+    lines = printed.splitlines()
     best = next(line for line in lines if "train_experts sea: best valid" in line)
     # the second began a nat lower
     _, _, first, second, _ = (cell.strip() for cell in best.split("│"))

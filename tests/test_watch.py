@@ -153,11 +153,15 @@ def test_the_command_finds_the_run_in_progress_else_the_latest(begun, capsys):
     options = ["--store", str(store.root), "--once"]
     with working(store, root):
         assert main(["watch", *options]) == 0
-    assert "train_experts beta" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train_experts beta" in printed
+    last = printed.splitlines()[-1]
+    assert last == f"next: python -m pipeline watch {root.id} --store {store.root}"
     assert main(["watch", *options]) == 0
     assert "later-" in capsys.readouterr().out
     assert main(["watch", "small", *options]) == 0
-    assert "train_experts beta" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train_experts beta" in printed and "goes on from where it stopped" in printed
     older = positions.Position("a", "train_router", None, positions.RUNNING, step=1_070)
     odd = positions.Look("run", (older,), in_progress=True)
     console = Console(file=io.StringIO(), width=120)

@@ -122,6 +122,36 @@ def after_open(args: argparse.Namespace) -> str:
     return command("open", *args.run, "--browser", *in_store(args))
 
 
+def history(args: argparse.Namespace, *words: object) -> str:
+    """Return another action of `history` on the store that a command was typed for."""
+    return command("history", *words, *in_store(args))
+
+
+def after_history_list(args: argparse.Namespace, runs: Sequence[str]) -> str:
+    """Return what follows the list of histories: a look at the run that was begun last."""
+    return history(args, "show", runs[0]) if runs else after_runs(args, None, False)
+
+
+def after_history_export(args: argparse.Namespace) -> str:
+    """Return what follows rows that were written for other programs: what draws them."""
+    if args.format == "tensorboard":
+        return shlex.join(["tensorboard", "--logdir", str(args.to)])
+    return history(args, "report")
+
+
+def opened_page(page: Path) -> str:
+    """Return the command that opens a page, as a path of a terminal is seldom a link."""
+    return shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
+
+
+def after_watch(args: argparse.Namespace, run: str, done: bool, in_progress: bool) -> str:
+    """Return what follows a look at a run; "" for one that stopped half way, as only whoever began
+    it knows how."""
+    if done:
+        return history(args, "show", run)
+    return command("watch", run, *in_store(args)) if in_progress else ""
+
+
 def after_versions(args: argparse.Namespace, versions: int) -> str:
     """Return what follows `versions` and `rollback`: the way back, else what serves it."""
     if args.command == "versions" and versions > 1:

@@ -1,13 +1,13 @@
 """`experiments` as it is typed: read, made on this machine, shown and written."""
 
 import argparse
-import shlex
 
 from rich.console import Console
 
 from ... import report
 from ...report.narrow import output
 from ...store.artifacts import Store
+from .. import next_step
 from ..advice import CommandLine, sentence
 from ..backend import Local, printed_progress
 from .conduct import PAGE, RESULTS, conduct, local_hand_out, results_folder, write_results
@@ -39,6 +39,4 @@ def run_experiments(args: argparse.Namespace) -> None:
         console.print(f"dense weights: {places}", highlight=False, soft_wrap=True)
     page = folder / PAGE
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    # a command, as a path of a terminal is seldom a link
-    opened = shlex.join(["python3", "-m", "webbrowser", page.resolve().as_uri()])
-    console.print(f"next: {opened}", highlight=False, soft_wrap=True)
+    args.next = next_step.opened_page(page)

@@ -15,6 +15,7 @@ from ...store.artifacts import Store, now, write_text
 from ...store.history import Row
 from ..backend import Local
 from ..context import StoredParts
+from ..open_report import PAGE, TOGETHER
 from .criteria import judged
 from .reading import Experiments
 from .results import machine_of, run_of, summary
@@ -23,15 +24,13 @@ from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to,
 from .trials import Trial, listed_trials
 
 RESULTS = "experiment_results.json"
-PAGE = "report.html"
 DENSE = "dense"
 MADE_FROM = "made_from.json"
-FOLDER = "experiments"  # of a store, where results lie by the names of files
 
 
 def results_folder(store: Store, experiments: Experiments) -> Path:
     """Where the results of an experiments file lie unless told otherwise."""
-    return store.root / FOLDER / experiments.name
+    return store.root / TOGETHER / experiments.name
 
 
 def _agreed(_trials: Sequence[Trial]) -> None: ...

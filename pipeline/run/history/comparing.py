@@ -27,17 +27,16 @@ _OF_TRAINING: tuple[tuple[str, Callable[[PastTraining], str]], ...] = (
 )
 
 
-def compare(runs: Sequence[PastRun], job: str | None, store: Store, console: Console) -> None:
+def compare(
+    runs: Sequence[PastRun], job: str | None, store: Store, console: Console
+) -> Sequence[PastRun]:
     """Print runs beside each other: a few with all they came to, more as a ranking by the best
-    validation of one job, by its name, else of the one that tells most of them apart. Raises
-    ConfigError when none has that job."""
+    validation of one job, by its name, else of the one that tells most of them apart; return those
+    that may be drawn together, the best ones. Raises ConfigError when none has that job."""
     if len(runs) > MOST_BESIDE or job:
-        runs = _rank(runs, job or _telling(runs), console)
-    else:
-        _beside(runs, store, console)
-    if runs:
-        names = " ".join(run.id for run in runs[:MOST_BESIDE])
-        said(console)(f"next: python -m pipeline history report {names}")
+        return _rank(runs, job or _telling(runs), console)[:MOST_BESIDE]
+    _beside(runs, store, console)
+    return runs
 
 
 def _telling(runs: Sequence[PastRun]) -> str:

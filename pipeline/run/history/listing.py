@@ -18,7 +18,8 @@ MOST_IN_TABLE = 200
 
 
 def list_runs(known: Known, last: int, console: Console) -> None:
-    """Print the runs that were begun last, as many as asked for (0: all), then what is wrong."""
+    """Print the runs that were begun last, as many as asked for (0: all), then what is wrong; say
+    so where there is none."""
     say = said(console)
     shown = known.runs[:last] if last else known.runs
     if shown:
@@ -29,9 +30,7 @@ def list_runs(known: Known, last: int, console: Console) -> None:
         say("\n".join([*wrong, *known.wrong]))
     if len(shown) < len(known.runs):
         say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
-    if shown:
-        say(f"next: python -m pipeline history show {shown[0].id}")
-    else:
+    if not shown:
         say("no run has left anything here yet")
 
 

@@ -53,7 +53,6 @@ def report(
 
         for path in draw_losses(page, to):
             say(f"picture: {path}")
-    say(f"next: python3 -m webbrowser {to.resolve().as_uri()}")
 
 
 def _page(

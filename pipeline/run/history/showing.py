@@ -43,8 +43,6 @@ def show_run(run: PastRun, known: Known, store: Store, console: Console) -> None
         say(f"{deploy.address}, made {deploy.made}: {deploy.bytes / 1e6:,.1f} MB{where}")
     for text in run.wrong:
         say(text)
-    last = run.last
-    say(f"next: python -m pipeline history {f'show {last.address}' if last else 'list'}")
 
 
 def _training_cells(training: PastTraining) -> tuple[str, ...]:
@@ -83,7 +81,6 @@ def show_training(
         print_rows("series", SERIES, rows, console)
     if training.wrong:
         say(training.wrong)
-    say(f"next: python -m pipeline history export {training.address} --format csv --to rows.csv")
 
 
 def figure(value: float) -> str:

@@ -29,15 +29,16 @@ MOST_OF_TIME = 0.1
 COLUMNS = ("job", "state", "position", "train", "best valid", "curve", "tokens/s", "left")
 
 
-def watch(name: str | None, store: Store, console: Console, every_s: float, once: bool) -> None:
-    """Follow a run of a store until it ends. Raises ConfigError, StoreError, UnreadableFile."""
+def watch(name: str | None, store: Store, console: Console, every_s: float, once: bool) -> Look:
+    """Follow a run of a store until it ends; return the last look at it. Raises ConfigError,
+    StoreError, UnreadableFile."""
     root = chosen(opened(store), name)
     usual = usual_seconds(store, root)
 
     def looked() -> Look:
         return look(store, root, usual, time.time())
 
-    follow(looked, console, every_s, once)
+    return follow(looked, console, every_s, once)
 
 
 def chosen(store: Store, name: str | None) -> Root:
@@ -90,7 +91,8 @@ def follow(
         last = _print_looks(looked, console, every_s, once, wait)
     else:
         last = _draw_looks(looked, console, every_s, wait)
-    _tell_end(last, console)
+    if last.is_over and last.done < len(last.positions):
+        said(console)("the command that began it goes on from where it stopped")
     return last
 
 
@@ -171,11 +173,3 @@ def _cells(each: Position) -> tuple[str, ...]:
         left = f"took {seconds(each.taken_s)}"
     rest = (spark(each.curve), count(each.tokens_per_s), left)
     return (each.name, each.state, bar, figures(each.nats), figures(each.valid_nats), *rest)
-
-
-def _tell_end(seen: Look, console: Console) -> None:
-    say = said(console)
-    if seen.done == len(seen.positions):
-        say(f"next: python -m pipeline history show {seen.run}")
-    elif not seen.in_progress:
-        say("the command that began it goes on from where it stopped")
