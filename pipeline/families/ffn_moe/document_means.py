@@ -8,7 +8,8 @@ L layers with experts, B documents, T tokens, D model width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,11 +68,25 @@ def document_means(
     """Yield mean_BLD of some documents after another: the mean input of each layer over a
     document's tokens, up to trunk.context_tokens of them."""
     place_of = {layer: place for place, layer in enumerate(layers)}
-    context = cfg.trunk.context_tokens
     bf16 = uses_bf16(cfg.dtype)
+    for ids_BT, real_BT in padded_batches(documents, cfg.trunk.context_tokens, progress):
+        weight_BT = (real_BT / real_BT.sum(1, keepdim=True)).to(device())
+        mean_BLD = torch.zeros(len(ids_BT), len(layers), trunk.config.hidden_size)
+        observed = _observing(ffn, place_of, weight_BT, mean_BLD)
+        autocast = torch.autocast(device(), torch.bfloat16, enabled=bf16)
+        with torch.no_grad(), autocast:
+            trunk.hidden(ids_BT.to(device()), observed)
+        yield mean_BLD.double()
+
+
+def padded_batches(
+    documents: Sequence[np.ndarray], context_tokens: int, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (ids_BT, real_BT) of some documents after another, up to context_tokens of each;
+    real_BT is 1 where a token is, 0 where the end is filled up."""
     for at in range(0, len(documents), EVALUATION_SEQUENCES):
         progress(f"means of {len(documents):,} documents", at / len(documents))
-        batch = [ids[:context] for ids in documents[at : at + EVALUATION_SEQUENCES]]
+        batch = [ids[:context_tokens] for ids in documents[at : at + EVALUATION_SEQUENCES]]
         longest = max(len(ids) for ids in batch)
         ids_BT = torch.zeros(len(batch), longest, dtype=torch.int64)
         real_BT = torch.zeros(len(batch), longest)
@@ -79,13 +94,7 @@ def document_means(
             # What fills up the end is looked at by no token before it
             ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
             real_BT[row, : len(ids)] = 1
-        weight_BT = (real_BT / real_BT.sum(1, keepdim=True)).to(device())
-        mean_BLD = torch.zeros(len(batch), len(layers), trunk.config.hidden_size)
-        observed = _observing(ffn, place_of, weight_BT, mean_BLD)
-        autocast = torch.autocast(device(), torch.bfloat16, enabled=bf16)
-        with torch.no_grad(), autocast:
-            trunk.hidden(ids_BT.to(device()), observed)
-        yield mean_BLD.double()
+        yield ids_BT, real_BT
 
 
 def _observing(
@@ -112,6 +121,18 @@ def all_documents(shards: Shards, domain: str) -> list[np.ndarray]:
         for start, end in pairwise(starts):
             found.append(stream[start:end])
     return found
+
+
+def private_sums(
+    means: Iterable[Tensor], documents: int, centre: Centre, noise: Noise
+) -> dict[str, Tensor]:
+    """Return what `noised` does of the mean_BLD of so many documents, with noise drawn anew."""
+    sum_LD = torch.zeros_like(centre.mean_LD)
+    for mean_BLD in means:
+        sum_LD += clipped(mean_BLD, centre, noise.clip).sum(0)
+    # Of the system's own entropy: whoever knows the seed can take the noise away again
+    random = np.random.default_rng(secrets.randbits(128))
+    return noised(sum_LD, documents, centre, noise, random)
 
 
 def clipped(mean_BLD: Tensor, centre: Centre, clip: float) -> Tensor:

@@ -1,14 +1,9 @@
 """A trained expert as a package that can be given away: its tensors, its statistics as they are
 wanted, a sealed description, and nothing of the run or its text beside.
-
-L layers with experts, B documents, D model width.
 """
 
-import secrets
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -17,7 +12,7 @@ from ...store.artifacts import save_tensors
 from ...store.expert_package import EXPERT, STATISTICS, ExpertFacts, Noise, write_package
 from .. import PackWish, Parts
 from .config import FfnMoeConfig
-from .document_means import Centre, all_documents, clipped, document_means, noised
+from .document_means import Centre, all_documents, document_means, private_sums
 from .fingerprint import tokenizer_fingerprint, trunk_fingerprint
 from .parts import expert_layers, open_expert, shards_of, stored_settings, stored_trunk
 from .stock import run_tokenizer
@@ -93,9 +88,5 @@ def _private(
     runs = dummy if cfg.expert.statistics_path == "base" else expert
     layers = expert_layers(cfg, len(dummy.layers))
     documents = all_documents(shards, item)
-    sum_LD = torch.zeros_like(centre.mean_LD)
-    for mean_BLD in document_means(cfg, trunk, runs, layers, documents, parts.progress):
-        sum_LD += clipped(mean_BLD, centre, noise.clip).sum(0)
-    # Of the system's own entropy: whoever knows the seed can take the noise away again
-    random = np.random.default_rng(secrets.randbits(128))
-    return noised(sum_LD, len(documents), centre, noise, random)
+    means = document_means(cfg, trunk, runs, layers, documents, parts.progress)
+    return private_sums(means, len(documents), centre, noise)

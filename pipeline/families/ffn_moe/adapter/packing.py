@@ -4,12 +4,10 @@ domain by: as they are, or with noise.
 B documents, T tokens, S layers that are read, D model width.
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ....hardware import device, uses_bf16
@@ -21,10 +19,10 @@ from ....store.expert_package import STATISTICS, ExpertFacts, Noise, write_packa
 from ... import PackWish, Parts
 from ...adapters.packing import write_numbers
 from ..config import FfnMoeConfig
-from ..document_means import Centre, all_documents, clipped, noised
+from ..document_means import Centre, all_documents, padded_batches, private_sums
 from ..fingerprint import tokenizer_fingerprint, trunk_fingerprint
 from ..packing import check_packable
-from ..parts import EVALUATION_SEQUENCES, shards_of
+from ..parts import shards_of
 from ..stock import run_tokenizer
 from .model import stored_base
 from .statistics import read_layers
@@ -73,12 +71,8 @@ def private_statistics(
     `noised` of document_means makes them, spread as public text is around its own."""
     centre = Centre.of(public)
     documents = all_documents(shards_of(parts, (item,)), item)
-    sum_SD = torch.zeros_like(centre.mean_LD)
-    for mean_BSD in document_states(cfg, stored_base(cfg, parts), documents, parts.progress):
-        sum_SD += clipped(mean_BSD, centre, noise.clip).sum(0)
-    # Of the system's own entropy: whoever knows the seed can take the noise away again
-    random = np.random.default_rng(secrets.randbits(128))
-    stored = noised(sum_SD, len(documents), centre, noise, random)
+    means = document_states(cfg, stored_base(cfg, parts), documents, parts.progress)
+    stored = private_sums(means, len(documents), centre, noise)
     return public.around(stored["sum"].double(), int(stored["tokens"].item()))
 
 
@@ -87,19 +81,11 @@ def document_states(
 ) -> Iterator[Tensor]:
     """Yield mean_BSD of some documents after another: what the states that the router reads are on
     average over a document's tokens, up to trunk.context_tokens of them, each read alone."""
-    context = cfg.trunk.context_tokens
     layers = read_layers(base)
-    for at in range(0, len(documents), EVALUATION_SEQUENCES):
-        progress(f"means of {len(documents):,} documents", at / len(documents))
-        batch = [ids[:context] for ids in documents[at : at + EVALUATION_SEQUENCES]]
-        longest = max(len(ids) for ids in batch)
-        ids_BT = torch.zeros(len(batch), longest, dtype=torch.int64)
-        counts_BT = torch.zeros(len(batch), longest)
-        for row, ids in enumerate(batch):
-            # What fills up the end is looked at by no token before it
-            ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            # As in a text that is routed the first token says nothing, where there are others
-            counts_BT[row, min(1, len(ids) - 1) : len(ids)] = 1
+    for ids_BT, real_BT in padded_batches(documents, cfg.trunk.context_tokens, progress):
+        # As in a text that is routed the first token says nothing, where there are others
+        counts_BT = real_BT.clone()
+        counts_BT[real_BT.sum(1) > 1, 0] = 0
         weight_BT = counts_BT / counts_BT.sum(1, keepdim=True)
         x_BTSD = base.states(ids_BT.to(device()), layers, uses_bf16(cfg.dtype)).cpu()
         yield (x_BTSD * weight_BT[:, :, None, None]).sum(1).double()
