@@ -122,7 +122,7 @@ def busy(monkeypatch):
         taken.append(0.01 if len(taken) < 12 else 1.0)
         return taken[-1]
 
-    monkeypatch.setattr(loop._StepClock, "since_step", since_step)
+    monkeypatch.setattr(loop.StepClock, "since_step", since_step)
     monkeypatch.setattr(thread_watch, "fastest_threads", lambda _most: 1)
     monkeypatch.setattr(training, "fastest_threads", lambda _most: 2)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
@@ -181,9 +181,9 @@ def test_an_adapters_training_is_lowered_too(tmp_path, busy):
 
 def test_the_time_of_a_step_is_that_of_its_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-    taken, real = [], loop._StepClock.since_step
+    taken, real = [], loop.StepClock.since_step
     monkeypatch.setattr(
-        loop._StepClock, "since_step", lambda clock: taken.append(real(clock)) or taken[-1]
+        loop.StepClock, "since_step", lambda clock: taken.append(real(clock)) or taken[-1]
     )
     watch = ThreadWatch((2,), 0.0, lambda *_: None)
     metrics = fit(small_task(steps=10), replace(train_io(tmp_path), watch=watch))

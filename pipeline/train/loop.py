@@ -28,13 +28,11 @@ from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
 from .optimizer import AdamW, gradients_in
 from .rounding import go_on, rounding
+from .step_clock import PHASES, StepClock
 from .thread_watch import ThreadWatch
 
 # Training loss in the manifest is the mean over the last so many steps.
 TAIL_STEPS = 50
-# What a step's time is split into; starting, evaluating and saving are counted, but are no part of
-# a step.
-PHASES = ("data", "forward", "backward", "optimizer")
 GRADIENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -153,7 +151,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     opts = task.options
     step_tokens = opts.batch_sequences * task.tokens_per_row
     plan = task.memory_plan or unbounded(opts, task.tokens_per_row, False, False)
-    clock = _StepClock(next(iter(task.parameters.values())).device)
+    clock = StepClock(next(iter(task.parameters.values())).device)
     optimizer = AdamW(task.parameters, opts, task.bf16_params, plan.moments)
     run = None
     if io.resumable:
@@ -192,26 +190,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
         clock.lap("start")
         # one round more than steps: the last one evaluates and saves what the last step made
         while True:
-            due = _due(run.step, task)
-            # a resumed run does not evaluate its first step again
-            if task.validate and due and run.evaluated_step < run.step:
-                valid_nats = task.validate()
-                if not math.isfinite(valid_nats):
-                    what = f"the validation loss at step {run.step} is {valid_nats}"
-                    raise NotFiniteError(_not_finite(io, run, what))
-                if run.evaluated(valid_nats) and opts.keep == "best":
-                    save_best(io.slots, task, optimizer, run)
-                clock.lap("evaluate")
-                io.recorder.row(
-                    {
-                        "step": run.step,
-                        "tokens": run.step * step_tokens,
-                        "valid_nats": run.valid_nats,
-                        **task.after_validation(run.step),
-                        "time": time.time(),
-                    }
-                )
-
+            _evaluate_if_due(task, io, optimizer, run, clock)
             out_of_patience = opts.patience and run.evaluations_since_best >= opts.patience
             done = run.step >= task.steps or out_of_patience
             waited_s = time.monotonic() - saved_at_s
@@ -233,23 +212,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
             task.before_step(run.step)
             lr = lr_at(run.step, task.steps, opts)
             optimizer.lr = lr
-            nats = 0.0
-            first_row = run.step * opts.batch_sequences
-            for size in guard.sizes(opts.batch_sequences):
-                batch = task.batch(first_row, size)
-                first_row += size
-                clock.lap("data")
-                loss = task.loss(batch)
-                total = (loss + task.penalty()) * (size / opts.batch_sequences)
-                if plan.trim_each_pass:
-                    trim_heap()
-                clock.lap("forward")
-                total.backward()
-                nats += loss.item() * size / opts.batch_sequences
-                if plan.trim_each_pass:
-                    trim_heap()
-                clock.lap("backward")
-
+            nats = _add_gradients(task, plan, guard, clock, run.step)
             norm = fused.norm() if fused else optimizer.norm()
             if not math.isfinite(nats + norm):
                 what = (
@@ -298,6 +261,57 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     return _metrics(run, task, plan, io.peak)
 
 
+def _evaluate_if_due(
+    task: Task, io: TrainIO, optimizer: AdamW, run: TrainState, clock: StepClock
+) -> None:
+    """Where it is due, validate, keep the state if it is the best so far, and write the row. Raises
+    NotFiniteError."""
+    # a resumed run does not evaluate its first step again
+    if task.validate is None or run.evaluated_step >= run.step or not _due(run.step, task):
+        return
+    valid_nats = task.validate()
+    if not math.isfinite(valid_nats):
+        what = f"the validation loss at step {run.step} is {valid_nats}"
+        raise NotFiniteError(_not_finite(io, run, what))
+    if run.evaluated(valid_nats) and task.options.keep == "best":
+        save_best(io.slots, task, optimizer, run)
+    clock.lap("evaluate")
+    io.recorder.row(
+        {
+            "step": run.step,
+            "tokens": run.step * task.options.batch_sequences * task.tokens_per_row,
+            "valid_nats": run.valid_nats,
+            **task.after_validation(run.step),
+            "time": time.time(),
+        }
+    )
+
+
+def _add_gradients(
+    task: Task, plan: MemoryPlan, guard: MemoryGuard, clock: StepClock, step: int
+) -> float:
+    """Run a step's batch forward and backward, in as many pieces as there is memory for; return its
+    mean nats."""
+    sequences = task.options.batch_sequences
+    nats = 0.0
+    first_row = step * sequences
+    for size in guard.sizes(sequences):
+        batch = task.batch(first_row, size)
+        first_row += size
+        clock.lap("data")
+        loss = task.loss(batch)
+        total = (loss + task.penalty()) * (size / sequences)
+        if plan.trim_each_pass:
+            trim_heap()
+        clock.lap("forward")
+        total.backward()
+        nats += loss.item() * size / sequences
+        if plan.trim_each_pass:
+            trim_heap()
+        clock.lap("backward")
+    return nats
+
+
 class _FusedStep:
     """Steps each parameter as soon as its gradient is there, and adds up the norm on the way."""
 
@@ -327,53 +341,6 @@ class _FusedStep:
         self.norms = []
         self.optimizer.steps += 1
         return norm
-
-
-class _StepClock:
-    """Seconds per phase; waits for a GPU at each lap so that the phases are true."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.row_laps: dict[str, float] = {}  # since the last history row
-        self.totals: dict[str, float] = {}
-        self.cpu_totals: dict[str, float] = {}
-        self.step_s = 0.0
-        self.last_s = time.perf_counter()
-        self.last_cpu_s = time.process_time()
-
-    def add_to(self, totals: dict[str, float], cpu_totals: dict[str, float]) -> None:
-        """Add every lap from now on to these: those of the attempts before, so that a checkpoint
-        always has the seconds of the steps that it has."""
-        self.totals = totals
-        self.cpu_totals = cpu_totals
-
-    def lap(self, phase: str) -> None:
-        """End a phase that began with the last lap."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now_s = time.perf_counter()
-        for laps in (self.row_laps, self.totals):
-            laps[phase] = laps.get(phase, 0.0) + now_s - self.last_s
-        # What others do on this machine makes a phase longer, and takes it hardly more of this
-        cpu_s = time.process_time()
-        if phase in PHASES:
-            self.step_s += now_s - self.last_s
-            spent_s = cpu_s - self.last_cpu_s
-            self.cpu_totals[phase] = self.cpu_totals.get(phase, 0.0) + spent_s
-        self.last_s = now_s
-        self.last_cpu_s = cpu_s
-
-    def since_step(self) -> float:
-        """Return seconds of steps since the last call: of one, when asked after each."""
-        seconds = self.step_s
-        self.step_s = 0.0
-        return seconds
-
-    def since_row(self) -> dict[str, float]:
-        """Return seconds by phase of a step since the last call."""
-        laps = {phase: self.row_laps.get(phase, 0.0) for phase in PHASES}
-        self.row_laps = {}
-        return laps
 
 
 def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[str, Any]:
