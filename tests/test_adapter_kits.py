@@ -243,3 +243,14 @@ def test_another_trunk_another_form_and_a_torn_package_are_refused(maker, guests
         shutil.copy(config.parent / f"{name}.jsonl", tmp_path)
     words = refused(capsys, "train_experts", "--config", tmp_path / "full.yaml", "--store", store)
     assert "harbour has another form, adapter, than the experts here, full" in words
+
+
+def test_a_kit_is_held_to_the_kind_of_its_expert_before_that_is_trained(guests, capsys, tmp_path):
+    home = guests["harbour"].parent
+    store = Path(shutil.copytree(home / "store", tmp_path / "store"))
+    where = ("--pack", home / "kit", "--to", tmp_path / "package", "--store", store)
+    other = ("--override", "expert.form=low_rank")
+    before = sorted(path.name for path in (store / "artifacts").glob("train_experts*"))
+    words = refused(capsys, "kit", *where, "--paths", home / "private" / "*.txt", *SHORT, *other)
+    assert "the kit is not for experts of the form low_rank" in words
+    assert sorted(path.name for path in (store / "artifacts").glob("train_experts*")) == before

@@ -190,12 +190,11 @@ def write_kit(cfg: FfnMoeConfig, parts: Parts, domain: str, folder: Path) -> Non
     write_kit(cfg, parts, domain, folder)
 
 
-def check_kit(_cfg: FfnMoeConfig, parts: Parts, kit: Path) -> None:
-    """Raise MismatchError where trunk or tokenizer are not a kit's; see kit."""
-    from ..kit_files import read_kit
+def check_kit(cfg: FfnMoeConfig, parts: Parts, kit: Path) -> None:
+    """Raise MismatchError where trunk, tokenizer or kind of expert are not a kit's; see kit."""
     from .kit import check_kit
 
-    check_kit(parts, read_kit(kit))
+    check_kit(cfg, parts, kit)
 
 
 def check_pack(cfg: FfnMoeConfig, _wish: PackWish) -> None:

@@ -26,6 +26,7 @@ from ..kit_files import (
     README,
     SETTINGS,
     KitFacts,
+    read_kit,
     readme_text,
     settings_text,
     write_facts,
@@ -102,9 +103,16 @@ def public_statistics(folder: Path) -> FeatureStatistics:
     return FeatureStatistics.from_tensors(load_tensors(folder / CENTRE))
 
 
-def check_kit(parts: Parts, facts: KitFacts) -> None:
-    """Raise MismatchError where the trunk or the tokenizer here is not the kit's, before anything
-    is trained on it."""
+def check_kit(cfg: FfnMoeConfig, parts: Parts, folder: Path) -> None:
+    """Raise MismatchError where trunk, tokenizer or kind of expert here are not the kit's, before
+    anything is trained on it; DataError for what is no kit."""
+    facts = read_kit(folder)
+    wanted_keys = {"sum", "gram"} if cfg.expert.form == ADAPTER else {"mean", "spread"}
+    if not wanted_keys <= load_tensors(folder / CENTRE).keys():
+        raise MismatchError(
+            f"the kit is not for experts of the form {cfg.expert.form}, and one of it would be "
+            f"refused; leave expert.form as {SETTINGS} came"
+        )
     found = {
         "trunk": (trunk_fingerprint(parts), facts.trunk),
         "tokenizer": (tokenizer_fingerprint(run_tokenizer(parts)), facts.tokenizer),
