@@ -19,6 +19,7 @@ from pipeline.families.ffn_moe import evaluate, family
 from pipeline.families.ffn_moe.joint.cost import joint_cost
 from pipeline.families.ffn_moe.joint.epochs import Epochs
 from pipeline.families.ffn_moe.joint.network import opened
+from pipeline.families.ffn_moe.joint.sums import TrainingSums
 from pipeline.families.ffn_moe.parts import shards_of, stored_settings
 from pipeline.metrics.training import training_metrics
 from pipeline.model.router import Gating, Router
@@ -379,6 +380,14 @@ def test_what_cannot_be_trained_is_refused(joint, sentence):
 def test_a_pretrained_trunk_gives_no_sizes(tmp_path):
     with pytest.raises(ValidationError, match=r"joint\.models: they train from zero"):
         small.config(joint__models=MODELS, trunk__init=str(tmp_path), dense__baselines=())
+
+
+def test_without_a_row_there_are_no_means_of_rows():
+    sums = TrainingSums(None, "cpu")
+    assert sums.told() == {}
+    sums.add_pass(2, torch.tensor(3.0), torch.tensor(2.0), torch.tensor(1.0))
+    assert sums.told() == {"train_total": 3.0, "train_ce": 2.0, "train_aux": 1.0}
+    assert sums.told() == {}
 
 
 def test_an_expert_that_no_token_reaches_is_told_and_no_error(shards, tmp_path, monkeypatch):

@@ -47,8 +47,10 @@ class TrainingSums:
             self.router.end_step(0.0)
 
     def told(self) -> dict:
-        """Return the figures since the last validation, and begin anew."""
-        rows = max(1.0, self.rows.item())
+        """Return the figures since the last validation, and begin anew; none without a row."""
+        rows = self.rows.item()
+        if not rows:
+            return {}
         means = (self.losses / rows).tolist()
         found: dict = {f"train_{name}": mean for name, mean in zip(LOSSES, means, strict=True)}
         if self.router is not None:
