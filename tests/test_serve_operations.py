@@ -58,6 +58,8 @@ def test_a_server_is_alive_before_it_is_ready_and_ready_until_it_is_full():
     gate = app.state.gate
     with served(app) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
+        answer = client.delete("/healthz")
+        assert answer.status_code == 405 and "is not served here" in answer.text
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
         answer = ask(client)

@@ -20,6 +20,10 @@ FAILED = "the server failed at this request; its log tells more"
 # Of what a client sent, an error repeats some, and no more than this.
 MOST_CHARACTERS = 2000
 MOST_OF_A_NAME = 100
+# For who asks for another, also while the bundle is being opened.
+ADDRESSES = (
+    "GET /healthz, GET /v1/models, POST /v1/completions, POST /v1/chat/completions, POST /v1/route"
+)
 
 
 class ApiError(Exception):
@@ -80,8 +84,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def no_such_address(request: Request, error: HTTPException) -> JSONResponse:
         asked = f"{request.method} {_cut(request.url.path, MOST_OF_A_NAME)}"
-        known = request.app.state.service.addresses
-        message = f"{asked} is not served here; {known} are"
+        message = f"{asked} is not served here; {ADDRESSES} are"
         return response(error.status_code, message, headers=error.headers)
 
 

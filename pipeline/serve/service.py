@@ -34,12 +34,6 @@ T = TypeVar("T")
 class Service:
     """A bundle that is asked over HTTP."""
 
-    # for who asks for another
-    addresses = (
-        "GET /healthz, GET /v1/models, POST /v1/completions, POST /v1/chat/completions, "
-        "POST /v1/route"
-    )
-
     def __init__(
         self,
         engine: Generating,
