@@ -360,6 +360,30 @@ def test_a_chat_goes_on_with_its_turns(visit, texts):
     assert said == [*first, ("user", "and then?")]
 
 
+def test_a_refused_question_is_asked_again_with_its_pictures(visit, pictures):
+    page = visit(pictures.url)
+    sent = []
+
+    def refuse(route):
+        sent.append(route.request.post_data_json["messages"])
+        route.fulfill(status=503, headers={"Retry-After": "7"}, body="{}")
+
+    page.route("**/v1/chat/completions", refuse)
+    page.check("#goes_on")
+    page.set_input_files("#pick", {"name": "a.png", "mimeType": "image/png", "buffer": picture()})
+    expect(page.locator("#pictures img")).to_have_count(1)
+    page.fill("#prompt", "which one?")
+    page.press("#prompt", "Control+Enter")
+    again = page.locator(".column [role=alert] button")
+    expect(again).to_have_text("Try again")
+    expect(page.locator("#prompt")).to_have_value("which one?")
+    expect(page.locator("#pictures img")).to_have_count(1)
+    with page.expect_request("**/v1/chat/completions"):
+        again.click()
+    expect(page.locator("#prompt")).to_have_value("which one?")
+    assert sent[0] == sent[1] and len(sent[0][0]["content"]) == 2
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system_and_the_switch(visit, texts, scheme):
     page = visit(texts.url, color_scheme=scheme)

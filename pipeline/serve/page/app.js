@@ -191,9 +191,6 @@ function isEarly(wish) {
 /* Ask everybody the same, at once and with one seed. */
 async function generate() {
   if (running || isEarly(generate)) return;
-  settings.clearMarks();
-  settings.toAddress();
-  at("notice").replaceChildren();
   const goesOn = settings.mode() === "chat" && at("goes_on").checked;
   if (!goesOn) columns.forEach((column) => column.clear());
   const given = at("seed").value;
@@ -204,21 +201,28 @@ async function generate() {
     if (goesOn) {
       // it is part of the chat now
       at("prompt").value = "";
-      pictures.clear();
+      pictures.put([]);
     }
-    const asked = columns.map((column, i) => answer(column, requests[i], signal));
+    const asked = columns.map((column, i) => {
+      const ask = () => column.ask(server, requests[i], signal);
+      return answered(column, ask, signal, generate);
+    });
     const texts = await Promise.all(asked);
     const [text] = texts.filter((each) => each !== null);
     const nothing = text === undefined && !signal.aborted;
-    if (goesOn && nothing && at("prompt").value === "") at("prompt").value = requests[0].asked;
+    if (goesOn && nothing && at("prompt").value === "") {
+      at("prompt").value = requests[0].asked;
+      pictures.put([...requests[0].pictures, ...pictures.pictures]);
+    }
     if (text !== undefined) say(`The answer is whole: ${text}`);
   });
 }
 
-/* Have a column ask; null where it was refused or stopped. */
-async function answer(column, request, signal) {
+/* Return what the server answers for a column; null where it was refused, which the column tells,
+   or stopped. */
+async function answered(column, ask, signal, again) {
   try {
-    return await column.ask(server, request, signal);
+    return await ask();
   } catch (error) {
     if (signal.aborted) return null;
     if (!(error instanceof Refusal)) throw error;
@@ -227,7 +231,7 @@ async function answer(column, request, signal) {
       showMode();
     }
     wantsKey(error) || settings.markField(error.param);
-    column.refuse(notice(make("div"), error, generate));
+    column.refuse(notice(make("div"), error, again));
     return null;
   }
 }
@@ -235,29 +239,24 @@ async function answer(column, request, signal) {
 /* Show who reads what was typed. */
 async function route() {
   if (running || isEarly(route)) return;
-  settings.clearMarks();
-  settings.toAddress();
-  at("notice").replaceChildren();
   const [column] = columns;
   const chats = settings.mode() === "chat";
   const text = at("prompt").value;
   const asked = { asked: text, pictures: chats ? pictures.pictures : [], chat: chats };
   await busy("routing", async (signal) => {
-    try {
-      const body = chats ? { messages: [question(text)] } : { text };
-      column.showRoute(asked, await server.route(body, signal));
-      say("The route is shown.");
-    } catch (error) {
-      if (signal.aborted) return;
-      if (!(error instanceof Refusal)) throw error;
-      wantsKey(error) || settings.markField(error.param);
-      column.refuse(notice(make("div"), error, route));
-    }
+    const body = chats ? { messages: [question(text)] } : { text };
+    const found = await answered(column, () => server.route(body, signal), signal, route);
+    if (found === null) return;
+    column.showRoute(asked, found);
+    say("The route is shown.");
   });
 }
 
 /* Have work done that can be stopped. */
 async function busy(what, work) {
+  settings.clearMarks();
+  settings.toAddress();
+  at("notice").replaceChildren();
   running = new AbortController();
   at("stop").disabled = false;
   at("send").disabled = true;

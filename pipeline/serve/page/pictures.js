@@ -49,9 +49,10 @@ export class Pictures {
     }
   }
 
-  clear() {
-    this.pictures = [];
-    this.list.replaceChildren();
+  /* Have these asked about, and no others. */
+  put(pictures) {
+    this.pictures = [...pictures];
+    this.list.replaceChildren(...this.pictures.map((picture) => this.#item(picture)));
   }
 
   #item(picture) {
