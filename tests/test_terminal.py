@@ -303,6 +303,17 @@ def test_lines_for_the_chat_itself(folder, tmp_path):
     assert answered == f"{SAID}\n" and "/quit" in asked_texts(engine)[0]
 
 
+def test_names_and_bytes_that_nothing_has_are_told_and_end_no_chat(folder):
+    lines = ["/image ~nobody-has-this/a.png", "/image a\0b", "n\udcffo", "there"]
+    engine, answered, said = talk(folder, lines)
+    assert "cannot be read: there is no such home" in said[0]
+    assert "cannot be read: embedded null byte" in said[1]
+    assert said[2] == "the text is not UTF-8 behind its character 1; write it in UTF-8"
+    assert answered == f"{SAID}\n" and len(engine.asked) == 1
+    with pytest.raises(DataError, match="not UTF-8"):
+        opened(folder).prompt("\udcff", (), None)
+
+
 def test_a_question_over_the_context_is_told_and_is_no_turn(folder):
     engine, answered, said = talk(folder, ["hello " * 300, "there"])
     assert "no room for an answer" in said[0]

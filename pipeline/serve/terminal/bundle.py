@@ -54,10 +54,11 @@ class OpenBundle:
             raise DataError(
                 f"{self.engine.name} is a language model and reads no pictures; leave them out"
             )
-        return self._fitting(self.prompts.text(text, own_name(reader)))
+        return self._fitting(self.prompts.text(_sound(text), own_name(reader)))
 
     def question(self, turns: Sequence[Turn], reader: str | None) -> Prompt:
         """Return a chat whose last turn is to be answered. Raises DataError."""
+        _sound(turns[-1].text)
         prompt = self.prompts.chat(turns, own_name(reader), goes_on=False, seconds=PICTURE_S)
         return self._fitting(prompt)
 
@@ -95,6 +96,18 @@ def own_name(reader: str | None) -> str | None:
     return None if reader == STACK else reader
 
 
+def _sound(text: str) -> str:
+    """Return a text as it came. Raises DataError for one with bytes that are none, which Python
+    hands on from a command line as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text is not UTF-8 behind its character {error.start}; write it in UTF-8"
+        ) from None
+    return text
+
+
 def data_urls(pictures: Sequence[Path]) -> tuple[str, ...]:
     """Return picture files as requests bring pictures: the checks are then the same. Raises
     DataError."""
@@ -102,8 +115,10 @@ def data_urls(pictures: Sequence[Path]) -> tuple[str, ...]:
     for path in pictures:
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        # ValueError: of a name that no file can have
+        except (OSError, ValueError) as error:
+            told = getattr(error, "strerror", None) or error
+            raise DataError(f"{path} cannot be read: {told}") from None
         # what it is, is read from its bytes
         urls.append(f"data:image/any;base64,{b64encode(content).decode()}")
     return tuple(urls)

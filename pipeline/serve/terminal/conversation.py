@@ -108,7 +108,11 @@ class Conversation:
         if not path:
             self.say("name a picture's file, as in /image photo.jpg")
             return
-        self.pictures += data_urls([Path(path).expanduser()])
+        try:
+            file = Path(path).expanduser()
+        except RuntimeError:
+            raise DataError(f"{path} cannot be read: there is no such home") from None
+        self.pictures += data_urls([file])
         self.say(f"pictures of the next question: {len(self.pictures)}")
 
 
@@ -142,13 +146,18 @@ def chat(
 def typed(ask: str) -> Iterator[str]:
     """Yield the lines that are typed at a terminal, with what readline offers where there is one,
     or those that come from a file or another program. Raises DataError for what is no text."""
-    if not sys.stdin.isatty():
-        try:
-            for line in sys.stdin:
-                yield line.rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input is no text: {error}") from None
-        return
+    try:
+        if sys.stdin.isatty():
+            yield from _asked(ask)
+            return
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is no text: {error}") from None
+
+
+def _asked(ask: str) -> Iterator[str]:
+    """Yield the lines that are typed at a terminal."""
     # Lines are kept for this chat alone, and in no file
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
