@@ -117,6 +117,7 @@ REFUSED = {
         ("pictures.example",),
         "host are not fetched",
     ),
+    "leads to no address": ("http://pictures.example/to/http~[x", ("*",), "what is no address"),
     "leads to a file": ("http://pictures.example/to/file~/etc/passwd", ("*",), "no https"),
     "leads in a circle": ("http://pictures.example/to//to/" + "/to/" * 8, ("*",), "leads on"),
     "not there": ("http://pictures.example/none", ("*",), "status 404"),

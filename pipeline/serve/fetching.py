@@ -55,7 +55,10 @@ class Fetcher:
                 raise _refused(url, "it cannot be reached") from None
             if place is None:
                 return found
-            url = urljoin(url, place)
+            try:
+                url = urljoin(url, place)
+            except ValueError:
+                raise _refused(url, "it leads on to what is no address") from None
         raise _refused(url, f"it leads on more than {MOST_REDIRECTS} times")
 
     def _checked(self, url: str) -> SplitResult:
