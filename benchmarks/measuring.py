@@ -165,6 +165,14 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     )
 
 
+def percentiles(values: Sequence[float], times: float = 1.0, digits: int = 0) -> str:
+    """Return the median and the 95th percentile, in a unit of which one holds so many."""
+    if len(values) < 2:
+        return "-"
+    cuts = statistics.quantiles(values, n=20)
+    return f"{times * cuts[9]:.{digits}f} / {times * cuts[18]:.{digits}f}"
+
+
 def ratios(
     rounds: Sequence[dict], top: Callable[[dict], float], bottom: Callable[[dict], float]
 ) -> list[float]:

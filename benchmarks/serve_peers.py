@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.measuring import ROOT, finish, hardware, progress, table
+from benchmarks.measuring import ROOT, finish, hardware, percentiles, progress, table
 
 CLIENTS = (1, 4, 16)
 NEW_TOKENS = (16, 32, 64)
@@ -271,7 +271,7 @@ def _shown(
                     f"{statistics.median(each.rate for each in found):.1f}",
                     f"{statistics.median(more):.2f}",
                     f"{statistics.median(beside):.2f}",
-                    _spread(first),
+                    percentiles(first, 1e3),
                     f"{memory[name]:,.0f}",
                 ]
             )
@@ -285,13 +285,6 @@ def _shown(
         "resident MB",
     ]
     return table(heads, lines)
-
-
-def _spread(seconds: Sequence[float]) -> str:
-    if len(seconds) < 2:
-        return "-"
-    cuts = statistics.quantiles(seconds, n=20)
-    return f"{1e3 * cuts[9]:.0f} / {1e3 * cuts[18]:.0f}"
 
 
 NOTES = (

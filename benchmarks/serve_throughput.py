@@ -27,7 +27,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.measuring import finish, hardware, progress, table
+from benchmarks.measuring import finish, hardware, percentiles, progress, table
 from pipeline.serve.chat_engine import ChatEngine
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.engines import engine_of
@@ -264,8 +264,8 @@ def _rounds(rounds: Sequence[Round]) -> str:
                 f"{each.rate:.1f}",
                 f"{each.rate / one:.2f}",
                 f"{each.requests}, {each.left} left",
-                _spread(each.first_s),
-                _spread(each.next_s, 1e3, 0),
+                percentiles(each.first_s, digits=3),
+                percentiles(each.next_s, 1e3),
                 f"{each.early_mb:,.0f}, {each.peak_mb:,.0f}",
                 f"{each.different}",
             ]
@@ -291,13 +291,6 @@ def _beside_generate(args: argparse.Namespace, engine: CompletionEngine) -> str:
         ours = alike(engine, rows, args.rounds)
         lines.append([f"{rows}", f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"])
     return table(["texts", "engine, tokens/s", "`generate`, tokens/s", "ratio"], lines)
-
-
-def _spread(values: Sequence[float], times: float = 1.0, digits: int = 3) -> str:
-    if len(values) < 2:
-        return "-"
-    cuts = statistics.quantiles(values, n=20)
-    return f"{times * cuts[9]:.{digits}f} / {times * cuts[18]:.{digits}f}"
 
 
 NOTES = (
