@@ -29,9 +29,7 @@ def application(limits=None, connections=None, opened=True, **access):
     app.state.release = asyncio.Event()
     app.state.left = []
     app.state.waiting = 0
-    app.state.service = SimpleNamespace(
-        limits=limits or RequestLimits(body_bytes=1000), addresses="POST /v1/echo"
-    )
+    app.state.service = SimpleNamespace(limits=limits or RequestLimits(body_bytes=1000))
     app.state.gate.opened = opened
 
     @app.post("/v1/echo")

@@ -19,9 +19,7 @@ from starlette.types import Scope
 from .. import __version__
 from ..config.serving import ServeConfig
 from .bodies import BodyCheck
-from .chat_engine import ChatEngine
 from .endpoints import add_endpoints
-from .fetching import Fetcher
 from .from_bundle import open_service
 from .gate import Gate, GateKeeper
 from .generation import Generating
@@ -133,8 +131,6 @@ def open_bundle(
     app.state.service = service
     app.state.bundle = service.bundle
     engine = service.engine
-    if isinstance(engine, ChatEngine):
-        engine.room.fetcher = Fetcher(service.limits.image_hosts)
     app.state.close = engine.close
     app.state.gate.end_texts = lambda: _end_texts(engine)
     app.state.metrics.follow(engine)

@@ -9,6 +9,7 @@ from ..errors import DamagedArtifact, PipelineError
 from ..store.bundle import about, identity
 from .chat_engine import ChatEngine
 from .engines import engine_of
+from .fetching import Fetcher
 from .limits import RequestLimits, capacity_of
 from .prompts import TaskPrompts, TextPrompts
 from .service import Service
@@ -17,13 +18,15 @@ from .service import Service
 def open_service(
     folder: Path, wanted: ServeConfig | None = None, image_hosts: tuple[str, ...] = ()
 ) -> Service:
-    """Open a bundle, whose requests' pictures may be at those hosts. Raises MissingArtifact,
-    DamagedArtifact, NewerStore or MismatchError for one that cannot be served."""
+    """Open a bundle, whose requests' pictures may be at those hosts, or * at any of the open
+    network's. Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that
+    cannot be served."""
     wanted = wanted or ServeConfig()
-    limits = RequestLimits.of(str(about(folder).get("serves")), wanted, image_hosts)
+    limits = RequestLimits.of(str(about(folder).get("serves")), wanted)
     try:
         engine = engine_of(folder, capacity_of(wanted))
         if isinstance(engine, ChatEngine):
+            engine.room.fetcher = Fetcher(image_hosts)
             return Service(engine, TaskPrompts(engine), limits, identity(folder))
         return Service(engine, TextPrompts(engine, folder), limits, identity(folder))
     # What the memory has no room for is no fault of a file.

@@ -19,10 +19,9 @@ class RequestLimits:
     waiting: int = 256  # texts that wait until there is a place for them
     seconds: float = 120.0  # then a completion ends where it is
     context_tokens: int | None = None  # of prompt and answer; None: the model's own
-    image_hosts: tuple[str, ...] = ()  # whose pictures are fetched; *: any of the open network
 
     @classmethod
-    def of(cls, serves: str, wanted: ServeConfig, image_hosts: tuple[str, ...] = ()) -> Self:
+    def of(cls, serves: str, wanted: ServeConfig) -> Self:
         """Return those of a bundle that serves completions or chat."""
         return cls(
             body_bytes=wanted.max_body_bytes or BODY_BYTES.get(serves, cls.body_bytes),
@@ -30,7 +29,6 @@ class RequestLimits:
             waiting=wanted.max_waiting,
             seconds=wanted.max_seconds,
             context_tokens=wanted.max_context,
-            image_hosts=image_hosts,
         )
 
 
