@@ -12,9 +12,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
 from .answers import ErrorAnswer
+from .bodies import JSON
 
 REF = "#/components/schemas/{model}"
-JSON = "application/json"
 EVENTS = "text/event-stream"
 OK = "What was asked for"
 # Every status that an error has, whatever the address.

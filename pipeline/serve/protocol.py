@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, core_schema
 from starlette.requests import ClientDisconnect
 
 from ..config.wording import sentence
+from .bodies import too_large
 from .refusals import ApiError
 
 # Of an object; each field that is wrong costs more than it takes to send.
@@ -109,13 +110,7 @@ async def read_body(request: Request, kind: type[B], limit_bytes: int) -> B:
         async for block in request.stream():
             body += block
             if len(body) > limit_bytes:
-                raise ApiError(
-                    413,
-                    f"the request is over {limit_bytes:,} bytes",
-                    None,
-                    "too_large",
-                    Connection="close",
-                )
+                raise too_large(limit_bytes)
     except ClientDisconnect:
         raise ApiError(400, "the client left before the request was whole") from None
     check_parts(body)

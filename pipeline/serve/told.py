@@ -13,10 +13,10 @@ from .answers import (
 )
 from .engine import expert_shares, top_expert
 from .generation import Finish, Piece, RequestChoice, Token
+from .text_stream import PARTIAL
 
 DIGITS = 4  # of a probability, a weight or a time in an answer
 IMPOSSIBLE = -9999.0  # nats, as OpenAI writes it
-PARTIAL = "\ufffd"  # stands for bytes that are no whole character
 
 Spell = Callable[[Sequence[int]], list[str]]  # each token's own text, from its number
 

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from ..engine import top_expert
 from ..generation import Finish, Generation, Piece, Token
+from ..told import DIGITS
 from .speaking import legend, print_runs, printable, shares, styles, who_answers
-
-DIGITS = 4  # of a probability or a weight in JSON
 
 
 class Drawing(ABC):

@@ -12,9 +12,8 @@ from rich.text import Text
 from ...report.format import share
 from ...report.narrow import print_table
 from ..engine import expert_shares, top_expert
-from ..generation import Generation, Token
+from ..generation import BASE_READER, Generation, Token
 
-BASE = "base"
 # A terminal has its own shades of them, for light and dark
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_magenta")
 # Of further experts in the same colours
@@ -39,7 +38,7 @@ def styles(speakers: Sequence[str]) -> dict[str, str]:
     for number, name in enumerate(speakers):
         mark = MARKS[number // len(COLOURS) % len(MARKS)]
         colour = COLOURS[number % len(COLOURS)]
-        out[name] = "" if name == BASE else f"{mark} {colour}".strip()
+        out[name] = "" if name == BASE_READER else f"{mark} {colour}".strip()
     return out
 
 
