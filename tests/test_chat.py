@@ -23,7 +23,7 @@ from pipeline.families.lora_vlm import family
 from pipeline.protocols import quiet
 from pipeline.report import RequestReport
 from pipeline.serve import pictures
-from pipeline.serve.app import create
+from pipeline.serve.app import Access, closed, create, open_bundle
 from pipeline.serve.limits import RequestLimits
 from pipeline.serve.terminal.bundle import OpenBundle
 from pipeline.serve.terminal.conversation import chat
@@ -37,8 +37,8 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def application(tmp_path_factory):
-    """The application on the bundle of a small run."""
+def folder(tmp_path_factory):
+    """The bundle of a small run."""
     root = tmp_path_factory.mktemp("run")
     cfg, parts = small_stack.run(root / "parts")
     (parts.root / "evaluate").mkdir()
@@ -48,7 +48,13 @@ def application(tmp_path_factory):
     (parts.root / "evaluate" / "report.html").write_text("")
     (root / "bundle").mkdir()
     family.bundle(cfg, parts, root / "bundle", quiet)
-    return create(root / "bundle")
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def application(folder):
+    """The application on it."""
+    return create(folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,13 @@ def asking(*urls: str, text: str = "what color?") -> dict:
     """Return a request's body with pictures."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+def test_a_server_fetches_pictures_of_the_hosts_that_it_was_told_of_and_else_of_none(folder):
+    for hosts in ((), ("pictures.example",)):
+        app = closed(Access())
+        open_bundle(app, folder, image_hosts=hosts)
+        assert app.state.service.engine.room.fetcher.hosts == set(hosts)
 
 
 PICTURE = small_stack.pictures(1)[0]
