@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from fakes import FakeRecorder, FolderParts
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config.base import merge
 from pipeline.data.text.shards import ShardWriter
@@ -67,6 +69,14 @@ def config(**changes) -> FfnMoeConfig:
     return FfnMoeConfig.model_validate(raw)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_measuring():
+    """In a module that takes it: no training measures this machine, as it would for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "product_flops_per_s", lambda _bf16: 1e9)
+        yield
+
+
 def write_shards(root: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> list[Path]:
     """Write token shards, a folder for each domain below root, in which domain i prefers the i-th
     part of the vocabulary; documents have 12 to 30 tokens. Returns the folders."""
@@ -99,6 +109,16 @@ MAKERS = {
 }
 
 
+def up_to_an_expert(cfg: FfnMoeConfig, root: Path, tokenizer) -> FolderParts:
+    """Train on new shards below root up to a run's first expert; its tokenizer is kept beside."""
+    parts = FolderParts(cfg, root)
+    write_shards(root, cfg.partition.names, vocab_size=tokenizer.vocab_size)
+    tokenizer.save(parts.folder("tokenizer"))
+    train(cfg, parts, "train_shared")
+    train(cfg, parts, "train_experts", "alpha")
+    return parts
+
+
 def train(
     cfg: FfnMoeConfig, parts: FolderParts, stage: str, item: str | None = None
 ) -> SimpleNamespace:
@@ -127,6 +147,17 @@ def train(
     return SimpleNamespace(
         task=task, metrics=parts.metrics[stage, item], rows=recorder.rows, folder=folder
     )
+
+
+def stock(parts: FolderParts) -> Qwen3ForCausalLM:
+    """Return the base as transformers' own class, from its stored tensors alone."""
+    settings = json.loads((parts.folder("train_shared") / "trunk.json").read_text())
+    model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    tensors = parts.tensors("train_shared", "trunk.safetensors")
+    tensors |= parts.tensors("train_shared", "dummy.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:

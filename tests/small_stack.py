@@ -26,7 +26,10 @@ from pipeline.families.adapters.router import Calibration
 from pipeline.families.adapters.stack import ROUTER, AdapterStack, ExpertInfo, Policy
 from pipeline.families.load import parse
 from pipeline.families.lora_vlm import base as lora_base
+from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig
+from pipeline.protocols import quiet
+from pipeline.report import RequestReport
 from pipeline.store.artifacts import save_tensors
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -218,6 +221,19 @@ def run(root: Path) -> tuple[LoraVlmConfig, FolderParts]:
         _make(cfg, root)
         _MADE.append(shutil.copytree(root, root.with_name("original")))
     return cfg, FolderParts(cfg, root)
+
+
+def bundle(root: Path) -> Path:
+    """Make a small run below root and its bundle, with a report of nothing; return the bundle."""
+    cfg, parts = run(root / "parts")
+    evaluated = parts.new("evaluate")
+    report = RequestReport(run="small", family="lora_vlm").to_json()
+    (evaluated / "report.json").write_text(report)
+    (evaluated / "report.html").write_text("")
+    folder = root / "bundle"
+    folder.mkdir()
+    family.bundle(cfg, parts, folder, quiet)
+    return folder
 
 
 def _make(cfg: LoraVlmConfig, root: Path) -> None:

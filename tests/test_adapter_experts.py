@@ -18,7 +18,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.base import merge
 from pipeline.errors import ConfigError, DamagedArtifact, MismatchError
@@ -41,14 +41,15 @@ from pipeline.run.dry_run import figures
 from pipeline.serve.adapters import AdapterEngine
 from pipeline.serve.generation import Sampling
 from pipeline.store.artifacts import load_tensors, sha256
-from pipeline.train import loop
 from pipeline.train.loop import fit
 from pipeline.train.lr_search import FOUND
 from tests import small
+from tests.small import stock
 from tests.test_pins import saved
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+no_measuring = small.no_measuring  # a fixture
 TAUGHT = ("alpha", "beta")
 PROMPT = 4
 ADAPTER = {
@@ -67,7 +68,6 @@ def config(**router) -> FfnMoeConfig:
 def run(tmp_path_factory):
     """A whole small run of adapters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         patch.setitem(small.MAKERS, "train_experts", family.expert)
         cfg = config()
         parts = small.FolderParts(cfg, tmp_path_factory.mktemp("run"))
@@ -92,17 +92,6 @@ def texts(count=12, tokens=small.CONTEXT + 1, seed=0) -> torch.Tensor:
     """Return ids_BT."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(1, small.VOCAB, (count, tokens), generator=draw)
-
-
-def stock(run) -> Qwen3ForCausalLM:
-    """Return the base as transformers' own class, from its stored tensors alone."""
-    settings = json.loads((run.folder("train_shared") / "trunk.json").read_text())
-    model = Qwen3ForCausalLM(Qwen3Config(**settings))
-    tensors = run.tensors("train_shared", "trunk.safetensors")
-    tensors |= run.tensors("train_shared", "dummy.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors)
-    return model.eval()
 
 
 def test_an_adapter_loads_in_stock_peft_on_the_stock_model(run, stack):
@@ -155,8 +144,7 @@ def test_only_the_adapter_moves(run):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_an_adapter_goes_on_after_a_kill_bit_for_bit(run, step, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+def test_an_adapter_goes_on_after_a_kill_bit_for_bit(run, step, tmp_path):
     with pytest.raises(Killed):
         fit(dying(family.expert(run.cfg, run, "beta"), step), train_io(tmp_path))
     again = family.expert(run.cfg, run, "beta")
@@ -496,7 +484,6 @@ def test_one_adapter_is_exported_merged_into_the_trunk(run, bundled, stack, tmp_
 
 
 def test_adapters_stand_on_a_pinned_model_in_its_own_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     monkeypatch.setitem(small.MAKERS, "train_experts", family.expert)
     source = saved(tmp_path / "model")
     pin = {"init": str(source), "steps": 0}

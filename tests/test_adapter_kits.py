@@ -11,23 +11,22 @@ import pytest
 import torch
 from conftest import documents, tiny_config
 from safetensors.torch import load_file
-from test_domain_commands import in_this_process
 from test_expert_package import resealed
 
 from pipeline.__main__ import main
+from pipeline.config.files import parse_yaml
 from pipeline.families.ffn_moe.adapter.model import stored_base
 from pipeline.families.ffn_moe.adapter.packing import document_states
 from pipeline.families.ffn_moe.adapter.statistics import read_layers
 from pipeline.families.load import load
 from pipeline.protocols import quiet
-from pipeline.run.backend import Local
 from pipeline.run.context import StoredParts
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Store, inventory
-from pipeline.train import loop
+from tests import local_jobs, small_kits
+from tests.small_kits import GUESTS, PACKAGE, done
 
-PACKAGE = {"expert.json", "expert.safetensors", "statistics.safetensors"}
-GUESTS = {"ledger": "shop", "harbour": "sea"}
+quick = local_jobs.quick  # a fixture
 FEW = {"eval_every_steps": 0, "warmup_steps": 1, "eval_tokens": 256}
 SMALL = {
     "trunk": FEW | {"steps": 10, "statistics_tokens": 512},
@@ -40,25 +39,13 @@ SMALL = {
 SHORT = ["--override", "partition.min_tokens=100", "--override", "runtime.threads=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Local, "run_jobs", in_this_process)
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        yield
-
-
-def done(*arguments) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
-
-
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory):
     """(configuration, store) of a run of adapters that hands kits out, up to its experts."""
     root = tmp_path_factory.mktemp("maker")
     config = tiny_config(root / "tiny")
     # Gates' settings of a run of networks are none of a router of texts
-    raw = load_raw(config) | {"router": SMALL["router"]}
+    raw = parse_yaml(config.read_text()) | {"router": SMALL["router"]}
     for name in ("trunk", "expert", "evaluate"):
         raw[name] |= SMALL[name]
     raw["dense"] = SMALL["dense"]
@@ -68,31 +55,10 @@ def maker(tmp_path_factory):
     return config, root / "store"
 
 
-def load_raw(config: Path) -> dict:
-    from pipeline.config.files import parse_yaml
-
-    return parse_yaml(config.read_text())
-
-
 @pytest.fixture(scope="module")
 def guests(maker, tmp_path_factory):
     """Packages by name, each trained from a kit of its own in a store of its own."""
-    config, store = maker
-    root = tmp_path_factory.mktemp("guests")
-    packages = {}
-    for name, like in GUESTS.items():
-        home = root / name
-        done("kit", name, "--config", config, "--store", store, "--to", home / "kit")
-        text = home / "private"
-        text.mkdir()
-        for number, document in enumerate(documents(like)):
-            (text / f"{number}.txt").write_text(document[::-1])
-        packages[name] = home / "package"
-        done(
-            *("kit", "--pack", home / "kit", "--to", packages[name], "--store", home / "store"),
-            *("--paths", text / "*.txt", "--licence", "CC0", *SHORT),
-        )
-    return packages
+    return small_kits.guests(*maker, tmp_path_factory.mktemp("guests"), *SHORT)
 
 
 def packed_again(guests, name: str, to: Path, *more) -> Path:
@@ -233,9 +199,7 @@ def test_another_trunk_another_form_and_a_torn_package_are_refused(maker, guests
     weights = torn / "expert.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
     assert "expert.safetensors has" in told(torn)
-    about = json.loads((guests["harbour"] / "expert.json").read_text())
-    assert about["form"] == "adapter"
-    full = json.loads(json.dumps(load_raw(config)))
+    full = parse_yaml(config.read_text())
     full["expert"] = {"steps": 2, "imported": {"harbour": str(guests["harbour"])}}
     full["router"] = {"steps": 0, "top_k": 1}
     (tmp_path / "full.yaml").write_text(json.dumps(full))

@@ -3,10 +3,10 @@ its checks see what they are for."""
 
 import json
 
+import local_jobs
 import pytest
 import torch
 from conftest import documents
-from test_domain_commands import in_this_process
 from test_domain_docs import FROM_ZERO
 from yaml_text import yaml_text
 
@@ -15,9 +15,8 @@ from benchmarks.domain_parts.page import Page
 from benchmarks.domain_parts.state import Made, others
 from benchmarks.runner import StageFailed
 from pipeline.__main__ import main
-from pipeline.run.backend import Local
-from pipeline.train import loop
 
+quick = local_jobs.quick  # a fixture
 GENERAL, CORRECTED, GUEST = "sea", "shop", "hall"
 
 
@@ -37,8 +36,6 @@ def no_removal(words) -> float:
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """The arguments of a run in this process."""
-    monkeypatch.setattr(Local, "run_jobs", in_this_process)
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     files = []
     for domain in (GENERAL, CORRECTED, GUEST):
         rows = []

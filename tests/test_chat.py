@@ -19,9 +19,6 @@ from pipeline.data.images.images import decoding_bytes
 from pipeline.data.images.inline import bytes_in
 from pipeline.errors import DataError
 from pipeline.families.adapters.inference import Request
-from pipeline.families.lora_vlm import family
-from pipeline.protocols import quiet
-from pipeline.report import RequestReport
 from pipeline.serve import pictures
 from pipeline.serve.app import Access, closed, create, open_bundle
 from pipeline.serve.limits import RequestLimits
@@ -39,16 +36,7 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The bundle of a small run."""
-    root = tmp_path_factory.mktemp("run")
-    cfg, parts = small_stack.run(root / "parts")
-    (parts.root / "evaluate").mkdir()
-    (parts.root / "evaluate" / "report.json").write_text(
-        RequestReport(run="small", family="lora_vlm").to_json()
-    )
-    (parts.root / "evaluate" / "report.html").write_text("")
-    (root / "bundle").mkdir()
-    family.bundle(cfg, parts, root / "bundle", quiet)
-    return root / "bundle"
+    return small_stack.bundle(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,9 @@ def test_gpus_that_modal_does_not_have(gpu, problem):
 
 
 def test_gpus_as_people_write_them():
-    cloud.check(changed(train_router={"gpu": ["h100!", "a100-80gb:2"]}), PRICES, "/store")
+    cfg = changed(train_router={"gpu": ["h100!", "a100-80gb:2"]})
+    cloud.check(cfg, PRICES, "/store")
+    assert cloud.most_gpus(cfg.modal.train_router) == 2
 
 
 def test_more_gpus_than_the_limit():

@@ -1,14 +1,12 @@
 """What `add`, `remove` and `replace` do before anything is made, where that fails, and of tasks
 with pictures; of text test_domain_docs.py carries them out.
-
-Jobs are done in the tests' own process; that they end as well in processes of their own is shown
-for every stage elsewhere.
 """
 
 import json
 import re
 from types import SimpleNamespace
 
+import local_jobs
 import pytest
 from conftest import tiny_config
 from yaml_text import yaml_text
@@ -18,18 +16,15 @@ from pipeline.config.base import merge
 from pipeline.config.files import read
 from pipeline.errors import DataError, Interrupted, JobsFailed
 from pipeline.families.load import load
-from pipeline.protocols import quiet
 from pipeline.run import domains
-from pipeline.run.backend import Local
-from pipeline.run.job import run_job
 from pipeline.run.reach import root_of
 from pipeline.run.stages import RUN, jobs
 from pipeline.store.artifacts import Store
 from pipeline.store.removed import removed
 from pipeline.store.roots import leave
-from pipeline.train import loop
 from tests import lora_small
 
+quick = local_jobs.quick  # a fixture
 # As a name it stands nowhere else: not in a text, a word or a setting
 GUEST = "quokka"
 FEW = {"eval_every_steps": 0, "warmup_steps": 1, "eval_tokens": 256}
@@ -41,21 +36,6 @@ SMALL = {
     "dense": {"baselines": ["path"]},
     "evaluate": {"rivals": "few", "continuation_tokens": 0, "tokens_per_domain": 256},
 }
-
-
-def in_this_process(local, stage, cfg, items):
-    """Do jobs as Local does, in no processes of their own."""
-    for item in items:
-        run_job(stage, cfg, local.store, item, progress=quiet)
-    return {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Local, "run_jobs", in_this_process)
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        yield
 
 
 @pytest.fixture

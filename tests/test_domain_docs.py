@@ -7,20 +7,20 @@ import shlex
 import shutil
 from pathlib import Path
 
+import local_jobs
 import pytest
 from conftest import documents
-from test_domain_commands import FEW, contents, in_this_process, row
+from test_domain_commands import FEW, contents, row
 from yaml_text import yaml_text
 
 from pipeline.__main__ import main
 from pipeline.config.files import parse_yaml
 from pipeline.families.load import load
-from pipeline.run.backend import Local
 from pipeline.run.domain_words import ABOUT
 from pipeline.store.artifacts import inventory
 from pipeline.store.roots import read_root
-from pipeline.train import loop
 
+quick = local_jobs.quick  # a fixture
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/domains.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
@@ -68,8 +68,6 @@ def place(tmp_path, monkeypatch):
         file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOLEFORGE_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(Local, "run_jobs", in_this_process)
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     return tmp_path
 
 

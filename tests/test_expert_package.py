@@ -32,18 +32,13 @@ from pipeline.store.expert_package import Noise, open_expert, open_package, pack
 from pipeline.store.foreign import ForeignFile
 from pipeline.store.package_place import ExpertSource
 from pipeline.store.reading import sealed
-from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
 
+no_measuring = small.no_measuring  # a fixture
 FORMS = {"full": {}, "low_rank": {"expert__form": "low_rank", "expert__rank": 2}}
 LAST = {"expert__layers": "last:1"}
 TEXT = " ".join(documents("sea", 60))
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +49,13 @@ def tokenizer():
 def run_of(root: Path, tokenizer, **changes) -> FolderParts:
     """Return the parts of a run up to its first expert."""
     cfg = small.config(**{"router__steps": 0, "router__top_k": 1} | changes)
-    parts = FolderParts(cfg, root)
-    small.write_shards(root, cfg.partition.names, vocab_size=tokenizer.vocab_size)
-    tokenizer.save(parts.folder("tokenizer"))
-    small.train(cfg, parts, "train_shared")
-    small.train(cfg, parts, "train_experts", "alpha")
-    return parts
+    return small.up_to_an_expert(cfg, root, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer):
     """A run with one expert trained; read it, never change it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        return run_of(tmp_path_factory.mktemp("packages") / "run", tokenizer)
+    return run_of(tmp_path_factory.mktemp("packages") / "run", tokenizer)
 
 
 def packed(parts: FolderParts, folder: Path, **wish) -> Path:
@@ -544,10 +532,8 @@ def pinned(tmp_path_factory, tokenizer):
     sizes = {"max_position_embeddings": 64, "vocab_size": tokenizer.vocab_size}
     whole("llama", **sizes).to(torch.bfloat16).save_pretrained(root / "model")
     trunk = {"trunk__init": str(root / "model"), "trunk__steps": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        given = {"tokenizer__pretrained": "elsewhere"} | FORMS["low_rank"]
-        return run_of(root / "run", tokenizer, **trunk, **given), root / "model"
+    given = {"tokenizer__pretrained": "elsewhere"} | FORMS["low_rank"]
+    return run_of(root / "run", tokenizer, **trunk, **given), root / "model"
 
 
 def test_a_pinned_trunk_stays_out_of_a_kit_and_its_expert_fits(pinned, tmp_path):

@@ -19,7 +19,6 @@ from fakes import FolderParts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pipeline.config.base import merge
 from pipeline.data.text.tokenizer import train as train_tokenizer
@@ -33,12 +32,13 @@ from pipeline.families.ffn_moe.parts import shards_of, training_rows
 from pipeline.protocols import quiet
 from pipeline.run.stages import address
 from pipeline.store.looking import FileSums, Looking
-from pipeline.train import loop
 from tests import small
+from tests.small import stock
 from tests.test_expert_package import header_of, with_header
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+no_measuring = small.no_measuring  # a fixture
 GUEST = "beta"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER = {
@@ -59,11 +59,6 @@ def config(**changes) -> FfnMoeConfig:
     return FfnMoeConfig.model_validate(raw)
 
 
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(300, documents("sea", 40))
@@ -71,32 +66,13 @@ def tokenizer():
 
 def run_of(root: Path, tokenizer, **changes) -> FolderParts:
     """Return the parts of a run up to its base, and its own expert."""
-    cfg = config(**changes)
-    parts = FolderParts(cfg, root)
-    small.write_shards(root, cfg.partition.names, vocab_size=tokenizer.vocab_size)
-    tokenizer.save(parts.folder("tokenizer"))
-    small.train(cfg, parts, "train_shared")
-    small.train(cfg, parts, "train_experts", "alpha")
-    return parts
+    return small.up_to_an_expert(config(**changes), root, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer):
     """A run of adapters with one expert of its own; read it, never change it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        return run_of(tmp_path_factory.mktemp("adapters") / "run", tokenizer)
-
-
-def stock(run) -> Qwen3ForCausalLM:
-    """Return the base as transformers' own class, from its stored tensors alone."""
-    settings = json.loads((run.folder("train_shared") / "trunk.json").read_text())
-    model = Qwen3ForCausalLM(Qwen3Config(**settings))
-    tensors = run.tensors("train_shared", "trunk.safetensors")
-    tensors |= run.tensors("train_shared", "dummy.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors)
-    return model.eval()
+    return run_of(tmp_path_factory.mktemp("adapters") / "run", tokenizer)
 
 
 def adapted(run, **settings) -> PeftModel:

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import local_jobs
 import lora_small
 import pytest
 import small_tasks
@@ -17,7 +18,6 @@ import torch
 from fakes import FolderParts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_domain_commands import in_this_process
 from test_expert_package import resealed
 from test_foreign_adapters import change, shaken
 from transformers import Qwen3VLForConditionalGeneration
@@ -31,25 +31,16 @@ from pipeline.families.load import load
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.base import open_base
 from pipeline.protocols import quiet
-from pipeline.run.backend import Local
 from pipeline.run.job import run_job
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Store
-from pipeline.train import loop
 from tests import lora_small as lora
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+quick = local_jobs.quick  # a fixture
 GUEST = "color"
 EASY = {"imported_slack": 99.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Local, "run_jobs", in_this_process)
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        yield
 
 
 def stock(parts: FolderParts) -> Qwen3VLForConditionalGeneration:

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import documents
 from safetensors.torch import load_file
 
 from pipeline.__main__ import main
@@ -16,15 +15,11 @@ from pipeline.families.load import load
 from pipeline.hardware import native_dtype
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Store, inventory
+from tests import small_kits
+from tests.small_kits import GUESTS, PACKAGE, done
 
-PACKAGE = {"expert.json", "expert.safetensors", "statistics.safetensors"}
-GUESTS = {"ledger": "shop", "harbour": "sea"}
 SHORT = ["--override", "expert.steps=4", "--override", "partition.min_tokens=100"]
 SHORT += ["--override", "runtime.threads=1"]
-
-
-def done(*arguments: str) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +32,7 @@ def maker(finished, tmp_path_factory):
 @pytest.fixture(scope="module")
 def guests(maker, tmp_path_factory):
     """Packages by name, each trained from a kit of its own in a store of its own."""
-    config, store = maker
-    root = tmp_path_factory.mktemp("guests")
-    packages = {}
-    for name, like in GUESTS.items():
-        home = root / name
-        done("kit", name, "--config", config, "--store", store, "--to", home / "kit")
-        text = home / "private"
-        text.mkdir()
-        for number, document in enumerate(documents(like)):
-            (text / f"{number}.txt").write_text(document[::-1])
-        packages[name] = home / "package"
-        done(
-            *("kit", "--pack", home / "kit", "--to", packages[name], "--store", home / "store"),
-            *("--paths", text / "*.txt", "--licence", "CC0", *SHORT),
-        )
-    return packages
+    return small_kits.guests(*maker, tmp_path_factory.mktemp("guests"), *SHORT)
 
 
 def test_two_kits_on_two_stores_join_in_a_third(maker, guests, tmp_path, capsys):

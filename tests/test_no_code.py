@@ -16,10 +16,7 @@ import pipeline
 from pipeline.errors import DataError, PipelineError
 from pipeline.families.adapters.base import ModelRef, locate
 from pipeline.families.ffn_moe.pretrained import open_pretrained
-from pipeline.families.lora_vlm import family as vlm
 from pipeline.families.lora_vlm.base import QWEN3_VL, open_chat
-from pipeline.protocols import quiet
-from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from pipeline.store.artifacts import sha256
 from pipeline.store.bundle import SUMS
@@ -40,14 +37,7 @@ def bundles(tmp_path_factory):
         patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         (root / "ffn").mkdir()
         ffn = bundle_of(*made(root / "ffn", "qwen3", True), root / "ffn" / "bundle")
-    cfg, parts = small_stack.run(root / "parts")
-    (parts.root / "evaluate").mkdir()
-    report = RequestReport(run="small", family="lora_vlm")
-    (parts.root / "evaluate" / "report.json").write_text(report.to_json())
-    (parts.root / "evaluate" / "report.html").write_text("")
-    (root / "vlm").mkdir()
-    vlm.bundle(cfg, parts, root / "vlm", quiet)
-    return {"ffn_moe": ffn, "lora_vlm": root / "vlm"}
+    return {"ffn_moe": ffn, "lora_vlm": small_stack.bundle(root / "vlm")}
 
 
 @pytest.fixture

@@ -11,9 +11,6 @@ import openai
 import pytest
 from PIL import Image
 
-from pipeline.families.lora_vlm import family
-from pipeline.protocols import quiet
-from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from tests import small_stack
 from tests.test_serve import running
@@ -27,15 +24,8 @@ JARGON = re.compile(r"input should|validation|literal|NoneType|<class|\bdict\b|d
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    cfg, parts = small_stack.run(root / "parts")
-    (parts.root / "evaluate").mkdir()
-    report = RequestReport(run="small", family="lora_vlm").to_json()
-    (parts.root / "evaluate/report.json").write_text(report)
-    (parts.root / "evaluate/report.html").write_text("")
-    (root / "bundle").mkdir()
-    family.bundle(cfg, parts, root / "bundle", quiet)
-    with running(create(root / "bundle")) as plain:
+    bundle = small_stack.bundle(tmp_path_factory.mktemp("run"))
+    with running(create(bundle)) as plain:
         address = f"{plain.base_url}/v1"
         yield openai.OpenAI(base_url=address, api_key="unused", max_retries=0, timeout=30)
 

@@ -10,9 +10,6 @@ from browsing import generate
 from pages import picture
 from playwright.sync_api import expect
 
-from pipeline.families.lora_vlm import family
-from pipeline.protocols import quiet
-from pipeline.report import RequestReport
 from pipeline.serve.app import create
 from tests import small_stack
 from tests.test_serve import NAMES, PROMPT, running
@@ -34,15 +31,8 @@ def text(bundled):
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     """A client of a server of adapters over a model that sees."""
-    root = tmp_path_factory.mktemp("run")
-    cfg, parts = small_stack.run(root / "parts")
-    (parts.root / "evaluate").mkdir()
-    report = RequestReport(run="small", family="lora_vlm").to_json()
-    (parts.root / "evaluate/report.json").write_text(report)
-    (parts.root / "evaluate/report.html").write_text("")
-    (root / "bundle").mkdir()
-    family.bundle(cfg, parts, root / "bundle", quiet)
-    with running(create(root / "bundle")) as client:
+    bundle = small_stack.bundle(tmp_path_factory.mktemp("run"))
+    with running(create(bundle)) as client:
         yield client
 
 

@@ -1,0 +1,25 @@
+"""Jobs of the command line in the tests' own process; that they end as well in processes of their
+own is shown for every stage elsewhere."""
+
+import pytest
+
+from pipeline.protocols import quiet
+from pipeline.run.backend import Local
+from pipeline.run.job import run_job
+from pipeline.train import loop
+
+
+def in_this_process(local, stage, cfg, items):
+    """Do jobs as Local does, in no processes of their own."""
+    for item in items:
+        run_job(stage, cfg, local.store, item, progress=quiet)
+    return {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """In a module that takes it: commands do their jobs here, and none measures this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Local, "run_jobs", in_this_process)
+        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+        yield
