@@ -186,7 +186,6 @@ def test_what_peft_saved_joins_routes_and_is_measured(run, taught, tmp_path):
 
 # What PEFT can be told of an adapter, and what is kept of it is (rank, alpha)
 VARIANTS = {
-    "rank stabilised": ({"use_rslora": True}, (4, 16.0)),
     "alphas of their own": ({"alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 20}}, (4, 20)),
     "ranks of their own": ({"rank_pattern": {"v_proj": 2, "down_proj": 6}}, (6, 24)),
     "both, by the root": (
