@@ -1,6 +1,6 @@
 """The tables of experiments, described once and drawn on terminal and page."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
 
 from .format import DASH, count, figures, fixed, limit, seconds, share, signed
@@ -212,11 +212,11 @@ def changes(results: ExperimentResults) -> Table:
     )
 
 
-def flat(changes: dict, above: str = "") -> Iterator[tuple[str, object]]:
-    """Yield settings of sections in each other by dotted name."""
-    for name, value in changes.items():
+def flat(settings: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
+    """Yield settings of sections in each other by dotted name, a section without any as it is."""
+    for name, value in settings.items():
         dotted = f"{above}.{name}" if above else str(name)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat(value, dotted)
         else:
             yield dotted, value

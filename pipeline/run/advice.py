@@ -20,7 +20,7 @@ from ..errors import (
     StoreError,
     UnreadableFile,
 )
-from .stages import label
+from .stages import first_few, label
 
 _MOST_LINES = 12
 _SHOWN = 4  # jobs that are named of those that one thing keeps from starting
@@ -75,7 +75,7 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         lines = [f"{text}:"]
         for cause, jobs in error.causes[:_MOST_LINES]:
             # Of one that is of the whole run there are none
-            before = f"{_first_few(jobs)}: " if jobs else ""
+            before = f"{first_few(jobs, _SHOWN)}: " if jobs else ""
             lines.append(f"  {before}{sentence(cause, edge)}")
         if len(error.causes) > _MOST_LINES:
             lines.append(f"  and {len(error.causes) - _MOST_LINES} more")
@@ -114,12 +114,6 @@ def sentence(error: Exception, edge: Edge, again: str = "") -> str:
         remedies = [error.remedy, edge.other_store()]
         return f"{text}; {', or '.join(filter(None, remedies))}"
     return text
-
-
-def _first_few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    more = len(names) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def account(

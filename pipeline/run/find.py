@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..store.artifacts import Store
 from ..store.imported import STAGE as IMPORTED
 from ..store.roots import Root, readable_roots
-from .stages import STAGES, label
+from .stages import STAGES, first_few, label
 
 # of a stage, an item where it has several jobs, and a digest
 ADDRESS = re.compile(r"(?P<stage>[a-z]\w*)(-(?P<item>.+))?-(?P<digest>[0-9a-f]{12})")
@@ -127,15 +127,16 @@ def _begun(store: Store, names: Sequence[str]) -> str:
     if len(begun) == 1:
         return begun.pop()
     if begun:
+        several = first_few(sorted(begun), _SHOWN)
         raise ConfigError(
-            f"{len(begun)} addresses begin with {wanted}: {_few(sorted(begun))}; type more of one"
+            f"{len(begun)} addresses begin with {wanted}: {several}; type more of one"
         )
     roots = readable_roots(store)
     if not roots:
         raise ConfigError(
             f"no run has left a root in {store.root}; name an address, or another --store"
         )
-    known = _few(list(dict.fromkeys(root.name for root in roots)))
+    known = first_few(list(dict.fromkeys(root.name for root in roots)), _SHOWN)
     raise ConfigError(f"nothing in {store.root} is called {wanted}; the runs in it are {known}")
 
 
@@ -148,16 +149,11 @@ def _is_wanted(each: Named, wanted: Sequence[str]) -> bool:
 def _nothing(root: Root, there: Sequence[Named], wanted: Sequence[str]) -> str:
     if not there:
         return f"nothing of {root.id} is in the store any more"
-    known = _few([f"{each.stage}{'/' + each.item if each.item else ''}" for each in there])
+    names = [f"{each.stage}{'/' + each.item if each.item else ''}" for each in there]
+    known = first_few(names, _SHOWN)
     return f"{root.id} has no {'/'.join(wanted)}; it has {known}"
 
 
 def _place(each: Named) -> tuple[int, str]:
     order = STAGES.index(each.stage) if each.stage in STAGES else len(STAGES)
     return order, each.item or ""
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    more = len(names) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..store.roots import SUFFIX, root_path
 from ..store.sources import SEEN, TEXT, looked_at, records, seen_path, text_records
 from .find import ADDRESS
 from .reach import Reach
+from .stages import first_few
 
 # What lies below these is named by its address
 # jobs/: of earlier versions, whose containers shared a preprocess
@@ -49,7 +50,6 @@ HALF = "was being written when its writer was killed"
 DAMAGED = ".damaged-"
 NO_RUN = "of no run"
 ORPHANS = "orphans"
-_SHOWN = 3  # of the runs that reach the same
 Say = Callable[[str], None]
 
 
@@ -105,13 +105,6 @@ def leftovers(store: Store, reach: Reach, damaged: bool, say: Say) -> Iterator[L
 def removed(run: str) -> str:
     """Return what the leftovers of a run are listed with that somebody wants to be removed."""
     return f"{run}, to be removed"
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return names in a line, of many the first ones."""
-    shown = ", ".join(names[:_SHOWN])
-    more = len(names) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _at(

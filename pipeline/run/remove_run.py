@@ -16,9 +16,10 @@ from ..errors import ConfigError, DiskFull, StoreError
 from ..store import in_use
 from ..store.artifacts import Store
 from ..store.roots import Root, root_path, write_root
-from .leftovers import anything_at, first_few, leftovers, removed
+from .leftovers import anything_at, leftovers, removed
 from .prune import Sweep, opened, said
 from .reach import Reach
+from .stages import first_few
 
 
 def remove_runs(

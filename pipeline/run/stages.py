@@ -6,7 +6,7 @@ share a prefix of work share its artifacts. Everything here is read from the fam
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..config.run import JobKey, RunConfig
 from ..config.stage import Stage
@@ -74,6 +74,13 @@ def has_several_jobs(name: str) -> bool:
 def is_report(name: str) -> bool:
     """Whether a stage measures the stack and leaves a report."""
     return any(row.kind == "report" for row in ROWS[name].values())
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Return names in a line, of many the first ones and how many more there are."""
+    shown = ", ".join(names[:most])
+    more = len(names) - most
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def label(stage: str, item: str | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from ...errors import ConfigError
-from ..leftovers import first_few
+from ..stages import first_few
 from .lines import Known, PastRun, PastTraining
 
 WILD = set("*?[")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from ...errors import ConfigError, StoreError
+from ...report.experiments import flat
 from ...report.format import DASH, count, figures, seconds
 from ...report.scores import LESS_IS_BETTER
 from ...store.artifacts import Store
@@ -167,13 +168,3 @@ def _differing(
         # the names tell the runs apart anyway
         if len(set(values)) > 1 and name != "name":
             yield name, *values
-
-
-def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every setting with its dotted name."""
-    for key, value in settings.items():
-        name = f"{above}.{key}" if above else key
-        if isinstance(value, dict) and value:
-            yield from flat(value, name)
-        else:
-            yield name, value

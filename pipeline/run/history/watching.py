@@ -16,8 +16,8 @@ from ...report.format import count, figures, seconds
 from ...store.artifacts import Store
 from ...store.history_db import history_db
 from ...store.roots import Root, readable_roots
-from ..leftovers import first_few
 from ..prune import opened, said
+from ..stages import first_few
 from .positions import DONE, TO_DO, Look, Position, in_progress, look
 from .sparks import spark
 
