@@ -216,16 +216,17 @@ def test_the_engine_s_figures():
 @pytest.fixture(params=["json", "plain"])
 def written(request):
     """What is logged, in either format, as it is written."""
-    root = logging.getLogger()
-    before = root.handlers, root.level
+    root, ours = logging.getLogger(), logging.getLogger(logs.OURS)
+    before = root.handlers, root.level, ours.level
     logs.configure(request.param)
     held = io.StringIO()
     root.handlers[0].setStream(held)
     try:
         yield held
     finally:
-        root.handlers, level = before
-        root.setLevel(level)
+        root.handlers, *levels = before
+        for logger, level in zip((root, ours), levels, strict=True):
+            logger.setLevel(level)
         logging.captureWarnings(False)
 
 
