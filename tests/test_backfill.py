@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.store.roots import Root, leave
 from scripts.backfill_history import main
 
 LOSSES = [3.5, 3.25, 3.0, 2.75]
+ROW = re.compile(b"train.loss", re.DOTALL)  # in a file of wandb's, whatever stands between
 
 
 def run(capsys, *words, code=0):
@@ -114,6 +116,10 @@ def wandb_run(tmp_path_factory):
     logged.log({"eval/loss": 2.5, "shares": {"a": 0.25}}, step=50)
     logged.finish()
     (path,) = folder.rglob("*.wandb")
+    # a process of wandb's own writes it, and may do so after its run has ended here
+    until = time.monotonic() + 60
+    while len(ROW.findall(path.read_bytes())) < len(LOSSES) and time.monotonic() < until:
+        time.sleep(0.1)
     return path
 
 
@@ -121,7 +127,7 @@ def test_a_run_of_wandb_is_read_by_wandb_itself(wandb_run, tmp_path, capsys, sto
     torn = tmp_path / "run-torn.wandb"
     whole = wandb_run.read_bytes()
     # in the middle of a row, wherever what is told of the machine before the rows ends
-    places = [found.start() for found in re.finditer(b"train.loss", whole, re.DOTALL)]
+    places = [found.start() for found in ROW.finditer(whole)]
     torn.write_bytes(whole[: places[len(places) // 2] + 4])
     told = run(capsys, torn, "--store", store_path)
     assert "left out: " in told and "incomplete .wandb file" in told
