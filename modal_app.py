@@ -69,7 +69,10 @@ def _asked_for() -> tuple[RunConfig, cloud.Wiring]:
         if serves:
             note = _read(cloud.SERVED, _volume(cfg.modal.volume))
             cfg = cloud.deployed(cfg, os.environ, note)
-        cloud.check(cfg, cloud.Prices.load(HERE / "config/prices.yaml"), VOLUME)
+        prices = cloud.Prices.load(HERE / "config/prices.yaml")
+        cloud.check(cfg, prices, VOLUME)
+        if serves:
+            sys.stdout.write(f"{cloud.endpoint_told(cfg.modal, prices)}\n")
         return cfg, cloud.Wiring.settled(cfg, note, serves)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, edge)}")
@@ -101,7 +104,7 @@ ENV = WIRING.variables | {
     "MOLEFORGE_VOLUME_PATH": VOLUME,
 }
 
-app = modal.App(WIRING.app)
+app = modal.App(WIRING.app, tags=cloud.tags(CFG.name, sys.argv, WIRING.bundle))
 volume = _volume(WIRING.volume)
 # Who does what on it: a volume that many see differently can be no lock
 claims = modal.Dict.from_name(f"{WIRING.volume}-claims", create_if_missing=True)
@@ -117,9 +120,9 @@ LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "serve/page/*")
 image = image.add_local_python_source("pipeline", ignore=LEFT_OUT)
 
 
-def _container(machine: MachineConfig, *purposes: str) -> dict:
-    """Return what a decorator needs for a container of that machine with the secrets for those
-    purposes."""
+def _container(machine: MachineConfig, regions: tuple[str, ...], *purposes: str) -> dict:
+    """Return what a decorator needs for a container of that machine in one of those regions, with
+    the secrets for those purposes."""
     given = []
     for purpose in purposes:
         # A purpose without a secret: what it is for is public, or not used
@@ -134,6 +137,7 @@ def _container(machine: MachineConfig, *purposes: str) -> dict:
         "cpu": machine.cpu,
         "memory": machine.memory_mb,
         "timeout": machine.timeout_s,
+        "region": list(regions) or None,
     }
 
 
@@ -152,7 +156,7 @@ def _job(name: str) -> dict:
     else:
         at_once = max(1, CFG.modal.max_gpus // cloud.most_gpus(machine))
     retries = modal.Retries(max_retries=machine.retries, initial_delay=1.0, backoff_coefficient=2.0)
-    return _container(machine, *purposes) | {
+    return _container(machine, CFG.modal.regions, *purposes) | {
         "retries": retries,
         "single_use_containers": True,
         "max_containers": at_once,
@@ -171,9 +175,8 @@ def _named(function: Callable, name: str, text: str) -> Callable:
 def _jobs_of(stage: str) -> Callable:
     def job(items: list, raw: dict, leases: dict | None = None) -> list[cloud.JobResult]:
         def renewing(addresses: list[str]) -> AbstractContextManager:
-            # A sweep of experiments hands out without any
             told = leases or {"by": "", "token": "", "held": {}}
-            return cloud.Leases.of(claims, told, addresses).kept()
+            return cloud.at_work(claims, told, addresses)
 
         return cloud.work(stage, raw, items, Path(VOLUME), volume.commit, volume.reload, renewing)
 
@@ -191,9 +194,10 @@ CONDUCTING: dict[str, Any] = {
     "image": image,
     "volumes": {VOLUME: volume},
     "env": ENV,
-    "cpu": 0.5,
-    "memory": 1024,
+    "cpu": cloud.CONDUCTOR.cpu,
+    "memory": cloud.CONDUCTOR.memory_mb,
     "nonpreemptible": True,
+    "region": list(CFG.modal.regions) or None,
 }
 
 
@@ -204,7 +208,13 @@ CONDUCTING: dict[str, Any] = {
     retries=modal.Retries(max_retries=cloud.ATTEMPTS, initial_delay=1.0, backoff_coefficient=1.0),
 )
 def orchestrate(
-    raw: dict, stages: list[str], sequential: bool, command: str, frozen: bool, run: str
+    raw: dict,
+    stages: list[str],
+    sequential: bool,
+    command: str,
+    frozen: bool,
+    run: str,
+    expected: cloud.Expected,
 ) -> list[cloud.JobResult]:
     """Look at what the run reads and hand out the jobs of stages in order; goes on to its end
     whether or not anybody listens. `run` is what all attempts are called."""
@@ -221,7 +231,10 @@ def orchestrate(
 
     find = modal.FunctionCall.from_id
     hand_out = cloud.by_calls(Addresses(cfg), run, claims, sequential, start, find)
-    with cloud.begun(cfg, store, command, run=run) as before, leases.kept():
+    ledger = cloud.Ledger(store, claims, run, expected)
+    hand_out = ledger.metered(cfg, hand_out, leases.give_back)
+    kept = ledger.kept(command, [cfg])
+    with cloud.begun(cfg, store, command, run=run) as before, leases.kept(), kept:
         results = cloud.orchestrate(cfg, stages, store, hand_out, command, leases=leases)
         results = cloud.since(before, cfg, results, store)
         cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
@@ -230,16 +243,24 @@ def orchestrate(
 
 # As long as a sweep lasts nobody else knows what is still to do
 @app.function(**CONDUCTING, timeout=CFG.modal.attempt_s)
-def conduct(sweep: cloud.FarSweep, command: str, frozen: bool = False) -> tuple[str, str]:
+def conduct(
+    sweep: cloud.FarSweep, command: str, frozen: bool, run: str, expected: cloud.Expected
+) -> tuple[str, str]:
     """Do a sweep of experiments, stage after stage over all its trials; return its results as
     JSON, and what is wrong."""
 
+    # No leases, but a name by which what containers cost is found
+    told = {"by": sweep.name, "token": run, "held": {}}
+
     def containers(stage: str, inputs):
-        return JOBS[stage].starmap(inputs, return_exceptions=True)
+        return JOBS[stage].starmap(inputs, kwargs={"leases": told}, return_exceptions=True)
 
     store = Store(Path(VOLUME), publish=volume.commit, refresh=volume.reload)
+    ledger = cloud.Ledger(store, claims, run, expected)
+    paid = ledger.metered_containers(containers)
     try:
-        return cloud.conducted(sweep, store, containers, command, frozen).to_json(), ""
+        with ledger.kept(command, []):
+            return cloud.conducted(sweep, store, paid, command, frozen).to_json(), ""
     except PipelineError as error:
         return "", sentence(error, EDGE)
 
@@ -264,9 +285,11 @@ def tend(command: str, names: list[str], flags: dict[str, bool]) -> tuple[str, s
 if WIRING.entered:
 
     @app.cls(
-        **_container(CFG.modal.endpoint, "endpoint"),
+        **_container(CFG.modal.endpoint, cloud.placed(CFG.modal).regions, "endpoint"),
         startup_timeout=LOADING_S,
+        min_containers=CFG.modal.endpoint.min_containers,
         max_containers=CFG.modal.endpoint.max_containers,
+        buffer_containers=CFG.modal.endpoint.buffer_containers,
         scaledown_window=CFG.modal.endpoint.idle_s,
         enable_memory_snapshot=WIRING.snapshots,
     )
@@ -303,7 +326,7 @@ if WIRING.entered:
                 # The log of the container is all that anybody sees of it
                 raise PipelineError(sentence(error, EDGE)) from None
 
-        @modal.asgi_app()
+        @modal.asgi_app(requires_proxy_auth=CFG.modal.endpoint_proxy_auth)
         def web(self):
             """Answer requests."""
             return self.served
@@ -336,16 +359,18 @@ def _command(
         if deploy and not cloud.entered(cfg.modal):
             sys.exit(f"error: nobody said how the endpoint is entered: {cloud.WAYS}")
         cfg = cloud.settled(cfg, prices, console.print)
-        run = [name for name in RUN if name in cfg.stages]
-        wanted = stages or (*run, *(["deploy"] if deploy else []))
+        whole = [name for name in RUN if name in cfg.stages]
+        wanted = stages or (*whole, *(["deploy"] if deploy else []))
         wish = _planned(cloud.Wish(cfg, wanted, sequential, frozen), prices, console)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
     raw, typed = wish.cfg.model_dump(mode="json"), cloud.as_typed(sys.argv)
-    given = (raw, list(wish.stages), sequential, typed, frozen, uuid.uuid4().hex)
+    run = uuid.uuid4().hex
+    given = (raw, list(wish.stages), sequential, typed, frozen, run, wish.expected)
     results = _ended(orchestrate, typed, *given)
     cloud.show_results(results, console)
     cloud.show_report(results, _read, console)
+    cloud.show_costs(run, _names, _read, prices, console)
     if any(result.error for result in results):
         sys.exit(1)
     if deploy:
@@ -367,7 +392,8 @@ def _planned(wish: cloud.Wish, prices: cloud.Prices, console: Console) -> cloud.
     sys.stdout.write(answer.printed)
     if answer.wrong:
         sys.exit(f"error: {answer.wrong}")
-    return cloud.Wish(parse(answer.raw), answer.stages, wish.sequential, wish.frozen)
+    cfg = parse(answer.raw)
+    return cloud.Wish(cfg, answer.stages, wish.sequential, wish.frozen, answer.expected)
 
 
 def _ended(conducting: modal.Function, typed: str, *given: Any) -> Any:
@@ -452,11 +478,13 @@ def experiments(
             place = cloud.FarStore.asked_once(_names, _read, VOLUME, Path(folder))
             sweep, lines = cloud.planned(read, prices, place, console.print, text_only)
             cloud.show_estimate(CFG, lines, prices, False, console)
-            cloud.refuse_above(CFG, lines)
+            cloud.refuse_above(CFG, lines, prices, False)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, EDGE)}")
     typed = cloud.as_typed(sys.argv)
-    results, wrong = _ended(conduct, typed, sweep, typed, frozen)
+    run, expected = uuid.uuid4().hex, cloud.expected(CFG, lines, prices, False)
+    results, wrong = _ended(conduct, typed, sweep, typed, frozen, run, expected)
+    cloud.show_costs(run, _names, _read, prices, console)
     if wrong:
         sys.exit(f"error: {wrong}")
     report.show_experiments(report.ExperimentResults.model_validate_json(results), console)
@@ -479,8 +507,12 @@ def _tend(command: str, names: list[str], **flags: bool) -> None:
 # Of a configuration they want the names of app and volume, which are read while this is imported.
 @app.local_entrypoint()
 def runs(config: str = cloud.DEFAULT):
-    """List the runs that the volume knows: name, date, size, configuration, report."""
+    """List the runs that the volume knows: name, date, size, configuration, report, cost; and what
+    the volume itself costs."""
     _tend("runs", [])
+    stored = sum(entry.size for entry in volume.listdir("/", recursive=True))
+    prices = cloud.Prices.load(HERE / "config/prices.yaml")
+    sys.stdout.write(f"the volume holds {cloud.storage_told(stored, prices)}\n")
 
 
 @app.local_entrypoint()

@@ -240,8 +240,9 @@ def test_a_limit_on_the_cost_refuses_a_model_whose_sizes_nobody_knows_here(tmp_p
     unknown = [line.stage for line in lines if line.unknown]
     assert unknown == ["train_shared", *["train_experts"] * len(cfg.experts), "train_router"]
     with pytest.raises(ConfigError, match=r"trunk\.init .* are not known on this machine"):
-        cloud.refuse_above(cfg, lines)
-    cloud.refuse_above(load(tiny_config(tmp_path / "tiny"), given[:-1]), lines)
+        cloud.refuse_above(cfg, lines, PRICES, False)
+    without = load(tiny_config(tmp_path / "tiny"), given[:-1])
+    cloud.refuse_above(without, lines, PRICES, False)
 
 
 def test_finished_jobs_on_the_same_kind_of_machine_are_the_measure(finished, tmp_path):
@@ -291,19 +292,18 @@ def test_a_command_above_the_limit_is_refused(tmp_path):
         ConfigError,
         match=r"estimated at \$[0-9.]+, above modal.max_cost_usd 1.00.*nothing was started",
     ):
-        cloud.refuse_above(cfg, lines)
-    cloud.refuse_above(cfg, lines[:0])
+        cloud.refuse_above(cfg, lines, PRICES, False)
+    cloud.refuse_above(cfg, lines[:0], PRICES, False)
     free = load(tiny_config(tmp_path / "tiny"), ("trunk.steps=10000000000",))
-    cloud.refuse_above(
-        free, cloud.estimate(free, ("train_shared",), Store(tmp_path / "none"), PRICES)
-    )
+    lines = cloud.estimate(free, ("train_shared",), Store(tmp_path / "none"), PRICES)
+    cloud.refuse_above(free, lines, PRICES, False)
 
 
 def test_under_a_limit_what_cannot_be_priced_is_refused(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("trunk.epochs=2", "modal.max_cost_usd=1000"))
     lines = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
     with pytest.raises(ConfigError, match="run preprocess first"):
-        cloud.refuse_above(cfg, lines)
+        cloud.refuse_above(cfg, lines, PRICES, False)
 
 
 def shown(cfg, wanted, store, sequential=False) -> str:
@@ -327,20 +327,15 @@ def test_the_plan_says_where_and_what_it_costs(tmp_path):
     assert f" {line.peak_bytes / 1e6:,.0f} MB " in text and line.peak_bytes > 0
 
 
-def test_a_command_that_trains_nothing_has_no_estimate(tmp_path):
-    cfg = load(tiny_config(tmp_path / "tiny"))
-    assert "nothing to train" in shown(cfg, ("preprocess", "deploy"), Store(tmp_path / "none"))
-
-
 def test_side_by_side_is_shorter_than_one_after_another(tmp_path):
     cfg = load(tiny_config(tmp_path / "tiny"), ("expert.steps=10",))
     fanned = shown(cfg, ("train_experts",), Store(tmp_path / "none"))
-    assert "to train: 60 s" in fanned
-    assert "to train: 3 min" in shown(
+    assert "in all: 60 s" in fanned
+    assert "in all: 3 min" in shown(
         cfg, ("train_experts",), Store(tmp_path / "none"), sequential=True
     )
     one = load(tiny_config(tmp_path / "tiny"), ("expert.steps=10", "modal.max_gpus=1"))
-    assert "to train: 3 min" in shown(one, ("train_experts",), Store(tmp_path / "none"))
+    assert "in all: 3 min" in shown(one, ("train_experts",), Store(tmp_path / "none"))
 
 
 def test_results_are_shown_with_failures_in_place():

@@ -27,6 +27,7 @@ WAYS = {
     "key": {"endpoint_secret": "my-key"},
     "other": {"endpoint_secret": "other-key"},
     "public": {"endpoint_public": True},
+    "proxy": {"endpoint_proxy_auth": True},
     "unsaid": {},
 }
 MACHINES = (
@@ -83,14 +84,19 @@ def test_a_named_configuration_never_drops_a_key(tmp_path, before, given):
     elif before != "none":
         content = noted(tmp_path, config(**WAYS[before], endpoint=MACHINES[1]))
     cfg = config(**WAYS[given], endpoint=EndpointConfig(idle_s=77))
-    effective = given if given != "unsaid" else before
-    kept = before in ("key", "other") and given == "public"
-    if kept or effective not in ("key", "other", "public"):
+    wanted = WAYS[given]
+    if given != "public":
+        # A key and tokens may be wanted together
+        wanted = WAYS.get(before, {}) | wanted
+    kept = before in ("key", "other", "proxy") and given == "public"
+    if kept or not wanted:
         with pytest.raises(ConfigError, match=r"endpoint_secret=NAME.*endpoint_public=true"):
             cloud.deployed(cfg, {"MOLEFORGE_CONFIG": "mine.yaml"}, content)
         return
     settled = cloud.deployed(cfg, {"MOLEFORGE_CONFIG": "mine.yaml"}, content).modal
-    assert settled == ModalConfig(**WAYS[effective], endpoint=EndpointConfig(idle_s=77))
+    if given in ("key", "other", "proxy"):
+        wanted.pop("endpoint_public", None)
+    assert settled == ModalConfig(**wanted, endpoint=EndpointConfig(idle_s=77))
 
 
 @pytest.mark.parametrize("content", [*MALFORMED, b"{}", b'{"address": 1}'])
@@ -102,16 +108,18 @@ def test_a_note_that_says_nothing_is_refused(content):
 
 
 @pytest.mark.parametrize(
-    ("key", "entered", "way"), [*itertools.product([None, "", "k"], ["", "key", "public"], WAYS)]
+    ("key", "entered", "way"),
+    [*itertools.product([None, "", "k"], ["", "key", "public", "proxy"], WAYS)],
 )
 def test_a_process_without_a_key_serves_only_what_is_public(tmp_path, key, entered, way):
     noted(tmp_path, config(**WAYS[way]))
     # Made again after the deployment, to be served with a key: not by the one that has none
     open_asked = entered == "public" and way in ("public", "unsaid")
-    if key or open_asked:
+    with_tokens = entered == "proxy" and way not in ("key", "other")
+    if key or open_asked or with_tokens:
         assert cloud.served(tmp_path, key, entered).name == "deploy-1"
     else:
-        with pytest.raises(ConfigError, match="key|KEY"):
+        with pytest.raises(ConfigError, match="key|KEY|proxy tokens"):
             cloud.served(tmp_path, key, entered)
 
 
@@ -185,10 +193,18 @@ def test_no_container_gets_more_than_its_server_takes():
         EndpointConfig(target_inputs=5, max_inputs=4)
 
 
-def test_both_ways_at_once_are_refused():
-    cfg = config(endpoint_secret="a", endpoint_public=True)
+@pytest.mark.parametrize("way", ["key", "proxy"])
+def test_open_and_closed_at_once_is_refused(way):
+    cfg = config(**WAYS[way], endpoint_public=True)
     with pytest.raises(ConfigError, match="set only one of them"):
         cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), "/store")
+
+
+def test_an_endpoint_is_where_its_run_is_or_where_it_says(tmp_path):
+    for own, wanted in ((), ("eu",)), (("jp",), ("jp",)):
+        content = noted(tmp_path, config(regions="eu", endpoint={"regions": own}))
+        how = json.loads(content)["endpoint"]
+        assert tuple(how["machine"]["regions"]) == wanted
 
 
 def look(note: dict, commands: list[list[str]], **variables: str) -> list[list]:

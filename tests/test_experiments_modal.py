@@ -80,21 +80,22 @@ def test_every_job_is_priced_once_and_a_search_as_often_as_it_tries(volume):
     added = more[len(lines) :]
     assert len(added) == 5 and {line.tokens for line in added} == {12 * 8 * 32}
     with pytest.raises(ConfigError, match="above modal.max_cost_usd 0.00"):
-        cloud.refuse_above(base_of(limited), more)
+        cloud.refuse_above(base_of(limited), more, PRICES, False)
 
 
 def test_the_text_alone_costs_nothing_and_has_epochs_priced(volume):
     in_epochs = on_modal(volume, "base.joint.epochs=1", "base.modal.max_cost_usd=100")
     cfg = base_of(in_epochs)
+    _, lines = planned(in_epochs, PRICES, far(volume), print)
     with pytest.raises(ConfigError, match="cannot be priced before the tokens are counted"):
-        cloud.refuse_above(cfg, planned(in_epochs, PRICES, far(volume), print)[1])
+        cloud.refuse_above(cfg, lines, PRICES, False)
     sweep, lines = planned(in_epochs, PRICES, far(volume), print, text_only=True)
     assert {line.stage for line in lines} == {"tokenizer", "preprocess"}
-    cloud.refuse_above(cfg, lines)
+    cloud.refuse_above(cfg, lines, PRICES, False)
     made = conducted(sweep, Store(volume), in_this_process(volume), "modal run", False)
     assert [run.state for each in made.trials for run in each.runs] == ["missing", "missing"]
     _, lines = planned(in_epochs, PRICES, far(volume), print)
-    cloud.refuse_above(cfg, lines)
+    cloud.refuse_above(cfg, lines, PRICES, False)
     assert sum(line.usd for line in lines if line.trains) > 0
 
 

@@ -160,6 +160,8 @@ def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, c
 def test_what_hands_out_jobs_asks_for(app):
     info = app.orchestrate.info()
     assert not info.gpus
+    # As it is priced
+    assert (info.cpu, info.memory_mib) == (cloud.CONDUCTOR.cpu, cloud.CONDUCTOR.memory_mb)
     assert info.timeout == app.CFG.modal.attempt_s == 86_400
     # The next attempt waits for the calls that this one has begun
     assert info.max_retries == cloud.ATTEMPTS == 10
@@ -186,8 +188,10 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"extends: {ROOT}/config/demo_from_zero.yaml\nmodal:\n  hub_secret: my-hub\n  max_gpus: 6\n"
+        "  regions: [us, eu-west]\n  endpoint_proxy_auth: true\n"
         "  endpoint: {max_containers: 7, idle_s: 11, timeout_s: 99, max_inputs: 40, "
-        "target_inputs: 20, memory_snapshot: true}\n  endpoint_public: true\n"
+        "target_inputs: 20, memory_snapshot: true, min_containers: 2, buffer_containers: 1, "
+        "regions: jp}\n"
         "  train_dense: {gpu: ['H100:3'], memory_mb: 2048}\n"
         "serve: {max_seconds: 60, max_batch: 5}\n"
     )
@@ -200,6 +204,12 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "modal.App.cls = cls\n"
         "def concurrent(**how): seen.update(how); return lambda made: made\n"
         "modal.concurrent = concurrent\n"
+        "asgi = modal.asgi_app\n"
+        "def asgi_app(**how): seen.update(how); return asgi(**how)\n"
+        "modal.asgi_app = asgi_app\n"
+        "App = modal.App\n"
+        "def tagged(name, **how): seen.update(how); return App(name, **how)\n"
+        "modal.App = tagged\n"
         "import modal_app as m; dense = m.train_dense_job.info()\n"
         "print(seen['max_containers'], seen['scaledown_window'], seen['timeout'], dense.gpus, "
         "dense.memory_mib)\n"
@@ -207,15 +217,22 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "seen['enable_memory_snapshot'], m.ENV['MOLEFORGE_SNAPSHOT'])\n"
         "wanted = m.ServeConfig.model_validate_json(m.ENV['MOLEFORGE_SERVE'])\n"
         "print(wanted == m.CFG.serve, wanted.max_seconds, wanted.max_batch)\n"
+        "print(seen['min_containers'], seen['buffer_containers'], seen['region'], "
+        "seen['requires_proxy_auth'], m.WIRING.entered, seen['tags'])\n"
+        "print(dense.regions, m.orchestrate.info().regions, m.tend.info().nonpreemptible)\n"
         "jobs = (m.preprocess_job, m.train_router_job, m.train_dense_job)\n"
         "print([len(job.info().secrets) for job in jobs])"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    # 4 cores and 16 GiB in Japan
+    assert done.stdout.startswith("endpoint: $0.55 an hour for each container")
+    assert done.stdout.splitlines()[1:] == [
         "7 11 99 [('H100', 3)] 2048",
         "True 40 20 True 1",
         "True 60.0 5",
+        "2 1 ['jp'] True proxy {'program': 'moleforge', 'bundle': 'x'}",
+        "['us', 'eu-west'] ['us', 'eu-west'] True",
         "[2, 2, 2]",
     ]
 

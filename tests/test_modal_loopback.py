@@ -32,6 +32,7 @@ from pipeline.run import stages
 from pipeline.run.context import StoredParts
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
+from pipeline.store.costs import readable_costs
 
 EXPERTS = ("headers", "manual")
 BROKEN = "manual"  # the expert that fails until its cause is gone
@@ -265,6 +266,23 @@ def test_the_whole_run_is_that_of_a_local_run(modal, whole, local):
     report = f"artifacts/{stages.address(load(modal.config), 'evaluate')}/report.json"
     ours, theirs = (json.loads((root / report).read_text()) for root in (modal.volume, local))
     assert ours["quality"] == theirs["quality"]
+
+
+def test_what_was_spent_is_on_the_volume_beside_what_was_estimated(modal, whole):
+    assert re.search(r"it cost \$\d+\.\d\d of an estimated \$\d", whole)
+    rows = {}
+    for costs in readable_costs(Store(modal.volume)):
+        assert costs.ended
+        for row in costs.rows:
+            assert row.usd > 0 and row.estimated_usd > 0 and row.seconds > 0
+            rows.setdefault(row.stage, []).append(row)
+    # Those that were taken away are paid for too, and what handed out the jobs
+    assert rows["train_shared"][0].containers > 1
+    assert rows["conducting"][0].containers == 2
+    assert [row.made for row in rows["train_experts"]].count(False) == 1
+    for stage in ("preprocess", "train_experts", "evaluate"):
+        for row in rows[stage]:
+            assert row.addresses[0].startswith(stage)
 
 
 def test_an_expert_from_elsewhere_is_taken_from_the_volume(modal, experts, local, tmp_path):

@@ -25,17 +25,22 @@ from .command import (
     typed,
 )
 from .containers import JobResult, ModalEdge, draw_anew, not_done, orchestrate, work
-from .endpoint import SERVED, WAYS, deployed, entered, serve_next, served
+from .endpoint import SERVED, WAYS, deployed, entered, placed, serve_next, served
 from .estimate import (
+    CONDUCTOR,
+    Expected,
     estimate,
+    expected,
     refuse_above,
     refuse_what_cannot_start,
     refuse_without_inputs,
-    show_estimate,
 )
 from .experiments import FarStore, FarSweep, conducted, planned
 from .leases import Leases
+from .ledger import Ledger, show_costs
 from .looks import as_recorded, looked_at
+from .meters import at_work
+from .plan_table import show_estimate
 from .planning import (
     PLAN_S,
     FarPlan,
@@ -47,11 +52,14 @@ from .planning import (
 )
 from .prices import Prices, most_gpus
 from .roots import REMOVAL_S, begun, since, tend
+from .standing import endpoint_told, storage_told
+from .tags import tags
 from .watching import watch
 from .wiring import SECRETS, Wiring
 
 __all__ = [
     "ATTEMPTS",
+    "CONDUCTOR",
     "DEFAULT",
     "EXPERIMENTS",
     "PLAN_S",
@@ -60,11 +68,13 @@ __all__ = [
     "SERVED",
     "WAYS",
     "Call",
+    "Expected",
     "FarPlan",
     "FarStore",
     "FarSweep",
     "JobResult",
     "Leases",
+    "Ledger",
     "ModalEdge",
     "Prices",
     "Wiring",
@@ -73,6 +83,7 @@ __all__ = [
     "announced",
     "as_recorded",
     "as_typed",
+    "at_work",
     "begun",
     "by_calls",
     "check",
@@ -81,8 +92,10 @@ __all__ = [
     "deploying",
     "deploys",
     "draw_anew",
+    "endpoint_told",
     "entered",
     "estimate",
+    "expected",
     "explain",
     "flags_of",
     "look_at_models",
@@ -93,6 +106,7 @@ __all__ = [
     "not_done",
     "orchestrate",
     "overrides",
+    "placed",
     "planned",
     "planned_run",
     "planned_there",
@@ -106,10 +120,13 @@ __all__ = [
     "served",
     "settled",
     "shipped",
+    "show_costs",
     "show_estimate",
     "show_report",
     "show_results",
     "since",
+    "storage_told",
+    "tags",
     "tend",
     "typed",
     "watch",

@@ -20,15 +20,19 @@ from ..run.dry_run import figures
 from ..run.former import NOTE, same_job
 from ..run.stages import AUTO, Addresses, is_report
 from ..store.artifacts import Store
+from ..store.costs import FOLDER as COSTS
 from ..store.mark import check_format, parse_format
 from ..store.model_files import CONFIG, settings_from_hub
 from ..store.model_sources import on_this_machine
 from ..store.room import writing
 from .containers import UNNAMED, JobResult
+from .endpoint import placed
 from .looks import changed_looks
 from .prices import Prices, most_gpus
+from .standing import endpoint_cost_problems
 
 MOST_BETWEEN_SAVES_S = 300
+MOST_COSTS = 5
 
 
 def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
@@ -45,12 +49,8 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
         gpus = most_gpus(machine)
         if gpus > max_gpus:
             problems.append(f"modal.{name}.gpu: {gpus} GPUs, but modal.max_gpus is {max_gpus}")
-    if cfg.modal.endpoint_secret and cfg.modal.endpoint_public:
-        problems.append(
-            f"modal.endpoint_public: true, but modal.endpoint_secret is {cfg.modal.endpoint_secret}"
-            ": an endpoint is open or wants a key, so set only one of them"
-        )
-    problems += _endpoint_problems(cfg)
+    problems += prices.region_problems("modal.regions", cfg.modal.regions)
+    problems += _endpoint_problems(cfg, prices)
     for name, path in cfg.paths():
         if _is_here(path, mount):
             problems.append(
@@ -73,9 +73,23 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
         raise ConfigError("\n  ".join(lines))
 
 
-def _endpoint_problems(cfg: RunConfig) -> Iterator[str]:
-    """Yield what a container of the endpoint would be given and its server not take."""
-    machine = cfg.modal.endpoint
+def _endpoint_problems(cfg: RunConfig, prices: Prices) -> Iterator[str]:
+    """Yield how an endpoint cannot be both, what its containers would be given and their server not
+    take, and what they may cost above the limit."""
+    modal, machine = cfg.modal, cfg.modal.endpoint
+    if modal.endpoint_public and (modal.endpoint_secret or modal.endpoint_proxy_auth):
+        other = "endpoint_proxy_auth is true"
+        if modal.endpoint_secret:
+            other = f"endpoint_secret is {modal.endpoint_secret}"
+        yield (
+            f"modal.endpoint_public: true, but modal.{other}: an endpoint is open or wants "
+            "something of who asks, so set only one of them"
+        )
+    yield from prices.region_problems("modal.endpoint.regions", machine.regions)
+    # Only what is known has a price; the rest is told already
+    regions = prices.region_problems("", placed(modal).regions)
+    if not (regions or prices.problems("endpoint", machine)):
+        yield from endpoint_cost_problems(modal, prices)
     most = cfg.serve.max_batch + cfg.serve.max_waiting
     if machine.max_inputs > most:
         yield (
@@ -160,8 +174,8 @@ def mirror(
     names: Callable[[str], Iterable[str]],
     read: Callable[[str], bytes | None],
 ) -> Store:
-    """Return a store below root with what a plan needs of the far one: manifests and states of
-    checkpoints.
+    """Return a store below root with what a plan needs of the far one: manifests, states of
+    checkpoints, what the last commands have cost.
 
     `names` lists a directory there, `read` returns a file's bytes; of what is absent nothing and
     None. Raises OldStore, NewerStore, DiskFull or StoreError.
@@ -191,6 +205,9 @@ def mirror(
         except ValueError as error:
             raise StoreError(f"store.json of {volume} cannot be read: {error}") from None
         check_format(found, volume)
+    # What the last commands were paid for tells how long jobs take
+    for name in sorted(names(COSTS))[-MOST_COSTS:]:
+        wanted.append(f"{COSTS}/{name}")
     for path in (*wanted, *changed_looks(cfg, names, read)):
         content = read(path)
         if content is not None:

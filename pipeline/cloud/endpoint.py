@@ -27,12 +27,14 @@ SERVED = "served.json"
 KEY = "MOLEFORGE_API_KEY"
 # How an endpoint is entered; an empty word: there is none.
 WITH_KEY = "key"
+PROXY = "proxy"  # with a token of the workspace, which Modal itself checks
 PUBLIC = "public"
 AGAIN = "`modal run modal_app.py::deploy --config FILE --override"
 WAYS = (
-    f"type {AGAIN} modal.endpoint_secret=NAME` for one with the key in that secret, or "
-    f"{AGAIN} modal.endpoint_public=true` for one that is open to everybody, "
-    "then `modal deploy modal_app.py`"
+    f"type {AGAIN} modal.endpoint_secret=NAME` for one with the key in that secret, with "
+    "`modal.endpoint_proxy_auth=true` for one that proxy tokens of the workspace open, or with "
+    "`modal.endpoint_public=true` for one that is open to everybody, then "
+    "`modal deploy modal_app.py`"
 )
 
 
@@ -41,6 +43,7 @@ class EndpointNote(BaseModel, frozen=True, extra="forbid"):
 
     secret: Name | None = None
     public: bool = False
+    proxy_auth: bool = False
     machine: EndpointConfig = EndpointConfig()
     serve: ServeConfig = ServeConfig()  # older notes do not say it
 
@@ -74,7 +77,8 @@ def serve_next(
     how = EndpointNote(
         secret=cfg.modal.endpoint_secret,
         public=cfg.modal.endpoint_public,
-        machine=cfg.modal.endpoint,
+        proxy_auth=cfg.modal.endpoint_proxy_auth,
+        machine=placed(cfg.modal),
         serve=cfg.serve,
     )
     address = bundles[-1]
@@ -161,13 +165,18 @@ def served(root: Path, key: str | None, entered: str, pin: str = "") -> Path:
     StaleArtifact when the bundle is of parts that were made again since.
     """
     note = _required(root)
-    if not key and entered != PUBLIC:
+    if not key and entered not in (PUBLIC, PROXY):
         raise ConfigError(f"there is no {KEY}, and nobody asked for an open endpoint: {WAYS}")
     # A bundle may be made after the deployment: the open endpoint is not to serve it meanwhile.
     if not key and note.endpoint and note.endpoint.secret:
         raise ConfigError(
             f"this bundle is to be served with the key in {note.endpoint.secret}, and the endpoint "
             "was deployed without one: type `modal deploy modal_app.py`"
+        )
+    if not key and entered == PUBLIC and note.endpoint and note.endpoint.proxy_auth:
+        raise ConfigError(
+            "this bundle is to be served for proxy tokens alone, and the endpoint was deployed for "
+            "everybody: type `modal deploy modal_app.py`"
         )
     address, _, sums = (pin or note.pin).partition("@")
     store = Store(root)
@@ -199,17 +208,24 @@ def deployed(cfg: RunConfig, environ: Mapping[str, str], content: bytes | None) 
     how = None if content is None else _note(content).endpoint
     modal = cfg.modal
     explicit = bool(environ.get("MOLEFORGE_CONFIG"))
-    if how and not (modal.endpoint_secret or modal.endpoint_public):
-        changes: dict = {"endpoint_secret": how.secret, "endpoint_public": how.public}
-        if not explicit:
-            changes["endpoint"] = how.machine
+    if how and modal.endpoint_public and (how.secret or how.proxy_auth):
+        wanted = f"with the key in {how.secret}" if how.secret else "for proxy tokens alone"
+        raise ConfigError(
+            f"the bundle is to be served {wanted}, but $MOLEFORGE_CONFIG asks for an open "
+            f"endpoint: {WAYS}"
+        )
+    if how:
+        # Who names one of the two does not drop the other
+        changes: dict = {
+            "endpoint_secret": modal.endpoint_secret or how.secret,
+            "endpoint_proxy_auth": modal.endpoint_proxy_auth or how.proxy_auth,
+        }
+        if not entered(modal):
+            changes["endpoint_public"] = how.public
+            if not explicit:
+                changes["endpoint"] = how.machine
         modal = modal.model_copy(update=changes)
     serve = cfg.serve if how is None or explicit else how.serve
-    if modal.endpoint_public and how and how.secret:
-        raise ConfigError(
-            f"the bundle is to be served with the key in {how.secret}, but $MOLEFORGE_CONFIG asks "
-            f"for an open endpoint: {WAYS}"
-        )
     if not entered(modal):
         raise ConfigError(f"this endpoint would be open to everybody, and nobody asked: {WAYS}")
     return cfg.model_copy(update={"modal": modal, "serve": serve})
@@ -219,7 +235,17 @@ def entered(modal: ModalConfig) -> str:
     """Return how an endpoint of these settings is entered."""
     if modal.endpoint_secret:
         return WITH_KEY
+    if modal.endpoint_proxy_auth:
+        return PROXY
     return PUBLIC if modal.endpoint_public else ""
+
+
+def placed(modal: ModalConfig) -> EndpointConfig:
+    """Return the machine of an endpoint with the regions that it runs in."""
+    machine = modal.endpoint
+    if machine.regions or not modal.regions:
+        return machine
+    return machine.model_copy(update={"regions": modal.regions})
 
 
 def _note(content: bytes) -> ServedNote:

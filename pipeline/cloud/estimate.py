@@ -1,40 +1,36 @@
 """What a command will do elsewhere before it does it: jobs, machines, time, US dollars.
 
-Estimates of training alone come from jobs that have finished on the same kind of machine, else from
-the price table's rates; a limit on the cost is held against them, and what cannot be estimated is
-refused under a limit.
+Of a training and of a report the operations are known, and the rate comes from jobs that have
+finished on the same kind of machine, else from the price table. What else there is takes as long as
+others of its stage took. A limit on the cost is held against all of it, and what cannot be
+estimated is refused under a limit.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-
-from rich.console import Console
-from rich.table import Table
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from statistics import median
 
 from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
-from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError
-from ..report.narrow import print_table
-from ..run.dry_run import (
-    ASSUMED_MFU,
-    DONE,
-    STUCK,
-    causes,
-    duration,
-    plan,
-    state_of,
-    trained,
-    why_of,
-)
+from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError, StoreError
+from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, causes, plan, state_of, trained, why_of
 from ..run.job import done
 from ..run.stages import Addresses, label
 from ..store.artifacts import Manifest, Store
+from ..store.costs import readable_costs
 from ..store.lineage import Lineage
+from ..train.flops import JobCost
 from .inputs import not_on_volume
-from .prices import Prices, most_gpus, split
+from .prices import Prices, is_kind, most_gpus
 
 STARTUP_S = 60.0  # until a container trains: start, imports, volume
+# A job of a stage of which nobody has timed any; on the long side, as a limit has to hold
+ASSUMED_S = 600.0
+# What hands out jobs, waits most of its time
+CONDUCTOR = MachineConfig(cpu=0.5, memory_mb=1024)
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,13 @@ class JobEstimate:
     state: str  # done, done?, stale, at step n, to do
     machine: MachineConfig
     tokens: int | None
-    # None: not training, or not known: before preprocess has counted the tokens, or of a model
-    # whose sizes are not known here
+    # None: not known, before preprocess has counted the tokens, or of a model whose sizes are not
+    # known here
     seconds: float | None
     usd: float | None
     trains: bool
+    assumed: bool = False  # its time, as nobody has timed its like
+    bytes: int = 0  # of its result: as it is, else of the weights that it will have
     peak_bytes: int | None = None  # predicted, above the level after imports
     why: str = ""  # what makes it stale, or may
     refused: PipelineError | None = None  # why it cannot run within runtime.memory_budget
@@ -61,52 +59,125 @@ class JobEstimate:
         return self.trains and self.usd is None and self.state not in DONE
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the jobs of a command are estimated at, as the container that hands them out is told."""
+
+    prices: Prices
+    # By address, and by its stage and item for one that another look at the data has changed
+    usd: Mapping[str, float] = field(default_factory=dict)
+    conducting_usd: float = 0.0
+    regions: tuple[str, ...] = ()
+    limit_usd: float | None = None
+
+    def of(self, address: str) -> float | None:
+        """Return what a job is estimated at, None where nobody knows."""
+        return self.usd.get(address, self.usd.get(_of_job(address)))
+
+
+@dataclass(frozen=True)
+class Total:
+    """What a command comes to."""
+
+    seconds: float  # on the clock
+    jobs_usd: float
+    conducting_usd: float  # of what hands them out
+
+    @property
+    def usd(self) -> float:
+        """All of it."""
+        return self.jobs_usd + self.conducting_usd
+
+
 def estimate(
     cfg: RunConfig, wanted: tuple[str, ...], store: Store, prices: Prices
 ) -> list[JobEstimate]:
     """Return the jobs of the wanted stages in order; store may be a mirror."""
-    planned = {entry.address: entry for entry in plan(cfg, store)}
+    entries = plan(cfg, store)
+    planned = {entry.address: entry for entry in entries}
     addresses = Addresses(cfg)
     lineage = Lineage(store)
     finished_jobs = list(trained(store))
+    timed = _timed(store)
+    # Without the sizes of its model nothing is known of any training
+    sizes_known = any(entry.job for entry in entries)
     estimates = []
     for stage in wanted:
         for _, item, address in addresses.jobs(stage):
+            trains = cfg.stages[stage].kind == "training"
             machine = cfg.machine(stage)
-            entry = planned.get(address)
-            finished = done(addresses, stage, item, lineage)
             # A stage outside the run, such as deploy, is in no plan, and trains nothing.
-            if entry is None:
-                state = state_of(address, lineage)
-                if state == "done" and not finished:
-                    # There, and to be copied once more
-                    state = "to do"
-                none = JobEstimate(stage, address, state, machine, None, None, None, False)
-                estimates.append(replace(none, why=why_of(address, state, lineage)))
-                continue
-            job = entry.job
-            seconds = None
-            if job is not None and job.flops is not None:
-                rate = _flops_per_s(machine, finished_jobs, prices)
+            entry = planned.get(address)
+            state = entry.state if entry else state_of(address, lineage)
+            if entry is None and state == "done" and not done(addresses, stage, item, lineage):
+                # There, and to be copied once more
+                state = "to do"
+            job = entry.job if entry else None
+            seconds: float | None = None
+            assumed = False
+            if state == "done":
+                seconds = 0.0
+            elif job is not None and job.flops is not None:
                 # What may turn out to be stale is counted: a limit on the cost has to hold
-                seconds = 0.0 if entry.state == "done" else STARTUP_S + job.flops / rate
+                seconds = STARTUP_S + job.flops / _flops_per_s(machine, finished_jobs, prices)
+            elif not trains or (job is None and sizes_known):
+                seconds, assumed = _usual_s(stage, timed)
+            usd_per_s = prices.usd_per_s(machine, cfg.modal.regions)
             estimates.append(
                 JobEstimate(
                     stage,
                     address,
-                    entry.state,
+                    state,
                     machine,
                     tokens=job.tokens if job else None,
                     seconds=seconds,
-                    usd=None if seconds is None else seconds * prices.usd_per_s(machine),
-                    trains=cfg.stages[stage].kind == "training",
+                    usd=None if seconds is None else seconds * usd_per_s,
+                    trains=trains,
+                    assumed=assumed,
+                    bytes=_bytes(address, job, trains, addresses.cfg.dtype, store),
                     peak_bytes=job.peak_bytes if job else None,
-                    why=entry.why,
+                    why=entry.why if entry else why_of(address, state, lineage),
                     # The prediction is of main memory and says nothing about a GPU's.
-                    refused=None if machine.gpu else entry.refused,
+                    refused=None if machine.gpu or entry is None else entry.refused,
                 )
             )
     return estimates
+
+
+def _timed(store: Store) -> dict[str, list[float]]:
+    """Return the seconds of containers that did one job, by stage: as they were paid for, and of
+    those of which only the job was timed."""
+    found: dict[str, list[float]] = defaultdict(list)
+    paid: set[str] = set()
+    for costs in readable_costs(store):
+        for row in costs.rows:
+            # One that failed says nothing of how long its like take
+            if row.addresses and row.made:
+                paid.update(row.addresses)
+                found[row.stage].append(row.seconds / len(row.addresses))
+    for address in store.addresses():
+        # What cannot be read is for its own job to say
+        with suppress(StoreError):
+            if address not in paid and store.has(address):
+                made = store.manifest(address)
+                found[made.stage].append(STARTUP_S + (made.made.get("seconds") or 0.0))
+    return found
+
+
+def _usual_s(stage: str, timed: Mapping[str, list[float]]) -> tuple[float, bool]:
+    """Return how long a job of a stage takes, and whether that is only assumed."""
+    if timed.get(stage):
+        return median(timed[stage]), False
+    return ASSUMED_S, True
+
+
+def _bytes(address: str, job: JobCost | None, trains: bool, dtype: str, store: Store) -> int:
+    """Return the size of a result, or of the weights that it will have."""
+    with suppress(StoreError):
+        if store.has(address):
+            return store.manifest(address).bytes
+    width = 2 if dtype == "bf16" else 4
+    return width * job.parameters if job and trains else 0
 
 
 def _flops_per_s(
@@ -131,10 +202,7 @@ def _rate_on(machine: MachineConfig, manifest: Manifest, rate: float) -> float |
     found = manifest.made.get("machine") or {}
     gpu = found.get("gpu") or ""
     if machine.gpu:
-        # A100-80GB! as asked for is NVIDIA A100-SXM4-80GB as found: the first part is in both.
-        asked, _ = split(machine.gpu[0])
-        kind = asked.rstrip("!").partition("-")[0]
-        return rate if kind in gpu.upper() else None
+        return rate if is_kind(machine.gpu[0], gpu) else None
     if gpu:
         return None
     # Processors differ in cores more than in what a core does.
@@ -165,7 +233,9 @@ def refuse_what_cannot_start(
         raise CannotStart(STUCK, causes=causes(found))
 
 
-def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:
+def refuse_above(
+    cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool
+) -> None:
     """Raise ConfigError when the estimate is above modal.max_cost_usd, or unknown while there is
     such a limit."""
     limit_usd = cfg.modal.max_cost_usd
@@ -184,18 +254,36 @@ def refuse_above(cfg: RunConfig, estimates: list[JobEstimate]) -> None:
             "before the tokens are counted: run preprocess first, then this command again, or "
             "give tokens or steps"
         )
-    total_usd = _total_usd(estimates)
-    if total_usd > limit_usd:
+    usd = total(cfg, estimates, prices, sequential).usd
+    if usd > limit_usd:
         raise ConfigError(
-            f"this command is estimated at ${total_usd:.2f}, above modal.max_cost_usd "
+            f"this command is estimated at ${usd:.2f}, above modal.max_cost_usd "
             f"{limit_usd:.2f}: train less, choose cheaper GPUs (modal.<stage>.gpu), or raise the "
             "limit; nothing was started"
         )
 
 
-def _total_usd(estimates: list[JobEstimate]) -> float:
-    """Return the cost of what is known."""
-    return sum(each.usd or 0.0 for each in estimates)
+def total(cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool) -> Total:
+    """Return what is known of all jobs, and of the container that hands them out."""
+    seconds = 0.0
+    # Stages wait for each other, the jobs of one do not.
+    for stage in dict.fromkeys(each.stage for each in estimates):
+        seconds += _wall_s(cfg, stage, estimates, sequential)
+    jobs_usd = math.fsum(each.usd or 0.0 for each in estimates)
+    usd_per_s = prices.usd_per_s(CONDUCTOR, cfg.modal.regions, nonpreemptible=True)
+    return Total(seconds, jobs_usd, (STARTUP_S + seconds) * usd_per_s)
+
+
+def expected(
+    cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool
+) -> Expected:
+    """Return what the container that hands out these jobs is told of their costs."""
+    usd: dict[str, float] = {}
+    for each in estimates:
+        if each.usd is not None:
+            usd |= {each.address: each.usd, _of_job(each.address): each.usd}
+    conducting_usd = total(cfg, estimates, prices, sequential).conducting_usd
+    return Expected(prices, usd, conducting_usd, cfg.modal.regions, cfg.modal.max_cost_usd)
 
 
 def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store) -> None:
@@ -229,40 +317,9 @@ def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store)
         lineage.check(*there)
 
 
-def show_estimate(
-    cfg: RunConfig,
-    estimates: list[JobEstimate],
-    prices: Prices,
-    sequential: bool,
-    console: Console,
-) -> None:
-    """Print the jobs as a table, then time and cost together."""
-    table = Table(title=f"plan of {cfg.name} on Modal", title_justify="left", title_style="bold")
-    for name in ("job", "state", "where"):
-        table.add_column(name, justify="left", overflow="fold")
-    for name in ("tokens", "memory", "time", "US$"):
-        table.add_column(name, justify="right", overflow="fold")
-    for each in estimates:
-        table.add_row(each.address, each.state, _where(each), *_cells(each))
-    print_table(console, table)
-    for why in dict.fromkeys(each.why for each in estimates if each.why):
-        console.print(why, highlight=False, markup=False, soft_wrap=True)
-    training = [each for each in estimates if each.trains]
-    if not training:
-        console.print("nothing to train, so no estimate of time and cost", highlight=False)
-        return
-    unknown = any(each.unknown for each in training)
-    least = "at least " if unknown else ""
-    wall_s = 0.0
-    # Stages wait for each other, the jobs of one do not.
-    for stage in dict.fromkeys(each.stage for each in estimates):
-        wall_s += _wall_s(cfg, stage, estimates, sequential)
-    total_usd = _total_usd(estimates)
-    console.print(
-        f"to train: {least}{duration(wall_s)}, {least}${total_usd:.2f} (estimates, with prices of "
-        f"{prices.checked}; what does not train comes on top)",
-        highlight=False,
-    )
+def _of_job(address: str) -> str:
+    """Return an address without what makes it that of one run."""
+    return address.rpartition("-")[0]
 
 
 def _wall_s(cfg: RunConfig, stage: str, estimates: list[JobEstimate], sequential: bool) -> float:
@@ -277,21 +334,3 @@ def _wall_s(cfg: RunConfig, stage: str, estimates: list[JobEstimate], sequential
         at_once = max(1, cfg.modal.max_gpus // gpus)
     # No shorter than its longest job, however many containers there are.
     return max(max(seconds), math.fsum(seconds) / at_once)
-
-
-def _where(job: JobEstimate) -> str:
-    """Return what a job's container has, and of how many containers it may be."""
-    return " or ".join(job.machine.gpu) or f"{job.machine.cpu:g} cores"
-
-
-def _cells(job: JobEstimate) -> tuple[str, str, str, str]:
-    """Return tokens, memory, time and price of a job that trains."""
-    measures = job.peak_bytes is not None  # the report, where its cost is known
-    if not (job.trains or measures) or job.state == "done":
-        return "", "", "", ""
-    if job.peak_bytes is None:
-        return "?", "?", "?", "?"
-    memory = f"{job.peak_bytes / 1e6:,.0f} MB"
-    if job.seconds is None:
-        return "after preprocess", memory, "?", "?"
-    return f"{job.tokens:,}", memory, duration(job.seconds), f"{job.usd:.2f}"

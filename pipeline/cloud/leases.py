@@ -124,22 +124,8 @@ class Leases:
     @contextmanager
     def kept(self) -> Iterator[Self]:
         """Renew the leases in a thread meanwhile."""
-        ended = threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(RENEW_S):
-                try:
-                    self.renew()
-                except Exception as error:  # a table raises what it likes; the next time may do
-                    print(f"leases were not renewed: {type(error).__name__}: {error}")
-
-        thread = threading.Thread(target=renew, name="leases", daemon=True)
-        thread.start()
-        try:
+        with repeated(self.renew, RENEW_S, "leases were not renewed"):
             yield self
-        finally:
-            ended.set()
-            thread.join()
 
     def told(self) -> dict[str, Any]:
         """Return what `of` makes them of in a container that does the jobs."""
@@ -156,6 +142,27 @@ class Leases:
     def _value(self, lasts_s: float | None) -> str:
         until = 0.0 if lasts_s is None else self._clock() + lasts_s
         return json.dumps(asdict(Lease(self.token, self.by, self.since, until)))
+
+
+@contextmanager
+def repeated(act: Callable[[], None], every_s: float, failed: str) -> Iterator[None]:
+    """Do something in a thread meanwhile, again and again; tell what went wrong, after `failed`."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(every_s):
+            try:
+                act()
+            except Exception as error:  # a table raises what it likes; the next time may do
+                print(f"{failed}: {type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=run, name=failed.partition(" ")[0], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _key(address: str, number: int) -> str:

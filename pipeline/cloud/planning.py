@@ -18,14 +18,16 @@ from .baselines import with_baselines
 from .client import look_at_models, mirror
 from .containers import edge_of
 from .estimate import (
+    Expected,
     estimate,
+    expected,
     refuse_above,
     refuse_what_cannot_start,
     refuse_without_inputs,
-    show_estimate,
 )
 from .experiments import FarStore
 from .looks import as_recorded
+from .plan_table import show_estimate
 from .prices import Prices
 
 PLAN_S = 1_800  # a container that plans may live
@@ -40,6 +42,7 @@ class Wish:
     stages: tuple[str, ...]
     sequential: bool = False
     frozen: bool = False
+    expected: Expected | None = None  # None: not planned yet
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class FarPlan:
     wrong: str  # why nothing can be started, "" where it can
     raw: dict  # the settings that the run has come to
     stages: tuple[str, ...]
+    expected: Expected | None
 
 
 def plans_here() -> bool:
@@ -85,8 +89,9 @@ def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> 
     show_estimate(cfg, lines, prices, wish.sequential, console)
     refuse_what_cannot_start(cfg, lines, far.mount, far.names)
     refuse_without_inputs(cfg, stages, near)
-    refuse_above(cfg, lines)
-    return Wish(cfg, stages, wish.sequential, wish.frozen)
+    refuse_above(cfg, lines, prices, wish.sequential)
+    costs = expected(cfg, lines, prices, wish.sequential)
+    return Wish(cfg, stages, wish.sequential, wish.frozen, costs)
 
 
 def planned_there(
@@ -114,4 +119,5 @@ def planned_there(
             wish = planned_run(wish, prices, far, console)
     except PipelineError as error:
         wrong = sentence(error, edge_of(wish.cfg, root))
-    return FarPlan(printed.getvalue(), wrong, wish.cfg.model_dump(mode="json"), wish.stages)
+    raw = wish.cfg.model_dump(mode="json")
+    return FarPlan(printed.getvalue(), wrong, raw, wish.stages, wish.expected)

@@ -1,6 +1,8 @@
-"""What rented machines cost and how fast they are: config/prices.yaml, the one list of GPUs that
-this program knows."""
+"""What rented machines cost and how fast they are: config/prices.yaml, the one list of GPUs and
+regions that this program knows."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from ..config.machines import MachineConfig
 from ..errors import ConfigError
 
 MIB_PER_GIB = 1024
+GIB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -20,33 +23,65 @@ class Gpu:
     most: int
     tflops: float
     bf16: bool = True
+    checked: str = ""  # "": when the table was
+
+
+@dataclass(frozen=True)
+class Surcharges:
+    """What makes a container dearer, as factors of its price."""
+
+    checked: str
+    source: str
+    nonpreemptible: float  # of cores and memory; no GPU can be had so
+    regions: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a volume costs, a month."""
+
+    checked: str
+    source: str
+    usd_per_gib_month: float
+    free_gib: float  # of a workspace, all its volumes together
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The price table, with the day on which somebody last compared it with the published one."""
+    """The price table, with the day on which somebody last compared it with the published one, and
+    where that is."""
 
     checked: str
+    source: str
     cpu_core_usd_per_s: float
     memory_gib_usd_per_s: float
     cpu_core_tflops: float
     gpus: dict[str, Gpu]
+    surcharges: Surcharges
+    storage: Storage
 
     @classmethod
     def load(cls, path: Path) -> "Prices":
         """Read the table. Raises ConfigError."""
         try:
-            raw = read(path)
-            gpus = {name: Gpu(**row) for name, row in raw.pop("gpus").items()}
-            # YAML makes a date of it, which is shown as it was written.
-            checked = str(raw.pop("checked"))
-            return cls(checked=checked, gpus=gpus, **raw)
+            raw = _dated(read(path))
+            gpus = {name: Gpu(**_dated(row)) for name, row in raw.pop("gpus").items()}
+            surcharges = Surcharges(**_dated(raw.pop("surcharges")))
+            storage = Storage(**_dated(raw.pop("storage")))
+            return cls(gpus=gpus, surcharges=surcharges, storage=storage, **raw)
         except (ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is not a price table: {error}; restore the one that came with MoleForge"
             ) from None
 
-    def usd_per_s(self, machine: MachineConfig) -> float:
+    @property
+    def told(self) -> str:
+        """When the prices were checked and against what, for people."""
+        return f"prices of {self.checked}, {self.source.removeprefix('https://')}"
+
+    def usd_per_s(
+        self, machine: MachineConfig, regions: Iterable[str] = (), *, nonpreemptible: bool = False
+    ) -> float:
         """Return the price of a container, with the dearest of the GPUs that it may get."""
         gpus = 0.0
         for text in machine.gpu:
@@ -54,7 +89,15 @@ class Prices:
             gpus = max(gpus, self.gpus[kind].usd_per_s * count)
         cpu = machine.cpu * self.cpu_core_usd_per_s
         memory = machine.memory_mb / MIB_PER_GIB * self.memory_gib_usd_per_s
-        return gpus + cpu + memory
+        host = cpu + memory
+        if nonpreemptible:
+            host *= self.surcharges.nonpreemptible
+        factors = [self.surcharges.regions[region] for region in regions]
+        return (gpus + host) * min(factors, default=1.0)
+
+    def usd_per_month(self, stored_bytes: int) -> float:
+        """Return what so much on a volume costs where nothing of it is free."""
+        return stored_bytes / GIB * self.storage.usd_per_gib_month
 
     def flops_per_s(self, machine: MachineConfig) -> float:
         """Return the peak rate of a container with the first GPU it asks for; only one of several
@@ -90,6 +133,20 @@ class Prices:
                 )
         return found
 
+    def region_problems(self, name: str, regions: Iterable[str]) -> list[str]:
+        """Return what is wrong with the regions of a setting."""
+        known = self.surcharges.regions
+        found = []
+        for region in regions:
+            if region not in known:
+                found.append(f"{name}: no such region {region}; there are {', '.join(known)}")
+        return found
+
+
+def _dated(row: dict) -> dict:
+    """Return a part of the table with its date as it was written, of which YAML makes one."""
+    return row | {"checked": str(row["checked"])} if "checked" in row else row
+
 
 def split(text: str) -> tuple[str, int]:
     """Return (kind, count) of a GPU as written; a count that is no number is 0."""
@@ -99,6 +156,15 @@ def split(text: str) -> tuple[str, int]:
         return kind, int(count)
     # 0 is refused by the check, as there is no default that a wrong count could mean.
     return kind, 0 if colon else 1
+
+
+def is_kind(text: str, found: str) -> bool:
+    """Whether a GPU that was found, by its name, is of the kind that was asked for."""
+    # A100-80GB! as asked for is NVIDIA A100-SXM4-80GB as found: the first part is in both.
+    kind, _ = split(text)
+    first = kind.rstrip("!+").partition("-")[0]
+    # Whole, as L4 is in L40S; an A10 calls itself A10G
+    return re.search(rf"\b{first}G?\b", found.upper()) is not None
 
 
 def most_gpus(machine: MachineConfig) -> int:

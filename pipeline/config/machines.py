@@ -12,13 +12,13 @@ def _one_as_several(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Gpus = Annotated[tuple[str, ...], BeforeValidator(_one_as_several)]
+Several = Annotated[tuple[str, ...], BeforeValidator(_one_as_several)]
 
 
 class MachineConfig(Section):
     """A container on Modal."""
 
-    gpu: Gpus = Field(
+    gpu: Several = Field(
         (),
         description="GPU, `H100` or `H100:2`, and what will do instead, in order of preference; "
         "[]: none",
@@ -40,7 +40,7 @@ class TrainerConfig(MachineConfig):
     """The container of a stage that trains or measures."""
 
     # Two, as either may be out of stock; both have bf16 and at least 40 GB.
-    gpu: Gpus = Field(
+    gpu: Several = Field(
         ("L40S", "A100-40GB"),
         description="GPU, `H100` or `H100:2`, and what will do instead, in order; []: none",
     )
@@ -70,6 +70,15 @@ class EndpointConfig(MachineConfig):
     # Above the 120 s after which a completion ends by itself, so that its answer still gets out.
     timeout_s: int = Field(150, ge=1, le=86_400, description="Longest request, seconds")
     max_containers: int = Field(1, ge=1, le=100, description="Most containers at once")
+    min_containers: int = Field(
+        0, ge=0, le=100, description="Containers that are up, and paid for, without a request too"
+    )
+    buffer_containers: int = Field(
+        0, ge=0, le=100, description="Idle containers that are kept ready beside those at work"
+    )
+    regions: Several = Field(
+        (), description="Where they run, `eu` or `eu-west`; []: where modal.regions says"
+    )
     idle_s: int = Field(
         300, ge=2, le=3600, description="Seconds without a request after which a container ends"
     )
@@ -96,6 +105,16 @@ class EndpointConfig(MachineConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _least_is_below_the_most(self) -> Self:
+        # The client of Modal refuses it too, in a traceback
+        if self.min_containers > self.max_containers:
+            raise ValueError(
+                f"min_containers is {self.min_containers}, but there are at most max_containers, "
+                f"{self.max_containers}"
+            )
+        return self
+
 
 class ModalConfig(Section):
     """What stages get on Modal, and what they may cost; no result depends on it, so no address
@@ -114,11 +133,23 @@ class ModalConfig(Section):
         description="Longest attempt of the container that hands out jobs, seconds; the next goes "
         "on from there",
     )
+    regions: Several = Field(
+        (),
+        description="Where containers run, `eu` or `eu-west`, which Modal charges more for; []: "
+        "anywhere",
+    )
     max_gpus: int = Field(8, ge=1, description="Most GPUs at once over the jobs of a stage")
     max_cost_usd: float | None = Field(
         None,
         gt=0,
-        description="Refuse a command whose estimate is above this, US dollars; none: no limit",
+        description="Refuse a command whose estimate is above this, and a stage that would bring "
+        "it above, US dollars; none: no limit",
+    )
+    max_endpoint_usd_per_hour: float | None = Field(
+        None,
+        gt=0,
+        description="Refuse an endpoint all of whose containers together may cost more than this, "
+        "US dollars an hour; none: no limit",
     )
     wandb_secret: Name | None = Field(
         None, description="Secret with WANDB_API_KEY, for runtime.wandb: online"
@@ -136,6 +167,11 @@ class ModalConfig(Section):
     )
     endpoint_public: bool = Field(
         False, description="Serve without a key: whoever knows the address may use the endpoint"
+    )
+    endpoint_proxy_auth: bool = Field(
+        False,
+        description="Requests must bring a proxy token of the workspace, which Modal checks before "
+        "a container is started; with endpoint_secret also its key",
     )
     missing_baselines: Literal["make", "skip", "refuse"] = Field(
         "make",

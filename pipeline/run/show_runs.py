@@ -13,6 +13,7 @@ from ..errors import StoreError
 from ..report.narrow import print_table
 from ..report.scores import BITS, main_score, scores
 from ..store.artifacts import Store
+from ..store.costs import usd_of_runs
 from ..store.reading import read_bytes
 from ..store.removed import removed, told_removed
 from ..store.roots import Root
@@ -22,6 +23,7 @@ from .prune import opened, said
 from .reach import Reach
 from .remove_run import described
 
+USD = "US$"  # where anything was paid for
 COLUMNS = ("run", "begun", "family", "score", "MB", "MB of it alone", "configuration", "report")
 
 
@@ -47,8 +49,9 @@ def show_runs(store: Store, console: Console) -> Root | None:
         return _size(store, address)
 
     table = Table(title=f"runs in {store.root}", title_justify="left", title_style="bold")
-    for name in COLUMNS:
-        numbers = name.startswith("MB")
+    paid = usd_of_runs(store, {run: root.addresses for run, root in reach.roots.items()})
+    for name in (*COLUMNS, *([USD] if paid else [])):
+        numbers = name.startswith("MB") or name == USD
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     latest = sorted(reach.roots, key=lambda run: reach.roots[run].at, reverse=True)
     for run in latest:
@@ -65,6 +68,7 @@ def show_runs(store: Store, console: Console) -> Root | None:
             f"{alone / 1e6:.1f}",
             described(root),
             "being removed" if root.removed else str(page or "none yet"),
+            *([f"{paid[run]:,.2f}" if run in paid else ""] if paid else []),
         )
     print_table(console, table)
     return reach.roots[latest[0]]

@@ -18,6 +18,7 @@ from ..errors import DiskFull
 from ..protocols import Progress, quiet
 from . import manifest as manifests
 from .artifacts import Store, write_text
+from .costs import FOLDER as COSTS
 from .history_fold import fold, forget
 from .history_schema import SCHEMA, VERSION
 from .reading import reading
@@ -41,7 +42,7 @@ class Source(NamedTuple):
     """A file of the store that the tables are made of; plain text, as there may be very many."""
 
     kind: str
-    subject: str  # an address, or the id of a run
+    subject: str  # an address, the id of a run, or a command
     name: str  # below the store
     size: int
     mtime_ns: int
@@ -224,6 +225,9 @@ def _sources(root: str) -> Iterator[Source]:
     for name in _below(f"{root}/{ROOTS}"):
         if name.endswith(SUFFIX):
             yield from _source(root, "root", name.removesuffix(SUFFIX), f"{ROOTS}/{name}")
+    for name in _below(f"{root}/{COSTS}"):
+        if name.endswith(SUFFIX):
+            yield from _source(root, "costs", name.removesuffix(SUFFIX), f"{COSTS}/{name}")
     yield from _source(root, "served", "", SERVED)
 
 

@@ -1,5 +1,5 @@
 """One file of a store as rows of its history.db: a history, an artifact, the root of a run, the
-note of what is served.
+note of what is served, what a command has cost.
 
 What cannot be read is no row and a sentence in `files`, so that it is told and stops nobody.
 """
@@ -15,6 +15,7 @@ from ..report.schema.reading import read as read_report
 from ..report.scores import scores, verdicts
 from . import manifest as manifests
 from .bundle import SUMS
+from .costs import read_costs
 from .history import VALIDATION, Row, numbers, read
 from .history_schema import OF_KIND
 from .reading import parse_object, read_bytes
@@ -38,6 +39,8 @@ _INSERTS = {
     "runs": 7,
     "run_addresses": 2,
     "served": 3,
+    "commands": 8,
+    "spent": 7,
 }
 
 
@@ -52,6 +55,8 @@ def fold(index: sqlite3.Connection, kind: str, subject: str, path: Path) -> str:
             return _artifact(index, subject, path)
         if kind == "root":
             return _root(index, path)
+        if kind == "costs":
+            return _costs(index, subject, path)
         return _served(index, path)
     except PipelineError as error:
         return str(error)
@@ -188,6 +193,30 @@ def _root(index: sqlite3.Connection, path: Path) -> str:
     _insert(index, "runs", [told])
     _insert(index, "run_addresses", [(run, address) for address in root.addresses])
     return ""
+
+
+def _costs(index: sqlite3.Connection, command: str, path: Path) -> str:
+    """Fold in what a command has cost. Raises DamagedArtifact, UnreadableFile, NewerStore."""
+    costs = read_costs(path)
+    figures = (costs.seconds, costs.usd, costs.estimated_usd)
+    told = (command, costs.command, costs.begun, costs.ended, costs.prices)
+    _insert(index, "commands", [(*told, *figures)])
+    rows: list[tuple] = []
+    for row in costs.rows:
+        for address, seconds, usd, estimated in row.shares():
+            if address:
+                rows.append((command, row.stage, address, "", seconds, usd, estimated))
+                continue
+            runs = costs.runs or ("",)
+            parts = (_part(value, len(runs)) for value in (seconds, usd, estimated))
+            share = tuple(parts)
+            rows += [(command, row.stage, "", run, *share) for run in runs]
+    _insert(index, "spent", rows)
+    return ""
+
+
+def _part(value: float | None, parts: int) -> float | None:
+    return None if value is None else value / parts
 
 
 def _served(index: sqlite3.Connection, path: Path) -> str:

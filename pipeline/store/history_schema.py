@@ -1,14 +1,14 @@
 """The tables of history.db, and what is written to them; docs/history.md says what they hold."""
 
 # Raised when a table comes to hold something else: an index of another version is made anew.
-VERSION = 1
+VERSION = 2
 
 SCHEMA = """
 -- what was read for the rest, so that only what has changed is read again
 CREATE TABLE files (
     path TEXT PRIMARY KEY,      -- below the store
-    kind TEXT NOT NULL,         -- history, artifact, root, served
-    subject TEXT NOT NULL,      -- an address, or the id of a run
+    kind TEXT NOT NULL,         -- history, artifact, root, served, costs
+    subject TEXT NOT NULL,      -- an address, the id of a run, or a command
     size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
     wrong TEXT NOT NULL         -- what is wrong with it, in a sentence; empty where nothing is
@@ -120,6 +120,32 @@ CREATE TABLE served (
     at TEXT NOT NULL,           -- since when, empty where it is not known
     current INTEGER NOT NULL    -- 1 for the one that is served
 ) WITHOUT ROWID;
+
+-- commands on Modal
+CREATE TABLE commands (
+    id TEXT PRIMARY KEY,
+    typed TEXT NOT NULL,
+    begun TEXT NOT NULL,
+    ended TEXT NOT NULL,        -- empty while it goes on, and where it was lost
+    prices TEXT NOT NULL,       -- when those were checked by which it is priced
+    seconds REAL NOT NULL,      -- of its containers, together
+    usd REAL NOT NULL,
+    estimated_usd REAL NOT NULL
+) WITHOUT ROWID;
+
+-- what the jobs of a command were paid for, and what handed them out, which has no address and is
+-- told in equal parts of the runs that the command was for
+CREATE TABLE spent (
+    command TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    address TEXT NOT NULL,
+    run TEXT NOT NULL,          -- empty for a job: run_addresses has its runs
+    seconds REAL NOT NULL,      -- of containers, those that were lost too
+    usd REAL NOT NULL,
+    estimated_usd REAL,
+    PRIMARY KEY (command, stage, address, run)
+) WITHOUT ROWID;
+CREATE INDEX spent_on_address ON spent (address);
 """
 
 # Tables with rows of a file, by its kind, and the column that says of which
@@ -134,4 +160,5 @@ OF_KIND = {
     ),
     "root": (("runs", "id"), ("run_addresses", "run")),
     "served": (),
+    "costs": (("commands", "id"), ("spent", "command")),
 }

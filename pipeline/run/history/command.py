@@ -30,7 +30,7 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
         elif args.action == "show":
             found = one_of(args.what, everything)
             if isinstance(found, PastRun):
-                show_run(found, everything, store, console)
+                show_run(found, everything, index, store, console)
                 words = ["show", found.last.address] if found.last else ["list"]
             else:
                 show_training(found, index, store, console)

@@ -28,6 +28,15 @@ _TOTALS = """
 SELECT run, count(*), total(seconds), total(bytes)
 FROM run_addresses JOIN artifacts USING (address) GROUP BY run
 """
+# What runs share counts for each of them, as all that its addresses took does
+SPENT = """
+SELECT run, stage, total(seconds), total(usd), sum(estimated) FROM (
+    SELECT r.run AS run, s.stage AS stage, s.seconds, s.usd, s.estimated_usd AS estimated
+    FROM spent AS s JOIN run_addresses AS r ON r.address = s.address
+    UNION ALL
+    SELECT run, stage, seconds, usd, estimated_usd FROM spent WHERE run <> ''
+) GROUP BY run, stage
+"""
 T = TypeVar("T")
 
 
@@ -135,6 +144,7 @@ class PastRun:
     made: int = 0  # artifacts
     seconds: float = 0.0  # of all jobs that are done
     bytes: int = 0
+    usd: float | None = None  # on Modal; None: nothing is known of any cost
     trainings: tuple[PastTraining, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     deploys: tuple[Deploy, ...] = ()
@@ -162,6 +172,8 @@ class Known:
 
     runs: tuple[PastRun, ...]  # the one that was begun last first
     wrong: tuple[str, ...]  # files that could not be read
+    commands: int = 0  # of which it is known what they cost on Modal
+    usd: float = 0.0  # of all of them, those of runs that are gone too
 
 
 @dataclass
@@ -190,13 +202,18 @@ def known(index: sqlite3.Connection) -> Known:
             places.of_run[run].append(address)
             reached.add(address)
     totals = {run: rest for run, *rest in index.execute(_TOTALS)}
+    usd: dict[str, float] = defaultdict(float)
+    for run, _stage, _seconds, paid, _estimated in index.execute(SPENT):
+        usd[run] += paid
     runs = []
     for row in index.execute("SELECT id, name, family, begun, file, overrides, removed FROM runs"):
-        runs.append(_run(row, totals.get(row[0], [0, 0.0, 0]), places))
+        total = totals.get(row[0], [0, 0.0, 0])
+        runs.append(_run(row, [*total, usd.get(row[0])], places))
     runs += [_alone(each) for address, each in places.trainings.items() if address not in reached]
     runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
     wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
-    return Known(tuple(runs), tuple(wrong))
+    commands, paid = index.execute("SELECT count(*), total(usd) FROM commands").fetchone()
+    return Known(tuple(runs), tuple(wrong), commands, paid)
 
 
 def _alone(training: PastTraining) -> PastRun:
@@ -223,7 +240,7 @@ def _alone(training: PastTraining) -> PastRun:
 def _run(row: tuple, totals: list, places: _Places) -> PastRun:
     run, name, family, begun, file, overrides, removed = row
     addresses = places.of_run.get(run, [])
-    made, seconds, size = totals
+    made, seconds, size, usd = totals
     trainings = _at(addresses, places.trainings)
     return PastRun(
         run,
@@ -236,6 +253,7 @@ def _run(row: tuple, totals: list, places: _Places) -> PastRun:
         made,
         seconds,
         int(size),
+        usd,
         tuple(sorted(trainings, key=lambda each: each.place)),
         tuple(_at(addresses, places.evaluations)),
         tuple(_at(addresses, places.deploys)),

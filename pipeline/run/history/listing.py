@@ -11,8 +11,9 @@ from ..prune import said
 from .lines import Evaluation, Known, PastRun
 
 COLUMNS = ("run", "begun", "family", "jobs", "last training", "best valid", "score", "time", "more")
+USD = "US$"  # where anything was paid for
 # Columns that hold numbers.
-NUMBERS = ("jobs", "best valid", "time")
+NUMBERS = ("jobs", "best valid", "time", USD)
 # A library's table takes seconds for thousands of rows.
 MOST_IN_TABLE = 200
 
@@ -23,13 +24,20 @@ def list_runs(known: Known, last: int, console: Console) -> None:
     say = said(console)
     shown = known.runs[:last] if last else known.runs
     if shown:
-        print_rows("runs, the latest first", COLUMNS, [_cells(run) for run in shown], console)
+        columns: tuple[str, ...] = COLUMNS
+        rows = [_cells(run) for run in shown]
+        if any(run.usd is not None for run in shown):
+            columns = (*COLUMNS, USD)
+            rows = [(*_cells(run), in_usd(run.usd)) for run in shown]
+        print_rows("runs, the latest first", columns, rows, console)
     wrong = [text for run in shown for text in run.wrong]
     if wrong or known.wrong:
         # at once: there may be thousands
         say("\n".join([*wrong, *known.wrong]))
     if len(shown) < len(known.runs):
         say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
+    if known.commands:
+        say(f"{known.commands:,} commands on Modal have cost ${known.usd:,.2f}")
     if not shown:
         say("no run has left anything here yet")
 
@@ -61,6 +69,11 @@ def _more(run: PastRun) -> Iterator[str]:
         yield "served"
     elif run.deploys:
         yield "deployed"
+
+
+def in_usd(usd: float | None) -> str:
+    """Write US dollars that were paid."""
+    return DASH if usd is None else f"{usd:,.2f}"
 
 
 def scored(evaluation: Evaluation | None) -> str:

@@ -23,8 +23,8 @@ from ...store.history_fold import REPORT
 from ...store.reading import read_bytes
 from ...store.roots import read_root, root_path
 from ..stages import STAGES
-from .lines import Known, PastRun, PastTraining
-from .listing import scored
+from .lines import SPENT, Known, PastRun, PastTraining
+from .listing import in_usd, scored
 
 Say = Callable[[str], None]
 
@@ -77,6 +77,7 @@ def _page(
     meta = f"{len(runs):,} runs · {len(drawings):,} trainings · the latest begun {latest}"
     title = f"Runs in {store.root.resolve().name}"
     tables = [_scores(runs), _evaluations(runs), _deploys(runs), _times(runs, index)]
+    tables.append(_costs(runs, index))
     return HistoryPage(
         title, meta, drawn, canvas.axes, sections, tables, [*dict.fromkeys(notes), *known.wrong]
     )
@@ -190,6 +191,21 @@ def _times(runs: Sequence[PastRun], index: sqlite3.Connection) -> Listed:
         "share was paid for once."
     )
     return Listed("What it took", ("stage", "machine", *(run.id for run in runs)), rows, note)
+
+
+def _costs(runs: Sequence[PastRun], index: sqlite3.Connection) -> Listed:
+    """Return what the containers of each stage were paid for, beside what was estimated."""
+    chosen = {run.id for run in runs}
+    rows = []
+    for run, stage, taken, usd, estimated in index.execute(SPENT):
+        if run in chosen:
+            rows.append((run, stage, seconds(taken), in_usd(estimated), in_usd(usd)))
+    note = (
+        "Seconds of containers, those that were lost too, times the price of their machines; what "
+        "several runs share was paid for once."
+    )
+    columns = ("run", "stage", "containers' time", "estimated, US$", "US$")
+    return Listed("Costs on Modal", columns, rows, note)
 
 
 def _in_order(key: tuple[str, str]) -> tuple[int, str, str]:

@@ -8,15 +8,18 @@ from ...report.format import DASH, count, figures, finite, seconds
 from ...store.artifacts import Store
 from ...store.history import VALIDATION, read
 from ..prune import said
-from .lines import Known, PastRun, PastTraining
-from .listing import print_rows, scored
+from .lines import SPENT, Known, PastRun, PastTraining
+from .listing import USD, in_usd, print_rows, scored
 from .sparks import spark
 
 TRAININGS = ("training", "step", "tokens", "train", "best valid", "at step", "tokens/s", "peak MB")
+COSTS = ("on Modal", "time", "estimated", USD)
 SERIES = ("series", "rows", "first", "last", "lowest", "at step", "highest", "at step", "curve")
 
 
-def show_run(run: PastRun, known: Known, store: Store, console: Console) -> None:
+def show_run(
+    run: PastRun, known: Known, index: sqlite3.Connection, store: Store, console: Console
+) -> None:
     """Print what a store has of a run. Raises UnreadableFile."""
     say = said(console)
     typed = " ".join([run.file, *(f"--override {each}" for each in run.overrides)])
@@ -41,8 +44,20 @@ def show_run(run: PastRun, known: Known, store: Store, console: Console) -> None
     for deploy in run.deploys:
         where = ", served" if deploy.served else ""
         say(f"{deploy.address}, made {deploy.made}: {deploy.bytes / 1e6:,.1f} MB{where}")
+    if run.usd is not None:
+        print_rows("costs", COSTS, _costs(run, index), console)
     for text in run.wrong:
         say(text)
+
+
+def _costs(run: PastRun, index: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Return what the containers of each stage were paid for, beside what was estimated."""
+    rows: list[tuple[str, ...]] = []
+    for of, stage, taken, usd, estimated in index.execute(SPENT):
+        if of == run.id:
+            rows.append((stage, seconds(taken), in_usd(estimated), in_usd(usd)))
+    rows.append(("all", "", "", in_usd(run.usd)))
+    return rows
 
 
 def _training_cells(training: PastTraining) -> tuple[str, ...]:

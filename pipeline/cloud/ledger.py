@@ -1,0 +1,211 @@
+"""What a command costs while it runs: what its containers were paid for, beside what they were
+estimated at, written down on the volume by the one that hands out the jobs.
+
+Invariant: a stage that would bring a command above modal.max_cost_usd is not begun.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config.machines import MachineConfig
+from ..config.run import RunConfig
+from ..errors import ConfigError
+from ..families.load import parse
+from ..run.reach import root_of
+from ..run.stages import Addresses
+from ..store.artifacts import Store, now
+from ..store.costs import (
+    CONDUCTING,
+    FOLDER,
+    SUFFIX,
+    Costs,
+    Spent,
+    costs_path,
+    parse_costs,
+    read_costs,
+    write_costs,
+)
+from .containers import HandOut, Items, JobResult
+from .estimate import CONDUCTOR, Expected
+from .experiments import Containers
+from .leases import SharedTable
+from .meters import lives, meter_key, metered, unnoted
+from .prices import Prices, is_kind
+
+GiveBack = Callable[[Iterable[str]], None]
+
+
+class Ledger:
+    """The costs of one command; all attempts of what hands out its jobs write to one file."""
+
+    def __init__(self, store: Store, table: SharedTable, run: str, expected: Expected) -> None:
+        """`run` is what all attempts are called."""
+        self.store = store
+        self.table = table
+        self.run = run
+        self.expected = expected
+        begun = now()
+        self.path = costs_path(store, begun, run)
+        self.costs = Costs("", (), begun, "", expected.prices.checked)
+
+    @contextmanager
+    def kept(self, command: str, cfgs: Sequence[RunConfig]) -> Iterator[None]:
+        """Write down what a command costs while it lasts; it is for those runs."""
+        with unnoted():
+            if self.path.exists():
+                # An earlier attempt's
+                self.costs = read_costs(self.path)
+        runs = tuple(root_of(cfg, "", ()).id for cfg in cfgs)
+        self.costs = replace(self.costs, command=command, runs=runs, ended="")
+        key = f"{self.run}/{CONDUCTING}"
+        try:
+            with metered(self.table, key, gpu=lambda: None):
+                yield
+        finally:
+            self.costs = replace(self.costs, ended=now())
+            told = self.expected
+            usd_per_s = told.prices.usd_per_s(CONDUCTOR, told.regions, nonpreemptible=True)
+            with unnoted():
+                paid = _paid(lives(self.table, key), lambda _gpu: usd_per_s)
+                self._write(Spent(CONDUCTING, (), *paid, told.conducting_usd))
+
+    def metered(self, cfg: RunConfig, hand_out: HandOut, give_back: GiveBack) -> HandOut:
+        """Return what hands out jobs of a run and notes what they cost; of those that are not begun
+        it gives back the leases."""
+        addresses = Addresses(cfg)
+
+        def wrapped(
+            stage: str, items: Items
+        ) -> Iterator[tuple[Items, list[JobResult] | BaseException]]:
+            wanted = [addresses.of(stage, item) for item in items]
+            try:
+                self.refuse_above(stage, wanted)
+            except ConfigError:
+                give_back(wanted)
+                raise
+            for group, ended in hand_out(stage, items):
+                done = [addresses.of(stage, item) for item in group]
+                self.note(stage, done, cfg.machine(stage), ended)
+                yield group, ended
+
+        return wrapped
+
+    def metered_containers(self, containers: Containers) -> Containers:
+        """Return what does jobs of many runs in containers and notes what they cost."""
+
+        def wrapped(
+            stage: str, inputs: Sequence[tuple[list[str | None], dict]]
+        ) -> Iterator[list[JobResult] | BaseException]:
+            wanted: list[tuple[list[str], MachineConfig]] = []
+            for items, raw in inputs:
+                cfg = parse(raw)
+                addresses = Addresses(cfg)
+                found = [addresses.of(stage, item) for item in items]
+                wanted.append((found, cfg.machine(stage)))
+            self.refuse_above(stage, itertools.chain(*(found for found, _ in wanted)))
+            for job, came in zip(wanted, containers(stage, inputs), strict=True):
+                self.note(stage, *job, came)
+                yield came
+
+        return wrapped
+
+    def refuse_above(self, stage: str, addresses: Iterable[str]) -> None:
+        """Raise ConfigError when jobs that are about to begin would bring a command above
+        modal.max_cost_usd."""
+        limit_usd = self.expected.limit_usd
+        if limit_usd is None:
+            return
+        usd = sum(self.expected.of(address) or 0.0 for address in addresses)
+        so_far = self.costs.usd + self.expected.conducting_usd
+        # What was estimated alone is below the limit, or nothing would have started
+        if self.costs.rows and so_far + usd > limit_usd:
+            raise ConfigError(
+                f"this command has cost ${self.costs.usd:.2f} so far, and {stage} is estimated at "
+                f"${usd:.2f}, above modal.max_cost_usd {limit_usd:.2f}: raise the limit and "
+                "type it again, which goes on from here"
+            )
+
+    def note(
+        self,
+        stage: str,
+        addresses: Sequence[str],
+        machine: MachineConfig,
+        ended: list[JobResult] | BaseException,
+    ) -> None:
+        """Write down what the containers of some jobs were paid for, and how those ended."""
+        known = [self.expected.of(address) for address in addresses]
+        told = [usd for usd in known if usd is not None]
+        estimated = sum(told) if told else None
+
+        def usd_per_s(gpu: str) -> float:
+            there = _as_found(machine, gpu)
+            return self.expected.prices.usd_per_s(there, self.expected.regions)
+
+        with unnoted():
+            found = lives(self.table, meter_key(self.table, self.run, addresses))
+            row = Spent(stage, tuple(addresses), *_paid(found, usd_per_s), estimated)
+            self._write(replace(row, made=_is_made(ended)))
+
+    def _write(self, row: Spent) -> None:
+        """Write a row in the place of what it said before. Raises what the store and the volume
+        raise."""
+        others = [each for each in self.costs.rows if _job(each) != _job(row)]
+        self.costs = replace(self.costs, rows=(*others, row))
+        write_costs(self.path, self.costs)
+        self.store.publish()
+
+
+def _paid(
+    found: list[tuple[float, str]], usd_per_s: Callable[[str], float]
+) -> tuple[int, float, float]:
+    """Return how many containers there were, how long they lived, and what that costs."""
+    seconds = math.fsum(lived_s for lived_s, _ in found)
+    usd = math.fsum(lived_s * usd_per_s(gpu) for lived_s, gpu in found)
+    return len(found), seconds, usd
+
+
+def _is_made(ended: list[JobResult] | BaseException) -> bool:
+    """Whether jobs are done, by what their container came to."""
+    if isinstance(ended, BaseException):
+        return False
+    return not any(result.error for result in ended)
+
+
+def _job(row: Spent) -> tuple[str, tuple[str, ...]]:
+    return row.stage, row.addresses
+
+
+def _as_found(machine: MachineConfig, gpu: str) -> MachineConfig:
+    """Return a machine with the one of its GPUs that a container got, where it can be told."""
+    for text in machine.gpu:
+        if is_kind(text, gpu):
+            return machine.model_copy(update={"gpu": (text,)})
+    return machine
+
+
+def show_costs(
+    run: str,
+    names: Callable[[str], Iterable[str]],
+    read: Callable[[str], bytes | None],
+    prices: Prices,
+    console: Console,
+) -> None:
+    """Print what a command has cost beside what was estimated, as the volume has it."""
+    for name in names(FOLDER):
+        content = read(f"{FOLDER}/{name}") if name.endswith(f"-{run}{SUFFIX}") else None
+        if content is None:
+            continue
+        costs = parse_costs(content, Path(FOLDER) / name)
+        console.print(
+            f"it cost ${costs.usd:.2f} of an estimated ${costs.estimated_usd:.2f}: "
+            f"{costs.seconds:,.0f} s of containers, with {prices.told}; Modal's own account is "
+            "`modal billing report`",
+            highlight=False,
+            soft_wrap=True,
+        )

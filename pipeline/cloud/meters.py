@@ -1,0 +1,109 @@
+"""How long containers are paid for, kept in the table that all of them share: one that is lost says
+nothing at its end, so each says how long it lives while it does.
+
+Invariant: a container has a number of its own below its key, and writes to no other.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..hardware import gpu_name
+from .leases import Leases, SharedTable, repeated
+
+# What the end of a container that is lost may cost unseen
+NOTE_S = 60.0
+NOT_NOTED = "costs were not noted"
+
+
+def process_age_s() -> float:
+    """Return how long this process lives, 0 where the system does not say."""
+    try:
+        # The name of the program, in brackets, may have spaces in it
+        _, _, fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")
+        up_s = float(Path("/proc/uptime").read_text("utf-8").split()[0])
+        started_s = int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, up_s - started_s)
+
+
+@contextmanager
+def metered(
+    table: SharedTable,
+    key: str,
+    age_s: Callable[[], float] = process_age_s,
+    gpu: Callable[[], str | None] = gpu_name,
+) -> Iterator[None]:
+    """Note meanwhile how long this container lives, and at the end on which GPU."""
+    number = 0
+
+    def text(on: str | None) -> str:
+        return json.dumps({"seconds": age_s(), "gpu": on or ""})
+
+    def note() -> None:
+        table.put(_key(key, number), text(None))
+
+    with unnoted():
+        while not table.put(_key(key, number), text(None), skip_if_exists=True):
+            number += 1
+    with repeated(note, NOTE_S, NOT_NOTED):
+        try:
+            yield
+        finally:
+            with unnoted():
+                table.put(_key(key, number), text(gpu()))
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Tell what went wrong with a note, which is not to end a job that goes well."""
+    try:
+        yield
+    except Exception as error:  # a table raises what it likes
+        print(f"{NOT_NOTED}: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def at_work(
+    table: SharedTable, told: Mapping[str, Any], addresses: Sequence[str]
+) -> Iterator[None]:
+    """Keep the leases of the jobs of a container while it works, and note for how long; `told` is
+    what it was given by whoever handed them out, whose token a run of leases has."""
+    with Leases.of(table, told, addresses).kept():
+        if not told["token"]:
+            yield
+            return
+        first = f"{told['token']}/{addresses[0]}"
+        with unnoted():
+            for other in addresses[1:]:
+                # Who asks for what is left of them must find it too
+                table.put(f"{told['token']}/{other}/with", first)
+        with metered(table, first):
+            yield
+
+
+def meter_key(table: SharedTable, run: str, addresses: Sequence[str]) -> str:
+    """Return where the containers of jobs that are done together are noted, those that were lost
+    too."""
+    first = f"{run}/{addresses[0]}"
+    return table.get(f"{first}/with") or first
+
+
+def lives(table: SharedTable, key: str) -> list[tuple[float, str]]:
+    """Return of each container below a key how many seconds it lived, as far as was noted, and on
+    which GPU."""
+    found: list[tuple[float, str]] = []
+    while True:
+        text = table.get(_key(key, len(found)))
+        if text is None:
+            return found
+        told = json.loads(text)
+        found.append((float(told["seconds"]), str(told["gpu"])))
+
+
+def _key(key: str, number: int) -> str:
+    return f"{key}/container/{number}"
