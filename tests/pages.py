@@ -115,8 +115,11 @@ class FakeServer:
                 if self.pictures and place == 0:
                     told |= self.choice()
                 yield event(told)
-            if body.get("prompt") == "breaks":
-                yield event({"error": {"message": "the text failed", "param": None, "code": None}})
+            asked = body.get("prompt") or str(body["messages"][-1]["content"])
+            if asked in BROKEN:
+                message, fault, code = BROKEN[asked]
+                error = {"message": message, "type": fault, "param": None, "code": code}
+                yield event({"error": error})
             while body.get("prompt") == "for ever":
                 await asyncio.sleep(0.005)
                 part = {"index": 0, "text": ".", "experts": {"tokens": [token(".", 0)]}}
@@ -133,6 +136,11 @@ REFUSALS = {
     "too long": (400, "prompt: 90 tokens; shorten prompt", "prompt", "context_length_exceeded"),
     "hot": (400, "temperature: must be at most 2", "temperature", None),
     "full": (503, "40 requests are waiting already", None, "overloaded"),
+}
+# Of streams that end with an error: its message, type and code
+BROKEN = {
+    "breaks": ("the text failed", "server_error", None),
+    "sheds": ("this server is shutting down", "server_error", "stopping"),
 }
 
 

@@ -188,32 +188,41 @@ function isEarly(wish) {
   return true;
 }
 
-/* Ask everybody the same, at once and with one seed. */
-async function generate() {
+/* Have what was asked in the form again, where nothing else is there. */
+function putBack({ asked, pictures: taken }) {
+  if (at("prompt").value !== "") return;
+  at("prompt").value = asked;
+  pictures.put([...taken, ...pictures.pictures]);
+}
+
+/* Ask everybody, or those who did not answer, the same, at once and with one seed. */
+async function generate(readers = columns) {
   if (running || isEarly(generate)) return;
   const goesOn = settings.mode() === "chat" && at("goes_on").checked;
-  if (!goesOn) columns.forEach((column) => column.clear());
+  if (!goesOn) readers.forEach((column) => column.clear());
   const given = at("seed").value;
   // one that was not given is drawn here, so that it can be told, and is the same for both
   const seed = given === "" ? Math.floor(Math.random() * SEEDS) : Number(given);
   await busy("writing", async (signal) => {
-    const requests = columns.map((column) => requestOf(column, seed));
+    const requests = readers.map((column) => requestOf(column, seed));
     if (goesOn) {
       // it is part of the chat now
       at("prompt").value = "";
       pictures.put([]);
     }
-    const asked = columns.map((column, i) => {
+    const asked = readers.map((column, i) => {
       const ask = () => column.ask(server, requests[i], signal);
-      return answered(column, ask, signal, generate);
+      const again = () => {
+        if (running) return;
+        putBack(requests[i]);
+        generate([column]);
+      };
+      return answered(column, ask, signal, again);
     });
     const texts = await Promise.all(asked);
     const [text] = texts.filter((each) => each !== null);
     const nothing = text === undefined && !signal.aborted;
-    if (goesOn && nothing && at("prompt").value === "") {
-      at("prompt").value = requests[0].asked;
-      pictures.put([...requests[0].pictures, ...pictures.pictures]);
-    }
+    if (goesOn && nothing) putBack(requests[0]);
     if (text !== undefined) say(`The answer is whole: ${text}`);
   });
 }

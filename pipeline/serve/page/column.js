@@ -40,6 +40,8 @@ export class Column {
   /* Ask, and show what comes; throws a Refusal, or what the signal was aborted with. */
   async ask(server, request, signal) {
     this.problem.replaceChildren();
+    // what a fault broke off is asked anew, and no part of the chat
+    this.turns.filter((each) => each.broken).forEach((each) => this.#remove(each));
     const turn = this.#turn(request);
     const began = performance.now();
     let first = null;
@@ -62,6 +64,7 @@ export class Column {
       }
       tell(finish === "length" ? "reached max tokens" : "came to its end");
     } catch (error) {
+      turn.broken = !signal.aborted;
       tell(signal.aborted ? "stopped" : "broken off");
       throw error;
     } finally {
@@ -169,12 +172,16 @@ export class Column {
     );
   }
 
+  #remove(turn) {
+    turn.element.remove();
+    this.turns = this.turns.filter((each) => each !== turn);
+  }
+
   #end(turn, { chat, messages }) {
     const { text, strip } = turn;
     if (!text.text && !turn.chances.hasChildNodes()) {
       // it was refused: what was asked is in the form still
-      turn.element.remove();
-      this.turns = this.turns.filter((each) => each !== turn);
+      this.#remove(turn);
       return;
     }
     const found = shares(text.tokens, this.looks);
@@ -189,7 +196,7 @@ export class Column {
     }
     const spoken = found.map(([name, share]) => `${name} ${percent(share)}`).join(", ");
     strip.describe(`Experts of ${strip.layers} layers by ${text.tokens.length} tokens: ${spoken}`);
-    if (chat && text.text) {
+    if (chat && text.text && !turn.broken) {
       this.messages = [...messages, { role: "assistant", content: text.text }];
     }
     const boxes = turn.frames.length ? readBoxes(text.text) : null;

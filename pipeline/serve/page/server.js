@@ -2,6 +2,9 @@
 
 const KEY = "moleforge-key";
 
+/* The codes of a server that takes nothing more just now. */
+const BUSY = ["overloaded", "stopping", "loading"];
+
 /* What kept an answer from coming: the server's own sentence, and what it is about. */
 export class Refusal extends Error {
   constructor(message, { status = 0, param = null, code = null, seconds = null } = {}) {
@@ -15,14 +18,23 @@ export class Refusal extends Error {
   /* What to do about it, where the sentence does not say so. */
   get advice() {
     if (this.status === 401) return "Enter the key that this server was started with.";
-    if (this.seconds !== null) return `It can be tried again in ${this.seconds} s.`;
+    if (this.isBusy) {
+      const when = this.seconds === null ? "in a moment" : `in ${this.seconds} s`;
+      return `Nothing is wrong with what was asked. It can be tried again ${when}.`;
+    }
     if (this.status === 0) return "See whether the server still runs, and try again.";
     if (this.status === 413) return "Take smaller pictures or a shorter text.";
+    if (this.status >= 500) return "That is a fault of the server. Try again, or ask otherwise.";
     return "";
   }
 
+  /* Whether the server takes nothing more just now. */
+  get isBusy() {
+    return this.status === 429 || this.status === 503;
+  }
+
   get passes() {
-    return this.status === 0 || this.seconds !== null;
+    return this.status === 0 || this.isBusy || this.status >= 500;
   }
 }
 
@@ -69,7 +81,7 @@ export class Server {
     for await (const data of dataLines(answer.body)) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw refusalOf(event, 500, null);
+      if (event.error) throw refusalOf(event, statusOf(event.error), null);
       yield event;
     }
     throw new Refusal("The server ended the answer before it was whole.");
@@ -107,6 +119,12 @@ function refusalOf(told, status, after) {
   const seconds = /^\d+$/.test(after ?? "") ? Number(after) : null;
   const { param = null, code = null } = error;
   return new Refusal(String(message), { status, param, code, seconds });
+}
+
+/* Return the status that an error in the middle of a stream would have had: a 200 went before. */
+function statusOf({ code, type }) {
+  if (BUSY.includes(code)) return 503;
+  return type === "invalid_request_error" ? 400 : 500;
 }
 
 /* Yield the data of server-sent events. */
