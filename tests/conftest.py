@@ -243,6 +243,16 @@ def bundled(finished, tmp_path_factory):
     return path, copy, copy / "artifacts" / made.address
 
 
+@pytest.fixture(scope="session")
+def tasks_bundle(tmp_path_factory):
+    """The bundle of a small run of adapters over a model that sees; read it, never change it."""
+    import small_stack
+    import torch
+
+    torch.set_num_threads(1)
+    return small_stack.bundle(tmp_path_factory.mktemp("tasks"))
+
+
 # What the run that most tests read is made beside, and no file of it may hold
 PLANTED = {
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlanted0",

@@ -34,15 +34,9 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The bundle of a small run."""
-    return small_stack.bundle(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def application(folder):
-    """The application on it."""
-    return create(folder)
+def application(tasks_bundle):
+    """The application on the bundle of a small run."""
+    return create(tasks_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +65,10 @@ def asking(*urls: str, text: str = "what color?") -> dict:
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
 
 
-def test_a_server_fetches_pictures_of_the_hosts_that_it_was_told_of_and_else_of_none(folder):
+def test_a_server_fetches_pictures_of_the_hosts_that_it_was_told_of_and_else_of_none(tasks_bundle):
     for hosts in ((), ("pictures.example",)):
         app = closed(Access())
-        open_bundle(app, folder, image_hosts=hosts)
+        open_bundle(app, tasks_bundle, image_hosts=hosts)
         assert app.state.service.engine.room.fetcher.hosts == set(hosts)
 
 

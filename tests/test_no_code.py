@@ -30,14 +30,14 @@ OF_THE_RUN = ("report.json", "made.json")
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
+def bundles(tasks_bundle, tmp_path_factory):
     """A sound bundle of each family, by its name; read them, never change them."""
     root = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         (root / "ffn").mkdir()
         ffn = bundle_of(*made(root / "ffn", "qwen3", True), root / "ffn" / "bundle")
-    return {"ffn_moe": ffn, "lora_vlm": small_stack.bundle(root / "vlm")}
+    return {"ffn_moe": ffn, "lora_vlm": tasks_bundle}
 
 
 @pytest.fixture

@@ -23,9 +23,8 @@ JARGON = re.compile(r"input should|validation|literal|NoneType|<class|\bdict\b|d
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    bundle = small_stack.bundle(tmp_path_factory.mktemp("run"))
-    with running(create(bundle)) as plain:
+def client(tasks_bundle):
+    with running(create(tasks_bundle)) as plain:
         address = f"{plain.base_url}/v1"
         yield openai.OpenAI(base_url=address, api_key="unused", max_retries=0, timeout=30)
 

@@ -11,7 +11,6 @@ from pages import picture
 from playwright.sync_api import expect
 
 from pipeline.serve.app import create
-from tests import small_stack
 from tests.test_serve import NAMES, PROMPT, running
 
 browser = browsing.browser  # fixtures
@@ -29,10 +28,9 @@ def text(bundled):
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory):
+def chat(tasks_bundle):
     """A client of a server of adapters over a model that sees."""
-    bundle = small_stack.bundle(tmp_path_factory.mktemp("run"))
-    with running(create(bundle)) as client:
+    with running(create(tasks_bundle)) as client:
         yield client
 
 

@@ -417,20 +417,17 @@ def test_another_model_and_another_address_are_not_found(client):
     refused(client.get("/v1/completions"), 405, "GET /v1/completions is not served here")
 
 
-def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(bundled, monkeypatch):
-    app = create(bundled[2])
-
+def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(client, engine, monkeypatch):
     def fail(*_):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(app.state.service.engine, "route", fail)
-    with running(app) as client:
-        answer = client.post("/v1/route", json={"text": "x"})
-        error = refused(answer, 500, "its log tells more")
-        assert error["type"] == "server_error"
-        # Else the next request may be written to a closed socket
-        assert answer.headers["connection"] == "close"
-        assert client.get("/healthz").status_code == 200
+    monkeypatch.setattr(engine, "route", fail)
+    answer = client.post("/v1/route", json={"text": "x"})
+    error = refused(answer, 500, "its log tells more")
+    assert error["type"] == "server_error"
+    # Else the next request may be written to a closed socket
+    assert answer.headers["connection"] == "close"
+    assert client.get("/healthz").status_code == 200
 
 
 def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled):
