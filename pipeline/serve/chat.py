@@ -163,7 +163,7 @@ def add_chat(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/chat/completions",
-        **described("Answer a chat", body=ChatBody, answer=ChatCompletion, event=ChatEvent),
+        **described(app, "Answer a chat", body=ChatBody, answer=ChatCompletion, event=ChatEvent),
     )
     async def completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, service.limits.body_bytes)

@@ -123,7 +123,11 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/completions",
         **described(
-            "Go on with a text", body=CompletionBody, answer=CompletionAnswer, event=CompletionEvent
+            app,
+            "Go on with a text",
+            body=CompletionBody,
+            answer=CompletionAnswer,
+            event=CompletionEvent,
         ),
     )
     async def completions(request: Request) -> Response:

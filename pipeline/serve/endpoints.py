@@ -2,36 +2,12 @@
 
 from fastapi import FastAPI
 
-from .answers import (
-    ChatCompletion,
-    ChatEvent,
-    CompletionAnswer,
-    CompletionEvent,
-    ModelCard,
-    ModelList,
-    RequestRoute,
-    TokenRoute,
-)
-from .chat import ChatBody, add_chat
-from .completions import CompletionBody, add_completions
+from .chat import add_chat
+from .completions import add_completions
 from .interface import describe
 from .models import add_models
-from .routes import RouteBody, add_route
+from .routes import add_route
 from .service import Service
-
-KINDS = (
-    CompletionBody,
-    CompletionAnswer,
-    CompletionEvent,
-    ChatBody,
-    ChatCompletion,
-    ChatEvent,
-    RouteBody,
-    TokenRoute,
-    RequestRoute,
-    ModelCard,
-    ModelList,
-)
 
 
 def add_endpoints(app: FastAPI, service: Service, *, wants_key: bool) -> None:
@@ -40,4 +16,4 @@ def add_endpoints(app: FastAPI, service: Service, *, wants_key: bool) -> None:
     add_completions(app, service)
     add_chat(app, service)
     add_route(app, service)
-    describe(app, KINDS, wants_key=wants_key)
+    describe(app, wants_key=wants_key)

@@ -4,7 +4,7 @@ FastAPI describes bodies that it reads itself and answers that it checks itself;
 read under limits, and answers are made as they are sent, so that both are described by hand.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from fastapi import FastAPI
@@ -36,6 +36,7 @@ BODY_ERRORS = {
 
 
 def described(
+    app: FastAPI,
     summary: str,
     *,
     answer: Any,
@@ -44,20 +45,23 @@ def described(
     path: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what FastAPI is told of an endpoint: its body, its answer, or of a union each of them,
-    an event of its stream, and the parts of its path with what they are."""
+    an event of its stream, and the parts of its path with what they are; the application keeps
+    their types for `describe`."""
+    told = [kind for kind in (body, *_members(answer), event) if kind is not None]
+    app.state.kinds = [*getattr(app.state, "kinds", []), *told]
     content: dict[str, Any] = {JSON: {"schema": _schema(answer)}}
     if event is not None:
         content[EVENTS] = {"schema": _event(event)}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": OK, "content": content}}
     error = {JSON: {"schema": _schema(ErrorAnswer)}}
     errors = ERRORS if body is None else ERRORS | BODY_ERRORS
-    for status, told in errors.items():
-        responses[status] = {"description": told, "content": error}
+    for status, meaning in errors.items():
+        responses[status] = {"description": meaning, "content": error}
     extra: dict[str, Any] = {}
     if body is not None:
         extra["requestBody"] = {"required": True, "content": {JSON: {"schema": _schema(body)}}}
     if path:
-        extra["parameters"] = [_parameter(name, told) for name, told in path.items()]
+        extra["parameters"] = [_parameter(name, meant) for name, meant in path.items()]
     return {"summary": summary, "responses": responses, "openapi_extra": extra}
 
 
@@ -74,10 +78,10 @@ def probe(summary: str, answers: Mapping[int, str], *, kind: str = JSON) -> dict
     return {"summary": summary, "responses": responses, "response_model": None}
 
 
-def describe(app: FastAPI, kinds: Iterable[Any], *, wants_key: bool) -> None:
-    """Have an application describe all that it has, by those types of bodies and answers; to be
-    called once it has everything."""
-    kinds = {kind.__name__: kind for kind in (*kinds, ErrorAnswer)}
+def describe(app: FastAPI, *, wants_key: bool) -> None:
+    """Have an application describe all that it has, by the types of bodies and answers that
+    `described` was told of; to be called once it has everything."""
+    kinds = {kind.__name__: kind for kind in (*app.state.kinds, ErrorAnswer)}
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -117,9 +121,13 @@ def _schemas(kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 def _schema(kind: Any) -> dict[str, Any]:
     """Return a reference to a type's description, or to those of a union's types."""
-    kinds = get_args(kind) or (kind,)
-    refs = [{"$ref": REF.format(model=each.__name__)} for each in kinds]
+    refs = [{"$ref": REF.format(model=each.__name__)} for each in _members(kind)]
     return refs[0] if len(refs) == 1 else {"anyOf": refs}
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or a type alone."""
+    return get_args(kind) or (kind,)
 
 
 def _event(kind: Any) -> dict[str, Any]:

@@ -65,13 +65,13 @@ def add_models(app: FastAPI, service: Service) -> None:
     """Give an application /v1/models."""
     cards = ModelCards(service)
 
-    @app.get("/v1/models", **described("List the models", answer=ModelList))
+    @app.get("/v1/models", **described(app, "List the models", answer=ModelList))
     async def models() -> Response:
         return JSONResponse(cards.all())
 
     @app.get(
         "/v1/models/{model}",
-        **described("Tell of one model", answer=ModelCard, path={"model": "Its name"}),
+        **described(app, "Tell of one model", answer=ModelCard, path={"model": "Its name"}),
     )
     async def model(request: Request) -> Response:
         name = request.path_params["model"]

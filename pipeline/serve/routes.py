@@ -44,7 +44,7 @@ def add_route(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/route",
-        **described("Tell who reads a text", body=RouteBody, answer=TokenRoute | RequestRoute),
+        **described(app, "Tell who reads a text", body=RouteBody, answer=TokenRoute | RequestRoute),
     )
     async def route(request: Request) -> Response:
         body = await read_body(request, RouteBody, service.limits.body_bytes)
