@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as Model
+from tokenizers import decoders, models
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.text import tokenizer
@@ -185,6 +187,17 @@ def test_a_character_of_two_speakers_is_the_last_ones_and_nothing_is_lost():
         assert "".join(span.text for span in told) == "ab é 読 \n c"
         assert by_token(told) == speakers
         assert "\ufffd" not in repr(told)
+
+
+def test_a_text_that_goes_on_keeps_the_space_that_a_decoder_drops_in_front():
+    words = ["▁the", "▁reef", "▁was", "ful"]
+    model = Model(models.WordLevel({word: at for at, word in enumerate(words)}, words[0]))
+    model.decoder = decoders.Metaspace()
+    spaced = tokenizer.Tokenizer(model, words[0], {}, (), frozenset())
+    assert spaced.decode([2, 1, 3], [0, 1]) == " was reefful"
+    assert spaced.decode([2, 1, 3]) == "was reefful"
+    told = spans(spaced, [2, 1, 3], ["a", "b", "a"], [0, 1])
+    assert [span.text for span in told] == [" was", " reef", "ful"]
 
 
 def test_few_rivals_leave_the_other_rows_and_their_figures_as_they_are(trained):

@@ -32,6 +32,14 @@ _TEMPLATE = "chat_template.jinja"
 _AROUND = ("add_bos_token", "add_eos_token")
 
 
+def alike(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their beginnings."""
+    for at, (mine, yours) in enumerate(zip(one, other, strict=False)):
+        if mine != yours:
+            return at
+    return min(len(one), len(other))
+
+
 @dataclass(frozen=True)
 class Encoded:
     """The ids of a text."""
@@ -85,6 +93,14 @@ class Tokenizer:
                 ids = list(self._spelled(text, self.model))
             out.append(Encoded(ids))
         return out
+
+    def decode(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+        """Return the text of ids as it stands after others, without special tokens: a decoder of
+        SentencePiece's kind drops the space in front of what it takes for a text's first word. A
+        character that begins in those is whole here."""
+        whole = self.model.decode([*before, *ids], skip_special_tokens=True)
+        known = self.model.decode(list(before), skip_special_tokens=True)
+        return whole[alike(known, whole) :]
 
     def _spelled(self, text: str, model: "Model") -> Iterator[int]:
         """Yield the ids of a text that spells special tokens, which are cut in two as often as it

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...errors import DataError
-from .tokenizer import Tokenizer, unknown_ids
+from .tokenizer import Tokenizer, alike, unknown_ids
 
 SAMPLE_BYTES = 1e6  # text that is tried
 PIECE_CHARS = 1000  # compared at a time, as the time goes by the square
@@ -51,7 +51,7 @@ def check(tokenizer: Tokenizer, texts: Iterable[str], most_lost: float) -> dict[
     if share > most_lost:
         back = _back(tokenizer, example)
         # From where they differ, or a little before it
-        at = max(0, _same(example, back) - _BEFORE)
+        at = max(0, alike(example, back) - _BEFORE)
         raise DataError(
             f"tokenizer.pretrained: {share:.1%} of the text's bytes do not survive it (of "
             f"{_shown(example, at)} it gives back {_shown(back, at)}), more than "
@@ -92,14 +92,6 @@ def _missing(raw: bytes, back: str) -> int:
 def _back(tokenizer: Tokenizer, text: str) -> str:
     (encoded,) = tokenizer.encode([text])
     return tokenizer.model.decode(encoded.ids, skip_special_tokens=False)
-
-
-def _same(text: str, back: str) -> int:
-    """Return how many characters two texts have in common at their beginnings."""
-    for at, (one, other) in enumerate(zip(text, back, strict=False)):
-        if one != other:
-            return at
-    return min(len(text), len(back))
 
 
 def _shown(text: str, at: int) -> str:

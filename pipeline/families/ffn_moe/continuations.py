@@ -86,22 +86,23 @@ class ContinuationWriter:
         for i, (domain, written_T) in enumerate(zip(own, written_BT.tolist(), strict=True)):
             if self.end_id in written_T:
                 written_T = written_T[: written_T.index(self.end_id)]
-            self.found[domain].append(WrittenText(name, self._text(written_T)))
+            before_T = self._prompt(domain)
+            self.found[domain].append(WrittenText(name, self.tokenizer.decode(written_T, before_T)))
             if heard is not None:
-                self.spoken[domain] = spans(self.tokenizer, written_T, speakers_BT[i])
+                told = spans(self.tokenizer, written_T, speakers_BT[i], before_T)
+                self.spoken[domain] = told
 
     def texts(self) -> tuple[Continuation, ...]:
         """Return each domain's prompt with all that came after it."""
         out = []
         for domain, ids_T in self.documents.items():
-            # What leads a document is nobody's text
-            own_T = ids_T[self.lead :].tolist()
-            held_out = own_T[self.prompt : self.prompt + self.tokens]
+            prompt_T = self._prompt(domain)
+            held_out_T = ids_T[self.lead + self.prompt :][: self.tokens].tolist()
             out.append(
                 Continuation(
                     domain=domain,
-                    prompt=self._text(own_T[: self.prompt]),
-                    held_out=self._text(held_out),
+                    prompt=self.tokenizer.decode(prompt_T),
+                    held_out=self.tokenizer.decode(held_out_T, prompt_T),
                     written=tuple(self.found[domain]),
                     spans=self.spoken.get(domain, ()),
                 )
@@ -128,8 +129,11 @@ class ContinuationWriter:
                 row.append(spoken_T[-1])
         return ids_BT[:, start:], speakers_BT
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.model.decode(ids, skip_special_tokens=True)
+    def _prompt(self, domain: str) -> list[int]:
+        """Return the tokens that a domain's text begins with."""
+        # What leads a document is nobody's text
+        prompt: list[int] = self.documents[domain][self.lead : self.lead + self.prompt].tolist()
+        return prompt
 
 
 def _first_document(shards: Shards, domain: str, prompt: int) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...data.text.tokenizer import Tokenizer
+from ...data.text.tokenizer import Tokenizer, alike
 from ...model.router import Mixture
 from ...report.schema.language import Span
 
@@ -42,10 +42,15 @@ class Listener:
         return [[self.names[number] for number in row] for row in number_BT.tolist()]
 
 
-def spans(tokenizer: Tokenizer, ids: Sequence[int], speakers: Sequence[str]) -> tuple[Span, ...]:
-    """Return a text's tokens as spans, whose texts put together are the text; a character that two
-    speakers share is the last one's."""
-    whole = tokenizer.model.decode(ids, skip_special_tokens=True)
+def spans(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    speakers: Sequence[str],
+    before: Sequence[int] = (),
+) -> tuple[Span, ...]:
+    """Return the tokens of a text that stands after others as spans, whose texts put together are
+    the text; a character that two speakers share is the last one's."""
+    whole = tokenizer.decode(ids, before)
     out: list[Span] = []
     begin = 0
     told = 0
@@ -55,18 +60,10 @@ def spans(tokenizer: Tokenizer, ids: Sequence[int], speakers: Sequence[str]) -> 
         reached = len(whole)
         if end < len(ids):
             # What stands there already, without half a character and what a decoder adds at an end
-            before = tokenizer.model.decode(ids[:end], skip_special_tokens=True)
-            reached = max(told, _alike(before, whole))
+            there = tokenizer.decode(ids[:end], before)
+            reached = max(told, alike(there, whole))
         span = Span(speaker=speakers[begin], tokens=end - begin, text=whole[told:reached])
         out.append(span)
         begin = end
         told = reached
     return tuple(out)
-
-
-def _alike(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
-    for place, (mine, yours) in enumerate(zip(one, other, strict=False)):
-        if mine != yours:
-            return place
-    return min(len(one), len(other))
