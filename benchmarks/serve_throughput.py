@@ -4,9 +4,10 @@ python -m benchmarks.serve_throughput BUNDLE --out benchmarks/serve_throughput_e
 
 Clients ask one request after another for so long, of mixed lengths and readers, and with pictures
 where the bundle takes any; one in ten leaves in the middle of its answer. What is not cut off is
-held against the same request alone. Beside it, in turns with it, transformers' own `generate` on
-the stock checkpoint: one text after another, and batches of as many equally long ones as there are
-clients. Claims are ratios within this run. The exit status is 1 where an answer differs.
+held against the same request alone; of rounds of minutes memory is told at the end of each. Beside
+it, in turns with it, transformers' own `generate` on the stock checkpoint: one text after another,
+and batches of as many equally long ones as there are clients. Claims are ratios within this run.
+The exit status is 1 where an answer differs.
 
 B rows, T tokens.
 """
@@ -21,13 +22,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.measuring import finish, hardware, percentiles, progress, table
+from pipeline.config.serving import Dtype
 from pipeline.serve.chat_engine import ChatEngine
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.engines import engine_of
@@ -58,6 +60,7 @@ class Round:
     different: int = 0
     early_mb: float = 0.0  # highest in the first tenth of the time
     peak_mb: float = 0.0
+    minutes_mb: list[float] = field(default_factory=list)  # at the end of each
 
     @property
     def rate(self) -> float:
@@ -165,6 +168,9 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
         found.peak_mb = max(found.peak_mb, process.memory_info().rss / 1e6)
         if time.monotonic() < started + seconds / 10:
             found.early_mb = found.peak_mb
+        if time.monotonic() >= started + 60 * (len(found.minutes_mb) + 1):
+            found.minutes_mb.append(process.memory_info().rss / 1e6)
+            progress(f"minute {len(found.minutes_mb)}: {found.minutes_mb[-1]:,.0f} MB")
         time.sleep(0.1)
     found.seconds = time.monotonic() - started
     for generation in kept.generations:
@@ -232,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
-    engine = engine_of(args.bundle, replace(Capacity(), rows=max(args.clients)))
+    engine = engine_of(args.bundle, replace(Capacity(), rows=max(args.clients)), args.dtype)
     asking = Asking(engine, -1)
     for _ in range(WARM_UP):
         engine.submit(*asking.next()).wait()
@@ -240,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for clients in args.clients:
         progress(f"{clients} clients for {args.seconds:.0f} s")
         rounds.append(served(engine, clients, args.seconds))
-    text = _rounds(rounds)
+    text = _rounds(rounds) + _minutes(rounds)
     if isinstance(engine, CompletionEngine):
         text += "\n" + _beside_generate(args, engine)
     finish(
@@ -283,6 +289,15 @@ def _rounds(rounds: Sequence[Round]) -> str:
     return table(heads, lines)
 
 
+def _minutes(rounds: Sequence[Round]) -> str:
+    """Return the memory at the end of each minute, of rounds of several."""
+    lines = []
+    for each in rounds:
+        if len(each.minutes_mb) > 1:
+            lines.append([f"{each.clients}", ", ".join(f"{mb:,.0f}" for mb in each.minutes_mb)])
+    return "\n" + table(["clients", "MB at the end of each minute"], lines) if lines else ""
+
+
 def _beside_generate(args: argparse.Namespace, engine: CompletionEngine) -> str:
     lines = []
     for rows in args.clients:
@@ -307,6 +322,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="fp32")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
 

@@ -19,15 +19,17 @@ from pipeline.families.adapters.peft_io import peft_name
 from pipeline.families.ffn_moe.adapter.model import Adapted
 from pipeline.families.ffn_moe.adapter.router import TextRouter
 from pipeline.families.ffn_moe.adapter.stack import RequestStack
+from pipeline.model.experts import Expert, in_layers, reinit_like
 from pipeline.model.language_model import LanguageModel
 from pipeline.model.low_rank import LowRankExpert
 from pipeline.model.request_router import RequestRouter
 from pipeline.model.router import Gating, Mixture, Router
-from pipeline.model.trunk import build
+from pipeline.model.trunk import Trunk, build
 from pipeline.serve.adapters import TextAdapters
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import BASE_READER, Capacity, Stats
 from pipeline.serve.networks import Network, StockMixture, UnmergedMixture
+from pipeline.serve.steady.mixture import SteadyMixture
 
 VOCAB = 97
 END = 96
@@ -132,35 +134,77 @@ def _dense(model: Any, kind: str, number: int) -> nn.Module:
     return dense.eval().requires_grad_(False)
 
 
+@dataclass
+class _Parts:
+    """A trunk, its base, experts on it and their router, all frozen."""
+
+    trunk: Trunk
+    base: Expert
+    experts: dict[str, Expert]
+    router: Router
+
+    @classmethod
+    def drawn(
+        cls, settings: dict[str, Any], layers: tuple[int, ...] | None, full: bool
+    ) -> "_Parts":
+        """Return the same ones every time, with experts in all layers or in some."""
+        torch.manual_seed(2)
+        trunk, base = build(settings)
+        experts = {}
+        for name in NAMES:
+            if full:
+                expert = reinit_like(base)
+                expert = expert if layers is None else in_layers(expert, base, layers)
+            else:
+                expert = LowRankExpert(base, 4, 1.5, layers)
+                for parameter in expert.parameters():
+                    nn.init.normal_(parameter, std=0.3)
+            experts[name] = expert.requires_grad_(False).eval()
+        own = layers or tuple(range(settings["num_hidden_layers"]))
+        weight_LED = torch.randn(len(own), len(NAMES), settings["hidden_size"])
+        router = Router(weight_LED, Gating(2), own).requires_grad_(False).eval()
+        trunk.requires_grad_(False).eval()
+        return cls(trunk, base.requires_grad_(False).eval(), experts, router)
+
+    def alone(self, ids: list[int], reader: str | None) -> torch.Tensor:
+        """Return logits_TV of a plain pass over a text."""
+        slots = self.trunk.network.model.layers
+        # whose they are where the same trunk is served
+        serving = [getattr(layer.mlp, "ffn", None) for layer in slots]
+        ffn: Any = Mixture(list(self.experts.values()), self.router).eval()
+        if reader is not None:
+            ffn = self.base if reader == BASE_READER else self.experts[reader]
+        ffn = ffn.merged() if isinstance(ffn, LowRankExpert) else ffn
+        with torch.no_grad():
+            x_BTD = self.trunk.hidden(torch.tensor([ids]), ffn)
+        for layer, kept in zip(slots, serving, strict=True):
+            layer.mlp.ffn = kept
+        return x_BTD[0] @ self.trunk.head.T
+
+
 def unmerged(kind: str = "llama", layers: tuple[int, ...] | None = None) -> Small:
     """Low-rank experts in the slots of a trunk; a reader alone is merged."""
-    torch.manual_seed(2)
-    trunk, base = build(SIZES | {"model_type": kind})
-    experts = {}
-    for name in NAMES:
-        expert = LowRankExpert(base, 4, 1.5, layers)
-        for parameter in expert.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        experts[name] = expert.requires_grad_(False).eval()
-    own = layers or tuple(range(2))
-    weight_LED = torch.randn(len(own), len(NAMES), 32)
-    router = Router(weight_LED, Gating(2), own)
-    mixture = Mixture(list(experts.values()), router).requires_grad_(False).eval()
-    trunk.requires_grad_(False).eval()
-    base.requires_grad_(False).eval()
-    engine = SmallEngine(UnmergedMixture(trunk, experts, router), (*NAMES, BASE_READER))
-    serving = [layer.mlp.ffn for layer in trunk.network.model.layers]
+    parts = _Parts.drawn(SIZES | {"model_type": kind}, layers, full=False)
+    network = UnmergedMixture(parts.trunk, parts.experts, parts.router)
+    return Small(SmallEngine(network, (*NAMES, BASE_READER)), parts.alone)
 
-    def alone(ids: list[int], reader: str | None) -> torch.Tensor:
-        ffns = {None: mixture, BASE_READER: base}
-        ffn = ffns[reader] if reader in ffns else experts[reader].merged()
-        with torch.no_grad():
-            x_BTD = trunk.hidden(torch.tensor([ids]), ffn)
-        for layer, kept in zip(trunk.network.model.layers, serving, strict=True):
-            layer.mlp.ffn = kept
-        return x_BTD[0] @ trunk.head.T
 
-    return Small(engine, alone)
+# Of a width at which processors work as at that of real models
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32}
+
+
+def steady(
+    kind: str = "llama",
+    layers: tuple[int, ...] | None = None,
+    full: bool = False,
+    **changes: Any,
+) -> Small:
+    """The same, or full experts, in bf16; what computes the same alone does so in fp32."""
+    settings = SIZES | WIDE | {"num_key_value_heads": 1, "model_type": kind} | changes
+    parts = _Parts.drawn(settings, layers, full)
+    network = SteadyMixture(parts.trunk, parts.experts, parts.router)
+    readers = NAMES if full else (*NAMES, BASE_READER)
+    return Small(SmallEngine(network, readers), _Parts.drawn(settings, layers, full).alone)
 
 
 def adapters(kind: str = "qwen3") -> Small:
@@ -194,6 +238,14 @@ def adapters(kind: str = "qwen3") -> Small:
     return Small(engine, alone)
 
 
+STEADY: dict[str, Callable[[], Small]] = {
+    "low rank": steady,
+    "low rank, last layer": lambda: steady("qwen3", (1,)),
+    "full experts": lambda: steady("qwen3", full=True),
+    "full experts, last layer, window": lambda: steady(
+        "mistral", (1,), full=True, sliding_window=9
+    ),
+}
 KINDS: dict[str, Callable[[], Small]] = {
     "full experts": stock,
     "full experts, window": lambda: stock("mixtral", sliding_window=9),

@@ -1,6 +1,7 @@
 """Limits of a server, from a configuration, a command line or Modal to where they hold."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from pipeline.serve.limits import ConnectionLimits, RequestLimits
 
 ROOT = Path(__file__).parent.parent
 OTHERS = {
+    "dtype": "bf16",
     "max_batch": 3,
     "max_prefill_tokens": 40,
     "max_cache": 5_000_000,
@@ -30,6 +32,7 @@ OTHERS = {
 }
 # Where each one comes to: an object of these, and its field
 REACHES = {
+    "dtype": ("engine", "dtype"),
     "max_batch": ("capacity", "rows"),
     "max_prefill_tokens": ("capacity", "prefill_tokens"),
     "max_cache": ("capacity", "cache_bytes"),
@@ -46,9 +49,9 @@ def reached(monkeypatch, wanted: ServeConfig, *typed: str) -> dict:
     """Return what a server is given by the command `serve`, with a bundle and a model left out."""
     seen = {}
 
-    def engine_of(_folder, capacity):
+    def engine_of(_folder, capacity, dtype):
         seen["capacity"] = capacity
-        return
+        seen["engine"] = SimpleNamespace(dtype=dtype)
 
     def service(_engine, _prompts, limits, _bundle):
         seen["limits"] = limits
@@ -82,7 +85,8 @@ def test_limits_reach_the_server(monkeypatch):
     assert usual["limits"] == RequestLimits()
     assert usual["connections"] == ConnectionLimits()
     assert RequestLimits.of("chat", ServeConfig()).body_bytes == 32 << 20
-    assert OTHERS.keys() == REACHES.keys() == LIMITS.keys() == ServeConfig.model_fields.keys()
+    assert OTHERS.keys() == REACHES.keys() == ServeConfig.model_fields.keys()
+    assert {"dtype", *LIMITS} == OTHERS.keys()
     by_setting = reached(monkeypatch, ServeConfig(**OTHERS))
     typed = []
     for name, value in OTHERS.items():

@@ -1,14 +1,23 @@
 """What the server of a bundle takes on, here and on Modal. No address holds any of it."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from .base import Bytes, Section
+
+Dtype = Literal["fp32", "bf16", "auto"]
 
 
 class ServeConfig(Section):
     """What a server takes on; each is a flag of `serve` too, and holds on Modal. No result depends
     on it, so no address does."""
 
+    dtype: Dtype = Field(
+        "fp32",
+        description="Products of a stack whose gates choose for each token; auto: bf16 where this "
+        "processor has it and every text stays what it is alone, else fp32",
+    )
     max_batch: int = Field(32, ge=1, le=1024, description="Texts that are generated at once")
     # A long prompt is read in pieces of these, so that it does not hold up the texts beside it.
     max_prefill_tokens: int = Field(

@@ -68,6 +68,8 @@ class Router(nn.Module):
         self.register_buffer("count_LE", torch.zeros(count, n_experts), persistent=False)
         self.gating = gating
         self.temperature = 1.0
+        # of rows and a gate, logits_NE; a server has one of its own
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.stats: dict[int, RouterStats] = {}  # by layer
         # told (layer, logits_NE, index_NK) of every pass in evaluation
         self.listener: Callable[[int, Tensor, Tensor], None] | None = None
@@ -77,7 +79,7 @@ class Router(nn.Module):
         top_k = self.gating.top_k
         # the gate stays fp32 under autocast: a tie broken by bf16 rounding would change experts
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.gates[self.place[layer]])
+            logits_NE = self.product(x_ND.float(), self.gates[self.place[layer]])
             logits_NE = logits_NE / self.temperature
         if self.training and self.gating.noise:
             noise_NE = torch.randn_like(logits_NE)

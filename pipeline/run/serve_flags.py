@@ -3,12 +3,15 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
+
+from pydantic.fields import FieldInfo
 
 from ..config.serving import ServeConfig
 from .typed_numbers import port, positive, seconds, size
 
 KEY = "MOLEFORGE_API_KEY"
-# The settings of the section `serve`, each with how it is typed and in which unit.
+# The numbers of the section `serve`, each with how it is typed and in which unit.
 LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
     "max_batch": (positive, "N"),
     "max_prefill_tokens": (positive, "N"),
@@ -106,13 +109,21 @@ def _add_access(group: "argparse._ArgumentGroup") -> None:
 
 def _add_limits(group: "argparse._ArgumentGroup") -> None:
     # without a default: what is not typed is as the configuration's section `serve` has it
+    dtype = ServeConfig.model_fields["dtype"]
+    choices = get_args(dtype.annotation)
+    group.add_argument("--dtype", choices=choices, help=_told(dtype, dtype.default))
     for name, (kind, unit) in LIMITS.items():
         field = ServeConfig.model_fields[name]
-        told = str(field.description)
-        default = f" (default {_shown(field.default)})" if field.default is not None else ""
+        default = None if field.default is None else _shown(field.default)
         flag = f"--{name.replace('_', '-')}"
-        text = f"{told[:1].lower()}{told[1:]}{default}"
-        group.add_argument(flag, type=kind, metavar=unit, help=text)
+        group.add_argument(flag, type=kind, metavar=unit, help=_told(field, default))
+
+
+def _told(field: FieldInfo, default: str | None) -> str:
+    """Return the help of a setting's flag."""
+    told = str(field.description)
+    shown = "" if default is None else f" (default {default})"
+    return f"{told[:1].lower()}{told[1:]}{shown}"
 
 
 def _shown(default: float) -> str:

@@ -3,6 +3,7 @@
 T tokens, V vocabulary, E experts, A assignments of tokens to experts.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
+from ..config.serving import Dtype
 from ..data.text import tokenizer
-from ..errors import DamagedArtifact, DataError
+from ..errors import ConfigError, DamagedArtifact, DataError
 from ..families import PRELOAD, family
+from ..hardware import device, has_bf16
 from ..store.bundle import SUMS, about, start_ids, verify
 from .gates import GateChoice
 from .generation import (
@@ -35,9 +38,14 @@ from .opening import check_logits, check_tokens, open_model, probe_logits
 from .rows import Order, ServedRow, TextRow, TextSink, TracedRow
 from .sampling import TokenSampler
 from .scheduler import Scheduler
+from .steady.mixture import SteadyMixture, can_be_steady
+from .steady.trial import is_steady
 from .text_stream import TextStream
 
 MOST_OF_A_NAME = 200  # characters; configurations allow 64
+NO_BF16 = "has no form in bf16 here; set serve.dtype to fp32 or auto"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,11 +161,13 @@ class CompletionEngine(Engine):
     """An open bundle whose texts go on.
 
     Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served,
-    MismatchError for one that does not compute what its stack does.
+    MismatchError for one that does not compute what its stack does, ConfigError for a dtype that it
+    is not run in.
     """
 
-    def __init__(self, folder: Path, capacity: Capacity | None = None):
+    def __init__(self, folder: Path, capacity: Capacity | None = None, dtype: Dtype = "fp32"):
         super().__init__(folder, capacity)
+        self.dtype = dtype
         self.context_tokens: int = self.about["context_tokens"]
         self.start_ids = start_ids(self.about)
         self.tokenizer = tokenizer.pretrained(str(folder))
@@ -174,8 +184,10 @@ class CompletionEngine(Engine):
         if self.about.get("unmerged"):
             stock = open_model(folder)
             check_logits(folder, stock, expected_TV, self.context_tokens)
-            stack.trunk.network.generation_config = stock.generation_config
             self.readers = (*self.experts, BASE_READER)
+            if steady := self._steady(folder, stock.generation_config):
+                return steady
+            stack.trunk.network.generation_config = stock.generation_config
             return UnmergedMixture(stack.trunk, stack.experts, stack.mixture.router)
         # It is gone before the model is opened, so that both are never held
         del stack
@@ -183,7 +195,34 @@ class CompletionEngine(Engine):
         check_logits(folder, model, expected_TV, self.context_tokens)
         base = self._anchor()
         self.readers = self.experts if base is None else (*self.experts, BASE_READER)
+        if steady := self._steady(folder, model.generation_config):
+            return steady
         return StockMixture(model, self.experts, base)
+
+    def _steady(self, folder: Path, generation_config: Any) -> Network | None:
+        """Return the stack in bf16, None where it is to run in fp32. Raises ConfigError."""
+        if self.dtype == "fp32":
+            return None
+        # on a GPU nothing was measured, so nothing is chosen there unasked
+        if self.dtype == "auto" and not (device() == "cpu" and has_bf16()):
+            return None
+        # once more, as what runs in bf16 is changed for it
+        stack = family(self.about["family"]).reassemble(folder)
+        if not can_be_steady(stack.trunk, list(stack.experts.values())):
+            if self.dtype == "auto":
+                return None
+            raise ConfigError(f"{folder} {NO_BF16}")
+        stack.trunk.network.generation_config = generation_config
+        network = SteadyMixture(stack.trunk, stack.experts, stack.mixture.router, self._anchor())
+        if not is_steady(network, self.context_tokens):
+            if self.dtype == "auto":
+                return None
+            log.warning(
+                "in bf16 a text depends on those beside it on this machine: the same request may "
+                "be answered otherwise; serve.dtype: fp32 does not"
+            )
+        log.info("products run in bf16")
+        return network
 
     def _anchor(self) -> int | None:
         """Return the number of the expert that is the trunk's own network, where one is kept."""

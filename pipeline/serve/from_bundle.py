@@ -20,11 +20,11 @@ def open_service(
 ) -> Service:
     """Open a bundle, whose requests' pictures may be at those hosts, or * at any of the open
     network's. Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that
-    cannot be served."""
+    cannot be served, ConfigError for one that is not run in the dtype that is wanted."""
     wanted = wanted or ServeConfig()
     limits = RequestLimits.of(str(about(folder).get("serves")), wanted)
     try:
-        engine = engine_of(folder, capacity_of(wanted))
+        engine = engine_of(folder, capacity_of(wanted), wanted.dtype)
         if isinstance(engine, ChatEngine):
             engine.room.fetcher = Fetcher(image_hosts)
             return Service(engine, TaskPrompts(engine), limits, identity(folder))

@@ -18,16 +18,16 @@ SHARE = 0.5
 
 
 def cast_weights(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Hold the weights of linear layers in a dtype that has every value of theirs, once and for
-    all; return False, with nothing changed, where memory has no room for them or they lie on a
-    GPU."""
+    """Hold the weights of linear layers in a dtype, once and for all; return False, with nothing
+    changed, where memory has no room for them or they lie on a GPU."""
     weights: dict[int, nn.Parameter] = {}
     for module in modules:
         for layer in module.modules():
             if isinstance(layer, FrozenLinear):
                 for parameter in layer.parameters():
-                    # a head that is tied to the embedding is one weight
-                    if parameter.dtype != dtype:
+                    # a head that is tied to the embedding is one weight; of a mere pattern for
+                    # experts there are no numbers
+                    if parameter.dtype != dtype and not parameter.is_meta:
                         weights[id(parameter)] = parameter
     needed_bytes = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
     if any(weight.device.type != "cpu" for weight in weights.values()):

@@ -25,7 +25,7 @@ from .gates import FREE, GateChoice, GateHearing, choices
 from .generation import BASE_READER
 from .held_weights import cast_weights
 from .rows import ServedRow
-from .slot_cache import SlotCache
+from .slot_cache import SlotCache, rounded
 
 FEW_ROWS = 8
 
@@ -43,6 +43,11 @@ class Chunk:
     def end(self) -> int:
         """Place after the last."""
         return self.start + len(self.ids)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it is a token that was drawn, and no part of what the row began with."""
+        return self.start >= len(self.row.ids)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Network(ABC):
     """A frozen model with slots for the texts that it reads."""
 
     pad_id = 0
+    dtype = "fp32"  # of products
+    seen_step = 1  # a pass looks at a multiple of so many places
 
     def __init__(self, model: Any, speakers: Sequence[str]):
         self.model = model  # transformers' own class, with its head
@@ -148,7 +155,8 @@ class Network(ABC):
         row, and per row who read its tokens: all of them where the row tells all, else the last
         one."""
         slots = [chunk.slot for chunk in batch.chunks]
-        self.cache.write(slots, batch.written_BT(self.cache.places), batch.seen)
+        seen = rounded(batch.seen, self.seen_step)
+        self.cache.write(slots, batch.written_BT(self.cache.places), seen)
         x_BTD = self.hidden(batch)
         return batch.last(x_BTD), self.heard(batch)
 
@@ -196,9 +204,14 @@ class TokenRouted(Network):
                 position_ids=batch.place_BT,
                 past_key_values=self.cache,
                 use_cache=True,
+                **self.extras(batch),
             )
         x_BTD: Tensor = out.last_hidden_state
         return x_BTD
+
+    def extras(self, _batch: Batch) -> dict[str, Any]:
+        """Return what a pass is given beside its tokens."""
+        return {}
 
     def heard(self, batch: Batch) -> list[list[GateChoice]]:
         """Return who read the tokens of the pass that has just run."""

@@ -114,11 +114,11 @@ class SlotCache(Cache):
         these need more; what stands in these places stays."""
         if slots <= self.slots and places <= self.places:
             return
-        wanted = max(self.slots, _rounded(slots, SLOTS))
-        length = max(self.places, _rounded(places, PLACES))
+        wanted = max(self.slots, rounded(slots, SLOTS))
+        length = max(self.places, rounded(places, PLACES))
         if wanted * length > most:
             # what a longer text had left behind goes first
-            length = _rounded(places, PLACES)
+            length = rounded(places, PLACES)
         if wanted * length > most:
             wanted = slots
         self.slots = wanted
@@ -163,5 +163,6 @@ class SlotCache(Cache):
         self.layers = [SlotLayer(self) for _ in self.layers]
 
 
-def _rounded(count: int, step: int) -> int:
+def rounded(count: int, step: int) -> int:
+    """Return the first multiple of a step that is no less."""
     return -(-count // step) * step

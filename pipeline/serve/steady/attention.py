@@ -1,0 +1,140 @@
+"""Attention of a served pass, row by row, each over its own text alone.
+
+A token that is drawn sees exactly the places of its text. Tokens that are read stand in blocks of
+places, whichever of them a pass reads: what is computed for a token follows from its place alone,
+however a prompt was cut and whatever was read beside it.
+
+B rows, T tokens, H heads of queries, M heads of keys and values, G = H/M, C places of a block,
+S places that are seen, N places of all rows, K width of a head.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..networks import Batch, Chunk
+from ..slot_cache import PLACES
+from .products import elementwise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "moleforge_steady"
+# As places of slots come in these, every block is there as a whole.
+BLOCK = PLACES
+
+
+def attend_alone(network: "PreTrainedModel") -> None:
+    """Have a Hugging Face model attend so; its passes are given the batch as `served`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _forward)
+    # a kind of attention without masks of its own is given none, and then takes none
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    network.set_attn_implementation(NAME)
+
+
+def _forward(
+    _module: Any,
+    q_BHTK: Tensor,
+    k_BMSK: Tensor,
+    v_BMSK: Tensor,
+    _mask: Tensor | None,
+    *,
+    served: Batch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return out_BTHK and no weights, as Hugging Face's attention functions do."""
+    out_BTHK = torch.zeros_like(q_BHTK.transpose(1, 2))
+    heads = k_BMSK.shape[1]
+    for row, chunk in enumerate(served.chunks):
+        q_MGTK = q_BHTK[row].unflatten(0, (heads, -1))
+        keys = (k_BMSK[row], v_BMSK[row])
+        attend = _drawn if chunk.is_drawn else _read
+        out_MGTK = attend(q_MGTK, *keys, chunk, scaling, sliding_window)
+        own = slice(0, out_MGTK.shape[2])
+        out_BTHK[row, own] = out_MGTK.flatten(0, 1).transpose(0, 1)
+    return out_BTHK, None
+
+
+def _drawn(
+    q_MGTK: Tensor,
+    k_MSK: Tensor,
+    v_MSK: Tensor,
+    chunk: Chunk,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return out_MG1K of a token that was drawn."""
+    first = 0 if window is None else max(0, chunk.end - window)
+    seen = slice(first, chunk.end)
+    # the heads of queries that share one of keys stand below each other
+    out_1MGK = F.scaled_dot_product_attention(
+        q_MGTK[None, :, :, 0], k_MSK[None, :, seen], v_MSK[None, :, seen], scale=scale
+    )
+    return out_1MGK[0].unsqueeze(2)
+
+
+def _read(
+    q_MGTK: Tensor,
+    k_MSK: Tensor,
+    v_MSK: Tensor,
+    chunk: Chunk,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return out_MGTK of tokens that are read."""
+    heads, group, _, width = q_MGTK.shape
+    parts = []
+    for start in range(chunk.start // BLOCK * BLOCK, chunk.end, BLOCK):
+        end = start + BLOCK
+        first, last = max(start, chunk.start), min(end, chunk.end)
+        own_C = slice(first - start, last - start)
+        # where nothing of this pass stands queries are zeros, and nobody asks what they find
+        q_MGCK = q_MGTK.new_zeros(heads, group, BLOCK, width)
+        q_MGCK[:, :, own_C] = q_MGTK[:, :, first - chunk.start : last - chunk.start]
+        mask_CS = _mask(start, window, q_MGTK.device)
+        out_1MRK = F.scaled_dot_product_attention(
+            q_MGCK.flatten(1, 2)[None],
+            k_MSK[None, :, :end],
+            v_MSK[None, :, :end],
+            attn_mask=mask_CS.repeat(group, 1),
+            scale=scale,
+        )
+        parts.append(out_1MRK[0].unflatten(1, (group, BLOCK))[:, :, own_C])
+    return torch.cat(parts, 2)
+
+
+def _mask(start: int, window: int | None, device: torch.device) -> Tensor:
+    """Return mask_CS of the block of places that begins there."""
+    place_C1 = torch.arange(start, start + BLOCK, device=device).unsqueeze(1)
+    at_S = torch.arange(start + BLOCK, device=device)
+    sees_CS = at_S <= place_C1
+    return sees_CS if window is None else sees_CS & (at_S > place_C1 - window)
+
+
+class SteadyRotary(nn.Module):
+    """Cosines and sines of places, of all of which they are computed in the same way."""
+
+    def __init__(self, rotary: Any):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of shape (B, T, K)."""
+        flat_N1 = position_ids.flatten().unsqueeze(1)
+
+        def both(place_N1: Tensor) -> Tensor:
+            cosine_1NK, sine_1NK = self.rotary(x, place_N1.T)
+            return torch.cat([cosine_1NK[0], sine_1NK[0]], 1)
+
+        # a row of places as wide as what becomes of it, so that as many run at once
+        wide_NK = flat_N1.expand(-1, 2 * self.rotary.inv_freq.numel())
+        found_NK = elementwise(lambda part_NK: both(part_NK[:, :1]), wide_NK)
+        cosine, sine = found_NK.view(*position_ids.shape, -1).chunk(2, -1)
+        return cosine, sine

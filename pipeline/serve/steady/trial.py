@@ -1,0 +1,69 @@
+"""Whether a network gives a text the same bits alone and among others, tried on this machine.
+
+B rows, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..networks import Batch, Chunk, Network
+from ..rows import Order, ServedRow
+
+# Of the text that is looked at, which is over a block of attention, and of those beside it.
+LENGTH = 70
+BESIDE = (5, 33)
+
+
+def is_steady(network: Network, context_tokens: int) -> bool:
+    """Whether a text's logits, after what is read and after a token that is drawn, are to the last
+    bit the same alone in one pass and among others in two; no text is served yet."""
+    rows = []
+    for number, length in enumerate((*BESIDE, LENGTH)):
+        count = min(length, context_tokens - 1)
+        # steps of a prime, so that ids repeat only where the vocabulary is a multiple of it
+        ids = [(number + place * 7919) % network.vocab_size for place in range(count)]
+        rows.append(ServedRow(_nobody(), ids, None))
+    count = len(rows[-1].ids)
+    alone = _logits(network, rows[-1:], (0, count))
+    beside = _logits(network, rows, (0, count // 2, count))
+    return torch.equal(alone, beside)
+
+
+def _nobody() -> Order:
+    """Return whose text it is."""
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    return Order("", None, lambda: False, fail)
+
+
+def _logits(network: Network, rows: Sequence[ServedRow], bounds: Sequence[int]) -> Tensor:
+    """Return the last text's logits after it and after a token that is drawn; texts are read from
+    one bound to the next."""
+    places = len(rows[-1].ids) + 1
+    network.cache.reserve(len(rows), places, len(rows) * places)
+    found = []
+    with torch.no_grad():
+        network.prepare(rows)
+        for start, end in pairwise(bounds):
+            chunks = []
+            for slot, row in enumerate(rows):
+                if ids := row.ids[start:end]:
+                    chunks.append(Chunk(row, slot, ids, start))
+            x_BD = _passed(network, chunks)
+        found.append(network.logits(x_BD)[-1])
+        drawn = []
+        for slot, row in enumerate(rows):
+            drawn.append(Chunk(row, slot, (1,), len(row.ids)))
+        found.append(network.logits(_passed(network, drawn))[-1])
+    network.cache.clear()
+    return torch.stack(found)
+
+
+def _passed(network: Network, chunks: Sequence[Chunk]) -> Tensor:
+    x_BD, _ = network.read(Batch(tuple(chunks), network.pad_id, network.device))
+    return x_BD

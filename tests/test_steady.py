@@ -1,0 +1,150 @@
+"""Stacks in bf16: each text is, to the last bit, what it is alone.
+
+N rows, D width in, F width out.
+"""
+
+import logging
+import random
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.serve import engine, engines
+from pipeline.serve.engine import CompletionEngine
+from pipeline.serve.generation import Prompt, Sampling
+from pipeline.serve.networks import StockMixture
+from pipeline.serve.steady import products
+from pipeline.serve.steady.mixture import SteadyMixture
+from pipeline.serve.steady.products import RowCounts, SteadyProducts, elementwise, tried
+from pipeline.serve.steady.trial import is_steady
+from tests import test_scheduler
+from tests.small_engines import CONTEXT, END, STEADY
+from tests.test_scheduler import asked, numbers, told
+
+BF16 = torch.bfloat16
+poisoned = test_scheduler.poisoned  # a fixture
+
+
+@pytest.fixture(scope="module", params=STEADY)
+def small(request):
+    """One kind of stack in bf16 with what computes the same alone in fp32."""
+    torch.set_num_threads(1)
+    made = STEADY[request.param]()
+    assert is_steady(made.engine.network, CONTEXT)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("shape", [(96, 64), (4, 96), (97, 4)])
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(dtype, shape):
+    torch.manual_seed(0)
+    weight_FD = torch.randn(shape).to(dtype)
+    x_ND = torch.randn(150, shape[1])
+    multiply = SteadyProducts()
+    whole_NF = multiply(x_ND, weight_FD)
+    expected_NF = x_ND.to(dtype).double() @ weight_FD.double().T
+    torch.testing.assert_close(whole_NF.double(), expected_NF, rtol=1e-2, atol=1e-2)
+    for rows in (1, 2, 3, 5, 9, 17, 40, 64, 65, 149):
+        for start in (0, 1, 150 - rows):
+            own = slice(start, start + rows)
+            assert torch.equal(multiply(x_ND[own], weight_FD), whole_NF[own])
+
+
+def test_numbers_of_rows_that_round_otherwise_do_not_go_together(monkeypatch):
+    """A library that adds something from eight rows on, and of 64 rows to each another."""
+    linear = products.F.linear
+
+    def other(x_ND, weight_FD):
+        more = float(len(x_ND) >= 8) + torch.arange(len(x_ND)).unsqueeze(1) * (len(x_ND) == 64)
+        return linear(x_ND, weight_FD) + more
+
+    monkeypatch.setattr(products.F, "linear", other)
+    counts = tried(torch.zeros(3, 6))
+    assert counts == RowCounts((8, 16, 32))
+    parts = [(own.start, own.stop, filled) for own, filled in counts.parts(75)]
+    assert parts == [(0, 32, 32), (32, 64, 32), (64, 75, 16)]
+    assert list(counts.parts(0)) == []
+    monkeypatch.setattr(products.F, "linear", lambda x_ND, _: x_ND.cumsum(0))
+    # nobody but a row alone is at the same place everywhere
+    assert tried(torch.zeros(6, 6)) == RowCounts((1,))
+
+
+def test_many_numbers_go_through_the_same_instructions(monkeypatch):
+    x_ND = torch.randn(100, 8)
+    monkeypatch.setattr(products, "SERIAL_NUMBERS", 30)
+    sizes = []
+
+    def doubled(part_ND):
+        sizes.append(part_ND.numel())
+        return 2 * part_ND
+
+    assert torch.equal(elementwise(doubled, x_ND), 2 * x_ND)
+    assert max(sizes) < 30
+
+
+def test_every_text_is_to_the_last_bit_what_it_is_alone(small, poisoned):
+    """Of random lengths, readers and samplings, over rows that are used again and again; every
+    probability is told in all its digits."""
+    draw, engine = random.Random(3), small.engine
+    running = []
+    for at in range(8):
+        prompt, sampling = asked(draw, engine.readers)
+        running.append(engine.submit(prompt, sampling, draw.choice("ab")))
+        if at % 5 == 4:
+            running.pop(draw.randrange(len(running))).cancel()
+    together = [numbers(told(each)) for each in running]
+    for generation, found in zip(running, together, strict=True):
+        assert numbers(told(engine.submit(generation.prompt, generation.sampling))) == found
+
+
+def test_what_is_computed_is_the_stack_as_far_as_bf16_goes(small):
+    draw, engine = random.Random(5), small.engine
+    for reader in (None, *engine.readers):
+        ids = tuple(draw.randrange(END) for _ in range(70))
+        (piece, *_) = engine.submit(
+            Prompt(ids, reader=reader), Sampling(1, 0.0, logprobs=20)
+        ).wait()
+        nats_V = small.alone(list(ids), reader)[-1].log_softmax(-1)
+        tokens = [token for token, _ in piece.likeliest]
+        told_N = torch.tensor([nats for _, nats in piece.likeliest])
+        assert (told_N - nats_V[tokens]).abs().mean() < 0.05 * nats_V.std()
+
+
+def test_a_network_whose_rows_know_each_other_is_found_out(small, monkeypatch):
+    product = RowCounts.product
+
+    def other(counts, x_ND, weight_FD):
+        return product(counts, x_ND, weight_FD) * (1 + len(x_ND) / 64)
+
+    monkeypatch.setattr(RowCounts, "product", other)
+    assert not is_steady(small.engine.network, CONTEXT)
+
+
+def test_bf16_is_taken_where_it_is_wanted_or_does_no_harm(bundled, monkeypatch, caplog):
+    folder = bundled[2]
+    opened = CompletionEngine(folder, dtype="bf16")
+    assert isinstance(opened.network, SteadyMixture)
+    ids = opened.encode("3: tide reef")
+    assert opened.complete(ids, Sampling(4, 0.0)).completion_tokens == 4
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
+    monkeypatch.setattr(engine, "device", lambda: "cpu")
+    assert isinstance(CompletionEngine(folder, dtype="auto").network, SteadyMixture)
+    monkeypatch.setattr(engine, "is_steady", lambda *_: False)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(CompletionEngine(folder, dtype="auto").network, StockMixture)
+        assert not caplog.records
+        assert isinstance(CompletionEngine(folder, dtype="bf16").network, SteadyMixture)
+    assert "a text depends on those beside it" in caplog.text
+    monkeypatch.setattr(engine, "has_bf16", lambda: False)
+    assert CompletionEngine(folder, dtype="auto").network.dtype == "fp32"
+    monkeypatch.setattr(engine, "can_be_steady", lambda *_: False)
+    with pytest.raises(ConfigError, match="no form in bf16 here; set serve.dtype to fp32"):
+        CompletionEngine(folder, dtype="bf16")
+
+
+@pytest.mark.parametrize("described", [{"serves": "chat"}, {"form": "adapter"}])
+def test_adapters_are_not_served_in_bf16(described, monkeypatch, tmp_path):
+    monkeypatch.setattr(engines, "about", lambda _folder: described)
+    with pytest.raises(ConfigError, match="a bundle of adapters, has no form in bf16"):
+        engines.engine_of(tmp_path, None, "bf16")
