@@ -2,11 +2,13 @@
 by name.
 """
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
+from gguf.quants import dequantize, quantize
 from tokenizers import Regex, decoders, models, normalizers, trainers
 from tokenizers import Tokenizer as Model
 from tokenizers import pre_tokenizers as pre
@@ -14,7 +16,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from pipeline.data.text.tokenizer import END, Tokenizer, _ready, pretrained, train
 from pipeline.errors import MismatchError
-from pipeline.families.ffn_moe.export.gguf_file import Gguf, write_gguf
+from pipeline.families.ffn_moe.export.gguf_file import Experts, Gguf, write_gguf
 from pipeline.families.ffn_moe.export.gguf_sentencepiece import BYTES
 from pipeline.families.ffn_moe.export.gguf_tokenizer import LLAMA3, QWEN2, vocabulary
 from pipeline.protocols import quiet
@@ -47,6 +49,42 @@ def written(model, tokenizer: Tokenizer, folder: Path) -> list[str]:
     for name, text in tokenizer.stock_files(()).items():
         (folder / name).write_text(text)
     return write_gguf(folder / "x.gguf", Gguf("x", settings, tensors), words, None, quiet)
+
+
+@pytest.mark.parametrize("dtype", [None, "q8_0"])
+def test_of_a_layers_experts_one_is_there_at_a_time(dtype, tokenizer, tmp_path):
+    model = whole("qwen3", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64)
+    settings = model.config.to_dict()
+    trunk, first = {}, {}
+    for name, parameter in model.named_parameters():
+        (first if ".mlp." in name else trunk)[name] = parameter.detach()
+    read = []
+
+    def one(tensor: torch.Tensor) -> Streamed:
+        def copied() -> torch.Tensor:
+            assert all(earlier() is None for earlier in read), "one before it is still there"
+            made = tensor.clone()
+            read.append(weakref.ref(made))
+            return made
+
+        return Streamed(tuple(tensor.shape), tensor.dtype, copied)
+
+    each = [first, {name: -2 * tensor for name, tensor in first.items()}]
+    gates = {layer: Streamed.of(torch.ones(2, 32)) for layer in range(2)}
+    experts = Experts(tuple({n: one(t) for n, t in own.items()} for own in each), gates, 1)
+    streamed = {name: Streamed.of(tensor) for name, tensor in trunk.items()}
+    words = vocabulary(tokenizer, settings["vocab_size"], (), (tokenizer.end_id,))
+    write_gguf(tmp_path / "x.gguf", Gguf("x", settings, streamed, experts), words, dtype, quiet)
+    assert len(read) == 2 * len(first)
+    for tensor in GGUFReader(tmp_path / "x.gguf").tensors:
+        if tensor.name.endswith("ffn_down_exps.weight"):
+            layer = tensor.name.split(".")[1]
+            name = f"model.layers.{layer}.mlp.down_proj.weight"
+            wanted = torch.stack([own[name] for own in each]).numpy()
+            if dtype:
+                wanted = dequantize(quantize(wanted, tensor.tensor_type), tensor.tensor_type)
+            found = dequantize(tensor.data, tensor.tensor_type)
+            assert (found.reshape(wanted.shape) == wanted).all()
 
 
 def test_the_tokenizer_of_a_file_is_its_own_whatever_lies_beside_it(tokenizer, tmp_path):

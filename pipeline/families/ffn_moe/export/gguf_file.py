@@ -1,17 +1,18 @@
 """A model as a GGUF file, which llama.cpp and what is built on it load.
 
 Tensors come by the names of Hugging Face and are written one after another under llama.cpp's; of a
-mixture each layer's experts are one tensor. Checked against llama.cpp itself in the tests.
+mixture each layer's experts are one tensor, of which one expert's matrix is there at a time.
+Checked against llama.cpp itself in the tests.
 
 D model width, F feed-forward width, E experts, H heads, R rows of a projection (heads times their
 width).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -76,6 +77,42 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class _Stack(Streamed):
+    """A layer's matrices of all experts, as one tensor."""
+
+    each: tuple[Streamed, ...]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor's bytes as the file has them, made while they are written: to the library an
+    array."""
+
+    tensor: Streamed
+    kind: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        """How many they are."""
+        per_block, nbytes = GGML_QUANT_SIZES[self.kind]
+        return prod(self.tensor.shape) // per_block * nbytes
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write them."""
+        for tensor in self.tensor.each if isinstance(self.tensor, _Stack) else (self.tensor,):
+            self._write(tensor, file)
+
+    def _write(self, tensor: Streamed, file: BinaryIO) -> None:
+        # A function of its own, at whose end nothing of one matrix is left
+        if self.kind != GGMLQuantizationType.Q8_0:
+            file.write(raw_bytes(tensor.read().to(_TORCH[self.kind])))
+            return
+        # Some at a time: an embedding in fp32 is larger than all that is done with it
+        for some in tensor.read().flatten(0, -2).split(ROWS):
+            file.write(quantize(some.float().cpu().numpy(), self.kind).tobytes())
+
+
+@dataclass(frozen=True)
 class Gguf:
     """A model that is to be written."""
 
@@ -128,20 +165,21 @@ def _write_all(
     writer: GGUFWriter, named: Mapping[str, Streamed], dtype: str | None, progress: Progress
 ) -> None:
     """Write what a writer has been told, and the tensors."""
-    kinds = {}
+    packed = {}
     for name, tensor in named.items():
-        kinds[name] = _kind(name, tensor, dtype)
-        nbytes = _nbytes(tensor, kinds[name])
+        kind = _kind(name, tensor, dtype)
+        packed[name] = _Packed(tensor, kind)
         # The dtype of numpy counts where no kind is given, so any but bytes will do
         numpy_dtype = np.dtype("f4")
-        writer.add_tensor_info(name, tensor.shape, numpy_dtype, nbytes, raw_dtype=kinds[name])
+        nbytes = packed[name].nbytes
+        writer.add_tensor_info(name, tensor.shape, numpy_dtype, nbytes, raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (name, tensor) in enumerate(named.items()):
-            progress("writing the GGUF file", done / len(named))
-            writer.write_tensor_data(_packed(tensor, kinds[name]))
+        for done, content in enumerate(packed.values()):
+            progress("writing the GGUF file", done / len(packed))
+            writer.write_tensor_data(cast("np.ndarray", content))
     finally:
         writer.close()
 
@@ -154,21 +192,6 @@ def _kind(name: str, tensor: Streamed, dtype: str | None) -> GGMLQuantizationTyp
     if kind == GGMLQuantizationType.Q8_0 and tensor.shape[-1] % BLOCK:
         return GGMLQuantizationType.F16
     return kind
-
-
-def _nbytes(tensor: Streamed, kind: GGMLQuantizationType) -> int:
-    per_block, nbytes = GGML_QUANT_SIZES[kind]
-    return prod(tensor.shape) // per_block * nbytes
-
-
-def _packed(tensor: Streamed, kind: GGMLQuantizationType) -> np.ndarray:
-    """Return a tensor's bytes as the file has them."""
-    if kind == GGMLQuantizationType.Q8_0:
-        rows = tensor.read().flatten(0, -2).split(ROWS)
-        # Some at a time: an embedding in fp32 is larger than all that is done with it
-        return np.concatenate([quantize(some.float().cpu().numpy(), kind) for some in rows])
-    values = tensor.read().to(_TORCH[kind])
-    return np.frombuffer(raw_bytes(values), np.uint8)
 
 
 def _renamed(model: Gguf) -> dict[str, Streamed]:
@@ -214,21 +237,13 @@ def _stacked(settings: Mapping[str, Any], experts: Experts) -> dict[str, Streame
             own = f"model.layers.{layer}.mlp.{projection}.weight"
             each = [tensors[own] for tensors in experts.tensors]
             shape = (len(each), *each[0].shape)
-            stacked = Streamed(shape, widest(each), _stack(each, shape))
+            stacked = _Stack(shape, widest(each), _no_whole, tuple(each))
             out[f"blk.{layer}.{name}.weight"] = stacked
     return out
 
 
-def _stack(each: list[Streamed], shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    # A function of its own, as one of a loop would have the last layer's tensors
-    def read() -> torch.Tensor:
-        # Put in one after another, so that no second copy of all of them is there
-        stacked = torch.empty(shape, dtype=widest(each))
-        for place, tensor in zip(stacked, each, strict=True):
-            place.copy_(tensor.read())
-        return stacked
-
-    return read
+def _no_whole() -> torch.Tensor:
+    raise AssertionError("all experts of a layer are never read at once")
 
 
 def _describe(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, Streamed]:
