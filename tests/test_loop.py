@@ -363,6 +363,8 @@ def test_rates_and_peaks_of_a_killed_run_cover_all_attempts(tmp_path, monkeypatc
     assert phases == [10, 10, 10, 10]
     assert metrics["cpu_s"] == dict.fromkeys(("data", "forward", "backward", "optimizer"), 30)
     assert metrics["tokens_per_s"] == 10 * 8 * 4 / 40
+    # of the last attempt alone
+    assert metrics["first_step_s"] == 4
     assert (metrics["peak_mb"], metrics["host_peak_mb"]) == (3e9, 4e9)
 
 

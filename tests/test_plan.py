@@ -27,7 +27,7 @@ from pipeline.__main__ import main
 from pipeline.errors import CannotStart, PipelineError
 from pipeline.families.load import load
 from pipeline.protocols import quiet
-from pipeline.run import dry_run, stages
+from pipeline.run import dry_run, speeds, stages
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
 from tests import lora_small
@@ -321,7 +321,7 @@ def test_a_plan_measures_nothing_that_nobody_needs(finished, tmp_path, capsys, m
     # a few steps are all set-up: they tell no rate
     assert planned(path, store, capsys, "router.steps=9999")[0] == 0 and len(asked) == 1
     asked.clear()
-    monkeypatch.setattr(dry_run, "LEAST_TRAINED_S", 0.01)
+    monkeypatch.setattr(speeds, "LEAST_TRAINED_S", 0.001)
     # all is done; then a part is to do, on a machine that has finished some
     assert planned(path, store, capsys)[0] == 0 and asked == []
     assert planned(path, store, capsys, "router.steps=9999")[0] == 0 and asked == []

@@ -16,10 +16,11 @@ from statistics import median
 from ..config.machines import MachineConfig
 from ..config.run import JobKey, RunConfig
 from ..errors import CannotStart, ConfigError, MissingArtifact, PipelineError, StoreError
-from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, causes, plan, state_of, trained, why_of
+from ..run.dry_run import ASSUMED_MFU, DONE, STUCK, causes, plan, state_of, why_of
 from ..run.job import done
+from ..run.speeds import Speed, alike, speeds, typical
 from ..run.stages import Addresses, label
-from ..store.artifacts import Manifest, Store
+from ..store.artifacts import Store
 from ..store.costs import readable_costs
 from ..store.lineage import Lineage
 from ..train.flops import JobCost
@@ -97,7 +98,7 @@ def estimate(
     planned = {entry.address: entry for entry in entries}
     addresses = Addresses(cfg)
     lineage = Lineage(store)
-    finished_jobs = list(trained(store))
+    finished_jobs = list(speeds(store))
     timed = _timed(store)
     # Without the sizes of its model nothing is known of any training
     sizes_known = any(entry.job for entry in entries)
@@ -119,7 +120,8 @@ def estimate(
                 seconds = 0.0
             elif job is not None and job.flops is not None:
                 # What may turn out to be stale is counted: a limit on the cost has to hold
-                seconds = STARTUP_S + job.flops / _flops_per_s(machine, finished_jobs, prices)
+                rate = _flops_per_s(job, machine, finished_jobs, prices)
+                seconds = STARTUP_S + job.flops / rate
             elif not trains or (job is None and sizes_known):
                 seconds, assumed = _usual_s(stage, timed)
             usd_per_s = prices.usd_per_s(machine, cfg.modal.regions)
@@ -181,25 +183,21 @@ def _bytes(address: str, job: JobCost | None, trains: bool, dtype: str, store: S
 
 
 def _flops_per_s(
-    machine: MachineConfig, finished_jobs: Iterable[tuple[Manifest, float]], prices: Prices
+    job: JobCost, machine: MachineConfig, finished_jobs: Iterable[Speed], prices: Prices
 ) -> float:
-    """Return the median rate of finished jobs on such a machine, else a share of its peak."""
+    """Return what finished jobs like one reached on such a machine, else a share of its peak."""
+    there = [each for each in finished_jobs if _rate_on(machine, each)]
     rates = []
-    for manifest, rate in finished_jobs:
-        rate_there = _rate_on(machine, manifest, rate)
-        if rate_there:
-            rates.append(rate_there)
-    if not rates:
-        return ASSUMED_MFU * prices.flops_per_s(machine)
-    # The median: a job that was preempted, or shared its machine, is not the measure.
-    rates.sort()
-    return rates[len(rates) // 2]
+    for each in alike(there, job.flops_per_token, math.ceil(machine.cpu)):
+        rates.append(_rate_on(machine, each) or 0.0)
+    return typical(rates) or ASSUMED_MFU * prices.flops_per_s(machine)
 
 
-def _rate_on(machine: MachineConfig, manifest: Manifest, rate: float) -> float | None:
+def _rate_on(machine: MachineConfig, speed: Speed) -> float | None:
     """Return the operations per second that a job's rate is on such a machine, None when it was
     done on something else."""
-    found = manifest.made.get("machine") or {}
+    rate = speed.flops_per_s
+    found = speed.manifest.made.get("machine") or {}
     gpu = found.get("gpu") or ""
     if machine.gpu:
         return rate if is_kind(machine.gpu[0], gpu) else None

@@ -14,13 +14,14 @@ from ..errors import BudgetError, CannotStart, PipelineError, StoreError
 from ..families import family, stage_function
 from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
 from ..report.narrow import print_table
-from ..store.artifacts import Manifest, Reader, Store
+from ..store.artifacts import Reader, Store
 from ..store.lineage import Lineage
 from ..store.model_sources import on_this_machine
 from ..store.removed import removed, told_removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .identity import FROZEN, since_made
+from .speeds import Speed, alike, speeds, typical
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -28,9 +29,6 @@ ASSUMED_MFU = 0.3
 STUCK = "this run cannot start as it is"
 UNSURE = "done?"  # made on what is not there: it shows when that is made again
 DONE = ("done", UNSURE)  # such a job reads nothing any more
-# Of a demo's jobs those of 5 s and more reached their final rate within 40 %, those of the smallest
-# tests, .07 to .35 s, a fifteenth of the others' (Nov 2026): they are all set-up
-LEAST_TRAINED_S = 5.0
 Cause = tuple[PipelineError, list[str]]  # an error, and the names of the jobs that it keeps
 
 
@@ -182,35 +180,15 @@ def why_of(address: str, state: str, lineage: Lineage) -> str:
     return ""
 
 
-def trained(store: Store) -> Iterator[tuple[Manifest, float]]:
-    """Yield the finished trainings that were long enough to tell a rate, with their operations per
-    second."""
-    for address in store.addresses():
-        try:
-            if not store.has(address):
-                continue
-            manifest = store.manifest(address)
-        except StoreError:
-            # No part of this run, or its own job says so
-            continue
-        metrics = manifest.metrics
-        if metrics.get("training_s", 0.0) >= LEAST_TRAINED_S:
-            yield manifest, metrics["tokens_per_s"] * metrics["flops_per_token"]
-
-
-def _flops_per_s(store: Store, bf16: bool) -> float:
-    """Return the rate this machine's finished jobs reached, else a share of its matrix-product
-    rate."""
+def _of_this_machine(store: Store) -> list[Speed]:
+    """Return the speeds of trainings that were finished on a machine like this."""
     here = (cpu_name(), gpu_name())
-    rates = []
-    for manifest, rate in trained(store):
-        machine = manifest.made.get("machine", {})
+    out = []
+    for each in speeds(store):
+        machine = each.manifest.made.get("machine", {})
         if (machine.get("cpu"), machine.get("gpu")) == here:
-            rates.append(rate)
-    # The median: a job that shared the machine says little of the next
-    if rates:
-        return sorted(rates)[len(rates) // 2]
-    return ASSUMED_MFU * product_flops_per_s(bf16)
+            out.append(each)
+    return out
 
 
 def show_plan(
@@ -279,16 +257,25 @@ def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
 def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float]:
     """Return how long jobs will take here, by address; those that nobody can tell are left out."""
     seconds = {}
-    rate = 0.0
+    known: list[Speed] | None = None
+    probed = 0.0
+    threads = cfg.runtime.most_threads(cores())
     for entry in entries:
-        if entry.job is None or entry.job.flops is None:
+        job = entry.job
+        if job is None or job.flops is None:
             continue
         seconds[entry.address] = 0.0
         if entry.state == "done":
             continue
         # Only what is still to do needs a rate, and measuring one takes a moment
-        rate = rate or _flops_per_s(store, Addresses(cfg).cfg.dtype == "bf16")
-        seconds[entry.address] = entry.job.flops / rate
+        if known is None:
+            known = _of_this_machine(store)
+        told = alike(known, job.flops_per_token, threads)
+        rate = typical([each.flops_per_s for each in told]) or probed
+        if not rate:
+            probed = ASSUMED_MFU * product_flops_per_s(Addresses(cfg).cfg.dtype == "bf16")
+            rate = probed
+        seconds[entry.address] = job.flops / rate
     return seconds
 
 

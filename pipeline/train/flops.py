@@ -209,6 +209,8 @@ class JobCost:
     peak_bytes: int
     summary: str = ""  # how it will run
     mapped_bytes: int = 0  # of the peak, pages of files: the kernel drops them when memory is short
+    # 0: unknown. Jobs are alike by it; of one that trains nothing it is that of a forward pass
+    flops_per_token: float = 0.0
 
     @classmethod
     def of(
@@ -227,4 +229,5 @@ class JobCost:
         """Return the cost of a job of `tokens` tokens (None: not known yet) that trains
         `parameters` numbers and runs as planned; beside_flops are of passes that train nothing."""
         flops = None if tokens is None else tokens * flops_per_token + beside_flops
-        return cls(stage, item, tokens, parameters, flops, peak_bytes, plan.summary, mapped_bytes)
+        told = (plan.summary, mapped_bytes, flops_per_token)
+        return cls(stage, item, tokens, parameters, flops, peak_bytes, *told)

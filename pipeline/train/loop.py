@@ -143,9 +143,10 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     parameters, in fp32.
 
     Returns metrics: steps, tokens, train_nats, valid_nats, best_step, seconds and their breakdown,
-    cpu_s (processor seconds of steps by phase, of all threads), tokens_per_s, peak_mb; rates and
-    peaks are of all attempts. Raises NotFiniteError, Interrupted after saving, DiskFull,
-    UnreadableFile, OtherCheckpoint, and PipelineError when nothing was trained.
+    first_step_s (of the last attempt), cpu_s (processor seconds of steps by phase, of all threads),
+    tokens_per_s, peak_mb; rates and peaks are of all attempts. Raises NotFiniteError, Interrupted
+    after saving, DiskFull, UnreadableFile, OtherCheckpoint, and PipelineError when nothing was
+    trained.
     """
     _check_trainable(task, io)
     opts = task.options
@@ -258,7 +259,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     optimizer.restore_fp32()
     if opts.keep == "best":
         load_best(io.slots, task, run)
-    return _metrics(run, task, plan, io.peak)
+    return _metrics(run, task, plan, io.peak) | {"first_step_s": clock.first_step_s}
 
 
 def _evaluate_if_due(

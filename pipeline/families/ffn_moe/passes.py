@@ -97,9 +97,9 @@ def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     flops = cfg.trunk.eval_tokens * shape.forward_flops_per_token()
     flops += statistics_flops(shape, cfg.trunk.statistics_tokens)
     peak = stack.model_bytes + sums + forward_bytes(stack, batch, False)
-    return JobCost(
-        "train_shared", None, 0, 0, flops, peak, "pinned, not trained", stack.model_bytes
-    )
+    told = "pinned, not trained"
+    once = shape.forward_flops_per_token()
+    return JobCost("train_shared", None, 0, 0, flops, peak, told, stack.model_bytes, once)
 
 
 def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
@@ -142,4 +142,5 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     if stack.expert is not None and stack.expert.rank:
         # The mean of deltas holds all their factors once more, and what runs in bf16 is cast
         peak += own * stack.expert_bytes * 3 // 2
-    return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped)
+    once = stack.shape.forward_flops_per_token()
+    return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped, once)

@@ -1,0 +1,98 @@
+"""How fast finished trainings were, which the time of others is told from."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import StoreError
+from ..store.artifacts import Manifest, Store
+
+# Of a demo's jobs those of 5 s and more reached their final rate within 40 %, those of the smallest
+# tests, .07 to .35 s, a fifteenth of the others' (Nov 2026): they are all set-up
+LEAST_TRAINED_S = 5.0
+# and steps, of trainings that did not note how long their first one took
+LEAST_STEPS = 10
+# Operations a token of models that are about as large: from a forward pass to a whole training are
+# three of them
+NEAR = 4.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one finished training was, once it had started."""
+
+    manifest: Manifest
+    flops_per_s: float
+    seconds: float  # of the steps that tell it
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of a token: the same for trainings that move the same of one model."""
+        found: float = self.manifest.metrics["flops_per_token"]
+        return found
+
+    @property
+    def threads(self) -> int | None:
+        """Processor threads that it had."""
+        found: int | None = self.manifest.made.get("machine", {}).get("threads")
+        return found
+
+
+def speeds(store: Store) -> Iterator[Speed]:
+    """Yield the speeds of the finished trainings that were long enough to tell one."""
+    for address in store.addresses():
+        try:
+            if not store.has(address):
+                continue
+            manifest = store.manifest(address)
+        except StoreError:
+            # No part of this run, or its own job says so
+            continue
+        found = _speed(manifest)
+        if found is not None and found.seconds >= LEAST_TRAINED_S:
+            yield found
+
+
+def _speed(manifest: Manifest) -> Speed | None:
+    """Return the speed of a training without its first step, in which files are read and kernels
+    are made; None of what is no training, or had no other step."""
+    metrics = manifest.metrics
+    seconds = metrics.get("training_s", 0.0)
+    # a search for a rate counts none: it is several short trainings
+    steps = metrics.get("steps", LEAST_STEPS)
+    if not seconds:
+        return None
+    tokens = metrics["tokens_per_s"] * seconds
+    first_s = metrics.get("first_step_s", 0.0)
+    if first_s:
+        tokens *= (steps - 1) / steps
+        seconds -= first_s
+    elif steps < LEAST_STEPS:
+        return None
+    if tokens <= 0 or seconds <= 0:
+        return None
+    return Speed(manifest, tokens * metrics["flops_per_token"] / seconds, seconds)
+
+
+def alike(found: Iterable[Speed], flops_per_token: float, threads: int) -> list[Speed]:
+    """Return the speeds that tell most of a job: of the same operations a token and as many
+    threads, else of a model about as large with as many, and only then whatever its threads."""
+    known = list(found)
+    same = [each for each in known if each.threads == threads]
+    for some in (same, known):
+        for least, most in ((1 - 1e-9, 1 + 1e-9), (1 / NEAR, NEAR)):
+            near = []
+            for each in some:
+                if least * flops_per_token <= each.flops_per_token <= most * flops_per_token:
+                    near.append(each)
+            if near:
+                return near
+    return same or known
+
+
+def typical(rates: Sequence[float]) -> float | None:
+    """Return the median of rates, of two in the middle the higher one; None where there are none.
+
+    The median, as a job that was preempted or shared its machine says little of the next, and is
+    slower than it would have been.
+    """
+    return sorted(rates)[len(rates) // 2] if rates else None
