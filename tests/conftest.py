@@ -34,6 +34,8 @@ import pytest  # noqa: E402
 from rich.console import Console  # noqa: E402
 from yaml_text import yaml_text  # noqa: E402
 
+from pipeline import hardware  # noqa: E402
+
 LONGEST = (
     "test_modal_loopback",
     "test_backend",
@@ -60,6 +62,17 @@ def _one_thread():
     """Keep torch on one thread, in tests that have imported it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+measured_rate = hardware._best_rate  # for a test of the measuring itself
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_measuring():
+    """No training or plan in this process measures the machine, which takes 0.2 s each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "_best_rate", lambda *_: 1e9)
+        yield
 
 
 @pytest.fixture

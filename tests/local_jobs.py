@@ -6,7 +6,6 @@ import pytest
 from pipeline.protocols import quiet
 from pipeline.run.backend import Local
 from pipeline.run.job import run_job
-from pipeline.train import loop
 
 
 def in_this_process(local, stage, cfg, items):
@@ -18,8 +17,7 @@ def in_this_process(local, stage, cfg, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """In a module that takes it: commands do their jobs here, and none measures this machine."""
+    """In a module that takes it: commands do their jobs here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Local, "run_jobs", in_this_process)
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
         yield

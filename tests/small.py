@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 from fakes import FakeRecorder, FolderParts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -21,7 +20,6 @@ from pipeline.families.ffn_moe import family
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.store.artifacts import save_tensors
-from pipeline.train import loop as training
 from pipeline.train.loop import NoTraining, TrainIO, fit
 
 DOMAINS = ("alpha", "beta", "gamma")
@@ -67,14 +65,6 @@ def config(**changes) -> FfnMoeConfig:
             value = {part: value}
         raw = merge(raw, value)
     return FfnMoeConfig.model_validate(raw)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_measuring():
-    """In a module that takes it: no training measures this machine, as it would for seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "product_flops_per_s", lambda _bf16: 1e9)
-        yield
 
 
 def write_shards(root: Path, domains=DOMAINS, vocab_size=VOCAB, documents=30) -> list[Path]:
@@ -179,10 +169,8 @@ def run(cfg: FfnMoeConfig, root: Path, baselines: bool = True) -> FolderParts:
 _TRAINED: list[FolderParts] = []
 
 
-def trained(patch, root: Path) -> FolderParts:
-    """Return a whole run with every dense baseline, without the measuring of the machine that fit
-    ends with."""
-    patch.setattr(training, "product_flops_per_s", lambda _bf16: 1e9)
+def trained(root: Path) -> FolderParts:
+    """Return a whole run with every dense baseline."""
     if not _TRAINED:
         cfg = config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))
         _TRAINED.append(run(cfg, root.with_name("original")))

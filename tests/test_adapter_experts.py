@@ -49,7 +49,6 @@ from tests.test_pins import saved
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-no_measuring = small.no_measuring  # a fixture
 TAUGHT = ("alpha", "beta")
 PROMPT = 4
 ADAPTER = {

@@ -127,8 +127,7 @@ def test_label_logits_are_the_whole_models_last_ones_whatever_the_padding(parts)
         torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_what_the_router_leaves_is_an_adapter_and_its_calibration(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
+def test_what_the_router_leaves_is_an_adapter_and_its_calibration(parts, tmp_path):
     run = lora_small.train(parts, "router", slots=tmp_path)
     about, raw = run.files["adapter.json"], run.files["calibration.json"]
     assert about["labels"] == raw["labels"] == [["color", "A"], ["dots", "B"]]

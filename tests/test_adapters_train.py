@@ -33,12 +33,6 @@ from pipeline.train import loop
 from pipeline.train.loop import fit
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Leave out the measuring of the machine that fit ends with."""
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Data and base of a run; read it, never change it."""

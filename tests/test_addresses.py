@@ -289,7 +289,6 @@ def planned(cfg, store, monkeypatch):
     )
     fake = SimpleNamespace(cost=lambda *_: costs, preflight=lambda *_: [])
     monkeypatch.setattr(dry_run, "family", lambda _name: fake)
-    monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
     here, far = (Console(file=io.StringIO(), width=300) for _ in range(2))
     dry_run.show_plan(cfg, store, here)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,6 @@ from benchmarks.measuring import SIZES, Contender, Job
 from benchmarks.peers import nanogpt, ours, plain, tokens
 from benchmarks.peers.__main__ import work
 from benchmarks.watching import Watch
-from pipeline.train import loop as train
 
 TOY = SIZES["toy"]
 
@@ -35,11 +34,6 @@ def job(tmp_path_factory):
     )
     assert ours.prepare(made) == 3
     return made
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.mark.parametrize("task", ["trunk", "expert", "router"])

@@ -21,7 +21,6 @@ from pipeline.families.adapters.build import train_tokenizer
 from pipeline.metrics.language import Documents, Scores
 from pipeline.protocols import quiet
 from pipeline.run.job import run_job
-from pipeline.train import loop
 
 DOMAINS = ("wiki", "legal", "drama")
 TAUGHT = ("legal", "drama")
@@ -100,7 +99,6 @@ class Here(Runner):
 @pytest.fixture
 def command(inputs, tmp_path, monkeypatch):
     """The arguments of a run in this process."""
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
     # in a process of all these tests it takes longer than anything else here
     monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.setattr(real_model, "Runner", Here)

@@ -31,16 +31,10 @@ from pipeline.run.job import run_job
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, inventory
 from pipeline.store.versions import served_folder
-from pipeline.train import loop
 from tests import small
 from tests.test_parity import made
 
 IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def bundle_of(cfg, parts, folder: Path, model: Tokenizer | None = None) -> Path:

@@ -35,15 +35,8 @@ FORMS = {
 @pytest.fixture(scope="module", params=FORMS)
 def made(request, tmp_path_factory):
     """A whole small run of one form."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        cfg = small.config(**FORMS[request.param])
-        return small.run(cfg, tmp_path_factory.mktemp("forms") / "run")
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    cfg = small.config(**FORMS[request.param])
+    return small.run(cfg, tmp_path_factory.mktemp("forms") / "run")
 
 
 def layers_of(cfg) -> tuple[int, ...]:

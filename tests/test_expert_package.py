@@ -35,7 +35,6 @@ from pipeline.store.reading import sealed
 from tests import small
 from tests.test_trunk import whole
 
-no_measuring = small.no_measuring  # a fixture
 FORMS = {"full": {}, "low_rank": {"expert__form": "low_rank", "expert__rank": 2}}
 LAST = {"expert__layers": "last:1"}
 TEXT = " ".join(documents("sea", 60))

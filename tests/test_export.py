@@ -30,7 +30,6 @@ from pipeline.model.experts import from_tensors
 from pipeline.model.low_rank import average
 from pipeline.protocols import quiet
 from pipeline.store import bundle
-from pipeline.train import loop
 from tests import small
 from tests.cards import example_of, printed
 from tests.small_reports import language_report, quality_row
@@ -40,11 +39,6 @@ TEXTS = [text for domain in ("sea", "shop", "hall") for text in documents(domain
 DOMAINS = {3: small.DOMAINS, 5: ("a", "b", "c", "d", "e")}
 EXACT = 1e-5
 RELATIVE = 1e-3  # of perplexity, against llama.cpp
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +244,7 @@ def test_every_format_computes_what_the_run_computes(case, tokenizer, tmp_path):
 def small_run(tokenizer, tmp_path_factory):
     """(configuration, parts) of a run with a report; read it, never change it."""
     root = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        cfg, parts = made(root, tokenizer, "qwen3", True, trunk__d_model=32, trunk__d_ff=32)
+    cfg, parts = made(root, tokenizer, "qwen3", True, trunk__d_model=32, trunk__d_ff=32)
     parts.new("evaluate")
     rows = [quality_row("alpha", "expert", 2.0), quality_row("weight soup", "merge", 1.5)]
     report = language_report(quality=rows)

@@ -24,8 +24,7 @@ from tests import small
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One whole small run with every dense baseline."""
-    with pytest.MonkeyPatch.context() as patch:
-        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+    return small.trained(tmp_path_factory.mktemp("run") / "run")
 
 
 def test_dense_baselines_see_the_tokens_they_promise(trained):

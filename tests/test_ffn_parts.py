@@ -18,7 +18,6 @@ from pipeline.families.ffn_moe import cost
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.store.artifacts import load_tensors
-from pipeline.train import loop
 from pipeline.train.loop import fit
 from pipeline.train.memory_plan import FAST_TOKENS
 from tests import small
@@ -38,15 +37,8 @@ needs_linux = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
     """One whole small run in bf16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        cfg = small.config(dtype="bf16", dense__baselines=("total", "ffn"))
-        return small.run(cfg, tmp_path_factory.mktemp("bf16") / "run")
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+    cfg = small.config(dtype="bf16", dense__baselines=("total", "ffn"))
+    return small.run(cfg, tmp_path_factory.mktemp("bf16") / "run")
 
 
 def made(parts, stage: str):
@@ -177,8 +169,7 @@ def test_a_gate_beside_an_expert_stays_fp32(rounded):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One whole small run in fp32."""
-    with pytest.MonkeyPatch.context() as patch:
-        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+    return small.trained(tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.mark.parametrize(

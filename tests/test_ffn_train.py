@@ -31,16 +31,10 @@ from tests import small
 from tests.test_trunk import whole
 
 
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One whole small run with every dense baseline."""
-    with pytest.MonkeyPatch.context() as patch:
-        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+    return small.trained(tmp_path_factory.mktemp("run") / "run")
 
 
 def ids_of(task) -> torch.Tensor:

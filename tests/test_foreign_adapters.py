@@ -38,7 +38,6 @@ from tests.test_expert_package import header_of, with_header
 
 # peft asks transformers in a way that it is leaving
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-no_measuring = small.no_measuring  # a fixture
 GUEST = "beta"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER = {

@@ -34,11 +34,6 @@ WINDOWS = 235  # of 8 tokens in the training text of all three domains
 ENDS = [7, 15, 22, 29]
 
 
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Token shards and nothing else: a joint training reads no trunk."""
@@ -197,11 +192,9 @@ REGULARISED = {
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory):
     """An undisturbed training of each model, by its name, with everything that is drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        folder = tmp_path_factory.mktemp("whole")
-        cfg = config(**REGULARISED)
-        return {item: fitted(cfg, shards, item, folder / item) for item in MODELS}
+    folder = tmp_path_factory.mktemp("whole")
+    cfg = config(**REGULARISED)
+    return {item: fitted(cfg, shards, item, folder / item) for item in MODELS}
 
 
 @pytest.mark.parametrize("item", MODELS)
@@ -445,8 +438,7 @@ def test_a_budget_holds_or_is_refused(shards):
 
 
 def test_reports_show_joint_models_beside_the_stack(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        parts = small.trained(patch, tmp_path / "run")
+    parts = small.trained(tmp_path / "run")
     cfg = config(steps=2, epochs=None, top_k=2)
     parts = FolderParts(cfg, parts.root, parts.metrics)
     for item in MODELS:

@@ -66,7 +66,6 @@ class World:
         monkeypatch.setattr(job, "_work", self._work)
         monkeypatch.setattr(backend.Local, "run_jobs", self._run_jobs)
         monkeypatch.setattr(dry_run, "family", lambda _name: _NoCosts)
-        monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
         # what is flushed here is gone with the test
         monkeypatch.setattr(os, "fsync", lambda _handle: None)
         self.addresses = stages.Addresses(cfg)

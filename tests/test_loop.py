@@ -21,9 +21,7 @@ from pipeline.train.optimizer import AdamW
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: the machine's rate, and waiting for the
-    disk."""
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
+    """Leave out what costs time and decides nothing here: waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

@@ -14,14 +14,8 @@ from benchmarks import routing_text, vlm_2b, vlm_mixed, vlm_real
 from pipeline.families.adapters.base import count_parameters
 from pipeline.families.load import parse
 from pipeline.protocols import quiet
-from pipeline.train import loop
 
 WORDS = {"travel": "flight hotel visa trip", "work": "meeting report payday boss"}
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.families.lora_vlm import family
 from pipeline.families.lora_vlm.config import LoraVlmConfig, VlmAdapterConfig
 from pipeline.protocols import quiet
-from pipeline.train import loop
 from tests import small_stack
 from tests.small_settings import JSONL, NOBODY, OTHERS, PRODUCTS, product, run_of, written
 from tests.test_settings import ON_MODAL, settings
@@ -272,11 +271,6 @@ def test_the_tests_that_show_a_setting_exist():
     for place in SHOWN.values():
         file, test = place.split("::")
         assert f"def {test}(" in (TESTS / file).read_text("utf-8"), place
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 @pytest.fixture(scope="module")

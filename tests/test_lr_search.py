@@ -26,15 +26,13 @@ from pipeline.run.job import run_job
 from pipeline.run.stages import RUN, Addresses, label
 from pipeline.store.artifacts import Store
 from pipeline.store.history import read
-from pipeline.train import loop
 from pipeline.train import lr_search as lr_searching
 from pipeline.train.lr_search import FOUND, MOST_RATES, Search, rate_of, rung_of, search
 from tests import small
 
 
 @pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
+def _quick(monkeypatch):
     # In a process of all these tests it takes longer than anything else here
     monkeypatch.setattr(lr_searching, "gc", SimpleNamespace(collect=lambda: 0))
 
@@ -42,8 +40,7 @@ def _no_measuring(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """One whole small run with every dense baseline."""
-    with pytest.MonkeyPatch.context() as patch:
-        return small.trained(patch, tmp_path_factory.mktemp("run") / "run")
+    return small.trained(tmp_path_factory.mktemp("run") / "run")
 
 
 def judged(loss_at, middle, notes=None, before=-math.inf):

@@ -38,7 +38,6 @@ needs_glibc = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Leave out what costs time and decides nothing here, and what would stay in this process."""
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     monkeypatch.setattr("pipeline.train.loop.set_malloc_thresholds", lambda *_bytes: None)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 

@@ -24,17 +24,11 @@ from pipeline.families.ffn_moe import train as ffn_moe
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.trunk import open_dense
-from pipeline.train import loop
 from tests import small
 from tests.test_trunk import whole
 
 IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manual_seed(1))
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def made(tmp_path, kind: str, tied: bool, **changes):

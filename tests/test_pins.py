@@ -22,7 +22,6 @@ from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.gguf_reading import GgufTensors
 from pipeline.store.artifacts import sha256
 from pipeline.store.model_sources import find
-from pipeline.train import loop
 from tests import small
 from tests.test_bundle import IDS_BT as BUNDLE_IDS_BT
 from tests.test_bundle import bundle_of
@@ -31,11 +30,6 @@ from tests.test_parity import whole
 
 IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manual_seed(1))
 PINNED = {"pin.json", "trunk.json", "statistics.safetensors"}
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def saved(folder: Path, kind: str = "llama", dtype=torch.bfloat16, **changes) -> Path:
@@ -54,10 +48,8 @@ def pinned(source: Path, **changes):
 def run(tmp_path_factory):
     """A whole run on a pinned bf16 model in several files; read it, never change it."""
     root = tmp_path_factory.mktemp("pinned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        cfg = pinned(saved(root / "model"), dense__baselines=("total", "ffn"))
-        return small.run(cfg, root / "run")
+    cfg = pinned(saved(root / "model"), dense__baselines=("total", "ffn"))
+    return small.run(cfg, root / "run")
 
 
 def nats(trunk, ffn) -> torch.Tensor:

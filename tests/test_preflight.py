@@ -262,7 +262,6 @@ def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
     whole("llama", attention_bias=True).save_pretrained(folder)
     cfg = config("ffn_moe", str(folder))
     console = Console(record=True, width=200)
-    monkeypatch.setattr(dry_run, "product_flops_per_s", lambda _bf16: 1e9)
     dry_run.show_plan(cfg, Store(tmp_path / "store"), console)
     assert "note: trunk.init: the trunk (llama) has attention_bias" in console.export_text()
     said = []

@@ -40,11 +40,6 @@ RUNTIME = {"threads": 1, "save_every_s": 1e-9}
 KILLED_BEFORE = (5, 4)  # step, of the first expert and of the second
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
-
-
 @dataclass
 class Half:
     """A store in which two experts were killed half-way, and what both come to."""

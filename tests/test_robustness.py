@@ -121,7 +121,6 @@ def disk(_audited, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(safetensors.torch, "save_file", save)
-    monkeypatch.setattr("pipeline.train.loop.product_flops_per_s", lambda bf16: 1e9)
     yield _audited
     _audited.root = None
     assert fsync is not os.fsync

@@ -47,14 +47,10 @@ LABELS = ("a", "b")
 def trained(tmp_path_factory):
     """One whole small run, and beside it a checkpoint, a tokenizer and documents."""
     root = tmp_path_factory.mktemp("settings")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
-        parts = small.run(
-            small.config(
-                expert__coordinate=True, dense__baselines=("path",), joint__models=("moe",)
-            ),
-            root / "run",
-        )
+    parts = small.run(
+        small.config(expert__coordinate=True, dense__baselines=("path",), joint__models=("moe",)),
+        root / "run",
+    )
     tokenizers.train(270, ["a text that goes on"]).save(root / "run" / "tokenizer")
     whole(vocab_size=small.VOCAB).save_pretrained(root / "checkpoint")
     _write_tokenizer(root / "tokenizer")
@@ -64,11 +60,6 @@ def trained(tmp_path_factory):
         paragraphs = [" ".join(f"{label}{i * k % 97}" for k in range(60)) for i in range(200)]
         (root / f"{label}.txt").write_text("\n\n".join(paragraphs))
     return parts
-
-
-@pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-    monkeypatch.setattr(loop, "product_flops_per_s", lambda _bf16: 1e9)
 
 
 def _write_tokenizer(folder) -> None:
