@@ -20,6 +20,7 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
+from tests.loopback_modal.bytecode import Copies, cached, with_bytecode
 from tests.loopback_modal.nursery import Nursery, of_imports
 from tests.loopback_modal.plane import Plane, Result
 from tests.loopback_modal.records import App, Function, Task, wake
@@ -44,6 +45,7 @@ class Containers:
         self.plane, self.serve = plane, serve
         plane.launch = self.launch
         self._nurseries: dict[frozenset, asyncio.Future[Nursery]] = {}
+        self._copies: dict[tuple[str, ...], asyncio.Future[Copies]] = {}  # by their mounts' ids
 
     async def launch(self, task: Task) -> None:
         """Run a container from start to end."""
@@ -84,21 +86,28 @@ class Containers:
         (socket / "arguments").write_bytes(self._arguments(task))
         url = await self.serve(task, socket / "api")
         variables, cwd = self._variables(task, socket, url)
-        copies = [
-            [str(self.plane.blobs / file.sha256_hex), file.filename, file.mode]
-            for mount in definition.mount_ids
-            for file in self.plane.mounts[mount]
-        ]
         spec = {
             "work": str(self.plane.made("tasks", task.id, "ns")),
             "mode": self.plane.isolation,
-            "copies": copies,
+            "copies": await self._code(tuple(definition.mount_ids)),
             "mounts": [[str(socket), str(socket)], *await self._views(task, folder)],
             "cwd": cwd,
             "env": variables,
             "argv": [sys.executable, "-m", "modal._container_entrypoint"],
         }
         return self._plain(spec, folder) if self.plane.isolation == "plain" else spec
+
+    async def _code(self, mounts: tuple[str, ...]) -> Copies:
+        """Return the files of code mounts, and their bytecode; the first container waits for it."""
+        if mounts not in self._copies:
+            copies = [
+                [str(self.plane.blobs / file.sha256_hex), file.filename, file.mode]
+                for mount in mounts
+                for file in self.plane.mounts[mount]
+            ]
+            making = asyncio.to_thread(with_bytecode, copies, cached())
+            self._copies[mounts] = asyncio.ensure_future(making)
+        return await self._copies[mounts]
 
     def _arguments(self, task: Task) -> bytes:
         function = task.function

@@ -7,6 +7,7 @@ number: on it come a spec's path (see namespace.py) and two pipes, and go pids a
 """
 
 import asyncio
+import gc
 import importlib
 import json
 import os
@@ -203,6 +204,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in LIBRARIES:
         importlib.import_module(name)
+    # A container that collects would look through all of it, and so have a copy of its own
+    gc.freeze()
     spec = _serve(socket.socket(fileno=int(sys.argv[1])))
     if spec is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
