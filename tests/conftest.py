@@ -4,6 +4,7 @@ The variables are set before any test module is imported, because libraries read
 import.
 """
 
+import gc
 import json
 import os
 import random
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def pytest_collection_finish():
+    """Leave what was imported out of every later collection of garbage: jobs that run in this
+    process collect when they end, and looked through the modules of all tests each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Keep torch on one thread, in tests that have imported it."""
@@ -68,10 +76,13 @@ measured_rate = hardware._best_rate  # for a test of the measuring itself
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_measuring():
-    """No training or plan in this process measures the machine, which takes 0.2 s each time."""
+def _quick():
+    """Leave out of this process what costs time and decides nothing here: the machine's rate, which
+    takes 0.2 s after each training and at each plan, and waiting for the disk. Commands that are
+    processes of their own do both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "_best_rate", lambda *_: 1e9)
+        patch.setattr(os, "fsync", lambda _handle: None)
         yield
 
 

@@ -61,12 +61,6 @@ DAMAGE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture
 def stopped(tmp_path):
     """Folder of a run that was killed before step 7: one slot holds step 6, the other 7; and what
@@ -527,15 +521,12 @@ def test_no_copy_of_the_best_state_is_held(tmp_path):
     gc.collect()
     # what other tests left behind may go at any time, and looking through it takes seconds
     gc.freeze()
-    try:
-        for keep in ("best", "last"):
-            task, _ = falling(keep=keep, noisy=False)
-            counts[keep] = []
-            seen = replace(task, after_step=lambda keep=keep: counts[keep].append(alive()) or {})
-            fit(seen, train_io(tmp_path / keep, save_every_s=1e9))
-            del task, seen
-    finally:
-        gc.unfreeze()
+    for keep in ("best", "last"):
+        task, _ = falling(keep=keep, noisy=False)
+        counts[keep] = []
+        seen = replace(task, after_step=lambda keep=keep: counts[keep].append(alive()) or {})
+        fit(seen, train_io(tmp_path / keep, save_every_s=1e9))
+        del task, seen
     assert counts["best"] == counts["last"] and len(counts["best"]) == 10
     assert json.loads(json.dumps(asdict(TrainState()))) == asdict(TrainState())
 

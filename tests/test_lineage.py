@@ -7,7 +7,6 @@ from its inputs and from what a test calls the weather.
 
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -66,8 +65,6 @@ class World:
         monkeypatch.setattr(job, "_work", self._work)
         monkeypatch.setattr(backend.Local, "run_jobs", self._run_jobs)
         monkeypatch.setattr(dry_run, "family", lambda _name: _NoCosts)
-        # what is flushed here is gone with the test
-        monkeypatch.setattr(os, "fsync", lambda _handle: None)
         self.addresses = stages.Addresses(cfg)
 
     def _work(self, context):

@@ -19,12 +19,6 @@ from pipeline.train.loop import fit, lr_at
 from pipeline.train.optimizer import AdamW
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 def trained(folder, task=None, **options):
     task = task or small_task(**options)
     metrics = fit(task, train_io(folder))

@@ -36,10 +36,9 @@ needs_glibc = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here, and what would stay in this process."""
+def _own_allocator(monkeypatch):
+    """Leave out what would stay in this process."""
     monkeypatch.setattr("pipeline.train.loop.set_malloc_thresholds", lambda *_bytes: None)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def filled(size_mb: int) -> bytearray:

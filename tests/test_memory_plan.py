@@ -1,7 +1,6 @@
 """The memory plan of a training: which is chosen under a budget, and that none changes what is
 computed."""
 
-import os
 import re
 from dataclasses import replace
 
@@ -26,12 +25,6 @@ from pipeline.train.memory_plan import (
 )
 
 MB = 10**6
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Leave out what costs time and decides nothing here: waiting for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)
