@@ -52,9 +52,25 @@ def run_of(root: Path, tokenizer, **changes) -> FolderParts:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer):
-    """A run with one expert trained; read it, never change it."""
-    return run_of(tmp_path_factory.mktemp("packages") / "run", tokenizer)
+def runs(tmp_path_factory, tokenizer):
+    """What returns a run with one expert trained, by what it changes of the settings; read it,
+    never change it."""
+    made = {}
+
+    def run(**changes):
+        if repr(changes) not in made:
+            made[repr(changes)] = run_of(
+                tmp_path_factory.mktemp("run") / "run", tokenizer, **changes
+            )
+        return made[repr(changes)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    """The run that changes none."""
+    return runs()
 
 
 def packed(parts: FolderParts, folder: Path, **wish) -> Path:
@@ -97,8 +113,8 @@ def resealed(package: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("changes", [*FORMS.values(), LAST, FORMS["low_rank"] | LAST])
-def test_what_was_packed_is_imported_bit_for_bit(tmp_path, tokenizer, changes):
-    parts = run_of(tmp_path / "run", tokenizer, **changes)
+def test_what_was_packed_is_imported_bit_for_bit(runs, tmp_path, changes):
+    parts = runs(**changes)
     package = packed(parts, tmp_path / "package", licence="CC0")
     assert {path.name for path in package.iterdir()} == {
         "expert.json",
@@ -414,7 +430,7 @@ def test_a_package_over_the_limit_is_refused_before_it_is_read(run, package, tmp
     refused(run, package, tmp_path / "other", words, expert__imported_bytes="1MB")
 
 
-def test_an_expert_of_another_run_is_refused_by_what_differs(run, tmp_path, tokenizer):
+def test_an_expert_of_another_run_is_refused_by_what_differs(runs, run, tmp_path):
     cases = {
         "trained on another trunk": {"trunk__lr": 0.02},
         "another statistics_path, base, than the experts here, own": {
@@ -424,8 +440,7 @@ def test_an_expert_of_another_run_is_refused_by_what_differs(run, tmp_path, toke
         "another layers, [1], than the experts here, [0, 1]": LAST,
     }
     for number, (words, changes) in enumerate(cases.items()):
-        other = run_of(tmp_path / f"other{number}", tokenizer, **changes)
-        package = packed(other, tmp_path / f"package{number}")
+        package = packed(runs(**changes), tmp_path / f"package{number}")
         refused(run, package, tmp_path / f"run{number}", words, MismatchError)
     package = packed(run, tmp_path / "package")
     resealed(package, tokenizer="0" * 64)
