@@ -1,6 +1,8 @@
 """Every command that the READMEs show is carried out: as it stands there where that takes seconds,
-else with fewer steps; those of Modal by the real client on the loopback."""
+else with fewer steps; those of the pipeline in this process and their jobs in others, those of
+Modal by the real client on the loopback."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.run.domain_words import ABOUT
 from tests.rehearsal import LINUX, rehearsal
 
@@ -129,6 +132,19 @@ def _run(words: list[str], cwd: Path, *more: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def _typed(words: list[str], capfd, *more: str, code: int = 0) -> str:
+    """Do a command of the pipeline from this checkout, which has to end with that code; return what
+    it printed. In this process, where what it imports, and what its jobs are forked from, is there
+    already."""
+    assert words[:3] == ["python", "-m", "pipeline"]
+    with contextlib.chdir(ROOT):
+        status = main([*words[3:], *more])
+    said = "".join(capfd.readouterr())
+    assert status == code, said
+    assert "Traceback" not in said
+    return said
+
+
 def _asked(words: list[str]) -> str | None:
     """Return what a command asks for that is not on this machine; None when it has all."""
     return next((said for name, said in NEEDS_MORE.items() if name in words), None)
@@ -141,7 +157,7 @@ def test_every_command_is_among_those_that_are_carried_out():
     assert len(ROUTING) > 3
 
 
-def test_the_commands_on_this_machine_in_the_order_of_the_page(tmp_path):
+def test_the_commands_on_this_machine_in_the_order_of_the_page(tmp_path, capfd):
     """One store for all, so that each finds what those before it made."""
     store = str(tmp_path / "store")
     small = _with_few_pictures(tmp_path)
@@ -154,16 +170,16 @@ def test_the_commands_on_this_machine_in_the_order_of_the_page(tmp_path):
             _serves(words, store)
         elif "deploy" in words:
             copy = tmp_path / "copy"
-            _run(words, ROOT, "--store", store, "--override", f"deploy.upload={copy}")
+            _typed(words, capfd, "--store", store, "--override", f"deploy.upload={copy}")
             assert (copy / "latest.json").exists()
         elif "export" in words:
             words[words.index("--to") + 1] = str(tmp_path / "exported")
-            _run(words, ROOT, "--store", store)
+            _typed(words, capfd, "--store", store)
             assert list((tmp_path / "exported").glob("*.gguf"))
         else:
             wanted = _asked(words)
             code = 0 if wanted is None else 2
-            assert (wanted or "") in _run(words, ROOT, "--store", store, code=code)
+            assert (wanted or "") in _typed(words, capfd, "--store", store, code=code)
     stages = {path.name.split("-")[0] for path in (tmp_path / "store/artifacts").iterdir()}
     assert {"train_shared", "train_router", "evaluate", "deploy", "routing"} <= stages
 
