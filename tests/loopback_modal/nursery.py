@@ -7,6 +7,7 @@ number: on it come a spec's path (see namespace.py) and two pipes, and go pids a
 """
 
 import asyncio
+import atexit
 import gc
 import importlib
 import json
@@ -16,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 from tests.loopback_modal.namespace import dies_with_parent, enter
@@ -197,6 +199,16 @@ def _become(spec: dict) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def _end() -> None:
+    """End as Python does, but for taking down one module after another, of which each container
+    would have a copy first."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
+
+
 def main() -> None:
     """Import, then start containers for as long as somebody holds the other end."""
     dies_with_parent()
@@ -206,10 +218,13 @@ def main() -> None:
         importlib.import_module(name)
     # A container that collects would look through all of it, and so have a copy of its own
     gc.freeze()
+    # Volumes are folders of this machine, which goes on when a container is killed
+    os.fsync = lambda _handle: None
     spec = _serve(socket.socket(fileno=int(sys.argv[1])))
     if spec is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _become(spec)
+        _end()
 
 
 if __name__ == "__main__":
