@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("pipeline", "scripts", "routing-generator", "benchmarks", "modal_app.py")
+BESIDE = ("modal_app.py", "modal_laptop.py")
+CHECKED = ("pipeline", "scripts", "routing-generator", "benchmarks", *BESIDE)
 LINE = 100
 ARRAYS = {"Tensor", "ndarray", "NDArray"}
 SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)")  # x_BTD

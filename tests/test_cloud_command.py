@@ -154,46 +154,6 @@ def test_what_trains_them_or_reports_nothing_is_left_alone(half, finished):
     assert settled((half[0], Store(finished[1])), "make", "evaluate")[1:] == (("evaluate",), [])
 
 
-@pytest.mark.parametrize(
-    ("wanted", "override", "modal", "said"),
-    [
-        (("train_router",), "", {}, ""),
-        (("deploy",), "", {}, "to serve it: modal deploy modal_app.py"),
-        (
-            ("train_dense", "evaluate"),
-            "",
-            {"endpoint_secret": "my-key", "app": "moleforge"},
-            "to serve it: modal run modal_app.py::deploy --config mine.yaml, then modal deploy "
-            "modal_app.py",
-        ),
-        (
-            ("evaluate",),
-            "seed=3",
-            {},
-            "to serve it: modal run modal_app.py::deploy --config mine.yaml --override "
-            "'seed=3 modal.endpoint_secret=NAME', then modal deploy modal_app.py",
-        ),
-        # A deployment reads no configuration
-        (
-            ("deploy",),
-            "",
-            {"app": "mine", "volume": "ours"},
-            "to serve it: MOLEFORGE_APP=mine MOLEFORGE_VOLUME=ours modal deploy modal_app.py",
-        ),
-    ],
-)
-def test_a_command_ends_with_what_to_type_next(wanted, override, modal, said):
-    section = FfnMoeConfig(modal=modal).modal
-    assert cloud.afterwards(section, wanted, "mine.yaml", override, {}) == said
-
-
-def test_a_deployment_is_told_only_the_names_that_the_environment_has_otherwise():
-    section = FfnMoeConfig(modal={"app": "mine", "volume": "ours"}).modal
-    environ = {"MOLEFORGE_APP": "mine", "MOLEFORGE_VOLUME": "theirs"}
-    said = cloud.afterwards(section, ("deploy",), "mine.yaml", "", environ)
-    assert said == "to serve it: MOLEFORGE_VOLUME=ours modal deploy modal_app.py"
-
-
 def test_a_container_plans_what_a_laptop_would(finished, tmp_path):
     path, root = finished
     cfg = cloud.named(load(path, ("router.steps=17",)), {})

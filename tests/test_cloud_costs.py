@@ -405,19 +405,18 @@ def test_the_jobs_of_a_sweep_are_paid_for_by_their_own_runs(priced):
     cfg, store, expected = priced
     table = FakeTable()
     ledger = cloud.Ledger(store, table, "sweep", expected)
-    raw = cfg.model_dump(mode="json")
-    wanted = [([item], raw) for item in cfg.experts]
+    addresses = stages.Addresses(cfg)
+    wanted = [cloud.FarJob(addresses, "train_experts", item) for item in cfg.experts]
 
-    def containers(stage, inputs):
-        for items, _raw in inputs:
-            address = stages.address(cfg, stage, items[0])
-            with container(table, f"sweep/{address}", 100.0):
+    def containers(jobs):
+        for job in jobs:
+            with container(table, f"sweep/{job.address}", 100.0):
                 pass
-            yield TimeoutError("gone")
+            yield [job], TimeoutError("gone")
 
     with ledger.kept("modal run x", []):
-        came = list(ledger.metered_containers(containers)("train_experts", wanted))
-    assert len(came) == len(wanted)
+        came = list(ledger.metered_jobs(containers, list)(wanted))
+    assert [job for (job,), _ in came] == wanted
     rows = read_costs(ledger.path).rows
     assert [row.addresses for row in rows[:-1]] == [
         (stages.address(cfg, "train_experts", item),) for item in cfg.experts

@@ -3,6 +3,7 @@ back."""
 
 import shutil
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -230,7 +231,7 @@ def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished,
             raise Left
         begun.append(items)
         results = [cloud.JobResult("train_experts", item, "x", "made") for item in items]
-        call = FakeCall(len(begun), results if len(begun) > 1 else ValueError("lost"))
+        call = FakeCall(len(calls), results if len(begun) > 1 else ValueError("lost"))
         return calls.setdefault(call.object_id, call)
 
     def attempt(items):
@@ -253,3 +254,79 @@ def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished,
     # The first is whole by now, and the container has the second
     ended = attempt([shop])
     assert begun == [[sea, shop]] and [items for items, _ in ended] == [[shop]]
+
+
+def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
+    cfg = load(finished[0])
+    addresses = stages.Addresses(cfg)
+    sea = cfg.experts[0]
+    address = addresses.of("train_experts", sea)
+    made = [cloud.JobResult("train_experts", sea, address, "made")]
+    for noted_first in ("container", "conductor"):
+        table, calls = FakeTable(), {}
+
+        def start(_stage, _items, calls=calls, table=table, noted_first=noted_first):
+            call = FakeCall(len(calls), made)
+            calls[call.object_id] = call
+            if len(calls) == 1:
+                # Killed between the call and its note
+                if noted_first == "container":
+                    assert cloud.takes(table, "run", address, call.object_id)
+                raise Left
+            return call
+
+        def attempt(table=table, calls=calls, start=start):
+            out = cloud.by_calls(addresses, "run", table, False, start, calls.__getitem__)
+            return list(out("train_experts", [sea]))
+
+        with pytest.raises(Left):
+            attempt()
+        assert attempt() == [([sea], made)]
+        # Where the lost one had begun there is no second; else it finds the job taken, and ends
+        assert len(calls) == (1 if noted_first == "container" else 2)
+        doing = [call for call in calls if cloud.takes(table, "run", address, call)]
+        assert len(doing) == 1
+        # A container that comes back after a preemption has it still
+        assert cloud.takes(table, "run", address, doing[0])
+
+
+def test_a_container_leaves_what_another_call_does(finished, tmp_path):
+    cfg, store = load(finished[0]), Store(finished[1])
+    taken = stages.address(cfg, "train_experts", cfg.experts[0])
+
+    def takes(address):
+        return address != taken
+
+    results = cloud.work(
+        *("train_experts", cfg.model_dump(mode="json"), list(cfg.experts[:2]), store.root),
+        *(lambda: None, lambda: None),
+        takes=takes,
+    )
+    assert [result.item for result in results] == [cfg.experts[1]]
+
+
+def test_who_conducts_is_known_to_be_there_until_nobody_has_been_for_long():
+    table, clock = FakeTable(), Clock()
+    one = Leases(table, "one", "token", clock=clock)
+
+    def alive():
+        return cloud.is_alive(table, "token", ["a"], clock)
+
+    # Older runs are in no table
+    assert alive()
+    with suppress(Left), one.kept(conducts=True):
+        assert one.claim("a") is None
+        assert alive()
+        raise Left
+    # Another attempt may come
+    assert alive()
+    clock.at += LASTS_S - 1
+    Leases.of(table, one.told(), ["a"]).table.put("a/0", one._value(LASTS_S))
+    clock.at += 2
+    # A container is still at work
+    assert alive()
+    clock.at += LASTS_S
+    assert not alive()
+    with Leases(table, "one", "token", clock=clock).kept(conducts=True):
+        assert alive()
+    assert not alive()

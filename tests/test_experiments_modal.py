@@ -1,13 +1,18 @@
 """Experiments on Modal: priced before they start, and conducted with containers as functions of
 this process."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from test_cloud_leases import FakeTable
 from test_experiments import lasting, written
 
 from pipeline import cloud
-from pipeline.cloud.experiments import FarStore, conducted, planned
+from pipeline.cloud.experiments import conducted, planned
+from pipeline.cloud.far import FarStore
+from pipeline.cloud.leases import Leases
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.run.experiments.reading import base_of, read_experiments
 from pipeline.store.artifacts import Store
@@ -54,14 +59,16 @@ def far(volume):
 
 
 def in_this_process(volume, lost=()):
-    """Return containers that do jobs here; those of the stages in lost are lost at the end."""
+    """Return what does jobs here; those of the stages in lost are lost at the end."""
 
-    def containers(stage, inputs):
-        for items, raw in inputs:
-            done = cloud.work(stage, raw, items, volume, lambda: None, lambda: None)
-            yield TimeoutError("gone") if stage in lost else done
+    def hand_out(jobs):
+        for job in jobs:
+            raw = job.addresses.cfg.model_dump(mode="json")
+            given = (job.stage, raw, [job.item], volume)
+            done = cloud.work(*given, lambda: None, lambda: None)
+            yield [job], TimeoutError("gone") if job.stage in lost else done
 
-    return containers
+    return hand_out
 
 
 def nobody(*_):
@@ -112,6 +119,56 @@ def test_a_sweep_in_containers_leaves_its_results_on_the_volume(volume):
     # What is there costs nothing more
     _, lines = planned(on_modal(volume), PRICES, far(volume), print)
     assert {line.state for line in lines} == {"done"}
+
+
+def test_of_two_who_type_a_sweep_at_once_each_job_is_paid_once(volume):
+    sweep, _ = planned(on_modal(volume), PRICES, far(volume), print)
+    table, handed = FakeTable(), []
+    first = Leases(table, "one")
+    containers = in_this_process(volume)
+    waited = []
+
+    def by_two(jobs):
+        handed.extend(job.stage for job in jobs)
+        return containers(jobs)
+
+    # The other one is at a training, and has it done while this one waits
+    shared = []
+
+    def by_one(jobs):
+        if jobs[0].stage == "train_joint":
+            shared.append(jobs[0])
+            assert first.claim(jobs[0].address) is None
+            return iter(())
+        return containers(jobs)
+
+    def wait(_seconds):
+        waited.append(1)
+        list(containers(shared))
+        first.give_back([shared[0].address])
+
+    conducted(sweep, Store(volume), by_one, "modal run", False, "one")
+    leases = Leases(table, "two")
+    made = conducted(sweep, Store(volume), by_two, "modal run", False, "two", leases, wait)
+    assert [run.state for each in made.trials for run in each.runs] == ["done", "done"]
+    assert handed == ["train_joint"] and len(waited) == 1
+
+
+def test_a_container_plans_a_sweep_as_a_laptop_would(volume):
+    limited = on_modal(volume, "base.modal.max_cost_usd=0.0001")
+    cfg = base_of(limited)
+    wish = cloud.FarSweep.of(limited, False)
+    console = Console(width=10_000, file=io.StringIO(), record=True)
+    with pytest.raises(ConfigError) as refused:
+        cloud.planned_sweep(wish, cfg, PRICES, far(volume), console)
+    raw = cfg.model_dump(mode="json")
+    there = cloud.planned_sweep_there(wish, raw, PRICES, volume)
+    assert (there.printed, there.wrong) == (console.export_text(), str(refused.value))
+    free = cloud.FarSweep.of(on_modal(volume), False)
+    raw = base_of(free.experiments).model_dump(mode="json")
+    there = cloud.planned_sweep_there(free, raw, PRICES, volume)
+    assert not there.wrong and there.sweep.identities
+    assert there.sweep == planned(free.experiments, PRICES, far(volume), print)[0]
 
 
 def test_other_text_than_was_priced_starts_nothing_under_a_limit(volume):

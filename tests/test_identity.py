@@ -126,6 +126,10 @@ def test_a_package_that_text_is_taken_from_makes_it_again(tmp_path, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(installed, "_versions", lambda _ns, it=tuple(changed): it)
             assert (all_addresses(load(path)) != before) == makes_again
+    with monkeypatch.context() as patch:
+        # The same version for another machine
+        patch.setattr(installed.sysconfig, "get_platform", lambda: "other")
+        assert all_addresses(load(path)) != before
     # The same documents under another version are the same
     monkeypatch.setattr(installed.platform, "python_version", lambda: "3.99.0")
     assert all_addresses(load(path)) == before

@@ -38,7 +38,7 @@ FAMILIES = (
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 FAMILY_RANK = {part: rank for rank, layer in enumerate(FAMILIES) for part in layer}
 CONFINED = {
-    "modal": ("modal_app.py",),
+    "modal": ("modal_app.py", "modal_laptop.py"),
     "wandb": ("pipeline/store/history.py",),
     "tensorboard": ("pipeline/run/history/tensorboard.py", "scripts/foreign_histories.py"),
     "datasets": ("pipeline/data/", "benchmarks/"),  # benchmarks measure us against it
@@ -53,7 +53,8 @@ CONFINED = {
 # What the package offers to whoever imports it: in functions, as every module of ours runs it first
 FRONT = "pipeline/__init__.py"
 OFFERED = ("metrics_of",)
-OUTSIDE = ("modal_app", "scripts", "benchmarks", "tests")  # the pipeline does not know who uses it
+# The pipeline does not know who uses it
+OUTSIDE = ("modal_app", "modal_laptop", "scripts", "benchmarks", "tests")
 FOLDERS = ("pipeline", "scripts", "benchmarks", "routing-generator")
 # Quick to import: no command waits for what it does not need
 LIGHT = (
@@ -300,7 +301,7 @@ MUTATIONS = {
         "imports benchmarks, which",
     ),
     "unknown module": ("pipeline/helpers.py", "", "helpers has no layer"),
-    "modal": (STORE, "import modal", "imports modal, which only modal_app.py may"),
+    "modal": (STORE, "import modal", "imports modal, which only modal_app.py and"),
     "modal, part": (
         "scripts/look.py",
         "from modal.volume import Volume",

@@ -13,6 +13,7 @@ import pytest
 from rehearsal import heavy_modules
 
 from pipeline import cloud
+from pipeline.errors import ConfigError
 from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.store.artifacts import Store
@@ -58,8 +59,8 @@ def test_every_stage_has_a_function_and_a_command(app):
         for name, found in vars(app).items()
         if isinstance(found, app.modal.app.LocalEntrypoint)
     }
-    others = {"run_all", "experiments", "runs", "watch", "prune", "rm", "versions", "rollback"}
-    assert commands == {*stages.STAGES, *others}
+    others = {"run_all", "test", "experiments", "runs", "status", "watch", "history", "prune", "rm"}
+    assert commands == {*stages.STAGES, *others, "versions", "rollback"}
     # In a container Modal finds a function by its name in this module
     for stage, job in app.JOBS.items():
         assert getattr(app, f"{stage}_job") is job
@@ -138,33 +139,52 @@ def test_tasks_have_a_container_each(tmp_path):
     assert asked == [("preprocess", ["color", "ocr", "count", "detect", "none"])]
 
 
-def test_a_run_that_modal_ends_is_told_with_what_finishes_it(app, monkeypatch, capsys):
-    class Lost:
-        def spawn(self, *_given):
-            return self
-
-        def get(self):
-            raise app.modal.exception.FunctionTimeoutError("hit its timeout of 86400s")
-
-    monkeypatch.setattr(app, "orchestrate", Lost())
-    monkeypatch.setattr(app, "_names", lambda _folder: [])
-    monkeypatch.setattr(app, "_read", lambda _path: None)
-    monkeypatch.setattr(app.sys, "argv", ["modal", "run", "modal_app.py::tokenizer"])
-    with pytest.raises(
-        SystemExit, match=r"86400s; what is finished is kept.*: modal run modal_app.py::tokenizer$"
-    ):
-        app._command(("tokenizer",), str(ROOT / "config/demo_from_zero.yaml"), "")
-    assert "plan of demo_from_zero on Modal" in capsys.readouterr().out
-
-
 def test_what_hands_out_jobs_asks_for(app):
-    info = app.orchestrate.info()
-    assert not info.gpus
-    # As it is priced
-    assert (info.cpu, info.memory_mib) == (cloud.CONDUCTOR.cpu, cloud.CONDUCTOR.memory_mb)
-    assert info.timeout == app.CFG.modal.attempt_s == 86_400
-    # The next attempt waits for the calls that this one has begun
-    assert info.max_retries == cloud.ATTEMPTS == 10
+    for function in (app.orchestrate, app.conduct):
+        info = function.info()
+        assert not info.gpus
+        # As it is priced
+        assert (info.cpu, info.memory_mib) == (cloud.CONDUCTOR.cpu, cloud.CONDUCTOR.memory_mb)
+        assert info.timeout == app.CFG.modal.attempt_s == 86_400
+        # The next attempt waits for the calls that this one has begun
+        assert info.max_retries == cloud.ATTEMPTS == 10
+
+
+def test_what_hangs_in_its_start_is_ended_within_minutes(app):
+    for asked in (app.CONDUCTING, app.TENDING, *map(app._job, stages.STAGES)):
+        assert 300 <= asked["startup_timeout"] <= 1200 < app.CFG.modal.attempt_s
+
+
+def test_a_bucket_with_inputs_is_seen_by_every_container_and_written_by_none(tmp_path):
+    code = (
+        "import sys, modal, pipeline.cloud as cloud\n"
+        "modal.Secret.hydrate = lambda self: self\n"
+        "seen = {}; real = modal.CloudBucketMount\n"
+        "def mount(name, **how): seen.update(how, name=name); return real(name, **how)\n"
+        "modal.CloudBucketMount = mount\n"
+        "import modal_app as m\n"
+        "told = cloud.Wiring.told(m.WIRING.variables)\n"
+        "print(seen.pop('secret') is m.secrets['storage'], told == m.WIRING, *seen.values())\n"
+        "asked = [m._job(stage)['volumes'] for stage in m.JOBS]\n"
+        "print(all(m.MOUNTED == each for each in [*asked, m.TENDING['volumes']]))"
+    )
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "modal: {bucket: texts/law, bucket_endpoint: 'https://x.example', storage_secret: keys}\n"
+        "data: {source: files, files: [{paths: [/bucket/*.jsonl]}]}\n"
+    )
+    done = python(code, MOLEFORGE_CONFIG=str(path))
+    assert done.returncode == 0, done.stderr
+    facts = ["True True https://x.example law/ True texts", "True"]
+    assert done.stdout.splitlines() == facts
+    whole = cloud.Wiring.settled(load(path, ("modal.bucket=texts",)), None, False).bucket
+    assert (whole.name, whole.prefix) == ("texts", None)
+    # One that nobody names is none
+    unnamed = load(
+        path, ("modal.bucket=null", "data.source=files", "data.files=[{paths: [/bucket/x]}]")
+    )
+    with pytest.raises(ConfigError, match="/bucket/x is in a bucket, and modal.bucket names none"):
+        cloud.check(unnamed, cloud.Prices.load(ROOT / "config/prices.yaml"), "/store")
 
 
 def test_a_configuration_from_the_environment_decides(tmp_path):
@@ -198,7 +218,8 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
     code = (
         "import sys, modal; seen = {}; real = modal.App.cls\n"
         "sys.argv = ['modal', 'deploy', 'modal_app.py']\n"
-        'modal.Volume.read_file = lambda self, path: [b\'{"address": "x"}\']\n'
+        "note = {'served.json': b'{\"address\": \"x\"}'}\n"
+        "modal.Volume.read_file = lambda self, path: [note.get(path, b'{}')]\n"
         "modal.Secret.hydrate = lambda self: self\n"
         "def cls(self, **how): seen.update(how); return real(self, **how)\n"
         "modal.App.cls = cls\n"
@@ -215,7 +236,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "dense.memory_mib)\n"
         "print(seen['startup_timeout'] > 600, seen['max_inputs'], seen['target_inputs'], "
         "seen['enable_memory_snapshot'], m.ENV['MOLEFORGE_SNAPSHOT'])\n"
-        "wanted = m.ServeConfig.model_validate_json(m.ENV['MOLEFORGE_SERVE'])\n"
+        "wanted = type(m.CFG.serve).model_validate_json(m.ENV['MOLEFORGE_SERVE'])\n"
         "print(wanted == m.CFG.serve, wanted.max_seconds, wanted.max_batch)\n"
         "print(seen['min_containers'], seen['buffer_containers'], seen['region'], "
         "seen['requires_proxy_auth'], m.WIRING.entered, seen['tags'])\n"
@@ -235,6 +256,28 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "['us', 'eu-west'] ['us', 'eu-west'] True",
         "[2, 2, 2]",
     ]
+
+
+def test_what_is_served_is_measured_again_when_it_was_said_and_by_a_deployment_alone():
+    code = (
+        "import sys, json, modal, pipeline.cloud as cloud\n"
+        "notes = {cloud.SERVED: {'address': 'x', 'endpoint': {'public': True}},"
+        " cloud.REEVALUATED: {'cron': '0 6 * * 1', 'machine': {'gpu': ['T4']}}}\n"
+        "modal.Volume.read_file = lambda self, path: [json.dumps(notes[path]).encode()]\n"
+        "deploy, run = ['deploy', 'modal_app.py'], ['run', 'modal_app.py::runs']\n"
+        "for words in (['modal', *deploy], ['modal', *run]):\n"
+        "    seen = []\n"
+        "    modal.Cron = lambda text: seen.append(text)\n"
+        "    sys.argv = words\n"
+        "    sys.modules.pop('modal_app', None)\n"
+        "    import modal_app as m\n"
+        "    gpu = m.evaluate_job.info().gpus == [('T4', 1)]\n"
+        "    print(seen, gpu, hasattr(m, 'reevaluate'))"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    _, deployed, typed = done.stdout.splitlines()
+    assert (deployed, typed) == ("['0 6 * * 1'] True True", "[] False False")
 
 
 def test_the_package_that_carries_the_model_is_in_the_image_without_what_it_asks_for(tmp_path):
@@ -325,15 +368,6 @@ def test_a_machine_with_the_light_requirements_alone_can_type_commands():
     assert done.stdout.split() == ["False", "moleforge"]
 
 
-def test_experiments_are_refused_in_a_sentence_where_there_is_no_torch():
-    done = python(
-        f"import sys; sys.modules |= dict.fromkeys({heavy_modules()!r}); import modal_app as m; "
-        "m.experiments.info.raw_f()"
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "there is no torch here: `pip install -r requirements.txt`" in done.stderr
-
-
 README = (ROOT / "README.md").read_text("utf-8")
 TYPED = re.findall(
     r"modal run (?:--detach )?modal_app\.py::(\w+)(?: --config (\S+))?(?: --override \"(.*?)\")?",
@@ -345,7 +379,7 @@ TYPED = re.findall(
 def test_every_command_of_the_readme_exists_and_its_configuration_can_run(
     app, command, config, override
 ):
-    assert command in (*stages.STAGES, "run_all", "runs", "prune", "rm", "versions", "rollback")
+    assert hasattr(app, command)
     cfg = load(ROOT / (config.rstrip('`"') or cloud.DEFAULT), cloud.overrides(override))
     cloud.check(cfg, cloud.Prices.load(ROOT / "config/prices.yaml"), app.VOLUME)
 

@@ -352,6 +352,19 @@ def test_the_image_is_built_from_the_lock_alone(modal, prepared):
     assert not any("pipeline" in recipe for recipe in recipes)
 
 
+def test_what_the_volume_has_comes_to_a_folder_here(modal, whole, tmp_path):
+    told = modal.run("history", "--output-dir", str(tmp_path / "out"))
+    rows = (tmp_path / "out/rows.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(row)["stage"] for row in rows} >= {"train_shared", "train_experts"}
+    page = (tmp_path / "out/history.html").as_uri()
+    assert f"next: python3 -m webbrowser {page}" in told
+    told = modal.run("evaluate", "--output-dir", str(tmp_path / "out"))
+    (report,) = modal.volume.glob("artifacts/evaluate-*/report.json")
+    copy = tmp_path / "out" / report.parent.name / "report.json"
+    assert copy.read_bytes() == report.read_bytes()
+    assert "no run is in progress" in modal.run("status")
+
+
 @pytest.fixture(scope="module")
 def endpoint(modal, whole):
     """The address of the deployed endpoint."""

@@ -102,7 +102,7 @@ def test_the_run_goes_from_text_to_report_with_a_small_model_of_that_architectur
         volume = modal.volume("mine")
         assert not modal.volume("moleforge").exists()
     assert "there is no torch here" in said
-    assert "to serve it: modal run modal_app.py::deploy --config" in said
+    assert f"next: modal run {ROOT}/modal_app.py::deploy --config" in said
     assert "H100 or H200" in said and "in all:" in said
     (report,) = volume.glob("artifacts/evaluate-*/report.json")
     assert json.loads(report.read_text("utf-8"))["experts"]

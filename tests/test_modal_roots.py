@@ -11,7 +11,9 @@ from test_prune import write
 
 from pipeline import cloud
 from pipeline.cloud import roots as far_roots
+from pipeline.cloud import tending
 from pipeline.cloud.endpoint import ServedNote
+from pipeline.errors import DamagedArtifact, MissingArtifact
 from pipeline.families.load import load
 from pipeline.run import stages
 from pipeline.run.reach import root_of
@@ -45,8 +47,8 @@ def tend(volume, command, names=(), flags=LISTED):
     """Do a command in a container of its own."""
     view = volume.view()
     edge = cloud.ModalEdge(view.path)
-    printed, wrong = cloud.tend(command, list(names), flags, edge, view.commit, view.reload)
-    return " ".join(printed.split()), wrong
+    done = cloud.tend(command, list(names), flags, edge, view.commit, view.reload)
+    return " ".join(done.printed.split()), done.wrong
 
 
 def artifacts(volume):
@@ -119,6 +121,28 @@ def test_a_run_that_was_lost_keeps_its_results_as_long_as_it_might_have_lasted(v
     assert not note.exists()
 
 
+def test_a_run_that_nobody_is_at_any_more_keeps_nothing(volume, finished):
+    """Killed, and no attempt follows: its note says that it may last a day."""
+    cfg = load(finished[0])
+    killed = cloud.begun(cfg, store_of(volume.view()), COMMAND, run="killed", part="of a sweep")
+    killed.__enter__()
+    asked = []
+
+    def tended(alive):
+        def is_alive(run, addresses):
+            asked.append((run, sorted(addresses) == sorted(root_of(cfg).addresses)))
+            return alive
+
+        view = volume.view()
+        edge = cloud.ModalEdge(view.path)
+        return cloud.tend("rm", ["tiny"], REMOVED, edge, view.commit, view.reload, is_alive)
+
+    assert "is in use" in tended(True).wrong
+    assert not tended(False).wrong
+    assert asked == [("killed", True)] * 2
+    assert not artifacts(volume) and not list((volume.path / "runs").glob("run-*.json"))
+
+
 def test_the_last_attempt_of_a_run_takes_away_what_a_killed_one_has_noted(volume, finished):
     cfg = load(finished[0])
     killed = cloud.begun(cfg, store_of(volume.view()), COMMAND, run="one")
@@ -141,7 +165,7 @@ def test_a_run_waits_for_a_removal_and_a_removal_for_nobody(volume, finished):
         waited.append(1)
         ending.__exit__(None, None, None)
 
-    ending = far_roots._alone(remover, True)
+    ending = far_roots.alone(remover, True)
     ending.__enter__()
     assert "somebody else is removing" in tend(volume, "prune", flags=REMOVED)[1]
     # to look changes nothing, and needs nobody to wait
@@ -172,8 +196,8 @@ def test_of_two_who_begin_to_remove_at_once_one_gives_way(volume, finished):
             ended.append("begun")
             ended.append(cloud.tend("rm", ["tiny"], REMOVED, there, second.commit, look))
 
-    wrong = cloud.tend("rm", ["tiny"], REMOVED, here, publish, first.reload)[1]
-    assert "somebody else is removing" in ended[1][1] and not wrong
+    wrong = cloud.tend("rm", ["tiny"], REMOVED, here, publish, first.reload).wrong
+    assert "somebody else is removing" in ended[1].wrong and not wrong
     assert not artifacts(volume)
     assert not list((volume.path / "runs").glob(f"{far_roots.MARK}*"))
 
@@ -182,7 +206,7 @@ def test_a_removal_sees_a_run_that_began_just_before_its_mark(volume, finished, 
     """Its container was started, and has seen the volume, before the run wrote its note."""
     cfg = load(finished[0])
     leave(Store(volume.path), root_of(cfg))
-    opened = far_roots.opened
+    opened = tending.opened
     running = []
 
     def begins(store):
@@ -190,7 +214,7 @@ def test_a_removal_sees_a_run_that_began_just_before_its_mark(volume, finished, 
         running[0].__enter__()
         return opened(store)
 
-    monkeypatch.setattr(far_roots, "opened", begins)
+    monkeypatch.setattr(tending, "opened", begins)
     before = artifacts(volume)
     assert "is in use" in tend(volume, "rm", ["tiny"], REMOVED)[1]
     assert artifacts(volume) == before
@@ -222,6 +246,69 @@ def test_the_bundle_that_is_served_stays_when_its_run_goes(volume, finished):
     note.unlink()
     assert not tend(volume, "prune", flags=REMOVED | {"orphans": True})[1]
     assert not artifacts(volume)
+
+
+def test_histories_are_drawn_beside_the_volume_and_nothing_is_written_to_it(volume, finished):
+    leave(Store(volume.path), root_of(load(finished[0])))
+    view = volume.view()
+    edge = cloud.ModalEdge(view.path)
+    before = sorted(view.path.rglob("*"))
+    done = cloud.tend("history", [], {"last": 8}, edge, view.commit, view.reload)
+    assert not done.wrong and "tiny" in done.printed
+    assert {"history.html", "rows.jsonl"} < set(done.files)
+    pictures = [name for name in done.files if name.endswith(".png")]
+    assert all(done.files[name].startswith(b"\x89PNG") for name in pictures) and pictures
+    rows = [json.loads(line) for line in done.files["rows.jsonl"].splitlines()]
+    assert {"train_shared", "train_experts"} <= {row["stage"] for row in rows}
+    assert f"{len(rows):,} rows of" in done.printed
+    assert sorted(view.path.rglob("*")) == before and view.commits == 0
+    absent = cloud.tend("history", ["none"], {"last": 8}, edge, view.commit, view.reload)
+    assert "there is no run and no training none" in absent.wrong
+
+
+def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finished):
+    cfg = load(finished[0], ("modal.reevaluate=0 6 * * 1", "modal.evaluate.gpu=[T4]"))
+    view = volume.view()
+    made = [cloud.JobResult("deploy", None, stages.address(cfg, "deploy"), "made")]
+    cloud.note_reevaluation([], cfg, view.path, view.commit)
+    assert not (volume.path / cloud.REEVALUATED).exists()
+    cloud.note_reevaluation(made, cfg, view.path, view.commit)
+    noted = (volume.path / cloud.REEVALUATED).read_bytes()
+    bare = load(finished[0]).modal
+    assert cloud.reevaluated_as(bare, noted) == cfg.modal
+    assert cloud.reevaluated_as(bare, None) == bare
+    with pytest.raises(DamagedArtifact, match="does not say when to measure again"):
+        cloud.reevaluated_as(bare, b"{")
+    write(volume.path / "served.json", ServedNote(address=made[0].address).model_dump_json())
+    with pytest.raises(MissingArtifact, match="no run's root leads to the bundle"):
+        cloud.once_more(view.path, view.reload)
+    leave(Store(volume.path), root_of(cfg))
+    again, former = cloud.once_more(view.path, view.reload)
+    assert former == stages.address(cfg, "evaluate")
+    addresses = {
+        stage: (stages.address(cfg, stage), stages.address(again, stage))
+        for stage in ("tokenizer", "train_shared", "train_router", "evaluate")
+    }
+    other = [stage for stage, (was, now) in addresses.items() if was != now]
+    assert other == ["evaluate"] and again.name.startswith("tiny-20")
+
+
+def test_what_is_listed_is_followed_by_what_removes_it(volume, finished):
+    root = root_of(load(finished[0]))
+    leave(Store(volume.path), root)
+
+    def following(command, names, flags):
+        view = volume.view()
+        edge = cloud.ModalEdge(view.path)
+        return cloud.tend(command, names, flags, edge, view.commit, view.reload).next
+
+    assert following("runs", [], {}) == ("history", "--run", root.id)
+    assert following("rm", ["tiny"], {"yes": 0}) == ("rm", "--run", "tiny", "--yes")
+    orphans = LISTED | {"orphans": True}
+    assert following("prune", [], orphans) == ("runs",)
+    write(volume.path / "artifacts/train_router-0123456789ab/manifest.json")
+    assert following("prune", [], orphans) == ("prune", "--orphans", "--yes")
+    assert following("rm", ["tiny"], {"yes": 1}) == ("runs",)
 
 
 def test_on_a_volume_without_roots_nothing_is_removed(volume):

@@ -49,7 +49,7 @@ def copy(tmp_path_factory):
     folder.mkdir()
     for name in ("pipeline", "config"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("modal_app.py", "requirements.lock"):
+    for name in ("modal_app.py", "modal_laptop.py", "requirements.lock"):
         shutil.copy(ROOT / name, folder)
     table = folder / "pipeline/families/ffn_moe/stages.py"
     before, report, after = table.read_text("utf-8").partition('    Stage(\n        "evaluate",\n')

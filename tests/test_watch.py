@@ -200,7 +200,7 @@ def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun,
 
     copy = tmp_path / "copy"
     copy.mkdir()
-    last = far_watching.watch("", False, copy, names, read, console, wait)
+    last, _ = far_watching.watch("", False, copy, names, read, console, wait)
     done, half = (
         each.address for each in last.positions if each.stage == "train_experts" and each.step
     )
@@ -212,3 +212,47 @@ def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun,
     assert "40 of 100" in console.file.getvalue()
     with pytest.raises(ConfigError, match="there is no run other"):
         far_watching.watch("other", True, copy, names, read, console)
+
+
+def test_all_runs_that_go_on_have_a_line_each_and_what_is_at_work(begun, tmp_path):
+    store, root = begun
+    left = {"addresses": list(root.addresses), "until": "2999-01-01T00:00:00Z", "run": "a"}
+    note = in_use.note_path(store, in_use.new_name("a"))
+    note.parent.mkdir(exist_ok=True)
+    write_text(note, sealed(left))
+    alive = []
+
+    def names(folder):
+        place = store.root / folder
+        return [path.name for path in place.iterdir()] if place.exists() else []
+
+    def read(path):
+        place = store.root / path
+        return place.read_bytes() if place.is_file() else None
+
+    def status(folder):
+        (tmp_path / folder).mkdir()
+        console = Console(file=io.StringIO(), width=200)
+        going = far_watching.follow_all(
+            tmp_path / folder, names, read, console, lambda *_: bool(alive)
+        )
+        return going, console.file.getvalue()
+
+    alive.append(1)
+    going, printed = status("there")
+    assert going and printed.startswith(f"{root.id}, begun ")
+    assert "1 of " in printed and "step 40 of 100" in printed
+    alive.clear()
+    assert status("gone") == (False, "no run is in progress\n")
+    # What waits for a run of that name is told of it once it goes on, and only what is new
+    (tmp_path / "copy").mkdir()
+    console = Console(file=io.StringIO(), width=200)
+    followed = far_watching.Following(
+        root.name, tmp_path / "copy", names, read, lambda *_: bool(alive)
+    )
+    followed.tell(console)
+    assert console.file.getvalue() == ""
+    alive.append(1)
+    followed.tell(console)
+    followed.tell(console)
+    assert console.file.getvalue().count("1 of ") == 1

@@ -6,25 +6,19 @@ it with its cost; the other side does jobs in containers and says of each how it
 
 # modal_app.py takes all of it from here, so that it names no module of this folder.
 from .baselines import with_baselines
-from .calls import ATTEMPTS, Call, by_calls
+from .calls import ATTEMPTS, Call, by_calls, by_calls_of_many, takes
 from .client import check, look_at_models, mirror, settled, show_report, show_results
 from .command import (
-    DEFAULT,
-    EXPERIMENTS,
-    afterwards,
     announced,
-    as_typed,
-    deploying,
     deploys,
     explain,
     flags_of,
     named,
-    overrides,
     refuse_client,
-    shipped,
     typed,
 )
-from .containers import JobResult, ModalEdge, draw_anew, not_done, orchestrate, work
+from .commands import Commands, named_as
+from .containers import LONGEST_START_S, JobResult, ModalEdge, work
 from .endpoint import SERVED, WAYS, deployed, entered, placed, serve_next, served
 from .estimate import (
     CONDUCTOR,
@@ -35,85 +29,110 @@ from .estimate import (
     refuse_what_cannot_start,
     refuse_without_inputs,
 )
-from .experiments import FarStore, FarSweep, conducted, planned
-from .leases import Leases
+from .experiments import (
+    FarSweep,
+    FarSweepPlan,
+    conducted,
+    planned,
+    planned_sweep,
+    planned_sweep_there,
+)
+from .far import Far, FarError, FarStore
+from .given import DEFAULT, EXPERIMENTS, Given, overrides, shipped
+from .handing_out import FarJob, not_done, orchestrate
+from .leases import Leases, is_alive
 from .ledger import Ledger, show_costs
 from .looks import as_recorded, looked_at
 from .meters import at_work
+from .next_step import Typed, after_stages, deploying
 from .plan_table import show_estimate
-from .planning import (
-    PLAN_S,
-    FarPlan,
-    Wish,
-    planned_run,
-    planned_there,
-    plans_here,
-    refuse_planning_here,
-)
+from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_here
 from .prices import Prices, most_gpus
-from .roots import REMOVAL_S, begun, since, tend
+from .reevaluation import NOTE as REEVALUATED
+from .reevaluation import note_reevaluation, once_more, reevaluated_as, tell_change
+from .roots import REMOVAL_S, begun, since
+from .serving import application
 from .standing import endpoint_told, storage_told
 from .tags import tags
-from .watching import watch
-from .wiring import SECRETS, Wiring
+from .tending import Tended, tend
+from .watching import follow_all, watch
+from .wiring import BUCKET, SECRETS, Wiring
 
 __all__ = [
     "ATTEMPTS",
+    "BUCKET",
     "CONDUCTOR",
     "DEFAULT",
     "EXPERIMENTS",
+    "LONGEST_START_S",
     "PLAN_S",
+    "REEVALUATED",
     "REMOVAL_S",
     "SECRETS",
     "SERVED",
     "WAYS",
     "Call",
+    "Commands",
     "Expected",
+    "Far",
+    "FarError",
+    "FarJob",
     "FarPlan",
     "FarStore",
     "FarSweep",
+    "FarSweepPlan",
+    "Given",
     "JobResult",
     "Leases",
     "Ledger",
     "ModalEdge",
     "Prices",
+    "Tended",
+    "Typed",
     "Wiring",
     "Wish",
-    "afterwards",
+    "after_stages",
     "announced",
+    "application",
     "as_recorded",
-    "as_typed",
     "at_work",
     "begun",
     "by_calls",
+    "by_calls_of_many",
     "check",
     "conducted",
     "deployed",
     "deploying",
     "deploys",
-    "draw_anew",
     "endpoint_told",
     "entered",
     "estimate",
     "expected",
     "explain",
     "flags_of",
+    "follow_all",
+    "is_alive",
     "look_at_models",
     "looked_at",
     "mirror",
     "most_gpus",
     "named",
+    "named_as",
     "not_done",
+    "note_reevaluation",
+    "once_more",
     "orchestrate",
     "overrides",
     "placed",
     "planned",
     "planned_run",
+    "planned_sweep",
+    "planned_sweep_there",
     "planned_there",
     "plans_here",
+    "reevaluated_as",
     "refuse_above",
     "refuse_client",
-    "refuse_planning_here",
     "refuse_what_cannot_start",
     "refuse_without_inputs",
     "serve_next",
@@ -127,6 +146,8 @@ __all__ = [
     "since",
     "storage_told",
     "tags",
+    "takes",
+    "tell_change",
     "tend",
     "typed",
     "watch",

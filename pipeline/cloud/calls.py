@@ -1,15 +1,17 @@
 """Jobs as they are handed out, so that whoever did so can be followed by another: which call does
 which job stands in the table that all containers share.
 
-Invariant: a run hands a job out once. Its next attempt, after a day or after a crash, waits for the
-calls that were begun and begins the others.
+Invariant: of a run one call does a job. Whoever begins one and is gone before that is noted is
+followed by another that begins it again; the first call that is noted, by who began it or by its
+own container, does the job, and the container of the other one ends with nothing done.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ..run.stages import Addresses
-from .containers import HandOut, Items, JobResult
+from .containers import Items, JobResult
+from .handing_out import Came, FarJob, HandOut, HandOutJobs
 from .leases import SharedTable
 
 # Attempts of what hands out jobs beside the first one, as many as Modal allows
@@ -27,49 +29,84 @@ class Call(Protocol):
         """Wait for it. Raises what took the container."""
 
 
+Start = Callable[[Sequence[FarJob]], Call]
+Find = Callable[[str], Call]
+
+
 def by_calls(
     addresses: Addresses,
     run: str,
     table: SharedTable,
     sequential: bool,
     start: Callable[[str, Items], Call],
-    find: Callable[[str], Call],
+    find: Find,
 ) -> HandOut:
     """Return what hands out the jobs of a run; `start` asks for a container, `find` finds what an
     earlier attempt asked for. `run` is what all attempts call it."""
 
-    def key(stage: str, item: str | None) -> str:
-        # By address, as another look at the data makes another job of it
-        return f"{run}/{addresses.of(stage, item)}"
+    def begin(jobs: Sequence[FarJob]) -> Call:
+        return start(jobs[0].stage, [job.item for job in jobs])
 
-    def hand_out(
-        stage: str, items: Items
-    ) -> Iterator[tuple[Items, list[JobResult] | BaseException]]:
-        begun: dict[str, Items] = {}
-        fresh: Items = []
-        for item in items:
-            known = table.get(key(stage, item))
+    hand_out_jobs = by_calls_of_many(run, table, sequential, begin, find)
+
+    def hand_out(stage: str, items: Items) -> Iterator[tuple[Items, Came]]:
+        for jobs, came in hand_out_jobs([FarJob(addresses, stage, item) for item in items]):
+            yield [job.item for job in jobs], came
+
+    return hand_out
+
+
+def by_calls_of_many(
+    run: str, table: SharedTable, sequential: bool, start: Start, find: Find
+) -> HandOutJobs:
+    """Return what hands out jobs of several runs that were begun as one; a container is asked for
+    jobs of one of them."""
+
+    def hand_out(jobs: Sequence[FarJob]) -> Iterator[tuple[list[FarJob], Came]]:
+        calls: dict[str, Call] = {}
+        of: dict[str, list[FarJob]] = {}
+        fresh = []
+        for job in jobs:
+            known = table.get(_key(run, job.address))
             if known is None:
-                fresh.append(item)
+                fresh.append(job)
             else:
-                begun.setdefault(known, []).append(item)
-        waiting = [(group, find(known)) for known, group in begun.items()]
+                of.setdefault(known, []).append(job)
         for group in _groups(fresh, sequential):
-            call = start(stage, group)
-            for item in group:
-                table.put(key(stage, item), call.object_id)
-            waiting.append((group, call))
-        for group, call in waiting:
+            call = start(group)
+            calls[call.object_id] = call
+            for job in group:
+                noted = _noted(table, run, job.address, call.object_id)
+                of.setdefault(noted, []).append(job)
+        for known, group in of.items():
             try:
-                yield group, call.get()
+                yield group, (calls.get(known) or find(known)).get()
             except Exception as error:  # whatever took the container
                 yield group, error
 
     return hand_out
 
 
-def _groups(items: Items, sequential: bool) -> Iterable[Items]:
-    """Return the items of each container."""
-    if not items:
+def takes(table: SharedTable, run: str, address: str, call: str | None) -> bool:
+    """Whether a container does a job that was handed out to it: not where it is another call's."""
+    return call is None or _noted(table, run, address, call) == call
+
+
+def _noted(table: SharedTable, run: str, address: str, call: str) -> str:
+    """Return the call that does a job: the one that is noted first."""
+    key = _key(run, address)
+    if table.put(key, call, skip_if_exists=True):
+        return call
+    return table.get(key) or call
+
+
+def _key(run: str, address: str) -> str:
+    # By address, as another look at the data makes another job of it
+    return f"{run}/{address}"
+
+
+def _groups(jobs: list[FarJob], sequential: bool) -> list[list[FarJob]]:
+    """Return the jobs of each container."""
+    if not jobs:
         return []
-    return [items] if sequential else [[item] for item in items]
+    return [jobs] if sequential else [[job] for job in jobs]

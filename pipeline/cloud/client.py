@@ -30,6 +30,7 @@ from .endpoint import placed
 from .looks import changed_looks
 from .prices import Prices, most_gpus
 from .standing import endpoint_cost_problems
+from .wiring import BUCKET
 
 MOST_BETWEEN_SAVES_S = 300
 MOST_COSTS = 5
@@ -52,7 +53,10 @@ def check(cfg: RunConfig, prices: Prices, mount: str) -> None:
     problems += prices.region_problems("modal.regions", cfg.modal.regions)
     problems += _endpoint_problems(cfg, prices)
     for name, path in cfg.paths():
-        if _is_here(path, mount):
+        if PurePosixPath(path).is_relative_to(BUCKET):
+            if not cfg.modal.bucket:
+                problems.append(f"{name}: {path} is in a bucket, and modal.bucket names none")
+        elif _is_here(path, mount):
             problems.append(
                 f"{name}: {path} is on this machine, where Modal does not see it: "
                 f"put it on the volume with `modal volume put {volume} LOCAL /inputs/` "

@@ -3,30 +3,22 @@
 Modal reads the command itself, later; by then images may have been built.
 """
 
-import argparse
 import inspect
 import re
-import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config.base import NAME
-from ..config.machines import ModalConfig
 from ..config.run import RunConfig
-from ..credentials import masked
 from ..errors import ConfigError
 from ..families.ffn_moe.config import FfnMoeConfig
 from ..families.load import load
 from ..run.experiments.reading import base_of, read_experiments
 from .containers import UNNAMED
-from .endpoint import entered
+from .given import EXPERIMENTS, Given, overrides
 
-ROOT = Path(__file__).parents[2]
-# The demo on a pretrained model needs its package where the command is typed
-DEFAULT = "config/demo_from_zero.yaml"
-EXPERIMENTS = "config/experiments.yaml"
 EXPERIMENTS_COMMAND = "::experiments"  # how that entrypoint is named
 OLDEST_CLIENT = (1, 3)
 HELP_FLAGS = {"--help", "-h"}
@@ -34,6 +26,23 @@ HELP_FLAGS = {"--help", "-h"}
 FLAGS = {
     "config": ("FILE", "the run, a YAML file on this machine; config/ has some"),
     "override": ("TEXT", 'changes to it, one text: --override "expert.steps=9 router.top_k=1"'),
+    "input": (
+        "PATHS",
+        "the text, in place of data.files: paths on the volume or in the bucket, or URLs; like all "
+        "changes the same for every stage of a run, so say it in each",
+    ),
+    "checkpoint": (
+        "MODEL",
+        "the pretrained model to start from, on the volume or the Hub, in place of trunk.init or "
+        "loras.base.model; in each stage of a run",
+    ),
+    "bucket": (
+        "NAME",
+        "a bucket, or NAME/FOLDER/ of one, that containers see read-only at /bucket "
+        "(modal.bucket); in each stage of a run",
+    ),
+    "output_dir": ("DIR", "a folder here that gets a copy of what comes out"),
+    "last": ("N", "without --run: how many of the latest runs; 0: all"),
     "sequential": (
         "",
         "the jobs of a stage one after another in one container, each within "
@@ -75,30 +84,11 @@ def _announced(argv: list[str], environ: Mapping[str, str]) -> RunConfig:
 def _of_command(argv: list[str]) -> RunConfig:
     """Return the configuration of a `modal run`; of experiments the one that all their trials start
     from. Raises ConfigError."""
-    of_experiments = any(word.endswith(EXPERIMENTS_COMMAND) for word in argv)
-    # Modal reads the same flags later, and its own among them, which are left over here.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=EXPERIMENTS if of_experiments else DEFAULT)
-    parser.add_argument("--override", action="append", default=[])
-    found, _ = parser.parse_known_args(argv[1:])
-    count = len(found.override)
-    if count > 1:
-        together = shlex.quote(" ".join(found.override))
-        raise ConfigError(
-            f"--override is given {count} times, and Modal passes on only the last: "
-            f"write --override {together}"
-        )
-    config = shipped(found.config)
-    if of_experiments:
-        return base_of(read_experiments(Path(config), overrides(*found.override)))
-    return load(config, overrides(*found.override))
-
-
-def shipped(config: str) -> str:
-    """Return the path of a configuration; a default is found wherever the command is typed."""
-    if config in (DEFAULT, EXPERIMENTS) and not Path(config).exists():
-        return str(ROOT / config)
-    return config
+    if any(word.endswith(EXPERIMENTS_COMMAND) for word in argv):
+        given = Given.of(argv[1:], EXPERIMENTS)
+        return base_of(read_experiments(given.path, overrides(given.override)))
+    given = Given.of(argv[1:])
+    return load(given.path, given.changes())
 
 
 def named(cfg: RunConfig, environ: Mapping[str, str]) -> RunConfig:
@@ -167,56 +157,6 @@ def deploys(argv: list[str]) -> bool:
     # The command comes first; an option before it takes no value.
     words = [word for word in argv[1:] if not word.startswith("-")]
     return words[:1] in (["deploy"], ["serve"])
-
-
-def overrides(text: str = "") -> tuple[str, ...]:
-    """Return the single overrides of one text. Raises ConfigError when its quotes do not pair."""
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise ConfigError(
-            f'--override {text}: {error}; write --override "section.field=value other=value"'
-        ) from None
-
-
-def as_typed(argv: list[str]) -> str:
-    """Return a command of `modal` as a person types it again, without the credentials in it."""
-    return masked(f"modal {shlex.join(argv[1:])}")
-
-
-def afterwards(
-    modal: ModalConfig,
-    stages: tuple[str, ...],
-    config: str,
-    override: str,
-    environ: Mapping[str, str],
-) -> str:
-    """Return what to type once the stages of a command are done, "" where nothing follows; `modal`
-    is that section of the run that was done."""
-    serving = deploying(modal, environ)
-    if "deploy" in stages:
-        return f"to serve it: {serving}"
-    if "evaluate" not in stages:
-        return ""
-    words = ["modal", "run", "modal_app.py::deploy", "--config", config]
-    changes = list(overrides(override))
-    if not entered(modal):
-        changes.append("modal.endpoint_secret=NAME")
-    if changes:
-        words += ["--override", " ".join(changes)]
-    return f"to serve it: {shlex.join(words)}, then {serving}"
-
-
-def deploying(modal: ModalConfig, environ: Mapping[str, str]) -> str:
-    """Return the command that deploys an endpoint of this section; it reads no configuration, so
-    variables tell it the names of app and volume where the environment has others."""
-    words = []
-    for field in ("app", "volume"):
-        variable = f"MOLEFORGE_{field.upper()}"
-        name = getattr(modal, field) or UNNAMED
-        if name != (environ.get(variable) or UNNAMED):
-            words.append(f"{variable}={name}")
-    return " ".join([*words, "modal deploy modal_app.py"])
 
 
 def refuse_client(version: str) -> None:

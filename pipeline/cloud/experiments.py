@@ -1,10 +1,12 @@
 """Experiments on Modal: what a sweep costs, asked before it starts, and its jobs handed out to
 containers by one that lasts as long as the sweep."""
 
+import io
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +14,33 @@ from rich.console import Console
 
 from ..config.experiments import ExperimentsConfig, RangeConfig, SearchConfig
 from ..config.run import RunConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, PipelineError
+from ..families.load import parse
 from ..report.schema.experiments import ExperimentResults
+from ..run.advice import sentence
 from ..run.backend import printed_progress
 from ..run.experiments.reading import Experiments, base_of
-from ..run.experiments.sweep import Ended, GivesUp, HandOut, Wanted, is_text
+from ..run.experiments.sweep import Ended, GivesUp, Wanted, is_text
 from ..run.experiments.trials import Trial, listed_trials, made_trial
 from ..run.stages import Addresses
 from ..store.artifacts import Store
-from ..store.lineage import Lineage
 from .client import check, mirror, settled
-from .containers import JobResult
-from .estimate import JobEstimate, estimate, refuse_what_cannot_start
+from .containers import edge_of
+from .estimate import (
+    Expected,
+    JobEstimate,
+    estimate,
+    expected,
+    refuse_above,
+    refuse_what_cannot_start,
+)
+from .far import WIDE, FarStore, on_volume
+from .handing_out import FarJob, HandOutJobs, shared_out, whole
+from .leases import Leases
 from .looks import as_recorded
+from .plan_table import show_estimate
 from .prices import Prices
 from .roots import begun
-
-# Does jobs of a stage in containers: (items, settings) of each -> in order what became of it
-Containers = Callable[
-    [str, Sequence[tuple[list[str | None], dict]]], Iterable[list[JobResult] | BaseException]
-]
-
-
-@dataclass(frozen=True)
-class FarStore:
-    """The far store as the laptop sees it, each thing asked for once: trials share most."""
-
-    names: Callable[[str], Iterable[str]]  # in a folder of it
-    read: Callable[[str], bytes | None]
-    mount: str  # where containers have it
-    folder: Path  # gets what of it is needed here
-
-    @classmethod
-    def asked_once(
-        cls,
-        names: Callable[[str], Iterable[str]],
-        read: Callable[[str], bytes | None],
-        mount: str,
-        folder: Path,
-    ) -> "FarStore":
-        """Return one that remembers what it was told."""
-        return cls(cache(names), cache(read), mount, folder)
 
 
 @dataclass(frozen=True)
@@ -64,6 +52,19 @@ class FarSweep:
     settings: dict[str, Any]
     identities: dict[str, dict[str, str]]  # what the laptop planned with, by trial
     text_only: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        experiments: Experiments,
+        text_only: bool,
+        identities: dict[str, dict[str, str]] | None = None,
+    ) -> "FarSweep":
+        """Return what a container is to know of experiments."""
+        # What is not stated must not come back as stated
+        settings = experiments.settings.model_dump(mode="json", exclude_unset=True)
+        file = str(experiments.file)
+        return cls(experiments.name, file, settings, identities or {}, text_only)
 
     @property
     def experiments(self) -> Experiments:
@@ -101,15 +102,49 @@ def planned(
         found = [line for line in found if is_text(line.stage)]
     for name, search in () if text_only else settings.searches.items():
         found += _searched(experiments, name, search, lines, prices, far)
-    sweep = FarSweep(
-        experiments.name,
-        str(experiments.file),
-        # What is not stated must not come back as stated
-        settings.model_dump(mode="json", exclude_unset=True),
-        identities,
-        text_only,
-    )
-    return sweep, found
+    return FarSweep.of(experiments, text_only, identities), found
+
+
+@dataclass(frozen=True)
+class FarSweepPlan:
+    """A plan of a sweep that a container made, small enough to travel."""
+
+    printed: str
+    wrong: str  # why nothing can be started, "" where it can
+    sweep: FarSweep
+    expected: Expected | None
+
+
+def planned_sweep_there(wish: FarSweep, raw: dict, prices: Prices, root: Path) -> FarSweepPlan:
+    """Plan a sweep in a container that has the volume at root; `raw` is the run that all its trials
+    start from."""
+    printed = io.StringIO()
+    console = Console(file=printed, width=WIDE)
+    cfg = parse(raw)
+    sweep, wrong = wish, ""
+    costs = None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            far = on_volume(root, Path(folder))
+            sweep, costs = planned_sweep(wish, cfg, prices, far, console)
+    except PipelineError as error:
+        wrong = sentence(error, edge_of(cfg, root))
+    return FarSweepPlan(printed.getvalue(), wrong, sweep, costs)
+
+
+def planned_sweep(
+    wish: FarSweep, cfg: RunConfig, prices: Prices, far: FarStore, console: Console
+) -> tuple[FarSweep, Expected]:
+    """Show what a sweep will do and what it costs; return it as containers are to do it, and what
+    its jobs are estimated at. Raises PipelineError for what keeps it from starting."""
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    sweep, lines = planned(wish.experiments, prices, far, tell, wish.text_only)
+    show_estimate(cfg, lines, prices, False, console)
+    refuse_above(cfg, lines, prices, False)
+    return sweep, expected(cfg, lines, prices, False)
 
 
 def _recorded(trial: Trial, far: FarStore) -> tuple[Trial, list[str]]:
@@ -177,9 +212,17 @@ def _usd(lines: Sequence[JobEstimate]) -> float:
 
 
 def conducted(
-    sweep: FarSweep, store: Store, containers: Containers, command: str, frozen: bool
+    sweep: FarSweep,
+    store: Store,
+    hand_out: HandOutJobs,
+    command: str,
+    frozen: bool,
+    run: str = "",
+    leases: Leases | None = None,
+    wait: Callable[[float], None] = time.sleep,
 ) -> ExperimentResults:
-    """Do a sweep by containers, and leave its results in the store; `command` is what was typed.
+    """Do a sweep by containers, and leave its results in the store; `command` is what was typed,
+    `run` what all attempts are called, what others do by their `leases` is waited for.
 
     Raises DataError where what is read is not what the laptop planned with, under a limit on the
     cost, and what opening a store raises.
@@ -196,7 +239,7 @@ def conducted(
     def known(store: Store, trials: Iterable[Trial], _file: str) -> Iterator[None]:
         with ExitStack() as stack:
             for trial in trials:
-                stack.enter_context(begun(trial.cfg, store, command))
+                stack.enter_context(begun(trial.cfg, store, command, run=run, part=trial.label))
             yield
 
     def agree(trials: Sequence[Trial]) -> None:
@@ -212,10 +255,20 @@ def conducted(
                     "estimates it anew"
                 )
 
+    def in_containers(stage: str, wanted: Wanted, ended: Ended, _gives_up: GivesUp | None) -> None:
+        # A training is not ended before its time: its rows tell afterwards where it would have been
+        jobs = [FarJob(Addresses(cfg), stage, item) for cfg, item in wanted]
+        left = {job: at for at, job in enumerate(jobs)}
+        for job, result in shared_out(jobs, store, hand_out, leases, print, wait):
+            ended(left.pop(job), result.error)
+        for job, at in left.items():
+            # Somebody else has done it meanwhile
+            ended(at, whole(job, store, "found").error)
+
     results, trials = conduct(
         experiments,
         store,
-        hand_out_to(containers, store),
+        in_containers,
         print,
         progress,
         frozen=frozen,
@@ -227,30 +280,3 @@ def conducted(
     results = write_results(results, trials, store, folder, progress)
     store.publish()
     return results
-
-
-def hand_out_to(containers: Containers, store: Store) -> HandOut:
-    """Return what does jobs in containers, each in one of its own."""
-
-    def hand_out(stage: str, wanted: Wanted, ended: Ended, _gives_up: GivesUp | None) -> None:
-        # A training is not ended before its time: its rows tell afterwards where it would have been
-        inputs: list[tuple[list[str | None], dict]] = []
-        for cfg, item in wanted:
-            inputs.append(([item], cfg.model_dump(mode="json")))
-        for at, came in enumerate(containers(stage, inputs)):
-            if isinstance(came, BaseException):
-                ended(at, _lost(store, stage, wanted[at], came))
-            else:
-                ended(at, "".join(result.error for result in came))
-
-    return hand_out
-
-
-def _lost(store: Store, stage: str, job: tuple[RunConfig, str | None], error: BaseException) -> str:
-    """Return why a job failed whose container was lost for good; "" where it had published its
-    result before."""
-    store.refresh()
-    cfg, item = job
-    if Lineage(store).is_current(Addresses(cfg).of(stage, item)):
-        return ""
-    return f"{type(error).__name__}: {error}"

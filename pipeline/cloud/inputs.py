@@ -2,7 +2,7 @@
 and the packages that containers need for it."""
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
@@ -10,8 +10,7 @@ from ..config.base import PACKAGE
 from ..config.run import RunConfig
 from ..errors import ConfigError, DataError
 from .containers import UNNAMED
-
-Names = Callable[[str], Iterable[str]]  # a folder of the volume -> the names in it
+from .far import Names
 
 
 def not_on_volume(

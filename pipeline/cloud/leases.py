@@ -19,6 +19,7 @@ from ..store.artifacts import now
 # Longer than several renewals that get no answer, shorter than anybody wants to wait for the dead
 LASTS_S = 300.0
 RENEW_S = 60.0
+RUN = "run"  # before what the attempts of a run are called
 
 
 class SharedTable(Protocol):
@@ -122,10 +123,25 @@ class Leases:
                 self.table.put(_key(address, number), self._value(None))
 
     @contextmanager
-    def kept(self) -> Iterator[Self]:
-        """Renew the leases in a thread meanwhile."""
-        with repeated(self.renew, RENEW_S, "leases were not renewed"):
+    def kept(self, conducts: bool = False) -> Iterator[Self]:
+        """Renew the leases in a thread meanwhile; of who `conducts` the run it is known that he is
+        there."""
+
+        def renew() -> None:
+            self.renew()
+            if conducts:
+                self._show(LASTS_S)
+
+        if conducts:
+            self._show(LASTS_S)
+        with repeated(renew, RENEW_S, "leases were not renewed"):
             yield self
+        # Whoever is killed is known to be gone once this has not been renewed for long
+        if conducts:
+            self._show(None)
+
+    def _show(self, lasts_s: float | None) -> None:
+        self.table.put(f"{RUN}/{self.token}", self._value(lasts_s))
 
     def told(self) -> dict[str, Any]:
         """Return what `of` makes them of in a container that does the jobs."""
@@ -163,6 +179,33 @@ def repeated(act: Callable[[], None], every_s: float, failed: str) -> Iterator[N
     finally:
         ended.set()
         thread.join()
+
+
+def is_alive(
+    table: SharedTable, run: str, addresses: Iterable[str], clock: Callable[[], float] = time.time
+) -> bool:
+    """Whether anybody is at a run: who hands out its jobs, or a container that does one of them. Of
+    a run that the table does not know nobody can say that it is over."""
+    text = table.get(f"{RUN}/{run}")
+    if text is None:
+        return True
+    lease = Lease.read(text)
+    if lease is not None and lease.until > clock():
+        return True
+    return any(_is_done(table, address, run, clock) for address in addresses)
+
+
+def _is_done(table: SharedTable, address: str, run: str, clock: Callable[[], float]) -> bool:
+    """Whether a container of a run is at a job."""
+    number = 0
+    while True:
+        text = table.get(_key(address, number))
+        if text is None:
+            return False
+        lease = Lease.read(text)
+        if lease is not None and lease.token == run and lease.until > clock():
+            return True
+        number += 1
 
 
 def _key(address: str, number: int) -> str:

@@ -4,7 +4,6 @@ estimated at, written down on the volume by the one that hands out the jobs.
 Invariant: a stage that would bring a command above modal.max_cost_usd is not begun.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from rich.console import Console
 from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..errors import ConfigError
-from ..families.load import parse
 from ..run.reach import root_of
 from ..run.stages import Addresses
 from ..store.artifacts import Store, now
@@ -31,9 +29,9 @@ from ..store.costs import (
     read_costs,
     write_costs,
 )
-from .containers import HandOut, Items, JobResult
+from .containers import Items, JobResult
 from .estimate import CONDUCTOR, Expected
-from .experiments import Containers
+from .handing_out import Came, FarJob, HandOut, HandOutJobs
 from .leases import SharedTable
 from .meters import lives, meter_key, metered, unnoted
 from .prices import Prices, is_kind
@@ -96,22 +94,22 @@ class Ledger:
 
         return wrapped
 
-    def metered_containers(self, containers: Containers) -> Containers:
-        """Return what does jobs of many runs in containers and notes what they cost."""
+    def metered_jobs(self, hand_out: HandOutJobs, give_back: GiveBack) -> HandOutJobs:
+        """Return what hands out jobs of many runs and notes what they cost; of those that are not
+        begun it gives back the leases."""
 
-        def wrapped(
-            stage: str, inputs: Sequence[tuple[list[str | None], dict]]
-        ) -> Iterator[list[JobResult] | BaseException]:
-            wanted: list[tuple[list[str], MachineConfig]] = []
-            for items, raw in inputs:
-                cfg = parse(raw)
-                addresses = Addresses(cfg)
-                found = [addresses.of(stage, item) for item in items]
-                wanted.append((found, cfg.machine(stage)))
-            self.refuse_above(stage, itertools.chain(*(found for found, _ in wanted)))
-            for job, came in zip(wanted, containers(stage, inputs), strict=True):
-                self.note(stage, *job, came)
-                yield came
+        def wrapped(jobs: Sequence[FarJob]) -> Iterator[tuple[Sequence[FarJob], Came]]:
+            stage = jobs[0].stage
+            wanted = [job.address for job in jobs]
+            try:
+                self.refuse_above(stage, wanted)
+            except ConfigError:
+                give_back(wanted)
+                raise
+            for group, came in hand_out(jobs):
+                machine = group[0].addresses.cfg.machine(stage)
+                self.note(stage, [job.address for job in group], machine, came)
+                yield group, came
 
         return wrapped
 

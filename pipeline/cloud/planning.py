@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config.run import RunConfig
-from ..errors import ConfigError, PipelineError
+from ..errors import PipelineError
 from ..families.load import parse
 from ..run.advice import sentence
 from .baselines import with_baselines
@@ -25,13 +25,12 @@ from .estimate import (
     refuse_what_cannot_start,
     refuse_without_inputs,
 )
-from .experiments import FarStore
+from .far import WIDE, FarStore, on_volume
 from .looks import as_recorded
 from .plan_table import show_estimate
 from .prices import Prices
 
 PLAN_S = 1_800  # a container that plans may live
-_WIDE = 10_000  # columns: lines are for another terminal to break
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,6 @@ class FarPlan:
 def plans_here() -> bool:
     """Whether this machine can plan, without importing what that takes."""
     return find_spec("torch") is not None
-
-
-def refuse_planning_here() -> None:
-    """Raise ConfigError on a machine that cannot plan."""
-    if not plans_here():
-        raise ConfigError(
-            "experiments are planned where they are typed, and there is no torch here: "
-            "`pip install -r requirements.txt` brings what that takes"
-        )
 
 
 def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> Wish:
@@ -98,25 +88,13 @@ def planned_there(
     raw: dict, stages: tuple[str, ...], sequential: bool, frozen: bool, prices: Prices, root: Path
 ) -> FarPlan:
     """Plan in a container that has the volume at root."""
-
-    def names(folder: str) -> list[str]:
-        place = root / folder
-        return [path.name for path in place.iterdir()] if place.is_dir() else []
-
-    def read(path: str) -> bytes | None:
-        try:
-            return (root / path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
     wish = Wish(parse(raw), stages, sequential, frozen)
     printed = io.StringIO()
-    console = Console(file=printed, width=_WIDE)
+    console = Console(file=printed, width=WIDE)
     wrong = ""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            far = FarStore(names, read, str(root), Path(folder))
-            wish = planned_run(wish, prices, far, console)
+            wish = planned_run(wish, prices, on_volume(root, Path(folder)), console)
     except PipelineError as error:
         wrong = sentence(error, edge_of(wish.cfg, root))
     raw = wish.cfg.model_dump(mode="json")

@@ -1,38 +1,30 @@
-"""Roots on a volume that each container sees in its own way, and removing from it.
+"""Roots on a volume that each container sees in its own way, and who may remove from it.
 
-Containers share no locks. Whoever hands out jobs notes until when they may last, whoever removes
-leaves a mark; both publish theirs first and look for the other's then, so that one of them sees it.
+Containers share no locks. Whoever hands out jobs notes until when they may last at most, whoever
+removes leaves a mark; both publish theirs first and look for the other's then, so that one of them
+sees it. That a run was killed before that is told by its leases, which nobody renews.
 """
 
 import argparse
 import contextlib
-import io
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from ..config.run import RunConfig
 from ..errors import PipelineError, StoreError
-from ..run.advice import sentence
 from ..run.predecessor import note_all_gone, predecessors, reported
-from ..run.prune import opened, prune
 from ..run.reach import root_of
-from ..run.remove_run import remove_runs
-from ..run.show_runs import show_runs
 from ..run.stages import is_report
-from ..run.versions import show_versions
 from ..store import in_use
 from ..store.artifacts import Store, now, write_text
-from ..store.reading import sealed
+from ..store.reading import sealed, unsealed
 from ..store.removed import told_removed
-from ..store.roots import Root, leave, root_states
-from .containers import JobResult, ModalEdge
-from .endpoint import roll_back, served_addresses, shown_versions
+from ..store.roots import Root, leave
+from .containers import JobResult
 
 # How long the containers that hand out jobs, and that remove, may live.
 RUN_S = 86_400
@@ -41,7 +33,8 @@ LOOK_EVERY_S = 5.0
 # Before what tells one remover's mark from others': at one path the last that is published stays,
 # and two who remove would each see their own
 MARK = "removing-"
-_WIDE = 10_000  # columns: lines are for another terminal to break
+# Whether anybody is at a run still, by what its attempts are called and its addresses
+IsAlive = Callable[[str, Sequence[str]], bool]
 
 
 @contextlib.contextmanager
@@ -52,21 +45,25 @@ def begun(
     progress: Callable[[str], None] = print,
     wait: Callable[[float], None] = time.sleep,
     run: str = "",
+    part: str = "",
 ) -> Iterator[list[Root]]:
     """Leave the root of a run whose jobs are handed out meanwhile, and have its results left alone;
-    `command` is what was typed, `run` what all attempts are called: the last one takes away what
-    those that were killed have noted. Waits while somebody removes. Gives the roots of the same
-    name and configuration before it, the last one first."""
+    `command` is what was typed, `run` what all attempts are called, `part` which of several runs
+    that were begun as one it is: the last attempt takes away what those that were killed have
+    noted. Waits while somebody removes. Gives the roots of the same name and configuration before
+    it, the last one first."""
     file, overrides = _named(command)
     root = root_of(cfg, file, overrides)
-    note = in_use.note_path(store, in_use.new_name(run))
+    called = f"{run}/{part}" if part else run
+    note = in_use.note_path(store, in_use.new_name(called))
     before: list[Root] = []
     # what is wrong with the store is for the first job to say
     with contextlib.suppress(PipelineError, OSError):
         store.open()
         before = predecessors(store, root.name, root.file, but=root.id)
         note.parent.mkdir(exist_ok=True)
-        write_text(note, sealed({"addresses": list(root.addresses), "until": _in(RUN_S)}))
+        noted = {"addresses": list(root.addresses), "until": _in(RUN_S), "run": run}
+        write_text(note, sealed(noted))
         leave(store, root)
         store.publish()
         store.refresh()
@@ -80,6 +77,26 @@ def begun(
         with contextlib.suppress(OSError):
             note.unlink()
             store.publish()
+
+
+def clear_lapsed(store: Store, is_alive: IsAlive) -> None:
+    """Take away the notes of runs that nobody is at any more, which say that they last a day."""
+    gone = list(lapsed(store, is_alive))
+    for note in gone:
+        note.unlink(missing_ok=True)
+    if gone:
+        store.publish()
+        store.refresh()
+
+
+def lapsed(store: Store, is_alive: IsAlive) -> Iterator[Path]:
+    """Yield the notes of runs that nobody is at any more."""
+    for note in (store.root / in_use.RUNS).glob(f"{in_use.PREFIX}*.json"):
+        # One that is torn, or of another version, means what it says
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            noted = unsealed(note.read_bytes())
+            if noted.get("run") and not is_alive(noted["run"], noted["addresses"]):
+                yield note
 
 
 def since(
@@ -125,64 +142,8 @@ def _in(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
 
 
-def tend(
-    command: str,
-    names: Sequence[str],
-    flags: Mapping[str, bool],
-    edge: ModalEdge,
-    publish: Callable[[], None],
-    refresh: Callable[[], None],
-) -> tuple[str, str]:
-    """Do `runs`, `prune`, `rm`, `versions` or `rollback` on a volume; return what it printed, and
-    what is wrong."""
-    root = edge.root
-    refresh()
-    store = Store(root, publish=publish, refresh=refresh)
-    printed = io.StringIO()
-    console = Console(file=printed, width=_WIDE)
-    try:
-        if command == "runs":
-            show_runs(store, console)
-        elif command in ("versions", "rollback"):
-            if command == "rollback":
-                roll_back(root, names[0] if names else None, publish)
-            known, current = shown_versions(root)
-            show_versions(known, current, "the volume", console)
-        else:
-            with _alone(opened(store), flags["yes"]):
-                _remove(command, names, flags, store, console)
-    except PipelineError as error:
-        return printed.getvalue(), sentence(error, edge)
-    return printed.getvalue(), ""
-
-
-def _remove(
-    command: str, names: Sequence[str], flags: Mapping[str, bool], store: Store, console: Console
-) -> None:
-    # configurations lie where commands are typed, and what they reach there is told by roots
-    if not root_states(store):
-        raise StoreError(
-            "no run has left a root on the volume, so nothing would be kept: do a command of each "
-            "run whose results you want to keep, which makes nothing again that is there"
-        )
-    # it holds all that it needs, and has no lock here
-    others = {"the endpoint": served_addresses(store.root)}
-    if command == "rm":
-        remove_runs(names, {}, store, console, remove=flags["yes"], others=others)
-        return
-    prune(
-        {},
-        store,
-        console,
-        remove=flags["yes"],
-        damaged=flags["damaged"],
-        orphans=flags["orphans"],
-        others=others,
-    )
-
-
 @contextlib.contextmanager
-def _alone(store: Store, removes: bool) -> Iterator[None]:
+def alone(store: Store, removes: bool) -> Iterator[None]:
     """Have runs wait that begin, and others that remove refused. Raises StoreError."""
     if not removes:
         yield

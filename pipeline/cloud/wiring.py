@@ -22,6 +22,33 @@ SECRETS = {
 }
 
 
+# Where containers have it
+BUCKET = "/bucket"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket that containers see, or what lies below a prefix in it."""
+
+    name: str
+    prefix: str | None = None  # ends in /
+    endpoint: str | None = None  # none: of S3
+
+    @classmethod
+    def of(cls, text: str | None, endpoint: str | None) -> "Bucket | None":
+        """Return the one that settings name."""
+        if not text:
+            return None
+        name, _, prefix = text.partition("/")
+        prefix = prefix.strip("/")
+        return cls(name, f"{prefix}/" if prefix else None, endpoint or None)
+
+    @property
+    def text(self) -> str:
+        """It as settings name it."""
+        return f"{self.name}/{self.prefix or ''}"
+
+
 @dataclass(frozen=True)
 class Wiring:
     """Names, secrets and packages of an app, and its endpoint."""
@@ -34,6 +61,8 @@ class Wiring:
     bundle: str = ""  # that all containers of a deployment serve, "": the note's
     snapshots: bool = False  # containers start from an image of memory
     serve: str = "{}"  # what the endpoint's server takes on, as JSON
+    bucket: Bucket | None = None  # with inputs
+    reevaluates: str = ""  # when what is served is measured again, as cron has it
 
     @classmethod
     def settled(cls, cfg: RunConfig, note: bytes | None, serves: bool) -> "Wiring":
@@ -53,6 +82,8 @@ class Wiring:
             bundle=pinned(note) if serves else "",
             snapshots=cfg.modal.endpoint.memory_snapshot,
             serve=cfg.serve.model_dump_json(),
+            bucket=Bucket.of(cfg.modal.bucket, cfg.modal.bucket_endpoint),
+            reevaluates=(cfg.modal.reevaluate or "") if serves else "",
         )
 
     @property
@@ -67,6 +98,9 @@ class Wiring:
             "MOLEFORGE_BUNDLE": self.bundle,
             "MOLEFORGE_SNAPSHOT": "1" if self.snapshots else "",
             "MOLEFORGE_SERVE": self.serve,
+            "MOLEFORGE_REEVALUATE": self.reevaluates,
+            "MOLEFORGE_BUCKET": self.bucket.text if self.bucket else "",
+            "MOLEFORGE_BUCKET_ENDPOINT": (self.bucket and self.bucket.endpoint) or "",
         }
 
     @classmethod
@@ -85,4 +119,8 @@ class Wiring:
             bundle=environ.get("MOLEFORGE_BUNDLE", ""),
             snapshots=bool(environ.get("MOLEFORGE_SNAPSHOT")),
             serve=environ.get("MOLEFORGE_SERVE", "{}"),
+            reevaluates=environ.get("MOLEFORGE_REEVALUATE", ""),
+            bucket=Bucket.of(
+                environ.get("MOLEFORGE_BUCKET"), environ.get("MOLEFORGE_BUCKET_ENDPOINT")
+            ),
         )

@@ -162,11 +162,26 @@ class ModalConfig(Section):
         description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for data or "
         "deploy.upload on S3",
     )
+    bucket: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/]+)*/?$",
+        description="Bucket with inputs, `NAME` or `NAME/FOLDER/`, which containers see read-only "
+        "at /bucket; its keys are in modal.storage_secret, none: it is public",
+    )
+    bucket_endpoint: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="Where modal.bucket is; none: on S3"
+    )
     endpoint_secret: Name | None = Field(
         None, description="Secret with MOLEFORGE_API_KEY, which requests must bring"
     )
     endpoint_public: bool = Field(
         False, description="Serve without a key: whoever knows the address may use the endpoint"
+    )
+    reevaluate: str | None = Field(
+        None,
+        pattern=r"^\S+( \S+){4}$",
+        description="When what is served is measured again, as cron has it in UTC: `0 6 * * 1` is "
+        "Mondays at six; none: never",
     )
     endpoint_proxy_auth: bool = Field(
         False,

@@ -5,7 +5,7 @@ Whoever carries out a run asks these methods and never looks into a family's sec
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -79,6 +79,8 @@ class RunConfig(Section):
     """A whole run, of whatever family."""
 
     stages: ClassVar[dict[str, Stage]] = {}  # the family's table, in the order of a run
+    # What flags stand for, by their names: settings, with {} for what was typed
+    shorthands: ClassVar[Mapping[str, tuple[str, ...]]] = {"bucket": ("modal.bucket={}",)}
 
     name: Name = Field("run", description="Name of the run in reports")
     # A text and no choice of names: this layer knows no family, families/load.py refuses others.

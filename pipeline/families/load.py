@@ -50,11 +50,21 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises ConfigError that lists every problem with its dotted name and line.
     """
     path = Path(path)
+    return checked(_laid(path, overrides), path, overrides)
+
+
+def family_of(path: Path, overrides: tuple[str, ...] = ()) -> type[RunConfig]:
+    """Return the settings class of the family that a file names, whatever else is the matter with
+    it. Raises ConfigError."""
+    return _run_config(_laid(path, overrides))
+
+
+def _laid(path: Path, overrides: tuple[str, ...]) -> dict:
     raw = resolve(path, PATHS)
     for item in overrides:
         own, resolved = override(item, path.parent, PATHS)
         raw = overlay(raw, own, resolved)
-    return checked(raw, path, overrides)
+    return raw
 
 
 def checked(raw: dict, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -1,8 +1,8 @@
 """Four domains of real text that every machine has once the requirements are installed.
 
 Invariant: files are ordered by a hash of their relative path and read as bytes of installed
-packages, so machines with the same requirements see the same documents in the same order, with no
-network.
+packages, so machines with the same packages and the same build of Python see the same documents in
+the same order, with no network; others see others, and addresses hold which.
 """
 
 import hashlib
@@ -58,8 +58,10 @@ def _seen(domain: str, _eye: Eye) -> Iterator[Seen]:
 
 def taken_from(domain: str) -> Iterator[tuple[str, str]]:
     """Yield (name, version) of what holds the text of a domain."""
+    # Of one version each platform has another build, with other headers and other modules
+    yield "platform", sysconfig.get_platform()
     if domain in ("python", "manual"):
-        yield "Python", platform.python_version()
+        yield "Python", " ".join((platform.python_version(), *platform.python_build()))
     # Every package has a description, and most a licence
     from_all = domain in ("manual", "licences")
     for name, version in _versions(tuple(map(_changed_ns, sys.path))):

@@ -7,7 +7,7 @@ Invariant: what is said of one expert enters the addresses of its own data and a
 set, the router and the report, and no other expert's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -23,11 +23,17 @@ from ...protocols import Eye, Looked, Seen
 from .sections import RESERVED, AdapterConfig, AdapterEvaluateConfig, AdaptersConfig
 from .stages import STAGES
 
+_SHORTHANDS = {
+    "checkpoint": ("loras.base.model={}", "loras.base.build=null", "loras.base.revision=null"),
+    "smoke": ("evaluate.smoke=true",),
+}
+
 
 class AdapterRunConfig(RunConfig):
     """A whole run of LoRA experts on one base, but for what its family adds."""
 
     stages: ClassVar[dict[str, Stage]] = STAGES
+    shorthands: ClassVar[Mapping[str, tuple[str, ...]]] = {**RunConfig.shorthands, **_SHORTHANDS}
 
     loras: AdaptersConfig = Field(
         description="Base, experts and router; a JSON file's path, or what is in it"

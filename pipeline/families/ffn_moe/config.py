@@ -1,6 +1,6 @@
 """The configuration of an ffn_moe run: its sections together, and whether they fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,11 +25,28 @@ from .sections import (
 )
 from .stages import BASELINE_READS, FROM_ZERO, JOINT_READS, MIXTURE_READS, STAGES
 
+_SHORTHANDS = {
+    "input": ("data.source=files", "data.files=[{paths: {}}]"),
+    # A model brings its tokenizer, and what else is said of another one is not said of it
+    "checkpoint": (
+        *("trunk.init={}", "trunk.revision=null"),
+        *("tokenizer.pretrained={}", "tokenizer.revision=null"),
+    ),
+    "smoke": (
+        *("evaluate.tokens_per_domain=512", "evaluate.rivals=few", "evaluate.bootstrap=100"),
+        *("evaluate.samples=0", "evaluate.continuation_tokens=0"),
+    ),
+}
+
 
 class FfnMoeConfig(TextRunConfig):
     """A whole run of FFN experts."""
 
     stages: ClassVar[dict[str, Stage]] = STAGES
+    shorthands: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **TextRunConfig.shorthands,
+        **_SHORTHANDS,
+    }
 
     family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")
     trunk: TrunkConfig = Field(TrunkConfig(steps=1000), description="The shared trunk")
