@@ -283,6 +283,8 @@ def test_what_was_spent_is_on_the_volume_beside_what_was_estimated(modal, whole)
     for stage in ("preprocess", "train_experts", "evaluate"):
         for row in rows[stage]:
             assert row.addresses[0].startswith(stage)
+    listed = re.sub(r"\s+", " ", modal("run", "modal_app.py::runs"))
+    assert "US$" in listed and re.search(r"the volume holds \d\.\d\d GB, at most", listed)
 
 
 def test_an_expert_from_elsewhere_is_taken_from_the_volume(modal, experts, local, tmp_path):
