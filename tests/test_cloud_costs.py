@@ -332,7 +332,7 @@ def test_what_was_spent_is_written_down_beside_what_was_estimated(priced):
         done = list(ledger.metered(cfg, hand_out, None)("train_experts", list(cfg.experts)))
         assert [items for items, _ in done] == [[item] for item in cfg.experts]
         assert read_costs(ledger.path).ended == ""
-    assert len(published) == len(cfg.experts) + 1
+    assert len(published) == len(cfg.experts) + 2
     costs = read_costs(ledger.path)
     assert costs.ended and costs.command == "modal run x" and costs.prices == PRICES.checked
     first, *others, conducting = costs.rows
@@ -373,6 +373,27 @@ def test_the_next_attempt_goes_on_in_the_same_file(priced):
     rows = read_costs(path).rows
     assert [len(row.addresses) for row in rows] == [1, 1, 0]
     assert rows[-1].containers == 2
+
+
+def test_what_ended_while_nobody_handed_out_jobs_is_paid_for(priced):
+    cfg, store, expected = priced
+    table = FakeTable()
+    one, two, *_ = (stages.address(cfg, "train_experts", item) for item in cfg.experts)
+    crashed = cloud.Ledger(store, table, "run-1", expected)
+    with crashed.kept("modal run x", [cfg]):
+        pass
+    # Both in one container, of which the next attempt asks for nothing, or for what is left
+    told = {"by": "x", "token": "run-1", "held": {}}
+    with at_work(table, told, [one, two]):
+        pass
+    ledger = cloud.Ledger(store, table, "run-1", expected)
+    with ledger.kept("modal run x", [cfg]):
+        found = {row.addresses: row for row in read_costs(ledger.path).rows}
+        assert set(found) == {(one, two), ()} and found[one, two].usd > 0
+        ledger.note("train_experts", [two], cfg.machine("train_experts"), [])
+    rows = {row.addresses: row for row in read_costs(ledger.path).rows}
+    assert set(rows) == {(two,), ()}
+    assert rows[(two,)].seconds == found[one, two].seconds
 
 
 def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):

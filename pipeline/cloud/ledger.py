@@ -55,12 +55,17 @@ class Ledger:
     @contextmanager
     def kept(self, command: str, cfgs: Sequence[RunConfig]) -> Iterator[None]:
         """Write down what a command costs while it lasts; it is for those runs."""
+        begun = self.path.exists()
         with unnoted():
-            if self.path.exists():
-                # An earlier attempt's
+            if begun:
                 self.costs = read_costs(self.path)
         runs = tuple(root_of(cfg, "", ()).id for cfg in cfgs)
         self.costs = replace(self.costs, command=command, runs=runs, ended="")
+        with unnoted():
+            for cfg in cfgs if begun else ():
+                self._catch_up(cfg)
+            # So that the next attempt knows of this one
+            self._save()
         key = f"{self.run}/{CONDUCTING}"
         try:
             with metered(self.table, key, gpu=lambda: None):
@@ -150,11 +155,30 @@ class Ledger:
             row = Spent(stage, tuple(addresses), *_paid(found, usd_per_s), estimated)
             self._write(replace(row, made=_is_made(ended)))
 
+    def _catch_up(self, cfg: RunConfig) -> None:
+        """Write down what containers were paid for that an earlier attempt has begun, and was lost
+        before they ended: who is done is handed out to nobody any more."""
+        addresses = Addresses(cfg)
+        noted = {address for row in self.costs.rows for address in row.addresses}
+        for stage in cfg.stages:
+            together: dict[str, list[str]] = {}
+            for item in cfg.items(stage):
+                address = addresses.of(stage, item)
+                if address not in noted and self.expected.of(address):
+                    key = meter_key(self.table, self.run, [address])
+                    together.setdefault(key, []).append(address)
+            for key, group in together.items():
+                if lives(self.table, key):
+                    self.note(stage, group, cfg.machine(stage), [])
+
     def _write(self, row: Spent) -> None:
-        """Write a row in the place of what it said before. Raises what the store and the volume
-        raise."""
-        others = [each for each in self.costs.rows if _job(each) != _job(row)]
+        """Write a row in the place of what was said of its jobs before. Raises what the store and
+        the volume raise."""
+        others = [each for each in self.costs.rows if not _share_jobs(each, row)]
         self.costs = replace(self.costs, rows=(*others, row))
+        self._save()
+
+    def _save(self) -> None:
         write_costs(self.path, self.costs)
         self.store.publish()
 
@@ -175,8 +199,11 @@ def _is_made(ended: list[JobResult] | BaseException) -> bool:
     return not any(result.error for result in ended)
 
 
-def _job(row: Spent) -> tuple[str, tuple[str, ...]]:
-    return row.stage, row.addresses
+def _share_jobs(one: Spent, other: Spent) -> bool:
+    """Whether two rows are of the same jobs, of which those that are done may be left out."""
+    if not (one.addresses and other.addresses):
+        return one.stage == other.stage
+    return not set(one.addresses).isdisjoint(other.addresses)
 
 
 def _as_found(machine: MachineConfig, gpu: str) -> MachineConfig:
