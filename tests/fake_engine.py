@@ -148,7 +148,12 @@ def routed_by_request(engine: FakeEngine) -> None:
 
 
 def served(
-    folder, engine: FakeEngine, template: str | None = TEMPLATE, *, wants_key=False, **limits
+    folder,
+    engine: FakeEngine,
+    template: str | None = TEMPLATE,
+    *,
+    key: str | None = None,
+    **limits,
 ):
     """Return the application over an engine; folder takes its tokenizer's files."""
     files = engine.tokenizer.stock_files([])
@@ -157,8 +162,8 @@ def served(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     service = Service(engine, TextPrompts(engine, folder), RequestLimits(**limits))
-    app = closed(Access(keys=Keys("k" if wants_key else None)))
+    app = closed(Access(keys=Keys(key)))
     app.state.service = service
-    add_endpoints(app, service, wants_key=wants_key)
+    add_endpoints(app, service, wants_key=key is not None)
     app.state.gate.opened = True
     return app

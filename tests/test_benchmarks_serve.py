@@ -4,10 +4,12 @@ import random
 from subprocess import Popen
 from unittest.mock import create_autospec
 
+import fake_engine
+from fake_engine import FakeEngine
+
 from benchmarks import serve_peers, serve_throughput
 from benchmarks.serve_peers import Peer, turn
 from benchmarks.serve_throughput import Asking, Kept, alike, served
-from pipeline.serve.app import create
 from tests import small_engines
 from tests.test_serve import running
 
@@ -39,10 +41,10 @@ def test_what_generate_is_given_is_drawn_to_its_end():
     assert engine.stats.completion_tokens == 3 * 32
 
 
-def test_what_a_server_streams_is_counted_as_its_usage_tells(bundled, monkeypatch):
+def test_what_a_server_streams_is_counted_as_its_usage_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(serve_peers, "PROMPT_CHARACTERS", (8,))
     monkeypatch.setattr(serve_peers, "NEW_TOKENS", (3,))
-    with running(create(bundled[2])) as client:
+    with running(fake_engine.served(tmp_path, FakeEngine(room=10**6))) as client:
         peer = Peer("ours", str(client.base_url), "", create_autospec(Popen, instance=True))
         told = client.get("/v1/models").json()["data"][0]["id"]
         found = turn(Peer("ours", peer.address, told, peer.process), 2, 0.3, 0)

@@ -56,7 +56,7 @@ def test_every_answer_is_described(document):
 
 
 def test_with_keys_it_says_so(tmp_path):
-    document = served(tmp_path, FakeEngine(), wants_key=True).openapi()
+    document = served(tmp_path, FakeEngine(), key="k").openapi()
     validate(document)
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert document["paths"][CHAT]["post"]["security"] == [{"key": []}]

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fake_engine import FakeEngine, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -430,8 +431,8 @@ def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(client, engine, mon
     assert client.get("/healthz").status_code == 200
 
 
-def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled):
-    with running(create(bundled[2], key="sésame")) as client:
+def test_with_a_key_nothing_of_the_model_is_shown_without_it(bundled, tmp_path):
+    with running(served(tmp_path, FakeEngine(), key="sésame")) as client:
         assert client.get("/healthz").status_code == 200
         for wrong in (
             {},
