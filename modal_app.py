@@ -12,7 +12,7 @@ cloud.Commands.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def orchestrate(
     command: str,
     frozen: bool,
     run: str,
-    expected: cloud.Expected | None,
+    expected: cloud.Expected,
 ) -> list[cloud.JobResult]:
     """Look at what the run reads and hand out the jobs of stages in order; goes on to its end
     whether or not anybody listens. `run` is what all attempts are called."""
@@ -185,11 +185,9 @@ def orchestrate(
 
     find = modal.FunctionCall.from_id
     hand_out = cloud.by_calls(Addresses(cfg), run, claims, sequential, start, find)
-    kept: AbstractContextManager = nullcontext()
-    if expected is not None:
-        ledger = cloud.Ledger(store, claims, run, expected)
-        hand_out = ledger.metered(cfg, hand_out, leases.give_back)
-        kept = ledger.kept(command, [cfg])
+    ledger = cloud.Ledger(store, claims, run, expected)
+    hand_out = ledger.metered(cfg, hand_out, leases.give_back)
+    kept = ledger.kept(command, [cfg])
     begun = cloud.begun(cfg, store, command, run=run)
     with leases.kept(conducts=True), begun as before, kept:
         results = cloud.orchestrate(cfg, stages, store, hand_out, command, leases=leases)
@@ -206,8 +204,8 @@ if WIRING.reevaluates:
         """Measure what is served once more, and say what is other than before."""
         cfg, former = cloud.once_more(Path(VOLUME), volume.reload)
         run = modal.current_function_call_id()
-        # Nobody was told what it will cost
-        again = ("modal deploy modal_app.py", True, run, None)
+        expected = cloud.priced_again(cfg, Path(VOLUME), WIRING.prices)
+        again = ("modal deploy modal_app.py", True, run, expected)
         results = orchestrate.local(cfg.model_dump(mode="json"), ["evaluate"], False, *again)
         cloud.tell_change(results, former, Path(VOLUME))
 

@@ -50,7 +50,7 @@ def asked_for(argv: list[str], environ: Mapping[str, str]) -> tuple[RunConfig, c
         cloud.check(cfg, prices, VOLUME)
         if serves:
             sys.stdout.write(f"{cloud.endpoint_told(cfg.modal, prices)}\n")
-        return cfg, cloud.Wiring.settled(cfg, note, serves)
+        return cfg, cloud.Wiring.settled(cfg, note, serves, prices)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, edge)}")
     except modal.exception.Error as error:

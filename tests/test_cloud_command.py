@@ -52,7 +52,9 @@ def test_containers_build_what_the_laptop_has_settled():
         modal={"app": "mine", "volume": "ours", "hub_secret": "hub", "endpoint_secret": "key"}
     )
     for serves in (True, False):
-        settled = cloud.Wiring.settled(cfg, b'{"address": "deploy-1", "sums": "0a"}', serves)
+        settled = cloud.Wiring.settled(
+            cfg, b'{"address": "deploy-1", "sums": "0a"}', serves, PRICES
+        )
         assert cloud.Wiring.told(settled.variables) == settled
         assert settled.entered == ("key" if serves else "")
         assert settled.bundle == ("deploy-1@0a" if serves else "")

@@ -20,7 +20,7 @@ from test_cloud_leases import FakeTable
 from pipeline import cloud
 from pipeline.cloud.estimate import ASSUMED_S, CONDUCTOR, STARTUP_S, total
 from pipeline.cloud.meters import at_work, lives, meter_key, metered, process_age_s
-from pipeline.cloud.prices import is_kind
+from pipeline.cloud.prices import Prices, is_kind
 from pipeline.cloud.standing import storage_told
 from pipeline.config.machines import EndpointConfig, MachineConfig, TrainerConfig
 from pipeline.errors import ConfigError, DamagedArtifact
@@ -215,6 +215,21 @@ def test_a_plan_tells_all_of_it(tmp_path):
     assert "on the volume: at least 0.00 GB, at most $0.00 a month" in text
     assert "endpoint: $0.32 an hour for each container" in text
     assert f"with {PRICES.told}" in text
+
+
+def test_what_is_measured_again_is_priced_where_no_price_table_is(finished):
+    cfg = load(finished[0], ("modal.reevaluate=0 6 * * 1", "modal.max_cost_usd=5"))
+    wired = cloud.Wiring.settled(cfg, b'{"address": "deploy-1"}', True, PRICES)
+    told = cloud.Wiring.told(wired.variables)
+    assert told == wired and Prices.told_by(told.prices) == PRICES
+    again = cfg.model_copy(update={"name": "another-day"})
+    found = cloud.priced_again(again, finished[1], told.prices)
+    assert found.limit_usd == 5
+    usd = STARTUP_S * PRICES.usd_per_s(cfg.modal.evaluate)
+    assert usd < found.of(stages.address(again, "evaluate")) < 2 * usd
+    modal = cfg.modal.model_copy(update={"max_cost_usd": 0.01})
+    with pytest.raises(ConfigError, match="above modal.max_cost_usd 0.01"):
+        cloud.priced_again(again.model_copy(update={"modal": modal}), finished[1], told.prices)
 
 
 # ---- what was spent

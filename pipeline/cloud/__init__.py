@@ -49,7 +49,13 @@ from .plan_table import show_estimate
 from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_here
 from .prices import Prices, most_gpus
 from .reevaluation import NOTE as REEVALUATED
-from .reevaluation import note_reevaluation, once_more, reevaluated_as, tell_change
+from .reevaluation import (
+    note_reevaluation,
+    once_more,
+    priced_again,
+    reevaluated_as,
+    tell_change,
+)
 from .roots import REMOVAL_S, begun, since
 from .serving import application
 from .standing import endpoint_told, storage_told
@@ -130,6 +136,7 @@ __all__ = [
     "planned_sweep_there",
     "planned_there",
     "plans_here",
+    "priced_again",
     "reevaluated_as",
     "refuse_above",
     "refuse_client",

@@ -1,9 +1,10 @@
 """What rented machines cost and how fast they are: config/prices.yaml, the one list of GPUs and
 regions that this program knows."""
 
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..config.files import read
@@ -64,15 +65,29 @@ class Prices:
     def load(cls, path: Path) -> "Prices":
         """Read the table. Raises ConfigError."""
         try:
-            raw = _dated(read(path))
-            gpus = {name: Gpu(**_dated(row)) for name, row in raw.pop("gpus").items()}
-            surcharges = Surcharges(**_dated(raw.pop("surcharges")))
-            storage = Storage(**_dated(raw.pop("storage")))
-            return cls(gpus=gpus, surcharges=surcharges, storage=storage, **raw)
+            return cls._of(read(path))
         except (ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is not a price table: {error}; restore the one that came with MoleForge"
             ) from None
+
+    @classmethod
+    def told_by(cls, text: str) -> "Prices":
+        """Return the table that `text` is."""
+        return cls._of(json.loads(text))
+
+    @classmethod
+    def _of(cls, raw: dict) -> "Prices":
+        raw = _dated(raw)
+        gpus = {name: Gpu(**_dated(row)) for name, row in raw.pop("gpus").items()}
+        surcharges = Surcharges(**_dated(raw.pop("surcharges")))
+        storage = Storage(**_dated(raw.pop("storage")))
+        return cls(gpus=gpus, surcharges=surcharges, storage=storage, **raw)
+
+    @property
+    def text(self) -> str:
+        """The table as a container is told of it that has no file."""
+        return json.dumps(asdict(self))
 
     @property
     def told(self) -> str:

@@ -24,6 +24,8 @@ from ..store.reading import parse_object
 from ..store.roots import readable_roots
 from .containers import JobResult
 from .endpoint import served_addresses
+from .estimate import Expected, estimate, expected, refuse_above
+from .prices import Prices
 
 NOTE = "reevaluated.json"
 REPORT = "evaluate"
@@ -79,6 +81,15 @@ def once_more(root: Path, refresh: Callable[[], None]) -> tuple[RunConfig, str]:
     cfg = parse(latest.settings)
     named = {"name": f"{cfg.name}-{time.strftime('%Y%m%d', time.gmtime())}"}
     return cfg.model_copy(update=named), Addresses(cfg).of(REPORT)
+
+
+def priced_again(cfg: RunConfig, root: Path, prices: str) -> Expected:
+    """Return what measuring a run again is estimated at, by prices as text. Raises ConfigError
+    above the limit on the cost that the run has."""
+    table = Prices.told_by(prices)
+    lines = estimate(cfg, (REPORT,), Store(root), table)
+    refuse_above(cfg, lines, table, False)
+    return expected(cfg, lines, table, False)
 
 
 def tell_change(results: Sequence[JobResult], former: str, root: Path) -> None:

@@ -12,6 +12,7 @@ from ..config.run import RunConfig
 from .containers import UNNAMED
 from .endpoint import entered, pinned
 from .inputs import packages
+from .prices import Prices
 
 # purpose -> what the secret has to hold
 SECRETS = {
@@ -63,11 +64,13 @@ class Wiring:
     serve: str = "{}"  # what the endpoint's server takes on, as JSON
     bucket: Bucket | None = None  # with inputs
     reevaluates: str = ""  # when what is served is measured again, as cron has it
+    prices: str = ""  # by which that is priced, as Prices.text has them
 
     @classmethod
-    def settled(cls, cfg: RunConfig, note: bytes | None, serves: bool) -> "Wiring":
+    def settled(cls, cfg: RunConfig, note: bytes | None, serves: bool, prices: Prices) -> "Wiring":
         """Return what a command with that configuration builds; `note` says what a deployment
         serves, only one that `serves` makes an endpoint. Raises ConfigError, DamagedArtifact."""
+        reevaluates = (cfg.modal.reevaluate or "") if serves else ""
         names = {}
         for purpose in SECRETS:
             name = getattr(cfg.modal, f"{purpose}_secret")
@@ -83,7 +86,8 @@ class Wiring:
             snapshots=cfg.modal.endpoint.memory_snapshot,
             serve=cfg.serve.model_dump_json(),
             bucket=Bucket.of(cfg.modal.bucket, cfg.modal.bucket_endpoint),
-            reevaluates=(cfg.modal.reevaluate or "") if serves else "",
+            reevaluates=reevaluates,
+            prices=prices.text if reevaluates else "",
         )
 
     @property
@@ -99,6 +103,7 @@ class Wiring:
             "MOLEFORGE_SNAPSHOT": "1" if self.snapshots else "",
             "MOLEFORGE_SERVE": self.serve,
             "MOLEFORGE_REEVALUATE": self.reevaluates,
+            "MOLEFORGE_PRICES": self.prices,
             "MOLEFORGE_BUCKET": self.bucket.text if self.bucket else "",
             "MOLEFORGE_BUCKET_ENDPOINT": (self.bucket and self.bucket.endpoint) or "",
         }
@@ -120,6 +125,7 @@ class Wiring:
             snapshots=bool(environ.get("MOLEFORGE_SNAPSHOT")),
             serve=environ.get("MOLEFORGE_SERVE", "{}"),
             reevaluates=environ.get("MOLEFORGE_REEVALUATE", ""),
+            prices=environ.get("MOLEFORGE_PRICES", ""),
             bucket=Bucket.of(
                 environ.get("MOLEFORGE_BUCKET"), environ.get("MOLEFORGE_BUCKET_ENDPOINT")
             ),
