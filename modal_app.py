@@ -51,8 +51,9 @@ image = modal.Image.debian_slim(python_version="3.12").uv_pip_install(
 if WIRING.packages:
     # What they ask for is not used, and would change the versions that were just installed
     image = image.uv_pip_install(*WIRING.packages, extra_options="--no-deps", uv_version=UV)
-# Modal would ship the package's .py files alone, and it has a page for browsers as well
-LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "serve/page/*")
+# Modal would ship the package's .py files alone, and it has pages for browsers as well
+SHIPPED = ("py", "html", "css", "js", "svg")
+LEFT_OUT = ~modal.FilePatternMatcher(*[f"**/*.{ending}" for ending in SHIPPED])
 image = image.add_local_python_source("pipeline", "modal_laptop", ignore=LEFT_OUT)
 
 
@@ -149,6 +150,8 @@ TENDING: dict[str, Any] = {
 }
 # Days may be more than one, and machines crash: the next attempt waits for what this one has begun
 CONDUCTING = TENDING | {
+    # It looks at what is far away, which may be private
+    "secrets": [secrets[purpose] for purpose in ("hub", "storage") if purpose in secrets],
     "timeout": CFG.modal.attempt_s,
     "retries": modal.Retries(
         max_retries=cloud.ATTEMPTS, initial_delay=1.0, backoff_coefficient=1.0

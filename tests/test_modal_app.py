@@ -242,7 +242,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "seen['requires_proxy_auth'], m.WIRING.entered, seen['tags'])\n"
         "print(dense.regions, m.orchestrate.info().regions, m.tend.info().nonpreemptible)\n"
         "jobs = (m.preprocess_job, m.train_router_job, m.train_dense_job)\n"
-        "print([len(job.info().secrets) for job in jobs])"
+        "print([len(each.info().secrets) for each in (*jobs, m.orchestrate, m.conduct, m.tend)])"
     )
     done = python(code, MOLEFORGE_CONFIG=str(path))
     assert done.returncode == 0, done.stderr
@@ -254,7 +254,7 @@ def test_the_endpoint_s_containers_and_every_job_s_secrets_are_the_configuration
         "True 60.0 5",
         "2 1 ['jp'] True proxy {'program': 'moleforge', 'bundle': 'x'}",
         "['us', 'eu-west'] ['us', 'eu-west'] True",
-        "[2, 2, 2]",
+        "[2, 2, 2, 2, 2, 1]",
     ]
 
 

@@ -49,10 +49,14 @@ def test_the_page_is_there_before_the_bundle_and_without_a_key():
     assert client.get("/page/app.js", headers=frame).status_code == 403
 
 
-def test_containers_on_modal_have_the_page():
+def test_containers_on_modal_have_all_pages():
     mounted = _MountedPythonModule("pipeline", "/root", modal_app.LEFT_OUT)
     carried = {path for path, _ in mounted.get_files_to_upload()}
-    wanted = set((ROOT / "pipeline").rglob("*.py")) | set(PAGE.iterdir())
+    wanted = set()
+    for path in (ROOT / "pipeline").rglob("*"):
+        if path.is_file() and path.parent.name != "__pycache__" and path.name != "LICENSE":
+            wanted.add(path)
+    assert wanted > set(PAGE.iterdir())
     assert carried == wanted and len(wanted) > 100
 
 
