@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.data.text import tokenizer
+from pipeline.data.text import pretrained_tokenizer, tokenizer
 from pipeline.errors import DataError
 from pipeline.store.foreign import TEMPLATE_BYTES
 
@@ -152,7 +152,7 @@ def test_a_chat_template_in_a_file_of_its_own_goes_where_the_tokenizer_goes(trai
     names = []
     eye = SimpleNamespace(file=lambda _setting, _path, name: names.append(name))
     named = SimpleNamespace(tokenizer=SimpleNamespace(pretrained=str(tmp_path)))
-    assert len(list(tokenizer.seen(named, eye))) == 3
+    assert len(list(pretrained_tokenizer.seen(named, eye))) == 3
     assert names[-1] == "chat_template.jinja"
     (tmp_path / "chat_template.jinja").write_text("x" * (TEMPLATE_BYTES + 1))
     with pytest.raises(DataError, match="is no chat template: it has over 262,144 bytes"):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from ..store.room import translate_disk_errors
 from .checkpoint import TrainState, load_best, restore, save, save_best
 from .memory_meter import Peak, set_malloc_thresholds, trim_heap
 from .memory_plan import MemoryGuard, MemoryPlan, unbounded
-from .optimizer import AdamW, gradients_in
+from .optimizer import AdamW, FusedStep, gradients_in
 from .rounding import go_on, rounding
 from .step_clock import PHASES, StepClock
 from .thread_watch import ThreadWatch
@@ -182,7 +181,7 @@ def fit(task: Task, io: TrainIO) -> dict[str, Any]:
     buffers = gradients_in(
         task.parameters.values(), GRADIENT_DTYPES[plan.gradients], plan.fuse_optimizer
     )
-    stepping = closing(_FusedStep(optimizer)) if plan.fuse_optimizer else nullcontext()
+    stepping = closing(FusedStep(optimizer)) if plan.fuse_optimizer else nullcontext()
 
     with _asked_to_stop() as stop, buffers, stepping as fused:
         # after the gradient buffers are made, which stay and need not be given back
@@ -311,37 +310,6 @@ def _add_gradients(
             trim_heap()
         clock.lap("backward")
     return nats
-
-
-class _FusedStep:
-    """Steps each parameter as soon as its gradient is there, and adds up the norm on the way."""
-
-    def __init__(self, optimizer: AdamW):
-        self.optimizer = optimizer
-        self.norms: list[Tensor] = []
-        self.hooks = []
-        for name, parameter in optimizer.parameters.items():
-            hook = parameter.register_post_accumulate_grad_hook(partial(self._move, name))
-            self.hooks.append(hook)
-
-    def close(self) -> None:
-        """Let the parameters be as they were."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def _move(self, name: str, parameter: Tensor) -> None:
-        # Read at the end of the step alone: in the backward pass a GPU would wait each time
-        self.norms.append(self.optimizer.norm_of(name))
-        self.optimizer.move(name)
-        parameter.grad = None
-
-    def norm(self) -> float:
-        """Return the gradient norm of the step just taken, and count it."""
-        square = sum(norm.item() ** 2 for norm in self.norms)
-        norm = math.sqrt(square)
-        self.norms = []
-        self.optimizer.steps += 1
-        return norm
 
 
 def _metrics(run: TrainState, task: Task, plan: MemoryPlan, peak: Peak) -> dict[str, Any]:

@@ -7,9 +7,11 @@ fused kernel on pieces of fp32.
 P elements of a piece.
 """
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +170,37 @@ class AdamW:
             residual_bits = self.residual_bits.pop(name)
             master = merge(parameter.data.view(-1), residual_bits.view(-1))
             parameter.data = master.view_as(parameter)
+
+
+class FusedStep:
+    """Steps each parameter as soon as its gradient is there, and adds up the norm on the way."""
+
+    def __init__(self, optimizer: AdamW):
+        self.optimizer = optimizer
+        self.norms: list[Tensor] = []
+        self.hooks = []
+        for name, parameter in optimizer.parameters.items():
+            hook = parameter.register_post_accumulate_grad_hook(partial(self._move, name))
+            self.hooks.append(hook)
+
+    def close(self) -> None:
+        """Let the parameters be as they were."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _move(self, name: str, parameter: Tensor) -> None:
+        # Read at the end of the step alone: in the backward pass a GPU would wait each time
+        self.norms.append(self.optimizer.norm_of(name))
+        self.optimizer.move(name)
+        parameter.grad = None
+
+    def norm(self) -> float:
+        """Return the gradient norm of the step just taken, and count it."""
+        square = sum(norm.item() ** 2 for norm in self.norms)
+        norm = math.sqrt(square)
+        self.norms = []
+        self.optimizer.steps += 1
+        return norm
 
 
 def merge(high_P: Tensor, residual_P: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ...config.text_data import TextRunConfig
 from ...errors import DataError
 from ...protocols import Eye, Looked, Seen
 from ..sources import text
-from . import tokenizer
+from . import pretrained_tokenizer
 from .held_out import HeldOut
 from .survey import Survey, survey
 
@@ -21,7 +21,7 @@ from .survey import Survey, survey
 def look_at_tokenizer(cfg: TextRunConfig, eye: Eye) -> Looked:
     """Return what the tokenizer is made of: its own files, or the documents of its domains; and all
     documents where they have no labels."""
-    files = tuple(tokenizer.seen(cfg, eye))
+    files = tuple(pretrained_tokenizer.seen(cfg, eye))
     own = [[each.name, each.sum] for each in files]
     if cfg.partition.by == "labels" and cfg.tokenizer.pretrained:
         return Looked(_hashed(own), files)

@@ -1,28 +1,21 @@
-"""The configuration of an ffn_moe run: its sections together, and whether they fit."""
+"""The configuration of an ffn_moe run: what each of its jobs reads."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 from ...config.base import DURATIONS, PACKAGE, is_folder
-from ...config.fit import SEARCHED, FitConfig, LrSearchConfig
+from ...config.fit import SEARCHED
 from ...config.run import JobKey
 from ...config.stage import Stage, fields
-from ...config.text_data import FilesConfig, TextRunConfig
+from ...config.text_data import FilesConfig
 from ...protocols import Eye, Looked, Seen
-from .joint.section import MOE, JointConfig
-from .sections import (
-    ADAPTER,
-    ANCHOR,
-    BASE,
-    DenseConfig,
-    EvaluateConfig,
-    ExpertConfig,
-    RouterConfig,
-    TrunkConfig,
-)
+from .joint.section import MOE
+from .run_sections import FfnMoeSections
+from .section_rules import problems_of
+from .sections import ADAPTER
 from .stages import BASELINE_READS, FROM_ZERO, JOINT_READS, MIXTURE_READS, STAGES
 
 _SHORTHANDS = {
@@ -39,7 +32,7 @@ _SHORTHANDS = {
 }
 
 
-class FfnMoeConfig(TextRunConfig):
+class FfnMoeConfig(FfnMoeSections):
     """A whole run of FFN experts."""
 
     stages: ClassVar[dict[str, Stage]] = STAGES
@@ -47,19 +40,6 @@ class FfnMoeConfig(TextRunConfig):
         **TextRunConfig.shorthands,
         **_SHORTHANDS,
     }
-
-    family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")
-    trunk: TrunkConfig = Field(TrunkConfig(steps=1000), description="The shared trunk")
-    expert: ExpertConfig = Field(ExpertConfig(steps=200), description="Each expert")
-    router: RouterConfig = Field(RouterConfig(steps=50), description="The gates")
-    dense: DenseConfig = Field(DenseConfig(), description="Baselines")
-    joint: JointConfig = Field(
-        JointConfig(epochs=20), description="Models that are trained end to end"
-    )
-    lr_search: LrSearchConfig = Field(
-        LrSearchConfig(), description="How learning rates that are auto are found"
-    )
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report")
 
     @model_validator(mode="before")
     @classmethod
@@ -71,25 +51,6 @@ class FfnMoeConfig(TextRunConfig):
             return raw
         own = {"pretrained": trunk["init"], "revision": trunk.get("revision")}
         return {**raw, "tokenizer": tokenizer | own}
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts, in stack order: domains that get one, then imported ones of no text
-        here."""
-        if self.expert.domains:
-            return self.expert.domains
-        names = self.partition.names
-        beside = [name for name in self.expert.imported if name not in names]
-        return (*names, *beside)
-
-    @property
-    def experts_with_text(self) -> tuple[str, ...]:
-        """Those of the experts whose domain has text here to train and measure on."""
-        return tuple(name for name in self.experts if name in self.partition.names)
-
-    def has_text_for(self, expert: str) -> bool:
-        """Whether there is text here to fit the gates of an imported expert on."""
-        return expert in self.partition.names or expert in self.expert.imported_text
 
     def needs(self, stage: str, item: str | None) -> list[JobKey]:
         """Return the jobs whose artifacts a job reads, in order."""
@@ -123,42 +84,6 @@ class FfnMoeConfig(TextRunConfig):
             read_by = ("text_field", "min_document_bytes", "max_document_bytes", "paragraph_bytes")
             found |= fields(self, tuple(f"data.{key}" for key in read_by))
         return found
-
-    @property
-    def trunk_domains(self) -> tuple[str, ...]:
-        """Domains that the trunk sees: those of general text too."""
-        return self.trunk.domains or self.partition.names
-
-    @property
-    def dense_domains(self) -> tuple[str, ...]:
-        """Domains that dense baselines are trained on."""
-        return self.dense.domains or self.experts_with_text
-
-    @property
-    def joint_domains(self) -> tuple[str, ...]:
-        """Domains that joint models are trained on."""
-        both = (*self.trunk_domains, *self.dense_domains)
-        return self.joint.domains or tuple(dict.fromkeys(both))
-
-    @property
-    def tokenizer_domains(self) -> tuple[str, ...]:
-        """The domains whose text a tokenizer is trained on, where documents have labels."""
-        return self.trunk_domains
-
-    @property
-    def searches_shared(self) -> bool:
-        """Whether the trunk's rate is searched."""
-        return _searches(self.trunk)
-
-    @property
-    def searches_experts(self) -> bool:
-        """Whether the experts' rate is searched."""
-        return _searches(self.expert)
-
-    @property
-    def searches_router(self) -> bool:
-        """Whether the gates' rate is searched."""
-        return _searches(self.router)
 
     @property
     def searches_dense(self) -> tuple[str, ...]:
@@ -322,26 +247,7 @@ class FfnMoeConfig(TextRunConfig):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        # All at once: whoever mends one should not meet the next one only then
-        problems = [
-            *_unknown_domains(self),
-            *_durations(self),
-            *_pretrained(self),
-            *_expert_layers(self),
-            *_not_for_adapters(self),
-            *_imported(self),
-        ]
-        if self.router.init == "rows" and not self.expert.coordinate:
-            problems.append(
-                "router.init: rows are learned by coordinated experts; set expert.coordinate: true"
-            )
-        # A kept anchor is an expert too
-        slots = len(self.experts) + (self.trunk.anchor == "keep")
-        if self.router.top_k > slots:
-            problems.append(
-                f"router.top_k: {self.router.top_k} experts per token, but the stack has "
-                f"{slots}; lower it, or name more in expert.domains"
-            )
+        problems = problems_of(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -365,151 +271,3 @@ def _values(raw: Any, section: str) -> dict[str, Any]:
 def _is_here(name: str) -> bool:
     """Whether a model's name means something of this machine."""
     return name.startswith(PACKAGE) or Path(name).exists()
-
-
-def _searches(fit: FitConfig) -> bool:
-    """Whether something is trained whose rate is not known."""
-    return fit.lr == SEARCHED and fit.steps != 0
-
-
-def _unknown_domains(cfg: FfnMoeConfig) -> list[str]:
-    known = cfg.partition.names
-    given = {
-        "trunk": (cfg.trunk.domains, known),
-        "expert": (cfg.expert.domains, (*known, *cfg.expert.imported)),
-        "dense": (cfg.dense.domains, known),
-        "joint": (cfg.joint.domains, known),
-    }
-    out = []
-    for key, (domains, allowed) in given.items():
-        wanted = domains or ()
-        unknown = [domain for domain in wanted if domain not in allowed]
-        if unknown:
-            out.append(
-                f"{key}.domains: no such domain {', '.join(unknown)}; partition has "
-                f"{', '.join(known)}"
-            )
-        if len(set(wanted)) < len(wanted):
-            out.append(f"{key}.domains: a domain is named twice")
-    if ANCHOR in cfg.experts:
-        out.append(
-            f"partition.domains: {ANCHOR} is the trunk's own network among experts; name that "
-            "domain otherwise"
-        )
-    beside = cfg.expert.imported.keys() - set(known)
-    taught = len([name for name in cfg.experts if name not in beside])
-    if taught > len(known):
-        out.append(f"expert.domains: {taught} experts, but the partition has {len(known)} domains")
-    return out
-
-
-def _expert_layers(cfg: FfnMoeConfig) -> list[str]:
-    if cfg.trunk.init:
-        return []  # its own config.json says how many layers it has
-    out = []
-    for key, section in (("expert", cfg.expert), ("joint", cfg.joint)):
-        try:
-            section.in_layers(cfg.trunk.layers)
-        except ValueError as error:
-            out.append(f"{key}.layers: {error}")
-    return out
-
-
-def _durations(cfg: FfnMoeConfig) -> list[str]:
-    sections: dict[str, FitConfig] = {
-        "trunk": cfg.trunk,
-        "expert": cfg.expert,
-        "router": cfg.router,
-    }
-    if cfg.joint.models:
-        sections["joint"] = cfg.joint
-    out = []
-    for key, fit in sections.items():
-        # FitConfig refuses two of them; that there is one is asked here, of the whole
-        if fit.steps is None and fit.epochs is None and fit.tokens is None:
-            out.append(f"{key}: give one of {key}.steps, {key}.epochs, {key}.tokens")
-    return out
-
-
-def _not_for_adapters(cfg: FfnMoeConfig) -> list[str]:
-    if cfg.expert.form != ADAPTER:
-        return []
-    router = cfg.router
-    trains = router.steps != 0
-    refused = {
-        "expert.coordinate: an adapter has no gate to train beside it": cfg.expert.coordinate,
-        "expert.statistics_path: an adapter's text is read by the base in any case; leave it at "
-        "own": cfg.expert.statistics_path != "own",
-        "expert.init: an adapter starts from nothing added; leave it at trunk": (
-            cfg.expert.init != "trunk"
-        ),
-        "trunk.anchor: the base answers beside adapters in any case; leave it at discard": (
-            cfg.trunk.anchor == "keep"
-        ),
-        "router.steps: the router of adapters follows from statistics alone; set router.steps to "
-        "0": trains,
-        "router.top_k: one adapter reads a text; set it to 1": router.top_k > 1,
-        "router.balance: nothing balances texts between adapters; leave it at none": (
-            router.balance != "none"
-        ),
-    }
-    out = [f"{sentence} (expert.form: adapter)" for sentence, is_so in refused.items() if is_so]
-    if router.prompt_tokens > cfg.trunk.context_tokens:
-        out.append(
-            f"router.prompt_tokens: {router.prompt_tokens} tokens, and trunk.context_tokens is "
-            f"{cfg.trunk.context_tokens}; lower it"
-        )
-    reserved = {BASE, "none", "default"} & set(cfg.experts)
-    if reserved:
-        out.append(
-            f"partition.domains: {', '.join(sorted(reserved))} has a meaning of its own where "
-            "experts are adapters; name that domain otherwise"
-        )
-    return out
-
-
-def _imported(cfg: FfnMoeConfig) -> list[str]:
-    own = cfg.expert
-    out = []
-    strange = [name for name in own.imported_text if name not in own.imported]
-    if strange:
-        out.append(
-            f"expert.imported_text: {', '.join(strange)} is not imported; name its package under "
-            "expert.imported"
-        )
-    if not own.imported:
-        return out
-    left_out = [name for name in own.imported if name not in cfg.experts]
-    if left_out:
-        out.append(
-            f"expert.imported: {', '.join(left_out)} is not among expert.domains; name it there"
-        )
-    if own.coordinate:
-        out.append(
-            "expert.imported: a package has no gate of its own; set expert.coordinate to false"
-        )
-    without = [name for name in own.imported if name not in cfg.partition.names]
-    if without and cfg.router.steps != 0:
-        out.append(
-            f"router.steps: gates would be trained away from {', '.join(without)}, which has no "
-            "text here; set router.steps to 0, or name public text of it in data and "
-            "partition.domains"
-        )
-    return out
-
-
-def _pretrained(cfg: FfnMoeConfig) -> list[str]:
-    if not cfg.trunk.init:
-        return []
-    out = []
-    for name in sorted(FROM_ZERO):
-        if name in cfg.dense.baselines:
-            out.append(
-                f"dense.baselines: {name} trains from zero, which a pretrained trunk rules out"
-            )
-    if cfg.joint.models:
-        out.append(
-            "joint.models: they train from zero, with sizes that a pretrained trunk does not give; "
-            "set trunk.init to null, or joint.models to []"
-        )
-    return out

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ...data.sources.text import look
 from ...data.text import prepare as text
 from ...data.text.figures import training_tokens
+from ...data.text.pretrained_tokenizer import look as check_tokenizer
 from ...data.text.survey import Survey, survey
-from ...data.text.tokenizer import look as check_tokenizer
 from ...errors import DataError
 from ...protocols import Progress
 from ...report import LanguageReport
