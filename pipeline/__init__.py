@@ -1,7 +1,6 @@
 """MoleForge: train a mixture of experts in parts and serve it as one model."""
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ def metrics_of(address: str, store: Path | str | None = None) -> "TrainingMetric
     """
     # Only who asks pays for the import: every module of ours runs this file first
     from .run.trainings import metrics_of as of_store
-    from .store.artifacts import Store
+    from .store.artifacts import Store, default_root
 
-    root = Path(store or os.environ.get("MOLEFORGE_STORE", "store"))
-    return of_store(address, Store(root))
+    return of_store(address, Store(Path(store) if store else default_root()))

@@ -7,7 +7,6 @@ See the README beside.
 
 import argparse
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from pipeline.families.lora_vlm.config import LoraVlmConfig
 from pipeline.protocols import Progress
 from pipeline.report.narrow import output
 from pipeline.run.advice import CommandLine, sentence
+from pipeline.run.arguments import add_store
 from pipeline.run.stages import address
 from pipeline.store.artifacts import Reader, Store
 from pipeline.store.room import writing
@@ -70,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    store = os.environ.get("MOLEFORGE_STORE", "store")
     out.add_argument(
         "--config", required=True, type=Path, metavar="FILE", help="routing set or run, YAML"
     )
@@ -87,13 +86,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the experts, when the configuration does not name them",
     )
-    out.add_argument(
-        "--store",
-        type=Path,
-        default=Path(store),
-        metavar="DIR",
-        help="where preprocess left rows (default: $MOLEFORGE_STORE, else ./store)",
-    )
+    add_store(out, "where preprocess left rows")
     out.add_argument(
         "--work",
         type=Path,

@@ -5,7 +5,6 @@ Run again it writes nothing anew but what has grown since; what it leaves out it
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.errors import PipelineError
+from pipeline.run.arguments import add_store
 from pipeline.run.next_step import command, in_store
 from pipeline.store.artifacts import Store
 from pipeline.store.imported import keep
@@ -35,7 +35,7 @@ docs/metrics.md has the names that columns come to have."""
 
 def main(arguments: list[str] | None = None) -> int:
     """Import what was named; return 0, or 2 where nothing of it could be read."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         store = Store(args.store).open()
         return _import(args, store)
@@ -87,14 +87,15 @@ def _pair(text: str) -> tuple[str, str]:
     return theirs, here
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    out = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0],
         epilog=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    parser.add_argument(
+    out.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    out.add_argument(
         "--map",
         action="append",
         default=[],
@@ -102,15 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=COLUMN",
         help="NAME here is COLUMN there, may be repeated",
     )
-    default = os.environ.get("MOLEFORGE_STORE", "store")
-    parser.add_argument(
-        "--store",
-        type=Path,
-        default=Path(default),
-        metavar="DIR",
-        help="where they are to be (default: $MOLEFORGE_STORE, else ./store)",
-    )
-    return parser
+    add_store(out, "where they are to be")
+    return out
 
 
 if __name__ == "__main__":

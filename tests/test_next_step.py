@@ -6,16 +6,20 @@ import shlex
 import shutil
 import stat
 import time
+from pathlib import Path
 
 import pytest
 from small_reports import language_report, request_report
 
+from pipeline import metrics_of
 from pipeline.__main__ import _bundle, main
 from pipeline.run import next_step
 from pipeline.run.arguments import parser
 from pipeline.run.find import bundle_of
 from pipeline.store.artifacts import Manifest, Store, inventory
+from pipeline.store.imported import Origin, keep
 from pipeline.store.roots import Root, leave
+from scripts import backfill_history
 
 NAMES = ("older", "mine")
 
@@ -224,3 +228,18 @@ def test_versions_lead_back_or_to_the_server(target, versions, expected):
     assert shlex.split(next_step.after_versions(args, versions))[3:] == expected
     args = parser().parse_args(["rollback", target])
     assert shlex.split(next_step.after_versions(args, 1))[3] != "rollback"
+
+
+@pytest.mark.parametrize(("value", "root"), [(None, "store"), ("", "store"), ("there", "there")])
+def test_every_program_takes_the_same_store_by_itself(value, root, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOLEFORGE_STORE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MOLEFORGE_STORE", value)
+    for args in (parser().parse_args(["runs"]), backfill_history.parser().parse_args(["old"])):
+        assert args.store == Path(root)
+        assert next_step.in_store(args) == []
+    # Neither does the function for other programs know another
+    monkeypatch.chdir(tmp_path)
+    rows = [{"step": step, "train_nats": 3.0} for step in (1, 2)]
+    keep(Store(Path(root)).open(), Origin("csv", "log.csv", "elsewhere", "1"), rows)
+    assert metrics_of("elsewhere").steps == 2

@@ -1,10 +1,10 @@
 """What can be typed: the commands, their arguments, and what `--help` says of each."""
 
 import argparse
-import os
 from pathlib import Path
 
 from ..families import DTYPES, FORMATS
+from ..store.artifacts import DEFAULT_STORE, STORE_VARIABLE, default_root
 from . import kits, serve_flags, speak_flags
 from .domain_words import ABOUT, add_arguments
 from .history.arguments import add_history, add_watch
@@ -135,18 +135,18 @@ def parser() -> argparse.ArgumentParser:
     kit = _add_command(commands, "kit", OTHER_COMMANDS["kit"])
     kits.add_arguments(kit)
     _add_override(kit)
-    _add_store(kit)
+    add_store(kit)
     serve = _add_command(commands, "serve", OTHER_COMMANDS["serve"])
     serve_flags.add_arguments(serve)
     _add_frozen(serve)
     _add_override(serve)
-    _add_store(serve)
+    add_store(serve)
     for name, add in speak_flags.ADD.items():
         speak = _add_command(commands, name, speak_flags.ABOUT[name])
         add(speak)
         _add_frozen(speak)
         _add_override(speak)
-        _add_store(speak)
+        add_store(speak)
     run = _add_command(commands, "run", OTHER_COMMANDS["run"])
     _add_common(run, several_configs=False)
     _add_smoke(run)
@@ -164,16 +164,16 @@ def parser() -> argparse.ArgumentParser:
     metrics = _add_command(commands, "metrics", OTHER_COMMANDS["metrics"])
     metrics.add_argument("name", nargs="*", metavar="NAME", help="what of which run; see below")
     metrics.add_argument("--json", action="store_true", help="all of it, as JSON")
-    _add_store(metrics)
+    add_store(metrics)
     report = _add_command(commands, "open", OTHER_COMMANDS["open"])
     report.add_argument("run", nargs="*", metavar="RUN", help="whose (default: the newest of all)")
     report.add_argument("--browser", action="store_true", help="open it in a browser")
-    _add_store(report)
-    _add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
-    add_history(_add_command(commands, "history", OTHER_COMMANDS["history"]), _add_store)
+    add_store(report)
+    add_store(_add_command(commands, "runs", OTHER_COMMANDS["runs"]))
+    add_history(_add_command(commands, "history", OTHER_COMMANDS["history"]), add_store)
     watch = _add_command(commands, "watch", OTHER_COMMANDS["watch"])
     add_watch(watch)
-    _add_store(watch)
+    add_store(watch)
     for name, text in ABOUT.items():
         domains = _add_command(commands, name, text)
         add_arguments(domains, name)
@@ -247,7 +247,7 @@ def _add_common(sub: argparse.ArgumentParser, several_configs: bool) -> None:
         )
         _add_frozen(sub)
     _add_override(sub)
-    _add_store(sub)
+    add_store(sub)
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -301,12 +301,12 @@ def _add_override(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_store(sub: argparse.ArgumentParser) -> None:
-    default = os.environ.get("MOLEFORGE_STORE", "store")
+def add_store(sub: argparse.ArgumentParser, what: str = "where results are kept") -> None:
+    """Add the store that a command is about; `what` says of it what this command wants there."""
     sub.add_argument(
         "--store",
         type=Path,
-        default=Path(default),
+        default=default_root(),
         metavar="DIR",
-        help="where results are kept (default: $MOLEFORGE_STORE, else ./store)",
+        help=f"{what} (default: ${STORE_VARIABLE}, else ./{DEFAULT_STORE})",
     )

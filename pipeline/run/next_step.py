@@ -1,17 +1,14 @@
 """What to type next: the line that commands end with."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.run import RunConfig
-from ..store.artifacts import Store
+from ..store.artifacts import Store, default_root
 from ..store.roots import Root
 from .stages import RUN, Addresses
-
-DEFAULT_STORE = "store"
 
 
 def command(name: str, *words: object) -> str:
@@ -21,8 +18,7 @@ def command(name: str, *words: object) -> str:
 
 def in_store(args: argparse.Namespace) -> list[str]:
     """Return what names the store that a command was typed for, nothing where it is the default."""
-    default = os.environ.get("MOLEFORGE_STORE", DEFAULT_STORE)
-    return [] if args.store == Path(default) else ["--store", str(args.store)]
+    return [] if args.store == default_root() else ["--store", str(args.store)]
 
 
 def same(args: argparse.Namespace, name: str) -> str:

@@ -39,6 +39,8 @@ from .room import PART, no_room, writing
 if TYPE_CHECKING:
     import torch
 
+STORE_VARIABLE = "MOLEFORGE_STORE"
+DEFAULT_STORE = "store"
 # Files up to this are hashed by every job that opens their artifact, larger ones once on a machine.
 SMALL_BYTES = 16_000_000
 # What an artifact that is made again is called meanwhile, below the folder of its checkpoints.
@@ -49,6 +51,11 @@ TOLD_BYTES = 1_000_000_000
 
 
 def _nothing() -> None: ...
+
+
+def default_root() -> Path:
+    """Where results are kept unless a command says otherwise."""
+    return Path(os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
 
 
 @dataclass(frozen=True)
