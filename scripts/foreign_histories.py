@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.run.find import ADDRESS
+from pipeline.store.address import ADDRESS
 from pipeline.store.artifacts import Store
 from pipeline.store.history import read
 from pipeline.store.imported import Origin, is_imported

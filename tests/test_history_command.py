@@ -82,7 +82,9 @@ def test_a_run_is_shown_by_its_name_or_id_and_a_training_by_its_address(history,
     series = history("show", small.address("train_router", None, 20))
     assert "experts.layer.2.shares.0" in series and "valid_nats" in series
     assert next_words(series)[0] == "export"
-    assert "there is no run and no training nothing" in history("show", "nothing", code=2)
+    told = history("show", "nothing", code=2)
+    assert "is called nothing; the runs in it are second, first" in told
+    assert "evaluate, which has no history" in history("show", "first/evaluate", code=2)
 
 
 def test_few_runs_stand_side_by_side_with_the_settings_they_differ_in(history):

@@ -20,10 +20,13 @@ from pipeline.families.load import load
 from pipeline.metrics import training
 from pipeline.metrics.training import LossParts, training_metrics
 from pipeline.run import find, show_trainings, stages
+from pipeline.run.history import lines
+from pipeline.run.history.chosen import one_of
 from pipeline.run.reach import root_of
 from pipeline.run.stages import Addresses
 from pipeline.store import history
 from pipeline.store.artifacts import Store
+from pipeline.store.history_db import history_db
 from pipeline.store.reading import sealed
 from pipeline.store.roots import leave
 
@@ -200,15 +203,32 @@ def test_a_real_training_says_what_its_manifest_and_history_say(kept):
         ["{id}", "train_experts/sea"],
         ["{address}"],
         ["store/artifacts/{address}/"],
+        ["store/history/{address}.jsonl"],
         ["{begun}"],
+        ["{hash}"],
     ],
 )
-def test_every_name_of_a_thing_finds_it(kept, words):
+def test_every_name_of_a_thing_finds_it_by_every_command(kept, words):
     path, store, addresses = kept
     address = addresses.of("train_experts", "sea")
     known = {"id": root_of(load(path), path).id, "address": address, "begun": address[:-8]}
-    (found,) = find.found(store, [word.format(**known) for word in words])
+    known["hash"] = address[-12:-4]
+    typed = [word.format(**known) for word in words]
+    (found,) = find.found(store, typed)
     assert (found.address, found.name) == (address, "train_experts sea")
+    with history_db(store) as index:
+        past = one_of("/".join(typed), lines.known(index, store.root))
+    assert past.address == address
+
+
+@pytest.mark.parametrize("cut", [None, -6, 5])
+def test_a_run_is_called_by_its_name_its_id_and_the_beginning_of_that(kept, cut):
+    path, store, _ = kept
+    id_ = root_of(load(path), path).id
+    name = {None: "tiny", -6: id_[:-6], 5: id_[-12:-7]}[cut]
+    assert {each.run for each in find.found(store, [name])} == {id_}
+    with history_db(store) as index:
+        assert one_of(name, lines.known(index, store.root)).id == id_
 
 
 def test_a_run_is_all_that_is_there_of_it_in_order(kept):

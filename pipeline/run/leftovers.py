@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from ..store import in_use
+from ..store.address import ADDRESS
 from ..store.artifacts import Store
 from ..store.hashed import FOLDER as HASHED
 from ..store.imported import is_imported
@@ -23,7 +24,6 @@ from ..store.removed import FOLDER as REMOVED
 from ..store.roots import FOLDER as ROOTS
 from ..store.roots import SUFFIX, root_path
 from ..store.sources import SEEN, TEXT, looked_at, records, seen_path, text_records
-from .find import ADDRESS
 from .reach import Reach
 from .stages import first_few
 

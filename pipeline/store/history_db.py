@@ -8,7 +8,6 @@ of another version; nobody has to keep it.
 import contextlib
 import hashlib
 import os
-import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,8 +33,6 @@ BESIDE = ("-journal", "-wal", "-shm")
 # Files that are folded before it is written down: what a kill may cost.
 BATCH = 500
 MEMORY = ":memory:"
-# Names of stages have no hyphen, those of items may.
-ADDRESS = re.compile(r"(?P<stage>[a-z]\w*)(-(?P<item>.+))?-[0-9a-f]{12}")
 
 
 class Source(NamedTuple):
@@ -251,11 +248,3 @@ def _source(root: str, kind: str, subject: str, name: str) -> Iterator[Source]:
         with reading(Path(path)):
             raise
     yield Source(kind, subject, name, found.st_size, found.st_mtime_ns)
-
-
-def job_of(address: str) -> tuple[str, str | None]:
-    """Return the stage and the item that an address is of; the whole name of what is no address."""
-    parted = ADDRESS.fullmatch(address)
-    if not parted:
-        return address, None
-    return parted["stage"], parted["item"]

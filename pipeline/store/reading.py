@@ -9,20 +9,19 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DamagedArtifact, StoreError, UnreadableFile
+from .address import ADDRESS
 
 T = TypeVar("T")
 # Numbers of more digits are beyond every float; transformers itself writes some of thirty.
 MOST_DIGITS = 308
 CHECKSUM = "checksum"
 # As run/stages.py makes them: names of stages have no hyphen, those of items may.
-_ADDRESS = re.compile(r"([a-z][a-z0-9_]*)(-.+)?-[0-9a-f]{12}")
 # They say what lies at a path, and nothing is wrong with the way to it.
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -131,7 +130,7 @@ def damaged(path: Path, why: str) -> DamagedArtifact:
     """Return the error for a file that is not what was written, with the artifact that it belongs
     to, if it is in one, as what to make again."""
     for folder in (path, *path.parents):
-        match = _ADDRESS.fullmatch(folder.name)
+        match = ADDRESS.fullmatch(folder.name)
         if match and folder.parent.name == "artifacts":
             return DamagedArtifact(f"{path} {why}", remove=folder, stage=match[1])
     return DamagedArtifact(f"{path} {why}")

@@ -40,7 +40,9 @@ def add_history(
         help=f"how many (default {LISTED}; 0: all)",
     )
     made["show"].add_argument(
-        "what", metavar="RUN|ADDRESS", help="a run by name or id, or a training by its address"
+        "what",
+        metavar="RUN|TRAINING",
+        help="a run by name or id, a training as RUN/STAGE/ITEM or by its address or hash",
     )
     made["compare"].add_argument("runs", nargs="*", metavar="RUN", help=_RUNS)
     made["compare"].add_argument(
@@ -51,7 +53,7 @@ def add_history(
     )
     export = made["export"]
     export.add_argument(
-        "what", nargs="*", metavar="RUN|ADDRESS", help="runs, patterns or trainings (default: all)"
+        "what", nargs="*", metavar="RUN|TRAINING", help="runs, patterns or trainings (default: all)"
     )
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     export.add_argument("--format", required=True, choices=FORMATS, help=formats)

@@ -23,7 +23,7 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
     opened(store)
     say = said(console)
     with history_db(store, progress) as index:
-        everything = known(index)
+        everything = known(index, store.root)
         if args.action == "list":
             list_runs(everything, args.last, console)
             args.next = next_step.after_history_list(args, [run.id for run in everything.runs])

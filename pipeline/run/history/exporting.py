@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...store.address import job_of
 from ...store.artifacts import Store
 from ...store.history import numbers, read
-from ...store.history_db import job_of
 from ...store.history_fold import JOINT
 from ...store.room import PART, writing
 from .lines import Known, PastTraining

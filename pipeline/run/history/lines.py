@@ -6,10 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
 from ...report.scores import Score
-from ...store.history_db import job_of
+from ...store.address import job_of
+from ..find import Names
 from ..stages import STAGES, label
 
 _TRAININGS = """
@@ -151,6 +154,12 @@ class PastRun:
     has_root: bool = True  # False: a history that was brought from elsewhere, or is of no run
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """What there is of it."""
+        there = (*self.trainings, *self.evaluations, *self.deploys)
+        return tuple(each.address for each in there)
+
+    @property
     def last(self) -> PastTraining | None:
         """The training that the others led to."""
         return self.trainings[-1] if self.trainings else None
@@ -172,8 +181,26 @@ class Known:
 
     runs: tuple[PastRun, ...]  # the one that was begun last first
     wrong: tuple[str, ...]  # files that could not be read
+    where: Path  # the store
     commands: int = 0  # of which it is known what they cost on Modal
     usd: float = 0.0  # of all of them, those of runs that are gone too
+
+    @cached_property
+    def trainings(self) -> dict[str, PastTraining]:
+        """Every training once, by address."""
+        found: dict[str, PastTraining] = {}
+        for run in self.runs:
+            found |= {each.address: each for each in run.trainings}
+        return found
+
+    @cached_property
+    def names(self) -> Names:
+        """What can be named, as every command takes it."""
+        there = set(self.trainings)
+        for run in self.runs:
+            there.update(run.addresses)
+        rooted = [run for run in self.runs if run.has_root]
+        return Names(self.where, lambda: rooted, there.__contains__, lambda: there)
 
 
 @dataclass
@@ -186,8 +213,8 @@ class _Places:
     of_run: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def known(index: sqlite3.Connection) -> Known:
-    """Return what a history.db knows of runs."""
+def known(index: sqlite3.Connection, where: Path) -> Known:
+    """Return what the history.db of a store knows of runs."""
     places = _Places(
         {each.address: each for each in _trainings(index)},
         {each.address: each for each in _evaluations(index)},
@@ -213,7 +240,7 @@ def known(index: sqlite3.Connection) -> Known:
     runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
     wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
     commands, paid = index.execute("SELECT count(*), total(usd) FROM commands").fetchone()
-    return Known(tuple(runs), tuple(wrong), commands, paid)
+    return Known(tuple(runs), tuple(wrong), where, commands, paid)
 
 
 def _alone(training: PastTraining) -> PastRun:

@@ -14,10 +14,10 @@ from ...errors import PipelineError, StoreError
 from ...families.load import parse
 from ...report.format import finite
 from ...store import in_use
+from ...store.address import job_of
 from ...store.artifacts import Store
 from ...store.display import LOSSES
 from ...store.history import VALIDATION, read
-from ...store.history_db import job_of
 from ...store.roots import Root
 from ..stages import RUN, STAGES, Addresses, label
 

@@ -16,9 +16,9 @@ from ...report.format import DASH, figures, seconds
 from ...report.history_page.charts import Canvas, TrainingRows, evaluated
 from ...report.history_page.drawn import DrawnRun, HeatMap, HistoryPage, Listed, StageSection
 from ...report.history_page.page import history_page
+from ...store.address import job_of
 from ...store.artifacts import Store, write_text
 from ...store.history import read
-from ...store.history_db import job_of
 from ...store.history_fold import REPORT
 from ...store.reading import read_bytes
 from ...store.roots import read_root, root_path
