@@ -28,6 +28,7 @@ from pipeline.train import loop
 from tests import small
 
 MODELS = ("dense", "moe")
+TRAINING = "train_joint"
 BATCH = 32
 WINDOWS = 235  # of 8 tokens in the training text of all three domains
 # Where an epoch of 235 rows ends in batches of 32
@@ -355,7 +356,6 @@ def test_without_models_there_is_no_job():
 @pytest.mark.parametrize(
     ("joint", "sentence"),
     [
-        ({"lr": "auto"}, "no search finds"),
         ({"top_k": 4}, "a mixture has 3"),
         ({"layers": (2,)}, "joint.layers: there is no layer 2"),
         ({"layers": (1, 0)}, "the lowest first"),
@@ -411,14 +411,14 @@ def test_the_plan_counts_what_is_trained(shards, item):
     cfg = config(layers=(0, 1), top_k=2)
     tokens = {name: shards_tokens(shards, name) for name in small.DOMAINS}
     task = family.joint(cfg, shards, item)
-    found = joint_cost(cfg, item, tokens, bf16=False)
+    found = joint_cost(cfg, TRAINING, item, tokens, bf16=False)
     assert found.tokens == task.steps * BATCH * small.CONTEXT
     # The vocabulary of these shards is smaller than the settings say, and small norms are left out
     more = (cfg.tokenizer.vocab_size - small.VOCAB) * cfg.trunk.d_model
     trained = sum(parameter.numel() for parameter in task.parameters.values())
     assert found.parameters - more == pytest.approx(trained, rel=0.02)
     assert found.flops > found.tokens * task.flops_per_token
-    assert joint_cost(cfg, item, None, bf16=False).tokens is None
+    assert joint_cost(cfg, TRAINING, item, None, bf16=False).tokens is None
 
 
 def shards_tokens(parts, name: str) -> int:
@@ -427,14 +427,14 @@ def shards_tokens(parts, name: str) -> int:
 
 def test_a_budget_holds_or_is_refused(shards):
     cfg = config()
-    needed = joint_cost(cfg, "moe", None, bf16=False).peak_bytes
+    needed = joint_cost(cfg, TRAINING, "moe", None, bf16=False).peak_bytes
     kept = small.config(joint=cfg.joint.model_dump(), runtime={"memory_budget": needed})
     plan = family.joint(kept, shards, "moe").memory_plan
     # A mixture's batch is never cut in pieces to fit: balance and capacity are of all of it
     assert (plan.micro_batch_sequences, plan.whole_batch) == (BATCH, True)
     tight = small.config(joint=cfg.joint.model_dump(), runtime={"memory_budget": "1MB"})
     with pytest.raises(BudgetError, match=r"train_joint-moe does not fit .* smallest that works"):
-        joint_cost(tight, "moe", None, bf16=False)
+        joint_cost(tight, TRAINING, "moe", None, bf16=False)
 
 
 def test_reports_show_joint_models_beside_the_stack(tmp_path):

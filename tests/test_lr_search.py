@@ -17,6 +17,7 @@ from fakes import FakeRecorder, FolderParts, small_task, train_io
 
 from pipeline.errors import Interrupted, MissingArtifact, PipelineError
 from pipeline.families.ffn_moe import cost, lr_search
+from pipeline.families.ffn_moe.joint.cost import joint_cost
 from pipeline.families.ffn_moe.rates import trained_by
 from pipeline.families.ffn_moe.stages import SEARCHES
 from pipeline.families.load import load
@@ -141,7 +142,8 @@ def test_a_search_that_is_stopped_ends_and_leaves_no_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-AUTO = dict.fromkeys(("trunk__lr", "expert__lr", "router__lr"), "auto")
+AUTO = dict.fromkeys(("trunk__lr", "expert__lr", "router__lr", "joint__lr"), "auto")
+BOTH = {"joint__models": ("dense", "moe")}
 
 
 def searched(parts, cfg, stage, *item):
@@ -171,14 +173,15 @@ OF = [
     ("lr_router", (), "train_router", ()),
     ("lr_dense", ("all",), "train_dense", ("path",)),
     ("lr_dense", ("ffn",), "train_dense", ("ffn",)),
+    ("lr_joint", ("moe",), "train_joint", ("moe",)),
 ]
 
 
 @pytest.mark.parametrize(("stage", "item", "training", "of"), OF)
 def test_a_search_is_its_training_in_small(trained, stage, item, training, of):
-    found, tasks = searched(trained, small.config(**AUTO), stage, *item)
+    found, tasks = searched(trained, small.config(**AUTO, **BOTH), stage, *item)
     assert found.lr in [task.options.lr for task in tasks]
-    whole = small.MAKERS[training](small.config(), trained, *of)
+    whole = small.MAKERS[training](small.config(**BOTH), trained, *of)
     # One more is judged before any step
     assert len(tasks) - 1 == len(found.tried) >= 3
     for task in tasks:
@@ -207,7 +210,7 @@ def test_a_training_goes_by_what_its_search_found(trained, tmp_path, stage, item
     root = tmp_path / "run"
     shutil.copytree(trained.root, root)
     parts = FolderParts(trained.cfg, root)
-    cfg = small.config(**AUTO, dense__baselines=("path", "ffn", "wide"))
+    cfg = small.config(**AUTO, **BOTH, dense__baselines=("path", "ffn", "wide"))
     with pytest.raises(MissingArtifact, match=stage):
         small.MAKERS[training](cfg, parts, *of)
     (parts.new(stage, *item) / FOUND).write_text(
@@ -279,16 +282,38 @@ def test_a_baseline_more_leaves_the_search_and_the_others():
     assert "lr_dense all" not in own and "lr_experts" in own
 
 
+def test_each_joint_model_has_a_search_of_its_own_that_no_other_one_moves():
+    auto = {"joint__lr": "auto", **BOTH}
+    both = addresses(**auto)
+    assert {"lr_joint dense", "lr_joint moe"} <= both.keys()
+    assert moved(both, addresses(**auto, joint__top_k=2)) == {
+        *("lr_joint moe", "train_joint moe", "evaluate")
+    }
+    assert moved(both, addresses(**auto, lr_search__share=0.5)) == {
+        *("lr_joint dense", "lr_joint moe", "train_joint dense", "train_joint moe", "evaluate")
+    }
+    # Where the rate is a number there is no search, and no address has moved by there being any
+    given = addresses(**BOTH)
+    assert not any(name.startswith("lr_") for name in given)
+
+
 @pytest.mark.parametrize("stage", SEARCHES.values())
 def test_a_search_is_planned_at_a_share_of_its_trainings(stage):
     cfg = small.config(
-        **AUTO, trunk__steps=400, expert__steps=400, router__steps=400, lr_search__share=0.1
+        **AUTO,
+        **BOTH,
+        joint__steps=400,
+        trunk__steps=400,
+        expert__steps=400,
+        router__steps=400,
+        lr_search__share=0.1,
     )
-    item = "all" if stage == "lr_dense" else None
-    found = cost.cost(cfg, stage, item, dict.fromkeys(small.DOMAINS, 500), bf16=False)
-    of = small.DOMAINS if stage in ("lr_experts", "lr_dense") else (None,)
+    costs = joint_cost if stage == "lr_joint" else cost.cost
+    item = {"lr_dense": "all", "lr_joint": "moe"}.get(stage)
+    found = costs(cfg, stage, item, dict.fromkeys(small.DOMAINS, 500), bf16=False)
+    of = small.DOMAINS if stage in ("lr_experts", "lr_dense") else (item,)
     training = "train_experts" if stage == "lr_dense" else trained_by(stage)
-    whole = [cost.cost(cfg, training, each, {}, bf16=False) for each in of]
+    whole = [costs(cfg, training, each, {}, bf16=False) for each in of]
     assert found.tokens / sum(each.tokens for each in whole) == pytest.approx(0.1, rel=0.05)
     assert found.summary.endswith("; 4 rates")
     if stage != "lr_dense":

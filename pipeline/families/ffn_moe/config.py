@@ -123,7 +123,7 @@ class FfnMoeConfig(FfnMoeSections):
             wanted = (*self.experts_with_text, *general)
         elif stage == "train_dense":
             wanted = (*(self.trunk_domains if item in FROM_ZERO else ()), *self.dense_domains)
-        elif stage == "train_joint":
+        elif stage in ("lr_joint", "train_joint"):
             wanted = self.joint_domains
         elif stage == "evaluate":
             wanted = self.partition.names

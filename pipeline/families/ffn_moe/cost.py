@@ -42,6 +42,8 @@ def stage_tokens(
         return PLANNED_RATES * steps * opts.batch_sequences * cfg.trunk.context_tokens
     if stage == "train_experts" and item in cfg.expert.imported:
         return 0  # nothing of it is spent here
+    if stage == "train_joint":
+        return tokens_on(cfg, cfg.joint, cfg.joint_domains, domain_tokens)
     opts, _ = _settings(cfg, stage, item)
     if stage == "train_shared":
         return tokens_on(cfg, opts, cfg.trunk_domains, domain_tokens)
@@ -112,8 +114,8 @@ def search_settings(
     opts, trains = _settings(cfg, search, item)
     step_tokens = opts.batch_sequences * cfg.trunk.context_tokens
     stage = trained_by(search)
-    if stage in ("train_shared", "train_router"):
-        tokens = stage_tokens(cfg, stage, None, domain_tokens)
+    if stage in ("train_shared", "train_router", "train_joint"):
+        tokens = stage_tokens(cfg, stage, item, domain_tokens)
         return in_small(opts, cfg.lr_search, tokens / step_tokens), trains
     # An expert for each of the trunk's domains: which of all get one is no part of the search
     domains = cfg.trunk_domains
@@ -136,6 +138,8 @@ def _settings(cfg: FfnMoeConfig, stage: str, item: str | None) -> tuple[FitConfi
         return cfg.expert, "ffn"
     if stage == "train_router":
         return cfg.router, "gates"
+    if stage == "train_joint":
+        return cfg.joint, "all"
     if item in FROM_ZERO:
         return cfg.trunk, "all"
     return cfg.expert, "ffn" if item == "ffn" else "all"
@@ -229,14 +233,19 @@ def cost(
         beside_flops=passes.beside_training(cfg, stack, stage, opts, tokens or 0),
     )
     if stage in SEARCHES.values():
-        return _of_rates(found, opts, shape)
-    search = search_of(cfg, stage, item)
+        return of_rates(found, opts, shape)
+    return with_search(cfg, found)
+
+
+def with_search(cfg: FfnMoeConfig, found: JobCost) -> JobCost:
+    """Return the cost of a training with the search that its rate is from, where that is auto."""
+    search = search_of(cfg, found.stage, found.item)
     if search is None:
         return found
     return replace(found, summary=f"{found.summary}; lr from {search[0]}")
 
 
-def _of_rates(found: JobCost, opts: FitConfig, shape: Shape) -> JobCost:
+def of_rates(found: JobCost, opts: FitConfig, shape: Shape) -> JobCost:
     """Return the cost of a search, each of whose rates ends with a validation."""
     summary = f"{found.summary}; {PLANNED_RATES} rates"
     if found.flops is None:

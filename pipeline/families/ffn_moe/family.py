@@ -25,7 +25,7 @@ from .imported import imported
 from .imported import look_at_package as look_at_networks
 from .joint.cost import joint_cost
 from .joint.train import joint
-from .lr_search import lr_dense, lr_experts, lr_router, lr_shared
+from .lr_search import lr_dense, lr_experts, lr_joint, lr_router, lr_shared
 from .preflight import preflight
 from .sections import ADAPTER
 from .stack import assemble as assemble_mixture
@@ -52,6 +52,7 @@ __all__ = [
     "look_at_package",
     "lr_dense",
     "lr_experts",
+    "lr_joint",
     "lr_router",
     "lr_shared",
     "measure",
@@ -112,8 +113,8 @@ def cost(
     # Nothing is opened for an estimate: what preprocess has counted stands in its metrics
     prepared = [made[job] for job in made if job[0] == "preprocess"]
     tokens = training_tokens(prepared) if prepared else None
-    if stage == "train_joint":
-        return joint_cost(cfg, str(item), tokens, bf16)
+    if stage in ("lr_joint", "train_joint"):
+        return joint_cost(cfg, stage, str(item), tokens, bf16)
     return ffn_cost.cost(cfg, stage, item, tokens, bf16)
 
 

@@ -8,6 +8,7 @@ from ...train.lr_search import Search
 from .. import Parts
 from .config import FfnMoeConfig
 from .cost import search_settings
+from .joint.train import joint_task
 from .parts import shards_of, training_tokens
 from .rates import middle_of
 from .sections import ADAPTER
@@ -62,6 +63,15 @@ def lr_dense(cfg: FfnMoeConfig, parts: Parts, item: str) -> Search:
         return dense_task(cfg, parts, item, opts, domains)
 
     return _search(cfg, parts, "lr_dense", item, task)
+
+
+def lr_joint(cfg: FfnMoeConfig, parts: Parts, item: str) -> Search:
+    """Return the search for the rate of one of joint.models."""
+
+    def task(opts: FitConfig) -> Task:
+        return joint_task(cfg.model_copy(update={"joint": opts}), parts, item)
+
+    return _search(cfg, parts, "lr_joint", item, task)
 
 
 def _search(

@@ -27,7 +27,9 @@ def trained_by(search: str) -> str:
 def search_of(cfg: FfnMoeConfig, stage: str, item: str | None) -> JobKey | None:
     """Return the job that finds a training's rate; None where the rate is a number, or nothing
     moves."""
-    if stage == "train_dense" and item not in FROM_ZERO:
+    if stage == "train_joint":
+        name, own = SEARCHES[stage], item
+    elif stage == "train_dense" and item not in FROM_ZERO:
         name, own = SEARCHES[stage], cfg.own_item(SEARCHES[stage], item)
     else:
         # Baselines from zero train as the trunk does
@@ -58,6 +60,8 @@ def with_options(cfg: FfnMoeConfig, section: str, **options: object) -> FfnMoeCo
 
 def middle_of(cfg: FfnMoeConfig, search: str, trains: Trains) -> float:
     """Return the rate that a search starts around."""
+    if search == SEARCHES["train_joint"]:
+        return FROM_ZERO_MIDDLE
     if search == SEARCHES["train_shared"] and cfg.trunk.init is None:
         return FROM_ZERO_MIDDLE
     if search == SEARCHES["train_experts"] and cfg.expert.form != "full":

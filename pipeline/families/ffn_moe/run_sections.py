@@ -82,6 +82,11 @@ class FfnMoeSections(TextRunConfig):
         """Whether the gates' rate is searched."""
         return is_searched(self.router)
 
+    @property
+    def searches_joint(self) -> tuple[str, ...]:
+        """The searches for joint models' rates: one for each model."""
+        return self.joint.models if is_searched(self.joint) else ()
+
 
 def is_searched(fit: FitConfig) -> bool:
     """Whether something is trained whose rate is not known."""

@@ -46,6 +46,7 @@ SEARCHES = {
     "train_experts": "lr_experts",
     "train_router": "lr_router",
     "train_dense": "lr_dense",
+    "train_joint": "lr_joint",
 }
 # A baseline's length and rate are what it is searched without
 _AS_BASELINES = tuple(f"expert.{key}" for key in _FITTED if key != "lr")
@@ -181,6 +182,21 @@ STAGES = table(
         secrets=("wandb", "hub"),
         after=("lr_dense",),
     ),
+    # A search for each model: at the rate that suits one of them the other would be told short
+    Stage(
+        "lr_joint",
+        "find the learning rate of each joint model by itself, where it is auto",
+        "family.lr_joint",
+        kind="training",
+        items="searches_joint",
+        needs=("tokenizer", "preprocess"),
+        reads=(*_TRAINED, "lr_search"),
+        reads_also="joint_reads",
+        settings="joint",
+        machine="train_dense",
+        secrets=("wandb", "hub"),
+        after=("tokenizer", "preprocess"),
+    ),
     # Reads no trunk of the run, nor anything that was trained for it
     Stage(
         "train_joint",
@@ -188,13 +204,14 @@ STAGES = table(
         "family.joint",
         kind="training",
         items="joint.models",
-        needs=("tokenizer", "preprocess"),
+        needs=("tokenizer", "preprocess", "lr_joint"),
+        needs_own=("lr_joint",),
         reads=_TRAINED,
         reads_also="joint_reads",
         settings="joint",
         machine="train_dense",
         secrets=("wandb", "hub"),
-        after=("tokenizer", "preprocess"),
+        after=("tokenizer", "preprocess", "lr_joint"),
     ),
     Stage(
         "evaluate",

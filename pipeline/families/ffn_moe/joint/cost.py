@@ -9,9 +9,10 @@ from ....hardware import device
 from ....train.flops import JobCost, Shape
 from ....train.memory_plan import MemoryPlan, plan_memory
 from ..config import FfnMoeConfig
-from ..cost import INT8_BYTES, tokens_on
+from ..cost import INT8_BYTES, of_rates, stage_tokens, with_search
 from ..pass_memory import pass_bytes
 from ..passes import KERNEL_BYTES
+from ..stages import SEARCHES
 from .network import mixture_layers
 from .section import MOE
 
@@ -22,26 +23,35 @@ MIXED_ROWS = 3
 
 
 def joint_cost(
-    cfg: FfnMoeConfig, item: str, domain_tokens: Mapping[str, int] | None, bf16: bool
+    cfg: FfnMoeConfig,
+    stage: str,
+    item: str,
+    domain_tokens: Mapping[str, int] | None,
+    bf16: bool,
 ) -> JobCost:
-    """Return what the training of one of joint.models will spend, if no patience ends it sooner;
-    tokens and operations are None while the token counts are unknown."""
+    """Return what the training of one of joint.models, or the search of its rate, will spend, if no
+    patience ends it sooner; tokens and operations are None while the token counts are unknown."""
     shape = Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
     try:
-        tokens = tokens_on(cfg, cfg.joint, cfg.joint_domains, domain_tokens or {})
+        tokens = stage_tokens(cfg, stage, item, domain_tokens or {})
     except KeyError:  # a duration in epochs, before preprocess has counted the text
         tokens = None
-    plan = joint_plan(cfg, item, shape, bf16, f"train_joint-{item}")
-    return JobCost.of(
-        "train_joint",
+    plan = joint_plan(cfg, item, shape, bf16, f"{stage}-{item}")
+    is_search = stage == SEARCHES["train_joint"]
+    beside_flops = 0.0
+    if not is_search:
+        beside_flops = _validation_flops(cfg, item, shape, tokens or 0, domain_tokens or {})
+    found = JobCost.of(
+        stage,
         item,
         tokens=tokens,
         flops_per_token=train_flops_per_token(cfg, item, shape),
         parameters=parameters(cfg, item, shape),
         plan=plan,
         peak_bytes=peak_bytes(cfg, item, shape, plan, bf16),
-        beside_flops=_validation_flops(cfg, item, shape, tokens or 0, domain_tokens or {}),
+        beside_flops=beside_flops,
     )
+    return of_rates(found, cfg.joint, shape) if is_search else with_search(cfg, found)
 
 
 def active_ffns(cfg: FfnMoeConfig, item: str, shape: Shape) -> float:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ....config.base import not_hashed
-from ....config.fit import SEARCHED, FitConfig, LearningRate
+from ....config.fit import FitConfig
 from ....config.labels import DomainName
 from ..sections import LayerChoice, TemperatureConfig, ascending, chosen_layers
 
@@ -59,7 +59,6 @@ class JointConfig(FitConfig):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Share of a target that is spread evenly over the vocabulary"
     )
-    lr: LearningRate = Field(1e-3, description="Peak learning rate; a number")
     eval_every_steps: int = Field(
         0, ge=0, description="Steps between evaluations; 0: at the end of each epoch"
     )
@@ -92,8 +91,6 @@ class JointConfig(FitConfig):
 
     @model_validator(mode="after")
     def _can_train(self) -> Self:
-        if self.lr == SEARCHED:
-            raise ValueError("lr: no search finds the rate of joint trainings; give a number")
         if self.top_k > self.experts:
             raise ValueError(
                 f"top_k: {self.top_k} experts per token, but a mixture has {self.experts}; lower "

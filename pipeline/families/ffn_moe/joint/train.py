@@ -20,6 +20,7 @@ from ... import Parts
 from ..bundle import stock_settings
 from ..config import FfnMoeConfig
 from ..parts import batch_of, shards_of, training_rows
+from ..rates import known
 from ..stock import dense_settings
 from ..train import evaluating, held_out_batches
 from .cost import joint_plan, train_flops_per_token
@@ -31,6 +32,11 @@ from .sums import TrainingSums, ValidationSums
 
 def joint(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
     """Return the training of one of joint.models on the tokens of all of them."""
+    return joint_task(known(cfg, parts, "train_joint", item), parts, item)
+
+
+def joint_task(cfg: FfnMoeConfig, parts: Parts, item: str) -> Task:
+    """Return the training of a joint model whose rate is known."""
     opts = cfg.joint
     domains = cfg.joint_domains
     shards = shards_of(parts, domains)
