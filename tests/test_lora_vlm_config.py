@@ -390,7 +390,7 @@ def test_files_about_runs_are_told_from_what_runs_name():
     found = {path.name for path in CONFIG.glob("*.yaml") if not describes_run(path)}
     assert found == {
         *("prices.yaml", "dataset.yaml", "tiny_dataset.yaml", "paraphrases.yaml"),
-        *("experiments.yaml", "experiments_small.yaml"),
+        *("experiments.yaml", "experiments_small.yaml", "experiments_real.yaml"),
     }
 
 

@@ -83,7 +83,7 @@ def test_a_command_has_the_flag_for_several_jobs_where_there_may_be_several(app,
     # Of adapters each has a search of its own
     several = (
         *("preprocess", "lr_experts", "train_experts", "lr_dense", "train_dense"),
-        *("lr_joint", "train_joint"),
+        *("lr_joint", "train_joint", "score"),
     )
     wanted = stage in several
     assert ("sequential" in flags) == wanted

@@ -23,7 +23,7 @@ from pipeline.config.base import Section, is_hidden
 from pipeline.config.run import RunConfig
 from pipeline.data.text import tokenizer as tokenizers
 from pipeline.errors import PipelineError
-from pipeline.families.ffn_moe import cost, evaluate
+from pipeline.families.ffn_moe import cost, evaluate, score
 from pipeline.families.ffn_moe.config import FfnMoeConfig
 from pipeline.protocols import quiet
 from pipeline.train import loop
@@ -171,7 +171,11 @@ def _digest(content) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-PRODUCTS = {"preprocess": _preprocessed, "evaluate": _reported}
+def _scored(cfg, parts, stage, folder) -> str:
+    return json.dumps(score.score(cfg, parts, folder, quiet, stage.partition(" ")[2]))
+
+
+PRODUCTS = {"preprocess": _preprocessed, "evaluate": _reported, "score": _scored}
 ALPHA = "train_experts alpha"
 PATH = "train_dense path"
 MOE = "train_joint moe"
@@ -315,6 +319,7 @@ EFFECTS = {
     "joint.temperature": (MOE, {"start": 3.0}, {}),
     "joint.dropout": (MOE, 0.5, {}),
     "joint.label_smoothing": (MOE, 0.5, {}),
+    "score.bytes_per_domain": ("score stack", 60, {}),
     "evaluate.tokens_per_domain": ("evaluate", 64, {}),
     "evaluate.rivals": ("evaluate", "few", {}),
     "evaluate.continuation_tokens": ("evaluate", 4, {"evaluate__samples": 1}),

@@ -157,8 +157,8 @@ def _priced(trial: Trial, prices: Prices, far: FarStore) -> dict[str, JobEstimat
     CannotStart."""
     check(trial.cfg, prices, far.mount)
     store = mirror(trial.cfg, far.folder, far.names, far.read)
-    stages = tuple(dict.fromkeys(stage for stage, _ in trial.jobs))
-    wanted = set(trial.jobs.values())
+    stages = tuple(dict.fromkeys(stage for stage, _ in trial.measured))
+    wanted = set(trial.measured.values())
     found = {}
     for line in estimate(trial.cfg, stages, store, prices):
         if line.address in wanted:

@@ -157,6 +157,14 @@ class TrialModels(Protocol):
         """The job in which a trial's model ends: its validation rows are the model's. Raises
         ConfigError for what no job of the run makes."""
 
+    def score_job(self, cfg: Any, makes: str) -> tuple[str, str | None]:
+        """The job that measures that model, with metrics as TrialScore has them, in units that any
+        tokenizer's share."""
+
+    def token_job(self, cfg: Any) -> tuple[str, str | None]:
+        """The job that decides what a token is: losses a token of two trials compare where it is
+        one and the same."""
+
     def model_sizes(self, cfg: Any, parts: Parts, job: tuple[str, str | None]) -> tuple[int, int]:
         """The parameters of that model that run per token, and all of them. Raises
         MissingArtifact, DamagedArtifact."""

@@ -27,13 +27,20 @@ HALVES = {
 
 def overview(results: ExperimentResults) -> Table:
     """Every trial over its seeds: losses, sizes, what it took, and what was asked."""
-    best = lowest([trial.valid for trial in results.trials])
+    tokens = _tokens(results)
+    best = lowest([trial.valid if _has(trial, tokens) else None for trial in results.trials])
+    best_bits = lowest([trial.bits_per_byte for trial in results.trials])
     rows = []
     for number, trial in enumerate(results.trials):
         cells = [
             Cell(trial.makes),
             Cell(_states(trial)),
-            Cell(fixed(trial.valid, 4), _spread(trial), best=number in best),
+            Cell(fixed(trial.valid, 4), _valid_note(trial, tokens), best=number in best),
+            Cell(
+                fixed(trial.bits_per_byte, 4),
+                _spread(trial.bits_spread),
+                best=number in best_bits,
+            ),
             Cell(signed(trial.gap, 4)),
             Cell(count(_of_first(trial, "active"))),
             Cell(count(_of_first(trial, "total"))),
@@ -50,6 +57,7 @@ def overview(results: ExperimentResults) -> Table:
             "makes",
             "seeds",
             "valid nats",
+            "bits per byte",
             "gap",
             "active",
             "total",
@@ -59,12 +67,13 @@ def overview(results: ExperimentResults) -> Table:
         ),
         rows=tuple(rows),
         reading=(
-            "Lower loss is better; ± is the standard deviation over seeds. Gap: validation less "
-            "training loss. Active and total are parameters; tokens are those of all trainings "
+            "Lower is better; ± is the standard deviation over seeds. Valid: nats a token, which "
+            "compare where tokens are the same. Bits per byte: of held-out documents, mean over "
+            "domains, whatever tokens are. Gap: validation less training loss. Active and total are parameters; tokens are those of all trainings "
             "that a model is made of. The marked row is the dense model that others are held "
             "against."
         ),
-        words=(0, 1, 8, 9, 10),
+        words=(0, 1, 9, 10, 11),
     )
 
 
@@ -88,7 +97,8 @@ def criteria(results: ExperimentResults) -> Table:
         rows=tuple(rows),
         reading=(
             "Primary: validation loss less the dense model's, below zero, or a gap that is smaller "
-            "by the share that is asked. Secondary: tokens per second of processor time as a share "
+            "by the share that is asked; of other tokens than the dense model's, bits per byte of "
+            "held-out documents less its own. Secondary: tokens per second of processor time as a share "
             "of the dense model's, which other programs on the machine hardly move; on GPUs by the "
             "clock. Tertiary: share of tokens of the expert that gets least. Open: it cannot be "
             "told."
@@ -173,10 +183,13 @@ def each_run(results: ExperimentResults) -> Table:
         name="Runs",
         title="Every trial with every seed",
         corner="trial, seed",
-        columns=("state", "valid nats", "train nats", "steps", "kept at", "artifact", "why"),
+        columns=(
+            *("state", "valid nats", "train nats", "bits per byte"),
+            *("steps", "kept at", "artifact", "why"),
+        ),
         rows=tuple(rows),
         reading="Kept at: the step whose state is the model. Early: patience ended the training.",
-        words=(0, 5, 6),
+        words=(0, 6, 7),
     )
 
 
@@ -188,10 +201,11 @@ def _run_cells(run: TrialRun) -> tuple[Cell, ...]:
         Cell(run.state, tone=tones.get(run.state, "")),
         Cell(fixed(losses and losses.valid, 4)),
         Cell(fixed(losses and losses.train, 4)),
+        Cell(fixed(run.score and run.score.bits_per_byte, 4)),
         Cell(count(losses and losses.steps), early),
         Cell(count(losses and losses.kept_step)),
         Cell(run.address),
-        Cell(run.error),
+        Cell(run.error or run.unmeasured),
     )
 
 
@@ -225,10 +239,15 @@ def flat(settings: Mapping[str, object], above: str = "") -> Iterator[tuple[str,
 def tiles(results: ExperimentResults) -> list[tuple[str, str, str]]:
     """Return the numbers at the top: name, value, what stands beside it."""
     found = []
-    ended = [trial for trial in results.trials if trial.valid is not None]
+    tokens = _tokens(results)
+    ended = [trial for trial in results.trials if trial.valid is not None and _has(trial, tokens)]
     best = min(ended, key=lambda trial: trial.valid or 0.0, default=None)
     if best is not None:
         found.append(("lowest validation loss", fixed(best.valid, 4), f"{best.name}, nats"))
+    measured = [trial for trial in results.trials if trial.bits_per_byte is not None]
+    best = min(measured, key=lambda trial: trial.bits_per_byte or 0.0, default=None)
+    if best is not None:
+        found.append(("lowest bits per byte", fixed(best.bits_per_byte, 4), best.name))
     dense = next((trial for trial in results.trials if trial.is_dense), None)
     if dense is not None and dense.valid is not None:
         found.append(("dense", fixed(dense.valid, 4), f"{dense.name}, nats"))
@@ -280,8 +299,23 @@ def _states(trial: TrialSummary) -> str:
     return f"{done}, {told}"
 
 
-def _spread(trial: TrialSummary) -> str:
-    return "" if trial.spread is None else f"± {figures(trial.spread)}"
+def _tokens(results: ExperimentResults) -> str:
+    """Return what tokens losses are compared in: the dense model's, else the first trial's."""
+    done = [(trial.is_dense, run.tokens) for trial in results.trials for run in trial.done]
+    return max(done, key=lambda each: each[0], default=(False, ""))[1]
+
+
+def _has(trial: TrialSummary, tokens: str) -> bool:
+    return all(run.tokens == tokens for run in trial.done)
+
+
+def _valid_note(trial: TrialSummary, tokens: str) -> str:
+    others = "" if _has(trial, tokens) else "other tokens"
+    return ", ".join(filter(None, (_spread(trial.spread), others)))
+
+
+def _spread(spread: float | None) -> str:
+    return "" if spread is None else f"± {figures(spread)}"
 
 
 def _of_first(trial: TrialSummary, name: str) -> int | None:

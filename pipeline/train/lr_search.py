@@ -113,7 +113,7 @@ def search(
     reach = FIRST_RATES // 2
     waiting = list(range(middle - reach, middle + reach + 1))
     tried: dict[int, Tried] = {}
-    metrics: dict[str, Any] = dict.fromkeys(ADDED, 0.0)
+    metrics: dict[str, Any] = {"cpu_s": {}, **dict.fromkeys(ADDED, 0.0)}
     before_nats = _before(wanted)
     while waiting:
         rung = waiting.pop(0)
@@ -171,6 +171,9 @@ def _try(wanted: Search, rate: float, io: TrainIO, metrics: dict[str, Any]) -> T
         trim_heap()
     for name in ADDED:
         metrics[name] += done.get(name, 0.0)
+    spent_s: dict[str, float] = metrics["cpu_s"]
+    for phase, seconds in done.get("cpu_s", {}).items():
+        spent_s[phase] = spent_s.get(phase, 0.0) + seconds
     kept = ("flops_per_token", "memory_plan", "rounding", "parameters")
     metrics.update({name: done[name] for name in kept})
     return Tried(rate, done["valid_nats"], done["train_nats"])

@@ -16,7 +16,16 @@ from .joint.section import MOE
 from .run_sections import FfnMoeSections
 from .section_rules import problems_of
 from .sections import ADAPTER
-from .stages import BASELINE_READS, FROM_ZERO, JOINT_READS, MIXTURE_READS, STAGES
+from .stages import (
+    BASELINE_READS,
+    FROM_ZERO,
+    JOINT_READS,
+    MIXTURE_READS,
+    MODEL_STAGES,
+    STACK,
+    STACK_STAGES,
+    STAGES,
+)
 
 _SHORTHANDS = {
     "input": ("data.source=files", "data.files=[{paths: {}}]"),
@@ -58,6 +67,8 @@ class FfnMoeConfig(FfnMoeSections):
         if stage == "train_experts" and item in self.expert.imported:
             # Nothing is trained, so no rate is
             return [job for job in found if job[0] != "lr_experts"]
+        if stage == "score":
+            return [job for job in found if _is_of_model(str(item), job)]
         return found
 
     def read_settings(self, stage: str, item: str | None) -> dict:
@@ -125,7 +136,7 @@ class FfnMoeConfig(FfnMoeSections):
             wanted = (*(self.trunk_domains if item in FROM_ZERO else ()), *self.dense_domains)
         elif stage in ("lr_joint", "train_joint"):
             wanted = self.joint_domains
-        elif stage == "evaluate":
+        elif stage in ("score", "evaluate"):
             wanted = self.partition.names
         return tuple(name for name in dict.fromkeys(wanted) if name in self.partition.names)
 
@@ -258,6 +269,16 @@ _DOCUMENTS_READ = tuple(
     f"data.{name}"
     for name in ("seed", "valid_share", "test_share", "max_document_bytes", "megabytes_per_domain")
 )
+
+
+def _is_of_model(item: str, job: JobKey) -> bool:
+    """Whether a model is measured on a job's text, or made of its result."""
+    if job[0] == "preprocess":
+        return True
+    if item == STACK:
+        return job[0] in STACK_STAGES
+    kind, _, name = item.partition("_")
+    return job == (MODEL_STAGES[kind], name)
 
 
 def _values(raw: Any, section: str) -> dict[str, Any]:

@@ -72,28 +72,12 @@ class Evaluator:
         """Return nats_T of a domain's held-out stream; 0 where a token is given and not
         predicted."""
         documents = self.documents[domain]
-        context = self.cfg.trunk.context_tokens
-        end = int(documents.starts_n[-1])
-        # Windows follow each other without overlap, each led by the last token of the one before,
-        # so that every token but the first is predicted once; the last window is filled up
-        windows = ceil((end - 1) / context)
-        padded = np.full(windows * context + 1, self.shards.end_id)
-        stream = self.shards.stream("test", domain)
-        padded[:end] = stream[:end]
-        overlapping = sliding_window_view(padded, context + 1)
-        ids_BT = torch.from_numpy(overlapping[::context].copy())
-        ids_BT = ids_BT.to(device())
+        windows = held_out_windows(self.shards, documents, self.cfg.trunk.context_tokens)
         losses = []
-        for batch_BT in ids_BT.split(self.cfg.evaluate.batch_sequences):
-            nats_BT = token_loss(trunk, ffn, batch_BT, self.bf16)
+        for ids_BT in windows.to(device()).split(self.cfg.evaluate.batch_sequences):
+            nats_BT = token_loss(trunk, ffn, ids_BT, self.bf16)
             losses.append(nats_BT.flatten())
-        found = torch.cat(losses).cpu().numpy()
-        nats_T = np.zeros(end)
-        nats_T[1:] = found[: end - 1]
-        # Nobody has to guess what leads a document
-        for place in range(documents.lead):
-            nats_T[documents.starts_n[:-1] + place] = 0.0
-        return nats_T
+        return predicted_nats(torch.cat(losses).cpu().numpy(), documents)
 
     def score(
         self,
@@ -117,6 +101,29 @@ class Evaluator:
         self.scores.add(name, sums)
         if keep_tokens:
             self.token_nats_of[name] = nats
+
+
+def held_out_windows(shards: Shards, documents: Documents, context_tokens: int) -> torch.Tensor:
+    """Return ids_BT of a domain's held-out documents, T one more than context_tokens. Windows
+    follow each other without overlap, each led by the last token of the one before, so that every
+    token but the first is predicted once; the last window is filled up."""
+    end = int(documents.starts_n[-1])
+    windows = ceil((end - 1) / context_tokens)
+    padded = np.full(windows * context_tokens + 1, shards.end_id)
+    padded[:end] = shards.stream("test", documents.domain)[:end]
+    overlapping = sliding_window_view(padded, context_tokens + 1)
+    return torch.from_numpy(overlapping[::context_tokens].copy())
+
+
+def predicted_nats(found: np.ndarray, documents: Documents) -> np.ndarray:
+    """Return nats_T of a stream from those of its windows' tokens, one after another: 0 where a
+    token is given and not predicted."""
+    nats_T = np.zeros(int(documents.starts_n[-1]))
+    nats_T[1:] = found[: len(nats_T) - 1]
+    # Nobody has to guess what leads a document
+    for place in range(documents.lead):
+        nats_T[documents.starts_n[:-1] + place] = 0.0
+    return nats_T
 
 
 def _documents(

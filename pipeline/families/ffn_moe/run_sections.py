@@ -8,7 +8,16 @@ from pydantic import Field
 from ...config.fit import SEARCHED, FitConfig, LrSearchConfig
 from ...config.text_data import TextRunConfig
 from .joint.section import JointConfig
-from .sections import DenseConfig, EvaluateConfig, ExpertConfig, RouterConfig, TrunkConfig
+from .sections import (
+    ADAPTER,
+    DenseConfig,
+    EvaluateConfig,
+    ExpertConfig,
+    RouterConfig,
+    ScoreConfig,
+    TrunkConfig,
+)
+from .stages import MODEL_STAGES, STACK
 
 
 class FfnMoeSections(TextRunConfig):
@@ -25,6 +34,7 @@ class FfnMoeSections(TextRunConfig):
     lr_search: LrSearchConfig = Field(
         LrSearchConfig(), description="How learning rates that are auto are found"
     )
+    score: ScoreConfig = Field(ScoreConfig(), description="One model, measured by itself")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report")
 
     @property
@@ -66,6 +76,15 @@ class FfnMoeSections(TextRunConfig):
     def tokenizer_domains(self) -> tuple[str, ...]:
         """The domains whose text a tokenizer is trained on, where documents have labels."""
         return self.trunk_domains
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The models that a run makes, as they are called where each is measured by itself."""
+        # One adapter reads a whole text, so that stack has no loss of every token
+        found = [] if self.expert.form == ADAPTER else [STACK]
+        for kind, stage in MODEL_STAGES.items():
+            found += [f"{kind}_{item}" for item in self.items(stage)]
+        return tuple(found)
 
     @property
     def searches_shared(self) -> bool:

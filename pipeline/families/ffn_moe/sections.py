@@ -335,6 +335,17 @@ class DenseConfig(Section):
     )
 
 
+class ScoreConfig(Section):
+    """What one model is measured on by itself, as those of experiments are."""
+
+    bytes_per_domain: int = Field(
+        131_072,
+        ge=1,
+        description="Held-out text of each domain, whole documents: counted in bytes, so that "
+        "models of any tokenizer read the same",
+    )
+
+
 class EvaluateConfig(Section):
     """What the report measures."""
 

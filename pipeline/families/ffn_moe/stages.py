@@ -48,6 +48,10 @@ SEARCHES = {
     "train_dense": "lr_dense",
     "train_joint": "lr_joint",
 }
+# Models that a job makes whole, by what they are called before their own name
+MODEL_STAGES = {"joint": "train_joint", "dense": "train_dense"}
+STACK = "stack"
+STACK_STAGES = ("train_shared", "train_experts", "train_router")
 # A baseline's length and rate are what it is searched without
 _AS_BASELINES = tuple(f"expert.{key}" for key in _FITTED if key != "lr")
 
@@ -212,6 +216,18 @@ STAGES = table(
         machine="train_dense",
         secrets=("wandb", "hub"),
         after=("tokenizer", "preprocess", "lr_joint"),
+    ),
+    # Of trials of experiments, which have one model each and nothing to compare it with here
+    Stage(
+        "score",
+        "measure each model by itself, in bits per byte of held-out text",
+        "score.score",
+        items="scored",
+        needs=("preprocess", *STACK_STAGES, *MODEL_STAGES.values()),
+        reads=("score",),
+        in_run=False,
+        machine="evaluate",
+        secrets=("hub",),
     ),
     Stage(
         "evaluate",

@@ -14,9 +14,8 @@ from ...store.tensor_header import Wanted, found_tensors
 from .. import Parts
 from .config import FfnMoeConfig
 from .sections import ADAPTER
+from .stages import MODEL_STAGES
 
-# By the first word of `makes`; each of a stage's jobs is a model, which the second word names
-STAGES_OF = {"joint": "train_joint", "dense": "train_dense"}
 SETTINGS = {"joint": "joint.models", "dense": "dense.baselines"}
 MODEL = "model.safetensors"
 EXPERTS = ".mlp.experts."  # in the names of what not every token runs
@@ -33,7 +32,8 @@ def model_job(cfg: FfnMoeConfig, makes: str) -> JobKey:
                 "a whole text; set expert.form to full or low_rank"
             )
         return "train_router", None
-    stage = STAGES_OF[kind]
+    # Each of the stage's jobs is a model, which the second word names
+    stage = MODEL_STAGES[kind]
     known = cfg.items(stage)
     if item not in known:
         there = ", ".join(f"{kind} {name}" for name in known) or f"no {kind} model"
@@ -41,6 +41,17 @@ def model_job(cfg: FfnMoeConfig, makes: str) -> JobKey:
             f"makes: {makes}: this run has {there}; name it in {SETTINGS[kind]}, or name another"
         )
     return stage, item
+
+
+def score_job(cfg: FfnMoeConfig, makes: str) -> JobKey:
+    """Return the job that measures a trial's model in units that any tokenizer's share."""
+    return "score", makes.replace(" ", "_")
+
+
+def token_job(cfg: FfnMoeConfig) -> JobKey:
+    """Return the job that decides what a token is: losses a token of two trials compare where it is
+    one and the same."""
+    return "tokenizer", None
 
 
 def model_sizes(cfg: FfnMoeConfig, parts: Parts, job: JobKey) -> tuple[int, int]:

@@ -36,6 +36,16 @@ class TrialLosses(ReportPart):
         return self.valid - self.train
 
 
+class TrialScore(ReportPart):
+    """What a model scores by itself on held-out documents, in units that any tokenizer's share."""
+
+    bits_per_byte: float = Field(description="mean over domains")
+    bits_per_byte_by_domain: dict[str, float]
+    bytes: int = Field(description="of text that was read, all domains together")
+    documents: int
+    text: str = Field(description="the same where the documents are the same")
+
+
 class TrialExperts(ReportPart):
     """Where a model's gates send tokens."""
 
@@ -68,7 +78,10 @@ class TrialRun(ReportPart):
     error: str = Field("", description="why it failed, or was ended")
     job: str = Field("", description="stage and item of the job in which the model ends")
     address: str = Field("", description="where that lies")
+    tokens: str = Field("", description="the same where a token is the same")
     losses: TrialLosses | None = None
+    score: TrialScore | None = None
+    unmeasured: str = Field("", description="why a model that is there has no score")
     sizes: ModelSizes | None = None
     use: TrialExperts | None = None
     timing: TrialTiming | None = None
@@ -97,6 +110,8 @@ class TrialSummary(ReportPart):
     valid: float | None = Field(None, description="validation loss, mean over seeds")
     spread: float | None = Field(None, description="standard deviation over seeds")
     gap: float | None = Field(None, description="validation less training, mean over seeds")
+    bits_per_byte: float | None = Field(None, description="of held-out text, mean over seeds")
+    bits_spread: float | None = Field(None, description="standard deviation over seeds")
     is_dense: bool = Field(False, description="whether others are held against it")
     criteria: tuple[TrialCriterion, ...] = ()
 

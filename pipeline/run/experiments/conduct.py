@@ -18,8 +18,8 @@ from ..context import StoredParts
 from ..open_report import PAGE, TOGETHER
 from .criteria import judged
 from .reading import Experiments
-from .results import machine_of, run_of, summary
-from .searches import Searched, searched
+from .results import machine_of, summary
+from .searches import Searched, outcome, searched
 from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to, looked_at
 from .trials import Trial, listed_trials
 
@@ -63,6 +63,8 @@ def conduct(
     sweep = TrialSweep(store, hand_out, tell, known)
     with known(store, trials, str(experiments.file)):
         sweep.make(trials, text_only=text_only)
+        if not text_only:
+            sweep.measure(trials)
         summaries = _listed(sweep, trials, settings.criteria.dense)
         for name in () if text_only else settings.searches:
             made = searched(experiments, name, sweep, progress, frozen)
@@ -83,7 +85,7 @@ def _listed(sweep: TrialSweep, trials: Sequence[Trial], dense: str) -> list[Tria
     found = []
     for name in dict.fromkeys(trial.name for trial in trials):
         seeds = [trial for trial in trials if trial.name == name]
-        runs = [run_of(trial, sweep.store, sweep.error_of(trial)) for trial in seeds]
+        runs = [outcome(trial, sweep) for trial in seeds]
         found.append(summary(seeds[0], runs, name == dense))
     return found
 
@@ -102,9 +104,19 @@ def _notes(summaries: Sequence[TrialSummary]) -> list[str]:
         "trials have the same text, tokenizer, context_tokens and eval_tokens.",
         "What trials share is made once and counted in each of them.",
     ]
-    texts = {json.dumps(run.config.get("data")) for each in summaries for run in each.done}
-    if len(texts) > 1:
+    done = [run for each in summaries for run in each.done]
+    if len({json.dumps(run.config.get("data")) for run in done}) > 1:
         found.append("Some trials read other text than others, so their losses do not compare.")
+    if len({run.tokens for run in done}) > 1:
+        found.append(
+            "Some trials have other tokens than others: their losses a token do not compare, and "
+            "their bits per byte do."
+        )
+    if len({run.score.text for run in done if run.score}) > 1:
+        found.append(
+            "Some trials were measured on other held-out documents than others, so their bits per "
+            "byte do not compare."
+        )
     return found
 
 

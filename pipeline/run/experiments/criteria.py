@@ -44,6 +44,8 @@ def primary(
     if mine.valid is None or dense is None or dense.valid is None:
         why = "it has no loss" if mine.valid is None else "there is no dense model to compare with"
         return _open("primary", why)
+    if not _same_tokens(mine, dense):
+        return _by_bits(mine, dense)
     # A seed that only one of them has would be compared with nothing
     difference = _paired(mine, dense)
     if difference is None:
@@ -69,6 +71,34 @@ def primary(
         limit=0.0,
         half=half,
         detail=detail,
+    )
+
+
+def _same_tokens(mine: TrialSummary, dense: TrialSummary) -> bool:
+    return len({run.tokens for run in (*mine.done, *dense.done)}) == 1
+
+
+def _by_bits(mine: TrialSummary, dense: TrialSummary) -> TrialCriterion:
+    """Judge a trial of other tokens than the dense one's by bits per byte; a gap of losses a token
+    says nothing of the other's."""
+    theirs = {run.seed: run.score for run in dense.done}
+    found = []
+    for run in mine.done:
+        other = theirs.get(run.seed)
+        if run.score and other and run.score.text == other.text:
+            found.append(run.score.bits_per_byte - other.bits_per_byte)
+    if not found or mine.bits_per_byte is None or dense.bits_per_byte is None:
+        why = "its tokens are others, and no seed of both was measured on the same documents"
+        return _open("primary", why)
+    difference = statistics.fmean(found)
+    return TrialCriterion(
+        name="primary",
+        passed=difference < 0,
+        number=difference,
+        limit=0.0,
+        half="loss" if difference < 0 else "neither",
+        detail=f"held-out text {fixed(mine.bits_per_byte, 4)} against "
+        f"{fixed(dense.bits_per_byte, 4)} bits per byte, as its tokens are others",
     )
 
 

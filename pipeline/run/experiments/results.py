@@ -13,6 +13,7 @@ from ...report.schema.experiments import (
     TrialExperts,
     TrialLosses,
     TrialRun,
+    TrialScore,
     TrialSummary,
     TrialTiming,
 )
@@ -26,12 +27,16 @@ from .trials import Trial
 LAST_ROWS = 10
 
 
-def run_of(trial: Trial, store: Store, error: str = "", state: str = "failed") -> TrialRun:
-    """Return what came of a trial; `error` says why it has no model, `state` what that is."""
+def run_of(
+    trial: Trial, store: Store, error: str = "", state: str = "failed", unmeasured: str = ""
+) -> TrialRun:
+    """Return what came of a trial; `error` says why it has no model, `state` what that is, and
+    `unmeasured` why the model that it has was not measured."""
     about: dict[str, Any] = {
         "seed": trial.seed,
         "job": label(*trial.model),
         "address": trial.jobs[trial.model],
+        "tokens": trial.tokens,
         "config": trial.cfg.model_dump(mode="json", exclude={"identity", "modal", "deploy"}),
     }
     if error:
@@ -44,14 +49,28 @@ def run_of(trial: Trial, store: Store, error: str = "", state: str = "failed") -
         timing = _timing(trial, parts)
     except PipelineError as problem:
         return TrialRun(state="missing", error=str(problem), **about)
+    score = None
+    if not unmeasured:
+        score, unmeasured = _score(trial, parts)
     return TrialRun(
         state="done",
+        score=score,
+        unmeasured=unmeasured,
         losses=_losses(manifest, rows),
         sizes=ModelSizes(active=active, total=total),
         use=_use(trial, manifest, rows),
         timing=timing,
         **about,
     )
+
+
+def _score(trial: Trial, parts: StoredParts) -> tuple[TrialScore | None, str]:
+    """Return what a model scores by itself, or why that is not there."""
+    try:
+        metrics = parts.manifest(*trial.score).metrics
+    except PipelineError as problem:
+        return None, str(problem)
+    return TrialScore.model_validate({key: metrics[key] for key in TrialScore.model_fields}), ""
 
 
 def _losses(manifest: Manifest, rows: Sequence[Row]) -> TrialLosses:
@@ -167,6 +186,7 @@ def summary(
     losses = [run.losses for run in runs if run.state == "done" and run.losses is not None]
     valid = [each.valid for each in losses if each.valid is not None]
     gaps = [each.gap for each in losses if each.gap is not None]
+    bits = [run.score.bits_per_byte for run in runs if run.score is not None]
     return TrialSummary(
         name=first.name,
         makes=first.makes,
@@ -176,6 +196,8 @@ def summary(
         valid=statistics.fmean(valid) if valid else None,
         spread=statistics.stdev(valid) if len(valid) > 1 else None,
         gap=statistics.fmean(gaps) if gaps else None,
+        bits_per_byte=statistics.fmean(bits) if bits else None,
+        bits_spread=statistics.stdev(bits) if len(bits) > 1 else None,
         is_dense=is_dense,
     )
 

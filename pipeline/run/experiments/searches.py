@@ -85,6 +85,7 @@ def _make(sweep: TrialSweep, trials: Sequence[Trial], study: Study, file: str) -
 
     with sweep.known(sweep.store, trials, file):
         sweep.make(to_make, gives_up)
+        sweep.measure([trial for trial in trials if _ended(sweep, trial, study) is None])
 
 
 def _ended(sweep: TrialSweep, trial: Trial, study: Study) -> int | None:
@@ -106,7 +107,12 @@ def _run(sweep: TrialSweep, trial: Trial, ended: int | None) -> TrialRun:
     if ended is not None:
         why = f"after {ended} validations its loss was above the median of those before"
         return run_of(trial, sweep.store, why, "pruned")
-    return run_of(trial, sweep.store, sweep.error_of(trial))
+    return outcome(trial, sweep)
+
+
+def outcome(trial: Trial, sweep: TrialSweep) -> TrialRun:
+    """Return what came of a trial that was made and measured."""
+    return run_of(trial, sweep.store, sweep.error_of(trial), unmeasured=sweep.unmeasured(trial))
 
 
 def _tried(

@@ -44,15 +44,27 @@ class TrialSweep:
         gives_up: Callable[[str], bool] | None = None,
         text_only: bool = False,
     ) -> None:
-        """Do what is missing of trials, all of it that does not need what failed; with `text_only`
-        nothing is trained. `gives_up` is asked by a job's address whether it is to be ended before
-        its time."""
+        """Do what is missing of trials' models, all of it that does not need what failed; with
+        `text_only` nothing is trained. `gives_up` is asked by a job's address whether it is to be
+        ended before its time."""
         for stage in STAGES:
-            if text_only and not is_text(stage):
-                continue
-            missing = self._missing(stage, trials)
-            if missing:
-                self._do(stage, missing, gives_up)
+            if is_text(stage) or not text_only:
+                self._make(stage, [(trial, trial.jobs) for trial in trials], gives_up)
+
+    def measure(self, trials: Sequence[Trial]) -> None:
+        """Measure the models of trials that are there."""
+        for stage in STAGES:
+            self._make(stage, [(trial, trial.measured) for trial in trials])
+
+    def _make(
+        self,
+        stage: str,
+        wanted: Sequence[tuple[Trial, Mapping[JobKey, str]]],
+        gives_up: Callable[[str], bool] | None = None,
+    ) -> None:
+        missing = self._missing(stage, wanted)
+        if missing:
+            self._do(stage, missing, gives_up)
 
     def _do(
         self,
@@ -73,18 +85,20 @@ class TrialSweep:
         asked = None if gives_up is None else _by_position(gives_up, addresses)
         self.hand_out(stage, wanted, ended, asked)
 
-    def _missing(self, stage: str, trials: Sequence[Trial]) -> dict[str, tuple[Trial, str | None]]:
+    def _missing(
+        self, stage: str, wanted: Sequence[tuple[Trial, Mapping[JobKey, str]]]
+    ) -> dict[str, tuple[Trial, str | None]]:
         """Return the jobs of a stage that are to be done, by address, each with the first trial
         that needs it."""
         # What containers made meanwhile is seen from here on
         self.store.refresh()
         lineage = Lineage(self.store)
         found: dict[str, tuple[Trial, str | None]] = {}
-        for trial in trials:
-            for (of_stage, item), address in trial.jobs.items():
+        for trial, jobs in wanted:
+            for (of_stage, item), address in jobs.items():
                 if of_stage != stage or address in found or address in self.errors:
                     continue
-                cause = self._cause(trial, (stage, item))
+                cause = self._cause(trial, jobs, (stage, item))
                 if cause:
                     self.errors[address] = cause
                     continue
@@ -99,12 +113,16 @@ class TrialSweep:
                     found[address] = trial, item
         return found
 
-    def _cause(self, trial: Trial, job: JobKey) -> str:
+    def _cause(self, trial: Trial, jobs: Mapping[JobKey, str], job: JobKey) -> str:
         """Return why a job cannot be done as one that it needs failed; "" where none did."""
         for need in trial.cfg.needs(*job):
-            if trial.jobs[need] in self.errors:
-                return self.errors[trial.jobs[need]]
+            if jobs[need] in self.errors:
+                return self.errors[jobs[need]]
         return ""
+
+    def unmeasured(self, trial: Trial) -> str:
+        """Return why the model of a trial was not measured; "" where nothing went wrong."""
+        return self.errors.get(trial.measured[trial.score], "")
 
     def error_of(self, trial: Trial) -> str:
         """Return why a trial has no model; "" where nothing went wrong."""
@@ -117,8 +135,8 @@ class TrialSweep:
 
 
 def is_text(stage: str) -> bool:
-    """Whether a stage makes what others are trained on."""
-    return all(row.kind == "files" for row in ROWS[stage].values())
+    """Whether a stage makes what others are trained on; what measures is only asked for by name."""
+    return all(row.kind == "files" and row.in_run for row in ROWS[stage].values())
 
 
 def _by_position(gives_up: Callable[[str], bool], addresses: Sequence[str]) -> GivesUp:

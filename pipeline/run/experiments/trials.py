@@ -46,10 +46,28 @@ class Trial:
         return Addresses(self.cfg)
 
     @cached_property
+    def score(self) -> JobKey:
+        """The job that measures its model."""
+        return trial_models(self.cfg).score_job(self.cfg, self.makes)
+
+    @cached_property
     def jobs(self) -> dict[JobKey, str]:
         """The jobs that its model needs, with their addresses, in the order of a run."""
+        return self._needed_for(self.model)
+
+    @cached_property
+    def measured(self) -> dict[JobKey, str]:
+        """The jobs that its model needs and then is measured by, likewise."""
+        return self._needed_for(self.score)
+
+    @property
+    def tokens(self) -> str:
+        """What is the same where a token is the same."""
+        return self.addresses.of(*trial_models(self.cfg).token_job(self.cfg))
+
+    def _needed_for(self, last: JobKey) -> dict[JobKey, str]:
         wanted: dict[JobKey, None] = {}
-        waiting = [self.model]
+        waiting = [last]
         while waiting:
             job = waiting.pop()
             if job not in wanted:
