@@ -3,6 +3,16 @@
 import json
 import random
 
+from pipeline.report.schema.experiments import (
+    FOLDER,
+    RESULTS,
+    ExperimentResults,
+    TrialCriterion,
+    TrialLosses,
+    TrialRun,
+    TrialScore,
+    TrialSummary,
+)
 from pipeline.store.artifacts import Store, write_text
 from pipeline.store.manifest import Manifest
 from pipeline.store.roots import Root, leave
@@ -84,6 +94,48 @@ def leave_run(store, name, addresses, begun="2026-11-27T08:00:00Z", **settings):
     root = Root(name, "ffn_moe", begun, f"config/{name}.yaml", (), tuple(addresses), told)
     leave(store, root)
     return root.id
+
+
+def leave_experiments(store, name, losses, tokens=None):
+    """Leave the results of experiments in a store: `losses` has nats, bits per byte and the model's
+    address by trial, of which the first is the dense one."""
+    trials = []
+    for trial, (nats, bits, at) in losses.items():
+        score = TrialScore(
+            bits_per_byte=bits, bits_per_byte_by_domain={}, bytes=9, documents=1, text="t"
+        )
+        run = TrialRun(
+            seed=0,
+            state="done",
+            address=at,
+            tokens=(tokens or {}).get(trial, "same"),
+            losses=TrialLosses(valid=nats, train=nats - 0.5),
+            score=score,
+        )
+        asked = TrialCriterion(
+            name="primary", passed=nats < 3, number=0.0, limit=0.0, half="loss", detail="said"
+        )
+        trials.append(
+            TrialSummary(
+                name=trial,
+                makes="joint moe",
+                changes={},
+                runs=(run,),
+                valid=nats,
+                gap=0.5,
+                bits_per_byte=bits,
+                is_dense=not trials,
+                criteria=(asked,) if trials else (),
+            )
+        )
+    results = ExperimentResults(
+        experiments=name, made="2026-11-27T09:00:00Z", seeds=(0,), trials=tuple(trials)
+    )
+    folder = store.root / FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESULTS, results.to_json())
+    write_text(folder / "report.html", "<p>")
+    return folder / RESULTS
 
 
 def filled(root):

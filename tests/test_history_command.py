@@ -237,3 +237,64 @@ def test_the_benchmark_lists_and_compares_what_it_has_made(tmp_path, monkeypatch
     text = (tmp_path / "out.md").read_text()
     assert all(words in text for words in benchmark.WORDS.values())
     assert "7 runs of 120 rows" in text and not (tmp_path / "store").exists()
+
+
+@pytest.fixture
+def tried(tmp_path):
+    """A store with two experiments of two trials each, whose runs have histories."""
+    store = small.new_store(tmp_path / "store")
+    for number, name in enumerate(("small", "real")):
+        losses = {}
+        for trial, item in (("base", "dense"), ("mixed", "moe")):
+            at = small.address("train_joint", item, 10 * number + len(losses))
+            small.write_history(store, at, small.rows(start=4.0 - number))
+            small.leave_run(store, f"{name}.{trial}", [at])
+            losses[trial] = (3.5 - number - len(losses) / 10, 1.5 + len(losses), at)
+        small.leave_experiments(store, name, losses)
+    # a run that shares what a trial made, and is none
+    small.leave_run(store, "other", [small.address("train_joint", "moe", 11)])
+    return store
+
+
+def test_experiments_are_entries_of_the_list_and_their_runs_say_whose_they_are(history, tried):
+    printed = history("list", store=tried)
+    table = printed[printed.index("experiments, the latest first") :]
+    (row,) = (line for line in table.splitlines() if line.startswith("│ real"))
+    for cell in ("2 of 2", "2.5000", "2.4000 mixed", "1.5000 base", "1 of 1"):
+        assert cell in row
+    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
+    of = {name.rpartition("-")[0]: line for name, line in rows.items()}
+    assert "trial of small" in of["small.base"] and "trial of real" in of["real.mixed"]
+    assert "trial of" not in of["other"]
+
+
+def test_experiments_are_shown_compared_drawn_and_exported_by_their_name(history, tried, tmp_path):
+    shown = history("show", "real", store=tried)
+    assert "Validation loss, sizes and speed of every trial" in shown and "report.html" in shown
+    assert next_words(shown) == ["compare", "real"]
+    printed = history("compare", "small", "real", store=tried)
+    assert next_words(printed) == ["report", "small", "real"]
+    (row,) = (line for line in printed.splitlines() if line.startswith("│ mixed"))
+    cells = [cell.strip() for cell in row.split("│")[2:-1]]
+    assert cells == ["3.4000 ★", "2.5000", "0 of 1", "2.4000 ★", "2.5000", "1 of 1"]
+    # Where one of their trainings is named, their runs are ranked by it
+    ranked = history("compare", "small", "--job", "train_joint moe", store=tried)
+    assert "by the best validation of train_joint moe" in ranked and "real." not in ranked
+    file = tmp_path / "rows.jsonl"
+    history("export", "small", "--format", "jsonl", "--to", file, store=tried)
+    assert {json.loads(line)["address"] for line in file.read_text().splitlines()} == {
+        small.address("train_joint", item, number) for number, item in enumerate(("dense", "moe"))
+    }
+    page = tmp_path / "page.html"
+    history("report", "small", "--to", page, "--no-png", store=tried)
+    text = page.read_text("utf-8")
+    assert "Trials of small" in text and "Trials of real" not in text
+
+
+def test_losses_of_other_tokens_are_not_the_lowest(history, tmp_path):
+    store = small.new_store(tmp_path / "store")
+    losses = {"base": (3.0, 2.0, "a"), "given": (2.0, 1.9, "b")}
+    small.leave_experiments(store, "tried", losses, tokens={"given": "others"})
+    printed = history("compare", "tried", store=store)
+    assert "3.0000 ★" in printed and "2.0000 ★" not in printed and "1.9000 ★" in printed
+    assert "losses a token compare where tokens are the same" in printed

@@ -276,3 +276,25 @@ def test_a_file_that_could_not_be_read_is_read_again_when_it_can_be(store, monke
     monkeypatch.undo()
     # and nothing in the store has changed meanwhile
     assert folded(store) == wanted
+
+
+def test_results_of_experiments_come_change_and_go(store):
+    losses = {"base": (3.0, 1.5, small.address("train_joint", "dense", 1)), "mixed": (2.5, 1.4, "")}
+    path = small.leave_experiments(store, "tried", losses)
+    found = folded(store)
+    assert found["experiments"] == [("tried", "2026-11-27T09:00:00Z")]
+    rows = {row[2]: (row[5], *row[7:]) for row in found["trials"]}
+    assert rows == {
+        "base": (1, 3.0, None, 1.5, 0.5, 0, 0, 0),
+        "mixed": (0, 2.5, None, 1.4, 0.5, 1, 0, 0),
+    }
+    assert [row[1:4] for row in found["trial_runs"]] == [("base", 0, "done"), ("mixed", 0, "done")]
+    small.leave_experiments(store, "tried", {"base": (2.0, 1.5, "")})
+    assert [row[7] for row in folded(store)["trials"]] == [2.0]
+    path.write_bytes(path.read_bytes()[:-20])
+    found = folded(store)
+    assert not found["trials"] and any(
+        "experiment_results.json" in row[5] for row in found["files"]
+    )
+    path.unlink()
+    assert folded(store) == anew(store) and not folded(store)["experiments"]

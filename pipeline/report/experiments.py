@@ -69,9 +69,9 @@ def overview(results: ExperimentResults) -> Table:
         reading=(
             "Lower is better; ± is the standard deviation over seeds. Valid: nats a token, which "
             "compare where tokens are the same. Bits per byte: of held-out documents, mean over "
-            "domains, whatever tokens are. Gap: validation less training loss. Active and total are parameters; tokens are those of all trainings "
-            "that a model is made of. The marked row is the dense model that others are held "
-            "against."
+            "domains, whatever tokens are. Gap: validation less training loss. Active and total "
+            "are parameters; tokens are those of all trainings that a model is made of. The marked "
+            "row is the dense model that others are held against."
         ),
         words=(0, 1, 9, 10, 11),
     )
@@ -98,10 +98,10 @@ def criteria(results: ExperimentResults) -> Table:
         reading=(
             "Primary: validation loss less the dense model's, below zero, or a gap that is smaller "
             "by the share that is asked; of other tokens than the dense model's, bits per byte of "
-            "held-out documents less its own. Secondary: tokens per second of processor time as a share "
-            "of the dense model's, which other programs on the machine hardly move; on GPUs by the "
-            "clock. Tertiary: share of tokens of the expert that gets least. Open: it cannot be "
-            "told."
+            "held-out documents less its own. Secondary: tokens per second of processor time as a "
+            "share of the dense model's, which other programs on the machine hardly move; on GPUs "
+            "by the clock. Tertiary: share of tokens of the expert that gets least. Open: it "
+            "cannot be told."
         ),
         words=(0, 2),
     )

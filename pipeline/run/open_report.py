@@ -7,21 +7,20 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ConfigError
+from ..report.schema.experiments import FOLDER
 from ..store.artifacts import Store
 from ..store.roots import Root
 from .find import found, runs_called
 from .stages import STAGES, is_report
 
 PAGE = "report.html"
-# Where reports of several runs lie, by the names that somebody gave them
-TOGETHER = "experiments"
 
 
 def newest_report(store: Store, words: Sequence[str]) -> Path:
     """Return the newest page of a run, of an experiments file by its name, or of all. Raises
     ConfigError where there is none, and what `found` does."""
     if words:
-        together = store.root / TOGETHER / words[0] / PAGE
+        together = store.root / FOLDER / words[0] / PAGE
         if together.is_file():
             return together
         pages: list[Path] = []
@@ -31,7 +30,7 @@ def newest_report(store: Store, words: Sequence[str]) -> Path:
         pages = pages or list(_pages(store, [each.address for each in found(store, words)]))
     else:
         pages = list(_pages(store, store.addresses()))
-        pages += (store.root / TOGETHER).glob(f"*/{PAGE}")
+        pages += (store.root / FOLDER).glob(f"*/{PAGE}")
     if not pages:
         of = f" of {'/'.join(words)}" if words else ""
         raise ConfigError(f"no report{of} is in {store.root} yet; `evaluate` makes one")

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from ..errors import DiskFull
 from ..protocols import Progress, quiet
+from ..report.schema.experiments import FOLDER as EXPERIMENTS
+from ..report.schema.experiments import RESULTS
 from . import manifest as manifests
 from .artifacts import Store, write_text
 from .costs import FOLDER as COSTS
@@ -39,7 +41,7 @@ class Source(NamedTuple):
     """A file of the store that the tables are made of; plain text, as there may be very many."""
 
     kind: str
-    subject: str  # an address, the id of a run, or a command
+    subject: str  # an address, the id of a run, a command, or the name of experiments
     name: str  # below the store
     size: int
     mtime_ns: int
@@ -225,6 +227,8 @@ def _sources(root: str) -> Iterator[Source]:
     for name in _below(f"{root}/{COSTS}"):
         if name.endswith(SUFFIX):
             yield from _source(root, "costs", name.removesuffix(SUFFIX), f"{COSTS}/{name}")
+    for name in _below(f"{root}/{EXPERIMENTS}"):
+        yield from _source(root, "experiments", name, f"{EXPERIMENTS}/{name}/{RESULTS}")
     yield from _source(root, "served", "", SERVED)
 
 

@@ -1,5 +1,5 @@
 """One file of a store as rows of its history.db: a history, an artifact, the root of a run, the
-note of what is served, what a command has cost.
+results of experiments, the note of what is served, what a command has cost.
 
 What cannot be read is no row and a sentence in `files`, so that it is told and stops nobody.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import PipelineError
 from ..report.schema.reading import read as read_report
+from ..report.schema.reading import read_results
 from ..report.scores import scores, verdicts
 from . import manifest as manifests
 from .bundle import SUMS
@@ -41,6 +42,9 @@ _INSERTS = {
     "served": 3,
     "commands": 8,
     "spent": 7,
+    "experiments": 2,
+    "trials": 14,
+    "trial_runs": 5,
 }
 
 
@@ -57,6 +61,8 @@ def fold(index: sqlite3.Connection, kind: str, subject: str, path: Path) -> str:
             return _root(index, path)
         if kind == "costs":
             return _costs(index, subject, path)
+        if kind == "experiments":
+            return _experiments(index, subject, path)
         return _served(index, path)
     except PipelineError as error:
         return str(error)
@@ -217,6 +223,27 @@ def _costs(index: sqlite3.Connection, command: str, path: Path) -> str:
 
 def _part(value: float | None, parts: int) -> float | None:
     return None if value is None else value / parts
+
+
+def _experiments(index: sqlite3.Connection, name: str, path: Path) -> str:
+    """Fold the results of experiments in. Raises StoreError, NewerStore, UnreadableFile."""
+    found = read_results(read_bytes(path))
+    _insert(index, "experiments", [(name, found.made)])
+    trials = []
+    runs = []
+    for place, trial in enumerate(found.trials):
+        verdicts_of = [each.passed for each in trial.criteria]
+        about = (trial.name, trial.makes, trial.origin, int(trial.is_dense))
+        tokens = next((run.tokens for run in trial.done), "")
+        losses = (trial.valid, trial.spread, trial.bits_per_byte, trial.gap)
+        figures = [_real(each) for each in losses]
+        criteria = [verdicts_of.count(verdict) for verdict in (True, False, None)]
+        trials.append((name, place, *about, tokens, *figures, *criteria))
+        for run in trial.runs:
+            runs.append((name, trial.name, run.seed, run.state, run.address))
+    _insert(index, "trials", trials)
+    _insert(index, "trial_runs", runs)
+    return ""
 
 
 def _served(index: sqlite3.Connection, path: Path) -> str:

@@ -1,14 +1,14 @@
 """The tables of history.db, and what is written to them; docs/history.md says what they hold."""
 
 # Raised when a table comes to hold something else: an index of another version is made anew.
-VERSION = 2
+VERSION = 3
 
 SCHEMA = """
 -- what was read for the rest, so that only what has changed is read again
 CREATE TABLE files (
     path TEXT PRIMARY KEY,      -- below the store
-    kind TEXT NOT NULL,         -- history, artifact, root, served, costs
-    subject TEXT NOT NULL,      -- an address, the id of a run, or a command
+    kind TEXT NOT NULL,         -- history, artifact, root, served, costs, experiments
+    subject TEXT NOT NULL,      -- an address, the id of a run, a command, or the name of experiments
     size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
     wrong TEXT NOT NULL         -- what is wrong with it, in a sentence; empty where nothing is
@@ -114,6 +114,40 @@ CREATE TABLE deploys (
     bytes INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+-- experiments files whose results are in the store
+CREATE TABLE experiments (
+    name TEXT PRIMARY KEY,
+    made TEXT NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE trials (
+    experiments TEXT NOT NULL,
+    place INTEGER NOT NULL,     -- in the results' order
+    name TEXT NOT NULL,
+    makes TEXT NOT NULL,        -- stack, joint NAME, dense NAME
+    origin TEXT NOT NULL,       -- the grid or search that it is of, empty for neither
+    is_dense INTEGER NOT NULL,  -- 1 for the one that others are held against
+    tokens TEXT NOT NULL,       -- the same where losses a token compare
+    valid REAL,                 -- nats a token, mean over seeds
+    spread REAL,                -- standard deviation over seeds
+    bits_per_byte REAL,         -- of held-out documents, mean over seeds
+    gap REAL,                   -- validation less training loss
+    passed INTEGER NOT NULL,    -- criteria that were met
+    failed INTEGER NOT NULL,
+    untold INTEGER NOT NULL,    -- criteria that could not be told
+    PRIMARY KEY (experiments, place)
+) WITHOUT ROWID;
+
+-- each trial with each seed
+CREATE TABLE trial_runs (
+    experiments TEXT NOT NULL,
+    trial TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    state TEXT NOT NULL,        -- done, pruned, failed, missing
+    address TEXT NOT NULL,      -- of the model, empty where its settings describe none
+    PRIMARY KEY (experiments, trial, seed)
+) WITHOUT ROWID;
+
 -- bundles that were named to be served on Modal
 CREATE TABLE served (
     address TEXT PRIMARY KEY,
@@ -161,4 +195,9 @@ OF_KIND = {
     "root": (("runs", "id"), ("run_addresses", "run")),
     "served": (),
     "costs": (("commands", "id"), ("spent", "command")),
+    "experiments": (
+        ("experiments", "name"),
+        ("trials", "experiments"),
+        ("trial_runs", "experiments"),
+    ),
 }

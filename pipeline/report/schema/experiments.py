@@ -6,6 +6,9 @@ from pydantic import Field
 
 from .base import SCHEMA_VERSION, JobSpeed, MachineFacts, ReportPart
 
+# Where results lie in a store, below a folder for each experiments file
+FOLDER = "experiments"
+RESULTS = "experiment_results.json"
 State = Literal["done", "pruned", "failed", "missing"]
 Asked = Literal["primary", "secondary", "tertiary"]
 # Which half of the primary criterion holds

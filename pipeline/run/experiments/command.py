@@ -6,11 +6,12 @@ from rich.console import Console
 
 from ... import report
 from ...report.narrow import output
+from ...report.schema.experiments import RESULTS
 from ...store.artifacts import Store
 from .. import next_step
 from ..advice import CommandLine, sentence
 from ..backend import Local, printed_progress
-from .conduct import PAGE, RESULTS, conduct, local_hand_out, results_folder, write_results
+from .conduct import PAGE, conduct, local_hand_out, results_folder, write_results
 from .reading import read_experiments
 
 

@@ -10,12 +10,12 @@ from ... import report
 from ...errors import PipelineError
 from ...families.load import trial_models
 from ...protocols import Progress
-from ...report.schema.experiments import ExperimentResults, TrialSummary
+from ...report.schema.experiments import FOLDER, RESULTS, ExperimentResults, TrialSummary
 from ...store.artifacts import Store, now, write_text
 from ...store.history import Row
 from ..backend import Local
 from ..context import StoredParts
-from ..open_report import PAGE, TOGETHER
+from ..open_report import PAGE
 from .criteria import judged
 from .reading import Experiments
 from .results import machine_of, summary
@@ -23,14 +23,13 @@ from .searches import Searched, outcome, searched
 from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to, looked_at
 from .trials import Trial, listed_trials
 
-RESULTS = "experiment_results.json"
 DENSE = "dense"
 MADE_FROM = "made_from.json"
 
 
 def results_folder(store: Store, experiments: Experiments) -> Path:
     """Where the results of an experiments file lie unless told otherwise."""
-    return store.root / TOGETHER / experiments.name
+    return store.root / FOLDER / experiments.name
 
 
 def _agreed(_trials: Sequence[Trial]) -> None: ...

@@ -50,7 +50,11 @@ def runs_of(names: Sequence[str], known: Known) -> list[PastRun]:
 
 
 def _runs_like(name: str, known: Known) -> list[PastRun]:
-    """Return the runs that a name or a pattern means. Raises ConfigError."""
+    """Return the runs that a name or a pattern means, of experiments their trials. Raises
+    ConfigError."""
+    experiments = known.experiments_called(name)
+    if experiments is not None:
+        return known.trials_of(experiments)
     if not WILD.isdisjoint(name):
         like = [run for run in known.runs if _is_like(run, name)]
         if not like:
@@ -77,7 +81,7 @@ def trainings_of(names: Sequence[str], known: Known) -> list[PastTraining]:
         return list(known.trainings.values())
     found: dict[str, PastTraining] = {}
     for name in names:
-        if WILD.isdisjoint(name):
+        if WILD.isdisjoint(name) and known.experiments_called(name) is None:
             of = _trainings(name, meant([name], known.names), known)
         else:
             of = [each for run in _runs_like(name, known) for each in run.trainings]

@@ -14,6 +14,7 @@ from ...report.scores import Score
 from ...store.address import job_of
 from ..find import Names
 from ..stages import STAGES, label
+from .past_experiments import PastExperiments, past_experiments
 
 _TRAININGS = """
 SELECT h.address, h.rows, h.last_step, h.steps, h.first_time, h.last_time, h.torn, h.missing,
@@ -182,6 +183,7 @@ class Known:
     runs: tuple[PastRun, ...]  # the one that was begun last first
     wrong: tuple[str, ...]  # files that could not be read
     where: Path  # the store
+    experiments: tuple[PastExperiments, ...]  # those that were made last first
     commands: int = 0  # of which it is known what they cost on Modal
     usd: float = 0.0  # of all of them, those of runs that are gone too
 
@@ -192,6 +194,14 @@ class Known:
         for run in self.runs:
             found |= {each.address: each for each in run.trainings}
         return found
+
+    def experiments_called(self, name: str) -> PastExperiments | None:
+        """Return the experiments of a name; None where there are none."""
+        return next((each for each in self.experiments if each.name == name), None)
+
+    def trials_of(self, experiments: PastExperiments) -> list[PastRun]:
+        """Return the runs that are trials of experiments."""
+        return [run for run in self.runs if experiments.has(run.name, run.addresses)]
 
     @cached_property
     def names(self) -> Names:
@@ -240,7 +250,8 @@ def known(index: sqlite3.Connection, where: Path) -> Known:
     runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
     wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
     commands, paid = index.execute("SELECT count(*), total(usd) FROM commands").fetchone()
-    return Known(tuple(runs), tuple(wrong), where, commands, paid)
+    tried = past_experiments(index)
+    return Known(tuple(runs), tuple(wrong), where, tried, commands, paid)
 
 
 def _alone(training: PastTraining) -> PastRun:

@@ -25,10 +25,10 @@ def list_runs(known: Known, last: int, console: Console) -> None:
     shown = known.runs[:last] if last else known.runs
     if shown:
         columns: tuple[str, ...] = COLUMNS
-        rows = [_cells(run) for run in shown]
+        rows = [_cells(run, known) for run in shown]
         if any(run.usd is not None for run in shown):
             columns = (*COLUMNS, USD)
-            rows = [(*_cells(run), in_usd(run.usd)) for run in shown]
+            rows = [(*_cells(run, known), in_usd(run.usd)) for run in shown]
         print_rows("runs, the latest first", columns, rows, console)
     wrong = [text for run in shown for text in run.wrong]
     if wrong or known.wrong:
@@ -42,7 +42,7 @@ def list_runs(known: Known, last: int, console: Console) -> None:
         say("no run has left anything here yet")
 
 
-def _cells(run: PastRun) -> tuple[str, ...]:
+def _cells(run: PastRun, known: Known) -> tuple[str, ...]:
     last = run.last
     named = f"{last.name}, step {last.position}" if last else DASH
     return (
@@ -54,11 +54,14 @@ def _cells(run: PastRun) -> tuple[str, ...]:
         figures(last.valid_nats) if last else DASH,
         scored(run.evaluation),
         seconds(run.seconds) if run.made else DASH,
-        "; ".join(_more(run)),
+        "; ".join(_more(run, known)),
     )
 
 
-def _more(run: PastRun) -> Iterator[str]:
+def _more(run: PastRun, known: Known) -> Iterator[str]:
+    for each in known.experiments:
+        if each.has(run.name, run.addresses):
+            yield f"trial of {each.name}"
     if run.removed:
         yield "being removed"
     if not run.has_root:

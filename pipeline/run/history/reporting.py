@@ -23,6 +23,7 @@ from ...store.history_fold import REPORT
 from ...store.reading import read_bytes
 from ...store.roots import read_root, root_path
 from ..stages import STAGES
+from .experiments import tables as trial_tables
 from .lines import SPENT, Known, PastRun, PastTraining
 from .listing import in_usd, scored
 
@@ -76,8 +77,8 @@ def _page(
     latest = max(run.begun for run in runs)
     meta = f"{len(runs):,} runs · {len(drawings):,} trainings · the latest begun {latest}"
     title = f"Runs in {store.root.resolve().name}"
-    tables = [_scores(runs), _evaluations(runs), _deploys(runs), _times(runs, index)]
-    tables.append(_costs(runs, index))
+    tables = [*trial_tables(runs, known), _scores(runs), _evaluations(runs), _deploys(runs)]
+    tables += [_times(runs, index), _costs(runs, index)]
     return HistoryPage(
         title, meta, drawn, canvas.axes, sections, tables, [*dict.fromkeys(notes), *known.wrong]
     )
