@@ -353,7 +353,11 @@ def test_a_file_extends_another_and_takes_trials_away(tmp_path):
             {
                 "extends": first.name,
                 "base": {"trunk": {"d_ff": 48}},
-                "trials": {"broken": None, "more": {"change": {"router": {"top_k": 3}}}},
+                "trials": {
+                    "broken": None,
+                    "given": None,
+                    "more": {"change": {"router": {"top_k": 3}}},
+                },
                 "seeds": [3],
             }
         )

@@ -20,6 +20,7 @@ from pipeline.run.stages import Addresses
 from tests import small
 
 no_measuring = small.no_measuring
+OF_ADAPTERS = {"steps": 0, "top_k": 1, "prompt_tokens": 4}
 ALL = {"evaluate__tokens_per_domain": 10**6}
 
 
@@ -101,7 +102,7 @@ def test_a_model_is_measured_by_what_it_is_made_of_alone(parts):
     of_stack = [stage for stage, _ in cfg.needs("score", "stack")]
     trainings = ["train_shared", *["train_experts"] * 3, "train_router"]
     assert of_stack == [*["preprocess"] * 3, *trainings]
-    assert small.config(expert__form="adapter", router={"steps": 0, "top_k": 1}).scored == ()
+    assert small.config(expert__form="adapter", router=OF_ADAPTERS).scored == ()
 
 
 def test_measuring_moves_no_other_address(parts):

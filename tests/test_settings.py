@@ -172,7 +172,7 @@ def _digest(content) -> str:
 
 
 def _scored(cfg, parts, stage, folder) -> str:
-    return json.dumps(score.score(cfg, parts, folder, quiet, stage.partition(" ")[2]))
+    return _digest(score.score(cfg, parts, folder, quiet, stage.partition(" ")[2]))
 
 
 PRODUCTS = {"preprocess": _preprocessed, "evaluate": _reported, "score": _scored}

@@ -157,8 +157,10 @@ class PastRun:
     @property
     def addresses(self) -> tuple[str, ...]:
         """What there is of it."""
-        there = (*self.trainings, *self.evaluations, *self.deploys)
-        return tuple(each.address for each in there)
+        found = [each.address for each in self.trainings]
+        found += [each.address for each in self.evaluations]
+        found += [each.address for each in self.deploys]
+        return tuple(found)
 
     @property
     def last(self) -> PastTraining | None:

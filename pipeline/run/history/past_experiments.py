@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...report.format import DASH
@@ -10,7 +10,7 @@ from ...report.format import DASH
 
 @dataclass(frozen=True)
 class TrialSeed:
-    """A trial with one seed."""
+    """What came of a trial with one of its seeds, and where that is."""
 
     seed: int
     state: str
@@ -78,7 +78,8 @@ def past_experiments(index: sqlite3.Connection) -> tuple[PastExperiments, ...]:
     for row in index.execute("SELECT * FROM trials ORDER BY experiments, place"):
         name, _, trial, makes, origin, is_dense, *rest = row
         about = (trial, makes, origin, bool(is_dense))
-        trials[name].append(PastTrial(*about, *rest, tuple(seeds[name, trial])))
+        found_trial = PastTrial(*about, *rest)
+        trials[name].append(replace(found_trial, seeds=tuple(seeds[name, trial])))
     found = []
     for name, made in index.execute("SELECT name, made FROM experiments ORDER BY made DESC, name"):
         found.append(PastExperiments(name, made, tuple(trials[name])))
