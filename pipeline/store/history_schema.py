@@ -8,7 +8,7 @@ SCHEMA = """
 CREATE TABLE files (
     path TEXT PRIMARY KEY,      -- below the store
     kind TEXT NOT NULL,         -- history, artifact, root, served, costs, experiments
-    subject TEXT NOT NULL,      -- an address, the id of a run, a command, or the name of experiments
+    subject TEXT NOT NULL,      -- an address, or which run, command or experiments
     size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
     wrong TEXT NOT NULL         -- what is wrong with it, in a sentence; empty where nothing is
