@@ -116,6 +116,7 @@ def _drawn(names: Sequence[str], last: int, store: Store, console: Console) -> d
     trained in them. Raises ConfigError, UnreadableFile."""
     # Only here, as it brings what draws
     from ..run.history.chosen import runs_of, trainings_of
+    from ..run.history.experiments import list_experiments
     from ..run.history.exporting import export
     from ..run.history.lines import known
     from ..run.history.listing import list_runs
@@ -132,8 +133,9 @@ def _drawn(names: Sequence[str], last: int, store: Store, console: Console) -> d
             console.print(text.replace(f"{to}/", ""), highlight=False, markup=False)
 
         with history_db(beside) as index:
-            everything = known(index)
+            everything = known(index, store.root)
             list_runs(everything, LISTED, console)
+            list_experiments(everything, LISTED, console)
             drawn = runs_of(names, everything)
             if not names and last:
                 drawn = drawn[:last]

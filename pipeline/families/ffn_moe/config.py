@@ -13,7 +13,7 @@ from ...config.stage import Stage, fields
 from ...config.text_data import FilesConfig
 from ...protocols import Eye, Looked, Seen
 from .joint.section import MOE
-from .run_sections import FfnMoeSections
+from .run_sections import FfnMoeSectionsConfig
 from .section_rules import problems_of
 from .sections import ADAPTER
 from .stages import (
@@ -41,12 +41,12 @@ _SHORTHANDS = {
 }
 
 
-class FfnMoeConfig(FfnMoeSections):
+class FfnMoeConfig(FfnMoeSectionsConfig):
     """A whole run of FFN experts."""
 
     stages: ClassVar[dict[str, Stage]] = STAGES
     shorthands: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **TextRunConfig.shorthands,
+        **FfnMoeSectionsConfig.shorthands,
         **_SHORTHANDS,
     }
 

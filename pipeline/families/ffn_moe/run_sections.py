@@ -20,7 +20,7 @@ from .sections import (
 from .stages import MODEL_STAGES, STACK
 
 
-class FfnMoeSections(TextRunConfig):
+class FfnMoeSectionsConfig(TextRunConfig):
     """What a run of FFN experts states."""
 
     family: Literal["ffn_moe"] = Field("ffn_moe", description="Kind of experts")

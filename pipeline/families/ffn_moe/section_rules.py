@@ -1,12 +1,12 @@
 """Whether the sections of an ffn_moe run fit together."""
 
 from ...config.fit import FitConfig
-from .run_sections import FfnMoeSections
+from .run_sections import FfnMoeSectionsConfig
 from .sections import ADAPTER, ANCHOR, BASE
 from .stages import FROM_ZERO
 
 
-def problems_of(cfg: FfnMoeSections) -> list[str]:
+def problems_of(cfg: FfnMoeSectionsConfig) -> list[str]:
     """Return what does not fit, each in a sentence that names the setting: all at once, as whoever
     mends one should not meet the next one only then."""
     problems = [
@@ -31,7 +31,7 @@ def problems_of(cfg: FfnMoeSections) -> list[str]:
     return problems
 
 
-def _unknown_domains(cfg: FfnMoeSections) -> list[str]:
+def _unknown_domains(cfg: FfnMoeSectionsConfig) -> list[str]:
     known = cfg.partition.names
     given = {
         "trunk": (cfg.trunk.domains, known),
@@ -62,7 +62,7 @@ def _unknown_domains(cfg: FfnMoeSections) -> list[str]:
     return out
 
 
-def _expert_layers(cfg: FfnMoeSections) -> list[str]:
+def _expert_layers(cfg: FfnMoeSectionsConfig) -> list[str]:
     if cfg.trunk.init:
         return []  # its own config.json says how many layers it has
     out = []
@@ -74,7 +74,7 @@ def _expert_layers(cfg: FfnMoeSections) -> list[str]:
     return out
 
 
-def _durations(cfg: FfnMoeSections) -> list[str]:
+def _durations(cfg: FfnMoeSectionsConfig) -> list[str]:
     sections: dict[str, FitConfig] = {
         "trunk": cfg.trunk,
         "expert": cfg.expert,
@@ -90,7 +90,7 @@ def _durations(cfg: FfnMoeSections) -> list[str]:
     return out
 
 
-def _not_for_adapters(cfg: FfnMoeSections) -> list[str]:
+def _not_for_adapters(cfg: FfnMoeSectionsConfig) -> list[str]:
     if cfg.expert.form != ADAPTER:
         return []
     router = cfg.router
@@ -127,7 +127,7 @@ def _not_for_adapters(cfg: FfnMoeSections) -> list[str]:
     return out
 
 
-def _imported(cfg: FfnMoeSections) -> list[str]:
+def _imported(cfg: FfnMoeSectionsConfig) -> list[str]:
     own = cfg.expert
     out = []
     strange = [name for name in own.imported_text if name not in own.imported]
@@ -157,7 +157,7 @@ def _imported(cfg: FfnMoeSections) -> list[str]:
     return out
 
 
-def _pretrained(cfg: FfnMoeSections) -> list[str]:
+def _pretrained(cfg: FfnMoeSectionsConfig) -> list[str]:
     if not cfg.trunk.init:
         return []
     out = []
