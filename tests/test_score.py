@@ -19,7 +19,6 @@ from pipeline.protocols import quiet
 from pipeline.run.stages import Addresses
 from tests import small
 
-no_measuring = small.no_measuring
 OF_ADAPTERS = {"steps": 0, "top_k": 1, "prompt_tokens": 4}
 ALL = {"evaluate__tokens_per_domain": 10**6}
 
