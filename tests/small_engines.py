@@ -25,7 +25,7 @@ from pipeline.model.low_rank import LowRankExpert
 from pipeline.model.request_router import RequestRouter
 from pipeline.model.router import Gating, Mixture, Router
 from pipeline.model.trunk import Trunk, build
-from pipeline.serve.adapters import TextAdapters
+from pipeline.serve.adapters import SteadyAdapters, TextAdapters
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import BASE_READER, Capacity, Stats
 from pipeline.serve.networks import Network, StockMixture, UnmergedMixture
@@ -209,8 +209,19 @@ def steady(
 
 def adapters(kind: str = "qwen3") -> Small:
     """Adapters of a language model, of which the first tokens choose one."""
+    return _with_adapters(TextAdapters, SIZES | {"model_type": kind})
+
+
+def steady_adapters(kind: str = "qwen3") -> Small:
+    """The same in bf16; what computes the same alone does so in fp32."""
+    settings = SIZES | WIDE | {"num_key_value_heads": 1, "model_type": kind}
+    made = _with_adapters(SteadyAdapters, settings)
+    return Small(made.engine, _with_adapters(TextAdapters, settings).alone)
+
+
+def _with_adapters(network_of: type[TextAdapters], settings: dict[str, Any]) -> Small:
     torch.manual_seed(3)
-    network: Any = LanguageModel.of(*build(SIZES | {"model_type": kind})).network
+    network: Any = LanguageModel.of(*build(settings)).network
     network.requires_grad_(False).eval()
     # each on other projections, as an expert may be
     targets = (["q_proj", "down_proj"], ["v_proj", "o_proj", "up_proj"], ["gate_proj", "k_proj"])
@@ -223,9 +234,10 @@ def adapters(kind: str = "qwen3") -> Small:
             else:
                 network.add_adapter(peft_name(name), shape)
     adapted = Adapted(network.requires_grad_(False).eval())
-    router = RequestRouter(torch.randn(1, len(NAMES) + 1, 32), len(NAMES), 1.0, 0.3)
+    width = settings["hidden_size"]
+    router = RequestRouter(torch.randn(1, len(NAMES) + 1, width), len(NAMES), 1.0, 0.3)
     stack = RequestStack(adapted, NAMES, TextRouter(router, (1,), 4))
-    engine = SmallEngine(TextAdapters(stack), stack.names)
+    engine = SmallEngine(network_of(stack), stack.names)
     engine.stack = stack  # as an AdapterEngine has it
 
     def alone(ids: list[int], reader: str | None) -> torch.Tensor:
@@ -242,6 +254,7 @@ STEADY: dict[str, Callable[[], Small]] = {
     "low rank": steady,
     "low rank, last layer": lambda: steady("qwen3", (1,)),
     "full experts": lambda: steady("qwen3", full=True),
+    "adapters": steady_adapters,
     "full experts, last layer, window": lambda: steady(
         "mistral", (1,), full=True, sliding_window=9
     ),

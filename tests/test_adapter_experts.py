@@ -38,7 +38,7 @@ from pipeline.protocols import quiet
 from pipeline.report import routing, show
 from pipeline.report.format import share
 from pipeline.run.dry_run import figures
-from pipeline.serve.adapters import AdapterEngine
+from pipeline.serve.adapters import AdapterEngine, SteadyAdapters
 from pipeline.serve.generation import Sampling
 from pipeline.store.artifacts import load_tensors, sha256
 from pipeline.train.loop import fit
@@ -407,6 +407,9 @@ def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
         assert [token.id for token in done.tokens] == wanted
         assert all(token.experts == [[choice.number]] for token in done.tokens)
     assert len(readers) > 1
+    steady = AdapterEngine(bundled, dtype="bf16")
+    assert isinstance(steady.network, SteadyAdapters)
+    assert steady.complete(ids, Sampling(4, 0.0)).completion_tokens == done.completion_tokens
 
 
 def test_texts_go_on_as_the_base_and_whoever_the_endpoint_chooses_write_them(run, bundled):

@@ -10,7 +10,7 @@ B rows, T tokens, D model width, V vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .held_weights import cast_weights
 from .networks import Batch, Network, OneReader
 from .opening import check_logits, open_model, probe_logits
 from .rows import ServedRow
+from .steady.network import SteadyNetwork, SteadySilu, has_steady_places
 
 if TYPE_CHECKING:
     from ..families.ffn_moe.adapter.stack import RequestStack, TextChoice
@@ -43,7 +44,16 @@ class AdapterEngine(CompletionEngine):
         expected_TV = probe_logits(self.stack.model, filled, self.context_tokens)
         # Both are the same base: one of them is enough
         check_logits(folder, open_model(folder), expected_TV, self.context_tokens)
-        return TextAdapters(self.stack)
+        return self._steady(folder, self.stack.model.network.generation_config) or TextAdapters(
+            self.stack
+        )
+
+    def _made_steady(self, folder: Path) -> SteadyNetwork | None:
+        """Return the stack in bf16, None where it has no such form."""
+        stack: RequestStack = family(self.about["family"]).reassemble(folder)
+        if not _can_be_steady(stack.model.network):
+            return None
+        return SteadyAdapters(stack)
 
 
 class TextAdapters(OneReader):
@@ -54,9 +64,13 @@ class TextAdapters(OneReader):
         from ..families.adapters.peft_io import RowAdapters
 
         super().__init__(stack.model.network, stack.names)
-        cast_weights(stack.model.network)
+        self.hold(stack.model.network)
         self._stack = stack
         self._adapters = RowAdapters(stack.model.adapters)
+
+    def hold(self, network: Any) -> None:
+        """Have the model's weights in the dtype of its products."""
+        cast_weights(network)
 
     def prepare(self, rows: Sequence[ServedRow]) -> None:
         """Choose who reads the rows that have no reader yet."""
@@ -64,9 +78,13 @@ class TextAdapters(OneReader):
         without = [row for row in rows if row.reader is None]
         if not without:
             return
-        found = self._stack.choices([row.ids for row in without])
+        found = self.choices([row.ids for row in without])
         for row, choice in zip(without, found, strict=True):
             row.chosen(choice.name, choice.number, _as_told(choice))
+
+    def choices(self, texts: Sequence[Sequence[int]]) -> "list[TextChoice]":
+        """Return who reads each text."""
+        return self._stack.choices(texts)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD after the final norm."""
@@ -78,9 +96,29 @@ class TextAdapters(OneReader):
                 position_ids=batch.place_BT,
                 past_key_values=self.cache,
                 use_cache=True,
+                **self.extras(batch),
             )
         x_BTD: torch.Tensor = out.last_hidden_state
         return x_BTD
+
+
+class SteadyAdapters(SteadyNetwork, TextAdapters):
+    """The same in bf16."""
+
+    def hold(self, network: Any) -> None:
+        """Have the model compute each row as it is alone."""
+        self.make_steady(network)
+        for layer in network.model.layers:
+            layer.mlp.act_fn = SteadySilu()
+
+    def choices(self, texts: Sequence[Sequence[int]]) -> "list[TextChoice]":
+        """Return who reads each text, which is read by itself."""
+        return [self._stack.choice(ids) for ids in texts]
+
+
+def _can_be_steady(network: Any) -> bool:
+    """Whether a base with adapters is one that runs so."""
+    return has_steady_places(network) and network.config.hidden_act in ("silu", "swish")
 
 
 def row_adapter(row: ServedRow) -> str | None:

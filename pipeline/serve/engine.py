@@ -39,6 +39,7 @@ from .rows import Order, ServedRow, TextRow, TextSink, TracedRow
 from .sampling import TokenSampler
 from .scheduler import Scheduler
 from .steady.mixture import SteadyMixture, can_be_steady
+from .steady.network import SteadyNetwork
 from .steady.trial import is_steady
 from .text_stream import TextStream
 
@@ -206,14 +207,12 @@ class CompletionEngine(Engine):
         # on a GPU nothing was measured, so nothing is chosen there unasked
         if self.dtype == "auto" and not (device() == "cpu" and has_bf16()):
             return None
-        # once more, as what runs in bf16 is changed for it
-        stack = family(self.about["family"]).reassemble(folder)
-        if not can_be_steady(stack.trunk, list(stack.experts.values())):
+        network = self._made_steady(folder)
+        if network is None:
             if self.dtype == "auto":
                 return None
             raise ConfigError(f"{folder} {NO_BF16}")
-        stack.trunk.network.generation_config = generation_config
-        network = SteadyMixture(stack.trunk, stack.experts, stack.mixture.router, self._anchor())
+        network.model.generation_config = generation_config
         if not is_steady(network, self.context_tokens):
             if self.dtype == "auto":
                 return None
@@ -223,6 +222,14 @@ class CompletionEngine(Engine):
             )
         log.info("products run in bf16")
         return network
+
+    def _made_steady(self, folder: Path) -> SteadyNetwork | None:
+        """Return the stack in bf16, None where it has no such form."""
+        # once more, as what runs in bf16 is changed for it
+        stack = family(self.about["family"]).reassemble(folder)
+        if not can_be_steady(stack.trunk, list(stack.experts.values())):
+            return None
+        return SteadyMixture(stack.trunk, stack.experts, stack.mixture.router, self._anchor())
 
     def _anchor(self) -> int | None:
         """Return the number of the expert that is the trunk's own network, where one is kept."""

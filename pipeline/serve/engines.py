@@ -25,10 +25,11 @@ def engine_of(
     described = about(folder)
     # Bundles that do not say it are of completions, as all were before there were others.
     serves = described.get("serves", "completions")
-    of_adapters = serves == "chat" or str(described.get("form")) in OF_TEXT
-    if dtype == "bf16" and of_adapters:
-        raise ConfigError(f"{folder}, a bundle of adapters, {NO_BF16}")
     if serves == "chat":
+        if dtype == "bf16":
+            raise ConfigError(
+                f"{folder}, a bundle of adapters that were trained on tasks, {NO_BF16}"
+            )
         return ChatEngine(folder, capacity)
     if serves != "completions":
         raise DamagedArtifact(f"{folder} serves {serves!r}, which is no service here")

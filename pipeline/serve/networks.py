@@ -160,6 +160,10 @@ class Network(ABC):
         x_BTD = self.hidden(batch)
         return batch.last(x_BTD), self.heard(batch)
 
+    def extras(self, _batch: Batch) -> dict[str, Any]:
+        """Return what a pass is given beside its tokens."""
+        return {}
+
     @abstractmethod
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD after the final norm."""
@@ -208,10 +212,6 @@ class TokenRouted(Network):
             )
         x_BTD: Tensor = out.last_hidden_state
         return x_BTD
-
-    def extras(self, _batch: Batch) -> dict[str, Any]:
-        """Return what a pass is given beside its tokens."""
-        return {}
 
     def heard(self, batch: Batch) -> list[list[GateChoice]]:
         """Return who read the tokens of the pass that has just run."""

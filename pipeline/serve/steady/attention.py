@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..networks import Batch, Chunk
 from ..slot_cache import PLACES
@@ -27,7 +28,7 @@ BLOCK = PLACES
 
 
 def attend_alone(network: "PreTrainedModel") -> None:
-    """Have a Hugging Face model attend so; its passes are given the batch as `served`."""
+    """Have a Hugging Face model attend so in passes that are given the batch as `served`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -38,18 +39,23 @@ def attend_alone(network: "PreTrainedModel") -> None:
 
 
 def _forward(
-    _module: Any,
+    module: Any,
     q_BHTK: Tensor,
     k_BMSK: Tensor,
     v_BMSK: Tensor,
-    _mask: Tensor | None,
+    mask: Tensor | None,
     *,
-    served: Batch,
+    served: Batch | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return out_BTHK and no weights, as Hugging Face's attention functions do."""
+    if served is None:
+        # one that reads beside those that are served, as a router does
+        return sdpa_attention_forward(
+            module, q_BHTK, k_BMSK, v_BMSK, mask, scaling=scaling, **kwargs
+        )
     out_BTHK = torch.zeros_like(q_BHTK.transpose(1, 2))
     heads = k_BMSK.shape[1]
     for row, chunk in enumerate(served.chunks):

@@ -20,20 +20,13 @@ from ...model.low_rank import LowRankExpert, base_of
 from ...model.router import Router
 from ...model.trunk import Trunk
 from ..generation import BASE_READER
-from ..held_weights import cast_weights
-from ..networks import Batch, TokenRouted
-from ..slot_cache import PLACES
-from .attention import SteadyRotary, attend_alone
-from .products import SteadyProducts, elementwise, replace_linear
+from ..networks import TokenRouted
+from .network import DTYPE, SteadyNetwork, has_steady_places
+from .products import elementwise
 
-DTYPE = torch.bfloat16
-# Of each text's logits, the likeliest.
-AGAIN = 64
 # Deltas of several experts run as one product with zeros for those that were not chosen, as long as
 # their ranks together are so small a part of the model's width.
 SHARE_OF_WIDTH = 8
-# Kinds of rotary embedding whose angles follow from a token's place alone.
-ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -59,21 +52,17 @@ class Deltas:
 
 def can_be_steady(trunk: Trunk, experts: Sequence[Expert]) -> bool:
     """Whether this stack is one that runs so."""
-    rotary: Any = trunk.network.model.rotary_emb
     networks = []
     for expert in experts:
         owners = [expert, expert.base] if expert.base is not None else [expert]
         for owner in owners:
             if not isinstance(owner, LowRankExpert):
                 networks += [network for network in owner.layers if network is not None]
-    return rotary.rope_type in ROTARY and all(map(is_swiglu, networks))
+    return has_steady_places(trunk.network) and all(map(is_swiglu, networks))
 
 
-class SteadyMixture(TokenRouted):
+class SteadyMixture(SteadyNetwork, TokenRouted):
     """A trunk's own class with experts in its slots, full or low-rank ones unmerged."""
-
-    dtype = "bf16"
-    seen_step = PLACES
 
     def __init__(
         self,
@@ -87,44 +76,20 @@ class SteadyMixture(TokenRouted):
         self._anchor = anchor  # the expert that is the base's own network, where one is
         extra = () if self._shared is None else (BASE_READER,)
         super().__init__(trunk.network, (*experts, *extra))
-        self._products = SteadyProducts()
+        whole = [each for each in self._experts if not isinstance(each, LowRankExpert)]
+        bases = [each.base for each in self._experts if each.base is not None]
+        self.make_steady(trunk.network, *whole, *bases)
         self._router = router
         router.product = self._products
-        self._hold(trunk)
-        replace_linear(trunk.network.model, self._products)
-        trunk.network.model.rotary_emb = SteadyRotary(trunk.network.model.rotary_emb)
-        attend_alone(trunk.network)
         self._deltas = self._gathered(len(trunk.network.model.layers))
         for layer in trunk.network.model.layers:
             layer.mlp.ffn = self._mixed
-
-    def _hold(self, trunk: Trunk) -> None:
-        """Have weights in the dtypes of their products, once and for all."""
-        whole = [each for each in self._experts if not isinstance(each, LowRankExpert)]
-        bases = [each.base for each in self._experts if each.base is not None]
-        cast_weights(trunk.network.model, *whole, *bases, dtype=DTYPE)
-        self._head_VD = trunk.head.detach().to(DTYPE)
 
     def number(self, reader: str) -> int:
         """Return the number of who can read a text. Raises ValueError for others."""
         if reader == BASE_READER and self._shared is None and self._anchor is not None:
             return self._anchor
         return super().number(reader)
-
-    def extras(self, batch: Batch) -> dict[str, Any]:
-        """Return what a pass is given beside its tokens."""
-        return {"served": batch}
-
-    def logits(self, x_BD: Tensor) -> Tensor:
-        """Return logit_BV, of the likeliest tokens in fp32."""
-        logit_BV = self._products(x_BD, self._head_VD).float()
-        # bf16 gives neighbours one number: who is first among them, and by how much, is computed
-        # again, each text by itself
-        likely_BA = logit_BV.topk(min(AGAIN, logit_BV.shape[1])).indices
-        for row, likely_A in enumerate(likely_BA):
-            head_AD = self.model.lm_head.weight[likely_A].to(x_BD.dtype)
-            logit_BV[row, likely_A] = F.linear(x_BD[row : row + 1], head_AD)[0]
-        return logit_BV
 
     def _mixed(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer."""

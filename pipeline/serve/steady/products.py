@@ -131,11 +131,12 @@ class SteadyLinear(nn.Module):
 
 
 def replace_linear(network: nn.Module, products: SteadyProducts) -> None:
-    """Have the frozen linear layers below a module run with such products."""
+    """Have the linear layers below a module run with such products, those of adapters too."""
     # a list, as the network changes on the way
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, FrozenLinear):
+            # subclasses of others compute something else
+            if isinstance(child, FrozenLinear) or type(child) is nn.Linear:
                 setattr(parent, name, SteadyLinear(child, products))
 
 
