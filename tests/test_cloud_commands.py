@@ -252,8 +252,8 @@ def test_histories_are_written_where_they_were_asked_for(tmp_path, capsys):
     files = {"history.html": b"<p>", "rows.jsonl": b"{}"}
     there = FakeFar(tmp_path, tend=cloud.Tended("one run\n", files=files))
     command = commands(there, "modal_app.py::history")
-    command.history(run="tiny", last=3, output_dir=str(tmp_path / "x y"))
-    assert there.asked == [("tend", "history", ["tiny"], {"last": 3})]
+    command.history(run="tiny other-*", last=3, output_dir=str(tmp_path / "x y"))
+    assert there.asked == [("tend", "history", ["tiny", "other-*"], {"last": 3})]
     assert {path.name: path.read_bytes() for path in (tmp_path / "x y").iterdir()} == files
     page = (tmp_path / "x y/history.html").as_uri()
     assert last(capsys) == ["python3", "-m", "webbrowser", page]

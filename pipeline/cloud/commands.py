@@ -309,7 +309,8 @@ class Commands:
         """List the runs of the volume, and write to a folder here a page with their curves,
         pictures of them, and the rows of all their trainings."""
         folder = Path(output_dir)
-        tended = self._tend("history", [run] if run else [], {"last": last}, tells_next=False)
+        names = list(overrides(run))
+        tended = self._tend("history", names, {"last": last}, tells_next=False)
         with self._told():
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in tended.files.items():
