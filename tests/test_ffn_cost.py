@@ -207,6 +207,25 @@ def test_every_means_lowers_the_predicted_peak(trains, changes):
     )
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "width", "layers", "sequences", "measured_mb"),
+    [
+        (10_000, 256, 6, 8, 761.0),
+        (2_000, 256, 6, 8, 767.4),
+        (10_000, 256, 6, 4, 494.5),
+        (2_000, 256, 6, 4, 479.9),
+        (2_000, 256, 3, 8, 384.0),
+        (10_000, 128, 6, 8, 379.6),
+    ],
+)
+def test_a_trunk_in_fp32_takes_what_benchmarks_memory_measured(
+    vocab_size, width, layers, sequences, measured_mb
+):
+    shape = Shape(layers, width, width, width, 4 * width, vocab_size, context_tokens=256)
+    found = ffn_cost.peak_bytes(shape, "all", MemoryPlan(sequences), bf16=False, experts=2)
+    assert found / 1e6 == pytest.approx(measured_mb, rel=0.1)
+
+
 def test_only_gates_need_more_memory_for_more_experts():
     for trains, grows in (("all", False), ("ffn", False), ("gates", True)):
         assert (

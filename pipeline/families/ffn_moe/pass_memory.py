@@ -14,6 +14,9 @@ from .passes import HEAP_BYTES
 # holes in the heap: as much as there are activations, up to this; where they are more, this share
 MOST_FRAGMENTS_BYTES = 155_000_000
 FRAGMENTS_SHARE = 0.85
+# the same of all weights in fp32: gradients stay where activations were, so that what comes next
+# does not fit between them. 1.05 to 1.6 with widths of 256 and 512 in 3 to 8 layers
+EXACT_FRAGMENTS_SHARE = 1.3
 
 
 def pass_bytes(
@@ -62,6 +65,8 @@ def pass_bytes(
         # glibc finds no room for a block in the hole that one of its size left: with 30 layers of
         # SmolLM2-135M holes were .7 to 1.1 of what was kept (glibc 2.36, three steps)
         fragments = max(min(held, MOST_FRAGMENTS_BYTES), FRAGMENTS_SHARE * held)
+        if trains == "all" and unit == 4:
+            fragments = EXACT_FRAGMENTS_SHARE * held
         # the passes below the lowest expert keep nothing and leave room for what is kept above
         fragments *= (shape.layers - lowest) / shape.layers
     return in_use + HEAP_BYTES + again + fragments
