@@ -61,15 +61,23 @@ DAMAGE = {
 }
 
 
-@pytest.fixture
-def stopped(tmp_path):
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory):
     """Folder of a run that was killed before step 7: one slot holds step 6, the other 7; and what
     it leads to."""
+    root = tmp_path_factory.mktemp("killed")
     task = small_task()
-    fit(task, train_io(tmp_path / "whole"))
+    fit(task, train_io(root / "whole"))
     with pytest.raises(Killed):
-        fit(dying(small_task(), 7), train_io(tmp_path / "stopped"))
-    return tmp_path / "stopped", values(task)
+        fit(dying(small_task(), 7), train_io(root / "stopped"))
+    return root / "stopped", values(task)
+
+
+@pytest.fixture
+def stopped(killed_once, tmp_path):
+    """The same, which a test may change."""
+    folder, wanted = killed_once
+    return Path(shutil.copytree(folder, tmp_path / "stopped")), wanted
 
 
 def slots(folder):
