@@ -263,7 +263,7 @@ def test_histories_are_drawn_beside_the_volume_and_nothing_is_written_to_it(volu
     assert f"{len(rows):,} rows of" in done.printed
     assert sorted(view.path.rglob("*")) == before and view.commits == 0
     absent = cloud.tend("history", ["none"], {"last": 8}, edge, view.commit, view.reload)
-    assert "there is no run and no training none" in absent.wrong
+    assert "is called none" in absent.wrong
 
 
 def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finished):
