@@ -85,7 +85,10 @@ def test_every_job_is_priced_once_and_a_search_as_often_as_it_tries(volume):
     _, more = planned(limited, PRICES, far(volume), print)
     # The dearer end of what it may choose, as often as it tries one
     added = more[len(lines) :]
-    assert len(added) == 5 and {line.tokens for line in added} == {12 * 8 * 32}
+    trained = [line for line in added if line.trains]
+    assert len(trained) == 5 and {line.tokens for line in trained} == {12 * 8 * 32}
+    # and each is measured
+    assert [line.stage for line in added if not line.trains] == ["score"] * 5
     with pytest.raises(ConfigError, match="above modal.max_cost_usd 0.00"):
         cloud.refuse_above(base_of(limited), more, PRICES, False)
 
@@ -151,7 +154,7 @@ def test_of_two_who_type_a_sweep_at_once_each_job_is_paid_once(volume):
     leases = Leases(table, "two")
     made = conducted(sweep, Store(volume), by_two, "modal run", False, "two", leases, wait)
     assert [run.state for each in made.trials for run in each.runs] == ["done", "done"]
-    assert handed == ["train_joint"] and len(waited) == 1
+    assert handed == ["train_joint", "score", "score"] and len(waited) == 1
 
 
 def test_a_container_plans_a_sweep_as_a_laptop_would(volume):
