@@ -39,12 +39,15 @@ from pipeline import hardware  # noqa: E402
 
 LONGEST = (
     "test_modal_loopback",
+    "test_readme_commands",
     "test_backend",
     "test_modal_vlm",
+    "test_full_disk",
     "test_modal_qwen3",
-    "test_readme_commands",
     "test_robustness",
+    "test_modal_endpoint",
     "test_stages",
+    "test_versions",
 )
 
 
