@@ -186,7 +186,8 @@ class Chain:
         cfg = load(self.config, ())
         entries = plan(cfg, self.store)
         for stage in (*RUN, "deploy"):
-            if not cfg.items(stage) or (stage == "deploy" and "deploy" not in self.args.exports):
+            asked = stage in self.args.exports if stage == "deploy" else stage not in self.args.skip
+            if not cfg.items(stage) or not asked:
                 continue
             if stage not in self.kept:
                 taken = self._typed(stage)
@@ -283,15 +284,15 @@ def documents(domain: str, count: int) -> list[str]:
     """Return texts of words that a domain alone has."""
     draw = random.Random(domain)
     words = [f"{domain[: 2 + number % 3]}{number}" for number in range(20)]
-    return [" ".join(draw.choices(words, k=200)) for _ in range(count)]
+    return [" ".join(draw.choices(words, k=40)) for _ in range(count)]
 
 
 def write_texts(work: Path) -> None:
     """Write every domain's documents."""
     for domain in DOMAINS:
         lines = []
-        for number, text in enumerate(documents(domain, 64)):
-            split = {0: "test", 1: "valid"}.get(number % 4, "train")
+        for number, text in enumerate(documents(domain, 160)):
+            split = {0: "test", 1: "valid"}.get(number % 8, "train")
             lines.append(json.dumps({"text": f"{number} {text}", "split": split}) + "\n")
         (work / f"{domain}.jsonl").write_text("".join(lines), "utf-8")
 
@@ -374,6 +375,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=list(known),
         metavar="NAME",
         help=f"of {', '.join(known)} (default: all)",
+    )
+    made.add_argument(
+        "--skip",
+        nargs="*",
+        choices=RUN,
+        default=[],
+        metavar="STAGE",
+        help="to leave out",
     )
     made.add_argument("--work", type=Path, required=True, help="folder for model and store")
     made.add_argument(
