@@ -30,6 +30,7 @@ from pipeline.model.experts import from_tensors
 from pipeline.model.low_rank import average
 from pipeline.protocols import quiet
 from pipeline.store import bundle
+from pipeline.store.artifacts import load_tensors
 from tests import small
 from tests.cards import example_of, printed
 from tests.small_reports import language_report, quality_row
@@ -330,6 +331,14 @@ def test_full_experts_are_compressed_to_the_nearest_adapters_of_a_rank(tokenizer
     assert any(text.startswith(told) for text in said)
     card = (tmp_path / "out" / "README.md").read_text()
     assert told in card and "1 expert as PEFT adapters of rank 2" in card
+    # the base as its own files have it, and not in the fp32 that its norms are computed in
+    written, pinned = (
+        load_tensors(tmp_path / folder / "model.safetensors")
+        for folder in ("out/base", "checkpoint")
+    )
+    assert written.keys() == pinned.keys()
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, pinned[name]) for name, tensor in written.items())
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "out" / "adapters" / "beta")
     ids_BT = torch.randint(tokenizer.vocab_size, (2, 16))

@@ -18,12 +18,13 @@ from ... import Parts
 from ...adapters.peft_io import SETTINGS, TENSORS, lora_settings
 from ..config import FfnMoeConfig
 from ..parts import EXPERT, expert_layers, stored_trunk
+from ..pretrained import is_pinned, pinned_tensors
 from ..sections import ADAPTER
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .compressing import Compressing
 from .job import Job
-from .tensors import PREFIX, expert_tensors, trunk_tensors
+from .tensors import PREFIX, expert_tensors, streamed, trunk_tensors
 
 ADAPTERS = "adapters"  # a folder of the export
 BASE = "base"  # and the trunk's, where the Hub does not have it
@@ -123,8 +124,13 @@ def _write_base(job: Job, parts: Parts) -> dict[str, str]:
     """Write the trunk with its own networks as a checkpoint; return sums of files by name."""
     folder = job.folder / BASE
     folder.mkdir()
-    trunk, dummy = stored_trunk(job.cfg, parts)
-    tensors = trunk_tensors(trunk) | expert_tensors(dummy)
+    if is_pinned(parts):
+        # As its files have them: what computes has norms in fp32, and all would become that
+        own_trunk, own_dummy = pinned_tensors(parts, job.settings)
+        tensors = streamed({**own_trunk, **own_dummy})
+    else:
+        trunk, dummy = stored_trunk(job.cfg, parts)
+        tensors = trunk_tensors(trunk) | expert_tensors(dummy)
     sums, _ = write_checkpoint(job, folder, dense_settings(job.settings), tensors)
     return {f"{BASE}/{name}": digest for name, digest in sums.items()}
 
