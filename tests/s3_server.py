@@ -4,6 +4,7 @@ import contextlib
 import threading
 from dataclasses import dataclass
 
+import httpx
 from fsspec.config import conf
 
 SLOW_DOWN = b"<Error><Code>InternalError</Code><Message>not now</Message></Error>"
@@ -90,6 +91,8 @@ def s3_server():
     try:
         yield watched, url, client
     finally:
+        # What is kept is the process's and not the server's: the next one would begin with it
+        httpx.post(f"{url}/moto-api/reset").raise_for_status()
         server.shutdown()
         thread.join()
         conf.pop("s3") if before is None else conf.update(s3=before)

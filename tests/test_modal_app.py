@@ -177,14 +177,16 @@ def test_a_bucket_with_inputs_is_seen_by_every_container_and_written_by_none(tmp
     assert done.returncode == 0, done.stderr
     facts = ["True True https://x.example law/ True texts", "True"]
     assert done.stdout.splitlines() == facts
-    whole = cloud.Wiring.settled(load(path, ("modal.bucket=texts",)), None, False).bucket
+    prices = cloud.Prices.load(ROOT / "config/prices.yaml")
+    named = load(path, ("modal.bucket=texts",))
+    whole = cloud.Wiring.settled(named, None, False, prices).bucket
     assert (whole.name, whole.prefix) == ("texts", None)
     # One that nobody names is none
     unnamed = load(
         path, ("modal.bucket=null", "data.source=files", "data.files=[{paths: [/bucket/x]}]")
     )
     with pytest.raises(ConfigError, match="/bucket/x is in a bucket, and modal.bucket names none"):
-        cloud.check(unnamed, cloud.Prices.load(ROOT / "config/prices.yaml"), "/store")
+        cloud.check(unnamed, prices, "/store")
 
 
 def test_a_configuration_from_the_environment_decides(tmp_path):

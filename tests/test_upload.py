@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fakes import flip
 from fsspec.implementations.memory import MemoryFileSystem
+from s3_server import s3_server
 
 from pipeline.__main__ import main
 from pipeline.errors import DamagedArtifact, DiskFull, StoreError
@@ -227,25 +228,10 @@ def test_upload_to_memory(bundled):
 
 
 @pytest.fixture
-def s3(monkeypatch):
-    """The address of an S3 server of our own with one bucket, shelf; requests go over a socket."""
-    server = pytest.importorskip("moto.server")
-    import boto3
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shelf")
-    yield client
-    running.stop()
+def s3():
+    """A client of an S3 server of our own with one bucket, shelf; requests go over a socket."""
+    with s3_server() as (_, _, client):
+        yield client
 
 
 def test_upload_to_an_s3_server(bundled, s3, tmp_path):
