@@ -406,3 +406,33 @@ def test_a_store_that_cannot_be_written(finished, small_disk, capfd):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     text = typed(capfd, 2, "train_shared", "--config", finished[0], "--store", small_disk / "store")
     assert "Read-only file system" in text and "--store" in text
+
+
+FORK = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+from pipeline.run import backend
+backend.PRELOAD["ffn_moe"] = []
+backend._have_forked_from("ffn_moe")
+look = f"import sys; sys.exit({backend.FORKED!r} not in sys.modules)"
+process = multiprocessing.get_context("forkserver").Process(target=exec, args=(look,))
+process.start()
+process.join()
+sys.exit(process.exitcode or "PYTHONPATH" in backend.os.environ)
+"""
+
+
+@pytest.mark.skipif(not backend.FORKS, reason="elsewhere jobs are not forked")
+def test_jobs_are_forked_from_what_is_imported_already_in_any_folder(tmp_path):
+    """Else every job imports all of it anew, and nobody is told."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(ROOT)],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -37,6 +37,8 @@ from .stages import Addresses, label
 
 # What the process that jobs are forked from imports first
 FORKED = f"{__package__}.forked"
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+SEARCHED = "PYTHONPATH"
 FORKS = sys.platform == "linux"
 Failures = dict[str | None, PipelineError]  # by item
 Running = dict[Connection, tuple[BaseProcess, int]]
@@ -166,10 +168,7 @@ def _start(
     # First, as its launch lets through what is held back here
     resource_tracker.ensure_running()
     if FORKS:
-        # Jobs are forked from a process that has imported what the family needs
-        context.set_forkserver_preload([FORKED, *PRELOAD[cfg.family]])
-        with interrupts.held_back():
-            forkserver.ensure_running()
+        _have_forked_from(cfg.family)
         # Not held back: it takes as long as those imports
         process.start()
     else:
@@ -178,6 +177,30 @@ def _start(
     # Only the child's end may be left, or the death of the child would never be seen here
     send.close()
     return process, receive
+
+
+def _have_forked_from(name: str) -> None:
+    """Have the process run that jobs are forked from, which imports what a family needs."""
+    forkserver.set_forkserver_preload([FORKED, *PRELOAD[name]])
+    with interrupts.held_back(), _importable():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Have processes that are started inside find this package, in whatever folder they are."""
+    # Python 3.11 gives the process that jobs are forked from its starter's places of modules, which
+    # that never takes, and what it does not find it passes over without a word
+    before = os.environ.get(SEARCHED)
+    places = [str(PACKAGE_ROOT), *([before] if before else [])]
+    os.environ[SEARCHED] = os.pathsep.join(places)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SEARCHED]
+        else:
+            os.environ[SEARCHED] = before
 
 
 def _result(
