@@ -3,8 +3,10 @@
 N rows, D width in, F width out.
 """
 
+import gc
 import logging
 import random
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pipeline.serve import engine, engines
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Prompt, Sampling
 from pipeline.serve.networks import StockMixture
+from pipeline.serve.opening import open_model
 from pipeline.serve.steady import products
 from pipeline.serve.steady.mixture import SteadyMixture
 from pipeline.serve.steady.products import RowCounts, SteadyProducts, elementwise, tried
@@ -83,6 +86,21 @@ def test_many_numbers_go_through_the_same_instructions(monkeypatch):
     assert max(sizes) < 30
 
 
+def test_a_text_is_tried_alone_and_among_others_in_every_pass(small, monkeypatch):
+    network = small.engine.network
+    read = network.read
+    texts = []
+
+    def counted(batch):
+        texts.append(len(batch.chunks))
+        return read(batch)
+
+    monkeypatch.setattr(network, "read", counted)
+    assert is_steady(network, CONTEXT)
+    # read whole and a token drawn; read in two passes and a token drawn
+    assert texts == [1, 1, 3, 2, 3]
+
+
 def test_every_text_is_to_the_last_bit_what_it_is_alone(small, poisoned):
     """Of random lengths, readers and samplings, over rows that are used again and again; every
     probability is told in all its digits."""
@@ -121,6 +139,24 @@ def test_a_network_whose_rows_know_each_other_is_found_out(small, monkeypatch):
 
     monkeypatch.setattr(RowCounts, "product", other)
     assert not is_steady(small.engine.network, CONTEXT)
+
+
+def test_what_a_bundle_is_held_against_has_gone_before_it_is_run_in_bf16(bundled, monkeypatch):
+    models = []
+
+    def opened(folder):
+        model = open_model(folder)
+        models.append(weakref.ref(model))
+        return model
+
+    def tried(_network, _context_tokens):
+        gc.collect()
+        assert [model() for model in models] == [None]
+        return True
+
+    monkeypatch.setattr(engine, "open_model", opened)
+    monkeypatch.setattr(engine, "is_steady", tried)
+    assert isinstance(CompletionEngine(bundled[2], dtype="bf16").network, SteadyMixture)
 
 
 def test_bf16_is_taken_where_it_is_wanted_or_does_no_harm(bundled, monkeypatch, caplog):

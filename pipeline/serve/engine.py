@@ -183,29 +183,43 @@ class CompletionEngine(Engine):
         stack = family(self.about["family"]).reassemble(folder)
         expected_TV = probe_logits(stack.trunk, stack.mixture, self.context_tokens)
         if self.about.get("unmerged"):
-            stock = open_model(folder)
-            check_logits(folder, stock, expected_TV, self.context_tokens)
+            generation_config = self._held_against(folder, expected_TV)
             self.readers = (*self.experts, BASE_READER)
-            if steady := self._steady(folder, stock.generation_config):
+            if steady := self._steady(folder, generation_config):
                 return steady
-            stack.trunk.network.generation_config = stock.generation_config
+            stack.trunk.network.generation_config = generation_config
             return UnmergedMixture(stack.trunk, stack.experts, stack.mixture.router)
         # It is gone before the model is opened, so that both are never held
         del stack
-        model = open_model(folder)
-        check_logits(folder, model, expected_TV, self.context_tokens)
         base = self._anchor()
         self.readers = self.experts if base is None else (*self.experts, BASE_READER)
-        if steady := self._steady(folder, model.generation_config):
-            return steady
+        if self._may_be_steady:
+            # Neither are the model, all of it in fp32, and what runs in bf16
+            generation_config = self._held_against(folder, expected_TV)
+            if steady := self._steady(folder, generation_config):
+                return steady
+        model = open_model(folder)
+        check_logits(folder, model, expected_TV, self.context_tokens)
         return StockMixture(model, self.experts, base)
+
+    def _held_against(self, folder: Path, expected_TV: torch.Tensor) -> Any:
+        """Hold the class that stock tools load against the stack; return how that generates. Raises
+        MismatchError."""
+        stock = open_model(folder)
+        check_logits(folder, stock, expected_TV, self.context_tokens)
+        return stock.generation_config
+
+    @property
+    def _may_be_steady(self) -> bool:
+        """Whether products may run in bf16, where the stack has such a form."""
+        if self.dtype == "auto":
+            # on a GPU nothing was measured, so nothing is chosen there unasked
+            return device() == "cpu" and has_bf16()
+        return self.dtype == "bf16"
 
     def _steady(self, folder: Path, generation_config: Any) -> Network | None:
         """Return the stack in bf16, None where it is to run in fp32. Raises ConfigError."""
-        if self.dtype == "fp32":
-            return None
-        # on a GPU nothing was measured, so nothing is chosen there unasked
-        if self.dtype == "auto" and not (device() == "cpu" and has_bf16()):
+        if not self._may_be_steady:
             return None
         network = self._made_steady(folder)
         if network is None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..networks import Batch, Chunk, Network
 from ..rows import Order, ServedRow
 
-# Of the text that is looked at, which is over a block of attention, and of those beside it.
+# Of the text that is looked at, which is over a block of attention, and of those beside it, one of
+# which is there in every pass.
 LENGTH = 70
-BESIDE = (5, 33)
+BESIDE = (5, 52)
 
 
 def is_steady(network: Network, context_tokens: int) -> bool:
