@@ -480,13 +480,19 @@ def summed(
     gpu=None,
     tokens="",
     bits=None,
+    size=None,
 ):
     """Return a trial's summary with these figures, the same with every seed."""
     runs = []
     score = None
     if bits is not None:
         score = TrialScore(
-            bits_per_byte=bits, bits_per_byte_by_domain={}, bytes=1, documents=1, text="t"
+            bits_per_byte=bits,
+            bits_per_byte_by_domain={},
+            bytes=600,
+            tokens=size and 600 // size,
+            documents=1,
+            text="t",
         )
     for seed in seeds:
         timing = TrialTiming(
@@ -528,7 +534,7 @@ def summed(
     )
 
 
-DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True, bits=1.3)
+DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True, bits=1.3, size=4)
 ASKED = {
     "loss": ({"valid": 2.9, "train": 2.5}, "primary", True, "loss"),
     "gap": ({"valid": 3.1, "train": 2.8}, "primary", True, "gap"),
@@ -542,6 +548,15 @@ ASKED = {
     "no seed in common": ({"valid": 2.0, "seeds": (7,)}, "primary", None, None),
     "fast": ({"speed": 50.0}, "secondary", True, None),
     "slow": ({"speed": 49.9}, "secondary", False, None),
+    "larger tokens": (
+        {"speed": 40.0, "tokens": "o", "bits": 1.2, "size": 5},
+        *("secondary", True, None),
+    ),
+    "smaller tokens": (
+        {"speed": 60.0, "tokens": "o", "bits": 1.2, "size": 3},
+        *("secondary", False, None),
+    ),
+    "tokens of no size": ({"speed": 90.0, "tokens": "o", "bits": 1.2}, "secondary", None, None),
     "no time": ({}, "secondary", None, None),
     "another machine": ({"speed": 90.0, "gpu": "H100"}, "secondary", None, None),
     "spread": ({"least": 0.05}, "tertiary", True, None),

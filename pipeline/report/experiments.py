@@ -100,8 +100,8 @@ def criteria(results: ExperimentResults) -> Table:
             "by the share that is asked; of other tokens than the dense model's, bits per byte of "
             "held-out documents less its own. Secondary: tokens per second of processor time as a "
             "share of the dense model's, which other programs on the machine hardly move; on GPUs "
-            "by the clock. Tertiary: share of tokens of the expert that gets least. Open: it "
-            "cannot be told."
+            "by the clock; of other tokens, bytes of text. Tertiary: share of tokens of the expert "
+            "that gets least. Open: it cannot be told."
         ),
         words=(0, 2),
     )

@@ -45,6 +45,7 @@ class TrialScore(ReportPart):
     bits_per_byte: float = Field(description="mean over domains")
     bits_per_byte_by_domain: dict[str, float]
     bytes: int = Field(description="of text that was read, all domains together")
+    tokens: int | None = Field(None, description="of the same text, as the model reads it")
     documents: int
     text: str = Field(description="the same where the documents are the same")
 

@@ -123,21 +123,37 @@ def _closed(mine: TrialSummary, other: TrialSummary | None) -> float | None:
 def secondary(mine: TrialSummary, dense: TrialSummary | None, share: float) -> TrialCriterion:
     """Whether a trial trains as fast as a share of the dense one does: in processor time, so that
     what else the machine does decides nothing, or by the clock on GPUs of one kind, which nobody
-    else uses meanwhile. Its number is the share."""
+    else uses meanwhile. Its number is the share: of tokens, or of the text that they are where the
+    dense one's tokens are others."""
     own = _speed(mine)
     theirs = None if dense is None else _speed(dense)
     if own is None or theirs is None or own.measure != theirs.measure:
         return _open("secondary", "there are no times of both that could be compared")
-    found = own.tokens_per_s / theirs.tokens_per_s
+    rates = (own.tokens_per_s, theirs.tokens_per_s)
+    unit = "tokens"
+    if dense is not None and not _same_tokens(mine, dense):
+        sizes = (_bytes_per_token(mine), _bytes_per_token(dense))
+        if sizes[0] is None or sizes[1] is None:
+            return _open("secondary", "its tokens are others, and how much text they are is open")
+        rates = (rates[0] * sizes[0], rates[1] * sizes[1])
+        unit = "bytes of text"
+    found = rates[0] / rates[1]
     return TrialCriterion(
         name="secondary",
         passed=reaches(found, share),
         number=found,
         limit=share,
-        detail=f"{beside_limit(found, share, 0)} of the dense model's tokens per second of "
-        f"{own.measure} ({own.tokens_per_s:,.0f} against {theirs.tokens_per_s:,.0f}), asked "
-        f"{limit(share)}",
+        detail=f"{beside_limit(found, share, 0)} of the dense model's {unit} per second of "
+        f"{own.measure} ({rates[0]:,.0f} against {rates[1]:,.0f}), asked {limit(share)}",
     )
+
+
+def _bytes_per_token(summary: TrialSummary) -> float | None:
+    """Return how much held-out text a token of a model is; None where it was not measured."""
+    for run in summary.done:
+        if run.score and run.score.tokens:
+            return run.score.bytes / run.score.tokens
+    return None
 
 
 @dataclass(frozen=True)
