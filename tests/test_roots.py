@@ -117,6 +117,15 @@ def test_a_path_is_kept_as_it_was_given_and_from_here_on(elsewhere, tiny):
     assert root_of(cfg, tiny).id == root_of(cfg, "other.yaml").id
 
 
+def test_how_a_run_is_measured_is_no_part_of_what_it_is_called(tiny):
+    root = root_of(load(tiny))
+    other = root_of(load(tiny, ("score.bytes_per_domain=9",)))
+    assert other.addresses != root.addresses and other.id == root.id
+    # as who knew no such stage has called it
+    made = tuple(address for address in root.addresses if not address.startswith("score-"))
+    assert made != root.addresses and replace(root, addresses=made).id == root.id
+
+
 @pytest.mark.parametrize("became", ["renamed", "deleted", "edited", "broken"])
 def test_whatever_becomes_of_a_configuration_its_results_stay(kept, elsewhere, capfd, became):
     path, store, root = kept

@@ -21,11 +21,15 @@ FOLDER = "roots"
 SUFFIX = ".json"
 # Raised when a root comes to say something else.
 VERSION = 1
+# How addresses begin of what only measures a run, by name: it is the same run on other text, and
+# was one before anything measured it
+MEASURES = "score-"
 
 
 @dataclass(frozen=True)
 class Root:
-    """One run: one name with one set of addresses. The same run again renews its date."""
+    """One run: one name with one set of addresses that it makes. The same run again renews its
+    date."""
 
     name: str
     family: str
@@ -39,7 +43,8 @@ class Root:
     @property
     def id(self) -> str:
         """What the run is called in this store, and no other run of its name."""
-        text = json.dumps([self.name, *sorted(self.addresses)])
+        made = [each for each in self.addresses if not each.startswith(MEASURES)]
+        text = json.dumps([self.name, *sorted(made)])
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.name}-{digest}"
 
