@@ -378,7 +378,10 @@ def test_a_question_whose_answer_broke_off_is_asked_again_without_the_half_answe
     # the half answer gives way to what comes now
     expect(page.locator(".turn .tokens").last).to_have_text("Once more")
     expect(page.locator(".turn")).to_have_count(2)
-    assert texts.asked[1][1]["messages"] == texts.asked[2][1]["messages"]
+    first, second = (body for _, body in texts.asked[1:3])
+    assert first["messages"] == second["messages"]
+    # whoever is beside it was asked with that one
+    assert first["seed"] == second["seed"]
 
 
 def test_a_refused_question_is_asked_again_with_its_pictures(visit, pictures):

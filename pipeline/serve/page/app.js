@@ -195,14 +195,16 @@ function putBack({ asked, pictures: taken }) {
   pictures.put([...taken, ...pictures.pictures]);
 }
 
-/* Ask everybody, or those who did not answer, the same, at once and with one seed. */
-async function generate(readers = columns) {
+/* Ask everybody, or with the seed of before those who did not answer, the same, at once and with
+   one seed. */
+async function generate(readers = columns, before = null) {
   if (running || isEarly(generate)) return;
   const goesOn = settings.mode() === "chat" && at("goes_on").checked;
   if (!goesOn) readers.forEach((column) => column.clear());
   const given = at("seed").value;
   // one that was not given is drawn here, so that it can be told, and is the same for both
-  const seed = given === "" ? Math.floor(Math.random() * SEEDS) : Number(given);
+  const drawn = before ?? Math.floor(Math.random() * SEEDS);
+  const seed = given === "" ? drawn : Number(given);
   await busy("writing", async (signal) => {
     const requests = readers.map((column) => requestOf(column, seed));
     if (goesOn) {
@@ -215,7 +217,7 @@ async function generate(readers = columns) {
       const again = () => {
         if (running) return;
         putBack(requests[i]);
-        generate([column]);
+        generate([column], seed);
       };
       return answered(column, ask, signal, again);
     });
