@@ -232,7 +232,9 @@ def conduct(
     hand_out = ledger.metered_jobs(hand_out, leases.give_back)
     try:
         with leases.kept(conducts=True), ledger.kept(command, []):
-            made = cloud.conducted(sweep, store, hand_out, command, frozen, run, leases)
+            made = cloud.conducted(
+                sweep, store, hand_out, command, frozen, run, leases, catch_up=ledger.catch_up
+            )
         return made.to_json(), ""
     except PipelineError as error:
         return "", sentence(error, EDGE)

@@ -37,6 +37,7 @@ def asked_for(argv: list[str], environ: Mapping[str, str]) -> tuple[RunConfig, c
     edge = cloud.ModalEdge(Path(VOLUME))
     serves = cloud.deploys(argv)
     note = None
+    more: tuple[str, ...] = ()
     try:
         cloud.refuse_client(modal.__version__)
         cfg = cloud.announced(argv, environ)
@@ -45,12 +46,13 @@ def asked_for(argv: list[str], environ: Mapping[str, str]) -> tuple[RunConfig, c
             note = _read(volume_called(cfg.modal.volume), cloud.SERVED)
             cfg = cloud.deployed(cfg, environ, note)
             again = _read(volume_called(cfg.modal.volume), cloud.REEVALUATED)
+            more = cloud.packages_again(cfg.modal, again)
             cfg = cfg.model_copy(update={"modal": cloud.reevaluated_as(cfg.modal, again)})
         prices = cloud.Prices.load(PRICES)
         cloud.check(cfg, prices, VOLUME)
         if serves:
             sys.stdout.write(f"{cloud.endpoint_told(cfg.modal, prices)}\n")
-        return cfg, cloud.Wiring.settled(cfg, note, serves, prices)
+        return cfg, cloud.Wiring.settled(cfg, note, serves, prices, more)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, edge)}")
     except modal.exception.Error as error:

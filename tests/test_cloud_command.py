@@ -59,6 +59,8 @@ def test_containers_build_what_the_laptop_has_settled():
         assert settled.entered == ("key" if serves else "")
         assert settled.bundle == ("deploy-1@0a" if serves else "")
     assert (settled.app, settled.volume) == ("mine", "ours")
+    more = ("rich==1", "x==2")
+    assert cloud.Wiring.settled(cfg, None, False, PRICES, more).packages == more
     assert cloud.Wiring.told({}) == cloud.Wiring()
 
 

@@ -4,6 +4,7 @@ the limits on both."""
 import argparse
 import io
 import re
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -280,6 +281,41 @@ def test_while_a_container_works_it_says_how_long_it_lives(monkeypatch):
         assert lives(table, "k") == [(2.0, "")]
 
 
+def test_what_could_not_be_noted_at_first_is_noted_in_a_place_of_its_own():
+    class Late(FakeTable):
+        down = True
+
+        def put(self, key, value, *, skip_if_exists=False):
+            if self.down:
+                self.down = False
+                raise ConnectionError("the line is down")
+            return super().put(key, value, skip_if_exists=skip_if_exists)
+
+    table = Late()
+    # Of the container that was lost before this one
+    table.entries["k/container/0"] = '{"seconds": 50.0, "gpu": ""}'
+    with container(table, "k", 7.0, "NVIDIA L4"):
+        pass
+    assert lives(table, "k") == [(50.0, ""), (7.0, "NVIDIA L4")]
+
+
+def test_the_gpu_is_noted_after_all_that_know_of_none(monkeypatch):
+    monkeypatch.setattr("pipeline.cloud.meters.NOTE_S", 0.005)
+    under_way = threading.Event()
+
+    class Slow(FakeTable):
+        def put(self, key, value, *, skip_if_exists=False):
+            if not skip_if_exists and '"gpu": ""' in value:
+                under_way.set()
+                time.sleep(0.05)
+            return super().put(key, value, skip_if_exists=skip_if_exists)
+
+    table = Slow()
+    with container(table, "k", 7.0, "NVIDIA L4"):
+        assert under_way.wait(10)
+    assert lives(table, "k") == [(7.0, "NVIDIA L4")]
+
+
 class Broken(FakeTable):
     """A table that nobody can write to."""
 
@@ -376,6 +412,16 @@ def test_a_job_whose_data_were_looked_at_since_is_what_it_was_estimated_at(tmp_p
     assert told.of("train_experts-nobody-0123456789ab") is None
 
 
+def test_one_of_many_trials_that_nobody_knows_yet_is_as_dear_as_the_dearest(tmp_path):
+    cfg, (line, *_) = estimated(tmp_path, ("train_experts",))
+    dear = replace(line, address="train_experts-sea-1", usd=3.0)
+    done = replace(line, address="train_experts-sea-2", usd=0.0)
+    for lines in ([dear, done], [done, dear]):
+        told = cloud.expected(cfg, lines, PRICES, False)
+        assert told.of("train_experts-sea-0123456789ab") == 3.0
+        assert told.of(done.address) == 0.0
+
+
 def test_the_next_attempt_goes_on_in_the_same_file(priced):
     cfg, store, expected = priced
     table = FakeTable()
@@ -405,7 +451,7 @@ def test_what_ended_while_nobody_handed_out_jobs_is_paid_for(priced):
     with ledger.kept("modal run x", [cfg]):
         found = {row.addresses: row for row in read_costs(ledger.path).rows}
         assert set(found) == {(one, two), ()} and found[one, two].usd > 0
-        ledger.note("train_experts", [two], cfg.machine("train_experts"), [])
+        ledger.note("train_experts", [two], cfg.machine("train_experts"), True)
     rows = {row.addresses: row for row in read_costs(ledger.path).rows}
     assert set(rows) == {(two,), ()}
     assert rows[(two,)].seconds == found[one, two].seconds
@@ -435,6 +481,67 @@ def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):
         assert ("train_router", None) not in given
         # Who types it again does not wait for the leases to end
         assert returned == [stages.address(cfg, "train_router")]
+
+
+def attempted(priced, limit, paid_usd):
+    """Return (ledger of a second attempt, what hands out its jobs, those it has handed out, leases
+    that it gave back), of whose experts the first one has begun the first, for so much."""
+    cfg, store, expected = priced
+    table, told, returned = FakeTable(), replace(expected, limit_usd=limit), []
+    with cloud.Ledger(store, table, "run-1", told).kept("modal run x", [cfg]):
+        pass
+    first = stages.address(cfg, "train_experts", cfg.experts[0])
+    table.put(f"run-1/{first}", "fc-1")
+    per_s = PRICES.usd_per_s(TrainerConfig(gpu=("L40S",)), ("eu",))
+    with container(table, f"run-1/{first}", paid_usd / per_s, "NVIDIA L40S"):
+        pass
+    hand_out, given = hands(table, "run-1", cfg)
+    ledger = cloud.Ledger(store, table, "run-1", told)
+    return ledger, ledger.metered(cfg, hand_out, returned.extend), given, returned
+
+
+def test_what_an_earlier_attempt_has_begun_counts_once_against_the_limit(priced):
+    cfg, experts = priced[0], list(priced[0].experts)
+    enough = 0.5 + 0.25 * len(experts) + 0.05
+    ledger, hand_out, given, returned = attempted(priced, enough, 0.24)
+    with ledger.kept("modal run x", [cfg]):
+        assert [row.usd for row in ledger.costs.rows if row.addresses] == [pytest.approx(0.24)]
+        list(hand_out("train_experts", experts))
+    assert [item for _, item in given] == experts and returned == []
+
+
+def test_what_an_earlier_attempt_has_begun_is_waited_for_whatever_it_costs(priced):
+    cfg, (first, *others) = priced[0], priced[0].experts
+    ledger, hand_out, given, returned = attempted(priced, 0.8, 7.0)
+    with ledger.kept("modal run x", [cfg]):
+        list(hand_out("train_experts", [first]))
+        assert given == [("train_experts", first)]
+        # What nobody has begun is left to others, and what runs is not
+        with pytest.raises(ConfigError, match=r"above modal.max_cost_usd 0.80"):
+            list(hand_out("train_experts", [first, *others]))
+    assert returned == [stages.address(cfg, "train_experts", item) for item in others]
+    assert len(given) == 1
+
+
+def test_a_lost_attempt_s_jobs_are_paid_for_also_where_nobody_could_price_them(priced):
+    cfg, store, _ = priced
+    table, told = FakeTable(), cloud.Expected(PRICES)
+    address = stages.address(cfg, "train_experts", cfg.experts[0])
+    # A sweep tells its runs one by one
+    for runs in ([cfg], []):
+        run = f"run-{len(runs)}"
+        with cloud.Ledger(store, table, run, told).kept("modal run x", runs):
+            pass
+        with container(table, f"{run}/{address}", 100.0):
+            pass
+        ledger = cloud.Ledger(store, table, run, told)
+        with ledger.kept("modal run x", runs):
+            ledger.catch_up(cfg)
+            ledger.catch_up(cfg)
+        first, conducting = sorted(read_costs(ledger.path).rows, key=lambda row: row.stage)[::-1]
+        assert (first.addresses, first.seconds, conducting.stage) == ((address,), 100.0, CONDUCTING)
+        # Still at work, so it says nothing of how long its like take
+        assert first.usd > 0 and not first.made
 
 
 def test_the_jobs_of_a_sweep_are_paid_for_by_their_own_runs(priced):

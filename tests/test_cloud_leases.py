@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import cloud
 from pipeline.cloud.leases import LASTS_S, Leases
+from pipeline.errors import ConfigError
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run import stages
@@ -99,6 +100,26 @@ def test_the_containers_of_a_run_renew_what_they_do_when_it_has_died(pair):
     clock.at += 2
     assert two.claim("a").by == "one"
     assert two.claim("b") is None
+
+
+def test_a_container_that_began_late_renews_what_another_attempt_has_claimed_anew(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+    # Its job waits for a machine while the first attempt is lost
+    late = Leases.of(table, one.told(), ["a"])
+    late._clock = clock
+    clock.at += LASTS_S + 1
+    assert Leases(table, "one", one.token, clock=clock).claim("a") is None
+    clock.at += LASTS_S - 1
+    late.renew()
+    assert late.told()["held"] == {"a": 1}
+    clock.at += 2
+    assert two.claim("a").by == "one"
+    # Another run's is another run's
+    clock.at += LASTS_S
+    assert two.claim("a") is None
+    late.renew()
+    assert late.told()["held"] == {} and one.claim("a").by == "two"
 
 
 @pytest.mark.parametrize("ended", ["never", "expired", "given back", "torn"])
@@ -207,6 +228,36 @@ def test_a_run_waits_for_another_and_takes_over_what_it_gives_up(begun):
     ]
     # All is given back
     assert all(Leases(table, "three").claim(each) is None for each in addresses.values())
+
+
+def test_what_is_made_stays_made_where_the_rest_of_its_stage_is_refused(begun):
+    cfg, store = begun
+    first = cfg.experts[0]
+
+    def hand_out(stage, items):
+        made = run_job(stage, cfg, store, first, progress=quiet)
+        yield [first], [cloud.JobResult.of(made, "made")]
+        raise ConfigError("too dear")
+
+    results, told = orchestrated(cfg, store, FakeTable(), "one", hand_out, None)
+    assert [result.state for result in results] == ["made"] + ["failed"] * (len(cfg.experts) - 1)
+    assert all("too dear" in result.error for result in results[1:])
+    assert told[-1] == "train_experts: too dear"
+
+
+def test_a_run_that_cannot_begin_has_failed_whatever_its_first_stage_is(finished, tmp_path):
+    cfg = load(finished[0])
+    # A rate that is a number is searched by nobody
+    assert not cfg.items("lr_experts")
+    for wanted, items in (
+        (["lr_experts", "train_experts"], list(cfg.experts)),
+        (["lr_experts"], [None]),
+    ):
+        results = cloud.not_done(cfg, wanted, Store(tmp_path), ConfigError("no such thing"))
+        assert [(result.stage, result.item) for result in results] == [
+            (wanted[-1], item) for item in items
+        ]
+        assert all("no such thing" in result.error for result in results)
 
 
 class FakeCall:

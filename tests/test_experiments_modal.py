@@ -117,8 +117,9 @@ def test_a_sweep_in_containers_leaves_its_results_on_the_volume(volume):
     assert [run.state for each in first.trials for run in each.runs] == ["done", "done"]
     assert (volume / "experiments/tried/experiment_results.json").exists()
     assert (volume / "experiments/tried/dense/seed-0/model.safetensors").exists()
-    again = conducted(sweep, Store(volume), nobody, "modal run", False)
-    assert lasting(again) == lasting(first)
+    paid_for = []
+    again = conducted(sweep, Store(volume), nobody, "modal run", False, catch_up=paid_for.append)
+    assert lasting(again) == lasting(first) and len(paid_for) == len(FEW["trials"])
     # What is there costs nothing more
     _, lines = planned(on_modal(volume), PRICES, far(volume), print)
     assert {line.state for line in lines} == {"done"}

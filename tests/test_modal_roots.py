@@ -14,7 +14,7 @@ from pipeline.cloud import roots as far_roots
 from pipeline.cloud import tending
 from pipeline.cloud.endpoint import ServedNote
 from pipeline.errors import DamagedArtifact, MissingArtifact
-from pipeline.families.load import load
+from pipeline.families.load import load, parse
 from pipeline.run import stages
 from pipeline.run.reach import root_of
 from pipeline.store import in_use
@@ -267,7 +267,8 @@ def test_histories_are_drawn_beside_the_volume_and_nothing_is_written_to_it(volu
 
 
 def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finished):
-    cfg = load(finished[0], ("modal.reevaluate=0 6 * * 1", "modal.evaluate.gpu=[T4]"))
+    there = ("modal.regions=[eu]", "modal.hub_secret=hub", "modal.bucket=texts/law")
+    cfg = load(finished[0], ("modal.reevaluate=0 6 * * 1", "modal.evaluate.gpu=[T4]", *there))
     view = volume.view()
     made = [cloud.JobResult("deploy", None, stages.address(cfg, "deploy"), "made")]
     cloud.note_reevaluation([], cfg, view.path, view.commit)
@@ -277,6 +278,14 @@ def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finis
     bare = load(finished[0]).modal
     assert cloud.reevaluated_as(bare, noted) == cfg.modal
     assert cloud.reevaluated_as(bare, None) == bare
+    own = load(finished[0], ("modal.regions=[us]", "modal.bucket=mine")).modal
+    kept = cloud.reevaluated_as(own, noted)
+    assert (kept.regions, kept.bucket, kept.hub_secret) == (("us",), "mine", "hub")
+    older = b'{"cron": "0 6 * * 1", "machine": {"gpu": ["T4"]}}'
+    assert cloud.reevaluated_as(bare, older).regions == ()
+    with_packages = b'{"cron": "0 6 * * 1", "packages": ["rich==1", "x==2"]}'
+    assert cloud.packages_again(bare, with_packages) == ("rich==1", "x==2")
+    assert cloud.packages_again(cfg.modal, with_packages) == cloud.packages_again(bare, None) == ()
     with pytest.raises(DamagedArtifact, match="does not say when to measure again"):
         cloud.reevaluated_as(bare, b"{")
     write(volume.path / "served.json", ServedNote(address=made[0].address).model_dump_json())
@@ -291,6 +300,12 @@ def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finis
     }
     other = [stage for stage, (was, now) in addresses.items() if was != now]
     assert other == ["evaluate"] and again.name.startswith("tiny-20")
+    longest = load(finished[0], (f"name={'x' * 64}",))
+    note = ServedNote(address=stages.address(longest, "deploy"))
+    write(volume.path / "served.json", note.model_dump_json())
+    leave(Store(volume.path), root_of(longest))
+    again, _ = cloud.once_more(view.path, view.reload)
+    assert parse(again.model_dump(mode="json")).name.startswith(f"{'x' * 55}-20")
 
 
 def test_what_is_listed_is_followed_by_what_removes_it(volume, finished):

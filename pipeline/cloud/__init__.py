@@ -52,6 +52,7 @@ from .reevaluation import NOTE as REEVALUATED
 from .reevaluation import (
     note_reevaluation,
     once_more,
+    packages_again,
     priced_again,
     reevaluated_as,
     tell_change,
@@ -129,6 +130,7 @@ __all__ = [
     "once_more",
     "orchestrate",
     "overrides",
+    "packages_again",
     "placed",
     "planned",
     "planned_run",

@@ -92,6 +92,11 @@ def takes(table: SharedTable, run: str, address: str, call: str | None) -> bool:
     return call is None or _noted(table, run, address, call) == call
 
 
+def is_handed_out(table: SharedTable, run: str, address: str) -> bool:
+    """Whether a call does a job for a run, or will when there is a container for it."""
+    return table.get(_key(run, address)) is not None
+
+
 def _noted(table: SharedTable, run: str, address: str, call: str) -> str:
     """Return the call that does a job: the one that is noted first."""
     key = _key(run, address)

@@ -279,7 +279,10 @@ def expected(
     usd: dict[str, float] = {}
     for each in estimates:
         if each.usd is not None:
-            usd |= {each.address: each.usd, _of_job(each.address): each.usd}
+            usd[each.address] = each.usd
+            # Of many trials the dearest, as a limit has to hold for one that nobody knows yet
+            job = _of_job(each.address)
+            usd[job] = max(each.usd, usd.get(job, 0.0))
     conducting_usd = total(cfg, estimates, prices, sequential).conducting_usd
     return Expected(prices, usd, conducting_usd, cfg.modal.regions, cfg.modal.max_cost_usd)
 

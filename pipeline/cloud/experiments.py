@@ -211,6 +211,9 @@ def _usd(lines: Sequence[JobEstimate]) -> float:
     return sum(line.usd or 0.0 for line in lines)
 
 
+def _nothing(_cfg: RunConfig) -> None: ...
+
+
 def conducted(
     sweep: FarSweep,
     store: Store,
@@ -220,9 +223,11 @@ def conducted(
     run: str = "",
     leases: Leases | None = None,
     wait: Callable[[float], None] = time.sleep,
+    catch_up: Callable[[RunConfig], None] = _nothing,
 ) -> ExperimentResults:
     """Do a sweep by containers, and leave its results in the store; `command` is what was typed,
-    `run` what all attempts are called, what others do by their `leases` is waited for.
+    `run` what all attempts are called, what others do by their `leases` is waited for. `catch_up`
+    notes what an earlier attempt has paid for a trial.
 
     Raises DataError where what is read is not what the laptop planned with, under a limit on the
     cost, and what opening a store raises.
@@ -240,6 +245,7 @@ def conducted(
         with ExitStack() as stack:
             for trial in trials:
                 stack.enter_context(begun(trial.cfg, store, command, run=run, part=trial.label))
+                catch_up(trial.cfg)
             yield
 
     def agree(trials: Sequence[Trial]) -> None:

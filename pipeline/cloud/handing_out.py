@@ -50,12 +50,14 @@ HandOutJobs = Callable[[Sequence[FarJob]], Iterable[tuple[Sequence[FarJob], Came
 def not_done(
     cfg: RunConfig, wanted: Sequence[str], store: Store, error: PipelineError
 ) -> list[JobResult]:
-    """Return the jobs of the first stage as failed, where a run cannot begin."""
-    found = []
-    for stage in wanted[:1]:
-        for item in cfg.items(stage):
-            found.append(failed(stage, item, "", error, edge_of(cfg, store.root)))
-    return found
+    """Return the jobs of the first stage that has any as failed, where a run cannot begin; with
+    none at all the last stage, so that nobody takes it for done."""
+    edge = edge_of(cfg, store.root)
+    for stage in wanted:
+        found = [failed(stage, item, "", error, edge) for item in cfg.items(stage)]
+        if found:
+            return found
+    return [failed(wanted[-1], None, "", error, edge)]
 
 
 def orchestrate(
@@ -94,7 +96,10 @@ def orchestrate(
         except PipelineError as error:
             # A manifest that cannot be read, which no container could do anything about either
             progress(f"{stage}: {sentence(error, edge)}")
-            return results + [failed(stage, job.item, job.address, error, edge) for job in jobs]
+            for job in jobs:
+                if job.item not in made:
+                    made[job.item] = failed(stage, job.item, job.address, error, edge)
+            return results + [made[item] for item in items]
         for job in jobs:
             if job.item not in made:
                 note_made(addresses.cfg, store, stage, job.item)

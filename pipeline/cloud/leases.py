@@ -104,13 +104,18 @@ class Leases:
                 self.table.put(_key(address, number), self._value(None))
 
     def renew(self) -> None:
-        """Have the leases last longer; one that expired and was followed by another's is lost."""
+        """Have the leases last longer; one that expired and was followed by another run's is
+        lost."""
         with self._lock:
             held = dict(self._held)
-        for address, number in held.items():
-            if self.table.get(_key(address, number + 1)) is not None:
-                with self._lock:
+        for address, claimed in held.items():
+            number = self._followed(address, claimed)
+            with self._lock:
+                if number is None:
                     self._held.pop(address, None)
+                elif address in self._held:
+                    self._held[address] = number
+            if number is None:
                 continue
             self.table.put(_key(address, number), self._value(LASTS_S))
             for earlier in range(number):
@@ -121,6 +126,23 @@ class Leases:
             if given_back:
                 # Between the look and the renewal
                 self.table.put(_key(address, number), self._value(None))
+
+    def _followed(self, address: str, number: int) -> int | None:
+        """Return the number under which a lease is this run's by now: another attempt of it may
+        have claimed the job anew after it had expired. None where somebody else has, or where it
+        was given back."""
+        latest = None
+        while True:
+            text = self.table.get(_key(address, number + 1))
+            if text is None:
+                break
+            number += 1
+            latest = Lease.read(text)
+            if latest is None:
+                return None
+        if latest is None or (latest.token == self.token and latest.until):
+            return number
+        return None
 
     @contextmanager
     def kept(self, conducts: bool = False) -> Iterator[Self]:
@@ -192,10 +214,10 @@ def is_alive(
     lease = Lease.read(text)
     if lease is not None and lease.until > clock():
         return True
-    return any(_is_done(table, address, run, clock) for address in addresses)
+    return any(_is_at_work(table, address, run, clock) for address in addresses)
 
 
-def _is_done(table: SharedTable, address: str, run: str, clock: Callable[[], float]) -> bool:
+def _is_at_work(table: SharedTable, address: str, run: str, clock: Callable[[], float]) -> bool:
     """Whether a container of a run is at a job."""
     number = 0
     while True:

@@ -29,6 +29,7 @@ from ..store.costs import (
     read_costs,
     write_costs,
 )
+from .calls import is_handed_out
 from .containers import Items, JobResult
 from .estimate import CONDUCTOR, Expected
 from .handing_out import Came, FarJob, HandOut, HandOutJobs
@@ -51,19 +52,21 @@ class Ledger:
         begun = now()
         self.path = costs_path(store, begun, run)
         self.costs = Costs("", (), begun, "", expected.prices.checked)
+        self._follows = False  # another attempt, which may have been lost
+        self._asked: set[str] = set()  # after what that has begun
 
     @contextmanager
     def kept(self, command: str, cfgs: Sequence[RunConfig]) -> Iterator[None]:
         """Write down what a command costs while it lasts; it is for those runs."""
-        begun = self.path.exists()
+        self._follows = self.path.exists()
         with unnoted():
-            if begun:
+            if self._follows:
                 self.costs = read_costs(self.path)
         runs = tuple(root_of(cfg, "", ()).id for cfg in cfgs)
         self.costs = replace(self.costs, command=command, runs=runs, ended="")
+        for cfg in cfgs:
+            self.catch_up(cfg)
         with unnoted():
-            for cfg in cfgs if begun else ():
-                self._catch_up(cfg)
             # So that the next attempt knows of this one
             self._save()
         key = f"{self.run}/{CONDUCTING}"
@@ -90,11 +93,11 @@ class Ledger:
             try:
                 self.refuse_above(stage, wanted)
             except ConfigError:
-                give_back(wanted)
+                give_back(self._fresh(wanted))
                 raise
             for group, ended in hand_out(stage, items):
                 done = [addresses.of(stage, item) for item in group]
-                self.note(stage, done, cfg.machine(stage), ended)
+                self.note(stage, done, cfg.machine(stage), _is_made(ended))
                 yield group, ended
 
         return wrapped
@@ -109,23 +112,35 @@ class Ledger:
             try:
                 self.refuse_above(stage, wanted)
             except ConfigError:
-                give_back(wanted)
+                give_back(self._fresh(wanted))
                 raise
             for group, came in hand_out(jobs):
                 machine = group[0].addresses.cfg.machine(stage)
-                self.note(stage, [job.address for job in group], machine, came)
+                done = [job.address for job in group]
+                self.note(stage, done, machine, _is_made(came))
                 yield group, came
 
         return wrapped
 
-    def refuse_above(self, stage: str, addresses: Iterable[str]) -> None:
+    def refuse_above(self, stage: str, addresses: Sequence[str]) -> None:
         """Raise ConfigError when jobs that are about to begin would bring a command above
-        modal.max_cost_usd."""
+        modal.max_cost_usd; what an earlier attempt has begun is waited for, whatever it costs."""
         limit_usd = self.expected.limit_usd
-        if limit_usd is None:
+        if limit_usd is None or not self._fresh(addresses):
             return
-        usd = sum(self.expected.of(address) or 0.0 for address in addresses)
-        so_far = self.costs.usd + self.expected.conducting_usd
+        estimated = math.fsum(self.expected.of(address) or 0.0 for address in addresses)
+        conducting = begun = so_far = 0.0
+        for row in self.costs.rows:
+            for address, _seconds, paid, _estimated in row.shares():
+                if not address:
+                    conducting += paid
+                elif address in addresses:
+                    begun += paid
+                else:
+                    so_far += paid
+        # What was paid for what is not done yet is in its estimate
+        usd = max(estimated, begun)
+        so_far += max(conducting, self.expected.conducting_usd)
         # What was estimated alone is below the limit, or nothing would have started
         if self.costs.rows and so_far + usd > limit_usd:
             raise ConfigError(
@@ -134,14 +149,14 @@ class Ledger:
                 "type it again, which goes on from here"
             )
 
+    def _fresh(self, addresses: Iterable[str]) -> list[str]:
+        """Return the jobs that no attempt has handed out yet."""
+        return [each for each in addresses if not is_handed_out(self.table, self.run, each)]
+
     def note(
-        self,
-        stage: str,
-        addresses: Sequence[str],
-        machine: MachineConfig,
-        ended: list[JobResult] | BaseException,
+        self, stage: str, addresses: Sequence[str], machine: MachineConfig, made: bool
     ) -> None:
-        """Write down what the containers of some jobs were paid for, and how those ended."""
+        """Write down what the containers of some jobs were paid for, and whether those are done."""
         known = [self.expected.of(address) for address in addresses]
         told = [usd for usd in known if usd is not None]
         estimated = sum(told) if told else None
@@ -152,24 +167,35 @@ class Ledger:
 
         with unnoted():
             found = lives(self.table, meter_key(self.table, self.run, addresses))
-            row = Spent(stage, tuple(addresses), *_paid(found, usd_per_s), estimated)
-            self._write(replace(row, made=_is_made(ended)))
+            self._write(Spent(stage, tuple(addresses), *_paid(found, usd_per_s), estimated, made))
 
-    def _catch_up(self, cfg: RunConfig) -> None:
-        """Write down what containers were paid for that an earlier attempt has begun, and was lost
-        before they ended: who is done is handed out to nobody any more."""
+    def catch_up(self, cfg: RunConfig) -> None:
+        """Write down what containers of a run were paid for that an earlier attempt has begun, and
+        was lost before they ended: who is done is handed out to nobody any more."""
+        if not self._follows:
+            return
         addresses = Addresses(cfg)
-        noted = {address for row in self.costs.rows for address in row.addresses}
-        for stage in cfg.stages:
-            together: dict[str, list[str]] = {}
-            for item in cfg.items(stage):
-                address = addresses.of(stage, item)
-                if address not in noted and self.expected.of(address):
-                    key = meter_key(self.table, self.run, [address])
-                    together.setdefault(key, []).append(address)
-            for key, group in together.items():
-                if lives(self.table, key):
-                    self.note(stage, group, cfg.machine(stage), [])
+        for row in self.costs.rows:
+            self._asked.update(row.addresses)
+        with unnoted():
+            for stage in cfg.stages:
+                jobs = [addresses.of(stage, item) for item in cfg.items(stage)]
+                self._catch_up(stage, jobs, cfg.machine(stage))
+
+    def _catch_up(self, stage: str, addresses: Iterable[str], machine: MachineConfig) -> None:
+        together: dict[str, list[str]] = {}
+        for address in addresses:
+            # What was done when the command was planned costs nothing
+            if address in self._asked or self.expected.of(address) == 0.0:
+                continue
+            self._asked.add(address)
+            key = meter_key(self.table, self.run, [address])
+            together.setdefault(key, []).append(address)
+        for key, group in together.items():
+            if lives(self.table, key):
+                # Others of them are still at work
+                made = all(self.store.has(address) for address in group)
+                self.note(stage, group, machine, made)
 
     def _write(self, row: Spent) -> None:
         """Write a row in the place of what was said of its jobs before. Raises what the store and

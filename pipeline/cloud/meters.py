@@ -39,23 +39,27 @@ def metered(
     gpu: Callable[[], str | None] = gpu_name,
 ) -> Iterator[None]:
     """Note meanwhile how long this container lives, and at the end on which GPU."""
-    number = 0
+    own: list[str] = []  # its place, from the first note on that could be written
 
-    def text(on: str | None) -> str:
-        return json.dumps({"seconds": age_s(), "gpu": on or ""})
-
-    def note() -> None:
-        table.put(_key(key, number), text(None))
+    def note(on: str | None = None) -> None:
+        text = json.dumps({"seconds": age_s(), "gpu": on or ""})
+        if own:
+            table.put(own[0], text)
+            return
+        number = 0
+        while not table.put(_key(key, number), text, skip_if_exists=True):
+            number += 1
+        own.append(_key(key, number))
 
     with unnoted():
-        while not table.put(_key(key, number), text(None), skip_if_exists=True):
-            number += 1
-    with repeated(note, NOTE_S, NOT_NOTED):
-        try:
+        note()
+    try:
+        with repeated(note, NOTE_S, NOT_NOTED):
             yield
-        finally:
-            with unnoted():
-                table.put(_key(key, number), text(gpu()))
+    finally:
+        # After the last of the others, which know of no GPU
+        with unnoted():
+            note(gpu())
 
 
 @contextmanager

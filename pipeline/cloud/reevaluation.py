@@ -9,10 +9,12 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from .. import report
+from ..config.base import Name
 from ..config.machines import ModalConfig, TrainerConfig
 from ..config.run import RunConfig
 from ..errors import DamagedArtifact, MissingArtifact, PipelineError
@@ -25,27 +27,50 @@ from ..store.roots import readable_roots
 from .containers import JobResult
 from .endpoint import served_addresses
 from .estimate import Expected, estimate, expected, refuse_above
+from .inputs import packages
 from .prices import Prices
 
 NOTE = "reevaluated.json"
 REPORT = "evaluate"
 
 
+# What containers of the run had and a deployment without a configuration knows nothing of
+SURROUNDINGS = ("regions", "hub_secret", "storage_secret")
+BUCKET_SETTINGS = ("bucket", "bucket_endpoint")
+DAY = "-%Y%m%d"
+LONGEST_NAME = 64 - len("-20260101")
+
+
 class ReevaluationNote(BaseModel, frozen=True, extra="forbid"):
-    """When what is served is measured again, and in what container."""
+    """When what is served is measured again, in what container and with what; older notes say no
+    more than when and on what machine."""
 
     cron: str | None = None
     machine: TrainerConfig = TrainerConfig()
+    regions: tuple[str, ...] = ()
+    hub_secret: Name | None = None
+    storage_secret: Name | None = None
+    bucket: str | None = None
+    bucket_endpoint: str | None = None
+    packages: tuple[str, ...] = ()  # with models, each with its version
 
 
 def note_reevaluation(
     results: Sequence[JobResult], cfg: RunConfig, root: Path, publish: Callable[[], None]
 ) -> None:
     """Note how a bundle among the results, new or found, is to be measured again, and publish the
-    note."""
+    note. Raises ConfigError for a package that is not installed here."""
     if not any(each.stage == "deploy" and not each.error for each in results):
         return
-    note = ReevaluationNote(cron=cfg.modal.reevaluate, machine=cfg.modal.evaluate)
+    note = ReevaluationNote()
+    if cfg.modal.reevaluate:
+        as_the_run = {name: getattr(cfg.modal, name) for name in (*SURROUNDINGS, *BUCKET_SETTINGS)}
+        note = ReevaluationNote(
+            cron=cfg.modal.reevaluate,
+            machine=cfg.modal.evaluate,
+            packages=tuple(packages(cfg)),
+            **as_the_run,
+        )
     write_text(root / NOTE, note.model_dump_json())
     publish()
 
@@ -53,17 +78,36 @@ def note_reevaluation(
 def reevaluated_as(modal: ModalConfig, content: bytes | None) -> ModalConfig:
     """Return the section of a deployment with what a note says, where there is one and the section
     says nothing itself. Raises DamagedArtifact."""
-    if content is None or modal.reevaluate:
+    note = _note(modal, content)
+    if note is None:
         return modal
+    changes: dict[str, Any] = {"reevaluate": note.cron, "evaluate": note.machine}
+    for name in SURROUNDINGS:
+        changes[name] = getattr(modal, name) or getattr(note, name)
+    for name in () if modal.bucket else BUCKET_SETTINGS:
+        changes[name] = getattr(note, name)
+    return modal.model_copy(update=changes)
+
+
+def packages_again(modal: ModalConfig, content: bytes | None) -> tuple[str, ...]:
+    """Return the packages that measuring again needs beside those of a deployment's own
+    configuration, as a note says. Raises DamagedArtifact."""
+    note = _note(modal, content)
+    return () if note is None else note.packages
+
+
+def _note(modal: ModalConfig, content: bytes | None) -> ReevaluationNote | None:
+    """Return what a note says, None where there is none, it says never, or the section of a
+    deployment says more. Raises DamagedArtifact."""
+    if content is None or modal.reevaluate:
+        return None
     try:
         note = ReevaluationNote.model_validate(parse_object(content))
     # of pydantic too
     except ValueError:
         text = f"{NOTE} on the volume does not say when to measure again"
         raise DamagedArtifact(text, stage="deploy") from None
-    if note.cron is None:
-        return modal
-    return modal.model_copy(update={"reevaluate": note.cron, "evaluate": note.machine})
+    return note if note.cron else None
 
 
 def once_more(root: Path, refresh: Callable[[], None]) -> tuple[RunConfig, str]:
@@ -79,8 +123,8 @@ def once_more(root: Path, refresh: Callable[[], None]) -> tuple[RunConfig, str]:
         )
     latest = max(known, key=lambda each: each.at)
     cfg = parse(latest.settings)
-    named = {"name": f"{cfg.name}-{time.strftime('%Y%m%d', time.gmtime())}"}
-    return cfg.model_copy(update=named), Addresses(cfg).of(REPORT)
+    name = cfg.name[:LONGEST_NAME] + time.strftime(DAY, time.gmtime())
+    return cfg.model_copy(update={"name": name}), Addresses(cfg).of(REPORT)
 
 
 def priced_again(cfg: RunConfig, root: Path, prices: str) -> Expected:

@@ -5,7 +5,7 @@ Invariant: a container looks at no configuration and asks nobody.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..config.run import RunConfig
@@ -22,8 +22,7 @@ SECRETS = {
     "endpoint": ["MOLEFORGE_API_KEY"],
 }
 
-
-# Where containers have it
+# Where containers have the bucket with inputs
 BUCKET = "/bucket"
 
 
@@ -67,9 +66,19 @@ class Wiring:
     prices: str = ""  # by which that is priced, as Prices.text has them
 
     @classmethod
-    def settled(cls, cfg: RunConfig, note: bytes | None, serves: bool, prices: Prices) -> "Wiring":
+    def settled(
+        cls,
+        cfg: RunConfig,
+        note: bytes | None,
+        serves: bool,
+        prices: Prices,
+        more: Iterable[str] = (),
+    ) -> "Wiring":
         """Return what a command with that configuration builds; `note` says what a deployment
-        serves, only one that `serves` makes an endpoint. Raises ConfigError, DamagedArtifact."""
+        serves, only one that `serves` makes an endpoint, `more` are packages that it needs beside
+        its own. Raises ConfigError, DamagedArtifact."""
+        # Of one package its own version
+        needed = {text.partition("==")[0]: text for text in (*more, *packages(cfg))}
         reevaluates = (cfg.modal.reevaluate or "") if serves else ""
         names = {}
         for purpose in SECRETS:
@@ -80,7 +89,7 @@ class Wiring:
             app=cfg.modal.app or UNNAMED,
             volume=cfg.modal.volume or UNNAMED,
             secrets=names,
-            packages=tuple(packages(cfg)),
+            packages=tuple(needed.values()),
             entered=entered(cfg.modal) if serves else "",
             bundle=pinned(note) if serves else "",
             snapshots=cfg.modal.endpoint.memory_snapshot,
