@@ -177,7 +177,7 @@ def orchestrate(
     whether or not anybody listens. `run` is what all attempts are called."""
     store = _store()
     try:
-        cfg = cloud.looked_at(parse(raw), store, frozen)
+        cfg = cloud.looked_at_once(parse(raw), store, frozen, claims, run)
     except PipelineError as error:
         return cloud.not_done(parse(raw), stages, store, error)
     looked = cfg.model_dump(mode="json")

@@ -316,6 +316,22 @@ def test_the_gpu_is_noted_after_all_that_know_of_none(monkeypatch):
     assert lives(table, "k") == [(7.0, "NVIDIA L4")]
 
 
+def test_who_works_for_weeks_has_what_those_before_have_noted_kept(monkeypatch):
+    monkeypatch.setattr("pipeline.cloud.meters.NOTE_S", 0.005)
+    kept = threading.Event()
+
+    class Forgetful(FakeTable):
+        def get(self, key, default=None):
+            if key == "k/container/0":
+                kept.set()
+            return super().get(key, default)
+
+    table = Forgetful()
+    table.entries["k/container/0"] = '{"seconds": 50.0, "gpu": ""}'
+    with container(table, "k", 7.0):
+        assert kept.wait(10)
+
+
 class Broken(FakeTable):
     """A table that nobody can write to."""
 

@@ -7,6 +7,7 @@ import pytest
 from fakes import StubbedVolume
 from small_sources import text_run
 from test_cloud_client import PRICES, far
+from test_cloud_leases import FakeTable
 
 from pipeline import cloud
 from pipeline.errors import DataError
@@ -97,6 +98,24 @@ def test_containers_make_what_was_looked_at_or_nothing(run, tmp_path):
     mirror = cloud.mirror(here, tmp_path / "mirror", *far(run.volume.path))
     [job] = cloud.estimate(here, ("tokenizer",), mirror, PRICES)
     assert job.state == "to do" and "1.jsonl changed since it was read last" in job.why
+
+
+def test_all_attempts_of_a_run_go_by_what_the_first_one_saw(run):
+    table = FakeTable()
+    limited = run.cfg.model_copy(
+        update={"modal": run.cfg.modal.model_copy(update={"max_cost_usd": 5.0})}
+    )
+
+    def attempt(called):
+        view = run.volume.view()
+        store = Store(view.path, publish=view.commit, refresh=view.reload)
+        return cloud.looked_at_once(limited, store, False, table, called)
+
+    first = attempt("run-1")
+    # A day later
+    edited(run.file)
+    assert attempt("run-1") == first
+    assert attempt("run-2").identity != first.identity
 
 
 def test_under_a_limit_on_the_cost_nothing_begins_that_was_not_planned_for(run):

@@ -42,7 +42,7 @@ from .given import DEFAULT, EXPERIMENTS, Given, overrides, shipped
 from .handing_out import FarJob, not_done, orchestrate
 from .leases import Leases, is_alive
 from .ledger import Ledger, show_costs
-from .looks import as_recorded, looked_at
+from .looks import as_recorded, looked_at, looked_at_once
 from .meters import at_work
 from .next_step import Typed, after_stages, deploying
 from .plan_table import show_estimate
@@ -121,6 +121,7 @@ __all__ = [
     "is_alive",
     "look_at_models",
     "looked_at",
+    "looked_at_once",
     "mirror",
     "most_gpus",
     "named",

@@ -4,6 +4,7 @@ other begins; the laptop, which does not see them, plans by what was looked at l
 Invariant: containers look at nothing that decides an address, so no two of them can disagree.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from ..store.artifacts import Store
 from ..store.looking import FOLDER
 from ..store.reading import parse_object
 from ..store.sources import SEEN, When
+from .leases import SharedTable
 
 
 def as_recorded(
@@ -96,6 +98,22 @@ def looked_at(cfg: RunConfig, store: Store, frozen: bool) -> RunConfig:
             f"what {jobs} reads has changed since it was looked at last, and so may the cost, "
             "which is limited: nothing was started, and the same command estimates it anew"
         )
+    return found
+
+
+def looked_at_once(
+    cfg: RunConfig, store: Store, frozen: bool, table: SharedTable, run: str
+) -> RunConfig:
+    """Return the run that all containers go by, which is the one that its first attempt has looked
+    at, whatever has changed since: half of it may be made. Raises what `looked_at` does."""
+    key = f"{run}/looked"
+    known = table.get(key)
+    if known is not None:
+        store.refresh()
+        store.open()
+        return cfg.model_copy(update={"identity": json.loads(known)})
+    found = looked_at(cfg, store, frozen)
+    table.put(key, json.dumps(found.identity))
     return found
 
 

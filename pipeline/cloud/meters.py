@@ -39,17 +39,20 @@ def metered(
     gpu: Callable[[], str | None] = gpu_name,
 ) -> Iterator[None]:
     """Note meanwhile how long this container lives, and at the end on which GPU."""
-    own: list[str] = []  # its place, from the first note on that could be written
+    own: list[int] = []  # its number, from the first note on that could be written
 
     def note(on: str | None = None) -> None:
         text = json.dumps({"seconds": age_s(), "gpu": on or ""})
         if own:
-            table.put(own[0], text)
+            table.put(_key(key, own[0]), text)
+            for earlier in range(own[0]):
+                # A table forgets what nobody reads for a week, and those before are paid for
+                table.get(_key(key, earlier))
             return
         number = 0
         while not table.put(_key(key, number), text, skip_if_exists=True):
             number += 1
-        own.append(_key(key, number))
+        own.append(number)
 
     with unnoted():
         note()
