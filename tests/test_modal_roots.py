@@ -139,8 +139,35 @@ def test_a_run_that_nobody_is_at_any_more_keeps_nothing(volume, finished):
 
     assert "is in use" in tended(True).wrong
     assert not tended(False).wrong
-    assert asked == [("killed", True)] * 2
+    # Once more when its note is gone
+    assert asked == [("killed", True)] * 3
     assert not artifacts(volume) and not list((volume.path / "runs").glob("run-*.json"))
+
+
+def test_an_attempt_that_begins_while_the_note_of_a_lost_one_goes_is_left_alone(volume, finished):
+    cfg = load(finished[0])
+    lost = cloud.begun(cfg, store_of(volume.view()), COMMAND, run="killed")
+    lost.__enter__()
+    alive = iter([False, True])
+    attempts = []
+
+    def is_alive(_run, _addresses):
+        return next(alive)
+
+    def publish():
+        if not attempts:
+            # It is published before the removal of the former note is
+            attempts.append(cloud.begun(cfg, store_of(volume.view()), COMMAND, run="killed"))
+            attempts[0].__enter__()
+        view.commit()
+
+    view = volume.view()
+    before = artifacts(volume)
+    edge = cloud.ModalEdge(view.path)
+    done = cloud.tend("rm", ["tiny"], REMOVED, edge, publish, view.reload, is_alive)
+    assert "is in use" in done.wrong and artifacts(volume) == before
+    attempts[0].__exit__(None, None, None)
+    assert not list((volume.path / "runs").glob("run-*.json"))
 
 
 def test_the_last_attempt_of_a_run_takes_away_what_a_killed_one_has_noted(volume, finished):

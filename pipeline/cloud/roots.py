@@ -81,12 +81,19 @@ def begun(
 
 def clear_lapsed(store: Store, is_alive: IsAlive) -> None:
     """Take away the notes of runs that nobody is at any more, which say that they last a day."""
-    gone = list(lapsed(store, is_alive))
+    gone = {note: unsealed(note.read_bytes()) for note in lapsed(store, is_alive)}
+    if not gone:
+        return
     for note in gone:
         note.unlink(missing_ok=True)
-    if gone:
+    store.publish()
+    store.refresh()
+    back = [note for note, noted in gone.items() if is_alive(noted["run"], noted["addresses"])]
+    for note in back:
+        # Another attempt has begun meanwhile, and its note went with the former one's
+        write_text(note, sealed(gone[note] | {"until": _in(RUN_S)}))
+    if back:
         store.publish()
-        store.refresh()
 
 
 def lapsed(store: Store, is_alive: IsAlive) -> Iterator[Path]:
