@@ -145,7 +145,7 @@ class Ledger:
         if self.costs.rows and so_far + usd > limit_usd:
             raise ConfigError(
                 f"this command has cost ${self.costs.usd:.2f} so far, and {stage} is estimated at "
-                f"${usd:.2f}, above modal.max_cost_usd {limit_usd:.2f}: raise the limit and "
+                f"${estimated:.2f}, above modal.max_cost_usd {limit_usd:.2f}: raise the limit and "
                 "type it again, which goes on from here"
             )
 
