@@ -19,7 +19,7 @@ from .command import (
 )
 from .commands import Commands, named_as
 from .containers import LONGEST_START_S, JobResult, ModalEdge, work
-from .endpoint import SERVED, WAYS, deployed, entered, placed, serve_next, served
+from .endpoint import SERVED, deployed, placed, serve_next, served
 from .estimate import (
     CONDUCTOR,
     Expected,
@@ -33,12 +33,11 @@ from .experiments import (
     FarSweep,
     FarSweepPlan,
     conducted,
-    planned,
     planned_sweep,
     planned_sweep_there,
 )
 from .far import Far, FarError, FarStore
-from .given import DEFAULT, EXPERIMENTS, Given, overrides, shipped
+from .given import DEFAULT, Given, overrides
 from .handing_out import FarJob, not_done, orchestrate
 from .leases import Leases, is_alive
 from .ledger import Ledger, show_costs
@@ -59,10 +58,9 @@ from .reevaluation import (
 )
 from .roots import REMOVAL_S, begun, since
 from .serving import application
-from .standing import endpoint_told, storage_told
+from .standing import endpoint_told
 from .tags import tags
 from .tending import Tended, tend
-from .watching import follow_all, watch
 from .wiring import BUCKET, SECRETS, Wiring
 
 __all__ = [
@@ -70,14 +68,12 @@ __all__ = [
     "BUCKET",
     "CONDUCTOR",
     "DEFAULT",
-    "EXPERIMENTS",
     "LONGEST_START_S",
     "PLAN_S",
     "REEVALUATED",
     "REMOVAL_S",
     "SECRETS",
     "SERVED",
-    "WAYS",
     "Call",
     "Commands",
     "Expected",
@@ -112,12 +108,10 @@ __all__ = [
     "deploying",
     "deploys",
     "endpoint_told",
-    "entered",
     "estimate",
     "expected",
     "explain",
     "flags_of",
-    "follow_all",
     "is_alive",
     "look_at_models",
     "looked_at",
@@ -133,7 +127,6 @@ __all__ = [
     "overrides",
     "packages_again",
     "placed",
-    "planned",
     "planned_run",
     "planned_sweep",
     "planned_sweep_there",
@@ -148,19 +141,16 @@ __all__ = [
     "serve_next",
     "served",
     "settled",
-    "shipped",
     "show_costs",
     "show_estimate",
     "show_report",
     "show_results",
     "since",
-    "storage_told",
     "tags",
     "takes",
     "tell_change",
     "tend",
     "typed",
-    "watch",
     "with_baselines",
     "work",
 ]
