@@ -38,7 +38,7 @@ demo-from-zero: $(VENV)/runtime.stamp
 	$(RUN) -m pipeline run --config config/demo_from_zero.yaml $(ARGS)
 
 test: $(VENV)/development.stamp
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/development.stamp
 	$(RUN) -m ruff check .

@@ -8,6 +8,7 @@ import httpx
 from fsspec.config import conf
 
 SLOW_DOWN = b"<Error><Code>InternalError</Code><Message>not now</Message></Error>"
+ENDED = b"<Error><Code>NoSuchUpload</Code><Message>it has been ended</Message></Error>"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Watched:
                 return _failed(start_response)
             answer = list(self._app(environ, start_response if not when else _nowhere))
             return _failed(start_response) if when else answer
+        except KeyError:
+            # Of an upload that somebody else has ended S3 says so, where moto has no word for it
+            if "uploadId=" not in asked.query:
+                raise
+            start_response("404 Not Found", [("Content-Type", "application/xml")])
+            return [ENDED]
         finally:
             with self._lock:
                 self._busy -= 1
