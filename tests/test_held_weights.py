@@ -46,6 +46,17 @@ def test_they_stay_as_stored_where_memory_has_no_room(tied, monkeypatch, free_nu
     assert torch.equal(logits(tied), before)
 
 
+def test_a_narrower_dtype_wants_room_too(tied, monkeypatch):
+    """What is stored is mapped from a file, and gives nothing back."""
+    tied.float()
+    monkeypatch.setattr(held_weights, "free_bytes", lambda: 2 * 2 * (64 + 8 + 152) - 1)
+    assert not cast_weights(tied, dtype=torch.bfloat16)
+    assert tied["middle"].weight.dtype == torch.float32
+    monkeypatch.undo()
+    assert cast_weights(tied, dtype=torch.bfloat16)
+    assert tied["middle"].weight.dtype == torch.bfloat16
+
+
 def test_weights_that_have_the_dtype_are_not_copied(tied):
     tied.float()
     kept = tied["middle"].weight.data_ptr()

@@ -17,6 +17,7 @@ from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Prompt, Sampling
 from pipeline.serve.networks import StockMixture
 from pipeline.serve.opening import open_model
+from pipeline.serve.steady import network as steady_network
 from pipeline.serve.steady import products
 from pipeline.serve.steady.mixture import SteadyMixture
 from pipeline.serve.steady.products import RowCounts, SteadyProducts, elementwise, tried
@@ -179,6 +180,17 @@ def test_bf16_is_taken_where_it_is_wanted_or_does_no_harm(bundled, monkeypatch, 
     monkeypatch.setattr(engine, "can_be_steady", lambda *_: False)
     with pytest.raises(ConfigError, match="no form in bf16 here; set serve.dtype to fp32"):
         CompletionEngine(folder, dtype="bf16")
+
+
+def test_bf16_is_not_told_of_weights_that_there_is_no_room_for(bundled, monkeypatch, caplog):
+    monkeypatch.setattr(steady_network, "cast_weights", lambda *_, **__: False)
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
+    monkeypatch.setattr(engine, "device", lambda: "cpu")
+    with caplog.at_level(logging.INFO):
+        assert CompletionEngine(bundled[2], dtype="auto").network.dtype == "fp32"
+        with pytest.raises(ConfigError, match="too large to hold its weights in bf16"):
+            CompletionEngine(bundled[2], dtype="bf16")
+    assert "products run in bf16" not in caplog.text
 
 
 def test_adapters_of_tasks_are_not_served_in_bf16(monkeypatch, tmp_path):

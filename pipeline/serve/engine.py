@@ -45,6 +45,7 @@ from .text_stream import TextStream
 
 MOST_OF_A_NAME = 200  # characters; configurations allow 64
 NO_BF16 = "has no form in bf16 here; set serve.dtype to fp32 or auto"
+NO_ROOM = "is too large to hold its weights in bf16 beside its files; set serve.dtype to fp32"
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,11 @@ class CompletionEngine(Engine):
             if self.dtype == "auto":
                 return None
             raise ConfigError(f"{folder} {NO_BF16}")
+        if not network.is_held:
+            # Each weight would be cast again for each of its products, and most run in fp32
+            if self.dtype == "auto":
+                return None
+            raise ConfigError(f"{folder} {NO_ROOM}")
         network.model.generation_config = generation_config
         if not is_steady(network, self.context_tokens):
             if self.dtype == "auto":

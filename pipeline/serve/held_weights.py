@@ -19,7 +19,7 @@ SHARE = 0.5
 
 def cast_weights(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Hold the weights of linear layers in a dtype, once and for all; return False, with nothing
-    changed, where memory has no room for them or they lie on a GPU."""
+    changed, where memory has no room for them, or they lie on a GPU and would grow."""
     weights: dict[int, nn.Parameter] = {}
     for module in modules:
         for layer in module.modules():
@@ -30,8 +30,10 @@ def cast_weights(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> boo
                     if parameter.dtype != dtype and not parameter.is_meta:
                         weights[id(parameter)] = parameter
     needed_bytes = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-    if any(weight.device.type != "cpu" for weight in weights.values()):
-        return False
+    for weight in weights.values():
+        # a GPU's memory is the scarcer one: there weights may shrink and not grow
+        if weight.device.type != "cpu" and weight.element_size() < dtype.itemsize:
+            return False
     if needed_bytes > SHARE * free_bytes():
         return False
     for weight in weights.values():

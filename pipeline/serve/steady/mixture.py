@@ -110,8 +110,7 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
 
     def _product(self, x_ND: Tensor, linear: Any) -> Tensor:
         """Return y_NF in fp32."""
-        # cast where there was no room to hold it so
-        return self._products(x_ND, linear.weight.to(DTYPE)).float()
+        return self._products(x_ND, linear.weight).float()
 
     def _swiglu(self, network: Any, x_ND: Tensor) -> Tensor:
         """Return y_ND of one network."""

@@ -33,13 +33,14 @@ class SteadyNetwork(Network):
 
     dtype = "bf16"
     seen_step = PLACES
+    is_held: bool  # in bf16; False: there was no room for its weights, and it is not to be run
     _products: SteadyProducts
     _head_VD: Tensor
 
     def make_steady(self, network: Any, *others: nn.Module) -> None:
         """Change a Hugging Face model for it, and hold its weights, and others', in bf16."""
         self._products = SteadyProducts()
-        cast_weights(network.model, *others, dtype=DTYPE)
+        self.is_held = cast_weights(network.model, *others, dtype=DTYPE)
         self._head_VD = network.lm_head.weight.detach().to(DTYPE)
         replace_linear(network.model, self._products)
         network.model.rotary_emb = SteadyRotary(network.model.rotary_emb)
