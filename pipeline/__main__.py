@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config.run import RunConfig
+from .config.serving import ServeConfig
 from .credentials import masked
 from .errors import ConfigError, Interrupted, PipelineError
 from .families import ExportWish
@@ -361,14 +362,19 @@ def _serve(args: argparse.Namespace) -> None:
     def progress(text: str) -> None:
         errors.print(text, highlight=False)
 
-    cfg = load(args.config, tuple(args.override)) if args.config else RunConfig()
     with _bundle(args) as folder:
-        serve(folder, args, keys, cfg.serve, progress)
+        serve(folder, args, keys, _served(args), progress)
+
+
+def _served(args: argparse.Namespace) -> ServeConfig:
+    """Return what the configuration that a command names says of serving, if it names one."""
+    return load(args.config, tuple(args.override)).serve if args.config else ServeConfig()
 
 
 def _speak(args: argparse.Namespace) -> None:
     """Have a bundle go on with a text, or talk with it."""
     sampling = speak_flags.sampling(args)
+    dtype = args.dtype or _served(args).dtype
     if args.command == "chat":
         with _bundle(args) as folder:
             # Only these commands and the server need the packages of both
@@ -380,6 +386,7 @@ def _speak(args: argparse.Namespace) -> None:
                 _give_up,
                 reader=args.expert,
                 pictures=args.image,
+                dtype=dtype,
                 experts=args.experts,
             )
         return
@@ -395,6 +402,7 @@ def _speak(args: argparse.Namespace) -> None:
             _give_up,
             readers=speak_flags.readers(args),
             pictures=args.image,
+            dtype=dtype,
             experts=args.experts,
             as_json=args.json,
         )

@@ -23,6 +23,7 @@ from pipeline.run import speak_flags
 from pipeline.run.arguments import parser
 from pipeline.serve.generation import NoSuchReader, Piece, Sampling, Token
 from pipeline.serve.prompts import TextPrompts
+from pipeline.serve.terminal import bundle as terminal_bundle
 from pipeline.serve.terminal.bundle import OpenBundle
 from pipeline.serve.terminal.conversation import Conversation, chat, typed
 from pipeline.serve.terminal.drawing import Coloured, Plain, TokenLines, drawing
@@ -431,6 +432,30 @@ def test_a_bundle_goes_on_in_a_terminal_as_transformers_has_it(bundled, capsys, 
     assert re.search(r"there is no 'moon'; there are stack, sea, shop, hall", _flat(capsys))
     assert main(["chat", "--bundle", folder]) == 2
     assert "has no chat template" in _flat(capsys)
+
+
+@pytest.mark.parametrize("command", [["generate", PROMPT], ["chat"]])
+def test_products_run_in_what_is_typed_else_in_what_the_configuration_says(
+    bundled, capsys, monkeypatch, command
+):
+    path, store, folder = map(str, bundled)
+    asked = []
+
+    def open_service(_folder, wanted):
+        asked.append(wanted.dtype)
+        raise DataError("seen")
+
+    monkeypatch.setattr(terminal_bundle, "open_service", open_service)
+    configured = [*command, "--config", path, "--store", store, "--override", "serve.dtype=bf16"]
+    for line in (
+        [*command, "--bundle", folder],
+        [*command, "--bundle", folder, "--dtype", "auto"],
+        configured,
+        [*configured, "--dtype", "fp32"],
+    ):
+        assert main(line) == 2
+        assert "seen" in _flat(capsys)
+    assert asked == ["fp32", "auto", "bf16", "fp32"]
 
 
 def _flat(capsys) -> str:

@@ -107,11 +107,16 @@ def _add_access(group: "argparse._ArgumentGroup") -> None:
     )
 
 
-def _add_limits(group: "argparse._ArgumentGroup") -> None:
+def add_dtype(to: "argparse._ActionsContainer") -> None:
+    """Add the flag of what products run in, to every command that opens a bundle to be asked."""
     # without a default: what is not typed is as the configuration's section `serve` has it
     dtype = ServeConfig.model_fields["dtype"]
     choices = get_args(dtype.annotation)
-    group.add_argument("--dtype", choices=choices, help=_told(dtype, dtype.default))
+    to.add_argument("--dtype", choices=choices, help=_told(dtype, dtype.default))
+
+
+def _add_limits(group: "argparse._ArgumentGroup") -> None:
+    add_dtype(group)
     for name, (kind, unit) in LIMITS.items():
         field = ServeConfig.model_fields[name]
         default = None if field.default is None else _shown(field.default)

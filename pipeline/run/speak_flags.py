@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .serve_flags import add_dtype
 
 ABOUT = {
     "generate": "go on with a text, or answer a question, each token in its expert's colour",
@@ -105,6 +106,7 @@ def _add_bundle(sub: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--bundle", type=Path, metavar="DIR|RUN", help="this folder, or the bundle of that run"
     )
+    add_dtype(sub)
 
 
 def _add_expert(to: "argparse._ActionsContainer") -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...config.serving import Dtype, ServeConfig
 from ...errors import DataError
 from ..from_bundle import open_service
 from ..generation import Generating, Generation, Prompt, Sampling
@@ -81,9 +82,10 @@ class OpenBundle:
 
 
 @contextmanager
-def opened(folder: Path, asked: Mapping[str, Any]) -> Iterator[OpenBundle]:
-    """Open a bundle, and close its engine at the end. Raises as `open_service`."""
-    service = open_service(folder, None)
+def opened(folder: Path, asked: Mapping[str, Any], dtype: Dtype) -> Iterator[OpenBundle]:
+    """Open a bundle whose products run in a dtype, and close its engine at the end. Raises as
+    `open_service`."""
+    service = open_service(folder, ServeConfig(dtype=dtype))
     try:
         yield OpenBundle(service.engine, service.prompts, asked)
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ... import interrupts
+from ...config.serving import Dtype
 from ...report.narrow import output
 from .bundle import STACK, opened
 from .conversation import chat, typed
@@ -25,12 +26,13 @@ def generate_from(
     *,
     readers: Sequence[str],
     pictures: Sequence[Path],
+    dtype: Dtype,
     experts: bool,
     as_json: bool,
 ) -> None:
     """Show what follows a text. Raises as `opened`, and DataError; KeyboardInterrupt where it is
     stopped."""
-    with opened(folder, sampling) as bundle, interrupts.raised_once(give_up):
+    with opened(folder, sampling, dtype) as bundle, interrupts.raised_once(give_up):
         drawn = drawing(output(), bundle.engine.speakers, experts, as_json)
         generate(bundle, Asked(text, pictures, readers or (STACK,)), drawn)
 
@@ -42,6 +44,7 @@ def chat_with(
     *,
     reader: str | None,
     pictures: Sequence[Path],
+    dtype: Dtype,
     experts: bool,
 ) -> None:
     """Talk until there is nothing more to say. Raises as `generate_from`."""
@@ -50,7 +53,7 @@ def chat_with(
     def say(line: str) -> None:
         beside.print(line, style="dim", highlight=False, markup=False)
 
-    with opened(folder, sampling) as bundle, interrupts.raised_once(give_up):
+    with opened(folder, sampling, dtype) as bundle, interrupts.raised_once(give_up):
         drawn = drawing(output(), bundle.engine.speakers, experts, as_json=False)
         lines = typed(ASK)
         chat(bundle, drawn, lines, say, reader=reader or STACK, pictures=pictures)
