@@ -298,6 +298,24 @@ def test_each_joint_model_has_a_search_of_its_own_that_no_other_one_moves():
 
 
 @pytest.mark.parametrize("stage", SEARCHES.values())
+@pytest.mark.parametrize(
+    ("search", "item", "section"), [("lr_router", None, "router"), ("lr_joint", "moe", "joint")]
+)
+def test_the_temperature_falls_in_a_search_as_it_does_in_its_training(search, item, section):
+    ramp = {"start": 3.0, "end": 1.0, "epochs": 2.0}
+    whole_steps, epoch_steps = 400, 100.0  # so that it falls in the first half
+    settings = {f"{section}__steps": whole_steps, f"{section}__temperature": ramp}
+    cfg = small.config(**AUTO, **BOTH | settings, lr_search__steps=40)
+    opts, _ = cost.search_settings(cfg, search, item, dict.fromkeys(small.DOMAINS, 500))
+    whole = getattr(cfg, section).temperature
+    assert opts.steps == 40
+    for step in (0, 10, 20, 39):
+        expected = whole.at(10 * step, whole_steps, epoch_steps)
+        assert opts.temperature.at(step, opts.steps, epoch_steps) == pytest.approx(expected)
+    # one of all steps has no epochs to be scaled
+    assert whole.model_copy(update={"epochs": None}).in_small(0.1).epochs is None
+
+
 def test_a_search_is_planned_at_a_share_of_its_trainings(stage):
     cfg = small.config(
         **AUTO,

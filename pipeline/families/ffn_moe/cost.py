@@ -12,10 +12,11 @@ from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
+from .joint.section import JointConfig
 from .pass_memory import pass_bytes
 from .passes import KERNEL_BYTES
 from .rates import search_of, trained_by
-from .sections import ADAPTER
+from .sections import ADAPTER, RouterConfig
 from .stages import FROM_ZERO, SEARCHES
 from .trunk_sizes import stored_bytes, trunk_shape
 
@@ -115,12 +116,21 @@ def search_settings(
     step_tokens = opts.batch_sequences * cfg.trunk.context_tokens
     stage = trained_by(search)
     if stage in ("train_shared", "train_router", "train_joint"):
-        tokens = stage_tokens(cfg, stage, item, domain_tokens)
-        return in_small(opts, cfg.lr_search, tokens / step_tokens), trains
+        steps = stage_tokens(cfg, stage, item, domain_tokens) / step_tokens
+        return _with_ramp(in_small(opts, cfg.lr_search, steps), steps), trains
     # An expert for each of the trunk's domains: which of all get one is no part of the search
     domains = cfg.trunk_domains
     counted = _taught_tokens(cfg, domains, domain_tokens)
     return in_small(opts, cfg.lr_search, sum(counted) / step_tokens, len(domains)), trains
+
+
+def _with_ramp(small: FitConfig, whole_steps: float) -> FitConfig:
+    """Return a search's settings with the temperature of gates at each part of it what it is there
+    in the whole training: else rates are judged at the temperature that this begins with."""
+    if not isinstance(small, RouterConfig | JointConfig) or not small.steps or not whole_steps:
+        return small
+    ramp = small.temperature.in_small(small.steps / whole_steps)
+    return small.model_copy(update={"temperature": ramp})
 
 
 def dense_width(cfg: FfnMoeConfig, item: str) -> int:

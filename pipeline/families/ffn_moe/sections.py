@@ -247,6 +247,13 @@ class TemperatureConfig(Section):
         "training",
     )
 
+    def in_small(self, share: float) -> Self:
+        """Return the ramp of a training that is a share as long, and over at the same part of
+        it."""
+        if self.epochs is None:
+            return self
+        return self.model_copy(update={"epochs": self.epochs * share})
+
     def at(self, step: int, steps: int, epoch_steps: float) -> float:
         """Return the temperature at one of the steps of a training, of which a pass over the
         training tokens takes `epoch_steps`."""
