@@ -12,11 +12,10 @@ from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
 from . import passes
 from .config import FfnMoeConfig
-from .joint.section import JointConfig
 from .pass_memory import pass_bytes
 from .passes import KERNEL_BYTES
-from .rates import search_of, trained_by
-from .sections import ADAPTER, RouterConfig
+from .rates import search_of, trained_by, with_ramp
+from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
 from .trunk_sizes import stored_bytes, trunk_shape
 
@@ -117,20 +116,11 @@ def search_settings(
     stage = trained_by(search)
     if stage in ("train_shared", "train_router", "train_joint"):
         steps = stage_tokens(cfg, stage, item, domain_tokens) / step_tokens
-        return _with_ramp(in_small(opts, cfg.lr_search, steps), steps), trains
+        return with_ramp(in_small(opts, cfg.lr_search, steps), steps), trains
     # An expert for each of the trunk's domains: which of all get one is no part of the search
     domains = cfg.trunk_domains
     counted = _taught_tokens(cfg, domains, domain_tokens)
     return in_small(opts, cfg.lr_search, sum(counted) / step_tokens, len(domains)), trains
-
-
-def _with_ramp(small: FitConfig, whole_steps: float) -> FitConfig:
-    """Return a search's settings with the temperature of gates at each part of it what it is there
-    in the whole training: else rates are judged at the temperature that this begins with."""
-    if not isinstance(small, RouterConfig | JointConfig) or not small.steps or not whole_steps:
-        return small
-    ramp = small.temperature.in_small(small.steps / whole_steps)
-    return small.model_copy(update={"temperature": ramp})
 
 
 def dense_width(cfg: FfnMoeConfig, item: str) -> int:
@@ -215,6 +205,7 @@ def cost(
     plan = memory_plan(cfg, opts, shape, trains, bf16, name)
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     stored = stored_bytes(cfg)
+    begun = passes.gates_bytes(cfg, stack) if trains == "gates" else 0
     frozen = frozen_bytes(shape, trains, bf16, _stacked(cfg), expert, stored)
     peak = peak_bytes(
         shape,
@@ -226,11 +217,14 @@ def cost(
         adapter,
         expert,
         stored,
+        begun,
     )
     if tokens == 0:
         # Nothing is kept for a backward pass that is never made
         batch = min(opts.eval_tokens, plan.micro_batch_sequences * shape.context_tokens)
         peak = int(sum(frozen)) + passes.forward_bytes(stack, batch, bf16)
+        if begun:
+            peak = max(peak, int(frozen[0]) + begun + KERNEL_BYTES)
     found = JobCost.of(
         stage,
         item,
@@ -304,6 +298,7 @@ def memory_plan(
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     expert = expert_shape(cfg, shape) if trains in ("expert", "gates") else None
     stored = stored_bytes(cfg)
+    begun = passes.gates_bytes(cfg, _stack(cfg, shape)) if gates else 0
     small = trains == "adapter" or (trains == "expert" and cfg.expert.delta_rank > 0)
 
     def predict(tried: MemoryPlan) -> int:
@@ -317,6 +312,7 @@ def memory_plan(
             adapter,
             expert,
             stored,
+            begun,
         )
 
     return plan_memory(
@@ -353,10 +349,11 @@ def peak_bytes(
     adapter: int = 0,
     expert: ExpertShape | None = None,
     stored: int | None = None,
+    begun: int = 0,
 ) -> int:
     """Return the predicted peak above imports of a training: of `all`, of an `ffn`, of an `adapter`
     of so many numbers, or of the `gates` over experts. stored: bytes of a number in the files of a
-    pinned trunk.
+    pinned trunk; begun: what is held before the first pass, beside files.
 
     Weights, moments and gradients are counted, activations estimated; the constants are fitted to
     benchmarks/memory.py, which compares this with what is measured.
@@ -391,7 +388,8 @@ def peak_bytes(
         # Then the optimizer's state is gone, and the statistics come
         ended = sum(frozen_bytes(shape, trains, bf16, experts, expert, stored)) + 4 * trained
         ended += passes.statistics_bytes(layers, shape.d_model)
-    return int(max(training, ended) + code)
+    started = frozen_bytes(shape, trains, bf16, experts, expert, stored)[0] + begun
+    return int(max(started, training, ended) + code)
 
 
 def frozen_bytes(

@@ -17,6 +17,13 @@ from .samples import shown_tokens
 TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
 # of a processor; a GPU's peak is what was asked for
+# Largest block that glibc keeps in its heap, once one of that size has been given back
+HEAP_BLOCK_BYTES = 32 * 2**20
+# Of a ridge in matrices of D x D in fp64: every expert's, all of them once more, and three
+RIDGE_IN_USE = (3, 2.0)  # at all, for each expert
+# With holes of the heap, where an aligned block does not fit into one of its own size. The same
+# blocks asked of glibc 2.36 alone, 28 layers: 16, 30, 47 and 78 of 1, 4, 8 and 16 experts
+RIDGE_IN_HEAP = (12, 4.5)
 KERNEL_BYTES = 42_000_000  # code that the first step or pass touches, compiled kernels
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 
@@ -61,6 +68,22 @@ def forward_bytes(stack: StackShape, tokens: int, bf16: bool) -> int:
 def statistics_bytes(layers: int, d_model: int) -> int:
     """Return the bytes of the sums of x x^T of so many layers."""
     return STATISTICS_BYTES * layers * d_model**2
+
+
+def gates_bytes(cfg: FfnMoeConfig, stack: StackShape) -> int:
+    """Return what the gates of a stack take before they are trained, beside mapped statistics."""
+    if device() == "cuda" or cfg.router.init == "rows":
+        # they are made in main memory
+        return 0
+    square = stack.shape.d_model**2
+    held = 0.0
+    if cfg.trunk.anchor == "keep":
+        # the trunk's statistics of the layers with experts, copied in fp32
+        held = 4 * square * (len(stack.expert.layers) if stack.expert else stack.shape.layers)
+    if cfg.router.init == "ridge":
+        least, each = RIDGE_IN_USE if 8 * square > HEAP_BLOCK_BYTES else RIDGE_IN_HEAP
+        held += 8 * square * (least + each * stack.experts)
+    return int(held)
 
 
 def statistics_flops(shape: Shape, tokens: int) -> float:

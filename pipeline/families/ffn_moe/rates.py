@@ -5,12 +5,14 @@ A search is a few trainings with the weights, rows, batches and arithmetic of th
 is for, on the trunk's domains mixed where there is one such training a domain.
 """
 
-from ...config.fit import SEARCHED
+from ...config.fit import SEARCHED, FitConfig
 from ...config.run import JobKey
 from ...train.flops import Trains
 from .. import Parts
 from ..searches import found_rate
 from .config import FfnMoeConfig
+from .joint.section import JointConfig
+from .sections import RouterConfig
 from .stages import FROM_ZERO, SEARCHES
 
 # Where a ladder begins, by what trains; it grows towards what is better
@@ -67,3 +69,12 @@ def middle_of(cfg: FfnMoeConfig, search: str, trains: Trains) -> float:
     if search == SEARCHES["train_experts"] and cfg.expert.form != "full":
         return DELTA_MIDDLE
     return MIDDLE[trains]
+
+
+def with_ramp(small: FitConfig, whole_steps: float) -> FitConfig:
+    """Return a search's settings with the temperature of gates at each part of it what it is there
+    in the whole training: else rates are judged at the temperature that this begins with."""
+    if not isinstance(small, RouterConfig | JointConfig) or not small.steps or not whole_steps:
+        return small
+    ramp = small.temperature.in_small(small.steps / whole_steps)
+    return small.model_copy(update={"temperature": ramp})
