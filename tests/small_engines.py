@@ -258,6 +258,7 @@ STEADY: dict[str, Callable[[], Small]] = {
     "full experts, last layer, window": lambda: steady(
         "mistral", (1,), full=True, sliding_window=9
     ),
+    "low rank, width 100": lambda: steady(intermediate_size=100),
 }
 KINDS: dict[str, Callable[[], Small]] = {
     "full experts": stock,

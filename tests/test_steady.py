@@ -20,7 +20,13 @@ from pipeline.serve.opening import open_model
 from pipeline.serve.steady import network as steady_network
 from pipeline.serve.steady import products
 from pipeline.serve.steady.mixture import SteadyMixture
-from pipeline.serve.steady.products import RowCounts, SteadyProducts, elementwise, tried
+from pipeline.serve.steady.products import (
+    RowCounts,
+    SteadyProducts,
+    elementwise,
+    silu,
+    tried,
+)
 from pipeline.serve.steady.trial import is_steady
 from tests import test_scheduler
 from tests.small_engines import CONTEXT, END, STEADY
@@ -76,7 +82,7 @@ def test_numbers_of_rows_that_round_otherwise_do_not_go_together(monkeypatch):
 
 def test_many_numbers_go_through_the_same_instructions(monkeypatch):
     x_ND = torch.randn(100, 8)
-    monkeypatch.setattr(products, "SERIAL_NUMBERS", 30)
+    monkeypatch.setattr(products, "SERIAL_NUMBERS", 100)
     sizes = []
 
     def doubled(part_ND):
@@ -84,7 +90,25 @@ def test_many_numbers_go_through_the_same_instructions(monkeypatch):
         return 2 * part_ND
 
     assert torch.equal(elementwise(doubled, x_ND), 2 * x_ND)
-    assert max(sizes) < 30
+    assert max(sizes) < 100
+
+
+@pytest.mark.parametrize("width", [1, 31, 48, 64, 100])
+def test_no_number_is_left_over_for_other_instructions(monkeypatch, width):
+    """In place of torch's own a function that is another for numbers that fill no vector."""
+    torch.manual_seed(0)
+    x_ND = torch.randn(5, width)
+    for rows in (1, 2, 5):
+        assert torch.equal(silu(x_ND)[:rows], silu(x_ND[:rows]))
+    torch.testing.assert_close(silu(x_ND), x_ND.sigmoid() * x_ND)
+
+    def other(part_ND):
+        alike = part_ND.numel() // 32 * 32
+        return torch.where(torch.arange(part_ND.numel()).view_as(part_ND) < alike, part_ND, 0.0)
+
+    assert torch.equal(elementwise(other, x_ND), x_ND)
+    monkeypatch.setattr(products.F, "silu", other)
+    assert torch.equal(silu(x_ND), x_ND)
 
 
 def test_a_text_is_tried_alone_and_among_others_in_every_pass(small, monkeypatch):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...model.experts import Expert
@@ -22,7 +21,7 @@ from ...model.trunk import Trunk
 from ..generation import BASE_READER
 from ..networks import TokenRouted
 from .network import DTYPE, SteadyNetwork, has_steady_places
-from .products import elementwise
+from .products import silu
 
 # Deltas of several experts run as one product with zeros for those that were not chosen, as long as
 # their ranks together are so small a part of the model's width.
@@ -115,7 +114,7 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
     def _swiglu(self, network: Any, x_ND: Tensor) -> Tensor:
         """Return y_ND of one network."""
         x_ND = x_ND.to(DTYPE)
-        h_NF = elementwise(F.silu, self._product(x_ND, network.gate_proj))
+        h_NF = silu(self._product(x_ND, network.gate_proj))
         h_NF *= self._product(x_ND, network.up_proj)
         return self._product(h_NF, network.down_proj)
 
@@ -148,7 +147,7 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
             z_gate_PC, z_up_PC = z_PC.float().chunk(2, 1)
             g_RF[row_P] += self._products(z_gate_PC * scale_PC, deltas.gate_FC)
             u_RF[row_P] += self._products(z_up_PC * scale_PC, deltas.up_FC)
-        h_RF = elementwise(F.silu, g_RF).mul_(u_RF)
+        h_RF = silu(g_RF).mul_(u_RF)
         y_RD = x_ND.new_zeros(len(expert_R), x_ND.shape[1], dtype=torch.float32)
         for deltas, row_P, scale_PC in chosen:
             z_PC = self._products(h_RF[row_P], deltas.down_CF)

@@ -13,7 +13,7 @@ from ..held_weights import cast_weights
 from ..networks import Batch, Network
 from ..slot_cache import PLACES
 from .attention import SteadyRotary, attend_alone
-from .products import SteadyProducts, elementwise, replace_linear
+from .products import SteadyProducts, replace_linear, silu
 
 DTYPE = torch.bfloat16
 # Of each text's logits, the likeliest.
@@ -67,4 +67,4 @@ class SteadySilu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return it, for x of any shape."""
-        return elementwise(F.silu, x.flatten(0, -2)).view_as(x)
+        return silu(x.flatten(0, -2)).view_as(x)

@@ -7,6 +7,7 @@ place: rows are filled up to such a number, and more than the largest are taken 
 N rows, D width in, F width out.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ TRIED_ROWS = 64
 # Below which torch works elementwise with one thread. With several each begins where it happens to
 # be, and numbers at its ends go through other instructions than those in between.
 SERIAL_NUMBERS = 32_768
+# What torch takes at once, at most, on processors of any width: two vectors of 16 numbers in fp32.
+# Those that are left over go through other instructions, number by number.
+AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,21 @@ def replace_linear(network: nn.Module, products: SteadyProducts) -> None:
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
-    """Return a function of each number, of all of which it is computed in the same way."""
-    rows = max(1, (SERIAL_NUMBERS - 1) // x_ND.shape[1])
+    """Return a function of each number, of all of which it is computed in the same way; no number
+    is left over, as rows are filled up."""
+    count, width = x_ND.shape
+    step = AT_ONCE // math.gcd(AT_ONCE, width)
+    rows = max(step, (SERIAL_NUMBERS - 1) // width // step * step)
+    if missing := -count % step:
+        x_ND = torch.cat([x_ND, x_ND.new_zeros(missing, width)])
     if len(x_ND) <= rows:
-        return function(x_ND)
-    return torch.cat([function(part_ND) for part_ND in x_ND.split(rows)])
+        return function(x_ND)[:count]
+    return torch.cat([function(part_ND) for part_ND in x_ND.split(rows)])[:count]
+
+
+def silu(x_ND: Tensor) -> Tensor:
+    """Return x sigmoid(x), of each number computed in the same way."""
+    width = x_ND.shape[1]
+    # by numbers and not by rows, of which a wide network's would be too many to run with one thread
+    filled_ND = F.pad(x_ND, (0, -width % AT_ONCE))
+    return elementwise(F.silu, filled_ND)[:, :width]
