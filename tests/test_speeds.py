@@ -65,7 +65,8 @@ def test_jobs_that_are_like_one_tell_most_of_it(store):
     found = list(speeds(store))
 
     def chosen(flops_per_token, threads):
-        kept = alike(found, flops_per_token, threads)
+        # of older trainings, which noted no dtype
+        kept = alike(found, flops_per_token, threads, "bf16")
         return sorted(int(each.manifest.address[-1]) for each in kept)
 
     # the same work, with as many threads where there is such a job
@@ -74,4 +75,19 @@ def test_jobs_that_are_like_one_tell_most_of_it(store):
     assert chosen(1200.0, 2) == [1, 3] and chosen(1500.0, 4) == [2] and chosen(2e6, 2) == [4]
     # nothing like it, or a size that nobody knows
     assert chosen(1.0, 4) == [2, 4] and chosen(0.0, 2) == [1, 3]
-    assert alike([], 1000.0, 2) == []
+    assert alike([], 1000.0, 2, "fp32") == []
+
+
+def test_a_job_in_bf16_is_not_told_from_those_in_fp32(store):
+    leave(store, 1, steps=10, step_s=1.0, machine={"dtype": "fp32"})
+    leave(store, 2, steps=10, step_s=0.8, machine={"dtype": "bf16", "threads": 4})
+    leave(store, 3, steps=10, step_s=1.0, flops_per_token=1e6)
+    found = list(speeds(store))
+
+    def chosen(dtype, known=found):
+        kept = alike(known, 1000.0, 2, dtype)
+        return [int(each.manifest.address[-1]) for each in kept]
+
+    # rather of other threads, or of an older training, than of another arithmetic
+    assert chosen("fp32") == [1] and chosen("bf16") == [2]
+    assert chosen("bf16", found[:1]) == []

@@ -120,7 +120,7 @@ def estimate(
                 seconds = 0.0
             elif job is not None and job.flops is not None:
                 # What may turn out to be stale is counted: a limit on the cost has to hold
-                rate = _flops_per_s(job, machine, finished_jobs, prices)
+                rate = _flops_per_s(job, machine, finished_jobs, prices, addresses.cfg.dtype)
                 seconds = STARTUP_S + job.flops / rate
             elif not trains or (job is None and sizes_known):
                 seconds, assumed = _usual_s(stage, timed)
@@ -183,12 +183,16 @@ def _bytes(address: str, job: JobCost | None, trains: bool, dtype: str, store: S
 
 
 def _flops_per_s(
-    job: JobCost, machine: MachineConfig, finished_jobs: Iterable[Speed], prices: Prices
+    job: JobCost,
+    machine: MachineConfig,
+    finished_jobs: Iterable[Speed],
+    prices: Prices,
+    dtype: str,
 ) -> float:
     """Return what finished jobs like one reached on such a machine, else a share of its peak."""
     there = [each for each in finished_jobs if _rate_on(machine, each)]
     rates = []
-    for each in alike(there, job.flops_per_token, math.ceil(machine.cpu)):
+    for each in alike(there, job.flops_per_token, math.ceil(machine.cpu), dtype):
         rates.append(_rate_on(machine, each) or 0.0)
     return typical(rates) or ASSUMED_MFU * prices.flops_per_s(machine)
 

@@ -260,6 +260,7 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
     known: list[Speed] | None = None
     probed = 0.0
     threads = cfg.runtime.most_threads(cores())
+    dtype = Addresses(cfg).cfg.dtype
     for entry in entries:
         job = entry.job
         if job is None or job.flops is None:
@@ -270,10 +271,10 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
         # Only what is still to do needs a rate, and measuring one takes a moment
         if known is None:
             known = _of_this_machine(store)
-        told = alike(known, job.flops_per_token, threads)
+        told = alike(known, job.flops_per_token, threads, dtype)
         rate = typical([each.flops_per_s for each in told]) or probed
         if not rate:
-            probed = ASSUMED_MFU * product_flops_per_s(Addresses(cfg).cfg.dtype == "bf16")
+            probed = ASSUMED_MFU * product_flops_per_s(dtype == "bf16")
             rate = probed
         seconds[entry.address] = job.flops / rate
     return seconds

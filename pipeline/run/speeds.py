@@ -36,6 +36,12 @@ class Speed:
         found: int | None = self.manifest.made.get("machine", {}).get("threads")
         return found
 
+    @property
+    def dtype(self) -> str | None:
+        """What its products ran in; None of an older training, which did not note it."""
+        found: str | None = self.manifest.made.get("machine", {}).get("dtype")
+        return found
+
 
 def speeds(store: Store) -> Iterator[Speed]:
     """Yield the speeds of the finished trainings that were long enough to tell one."""
@@ -73,10 +79,15 @@ def _speed(manifest: Manifest) -> Speed | None:
     return Speed(manifest, tokens * metrics["flops_per_token"] / seconds, seconds)
 
 
-def alike(found: Iterable[Speed], flops_per_token: float, threads: int) -> list[Speed]:
-    """Return the speeds that tell most of a job: of the same operations a token and as many
-    threads, else of a model about as large with as many, and only then whatever its threads."""
-    known = list(found)
+def alike(found: Iterable[Speed], flops_per_token: float, threads: int, dtype: str) -> list[Speed]:
+    """Return the speeds that tell most of a job whose products run in bf16 or fp32: of the same
+    operations a token and as many threads, else of a model about as large with as many, and only
+    then whatever its threads.
+
+    None of the other arithmetic, which is several times as fast or as slow: what a machine is
+    thought to do says more.
+    """
+    known = [each for each in found if each.dtype in (None, dtype)]
     same = [each for each in known if each.threads == threads]
     for some in (same, known):
         for least, most in ((1 - 1e-9, 1 + 1e-9), (1 / NEAR, NEAR)):
