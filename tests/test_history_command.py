@@ -291,6 +291,18 @@ def test_experiments_are_shown_compared_drawn_and_exported_by_their_name(history
     assert "Trials of small" in text and "Trials of real" not in text
 
 
+def test_a_run_that_is_called_as_experiments_are_is_told(history, tried, tmp_path):
+    run = small.leave_run(tried, "real", [small.address("train_joint", "moe", 11)])
+    told = f"real is taken for the experiments; {run} is the run of that name"
+    page = tmp_path / "page.html"
+    for words in (["show"], ["compare"], ["report", "--no-png", "--to", page]):
+        assert told in history(*words, "real", store=tried)
+        assert "taken for" not in history(*words, "small", store=tried)
+    assert "taken for" not in history("list", store=tried)
+    shown = history("show", run, store=tried)
+    assert f"{run}, ffn_moe" in shown and "taken for" not in shown
+
+
 def test_losses_of_other_tokens_are_not_the_lowest(history, tmp_path):
     store = small.new_store(tmp_path / "store")
     losses = {"base": (3.0, 2.0, "a"), "given": (2.0, 1.9, "b")}

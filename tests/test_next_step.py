@@ -2,6 +2,7 @@
 by a run's name, and runs are listed with their score."""
 
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -108,7 +109,15 @@ def test_the_newest_report_is_found_by_name_and_opened(kept, tmp_path, capfd, mo
     together.write_text("<p>")
     os.utime(together, (time.time() + 9, time.time() + 9))
     for words in ([], ["reference"]):
-        assert str(together) in typed(capfd, 0, "open", *words, "--store", kept.root)
+        told = typed(capfd, 0, "open", *words, "--store", kept.root)
+        assert str(together) in told and "taken for the experiments" not in told
+    # a run of the same name is reached by its id, and what is of it by its name
+    shutil.copytree(together.parent, kept.root / "experiments" / "older")
+    told = typed(capfd, 0, "open", "older", "--store", kept.root)
+    assert str(pages["older"]) not in told
+    (run,) = re.findall(r"older is taken for the experiments; (older-\S+) is the run", told)
+    for words in ([run], ["older", "evaluate"]):
+        assert str(pages["older"]) in typed(capfd, 0, "open", *words, "--store", kept.root)
     told = typed(capfd, 2, "open", "bare", "--store", kept.root)
     assert "nothing of bare" in told
     # begun again with other settings, and not made yet

@@ -20,8 +20,7 @@ def newest_report(store: Store, words: Sequence[str]) -> Path:
     """Return the newest page of a run, of an experiments file by its name, or of all. Raises
     ConfigError where there is none, and what `found` does."""
     if words:
-        together = store.root / FOLDER / words[0] / PAGE
-        if together.is_file():
+        if together := _together(store, words):
             return together
         pages: list[Path] = []
         for root in runs_called(store, words[0]) if len(words) == 1 else ():
@@ -35,6 +34,12 @@ def newest_report(store: Store, words: Sequence[str]) -> Path:
         of = f" of {'/'.join(words)}" if words else ""
         raise ConfigError(f"no report{of} is in {store.root} yet; `evaluate` makes one")
     return max(pages, key=lambda page: page.stat().st_mtime_ns)
+
+
+def _together(store: Store, words: Sequence[str]) -> Path | None:
+    """Return the page of an experiments file that is named, and nothing of it; None for others."""
+    page = store.root / FOLDER / "/".join(words) / PAGE
+    return page if len(words) == 1 and page.is_file() else None
 
 
 def report_of_run(store: Store, root: Root) -> Path | None:
@@ -57,6 +62,10 @@ def open_report(words: Sequence[str], store: Store, console: Console, in_browser
     store.open(create=False)
     page = newest_report(store, words)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    if _together(store, words):
+        for root in runs_called(store, words[0])[:1]:
+            text = f"{words[0]} is taken for the experiments; {root.id} is the run of that name"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     if in_browser and not webbrowser.open(page.resolve().as_uri()):
         text = "no browser can be started here: copy that file to where there is one"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -26,6 +26,9 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
     say = said(console)
     with history_db(store, progress) as index:
         everything = known(index, store.root)
+        for name in _typed(args):
+            if run := everything.run_beside(name):
+                say(f"{name} is taken for the experiments; {run.id} is the run of that name")
         if args.action == "list":
             list_runs(everything, args.last, console)
             list_experiments(everything, args.last, console)
@@ -50,6 +53,16 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
                 runs = runs[: args.last]
             report(runs, everything, index, store, args.to, not args.no_png, say)
             args.next = next_step.opened_page(args.to)
+
+
+def _typed(args: argparse.Namespace) -> list[str]:
+    """Return the names that an action was given."""
+    if args.action == "list":
+        return []
+    if args.action == "show":
+        return [args.what]
+    names: list[str] = args.what if args.action == "export" else args.runs
+    return names
 
 
 def _show(

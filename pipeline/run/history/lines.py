@@ -201,6 +201,14 @@ class Known:
         """Return the experiments of a name; None where there are none."""
         return next((each for each in self.experiments if each.name == name), None)
 
+    def run_beside(self, name: str) -> PastRun | None:
+        """Return the latest run of a name that experiments have too, and are meant by; None where
+        there are not both."""
+        if self.experiments_called(name) is None:
+            return None
+        # a training that no run reaches has its item for a name
+        return next((run for run in self.runs if run.name == name and run.has_root), None)
+
     def trials_of(self, experiments: PastExperiments) -> list[PastRun]:
         """Return the runs that are trials of experiments."""
         return [run for run in self.runs if experiments.has(run.name, run.addresses)]
