@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import small_histories as small
 from rich.console import Console
+from small_reports import language_report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -116,6 +117,41 @@ def test_runs_are_ranked_by_the_job_that_tells_them_apart(tmp_path, history):
     assert "try3-" in history("compare", "try[34]", "--job", "train_experts sea", store=store)
     told = history("compare", "try*", "--job", "train_all", store=store, code=2)
     assert "none of these runs has trained train_all; they have train_experts sea" in told
+
+
+def test_a_loss_a_token_ranks_no_runs_of_other_tokens(tmp_path, history):
+    store = small.new_store(tmp_path / "store")
+    bits = (1.2, 1.1, 1.3)
+    for number in range(3):
+        at = small.address("train_router", None, number)
+        report = small.address("evaluate", None, number)
+        small.write_history(store, at, small.rows(start=9.0 - number))
+        addresses = [small.address("tokenizer", None, number // 2), at, report]
+        small.leave_run(store, f"try{number}", addresses, f"2026-11-27T0{number}:00:00Z")
+
+    def ranked(*names):
+        printed = history("compare", *names, "--job", "train_router", store=store)
+        lines = [line for line in printed.splitlines() if line.startswith("│ try")]
+        return " ".join(printed.split()), [line[5] for line in lines]
+
+    # two of one tokenizer
+    told, order = ranked("try0", "try1")
+    assert order == ["1", "0"] and "by the best validation of train_router" in told
+    told, order = ranked("try*")
+    assert order == ["2", "1", "0"] and "not ranked: losses a token do not compare" in told
+    assert "not all have bits per byte" in told
+    for number, mean in enumerate(bits):
+        one = language_report()
+        quality = [
+            row.model_copy(update={"mean": mean}) if row.is_stack else row for row in one.quality
+        ]
+        changed = one.model_copy(update={"quality": tuple(quality)})
+        small.write_report(store, small.address("evaluate", None, number), changed)
+    told, order = ranked("try*")
+    assert order == ["1", "0", "2"] and "by bits per byte of what they serve" in told
+    beside = history("compare", "try0", "try2", store=store)
+    assert "losses a token do not compare, as tokenizers are others; bits per byte" in beside
+    assert "do not compare" not in history("compare", "try0", "try1", store=store)
 
 
 def test_very_many_runs_are_lines_whose_columns_are_aligned(tmp_path, history, monkeypatch):

@@ -8,7 +8,7 @@ from rich.console import Console
 from ...errors import ConfigError, StoreError
 from ...report.experiments import flat
 from ...report.format import DASH, count, figures, seconds
-from ...report.scores import LESS_IS_BETTER
+from ...report.scores import BITS, LESS_IS_BETTER
 from ...store.artifacts import Store
 from ...store.roots import read_root, root_path
 from ..prune import said
@@ -19,6 +19,7 @@ from .listing import print_rows, scored
 MOST_BESIDE = 6
 LONG = 60  # characters of an override in a ranking
 RANKING = ("run", "best valid", "at step", "tokens", "tokens/s", "score", "time", "overrides")
+OTHER_TOKENS = "losses a token do not compare, as tokenizers are others"
 _OF_TRAINING: tuple[tuple[str, Callable[[PastTraining], str]], ...] = (
     ("best valid, nats", lambda each: figures(each.valid_nats)),
     ("last train, nats", lambda each: figures(each.train_nats)),
@@ -33,7 +34,8 @@ def compare(
 ) -> Sequence[PastRun]:
     """Print runs beside each other: a few with all they came to, more as a ranking by the best
     validation of one job, by its name, else of the one that tells most of them apart; return those
-    that may be drawn together, the best ones. Raises ConfigError when none has that job."""
+    that may be drawn together, the best ones. Where tokens are others a loss a token ranks nothing,
+    and bits per byte do. Raises ConfigError when none has that job."""
     if len(runs) > MOST_BESIDE or job:
         return _rank(runs, job or _telling(runs), console)[:MOST_BESIDE]
     _beside(runs, store, console)
@@ -57,8 +59,8 @@ def _telling(runs: Sequence[PastRun]) -> str:
 
 
 def _rank(runs: Sequence[PastRun], job: str, console: Console) -> list[PastRun]:
-    """Print runs by the best validation of a job; return them in that order. Raises
-    ConfigError."""
+    """Print runs by the best validation of a job, or by what compares in its place; return them in
+    that order. Raises ConfigError."""
     placed = []
     known: set[str] = set()
     for run in runs:
@@ -71,11 +73,28 @@ def _rank(runs: Sequence[PastRun], job: str, console: Console) -> list[PastRun]:
         raise ConfigError(
             f"--job: none of these runs has trained {job}; they have {', '.join(sorted(known))}"
         )
-    placed.sort(key=lambda each: each[:3])
-    rows = [_ranked(run, training) for *_, run, training in placed]
     title = f"runs by the best validation of {job}" if job else "runs without a training"
+    if not _other_tokens([run for *_, run, training in placed if training]):
+        placed.sort(key=lambda each: each[:3])
+    elif all(_bits(run) is not None for run in runs):
+        placed.sort(key=lambda each: (_bits(each[3]) or 0.0, each[2]))
+        title = f"runs by bits per byte of what they serve, as tokens of {job} are others"
+    else:
+        title = f"runs, not ranked: {OTHER_TOKENS}, and not all have bits per byte"
+    rows = [_ranked(run, training) for *_, run, training in placed]
     print_rows(title, RANKING, rows, console)
     return [each[3] for each in placed]
+
+
+def _other_tokens(runs: Iterable[PastRun]) -> bool:
+    """Whether a loss a token of one of these runs is known to be of other tokens than another's."""
+    return len({run.tokens for run in runs if run.tokens}) > 1
+
+
+def _bits(run: PastRun) -> float | None:
+    """Return the bits per byte of what a run serves, by its newest report."""
+    score = run.evaluation.score if run.evaluation else None
+    return score.value if score and score.measure == BITS else None
 
 
 def _ranked(run: PastRun, training: PastTraining | None) -> tuple[str, ...]:
@@ -105,6 +124,8 @@ def _beside(runs: Sequence[PastRun], store: Store, console: Console) -> None:
     rows += _scores(runs)
     rows.append(("time of all jobs", *(seconds(run.seconds) for run in runs)))
     print_rows("side by side", columns, rows, console)
+    if _other_tokens(runs):
+        said(console)(f"{OTHER_TOKENS}; bits per byte compare")
     differing = list(_differing(runs, store, console))
     if differing:
         print_rows("settings that differ", columns, differing, console)

@@ -32,6 +32,7 @@ _TOTALS = """
 SELECT run, count(*), total(seconds), total(bytes)
 FROM run_addresses JOIN artifacts USING (address) GROUP BY run
 """
+_TOKENIZERS = "SELECT run, address FROM run_addresses WHERE address GLOB 'tokenizer-*'"
 # What runs share counts for each of them, as all that its addresses took does
 SPENT = """
 SELECT run, stage, total(seconds), total(usd), sum(estimated) FROM (
@@ -152,6 +153,7 @@ class PastRun:
     trainings: tuple[PastTraining, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     deploys: tuple[Deploy, ...] = ()
+    tokens: str = ""  # the same where losses a token compare; not known of every run
     has_root: bool = True  # False: a history that was brought from elsewhere, or is of no run
 
     @property
@@ -230,6 +232,7 @@ class _Places:
     trainings: Mapping[str, PastTraining]
     evaluations: Mapping[str, Evaluation]
     deploys: Mapping[str, Deploy]
+    tokens: Mapping[str, str]  # of runs, where their tokenizer is
     of_run: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -239,6 +242,7 @@ def known(index: sqlite3.Connection, where: Path) -> Known:
         {each.address: each for each in _trainings(index)},
         {each.address: each for each in _evaluations(index)},
         {each.address: each for each in _deploys(index)},
+        dict(index.execute(_TOKENIZERS)),
     )
     reached = set()
     for table in ("histories", "evaluations", "deploys"):
@@ -305,6 +309,7 @@ def _run(row: tuple, totals: list, places: _Places) -> PastRun:
         tuple(sorted(trainings, key=lambda each: each.place)),
         tuple(_at(addresses, places.evaluations)),
         tuple(_at(addresses, places.deploys)),
+        places.tokens.get(run, ""),
     )
 
 
