@@ -121,7 +121,7 @@ def _jobs_of(stage: str) -> Callable:
             return cloud.at_work(claims, leases, addresses)
 
         def takes(address: str) -> bool:
-            return cloud.takes(claims, leases["token"], address, modal.current_function_call_id())
+            return cloud.takes(claims, leases, address, modal.current_function_call_id())
 
         here = (Path(VOLUME), volume.commit, volume.reload)
         return cloud.work(stage, raw, items, *here, renewing, takes)

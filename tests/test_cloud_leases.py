@@ -3,11 +3,13 @@ back."""
 
 import shutil
 import threading
+import time
 from contextlib import suppress
 
 import pytest
 
 from pipeline import cloud
+from pipeline.cloud.calls import is_handed_out
 from pipeline.cloud.leases import LASTS_S, Leases
 from pipeline.errors import ConfigError
 from pipeline.families.load import load
@@ -15,6 +17,9 @@ from pipeline.protocols import quiet
 from pipeline.run import stages
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store
+
+# What containers are given of the leases of a run
+RUN = {"by": "one", "token": "run", "held": {}}
 
 
 class FakeTable:
@@ -120,6 +125,59 @@ def test_a_container_that_began_late_renews_what_another_attempt_has_claimed_ane
     assert two.claim("a") is None
     late.renew()
     assert late.told()["held"] == {} and one.claim("a").by == "two"
+
+
+def test_a_container_begins_only_what_no_other_run_has_claimed(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+
+    def container():
+        leases = Leases.of(table, one.told(), ["a"])
+        leases._clock = clock
+        return leases
+
+    late = container()
+    clock.at += LASTS_S + 1
+    assert two.claim("a") is None
+    assert late.begin("a").by == "two"
+    # What that has given back, or let end, is the container's
+    two.give_back(["a"])
+    assert late.begin("a") is None and two.claim("a").by == "one"
+    clock.at += LASTS_S - 1
+    late.renew()
+    clock.at += 2
+    assert two.claim("a").by == "one"
+    # Who handed it out gives back what its containers have claimed too
+    again = container()
+    assert again.begin("a") is None
+    one.give_back(["a"])
+    assert two.claim("a") is None
+
+
+def test_of_a_container_and_a_run_that_saw_its_lease_expired_one_gets_the_job():
+    for _ in range(20):
+        table, clock = FakeTable(), Clock()
+        one = Leases(table, "one", clock=clock)
+        one.claim("a")
+        clock.at += LASTS_S
+        start, got = threading.Barrier(2), []
+
+        def container(one=one, start=start, got=got):
+            start.wait()
+            if one.begin("a") is None:
+                got.append("container")
+
+        def other(table=table, clock=clock, start=start, got=got):
+            start.wait()
+            if Leases(table, "two", clock=clock).claim("a") is None:
+                got.append("run")
+
+        threads = [threading.Thread(target=each) for each in (container, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 1
 
 
 @pytest.mark.parametrize("ended", ["never", "expired", "given back", "torn"])
@@ -322,7 +380,7 @@ def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
             if len(calls) == 1:
                 # Killed between the call and its note
                 if noted_first == "container":
-                    assert cloud.takes(table, "run", address, call.object_id)
+                    assert cloud.takes(table, RUN, address, call.object_id)
                 raise Left
             return call
 
@@ -335,10 +393,59 @@ def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
         assert attempt() == [([sea], made)]
         # Where the lost one had begun there is no second; else it finds the job taken, and ends
         assert len(calls) == (1 if noted_first == "container" else 2)
-        doing = [call for call in calls if cloud.takes(table, "run", address, call)]
+        doing = [call for call in calls if cloud.takes(table, RUN, address, call)]
         assert len(doing) == 1
         # A container that comes back after a preemption has it still
-        assert cloud.takes(table, "run", address, doing[0])
+        assert cloud.takes(table, RUN, address, doing[0])
+
+
+def test_a_queued_container_whose_run_was_taken_for_dead_ends_with_nothing_done(begun):
+    cfg, store = begun
+    addresses = stages.Addresses(cfg)
+    lost, *others = cfg.experts
+    address = addresses.of("train_experts", lost)
+    table, clock, calls, trained = FakeTable(), Clock(), {}, []
+    one = Leases(table, "one", "run", clock=clock)
+    two = Leases(table, "two", clock=clock)
+
+    class Queued(FakeCall):
+        """A container that comes up when somebody waits for it."""
+
+        def __init__(self, item, told):
+            super().__init__(len(calls), None)
+            self.item, self.told = item, told
+
+        def get(self):
+            own = addresses.of("train_experts", self.item)
+            if not cloud.takes(table, self.told, own, self.object_id):
+                return []
+            trained.append(self.item)
+            made = run_job("train_experts", cfg, store, self.item, progress=quiet)
+            return [cloud.JobResult.of(made, "made")]
+
+    def start(_stage, items):
+        call = Queued(items[0], one.told())
+        calls[call.object_id] = call
+        if len(calls) == len(cfg.experts):
+            # For longer than its leases last nobody hears of it, and another run has the first job
+            clock.at = time.time()
+            assert two.claim(address) is None
+        return call
+
+    def wait(_seconds):
+        # What has left is handed out anew once the other one has given up
+        assert not is_handed_out(table, "run", address)
+        assert trained == others
+        two.give_back([address])
+
+    hand_out = cloud.by_calls(addresses, "run", table, False, start, calls.__getitem__)
+    results = cloud.orchestrate(
+        cfg, ("train_experts",), store, hand_out, "again", lambda _text: None, one, wait
+    )
+    assert [result.state for result in results] == ["made"] * len(cfg.experts)
+    assert trained == [*others, lost] and len(calls) == len(cfg.experts) + 1
+    # The container that left does not take it up when it is begun once more
+    assert not cloud.takes(table, RUN, address, "fc-0")
 
 
 def test_a_container_leaves_what_another_call_does(finished, tmp_path):

@@ -3,16 +3,18 @@ which job stands in the table that all containers share.
 
 Invariant: of a run one call does a job. Whoever begins one and is gone before that is noted is
 followed by another that begins it again; the first call that is noted, by who began it or by its
-own container, does the job, and the container of the other one ends with nothing done.
+own container, does the job, and the container of the other one ends with nothing done. A call
+whose container finds the job claimed by another run leaves it, and is followed by another call when
+the job is this run's again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from ..run.stages import Addresses
 from .containers import Items, JobResult
 from .handing_out import Came, FarJob, HandOut, HandOutJobs
-from .leases import SharedTable
+from .leases import Leases, SharedTable
 
 # Attempts of what hands out jobs beside the first one, as many as Modal allows
 ATTEMPTS = 10
@@ -67,7 +69,7 @@ def by_calls_of_many(
         of: dict[str, list[FarJob]] = {}
         fresh = []
         for job in jobs:
-            known = table.get(_key(run, job.address))
+            _, known = _noted(table, run, job.address)
             if known is None:
                 fresh.append(job)
             else:
@@ -76,7 +78,7 @@ def by_calls_of_many(
             call = start(group)
             calls[call.object_id] = call
             for job in group:
-                noted = _noted(table, run, job.address, call.object_id)
+                noted = _note(table, run, job.address, call.object_id)
                 of.setdefault(noted, []).append(job)
         for known, group in of.items():
             try:
@@ -87,27 +89,61 @@ def by_calls_of_many(
     return hand_out
 
 
-def takes(table: SharedTable, run: str, address: str, call: str | None) -> bool:
-    """Whether a container does a job that was handed out to it: not where it is another call's."""
-    return call is None or _noted(table, run, address, call) == call
+def takes(table: SharedTable, told: Mapping[str, Any], address: str, call: str | None) -> bool:
+    """Whether a container does a job that was handed out to it: not where it is another call's, nor
+    where another run has it by now. `told` is what it was given of the leases of its run."""
+    run = told["token"]
+    if call is None or not run:
+        return True
+    # One that comes back after a preemption does not take up what it has left
+    if _has_left(table, run, address, call) or _note(table, run, address, call) != call:
+        return False
+    lease = Leases.of(table, told, [address]).begin(address)
+    if lease is None:
+        return True
+    print(f"{address}: {lease.by} does it since {lease.since}; nothing is done here")
+    table.put(_left(run, address, call), lease.by)
+    return False
 
 
 def is_handed_out(table: SharedTable, run: str, address: str) -> bool:
     """Whether a call does a job for a run, or will when there is a container for it."""
-    return table.get(_key(run, address)) is not None
+    _, call = _noted(table, run, address)
+    return call is not None
 
 
-def _noted(table: SharedTable, run: str, address: str, call: str) -> str:
+def _note(table: SharedTable, run: str, address: str, call: str) -> str:
     """Return the call that does a job: the one that is noted first."""
-    key = _key(run, address)
-    if table.put(key, call, skip_if_exists=True):
-        return call
-    return table.get(key) or call
+    while True:
+        number, noted = _noted(table, run, address)
+        if noted is not None:
+            return noted
+        if table.put(_key(run, address, number), call, skip_if_exists=True):
+            return call
 
 
-def _key(run: str, address: str) -> str:
+def _noted(table: SharedTable, run: str, address: str) -> tuple[int, str | None]:
+    """Return the call that does a job and its number, None where all that were asked for have left
+    it."""
+    number = 0
+    while True:
+        call = table.get(_key(run, address, number))
+        if call is None or not _has_left(table, run, address, call):
+            return number, call
+        number += 1
+
+
+def _has_left(table: SharedTable, run: str, address: str, call: str) -> bool:
+    return table.get(_left(run, address, call)) is not None
+
+
+def _left(run: str, address: str, call: str) -> str:
+    return f"{run}/{address}/left/{call}"
+
+
+def _key(run: str, address: str, number: int) -> str:
     # By address, as another look at the data makes another job of it
-    return f"{run}/{address}"
+    return f"{run}/{address}/call/{number}" if number else f"{run}/{address}"
 
 
 def _groups(jobs: list[FarJob], sequential: bool) -> list[list[FarJob]]:

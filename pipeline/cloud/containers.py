@@ -114,7 +114,7 @@ def work(
     takes: Callable[[str], bool] = _whatever,
 ) -> list[JobResult]:
     """Do jobs of a stage in this container, one after another; return how each ended. `renewing`
-    keeps the leases of their addresses meanwhile; what another call has begun it `takes` not.
+    keeps the leases of their addresses meanwhile; what another call or run does it `takes` not.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run
     again.

@@ -139,21 +139,24 @@ def shared_out(
         if mine:
             # Who had it may have ended between the look and the claim
             store.refresh()
-            left = _missing(mine, store)
-            leases.give_back(job.address for job in mine if job not in left)
-            mine = left
+            to_do = _missing(mine, store)
+            leases.give_back(job.address for job in mine if job not in to_do)
+            mine = to_do
+        left = dict.fromkeys(mine)
         # Whoever goes in the middle of it keeps the leases of what its containers are at
         for job, result in _handed_out(mine, store, hand_out):
             leases.give_back([job.address])
+            left.pop(job)
             yield job, result
         for job, lease in others.items():
             if (job.address, lease.token) not in known:
                 known.add((job.address, lease.token))
                 progress(f"{job.name}: {lease.by} does it since {lease.since}; waiting for it")
-        if others:
+        # What containers have left is another run's, which has claimed it before they came up
+        if others or left:
             wait(LOOK_EVERY_S)
             store.refresh()
-        missing = _missing(list(others), store)
+        missing = _missing([*left, *others], store)
 
 
 def _missing(jobs: Sequence[FarJob], store: Store) -> list[FarJob]:

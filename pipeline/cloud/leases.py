@@ -2,7 +2,8 @@
 want the same are not paid for twice.
 
 Invariant: of those that claim a job one gets it. A lease that has expired is never written over:
-the next one has the next number, and the table takes each number once.
+the next one has the next number, and the table takes each number once. A container begins by a
+number of its own, so of two runs that take the same job for theirs one works.
 """
 
 import json
@@ -19,6 +20,7 @@ from ..store.artifacts import now
 # Longer than several renewals that get no answer, shorter than anybody wants to wait for the dead
 LASTS_S = 300.0
 RENEW_S = 60.0
+ALONE_EVERY_S = 1.0  # whether who is at something that takes a moment has ended
 RUN = "run"  # before what the attempts of a run are called
 
 
@@ -91,17 +93,63 @@ class Leases:
             if lease.token != self.token:
                 return lease
             # An earlier attempt's, whose containers may be at work
+            followed = self._followed(address, number)
+            if followed is None:
+                number += 1
+                continue
             with self._lock:
-                self._held[address] = number
+                self._held[address] = followed
             return None
+
+    def begin(self, address: str) -> Lease | None:
+        """Return None where a container is to do a job that was handed out to it, else the lease of
+        the other run that does it by now: this run's had ended before the container came up."""
+        while True:
+            number, last = self._last(address)
+            if last is not None and last.token != self.token and last.until > self._clock():
+                return last
+            key = _key(address, number + 1)
+            # Also where the last one is this run's: who saw that one expired may just be claiming
+            if self.table.put(key, self._value(LASTS_S), skip_if_exists=True):
+                break
+        if last is not None and last.token == self.token:
+            # Nobody renews it any more
+            self.table.put(_key(address, number), self._value(None))
+        with self._lock:
+            self._held[address] = number + 1
+        return None
+
+    def _last(self, address: str) -> tuple[int, Lease | None]:
+        """Return the last number that was claimed, -1 before any, and the lease under it."""
+        number, last = -1, None
+        while True:
+            text = self.table.get(_key(address, number + 1))
+            if text is None:
+                return number, last
+            number += 1
+            last = Lease.read(text)
 
     def give_back(self, addresses: Iterable[str]) -> None:
         """Let others do these jobs, as far as they are this run's."""
         for address in addresses:
             with self._lock:
                 number = self._held.pop(address, None)
-            if number is not None:
-                self.table.put(_key(address, number), self._value(None))
+            if number is None:
+                continue
+            # Its container may have claimed another one
+            followed = self._followed(address, number)
+            for each in dict.fromkeys((number, number if followed is None else followed)):
+                self.table.put(_key(address, each), self._value(None))
+
+    @contextmanager
+    def alone(self, address: str, wait: Callable[[float], None] = time.sleep) -> Iterator[None]:
+        """Have something done by one run at a time, as soon as nobody else is at it."""
+        while self.claim(address) is not None:
+            wait(ALONE_EVERY_S)
+        try:
+            yield
+        finally:
+            self.give_back([address])
 
     def renew(self) -> None:
         """Have the leases last longer; one that expired and was followed by another run's is
