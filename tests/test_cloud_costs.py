@@ -166,6 +166,26 @@ def test_everything_that_is_to_be_made_has_a_price(tmp_path):
         assert other.usd == pytest.approx(1.75 * line.usd)
 
 
+def test_of_several_gpus_the_dearest_outcome_is_the_cost_and_the_slowest_the_time(tmp_path):
+    steps = "trunk.steps=10000000000"
+
+    def line_on(gpus):
+        _, [line] = estimated(tmp_path, ("train_shared",), steps, f"modal.train_shared.gpu={gpus}")
+        return line
+
+    slow, fast = line_on("[T4]"), line_on("[H100]")
+    # The T4 has a seventh of the price and 124 times the time
+    assert slow.usd > 2 * fast.usd
+    for gpus in ("[H100, T4]", "[T4, H100]"):
+        either = line_on(gpus)
+        assert (either.seconds, either.usd) == (slow.seconds, slow.usd)
+    # One that is slower and comes to less decides the time alone
+    dear, cheap = line_on("[RTX-PRO-6000]"), line_on("[L40S]")
+    either = line_on("[RTX-PRO-6000, L40S]")
+    assert dear.usd > cheap.usd and dear.seconds < cheap.seconds
+    assert (either.seconds, either.usd) == (cheap.seconds, dear.usd)
+
+
 def test_what_hands_out_jobs_is_paid_for_while_they_last(tmp_path):
     cfg, lines = estimated(tmp_path)
     found = total(cfg, lines, PRICES, True)

@@ -25,7 +25,7 @@ from ..store.costs import readable_costs
 from ..store.lineage import Lineage
 from ..train.flops import JobCost
 from .inputs import not_on_volume
-from .prices import Prices, is_kind, most_gpus
+from .prices import Prices, either_of, is_kind, most_gpus
 
 STARTUP_S = 60.0  # until a container trains: start, imports, volume
 # A job of a stage of which nobody has timed any; on the long side, as a limit has to hold
@@ -115,16 +115,17 @@ def estimate(
                 state = "to do"
             job = entry.job if entry else None
             seconds: float | None = None
+            usd: float | None = None
             assumed = False
             if state == "done":
-                seconds = 0.0
+                seconds = usd = 0.0
             elif job is not None and job.flops is not None:
                 # What may turn out to be stale is counted: a limit on the cost has to hold
-                rate = _flops_per_s(job, machine, finished_jobs, prices, addresses.cfg.dtype)
-                seconds = STARTUP_S + job.flops / rate
+                settled = addresses.cfg
+                seconds, usd = _worst(job, job.flops, machine, settled, finished_jobs, prices)
             elif not trains or (job is None and sizes_known):
                 seconds, assumed = _usual_s(stage, timed)
-            usd_per_s = prices.usd_per_s(machine, cfg.modal.regions)
+                usd = seconds * prices.usd_per_s(machine, cfg.modal.regions)
             estimates.append(
                 JobEstimate(
                     stage,
@@ -133,7 +134,7 @@ def estimate(
                     machine,
                     tokens=job.tokens if job else None,
                     seconds=seconds,
-                    usd=None if seconds is None else seconds * usd_per_s,
+                    usd=usd,
                     trains=trains,
                     assumed=assumed,
                     bytes=_bytes(address, job, trains, addresses.cfg.dtype, store),
@@ -182,6 +183,24 @@ def _bytes(address: str, job: JobCost | None, trains: bool, dtype: str, store: S
     return width * job.parameters if job and trains else 0
 
 
+def _worst(
+    job: JobCost,
+    flops: float,
+    machine: MachineConfig,
+    cfg: RunConfig,
+    finished_jobs: Iterable[Speed],
+    prices: Prices,
+) -> tuple[float, float]:
+    """Return the seconds of a job on the slowest GPU that its machine may get, and what it costs on
+    the one that makes it dearest: the cheap one may take so much longer."""
+    seconds = usd = 0.0
+    for got in either_of(machine):
+        took_s = STARTUP_S + flops / _flops_per_s(job, got, finished_jobs, prices, cfg.dtype)
+        seconds = max(seconds, took_s)
+        usd = max(usd, took_s * prices.usd_per_s(got, cfg.modal.regions))
+    return seconds, usd
+
+
 def _flops_per_s(
     job: JobCost,
     machine: MachineConfig,
@@ -189,7 +208,8 @@ def _flops_per_s(
     prices: Prices,
     dtype: str,
 ) -> float:
-    """Return what finished jobs like one reached on such a machine, else a share of its peak."""
+    """Return what finished jobs like one reached on such a machine, of one kind of GPU, else a
+    share of its peak."""
     there = [each for each in finished_jobs if _rate_on(machine, each)]
     rates = []
     for each in alike(there, job.flops_per_token, math.ceil(machine.cpu), dtype):

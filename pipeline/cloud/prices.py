@@ -116,7 +116,7 @@ class Prices:
 
     def flops_per_s(self, machine: MachineConfig) -> float:
         """Return the peak rate of a container with the first GPU it asks for; only one of several
-        trains."""
+        trains. Of what it may get otherwise `either_of` tells."""
         if machine.gpu:
             kind, _ = split(machine.gpu[0])
             tflops = self.gpus[kind].tflops
@@ -180,6 +180,13 @@ def is_kind(text: str, found: str) -> bool:
     first = kind.rstrip("!+").partition("-")[0]
     # Whole, as L4 is in L40S; an A10 calls itself A10G
     return re.search(rf"\b{first}G?\b", found.upper()) is not None
+
+
+def either_of(machine: MachineConfig) -> list[MachineConfig]:
+    """Return the containers that a machine may turn out to be: one for each GPU that will do."""
+    if not machine.gpu:
+        return [machine]
+    return [machine.model_copy(update={"gpu": (text,)}) for text in machine.gpu]
 
 
 def most_gpus(machine: MachineConfig) -> int:
