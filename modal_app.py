@@ -205,12 +205,13 @@ if WIRING.reevaluates:
     @app.function(**CONDUCTING, schedule=modal.Cron(WIRING.reevaluates))
     def reevaluate() -> None:
         """Measure what is served once more, and say what is other than before."""
-        cfg, former = cloud.once_more(Path(VOLUME), volume.reload)
+        due = cloud.due(Path(VOLUME), volume.reload, WIRING, EDGE)
+        if due is None:
+            return
         run = modal.current_function_call_id()
-        expected = cloud.priced_again(cfg, Path(VOLUME), WIRING.prices)
-        again = ("modal deploy modal_app.py", True, run, expected)
-        results = orchestrate.local(cfg.model_dump(mode="json"), ["evaluate"], False, *again)
-        cloud.tell_change(results, former, Path(VOLUME))
+        again = ("modal deploy modal_app.py", True, run, due.expected)
+        results = orchestrate.local(due.cfg.model_dump(mode="json"), ["evaluate"], False, *again)
+        cloud.tell_change(results, due.former, Path(VOLUME))
 
 
 @app.function(**CONDUCTING)

@@ -4,6 +4,7 @@ and a reload, and share no locks."""
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import StubbedVolume
@@ -24,6 +25,7 @@ from pipeline.store.removed import removed
 from pipeline.store.roots import leave, read_root, root_path
 from pipeline.store.versions import Version
 
+PRICES = Path(__file__).parent.parent / "config/prices.yaml"
 COMMAND = 'modal run modal_app.py::run_all --config config/x.yaml --override "seed=3 dtype=fp32"'
 LISTED = {"yes": False, "orphans": False, "damaged": False}
 REMOVED = LISTED | {"yes": True}
@@ -333,6 +335,45 @@ def test_what_is_served_is_measured_again_under_a_name_of_that_day(volume, finis
     leave(Store(volume.path), root_of(longest))
     again, _ = cloud.once_more(view.path, view.reload)
     assert parse(again.model_dump(mode="json")).name.startswith(f"{'x' * 55}-20")
+
+
+def test_measuring_again_is_priced_where_the_deployment_has_it_done(volume, finished, capsys):
+    # By the run's own section it would run elsewhere, on what the deployment's prices do not know
+    run = load(finished[0], ("modal.evaluate.gpu=[T4]", "modal.max_cost_usd=5"))
+    elsewhere = run.modal.model_copy(update={"regions": ("moon",)})
+    run = run.model_copy(update={"modal": elsewhere})
+    there = ("modal.reevaluate=0 6 * * 1", "modal.evaluate.gpu=[L4]", "modal.regions=[eu]")
+    prices = cloud.Prices.load(PRICES)
+
+    def wired(*more):
+        deployed = load(finished[0], (*there, *more))
+        settled = cloud.Wiring.settled(deployed, b'{"address": "deploy-1"}', True, prices)
+        return cloud.Wiring.told(settled.variables)
+
+    def due(wiring):
+        view = volume.view()
+        return cloud.due(view.path, view.reload, wiring, cloud.ModalEdge(view.path))
+
+    assert due(wired()) is None
+    told = capsys.readouterr().out
+    assert told.startswith("nothing is measured again: no run's root leads to the bundle")
+    note = ServedNote(address=stages.address(run, "deploy"))
+    write(volume.path / "served.json", note.model_dump_json())
+    leave(Store(volume.path), root_of(run))
+    found = due(wired())
+    machine = found.cfg.machine("evaluate")
+    assert (machine.gpu, found.cfg.modal.regions) == (("L4",), ("eu",))
+    assert (found.expected.regions, found.expected.limit_usd) == (("eu",), 5)
+    [line] = cloud.estimate(found.cfg, ("evaluate",), Store(volume.path), prices)
+    assert found.expected.of(line.address) == line.usd > 0
+    # A limit that the deployment's own configuration has is the one
+    assert due(wired("modal.max_cost_usd=0.0001")) is None
+    assert capsys.readouterr().out.count("above modal.max_cost_usd 0.00") == 1
+    # One that was deployed before says nothing of where it runs
+    older = replace(wired(), measures_on="{}")
+    assert due(older) is None
+    told = capsys.readouterr().out
+    assert "do not know where it runs: modal.regions: no such region moon" in told
 
 
 def test_what_is_listed_is_followed_by_what_removes_it(volume, finished):

@@ -49,6 +49,7 @@ from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_h
 from .prices import Prices, most_gpus
 from .reevaluation import NOTE as REEVALUATED
 from .reevaluation import (
+    due,
     note_reevaluation,
     once_more,
     packages_again,
@@ -107,6 +108,7 @@ __all__ = [
     "deployed",
     "deploying",
     "deploys",
+    "due",
     "endpoint_told",
     "estimate",
     "expected",

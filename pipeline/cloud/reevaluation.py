@@ -8,6 +8,7 @@ by the bundle that is served when the time has come.
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from .. import report
 from ..config.base import Name
 from ..config.machines import ModalConfig, TrainerConfig
 from ..config.run import RunConfig
-from ..errors import DamagedArtifact, MissingArtifact, PipelineError
+from ..errors import ConfigError, DamagedArtifact, MissingArtifact, PipelineError
 from ..families.load import parse
 from ..report.narrow import output
+from ..run.advice import sentence
 from ..run.stages import Addresses
 from ..store.artifacts import Store, write_text
 from ..store.reading import parse_object
 from ..store.roots import readable_roots
-from .containers import JobResult
+from .containers import JobResult, ModalEdge
 from .endpoint import served_addresses
 from .estimate import Expected, estimate, expected, refuse_above
 from .inputs import packages
 from .prices import Prices
+from .wiring import Wiring
 
 NOTE = "reevaluated.json"
 REPORT = "evaluate"
@@ -110,6 +113,39 @@ def _note(modal: ModalConfig, content: bytes | None) -> ReevaluationNote | None:
     return note if note.cron else None
 
 
+@dataclass(frozen=True)
+class Due:
+    """What is to be measured again now."""
+
+    cfg: RunConfig
+    former: str  # the address of the report that it is held against
+    expected: Expected
+
+
+def due(root: Path, refresh: Callable[[], None], wiring: Wiring, edge: ModalEdge) -> Due | None:
+    """Return what a deployment is to measure again; None where that is refused, which is told: no
+    other attempt would come to more."""
+    try:
+        found, former = once_more(root, refresh)
+        cfg = on_what_is_deployed(found, wiring.measures_on)
+        return Due(cfg, former, priced_again(cfg, root, wiring.prices))
+    except PipelineError as error:
+        print(f"nothing is measured again: {sentence(error, edge)}")
+        return None
+
+
+def on_what_is_deployed(cfg: RunConfig, measures_on: str) -> RunConfig:
+    """Return a run with what a deployment gives it to be measured on, as Wiring.measures_on has it,
+    and the deployment's limit on the cost where it has one."""
+    told = ModalConfig.model_validate_json(measures_on)
+    changes: dict[str, Any] = {}
+    for name in told.model_fields_set:
+        value = getattr(told, name)
+        if value is not None:
+            changes[name] = value
+    return cfg.model_copy(update={"modal": cfg.modal.model_copy(update=changes)})
+
+
 def once_more(root: Path, refresh: Callable[[], None]) -> tuple[RunConfig, str]:
     """Return the run whose bundle is served, under a name of this day, and the address of the
     report that it is held against. Raises MissingArtifact where no root leads to it."""
@@ -129,8 +165,13 @@ def once_more(root: Path, refresh: Callable[[], None]) -> tuple[RunConfig, str]:
 
 def priced_again(cfg: RunConfig, root: Path, prices: str) -> Expected:
     """Return what measuring a run again is estimated at, by prices as text. Raises ConfigError
-    above the limit on the cost that the run has."""
+    above the limit on the cost that the run has, and for what those prices do not know."""
     table = Prices.told_by(prices)
+    unknown = table.problems(REPORT, cfg.machine(REPORT))
+    unknown += table.region_problems("modal.regions", cfg.modal.regions)
+    if unknown:
+        told = "; ".join(unknown)
+        raise ConfigError(f"the prices of this deployment do not know where it runs: {told}")
     lines = estimate(cfg, (REPORT,), Store(root), table)
     refuse_above(cfg, lines, table, False)
     return expected(cfg, lines, table, False)

@@ -22,6 +22,8 @@ SECRETS = {
     "endpoint": ["MOLEFORGE_API_KEY"],
 }
 
+# Of a deployment's section, what becomes of what is measured again depends on
+MEASURING = {"evaluate", "regions", "max_cost_usd"}
 # Where containers have the bucket with inputs
 BUCKET = "/bucket"
 
@@ -64,6 +66,7 @@ class Wiring:
     bucket: Bucket | None = None  # with inputs
     reevaluates: str = ""  # when what is served is measured again, as cron has it
     prices: str = ""  # by which that is priced, as Prices.text has them
+    measures_on: str = "{}"  # and where it runs and within what limit: part of a section, as JSON
 
     @classmethod
     def settled(
@@ -97,6 +100,7 @@ class Wiring:
             bucket=Bucket.of(cfg.modal.bucket, cfg.modal.bucket_endpoint),
             reevaluates=reevaluates,
             prices=prices.text if reevaluates else "",
+            measures_on=cfg.modal.model_dump_json(include=MEASURING) if reevaluates else "{}",
         )
 
     @property
@@ -113,6 +117,7 @@ class Wiring:
             "MOLEFORGE_SERVE": self.serve,
             "MOLEFORGE_REEVALUATE": self.reevaluates,
             "MOLEFORGE_PRICES": self.prices,
+            "MOLEFORGE_MEASURES_ON": self.measures_on,
             "MOLEFORGE_BUCKET": self.bucket.text if self.bucket else "",
             "MOLEFORGE_BUCKET_ENDPOINT": (self.bucket and self.bucket.endpoint) or "",
         }
@@ -135,6 +140,7 @@ class Wiring:
             serve=environ.get("MOLEFORGE_SERVE", "{}"),
             reevaluates=environ.get("MOLEFORGE_REEVALUATE", ""),
             prices=environ.get("MOLEFORGE_PRICES", ""),
+            measures_on=environ.get("MOLEFORGE_MEASURES_ON", "{}"),
             bucket=Bucket.of(
                 environ.get("MOLEFORGE_BUCKET"), environ.get("MOLEFORGE_BUCKET_ENDPOINT")
             ),
