@@ -14,6 +14,7 @@ from fakes import MALFORMED
 from pydantic import ValidationError
 
 from pipeline import cloud
+from pipeline.cloud import notes
 from pipeline.cloud.endpoint import pinned, roll_back, served_addresses, shown_versions
 from pipeline.config.machines import EndpointConfig, ModalConfig
 from pipeline.errors import ConfigError, DamagedArtifact, MissingArtifact, StoreError
@@ -185,6 +186,61 @@ def test_a_rollback_leads_to_what_was_served_before_and_keeps_the_key(tmp_path):
     settle(tmp_path, addresses[1])
     roll_back(tmp_path, None, lambda: None)
     assert cloud.served(tmp_path, "k", "key").name == addresses[0]
+
+
+def of_format(number: int | str, content: bytes, **more) -> bytes:
+    """Return a note with what a later format may say beside, in all of its sections."""
+    said = json.loads(content) | {"colour": "red", **more} | {"format": number}
+    for section in ("endpoint", "machine"):
+        if section in said:
+            said[section] |= {"colour": "red"}
+    return json.dumps(said).encode()
+
+
+def test_notes_are_read_by_the_code_before_and_after_the_one_that_wrote_them(tmp_path):
+    first, second = "deploy-aaaaaaaaaaaa", "deploy-bbbbbbbbbbbb"
+    for address in (first, second):
+        bundle_at(tmp_path, address, address)
+    settle(tmp_path, first, second)
+    note = tmp_path / cloud.SERVED
+    written = note.read_bytes()
+    # What was deployed before notes had formats refuses any other field
+    said = json.loads(written)
+    assert set(said) == {"address", "sums", "endpoint", "versions"}
+    assert set(said["endpoint"]) == {"secret", "public", "proxy_auth", "machine", "serve"}
+    assert pinned(written).startswith(second)
+    # Deployed by today's code, while tomorrow's has made the next bundle
+    note.write_bytes(of_format(notes.FORMAT + 1, written))
+    assert cloud.served(tmp_path, "k", "key").name == second
+    assert cloud.deployed(FfnMoeConfig(), {}, note.read_bytes()).modal.endpoint_secret == "my-key"
+    roll_back(tmp_path, None, lambda: None)
+    assert cloud.served(tmp_path, "k", "key").name == first
+    # As today's code writes notes, which therefore knows all of it
+    assert set(json.loads(note.read_text())) == set(said)
+    for wrong in (of_format(notes.FORMAT, written), of_format("2", written)):
+        with pytest.raises(DamagedArtifact, match="does not say what to serve"):
+            pinned(wrong)
+
+
+def test_a_note_of_when_to_measure_again_is_read_by_the_code_before_it(tmp_path):
+    cfg = config(reevaluate="0 6 * * 1", regions=["eu"])
+    cloud.note_reevaluation([BUNDLE], cfg, tmp_path, lambda: None)
+    written = (tmp_path / cloud.REEVALUATED).read_bytes()
+    assert "format" not in json.loads(written)
+    later = of_format(notes.FORMAT + 1, written, colours=["red"])
+    for content in (written, later):
+        assert cloud.reevaluated_as(ModalConfig(), content).regions == ("eu",)
+    with pytest.raises(DamagedArtifact, match="does not say when to measure again"):
+        cloud.reevaluated_as(ModalConfig(), of_format(notes.FORMAT, written))
+
+
+def test_a_note_of_a_later_format_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(notes, "FORMAT", 2)
+    content = noted(tmp_path, config(endpoint_public=True))
+    assert json.loads(content)["format"] == 2
+    assert pinned(content) == "deploy-1"
+    monkeypatch.undo()
+    assert pinned(content) == "deploy-1"
 
 
 def test_no_container_gets_more_than_its_server_takes():

@@ -16,12 +16,13 @@ from ..config.machines import EndpointConfig, ModalConfig
 from ..config.run import RunConfig
 from ..config.serving import ServeConfig
 from ..errors import ConfigError, DamagedArtifact, MissingArtifact
-from ..store.artifacts import Store, now, sha256, write_text
+from ..store.artifacts import Store, now, sha256
 from ..store.bundle import SUMS
 from ..store.lineage import Lineage
-from ..store.reading import parse_object, reading
+from ..store.reading import reading
 from ..store.versions import FORMAT, Version, chosen
 from .containers import JobResult
+from .notes import parse_note, write_note
 
 SERVED = "served.json"
 KEY = "MOLEFORGE_API_KEY"
@@ -87,7 +88,7 @@ def serve_next(
     before = [each for each in _versions(root) if each.address != address]
     kept = before[max(0, len(before) - cfg.deploy.keep) :]
     note = ServedNote(address=address, sums=version.sums, endpoint=how, versions=(*kept, version))
-    write_text(root / SERVED, note.model_dump_json())
+    write_note(root / SERVED, note)
     publish()
 
 
@@ -128,7 +129,7 @@ def roll_back(root: Path, to: str | None, publish: Callable[[], None]) -> None:
     store.require(version.address)
     Lineage(store).check(version.address)
     changes = {"address": version.address, "sums": _sums(root, version.address)}
-    write_text(root / SERVED, note.model_copy(update=changes).model_dump_json())
+    write_note(root / SERVED, note.model_copy(update=changes))
     publish()
 
 
@@ -250,7 +251,7 @@ def placed(modal: ModalConfig) -> EndpointConfig:
 
 def _note(content: bytes) -> ServedNote:
     try:
-        return ServedNote.model_validate(parse_object(content))
+        return parse_note(ServedNote, content)
     # of pydantic too
     except ValueError:
         raise DamagedArtifact(

@@ -23,13 +23,13 @@ from ..families.load import parse
 from ..report.narrow import output
 from ..run.advice import sentence
 from ..run.stages import Addresses
-from ..store.artifacts import Store, write_text
-from ..store.reading import parse_object
+from ..store.artifacts import Store
 from ..store.roots import readable_roots
 from .containers import JobResult, ModalEdge
 from .endpoint import served_addresses
 from .estimate import Expected, estimate, expected, refuse_above
 from .inputs import packages
+from .notes import parse_note, write_note
 from .prices import Prices
 from .wiring import Wiring
 
@@ -74,7 +74,7 @@ def note_reevaluation(
             packages=tuple(packages(cfg)),
             **as_the_run,
         )
-    write_text(root / NOTE, note.model_dump_json())
+    write_note(root / NOTE, note)
     publish()
 
 
@@ -105,7 +105,7 @@ def _note(modal: ModalConfig, content: bytes | None) -> ReevaluationNote | None:
     if content is None or modal.reevaluate:
         return None
     try:
-        note = ReevaluationNote.model_validate(parse_object(content))
+        note = parse_note(ReevaluationNote, content)
     # of pydantic too
     except ValueError:
         text = f"{NOTE} on the volume does not say when to measure again"
