@@ -195,8 +195,7 @@ def orchestrate(
     with leases.kept(conducts=True), begun as before, kept:
         results = cloud.orchestrate(cfg, stages, store, hand_out, command, leases=leases)
         results = cloud.since(before, cfg, results, store)
-        cloud.note_reevaluation(results, cfg, Path(VOLUME), volume.commit)
-        cloud.serve_next(results, cfg, Path(VOLUME), volume.commit)
+        cloud.note_bundle(results, cfg, store, leases)
     return results
 
 
@@ -265,7 +264,11 @@ def tend(command: str, names: list[str], flags: dict[str, int]) -> cloud.Tended:
     def is_alive(run: str, addresses: Sequence[str]) -> bool:
         return cloud.is_alive(claims, run, addresses)
 
-    return cloud.tend(command, names, flags, EDGE, volume.commit, volume.reload, is_alive)
+    here = (volume.commit, volume.reload, is_alive)
+    if command != "rollback":
+        return cloud.tend(command, names, flags, EDGE, *here)
+    with cloud.Leases(claims, command).alone(cloud.SERVED):
+        return cloud.tend(command, names, flags, EDGE, *here)
 
 
 if WIRING.entered:

@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from fakes import MALFORMED
+from fakes import MALFORMED, StubbedVolume
 from pydantic import ValidationError
+from test_cloud_leases import FakeTable
 
 from pipeline import cloud
 from pipeline.cloud import notes
 from pipeline.cloud.endpoint import pinned, roll_back, served_addresses, shown_versions
+from pipeline.cloud.leases import Leases
 from pipeline.config.machines import EndpointConfig, ModalConfig
 from pipeline.errors import ConfigError, DamagedArtifact, MissingArtifact, StoreError
 from pipeline.families.ffn_moe.config import FfnMoeConfig
@@ -186,6 +190,36 @@ def test_a_rollback_leads_to_what_was_served_before_and_keeps_the_key(tmp_path):
     settle(tmp_path, addresses[1])
     roll_back(tmp_path, None, lambda: None)
     assert cloud.served(tmp_path, "k", "key").name == addresses[0]
+
+
+def test_of_two_bundles_that_are_noted_at_once_none_is_lost(tmp_path):
+    volume, table, both = StubbedVolume(tmp_path), FakeTable(), threading.Barrier(2)
+    addresses = {f"deploy-{letter * 12}" for letter in "ab"}
+
+    def note(address, view):
+        def refresh():
+            view.reload()
+            # Long enough for the other one to read the same
+            time.sleep(0.05)
+
+        store = Store(view.path, publish=view.commit, refresh=refresh)
+        result = cloud.JobResult("deploy", None, address, "made")
+        both.wait()
+        leases = Leases(table, address)
+        cloud.note_bundle([result], config(), store, leases, lambda _s: time.sleep(0.005))
+
+    threads = []
+    for address in addresses:
+        threads.append(threading.Thread(target=note, args=(address, volume.view())))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {each.address for each in shown_versions(volume.path)[0]} == addresses
+    # What comes to no bundle waits for nobody and notes nothing
+    failed = cloud.JobResult("deploy", None, "deploy-1", "failed", "why")
+    cloud.note_bundle([failed], config(), Store(tmp_path / "none"), None)
+    assert not (tmp_path / "none").exists()
 
 
 def of_format(number: int | str, content: bytes, **more) -> bytes:

@@ -50,6 +50,7 @@ from .prices import Prices, most_gpus
 from .reevaluation import NOTE as REEVALUATED
 from .reevaluation import (
     due,
+    note_bundle,
     note_reevaluation,
     once_more,
     packages_again,
@@ -123,6 +124,7 @@ __all__ = [
     "named",
     "named_as",
     "not_done",
+    "note_bundle",
     "note_reevaluation",
     "once_more",
     "orchestrate",

@@ -6,7 +6,7 @@ one deployment serve one bundle: it is pinned when the deployment is made.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -65,14 +65,15 @@ class ServedNote(BaseModel, frozen=True, extra="forbid"):
 
 
 def serve_next(
-    results: list[JobResult], cfg: RunConfig, root: Path, publish: Callable[[], None]
+    results: Sequence[JobResult], cfg: RunConfig, root: Path, publish: Callable[[], None]
 ) -> None:
     """Note a bundle among the results, new or found, as the one to serve, with how its
     configuration wants it served, and publish the note.
 
     The bundles before it stay named, as many as `deploy.keep` says, so that nobody prunes them.
+    Whoever calls it is alone at the note, and sees what others have made of it.
     """
-    bundles = [each.address for each in results if each.stage == "deploy" and not each.error]
+    bundles = bundles_of(results)
     if not bundles:
         return
     how = EndpointNote(
@@ -90,6 +91,11 @@ def serve_next(
     note = ServedNote(address=address, sums=version.sums, endpoint=how, versions=(*kept, version))
     write_note(root / SERVED, note)
     publish()
+
+
+def bundles_of(results: Sequence[JobResult]) -> list[str]:
+    """Return the addresses of the bundles among results, new or found."""
+    return [each.address for each in results if each.stage == "deploy" and not each.error]
 
 
 def _sums(root: Path, address: str) -> str:

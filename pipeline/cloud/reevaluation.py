@@ -26,9 +26,10 @@ from ..run.stages import Addresses
 from ..store.artifacts import Store
 from ..store.roots import readable_roots
 from .containers import JobResult, ModalEdge
-from .endpoint import served_addresses
+from .endpoint import SERVED, bundles_of, serve_next, served_addresses
 from .estimate import Expected, estimate, expected, refuse_above
 from .inputs import packages
+from .leases import Leases
 from .notes import parse_note, write_note
 from .prices import Prices
 from .wiring import Wiring
@@ -58,12 +59,30 @@ class ReevaluationNote(BaseModel, frozen=True, extra="forbid"):
     packages: tuple[str, ...] = ()  # with models, each with its version
 
 
+def note_bundle(
+    results: Sequence[JobResult],
+    cfg: RunConfig,
+    store: Store,
+    leases: Leases,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Note a bundle among the results as the one to serve, with how it is served and measured
+    again. Raises ConfigError for a package that is not installed here."""
+    if not bundles_of(results):
+        return
+    with leases.alone(SERVED, wait):
+        # What another run has noted meanwhile stays named
+        store.refresh()
+        note_reevaluation(results, cfg, store.root, store.publish)
+        serve_next(results, cfg, store.root, store.publish)
+
+
 def note_reevaluation(
     results: Sequence[JobResult], cfg: RunConfig, root: Path, publish: Callable[[], None]
 ) -> None:
     """Note how a bundle among the results, new or found, is to be measured again, and publish the
     note. Raises ConfigError for a package that is not installed here."""
-    if not any(each.stage == "deploy" and not each.error for each in results):
+    if not bundles_of(results):
         return
     note = ReevaluationNote()
     if cfg.modal.reevaluate:
