@@ -161,12 +161,12 @@ class Laptop:
                 return False
             return True
 
-    def deploy(self) -> int:
-        """Deploy what the note on the volume says; return the exit code."""
+    def deploy(self, environ: Mapping[str, str]) -> int:
+        """Deploy what the note on the volume says, with those variables; return the exit code."""
         wanted = {"MOLEFORGE_APP": self._wiring.app, "MOLEFORGE_VOLUME": self._wiring.volume}
         command = [sys.executable, "-m", "modal", "deploy", str(HERE / "modal_app.py")]
         # Another process, as what an app is made of is settled while modal_app.py is imported
-        return subprocess.run(command, env=os.environ | wanted, check=False).returncode
+        return subprocess.run(command, env={**environ, **wanted}, check=False).returncode
 
     def copy(self, path: str, folder: Path) -> None:
         """Copy a folder of the volume into one here, over what is there."""

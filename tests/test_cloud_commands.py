@@ -49,7 +49,8 @@ class FakeFar:
     def is_deployed(self):
         return self.deployed
 
-    def deploy(self):
+    def deploy(self, environ):
+        self.environ = environ
         return 0
 
     def copy(self, path, folder):
@@ -246,6 +247,23 @@ def test_a_former_bundle_is_deployed_where_an_endpoint_is(tmp_path, capsys):
     commands(there, "modal_app.py::rollback").rollback(to="deploy-1")
     assert there.asked[-1] == ("tend", "rollback", ["deploy-1"], {})
     assert last(capsys) == ["modal", "deploy", "modal_app.py"]
+
+
+def test_what_a_run_ends_in_is_deployed_as_that_run_says(run):
+    words, there = run
+    there.comes["orchestrate"] = made("deploy")
+    environ = {"MOLEFORGE_CONFIG": "another.yaml", "MODAL_PROFILE": "ours"}
+    typed = commands(there, "modal_app.py::run_all", *words, environ=environ)
+    given = cloud.Given(words[1], "modal.endpoint_public=true")
+    with pytest.raises(SystemExit) as ended:
+        typed.do((), given, deploy=True)
+    assert ended.value.code == 0
+    assert there.environ == {"MODAL_PROFILE": "ours"}
+    # A rollback deploys again what a plain `modal deploy` has deployed
+    there.comes["tend"] = cloud.Tended()
+    with pytest.raises(SystemExit):
+        typed.rollback()
+    assert there.environ == environ
 
 
 def test_histories_are_written_where_they_were_asked_for(tmp_path, capsys):

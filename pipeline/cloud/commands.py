@@ -41,6 +41,7 @@ from .standing import storage_told
 from .tending import Tended
 from .watching import Following, follow_all, watch
 
+CONFIG = "MOLEFORGE_CONFIG"  # names the configuration of a plain `modal deploy`
 TELL_EVERY_S = 60.0  # how far all of a run is, to who waits for it
 ON_FROM_THERE = "the same command goes on from there"
 
@@ -190,7 +191,9 @@ class Commands:
         if output_dir:
             self._copy(results, wanted[-1], Path(output_dir))
         if deploy:
-            self._deploy()
+            # Another configuration is about another endpoint; what this run says is in the note
+            environ = {name: self.environ[name] for name in self.environ if name != CONFIG}
+            self._deploy(environ)
         with self._told():
             name, following = follows or ("", given)
             if name:
@@ -331,7 +334,7 @@ class Commands:
                 sys.stdout.write("no endpoint is deployed\n")
                 self._next(deploying(self.cfg.modal, self.environ))
                 return
-        self._deploy()
+        self._deploy(self.environ)
 
     def prune(
         self,
@@ -370,9 +373,9 @@ class Commands:
             self._next(self.typed.command(*tended.next))
         return tended
 
-    def _deploy(self) -> NoReturn:
-        """Deploy what the volume says, and end."""
-        code = self.far.deploy()
+    def _deploy(self, environ: Mapping[str, str]) -> NoReturn:
+        """Deploy what the volume says, with those variables, and end."""
+        code = self.far.deploy(environ)
         if code == 0:
             self._next(self.typed.command("versions"))
         sys.exit(code)

@@ -1,7 +1,7 @@
 """What a command asks of machines elsewhere and of their volume; modal_app.py does it by Modal's
 client, and tests without."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,8 +50,8 @@ class Far(Protocol):
     def is_deployed(self) -> bool:
         """Whether the app is."""
 
-    def deploy(self) -> int:
-        """Deploy what the volume says; return the exit code."""
+    def deploy(self, environ: Mapping[str, str]) -> int:
+        """Deploy what the volume says, with those variables; return the exit code."""
 
     def copy(self, path: str, folder: Path) -> None:
         """Copy a folder of the volume into one here, over what is there. Raises DiskFull too."""
