@@ -489,8 +489,18 @@ def test_what_ended_while_nobody_handed_out_jobs_is_paid_for(priced):
         assert set(found) == {(one, two), ()} and found[one, two].usd > 0
         ledger.note("train_experts", [two], cfg.machine("train_experts"), True)
     rows = {row.addresses: row for row in read_costs(ledger.path).rows}
-    assert set(rows) == {(two,), ()}
-    assert rows[(two,)].seconds == found[one, two].seconds
+    # What the first one has done is of the same container, and is priced with it
+    assert set(rows) == {(one, two), ()}
+    assert rows[one, two].seconds == found[one, two].seconds
+    assert rows[one, two].estimated_usd == found[one, two].estimated_usd == 0.5
+    assert rows[one, two].made
+    # One that another run had meanwhile is handed out once more, to a container of its own
+    with at_work(table, told, [two]):
+        pass
+    first_s = rows[one, two].seconds
+    ledger.note("train_experts", [two], cfg.machine("train_experts"), True)
+    rows = {row.addresses: row for row in read_costs(ledger.path).rows}
+    assert rows[one, two].containers == 2 and rows[one, two].seconds > first_s
 
 
 def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):

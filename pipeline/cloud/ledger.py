@@ -157,7 +157,8 @@ class Ledger:
         self, stage: str, addresses: Sequence[str], machine: MachineConfig, made: bool
     ) -> None:
         """Write down what the containers of some jobs were paid for, and whether those are done."""
-        known = [self.expected.of(address) for address in addresses]
+        together = self._together(addresses)
+        known = [self.expected.of(address) for address in together]
         told = [usd for usd in known if usd is not None]
         estimated = sum(told) if told else None
 
@@ -166,8 +167,21 @@ class Ledger:
             return self.expected.prices.usd_per_s(there, self.expected.regions)
 
         with unnoted():
-            found = lives(self.table, meter_key(self.table, self.run, addresses))
-            self._write(Spent(stage, tuple(addresses), *_paid(found, usd_per_s), estimated, made))
+            # One container is noted once, by the first of its jobs
+            keys = dict.fromkeys(meter_key(self.table, self.run, [each]) for each in together)
+            found = []
+            for key in keys:
+                found += lives(self.table, key)
+            self._write(Spent(stage, together, *_paid(found, usd_per_s), estimated, made))
+
+    def _together(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Return jobs with those that an earlier attempt has noted beside them, whose containers
+        were theirs too and which may be done since."""
+        found: dict[str, None] = {}
+        for row in self.costs.rows:
+            if not set(row.addresses).isdisjoint(addresses):
+                found |= dict.fromkeys(row.addresses)
+        return tuple(found | dict.fromkeys(addresses))
 
     def catch_up(self, cfg: RunConfig) -> None:
         """Write down what containers of a run were paid for that an earlier attempt has begun, and

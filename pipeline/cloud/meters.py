@@ -86,6 +86,8 @@ def at_work(
             return
         first = f"{told['token']}/{addresses[0]}"
         with unnoted():
+            # Where a container before it did these jobs with others, it is noted after that
+            first = meter_key(table, told["token"], addresses)
             for other in addresses[1:]:
                 # Who asks for what is left of them must find it too
                 table.put(f"{told['token']}/{other}/with", first)
