@@ -22,7 +22,7 @@ from pipeline import cloud
 from pipeline.cloud.estimate import ASSUMED_S, CONDUCTOR, STARTUP_S, total
 from pipeline.cloud.meters import at_work, lives, meter_key, metered, process_age_s
 from pipeline.cloud.prices import Prices, is_kind
-from pipeline.cloud.standing import storage_told
+from pipeline.cloud.running_costs import storage_told
 from pipeline.config.machines import EndpointConfig, MachineConfig, TrainerConfig
 from pipeline.errors import ConfigError, DamagedArtifact
 from pipeline.families.ffn_moe.config import FfnMoeConfig

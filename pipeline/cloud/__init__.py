@@ -59,8 +59,8 @@ from .reevaluation import (
     tell_change,
 )
 from .roots import REMOVAL_S, begun, since
+from .running_costs import endpoint_told
 from .serving import application
-from .standing import endpoint_told
 from .tags import tags
 from .tending import Tended, tend
 from .wiring import BUCKET, SECRETS, Wiring

@@ -3,7 +3,7 @@
 Everything here happens before a machine is paid for, or after.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -27,9 +27,10 @@ from ..store.model_sources import on_this_machine
 from ..store.room import writing
 from .containers import UNNAMED, JobResult
 from .endpoint import placed
+from .far import Names, Read
 from .looks import changed_looks
 from .prices import Prices, most_gpus
-from .standing import endpoint_cost_problems
+from .running_costs import endpoint_cost_problems
 from .wiring import BUCKET
 
 MOST_BETWEEN_SAVES_S = 300
@@ -142,9 +143,7 @@ def settled(cfg: RunConfig, prices: Prices, tell: Callable[[str], None]) -> RunC
     return cfg.model_copy(update={"dtype": dtype})
 
 
-def look_at_models(
-    cfg: RunConfig, mount: str, root: Path, read: Callable[[str], bytes | None]
-) -> list[str]:
+def look_at_models(cfg: RunConfig, mount: str, root: Path, read: Read) -> list[str]:
     """Return what a person should know of the models that a run names; of those on the volume, at
     mount there, the settings are read into root. Raises ConfigError."""
 
@@ -175,8 +174,8 @@ def look_at_models(
 def mirror(
     cfg: RunConfig,
     root: Path,
-    names: Callable[[str], Iterable[str]],
-    read: Callable[[str], bytes | None],
+    names: Names,
+    read: Read,
 ) -> Store:
     """Return a store below root with what a plan needs of the far one: manifests, states of
     checkpoints, what the last commands have cost.
@@ -244,9 +243,7 @@ def show_results(results: list[JobResult], console: Console) -> None:
     print_table(console, table)
 
 
-def show_report(
-    results: list[JobResult], read: Callable[[str], bytes | None], console: Console
-) -> None:
+def show_report(results: list[JobResult], read: Read, console: Console) -> None:
     """Print the report's tables when there is a report among the results."""
     # Only here, as it takes time that no other command has to wait for.
     from .. import report

@@ -37,7 +37,7 @@ from .ledger import show_costs
 from .next_step import Typed, after_stages, deploying
 from .planning import Wish, planned_run, plans_here
 from .prices import Prices
-from .standing import storage_told
+from .running_costs import storage_told
 from .tending import Tended
 from .watching import Following, follow_all, watch
 

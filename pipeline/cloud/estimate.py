@@ -8,7 +8,7 @@ estimated is refused under a limit.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
@@ -24,6 +24,7 @@ from ..store.artifacts import Store
 from ..store.costs import readable_costs
 from ..store.lineage import Lineage
 from ..train.flops import JobCost
+from .far import Names
 from .inputs import not_on_volume
 from .prices import Prices, either_of, is_kind, most_gpus
 
@@ -235,7 +236,7 @@ def refuse_what_cannot_start(
     cfg: RunConfig,
     estimates: list[JobEstimate],
     mount: str,
-    names: Callable[[str], Iterable[str]],
+    names: Names,
 ) -> None:
     """Raise CannotStart when a job to do has no room in its memory budget, or reads what is not on
     the volume, which is at `mount` there and of which `names` lists a folder."""

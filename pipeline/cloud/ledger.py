@@ -32,6 +32,7 @@ from ..store.costs import (
 from .calls import is_handed_out
 from .containers import Items, JobResult
 from .estimate import CONDUCTOR, Expected
+from .far import Names, Read
 from .handing_out import Came, FarJob, HandOut, HandOutJobs
 from .leases import SharedTable
 from .meters import lives, meter_key, metered, unnoted
@@ -256,8 +257,8 @@ def _as_found(machine: MachineConfig, gpu: str) -> MachineConfig:
 
 def show_costs(
     run: str,
-    names: Callable[[str], Iterable[str]],
-    read: Callable[[str], bytes | None],
+    names: Names,
+    read: Read,
     prices: Prices,
     console: Console,
 ) -> None:

@@ -5,7 +5,7 @@ Invariant: containers look at nothing that decides an address, so no two of them
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 
@@ -18,13 +18,14 @@ from ..store.artifacts import Store
 from ..store.looking import FOLDER
 from ..store.reading import parse_object
 from ..store.sources import SEEN, When
+from .far import Names, Read
 from .leases import SharedTable
 
 
 def as_recorded(
     cfg: RunConfig,
-    names: Callable[[str], Iterable[str]],
-    read: Callable[[str], bytes | None],
+    names: Names,
+    read: Read,
     *,
     frozen: bool = False,
 ) -> tuple[RunConfig, list[str]]:
@@ -56,8 +57,8 @@ def as_recorded(
 
 def changed_looks(
     cfg: RunConfig,
-    names: Callable[[str], Iterable[str]],
-    read: Callable[[str], bytes | None],
+    names: Names,
+    read: Read,
 ) -> Iterator[str]:
     """Yield the files of the far store that tell what has changed of the data of a run, between
     what its results were made of and what it goes by."""

@@ -8,7 +8,7 @@ from ..report.narrow import print_table
 from ..run.dry_run import duration
 from .estimate import ASSUMED_S, JobEstimate, total
 from .prices import Prices
-from .standing import endpoint_told, storage_told
+from .running_costs import endpoint_told, storage_told
 
 
 def show_estimate(
