@@ -24,7 +24,7 @@ from pipeline.config.machines import MachineConfig
 from pipeline.errors import PipelineError
 from pipeline.families.load import parse
 from pipeline.run.advice import sentence
-from pipeline.run.stages import ROWS, Addresses, about
+from pipeline.run.stages import ROWS, about
 from pipeline.store.artifacts import Store
 
 HERE = modal_laptop.HERE
@@ -183,13 +183,13 @@ def orchestrate(
     looked = cfg.model_dump(mode="json")
     leases = cloud.Leases(claims, cfg.name, run)
 
-    def start(stage: str, items: list) -> cloud.Call:
-        return JOBS[stage].spawn(items, raw=looked, leases=leases.told())
+    def start(jobs: Sequence[cloud.FarJob]) -> cloud.Call:
+        items = [job.item for job in jobs]
+        return JOBS[jobs[0].stage].spawn(items, raw=looked, leases=leases.told())
 
-    find = modal.FunctionCall.from_id
-    hand_out = cloud.by_calls(Addresses(cfg), run, claims, sequential, start, find)
+    hand_out = cloud.by_calls(run, claims, sequential, start, modal.FunctionCall.from_id)
     ledger = cloud.Ledger(store, claims, run, expected)
-    hand_out = ledger.metered(cfg, hand_out, leases.give_back)
+    hand_out = ledger.metered(hand_out, leases.give_back)
     kept = ledger.kept(command, [cfg])
     begun = cloud.begun(cfg, store, command, run=run)
     with leases.kept(conducts=True), begun as before, kept:
@@ -228,8 +228,8 @@ def conduct(
 
     store = _store()
     ledger = cloud.Ledger(store, claims, run, expected)
-    hand_out = cloud.by_calls_of_many(run, claims, False, start, modal.FunctionCall.from_id)
-    hand_out = ledger.metered_jobs(hand_out, leases.give_back)
+    hand_out = cloud.by_calls(run, claims, False, start, modal.FunctionCall.from_id)
+    hand_out = ledger.metered(hand_out, leases.give_back)
     try:
         with leases.kept(conducts=True), ledger.kept(command, []):
             made = cloud.conducted(

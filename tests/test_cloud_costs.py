@@ -382,21 +382,24 @@ def test_a_process_knows_its_age():
     assert 0 < process_age_s() < 10**6
 
 
-def hands(table, run, cfg, lost=()):
+def hands(table, run, lost=()):
     """Return what hands out jobs to containers that live 100 s each, and of some jobs two."""
-    addresses = stages.Addresses(cfg)
     given = []
 
-    def hand_out(stage, items):
-        for item in items:
-            given.append((stage, item))
-            key = f"{run}/{addresses.of(stage, item)}"
-            for _ in range(1 + (item in lost)):
-                with container(table, key, 100.0, "NVIDIA L40S"):
+    def hand_out(jobs):
+        for job in jobs:
+            given.append((job.stage, job.item))
+            for _ in range(1 + (job.item in lost)):
+                with container(table, f"{run}/{job.address}", 100.0, "NVIDIA L40S"):
                     pass
-            yield [item], []
+            yield [job], [cloud.JobResult(job.stage, job.item, job.address, "made")]
 
     return hand_out, given
+
+
+def jobs_of(cfg, stage, items):
+    addresses = stages.Addresses(cfg)
+    return [cloud.FarJob(addresses, stage, item) for item in items]
 
 
 @pytest.fixture
@@ -413,11 +416,12 @@ def test_what_was_spent_is_written_down_beside_what_was_estimated(priced):
     cfg, store, expected = priced
     table, published = FakeTable(), []
     store = Store(store.root, publish=lambda: published.append(1))
-    hand_out, _ = hands(table, "run-1", cfg, lost=cfg.experts[:1])
+    hand_out, _ = hands(table, "run-1", lost=cfg.experts[:1])
     ledger = cloud.Ledger(store, table, "run-1", expected)
     with ledger.kept("modal run x", [cfg]):
-        done = list(ledger.metered(cfg, hand_out, None)("train_experts", list(cfg.experts)))
-        assert [items for items, _ in done] == [[item] for item in cfg.experts]
+        wanted = jobs_of(cfg, "train_experts", cfg.experts)
+        done = list(ledger.metered(hand_out, None)(wanted))
+        assert [jobs for jobs, _ in done] == [[job] for job in wanted]
         assert read_costs(ledger.path).ended == ""
     assert len(published) == len(cfg.experts) + 2
     costs = read_costs(ledger.path)
@@ -462,10 +466,10 @@ def test_the_next_attempt_goes_on_in_the_same_file(priced):
     cfg, store, expected = priced
     table = FakeTable()
     for item in cfg.experts[:2]:
-        hand_out, _ = hands(table, "run-1", cfg)
+        hand_out, _ = hands(table, "run-1")
         ledger = cloud.Ledger(store, table, "run-1", expected)
         with ledger.kept("modal run x", [cfg]):
-            list(ledger.metered(cfg, hand_out, None)("train_experts", [item]))
+            list(ledger.metered(hand_out, None)(jobs_of(cfg, "train_experts", [item])))
     (path,) = (store.root / "costs").iterdir()
     rows = read_costs(path).rows
     assert [len(row.addresses) for row in rows] == [1, 1, 0]
@@ -503,6 +507,30 @@ def test_what_ended_while_nobody_handed_out_jobs_is_paid_for(priced):
     assert rows[one, two].containers == 2 and rows[one, two].seconds > first_s
 
 
+def test_a_container_that_left_its_job_to_another_run_is_in_no_row(priced):
+    cfg, store, expected = priced
+    first, second, *_ = jobs_of(cfg, "train_experts", cfg.experts)
+
+    def leaving(jobs):
+        yield jobs, [cloud.JobResult(second.stage, second.item, second.address, "made")]
+        yield jobs[:1], []
+
+    table = FakeTable()
+    ledger = cloud.Ledger(store, table, "run-1", expected)
+    hand_out = ledger.metered(leaving, None)
+    with ledger.kept("modal run x", [cfg]):
+        came = list(hand_out([first, second]))
+        assert [jobs for jobs, _ in came] == [[first, second], [first]]
+        # Else it would say that its like take no time
+        assert [row.addresses for row in ledger.costs.rows] == [(second.address,)]
+        # One that was taken away in the middle, and left it when it came back, is paid for
+        with container(table, f"run-1/{first.address}", 7.0):
+            pass
+        list(hand_out([first, second]))
+    rows = {row.addresses: row for row in read_costs(ledger.path).rows}
+    assert rows[(first.address,)].seconds == 7.0 and not rows[(first.address,)].made
+
+
 def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):
     cfg, store, expected = priced
     usd = 100 * PRICES.usd_per_s(TrainerConfig(gpu=("L40S",)), ("eu",)) * len(cfg.experts)
@@ -510,20 +538,20 @@ def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):
         table, run = FakeTable(), f"run-{limit}"
         told = cloud.Expected(PRICES, expected.usd, 0.5, ("eu",), limit)
         ledger = cloud.Ledger(store, table, run, told)
-        hand_out, given = hands(table, run, cfg)
+        hand_out, given = hands(table, run)
         returned = []
-        paid = ledger.metered(cfg, hand_out, returned.extend)
+        paid = ledger.metered(hand_out, returned.extend)
         with ledger.kept("modal run x", [cfg]):
-            list(paid("train_experts", list(cfg.experts)))
+            list(paid(jobs_of(cfg, "train_experts", cfg.experts)))
             if begun:
-                list(paid("train_router", [None]))
+                list(paid(jobs_of(cfg, "train_router", [None])))
                 continue
             with pytest.raises(
                 ConfigError,
                 match=rf"has cost \${usd:.2f} so far, and train_router is estimated at \$2.00, "
                 rf"above modal.max_cost_usd {limit:.2f}: raise the limit",
             ):
-                list(paid("train_router", [None]))
+                list(paid(jobs_of(cfg, "train_router", [None])))
         assert ("train_router", None) not in given
         # Who types it again does not wait for the leases to end
         assert returned == [stages.address(cfg, "train_router")]
@@ -541,9 +569,9 @@ def attempted(priced, limit, paid_usd):
     per_s = PRICES.usd_per_s(TrainerConfig(gpu=("L40S",)), ("eu",))
     with container(table, f"run-1/{first}", paid_usd / per_s, "NVIDIA L40S"):
         pass
-    hand_out, given = hands(table, "run-1", cfg)
+    hand_out, given = hands(table, "run-1")
     ledger = cloud.Ledger(store, table, "run-1", told)
-    return ledger, ledger.metered(cfg, hand_out, returned.extend), given, returned
+    return ledger, ledger.metered(hand_out, returned.extend), given, returned
 
 
 def test_what_an_earlier_attempt_has_begun_counts_once_against_the_limit(priced):
@@ -552,7 +580,7 @@ def test_what_an_earlier_attempt_has_begun_counts_once_against_the_limit(priced)
     ledger, hand_out, given, returned = attempted(priced, enough, 0.24)
     with ledger.kept("modal run x", [cfg]):
         assert [row.usd for row in ledger.costs.rows if row.addresses] == [pytest.approx(0.24)]
-        list(hand_out("train_experts", experts))
+        list(hand_out(jobs_of(cfg, "train_experts", experts)))
     assert [item for _, item in given] == experts and returned == []
 
 
@@ -560,11 +588,11 @@ def test_what_an_earlier_attempt_has_begun_is_waited_for_whatever_it_costs(price
     cfg, (first, *others) = priced[0], priced[0].experts
     ledger, hand_out, given, returned = attempted(priced, 0.8, 7.0)
     with ledger.kept("modal run x", [cfg]):
-        list(hand_out("train_experts", [first]))
+        list(hand_out(jobs_of(cfg, "train_experts", [first])))
         assert given == [("train_experts", first)]
         # What nobody has begun is left to others, and what runs is not
         with pytest.raises(ConfigError, match=r"above modal.max_cost_usd 0.80"):
-            list(hand_out("train_experts", [first, *others]))
+            list(hand_out(jobs_of(cfg, "train_experts", [first, *others])))
     assert returned == [stages.address(cfg, "train_experts", item) for item in others]
     assert len(given) == 1
 
@@ -594,8 +622,7 @@ def test_the_jobs_of_a_sweep_are_paid_for_by_their_own_runs(priced):
     cfg, store, expected = priced
     table = FakeTable()
     ledger = cloud.Ledger(store, table, "sweep", expected)
-    addresses = stages.Addresses(cfg)
-    wanted = [cloud.FarJob(addresses, "train_experts", item) for item in cfg.experts]
+    wanted = jobs_of(cfg, "train_experts", cfg.experts)
 
     def containers(jobs):
         for job in jobs:
@@ -604,7 +631,7 @@ def test_the_jobs_of_a_sweep_are_paid_for_by_their_own_runs(priced):
             yield [job], TimeoutError("gone")
 
     with ledger.kept("modal run x", []):
-        came = list(ledger.metered_jobs(containers, list)(wanted))
+        came = list(ledger.metered(containers, list)(wanted))
     assert [job for (job,), _ in came] == wanted
     rows = read_costs(ledger.path).rows
     assert [row.addresses for row in rows[:-1]] == [

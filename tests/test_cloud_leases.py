@@ -233,20 +233,20 @@ def test_what_one_run_does_another_does_not_begin(begun):
     cfg, store = begun
     table, handed = FakeTable(), []
 
-    def other(_stage, items):
-        handed.extend(("two", item) for item in items)
+    def other(jobs):
+        handed.extend(("two", job.item) for job in jobs)
         return []
 
     def leave(_seconds):
         raise Left
 
-    def one(stage, items):
-        for item in items:
+    def one(jobs):
+        for job in jobs:
             with pytest.raises(Left):
                 orchestrated(cfg, store, table, "two", other, leave)
-            handed.append(("one", item))
-            made = run_job(stage, cfg, store, item, progress=quiet)
-            yield [item], [cloud.JobResult.of(made, "made")]
+            handed.append(("one", job.item))
+            made = run_job(job.stage, cfg, store, job.item, progress=quiet)
+            yield [job], [cloud.JobResult.of(made, "made")]
 
     results, told = orchestrated(cfg, store, table, "one", one, leave)
     assert handed == [("one", item) for item in cfg.experts]
@@ -263,11 +263,11 @@ def test_a_run_waits_for_another_and_takes_over_what_it_gives_up(begun):
     for item in (done, given_up):
         assert first.claim(addresses[item]) is None
 
-    def make(stage, items):
-        for item in items:
-            handed.append(item)
-            made = run_job(stage, cfg, store, item, progress=quiet)
-            yield [item], [cloud.JobResult.of(made, "made")]
+    def make(jobs):
+        for job in jobs:
+            handed.append(job.item)
+            made = run_job(job.stage, cfg, store, job.item, progress=quiet)
+            yield [job], [cloud.JobResult.of(made, "made")]
 
     def wait(seconds):
         waited.append(seconds)
@@ -292,9 +292,9 @@ def test_what_is_made_stays_made_where_the_rest_of_its_stage_is_refused(begun):
     cfg, store = begun
     first = cfg.experts[0]
 
-    def hand_out(stage, items):
-        made = run_job(stage, cfg, store, first, progress=quiet)
-        yield [first], [cloud.JobResult.of(made, "made")]
+    def hand_out(jobs):
+        made = run_job("train_experts", cfg, store, first, progress=quiet)
+        yield jobs[:1], [cloud.JobResult.of(made, "made")]
         raise ConfigError("too dear")
 
     results, told = orchestrated(cfg, store, FakeTable(), "one", hand_out, None)
@@ -335,9 +335,10 @@ def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished,
     cfg = load(finished[0])
     table, calls, begun = FakeTable(), {}, []
 
-    def start(_stage, items):
+    def start(jobs):
         if len(begun) == 2:
             raise Left
+        items = [job.item for job in jobs]
         begun.append(items)
         results = [cloud.JobResult("train_experts", item, "x", "made") for item in items]
         call = FakeCall(len(calls), results if len(begun) > 1 else ValueError("lost"))
@@ -345,8 +346,9 @@ def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished,
 
     def attempt(items):
         addresses = stages.Addresses(cfg)
-        out = cloud.by_calls(addresses, "run", table, sequential, start, calls.__getitem__)
-        return list(out("train_experts", items))
+        jobs = [cloud.FarJob(addresses, "train_experts", item) for item in items]
+        out = cloud.by_calls("run", table, sequential, start, calls.__getitem__)
+        return [([job.item for job in group], came) for group, came in out(jobs)]
 
     sea, shop, hall = cfg.experts
     if not sequential:
@@ -368,13 +370,13 @@ def test_the_next_attempt_waits_for_what_was_begun_and_begins_the_rest(finished,
 def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
     cfg = load(finished[0])
     addresses = stages.Addresses(cfg)
-    sea = cfg.experts[0]
-    address = addresses.of("train_experts", sea)
-    made = [cloud.JobResult("train_experts", sea, address, "made")]
+    job = cloud.FarJob(addresses, "train_experts", cfg.experts[0])
+    address = job.address
+    made = [cloud.JobResult("train_experts", job.item, address, "made")]
     for noted_first in ("container", "conductor"):
         table, calls = FakeTable(), {}
 
-        def start(_stage, _items, calls=calls, table=table, noted_first=noted_first):
+        def start(_jobs, calls=calls, table=table, noted_first=noted_first):
             call = FakeCall(len(calls), made)
             calls[call.object_id] = call
             if len(calls) == 1:
@@ -385,12 +387,12 @@ def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
             return call
 
         def attempt(table=table, calls=calls, start=start):
-            out = cloud.by_calls(addresses, "run", table, False, start, calls.__getitem__)
-            return list(out("train_experts", [sea]))
+            out = cloud.by_calls("run", table, False, start, calls.__getitem__)
+            return list(out([job]))
 
         with pytest.raises(Left):
             attempt()
-        assert attempt() == [([sea], made)]
+        assert attempt() == [([job], made)]
         # Where the lost one had begun there is no second; else it finds the job taken, and ends
         assert len(calls) == (1 if noted_first == "container" else 2)
         doing = [call for call in calls if cloud.takes(table, RUN, address, call)]
@@ -401,9 +403,8 @@ def test_a_job_that_was_begun_and_not_noted_is_done_by_one_call(finished):
 
 def test_a_queued_container_whose_run_was_taken_for_dead_ends_with_nothing_done(begun):
     cfg, store = begun
-    addresses = stages.Addresses(cfg)
     lost, *others = cfg.experts
-    address = addresses.of("train_experts", lost)
+    address = stages.address(cfg, "train_experts", lost)
     table, clock, calls, trained = FakeTable(), Clock(), {}, []
     one = Leases(table, "one", "run", clock=clock)
     two = Leases(table, "two", clock=clock)
@@ -411,20 +412,19 @@ def test_a_queued_container_whose_run_was_taken_for_dead_ends_with_nothing_done(
     class Queued(FakeCall):
         """A container that comes up when somebody waits for it."""
 
-        def __init__(self, item, told):
+        def __init__(self, job, told):
             super().__init__(len(calls), None)
-            self.item, self.told = item, told
+            self.job, self.told = job, told
 
         def get(self):
-            own = addresses.of("train_experts", self.item)
-            if not cloud.takes(table, self.told, own, self.object_id):
+            if not cloud.takes(table, self.told, self.job.address, self.object_id):
                 return []
-            trained.append(self.item)
-            made = run_job("train_experts", cfg, store, self.item, progress=quiet)
+            trained.append(self.job.item)
+            made = run_job("train_experts", cfg, store, self.job.item, progress=quiet)
             return [cloud.JobResult.of(made, "made")]
 
-    def start(_stage, items):
-        call = Queued(items[0], one.told())
+    def start(jobs):
+        call = Queued(jobs[0], one.told())
         calls[call.object_id] = call
         if len(calls) == len(cfg.experts):
             # For longer than its leases last nobody hears of it, and another run has the first job
@@ -438,7 +438,7 @@ def test_a_queued_container_whose_run_was_taken_for_dead_ends_with_nothing_done(
         assert trained == others
         two.give_back([address])
 
-    hand_out = cloud.by_calls(addresses, "run", table, False, start, calls.__getitem__)
+    hand_out = cloud.by_calls("run", table, False, start, calls.__getitem__)
     results = cloud.orchestrate(
         cfg, ("train_experts",), store, hand_out, "again", lambda _text: None, one, wait
     )

@@ -129,9 +129,12 @@ def test_tasks_have_a_container_each(tmp_path):
     cfg = load(ROOT / "config/tiny_vlm.yaml")
     asked = []
 
-    def do(stage, items):
-        asked.append((stage, items))
-        return [([item], [cloud.JobResult(stage, item, "x", "failed", "no")]) for item in items]
+    def do(jobs):
+        asked.append((jobs[0].stage, [job.item for job in jobs]))
+        failed = []
+        for job in jobs:
+            failed.append(([job], [cloud.JobResult(job.stage, job.item, "x", "failed", "no")]))
+        return failed
 
     cloud.orchestrate(
         cfg, ("preprocess", "routing"), Store(tmp_path), do, "again", lambda _text: None

@@ -228,12 +228,12 @@ class Hands:
             [],
         )
 
-    def __call__(self, stage, items):
-        for batch in [items] if self.together else [[item] for item in items]:
-            self.given += [(stage, item) for item in batch]
-            lost = [item for item in batch if item in self.lost]
-            kept = [item for item in batch if item not in self.lost]
-            result = work(self.volume.view(), self.cfg, stage, kept) if kept else []
+    def __call__(self, jobs):
+        for batch in [jobs] if self.together else [[job] for job in jobs]:
+            self.given += [(job.stage, job.item) for job in batch]
+            lost = [job for job in batch if job.item in self.lost]
+            kept = [job.item for job in batch if job.item not in self.lost]
+            result = work(self.volume.view(), self.cfg, jobs[0].stage, kept) if kept else []
             yield batch, TimeoutError("hit its timeout of 5s") if lost else result
 
 

@@ -6,7 +6,7 @@ it with its cost; the other side does jobs in containers and says of each how it
 
 # modal_app.py takes all of it from here, so that it names no module of this folder.
 from .baselines import with_baselines
-from .calls import ATTEMPTS, Call, by_calls, by_calls_of_many, takes
+from .calls import ATTEMPTS, Call, by_calls, takes
 from .client import check, look_at_models, mirror, settled, show_report, show_results
 from .command import (
     announced,
@@ -103,7 +103,6 @@ __all__ = [
     "at_work",
     "begun",
     "by_calls",
-    "by_calls_of_many",
     "check",
     "conducted",
     "deployed",

@@ -11,9 +11,8 @@ the job is this run's again.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from ..run.stages import Addresses
-from .containers import Items, JobResult
-from .handing_out import Came, FarJob, HandOut, HandOutJobs
+from .containers import JobResult
+from .handing_out import Came, FarJob, HandOut
 from .leases import Leases, SharedTable
 
 # Attempts of what hands out jobs beside the first one, as many as Modal allows
@@ -35,34 +34,10 @@ Start = Callable[[Sequence[FarJob]], Call]
 Find = Callable[[str], Call]
 
 
-def by_calls(
-    addresses: Addresses,
-    run: str,
-    table: SharedTable,
-    sequential: bool,
-    start: Callable[[str, Items], Call],
-    find: Find,
-) -> HandOut:
-    """Return what hands out the jobs of a run; `start` asks for a container, `find` finds what an
-    earlier attempt asked for. `run` is what all attempts call it."""
-
-    def begin(jobs: Sequence[FarJob]) -> Call:
-        return start(jobs[0].stage, [job.item for job in jobs])
-
-    hand_out_jobs = by_calls_of_many(run, table, sequential, begin, find)
-
-    def hand_out(stage: str, items: Items) -> Iterator[tuple[Items, Came]]:
-        for jobs, came in hand_out_jobs([FarJob(addresses, stage, item) for item in items]):
-            yield [job.item for job in jobs], came
-
-    return hand_out
-
-
-def by_calls_of_many(
-    run: str, table: SharedTable, sequential: bool, start: Start, find: Find
-) -> HandOutJobs:
-    """Return what hands out jobs of several runs that were begun as one; a container is asked for
-    jobs of one of them."""
+def by_calls(run: str, table: SharedTable, sequential: bool, start: Start, find: Find) -> HandOut:
+    """Return what hands out the jobs of a run, or of several that were begun as one, of which a
+    container gets those of one; `start` asks for a container, `find` finds what an earlier attempt
+    asked for. `run` is what all attempts are called."""
 
     def hand_out(jobs: Sequence[FarJob]) -> Iterator[tuple[list[FarJob], Came]]:
         calls: dict[str, Call] = {}

@@ -35,7 +35,7 @@ from .estimate import (
     refuse_what_cannot_start,
 )
 from .far import WIDE, FarStore, on_volume
-from .handing_out import FarJob, HandOutJobs, shared_out, whole
+from .handing_out import FarJob, HandOut, shared_out, whole
 from .leases import Leases
 from .looks import as_recorded
 from .plan_table import show_estimate
@@ -217,7 +217,7 @@ def _nothing(_cfg: RunConfig) -> None: ...
 def conducted(
     sweep: FarSweep,
     store: Store,
-    hand_out: HandOutJobs,
+    hand_out: HandOut,
     command: str,
     frozen: bool,
     run: str = "",

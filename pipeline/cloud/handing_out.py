@@ -14,7 +14,7 @@ from ..run.job import done
 from ..run.stages import Addresses, label, without_jobs
 from ..store.artifacts import Store
 from ..store.lineage import Lineage
-from .containers import Items, JobResult, edge_of, failed
+from .containers import JobResult, edge_of, failed
 from .leases import Lease, Leases
 
 LOOK_EVERY_S = 15.0  # whether another run has ended what this one waits for
@@ -41,10 +41,9 @@ class FarJob:
 
 # What a container came to, or the exception that took it
 Came = list[JobResult] | BaseException
-# Hands items of a stage to containers; gives back, container by container, the items with what came
-HandOut = Callable[[str, Items], Iterable[tuple[Items, Came]]]
-# The same for jobs of several runs
-HandOutJobs = Callable[[Sequence[FarJob]], Iterable[tuple[Sequence[FarJob], Came]]]
+# Hands jobs of a stage, of one run or of several, to containers; gives back, container by
+# container, its jobs with what came
+HandOut = Callable[[Sequence[FarJob]], Iterable[tuple[Sequence[FarJob], Came]]]
 
 
 def not_done(
@@ -76,11 +75,6 @@ def orchestrate(
     edge = edge_of(cfg, store.root)
     results: list[JobResult] = []
 
-    def handed(jobs: Sequence[FarJob]) -> Iterator[tuple[Sequence[FarJob], Came]]:
-        of = {job.item: job for job in jobs}
-        for items, came in hand_out(jobs[0].stage, list(of)):
-            yield [of[item] for item in items], came
-
     for stage in wanted:
         # What containers made meanwhile is seen from here on; no file is open
         store.refresh()
@@ -90,7 +84,7 @@ def orchestrate(
         jobs = [FarJob(addresses, stage, item) for item in items]
         made: dict[str | None, JobResult] = {}
         try:
-            for job, result in shared_out(jobs, store, handed, leases, progress, wait):
+            for job, result in shared_out(jobs, store, hand_out, leases, progress, wait):
                 made[job.item] = result
                 progress(f"{result.name}: {result.error or result.state}")
         except PipelineError as error:
@@ -115,7 +109,7 @@ def orchestrate(
 def shared_out(
     jobs: Sequence[FarJob],
     store: Store,
-    hand_out: HandOutJobs,
+    hand_out: HandOut,
     leases: Leases | None,
     progress: Callable[[str], None] = print,
     wait: Callable[[float], None] = time.sleep,
@@ -166,7 +160,7 @@ def _missing(jobs: Sequence[FarJob], store: Store) -> list[FarJob]:
 
 
 def _handed_out(
-    missing: Sequence[FarJob], store: Store, hand_out: HandOutJobs
+    missing: Sequence[FarJob], store: Store, hand_out: HandOut
 ) -> Iterator[tuple[FarJob, JobResult]]:
     """Yield each missing job with its result, as containers come back."""
     if not missing:

@@ -30,10 +30,10 @@ from ..store.costs import (
     write_costs,
 )
 from .calls import is_handed_out
-from .containers import Items, JobResult
+from .containers import JobResult
 from .estimate import CONDUCTOR, Expected
 from .far import Names, Read
-from .handing_out import Came, FarJob, HandOut, HandOutJobs
+from .handing_out import Came, FarJob, HandOut
 from .leases import SharedTable
 from .meters import lives, meter_key, metered, unnoted
 from .prices import Prices, is_kind
@@ -82,30 +82,9 @@ class Ledger:
                 paid = _paid(lives(self.table, key), lambda _gpu: usd_per_s)
                 self._write(Spent(CONDUCTING, (), *paid, told.conducting_usd))
 
-    def metered(self, cfg: RunConfig, hand_out: HandOut, give_back: GiveBack) -> HandOut:
-        """Return what hands out jobs of a run and notes what they cost; of those that are not begun
-        it gives back the leases."""
-        addresses = Addresses(cfg)
-
-        def wrapped(
-            stage: str, items: Items
-        ) -> Iterator[tuple[Items, list[JobResult] | BaseException]]:
-            wanted = [addresses.of(stage, item) for item in items]
-            try:
-                self.refuse_above(stage, wanted)
-            except ConfigError:
-                give_back(self._fresh(wanted))
-                raise
-            for group, ended in hand_out(stage, items):
-                done = [addresses.of(stage, item) for item in group]
-                self.note(stage, done, cfg.machine(stage), _is_made(ended))
-                yield group, ended
-
-        return wrapped
-
-    def metered_jobs(self, hand_out: HandOutJobs, give_back: GiveBack) -> HandOutJobs:
-        """Return what hands out jobs of many runs and notes what they cost; of those that are not
-        begun it gives back the leases."""
+    def metered(self, hand_out: HandOut, give_back: GiveBack) -> HandOut:
+        """Return what hands out jobs and notes what they cost; of those that are not begun it gives
+        back the leases."""
 
         def wrapped(jobs: Sequence[FarJob]) -> Iterator[tuple[Sequence[FarJob], Came]]:
             stage = jobs[0].stage
@@ -117,8 +96,9 @@ class Ledger:
                 raise
             for group, came in hand_out(jobs):
                 machine = group[0].addresses.cfg.machine(stage)
-                done = [job.address for job in group]
-                self.note(stage, done, machine, _is_made(came))
+                told = _told(group, came)
+                ended = told or [job.address for job in group]
+                self.note(stage, ended, machine, bool(told) and _is_made(came))
                 yield group, came
 
         return wrapped
@@ -173,7 +153,9 @@ class Ledger:
             found = []
             for key in keys:
                 found += lives(self.table, key)
-            self._write(Spent(stage, together, *_paid(found, usd_per_s), estimated, made))
+            # Who left all its jobs to another run is no measure of how long their like take
+            if found or made:
+                self._write(Spent(stage, together, *_paid(found, usd_per_s), estimated, made))
 
     def _together(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """Return jobs with those that an earlier attempt has noted beside them, whose containers
@@ -231,6 +213,15 @@ def _paid(
     seconds = math.fsum(lived_s for lived_s, _ in found)
     usd = math.fsum(lived_s * usd_per_s(gpu) for lived_s, gpu in found)
     return len(found), seconds, usd
+
+
+def _told(group: Sequence[FarJob], came: Came) -> list[str]:
+    """Return the jobs of a container of which it says how they ended: not those that it left to
+    another run."""
+    if isinstance(came, BaseException):
+        return [job.address for job in group]
+    items = {result.item for result in came}
+    return [job.address for job in group if job.item in items]
 
 
 def _is_made(ended: list[JobResult] | BaseException) -> bool:
