@@ -121,7 +121,8 @@ class Leases:
 
     def _last(self, address: str) -> tuple[int, Lease | None]:
         """Return the last number that was claimed, -1 before any, and the lease under it."""
-        number, last = -1, None
+        number = -1
+        last: Lease | None = None
         while True:
             text = self.table.get(_key(address, number + 1))
             if text is None:

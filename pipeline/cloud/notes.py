@@ -30,7 +30,7 @@ def parse_note(kind: type[Note], content: bytes) -> Note:
 
 
 def write_note(path: Path, note: BaseModel) -> None:
-    """Write a note."""
+    """Write a note in the format of this code."""
     fields = note.model_dump(mode="json")
     said = fields if FORMAT == FIRST else {"format": FORMAT, **fields}
     write_text(path, json.dumps(said))
