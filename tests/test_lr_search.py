@@ -297,7 +297,6 @@ def test_each_joint_model_has_a_search_of_its_own_that_no_other_one_moves():
     assert not any(name.startswith("lr_") for name in given)
 
 
-@pytest.mark.parametrize("stage", SEARCHES.values())
 @pytest.mark.parametrize(
     ("search", "item", "section"), [("lr_router", None, "router"), ("lr_joint", "moe", "joint")]
 )
@@ -316,6 +315,7 @@ def test_the_temperature_falls_in_a_search_as_it_does_in_its_training(search, it
     assert whole.model_copy(update={"epochs": None}).in_small(0.1).epochs is None
 
 
+@pytest.mark.parametrize("stage", SEARCHES.values())
 def test_a_search_is_planned_at_a_share_of_its_trainings(stage):
     cfg = small.config(
         **AUTO,
