@@ -25,6 +25,11 @@ _SHORT = re.compile(r"[0-9a-f]{4,12}")
 _HISTORY = ".jsonl"
 
 
+def taken_for_experiments(name: str, run: str) -> str:
+    """Return what is said where experiments and a run are called so, and how the run is reached."""
+    return f"{name} is taken for the experiments; {run} is the run of that name"
+
+
 @dataclass(frozen=True)
 class Named:
     """Something in a store that has an address, and whose it is."""

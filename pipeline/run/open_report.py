@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..report.schema.experiments import FOLDER
 from ..store.artifacts import Store
 from ..store.roots import Root
-from .find import found, runs_called
+from .find import found, runs_called, taken_for_experiments
 from .stages import STAGES, is_report
 
 PAGE = "report.html"
@@ -38,8 +38,10 @@ def newest_report(store: Store, words: Sequence[str]) -> Path:
 
 def _together(store: Store, words: Sequence[str]) -> Path | None:
     """Return the page of an experiments file that is named, and nothing of it; None for others."""
-    page = store.root / FOLDER / "/".join(words) / PAGE
-    return page if len(words) == 1 and page.is_file() else None
+    if len(words) != 1:
+        return None
+    page = store.root / FOLDER / words[0] / PAGE
+    return page if page.is_file() else None
 
 
 def report_of_run(store: Store, root: Root) -> Path | None:
@@ -64,7 +66,7 @@ def open_report(words: Sequence[str], store: Store, console: Console, in_browser
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if _together(store, words):
         for root in runs_called(store, words[0])[:1]:
-            text = f"{words[0]} is taken for the experiments; {root.id} is the run of that name"
+            text = taken_for_experiments(words[0], root.id)
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     if in_browser and not webbrowser.open(page.resolve().as_uri()):
         text = "no browser can be started here: copy that file to where there is one"

@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import NewerStore, StoreError
+from ..errors import StoreError
 from .artifacts import Store, write_text
-from .reading import as_kind, damaged, read_bytes, sealed, unsealed
+from .reading import of_version, read_bytes, sealed
 
 FOLDER = "costs"
 SUFFIX = ".json"
@@ -91,20 +91,7 @@ def read_costs(path: Path) -> Costs:
 
 def parse_costs(data: bytes, path: Path) -> Costs:
     """Return what the file at `path` says. Raises DamagedArtifact, NewerStore."""
-    try:
-        values = unsealed(data, indent=1)
-        version = values.pop("version")
-        if type(version) is not int:
-            raise ValueError("it states no version")
-        if version > VERSION:
-            raise NewerStore(
-                f"{path} has version {version} of costs, this program reads up to {VERSION}",
-                root=path.parents[1],
-                remedy="update MoleForge",
-            )
-        return as_kind(Costs, values)
-    except (ValueError, KeyError) as error:
-        raise damaged(path, f"is torn or its bytes have changed ({error})") from None
+    return of_version(Costs, data, path, VERSION, "costs")
 
 
 def usd_of_runs(store: Store, runs: Mapping[str, Iterable[str]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import DamagedArtifact, StoreError, UnreadableFile
+from ..errors import DamagedArtifact, NewerStore, StoreError, UnreadableFile
 from .address import ADDRESS
 
 T = TypeVar("T")
@@ -202,6 +202,25 @@ def unsealed(data: bytes, indent: int | None = None) -> dict[str, Any]:
     if not same:
         raise ValueError("its checksum differs")
     return values
+
+
+def of_version(kind: type[T], data: bytes, path: Path, version: int, what: str) -> T:
+    """Return what a file says that was `sealed` with a version, up to the one that is known; it is
+    in a folder of the store's root. Raises DamagedArtifact, or NewerStore for a later one's."""
+    try:
+        values = unsealed(data, indent=1)
+        found = values.pop("version")
+        if type(found) is not int:
+            raise ValueError("it states no version")
+        if found > version:
+            raise NewerStore(
+                f"{path} has version {found} of {what}, this program reads up to {version}",
+                root=path.parents[1],
+                remedy="update MoleForge",
+            )
+        return as_kind(kind, values)
+    except (ValueError, KeyError) as error:
+        raise damaged(path, f"is torn or its bytes have changed ({error})") from None
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import NewerStore, StoreError
 from .artifacts import Store, write_text
-from .reading import as_kind, damaged, read_bytes, reading, sealed, unsealed
+from .reading import of_version, read_bytes, reading, sealed
 
 FOLDER = "roots"
 SUFFIX = ".json"
@@ -108,18 +108,4 @@ def readable_roots(store: Store) -> list[Root]:
 def read_root(path: Path) -> Root:
     """Read a root. Raises DamagedArtifact, UnreadableFile, or NewerStore for one that a later
     version has left."""
-    data = read_bytes(path)
-    try:
-        values = unsealed(data, indent=1)
-        version = values.pop("version")
-        if type(version) is not int:
-            raise ValueError("it states no version")
-        if version > VERSION:
-            raise NewerStore(
-                f"{path} has version {version} of a root, this program reads up to {VERSION}",
-                root=path.parents[1],
-                remedy="update MoleForge",
-            )
-        return as_kind(Root, values)
-    except (ValueError, KeyError) as error:
-        raise damaged(path, f"is torn or its bytes have changed ({error})") from None
+    return of_version(Root, read_bytes(path), path, VERSION, "a root")

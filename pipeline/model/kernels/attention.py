@@ -9,7 +9,7 @@ B sequences, H heads of queries, M heads of keys and values, G = H/M heads of qu
 these, T tokens, C tokens of a block, R = G*C, S tokens up to a block's end, K width of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,13 +30,18 @@ MAX_BF16_SUMS = 16
 
 def patch_attention(network: "PreTrainedModel") -> None:
     """Let a Hugging Face model attend in blocks wherever that gives the same result."""
+    attend_by(network, NAME, _forward)
+
+
+def attend_by(network: "PreTrainedModel", name: str, forward: Callable) -> None:
+    """Have a Hugging Face model attend by a function of ours, which is called `name` there."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _forward)
-    # without a mask function of the same name every pass would be given a mask, T x T
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    network.set_attn_implementation(NAME)
+    AttentionInterface.register(name, forward)
+    # masks come as for torch's own: none where causal says it all, else T x T
+    AttentionMaskInterface.register(name, sdpa_mask)
+    network.set_attn_implementation(name)
 
 
 def _forward(

@@ -9,6 +9,7 @@ from ...protocols import Progress
 from ...store.artifacts import Store
 from ...store.history_db import history_db
 from .. import next_step
+from ..find import taken_for_experiments
 from ..prune import opened, said
 from .chosen import one_of, runs_of, trainings_of
 from .comparing import compare
@@ -28,7 +29,7 @@ def history(args: argparse.Namespace, store: Store, console: Console, progress: 
         everything = known(index, store.root)
         for name in _typed(args):
             if run := everything.run_beside(name):
-                say(f"{name} is taken for the experiments; {run.id} is the run of that name")
+                say(taken_for_experiments(name, run.id))
         if args.action == "list":
             list_runs(everything, args.last, console)
             list_experiments(everything, args.last, console)

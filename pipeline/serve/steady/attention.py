@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ...model.kernels.attention import attend_by
 from ..networks import Batch, Chunk
 from ..slot_cache import PLACES
 from .products import elementwise
@@ -29,13 +30,7 @@ BLOCK = PLACES
 
 def attend_alone(network: "PreTrainedModel") -> None:
     """Have a Hugging Face model attend so in passes that are given the batch as `served`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, _forward)
-    # a kind of attention without masks of its own is given none, and then takes none
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    network.set_attn_implementation(NAME)
+    attend_by(network, NAME, _forward)
 
 
 def _forward(
