@@ -18,6 +18,9 @@ for name in [name for name in os.environ if name.startswith(("WANDB_", "MODAL_",
 for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PYTHON_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)  # what is printed here is compared
 os.umask(0o022)  # so are the modes of files
+# Else each process that a test starts compiles all of the program that it imports, for 0.3 s
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ |= {
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
@@ -36,6 +39,7 @@ from rich.console import Console  # noqa: E402
 from yaml_text import yaml_text  # noqa: E402
 
 from pipeline import hardware  # noqa: E402
+from pipeline.train import memory_meter  # noqa: E402
 
 LONGEST = (
     "test_modal_loopback",
@@ -61,6 +65,16 @@ def pytest_collection_modifyitems(items):
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage among what is imported, which goes on growing: that took seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish():
     """Leave what was imported out of every later collection of garbage: jobs that run in this
     process collect when they end, and looked through the modules of all tests each time."""
@@ -76,16 +90,24 @@ def _one_thread():
 
 
 measured_rate = hardware._best_rate  # for a test of the measuring itself
+_status = memory_meter._status
+
+
+def quick_status(key: str, file: str = "status") -> int:
+    """Return what the system tells of this process's memory, without how much of it is shared: for
+    that it looks at every page, 16 ms where there are 1.2 GB, two or three times a training."""
+    return 0 if file == "smaps_rollup" else _status(key, file)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick():
     """Leave out of this process what costs time and decides nothing here: the machine's rate, which
-    takes 0.2 s after each training and at each plan, and waiting for the disk. Commands that are
-    processes of their own do both."""
+    takes 0.2 s after each training and at each plan, waiting for the disk, and what memory is
+    shared. Commands that are processes of their own do all of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "_best_rate", lambda *_: 1e9)
         patch.setattr(os, "fsync", lambda _handle: None)
+        patch.setattr(memory_meter, "_status", quick_status)
         yield
 
 

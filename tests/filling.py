@@ -20,7 +20,7 @@ from pathlib import Path
 
 import lora_small
 import torch
-from conftest import tiny_config
+from conftest import quick_status, tiny_config
 from fakes import contents
 from rich.console import Console
 from test_ocr_crops import page
@@ -33,7 +33,7 @@ from pipeline.run.advice import CommandLine, sentence
 from pipeline.run.job import run_job
 from pipeline.store.artifacts import Store, inventory
 from pipeline.store.upload import upload
-from pipeline.train import loop
+from pipeline.train import loop, memory_meter
 
 ROOT = Path(__file__).parent.parent
 REASONS = itertools.cycle((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -247,6 +247,7 @@ def command(module, *arguments):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     loop.product_flops_per_s = lambda _bf16: 1e9
+    memory_meter._status = quick_status
     folder = Path(sys.argv[2])
     {"text": text, "pictures": pictures}[sys.argv[1]](folder)
     (folder / "told.json").write_text(json.dumps(TOLD))
