@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 from rich.console import Console
 
@@ -120,6 +121,7 @@ def _inputs(job: JobContext) -> dict[str, str]:
     return digests
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that are here: a machine that only trains needs no
     `datasets`."""
@@ -149,7 +151,7 @@ def _make(job: JobContext) -> Manifest:
     made = {
         "at": now(),
         "seconds": time.monotonic() - started,
-        "packages": _versions(),
+        "packages": dict(_versions()),
     }
     # What a training says of the machine it ran on
     made |= metrics.pop("made", {})
