@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -338,19 +339,30 @@ def test_every_key_is_compared_whichever_is_right(monkeypatch):
 
 
 DRAIN_S = 60
+# Each line that it reads makes a server of a copy of this process, which has imported it already
 COMMAND = """
-import signal, sys, time
+import gc, os, signal, sys, time
 sys.path[:0] = ["tests"]
 from small_server import application
 from pipeline.serve.listening import listen
+gc.freeze()
+print("here", flush=True)
+for words in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        break
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
 def slowly():
-    if "slow" in sys.argv:
+    if "slow" in words:
         time.sleep(60)
     app.state.gate.opened = True
 app = application(opened=False)
 app.state.service.engine = type("Engine", (), {"name": "small"})
 def say(text):
     print(text, flush=True)
+say(os.getpid())
 try:
     listen(app, "127.0.0.1", 0, say, slowly, drain_seconds=60, hang_up=lambda: say("hung up"))
 except KeyboardInterrupt:
@@ -358,45 +370,70 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.fixture(scope="module")
+def starter():
+    """A process that starts servers, one after another."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", COMMAND], cwd=ROOT, bufsize=0, **pipes) as process:
+        assert process.stdout.readline() == b"here\n"
+        yield process
+
+
+def says_something(starter, seconds) -> bool:
+    """Whether there is a line to read, or comes in time."""
+    return bool(select.select([starter.stdout], [], [], seconds)[0])
+
+
+def next_line(starter) -> str:
+    """Return the next line."""
+    assert says_something(starter, PATIENCE_S)
+    return starter.stdout.readline().decode()
+
+
 @pytest.mark.parametrize(
     ("words", "number", "wanted"),
     [
-        ((), signal.SIGTERM, 0),
-        ((), signal.SIGINT, 130),
-        (("slow",), signal.SIGTERM, 0),
-        (("slow",), signal.SIGINT, 130),
+        ("", signal.SIGTERM, 0),
+        ("", signal.SIGINT, 130),
+        ("slow", signal.SIGTERM, 0),
+        ("slow", signal.SIGINT, 130),
     ],
 )
-def test_signals_end_a_server_with_their_status_once_it_has_answered(words, number, wanted):
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
+def test_signals_end_a_server_with_their_status_once_it_has_answered(
+    starter, words, number, wanted
+):
+    starter.stdin.write(f"{words}\n".encode())
+    pid, ended = int(next_line(starter)), ""
     try:
-        address = process.stdout.readline().split()[2].rstrip(";")
+        address = next_line(starter).split()[2].rstrip(";")
         with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
             until(lambda: client.get("/readyz").status_code == (503 if words else 200))
             if not words:
-                assert "serving small at http" in process.stdout.readline()
-            process.send_signal(signal.SIGHUP)
-            assert process.stdout.readline() == "hung up\n"
+                assert "serving small at http" in next_line(starter)
+            os.kill(pid, signal.SIGHUP)
+            assert next_line(starter) == "hung up\n"
             began = time.monotonic()
             if words:
-                process.send_signal(number)
-                assert process.wait(PATIENCE_S) == wanted
+                os.kill(pid, number)
+                ended = next_line(starter)
+                assert ended == f"ended {wanted}\n"
                 return
             with client.stream("POST", "/v1/stream", json={}) as answer:
                 blocks = answer.iter_raw()
                 next(blocks)
-                process.send_signal(number)
+                os.kill(pid, number)
                 until(lambda: client.get("/readyz").status_code == 503)
-                assert process.poll() is None and next(blocks)
+                assert not says_something(starter, 0) and next(blocks)
                 if number == signal.SIGINT:
                     # a second Ctrl-C waits for nothing
-                    process.send_signal(signal.SIGINT)
-                    assert process.wait(PATIENCE_S) == wanted
+                    os.kill(pid, signal.SIGINT)
+                    ended = next_line(starter)
             # the client that was waited for has left
-            assert process.wait(PATIENCE_S) == wanted
+            ended = ended or next_line(starter)
+            assert ended == f"ended {wanted}\n"
             assert time.monotonic() - began < DRAIN_S
     finally:
-        process.kill()
-        process.communicate()
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            while not next_line(starter).startswith("ended"):
+                continue
