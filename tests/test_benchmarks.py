@@ -116,11 +116,12 @@ def test_low_rank_experts_train_on_a_pinned_model(job, tmp_path):
     assert found["steps"] == 3 and found["predicted_mb"] > 0
 
 
-def test_a_fresh_process_prints_what_it_measured(job):
+def test_a_fresh_process_prints_what_it_measured_and_one_that_fails_is_told(job, monkeypatch):
     found = measuring.run(replace(job, peer="plain", task="expert"))
     assert found["steps"] == 3 and found["imports_mb"] > 50
-    with pytest.raises(SystemExit, match="plain failed at expert"):
-        measuring.run(replace(job, peer="plain", task="expert", work="/nowhere"))
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(SystemExit, match=r"plain failed at expert \(exit status 1\)"):
+        measuring.run(replace(job, peer="plain", task="expert"))
 
 
 def test_memory_sees_tensors_and_tells_mapped_data_apart(tmp_path):

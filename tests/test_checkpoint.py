@@ -104,13 +104,24 @@ def test_two_slots_hold_the_last_two_steps(stopped):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_newest_slot_costs_one_checkpoint(stopped, name, how):
+def test_a_damaged_newest_slot_costs_one_checkpoint_and_is_kept_aside(stopped, name, how):
     folder, wanted = stopped
-    DAMAGE[how](slots(folder)[7] / name)
+    slot = slots(folder)[7]
+    DAMAGE[how](slot / name)
+    found = inventory(slot)
     got, recorder = resume(folder)
     assert recorder.starts == [6] and equal(got, wanted)
     assert len(recorder.notes) == 1 and str(folder) in recorder.notes[0]
     assert recorder.notes[0].endswith("; going on from the other one, step 6")
+    # until the artifact is whole
+    aside = list(folder.glob("*.damaged-*"))
+    if name == "state.json" and how == "deleted":
+        # as a kill in a save leaves it: nothing that anyone could go on from
+        assert not aside and "was not finished" in recorder.notes[0]
+        return
+    assert [path.name.partition(".")[0] for path in aside] == [slot.name]
+    assert inventory(aside[0]) == found
+    assert f"kept as {aside[0].name}" in recorder.notes[0]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -175,24 +186,6 @@ def test_a_save_that_cannot_see_which_slot_is_older_writes_over_neither(
         assert inventory(folder) == before
     got, recorder = resume(folder)
     assert recorder.starts == [7] and equal(got, wanted)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", DAMAGE)
-def test_what_is_damaged_is_kept_aside_until_the_artifact_is_whole(stopped, name, how):
-    folder, _ = stopped
-    slot = slots(folder)[7]
-    DAMAGE[how](slot / name)
-    found = inventory(slot)
-    _, recorder = resume(folder)
-    aside = list(folder.glob("*.damaged-*"))
-    if name == "state.json" and how == "deleted":
-        # as a kill in a save leaves it: nothing that anyone could go on from
-        assert not aside and "was not finished" in recorder.notes[0]
-        return
-    assert [path.name.partition(".")[0] for path in aside] == [slot.name]
-    assert inventory(aside[0]) == found
-    assert f"kept as {aside[0].name}" in recorder.notes[0]
 
 
 def test_names_of_what_is_kept_aside_are_not_used_twice(stopped, monkeypatch):
@@ -405,13 +398,21 @@ def best_files(folder):
     return sorted(path.name for path in folder.glob("best-*"))
 
 
-@pytest.fixture
-def better(tmp_path):
+@pytest.fixture(scope="module")
+def killed_better(tmp_path_factory):
     """Folder of a run with falling losses that was killed before step 6; and what it leads to."""
+    root = tmp_path_factory.mktemp("better")
     task, _ = falling()
-    fit(task, train_io(tmp_path / "whole"))
-    killed(tmp_path / "better", 6)
-    return tmp_path / "better", values(task)
+    fit(task, train_io(root / "whole"))
+    killed(root / "better", 6)
+    return root / "better", values(task)
+
+
+@pytest.fixture
+def better(killed_better, tmp_path):
+    """The same, which a test may change."""
+    folder, wanted = killed_better
+    return Path(shutil.copytree(folder, tmp_path / "better")), wanted
 
 
 def test_the_best_state_is_a_file_beside_the_slots_that_both_name(better):
@@ -539,10 +540,18 @@ def test_no_copy_of_the_best_state_is_held(tmp_path):
     assert json.loads(json.dumps(asdict(TrainState()))) == asdict(TrainState())
 
 
+@pytest.fixture(scope="module")
+def undisturbed_in_bf16(tmp_path_factory):
+    """What the small task leads to in bf16."""
+    task = in_bf16(small_task())
+    fit(task, train_io(tmp_path_factory.mktemp("bf16")))
+    return values(task)
+
+
 @pytest.mark.parametrize("step", range(1, 10))
-def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path, step):
-    whole = in_bf16(small_task())
-    fit(whole, train_io(tmp_path / "whole"))
+def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(
+    tmp_path, undisturbed_in_bf16, step
+):
     with pytest.raises(Killed):
         fit(dying(in_bf16(small_task()), step), train_io(tmp_path / "killed"))
     task, here = in_bf16(small_task()), train_io(tmp_path / "killed")
@@ -550,7 +559,7 @@ def test_a_bf16_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path,
     with torch.no_grad():
         task.parameters["first"].fill_(7.0)
     fit(task, here)
-    assert here.recorder.starts == [step] and equal(values(task), values(whole))
+    assert here.recorder.starts == [step] and equal(values(task), undisturbed_in_bf16)
 
 
 def test_a_bf16_checkpoint_keeps_the_low_bits(tmp_path):

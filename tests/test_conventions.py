@@ -134,15 +134,20 @@ SPECIAL = [
 ]
 
 
-@pytest.mark.parametrize("answer", [*SPECIAL, "<image>", "<image_1> is older"])
-def test_special_tokens_of_other_formats_are_refused_or_declared_text(tmp_path, source, answer):
-    rows = simple(40)
-    rows[7]["answer"] = answer
-    _, found, report = prepared(tmp_path, entry(jsonl(source(rows))))
-    assert "r7" not in found and report["dropped"] == {"special token": 1}
-    assert "dataset.markup" in report["examples"]["special token"][0]
-    kept = entry(jsonl(source(rows), markup="text"))
-    assert prepared(tmp_path, kept, "text")[1]["r7"].answer == answer
+def test_special_tokens_of_other_formats_are_refused_or_declared_text(tmp_path, source):
+    marked = {}
+    for number, answer in enumerate([*SPECIAL, "<image>", "<image_1> is older"]):
+        marked[f"r{2 * number}"] = answer
+    rows = simple(2 * len(marked))
+    for row in rows[::2]:
+        row["answer"] = marked[row["id"]]
+    data = jsonl(source(rows), max_bad_share=0.6)
+    _, found, report = prepared(tmp_path, entry(data))
+    assert not found.keys() & marked.keys() and len(found) == len(marked)
+    assert report["dropped"] == {"special token": len(marked)}
+    assert all("dataset.markup" in example for example in report["examples"]["special token"])
+    kept = prepared(tmp_path, entry(data | {"markup": "text"}), "text")[1]
+    assert {name: kept[name].answer for name in marked} == marked
 
 
 def test_special_tokens_are_refused_in_prompts_as_in_answers(tmp_path, source):

@@ -1,5 +1,6 @@
 """An expert may be called like any parameter, module or attribute of the libraries below."""
 
+import copy
 import random
 import string
 
@@ -57,20 +58,21 @@ def test_an_adapter_of_any_name_is_kept_loaded_and_asked_as_what_it_is(place, tm
     options = loras.options("color")
     kept = {}
     for number, name in enumerate(names):
-        fresh = base.open_base(folder, loras.base)
+        # as it was opened: to open it again takes longer
+        fresh = copy.deepcopy(opened.model)
         torch.manual_seed(number)
-        model = peft_io.add(fresh.model, name, options)
+        model = peft_io.add(fresh, name, options)
         with torch.no_grad():
             for parameter in peft_io.adapter_parameters(model, name).values():
                 parameter.normal_(std=0.1)
-        files = peft_io.files(model, name, fresh.pin, {})
+        files = peft_io.files(model, name, opened.pin, {})
         kept[name] = files[peft_io.TENSORS]
         lora_small.write(files, tmp_path / name)
         if number:
             assert kept[name].keys() == kept[names[0]].keys(), "a key lost a part of itself"
             continue
         with torch.no_grad():
-            asked = fresh.chat.requests([("How many dots are there?", ())])
+            asked = opened.chat.requests([("How many dots are there?", ())])
             alone = model.eval()(**asked).logits[:, -1]
 
     model = opened.model
