@@ -76,3 +76,8 @@ def generate(page, prompt="The tide"):
     page.fill("#prompt", prompt)
     page.press("#prompt", "Control+Enter")
     expect(page.locator("#status")).to_contain_text(WHOLE)
+
+
+def painted(page):
+    """Wait for the next frame: what a canvas shows is drawn just before it."""
+    page.wait_for_function("() => new Promise((done) => requestAnimationFrame(() => done(true)))")

@@ -265,7 +265,8 @@ def test_a_run_of_another_configuration_goes_on_beside_it(finished, store_path, 
     # a moment after its note
     until(lambda: list(store.root.glob("roots/*.json")) or process.poll() is not None)
     rounds = 0
-    while process.poll() is None and not list(store.root.glob("artifacts/evaluate-*")):
+    # until what comes before the report begins: then there is time for a whole look
+    while process.poll() is None and not list(store.root.glob("artifacts/train_dense-path-*")):
         told = typed(capfd, 0, "prune", "--orphans", *unknown)
         assert not any(address in told for address in ours)
         assert "is in use: a run in progress needs" in typed(capfd, 2, "rm", "tiny", *unknown)
