@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -431,17 +431,57 @@ def _changes(dotted: str, value) -> dict:
     return {prefix: value} if prefix else {f"{section}__{name}" if section else name: value}
 
 
+def unchanged(trained, stage: str, base: dict, folder) -> str:
+    """Return the product of a stage before a change; it is made once."""
+    key = (stage, repr(base))
+    if key not in PRODUCED:
+        PRODUCED[key] = product(trained, stage, base, folder / f"unchanged{len(PRODUCED)}")
+        assert ": " not in PRODUCED[key][:40] or stage == "evaluate", PRODUCED[key]
+    return PRODUCED[key]
+
+
 @pytest.mark.parametrize("dotted", EFFECTS)
 def test_changing_a_setting_changes_the_product(dotted, trained, tmp_path):
     stage, value, base = EFFECTS[dotted]
-    key = (stage, repr(base))
-    if key not in PRODUCED:
-        PRODUCED[key] = product(trained, stage, base, tmp_path / "unchanged")
-        assert ": " not in PRODUCED[key][:40] or stage == "evaluate", PRODUCED[key]
-    assert (
-        product(trained, stage, base | _changes(dotted, value), tmp_path / "changed")
-        != PRODUCED[key]
-    )
+    changed = product(trained, stage, base | _changes(dotted, value), tmp_path / "changed")
+    assert changed != unchanged(trained, stage, base, tmp_path)
+
+
+@dataclass
+class Together:
+    """Settings that are changed at once."""
+
+    base: dict  # what both sides have
+    changes: dict
+    names: list[str]
+
+
+def together(trained, names, base: dict) -> list[Together]:
+    """Return settings in groups of the same base that one configuration may have changed: where
+    none of them changes a product, one product says it of all."""
+    groups: list[Together] = []
+    for dotted in names:
+        _, value, own = EFFECTS.get(dotted, (None, True, {}))
+        one, change = base | own, _changes(dotted, value)
+        fitting = [
+            group
+            for group in groups
+            if group.base == one and _is_run(trained, one | group.changes | change)
+        ]
+        if not fitting:
+            fitting = [Together(one, {}, [])]
+            groups += fitting
+        fitting[0].changes |= change
+        fitting[0].names.append(dotted)
+    return groups
+
+
+def _is_run(trained, changes: dict) -> bool:
+    try:
+        small.config(**resolved(trained, changes))
+    except (ValueError, PipelineError):
+        return False
+    return True
 
 
 BASELINES = {"dense__baselines": ("path", "wide")}
@@ -456,30 +496,24 @@ def content_of(trained, stage: str, changes: dict) -> dict:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("stage", "dotted", "value"),
+    ("stage", "names"),
     [
-        ("train_shared", "trunk.checkpointing", True),
-        (ALPHA, "expert.checkpointing", True),
-        (PATH, "expert.checkpointing", True),
-        ("train_dense wide", "trunk.checkpointing", True),
-        ("train_joint dense", "joint.checkpointing", True),
-        *((PATH, f"expert.{name}", EFFECTS[f"expert.{name}"][1]) for name in OF_EXPERTS_ALONE),
+        ("train_shared", ["trunk.checkpointing"]),
+        (ALPHA, ["expert.checkpointing"]),
+        (PATH, ["expert.checkpointing", *(f"expert.{name}" for name in OF_EXPERTS_ALONE)]),
+        ("train_dense wide", ["trunk.checkpointing"]),
+        ("train_joint dense", ["joint.checkpointing"]),
     ],
 )
-def test_what_cannot_change_a_result_is_not_in_its_address(
-    stage, dotted, value, dtype, trained, tmp_path
-):
-    for more in ({}, {f"{dotted.partition('.')[0]}__micro_batch_sequences": 2}):
-        _, _, own = EFFECTS.get(dotted, (None, None, {}))
-        base = BASELINES | own | more | {"dtype": dtype}
-        changes = base | _changes(dotted, value)
-        assert content_of(trained, stage, changes) == content_of(trained, stage, base)
-        one, other = (
-            product(trained, stage, each, tmp_path / f"{name}{len(more)}")
-            for name, each in (("one", base), ("other", changes))
-        )
-        assert one == other
-        assert ": " not in one[:40], one
+def test_what_cannot_change_a_result_is_not_in_its_address(stage, names, dtype, trained, tmp_path):
+    for more in ({}, {f"{names[0].partition('.')[0]}__micro_batch_sequences": 2}):
+        base = BASELINES | more | {"dtype": dtype}
+        for number, group in enumerate(together(trained, names, base)):
+            changed = group.base | group.changes
+            held = content_of(trained, stage, changed)
+            assert held == content_of(trained, stage, group.base), group.names
+            found = product(trained, stage, changed, tmp_path / f"{number}{len(more)}")
+            assert found == unchanged(trained, stage, group.base, tmp_path), group.names
 
 
 def test_fused_steps_stay_in_addresses_as_they_forbid_micro_batches(trained, tmp_path, monkeypatch):
@@ -497,19 +531,22 @@ def test_the_address_of_a_baseline_moves_with_what_it_is_trained_by_and_nothing_
     item, trained, tmp_path
 ):
     """Whatever setting of the other trainings is changed: bytes and address move together."""
-    stage, made, moved, changed = f"train_dense {item}", {}, set(), set()
-    for i, (dotted, (_, value, base)) in enumerate(EFFECTS.items()):
-        if not dotted.startswith(FITS) or dotted == "dense.baselines":
-            continue
-        one = BASELINES | {"trunk__steps": 1} | base
-        other = one | _changes(dotted, value)
-        if repr(one) not in made:
-            made[repr(one)] = product(trained, stage, one, tmp_path / f"one{i}")
-        if product(trained, stage, other, tmp_path / f"other{i}") != made[repr(one)]:
-            changed.add(dotted)
-        if content_of(trained, stage, one) != content_of(trained, stage, other):
-            moved.add(dotted)
-    assert moved == changed > {"expert.steps", "expert.domains"}
+    stage, moved, changed = f"train_dense {item}", [], set()
+    base = BASELINES | {"trunk__steps": 1}
+    names = [each for each in EFFECTS if each.startswith(FITS) and each != "dense.baselines"]
+    for dotted in names:
+        _, value, own = EFFECTS[dotted]
+        other = content_of(trained, stage, base | own | _changes(dotted, value))
+        if other != content_of(trained, stage, base | own):
+            moved.append(dotted)
+    groups = together(trained, [each for each in names if each not in moved], base)
+    for dotted in moved:
+        groups += together(trained, [dotted], base)
+    for number, group in enumerate(groups):
+        found = product(trained, stage, group.base | group.changes, tmp_path / f"{number}")
+        if found != unchanged(trained, stage, group.base, tmp_path):
+            changed |= {*group.names}
+    assert {*moved} == changed > {"expert.steps", "expert.domains"}
 
 
 @pytest.mark.parametrize(
