@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from pipeline.errors import Interrupted, MissingArtifact, PipelineError
 from pipeline.families.ffn_moe import cost, lr_search
 from pipeline.families.ffn_moe.joint.cost import joint_cost
 from pipeline.families.ffn_moe.rates import trained_by
-from pipeline.families.ffn_moe.stages import SEARCHES
+from pipeline.families.ffn_moe.stages import SEARCHES, STAGES
 from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run.dry_run import figures
@@ -313,6 +314,17 @@ def test_the_temperature_falls_in_a_search_as_it_does_in_its_training(search, it
         assert opts.temperature.at(step, opts.steps, epoch_steps) == pytest.approx(expected)
     # one of all steps has no epochs to be scaled
     assert whole.model_copy(update={"epochs": None}).in_small(0.1).epochs is None
+
+
+@pytest.mark.parametrize(
+    ("search", "item", "training"),
+    [("lr_router", None, "train_router"), ("lr_joint", "moe", "train_joint moe")],
+)
+def test_a_search_whose_temperature_stood_still_is_another(search, item, training, monkeypatch):
+    now = addresses(**AUTO, **BOTH)
+    monkeypatch.setitem(STAGES, search, replace(STAGES[search], version=1))
+    before = addresses(**AUTO, **BOTH)
+    assert {label(search, item), training} <= moved(before, now)
 
 
 @pytest.mark.parametrize("stage", SEARCHES.values())

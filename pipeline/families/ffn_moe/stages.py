@@ -145,6 +145,7 @@ STAGES = table(
         needs=("preprocess", "train_shared", "train_experts"),
         reads=(*_TRAINED, "router", "trunk.anchor", "lr_search"),
         settings="router",
+        version=2,  # the gates' temperature falls within the search
         machine="train_router",
         secrets=("wandb", "hub"),
     ),
@@ -197,6 +198,7 @@ STAGES = table(
         reads=(*_TRAINED, "lr_search"),
         reads_also="joint_reads",
         settings="joint",
+        version=2,  # the gates' temperature falls within the search
         machine="train_dense",
         secrets=("wandb", "hub"),
         after=("tokenizer", "preprocess"),
