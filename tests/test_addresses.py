@@ -24,6 +24,7 @@ from pipeline.protocols import quiet
 from pipeline.run import backend, dry_run, former, stages
 from pipeline.run.backend import Local, run_stage
 from pipeline.run.job import run_job
+from pipeline.store import in_use
 from pipeline.store.artifacts import Store
 from pipeline.store.reading import sealed
 from pipeline.train import loop
@@ -352,6 +353,10 @@ def test_another_run_is_no_former_value_and_the_nearest_one_is_told(tmp_path):
     half(changed("ffn_moe", {"expert": {"lr": 0.125}}), store, *job, 1)
     half(changed("ffn_moe", {"expert": {"lr": 0.0625}}), store, *job, 2)
     assert "step 2 exists under expert.lr 0.0625 (here 0.01)" in told()
+    # what a run in progress makes, as another trial of experiments, is nobody's former value
+    of_other = stages.address(changed("ffn_moe", {"expert": {"lr": 0.0625}}), *job)
+    with in_use.using(store, [of_other]):
+        assert "step 1 exists under expert.lr 0.125 (here 0.01)" in told()
     # one that says nothing, or that no longer is what its settings say, is left out
     for path in store.root.glob("resume/*/settings.json"):
         path.write_text("{}")

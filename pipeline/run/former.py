@@ -15,6 +15,7 @@ from ..config.base import DURATIONS, merge
 from ..config.run import RunConfig
 from ..errors import ConfigError
 from ..families.load import parse
+from ..store import in_use
 from ..store.artifacts import Store, write_text
 from ..store.reading import reading, sealed, unsealed
 from .stages import Addresses, label
@@ -55,13 +56,15 @@ def same_job(address: str, names: list[str]) -> list[str]:
 
 def former_checkpoint(addresses: Addresses, stage: str, item: str | None, store: Store) -> str:
     """Return a sentence about the checkpoint of this job that differs in the fewest settings, of
-    those with the most steps; "" when there is none, or this job has one itself. Raises
-    UnreadableFile."""
+    those with the most steps; "" when there is none that no run in progress needs, or this job has
+    one itself. Raises UnreadableFile, DamagedArtifact."""
     own = addresses.of(stage, item)
     if store.has(own) or saved_step(store, own):
         return ""
     best: tuple[int, int, str] | None = None
-    for address in same_job(own, _begun(store)):
+    # A run in progress goes on from its own by itself, as trials of experiments do side by side
+    used = in_use.addresses(store)
+    for address in same_job(own, [name for name in _begun(store) if name not in used]):
         step = saved_step(store, address)
         changes = _changes(addresses, (stage, item), store, address) if step else {}
         if not changes:
