@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import tiny_config
 from rich.console import Console
 from test_trunk import whole
@@ -21,24 +22,20 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.families.load import describes_run, load
 from pipeline.protocols import quiet
 from pipeline.report import experiments
-from pipeline.report.schema.experiments import (
-    ExperimentResults,
-    ModelSizes,
-    TrialExperts,
-    TrialLosses,
-    TrialRun,
-    TrialScore,
-    TrialSummary,
-    TrialTiming,
-)
+from pipeline.report.schema.experiments import ExperimentResults
+from pipeline.run import speeds
+from pipeline.run.backend import JobLines, printed_progress
+from pipeline.run.experiments import remaining
 from pipeline.run.experiments.conduct import conduct, write_results
 from pipeline.run.experiments.criteria import judged
 from pipeline.run.experiments.reading import read_experiments
 from pipeline.run.experiments.search import Study, TriedTrial, groups
 from pipeline.run.experiments.trials import expanded, listed_trials
 from pipeline.run.job import run_job
+from pipeline.run.stages import STAGES
 from pipeline.store.artifacts import Store
 from pipeline.store.history import Recorder, read
+from tests.small_experiments import summed
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -251,6 +248,9 @@ def test_results_are_written_with_weights_that_transformers_opens(sweep, tmp_pat
     page = (tmp_path / "report.html").read_text("utf-8")
     for name in ("find-002", "experiment_results.json", "Training curves", "of the dense model"):
         assert name in page
+    text = (tmp_path / "results.md").read_text("utf-8")
+    assert "| find-002 |" in text and f"transformers {transformers.__version__}" in text
+    assert f"{results.work.jobs} jobs" in text and "held-out documents" in text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense/seed-0")
@@ -284,6 +284,46 @@ def test_trials_of_other_tokens_compare_by_bits_per_byte(sweep):
     least = min(each.bits_per_byte for each in results.trials if each.bits_per_byte)
     best = [name for name, cells in rows.items() if cells[bits].best]
     assert [each.name for each in results.trials if each.bits_per_byte == least] == best
+
+
+def test_what_is_left_of_a_sweep_is_told_with_how_long_it_takes(sweep, monkeypatch):
+    _, root, _, trials, finished, told = sweep
+    listed = [trial for trial in trials if not trial.name.startswith("find")]
+    ended = [text for text in told if text.endswith(" jobs)")]
+    assert len(ended) >= len(finished) and "moe seed 0: train_joint moe: done (" in "".join(ended)
+    whole = {address for trial in listed for address in trial.measured.values()}
+    model = next(trial for trial in listed if trial.name == "moe")
+    gone = {model.jobs[model.model], model.measured[model.score]}
+    has = Store.has
+    monkeypatch.setattr(Store, "has", lambda self, each: each not in gone and has(self, each))
+    # What failed is missing too
+    missing = sum(not has(Store(root), each) for each in whole)
+
+    def words(parallel):
+        left = remaining.Remaining(Store(root), parallel)
+        left.want(listed, STAGES)
+        return left.told()
+
+    over = f"{len(whole) - missing - 2} of {len(whole)} jobs"
+    # Trainings of a second tell no speed, and where it is done elsewhere nobody asks
+    assert words(None) == over and words(1).startswith(f"{over}, at least ")
+    monkeypatch.setattr(speeds, "LEAST_TRAINED_S", 0.0)
+    monkeypatch.setattr(speeds, "LEAST_STEPS", 1)
+    monkeypatch.setattr(remaining, "seconds", str)
+    one, two = words(1), words(2)
+    assert one.startswith(f"{over}, about ") and one.endswith(" left")
+    assert float(two.split()[-2]) == pytest.approx(float(one.split()[-2]) / 2)
+
+
+def test_lines_of_jobs_side_by_side_say_whose_they_are(capfd):
+    for of in ("parts seed 1", ""):
+        console = JobLines(True, of).console()
+        printed_progress(console)("x" * 100, None)
+        console.print("two\nlines")
+    assert capfd.readouterr().err.splitlines() == [
+        *(f"parts seed 1: {each}" for each in ("x" * 100, "two", "lines")),
+        *("x" * 100, "two", "lines"),
+    ]
 
 
 def test_a_model_that_cannot_be_measured_is_told_and_in_the_table(sweep, tmp_path):
@@ -469,71 +509,6 @@ def test_a_training_above_the_median_is_ended_at_the_first_such_validation(losse
     assert Study("s", never, tried).ended_at(losses) is None
 
 
-def summed(
-    name,
-    valid=None,
-    train=None,
-    speed=None,
-    least=None,
-    seeds=(0,),
-    dense=False,
-    gpu=None,
-    tokens="",
-    bits=None,
-    size=None,
-):
-    """Return a trial's summary with these figures, the same with every seed."""
-    runs = []
-    score = None
-    if bits is not None:
-        score = TrialScore(
-            bits_per_byte=bits,
-            bits_per_byte_by_domain={},
-            bytes=600,
-            tokens=size and 600 // size,
-            documents=1,
-            text="t",
-        )
-    for seed in seeds:
-        timing = TrialTiming(
-            tokens=1,
-            seconds=1.0,
-            cpu_s={},
-            tokens_per_s=speed or 1.0,
-            tokens_per_cpu_s=None if gpu else speed,
-            gpu=gpu,
-            jobs=(),
-        )
-        use = None
-        if least is not None:
-            use = TrialExperts(least=least, where="e", entropy=1.0, max_entropy=1.1)
-        losses = TrialLosses(valid=valid, train=train)
-        sizes = ModelSizes(active=1, total=1 if dense else 2)
-        runs.append(
-            TrialRun(
-                seed=seed,
-                state="done",
-                losses=losses,
-                timing=timing,
-                use=use,
-                sizes=sizes,
-                tokens=tokens,
-                score=score,
-            )
-        )
-    gap = None if valid is None or train is None else valid - train
-    return TrialSummary(
-        name=name,
-        makes="joint moe",
-        changes={},
-        runs=tuple(runs),
-        valid=valid,
-        gap=gap,
-        is_dense=dense,
-        bits_per_byte=bits,
-    )
-
-
 DENSE = summed("dense", valid=3.0, train=2.6, speed=100.0, dense=True, bits=1.3, size=4)
 ASKED = {
     "loss": ({"valid": 2.9, "train": 2.5}, "primary", True, "loss"),
@@ -589,7 +564,8 @@ def test_gaps_are_held_against_the_trial_that_is_named_and_a_dense_one_is_asked_
     found = judged([DENSE, other, mine, summed("wide", valid=2.0, dense=True)], wanted)
     assert found[0].criteria == ()
     assert (
-        found[2].criteria[0].half == "neither" and "0% of baseline's" in found[2].criteria[0].detail
+        found[2].criteria[0].half == "neither"
+        and "a gap 0% smaller than that of baseline, asked 25%" in found[2].criteria[0].detail
     )
     alone = judged([mine], CriteriaConfig())
     assert [each.passed for each in alone[0].criteria] == [None, None, None]

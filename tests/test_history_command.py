@@ -306,7 +306,7 @@ def test_experiments_are_entries_of_the_list_and_their_runs_say_whose_they_are(h
 
 def test_experiments_are_shown_compared_drawn_and_exported_by_their_name(history, tried, tmp_path):
     shown = history("show", "real", store=tried)
-    assert "Validation loss, sizes and speed of every trial" in shown and "report.html" in shown
+    assert "Losses and sizes of every trial" in shown and "report.html" in shown
     assert next_words(shown) == ["compare", "real"]
     printed = history("compare", "small", "real", store=tried)
     assert next_words(printed) == ["report", "small", "real"]

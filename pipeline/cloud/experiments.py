@@ -20,9 +20,9 @@ from ..report.schema.experiments import ExperimentResults
 from ..run.advice import sentence
 from ..run.backend import printed_progress
 from ..run.experiments.reading import Experiments, base_of
-from ..run.experiments.sweep import Ended, GivesUp, Wanted, is_text
+from ..run.experiments.sweep import Ended, GivesUp, Wanted
 from ..run.experiments.trials import Trial, listed_trials, made_trial
-from ..run.stages import Addresses
+from ..run.stages import Addresses, is_text
 from ..store.artifacts import Store
 from .client import check, mirror, settled
 from .containers import edge_of

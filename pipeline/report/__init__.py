@@ -6,6 +6,7 @@ and any table of a report may be missing: what is absent, NaN or infinite is sho
 
 from .card import card, export_card, stock_base
 from .lasting import lasting_rows, split
+from .markdown import experiments_text
 from .page import experiments_page, page
 from .schema.experiments import ExperimentResults
 from .schema.language import LanguageReport
@@ -20,6 +21,7 @@ __all__ = [
     "RequestReport",
     "card",
     "experiments_page",
+    "experiments_text",
     "export_card",
     "lasting_rows",
     "page",

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import median
 
-from .format import DASH, count, figures, fixed, limit, seconds, share, signed
+from .format import DASH, beside_limit, count, ends, fixed, limit, reaches, seconds, share, signed
 from .run_facts import RESULTS
+from .schema.base import Interval
 from .schema.experiments import (
     ExperimentResults,
     TrialCriterion,
@@ -26,9 +27,9 @@ HALVES = {
 
 
 def overview(results: ExperimentResults) -> Table:
-    """Every trial over its seeds: losses, sizes, what it took, and what was asked."""
-    tokens = _tokens(results)
-    best = lowest([trial.valid if _has(trial, tokens) else None for trial in results.trials])
+    """Every trial over its seeds: losses, sizes, and what was asked."""
+    tokens = compared_tokens(results)
+    best = lowest([trial.valid if has_tokens(trial, tokens) else None for trial in results.trials])
     best_bits = lowest([trial.bits_per_byte for trial in results.trials])
     rows = []
     for number, trial in enumerate(results.trials):
@@ -38,20 +39,19 @@ def overview(results: ExperimentResults) -> Table:
             Cell(fixed(trial.valid, 4), _valid_note(trial, tokens), best=number in best),
             Cell(
                 fixed(trial.bits_per_byte, 4),
-                _spread(trial.bits_spread),
+                interval_note(trial.bits_interval),
                 best=number in best_bits,
             ),
             Cell(signed(trial.gap, 4)),
             Cell(count(_of_first(trial, "active"))),
             Cell(count(_of_first(trial, "total"))),
-            Cell(count(_median(each.tokens for each in _times(trial)))),
-            Cell(count(_speed(trial))),
+            Cell(count(median_of(each.tokens for each in times(trial)))),
             *(_asked(trial, name) for name in ASKED),
         ]
         rows.append(Row(trial.name, tuple(cells), kind=trial.origin, main=trial.is_dense))
     return Table(
         name="Trials",
-        title="Validation loss, sizes and speed of every trial",
+        title="Losses and sizes of every trial, and what was asked of it",
         corner="trial",
         columns=(
             "makes",
@@ -62,18 +62,18 @@ def overview(results: ExperimentResults) -> Table:
             "active",
             "total",
             "tokens",
-            "tokens per CPU second",
             *ASKED,
         ),
         rows=tuple(rows),
         reading=(
-            "Lower is better; ± is the standard deviation over seeds. Valid: nats a token, which "
-            "compare where tokens are the same. Bits per byte: of held-out documents, mean over "
-            "domains, whatever tokens are. Gap: validation less training loss. Active and total "
-            "are parameters; tokens are those of all trainings that a model is made of. The marked "
-            "row is the dense model that others are held against."
+            "Lower is better; in brackets the 95 % interval of the mean over seeds, by Student's "
+            "t: seeds draw weights and the order of rows, the text is the same. Valid: nats a "
+            "token, which compare where tokens are the same. Bits per byte: of held-out documents, "
+            "mean over domains, whatever tokens are. Gap: validation less training loss. Active "
+            "and total are parameters; tokens are those of all trainings that a model is made of. "
+            "The marked row is the dense model that others are held against."
         ),
-        words=(0, 1, 9, 10, 11),
+        words=(0, 1, 8, 9, 10),
     )
 
 
@@ -85,7 +85,7 @@ def criteria(results: ExperimentResults) -> Table:
             half = HALVES[each.half] if each.half else ""
             cells = (
                 RESULTS[each.passed],
-                Cell(_number(each)),
+                Cell(_number(each), interval_note(each.interval)),
                 Cell("; ".join(filter(None, (half, each.detail)))),
             )
             rows.append(Row(f"{trial.name}, {each.name}", cells, kind=trial.name))
@@ -96,8 +96,9 @@ def criteria(results: ExperimentResults) -> Table:
         columns=("result", "number", "found"),
         rows=tuple(rows),
         reading=(
-            "Primary: validation loss less the dense model's, below zero, or a gap that is smaller "
-            "by the share that is asked; of other tokens than the dense model's, bits per byte of "
+            "Primary: validation loss less the dense model's, below zero, or a gap of validation "
+            "to training loss that is smaller by the share that is asked; in brackets the 95 % "
+            "interval over seeds. Of other tokens than the dense model's, bits per byte of "
             "held-out documents less its own. Secondary: tokens per second of processor time as a "
             "share of the dense model's, which other programs on the machine hardly move; on GPUs "
             "by the clock; of other tokens, bytes of text. Tertiary: share of tokens of the expert "
@@ -111,16 +112,16 @@ def timing(results: ExperimentResults) -> Table:
     """Where the time of each trial's trainings went, the median over its seeds."""
     rows = []
     for trial in results.trials:
-        times = _times(trial)
-        if not times:
+        seeds = times(trial)
+        if not seeds:
             continue
-        cells = [Cell(seconds(median(each.seconds for each in times)))]
-        whole = median(sum(each.cpu_s.values()) for each in times)
+        cells = [Cell(seconds(median(each.seconds for each in seeds)))]
+        whole = median(sum(each.cpu_s.values()) for each in seeds)
         cells.append(Cell(seconds(whole)))
         for phase in PHASES:
-            spent = median(each.cpu_s.get(phase, 0.0) for each in times)
+            spent = median(each.cpu_s.get(phase, 0.0) for each in seeds)
             cells.append(Cell(share(spent / whole) if whole else DASH))
-        cells.append(Cell(count(_median(each.tokens_per_s for each in times))))
+        cells.append(Cell(count(median_of(each.tokens_per_s for each in seeds))))
         cells.append(Cell(count(_speed(trial))))
         rows.append(Row(trial.name, tuple(cells), main=trial.is_dense))
     return Table(
@@ -239,8 +240,9 @@ def flat(settings: Mapping[str, object], above: str = "") -> Iterator[tuple[str,
 def tiles(results: ExperimentResults) -> list[tuple[str, str, str]]:
     """Return the numbers at the top: name, value, what stands beside it."""
     found = []
-    tokens = _tokens(results)
-    ended = [trial for trial in results.trials if trial.valid is not None and _has(trial, tokens)]
+    tokens = compared_tokens(results)
+    same = [trial for trial in results.trials if has_tokens(trial, tokens)]
+    ended = [trial for trial in same if trial.valid is not None]
     best = min(ended, key=lambda trial: trial.valid or 0.0, default=None)
     if best is not None:
         found.append(("lowest validation loss", fixed(best.valid, 4), f"{best.name}, nats"))
@@ -268,10 +270,24 @@ def facts(results: ExperimentResults) -> list[str]:
     machine = results.machine
     if machine is not None:
         found.append(machine.gpu or machine.cpu)
-        found.append(f"{machine.threads} of {machine.cores} cores")
+        found.append(f"{machine.threads} of {machine.cores} cores a job")
         found.append(machine.dtype)
         found.append(f"torch {machine.torch}")
     return [fact for fact in found if fact]
+
+
+def conditions(results: ExperimentResults) -> list[str]:
+    """Return what a committed copy has to say beside that, in a few words each."""
+    found = []
+    if results.machine is not None:
+        found.append(f"{results.machine.system}, Python {results.machine.python}")
+    for name, version in results.packages.items():
+        if name != "torch":
+            found.append(f"{name} {version}")
+    if results.work is not None:
+        taken = seconds(results.work.seconds)
+        found.append(f"{results.work.jobs:,} jobs, which took {taken} one after another")
+    return found
 
 
 def _asked(trial: TrialSummary, name: str) -> Cell:
@@ -287,7 +303,9 @@ def _number(each: TrialCriterion) -> str:
         return ""
     if each.name == "primary":
         return signed(each.number, 4)
-    return f"{share(each.number, 1)} of {limit(each.limit or 0.0)}"
+    asked = each.limit or 0.0
+    sign = "≥" if reaches(each.number, asked) else "<"
+    return f"{beside_limit(each.number, asked, 1)} {sign} {limit(asked)}"
 
 
 def _states(trial: TrialSummary) -> str:
@@ -299,23 +317,26 @@ def _states(trial: TrialSummary) -> str:
     return f"{done}, {told}"
 
 
-def _tokens(results: ExperimentResults) -> str:
+def compared_tokens(results: ExperimentResults) -> str:
     """Return what tokens losses are compared in: the dense model's, else the first trial's."""
     done = [(trial.is_dense, run.tokens) for trial in results.trials for run in trial.done]
     return max(done, key=lambda each: each[0], default=(False, ""))[1]
 
 
-def _has(trial: TrialSummary, tokens: str) -> bool:
+def has_tokens(trial: TrialSummary, tokens: str) -> bool:
+    """Whether all that came of a trial is of some tokens."""
     return all(run.tokens == tokens for run in trial.done)
 
 
 def _valid_note(trial: TrialSummary, tokens: str) -> str:
-    others = "" if _has(trial, tokens) else "other tokens"
-    return ", ".join(filter(None, (_spread(trial.spread), others)))
+    others = "" if has_tokens(trial, tokens) else "other tokens"
+    return ", ".join(filter(None, (interval_note(trial.valid_interval), others)))
 
 
-def _spread(spread: float | None) -> str:
-    return "" if spread is None else f"± {figures(spread)}"
+def interval_note(pair: Interval | None) -> str:
+    """Write the interval of a loss to stand beside it; nothing of none."""
+    low, high = ends(pair)
+    return "" if low is None or high is None else f"[{fixed(low, 4)}, {fixed(high, 4)}]"
 
 
 def _of_first(trial: TrialSummary, name: str) -> int | None:
@@ -326,13 +347,15 @@ def _of_first(trial: TrialSummary, name: str) -> int | None:
 
 
 def _speed(trial: TrialSummary) -> float | None:
-    return _median(each.tokens_per_cpu_s for each in _times(trial))
+    return median_of(each.tokens_per_cpu_s for each in times(trial))
 
 
-def _times(trial: TrialSummary) -> list[TrialTiming]:
+def times(trial: TrialSummary) -> list[TrialTiming]:
+    """Return what the trainings of a trial took, seed by seed."""
     return [run.timing for run in trial.done if run.timing]
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Return the median of those that are there; None without any."""
     found = [value for value in values if value is not None]
     return median(found) if found else None

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import experiments, language, requests, routing, run_facts, shown_requests, spoken
+from . import experiments, language, recipes, requests, routing, run_facts, shown_requests, spoken
 from .curves import FRAME, Histories, curves, load_curves
 from .format import DASH
 from .labels import with_labels
@@ -64,7 +64,9 @@ def experiments_page(results: ExperimentResults, histories: Histories) -> str:
     charts = _render("curves.html", stages=curves(histories), missing={}) if histories else ""
     sections = [
         PageSection("trials", "Trials", _table(experiments.overview(results))),
+        PageSection("kinds", "Side by side", _table(recipes.side_by_side(results))),
         PageSection("criteria", "What was asked", _table(experiments.criteria(results))),
+        PageSection("split", "Trunk and experts", _table(recipes.split(results))),
         PageSection("experts", "Where tokens go", _table(experiments.experts(results))),
         PageSection("timing", "Where the time went", _table(experiments.timing(results))),
         PageSection("curves", "Training curves", Markup(charts)),

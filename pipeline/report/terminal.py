@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from . import experiments, language, requests, routing, run_facts
+from . import experiments, language, recipes, requests, routing, run_facts
 from .changes import changes
 from .labels import with_labels
 from .schema.experiments import ExperimentResults
@@ -34,7 +34,7 @@ HEAD = 12
 GAP = 2
 EDGES = 2
 # for consoles whose encoding has no such characters
-PLAINER = str.maketrans("–−·×", "---x")
+PLAINER = str.maketrans({"–": "-", "−": "-", "·": "-", "×": "x", "≥": ">="})
 TONES = {"good": "green", "bad": "red"}
 
 
@@ -60,6 +60,8 @@ def show_experiments(results: ExperimentResults, console: Console) -> None:
             experiments.each_run,
             experiments.timing,
             experiments.experts,
+            recipes.split,
+            recipes.side_by_side,
             experiments.overview,
             experiments.criteria,
         ):

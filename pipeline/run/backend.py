@@ -17,7 +17,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -71,11 +71,13 @@ class Local:
         jobs: Jobs,
         ended: Callable[[int, PipelineError | None], None],
         gives_up: Callable[[int], bool] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         """Run jobs of a stage in processes, whichever runs they are of; `ended` is told the
         position of each that has, and its error where it failed. Raises Interrupted.
 
         `gives_up` is asked now and then whether a job that runs is to save and end: a GivenUp.
+        `names` say which run each is of, where that is to be told.
         """
         if not jobs:
             return
@@ -90,7 +92,8 @@ class Local:
                     at = waiting.popleft()
                     cfg, item = jobs[at]
                     threads = cfg.runtime.most_threads(share)
-                    process, pipe = _start(stage, cfg, self.store, item, threads, beside)
+                    said = JobLines(beside, names[at] if names else "")
+                    process, pipe = _start(stage, cfg, self.store, item, threads, said)
                     running[pipe] = (process, at)
                 for ready in wait(list(running), LOOK_EVERY_S if gives_up else None):
                     pipe = cast(Connection, ready)
@@ -157,13 +160,43 @@ def run_stage(stage: str, cfg: RunConfig, local: Local) -> list[Manifest]:
     return made
 
 
+@dataclass(frozen=True)
+class JobLines:
+    """How a job in its process tells people what it does."""
+
+    plain: bool  # lines alone, as others tell of theirs beside it
+    of: str = ""  # which run it is of
+
+    def console(self) -> Console:
+        """Return where it tells it."""
+        console = Console(stderr=True, force_terminal=False if self.plain else None)
+        if self.of and not console.is_terminal:
+            named = cast(IO[str], _Named(console.file, f"{self.of}: "))
+            return Console(file=named, force_terminal=False)
+        return console
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A stream whose lines begin with a name; what is written are whole lines."""
+
+    file: IO[str]
+    name: str
+
+    def write(self, text: str) -> int:
+        return self.file.write("".join(self.name + line for line in text.splitlines(True)))
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def _start(
-    stage: str, cfg: RunConfig, store: Store, item: str | None, threads: int, plain: bool
+    stage: str, cfg: RunConfig, store: Store, item: str | None, threads: int, said: JobLines
 ) -> tuple[BaseProcess, Connection]:
     """Start a job in a process of its own; return that and the end of the pipe to listen to."""
     context: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
     receive, send = context.Pipe(duplex=False)
-    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, plain)
+    args = (send, stage, cfg.model_dump(mode="json"), str(store.root), item, threads, said)
     process = context.Process(target=job, args=args, name=label(stage, item))
     # First, as its launch lets through what is held back here
     resource_tracker.ensure_running()
@@ -229,7 +262,7 @@ def job(
     root: str,
     item: str | None,
     threads: int,
-    plain: bool,
+    said: JobLines,
 ) -> None:
     """Run one job in this fresh process and send its error, if any, up the pipe."""
     import torch
@@ -237,7 +270,10 @@ def job(
     torch.set_num_threads(threads)
     interrupts.raise_once(again_s=interrupts.SWALLOWED_S)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    console = Console(stderr=True, force_terminal=False if plain else None)
+    console = said.console()
+    if said.of and console.is_terminal:
+        # Its bar has no room for that
+        console.print(f"{said.of}: {label(stage, item)}", markup=False, highlight=False)
     progress = printed_progress(console)
     store = Store(Path(root))
     error: PipelineError | Interrupted | None = None
@@ -289,6 +325,6 @@ def printed_progress(console: Console) -> Progress:
         last_text = text
         last_at = time.monotonic()
         shown = text if share is None else f"{text} {share:4.0%}"
-        console.print(masked(shown), highlight=False, markup=False)
+        console.print(masked(shown), highlight=False, markup=False, soft_wrap=True)
 
     return progress

@@ -21,7 +21,7 @@ from ..store.removed import removed, told_removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .identity import FROZEN, since_made
-from .speeds import Speed, alike, speeds, typical
+from .speeds import Speed, alike, of_this_machine, typical
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
@@ -180,17 +180,6 @@ def why_of(address: str, state: str, lineage: Lineage) -> str:
     return ""
 
 
-def _of_this_machine(store: Store) -> list[Speed]:
-    """Return the speeds of trainings that were finished on a machine like this."""
-    here = (cpu_name(), gpu_name())
-    out = []
-    for each in speeds(store):
-        machine = each.manifest.made.get("machine", {})
-        if (machine.get("cpu"), machine.get("gpu")) == here:
-            out.append(each)
-    return out
-
-
 def show_plan(
     cfg: RunConfig, store: Store, console: Console, total_bytes: int | None = None
 ) -> None:
@@ -270,7 +259,7 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
             continue
         # Only what is still to do needs a rate, and measuring one takes a moment
         if known is None:
-            known = _of_this_machine(store)
+            known = of_this_machine(store)
         told = alike(known, job.flops_per_token, threads, dtype)
         rate = typical([each.flops_per_s for each in told]) or probed
         if not rate:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import StoreError
+from ..hardware import cpu_name, gpu_name
 from ..store.artifacts import Manifest, Store
 
 # Of a demo's jobs those of 5 s and more reached their final rate within 40 %, those of the smallest
@@ -56,6 +57,17 @@ def speeds(store: Store) -> Iterator[Speed]:
         found = _speed(manifest)
         if found is not None and found.seconds >= LEAST_TRAINED_S:
             yield found
+
+
+def of_this_machine(store: Store) -> list[Speed]:
+    """Return the speeds of trainings that were finished on a machine like this."""
+    here = (cpu_name(), gpu_name())
+    out = []
+    for each in speeds(store):
+        machine = each.manifest.made.get("machine", {})
+        if (machine.get("cpu"), machine.get("gpu")) == here:
+            out.append(each)
+    return out
 
 
 def _speed(manifest: Manifest) -> Speed | None:

@@ -76,6 +76,11 @@ def is_report(name: str) -> bool:
     return any(row.kind == "report" for row in ROWS[name].values())
 
 
+def is_text(name: str) -> bool:
+    """Whether a stage makes what others are trained on; what measures is only asked for by name."""
+    return all(row.kind == "files" and row.in_run for row in ROWS[name].values())
+
+
 def first_few(names: Sequence[str], most: int = 3) -> str:
     """Return names in a line, of many the first ones and how many more there are."""
     shown = ", ".join(names[:most])

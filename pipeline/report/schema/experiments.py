@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .base import SCHEMA_VERSION, JobSpeed, MachineFacts, ReportPart
+from .base import SCHEMA_VERSION, Interval, JobSpeed, MachineFacts, ReportPart
 
 # Where results lie in a store, below a folder for each experiments file
 FOLDER = "experiments"
 RESULTS = "experiment_results.json"
+TABLES = "results.md"
 State = Literal["done", "pruned", "failed", "missing"]
 Asked = Literal["primary", "secondary", "tertiary"]
 # Which half of the primary criterion holds
@@ -98,6 +99,9 @@ class TrialCriterion(ReportPart):
     name: Asked
     passed: bool | None = Field(description="None where it cannot be told")
     number: float | None = Field(description="what was measured")
+    interval: Interval | None = Field(
+        None, description="95 % interval of the number over seeds, by Student's t"
+    )
     limit: float | None = Field(description="what is asked of the number")
     half: Half | None = Field(None, description="of the primary one, what holds")
     detail: str
@@ -113,9 +117,15 @@ class TrialSummary(ReportPart):
     runs: tuple[TrialRun, ...]
     valid: float | None = Field(None, description="validation loss, mean over seeds")
     spread: float | None = Field(None, description="standard deviation over seeds")
+    valid_interval: Interval | None = Field(
+        None, description="95 % interval of that mean, by Student's t"
+    )
     gap: float | None = Field(None, description="validation less training, mean over seeds")
     bits_per_byte: float | None = Field(None, description="of held-out text, mean over seeds")
     bits_spread: float | None = Field(None, description="standard deviation over seeds")
+    bits_interval: Interval | None = Field(
+        None, description="95 % interval of that mean, by Student's t"
+    )
     is_dense: bool = Field(False, description="whether others are held against it")
     criteria: tuple[TrialCriterion, ...] = ()
 
@@ -123,6 +133,13 @@ class TrialSummary(ReportPart):
     def done(self) -> tuple[TrialRun, ...]:
         """The runs that have a model."""
         return tuple(run for run in self.runs if run.state == "done")
+
+
+class SweepWork(ReportPart):
+    """All that the trials of experiments are made of, each job once."""
+
+    jobs: int
+    seconds: float = Field(description="wall-clock of all jobs, one after another, s")
 
 
 class ExperimentResults(ReportPart):
@@ -135,6 +152,8 @@ class ExperimentResults(ReportPart):
     trials: tuple[TrialSummary, ...] = ()
     dense_weights: dict[str, str] = Field({}, description="by seed, the folder of the checkpoint")
     machine: MachineFacts | None = None
+    packages: dict[str, str] = Field({}, description="versions that the last model was made with")
+    work: SweepWork | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from ... import report
 from ...report.narrow import output
-from ...report.schema.experiments import RESULTS
+from ...report.schema.experiments import RESULTS, TABLES
 from ...store.artifacts import Store
 from .. import next_step
 from ..advice import CommandLine, sentence
@@ -27,9 +27,19 @@ def run_experiments(args: argparse.Namespace) -> None:
         errors.print(text, highlight=False, markup=False)
 
     hand_out = local_hand_out(
-        Local(store, args.parallel), lambda error: sentence(error, CommandLine())
+        Local(store, args.parallel),
+        lambda error: sentence(error, CommandLine()),
+        experiments.name,
     )
-    results, trials = conduct(experiments, store, hand_out, tell, progress, frozen=args.frozen)
+    results, trials = conduct(
+        experiments,
+        store,
+        hand_out,
+        tell,
+        progress,
+        frozen=args.frozen,
+        parallel=args.parallel,
+    )
     folder = args.to or results_folder(store, experiments)
     results = write_results(results, trials, store, folder, progress)
     console = output()
@@ -38,6 +48,7 @@ def run_experiments(args: argparse.Namespace) -> None:
     if results.dense_weights:
         places = ", ".join(str(folder / place) for place in results.dense_weights.values())
         console.print(f"dense weights: {places}", highlight=False, soft_wrap=True)
+    console.print(f"tables: {folder / TABLES}", highlight=False, soft_wrap=True)
     page = folder / PAGE
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     args.next = next_step.opened_page(page)

@@ -10,7 +10,7 @@ from ... import report
 from ...errors import PipelineError
 from ...families.load import trial_models
 from ...protocols import Progress
-from ...report.schema.experiments import FOLDER, RESULTS, ExperimentResults, TrialSummary
+from ...report.schema.experiments import FOLDER, RESULTS, TABLES, ExperimentResults, TrialSummary
 from ...store.artifacts import Store, now, write_text
 from ...store.history import Row
 from ..backend import Local
@@ -18,10 +18,11 @@ from ..context import StoredParts
 from ..open_report import PAGE
 from .criteria import judged
 from .reading import Experiments
-from .results import machine_of, summary
+from .remaining import Remaining
+from .results import made_on, summary, work_of
 from .searches import Searched, outcome, searched
 from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to, looked_at
-from .trials import Trial, listed_trials
+from .trials import Trial, listed_trials, trial_label
 
 DENSE = "dense"
 MADE_FROM = "made_from.json"
@@ -46,12 +47,13 @@ def conduct(
     text_only: bool = False,
     known: Known = known_to,
     agree: Callable[[Sequence[Trial]], None] = _agreed,
+    parallel: int | None = None,
 ) -> tuple[ExperimentResults, list[Trial]]:
     """Do what is missing of a sweep; return what came of it, and the trials that were made.
 
     With `text_only` nothing is trained. `known` has what trials make left alone while it lasts;
-    `agree` is asked once they are looked at, before anything starts. Raises ConfigError then too,
-    StoreError, Interrupted.
+    `agree` is asked once they are looked at, before anything starts. `parallel` jobs run side by
+    side here, None: elsewhere. Raises ConfigError then too, StoreError, Interrupted.
     """
     settings = experiments.settings
     # All of them are checked before the first one starts
@@ -59,7 +61,7 @@ def conduct(
     for note in notes:
         tell(note)
     agree(trials)
-    sweep = TrialSweep(store, hand_out, tell, known)
+    sweep = TrialSweep(store, hand_out, tell, known, Remaining(store, parallel))
     with known(store, trials, str(experiments.file)):
         sweep.make(trials, text_only=text_only)
         if not text_only:
@@ -69,12 +71,15 @@ def conduct(
             made = searched(experiments, name, sweep, progress, frozen)
             summaries += [_searched(each, name) for each in made]
             trials += [each.trial for each in made if each.trial is not None]
+    machine, packages = made_on(trials, store)
     results = ExperimentResults(
         experiments=experiments.name,
         made=now(),
         seeds=settings.seeds,
         trials=tuple(judged(summaries, settings.criteria)),
-        machine=machine_of(trials, store),
+        machine=machine,
+        packages=packages,
+        work=work_of(trials, store),
         notes=tuple(_notes(summaries)),
     )
     return results, trials
@@ -111,7 +116,14 @@ def _notes(summaries: Sequence[TrialSummary]) -> list[str]:
             "Some trials have other tokens than others: their losses a token do not compare, and "
             "their bits per byte do."
         )
-    if len({run.score.text for run in done if run.score}) > 1:
+    scores = {run.score.text: run.score for run in done if run.score}
+    if len(scores) == 1:
+        (score,) = scores.values()
+        found.append(
+            f"Bits per byte are of the same {score.documents:,} held-out documents for every "
+            f"model, {score.bytes:,} bytes in {len(score.bits_per_byte_by_domain)} domains."
+        )
+    elif scores:
         found.append(
             "Some trials were measured on other held-out documents than others, so their bits per "
             "byte do not compare."
@@ -119,14 +131,18 @@ def _notes(summaries: Sequence[TrialSummary]) -> list[str]:
     return found
 
 
-def local_hand_out(local: Local, sentence: Callable[[PipelineError], str]) -> HandOut:
-    """Return what does jobs on this machine; `sentence` is how an error is told."""
+def local_hand_out(
+    local: Local, sentence: Callable[[PipelineError], str], experiments: str
+) -> HandOut:
+    """Return what does jobs of experiments of that name on this machine; `sentence` is how an error
+    is told."""
 
     def hand_out(stage: str, wanted: Wanted, ended: Ended, gives_up: GivesUp | None) -> None:
         def told(at: int, error: PipelineError | None) -> None:
             ended(at, "" if error is None else sentence(error))
 
-        local.run_several(stage, wanted, told, gives_up)
+        names = [trial_label(experiments, cfg) for cfg, _ in wanted]
+        local.run_several(stage, wanted, told, gives_up, names)
 
     return hand_out
 
@@ -138,8 +154,8 @@ def write_results(
     folder: Path,
     progress: Progress,
 ) -> ExperimentResults:
-    """Write results, page and dense weights to a folder; return the results with where those
-    are. Raises DiskFull, DamagedArtifact, MissingArtifact."""
+    """Write results, their tables, a page and dense weights to a folder; return the results with
+    where those are. Raises DiskFull, DamagedArtifact, MissingArtifact."""
     folder.mkdir(parents=True, exist_ok=True)
     dense = next((each.name for each in results.trials if each.is_dense), None)
     weights = {}
@@ -152,6 +168,7 @@ def write_results(
             weights[str(trial.seed)] = place.relative_to(folder).as_posix()
     results = results.model_copy(update={"dense_weights": weights})
     write_text(folder / RESULTS, results.to_json())
+    write_text(folder / TABLES, report.experiments_text(results))
     write_text(folder / PAGE, report.experiments_page(results, _histories(trials, store)))
     return results
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...config.experiments import CriteriaConfig
+from ...metrics.seeds import interval_of_mean
 from ...report.format import beside_limit, fixed, limit, reaches
+from ...report.format import share as written_share
 from ...report.schema.experiments import Asked, TrialCriterion, TrialSummary
 
 
@@ -47,18 +49,23 @@ def primary(
     if not _same_tokens(mine, dense):
         return _by_bits(mine, dense)
     # A seed that only one of them has would be compared with nothing
-    difference = _paired(mine, dense)
-    if difference is None:
+    differences = _paired(mine, dense)
+    if not differences:
         return _open("primary", "it has no seed in common with the dense model")
+    difference = statistics.fmean(differences)
     is_lower = difference < 0
     detail = f"validation {fixed(mine.valid, 4)} against {fixed(dense.valid, 4)} nats"
+    detail += _chance(differences)
     closed = _closed(mine, gap_of)
     is_closed = closed is not None and reaches(closed, share)
+    name = gap_of.name if gap_of else dense.name
     if closed is None:
         detail += "; there is no gap to close"
+    elif closed < 0:
+        detail += f"; a gap {written_share(-closed)} larger than that of {name}"
     else:
-        name = gap_of.name if gap_of else dense.name
-        detail += f"; {beside_limit(closed, share, 0)} of {name}'s gap closed"
+        smaller = beside_limit(closed, share, 0)
+        detail += f"; a gap {smaller} smaller than that of {name}, asked {limit(share)}"
     half = "neither"
     if is_lower:
         half = "both" if is_closed else "loss"
@@ -68,6 +75,7 @@ def primary(
         name="primary",
         passed=is_lower or is_closed,
         number=difference,
+        interval=interval_of_mean(differences),
         limit=0.0,
         half=half,
         detail=detail,
@@ -95,22 +103,32 @@ def _by_bits(mine: TrialSummary, dense: TrialSummary) -> TrialCriterion:
         name="primary",
         passed=difference < 0,
         number=difference,
+        interval=interval_of_mean(found),
         limit=0.0,
         half="loss" if difference < 0 else "neither",
         detail=f"held-out text {fixed(mine.bits_per_byte, 4)} against "
-        f"{fixed(dense.bits_per_byte, 4)} bits per byte, as its tokens are others",
+        f"{fixed(dense.bits_per_byte, 4)} bits per byte, as its tokens are others"
+        f"{_chance(found)}",
     )
 
 
-def _paired(mine: TrialSummary, dense: TrialSummary) -> float | None:
-    """Return the mean difference of validation losses over the seeds that both have."""
+def _chance(differences: Sequence[float]) -> str:
+    """Return in words that seeds do not tell differences from none, where they do not."""
+    ends = interval_of_mean(differences)
+    if ends is None or ends[0] * ends[1] > 0:
+        return ""
+    return ", which these seeds do not tell from equal"
+
+
+def _paired(mine: TrialSummary, dense: TrialSummary) -> list[float]:
+    """Return the difference of validation losses of each seed that both have."""
     theirs = {run.seed: run.losses.valid for run in dense.done if run.losses}
     found = []
     for run in mine.done:
         other = theirs.get(run.seed)
         if run.losses and run.losses.valid is not None and other is not None:
             found.append(run.losses.valid - other)
-    return statistics.fmean(found) if found else None
+    return found
 
 
 def _closed(mine: TrialSummary, other: TrialSummary | None) -> float | None:
@@ -143,7 +161,7 @@ def secondary(mine: TrialSummary, dense: TrialSummary | None, share: float) -> T
         passed=reaches(found, share),
         number=found,
         limit=share,
-        detail=f"{beside_limit(found, share, 0)} of the dense model's {unit} per second of "
+        detail=f"{beside_limit(found, share, 1)} of the dense model's {unit} per second of "
         f"{own.measure} ({rates[0]:,.0f} against {rates[1]:,.0f}), asked {limit(share)}",
     )
 
@@ -191,8 +209,8 @@ def tertiary(mine: TrialSummary, share: float) -> TrialCriterion:
         passed=reaches(worst.least, share),
         number=worst.least,
         limit=share,
-        detail=f"least {worst.where} {beside_limit(worst.least, share, 1)}, entropy "
-        f"{worst.entropy:.3f} of {worst.max_entropy:.3f} nats",
+        detail=f"least: {worst.where}, {beside_limit(worst.least, share, 1)} of tokens, asked "
+        f"{limit(share)}; entropy {worst.entropy:.3f} of {worst.max_entropy:.3f} nats",
     )
 
 

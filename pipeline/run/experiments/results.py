@@ -7,9 +7,11 @@ from typing import Any
 
 from ...errors import PipelineError
 from ...families.load import trial_models
+from ...metrics.seeds import interval_of_mean
 from ...report.schema.base import JobSpeed, MachineFacts
 from ...report.schema.experiments import (
     ModelSizes,
+    SweepWork,
     TrialExperts,
     TrialLosses,
     TrialRun,
@@ -195,18 +197,33 @@ def summary(
         runs=tuple(runs),
         valid=statistics.fmean(valid) if valid else None,
         spread=statistics.stdev(valid) if len(valid) > 1 else None,
+        valid_interval=interval_of_mean(valid),
         gap=statistics.fmean(gaps) if gaps else None,
         bits_per_byte=statistics.fmean(bits) if bits else None,
         bits_spread=statistics.stdev(bits) if len(bits) > 1 else None,
+        bits_interval=interval_of_mean(bits),
         is_dense=is_dense,
     )
 
 
-def machine_of(trials: Iterable[Trial], store: Store) -> MachineFacts | None:
-    """Return the machine of the last trial that has a model."""
-    found = None
+def made_on(trials: Iterable[Trial], store: Store) -> tuple[MachineFacts | None, dict[str, str]]:
+    """Return the machine of the last trial that has a model, and the versions it was made with."""
+    machine = None
+    packages: dict[str, str] = {}
     for trial in trials:
         address = trial.jobs[trial.model]
         if store.has(address):
-            found = store.require(address).made.get("machine") or found
-    return None if found is None else MachineFacts(**found)
+            made = store.require(address).made
+            machine = made.get("machine") or machine
+            packages = made.get("packages") or packages
+    return None if machine is None else MachineFacts(**machine), packages
+
+
+def work_of(trials: Iterable[Trial], store: Store) -> SweepWork:
+    """Return what all jobs of trials took that are done, each counted once."""
+    taken = {}
+    for trial in trials:
+        for address in trial.measured.values():
+            if address not in taken and store.has(address):
+                taken[address] = float(store.require(address).made.get("seconds", 0.0))
+    return SweepWork(jobs=len(taken), seconds=sum(taken.values()))

@@ -13,7 +13,8 @@ from ...store.lineage import Lineage
 from ..identity import begin, changed, note_made
 from ..job import done
 from ..reach import working
-from ..stages import ROWS, STAGES, label
+from ..stages import STAGES, is_text, label
+from .remaining import Remaining
 from .trials import Trial
 
 # What is done where jobs run: (the run, the item) of each, all of one stage
@@ -36,6 +37,7 @@ class TrialSweep:
     hand_out: HandOut
     tell: Callable[[str], None]
     known: Known
+    remaining: Remaining
     errors: dict[str, str] = field(default_factory=dict)  # by address
 
     def make(
@@ -47,9 +49,10 @@ class TrialSweep:
         """Do what is missing of trials' models, all of it that does not need what failed; with
         `text_only` nothing is trained. `gives_up` is asked by a job's address whether it is to be
         ended before its time."""
-        for stage in STAGES:
-            if is_text(stage) or not text_only:
-                self._make(stage, [(trial, trial.jobs) for trial in trials], gives_up)
+        stages = [stage for stage in STAGES if is_text(stage) or not text_only]
+        self.remaining.want(trials, stages)
+        for stage in stages:
+            self._make(stage, [(trial, trial.jobs) for trial in trials], gives_up)
 
     def measure(self, trials: Sequence[Trial]) -> None:
         """Measure the models of trials that are there."""
@@ -79,8 +82,9 @@ class TrialSweep:
             trial, item = missing[addresses[at]]
             if error:
                 self.errors[addresses[at]] = error
+            self.remaining.over(addresses[at])
             told = error.removeprefix(f"{label(stage, item)}: ") or "done"
-            self.tell(f"{trial.label}: {label(stage, item)}: {told}")
+            self.tell(f"{trial.label}: {label(stage, item)}: {told} ({self.remaining.told()})")
 
         asked = None if gives_up is None else _by_position(gives_up, addresses)
         self.hand_out(stage, wanted, ended, asked)
@@ -101,11 +105,13 @@ class TrialSweep:
                 cause = self._cause(trial, jobs, (stage, item))
                 if cause:
                     self.errors[address] = cause
+                    self.remaining.over(address)
                     continue
                 try:
                     is_done = done(trial.addresses, stage, item, lineage)
                 except PipelineError as error:
                     self.errors[address] = str(error)
+                    self.remaining.over(address)
                     continue
                 if is_done:
                     note_made(trial.addresses.cfg, self.store, stage, item)
@@ -132,11 +138,6 @@ class TrialSweep:
                 error = self.errors[address].removeprefix(f"{label(*job)}: ")
                 return f"{label(*job)}: {error}"
         return ""
-
-
-def is_text(stage: str) -> bool:
-    """Whether a stage makes what others are trained on; what measures is only asked for by name."""
-    return all(row.kind == "files" and row.in_run for row in ROWS[stage].values())
 
 
 def _by_position(gives_up: Callable[[str], bool], addresses: Sequence[str]) -> GivesUp:

@@ -125,7 +125,7 @@ def made_trial(
     own = nested(changes)
     placed = resolve_paths(own, experiments.file.parent, PATHS)
     raw = overlay(experiments.settings.base, own, placed)
-    raw |= {"seed": seed, "name": f"{experiments.name}.{name}"[:LONGEST]}
+    raw |= {"seed": seed, "name": f"{_begins(experiments.name)}{name}"[:LONGEST]}
     runtime = raw.get("runtime", {})
     if isinstance(runtime, dict):
         raw["runtime"] = {"wandb_group": experiments.name} | runtime
@@ -137,6 +137,16 @@ def made_trial(
     except ConfigError as error:
         raise ConfigError(f"trial {name}: {error}") from None
     return found
+
+
+def _begins(experiments: str) -> str:
+    """Return how the names of the runs of all its trials begin."""
+    return f"{experiments}."
+
+
+def trial_label(experiments: str, cfg: RunConfig) -> str:
+    """Return what the trial that a run is of is called for people."""
+    return f"{cfg.name.removeprefix(_begins(experiments))} seed {cfg.seed}"
 
 
 def expanded(name: str, grid: GridConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -126,5 +126,8 @@ def tables(runs: Sequence[PastRun], known: Known) -> Iterator[Listed]:
                     trial.criteria,
                 )
             )
-        note = f"Made {each.made}; means over seeds. `history show {each.name}` has all of it."
+        note = (
+            f"Made {each.made}; means over seeds, ± their standard deviation. `history show "
+            f"{each.name}` has all of it."
+        )
         yield Listed(f"Trials of {each.name}", TRIALS, rows, note)
