@@ -300,7 +300,8 @@ def test_experiments_are_entries_of_the_list_and_their_runs_say_whose_they_are(h
         assert cell in row
     rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
     of = {name.rpartition("-")[0]: line for name, line in rows.items()}
-    assert "trial of small" in of["small.base"] and "trial of real" in of["real.mixed"]
+    assert "trial of small, seed 0" in of["small.base"]
+    assert "trial of real, seed 0" in of["real.mixed"]
     assert "trial of" not in of["other"]
 
 

@@ -172,6 +172,42 @@ def test_the_command_finds_the_run_in_progress_else_the_latest(begun, capsys):
     assert "there is no run none" in capsys.readouterr().err
 
 
+def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypatch):
+    store, run = begun
+    trials = []
+    for seed in (0, 1):
+        addresses = Addresses(cfg.model_copy(update={"seed": seed}))
+        every = tuple(sorted(set(addresses.reachable())))
+        jobs = [("preprocess", "alpha"), ("train_shared", None), ("score", "stack")]
+        makes = tuple(addresses.of(*job) for job in jobs)
+        settings = addresses.cfg.model_dump(mode="json")
+        about = ("tried.parts", cfg.family, f"2026-11-27T09:00:0{seed}Z", "config/tried.yaml")
+        trials.append(Root(*about, (), every, settings, makes=makes))
+        leave(store, trials[-1])
+    shared, trunk, _ = trials[0].makes
+    made.write_artifact(store, shared, "preprocess", "alpha")
+    made.write_history(store, trunk, made.rows(steps=40), steps=100)
+    options = ["--store", str(store.root), "--once"]
+    with in_use.using(store, {*trials[0].addresses, *trials[1].addresses}):
+        assert main(["watch", *options]) == 0
+        printed = capsys.readouterr().out
+        monkeypatch.setattr(watching, "MOST_ROWS", 2)
+        assert main(["watch", "tried", *options]) == 0
+        few = capsys.readouterr().out
+    # The text of both is one job, and nobody will evaluate them
+    assert "1 of 5 jobs done" in printed and "parts seed 1: score stack" in printed
+    assert "evaluate" not in printed and printed.count("preprocess alpha") == 1
+    assert printed.splitlines()[-1].startswith("next: python -m pipeline watch tried --store")
+    assert "preprocess 1 of 1, train_shared 0 of 2, score 0 of 2" in few
+    assert "│ parts seed 0: train_shared" in few and "│ parts seed 0: score" not in few
+    # By its id a trial is a run
+    assert main(["watch", trials[1].id, *options]) == 0
+    alone = capsys.readouterr().out
+    assert "of 3 jobs done" in alone and "train_experts" not in alone
+    assert main(["watch", run.id, *options]) == 0
+    assert "train_experts beta" in capsys.readouterr().out
+
+
 def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun, tmp_path):
     store, root = begun
     asked = []

@@ -244,7 +244,9 @@ def conducted(
     def known(store: Store, trials: Iterable[Trial], _file: str) -> Iterator[None]:
         with ExitStack() as stack:
             for trial in trials:
-                stack.enter_context(begun(trial.cfg, store, command, run=run, part=trial.label))
+                makes = trial.measured.values()
+                noted = begun(trial.cfg, store, command, run=run, part=trial.label, makes=makes)
+                stack.enter_context(noted)
                 catch_up(trial.cfg)
             yield
 

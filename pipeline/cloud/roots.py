@@ -10,7 +10,7 @@ import contextlib
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,14 +46,15 @@ def begun(
     wait: Callable[[float], None] = time.sleep,
     run: str = "",
     part: str = "",
+    makes: Iterable[str] = (),
 ) -> Iterator[list[Root]]:
     """Leave the root of a run whose jobs are handed out meanwhile, and have its results left alone;
     `command` is what was typed, `run` what all attempts are called, `part` which of several runs
     that were begun as one it is: the last attempt takes away what those that were killed have
-    noted. Waits while somebody removes. Gives the roots of the same name and configuration before
-    it, the last one first."""
+    noted. `makes` is what is made of one that is not made whole. Waits while somebody removes.
+    Gives the roots of the same name and configuration before it, the last one first."""
     file, overrides = _named(command)
-    root = root_of(cfg, file, overrides)
+    root = root_of(cfg, file, overrides, makes)
     called = f"{run}/{part}" if part else run
     note = in_use.note_path(store, in_use.new_name(called))
     before: list[Root] = []

@@ -5,7 +5,7 @@ whose family it does not know, may reach anything, so beside it everything is ke
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,8 +20,14 @@ from .identity import recipes
 from .stages import Addresses
 
 
-def root_of(cfg: RunConfig, file: Path | str = "", overrides: tuple[str, ...] = ()) -> Root:
-    """Return the root that a run leaves; `file` is its configuration as it was given."""
+def root_of(
+    cfg: RunConfig,
+    file: Path | str = "",
+    overrides: tuple[str, ...] = (),
+    makes: Iterable[str] = (),
+) -> Root:
+    """Return the root that a run leaves; `file` is its configuration as it was given, `makes` the
+    addresses that are made of it, where that is not a whole run."""
     addresses = Addresses(cfg)
     # what its addresses go by, but for the machine's part of it: all of its machines are one run
     settings = addresses.cfg.model_copy(update={"dtype": cfg.dtype})
@@ -34,6 +40,7 @@ def root_of(cfg: RunConfig, file: Path | str = "", overrides: tuple[str, ...] = 
         addresses=tuple(sorted(set(addresses.reachable()))),
         # Where a bundle goes is in no address
         settings=settings.model_dump(mode="json", exclude={"deploy"}),
+        makes=tuple(sorted(set(makes))),
     )
 
 
@@ -48,11 +55,15 @@ def as_given(file: Path | str) -> str:
 
 @contextlib.contextmanager
 def working(
-    store: Store, cfg: RunConfig, file: Path | str = "", overrides: tuple[str, ...] = ()
+    store: Store,
+    cfg: RunConfig,
+    file: Path | str = "",
+    overrides: tuple[str, ...] = (),
+    makes: Iterable[str] = (),
 ) -> Iterator[None]:
     """Have what a command makes or may read left alone while it lasts, and known to be its run's
-    ever after."""
-    root = root_of(cfg, file, overrides)
+    ever after; `makes` as `root_of` has it."""
+    root = root_of(cfg, file, overrides, makes)
     with using(store, root.addresses, lambda: leave(store, root)):
         yield
 

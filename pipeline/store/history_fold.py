@@ -197,7 +197,7 @@ def _root(index: sqlite3.Connection, path: Path) -> str:
     overrides = json.dumps(root.overrides)
     told = (run, root.name, root.family, root.at, root.file, overrides, int(root.removed))
     _insert(index, "runs", [told])
-    _insert(index, "run_addresses", [(run, address) for address in root.addresses])
+    _insert(index, "run_addresses", [(run, address) for address in root.makes or root.addresses])
     return ""
 
 

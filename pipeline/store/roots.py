@@ -39,6 +39,8 @@ class Root:
     addresses: tuple[str, ...]
     settings: dict[str, Any]  # the resolved configuration
     removed: bool = False  # somebody has asked for it, and it is not done yet
+    # those of `addresses` that a trial of experiments is made of; none: all of them
+    makes: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:

@@ -164,5 +164,5 @@ def known_to(store: Store, trials: Iterable[Trial], file: str) -> Iterator[None]
     """Have what trials make or may read left alone while it lasts, and known to be theirs."""
     with ExitStack() as stack:
         for trial in trials:
-            stack.enter_context(working(store, trial.cfg, file))
+            stack.enter_context(working(store, trial.cfg, file, makes=trial.measured.values()))
         yield

@@ -61,7 +61,8 @@ def _cells(run: PastRun, known: Known) -> tuple[str, ...]:
 def _more(run: PastRun, known: Known) -> Iterator[str]:
     for each in known.experiments:
         if each.has(run.name, run.addresses):
-            yield f"trial of {each.name}"
+            seed = each.seed_of(run.name, run.addresses)
+            yield f"trial of {each.name}" + ("" if seed is None else f", seed {seed}")
     if run.removed:
         yield "being removed"
     if not run.has_root:

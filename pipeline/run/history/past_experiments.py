@@ -68,6 +68,14 @@ class PastExperiments:
         # Runs that share an address with a trial are none of its
         return run.startswith(f"{self.name}.") and not self.addresses.isdisjoint(addresses)
 
+    def seed_of(self, run: str, addresses: tuple[str, ...]) -> int | None:
+        """Return with which seed a run is one of its trials, where that can be told."""
+        found = set()
+        for trial in self.trials:
+            if run == f"{self.name}.{trial.name}":
+                found |= {each.seed for each in trial.seeds if each.address in addresses}
+        return found.pop() if len(found) == 1 else None
+
 
 def past_experiments(index: sqlite3.Connection) -> tuple[PastExperiments, ...]:
     """Return all experiments of a store, those that were made last first."""

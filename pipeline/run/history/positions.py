@@ -19,7 +19,7 @@ from ...store.artifacts import Store
 from ...store.display import LOSSES
 from ...store.history import VALIDATION, read
 from ...store.roots import Root
-from ..stages import RUN, STAGES, Addresses, label
+from ..stages import RUN, STAGES, Addresses, Job, label
 
 DONE = "done"
 RUNNING = "running"
@@ -50,11 +50,13 @@ class Position:
     valid_nats: float | None = None
     tokens_per_s: float | None = None
     curve: tuple[float, ...] = ()
+    of: str = ""  # whose it is, where several runs are looked at as one
 
     @property
     def name(self) -> str:
         """The stage and the item, for people."""
-        return label(self.stage, self.item)
+        name = label(self.stage, self.item)
+        return f"{self.of}: {name}" if self.of else name
 
     @property
     def share(self) -> float | None:
@@ -105,9 +107,9 @@ def look(store: Store, root: Root, usual: Mapping[str, float], now_s: float) -> 
     known. Raises UnreadableFile, DamagedArtifact, StoreError."""
     going = in_progress(store, root)
     found = []
-    for stage, item, address in jobs_of(root, store):
-        found.append(_position(store, stage, item, address, going, now_s))
-    return Look(root.id, tuple(_with_times(found, usual)), going)
+    for job in jobs_of(root, store):
+        found.append(position_of(store, job, going, now_s))
+    return Look(root.id, tuple(with_times(found, usual)), going)
 
 
 def in_progress(store: Store, root: Root) -> bool:
@@ -115,29 +117,36 @@ def in_progress(store: Store, root: Root) -> bool:
     return set(root.addresses) <= in_use.addresses(store)
 
 
-def jobs_of(root: Root, store: Store) -> list[tuple[str, str | None, str]]:
-    """Return (stage, item, address) of the jobs of a run in order: all of them, or where its
-    settings are another version's those that have left something."""
+def jobs_of(root: Root, store: Store) -> list[Job]:
+    """Return (stage, item, address) of the jobs of a run in order: all of them, of a trial of
+    experiments those that it is made of, or where its settings are another version's those that
+    have left something."""
     with suppress(PipelineError, ValidationError, KeyError, TypeError, AttributeError):
         addresses = Addresses(parse(root.settings))
         found = [job for stage in RUN for job in addresses.jobs(stage)]
-        if {address for *_, address in found} <= set(root.addresses):
+        known = set(root.addresses)
+        if root.makes:
+            # It is measured by a stage that no run has
+            every = [job for stage in STAGES for job in addresses.jobs(stage)]
+            found = [job for job in every if job[2] in root.makes]
+            known = set(root.makes)
+        if found and {address for *_, address in found} <= known:
             return found
     there = []
-    for address in root.addresses:
+    for address in root.makes or root.addresses:
         if store.folder(address).exists() or store.history(address).exists():
             there.append((*job_of(address), address))
     return sorted(there, key=_by_stage)
 
 
-def _by_stage(job: tuple[str, str | None, str]) -> tuple[int, str]:
+def _by_stage(job: Job) -> tuple[int, str]:
     stage, _, address = job
     return STAGES.index(stage) if stage in STAGES else len(STAGES), address
 
 
-def _position(
-    store: Store, stage: str, item: str | None, address: str, going: bool, now_s: float
-) -> Position:
+def position_of(store: Store, job: Job, going: bool, now_s: float) -> Position:
+    """Return how far a job is, of a run that is in progress or not. Raises UnreadableFile."""
+    stage, item, address = job
     if store.has(address):
         seconds = None
         steps = 0
@@ -216,7 +225,7 @@ def _of_rows(
     )
 
 
-def _with_times(found: Sequence[Position], usual: Mapping[str, float]) -> list[Position]:
+def with_times(found: Sequence[Position], usual: Mapping[str, float]) -> list[Position]:
     """Return positions with how long those will take that do not say so themselves: as the others
     of their stage in this run, else as before."""
     known: dict[str, list[float]] = {}

@@ -2,6 +2,7 @@
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from statistics import median
@@ -20,8 +21,11 @@ from ..prune import opened, said
 from ..stages import first_few
 from .positions import DONE, TO_DO, Look, Position, in_progress, look
 from .sparks import spark
+from .watched_trials import looks_at, trials_of
 
 BAR = 12
+# More jobs than a screen has lines are told by stage
+MOST_ROWS = 40
 # Where there is no terminal a look is printed when something is done, and so often.
 PRINT_EVERY_S = 60.0
 # A look at many jobs takes a moment, and a machine that trains has better to do.
@@ -30,9 +34,13 @@ COLUMNS = ("job", "state", "position", "train", "best valid", "curve", "tokens/s
 
 
 def watch(name: str | None, store: Store, console: Console, every_s: float, once: bool) -> Look:
-    """Follow a run of a store until it ends; return the last look at it. Raises ConfigError,
-    StoreError, UnreadableFile."""
-    root = chosen(opened(store), name)
+    """Follow a run of a store, or all trials of experiments, until it ends; return the last look at
+    it. Raises ConfigError, StoreError, UnreadableFile."""
+    trials = trials_of(opened(store), name)
+    if trials:
+        usual = usual_seconds(store, trials[0])
+        return follow(looks_at(store, trials, usual, time.time), console, every_s, once)
+    root = chosen(store, name)
     usual = usual_seconds(store, root)
 
     def looked() -> Look:
@@ -132,13 +140,25 @@ def _print_looks(
 
 
 def drawn(seen: Look) -> Group:
-    """Return a look as rich draws it: a line for each job, then all of them together."""
+    """Return a look as rich draws it: a line for each job, of very many for each that is at work
+    and for each stage, then all of them together."""
+    shown = seen.positions
+    stages = ""
+    if len(shown) > MOST_ROWS:
+        shown = tuple(each for each in shown if each.state not in (DONE, TO_DO))
+        stages = f"{_by_stage(seen)}\n"
     table = Table(title=seen.run, title_justify="left", title_style="bold")
     for name in COLUMNS:
         table.add_column(name, justify="right" if name == "left" else "left", overflow="fold")
-    for each in seen.positions:
+    for each in shown:
         table.add_row(*_cells(each))
-    return Group(table, Text(overall(seen)))
+    return Group(table, Text(f"{stages}{overall(seen)}"))
+
+
+def _by_stage(seen: Look) -> str:
+    counted = Counter(each.stage for each in seen.positions)
+    done = Counter(each.stage for each in seen.positions if each.state == DONE)
+    return ", ".join(f"{stage} {done[stage]:,} of {count:,}" for stage, count in counted.items())
 
 
 def overall(seen: Look) -> str:

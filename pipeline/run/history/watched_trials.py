@@ -1,0 +1,68 @@
+"""`watch` of experiments: the runs of all their trials as one, each job once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...store import in_use
+from ...store.artifacts import Store
+from ...store.roots import Root, readable_roots
+from ..stages import STAGES
+from .positions import DONE, Look, Position, jobs_of, position_of, with_times
+
+
+def trials_of(store: Store, name: str | None) -> list[Root]:
+    """Return the runs of the trials that somebody means: of experiments of a name, else of those
+    that the run in progress is of; none where it is no such name or run. Raises UnreadableFile,
+    DamagedArtifact."""
+    used = in_use.addresses(store)
+    roots = readable_roots(store)
+    going = [root for root in roots if set(root.addresses) <= used]
+    if name is None and going:
+        name = _experiments_of(going[0])
+    of_name = [root for root in roots if name and _experiments_of(root) == name]
+    # What a file said before it was changed is not gone on with
+    return [root for root in of_name if root in going] or of_name
+
+
+def _experiments_of(root: Root) -> str:
+    """Return the name of the experiments that a run is a trial of; "" where it is none."""
+    name = Path(root.file).stem
+    return name if root.makes and root.name.startswith(f"{name}.") else ""
+
+
+def looks_at(
+    store: Store, trials: Sequence[Root], usual: Mapping[str, float], clock: Callable[[], float]
+) -> Callable[[], Look]:
+    """Return what looks at trials: how far each job is, once, whichever they share."""
+    name = _experiments_of(trials[0])
+    jobs = {root.id: jobs_of(root, store) for root in trials}
+    # Of what is done nothing changes, and its history is long
+    done: dict[str, Position] = {}
+
+    def looked() -> Look:
+        used = in_use.addresses(store)
+        now_s = clock()
+        found: dict[str, Position] = {}
+        for root in trials:
+            going = set(root.addresses) <= used
+            own = []
+            for job in jobs[root.id]:
+                position = done.get(job[2]) or found.get(job[2])
+                if position is None:
+                    position = position_of(store, job, going, now_s)
+                    position = replace(position, of=_label(root, name))
+                own.append(position)
+            # By its siblings of the same trial: another's models may be a hundred times as large
+            for each in with_times(own, usual):
+                found[each.address] = each
+                if each.state == DONE:
+                    done[each.address] = each
+        ordered = sorted(found.values(), key=lambda each: STAGES.index(each.stage))
+        return Look(name, tuple(ordered), any(set(root.addresses) <= used for root in trials))
+
+    return looked
+
+
+def _label(root: Root, experiments: str) -> str:
+    return f"{root.name.removeprefix(f'{experiments}.')} seed {root.settings.get('seed')}"
