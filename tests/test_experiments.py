@@ -116,7 +116,8 @@ def swept(path, root, finished=None):
 def lasting(results):
     """Return all of some results that does not depend on when and how fast they were made."""
     kept = json.loads(results.to_json())
-    del kept["made"], kept["dense_weights"]
+    # A training that was ended early counts as work where it had come to its end
+    del kept["made"], kept["dense_weights"], kept["work"]
     for trial in kept["trials"]:
         # Of processor time
         trial["criteria"] = [each for each in trial["criteria"] if each["name"] != "secondary"]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_histories import write_artifact
 from small_reports import language_report, request_report
 
 from pipeline import metrics_of
@@ -82,9 +83,24 @@ def test_runs_have_their_scores_and_end_with_a_look_at_the_latest(kept, capfd):
     routed = request_report().routing.sets[0]
     assert f"{routed.router.accuracy:.3f} accuracy, {routed.name}" in lines["mine"]
     assert last(told) == ["open", "mine", "--browser", "--store", str(kept.root)]
+    # a trial of experiments has the score of its model, and the report of all of them
+    measured = "score-stack-0123456789ab"
+    metrics = {"bits_per_byte": 1.25}
+    write_artifact(kept, measured, "score", "stack", metrics)
+    trial = ("tried.parts", "ffn_moe", "2026-01-03", "config/tried.yaml", (), (measured,), {})
+    leave(kept, Root(*trial, makes=(measured,)))
+    page = kept.root / "experiments" / "tried" / "report.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>")
+    told = typed(capfd, 0, "runs", "--store", kept.root)
+    (line,) = (each for each in told.splitlines() if " tried.parts-" in each)
+    assert "1.250 bits per byte" in line and str(page) in line
+    assert f"report: {page}" in typed(capfd, 0, "open", "tried.parts", "--store", kept.root)
     # one that cannot be read keeps no list from being shown
     for path in kept.root.glob("artifacts/evaluate-*/report.json"):
         path.write_text("{")
+    for path in (*kept.root.glob("roots/tried.*"), page):
+        path.unlink()
     again = typed(capfd, 0, "runs", "--store", kept.root)
     assert "bits per byte" not in again and "report.html" in again
 

@@ -24,7 +24,7 @@ def newest_report(store: Store, words: Sequence[str]) -> Path:
             return together
         pages: list[Path] = []
         for root in runs_called(store, words[0]) if len(words) == 1 else ():
-            pages += _pages(store, root.addresses)
+            pages += _pages_of(store, root)
         # Only now: of a run that has a report nothing else is meant
         pages = pages or list(_pages(store, [each.address for each in found(store, words)]))
     else:
@@ -45,9 +45,16 @@ def _together(store: Store, words: Sequence[str]) -> Path | None:
 
 
 def report_of_run(store: Store, root: Root) -> Path | None:
-    """Return where a run's report is, of several the newest; None where it has none yet."""
-    pages = list(_pages(store, root.addresses))
-    return max(pages, key=lambda page: page.stat().st_mtime_ns, default=None)
+    """Return where a run's report is, of several the newest, or that of the experiments that it is
+    a trial of; None where it has none yet."""
+    return max(_pages_of(store, root), key=lambda page: page.stat().st_mtime_ns, default=None)
+
+
+def _pages_of(store: Store, root: Root) -> Iterator[Path]:
+    if not root.experiments:
+        yield from _pages(store, root.addresses)
+    elif page := _together(store, [root.experiments]):
+        yield page
 
 
 def _pages(store: Store, addresses: Sequence[str]) -> Iterator[Path]:

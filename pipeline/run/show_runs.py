@@ -2,6 +2,7 @@
 report is."""
 
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from rich.table import Table
 
 from .. import report
 from ..errors import StoreError
+from ..report.format import finite
 from ..report.narrow import print_table
 from ..report.scores import BITS, main_score, scores
 from ..store.artifacts import Store
 from ..store.costs import usd_of_runs
 from ..store.reading import read_bytes
 from ..store.removed import removed, told_removed
-from ..store.roots import Root
+from ..store.roots import MEASURES, Root
 from .leftovers import BY_ADDRESS, size_of
 from .open_report import report_of_run
 from .prune import opened, said
@@ -63,7 +65,7 @@ def show_runs(store: Store, console: Console) -> Root | None:
             run,
             root.at,
             root.family,
-            _score(page),
+            _score(store, root, page),
             f"{whole / 1e6:.1f}",
             f"{alone / 1e6:.1f}",
             described(root),
@@ -82,8 +84,11 @@ def _size(store: Store, address: str) -> int:
     return sum(size_of(place, counted) for place in places)
 
 
-def _score(page: Path | None) -> str:
-    """Return what a report says of what its run serves, in the figure that runs are compared by."""
+def _score(store: Store, root: Root, page: Path | None) -> str:
+    """Return what a report says of what its run serves, in the figure that runs are compared by, or
+    what the model of a trial of experiments was measured to be."""
+    if root.experiments:
+        return _score_of_trial(store, root)
     if page is None:
         return ""
     try:
@@ -95,3 +100,13 @@ def _score(page: Path | None) -> str:
         return ""
     of = "" if score.measure == BITS else f", {score.name.partition(':')[0]}"
     return f"{score.value:.3f} {score.measure}{of}"
+
+
+def _score_of_trial(store: Store, root: Root) -> str:
+    for address in root.makes:
+        # One that cannot be read is for whoever opens it to say
+        with suppress(StoreError):
+            if address.startswith(MEASURES) and store.has(address):
+                bits = finite(store.manifest(address).metrics.get("bits_per_byte"))
+                return "" if bits is None else f"{bits:.3f} {BITS}"
+    return ""

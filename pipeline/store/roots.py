@@ -50,6 +50,12 @@ class Root:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"{self.name}-{digest}"
 
+    @property
+    def experiments(self) -> str:
+        """The name of the experiments that it is a trial of; "" of any other run."""
+        name = Path(self.file).stem
+        return name if self.makes and self.name.startswith(f"{name}.") else ""
+
 
 def root_path(store: Store, run: str) -> Path:
     """Where the root of the run with that id is."""

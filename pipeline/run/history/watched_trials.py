@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ...store import in_use
 from ...store.artifacts import Store
@@ -19,23 +18,17 @@ def trials_of(store: Store, name: str | None) -> list[Root]:
     roots = readable_roots(store)
     going = [root for root in roots if set(root.addresses) <= used]
     if name is None and going:
-        name = _experiments_of(going[0])
-    of_name = [root for root in roots if name and _experiments_of(root) == name]
+        name = going[0].experiments
+    of_name = [root for root in roots if name and root.experiments == name]
     # What a file said before it was changed is not gone on with
     return [root for root in of_name if root in going] or of_name
-
-
-def _experiments_of(root: Root) -> str:
-    """Return the name of the experiments that a run is a trial of; "" where it is none."""
-    name = Path(root.file).stem
-    return name if root.makes and root.name.startswith(f"{name}.") else ""
 
 
 def looks_at(
     store: Store, trials: Sequence[Root], usual: Mapping[str, float], clock: Callable[[], float]
 ) -> Callable[[], Look]:
     """Return what looks at trials: how far each job is, once, whichever they share."""
-    name = _experiments_of(trials[0])
+    name = trials[0].experiments
     jobs = {root.id: jobs_of(root, store) for root in trials}
     # Of what is done nothing changes, and its history is long
     done: dict[str, Position] = {}
