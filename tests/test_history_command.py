@@ -261,6 +261,11 @@ def test_the_benchmark_lists_and_compares_what_it_has_made(tmp_path, monkeypatch
             printed.append(capsys.readouterr().out)
         return benchmark.Taken(1.5, 0.5)
 
+    def said(command):
+        timed(command)
+        return printed.pop()
+
+    monkeypatch.setattr(benchmark, "said", said)
     monkeypatch.setattr(benchmark, "timed", timed)
     options = ["--runs", "7", "--rows", "120", "--rounds", "1", "--work", str(tmp_path)]
     assert benchmark.main([*options, "--out", str(tmp_path / "out.md")]) == 0
@@ -273,6 +278,11 @@ def test_the_benchmark_lists_and_compares_what_it_has_made(tmp_path, monkeypatch
     text = (tmp_path / "out.md").read_text()
     assert all(words in text for words in benchmark.WORDS.values())
     assert "7 runs of 120 rows" in text and not (tmp_path / "store").exists()
+    assert "removed and made again, has the same" in text
+    made_again = iter(({"runs": ["1"]}, {"runs": ["2"]}))
+    monkeypatch.setattr(benchmark, "_rows_by_table", lambda _: next(made_again))
+    with pytest.raises(SystemExit, match="made again is another"):
+        benchmark.main(options)
 
 
 @pytest.fixture
