@@ -110,6 +110,15 @@ def test_the_best_of_each_kind_stand_side_by_side_in_bits_per_byte():
         "stack, other tokens": ["given", "1", "0.9000", "−0.4000"],
     }
     assert [row.name for row in table.rows if row.cells[2].best] == ["stack, other tokens"]
+    # A stack on a pretrained trunk stands against that trunk trained on, where a trial is
+    other = summed("continued", bits=0.95, tokens="others", dense=True)
+    continued = other.model_copy(update={"makes": "dense total", "is_dense": False})
+    rows = recipes.side_by_side(results(*KINDS, continued)).rows
+    cells = {row.name: row.cells[3] for row in rows}
+    assert (cells["stack, other tokens"].text, cells["stack, other tokens"].small) == (
+        *("−0.0500", "continued"),
+    )
+    assert cells["dense total, other tokens"].text == "–" and cells["stack"].small == ""
 
 
 def test_the_split_of_a_stacks_tokens_is_told_from_its_trainings():

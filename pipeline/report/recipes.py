@@ -19,9 +19,10 @@ def side_by_side(results: ExperimentResults) -> Table:
     kinds = _kinds(results)
     best = [min(trials, key=lambda trial: trial.bits_per_byte or 0.0) for trials in kinds.values()]
     least = lowest([trial.bits_per_byte for trial in best])
-    dense = next((trial for trial in results.trials if trial.is_dense), None)
     rows = []
     for number, (kind, trial) in enumerate(zip(kinds, best, strict=True)):
+        dense = _dense_of(trial, results)
+        against = "" if dense is None or dense.is_dense or dense is trial else dense.name
         cells = (
             Cell(trial.name),
             Cell(str(len(kinds[kind]))),
@@ -30,7 +31,7 @@ def side_by_side(results: ExperimentResults) -> Table:
                 interval_note(trial.bits_interval),
                 best=number in least,
             ),
-            Cell(signed(_difference(trial, dense), 4)),
+            Cell(signed(_difference(trial, dense), 4), against),
             Cell(count(median_of(each.tokens for each in times(trial)))),
             Cell(seconds(median_of(sum(each.cpu_s.values()) for each in times(trial)) or None)),
             Cell(seconds(median_of(each.seconds for each in times(trial)))),
@@ -50,7 +51,8 @@ def side_by_side(results: ExperimentResults) -> Table:
             "By bits per byte of the same held-out documents, mean over seeds, with its 95 % "
             "interval; the best of several trials is chosen by the very figure that it shows. "
             "Other tokens: those of another tokenizer than the dense model's, as of a pretrained "
-            "trunk, whose own training is in no column. Tokens, processor time and clock are "
+            "trunk, whose own training is in no column; the dense model is then the one that is "
+            "named, of the same tokens. Tokens, processor time and clock are "
             "those of all trainings that the model is made of, medians over seeds."
         ),
         words=(0,),
@@ -69,9 +71,23 @@ def _kinds(results: ExperimentResults) -> dict[str, list[TrialSummary]]:
     return found
 
 
+def _dense_of(mine: TrialSummary, results: ExperimentResults) -> TrialSummary | None:
+    """Return the dense trial that has a trial's tokens, else the one that all are held against."""
+    tokens = _tokens_of(mine)
+    same = [trial for trial in results.trials if _tokens_of(trial) == tokens]
+    of_all = [trial for trial in results.trials if trial.is_dense]
+    asked = [trial for trial in same if trial.is_dense]
+    whole = [trial for trial in same if trial.runs_whole]
+    return next(iter((*asked, *whole, *of_all)), None)
+
+
+def _tokens_of(trial: TrialSummary) -> set[str]:
+    return {run.tokens for run in trial.done}
+
+
 def _difference(mine: TrialSummary, dense: TrialSummary | None) -> float | None:
     """Return the mean difference of bits per byte over the seeds that both were measured with on
-    the same documents; None for the dense one itself."""
+    the same documents; None for a dense one itself."""
     if dense is None or mine is dense:
         return None
     theirs = {run.seed: run.score for run in dense.done if run.score}

@@ -134,6 +134,13 @@ class TrialSummary(ReportPart):
         """The runs that have a model."""
         return tuple(run for run in self.runs if run.state == "done")
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether all of a model runs for every token, so that it has nothing to spread tokens
+        over."""
+        sizes = [run.sizes for run in self.done if run.sizes]
+        return bool(sizes) and all(each.active == each.total for each in sizes)
+
 
 class SweepWork(ReportPart):
     """All that the trials of experiments are made of, each job once."""

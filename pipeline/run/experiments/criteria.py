@@ -26,16 +26,10 @@ def judged(summaries: Sequence[TrialSummary], wanted: CriteriaConfig) -> list[Tr
             primary(each, dense, gap_of, wanted.gap_share),
             secondary(each, dense, wanted.speed_share),
         ]
-        if not _runs_whole(each):
+        if not each.runs_whole:
             asked.append(tertiary(each, wanted.min_expert_share))
         found.append(each.model_copy(update={"criteria": tuple(asked)}))
     return found
-
-
-def _runs_whole(summary: TrialSummary) -> bool:
-    """Whether all of a model runs for every token, so that it has nothing to spread tokens over."""
-    sizes = [run.sizes for run in summary.done if run.sizes]
-    return bool(sizes) and all(each.active == each.total for each in sizes)
 
 
 def primary(
