@@ -2,6 +2,7 @@
 as the report measures it, one request at a time."""
 
 import random
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from pipeline.families.adapters.inference import Request
 from pipeline.families.adapters.stack import AdapterStack
 from pipeline.serve.chat_engine import ROUTER, ChatAdapters, ChatEngine, _Media, _Seen
-from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats
+from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats, Watcher
 from pipeline.serve.rows import Order, QuestionRow
 from tests import small_stack
 from tests.small_stack import EXPERTS
@@ -95,10 +96,20 @@ def test_answers_together_are_those_of_the_stack_alone(model, prefill_tokens):
 def test_the_best_of_several_answers_is_told_as_the_stack_ranks_them(model):
     stack = small_stack.stack(model, threshold=1.0, top_k=2)
     engine = SmallChat(stack, Capacity(rows=4, prefill_tokens=32))
+    ended = []
+    engine.watcher = create_autospec(Watcher, instance=True)
+    engine.watcher.ended.side_effect = lambda *told: ended.append(told)
     requests = small_stack.requests(6, seed=3)
     running = [engine.ask(request) for request in requests]
+    left = engine.ask(requests[0])
+    left.cancel()
     for generation in running:
         generation.wait()
+    engine.close()
+    # each once, however many answered it, and once it has an end
+    assert sorted(map(id, (left, *running))) == sorted(id(told[0]) for told in ended)
+    assert (left, "cancelled") in ended
+    assert all(generation.times.ended for generation, _ in ended)
     several = 0
     for request, generation in zip(requests, running, strict=True):
         answer = stack.answer([request])[0]

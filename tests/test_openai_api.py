@@ -170,6 +170,7 @@ WRONG = [
     ({"top_k": -2}, "top_k", "at least -1"),
     ({"repetition_penalty": 1.1}, "repetition_penalty", "not supported"),
     ({"continue_final_message": True}, "continue_final_message", "must be false"),
+    ({"add_generation_prompt": False}, "continue_final_message", "must be true"),
     (
         {"continue_final_message": True, "add_generation_prompt": False},
         "continue_final_message",

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from pipeline.serve.generation import (
     Prompt,
     Sampling,
 )
+from pipeline.serve.metrics import Metrics
 from pipeline.serve.slot_cache import SlotLayer
 from pipeline.serve.waiting_line import WaitingLine
 from tests import small_engines
@@ -358,6 +360,38 @@ def test_time_ends_a_text_where_it_is(engine):
         hook.remove()
     assert 0 < cut.completion_tokens < 10
     assert cut.times.between("asked", "ended") < 5
+
+
+def test_a_text_whose_time_is_over_while_it_is_read_ends_no_other():
+    engine = SmallEngine(small_engines.stock().engine.network, NAMES)
+    metrics = Metrics()
+    metrics.follow(engine)
+    with stepping(engine) as (permits, passes):
+        other = engine.submit(Prompt((1, 2)), Sampling(9, 0.0))
+        late = engine.submit(Prompt((3,) * 60), Sampling(9, 0.0, seconds=1000.0))
+        permits.release(4)
+        # a part of it has been read, and no token is drawn
+        wait_for(lambda: len(passes) == 5)
+        (row,) = [row for row in engine.scheduler._rows if len(row.ids) == 60]
+        row.order = replace(row.order, until=0.0)
+        permits.release(100)
+        assert other.wait()[-1].finish == "length"
+        with pytest.raises(TimeoutError, match="before it was its turn"):
+            late.wait()
+    assert 0 < row.read < 60
+    assert engine.stats.failed == 1
+    shown = metrics.shown("")[0].decode()
+    assert 'requests_ended_total{finished_reason="failed"} 1.0' in shown
+    assert 'requests_ended_total{finished_reason="length"} 1.0' in shown
+
+
+def test_a_client_that_leaves_as_its_text_ends_is_counted_and_no_fault():
+    engine = one_row()
+    Metrics().follow(engine)
+    left = Generation(Prompt((1,)), Sampling())
+    left.cancel()
+    engine.watcher.ended(left, "stop")
+    assert engine.submit(Prompt((1,)), Sampling(1, 0.0)).wait()[-1].finish == "length"
 
 
 def test_closing_ends_what_was_begun_and_takes_on_nothing():

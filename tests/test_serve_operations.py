@@ -245,19 +245,23 @@ def test_a_log_names_requests_and_nothing_of_them(written):
         assert answer.status_code == 401 and made.startswith("req-")
         client.get("/healthz")
         client.get("/a%0Ab\u00e9", headers=secret)
+        # as a proxy of this machine says whose request it is, and so may anybody here
+        client.get("/far", headers=secret | {"X-Forwarded-For": "\x1b[2J" + "9" * 999})
     said = written.getvalue()
     for part in (key, PROMPT, picture, "iVBOR", "a b"):
         assert part not in said
     assert "/healthz" not in said and "of-a-client/7" in said and made in said
     assert "/a%0Ab%C3%A9" in said and "RuntimeError" in said and "small_server.py" in said
     requests = [line for line in said.splitlines() if " request " in line or '"request"' in line]
-    assert len(requests) == 4
+    assert len(requests) == 5
+    assert "\x1b" not in said and "[2J999" in said and len(requests[-1]) < 400
     if said.startswith("{"):
         lines = [json.loads(line) for line in said.splitlines()]
         assert [line["status"] for line in lines if line["message"] == "request"] == [
             200,
             500,
             401,
+            404,
             404,
         ]
         assert {"time", "level", "request_id", "client", "method", "path", "seconds"} <= lines[

@@ -47,7 +47,9 @@ class ChatBody(SamplingBody):
         True, description="Have the answer begin anew; false only to go on with the last message"
     )
     continue_final_message: bool = Field(
-        False, description="Go on with the last message, which is the assistant's"
+        False,
+        validate_default=True,
+        description="Go on with the last message, which is the assistant's",
     )
     # What a provider may do better for it; nothing here depends on it.
     metadata: Annotated[dict[str, str], BeforeValidator(few)] | None = Field(
@@ -85,6 +87,8 @@ class ChatBody(SamplingBody):
     @classmethod
     def _is_the_assistants(cls, given: bool, info: ValidationInfo) -> bool:
         messages = info.data.get("messages")
+        if not given and info.data.get("add_generation_prompt") is False:
+            raise ValueError("it must be true where add_generation_prompt is false")
         if given and info.data.get("add_generation_prompt"):
             raise ValueError("it goes on with a message, so add_generation_prompt must be false")
         if given and messages and messages[-1].role != "assistant":

@@ -126,8 +126,11 @@ class Engine(ABC):
             self.watcher.stepped(rows, seconds)
 
     def _ended(self, row: ServedRow, finish: str) -> None:
-        if self.watcher and isinstance(row, TextRow):
-            self.watcher.ended(row.sink.generation, finish)
+        text = row.order.text
+        # of a text that a router is asked about, or that several answer, rows end before it does
+        if self.watcher and text is not None and text.finished and not text.counted:
+            text.counted = True
+            self.watcher.ended(text, finish)
 
     def _check(self, prompt: Prompt, sampling: Sampling | None = None) -> None:
         """Raise NoSuchReader or DataError for what cannot be run."""

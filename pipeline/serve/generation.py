@@ -169,6 +169,7 @@ class Generation:
         self.reader: str | None = prompt.reader  # who reads it, once that is known
         self.choice: RequestChoice | None = None  # where a router chose for the whole text
         self.others: tuple[tuple[str, str], ...] = ()  # (reader, text) that were ranked below
+        self.counted = False  # a watcher has been told of its end
         self._pieces: list[Piece] = []
         self._error: BaseException | None = None
         self._cancelled = False
@@ -179,6 +180,12 @@ class Generation:
     def prompt_tokens(self) -> int:
         """Tokens that were read before the first one was drawn, those of media among them."""
         return len(self.prompt.ids)
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Those that may be shown by now, whatever becomes of it."""
+        with self._changed:
+            return [piece.token for piece in self._pieces if piece.token]
 
     @property
     def cancelled(self) -> bool:

@@ -33,6 +33,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _OF_THE_MACHINE = (OSError, MemoryError, torch.OutOfMemoryError)
 _MOST_FRAMES = 8
 MOST_OF_A_PATH = 300
+MOST_OF_A_CLIENT = 64  # an address, which behind a proxy of this machine a header says
 # Of a line: what a log record has beside its message
 _FIELDS = "fields"
 CUT = "this server has shut down before the answer was whole; ask again"
@@ -68,12 +69,18 @@ class PlainLines(logging.Formatter):
         fields = getattr(record, _FIELDS, {})
         told = [_utc(record.created), record.levelname, record.getMessage()]
         told += [f"{name}={value}" for name, value in fields.items()]
-        # a line break of a library's would look like a line of ours
-        line = " ".join(told).replace("\r", "\\r").replace("\n", "\\n")
+        # a line break of a library's would look like a line of ours, and what a proxy passes on of
+        # a client may command a terminal
+        line = "".join(map(_printable, " ".join(told)))
         if record.exc_info and record.exc_info[1]:
             error = _error(record.exc_info[1])
             line += f"\n  {error['error']}" + "".join(f"\n    {at}" for at in error["raised_at"])
         return line
+
+
+def _printable(character: str) -> str:
+    """Return a character as a terminal shows it and does nothing else."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def _utc(seconds: float) -> str:
@@ -178,7 +185,7 @@ class RequestLog:
         client = scope.get("client")
         fields = {
             "request_id": scope["state"]["request_id"],
-            "client": client[0] if client else "",
+            "client": client[0][:MOST_OF_A_CLIENT] if client else "",
             "method": scope["method"],
             # as it came, escaped, without the query: a key or a text may stand there
             "path": _shown_path(scope),

@@ -153,9 +153,9 @@ def _confidence_of(generation: Generation) -> float | None:
     if generation.prompt.reader is not None:
         return None
     largest = []
-    for piece in generation.wait():
-        if piece.token is not None:
-            largest += [max(weights) for weights in piece.token.weights if weights]
+    # not `wait`, which raises where its client has left in the very moment in which it ended
+    for token in generation.tokens:
+        largest += [max(weights) for weights in token.weights if weights]
     return sum(largest) / len(largest) if largest else None
 
 

@@ -28,13 +28,14 @@ class Order:
     until: float | None  # on the monotonic clock, after which no further token is begun
     is_over: Callable[[], bool]  # nobody waits for it, or it has ended already
     fail: Callable[[BaseException], None]
+    text: Generation | None = None  # None: it is only asked where one goes
 
     @classmethod
     def of_text(cls, generation: Generation, client: str) -> "Order":
         """Return a text's, whose time runs from when it was asked for."""
         seconds = generation.sampling.seconds
         until = None if seconds is None else generation.times.asked + seconds
-        return cls(client, until, lambda: generation.finished, generation.fail)
+        return cls(client, until, lambda: generation.finished, generation.fail, generation)
 
     @classmethod
     def of_route(cls, future: Future[Any], client: str) -> "Order":
@@ -96,9 +97,11 @@ class ServedRow:
     def heard(self, choices: Sequence[GateChoice]) -> None:
         """Take who read some of its tokens, where it tells all."""
 
-    def end_late(self) -> None:
-        """End it where it is, as its time is over."""
+    def end_late(self) -> Finish | None:
+        """End it where it is, as its time is over; return why its text ends, None where it has
+        none."""
         self.order.fail(TimeoutError("its time was over before it was its turn; try again"))
+        return None
 
 
 class TextRow(ServedRow):
@@ -159,13 +162,12 @@ class TextRow(ServedRow):
         self._show(self._stream.end())
         return self._finish("stop" if self._stream.stopped else "length")
 
-    def end_late(self) -> None:
+    def end_late(self) -> Finish | None:
         """End it where it is, as its time is over."""
         if not self.count:
-            super().end_late()
-            return
+            return super().end_late()
         self._show(self._stream.end())
-        self._finish("stop" if self._stream.stopped else "length")
+        return self._finish("stop" if self._stream.stopped else "length")
 
     def _show(self, texts: Sequence[str]) -> None:
         """Hand on the tokens whose texts these are."""

@@ -152,14 +152,16 @@ class Scheduler:
             if reason is FAILED:
                 row.end_late()
             self._tell_end(row, reason)
-        self._next = [row for row in self._next if not row.order.is_over()]
+        given_up = [row for row in self._next if row.order.is_over()]
+        self._next = [row for row in self._next if row not in given_up]
+        for row in given_up:
+            self._tell_end(row, CANCELLED)
 
     def _drop_where_over(self, row: ServedRow) -> None:
         if row.order.is_over():
             self._free(row, CANCELLED)
         elif row.order.is_late:
-            row.end_late()
-            self._free(row, "length")
+            self._free(row, row.end_late() or FAILED)
 
     def _take_on(self) -> None:
         """Give rows to those who wait, as far as there is room."""
