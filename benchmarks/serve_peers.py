@@ -3,9 +3,11 @@
 python -m benchmarks.serve_peers BUNDLE --gguf MODEL.gguf --out benchmarks/serve_peers_epyc_DATE.md
 
 BUNDLE is what `deploy` writes, a stock checkpoint as well, and the GGUF file what `export --format
-gguf` makes of the same stack. All three answer /v1/completions over HTTP on one thread each; the
-same clients ask them in turns, one text after another, and read it as a stream. Claims are ratios
-within a round. A peer whose package is absent is left out.
+gguf --dtype bf16` (as --dtype is here) makes of the same stack; that all say the same is looked at
+first. All three answer /v1/completions over HTTP on one thread each; the same clients ask them in
+turns, one text after another, and read it as a stream, and whoever is not asked is stopped. Claims
+are ratios within a round. A peer whose package is absent is left out. The exit status is 1 where a
+request failed.
 """
 
 import argparse
@@ -35,6 +37,11 @@ NEW_TOKENS = (16, 32, 64)
 PROMPT_CHARACTERS = (20, 100, 400)
 SECONDS = 15.0
 PATIENCE_S = 300.0
+ENDING_S = 30.0
+LIKENED = 8  # texts that all are asked for before anything is timed
+LIKENED_TOKENS = 12  # of each: rounding decides between likely tokens sooner or later
+# What products run in, as each server has it
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # llama.cpp's server as a process of its own; slots as many as there are clients
 LLAMA = """
@@ -47,6 +54,9 @@ given.n_parallel = int(sys.argv[3])
 given.n_ctx = 512 * given.n_parallel
 given.cpuparams.n_threads = given.cpuparams_batch.n_threads = int(sys.argv[4])
 given.fit_params = False
+# no prompt comes twice, and neither of the others keeps what it has read
+given.cache_prompt = False
+given.cache_ram_mib = 0
 given.verbosity = -1
 server = xllamacpp.Server(given)
 while True:
@@ -83,6 +93,18 @@ class Peer:
         """Memory of the process that is resident, in MB."""
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
+    @contextmanager
+    def alone(self, peers: "Sequence[Peer]") -> Iterator[None]:
+        """Have the others stand still: a server that waits may look for work all the time."""
+        others = [psutil.Process(each.process.pid) for each in peers if each is not self]
+        for other in others:
+            other.suspend()
+        try:
+            yield
+        finally:
+            for other in others:
+                other.resume()
+
 
 def texts(draw: random.Random) -> Iterator[str]:
     """Yield beginnings of texts, cut from this project's own pages."""
@@ -95,13 +117,14 @@ def texts(draw: random.Random) -> Iterator[str]:
 
 
 def turn(peer: Peer, clients: int, seconds: float, seed: int) -> Turn:
-    """Let so many clients ask a server for so long."""
+    """Let so many clients ask a server for so long; every server is asked the same, and nothing
+    twice."""
     found = Turn()
     lock = threading.Lock()
     until = time.monotonic() + seconds
 
     def client(number: int) -> None:
-        draw = random.Random(seed * 1000 + number)
+        draw = random.Random(f"{seed}, {clients}, {number}")
         prompts = texts(draw)
         with httpx.Client(base_url=peer.address, timeout=PATIENCE_S) as http:
             while time.monotonic() < until:
@@ -114,10 +137,14 @@ def turn(peer: Peer, clients: int, seconds: float, seed: int) -> Turn:
                     "stream_options": {"include_usage": True},
                 }
                 asked = time.monotonic()
-                first, tokens = _streamed(http, body)
+                try:
+                    first, tokens = _streamed(http, body)
+                except (httpx.HTTPError, ValueError):
+                    # a client whose request fails asks again, as the others go on asking too
+                    first, tokens = None, 0
                 with lock:
                     found.tokens += tokens
-                    found.failed += tokens == 0
+                    found.failed += first is None
                     if first is not None:
                         found.first_s.append(first - asked)
 
@@ -128,17 +155,51 @@ def turn(peer: Peer, clients: int, seconds: float, seed: int) -> Turn:
     for thread in threads:
         thread.join()
     found.seconds = time.monotonic() - started
+    if not found.tokens:
+        raise SystemExit(f"{peer.name} gave {clients} clients no token in {found.seconds:.0f} s")
     return found
 
 
+def likened(peers: Sequence[Peer]) -> dict[str, str]:
+    """Return of how many texts each server goes on as the first one does, greedily."""
+    prompts = texts(random.Random(-1))
+    asked = [next(prompts) for _ in range(LIKENED)]
+    said = {}
+    for peer in peers:
+        progress(f"asking {peer.name} for {LIKENED} texts")
+        said[peer.name] = [_whole(peer, prompt) for prompt in asked]
+    ours = said[peers[0].name]
+    out = {}
+    for name, theirs in said.items():
+        alike = sum(own == other for own, other in zip(ours, theirs, strict=True))
+        out[name] = f"{alike} of {LIKENED}"
+    return out
+
+
+def _whole(peer: Peer, prompt: str) -> str:
+    body = {
+        "model": peer.model,
+        "prompt": prompt,
+        "max_tokens": LIKENED_TOKENS,
+        "temperature": 0,
+    }
+    answer = httpx.post(peer.address + "/v1/completions", json=body, timeout=PATIENCE_S)
+    answer.raise_for_status()
+    return str(answer.json()["choices"][0]["text"])
+
+
 def _streamed(http: httpx.Client, body: dict[str, Any]) -> tuple[float | None, int]:
-    """Return when the first piece of a text came, and how many tokens there were."""
+    """Return when the first piece of a text came, and how many tokens there were. Raises
+    httpx.HTTPError, ValueError for a text that ended with an error."""
     first, pieces, told = None, 0, None
     with http.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
         for line in answer.iter_lines():
             if not line.startswith("data:") or line.endswith("[DONE]"):
                 continue
             event = json.loads(line.removeprefix("data:"))
+            if event.get("error"):
+                raise ValueError(str(event["error"]))
             if event.get("usage"):
                 told = event["usage"].get("completion_tokens")
             if event.get("choices"):
@@ -170,7 +231,11 @@ def running(
         yield peer
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _wait(peer: Peer) -> None:
@@ -202,19 +267,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, command, model in _commands(args, most):
             progress(f"starting {name}")
             peers.append(servers.enter_context(running(name, command, model, args.threads)))
+        alike = likened(peers)
         for at in range(args.rounds):
+            # nobody is always the first one
+            first = at % len(peers)
             for clients in args.clients:
-                for peer in peers:
+                for peer in (*peers[first:], *peers[:first]):
                     progress(f"round {at + 1} of {args.rounds}: {clients} clients, {peer.name}")
-                    found = turn(peer, clients, args.seconds, at)
+                    with peer.alone(peers):
+                        found = turn(peer, clients, args.seconds, at)
                     turns.setdefault((peer.name, clients), []).append(found)
         memory = {peer.name: peer.resident_mb for peer in peers}
     finish(
         args,
         "serve_peers",
         "Serving one model beside transformers and llama.cpp",
-        _shown(args, turns, memory),
-        NOTES,
+        _shown(args, turns, memory, alike),
+        f"{NOTES} Products run in {args.dtype}{_kept(args.gguf)}.",
         hardware(args.threads, ("torch", "transformers", "xllamacpp", "fastapi")),
     )
     return int(any(each.failed for of_one in turns.values() for each in of_one))
@@ -227,12 +296,14 @@ def _commands(
     python = sys.executable
 
     def ours(port: int) -> list[str]:
-        return [python, "-m", "pipeline", "serve", "--bundle", folder, "--port", str(port)]
+        words = ["serve", "--bundle", folder, "--port", str(port), "--dtype", args.dtype]
+        return [python, "-m", "pipeline", *words]
 
     def theirs(port: int) -> list[str]:
         words = ["serve", folder, "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
         # it takes most of the machine's memory for its cache otherwise
         words += ["--continuous-batching", "--cb-max-memory-percent", "0.1"]
+        words += ["--dtype", DTYPES[args.dtype]]
         return [str(Path(python).parent / "transformers"), *words]
 
     def llama(port: int) -> list[str]:
@@ -250,10 +321,24 @@ def _commands(
 OURS = "MoleForge"
 
 
+def _kept(file: Path | None) -> str:
+    """Return what most of a GGUF file's bytes are, for a sentence."""
+    if file is None:
+        return ""
+    from gguf import GGUFReader
+
+    count: dict[str, int] = {}
+    for tensor in GGUFReader(file).tensors:
+        name = tensor.tensor_type.name
+        count[name] = count.get(name, 0) + tensor.n_bytes
+    return f"; the GGUF file holds {max(count, key=count.__getitem__)}"
+
+
 def _shown(
     args: argparse.Namespace,
     turns: dict[tuple[str, int], list[Turn]],
     memory: dict[str, float],
+    alike: dict[str, str],
 ) -> str:
     lines = []
     for name in memory:
@@ -272,7 +357,9 @@ def _shown(
                     f"{statistics.median(more):.2f}",
                     f"{statistics.median(beside):.2f}",
                     percentiles(first, 1e3),
+                    f"{sum(each.failed for each in found)}",
                     f"{memory[name]:,.0f}",
+                    alike[name],
                 ]
             )
     heads = [
@@ -282,15 +369,19 @@ def _shown(
         "times its one client's",
         "times ours",
         "first token, p50 / p95 ms",
+        "failed",
         "resident MB",
+        "texts as ours",
     ]
     return table(heads, lines)
 
 
 NOTES = (
-    "All servers hold the model at once, and one is asked at a time. Texts are greedy. Rates are "
-    "medians over rounds, of all clients together, by the clock on the wall; ratios are medians of "
-    "the rounds' own. A stream's tokens are those that its usage tells, else its pieces."
+    "All servers hold the model at once; one is asked at a time, the others are stopped meanwhile. "
+    "Texts are greedy, and no prompt comes twice. Rates are medians over rounds, of all clients "
+    "together, by the clock on the wall; ratios are medians of the rounds' own. A stream's tokens "
+    f"are those that its usage tells, else its pieces. Texts as ours: of {LIKENED} greedy ones of "
+    f"{LIKENED_TOKENS} tokens, asked for before, those that are equal to the last letter."
 )
 
 
@@ -300,6 +391,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--gguf", type=Path, help="the same stack for llama.cpp; none: left out")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of products, ours and transformers'"
+    )
     parser.add_argument(
         "--transformers",
         action=argparse.BooleanOptionalAction,

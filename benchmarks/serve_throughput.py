@@ -3,11 +3,12 @@
 python -m benchmarks.serve_throughput BUNDLE --out benchmarks/serve_throughput_epyc_2026-11-27.md
 
 Clients ask one request after another for so long, of mixed lengths and readers, and with pictures
-where the bundle takes any; one in ten leaves in the middle of its answer. What is not cut off is
-held against the same request alone; of rounds of minutes memory is told at the end of each. Beside
-it, in turns with it, transformers' own `generate` on the stock checkpoint: one text after another,
-and batches of as many equally long ones as there are clients. Claims are ratios within this run.
-The exit status is 1 where an answer differs.
+where the bundle takes any; one in ten leaves in the middle of its answer. Of what is not cut off
+some answers, drawn at random, are held against the same request alone (--held, of each round); of
+rounds of minutes memory is told at the end of each. Beside it, in turns with it, transformers' own
+`generate` on the stock checkpoint: one text after another, and batches of as many equally long ones
+as there are clients. Claims are ratios within this run. The exit status is 1 where an answer
+differs.
 
 B rows, T tokens.
 """
@@ -43,7 +44,7 @@ PROMPT_TOKENS = (4, 16, 64, 200)
 NEW_TOKENS = (16, 64, 256)
 QUESTIONS = ("what is in the picture?", "how many are there?", "which one is it, and where?")
 WARM_UP = 3  # requests before anything is timed
-HELD = 12  # answers of a round that are held against the same alone
+HELD = 12  # answers of a round that are held against the same alone, unless it is said
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Round:
     left: int = 0
     first_s: list[float] = field(default_factory=list)
     next_s: list[float] = field(default_factory=list)
-    different: int = 0
+    held: int = 0  # answers that were asked for again, alone
+    different: int = 0  # of these
     early_mb: float = 0.0  # highest in the first tenth of the time
     peak_mb: float = 0.0
     minutes_mb: list[float] = field(default_factory=list)  # at the end of each
@@ -136,11 +138,12 @@ def _picture(draw: random.Random) -> Image.Image:
     return image
 
 
-def served(engine: Any, clients: int, seconds: float) -> Round:
-    """Let so many clients ask for so long, and hold what they were told against the same alone."""
+def served(engine: Any, clients: int, seconds: float, held: int = HELD) -> Round:
+    """Let so many clients ask for so long, and hold some of what they were told against the same
+    alone."""
     found = Round(clients)
     lock = threading.Lock()
-    kept = Kept(HELD, clients)
+    kept = Kept(held, clients)
     until = time.monotonic() + seconds
 
     def client(number: int) -> None:
@@ -173,6 +176,7 @@ def served(engine: Any, clients: int, seconds: float) -> Round:
             progress(f"minute {len(found.minutes_mb)}: {found.minutes_mb[-1]:,.0f} MB")
         time.sleep(0.1)
     found.seconds = time.monotonic() - started
+    found.held = len(kept.generations)
     for generation in kept.generations:
         alone = engine.submit(generation.prompt, generation.sampling)
         found.different += spoken(alone) != spoken(generation)
@@ -245,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = []
     for clients in args.clients:
         progress(f"{clients} clients for {args.seconds:.0f} s")
-        rounds.append(served(engine, clients, args.seconds))
+        rounds.append(served(engine, clients, args.seconds, args.held))
     text = _rounds(rounds) + _minutes(rounds)
     if isinstance(engine, CompletionEngine):
         text += "\n" + _beside_generate(args, engine)
@@ -273,7 +277,7 @@ def _rounds(rounds: Sequence[Round]) -> str:
                 percentiles(each.first_s, digits=3),
                 percentiles(each.next_s, 1e3),
                 f"{each.early_mb:,.0f}, {each.peak_mb:,.0f}",
-                f"{each.different}",
+                f"{each.different} of {each.held}",
             ]
         )
     heads = [
@@ -320,6 +324,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument(
+        "--held",
+        type=int,
+        default=HELD,
+        help="answers of a round that are held against the same alone (default: %(default)s; they "
+        "take memory with their pictures, and time of one text after another)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=get_args(Dtype), default="fp32")

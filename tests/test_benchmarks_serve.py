@@ -1,10 +1,15 @@
 """The benchmark of serving many clients, for a moment on a random model."""
 
+import os
 import random
+import subprocess
+from dataclasses import replace
 from subprocess import Popen
 from unittest.mock import create_autospec
 
 import fake_engine
+import psutil
+import pytest
 from fake_engine import FakeEngine
 
 from benchmarks import serve_peers, serve_throughput
@@ -16,8 +21,9 @@ from tests.test_serve import running
 
 def test_what_clients_are_told_is_counted_and_held_against_the_same_alone():
     engine = small_engines.stock().engine
-    found = served(engine, 3, 0.4)
+    found = served(engine, 3, 0.4, 5)
     assert found.requests >= 3
+    assert 3 <= found.held <= 5
     assert len(found.first_s) <= found.requests
     assert 0 < len(found.next_s) < found.tokens
     assert found.rate > 0
@@ -52,6 +58,44 @@ def test_what_a_server_streams_is_counted_as_its_usage_tells(tmp_path, monkeypat
     assert found.tokens % 3 == 0
     assert found.failed == 0
     assert len(found.first_s) == found.tokens // 3
+
+
+def test_a_server_that_fails_is_counted_and_one_that_says_nothing_ends_it(tmp_path, monkeypatch):
+    engine = FakeEngine(room=10**6)
+    with running(fake_engine.served(tmp_path, engine)) as client:
+        told = client.get("/v1/models").json()["data"][0]["id"]
+        peer = Peer("ours", str(client.base_url), told, create_autospec(Popen, instance=True))
+        monkeypatch.setattr(serve_peers, "PROMPT_CHARACTERS", (8,))
+        assert serve_peers.likened([peer, replace(peer, name="theirs")]) == {
+            "ours": "8 of 8",
+            "theirs": "8 of 8",
+        }
+        answers = iter([True])
+        streamed = serve_peers._streamed
+
+        def sometimes(http, body):
+            return streamed(http, body if next(answers, False) else body | {"temperature": -1})
+
+        monkeypatch.setattr(serve_peers, "_streamed", sometimes)
+        found = turn(peer, 1, 1.0, 0)
+        assert found.failed and len(found.first_s) == 1
+        with pytest.raises(SystemExit, match="ours gave 2 clients no token"):
+            turn(peer, 2, 0.1, 0)
+
+
+def test_who_is_not_asked_stands_still():
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    peers = [Peer(str(each.pid), "", "", each) for each in processes]
+    try:
+        with peers[0].alone(peers):
+            stopped = os.waitid(os.P_PID, processes[1].pid, os.WSTOPPED | os.WEXITED)
+            assert psutil.Process(processes[0].pid).status() != psutil.STATUS_STOPPED
+        again = os.waitid(os.P_PID, processes[1].pid, os.WCONTINUED | os.WEXITED)
+    finally:
+        for each in processes:
+            each.kill()
+            each.wait()
+    assert (stopped.si_code, again.si_code) == (os.CLD_STOPPED, os.CLD_CONTINUED)
 
 
 def test_beginnings_of_texts_are_the_same_for_the_same_seed():
