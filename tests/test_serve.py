@@ -281,7 +281,7 @@ WRONG = {
     "no share": ({"prompt": "x", "top_p": 0}, "top_p: .*greater than 0", "top_p"),
     "large seed": ({"prompt": "x", "seed": 2**63}, "seed: ", "seed"),
     "empty stop": ({"prompt": "x", "stop": ""}, "stop: ", "stop"),
-    "many stops": ({"prompt": "x", "stop": list("abcde")}, "stop: .*at most 4", "stop"),
+    "many stops": ({"prompt": "x", "stop": ["x"] * 17}, "stop: .*at most 16", "stop"),
     "two at once": ({"prompt": 1, "top_p": 2}, "top_p: .*; prompt: ", "top_p"),
 }
 

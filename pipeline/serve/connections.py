@@ -15,6 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .limits import ConnectionLimits
 from .refusals import ApiError
 
+# Asked by what would restart a server that does not answer, or wants to see why.
+ALWAYS = (b"GET /healthz ", b"GET /metrics ")
+
 
 class ServerConfig(uvicorn.Config):
     """uvicorn's settings for an application, with what a connection may take."""
@@ -68,7 +71,7 @@ class Connection(H11Protocol):
         """Take what came, unless the connection has been given up."""
         if self.transport.is_closing():
             return
-        if self._one_too_many:
+        if self._one_too_many and not data.startswith(ALWAYS):
             self._unset_keepalive_if_required()
             self._refuse(
                 ApiError(503, "too many connections are open; try again in a moment", None, "full")

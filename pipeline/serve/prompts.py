@@ -146,8 +146,15 @@ class TaskPrompts(Prompts):
         return Prompt(stack.model.read_plain(text), (), reader, stack.routing_ids(text, ()))
 
     def ids(self, ids: Sequence[int], reader: str | None) -> Prompt:
-        """Return tokens to go on with, whose text the router reads as a question."""
+        """Return tokens to go on with, whose text the router reads as a question. Raises DataError,
+        also for one that stands for a picture: there is none for it."""
         prompt = super().ids(ids, reader)
+        media = self.engine.stack.model.chat.media
+        if media.placeholder_id in ids:
+            raise DataError(
+                f"the token {media.placeholder_id} stands for a picture, and tokens come without "
+                "any; send messages to /v1/chat/completions"
+            )
         question = self.decode(ids)
         return Prompt(prompt.ids, (), reader, self.engine.stack.routing_ids(question, ()))
 

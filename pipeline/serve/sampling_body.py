@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from .generation import Sampling
 from .protocol import MOST_FIELDS, Body, OnlyFalse, OnlyNone, OnlyOne, OnlyTrue, OnlyZero, few
 
-# OpenAI's own limit of stop strings; their length bounds how much text each new token is looked
-# for in.
-MAX_STOPS = 4
+# OpenAI takes 4, vLLM any number, and editors send a dozen; their length bounds how much text each
+# new token is looked for in.
+MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_LIKELIEST = 20  # OpenAI's limit of a chat's top_logprobs
 MAX_CHOICES = 16  # each has a row of its own
