@@ -19,9 +19,14 @@ from pipeline.data.images.images import decoding_bytes
 from pipeline.data.images.inline import bytes_in
 from pipeline.errors import DataError
 from pipeline.families.adapters.inference import Request
-from pipeline.serve import pictures
+from pipeline.serve import engine, pictures
 from pipeline.serve.app import Access, closed, create, open_bundle
+from pipeline.serve.chat_engine import ChatAdapters, SteadyChat
+from pipeline.serve.engines import engine_of
+from pipeline.serve.generation import Sampling
 from pipeline.serve.limits import RequestLimits
+from pipeline.serve.messages import Turn
+from pipeline.serve.prompts import TaskPrompts
 from pipeline.serve.terminal.bundle import OpenBundle
 from pipeline.serve.terminal.conversation import chat
 from pipeline.serve.terminal.drawing import drawing
@@ -70,6 +75,18 @@ def test_a_server_fetches_pictures_of_the_hosts_that_it_was_told_of_and_else_of_
         app = closed(Access())
         open_bundle(app, tasks_bundle, image_hosts=hosts)
         assert app.state.service.engine.room.fetcher.hosts == set(hosts)
+
+
+def test_a_bundle_runs_in_bf16_where_that_is_wanted_or_does_no_harm(tasks_bundle, monkeypatch):
+    opened = engine_of(tasks_bundle, None, "bf16")
+    assert isinstance(opened.network, SteadyChat)
+    turns = [Turn("user", "what color?", (encoded(PICTURE),))]
+    prompt = TaskPrompts(opened).chat(turns, None, goes_on=False, seconds=60)
+    assert opened.submit(prompt, Sampling(None, 0.0)).wait()[-1].finish
+    monkeypatch.setattr(engine, "device", lambda: "cpu")
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
+    monkeypatch.setattr(engine, "is_steady", lambda *_: False)
+    assert type(engine_of(tasks_bundle, None, "auto").network) is ChatAdapters
 
 
 PICTURE = small_stack.pictures(1)[0]

@@ -2,16 +2,28 @@
 as the report measures it, one request at a time."""
 
 import random
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 
+from pipeline.errors import DataError
 from pipeline.families.adapters.inference import Request
 from pipeline.families.adapters.stack import AdapterStack
-from pipeline.serve.chat_engine import ROUTER, ChatAdapters, ChatEngine, _Media, _Seen
+from pipeline.families.lora_vlm.base import open_base
+from pipeline.serve.chat_engine import (
+    ROUTER,
+    ChatAdapters,
+    ChatEngine,
+    SteadyChat,
+    _Media,
+    _Seen,
+)
 from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats, Watcher
+from pipeline.serve.prompts import TaskPrompts
 from pipeline.serve.rows import Order, QuestionRow
+from pipeline.serve.steady.trial import is_steady
 from tests import small_stack
 from tests.small_stack import EXPERTS
 
@@ -21,7 +33,7 @@ READERS = (*EXPERTS, BASE_READER)
 class SmallChat(ChatEngine):
     """An engine over a stack that no bundle holds."""
 
-    def __init__(self, stack: AdapterStack, capacity: Capacity):
+    def __init__(self, stack: AdapterStack, capacity: Capacity, network_of=ChatAdapters):
         self.stack = stack
         self.experts = EXPERTS
         self.readers = READERS
@@ -29,7 +41,7 @@ class SmallChat(ChatEngine):
         self.capacity = capacity
         self.stats = Stats()
         self.watcher = None
-        self._serve(ChatAdapters(stack.model, READERS))
+        self._serve(network_of(stack.model, READERS))
 
     def ask(self, request: Request, reader: str | None = None, **sampling):
         """Have a request answered."""
@@ -191,3 +203,34 @@ def test_a_seed_says_the_same_among_others(model):
     together = [text(each) for each in running]
     assert together == [text(asked(*each)) for each in numbered]
     assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_bf16_every_answer_is_to_the_last_bit_what_it_is_alone(folder, dtype):
+    """Its router's too, over pictures that are read in parts, whatever the base is held in."""
+    base = SimpleNamespace(**vars(small_stack.BASE) | {"dtype": dtype})
+    model = small_stack.on(open_base(folder, base), TOWERS["vision too"])
+    assert ChatAdapters(model, READERS).dtype == {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    engine = SmallChat(small_stack.stack(model), Capacity(rows=5, prefill_tokens=7), SteadyChat)
+    assert is_steady(engine.network, 4096, EXPERTS)
+    draw = random.Random(6)
+    asked = [(each, draw.choice((None, *READERS))) for each in small_stack.requests(9, seed=6)]
+    how = {"temperature": 0.7, "seed": 2, "logprobs": 3}
+    running = [engine.ask(*each, **how) for each in asked]
+    together = [(each.wait(), each.choice) for each in running]
+    for request, found in zip(asked, together, strict=True):
+        alone = engine.ask(*request, **how)
+        assert (alone.wait(), alone.choice) == found
+    # and it is the stack's own, as far as bf16 goes
+    stack = small_stack.stack(small_stack.on(small_stack.opened(folder), TOWERS["vision too"]))
+    for (request, reader), (_, choice) in zip(asked, together, strict=True):
+        if reader is None:
+            wanted = dict(stack.route([request])[0].alternatives)
+            assert dict(choice.alternatives) == pytest.approx(wanted, abs=0.05)
+
+
+def test_a_prompt_of_tokens_has_none_of_a_picture(model):
+    prompts = TaskPrompts(SmallChat(small_stack.stack(model), Capacity()))
+    assert prompts.ids([1, 2], None).ids == (1, 2)
+    with pytest.raises(DataError, match="stands for a picture"):
+        prompts.ids([1, model.chat.media.placeholder_id], None)

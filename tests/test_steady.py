@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.serve import engine, engines
+from pipeline.serve import engine
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Prompt, Sampling
 from pipeline.serve.networks import StockMixture
@@ -199,8 +199,13 @@ def test_bf16_is_taken_where_it_is_wanted_or_does_no_harm(bundled, monkeypatch, 
         assert not caplog.records
         assert isinstance(CompletionEngine(folder, dtype="bf16").network, SteadyMixture)
     assert "a text depends on those beside it" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert CompletionEngine(folder).network.dtype == "fp32"
+    assert "this processor has bf16" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(engine, "has_bf16", lambda: False)
     assert CompletionEngine(folder, dtype="auto").network.dtype == "fp32"
+    assert "this processor has bf16" not in caplog.text
     monkeypatch.setattr(engine, "can_be_steady", lambda *_: False)
     with pytest.raises(ConfigError, match="no form in bf16 here; set serve.dtype to fp32"):
         CompletionEngine(folder, dtype="bf16")
@@ -215,9 +220,3 @@ def test_bf16_is_not_told_of_weights_that_there_is_no_room_for(bundled, monkeypa
         with pytest.raises(ConfigError, match="too large to hold its weights in bf16"):
             CompletionEngine(bundled[2], dtype="bf16")
     assert "products run in bf16" not in caplog.text
-
-
-def test_adapters_of_tasks_are_not_served_in_bf16(monkeypatch, tmp_path):
-    monkeypatch.setattr(engines, "about", lambda _folder: {"serves": "chat"})
-    with pytest.raises(ConfigError, match="trained on tasks, has no form in bf16"):
-        engines.engine_of(tmp_path, None, "bf16")

@@ -15,8 +15,8 @@ class ServeConfig(Section):
 
     dtype: Dtype = Field(
         "fp32",
-        description="Products of a language model's stack; auto: bf16 where this processor has it "
-        "and every text stays what it is alone, else fp32",
+        description="What products run in (fp32, of adapters of tasks: as their base is held); "
+        "auto: bf16 where this processor has it and every text stays what it is alone",
     )
     max_batch: int = Field(32, ge=1, le=1024, description="Texts that are generated at once")
     # A long prompt is read in pieces of these, so that it does not hold up the texts beside it.

@@ -23,7 +23,7 @@ from .held_weights import cast_weights
 from .networks import Batch, Network, OneReader
 from .opening import check_logits, open_model, probe_logits
 from .rows import ServedRow
-from .steady.network import SteadyNetwork, SteadySilu, has_steady_places
+from .steady.network import SteadyNetwork, can_be_steady
 
 if TYPE_CHECKING:
     from ..families.ffn_moe.adapter.stack import RequestStack, TextChoice
@@ -44,14 +44,15 @@ class AdapterEngine(CompletionEngine):
         expected_TV = probe_logits(self.stack.model, filled, self.context_tokens)
         # Both are the same base: one of them is enough
         check_logits(folder, open_model(folder), expected_TV, self.context_tokens)
-        return self._steady(folder, self.stack.model.network.generation_config) or TextAdapters(
-            self.stack
-        )
+        if steady := self._steady(folder):
+            steady.model.generation_config = self.stack.model.network.generation_config
+            return steady
+        return TextAdapters(self.stack)
 
     def _made_steady(self, folder: Path) -> SteadyNetwork | None:
         """Return the stack in bf16, None where it has no such form."""
         stack: RequestStack = family(self.about["family"]).reassemble(folder)
-        if not _can_be_steady(stack.model.network):
+        if not can_be_steady(stack.model.network):
             return None
         return SteadyAdapters(stack)
 
@@ -108,17 +109,11 @@ class SteadyAdapters(SteadyNetwork, TextAdapters):
     def hold(self, network: Any) -> None:
         """Have the model compute each row as it is alone."""
         self.make_steady(network)
-        for layer in network.model.layers:
-            layer.mlp.act_fn = SteadySilu()
+        self.make_steady_silu(network)
 
     def choices(self, texts: Sequence[Sequence[int]]) -> "list[TextChoice]":
         """Return who reads each text, which is read by itself."""
         return [self._stack.choice(ids) for ids in texts]
-
-
-def _can_be_steady(network: Any) -> bool:
-    """Whether a base with adapters is one that runs so."""
-    return has_steady_places(network) and network.config.hidden_act in ("silu", "swish")
 
 
 def row_adapter(row: ServedRow) -> str | None:

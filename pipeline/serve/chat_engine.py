@@ -4,6 +4,7 @@ router chooses or who is named; those of different readers run in one batch.
 B rows, T tokens, V vocabulary, D model width.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config.serving import Dtype
 from ..config.task_data import ImageLimitsConfig
 from ..families import family
+from ..hardware import device
+from ..model.kernels.frozen import FrozenEmbedding, FrozenLinear
 from .adapters import row_adapter
 from .engine import Engine
 from .gates import FREE
@@ -30,10 +34,11 @@ from .generation import (
     Route,
     Sampling,
 )
-from .networks import Batch, Chunk, OneReader
+from .networks import Batch, Chunk, Network, OneReader
 from .pictures import DecodingRoom
 from .rows import Contest, Order, QuestionRow, ServedRow, Sink, TextRow, TextSink
 from .sampling import TokenSampler
+from .steady.network import SteadyNetwork, can_be_steady, text_model
 from .text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -41,26 +46,58 @@ if TYPE_CHECKING:
     from ..families.adapters.media import MediaFeatures
     from ..families.adapters.stack import AdapterStack, Choice
 
+UNSTEADY = (
+    "the base is held in bfloat16, in which a text depends on those beside it: the same request "
+    "may be answered otherwise; with --dtype bf16, or serve.dtype, each is what it is alone"
+)
 ROUTER = "router"  # the router's adapter, which reads questions and no text
+
+log = logging.getLogger(__name__)
 
 
 class ChatEngine(Engine):
     """An open bundle of adapters.
 
     Raises MissingArtifact, DamagedArtifact, NewerStore or MismatchError for one that cannot be
-    served.
+    served, ConfigError for a dtype that it is not run in.
     """
 
-    def __init__(self, folder: Path, capacity: Capacity | None = None):
-        super().__init__(folder, capacity)
-        self.stack: AdapterStack = family(self.about["family"]).reassemble(folder)
+    stack: "AdapterStack"
+
+    def __init__(self, folder: Path, capacity: Capacity | None = None, dtype: Dtype = "fp32"):
+        super().__init__(folder, capacity, dtype)
         self.image = ImageLimitsConfig(**self.about["base"]["image"])
         # Of all requests together.
         self.room = DecodingRoom()
         self.readers = (*self.experts, BASE_READER)
+        self._serve(self._opened(folder))
+
+    def _opened(self, folder: Path) -> Network:
+        """Return the base with its adapters."""
+        if steady := self._steady(folder):
+            return steady
+        # what was tried is changed; it goes before it is opened once more, so that both never are
+        vars(self).pop("stack", None)
+        self._reassemble(folder)
+        network = ChatAdapters(self.stack.model, self.readers)
+        if network.dtype == "bf16" and device() == "cpu":
+            log.info(UNSTEADY)
+        return network
+
+    def _made_steady(self, folder: Path) -> SteadyNetwork | None:
+        """Return the stack in bf16, None where it has no such form."""
+        self._reassemble(folder)
         model = self.stack.model
-        self.context_tokens: int = model.core.config.get_text_config().max_position_embeddings
-        self._serve(ChatAdapters(model, self.readers))
+        return SteadyChat(model, self.readers) if can_be_steady(model.core) else None
+
+    def _reassemble(self, folder: Path) -> None:
+        self.stack = family(self.about["family"]).reassemble(folder)
+        config = self.stack.model.core.config.get_text_config()
+        self.context_tokens: int = config.max_position_embeddings
+
+    @property
+    def _tried_readers(self) -> Sequence[str | None]:
+        return self.experts
 
     def submit(self, prompt: Prompt, sampling: Sampling, client: str = "") -> Generation:
         """Have a question answered; of clients that wait, the one with the fewest running is first.
@@ -170,10 +207,16 @@ class ChatAdapters(OneReader):
         from ..families.adapters.peft_io import RowAdapters
 
         super().__init__(model.core, speakers)
+        self.hold(model.core)
         self._multi = model
         self._media = model.chat.media
         self._adapters = RowAdapters(model.model)
         self.pad_id = model.chat.pad_id
+
+    def hold(self, network: Any) -> None:
+        """Have the model's weights in the dtype of its products: here as the base has them."""
+        if network.dtype == torch.bfloat16:
+            self.dtype = "bf16"
 
     def number(self, reader: str) -> int:
         """Return the number of who reads a row; the router, which says no token, has none."""
@@ -182,6 +225,9 @@ class ChatAdapters(OneReader):
     def prepare(self, rows: Sequence[ServedRow]) -> None:
         """Encode what rows come with, together, and once for all who read it alike."""
         super().prepare(rows)
+        for row in rows:
+            # those that a network is tried with come with nothing
+            row.features = row.features or _Seen(_Media(()))
         by_encoder: dict[str, list[_Media]] = {}
         for row in rows:
             media = row.features.media
@@ -190,14 +236,18 @@ class ChatAdapters(OneReader):
                 by_encoder.setdefault(encoder, []).append(media)
         for encoder, several in by_encoder.items():
             opened = [medium for media in several for medium in media.opened]
-            # in passes that have a bound of their own, each medium once
-            features = iter(self._multi.encode_media(opened, encoder))
+            features = iter(self.encoded(opened, encoder))
             for media in several:
                 media.by_encoder[encoder] = tuple(islice(features, len(media.opened)))
         for row in rows:
             seen = row.features
             seen.encoded = seen.media.by_encoder[self._encoder(row)]
             seen.position_3T = self._media.positions(self.model, row.ids, seen.encoded)
+
+    def encoded(self, media: Sequence[Medium], encoder: str) -> "list[MediaFeatures]":
+        """Return what an encoder makes of media."""
+        # in passes that have a bound of their own, each medium once
+        return self._multi.encode_media(media, encoder)
 
     def _encoder(self, row: ServedRow) -> str:
         """Return whose encoder a row's media are read by: the base's, or an adapter's own."""
@@ -216,6 +266,7 @@ class ChatAdapters(OneReader):
                 past_key_values=self.cache,
                 use_cache=True,
                 **inputs,
+                **self.extras(batch),
             )
         x_BTD: Tensor = out.last_hidden_state
         return x_BTD
@@ -237,6 +288,31 @@ class ChatAdapters(OneReader):
             return batch.place_BT
         rows = [_positions_of(chunk, batch.longest) for chunk in batch.chunks]
         return torch.stack(rows, 1).to(batch.device)
+
+
+class SteadyChat(SteadyNetwork, ChatAdapters):
+    """The same with products in bf16; pictures are seen as the base was opened, each by itself."""
+
+    def hold(self, network: Any) -> None:
+        """Have the model compute each row as it is alone."""
+        text = text_model(network)
+        for parent in list(text.modules()):
+            for name, child in list(parent.named_children()):
+                # what adapters multiply with stands in such dictionaries, and stays in fp32
+                if type(child) is nn.Linear and not isinstance(parent, nn.ModuleDict):
+                    setattr(parent, name, FrozenLinear.around(child))
+        # what lies between products is in fp32, whatever the base was opened in
+        text.embed_tokens = FrozenEmbedding.around(text.embed_tokens)
+        text.embed_tokens.dtype = torch.float32
+        self.make_steady(network)
+        self.make_steady_silu(network)
+
+    def encoded(self, media: Sequence[Medium], encoder: str) -> "list[MediaFeatures]":
+        """Return what an encoder makes of media."""
+        found: list[MediaFeatures] = []
+        for medium in media:
+            found += self._multi.encode_media([medium], encoder)
+        return found
 
 
 def _positions_of(chunk: Chunk, count: int) -> Tensor:

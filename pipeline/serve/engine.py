@@ -45,6 +45,10 @@ from .text_stream import TextStream
 
 MOST_OF_A_NAME = 200  # characters; configurations allow 64
 NO_BF16 = "has no form in bf16 here; set serve.dtype to fp32 or auto"
+FASTER = (
+    "products run in fp32; this processor has bf16, in which they are faster: "
+    "--dtype auto, or serve.dtype"
+)
 NO_ROOM = "is too large to hold its weights in bf16 beside its files; set serve.dtype to fp32"
 
 log = logging.getLogger(__name__)
@@ -76,12 +80,14 @@ class Engine(ABC):
     Raises MissingArtifact, DamagedArtifact or NewerStore for one that cannot be served.
     """
 
+    dtype: Dtype = "fp32"  # of products, as it is wanted
     context_tokens: int
     readers: tuple[str, ...]  # who can be asked for by name
     speakers: tuple[str, ...]  # by the numbers that tokens tell
 
-    def __init__(self, folder: Path, capacity: Capacity | None = None):
+    def __init__(self, folder: Path, capacity: Capacity | None = None, dtype: Dtype = "fp32"):
         verify(folder)
+        self.dtype = dtype
         self.about = about(folder)
         # The name of a module, which is imported, so that only those that there are may be said.
         if self.about["family"] not in PRELOAD:
@@ -97,6 +103,9 @@ class Engine(ABC):
 
     def _serve(self, network: Network) -> None:
         """Have a network run what is asked from now on."""
+        # not chosen unasked: on a machine without it the same request would be answered otherwise
+        if self.dtype == network.dtype == "fp32" and device() == "cpu" and has_bf16():
+            log.info(FASTER)
         self.network = network
         self.speakers = network.speakers
         self.model: Any = network.model
@@ -156,6 +165,47 @@ class Engine(ABC):
         """Return why a reader is not there, where there is more to say than that."""
         return ""
 
+    @property
+    def _may_be_steady(self) -> bool:
+        """Whether products may run in bf16, where the stack has such a form."""
+        if self.dtype == "auto":
+            # on a GPU nothing was measured, so nothing is chosen there unasked
+            return device() == "cpu" and has_bf16()
+        return self.dtype == "bf16"
+
+    def _steady(self, folder: Path) -> Network | None:
+        """Return the stack in bf16, None where it is to run in fp32. Raises ConfigError."""
+        if not self._may_be_steady:
+            return None
+        network = self._made_steady(folder)
+        if network is None:
+            if self.dtype == "auto":
+                return None
+            raise ConfigError(f"{folder} {NO_BF16}")
+        if not network.is_held:
+            # Each weight would be cast again for each of its products, and most run in fp32
+            if self.dtype == "auto":
+                return None
+            raise ConfigError(f"{folder} {NO_ROOM}")
+        if not is_steady(network, self.context_tokens, self._tried_readers):
+            if self.dtype == "auto":
+                return None
+            log.warning(
+                "in bf16 a text depends on those beside it on this machine: the same request may "
+                "be answered otherwise; serve.dtype: fp32 does not"
+            )
+        log.info("products run in bf16")
+        return network
+
+    @abstractmethod
+    def _made_steady(self, folder: Path) -> SteadyNetwork | None:
+        """Return the stack in bf16, None where it has no such form."""
+
+    @property
+    def _tried_readers(self) -> Sequence[str | None]:
+        """Return who reads the texts that it is tried with."""
+        return (None,)
+
     def _end_ids(self) -> frozenset[int]:
         """Return the tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
@@ -171,8 +221,7 @@ class CompletionEngine(Engine):
     """
 
     def __init__(self, folder: Path, capacity: Capacity | None = None, dtype: Dtype = "fp32"):
-        super().__init__(folder, capacity)
-        self.dtype = dtype
+        super().__init__(folder, capacity, dtype)
         self.context_tokens: int = self.about["context_tokens"]
         self.start_ids = start_ids(self.about)
         self.tokenizer = tokenizer.pretrained(str(folder))
@@ -189,7 +238,8 @@ class CompletionEngine(Engine):
         if self.about.get("unmerged"):
             generation_config = self._held_against(folder, expected_TV)
             self.readers = (*self.experts, BASE_READER)
-            if steady := self._steady(folder, generation_config):
+            if steady := self._steady(folder):
+                steady.model.generation_config = generation_config
                 return steady
             stack.trunk.network.generation_config = generation_config
             return UnmergedMixture(stack.trunk, stack.experts, stack.mixture.router)
@@ -200,7 +250,8 @@ class CompletionEngine(Engine):
         if self._may_be_steady:
             # Neither are the model, all of it in fp32, and what runs in bf16
             generation_config = self._held_against(folder, expected_TV)
-            if steady := self._steady(folder, generation_config):
+            if steady := self._steady(folder):
+                steady.model.generation_config = generation_config
                 return steady
         model = open_model(folder)
         check_logits(folder, model, expected_TV, self.context_tokens)
@@ -212,39 +263,6 @@ class CompletionEngine(Engine):
         stock = open_model(folder)
         check_logits(folder, stock, expected_TV, self.context_tokens)
         return stock.generation_config
-
-    @property
-    def _may_be_steady(self) -> bool:
-        """Whether products may run in bf16, where the stack has such a form."""
-        if self.dtype == "auto":
-            # on a GPU nothing was measured, so nothing is chosen there unasked
-            return device() == "cpu" and has_bf16()
-        return self.dtype == "bf16"
-
-    def _steady(self, folder: Path, generation_config: Any) -> Network | None:
-        """Return the stack in bf16, None where it is to run in fp32. Raises ConfigError."""
-        if not self._may_be_steady:
-            return None
-        network = self._made_steady(folder)
-        if network is None:
-            if self.dtype == "auto":
-                return None
-            raise ConfigError(f"{folder} {NO_BF16}")
-        if not network.is_held:
-            # Each weight would be cast again for each of its products, and most run in fp32
-            if self.dtype == "auto":
-                return None
-            raise ConfigError(f"{folder} {NO_ROOM}")
-        network.model.generation_config = generation_config
-        if not is_steady(network, self.context_tokens):
-            if self.dtype == "auto":
-                return None
-            log.warning(
-                "in bf16 a text depends on those beside it on this machine: the same request may "
-                "be answered otherwise; serve.dtype: fp32 does not"
-            )
-        log.info("products run in bf16")
-        return network
 
     def _made_steady(self, folder: Path) -> SteadyNetwork | None:
         """Return the stack in bf16, None where it has no such form."""

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from ..config.serving import Dtype
-from ..errors import ConfigError, DamagedArtifact
+from ..errors import DamagedArtifact
 from ..store.bundle import about
 from .adapters import AdapterEngine
 from .chat_engine import ChatEngine
-from .engine import NO_BF16, CompletionEngine
+from .engine import CompletionEngine
 from .generation import Capacity
 
 # By the form of a bundle's experts, where it says one; who chooses for each token says none.
@@ -26,11 +26,7 @@ def engine_of(
     # Bundles that do not say it are of completions, as all were before there were others.
     serves = described.get("serves", "completions")
     if serves == "chat":
-        if dtype == "bf16":
-            raise ConfigError(
-                f"{folder}, a bundle of adapters that were trained on tasks, {NO_BF16}"
-            )
-        return ChatEngine(folder, capacity)
+        return ChatEngine(folder, capacity, dtype)
     if serves != "completions":
         raise DamagedArtifact(f"{folder} serves {serves!r}, which is no service here")
     kind = OF_TEXT.get(str(described.get("form")), CompletionEngine)

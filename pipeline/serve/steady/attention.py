@@ -5,7 +5,8 @@ places, whichever of them a pass reads: what is computed for a token follows fro
 however a prompt was cut and whatever was read beside it.
 
 B rows, T tokens, H heads of queries, M heads of keys and values, G = H/M, C places of a block,
-S places that are seen, N places of all rows, K width of a head.
+S places that are seen, N places of all rows, A axes that a place is counted in, K width of a head,
+W numbers that become of a place.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -127,15 +128,21 @@ class SteadyRotary(nn.Module):
         self.rotary = rotary
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of shape (B, T, K)."""
-        flat_N1 = position_ids.flatten().unsqueeze(1)
+        """Return cosine and sine of shape (B, T, K); places are (B, T), or (A, B, T) where each has
+        one in time, height and width."""
+        shape = position_ids.shape[-2:]
+        place_NA = position_ids.reshape(-1, shape.numel()).T
+        axes = place_NA.shape[1]
 
-        def both(place_N1: Tensor) -> Tensor:
-            cosine_1NK, sine_1NK = self.rotary(x, place_N1.T)
+        def both(place_NA: Tensor) -> Tensor:
+            place_AN = place_NA.T
+            given = place_AN.unsqueeze(1) if axes > 1 else place_AN
+            cosine_1NK, sine_1NK = self.rotary(x, given)
             return torch.cat([cosine_1NK[0], sine_1NK[0]], 1)
 
         # a row of places as wide as what becomes of it, so that as many run at once
-        wide_NK = flat_N1.expand(-1, 2 * self.rotary.inv_freq.numel())
-        found_NK = elementwise(lambda part_NK: both(part_NK[:, :1]), wide_NK)
-        cosine, sine = found_NK.view(*position_ids.shape, -1).chunk(2, -1)
+        width = max(2, axes) * self.rotary.inv_freq.numel()
+        wide_NW = F.pad(place_NA, (0, width - axes))
+        found_NK = elementwise(lambda part_NW: both(part_NW[:, :axes]), wide_NW)
+        cosine, sine = found_NK.view(*shape, -1).chunk(2, -1)
         return cosine, sine

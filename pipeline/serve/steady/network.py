@@ -22,9 +22,21 @@ AGAIN = 64
 ROTARY = ("default", "linear", "llama3", "yarn")
 
 
+def text_model(network: Any) -> Any:
+    """Return what of a Hugging Face model reads tokens, beside a tower for pictures if it has
+    one."""
+    return getattr(network.model, "language_model", network.model)
+
+
 def has_steady_places(network: Any) -> bool:
     """Whether the angles of a Hugging Face model's places depend on nothing else."""
-    return network.model.rotary_emb.rope_type in ROTARY
+    return text_model(network).rotary_emb.rope_type in ROTARY
+
+
+def can_be_steady(network: Any) -> bool:
+    """Whether a Hugging Face model, with its own feed-forward networks, is one that runs so."""
+    silu_alone = network.config.get_text_config().hidden_act in ("silu", "swish")
+    return silu_alone and has_steady_places(network)
 
 
 class SteadyNetwork(Network):
@@ -39,12 +51,18 @@ class SteadyNetwork(Network):
 
     def make_steady(self, network: Any, *others: nn.Module) -> None:
         """Change a Hugging Face model for it, and hold its weights, and others', in bf16."""
+        text = text_model(network)
         self._products = SteadyProducts()
-        self.is_held = cast_weights(network.model, *others, dtype=DTYPE)
+        self.is_held = cast_weights(text, *others, dtype=DTYPE)
         self._head_VD = network.lm_head.weight.detach().to(DTYPE)
-        replace_linear(network.model, self._products)
-        network.model.rotary_emb = SteadyRotary(network.model.rotary_emb)
-        attend_alone(network)
+        replace_linear(text, self._products)
+        text.rotary_emb = SteadyRotary(text.rotary_emb)
+        attend_alone(text)
+
+    def make_steady_silu(self, network: Any) -> None:
+        """Do so with a model's own feed-forward networks."""
+        for layer in text_model(network).layers:
+            layer.mlp.act_fn = SteadySilu()
 
     def extras(self, batch: Batch) -> dict[str, Any]:
         """Return what a pass is given beside its tokens."""

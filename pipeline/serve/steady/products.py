@@ -20,6 +20,7 @@ from ...model.kernels.frozen import FrozenLinear
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 TRIED_ROWS = 64
+TRIED_OUTPUTS = 4096  # that are drawn at once
 # Below which torch works elementwise with one thread. With several each begins where it happens to
 # be, and numbers at its ends go through other instructions than those in between.
 SERIAL_NUMBERS = 32_768
@@ -78,7 +79,7 @@ def tried(weight_FD: Tensor) -> RowCounts:
 def _telling(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """Return x_ND and a weight of that shape whose products show in which order they were added
     up."""
-    outputs, inputs = weight_FD.shape
+    inputs = weight_FD.shape[1]
     draw = torch.Generator().manual_seed(0)
     if weight_FD.dtype == torch.float32:
         # any sum shows it in its last bits, and a copy of a vocabulary's weight is large
@@ -90,9 +91,12 @@ def _telling(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     place_D = torch.randperm(2 * half, generator=draw)[:inputs]
     x_ND = torch.randn(TRIED_ROWS, half, generator=draw)
     x_ND = torch.cat([x_ND, -x_ND], 1)[:, place_D]
-    trial_FD = torch.randn(outputs, half, generator=draw)
-    trial_FD = torch.cat([trial_FD, trial_FD], 1)[:, place_D]
-    return x_ND.to(weight_FD), trial_FD.to(weight_FD)
+    trial_FD = torch.empty_like(weight_FD)
+    # in parts: of a large vocabulary's weight all of it in fp32 would be gigabytes
+    for part_FD in trial_FD.split(TRIED_OUTPUTS):
+        drawn = torch.randn(len(part_FD), half, generator=draw)
+        part_FD.copy_(torch.cat([drawn, drawn], 1)[:, place_D])
+    return x_ND.to(weight_FD), trial_FD
 
 
 def _in_parts(x_ND: Tensor, weight_FD: Tensor, count: int) -> Tensor:

@@ -18,15 +18,18 @@ LENGTH = 70
 BESIDE = (5, 52)
 
 
-def is_steady(network: Network, context_tokens: int) -> bool:
+def is_steady(
+    network: Network, context_tokens: int, readers: Sequence[str | None] = (None,)
+) -> bool:
     """Whether a text's logits, after what is read and after a token that is drawn, are to the last
-    bit the same alone in one pass and among others in two; no text is served yet."""
+    bit the same alone in one pass and among others in two; no text is served yet. They are read by
+    `readers` in turn."""
     rows = []
     for number, length in enumerate((*BESIDE, LENGTH)):
         count = min(length, context_tokens - 1)
         # steps of a prime, so that ids repeat only where the vocabulary is a multiple of it
         ids = [(number + place * 7919) % network.vocab_size for place in range(count)]
-        rows.append(ServedRow(_nobody(), ids, None))
+        rows.append(ServedRow(_nobody(), ids, readers[number % len(readers)]))
     count = len(rows[-1].ids)
     alone = _logits(network, rows[-1:], (0, count))
     beside = _logits(network, rows, (0, count // 2, count))
