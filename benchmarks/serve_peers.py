@@ -283,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve_peers",
         "Serving one model beside transformers and llama.cpp",
         _shown(args, turns, memory, alike),
-        f"{NOTES} Products run in {args.dtype}{_kept(args.gguf)}.",
+        f"{NOTES} Products of ours and of transformers' run in {args.dtype}"
+        f"{f'; llama.cpp reads {args.gguf.name}' if args.gguf else ''}.",
         hardware(args.threads, ("torch", "transformers", "xllamacpp", "fastapi")),
     )
     return int(any(each.failed for of_one in turns.values() for each in of_one))
@@ -319,19 +320,6 @@ def _commands(
 
 
 OURS = "MoleForge"
-
-
-def _kept(file: Path | None) -> str:
-    """Return what most of a GGUF file's bytes are, for a sentence."""
-    if file is None:
-        return ""
-    from gguf import GGUFReader
-
-    count: dict[str, int] = {}
-    for tensor in GGUFReader(file).tensors:
-        name = tensor.tensor_type.name
-        count[name] = count.get(name, 0) + tensor.n_bytes
-    return f"; the GGUF file holds {max(count, key=count.__getitem__)}"
 
 
 def _shown(
