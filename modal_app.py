@@ -117,7 +117,7 @@ def _job(name: str) -> dict:
 
 def _jobs_of(stage: str) -> Callable:
     def job(items: list, raw: dict, leases: dict) -> list[cloud.JobResult]:
-        def renewing(addresses: list[str]) -> AbstractContextManager:
+        def renewing(addresses: list[str]) -> AbstractContextManager[cloud.IsLost]:
             return cloud.at_work(claims, leases, addresses)
 
         def takes(address: str) -> bool:

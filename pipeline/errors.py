@@ -19,6 +19,7 @@ PipelineError                what a person can act on; the command line prints i
 ├── CannotStart              what is known of a run before it starts keeps jobs of it from starting
 └── JobsFailed               some jobs of a stage ended badly, the others are kept
 Interrupted                  asked to stop; state is saved; the command line exits with 130
+└── LeaseLost                another machine may be at the same job by now; state is saved
 
 The text of an error says what is wrong. What to type then depends on where a person types it, so
 errors carry fields and the edges make the sentence (run/advice.py).
@@ -219,3 +220,7 @@ class JobsFailed(PipelineError):
 
 class Interrupted(BaseException):
     """Asked to stop; the state is saved and the same command goes on from it."""
+
+
+class LeaseLost(Interrupted):
+    """A job may be another machine's by now, which goes on from the state that is saved."""

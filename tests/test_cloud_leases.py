@@ -4,7 +4,7 @@ back."""
 import shutil
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -208,6 +208,42 @@ def test_of_those_that_claim_at_once_one_gets_it(ended):
         assert len(got) == 1
 
 
+def test_a_lease_that_ended_is_taken_anew_and_one_that_was_given_back_is_not(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+    clock.at += LASTS_S
+    # Who saw it ended may be claiming it while it is renewed
+    before = dict(table.entries)
+    one.renew()
+    assert {key: table.entries[key] for key in before} == before
+    assert not one.is_lost("a") and two.claim("a").by == "one"
+    theirs = Leases.of(table, one.told(), ["a"])
+    theirs._clock = clock
+    one.give_back(["a"])
+    theirs.renew()
+    assert theirs.is_lost("a") and two.claim("a") is None
+
+
+def test_a_lease_is_lost_once_it_was_not_renewed_for_as_long_as_it_lasts(pair):
+    table, clock, one, two = pair
+    one.claim("a")
+    reach, table.get = table.get, None
+    clock.at += LASTS_S
+    with suppress(TypeError):
+        one.renew()
+    assert not one.is_lost("a") and not one.is_lost("elsewhere")
+    clock.at += 1
+    assert one.is_lost("a")
+    # Nobody has taken it meanwhile
+    table.get = reach
+    one.renew()
+    assert not one.is_lost("a")
+    clock.at += LASTS_S
+    assert two.claim("a") is None
+    one.renew()
+    assert one.is_lost("a") and one.claim("a").by == "two"
+
+
 @pytest.fixture
 def begun(bundled, tmp_path):
     """(configuration, store) of a run whose experts are missing, and nothing before them."""
@@ -215,10 +251,9 @@ def begun(bundled, tmp_path):
     return load(bundled[0], ("expert.steps=3",)), store
 
 
-def orchestrated(cfg, store, table, name, hand_out, wait):
-    """Do train_experts as a run of that name; return (results, what it told)."""
+def orchestrated(cfg, store, leases, hand_out, wait):
+    """Do train_experts as a run with those leases; return (results, what it told)."""
     told = []
-    leases = Leases(table, name)
     results = cloud.orchestrate(
         cfg, ("train_experts",), store, hand_out, "again", told.append, leases, wait
     )
@@ -243,12 +278,12 @@ def test_what_one_run_does_another_does_not_begin(begun):
     def one(jobs):
         for job in jobs:
             with pytest.raises(Left):
-                orchestrated(cfg, store, table, "two", other, leave)
+                orchestrated(cfg, store, Leases(table, "two"), other, leave)
             handed.append(("one", job.item))
             made = run_job(job.stage, cfg, store, job.item, progress=quiet)
             yield [job], [cloud.JobResult.of(made, "made")]
 
-    results, told = orchestrated(cfg, store, table, "one", one, leave)
+    results, told = orchestrated(cfg, store, Leases(table, "one"), one, leave)
     assert handed == [("one", item) for item in cfg.experts]
     assert [result.state for result in results] == ["made"] * len(cfg.experts)
     assert told == [f"train_experts {item}: made" for item in cfg.experts]
@@ -275,7 +310,7 @@ def test_a_run_waits_for_another_and_takes_over_what_it_gives_up(begun):
             run_job("train_experts", cfg, store, done, progress=quiet)
         first.give_back([addresses[(done, given_up)[len(waited) - 1]]])
 
-    results, told = orchestrated(cfg, store, table, "two", make, wait)
+    results, told = orchestrated(cfg, store, Leases(table, "two"), make, wait)
     assert handed == [*cfg.experts[2:], given_up]
     assert [result.state for result in results if result.item == done] == ["found"]
     assert not any(result.error for result in results)
@@ -297,7 +332,7 @@ def test_what_is_made_stays_made_where_the_rest_of_its_stage_is_refused(begun):
         yield jobs[:1], [cloud.JobResult.of(made, "made")]
         raise ConfigError("too dear")
 
-    results, told = orchestrated(cfg, store, FakeTable(), "one", hand_out, None)
+    results, told = orchestrated(cfg, store, Leases(FakeTable(), "one"), hand_out, None)
     assert [result.state for result in results] == ["made"] + ["failed"] * (len(cfg.experts) - 1)
     assert all("too dear" in result.error for result in results[1:])
     assert told[-1] == "train_experts: too dear"
@@ -446,6 +481,72 @@ def test_a_queued_container_whose_run_was_taken_for_dead_ends_with_nothing_done(
     assert trained == [*others, lost] and len(calls) == len(cfg.experts) + 1
     # The container that left does not take it up when it is begun once more
     assert not cloud.takes(table, RUN, address, "fc-0")
+
+
+def test_a_container_that_is_cut_off_from_the_leases_ends_with_its_next_checkpoint(
+    begun, monkeypatch, capsys
+):
+    cfg, store = begun
+    saving = cfg.runtime.model_copy(update={"save_every_s": 1e-9})
+    cfg = cfg.model_copy(update={"runtime": saving})
+    raw = cfg.model_dump(mode="json")
+    addresses = {stages.address(cfg, "train_experts", item): item for item in cfg.experts}
+    table, calls, states = FakeTable(), {}, []
+    one = Leases(table, "one", "run")
+
+    class Container(FakeCall):
+        """One that does its job when somebody waits for it; the first one is soon cut off."""
+
+        def __init__(self, jobs, told):
+            super().__init__(len(calls), None)
+            self.jobs, self.told, self.first = jobs, told, not calls
+
+        @contextmanager
+        def renewing(self, wanted):
+            with cloud.at_work(table, self.told, wanted) as is_lost:
+                saves = []
+
+                def asked(address):
+                    saves.append(address)
+                    if self.first and len(saves) == 2:
+                        monkeypatch.setattr("pipeline.cloud.leases.LASTS_S", -1.0)
+                    return is_lost(address)
+
+                yield asked
+
+        def get(self):
+            items = [job.item for job in self.jobs]
+            done = cloud.work(
+                *("train_experts", raw, items, store.root, lambda: None, lambda: None),
+                self.renewing,
+                lambda address: cloud.takes(table, self.told, address, self.object_id),
+            )
+            monkeypatch.undo()
+            if self.first:
+                first, *_ = addresses
+                assert not store.has(first) and done == []
+                states.extend(store.resume(first).glob("*/state.json"))
+            return done
+
+    def start(jobs):
+        call = Container(jobs, one.told())
+        return calls.setdefault(call.object_id, call)
+
+    hand_out = cloud.by_calls("run", table, True, start, calls.__getitem__)
+    results, _ = orchestrated(cfg, store, one, hand_out, lambda _seconds: None)
+    assert [result.state for result in results] == ["made"] * len(cfg.experts)
+    # One container for all of them, and one that went on from its checkpoint
+    assert len(calls) == 2 and states
+    said = capsys.readouterr()
+    assert "its lease could not be renewed and another container may be at it" in said.out
+    assert "going on" in said.err or "step 1" in said.err
+    undisturbed = {}
+    for address, item in addresses.items():
+        weights = store.folder(address) / "expert.safetensors"
+        undisturbed[address] = weights.read_bytes()
+        shutil.rmtree(store.folder(address))
+        run_job("train_experts", cfg, store, item, progress=quiet)
+        assert weights.read_bytes() == undisturbed[address]
 
 
 def test_a_container_leaves_what_another_call_does(finished, tmp_path):

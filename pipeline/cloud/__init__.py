@@ -18,7 +18,7 @@ from .command import (
     typed,
 )
 from .commands import Commands, named_as
-from .containers import LONGEST_START_S, JobResult, ModalEdge, work
+from .containers import LONGEST_START_S, IsLost, JobResult, ModalEdge, work
 from .endpoint import SERVED, deployed, placed, serve_next, served
 from .estimate import (
     CONDUCTOR,
@@ -87,6 +87,7 @@ __all__ = [
     "FarSweep",
     "FarSweepPlan",
     "Given",
+    "IsLost",
     "JobResult",
     "Leases",
     "Ledger",

@@ -4,8 +4,8 @@ which job stands in the table that all containers share.
 Invariant: of a run one call does a job. Whoever begins one and is gone before that is noted is
 followed by another that begins it again; the first call that is noted, by who began it or by its
 own container, does the job, and the container of the other one ends with nothing done. A call
-whose container finds the job claimed by another run leaves it, and is followed by another call when
-the job is this run's again.
+whose container finds the job claimed by another run leaves it, as does one that has lost its lease,
+and is followed by another call when the job is this run's again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,10 +56,14 @@ def by_calls(run: str, table: SharedTable, sequential: bool, start: Start, find:
                 noted = _note(table, run, job.address, call.object_id)
                 of.setdefault(noted, []).append(job)
         for known, group in of.items():
+            came: Came
             try:
-                yield group, (calls.get(known) or find(known)).get()
+                came = (calls.get(known) or find(known)).get()
             except Exception as error:  # whatever took the container
-                yield group, error
+                came = error
+            if not isinstance(came, BaseException):
+                _note_left(table, run, group, came, known)
+            yield group, came
 
     return hand_out
 
@@ -79,6 +83,17 @@ def takes(table: SharedTable, told: Mapping[str, Any], address: str, call: str |
     print(f"{address}: {lease.by} does it since {lease.since}; nothing is done here")
     table.put(_left(run, address, call), lease.by)
     return False
+
+
+def _note_left(
+    table: SharedTable, run: str, group: Sequence[FarJob], came: Sequence[JobResult], call: str
+) -> None:
+    """Note what a call has not done of its jobs: a container that lost its leases as it could not
+    reach the table noted nothing there."""
+    told = {result.item for result in came}
+    for job in group:
+        if job.item not in told:
+            table.put(_left(run, job.address, call), run, skip_if_exists=True)
 
 
 def is_handed_out(table: SharedTable, run: str, address: str) -> bool:

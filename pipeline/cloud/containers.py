@@ -2,20 +2,21 @@
 
 A container refreshes its view of the store once, before any file is open. What a person has to mend
 comes back as a JobResult and is not tried again; a crash, a timeout or a preemption is, from the
-last published checkpoint.
+last published checkpoint. A job whose lease is lost, as its container could not reach the table of
+leases for longer than they last, ends with its next checkpoint and without a result.
 """
 
 import gc
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from ..config.run import RunConfig
-from ..errors import Interrupted, PipelineError
+from ..errors import Interrupted, LeaseLost, PipelineError
 from ..families.load import parse
 from ..run.advice import sentence
 from ..run.backend import printed_progress
@@ -25,6 +26,8 @@ from ..store.artifacts import Manifest, Store
 from ..train.memory_meter import trim_heap
 
 Items = list[str | None]
+# Whether the job of an address may be another machine's by now
+IsLost = Callable[[str], bool]
 # Until a container works, or an endpoint's has opened its bundle: what hangs in its start is ended
 LONGEST_START_S = 900
 UNNAMED = "moleforge"  # app and volume where nobody names them
@@ -103,6 +106,11 @@ def _whatever(_address: str) -> bool:
     return True
 
 
+@contextmanager
+def _without_leases(_addresses: list[str]) -> Iterator[IsLost]:
+    yield lambda _address: False
+
+
 def work(
     stage: str,
     raw: dict,
@@ -110,11 +118,12 @@ def work(
     root: Path,
     publish: Callable[[], None],
     refresh: Callable[[], None],
-    renewing: Callable[[list[str]], AbstractContextManager] = nullcontext,
+    renewing: Callable[[list[str]], AbstractContextManager[IsLost]] = _without_leases,
     takes: Callable[[str], bool] = _whatever,
 ) -> list[JobResult]:
-    """Do jobs of a stage in this container, one after another; return how each ended. `renewing`
-    keeps the leases of their addresses meanwhile; what another call or run does it `takes` not.
+    """Do jobs of a stage in this container, one after another; return how each ended, less those
+    whose leases are lost. `renewing` keeps the leases of their addresses meanwhile and tells that;
+    what another call or run does it `takes` not.
 
     Raises KeyboardInterrupt when asked to stop, which is how Modal knows that the input has to run
     again.
@@ -124,10 +133,18 @@ def work(
     items = [item for item in items if takes(addresses.of(stage, item))]
     if not items:
         return []
-    with renewing([addresses.of(stage, item) for item in items]):
+    with renewing([addresses.of(stage, item) for item in items]) as is_lost:
+
+        def confirm(address: str) -> None:
+            if is_lost(address):
+                raise LeaseLost(
+                    f"{address}: ended here, as its lease could not be renewed and another "
+                    "container may be at it by now, which goes on from what is saved"
+                )
+
         refresh()
         # Its jobs refresh nothing, as what a former one has read may still be mapped
-        return _work(stage, cfg, items, Store(root, publish=publish))
+        return _work(stage, cfg, items, Store(root, publish=publish, confirm=confirm))
 
 
 def _work(stage: str, cfg: RunConfig, items: Items, store: Store) -> list[JobResult]:
@@ -145,6 +162,10 @@ def _work(stage: str, cfg: RunConfig, items: Items, store: Store) -> list[JobRes
     for item in items:
         try:
             results.append(_do_job(stage, cfg, store, item, console))
+        except LeaseLost as lost:
+            print(lost)
+            # Those of the others were renewed together with it
+            break
         finally:
             # The next job of this container has a memory budget of its own
             gc.collect()
@@ -163,6 +184,9 @@ def _do_job(
         store.publish()
         edge = edge_of(cfg, store.root)
         return failed(stage, item, Addresses(cfg).of(stage, item), error, edge)
+    except LeaseLost:
+        # Nothing is published beyond the checkpoint, as others may have done so since
+        raise
     except Interrupted as stopped:
         store.publish()
         raise KeyboardInterrupt(str(stopped)) from None

@@ -3,7 +3,8 @@ want the same are not paid for twice.
 
 Invariant: of those that claim a job one gets it. A lease that has expired is never written over:
 the next one has the next number, and the table takes each number once. A container begins by a
-number of its own, so of two runs that take the same job for theirs one works.
+number of its own, so of two runs that take the same job for theirs one works; where it cannot
+renew that any more, it ends with its next checkpoint.
 """
 
 import json
@@ -71,6 +72,8 @@ class Leases:
         self._clock = clock
         # number by address; a thread renews what another one claims and gives back
         self._held = dict(held or {})
+        self._lost: set[str] = set()
+        self._renewed_at = clock()  # all of them, or taken after that
         self._lock = threading.Lock()
 
     def claim(self, address: str) -> Lease | None:
@@ -155,18 +158,18 @@ class Leases:
     def renew(self) -> None:
         """Have the leases last longer; one that expired and was followed by another run's is
         lost."""
+        began = self._clock()
         with self._lock:
             held = dict(self._held)
         for address, claimed in held.items():
-            number = self._followed(address, claimed)
+            number = self._renewed(address, claimed)
             with self._lock:
-                if number is None:
-                    self._held.pop(address, None)
-                elif address in self._held:
+                if number is None and self._held.pop(address, None) is not None:
+                    self._lost.add(address)
+                elif number is not None and address in self._held:
                     self._held[address] = number
             if number is None:
                 continue
-            self.table.put(_key(address, number), self._value(LASTS_S))
             for earlier in range(number):
                 # A table forgets what nobody reads for a week, and a number must not come twice
                 self.table.get(_key(address, earlier))
@@ -175,6 +178,32 @@ class Leases:
             if given_back:
                 # Between the look and the renewal
                 self.table.put(_key(address, number), self._value(None))
+        self._renewed_at = began
+
+    def is_lost(self, address: str) -> bool:
+        """Whether a job that was this run's may be another's by now: it is, or its lease could not
+        be renewed before it ended."""
+        with self._lock:
+            if address in self._held:
+                return self._clock() - self._renewed_at > LASTS_S
+            return address in self._lost
+
+    def _renewed(self, address: str, number: int) -> int | None:
+        """Have a lease last longer; return its number, None where it is this run's no more."""
+        while True:
+            followed = self._followed(address, number)
+            if followed is None:
+                return None
+            lease = Lease.read(self.table.get(_key(address, followed)) or "")
+            if lease is not None and not lease.until:
+                return None
+            if lease is not None and lease.until > self._clock():
+                self.table.put(_key(address, followed), self._value(LASTS_S))
+                return followed
+            # Others may be claiming what has ended just now
+            key = _key(address, followed + 1)
+            if self.table.put(key, self._value(LASTS_S), skip_if_exists=True):
+                return followed + 1
 
     def _followed(self, address: str, number: int) -> int | None:
         """Return the number under which a lease is this run's by now: another attempt of it may

@@ -77,12 +77,13 @@ def unnoted() -> Iterator[None]:
 @contextmanager
 def at_work(
     table: SharedTable, told: Mapping[str, Any], addresses: Sequence[str]
-) -> Iterator[None]:
-    """Keep the leases of the jobs of a container while it works, and note for how long; `told` is
-    what it was given by whoever handed them out, whose token a run of leases has."""
-    with Leases.of(table, told, addresses).kept():
+) -> Iterator[Callable[[str], bool]]:
+    """Keep the leases of the jobs of a container while it works, and note for how long; gives what
+    tells of an address whether its lease is lost. `told` is what the container was given by whoever
+    handed them out, whose token a run of leases has."""
+    with Leases.of(table, told, addresses).kept() as leases:
         if not told["token"]:
-            yield
+            yield leases.is_lost
             return
         first = f"{told['token']}/{addresses[0]}"
         with unnoted():
@@ -92,7 +93,7 @@ def at_work(
                 # Who asks for what is left of them must find it too
                 table.put(f"{told['token']}/{other}/with", first)
         with metered(table, first):
-            yield
+            yield leases.is_lost
 
 
 def meter_key(table: SharedTable, run: str, addresses: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def _io(job: JobContext, recorder: HistoryWriter, peak: Peak, watch: ThreadWatch
     return TrainIO(
         job.store.resume(job.address),
         recorder,
-        job.store.publish,
+        partial(job.store.publish_checkpoint, job.address),
         job.name,
         job.row.setting_name(job.item),
         runtime.save_every_s,

@@ -53,6 +53,9 @@ TOLD_BYTES = 1_000_000_000
 def _nothing() -> None: ...
 
 
+def _nothing_of(_address: str) -> None: ...
+
+
 def default_root() -> Path:
     """Where results are kept unless a command says otherwise."""
     return Path(os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)
@@ -60,11 +63,13 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """A directory and two callables that make it shared (Modal volumes); here they do nothing."""
+    """A directory and callables that make it shared (Modal volumes); here they do nothing."""
 
     root: Path
     publish: Callable[[], None] = _nothing  # let other machines see our writes
     refresh: Callable[[], None] = _nothing  # see theirs; no file may be open
+    # raise LeaseLost where another machine may be at the job of an address by now
+    confirm: Callable[[str], None] = _nothing_of
 
     @property
     def is_published(self) -> bool:
@@ -192,7 +197,10 @@ class Store:
         return folder
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Flush every file, write the manifest last, publish, and drop the checkpoints."""
+        """Flush every file, write the manifest last, publish, and drop the checkpoints. Raises
+        LeaseLost."""
+        # Two manifests of one address would each say what the other one's files need not be
+        self.confirm(manifest.address)
         folder = self.folder(manifest.address)
         for name in manifest.files:
             flush(folder / name)
@@ -203,6 +211,12 @@ class Store:
         # could go on from
         shutil.rmtree(self.resume(manifest.address), ignore_errors=True)
         return manifest
+
+    def publish_checkpoint(self, address: str) -> None:
+        """Let other machines see a checkpoint, from which one may go on. Raises LeaseLost where it
+        may be at that by now."""
+        self.publish()
+        self.confirm(address)
 
     def addresses(self) -> list[str]:
         """Every address with a folder, whole or not. Raises StoreError or UnreadableFile."""
