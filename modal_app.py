@@ -145,6 +145,8 @@ TENDING: dict[str, Any] = {
     "cpu": cloud.CONDUCTOR.cpu,
     "memory": cloud.CONDUCTOR.memory_mb,
     "nonpreemptible": True,
+    # One that stayed for the next input would be paid for while it waits
+    "single_use_containers": True,
     "region": list(CFG.modal.regions) or None,
     "startup_timeout": cloud.LONGEST_START_S,
 }
@@ -232,9 +234,9 @@ def conduct(
     hand_out = ledger.metered(hand_out, leases.give_back)
     try:
         with leases.kept(conducts=True), ledger.kept(command, []):
-            made = cloud.conducted(
-                sweep, store, hand_out, command, frozen, run, leases, catch_up=ledger.catch_up
-            )
+            given = (sweep, store, hand_out, command, frozen, run, leases)
+            price = cloud.pricing(ledger, store)
+            made = cloud.conducted(*given, catch_up=ledger.catch_up, price=price)
         return made.to_json(), ""
     except PipelineError as error:
         return "", sentence(error, EDGE)
@@ -309,7 +311,8 @@ if WIRING.entered:
 
 if modal.is_local():
     _laptop = modal_laptop.Laptop(WIRING, volume, claims, globals())
-    _commands = cloud.Commands(_laptop, CFG, modal_laptop.PRICES, sys.argv, os.environ)
+    _given = (CFG, modal_laptop.PRICES, sys.argv, os.environ, modal_laptop.locked_cuda())
+    _commands = cloud.Commands(_laptop, *_given)
     for _name, _command in _commands.entrypoints().items():
         globals()[_name] = app.local_entrypoint(name=_name)(_command)
     _flags = cloud.flags_of(vars(), modal.app.LocalEntrypoint)

@@ -23,6 +23,11 @@ PRICES = HERE / "config/prices.yaml"
 VOLUME = os.environ.get("MOLEFORGE_VOLUME_PATH", "/store")
 
 
+def locked_cuda() -> str:
+    """Return the CUDA that the image's torch brings; containers have no lock to read."""
+    return cloud.locked_cuda((HERE / "requirements.lock").read_text("utf-8"))
+
+
 def volume_called(name: str) -> modal.Volume:
     """Return the volume of that name."""
     # Version 2 is the one that many containers may write to at once
@@ -51,7 +56,8 @@ def asked_for(argv: list[str], environ: Mapping[str, str]) -> tuple[RunConfig, c
         prices = cloud.Prices.load(PRICES)
         cloud.check(cfg, prices, VOLUME)
         if serves:
-            sys.stdout.write(f"{cloud.endpoint_told(cfg.modal, prices)}\n")
+            for line in cloud.deployment_told(cfg.modal, prices, locked_cuda()):
+                sys.stdout.write(f"{line}\n")
         return cfg, cloud.Wiring.settled(cfg, note, serves, prices, more)
     except PipelineError as error:
         sys.exit(f"error: {sentence(error, edge)}")

@@ -291,7 +291,7 @@ def test_a_command_above_the_limit_is_refused(tmp_path):
     lines = cloud.estimate(cfg, ("train_shared",), Store(tmp_path / "none"), PRICES)
     with pytest.raises(
         ConfigError,
-        match=r"estimated at \$[0-9.]+, above modal.max_cost_usd 1.00.*nothing was started",
+        match=r"estimated at \$[0-9.]+, above modal.max_cost_usd 1.00.*no job was started",
     ):
         cloud.refuse_above(cfg, lines, PRICES, False)
     cloud.refuse_above(cfg, lines[:0], PRICES, False)

@@ -165,10 +165,15 @@ def test_a_container_plans_what_a_laptop_would(finished, tmp_path):
     store = cloud.FarStore(*far(root), str(root), tmp_path)
     here = cloud.planned_run(cloud.Wish(cfg, stages.RUN), PRICES, store, console)
     raw = cfg.model_dump(mode="json")
-    there = cloud.planned_there(raw, stages.RUN, False, False, PRICES, root)
+    asked = (raw, stages.RUN, False, False, PRICES, root)
+    there = cloud.planned_there(*asked, planning_s=cloud.not_paid_for)
     assert (there.printed, there.wrong) == (console.export_text(), "")
     assert (parse(there.raw), there.stages) == (here.cfg, here.stages)
     assert "plan of tiny on Modal" in there.printed
+    # It is paid for itself
+    paid = cloud.planned_there(*asked, planning_s=lambda: 100.0)
+    assert "and $0.0026 for the container that made this plan" in paid.printed
+    assert paid.expected.planning_s == 100.0
     other = load(path, ("trunk.steps=41",)).model_dump(mode="json")
     refused = cloud.planned_there(other, ("train_experts",), False, False, PRICES, root)
     assert "needs train_shared" in refused.wrong and "::train_shared" in refused.wrong

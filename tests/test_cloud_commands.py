@@ -238,6 +238,24 @@ def test_what_a_container_has_shown_is_followed_by_what_it_says(
     assert last(capsys) == ["modal", "run", "--env", "dev", f"{APP}::{name}", *words]
 
 
+def test_what_was_done_on_the_volume_is_told_with_what_its_container_cost(tmp_path, capsys):
+    there = FakeFar(tmp_path, tend=cloud.Tended(seconds=100.0))
+    commands(there, f"{APP}::prune").prune()
+    said = capsys.readouterr().out
+    assert "the container that did this cost $0.0026 in 100 s (prices of 2026-10-04" in said
+
+
+def test_a_plan_tells_of_a_gpu_that_wants_another_cuda_where_it_is_used(run, capsys):
+    words, there = run
+    there.comes["orchestrate"] = made("tokenizer")
+    given = cloud.Given(words[1], "modal.train_shared.gpu=B300")
+    for stage, times in (("tokenizer", 0), ("train_shared", 1)):
+        argv = ["modal", "run", f"{APP}::{stage}", *words]
+        cfg = cloud.named(FfnMoeConfig(), {})
+        cloud.Commands(there, cfg, PRICES, argv, {}, "13.0").do((stage,), given)
+        assert capsys.readouterr().out.count("wants CUDA 13.1 by Modal's guide") == times
+
+
 def test_a_former_bundle_is_deployed_where_an_endpoint_is(tmp_path, capsys):
     there = FakeFar(tmp_path, tend=cloud.Tended())
     with pytest.raises(SystemExit) as ended:

@@ -31,7 +31,16 @@ from pipeline.run import stages
 from pipeline.run.history.command import history
 from pipeline.run.show_runs import show_runs
 from pipeline.store.artifacts import Store
-from pipeline.store.costs import CONDUCTING, Costs, Spent, costs_path, read_costs, write_costs
+from pipeline.store.costs import (
+    CONDUCTING,
+    PLANNING,
+    Costs,
+    Spent,
+    by_prices,
+    costs_path,
+    read_costs,
+    write_costs,
+)
 
 ROOT = Path(__file__).parent.parent
 PRICES = cloud.Prices.load(ROOT / "config/prices.yaml")
@@ -62,7 +71,12 @@ def test_every_price_says_when_it_was_checked_and_where_it_is_from():
         assert re.fullmatch(r"2026-\d\d-\d\d", part.checked)
         assert part.source.startswith("https://modal.com/")
     assert PRICES.gpus["B300"].checked == "2026-07-18"
-    assert PRICES.told == "prices of 2026-10-04, modal.com/pricing"
+    told = (
+        "prices of 2026-10-04 (surcharges 2026-06-27), config/prices.yaml, from modal.com/pricing"
+    )
+    assert PRICES.told() == told
+    found = PRICES.told([MachineConfig(gpu=("B300:2", "H100"))])
+    assert "(surcharges 2026-06-27, B300 2026-07-18)" in found
 
 
 @pytest.mark.parametrize("gpu", ["B300", "b300:8", "B200+", "B200+:2", "A10:4", "rtx-pro-6000"])
@@ -70,6 +84,25 @@ def test_gpus_as_modal_documents_them(gpu):
     cfg = FfnMoeConfig(modal={"train_shared": {"gpu": gpu}})
     cloud.check(cfg, PRICES, "/store")
     assert PRICES.has_bf16(cfg.modal.train_shared)
+
+
+def test_a_gpu_that_wants_another_cuda_than_is_locked_is_told():
+    locked = cloud.locked_cuda((ROOT / "requirements.lock").read_text("utf-8"))
+    assert re.fullmatch(r"\d+\.\d+", locked)
+    machines = {"modal.evaluate.gpu": MachineConfig(gpu=("H100", "b300:2"))}
+    [note] = PRICES.cuda_notes(machines, "13.0")
+    assert "modal.evaluate.gpu: b300:2 is a GPU that wants CUDA 13.1" in note
+    assert "the locked torch brings 13.0" in note
+    for enough in ("13.1", "14.0", ""):
+        assert list(PRICES.cuda_notes(machines, enough)) == []
+    modal = FfnMoeConfig(modal={"endpoint": {"gpu": "B200+"}}).modal
+    costs, note = cloud.deployment_told(modal, PRICES, "13.0")
+    assert costs == cloud.endpoint_told(modal, PRICES)
+    assert "modal.endpoint.gpu: B200+ may be a B300, which wants CUDA 13.1" in note
+    again = modal.model_copy(
+        update={"reevaluate": "0 6 * * 1", "evaluate": machines["modal.evaluate.gpu"]}
+    )
+    assert len(list(cloud.deployment_told(again, PRICES, "13.0"))) == 3
 
 
 def test_either_of_two_kinds_is_billed_as_the_cheaper_one():
@@ -202,6 +235,28 @@ def test_what_hands_out_jobs_is_paid_for_while_they_last(tmp_path):
     cloud.refuse_above(limited.model_copy(update={"modal": more}), lines, PRICES, True)
 
 
+def test_a_container_that_plans_is_in_the_estimate_in_the_limit_and_in_what_was_spent(tmp_path):
+    usd = 100 * 3 * (0.5 * CORE + GIB_S)
+    cfg, lines = estimated(tmp_path)
+    found = total(cfg, lines, PRICES, True)
+    limit = f"modal.max_cost_usd={found.usd + usd / 2}"
+    limited, lines = estimated(tmp_path, (*stages.RUN, "deploy"), limit)
+    cloud.refuse_above(limited, lines, PRICES, True)
+    with pytest.raises(ConfigError, match="above modal.max_cost_usd"):
+        cloud.refuse_above(limited, lines, PRICES, True, planning_s=100.0)
+    told = cloud.expected(cfg, lines, PRICES, True, planning_s=100.0)
+    store = Store(tmp_path / "store").open()
+    # All attempts have the plan of one container
+    for _ in range(2):
+        ledger = cloud.Ledger(store, FakeTable(), "run-1", told)
+        with ledger.kept("modal run x", [cfg]):
+            pass
+    rows = {row.stage: row for row in read_costs(ledger.path).rows}
+    assert (rows[PLANNING].containers, rows[PLANNING].seconds) == (1, 100.0)
+    assert rows[PLANNING].usd == pytest.approx(usd) and CONDUCTING in rows
+    assert len(read_costs(ledger.path).rows) == 2
+
+
 def test_what_others_took_is_the_measure_of_what_has_no_operations(finished, tmp_path):
     path, root = finished
     store = Store(root)
@@ -235,7 +290,7 @@ def test_a_plan_tells_all_of_it(tmp_path):
     )
     assert "on the volume: at least 0.00 GB, at most $0.00 a month" in text
     assert "endpoint: $0.32 an hour for each container" in text
-    assert f"with {PRICES.told}" in text
+    assert f"with {PRICES.told()}" in text
 
 
 def test_what_is_measured_again_is_priced_where_no_price_table_is(finished):
@@ -409,7 +464,7 @@ def priced(tmp_path):
     store = Store(tmp_path / "store").open()
     usd = {stages.address(cfg, "train_experts", item): 0.25 for item in cfg.experts}
     usd[stages.address(cfg, "train_router")] = 2.0
-    return cfg, store, cloud.Expected(PRICES, usd, 0.5, ("eu",), None)
+    return cfg, store, cloud.Expected(PRICES, usd, 0.5, regions=("eu",))
 
 
 def test_what_was_spent_is_written_down_beside_what_was_estimated(priced):
@@ -536,7 +591,7 @@ def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):
     usd = 100 * PRICES.usd_per_s(TrainerConfig(gpu=("L40S",)), ("eu",)) * len(cfg.experts)
     for limit, begun in ((usd + 2.6, True), (usd + 2.4, False)):
         table, run = FakeTable(), f"run-{limit}"
-        told = cloud.Expected(PRICES, expected.usd, 0.5, ("eu",), limit)
+        told = replace(expected, limit_usd=limit)
         ledger = cloud.Ledger(store, table, run, told)
         hand_out, given = hands(table, run)
         returned = []
@@ -549,7 +604,7 @@ def test_a_stage_that_would_bring_it_above_the_limit_is_not_begun(priced):
             with pytest.raises(
                 ConfigError,
                 match=rf"has cost \${usd:.2f} so far, and train_router is estimated at \$2.00, "
-                rf"above modal.max_cost_usd {limit:.2f}: raise the limit",
+                rf"above modal.max_cost_usd {limit:.2f} \(prices of 2026-10-04\): raise the",
             ):
                 list(paid(jobs_of(cfg, "train_router", [None])))
         assert ("train_router", None) not in given
@@ -657,7 +712,8 @@ def paid(tmp_path_factory):
     rows = (Spent("train_shared", (trunk,), 2, 100.0, 4.0, 3.0), together, conducting)
     begun = "2026-11-27T08:00:00Z"
     for name, of in (("a", tuple(ids)), ("b", (ids[0],))):
-        costs = Costs("modal run", of, begun, begun, "2026-10-04", rows)
+        checked = {"a": "2026-10-04", "b": "2026-11-01"}[name]
+        costs = Costs("modal run", of, begun, begun, checked, rows)
         write_costs(costs_path(store, begun, name), costs)
     return store, ids
 
@@ -686,15 +742,19 @@ def test_history_and_runs_tell_what_each_run_has_cost(paid):
     text = told(store, "list")
     for usd in (first, second):
         assert re.search(rf"{usd:.2f}\s", text), text
-    assert "2 commands on Modal have cost $11.00" in text
+    when = "by prices of 2026-10-04 to 2026-11-01"
+    assert f"2 commands on Modal have cost $11.00 {when}" in text
     text = told(store, "show", ids[0])
     assert "train_shared" in text and "6.00" in text and f"{first:.2f}" in text
+    assert f"costs {when}" in text
     console = wide()
     show_runs(store, console)
     assert f"{first:.2f}" in console.file.getvalue() and f"{second:.2f}" in console.file.getvalue()
     told(store, "report", *ids)
     page = (store.root.parent / "page.html").read_text("utf-8")
-    assert "Costs on Modal" in page and "conducting" in page
+    assert "Costs on Modal" in page and "conducting" in page and f"Told {when}." in page
+    assert f"US$: {when}" in console.file.getvalue()
+    assert by_prices(["2026-10-04", ""]) == "by prices of 2026-10-04" and by_prices([""]) == ""
 
 
 def test_costs_that_were_changed_are_told_and_count_for_nothing(paid, tmp_path):

@@ -2,12 +2,15 @@
 this process."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fakes import Killed
 from rich.console import Console
 from test_cloud_leases import FakeTable
 from test_experiments import lasting, written
+from test_modal_looks import edited
 
 from pipeline import cloud
 from pipeline.cloud.experiments import conducted, planned
@@ -15,6 +18,7 @@ from pipeline.cloud.far import FarStore
 from pipeline.cloud.leases import Leases
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.run.experiments.reading import base_of, read_experiments
+from pipeline.run.experiments.trials import listed_trials
 from pipeline.store.artifacts import Store
 
 PRICES = cloud.Prices.load(Path(__file__).parent.parent / "config/prices.yaml")
@@ -26,7 +30,10 @@ FEW = {
 SEARCHED = {
     "find": {
         "makes": "joint moe",
-        "space": {"joint.steps": {"low": 6, "high": 12, "whole": True}},
+        "space": {
+            "joint.steps": {"low": 6, "high": 12, "whole": True},
+            "joint.batch_sequences": {"choices": [8, 2]},
+        },
         "trials": 5,
     }
 }
@@ -82,13 +89,16 @@ def test_every_job_is_priced_once_and_a_search_as_often_as_it_tries(volume):
     assert set(sweep.identities) == {"dense seed 0", "moe seed 0"}
     assert sweep.experiments.settings.base["dtype"] == "fp32"
     limited = on_modal(volume, "base.modal.max_cost_usd=0.0001", searches=SEARCHED)
-    _, more = planned(limited, PRICES, far(volume), print)
-    # The dearer end of what it may choose, as often as it tries one
+    said = []
+    _, more = planned(limited, PRICES, far(volume), said.append)
+    # Of each setting its dearest value, whichever end that is, as often as it tries one
     added = more[len(lines) :]
     trained = [line for line in added if line.trains]
     assert len(trained) == 5 and {line.tokens for line in trained} == {12 * 8 * 32}
     # and each is measured
     assert [line.stage for line in added if not line.trains] == ["score"] * 5
+    each = sum(line.usd for line in added) / 5
+    assert f"each is counted at ${each:.2f}, the dearest at the ends of its space" in said[-1]
     with pytest.raises(ConfigError, match="above modal.max_cost_usd 0.00"):
         cloud.refuse_above(base_of(limited), more, PRICES, False)
 
@@ -110,13 +120,21 @@ def test_the_text_alone_costs_nothing_and_has_epochs_priced(volume):
 
 
 def test_a_sweep_in_containers_leaves_its_results_on_the_volume(volume):
-    sweep, _ = planned(on_modal(volume), PRICES, far(volume), print)
+    sweep, lines = planned(on_modal(volume), PRICES, far(volume), print)
     # One that is lost after it has published has done its job
     containers = in_this_process(volume, lost=("train_joint",))
-    first = conducted(sweep, Store(volume), containers, "modal run", False)
+    ledger = cloud.Ledger(Store(volume), FakeTable(), "run", cloud.Expected(PRICES))
+    price = cloud.pricing(ledger, Store(volume))
+    first = conducted(sweep, Store(volume), containers, "modal run", False, price=price)
     assert [run.state for each in first.trials for run in each.runs] == ["done", "done"]
     assert (volume / "experiments/tried/experiment_results.json").exists()
     assert (volume / "experiments/tried/dense/seed-0/model.safetensors").exists()
+    # Each by its own settings, before any of it began: as the laptop does, which knew no look yet
+    assert sorted(ledger.expected.usd.values()) == sorted(line.usd for line in lines)
+    for trial in listed_trials(on_modal(volume)):
+        cfg, _ = cloud.as_recorded(trial.cfg, far(volume).names, far(volume).read)
+        looked = replace(trial, cfg=cfg)
+        assert all(map(ledger.expected.knows, looked.measured.values()))
     paid_for = []
     again = conducted(sweep, Store(volume), nobody, "modal run", False, catch_up=paid_for.append)
     assert lasting(again) == lasting(first) and len(paid_for) == len(FEW["trials"])
@@ -158,6 +176,27 @@ def test_of_two_who_type_a_sweep_at_once_each_job_is_paid_once(volume):
     assert handed == ["train_joint", "score", "score"] and len(waited) == 1
 
 
+def test_all_attempts_at_a_sweep_go_by_what_the_first_one_saw(volume):
+    sweep, _ = planned(on_modal(volume), PRICES, far(volume), print)
+    table, handed = FakeTable(), []
+
+    def killed(jobs):
+        handed.append([job.address for job in jobs])
+        raise Killed
+
+    def attempt(run):
+        given = (sweep, Store(volume), killed, "modal run", False, run)
+        with pytest.raises(Killed):
+            conducted(*given, Leases(table, run, run))
+        return handed[-1]
+
+    first = attempt("one")
+    text = next(path for path in sorted(volume.rglob("*.jsonl")))
+    edited(text)
+    assert attempt("one") == first != []
+    assert attempt("two") != first
+
+
 def test_a_container_plans_a_sweep_as_a_laptop_would(volume):
     limited = on_modal(volume, "base.modal.max_cost_usd=0.0001")
     cfg = base_of(limited)
@@ -166,7 +205,7 @@ def test_a_container_plans_a_sweep_as_a_laptop_would(volume):
     with pytest.raises(ConfigError) as refused:
         cloud.planned_sweep(wish, cfg, PRICES, far(volume), console)
     raw = cfg.model_dump(mode="json")
-    there = cloud.planned_sweep_there(wish, raw, PRICES, volume)
+    there = cloud.planned_sweep_there(wish, raw, PRICES, volume, cloud.not_paid_for)
     assert (there.printed, there.wrong) == (console.export_text(), str(refused.value))
     free = cloud.FarSweep.of(on_modal(volume), False)
     raw = base_of(free.experiments).model_dump(mode="json")

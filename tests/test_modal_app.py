@@ -151,6 +151,9 @@ def test_what_hands_out_jobs_asks_for(app):
         assert info.timeout == app.CFG.modal.attempt_s == 86_400
         # The next attempt waits for the calls that this one has begun
         assert info.max_retries == cloud.ATTEMPTS == 10
+    # Nobody waits, and is paid for, for what comes next
+    for function in (app.orchestrate, app.conduct, app.plan, app.plan_sweep, app.tend):
+        assert function.info().single_use_containers
 
 
 def test_what_hangs_in_its_start_is_ended_within_minutes(app):

@@ -35,6 +35,7 @@ from .experiments import (
     conducted,
     planned_sweep,
     planned_sweep_there,
+    pricing,
 )
 from .far import Far, FarError, FarStore
 from .given import DEFAULT, Given, overrides
@@ -45,8 +46,16 @@ from .looks import as_recorded, looked_at, looked_at_once
 from .meters import at_work
 from .next_step import Typed, after_stages, deploying
 from .plan_table import show_estimate
-from .planning import PLAN_S, FarPlan, Wish, planned_run, planned_there, plans_here
-from .prices import Prices, most_gpus
+from .planning import (
+    PLAN_S,
+    FarPlan,
+    Wish,
+    not_paid_for,
+    planned_run,
+    planned_there,
+    plans_here,
+)
+from .prices import Prices, locked_cuda, most_gpus
 from .reevaluation import NOTE as REEVALUATED
 from .reevaluation import (
     due,
@@ -59,7 +68,7 @@ from .reevaluation import (
     tell_change,
 )
 from .roots import REMOVAL_S, begun, since
-from .running_costs import endpoint_told
+from .running_costs import deployment_told, endpoint_told
 from .serving import application
 from .tags import tags
 from .tending import Tended, tend
@@ -108,6 +117,7 @@ __all__ = [
     "conducted",
     "deployed",
     "deploying",
+    "deployment_told",
     "deploys",
     "due",
     "endpoint_told",
@@ -116,6 +126,7 @@ __all__ = [
     "explain",
     "flags_of",
     "is_alive",
+    "locked_cuda",
     "look_at_models",
     "looked_at",
     "looked_at_once",
@@ -124,6 +135,7 @@ __all__ = [
     "named",
     "named_as",
     "not_done",
+    "not_paid_for",
     "note_bundle",
     "note_reevaluation",
     "once_more",
@@ -137,6 +149,7 @@ __all__ = [
     "planned_there",
     "plans_here",
     "priced_again",
+    "pricing",
     "reevaluated_as",
     "refuse_above",
     "refuse_client",

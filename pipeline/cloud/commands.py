@@ -35,9 +35,10 @@ from .far import Far, FarCall, FarError, FarStore
 from .given import DEFAULT, EXPERIMENTS, Given, overrides, shipped
 from .ledger import show_costs
 from .next_step import Typed, after_stages, deploying
+from .plan_table import show_cuda
 from .planning import Wish, planned_run, plans_here
 from .prices import Prices
-from .running_costs import storage_told
+from .running_costs import storage_told, tending_told
 from .tending import Tended
 from .watching import Following, follow_all, watch
 
@@ -57,10 +58,16 @@ def named_as(function: Callable, name: str, text: str) -> Callable:
 
 class Commands:
     """The commands of an app: `cfg` is the run that the one which was typed is about, `environ` are
-    the variables where that was."""
+    the variables where that was, `cuda` is what the locked torch brings, "" where nobody says."""
 
     def __init__(
-        self, far: Far, cfg: RunConfig, prices: Path, argv: list[str], environ: Mapping[str, str]
+        self,
+        far: Far,
+        cfg: RunConfig,
+        prices: Path,
+        argv: list[str],
+        environ: Mapping[str, str],
+        cuda: str = "",
     ) -> None:
         self.far = far
         self.cfg = cfg
@@ -68,6 +75,7 @@ class Commands:
         self.environ = environ
         self._prices = prices
         self._argv = argv
+        self._cuda = cuda
 
     @property
     def typed(self) -> Typed:
@@ -176,6 +184,7 @@ class Commands:
             cfg = settled(cfg, prices, console.print)
             whole = [name for name in RUN if name in cfg.stages]
             wanted = stages or (*whole, *(["deploy"] if deploy else []))
+            show_cuda(cfg, wanted, prices, self._cuda, console)
             wish = self._planned(Wish(cfg, wanted, sequential, frozen), prices, console)
             again = self.typed.again(given)
         raw = wish.cfg.model_dump(mode="json")
@@ -242,6 +251,7 @@ class Commands:
             prices = Prices.load(self._prices)
             read = read_experiments(Path(shipped(config)), overrides(override))
             wish = FarSweep.of(read, text_only)
+            show_cuda(self.cfg, self.cfg.stages, prices, self._cuda, console)
             if plans_here():
                 with tempfile.TemporaryDirectory() as folder:
                     names, mount = self.far.names, self.far.mount
@@ -365,6 +375,9 @@ class Commands:
         except FarError as error:
             sys.exit(f"error: {error}; {ON_FROM_THERE}")
         self._show(tended.printed, tended.wrong)
+        with self._told():
+            prices = Prices.load(self._prices)
+            sys.stdout.write(f"{tending_told(tended.seconds, self.cfg.modal, prices)}\n")
         if not tells_next:
             return tended
         if tended.serves:

@@ -69,12 +69,17 @@ class Expected:
     # By address, and by its stage and item for one that another look at the data has changed
     usd: Mapping[str, float] = field(default_factory=dict)
     conducting_usd: float = 0.0
+    planning_s: float = 0.0  # of the container that made the plan, 0 where none did
     regions: tuple[str, ...] = ()
     limit_usd: float | None = None
 
     def of(self, address: str) -> float | None:
         """Return what a job is estimated at, None where nobody knows."""
         return self.usd.get(address, self.usd.get(_of_job(address)))
+
+    def knows(self, address: str) -> bool:
+        """Whether the very job was estimated, and not another one of its stage and item."""
+        return address in self.usd
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,12 @@ class Total:
     seconds: float  # on the clock
     jobs_usd: float
     conducting_usd: float  # of what hands them out
+    planning_usd: float  # of the container that made the plan
 
     @property
     def usd(self) -> float:
         """All of it."""
-        return self.jobs_usd + self.conducting_usd
+        return self.jobs_usd + self.conducting_usd + self.planning_usd
 
 
 def estimate(
@@ -257,10 +263,14 @@ def refuse_what_cannot_start(
 
 
 def refuse_above(
-    cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool
+    cfg: RunConfig,
+    estimates: list[JobEstimate],
+    prices: Prices,
+    sequential: bool,
+    planning_s: float = 0.0,
 ) -> None:
     """Raise ConfigError when the estimate is above modal.max_cost_usd, or unknown while there is
-    such a limit."""
+    such a limit; `planning_s` is how long a container has made the plan, if one did."""
     limit_usd = cfg.modal.max_cost_usd
     if limit_usd is None:
         return
@@ -277,28 +287,45 @@ def refuse_above(
             "before the tokens are counted: run preprocess first, then this command again, or "
             "give tokens or steps"
         )
-    usd = total(cfg, estimates, prices, sequential).usd
+    usd = total(cfg, estimates, prices, sequential, planning_s).usd
     if usd > limit_usd:
         raise ConfigError(
             f"this command is estimated at ${usd:.2f}, above modal.max_cost_usd "
-            f"{limit_usd:.2f}: train less, choose cheaper GPUs (modal.<stage>.gpu), or raise the "
-            "limit; nothing was started"
+            f"{limit_usd:.2f} (prices of {prices.checked}): train less, choose cheaper GPUs "
+            "(modal.<stage>.gpu), or raise the limit; no job was started"
         )
 
 
-def total(cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool) -> Total:
-    """Return what is known of all jobs, and of the container that hands them out."""
+def total(
+    cfg: RunConfig,
+    estimates: list[JobEstimate],
+    prices: Prices,
+    sequential: bool,
+    planning_s: float = 0.0,
+) -> Total:
+    """Return what is known of all jobs, of the container that hands them out, and of the one that
+    made the plan."""
     seconds = 0.0
     # Stages wait for each other, the jobs of one do not.
     for stage in dict.fromkeys(each.stage for each in estimates):
         seconds += _wall_s(cfg, stage, estimates, sequential)
     jobs_usd = math.fsum(each.usd or 0.0 for each in estimates)
-    usd_per_s = prices.usd_per_s(CONDUCTOR, cfg.modal.regions, nonpreemptible=True)
-    return Total(seconds, jobs_usd, (STARTUP_S + seconds) * usd_per_s)
+    usd_per_s = conducting_usd_per_s(prices, cfg.modal.regions)
+    conducting_usd = (STARTUP_S + seconds) * usd_per_s
+    return Total(seconds, jobs_usd, conducting_usd, planning_s * usd_per_s)
+
+
+def conducting_usd_per_s(prices: Prices, regions: Iterable[str]) -> float:
+    """Return the price of a container that hands out jobs, plans, or looks at the volume."""
+    return prices.usd_per_s(CONDUCTOR, regions, nonpreemptible=True)
 
 
 def expected(
-    cfg: RunConfig, estimates: list[JobEstimate], prices: Prices, sequential: bool
+    cfg: RunConfig,
+    estimates: list[JobEstimate],
+    prices: Prices,
+    sequential: bool,
+    planning_s: float = 0.0,
 ) -> Expected:
     """Return what the container that hands out these jobs is told of their costs."""
     usd: dict[str, float] = {}
@@ -309,7 +336,8 @@ def expected(
             job = _of_job(each.address)
             usd[job] = max(each.usd, usd.get(job, 0.0))
     conducting_usd = total(cfg, estimates, prices, sequential).conducting_usd
-    return Expected(prices, usd, conducting_usd, cfg.modal.regions, cfg.modal.max_cost_usd)
+    limit_usd = cfg.modal.max_cost_usd
+    return Expected(prices, usd, conducting_usd, planning_s, cfg.modal.regions, limit_usd)
 
 
 def refuse_without_inputs(cfg: RunConfig, wanted: tuple[str, ...], store: Store) -> None:

@@ -5,7 +5,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ from .estimate import (
 from .far import WIDE, FarStore, on_volume
 from .handing_out import FarJob, HandOut, shared_out, whole
 from .leases import Leases
-from .looks import as_recorded
+from .ledger import Ledger
+from .looks import SharedLooks, as_recorded
+from .meters import process_age_s
 from .plan_table import show_estimate
+from .planning import not_paid_for
 from .prices import Prices
 from .roots import begun
 
@@ -101,7 +104,13 @@ def planned(
     if text_only:
         found = [line for line in found if is_text(line.stage)]
     for name, search in () if text_only else settings.searches.items():
-        found += _searched(experiments, name, search, lines, prices, far)
+        dearest = _dearest(experiments, name, search, lines, prices, far)
+        tell(
+            f"search {name}: it chooses its {search.trials} trials one after another, so each is "
+            f"counted at ${_usd(dearest):.2f}, the dearest at the ends of its space: a bound"
+        )
+        for line in dearest:
+            found += [line] * search.trials
     return FarSweep.of(experiments, text_only, identities), found
 
 
@@ -115,9 +124,15 @@ class FarSweepPlan:
     expected: Expected | None
 
 
-def planned_sweep_there(wish: FarSweep, raw: dict, prices: Prices, root: Path) -> FarSweepPlan:
-    """Plan a sweep in a container that has the volume at root; `raw` is the run that all its trials
-    start from."""
+def planned_sweep_there(
+    wish: FarSweep,
+    raw: dict,
+    prices: Prices,
+    root: Path,
+    planning_s: Callable[[], float] = process_age_s,
+) -> FarSweepPlan:
+    """Plan a sweep in a container that has the volume at root and is paid for meanwhile; `raw` is
+    the run that all its trials start from."""
     printed = io.StringIO()
     console = Console(file=printed, width=WIDE)
     cfg = parse(raw)
@@ -126,25 +141,32 @@ def planned_sweep_there(wish: FarSweep, raw: dict, prices: Prices, root: Path) -
     try:
         with tempfile.TemporaryDirectory() as folder:
             far = on_volume(root, Path(folder))
-            sweep, costs = planned_sweep(wish, cfg, prices, far, console)
+            sweep, costs = planned_sweep(wish, cfg, prices, far, console, planning_s)
     except PipelineError as error:
         wrong = sentence(error, edge_of(cfg, root))
     return FarSweepPlan(printed.getvalue(), wrong, sweep, costs)
 
 
 def planned_sweep(
-    wish: FarSweep, cfg: RunConfig, prices: Prices, far: FarStore, console: Console
+    wish: FarSweep,
+    cfg: RunConfig,
+    prices: Prices,
+    far: FarStore,
+    console: Console,
+    planning_s: Callable[[], float] = not_paid_for,
 ) -> tuple[FarSweep, Expected]:
     """Show what a sweep will do and what it costs; return it as containers are to do it, and what
-    its jobs are estimated at. Raises PipelineError for what keeps it from starting."""
+    its jobs are estimated at. `planning_s` says how long the container lives that plans, where one
+    does. Raises PipelineError for what keeps it from starting."""
 
     def tell(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     sweep, lines = planned(wish.experiments, prices, far, tell, wish.text_only)
-    show_estimate(cfg, lines, prices, False, console)
-    refuse_above(cfg, lines, prices, False)
-    return sweep, expected(cfg, lines, prices, False)
+    took_s = planning_s()
+    show_estimate(cfg, lines, prices, False, console, took_s)
+    refuse_above(cfg, lines, prices, False, took_s)
+    return sweep, expected(cfg, lines, prices, False, planning_s())
 
 
 def _recorded(trial: Trial, far: FarStore) -> tuple[Trial, list[str]]:
@@ -167,44 +189,51 @@ def _priced(trial: Trial, prices: Prices, far: FarStore) -> dict[str, JobEstimat
     return found
 
 
-def _searched(
+def _dearest(
     experiments: Experiments,
     name: str,
     search: SearchConfig,
     lines: Mapping[str, JobEstimate],
     prices: Prices,
     far: FarStore,
-) -> Iterator[JobEstimate]:
-    """Yield what a search will cost: the dearer of its two outermost trials as often as it tries
-    one, as nobody knows which it will choose."""
-    dearest: list[JobEstimate] = []
-    for outermost in (_first, _last):
-        values = {dotted: outermost(each) for dotted, each in search.space.items()}
+) -> list[JobEstimate]:
+    """Return what the dearest trial of a search will cost, as nobody knows which it will choose: of
+    each setting the dearest end of its range, or of its choices, while the others are at their
+    first."""
+
+    def priced(values: Mapping[str, Any]) -> list[JobEstimate]:
         seed = (search.seeds or experiments.settings.seeds)[0]
         try:
             trial = made_trial(experiments, name, search, {**search.change, **values}, seed)
         except ConfigError:
             # Values that describe no run together cost nothing
-            continue
+            return []
         trial, _ = _recorded(trial, far)
         own = _priced(trial, prices, far)
         # What other trials make as well is paid once
-        new = [line for address, line in own.items() if address not in lines]
-        dearest = max(dearest, new, key=_usd)
-    for line in dearest:
-        yield from [line] * search.trials
+        return [line for address, line in own.items() if address not in lines]
+
+    first = {dotted: _ends(each)[0] for dotted, each in search.space.items()}
+    found = [priced(first)]
+    together = dict(first)
+    for dotted, each in search.space.items():
+        most = _usd(found[0])
+        for value in _ends(each)[1:]:
+            found.append(priced({**first, dotted: value}))
+            if _usd(found[-1]) > most:
+                most = _usd(found[-1])
+                together[dotted] = value
+    # Last, as each setting's dearest value need not go together with the others'
+    found.append(priced(together))
+    return max(found, key=_usd)
 
 
-def _first(wanted: RangeConfig) -> Any:
+def _ends(wanted: RangeConfig) -> list[Any]:
+    """Return the values of a setting that are priced: all of its choices, or both ends."""
     if wanted.choices is not None:
-        return wanted.choices[0]
-    return int(wanted.low or 0) if wanted.whole else wanted.low
-
-
-def _last(wanted: RangeConfig) -> Any:
-    if wanted.choices is not None:
-        return wanted.choices[-1]
-    return int(wanted.high or 0) if wanted.whole else wanted.high
+        return list(wanted.choices)
+    both = (wanted.low, wanted.high)
+    return [int(end or 0) if wanted.whole else end for end in both]
 
 
 def _usd(lines: Sequence[JobEstimate]) -> float:
@@ -212,6 +241,25 @@ def _usd(lines: Sequence[JobEstimate]) -> float:
 
 
 def _nothing(_cfg: RunConfig) -> None: ...
+
+
+def _unpriced(_trial: Trial) -> None: ...
+
+
+def pricing(ledger: Ledger, store: Store) -> Callable[[Trial], None]:
+    """Return what has a ledger know what a trial will cost, by its own settings, as soon as those
+    are known: in the container that conducts, before any of its jobs begins."""
+    prices = ledger.expected.prices
+
+    def price(trial: Trial) -> None:
+        if all(ledger.expected.knows(address) for address in trial.measured.values()):
+            return
+        # What cannot be priced is told by its own job
+        with suppress(PipelineError), tempfile.TemporaryDirectory() as folder:
+            found = _priced(trial, prices, on_volume(store.root, Path(folder)))
+            ledger.expect({line.address: line.usd for line in found.values()})
+
+    return price
 
 
 def conducted(
@@ -224,10 +272,11 @@ def conducted(
     leases: Leases | None = None,
     wait: Callable[[float], None] = time.sleep,
     catch_up: Callable[[RunConfig], None] = _nothing,
+    price: Callable[[Trial], None] = _unpriced,
 ) -> ExperimentResults:
     """Do a sweep by containers, and leave its results in the store; `command` is what was typed,
     `run` what all attempts are called, what others do by their `leases` is waited for. `catch_up`
-    notes what an earlier attempt has paid for a trial.
+    notes what an earlier attempt has paid for a trial, `price` what one that was chosen will cost.
 
     Raises DataError where what is read is not what the laptop planned with, under a limit on the
     cost, and what opening a store raises.
@@ -248,6 +297,8 @@ def conducted(
                 noted = begun(trial.cfg, store, command, run=run, part=trial.label, makes=makes)
                 stack.enter_context(noted)
                 catch_up(trial.cfg)
+                # After that, as what a lost attempt has done costs nothing more from now on
+                price(trial)
             yield
 
     def agree(trials: Sequence[Trial]) -> None:
@@ -283,6 +334,7 @@ def conducted(
         text_only=sweep.text_only,
         known=known,
         agree=agree,
+        looks=None if leases is None else SharedLooks(store, leases.table, run),
     )
     folder = results_folder(store, experiments)
     results = write_results(results, trials, store, folder, progress)

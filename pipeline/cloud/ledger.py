@@ -5,7 +5,7 @@ Invariant: a stage that would bring a command above modal.max_cost_usd is not be
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..store.artifacts import Store, now
 from ..store.costs import (
     CONDUCTING,
     FOLDER,
+    PLANNING,
     SUFFIX,
     Costs,
     Spent,
@@ -31,7 +32,7 @@ from ..store.costs import (
 )
 from .calls import is_handed_out
 from .containers import JobResult
-from .estimate import CONDUCTOR, Expected
+from .estimate import Expected, conducting_usd_per_s
 from .far import Names, Read
 from .handing_out import Came, FarJob, HandOut
 from .leases import SharedTable
@@ -65,6 +66,12 @@ class Ledger:
                 self.costs = read_costs(self.path)
         runs = tuple(root_of(cfg, "", ()).id for cfg in cfgs)
         self.costs = replace(self.costs, command=command, runs=runs, ended="")
+        told = self.expected
+        usd_per_s = conducting_usd_per_s(told.prices, told.regions)
+        if told.planning_s:
+            # Its life is over, and what it cost was a part of the estimate
+            usd = told.planning_s * usd_per_s
+            self._replace(Spent(PLANNING, (), 1, told.planning_s, usd, usd))
         for cfg in cfgs:
             self.catch_up(cfg)
         with unnoted():
@@ -76,8 +83,6 @@ class Ledger:
                 yield
         finally:
             self.costs = replace(self.costs, ended=now())
-            told = self.expected
-            usd_per_s = told.prices.usd_per_s(CONDUCTOR, told.regions, nonpreemptible=True)
             with unnoted():
                 paid = _paid(lives(self.table, key), lambda _gpu: usd_per_s)
                 self._write(Spent(CONDUCTING, (), *paid, told.conducting_usd))
@@ -103,6 +108,12 @@ class Ledger:
 
         return wrapped
 
+    def expect(self, usd: Mapping[str, float | None]) -> None:
+        """Go by what jobs, by their addresses, are estimated at now that their settings are
+        known."""
+        known = {address: cost for address, cost in usd.items() if cost is not None}
+        self.expected = replace(self.expected, usd={**self.expected.usd, **known})
+
     def refuse_above(self, stage: str, addresses: Sequence[str]) -> None:
         """Raise ConfigError when jobs that are about to begin would bring a command above
         modal.max_cost_usd; what an earlier attempt has begun is waited for, whatever it costs."""
@@ -113,7 +124,7 @@ class Ledger:
         conducting = begun = so_far = 0.0
         for row in self.costs.rows:
             for address, _seconds, paid, _estimated in row.shares():
-                if not address:
+                if row.stage == CONDUCTING:
                     conducting += paid
                 elif address in addresses:
                     begun += paid
@@ -126,8 +137,9 @@ class Ledger:
         if self.costs.rows and so_far + usd > limit_usd:
             raise ConfigError(
                 f"this command has cost ${self.costs.usd:.2f} so far, and {stage} is estimated at "
-                f"${estimated:.2f}, above modal.max_cost_usd {limit_usd:.2f}: raise the limit and "
-                "type it again, which goes on from here"
+                f"${estimated:.2f}, above modal.max_cost_usd {limit_usd:.2f} (prices of "
+                f"{self.expected.prices.checked}): raise the limit and type it again, which goes "
+                "on from here"
             )
 
     def _fresh(self, addresses: Iterable[str]) -> list[str]:
@@ -197,9 +209,12 @@ class Ledger:
     def _write(self, row: Spent) -> None:
         """Write a row in the place of what was said of its jobs before. Raises what the store and
         the volume raise."""
+        self._replace(row)
+        self._save()
+
+    def _replace(self, row: Spent) -> None:
         others = [each for each in self.costs.rows if not _share_jobs(each, row)]
         self.costs = replace(self.costs, rows=(*others, row))
-        self._save()
 
     def _save(self) -> None:
         write_costs(self.path, self.costs)
@@ -261,7 +276,7 @@ def show_costs(
         costs = parse_costs(content, Path(FOLDER) / name)
         console.print(
             f"it cost ${costs.usd:.2f} of an estimated ${costs.estimated_usd:.2f}: "
-            f"{costs.seconds:,.0f} s of containers, with {prices.told}; Modal's own account is "
+            f"{costs.seconds:,.0f} s of containers, with {prices.told()}; Modal's own account is "
             "`modal billing report`",
             highlight=False,
             soft_wrap=True,

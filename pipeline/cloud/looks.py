@@ -5,13 +5,15 @@ Invariant: containers look at nothing that decides an address, so no two of them
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 
 from ..config.run import JobKey, RunConfig, source_key
 from ..errors import DataError
 from ..run.backend import printed_progress
+from ..run.experiments.trials import Trial
 from ..run.identity import begin, changed, recipes, with_prints
 from ..run.stages import label
 from ..store.artifacts import Store
@@ -116,6 +118,31 @@ def looked_at_once(
     found = looked_at(cfg, store, frozen)
     table.put(key, json.dumps(found.identity))
     return found
+
+
+@dataclass(frozen=True)
+class SharedLooks:
+    """What the first attempt at a sweep has seen of what its trials read, which all go by."""
+
+    store: Store
+    table: SharedTable
+    run: str  # what all attempts are called
+
+    def former(self, trials: Sequence[Trial]) -> Mapping[str, dict[str, str]]:
+        """Return what was seen for each of the trials, by their labels."""
+        text = self.table.get(self._key(trials)) if trials else None
+        return {} if text is None else dict(json.loads(text))
+
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Keep what was seen for trials that begin together."""
+        # Before anybody goes by it: containers find on the volume what documents there are
+        self.store.publish()
+        seen = {trial.label: trial.cfg.identity or {} for trial in trials}
+        if seen:
+            self.table.put(self._key(trials), json.dumps(seen))
+
+    def _key(self, trials: Sequence[Trial]) -> str:
+        return f"{self.run}/looked/{trials[0].label}"
 
 
 def _print(data: bytes | None) -> str:

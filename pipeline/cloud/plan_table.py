@@ -1,8 +1,11 @@
 """The plan of a command as a table, and what it comes to: time, costs, what stays on the volume."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 
+from ..config.machines import MachineConfig
 from ..config.run import RunConfig
 from ..report.narrow import print_table
 from ..run.dry_run import duration
@@ -17,8 +20,10 @@ def show_estimate(
     prices: Prices,
     sequential: bool,
     console: Console,
+    planning_s: float = 0.0,
 ) -> None:
-    """Print the jobs as a table, then time and cost together, and what is paid for afterwards."""
+    """Print the jobs as a table, then time and cost together, and what is paid for afterwards;
+    `planning_s` is how long a container has made the plan, if one did."""
     table = Table(title=f"plan of {cfg.name} on Modal", title_justify="left", title_style="bold")
     for name in ("job", "state", "where"):
         table.add_column(name, justify="left", overflow="fold")
@@ -40,15 +45,33 @@ def show_estimate(
             "assumed for each"
         )
     least = "at least " if any(each.unknown for each in estimates) else ""
-    found = total(cfg, estimates, prices, sequential)
+    found = total(cfg, estimates, prices, sequential, planning_s)
+    planning = ""
+    if planning_s:
+        planning = f" and ${found.planning_usd:.4f} for the container that made this plan"
     say(
         f"in all: {least}{duration(found.seconds)}, {least}${found.usd:.2f}, "
-        f"${found.conducting_usd:.2f} of it for what hands out the jobs (estimates, with "
-        f"{prices.told})"
+        f"${found.conducting_usd:.2f} of it for what hands out the jobs{planning} (estimates, with "
+        f"{prices.told(each.machine for each in estimates)})"
     )
     say(f"on the volume: at least {storage_told(sum(each.bytes for each in estimates), prices)}")
     if any(each.stage == "deploy" for each in estimates):
         say(endpoint_told(cfg.modal, prices))
+
+
+def show_cuda(
+    cfg: RunConfig, stages: Iterable[str], prices: Prices, locked: str, console: Console
+) -> None:
+    """Print which GPUs that stages of a run ask for want another CUDA than the locked torch
+    brings."""
+    machines: dict[str, MachineConfig] = {}
+    for stage in stages:
+        if cfg.items(stage):
+            machines[f"modal.{cfg.stages[stage].machine or stage}.gpu"] = cfg.machine(stage)
+        if stage == "deploy":
+            machines["modal.endpoint.gpu"] = cfg.modal.endpoint
+    for note in prices.cuda_notes(machines, locked):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def _where(job: JobEstimate) -> str:

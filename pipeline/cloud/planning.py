@@ -4,6 +4,7 @@ where that has no torch, with which sizes are worked out.
 
 import io
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from .estimate import (
 )
 from .far import WIDE, FarStore, on_volume
 from .looks import as_recorded
+from .meters import process_age_s
 from .plan_table import show_estimate
 from .prices import Prices
 
@@ -60,9 +62,21 @@ def plans_here() -> bool:
     return find_spec("torch") is not None
 
 
-def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> Wish:
+def not_paid_for() -> float:
+    """Return how long the planning machine is paid for where that is the laptop."""
+    return 0.0
+
+
+def planned_run(
+    wish: Wish,
+    prices: Prices,
+    far: FarStore,
+    console: Console,
+    planning_s: Callable[[], float] = not_paid_for,
+) -> Wish:
     """Show what a command will do and what it costs; return what it comes to, with what its data
     was when it was looked at last, and with what modal.missing_baselines makes of its stages.
+    `planning_s` says how long the container lives that plans, where one does.
 
     Raises PipelineError for what keeps it from starting.
     """
@@ -76,25 +90,33 @@ def planned_run(wish: Wish, prices: Prices, far: FarStore, console: Console) -> 
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
     lines = estimate(cfg, stages, near, prices)
-    show_estimate(cfg, lines, prices, wish.sequential, console)
+    took_s = planning_s()
+    show_estimate(cfg, lines, prices, wish.sequential, console, took_s)
     refuse_what_cannot_start(cfg, lines, far.mount, far.names)
     refuse_without_inputs(cfg, stages, near)
-    refuse_above(cfg, lines, prices, wish.sequential)
-    costs = expected(cfg, lines, prices, wish.sequential)
+    refuse_above(cfg, lines, prices, wish.sequential, took_s)
+    costs = expected(cfg, lines, prices, wish.sequential, planning_s())
     return Wish(cfg, stages, wish.sequential, wish.frozen, costs)
 
 
 def planned_there(
-    raw: dict, stages: tuple[str, ...], sequential: bool, frozen: bool, prices: Prices, root: Path
+    raw: dict,
+    stages: tuple[str, ...],
+    sequential: bool,
+    frozen: bool,
+    prices: Prices,
+    root: Path,
+    planning_s: Callable[[], float] = process_age_s,
 ) -> FarPlan:
-    """Plan in a container that has the volume at root."""
+    """Plan in a container that has the volume at root and is paid for meanwhile."""
     wish = Wish(parse(raw), stages, sequential, frozen)
     printed = io.StringIO()
     console = Console(file=printed, width=WIDE)
     wrong = ""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            wish = planned_run(wish, prices, on_volume(root, Path(folder)), console)
+            far = on_volume(root, Path(folder))
+            wish = planned_run(wish, prices, far, console, planning_s)
     except PipelineError as error:
         wrong = sentence(error, edge_of(wish.cfg, root))
     raw = wish.cfg.model_dump(mode="json")

@@ -3,7 +3,7 @@ regions that this program knows."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ..config.files import read
 from ..config.machines import MachineConfig
 from ..errors import ConfigError
 
+FILE = "config/prices.yaml"  # where people find the table, and mend it
 MIB_PER_GIB = 1024
 GIB = 1024**3
 
@@ -25,6 +26,7 @@ class Gpu:
     tflops: float
     bf16: bool = True
     checked: str = ""  # "": when the table was
+    cuda: str = ""  # the oldest that it works with, "": whatever torch brings
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,18 @@ class Prices:
         """The table as a container is told of it that has no file."""
         return json.dumps(asdict(self))
 
-    @property
-    def told(self) -> str:
-        """When the prices were checked and against what, for people."""
-        return f"prices of {self.checked}, {self.source.removeprefix('https://')}"
+    def told(self, machines: Iterable[MachineConfig] = ()) -> str:
+        """When the prices were checked, those of machines too that have a date of their own, where
+        they stand and what they are from, for people."""
+        own = {"surcharges": self.surcharges.checked}
+        for machine in machines:
+            for text in machine.gpu:
+                kind, _ = split(text)
+                own[kind] = self.gpus[kind].checked
+        others = [f"{name} {date}" for name, date in own.items() if date not in ("", self.checked)]
+        beside = f" ({', '.join(others)})" if others else ""
+        source = self.source.removeprefix("https://")
+        return f"prices of {self.checked}{beside}, {FILE}, from {source}"
 
     def usd_per_s(
         self, machine: MachineConfig, regions: Iterable[str] = (), *, nonpreemptible: bool = False
@@ -148,6 +158,21 @@ class Prices:
                 )
         return found
 
+    def cuda_notes(self, machines: Mapping[str, MachineConfig], locked: str) -> Iterator[str]:
+        """Yield which of the GPUs that machines ask for, by the names of their settings, want
+        another CUDA than the locked torch brings."""
+        for name, machine in machines.items():
+            for text in machine.gpu:
+                kind, _ = split(text)
+                wanted = self.gpus[kind].cuda
+                if locked and _version(wanted) > _version(locked):
+                    may = "may be a B300, which" if kind.endswith("+") else "is a GPU that"
+                    yield (
+                        f"{name}: {text} {may} wants CUDA {wanted} by Modal's guide, and the "
+                        f"locked torch brings {locked}, which nobody has tried on one: try it on "
+                        "a run of a few steps, or name another GPU"
+                    )
+
     def region_problems(self, name: str, regions: Iterable[str]) -> list[str]:
         """Return what is wrong with the regions of a setting."""
         known = self.surcharges.regions
@@ -161,6 +186,16 @@ class Prices:
 def _dated(row: dict) -> dict:
     """Return a part of the table with its date as it was written, of which YAML makes one."""
     return row | {"checked": str(row["checked"])} if "checked" in row else row
+
+
+def locked_cuda(lock: str) -> str:
+    """Return the CUDA that the torch of a lock file brings, "" where it brings none."""
+    found = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)", lock, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part)
 
 
 def split(text: str) -> tuple[str, int]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from ..config.machines import ModalConfig
+from ..config.machines import MachineConfig, ModalConfig
 from .endpoint import placed
+from .estimate import conducting_usd_per_s
 from .prices import Prices
 
 HOUR_S = 3_600
@@ -31,8 +32,18 @@ def endpoint_told(modal: ModalConfig, prices: Prices) -> str:
     return (
         f"endpoint: ${each:.2f} an hour for each container while it is up, which is "
         f"{machine.idle_s} s beyond its last request (${idle:.2f}); {always}, at most "
-        f"${most * each:.2f} an hour for {most} at once{beside} ({prices.told})"
+        f"${most * each:.2f} an hour for {most} at once{beside} ({prices.told([placed(modal)])})"
     )
+
+
+def deployment_told(modal: ModalConfig, prices: Prices, cuda: str) -> Iterator[str]:
+    """Yield what a person should know of a deployment before it is made: its costs, and GPUs that
+    want another CUDA than the locked torch brings, which is `cuda`."""
+    yield endpoint_told(modal, prices)
+    machines: dict[str, MachineConfig] = {"modal.endpoint.gpu": modal.endpoint}
+    if modal.reevaluate:
+        machines["modal.evaluate.gpu"] = modal.evaluate
+    yield from prices.cuda_notes(machines, cuda)
 
 
 def endpoint_cost_problems(modal: ModalConfig, prices: Prices) -> Iterator[str]:
@@ -44,9 +55,15 @@ def endpoint_cost_problems(modal: ModalConfig, prices: Prices) -> Iterator[str]:
     if limit is not None and usd > limit:
         yield (
             f"modal.endpoint: {most} containers at once cost ${usd:.2f} an hour, above "
-            f"modal.max_endpoint_usd_per_hour {limit:.2f}: choose a cheaper machine or fewer of "
-            "them (modal.endpoint.max_containers), or raise the limit"
+            f"modal.max_endpoint_usd_per_hour {limit:.2f} (prices of {prices.checked}): choose a "
+            "cheaper machine or fewer of them (modal.endpoint.max_containers), or raise the limit"
         )
+
+
+def tending_told(seconds: float, modal: ModalConfig, prices: Prices) -> str:
+    """Return what the container that has looked at the volume cost, in words."""
+    usd = seconds * conducting_usd_per_s(prices, modal.regions)
+    return f"the container that did this cost ${usd:.4f} in {seconds:,.0f} s ({prices.told()})"
 
 
 def storage_told(stored_bytes: int, prices: Prices) -> str:

@@ -20,6 +20,7 @@ from ..store.roots import root_states
 from .containers import ModalEdge
 from .endpoint import roll_back, served_addresses, shown_versions
 from .far import WIDE
+from .meters import process_age_s
 from .roots import alone, clear_lapsed
 
 LISTED = 30
@@ -34,6 +35,7 @@ class Tended:
     wrong: str = ""
     next: tuple[str, ...] = ("runs",)  # the command that follows, by its words
     serves: bool = False  # what follows is what serves a bundle
+    seconds: float = 0.0  # that its container was paid for
     files: dict[str, bytes] = field(default_factory=dict)  # by their names
 
 
@@ -76,6 +78,7 @@ def tend(
     except PipelineError as error:
         tended.wrong = sentence(error, edge)
     tended.printed = printed.getvalue()
+    tended.seconds = process_age_s()
     return tended
 
 

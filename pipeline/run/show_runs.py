@@ -15,7 +15,7 @@ from ..report.format import finite
 from ..report.narrow import print_table
 from ..report.scores import BITS, main_score, scores
 from ..store.artifacts import Store
-from ..store.costs import usd_of_runs
+from ..store.costs import by_prices, readable_costs, usd_of_runs
 from ..store.reading import read_bytes
 from ..store.removed import removed, told_removed
 from ..store.roots import MEASURES, Root
@@ -73,6 +73,9 @@ def show_runs(store: Store, console: Console) -> Root | None:
             *([f"{paid[run]:,.2f}" if run in paid else ""] if paid else []),
         )
     print_table(console, table)
+    when = by_prices(costs.prices for costs in readable_costs(store))
+    if paid and when:
+        say(f"{USD}: {when}")
     return reach.roots[latest[0]]
 
 

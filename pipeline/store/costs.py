@@ -20,6 +20,7 @@ SUFFIX = ".json"
 # Raised when a file comes to say something else.
 VERSION = 1
 CONDUCTING = "conducting"  # in a stage's place: what handed out the jobs
+PLANNING = "planning"  # likewise: the container that made the plan, where the laptop did not
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ def usd_of_runs(store: Store, runs: Mapping[str, Iterable[str]]) -> dict[str, fl
         if paid:
             found[run] += math.fsum(paid)
     return dict(found)
+
+
+def by_prices(dates: Iterable[str]) -> str:
+    """Return in words when the prices were checked by which costs were told, "" where none says."""
+    known = sorted(set(dates) - {""})
+    if not known:
+        return ""
+    first, last = known[0], known[-1]
+    return f"by prices of {first}" if first == last else f"by prices of {first} to {last}"
 
 
 def readable_costs(store: Store) -> list[Costs]:

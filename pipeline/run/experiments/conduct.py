@@ -21,7 +21,18 @@ from .reading import Experiments
 from .remaining import Remaining
 from .results import made_on, summary, work_of
 from .searches import Searched, outcome, searched
-from .sweep import Ended, GivesUp, HandOut, Known, TrialSweep, Wanted, known_to, looked_at
+from .sweep import (
+    Ended,
+    GivesUp,
+    HandOut,
+    Known,
+    NoLooks,
+    SweepLooks,
+    TrialSweep,
+    Wanted,
+    known_to,
+    looked_at,
+)
 from .trials import Trial, listed_trials, trial_label
 
 DENSE = "dense"
@@ -48,20 +59,24 @@ def conduct(
     known: Known = known_to,
     agree: Callable[[Sequence[Trial]], None] = _agreed,
     parallel: int | None = None,
+    looks: SweepLooks | None = None,
 ) -> tuple[ExperimentResults, list[Trial]]:
     """Do what is missing of a sweep; return what came of it, and the trials that were made.
 
     With `text_only` nothing is trained. `known` has what trials make left alone while it lasts;
-    `agree` is asked once they are looked at, before anything starts. `parallel` jobs run side by
-    side here, None: elsewhere. Raises ConfigError then too, StoreError, Interrupted.
+    `agree` is asked once they are looked at, before anything starts; what `looks` have of a former
+    attempt is gone by. `parallel` jobs run side by side here, None: elsewhere. Raises ConfigError
+    then too, StoreError, Interrupted.
     """
     settings = experiments.settings
+    looks = looks or NoLooks()
     # All of them are checked before the first one starts
-    trials, notes = looked_at(listed_trials(experiments), store, progress, frozen)
+    trials, notes = looked_at(listed_trials(experiments), store, progress, frozen, looks)
     for note in notes:
         tell(note)
     agree(trials)
-    sweep = TrialSweep(store, hand_out, tell, known, Remaining(store, parallel))
+    remaining = Remaining(store, parallel)
+    sweep = TrialSweep(store, hand_out, tell, known, remaining, looks)
     with known(store, trials, str(experiments.file)):
         sweep.make(trials, text_only=text_only)
         if not text_only:

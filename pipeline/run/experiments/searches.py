@@ -43,7 +43,7 @@ def searched(
         for number, values in zip(numbers, chosen, strict=True):
             group.append(_begun(experiments, trial_name(name, number), search, values))
         trials = [each for each in group if isinstance(each, Trial)]
-        trials, _ = looked_at(trials, sweep.store, progress, frozen)
+        trials, _ = looked_at(trials, sweep.store, progress, frozen, sweep.looks)
         _make(sweep, trials, study, str(experiments.file))
         looked = {trial.name: trial for trial in trials}
         for each, values in zip(group, chosen, strict=True):

@@ -4,6 +4,7 @@ once, and the jobs of a stage may run side by side whichever trial they are of."
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ...config.run import JobKey, RunConfig
 from ...errors import PipelineError
@@ -29,6 +30,28 @@ Known = Callable[[Store, Sequence[Trial], str], AbstractContextManager[None]]
 HandOut = Callable[[str, Wanted, Ended, GivesUp | None], None]
 
 
+class SweepLooks(Protocol):
+    """What was seen of what trials read outside the store, kept for who goes on with a sweep."""
+
+    def former(self, trials: Sequence[Trial]) -> Mapping[str, dict[str, str]]:
+        """Return what was seen for each of the trials, by their labels; nothing where nobody has
+        looked."""
+
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Keep what was seen for trials that begin together."""
+
+
+class NoLooks:
+    """Looks of a sweep that is begun anew each time."""
+
+    def former(self, _trials: Sequence[Trial]) -> Mapping[str, dict[str, str]]:
+        """Return nothing."""
+        return {}
+
+    def keep(self, _trials: Sequence[Trial]) -> None:
+        """Keep nothing."""
+
+
 @dataclass
 class TrialSweep:
     """Trials that are made in a store, and what went wrong with jobs of them."""
@@ -38,6 +61,7 @@ class TrialSweep:
     tell: Callable[[str], None]
     known: Known
     remaining: Remaining
+    looks: SweepLooks = field(default_factory=NoLooks)
     errors: dict[str, str] = field(default_factory=dict)  # by address
 
     def make(
@@ -145,17 +169,30 @@ def _by_position(gives_up: Callable[[str], bool], addresses: Sequence[str]) -> G
 
 
 def looked_at(
-    trials: Sequence[Trial], store: Store, progress: Progress, frozen: bool = False
+    trials: Sequence[Trial],
+    store: Store,
+    progress: Progress,
+    frozen: bool = False,
+    looks: SweepLooks | None = None,
 ) -> tuple[list[Trial], list[str]]:
     """Return trials that say what they read outside the store, looked at before any of them starts,
-    and what to tell of that, each once."""
+    and what to tell of that, each once; what `looks` have of them is not looked at again."""
+    looks = looks or NoLooks()
+    former = looks.former(trials)
     found = []
     told: dict[str, None] = {}
+    if trials and all(trial.label in former for trial in trials):
+        for trial in trials:
+            seen = {"identity": former[trial.label]}
+            found.append(replace(trial, cfg=trial.cfg.model_copy(update=seen)))
+        return found, []
     for trial in trials:
         # What all of them read is looked at once: the store has its sums
         cfg, notes = begin(trial.cfg, store, progress, frozen=frozen, makes=True)
         found.append(replace(trial, cfg=cfg))
         told |= dict.fromkeys((*notes, *changed(cfg, store)))
+    # All at once: what they share must not be of two looks
+    looks.keep(found)
     return found, list(told)
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ...report.scores import Score
 from ...store.address import job_of
+from ...store.costs import by_prices
 from ..find import Names
 from ..stages import STAGES, label
 from .past_experiments import PastExperiments, past_experiments
@@ -41,6 +42,10 @@ SELECT run, stage, total(seconds), total(usd), sum(estimated) FROM (
     UNION ALL
     SELECT run, stage, seconds, usd, estimated_usd FROM spent WHERE run <> ''
 ) GROUP BY run, stage
+"""
+_PRICES = """
+SELECT DISTINCT prices FROM commands JOIN spent ON spent.command = commands.id
+WHERE spent.run = ? OR spent.address IN (SELECT address FROM run_addresses WHERE run = ?)
 """
 T = TypeVar("T")
 
@@ -190,6 +195,7 @@ class Known:
     experiments: tuple[PastExperiments, ...]  # those that were made last first
     commands: int = 0  # of which it is known what they cost on Modal
     usd: float = 0.0  # of all of them, those of runs that are gone too
+    priced: str = ""  # when the prices of that were checked, in words
 
     @cached_property
     def trainings(self) -> dict[str, PastTraining]:
@@ -264,8 +270,17 @@ def known(index: sqlite3.Connection, where: Path) -> Known:
     runs.sort(key=lambda run: (run.begun, run.id), reverse=True)
     wrong = [text for (text,) in index.execute("SELECT wrong FROM files WHERE wrong <> ''")]
     commands, paid = index.execute("SELECT count(*), total(usd) FROM commands").fetchone()
+    when = by_prices(date for (date,) in index.execute("SELECT DISTINCT prices FROM commands"))
     tried = past_experiments(index)
-    return Known(tuple(runs), tuple(wrong), where, tried, commands, paid)
+    return Known(tuple(runs), tuple(wrong), where, tried, commands, paid, when)
+
+
+def priced_when(runs: Iterable[str], index: sqlite3.Connection) -> str:
+    """Return in words when the prices were checked by which the costs of runs are told."""
+    dates: list[str] = []
+    for run in runs:
+        dates += [date for (date,) in index.execute(_PRICES, (run, run))]
+    return by_prices(dates)
 
 
 def _alone(training: PastTraining) -> PastRun:

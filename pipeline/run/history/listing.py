@@ -37,7 +37,8 @@ def list_runs(known: Known, last: int, console: Console) -> None:
     if len(shown) < len(known.runs):
         say(f"{len(shown):,} of {len(known.runs):,} runs; --last 0 lists all")
     if known.commands:
-        say(f"{known.commands:,} commands on Modal have cost ${known.usd:,.2f}")
+        paid = f"${known.usd:,.2f} {known.priced}".rstrip()
+        say(f"{known.commands:,} commands on Modal have cost {paid}")
     if not shown:
         say("no run has left anything here yet")
 

@@ -24,7 +24,7 @@ from ...store.reading import read_bytes
 from ...store.roots import read_root, root_path
 from ..stages import STAGES
 from .experiments import tables as trial_tables
-from .lines import SPENT, Known, PastRun, PastTraining
+from .lines import SPENT, Known, PastRun, PastTraining, priced_when
 from .listing import in_usd, scored
 
 Say = Callable[[str], None]
@@ -205,6 +205,8 @@ def _costs(runs: Sequence[PastRun], index: sqlite3.Connection) -> Listed:
         "Seconds of containers, those that were lost too, times the price of their machines; what "
         "several runs share was paid for once."
     )
+    when = priced_when(sorted(chosen), index)
+    note += f" Told {when}." if when else ""
     columns = ("run", "stage", "containers' time", "estimated, US$", "US$")
     return Listed("Costs on Modal", columns, rows, note)
 

@@ -8,7 +8,7 @@ from ...report.format import DASH, count, figures, finite, seconds
 from ...store.artifacts import Store
 from ...store.history import VALIDATION, read
 from ..prune import said
-from .lines import SPENT, Known, PastRun, PastTraining
+from .lines import SPENT, Known, PastRun, PastTraining, priced_when
 from .listing import USD, in_usd, print_rows, scored
 from .sparks import spark
 
@@ -45,7 +45,8 @@ def show_run(
         where = ", served" if deploy.served else ""
         say(f"{deploy.address}, made {deploy.made}: {deploy.bytes / 1e6:,.1f} MB{where}")
     if run.usd is not None:
-        print_rows("costs", COSTS, _costs(run, index), console)
+        title = f"costs {priced_when([run.id], index)}".rstrip()
+        print_rows(title, COSTS, _costs(run, index), console)
     for text in run.wrong:
         say(text)
 
