@@ -172,7 +172,24 @@ def test_the_command_finds_the_run_in_progress_else_the_latest(begun, capsys):
     assert "there is no run none" in capsys.readouterr().err
 
 
-def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypatch):
+def far_copy(store, tmp_path):
+    """Return what is printed of the trials of a volume that has what a store has."""
+
+    def names(folder):
+        place = store.root / folder
+        return [path.name for path in place.iterdir()] if place.exists() else []
+
+    def read(path):
+        place = store.root / path
+        return place.read_bytes() if place.is_file() else None
+
+    (tmp_path / "copy").mkdir()
+    console = Console(file=io.StringIO(), width=200)
+    far_watching.watch("tried", True, tmp_path / "copy", names, read, console)
+    return console.file.getvalue()
+
+
+def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypatch, tmp_path):
     store, run = begun
     trials = []
     for seed in (0, 1):
@@ -191,6 +208,7 @@ def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypat
     with in_use.using(store, {*trials[0].addresses, *trials[1].addresses}):
         assert main(["watch", *options]) == 0
         printed = capsys.readouterr().out
+        far = far_copy(store, tmp_path)
         monkeypatch.setattr(watching, "MOST_ROWS", 2)
         assert main(["watch", "tried", *options]) == 0
         few = capsys.readouterr().out
@@ -200,6 +218,7 @@ def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypat
     assert printed.splitlines()[-1].startswith("next: python -m pipeline watch tried --store")
     assert "preprocess 1 of 1, train_shared 0 of 2, score 0 of 2" in few
     assert "│ parts seed 0: train_shared" in few and "│ parts seed 0: score" not in few
+    assert "1 of 5 jobs done" in far and "parts seed 1: score stack" in far
     # By its id a trial is a run
     assert main(["watch", trials[1].id, *options]) == 0
     alone = capsys.readouterr().out

@@ -314,7 +314,8 @@ class Commands:
                 self._next(self.typed.command("history", "--run", last.run))
             else:
                 given = Given(root.file or DEFAULT, shlex.join(root.overrides))
-                self._next(self.typed.command("run_all", *given.words()))
+                again = "experiments" if root.experiments else "run_all"
+                self._next(self.typed.command(again, *given.words()))
 
     def history(
         self, run: str = "", last: int = 8, output_dir: str = "history", config: str = DEFAULT

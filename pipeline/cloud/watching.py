@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..report.format import seconds
 from ..run.history.positions import QUIET, RUNNING, Look, Position, in_progress, look
+from ..run.history.watched_trials import looks_at, trials_of
 from ..run.history.watching import chosen, follow, overall
 from ..run.prune import said
 from ..store.artifacts import Store
@@ -39,14 +40,16 @@ def watch(
     wait: Callable[[float], None] = time.sleep,
     is_alive: IsAlive = _unknown,
 ) -> tuple[Look, Root]:
-    """Follow a run of the volume, by its name or id, else the one in progress, until it ends.
-    `root`: an empty folder for the copy. Raises ConfigError, StoreError."""
+    """Follow a run of the volume, by its name or id, else the one in progress, or all trials of
+    experiments, until it ends; return the last look, and the run or one of the trials. `root`: an
+    empty folder for the copy. Raises ConfigError, StoreError."""
     followed = Following(run, root, names, read, is_alive)
     return follow(followed.look, console, WATCH_EVERY_S, once, wait), followed.found
 
 
 class Following:
-    """A run of the volume that is looked at now and then; what is done of it is copied once."""
+    """A run of the volume, or all trials of experiments, looked at now and then; what is done is
+    copied once."""
 
     def __init__(
         self, run: str, root: Path, names: Names, read: Read, is_alive: IsAlive = _unknown
@@ -57,15 +60,21 @@ class Following:
         self._read = read
         self._is_alive = is_alive
         self._root: Root | None = None
+        self._trials: Callable[[], Look] | None = None  # looks at all of them
+        self._addresses: list[str] = []
         self._settled: set[str] = set()
         self._told = ""
 
     @property
     def found(self) -> Root:
-        """The run that is meant. Raises ConfigError where there is none of that name (yet)."""
+        """The run that is meant, of trials one. Raises ConfigError where there is none of that name
+        (yet)."""
         if self._root is None:
             _copy_runs(self.store, self._names, self._read, self._is_alive)
-            self._root = chosen(self.store, self._run or None)
+            trials = trials_of(self.store, self._run or None)
+            self._root = trials[0] if trials else chosen(self.store, self._run or None)
+            self._trials = looks_at(self.store, trials, {}, time.time) if trials else None
+            self._addresses = sorted({each for trial in trials for each in trial.makes})
         return self._root
 
     def look(self) -> Look:
@@ -74,8 +83,9 @@ class Following:
         # notes tell whether it still goes on, and the root which addresses are its own
         _copy_notes(self.store, self._names, self._read, self._is_alive)
         _copy(self.store, f"{FOLDER}/{root_path(self.store, found.id).name}", self._read)
-        _copy_jobs(self.store, found, self._settled, self._names, self._read)
-        return look(self.store, found, {}, time.time())
+        addresses = self._addresses or found.makes or found.addresses
+        _copy_jobs(self.store, addresses, self._settled, self._names, self._read)
+        return self._trials() if self._trials else look(self.store, found, {}, time.time())
 
     def tell(self, console: Console) -> None:
         """Print in a line how far it is, where that is another than before. Raises as `look`
@@ -99,7 +109,7 @@ def follow_all(
     going = [each for each in readable_roots(store) if in_progress(store, each)]
     say = said(console)
     for each in sorted(going, key=lambda each: each.at):
-        _copy_jobs(store, each, set(), names, read)
+        _copy_jobs(store, each.makes or each.addresses, set(), names, read)
         seen = look(store, each, {}, time.time())
         say(f"{each.id}, begun {each.at}: {overall(seen)}")
         for position in seen.positions:
@@ -140,11 +150,13 @@ def _copy_notes(store: Store, names: Names, read: Read, is_alive: IsAlive) -> No
         note.unlink()
 
 
-def _copy_jobs(store: Store, root: Root, settled: set[str], names: Names, read: Read) -> None:
-    """Copy what tells how far the jobs of a run are; of one that is done only once."""
+def _copy_jobs(
+    store: Store, addresses: Sequence[str], settled: set[str], names: Names, read: Read
+) -> None:
+    """Copy what tells how far the jobs at some addresses are; of one that is done only once."""
     artifacts = set(names("artifacts"))
     histories = set(names("history"))
-    for address in root.addresses:
+    for address in addresses:
         if address in settled:
             continue
         history = f"history/{address}.jsonl"
