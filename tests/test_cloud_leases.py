@@ -311,7 +311,7 @@ def test_a_run_waits_for_another_and_takes_over_what_it_gives_up(begun):
         first.give_back([addresses[(done, given_up)[len(waited) - 1]]])
 
     results, told = orchestrated(cfg, store, Leases(table, "two"), make, wait)
-    assert handed == [*cfg.experts[2:], given_up]
+    assert handed == [*cfg.experts[2:], given_up] and waited == [1.0, 2.0]
     assert [result.state for result in results if result.item == done] == ["found"]
     assert not any(result.error for result in results)
     waiting = [text for text in told if "does it since" in text]

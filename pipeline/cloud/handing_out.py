@@ -17,7 +17,9 @@ from ..store.lineage import Lineage
 from .containers import JobResult, edge_of, failed
 from .leases import Lease, Leases
 
-LOOK_EVERY_S = 15.0  # whether another run has ended what this one waits for
+# Whether another run has ended what this one waits for: soon at first, as it may be about to
+LOOK_FIRST_S = 1.0
+LOOK_EVERY_S = 15.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,7 @@ def shared_out(
         yield from _handed_out(missing, store, hand_out)
         return
     known: set[tuple[str, str]] = set()
+    wait_s = LOOK_FIRST_S
     while missing:
         mine: list[FarJob] = []
         others: dict[FarJob, Lease] = {}
@@ -148,7 +151,8 @@ def shared_out(
                 progress(f"{job.name}: {lease.by} does it since {lease.since}; waiting for it")
         # What containers have left is another run's, which has claimed it before they came up
         if others or left:
-            wait(LOOK_EVERY_S)
+            wait(wait_s)
+            wait_s = min(2 * wait_s, LOOK_EVERY_S)
             store.refresh()
         missing = _missing([*left, *others], store)
 
