@@ -151,13 +151,14 @@ class Life:
 
 def pointed(client) -> str | None:
     """Return what the pointer names, having seen that it is whole."""
-    found = stored(client, "demo/")
-    if POINTER not in found:
+    try:
+        pointer = client.get_object(Bucket="shelf", Key=f"demo/{POINTER}")["Body"].read()
+    except client.exceptions.NoSuchKey:
         return None
-    name = json.loads(found[POINTER])["name"]
-    sums = bundle.parse_sums(found[f"{name}/SHA256SUMS"].decode())
-    for file, digest in sums.items():
-        assert bundle.hashlib.sha256(found[f"{name}/{file}"]).hexdigest() == digest
+    name = json.loads(pointer)["name"]
+    found = stored(client, f"demo/{name}/")
+    for file, digest in bundle.parse_sums(found["SHA256SUMS"].decode()).items():
+        assert bundle.hashlib.sha256(found[file]).hexdigest() == digest
     return name
 
 
@@ -169,7 +170,7 @@ def test_killed_at_any_moment_it_is_gone_on_with(bundles, server, monkeypatch):
     publish(bundles[1], keep=0)
     all_parts = len(watched.parts())
     assert all_parts == 13
-    for _ in range(3):
+    for _ in range(2):
         publish(bundles[0], keep=0)
         watched.asked.clear()
         attempts, parts = 0, []
