@@ -41,6 +41,9 @@ from pipeline import hardware
 from test_bundle_bytes import deployed
 
 hardware.cpu_name = lambda: "another processor"
+# of another rate, which takes a fifth of a second to measure, and of a disk that is not waited for
+hardware._best_rate = lambda *_: 2e9
+os.fsync = lambda _handle: None
 for config, store in zip(sys.argv[1::2], sys.argv[2::2]):
     deployed(Path(config), Path(store))
 """
