@@ -8,7 +8,15 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from pipeline.model.router_init import FeatureStatistics, centroid, random, ridge, uniform
+from pipeline.model.router_init import (
+    SQUARE_ROWS,
+    FeatureStatistics,
+    centroid,
+    in_a_row,
+    random,
+    ridge,
+    uniform,
+)
 
 L, D, E = 2, 6, 3
 
@@ -131,6 +139,36 @@ def test_ridge_is_scikit_learns_over_all_tokens_each_domain_weighing_the_same(pe
         np.testing.assert_allclose(
             directions(weight_LED)[layer], directions(model.coef_), atol=2e-4
         )
+
+
+def test_a_ridge_solves_the_mean_of_all_domains_whatever_their_number_and_width():
+    width, domains = 2 * SQUARE_ROWS + 7, 17
+    torch.manual_seed(0)
+    parts = []
+    for _ in range(domains):
+        x_ND = torch.randn(40, width) + torch.randn(width)
+        gram_DD = x_ND.T @ x_ND
+        parts.append(FeatureStatistics(x_ND.double().sum(0)[None], gram_DD[None], 40))
+    mean_DD = torch.stack([part.gram_LDD[0].double() / 40 for part in parts]).mean(0)
+    mean_DD += 0.1 * mean_DD.diagonal().mean() * torch.eye(width)
+    means_ED = torch.cat([part.mean_LD for part in parts])
+    wanted = torch.linalg.solve(mean_DD, means_ED.mT).mT
+    np.testing.assert_allclose(
+        directions(ridge(parts, 0.1, 1.0)[0]), directions(wanted), rtol=0, atol=1e-7
+    )
+
+
+def test_statistics_of_layers_in_a_row_are_not_copied():
+    whole = FeatureStatistics(torch.randn(3, 4), torch.randn(3, 4, 4), 7)
+    for layers in ([0, 1, 2], [1, 2], [2]):
+        assert in_a_row(layers)
+        chosen = whole.of_layers(layers).gram_LDD
+        assert torch.equal(chosen, whole.gram_LDD[layers])
+        assert chosen.data_ptr() == whole.gram_LDD[layers[0]].data_ptr()
+    assert not in_a_row([0, 2]) and not in_a_row([])
+    apart = whole.of_layers([0, 2])
+    assert torch.equal(apart.gram_LDD, whole.gram_LDD[[0, 2]])
+    assert torch.equal(apart.sum_LD, whole.sum_LD[[0, 2]])
 
 
 def test_rows_of_a_ridge_have_one_length():

@@ -2,7 +2,8 @@
 
 They are sums, so an expert can be added or removed, and its router fitted, without anyone's data.
 
-B sequences, T tokens, N = B*T, D model width, E experts, M domains of a mixture, L layers.
+B sequences, T tokens, N = B*T, D model width, E experts, M domains of a mixture, L layers, R rows
+of a square.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,6 +20,8 @@ SAME_SHARE = 1e-4
 # Of the mean squared input: what rounding may take from a covariance's least eigenvalue. Storing
 # sums in fp32 takes 6e-8 times the width at most; as much as the ridge's penalty does no harm.
 ROUNDED_SHARE = 1e-2
+# Of every domain's square, whose mean is taken at a time
+SQUARE_ROWS = 64
 
 
 @dataclass
@@ -126,8 +129,12 @@ class FeatureStatistics:
         return observed
 
     def of_layers(self, layers: Sequence[int]) -> "FeatureStatistics":
-        """Return the statistics of some of the layers alone."""
-        chosen = list(layers)
+        """Return the statistics of some of the layers alone; of layers in a row they are not
+        copied."""
+        chosen: slice | list[int] = list(layers)
+        if in_a_row(layers):
+            # A view, so that what is mapped stays so: all layers are this too
+            chosen = slice(layers[0], layers[-1] + 1)
         by_domain = None
         if self.by_domain is not None:
             by_domain = replace(self.by_domain, sum_LMD=self.by_domain.sum_LMD[chosen])
@@ -203,8 +210,18 @@ class FeatureStatistics:
 
     def mean_gram_DD(self, place: int) -> Tensor:
         """Return the mean x x^T of one layer, in fp64."""
+        mean_DD = torch.empty_like(self.gram_LDD[place], dtype=torch.float64)
+        return self.mean_gram_into(place, slice(None), mean_DD)
+
+    def mean_gram_into(self, place: int, rows: slice, mean_RD: Tensor) -> Tensor:
+        """Write some rows of the mean x x^T of one layer to mean_RD, in fp64, and return it."""
         tokens = self.tokens if self.gram_tokens is None else self.gram_tokens
-        return self.gram_LDD[place].double() / max(1, tokens)
+        return mean_RD.copy_(self.gram_LDD[place, rows]).div_(max(1, tokens))
+
+
+def in_a_row(layers: Sequence[int]) -> bool:
+    """Whether layers follow one another without a gap."""
+    return bool(layers) and list(layers) == list(range(layers[0], layers[-1] + 1))
 
 
 def uniform(statistics: Sequence[FeatureStatistics]) -> Tensor:
@@ -236,17 +253,39 @@ def ridge(statistics: Sequence[FeatureStatistics], penalty: float, margin: float
     penalty is relative to the mean squared input.
     """
     mean_LED = torch.stack([domain.mean_LD for domain in statistics], 1)
-    eye_DD = torch.eye(mean_LED.shape[-1], dtype=mean_LED.dtype)
+    # What is as large as a square is made once. Anew for each layer and expert, such blocks left
+    # holes in the heap that took twice what was in use.
+    d_model = mean_LED.shape[-1]
+    gram_DD = mean_LED.new_empty(d_model, d_model)
+    # LAPACK has columns together, hence the transpose
+    factors_DD = torch.empty_like(gram_DD).mT
+    pivots_D = torch.empty(d_model, dtype=torch.int32)
+    rows_ERD = mean_LED.new_empty(len(statistics), SQUARE_ROWS, d_model)
     solved = []
-    # one layer after another, as the squares of widths are what takes memory
     for place, mean_ED in enumerate(mean_LED):
-        grams = [domain.mean_gram_DD(place) for domain in statistics]
-        gram_DD = torch.stack(grams).mean(0)
-        power = gram_DD.diagonal().mean()
-        weight_DE = torch.linalg.solve(gram_DD + penalty * power * eye_DD, mean_ED.mT)
+        _mean_over(statistics, place, rows_ERD, gram_DD)
+        diagonal_D = gram_DD.diagonal()
+        diagonal_D.add_(penalty * diagonal_D.mean())
+        # What torch.linalg.solve does, less the square that it makes for the factors
+        torch.linalg.lu_factor(gram_DD.mT, out=(factors_DD, pivots_D))
+        weight_DE = torch.linalg.lu_solve(factors_DD, pivots_D, mean_ED.mT, adjoint=True)
         solved.append(weight_DE.mT)
     weight_LED = normalize(torch.stack(solved), dim=-1)
     return _scale_to_margin(weight_LED, mean_LED, margin)
+
+
+def _mean_over(
+    statistics: Sequence[FeatureStatistics], place: int, rows_ERD: Tensor, gram_DD: Tensor
+) -> None:
+    """Write the mean over domains of a layer's mean x x^T to gram_DD, R rows of all at a time."""
+    step = rows_ERD.shape[1]
+    for first in range(0, len(gram_DD), step):
+        rows = slice(first, first + step)
+        mean_RD = gram_DD[rows]
+        grams_ERD = rows_ERD[:, : len(mean_RD)]
+        for domain, gram_RD in zip(statistics, grams_ERD, strict=True):
+            domain.mean_gram_into(place, rows, gram_RD)
+        torch.mean(grams_ERD, 0, out=mean_RD)
 
 
 def _scale_to_margin(weight_LED: Tensor, mean_LED: Tensor, margin: float) -> Tensor:

@@ -206,13 +206,13 @@ def cost(
     adapter = adapter_parameters(cfg, shape) if trains == "adapter" else 0
     stored = stored_bytes(cfg)
     begun = passes.gates_bytes(cfg, stack) if trains == "gates" else 0
-    frozen = frozen_bytes(shape, trains, bf16, _stacked(cfg), expert, stored)
+    frozen = frozen_bytes(shape, trains, bf16, _beside(cfg), expert, stored)
     peak = peak_bytes(
         shape,
         trains,
         plan,
         bf16,
-        _stacked(cfg),
+        _beside(cfg),
         cfg.router.top_k,
         adapter,
         expert,
@@ -307,7 +307,7 @@ def memory_plan(
             trains,
             tried,
             bf16,
-            _stacked(cfg),
+            _beside(cfg),
             cfg.router.top_k,
             adapter,
             expert,
@@ -337,6 +337,12 @@ def _stack(cfg: FfnMoeConfig, shape: Shape) -> passes.StackShape:
 def _stacked(cfg: FfnMoeConfig) -> int:
     """Return how many feed-forward networks the stack has."""
     return len(cfg.experts) + (cfg.trunk.anchor == "keep")
+
+
+def _beside(cfg: FfnMoeConfig) -> int:
+    """Return how many experts of a stack stand beside the trunk's own networks; the anchor is these
+    where experts are deltas on them."""
+    return len(cfg.experts) if cfg.expert.delta_rank else _stacked(cfg)
 
 
 def peak_bytes(
@@ -423,7 +429,9 @@ def frozen_bytes(
     if trains != "gates":
         return mapped, rounded
     if expert is not None and expert.rank:
-        mapped += experts * own * 4  # deltas stay in fp32
+        # Deltas stay in fp32 where they are, beside the copies that a mixture in bf16 keeps
+        mapped += experts * own * 4
+        rounded = experts * own * unit * bf16
     elif bf16:
         rounded = experts * own * unit
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...config.fit import FitConfig
 from ...hardware import device
 from ...model.chunks import CHUNK_LOGITS, workspace_bytes
+from ...model.router_init import SQUARE_ROWS, in_a_row
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS
@@ -17,13 +18,9 @@ from .samples import shown_tokens
 TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
 # of a processor; a GPU's peak is what was asked for
-# Largest block that glibc keeps in its heap, once one of that size has been given back
-HEAP_BLOCK_BYTES = 32 * 2**20
-# Of a ridge in matrices of D x D in fp64: every expert's, all of them once more, and three
-RIDGE_IN_USE = (3, 2.0)  # at all, for each expert
-# With holes of the heap, where an aligned block does not fit into one of its own size. The same
-# blocks asked of glibc 2.36 alone, 28 layers: 16, 30, 47 and 78 of 1, 4, 8 and 16 experts
-RIDGE_IN_HEAP = (12, 4.5)
+RIDGE_SQUARES = 2  # of D x D in fp64: the one that is solved, and its factors
+# and of L x D for each expert: mean inputs; gates solved, of one length, scaled, and in fp32
+RIDGE_GATES = 4.5
 KERNEL_BYTES = 42_000_000  # code that the first step or pass touches, compiled kernels
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 
@@ -75,15 +72,26 @@ def gates_bytes(cfg: FfnMoeConfig, stack: StackShape) -> int:
     if device() == "cuda" or cfg.router.init == "rows":
         # they are made in main memory
         return 0
-    square = stack.shape.d_model**2
-    held = 0.0
-    if cfg.trunk.anchor == "keep":
-        # the trunk's statistics of the layers with experts, copied in fp32
-        held = 4 * square * (len(stack.expert.layers) if stack.expert else stack.shape.layers)
+    held = copied_bytes(stack) if cfg.trunk.anchor == "keep" else 0
     if cfg.router.init == "ridge":
-        least, each = RIDGE_IN_USE if 8 * square > HEAP_BLOCK_BYTES else RIDGE_IN_HEAP
-        held += 8 * square * (least + each * stack.experts)
-    return int(held)
+        held += ridge_bytes(stack, stack.experts)
+    return held
+
+
+def copied_bytes(stack: StackShape) -> int:
+    """Return what of the trunk's statistics is copied from their file: those of layers with
+    experts, where others are between them."""
+    if stack.expert is None or in_a_row(stack.expert.layers):
+        return 0
+    return 4 * len(stack.expert.layers) * stack.shape.d_model**2
+
+
+def ridge_bytes(stack: StackShape, experts: int) -> int:
+    """Return what the closed form of so many experts' gates takes at its peak."""
+    shape = stack.shape
+    layers = shape.layers if stack.expert is None else len(stack.expert.layers)
+    rows = RIDGE_SQUARES * shape.d_model + experts * (SQUARE_ROWS + RIDGE_GATES * layers)
+    return int(8 * shape.d_model * rows)
 
 
 def statistics_flops(shape: Shape, tokens: int) -> float:
@@ -161,7 +169,12 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
         # One at a time
         mapped += 4 * stack.shape.stack_parameters(max(rivals))
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
-    peak = mapped + forward_bytes(stack, min(batch, tokens), False)
+    taken = forward_bytes(stack, min(batch, tokens), False)
+    if everything and device() != "cuda":
+        # Untrained gates are made of the statistics of the anchor and all experts, between passes
+        made = ridge_bytes(stack, own + 1) + KERNEL_BYTES + HEAP_BYTES
+        taken = max(taken, made) + copied_bytes(stack)
+    peak = mapped + taken
     if stack.expert is not None and stack.expert.rank:
         # The mean of deltas holds all their factors once more, and what runs in bf16 is cast
         peak += own * stack.expert_bytes * 3 // 2
