@@ -338,8 +338,8 @@ def _of_1_5_b(folder: Path, **changes):
 def test_a_mixture_of_deltas_in_bf16_is_planned_as_it_was_measured(tmp_path):
     """benchmarks/memory_stages.py: 607 MB above imports and mapped files, of 1.5 B and rank 64."""
 
-    def planned(bf16=True, **changes):
-        found = ffn_cost.cost(_of_1_5_b(tmp_path, **changes), "train_router", None, None, bf16)
+    def planned(bf16=True, stage="train_router", **changes):
+        found = ffn_cost.cost(_of_1_5_b(tmp_path, **changes), stage, None, None, bf16)
         return (found.peak_bytes - found.mapped_bytes) / 1e6
 
     assert planned() == pytest.approx(607, rel=0.05)
@@ -348,6 +348,9 @@ def test_a_mixture_of_deltas_in_bf16_is_planned_as_it_was_measured(tmp_path):
     assert planned(trunk={"anchor": "keep"}) == pytest.approx(planned(), rel=0.01)
     assert planned(expert={"rank": 16}) == pytest.approx(planned() - 3 / 4 * copies, rel=0.01)
     assert planned(bf16=False) < planned() - 0.7 * copies
+    # In a report too, where fp32 has one layer's mean of all experts
+    more = planned(stage="evaluate") - planned(bf16=False, stage="evaluate")
+    assert more == pytest.approx(copies - 2 * copies / 28, rel=0.01)
 
 
 def test_gates_that_are_made_before_a_pass_count_where_they_take_more(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from pipeline.model.experts import Expert, clone, in_layers, mix
 from pipeline.model.kernels import shared_base
 from pipeline.model.low_rank import (
     PROJECTIONS,
+    DeltaSoup,
     LowRankExpert,
     average,
     compress,
@@ -174,6 +175,19 @@ def test_the_soup_of_deltas_is_the_mean_of_the_merged_experts():
     for layer in range(LAYERS):
         torch.testing.assert_close(soup(layer, x_ND), wanted(layer, x_ND), rtol=1e-5, atol=1e-5)
     assert isinstance(soup, LowRankExpert) and soup.rank == 3 * RANK
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [1]])
+def test_a_soup_of_deltas_is_made_of_each_layer_when_it_runs(layers):
+    base = a_base()
+    members = [an_expert(base, seed, layers=layers) for seed in range(3)]
+    whole, soup = average(members), DeltaSoup(members)
+    x_ND = torch.randn(N, D)
+    for layer in range(LAYERS):
+        assert torch.equal(soup(layer, x_ND), whole(layer, x_ND))
+    # what it holds is the experts', and stays so
+    own = {p.data_ptr() for member in members for p in member.parameters()}
+    assert {p.data_ptr() for p in soup.parameters()} == own
 
 
 def test_a_compressed_expert_is_the_nearest_of_its_rank():

@@ -11,7 +11,7 @@ E experts, K experts per token.
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -198,10 +198,11 @@ def from_tensors(base: Expert, tensors: Mapping[str, Tensor], scale: float) -> L
 
 
 @torch.no_grad()
-def average(experts: Sequence[Expert]) -> Expert:
+def average(experts: Sequence[Expert], layers: Collection[int] | None = None) -> Expert:
     """Return the weight soup (2203.05482) of experts of one form: the mean of their matrices.
 
-    The mean of E deltas of rank r is one of rank E r: their factors beside each other.
+    The mean of E deltas of rank r is one of rank E r: their factors beside each other. layers: of
+    deltas, those that it is wanted in, where not in all that they are in.
     """
     members = [each for each in experts if isinstance(each, LowRankExpert)]
     if len(members) < len(experts):
@@ -209,7 +210,7 @@ def average(experts: Sequence[Expert]) -> Expert:
     first = members[0]
     rank = sum(each.rank for each in members)
     with torch.device("meta"):
-        soup = LowRankExpert(first.base, rank, 1.0, first.own_layers)
+        soup = LowRankExpert(first.base, rank, 1.0, layers or first.own_layers)
     tensors = {}
     named = [each.named() for each in members]
     for name in soup.named():
@@ -223,6 +224,22 @@ def average(experts: Sequence[Expert]) -> Expert:
     soup.load(tensors, assign=True)
     soup.requires_grad_(False).eval()
     return soup
+
+
+class DeltaSoup(nn.Module):
+    """The weight soup of deltas as `average` makes it, of each layer when it runs: nobody holds all
+    experts once more."""
+
+    def __init__(self, experts: Sequence[LowRankExpert]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, layer: int, x_BTD: Tensor) -> Tensor:
+        """Return y_BTD of one layer's mean network."""
+        members = [cast("LowRankExpert", expert) for expert in self.experts]
+        if members[0].layers[layer] is None:
+            return members[0](layer, x_BTD)
+        return average(members, [layer])(layer, x_BTD)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def cost(
         return None
     stack = _stack(cfg, shape)
     if stage == "evaluate":
-        return passes.of_report(cfg, stack)
+        return passes.of_report(cfg, stack, bf16)
     if stage == "train_shared" and cfg.trunk.is_pinned:
         return passes.of_pin(cfg, stack)
     if stage == "train_dense" and item in FROM_ZERO:

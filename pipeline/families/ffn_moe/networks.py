@@ -11,7 +11,7 @@ import torch
 from ...data.text.shards import Shards
 from ...hardware import device
 from ...model.experts import Expert, Soup
-from ...model.low_rank import LowRankExpert, average
+from ...model.low_rank import DeltaSoup, LowRankExpert
 from ...model.router import UniformMixture
 from ...model.router_init import FeatureStatistics
 from ...model.trunk import Trunk, open_dense
@@ -124,10 +124,9 @@ def network_rows(
     )
 
 
-def _soup(experts: Sequence[Expert]) -> Expert | Soup:
-    deltas = all(isinstance(expert, LowRankExpert) for expert in experts)
-    # The mean of deltas is small; that of whole networks is made layer by layer, where it runs
-    return average(experts) if deltas else Soup(experts)
+def _soup(experts: Sequence[Expert]) -> Soup | DeltaSoup:
+    deltas = [expert for expert in experts if isinstance(expert, LowRankExpert)]
+    return DeltaSoup(deltas) if len(deltas) == len(experts) else Soup(experts)
 
 
 def _untrained(

@@ -133,7 +133,7 @@ def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     return JobCost("train_shared", None, 0, 0, flops, peak, told, stack.model_bytes, once)
 
 
-def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
+def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     """Return the cost of the report: a pass over the held-out text for every row."""
     own = len(cfg.experts)
     k = min(cfg.router.top_k, stack.experts)
@@ -176,7 +176,8 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
         taken = max(taken, made) + copied_bytes(stack)
     peak = mapped + taken
     if stack.expert is not None and stack.expert.rank:
-        # The mean of deltas holds all their factors once more, and what runs in bf16 is cast
-        peak += own * stack.expert_bytes * 3 // 2
+        # Of a layer the mean of deltas is made when it runs; a mixture in bf16 keeps its casts
+        once_more = stack.expert_bytes // len(stack.expert.layers)
+        peak += own * max(once_more, stack.expert_bytes // 2 * bf16)
     once = stack.shape.forward_flops_per_token()
     return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped, once)
