@@ -251,19 +251,34 @@ def test_what_cannot_be_bundled_is_told_exactly_where_deploy_would_refuse(seed, 
     assert notes == laptop("ffn_moe", tmp_path / "model", tmp_path)
 
 
-def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
+def planned(cfg, tmp_path: Path) -> str:
+    """Return what `plan` prints."""
     from rich.console import Console
 
-    from pipeline.families.ffn_moe import family as ffn
     from pipeline.run import dry_run
     from pipeline.store.artifacts import Store
+
+    console = Console(record=True, width=200)
+    dry_run.show_plan(cfg, Store(tmp_path / "store"), console)
+    return console.export_text()
+
+
+def test_a_plan_tells_no_time_where_the_model_is_not_here(tmp_path):
+    cfg = config("ffn_moe", "nobody/nothing", trunk__revision="0" * 40, dense__baselines=())
+    told = planned(cfg, tmp_path)
+    assert "to train: cannot be told before the model is on this machine" in told
+    assert "0 s" not in told
+
+
+def test_the_plan_prints_it_and_the_first_stage_says_it(tmp_path, monkeypatch):
+    from pipeline.families.ffn_moe import family as ffn
 
     folder = tmp_path / "model"
     whole("llama", attention_bias=True).save_pretrained(folder)
     cfg = config("ffn_moe", str(folder))
-    console = Console(record=True, width=200)
-    dry_run.show_plan(cfg, Store(tmp_path / "store"), console)
-    assert "note: trunk.init: the trunk (llama) has attention_bias" in console.export_text()
+    told = planned(cfg, tmp_path)
+    assert "note: trunk.init: the trunk (llama) has attention_bias" in told
+    assert "to train: " in told and "cannot be told before" not in told
     said = []
     monkeypatch.setattr(ffn.text, "make_tokenizer", lambda *_: {})
     monkeypatch.setattr(ffn, "survey", lambda *_: None)

@@ -59,6 +59,31 @@ again, and one that fails does not stop the others.
 
   python -m pipeline experiments --config config/experiments_small.yaml
   python -m pipeline experiments --config mine.yaml --override seeds=[0] --parallel 2""",
+    "export": """\
+What is exported has to be trained before: the trunk and the experts, and of a
+stack the router (`run` makes all of it); hf without --dtype makes the bundle too.
+The card has the figures of the report where `evaluate` has made it. A target is
+written whole or not at all. What a format cannot hold is folded, which the card
+says, or refused by name: docs/families.md.
+
+  python -m pipeline export --config mine.yaml --format hf --dtype bf16 --to exported/hf
+  python -m pipeline export --config mine.yaml --format gguf --dtype q8_0 --to exported/gguf
+  python -m pipeline export --config mine.yaml --format expert --expert law --to exported/law
+  python -m pipeline export --config mine.yaml --format adapters --to s3://bucket/adapters""",
+    "compress": """\
+Of whole networks (expert.form: full); low-rank experts and adapters are such
+adapters as they are, which `export --format adapters` writes. Told is how much
+of each expert's squared change its rank keeps.
+
+  python -m pipeline compress --config mine.yaml --rank 64 --to exported/rank64""",
+    "plan": """\
+Of each job: whether it is done, the tokens that it reads and the numbers that it
+trains, its time and peak of memory, and how it is to run within
+runtime.memory_budget, where one is set. Nothing is fetched: of a model that is not
+on this machine yet nothing can be told. Exports and `deploy` are not in it.
+
+  python -m pipeline plan --config config/demo.yaml
+  python -m pipeline plan --config mine.yaml --override runtime.memory_budget=900MB""",
     "kit": """\
 A kit holds the trunk or its pin, the tokenizer and settings, and no text; a
 package the trained expert and statistics of its text. What these tell of the
@@ -255,7 +280,9 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", required=True, choices=FORMATS, help=formats)
     _add_target(sub)
     sub.add_argument(
-        "--expert", metavar="NAME", help="this expert alone; anchor: the trunk with its own network"
+        "--expert",
+        metavar="NAME",
+        help="expert and gguf: this one alone; anchor: the trunk with its own network",
     )
     sub.add_argument(
         "--dense", action="store_true", help="gguf: the mean of the experts as a dense model"
@@ -263,7 +290,8 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="what weights are rounded to (default: as stored); q8_0 is for gguf",
+        help="what weights are rounded to, not of adapters (default: as stored, experts of low "
+        "rank merged in fp32); q8_0 is for gguf",
     )
     _add_common(sub, several_configs=False)
 

@@ -207,10 +207,13 @@ def show_plan(
     least = "at least " if unknown else ""
     where = gpu_name() or f"{cpu_name()}, {cores()} cores"
     dtype = Addresses(cfg).cfg.dtype
-    console.print(
-        f"to train: {least}{duration(sum(seconds.values()))} in {dtype} on {where}, one job after "
-        "another"
-    )
+    if seconds:
+        console.print(
+            f"to train: {least}{duration(sum(seconds.values()))} in {dtype} on {where}, one job "
+            "after another"
+        )
+    else:
+        console.print("to train: cannot be told before the model is on this machine")
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is "
         "predicted,"
