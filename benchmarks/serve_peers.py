@@ -369,7 +369,8 @@ NOTES = (
     "Texts are greedy, and no prompt comes twice. Rates are medians over rounds, of all clients "
     "together, by the clock on the wall; ratios are medians of the rounds' own. A stream's tokens "
     f"are those that its usage tells, else its pieces. Texts as ours: of {LIKENED} greedy ones of "
-    f"{LIKENED_TOKENS} tokens, asked for before, those that are equal to the last letter."
+    f"{LIKENED_TOKENS} tokens, asked for before, those that are equal to the last letter. "
+    "transformers' server has a tenth of the machine's memory for its cache from the start."
 )
 
 
