@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..errors import DamagedArtifact, NewerStore, StoreError, UnreadableFile
 from .address import ADDRESS
@@ -119,7 +119,8 @@ def as_kind(kind: type[T], values: dict[str, Any]) -> T:
     from pydantic import ValidationError
 
     try:
-        return _checker(kind).validate_python(values)
+        # To a type checker a class of T might be no key
+        return _checker(cast(Hashable, kind)).validate_python(values)
     except ValidationError as error:
         # the first mistake tells enough of a file that nobody writes by hand
         first = error.errors()[0]
