@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -258,6 +259,43 @@ def test_experts_one_after_another_are_too(modal, experts, local, tmp_path):
         run_job("train_experts", cfg, store, item, progress=lambda _text, _share: None)
         name = f"{stages.address(cfg, 'train_experts', item)}/expert.safetensors"
         assert contents(store.root)[name] == contents(modal.volume)[name]
+
+
+CLAIMED = """
+import json, modal, sys
+claims = modal.Dict.from_name("moleforge-claims")
+for address in sys.argv[2:]:
+    lease = {"token": "x", "by": "another run", "since": "today", "until": float(sys.argv[1])}
+    claims.put(f"{address}/0", json.dumps(lease))
+"""
+
+
+def claim(modal, until: float, addresses: list[str]) -> None:
+    """Have another run do these jobs until then; 0: it gives them back."""
+    command = [sys.executable, "-c", CLAIMED, str(until), *addresses]
+    subprocess.run(command, env=modal.client.env, check=True)
+
+
+def test_an_attempt_that_comes_to_its_limit_is_followed_by_one_that_goes_on(modal, experts):
+    settings = "expert.steps=8"
+    cfg = load(modal.config, (settings,))
+    addresses = [stages.address(cfg, "train_experts", item) for item in EXPERTS]
+    # As long as somebody else has them it waits, longer than it may
+    claim(modal, time.time() + 600, addresses)
+    tasks = modal.client.state / "tasks"
+    before = len(list(tasks.iterdir()))
+    command = ("run", "modal_app.py::train_experts", "--config", str(modal.config), "--override")
+    limited = modal.client.start(*command, f"{settings} modal.attempt_s=15")
+    try:
+        wait_for(lambda: len(list(tasks.iterdir())) >= before + 2)
+        claim(modal, 0, addresses)
+    finally:
+        said, _ = limited.communicate(timeout=300)
+    assert limited.returncode == 0, said
+    assert said.count(": made") == len(EXPERTS)
+    last = readable_costs(Store(modal.volume))[-1]
+    attempts = {row.stage: row.containers for row in last.rows}["conducting"]
+    assert attempts >= 2
 
 
 def test_the_whole_run_is_that_of_a_local_run(modal, whole, local):
