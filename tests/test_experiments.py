@@ -184,6 +184,8 @@ def test_results_have_losses_sizes_timing_and_where_tokens_go(sweep):
     spent_s = sum(top_1.timing.cpu_s.values())
     assert top_1.timing.tokens_per_cpu_s == pytest.approx(top_1.timing.tokens / spent_s)
     assert 0 < top_1.use.least <= 1 / 3 and top_1.use.where in ("sea", "shop", "hall")
+    # Four steps, each written down; of a joint model those since the validation before
+    assert (top_1.use.tokens, moe.use.tokens) == (4 * 8 * 32, 2 * 8 * 32)
     # Of a joint model the validation row of the kept state has the loss without what is beside it
     row = next(
         row

@@ -154,6 +154,7 @@ def experts(results: ExperimentResults) -> Table:
             cells = (
                 Cell(share(run.use.least, 1)),
                 Cell(run.use.where),
+                Cell(count(run.use.tokens)),
                 Cell(fixed(run.use.entropy)),
                 Cell(fixed(run.use.max_entropy)),
                 Cell(share(run.use.dropped, 1)),
@@ -163,12 +164,14 @@ def experts(results: ExperimentResults) -> Table:
         name="Experts",
         title="Where tokens go",
         corner="trial, seed",
-        columns=("least share", "of", "entropy", "of an even load", "over capacity"),
+        columns=("least share", "of", "tokens", "entropy", "of an even load", "over capacity"),
         rows=tuple(rows),
         reading=(
-            "Of the whole stack an expert is one in all layers, and the load is that of the gates' "
-            "last training steps; of a joint model each layer has experts of its own, and it is "
-            "that of the validation rows. Entropy in nats, mean over layers."
+            "Tokens are those of training that the shares are of: shares of few are partly chance. "
+            "Of the whole stack an expert is one in all layers, and the load is that of the last "
+            "steps of the gates' training that were written down; of a joint model each layer has "
+            "experts of its own, and it is that of the kept epoch. Entropy in nats, mean over "
+            "layers."
         ),
         words=(1,),
     )

@@ -56,6 +56,7 @@ class TrialExperts(ReportPart):
 
     least: float = Field(description="share of tokens of the expert that gets least")
     where: str = Field(description="which expert that is")
+    tokens: int | None = Field(None, description="that the shares are of")
     entropy: float = Field(description="of the load, nats, mean over layers with experts")
     max_entropy: float = Field(description="of an even load")
     dropped: float | None = Field(None, description="share of tokens over an expert's capacity")

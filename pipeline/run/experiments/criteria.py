@@ -198,12 +198,13 @@ def tertiary(mine: TrialSummary, share: float) -> TrialCriterion:
     if not uses:
         return _open("tertiary", "no gate of it was trained")
     worst = min(uses, key=lambda use: use.least)
+    of = "tokens" if worst.tokens is None else f"{worst.tokens:,} tokens"
     return TrialCriterion(
         name="tertiary",
         passed=reaches(worst.least, share),
         number=worst.least,
         limit=share,
-        detail=f"least: {worst.where}, {beside_limit(worst.least, share, 1)} of tokens, asked "
+        detail=f"least: {worst.where}, {beside_limit(worst.least, share, 1)} of {of}, asked "
         f"{limit(share)}; entropy {worst.entropy:.3f} of {worst.max_entropy:.3f} nats",
     )
 

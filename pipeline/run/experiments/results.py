@@ -100,13 +100,15 @@ def _kept_row(manifest: Manifest, rows: Sequence[Row]) -> Row:
 def _use(trial: Trial, manifest: Manifest, rows: Sequence[Row]) -> TrialExperts | None:
     """Return where the gates send tokens; None for a model without, or whose gates were not
     trained."""
-    layers = _kept_row(manifest, rows).get("experts", {}).get("layer", {})
+    kept = _kept_row(manifest, rows)
+    layers = kept.get("experts", {}).get("layer", {})
     if layers:
-        return _use_of_layers(layers)
-    loads = [row["load"] for row in rows if "load" in row]
-    if not loads:
+        ends = [row["tokens"] for row in rows if "valid_nats" in row and row["step"] < kept["step"]]
+        return _use_of_layers(layers, kept["tokens"] - max(ends, default=0))
+    told = [row for row in rows if "load" in row][-LAST_ROWS:]
+    if not told:
         return None
-    mean = [statistics.fmean(shares) for shares in zip(*loads[-LAST_ROWS:], strict=True)]
+    mean = [statistics.fmean(shares) for shares in zip(*(row["load"] for row in told), strict=True)]
     least = min(mean)
     names = list(trial.cfg.experts)
     at = mean.index(least)
@@ -116,13 +118,15 @@ def _use(trial: Trial, manifest: Manifest, rows: Sequence[Row]) -> TrialExperts 
     return TrialExperts(
         least=least,
         where=names[at_name] if at_name >= 0 else "anchor",
+        # each row is of one step
+        tokens=round(len(told) * told[-1]["tokens"] / told[-1]["step"]),
         entropy=_entropy(mean),
         max_entropy=math.log(len(mean)),
         dropped=statistics.fmean(dropped) if dropped else None,
     )
 
 
-def _use_of_layers(layers: Mapping[str, Mapping[str, Any]]) -> TrialExperts:
+def _use_of_layers(layers: Mapping[str, Mapping[str, Any]], tokens: int) -> TrialExperts:
     # Experts of one number in two layers have nothing to do with each other, so each counts
     least = math.inf
     where = ""
@@ -135,6 +139,7 @@ def _use_of_layers(layers: Mapping[str, Mapping[str, Any]]) -> TrialExperts:
     return TrialExperts(
         least=least,
         where=where,
+        tokens=tokens,
         entropy=statistics.fmean(found["entropy"] for found in layers.values()),
         max_entropy=math.log(max(counts)),
         dropped=statistics.fmean(found.get("dropped", 0.0) for found in layers.values()),
