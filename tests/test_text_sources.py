@@ -6,16 +6,20 @@ import gzip
 import json
 import lzma
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from packaging.utils import canonicalize_name
 from test_documents import ROWS, config, read, write_jsonl
 
 from pipeline.data.sources import SourceFile, installed
 from pipeline.errors import DataError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,37 @@ def test_installed_text_is_four_domains_in_a_fixed_order():
         assert not any(name.startswith("/") for name, _ in found)
     sources = dict(installed.python())
     assert "import" in sources["ast.py"] and not any("test" in name.split("/") for name in sources)
+
+
+def test_what_is_installed_beside_the_requirements_gives_no_text(tmp_path, monkeypatch):
+    needs = {
+        "rich": ["Friend[more]"],
+        "friend": ["more_friend; extra == 'more'", "foe; extra == 'less'"],
+        "more_friend": ["old-friend; python_version < '3'"],
+        **dict.fromkeys(("foe", "old_friend", "stranger"), ()),
+    }
+    for name, needed in needs.items():
+        package = tmp_path / f"{name}-99.dist-info"
+        package.mkdir()
+        lines = "".join(f"Requires-Dist: {each}\n" for each in needed)
+        package.joinpath("METADATA").write_text(
+            f"Name: {name}\nVersion: 99\n{lines}\n{name} says\n"
+        )
+    before = dict(installed.taken_from("licences"))
+    monkeypatch.syspath_prepend(tmp_path)
+    after = dict(installed.taken_from("licences"))
+    assert after.keys() - before.keys() == {"friend", "more-friend"}
+    assert after["rich"] == "99"
+    assert "pytest" not in before
+    told = dict(installed.manual())
+    assert "more_friend says" in told["more-friend/METADATA"]
+    assert "stranger/METADATA" not in told
+
+
+def test_the_requirements_are_what_text_is_taken_of():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    named = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+    assert named == set(installed.OWN)
 
 
 def test_licences_of_other_holders_are_the_same_wording():

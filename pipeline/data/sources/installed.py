@@ -1,8 +1,8 @@
 """Four domains of real text that every machine has once the requirements are installed.
 
-Invariant: files are ordered by a hash of their relative path and read as bytes of installed
-packages, so machines with the same packages and the same build of Python see the same documents in
-the same order, with no network; others see others, and addresses hold which.
+Invariant: files are ordered by a hash of their relative path and read as bytes of the packages that
+this project needs, so machines with the same versions of these and the same build of Python see the
+same documents in the same order, with no network; others see others, and addresses hold which.
 """
 
 import hashlib
@@ -17,6 +17,9 @@ from email import message_from_string
 from functools import lru_cache, partial
 from importlib.metadata import Distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ...config.text_data import INSTALLED_DOMAINS as DOMAINS
 from ...config.text_data import TextRunConfig
@@ -38,6 +41,46 @@ _NOT_PROSE = {
 _LICENCE = re.compile(r"^(LICEN[CS]E|COPYING|NOTICE)", re.I)
 _DOCUMENTATION = (".md", ".rst", ".txt")
 _HEADERS = (".h", ".hpp", ".cuh")
+# What requirements.txt names. Text is taken of these and of what they need: what else a machine
+# has, such as what its tests need, comes and goes
+OWN = (
+    "bitsandbytes",
+    "datasets",
+    "fastapi",
+    "filelock",
+    "fsspec",
+    "gguf",
+    "huggingface-hub",
+    "imagehash",
+    "jinja2",
+    "matplotlib",
+    "modal",
+    "numpy",
+    "optuna",
+    "packaging",
+    "peft",
+    "pillow",
+    "pillow-heif",
+    "prometheus-client",
+    "psutil",
+    "pydantic",
+    "pywavelets",
+    "rapidfuzz",
+    "rich",
+    "ruamel-yaml",
+    "s3fs",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "tensorboard",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "typing-extensions",
+    "uvicorn",
+    "wandb",
+    "zstandard",
+)
 
 
 def sources(cfg: TextRunConfig) -> Iterator[Source]:
@@ -196,13 +239,25 @@ def _wording(text: str) -> bytes:
 
 
 def _packages() -> list[tuple[str, Distribution]]:
-    """Return (name, package) of everything installed, by name."""
-    found: dict[str, Distribution] = {}
+    """Return (name, package) of what OWN names and needs, of what is installed, by name."""
+    here: dict[str, Distribution] = {}
     for package in importlib.metadata.distributions():
-        name = (package.metadata["Name"] or "").lower()
-        if name:
-            found.setdefault(name, package)  # the first on the path is the one that is imported
-    return sorted(found.items())
+        name = canonicalize_name(package.metadata["Name"] or "")
+        here.setdefault(name, package)  # the first on the path is the one that is imported
+    asked = [(canonicalize_name(name), "") for name in OWN]
+    # (name, extra): what an extra brings is needed by whoever asks for it
+    found = set()
+    while asked:
+        each = asked.pop()
+        name, extra = each
+        if each in found or name not in here:
+            continue
+        found.add(each)
+        for line in here[name].requires or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                asked += [(canonicalize_name(needed.name), of) for of in ("", *needed.extras)]
+    return [(name, here[name]) for name in sorted({name for name, _ in found})]
 
 
 def _listed(package: Distribution) -> list[str]:
