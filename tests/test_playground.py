@@ -348,9 +348,16 @@ def test_a_picture_is_dropped_or_pasted_or_chosen_and_its_boxes_are_drawn(visit,
     assert len(pictures.asked[1][1]["messages"][0]["content"]) == 2
 
 
+def chats(page):
+    """Choose to chat, as people do: the round button itself is hidden, and a click that is forced
+    there misses where the page is still moving."""
+    page.click("#mode-field label:has([value=chat])")
+    assert page.is_checked("input[value=chat]")
+
+
 def test_a_chat_goes_on_with_its_turns(visit, texts):
     page = visit(texts.url)
-    page.check("input[value=chat]", force=True)
+    chats(page)
     page.fill("#system", "Be brief.")
     generate(page, "hi")
     assert page.input_value("#prompt") == ""
@@ -366,7 +373,7 @@ def test_a_chat_goes_on_with_its_turns(visit, texts):
 
 def test_a_question_whose_answer_broke_off_is_asked_again_without_the_half_answer(visit, texts):
     page = visit(texts.url)
-    page.check("input[value=chat]", force=True)
+    chats(page)
     generate(page, "hi")
     page.fill("#prompt", "breaks")
     page.press("#prompt", "Control+Enter")

@@ -174,7 +174,7 @@ def test_what_a_bundle_is_held_against_has_gone_before_it_is_run_in_bf16(bundled
         models.append(weakref.ref(model))
         return model
 
-    def tried(_network, _context_tokens):
+    def tried(_network, _context_tokens, _readers):
         gc.collect()
         assert [model() for model in models] == [None]
         return True

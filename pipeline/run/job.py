@@ -122,11 +122,11 @@ def _inputs(job: JobContext) -> dict[str, str]:
 
 
 @cache
-def _versions() -> dict[str, str]:
-    """Return the versions of the packages that are here: a machine that only trains needs no
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of those packages that are here: a machine that only trains needs no
     `datasets`."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -151,7 +151,7 @@ def _make(job: JobContext) -> Manifest:
     made = {
         "at": now(),
         "seconds": time.monotonic() - started,
-        "packages": dict(_versions()),
+        "packages": dict(_versions(PACKAGES)),
     }
     # What a training says of the machine it ran on
     made |= metrics.pop("made", {})
