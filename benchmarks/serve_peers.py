@@ -126,7 +126,10 @@ def turn(peer: Peer, clients: int, seconds: float, seed: int) -> Turn:
     def client(number: int) -> None:
         draw = random.Random(f"{seed}, {clients}, {number}")
         prompts = texts(draw)
-        with httpx.Client(base_url=peer.address, timeout=PATIENCE_S) as http:
+        # a connection for each request: llama.cpp's server ends one that is kept while the next
+        # request comes
+        unkept = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=peer.address, timeout=PATIENCE_S, limits=unkept) as http:
             while time.monotonic() < until:
                 body = {
                     "model": peer.model,
@@ -139,8 +142,9 @@ def turn(peer: Peer, clients: int, seconds: float, seed: int) -> Turn:
                 asked = time.monotonic()
                 try:
                     first, tokens = _streamed(http, body)
-                except (httpx.HTTPError, ValueError):
+                except (httpx.HTTPError, ValueError) as error:
                     # a client whose request fails asks again, as the others go on asking too
+                    progress(f"a request to {peer.name} failed: {error}")
                     first, tokens = None, 0
                 with lock:
                     found.tokens += tokens
