@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.cloud import watching as far_watching
+from pipeline.cloud.far import on_volume
 from pipeline.errors import ConfigError
 from pipeline.run.history import positions, watching
 from pipeline.run.history.positions import look
@@ -174,18 +175,10 @@ def test_the_command_finds_the_run_in_progress_else_the_latest(begun, capsys):
 
 def far_copy(store, tmp_path):
     """Return what is printed of the trials of a volume that has what a store has."""
-
-    def names(folder):
-        place = store.root / folder
-        return [path.name for path in place.iterdir()] if place.exists() else []
-
-    def read(path):
-        place = store.root / path
-        return place.read_bytes() if place.is_file() else None
-
+    far = on_volume(store.root, tmp_path)
     (tmp_path / "copy").mkdir()
     console = Console(file=io.StringIO(), width=200)
-    far_watching.watch("tried", True, tmp_path / "copy", names, read, console)
+    far_watching.watch("tried", True, tmp_path / "copy", far.names, far.read, console)
     return console.file.getvalue()
 
 
@@ -230,15 +223,11 @@ def test_trials_of_experiments_are_followed_as_one(begun, cfg, capsys, monkeypat
 def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun, tmp_path):
     store, root = begun
     asked = []
-
-    def names(folder):
-        place = store.root / folder
-        return [path.name for path in place.iterdir()] if place.exists() else []
+    far = on_volume(store.root, tmp_path)
 
     def read(path):
         asked.append(path)
-        place = store.root / path
-        return place.read_bytes() if place.is_file() else None
+        return far.read(path)
 
     # on Modal a note says until when it counts
     note = in_use.note_path(store, in_use.new_name())
@@ -255,7 +244,7 @@ def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun,
 
     copy = tmp_path / "copy"
     copy.mkdir()
-    last, _ = far_watching.watch("", False, copy, names, read, console, wait)
+    last, _ = far_watching.watch("", False, copy, far.names, read, console, wait)
     done, half = (
         each.address for each in last.positions if each.stage == "train_experts" and each.step
     )
@@ -266,7 +255,7 @@ def test_a_run_on_the_volume_is_copied_look_by_look_and_what_is_done_once(begun,
     assert last.done == 1 and not last.in_progress
     assert "40 of 100" in console.file.getvalue()
     with pytest.raises(ConfigError, match="there is no run other"):
-        far_watching.watch("other", True, copy, names, read, console)
+        far_watching.watch("other", True, copy, far.names, read, console)
 
 
 def test_all_runs_that_go_on_have_a_line_each_and_what_is_at_work(begun, tmp_path):
@@ -276,20 +265,13 @@ def test_all_runs_that_go_on_have_a_line_each_and_what_is_at_work(begun, tmp_pat
     note.parent.mkdir(exist_ok=True)
     write_text(note, sealed(left))
     alive = []
-
-    def names(folder):
-        place = store.root / folder
-        return [path.name for path in place.iterdir()] if place.exists() else []
-
-    def read(path):
-        place = store.root / path
-        return place.read_bytes() if place.is_file() else None
+    far = on_volume(store.root, tmp_path)
 
     def status(folder):
         (tmp_path / folder).mkdir()
         console = Console(file=io.StringIO(), width=200)
         going = far_watching.follow_all(
-            tmp_path / folder, names, read, console, lambda *_: bool(alive)
+            tmp_path / folder, far.names, far.read, console, lambda *_: bool(alive)
         )
         return going, console.file.getvalue()
 
@@ -303,7 +285,7 @@ def test_all_runs_that_go_on_have_a_line_each_and_what_is_at_work(begun, tmp_pat
     (tmp_path / "copy").mkdir()
     console = Console(file=io.StringIO(), width=200)
     followed = far_watching.Following(
-        root.name, tmp_path / "copy", names, read, lambda *_: bool(alive)
+        root.name, tmp_path / "copy", far.names, far.read, lambda *_: bool(alive)
     )
     followed.tell(console)
     assert console.file.getvalue() == ""

@@ -54,8 +54,8 @@ def speeds(store: Store) -> Iterator[Speed]:
         except StoreError:
             # No part of this run, or its own job says so
             continue
-        found = _speed(manifest)
-        if found is not None and found.seconds >= LEAST_TRAINED_S:
+        found = speed_of(manifest)
+        if found is not None:
             yield found
 
 
@@ -68,6 +68,12 @@ def of_this_machine(store: Store) -> list[Speed]:
         if (machine.get("cpu"), machine.get("gpu")) == here:
             out.append(each)
     return out
+
+
+def speed_of(manifest: Manifest) -> Speed | None:
+    """Return the speed of a training that was long enough to tell one."""
+    found = _speed(manifest)
+    return found if found and found.seconds >= LEAST_TRAINED_S else None
 
 
 def _speed(manifest: Manifest) -> Speed | None:

@@ -156,7 +156,7 @@ def local_hand_out(
         def told(at: int, error: PipelineError | None) -> None:
             ended(at, "" if error is None else sentence(error))
 
-        names = [trial_label(experiments, cfg) for cfg, _ in wanted]
+        names = [trial_label(experiments, cfg.name, cfg.seed) for cfg, _ in wanted]
         local.run_several(stage, wanted, told, gives_up, names)
 
     return hand_out

@@ -10,7 +10,7 @@ from ...hardware import cores
 from ...report.format import finite, seconds
 from ...store.artifacts import Manifest, Reader, Store
 from ...train.flops import JobCost
-from ..speeds import Speed, alike, of_this_machine, typical
+from ..speeds import Speed, alike, of_this_machine, speed_of, typical
 from ..stages import is_text
 from .trials import Trial
 
@@ -41,6 +41,8 @@ class Remaining:
         self._wanted: dict[str, SweepJob] = {}  # by address, as all below
         self._left: dict[str, SweepJob] = {}
         self._costs: dict[str, JobCost | None] = {}
+        # Read once, as a store may have thousands, and then told by the jobs that end
+        self._speeds: list[Speed] | None = None
 
     def want(self, trials: Iterable[Trial], stages: Iterable[str]) -> None:
         """Count the jobs that trials need of some stages."""
@@ -56,6 +58,10 @@ class Remaining:
     def over(self, address: str) -> None:
         """Count a job no longer, as it is done or nobody can do it."""
         self._left.pop(address, None)
+        manifest = self._made(address) if self._speeds is not None else None
+        speed = speed_of(manifest) if manifest else None
+        if self._speeds is not None and speed:
+            self._speeds.append(speed)
 
     def told(self) -> str:
         """Return how many jobs are over, and how long the others will take, in words."""
@@ -65,9 +71,10 @@ class Remaining:
         uncounted = any(is_text(job.stage) for job in self._left.values())
         if self._parallel is None or uncounted or not self._left:
             return words
-        known = of_this_machine(self._store)
+        if self._speeds is None:
+            self._speeds = of_this_machine(self._store)
         beside = self._beside()
-        times = [self._seconds(address, known, beside) for address in self._left]
+        times = [self._seconds(address, self._speeds, beside) for address in self._left]
         told = [each for each in times if each is not None]
         if not told:
             return words

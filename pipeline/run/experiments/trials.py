@@ -144,9 +144,9 @@ def _begins(experiments: str) -> str:
     return f"{experiments}."
 
 
-def trial_label(experiments: str, cfg: RunConfig) -> str:
-    """Return what the trial that a run is of is called for people."""
-    return f"{cfg.name.removeprefix(_begins(experiments))} seed {cfg.seed}"
+def trial_label(experiments: str, run: str, seed: int) -> str:
+    """Return what the trial that a run of such a name is of is called for people."""
+    return f"{run.removeprefix(_begins(experiments))} seed {seed}"
 
 
 def expanded(name: str, grid: GridConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from ...store import in_use
 from ...store.artifacts import Store
 from ...store.roots import Root, readable_roots
+from ..experiments.trials import trial_label
 from ..stages import STAGES
 from .positions import DONE, Look, Position, jobs_of, position_of, with_times
 
@@ -44,7 +45,8 @@ def looks_at(
                 position = done.get(job[2]) or found.get(job[2])
                 if position is None:
                     position = position_of(store, job, going, now_s)
-                    position = replace(position, of=_label(root, name))
+                    seed = root.settings.get("seed", 0)
+                    position = replace(position, of=trial_label(name, root.name, seed))
                 own.append(position)
             # By its siblings of the same trial: another's models may be a hundred times as large
             for each in with_times(own, usual):
@@ -55,7 +57,3 @@ def looks_at(
         return Look(name, tuple(ordered), any(set(root.addresses) <= used for root in trials))
 
     return looked
-
-
-def _label(root: Root, experiments: str) -> str:
-    return f"{root.name.removeprefix(f'{experiments}.')} seed {root.settings.get('seed')}"
