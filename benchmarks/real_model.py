@@ -94,6 +94,7 @@ class Benchmark:
             whole,
             f"last:{max(1, layers // 3)}",
             self.args.general or general,
+            tuple(self.args.best),
         )
 
     def _wanted(self, step: Step) -> bool:
@@ -257,6 +258,8 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--speed", f"--rounds {args.rounds}"]
     words += [f"--override {change}" for change in args.override]
     words += [f"--only '{pattern}'" for pattern in args.only]
+    if args.best:
+        words.append("--best " + " ".join(f"'{name}'" for name in args.best))
     words += [f"--seeds {args.seeds}", f"--threads {args.threads}", f"--parallel {args.parallel}"]
     return " ".join(words)
 
@@ -292,6 +295,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=3, help="of dense total and the two best forms"
     )
+    parser.add_argument(
+        "--best",
+        nargs=2,
+        default=[],
+        metavar="ROW",
+        help="the two forms of --seeds, where an earlier page told them: with --only '*seed*' "
+        "other seeds are run without the first one's rows",
+    )
     parser.add_argument("--threads", type=int, default=1, help="processor threads per job")
     parser.add_argument("--parallel", type=int, default=2, help="jobs side by side")
     parser.add_argument(
@@ -302,9 +313,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="of --speed")
     args = parser.parse_args(argv)
+    best = tuple(args.best)
+    plan = Plan(("", *args.taught), tuple(args.taught), args.seeds, 1, "last:1", "", best)
+    try:
+        steps = list(plan.steps())
+    except ValueError as error:
+        parser.error(f"--best: {error}")
     if args.list:
-        plan = Plan(("", *args.taught), tuple(args.taught), args.seeds, 1, "last:1", "")
-        parser.exit(message="\n".join(step.key for step in plan.steps()) + "\n")
+        parser.exit(message="\n".join(step.key for step in steps) + "\n")
     if not args.files:
         parser.error("files: name JSONL files with the fields text, domain and split")
     return args

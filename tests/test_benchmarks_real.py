@@ -225,6 +225,36 @@ def test_seeds_are_judged_by_their_mean_and_shown_apart():
     assert apart.count("±") == 3
 
 
+def test_seeds_without_the_first_are_judged_against_dense_of_the_same():
+    tables = Tables(Text(), TAUGHT)
+    for seed, shift in ((1, -0.4), (2, 0.1)):
+        dense = lost(wiki=0, legal=-1, drama=-1)
+        tables.add(row(f"{TOTAL}, seed {seed}", dense, kind="dense", seed=seed, form=TOTAL))
+        # told of one seed first
+        own = lost(wiki=0, legal=-1 + shift, drama=-1)
+        tables.add(row(f"ours, seed {seed}", own, seed=seed, form="ours"))
+        (verdict,) = tables.verdicts()
+        assert verdict.is_as_trained
+        assert verdict.name == ("ours, seed 1" if seed == 1 else "ours, mean of 2 seeds")
+    assert verdict.difference == pytest.approx(-0.15 / 10 / 3 / np.log(2))
+    text = body(tables)
+    assert f"- {TOTAL}, mean of 2 seeds, all" in text and "nothing is judged" not in text
+
+
+def test_forms_that_an_earlier_page_told_have_other_seeds_at_once(capsys):
+    told = ("full, no class of the base's", "low rank 64, last third")
+    plan = Plan(DOMAINS, TAUGHT, 2, 128, "last:1", "wiki", told)
+    steps = {step.key: step for step in plan.steps()}
+    best = steps["best form, seed 1"].make([])
+    assert best.name == f"{told[0]}, seed 1" and best.form == told[0] and best.made_of == "full"
+    assert best.overrides == ("expert.form=full", "trunk.anchor=discard", "seed=1")
+    second = steps["second form, seed 1"].make([])
+    assert second.made_of == told[1] and "expert.layers=last:1" in second.overrides
+    with pytest.raises(SystemExit, match="2"):
+        real_model.main(["texts.jsonl", "--best", "full", "half"])
+    assert "'half' is no form" in capsys.readouterr().err
+
+
 def test_the_best_rows_of_two_forms_are_trained_again_with_other_seeds():
     plan = Plan(DOMAINS, TAUGHT, 2, 128, "last:1", "wiki")
     steps = {step.key: step for step in plan.steps()}

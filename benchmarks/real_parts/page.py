@@ -116,15 +116,17 @@ class Tables:
     def verdicts(self) -> Iterator[Verdict]:
         """Yield how each stack of the taught domains stands to the aims, over the seeds that both
         it and dense have where there are several."""
-        rival = next((row for row in self.rows if row.variant.name == TOTAL), None)
+        rivals = {row.variant.seed: row for row in self.seeds_of(TOTAL)}
         for row in self.rows:
             variant = row.variant
-            if variant.kind != "stack" or variant.taught != self.taught or variant.seed:
+            seeds = [each.variant.seed for each in self.seeds_of(variant.form)]
+            is_first = variant.seed == seeds[0]
+            if variant.kind != "stack" or variant.taught != self.taught or not is_first:
                 continue
-            name, against = variant.name, TOTAL
-            pairs = len(self.seeds_of(variant.form))
-            if pairs > 1 and pairs == len(self.seeds_of(TOTAL)):
-                name, against = mean_of(variant.form, pairs), mean_of(TOTAL, pairs)
+            rival = rivals.get(variant.seed)
+            name, against = variant.name, rival.variant.name if rival else ""
+            if len(seeds) > 1 and seeds == list(rivals):
+                name, against = mean_of(variant.form, len(seeds)), mean_of(TOTAL, len(seeds))
             difference, interval = 0.0, None
             if rival is not None:
                 difference, interval = self.all.difference(name, against)
@@ -219,7 +221,7 @@ def _aims(tables: Tables) -> list[str]:
         "equal active",
         "equal tokens",
     ]
-    if not tables.has(TOTAL):
+    if not tables.seeds_of(TOTAL):
         lines.append(f"{TOTAL} has not been scored: nothing is judged.\n")
     elif verdicts:
         lines += [table(head, rows)]
@@ -249,7 +251,10 @@ def _told(tables: Tables, name: str) -> str:
 
 
 def _differences(tables: Tables) -> str:
-    rivals = [name for name in (TOTAL, BASE) if tables.has(name)]
+    dense = len(tables.seeds_of(TOTAL))
+    # of other seeds than the first, where that one is not among them
+    total = TOTAL if tables.has(TOTAL) else mean_of(TOTAL, dense)
+    rivals = [name for name in (total, BASE) if tables.has(name)]
     rows = []
     for name in tables.all.nats:
         if name == BASE:

@@ -96,9 +96,14 @@ class Plan:
     expert_tokens: int
     last_third: str
     general: str  # the domain of general text
+    best: tuple[str, ...] = ()  # rows that other seeds are of, where earlier pages told them
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps in their order."""
+        """Yield the steps in their order.
+
+        Raises ValueError for a name in `best` that none of them could have.
+        """
+        told = [self._named(name) for name in self.best]
         yield self._dense(TOTAL, 0, self.taught)
         yield self._dense(PATH, 0, self.taught)
         for name, overrides in forms(self.last_third).items():
@@ -110,7 +115,7 @@ class Plan:
             yield self._dense(TOTAL, seed, self.taught)
             for place, word in enumerate(("best", "second")):
                 trained = OF_A_SEARCH * len(self.taught)
-                yield Step(f"{word} form, seed {seed}", self._again(place, seed), trained)
+                yield Step(f"{word} form, seed {seed}", self._again(place, seed, told), trained)
         every = len(self.domains)
         yield self._dense(TOTAL, 0, self.domains)
         # Those that were taught before are there
@@ -159,9 +164,9 @@ class Plan:
 
         return make
 
-    def _again(self, place: int, seed: int) -> Maker:
+    def _again(self, place: int, seed: int, told: Sequence[Variant]) -> Maker:
         def make(standings: Standings) -> Variant | None:
-            found = self._recipes(standings)
+            found = told or self._recipes(standings)
             if place >= len(found):
                 return None
             first = found[place]
@@ -207,6 +212,17 @@ class Plan:
         if not known:
             return None
         return min(known, key=lambda each: each.mean).variant.name
+
+    def _named(self, name: str) -> Variant:
+        known = forms(self.last_third)
+        form, what = name, ""
+        if name not in known:
+            form, _, what = name.rpartition(", ")
+        if form not in known or (what and what not in ON_TOKENS):
+            every = ", ".join(known)
+            raise ValueError(f"{name!r} is no form ({every}), nor one with {', '.join(ON_TOKENS)}")
+        overrides = (*known[form], *ON_TOKENS.get(what, ()))
+        return Variant(name, "stack", overrides, self.taught, name, made_of=form)
 
     def _recipes(self, standings: Standings) -> list[Variant]:
         """Return the best row of each form, routers and all, the best form first."""
