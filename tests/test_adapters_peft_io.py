@@ -14,6 +14,7 @@ from pipeline.families.adapters import peft_io as adapters
 from pipeline.families.adapters.base import ModelRef
 from pipeline.families.lora_vlm import base
 from pipeline.families.lora_vlm.config import VlmAdapterConfig
+from tests.test_ffn_parts import mapped
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -159,6 +160,9 @@ def test_what_is_loaded_answers_as_it_did_beside_others_and_frozen(place, kept, 
     alone = adapters.load(base.open_base(place[1], place[0]).model, folder, "one", fresh.pin)
     assert torch.equal(logits(alone, asked), wanted)
     assert not any(p.requires_grad for p in alone.parameters()) and not alone.training
+    # it is mapped where it lies, and not copied
+    factors = [p for name, p in alone.named_parameters() if ".lora_" in name]
+    assert {mapped(each) for each in factors} == {str(folder / adapters.TENSORS)}
 
 
 def renamed(folder, change):

@@ -1,5 +1,6 @@
 """The report's rows against stock transformers, and against each other."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,13 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.text import tokenizer
 from pipeline.families.ffn_moe.evaluate import tables
-from pipeline.families.ffn_moe.parts import shards_of
+from pipeline.families.ffn_moe.networks import soup
+from pipeline.families.ffn_moe.parts import mixture_of, shards_of, token_loss
 from pipeline.families.ffn_moe.speakers import spans
 from pipeline.families.load import load
+from pipeline.model.experts import clone
+from pipeline.model.low_rank import LowRankExpert
+from pipeline.model.router import UniformMixture
+from pipeline.model.trunk import build
 from pipeline.protocols import quiet
 from pipeline.run.context import StoredParts
 from pipeline.store.artifacts import Store
 from tests import small
+from tests.held import held_bytes
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +218,55 @@ def test_few_rivals_leave_the_other_rows_and_their_figures_as_they_are(trained):
         assert kept[name].kind in ("merge", "router")
     assert len(kept) - len(names) >= 5
     assert whole.active and not few.active
+
+
+LAYERS, WIDTH, INNER = 8, 64, 192
+
+
+def _experts(form: str, count: int):
+    """Return a frozen random trunk, its dummy and so many experts on it, and one's bytes in
+    fp32."""
+    trunk, dummy = build(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 64,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": INNER,
+        }
+    )
+    trunk.requires_grad_(False)
+    dummy.requires_grad_(False)
+    made = [LowRankExpert(dummy, 64, 1.0) if form == "low_rank" else clone(dummy)]
+    made += [copy.deepcopy(made[0], {id(dummy): dummy}) for _ in range(count - 1)]
+    one = sum(parameter.nbytes for parameter in made[0].parameters())
+    return trunk, dummy, [expert.requires_grad_(False).eval() for expert in made], one
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("form", ["full", "low_rank"])
+def test_no_row_holds_more_than_two_experts_beyond_the_mapped_files(form, count, bf16):
+    """Nor anything once its pass is over; least of all a copy of every expert in another dtype."""
+    trunk, dummy, experts, one = _experts(form, count)
+    weight_LED = torch.randn(LAYERS, count, WIDTH)
+    rows = {
+        "stack": mixture_of(experts, weight_LED, 2),
+        "opt-out": mixture_of(experts[1:], weight_LED[:, 1:], 2),
+        "soup": soup(experts),
+        "uniform": UniformMixture(experts),
+    }
+    ids_BT = torch.randint(64, (1, 5))
+
+    def run(ffn):
+        token_loss(trunk, ffn, ids_BT, bf16)
+
+    run(dummy)  # what only a first pass makes
+    base = held_bytes(lambda: run(dummy))
+    for name, ffn in rows.items():
+        # Its first pass: a copy that is kept is made in that
+        held = held_bytes(lambda ffn=ffn: run(ffn))
+        assert max(held) - max(base) < 2 * one and held[-1] == 0, name

@@ -313,8 +313,11 @@ def test_the_gates_training_maps_no_two_experts_at_once(rounded, monkeypatch):
         return real(cfg, expert)
 
     monkeypatch.setattr(ffn_moe, "training_expert", training_expert)
-    ffn_moe.router(rounded.cfg, rounded)
+    trains = ffn_moe.router(rounded.cfg, rounded)
     assert counts == [1, 1, 1]
+    # What is validated alone rounds none, and casts to the same
+    alone = ffn_moe.router(small.config(dtype="bf16", router__steps=0), rounded)
+    assert counts == [1, 1, 1] and alone.validate() == trains.validate()
 
 
 def test_a_validation_of_gates_draws_and_counts_nothing(trained):

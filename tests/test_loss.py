@@ -143,7 +143,9 @@ def test_a_stored_head_of_another_dtype_is_cast_in_pieces(monkeypatch, stored, p
         patch.setattr(torch.Tensor, "to", spied)
         ours = cross_entropy(h_ND, stored_VD, target_N, chunk_tokens=7)
         nats_N = chunked_token_loss(h_ND, stored_VD, target_N, chunk_tokens=7)
+        logits_NV = loss.logits(h_ND, stored_VD)
     assert max(cast) == piece * D
+    torch.testing.assert_close(logits_NV, h_ND @ stored_VD.float().T, rtol=1e-5, atol=1e-5)
     reference = full(h_ND, stored_VD.float(), target_N)
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(nats_N.sum(), reference, rtol=1e-6, atol=1e-6)

@@ -65,6 +65,15 @@ def chunked_token_loss(
     return torch.cat(nats)
 
 
+@torch.no_grad()
+def logits(h_ND: Tensor, head_VD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return logit_NV in `dtype`, for a few tokens; a large head is cast piece by piece."""
+    head = _Head(head_VD, dtype)
+    out_NV = h_ND.new_empty((len(h_ND), head.vocab_size), dtype=dtype)
+    head.logits(h_ND.to(dtype), out_NV)
+    return out_NV
+
+
 class _LossContext(Context, Protocol):
     head_VD: Tensor
 

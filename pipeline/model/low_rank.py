@@ -98,7 +98,8 @@ class LowRankExpert(Expert):
         """Return what the deltas of one layer are multiplied with, cast; None where the base
         stands.
 
-        A cast copy is kept, as every batch asks for it again; what was changed since is cast anew.
+        A pass that is trained through holds its copies until its backward pass, so those are kept
+        for the next one; what was changed since is cast anew. No other pass keeps any.
         """
         deltas = self.layers[layer]
         if deltas is None:
@@ -108,10 +109,12 @@ class LowRankExpert(Expert):
             return Factors(self.scale, *stored)
         seen = [(factor.data_ptr(), factor._version) for factor in stored]
         kept = self._cast.get((layer, dtype))
-        if kept is None or kept[0] != seen:
-            made = Factors(self.scale, *[factor.to(dtype) for factor in stored])
-            kept = self._cast[layer, dtype] = (seen, made)
-        return kept[1]
+        if kept is not None and kept[0] == seen:
+            return kept[1]
+        made = Factors(self.scale, *[factor.to(dtype) for factor in stored])
+        if torch.is_grad_enabled():
+            self._cast[layer, dtype] = (seen, made)
+        return made
 
     @torch.no_grad()
     def merged_layers(self) -> Iterator[tuple[str, Tensor]]:

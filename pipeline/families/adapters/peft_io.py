@@ -349,7 +349,16 @@ def load(model: PreTrainedModel | PeftModel, folder: Path, name: str, pin: Model
             "train it again, or rename its keys to what this version calls for"
         )
     set_peft_model_state_dict(out, kept, adapter_name=peft_name(name))
+    _share(out, name, kept)
     return out.requires_grad_(False).eval()
+
+
+def _share(model: PeftModel, name: str, kept: Mapping[str, torch.Tensor]) -> None:
+    """Let an adapter's parameters be the tensors that they were copied from, which are mapped."""
+    for key, parameter in adapter_parameters(model, name).items():
+        stored = kept[key.replace(f".{peft_name(name)}.", ".")]
+        if (stored.dtype, stored.device) == (parameter.dtype, parameter.device):
+            parameter.data = stored
 
 
 def _plain_config(settings: Mapping[str, Any]) -> LoraConfig:

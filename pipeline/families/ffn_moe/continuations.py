@@ -10,6 +10,7 @@ import torch
 
 from ...data.text.shards import Shards
 from ...hardware import device, uses_bf16
+from ...model.loss import logits
 from ...model.trunk import Ffn, Trunk
 from ...protocols import Progress
 from ...report.schema.language import Continuation, Span, WrittenText
@@ -115,13 +116,14 @@ class ContinuationWriter:
         """Return the ids after a prompt, each the most probable one, and by row who chose them."""
         start = ids_BT.shape[1]
         speakers_BT: list[list[str]] = [[] for _ in ids_BT]
-        autocast = torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.bf16)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        autocast = torch.autocast(ids_BT.device.type, dtype, enabled=self.bf16)
         for _ in range(self.tokens):
             # The slots of a trunk know no cache: all that it can look back at runs again
             seen_BT = ids_BT[:, -self.context :]
             with torch.no_grad(), autocast:
                 h_BTD = trunk.hidden(seen_BT, ffn)
-                logits_BV = trunk.network.lm_head(h_BTD[:, -1])
+            logits_BV = logits(h_BTD[:, -1], trunk.head, dtype)
             next_B1 = logits_BV.argmax(-1, keepdim=True)
             ids_BT = torch.cat([ids_BT, next_B1], 1)
             # A token is chosen where the one before it is read

@@ -6,7 +6,6 @@ from math import ceil
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.chunks import PIECE_NUMBERS, WHOLE_NUMBERS
 from ...train.flops import ExpertShape, JobCost, Shape, Trains
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memory
@@ -220,7 +219,8 @@ def cost(
         begun,
     )
     if tokens == 0:
-        # Nothing is kept for a backward pass that is never made
+        # Nothing is kept for a backward pass that is never made, and nothing is rounded beforehand
+        frozen = frozen_bytes(shape, trains, bf16, _beside(cfg), expert, stored, once=True)
         batch = min(opts.eval_tokens, plan.micro_batch_sequences * shape.context_tokens)
         peak = int(sum(frozen)) + passes.forward_bytes(stack, batch, bf16)
         if begun:
@@ -378,7 +378,7 @@ def peak_bytes(
     kept = trained * plan.state_bytes
     kept += sum(frozen_bytes(shape, trains, bf16, experts, expert, stored))
     if trains != "all" and stored not in (None, unit):
-        kept += cast_bytes(shape, unit)
+        kept += passes.cast_bytes(shape, unit)
     if trains == "all":
         # gradients of head and embedding until they are added up
         kept += 2 * unit * shape.vocab_size * shape.d_model
@@ -405,9 +405,10 @@ def frozen_bytes(
     experts: int,
     expert: ExpertShape | None,
     stored: int | None,
+    once: bool = False,
 ) -> tuple[float, float]:
     """Return the bytes of what a training does not move: mapped from files, and in memory of its
-    own."""
+    own. once: of passes that are never trained through, which cast a layer at a time."""
     unit = 2 if bf16 else 4
     own = shape.ffn_parameters if expert is None else shape.expert_parameters(expert)
     if trains == "all":
@@ -428,7 +429,13 @@ def frozen_bytes(
         mapped += 4 * below
     if trains != "gates":
         return mapped, rounded
-    if expert is not None and expert.rank:
+    if once:
+        mapped += experts * own * 4
+        rounded = shape.d_model * shape.d_ff
+        if expert is not None and expert.rank:
+            rounded = experts * own / len(expert.layers)
+        rounded *= unit * bf16
+    elif expert is not None and expert.rank:
         # Deltas stay in fp32 where they are, beside the copies that a mixture in bf16 keeps
         mapped += experts * own * 4
         rounded = experts * own * unit * bf16
@@ -437,12 +444,3 @@ def frozen_bytes(
     else:
         mapped += experts * own * unit
     return mapped, rounded
-
-
-def cast_bytes(shape: Shape, unit: int) -> int:
-    """Return the bytes of stored weights that are cast at a time: the head, for a whole pass where
-    it is small, and one matrix."""
-    head = shape.vocab_size * shape.d_model
-    if head > WHOLE_NUMBERS:
-        head = PIECE_NUMBERS
-    return (head + shape.d_model * shape.d_ff) * unit

@@ -95,7 +95,7 @@ def network_rows(
         name=SOUP,
         kind="merge",
         trunk=trunk,
-        ffn=_soup(only_own),
+        ffn=soup(only_own),
         train_tokens=joined_tokens,
     )
     all_tokens = joined_tokens + stage_tokens(cfg, "train_router", None, domain_tokens)
@@ -124,7 +124,8 @@ def network_rows(
     )
 
 
-def _soup(experts: Sequence[Expert]) -> Soup | DeltaSoup:
+def soup(experts: Sequence[Expert]) -> Soup | DeltaSoup:
+    """Return the mean of experts, of each layer when it runs."""
     deltas = [expert for expert in experts if isinstance(expert, LowRankExpert)]
     return DeltaSoup(deltas) if len(deltas) == len(experts) else Soup(experts)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.chunks import CHUNK_LOGITS, workspace_bytes
+from ...model.chunks import CHUNK_LOGITS, PIECE_NUMBERS, WHOLE_NUMBERS, workspace_bytes
 from ...model.router_init import SQUARE_ROWS, in_a_row
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
@@ -60,6 +60,15 @@ def forward_bytes(stack: StackShape, tokens: int, bf16: bool) -> int:
     logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, 2 if bf16 else 4)
     code = 0 if device() == "cuda" else KERNEL_BYTES + HEAP_BYTES
     return tokens * row + logits + code
+
+
+def cast_bytes(shape: Shape, unit: int) -> int:
+    """Return the bytes of stored weights that are cast at a time: the head, for a whole pass where
+    it is small, and one matrix."""
+    head = shape.vocab_size * shape.d_model
+    if head > WHOLE_NUMBERS:
+        head = PIECE_NUMBERS
+    return (head + shape.d_model * shape.d_ff) * unit
 
 
 def statistics_bytes(layers: int, d_model: int) -> int:
@@ -133,6 +142,17 @@ def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
     return JobCost("train_shared", None, 0, 0, flops, peak, told, stack.model_bytes, once)
 
 
+def layer_bytes(stack: StackShape, experts: int, bf16: bool) -> int:
+    """Return what the report's mean of all experts takes of the layer that runs."""
+    layers = stack.shape.layers if stack.expert is None else len(stack.expert.layers)
+    one = stack.expert_bytes // layers
+    if stack.expert is not None and stack.expert.rank:
+        # Their factors beside each other, and in bf16 those cast
+        return experts * (one + one // 2 * bf16)
+    # Of one matrix all that there are, beside the means
+    return one + experts * one // 3
+
+
 def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     """Return the cost of the report: a pass over the held-out text for every row."""
     own = len(cfg.experts)
@@ -170,14 +190,13 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
         mapped += 4 * stack.shape.stack_parameters(max(rivals))
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
     taken = forward_bytes(stack, min(batch, tokens), False)
+    unit = 2 if bf16 else 4
+    if (stack.stored or 4) != unit:
+        taken += cast_bytes(stack.shape, unit)
     if everything and device() != "cuda":
         # Untrained gates are made of the statistics of the anchor and all experts, between passes
         made = ridge_bytes(stack, own + 1) + KERNEL_BYTES + HEAP_BYTES
         taken = max(taken, made) + copied_bytes(stack)
-    peak = mapped + taken
-    if stack.expert is not None and stack.expert.rank:
-        # Of a layer the mean of deltas is made when it runs; a mixture in bf16 keeps its casts
-        once_more = stack.expert_bytes // len(stack.expert.layers)
-        peak += own * max(once_more, stack.expert_bytes // 2 * bf16)
+    peak = mapped + taken + layer_bytes(stack, own, bf16)
     once = stack.shape.forward_flops_per_token()
     return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped, once)

@@ -197,12 +197,13 @@ def router(cfg: FfnMoeConfig, parts: Parts) -> Task:
     gates = Router(weight_LED, gating, expert_layers(cfg, len(dummy.layers))).to(device())
     # Full experts need the dummy for a pattern alone; on others' way its own networks run
     base = dummy if cfg.expert.is_whole else training_expert(cfg, dummy)
-    # One after another, each rounded before the next is opened
-    experts = []
-    for _, stored in stored_experts(cfg, parts, base):
-        experts.append(training_expert(cfg, stored))
     rows = training_rows(cfg, shards, "router", cfg.experts_with_text, how="equal")
     steps = opts.resolve_steps(rows.context_tokens, rows.tokens())
+    # One after another, each rounded before the next is opened. Gates that are validated alone
+    # round nothing: a product casts its matrix as it would be rounded here.
+    experts = []
+    for _, stored in stored_experts(cfg, parts, base):
+        experts.append(training_expert(cfg, stored) if steps else stored)
     epoch_steps = rows.tokens() / (opts.batch_sequences * rows.context_tokens)
     temperature = partial(opts.temperature.at, steps=steps, epoch_steps=epoch_steps)
     gates.temperature = temperature(0)
