@@ -7,8 +7,8 @@ where the bundle takes any; one in ten leaves in the middle of its answer. Of wh
 some answers, drawn at random, are held against the same request alone (--held, of each round); of
 rounds of minutes memory is told at the end of each. Beside it, in turns with it, transformers' own
 `generate` on the stock checkpoint: one text after another, and batches of as many equally long ones
-as there are clients. Claims are ratios within this run. The exit status is 1 where an answer
-differs.
+as there are clients; of questions with pictures, under one adapter and under several
+(plain_chat.py). Claims are ratios within this run. The exit status is 1 where an answer differs.
 
 B rows, T tokens.
 """
@@ -29,6 +29,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw
 
+from benchmarks import plain_chat
 from benchmarks.measuring import finish, hardware, percentiles, progress, table
 from pipeline.config.serving import Dtype
 from pipeline.serve.chat_engine import ChatEngine
@@ -111,9 +112,8 @@ class Asking:
         return Prompt(drawn_ids(draw, engine, count), reader=reader), Sampling(new, 0.0)
 
     def _question(self, reader: str | None) -> Prompt:
-        draw, stack = self.draw, self.engine.stack
-        media = tuple(_picture(draw) for _ in range(draw.choice((0, 1, 1, 2))))
-        text = draw.choice(QUESTIONS)
+        stack = self.engine.stack
+        text, media = question(self.draw)
         return Prompt(stack.prompt_ids(text, media), media, reader, stack.routing_ids(text, media))
 
 
@@ -126,6 +126,12 @@ def drawn_ids(draw: random.Random, engine: Any, count: int) -> tuple[int, ...]:
         if token not in ends:
             led.append(token)
     return tuple(led)
+
+
+def question(draw: random.Random) -> plain_chat.Question:
+    """Return a random question with no, one or two pictures."""
+    media = tuple(_picture(draw) for _ in range(draw.choice((0, 1, 1, 2))))
+    return draw.choice(QUESTIONS), media
 
 
 def _picture(draw: random.Random) -> Image.Image:
@@ -251,14 +257,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress(f"{clients} clients for {args.seconds:.0f} s")
         rounds.append(served(engine, clients, args.seconds, args.held))
     text = _rounds(rounds) + _minutes(rounds)
+    notes = NOTES
     if isinstance(engine, CompletionEngine):
         text += "\n" + _beside_generate(args, engine)
+        notes += OF_TEXTS
+    elif isinstance(engine, ChatEngine):
+        text += "\n" + plain_chat.beside_generate(
+            args.bundle, engine, question, args.clients, args.rounds
+        )
+        notes += OF_QUESTIONS
     finish(
         args,
         "serve_throughput",
         f"Serving {engine.name} to many clients",
         text,
-        NOTES,
+        notes,
         hardware(args.threads, ("torch", "transformers")),
     )
     return int(any(each.different for each in rounds))
@@ -314,8 +327,18 @@ def _beside_generate(args: argparse.Namespace, engine: CompletionEngine) -> str:
 
 NOTES = (
     "Clients are threads of the serving process: what HTTP adds is not in these figures. Times "
-    "are of the clock on the wall. `generate` runs the stock checkpoint, all texts of a batch as "
-    "long as each other, which costs it no padding."
+    "are of the clock on the wall."
+)
+OF_TEXTS = (
+    " `generate` runs the stock checkpoint, all texts of a batch as long as each other, which "
+    "costs it no padding."
+)
+OF_QUESTIONS = (
+    " `generate` is transformers' own class with PEFT's adapters, in turns with the engine on the "
+    "same questions and pictures, as many at once; whose adapter reads is named, so that neither "
+    "asks the router. The times of both hold all from opened pictures and texts on: tokenizing, "
+    "cutting pictures into patches, the vision tower, prompts and answers. Several adapters in one "
+    "batch are PEFT's `adapter_names`."
 )
 
 

@@ -12,10 +12,12 @@ import psutil
 import pytest
 from fake_engine import FakeEngine
 
-from benchmarks import serve_peers, serve_throughput
+from benchmarks import plain_chat, serve_peers, serve_throughput
 from benchmarks.serve_peers import Peer, turn
 from benchmarks.serve_throughput import Asking, Kept, alike, served
-from tests import small_engines
+from pipeline.serve.engines import engine_of
+from pipeline.serve.generation import Capacity
+from tests import small_engines, small_stack
 from tests.test_serve import running
 
 
@@ -45,6 +47,19 @@ def test_what_generate_is_given_is_drawn_to_its_end():
     engine = small_engines.stock().engine
     assert alike(engine, 3, 1) > 0
     assert engine.stats.completion_tokens == 3 * 32
+
+
+def test_questions_of_a_bundle_are_answered_as_plain_generate_answers_them(tmp_path):
+    engine = engine_of(small_stack.bundle(tmp_path), Capacity(rows=4), "fp32")
+    text = plain_chat.beside_generate(
+        tmp_path / "bundle", engine, serve_throughput.question, (3,), 1
+    )
+    lines = [line.split("|")[1:-1] for line in text.splitlines()[2:]]
+    told = [[cell.strip() for cell in line] for line in lines]
+    assert [line[:3] + line[-1:] for line in told] == [
+        ["3", "one", "4", "3 of 3"],
+        ["3", "all", "4", "3 of 3"],
+    ]
 
 
 def test_what_a_server_streams_is_counted_as_its_usage_tells(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ class TextAdapters(OneReader):
 
     def __init__(self, stack: "RequestStack"):
         # not above: it imports PEFT, which only bundles of adapters need
-        from ..families.adapters.peft_io import RowAdapters
+        from ..families.adapters.row_adapters import RowAdapters
 
         super().__init__(stack.model.network, stack.names)
         self.hold(stack.model.network)

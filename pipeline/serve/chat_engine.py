@@ -204,7 +204,7 @@ class ChatAdapters(OneReader):
 
     def __init__(self, model: "MultiAdapterModel", speakers: Sequence[str]):
         # not above: it imports PEFT, which only bundles of adapters need
-        from ..families.adapters.peft_io import RowAdapters
+        from ..families.adapters.row_adapters import RowAdapters
 
         super().__init__(model.core, speakers)
         self.hold(model.core)

@@ -207,43 +207,6 @@ def active(model: PeftModel, name: str | None) -> Iterator[None]:
     yield
 
 
-class RowAdapters:
-    """Has every row of a batch computed under an adapter of its own, as PEFT's `adapter_names`
-    does.
-
-    Its hooks are set once: no pass sets or removes any, and an error leaves none behind
-    (huggingface/peft#3475).
-    """
-
-    def __init__(self, model: PeftModel):
-        self.known = {own_name(name) for name in model.peft_config}
-        self._names: list[str] | None = None
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.register_forward_pre_hook(self._name_rows, with_kwargs=True)
-
-    def _name_rows(
-        self, _module: nn.Module, given: tuple, keywords: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        if self._names is None:
-            return None
-        return given, keywords | {"adapter_names": self._names}
-
-    @contextmanager
-    def reading(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Compute each row under the adapter of its name, or under none, while the context is
-        open. Raises KeyError for a name that is none of the model's."""
-        unknown = {name for name in names if name is not None} - self.known
-        if unknown:
-            # PEFT would pass over it, and the base would answer in its place
-            raise KeyError(f"there is no adapter {sorted(unknown)[0]!r}")
-        self._names = [NO_ADAPTER if name is None else peft_name(name) for name in names]
-        try:
-            yield
-        finally:
-            self._names = None
-
-
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """Return one adapter's parameters by their names in the model."""
     return {key: p for key, p in model.named_parameters() if _belongs_to(key, name)}
