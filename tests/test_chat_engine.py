@@ -2,6 +2,7 @@
 as the report measures it, one request at a time."""
 
 import random
+import time
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -21,6 +22,7 @@ from pipeline.serve.chat_engine import (
     _Seen,
 )
 from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats, Watcher
+from pipeline.serve.pictures import DecodingRoom
 from pipeline.serve.prompts import TaskPrompts
 from pipeline.serve.rows import Order, QuestionRow
 from pipeline.serve.steady.trial import is_steady
@@ -33,7 +35,7 @@ READERS = (*EXPERTS, BASE_READER)
 class SmallChat(ChatEngine):
     """An engine over a stack that no bundle holds."""
 
-    def __init__(self, stack: AdapterStack, capacity: Capacity, network_of=ChatAdapters):
+    def __init__(self, stack: AdapterStack, capacity: Capacity, network_of=ChatAdapters, room=None):
         self.stack = stack
         self.experts = EXPERTS
         self.readers = READERS
@@ -41,9 +43,9 @@ class SmallChat(ChatEngine):
         self.capacity = capacity
         self.stats = Stats()
         self.watcher = None
-        self._serve(network_of(stack.model, READERS))
+        self._serve(network_of(stack.model, READERS, room))
 
-    def ask(self, request: Request, reader: str | None = None, **sampling):
+    def ask(self, request: Request, reader: str | None = None, client="", **sampling):
         """Have a request answered."""
         stack, media = self.stack, request.media
         prompt = Prompt(
@@ -52,7 +54,8 @@ class SmallChat(ChatEngine):
             reader,
             stack.routing_ids(request.prompt, media),
         )
-        return self.submit(prompt, Sampling(**{"max_tokens": None, "temperature": 0.0} | sampling))
+        how = Sampling(**{"max_tokens": None, "temperature": 0.0} | sampling)
+        return self.submit(prompt, how, client)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +175,60 @@ def test_pictures_of_several_requests_take_one_pass_of_the_tower(folder):
     for row, wanted in zip(rows, alone, strict=True):
         for found, one in zip(row.features.encoded, wanted, strict=True):
             torch.testing.assert_close(found.embed_TD, one.embed_TD)
+
+
+def test_what_a_client_shows_again_is_encoded_once_and_no_other_client_can_tell(
+    folder, monkeypatch
+):
+    model = small_stack.mixed(folder)
+    first, second, third = small_stack.pictures(3)
+    asked = [
+        ("ann", Request("what color?", (first,)), 1),
+        ("ann", Request("how many?", (first.copy(), second)), 1),
+        ("bob", Request("locate the square", (first.copy(),)), 1),
+        ("bob", Request("what color?", (third, third.copy(), first.copy())), 1),
+        ("ann", Request("what color?", (second.copy(), first.copy())), 0),
+    ]
+    stack = small_stack.stack(model)
+    wanted = [stack.answer([request], expert="color")[0].text for _, request, _ in asked]
+    room = DecodingRoom()
+    engine = SmallChat(stack, Capacity(), room=room)
+    seen = []
+    encode = model.chat.media.encode
+
+    def counted(core, prepared):
+        seen.append(len(prepared[1]))
+        return encode(core, prepared)
+
+    monkeypatch.setattr(model.chat.media, "encode", counted)
+    for (client, request, encoded), text_alone in zip(asked, wanted, strict=True):
+        seen.clear()
+        assert text(engine.ask(request, "color", client)) == text_alone
+        assert sum(seen) == encoded
+    # what a picture becomes: its own tokens, and again for a layer that takes them in
+    sides = [each.size for each in (first, second, first, third)]
+    tokens = sum(width * height // 32**2 for width, height in sides)
+    assert room.kept_bytes == tokens * 64 * 2 * 4
+
+
+def test_what_is_kept_makes_room_for_what_is_newer_and_for_pictures(monkeypatch):
+    monkeypatch.setattr("pipeline.serve.pictures.FEATURE_BYTES", 100)
+    room = DecodingRoom(150)
+    for key in "abc":
+        room.keep(key, key.upper(), 40)
+    assert [room.kept(key) for key in "abc"] == [None, "B", "C"]
+    assert room.kept("b") == "B"
+    room.keep("d", "D", 40)
+    room.keep("huge", "H", 101)
+    assert [room.kept(key) for key in "bcd"] == ["B", None, "D"]
+    with room.taken(100, until=time.monotonic()):
+        assert room.kept_bytes == 40
+        # all the rest is a picture's
+        room.keep("e", "E", 60)
+        assert room.kept("e") is None
+        room.keep("f", "F", 50)
+        assert room.kept_bytes == 50
+    assert room.kept("f") == "F"
 
 
 def test_who_asks_where_a_request_goes_is_told_what_the_stack_says(model):

@@ -6,10 +6,9 @@ B rows, T tokens, V vocabulary, D model width.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +78,7 @@ class ChatEngine(Engine):
         # what was tried is changed; it goes before it is opened once more, so that both never are
         vars(self).pop("stack", None)
         self._reassemble(folder)
-        network = ChatAdapters(self.stack.model, self.readers)
+        network = ChatAdapters(self.stack.model, self.readers, self.room)
         if network.dtype == "bf16" and device() == "cpu":
             log.info(UNSTEADY)
         return network
@@ -88,7 +87,9 @@ class ChatEngine(Engine):
         """Return the stack in bf16, None where it has no such form."""
         self._reassemble(folder)
         model = self.stack.model
-        return SteadyChat(model, self.readers) if can_be_steady(model.core) else None
+        if not can_be_steady(model.core):
+            return None
+        return SteadyChat(model, self.readers, self.room)
 
     def _reassemble(self, folder: Path) -> None:
         self.stack = family(self.about["family"]).reassemble(folder)
@@ -107,7 +108,7 @@ class ChatEngine(Engine):
         self._check(prompt, sampling)
         generation = Generation(prompt, sampling)
         order = Order.of_text(generation, client)
-        media = _Media(prompt.media)
+        media = _Media(prompt.media, client)
         if prompt.reader is not None:
             sink = TextSink(generation, self.watcher)
             row: ServedRow = self._answering(order, generation, prompt.reader, sink, media)
@@ -136,7 +137,7 @@ class ChatEngine(Engine):
             return []
 
         order = Order.of_route(future, client)
-        self.scheduler.add(self._asking(order, prompt, _Media(prompt.media), answered))
+        self.scheduler.add(self._asking(order, prompt, _Media(prompt.media, client), answered))
         return future
 
     def _asking(
@@ -202,12 +203,18 @@ class ChatAdapters(OneReader):
     """A base with its adapters and what its requests come with, whose rows are read under adapters
     of their own."""
 
-    def __init__(self, model: "MultiAdapterModel", speakers: Sequence[str]):
+    def __init__(
+        self,
+        model: "MultiAdapterModel",
+        speakers: Sequence[str],
+        room: DecodingRoom | None = None,
+    ):
         # not above: it imports PEFT, which only bundles of adapters need
         from ..families.adapters.row_adapters import RowAdapters
 
         super().__init__(model.core, speakers)
         self.hold(model.core)
+        self._room = room  # where what encoders make of media is kept; None: it is not
         self._multi = model
         self._media = model.chat.media
         self._adapters = RowAdapters(model.model)
@@ -235,14 +242,39 @@ class ChatAdapters(OneReader):
             if encoder not in media.by_encoder:
                 by_encoder.setdefault(encoder, []).append(media)
         for encoder, several in by_encoder.items():
-            opened = [medium for media in several for medium in media.opened]
-            features = iter(self.encoded(opened, encoder))
-            for media in several:
-                media.by_encoder[encoder] = tuple(islice(features, len(media.opened)))
+            keys = [[self._key(media, medium) for medium in media.opened] for media in several]
+            known = self._known(several, keys, encoder)
+            for media, own in zip(several, keys, strict=True):
+                media.by_encoder[encoder] = tuple(known[key] for key in own)
         for row in rows:
             seen = row.features
             seen.encoded = seen.media.by_encoder[self._encoder(row)]
             seen.position_3T = self._media.positions(self.model, row.ids, seen.encoded)
+
+    def _key(self, media: "_Media", medium: Medium) -> Hashable:
+        """Return what a medium is known by: what it shows, and who showed it."""
+        # of each client its own: else how soon an answer comes would tell what others have shown
+        return id(medium) if self._room is None else (media.client, self._media.digest(medium))
+
+    def _known(
+        self, several: Sequence["_Media"], keys: Sequence[Sequence[Hashable]], encoder: str
+    ) -> "dict[Hashable, MediaFeatures]":
+        """Return what an encoder makes of media, by their keys; a chat shows all of its own again
+        with each of its questions, and they are encoded once."""
+        known: dict[Hashable, MediaFeatures] = {}
+        new: dict[Hashable, Medium] = {}
+        for media, own in zip(several, keys, strict=True):
+            for key, medium in zip(own, media.opened, strict=True):
+                made = self._room.kept((encoder, key)) if self._room else None
+                if made is None:
+                    new[key] = medium
+                else:
+                    known[key] = made
+        for key, made in zip(new, self.encoded([*new.values()], encoder), strict=True):
+            known[key] = made
+            if self._room:
+                self._room.keep((encoder, key), *self._media.detached(made))
+        return known
 
     def encoded(self, media: Sequence[Medium], encoder: str) -> "list[MediaFeatures]":
         """Return what an encoder makes of media."""
@@ -334,6 +366,7 @@ class _Media:
     an adapter that changes it."""
 
     opened: tuple[Medium, ...]
+    client: str = ""
     by_encoder: dict[str, tuple["MediaFeatures", ...]] = field(default_factory=dict)
 
 

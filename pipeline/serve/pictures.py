@@ -1,12 +1,14 @@
-"""Pictures of requests: opened from data: URIs, or fetched where that was allowed, under one bound
-of memory over all requests."""
+"""Pictures of requests: opened from data: URIs, or fetched where that was allowed, and what was
+made of them, kept for a while; under one bound of memory over all requests."""
 
 import ctypes
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from PIL import Image
 
@@ -25,17 +27,46 @@ DECODING_BYTES = 640 << 20
 # What may stay with the C library, which keeps what was freed for each thread anew: of eight
 # threads that decoded 64 Mpx each, twice what they took together.
 KEPT_BYTES = 32 << 20
+# Of what encoders made of pictures: of a base of 2 B four to forty pictures, by their size.
+FEATURE_BYTES = 128 << 20
 
 
 class DecodingRoom:
-    """How much memory pictures take while they are decoded, over all requests, and where they may
-    come from."""
+    """How much memory pictures take while they are decoded, and what was made of them after that,
+    over all requests; and where they may come from."""
 
     def __init__(self, most_bytes: int = DECODING_BYTES, fetcher: Fetcher | None = None):
         self.most_bytes = most_bytes
         self.fetcher = fetcher or Fetcher()
         self._free = most_bytes
         self._changed = threading.Condition()
+        # what was made of a picture, and its bytes; that which was asked for last at the end
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self.kept_bytes = 0
+
+    def kept(self, key: Hashable) -> Any | None:
+        """Return what was kept under a key; None where nothing is any more."""
+        with self._changed:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def keep(self, key: Hashable, made: Any, count: int) -> None:
+        """Keep something of so many bytes until what is newer, or a picture, needs its room."""
+        with self._changed:
+            if key in self._kept or count > min(FEATURE_BYTES, self._free + self.kept_bytes):
+                return
+            while self._free < count or self.kept_bytes + count > FEATURE_BYTES:
+                self._drop_oldest()
+            self._kept[key] = (made, count)
+            self.kept_bytes += count
+            self._free -= count
+
+    def _drop_oldest(self) -> None:
+        _, (_, count) = self._kept.popitem(last=False)
+        self.kept_bytes -= count
+        self._free += count
 
     @contextmanager
     def taken(self, count: int, until: float) -> Iterator[None]:
@@ -49,6 +80,9 @@ class DecodingRoom:
             )
         with self._changed:
             while self._free < count:
+                if self._kept:
+                    self._drop_oldest()
+                    continue
                 check_wanted()
                 if time.monotonic() > until:
                     raise TimeoutError("too many large pictures at once; try again in a moment")

@@ -103,6 +103,14 @@ class Media:
         """Yield the features of each medium of a piece that `batches` gave."""
         return iter(())
 
+    def digest(self, medium: Medium) -> str:
+        """Return a digest of all that the encoder sees of a medium."""
+        raise NotImplementedError
+
+    def detached(self, features: Any) -> tuple[Any, int]:
+        """Return features of one medium that hold no memory of others, and their bytes."""
+        raise NotImplementedError
+
     def feature_inputs(self, features: Sequence[Any]) -> dict:
         """Return what the model takes for media that `encode` gave the features of, one after
         another over the rows of a batch."""

@@ -110,13 +110,8 @@ class ImageCache(FeatureCache):
         prepared = self.images.patches_of_files(paths)
         encoded = self.images.encode(self.core, prepared)
         for place, features in zip(places, encoded, strict=True):
-            # clones, or each picture would hold the output of its whole block
-            deep = [layer_TD.clone() for layer_TD in features.deep]
-            self._kept[place] = ImageFeatures(
-                grid=features.grid,
-                embed_TD=features.embed_TD.clone(),
-                deep=tuple(deep),
-            )
+            # or each picture would hold the output of its whole block
+            self._kept[place], _ = self.images.detached(features)
 
     def _positions(
         self, text: Mapping[str, torch.Tensor], grids: Sequence[tuple[tuple[int, ...], ...]]

@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     BaseModelOutputWithDeepstackFeatures as Encoded,
 )
 
-from ...data.images.images import open_checked
+from ...data.images.images import digest, open_checked
 from ...data.routing.dataset import RoutingRow
 from ...data.tasks.rows import TaskRow
 from ...errors import ConfigError, DataError
@@ -190,6 +190,17 @@ class Images(Media):
                 embed_TD=out.pooler_output[i],
                 deep=tuple(deep),
             )
+
+    def digest(self, medium: Image.Image) -> str:
+        """Return the digest of a picture's size and pixels."""
+        return digest(medium)
+
+    def detached(self, features: ImageFeatures) -> tuple[ImageFeatures, int]:
+        """Return features that hold nothing of the pictures that went through the tower with
+        theirs, and their bytes."""
+        deep = tuple(layer_TD.clone() for layer_TD in features.deep)
+        own = ImageFeatures(features.grid, features.embed_TD.clone(), deep)
+        return own, sum(each.nbytes for each in (own.embed_TD, *deep))
 
     def feature_inputs(self, features: Sequence[ImageFeatures]) -> dict[str, Any]:
         """Return what the model takes instead of pixels: the tower's output, and its grids."""
