@@ -258,7 +258,10 @@ STEADY: dict[str, Callable[[], Small]] = {
     "full experts, last layer, window": lambda: steady(
         "mistral", (1,), full=True, sliding_window=9
     ),
-    "low rank, width 100": lambda: steady(intermediate_size=100),
+    # of a width at which the deltas of all experts are one product
+    "low rank at once, width 100": lambda: steady(
+        intermediate_size=100, hidden_size=96, initializer_range=0.2
+    ),
 }
 KINDS: dict[str, Callable[[], Small]] = {
     "full experts": stock,

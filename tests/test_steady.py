@@ -14,9 +14,12 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.serve import engine
 from pipeline.serve.engine import CompletionEngine
+from pipeline.serve.gates import FREE, GateChoice, GateHearing
 from pipeline.serve.generation import Prompt, Sampling
-from pipeline.serve.networks import StockMixture
+from pipeline.serve.networks import Chunk, StockMixture
 from pipeline.serve.opening import open_model
+from pipeline.serve.rows import ServedRow
+from pipeline.serve.slot_cache import SlotCache
 from pipeline.serve.steady import network as steady_network
 from pipeline.serve.steady import products
 from pipeline.serve.steady.mixture import SteadyMixture
@@ -25,11 +28,12 @@ from pipeline.serve.steady.products import (
     SteadyProducts,
     elementwise,
     silu,
+    silu_,
     tried,
 )
 from pipeline.serve.steady.trial import is_steady
 from tests import test_scheduler
-from tests.small_engines import CONTEXT, END, STEADY
+from tests.small_engines import CONTEXT, END, STEADY, steady
 from tests.test_scheduler import asked, numbers, told
 
 BF16 = torch.bfloat16
@@ -101,29 +105,37 @@ def test_no_number_is_left_over_for_other_instructions(monkeypatch, width):
     for rows in (1, 2, 5):
         assert torch.equal(silu(x_ND)[:rows], silu(x_ND[:rows]))
     torch.testing.assert_close(silu(x_ND), x_ND.sigmoid() * x_ND)
+    whole_ND = silu(x_ND)
+    assert silu_(x_ND).data_ptr() == x_ND.data_ptr() and torch.equal(x_ND, whole_ND)
 
-    def other(part_ND):
-        alike = part_ND.numel() // 32 * 32
-        return torch.where(torch.arange(part_ND.numel()).view_as(part_ND) < alike, part_ND, 0.0)
+    def other(part, inplace=False):
+        alike = part.numel() // 32 * 32
+        done = torch.where(torch.arange(part.numel()).view_as(part) < alike, part, 0.0)
+        return part.copy_(done) if inplace else done
 
     assert torch.equal(elementwise(other, x_ND), x_ND)
     monkeypatch.setattr(products.F, "silu", other)
     assert torch.equal(silu(x_ND), x_ND)
+    assert torch.equal(silu_(x_ND.clone()), x_ND)
 
 
 def test_a_text_is_tried_alone_and_among_others_in_every_pass(small, monkeypatch):
     network = small.engine.network
     read = network.read
     texts = []
+    mixed = []
 
     def counted(batch):
         texts.append(len(batch.chunks))
+        if len({chunk.is_drawn for chunk in batch.chunks}) == 2:
+            mixed.append(batch.ids_BT.numel())
         return read(batch)
 
     monkeypatch.setattr(network, "read", counted)
     assert is_steady(network, CONTEXT)
     # read whole and a token drawn; read in two passes and a token drawn
     assert texts == [1, 1, 3, 2, 3]
+    assert (mixed == [4]) == network.packs
 
 
 def test_every_text_is_to_the_last_bit_what_it_is_alone(small, poisoned):
@@ -139,6 +151,78 @@ def test_every_text_is_to_the_last_bit_what_it_is_alone(small, poisoned):
     together = [numbers(told(each)) for each in running]
     for generation, found in zip(running, together, strict=True):
         assert numbers(told(engine.submit(generation.prompt, generation.sampling))) == found
+
+
+def test_what_is_read_and_what_was_drawn_go_through_one_pass(monkeypatch):
+    """Prompts of thirty tokens, of which a step reads twelve; each text is what it is alone."""
+    engine = steady().engine
+    read = engine.network.read
+    passes = []
+
+    def counted(batch):
+        passes.append([len(chunk.ids) for chunk in batch.chunks if not chunk.is_drawn])
+        passes[-1].append(sum(chunk.is_drawn for chunk in batch.chunks))
+        return read(batch)
+
+    monkeypatch.setattr(engine.network, "read", counted)
+    wanted = []
+    for prompt, sampling in (long := [(Prompt((at,) * 30), Sampling(9, 0.0)) for at in range(3)]):
+        wanted.append(numbers(told(engine.submit(prompt, sampling))))
+    # twelve, twelve, and six, after which the first token is drawn; then eight of one
+    assert passes == [[12, 0], [12, 0], [6, 0], *[[1]] * 8] * 3
+    passes.clear()
+    running = [engine.submit(*each) for each in long]
+    assert [numbers(told(each)) for each in running] == wanted
+    assert max(len(each) for each in passes) > 2 and any(each[0] > 1 < each[-1] for each in passes)
+    assert all(sum(each[:-1]) <= 12 for each in passes)
+
+
+def test_texts_stand_behind_each_other_in_a_packed_pass(small):
+    network = small.engine.network
+    rows = [ServedRow(None, ids, None) for ids in ((5, 6, 7), (8,) * 9, (3, 4))]
+    chunks = (
+        Chunk(rows[0], 2, (9,), 3),
+        Chunk(rows[1], 0, (8,) * 4, 5),
+        Chunk(rows[2], 1, (3, 4), 0),
+    )
+    batch = network.batch(chunks)
+    cache = SlotCache(1)
+    cache.reserve(3, 10, 30)
+    batch.enter(cache, network.seen_step)
+    passing = cache.passing
+    slots = passing.slot_BT.expand_as(batch.place_BT)
+    kept = list(zip(slots.flatten().tolist(), passing.place_BT.flatten().tolist(), strict=True))
+    x_BTD = torch.arange(batch.ids_BT.numel()).view(*batch.ids_BT.shape, 1)
+    own = [batch.ids_BT.flatten()[each].tolist() for each in batch.own]
+    assert own == [[9], [8, 8, 8, 8], [3, 4]]
+    if network.packs:
+        assert batch.ids_BT.tolist() == [[9, 8, 8, 8, 8, 3, 4]]
+        assert kept == [(2, 3), (0, 5), (0, 6), (0, 7), (0, 8), (1, 0), (1, 1)]
+        assert batch.last(x_BTD).flatten().tolist() == [0, 4, 6]
+    else:
+        beyond = cache.places
+        assert kept[:4] == [(2, 3), *[(2, beyond)] * 3]
+        assert kept[4:] == [(0, 5), (0, 6), (0, 7), (0, 8), (1, 0), (1, 1), *[(1, beyond)] * 2]
+        assert batch.last(x_BTD).flatten().tolist() == [0, 7, 9]
+
+
+def test_what_is_kept_of_a_token_is_nothing_that_garbage_is_looked_for_in():
+    hearing = GateHearing()
+    index_NK = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    weight_NK = torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.5, 0.5]])
+    with hearing.listening([FREE, 1], [2, 1], torch.device("cpu")):
+        for _ in range(2):
+            hearing.hear(index_NK, weight_NK)
+    choices = hearing.heard([0, 2])
+    assert choices[0] == GateChoice(((0, 2),) * 2, ((0.75, 0.25),) * 2)
+    # one reader has it, whatever the gate says
+    assert choices[1] == GateChoice(((1, 1),) * 2, ((1.0, 0.0),) * 2)
+    assert hearing.heard([]) == []
+    for _ in range(3):  # it lets go of a tuple once it has let go of those in it
+        gc.collect()
+    for choice in choices:
+        for kept in (choice.experts, choice.weights):
+            assert not gc.is_tracked(kept) and not any(map(gc.is_tracked, kept))
 
 
 def test_what_is_computed_is_the_stack_as_far_as_bf16_goes(small):

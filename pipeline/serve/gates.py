@@ -17,15 +17,19 @@ FREE = -1  # in the place of a reader's number: whom the gates choose
 
 @dataclass(frozen=True)
 class GateChoice:
-    """What the gates chose at one position, per layer: numbers of experts and their weights."""
+    """What the gates chose at one position, per layer: numbers of experts and their weights.
 
-    experts: list[list[int]]
-    weights: list[list[float]]
+    Tuples, as Python's collector of garbage stops following those that hold no more than numbers,
+    and of each token that is kept there are dozens.
+    """
+
+    experts: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
 
     @classmethod
     def of_reader(cls, number: int, layers: int = 1) -> "GateChoice":
         """Return the choice of one expert in every layer."""
-        return cls([[number]] * layers, [[1.0]] * layers)
+        return cls(((number,),) * layers, ((1.0,),) * layers)
 
 
 class GateHearing:
@@ -58,16 +62,16 @@ class GateHearing:
 
     @contextmanager
     def listening(
-        self, readers: Sequence[int], tokens: int, device: torch.device
+        self, readers: Sequence[int], tokens: Sequence[int], device: torch.device
     ) -> Iterator[None]:
-        """Hear the gates of one pass over rows of so many tokens, each with its reader's number or
-        FREE."""
+        """Hear the gates of one pass over rows of so many tokens each, each with its reader's
+        number or FREE."""
         self._index = []
         self._weight = []
         self._reader_N = None
         if any(reader != FREE for reader in readers):
             reader_B = torch.tensor(readers, device=device)
-            self._reader_N = reader_B.repeat_interleave(tokens)
+            self._reader_N = reader_B.repeat_interleave(torch.tensor(tokens, device=device))
         self._is_on = True
         try:
             yield
@@ -88,11 +92,13 @@ class GateHearing:
         self._weight.append(weight_NK)
         return index_NK, weight_NK
 
-    def heard(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return index_BTLK and weight_BTLK of the pass, where Python reads them."""
-        index_NLK = torch.stack(self._index, 1).cpu()
-        weight_NLK = torch.stack(self._weight, 1).cpu()
-        return index_NLK.unflatten(0, (rows, -1)), weight_NLK.unflatten(0, (rows, -1))
+    def heard(self, places: Sequence[int]) -> list[GateChoice]:
+        """Return what was chosen at some of the N positions of the pass."""
+        index_NLK = torch.stack(self._index, 1)
+        weight_NLK = torch.stack(self._weight, 1)
+        experts = map(_as_tuples, index_NLK[places].tolist())
+        weights = map(_as_tuples, weight_NLK[places].tolist())
+        return list(map(GateChoice, experts, weights))
 
     @property
     def layers(self) -> int:
@@ -100,8 +106,5 @@ class GateHearing:
         return len(self._index)
 
 
-def choices(index_TLK: Tensor, weight_TLK: Tensor) -> list[GateChoice]:
-    """Return what was chosen at each position."""
-    experts = index_TLK.tolist()
-    weights = weight_TLK.tolist()
-    return list(map(GateChoice, experts, weights))
+def _as_tuples(rows: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, rows))

@@ -102,8 +102,8 @@ class Token:
 
     id: int
     text: str
-    experts: list[list[int]]
-    weights: list[list[float]]
+    experts: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)

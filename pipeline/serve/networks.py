@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..model.kernels.swiglu import is_swiglu
 from ..model.low_rank import LowRankExpert, base_of, mix_on_base
 from ..model.router import Router
 from ..model.trunk import Trunk
-from .gates import FREE, GateChoice, GateHearing, choices
+from .gates import FREE, GateChoice, GateHearing
 from .generation import BASE_READER
 from .held_weights import cast_weights
 from .rows import ServedRow
@@ -69,6 +70,20 @@ class Batch:
         return max(chunk.end for chunk in self.chunks)
 
     @cached_property
+    def taken(self) -> list[int]:
+        """How many of the N = B*T tokens each chunk takes, with what fills it up."""
+        return [self.longest] * len(self.chunks)
+
+    @cached_property
+    def own(self) -> list[slice]:
+        """Which of them are each chunk's own."""
+        starts = accumulate(self.taken, initial=0)
+        return [
+            slice(start, start + len(chunk.ids))
+            for start, chunk in zip(starts, self.chunks, strict=False)
+        ]
+
+    @cached_property
     def ids_BT(self) -> Tensor:
         """Tokens."""
         rows = []
@@ -88,6 +103,17 @@ class Batch:
         start_B = torch.tensor([chunk.start for chunk in self.chunks], device=self.device)
         return start_B.unsqueeze(1) + torch.arange(self.longest, device=self.device)
 
+    def enter(self, cache: SlotCache, step: int) -> None:
+        """Tell a cache where this pass writes, and that it looks at a multiple of so many
+        places."""
+        slots = [chunk.slot for chunk in self.chunks]
+        cache.write(slots, self.written_BT(cache.places), rounded(self.seen, step))
+
+    @property
+    def key_rows(self) -> Sequence[int]:
+        """Where each chunk's keys and values are among those that the cache gives the pass."""
+        return range(len(self.chunks))
+
     def written_BT(self, beyond: int) -> Tensor:
         """Return where each token is kept; what fills rows up goes `beyond` all texts."""
         is_own_BT = torch.arange(self.longest, device=self.device) < self.count_B.unsqueeze(1)
@@ -106,8 +132,48 @@ class Batch:
 
     def last(self, x_BTD: Tensor) -> Tensor:
         """Return x_BD of the last token of each row."""
-        row_B = torch.arange(len(self.chunks), device=x_BTD.device)
-        return x_BTD[row_B, self.count_B.to(x_BTD.device) - 1]
+        places = [own.stop - 1 for own in self.own]
+        return x_BTD.flatten(0, 1)[torch.tensor(places, device=x_BTD.device)]
+
+
+class PackedBatch(Batch):
+    """The same behind each other in one row that nothing fills up: B is 1, T all tokens. For those
+    who attend to each text by itself."""
+
+    @cached_property
+    def taken(self) -> list[int]:
+        """How many of the tokens each chunk takes."""
+        return [len(chunk.ids) for chunk in self.chunks]
+
+    @cached_property
+    def ids_BT(self) -> Tensor:
+        """Tokens."""
+        ids = list(chain.from_iterable(chunk.ids for chunk in self.chunks))
+        return torch.tensor([ids], device=self.device)
+
+    @cached_property
+    def place_BT(self) -> Tensor:
+        """Place of each token in its text."""
+        places: list[int] = []
+        for chunk in self.chunks:
+            places += range(chunk.start, chunk.end)
+        return torch.tensor([places], device=self.device)
+
+    def enter(self, cache: SlotCache, _step: int) -> None:
+        """Tell a cache where this pass writes; it looks at all slots as they are."""
+        slots: list[int] = []
+        for chunk in self.chunks:
+            slots += [chunk.slot] * len(chunk.ids)
+        cache.write_packed(slots, self.place_BT)
+
+    @property
+    def key_rows(self) -> Sequence[int]:
+        """Where each chunk's keys and values are among those that the cache gives the pass."""
+        return [chunk.slot for chunk in self.chunks]
+
+    def mask_B1TS(self, _window: int | None = None) -> Tensor:
+        """Return what stands in the place of a mask, as nobody looks at one."""
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
 
 class Network(ABC):
@@ -116,6 +182,7 @@ class Network(ABC):
     pad_id = 0
     dtype = "fp32"  # of products
     seen_step = 1  # a pass looks at a multiple of so many places
+    packs = False  # whether what is read and what was drawn go through one pass
 
     def __init__(self, model: Any, speakers: Sequence[str]):
         self.model = model  # transformers' own class, with its head
@@ -150,13 +217,16 @@ class Network(ABC):
             if row.reader is not None and row.number == FREE:
                 row.chosen(row.reader, self.number(row.reader))
 
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """Return the chunks of one pass."""
+        kind = PackedBatch if self.packs else Batch
+        return kind(tuple(chunks), self.pad_id, self.device)
+
     def read(self, batch: Batch) -> tuple[Tensor, list[list[GateChoice]]]:
         """Run one pass, whose keys and values are kept; return x_BD after the last token of each
         row, and per row who read its tokens: all of them where the row tells all, else the last
         one."""
-        slots = [chunk.slot for chunk in batch.chunks]
-        seen = rounded(batch.seen, self.seen_step)
-        self.cache.write(slots, batch.written_BT(self.cache.places), seen)
+        batch.enter(self.cache, self.seen_step)
         x_BTD = self.hidden(batch)
         return batch.last(x_BTD), self.heard(batch)
 
@@ -201,7 +271,7 @@ class TokenRouted(Network):
     def hidden(self, batch: Batch) -> Tensor:
         """Return x_BTD after the final norm."""
         readers = [chunk.row.number for chunk in batch.chunks]
-        with self.hearing.listening(readers, batch.longest, batch.device):
+        with self.hearing.listening(readers, batch.taken, batch.device):
             out = self.model.base_model(
                 input_ids=batch.ids_BT,
                 attention_mask=self.masks(batch),
@@ -215,17 +285,21 @@ class TokenRouted(Network):
 
     def heard(self, batch: Batch) -> list[list[GateChoice]]:
         """Return who read the tokens of the pass that has just run."""
-        index_BTLK, weight_BTLK = self.hearing.heard(len(batch.chunks))
-        told = []
-        for row, chunk in enumerate(batch.chunks):
-            count = len(chunk.ids)
-            first = 0 if chunk.row.tells_all else count - 1
+        counts = []
+        places: list[int] = []
+        for chunk, own in zip(batch.chunks, batch.own, strict=True):
+            first = own.start if chunk.row.tells_all else own.stop - 1
+            counts.append(own.stop - first)
             if chunk.row.number == FREE:
-                own = slice(first, count)
-                told.append(choices(index_BTLK[row, own], weight_BTLK[row, own]))
+                places += range(first, own.stop)
+        chosen = iter(self.hearing.heard(places))
+        told = []
+        for chunk, count in zip(batch.chunks, counts, strict=True):
+            if chunk.row.number == FREE:
+                told.append(list(islice(chosen, count)))
             else:
                 alone = GateChoice.of_reader(chunk.row.number, self.hearing.layers)
-                told.append([alone] * (count - first))
+                told.append([alone] * count)
         return told
 
 

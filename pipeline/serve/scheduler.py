@@ -24,7 +24,7 @@ from torch import Tensor
 from ..protocols import POLL_S
 from .gates import GateChoice
 from .generation import Capacity, Overloaded, Stats
-from .networks import Batch, Chunk, Network
+from .networks import Chunk, Network
 from .rows import QuestionRow, ServedRow, TextRow
 from .sampling import Drawn, draw_all
 from .slot_cache import PLACES
@@ -128,17 +128,27 @@ class Scheduler:
         """Do what the invariant of this module says; return how many texts had a token."""
         self._let_go()
         self._take_on()
-        self._pass(list(self._to_read()))
-        self._let_go()
-        speaking = self._rows[: self._speaking]
+        to_read = list(self._to_read())
+        if self.network.packs:
+            # one pass reads every weight once for both; who is new draws in the next one
+            speaking = self._speaking_chunks()
+            self._pass([*speaking, *to_read])
+        else:
+            self._pass(to_read)
+            self._let_go()
+            speaking = self._speaking_chunks()
+            self._pass(speaking)
+        self.stats.steps += 1
+        self.stats.step_rows += len(speaking)
+        return len(speaking)
+
+    def _speaking_chunks(self) -> list[Chunk]:
+        """Return the newest token of each text that is read."""
         chunks = []
-        for slot, row in enumerate(speaking):
+        for slot, row in enumerate(self._rows[: self._speaking]):
             if isinstance(row, TextRow):
                 chunks.append(Chunk(row, slot, (row.last,), row.read))
-        self._pass(chunks)
-        self.stats.steps += 1
-        self.stats.step_rows += len(chunks)
-        return len(chunks)
+        return chunks
 
     def _let_go(self) -> None:
         """Free the rows that nobody waits for, or whose time is over."""
@@ -212,6 +222,9 @@ class Scheduler:
         so that a long one does not keep others from beginning."""
         most = self.capacity.prefill_tokens
         waiting = sorted(self._rows[self._speaking :], key=lambda row: row.chunks)
+        if self.network.packs:
+            yield from self._packed(waiting, most)
+            return
         longest = 0
         for taken, row in enumerate(waiting):
             # a batch is as wide as its longest: what only fills it up counts
@@ -222,8 +235,21 @@ class Scheduler:
             if longest and max(longest, count) * (taken + 1) > most:
                 return
             longest = max(longest, count)
-            slot = self._rows.index(row)
-            yield Chunk(row, slot, row.ids[row.read : row.read + count], row.read)
+            yield self._next_of(row, count)
+
+    def _packed(self, waiting: Sequence[ServedRow], most: int) -> Iterator[Chunk]:
+        """Yield what is read next of these, one behind the other, at most so many tokens."""
+        for row in waiting:
+            if not most:
+                return
+            count = min(len(row.ids) - row.read, most)
+            most -= count
+            yield self._next_of(row, count)
+
+    def _next_of(self, row: ServedRow, count: int) -> Chunk:
+        """Return the next so many tokens of a row that is being read."""
+        slot = self._rows.index(row)
+        return Chunk(row, slot, row.ids[row.read : row.read + count], row.read)
 
     def _pass(self, chunks: Sequence[Chunk]) -> None:
         """Run one pass, and do with every row what follows from it."""
@@ -252,8 +278,7 @@ class Scheduler:
         # A row that an earlier attempt freed has moved others
         chunks = [replace(chunk, slot=self._rows.index(chunk.row)) for chunk in chunks]
         network = self.network
-        batch = Batch(tuple(chunks), network.pad_id, network.device)
-        x_BD, told = network.read(batch)
+        x_BD, told = network.read(network.batch(chunks))
         wanted = []
         for at, chunk in enumerate(chunks):
             if chunk.row.needs_logits and chunk.end >= len(chunk.row.ids):

@@ -4,7 +4,7 @@ tensor a layer, where each text is as long as it is.
 A slot has one place more than texts may have, where what only fills a batch up is written and never
 looked at.
 
-B rows of a pass, T tokens of each, R slots, S places, H heads, K width of a head.
+B rows of a pass, T tokens of each, N = B*T, R slots, S places, H heads, K width of a head.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ SLOTS = 4
 class Passing:
     """Where a pass writes and what it looks at."""
 
-    slot_B: Tensor
+    slot_BT: Tensor  # or of shape (B, 1)
     place_BT: Tensor
     seen: int  # S: the first places of each slot
-    are_first: bool  # whether these are the first slots, so that nothing has to be gathered
+    slots: slice | Tensor  # that are looked at; of a slice nothing has to be gathered
 
 
 class SlotLayer(CacheLayerMixin):
@@ -57,18 +57,15 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values of shape (B, H, T, K); return all that the pass looks at, of shape
-        (B, H, S, K)."""
+        (B, H, S, K), or (R, H, S, K) where that is all slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         passing = self.cache.passing
         out = []
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
             # an index on either side of a slice puts what it picks in front: (B, T, H, K)
-            kept[passing.slot_B.unsqueeze(1), :, passing.place_BT] = new.transpose(1, 2)
-            if passing.are_first:
-                out.append(kept[: len(passing.slot_B), :, : passing.seen])
-            else:
-                out.append(kept[passing.slot_B, :, : passing.seen])
+            kept[passing.slot_BT, :, passing.place_BT] = new.transpose(1, 2)
+            out.append(kept[passing.slots, :, : passing.seen])
         keys, values = out
         return keys, values
 
@@ -130,7 +127,14 @@ class SlotCache(Cache):
         """Say where the next pass writes, and that it looks at the first places up to `seen`."""
         are_first = list(slots) == list(range(len(slots)))
         slot_B = torch.tensor(slots, device=place_BT.device)
-        self.passing = Passing(slot_B, place_BT, seen, are_first)
+        looked_at = slice(len(slots)) if are_first else slot_B
+        self.passing = Passing(slot_B.unsqueeze(1), place_BT, seen, looked_at)
+
+    def write_packed(self, slots: Sequence[int], place_1N: Tensor) -> None:
+        """Say in which slot and place, of shape (1, N), each token of the next pass is kept; it
+        looks at all slots."""
+        slot_1N = torch.tensor([slots], device=place_1N.device)
+        self.passing = Passing(slot_1N, place_1N, self.places, slice(None))
 
     def move(self, source: int, target: int, places: int) -> None:
         """Copy what stands in a slot's first places to another slot."""

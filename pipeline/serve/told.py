@@ -51,6 +51,7 @@ def experts_told(tokens: Iterable[Token], names: Sequence[str]) -> list[ToldToke
     """Return tokens with who spoke them."""
     told: list[ToldToken] = []
     for token in tokens:
+        experts = [list(layer) for layer in token.experts]
         weights = []
         for layer in token.weights:
             weights.append([round(weight, DIGITS) for weight in layer])
@@ -58,7 +59,7 @@ def experts_told(tokens: Iterable[Token], names: Sequence[str]) -> list[ToldToke
             {
                 "id": token.id,
                 "text": token.text,
-                "experts": token.experts,
+                "experts": experts,
                 "weights": weights,
                 "top": names[top_expert(token)],
             }

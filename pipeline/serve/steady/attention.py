@@ -4,9 +4,9 @@ A token that is drawn sees exactly the places of its text. Tokens that are read 
 places, whichever of them a pass reads: what is computed for a token follows from its place alone,
 however a prompt was cut and whatever was read beside it.
 
-B rows, T tokens, H heads of queries, M heads of keys and values, G = H/M, C places of a block,
-S places that are seen, N places of all rows, A axes that a place is counted in, K width of a head,
-W numbers that become of a place.
+B rows, T tokens, N = B*T, H heads of queries, M heads of keys and values, G = H/M, C places of a
+block, S places that are seen, A axes that a place is counted in, K width of a head, W numbers that
+become of a place.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -52,46 +52,47 @@ def _forward(
         return sdpa_attention_forward(
             module, q_BHTK, k_BMSK, v_BMSK, mask, scaling=scaling, **kwargs
         )
-    out_BTHK = torch.zeros_like(q_BHTK.transpose(1, 2))
-    heads = k_BMSK.shape[1]
-    for row, chunk in enumerate(served.chunks):
-        q_MGTK = q_BHTK[row].unflatten(0, (heads, -1))
-        keys = (k_BMSK[row], v_BMSK[row])
+    q_BTHK = q_BHTK.transpose(1, 2).contiguous()
+    # the heads of queries that share one of keys stand below each other
+    q_NMGK = q_BTHK.flatten(0, 1).unflatten(1, (k_BMSK.shape[1], -1))
+    # all at once, as to take a row out of a tensor costs half of what attention over it does
+    takes = q_NMGK.split(served.taken)
+    keys = k_BMSK.split(1)
+    values = v_BMSK.split(1)
+    parts = []
+    for chunk, row, q_TMGK in zip(served.chunks, served.key_rows, takes, strict=True):
         attend = _drawn if chunk.is_drawn else _read
-        out_MGTK = attend(q_MGTK, *keys, chunk, scaling, sliding_window)
-        own = slice(0, out_MGTK.shape[2])
-        out_BTHK[row, own] = out_MGTK.flatten(0, 1).transpose(0, 1)
-    return out_BTHK, None
+        parts.append(attend(q_TMGK, keys[row], values[row], chunk, scaling, sliding_window))
+    return torch.cat(parts).view_as(q_BTHK), None
 
 
 def _drawn(
-    q_MGTK: Tensor,
-    k_MSK: Tensor,
-    v_MSK: Tensor,
+    q_TMGK: Tensor,
+    k_1MSK: Tensor,
+    v_1MSK: Tensor,
     chunk: Chunk,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Return out_MG1K of a token that was drawn."""
+    """Return out_TMGK of a token that was drawn: T is 1."""
     first = 0 if window is None else max(0, chunk.end - window)
-    seen = slice(first, chunk.end)
-    # the heads of queries that share one of keys stand below each other
-    out_1MGK = F.scaled_dot_product_attention(
-        q_MGTK[None, :, :, 0], k_MSK[None, :, seen], v_MSK[None, :, seen], scale=scale
+    seen = (2, first, chunk.end - first)
+    return F.scaled_dot_product_attention(
+        q_TMGK, k_1MSK.narrow(*seen), v_1MSK.narrow(*seen), scale=scale
     )
-    return out_1MGK[0].unsqueeze(2)
 
 
 def _read(
-    q_MGTK: Tensor,
-    k_MSK: Tensor,
-    v_MSK: Tensor,
+    q_TMGK: Tensor,
+    k_1MSK: Tensor,
+    v_1MSK: Tensor,
     chunk: Chunk,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Return out_MGTK of tokens that are read."""
-    heads, group, _, width = q_MGTK.shape
+    """Return out_TMGK of tokens that are read, zeros of what fills their row up."""
+    count, heads, group, width = q_TMGK.shape
+    q_MGTK = q_TMGK.permute(1, 2, 0, 3)
     parts = []
     for start in range(chunk.start // BLOCK * BLOCK, chunk.end, BLOCK):
         end = start + BLOCK
@@ -103,13 +104,16 @@ def _read(
         mask_CS = _mask(start, window, q_MGTK.device)
         out_1MRK = F.scaled_dot_product_attention(
             q_MGCK.flatten(1, 2)[None],
-            k_MSK[None, :, :end],
-            v_MSK[None, :, :end],
+            k_1MSK[:, :, :end],
+            v_1MSK[:, :, :end],
             attn_mask=mask_CS.repeat(group, 1),
             scale=scale,
         )
-        parts.append(out_1MRK[0].unflatten(1, (group, BLOCK))[:, :, own_C])
-    return torch.cat(parts, 2)
+        out_MGCK = out_1MRK[0].unflatten(1, (group, BLOCK))[:, :, own_C]
+        parts.append(out_MGCK.permute(2, 0, 1, 3))
+    if missing := count - len(chunk.ids):
+        parts.append(q_TMGK.new_zeros(missing, heads, group, width))
+    return torch.cat(parts)
 
 
 def _mask(start: int, window: int | None, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from ...model.trunk import Trunk
 from ..generation import BASE_READER
 from ..networks import TokenRouted
 from .network import DTYPE, SteadyNetwork, has_steady_places
-from .products import silu
+from .products import silu_
 
 # Deltas of several experts run as one product with zeros for those that were not chosen, as long as
 # their ranks together are so small a part of the model's width.
@@ -62,6 +62,8 @@ def can_be_steady(trunk: Trunk, experts: Sequence[Expert]) -> bool:
 
 class SteadyMixture(SteadyNetwork, TokenRouted):
     """A trunk's own class with experts in its slots, full or low-rank ones unmerged."""
+
+    packs = True
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
     def _swiglu(self, network: Any, x_ND: Tensor) -> Tensor:
         """Return y_ND of one network."""
         x_ND = x_ND.to(DTYPE)
-        h_NF = silu(self._product(x_ND, network.gate_proj))
+        h_NF = silu_(self._product(x_ND, network.gate_proj))
         h_NF *= self._product(x_ND, network.up_proj)
         return self._product(h_NF, network.down_proj)
 
@@ -136,24 +138,30 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
         network: Any = self._network(self._experts[0], layer)
         expert_R = index_NK.flatten()
         x_ND = x_ND.to(DTYPE)
-        g_RF = self._product(x_ND, network.gate_proj).repeat_interleave(top_k, 0)
-        u_RF = self._product(x_ND, network.up_proj).repeat_interleave(top_k, 0)
         chosen = []
+        gates: list[_Rows] = []
+        ups: list[_Rows] = []
         for deltas in self._deltas[layer]:
             row_P = self._rows(layer, deltas, expert_R)
             scale_PC = deltas.scales_PC(expert_R[row_P])
             chosen.append((deltas, row_P, scale_PC))
-            z_PC = self._products(x_ND, deltas.in_CD).repeat_interleave(top_k, 0)[row_P]
-            z_gate_PC, z_up_PC = z_PC.float().chunk(2, 1)
-            g_RF[row_P] += self._products(z_gate_PC * scale_PC, deltas.gate_FC)
-            u_RF[row_P] += self._products(z_up_PC * scale_PC, deltas.up_FC)
-        h_RF = silu(g_RF).mul_(u_RF)
-        y_RD = x_ND.new_zeros(len(expert_R), x_ND.shape[1], dtype=torch.float32)
+            z_PC = self._products(x_ND, deltas.in_CD).float().repeat_interleave(top_k, 0)[row_P]
+            z_gate_PC, z_up_PC = z_PC.chunk(2, 1)
+            gates.append((row_P, self._products(z_gate_PC * scale_PC, deltas.gate_FC)))
+            ups.append((row_P, self._products(z_up_PC * scale_PC, deltas.up_FC)))
+        g_RF = _on_base(self._product(x_ND, network.gate_proj), gates, top_k)
+        u_RF = _on_base(self._product(x_ND, network.up_proj), ups, top_k)
+        h_RF = silu_(g_RF).mul_(u_RF)
+        downs: list[_Rows] = []
         for deltas, row_P, scale_PC in chosen:
             z_PC = self._products(h_RF[row_P], deltas.down_CF)
-            y_RD[row_P] = self._products(z_PC.float() * scale_PC, deltas.out_DC).float()
+            downs.append((row_P, self._products(z_PC.float() * scale_PC, deltas.out_DC)))
         h_NF = _weighted(h_RF, weight_NK)
-        return _weighted(y_RD, weight_NK).add_(self._product(h_NF, network.down_proj))
+        y_ND = self._product(h_NF, network.down_proj)
+        if downs:
+            nothing_ND = y_ND.new_zeros(1, 1).expand_as(y_ND)
+            y_ND += _weighted(_on_base(nothing_ND, downs, top_k), weight_NK)
+        return y_ND
 
     def _rows(self, layer: int, deltas: Deltas, expert_R: Tensor) -> Any:
         """Return the places of rows that such deltas are for; all, where nobody else has any."""
@@ -206,11 +214,27 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
         )
 
 
+# Rows of some experts, all or by their places, and what stands in them.
+_Rows = tuple[Any, Tensor]
+
+
+def _on_base(base_NF: Tensor, rows: Sequence[_Rows], top_k: int) -> Tensor:
+    """Return in fp32 what is the base's of each token's routed rows, and what is added to some."""
+    if len(rows) == 1 and isinstance(rows[0][0], slice):
+        # all of them, which are written once so
+        added_NKF = rows[0][1].unflatten(0, (-1, top_k))
+        return (base_NF.unsqueeze(1) + added_NKF).flatten(0, 1)
+    out_RF = base_NF.repeat_interleave(top_k, 0)
+    for row_P, added_PF in rows:
+        out_RF[row_P] += added_PF
+    return out_RF
+
+
 def _weighted(x_RD: Tensor, weight_NK: Tensor) -> Tensor:
     """Return per token the weighted sum of its rows, added up in their order."""
     top_k = weight_NK.shape[1]
     x_NKD = x_RD.unflatten(0, (-1, top_k))
     y_ND = x_NKD[:, 0] * weight_NK[:, :1]
     for at in range(1, top_k):
-        y_ND = y_ND + x_NKD[:, at] * weight_NK[:, at : at + 1]
+        y_ND += x_NKD[:, at] * weight_NK[:, at : at + 1]
     return y_ND

@@ -9,13 +9,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..networks import Batch, Chunk, Network
+from ..networks import Chunk, Network
 from ..rows import Order, ServedRow
 
 # Of the text that is looked at, which is over a block of attention, and of those beside it, one of
 # which is there in every pass.
 LENGTH = 70
 BESIDE = (5, 52)
+# How much of the second of these is read where others draw, if a network has both in one pass.
+LATE = 2
 
 
 def is_steady(
@@ -51,23 +53,27 @@ def _logits(network: Network, rows: Sequence[ServedRow], bounds: Sequence[int]) 
     places = len(rows[-1].ids) + 1
     network.cache.reserve(len(rows), places, len(rows) * places)
     found = []
+    late = [0] * len(rows)
+    if network.packs and len(rows) > 1:
+        late[1] = min(LATE, len(rows[1].ids))
     with torch.no_grad():
         network.prepare(rows)
         for start, end in pairwise(bounds):
             chunks = []
             for slot, row in enumerate(rows):
-                if ids := row.ids[start:end]:
+                if ids := row.ids[start : min(end, len(row.ids) - late[slot])]:
                     chunks.append(Chunk(row, slot, ids, start))
             x_BD = _passed(network, chunks)
         found.append(network.logits(x_BD)[-1])
         drawn = []
         for slot, row in enumerate(rows):
-            drawn.append(Chunk(row, slot, (1,), len(row.ids)))
+            at = len(row.ids) - late[slot]
+            drawn.append(Chunk(row, slot, row.ids[at:] or (1,), at))
         found.append(network.logits(_passed(network, drawn))[-1])
     network.cache.clear()
     return torch.stack(found)
 
 
 def _passed(network: Network, chunks: Sequence[Chunk]) -> Tensor:
-    x_BD, _ = network.read(Batch(tuple(chunks), network.pad_id, network.device))
+    x_BD, _ = network.read(network.batch(chunks))
     return x_BD
