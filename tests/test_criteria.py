@@ -49,18 +49,18 @@ def reads_as_its_side(seed):
     draw = random.Random(seed)
     least = draw.choice(LIMITS)
     value = close_to(least, draw)
-    said = Decimal(beside_limit(value, least, draw.choice((0, 1))).rstrip("%"))
-    asked = Decimal(limit(least).rstrip("%"))
+    said = Decimal(beside_limit(value, least, draw.choice((0, 1))).rstrip(" %"))
+    asked = Decimal(limit(least).rstrip(" %"))
     assert (said >= asked - NOISE) == reaches(value, least)
     if abs(value - least) > 1e-12:
         assert reaches(value, least) == (value > least)
 
 
 def test_a_share_is_written_with_few_digits_where_they_do():
-    assert beside_limit(0.4, 0.25, 0) == "40%"
-    assert beside_limit(0.2496, 0.25, 0) == "24.96%"
-    assert beside_limit(0.2504, 0.25, 0) == "25%"
-    assert limit(0.25) == "25%" and limit(0.255) == "25.5%" and limit(0.07) == "7%"
+    assert beside_limit(0.4, 0.25, 0) == "40 %"
+    assert beside_limit(0.2496, 0.25, 0) == "24.96 %"
+    assert beside_limit(0.2504, 0.25, 0) == "25 %"
+    assert limit(0.25) == "25 %" and limit(0.255) == "25.5 %" and limit(0.07) == "7 %"
 
 
 @pytest.mark.parametrize("first", range(0, 400, 50))
@@ -83,13 +83,13 @@ def says_which_half_passed(seed):
     assert ("no better" not in said) == is_better
     is_closed = False
     figures = rf"of its gap closed [(]{NUMBER} against {NUMBER}[)]"
-    found = re.search(rf"(?:{NUMBER}%|all) {figures}", said)
+    found = re.search(rf"(?:{NUMBER} %|all) {figures}", said)
     assert bool(found) == (theirs.gap > 0)
     if found:
         closed, gap, whole = (each and Decimal(each) for each in found.groups())
         assert (closed is None) == (mine.gap <= 0)
         closed = 100 if closed is None else closed
-        is_closed = closed >= Decimal(limit(wanted).rstrip("%")) - NOISE
+        is_closed = closed >= Decimal(limit(wanted).rstrip(" %")) - NOISE
         assert (float(1 - gap / (whole or 1)) >= wanted - 4e-13) == is_closed
         share = 1 - mine.gap / theirs.gap
         if abs(share - wanted) > 1e-12:
@@ -170,7 +170,7 @@ def says_what_it_decided(seed):
     by_name = {each.name.split(",")[0]: each for each in found}
     router = by_name["router"]
     assert router.passed == (right >= round(requests * wanted.min_router_accuracy, 6))
-    said, asked = (re.search(NUMBER + "%", text)[1] for text in (router.detail, router.text))
+    said, asked = (re.search(NUMBER + " %", text)[1] for text in (router.detail, router.text))
     assert (Decimal(said) >= Decimal(asked)) == router.passed
     experts = by_name["experts"]
     said = re.search(f"with {NUMBER}", experts.detail)[1]
@@ -201,8 +201,8 @@ def test_what_was_measured_on_few_stays_open_and_is_named(few):
 def test_experts_and_domains_are_named_as_the_tables_show_them():
     routing = SimpleNamespace(least=ExpertShare("Family-law", 0.03), entropy=0.5, max_entropy=0.7)
     labels = {"Family-law": "Family law"}
-    assert all_used(routing, 0.05, labels).detail.startswith("least Family law 3.0%,")
-    assert all_used(routing, 0.05, {}).detail.startswith("least Family-law 3.0%,")
+    assert all_used(routing, 0.05, labels).detail.startswith("least Family law 3.0 %,")
+    assert all_used(routing, 0.05, {}).detail.startswith("least Family-law 3.0 %,")
     cfg = small.config(partition__domains=("Family law", "code"))
     names = cfg.partition.names
     counts = TextCounts(

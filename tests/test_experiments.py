@@ -568,7 +568,7 @@ def test_gaps_are_held_against_the_trial_that_is_named_and_a_dense_one_is_asked_
     assert found[0].criteria == ()
     assert (
         found[2].criteria[0].half == "neither"
-        and "a gap 0% smaller than that of baseline, asked 25%" in found[2].criteria[0].detail
+        and "a gap 0 % smaller than that of baseline, asked 25 %" in found[2].criteria[0].detail
     )
     alone = judged([mine], CriteriaConfig())
     assert [each.passed for each in alone[0].criteria] == [None, None, None]

@@ -95,14 +95,14 @@ def places(holds: Callable[..., bool], *values: float, least: int) -> int:
 
 def limit(value: float) -> str:
     """Write a fraction that is asked for as a percentage, with the digits that it was given."""
-    return f"{100 * value:.12g}%"
+    return f"{100 * value:.12g} %"
 
 
 def beside_limit(value: float, least: float, decimals: int) -> str:
     """Write a fraction as a percentage with as many decimals as show whether it reaches `least`."""
     number = places(lambda each: reaches(each, least), value, least=decimals + 2)
     rounded = round(value, number)
-    return f"{100 * rounded:.{number - 2}f}%"
+    return f"{100 * rounded:.{number - 2}f} %"
 
 
 def seconds(value: object) -> str:

@@ -6,7 +6,7 @@ What was measured on too few requests for an interval decides nothing: such a cr
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...metrics.bootstrap import LEAST_UNITS
-from ...report.format import beside_limit, limit, places, reaches
+from ...report.format import beside_limit, limit, places, reaches, share
 from ...report.schema.base import Criterion
 from ...report.schema.requests import AdapterScores, AnswerSet, TaskScores
 from .config import AdapterRunConfig
@@ -49,7 +49,7 @@ def _beats_words(routed: Routed) -> Criterion:
         name=f"looks, {routed.name}",
         text="where the words tell nothing, the router beats a router that reads them alone",
         passed=passed,
-        detail=f"{routed.hits().mean():.1%} against {routed.hits(TEXT).mean():.1%}; {by}",
+        detail=f"{share(routed.hits().mean(), 1)} against {share(routed.hits(TEXT).mean(), 1)}; {by}",
     )
 
 
