@@ -220,7 +220,7 @@ def _flops_per_s(
     there = [each for each in finished_jobs if _rate_on(machine, each)]
     rates = []
     for each in alike(there, job.flops_per_token, math.ceil(machine.cpu), dtype):
-        rates.append(_rate_on(machine, each) or 0.0)
+        rates.append((_rate_on(machine, each) or 0.0) * each.scale(job.flops_per_token))
     return typical(rates) or ASSUMED_MFU * prices.flops_per_s(machine)
 
 

@@ -264,7 +264,9 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
         if known is None:
             known = of_this_machine(store)
         told = alike(known, job.flops_per_token, threads, dtype)
-        rate = typical([each.flops_per_s for each in told]) or probed
+        rate = (
+            typical([each.flops_per_s * each.scale(job.flops_per_token) for each in told]) or probed
+        )
         if not rate:
             probed = ASSUMED_MFU * product_flops_per_s(dtype == "bf16")
             rate = probed

@@ -45,11 +45,12 @@ def _beats_words(routed: Routed) -> Criterion:
         passed = not reaches(0.0, low)
         digits = places(lambda each: not reaches(0.0, each), low, least=3)
         by += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    alone = share(routed.hits(TEXT).mean(), 1)
     return Criterion(
         name=f"looks, {routed.name}",
         text="where the words tell nothing, the router beats a router that reads them alone",
         passed=passed,
-        detail=f"{share(routed.hits().mean(), 1)} against {share(routed.hits(TEXT).mean(), 1)}; {by}",
+        detail=f"{share(routed.hits().mean(), 1)} against {alone}; {by}",
     )
 
 

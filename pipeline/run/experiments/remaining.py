@@ -93,7 +93,7 @@ class Remaining:
         share = cores() // (self._parallel or 1)
         threads = job.trial.cfg.runtime.most_threads(share)
         told = alike(known, cost.flops_per_token, threads, job.trial.addresses.cfg.dtype)
-        rate = typical([each.flops_per_s for each in told])
+        rate = typical([each.flops_per_s * each.scale(cost.flops_per_token) for each in told])
         return cost.flops / rate + beside.get(job.kind, 0.0) if rate else None
 
     def _beside(self) -> dict[tuple[str, str], float]:
