@@ -15,6 +15,7 @@ from pipeline.data.text import records
 from pipeline.data.text.documents import documents, drop_stats, key_of
 from pipeline.data.text.held_out import HeldOut
 from pipeline.data.text.looked import look_at_domain, look_at_tokenizer
+from pipeline.data.text.survey import survey
 from pipeline.store.looking import FileSums, Looking
 
 SPLITS = ("train", "valid", "test")
@@ -175,6 +176,32 @@ def test_a_survey_has_what_is_read_and_so_many_bytes(three, tmp_path):
         for name in WORDS:
             digests = [row.tobytes().hex() for block in there.rows(name) for row in block["digest"]]
             assert digests == wanted[name] and there.count(name) == len(digests) > 10
+
+
+@pytest.mark.parametrize("by", ["labels", "clusters"])
+def test_files_that_a_limit_leaves_unread_are_told_once(tmp_path, by):
+    for number in range(4):
+        write(tmp_path / "in" / f"{number}.jsonl", rows(90))
+    raw = config("unread.jsonl").model_dump(mode="json")
+    raw["data"] |= {"megabytes_per_domain": 0.003, "files": [{"paths": [f"{tmp_path}/in/*.jsonl"]}]}
+    raw["partition"] |= {"by": by, "count": 3} if by == "clusters" else {}
+    told = []
+
+    def surveyed_again(changed=raw):
+        cfg = TextRunConfig.model_validate(changed)
+        eye = Looking(
+            FileSums(), folder=tmp_path / "sources", progress=lambda say, _: told.append(say)
+        )
+        survey(cfg, eye)
+        return [each for each in told if "megabytes_per_domain" in each]
+
+    (line,) = surveyed_again()
+    assert "after 1 of 4 files, and the others are not read" in line
+    assert ("share one limit" in line) == (by == "clusters")
+    # a second look reads nothing and tells nothing anew; where the limit is far nothing is unread
+    assert len(surveyed_again()) == 1
+    raw["data"]["megabytes_per_domain"] = 9.0
+    assert len(surveyed_again(raw)) == 1
 
 
 def every_text(folder, domain):

@@ -94,7 +94,9 @@ class DataConfig(Section):
     megabytes_per_domain: float | None = Field(
         None,
         gt=0,
-        description="Stop reading a label after so many MB (10^6 bytes) of text; none: no limit",
+        description="Stop reading a label after so many MB (10^6 bytes) of text, files in their "
+        "order; where domains are clusters all text has one label unless its entry names a "
+        "domain; none: no limit",
     )
     min_document_bytes: int = Field(
         16, ge=1, description="Shorter documents are dropped and counted, bytes"

@@ -207,6 +207,7 @@ def survey(cfg: TextRunConfig, eye: Eye) -> Survey:
     counted = Limits(cfg.data)
     kept = cfg.partition.names if cfg.partition.by == "labels" else ("",)
     found: list[FileDocuments] = []
+    unread = 0
     for source, (label, files) in enumerate(sources(cfg)):
         for number, file in enumerate(files):
             place = (source, number)
@@ -216,13 +217,30 @@ def survey(cfg: TextRunConfig, eye: Eye) -> Survey:
                 counted.take(block, each.labels)
             # What follows would be over the limit, and need not be read to know it
             if counted.full(iter((label,) if label else kept)):
+                unread += sum(1 for _ in files)
                 break
     records.save()
     there = Survey(cfg, found)
     if records.has_read and there.others:
         named = ", ".join(f"{label} {count:,}" for label, count in there.others.most_common(_TOLD))
         eye.progress(f"documents left out, as no domain has their label: {named}", None)
+    if records.has_read and unread:
+        eye.progress(_over_the_limit(cfg, len(found), unread), None)
     return there
+
+
+def _over_the_limit(cfg: TextRunConfig, read: int, unread: int) -> str:
+    told = (
+        f"data.megabytes_per_domain is reached after {read:,} of {read + unread:,} files, and the "
+        "others are not read"
+    )
+    if cfg.partition.by == "clusters" and cfg.data.source == "files":
+        # Clusters are found in what was read
+        told += (
+            ": all files of an entry without `domain` share one limit; raise it, or give each kind "
+            "of text an entry of data.files with a `domain`, which has a limit of its own"
+        )
+    return told
 
 
 def _of_file(
