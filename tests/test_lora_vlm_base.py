@@ -18,6 +18,7 @@ from pipeline.errors import DamagedArtifact, DataError, MismatchError
 from pipeline.families.adapters.base import ModelRef, file_hashes
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm.config import VlmBaseConfig
+from pipeline.families.lora_vlm.patches import PatchCutter
 
 HUB_LAYOUT = {
     "config.json",
@@ -108,6 +109,36 @@ def test_the_processor_prepares_pictures_as_the_stock_one_and_needs_no_torchvisi
         pads == mine["image_grid_thw"].prod().item() // 4 == out["mm_token_type_ids"].sum().item()
     )
     assert "torchvision" not in sys.modules
+
+
+# other numbers in each channel; without a step that they are looked up for
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"image_mean": [0.48, 0.45, 0.40], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 0.01},
+        {"do_normalize": False},
+        {"do_resize": False},
+    ],
+    ids=["as it is", "other numbers", "not normalized", "not resized"],
+)
+def test_pictures_are_cut_to_the_last_bit_as_their_preparation_cuts_them(made, changed):
+    preparation = lora_base.open_processor(made[1] / "base", made[0].image).image_processor
+    vars(preparation).update(changed)
+    ramp = Image.linear_gradient("L")
+    # every value of each channel, and what has to be resized to no multiple of its size
+    shades = Image.merge("RGB", (ramp, ramp.rotate(90), Image.radial_gradient("L")))
+    pictures = [shades]
+    if preparation.do_resize:
+        pictures += [Image.effect_noise(size, 150).convert("RGB") for size in ((200, 90), (40, 41))]
+        pictures += [ramp.convert("RGB"), ramp.convert("RGBA")]
+    cut = PatchCutter(preparation)
+    for several in ([shades], pictures[:-1] or pictures, pictures):
+        found = cut(several)
+        wanted = preparation(images=several, return_tensors="pt")
+        assert torch.equal(found[0], wanted["pixel_values"])
+        assert found[0].dtype == wanted["pixel_values"].dtype
+        assert torch.equal(found[1], wanted["image_grid_thw"])
 
 
 def test_the_template_writes_turns_as_the_hubs_does(made):

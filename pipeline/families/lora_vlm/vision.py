@@ -26,15 +26,13 @@ from ...hardware import cores
 from ..adapters.media import Media
 from ..adapters.peft_io import own_name
 from ..adapters.sections import AdapterConfig
+from .patches import PatchCutter, Patches
 from .perturb import PERTURBATIONS
 
 TOWER_PATCHES = 16_384  # that go through the vision tower together
 SMALL_PX = 192  # longer side of a picture in the report
 SMALL_QUALITY = 80  # of its JPEG
 READERS = 8  # most threads that open pictures
-
-# pixel_values [P, values] of pictures one after another, and image_grid_thw [N, 3]
-Patches = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Images(Media):
     def __init__(self, processor: Any):
         self.processor = processor
         self.preparation = processor.image_processor
+        self._cut = PatchCutter(self.preparation)
         self.image_id: int = processor.image_token_id
         self.placeholder = processor.image_token
         self.placeholder_id = self.image_id
@@ -125,8 +124,7 @@ class Images(Media):
 
     def patches(self, images: Sequence[Image.Image]) -> Patches:
         """Return pictures as patches."""
-        out = self.preparation(images=list(images), return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"]
+        return self._cut(images)
 
     def patches_of_files(self, paths: Sequence[Path]) -> Patches:
         """Return pictures on disk as patches. Raises DataError."""
