@@ -56,7 +56,8 @@ class FakeServer:
         else:
             stack["top_k"] = 2
         names = [f"expert:{name}" for name in NAMES]
-        return [stack, *[{"id": name, "object": "model"} for name in (*names, "base")]]
+        others = [{"id": name, "object": "model"} for name in (*names, "base")]
+        return [stack, *others, {"id": "dense", "object": "model", "baseline": "total"}]
 
     def _add(self) -> None:
         app = self.app
@@ -108,7 +109,10 @@ class FakeServer:
                 await asyncio.sleep(0.005)
                 part = {"index": 0, "finish_reason": None, "logprobs": None}
                 part |= {"delta": {"content": text}} if kind.startswith("chat") else {"text": text}
-                part["experts"] = {"tokens": [token(text, place)]}
+                drawn = token(text, place)
+                if body.get("model") == "dense":
+                    drawn |= {"experts": [], "weights": [], "top": None}
+                part["experts"] = {"tokens": [drawn]}
                 if place == len(self.said) - 1:
                     part["finish_reason"] = "length"
                 told = {**common, "choices": [part]}

@@ -24,10 +24,11 @@ from pipeline.model.language_model import LanguageModel
 from pipeline.model.low_rank import LowRankExpert
 from pipeline.model.request_router import RequestRouter
 from pipeline.model.router import Gating, Mixture, Router
-from pipeline.model.trunk import Trunk, build
+from pipeline.model.trunk import Trunk, build, open_dense
 from pipeline.serve.adapters import SteadyAdapters, TextAdapters
+from pipeline.serve.dense import DenseModel, SteadyDense
 from pipeline.serve.engine import CompletionEngine
-from pipeline.serve.generation import BASE_READER, Capacity, Stats
+from pipeline.serve.generation import BASE_READER, DENSE_READER, Capacity, Stats
 from pipeline.serve.networks import Network, StockMixture, UnmergedMixture
 from pipeline.serve.steady.mixture import SteadyMixture
 
@@ -250,6 +251,31 @@ def _with_adapters(network_of: type[TextAdapters], settings: dict[str, Any]) -> 
     return Small(engine, alone)
 
 
+def beside_dense(small: Small, kind: str, model_of: type[DenseModel] = DenseModel) -> Small:
+    """Put a dense model with another feed-forward width beside a stack; what computes the same
+    alone is transformers' own."""
+    torch.manual_seed(4)
+    served = small.engine.model.config
+    like = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    settings = SIZES | {key: getattr(served, key) for key in like} | {"intermediate_size": 80}
+    config = AutoConfig.for_model(kind, **settings)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    whole.eval().requires_grad_(False)
+    copied = {name: each.clone() for name, each in whole.state_dict().items()}
+    model = LanguageModel.of(*open_dense(settings | {"model_type": kind}, copied))
+    engine = small.engine
+    engine.network.stand_beside(model_of(model.requires_grad_(False).eval()))
+    engine.readers = (*engine.readers, DENSE_READER)
+
+    def alone(ids: list[int], reader: str | None) -> torch.Tensor:
+        if reader != DENSE_READER:
+            return small.alone(ids, reader)
+        with torch.no_grad():
+            return whole(input_ids=torch.tensor([ids])).logits[0]
+
+    return Small(engine, alone)
+
+
 STEADY: dict[str, Callable[[], Small]] = {
     "low rank": steady,
     "low rank, last layer": lambda: steady("qwen3", (1,)),
@@ -262,6 +288,9 @@ STEADY: dict[str, Callable[[], Small]] = {
     "low rank at once, width 100": lambda: steady(
         intermediate_size=100, hidden_size=96, initializer_range=0.2
     ),
+    "full experts, dense beside": lambda: beside_dense(
+        steady("qwen3", full=True), "qwen3", SteadyDense
+    ),
 }
 KINDS: dict[str, Callable[[], Small]] = {
     "full experts": stock,
@@ -270,4 +299,5 @@ KINDS: dict[str, Callable[[], Small]] = {
     "low rank, last layer": lambda: unmerged("qwen3", (1,)),
     "adapters": adapters,
     "adapters, window": lambda: adapters("mistral"),
+    "low rank, dense beside": lambda: beside_dense(unmerged(), "llama"),
 }

@@ -251,8 +251,8 @@ def test_what_is_no_bundle_is_told_apart_from_a_damaged_or_newer_one(bundled, tm
     with pytest.raises(DamagedArtifact, match="not a list of sha256 sums"):
         bundle.read_sums(folder)
     shutil.copy(bundled[2] / "SHA256SUMS", folder)
-    (folder / "experts.json").write_text(json.dumps(bundle.about(bundled[2]) | {"format": 4}))
-    with pytest.raises(NewerStore, match=r"format 4.*up to 3"):
+    (folder / "experts.json").write_text(json.dumps(bundle.about(bundled[2]) | {"format": 5}))
+    with pytest.raises(NewerStore, match=r"format 5.*up to 4"):
         bundle.about(folder)
     (folder / "experts.json").write_text("[]")
     with pytest.raises(DamagedArtifact, match=r"experts\.json cannot be read"):

@@ -139,6 +139,9 @@ def test_a_report_leaves_them_out_where_that_is_asked_for(half, tmp_path):
         load(half[0], ("dense.baselines=[total]",)), "evaluate"
     )
     assert settled(half, "skip", "deploy")[0] == cfg
+    # but for the one that the bundle is to hold
+    held = load(half[0], ("modal.missing_baselines=skip", "deploy.dense=path"))
+    assert cloud.with_baselines(held, ("evaluate",), half[1]) == (held, ("evaluate",), [])
     mirror = cloud.mirror(cfg, tmp_path / "mirror", *far(half[1].root))
     assert cloud.with_baselines(cfg, wanted, mirror) == (cfg, wanted, [])
 

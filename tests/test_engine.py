@@ -83,6 +83,10 @@ def test_shares_and_the_top_expert_by_hand():
         [1.3 / 4, 1.6 / 4, 1.1 / 4, 0]
     )
     assert [top_expert(t) for t in tokens] == [0, 1]
+    # a dense model's
+    nobodys = [Token(3, "c", [], [])]
+    assert top_expert(nobodys[0]) is None
+    assert expert_shares(nobodys, 2) == expert_shares([], 2)
     assert expert_shares([], 2) == [{"share": 0.0, "weight": 0.0}] * 2
 
 

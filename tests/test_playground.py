@@ -169,6 +169,27 @@ def test_two_readers_answer_side_by_side_with_one_seed(visit, texts):
     assert picked == [" tide", " net", " home"] * 2
 
 
+def test_a_dense_model_stands_beside_the_stack_and_is_nobody_s(visit, texts):
+    page = visit(texts.url)
+    assert page.locator("#beside option").last.text_content() == "dense total"
+    page.select_option("#beside", "dense")
+    generate(page)
+    assert page.locator(".column h2").all_inner_texts() == ["small (the stack)", "dense total"]
+    dense = page.locator(".column").last
+    assert dense.locator(".tokens").inner_text() == "".join(WORDS)
+    labels = dense.locator(".token").evaluate_all(
+        "all => all.map(each => each.getAttribute('aria-label'))"
+    )
+    assert all(label.endswith(", no expert") for label in labels)
+    expect(dense.locator(".hint")).to_have_text("A dense model: no experts in it.")
+    # no colour of it in the legend, and none of its tokens among an expert's
+    assert "dense" not in page.locator("#legend").inner_text()
+    page.click("#legend button >> nth=1")
+    assert dense.locator(".token.picked").count() == 0
+    page.click("#legend button >> nth=1")
+    assert dense.locator(".token.picked").count() == 0
+
+
 def test_settings_are_sent_and_a_link_brings_them_back_without_asking(visit, texts):
     page = visit(texts.url)
     page.fill("#temperature", "0.7")

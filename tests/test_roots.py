@@ -70,7 +70,8 @@ def test_whoever_makes_something_leaves_a_root_and_renews_it(finished, store_pat
     cfg = load(path)
     assert (root.name, root.family, root.id, root.file) == ("tiny", "ffn_moe", run, str(path))
     assert set(root.addresses) == set(stages.Addresses(cfg).reachable())
-    settings = stages.Addresses(cfg).cfg.model_dump(mode="json", exclude={"deploy"})
+    nowhere = {"deploy": {"upload", "keep"}}
+    settings = stages.Addresses(cfg).cfg.model_dump(mode="json", exclude=nowhere)
     assert root.settings == settings and not root.overrides
     leave(store, replace(root, at="1999-01-01T00:00:00Z", removed=True))
     again = ["--config", path, "--store", store.root]
@@ -249,6 +250,11 @@ def test_where_a_bundle_goes_makes_no_other_run(finished):
     plain = load(path)
     assert parse(root.settings).deploy == plain.deploy
     assert root.addresses == root_of(plain).addresses
+    # what it holds does
+    held = root_of(load(path, ("deploy.dense=total",)))
+    assert parse(held.settings).deploy.dense == "total"
+    (own,) = set(held.addresses) - set(root.addresses)
+    assert own == stages.address(load(path, ("deploy.dense=total",)), "deploy")
 
 
 def test_a_torn_note_of_what_was_taken_out_hides_no_run(kept, elsewhere, capfd):

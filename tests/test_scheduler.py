@@ -309,7 +309,8 @@ def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
         # nobody draws it
         sampling = Sampling(6, 1.0, seed=number, logit_bias={bad: -100.0})
         requests.append((Prompt(tuple(ids), reader=draw.choice(engine.readers)), sampling))
-    hook = engine.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    models = [each.model.base_model for each in (engine.network, engine.network.beside) if each]
+    hooks = [model.register_forward_pre_hook(fail, with_kwargs=True) for model in models]
     try:
         running = [engine.submit(*request) for request in requests]
         for number, generation in enumerate(running):
@@ -318,7 +319,8 @@ def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
                     generation.wait()
         found = [told(each) for number, each in enumerate(running) if number % 3]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     wanted = [told(engine.submit(*each)) for number, each in enumerate(requests) if number % 3]
     assert found == list(map(numbers, wanted))
 

@@ -30,6 +30,7 @@ from pipeline.train import loop
 from tests import (
     small,
     test_adapter_experts,
+    test_dense_beside,
     test_expert_package,
     test_foreign_adapters,
     test_foreign_tokenizers,
@@ -355,6 +356,7 @@ BY_NAME = {  # settings whose effect is not in a product: the test that shows it
     "evaluate.bootstrap": "test_documents_are_resampled_as_often_as_asked",
     "lrsearch.share": "test_a_search_is_planned_at_a_share_of_its_trainings",
     "lrsearch.steps": "test_steps_of_each_rate_can_be_given",
+    "deploy.dense": "test_the_dense_model_goes_along_as_a_stock_checkpoint",
     "deploy.upload": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     "deploy.keep": "test_a_bundle_is_uploaded_where_it_is_asked_to_go",
     **{
@@ -375,6 +377,7 @@ SHOWN_IN = (
     test_wiring,
     test_foreign_tokenizers,
     test_adapter_experts,
+    test_dense_beside,
     test_lr_search,
     test_expert_package,
     test_foreign_adapters,

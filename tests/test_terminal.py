@@ -199,6 +199,19 @@ def test_runs_put_together_are_the_text(folder):
     assert {run.tokens for run in found[:-1]} == {3}
 
 
+def test_a_dense_model_s_text_is_nobody_s(folder):
+    engine = FakeEngine()
+    plain = engine._token
+    engine._token = lambda *one: replace(plain(*one), experts=[], weights=[])
+    assert generated(folder, terminal(), engine=engine) == f"{SAID}\n"
+    tables = generated(folder, Console(file=io.StringIO()), engine=engine, experts=True)
+    assert "no expert" in tables
+    lines = generated(folder, Console(file=io.StringIO()), engine=engine, as_json=True)
+    *tokens, end = map(json.loads, lines.splitlines())
+    assert {(each["expert"], *each["experts"]) for each in tokens} == {(None,)}
+    assert end["shares"] == {}
+
+
 def typed_line(line: str):
     """Return what the command line makes of a line."""
     return parser().parse_args(line.split())

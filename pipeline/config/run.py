@@ -26,8 +26,15 @@ def source_key(stage: str, item: str | None) -> str:
 
 
 class DeployConfig(Section):
-    """What becomes of the bundle; no result depends on it, so no address does."""
+    """What the bundle holds beside the stack, and what becomes of it."""
 
+    # A text: which models a run trains, its family knows
+    dense: str | None = Field(
+        None,
+        min_length=1,
+        description="One of dense.baselines that goes into the bundle, to be asked beside the "
+        "stack as `dense` (ffn_moe): a whole model more to hold and to serve; none: no such model",
+    )
     upload: str | None = path_field(
         "target",
         None,
@@ -91,7 +98,9 @@ class RunConfig(Section):
         description="Arithmetic of training: auto is bf16 where this GPU or processor has it, on "
         "Modal where all GPUs that train have it, else fp32; addresses hold which it is",
     )
-    deploy: DeployConfig = Field(DeployConfig(), description="Where the bundle goes")
+    deploy: DeployConfig = Field(
+        DeployConfig(), description="What else the bundle holds, and where it goes"
+    )
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="How it runs")
     serve: ServeConfig = Field(ServeConfig(), description="What the server of the bundle takes on")
     modal: ModalConfig = Field(ModalConfig(), description="Where it runs when that is Modal")

@@ -136,6 +136,12 @@ that joins them. It is an ordinary `{{ about.architecture }}` with {{ total }} p
 {% endfor %}
 
 Trunk `{{ about.trunk.address }}`, router `{{ about.router.address }}`.
+{% if about.dense is defined %}
+
+Beside the stack, in `dense/`, stands the run's dense baseline {{ about.dense.name }}
+({{ code(about.dense.address) }}), a checkpoint by itself; below it is the row
+dense {{ about.dense.name }}.
+{% endif %}
 
 ## Use
 

@@ -8,10 +8,13 @@ def outcome(metrics: dict) -> str:
     # What tells a bundle, a tokenizer and a preprocess of documents by their metrics: a new stage
     # needs no line here
     if {"files", "experts", "parameters"} <= metrics.keys():
-        return (
+        text = (
             f"{metrics['experts']} experts, {metrics['parameters']:,} parameters, "
             f"{metrics['files']} files"
         )
+        if "dense_bytes" in metrics:
+            text += f"; dense {metrics['dense']} is {metrics['dense_bytes'] / 1e6:.1f} MB of it"
+        return text
     return _text_outcome(metrics) if "vocab_size" in metrics else figures(metrics)
 
 

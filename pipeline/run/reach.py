@@ -38,8 +38,8 @@ def root_of(
         file=as_given(file),
         overrides=overrides,
         addresses=tuple(sorted(set(addresses.reachable()))),
-        # Where a bundle goes is in no address
-        settings=settings.model_dump(mode="json", exclude={"deploy"}),
+        # Where a bundle goes is in no address, what it holds is
+        settings=settings.model_dump(mode="json", exclude={"deploy": {"upload", "keep"}}),
         makes=tuple(sorted(set(makes))),
     )
 

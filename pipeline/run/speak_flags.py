@@ -17,8 +17,8 @@ ABOUT = {
 MORE = {
     "generate": """\
 On a terminal text comes as it is drawn, with a legend at its end; elsewhere, or
-with NO_COLOR set, it is plain text. Names are those of the experts, base (where
-the bundle holds it) and stack: whom the router chooses.
+with NO_COLOR set, it is plain text. Names are those of the experts, base and
+dense (where the bundle holds them) and stack: whom the router chooses.
 
   python -m pipeline generate --config mine.yaml "The reef"
   python -m pipeline generate "The reef" --compare stack law base --config mine.yaml
@@ -110,7 +110,7 @@ def _add_bundle(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_expert(to: "argparse._ActionsContainer") -> None:
-    to.add_argument("--expert", metavar="NAME", help="who reads: an expert, or base")
+    to.add_argument("--expert", metavar="NAME", help="who reads: an expert, base or dense")
 
 
 def _add_told(sub: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..families import family
@@ -91,16 +90,7 @@ class TextAdapters(OneReader):
         """Return x_BTD after the final norm."""
         names = [row_adapter(chunk.row) for chunk in batch.chunks]
         with self._adapters.reading(names):
-            out = self.model.base_model(
-                input_ids=batch.ids_BT,
-                attention_mask=self.masks(batch),
-                position_ids=batch.place_BT,
-                past_key_values=self.cache,
-                use_cache=True,
-                **self.extras(batch),
-            )
-        x_BTD: torch.Tensor = out.last_hidden_state
-        return x_BTD
+            return self.run(batch)
 
 
 class SteadyAdapters(SteadyNetwork, TextAdapters):

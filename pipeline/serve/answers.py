@@ -44,13 +44,14 @@ class Usage(TypedDict):
 
 @_whole
 class ToldToken(TypedDict):
-    """A token, per layer the numbers and weights of its experts, and who had the most weight."""
+    """A token, per layer the numbers and weights of its experts, and who had the most weight; of a
+    dense model, which has no experts, no layers and nobody."""
 
     id: int
     text: str
     experts: list[list[int]]
     weights: list[list[float]]
-    top: str
+    top: str | None
 
 
 @_whole
@@ -270,7 +271,7 @@ class RequestRoute(TypedDict):
 
 @_whole
 class ModelCard(TypedDict):
-    """Whom a request can name: the stack, one of its experts, or the base."""
+    """Whom a request can name: the stack, one of its experts, the base, or a dense model."""
 
     id: str
     object: Literal["model"]
@@ -284,6 +285,7 @@ class ModelCard(TypedDict):
     form: NotRequired[str]
     rank: NotRequired[int]
     base: NotRequired[str | None]
+    baseline: NotRequired[str]  # of a dense model: which of the run's it is
     limits: NotRequired[dict[str, int]]
     bundle: NotRequired[dict[str, str]]  # its address and the sum of its sums
     label: NotRequired[str]

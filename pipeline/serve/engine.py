@@ -5,7 +5,7 @@ T tokens, V vocabulary, E experts, A assignments of tokens to experts.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,13 @@ from ..data.text import tokenizer
 from ..errors import ConfigError, DamagedArtifact, DataError
 from ..families import PRELOAD, family
 from ..hardware import device, has_bf16
-from ..store.bundle import SUMS, about, start_ids, verify
+from ..model.language_model import filled
+from ..store.bundle import DENSE, SUMS, about, start_ids, verify
+from .dense import DenseModel, opened_dense, steady_dense
 from .gates import GateChoice
 from .generation import (
     BASE_READER,
+    DENSE_READER,
     Capacity,
     Generation,
     NoSuchReader,
@@ -175,9 +178,19 @@ class Engine(ABC):
 
     def _steady(self, folder: Path) -> Network | None:
         """Return the stack in bf16, None where it is to run in fp32. Raises ConfigError."""
+        return self._tried_steady(folder, self._made_steady, self._tried_readers)
+
+    def _tried_steady(
+        self,
+        folder: Path,
+        make: Callable[[Path], SteadyNetwork | None],
+        readers: Sequence[str | None] = (None,),
+    ) -> Network | None:
+        """Return what is made in bf16 of a folder, None where it is to run in fp32. Raises
+        ConfigError."""
         if not self._may_be_steady:
             return None
-        network = self._made_steady(folder)
+        network = make(folder)
         if network is None:
             if self.dtype == "auto":
                 return None
@@ -187,7 +200,7 @@ class Engine(ABC):
             if self.dtype == "auto":
                 return None
             raise ConfigError(f"{folder} {NO_ROOM}")
-        if not is_steady(network, self.context_tokens, self._tried_readers):
+        if not is_steady(network, self.context_tokens, readers):
             if self.dtype == "auto":
                 return None
             log.warning(
@@ -225,7 +238,11 @@ class CompletionEngine(Engine):
         self.context_tokens: int = self.about["context_tokens"]
         self.start_ids = start_ids(self.about)
         self.tokenizer = tokenizer.pretrained(str(folder))
-        self._serve(self._opened(folder))
+        network = self._opened(folder)
+        if self.about.get("dense"):
+            network.stand_beside(self._dense(folder / DENSE, network.dtype))
+            self.readers = (*self.readers, DENSE_READER)
+        self._serve(network)
         # Before, whoever used the stock one had to put the first token there.
         if self.about["format"] >= 2:
             check_tokens(folder, self.tokenizer, self.start_ids)
@@ -271,6 +288,15 @@ class CompletionEngine(Engine):
         if not can_be_steady(stack.trunk, list(stack.experts.values())):
             return None
         return SteadyMixture(stack.trunk, stack.experts, stack.mixture.router, self._anchor())
+
+    def _dense(self, folder: Path, dtype: str) -> Network:
+        """Return a dense model, a checkpoint that was looked at with the bundle, once the class
+        that stock tools load is held against it; its products run in the stack's dtype."""
+        model = opened_dense(folder)
+        expected_TV = probe_logits(model, filled, self.context_tokens)
+        self._held_against(folder, expected_TV)
+        steady = self._tried_steady(folder, steady_dense) if dtype == "bf16" else None
+        return steady or DenseModel(model)
 
     def _anchor(self) -> int | None:
         """Return the number of the expert that is the trunk's own network, where one is kept."""
@@ -395,12 +421,21 @@ def _normalized(value_E: torch.Tensor) -> list[float]:
     return share_E.tolist()
 
 
-def top_expert(token: Token) -> int:
-    """Return the number of the expert with the most weight over all layers."""
+def top_expert(token: Token) -> int | None:
+    """Return the number of the expert with the most weight over all layers; None where no expert
+    spoke it, as in a dense model."""
     total: dict[int, float] = {}
     layers = zip(token.experts, token.weights, strict=True)
     for experts, weights in layers:
         for expert, weight in zip(experts, weights, strict=True):
             total[expert] = total.get(expert, 0.0) + weight
+    if not total:
+        return None
     # Of equal ones the first in the stack, whichever layer named it first.
     return max(sorted(total), key=total.__getitem__)
+
+
+def top_name(token: Token, speakers: Sequence[str]) -> str | None:
+    """Return that expert's name."""
+    number = top_expert(token)
+    return None if number is None else speakers[number]

@@ -106,7 +106,7 @@ class Form(ABC):
         """Return who reads the first text, where it is one for all of it."""
         generation = self.generations[0]
         told: Json = {}
-        if generation.reader is not None:
+        if generation.reader is not None and not self.service.is_dense(generation.reader):
             told["expert"] = generation.reader
         if generation.choice is not None:
             alternatives: list[Alternative] = alternatives_told(generation.choice)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 FREE = -1  # in the place of a reader's number: whom the gates choose
+NOBODY = -2  # in that place: no expert, as a dense model reads
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class GateChoice:
     def of_reader(cls, number: int, layers: int = 1) -> "GateChoice":
         """Return the choice of one expert in every layer."""
         return cls(((number,),) * layers, ((1.0,),) * layers)
+
+    @classmethod
+    def of_nobody(cls) -> "GateChoice":
+        """Return the choice where there are no experts."""
+        return cls((), ())
 
 
 class GateHearing:

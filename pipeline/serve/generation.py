@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..protocols import POLL_S, Abandoned, is_unwanted
 
 BASE_READER = "base"  # who reads a text that no expert does
+DENSE_READER = "dense"  # a model beside the stack, which has no experts
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class Token:
     """A token, its text, and per layer the numbers and weights of its experts, likeliest first.
 
     Where one expert reads the whole text it has that number and weight 1. `speakers` of the engine
-    has the name of each number.
+    has the name of each number. Both are empty where a dense model has no experts.
     """
 
     id: int
@@ -365,7 +366,8 @@ class Generating(Protocol):
     about: dict[str, Any]  # what its bundle says of itself
     experts: tuple[str, ...]
     speakers: tuple[str, ...]  # by the numbers that tokens tell
-    readers: tuple[str, ...]  # who can be asked for by name: the experts, and "base" where it is
+    # who can be asked for by name: the experts, and "base" and "dense" where they are
+    readers: tuple[str, ...]
     context_tokens: int
     stats: Stats
     watcher: Watcher | None

@@ -1,4 +1,5 @@
-"""GET /v1/models: whom a request can name: the stack, each of its experts, and the base."""
+"""GET /v1/models: whom a request can name: the stack, each of its experts, the base, and a dense
+model."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from .answers import ModelCard, ModelList
+from .generation import DENSE_READER
 from .interface import described
 from .service import EXPERT, Service
 
@@ -27,6 +29,8 @@ class ModelCards:
         base = about.get("base")
         if isinstance(base, Mapping):
             self._stack["base"] = base.get("model")
+        dense = about.get("dense")
+        self._dense = {"baseline": dense["name"]} if isinstance(dense, Mapping) else {}
 
     def all(self) -> ModelList:
         """Return what is told of each, the stack first."""
@@ -51,6 +55,8 @@ class ModelCards:
                 card["bundle"] = dict(self.service.bundle)
             return _with(card, self._stack)
         card["parent"] = stack
+        if name == DENSE_READER:
+            return _with(card, self._dense)
         entry = self._entries.get(name.removeprefix(EXPERT), {})
         told = {key: entry[key] for key in _OF_EXPERT if entry.get(key)}
         return _with(card, told)

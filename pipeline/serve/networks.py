@@ -22,8 +22,8 @@ from ..model.kernels.swiglu import is_swiglu
 from ..model.low_rank import LowRankExpert, base_of, mix_on_base
 from ..model.router import Router
 from ..model.trunk import Trunk
-from .gates import FREE, GateChoice, GateHearing
-from .generation import BASE_READER
+from .gates import FREE, NOBODY, GateChoice, GateHearing
+from .generation import BASE_READER, DENSE_READER
 from .held_weights import cast_weights
 from .rows import ServedRow
 from .slot_cache import SlotCache, rounded
@@ -183,6 +183,7 @@ class Network(ABC):
     dtype = "fp32"  # of products
     seen_step = 1  # a pass looks at a multiple of so many places
     packs = False  # whether what is read and what was drawn go through one pass
+    beside: "Network | None" = None  # a dense model, whose texts have slots of the same cache
 
     def __init__(self, model: Any, speakers: Sequence[str]):
         self.model = model  # transformers' own class, with its head
@@ -206,8 +207,22 @@ class Network(ABC):
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * width
         return numbers * torch.float32.itemsize
 
+    def stand_beside(self, dense: "Network") -> None:
+        """Have a dense model read the rows that ask for it. It keeps as much of a token as this
+        one does: a slot is whoever's text stands in it."""
+        self.beside = dense
+        dense.cache = self.cache
+
+    def reads(self, row: ServedRow) -> "Network":
+        """Return the model that a row is read by: rows of two models are in no pass together."""
+        if self.beside is not None and row.reader == DENSE_READER:
+            return self.beside
+        return self
+
     def number(self, reader: str) -> int:
         """Return the number of who can read a text. Raises ValueError for others."""
+        if self.beside is not None and reader == DENSE_READER:
+            return NOBODY
         return self.speakers.index(reader)
 
     def prepare(self, rows: Sequence[ServedRow]) -> None:
@@ -233,6 +248,19 @@ class Network(ABC):
     def extras(self, _batch: Batch) -> dict[str, Any]:
         """Return what a pass is given beside its tokens."""
         return {}
+
+    def run(self, batch: Batch) -> Tensor:
+        """Return x_BTD after the final norm of a language model."""
+        out = self.model.base_model(
+            input_ids=batch.ids_BT,
+            attention_mask=self.masks(batch),
+            position_ids=batch.place_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.extras(batch),
+        )
+        x_BTD: Tensor = out.last_hidden_state
+        return x_BTD
 
     @abstractmethod
     def hidden(self, batch: Batch) -> Tensor:
@@ -272,16 +300,7 @@ class TokenRouted(Network):
         """Return x_BTD after the final norm."""
         readers = [chunk.row.number for chunk in batch.chunks]
         with self.hearing.listening(readers, batch.taken, batch.device):
-            out = self.model.base_model(
-                input_ids=batch.ids_BT,
-                attention_mask=self.masks(batch),
-                position_ids=batch.place_BT,
-                past_key_values=self.cache,
-                use_cache=True,
-                **self.extras(batch),
-            )
-        x_BTD: Tensor = out.last_hidden_state
-        return x_BTD
+            return self.run(batch)
 
     def heard(self, batch: Batch) -> list[list[GateChoice]]:
         """Return who read the tokens of the pass that has just run."""

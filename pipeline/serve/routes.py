@@ -48,10 +48,10 @@ def add_route(app: FastAPI, service: Service) -> None:
     )
     async def route(request: Request) -> Response:
         body = await read_body(request, RouteBody, service.limits.body_bytes)
-        if service.reader(body.model) is not None:
-            raise ApiError(
-                400, f"model: only {service.engine.name} routes, as others read alone", "model"
-            )
+        reader = service.reader(body.model)
+        if reader is not None:
+            why = "it has no experts" if service.is_dense(reader) else "others read alone"
+            raise ApiError(400, f"model: only {service.engine.name} routes, as {why}", "model")
         param = "text" if body.messages is None else "messages"
         async with following(request):
             prompt = await service.run(lambda: _prompt(body, service), param)

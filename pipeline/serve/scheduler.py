@@ -2,7 +2,8 @@
 
 A step takes on who waits, reads some tokens of new texts, gives every text that is read a token,
 and lets go of those that ended or that nobody waits for. Rows that get a token stand in the first
-slots, side by side, those that are being read behind them.
+slots, side by side, those that are being read behind them. Where a dense model stands beside the
+stack, its rows are read in passes of their own.
 
 Invariant: only this thread runs the network or changes a row; others add to the line, cancel, and
 read pieces.
@@ -14,9 +15,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -252,11 +254,17 @@ class Scheduler:
         return Chunk(row, slot, row.ids[row.read : row.read + count], row.read)
 
     def _pass(self, chunks: Sequence[Chunk]) -> None:
-        """Run one pass, and do with every row what follows from it."""
-        if chunks:
-            by_row = {id(chunk.row): chunk for chunk in chunks}
-            rows = [chunk.row for chunk in chunks]
-            self._guarded(rows, lambda some: self._run_rows([by_row[id(row)] for row in some]))
+        """Run one pass of each model that has rows in it, and do with every row what follows."""
+        of_stack = [chunk for chunk in chunks if self.network.reads(chunk.row) is self.network]
+        others = [chunk for chunk in chunks if self.network.reads(chunk.row) is not self.network]
+        for own in (of_stack, others):
+            by_row = {id(chunk.row): chunk for chunk in own}
+            rows = [chunk.row for chunk in own]
+            if rows:
+                self._guarded(rows, partial(self._run_chunks, by_row))
+
+    def _run_chunks(self, by_row: Mapping[int, Chunk], rows: Sequence[ServedRow]) -> None:
+        self._run_rows([by_row[id(row)] for row in rows])
 
     def _guarded(
         self, rows: Sequence[ServedRow], work: Callable[[Sequence[ServedRow]], None]
@@ -277,7 +285,7 @@ class Scheduler:
     def _run_rows(self, chunks: Sequence[Chunk]) -> None:
         # A row that an earlier attempt freed has moved others
         chunks = [replace(chunk, slot=self._rows.index(chunk.row)) for chunk in chunks]
-        network = self.network
+        network = self.network.reads(chunks[0].row)
         x_BD, told = network.read(network.batch(chunks))
         wanted = []
         for at, chunk in enumerate(chunks):

@@ -14,6 +14,7 @@ from ..errors import DataError
 from ..protocols import Abandoned
 from .generation import (
     BASE_READER,
+    DENSE_READER,
     Generating,
     Generation,
     NoSuchReader,
@@ -64,8 +65,14 @@ class Service:
         """Whom a request can name: the stack first."""
         names = []
         for reader in self.engine.readers:
-            names.append(reader if reader == BASE_READER else f"{EXPERT}{reader}")
+            is_expert = reader != BASE_READER and not self.is_dense(reader)
+            names.append(f"{EXPERT}{reader}" if is_expert else reader)
         return (self.engine.name, *names)
+
+    def is_dense(self, reader: str | None) -> bool:
+        """Whether a reader is the dense model, and no expert of that name, which a bundle without
+        such a model may have."""
+        return reader == DENSE_READER and reader not in self.engine.experts
 
     def reader(self, model: str | None) -> str | None:
         """Return who reads a request that names a model; None: whom the router chooses. Raises

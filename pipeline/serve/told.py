@@ -11,7 +11,7 @@ from .answers import (
     LikelyToken,
     ToldToken,
 )
-from .engine import expert_shares, top_expert
+from .engine import expert_shares, top_name
 from .generation import Finish, Piece, RequestChoice, Token
 from .text_stream import PARTIAL
 
@@ -61,7 +61,7 @@ def experts_told(tokens: Iterable[Token], names: Sequence[str]) -> list[ToldToke
                 "text": token.text,
                 "experts": experts,
                 "weights": weights,
-                "top": names[top_expert(token)],
+                "top": top_name(token, names),
             }
         )
     return told

@@ -26,9 +26,12 @@ from .room import writing
 from .streamed import Streamed, write_tensors
 
 # Of experts.json, at most; raised when an older program could not serve the bundle.
-FORMAT = 3
+FORMAT = 4  # with a dense model beside the stack
+UNMERGED_FORMAT = 3  # with low-rank experts as they were trained
 # Of a bundle that holds nothing which a version before would refuse.
 EARLIER_FORMAT = 2
+# Folder of a dense model beside the stack, a checkpoint by itself, and what it is asked for by.
+DENSE = "dense"
 SUMS = "SHA256SUMS"
 ABOUT = "experts.json"
 INDEX = "model.safetensors.index.json"

@@ -211,6 +211,7 @@ class AdapterRunConfig(RunConfig):
             *_wrong_policy(self.loras),
             *_wrong_sources(self),
             *_wrong_wording(self),
+            *_wrong_bundle(self),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -295,6 +296,11 @@ def _wrong_sources(cfg: AdapterRunConfig) -> Iterator[str]:
     if isinstance(balance, dict) and balance.keys() != set(sources):
         wanted = ", ".join(dict.fromkeys(sources))
         yield f"dataset.balance: name a share for each of {wanted}, and no other"
+
+
+def _wrong_bundle(cfg: AdapterRunConfig) -> Iterator[str]:
+    if cfg.deploy.dense is not None:
+        yield f"deploy.dense: a run of {cfg.family} trains no dense model; leave it out"
 
 
 def _wrong_wording(cfg: AdapterRunConfig) -> Iterator[str]:

@@ -26,8 +26,10 @@ from ...protocols import Progress
 from ...store.artifacts import load_tensors
 from ...store.bundle import (
     ABOUT,
+    DENSE,
     EARLIER_FORMAT,
     FORMAT,
+    UNMERGED_FORMAT,
     BundleFile,
     MadeFile,
     about,
@@ -45,7 +47,13 @@ from .parts import expert_layers, mixture_of, stored_experts, stored_settings, s
 from .pretrained import is_pinned, pinned_tensors
 from .sections import ANCHOR
 from .stack import FfnStack
-from .stock import generation_settings, old_rope, run_tokenizer, text_start
+from .stock import (
+    dense_settings,
+    generation_settings,
+    old_rope,
+    run_tokenizer,
+    text_start,
+)
 
 # llama.cpp reads only names with model in front
 TRUNK = "model-trunk.safetensors"
@@ -60,6 +68,16 @@ FILES = re.compile(
     r"experts\.json|made\.json|README\.md|report\.(json|html)|config\.json|trunk\.json"
     r"|generation_config\.json|tokenizer(_config)?\.json|model\.safetensors\.index\.json"
     r"|model-[^/]+\.safetensors|unmerged/[^/]+\.safetensors"
+)
+DENSE_WEIGHTS = "model.safetensors"
+# And where it says that it holds a dense model
+DENSE_FILES = re.compile(
+    rf"{DENSE}/((generation_)?config\.json|tokenizer(_config)?\.json|{re.escape(DENSE_WEIGHTS)})"
+)
+# What a dense model has in common with the trunk: its tokens, and what is kept of each of them
+LIKE_TRUNK = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 
 
@@ -106,8 +124,22 @@ def bundle(cfg: FfnMoeConfig, parts: Parts, folder: Path, progress: Progress) ->
         files = _files(parts, members, stock["architectures"][0], settings)
     else:
         files = _made_files(cfg, parts, members, stock, settings)
+    if cfg.deploy.dense is None:
+        metrics: dict[str, Any] = write(folder, files, texts, progress)
+        return metrics | {"experts": len(members)}
+    item = cfg.deploy.dense
+    own = dense_settings(stored_settings(parts, "train_dense", item)) | {"dtype": "float32"}
+    beside: dict[str, str | dict] = {
+        "config.json": own,
+        "generation_config.json": generation_settings(own, tokenizer.end_id, start),
+        **tokenizer.stock_files(start),
+    }
+    texts |= {f"{DENSE}/{name}": text for name, text in beside.items()}
+    weights = f"{DENSE}/{DENSE_WEIGHTS}"
+    files.append(_stored(parts, weights, "train_dense", DENSE_WEIGHTS, item))
     metrics = write(folder, files, texts, progress)
-    return metrics | {"experts": len(members)}
+    dense_bytes = sum(path.stat().st_size for path in (folder / DENSE).iterdir())
+    return metrics | {"experts": len(members), "dense": item, "dense_bytes": dense_bytes}
 
 
 def reassemble(folder: Path) -> FfnStack:
@@ -164,13 +196,16 @@ def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     Raises ForeignFile, DamagedArtifact, KeyError, TypeError, OSError.
     """
     names = listed(folder)
+    dense = described.get("dense")
     for name in sorted(names):
-        if not FILES.fullmatch(name):
+        if not FILES.fullmatch(name) and not (dense and DENSE_FILES.fullmatch(name)):
             raise ForeignFile(f"{name} is no file of such a bundle")
     check_model_files(folder, names)
     check_kind(read_object(folder, "config.json"), "config.json", CLASSES)
     settings = read_object(folder, "trunk.json")
     check_kind(settings, "trunk.json", MIXTURES)
+    if dense:
+        _check_dense(folder, described, settings)
     for key in ("top_k", "context_tokens"):
         if type(described[key]) is not int:
             raise ForeignFile(f"{key} is {described[key]!r}")
@@ -182,6 +217,28 @@ def _checked(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:
             if file is not None and file not in names:
                 raise ForeignFile(f"{file!r} is no file of it")
     return settings
+
+
+def _check_dense(folder: Path, described: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ForeignFile, KeyError, TypeError or OSError for a dense model that is none, or that
+    reads and keeps other tokens than a trunk with these settings."""
+    from transformers import AutoConfig
+
+    name = described["dense"]["name"]
+    # Who asks is told of it
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ForeignFile(f"a dense model is named {name!r}")
+    if any(entry["name"] == DENSE for entry in described["experts"]):
+        raise ForeignFile(f"an expert is named {DENSE}, as the dense model is")
+    file = f"{DENSE}/config.json"
+    own = read_object(folder, file)
+    check_kind(own, file, MIXTURES)
+    # Both whole: what a class has by default is left out of a stock file
+    wanted = AutoConfig.for_model(**settings)
+    found = AutoConfig.for_model(**own)
+    for key in LIKE_TRUNK:
+        if getattr(found, key, None) != getattr(wanted, key, None):
+            raise ForeignFile(f"{file} has another {key} than the trunk")
 
 
 def _unmerged(folder: Path, described: Mapping[str, Any], like: Expert) -> dict[str, Expert]:
@@ -318,8 +375,8 @@ def _described(
         if member.domain is not None and member.domain in labels:
             entry["label"] = labels[member.domain]
         experts.append(entry)
-    return _form(cfg, stock) | {
-        "format": FORMAT if cfg.expert.delta_rank else EARLIER_FORMAT,
+    return _form(cfg, parts, stock) | {
+        "format": _format(cfg),
         "family": cfg.family,
         "run": cfg.name,
         "architecture": stock["architectures"][0],
@@ -334,9 +391,19 @@ def _described(
     }
 
 
-def _form(cfg: FfnMoeConfig, stock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what experts.json says of experts that are no whole networks in every layer."""
+def _format(cfg: FfnMoeConfig) -> int:
+    if cfg.deploy.dense is not None:
+        return FORMAT
+    return UNMERGED_FORMAT if cfg.expert.delta_rank else EARLIER_FORMAT
+
+
+def _form(cfg: FfnMoeConfig, parts: Parts, stock: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what experts.json says of experts that are no whole networks in every layer, and of a
+    dense model beside them."""
     out: dict[str, Any] = {}
+    if cfg.deploy.dense is not None:
+        address = parts.manifest("train_dense", cfg.deploy.dense).address
+        out["dense"] = {"name": cfg.deploy.dense, "address": address}
     if cfg.expert.delta_rank:
         # Merged in what is written: told, as it says what they were and how they were trained
         out["form"] = cfg.expert.form
@@ -380,9 +447,11 @@ def _made_files(
     return out
 
 
-def _stored(parts: Parts, name: str, stage: str, source: str) -> BundleFile:
-    digest = parts.manifest(stage).files[source]["sha256"]
-    return BundleFile(name, parts.folder(stage) / source, digest)
+def _stored(
+    parts: Parts, name: str, stage: str, source: str, item: str | None = None
+) -> BundleFile:
+    digest = parts.manifest(stage, item).files[source]["sha256"]
+    return BundleFile(name, parts.folder(stage, item) / source, digest)
 
 
 def _trunk_file(parts: Parts, settings: Mapping[str, Any]) -> BundleFile | MadeFile:

@@ -117,6 +117,8 @@ class FfnMoeConfig(FfnMoeSectionsConfig):
     def needed_items(self, stage: str, item: str | None, need: str) -> tuple[str | None, ...]:
         """Return the jobs of another stage that a job reads, in order: of domains those alone whose
         text it needs, so that others come and go without it."""
+        if stage == "deploy" and need == "train_dense":
+            return (self.deploy.dense,) if self.deploy.dense else ()
         if need != "preprocess":
             return super().needed_items(stage, item, need)
         return self.domains_read(stage, item)

@@ -2,7 +2,7 @@
 
 from ...config.fit import FitConfig
 from .run_sections import FfnMoeSectionsConfig
-from .sections import ADAPTER, ANCHOR, BASE
+from .sections import ADAPTER, ANCHOR, BASE, DENSE
 from .stages import FROM_ZERO
 
 
@@ -16,6 +16,7 @@ def problems_of(cfg: FfnMoeSectionsConfig) -> list[str]:
         *_expert_layers(cfg),
         *_not_for_adapters(cfg),
         *_imported(cfg),
+        *_bundled(cfg),
     ]
     if cfg.router.init == "rows" and not cfg.expert.coordinate:
         problems.append(
@@ -153,6 +154,29 @@ def _imported(cfg: FfnMoeSectionsConfig) -> list[str]:
             f"router.steps: gates would be trained away from {', '.join(without)}, which has no "
             "text here; set router.steps to 0, or name public text of it in data and "
             "partition.domains"
+        )
+    return out
+
+
+def _bundled(cfg: FfnMoeSectionsConfig) -> list[str]:
+    dense = cfg.deploy.dense
+    if dense is None:
+        return []
+    out = []
+    if dense not in cfg.dense.baselines:
+        known = ", ".join(cfg.dense.baselines) or "none"
+        out.append(
+            f"deploy.dense: {dense} is no dense baseline of this run; dense.baselines has {known}"
+        )
+    if cfg.expert.form == ADAPTER:
+        out.append(
+            "deploy.dense: a bundle of adapters holds no dense model; leave it out "
+            "(expert.form: adapter)"
+        )
+    if DENSE in cfg.experts:
+        out.append(
+            f"partition.domains: {DENSE} is what the bundle's dense model is asked for by "
+            "(deploy.dense); name that domain otherwise"
         )
     return out
 

@@ -18,6 +18,8 @@ LayerChoice = Literal["all"] | LastLayers | tuple[LayerNumber, ...]
 # of expert.form, and what reports and answers call the model without any of them
 ADAPTER = "adapter"
 BASE = "base"
+# what the dense model that a bundle holds is asked for by
+DENSE = "dense"
 
 
 def chosen_layers(layers: LayerChoice, count: int) -> tuple[int, ...]:

@@ -257,7 +257,14 @@ STAGES = table(
         "deploy.upload says",
         "family.bundle",
         kind="bundle",
-        needs=("tokenizer", "train_shared", "train_experts", "train_router", "evaluate"),
+        needs=(
+            "tokenizer",
+            "train_shared",
+            "train_experts",
+            "train_router",
+            "evaluate",
+            "train_dense",  # the one that goes along, where one does
+        ),
         reads=("family", "name"),
         version=2,  # its tokenizer puts in front what led every text
         in_run=False,

@@ -113,13 +113,15 @@ function fit(stack) {
 /* Offer everybody who can be asked. */
 function offer(models) {
   const [stack] = models;
-  const option = (model) => make("option", { value: model.id }, titleOf(model.id, stack.id));
+  const option = (model) => make("option", { value: model.id }, titleOf(model, stack.id));
   at("model").replaceChildren(...models.map(option));
   at("beside").replaceChildren(make("option", { value: "" }, "nobody"), ...models.map(option));
 }
 
-function titleOf(id, stack) {
+function titleOf({ id, baseline }, stack) {
   if (id === stack) return `${id} (the stack)`;
+  // which of the run's dense models it is
+  if (baseline) return `${id} ${baseline}`;
   return EXPERT.test(id) ? `${id.replace(EXPERT, "")} alone` : id;
 }
 
@@ -130,7 +132,7 @@ function arrange() {
   columns = [...new Set(readers)].map((reader) => {
     const found = kept.find((column) => column.reader === reader);
     if (found) return found;
-    const title = titleOf(reader, at("model").options[0].value);
+    const title = [...at("model").options].find((each) => each.value === reader).text;
     return new Column(looks, reader, title, (...told) => onPoint(...told));
   });
   at("columns").replaceChildren(...columns.map((column) => column.element));

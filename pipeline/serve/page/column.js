@@ -193,6 +193,8 @@ export class Column {
     if (rows.length) {
       const title = make("h3", {}, "Who spoke, by weight");
       turn.told.replaceChildren(title, make("div", { class: "shares" }, ...rows));
+    } else if (text.tokens.length) {
+      turn.told.replaceChildren(make("p", { class: "hint" }, "A dense model: no experts in it."));
     }
     const spoken = found.map(([name, share]) => `${name} ${percent(share)}`).join(", ");
     strip.describe(`Experts of ${strip.layers} layers by ${text.tokens.length} tokens: ${spoken}`);

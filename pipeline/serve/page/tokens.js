@@ -3,6 +3,8 @@
 import { make, percent } from "./dom.js";
 import { shares } from "./experts.js";
 
+const NOBODY = "no expert"; // who spoke what a dense model wrote
+
 let made = 0;
 
 export class TokenText {
@@ -42,7 +44,7 @@ export class TokenText {
   pick(name) {
     this.picked = name;
     this.list.classList.toggle("alone", name !== null);
-    this.spans.forEach((span, i) => span.classList.toggle("picked", this.tokens[i].top === name));
+    this.spans.forEach((span, i) => span.classList.toggle("picked", this.#isPicked(this.tokens[i])));
   }
 
   /* Point at a token; a pinned one stays until another is chosen. */
@@ -76,9 +78,14 @@ export class TokenText {
     });
     span.textContent = token.text;
     span.dataset.number = number;
-    span.classList.toggle("picked", token.top === this.picked);
+    span.classList.toggle("picked", this.#isPicked(token));
     this.spans.push(span);
     return span;
+  }
+
+  /* A dense model's tokens are nobody's, and are not shown with any expert's. */
+  #isPicked(token) {
+    return token.top !== null && token.top === this.picked;
   }
 
   #listen() {
@@ -158,6 +165,7 @@ export class TokenText {
 
 /* Return who spoke a token, in words. */
 export function spoken(token, looks) {
+  if (token.top === null) return NOBODY;
   const [first] = shares([token], looks).filter(([name]) => name === token.top);
   return first ? `${token.top} ${percent(first[1])}` : token.top;
 }

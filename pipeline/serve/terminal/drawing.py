@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..engine import top_expert
+from ..engine import top_name
 from ..generation import Finish, Generation, Piece, Token
 from ..told import DIGITS
 from .speaking import legend, print_runs, printable, shares, styles, who_answers
@@ -75,7 +75,8 @@ class Coloured(Drawing):
         """Show a piece in its expert's colour."""
         style = None
         if piece.token is not None:
-            style = self.colours[self.speakers[top_expert(piece.token)]] or None
+            # of a dense model nobody's, in the terminal's own colour as the base's
+            style = self.colours.get(top_name(piece.token, self.speakers) or "") or None
         shown = printable(piece.text, self.console.encoding)
         if shown:
             self.console.out(shown, style=style, end="", highlight=False)
@@ -90,7 +91,7 @@ class Coloured(Drawing):
         """End the line, and say which colour is whose."""
         if not self.text.endswith("\n"):
             self.console.out("")
-        if self.tokens:
+        if shares(self.tokens, self.speakers):
             self.console.print(legend(self.tokens, self.speakers, self.console.encoding))
         told = [who_answers(generation), "" if seed is None else f"seed {seed}"]
         if any(told):
@@ -163,7 +164,7 @@ class TokenLines(Drawing):
             "reader": self.reader,
             "text": piece.text,
             "id": token.id,
-            "expert": self.speakers[top_expert(token)],
+            "expert": top_name(token, self.speakers),
             "experts": names,
             "weights": weights,
         }

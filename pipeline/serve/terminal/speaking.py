@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ...report.format import share
 from ...report.narrow import print_table
-from ..engine import expert_shares, top_expert
+from ..engine import expert_shares, top_name
 from ..generation import BASE_READER, Generation, Token
 
 # A terminal has its own shades of them, for light and dark
@@ -20,6 +20,7 @@ COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "
 MARKS = ("", "underline", "bold", "bold underline")
 KEY = "■"
 LINE_BREAK = "⏎"
+NOBODY = "no expert"  # of a dense model
 KEPT = "\n\t"  # of control characters
 
 
@@ -55,7 +56,7 @@ def runs(tokens: Iterable[Token], speakers: Sequence[str]) -> list[Run]:
     """Return a text's tokens as runs of one expert."""
     out: list[Run] = []
     for token in tokens:
-        expert = speakers[top_expert(token)]
+        expert = top_name(token, speakers) or NOBODY
         if out and out[-1].expert == expert:
             last = out.pop()
             out.append(Run(expert, last.tokens + 1, last.text + token.text))
