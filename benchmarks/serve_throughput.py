@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -248,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
-    engine = engine_of(args.bundle, replace(Capacity(), rows=max(args.clients)), args.dtype)
+    capacity = Capacity(rows=max(args.clients), prefill_tokens=args.prefill_tokens)
+    engine = engine_of(args.bundle, capacity, args.dtype)
     asking = Asking(engine, -1)
     for _ in range(WARM_UP):
         engine.submit(*asking.next()).wait()
@@ -355,6 +356,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "take memory with their pictures, and time of one text after another)",
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=Capacity.prefill_tokens,
+        help="as serve.max_prefill_tokens (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=get_args(Dtype), default="fp32")
     parser.add_argument("--out", type=Path)
