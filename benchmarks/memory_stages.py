@@ -30,10 +30,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.measuring import MB, finish, hardware, progress, table
 from benchmarks.runner import StageFailed
+from pipeline.families import ExportWish
 from pipeline.families.adapters.build import train_tokenizer
 from pipeline.families.load import load
 from pipeline.protocols import quiet
-from pipeline.run.dry_run import Entry, plan
+from pipeline.run.arguments import parser
+from pipeline.run.dry_run import Entry, plan, writings
+from pipeline.run.identity import begin
 from pipeline.run.stages import RUN
 from pipeline.store.artifacts import Store
 from pipeline.store.streamed import Streamed, write_tensors
@@ -190,6 +193,8 @@ class Chain:
             if not cfg.items(stage) or not asked:
                 continue
             if stage not in self.kept:
+                if stage == "deploy":
+                    entries = self._writings()
                 taken = self._typed(stage)
                 self._keep(Row(stage, taken, _planned(entries, stage), self._bundle_bytes(stage)))
             if stage == "deploy":
@@ -197,10 +202,18 @@ class Chain:
         for name in self.args.exports:
             row = f"export {name}"
             if name in EXPORTS and row not in self.kept:
-                taken = self._typed("export", *EXPORTS[name], "--to", str(self.target))
-                self._keep(Row(row, taken, None, _bytes_in(self.target)))
+                words = ("export", *EXPORTS[name], "--to", str(self.target))
+                entries = self._writings(_wish(words))
+                taken = self._typed(*words)
+                self._keep(Row(row, taken, _planned(entries, "export"), _bytes_in(self.target)))
                 shutil.rmtree(self.target)
         return list(self.kept.values())
+
+    def _writings(self, *wishes: ExportWish) -> list[Entry]:
+        """Return what a plan says of the bundle and of exports, once the tokenizer is there: its
+        size counts."""
+        cfg, _ = begin(load(self.config, ()), self.store, quiet)
+        return writings(cfg, self.store, wishes)
 
     def _keep(self, row: Row) -> None:
         progress(f"{row.name}: {row.taken.anonymous / MB:,.0f} MB anonymous, imports included")
@@ -236,6 +249,12 @@ def _planned(entries: Sequence[Entry], stage: str) -> int | None:
         if entry.job is not None and entry.job.stage == stage:
             found.append(entry.job.peak_bytes - entry.job.mapped_bytes)
     return max(found, default=None)
+
+
+def _wish(words: Sequence[str]) -> ExportWish:
+    """Return what of a run an export by these words wants."""
+    args = parser().parse_args([*words, "--config", "unread.yaml"])
+    return ExportWish(args.format, args.expert, args.dense, args.dtype)
 
 
 def _bytes_in(folder: Path) -> int:

@@ -182,7 +182,8 @@ def _dispatch(args: argparse.Namespace) -> None:
         # A plan makes no store, but it must not show as done what another version left
         store.open(create=False)
         cfg = _looked_at(args, cfg, store)
-        show_plan(cfg, store, output())
+        wishes = [ExportWish(each, args.expert, args.dense, args.dtype) for each in args.export]
+        show_plan(cfg, store, output(), wishes=wishes)
         args.next = next_step.after_plan(args, cfg, store)
         return
     if args.command == "export":

@@ -33,6 +33,7 @@ from pipeline.store.artifacts import Store, inventory
 from pipeline.store.versions import served_folder
 from tests import small
 from tests.test_parity import made
+from tests.written import planned, weight_bytes
 
 IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manual_seed(1))
 
@@ -96,6 +97,8 @@ VARIANTS = {
 def test_transformers_loads_it_and_computes_what_the_stack_computes(kind, tied, changes, tmp_path):
     cfg, parts = made(tmp_path, kind, tied, **changes)
     folder = bundle_of(cfg, parts, tmp_path / "bundle")
+    found = planned(cfg, None, small.VOCAB)
+    assert weight_bytes(folder) == pytest.approx(found.written_bytes, rel=0.05)
     wanted = logits_of(assemble(cfg, parts))
     shutil.rmtree(parts.root)  # a bundle needs nobody
     model, report = AutoModelForCausalLM.from_pretrained(

@@ -23,9 +23,11 @@ from pipeline.data.text.tokenizer import Tokenizer, train
 from pipeline.errors import ConfigError
 from pipeline.families import ExportWish
 from pipeline.families.ffn_moe.bundle import bundle as bundle_of_run
+from pipeline.families.ffn_moe.export.cost import STOCK_BYTES
 from pipeline.families.ffn_moe.export.formats import check, export
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.families.ffn_moe.stock import run_tokenizer
 from pipeline.model.experts import from_tensors
 from pipeline.model.low_rank import average
 from pipeline.protocols import quiet
@@ -33,8 +35,10 @@ from pipeline.store import bundle
 from pipeline.store.artifacts import load_tensors
 from tests import small
 from tests.cards import example_of, printed
+from tests.held import held_bytes
 from tests.small_reports import language_report, quality_row
 from tests.test_trunk import whole
+from tests.written import planned, weight_bytes
 
 TEXTS = [text for domain in ("sea", "shop", "hall") for text in documents(domain, 20)]
 DOMAINS = {3: small.DOMAINS, 5: ("a", "b", "c", "d", "e")}
@@ -75,10 +79,12 @@ def made(root: Path, tokenizer: Tokenizer, kind: str, tied: bool, experts: int =
 
 
 def exported(cfg, parts, folder: Path, **wish) -> Path:
-    """Return a folder with an export."""
+    """Return a folder with an export, of as many bytes as a plan says."""
     folder.mkdir()
     export(cfg, parts, ExportWish(**wish), folder, quiet)
     bundle.verify(folder)
+    found = planned(cfg, ExportWish(**wish), run_tokenizer(parts).vocab_size)
+    assert weight_bytes(folder) == pytest.approx(found.written_bytes, rel=0.05)
     return folder
 
 
@@ -350,6 +356,20 @@ def test_full_experts_are_compressed_to_the_nearest_adapters_of_a_rank(tokenizer
     assert (found - logits_of(*full, ids_BT)).abs().max() > 10 * EXACT
     with pytest.raises(ConfigError, match="--rank 99: .* have a rank of [0-9]+ at most"):
         export(cfg, parts, ExportWish("adapters", rank=99), tmp_path, quiet)
+
+
+def test_an_export_holds_what_is_planned(tokenizer, tmp_path):
+    """Of a model whose networks' matrices are the largest that it has; what is mapped counts."""
+    sizes = {"trunk__d_model": 32, "trunk__d_ff": 2048}
+    cfg, parts = made(tmp_path, tokenizer, "qwen3", True, **sizes, **LOW_RANK)
+    one = {"format": "expert", "expert": "alpha"}
+    for number, given in enumerate((one, {"format": "dense", "dtype": "bf16"})):
+        (tmp_path / f"out{number}").mkdir()
+        args = (cfg, parts, ExportWish(**given), tmp_path / f"out{number}", quiet)
+        held = max(held_bytes(lambda args=args: export(*args)))
+        found = planned(cfg, ExportWish(**given), tokenizer.vocab_size)
+        # less than a matrix away
+        assert held == pytest.approx(found.peak_bytes - STOCK_BYTES, rel=0.04)
 
 
 DTYPES = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 1e-2), "fp16": (torch.float16, 1e-3)}

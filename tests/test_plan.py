@@ -286,6 +286,40 @@ def test_a_run_told_online_without_a_key_is_refused(tmp_path, capsys, monkeypatc
     assert "train_shared, train_experts" in errors
 
 
+def test_what_takes_a_stack_out_of_its_store_stands_below_its_jobs(
+    finished, bundled, runs, tmp_path, capsys
+):
+    path, store = finished
+    wanted = ["--export", "gguf", "--dtype", "q8_0", "--expert", "sea"]
+    code, table, _ = planned(path, store, capsys, flags=wanted)
+    deploy, export = [line for line in table.splitlines() if "writes" in line]
+    assert code == 0 and " MB" in export and " s " in export
+    assert re.search(r"deploy-[0-9a-f]{12}", deploy) and "to do" in deploy
+    assert "export gguf --expert sea --dtype q8_0" in export
+    # it is made already: nothing is left that takes time
+    _, table, _ = planned(path, bundled[1], capsys)
+    (deploy,) = [line for line in table.splitlines() if "writes" in line]
+    assert "done" in deploy and " s " not in deploy
+    # what the run has nothing for is refused as the export refuses it
+    code, _, errors = planned(path, store, capsys, flags=["--export", "adapters"])
+    assert code == 2 and "--format adapters: the experts of this run are whole networks" in errors
+    tasks = runs / "jsonl" / "run.yaml"
+    code, table, _ = planned(tasks, tmp_path, capsys, flags=["--export", "adapters"])
+    assert code == 0 and table.count("writes") == 2
+
+
+def test_a_bundle_tells_how_fast_others_are_written(bundled, monkeypatch):
+    store = Store(bundled[1])
+    manifest = store.manifest(bundled[2].name)
+    # so small a one is all set-up
+    assert speeds.bundle_rates(store) == []
+    monkeypatch.setattr(speeds, "LEAST_WRITTEN_S", 0.0)
+    (rate,) = speeds.bundle_rates(store)
+    assert rate == manifest.metrics["bytes"] / manifest.made["seconds"]
+    monkeypatch.setattr(speeds, "cpu_name", lambda: "another")
+    assert speeds.bundle_rates(store) == []
+
+
 # ---------------------------------------------------------------- how long it takes to say so
 
 

@@ -88,6 +88,13 @@ class ExportWish:
     dtype: str | None = None  # of DTYPES; none: as stored
     rank: int | None = None  # that full experts are compressed to, as adapters
 
+    @property
+    def words(self) -> str:
+        """What is wanted, as it is typed."""
+        given = (("expert", self.expert), ("dtype", self.dtype), ("rank", self.rank))
+        options = [f"--{name} {value}" for name, value in given if value]
+        return " ".join([self.format, *options, *(["--dense"] if self.dense else [])])
+
 
 @dataclass(frozen=True)
 class PackWish:
@@ -112,6 +119,15 @@ class Family(Protocol):
     ) -> "JobCost | None":
         """What a training will spend, as far as the metrics of finished jobs tell; None for what
         needs no training."""
+
+    def writing_cost(
+        self,
+        cfg: "RunConfig",
+        made: Mapping[tuple[str, str | None], dict],
+        wish: ExportWish | None,
+    ) -> "JobCost | None":
+        """What it takes to write a run's bundle, or what is wanted of it, as far as the metrics of
+        finished jobs tell; None where nobody can tell, or before its model is here."""
 
     def preflight(self, cfg: "RunConfig", find: "FindModel") -> list[str]:
         """What a person should know of the models that a run names, from their files as `find` has

@@ -80,10 +80,12 @@ of each expert's squared change its rank keeps.
 Of each job: whether it is done, the tokens that it reads and the numbers that it
 trains, its time and peak of memory, and how it is to run within
 runtime.memory_budget, where one is set. Nothing is fetched: of a model that is not
-on this machine yet nothing can be told. Exports and `deploy` are not in it.
+on this machine yet nothing can be told. `deploy` stands below the jobs of a run, and
+exports with --export; what `compress` takes is not told.
 
   python -m pipeline plan --config config/demo.yaml
-  python -m pipeline plan --config mine.yaml --override runtime.memory_budget=900MB""",
+  python -m pipeline plan --config mine.yaml --override runtime.memory_budget=900MB
+  python -m pipeline plan --config mine.yaml --export gguf --dtype q8_0""",
     "kit": """\
 A kit holds the trunk or its pin, the tokenizer and settings, and no text; a
 package the trained expert and statistics of its text. What these tell of the
@@ -185,7 +187,16 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_common(experiments, several_configs=False)
     _add_parallel(experiments)
-    _add_common(_add_command(commands, "plan", OTHER_COMMANDS["plan"]), several_configs=False)
+    plan = _add_command(commands, "plan", OTHER_COMMANDS["plan"])
+    plan.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        choices=FORMATS,
+        help="what this export would take too, may be repeated",
+    )
+    _add_wanted(plan)
+    _add_common(plan, several_configs=False)
     metrics = _add_command(commands, "metrics", OTHER_COMMANDS["metrics"])
     metrics.add_argument("name", nargs="*", metavar="NAME", help="what of which run; see below")
     metrics.add_argument("--json", action="store_true", help="all of it, as JSON")
@@ -279,6 +290,11 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     sub.add_argument("--format", required=True, choices=FORMATS, help=formats)
     _add_target(sub)
+    _add_wanted(sub)
+    _add_common(sub, several_configs=False)
+
+
+def _add_wanted(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--expert",
         metavar="NAME",
@@ -293,7 +309,6 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
         help="what weights are rounded to, not of adapters (default: as stored, experts of low "
         "rank merged in fp32); q8_0 is for gguf",
     )
-    _add_common(sub, several_configs=False)
 
 
 def _add_compress(sub: argparse.ArgumentParser) -> None:

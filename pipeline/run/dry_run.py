@@ -1,7 +1,7 @@
 """What a command would do, before it does it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -11,8 +11,15 @@ from rich.table import Table
 from ..config.run import RunConfig
 from ..config.stage import Stage
 from ..errors import BudgetError, CannotStart, PipelineError, StoreError
-from ..families import family, stage_function
-from ..hardware import cores, cpu_name, free_bytes, gpu_name, product_flops_per_s
+from ..families import ExportWish, family, stage_function
+from ..hardware import (
+    cores,
+    cpu_name,
+    free_bytes,
+    gpu_name,
+    product_flops_per_s,
+    summed_bytes_per_s,
+)
 from ..report.narrow import print_table
 from ..store.artifacts import Reader, Store
 from ..store.lineage import Lineage
@@ -21,11 +28,13 @@ from ..store.removed import removed, told_removed
 from ..train.flops import JobCost
 from .former import former_checkpoint, saved
 from .identity import FROZEN, since_made
-from .speeds import Speed, alike, of_this_machine, typical
+from .speeds import Speed, alike, bundle_rates, of_this_machine, typical
 from .stages import RUN, Addresses, label
 
 # of a small model before this machine has trained one; afterwards its own jobs are the measure
 ASSUMED_MFU = 0.3
+# of a disk, of whose speed no finished bundle tells: what goes through the system's own memory
+ASSUMED_WRITTEN_PER_S = 1e9
 STUCK = "this run cannot start as it is"
 UNSURE = "done?"  # made on what is not there: it shows when that is made again
 DONE = ("done", UNSURE)  # such a job reads nothing any more
@@ -52,12 +61,7 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
     reader = Reader(store)
     lineage = Lineage(store, reader.recorded)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
-    # What a family knows its costs from: the metrics of the run's finished jobs
-    made = {
-        (stage, item): reader.recorded(address).metrics
-        for stage, item, address in jobs
-        if store.has(address)
-    }
+    made = _made(addresses, reader)
     entries = []
     for stage, item, address in jobs:
         state = state_of(address, lineage)
@@ -78,6 +82,41 @@ def plan(cfg: RunConfig, store: Store) -> list[Entry]:
                 f"{changed}, so {label(stage, item)} is made again, and what stands on it; {FROZEN}"
             )
         entries.append(Entry(address, state, why, cost, label(stage, item), refused))
+    return entries
+
+
+def _made(addresses: Addresses, reader: Reader) -> dict[tuple[str, str | None], dict]:
+    """Return what a family knows its costs from: the metrics of the run's finished jobs."""
+    made = {}
+    for stage in RUN:
+        for _, item, address in addresses.jobs(stage):
+            if reader.store.has(address):
+                made[stage, item] = reader.recorded(address).metrics
+    return made
+
+
+def writings(cfg: RunConfig, store: Store, wishes: Sequence[ExportWish] = ()) -> list[Entry]:
+    """Return what takes a run's stack out of its store: the bundle that `deploy` makes, and the
+    exports that are wished for. Raises ConfigError for one that the run has nothing for."""
+    addresses = Addresses(cfg)
+    cfg = addresses.cfg
+    chosen = family(cfg.family)
+    reader = Reader(store)
+    lineage = Lineage(store, reader.recorded)
+    made = _made(addresses, reader)
+    entries = []
+    for row in cfg.stages.values():
+        if row.kind != "bundle":
+            continue
+        for stage, item, address in addresses.jobs(row.name):
+            state = state_of(address, lineage)
+            cost = chosen.writing_cost(cfg, made, None)
+            why = why_of(address, state, lineage)
+            entries.append(Entry(address, state, why, cost, label(stage, item)))
+    for wish in wishes:
+        chosen.check_export(cfg, wish)
+        name = f"export {wish.words}"
+        entries.append(Entry(name, "", "", chosen.writing_cost(cfg, made, wish), name))
     return entries
 
 
@@ -181,10 +220,16 @@ def why_of(address: str, state: str, lineage: Lineage) -> str:
 
 
 def show_plan(
-    cfg: RunConfig, store: Store, console: Console, total_bytes: int | None = None
+    cfg: RunConfig,
+    store: Store,
+    console: Console,
+    total_bytes: int | None = None,
+    wishes: Sequence[ExportWish] = (),
 ) -> None:
-    """Print a plan as a table, and how many experts fit into total_bytes side by side (none: what
-    is free here). Raises CannotStart after that."""
+    """Print a plan as a table, with the exports that are wished for, and how many experts fit into
+    total_bytes side by side (none: what is free here). Raises CannotStart after that."""
+    # First, as it refuses what the run has nothing for
+    written = writings(cfg, store, wishes)
     notes, unfit = _models(cfg)
     entries = plan(cfg, store)
     seconds = times(cfg, store, entries)
@@ -198,10 +243,13 @@ def show_plan(
     table.add_column("how it runs")
     for entry in entries:
         table.add_row(entry.address, entry.state, *_cells(entry, seconds.get(entry.address)))
+    afterwards = times(cfg, store, written)
+    for entry in written:
+        table.add_row(entry.address, entry.state, *_cells(entry, afterwards.get(entry.address)))
     print_table(console, table)
     for note in notes:
         console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
-    for why in dict.fromkeys(entry.why for entry in entries if entry.why):
+    for why in dict.fromkeys(entry.why for entry in (*entries, *written) if entry.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
     unknown = any(entry.job and entry.address not in seconds for entry in entries)
     least = "at least " if unknown else ""
@@ -214,6 +262,11 @@ def show_plan(
         )
     else:
         console.print("to train: cannot be told before the model is on this machine")
+    console.print(
+        "deploy and exports come when they are asked for (plan --export FORMAT shows one): their "
+        "time is none of it.",
+        highlight=False,
+    )
     console.print(
         "Time is an estimate from jobs this machine has finished, or from a short probe; memory is "
         "predicted,"
@@ -260,6 +313,10 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
         seconds[entry.address] = 0.0
         if entry.state == "done":
             continue
+        if job.written_bytes:
+            seconds[entry.address] = _writing_seconds(job, store)
+        if not job.flops:
+            continue
         # Only what is still to do needs a rate, and measuring one takes a moment
         if known is None:
             known = of_this_machine(store)
@@ -270,8 +327,29 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
         if not rate:
             probed = ASSUMED_MFU * product_flops_per_s(dtype == "bf16")
             rate = probed
-        seconds[entry.address] = job.flops / rate
+        seconds[entry.address] += job.flops / rate
     return seconds
+
+
+def _writing_seconds(job: JobCost, store: Store) -> float:
+    """Return how long summing and writing files takes, without what is computed for them."""
+    told = typical(bundle_rates(store)) if job.stage == "deploy" else None
+    rate = told or ASSUMED_WRITTEN_PER_S
+    return job.summed_bytes / summed_bytes_per_s() + job.written_bytes / rate
+
+
+def foretold(cfg: RunConfig, store: Store, wish: ExportWish) -> str:
+    """Return what an export will take, in a sentence; "" where nobody can tell."""
+    *_, entry = writings(cfg, store, [wish])
+    job = entry.job
+    if job is None:
+        return ""
+    seconds = times(cfg, store, [entry])[entry.address]
+    own = (job.peak_bytes - job.mapped_bytes) / 1e6
+    return (
+        f"writes {job.written_bytes / 1e6:,.0f} MB in about {duration(seconds)}, with "
+        f"{own:,.0f} MB of memory beside imports and mapped files"
+    )
 
 
 def _beside(entries: list[Entry], total_bytes: int | None) -> str:
@@ -299,18 +377,23 @@ def _beside(entries: list[Entry], total_bytes: int | None) -> str:
 
 
 def _cells(entry: Entry, seconds: float | None) -> tuple[str, str, str, str, str]:
-    """Return tokens, parameters, time, memory and plan of a job that trains."""
+    """Return tokens, parameters, time, memory and plan of a job that trains, or writes files."""
     job = entry.job
     if job is None:
         return "", "", "", "", ""
     tokens = "after preprocess" if job.tokens is None else f"{job.tokens:,}"
+    parameters = f"{job.parameters:,}"
+    how = job.summary
+    if job.written_bytes:
+        tokens, parameters = "", ""
+        how = f"writes {job.written_bytes / 1e6:,.0f} MB"
     time = "?" if seconds is None else duration(seconds)
     if entry.state == "done":
         time = ""
     memory = f"{job.peak_bytes / 1e6:,.0f} MB"
     if job.mapped_bytes:
         memory += f", {job.mapped_bytes / 1e6:,.0f} mapped"
-    return tokens, f"{job.parameters:,}", time, memory, job.summary
+    return tokens, parameters, time, memory, how
 
 
 def duration(seconds: float) -> str:

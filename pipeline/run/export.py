@@ -17,6 +17,7 @@ from ..store.room import writing
 from ..store.upload import upload
 from .backend import Local, run_stage
 from .context import StoredParts
+from .dry_run import foretold
 
 SETTING = "--to"
 
@@ -36,6 +37,9 @@ def export(cfg: RunConfig, store: Store, wish: ExportWish, to: str, progress: Pr
     if wish.format == "hf" and wish.dtype is None:
         _bundle(cfg, store, to, progress)
         return
+    told = foretold(cfg, store, wish)
+    if told:
+        progress(told if local else f"{told}; sending it there takes its own time", None)
     parts = StoredParts(cfg, store, progress)
     # Where it is to end up, as a model may be larger than the room elsewhere
     beside = local.absolute().parent if local else store.root

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..config.run import RunConfig
 from ..errors import PipelineError
-from ..hardware import set_fastest_threads
+from ..hardware import cpu_name, gpu_name, set_fastest_threads
 from ..protocols import Progress
 from ..store.artifacts import (
     Manifest,
@@ -153,6 +153,9 @@ def _make(job: JobContext) -> Manifest:
         "seconds": time.monotonic() - started,
         "packages": dict(_versions(PACKAGES)),
     }
+    if job.row.kind == "bundle":
+        # How fast this one writes
+        made["machine"] = {"cpu": cpu_name(), "gpu": gpu_name()}
     # What a training says of the machine it ran on
     made |= metrics.pop("made", {})
     manifest = Manifest(

@@ -12,6 +12,9 @@ from ..store.artifacts import Manifest, Store
 LEAST_TRAINED_S = 5.0
 # and steps, of trainings that did not note how long their first one took
 LEAST_STEPS = 10
+# Of a bundle: in less time what begins and ends a job is most of it
+LEAST_WRITTEN_S = 1.0
+BUNDLES = "deploy-"  # how their addresses begin
 # Operations a token of models that are about as large: from a forward pass to a whole training are
 # three of them
 NEAR = 4.0
@@ -107,6 +110,26 @@ def _speed(manifest: Manifest) -> Speed | None:
     if tokens <= 0 or seconds <= 0:
         return None
     return Speed(manifest, tokens * metrics["flops_per_token"] / seconds, seconds)
+
+
+def bundle_rates(store: Store) -> list[float]:
+    """Return how many bytes a second finished bundles were written at, on a machine like this; that
+    they were summed when they lay there is no part of it."""
+    here = (cpu_name(), gpu_name())
+    rates = []
+    for address in store.addresses():
+        try:
+            if not address.startswith(BUNDLES) or not store.has(address):
+                continue
+            manifest = store.manifest(address)
+        except StoreError:
+            continue
+        machine = manifest.made.get("machine", {})
+        seconds = manifest.made.get("seconds") or 0.0
+        written = manifest.metrics.get("bytes") or 0
+        if (machine.get("cpu"), machine.get("gpu")) == here and seconds >= LEAST_WRITTEN_S:
+            rates.append(written / seconds)
+    return rates
 
 
 def alike(found: Iterable[Speed], flops_per_token: float, threads: int, dtype: str) -> list[Speed]:

@@ -211,6 +211,9 @@ class JobCost:
     mapped_bytes: int = 0  # of the peak, pages of files: the kernel drops them when memory is short
     # 0: unknown. Jobs are alike by it; of one that trains nothing it is that of a forward pass
     flops_per_token: float = 0.0
+    # of what is brought out of the store: bytes of its files, and what is summed on the way
+    written_bytes: int = 0
+    summed_bytes: int = 0
 
     @classmethod
     def of(

@@ -22,11 +22,13 @@ from ...store.foreign import read_object
 from ...train.flops import JobCost
 from ...train.lr_search import PLANNED_RATES, in_small
 from ...train.memory_plan import MemoryPlan, plan_memory
+from .. import ExportWish
 from .config import AdapterRunConfig
 from .sections import AdapterBaseConfig, AdapterConfig
 from .stages import SEARCHES
 
 KERNEL_BYTES = 60_000_000  # code that the first step touches, the allocator's arenas
+COPY_BYTES = 40_000_000  # code and buffers of what copies files
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,32 @@ def job_cost(
     if item in cfg.items(SEARCHES[training]):
         return replace(found, summary=f"{found.summary}; lr from {SEARCHES[training]}")
     return found
+
+
+def writing_cost(
+    cfg: AdapterRunConfig, sizes: DecoderSizes | None, wish: ExportWish | None
+) -> JobCost | None:
+    """Return what the run's bundle takes, or its adapters as they are exported: files are copied as
+    they are. None where the base's sizes are unknown."""
+    if sizes is None:
+        return None
+    base = cfg.loras.base
+    written = 0
+    if base.model is None or is_folder(base.model):
+        # One of the Hub is fetched by its revision
+        written += (2 if base.dtype == "bfloat16" else 4) * sizes.parameters
+    for name in (*cfg.experts, cfg.loras.router.name):
+        written += 4 * sizes.adapter_parameters(cfg.loras.options(name))
+    return JobCost(
+        stage="export" if wish else "deploy",
+        item=wish.format if wish else None,
+        tokens=0,
+        parameters=0,
+        flops=0,
+        peak_bytes=COPY_BYTES,
+        written_bytes=written,
+        summed_bytes=(1 if wish else 2) * written,
+    )
 
 
 def read_config(base: AdapterBaseConfig) -> dict | None:

@@ -329,6 +329,13 @@ def memory_plan(
     )
 
 
+def stack_shape(cfg: FfnMoeConfig) -> passes.StackShape | None:
+    """Return the sizes of a run's stack; None for a pretrained trunk that is not on this machine
+    yet."""
+    shape = trunk_shape(cfg)
+    return None if shape is None else _stack(cfg, shape)
+
+
 def _stack(cfg: FfnMoeConfig, shape: Shape) -> passes.StackShape:
     """Return the sizes of a run's stack."""
     return passes.StackShape(shape, _stacked(cfg), expert_shape(cfg, shape), stored_bytes(cfg))

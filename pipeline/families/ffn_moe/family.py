@@ -64,6 +64,7 @@ __all__ = [
     "shared",
     "tokenizer",
     "write_kit",
+    "writing_cost",
 ]
 
 
@@ -116,6 +117,15 @@ def cost(
     if stage in ("lr_joint", "train_joint"):
         return joint_cost(cfg, stage, str(item), tokens, bf16)
     return ffn_cost.cost(cfg, stage, item, tokens, bf16)
+
+
+def writing_cost(
+    cfg: FfnMoeConfig, made: Mapping[tuple[str, str | None], dict], wish: ExportWish | None
+) -> JobCost | None:
+    """Return what writing the run's bundle takes, or an export; see export/cost.py."""
+    from .export.cost import writing_cost as of_files
+
+    return of_files(cfg, made, wish)
 
 
 # What follows is of one form of experts or the other. An adapter's modules are imported where a run

@@ -25,6 +25,17 @@ def trunk_shape(cfg: FfnMoeConfig) -> Shape | None:
         return None  # the plan is made without it, and what is wrong is said by `preflight`
 
 
+def trunk_kind(cfg: FfnMoeConfig) -> str:
+    """Return the trunk's kind as transformers calls it: of a new one qwen3, as of one that is not
+    here yet."""
+    place = None
+    if cfg.trunk.init:
+        place = on_this_machine("trunk.init", cfg.trunk.init, cfg.trunk.revision)
+    if place is None:
+        return "qwen3"
+    return str(stated_settings(ModelSource(place), weights=False)["model_type"])
+
+
 def stored_bytes(cfg: FfnMoeConfig) -> int | None:
     """Return the bytes of a number in the files of a pinned trunk; None where it is no pin."""
     if not cfg.trunk.is_pinned:

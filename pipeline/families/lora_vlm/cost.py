@@ -10,6 +10,8 @@ from typing import ClassVar
 
 from ...errors import DataError
 from ...train.flops import JobCost
+from .. import ExportWish
+from ..adapters import cost as adapters_cost
 from ..adapters.cost import DecoderSizes, job_cost, read_config
 from .config import PICTURE_TOKEN_PX, LoraVlmConfig, VlmBaseConfig, VlmBuildConfig
 
@@ -113,6 +115,13 @@ def cost(
     needs none."""
     sizes = sizes_of(cfg.loras.base)
     return job_cost(cfg, stage, item, made, sizes, lambda name: row_tokens(cfg, name))
+
+
+def writing_cost(
+    cfg: LoraVlmConfig, _made: Mapping[tuple, dict], wish: ExportWish | None
+) -> JobCost | None:
+    """Return what the run's bundle takes, or its adapters as they are exported."""
+    return adapters_cost.writing_cost(cfg, sizes_of(cfg.loras.base), wish)
 
 
 def row_tokens(cfg: LoraVlmConfig, name: str) -> int:

@@ -25,7 +25,7 @@ from ..adapters.stack import AdapterStack
 from ..adapters.train import expert_task, router_task
 from .base import QWEN3_VL, open_base, settings_of, write
 from .config import LoraVlmConfig
-from .cost import cost
+from .cost import cost, writing_cost
 from .vision import Images
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "route_data",
     "router",
     "shared",
+    "writing_cost",
 ]
 
 

@@ -3,13 +3,11 @@ compressed to such.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .... import report
-from ....config.base import is_folder
 from ....model.low_rank import PROJECTIONS
 from ....store.artifacts import write_text
 from ....store.reading import read_object
@@ -23,7 +21,7 @@ from ..sections import ADAPTER
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .compressing import Compressing
-from .job import Job
+from .job import Job, on_the_hub
 from .tensors import PREFIX, expert_tensors, streamed, trunk_tensors
 
 ADAPTERS = "adapters"  # a folder of the export
@@ -37,7 +35,7 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
     Raises MissingArtifact, DamagedArtifact, DiskFull.
     """
     cfg = job.cfg
-    on_hub = _on_the_hub(cfg)
+    on_hub = on_the_hub(cfg)
     base, revision = on_hub or (BASE, None)
     addresses = {"trunk": parts.manifest("train_shared").address}
     names = (job.wish.expert,) if job.wish.expert else cfg.experts
@@ -133,14 +131,3 @@ def _write_base(job: Job, parts: Parts) -> dict[str, str]:
         tensors = trunk_tensors(trunk) | expert_tensors(dummy)
     sums, _ = write_checkpoint(job, folder, dense_settings(job.settings), tensors)
     return {f"{BASE}/{name}": digest for name, digest in sums.items()}
-
-
-def _on_the_hub(cfg: FfnMoeConfig) -> tuple[str, str] | None:
-    """Return name and revision of the trunk on the Hub, None where it is not there as it is."""
-    name = cfg.trunk.init
-    revision = cfg.trunk.revision
-    if name is None or revision is None or cfg.trunk.steps != 0:
-        return None
-    # A package's, a file's or a folder's, which others do not have
-    here = ":" in name or name.endswith(".gguf") or is_folder(name)
-    return None if here or Path(name).expanduser().exists() else (name, revision)
