@@ -189,7 +189,9 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
         # One at a time
         mapped += 4 * stack.shape.stack_parameters(max(rivals))
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
-    taken = forward_bytes(stack, min(batch, tokens), False)
+    # The training text of each domain behind a gap runs at once
+    batch = max(min(batch, tokens), TRAIN_SAMPLE_TOKENS // domains)
+    taken = forward_bytes(stack, batch, False)
     unit = 2 if bf16 else 4
     if (stack.stored or 4) != unit:
         taken += cast_bytes(stack.shape, unit)
