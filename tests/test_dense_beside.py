@@ -25,7 +25,11 @@ from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.generation import Prompt, Sampling
 from pipeline.store import bundle
 from pipeline.store.artifacts import Store, sha256
+from tests import small
+from tests.test_bundle import bundle_of
+from tests.test_parity import made
 from tests.test_serve import NAMES, PROMPT, refused, running
+from tests.written import planned, weight_bytes
 
 DENSE = ("deploy.dense=total",)
 COUNT = 8
@@ -86,6 +90,16 @@ def test_the_dense_model_goes_along_as_a_stock_checkpoint(bundled, store, folder
     size = sum((folder / name).stat().st_size for name in own)
     assert metrics["dense_bytes"] == size > stored.stat().st_size
     assert f"dense total is {size / 1e6:.1f} MB of it" in outcome(metrics)
+
+
+@pytest.mark.parametrize("item", ["path", "wide"])
+def test_a_plan_counts_its_bytes(item, tmp_path):
+    changes = {"dense__baselines": (item,), "deploy__dense": item}
+    cfg, parts = made(tmp_path, "qwen3", True, **changes)
+    folder = bundle_of(cfg, parts, tmp_path / "bundle")
+    found = planned(cfg, None, small.VOCAB)
+    assert weight_bytes(folder) == pytest.approx(found.written_bytes, rel=0.05)
+    assert weight_bytes(folder / "dense") > 0.15 * found.written_bytes
 
 
 def test_its_answers_are_transformers_own_beside_the_stack_s(folder):

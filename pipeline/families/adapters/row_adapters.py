@@ -72,7 +72,7 @@ class _SideBySide:
         return cls(a_RD, b_FR, tuple(layout), own)
 
 
-class _Reading:
+class _RowReaders:
     """Who reads the rows of a pass."""
 
     def __init__(self, names: Sequence[str]):
@@ -112,7 +112,7 @@ class RowAdapters:
 
     def __init__(self, model: PeftModel):
         self.known = {own_name(name) for name in model.peft_config}
-        self._reading: _Reading | None = None
+        self._reading: _RowReaders | None = None
         # made in the first pass that comes by, as the network may still be changed for its serving
         self._layers: WeakKeyDictionary[nn.Module, _SideBySide | None] = WeakKeyDictionary()
         for module in model.modules():
@@ -154,14 +154,14 @@ class RowAdapters:
             # the base would answer in its place
             raise KeyError(f"there is no adapter {sorted(unknown)[0]!r}")
         known = [NO_ADAPTER if name is None else peft_name(name) for name in names]
-        self._reading = _Reading(known)
+        self._reading = _RowReaders(known)
         try:
             yield
         finally:
             self._reading = None
 
 
-def _add(y_BTF: Tensor, x_BTD: Tensor, layer: _SideBySide, reading: _Reading) -> Tensor:
+def _add(y_BTF: Tensor, x_BTD: Tensor, layer: _SideBySide, reading: _RowReaders) -> Tensor:
     """Add to y what the adapters of its rows make of x."""
     if len(x_BTD) != len(reading.names):
         raise ValueError(f"{len(x_BTD)} rows are read by {len(reading.names)}")

@@ -12,7 +12,7 @@ from ....train.flops import JobCost
 from ... import ExportWish
 from .. import passes
 from ..config import FfnMoeConfig
-from ..cost import adapter_parameters, stack_shape
+from ..cost import adapter_parameters, dense_width, stack_shape
 from ..sections import ADAPTER, ANCHOR
 from ..trunk_sizes import trunk_kind
 from .job import on_the_hub
@@ -175,7 +175,19 @@ def _bundle_bytes(sizes: _Sizes) -> float:
     if sizes.is_merged:
         # Beside the merged ones the deltas and what they stand on
         written += sizes.ffn * stored + own * sizes.adapter * 4
-    return written + texts
+    return written + texts + _dense_bytes(sizes)
+
+
+def _dense_bytes(sizes: _Sizes) -> float:
+    """Return the bytes of a dense model beside the stack, where a bundle is to hold one."""
+    item = sizes.cfg.deploy.dense
+    if item is None:
+        return 0.0
+    # What was trained is in fp32
+    of_trunk = sizes.stored if item == "ffn" else 4
+    networks = sizes.ffn * dense_width(sizes.cfg, item) / sizes.cfg.trunk.d_ff
+    whole = sizes.stack.shape.trunk_parameters * of_trunk + networks * 4
+    return whole + TEXT_BYTES * sizes.entries
 
 
 def _of_bundle(sizes: _Sizes) -> JobCost:
