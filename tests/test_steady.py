@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.serve import engine
+from pipeline.serve import engine, scheduler
 from pipeline.serve.engine import CompletionEngine
 from pipeline.serve.gates import FREE, GateChoice, GateHearing
 from pipeline.serve.generation import Prompt, Sampling
@@ -34,6 +34,7 @@ from pipeline.serve.steady.products import (
 from pipeline.serve.steady.trial import is_steady
 from tests import test_scheduler
 from tests.small_engines import CONTEXT, END, STEADY, steady
+from tests.small_server import until
 from tests.test_scheduler import asked, numbers, told
 
 BF16 = torch.bfloat16
@@ -46,7 +47,15 @@ def small(request):
     torch.set_num_threads(1)
     made = STEADY[request.param]()
     assert is_steady(made.engine.network, CONTEXT)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "LINGER_S", 0.1)
+        yield made
+
+
+def let_go(engine):
+    """Return an engine's network once its thread has ended, which clears the cache as it goes."""
+    until(lambda: engine.scheduler._thread is None)
+    return engine.network
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -120,7 +129,7 @@ def test_no_number_is_left_over_for_other_instructions(monkeypatch, width):
 
 
 def test_a_text_is_tried_alone_and_among_others_in_every_pass(small, monkeypatch):
-    network = small.engine.network
+    network = let_go(small.engine)
     read = network.read
     texts = []
     mixed = []
@@ -247,7 +256,7 @@ def test_a_network_whose_rows_know_each_other_is_found_out(small, monkeypatch):
         return product(counts, x_ND, weight_FD) * (1 + len(x_ND) / 64)
 
     monkeypatch.setattr(RowCounts, "product", other)
-    assert not is_steady(small.engine.network, CONTEXT)
+    assert not is_steady(let_go(small.engine), CONTEXT)
 
 
 def test_what_a_bundle_is_held_against_has_gone_before_it_is_run_in_bf16(bundled, monkeypatch):
