@@ -393,7 +393,7 @@ def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
         ids = engine.encode(words)
         choice = stack.choice(ids)
         readers.add(choice.number)
-        assert [token.experts for token in engine.trace(ids)] == [[[choice.number]]] * 3
+        assert [token.experts for token in engine.trace(ids)] == [((choice.number,),)] * 3
         done = engine.complete(ids, Sampling(4, 0.0))
         wanted_BT = torch.tensor([ids])
         with torch.no_grad():
@@ -405,7 +405,7 @@ def test_the_endpoint_lets_the_chosen_adapter_speak(bundled, stack):
         if 0 in wanted:
             wanted = wanted[: wanted.index(0)]
         assert [token.id for token in done.tokens] == wanted
-        assert all(token.experts == [[choice.number]] for token in done.tokens)
+        assert all(token.experts == ((choice.number,),) for token in done.tokens)
     assert len(readers) > 1
     steady = AdapterEngine(bundled, dtype="bf16")
     assert isinstance(steady.network, SteadyAdapters)

@@ -288,7 +288,9 @@ def planned(cfg, store, monkeypatch):
     costs = JobCost.of(
         "x", None, tokens=9, flops_per_token=1.0, parameters=1, plan=PLAN, peak_bytes=1
     )
-    fake = SimpleNamespace(cost=lambda *_: costs, preflight=lambda *_: [])
+    fake = SimpleNamespace(
+        cost=lambda *_: costs, writing_cost=lambda *_: costs, preflight=lambda *_: []
+    )
     monkeypatch.setattr(dry_run, "family", lambda _name: fake)
     here, far = (Console(file=io.StringIO(), width=300) for _ in range(2))
     dry_run.show_plan(cfg, store, here)
