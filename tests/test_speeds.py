@@ -96,9 +96,13 @@ def test_a_job_in_bf16_is_not_told_from_those_in_fp32(store):
 def test_the_time_of_a_model_of_another_size_goes_by_what_size_does_to_speed(store):
     # as measured: 2.2 and 565 million operations a token, 32 and 120 billion a second
     leave(store, 1, steps=10, step_s=1.0, flops_per_token=2.2e6)
-    (small,) = speeds(store)
+    leave(store, 2, steps=10, step_s=1.0, flops_per_token=565e6)
+    leave(store, 3, steps=10, step_s=1.0, flops_per_token=0.0, tokens_per_s=1.0)
+    small, large, unknown = sorted(speeds(store), key=lambda each: each.manifest.address)
     assert small.scale(565e6) * 32 == pytest.approx(120, rel=0.1)
+    assert large.scale(2.2e6) * 120 == pytest.approx(32, rel=0.1)
     assert small.scale(2.2e6 * 4) == small.scale(2.2e6) == small.scale(2.2e6 / 4) == 1.0
-    assert small.scale(22e6) > 1.5 and small.scale(2.2e5) < 0.6
-    # further than was measured nothing is made of it, and nothing of no size
-    assert small.scale(1e15) == pytest.approx(4.0) and small.scale(0.0) == 1.0
+    assert small.scale(22e6) > 1.5 and large.scale(56e6) < 0.6
+    # of sizes that nobody measured nothing is made, nor of one that nobody knows
+    assert large.scale(1e12) == small.scale(1e3) == small.scale(0.0) == unknown.scale(1e6) == 1.0
+    assert small.scale(1e12) == small.scale(565e6)

@@ -19,9 +19,10 @@ BUNDLES = "deploy-"  # how their addresses begin
 # three of them
 NEAR = 4.0
 # A larger model keeps a processor busier: 32 GFLOP/s at 2.2 M operations a token, 120 at 565 M, in
-# bf16 on one thread (Nov 2026): a fourth root over a factor of 257, and told no further than that
+# bf16 on one thread (Nov 2026): a fourth root between these, beyond which nothing is made of size
 GROWTH = 0.25
-FAR = 256.0
+SMALLEST = 2.2e6
+LARGEST = 565e6
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Speed:
 
     def scale(self, flops_per_token: float) -> float:
         """Return how many times as fast a model of so many operations a token is likely to be, by
-        its size alone: 1 of one about as large, and where nobody knows the size."""
-        ratio = flops_per_token / self.flops_per_token
-        if ratio <= 0 or 1 / NEAR <= ratio <= NEAR:
+        its size alone: 1 of one about as large, and where nobody knows a size."""
+        own = self.flops_per_token
+        if not own or not flops_per_token or own / NEAR <= flops_per_token <= own * NEAR:
             return 1.0
-        return min(max(ratio, 1 / FAR), FAR) ** GROWTH
+        here, there = (min(max(each, SMALLEST), LARGEST) for each in (flops_per_token, own))
+        return (here / there) ** GROWTH
 
     @property
     def threads(self) -> int | None:

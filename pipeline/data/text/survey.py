@@ -207,7 +207,7 @@ def survey(cfg: TextRunConfig, eye: Eye) -> Survey:
     counted = Limits(cfg.data)
     kept = cfg.partition.names if cfg.partition.by == "labels" else ("",)
     found: list[FileDocuments] = []
-    unread = 0
+    beyond: list[Iterator[SourceFile]] = []
     for source, (label, files) in enumerate(sources(cfg)):
         for number, file in enumerate(files):
             place = (source, number)
@@ -217,14 +217,16 @@ def survey(cfg: TextRunConfig, eye: Eye) -> Survey:
                 counted.take(block, each.labels)
             # What follows would be over the limit, and need not be read to know it
             if counted.full(iter((label,) if label else kept)):
-                unread += sum(1 for _ in files)
+                beyond.append(files)
                 break
     records.save()
     there = Survey(cfg, found)
     if records.has_read and there.others:
         named = ", ".join(f"{label} {count:,}" for label, count in there.others.most_common(_TOLD))
         eye.progress(f"documents left out, as no domain has their label: {named}", None)
-    if records.has_read and unread:
+    # Counted only where it is told: there may be many thousands
+    unread = sum(1 for files in beyond for _ in files) if records.has_read else 0
+    if unread:
         eye.progress(_over_the_limit(cfg, len(found), unread), None)
     return there
 
