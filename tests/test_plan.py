@@ -303,6 +303,10 @@ def test_what_takes_a_stack_out_of_its_store_stands_below_its_jobs(
     # what the run has nothing for is refused as the export refuses it
     code, _, errors = planned(path, store, capsys, flags=["--export", "adapters"])
     assert code == 2 and "--format adapters: the experts of this run are whole networks" in errors
+    # and what would say how, where none is wished for, is not passed over
+    for flags in (["--dtype", "q8_0"], ["--expert", "sea"], ["--dense"]):
+        code, _, errors = planned(path, store, capsys, flags=flags)
+        assert code == 2 and "add --export FORMAT" in errors
     tasks = runs / "jsonl" / "run.yaml"
     code, table, _ = planned(tasks, tmp_path, capsys, flags=["--export", "adapters"])
     assert code == 0 and table.count("writes") == 2
