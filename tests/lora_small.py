@@ -7,10 +7,10 @@ and copied.
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import originals
 from fakes import FolderParts, train_io
 
 from pipeline.config.base import merge
@@ -101,7 +101,7 @@ _PREPARED: list[Path] = []  # the folder that others copy
 def prepared(root: Path, **changes) -> FolderParts:
     """Return a run whose data and base are made below root; changes may not touch those."""
     if not _PREPARED:
-        cfg, first = config(), Path(tempfile.mkdtemp())
+        cfg, first = config(), originals.folder("prepared")
         parts = FolderParts(cfg, first)
         for name in cfg.tasks:
             family.prepare(cfg, parts, parts.new("preprocess", name), quiet, name)

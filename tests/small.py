@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import originals
 from fakes import FakeRecorder, FolderParts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -173,7 +174,7 @@ def trained(root: Path) -> FolderParts:
     """Return a whole run with every dense baseline."""
     if not _TRAINED:
         cfg = config(dense__baselines=("total", "path", "ffn", "wide", "scratch"))
-        _TRAINED.append(run(cfg, root.with_name("original")))
+        _TRAINED.append(run(cfg, originals.folder("trained")))
     first = _TRAINED[0]
     shutil.copytree(first.root, root)
     return FolderParts(first.cfg, root, dict(first.metrics))

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import originals
 import torch
 from fakes import FolderParts
 from peft import LoraConfig, get_peft_model
@@ -207,19 +208,17 @@ RUN = {
 }
 
 
-_MADE: list[
-    Path
-] = []  # the first run of this process; later ones are copies, which a test may change
+_MADE: list[Path] = []  # the first run of this process; others are copies, which a test may change
 
 
 def run(root: Path) -> tuple[LoraVlmConfig, FolderParts]:
     """Make every part of a small run in root, its adapters random."""
     cfg = parse(RUN)
-    if _MADE:
-        shutil.copytree(_MADE[0], root)
-    else:
-        _make(cfg, root)
-        _MADE.append(shutil.copytree(root, root.with_name("original")))
+    if not _MADE:
+        first = originals.folder("stack")
+        _make(cfg, first)
+        _MADE.append(first)
+    shutil.copytree(_MADE[0], root)
     return cfg, FolderParts(cfg, root)
 
 
