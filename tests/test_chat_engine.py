@@ -291,3 +291,13 @@ def test_a_prompt_of_tokens_has_none_of_a_picture(model):
     assert prompts.ids([1, 2], None).ids == (1, 2)
     with pytest.raises(DataError, match="stands for a picture"):
         prompts.ids([1, model.chat.media.placeholder_id], None)
+
+
+def test_what_clients_ask_is_not_kept(model):
+    prompts = TaskPrompts(SmallChat(small_stack.stack(model), Capacity()))
+    kept = model.chat.prompt_ids.cache_info().currsize
+    # how soon a long question is encoded would tell that it was asked before, by whomever
+    prompt = prompts.text("what color? " * 9, None)
+    assert prompts.text("what color? " * 9, None) == prompt
+    prompts.ids(prompt.ids, None)
+    assert model.chat.prompt_ids.cache_info().currsize == kept

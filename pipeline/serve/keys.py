@@ -39,6 +39,9 @@ class Keys:
         self._given = _digests(given.split()) if given is not None else ()
         self._of_file: tuple[bytes, ...] = ()
         self._seen: tuple[int, int, int] | None = None
+        # of every key that ever came: who has a former one's line in the file is somebody else,
+        # who has neither its turns nor its pictures
+        self._numbers: dict[bytes, int] = {}
         self._lock = threading.Lock()
         if given is not None and not self._given:
             raise ConfigError(
@@ -54,16 +57,16 @@ class Keys:
         return bool(self._given) or self._file is not None
 
     def find(self, key: str) -> int | None:
-        """Return the number of the key, counted from 0, that a request brought; None: it is none
-        of them."""
+        """Return the number of the key that a request brought, in the order in which they first
+        came; no other key ever has it. None: it is none of them."""
         self.reload(changed_only=True)
         # Digests, as they are of one length, whatever the keys are; headers are latin-1.
         asked = hashlib.sha256(key.encode("latin-1", "replace")).digest()
         found = None
         # all of them, whichever it is
-        for number, known in enumerate((*self._given, *self._of_file)):
+        for known in (*self._given, *self._of_file):
             if hmac.compare_digest(asked, known):
-                found = number
+                found = self._numbers.setdefault(known, len(self._numbers))
         return found
 
     def reload(self, changed_only: bool = False) -> None:

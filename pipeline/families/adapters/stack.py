@@ -24,6 +24,7 @@ from ...errors import MismatchError
 from ...metrics.routing import softmax
 from .. import Parts
 from .base import LoadedBase
+from .chat import ChatTurn
 from .config import AdapterRunConfig
 from .inference import BASE, BatchRow, GenerationLimits, MultiAdapterModel, Reply, Request
 from .media import MediaFeatures, Medium
@@ -227,7 +228,9 @@ class AdapterStack:
         """Return what is read of a request: its turn, with a place for every token of its
         media."""
         chat = self.model.chat
-        ids = chat.prompt_ids(prompt, len(media))
+        # not by `chat.prompt_ids`, which keeps what it was asked: a client's words are nobody's
+        # but its own, and thousands of long prompts take gigabytes
+        ids = chat.turn_ids([ChatTurn("user", prompt, len(media))])
         return tuple(chat.expand(ids, [chat.media.tokens(medium) for medium in media]))
 
     def routing_ids(self, prompt: str, media: Sequence[Medium]) -> tuple[int, ...]:
