@@ -2,6 +2,7 @@
 get wrong."""
 
 import base64
+import gc
 import io
 import json
 import random
@@ -337,6 +338,32 @@ def test_who_finds_no_room_for_a_picture_is_sent_away_or_may_leave(
         connection.close()
         wait_for(lambda: not service.prepared)
     assert client.post("/v1/route", json=asking(encoded(PICTURE))).status_code == 200
+
+
+def test_pictures_that_wait_to_be_read_have_a_bound_too(client, application, monkeypatch):
+    engine = application.state.service.engine
+    room = pictures.DecodingRoom()
+    monkeypatch.setattr(engine, "room", room)
+    url = encoded(PICTURE)
+    kept = pictures.opened(url, engine.image, room, time.monotonic() + 60)
+    bytes_of_one = kept.width * kept.height * 3
+    assert room.opened_bytes == bytes_of_one
+    monkeypatch.setattr(pictures, "OPENED_BYTES", 2 * bytes_of_one - 1)
+    answer = client.post("/v1/route", json=asking(url))
+    refused(answer, 503, "too many pictures wait to be read", None, "overloaded")
+    del kept
+    # at once, and not when Python next looks for what knows itself
+    gc.collect()
+    gc.disable()
+    try:
+        for path, more in (("/v1/route", {}), (CHAT, {}), (CHAT, {"stream": True, "n": 2})):
+            assert client.post(path, json=asking(url) | more).status_code == 200
+            wait_for(lambda: room.opened_bytes == 0)
+        connection = asked(client, CHAT, asking(url))
+        connection.close()
+        wait_for(lambda: room.opened_bytes == 0)
+    finally:
+        gc.enable()
 
 
 def test_no_answer_tells_an_address_of_this_process(client):

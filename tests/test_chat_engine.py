@@ -22,6 +22,7 @@ from pipeline.serve.chat_engine import (
     _Seen,
 )
 from pipeline.serve.generation import BASE_READER, Capacity, Prompt, Sampling, Stats, Watcher
+from pipeline.serve.messages import Turn
 from pipeline.serve.pictures import DecodingRoom
 from pipeline.serve.prompts import TaskPrompts
 from pipeline.serve.rows import Order, QuestionRow
@@ -301,3 +302,18 @@ def test_what_clients_ask_is_not_kept(model):
     assert prompts.text("what color? " * 9, None) == prompt
     prompts.ids(prompt.ids, None)
     assert model.chat.prompt_ids.cache_info().currsize == kept
+
+
+def test_what_is_too_long_is_refused_before_it_is_looked_through(model, monkeypatch):
+    prompts = TaskPrompts(SmallChat(small_stack.stack(model), Capacity()))
+
+    def look(*_given):
+        raise AssertionError("it was looked through")
+
+    monkeypatch.setattr("pipeline.serve.prompts.without_placeholders", look)
+    monkeypatch.setattr(prompts, "decode", look)
+    long = Turn("user", "<image1>" * 2000, ("data:,",))
+    with pytest.raises(DataError, match=r"16,000 characters; at most 8,000 are taken"):
+        prompts.chat([long], None, goes_on=False, seconds=1)
+    with pytest.raises(DataError, match=r"5,000 tokens, at most 4,096 are taken"):
+        prompts.ids([1] * 5000, None)

@@ -177,6 +177,7 @@ WRONG = [
         "must be the assistant's",
     ),
     ({"guided_json": {}}, "guided_json", "no such field"),
+    ({"": 1}, '""', '"": no such field'),
 ]
 
 

@@ -1,5 +1,5 @@
 """Pictures of requests: opened from data: URIs, or fetched where that was allowed, and what was
-made of them, kept for a while; under one bound of memory over all requests."""
+made of them, kept for a while; under bounds of memory over all requests."""
 
 import ctypes
 import sys
@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import finalize
 
 from PIL import Image
 
@@ -24,6 +25,9 @@ PICTURE_PIXELS = 64_000_000
 # Of what all that are being decoded take: one of the largest JPEG or PNG, or some tens of photos of
 # a phone.
 DECODING_BYTES = 640 << 20
+# Of those that are opened, until nobody needs them: 170 of a megapixel. Not of the same room, in
+# which a large one could never be decoded beside them.
+OPENED_BYTES = 512 << 20
 # What may stay with the C library, which keeps what was freed for each thread anew: of eight
 # threads that decoded 64 Mpx each, twice what they took together.
 KEPT_BYTES = 32 << 20
@@ -32,8 +36,8 @@ FEATURE_BYTES = 128 << 20
 
 
 class DecodingRoom:
-    """How much memory pictures take while they are decoded, and what was made of them after that,
-    over all requests; and where they may come from."""
+    """How much memory pictures take while they are decoded and while they wait to be read, and what
+    was made of them after that, over all requests; and where they may come from."""
 
     def __init__(self, most_bytes: int = DECODING_BYTES, fetcher: Fetcher | None = None):
         self.most_bytes = most_bytes
@@ -43,6 +47,7 @@ class DecodingRoom:
         # what was made of a picture, and its bytes; that which was asked for last at the end
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.kept_bytes = 0
+        self.opened_bytes = 0
 
     def kept(self, key: Hashable) -> Any | None:
         """Return what was kept under a key; None where nothing is any more."""
@@ -97,6 +102,23 @@ class DecodingRoom:
                 self._free += count
                 self._changed.notify_all()
 
+    def hold(self, image: Image.Image) -> Image.Image:
+        """Return a picture, which counts as opened for as long as it is there. Raises TimeoutError
+        where those of other requests leave no room for it."""
+        count = image.width * image.height * len(image.getbands())
+        with self._changed:
+            # at once: a request that held some and waited for more could wait for ever
+            if self.opened_bytes + count > OPENED_BYTES:
+                raise TimeoutError("too many pictures wait to be read; try again in a moment")
+            self.opened_bytes += count
+        finalize(image, self._let_go, count).atexit = False
+        return image
+
+    def _let_go(self, count: int) -> None:
+        # it may be called in the middle of anything, also of what holds this lock
+        with self._changed:
+            self.opened_bytes -= count
+
 
 def _give_back() -> None:
     """Give memory that was freed back to the system, where the C library can be told to."""
@@ -107,14 +129,15 @@ def _give_back() -> None:
 
 
 def opened(url: str, limits: ImageLimitsConfig, room: DecodingRoom, until: float) -> Image.Image:
-    """Return the picture at a data: URI or an address, checked and resized as in training. Raises
-    DataError, TimeoutError where there is no room for it by `until`, Abandoned."""
+    """Return the picture at a data: URI or an address, checked and resized as in training, and
+    counted as opened. Raises DataError, TimeoutError where there is no room for it by `until`,
+    Abandoned."""
     data = _content(url, room.fetcher, until)
     most = limits.max_pixels
     # One picture at a time: a request that held room and waited for more could wait for ever.
     with room.taken(decoding_bytes(data, most, PICTURE_PIXELS), until):
         image = open_checked(data, max_pixels=PICTURE_PIXELS, area_px=most)
-        return resized(image, limits.min_pixels, most)
+        return room.hold(resized(image, limits.min_pixels, most))
 
 
 def _content(url: str, fetcher: Fetcher, until: float) -> bytes:

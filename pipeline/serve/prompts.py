@@ -148,6 +148,8 @@ class TaskPrompts(Prompts):
     def ids(self, ids: Sequence[int], reader: str | None) -> Prompt:
         """Return tokens to go on with, whose text the router reads as a question. Raises DataError,
         also for one that stands for a picture: there is none for it."""
+        # before their text, which a million of them have too, is made and encoded again
+        self.engine.stack.model.check_tokens(len(ids), ())
         prompt = super().ids(ids, reader)
         media = self.engine.stack.model.chat.media
         if media.placeholder_id in ids:
@@ -165,10 +167,8 @@ class TaskPrompts(Prompts):
         its pictures. Raises DataError, TimeoutError."""
         stack = self.engine.stack
         urls = [url for turn in turns for url in turn.pictures]
-        # Counted before any is opened, which is what takes memory.
-        most = stack.model.limits.media
-        if len(urls) > most:
-            raise DataError(f"{len(urls)} images; at most {most} are taken")
+        # Before any picture is opened, which takes memory, or text looked through, which takes time
+        stack.model.check_parts(sum(len(turn.text) for turn in turns), len(urls))
         plain = [self._plain(turn) for turn in turns]
         questions = [turn.text for turn in plain if turn.role == "user"]
         if not questions:

@@ -148,4 +148,5 @@ def _invalid(problems: Sequence[ErrorDetails]) -> ApiError:
 
 def _field(problem: ErrorDetails) -> str:
     """Return the field of the body that a problem is in; "" when the body itself is wrong."""
-    return str(problem["loc"][0]) if problem["loc"] else ""
+    # a field may be called nothing
+    return str(problem["loc"][0]) or '""' if problem["loc"] else ""

@@ -99,9 +99,9 @@ def without_placeholders(prompt: str, pictures: int) -> tuple[str, int]:
     at = 0
     for match, number in zip(found, numbers, strict=True):
         out.append(prompt[at : match.start()])
-        at = match.end()
         if not says_nothing:
-            out.append(_name(prompt, match, number, pictures))
+            out.append(_name(prompt, match, number, pictures, at))
+        at = match.end()
     out.append(prompt[at:])
     return "".join(out).strip(), len(found)
 
@@ -123,13 +123,14 @@ def _says_nothing(prompt: str, found: list[re.Match[str]], numbers: list[int]) -
     return True
 
 
-def _name(prompt: str, match: re.Match[str], number: int, pictures: int) -> str:
-    """Return the words that stand for a picture inside a text."""
-    before = prompt[: match.start()]
+def _name(prompt: str, match: re.Match[str], number: int, pictures: int, at: int) -> str:
+    """Return the words that stand for a picture inside a text, of which the words before it are
+    looked at from a place on."""
+    start = match.start()
     name = f"image {number}"
     if pictures == 1:
-        name = "image" if _DETERMINER.search(before) else "the image"
+        name = "image" if _DETERMINER.search(prompt, at, start) else "the image"
     # Written without blanks, it would run into its neighbours.
-    head = " " if before[-1:].isalnum() else ""
+    head = " " if prompt[max(0, start - 1) : start].isalnum() else ""
     tail = " " if prompt[match.end() : match.end() + 1].isalnum() else ""
     return f"{head}{name}{tail}"

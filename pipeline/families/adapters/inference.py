@@ -100,10 +100,10 @@ class MultiAdapterModel:
     def check(self, request: Request) -> None:
         """Raise DataError for a request over the limits, before anything is run."""
         count = len(request.media)
-        self._check_parts(len(request.prompt), count)
+        self.check_parts(len(request.prompt), count)
         # each medium takes the place of one placeholder of the prompt
         of_prompt = len(self.chat.prompt_ids(request.prompt, count)) - count
-        self._check_tokens(of_prompt, self._media_tokens(request.media))
+        self.check_tokens(of_prompt, self._media_tokens(request.media))
 
     def read(
         self, turns: Sequence[ChatTurn], media: Sequence[Medium], *, goes_on: bool = False
@@ -112,29 +112,29 @@ class MultiAdapterModel:
         its last turn goes on, that is gone on with. Raises DataError for one over the limits, or
         that the base's chat template does not take."""
         characters = sum(len(turn.text) for turn in turns)
-        self._check_parts(characters, len(media))
+        self.check_parts(characters, len(media))
         try:
             ids = self.chat.turn_ids(turns, goes_on=goes_on)
         except Exception as error:  # a template raises what it likes
             raise DataError(f"the base's chat template does not take them: {error}") from None
         tokens = self._media_tokens(media)
-        self._check_tokens(len(ids) - len(media), tokens)
+        self.check_tokens(len(ids) - len(media), tokens)
         return tuple(self.chat.expand(ids, tokens))
 
     def read_plain(self, text: str) -> tuple[int, ...]:
         """Return the ids of a text that is no turn of a chat. Raises DataError for one over the
         limits."""
-        self._check_parts(len(text), 0)
+        self.check_parts(len(text), 0)
         ids = self.chat.tokenizer.encode(self.chat.escape(text), add_special_tokens=False)
-        self._check_tokens(len(ids), ())
+        self.check_tokens(len(ids), ())
         # a text needs something to go on from
         return tuple(ids) or (self.chat.pad_id,)
 
     def _media_tokens(self, media: Sequence[Medium]) -> list[int]:
         return [self.chat.media.tokens(medium) for medium in media]
 
-    def _check_parts(self, characters: int, media: int) -> None:
-        """Raise DataError for more than is worth encoding."""
+    def check_parts(self, characters: int, media: int) -> None:
+        """Raise DataError for more characters or media than are worth a look."""
         limits = self.limits
         if media > limits.media:
             kind = f"{self.chat.media.name}s"
@@ -146,7 +146,7 @@ class MultiAdapterModel:
                 f"{limits.prompt_characters:,} are taken"
             )
 
-    def _check_tokens(self, of_prompt: int, media_tokens: Sequence[int]) -> None:
+    def check_tokens(self, of_prompt: int, media_tokens: Sequence[int]) -> None:
         """Raise DataError for more tokens than a request may have."""
         limits = self.limits
         of_media = sum(media_tokens)
