@@ -359,8 +359,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prefill-tokens",
         type=int,
-        default=Capacity.prefill_tokens,
-        help="as serve.max_prefill_tokens (default: %(default)s)",
+        help="as serve.max_prefill_tokens (default: by the model's size)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=get_args(Dtype), default="fp32")

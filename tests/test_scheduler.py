@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import DataError
 from pipeline.protocols import Abandoned
@@ -23,8 +24,10 @@ from pipeline.serve.generation import (
     Overloaded,
     Prompt,
     Sampling,
+    Stats,
 )
 from pipeline.serve.metrics import Metrics
+from pipeline.serve.scheduler import Scheduler
 from pipeline.serve.slot_cache import SlotLayer
 from pipeline.serve.waiting_line import WaitingLine
 from tests import small_engines
@@ -166,6 +169,20 @@ def test_a_long_prompt_does_not_keep_a_short_one_from_beginning(engine):
     long.wait()
     short.wait()
     assert short.times.first < long.times.first
+
+
+@pytest.mark.parametrize("made", [small_engines.unmerged, small_engines.steady])
+def test_a_models_size_is_that_of_all_its_experts(made):
+    engine = made().engine
+    network = engine.network
+    config = network.model.config
+    dense = AutoModelForCausalLM.from_config(config)
+    whole = sum(each.numel() for each in dense.parameters())
+    # two factors of rank 4 for each of three matrices
+    deltas = 3 * 4 * (config.hidden_size + config.intermediate_size) * config.num_hidden_layers
+    assert network.parameters == whole + len(small_engines.NAMES) * deltas
+    assert engine.stats.prefill_tokens == small_engines.SMALL.prefill_tokens
+    assert Scheduler(network, Capacity(), Stats()).prefill_tokens == 2048
 
 
 def test_who_cannot_read_is_named_with_those_who_can(engine):

@@ -16,6 +16,7 @@ from pipeline.serve import command, from_bundle
 from pipeline.serve.generation import Capacity
 from pipeline.serve.keys import Keys
 from pipeline.serve.limits import ConnectionLimits, RequestLimits
+from pipeline.serve.networks import tokens_to_read
 
 ROOT = Path(__file__).parent.parent
 OTHERS = {
@@ -98,6 +99,25 @@ def test_limits_reach_the_server(monkeypatch):
         assert place(by_setting, name) == place(by_flag, name) == value
         assert place(usual, name) != value
         assert place(before, name) == (5 if name == "max_batch" else value)
+
+
+def test_what_a_step_reads_goes_by_the_size_of_the_model_unless_it_is_said(monkeypatch, capsys):
+    own = reached(monkeypatch, ServeConfig(**OTHERS), "--max-prefill-tokens", "auto")
+    assert own["capacity"].prefill_tokens is None
+    for wrong in ("0", "Auto", "1.5"):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["serve", "--bundle", "b", "--max-prefill-tokens", wrong])
+        assert "nor auto" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_prefill_tokens"):
+        ServeConfig(max_prefill_tokens=0)
+    # a random one of tests, SmolLM2-135M and Qwen3-VL-2B
+    found = [tokens_to_read(size, "cpu") for size in (1, 700_000, 134_515_008, 2_127_532_032)]
+    assert found == [2048, 2048, 256, 256]
+    # as the setting's description has it
+    sizes = (16_000_000, 33_000_000, 67_000_000, 68_000_000)
+    assert [tokens_to_read(size, "cpu") for size in sizes] == [2048, 1024, 512, 256]
+    sizes = (8_000_000_000, 34_000_000_000, 35_000_000_000)
+    assert [tokens_to_read(size, "cuda") for size in sizes] == [2048, 512, 256]
 
 
 @pytest.mark.parametrize("size", ["2", "0GB", "-1GB", "many", "1e9"])

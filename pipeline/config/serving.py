@@ -1,6 +1,6 @@
 """What the server of a bundle takes on, here and on Modal. No address holds any of it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,8 +20,10 @@ class ServeConfig(Section):
     )
     max_batch: int = Field(32, ge=1, le=1024, description="Texts that are generated at once")
     # A long prompt is read in pieces of these, so that it does not hold up the texts beside it.
-    max_prefill_tokens: int = Field(
-        256, ge=1, description="Tokens of prompts that are read between two tokens of an answer"
+    max_prefill_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Tokens of prompts that are read between two tokens of an answer; auto: by the "
+        "model's size, 2,048 of up to 16 M parameters, 256 of more than 67 M (on a GPU 8 B, 34 B)",
     )
     max_cache: Bytes = Field(
         2 << 30,

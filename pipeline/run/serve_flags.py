@@ -8,13 +8,13 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from ..config.serving import ServeConfig
-from .typed_numbers import port, positive, seconds, size
+from .typed_numbers import port, positive, positive_or_auto, seconds, size
 
 KEY = "MOLEFORGE_API_KEY"
 # The numbers of the section `serve`, each with how it is typed and in which unit.
-LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
+LIMITS: dict[str, tuple[Callable[[str], float | str], str]] = {
     "max_batch": (positive, "N"),
-    "max_prefill_tokens": (positive, "N"),
+    "max_prefill_tokens": (positive_or_auto, "N"),
     "max_cache": (size, "SIZE"),
     "max_waiting": (positive, "N"),
     "max_new_tokens": (positive, "N"),
@@ -131,7 +131,9 @@ def _told(field: FieldInfo, default: str | None) -> str:
     return f"{told[:1].lower()}{told[1:]}{shown}"
 
 
-def _shown(default: float) -> str:
+def _shown(default: float | str) -> str:
+    if isinstance(default, str):
+        return default
     gibibytes = default / (1 << 30)
     return f"{gibibytes:g}GiB" if gibibytes >= 1 else f"{default:g}"
 

@@ -14,6 +14,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_or_auto(text: str) -> int | str:
+    """Return a whole number of 1 or more, or auto. Raises ArgumentTypeError."""
+    if text == "auto":
+        return text
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
+
+
 def port(text: str) -> int:
     """Return the number of a port. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) >= 2**16:

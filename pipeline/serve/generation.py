@@ -56,8 +56,9 @@ class Capacity:
 
     rows: int = 32  # texts that are generated at once
     waiting: int = 256  # texts that wait for a row
-    # of prompts in one step, so that a long one does not hold up those that are being generated
-    prefill_tokens: int = 256
+    # of prompts in one step, so that a long one does not hold up those that are being generated;
+    # None: by the size of the model
+    prefill_tokens: int | None = None
     # of keys and values; a text that needs more runs alone
     cache_bytes: int = 2 << 30
 
@@ -324,11 +325,12 @@ def result_of(future: Future[T]) -> T:
 
 @dataclass
 class Stats:
-    """What an engine has done so far, and does now. Only counted up, but for the first three."""
+    """What an engine has done so far, and does now. Only counted up, but for the first four."""
 
     running: int = 0  # texts with a row
     waiting: int = 0
     rows: int = 0  # texts that can run at once
+    prefill_tokens: int = 0  # of prompts that a step reads at most
     steps: int = 0
     step_rows: int = 0  # of all steps together: over steps, the mean batch
     prompt_tokens: int = 0

@@ -34,10 +34,11 @@ class RequestLimits:
 
 def capacity_of(wanted: ServeConfig) -> Capacity:
     """Return how much an engine takes on."""
+    asked = wanted.max_prefill_tokens
     return Capacity(
         rows=wanted.max_batch,
         waiting=wanted.max_waiting,
-        prefill_tokens=wanted.max_prefill_tokens,
+        prefill_tokens=asked if isinstance(asked, int) else None,
         cache_bytes=wanted.max_cache,
     )
 

@@ -182,7 +182,11 @@ def listen(
         def opened() -> None:
             if load:
                 load()
-            announce(f"serving {app.state.service.engine.name} at {address}; Ctrl-C stops")
+            engine = app.state.service.engine
+            announce(
+                f"serving {engine.name} at {address}; up to {engine.stats.prefill_tokens:,} tokens "
+                "of prompts are read between two of an answer; Ctrl-C stops"
+            )
 
         if load:
             announce(f"listening at {address}; /readyz tells when the model is open")

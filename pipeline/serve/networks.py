@@ -13,7 +13,7 @@ from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.experts import BLOCK_ROWS, Expert
 from ..model.kernels.frozen import product_dtype
@@ -29,6 +29,13 @@ from .rows import ServedRow
 from .slot_cache import SlotCache, rounded
 
 FEW_ROWS = 8
+# Tokens of prompts that a step reads, at least and at most. Of a small model a pass takes as long
+# for a few as for many; of a large one whoever is given tokens waits for each that is read.
+FEWEST_READ = 256
+MOST_READ = 2048
+# Parameters times tokens that a step reads: on a processor's core, where it was measured, under a
+# second. A GPU has some 500 times its arithmetic; there nothing was measured.
+READ = {"cpu": 2**35, "cuda": 2**44}
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,25 @@ class Network(ABC):
         self._config = config
 
     @property
+    def weights(self) -> list[nn.Module]:
+        """Where the weights are that its texts are read with."""
+        return [self.model]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers those are; of a mixture with those of all experts."""
+        counts = {}
+        for module in self.weights:
+            # what stands in several places is counted once
+            counts.update({id(each): each.numel() for each in module.parameters()})
+        return sum(counts.values())
+
+    @property
+    def prefill_tokens(self) -> int:
+        """How many tokens of prompts a step reads, unless it is said."""
+        return tokens_to_read(self.parameters, self.device.type)
+
+    @property
     def place_bytes(self) -> int:
         """Bytes of keys and values of one token."""
         known = self.cache.place_bytes
@@ -355,6 +381,11 @@ class UnmergedMixture(TokenRouted):
         for layer in trunk.network.model.layers:
             layer.mlp.ffn = self._mixed
 
+    @property
+    def weights(self) -> list[nn.Module]:
+        """Where the weights are that its texts are read with."""
+        return [self.model, *self._members]
+
     def _mixed(self, layer: int, x_BTD: Tensor) -> Tensor:
         """Return y_BTD of one layer."""
         if layer not in self._router.place:
@@ -388,6 +419,16 @@ def _block_rows(tokens: int) -> int:
     """Return what each expert's block is filled up to: of a token each of some texts most of a
     large one would be filling."""
     return FEW_ROWS if tokens <= BLOCK_ROWS else BLOCK_ROWS
+
+
+def tokens_to_read(parameters: int, device: str) -> int:
+    """Return how many tokens of prompts a step reads with a model of so many parameters: a power of
+    two."""
+    most = READ.get(device, READ["cuda"]) // max(1, parameters)
+    tokens = MOST_READ
+    while tokens > max(most, FEWEST_READ):
+        tokens //= 2
+    return tokens
 
 
 class OneReader(Network):

@@ -47,10 +47,12 @@ class Scheduler:
     def __init__(self, network: Network, capacity: Capacity, stats: Stats):
         self.network = network
         self.capacity = capacity
+        self.prefill_tokens = capacity.prefill_tokens or network.prefill_tokens
         self.stats = stats
         self.stepped: Callable[[int, float], None] | None = None  # told of each step's rows
         self.ended: Callable[[ServedRow, str], None] | None = None  # and of each row's end
         stats.rows = capacity.rows
+        stats.prefill_tokens = self.prefill_tokens
         self._line: WaitingLine[ServedRow] = WaitingLine()
         self._next: list[ServedRow] = []  # that follow from one which had its turn
         self._rows: list[ServedRow] = []  # by slot
@@ -180,7 +182,7 @@ class Scheduler:
         begun: list[ServedRow] = []
         # As many as a step reads: what comes with a text has to be encoded first, and whoever is
         # given tokens already waits for that
-        while len(self._rows) < self.capacity.rows and _given(begun) < self.capacity.prefill_tokens:
+        while len(self._rows) < self.capacity.rows and _given(begun) < self.prefill_tokens:
             row = self._whose_turn()
             if row is None or not self._fits(row):
                 break
@@ -222,7 +224,7 @@ class Scheduler:
     def _to_read(self) -> Iterator[Chunk]:
         """Yield what is read next of rows that are not read yet: those that were read least first,
         so that a long one does not keep others from beginning."""
-        most = self.capacity.prefill_tokens
+        most = self.prefill_tokens
         waiting = sorted(self._rows[self._speaking :], key=lambda row: row.chunks)
         if self.network.packs:
             yield from self._packed(waiting, most)

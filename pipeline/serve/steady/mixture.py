@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...model.experts import Expert
 from ...model.kernels.swiglu import is_swiglu
@@ -85,6 +85,12 @@ class SteadyMixture(SteadyNetwork, TokenRouted):
         self._deltas = self._gathered(len(trunk.network.model.layers))
         for layer in trunk.network.model.layers:
             layer.mlp.ffn = self._mixed
+
+    @property
+    def weights(self) -> list[nn.Module]:
+        """Where the weights are that its texts are read with."""
+        bases = [expert.base for expert in self._experts if expert.base is not None]
+        return [self.model, *self._experts, *bases]
 
     def number(self, reader: str) -> int:
         """Return the number of who can read a text. Raises ValueError for others."""
