@@ -19,6 +19,7 @@ from pipeline.families.adapters.base import ModelRef, file_hashes
 from pipeline.families.lora_vlm import base as lora_base
 from pipeline.families.lora_vlm.config import VlmBaseConfig
 from pipeline.families.lora_vlm.patches import PatchCutter
+from pipeline.families.lora_vlm.vision import ImageFeatures
 
 HUB_LAYOUT = {
     "config.json",
@@ -119,8 +120,9 @@ def test_the_processor_prepares_pictures_as_the_stock_one_and_needs_no_torchvisi
         {"image_mean": [0.48, 0.45, 0.40], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 0.01},
         {"do_normalize": False},
         {"do_resize": False},
+        {"resample": 1},
     ],
-    ids=["as it is", "other numbers", "not normalized", "not resized"],
+    ids=["as it is", "other numbers", "not normalized", "not resized", "by sines"],
 )
 def test_pictures_are_cut_to_the_last_bit_as_their_preparation_cuts_them(made, changed):
     preparation = lora_base.open_processor(made[1] / "base", made[0].image).image_processor
@@ -139,6 +141,26 @@ def test_pictures_are_cut_to_the_last_bit_as_their_preparation_cuts_them(made, c
         assert torch.equal(found[0], wanted["pixel_values"])
         assert found[0].dtype == wanted["pixel_values"].dtype
         assert torch.equal(found[1], wanted["image_grid_thw"])
+
+
+def test_places_of_tokens_are_those_of_the_models_own_class(made):
+    opened = lora_base.open_base(made[1], made[0])
+    media = opened.chat.media
+    grids = [(1, 4, 6), (1, 8, 2), (1, 2, 2)]
+    seen = [ImageFeatures(grid, torch.zeros(grid[1] * grid[2] // 4, 8), ()) for grid in grids]
+    # with text before, between and behind them, and none at either end
+    for between in ([3, 1, 2, 4], [0, 2, 5, 0]):
+        ids = [5] * between[0]
+        for each, text in zip(seen, between[1:], strict=True):
+            ids += [media.image_id] * each.tokens + [5] * text
+        ids_BT = torch.tensor([ids])
+        wanted_3BT, _ = opened.model.model.get_rope_index(
+            ids_BT,
+            media.token_inputs(ids_BT)["mm_token_type_ids"],
+            image_grid_thw=torch.tensor(grids),
+        )
+        assert torch.equal(media.positions(opened.model, tuple(ids), seen), wanted_3BT[:, 0])
+    assert media.positions(opened.model, (5, 5), ()) is None
 
 
 def test_the_template_writes_turns_as_the_hubs_does(made):

@@ -98,6 +98,26 @@ def test_penalties_and_bias_change_logits_by_what_they_say():
     assert TokenSampler(replace(biased, logit_bias={0: -100.0})).draw(logit_V).id == 1
 
 
+def test_a_bias_is_of_its_own_text_alone():
+    logit_BV = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    first, second = logit_BV[2].topk(2).indices.tolist()
+    asked = [
+        Sampling(None, 0.0, logit_bias={3: 100.0}),
+        Sampling(None, 0.0),
+        Sampling(None, 0.0, logit_bias={first: -100.0, 3: -1.0}),
+        Sampling(None, 0.0, logit_bias={4: 100.0}, presence_penalty=1.0),
+        Sampling(None, 1.0, seed=1, logit_bias={5: 100.0}),
+        Sampling(None, 0.0, logit_bias={6: 100.0}, logprobs=0),
+        Sampling(None, 0.0, logit_bias={7: float("nan")}),
+    ]
+    given_BV = logit_BV.clone()
+    drawn = draw_all([TokenSampler(each) for each in asked], given_BV)
+    assert isinstance(drawn.pop(), ArithmeticError)
+    assert [each.id for each in drawn] == [3, int(logit_BV[1].argmax()), second, 4, 5, 6]
+    assert drawn[5].nats == pytest.approx(logit_BV[5].log_softmax(-1)[6].item())
+    assert torch.equal(given_BV, logit_BV)
+
+
 def test_a_seed_draws_the_same_whoever_draws_beside_it():
     logit_BV = torch.randn(5, 40)
     sampling = Sampling(None, 1.3, seed=-(2**63))

@@ -250,6 +250,8 @@ class ChatAdapters(OneReader):
             seen = row.features
             seen.encoded = seen.media.by_encoder[self._encoder(row)]
             seen.position_3T = self._media.positions(self.model, row.ids, seen.encoded)
+            if seen.position_3T is not None:
+                seen.behind = int(seen.position_3T.max()) + 1 - len(row.ids)
 
     def _key(self, media: "_Media", medium: Medium) -> Hashable:
         """Return what a medium is known by: what it shows, and who showed it."""
@@ -318,6 +320,10 @@ class ChatAdapters(OneReader):
         """Return position_BT, or position_3BT where a row's are counted otherwise."""
         if all(chunk.row.features.position_3T is None for chunk in batch.chunks):
             return batch.place_BT
+        if batch.longest == 1 and all(chunk.is_drawn for chunk in batch.chunks):
+            positions = [chunk.start + chunk.row.features.behind for chunk in batch.chunks]
+            position_B = torch.tensor(positions, device=batch.device)
+            return position_B.view(1, -1, 1).expand(3, -1, -1)
         rows = [_positions_of(chunk, batch.longest) for chunk in batch.chunks]
         return torch.stack(rows, 1).to(batch.device)
 
@@ -354,9 +360,7 @@ def _positions_of(chunk: Chunk, count: int) -> Tensor:
     if position_3T is None:
         return place_T.expand(3, -1)
     own_3T = position_3T[:, chunk.start : chunk.start + count]
-    # what comes after the request goes on from its largest position, one after another
-    behind = int(position_3T.max()) + 1 - position_3T.shape[1]
-    rest_T = place_T[own_3T.shape[1] :] + behind
+    rest_T = place_T[own_3T.shape[1] :] + chunk.row.features.behind
     return torch.cat([own_3T, rest_T.expand(3, -1)], 1)
 
 
@@ -377,6 +381,9 @@ class _Seen:
     media: _Media
     encoded: tuple["MediaFeatures", ...] = ()
     position_3T: Tensor | None = None
+    # added to the place of a token that comes after the request, as positions go on one after
+    # another from the request's largest one
+    behind: int = 0
 
 
 def _as_told(choice: "Choice") -> RequestChoice:

@@ -45,27 +45,28 @@ class TokenSampler:
         # Python's, as it takes microseconds and draws the same on every machine
         self._random = random.Random(seed % SEEDS)
         self._drawn: Counter[int] = Counter()
-        self._bias = dict(sampling.logit_bias)
+        self.biased = list(sampling.logit_bias)
+        self.bias = list(sampling.logit_bias.values())  # of each of those
 
     @property
     def is_plain(self) -> bool:
-        """Whether the likeliest token is taken as it is and nothing is told of it."""
-        return self._is_cold and self.told is None and not self._changes
+        """Whether the likeliest token is taken, with no more to it than a bias, and nothing is told
+        of it."""
+        return self._is_cold and self.told is None and not self._penalizes
 
     @property
     def _is_cold(self) -> bool:
         return self.sampling.temperature < COLDEST
 
     @property
-    def _changes(self) -> bool:
-        """Whether logits are changed before one is drawn."""
-        sampling = self.sampling
-        return bool(self._bias or sampling.presence_penalty or sampling.frequency_penalty)
+    def _penalizes(self) -> bool:
+        """Whether what was drawn has less of a chance."""
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
 
     def draw(self, logit_V: Tensor) -> Drawn:
         """Return the next token. Raises ArithmeticError for logits that are no numbers."""
         wide_V = logit_V.float()
-        changed_V = self._changed(wide_V) if self._changes else wide_V
+        changed_V = self._changed(wide_V) if self.biased or self._penalizes else wide_V
         # one that is minus infinity is a token that cannot be drawn
         if not changed_V.max().isfinite():
             raise ArithmeticError("the logits of the next token are no numbers")
@@ -89,9 +90,8 @@ class TokenSampler:
             often_N = torch.tensor(list(self._drawn.values()), dtype=torch.float32)
             less_N = sampling.presence_penalty + sampling.frequency_penalty * often_N
             changed_V[drawn_N] -= less_N
-        if self._bias:
-            biased_N = torch.tensor(list(self._bias))
-            changed_V[biased_N] += torch.tensor(list(self._bias.values()), dtype=torch.float32)
+        if self.biased:
+            changed_V[torch.tensor(self.biased)] += torch.tensor(self.bias, dtype=torch.float32)
         return changed_V
 
     def _drawn_from(self, logit_V: Tensor) -> int:
@@ -140,7 +140,7 @@ def _nucleus(logit_N: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 def draw_all(samplers: Sequence[TokenSampler], logit_BV: Tensor) -> list[Drawn | Exception]:
     """Return each text's next token, or what is the matter with its own."""
-    plain_BV = logit_BV.max(-1)
+    plain_BV = _biased(samplers, logit_BV).max(-1)
     likeliest = plain_BV.indices.tolist()
     is_finite = plain_BV.values.isfinite().tolist()
     drawn: list[Drawn | Exception] = []
@@ -153,3 +153,22 @@ def draw_all(samplers: Sequence[TokenSampler], logit_BV: Tensor) -> list[Drawn |
         except Exception as error:  # of one text, and no reason to end the others
             drawn.append(error)
     return drawn
+
+
+def _biased(samplers: Sequence[TokenSampler], logit_BV: Tensor) -> Tensor:
+    """Return logits of the texts of which no more is asked than that, each with its own bias."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    biases: list[float] = []
+    for row, sampler in enumerate(samplers):
+        if sampler.biased and sampler.is_plain:
+            rows += [row] * len(sampler.biased)
+            tokens += sampler.biased
+            biases += sampler.bias
+    if not rows:
+        return logit_BV
+    device = logit_BV.device
+    bias_N = torch.tensor(biases, dtype=torch.float32, device=device)
+    changed_BV = logit_BV.to(torch.float32, copy=True)
+    changed_BV[torch.tensor(rows, device=device), torch.tensor(tokens, device=device)] += bias_N
+    return changed_BV

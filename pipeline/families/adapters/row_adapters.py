@@ -72,6 +72,15 @@ class _SideBySide:
         return cls(a_RD, b_FR, tuple(layout), own)
 
 
+@dataclass(frozen=True)
+class _Present:
+    """Which adapters of a layer read some row of a pass."""
+
+    adapters: tuple[tuple[str, float], ...]  # each with its scale
+    in_vain: int  # rows times ranks of others, where all adapters read all rows
+    alone: bool  # one of them reads every row
+
+
 class _RowReaders:
     """Who reads the rows of a pass."""
 
@@ -81,8 +90,24 @@ class _RowReaders:
         for row, name in enumerate(names):
             if name != NO_ADAPTER:
                 self.rows.setdefault(name, []).append(row)
+        self._present: dict[Layout, _Present] = {}
         self._scales: dict[Layout, Tensor] = {}
         self._places: dict[str, Tensor] = {}
+
+    def present(self, layout: Layout) -> _Present:
+        """Return which adapters of a layer are those of a row here; most layers have the same."""
+        found = self._present.get(layout)
+        if found is None:
+            ranks = sum(rank for _, rank, _ in layout)
+            own = [each for each in layout if each[0] in self.rows]
+            needed = sum(len(self.rows[name]) * rank for name, rank, _ in own)
+            found = _Present(
+                tuple((name, scale) for name, _, scale in own),
+                len(self.names) * ranks - needed,
+                bool(own) and len(self.rows[own[0][0]]) == len(self.names),
+            )
+            self._present[layout] = found
+        return found
 
     def scale_B1R(self, layer: _SideBySide) -> Tensor:
         """Return what the ranks of each row are multiplied by: those of others by 0."""
@@ -133,17 +158,17 @@ class RowAdapters:
     ) -> Tensor:
         """Return y of a layer, x of shape (B, T, D)."""
         layer = of_layer()
-        forward = before or partial(type(layer).forward, layer)
         reading = self._reading
-        if reading is None:
-            return forward(x, *given, **keywords)
-        if layer not in self._layers:
-            self._layers[layer] = _SideBySide.of(layer)
-        beside = self._layers[layer]
-        if beside is None:
-            return forward(x, *given, **keywords, adapter_names=reading.names)
-        y_BTF: Tensor = layer.base_layer(x, *given, **keywords)
-        return _add(y_BTF, x, beside, reading)
+        if reading is not None:
+            if layer not in self._layers:
+                self._layers[layer] = _SideBySide.of(layer)
+            beside = self._layers[layer]
+            if beside is not None:
+                y_BTF: Tensor = layer.base_layer(x, *given, **keywords)
+                return _add(y_BTF, x, beside, reading)
+            keywords["adapter_names"] = reading.names
+        forward = before or partial(type(layer).forward, layer)
+        return forward(x, *given, **keywords)
 
     @contextmanager
     def reading(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -163,22 +188,21 @@ class RowAdapters:
 
 def _add(y_BTF: Tensor, x_BTD: Tensor, layer: _SideBySide, reading: _RowReaders) -> Tensor:
     """Add to y what the adapters of its rows make of x."""
-    if len(x_BTD) != len(reading.names):
-        raise ValueError(f"{len(x_BTD)} rows are read by {len(reading.names)}")
+    rows, tokens, width = x_BTD.shape
+    if rows != len(reading.names):
+        raise ValueError(f"{rows} rows are read by {len(reading.names)}")
     x_BTD = x_BTD.to(layer.a_RD.dtype)
-    present = [each for each in layer.layout if each[0] in reading.rows]
-    if not present:
+    present = reading.present(layer.layout)
+    if not present.adapters:
         return y_BTF
-    first, _, scale = present[0]
-    if len(reading.rows[first]) == len(x_BTD):
-        return y_BTF.add_(_delta(x_BTD, layer, first, scale).to(y_BTF.dtype))
-    needed = sum(len(reading.rows[name]) * rank for name, rank, _ in present)
-    in_vain = (len(x_BTD) * len(layer.a_RD) - needed) * x_BTD.shape[1]
-    widths = layer.a_RD.shape[1] + layer.b_FR.shape[0]
-    if in_vain * widths <= START * len(present):
+    if present.alone:
+        ((name, scale),) = present.adapters
+        return y_BTF.add_(_delta(x_BTD, layer, name, scale).to(y_BTF.dtype))
+    widths = width + layer.b_FR.shape[0]
+    if present.in_vain * tokens * widths <= START * len(present.adapters):
         low_BTR = F.linear(x_BTD, layer.a_RD).mul_(reading.scale_B1R(layer))
         return y_BTF.add_(F.linear(low_BTR, layer.b_FR).to(y_BTF.dtype))
-    for name, _, scale in present:
+    for name, scale in present.adapters:
         place_N = reading.place_N(name, x_BTD.device)
         y_NTF = _delta(x_BTD[place_N], layer, name, scale)
         y_BTF.index_add_(0, place_N, y_NTF.to(y_BTF.dtype))

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import SizeDict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 # pixel_values [P, values] of pictures one after another, and image_grid_thw [N, 3]
 Patches = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +48,9 @@ class PatchCutter:
         if type(own) is not Qwen2VLImageProcessorPil or not images:
             return False
         steps = own.do_resize and own.do_rescale and own.do_normalize
-        return bool(steps) and all(image.mode == "RGB" for image in images)
+        # torchvision's names for a way to resize are translated by the preparation
+        by_pillow = isinstance(own.resample, int)
+        return bool(steps) and by_pillow and all(image.mode == "RGB" for image in images)
 
     def _numbers(self) -> np.ndarray:
         """Return what the preparation makes of every value of every channel."""
@@ -61,13 +65,18 @@ class PatchCutter:
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Return a picture's patches, and how many frames, rows and columns of them there are."""
         own = self.preparation
-        value_CHW = own.resize(
-            np.moveaxis(np.asarray(image), -1, 0),
-            size=SizeDict(**dict(own.size)),
-            resample=own.resample,
+        area = dict(own.size)
+        height, width = smart_resize(
+            image.height,
+            image.width,
             factor=own.patch_size * own.merge_size,
+            min_pixels=area["shortest_edge"],
+            max_pixels=area["longest_edge"],
         )
-        channels = zip(number_CV, value_CHW, strict=True)
+        # the preparation makes an array of a picture, and a picture of it again, to resize it
+        if image.size != (width, height):
+            image = image.resize((width, height), own.resample)
+        channels = zip(number_CV, np.moveaxis(np.asarray(image), -1, 0), strict=True)
         patches_P, rows, columns = own.patchify(
             np.stack([number_V[value_HW] for number_V, value_HW in channels]),
             patch_size=own.patch_size,
