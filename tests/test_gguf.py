@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from tokenizers import Regex, decoders, models, normalizers, trainers
 from tokenizers import Tokenizer as Model
 from tokenizers import pre_tokenizers as pre
+from transformers import AutoConfig
 from transformers.convert_slow_tokenizer import generate_merges
 
 from pipeline.data.text.tokenizer import END, Tokenizer, _ready, pretrained, train
@@ -19,7 +20,9 @@ from pipeline.errors import MismatchError
 from pipeline.families.ffn_moe.export.gguf_file import Experts, Gguf, write_gguf
 from pipeline.families.ffn_moe.export.gguf_sentencepiece import BYTES
 from pipeline.families.ffn_moe.export.gguf_tokenizer import LLAMA3, QWEN2, vocabulary
+from pipeline.families.ffn_moe.pretrained import stated_settings
 from pipeline.protocols import quiet
+from pipeline.store.model_sources import ModelSource
 from pipeline.store.streamed import Streamed
 from tests.test_export import TEXTS, Llama, same_in_llama
 from tests.test_trunk import whole
@@ -127,7 +130,34 @@ def test_what_a_trunk_may_have_is_held(case, tokenizer, tmp_path):
     same_in_llama(tmp_path / "x.gguf", tmp_path, TEXTS[0])
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_positions_that_a_file_stretches_are_read_of_it(kind, tokenizer, tmp_path):
+    written(
+        whole(kind, vocab_size=tokenizer.vocab_size, rope_parameters=LINEAR), tokenizer, tmp_path
+    )
+    file = tmp_path / "x.gguf"
+    read = AutoConfig.for_model(**stated_settings(ModelSource(file)))
+    assert read.rope_parameters == LINEAR
+    # Any other word of as many letters
+    file.write_bytes(file.read_bytes().replace(b"linear", b"longer", 1))
+    with pytest.raises(ValueError, match=r"stretched by longer .*; name the checkpoint"):
+        stated_settings(ModelSource(file))
+
+
+def test_a_part_of_a_split_model_says_how_many_there_are(tmp_path):
+    file = tmp_path / "x-00002-of-00003.gguf"
+    writer = GGUFWriter(file, "")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    # A later one has no word of what it is of
+    with pytest.raises(ValueError, match="one of 3 files .*--merge"):
+        stated_settings(ModelSource(file))
+
+
 NOT_HELD = {
+    "activation": ("llama", {"hidden_act": "gelu"}, r"have gelu \(hidden_act\), and .* silu in a"),
     "bias": ("qwen3", {"attention_bias": True}, r"no place for .*o_proj\.bias in a qwen3 model"),
     "llama3": ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "stretch positions by llama3 in a qwen3"),
     "layers": (
@@ -147,6 +177,19 @@ def test_what_it_cannot_hold_is_refused_by_name(kind, sizes, said, tokenizer, tm
     model = whole(kind, vocab_size=tokenizer.vocab_size, **sizes)
     with pytest.raises(MismatchError, match=f"{said}.*export it in the format hf"):
         written(model, tokenizer, tmp_path)
+
+
+def test_biases_of_experts_are_refused_and_not_left_out(tokenizer, tmp_path):
+    model = whole("llama", vocab_size=tokenizer.vocab_size, mlp_bias=True)
+    trunk, ffn = {}, {}
+    for name, parameter in model.named_parameters():
+        (ffn if ".mlp." in name else trunk)[name] = Streamed.of(parameter.detach())
+    gates = {layer: Streamed.of(torch.ones(2, 16)) for layer in range(2)}
+    mixture = Gguf("x", model.config.to_dict(), trunk, Experts((ffn, ffn), gates, 1))
+    words = vocabulary(tokenizer, tokenizer.vocab_size, (), (tokenizer.end_id,))
+    said = r"no place for .*gate_proj\.bias in the experts of a llama model.*--expert"
+    with pytest.raises(MismatchError, match=said):
+        write_gguf(tmp_path / "x.gguf", mixture, words, None, quiet)
 
 
 def test_a_short_window_becomes_the_context(tokenizer, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from pipeline.families.ffn_moe import train as ffn_moe
+from pipeline.families.ffn_moe.bundle import stock_settings
 from pipeline.families.ffn_moe.parts import stored_experts, stored_trunk
 from pipeline.families.ffn_moe.stack import assemble
 from pipeline.model.trunk import open_dense
@@ -156,6 +158,32 @@ def test_trunk_experts_and_stack_are_what_transformers_computes(case, tmp_path):
     logits = ours(stack.trunk, stack.mixture)
     same(moe(parts, cfg, tmp_path / "moe"), logits)
     assert (logits - ours(trunk, dummy)).abs().max() > 1e-3
+
+
+WINDOWS = {
+    "of no layer": ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
+    "of all layers": ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    "passed over": ("llama", {}),
+    "mistral": ("mistral", {}),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_the_stock_mixture_looks_back_as_far_as_the_trunk(case):
+    kind, changes = WINDOWS[case]
+    trunk = whole(kind, vocab_size=small.VOCAB, sliding_window=3, **changes)
+    stated = stock_settings(trunk.config.to_dict(), 3, 2)
+    mixture = AutoModelForCausalLM.from_config(AutoConfig.for_model(**stated)).eval()
+    ids_BT = torch.arange(24).repeat(2, 1)
+    ids_BT[1, 0] = 40
+
+    def sees_the_beginning(model) -> bool:
+        with torch.no_grad():
+            one_V, other_V = model(ids_BT).logits[:, -1]
+        return bool((one_V - other_V).abs().max() > 1e-6)
+
+    assert sees_the_beginning(mixture) == sees_the_beginning(trunk)
+    assert sees_the_beginning(trunk) == (case in ("of no layer", "passed over"))
 
 
 @pytest.mark.parametrize("item", ["total", "wide", "ffn"])

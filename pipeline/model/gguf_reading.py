@@ -5,9 +5,11 @@ A quantised tensor can not be computed with as it lies in the file: it is turned
 tensor after another, so that no more than one is ever held in fp32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,10 @@ MAGIC = b"GGUF"
 # By the names of gguf's types; every other is a quantised one
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 DECODED = torch.bfloat16
+# Parts of entries' names that say what the library passes over, and where all entries are: the
+# longest vocabulary takes a tenth of it
+TELLING = (b".rope.scal", b"split.count")
+HEAD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -58,18 +64,55 @@ def _settings(path: str, _mtime_ns: int, _bytes: int) -> dict[str, Any]:
         with quiet_library():
             return dict(load_gguf_checkpoint(path)["config"])
     except Exception:
-        _check_whole(path)
+        _read_whole(path)
         raise
 
 
-def _check_whole(path: str) -> None:
-    """Raise ValueError for a file that ends before what its header says it has."""
+def positions(path: Path) -> dict[str, Any]:
+    """Return how a file of a kind that trunks are of stretches positions, as a Hugging Face config
+    field: the library passes over it. Raises ValueError for a way that has no name there, and for
+    one of several files that are a model together."""
+    # Seconds are saved, as the vocabulary is read word by word: nearly no file has these entries
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        if all(content.find(entry, 0, HEAD_BYTES) < 0 for entry in TELLING):
+            return {}
+    stated = _read_whole(str(path))
+    arch = stated("general.architecture")
+    rope = f"{arch}.rope"
+    # As llama.cpp takes what is not said, and what was said by older files
+    kind = stated(f"{rope}.scaling.type") or "linear"
+    factor = stated(f"{rope}.scaling.factor") or stated(f"{rope}.scale_linear") or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return {}
+    if kind != "linear":
+        raise ValueError(
+            f"its positions are stretched by {kind} (rope.scaling.type), which transformers does "
+            f"not read of a {arch} file; name the checkpoint that it was made from"
+        )
+    return {"rope_scaling": {"rope_type": kind, "factor": float(factor)}}
+
+
+def _read_whole(path: str) -> Callable[[str], Any]:
+    """Return what tells a file's entries by their keys, None of one that is not there. Raises
+    ValueError for a file that ends before what its header says it has, and for one of several that
+    are a model together."""
     from gguf import GGUFReader
 
     try:
-        GGUFReader(path)
+        fields = GGUFReader(path).fields
     except Exception as error:  # numpy's, of whatever array was cut
         raise ValueError(f"the file is torn ({error}); copy it again") from None
+
+    def stated(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    parts = stated("split.count") or 1
+    if parts > 1:
+        raise ValueError(
+            f"it is one of {parts} files that a model was split into; make one of them "
+            "(llama-gguf-split --merge FIRST OUT), and name that"
+        )
+    return stated
 
 
 class GgufTensors:

@@ -154,6 +154,18 @@ def check_kind(settings: Mapping[str, Any]) -> None:
         raise ValueError("it names code to run in its config.json (auto_map)")
 
 
+def window(settings: Mapping[str, Any]) -> int | None:
+    """Return how many tokens layers look back on, None where each sees a text's beginning; of
+    layers that differ it is that of the shorter ones. Settings are Hugging Face config fields."""
+    kind = settings["model_type"]
+    kinds = settings.get("layer_types") or ()
+    # A number may stand there that the class passes over, where another would go by it
+    if kind == "llama" or (kind == "qwen3" and "sliding_attention" not in kinds):
+        return None
+    found: int | None = settings.get("sliding_window")
+    return found
+
+
 def extract_ffn(network: "PreTrainedModel") -> tuple[Trunk, Expert]:
     """Take the feed-forward networks out of a causal LM; return it as a trunk, and them as the
     dummy."""

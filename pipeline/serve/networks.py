@@ -306,6 +306,9 @@ class Network(ABC):
         config = self._config
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
+        if config.model_type == "llama":
+            # Whatever its configuration has for a window, the class has none
+            return batch.mask_B1TS()
         if config.model_type not in ("qwen3", "qwen2"):
             return batch.mask_B1TS(window)
         # of these not every layer has a window, whatever the configuration has for one

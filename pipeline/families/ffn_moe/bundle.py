@@ -21,7 +21,7 @@ from ...hardware import device
 from ...model import low_rank
 from ...model.experts import Expert, common_layers, from_tensors
 from ...model.router import gate_name
-from ...model.trunk import open_tensors
+from ...model.trunk import open_tensors, window
 from ...protocols import Progress
 from ...store.artifacts import load_tensors
 from ...store.bundle import (
@@ -302,8 +302,10 @@ def stock_settings(
     fields = {key: value for key, value in settings.items() if key in known}
     fields["num_experts_per_tok"] = top_k
     fields["num_local_experts"] = experts
+    fields["sliding_window"] = window(settings)
     if kind == "qwen3_moe":
         fields["moe_intermediate_size"] = settings["intermediate_size"]
+        fields["use_sliding_window"] = fields["sliding_window"] is not None
         fields["norm_topk_prob"] = True  # an expert that trained alone keeps weight 1
         fields["decoder_sparse_step"] = 1
         every = range(settings["num_hidden_layers"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import MismatchError, PipelineError
 from ...model.experts import Expert, clone
 from ...model.gguf_reading import GgufTensors
+from ...model.gguf_reading import positions as gguf_positions
 from ...model.gguf_reading import settings as gguf_settings
 from ...model.loading import check_finite
 from ...model.pretrained import fitted, mapped
@@ -146,7 +147,9 @@ def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]
     """
     stated = gguf_settings(source.place) if source.is_gguf else check_config(source.place)
     check_kind(stated)
-    if weights and not source.is_gguf:
+    if source.is_gguf:
+        return stated | gguf_positions(source.place)
+    if weights:
         check_weights(source.place)
     return stated
 

@@ -30,6 +30,7 @@ from gguf import (
 from gguf.quants import quantize
 
 from ....errors import MismatchError
+from ....model.trunk import window
 from ....protocols import Progress
 from ....store.room import writing
 from ....store.streamed import Streamed, raw_bytes
@@ -52,6 +53,8 @@ KEPT = {
 }
 _STORED = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _TORCH = {KEPT[name][0]: dtype for dtype, name in _STORED.items()}
+# For a mixture that transformers' classes do not hold either
+ONE = "export one expert (--expert), or the mean of all of them (--dense)"
 BLOCK = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0]  # values that share a scale
 ROWS = 4096  # of a matrix that are rounded together
 # Of a layer's experts, all in one tensor E F D
@@ -141,9 +144,10 @@ def write_gguf(
     the format cannot hold, DiskFull.
     """
     notes = list(vocabulary.notes)
+    _check_activation(model)
     named = _renamed(model)
     if model.experts:
-        named |= _stacked(model.settings, model.experts)
+        named |= _stacked(model, model.experts)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[model.arch])
     writer.add_name(model.name)
     writer.add_file_type(KEPT[dtype or _dtype_of(named)][1])
@@ -194,6 +198,16 @@ def _kind(name: str, tensor: Streamed, dtype: str | None) -> GGMLQuantizationTyp
     return kind
 
 
+def _check_activation(model: Gguf) -> None:
+    # No entry of the file names it: llama.cpp has one for each kind of model
+    act = model.settings.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise MismatchError(
+            f"its networks have {act} (hidden_act), and llama.cpp computes silu in a "
+            f"{MODEL_ARCH_NAMES[model.arch]} model; {INSTEAD}"
+        )
+
+
 def _renamed(model: Gguf) -> dict[str, Streamed]:
     """Return tensors by llama.cpp's names. Raises MismatchError for one that has no place there."""
     arch = model.arch
@@ -228,10 +242,17 @@ def _turned(model: Gguf, name: str, tensor: Streamed) -> Streamed:
     return Streamed(tensor.shape, tensor.dtype, read)
 
 
-def _stacked(settings: Mapping[str, Any], experts: Experts) -> dict[str, Streamed]:
-    """Return a mixture's gates and experts by llama.cpp's names."""
+def _stacked(model: Gguf, experts: Experts) -> dict[str, Streamed]:
+    """Return a mixture's gates and experts by llama.cpp's names. Raises MismatchError for a tensor
+    that experts have no place for there."""
+    for name in experts.tensors[0]:
+        if name.endswith(".bias"):
+            raise MismatchError(
+                f"llama.cpp has no place for {name} in the experts of a "
+                f"{MODEL_ARCH_NAMES[model.arch]} model; {ONE}"
+            )
     out = {}
-    for layer in range(settings["num_hidden_layers"]):
+    for layer in range(model.settings["num_hidden_layers"]):
         out[f"blk.{layer}.ffn_gate_inp.weight"] = experts.gates[layer]
         for projection, name in STACKED.items():
             own = f"model.layers.{layer}.mlp.{projection}.weight"
@@ -252,7 +273,7 @@ def _describe(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, St
     heads = settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or settings["hidden_size"] // heads
     writer.add_vocab_size(settings["vocab_size"])
-    writer.add_context_length(_context(settings, notes))
+    writer.add_context_length(_context(model, notes))
     writer.add_embedding_length(settings["hidden_size"])
     writer.add_block_count(settings["num_hidden_layers"])
     writer.add_feed_forward_length(settings["intermediate_size"])
@@ -269,24 +290,26 @@ def _describe(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, St
     return _rotary(writer, model.arch, settings)
 
 
-def _context(settings: Mapping[str, Any], notes: list[str]) -> int:
+def _context(model: Gguf, notes: list[str]) -> int:
     """Return how many tokens a text may have. Raises MismatchError for layers that differ in what
     they look back on."""
+    settings = model.settings
     longest = settings["max_position_embeddings"]
-    window = settings.get("sliding_window")
     kinds = set(settings.get("layer_types") or ())
     if len(kinds) > 1:
+        # One expert of them has the same layers
+        instead = "export one expert in the format expert" if model.experts else INSTEAD
         raise MismatchError(
             f"layers differ in attention ({', '.join(sorted(kinds))}), and llama.cpp has one for "
-            f"all of them in such a model; {INSTEAD}"
+            f"all of them in such a model; {instead}"
         )
-    slides = kinds != {"full_attention"} and settings.get("use_sliding_window", True)
-    if window and slides and window < longest:
+    back = window(settings)
+    if back and back < longest:
         notes.append(
-            f"Texts are of {window:,} tokens at most here, as the model looks back no further and "
+            f"Texts are of {back:,} tokens at most here, as the model looks back no further and "
             "llama.cpp would let it."
         )
-        return window
+        return back
     return longest
 
 
