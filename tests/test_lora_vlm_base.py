@@ -11,6 +11,7 @@ import lora_small
 import pytest
 import torch
 from fakes import flip
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -272,11 +273,14 @@ def test_weights_that_cannot_be_read_are_a_data_error(own):
 def test_a_hub_model_is_fetched_at_its_commit_without_pickles(made, tmp_path, monkeypatch):
     asked = []
 
-    def fetch(model, revision, allow_patterns):
+    needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    needed += ["chat_template.jinja", "merges.txt", "preprocessor_config.json", "tokenizer.json"]
+    others = ["README.md", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
+    others += ["onnx/config.json", "original/model.safetensors", "pytorch_model.bin", "x.pkl"]
+
+    def fetch(model, revision, **patterns):
         asked.append((model, revision))
-        assert not any(
-            "bin" in pattern or "pkl" in pattern or pattern == "*" for pattern in allow_patterns
-        )
+        assert list(filter_repo_objects([*needed, *others], **patterns)) == needed
         return str(made[1] / "base")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

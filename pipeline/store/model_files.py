@@ -17,6 +17,9 @@ from .foreign import ForeignFile, read_object
 
 # what opening a model needs, from the Hub: no pickles, no picture of a cat
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+# A pattern goes into folders too, where other layouts of the same weights lie, and beside the
+# shards some have Mistral's own: as many bytes once more, which nothing here reads
+NOT_FROM_HUB = ("*/*", "consolidated*.safetensors")
 # Of a folder's files those that opening reads: a README may change
 TELLING = (".json", ".safetensors", ".jinja")
 # (setting, a model's name, revision) -> a folder with at least its config.json, or a .gguf file
@@ -125,7 +128,10 @@ def from_hub(setting: str, model: str, revision: str | None) -> Path:
 
     try:
         found = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=list(HUB_FILES)
+            model,
+            revision=revision,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(NOT_FROM_HUB),
         )
     except Exception as error:  # the hub client and the network raise what they like
         section = setting.rpartition(".")[0]
