@@ -449,6 +449,9 @@ def test_a_tokenizer_larger_than_the_pretrained_trunk_is_a_mismatch(trained, tmp
         match=r"tokenizer other has 48 entries, trunk .* has 30: name the trunk's own",
     ):
         ffn_moe.shared(cfg, trained)
+    cfg = small.config(trunk__init=str(tmp_path / "model"))
+    with pytest.raises(MismatchError, match=r"has 30: tokens were added .* Remove those from 30"):
+        ffn_moe.shared(cfg, trained)
     cfg = small.config(trunk__init=str(tmp_path / "gone"), tokenizer__pretrained="other")
     with pytest.raises(DataError, match="is no folder here"):
         ffn_moe.shared(cfg, trained)

@@ -234,7 +234,10 @@ def test_what_comes_out_is_used_next(words, expected, monkeypatch):
 
 
 def test_an_export_elsewhere_has_its_card(monkeypatch):
-    for flags in (["--format", "gguf", "--to", "x/"], ["--format", "hf", "--to", "s3://b/x"]):
+    # Nor is it a bundle that was rounded on its way
+    rounded = ["--format", "hf", "--dtype", "bf16", "--to", "x"]
+    elsewhere = ["--format", "hf", "--to", "s3://b/x"]
+    for flags in (["--format", "gguf", "--to", "x/"], elsewhere, rounded):
         args = parser().parse_args(["export", "--config", "x.yaml", *flags])
         told = next_step.after_export(args)
         assert told == f"read {args.to.rstrip('/')}/README.md, which has an example"

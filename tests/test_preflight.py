@@ -249,6 +249,10 @@ def test_what_cannot_be_bundled_is_told_exactly_where_deploy_would_refuse(seed, 
     for note in notes:
         assert "cannot be bundled" in note and "choose another trunk.init" in note
     assert notes == laptop("ffn_moe", tmp_path / "model", tmp_path)
+    # Adapters are bundled beside the model, which is no mixture then
+    router = {"steps": 0, "top_k": 1, "prompt_tokens": 4}
+    adapters = config("ffn_moe", str(tmp_path / "model"), expert__form="adapter", router=router)
+    assert here(adapters) == []
 
 
 def planned(cfg, tmp_path: Path) -> str:

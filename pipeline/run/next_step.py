@@ -65,7 +65,9 @@ def first_missing(cfg: RunConfig, store: Store) -> str:
 def after_export(args: argparse.Namespace) -> str:
     """Return what follows an export: a bundle speaks, of everything else its card says how."""
     target = args.to
-    if "://" not in target and getattr(args, "format", "") == "hf":
+    # Rounded it is a model for other tools, and no bundle
+    is_bundle = getattr(args, "format", "") == "hf" and args.dtype is None
+    if "://" not in target and is_bundle:
         return command("chat", "--bundle", target)
     return f"read {target.rstrip('/')}/README.md, which has an example"
 

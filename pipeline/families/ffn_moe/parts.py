@@ -189,12 +189,19 @@ def new_trunk(
 def check_vocabulary(cfg: FfnMoeConfig, shards: Shards, entries: int) -> None:
     """Raise MismatchError when the shards' tokenizer has more entries than a pretrained trunk."""
     # A trunk may have more rows than its tokenizer has entries: they are padding
-    if shards.vocab_size > entries:
-        raise MismatchError(
-            f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk "
-            f"{cfg.trunk.init} has {entries}: name the trunk's own tokenizer in "
-            "tokenizer.pretrained"
+    if shards.vocab_size <= entries:
+        return
+    way = "name the trunk's own tokenizer in tokenizer.pretrained"
+    if cfg.tokenizer.pretrained == cfg.trunk.init:
+        way = (
+            "tokens were added to it, and the model was not told. Remove those from "
+            f"{entries} on from its tokenizer.json (added_tokens), or save both anew after "
+            "model.resize_token_embeddings(len(tokenizer))"
         )
+    raise MismatchError(
+        f"tokenizer {cfg.tokenizer.pretrained} has {shards.vocab_size} entries, trunk "
+        f"{cfg.trunk.init} has {entries}: {way}"
+    )
 
 
 def _hf_config(cfg: FfnMoeConfig, shards: Shards, d_ff: int) -> dict:

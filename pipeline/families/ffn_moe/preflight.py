@@ -10,6 +10,7 @@ from ...store.model_sources import ModelSource
 from .bundle import stock_settings
 from .config import FfnMoeConfig
 from .pretrained import stated_settings
+from .sections import ADAPTER
 
 
 def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
@@ -35,6 +36,9 @@ def preflight(cfg: FfnMoeConfig, find: FindModel) -> list[str]:
         layers = cfg.expert.in_layers(settings["num_hidden_layers"])
     except ValueError as error:
         raise ConfigError(f"expert.layers: {error} ({name})") from None
+    if cfg.expert.form == ADAPTER:
+        # These are bundled beside the model as it is, whatever it has
+        return []
     # A bundle is asked for by name after everything was trained: too late to hear this first
     try:
         stock_settings(settings, len(cfg.experts), cfg.router.top_k, layers)
