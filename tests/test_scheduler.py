@@ -342,6 +342,31 @@ def test_an_error_ends_the_text_that_it_concerns_and_no_other(small):
     assert found == list(map(numbers, wanted))
 
 
+def test_a_text_that_is_no_numbers_leaves_none_behind(small):
+    """In the slots of three such texts others go on, beside a longer one."""
+    engine, bad = small.engine, 13
+    reader = engine.readers[0]
+
+    def spoil(_module, given, x_BTD):
+        return x_BTD.masked_fill((given[0] == bad).unsqueeze(-1), float("nan"))
+
+    how = Sampling(None, 0.0, logit_bias={END: -100.0, bad: -100.0})
+    asked_for = [Prompt((3, 1, 4), reader=reader)]
+    asked_for += [Prompt((7,) * 29 + (bad,), reader=reader)] * 3
+    asked_for += [Prompt((9, at), reader=reader) for at in range(3)]
+    hook = engine.network.model.base_model.embed_tokens.register_forward_hook(spoil)
+    try:
+        running = [engine.submit(prompt, how) for prompt in asked_for]
+        for each in running[1:4]:
+            with pytest.raises(ArithmeticError):
+                each.wait()
+        others = [running[0], *running[4:]]
+        found = [told(each) for each in others]
+    finally:
+        hook.remove()
+    assert found == [numbers(told(engine.submit(each.prompt, how))) for each in others]
+
+
 def test_an_error_in_drawing_or_decoding_is_of_one_text_too(engine, monkeypatch):
     decode = engine._decode
     wanted = told(engine.submit(Prompt((1, 2)), Sampling(8, 0.0)))

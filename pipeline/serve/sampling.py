@@ -67,9 +67,7 @@ class TokenSampler:
         """Return the next token. Raises ArithmeticError for logits that are no numbers."""
         wide_V = logit_V.float()
         changed_V = self._changed(wide_V) if self.biased or self._penalizes else wide_V
-        # one that is minus infinity is a token that cannot be drawn
-        if not changed_V.max().isfinite():
-            raise ArithmeticError("the logits of the next token are no numbers")
+        check_numbers(changed_V)
         token = int(changed_V.argmax()) if self._is_cold else self._drawn_from(changed_V)
         self._drawn[token] += 1
         if self.told is None:
@@ -136,6 +134,13 @@ def _nucleus(logit_N: Tensor, share: float) -> tuple[Tensor, Tensor]:
             break
     is_kept_N[0] = True
     return best.indices[is_kept_N], best.values[is_kept_N]
+
+
+def check_numbers(logit_V: Tensor) -> None:
+    """Raise ArithmeticError for logits that are no numbers."""
+    # one that is minus infinity is a token that cannot be drawn
+    if not logit_V.max().isfinite():
+        raise ArithmeticError("the logits of the next token are no numbers")
 
 
 def draw_all(samplers: Sequence[TokenSampler], logit_BV: Tensor) -> list[Drawn | Exception]:

@@ -28,7 +28,7 @@ from .gates import GateChoice
 from .generation import Capacity, Overloaded, Stats
 from .networks import Chunk, Network
 from .rows import QuestionRow, ServedRow, TextRow
-from .sampling import Drawn, draw_all
+from .sampling import Drawn, check_numbers, draw_all
 from .slot_cache import PLACES
 from .waiting_line import WaitingLine
 
@@ -317,6 +317,9 @@ class Scheduler:
             _log.exception("a text ended with an error")
             row.order.fail(error)
             self._free(row, FAILED)
+            if isinstance(error, ArithmeticError):
+                # what it kept may be no numbers: a mask multiplies it by 0, which makes it none
+                self.network.cache.wipe([each.read for each in self._rows])
 
     def _answer(
         self, rows: Sequence[ServedRow], logit_BV: Tensor, told: Sequence[Sequence[GateChoice]]
@@ -332,6 +335,7 @@ class Scheduler:
                 places.append(at)
             elif isinstance(row, QuestionRow):
                 with self._failing_alone(row):
+                    check_numbers(logit_BV[at])
                     self._next += row.answered(logit_BV[at])
                 self._free(row, "stop")
         if not texts:

@@ -152,6 +152,16 @@ class SlotCache(Cache):
                 layer.keys[both, :, :places] = layer.keys[both[::-1], :, :places]
                 layer.values[both, :, :places] = layer.values[both[::-1], :, :places]
 
+    def wipe(self, kept: Sequence[int]) -> None:
+        """Put zeros wherever no text stands; `kept` are how many places are one's, slot by slot."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                continue
+            for numbers in (layer.keys, layer.values):
+                for slot, places in enumerate(kept):
+                    numbers[slot, :, places:] = 0
+                numbers[len(kept) :] = 0
+
     @property
     def place_bytes(self) -> int | None:
         """Bytes of one token in all layers; None before any was kept."""
