@@ -1,7 +1,9 @@
 """What HTTP makes of the pieces of texts, over an engine without a model: the official client, the
 usual requests of chat programs, every field of OpenAI's, streams, and clients that leave."""
 
+import asyncio
 import json
+import threading
 import time
 
 import httpx
@@ -15,7 +17,9 @@ from test_serve import asked, refused, running, wait_for
 from transformers import AutoTokenizer
 
 from pipeline.serve.generation import Overloaded
+from pipeline.serve.limits import RequestLimits
 from pipeline.serve.prompts import TextPrompts
+from pipeline.serve.service import Service
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -216,6 +220,25 @@ def test_what_is_asked_for_reaches_the_engine(http, engine):
 def test_one_client_s_texts_are_one_client_s(http, engine):
     http.post(CHAT, json={"messages": MESSAGES, "n": 2})
     assert {client for _, client in engine.asked} == {"127.0.0.1"}
+
+
+def test_one_client_s_requests_hold_up_no_other_s():
+    """Of those whose pictures wait for memory, say, there are more than threads."""
+    service = Service(FakeEngine(), None, RequestLimits())
+    release = threading.Event()
+
+    async def ask() -> str:
+        held = []
+        for _ in range(60):
+            held.append(asyncio.create_task(service.run(release.wait, "messages", "ann")))
+        try:
+            return await asyncio.wait_for(service.run(lambda: "bob's", "prompt", "bob"), 20)
+        finally:
+            release.set()
+            assert await asyncio.gather(*held) == [True] * 60
+
+    assert asyncio.run(ask()) == "bob's"
+    assert not service.prepared and not service._turns
 
 
 def test_the_official_client_gets_answers_and_streams(client):

@@ -11,7 +11,7 @@ from .forms import Form
 from .generation import Prompt, Sampling
 from .leaving import EventStream, following
 from .sampling_body import SamplingBody
-from .service import Service, refusal, told
+from .service import Service, client_of, refusal, told
 from .streaming import events
 
 
@@ -29,7 +29,7 @@ async def answered(
     ApiError."""
     async with following(request) as client:
         # Encoding has a thread too: a megabyte of text would hold up every other request.
-        asked = await service.run(prompts, param)
+        asked = await service.run(prompts, param, client_of(request))
         wanted = [(prompt, list(samplings(prompt))) for prompt in asked]
         generations = service.begin(wanted, request, param)
         client.add(generations)

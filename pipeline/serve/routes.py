@@ -54,7 +54,7 @@ def add_route(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"model: only {service.engine.name} routes, as {why}", "model")
         param = "text" if body.messages is None else "messages"
         async with following(request):
-            prompt = await service.run(lambda: _prompt(body, service), param)
+            prompt = await service.run(lambda: _prompt(body, service), param, client_of(request))
             if len(prompt.ids) > service.context_tokens:
                 raise service.too_long(prompt, param, 0)
             found = await _found(prompt, service, request, param)

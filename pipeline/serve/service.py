@@ -4,7 +4,10 @@ fault.
 Invariant: a text that was begun is told to its end, or given up.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from fastapi import Request
@@ -27,6 +30,9 @@ from .prompts import NoChat, Prompts
 from .refusals import ApiError
 from .told import Telling
 
+# Of the forty threads in which requests are prepared, that one client has at once: pictures wait in
+# theirs for memory, and others' texts would wait behind them
+MOST_THREADS = 8
 EXPERT = "expert:"  # before an expert's name, where a request names who reads
 
 T = TypeVar("T")
@@ -47,6 +53,9 @@ class Service:
         self.limits = limits
         self.bundle = bundle  # which one it is, where it is one
         self.prepared = 0  # requests that have a thread or wait for one
+        # of each client who has any: its requests, and its turns for a thread
+        self._preparing: Counter[str] = Counter()
+        self._turns: dict[str, asyncio.Semaphore] = {}
 
     @property
     def is_full(self) -> bool:
@@ -90,19 +99,33 @@ class Service:
             )
         return model.removeprefix(EXPERT)
 
-    async def run(self, work: Callable[[], T], param: str) -> T:
-        """Run work on a request in a thread; `param` is the field that it reads. Raises ApiError,
-        also while too many requests wait for one already."""
+    async def run(self, work: Callable[[], T], param: str, client: str) -> T:
+        """Run work on a client's request in a thread; `param` is the field that it reads. Raises
+        ApiError, also while too many requests wait for one already."""
         # Counted without a lock: only the event loop's own thread comes here.
         if self.prepared >= self.limits.waiting:
             raise refusal(Overloaded(self.prepared), param)
         self.prepared += 1
         try:
-            return await run_in_threadpool(work)
+            async with self._turn(client):
+                return await run_in_threadpool(work)
         except (DataError, TimeoutError, Abandoned) as error:
             raise refusal(error, param) from None
         finally:
             self.prepared -= 1
+
+    @asynccontextmanager
+    async def _turn(self, client: str) -> AsyncIterator[None]:
+        """Wait until a client has fewer threads than one may have."""
+        self._preparing[client] += 1
+        turns = self._turns.setdefault(client, asyncio.Semaphore(MOST_THREADS))
+        try:
+            async with turns:
+                yield
+        finally:
+            self._preparing[client] -= 1
+            if not self._preparing[client]:
+                del self._preparing[client], self._turns[client]
 
     def begin(
         self, asked: Sequence[tuple[Prompt, Sequence[Sampling]]], request: Request, param: str
