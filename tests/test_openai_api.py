@@ -20,6 +20,7 @@ from pipeline.serve.generation import Overloaded
 from pipeline.serve.limits import RequestLimits
 from pipeline.serve.prompts import TextPrompts
 from pipeline.serve.service import Service
+from pipeline.serve.streaming import event as as_event
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -266,6 +267,15 @@ def test_the_client_s_own_stream_helper_and_parsing_work(client):
         told = [event for event in stream if event.type == "content.delta"]
         assert "".join(event.delta for event in told) == SAID
         assert stream.get_final_completion().choices[0].message.content == SAID
+
+
+def test_an_event_is_one_line_to_every_client():
+    told = {"text": "a\u2028b\u2029c\x85d\x0b\x1ee\r\n\U0001f41f"}
+    content = as_event(told)
+    answer = httpx.Response(200, content=content)
+    line, end = answer.iter_lines()
+    assert (json.loads(line.removeprefix("data: ")), end) == (told, "")
+    assert content.endswith('\U0001f41f"}\n\n'.encode())
 
 
 def test_several_texts_are_told_side_by_side(http, client):

@@ -22,12 +22,14 @@ from .told import Telling
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+# That JSON lets stand in a text, and clients that read line by line as httpx does take for its end
+LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 
 
 def event(content: Any) -> bytes:
     """Return an object as an event."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return f"data: {text.translate(LINE_ENDS)}\n\n".encode()
 
 
 async def events(form: Form) -> AsyncGenerator[bytes, None]:
