@@ -182,9 +182,12 @@ def _dispatch(args: argparse.Namespace) -> None:
         # A plan makes no store, but it must not show as done what another version left
         store.open(create=False)
         cfg = _looked_at(args, cfg, store)
-        if not args.export and (args.expert or args.dense or args.dtype):
+        how = args.dense or args.dtype or (args.expert and not args.rank)
+        if how and not args.export:
             raise ConfigError("--expert, --dense, --dtype tell how to export: add --export FORMAT")
         wishes = [ExportWish(each, args.expert, args.dense, args.dtype) for each in args.export]
+        if args.rank:
+            wishes.append(ExportWish("adapters", args.expert, rank=args.rank))
         show_plan(cfg, store, output(), wishes=wishes)
         args.next = next_step.after_plan(args, cfg, store)
         return

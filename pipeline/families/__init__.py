@@ -93,7 +93,9 @@ class ExportWish:
         """What is wanted, as it is typed."""
         given = (("expert", self.expert), ("dtype", self.dtype), ("rank", self.rank))
         options = [f"--{name} {value}" for name, value in given if value]
-        return " ".join([self.format, *options, *(["--dense"] if self.dense else [])])
+        # Full experts are compressed by a command of its own
+        whole = ["compress"] if self.rank else ["export", self.format]
+        return " ".join([*whole, *options, *(["--dense"] if self.dense else [])])
 
 
 @dataclass(frozen=True)

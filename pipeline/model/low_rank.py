@@ -271,15 +271,23 @@ def compress(
         for name, delta in small.deltas(layer).items():
             trained = getattr(expert.layers[layer], name).weight
             start = getattr(base.layers[layer], name).weight
-            change_OI = trained.float() - start.float()
-            u_OM, s_M, v_MI = torch.linalg.svd(change_OI, full_matrices=False)
-            # the root of each singular value to either side, so that both train at like rates
-            root_r = s_M[:rank].sqrt()
-            found = len(root_r)
-            delta.lora_A.weight.zero_()
-            delta.lora_A.weight[:found] = root_r[:, None] * v_MI[:rank]
-            delta.lora_B.weight[:, :found] = u_OM[:, :rank] * root_r
+            s_M = _compress_into(delta, trained, start)
             kept += s_M[:rank].square().sum().item()
             whole += s_M.square().sum().item()
     small.requires_grad_(False).eval()
     return Compressed(small, kept, whole)
+
+
+def _compress_into(delta: Delta, trained_OI: Tensor, start_OI: Tensor) -> Tensor:
+    """Give a delta the largest singular values of a matrix's change; return all of them, s_M."""
+    # A function of its own: in a loop its names would keep one matrix's factors beside the next's
+    rank = len(delta.lora_A.weight)
+    change_OI = trained_OI.float() - start_OI.float()
+    u_OM, s_M, v_MI = torch.linalg.svd(change_OI, full_matrices=False)
+    # the root of each singular value to either side, so that both train at like rates
+    root_r = s_M[:rank].sqrt()
+    found = len(root_r)
+    delta.lora_A.weight.zero_()
+    delta.lora_A.weight[:found] = root_r[:, None] * v_MI[:rank]
+    delta.lora_B.weight[:, :found] = u_OM[:, :rank] * root_r
+    return s_M

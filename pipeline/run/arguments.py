@@ -80,8 +80,8 @@ of each expert's squared change its rank keeps.
 Of each job: whether it is done, the tokens that it reads and the numbers that it
 trains, its time and peak of memory, and how it is to run within
 runtime.memory_budget, where one is set. Nothing is fetched: of a model that is not
-on this machine yet nothing can be told. `deploy` stands below the jobs of a run, and
-exports with --export; what `compress` takes is not told.
+on this machine yet nothing can be told. `deploy` stands below the jobs of a run,
+exports with --export, and `compress` with --rank.
 
   python -m pipeline plan --config config/demo.yaml
   python -m pipeline plan --config mine.yaml --override runtime.memory_budget=900MB
@@ -194,6 +194,9 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         choices=FORMATS,
         help="what this export would take too, may be repeated",
+    )
+    plan.add_argument(
+        "--rank", type=positive, metavar="N", help="what compress to this rank would take too"
     )
     _add_wanted(plan)
     _add_common(plan, several_configs=False)

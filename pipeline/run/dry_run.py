@@ -53,12 +53,15 @@ class Entry:
     refused: PipelineError | None = None  # why it cannot run under the memory budget
 
 
-def plan(cfg: RunConfig, store: Store) -> list[Entry]:
-    """Return every job of a run in order: what is there already, and what the rest will spend."""
+def plan(cfg: RunConfig, store: Store, reader: Reader | None = None) -> list[Entry]:
+    """Return every job of a run in order: what is there already, and what the rest will spend.
+
+    reader: what has read manifests of the store already, since it was refreshed.
+    """
     addresses = Addresses(cfg)
     cfg = addresses.cfg
     bf16 = cfg.dtype == "bf16"
-    reader = Reader(store)
+    reader = reader or Reader(store)
     lineage = Lineage(store, reader.recorded)
     jobs = [job for stage in RUN for job in addresses.jobs(stage)]
     made = _made(addresses, reader)
@@ -95,13 +98,19 @@ def _made(addresses: Addresses, reader: Reader) -> dict[tuple[str, str | None], 
     return made
 
 
-def writings(cfg: RunConfig, store: Store, wishes: Sequence[ExportWish] = ()) -> list[Entry]:
+def writings(
+    cfg: RunConfig,
+    store: Store,
+    wishes: Sequence[ExportWish] = (),
+    reader: Reader | None = None,
+) -> list[Entry]:
     """Return what takes a run's stack out of its store: the bundle that `deploy` makes, and the
-    exports that are wished for. Raises ConfigError for one that the run has nothing for."""
+    exports that are wished for; `reader` as `plan` takes it. Raises ConfigError for one that the
+    run has nothing for."""
     addresses = Addresses(cfg)
     cfg = addresses.cfg
     chosen = family(cfg.family)
-    reader = Reader(store)
+    reader = reader or Reader(store)
     lineage = Lineage(store, reader.recorded)
     made = _made(addresses, reader)
     entries = []
@@ -115,8 +124,8 @@ def writings(cfg: RunConfig, store: Store, wishes: Sequence[ExportWish] = ()) ->
             entries.append(Entry(address, state, why, cost, label(stage, item)))
     for wish in wishes:
         chosen.check_export(cfg, wish)
-        name = f"export {wish.words}"
-        entries.append(Entry(name, "", "", chosen.writing_cost(cfg, made, wish), name))
+        cost = chosen.writing_cost(cfg, made, wish)
+        entries.append(Entry(wish.words, "", "", cost, wish.words))
     return entries
 
 
@@ -228,11 +237,13 @@ def show_plan(
 ) -> None:
     """Print a plan as a table, with the exports that are wished for, and how many experts fit into
     total_bytes side by side (none: what is free here). Raises CannotStart after that."""
+    # Of all that is told each manifest is read once
+    reader = Reader(store)
     # First, as it refuses what the run has nothing for
-    written = writings(cfg, store, wishes)
+    written = writings(cfg, store, wishes, reader)
     notes, unfit = _models(cfg)
-    entries = plan(cfg, store)
-    seconds = times(cfg, store, entries)
+    entries = plan(cfg, store, reader)
+    told = times(cfg, store, [*entries, *written], reader)
     table = Table(
         title=f"plan of {cfg.name} in {store.root}", title_justify="left", title_style="bold"
     )
@@ -241,23 +252,21 @@ def show_plan(
     for name in ("tokens", "parameters", "time", "peak memory"):
         table.add_column(name, justify="right")
     table.add_column("how it runs")
-    for entry in entries:
-        table.add_row(entry.address, entry.state, *_cells(entry, seconds.get(entry.address)))
-    afterwards = times(cfg, store, written)
-    for entry in written:
-        table.add_row(entry.address, entry.state, *_cells(entry, afterwards.get(entry.address)))
+    for entry in (*entries, *written):
+        table.add_row(entry.address, entry.state, *_cells(entry, told.get(entry.address)))
     print_table(console, table)
     for note in notes:
         console.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     for why in dict.fromkeys(entry.why for entry in (*entries, *written) if entry.why):
         console.print(why, highlight=False, markup=False, soft_wrap=True)
-    unknown = any(entry.job and entry.address not in seconds for entry in entries)
+    seconds = [told[entry.address] for entry in entries if entry.address in told]
+    unknown = any(entry.job and entry.address not in told for entry in entries)
     least = "at least " if unknown else ""
     where = gpu_name() or f"{cpu_name()}, {cores()} cores"
     dtype = Addresses(cfg).cfg.dtype
     if seconds:
         console.print(
-            f"to train: {least}{duration(sum(seconds.values()))} in {dtype} on {where}, one job "
+            f"to train: {least}{duration(sum(seconds))} in {dtype} on {where}, one job "
             "after another"
         )
     else:
@@ -299,8 +308,12 @@ def _models(cfg: RunConfig) -> tuple[list[str], PipelineError | None]:
         return [], error
 
 
-def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float]:
-    """Return how long jobs will take here, by address; those that nobody can tell are left out."""
+def times(
+    cfg: RunConfig, store: Store, entries: Sequence[Entry], reader: Reader | None = None
+) -> dict[str, float]:
+    """Return how long jobs will take here, by address; those that nobody can tell are left out.
+    `reader` as `plan` takes it."""
+    reader = reader or Reader(store)
     seconds = {}
     known: list[Speed] | None = None
     probed = 0.0
@@ -314,12 +327,19 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
         if entry.state == "done":
             continue
         if job.written_bytes:
-            seconds[entry.address] = _writing_seconds(job, store)
+            made = typical(bundle_rates(store, reader)) if job.stage == "deploy" else None
+            if made is not None:
+                # Such bundles were summed on the way and computed in that time
+                seconds[entry.address] = _summing_seconds(job.written_bytes)
+                seconds[entry.address] += job.written_bytes / made
+                continue
+            seconds[entry.address] = _summing_seconds(job.summed_bytes)
+            seconds[entry.address] += job.written_bytes / ASSUMED_WRITTEN_PER_S
         if not job.flops:
             continue
         # Only what is still to do needs a rate, and measuring one takes a moment
         if known is None:
-            known = of_this_machine(store)
+            known = of_this_machine(store, reader)
         told = alike(known, job.flops_per_token, threads, dtype)
         rate = (
             typical([each.flops_per_s * each.scale(job.flops_per_token) for each in told]) or probed
@@ -331,11 +351,8 @@ def times(cfg: RunConfig, store: Store, entries: list[Entry]) -> dict[str, float
     return seconds
 
 
-def _writing_seconds(job: JobCost, store: Store) -> float:
-    """Return how long summing and writing files takes, without what is computed for them."""
-    told = typical(bundle_rates(store)) if job.stage == "deploy" else None
-    rate = told or ASSUMED_WRITTEN_PER_S
-    return job.summed_bytes / summed_bytes_per_s() + job.written_bytes / rate
+def _summing_seconds(summed_bytes: int) -> float:
+    return summed_bytes / summed_bytes_per_s()
 
 
 def foretold(cfg: RunConfig, store: Store, wish: ExportWish) -> str:

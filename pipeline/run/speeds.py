@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import StoreError
 from ..hardware import cpu_name, gpu_name
-from ..store.artifacts import Manifest, Store
+from ..store.artifacts import Manifest, Reader, Store
 
 # Of a demo's jobs those of 5 s and more reached their final rate within 40 %, those of the smallest
 # tests, .07 to .35 s, a fifteenth of the others' (Nov 2026): they are all set-up
@@ -61,26 +61,37 @@ class Speed:
         return found
 
 
-def speeds(store: Store) -> Iterator[Speed]:
-    """Yield the speeds of the finished trainings that were long enough to tell one."""
-    for address in store.addresses():
-        try:
-            if not store.has(address):
-                continue
-            manifest = store.manifest(address)
-        except StoreError:
-            # No part of this run, or its own job says so
-            continue
+def speeds(store: Store, reader: Reader | None = None) -> Iterator[Speed]:
+    """Yield the speeds of the finished trainings that were long enough to tell one.
+
+    reader: what has read manifests of the store already, since it was refreshed.
+    """
+    for manifest in _finished(store, reader):
         found = speed_of(manifest)
         if found is not None:
             yield found
 
 
-def of_this_machine(store: Store) -> list[Speed]:
-    """Return the speeds of trainings that were finished on a machine like this."""
+def _finished(store: Store, reader: Reader | None, prefix: str = "") -> Iterator[Manifest]:
+    """Yield the manifests of artifacts whose addresses begin so; those that cannot be read are no
+    part of this run, or its own job says so."""
+    read = reader or Reader(store)
+    for address in store.addresses():
+        try:
+            if not address.startswith(prefix) or not store.has(address):
+                continue
+            manifest = read.recorded(address)
+        except StoreError:
+            continue
+        yield manifest
+
+
+def of_this_machine(store: Store, reader: Reader | None = None) -> list[Speed]:
+    """Return the speeds of trainings that were finished on a machine like this; `reader` as
+    `speeds` takes it."""
     here = (cpu_name(), gpu_name())
     out = []
-    for each in speeds(store):
+    for each in speeds(store, reader):
         machine = each.manifest.made.get("machine", {})
         if (machine.get("cpu"), machine.get("gpu")) == here:
             out.append(each)
@@ -114,18 +125,13 @@ def _speed(manifest: Manifest) -> Speed | None:
     return Speed(manifest, tokens * metrics["flops_per_token"] / seconds, seconds)
 
 
-def bundle_rates(store: Store) -> list[float]:
-    """Return how many bytes a second finished bundles were written at, on a machine like this; that
-    they were summed when they lay there is no part of it."""
+def bundle_rates(store: Store, reader: Reader | None = None) -> list[float]:
+    """Return how many bytes a second finished bundles were made at, on a machine like this: read,
+    computed, summed on the way and written. That all of it was summed once more when it lay there
+    is no part of it. `reader` as `speeds` takes it."""
     here = (cpu_name(), gpu_name())
     rates = []
-    for address in store.addresses():
-        try:
-            if not address.startswith(BUNDLES) or not store.has(address):
-                continue
-            manifest = store.manifest(address)
-        except StoreError:
-            continue
+    for manifest in _finished(store, reader, BUNDLES):
         machine = manifest.made.get("machine", {})
         seconds = manifest.made.get("seconds") or 0.0
         written = manifest.metrics.get("bytes") or 0

@@ -12,7 +12,6 @@ from ...train.memory_plan import FAST_TOKENS, LEAN_TOKENS, MemoryPlan, plan_memo
 from . import passes
 from .config import FfnMoeConfig
 from .pass_memory import pass_bytes
-from .passes import KERNEL_BYTES
 from .rates import search_of, trained_by, with_ramp
 from .sections import ADAPTER
 from .stages import FROM_ZERO, SEARCHES
@@ -173,7 +172,7 @@ def cost(
     if stage == "evaluate":
         return passes.of_report(cfg, stack, bf16)
     if stage == "train_shared" and cfg.trunk.is_pinned:
-        return passes.of_pin(cfg, stack)
+        return passes.of_pin(cfg, stack, bf16)
     if stage == "train_dense" and item in FROM_ZERO:
         trunk = cfg.trunk.model_copy(update={"d_ff": dense_width(cfg, item)})
         shape = Shape.from_config(trunk, cfg.tokenizer.vocab_size)
@@ -222,9 +221,10 @@ def cost(
         # Nothing is kept for a backward pass that is never made, and nothing is rounded beforehand
         frozen = frozen_bytes(shape, trains, bf16, _beside(cfg), expert, stored, once=True)
         batch = min(opts.eval_tokens, plan.micro_batch_sequences * shape.context_tokens)
-        peak = int(sum(frozen)) + passes.forward_bytes(stack, batch, bf16)
-        if begun:
-            peak = max(peak, int(frozen[0]) + begun + KERNEL_BYTES)
+        own = passes.forward_bytes(stack, batch, bf16, int(frozen[1]))
+        if stored not in (None, 2 if bf16 else 4):
+            own += passes.cast_bytes(shape, 2 if bf16 else 4)
+        peak = int(frozen[0]) + max(own, begun) + passes.code_bytes()
     found = JobCost.of(
         stage,
         item,
@@ -233,7 +233,7 @@ def cost(
         parameters=parameters,
         plan=plan,
         peak_bytes=peak,
-        mapped_bytes=int(frozen[0]),
+        mapped_bytes=int(frozen[0]) + passes.code_bytes(),
         beside_flops=passes.beside_training(cfg, stack, stage, opts, tokens or 0),
     )
     if stage in SEARCHES.values():
@@ -391,7 +391,7 @@ def peak_bytes(
         kept += 2 * unit * shape.vocab_size * shape.d_model
     code = 0
     if device() != "cuda":
-        code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
+        code = passes.code_bytes() + INT8_BYTES * (plan.moments == "int8")
         code += PEFT_BYTES * (trains == "adapter")
     lowest = min(expert.layers) if trains == "expert" and expert is not None else 0
     training = kept + pass_bytes(shape, plan, unit, trains, active, lowest)

@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 from ...config.fit import FitConfig
 from ...hardware import device
-from ...model.chunks import CHUNK_LOGITS, PIECE_NUMBERS, WHOLE_NUMBERS, workspace_bytes
+from ...model.chunks import (
+    CHUNK_LOGITS,
+    PIECE_NUMBERS,
+    WHOLE_NUMBERS,
+    chunk_of,
+    workspace_bytes,
+)
 from ...model.router_init import SQUARE_ROWS, in_a_row
 from ...train.flops import ExpertShape, JobCost, Shape
 from .config import FfnMoeConfig
 from .continuations import PROMPT_TOKENS
 from .parts import EVALUATION_SEQUENCES
 from .samples import shown_tokens
+from .trunk_sizes import is_gguf
 
 TRAIN_SAMPLE_TOKENS = 16_384  # of training text behind a train-test gap, all domains together
 STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp32
@@ -21,8 +28,11 @@ STATISTICS_BYTES = 8 + 4  # of a number of x x^T: summed in fp64, written in fp3
 RIDGE_SQUARES = 2  # of D x D in fp64: the one that is solved, and its factors
 # and of L x D for each expert: mean inputs; gates solved, of one length, scaled, and in fp32
 RIDGE_GATES = 4.5
-KERNEL_BYTES = 42_000_000  # code that the first step or pass touches, compiled kernels
+KERNEL_BYTES = 42_000_000  # pages of libraries' files that the first step or pass touches
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
+# Of a .gguf file each entry of the vocabulary is five numpy arrays while the gguf package reads it:
+# its length, its text and its kind, and the same two of a merge (161 MB of 49,152 entries)
+GGUF_ENTRY_BYTES = 3270
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,41 @@ class StackShape:
         return self.shape.forward_flops_per_token(ffns)
 
 
-def forward_bytes(stack: StackShape, tokens: int, bf16: bool) -> int:
-    """Return what a pass over N tokens takes that keeps nothing, beside the weights."""
-    shape = stack.shape
+def code_bytes() -> int:
+    """Return the pages of libraries' files that a job touches which it did not with its imports:
+    mapped, as a model's are, and none of a GPU's memory."""
+    return 0 if device() == "cuda" else KERNEL_BYTES
+
+
+def heap_bytes() -> int:
+    """Return what the allocator keeps between blocks, however small the batch."""
+    return 0 if device() == "cuda" else HEAP_BYTES
+
+
+def forward_bytes(stack: StackShape, tokens: int, bf16: bool, cast: int = 0) -> int:
+    """Return what a pass over N tokens takes that keeps nothing, beside the weights and code; cast:
+    bytes of weights that are cast for the layer that runs. Layers come first, then the head."""
+    in_layers = body_bytes(stack.shape, tokens, bf16) + cast
+    return max(in_layers, head_bytes(stack.shape, tokens, bf16)) + heap_bytes()
+
+
+def head_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
+    """Return what the losses of N tokens take once their rows have passed all layers."""
+    unit = 2 if bf16 else 4
+    # what the last layer gives, before its norm and after
+    rows = 2 * 4 * tokens * shape.d_model
+    logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, unit)
+    if bf16:
+        # torch's softmax casts all of its input before it begins
+        logits += 4 * min(tokens, chunk_of(shape.vocab_size)) * shape.vocab_size
+    return rows + logits
+
+
+def body_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
+    """Return what N tokens take on their way through the layers of a pass that keeps nothing."""
     # What passes between layers stays fp32; of a network three products, and half a dozen rows
     row = 4 * 6 * shape.d_model + (2 if bf16 else 4) * 3 * shape.d_ff
-    logits = workspace_bytes(tokens, shape.vocab_size, CHUNK_LOGITS, 2 if bf16 else 4)
-    code = 0 if device() == "cuda" else KERNEL_BYTES + HEAP_BYTES
-    return tokens * row + logits + code
+    return tokens * row
 
 
 def cast_bytes(shape: Shape, unit: int) -> int:
@@ -127,19 +164,48 @@ def beside_training(
     return flops
 
 
-def of_pin(cfg: FfnMoeConfig, stack: StackShape) -> JobCost:
+def of_pin(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     """Return the cost of a pinned trunk: nothing is trained, but it is validated once and its
     statistics are taken."""
     shape = stack.shape
-    most = EVALUATION_SEQUENCES * cfg.trunk.context_tokens  # tokens of a batch
-    batch = min(most, max(cfg.trunk.eval_tokens, cfg.trunk.statistics_tokens))
-    sums = statistics_bytes(shape.layers, shape.d_model)
     flops = cfg.trunk.eval_tokens * shape.forward_flops_per_token()
     flops += statistics_flops(shape, cfg.trunk.statistics_tokens)
-    peak = stack.model_bytes + sums + forward_bytes(stack, batch, False)
+    mapped = stack.model_bytes + code_bytes()
     told = "pinned, not trained"
     once = shape.forward_flops_per_token()
-    return JobCost("train_shared", None, 0, 0, flops, peak, told, stack.model_bytes, once)
+    own = pin_bytes(cfg, stack, bf16)
+    return JobCost("train_shared", None, 0, 0, flops, mapped + own, told, mapped, once)
+
+
+def pin_bytes(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> int:
+    """Return what a pin takes beside files. One follows another: a .gguf is decoded, the model is
+    validated, statistics are summed, and written in fp32 beside their sums."""
+    shape = stack.shape
+    context = cfg.trunk.context_tokens
+    unit = 2 if bf16 else 4
+    cast = cast_bytes(shape, unit) if (stack.stored or 4) != unit else 0
+    validated = min(EVALUATION_SEQUENCES * context, cfg.trunk.eval_tokens)
+    judging = forward_bytes(stack, validated, bf16) + cast
+    # Under a budget one sequence at a time
+    sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
+    observed = min(sequences * context, cfg.trunk.statistics_tokens)
+    square = shape.layers * shape.d_model**2
+    if device() == "cuda":
+        # The sums stand beside the pass, and are written from main memory
+        return max(judging, 8 * square + body_bytes(shape, observed, bf16) + cast)
+    summing = 8 * square + body_bytes(shape, observed, bf16) + cast
+    written = statistics_bytes(shape.layers, shape.d_model)
+    return max(judging, max(summing, written) + heap_bytes(), decoding_bytes(cfg, shape))
+
+
+def decoding_bytes(cfg: FfnMoeConfig, shape: Shape) -> int:
+    """Return what it takes to decode the model of a pin; 0 of one that is mapped as it is."""
+    if not is_gguf(cfg):
+        return 0
+    # Of the largest tensor what was dequantised, in fp32, twice: in parts and put together, then as
+    # it is and copied
+    largest = max(shape.vocab_size, shape.d_ff) * shape.d_model
+    return GGUF_ENTRY_BYTES * shape.vocab_size + 2 * 4 * largest
 
 
 def layer_bytes(stack: StackShape, experts: int, bf16: bool) -> int:
@@ -191,14 +257,19 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     batch = cfg.evaluate.batch_sequences * cfg.trunk.context_tokens
     # The training text of each domain behind a gap runs at once
     batch = max(min(batch, tokens), TRAIN_SAMPLE_TOKENS // domains)
-    taken = forward_bytes(stack, batch, False)
+    taken = forward_bytes(stack, batch, bf16, layer_bytes(stack, own, bf16))
+    if device() != "cuda":
+        # A report leaves glibc its own thresholds: blocks of up to 32 MB come from the heap, whose
+        # holes are about as large as what is in use (pass_memory)
+        taken += body_bytes(stack.shape, batch, bf16)
     unit = 2 if bf16 else 4
     if (stack.stored or 4) != unit:
         taken += cast_bytes(stack.shape, unit)
     if everything and device() != "cuda":
         # Untrained gates are made of the statistics of the anchor and all experts, between passes
-        made = ridge_bytes(stack, own + 1) + KERNEL_BYTES + HEAP_BYTES
+        made = ridge_bytes(stack, own + 1) + heap_bytes()
         taken = max(taken, made) + copied_bytes(stack)
-    peak = mapped + taken + layer_bytes(stack, own, bf16)
+    mapped += code_bytes()
+    peak = mapped + taken
     once = stack.shape.forward_flops_per_token()
     return JobCost("evaluate", None, tokens, 0, flops, peak, "", mapped, once)

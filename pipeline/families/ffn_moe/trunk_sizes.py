@@ -36,6 +36,14 @@ def trunk_kind(cfg: FfnMoeConfig) -> str:
     return str(stated_settings(ModelSource(place), weights=False)["model_type"])
 
 
+def is_gguf(cfg: FfnMoeConfig) -> bool:
+    """Whether the run's pretrained trunk is on this machine, and a .gguf file."""
+    if not cfg.trunk.init:
+        return False
+    place = on_this_machine("trunk.init", cfg.trunk.init, cfg.trunk.revision)
+    return place is not None and ModelSource(place).is_gguf
+
+
 def stored_bytes(cfg: FfnMoeConfig) -> int | None:
     """Return the bytes of a number in the files of a pinned trunk; None where it is no pin."""
     if not cfg.trunk.is_pinned:

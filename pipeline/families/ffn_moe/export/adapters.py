@@ -58,6 +58,8 @@ def write_adapters(job: Job, parts: Parts) -> tuple[dict[str, Any], dict[str, st
         tensors = {key: Streamed.of(tensor) for key, tensor in stored.items()}
         file = f"{ADAPTERS}/{name}/adapter_model.safetensors"
         sums[file] = write_tensors(job.folder / file, tensors, job.progress)
+        # Before the next one is compressed
+        del stored, tensors
     if on_hub is None:
         sums |= _write_base(job, parts)
     kind = DENSE_CLASSES[job.settings["model_type"]]

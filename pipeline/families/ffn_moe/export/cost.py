@@ -8,7 +8,7 @@ F feed-forward width, V vocabulary.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ....train.flops import JobCost
+from ....train.flops import ExpertShape, JobCost
 from ... import ExportWish
 from .. import passes
 from ..config import FfnMoeConfig
@@ -31,6 +31,10 @@ ADAPTERS_BYTES = 68_000_000  # PEFT among it, which no other format imports
 ADAPTERS_ENTRY_BYTES = 1100  # the tokenizer beside that
 COPY_BYTES = 10_000_000  # torch is not even imported
 TEXT_BYTES = 100  # of the tokenizer's file, by entry
+# Of a matrix's singular values: its change, LAPACK's copy of that, and the factors, which are as
+# large and a square of the narrower side; four squares more are what gesdd works in
+SVD_MATRICES = 3
+SVD_SQUARES = 5
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,9 @@ def writing_cost(
     cfg: FfnMoeConfig, made: Mapping[tuple[str, str | None], dict], wish: ExportWish | None
 ) -> JobCost | None:
     """Return what a run's bundle takes, or what is wanted of it; `made` has the metrics of finished
-    jobs.
-
-    None while the model is not on this machine, and for full experts that are compressed.
-    """
+    jobs. None while the model is not on this machine."""
     stack = stack_shape(cfg)
-    if stack is None or (wish is not None and wish.rank):
+    if stack is None:
         return None
     counted = made.get(("tokenizer", None), {}).get("vocab_size")
     sizes = _Sizes(cfg, stack, counted or stack.shape.vocab_size, trunk_kind(cfg))
@@ -130,6 +131,8 @@ def writing_cost(
         # The bundle's files, each compared with the list of sums, copied and read back
         written = _bundle_bytes(sizes)
         return _cost("export", wish.format, written, 3 * written, 0, COPY_BYTES, 0)
+    if wish.rank:
+        return _of_compressed(sizes, wish.rank, 1 if wish.expert else len(cfg.experts))
     if wish.format == "adapters":
         return _of_adapters(sizes)
     return _of_model(sizes, wish)
@@ -218,6 +221,25 @@ def _of_adapters(sizes: _Sizes) -> JobCost:
     # One expert after another
     mapped = sizes.stack.model_bytes + sizes.adapter * 4
     return _cost("export", "adapters", written, written, 0, own, mapped)
+
+
+def _of_compressed(sizes: _Sizes, rank: int, experts: int) -> JobCost:
+    """Return what so many full experts take that are compressed to a rank, a matrix at a time."""
+    stack = sizes.stack
+    layers = range(stack.shape.layers) if stack.expert is None else stack.expert.layers
+    factors = 4.0 * stack.shape.expert_parameters(ExpertShape(tuple(layers), rank))
+    written = experts * factors
+    if on_the_hub(sizes.cfg) is None:
+        written += stack.model_bytes
+    narrow, wide = sorted((stack.shape.d_model, stack.shape.d_ff))
+    # One expert's factors are kept until they are written
+    own = ADAPTERS_BYTES + ADAPTERS_ENTRY_BYTES * sizes.entries + factors
+    own += SVD_MATRICES * sizes.matrix + SVD_SQUARES * 4 * narrow**2
+    mapped = stack.model_bytes + stack.expert_bytes
+    # Golub and Van Loan, Matrix Computations, of the thin factors by a triangle first
+    matrices = 3 * len(layers) * experts
+    flops = matrices * (6.0 * wide * narrow**2 + 20.0 * narrow**3)
+    return _cost("export", "adapters", written, written, flops, own, mapped)
 
 
 def _of_model(sizes: _Sizes, wish: ExportWish) -> JobCost:

@@ -11,7 +11,7 @@ from ....train.memory_plan import MemoryPlan, plan_memory
 from ..config import FfnMoeConfig
 from ..cost import INT8_BYTES, of_rates, stage_tokens, with_search
 from ..pass_memory import pass_bytes
-from ..passes import KERNEL_BYTES
+from ..passes import code_bytes
 from ..stages import SEARCHES
 from .network import mixture_layers
 from .section import MOE
@@ -142,5 +142,5 @@ def peak_bytes(cfg: FfnMoeConfig, item: str, shape: Shape, plan: MemoryPlan, bf1
     in_pass = pass_bytes(shape, plan, unit, "all", active, more_numbers=more)
     code = 0
     if device() != "cuda":
-        code = KERNEL_BYTES + INT8_BYTES * (plan.moments == "int8")
+        code = code_bytes() + INT8_BYTES * (plan.moments == "int8")
     return int(kept + in_pass + code)
