@@ -323,6 +323,8 @@ def test_full_experts_are_compressed_to_the_nearest_adapters_of_a_rank(tokenizer
     wish = ExportWish("adapters", expert="beta", rank=2)
     export(cfg, parts, wish, tmp_path / "out", lambda text, _share: said.append(text))
     bundle.verify(tmp_path / "out")
+    told_bytes = planned(cfg, wish, tokenizer.vocab_size).written_bytes
+    assert weight_bytes(tmp_path / "out") == pytest.approx(told_bytes, rel=0.05)
     assert [path.name for path in (tmp_path / "out" / "adapters").iterdir()] == ["beta"]
     trunk, dummy = stored_trunk(cfg, parts)
     stored = parts.tensors("train_experts", "expert.safetensors", "beta")

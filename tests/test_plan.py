@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from pipeline.families.load import load
 from pipeline.protocols import quiet
 from pipeline.run import dry_run, speeds, stages
 from pipeline.run.job import run_job
+from pipeline.store import manifest as manifests
 from pipeline.store.artifacts import Store
 from tests import lora_small
 
@@ -320,8 +323,44 @@ def test_a_bundle_tells_how_fast_others_are_written(bundled, monkeypatch):
     monkeypatch.setattr(speeds, "LEAST_WRITTEN_S", 0.0)
     (rate,) = speeds.bundle_rates(store)
     assert rate == manifest.metrics["bytes"] / manifest.made["seconds"]
+    # What was summed and computed while they were made is in that: only a sum of all is not
+    monkeypatch.setattr(dry_run, "summed_bytes_per_s", lambda: 2e6)
+    cfg = load(bundled[0])
+    (entry,) = dry_run.writings(cfg, store)
+    job = entry.job
+    assert entry.state == "done" and job.summed_bytes == 3 * job.written_bytes
+    entry = replace(entry, state="to do")
+    (told,) = dry_run.times(cfg, store, [entry]).values()
+    assert told == pytest.approx(job.written_bytes * (1 / rate + 1 / 2e6))
     monkeypatch.setattr(speeds, "cpu_name", lambda: "another")
     assert speeds.bundle_rates(store) == []
+    # Nobody knows this disk: all sums, and what goes through the system's memory
+    (told,) = dry_run.times(cfg, store, [entry]).values()
+    assert told == pytest.approx(job.written_bytes * (3 / 2e6 + 1 / 1e9))
+
+
+def test_a_plan_reads_each_manifest_once(bundled, capsys, monkeypatch):
+    asked = Counter()
+    real = manifests.read
+    monkeypatch.setattr(
+        manifests, "read", lambda folder: asked.update([folder.name]) or real(folder)
+    )
+    assert planned(bundled[0], bundled[1], capsys)[0] == 0
+    assert asked == {folder.name: 1 for folder in (bundled[1] / "artifacts").iterdir()}
+    # with a job to do whose time the speed of others tells
+    asked.clear()
+    assert planned(bundled[0], bundled[1], capsys, "router.steps=9999")[0] == 0
+    assert len(asked) > 5 and set(asked.values()) == {1}
+
+
+def test_what_compress_takes_is_planned(finished, capsys):
+    path, store = finished
+    code, table, _ = planned(path, store, capsys, flags=["--rank", "2", "--expert", "sea"])
+    (line,) = [line for line in table.splitlines() if "compress --expert sea --rank 2" in line]
+    assert code == 0 and "writes" in line and " s " in line
+    small = ("expert.form=low_rank", "expert.rank=4")
+    code, _, errors = planned(path, store, capsys, *small, flags=["--rank", "2"])
+    assert code == 2 and "export them with --format adapters" in errors
 
 
 # ---------------------------------------------------------------- how long it takes to say so
