@@ -350,6 +350,8 @@ COMMAND = """
 import gc, os, signal, sys, time
 sys.path[:0] = ["tests"]
 from small_server import application
+from types import SimpleNamespace
+from pipeline.serve.generation import Stats
 from pipeline.serve.listening import listen
 gc.freeze()
 print("here", flush=True)
@@ -365,7 +367,7 @@ def slowly():
         time.sleep(60)
     app.state.gate.opened = True
 app = application(opened=False)
-app.state.service.engine = type("Engine", (), {"name": "small"})
+app.state.service.engine = SimpleNamespace(name="small", stats=Stats())
 def say(text):
     print(text, flush=True)
 say(os.getpid())
