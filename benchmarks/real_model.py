@@ -257,7 +257,8 @@ def _command(args: argparse.Namespace) -> str:
     if args.speed:
         words += ["--speed", f"--rounds {args.rounds}"]
     words += [f"--override {change}" for change in args.override]
-    words += [f"--only '{pattern}'" for pattern in args.only]
+    if args.only:
+        words.append("--only " + " ".join(f"'{pattern}'" for pattern in args.only))
     if args.best:
         words.append("--best " + " ".join(f"'{name}'" for name in args.best))
     words += [f"--seeds {args.seeds}", f"--threads {args.threads}", f"--parallel {args.parallel}"]
