@@ -189,11 +189,10 @@ def pin_bytes(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> int:
     # Under a budget one sequence at a time
     sequences = 1 if cfg.runtime.memory_budget else EVALUATION_SEQUENCES
     observed = min(sequences * context, cfg.trunk.statistics_tokens)
-    square = shape.layers * shape.d_model**2
+    summing = 8 * shape.layers * shape.d_model**2 + body_bytes(shape, observed, bf16) + cast
     if device() == "cuda":
         # The sums stand beside the pass, and are written from main memory
-        return max(judging, 8 * square + body_bytes(shape, observed, bf16) + cast)
-    summing = 8 * square + body_bytes(shape, observed, bf16) + cast
+        return max(judging, summing)
     written = statistics_bytes(shape.layers, shape.d_model)
     return max(judging, max(summing, written) + heap_bytes(), decoding_bytes(cfg, shape))
 
