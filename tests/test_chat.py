@@ -359,9 +359,13 @@ def test_pictures_that_wait_to_be_read_have_a_bound_too(client, application, mon
         for path, more in (("/v1/route", {}), (CHAT, {}), (CHAT, {"stream": True, "n": 2})):
             assert client.post(path, json=asking(url) | more).status_code == 200
             wait_for(lambda: room.opened_bytes == 0)
-        connection = asked(client, CHAT, asking(url))
-        connection.close()
-        wait_for(lambda: room.opened_bytes == 0)
+        # who leaves does so before, while and after an answer is made
+        for seconds in (0, 0.001, 0.003, 0.01, 0.03):
+            for path, more in ((CHAT, {}), (CHAT, {"stream": True}), ("/v1/route", {})):
+                connection = asked(client, path, asking(url) | more)
+                time.sleep(seconds)
+                connection.close()
+                wait_for(lambda: room.opened_bytes == 0)
     finally:
         gc.enable()
 

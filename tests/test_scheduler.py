@@ -4,10 +4,13 @@ T tokens, V vocabulary.
 """
 
 import asyncio
+import gc
 import random
 import threading
 import time
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Callable
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -26,9 +29,11 @@ from pipeline.serve.generation import (
     Sampling,
     Stats,
 )
+from pipeline.serve.leaving import EventStream
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.scheduler import Scheduler
 from pipeline.serve.slot_cache import SlotLayer
+from pipeline.serve.streaming import merged
 from pipeline.serve.waiting_line import WaitingLine
 from tests import small_engines
 from tests.small_engines import CONTEXT, END, KINDS, NAMES, VOCAB, SmallEngine, said
@@ -436,6 +441,123 @@ def test_a_client_that_leaves_as_its_text_ends_is_counted_and_no_fault():
     left.cancel()
     engine.watcher.ended(left, "stop")
     assert engine.submit(Prompt((1,)), Sampling(1, 0.0)).wait()[-1].finish == "length"
+
+
+async def heard(generation: Generation) -> str:
+    """Read a text as the endpoint does, and return what ends it."""
+    try:
+        async for _ in generation.pieces():
+            pass
+    except Exception as told:
+        return str(told)
+    return ""
+
+
+async def streamed(generation: Generation) -> str:
+    """Read it as a stream of events does."""
+    try:
+        async with aclosing(merged([generation])) as pieces:
+            async for _ in pieces:
+                pass
+    except Exception as told:
+        return str(told)
+    return ""
+
+
+def read_in_a_thread(read) -> Callable[[Generation], str]:
+    """The same for what waits in a thread."""
+
+    def words(generation: Generation) -> str:
+        try:
+            read(generation)
+        except Exception as told:
+            return str(told)
+        return ""
+
+    return words
+
+
+def ended(make) -> Generation:
+    """A text that ended as the scheduler ends it: with an error whose frames know it."""
+    generation = Generation(Prompt((1,)), Sampling())
+    try:
+        raise make()
+    except Exception as error:
+        generation.fail(error)
+    return generation
+
+
+ERRORS = {
+    "Abandoned": lambda: Abandoned("nobody waits"),
+    "Overloaded": lambda: Overloaded(3, closing=True),
+    "NoSuchReader": lambda: NoSuchReader("math", ["code"], "it is another"),
+    "OSError": lambda: OSError(28, "No space left on device"),
+    "KeyError": lambda: KeyError("x"),
+    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no start byte"),
+}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda generation: asyncio.run(heard(generation)),
+        lambda generation: asyncio.run(streamed(generation)),
+        read_in_a_thread(lambda generation: list(generation.follow())),
+        read_in_a_thread(Generation.wait),
+    ],
+    ids=["pieces", "merged", "follow", "wait"],
+)
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_that_was_told_keeps_no_text_alive(read, name):
+    # what knows itself is found now and then, and until then its pictures are in memory
+    gc.collect()
+    gc.disable()
+    try:
+        generation = ended(ERRORS[name])
+        gone = weakref.ref(generation)
+        for _ in range(2):
+            assert str(ERRORS[name]()) in read(generation)
+        del generation
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+async def closed_under(generation: Generation) -> None:
+    """Tell a text into a socket that is closed."""
+
+    async def events():
+        async for _ in merged([generation]):
+            yield b"data: \n\n"
+
+    async def send(_message):
+        raise OSError("it is closed")
+
+    await EventStream(events(), [generation])({"type": "http"}, asyncio.Event().wait, send)
+
+
+def test_a_socket_that_closes_under_a_stream_keeps_no_text_alive():
+    gc.collect()
+    gc.disable()
+    try:
+        generation = Generation(Prompt((1,)), Sampling())
+        gone = weakref.ref(generation)
+        asyncio.run(closed_under(generation))
+        assert generation.cancelled
+        del generation
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["Abandoned", "Overloaded", "NoSuchReader", "OSError", "KeyError"])
+def test_an_error_is_told_as_it_was_as_often_as_asked(name):
+    error = ERRORS[name]()
+    generation = ended(ERRORS[name])
+    for _ in range(2):
+        with pytest.raises(type(error)) as told:
+            generation.wait()
+        assert (str(told.value), vars(told.value)) == (str(error), vars(error))
 
 
 def test_closing_ends_what_was_begun_and_takes_on_nothing():

@@ -270,7 +270,7 @@ class Generation:
                     break
                 self._changed.wait(POLL_S)
             if self._error is not None:
-                raise self._error
+                raise _anew(self._error)
             return list(self._pieces)
 
     def _since(self, first: int) -> list[Piece]:
@@ -278,7 +278,7 @@ class Generation:
         with self._changed:
             found = self._pieces[first:]
             if self._error is not None and not found:
-                raise self._error
+                raise _anew(self._error)
             return found
 
     def add(self, piece: Piece) -> None:
@@ -296,7 +296,9 @@ class Generation:
         with self._changed:
             if self.finished:
                 return
-            self._error = error
+            # the frames that an error went through know the text, its pictures among them: kept
+            # here, it would keep them until Python next looks for what knows itself
+            self._error = _anew(error)
             self.times.ended = time.monotonic()
         self._tell()
 
@@ -306,6 +308,18 @@ class Generation:
             wakes = list(self._wakes)
         for wake in wakes:
             wake()
+
+
+def _anew(error: BaseException) -> BaseException:
+    """Return an error of the same words that was not raised yet."""
+    kind = type(error)
+    try:
+        anew = kind.__new__(kind, *error.args)
+    except TypeError:  # of a library that lets nobody else make one
+        anew = RuntimeError()
+    vars(anew).update(vars(error))
+    # a few are told by what only their own making sets
+    return anew if str(anew) == str(error) else RuntimeError(f"{kind.__name__}: {error}")
 
 
 def result_of(future: Future[T]) -> T:

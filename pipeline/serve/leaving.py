@@ -101,6 +101,8 @@ class EventStream(StreamingResponse):
             for task in (telling, leaving):
                 task.cancel()
             await asyncio.gather(telling, leaving, return_exceptions=True)
+            # what it raised knows this frame, which would know it in turn, and every text
+            del telling, task
             await self._events.aclose()
 
 

@@ -82,7 +82,11 @@ async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int,
         while left:
             number, found = await news.get()
             if isinstance(found, Exception):
-                raise found
+                try:
+                    raise found
+                finally:
+                    # else the error knows this frame, which knows the error and every text
+                    del found
             if found is None:
                 left -= 1
             else:
