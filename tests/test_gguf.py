@@ -17,6 +17,8 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from pipeline.data.text.tokenizer import END, Tokenizer, _ready, pretrained, train
 from pipeline.errors import MismatchError
+from pipeline.families import ExportWish
+from pipeline.families.ffn_moe.export.formats import check
 from pipeline.families.ffn_moe.export.gguf_file import Experts, Gguf, write_gguf
 from pipeline.families.ffn_moe.export.gguf_sentencepiece import BYTES
 from pipeline.families.ffn_moe.export.gguf_tokenizer import LLAMA3, QWEN2, vocabulary
@@ -24,6 +26,7 @@ from pipeline.families.ffn_moe.pretrained import stated_settings
 from pipeline.protocols import quiet
 from pipeline.store.model_sources import ModelSource
 from pipeline.store.streamed import Streamed
+from tests import small
 from tests.test_export import TEXTS, Llama, same_in_llama
 from tests.test_trunk import whole
 
@@ -158,7 +161,7 @@ def test_a_part_of_a_split_model_says_how_many_there_are(tmp_path):
 
 NOT_HELD = {
     "activation": ("llama", {"hidden_act": "gelu"}, r"have gelu \(hidden_act\), and .* silu in a"),
-    "bias": ("qwen3", {"attention_bias": True}, r"no place for .*o_proj\.bias in a qwen3 model"),
+    "bias": ("qwen3", {"attention_bias": True}, r"no place for .*o_proj\.bias in a qwen3"),
     "llama3": ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "stretch positions by llama3 in a qwen3"),
     "layers": (
         "qwen3",
@@ -177,6 +180,24 @@ def test_what_it_cannot_hold_is_refused_by_name(kind, sizes, said, tokenizer, tm
     model = whole(kind, vocab_size=tokenizer.vocab_size, **sizes)
     with pytest.raises(MismatchError, match=f"{said}.*export it in the format hf"):
         written(model, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "sizes", "said"), NOT_HELD.values(), ids=NOT_HELD)
+def test_a_plan_refuses_it_too_before_anything_is_made(kind, sizes, said, tmp_path):
+    whole(kind, **sizes).config.save_pretrained(tmp_path)
+    cfg = small.config(trunk__init=str(tmp_path), trunk__steps=0)
+    for wish in (ExportWish("gguf"), ExportWish("gguf", expert="alpha")):
+        with pytest.raises(MismatchError, match=said):
+            check(cfg, wish)
+
+
+def test_a_plan_refuses_biased_experts_together_and_takes_one(tmp_path):
+    whole("llama", mlp_bias=True).config.save_pretrained(tmp_path)
+    cfg = small.config(trunk__init=str(tmp_path), trunk__steps=0)
+    with pytest.raises(MismatchError, match="in the experts of a llama model"):
+        check(cfg, ExportWish("gguf"))
+    check(cfg, ExportWish("gguf", expert="alpha"))
+    check(cfg, ExportWish("gguf", dense=True))
 
 
 def test_biases_of_experts_are_refused_and_not_left_out(tokenizer, tmp_path):

@@ -4,29 +4,37 @@ B sequences, T tokens.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from fakes import FolderParts
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline.errors import DataError, MismatchError
+from pipeline.families import ExportWish
 from pipeline.families.ffn_moe import parts as ffn_parts
 from pipeline.families.ffn_moe.bundle import reassemble
-from pipeline.families.ffn_moe.pretrained import open_pretrained
+from pipeline.families.ffn_moe.export.formats import export
+from pipeline.families.ffn_moe.pretrained import GENERATION, open_pretrained, stated_settings
 from pipeline.families.ffn_moe.stack import assemble
+from pipeline.families.ffn_moe.trunk_sizes import stored_bytes
 from pipeline.model.gguf_reading import GgufTensors
+from pipeline.protocols import quiet
 from pipeline.store.artifacts import sha256
+from pipeline.store.foreign import ForeignFile
 from pipeline.store.model_sources import find
 from tests import small
 from tests.test_bundle import IDS_BT as BUNDLE_IDS_BT
 from tests.test_bundle import bundle_of
 from tests.test_ffn_parts import mapped
 from tests.test_parity import whole
+from tests.written import planned, weight_bytes
 
 IDS_BT = torch.randint(40, (3, small.CONTEXT), generator=torch.Generator().manual_seed(1))
 PINNED = {"pin.json", "trunk.json", "statistics.safetensors"}
@@ -144,6 +152,65 @@ def test_a_bundle_holds_the_models_tensors_in_stock_names(run, tmp_path):
     torch.testing.assert_close(logits_of(reassemble(folder)), wanted, rtol=0, atol=0)
 
 
+def test_the_trunk_alone_is_exported_as_it_is(run, tmp_path):
+    root = Path(shutil.copytree(run.root, tmp_path / "run"))
+    parts = FolderParts(run.cfg, root)
+    bundle_of(run.cfg, parts, tmp_path / "bundle")  # with a tokenizer
+    folder = tmp_path / "trunk"
+    folder.mkdir()
+    wish = ExportWish("expert", expert="anchor")
+    export(run.cfg, FolderParts(run.cfg, root), wish, folder, quiet)
+    stored = load_file(folder / "model.safetensors")
+    own = {}
+    for path in Path(str(run.cfg.trunk.init)).glob("*.safetensors"):
+        own |= load_file(path)
+    assert stored.keys() == own.keys()
+    for name, tensor in own.items():
+        assert stored[name].dtype == torch.bfloat16
+        assert torch.equal(stored[name], tensor)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    found = planned(run.cfg, wish, small.VOCAB)
+    assert weight_bytes(folder) == pytest.approx(found.written_bytes, rel=0.05)
+
+
+ENDS = {
+    "more": (2, [2, 7], [2, 7]),
+    "another": (2, 7, [2, 7]),
+    "the same": (2, 2, 2),
+    "only there": (None, [7], 7),
+    "only here": (2, None, 2),
+    "lists": ([2, 5], [5, 7], [2, 5, 7]),
+}
+
+
+@pytest.mark.parametrize(("here", "there", "ends"), ENDS.values(), ids=ENDS)
+def test_what_ends_a_text_may_stand_beside_the_settings(tmp_path, here, there, ends):
+    folder = saved(tmp_path / "model", eos_token_id=here)
+    (folder / GENERATION).write_text(json.dumps({"eos_token_id": there, "top_p": 0.8}))
+    assert stated_settings(find("trunk.init", str(folder), None))["eos_token_id"] == ends
+
+
+@pytest.mark.parametrize("said", [-1, "</s>", [2, True], 2.0, [[2]], {}])
+def test_an_end_that_is_no_token_is_refused(tmp_path, said):
+    folder = saved(tmp_path / "model")
+    (folder / GENERATION).write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(ForeignFile, match=f"{GENERATION} has an eos_token_id that is no token"):
+        stated_settings(find("trunk.init", str(folder), None))
+
+
+def test_ends_of_a_pinned_trunk_end_texts_of_what_is_exported(tmp_path):
+    folder = saved(tmp_path / "model", eos_token_id=2)
+    (folder / GENERATION).write_text(json.dumps({"eos_token_id": [2, 7]}))
+    cfg = pinned(folder)
+    parts = small.run(cfg, tmp_path / "run")
+    bundle = bundle_of(cfg, parts, tmp_path / "bundle")
+    (tmp_path / "one").mkdir()
+    wish = ExportWish("expert", expert="alpha")
+    export(cfg, FolderParts(cfg, parts.root), wish, tmp_path / "one", quiet)
+    for made in (bundle, tmp_path / "one"):
+        assert {2, 7} <= set(GenerationConfig.from_pretrained(made).eos_token_id)
+
+
 def moved(run, root: Path):
     """Return a run on a copy of its model, which a test may change."""
     parts = type(run)(run.cfg, shutil.copytree(run.root, root / "run"), run.metrics)
@@ -224,6 +291,14 @@ def test_a_gguf_file_is_decoded_as_transformers_decodes_it(tmp_path, kind, quant
         assert torch.equal(tensor, wanted[name].to(tensor.dtype))
     assert {str(each.dtype).removeprefix("torch.") for each in tensors.values()} == dtypes
     assert found.is_quantized == (quantised == "Q8_0")
+
+
+@pytest.mark.parametrize(("quantised", "count"), [("F32", 4), ("F16", 2), ("BF16", 2), ("Q8_0", 2)])
+def test_a_plan_knows_what_a_gguf_file_is_decoded_to(tmp_path, quantised, count):
+    path = written(tmp_path / "model.gguf", "llama", quantised)
+    assert stored_bytes(pinned(path)) == count
+    largest = max(GgufTensors(path).stored, key=lambda stored: math.prod(stored.shape))
+    assert largest.dtype.itemsize == count
 
 
 def test_a_pinned_gguf_file_is_decoded_once_into_the_artifact(tmp_path):

@@ -22,7 +22,8 @@ from ...model.loading import check_finite
 from ...model.pretrained import fitted, mapped
 from ...model.trunk import Trunk, check_kind, open_tensors
 from ...protocols import Progress, quiet
-from ...store.model_files import check_config, check_weights
+from ...store.foreign import ForeignFile, read_object
+from ...store.model_files import CONFIG, check_config, check_weights
 from ...store.model_sources import ModelSource, find
 from ...store.pins import DECODED, NAME, FileSum, Pin, pinned_files
 from ...store.streamed import Streamed, write_tensors
@@ -30,6 +31,7 @@ from .. import Parts
 from .config import FfnMoeConfig
 
 SETTING = "trunk.init"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,28 @@ def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]
         return stated | gguf_positions(source.place)
     if weights:
         check_weights(source.place)
-    return stated
+    return stated | ends(source.place, stated)
+
+
+def ends(folder: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ends a text of a model: the tokens of its config.json, and those that stand only
+    in generation_config.json, as Qwen3's and Llama 3's. Raises ForeignFile, OSError."""
+    if not (folder / GENERATION).is_file():
+        return {}
+    found: list[int] = []
+    for file, said in ((CONFIG, stated), (GENERATION, read_object(folder, GENERATION))):
+        own = said.get("eos_token_id")
+        tokens = own if isinstance(own, list) else [own]
+        for token in tokens:
+            if token is None:
+                continue
+            if type(token) is not int or token < 0:
+                raise ForeignFile(f"{file} has an eos_token_id that is no token: {str(own)[:40]}")
+            if token not in found:
+                found.append(token)
+    if not found:
+        return {}
+    return {"eos_token_id": found if len(found) > 1 else found[0]}
 
 
 def _checked(

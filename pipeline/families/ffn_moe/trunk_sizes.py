@@ -1,5 +1,7 @@
 """The sizes of the trunk that a run's settings name, as far as they are known on this machine."""
 
+from typing import Any
+
 from ...store.model_sources import ModelSource, on_this_machine
 from ...train.flops import Shape
 from .config import FfnMoeConfig
@@ -12,6 +14,17 @@ def trunk_shape(cfg: FfnMoeConfig) -> Shape | None:
     """Return the trunk's shape; None when it is a pretrained one of which no settings are here."""
     if not cfg.trunk.init:
         return Shape.from_config(cfg.trunk, cfg.tokenizer.vocab_size)
+    settings = trunk_settings(cfg)
+    if settings is None:
+        return None
+    return Shape.from_hf_config(settings, cfg.trunk.context_tokens)
+
+
+def trunk_settings(cfg: FfnMoeConfig) -> dict[str, Any] | None:
+    """Return a pretrained trunk's settings with all defaults, as Hugging Face config fields; None
+    where they are not on this machine, or cannot be read."""
+    if not cfg.trunk.init:
+        return None
     from transformers import AutoConfig
 
     try:
@@ -19,8 +32,9 @@ def trunk_shape(cfg: FfnMoeConfig) -> Shape | None:
         if place is None:
             return None
         stated = stated_settings(ModelSource(place), weights=False)
-        settings = AutoConfig.for_model(**stated).to_dict()
-        return Shape.from_hf_config(settings, cfg.trunk.context_tokens)
+        settings: dict[str, Any] = AutoConfig.for_model(**stated).to_dict()
+        Shape.from_hf_config(settings, cfg.trunk.context_tokens)
+        return settings
     except Exception:  # a library raises what it likes at settings that it cannot read
         return None  # the plan is made without it, and what is wrong is said by `preflight`
 
@@ -49,8 +63,16 @@ def stored_bytes(cfg: FfnMoeConfig) -> int | None:
     if not cfg.trunk.is_pinned:
         return None
     place = on_this_machine("trunk.init", str(cfg.trunk.init), cfg.trunk.revision)
-    if place is None or ModelSource(place).is_gguf:
+    if place is None:
         return DECODED_BYTES
+    if ModelSource(place).is_gguf:
+        shape = trunk_shape(cfg)
+        if shape is None:
+            return DECODED_BYTES
+        # By its size, as its list of tensors stands behind a vocabulary that takes seconds to read;
+        # what is not rounded to fewer bits is kept as it is
+        each = place.stat().st_size / (shape.trunk_parameters + shape.ffn_parameters)
+        return 4 if each > 3 else DECODED_BYTES
     stated = stated_settings(ModelSource(place), weights=False)
     name = stated.get("dtype") or stated.get("torch_dtype") or "float32"
     return 4 if name == "float32" else 2

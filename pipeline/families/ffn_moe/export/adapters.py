@@ -15,14 +15,14 @@ from ....store.streamed import Streamed, write_tensors
 from ... import Parts
 from ...adapters.peft_io import SETTINGS, TENSORS, lora_settings
 from ..config import FfnMoeConfig
-from ..parts import EXPERT, expert_layers, stored_trunk
-from ..pretrained import is_pinned, pinned_tensors
+from ..fingerprint import trunk_tensors as stored_tensors
+from ..parts import EXPERT, expert_layers
 from ..sections import ADAPTER
 from ..stock import DENSE_CLASSES, dense_settings
 from .checkpoint import write_checkpoint
 from .compressing import Compressing
 from .job import Job, on_the_hub
-from .tensors import PREFIX, expert_tensors, streamed, trunk_tensors
+from .tensors import PREFIX, streamed
 
 ADAPTERS = "adapters"  # a folder of the export
 BASE = "base"  # and the trunk's, where the Hub does not have it
@@ -124,12 +124,7 @@ def _write_base(job: Job, parts: Parts) -> dict[str, str]:
     """Write the trunk with its own networks as a checkpoint; return sums of files by name."""
     folder = job.folder / BASE
     folder.mkdir()
-    if is_pinned(parts):
-        # As its files have them: what computes has norms in fp32, and all would become that
-        own_trunk, own_dummy = pinned_tensors(parts, job.settings)
-        tensors = streamed({**own_trunk, **own_dummy})
-    else:
-        trunk, dummy = stored_trunk(job.cfg, parts)
-        tensors = trunk_tensors(trunk) | expert_tensors(dummy)
+    # Opened to compute with, its norms would be in fp32, and then all of it
+    tensors = streamed(stored_tensors(parts))
     sums, _ = write_checkpoint(job, folder, dense_settings(job.settings), tensors)
     return {f"{BASE}/{name}": digest for name, digest in sums.items()}

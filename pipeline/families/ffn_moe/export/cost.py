@@ -249,10 +249,11 @@ def _of_model(sizes: _Sizes, wish: ExportWish) -> JobCost:
     gguf = wish.format == "gguf"
     is_mean = wish.dense or wish.format == "dense"
     is_dense = is_mean or wish.expert is not None
-    unit = NUMBER_BYTES[wish.dtype]
+    # The trunk alone stays what it is, unlike what was trained
+    as_stored = wish.dtype is None and (gguf or wish.expert == ANCHOR)
+    unit = NUMBER_BYTES[wish.dtype] if wish.dtype or wish.expert != ANCHOR else sizes.stored
     # llama.cpp knows no layers without experts, and keeps each tensor as it is stored
     networks = sizes.ffn if is_dense else sizes.mixed(gguf or sizes.fills_all_layers)
-    as_stored = gguf and wish.dtype is None
     of_trunk = sizes.stored if as_stored else unit
     written = shape.trunk_parameters * of_trunk + networks * unit
     written += TEXT_BYTES * sizes.entries
@@ -261,7 +262,7 @@ def _of_model(sizes: _Sizes, wish: ExportWish) -> JobCost:
     merged = sizes.merging if read else 0
     computed = merged + (1 if merged else 2) * is_mean
     held = 1 if computed else 0
-    rounded = held + unit / 4 if unit != 4 else 0
+    rounded = held + unit / 4 if unit != 4 and wish.dtype else 0
     copied = sizes.embedding * of_trunk if of_trunk != sizes.stored else 0.0
     if wish.dtype == "q8_0":
         copied = QUANTISED_ROWS * shape.d_model * (4 * (sizes.stored != 4) + 2 * unit)

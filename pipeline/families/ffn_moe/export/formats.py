@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .... import report
 from ....errors import ConfigError, MissingArtifact
 from ....model.router import gate_name
-from ....model.trunk import Trunk
+from ....model.trunk import build
 from ....protocols import Progress
 from ....report import LanguageReport
 from ....store.artifacts import sha256, write_text
@@ -23,10 +24,12 @@ from ....store.streamed import Streamed
 from ... import ExportWish, Parts
 from ..bundle import stock_settings
 from ..config import FfnMoeConfig
+from ..fingerprint import trunk_tensors as stored_tensors
 from ..networks import SOUP, TRUNK, stack_row
 from ..parts import expert_layers, stored_experts, stored_settings, stored_trunk
 from ..sections import ADAPTER, ANCHOR
 from ..stock import dense_settings, generation_settings, run_tokenizer, text_start
+from ..trunk_sizes import trunk_settings
 from .checkpoint import write_checkpoint
 from .job import Job
 from .tensors import (
@@ -36,6 +39,7 @@ from .tensors import (
     expert_tensors,
     mean_tensors,
     mixture_tensors,
+    streamed,
     trunk_tensors,
 )
 
@@ -57,7 +61,8 @@ class _Wanted:
 
 
 def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
-    """Raise ConfigError for what no run of these settings has."""
+    """Raise ConfigError for what no run of these settings has, MismatchError for what the format
+    cannot hold, as far as the trunk's settings tell on this machine."""
     if wish.rank:
         _check_compressing(cfg, wish)
         return
@@ -91,6 +96,28 @@ def check(cfg: FfnMoeConfig, wish: ExportWish) -> None:
             "which PEFT adapters are; compress makes such of them (it takes a --rank), or export "
             "with --format expert"
         )
+    if wish.format == "gguf":
+        _check_gguf(cfg, wish)
+
+
+def _check_gguf(cfg: FfnMoeConfig, wish: ExportWish) -> None:
+    from .gguf_file import Experts, Gguf, check_gguf
+
+    settings = trunk_settings(cfg)
+    if settings is None:
+        return
+    with torch.device("meta"):
+        trunk, dummy = build(settings)
+    networks = expert_tensors(dummy)
+    experts = None
+    tensors = trunk_tensors(trunk)
+    if wish.expert or wish.dense:
+        tensors |= networks
+    else:
+        gate = Streamed.of(torch.empty(len(cfg.experts), settings["hidden_size"], device="meta"))
+        gates = dict.fromkeys(range(settings["num_hidden_layers"]), gate)
+        experts = Experts((networks,) * len(cfg.experts), gates, cfg.router.top_k)
+    check_gguf(Gguf(cfg.name, settings, tensors, experts))
 
 
 def _check_compressing(cfg: FfnMoeConfig, wish: ExportWish) -> None:
@@ -214,11 +241,12 @@ def _report(parts: Parts) -> LanguageReport | None:
 
 def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
     """Return the part of a run that is wanted, its tensors mapped."""
-    trunk, dummy = stored_trunk(cfg, parts)
     addresses = {"trunk": parts.manifest("train_shared").address}
     if wish.expert == ANCHOR:
         what = "The trunk with its own feed-forward network"
-        return _dense(trunk, expert_tensors(dummy), what, TRUNK, addresses, "base")
+        # Opened to compute with, its norms would be in fp32
+        return _dense(streamed(stored_tensors(parts)), what, TRUNK, addresses, "base")
+    trunk, dummy = stored_trunk(cfg, parts)
     names = (wish.expert,) if wish.expert else cfg.experts
     for name in names:
         addresses[f"expert {name}"] = parts.manifest("train_experts", name).address
@@ -227,18 +255,19 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
         lora = parts.tensors("train_experts", LORA, wish.expert)
         whole = trunk_tensors(trunk) | expert_tensors(dummy)
         merged = adapted_tensors(whole, lora, cfg.expert.delta_scale)
-        return _dense(trunk, merged, what, wish.expert, addresses, wish.expert)
+        return _dense(merged, what, wish.expert, addresses, wish.expert)
     # Opened and hashed one by one, so those that are not wanted are left alone
     fewer = cfg.expert.model_copy(update={"domains": names})
     found = dict(stored_experts(cfg.model_copy(update={"expert": fewer}), parts, dummy))
     own = {name: expert_tensors(expert) for name, expert in found.items()}
     if wish.expert:
         what = f"The trunk with the feed-forward network of the expert {wish.expert}"
-        return _dense(trunk, own[wish.expert], what, wish.expert, addresses, wish.expert)
+        whole = trunk_tensors(trunk) | own[wish.expert]
+        return _dense(whole, what, wish.expert, addresses, wish.expert)
     if wish.format == "dense" or wish.dense:
         what = "The trunk with the mean of the experts' feed-forward networks"
         mean = mean_tensors([own[name] for name in cfg.experts])
-        return _dense(trunk, mean, what, SOUP, addresses, "dense")
+        return _dense(trunk_tensors(trunk) | mean, what, SOUP, addresses, "dense")
     addresses["router"] = parts.manifest("train_router").address
     gates = parts.tensors("train_router", "router.safetensors")
     return _Wanted(
@@ -253,11 +282,9 @@ def _opened(cfg: FfnMoeConfig, parts: Parts, wish: ExportWish) -> _Wanted:
     )
 
 
-def _dense(
-    trunk: Trunk, ffn: Tensors, what: str, row: str, parts: dict[str, str], slug: str
-) -> _Wanted:
+def _dense(tensors: Tensors, what: str, row: str, parts: dict[str, str], slug: str) -> _Wanted:
     return _Wanted(
-        tensors=trunk_tensors(trunk) | ffn,
+        tensors=tensors,
         experts=[],
         base={},
         gates={},

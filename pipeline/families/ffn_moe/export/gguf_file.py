@@ -144,19 +144,30 @@ def write_gguf(
     the format cannot hold, DiskFull.
     """
     notes = list(vocabulary.notes)
-    _check_activation(model)
-    named = _renamed(model)
-    if model.experts:
-        named |= _stacked(model, model.experts)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[model.arch])
+    named = _told(writer, model, notes)
     writer.add_name(model.name)
     writer.add_file_type(KEPT[dtype or _dtype_of(named)][1])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    named |= _describe(writer, model, notes)
     vocabulary.write(writer)
     with writing(path):
         _write_all(writer, named, dtype, progress)
     return notes
+
+
+def check_gguf(model: Gguf) -> None:
+    """Raise MismatchError for a model that the format cannot hold; none of its tensors is read."""
+    _told(GGUFWriter(None, MODEL_ARCH_NAMES[model.arch]), model, [])
+
+
+def _told(writer: GGUFWriter, model: Gguf, notes: list[str]) -> dict[str, Streamed]:
+    """Tell a writer of a model's sizes; return its tensors by llama.cpp's names. Raises
+    MismatchError."""
+    _check_activation(model)
+    named = _renamed(model)
+    if model.experts:
+        named |= _stacked(model, model.experts)
+    return named | _describe(writer, model, notes)
 
 
 def _dtype_of(named: Mapping[str, Streamed]) -> str:
