@@ -187,7 +187,8 @@ def test_who_does_not_read_is_let_go(hasty):
 
 def test_connections_beyond_the_limit_are_told_so_or_ended():
     limits = ConnectionLimits(connections=3, header_seconds=60)
-    get = b"GET /%s HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    rest = b" /%s HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    get = b"GET" + rest
     with served(application(connections=limits)) as client:
         open_now = client.server.server_state.connections
         held = [connection(client) for _ in range(3)]
@@ -196,6 +197,7 @@ def test_connections_beyond_the_limit_are_told_so_or_ended():
         # who asks these restarts a server that does not answer
         for path in (b"healthz", b"metrics"):
             assert status(raw(client, get % path)) == 200
+            assert status(raw(client, b"HEAD" + rest % path)) == 200
         until(lambda: len(open_now) == 3)
         # those that say nothing are not held for ever either
         held += [connection(client) for _ in range(3)]

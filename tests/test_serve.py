@@ -418,6 +418,24 @@ def test_another_model_and_another_address_are_not_found(client):
     refused(client.get("/v1/completions"), 405, "GET /v1/completions is not served here")
 
 
+PAGES = ["/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/tiny", "/openapi.json"]
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/v2", "/v1/models/gpt-4", "/v1/completions"])
+def test_a_head_is_answered_as_a_get_is_without_its_content(client, path):
+    got = client.get(path)
+    answer = client.head(path)
+    assert answer.status_code == got.status_code
+    assert answer.content == b""
+    of_one_request = ("date", "x-request-id", "content-length")
+    ours, theirs = ({**each.headers} for each in (answer, got))
+    assert {**ours, **dict.fromkeys(of_one_request)} == {**theirs, **dict.fromkeys(of_one_request)}
+    if path not in ("/healthz", "/metrics"):
+        assert ours["content-length"] == theirs["content-length"]
+    # the connection goes on behind it
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
 def test_a_failure_of_our_own_is_a_500_that_tells_no_secrets(client, engine, monkeypatch):
     def fail(*_):
         raise RuntimeError("secret")

@@ -23,6 +23,7 @@ from .endpoints import add_endpoints
 from .from_bundle import open_service
 from .gate import Gate, GateKeeper
 from .generation import Generating
+from .head import HeadAsGet
 from .interface import probe
 from .keys import KeyCheck, Keys
 from .limits import ConnectionLimits
@@ -107,6 +108,7 @@ def closed(access: Access, connections: ConnectionLimits | None = None) -> FastA
     always = (*without_key, METRICS)
     open_paths = always if access.open_metrics else without_key
     # the last one is the outermost
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         BodyCheck,
         limit_bytes=lambda: app.state.service.limits.body_bytes if gate.opened else 0,

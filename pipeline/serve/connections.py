@@ -16,7 +16,7 @@ from .limits import ConnectionLimits
 from .refusals import ApiError
 
 # Asked by what would restart a server that does not answer, or wants to see why.
-ALWAYS = (b"GET /healthz ", b"GET /metrics ")
+ALWAYS = (b"GET /healthz ", b"HEAD /healthz ", b"GET /metrics ", b"HEAD /metrics ")
 
 
 class ServerConfig(uvicorn.Config):
