@@ -1,8 +1,10 @@
 """Questions with pictures, many at once under different adapters: each answer is the stack's own,
 as the report measures it, one request at a time."""
 
+import gc
 import random
 import time
+import weakref
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -134,6 +136,37 @@ def test_the_best_of_several_answers_is_told_as_the_stack_ranks_them(model):
         assert generation.completion_tokens == answer.completion_tokens
         several += len(answer.others)
     assert several > 2
+
+
+def left_behind(engine, seed: int, leaves_after_s: float | None) -> weakref.ref:
+    """Have a question answered, or given up after a while; return what knows its picture."""
+    (picture,) = small_stack.pictures(1, seed)
+    generation = engine.ask(Request("what color?", (picture,)))
+    if leaves_after_s is None:
+        generation.wait()
+    else:
+        time.sleep(leaves_after_s)
+        generation.cancel()
+    return weakref.ref(picture)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0], ids=["one answers", "several answer"])
+def test_pictures_go_with_what_was_asked_of_them(model, threshold):
+    stack = small_stack.stack(model, threshold=threshold, top_k=2)
+    engine = SmallChat(stack, Capacity(rows=4, prefill_tokens=32))
+    # what knows itself is found now and then, and until then it is in memory
+    gc.collect()
+    gc.disable()
+    try:
+        for seed, seconds in enumerate((None, 0.0, 0.005, None, 0.01, 0.02, 0.04)):
+            gone = left_behind(engine, seed, seconds)
+            until = time.monotonic() + 10
+            while gone() is not None:
+                assert time.monotonic() < until, f"left after {seconds}"
+                time.sleep(0.01)
+    finally:
+        gc.enable()
+        engine.close()
 
 
 def test_pictures_are_encoded_once_for_router_and_answers(folder):

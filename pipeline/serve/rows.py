@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -294,21 +294,21 @@ class Contest:
         self.generation = generation
         self.watcher = watcher
         self._rank = rank  # of a reader, and the mean nats of its tokens
-        self._entries: list[_Entry] = []
+        self._answers: list[_ReaderText] = []
 
     def entry(self, reader: str) -> "_Entry":
         """Return where one reader's answer goes; all are there before the first one ends."""
-        entry = _Entry(self, reader)
-        self._entries.append(entry)
-        return entry
+        answer = _ReaderText(reader)
+        self._answers.append(answer)
+        return _Entry(self, answer)
 
     def ended(self) -> None:
         """Hear that an answer is whole."""
-        if not all(entry.is_whole for entry in self._entries):
+        if not all(answer.is_whole for answer in self._answers):
             return
         # stable: of answers that rank alike the likelier expert's is kept
         best, *rest = sorted(
-            self._entries, key=lambda each: self._rank(each.reader, each.mean_nats), reverse=True
+            self._answers, key=lambda each: self._rank(each.reader, each.mean_nats), reverse=True
         )
         generation = self.generation
         generation.reader = best.reader
@@ -318,15 +318,14 @@ class Contest:
             generation.add(piece)
 
 
-class _Entry(TextSink):
-    """One reader's answer, until it is known whose is kept."""
+@dataclass
+class _ReaderText:
+    """What one reader says. It does not know what it is part of: who knows each other is found
+    only now and then, and until then its pictures are in memory."""
 
-    def __init__(self, contest: Contest, reader: str):
-        super().__init__(contest.generation, contest.watcher)
-        self.contest = contest
-        self.reader = reader
-        self.nats: list[float] = []
-        self.pieces: list[Piece] = []
+    reader: str
+    nats: list[float] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -343,13 +342,22 @@ class _Entry(TextSink):
         """What it says."""
         return "".join(piece.text for piece in self.pieces)
 
+
+class _Entry(TextSink):
+    """Hands over one reader's answer, until it is known whose is kept."""
+
+    def __init__(self, contest: Contest, answer: _ReaderText):
+        super().__init__(contest.generation, contest.watcher)
+        self.contest = contest
+        self.answer = answer
+
     def drew(self, drawn: Drawn) -> None:
         """A token was drawn."""
-        self.nats.append(drawn.nats or 0.0)
+        self.answer.nats.append(drawn.nats or 0.0)
         self._clock()
 
     def add(self, piece: Piece) -> None:
         """A piece may be shown, if this answer is kept."""
-        self.pieces.append(piece)
+        self.answer.pieces.append(piece)
         if piece.finish:
             self.contest.ended()
