@@ -29,6 +29,7 @@ RIDGE_SQUARES = 2  # of D x D in fp64: the one that is solved, and its factors
 # and of L x D for each expert: mean inputs; gates solved, of one length, scaled, and in fp32
 RIDGE_GATES = 4.5
 KERNEL_BYTES = 42_000_000  # pages of libraries' files that the first step or pass touches
+MOST_OF_HEAP_BYTES = 2**25  # DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3), where pointers have 8 bytes
 HEAP_BYTES = 15_000_000  # what the allocator keeps between blocks, however small the batch
 # Of a .gguf file each entry of the vocabulary is five numpy arrays while the gguf package reads it:
 # its length, its text and its kind, and the same two of a merge (161 MB of 49,152 entries)
@@ -94,9 +95,21 @@ def head_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
 
 def body_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
     """Return what N tokens take on their way through the layers of a pass that keeps nothing."""
+    return sum(_blocks(shape, tokens, bf16))
+
+
+def from_heap_bytes(shape: Shape, tokens: int, bf16: bool) -> int:
+    """Return what of that is in blocks that glibc takes from the heap by its own thresholds; those
+    that are larger it maps, and gives back."""
+    blocks = _blocks(shape, tokens, bf16)
+    return sum(block for block in blocks if block <= MOST_OF_HEAP_BYTES)
+
+
+def _blocks(shape: Shape, tokens: int, bf16: bool) -> list[int]:
     # What passes between layers stays fp32; of a network three products, and half a dozen rows
-    row = 4 * 6 * shape.d_model + (2 if bf16 else 4) * 3 * shape.d_ff
-    return tokens * row
+    row = 4 * tokens * shape.d_model
+    product = (2 if bf16 else 4) * tokens * shape.d_ff
+    return 6 * [row] + 3 * [product]
 
 
 def cast_bytes(shape: Shape, unit: int) -> int:
@@ -258,9 +271,9 @@ def of_report(cfg: FfnMoeConfig, stack: StackShape, bf16: bool) -> JobCost:
     batch = max(min(batch, tokens), TRAIN_SAMPLE_TOKENS // domains)
     taken = forward_bytes(stack, batch, bf16, layer_bytes(stack, own, bf16))
     if device() != "cuda":
-        # A report leaves glibc its own thresholds: blocks of up to 32 MB come from the heap, whose
-        # holes are about as large as what is in use (pass_memory)
-        taken += body_bytes(stack.shape, batch, bf16)
+        # A report leaves glibc its own thresholds, so blocks come from the heap, whose holes are
+        # about as large as what is in use (pass_memory)
+        taken += from_heap_bytes(stack.shape, batch, bf16)
     unit = 2 if bf16 else 4
     if (stack.stored or 4) != unit:
         taken += cast_bytes(stack.shape, unit)
