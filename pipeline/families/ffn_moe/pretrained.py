@@ -153,10 +153,10 @@ def stated_settings(source: ModelSource, weights: bool = True) -> dict[str, Any]
         return stated | gguf_positions(source.place)
     if weights:
         check_weights(source.place)
-    return stated | ends(source.place, stated)
+    return stated | _ends(source.place, stated)
 
 
-def ends(folder: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
+def _ends(folder: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ends a text of a model: the tokens of its config.json, and those that stand only
     in generation_config.json, as Qwen3's and Llama 3's. Raises ForeignFile, OSError."""
     if not (folder / GENERATION).is_file():
